@@ -1,0 +1,73 @@
+"""The model's tokenizer, usable from any thread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from runner_server.adapter.names import load_tokenizer
+from runner_server.errors import ModelUnsupported
+
+
+class FastCodec:
+    """Wraps the Rust tokenizer itself.
+
+    The transformers object around it changes its state when it encodes and raises
+    "Already borrowed" between threads; the tokenizer does neither once truncation
+    and padding are off.
+
+    Args:
+        tokenizer: A ``tokenizers.Tokenizer``; nobody else may hold it.
+        bos_token: The beginning-of-text token, if the model has one.
+    """
+
+    def __init__(self, tokenizer: Any, bos_token: str | None) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._bos_token = bos_token
+
+    def encode(self, text: str, *, as_prompt: bool) -> list[int]:
+        """Splits text into ids; see ``Codec.encode``."""
+        has_bos = bool(self._bos_token) and text.startswith(self._bos_token or "")
+        encoding = self._tokenizer.encode(text, add_special_tokens=as_prompt and not has_bos)
+        ids: list[int] = encoding.ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Joins ids into text; see ``Codec.decode``."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text
+
+
+def load_codec(path: Path, eos_token_ids: object) -> tuple[FastCodec, frozenset[int]]:
+    """Reads the tokenizer of a model directory.
+
+    Args:
+        path: The directory.
+        eos_token_ids: What the model's configuration says ends a text.
+
+    Returns:
+        The codec and all ids that end a text.
+
+    Raises:
+        ModelUnsupported: There is no tokenizer, or it needs code of its own to run.
+    """
+    try:
+        # Explicitly false: with None transformers asks on the terminal whether to
+        # run the directory's code.
+        wrapper = load_tokenizer(path, {"trust_remote_code": False}, eos_token_ids=eos_token_ids)
+    except Exception as error:
+        raise ModelUnsupported(
+            f"the tokenizer in {path} cannot be loaded ({type(error).__name__}: {error}); expected "
+            "tokenizer.json and tokenizer_config.json of a known kind",
+            model=str(path),
+        ) from error
+    backend = getattr(wrapper, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelUnsupported(
+            f"the tokenizer in {path} has no tokenizer.json form; convert it with transformers",
+            model=str(path),
+        )
+    return FastCodec(backend, wrapper.bos_token), frozenset(wrapper.eos_token_ids)

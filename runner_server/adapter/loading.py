@@ -1,0 +1,305 @@
+"""From a directory to a model in memory, in steps that can be watched and cancelled.
+
+1. Find the directory and read its configuration; refuse what needs code of its own.
+2. Build the model with lazy weights: nothing is read yet, all sizes are known.
+3. Choose the format of the weights, and refuse what does not fit.
+4. Read the weights, part by part, reporting progress.
+5. Generate a token, which compiles what has to be compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten
+
+from mlxrunner.hostmemory import free_memory
+from runner_server.adapter.batch import MlxBatch
+from runner_server.adapter.codec import FastCodec, load_codec
+from runner_server.adapter.kv import Probe, probe
+from runner_server.adapter.names import dequantize_model, load_config, load_model
+from runner_server.errors import (
+    GenerationFailed,
+    InsufficientMemory,
+    InvalidField,
+    ModelNotFound,
+    ModelUnsupported,
+)
+from runner_server.messages import Dtype, LoadSpec, ModelInfo, Sampling, Token
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[int], None]
+
+_DEFAULT_CONTEXT = 4096
+_PREFILL_CHUNK = {"cpu": 128, "gpu": 1024}
+"""Tokens of a prompt in one step: running streams wait for it, and so does a cancel."""
+
+_MX_DTYPES = {
+    Dtype.FLOAT32: mx.float32,
+    Dtype.BFLOAT16: mx.bfloat16,
+    Dtype.FLOAT16: mx.float16,
+}
+
+
+class MlxModel:
+    """A model in memory.
+
+    Args:
+        model: The evaluated model.
+        codec: Its tokenizer.
+        info: What it is, and the limits in force.
+    """
+
+    def __init__(self, model: Module, codec: FastCodec, info: ModelInfo) -> None:
+        self._model = model
+        self.codec = codec
+        self.info = info
+
+    def new_batch(self) -> MlxBatch:
+        """An empty batch."""
+        return MlxBatch(self._model, self.info.parallel, _PREFILL_CHUNK[_device_kind()])
+
+
+def load(spec: LoadSpec, report: Report) -> MlxModel:
+    """Loads a model; see ``Backend.load`` for arguments and errors."""
+    mx.reset_peak_memory()
+    path = _find(spec.model)
+    config = _read_config(path)
+    report(1)
+    model, config = _build(path, config)
+    report(3)
+    plan = _plan(spec, model, config)
+    codec, eos_token_ids = load_codec(path, config.get("eos_token_id"))
+    report(5)
+    model = _convert(model, plan.dtype)
+    _read_weights(model, report)
+    info = _describe(spec, path, model, config, plan, eos_token_ids)
+    loaded = MlxModel(model, codec, info)
+    _warm_up(loaded)
+    report(100)
+    logger.info("loaded %s: %s", info.path, info)
+    return loaded
+
+
+def _find(model: str) -> Path:
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError, ValueError) as error:
+        raise ModelNotFound(
+            f"no model at {model!r}: it is no directory here and no hub id in the local Hugging "
+            "Face cache; give a directory that exists on this machine, or download the model first "
+            "(nothing is downloaded by this process)",
+            model=model,
+        ) from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    try:
+        config: dict[str, Any] = load_config(path)
+        model_type = config["model_type"]
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ModelUnsupported(
+            f"{file} cannot be used ({type(error).__name__}: {error}); expected the configuration "
+            "of a model, with its model_type",
+            model=str(path),
+        ) from error
+    if "model_file" in config:
+        raise ModelUnsupported(
+            f"{file} asks to run {config['model_file']!r} from the model's directory; this runner "
+            "never runs code that comes with a model; use a model of a built-in architecture",
+            model=str(path),
+        )
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", str(model_type)):
+        raise ModelUnsupported(f"{file}: {model_type!r} is no model_type", model=str(path))
+    return config
+
+
+def _build(path: Path, config: dict[str, Any]) -> tuple[Module, dict[str, Any]]:
+    try:
+        model, config = load_model(path, lazy=True)
+    except Exception as error:
+        raise ModelUnsupported(
+            f"{path} is no model that mlx_lm can build ({type(error).__name__}: {error}); "
+            f"model_type is {config['model_type']!r}",
+            model=str(path),
+        ) from error
+    return model, config
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a load has decided before it reads any weights; see ``ModelInfo``."""
+
+    dtype: Dtype
+    probe: Probe
+    max_context_length: int
+    context_length: int
+    limit_bytes: int
+
+
+def _plan(spec: LoadSpec, model: Module, config: dict[str, Any]) -> _Plan:
+    limit = spec.memory_limit_bytes or free_memory().available_bytes
+    longest = _max_context(config)
+    if spec.context_length and spec.context_length > longest:
+        text = f"{spec.context_length} is more than the {longest} tokens this model can handle"
+        raise InvalidField([("context_length", text)])
+    context = spec.context_length or min(longest, _DEFAULT_CONTEXT)
+    seen = probe(model)
+    kv_bytes = seen.kv_bytes(context) * spec.parallel
+    dtype = spec.dtype
+    if dtype is Dtype.AUTO:
+        on_cpu = _device_kind() == "cpu"
+        wide = sum(_needs(model, seen, kv_bytes, Dtype.FLOAT32))
+        dtype = Dtype.FLOAT32 if on_cpu and wide <= limit else Dtype.AS_STORED
+    weights, kv = _needs(model, seen, kv_bytes, dtype)
+    if weights + kv > limit:
+        raise InsufficientMemory(
+            f"the model needs {_gib(weights + kv)} ({_gib(weights)} weights, {_gib(kv)} KV cache "
+            f"for {spec.parallel} x {context} tokens) and {_gib(limit)} may be used; free memory, "
+            "or load with a smaller context_length, parallel or dtype",
+            requiredBytes=weights + kv,
+            availableBytes=limit,
+        )
+    return _Plan(dtype, seen, longest, context, limit)
+
+
+def _needs(model: Module, seen: Probe, kv_bytes: int, dtype: Dtype) -> tuple[int, int]:
+    """Bytes of weights and of KV cache if the weights are held as ``dtype``."""
+    if dtype is Dtype.AS_STORED:
+        return _weight_bytes(model), kv_bytes
+    size = _MX_DTYPES[dtype].size
+    return _logical_count(model) * size, kv_bytes * size // seen.kv_item_size
+
+
+def _logical_count(model: Module) -> int:
+    """Weights, counting each quantized one, which share 32-bit words, by itself."""
+    total = 0
+    for _, module in model.named_modules():
+        packed = 32 // module.bits if "scales" in module and hasattr(module, "bits") else 1
+        for name, value in module.items():
+            if isinstance(value, mx.array) and name not in ("scales", "biases"):
+                total += value.size * (packed if name == "weight" else 1)
+    return total
+
+
+def _convert(model: Module, dtype: Dtype) -> Module:
+    """Changes the format of lazy weights; they are converted as they are read."""
+    if dtype is not Dtype.AS_STORED:
+        model = dequantize_model(model)
+        model.set_dtype(_MX_DTYPES[dtype])
+    return model
+
+
+def _read_weights(model: Module, report: Report) -> None:
+    parameters = _arrays(model)
+    total = max(1, sum(value.nbytes for value in parameters))
+    done = 0
+    for value in parameters:
+        try:
+            mx.eval(value)
+        except RuntimeError as error:
+            raise ModelUnsupported(f"the weights cannot be read: {error}") from error
+        done += value.nbytes
+        report(5 + 90 * done // total)
+
+
+def _describe(
+    spec: LoadSpec,
+    path: Path,
+    model: Module,
+    config: dict[str, Any],
+    plan: _Plan,
+    eos_token_ids: frozenset[int],
+) -> ModelInfo:
+    quantization = config.get("quantization") or {}
+    held_quantized = plan.dtype is Dtype.AS_STORED
+    return ModelInfo(
+        name=path.name if Path(spec.model).expanduser().is_dir() else spec.model,
+        path=str(path),
+        architecture=str(config["model_type"]),
+        max_context_length=plan.max_context_length,
+        vocab_size=plan.probe.vocab_size,
+        weight_bytes=_weight_bytes(model),
+        dtype=_float_name(model),
+        quantization_bits=int(quantization.get("bits", 0)) if held_quantized else 0,
+        eos_token_ids=eos_token_ids,
+        context_length=plan.context_length,
+        parallel=spec.parallel,
+        limit_bytes=plan.limit_bytes,
+    )
+
+
+def _warm_up(model: MlxModel) -> None:
+    """Generates a token, so that kernels are compiled before the first user waits."""
+    batch = model.new_batch()
+    try:
+        batch.add(0, [0, 0], Sampling(top_k=min(2, model.info.vocab_size)))
+        while not any(isinstance(event, Token) for event in batch.step()):
+            pass
+    except Exception as error:
+        logger.exception("warm-up failed")
+        raise GenerationFailed(_warm_up_advice(error)) from error
+    finally:
+        batch.close()
+
+
+def _warm_up_advice(error: Exception) -> str:
+    if _device_kind() == "cpu" and not shutil.which("g++"):
+        return (
+            "MLX compiles kernels for the CPU with g++ at run time, and there is none here; "
+            "install it (Debian: apt-get install g++) and load again"
+        )
+    return (
+        f"the loaded model raised {type(error).__name__} at its first token; the runner's log has "
+        "the traceback"
+    )
+
+
+def _max_context(config: dict[str, Any]) -> int:
+    text = config.get("text_config") or {}
+    names = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+    values = [part[name] for part in (config, text) for name in names if name in part]
+    return int(values[0]) if values else _DEFAULT_CONTEXT
+
+
+def _weight_bytes(model: Module) -> int:
+    return sum(value.nbytes for value in _arrays(model))
+
+
+def _arrays(model: Module) -> list[mx.array]:
+    flat = cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))
+    return [value for _, value in flat]
+
+
+def _float_name(model: Module) -> str:
+    """The format most of the floating-point weights have."""
+    sizes: Counter[str] = Counter()
+    for value in _arrays(model):
+        if mx.issubdtype(value.dtype, mx.floating):
+            sizes[str(value.dtype).removeprefix("mlx.core.")] += value.size
+    return sizes.most_common(1)[0][0] if sizes else ""
+
+
+def _device_kind() -> str:
+    return "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

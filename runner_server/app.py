@@ -1,0 +1,255 @@
+"""Puts the server together: engine, services, listening, signals, the end."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import logging
+import os
+import signal
+import stat
+import sys
+from collections.abc import Coroutine
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
+
+from mlxrunner.handshake import HEALTH_SERVICES, SERVICE_NAME, ReadyLine
+from mlxrunner.v1 import runner_pb2_grpc
+from runner_server.backend import Backend
+from runner_server.config import ServerConfig
+from runner_server.engine import Engine
+from runner_server.errors import RunnerFault
+from runner_server.interceptor import ErrorInterceptor
+from runner_server.messages import LoadSpec
+from runner_server.orphan import OrphanGuard
+from runner_server.servicer import RunnerServicer
+
+logger = logging.getLogger(__name__)
+
+EXIT_ENGINE_DEAD = 70
+"""The engine could not recover; BSD's EX_SOFTWARE."""
+
+EXIT_CANNOT_START = 1
+
+_MAX_UNIX_PATH = 107 if sys.platform == "linux" else 103
+_DRAIN_SECONDS = 5.0
+_STREAM_GRACE_SECONDS = 0.5
+
+_OPTIONS = (
+    # With it a second server would share the port without an error.
+    ("grpc.so_reuseport", 0),
+    # Prompts of megabytes; the default is 4 MiB.
+    ("grpc.max_receive_message_length", 64 * 2**20),
+    # Clients in every language may ping a silent stream. The default answers with
+    # "too many pings" and closes the connection.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+
+class CannotListenError(Exception):
+    """The address cannot be listened on; the message says why."""
+
+
+class RunnerApp:
+    """One server with its engine, from start to end.
+
+    Args:
+        config: What it is started with.
+        backend: The model library.
+
+    Must be created on the running event loop.
+    """
+
+    def __init__(self, config: ServerConfig, backend: Backend) -> None:
+        self._config = config
+        self._stop = asyncio.Event()
+        self._dead = False
+        self._health = health.aio.HealthServicer()
+        self.engine = Engine(backend, max_queued=config.max_queued, on_death=self._on_death)
+        self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=_OPTIONS)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> ReadyLine:
+        """Listens, answers calls and begins to import the model library.
+
+        Returns:
+            Where it listens.
+
+        Raises:
+            CannotListenError: The address is bad, or in use.
+        """
+        self._add_services()
+        ready = await _listen(self._server, self._config.listen)
+        for name in HEALTH_SERVICES:
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await self._server.start()
+        self.engine.start()
+        if self._config.load:
+            self._spawn(self._load_first(self._config.load))
+        return ready
+
+    async def run(self) -> int:
+        """Serves until it is asked to stop, or the engine dies; returns the exit code."""
+        await self._stop.wait()
+        await self.close()
+        return EXIT_ENGINE_DEAD if self._dead else 0
+
+    def request_stop(self) -> None:
+        """Begins an orderly end."""
+        self._stop.set()
+
+    async def close(self) -> None:
+        """Refuses new work, ends streams, frees the model and closes the server."""
+        await self._health.enter_graceful_shutdown()
+        self.engine.stop()
+        drained = await asyncio.to_thread(self.engine.join, _DRAIN_SECONDS)
+        if not drained:
+            logger.error("the engine did not end within %.0f s; exiting anyway", _DRAIN_SECONDS)
+        await self._server.stop(_STREAM_GRACE_SECONDS)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _add_services(self) -> None:
+        servicer = RunnerServicer(self.engine, _version())
+        runner_pb2_grpc.add_RunnerServiceServicer_to_server(servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        _add_reflection(self._server)
+
+    def _on_death(self) -> None:
+        self._dead = True
+        self._spawn(self._health.enter_graceful_shutdown())
+        self._stop.set()
+
+    async def _load_first(self, spec: LoadSpec) -> None:
+        try:
+            await asyncio.wrap_future(self.engine.load(spec).future)
+        except RunnerFault as fault:
+            # The server stays: Status tells the reason, and Load may be called.
+            logger.error("could not load %s: %s", spec.model, fault)  # noqa: TRY400 - no bug
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _version() -> str:
+    return importlib.metadata.version("mlx-grpc-runner")
+
+
+async def _listen(server: grpc.aio.Server, listen: str) -> ReadyLine:
+    path = listen.removeprefix("unix:")
+    if path != listen:
+        _check_socket(Path(path))
+        # The socket file would get the umask's mode: nobody else may call.
+        mask = os.umask(0o177)
+        try:
+            _bind(server, listen)
+        finally:
+            os.umask(mask)
+        return ReadyLine("unix", path)
+    host, separator, port = listen.rpartition(":")
+    if not (separator and host and port.isdecimal()):
+        raise CannotListenError(f"--listen {listen!r}: expected HOST:PORT or unix:/path")
+    return ReadyLine("tcp", f"{host}:{_bind(server, listen)}")
+
+
+def _bind(server: grpc.aio.Server, listen: str) -> int:
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise CannotListenError(
+            f"cannot listen on {listen} (in use, or not an address of this machine); "
+            "port 0 takes a free one"
+        ) from error
+    return port
+
+
+def _check_socket(path: Path) -> None:
+    size = len(os.fsencode(path))
+    if size > _MAX_UNIX_PATH:
+        raise CannotListenError(
+            f"the socket's path has {size} bytes and this system allows {_MAX_UNIX_PATH}: {path}"
+        )
+    # gRPC would silently take a live server's socket away from it.
+    with suppress(FileNotFoundError):
+        kind = "a socket" if stat.S_ISSOCK(path.stat().st_mode) else "a file"
+        raise CannotListenError(
+            f"{path} exists already and is {kind}; remove it if no server uses it, or choose "
+            "another path"
+        )
+
+
+def _add_reflection(server: grpc.aio.Server) -> None:
+    names = (
+        SERVICE_NAME,
+        health.SERVICE_NAME,
+        reflection.SERVICE_NAME,
+        _REFLECTION_V1,
+    )
+    servicer = reflection.aio.ReflectionServicer(service_names=names)
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(  # type: ignore[no-untyped-call]
+        servicer, server
+    )  # its stub has no types
+    # v1 differs from v1alpha in its name only, and grpcio-reflection serves just
+    # the latter.
+    handler = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    generic = grpc.method_handlers_generic_handler(
+        _REFLECTION_V1, {"ServerReflectionInfo": handler}
+    )
+    server.add_generic_rpc_handlers((generic,))
+
+
+_REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
+
+
+def install_signals(app: RunnerApp) -> None:
+    """SIGINT and SIGTERM stop in order; a second one ends the process at once."""
+    loop = asyncio.get_running_loop()
+    seen: list[int] = []
+
+    def on_signal(number: int) -> None:
+        if seen:
+            os._exit(128 + number)
+        seen.append(number)
+        logger.info("stopping on %s", signal.Signals(number).name)
+        app.request_stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal, number)
+
+
+async def serve(config: ServerConfig, backend: Backend) -> int:
+    """Runs a server until it is asked to stop; prints the ready line.
+
+    Returns:
+        The exit code of the process.
+    """
+    app = RunnerApp(config, backend)
+    install_signals(app)
+    if config.exit_with_parent:
+        OrphanGuard(
+            partial(asyncio.get_running_loop().call_soon_threadsafe, app.request_stop)
+        ).start()
+    try:
+        ready = await app.start()
+    except CannotListenError as error:
+        logger.error("%s", error)  # noqa: TRY400 - the message is the whole story
+        await app.close()
+        return EXIT_CANNOT_START
+    sys.stdout.write(ready.format() + "\n")
+    sys.stdout.flush()
+    logger.info("listening on %s", ready.target)
+    return await app.run()

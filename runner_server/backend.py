@@ -1,0 +1,117 @@
+"""What the engine needs of a model library.
+
+``runner_server.adapter`` implements it with MLX; the tests implement it with
+plain Python. Everything here except :meth:`Backend.memory` and the codec is
+called on the engine thread only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from runner_server.messages import (
+    LoadSpec,
+    MemoryCounters,
+    ModelInfo,
+    Prefill,
+    Sampling,
+    Token,
+)
+
+
+class Codec(Protocol):
+    """A tokenizer that any thread may use."""
+
+    def encode(self, text: str, *, as_prompt: bool) -> list[int]:
+        """Splits text into ids; ``as_prompt`` adds the tokens a prompt begins with."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Joins ids into text; U+FFFD stands for bytes that are no character."""
+        ...
+
+
+class Batch(Protocol):
+    """Rows that are prefilled and decoded together."""
+
+    def add(self, row: int, prompt_ids: Sequence[int], sampling: Sampling) -> None:
+        """Begins a row; its prompt is evaluated in the steps that follow."""
+        ...
+
+    def remove(self, rows: Collection[int]) -> None:
+        """Ends rows and frees what they held."""
+        ...
+
+    def step(self) -> list[Prefill | Token]:
+        """Makes one decode step, then evaluates at most one chunk of prompts."""
+        ...
+
+    def close(self) -> None:
+        """Frees everything; the batch is not used again."""
+        ...
+
+
+class LoadedModel(Protocol):
+    """A model in memory."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """What it is, and the limits in force."""
+        ...
+
+    @property
+    def codec(self) -> Codec:
+        """Its tokenizer."""
+        ...
+
+    def new_batch(self) -> Batch:
+        """An empty batch."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ModelHandle:
+    """What others than the engine may hold of a loaded model: no weights.
+
+    Attributes:
+        info: What it is, and the limits in force.
+        codec: Its tokenizer.
+    """
+
+    info: ModelInfo
+    codec: Codec
+
+
+class Backend(Protocol):
+    """The model library."""
+
+    def open(self) -> str:
+        """Imports the library; returns the name of the device that computes."""
+        ...
+
+    def load(self, spec: LoadSpec, report: Callable[[int], None]) -> LoadedModel:
+        """Loads a model.
+
+        Args:
+            spec: What to load.
+            report: Called with the progress, 0 to 100, every fraction of a second
+                or so; what it raises ends the load.
+
+        Raises:
+            RunnerFault: One of the faults that ``Load`` documents.
+        """
+        ...
+
+    def memory(self) -> MemoryCounters:
+        """What the library holds; callable from any thread, before ``open`` too."""
+        ...
+
+    def release(self) -> None:
+        """Gives freed memory back to the system."""
+        ...
+
+    def close(self) -> None:
+        """Ends the use of the library on this thread."""
+        ...

@@ -1,0 +1,86 @@
+"""The engine's plain data as messages of the protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from google.protobuf.duration_pb2 import Duration
+
+from mlxrunner.v1 import runner_pb2 as pb
+from runner_server.messages import Done, DoneReason, ModelInfo, Piece, State, TokenLogprob
+
+STATES = {
+    State.IDLE: pb.STATE_IDLE,
+    State.LOADING: pb.STATE_LOADING,
+    State.ACTIVE: pb.STATE_ACTIVE,
+    State.FAILED: pb.STATE_FAILED,
+    State.STOPPING: pb.STATE_STOPPING,
+}
+
+_DONE_REASONS = {
+    DoneReason.STOP: pb.DONE_REASON_STOP,
+    DoneReason.LENGTH: pb.DONE_REASON_LENGTH,
+}
+
+Decode = Callable[[Sequence[int]], str]
+
+
+def duration(seconds: float) -> Duration:
+    """Seconds as a ``Duration``; never negative."""
+    value = Duration()
+    value.FromNanoseconds(max(0, round(seconds * 1e9)))
+    return value
+
+
+def model_message(info: ModelInfo) -> pb.Model:
+    """A loaded model."""
+    return pb.Model(
+        name=info.name,
+        path=info.path,
+        architecture=info.architecture,
+        context_length=info.max_context_length,
+        vocab_size=info.vocab_size,
+        weight_bytes=info.weight_bytes,
+        dtype=info.dtype,
+        quantization_bits=info.quantization_bits,
+        eos_token_ids=sorted(info.eos_token_ids),
+    )
+
+
+def piece_message(piece: Piece, decode: Decode) -> pb.CompletionResponse:
+    """A piece of a stream; ``decode`` gives the text of single tokens."""
+    message = pb.CompletionResponse(content=piece.text, token_ids=piece.token_ids)
+    message.logprobs.extend(_logprob_message(entry, decode) for entry in piece.logprobs)
+    if piece.prefill:
+        evaluated, total = piece.prefill
+        message.prompt_progress.CopyFrom(
+            pb.PromptProgress(evaluated_count=evaluated, total_count=total)
+        )
+    if piece.done:
+        message.MergeFrom(_done_message(piece.done))
+    return message
+
+
+def _done_message(done: Done) -> pb.CompletionResponse:
+    return pb.CompletionResponse(
+        done=True,
+        done_reason=_DONE_REASONS[done.reason],
+        stop_match=done.stop_match,
+        prompt_eval_count=done.prompt_count,
+        prompt_eval_duration=duration(done.prompt_seconds),
+        eval_count=done.eval_count,
+        eval_duration=duration(done.eval_seconds),
+        queue_duration=duration(done.queue_seconds),
+    )
+
+
+def _logprob_message(entry: TokenLogprob, decode: Decode) -> pb.TokenLogprob:
+    return pb.TokenLogprob(
+        token_id=entry.token_id,
+        text=decode([entry.token_id]),
+        logprob=entry.logprob,
+        top=[
+            pb.TopLogprob(token_id=token_id, text=decode([token_id]), logprob=logprob)
+            for token_id, logprob in entry.top
+        ],
+    )

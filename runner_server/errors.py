@@ -1,0 +1,182 @@
+"""Every failure a caller can see, and the one table that puts it on the wire.
+
+An exception of this module carries the message for a person and the numbers
+for a program. :func:`to_status` turns it into a ``google.rpc.Status`` with one
+``ErrorInfo``, and with ``BadRequest`` or ``RetryInfo`` where the table of the
+protocol asks for it. Nothing else reaches a client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+from mlxrunner.handshake import ERROR_DOMAIN
+from mlxrunner.v1 import runner_pb2 as pb
+
+_MAX_TEXT = 512
+"""Longest message or metadata value, in characters: trailers are to stay under 2 KB."""
+
+_MAX_VIOLATIONS = 4
+
+
+class RunnerFault(Exception):
+    """A failure with its place in the error table.
+
+    Args:
+        message: What happened, the numbers, what to do.
+        metadata: The numbers for programs: lowerCamelCase keys, units in the key.
+    """
+
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+    reason: ClassVar[pb.ErrorReason.ValueType] = pb.ERROR_REASON_GENERATION_FAILED
+
+    def __init__(self, message: str, **metadata: str | int) -> None:
+        super().__init__(message)
+        self.metadata = {key: str(value) for key, value in metadata.items()}
+
+    def details(self) -> list[Message]:
+        """The details besides ``ErrorInfo``."""
+        return []
+
+
+class InvalidField(RunnerFault):
+    """Fields of the request are missing or out of range.
+
+    Args:
+        violations: Pairs of a field's path and what is wrong with it; at least one.
+    """
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+    reason = pb.ERROR_REASON_INVALID_FIELD
+
+    def __init__(self, violations: Sequence[tuple[str, str]]) -> None:
+        super().__init__("; ".join(f"{field}: {text}" for field, text in violations))
+        self.violations = violations
+
+    def details(self) -> list[Message]:
+        """One ``BadRequest`` that names the fields."""
+        bad = error_details_pb2.BadRequest()
+        for field, text in self.violations[:_MAX_VIOLATIONS]:
+            bad.field_violations.add(field=_cut(field, 64), description=_cut(text, 128))
+        return [bad]
+
+
+class PromptTooLong(RunnerFault):
+    """The prompt does not fit the context."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+    reason = pb.ERROR_REASON_PROMPT_TOO_LONG
+
+    def __init__(self, prompt_tokens: int, context_length: int) -> None:
+        super().__init__(
+            f"the prompt has {prompt_tokens} tokens and the context holds {context_length}, one of "
+            f"which a new token needs; shorten the prompt or load with a larger context_length",
+            promptTokens=prompt_tokens,
+            contextLength=context_length,
+        )
+
+
+class ModelNotFound(RunnerFault):
+    """There is no model at that place."""
+
+    code = grpc.StatusCode.NOT_FOUND
+    reason = pb.ERROR_REASON_MODEL_NOT_FOUND
+
+
+class ModelUnsupported(RunnerFault):
+    """The files are no model this runner can load, or need code of their own."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = pb.ERROR_REASON_MODEL_UNSUPPORTED
+
+
+class ModelNotLoaded(RunnerFault):
+    """The call needs a model and none is loaded."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = pb.ERROR_REASON_MODEL_NOT_LOADED
+
+    def __init__(self) -> None:
+        super().__init__("no model is loaded; call Load first")
+
+
+class Busy(RunnerFault):
+    """Another load or unload runs."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = pb.ERROR_REASON_BUSY
+
+    def __init__(self) -> None:
+        super().__init__("a load or unload is running; wait for it, or cancel the load's call")
+
+
+class InsufficientMemory(RunnerFault):
+    """Weights or KV cache do not fit."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = pb.ERROR_REASON_INSUFFICIENT_MEMORY
+
+
+class QueueFull(RunnerFault):
+    """Too many requests wait.
+
+    Args:
+        queued: How many wait.
+        retry_seconds: When a place should be free again.
+    """
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = pb.ERROR_REASON_QUEUE_FULL
+
+    def __init__(self, queued: int, retry_seconds: float) -> None:
+        super().__init__(
+            f"{queued} requests wait already; retry in {retry_seconds:.1f} s or use another runner",
+            queuedCount=queued,
+        )
+        self.retry_seconds = retry_seconds
+
+    def details(self) -> list[Message]:
+        """One ``RetryInfo``."""
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(round(self.retry_seconds * 1000))
+        return [error_details_pb2.RetryInfo(retry_delay=delay)]
+
+
+class ShuttingDown(RunnerFault):
+    """The process stops, or the model of the call goes away."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    reason = pb.ERROR_REASON_SHUTTING_DOWN
+
+
+class GenerationFailed(RunnerFault):
+    """MLX raised."""
+
+    code = grpc.StatusCode.INTERNAL
+    reason = pb.ERROR_REASON_GENERATION_FAILED
+
+
+def to_status(fault: RunnerFault) -> status_pb2.Status:
+    """Puts a fault into the form that goes on the wire, under 2 KB."""
+    info = error_details_pb2.ErrorInfo(
+        domain=ERROR_DOMAIN,
+        reason=pb.ErrorReason.Name(fault.reason).removeprefix("ERROR_REASON_"),
+        metadata={key: _cut(value, 256) for key, value in fault.metadata.items()},
+    )
+    # grpc.StatusCode.value is (number, name); the number is the wire's code.
+    status = status_pb2.Status(code=fault.code.value[0], message=_cut(str(fault), _MAX_TEXT))
+    for detail in (info, *fault.details()):
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."

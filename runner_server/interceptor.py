@@ -1,0 +1,85 @@
+"""The one place where a failure of a handler becomes a gRPC status."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import grpc
+from grpc_status import rpc_status
+
+from runner_server.errors import GenerationFailed, RunnerFault, to_status
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    # Handlers of every message type pass through here, so their types are open.
+    _Handler = grpc.RpcMethodHandler[Any, Any]
+    _Context = grpc.aio.ServicerContext[Any, Any]
+    _Behaviour = Callable[[Any, _Context], Any]
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Answers every exception of a handler from the error table.
+
+    Without it an unknown exception would reach the client as UNKNOWN with the
+    exception's text.
+    """
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> _Handler | None:
+        """Wraps the handler of a unary or a server-streaming call."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming:
+            return handler
+        if handler.response_streaming:
+            make, behaviour = grpc.unary_stream_rpc_method_handler, _guard_stream(handler)
+        else:
+            make, behaviour = grpc.unary_unary_rpc_method_handler, _guard_unary(handler)
+        return make(behaviour, handler.request_deserializer, handler.response_serializer)
+
+
+def _guard_unary(handler: _Handler) -> _Behaviour:
+    inner: Any = handler.unary_unary
+
+    async def call(request: object, context: _Context) -> object:
+        try:
+            return await inner(request, context)
+        except (grpc.RpcError, grpc.aio.AbortError):
+            raise
+        except Exception as error:  # noqa: BLE001 - the last line before the wire
+            await _abort(context, error)
+
+    return call
+
+
+def _guard_stream(handler: _Handler) -> _Behaviour:
+    inner: Any = handler.unary_stream
+
+    async def call(request: object, context: _Context) -> AsyncIterator[object]:
+        try:
+            # aclosing: a cancelled call must run the handler's `finally` now,
+            # not when the garbage collector comes by.
+            async with aclosing(inner(request, context)) as replies:
+                async for reply in replies:
+                    yield reply
+        except (grpc.RpcError, grpc.aio.AbortError):
+            raise
+        except Exception as error:  # noqa: BLE001 - the last line before the wire
+            await _abort(context, error)
+
+    return call
+
+
+async def _abort(context: _Context, error: Exception) -> NoReturn:
+    if not isinstance(error, RunnerFault):
+        logger.error("unexpected error in a handler", exc_info=error)
+        error = GenerationFailed("an unexpected error; the log of the runner has the traceback")
+    status: Any = rpc_status.to_status(to_status(error))
+    await context.abort_with_status(status)
+    raise AssertionError("abort returned")

@@ -1,0 +1,209 @@
+"""What passes between the servicer, the engine and the model adapter.
+
+Plain frozen dataclasses: nothing of protobuf, nothing of MLX. Whoever holds one
+may keep it on any thread.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+
+class State(enum.Enum):
+    """What the engine is doing."""
+
+    IDLE = "idle"
+    LOADING = "loading"
+    ACTIVE = "active"
+    FAILED = "failed"
+    STOPPING = "stopping"
+
+
+class Dtype(enum.Enum):
+    """In which format weights are held; see ``Dtype`` in the protocol."""
+
+    AUTO = "auto"
+    AS_STORED = "as_stored"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class DoneReason(enum.Enum):
+    """Why a completion ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True)
+class LoadSpec:
+    """A model to load.
+
+    Attributes:
+        model: A directory, or a hub id in the local cache.
+        context_length: Longest sequence in tokens; None = the model's, at most 4,096.
+        parallel: Completions decoded together.
+        dtype: How to hold the weights.
+        memory_limit_bytes: Most memory for weights and KV; None = what is free.
+    """
+
+    model: str
+    context_length: int | None = None
+    parallel: int = 4
+    dtype: Dtype = Dtype.AUTO
+    memory_limit_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A loaded model, as the protocol's ``Model`` describes it, with its limits.
+
+    Attributes:
+        max_context_length: The model's own limit, in tokens.
+        context_length: The limit in force, in tokens.
+        parallel: Completions decoded together.
+        limit_bytes: The most memory it may take.
+    """
+
+    name: str
+    path: str
+    architecture: str
+    max_context_length: int
+    vocab_size: int
+    weight_bytes: int
+    dtype: str
+    quantization_bits: int
+    eos_token_ids: frozenset[int]
+    context_length: int
+    parallel: int
+    limit_bytes: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; see ``CompletionOptions`` in the protocol.
+
+    Attributes:
+        top_k: 0 = off.
+        repeat_last_n: 0 = none, -1 = all.
+        seed: Any 64-bit number; the servicer draws one where the caller gave none.
+        logit_bias: Pairs of token id and what is added to its logit.
+        logprobs: How many likely tokens to report; None = no log probabilities.
+    """
+
+    temperature: float = 0.8
+    top_p: float = 0.9
+    min_p: float = 0.0
+    top_k: int = 40
+    repeat_last_n: int = 64
+    repeat_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class CompletionSpec:
+    """A completion that has passed validation.
+
+    Attributes:
+        prompt_ids: At least one token, fewer than the context holds.
+        max_tokens: Tokens to generate at most; with the prompt they fit the context.
+        stop: Strings that end the text.
+        request_id: The caller's name for it, for the log.
+    """
+
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    request_id: str = ""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely a token was, and the likeliest at its place (id, logprob)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """The adapter evaluated a part of a row's prompt.
+
+    Attributes:
+        row: The row's id.
+        evaluated: Tokens so far.
+        total: Tokens of the prompt.
+    """
+
+    row: int
+    evaluated: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Token:
+    """The adapter generated a token of a row."""
+
+    row: int
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a completion ended; durations in seconds."""
+
+    reason: DoneReason
+    stop_match: str
+    prompt_count: int
+    eval_count: int
+    queue_seconds: float
+    prompt_seconds: float
+    eval_seconds: float
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a stream has for its reader."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prefill: tuple[int, int] | None = None
+    done: Done | None = None
+
+
+@dataclass(frozen=True)
+class MemoryCounters:
+    """What MLX holds, in bytes."""
+
+    active_bytes: int = 0
+    cache_bytes: int = 0
+    peak_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What the engine does, read without waiting for it.
+
+    Attributes:
+        progress: 0 to 100.
+        last_progress_age: Seconds since it last moved; None when it has nothing to do.
+    """
+
+    state: State
+    progress: int
+    model: ModelInfo | None
+    running_count: int
+    queued_count: int
+    step_count: int
+    last_progress_age: float | None
+    last_error: str

@@ -1,0 +1,63 @@
+"""Ends the process when its parent does, however the parent ends.
+
+The sign is the end of file on stdin, a pipe whose writing end only the parent
+holds: the kernel closes it in every case. The parent's process id is looked at as
+well, because a fork of the parent may have kept the pipe open. Neither
+PR_SET_PDEATHSIG (it follows a thread, and macOS has none) nor ``getppid() == 1``
+(wrong under subreapers and when the parent is process 1) would do.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.5
+_GRACE_SECONDS = 1.0
+"""After the parent's end: with the poll before it, it stays under the promised 2 s."""
+
+
+class OrphanGuard:
+    """Watches the parent from daemon threads.
+
+    Args:
+        on_orphaned: Called once, on one of the threads; should begin an orderly stop.
+            The process is ended if it is still there after a grace time.
+    """
+
+    def __init__(self, on_orphaned: Callable[[], object]) -> None:
+        self._on_orphaned = on_orphaned
+        self._parent = os.getppid()
+        self._once = threading.Lock()
+
+    def start(self) -> None:
+        """Starts to watch."""
+        for target in (self._watch_stdin, self._watch_parent):
+            threading.Thread(target=target, name=target.__name__, daemon=True).start()
+
+    def _watch_stdin(self) -> None:
+        try:
+            while os.read(sys.__stdin__.fileno() if sys.__stdin__ else 0, 4096):
+                pass
+        except OSError:
+            logger.exception("stdin cannot be read; it should be a pipe held by the parent")
+        self._end("its stdin was closed")
+
+    def _watch_parent(self) -> None:
+        while os.getppid() == self._parent:
+            time.sleep(_POLL_SECONDS)
+        self._end(f"the parent, process {self._parent}, is gone")
+
+    def _end(self, sign: str) -> None:
+        if not self._once.acquire(blocking=False):
+            return
+        logger.warning("the parent has ended (%s): stopping", sign)
+        self._on_orphaned()
+        time.sleep(_GRACE_SECONDS)
+        os._exit(1)

@@ -1,0 +1,153 @@
+"""The service: messages in, checks, the engine, messages out. It knows no MLX."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import grpc
+import psutil
+
+from mlxrunner.v1 import runner_pb2 as pb
+from mlxrunner.v1 import runner_pb2_grpc
+from runner_server.backend import ModelHandle
+from runner_server.convert import STATES, duration, model_message, piece_message
+from runner_server.engine import Engine, Ticket
+from runner_server.errors import InvalidField
+from runner_server.validation import check_completion, check_token_ids, completion_spec, load_spec
+
+if TYPE_CHECKING:
+    _Context = grpc.aio.ServicerContext[Any, Any]
+
+_T = TypeVar("_T")
+
+_MAX_ANSWER_TOKENS = 1_000_000
+"""Token ids in one answer: at most three bytes each, so under gRPC's usual 4 MiB."""
+
+_MAX_ANSWER_BYTES = 4 * 2**20 - 1024
+
+
+class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
+    """Answers ``mlxrunner.v1.RunnerService`` from one engine.
+
+    Args:
+        engine: The started engine.
+        version: The version of the server.
+    """
+
+    def __init__(self, engine: Engine, version: str) -> None:
+        self._engine = engine
+        self._version = version
+        self._started = time.monotonic()
+        self._runner_id = secrets.token_hex(8)
+        self._process = psutil.Process()
+
+    async def Load(self, request: pb.LoadRequest, context: _Context) -> pb.LoadResponse:  # noqa: ARG002
+        """Loads a model."""
+        started = time.monotonic()
+        ticket = self._engine.load(load_spec(request))
+        info = await _outcome(ticket)
+        return pb.LoadResponse(
+            model=model_message(info), load_duration=duration(time.monotonic() - started)
+        )
+
+    async def Unload(self, request: pb.UnloadRequest, context: _Context) -> pb.UnloadResponse:  # noqa: ARG002
+        """Unloads the model."""
+        freed = await _outcome(self._engine.unload())
+        return pb.UnloadResponse(freed_bytes=freed)
+
+    async def Status(self, request: pb.StatusRequest, context: _Context) -> pb.StatusResponse:  # noqa: ARG002
+        """Tells what the process does and holds."""
+        snapshot = self._engine.snapshot()
+        memory = self._engine.memory()
+        answer = pb.StatusResponse(
+            state=STATES[snapshot.state],
+            progress=snapshot.progress,
+            memory=memory.active_bytes + memory.cache_bytes,
+            memory_usage=pb.MemoryUsage(
+                active_bytes=memory.active_bytes,
+                cache_bytes=memory.cache_bytes,
+                peak_bytes=memory.peak_bytes,
+                process_bytes=self._process.memory_info().rss,
+            ),
+            running_count=snapshot.running_count,
+            queued_count=snapshot.queued_count,
+            step_count=snapshot.step_count,
+            uptime_duration=duration(time.monotonic() - self._started),
+            runner_id=self._runner_id,
+            pid=os.getpid(),
+            device=self._engine.device,
+            server_version=self._version,
+            last_error=snapshot.last_error,
+        )
+        if snapshot.last_progress_age is not None:
+            answer.last_progress_age.CopyFrom(duration(snapshot.last_progress_age))
+        if snapshot.model:
+            answer.model.CopyFrom(model_message(snapshot.model))
+            answer.context_length = snapshot.model.context_length
+            answer.parallel = snapshot.model.parallel
+            answer.memory_usage.limit_bytes = snapshot.model.limit_bytes
+        return answer
+
+    async def Completion(
+        self,
+        request: pb.CompletionRequest,
+        context: _Context,  # noqa: ARG002 - the generated base class names it
+    ) -> AsyncIterator[pb.CompletionResponse]:
+        """Streams a completion."""
+        model = self._engine.model()
+        sampling = check_completion(request, model.info)
+        prompt_ids = await _prompt_ids(request, model)
+        spec = completion_spec(request, sampling, model.info, prompt_ids)
+        completion = self._engine.submit(model, spec)
+        try:
+            async for piece in completion.stream.pieces():
+                yield piece_message(piece, model.codec.decode)
+        finally:
+            # A client that goes away, or whose deadline passes, ends up here too.
+            self._engine.cancel(completion)
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:  # noqa: ARG002
+        """Splits text into token ids."""
+        model = self._engine.model()
+        ids = await asyncio.to_thread(
+            model.codec.encode, request.content, as_prompt=request.add_special_tokens
+        )
+        if len(ids) > _MAX_ANSWER_TOKENS:
+            text = f"{len(ids)} tokens; at most {_MAX_ANSWER_TOKENS} fit an answer; split the text"
+            raise InvalidField([("content", text)])
+        return pb.TokenizeResponse(token_ids=ids)
+
+    async def Detokenize(
+        self,
+        request: pb.DetokenizeRequest,
+        context: _Context,  # noqa: ARG002 - the generated base class names it
+    ) -> pb.DetokenizeResponse:
+        """Joins token ids into text."""
+        model = self._engine.model()
+        check_token_ids("token_ids", request.token_ids, model.info.vocab_size)
+        text = await asyncio.to_thread(model.codec.decode, request.token_ids)
+        size = len(text.encode())
+        if size > _MAX_ANSWER_BYTES:
+            problem = f"their text has {size} bytes; at most {_MAX_ANSWER_BYTES} fit an answer"
+            raise InvalidField([("token_ids", problem)])
+        return pb.DetokenizeResponse(content=text)
+
+
+async def _outcome(ticket: Ticket[_T]) -> _T:
+    try:
+        return await asyncio.wrap_future(ticket.future)
+    except asyncio.CancelledError:
+        ticket.cancelled.set()
+        raise
+
+
+async def _prompt_ids(request: pb.CompletionRequest, model: ModelHandle) -> Sequence[int]:
+    if request.WhichOneof("input") == "prompt_token_ids":
+        return request.prompt_token_ids.ids
+    # On another thread: a prompt of megabytes must not delay other calls.
+    return await asyncio.to_thread(model.codec.encode, request.prompt, as_prompt=True)

@@ -1,0 +1,218 @@
+"""Checks requests against the ranges the protocol states, before anything is queued.
+
+Whatever could raise in a step of the batch is refused here, by the field's name.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
+
+from google.protobuf.message import Message
+
+from mlxrunner.v1 import runner_pb2 as pb
+from runner_server.errors import InvalidField, PromptTooLong
+from runner_server.messages import CompletionSpec, Dtype, LoadSpec, ModelInfo, Sampling
+
+_T = TypeVar("_T")
+
+_MAX_INT32 = 2**31 - 1
+_MAX_MODEL_CHARS = 4096
+_MAX_PARALLEL = 256
+_MAX_LOGPROBS = 20
+_MAX_STOPS = 64
+_MAX_STOP_CHARS = 1024
+_MAX_BIASES = 1024
+_MAX_BIAS = 100.0
+_MAX_REQUEST_ID_CHARS = 128
+
+_DTYPES = {
+    pb.DTYPE_UNSPECIFIED: Dtype.AUTO,
+    pb.DTYPE_AUTO: Dtype.AUTO,
+    pb.DTYPE_AS_STORED: Dtype.AS_STORED,
+    pb.DTYPE_FLOAT32: Dtype.FLOAT32,
+    pb.DTYPE_BFLOAT16: Dtype.BFLOAT16,
+    pb.DTYPE_FLOAT16: Dtype.FLOAT16,
+}
+
+
+class _Checker:
+    """Collects what is wrong with a request, so that one answer names it all."""
+
+    def __init__(self) -> None:
+        self.violations: list[tuple[str, str]] = []
+
+    def require(self, field: str, ok: bool, text: str) -> None:
+        if not ok:
+            self.violations.append((field, text))
+
+    def number(
+        self, message: Message, field: str, low: float, high: float, *, above: bool = False
+    ) -> None:
+        """Checks a field that is set; ``above`` leaves the lower end out of the range."""
+        if not message.HasField(field):
+            return
+        value = getattr(message, field)
+        inside = math.isfinite(value) and low <= value <= high and not (above and value == low)
+        bounds = f"{'above ' if above else ''}{low:g} to {high:g}"
+        self.require(_path(message, field), inside, f"{value:g} is not in the range {bounds}")
+
+    def finish(self) -> None:
+        if self.violations:
+            raise InvalidField(self.violations)
+
+
+def load_spec(request: pb.LoadRequest) -> LoadSpec:
+    """Checks a load request.
+
+    Raises:
+        InvalidField: Something is missing or out of range.
+    """
+    check = _Checker()
+    check.require("model", bool(request.model), "required: a directory or a hub id")
+    too_long = len(request.model) > _MAX_MODEL_CHARS or "\0" in request.model
+    check.require("model", not too_long, f"at most {_MAX_MODEL_CHARS} characters, none of them NUL")
+    check.number(request, "context_length", 2, _MAX_INT32)
+    check.number(request, "parallel", 1, _MAX_PARALLEL)
+    check.number(request, "memory_limit_bytes", 1, 2**63 - 1)
+    known = request.dtype in _DTYPES
+    check.require("dtype", known, f"{request.dtype} is not a format this server knows")
+    check.finish()
+    plain = LoadSpec(request.model)
+    return LoadSpec(
+        model=request.model,
+        context_length=_given(request, "context_length", int, plain.context_length),
+        parallel=_given(request, "parallel", int, plain.parallel),
+        dtype=_DTYPES[request.dtype],
+        memory_limit_bytes=_given(request, "memory_limit_bytes", int, plain.memory_limit_bytes),
+    )
+
+
+def check_completion(request: pb.CompletionRequest, model: ModelInfo) -> Sampling:
+    """Checks everything of a completion but its prompt, and resolves the defaults.
+
+    Raises:
+        InvalidField: Something is missing or out of range.
+    """
+    check = _Checker()
+    _check_input(check, request, model)
+    _check_numbers(check, request.options, model)
+    _check_stops(check, request.options.stop)
+    _check_bias(check, request.options, model)
+    check.number(request, "logprobs", 0, min(_MAX_LOGPROBS, model.vocab_size))
+    length = len(request.request_id)
+    too_long = f"{length} characters; at most {_MAX_REQUEST_ID_CHARS}"
+    check.require("request_id", length <= _MAX_REQUEST_ID_CHARS, too_long)
+    check.finish()
+    return _sampling(request, model)
+
+
+def completion_spec(
+    request: pb.CompletionRequest, sampling: Sampling, model: ModelInfo, prompt_ids: Sequence[int]
+) -> CompletionSpec:
+    """Fits a checked completion into the context.
+
+    Raises:
+        InvalidField: The prompt has no tokens.
+        PromptTooLong: Prompt and one token do not fit.
+    """
+    if not prompt_ids:
+        raise InvalidField([("prompt", "the prompt has no tokens")])
+    room = model.context_length - len(prompt_ids)
+    if room < 1:
+        raise PromptTooLong(len(prompt_ids), model.context_length)
+    options = request.options
+    wanted = options.num_predict if options.HasField("num_predict") else room
+    return CompletionSpec(
+        prompt_ids=tuple(prompt_ids),
+        max_tokens=min(wanted, room),
+        sampling=sampling,
+        stop=tuple(options.stop),
+        request_id=request.request_id,
+    )
+
+
+def check_token_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
+    """Checks that ids are in the vocabulary.
+
+    Raises:
+        InvalidField: One is not; the message names the first.
+    """
+    if not ids or (min(ids) >= 0 and max(ids) < vocab_size):
+        return
+    at, bad = next((i, id_) for i, id_ in enumerate(ids) if not 0 <= id_ < vocab_size)
+    raise InvalidField([(f"{field}[{at}]", f"{bad} is not a token id: 0 to {vocab_size - 1}")])
+
+
+def _check_input(check: _Checker, request: pb.CompletionRequest, model: ModelInfo) -> None:
+    match request.WhichOneof("input"):
+        case "prompt":
+            check.require("prompt", bool(request.prompt), "the prompt is empty")
+        case "prompt_token_ids":
+            ids = request.prompt_token_ids.ids
+            check.require("prompt_token_ids", bool(ids), "the prompt is empty")
+            check_token_ids("prompt_token_ids.ids", ids, model.vocab_size)
+        case _:
+            check.require("input", ok=False, text="required: prompt or prompt_token_ids")
+
+
+def _check_numbers(check: _Checker, options: pb.CompletionOptions, model: ModelInfo) -> None:
+    check.number(options, "temperature", 0, 100)
+    check.number(options, "top_p", 0, 1, above=True)
+    check.number(options, "min_p", 0, 1)
+    check.number(options, "top_k", 0, model.vocab_size)
+    check.number(options, "repeat_last_n", -1, _MAX_INT32)
+    check.number(options, "repeat_penalty", 0, 100, above=True)
+    check.number(options, "presence_penalty", -100, 100)
+    check.number(options, "frequency_penalty", -100, 100)
+    check.number(options, "num_predict", 1, _MAX_INT32)
+
+
+def _check_stops(check: _Checker, stops: Sequence[str]) -> None:
+    check.require("options.stop", len(stops) <= _MAX_STOPS, f"{len(stops)}; at most {_MAX_STOPS}")
+    for i, stop in enumerate(stops[:_MAX_STOPS]):
+        inside = 1 <= len(stop) <= _MAX_STOP_CHARS
+        text = f"{len(stop)} characters; 1 to {_MAX_STOP_CHARS}"
+        check.require(f"options.stop[{i}]", inside, text)
+
+
+def _check_bias(check: _Checker, options: pb.CompletionOptions, model: ModelInfo) -> None:
+    bias = options.logit_bias
+    many = f"{len(bias)} entries; at most {_MAX_BIASES}"
+    check.require("options.logit_bias", len(bias) <= _MAX_BIASES, many)
+    for token_id, value in bias.items():
+        field = f"options.logit_bias[{token_id}]"
+        known = 0 <= token_id < model.vocab_size
+        check.require(field, known, f"not a token id: 0 to {model.vocab_size - 1}")
+        # NaN compares false, so it is refused too.
+        check.require(field, -_MAX_BIAS <= value <= _MAX_BIAS, f"{value:g} is not in -100 to 100")
+
+
+def _sampling(request: pb.CompletionRequest, model: ModelInfo) -> Sampling:
+    options = request.options
+    given = partial(_given, options)
+    plain = Sampling()
+    return Sampling(
+        temperature=given("temperature", float, plain.temperature),
+        top_p=given("top_p", float, plain.top_p),
+        min_p=given("min_p", float, plain.min_p),
+        top_k=given("top_k", int, min(plain.top_k, model.vocab_size)),
+        repeat_last_n=given("repeat_last_n", int, plain.repeat_last_n),
+        repeat_penalty=given("repeat_penalty", float, plain.repeat_penalty),
+        presence_penalty=given("presence_penalty", float, plain.presence_penalty),
+        frequency_penalty=given("frequency_penalty", float, plain.frequency_penalty),
+        seed=given("seed", int, secrets.randbits(63)),
+        logit_bias=tuple(options.logit_bias.items()),
+        logprobs=request.logprobs if request.HasField("logprobs") else None,
+    )
+
+
+def _given(message: Message, field: str, convert: Callable[[float], _T], default: _T) -> _T:
+    return convert(getattr(message, field)) if message.HasField(field) else default
+
+
+def _path(message: Message, field: str) -> str:
+    return f"options.{field}" if isinstance(message, pb.CompletionOptions) else field
