@@ -196,9 +196,7 @@ def _add_reflection(server: grpc.aio.Server) -> None:
         _REFLECTION_V1,
     )
     servicer = reflection.aio.ReflectionServicer(service_names=names)
-    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(  # type: ignore[no-untyped-call]
-        servicer, server
-    )  # its stub has no types
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)
     # v1 differs from v1alpha in its name only, and grpcio-reflection serves just
     # the latter.
     handler = grpc.stream_stream_rpc_method_handler(

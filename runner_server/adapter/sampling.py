@@ -133,7 +133,7 @@ class RowSampler:
             self._recorded.append(_likelihoods(self._raw, token, self._sampling.logprobs))
             # Computed along with the step: asked for later, it would wait for the
             # step after it.
-            mx.async_eval(self._recorded[-1])  # type: ignore[no-untyped-call] # no types in mlx
+            mx.async_eval(self._recorded[-1])
         return token
 
     def next_logprob(self, token_id: int) -> TokenLogprob:

@@ -1,0 +1,90 @@
+# Everything a newcomer and CI need. `make` alone prints this list.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The stubs decide the lowest grpcio and protobuf that work: raise only on purpose,
+# together with the floors in pyproject.toml and tests/floor.txt.
+PROTO_VENV := .venv-proto
+PROTO_TOOLS := grpcio-tools==1.76.0 mypy-protobuf==5.1.0 protobuf==6.33.6
+PROTO_DIR := proto/mlxrunner/v1
+# The MLX backend: on macOS the server is complete, on Linux `make run EXTRA=cuda12`
+# or cuda13 takes the graphics card instead of the processor.
+EXTRA ?= $(if $(filter Darwin,$(shell uname -s)),server,cpu)
+
+.PHONY: help
+help: ## Print this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+.PHONY: run
+run: $(VENV)/.installed ## Set everything up and run the demo
+	@$(BIN)/mlx-runner demo
+
+.PHONY: test
+test: $(VENV)/.installed-dev ## Set everything up and run all tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: lint
+lint: $(VENV)/.installed-dev ## Check style, types and the protocol's rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/buf lint
+
+.PHONY: format
+format: $(VENV)/.installed-dev ## Rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/buf format -w
+
+.PHONY: proto
+proto: $(PROTO_VENV)/.installed ## Generate the stubs from the protocol
+	$(call generate,proto)
+
+.PHONY: check-proto
+check-proto: $(PROTO_VENV)/.installed ## Fail if the committed stubs are stale
+	@out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; \
+	$(call generate,"$$out"); \
+	for file in runner_pb2.py runner_pb2.pyi runner_pb2_grpc.py runner_pb2_grpc.pyi; do \
+	  cmp "$$out/mlxrunner/v1/$$file" "$(PROTO_DIR)/$$file" \
+	    || { echo "stale stubs: run 'make proto' and commit the result" >&2; exit 1; }; \
+	done; echo "the stubs are those of runner.proto"
+
+.PHONY: test-floor
+test-floor: ## Run the tests with the lowest versions that pyproject.toml allows
+	$(PYTHON) -m venv --clear .venv-floor
+	.venv-floor/bin/pip install --quiet --upgrade pip
+	.venv-floor/bin/pip install --quiet --editable '.[$(EXTRA)]' --group dev --constraint tests/floor.txt
+	.venv-floor/bin/python -m pytest $(ARGS)
+
+.PHONY: clean
+clean: ## Remove environments and caches
+	rm -rf .venv .venv-proto .venv-floor .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed; this is $$($(PYTHON) --version). Set PYTHON=." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --editable '.[$(EXTRA)]'
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --editable '.[$(EXTRA)]' --group dev
+	@touch $(VENV)/.installed $@
+
+$(PROTO_VENV)/.installed: Makefile
+	$(PYTHON) -m venv --clear $(PROTO_VENV)
+	$(PROTO_VENV)/bin/pip install --quiet $(PROTO_TOOLS)
+	@touch $@
+
+# $(call generate,DIRECTORY): protoc finds the mypy plugins on PATH.
+generate = PATH="$(PROTO_VENV)/bin:$$PATH" $(PROTO_VENV)/bin/python -m grpc_tools.protoc \
+	  --proto_path=proto --python_out=$(1) --grpc_python_out=$(1) \
+	  --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) mlxrunner/v1/runner.proto
