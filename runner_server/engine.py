@@ -421,8 +421,6 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - a model that fails must not end the process
             fault = _load_fault(spec, error)
             self._last_error = f"load of {spec.model} failed: {fault}"
-            # The traceback holds the arrays that were read so far.
-            error.__traceback__ = None
             self._free_model()
             raise fault from None
         with self._lock:
@@ -474,12 +472,18 @@ class Engine:
 
 
 def _load_fault(spec: LoadSpec, error: Exception) -> RunnerFault:
-    if isinstance(error, RunnerFault):
-        return error
-    logger.error("load of %s failed", spec.model, exc_info=error)
-    return GenerationFailed(
-        f"loading {spec.model} raised {type(error).__name__}; the runner's log has the traceback"
+    """Logs why a load failed, and lets go of it: tracebacks hold arrays that were read."""
+    logger.warning("load of %s failed", spec.model, exc_info=error)
+    fault = (
+        error
+        if isinstance(error, RunnerFault)
+        else GenerationFailed(
+            f"loading {spec.model} raised {type(error).__name__}; the runner's log has the "
+            "traceback"
+        )
     )
+    fault.__cause__ = fault.__context__ = fault.__traceback__ = error.__traceback__ = None
+    return fault
 
 
 def _wake(streams: list[Stream]) -> None:

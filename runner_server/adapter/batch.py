@@ -70,7 +70,9 @@ class MlxBatch:
         ]
         for answer in prompts:
             evaluated, total = answer.progress
-            events.append(Prefill(self._row_of[answer.uid], evaluated, total))
+            # The last token is decoded in the next step, whose answer is the news.
+            if evaluated < total - 1:
+                events.append(Prefill(self._row_of[answer.uid], evaluated, total))
         return events
 
     def close(self) -> None:

@@ -36,6 +36,7 @@ from runner_server.errors import (
     InvalidField,
     ModelNotFound,
     ModelUnsupported,
+    RunnerFault,
 )
 from runner_server.messages import Dtype, LoadSpec, ModelInfo, Sampling, Token
 
@@ -214,10 +215,23 @@ def _read_weights(model: Module, report: Report) -> None:
     for value in parameters:
         try:
             mx.eval(value)
-        except RuntimeError as error:
-            raise ModelUnsupported(f"the weights cannot be read: {error}") from error
+        except (RuntimeError, MemoryError) as error:
+            raise _read_fault(error, total) from error
         done += value.nbytes
         report(5 + 90 * done // total)
+
+
+def _read_fault(error: Exception, total_bytes: int) -> RunnerFault:
+    # MLX has no type of its own for it; its allocators say "[malloc] Unable to allocate".
+    if isinstance(error, MemoryError) or "allocate" in str(error):
+        available = free_memory().available_bytes
+        return InsufficientMemory(
+            f"memory ran out while reading {_gib(total_bytes)} of weights, {_gib(available)} are "
+            "free now; free memory, or load with another dtype",
+            requiredBytes=total_bytes,
+            availableBytes=available,
+        )
+    return ModelUnsupported(f"the weights cannot be read: {error}")
 
 
 def _describe(
