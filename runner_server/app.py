@@ -16,7 +16,6 @@ from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 from mlxrunner.handshake import HEALTH_SERVICES, SERVICE_NAME, ReadyLine
 from mlxrunner.v1 import runner_pb2_grpc
@@ -27,6 +26,7 @@ from runner_server.errors import RunnerFault
 from runner_server.interceptor import ErrorInterceptor
 from runner_server.messages import LoadSpec
 from runner_server.orphan import OrphanGuard
+from runner_server.reflection import add_reflection
 from runner_server.servicer import RunnerServicer
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class RunnerApp:
         servicer = RunnerServicer(self.engine, _version())
         runner_pb2_grpc.add_RunnerServiceServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        _add_reflection(self._server)
+        add_reflection(self._server, (SERVICE_NAME, health.SERVICE_NAME))
 
     def _on_death(self) -> None:
         self._dead = True
@@ -186,31 +186,6 @@ def _check_socket(path: Path) -> None:
             f"{path} exists already and is {kind}; remove it if no server uses it, or choose "
             "another path"
         )
-
-
-def _add_reflection(server: grpc.aio.Server) -> None:
-    names = (
-        SERVICE_NAME,
-        health.SERVICE_NAME,
-        reflection.SERVICE_NAME,
-        _REFLECTION_V1,
-    )
-    servicer = reflection.aio.ReflectionServicer(service_names=names)
-    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)
-    # v1 differs from v1alpha in its name only, and grpcio-reflection serves just
-    # the latter.
-    handler = grpc.stream_stream_rpc_method_handler(
-        servicer.ServerReflectionInfo,
-        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
-        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
-    )
-    generic = grpc.method_handlers_generic_handler(
-        _REFLECTION_V1, {"ServerReflectionInfo": handler}
-    )
-    server.add_generic_rpc_handlers((generic,))
-
-
-_REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 
 
 def install_signals(app: RunnerApp) -> None:

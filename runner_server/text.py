@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from os.path import commonprefix
 
 REPLACEMENT = "\ufffd"
 
@@ -24,6 +25,11 @@ class StreamDecoder:
     a byte-level token may hold a part of a character and some decoders treat the
     first token of a text in their own way.
 
+    A decoder with byte fallback (Llama 2, Gemma) takes a run of bytes as one: while
+    its last character is not whole, or one of its bytes is wrong, all of it turns into
+    replacement characters. What was shown then stays, and the rest waits for the end of
+    the run.
+
     Args:
         decode: The tokenizer's decoder.
         prompt_ids: What comes before the text; its end serves as context.
@@ -32,34 +38,65 @@ class StreamDecoder:
     def __init__(self, decode: Callable[[Sequence[int]], str], prompt_ids: Sequence[int]) -> None:
         self._decode = decode
         self._window = list(prompt_ids[-_MIN_WINDOW:])
-        self._shown = len(decode(self._window))
+        text = decode(self._window)
+        for size in range(_MIN_WINDOW + 1, min(len(prompt_ids), _MAX_WINDOW) + 1):
+            if not text.startswith(REPLACEMENT):
+                break
+            self._window = list(prompt_ids[-size:])
+            text = decode(self._window)
+        self._shown = text[: len(text) - _pending(text)]
 
     def push(self, token_id: int) -> str:
         """Adds an id and returns the text that is now certain; often none or one piece."""
         self._window.append(token_id)
         text = self._decode(self._window)
-        certain = len(text) - _pending(text)
-        piece = text[self._shown : certain]
-        self._shown = max(self._shown, certain)
-        if len(self._window) > _MAX_WINDOW and certain == len(text):
-            self._shrink()
-        return piece
+        in_run = text.endswith(REPLACEMENT) and not text.startswith(self._shown)
+        if in_run and len(self._window) <= 2 * _MAX_WINDOW:
+            return ""
+        piece = self._show(text, len(text) - _pending(text))
+        return piece + self._shrink(text) if len(self._window) > _MAX_WINDOW else piece
 
     def flush(self) -> str:
         """Returns what was held back, once nothing follows."""
         text = self._decode(self._window)
-        piece = text[self._shown :]
-        self._shown = len(text)
-        return piece
+        return self._show(text, len(text))
 
-    def _shrink(self) -> None:
-        """Drops the window's beginning, but never cuts through a character."""
+    def _show(self, text: str, end: int) -> str:
+        start = self._start(text)
+        if end <= start:
+            return ""
+        self._shown = text[:end]
+        return text[start:end]
+
+    def _start(self, text: str) -> int:
+        """Where the part of the window's text that was not shown begins."""
+        shown = self._shown
+        common = len(commonprefix([text, shown]))
+        if common == len(shown) or not text.startswith(REPLACEMENT, common):
+            return len(shown)
+        # A run of bytes went wrong: each byte that was shown as text is a character now.
+        return common + len(shown[common:].replace(REPLACEMENT, "?").encode())
+
+    def _shrink(self, text: str) -> str:
+        """Drops the window's beginning; returns text that cannot wait because of it."""
+        held = text[len(self._shown) :]
         for size in range(_MIN_WINDOW, _MAX_WINDOW):
-            tail = self._window[-size:]
-            text = self._decode(tail)
-            if text and not text.startswith(REPLACEMENT):
-                self._window, self._shown = tail, len(text)
-                return
+            tail = self._decode(self._window[-size:])
+            # Never cut through a character.
+            if tail and not tail.startswith(REPLACEMENT) and tail.endswith(held):
+                self._cut(size, tail, len(held))
+                return ""
+        if len(self._window) <= 2 * _MAX_WINDOW:
+            return ""
+        # Nothing but bytes that are no text, for long.
+        tail = self._decode(self._window[-_MIN_WINDOW:])
+        waits = tail.endswith(held)
+        self._cut(_MIN_WINDOW, tail, len(held) if waits else 0)
+        return "" if waits else held
+
+    def _cut(self, size: int, text: str, held: int) -> None:
+        self._window = self._window[-size:]
+        self._shown = text[: len(text) - held]
 
 
 def _pending(text: str) -> int:

@@ -1,0 +1,56 @@
+"""Server reflection under both of its names, for grpcurl and the like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+from google.protobuf import descriptor_pool
+from google.protobuf.descriptor import FileDescriptor
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
+
+_V1 = "grpc.reflection.v1.ServerReflection"
+
+
+def add_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
+    """Makes a server describe some of its services, and reflection itself.
+
+    Args:
+        server: Not started yet.
+        services: Their full names.
+    """
+    names = (*services, reflection.SERVICE_NAME, _V1)
+    pool: Any = _SymbolPool()
+    servicer = reflection.aio.ReflectionServicer(names, pool=pool)
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)
+    # v1 differs from v1alpha in its name only, and grpcio-reflection serves just
+    # the latter.
+    handler = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    generic = grpc.method_handlers_generic_handler(_V1, {"ServerReflectionInfo": handler})
+    server.add_generic_rpc_handlers((generic,))
+
+
+class _SymbolPool:
+    """The default descriptor pool, which finds methods and fields as well.
+
+    Python's finds messages, services and enums only, so that
+    ``grpcurl describe mlxrunner.v1.RunnerService.Load`` would fail.
+    """
+
+    def __init__(self) -> None:
+        self._pool: Any = descriptor_pool.Default()
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - stands for the whole pool
+        return getattr(self._pool, name)
+
+    def FindFileContainingSymbol(self, symbol: str) -> FileDescriptor:  # noqa: N802 - its name there
+        try:
+            file: FileDescriptor = self._pool.FindFileContainingSymbol(symbol)
+        except KeyError:
+            file = self._pool.FindFileContainingSymbol(symbol.rpartition(".")[0])
+        return file
