@@ -16,8 +16,9 @@ from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
 from runner_server.backend import ModelHandle
 from runner_server.convert import STATES, duration, model_message, piece_message
-from runner_server.engine import Engine, Ticket
+from runner_server.engine import Engine
 from runner_server.errors import InvalidField
+from runner_server.ledger import Ticket
 from runner_server.validation import check_completion, check_token_ids, completion_spec, load_spec
 
 if TYPE_CHECKING:

@@ -1,0 +1,233 @@
+"""What the engine has accepted: the book that the event loop and the engine's thread share.
+
+Every method may be called from both sides. Refusals are made here, so that the
+decision and the entry happen under one lock.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from runner_server.backend import ModelHandle
+from runner_server.completion import Completion
+from runner_server.errors import (
+    Busy,
+    GenerationFailed,
+    ModelNotLoaded,
+    QueueFull,
+    RunnerFault,
+    ShuttingDown,
+)
+from runner_server.messages import Snapshot, State
+
+_T = TypeVar("_T")
+
+_MIN_RETRY_SECONDS, _MAX_RETRY_SECONDS = 0.1, 60.0
+_NEWEST_WEIGHT = 0.2
+"""Share of the latest completion in the moving average of how long one takes."""
+
+
+@dataclass(eq=False)
+class Ticket(Generic[_T]):
+    """A load or an unload under way.
+
+    Attributes:
+        work: What the engine's thread does for it.
+        future: Ends with the outcome of the work, or with a fault.
+        cancelled: Set when nobody waits for it any more.
+    """
+
+    work: Callable[[Ticket[_T]], _T]
+    future: Future[_T] = field(default_factory=Future)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+class Ledger:
+    """State, model, completions and the ticket of one engine.
+
+    Args:
+        max_queued: How many completions may wait for a place.
+    """
+
+    def __init__(self, max_queued: int) -> None:
+        self._max_queued = max_queued
+        self._lock = threading.Lock()
+        self._state = State.IDLE
+        self._handle: ModelHandle | None = None
+        self._live: dict[int, Completion] = {}
+        self._running: set[int] = set()
+        self._ticket: Ticket[Any] | None = None
+        self._mean_seconds = 1.0
+        self._progress = 0
+        self._steps = 0
+        self._moved = time.monotonic()
+        self._last_error = ""
+
+    # -- refusing and accepting --------------------------------------------------
+
+    def accept(self, model: ModelHandle, completion: Completion) -> None:
+        """Enters a completion.
+
+        Raises:
+            ModelNotLoaded: The model it was validated for is gone.
+            QueueFull: Too many completions wait.
+            ShuttingDown: The engine stops.
+            GenerationFailed: The engine is dead.
+        """
+        with self._lock:
+            if self._require_model() is not model:
+                raise ModelNotLoaded
+            if len(self._live) >= model.info.parallel + self._max_queued:
+                queued = len(self._live) - len(self._running)
+                raise QueueFull(queued, self._retry_seconds(queued, model.info.parallel))
+            self._live[completion.id] = completion
+
+    def open_ticket(self, ticket: Ticket[Any], state: State | None) -> None:
+        """Enters a load or unload; ``state`` is visible in Status from now on.
+
+        Raises:
+            Busy: Another load or unload runs.
+            ShuttingDown: The engine stops.
+            GenerationFailed: The engine is dead.
+        """
+        with self._lock:
+            self._refuse_when_ending()
+            if self._ticket:
+                raise Busy
+            self._ticket = ticket
+            if state:
+                self._progress, self._state = 0, state
+
+    def model(self) -> ModelHandle:
+        """The loaded model's description and tokenizer; raises like :meth:`accept`."""
+        with self._lock:
+            return self._require_model()
+
+    def _require_model(self) -> ModelHandle:
+        self._refuse_when_ending()
+        if not self._handle:
+            raise ModelNotLoaded
+        return self._handle
+
+    def _refuse_when_ending(self) -> None:
+        if self._state is State.STOPPING:
+            raise stopping_fault()
+        if self._state is State.FAILED:
+            raise dead_fault()
+
+    def _retry_seconds(self, queued: int, parallel: int) -> float:
+        """When a place should be free: the queue's length at the measured pace."""
+        expected = self._mean_seconds * queued / parallel
+        return min(_MAX_RETRY_SECONDS, max(_MIN_RETRY_SECONDS, expected))
+
+    # -- looking -----------------------------------------------------------------
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the engine was asked to stop."""
+        return self._state is State.STOPPING
+
+    def is_live(self, completion_id: int) -> bool:
+        """Whether a completion was accepted and has not ended."""
+        return completion_id in self._live
+
+    def snapshot(self) -> Snapshot:
+        """What the engine does, without waiting for it."""
+        with self._lock:
+            running, live = len(self._running), len(self._live)
+            active = live > 0 or self._state is State.LOADING
+            return Snapshot(
+                state=self._state,
+                progress=self._progress,
+                model=self._handle.info if self._handle else None,
+                running_count=running,
+                queued_count=live - running,
+                step_count=self._steps,
+                last_progress_age=time.monotonic() - self._moved if active else None,
+                last_error=self._last_error,
+            )
+
+    # -- what the engine's thread reports ----------------------------------------
+
+    def note_progress(self, progress: int) -> None:
+        """A load has moved; 0 to 100."""
+        self._progress, self._moved = progress, time.monotonic()
+
+    def note_step(self) -> None:
+        """A step was made."""
+        self._steps += 1
+        self._moved = time.monotonic()
+
+    def note_error(self, text: str) -> None:
+        """A load or a step has failed, in words."""
+        self._last_error = text
+
+    def note_running(self, completion: Completion) -> None:
+        """A completion has got its place."""
+        with self._lock:
+            self._running.add(completion.id)
+            # The age that Status shows is to be this work's, not that of the idle time.
+            self._moved = time.monotonic()
+
+    def forget(self, completion: Completion, seconds: float | None = None) -> None:
+        """A completion has ended; ``seconds`` it took, if it ended by itself."""
+        with self._lock:
+            self._running.discard(completion.id)
+            self._live.pop(completion.id, None)
+            if seconds is not None:
+                self._mean_seconds += _NEWEST_WEIGHT * (seconds - self._mean_seconds)
+
+    def offer_model(self, handle: ModelHandle) -> None:
+        """A model is loaded: completions are accepted from now on."""
+        with self._lock:
+            self._handle = handle
+
+    def withdraw_model(self) -> list[Completion]:
+        """No completion is accepted any more; returns those that have not ended."""
+        with self._lock:
+            self._handle = None
+            return list(self._live.values())
+
+    def close_ticket(self) -> None:
+        """The load or unload is over."""
+        with self._lock:
+            self._ticket = None
+            if self._state is not State.STOPPING:
+                self._state = State.ACTIVE if self._handle else State.IDLE
+            self._progress = 100 if self._handle else 0
+
+    def fail_ticket(self, fault: RunnerFault) -> None:
+        """Ends a load or unload that will not be worked on."""
+        with self._lock:
+            ticket, self._ticket = self._ticket, None
+        if ticket and not ticket.future.done():
+            ticket.future.set_exception(fault)
+
+    # -- the end -----------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Nothing is accepted any more, because the engine stops."""
+        with self._lock:
+            if self._state is not State.FAILED:
+                self._state = State.STOPPING
+
+    def die(self, text: str) -> list[Completion]:
+        """Nothing is accepted any more, because the engine is dead; like :meth:`withdraw_model`."""
+        with self._lock:
+            self._state, self._last_error = State.FAILED, text
+        return self.withdraw_model()
+
+
+def stopping_fault() -> ShuttingDown:
+    """What calls get while the process stops."""
+    return ShuttingDown("the runner is stopping; use another")
+
+
+def dead_fault() -> GenerationFailed:
+    """What calls get once the engine is dead."""
+    return GenerationFailed("the engine has failed and the runner is exiting; use another")

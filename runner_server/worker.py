@@ -1,0 +1,318 @@
+"""The one thread that owns the model. :meth:`Worker.run` is the loop.
+
+Everything here runs on that thread. It takes messages from an inbox and answers
+through streams, tickets and the ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from runner_server.backend import Backend, Batch, LoadedModel, ModelHandle
+from runner_server.completion import Completion
+from runner_server.errors import GenerationFailed, RunnerFault, ShuttingDown
+from runner_server.ledger import Ledger, Ticket, dead_fault, stopping_fault
+from runner_server.messages import Done, LoadSpec, ModelInfo, Prefill, Token
+from runner_server.stream import Stream
+
+logger = logging.getLogger(__name__)
+
+_MAX_FAILED_STEPS = 2
+"""Failed steps in a row after which the engine gives up: it cannot recover in place."""
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Nobody reads this completion any more."""
+
+    completion_id: int
+
+
+@dataclass(frozen=True)
+class Wake:
+    """Nothing but a reason to look at the ledger."""
+
+
+Message = Completion | Ticket[Any] | Cancel | Wake
+Inbox = queue.SimpleQueue[Message]
+
+
+class Worker:
+    """Loads, admits, steps, publishes.
+
+    Args:
+        backend: The model library.
+        ledger: What was accepted.
+        inbox: What to do.
+        loop: Where streams are woken and ``on_death`` is called.
+        on_death: Called once if the engine cannot go on.
+
+    Attributes:
+        device: The device that computes; empty until the library is imported.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        ledger: Ledger,
+        inbox: Inbox,
+        loop: asyncio.AbstractEventLoop,
+        on_death: Callable[[], None],
+    ) -> None:
+        self._backend = backend
+        self._ledger = ledger
+        self._inbox = inbox
+        self._loop = loop
+        self._on_death = on_death
+        # Nobody else may hold the model, or its memory would not come back.
+        self._model: LoadedModel | None = None
+        self._batch: Batch | None = None
+        self._waiting: deque[Completion] = deque()
+        self._running: dict[int, Completion] = {}
+        self._touched: list[Stream] = []
+        self._failed_steps = 0
+        self.device = ""
+
+    def run(self) -> None:
+        """Works until the ledger says stop, or until nothing can be done any more."""
+        try:
+            self.device = self._backend.open()
+            while not self._ledger.is_stopping:
+                self._take_messages()
+                self._advance()
+                self._publish()
+            self._close()
+        except BaseException as error:  # noqa: BLE001 - a dead thread must not look alive
+            self._die(error)
+
+    # -- messages ----------------------------------------------------------------
+
+    def _take_messages(self) -> None:
+        """Handles what has come; waits for it only when there is nothing else to do."""
+        idle = not self._running and not self._waiting
+        message = self._inbox.get() if idle else self._poll()
+        while message is not None:
+            self._receive(message)
+            message = self._poll()
+
+    def _poll(self) -> Message | None:
+        try:
+            return self._inbox.get_nowait()
+        except queue.Empty:
+            return None
+
+    def _receive(self, message: Message) -> None:
+        match message:
+            case Completion() if self._ledger.is_live(message.id):
+                self._waiting.append(message)
+            case Cancel(completion_id=id_):
+                self._drop(id_)
+            case Ticket():
+                self._settle(message)
+
+    def _drop(self, id_: int) -> None:
+        """Ends a cancelled completion in whatever phase it is."""
+        if running := self._running.pop(id_, None):
+            self._ledger.forget(running)
+            if self._batch:
+                self._batch.remove([id_])
+            return
+        for completion in self._waiting:
+            if completion.id == id_:
+                self._waiting.remove(completion)
+                self._ledger.forget(completion)
+                return
+
+    # -- completions -------------------------------------------------------------
+
+    def _advance(self) -> None:
+        """Admits what fits and makes one step; recovers once if that raises."""
+        model, batch = self._model, self._batch
+        if not (model and batch):
+            return
+        try:
+            self._admit(batch, model.info.parallel)
+            if self._running:
+                self._step(batch)
+                self._failed_steps = 0
+        except Exception as error:  # noqa: BLE001 - whatever MLX raised, its rows are lost
+            self._recover(error)
+            batch.close()
+            self._batch = model.new_batch()
+
+    def _admit(self, batch: Batch, parallel: int) -> None:
+        while self._waiting and len(self._running) < parallel:
+            completion = self._waiting.popleft()
+            completion.admit()
+            self._running[completion.id] = completion
+            self._ledger.note_running(completion)
+            batch.add(completion.id, completion.spec.prompt_ids, completion.spec.sampling)
+
+    def _step(self, batch: Batch) -> None:
+        events = batch.step()
+        self._ledger.note_step()
+        ended = [row for event in events if (row := self._on_event(event)) is not None]
+        if ended:
+            batch.remove(ended)
+
+    def _on_event(self, event: Prefill | Token) -> int | None:
+        """Passes an event on; returns its row if that has ended."""
+        completion = self._running.get(event.row)
+        if completion is None:
+            return None
+        self._touched.append(completion.stream)
+        if isinstance(event, Prefill):
+            completion.on_prefill(event)
+            return None
+        done = completion.on_token(event)
+        if done is None:
+            return None
+        del self._running[completion.id]
+        self._ledger.forget(completion, done.prompt_seconds + done.eval_seconds)
+        _log_end(completion, done)
+        return completion.id
+
+    def _publish(self) -> None:
+        """Wakes every reader that has something new, in one call of the loop."""
+        if self._touched:
+            touched, self._touched = self._touched, []
+            self._loop.call_soon_threadsafe(_wake, touched)
+
+    def _recover(self, error: Exception) -> None:
+        """Ends the rows of the batch; a second time in a row the engine gives up."""
+        self._failed_steps += 1
+        name = type(error).__name__
+        self._ledger.note_error(f"a step failed: {name}")
+        logger.error("step failed with %d rows", len(self._running), exc_info=error)
+        fault = GenerationFailed(
+            f"MLX raised {name} in a step of this batch; the runner's log has the traceback; the "
+            "request may be retried"
+        )
+        self._fail(list(self._running.values()), fault)
+        if self._failed_steps >= _MAX_FAILED_STEPS:
+            raise RuntimeError(f"{self._failed_steps} steps in a row failed") from error
+
+    def _fail(self, completions: list[Completion], fault: RunnerFault) -> None:
+        for completion in completions:
+            self._running.pop(completion.id, None)
+            self._ledger.forget(completion)
+            completion.fail(fault)
+            self._touched.append(completion.stream)
+
+    # -- loads and unloads -------------------------------------------------------
+
+    def _settle(self, ticket: Ticket[Any]) -> None:
+        """Runs a load or unload and hands its outcome to whoever waits."""
+        if not ticket.future.set_running_or_notify_cancel():
+            self._ledger.close_ticket()
+            return
+        try:
+            result = ticket.work(ticket)
+        except RunnerFault as fault:
+            self._ledger.close_ticket()
+            ticket.future.set_exception(fault)
+        else:
+            self._ledger.close_ticket()
+            ticket.future.set_result(result)
+
+    def load(self, spec: LoadSpec, ticket: Ticket[ModelInfo]) -> ModelInfo:
+        """The work of a load's ticket."""
+        self._end_all(ShuttingDown("the model is being replaced; load or use another runner"))
+        self._free_model()
+
+        def report(progress: int) -> None:
+            self._ledger.note_progress(progress)
+            if ticket.cancelled.is_set() or self._ledger.is_stopping:
+                raise ShuttingDown("the load was cancelled")
+
+        try:
+            report(0)
+            self._model = self._backend.load(spec, report)
+            self._batch = self._model.new_batch()
+        except Exception as error:  # noqa: BLE001 - a model that fails must not end the process
+            fault = _load_fault(spec, error)
+            self._ledger.note_error(f"load of {spec.model} failed: {fault}")
+            self._free_model()
+            raise fault from None
+        self._ledger.offer_model(ModelHandle(self._model.info, self._model.codec))
+        return self._model.info
+
+    def unload(self, _ticket: Ticket[int]) -> int:
+        """The work of an unload's ticket."""
+        before = self._held_bytes()
+        self._end_all(ShuttingDown("the model was unloaded; load or use another runner"))
+        self._free_model()
+        return max(0, before - self._held_bytes())
+
+    def _held_bytes(self) -> int:
+        memory = self._backend.memory()
+        return memory.active_bytes + memory.cache_bytes
+
+    def _end_all(self, fault: RunnerFault) -> None:
+        completions = self._ledger.withdraw_model()
+        self._waiting.clear()
+        self._fail(completions, fault)
+        self._publish()
+
+    def _free_model(self) -> None:
+        if self._batch:
+            self._batch.close()
+        self._batch = self._model = None
+        self._backend.release()
+
+    # -- the end -----------------------------------------------------------------
+
+    def _close(self) -> None:
+        fault = stopping_fault()
+        self._end_all(fault)
+        self._ledger.fail_ticket(fault)
+        self._free_model()
+        self._backend.close()
+
+    def _die(self, error: BaseException) -> None:
+        logger.critical("the engine is dead; the process exits", exc_info=error)
+        fault = dead_fault()
+        self._fail(self._ledger.die(f"the engine failed: {type(error).__name__}: {error}"), fault)
+        self._publish()
+        self._ledger.fail_ticket(fault)
+        self._loop.call_soon_threadsafe(self._on_death)
+
+
+def _log_end(completion: Completion, done: Done) -> None:
+    logger.info(
+        "completion %d %r: %s, %d prompt tokens in %.3f s, %d generated in %.3f s, queued %.3f s",
+        completion.id,
+        completion.spec.request_id,
+        done.reason.value,
+        done.prompt_count,
+        done.prompt_seconds,
+        done.eval_count,
+        done.eval_seconds,
+        done.queue_seconds,
+    )
+
+
+def _load_fault(spec: LoadSpec, error: Exception) -> RunnerFault:
+    """Logs why a load failed, and lets go of it: tracebacks hold arrays that were read."""
+    logger.warning("load of %s failed", spec.model, exc_info=error)
+    fault = (
+        error
+        if isinstance(error, RunnerFault)
+        else GenerationFailed(
+            f"loading {spec.model} raised {type(error).__name__}; the runner's log has the "
+            "traceback"
+        )
+    )
+    fault.__cause__ = fault.__context__ = fault.__traceback__ = error.__traceback__ = None
+    return fault
+
+
+def _wake(streams: list[Stream]) -> None:
+    for stream in streams:
+        stream.wake()
