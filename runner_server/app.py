@@ -152,25 +152,22 @@ async def _listen(server: grpc.aio.Server, listen: str) -> ReadyLine:
         # The socket file would get the umask's mode: nobody else may call.
         mask = os.umask(0o177)
         try:
-            _bind(server, listen)
+            _bind(server, listen, "its directory must exist and be writable")
         finally:
             os.umask(mask)
         return ReadyLine("unix", path)
     host, separator, port = listen.rpartition(":")
     if not (separator and host and port.isdecimal()):
         raise CannotListenError(f"--listen {listen!r}: expected HOST:PORT or unix:/path")
-    return ReadyLine("tcp", f"{host}:{_bind(server, listen)}")
+    advice = "it is in use, or no address of this machine; port 0 takes a free port"
+    return ReadyLine("tcp", f"{host}:{_bind(server, listen, advice)}")
 
 
-def _bind(server: grpc.aio.Server, listen: str) -> int:
+def _bind(server: grpc.aio.Server, listen: str, advice: str) -> int:
     try:
-        port = server.add_insecure_port(listen)
+        return server.add_insecure_port(listen)
     except RuntimeError as error:
-        raise CannotListenError(
-            f"cannot listen on {listen} (in use, or not an address of this machine); "
-            "port 0 takes a free one"
-        ) from error
-    return port
+        raise CannotListenError(f"cannot listen on {listen}: {advice}") from error
 
 
 def _check_socket(path: Path) -> None:
