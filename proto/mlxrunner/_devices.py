@@ -1,0 +1,208 @@
+"""The devices a model can run on, and the memory they have, without importing MLX."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import psutil
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+Backend = Literal["metal", "cuda", "cpu"]
+
+COMMAND_TIMEOUT_SECONDS = 5.0
+"""A wedged driver can hang ``nvidia-smi`` for ever; nothing here waits longer than this."""
+
+_CUDA_DISTRIBUTIONS = ("mlx-cuda-13", "mlx-cuda-12", "mlx-cuda")
+_MIB = 1024**2
+_GIB = 1024**3
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """One device and its memory.
+
+    Attributes:
+        name: What the maker calls it.
+        kind: ``"metal"``, ``"cuda"`` or ``"cpu"``.
+        total_bytes: Memory it has; for Metal and the CPU that of the machine.
+            None where it cannot be told.
+        free_bytes: Memory it would still give; for Metal the working-set limit.
+            None where it cannot be told.
+        reason: Why a figure is None, or an empty string.
+    """
+
+    name: str
+    kind: Backend
+    total_bytes: int | None
+    free_bytes: int | None
+    reason: str = ""
+
+
+def run_command(command: Sequence[str]) -> str:
+    """Runs a command and returns its standard output.
+
+    Raises:
+        OSError: The command is not there or may not be run.
+        subprocess.SubprocessError: It failed, or took more than
+            ``COMMAND_TIMEOUT_SECONDS``.
+    """
+    return subprocess.run(
+        command,
+        check=True,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        stdin=subprocess.DEVNULL,
+        timeout=COMMAND_TIMEOUT_SECONDS,
+    ).stdout
+
+
+def is_installed(distribution: str) -> bool:
+    """Whether a distribution of that name is installed beside this package."""
+    try:
+        metadata.distribution(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _system_memory() -> tuple[int, int]:
+    memory = psutil.virtual_memory()
+    return memory.total, memory.available
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """Where the facts about this machine come from; tests hand in others.
+
+    Attributes:
+        root: The directory that holds ``proc`` and ``sys``.
+        system: ``sys.platform`` of the machine.
+        machine: ``platform.machine()`` of the machine.
+        environ: Environment variables.
+        run: Runs a command, returns its output, raises ``OSError`` or
+            ``subprocess.SubprocessError``.
+        installed: Whether a distribution is installed.
+        memory: Total and available bytes of the system.
+    """
+
+    root: Path = Path("/")
+    system: str = sys.platform
+    machine: str = field(default_factory=platform.machine)
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    run: Callable[[Sequence[str]], str] = run_command
+    installed: Callable[[str], bool] = is_installed
+    memory: Callable[[], tuple[int, int]] = _system_memory
+
+
+def installed_backend(host: Host | None = None) -> Backend:
+    """The backend that the installed MLX will use, told from what is installed."""
+    host = host or Host()
+    if host.system == "darwin":
+        return "metal" if host.machine == "arm64" else "cpu"
+    if any(host.installed(name) for name in _CUDA_DISTRIBUTIONS):
+        return "cuda"
+    return "cpu"
+
+
+def device_infos(host: Host | None = None) -> tuple[DeviceInfo, ...]:
+    """The devices of the installed backend; a runner uses the first one.
+
+    Never raises: a figure that cannot be told is None, with the reason beside it.
+    Not measured on Metal or CUDA.
+    """
+    host = host or Host()
+    backend = installed_backend(host)
+    if backend == "metal":
+        return (_metal_device(host),)
+    if backend == "cuda":
+        return _cuda_devices(host)
+    total, available = host.memory()
+    return (DeviceInfo(_cpu_name(host), "cpu", total, available),)
+
+
+def _cpu_name(host: Host) -> str:
+    try:
+        lines = (host.root / "proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or host.machine or "cpu"
+
+
+def _metal_device(host: Host) -> DeviceInfo:
+    total, _ = host.memory()
+    name, _ = _ask(host, ("sysctl", "-n", "machdep.cpu.brand_string"))
+    limit, reason = _ask(host, ("sysctl", "-n", "iogpu.wired_limit_mb"))
+    set_by_hand = int(limit) * _MIB if limit.isdecimal() else 0
+    free = min(set_by_hand, total) or default_working_set_bytes(total)
+    return DeviceInfo(name or "Apple GPU", "metal", total, free, reason)
+
+
+def default_working_set_bytes(total_bytes: int) -> int:
+    """What macOS lets the GPU hold when ``iogpu.wired_limit_mb`` is 0.
+
+    Apple publishes no rule. Metal's ``recommendedMaxWorkingSetSize`` is reported as
+    5,461 MiB of 8 GiB, 10,923 MiB of 16 GiB and 21,845 MiB of 32 GiB (two thirds:
+    ggml-org/llama.cpp#5207, abetlen/llama-cpp-python#687, ggml-org/llama.cpp#2011),
+    and as three quarters or more from 36 GiB on (107.5 of 128 GiB:
+    antirez/ds4#893). The lower figure of each range is used.
+    """
+    return total_bytes * 2 // 3 if total_bytes < 36 * _GIB else total_bytes * 3 // 4
+
+
+def _cuda_devices(host: Host) -> tuple[DeviceInfo, ...]:
+    query = "--query-gpu=index,uuid,memory.free,memory.total,name"
+    output, reason = _ask(host, ("nvidia-smi", query, "--format=csv,noheader,nounits"))
+    rows = [
+        tuple(part.strip() for part in line.split(",", 4))
+        for line in output.splitlines()
+        if line.count(",") >= 4
+    ]
+    rows = _visible(rows, host.environ.get("CUDA_VISIBLE_DEVICES"))
+    if rows:
+        return tuple(_cuda_device(*row) for row in rows)
+    reason = reason or "nvidia-smi lists no device that CUDA_VISIBLE_DEVICES lets through"
+    return (DeviceInfo("unknown", "cuda", None, None, reason),)
+
+
+def _cuda_device(index: str, _uuid: str, free: str, total: str, name: str) -> DeviceInfo:
+    known = free.isdecimal() and total.isdecimal()
+    reason = "" if known else f"nvidia-smi reports {free!r} free of {total!r} on device {index}"
+    total_bytes = int(total) * _MIB if total.isdecimal() else None
+    free_bytes = int(free) * _MIB if free.isdecimal() else None
+    return DeviceInfo(name, "cuda", total_bytes, free_bytes, reason)
+
+
+def _visible(rows: list[tuple[str, ...]], visible: str | None) -> list[tuple[str, ...]]:
+    """The rows CUDA shows, in its order: it stops at the first name it does not know."""
+    if visible is None:
+        return rows
+    chosen: list[tuple[str, ...]] = []
+    for wanted in (part.strip() for part in visible.split(",")):
+        match = [r for r in rows if wanted and (r[0] == wanted or r[1].startswith(wanted))]
+        if not match:
+            break
+        chosen.append(match[0])
+    return chosen
+
+
+def _ask(host: Host, command: Sequence[str]) -> tuple[str, str]:
+    """The command's output and an empty reason, or nothing and the reason."""
+    try:
+        return host.run(command).strip(), ""
+    except FileNotFoundError:
+        return "", f"{command[0]} is not installed"
+    except subprocess.TimeoutExpired:
+        return "", f"{command[0]} did not answer within {COMMAND_TIMEOUT_SECONDS:.0f} s"
+    except (OSError, subprocess.SubprocessError) as error:
+        return "", f"{' '.join(command)} failed: {error}"

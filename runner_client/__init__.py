@@ -1,0 +1,104 @@
+"""The client of mlx-grpc-runner: gates, spawns, calls and stops runners.
+
+``RunnerProcess`` (and ``AsyncRunnerProcess``) hosts a model in a child process;
+``RunnerClient`` (and ``AsyncRunnerClient``) calls a runner anywhere. ``errors``
+draws the tree of exceptions; ``estimate`` counts what a model needs; ``testing`` has
+a fake runner for your own tests.
+"""
+
+from importlib.metadata import version
+
+from runner_client._aio_process import AsyncRunnerProcess
+from runner_client._aio_stream import AsyncCompletionStream
+from runner_client._stream import CompletionStream
+from runner_client.aio import AsyncRunnerClient
+from runner_client.client import RunnerClient
+from runner_client.errors import (
+    BusyError,
+    GenerationFailedError,
+    IncompleteStreamError,
+    InsufficientMemoryError,
+    InvalidRequestError,
+    LoadRequiresFullError,
+    ModelError,
+    ModelNotFoundError,
+    ModelNotLoadedError,
+    ModelUnsupportedError,
+    NotSupportedError,
+    PromptTooLongError,
+    QueueFullError,
+    RunnerError,
+    RunnerExitedError,
+    RunnerTimeoutError,
+    RunnerUnavailableError,
+    ShuttingDownError,
+    UnsupportedPlatformError,
+)
+from runner_client.estimate import MemoryEstimate
+from runner_client.gate import GateDecision, MemoryGate
+from runner_client.process import RunnerProcess
+from runner_client.types import (
+    Completion,
+    CompletionChunk,
+    DeviceInfo,
+    DoneReason,
+    LoadResult,
+    MemoryUsage,
+    Model,
+    Options,
+    PromptProgress,
+    RestartPolicy,
+    State,
+    Status,
+    Timeouts,
+    TokenLogprob,
+    TopLogprob,
+)
+
+__version__ = version("mlx-grpc-runner")
+
+__all__ = [
+    "AsyncCompletionStream",
+    "AsyncRunnerClient",
+    "AsyncRunnerProcess",
+    "BusyError",
+    "Completion",
+    "CompletionChunk",
+    "CompletionStream",
+    "DeviceInfo",
+    "DoneReason",
+    "GateDecision",
+    "GenerationFailedError",
+    "IncompleteStreamError",
+    "InsufficientMemoryError",
+    "InvalidRequestError",
+    "LoadRequiresFullError",
+    "LoadResult",
+    "MemoryEstimate",
+    "MemoryGate",
+    "MemoryUsage",
+    "Model",
+    "ModelError",
+    "ModelNotFoundError",
+    "ModelNotLoadedError",
+    "ModelUnsupportedError",
+    "NotSupportedError",
+    "Options",
+    "PromptProgress",
+    "PromptTooLongError",
+    "QueueFullError",
+    "RestartPolicy",
+    "RunnerClient",
+    "RunnerError",
+    "RunnerExitedError",
+    "RunnerProcess",
+    "RunnerTimeoutError",
+    "RunnerUnavailableError",
+    "ShuttingDownError",
+    "State",
+    "Status",
+    "Timeouts",
+    "TokenLogprob",
+    "TopLogprob",
+    "UnsupportedPlatformError",
+]

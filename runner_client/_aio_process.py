@@ -1,0 +1,307 @@
+"""A runner in a child process of one's own, in asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import TYPE_CHECKING, NoReturn, Self
+
+from runner_client._base import embedding_error
+from runner_client._process_base import (
+    HEALTH_SECONDS,
+    ProcessBase,
+    not_serving,
+    not_started,
+    start_limit,
+)
+from runner_client.aio import AsyncRunnerClient
+from runner_client.errors import RunnerError, RunnerExitedError, RunnerUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+    from mlxrunner.v1 import runner_pb2 as pb
+    from runner_client._aio_stream import AsyncCompletionStream
+    from runner_client._child import Child
+    from runner_client.estimate import MemoryEstimate
+    from runner_client.types import Completion, LoadResult, Options, Status, Timeouts
+
+    LoadReply = asyncio.Task[pb.LoadResponse]
+
+
+class _AsyncChildClient(AsyncRunnerClient):
+    """A client that knows when its runner is dead."""
+
+    def __init__(self, address: str, child: Child, timeouts: Timeouts) -> None:
+        super().__init__(address, timeouts=timeouts)
+        self._child = child
+        self._loop = asyncio.get_running_loop()
+        self._closing: asyncio.Task[None] | None = None
+        # A dead child's connections are closed by the system; this ends those too
+        # that another process holds open.
+        child.on_exit(self._close_soon)
+
+    def _close_soon(self) -> None:
+        # A loop that is closed has no calls left.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._begin_close)
+
+    def _begin_close(self) -> None:
+        self._closing = self._loop.create_task(self.close())
+
+    async def wait_until_serving(self, deadline: float) -> None:
+        """Asks for the health until it is good."""
+        while not await self._is_healthy():
+            if self._child.has_exited:
+                raise self._child.gone_error()
+            if time.monotonic() > deadline:
+                raise not_serving(self.address, self.timeouts)
+            await asyncio.sleep(HEALTH_SECONDS)
+
+    async def _is_healthy(self) -> bool:
+        try:
+            return await self.is_serving()
+        except RunnerExitedError:
+            raise
+        except RunnerError:
+            return False
+
+    def start_load(self, request: pb.LoadRequest) -> LoadReply:
+        """Begins a load."""
+        return self._start_load(request)
+
+    async def finish_load(
+        self, reply: LoadReply, on_progress: Callable[[Status], None] | None
+    ) -> LoadResult:
+        """Waits for a load that ``start_load`` began."""
+        return await self._finish_load(reply, on_progress)
+
+    async def _failure(
+        self, error: BaseException, timeout_seconds: float | None = None
+    ) -> RunnerError:
+        failure = await super()._failure(error, timeout_seconds)
+        if not isinstance(failure, RunnerUnavailableError):
+            return failure
+        # It may wait a little for the news that the child is dead.
+        return await asyncio.to_thread(self._child.explain, failure)
+
+
+class AsyncRunnerProcess(ProcessBase):
+    """Gates, spawns, loads, calls and stops a runner of one's own, in asyncio.
+
+    As an async context manager it is ready inside and gone outside::
+
+        async with AsyncRunnerProcess("org/model") as runner:
+            async for chunk in runner.completion("Once upon a time"):
+                print(chunk.content, end="")
+
+    It belongs to the event loop that ``load`` runs in, and tasks of that loop may
+    share it. What would block the loop (reading the model's headers, spawning,
+    reaping) runs in threads. Cancelling a task that loads or enters ends the child;
+    cancelling one that closes kills it. All else is as ``RunnerProcess`` has it.
+
+    Args:
+        model: A directory, or a hub id in the local Hugging Face cache.
+        context_length: The longest sequence, in tokens. Default: the model's own
+            limit, at most 4,096.
+        parallel: How many completions are decoded together. Default: 4.
+        dtype: In which format to hold the weights.
+        require_full: Whether a model that does not fit raises
+            ``LoadRequiresFullError`` rather than ``InsufficientMemoryError``.
+        memory_override: Starts it even if the gate says that it does not fit.
+        gate: Decides whether it fits. Default: a ``MemoryGate()``.
+        timeouts: How long to wait for what.
+        restart_policy: How often ``restart`` may be called.
+        listen: ``"tcp"``, a loopback port that the child picks, or ``"unix"``, a
+            socket in a new folder that nobody else may enter.
+        env: Variables for the child, beside those of this process.
+        log: Takes the lines that the child prints. Default: ``runner_client.child``.
+    """
+
+    _running: tuple[_AsyncChildClient, LoadReply] | None = None
+
+    async def load(self) -> MemoryEstimate:
+        """Decides whether the model fits, spawns the child and begins the load.
+
+        Returns as soon as the child answers calls and has begun to load;
+        ``wait_until_running`` waits for the rest. Leaves nothing behind if it raises.
+
+        Returns:
+            What the gate counted.
+
+        Raises:
+            RunnerError: It was not started; ``RunnerProcess.load`` lists why.
+        """
+        begin = time.monotonic()
+        start = asyncio.to_thread(self._start_child)
+        try:
+            plan, child, ready = await start
+        except asyncio.CancelledError:
+            # The thread cannot be cancelled, but it gives up when its child ends.
+            await self.close()
+            raise
+        try:
+            client = _AsyncChildClient(ready.target, child, self.timeouts)
+            await client.wait_until_serving(begin + start_limit(self.timeouts))
+            self._running = client, client.start_load(plan.load_request())
+        except BaseException:
+            await self.close()
+            raise
+        return plan.estimate
+
+    async def wait_until_running(
+        self, on_progress: Callable[[Status], None] | None = None
+    ) -> LoadResult:
+        """Waits until the load that ``load`` began is done.
+
+        Args:
+            on_progress: Called with a status about every 0.2 s.
+
+        Raises:
+            RunnerExitedError: The child ended; raised at once.
+            RunnerTimeoutError: Nothing moved for ``Timeouts.load_seconds``. The load
+                goes on: wait again, or close.
+            RunnerError: The load failed in another way.
+        """
+        client, reply = self._require_running()
+        result = await client.finish_load(reply, on_progress)
+        self._note_loaded(await self.status())
+        return result
+
+    async def status(self) -> Status:
+        """Asks what the runner does and holds; properties show it afterwards.
+
+        Raises:
+            RunnerError: The call failed.
+        """
+        status = self._status = await self._client.status()
+        return status
+
+    async def ping(self) -> float:
+        """Asks for a status; returns how long the answer took, in seconds.
+
+        Raises:
+            RunnerError: The call failed.
+        """
+        begin = time.monotonic()
+        await self.status()
+        return time.monotonic() - begin
+
+    def completion(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        options: Options | None = None,
+        logprobs: int | None = None,
+        request_id: str = "",
+    ) -> AsyncCompletionStream:
+        """Starts a completion, nothing to await: see ``AsyncRunnerClient.completion``.
+
+        Raises:
+            RunnerUnavailableError: The runner was not started, or is gone.
+        """
+        return self._client.completion(
+            prompt, options=options, logprobs=logprobs, request_id=request_id
+        )
+
+    async def complete(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        options: Options | None = None,
+        logprobs: int | None = None,
+        request_id: str = "",
+    ) -> Completion:
+        """Waits for a whole completion: see ``RunnerClient.complete``.
+
+        Raises:
+            RunnerError: The completion failed; the class says how.
+        """
+        return await self._client.complete(
+            prompt, options=options, logprobs=logprobs, request_id=request_id
+        )
+
+    async def tokenize(self, content: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Splits text into token ids: see ``RunnerClient.tokenize``.
+
+        Raises:
+            RunnerError: The call failed.
+        """
+        return await self._client.tokenize(content, add_special_tokens=add_special_tokens)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Joins token ids into text: see ``RunnerClient.detokenize``.
+
+        Raises:
+            RunnerError: The call failed.
+        """
+        return await self._client.detokenize(token_ids)
+
+    async def embedding(self, content: str) -> NoReturn:  # noqa: ARG002 - the interface has it
+        """Always raises: the runner completes text only.
+
+        Raises:
+            NotSupportedError: Always.
+        """
+        raise embedding_error()
+
+    async def restart(self, on_progress: Callable[[Status], None] | None = None) -> LoadResult:
+        """Ends the child if it still runs, starts another, and waits until it runs.
+
+        Raises:
+            RunnerUnavailableError: The restart policy allows no more.
+            RunnerError: What ``load`` and ``wait_until_running`` raise.
+        """
+        self._count_restart()
+        await self.close()
+        await self.load()
+        return await self.wait_until_running(on_progress)
+
+    async def close(self) -> None:
+        """Asks the child to stop, kills it after the grace time, and reaps it.
+
+        The grace time is ``Timeouts.close_seconds`` and a second more per 4 GiB
+        held. May be called in any phase, and again; ``load`` may follow. If its task
+        is cancelled it kills at once, and still reaps.
+        """
+        closing = asyncio.create_task(asyncio.to_thread(self._close_child))
+        try:
+            await asyncio.shield(closing)
+        except asyncio.CancelledError:
+            self._kill_child()
+            await closing
+            raise
+        finally:
+            if self._running is not None:
+                client, reply = self._running
+                await client.close()
+                # Takes note of its error, if nobody waited for it.
+                await asyncio.gather(reply, return_exceptions=True)
+
+    @property
+    def _client(self) -> _AsyncChildClient:
+        return self._require_running()[0]
+
+    def _require_running(self) -> tuple[_AsyncChildClient, LoadReply]:
+        if self._running is None:
+            raise not_started()
+        return self._running
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.load()
+            await self.wait_until_running()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()

@@ -1,0 +1,132 @@
+"""How the server is started: its command line, where it listens, what Python finds."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from runner_client.errors import (
+    NotSupportedError,
+    RunnerUnavailableError,
+    UnsupportedPlatformError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Listen = Literal["tcp", "unix"]
+
+_PLATFORMS = {("Darwin", "arm64"), ("Linux", "x86_64"), ("Linux", "aarch64")}
+"""Where PyPI has MLX with a backend. Its Windows wheels need one that no extra of
+MLX brings."""
+
+_SERVER_PACKAGES = ("runner_server", "mlx", "mlx_lm")
+_CHECKOUT_PACKAGES = ("runner_server", "mlxrunner")
+
+_SOCKET_PATH_BYTES = 103
+"""The longest path of a unix socket: 103 on macOS, 107 on Linux."""
+
+
+def check_platform() -> None:
+    """Refuses a machine that MLX does not run on.
+
+    Raises:
+        UnsupportedPlatformError: It is neither macOS on Apple silicon nor Linux on
+            x86-64 or arm64.
+    """
+    here = (platform.system(), platform.machine())
+    if here not in _PLATFORMS:
+        raise UnsupportedPlatformError(
+            f"a runner needs MLX, which does not run on {here[0]} {here[1]}; use macOS on Apple "
+            f"silicon (with an arm64 Python) or Linux on x86-64 or arm64 (on Windows: WSL 2). "
+            f"A client of a runner elsewhere works here"
+        )
+
+
+def server_command(listen: str) -> list[str]:
+    """The command line of a server that ends with this process.
+
+    Args:
+        listen: ``HOST:PORT`` or ``unix:/path``.
+
+    Raises:
+        NotSupportedError: The server's packages are not installed.
+        RunnerUnavailableError: This Python does not know where its executable is.
+    """
+    missing = [name for name in _SERVER_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise NotSupportedError(
+            f"this Python has no {', '.join(missing)}, which a runner needs: "
+            f"pip install 'mlx-grpc-runner[cpu]' on Linux (or [cuda12], [cuda13]), "
+            f"'mlx-grpc-runner[server]' on macOS"
+        )
+    if not sys.executable:
+        raise RunnerUnavailableError(
+            "cannot start a runner: sys.executable is empty, as in an embedded Python; start "
+            "`python -m runner_server` yourself and use RunnerClient"
+        )
+    # -P: a file named like a module in the current directory is not imported.
+    program = [sys.executable, "-P", "-m", "runner_server"]
+    return [*program, "--listen", listen, "--exit-with-parent"]
+
+
+def with_import_paths(environment: Mapping[str, str]) -> dict[str, str]:
+    """Adds to PYTHONPATH what a checkout has on ``sys.path`` and a child would miss.
+
+    Installed packages are found anyway; putting their folder before the standard
+    library could hide parts of it.
+    """
+    places = dict.fromkeys(place for name in _CHECKOUT_PACKAGES for place in _places(name))
+    extra = [
+        place for place in places if Path(place).name not in ("site-packages", "dist-packages")
+    ]
+    given = environment.get("PYTHONPATH")
+    path = os.pathsep.join([*extra, given] if given else extra)
+    return {**environment, "PYTHONPATH": path} if path else dict(environment)
+
+
+def _places(package: str) -> list[str]:
+    """The folders that a top-level package lies in, found without importing it."""
+    spec = importlib.util.find_spec(package)
+    locations = (spec.submodule_search_locations if spec else None) or ()
+    return [str(Path(location).absolute().parent) for location in locations]
+
+
+@dataclass(frozen=True)
+class ListenPlace:
+    """Where a child is told to listen."""
+
+    argument: str
+    """The value of ``--listen``."""
+    folder: Path | None
+    """The socket's own folder, which nobody else may enter; None for TCP."""
+
+    @classmethod
+    def make(cls, listen: Listen) -> ListenPlace:
+        """Chooses a place: a port that the child picks, or a socket in a new folder.
+
+        Raises:
+            ValueError: ``listen`` is neither.
+        """
+        if listen == "tcp":
+            return cls("127.0.0.1:0", None)
+        if listen != "unix":
+            raise ValueError(f'listen must be "tcp" or "unix", not {listen!r}')
+        # A socket file gets the umask's mode, but a folder of mkdtemp is 0700.
+        folder = Path(tempfile.mkdtemp(prefix="mlxr-"))
+        if len(os.fsencode(folder / "s")) > _SOCKET_PATH_BYTES:
+            folder.rmdir()
+            folder = Path(tempfile.mkdtemp(prefix="mlxr-", dir="/tmp"))
+        return cls(f"unix:{folder / 's'}", folder)
+
+    def remove(self) -> None:
+        """Removes the socket and its folder."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,141 @@
+"""How large a model's KV cache grows, by the cache classes of mlx_lm 0.32.
+
+``mlx_lm.models.cache``: ``KVCache`` grows in steps of 256 tokens;
+``RotatingKVCache`` likewise, up to the window of a layer with sliding attention.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from runner_client._safetensors import Tensor
+
+STEP_TOKENS = 256
+
+_PROJECTION = re.compile(r"^(?P<stack>.*?)layers\.(?P<layer>\d+)\..*\b(?P<kind>[kv])_proj\.weight$")
+
+# Where mlx_lm gives layers with sliding attention a rotating cache: by a list of
+# layer types, or by "every Nth layer is global" with these defaults (window, N).
+# Other architectures may have windows too, but mlx_lm keeps the whole context.
+_BY_TYPE = frozenset(
+    (
+        *("llama", "mistral", "ministral3", "gpt_oss", "olmo3", "afmoe"),
+        *("gemma3n", "gemma3n_text", "gemma4", "gemma4_text"),
+    )
+)
+_BY_PATTERN = {"gemma3": (512, 6), "gemma3_text": (512, 6), "cohere2": (4096, 4)}
+
+# mlx_lm caches whole heads for these, and only the latent for other MLA models.
+_EXPANDED_MLA = frozenset(("deepseek_v2", "minicpm3", "youtu_llm"))
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayer:
+    """The cache of one layer.
+
+    Attributes:
+        elements_per_token: Numbers in the keys and values of one token.
+        window: Tokens it holds at most; None for the whole context.
+    """
+
+    elements_per_token: int
+    window: int | None = None
+
+    def elements(self, context_length: int) -> int:
+        """Numbers allocated for one sequence of that many tokens."""
+        tokens = -(-context_length // STEP_TOKENS) * STEP_TOKENS
+        return self.elements_per_token * (
+            tokens if self.window is None else min(tokens, self.window)
+        )
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the language model; multimodal configurations nest them."""
+    nested = config.get("text_config")
+    return {**config, **nested} if isinstance(nested, dict) else dict(config)
+
+
+def kv_layers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[KVLayer, ...]:
+    """The caches that one sequence needs, one for each layer that has one.
+
+    The projections' shapes are trusted before the configuration, which leaves out
+    what equals an architecture's defaults. Empty if neither tells.
+    """
+    text = text_config(config)
+    layers = _integer(text, "num_hidden_layers", "n_layers", "n_layer", "num_layers") or 0
+    elements = _latent_elements(text, layers) or _projected_elements(tensors)
+    if not elements:
+        elements = dict.fromkeys(range(layers), _configured_elements(text))
+    cached = max(elements, default=-1) + 1 - (_integer(text, "num_kv_shared_layers") or 0)
+    return tuple(
+        KVLayer(count, _window(text, layer))
+        for layer, count in sorted(elements.items())
+        if layer < cached and count
+    )
+
+
+def _latent_elements(text: Mapping[str, Any], layers: int) -> dict[int, int]:
+    """Multi-head latent attention: one compressed vector and one rotary key a token."""
+    rank, rotary = _integer(text, "kv_lora_rank"), _integer(text, "qk_rope_head_dim") or 0
+    if not rank:
+        return {}
+    if text.get("model_type") not in _EXPANDED_MLA:
+        return dict.fromkeys(range(layers), rank + rotary)
+    key = (_integer(text, "qk_nope_head_dim") or 0) + rotary
+    value = _integer(text, "v_head_dim") or key
+    heads = _integer(text, "num_attention_heads") or 0
+    return dict.fromkeys(range(layers), heads * (key + value))
+
+
+def _projected_elements(tensors: Mapping[str, Tensor]) -> dict[int, int]:
+    """Rows of each layer's key and value projections, in the largest stack of layers."""
+    stacks: dict[str, dict[int, dict[str, int]]] = defaultdict(lambda: defaultdict(dict))
+    for name, tensor in tensors.items():
+        match = _PROJECTION.match(name)
+        if match and tensor.shape:
+            stacks[match["stack"]][int(match["layer"])][match["kind"]] = tensor.shape[0]
+    # The text stack comes with others in multimodal and draft-head checkpoints.
+    stack = max(stacks.values(), key=len, default={})
+    # A layer without its own values caches the keys twice.
+    return {
+        layer: rows.get("k", 0) + rows.get("v", rows.get("k", 0)) for layer, rows in stack.items()
+    }
+
+
+def _configured_elements(text: Mapping[str, Any]) -> int:
+    """2 x KV heads x head size, by the configuration."""
+    heads = _integer(text, "num_attention_heads", "n_heads", "n_head") or 0
+    kv_heads = _integer(text, "num_key_value_heads", "num_kv_heads") or heads
+    hidden = _integer(text, "hidden_size", "n_embd", "d_model") or 0
+    head_dim = _integer(text, "head_dim") or (hidden // heads if heads else 0)
+    return 2 * kv_heads * head_dim
+
+
+def _window(text: Mapping[str, Any], layer: int) -> int | None:
+    model_type = text.get("model_type")
+    window = _integer(text, "sliding_window")
+    if model_type in _BY_PATTERN:
+        default_window, default_every = _BY_PATTERN[model_type]
+        every = _integer(text, "sliding_window_pattern") or default_every
+        return None if layer % every == every - 1 else window or default_window
+    types = text.get("layer_types")
+    if model_type == "gpt_oss" and not types:
+        types = ("sliding_attention", "full_attention") * (layer + 1)
+    if model_type in _BY_TYPE and isinstance(types, (list, tuple)) and layer < len(types):
+        return window if types[layer] == "sliding_attention" else None
+    return None
+
+
+def _integer(settings: Mapping[str, Any], *names: str) -> int | None:
+    """The first of the named settings that is a positive integer."""
+    for name in names:
+        value = settings.get(name)
+        if type(value) is int and value > 0:
+            return value
+    return None

@@ -1,0 +1,130 @@
+"""From a model's name to a child that is told to load it: check, estimate, gate, start."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runner_client._child import Child
+from runner_client._command import (
+    ListenPlace,
+    check_platform,
+    server_command,
+    with_import_paths,
+)
+from runner_client._messages import load_request
+from runner_client.environment import child_environment
+from runner_client.errors import InsufficientMemoryError
+from runner_client.estimate import estimate
+from runner_client.gate import MemoryGate
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mlxrunner.v1 import runner_pb2 as pb
+    from runner_client._command import Listen
+    from runner_client.estimate import MemoryEstimate
+    from runner_client.types import Dtype
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_PARALLEL = 4
+"""What the server takes when none is asked for."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a child is to be: everything its start depends on."""
+
+    model: str
+    context_length: int | None
+    parallel: int | None
+    dtype: Dtype
+    require_full: bool
+    memory_override: bool
+    gate: MemoryGate | None
+    listen: Listen
+    env: Mapping[str, str] | None
+    log: logging.Logger | None
+
+    def plan(self) -> Plan:
+        """Decides whether the model may be started, without starting anything.
+
+        Raises:
+            UnsupportedPlatformError: MLX does not run here.
+            ModelNotFoundError: There is no such model.
+            ModelUnsupportedError: Its files are damaged or incomplete.
+            InsufficientMemoryError: It does not fit.
+        """
+        check_platform()
+        try:
+            return _gated(self)
+        except InsufficientMemoryError as error:
+            # "auto" is float32 on a CPU only where memory allows, else as stored.
+            plan = self._plan_as_stored()
+            if plan is None:
+                raise
+            logger.warning("%s. It is loaded as it is stored", error)
+            return plan
+
+    def _plan_as_stored(self) -> Plan | None:
+        if self.dtype != "auto":
+            return None
+        with contextlib.suppress(InsufficientMemoryError):
+            return _gated(replace(self, dtype="as_stored"))
+        return None
+
+
+def _gated(launch: Launch) -> Plan:
+    need = estimate(
+        launch.model,
+        context_length=launch.context_length,
+        parallel=launch.parallel or DEFAULT_PARALLEL,
+        dtype=launch.dtype,
+    )
+    gate = launch.gate or MemoryGate()
+    reservation = contextlib.ExitStack()
+    reservation.enter_context(
+        gate.reserve(need, require_full=launch.require_full, override=launch.memory_override)
+    )
+    return Plan(launch, need, reservation)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A launch that the gate let through."""
+
+    launch: Launch
+    estimate: MemoryEstimate
+    reservation: contextlib.ExitStack
+    """What the gate sets aside until the model is loaded, or will not be."""
+
+    def load_request(self) -> pb.LoadRequest:
+        """What the child is to load: just what the gate counted."""
+        # The server would not expand "~", and names a hub model by its id.
+        is_folder = Path(self.launch.model).expanduser().is_dir()
+        return load_request(
+            self.estimate.path if is_folder else self.launch.model,
+            context_length=self.estimate.context_length,
+            parallel=self.estimate.parallel,
+            dtype=self.launch.dtype,
+        )
+
+    def child(self, place: ListenPlace) -> Child:
+        """Makes the child, not yet started.
+
+        Raises:
+            NotSupportedError: The server's packages are not installed.
+            RunnerUnavailableError: There is no Python to start it with.
+        """
+        base = {**os.environ, **(self.launch.env or {})}
+        environment = child_environment(base, backend=self.estimate.backend)
+        return Child(
+            server_command(place.argument),
+            environment=with_import_paths(environment),
+            log=self.launch.log,
+        )

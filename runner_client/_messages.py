@@ -1,0 +1,222 @@
+"""Between the messages of the proto and the dataclasses of ``types``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mlxrunner.v1 import runner_pb2 as pb
+from runner_client.types import (
+    Completion,
+    CompletionChunk,
+    DoneReason,
+    LoadResult,
+    MemoryUsage,
+    Model,
+    Options,
+    PromptProgress,
+    State,
+    Status,
+    TokenLogprob,
+    TopLogprob,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from google.protobuf.duration_pb2 import Duration
+
+    from runner_client.types import Dtype
+
+_DTYPES = {
+    "auto": pb.DTYPE_AUTO,
+    "as_stored": pb.DTYPE_AS_STORED,
+    "float32": pb.DTYPE_FLOAT32,
+    "bfloat16": pb.DTYPE_BFLOAT16,
+    "float16": pb.DTYPE_FLOAT16,
+}
+
+_STATES = {
+    pb.STATE_IDLE: State.IDLE,
+    pb.STATE_LOADING: State.LOADING,
+    pb.STATE_ACTIVE: State.ACTIVE,
+    pb.STATE_FAILED: State.FAILED,
+    pb.STATE_STOPPING: State.STOPPING,
+}
+
+_DONE_REASONS = {
+    pb.DONE_REASON_STOP: DoneReason.STOP,
+    pb.DONE_REASON_LENGTH: DoneReason.LENGTH,
+}
+
+
+def load_request(
+    model: str,
+    *,
+    context_length: int | None = None,
+    parallel: int | None = None,
+    dtype: Dtype = "auto",
+    memory_limit_bytes: int | None = None,
+) -> pb.LoadRequest:
+    """Builds the request of a load.
+
+    Raises:
+        ValueError: ``dtype`` is none of the known ones.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
+    return pb.LoadRequest(
+        model=model,
+        context_length=context_length,
+        parallel=parallel,
+        dtype=_DTYPES[dtype],
+        memory_limit_bytes=memory_limit_bytes,
+    )
+
+
+def completion_request(
+    prompt: str | Sequence[int],
+    *,
+    options: Options | None = None,
+    logprobs: int | None = None,
+    request_id: str = "",
+) -> pb.CompletionRequest:
+    """Builds the request of a completion, of text or of token ids."""
+    message = pb.CompletionRequest(
+        options=_options(options or Options()), logprobs=logprobs, request_id=request_id
+    )
+    if isinstance(prompt, str):
+        message.prompt = prompt
+    else:
+        message.prompt_token_ids.CopyFrom(pb.TokenIds(ids=prompt))
+    return message
+
+
+def _options(options: Options) -> pb.CompletionOptions:
+    return pb.CompletionOptions(
+        temperature=options.temperature,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        top_k=options.top_k,
+        repeat_last_n=options.repeat_last_n,
+        repeat_penalty=options.repeat_penalty,
+        presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty,
+        num_predict=options.num_predict,
+        seed=options.seed,
+        stop=options.stop,
+        logit_bias=options.logit_bias,
+    )
+
+
+def load_result(message: pb.LoadResponse) -> LoadResult:
+    """The answer of a load."""
+    return LoadResult(_model(message.model), _seconds(message.load_duration))
+
+
+def _model(message: pb.Model) -> Model:
+    return Model(
+        name=message.name,
+        path=message.path,
+        architecture=message.architecture,
+        context_length=message.context_length,
+        vocab_size=message.vocab_size,
+        weight_bytes=message.weight_bytes,
+        dtype=message.dtype,
+        quantization_bits=message.quantization_bits,
+        eos_token_ids=tuple(message.eos_token_ids),
+    )
+
+
+def status(message: pb.StatusResponse) -> Status:
+    """The answer of a status call."""
+    age = message.last_progress_age
+    return Status(
+        state=_STATES.get(message.state, State.UNKNOWN),
+        progress=message.progress,
+        context_length=message.context_length,
+        memory_bytes=message.memory,
+        memory_usage=_memory_usage(message.memory_usage),
+        model=_model(message.model) if message.HasField("model") else None,
+        parallel=message.parallel,
+        running_count=message.running_count,
+        queued_count=message.queued_count,
+        step_count=message.step_count,
+        last_progress_age_seconds=_seconds(age) if message.HasField("last_progress_age") else None,
+        uptime_seconds=_seconds(message.uptime_duration),
+        runner_id=message.runner_id,
+        pid=message.pid,
+        device=message.device,
+        server_version=message.server_version,
+        last_error=message.last_error,
+    )
+
+
+def _memory_usage(message: pb.MemoryUsage) -> MemoryUsage:
+    return MemoryUsage(
+        active_bytes=message.active_bytes,
+        cache_bytes=message.cache_bytes,
+        peak_bytes=message.peak_bytes,
+        process_bytes=message.process_bytes,
+        limit_bytes=message.limit_bytes,
+    )
+
+
+def completion_chunk(message: pb.CompletionResponse) -> CompletionChunk:
+    """A message of a completion's stream."""
+    chunk = CompletionChunk(
+        content=message.content,
+        token_ids=tuple(message.token_ids),
+        logprobs=tuple(map(_token_logprob, message.logprobs)),
+        prompt_progress=_prompt_progress(message),
+    )
+    return _last_chunk(message, chunk) if message.done else chunk
+
+
+def _last_chunk(message: pb.CompletionResponse, chunk: CompletionChunk) -> CompletionChunk:
+    return CompletionChunk(
+        content=chunk.content,
+        token_ids=chunk.token_ids,
+        logprobs=chunk.logprobs,
+        prompt_progress=chunk.prompt_progress,
+        done=True,
+        done_reason=_DONE_REASONS.get(message.done_reason, DoneReason.UNKNOWN),
+        stop_match=message.stop_match or None,
+        prompt_eval_count=message.prompt_eval_count,
+        prompt_eval_seconds=_seconds(message.prompt_eval_duration),
+        eval_count=message.eval_count,
+        eval_seconds=_seconds(message.eval_duration),
+        queue_seconds=_seconds(message.queue_duration),
+    )
+
+
+def _prompt_progress(message: pb.CompletionResponse) -> PromptProgress | None:
+    if not message.HasField("prompt_progress"):
+        return None
+    progress = message.prompt_progress
+    return PromptProgress(progress.evaluated_count, progress.total_count)
+
+
+def _token_logprob(message: pb.TokenLogprob) -> TokenLogprob:
+    top = tuple(TopLogprob(item.token_id, item.text, item.logprob) for item in message.top)
+    return TokenLogprob(message.token_id, message.text, message.logprob, top)
+
+
+def join_chunks(chunks: Sequence[CompletionChunk]) -> Completion:
+    """Joins the chunks of a finished stream; the last one has ``done`` set."""
+    last = chunks[-1]
+    return Completion(
+        content="".join(chunk.content for chunk in chunks),
+        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+        logprobs=tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
+        done_reason=last.done_reason or DoneReason.UNKNOWN,
+        stop_match=last.stop_match,
+        prompt_eval_count=last.prompt_eval_count,
+        prompt_eval_seconds=last.prompt_eval_seconds,
+        eval_count=last.eval_count,
+        eval_seconds=last.eval_seconds,
+        queue_seconds=last.queue_seconds,
+    )
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.seconds + duration.nanos / 1e9

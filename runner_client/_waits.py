@@ -1,0 +1,100 @@
+"""How long to wait for a stream's next message and for a load, without any clock of its own.
+
+Times are ``time.monotonic()`` seconds that the caller passes in, so that the
+sync and the async client share the rules.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+from runner_client.errors import RunnerTimeoutError
+
+if TYPE_CHECKING:
+    from runner_client.types import CompletionChunk, Status, Timeouts
+
+
+class StreamTimer:
+    """Says until when a stream's next message must have come.
+
+    Until the first token the first-token limit runs, from the first wait on. From
+    the first message on, whatever it holds, the idle limit runs too. The time that
+    the reader spends between two reads is never counted.
+    """
+
+    def __init__(self, timeouts: Timeouts) -> None:
+        self._timeouts = timeouts
+        self._first_token_by: float | None = None
+        self._has_message = False
+        self._has_token = False
+
+    def deadline(self, now: float) -> float:
+        """Until when a wait that begins now may last; infinity if for ever."""
+        idle = now + _limit(self._timeouts.idle_seconds) if self._has_message else math.inf
+        return idle if self._has_token else min(idle, self._first_token_limit(now))
+
+    def _first_token_limit(self, now: float) -> float:
+        if self._first_token_by is None:
+            self._first_token_by = now + _limit(self._timeouts.first_token_seconds)
+        return self._first_token_by
+
+    def received(self, chunk: CompletionChunk) -> None:
+        """Takes note of a message."""
+        self._has_message = True
+        self._has_token = self._has_token or bool(chunk.content or chunk.token_ids)
+
+    def expired(self, now: float) -> RunnerTimeoutError:
+        """The error of a wait that lasted too long and ends now."""
+        if self._has_token or now < self._first_token_limit(now):
+            return _stream_error("idle", "no message", self._timeouts.idle_seconds)
+        return _stream_error("first_token", "no token", self._timeouts.first_token_seconds)
+
+
+class LoadWatch:
+    """Tells a load that moves from one that stands still."""
+
+    def __init__(self, timeout_seconds: float | None, now: float) -> None:
+        self._timeout_seconds = timeout_seconds
+        self._moved_at = now
+        self._seen: tuple[object, ...] | None = None
+
+    def observe(self, status: Status | None, now: float) -> None:
+        """Takes note of a status; None if it could not be had.
+
+        Raises:
+            RunnerTimeoutError: Nothing has moved for too long.
+        """
+        if status is not None:
+            self._note(status, now)
+        still_seconds = now - self._moved_at
+        if still_seconds >= _limit(self._timeout_seconds):
+            raise RunnerTimeoutError(
+                f"the load has not moved for {still_seconds:.0f} s (at "
+                f"{self._seen[1] if self._seen else 0} %); it was given up. Look at the runner's "
+                f"log, or raise Timeouts.load_seconds",
+                phase="load",
+                timeout_seconds=self._timeout_seconds,
+            )
+
+    def _note(self, status: Status, now: float) -> None:
+        seen = (status.state, status.progress)
+        if seen != self._seen:
+            self._seen, self._moved_at = seen, now
+        elif status.last_progress_age_seconds is not None:
+            self._moved_at = max(self._moved_at, now - status.last_progress_age_seconds)
+
+
+def _stream_error(
+    phase: Literal["first_token", "idle"], what: str, seconds: float | None
+) -> RunnerTimeoutError:
+    return RunnerTimeoutError(
+        f"the completion was cancelled: {what} for {_limit(seconds):g} s. Look at the runner's "
+        f"status, or raise Timeouts.{phase}_seconds",
+        phase=phase,
+        timeout_seconds=seconds,
+    )
+
+
+def _limit(seconds: float | None) -> float:
+    return math.inf if seconds is None else seconds

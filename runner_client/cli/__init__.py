@@ -1,0 +1,36 @@
+"""``mlx-runner``: the command line."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+
+import click
+
+from runner_client.cli import demo, doctor, estimate, run, serve, status, tokenize
+from runner_client.cli._errors import EXIT_CODES, Commands
+
+__all__ = ["main"]
+
+
+@click.group(
+    "mlx-runner",
+    cls=Commands,
+    epilog=EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.version_option(package_name="mlx-grpc-runner")
+@click.pass_context
+def main(ctx: click.Context) -> None:
+    """Host MLX language models in processes of their own, and talk to them over gRPC."""
+    if os.environ.get("NO_COLOR"):
+        ctx.color = False
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character is no reason to fail.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+for module in (demo, doctor, estimate, run, serve, status, tokenize):
+    main.add_command(module.command)

@@ -1,0 +1,192 @@
+"""Arguments and options that several commands share, and the values they take."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import TYPE_CHECKING, TypedDict, get_args
+
+import click
+
+from runner_client.types import Dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from click.decorators import FC
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?", re.IGNORECASE)
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+_MAX_INT32 = 2**31 - 1
+
+
+def size(value: str) -> int:
+    """Bytes of ``512MiB``, ``8G`` (the same as 8GiB), ``8GB`` (10^9 each) or ``1000``.
+
+    Raises:
+        click.BadParameter: It is no size, or 0.
+    """
+    match = _SIZE.fullmatch(value.strip())
+    count = _bytes(*match.groups()) if match else 0
+    if count < 1:
+        raise click.BadParameter(f"{value!r} is no size; write 8GiB, 512MiB or a number of bytes")
+    return count
+
+
+def _bytes(number: str, prefix: str, unit: str | None) -> int:
+    base = 1000 if prefix and (unit or "").upper() == "B" else 1024
+    return int(float(number) * base ** _POWERS[prefix.upper()])
+
+
+def text(value: str) -> str:
+    """An argument as text that can be sent.
+
+    Raises:
+        click.BadParameter: It has bytes that are no characters.
+    """
+    # Those arrive as lone surrogates.
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise click.BadParameter("it has bytes that are no characters")
+    return value
+
+
+def text_or_stdin(value: str) -> str:
+    """The same; ``-`` reads standard input instead, as UTF-8.
+
+    Raises:
+        click.BadParameter: It is not UTF-8.
+    """
+    if value != "-":
+        return text(value)
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise click.BadParameter(f"not UTF-8: {error.reason} at byte {error.start}") from error
+
+
+def integer(low: int, high: int = _MAX_INT32) -> Callable[[str], int]:
+    """A type of whole numbers in a range that would only crowd the help text."""
+
+    def integer(value: str) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            raise click.BadParameter(f"{value!r} is not a whole number") from None
+        if not low <= number <= high:
+            raise click.BadParameter(f"{number} is not in the range {low} to {high}")
+        return number
+
+    return integer
+
+
+context_length_option = click.option(
+    "--context-length",
+    type=integer(1),
+    help="Longest sequence, prompt and text together, in tokens.  [default: the model's own "
+    "limit, at most 4096]",
+)
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(get_args(Dtype)),
+    default="auto",
+    show_default=True,
+    help="Number format of the weights in memory. auto: float32 on a CPU where memory allows, "
+    "else as stored.",
+)
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on standard output."
+)
+
+
+def parallel_option(default: int) -> Callable[[FC], FC]:
+    """How many completions at once, with a command's own default."""
+    return click.option(
+        "--parallel",
+        type=click.IntRange(1, 256),
+        default=default,
+        show_default=True,
+        help="Completions decoded together.",
+    )
+
+
+class Sampling(TypedDict):
+    """The values of ``sampling_options``, by the names of ``types.Options``."""
+
+    temperature: float | None
+    top_p: float | None
+    min_p: float | None
+    top_k: int | None
+    repeat_last_n: int | None
+    repeat_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    num_predict: int | None
+    seed: int | None
+    stop: tuple[str, ...]
+
+
+_SAMPLING = (
+    click.option(
+        "--temperature",
+        type=click.FloatRange(0, 100),
+        help="0 takes the most likely token.  [default: 0.8]",
+    ),
+    click.option(
+        "--top-p",
+        type=click.FloatRange(0, 1, min_open=True),
+        help="Draw from the tokens that together have this probability.  [default: 0.9]",
+    ),
+    click.option(
+        "--top-k",
+        type=integer(0),
+        help="Draw from this many tokens; 0 is off.  [default: 40]",
+    ),
+    click.option(
+        "--min-p",
+        type=click.FloatRange(0, 1),
+        help="Leave out tokens less likely than this share of the likeliest.  [default: 0]",
+    ),
+    click.option(
+        "--seed",
+        type=integer(-(2**63), 2**63 - 1),
+        help="The same seed gives the same text.  [default: random]",
+    ),
+    click.option(
+        "--num-predict",
+        type=integer(1),
+        help="Most tokens to generate.  [default: to the end of the context]",
+    ),
+    click.option(
+        "--stop",
+        type=text,
+        multiple=True,
+        help="End the text before this string; may be given again.",
+    ),
+    click.option(
+        "--repeat-penalty",
+        type=click.FloatRange(0, 100, min_open=True),
+        help="Makes tokens seen before less likely; 1 is off.  [default: 1]",
+    ),
+    click.option(
+        "--repeat-last-n",
+        type=integer(-1),
+        help="How many tokens the penalties look back; -1 is all.  [default: 64]",
+    ),
+    click.option(
+        "--presence-penalty",
+        type=click.FloatRange(-100, 100),
+        help="Off the logits of tokens seen.  [default: 0]",
+    ),
+    click.option(
+        "--frequency-penalty",
+        type=click.FloatRange(-100, 100),
+        help="The same, once for each time.  [default: 0]",
+    ),
+)
+
+
+def sampling_options(command: FC) -> FC:
+    """Adds the options of a completion, in the proto's ranges."""
+    for option in reversed(_SAMPLING):
+        command = option(command)
+    return command

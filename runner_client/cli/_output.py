@@ -1,0 +1,117 @@
+"""How the commands print: aligned rows, one JSON object, progress, rates."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, is_dataclass
+from typing import TYPE_CHECKING, Self
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import TracebackType
+
+    from click._termui_impl import ProgressBar
+
+    from runner_client.types import Completion, Status
+
+Row = tuple[str, str]
+"""A name and what is to be said of it."""
+
+_LINE_EVERY_PERCENT = 10
+_COMPLETE = 100
+
+
+def print_json(value: object) -> None:
+    """Prints one JSON object on standard output."""
+    click.echo(json.dumps(_plain(value), ensure_ascii=False))
+
+
+def _plain(value: object) -> object:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+def print_rows(rows: Iterable[Row], *, err: bool = False) -> None:
+    """Prints rows with their second column aligned."""
+    rows = list(rows)
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, text in rows:
+        click.echo(f"{name:<{width}}  {text}", err=err)
+
+
+def completion_rows(completion: Completion) -> list[Row]:
+    """What a completion cost, in tokens and tokens a second."""
+    prompt_rate = _rate(completion.prompt_eval_count, completion.prompt_eval_seconds)
+    # The span goes from the first token to the last: the first took none of it.
+    rate = _rate(completion.eval_count - 1, completion.eval_seconds)
+    ending = f"ended by {completion.done_reason}"
+    if completion.stop_match:
+        ending += f" {completion.stop_match!r}"
+    return [
+        ("prompt", f"{_tokens(completion.prompt_eval_count)}{prompt_rate}"),
+        ("generated", f"{_tokens(completion.eval_count)}{rate}, {ending}"),
+    ]
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} token{'' if count == 1 else 's'}"
+
+
+def _rate(count: int, seconds: float) -> str:
+    return f", {count / seconds:,.1f} tokens/s" if count > 0 and seconds > 0 else ""
+
+
+def is_terminal() -> bool:
+    """Whether standard error is a terminal that can redraw a line."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+class LoadProgress:
+    """Shows a load on standard error: a bar on a terminal, else a line now and then.
+
+    Args:
+        name: What is loaded.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._label = f"loading {name}"
+        self._percent = 0
+        self._bar: ProgressBar[int] | None = None
+        if is_terminal():
+            self._bar = click.progressbar(
+                length=_COMPLETE, label=self._label, file=sys.stderr, show_eta=False
+            )
+
+    def __call__(self, status: Status) -> None:
+        """Takes note of a status of the runner."""
+        self._show(status.progress)
+
+    def _show(self, percent: int) -> None:
+        if self._bar is not None:
+            self._bar.update(percent - self._percent)
+        elif percent < self._percent + _LINE_EVERY_PERCENT:
+            return
+        else:
+            click.echo(f"{self._label}: {percent} %", err=True)
+        self._percent = percent
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.__enter__()
+        else:
+            click.echo(self._label, err=True)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self._show(_COMPLETE)
+        if self._bar is not None:
+            self._bar.__exit__(kind, error, traceback)

@@ -1,0 +1,105 @@
+"""``mlx-runner demo``: the whole life of a runner, with the model that comes with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+import psutil
+
+from mlxrunner.hostmemory import free_memory
+from runner_client.cli._errors import EXIT_CODES, Failure
+from runner_client.cli._output import Row, completion_rows, print_rows
+from runner_client.cli._session import loaded, show_text, streamed
+from runner_client.cli.status import memory_text
+from runner_client.environment import package_folders
+from runner_client.process import RunnerProcess
+from runner_client.types import Options
+from runner_client.units import format_bytes
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from runner_client.types import LoadResult, Status
+
+PROMPT = "def read_lines(path):"
+"""What the demo model completes: it has read Python's standard library."""
+
+OPTIONS = Options(temperature=0, num_predict=128, stop=("\n\n\n",))
+"""The likeliest text, the same on every run, up to the end of the function."""
+
+
+@click.command(
+    "demo", short_help="Start, use and stop a runner with the embedded model.", epilog=EXIT_CODES
+)
+def command() -> None:
+    """Start a runner with the embedded demo model, let it write, and stop it.
+
+    Shows what every use does: decide whether the model fits, start a process, load, stream a
+    completion, stop the process, and have its memory back.
+    """
+    model = demo_model()
+    before = free_memory().available_bytes
+    runner = RunnerProcess(str(model), parallel=1)
+    with loaded(runner, "the demo model") as load:
+        status = runner.status()
+        print_rows(_start_rows(runner, load, status, before))
+        click.echo(f"\n{click.style(PROMPT, bold=True)}", nl=False)
+        completion = streamed(runner.completion(PROMPT, options=OPTIONS), show_text)
+        click.echo("\n")
+        status = runner.status()
+        during = free_memory().available_bytes
+    rows = [
+        *completion_rows(completion),
+        ("memory", memory_text(status.memory_usage)),
+        ("stopped", _stopped(runner, status)),
+        ("free", _free(before, during, free_memory().available_bytes)),
+    ]
+    print_rows(rows)
+
+
+def demo_model() -> Path:
+    """The directory of the model that comes with the server, found without importing it.
+
+    Raises:
+        Failure: It is not there.
+    """
+    for place in package_folders("runner_server"):
+        model = place / "demo" / "model"
+        if (model / "config.json").is_file():
+            return model
+    raise Failure(
+        "the demo model is missing: this installation of mlx-grpc-runner has no "
+        "runner_server/demo/model; install it again"
+    )
+
+
+def _start_rows(
+    runner: RunnerProcess, load: LoadResult, status: Status, free_bytes: int
+) -> list[Row]:
+    model, need = load.model, runner.estimate
+    rows = [
+        ("model", f"{model.architecture}, {format_bytes(model.weight_bytes)} as {model.dtype}"),
+        ("runner", f"process {runner.pid} at {runner.address} on {status.device}"),
+        ("load", f"{load.load_seconds:.2f} s"),
+    ]
+    if need is not None:
+        fits = f"needs {format_bytes(need.total_bytes)}, {format_bytes(free_bytes)} are free"
+        rows.insert(1, ("gate", fits))
+    return rows
+
+
+def _stopped(runner: RunnerProcess, status: Status) -> str:
+    """What is left of the process: nothing, or this says so."""
+    if not runner.has_exited or psutil.pid_exists(status.pid):
+        raise Failure(f"process {status.pid} is still there after it was stopped")
+    held = format_bytes(status.memory_usage.process_bytes)
+    return f"process {status.pid} is gone and reaped, and the {held} it held are back"
+
+
+def _free(before: int, during: int, after: int) -> str:
+    """Other processes take and give memory too, so that these are no exact sums."""
+    return (
+        f"{format_bytes(before)} before, {format_bytes(during)} with the runner, "
+        f"{format_bytes(after)} now (other processes count too)"
+    )

@@ -1,0 +1,59 @@
+"""``mlx-runner doctor``: what this machine has for a runner, and what to do about the rest."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from runner_client import doctor
+from runner_client.cli._options import json_option
+from runner_client.cli._output import is_terminal, print_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from runner_client.doctor import Finding
+
+EXIT_ERROR_FOUND = 1
+
+_COLORS = {"ok": "green", "warning": "yellow", "error": "red"}
+
+
+@click.command(
+    "doctor",
+    short_help="Check what this machine has for a runner, and measure it.",
+    epilog="Exit codes: 0 success (no error, though maybe warnings), 1 an error: no runner starts "
+    "here, 2 wrong usage, 130 interrupted.",
+)
+@json_option
+def command(*, as_json: bool) -> None:
+    """Check what a runner depends on, and say what to do about what is missing.
+
+    Takes a few seconds: MLX is started in a process of its own and measured.
+    """
+    if is_terminal():
+        click.echo("examining this machine ...", err=True)
+    findings = doctor.examine()
+    is_fine = all(finding.status != "error" for finding in findings)
+    if as_json:
+        print_json({"ok": is_fine, "findings": [asdict(finding) for finding in findings]})
+    else:
+        for line in _lines(findings):
+            click.echo(line)
+    if not is_fine:
+        raise click.exceptions.Exit(EXIT_ERROR_FOUND)
+
+
+def _lines(findings: Sequence[Finding]) -> Iterator[str]:
+    """A line for each finding, and the advice below it."""
+    width = max((len(finding.name) for finding in findings), default=0)
+    indent = " " * len("warning  ")
+    for finding in findings:
+        mark = click.style(f"{finding.status:<7}", fg=_COLORS[finding.status])
+        first, *more = finding.value.splitlines() or [""]
+        yield f"{mark}  {finding.name:<{width}}  {first}"
+        yield from (f"{indent}{line}" for line in more)
+        if finding.advice:
+            yield f"{indent}{finding.advice}"

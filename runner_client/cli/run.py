@@ -1,0 +1,82 @@
+"""``mlx-runner run``: one completion in a runner of its own."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from runner_client.cli._errors import EXIT_CODES
+from runner_client.cli._options import (
+    context_length_option,
+    dtype_option,
+    json_option,
+    sampling_options,
+    text_or_stdin,
+)
+from runner_client.cli._output import completion_rows, print_json, print_rows
+from runner_client.cli._session import loaded, show_nothing, show_text, streamed
+from runner_client.process import RunnerProcess
+from runner_client.types import Options
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from runner_client.cli._options import Sampling
+    from runner_client.types import Completion, Dtype, LoadResult
+
+
+@click.command(
+    "run", short_help="Complete a prompt with a model, in a runner of its own.", epilog=EXIT_CODES
+)
+@click.argument("model")
+@click.argument("prompt", type=text_or_stdin)
+@sampling_options
+@context_length_option
+@dtype_option
+@click.option(
+    "--memory-override", is_flag=True, help="Start it even if the gate says that it does not fit."
+)
+@json_option
+def command(
+    model: str,
+    prompt: str,
+    *,
+    context_length: int | None,
+    dtype: Dtype,
+    memory_override: bool,
+    as_json: bool,
+    **sampling: Unpack[Sampling],
+) -> None:
+    """Complete PROMPT with MODEL, in a runner that is started for it and stopped after it.
+
+    MODEL is a directory, or a hub id (org/name) in the local Hugging Face cache; nothing is
+    downloaded. PROMPT is used as it is, without a chat template; - reads it from standard input.
+    The text goes to standard output as it is generated, everything else to standard error.
+    """
+    if not prompt:
+        raise click.BadArgumentUsage("PROMPT is empty")
+    runner = RunnerProcess(
+        model,
+        context_length=context_length,
+        parallel=1,
+        dtype=dtype,
+        memory_override=memory_override,
+    )
+    with loaded(runner, model) as load:
+        stream = runner.completion(prompt, options=Options(**sampling))
+        completion = streamed(stream, show_nothing if as_json else show_text)
+    if as_json:
+        print_json(_record(load, completion))
+        return
+    click.echo()
+    print_rows(
+        [*completion_rows(completion), ("load", f"{load.load_seconds:.2f} s")],
+        err=True,
+    )
+
+
+def _record(load: LoadResult, completion: Completion) -> dict[str, object]:
+    """What ``--json`` prints: the fields of ``Completion``, and of the load before it."""
+    return {**asdict(load), **asdict(completion)}

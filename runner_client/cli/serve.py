@@ -1,0 +1,106 @@
+"""``mlx-runner serve``: a server in the foreground, in the environment that MLX needs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from mlxrunner.hostmemory import installed_backend
+from runner_client._command import check_platform, server_command, with_import_paths
+from runner_client._launch import DEFAULT_PARALLEL
+from runner_client.cli._options import (
+    context_length_option,
+    dtype_option,
+    parallel_option,
+    size,
+)
+from runner_client.environment import child_environment
+
+if TYPE_CHECKING:
+    from runner_client.types import Dtype
+
+_FOR_A_MODEL = ("context_length", "parallel", "dtype", "memory_limit")
+
+
+@click.command(
+    "serve",
+    short_help="Run a server in the foreground.",
+    epilog="Exit codes: 0 success (Ctrl-C included), 1 it could not start, 2 wrong usage, 70 the "
+    "engine died, 130 interrupted twice.",
+)
+@click.option("--model", help="Load it at once; without it the server waits for a Load call.")
+@click.option(
+    "--listen",
+    default="127.0.0.1:0",
+    show_default=True,
+    help="HOST:PORT or unix:/path; port 0 takes a free one. There is no encryption and no login.",
+)
+@context_length_option
+@parallel_option(DEFAULT_PARALLEL)
+@dtype_option
+@click.option(
+    "--memory-limit",
+    type=size,
+    metavar="SIZE",
+    help="Most memory for weights and KV cache, for instance 8GiB.  [default: what is free]",
+)
+@click.option(
+    "--blas",
+    default="auto",
+    show_default=True,
+    metavar="auto|off|PATH",
+    help="Which BLAS library goes in front of MLX's own on a Linux CPU, where that is slow.",
+)
+@click.pass_context
+def command(
+    ctx: click.Context,
+    *,
+    model: str | None,
+    listen: str,
+    context_length: int | None,
+    parallel: int,
+    dtype: Dtype,
+    memory_limit: int | None,
+    blas: str,
+) -> None:
+    """Run a server in the foreground until Ctrl-C.
+
+    Once it listens it prints one line on standard output, 1|1|tcp|HOST:PORT|grpc; its log goes to
+    standard error. This command becomes the server: signals reach it, its exit code is yours.
+    """
+    check_platform()
+    line = _server(listen)
+    if model is None:
+        _refuse_model_options(ctx)
+    else:
+        line += ["--model", model, "--parallel", str(parallel), "--dtype", dtype]
+        line += _given("--context-length", context_length)
+        line += _given("--memory-limit-bytes", memory_limit)
+    environment = child_environment(os.environ, backend=installed_backend(), blas=blas)
+    _become(line, with_import_paths(environment))
+
+
+def _given(name: str, value: int | None) -> list[str]:
+    return [] if value is None else [name, str(value)]
+
+
+def _refuse_model_options(ctx: click.Context) -> None:
+    """A Load call brings its own; on the command line they would be ignored in silence."""
+    for name in _FOR_A_MODEL:
+        source = ctx.get_parameter_source(name)
+        if source is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')} needs --model")
+
+
+def _server(listen: str) -> list[str]:
+    # A server that a person starts outlives its shell if they want it to.
+    return [part for part in server_command(listen) if part != "--exit-with-parent"]
+
+
+def _become(line: list[str], environment: dict[str, str]) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(line[0], line, environment)  # noqa: S606 - no shell is the point

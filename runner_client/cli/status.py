@@ -1,0 +1,88 @@
+"""``mlx-runner status``: what a runner does and holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from runner_client.cli._errors import EXIT_CODES
+from runner_client.cli._options import json_option
+from runner_client.cli._output import Row, print_json, print_rows
+from runner_client.client import RunnerClient
+from runner_client.units import format_bytes
+
+if TYPE_CHECKING:
+    from runner_client.types import MemoryUsage, Model, Status
+
+
+@click.command("status", short_help="Show what a runner does and holds.", epilog=EXIT_CODES)
+@click.argument("address")
+@json_option
+def command(address: str, *, as_json: bool) -> None:
+    """Show what the runner at ADDRESS (HOST:PORT or unix:/path) does and holds."""
+    if not address:
+        raise click.BadArgumentUsage("ADDRESS is empty; give HOST:PORT or unix:/path")
+    with RunnerClient(address) as client:
+        status = client.status()
+    if as_json:
+        print_json(status)
+    else:
+        print_rows(status_rows(status))
+
+
+def status_rows(status: Status) -> list[Row]:
+    """A status as rows for people."""
+    rows = [("state", _state(status))]
+    if status.model is not None:
+        rows += [("model", _model(status.model)), ("context", _context(status))]
+    rows += [
+        ("work", _work(status)),
+        ("memory", memory_text(status.memory_usage)),
+        ("device", status.device or "not known before MLX is imported"),
+        ("runner", _runner(status)),
+    ]
+    if status.last_error:
+        rows.append(("last error", status.last_error))
+    return rows
+
+
+def memory_text(memory: MemoryUsage) -> str:
+    """The memory of a runner in parts."""
+    parts = {
+        "active": memory.active_bytes,
+        "cache": memory.cache_bytes,
+        "peak": memory.peak_bytes,
+        "process": memory.process_bytes,
+    }
+    if memory.limit_bytes:
+        parts["limit"] = memory.limit_bytes
+    return ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
+
+
+def _state(status: Status) -> str:
+    return f"{status.state}, {status.progress} %" if status.state == "loading" else status.state
+
+
+def _model(model: Model) -> str:
+    bits = f"{model.quantization_bits}-bit" if model.quantization_bits else ""
+    parts = (model.architecture, bits, model.dtype, format_bytes(model.weight_bytes))
+    return f"{model.name} ({', '.join(part for part in parts if part)})"
+
+
+def _context(status: Status) -> str:
+    return f"{status.context_length:,} tokens, {status.parallel} completions together"
+
+
+def _work(status: Status) -> str:
+    work = (
+        f"{status.running_count} running, {status.queued_count} queued, "
+        f"{status.step_count:,} steps since the start"
+    )
+    age = status.last_progress_age_seconds
+    return work if age is None else f"{work}; moved {age:.1f} s ago"
+
+
+def _runner(status: Status) -> str:
+    version = f"version {status.server_version}, " if status.server_version else ""
+    return f"process {status.pid}, {version}up {status.uptime_seconds:,.0f} s"

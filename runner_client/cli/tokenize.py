@@ -1,0 +1,86 @@
+"""``mlx-runner tokenize``: text to token ids and back, by a model's own tokenizer."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from runner_client.cli._errors import EXIT_CODES
+from runner_client.cli._options import json_option, text_or_stdin
+from runner_client.cli._output import print_json
+from runner_client.cli._session import loaded
+from runner_client.client import RunnerClient
+from runner_client.process import RunnerProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@click.command(
+    "tokenize", short_help="Split text into token ids, or join them again.", epilog=EXIT_CODES
+)
+@click.argument("content", metavar="TEXT", type=text_or_stdin)
+@click.option("--address", help="Ask the runner there: HOST:PORT or unix:/path.")
+@click.option("--model", help="Start a runner for this model (it is loaded whole), and stop it.")
+@click.option("--detokenize", is_flag=True, help="TEXT is token ids; join them into text.")
+@click.option(
+    "--add-special-tokens",
+    is_flag=True,
+    help="Add what a prompt gets, for instance a beginning-of-text token.",
+)
+@json_option
+def command(
+    content: str,
+    *,
+    address: str | None,
+    model: str | None,
+    detokenize: bool,
+    add_special_tokens: bool,
+    as_json: bool,
+) -> None:
+    """Split TEXT into token ids, or join them again.
+
+    One of --address and --model says whose tokenizer is asked. Ids are printed, and with
+    --detokenize read, as numbers with spaces or commas between them. TEXT - reads standard input.
+    """
+    if bool(address) == bool(model):
+        raise click.UsageError("give one of --address (a running runner) and --model")
+    if detokenize and add_special_tokens:
+        raise click.UsageError("--add-special-tokens has no meaning with --detokenize")
+    ids = _ids(content) if detokenize else []
+    with _tokenizer(address, model) as client:
+        if detokenize:
+            content = client.detokenize(ids)
+        else:
+            ids = client.tokenize(content, add_special_tokens=add_special_tokens)
+    if as_json:
+        print_json({"content": content, "token_ids": ids})
+    else:
+        click.echo(content if detokenize else " ".join(map(str, ids)))
+
+
+@contextmanager
+def _tokenizer(address: str | None, model: str | None) -> Iterator[RunnerClient | RunnerProcess]:
+    if address:
+        with RunnerClient(address) as client:
+            yield client
+    elif model:
+        runner = RunnerProcess(model, parallel=1)
+        with loaded(runner, model):
+            yield runner
+
+
+def _ids(content: str) -> list[int]:
+    words = content.replace(",", " ").split()
+    wrong = [word for word in words if not (word.isascii() and word.isdecimal())]
+    if wrong:
+        raise click.BadArgumentUsage(f"{wrong[0]!r} is no token id; TEXT must be whole numbers")
+    ids = list(map(int, words))
+    if max(ids, default=0) > _MAX_ID:
+        raise click.BadArgumentUsage(f"{max(ids)} is no token id: it is above {_MAX_ID:,}")
+    return ids
+
+
+_MAX_ID = 2**31 - 1

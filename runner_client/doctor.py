@@ -1,0 +1,235 @@
+"""What this machine has for a runner, what it measures, and what to do about it.
+
+The findings as data; ``mlx-runner doctor`` prints them. MLX is asked in a child
+process with the environment a runner would get, so that a machine on which it
+crashes gives a finding too.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mlxrunner.hostmemory import FreeMemory, device_infos, free_memory, installed_backend
+from runner_client._command import check_platform
+from runner_client._probe import ProbeResult, run_probe
+from runner_client.environment import child_environment, find_blas, package_folders
+from runner_client.errors import RunnerError
+from runner_client.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from mlxrunner.hostmemory import Backend
+    from runner_client.environment import Blas
+
+Level = Literal["ok", "warning", "error"]
+
+_FAST_RATIO = 2.0
+_FAST_GFLOPS = 20.0
+
+_SERVER_PACKAGES = (
+    "mlx",
+    "mlx-lm",
+    "grpcio-health-checking",
+    "grpcio-reflection",
+    "grpcio-status",
+)
+_INSTALL_SERVER = (
+    "pip install 'mlx-grpc-runner[cpu]' on Linux (or [cuda12], [cuda13]), "
+    "'mlx-grpc-runner[server]' on macOS; a client of a runner elsewhere needs none of it"
+)
+_INSTALL_BLAS = (
+    "install a fast BLAS: apt-get install libopenblas0-pthread (Debian, Ubuntu), or without an "
+    "administrator pip install mkl intel-openmp; it is found by itself"
+)
+_INSTALL_COMPILER = "install a C++ compiler that MLX can call as g++: apt-get install g++"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at.
+
+    Attributes:
+        name: What was looked at.
+        status: ``"ok"``, ``"warning"`` (works, but slower or less than it could)
+            or ``"error"`` (no runner starts here).
+        value: What was found.
+        advice: What to do about it; empty where nothing is to be done.
+    """
+
+    name: str
+    status: Level
+    value: str
+    advice: str = ""
+
+
+def examine(
+    *,
+    environ: Mapping[str, str] = os.environ,
+    probe: Callable[[Mapping[str, str]], ProbeResult] = run_probe,
+    version: Callable[[str], str | None] | None = None,
+) -> tuple[Finding, ...]:
+    """Looks at everything a runner depends on. Takes a few seconds; never raises.
+
+    Figures are of this moment: on a busy machine they are lower.
+
+    Args:
+        environ: The environment a runner would be started from.
+        probe: Asks MLX in a child process with that environment.
+        version: The version of an installed distribution, or None.
+    """
+    version = version or _version
+    backend = installed_backend()
+    findings = [_python(), _platform(), *_packages(version), *_devices(), *_memory(free_memory())]
+    if all(version(name) for name in ("mlx", "mlx-lm")):
+        findings += _mlx(environ, backend, probe)
+    return tuple(findings)
+
+
+def _python() -> Finding:
+    return Finding("Python", "ok", f"{platform.python_version()} ({sys.executable})")
+
+
+def _platform() -> Finding:
+    try:
+        check_platform()
+    except RunnerError as error:
+        return Finding("platform", "error", platform.platform(), str(error))
+    return Finding("platform", "ok", platform.platform())
+
+
+def _packages(version: Callable[[str], str | None]) -> list[Finding]:
+    findings = [
+        Finding(name, "ok", found) if (found := version(name)) else _broken_install(name)
+        for name in ("grpcio", "protobuf")
+    ]
+    server = {name: version(name) for name in _SERVER_PACKAGES}
+    missing = [name for name, installed in server.items() if not installed]
+    if not package_folders("runner_server"):
+        missing.append("runner_server")
+    if missing:
+        text = f"not installed: {', '.join(missing)}"
+        return [*findings, Finding("server extra", "error", text, _INSTALL_SERVER)]
+    text = ", ".join(f"{name} {installed}" for name, installed in server.items())
+    return [*findings, Finding("server extra", "ok", text)]
+
+
+def _broken_install(name: str) -> Finding:
+    return Finding(name, "error", "not installed", "reinstall: pip install mlx-grpc-runner")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[Finding]:
+    return [
+        Finding(
+            f"device {number}",
+            "warning" if device.reason else "ok",
+            f"{device.kind}: {device.name}, {_size(device.free_bytes)} of "
+            f"{_size(device.total_bytes)} free",
+            device.reason,
+        )
+        for number, device in enumerate(device_infos())
+    ]
+
+
+def _memory(free: FreeMemory) -> list[Finding]:
+    figures = {
+        "system": free.system_bytes,
+        "cgroup": free.cgroup_bytes,
+        "device": free.device_bytes,
+    }
+    text = ", ".join(
+        f"{name} {_size(figure) if figure is not None else 'no limit'}"
+        for name, figure in figures.items()
+    )
+    value = f"{_size(free.available_bytes)}, limited by {free.source} ({text})"
+    return [Finding("free memory", "ok", value)]
+
+
+def _size(count: int | None) -> str:
+    return "unknown" if count is None else format_bytes(count)
+
+
+def _mlx(
+    environ: Mapping[str, str],
+    backend: Backend,
+    probe: Callable[[Mapping[str, str]], ProbeResult],
+) -> list[Finding]:
+    """What MLX says of itself, in the environment a runner would get."""
+    result = probe(child_environment(environ, backend=backend))
+    if result.failure:
+        advice = "MLX cannot run here: see the lines above; reinstall the server extra"
+        return [Finding("MLX", "error", result.failure, advice)]
+    facts = result.facts
+    device = facts.get("device") or {}
+    name = device.get("device_name") or device.get("architecture") or "unknown device"
+    value = f"{facts.get('mlx_version')} on {facts.get('backend')} ({name})"
+    findings = [_agreement(value, str(facts.get("backend")), backend), _kernels(facts)]
+    if backend == "cpu":
+        stock = probe(child_environment(environ, backend=backend, blas="off"))
+        findings.append(_blas(facts, stock.facts, find_blas()))
+    return findings
+
+
+def _agreement(value: str, seen: str, expected: Backend) -> Finding:
+    if seen == expected:
+        return Finding("MLX", "ok", value)
+    advice = (
+        f"the packages installed are for {expected}: check the driver, and that exactly one of the "
+        "extras cpu, cuda12 and cuda13 is installed"
+    )
+    return Finding("MLX", "warning", value, advice)
+
+
+def _kernels(facts: Mapping[str, Any]) -> Finding:
+    compiler = facts.get("compiler")
+    if facts.get("kernels_compile"):
+        how = f" with {compiler}" if facts.get("backend") == "cpu" else ""
+        return Finding("kernel compilation", "ok", f"works{how}")
+    reason = str(facts.get("errors", {}).get("kernels_compile", "failed for no known reason"))
+    if facts.get("backend") != "cpu":
+        return Finding("kernel compilation", "error", reason, _CUDA_HEADERS)
+    # MLX works without g++, only slower; what a broken one builds fails at run time.
+    status: Level = "error" if compiler else "warning"
+    return Finding("kernel compilation", status, reason, _INSTALL_COMPILER)
+
+
+_CUDA_HEADERS = (
+    "on CUDA, MLX needs the runtime's headers: pip install nvidia-cuda-runtime (CUDA 13) or "
+    "nvidia-cuda-runtime-cu12, or set CUDA_HOME"
+)
+
+
+def _blas(facts: Mapping[str, Any], stock: Mapping[str, Any], found: Blas | None) -> Finding:
+    """The BLAS a runner would get, measured against MLX's own."""
+    fast_gflops, stock_gflops = facts.get("gemm_gflops"), stock.get("gemm_gflops")
+    libraries = [Path(path).name for path in facts.get("blas") or ()]
+    name = f"{found.name} ({found.path})" if found else ", ".join(libraries) or "MLX's own"
+    if not fast_gflops or not stock_gflops:
+        return Finding("BLAS", "warning", f"{name}, speed not measured", _INSTALL_BLAS)
+    ratio = fast_gflops / stock_gflops
+    value = (
+        f"{name}: {fast_gflops:.0f} GFLOP/s in float32, {ratio:.0f} times the "
+        f"{stock_gflops:.1f} without it"
+    )
+    if found and ratio >= _FAST_RATIO:
+        return Finding("BLAS", "ok", value)
+    if found:
+        advice = "the BLAS makes no difference: another one may be preloaded (see LD_PRELOAD)"
+        return Finding("BLAS", "warning", value, advice)
+    value = f"{name}: {fast_gflops:.1f} GFLOP/s in float32"
+    if fast_gflops >= _FAST_GFLOPS:
+        return Finding("BLAS", "ok", value)
+    return Finding("BLAS", "warning", value, _INSTALL_BLAS)

@@ -1,0 +1,285 @@
+"""A fake runner for the tests of programs that use this library.
+
+It is a real gRPC server in this process, without a model: it needs no MLX, starts
+in milliseconds, and answers what the test tells it to::
+
+    with fake_runner(pieces=("Hello", " world")) as runner:
+        with RunnerClient(runner.address) as client:
+            assert client.complete("Hi").content == "Hello world"
+        assert runner.requests[0].prompt == "Hi"
+
+    with fake_runner(failure=Failure("QUEUE_FULL", retry_delay_seconds=2)) as runner:
+        ...
+"""
+
+# ruff: noqa: N802 - the methods of the service have the proto's names
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NoReturn
+
+import grpc
+from google.protobuf.wrappers_pb2 import Int32Value, StringValue
+from google.rpc import error_details_pb2, status_pb2
+
+from mlxrunner.handshake import ERROR_DOMAIN
+from mlxrunner.v1 import runner_pb2 as pb
+from mlxrunner.v1 import runner_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from google.protobuf.message import Message
+
+_CODES = {
+    "INVALID_FIELD": grpc.StatusCode.INVALID_ARGUMENT,
+    "PROMPT_TOO_LONG": grpc.StatusCode.INVALID_ARGUMENT,
+    "MODEL_NOT_FOUND": grpc.StatusCode.NOT_FOUND,
+    "MODEL_UNSUPPORTED": grpc.StatusCode.FAILED_PRECONDITION,
+    "MODEL_NOT_LOADED": grpc.StatusCode.FAILED_PRECONDITION,
+    "BUSY": grpc.StatusCode.FAILED_PRECONDITION,
+    "INSUFFICIENT_MEMORY": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "QUEUE_FULL": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "SHUTTING_DOWN": grpc.StatusCode.UNAVAILABLE,
+    "GENERATION_FAILED": grpc.StatusCode.INTERNAL,
+}
+
+_MAX_CALLS = 32
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a call is to fail."""
+
+    reason: str
+    """A value of the proto's ``ErrorReason`` without its prefix; "" sends no details."""
+    message: str = "the test asked for this failure"
+    """The text of the status."""
+    code: grpc.StatusCode | None = None
+    """The gRPC code. Default: the one that the proto gives the reason."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """``ErrorInfo.metadata``."""
+    field_violations: Sequence[tuple[str, str]] = ()
+    """Fields and what is wrong with them; sent as ``BadRequest``."""
+    retry_delay_seconds: float | None = None
+    """Sent as ``RetryInfo``."""
+    domain: str = ERROR_DOMAIN
+    """``ErrorInfo.domain``."""
+
+    def abort(self, context: grpc.ServicerContext) -> NoReturn:
+        """Ends a call with this failure."""
+        code = self.code or _CODES.get(self.reason, grpc.StatusCode.UNKNOWN)
+        status = status_pb2.Status(code=code.value[0], message=self.message)
+        for detail in self._details():
+            status.details.add().Pack(detail)
+        if status.details:
+            packed = status.SerializeToString()
+            context.set_trailing_metadata((("grpc-status-details-bin", packed),))
+        context.abort(code, self.message)
+
+    def _details(self) -> Iterator[Message]:
+        if self.reason:
+            yield error_details_pb2.ErrorInfo(
+                reason=self.reason, domain=self.domain, metadata=self.metadata
+            )
+        if self.field_violations:
+            bad = error_details_pb2.BadRequest()
+            for name, description in self.field_violations:
+                bad.field_violations.add(field=name, description=description)
+            yield bad
+        if self.retry_delay_seconds is not None:
+            retry = error_details_pb2.RetryInfo()
+            retry.retry_delay.FromNanoseconds(round(self.retry_delay_seconds * 1e9))
+            yield retry
+
+
+@dataclass(eq=False)
+class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
+    """What the fake runner does; may be changed between calls. Made by ``fake_runner``."""
+
+    pieces: Sequence[str] = ("Hello", " world")
+    """The text of every completion; each piece is one chunk and one token."""
+    failure: Failure | None = None
+    """Ends every call but Status and health."""
+    fail_after: int = 0
+    """How many pieces a completion sends before it fails."""
+    stall_after: int | None = None
+    """After how many pieces a completion falls silent until the client gives up."""
+    piece_delay_seconds: float = 0.0
+    """Waits before each piece and each progress message."""
+    progress_messages: int = 0
+    """How many messages with nothing but prompt progress come first."""
+    is_complete: bool = True
+    """Whether the last message (``done``) is sent."""
+    ends_after_done: bool = True
+    """Whether the stream ends after its last message, as the proto has it."""
+    load_seconds: float = 0.0
+    """How long a load takes; infinity is one that never moves."""
+    model: str | None = "fake"
+    """The loaded model; None until a Load."""
+    address: str = ""
+    """Where it listens, as gRPC takes it."""
+    requests: list[Message] = field(default_factory=list)
+    """Every request received but those of Status and health, as protobuf messages."""
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    """Set when a client has cancelled a load or a completion."""
+    _load_began: float | None = None
+
+    def Load(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> pb.LoadResponse:
+        """Takes ``load_seconds``, then holds the model that was asked for."""
+        self._receive(request, context)
+        self._load_began = time.monotonic()
+        try:
+            call = _Call(context, self.cancelled)
+            call.wait(self.load_seconds)
+            call.is_over = True
+        finally:
+            self._load_began = None
+        self.model = request.model
+        return pb.LoadResponse(model=pb.Model(name=request.model, path=request.model))
+
+    def Unload(self, request: pb.UnloadRequest, context: grpc.ServicerContext) -> pb.UnloadResponse:
+        """Forgets the model."""
+        self._receive(request, context)
+        self.model = None
+        return pb.UnloadResponse()
+
+    def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusResponse:  # noqa: ARG002 - gRPC's signature
+        """Tells whether a model is loaded, or how far its load is."""
+        began, status = self._load_began, pb.StatusResponse(pid=os.getpid(), runner_id="fake")
+        if began is not None:
+            status.state = pb.STATE_LOADING
+            status.progress = min(99, int(100 * (time.monotonic() - began) / self.load_seconds))
+        elif self.model is not None:
+            status.state, status.progress = pb.STATE_ACTIVE, 100
+            status.model.name = status.model.path = self.model
+        else:
+            status.state = pb.STATE_IDLE
+        return status
+
+    def Completion(
+        self, request: pb.CompletionRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.CompletionResponse]:
+        """Sends the progress, the pieces and the last message."""
+        self.requests.append(request)
+        self._need_model(context)
+        call = _Call(context, self.cancelled)
+        for number in range(self.progress_messages):
+            call.wait(self.piece_delay_seconds)
+            progress = pb.PromptProgress(evaluated_count=number, total_count=self.progress_messages)
+            yield pb.CompletionResponse(prompt_progress=progress)
+        for number, piece in enumerate(self.pieces):
+            self._fail_if_told(context, sent=number)
+            call.wait(math.inf if number == self.stall_after else self.piece_delay_seconds)
+            yield pb.CompletionResponse(content=piece, token_ids=[number])
+        self._fail_if_told(context, sent=len(self.pieces))
+        if self.is_complete:
+            yield pb.CompletionResponse(
+                done=True, done_reason=pb.DONE_REASON_STOP, eval_count=len(self.pieces)
+            )
+        if not self.ends_after_done:
+            call.wait(math.inf)
+        call.is_over = True
+
+    def Tokenize(
+        self, request: pb.TokenizeRequest, context: grpc.ServicerContext
+    ) -> pb.TokenizeResponse:
+        """A token for each character: its code point."""
+        self._receive(request, context)
+        self._need_model(context)
+        return pb.TokenizeResponse(token_ids=map(ord, request.content))
+
+    def Detokenize(
+        self, request: pb.DetokenizeRequest, context: grpc.ServicerContext
+    ) -> pb.DetokenizeResponse:
+        """The inverse of ``Tokenize``."""
+        self._receive(request, context)
+        self._need_model(context)
+        return pb.DetokenizeResponse(content="".join(map(chr, request.token_ids)))
+
+    def _receive(self, request: Message, context: grpc.ServicerContext) -> None:
+        self.requests.append(request)
+        if self.failure is not None:
+            self.failure.abort(context)
+
+    def _fail_if_told(self, context: grpc.ServicerContext, *, sent: int) -> None:
+        if self.failure is not None and sent >= self.fail_after:
+            self.failure.abort(context)
+
+    def _need_model(self, context: grpc.ServicerContext) -> None:
+        if self.model is None:
+            Failure("MODEL_NOT_LOADED", "no model is loaded").abort(context)
+
+
+class _Call:
+    """Knows when the client has cancelled a call."""
+
+    def __init__(self, context: grpc.ServicerContext, cancelled: threading.Event) -> None:
+        self.is_over = False
+        self._context = context
+        self._cancelled = cancelled
+        self._ended = threading.Event()
+        if not context.add_callback(self._end):
+            self._end()
+
+    def _end(self) -> None:
+        if not self.is_over:
+            self._cancelled.set()
+        self._ended.set()
+
+    def wait(self, seconds: float) -> None:
+        """Waits; ends the call if the client cancels it meanwhile."""
+        if self._ended.wait(None if seconds == math.inf else seconds):
+            self._context.abort(grpc.StatusCode.CANCELLED, "the client gave up")
+
+
+@contextmanager
+def fake_runner(
+    *,
+    pieces: Sequence[str] = ("Hello", " world"),
+    failure: Failure | None = None,
+    listen: Literal["tcp", "unix"] = "tcp",
+) -> Iterator[FakeRunner]:
+    """Runs a fake runner on the loopback address, or on a unix socket.
+
+    Args:
+        pieces: The text of every completion, in chunks.
+        failure: Ends every call, if given.
+        listen: Where; either place is free again afterwards.
+
+    Yields:
+        The runner: its ``address``, what it received, and everything else it can
+        be told to do.
+    """
+    runner = FakeRunner(pieces=pieces, failure=failure)
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(_MAX_CALLS))
+        server = grpc.server(pool, options=(("grpc.so_reuseport", 0),))
+        stack.callback(lambda: server.stop(None).wait())
+        runner_pb2_grpc.add_RunnerServiceServicer_to_server(runner, server)
+        server.add_generic_rpc_handlers((_health_handler(),))
+        if listen == "unix":
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mlx-fake-"))
+            runner.address = f"unix:{folder}/runner.sock"
+            server.add_insecure_port(runner.address)
+        else:
+            runner.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        server.start()
+        yield runner
+
+
+def _health_handler() -> grpc.GenericRpcHandler:
+    """Answers SERVING; the messages are those of ``_health``."""
+    check = grpc.unary_unary_rpc_method_handler(
+        lambda request, context: Int32Value(value=1),  # noqa: ARG005 - gRPC's signature
+        request_deserializer=StringValue.FromString,
+        response_serializer=Int32Value.SerializeToString,
+    )
+    return grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": check})

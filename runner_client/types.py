@@ -1,0 +1,337 @@
+"""What the library takes and gives: frozen dataclasses, with no protobuf in them.
+
+The proto file is the reference of what each field means. Here spans are float
+seconds, an absent value is None, and an enum value that a newer server sends
+becomes ``UNKNOWN``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Dtype = Literal["auto", "as_stored", "float32", "bfloat16", "float16"]
+"""The number format of the weights in memory; ``"auto"`` lets the server choose."""
+
+_GIB = 2**30
+_CLOSE_BYTES_PER_SECOND = 4 * _GIB
+
+
+class State(StrEnum):
+    """What a runner is doing."""
+
+    UNKNOWN = "unknown"
+    """A state this version does not know."""
+    IDLE = "idle"
+    """No model is loaded."""
+    LOADING = "loading"
+    """A load runs."""
+    ACTIVE = "active"
+    """A model is loaded and completions are answered."""
+    FAILED = "failed"
+    """The engine is dead; the process is about to exit."""
+    STOPPING = "stopping"
+    """The process was asked to stop and drains."""
+
+
+class DoneReason(StrEnum):
+    """Why a completion ended."""
+
+    UNKNOWN = "unknown"
+    """A reason this version does not know."""
+    STOP = "stop"
+    """The model ended the text, or a stop string was found."""
+    LENGTH = "length"
+    """``num_predict`` tokens were generated, or the context is full."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """How long to wait for what, in seconds. None waits for ever.
+
+    Raises:
+        ValueError: A value is not above 0.
+    """
+
+    start_seconds: float | None = 60.0
+    """From the start of a child to its ready line and its first health answer."""
+    load_seconds: float | None = 300.0
+    """How long a load may stand still. A load that moves has no limit."""
+    first_token_seconds: float | None = 600.0
+    """From the call of a completion to its first token: queue and prompt."""
+    idle_seconds: float | None = 60.0
+    """Between two messages of a stream, progress messages included."""
+    call_seconds: float = 30.0
+    """The deadline of every other call."""
+    close_seconds: float = 7.0
+    """From the request to stop to the kill; large models get more. The server itself
+    drains for up to 5.5 s."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{field.name} must be above 0 (or None: no limit), not {value}")
+
+    def close_grace_seconds(self, model_bytes: int) -> float:
+        """The grace time of a child that holds this much: a second more per 4 GiB.
+
+        Freeing takes time in proportion, and on macOS killing a process that still
+        holds wired memory can strand that memory until a reboot.
+        """
+        return self.close_seconds + model_bytes / _CLOSE_BYTES_PER_SECOND
+
+
+@dataclass(frozen=True, slots=True)
+class RestartPolicy:
+    """How often a child may be started again; ``RunnerProcess.restart`` asks it.
+
+    Raises:
+        ValueError: A value is out of its range.
+    """
+
+    max_restarts: int = 3
+    """The most restarts within the window; 0 allows none."""
+    window_seconds: float = 600.0
+    """How long a restart counts."""
+
+    def __post_init__(self) -> None:
+        if self.max_restarts < 0 or not self.window_seconds > 0:
+            raise ValueError("max_restarts must be at least 0 and window_seconds above 0")
+
+    def recent(self, restarts: tuple[float, ...], now: float) -> tuple[float, ...]:
+        """Those of the past restarts (their times, in seconds) that still count."""
+        return tuple(time for time in restarts if now - time < self.window_seconds)
+
+    def allows(self, restarts: tuple[float, ...], now: float) -> bool:
+        """Whether one more restart is within the bounds."""
+        return len(self.recent(restarts, now)) < self.max_restarts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How tokens are chosen and when to stop. None is the server's default."""
+
+    temperature: float | None = None
+    """0 takes the most likely token. 0 to 100; default 0.8."""
+    top_p: float | None = None
+    """Above 0 to 1; 1 is off; default 0.9."""
+    min_p: float | None = None
+    """0 to 1; 0 is off; default 0."""
+    top_k: int | None = None
+    """0 to the size of the vocabulary; 0 is off; default 40."""
+    repeat_last_n: int | None = None
+    """How many of the last tokens the penalties look at; -1 is all; default 64."""
+    repeat_penalty: float | None = None
+    """Above 0 to 100; 1 is off; default 1."""
+    presence_penalty: float | None = None
+    """-100 to 100; default 0."""
+    frequency_penalty: float | None = None
+    """-100 to 100; default 0."""
+    num_predict: int | None = None
+    """The most tokens to generate; default: to the end of the context."""
+    seed: int | None = None
+    """The same seed gives the same text; default: random."""
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these strings."""
+    logit_bias: Mapping[int, float] | None = None
+    """Added to the logits of these token ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A loaded model."""
+
+    name: str
+    """The directory's name, or the hub id."""
+    path: str
+    """The directory it was read from, as the server names it."""
+    architecture: str
+    """``model_type`` of its config.json."""
+    context_length: int
+    """The model's own limit on a sequence, in tokens."""
+    vocab_size: int
+    """Valid token ids are 0 to vocab_size - 1."""
+    weight_bytes: int
+    """What the weights take in memory."""
+    dtype: str
+    """The format of its floating-point weights: float32, bfloat16 or float16."""
+    quantization_bits: int
+    """Bits per weight; 0 if the weights are not held quantized."""
+    eos_token_ids: tuple[int, ...]
+    """The token ids that end a text."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadResult:
+    """A finished load."""
+
+    model: Model
+    """The model that is now loaded."""
+    load_seconds: float
+    """How long the server took."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUsage:
+    """The memory of a runner, in bytes."""
+
+    active_bytes: int
+    """Held by live arrays: weights, KV caches, what a step computes."""
+    cache_bytes: int
+    """Freed, and kept by MLX for the next arrays."""
+    peak_bytes: int
+    """The highest ``active_bytes`` since the last load began."""
+    process_bytes: int
+    """The resident set of the process."""
+    limit_bytes: int
+    """The most the model may take; 0 when none is loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What a runner does and holds."""
+
+    state: State
+    """What it is doing."""
+    progress: int
+    """Of the load that runs, 0 to 100; 100 when a model is loaded."""
+    context_length: int
+    """The longest sequence accepted, in tokens; 0 without a model."""
+    memory_bytes: int
+    """What MLX holds: active and cache."""
+    memory_usage: MemoryUsage
+    """The same in parts."""
+    model: Model | None
+    """The loaded model."""
+    parallel: int
+    """How many completions are decoded together."""
+    running_count: int
+    """Completions in prefill or decode."""
+    queued_count: int
+    """Completions that wait for a place."""
+    step_count: int
+    """Engine steps since the process started."""
+    last_progress_age_seconds: float | None
+    """How long ago the engine last moved; None when it has nothing to do."""
+    uptime_seconds: float
+    """How long the process has been up."""
+    runner_id: str
+    """Random per process: a new one means that it was restarted."""
+    pid: int
+    """Its process id, as the server's machine numbers it."""
+    device: str
+    """The device that computes ("cpu: ...", "gpu: ..."); empty until MLX is imported."""
+    server_version: str
+    """The version of the server."""
+    last_error: str
+    """The last load or step that failed, in words; empty when none did."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """A device that a runner computes on."""
+
+    kind: str
+    """``"cpu"`` or ``"gpu"``."""
+    name: str
+    """As the system calls it."""
+    memory_bytes: int
+    """What this runner's MLX holds there."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptProgress:
+    """How far the evaluation of a prompt is."""
+
+    evaluated_count: int
+    """Tokens evaluated so far."""
+    total_count: int
+    """Tokens of the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprob:
+    """A likely token."""
+
+    token_id: int
+    """Its id."""
+    text: str
+    """Its text by itself; U+FFFD stands for bytes that are no whole character."""
+    logprob: float
+    """The natural logarithm of its probability; at most 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A generated token, with its likelihood before any sampling option."""
+
+    token_id: int
+    """Its id."""
+    text: str
+    """Its text by itself; U+FFFD stands for bytes that are no whole character."""
+    logprob: float
+    """The natural logarithm of its probability; at most 0."""
+    top: tuple[TopLogprob, ...]
+    """The most likely tokens at its place, most likely first."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionChunk:
+    """A piece of a completion. The counts and spans are set in the last one only."""
+
+    content: str = ""
+    """The next piece of text, whole characters only."""
+    token_ids: tuple[int, ...] = ()
+    """The tokens generated since the last chunk; their text may come a chunk later."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each of ``token_ids``, if asked for."""
+    done: bool = False
+    """True in the last chunk, and only there."""
+    done_reason: DoneReason | None = None
+    """Why it ended; None before the last chunk."""
+    stop_match: str | None = None
+    """The stop string that ended it, if one did."""
+    prompt_progress: PromptProgress | None = None
+    """How far the evaluation of the prompt is; None after it."""
+    prompt_eval_count: int = 0
+    """Tokens of the prompt."""
+    prompt_eval_seconds: float = 0.0
+    """From the start of the prompt's evaluation to the first token."""
+    eval_count: int = 0
+    """Tokens generated."""
+    eval_seconds: float = 0.0
+    """From the first token to the last."""
+    queue_seconds: float = 0.0
+    """How long the request waited for a place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished completion: all chunks of a stream joined."""
+
+    content: str
+    """The whole text."""
+    token_ids: tuple[int, ...]
+    """All generated tokens, the one that ended the text included."""
+    logprobs: tuple[TokenLogprob, ...]
+    """One for each of ``token_ids``, if asked for."""
+    done_reason: DoneReason
+    """Why it ended."""
+    stop_match: str | None
+    """The stop string that ended it, if one did."""
+    prompt_eval_count: int
+    """Tokens of the prompt."""
+    prompt_eval_seconds: float
+    """From the start of the prompt's evaluation to the first token."""
+    eval_count: int
+    """Tokens generated."""
+    eval_seconds: float
+    """From the first token to the last."""
+    queue_seconds: float
+    """How long the request waited for a place."""

@@ -1,0 +1,1 @@
+"""The demo model: its weights in ``model/`` and the script that trained them."""

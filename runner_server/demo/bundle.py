@@ -1,0 +1,145 @@
+"""Write the demo model's directory: tokenizer, configuration and weights."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.llama import ModelArgs
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+VOCABULARY = 2048
+DOCUMENT_END = "<|endoftext|>"
+TURN_END = "<|end|>"
+USER = "<|user|>"
+ASSISTANT = "<|assistant|>"
+SPECIALS = (DOCUMENT_END, TURN_END, USER, ASSISTANT)
+CONTEXT = 1024
+
+# One turn per role, closed by <|end|>; the roles of the message are the marks' names.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + ('assistant' if message['role'] == 'assistant' else 'user') + '|>\\n'"
+    " + message['content'] + '<|end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+
+
+def as_turns(question: str, answer: str) -> str:
+    """Lay one exchange out as the chat template would."""
+    return f"{USER}\n{question}{TURN_END}\n{ASSISTANT}\n{answer}{TURN_END}\n"
+
+
+def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
+    """Learn a byte-level BPE, which can encode any text and decode it back unchanged."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def architecture() -> ModelArgs:
+    """Return the shape whose float16 weights fill, but stay under, four megabytes."""
+    return ModelArgs(
+        model_type="llama",
+        hidden_size=192,
+        num_hidden_layers=4,
+        intermediate_size=512,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        rms_norm_eps=1e-5,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=CONTEXT,
+        rope_theta=10000.0,
+        tie_word_embeddings=True,
+    )
+
+
+def write_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
+    """Write the tokenizer files and the model's configuration."""
+    ends = [SPECIALS.index(TURN_END), SPECIALS.index(DOCUMENT_END)]
+    _replace(directory / "tokenizer.json", tokenizer.to_str(pretty=False).encode())
+    _write_json(directory / "tokenizer_config.json", _tokenizer_config())
+    _write_json(directory / "config.json", _model_config(ends))
+    _write_json(
+        directory / "generation_config.json",
+        {"bos_token_id": ends[1], "eos_token_id": ends, "do_sample": False},
+    )
+
+
+def write_weights(directory: Path, weights: dict[str, mx.array]) -> None:
+    """Write the weights as float16, replacing an earlier file in one step."""
+    halves = {name: value.astype(mx.float16) for name, value in weights.items()}
+    partial = directory / "partial.safetensors"
+    mx.save_safetensors(str(partial), halves, metadata={"format": "mlx"})
+    partial.replace(directory / "model.safetensors")
+
+
+def write_record(directory: Path, record: dict[str, Any]) -> None:
+    """Write what the training measured, for the README and for later comparison."""
+    _write_json(directory / "training.json", record)
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """Read what an earlier training measured."""
+    record: dict[str, Any] = json.loads((directory / "training.json").read_text("utf-8"))
+    return record
+
+
+def _tokenizer_config() -> dict[str, Any]:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": CONTEXT,
+        "bos_token": DOCUMENT_END,
+        "eos_token": TURN_END,
+        "pad_token": DOCUMENT_END,
+        "additional_special_tokens": [USER, ASSISTANT],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+
+
+def _model_config(ends: list[int]) -> dict[str, Any]:
+    shape = architecture()
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": shape.model_type,
+        "hidden_act": "silu",
+        "hidden_size": shape.hidden_size,
+        "num_hidden_layers": shape.num_hidden_layers,
+        "intermediate_size": shape.intermediate_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_key_value_heads,
+        "head_dim": shape.head_dim,
+        "rms_norm_eps": shape.rms_norm_eps,
+        "vocab_size": shape.vocab_size,
+        "max_position_embeddings": shape.max_position_embeddings,
+        "rope_theta": shape.rope_theta,
+        "tie_word_embeddings": shape.tie_word_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": ends[1],
+        "eos_token_id": ends,
+        "torch_dtype": "float16",
+    }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    _replace(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    # A reader must never meet half a file: training rewrites a directory that may be in use.
+    partial = path.with_name(f"partial-{path.name}")
+    partial.write_bytes(content)
+    partial.replace(path)

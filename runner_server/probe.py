@@ -1,0 +1,139 @@
+"""What MLX is and can do on this machine, as one JSON object on stdout.
+
+``python -m runner_server.probe [--gemm]`` is run as a child, by ``mlx-runner
+doctor`` for one, in the environment a runner would get: what it finds is what
+a runner would find. Every key is always there; what could not be told is null,
+with the reason in ``errors``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+_GEMM_ROWS, _GEMM_DEPTH, _GEMM_COLUMNS = 512, 4096, 1024
+_GEMM_REPEATS = 3
+_GEMM_SECONDS = 1.0  # the reference BLAS takes longer than this for a single one
+_BLAS_WORDS = ("blas", "mkl_rt", "blis", "nvpl")
+
+
+def probe(*, gemm: bool = False) -> dict[str, Any]:
+    """Finds out about this process's MLX.
+
+    Args:
+        gemm: Also measure float32 matrix multiplication, for one to two seconds.
+    """
+    errors: dict[str, str] = {}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "mlx_version": _version("mlx"),
+        "mlx_lm_version": _version("mlx-lm"),
+        "backend": _backend(),
+        "device": _device(errors),
+        "compiler": shutil.which("g++"),
+        "kernels_compile": _kernels_compile(errors),
+        "blas": _mapped_blas(),
+        "gemm_gflops": _gemm_gflops(errors) if gemm else None,
+        "errors": errors,
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _backend() -> str:
+    if mx.metal.is_available():
+        return "metal"
+    return "cpu" if mx.default_device() == mx.Device(mx.cpu) else "cuda"
+
+
+def _device(errors: dict[str, str]) -> dict[str, Any] | None:
+    try:
+        return dict(mx.device_info())
+    except RuntimeError as error:
+        errors["device"] = str(error)
+        return None
+
+
+def _kernels_compile(errors: dict[str, str]) -> bool:
+    """Whether MLX builds and runs a fused kernel here, and does not only work without it.
+
+    On the CPU it keeps what g++ built in the temporary folder: an empty one makes
+    sure that this kernel is built, and shows it. Without g++ MLX runs the operations
+    one by one; with a broken one it raises.
+    """
+    with tempfile.TemporaryDirectory(prefix="mlx-runner-probe-") as folder:
+        os.environ["TMPDIR"] = folder
+        try:
+            fused = mx.compile(lambda x: mx.exp(x) * 2 + mx.sin(x))
+            mx.eval(fused(mx.array([0.0, 1.0])))
+        except RuntimeError as error:
+            errors["kernels_compile"] = str(error)
+            return False
+        if _backend() == "cpu" and not any(Path(folder).rglob("*.so")):
+            errors["kernels_compile"] = "MLX built no kernel and ran the operations one by one"
+            return False
+    return True
+
+
+def _mapped_blas() -> list[str] | None:
+    """The BLAS libraries in this process's memory (Linux); the first preloaded one is used."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    files = {line.split(maxsplit=5)[-1] for line in lines if "/" in line}
+    return sorted(file for file in files if any(word in Path(file).name for word in _BLAS_WORDS))
+
+
+def _gemm_gflops(errors: dict[str, str]) -> float | None:
+    """The best of up to three multiplications; none starts after the first second."""
+    try:
+        left = mx.random.normal((_GEMM_ROWS, _GEMM_DEPTH))
+        right = mx.random.normal((_GEMM_COLUMNS, _GEMM_DEPTH)).T  # as a linear layer has it
+        mx.eval(left, right)
+        best = _best_seconds(left, right)
+    except RuntimeError as error:
+        errors["gemm_gflops"] = str(error)
+        return None
+    return 2 * _GEMM_ROWS * _GEMM_DEPTH * _GEMM_COLUMNS / best / 1e9
+
+
+def _best_seconds(left: mx.array, right: mx.array) -> float:
+    best, begin = float("inf"), time.perf_counter()
+    for _ in range(_GEMM_REPEATS):
+        start = time.perf_counter()
+        mx.eval(left @ right)
+        best = min(best, time.perf_counter() - start)
+        if time.perf_counter() - begin > _GEMM_SECONDS:
+            break
+    return best
+
+
+def main() -> int:
+    """Prints the probe's findings as one line of JSON."""
+    parser = argparse.ArgumentParser(prog="python -m runner_server.probe", description=__doc__)
+    parser.add_argument("--gemm", action="store_true", help="measure float32 GEMM as well")
+    arguments = parser.parse_args()
+    sys.stdout.write(json.dumps(probe(gemm=arguments.gemm)) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
