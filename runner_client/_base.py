@@ -28,12 +28,19 @@ END_SECONDS = 1.0
 """How long a stream's end is waited for after its last message."""
 
 
+_MAX_PORT = 65535
+
+
 class ClientBase:
     """The parts of a client that do no input or output."""
 
     def __init__(self, address: str, timeouts: Timeouts | None) -> None:
         if not address:
             raise ValueError("the address of the runner is empty; give HOST:PORT or unix:/path")
+        port = address.rpartition(":")[2]
+        # gRPC would call the port of the number's remainder.
+        if port.isdecimal() and int(port) > _MAX_PORT:
+            raise ValueError(f"{address}: a port is at most {_MAX_PORT}")
         self._address = address
         self._timeouts = timeouts or Timeouts()
         self._is_closed = False

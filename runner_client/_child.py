@@ -76,6 +76,11 @@ class Child:
         return self._exited.is_set()
 
     @property
+    def exit_code(self) -> int | None:
+        """Its exit code, negative for a signal's number; None while it lives."""
+        return self._process.returncode if self._process and self.has_exited else None
+
+    @property
     def stderr_tail(self) -> tuple[str, ...]:
         """The last lines it wrote to its standard error."""
         return self._tail.lines()

@@ -50,8 +50,8 @@ def check_platform() -> None:
         )
 
 
-def server_command(listen: str) -> list[str]:
-    """The command line of a server that ends with this process.
+def server_program(listen: str) -> list[str]:
+    """The command line of a server, which outlives the process that starts it.
 
     Args:
         listen: ``HOST:PORT`` or ``unix:/path``.
@@ -73,8 +73,12 @@ def server_command(listen: str) -> list[str]:
             "`python -m runner_server` yourself and use RunnerClient"
         )
     # -P: a file named like a module in the current directory is not imported.
-    program = [sys.executable, "-P", "-m", "runner_server"]
-    return [*program, "--listen", listen, "--exit-with-parent"]
+    return [sys.executable, "-P", "-m", "runner_server", "--listen", listen]
+
+
+def server_command(listen: str) -> list[str]:
+    """The command line of a server that ends with this process; raises like ``server_program``."""
+    return [*server_program(listen), "--exit-with-parent"]
 
 
 def with_import_paths(environment: Mapping[str, str]) -> dict[str, str]:

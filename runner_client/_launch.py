@@ -19,7 +19,7 @@ from runner_client._command import (
 from runner_client._messages import load_request
 from runner_client.environment import child_environment
 from runner_client.errors import InsufficientMemoryError
-from runner_client.estimate import estimate
+from runner_client.estimate import DEFAULT_PARALLEL, estimate
 from runner_client.gate import MemoryGate
 
 if TYPE_CHECKING:
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from runner_client.types import Dtype
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_PARALLEL = 4
-"""What the server takes when none is asked for."""
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mlxrunner.v1 import runner_pb2 as pb
+from runner_client.errors import InvalidRequestError
 from runner_client.types import (
     Completion,
     CompletionChunk,
@@ -21,7 +23,7 @@ from runner_client.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from google.protobuf.duration_pb2 import Duration
 
@@ -60,17 +62,19 @@ def load_request(
     """Builds the request of a load.
 
     Raises:
+        InvalidRequestError: A value cannot be sent.
         ValueError: ``dtype`` is none of the known ones.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
-    return pb.LoadRequest(
-        model=model,
-        context_length=context_length,
-        parallel=parallel,
-        dtype=_DTYPES[dtype],
-        memory_limit_bytes=memory_limit_bytes,
-    )
+    with _sendable():
+        return pb.LoadRequest(
+            model=model,
+            context_length=context_length,
+            parallel=parallel,
+            dtype=_DTYPES[dtype],
+            memory_limit_bytes=memory_limit_bytes,
+        )
 
 
 def completion_request(
@@ -80,15 +84,44 @@ def completion_request(
     logprobs: int | None = None,
     request_id: str = "",
 ) -> pb.CompletionRequest:
-    """Builds the request of a completion, of text or of token ids."""
-    message = pb.CompletionRequest(
-        options=_options(options or Options()), logprobs=logprobs, request_id=request_id
-    )
-    if isinstance(prompt, str):
-        message.prompt = prompt
-    else:
-        message.prompt_token_ids.CopyFrom(pb.TokenIds(ids=prompt))
-    return message
+    """Builds the request of a completion, of text or of token ids.
+
+    Raises:
+        InvalidRequestError: A value cannot be sent.
+    """
+    with _sendable():
+        message = pb.CompletionRequest(
+            options=_options(options or Options()), logprobs=logprobs, request_id=request_id
+        )
+        if isinstance(prompt, str):
+            message.prompt = prompt
+        else:
+            message.prompt_token_ids.CopyFrom(pb.TokenIds(ids=prompt))
+        return message
+
+
+def tokenize_request(content: str, *, add_special_tokens: bool) -> pb.TokenizeRequest:
+    """Builds the request of a split; raises like ``completion_request``."""
+    with _sendable():
+        return pb.TokenizeRequest(content=content, add_special_tokens=add_special_tokens)
+
+
+def detokenize_request(token_ids: Sequence[int]) -> pb.DetokenizeRequest:
+    """Builds the request of a join; raises like ``completion_request``."""
+    with _sendable():
+        return pb.DetokenizeRequest(token_ids=token_ids)
+
+
+@contextmanager
+def _sendable() -> Iterator[None]:
+    """Turns protobuf's refusals into the library's: a number too large, a lone surrogate."""
+    try:
+        yield
+    except ValueError as error:
+        raise InvalidRequestError(
+            f"the request cannot be sent: {error}; counts and token ids are 32-bit numbers, and "
+            "text has no lone surrogates"
+        ) from error
 
 
 def _options(options: Options) -> pb.CompletionOptions:

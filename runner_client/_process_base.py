@@ -106,6 +106,11 @@ class ProcessBase:
         return self._child is not None and self._child.has_exited
 
     @property
+    def exit_code(self) -> int | None:
+        """The child's exit code, negative for a signal's number; None while it lives."""
+        return self._child.exit_code if self._child else None
+
+    @property
     def model_path(self) -> str:
         """The directory of the model; before the gate has found it, as it was given."""
         return self._plan.estimate.path if self._plan else self._launch.model

@@ -235,7 +235,7 @@ class AsyncRunnerClient(ClientBase):
             ModelNotLoadedError: No model is loaded.
             RunnerError: The call failed in another way.
         """
-        request = pb.TokenizeRequest(content=content, add_special_tokens=add_special_tokens)
+        request = _messages.tokenize_request(content, add_special_tokens=add_special_tokens)
         return list((await self._call(self._stub.Tokenize, request)).token_ids)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
@@ -246,7 +246,7 @@ class AsyncRunnerClient(ClientBase):
             ModelNotLoadedError: No model is loaded.
             RunnerError: The call failed in another way.
         """
-        request = pb.DetokenizeRequest(token_ids=token_ids)
+        request = _messages.detokenize_request(token_ids)
         return (await self._call(self._stub.Detokenize, request)).content
 
     async def embedding(self, content: str) -> NoReturn:  # noqa: ARG002 - the interface has it

@@ -20,6 +20,9 @@ DType = Literal["auto", "float32", "bfloat16", "float16", "as_stored"]
 DEFAULT_CONTEXT_LENGTH = 4096
 """What a runner uses when none is asked for, or the model's own length if that is less."""
 
+DEFAULT_PARALLEL = 4
+"""How many completions a runner decodes together when it is not told."""
+
 MARGIN_SHARE = 0.05
 MARGIN_MINIMUM_BYTES = 64 * 1024**2
 
@@ -82,7 +85,7 @@ def estimate(
     model: str,
     *,
     context_length: int | None = None,
-    parallel: int = 1,
+    parallel: int = DEFAULT_PARALLEL,
     dtype: DType = "auto",
     backend: Backend | None = None,
 ) -> MemoryEstimate:
@@ -96,7 +99,7 @@ def estimate(
         model: A directory, or a hub id in the local Hugging Face cache.
         context_length: Tokens of one sequence; by default what a runner uses:
             the model's own length, at most 4,096.
-        parallel: Sequences held at once.
+        parallel: Sequences held at once; by default as many as a runner takes.
         dtype: What the weights are converted to.
         backend: Where the model runs; by default what the installed MLX uses.
 

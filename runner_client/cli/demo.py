@@ -94,7 +94,10 @@ def _stopped(runner: RunnerProcess, status: Status) -> str:
     if not runner.has_exited or psutil.pid_exists(status.pid):
         raise Failure(f"process {status.pid} is still there after it was stopped")
     held = format_bytes(status.memory_usage.process_bytes)
-    return f"process {status.pid} is gone and reaped, and the {held} it held are back"
+    return (
+        f"process {status.pid} is gone and reaped (exit code {runner.exit_code}), and the {held} "
+        "it held are back"
+    )
 
 
 def _free(before: int, during: int, after: int) -> str:

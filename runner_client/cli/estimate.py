@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, get_args
 import click
 
 from mlxrunner.hostmemory import Backend
-from runner_client._launch import DEFAULT_PARALLEL
 from runner_client.cli._options import (
     context_length_option,
     dtype_option,
@@ -16,7 +15,7 @@ from runner_client.cli._options import (
     parallel_option,
 )
 from runner_client.cli._output import Row, print_json, print_rows
-from runner_client.estimate import MemoryEstimate, estimate
+from runner_client.estimate import DEFAULT_PARALLEL, MemoryEstimate, estimate
 from runner_client.gate import GateDecision, MemoryGate
 from runner_client.units import format_bytes
 

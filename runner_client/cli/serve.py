@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mlxrunner.hostmemory import installed_backend
-from runner_client._command import check_platform, server_command, with_import_paths
-from runner_client._launch import DEFAULT_PARALLEL
+from runner_client._command import check_platform, server_program, with_import_paths
 from runner_client.cli._options import (
     context_length_option,
     dtype_option,
@@ -18,6 +17,7 @@ from runner_client.cli._options import (
     size,
 )
 from runner_client.environment import child_environment
+from runner_client.estimate import DEFAULT_PARALLEL
 
 if TYPE_CHECKING:
     from runner_client.types import Dtype
@@ -72,7 +72,8 @@ def command(
     standard error. This command becomes the server: signals reach it, its exit code is yours.
     """
     check_platform()
-    line = _server(listen)
+    # Without --exit-with-parent: what a person starts outlives its shell if they want it to.
+    line = server_program(listen)
     if model is None:
         _refuse_model_options(ctx)
     else:
@@ -93,11 +94,6 @@ def _refuse_model_options(ctx: click.Context) -> None:
         source = ctx.get_parameter_source(name)
         if source is click.core.ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--{name.replace('_', '-')} needs --model")
-
-
-def _server(listen: str) -> list[str]:
-    # A server that a person starts outlives its shell if they want it to.
-    return [part for part in server_command(listen) if part != "--exit-with-parent"]
 
 
 def _become(line: list[str], environment: dict[str, str]) -> None:

@@ -1,0 +1,271 @@
+"""AsyncRunnerClient against the fake runner."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import math
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from mlxrunner.v1 import runner_pb2 as pb
+from runner_client import AsyncRunnerClient, errors
+from runner_client.testing import Failure, FakeRunner, fake_runner
+from runner_client.types import DoneReason, Options, State, Status, Timeouts
+
+
+@pytest.fixture
+def runner() -> Iterator[FakeRunner]:
+    with fake_runner() as fake:
+        yield fake
+
+
+async def in_thread(event: object) -> bool:
+    """Waits for an event that a server thread sets."""
+    return await asyncio.to_thread(event.wait, 10)  # type: ignore[attr-defined]  # an Event
+
+
+async def test_a_completion_streams_its_pieces(runner: FakeRunner) -> None:
+    async with AsyncRunnerClient(runner.address) as client:
+        chunks = [chunk async for chunk in client.completion("Hi")]
+    assert [chunk.content for chunk in chunks] == ["Hello", " world", ""]
+    assert chunks[-1].done_reason is DoneReason.STOP
+
+
+async def test_a_finished_completion_is_not_cancelled(runner: FakeRunner) -> None:
+    async with AsyncRunnerClient(runner.address) as client:
+        for _ in range(50):
+            await client.complete("Hi")
+        assert not runner.cancelled.is_set()
+
+
+async def test_a_stream_that_does_not_end_after_its_last_message(runner: FakeRunner) -> None:
+    runner.ends_after_done = False
+    async with AsyncRunnerClient(runner.address) as client:
+        assert (await client.complete("Hi")).content == "Hello world"
+        assert await in_thread(runner.cancelled)
+
+
+async def test_over_a_unix_socket() -> None:
+    with fake_runner(listen="unix") as runner:
+        async with AsyncRunnerClient(runner.address) as client:
+            assert (await client.complete("Hi")).content == "Hello world"
+
+
+async def test_the_request_carries_what_was_asked_for(runner: FakeRunner) -> None:
+    async with AsyncRunnerClient(runner.address) as client:
+        await client.complete([1, 2], options=Options(num_predict=3), logprobs=2, request_id="me")
+    sent = pb.CompletionRequest(logprobs=2, request_id="me")
+    sent.prompt_token_ids.ids.extend([1, 2])
+    sent.options.num_predict = 3
+    assert runner.requests == [sent]
+
+
+async def test_leaving_the_block_cancels_on_the_server(runner: FakeRunner) -> None:
+    runner.stall_after = 1
+    async with AsyncRunnerClient(runner.address) as client:
+        async with client.completion("Hi") as stream:
+            await anext(stream)
+        assert await in_thread(runner.cancelled)
+
+
+async def test_dropping_the_stream_cancels_on_the_server(runner: FakeRunner) -> None:
+    runner.stall_after = 1
+    async with AsyncRunnerClient(runner.address) as client:
+        async for _ in client.completion("Hi"):
+            break
+        gc.collect()
+        assert await in_thread(runner.cancelled)
+
+
+async def test_cancelling_the_reader_cancels_on_the_server(runner: FakeRunner) -> None:
+    runner.stall_after = 1
+    async with AsyncRunnerClient(runner.address) as client:
+        stream = client.completion("Hi")
+        await anext(stream)
+        reader = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0.05)  # the reader now waits in gRPC, whatever it does first
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+        assert await in_thread(runner.cancelled)
+
+
+async def test_a_callers_own_timeout_stays_a_timeout(runner: FakeRunner) -> None:
+    runner.stall_after = 0
+    async with AsyncRunnerClient(runner.address) as client:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await client.complete("Hi")
+        assert await in_thread(runner.cancelled)
+
+
+async def test_reading_on_after_a_cancel_is_an_incomplete_stream(runner: FakeRunner) -> None:
+    runner.stall_after = 0
+    async with AsyncRunnerClient(runner.address) as client:
+        stream = client.completion("Hi")
+        asyncio.get_running_loop().call_later(0.05, stream.cancel)
+        with pytest.raises(errors.IncompleteStreamError, match="cancelled by its reader"):
+            await anext(stream)
+
+
+async def test_a_stream_without_its_last_message_is_incomplete(runner: FakeRunner) -> None:
+    runner.is_complete = False
+    async with AsyncRunnerClient(runner.address) as client:
+        with pytest.raises(errors.IncompleteStreamError, match="without its last message"):
+            await client.complete("Hi")
+
+
+async def test_a_failure_in_the_middle_comes_after_the_text(runner: FakeRunner) -> None:
+    runner.failure, runner.fail_after = Failure("GENERATION_FAILED"), 1
+    async with AsyncRunnerClient(runner.address) as client:
+        stream = client.completion("Hi")
+        assert (await anext(stream)).content == "Hello"
+        with pytest.raises(errors.GenerationFailedError):
+            await anext(stream)
+
+
+async def test_no_first_token_is_a_timeout(runner: FakeRunner) -> None:
+    runner.stall_after = 0
+    timeouts = Timeouts(first_token_seconds=0.2)
+    async with AsyncRunnerClient(runner.address, timeouts=timeouts) as client:
+        with pytest.raises(errors.RunnerTimeoutError) as caught:
+            await client.complete("Hi")
+        assert await in_thread(runner.cancelled)
+    assert (caught.value.phase, caught.value.timeout_seconds) == ("first_token", 0.2)
+
+
+async def test_a_silent_stream_is_a_timeout(runner: FakeRunner) -> None:
+    runner.stall_after = 1
+    timeouts = Timeouts(idle_seconds=0.2)
+    async with AsyncRunnerClient(runner.address, timeouts=timeouts) as client:
+        with pytest.raises(errors.RunnerTimeoutError) as caught:
+            await client.complete("Hi")
+        assert await in_thread(runner.cancelled)
+    assert (caught.value.phase, caught.value.timeout_seconds) == ("idle", 0.2)
+
+
+async def test_without_limits_nothing_times_out(runner: FakeRunner) -> None:
+    runner.piece_delay_seconds = 0.05
+    timeouts = Timeouts(first_token_seconds=None, idle_seconds=None)
+    async with AsyncRunnerClient(runner.address, timeouts=timeouts) as client:
+        assert (await client.complete("Hi")).content == "Hello world"
+
+
+async def test_a_call_that_is_not_answered_times_out() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        async with AsyncRunnerClient(address, timeouts=Timeouts(call_seconds=0.2)) as client:
+            with pytest.raises(errors.RunnerTimeoutError) as caught:
+                await client.unload()
+    assert (caught.value.phase, caught.value.timeout_seconds) == ("call", 0.2)
+
+
+async def test_a_runner_that_is_not_there_is_unavailable() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    async with AsyncRunnerClient(address) as client:
+        with pytest.raises(errors.RunnerUnavailableError, match=address):
+            await client.status()
+        with pytest.raises(errors.RunnerUnavailableError, match=address):
+            await client.complete("Hi")
+
+
+async def test_the_other_calls(runner: FakeRunner) -> None:
+    async with AsyncRunnerClient(runner.address) as client:
+        assert await client.detokenize(await client.tokenize("h\u00e9")) == "h\u00e9"
+        assert (await client.status()).state is State.ACTIVE
+        assert await client.is_serving()
+        assert 0 < await client.ping() < 5
+        assert await client.unload() == 0
+        with pytest.raises(errors.ModelNotLoadedError):
+            await client.tokenize("x")
+        with pytest.raises(errors.NotSupportedError):
+            await client.embedding("x")
+
+
+async def test_load_shows_its_progress(runner: FakeRunner) -> None:
+    runner.load_seconds = 1.0
+    seen: list[Status] = []
+    async with AsyncRunnerClient(runner.address) as client:
+        result = await client.load("org/name", context_length=64, on_progress=seen.append)
+    assert result.model.name == "org/name"
+    progress = [status.progress for status in seen if status.state is State.LOADING]
+    assert len(progress) >= 2
+    assert progress == sorted(progress)
+    assert runner.requests == [
+        pb.LoadRequest(model="org/name", context_length=64, dtype=pb.DTYPE_AUTO)
+    ]
+
+
+async def test_a_load_that_stands_still_is_given_up_and_cancelled(runner: FakeRunner) -> None:
+    runner.load_seconds = math.inf
+    async with AsyncRunnerClient(runner.address, timeouts=Timeouts(load_seconds=0.5)) as client:
+        with pytest.raises(errors.RunnerTimeoutError) as caught:
+            await client.load("org/name")
+        assert await in_thread(runner.cancelled)
+    assert caught.value.phase == "load"
+
+
+async def test_cancelling_the_task_cancels_the_load(runner: FakeRunner) -> None:
+    runner.load_seconds = math.inf
+    async with AsyncRunnerClient(runner.address) as client:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await client.load("org/name")
+        assert await in_thread(runner.cancelled)
+
+
+async def test_a_failing_load_leaves_no_task_behind(runner: FakeRunner) -> None:
+    runner.failure = Failure("MODEL_NOT_FOUND")
+    async with AsyncRunnerClient(runner.address) as client:
+        with pytest.raises(errors.ModelNotFoundError):
+            await client.load("org/name")
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_a_closed_client_says_so(runner: FakeRunner) -> None:
+    client = AsyncRunnerClient(runner.address)
+    await client.close()
+    await client.close()
+    with pytest.raises(errors.RunnerUnavailableError, match="is closed"):
+        await client.status()
+    with pytest.raises(errors.RunnerUnavailableError, match="is closed"):
+        client.completion("Hi")
+    with pytest.raises(errors.RunnerUnavailableError, match="is closed"):
+        await client.load("org/name")
+
+
+async def test_close_ends_the_calls_of_other_tasks(runner: FakeRunner) -> None:
+    runner.stall_after, runner.load_seconds = 1, math.inf
+    client = AsyncRunnerClient(runner.address)
+    stream = client.completion("Hi")
+    await anext(stream)
+    tasks = [
+        asyncio.create_task(anext(stream)),
+        asyncio.create_task(client.load("org/name")),
+    ]
+    while (await client.status()).state is not State.LOADING:
+        pass
+    await client.close()
+    ends = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(end) for end in ends] == [errors.RunnerUnavailableError] * 2
+    assert all("is closed" in str(end) for end in ends)
+
+
+async def test_many_tasks_share_a_client(runner: FakeRunner) -> None:
+    async with AsyncRunnerClient(runner.address) as client:
+        completions = await asyncio.gather(*(client.complete("Hi") for _ in range(50)))
+    assert {completion.content for completion in completions} == {"Hello world"}
+
+
+def test_a_client_may_be_made_outside_a_loop(runner: FakeRunner) -> None:
+    client = AsyncRunnerClient(runner.address)
+
+    async def use() -> str:
+        async with client:
+            return (await client.complete("Hi")).content
+
+    assert asyncio.run(use()) == "Hello world"

@@ -1,0 +1,150 @@
+"""What every command does alike: help, exit codes, how errors look."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from typing import Any
+
+import click
+import pytest
+
+from command_line import invoke
+from runner_client.cli import main
+from runner_client.cli._options import size
+from runner_client.errors import RunnerError
+
+COMMANDS = ("serve", "run", "status", "tokenize", "estimate", "doctor", "demo")
+
+
+def test_help_lists_every_command_with_a_line_about_it() -> None:
+    result = invoke("--help")
+    assert result.exit_code == 0
+    lines = [line.split() for line in result.output.splitlines()]
+    described = {words[0] for words in lines if len(words) > 2}
+    assert described >= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_tells_the_exit_codes(name: str) -> None:
+    result = invoke(name, "--help")
+    assert result.exit_code == 0
+    words = " ".join(result.output.split())
+    assert "0 success" in words
+    assert "130 interrupted" in words
+
+
+def test_nothing_of_the_server_is_imported() -> None:
+    script = (
+        "import sys; from runner_client.cli import demo, main; demo.demo_model(); "
+        "assert not {'mlx', 'mlx_lm', 'runner_server'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, env=_with_paths())
+
+
+def _with_paths() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def test_version() -> None:
+    result = invoke("--version")
+    assert result.exit_code == 0
+    assert "mlx-runner" in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fly"],
+        ["status"],
+        ["status", ""],
+        ["run", "model"],
+        ["run", "model", "hi", "--temperature", "-1"],
+        ["run", "model", "hi", "--top-p", "0"],
+        ["run", "model", "hi", "--num-predict", "0"],
+        ["run", "model", "hi", "--seed", "x"],
+        ["run", "model", "hi", "--seed", str(2**63)],
+        ["run", "model", ""],
+        ["run", "model", "hi", "--dtype", "int8"],
+        ["run", "model", "caf\udce9"],
+        ["tokenize", "text"],
+        ["tokenize", "text", "--address", "a:1", "--model", "m"],
+        ["tokenize", "one", "--detokenize", "--address", "a:1"],
+        ["tokenize", "2147483648", "--detokenize", "--address", "a:1"],
+        ["tokenize", "1", "--detokenize", "--add-special-tokens", "--address", "a:1"],
+        ["estimate", "model", "--parallel", "0"],
+        ["serve", "--memory-limit", "8 apples", "--model", "m"],
+        ["serve", "--context-length", "100"],
+    ],
+)
+def test_wrong_usage_is_told_before_anything_starts(arguments: list[str]) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("Usage: ")
+    assert "Error: " in result.stderr
+
+
+def _failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Any:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setitem(main.commands, "fail", click.Command("fail", callback=fail))
+    return invoke("fail")
+
+
+def test_an_error_of_the_library_is_a_line_on_standard_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    result = _failing(monkeypatch, RunnerError("needs 9 GiB, 4 GiB are free; ask for less"))
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr == "error: needs 9 GiB, 4 GiB are free; ask for less\n"
+
+
+def test_an_interrupt_ends_with_the_code_of_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = _failing(monkeypatch, KeyboardInterrupt())
+    assert result.exit_code == 130
+    assert result.stderr == "\ninterrupted\n"
+
+
+def test_a_reader_that_has_gone_is_no_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = _failing(monkeypatch, BrokenPipeError(errno.EPIPE, "Broken pipe"))
+    assert result.exit_code == 1
+    assert result.output == ""
+
+
+def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = _failing(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
+    assert result.exit_code == 1
+    assert result.stderr == "error: [Errno 28] No space left on device\n"
+
+
+def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = _failing(monkeypatch, ZeroDivisionError())
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("1000", 1000),
+        ("8G", 8 * 2**30),
+        ("8GiB", 8 * 2**30),
+        ("8gib", 8 * 2**30),
+        ("8GB", 8 * 10**9),
+        ("0.5 MiB", 2**19),
+        ("2T", 2**41),
+        ("16 B", 16),
+    ],
+)
+def test_sizes(given: str, expected: int) -> None:
+    assert size(given) == expected
+
+
+@pytest.mark.parametrize("given", ["", "0", "-1", "G", "1 X", "1e9", "nan", "8iB8"])
+def test_no_sizes(given: str) -> None:
+    with pytest.raises(click.BadParameter, match="is no size"):
+        size(given)

@@ -1,0 +1,131 @@
+"""The commands that call a runner which is there already: status and tokenize."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from command_line import invoke
+from runner_client.cli.status import status_rows
+from runner_client.testing import Failure, fake_runner
+from runner_client.types import MemoryUsage, Model, State, Status
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from runner_client.testing import FakeRunner
+
+CLOSED_PORT = "127.0.0.1:1"
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeRunner]:
+    with fake_runner() as runner:
+        yield runner
+
+
+def test_status_in_rows(fake: FakeRunner) -> None:
+    result = invoke("status", fake.address)
+    assert result.exit_code == 0, result.output
+    rows = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    assert rows["state"] == "active"
+    assert rows["model"].startswith("fake")
+    assert rows["work"].startswith("0 running, 0 queued")
+
+
+def test_status_of_a_unix_socket() -> None:
+    with fake_runner(listen="unix") as runner:
+        result = invoke("status", runner.address)
+    assert result.exit_code == 0, result.output
+
+
+def test_status_as_json_is_one_object(fake: FakeRunner) -> None:
+    result = invoke("status", fake.address, "--json")
+    status = json.loads(result.stdout)
+    assert status["state"] == "active"
+    assert status["model"]["name"] == "fake"
+    assert status["memory_usage"]["active_bytes"] == 0
+    assert result.stderr == ""
+
+
+def test_nobody_there() -> None:
+    result = invoke("status", CLOSED_PORT)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert CLOSED_PORT in result.stderr
+
+
+def test_status_of_a_busy_runner_in_words() -> None:
+    status = Status(
+        state=State.ACTIVE,
+        progress=100,
+        context_length=4096,
+        memory_bytes=3 * 2**30,
+        memory_usage=MemoryUsage(2**31, 2**30, 2**31, 2**32, 2**33),
+        model=Model("qwen", "/models/qwen", "qwen3", 32768, 1000, 2**31, "bfloat16", 4, (0,)),
+        parallel=4,
+        running_count=2,
+        queued_count=1,
+        step_count=12345,
+        last_progress_age_seconds=0.25,
+        uptime_seconds=90.4,
+        runner_id="abc",
+        pid=77,
+        device="cpu: EPYC",
+        server_version="1.2",
+        last_error="it broke",
+    )
+    assert status_rows(status) == [
+        ("state", "active"),
+        ("model", "qwen (qwen3, 4-bit, bfloat16, 2.0 GiB)"),
+        ("context", "4,096 tokens, 4 completions together"),
+        ("work", "2 running, 1 queued, 12,345 steps since the start; moved 0.2 s ago"),
+        (
+            "memory",
+            "active 2.0 GiB, cache 1.0 GiB, peak 2.0 GiB, process 4.0 GiB, limit 8.0 GiB",
+        ),
+        ("device", "cpu: EPYC"),
+        ("runner", "process 77, version 1.2, up 90 s"),
+        ("last error", "it broke"),
+    ]
+
+
+def test_tokenize_and_back(fake: FakeRunner) -> None:
+    ids = invoke("tokenize", "--address", fake.address, "héllo")
+    assert ids.stdout == "104 233 108 108 111\n"
+    back = invoke("tokenize", "--address", fake.address, "--detokenize", "104, 233,108 108 111")
+    assert back.stdout == "héllo\n"
+
+
+def test_tokenize_reads_standard_input(fake: FakeRunner) -> None:
+    result = invoke("tokenize", "--address", fake.address, "-", given="a\n")
+    assert result.stdout == "97 10\n"
+
+
+def test_standard_input_must_be_utf8(fake: FakeRunner) -> None:
+    result = invoke("tokenize", "--address", fake.address, "-", given=b"a\xff")
+    assert result.exit_code == 2
+    assert "not UTF-8: invalid start byte at byte 1" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["hi"], ["--detokenize", "104 105"]])
+def test_tokenize_as_json_has_both_sides(fake: FakeRunner, arguments: list[str]) -> None:
+    result = invoke("tokenize", "--address", fake.address, "--json", *arguments)
+    assert json.loads(result.stdout) == {"content": "hi", "token_ids": [104, 105]}
+
+
+def test_special_tokens_are_asked_for(fake: FakeRunner) -> None:
+    invoke("tokenize", "--address", fake.address, "--add-special-tokens", "a")
+    invoke("tokenize", "--address", fake.address, "a")
+    assert [request.add_special_tokens for request in fake.requests] == [True, False]  # type: ignore[attr-defined]  # a list of messages of all kinds
+
+
+def test_a_refusal_of_the_runner_is_told(fake: FakeRunner) -> None:
+    fake.failure = Failure("MODEL_NOT_LOADED", "no model is loaded; call Load first")
+    result = invoke("tokenize", "--address", fake.address, "--json", "a")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: no model is loaded; call Load first")

@@ -1,0 +1,264 @@
+"""The commands that look at this machine: serve, estimate and doctor; and how a load is shown."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from typing import TYPE_CHECKING
+from unittest.mock import Mock
+
+import click
+import pytest
+
+from command_line import invoke
+from mlxrunner.hostmemory import FreeMemory
+from runner_client import doctor as examination
+from runner_client.cli import estimate, serve
+from runner_client.cli._output import LoadProgress
+from runner_client.doctor import Finding
+from runner_client.errors import NotSupportedError, RunnerError
+from runner_client.gate import MemoryGate
+from runner_client.types import MemoryUsage, State, Status
+from safetensors_files import attention, write_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+GIB = 2**30
+
+
+@pytest.fixture
+def become(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """Takes the command line and the environment that ``serve`` would turn into."""
+    taken = Mock()
+    monkeypatch.setattr(serve, "_become", taken)
+    return taken
+
+
+def _arguments(become: Mock) -> list[str]:
+    line: list[str] = become.call_args.args[0]
+    assert line[0] == sys.executable
+    return line[line.index("runner_server") + 1 :]
+
+
+def test_serve_waits_for_a_load(become: Mock) -> None:
+    result = invoke("serve", "--listen", "unix:/run/s")
+    assert result.exit_code == 0, result.stderr
+    assert _arguments(become) == ["--listen", "unix:/run/s"]
+
+
+def test_serve_hands_every_option_on(become: Mock) -> None:
+    given = ["--model", "m", "--context-length", "512", "--parallel", "2", "--dtype", "float16"]
+    result = invoke("serve", *given, "--memory-limit", "2GiB")
+    assert result.exit_code == 0, result.stderr
+    assert _arguments(become) == [
+        *("--listen", "127.0.0.1:0"),
+        *("--model", "m", "--parallel", "2", "--dtype", "float16"),
+        *("--context-length", "512", "--memory-limit-bytes", str(2 * GIB)),
+    ]
+
+
+def test_serve_keeps_the_environment_and_puts_a_blas_in_front(
+    become: Mock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    library = tmp_path / "libfastblas.so"
+    library.touch()
+    environment = Mock(return_value={"FROM": "child_environment"})
+    monkeypatch.setattr(serve, "child_environment", environment)
+    assert invoke("serve", "--blas", str(library)).exit_code == 0
+    assert environment.call_args.kwargs["blas"] == str(library)
+    assert become.call_args.args[1].items() >= {"FROM": "child_environment"}.items()
+
+
+def test_serve_without_its_packages(become: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = NotSupportedError("this Python has no mlx: pip install 'mlx-grpc-runner[cpu]'")
+    monkeypatch.setattr(serve, "server_program", Mock(side_effect=missing))
+    result = invoke("serve")
+    assert result.exit_code == 1
+    assert result.stderr == f"error: {missing}\n"
+    become.assert_not_called()
+
+
+@pytest.fixture
+def large_model(tmp_path: Path) -> str:
+    """A GiB of weights as stored, two as float32; nothing of it is on the disk."""
+    shapes = {
+        "model.embed_tokens.weight": ("BF16", (2**14, 2**15)),
+        **attention("model.", layers=1, hidden=64, kv_rows=32),
+    }
+    config = {"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 64}
+    return str(write_model(tmp_path / "large", shapes, config))
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets how many GiB are free, by the control group, on a machine without a GPU."""
+    monkeypatch.setattr("runner_client.estimate.installed_backend", lambda: "cpu")
+
+    def set_free(gib: float) -> None:
+        size = int(gib * GIB)
+        memory = FreeMemory(size, "cgroup", 64 * GIB, size, None, "EPYC", "cpu")
+        gate = MemoryGate(minimum_bytes=0, overhead_bytes=GIB, measure=lambda: memory)
+        monkeypatch.setattr(estimate, "MemoryGate", Mock(return_value=gate))
+
+    return set_free
+
+
+def _rows(text: str) -> dict[str, str]:
+    pairs = (line.split("  ", 1) for line in text.splitlines())
+    return {name: " ".join(rest.split()) for name, rest in pairs}
+
+
+def test_estimate_of_what_fits(large_model: str, free: Callable[[float], None]) -> None:
+    free(8)
+    result = invoke("estimate", large_model)
+    assert result.exit_code == 0, result.stderr
+    rows = _rows(result.stdout)
+    assert rows["held"] == "as float32, on cpu"
+    assert rows["context"] == "4,096 tokens, 4 completions together"
+    assert rows["files"] == "1.0 GiB"
+    assert rows["weights"] == "2.0 GiB"
+    assert rows["free"] == "8.0 GiB limited by the control group (the system 64.0 GiB)"
+    assert rows["kept back"] == "1.0 GiB"
+    assert rows["available"] == "7.0 GiB"
+    assert rows["fits"].startswith("yes, ")
+
+
+def test_estimate_of_what_fits_only_as_stored(
+    large_model: str, free: Callable[[float], None]
+) -> None:
+    free(4)
+    result = invoke("estimate", large_model)
+    rows = _rows(result.stdout)
+    assert result.exit_code == 0
+    assert rows["held"] == "as stored, on cpu"
+    assert rows["fits"].startswith("yes, ")
+    assert rows["note"].startswith("as float32 it needs ")
+    assert invoke("estimate", large_model, "--dtype", "float32").exit_code == 3
+
+
+def test_estimate_of_what_does_not_fit(large_model: str, free: Callable[[float], None]) -> None:
+    free(1.5)
+    result = invoke("estimate", large_model)
+    assert result.exit_code == 3
+    assert _rows(result.stdout)["held"] == "as float32, on cpu"
+    assert "too little; lower --context-length" in result.stdout
+    as_json = invoke("estimate", large_model, "--json")
+    assert as_json.exit_code == 3
+    report = json.loads(as_json.stdout)
+    assert report["fits"] is False
+    assert report["decision"]["available_bytes"] == GIB // 2
+    assert report["estimate"]["total_bytes"] == report["decision"]["required_bytes"]
+
+
+def test_estimate_for_another_machine_is_not_compared(
+    large_model: str, free: Callable[[float], None]
+) -> None:
+    free(0)
+    result = invoke("estimate", large_model, "--backend", "cuda")
+    assert result.exit_code == 0
+    rows = _rows(result.stdout)
+    assert rows["held"] == "as stored, on cuda"
+    assert rows["fits"].startswith("not compared")
+    report = json.loads(invoke("estimate", large_model, "--backend", "cuda", "--json").stdout)
+    assert report["fits"] is None
+
+
+def test_estimate_of_nothing(tmp_path: Path) -> None:
+    result = invoke("estimate", str(tmp_path / "none"))
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: no model directory")
+
+
+GOOD = Finding("Python", "ok", "3.11.7")
+SLOW = Finding("BLAS", "warning", "3.6 GFLOP/s", "install a fast BLAS")
+BAD = Finding("MLX", "error", "failed:\nno such file", "install it again")
+
+
+@pytest.mark.parametrize(
+    ("findings", "code"), [((GOOD,), 0), ((GOOD, SLOW), 0), ((GOOD, SLOW, BAD), 1)]
+)
+def test_doctor_ends_by_the_worst_finding(
+    monkeypatch: pytest.MonkeyPatch, findings: tuple[Finding, ...], code: int
+) -> None:
+    monkeypatch.setattr(examination, "examine", lambda: findings)
+    assert invoke("doctor").exit_code == code
+    result = invoke("doctor", "--json")
+    assert result.exit_code == code
+    report = json.loads(result.stdout)
+    assert report["ok"] is (code == 0)
+    assert [finding["status"] for finding in report["findings"]] == [f.status for f in findings]
+
+
+def test_doctor_puts_advice_below_its_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examination, "examine", lambda: (GOOD, SLOW, BAD))
+    assert invoke("doctor").stdout.splitlines() == [
+        "ok       Python  3.11.7",
+        "warning  BLAS    3.6 GFLOP/s",
+        "         install a fast BLAS",
+        "error    MLX     failed:",
+        "         no such file",
+        "         install it again",
+    ]
+
+
+class Terminal(io.StringIO):
+    """A place for text that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        """It says so."""
+        return True
+
+
+def _status(progress: int) -> Status:
+    memory = MemoryUsage(0, 0, 0, 0, 0)
+    settings = (0, memory, None, 4, 0, 0, 0, None, 0.0, "id", 1, "", "", "")
+    return Status(State.LOADING, progress, 0, *settings)
+
+
+def _show_load(stream: io.StringIO, error: Exception | None = None) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", stream)
+        patch.setenv("TERM", "xterm")
+        with LoadProgress("m") as progress:
+            for percent in (0, 3, 12, 14, 12, 50, 50, 99):
+                progress(_status(percent))
+            if error is not None:
+                raise error
+    return stream.getvalue()
+
+
+def test_a_load_on_a_terminal_is_a_bar() -> None:
+    shown = _show_load(Terminal())
+    assert "loading m" in shown
+    assert "50%" in shown
+    assert shown.rstrip("\n").endswith("\x1b[?25h")
+    assert "100%" in shown
+
+
+def test_a_load_that_is_piped_is_a_line_now_and_then() -> None:
+    assert _show_load(io.StringIO()).splitlines() == [
+        "loading m",
+        "loading m: 12 %",
+        "loading m: 50 %",
+        "loading m: 99 %",
+    ]
+
+
+def test_a_failed_load_is_never_shown_as_complete() -> None:
+    stream = Terminal()
+    with pytest.raises(RunnerError):
+        _show_load(stream, RunnerError("it failed"))
+    assert "100%" not in stream.getvalue()
+    assert stream.getvalue().rstrip("\n").endswith("\x1b[?25h")
+
+
+def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "dumb")
+    with LoadProgress("m"):
+        assert isinstance(sys.stderr, Terminal)
+    assert click.unstyle(sys.stderr.getvalue()) == sys.stderr.getvalue() != ""

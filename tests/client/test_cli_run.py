@@ -1,0 +1,226 @@
+"""The commands that start a runner, with a fake one in its place: run, tokenize, demo."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
+
+import psutil
+import pytest
+
+from command_line import invoke
+from runner_client import RunnerClient
+from runner_client.cli import demo, run, tokenize
+from runner_client.errors import InsufficientMemoryError, RunnerTimeoutError
+from runner_client.testing import Failure, fake_runner
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from runner_client._stream import CompletionStream
+    from runner_client.testing import FakeRunner
+    from runner_client.types import LoadResult, Status
+
+
+class FakeProcess(RunnerClient):
+    """The part of RunnerProcess that the commands use, on top of the fake runner."""
+
+    completion_failure: Failure | None = None
+
+    def __init__(self, fake: FakeRunner, model: str, **settings: object) -> None:
+        super().__init__(fake.address)
+        self.fake = fake
+        self.model = model
+        self.settings = settings
+        self.pid = os.getpid()
+        self.estimate = None
+        self.has_exited = False
+
+    def load(self) -> None:  # type: ignore[override]  # a process loads its own model
+        """Nothing is to be started."""
+
+    def wait_until_running(self, on_progress: Callable[[Status], None]) -> LoadResult:
+        """Loads."""
+        return super().load(self.model, on_progress=on_progress)
+
+    def completion(self, *args: Any, **kwargs: Any) -> CompletionStream:
+        """Fails if it is to."""
+        self.fake.failure = self.completion_failure
+        return super().completion(*args, **kwargs)
+
+    def close(self) -> None:
+        """Is seen to be closed."""
+        self.has_exited = True
+        super().close()
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeRunner]:
+    with fake_runner(pieces=("Hello", " wörld")) as runner:
+        yield runner
+
+
+@pytest.fixture
+def started(fake: FakeRunner, monkeypatch: pytest.MonkeyPatch) -> list[FakeProcess]:
+    """The processes that commands have started."""
+    processes: list[FakeProcess] = []
+
+    def start(model: str, **settings: object) -> FakeProcess:
+        processes.append(FakeProcess(fake, model, **settings))
+        return processes[-1]
+
+    for module in (run, tokenize, demo):
+        monkeypatch.setattr(module, "RunnerProcess", start)
+    return processes
+
+
+def test_the_text_goes_out_and_the_numbers_beside_it(started: list[FakeProcess]) -> None:
+    result = invoke("run", "a/model", "Hi")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "Hello wörld\n"
+    assert result.stderr.startswith("loading a/model\n")
+    assert "generated  2 tokens, ended by stop" in result.stderr
+    assert started[0].has_exited
+
+
+def test_every_option_reaches_the_runner(fake: FakeRunner, started: list[FakeProcess]) -> None:
+    floats = {
+        "temperature": 0.5,
+        "top_p": 0.75,
+        "min_p": 0.25,
+        "repeat_penalty": 1.5,
+        "presence_penalty": -1.0,
+        "frequency_penalty": 2.0,
+    }
+    integers = {"top_k": 5, "repeat_last_n": -1, "num_predict": 7, "seed": -(2**63)}
+    arguments = ["run", "m", "Hi", "--stop", "\n\n", "--stop", "-", "--context-length", "99"]
+    for name, value in {**floats, **integers}.items():
+        arguments += [f"--{name.replace('_', '-')}", str(value)]
+    assert invoke(*arguments, "--dtype", "bfloat16").exit_code == 0
+    options = fake.requests[-1].options  # type: ignore[attr-defined]  # a completion's request
+    for name, value in {**floats, **integers}.items():
+        assert getattr(options, name) == value, name
+    assert list(options.stop) == ["\n\n", "-"]
+    assert started[0].settings == {
+        "context_length": 99,
+        "parallel": 1,
+        "dtype": "bfloat16",
+        "memory_override": False,
+    }
+
+
+def test_options_not_given_are_left_to_the_server(
+    fake: FakeRunner, started: list[FakeProcess]
+) -> None:
+    invoke("run", "m", "Hi")
+    assert len(started) == 1
+    options = fake.requests[-1].options  # type: ignore[attr-defined]  # a completion's request
+    assert options.ListFields() == []
+
+
+def test_the_prompt_from_standard_input(fake: FakeRunner, started: list[FakeProcess]) -> None:
+    assert invoke("run", "m", "-", given="line\nläst").exit_code == 0
+    assert len(started) == 1
+    assert fake.requests[-1].prompt == "line\nläst"  # type: ignore[attr-defined]  # a completion's
+
+
+def test_json_is_one_object_and_nothing_else(started: list[FakeProcess]) -> None:
+    result = invoke("run", "m", "Hi", "--json")
+    record = json.loads(result.stdout)
+    assert record["content"] == "Hello wörld"
+    assert record["token_ids"] == [0, 1]
+    assert record["done_reason"] == "stop"
+    assert record["model"]["name"] == "m"
+    assert record["load_seconds"] >= 0
+    assert started[0].has_exited
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_a_failure_in_the_middle_ends_the_runner(
+    monkeypatch: pytest.MonkeyPatch,
+    fake: FakeRunner,
+    started: list[FakeProcess],
+    more: tuple[str, ...],
+) -> None:
+    fake.fail_after = 1
+    monkeypatch.setattr(
+        FakeProcess, "completion_failure", Failure("GENERATION_FAILED", "MLX raised; retry")
+    )
+    result = invoke("run", "m", "Hi", *more)
+    assert result.exit_code == 1
+    assert result.stdout == ("" if more else "Hello\n")
+    assert "error: MLX raised; retry" in result.stderr
+    assert started[0].has_exited
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InsufficientMemoryError("needs 9.0 GiB, 4.0 GiB are free"),
+        RunnerTimeoutError("no ready line within 60 s", phase="start"),
+    ],
+)
+def test_a_runner_that_does_not_start(
+    monkeypatch: pytest.MonkeyPatch, started: list[FakeProcess], error: Exception
+) -> None:
+    monkeypatch.setattr(FakeProcess, "load", Mock(side_effect=error))
+    result = invoke("run", "m", "Hi")
+    assert result.exit_code == 1
+    assert result.stderr == f"error: {error}\n"
+    assert started[0].has_exited
+
+
+def test_an_interrupt_while_it_streams_stops_the_runner(
+    monkeypatch: pytest.MonkeyPatch, started: list[FakeProcess]
+) -> None:
+    monkeypatch.setattr(run, "show_text", Mock(side_effect=KeyboardInterrupt))
+    result = invoke("run", "m", "Hi")
+    assert result.exit_code == 130
+    assert result.stderr.endswith("\ninterrupted\n")
+    assert started[0].has_exited
+
+
+def test_tokenize_with_a_model_starts_one(started: list[FakeProcess]) -> None:
+    result = invoke("tokenize", "--model", "m", "ab")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "97 98\n"
+    assert started[0].model == "m"
+    assert started[0].has_exited
+
+
+def test_demo_tells_the_whole_life(
+    monkeypatch: pytest.MonkeyPatch, started: list[FakeProcess]
+) -> None:
+    monkeypatch.setattr(psutil, "pid_exists", {os.getpid(): False}.__getitem__)
+    result = invoke("demo")
+    assert result.exit_code == 0, result.output
+    assert f"{demo.PROMPT}Hello wörld\n" in result.stdout
+    for word in ("model", "runner", "load", "prompt", "generated", "memory", "stopped", "free"):
+        assert any(line.startswith(word) for line in result.stdout.splitlines()), word
+    assert started[0].model == str(demo.demo_model())
+    assert started[0].has_exited
+
+
+def test_demo_owns_up_to_a_process_that_stays(started: list[FakeProcess]) -> None:
+    result = invoke("demo")
+    assert result.exit_code == 1
+    assert f"process {os.getpid()} is still there" in result.stderr
+    assert len(started) == 1
+
+
+def test_demo_without_the_server_package(
+    monkeypatch: pytest.MonkeyPatch, started: list[FakeProcess]
+) -> None:
+    monkeypatch.setattr(demo, "package_folders", {"runner_server": ()}.__getitem__)
+    result = invoke("demo")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: the demo model is missing")
+    assert started == []
+
+
+def test_the_demo_model_is_found_without_importing_the_server() -> None:
+    assert (demo.demo_model() / "model.safetensors").is_file()
+    assert importlib.util.find_spec("runner_server") is not None

@@ -1,0 +1,79 @@
+"""The base install: an environment with the client and its dependencies, and nothing of MLX."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = """
+import importlib.util
+for name in ("mlx", "mlx_lm", "numpy", "transformers", "runner_server", "grpc_health"):
+    assert importlib.util.find_spec(name) is None, name
+
+from runner_client import NotSupportedError, RunnerClient, RunnerProcess
+from runner_client.testing import fake_runner
+
+with fake_runner() as runner, RunnerClient(runner.address) as client:
+    print(client.complete("Hi").content)
+try:
+    RunnerProcess(MODEL).load()
+except NotSupportedError as error:
+    print(error)
+"""
+
+
+def base_distributions() -> set[str]:
+    """The names of what ``pip install mlx-grpc-runner`` brings."""
+    wanted = ["mlx-grpc-runner"]
+    found: set[str] = set()
+    while wanted:
+        name = wanted.pop()
+        for line in importlib.metadata.requires(name) or ():
+            requirement, _, marker = line.partition(";")
+            match = re.match(r"[A-Za-z0-9._-]+", requirement)
+            if match and "extra" not in marker and match[0] not in found:
+                found.add(match[0])
+                wanted.append(match[0])
+    return found
+
+
+@pytest.fixture
+def base_python(tmp_path: Path) -> Path:
+    """A Python whose packages are those of the base install, linked from this one's."""
+    venv.create(tmp_path / "env", with_pip=False, symlinks=True)
+    (packages,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    for name in ("mlx-grpc-runner", *base_distributions()):
+        distribution = importlib.metadata.distribution(name)
+        for top in {file.parts[0] for file in distribution.files or ()}:
+            # Not its own packages, nor the file that makes a checkout importable.
+            wanted = name != "mlx-grpc-runner" or top.endswith(".dist-info")
+            if wanted and top != ".." and not (packages / top).exists():
+                (packages / top).symlink_to(Path(str(distribution.locate_file(top))))
+    for package in (ROOT / "runner_client", ROOT / "proto/mlxrunner"):
+        (packages / package.name).symlink_to(package)
+    return tmp_path / "env/bin/python"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links the packages of this environment")
+def test_the_base_install_talks_and_says_what_it_lacks(base_python: Path, tmp_path: Path) -> None:
+    script = SCRIPT.replace("MODEL", repr(str(ROOT / "runner_server/demo/model")))
+    done = subprocess.run(
+        [str(base_python), "-I", "-W", "error", "-c", script],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert said[0] == "Hello world"
+    assert "pip install 'mlx-grpc-runner[cpu]'" in said[1]

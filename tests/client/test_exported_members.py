@@ -1,0 +1,133 @@
+"""The public names: pinned, so that none goes by accident."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import runner_client
+from runner_client import errors, types
+
+ROOT = Path(__file__).parents[2]
+
+PUBLIC = [
+    "AsyncCompletionStream",
+    "AsyncRunnerClient",
+    "AsyncRunnerProcess",
+    "BusyError",
+    "Completion",
+    "CompletionChunk",
+    "CompletionStream",
+    "DeviceInfo",
+    "DoneReason",
+    "GateDecision",
+    "GenerationFailedError",
+    "IncompleteStreamError",
+    "InsufficientMemoryError",
+    "InvalidRequestError",
+    "LoadRequiresFullError",
+    "LoadResult",
+    "MemoryEstimate",
+    "MemoryGate",
+    "MemoryUsage",
+    "Model",
+    "ModelError",
+    "ModelNotFoundError",
+    "ModelNotLoadedError",
+    "ModelUnsupportedError",
+    "NotSupportedError",
+    "Options",
+    "PromptProgress",
+    "PromptTooLongError",
+    "QueueFullError",
+    "RestartPolicy",
+    "RunnerClient",
+    "RunnerError",
+    "RunnerExitedError",
+    "RunnerProcess",
+    "RunnerTimeoutError",
+    "RunnerUnavailableError",
+    "ShuttingDownError",
+    "State",
+    "Status",
+    "Timeouts",
+    "TokenLogprob",
+    "TopLogprob",
+    "UnsupportedPlatformError",
+]
+
+WITHOUT_MLX = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"mlx", "mlx_lm", "runner_server", "transformers", "numpy",
+                                  "huggingface_hub", "grpc_health", "grpc_status"}:
+            raise ModuleNotFoundError(f"No module named {name!r} (blocked)", name=name)
+
+sys.meta_path.insert(0, Block())
+
+import asyncio, importlib, pkgutil
+import runner_client
+
+for module in pkgutil.walk_packages(runner_client.__path__, "runner_client."):
+    importlib.import_module(module.name)
+
+from runner_client import AsyncRunnerClient, RunnerClient
+from runner_client.testing import fake_runner
+
+async def ask(address):
+    async with AsyncRunnerClient(address) as client:
+        return (await client.complete("Hi")).content
+
+with fake_runner() as runner:
+    with RunnerClient(runner.address) as client:
+        assert client.complete("Hi").content == "Hello world"
+        assert client.is_serving()
+    assert asyncio.run(ask(runner.address)) == "Hello world"
+print("talked")
+"""
+
+
+def test_the_public_names_are_pinned() -> None:
+    assert runner_client.__all__ == PUBLIC
+    assert all(hasattr(runner_client, name) for name in PUBLIC)
+
+
+def test_every_error_and_every_result_is_public() -> None:
+    for module in (errors, types):
+        for name, member in vars(module).items():
+            if inspect.isclass(member) and member.__module__ == module.__name__:
+                assert name in PUBLIC
+
+
+def test_the_version_is_the_packages() -> None:
+    assert runner_client.__version__.count(".") >= 2
+
+
+def test_it_works_without_mlx_and_without_the_server() -> None:
+    path = f"{ROOT}:{ROOT / 'proto'}"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", WITHOUT_MLX],
+        env={"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout == "talked\n", done.stderr
+
+
+def test_no_module_imports_the_server_or_mlx() -> None:
+    for file in (ROOT / "runner_client").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in getattr(node, "names", [])]
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            elif not isinstance(node, ast.Import):
+                continue
+            tops = {name.split(".")[0] for name in names}
+            assert not tops & {"mlx", "mlx_lm", "runner_server"}, f"{file}: {names}"

@@ -1,0 +1,212 @@
+"""The memory gate: need against free memory, with the numbers in every refusal."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+
+from mlxrunner.hostmemory import FreeMemory
+from runner_client.errors import (
+    InsufficientMemoryError,
+    InvalidRequestError,
+    LoadRequiresFullError,
+)
+from runner_client.estimate import MemoryEstimate
+from runner_client.gate import METAL_MINIMUM_BYTES, MINIMUM_BYTES, OVERHEAD_VARIABLE, MemoryGate
+
+GIB = 1024**3
+
+
+def need(total_bytes: int) -> MemoryEstimate:
+    """An estimate that needs so much, most of it weights."""
+    return MemoryEstimate(
+        model="org/name",
+        path="/models/name",
+        backend="cpu",
+        dtype="float32",
+        context_length=4096,
+        model_context_length=8192,
+        parallel=2,
+        file_bytes=total_bytes // 2,
+        weight_bytes=total_bytes - total_bytes // 4,
+        kv_bytes=total_bytes // 4,
+        load_transient_bytes=0,
+        margin_bytes=0,
+    )
+
+
+def free(available_bytes: int, **overrides: Any) -> FreeMemory:
+    values = {
+        "available_bytes": available_bytes,
+        "source": "cgroup",
+        "system_bytes": 64 * GIB,
+        "cgroup_bytes": available_bytes,
+        "device_bytes": None,
+        "device_name": "Some CPU",
+        "device_kind": "cpu",
+    }
+    return FreeMemory(**{**values, **overrides})
+
+
+def gate(*measured: int, **kwargs: Any) -> MemoryGate:
+    """A gate that measures these figures one after the other, then the last for ever."""
+    figures = _then_the_last(measured)
+    settings = {"minimum_bytes": 0, "settle_seconds": 0.0, "environ": {}, **kwargs}
+    return MemoryGate(measure=lambda: free(next(figures)), **settings)
+
+
+def _then_the_last(figures: Iterable[int]) -> Iterator[int]:
+    figure = 0
+    for figure in figures:
+        yield figure
+    while True:
+        yield figure
+
+
+def test_need_up_to_what_is_free_is_let_through() -> None:
+    decision = gate(10 * GIB).check(need(10 * GIB))
+    assert decision.fits
+    assert not decision.overridden
+    assert (decision.required_bytes, decision.available_bytes) == (10 * GIB, 10 * GIB)
+
+
+def test_one_byte_more_is_refused() -> None:
+    with pytest.raises(InsufficientMemoryError) as caught:
+        gate(10 * GIB).check(need(10 * GIB + 1))
+    assert caught.value.required_bytes == 10 * GIB + 1
+    assert caught.value.available_bytes == 10 * GIB
+
+
+def test_minimum_and_overhead_are_kept_back() -> None:
+    narrow = gate(10 * GIB, minimum_bytes=1 * GIB, overhead_bytes=2 * GIB)
+    assert narrow.check(need(7 * GIB)).overhead_bytes == 3 * GIB
+    with pytest.raises(InsufficientMemoryError) as caught:
+        narrow.check(need(7 * GIB + 1))
+    assert caught.value.overhead_bytes == 3 * GIB
+
+
+def test_overhead_above_what_is_free_leaves_nothing() -> None:
+    with pytest.raises(InsufficientMemoryError) as caught:
+        gate(1 * GIB, overhead_bytes=2 * GIB).check(need(1))
+    assert caught.value.available_bytes == 0
+
+
+def test_overhead_comes_from_the_environment() -> None:
+    limited = gate(10 * GIB, environ={OVERHEAD_VARIABLE: f" {4 * GIB}\n"})
+    assert limited.check(need(6 * GIB)).overhead_bytes == 4 * GIB
+    explicit = gate(10 * GIB, environ={OVERHEAD_VARIABLE: "broken"}, overhead_bytes=0)
+    assert explicit.check(need(10 * GIB)).overhead_bytes == 0
+
+
+@pytest.mark.parametrize("text", ["4GB", "-1", "1.5", "0x10", "²"])
+def test_overhead_that_is_no_number_names_the_variable(text: str) -> None:
+    with pytest.raises(InvalidRequestError, match="MLX_RUNNER_GPU_OVERHEAD"):
+        gate(GIB, environ={OVERHEAD_VARIABLE: text})
+
+
+@pytest.mark.parametrize(
+    ("kind", "minimum"),
+    [("metal", METAL_MINIMUM_BYTES), ("cuda", MINIMUM_BYTES), ("cpu", MINIMUM_BYTES)],
+)
+def test_minimum_depends_on_the_device(kind: str, minimum: int) -> None:
+    measured = MemoryGate(measure=lambda: free(GIB, device_kind=kind), environ={})
+    assert measured.check(need(1)).overhead_bytes == minimum
+
+
+def test_memory_that_frees_late_is_measured_again() -> None:
+    assert gate(1 * GIB, 10 * GIB).check(need(9 * GIB)).fits
+
+
+def test_memory_is_measured_twice_and_no_more() -> None:
+    with pytest.raises(InsufficientMemoryError):
+        gate(1 * GIB, 2 * GIB, 10 * GIB).check(need(9 * GIB))
+
+
+def test_require_full_decides_the_error() -> None:
+    with pytest.raises(LoadRequiresFullError):
+        gate(GIB).check(need(2 * GIB), require_full=True)
+    with pytest.raises(InsufficientMemoryError) as caught:
+        gate(GIB).check(need(2 * GIB))
+    assert type(caught.value) is InsufficientMemoryError
+
+
+def test_override_goes_on_and_says_so() -> None:
+    decision = gate(GIB).check(need(2 * GIB), override=True)
+    assert decision.overridden
+    assert not decision.fits
+    assert not gate(GIB).check(need(1), override=True).overridden
+
+
+def test_refusal_names_need_free_overhead_and_largest_part() -> None:
+    with pytest.raises(InsufficientMemoryError) as caught:
+        gate(6 * GIB, overhead_bytes=GIB // 2).check(need(8 * GIB))
+    assert str(caught.value) == (
+        "org/name requires 8.0 GiB, most of it weights (6.0 GiB), but only 5.5 GiB are available: "
+        "6.0 GiB free by the control group's limit on Some CPU, less 512.0 MiB overhead. Stop "
+        "another process, lower context_length (4096) or parallel (2), use a smaller model, or "
+        "override the gate"
+    )
+
+
+def test_reservation_is_not_free_for_others_until_it_ends() -> None:
+    shared = gate(10 * GIB)
+    with shared.reserve(need(6 * GIB)):
+        with pytest.raises(InsufficientMemoryError, match=r"6\.0 GiB for models still loading"):
+            shared.check(need(5 * GIB))
+        assert shared.check(need(4 * GIB)).reserved_bytes == 6 * GIB
+    assert shared.check(need(10 * GIB)).reserved_bytes == 0
+
+
+def test_reservation_ends_with_a_failing_start() -> None:
+    shared = gate(10 * GIB)
+    with pytest.raises(RuntimeError), shared.reserve(need(6 * GIB)):
+        raise RuntimeError
+    assert shared.check(need(10 * GIB)).fits
+
+
+def test_refused_need_reserves_nothing() -> None:
+    shared = gate(10 * GIB)
+    with pytest.raises(InsufficientMemoryError), shared.reserve(need(11 * GIB)):
+        pytest.fail("the block ran")
+    assert shared.check(need(10 * GIB)).reserved_bytes == 0
+
+
+def test_override_reserves_all_the_same() -> None:
+    shared = gate(10 * GIB)
+    with shared.reserve(need(11 * GIB), override=True), pytest.raises(InsufficientMemoryError):
+        shared.check(need(1))
+
+
+def test_threads_never_share_the_same_memory() -> None:
+    shared = gate(10 * GIB)
+    begin, inside = threading.Barrier(8), threading.Barrier(3)
+    refused: list[InsufficientMemoryError] = []
+    entered: list[int] = []
+
+    def start(number: int) -> None:
+        begin.wait(timeout=30)
+        try:
+            with shared.reserve(need(3 * GIB)):
+                entered.append(number)
+                # Three fit: none of them leaves before all are in.
+                inside.wait(timeout=30)
+                done.wait(timeout=30)
+        except InsufficientMemoryError as error:
+            refused.append(error)
+            if len(refused) == 5:
+                done.set()
+
+    done = threading.Event()
+    threads = [threading.Thread(target=start, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert (len(entered), len(refused)) == (3, 5)
+
+
+def test_default_gate_measures_this_machine() -> None:
+    assert MemoryGate(environ={}).check(need(1)).free.available_bytes > 0

@@ -1,0 +1,83 @@
+"""The fake runner that users get for their own tests."""
+
+from __future__ import annotations
+
+import re
+import threading
+from pathlib import Path
+
+import grpc
+import pytest
+
+from mlxrunner.v1 import runner_pb2 as pb
+from runner_client import RunnerClient, State, errors, testing
+from runner_client.testing import Failure, fake_runner
+
+
+def test_the_codes_are_those_of_the_proto() -> None:
+    """The proto writes each reason's code into its comment."""
+    proto = Path(__file__).parents[2] / "proto/mlxrunner/v1/runner.proto"
+    text = proto.read_text().partition("enum ErrorReason {")[2].partition("\n}")[0]
+    told: dict[str, str] = {}
+    for comment, name in re.findall(r"((?: *//.*\n)+) *ERROR_REASON_(\w+) =", text):
+        if code := re.search(r"Code ([A-Z_]+)", re.sub(r"\n *//", "", comment)):
+            told[name] = code[1]
+    assert told == {reason: code.name for reason, code in testing._CODES.items()}
+
+
+def test_the_example_of_the_docstring() -> None:
+    with fake_runner(pieces=("Hello", " world")) as runner:
+        with RunnerClient(runner.address) as client:
+            assert client.complete("Hi").content == "Hello world"
+        assert isinstance(runner.requests[0], pb.CompletionRequest)
+        assert runner.requests[0].prompt == "Hi"
+
+
+def test_a_full_queue_with_its_delay() -> None:
+    failure = Failure("QUEUE_FULL", retry_delay_seconds=2)
+    with fake_runner(failure=failure) as runner, RunnerClient(runner.address) as client:
+        with pytest.raises(errors.QueueFullError) as caught:
+            client.complete("Hi")
+        assert caught.value.retry_delay_seconds == 2
+        runner.failure = None
+        assert client.complete("Hi").content == "Hello world"
+
+
+def test_nothing_loaded_until_a_load() -> None:
+    with fake_runner() as runner, RunnerClient(runner.address) as client:
+        runner.model = None
+        assert client.status().state is State.IDLE
+        with pytest.raises(errors.ModelNotLoadedError):
+            client.tokenize("x")
+        assert client.load("org/name").model == client.status().model
+
+
+def test_several_fakes_at_once() -> None:
+    with fake_runner(pieces="ab") as one, fake_runner(pieces="cd", listen="unix") as two:
+        assert one.address != two.address
+        with RunnerClient(one.address) as first, RunnerClient(two.address) as second:
+            assert first.complete("").content + second.complete("").content == "abcd"
+
+
+def test_a_finished_completion_is_not_cancelled() -> None:
+    with fake_runner() as runner, RunnerClient(runner.address) as client:
+        for _ in range(50):
+            client.complete("Hi")
+        assert not runner.cancelled.is_set()
+
+
+def test_it_ends_its_calls_its_threads_and_its_socket() -> None:
+    before = threading.active_count()
+    with fake_runner(listen="unix") as runner:
+        runner.stall_after = 1
+        folder = Path(runner.address.removeprefix("unix:")).parent
+        client = RunnerClient(runner.address)
+        stream = client.completion("Hi")
+        next(stream)
+    assert not folder.exists()
+    with pytest.raises(errors.RunnerUnavailableError) as caught:
+        next(stream)
+    assert caught.value.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+    client.close()
+    # The watchdog of the client's streams lingers for some seconds.
+    assert threading.active_count() <= before + 1

@@ -1,0 +1,99 @@
+"""What a type checker sees of the library; running it is a smoke test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, assert_type
+
+import pytest
+
+from runner_client import (
+    AsyncCompletionStream,
+    AsyncRunnerClient,
+    AsyncRunnerProcess,
+    Completion,
+    CompletionChunk,
+    CompletionStream,
+    DoneReason,
+    LoadResult,
+    MemoryEstimate,
+    Model,
+    RunnerClient,
+    RunnerProcess,
+    State,
+    Status,
+    TokenLogprob,
+)
+from runner_client.testing import FakeRunner, fake_runner
+
+
+@pytest.fixture
+def runner() -> Iterator[FakeRunner]:
+    with fake_runner() as fake:
+        yield assert_type(fake, FakeRunner)
+
+
+def test_the_sync_client(runner: FakeRunner) -> None:
+    with RunnerClient(runner.address) as client:
+        assert_type(client, RunnerClient)
+        assert_type(client.load("m", dtype="float32"), LoadResult)
+        assert_type(client.status(), Status)
+        assert_type(client.status().state, State)
+        assert_type(client.status().model, Model | None)
+        assert_type(client.tokenize("x"), list[int])
+        assert_type(client.detokenize([1]), str)
+        assert_type(client.complete([1, 2]), Completion)
+        assert_type(client.is_serving(), bool)
+        assert_type(client.ping(), float)
+        assert_type(client.unload(), int)
+        with assert_type(client.completion("x"), CompletionStream):
+            pass
+        client.load("m")
+        for chunk in client.completion("x"):
+            assert_type(chunk, CompletionChunk)
+            assert_type(chunk.token_ids, tuple[int, ...])
+            assert_type(chunk.logprobs, tuple[TokenLogprob, ...])
+            assert_type(chunk.done_reason, DoneReason | None)
+
+
+async def test_the_async_client(runner: FakeRunner) -> None:
+    async with AsyncRunnerClient(runner.address) as client:
+        assert_type(client, AsyncRunnerClient)
+        assert_type(await client.load("m", dtype="float32"), LoadResult)
+        assert_type(await client.status(), Status)
+        assert_type(await client.tokenize("x"), list[int])
+        assert_type(await client.detokenize([1]), str)
+        assert_type(await client.complete([1, 2]), Completion)
+        assert_type(await client.is_serving(), bool)
+        assert_type(await client.ping(), float)
+        async with assert_type(client.completion("x"), AsyncCompletionStream) as stream:
+            async for chunk in stream:
+                assert_type(chunk, CompletionChunk)
+        assert_type(await client.unload(), int)
+
+
+def test_a_process() -> None:
+    runner = RunnerProcess("model")
+    assert_type(runner.pid, int | None)
+    assert_type(runner.address, str | None)
+    assert_type(runner.estimate, MemoryEstimate | None)
+    assert_type(runner.vram_by_gpu(0), int)
+    assert_type(AsyncRunnerProcess("model").has_exited, bool)
+
+
+if TYPE_CHECKING:
+
+    def sync_process(runner: RunnerProcess) -> None:
+        """What needs a model to run."""
+        assert_type(runner.load(), MemoryEstimate)
+        assert_type(runner.wait_until_running(), LoadResult)
+        assert_type(runner.restart(), LoadResult)
+        assert_type(runner.completion("x"), CompletionStream)
+        assert_type(runner.complete("x"), Completion)
+
+    async def async_process(runner: AsyncRunnerProcess) -> None:
+        """The same in asyncio."""
+        assert_type(await runner.load(), MemoryEstimate)
+        assert_type(await runner.wait_until_running(), LoadResult)
+        assert_type(runner.completion("x"), AsyncCompletionStream)
+        assert_type(await runner.complete("x"), Completion)
