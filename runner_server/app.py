@@ -37,6 +37,7 @@ EXIT_ENGINE_DEAD = 70
 EXIT_CANNOT_START = 1
 
 _MAX_UNIX_PATH = 107 if sys.platform == "linux" else 103
+_MAX_PORT = 65535
 _DRAIN_SECONDS = 5.0
 _STREAM_GRACE_SECONDS = 0.5
 
@@ -157,8 +158,11 @@ async def _listen(server: grpc.aio.Server, listen: str) -> ReadyLine:
             os.umask(mask)
         return ReadyLine("unix", path)
     host, separator, port = listen.rpartition(":")
-    if not (separator and host and port.isdecimal()):
-        raise CannotListenError(f"--listen {listen!r}: expected HOST:PORT or unix:/path")
+    # gRPC would take a larger number's remainder.
+    if not (separator and host and port.isdecimal() and int(port) <= _MAX_PORT):
+        raise CannotListenError(
+            f"--listen {listen!r}: expected HOST:PORT, the port 0 to {_MAX_PORT}, or unix:/path"
+        )
     advice = "it is in use, or no address of this machine; port 0 takes a free port"
     return ReadyLine("tcp", f"{host}:{_bind(server, listen, advice)}")
 
@@ -222,4 +226,9 @@ async def serve(config: ServerConfig, backend: Backend) -> int:
     sys.stdout.write(ready.format() + "\n")
     sys.stdout.flush()
     logger.info("listening on %s", ready.target)
-    return await app.run()
+    code = await app.run()
+    if not app.engine.join(0):
+        # The end of Python would end the thread inside MLX, which aborts the process.
+        logging.shutdown()
+        os._exit(code)
+    return code

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from runner_server.messages import Dtype, LoadSpec
+from runner_server.messages import MAX_PARALLEL, Dtype, LoadSpec
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,16 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--listen", default="127.0.0.1:0", help="HOST:PORT or unix:/path (default %(default)s)")
     add("--model", help="load this directory or cached hub id at once")
-    add("--context-length", type=_positive, help="longest sequence in tokens")
-    add("--parallel", type=_positive, default=4, help="completions decoded together")
+    add("--context-length", type=_at_least(2), help="longest sequence in tokens")
+    add(
+        "--parallel",
+        type=_at_least(1, MAX_PARALLEL),
+        default=4,
+        help="completions decoded together",
+    )
     add("--dtype", choices=[dtype.value for dtype in Dtype], default="auto", help="weight format")
-    add("--memory-limit-bytes", type=_positive, help="most memory for weights and KV cache")
-    add("--max-queued", type=_positive, default=128, help="completions that may wait")
+    add("--memory-limit-bytes", type=_at_least(1), help="most memory for weights and KV cache")
+    add("--max-queued", type=_at_least(1), default=128, help="completions that may wait")
     add(
         "--exit-with-parent",
         action="store_true",
@@ -73,8 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value
+def _at_least(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:
+    """Reads a number of a range that the protocol states as well."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{value} is not in the range {low} to {high}")
+        return value
+
+    return number

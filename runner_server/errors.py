@@ -20,7 +20,7 @@ from mlxrunner.handshake import ERROR_DOMAIN
 from mlxrunner.v1 import runner_pb2 as pb
 
 _MAX_TEXT = 512
-"""Longest message or metadata value, in characters: trailers are to stay under 2 KB."""
+"""Longest message, in bytes: the details are to stay under 2 KB."""
 
 _MAX_VIOLATIONS = 4
 
@@ -179,4 +179,8 @@ def to_status(fault: RunnerFault) -> status_pb2.Status:
 
 
 def _cut(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    """Shortens text to ``limit`` bytes of UTF-8, whole characters only."""
+    data = text.encode(errors="replace")
+    if len(data) <= limit:
+        return data.decode()
+    return data[: limit - 3].decode(errors="ignore") + "..."

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import grpc
 from grpc_status import rpc_status
 
+from mlxrunner.handshake import SERVICE_NAME
 from runner_server.errors import GenerationFailed, RunnerFault, to_status
 
 logger = logging.getLogger(__name__)
@@ -33,9 +34,12 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
-        """Wraps the handler of a unary or a server-streaming call."""
+        """Wraps the handlers of ``RunnerService``, which are unary or server-streaming."""
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming:
+        # Health and reflection answer with codes of their own, and health's Watch is no
+        # async generator.
+        ours = handler_call_details.method.startswith(f"/{SERVICE_NAME}/")
+        if handler is None or not ours:
             return handler
         if handler.response_streaming:
             make, behaviour = grpc.unary_stream_rpc_method_handler, _guard_stream(handler)

@@ -9,6 +9,9 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+MAX_PARALLEL = 256
+"""Most completions decoded together; the protocol states it."""
+
 
 class State(enum.Enum):
     """What the engine is doing."""

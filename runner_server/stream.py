@@ -15,8 +15,9 @@ from collections.abc import AsyncIterator, Iterable
 from runner_server.errors import RunnerFault
 from runner_server.messages import Piece
 
-_MAX_MERGED_TOKENS = 1024
-"""Tokens in one message: with 20 log probabilities each it stays far under 4 MiB."""
+_MAX_MERGED_TEXTS = 4096
+"""Token texts in one message, those beside log probabilities counted too: at 512 bytes
+each, as the longest tokens of usual vocabularies have, it stays under 4 MiB."""
 
 
 class Stream:
@@ -67,10 +68,10 @@ class Stream:
     def _take(self) -> list[Piece]:
         with self._lock:
             taken: list[Piece] = []
-            tokens = 0
-            while self._pieces and tokens < _MAX_MERGED_TOKENS:
+            texts = 0
+            while self._pieces and texts < _MAX_MERGED_TEXTS:
                 piece = self._pieces.popleft()
-                tokens += len(piece.token_ids)
+                texts += len(piece.token_ids) + sum(1 + len(e.top) for e in piece.logprobs)
                 taken.append(piece)
             return taken
 

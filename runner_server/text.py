@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from os.path import commonprefix
 
 REPLACEMENT = "\ufffd"
 
@@ -44,7 +43,7 @@ class StreamDecoder:
                 break
             self._window = list(prompt_ids[-size:])
             text = decode(self._window)
-        self._shown = text[: len(text) - _pending(text)]
+        self._shown = text
 
     def push(self, token_id: int) -> str:
         """Adds an id and returns the text that is now certain; often none or one piece."""
@@ -71,8 +70,12 @@ class StreamDecoder:
     def _start(self, text: str) -> int:
         """Where the part of the window's text that was not shown begins."""
         shown = self._shown
-        common = len(commonprefix([text, shown]))
-        if common == len(shown) or not text.startswith(REPLACEMENT, common):
+        pairs = enumerate(zip(text, shown, strict=False))
+        common = next((i for i, (a, b) in pairs if a != b), min(len(text), len(shown)))
+        if not shown[common:].strip(REPLACEMENT):
+            # The prompt ended within a character, which is whole now.
+            return common
+        if not text.startswith(REPLACEMENT, common):
             return len(shown)
         # A run of bytes went wrong: each byte that was shown as text is a character now.
         return common + len(shown[common:].replace(REPLACEMENT, "?").encode())

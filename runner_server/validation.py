@@ -15,13 +15,19 @@ from google.protobuf.message import Message
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.errors import InvalidField, PromptTooLong
-from runner_server.messages import CompletionSpec, Dtype, LoadSpec, ModelInfo, Sampling
+from runner_server.messages import (
+    MAX_PARALLEL,
+    CompletionSpec,
+    Dtype,
+    LoadSpec,
+    ModelInfo,
+    Sampling,
+)
 
 _T = TypeVar("_T")
 
 _MAX_INT32 = 2**31 - 1
 _MAX_MODEL_CHARS = 4096
-_MAX_PARALLEL = 256
 _MAX_LOGPROBS = 20
 _MAX_STOPS = 64
 _MAX_STOP_CHARS = 1024
@@ -76,7 +82,7 @@ def load_spec(request: pb.LoadRequest) -> LoadSpec:
     too_long = len(request.model) > _MAX_MODEL_CHARS or "\0" in request.model
     check.require("model", not too_long, f"at most {_MAX_MODEL_CHARS} characters, none of them NUL")
     check.number(request, "context_length", 2, _MAX_INT32)
-    check.number(request, "parallel", 1, _MAX_PARALLEL)
+    check.number(request, "parallel", 1, MAX_PARALLEL)
     check.number(request, "memory_limit_bytes", 1, 2**63 - 1)
     known = request.dtype in _DTYPES
     check.require("dtype", known, f"{request.dtype} is not a format this server knows")

@@ -235,6 +235,7 @@ class Worker:
             report(0)
             self._model = self._backend.load(spec, report)
             self._batch = self._model.new_batch()
+            report(100)
         except Exception as error:  # noqa: BLE001 - a model that fails must not end the process
             fault = _load_fault(spec, error)
             self._ledger.note_error(f"load of {spec.model} failed: {fault}")
@@ -282,6 +283,11 @@ class Worker:
         self._publish()
         self._ledger.fail_ticket(fault)
         self._loop.call_soon_threadsafe(self._on_death)
+        self._batch = self._model = None
+        try:
+            self._backend.close()
+        except Exception:
+            logger.exception("the model library could not be closed")
 
 
 def _log_end(completion: Completion, done: Done) -> None:
@@ -300,15 +306,15 @@ def _log_end(completion: Completion, done: Done) -> None:
 
 def _load_fault(spec: LoadSpec, error: Exception) -> RunnerFault:
     """Logs why a load failed, and lets go of it: tracebacks hold arrays that were read."""
-    logger.warning("load of %s failed", spec.model, exc_info=error)
-    fault = (
-        error
-        if isinstance(error, RunnerFault)
-        else GenerationFailed(
+    if isinstance(error, RunnerFault):
+        fault = error
+        logger.warning("load of %s failed: %s", spec.model, fault)
+    else:
+        logger.error("load of %s failed", spec.model, exc_info=error)
+        fault = GenerationFailed(
             f"loading {spec.model} raised {type(error).__name__}; the runner's log has the "
             "traceback"
         )
-    )
     fault.__cause__ = fault.__context__ = fault.__traceback__ = error.__traceback__ = None
     return fault
 

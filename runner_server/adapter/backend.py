@@ -62,6 +62,8 @@ class MlxBackend:
 
     def close(self) -> None:
         """Ends MLX on this thread; without it the exit of the process may abort."""
+        if self._mx is None:  # it could not be imported
+            return
         self._mx.synchronize()
         self._mx.clear_streams()
 

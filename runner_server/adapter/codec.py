@@ -59,9 +59,11 @@ def load_codec(path: Path, eos_token_ids: object) -> tuple[FastCodec, frozenset[
         # run the directory's code.
         wrapper = load_tokenizer(path, {"trust_remote_code": False}, eos_token_ids=eos_token_ids)
     except Exception as error:
+        # transformers may go on for a page.
+        problem = next(iter(str(error).strip().splitlines()), "")
         raise ModelUnsupported(
-            f"the tokenizer in {path} cannot be loaded ({type(error).__name__}: {error}); expected "
-            "tokenizer.json and tokenizer_config.json of a known kind",
+            f"the tokenizer in {path} cannot be loaded ({type(error).__name__}: {problem}); "
+            "expected tokenizer.json and tokenizer_config.json of a known kind",
             model=str(path),
         ) from error
     backend = getattr(wrapper, "backend_tokenizer", None)

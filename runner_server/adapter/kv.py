@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,33 +12,67 @@ from mlx.nn.layers.base import Module
 from runner_server.adapter.names import make_prompt_cache
 from runner_server.errors import ModelUnsupported
 
+_PLAIN_ITEM_BYTES = 4
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """How one cache grows with the sequence.
+
+    Attributes:
+        token_bytes: What one token takes.
+        item_bytes: What one number takes.
+        step: Tokens it grows by.
+        window: Tokens it holds at most; None for the whole sequence.
+        fixed_bytes: What it takes whatever the length: a recurrent state.
+    """
+
+    token_bytes: int = 0
+    item_bytes: int = _PLAIN_ITEM_BYTES
+    step: int = 1
+    window: int | None = None
+    fixed_bytes: int = 0
+
+    def held_bytes(self, tokens: int) -> int:
+        """Bytes for one sequence of ``tokens``."""
+        held = -(-tokens // self.step) * self.step
+        if self.window:
+            held = min(held, self.window)
+        return held * self.token_bytes + self.fixed_bytes
+
 
 @dataclass(frozen=True)
 class Probe:
-    """What one token through the unread model shows.
+    """What one token through the unread model shows. Holds no arrays of it.
 
     Attributes:
         vocab_size: Token ids the output layer scores.
-        caches: The caches of its layers, with the shapes of one step.
+        caches: The caches of its layers.
     """
 
     vocab_size: int
-    caches: list[Any]
+    caches: tuple[CacheShape, ...]
 
     def kv_bytes(self, tokens: int) -> int:
-        """Bytes of all layers' caches for one sequence of ``tokens``."""
-        return sum(_cache_bytes(cache, tokens) for cache in self.caches)
+        """Bytes of all layers' caches for one sequence, in the format of the unread model."""
+        return sum(cache.held_bytes(tokens) for cache in self.caches)
 
     @property
-    def kv_item_size(self) -> int:
-        """Bytes of one number in the caches, as the unread model would hold them."""
-        return max((_item_size(cache) for cache in self.caches), default=4)
+    def item_bytes(self) -> int:
+        """Bytes of one number in the caches, in the format of the unread model."""
+        return max((cache.item_bytes for cache in self.caches), default=_PLAIN_ITEM_BYTES)
 
 
-def probe(model: Module) -> Probe:
+def probe(model: Module, prefill_chunk: int) -> Probe:
     """Puts one token through a model without evaluating anything.
 
-    Lazy arrays know their shapes, so this costs no memory and reads no weights.
+    Args:
+        model: With lazy weights.
+        prefill_chunk: Tokens of a prompt that one step evaluates.
+
+    Lazy arrays know their shapes, so this costs no memory and reads no weights. They
+    also hold everything they would be computed from, so none may outlive this call: a
+    load would keep each source tensor beside its converted copy.
 
     Raises:
         ModelUnsupported: Its caches cannot be batched.
@@ -49,24 +84,23 @@ def probe(model: Module) -> Probe:
             f"caches of kind {', '.join(sorted(unbatchable))} cannot be decoded in a batch"
         )
     logits = model(mx.zeros((1, 1), dtype=mx.int32), cache=caches)
-    return Probe(int(logits.shape[-1]), caches)
+    return Probe(int(logits.shape[-1]), tuple(_shapes(caches, prefill_chunk)))
 
 
-def _cache_bytes(cache: Any, tokens: int) -> int:
-    parts = getattr(cache, "caches", None)
-    if parts is not None:
-        return sum(_cache_bytes(part, tokens) for part in parts)
-    keys = getattr(cache, "keys", None)
-    if keys is None:
-        return int(cache.nbytes)  # a recurrent state: the same for every length
-    step = getattr(cache, "step", 1)
-    held = -(-tokens // step) * step
-    window = getattr(cache, "max_size", None)
-    if window:
-        held = min(held, window)
-    return int((keys.nbytes + cache.values.nbytes) / keys.shape[2] * held)
-
-
-def _item_size(cache: Any) -> int:
-    keys = getattr(cache, "keys", None)
-    return int(keys.dtype.size) if keys is not None else 4
+def _shapes(caches: list[Any], prefill_chunk: int) -> Iterator[CacheShape]:
+    for cache in caches:
+        parts = getattr(cache, "caches", None)
+        keys = getattr(cache, "keys", None)
+        if parts is not None:
+            yield from _shapes(list(parts), prefill_chunk)
+        elif keys is None:
+            yield CacheShape(fixed_bytes=int(cache.nbytes))
+        else:
+            window = getattr(cache, "max_size", None)
+            yield CacheShape(
+                token_bytes=(keys.nbytes + cache.values.nbytes) // keys.shape[2],
+                item_bytes=keys.dtype.size,
+                step=cache.step,
+                # A chunk of a prompt comes in before what has left the window goes.
+                window=window + prefill_chunk if window else None,
+            )

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 Report = Callable[[int], None]
 
-_DEFAULT_CONTEXT = 4096
+_MIN_CONTEXT, _DEFAULT_CONTEXT = 2, 4096
 _PREFILL_CHUNK = {"cpu": 128, "gpu": 1024}
 """Tokens of a prompt in one step: running streams wait for it, and so does a cancel."""
 
@@ -78,6 +77,15 @@ def load(spec: LoadSpec, report: Report) -> MlxModel:
     """Loads a model; see ``Backend.load`` for arguments and errors."""
     mx.reset_peak_memory()
     path = _find(spec.model)
+    try:
+        return _load(path, spec, report)
+    except ModelUnsupported as fault:
+        # Not every place that raises it knows the directory.
+        fault.metadata.setdefault("model", str(path))
+        raise
+
+
+def _load(path: Path, spec: LoadSpec, report: Report) -> MlxModel:
     config = _read_config(path)
     report(1)
     model, config = _build(path, config)
@@ -96,12 +104,19 @@ def load(spec: LoadSpec, report: Report) -> MlxModel:
 
 
 def _find(model: str) -> Path:
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path.resolve()
     try:
+        path = Path(model).expanduser()
+        if path.is_dir():
+            return path.resolve()
         return Path(snapshot_download(model, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError, OSError, ValueError) as error:
+    # RuntimeError: "~name" of nobody; OSError: a name too long for this file system.
+    except (
+        LocalEntryNotFoundError,
+        HFValidationError,
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:
         raise ModelNotFound(
             f"no model at {model!r}: it is no directory here and no hub id in the local Hugging "
             "Face cache; give a directory that exists on this machine, or download the model first "
@@ -121,7 +136,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             "of a model, with its model_type",
             model=str(path),
         ) from error
-    if "model_file" in config:
+    if config.get("model_file") is not None:
         raise ModelUnsupported(
             f"{file} asks to run {config['model_file']!r} from the model's directory; this runner "
             "never runs code that comes with a model; use a model of a built-in architecture",
@@ -137,8 +152,9 @@ def _build(path: Path, config: dict[str, Any]) -> tuple[Module, dict[str, Any]]:
         model, config = load_model(path, lazy=True)
     except Exception as error:
         raise ModelUnsupported(
-            f"{path} is no model that mlx_lm can build ({type(error).__name__}: {error}); "
-            f"model_type is {config['model_type']!r}",
+            f"{path} is no model that mlx_lm can build ({type(error).__name__}: {error}); expected "
+            f"model*.safetensors that fit config.json, whose model_type is "
+            f"{config['model_type']!r}",
             model=str(path),
         ) from error
     return model, config
@@ -162,7 +178,7 @@ def _plan(spec: LoadSpec, model: Module, config: dict[str, Any]) -> _Plan:
         text = f"{spec.context_length} is more than the {longest} tokens this model can handle"
         raise InvalidField([("context_length", text)])
     context = spec.context_length or min(longest, _DEFAULT_CONTEXT)
-    seen = probe(model)
+    seen = probe(model, _PREFILL_CHUNK[_device_kind()])
     kv_bytes = seen.kv_bytes(context) * spec.parallel
     dtype = spec.dtype
     if dtype is Dtype.AUTO:
@@ -186,17 +202,19 @@ def _needs(model: Module, seen: Probe, kv_bytes: int, dtype: Dtype) -> tuple[int
     if dtype is Dtype.AS_STORED:
         return _weight_bytes(model), kv_bytes
     size = _MX_DTYPES[dtype].size
-    return _logical_count(model) * size, kv_bytes * size // seen.kv_item_size
+    return _logical_count(model) * size, kv_bytes * size // seen.item_bytes
 
 
 def _logical_count(model: Module) -> int:
-    """Weights, counting each quantized one, which share 32-bit words, by itself."""
+    """Weights, counting those by themselves that a quantized layer packs into words."""
     total = 0
     for _, module in model.named_modules():
-        packed = 32 // module.bits if "scales" in module and hasattr(module, "bits") else 1
+        scales = module.get("scales")
         for name, value in module.items():
-            if isinstance(value, mx.array) and name not in ("scales", "biases"):
-                total += value.size * (packed if name == "weight" else 1)
+            if name == "weight" and scales is not None:
+                total += scales.size * module.group_size
+            elif isinstance(value, mx.array) and name not in ("scales", "biases"):
+                total += value.size
     return total
 
 
@@ -275,22 +293,24 @@ def _warm_up(model: MlxModel) -> None:
 
 
 def _warm_up_advice(error: Exception) -> str:
-    if _device_kind() == "cpu" and not shutil.which("g++"):
-        return (
-            "MLX compiles kernels for the CPU with g++ at run time, and there is none here; "
-            "install it (Debian: apt-get install g++) and load again"
-        )
-    return (
+    advice = (
         f"the loaded model raised {type(error).__name__} at its first token; the runner's log has "
         "the traceback"
     )
+    if _device_kind() == "cpu":
+        # Without g++ MLX does not fuse kernels; with one that fails it raises.
+        advice += "; a g++ that does not work is a known cause: `mlx-runner doctor` tries it"
+    return advice
 
 
 def _max_context(config: dict[str, Any]) -> int:
     text = config.get("text_config") or {}
     names = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
     values = [part[name] for part in (config, text) for name in names if name in part]
-    return int(values[0]) if values else _DEFAULT_CONTEXT
+    value = next((value for value in values if value is not None), _DEFAULT_CONTEXT)
+    if not isinstance(value, int) or value < _MIN_CONTEXT:
+        raise ModelUnsupported(f"config.json: {value!r} is no number of tokens for a context")
+    return value
 
 
 def _weight_bytes(model: Module) -> int:

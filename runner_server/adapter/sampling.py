@@ -21,6 +21,9 @@ Processor = Callable[[mx.array, mx.array], mx.array]
 
 _MASK = (1 << 64) - 1
 
+_MIN_TEMPERATURE = 1e-9
+"""Below it a quotient could leave float32; any two logits that differ are far apart by then."""
+
 
 def greedy(logits: mx.array) -> mx.array:
     """Takes the most likely token; [rows, vocabulary] -> [rows].
@@ -43,7 +46,9 @@ def draw(logits: mx.array, sampling: Sampling, key: mx.array) -> mx.array:
         ids = mx.argpartition(logits, kth=-k, axis=-1)[..., -k:]
         logits = mx.take_along_axis(logits, ids, axis=-1)
         noise = mx.take_along_axis(noise, ids, axis=-1)
-    logits = logits.astype(mx.float32) / sampling.temperature
+    logits = logits.astype(mx.float32)
+    logits = logits - mx.max(logits, axis=-1, keepdims=True)
+    logits = logits / max(sampling.temperature, _MIN_TEMPERATURE)
     if sampling.top_p < 1:
         logits = _keep_top_p(logits, sampling.top_p)
     if sampling.min_p > 0:
@@ -94,7 +99,9 @@ def _bias(pairs: tuple[tuple[int, float], ...]) -> Processor:
 
 def _penalize(tokens: mx.array, logits: mx.array, sampling: Sampling) -> mx.array:
     window = tokens if sampling.repeat_last_n < 0 else tokens[-sampling.repeat_last_n :]
-    counts = mx.zeros(logits.shape[-1:], dtype=logits.dtype).at[window].add(1)
+    # float32, because bfloat16 cannot count past 256.
+    logits = logits.astype(mx.float32)
+    counts = mx.zeros(logits.shape[-1:]).at[window].add(1)
     seen = counts > 0
     divided = mx.where(
         logits > 0, logits / sampling.repeat_penalty, logits * sampling.repeat_penalty

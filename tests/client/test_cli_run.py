@@ -38,6 +38,7 @@ class FakeProcess(RunnerClient):
         self.pid = os.getpid()
         self.estimate = None
         self.has_exited = False
+        self.exit_code: int | None = None
 
     def load(self) -> None:  # type: ignore[override]  # a process loads its own model
         """Nothing is to be started."""
@@ -53,7 +54,7 @@ class FakeProcess(RunnerClient):
 
     def close(self) -> None:
         """Is seen to be closed."""
-        self.has_exited = True
+        self.has_exited, self.exit_code = True, 0
         super().close()
 
 
@@ -198,6 +199,7 @@ def test_demo_tells_the_whole_life(
     result = invoke("demo")
     assert result.exit_code == 0, result.output
     assert f"{demo.PROMPT}Hello wörld\n" in result.stdout
+    assert "is gone and reaped (exit code 0)" in result.stdout
     for word in ("model", "runner", "load", "prompt", "generated", "memory", "stopped", "free"):
         assert any(line.startswith(word) for line in result.stdout.splitlines()), word
     assert started[0].model == str(demo.demo_model())

@@ -47,7 +47,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """Never sent."""
     ERROR_REASON_INVALID_FIELD: _ErrorReason.ValueType  # 1
     """A field is missing or out of range. Code INVALID_ARGUMENT, with
-    `google.rpc.BadRequest` naming each field. Correct the request.
+    `google.rpc.BadRequest` naming the first four fields at most. Correct the
+    request.
     """
     ERROR_REASON_PROMPT_TOO_LONG: _ErrorReason.ValueType  # 2
     """The prompt does not fit the context. Code INVALID_ARGUMENT. Metadata:
@@ -87,7 +88,8 @@ ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0
 """Never sent."""
 ERROR_REASON_INVALID_FIELD: ErrorReason.ValueType  # 1
 """A field is missing or out of range. Code INVALID_ARGUMENT, with
-`google.rpc.BadRequest` naming each field. Correct the request.
+`google.rpc.BadRequest` naming the first four fields at most. Correct the
+request.
 """
 ERROR_REASON_PROMPT_TOO_LONG: ErrorReason.ValueType  # 2
 """The prompt does not fit the context. Code INVALID_ARGUMENT. Metadata:

@@ -1,0 +1,155 @@
+"""The tokenizer: exact inverses, from any thread, whatever its files ask for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rows import GREEDY, Row, alone
+from runner_server.backend import LoadedModel
+from runner_server.messages import Sampling
+
+pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+
+Build = Callable[..., Path]
+Load = Callable[..., LoadedModel]
+TEXTS = [
+    "",
+    "plain text",
+    "日本語 😀 👩‍🔬",
+    "e\u0301 ",
+    "\n\n\t x",
+    "<eos> inside <user>",
+    "a" * 3000,
+]
+
+
+@pytest.fixture
+def copy(model_dir: Build, tmp_path: Path) -> Path:
+    """A model of its own for each test."""
+    return Path(shutil.copytree(model_dir(), tmp_path / "model"))
+
+
+def _change(path: Path, name: str, **changes: Any) -> None:
+    data = json.loads((path / name).read_text())
+    (path / name).write_text(json.dumps(data | changes))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_decode_is_the_inverse_of_encode(tiny: LoadedModel, text: str) -> None:
+    assert tiny.codec.decode(tiny.codec.encode(text, as_prompt=False)) == text
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_demo_model_too(trained: LoadedModel, text: str) -> None:
+    assert trained.codec.decode(trained.codec.encode(text, as_prompt=False)) == text
+
+
+def test_truncation_and_padding_of_the_file_are_off(load: Load, copy: Path) -> None:
+    truncation = {
+        "direction": "Right",
+        "max_length": 4,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    padding = {
+        "strategy": {"Fixed": 64},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<eos>",
+    }
+    _change(copy, "tokenizer.json", truncation=truncation, padding=padding)
+    codec = load(copy).codec
+    text = "longer than four tokens"
+    ids = codec.encode(text, as_prompt=False)
+    assert len(ids) > 4
+    assert codec.decode(ids) == text
+
+
+def _with_bos(path: Path) -> None:
+    single = [
+        {"SpecialToken": {"id": "<user>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ]
+    special = {"<user>": {"id": "<user>", "ids": [1], "tokens": ["<user>"]}}
+    processor = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": special,
+    }
+    _change(path, "tokenizer.json", post_processor=processor)
+    _change(path, "tokenizer_config.json", bos_token="<user>")  # noqa: S106 - no password
+
+
+def test_a_prompt_begins_with_bos_once(load: Load, copy: Path) -> None:
+    _with_bos(copy)
+    codec = load(copy).codec
+    plain = codec.encode("hello", as_prompt=False)
+    assert 1 not in plain
+    assert codec.encode("hello", as_prompt=True) == [1, *plain]
+    assert codec.encode("<user>hello", as_prompt=True) == [1, *plain]
+    assert codec.encode("", as_prompt=True) == [1]
+
+
+def test_every_end_of_text_ends_it(load: Load, copy: Path) -> None:
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5, 9]}))
+    model = load(copy)
+    assert {0, 5, 9} <= model.info.eos_token_ids
+
+
+def test_ids_beyond_the_tokenizer_but_in_the_vocabulary(load: Load, model_dir: Build) -> None:
+    model = load(model_dir(vocab_size=640))
+    assert model.info.vocab_size == 640
+    assert model.codec.decode([600, *model.codec.encode("ok", as_prompt=False), 639]) == "ok"
+    biased = Sampling(temperature=0, logit_bias=((639, 100.0),), logprobs=2)
+    assert alone(model, Row([1], 3, biased)) == [639] * 3
+
+
+def test_many_threads_at_once(tiny: LoadedModel) -> None:
+    expected = [tiny.codec.encode(text, as_prompt=True) for text in TEXTS]
+    wrong: list[object] = []
+
+    def work() -> None:
+        try:
+            for _ in range(40):
+                got = [tiny.codec.encode(text, as_prompt=True) for text in TEXTS]
+                texts = [tiny.codec.decode(ids) for ids in got]
+                if got != expected or texts != TEXTS:
+                    wrong.append(got)
+        except Exception as error:  # noqa: BLE001 - reported by the assertion
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_options_of_rows_mix_in_half_precision(load: Load, model_dir: Build, dtype: str) -> None:
+    from rows import run_rows
+    from runner_server.messages import Dtype
+
+    model = load(model_dir(dtype=dtype), dtype=Dtype.AS_STORED, parallel=4)
+    samplings = [
+        GREEDY,
+        Sampling(temperature=0, frequency_penalty=0.5, logprobs=3),
+        Sampling(seed=1, repeat_penalty=1.2),
+        Sampling(temperature=0, logit_bias=((3, 2.0),)),
+    ]
+    rows = [Row([1, 2, 3 + i], 10, sampling, late=i) for i, sampling in enumerate(samplings)]
+    batch = model.new_batch()
+    assert [len(ids) for ids in run_rows(batch, rows)] == [10] * 4
+    batch.close()
+    assert all(entry.logprob <= 0 for row in rows for entry in row.logprobs)

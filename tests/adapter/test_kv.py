@@ -1,0 +1,81 @@
+"""What the KV cache is thought to take, against what it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rows import GREEDY
+from runner_server.backend import LoadedModel
+from runner_server.messages import Token
+
+mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+
+from runner_server.adapter.kv import probe  # noqa: E402
+from runner_server.adapter.loading import _PREFILL_CHUNK, _device_kind  # noqa: E402
+
+Load = Callable[..., LoadedModel]
+Build = Callable[..., Path]
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("prompt_tokens", [3, 200, 600])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_estimate_covers_the_real_cache(
+    load: Load, model_dir: Build, shape: str, prompt_tokens: int, rows: int
+) -> None:
+    context = prompt_tokens + 20
+    model: Any = load(model_dir(shape), parallel=rows, context_length=context)
+    batch = model.new_batch()
+    for row in range(rows):
+        batch.add(row, [1 + i % 500 for i in range(prompt_tokens)], GREEDY)
+    made = 0
+    most = 0
+    while made < rows * 20:
+        made += sum(isinstance(event, Token) for event in batch.step())
+        most = max(most, batch._generator.prompt_cache_nbytes)
+    batch.close()
+    seen = probe(model._model, _PREFILL_CHUNK[_device_kind()])
+    assert most <= seen.kv_bytes(context) * rows
+    # Caches grow in blocks of 256 tokens, so a short one is not met exactly.
+    assert seen.kv_bytes(context) * rows <= most + rows * seen.kv_bytes(256)
+
+
+def test_a_row_that_ends_gives_its_cache_back(tiny: LoadedModel) -> None:
+    batch: Any = tiny.new_batch()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    for row in range(4):
+        batch.add(row, [1] * 300, GREEDY)
+    while len(batch._generator._generation_batch) < 4:
+        batch.step()
+    batch.step()
+    held = mx.get_active_memory() - before
+    batch.remove([0, 1, 2])
+    batch.step()
+    assert mx.get_active_memory() - before < held * 0.6
+    batch.remove([3])
+    batch.close()
+    del batch
+    mx.clear_cache()
+    assert mx.get_active_memory() <= before + 64 * 1024
+
+
+def test_a_row_removed_while_its_prompt_is_evaluated(tiny: LoadedModel) -> None:
+    batch: Any = tiny.new_batch()
+    before = mx.get_active_memory()
+    batch.add(0, [1] * 1500, GREEDY)
+    batch.step()
+    batch.step()
+    assert batch._generator.prompt_cache_nbytes > 0
+    batch.remove([0])
+    assert batch._generator.prompt_cache_nbytes == 0
+    batch.add(1, [2, 3], GREEDY)
+    while not any(isinstance(event, Token) for event in batch.step()):
+        pass
+    batch.close()
+    del batch
+    assert mx.get_active_memory() <= before + 64 * 1024

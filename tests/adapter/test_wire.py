@@ -1,0 +1,197 @@
+"""Real models behind a real server: what no fake can show."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import Server, failure, joined, running, tokens
+from mlxrunner.v1 import runner_pb2 as pb
+from runner_server import worker
+from runner_server.adapter import MlxBackend
+
+mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+
+from runner_server.adapter import loading  # noqa: E402
+from runner_server.adapter.batch import MlxBatch  # noqa: E402
+
+Build = Callable[..., Path]
+UNLOAD = pb.UnloadRequest()
+TOLERANCE_BYTES = 4096
+
+
+@pytest.fixture
+async def real(socket_dir: Path) -> AsyncIterator[Server]:
+    """A server with MLX on a thread of its own."""
+    backend: Any = MlxBackend()
+    async with running(socket_dir, backend) as (app, channel, ready):
+        yield Server(app, backend, channel, ready)
+
+
+def _held() -> int:
+    return int(mx.get_active_memory() + mx.get_cache_memory())
+
+
+async def test_models_one_after_another_give_everything_back(
+    real: Server, model_dir: Build
+) -> None:
+    await real.stub.Unload(UNLOAD)
+    before = _held()
+    for kind in ({}, {"shape": "gemma3"}, {"quantize_bits": 4, "dtype": "bfloat16"}):
+        await real.load(str(model_dir(**kind)))
+        calls = [real.start(f"text {i}", num_predict=20, logprobs=i % 3) for i in range(6)]
+        for call in calls:
+            assert [message async for message in call][-1].eval_count <= 20
+        await real.stub.Unload(UNLOAD)
+        assert _held() <= before + TOLERANCE_BYTES
+        assert (await real.status()).memory == _held()
+
+
+@pytest.mark.parametrize("broken", ["config.json", "model.safetensors", "tokenizer.json"])
+async def test_a_broken_model_leaves_nothing_and_the_server_works(
+    real: Server, model_dir: Build, tmp_path: Path, broken: str
+) -> None:
+    await real.stub.Unload(UNLOAD)
+    before = _held()
+    path = Path(shutil.copytree(model_dir(), tmp_path / "broken"))
+    (path / broken).write_text("{")
+    problem = await failure(real.load(str(path)))
+    assert problem.reason == "MODEL_UNSUPPORTED"
+    assert problem.metadata == {"model": str(path)}
+    assert "tokenizer" in problem.message or broken.split(".")[1] in problem.message
+    assert _held() <= before + TOLERANCE_BYTES
+    assert (await real.status()).state == pb.STATE_IDLE
+    await real.load(str(model_dir()))
+    assert len(tokens(await real.complete(num_predict=4, logit_bias={0: -100}))) == 4
+
+
+async def test_a_load_that_fails_late_leaves_nothing(
+    real: Server, model_dir: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After all weights were read: the traceback held them, for as long as the answer took."""
+    await real.stub.Unload(UNLOAD)
+    before = _held()
+
+    def broken(_model: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(loading, "_warm_up", broken)
+    # pytest keeps log records, and with them the traceback.
+    monkeypatch.setattr(worker.logger, "disabled", True)
+    problem = await failure(real.load(str(model_dir())))
+    assert problem.reason == "GENERATION_FAILED"
+    assert _held() <= before + TOLERANCE_BYTES
+
+
+async def test_not_enough_memory(real: Server, model_dir: Build) -> None:
+    problem = await failure(real.load(str(model_dir()), memory_limit_bytes=1000))
+    assert problem.reason == "INSUFFICIENT_MEMORY"
+    assert problem.metadata["availableBytes"] == "1000"
+    assert int(problem.metadata["requiredBytes"]) > 400_000
+
+
+async def test_a_cancelled_load_gives_its_memory_back(
+    real: Server, model_dir: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await real.stub.Unload(UNLOAD)
+    before = _held()
+    reached, go = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    warm_up = loading._warm_up
+
+    def waiting(model: Any) -> None:
+        loop.call_soon_threadsafe(reached.set)
+        asyncio.run_coroutine_threadsafe(go.wait(), loop).result()
+        warm_up(model)
+
+    monkeypatch.setattr(loading, "_warm_up", waiting)
+    load = real.stub.Load(pb.LoadRequest(model=str(model_dir())))
+    await reached.wait()
+    assert _held() > before + 400_000
+    ticket = real.app.engine._ledger._ticket
+    assert ticket
+    load.cancel()
+    await asyncio.to_thread(ticket.cancelled.wait)
+    go.set()
+    await asyncio.to_thread(lambda: ticket.future.exception(20))
+    assert _held() <= before + TOLERANCE_BYTES
+    await real.load(str(model_dir()))
+    assert await real.text(num_predict=3)
+
+
+async def test_a_step_that_raises_is_survived(
+    real: Server, model_dir: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await real.load(str(model_dir()), parallel=2)
+    expected = await real.text(temperature=0.0, num_predict=10)
+    step, left = MlxBatch.step, [1]
+
+    def broken(batch: MlxBatch) -> Any:
+        events = step(batch)
+        if left:
+            left.pop()
+            raise RuntimeError("in a step")
+        return events
+
+    monkeypatch.setattr(MlxBatch, "step", broken)
+    assert (await failure(real.start())).reason == "GENERATION_FAILED"
+    assert await real.text(temperature=0.0, num_predict=10) == expected
+
+
+async def test_text_and_tokens_agree_with_the_tokenizer(real: Server, model_dir: Build) -> None:
+    await real.load(str(model_dir()))
+    for seed in range(4):
+        # Random weights write any bytes at all.
+        messages = await real.complete("naïve 日本", seed=seed, temperature=2.0, num_predict=60)
+        ids = [id_ for id_ in tokens(messages) if id_ != 0]
+        answer = await real.stub.Detokenize(pb.DetokenizeRequest(token_ids=ids))
+        assert joined(messages) == answer.content
+
+
+async def test_the_context_is_enforced(real: Server, model_dir: Build) -> None:
+    await real.load(str(model_dir()), context_length=24)
+    prompt = pb.TokenIds(ids=[5] * 20)
+    options = pb.CompletionOptions(num_predict=100, logit_bias={0: -100})
+    request = pb.CompletionRequest(prompt_token_ids=prompt, options=options)
+    last = [message async for message in real.stub.Completion(request)][-1]
+    assert (last.eval_count, last.done_reason) == (4, pb.DONE_REASON_LENGTH)
+    request.prompt_token_ids.ids.extend([5] * 4)
+    assert (await failure(real.stub.Completion(request))).reason == "PROMPT_TOO_LONG"
+
+
+async def test_stop_penalties_and_bias_are_each_rows_own(real: Server, model_dir: Build) -> None:
+    await real.load(str(model_dir()), parallel=8)
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 0.0, "stop": ["e", " "]},
+        {"temperature": 0.0, "repeat_penalty": 1.4},
+        {"temperature": 0.0, "logit_bias": {7: 90.0}},
+        {"seed": 1},
+        {"seed": 1, "stop": ["a"]},
+    ]
+    base = {"num_predict": 30}
+    alone = [await real.text("one prompt", **{**base, **kind}) for kind in kinds]
+    calls = [real.start("one prompt", **{**base, **kind}) for kind in kinds]
+    together = [joined([message async for message in call]) for call in calls]
+    assert together[3] == alone[3]
+    for kind, text in zip(kinds, together, strict=True):
+        assert not any(stop in text for stop in kind.get("stop", []))
+    assert together[0].startswith(together[1])
+    assert together[4].startswith(together[5])
+
+
+async def test_unload_in_the_middle_of_real_work(real: Server, model_dir: Build) -> None:
+    await real.stub.Unload(UNLOAD)
+    before = _held()
+    await real.load(str(model_dir()), parallel=2)
+    calls = [real.start("x" * 50, num_predict=2000, logit_bias={0: -100}) for _ in range(4)]
+    await anext(aiter(calls[0]))
+    await real.stub.Unload(UNLOAD)
+    for call in calls[1:]:
+        assert (await failure(call)).reason == "SHUTTING_DOWN"
+    assert _held() <= before + TOLERANCE_BYTES

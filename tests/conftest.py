@@ -1,0 +1,69 @@
+"""Fixtures: servers in process, and small models on disk."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fakes import FakeBackend
+from harness import Server, StartServer, running
+
+
+@pytest.fixture
+def socket_dir() -> Iterator[Path]:
+    """A fresh directory with a short path: a socket's path has little room."""
+    path = Path(tempfile.mkdtemp(prefix="mr-"))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+async def start_server(socket_dir: Path) -> AsyncIterator[StartServer]:
+    """Starts servers on a fake model library."""
+    async with AsyncExitStack() as stack:
+
+        async def start(backend: FakeBackend | None = None, **config: Any) -> Server:
+            backend = backend or FakeBackend()
+            parts = await stack.enter_async_context(running(socket_dir, backend, **config))
+            stack.callback(backend.open_gates)
+            app, channel, ready = parts
+            return Server(app, backend, channel, ready)
+
+        yield start
+
+
+@pytest.fixture
+async def server(start_server: StartServer) -> Server:
+    """A server without a model."""
+    return await start_server()
+
+
+@pytest.fixture
+async def loaded(server: Server) -> Server:
+    """A server with the fake model loaded, four places."""
+    await server.load()
+    return server
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Builds small models, each only once; arguments as ``models.build_model``."""
+    pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+    from models import build_model
+
+    built: dict[str, Path] = {}
+
+    def get(shape: str = "llama", **kwargs: Any) -> Path:
+        key = repr((shape, sorted(kwargs.items())))
+        if key not in built:
+            path = tmp_path_factory.mktemp("models") / f"{shape}-{len(built)}"
+            built[key] = build_model(path, shape, **kwargs)
+        return built[key]
+
+    return get

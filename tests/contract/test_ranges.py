@@ -1,0 +1,207 @@
+"""Every range of the protocol, at its bounds and beyond them, over the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+
+from fakes import VOCAB_SIZE
+from harness import Server, failure, tokens
+from mlxrunner.v1 import runner_pb2 as pb
+from runner_server.messages import Dtype, LoadSpec
+from runner_server.validation import load_spec
+
+NAN, INF = float("nan"), float("inf")
+MAX_INT32, MIN_INT32 = 2**31 - 1, -(2**31)
+TINY = 1.4e-45
+"""The smallest 32-bit float above 0."""
+
+INSIDE: dict[str, list[Any]] = {
+    "temperature": [0, -0.0, TINY, 0.8, 100],
+    "top_p": [TINY, 0.5, 1],
+    "min_p": [0, -0.0, 0.5, 1],
+    "top_k": [0, 1, VOCAB_SIZE],
+    "repeat_last_n": [-1, 0, 1, MAX_INT32],
+    "repeat_penalty": [TINY, 1, 100],
+    "presence_penalty": [-100, -0.0, 100],
+    "frequency_penalty": [-100, 0, 100],
+    "num_predict": [1, 2, MAX_INT32],
+    "seed": [0, -1, 2**63 - 1, -(2**63)],
+    "stop": [[], ["x"], ["y" * 1024], [f"s{i}" for i in range(64)], ["日" * 1024]],
+    "logit_bias": [
+        {},
+        {0: 100, VOCAB_SIZE - 1: -100},
+        {i % VOCAB_SIZE: 1.0 for i in range(1024)},
+        {1: -0.0},
+    ],
+}
+
+OUTSIDE: dict[str, list[Any]] = {
+    "temperature": [-0.001, 100.01, NAN, INF, -INF],
+    "top_p": [0, -0.0, -0.1, 1.001, NAN, INF],
+    "min_p": [-TINY, 1.001, NAN, INF],
+    "top_k": [-1, VOCAB_SIZE + 1, MAX_INT32, MIN_INT32],
+    "repeat_last_n": [-2, MIN_INT32],
+    "repeat_penalty": [0, -0.0, -1, 100.01, NAN, INF],
+    "presence_penalty": [-100.01, 100.01, NAN, INF, -INF],
+    "frequency_penalty": [-100.01, 100.01, NAN, INF, -INF],
+    "num_predict": [0, -1, MIN_INT32],
+    "stop": [[""], ["ok", ""], ["y" * 1025], ["s"] * 65],
+    "logit_bias": [
+        {-1: 0.0},
+        {VOCAB_SIZE: 0.0},
+        {MAX_INT32: 0.0},
+        {MIN_INT32: 0.0},
+        {1: 100.01},
+        {1: -100.01},
+        {1: NAN},
+        {1: INF},
+    ],
+}
+
+
+def _cases(table: dict[str, list[Any]]) -> list[Any]:
+    return [
+        pytest.param(field, value, id=f"{field}-{i}")
+        for field, values in table.items()
+        for i, value in enumerate(values)
+    ]
+
+
+def test_every_option_is_tried() -> None:
+    fields = {field.name for field in pb.CompletionOptions.DESCRIPTOR.fields}
+    assert set(INSIDE) == fields
+    assert set(OUTSIDE) == fields - {"seed"}
+
+
+@pytest.mark.parametrize(("field", "value"), _cases(INSIDE))
+async def test_inside(loaded: Server, field: str, value: object) -> None:
+    options: dict[str, Any] = {"num_predict": 2, field: value}
+    if field == "num_predict":
+        loaded.backend.reply = lambda _ids, _sampling: iter([65, 256])
+    messages = await loaded.complete(**options)
+    assert messages[-1].done
+    assert len(tokens(messages)) == messages[-1].eval_count
+
+
+@pytest.mark.parametrize(("field", "value"), _cases(OUTSIDE))
+async def test_outside(loaded: Server, field: str, value: Any) -> None:
+    problem = await failure(loaded.start(**{field: value}))
+    assert (problem.code, problem.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
+    assert problem.violations
+    assert all(name.startswith(f"options.{field}") for name in problem.violations)
+    assert all(problem.violations.values())
+    assert loaded.backend.steps == 0
+
+
+@pytest.mark.parametrize("count", [0, 1, 20])
+async def test_logprobs_inside(loaded: Server, count: int) -> None:
+    messages = await loaded.complete(logprobs=count, num_predict=1)
+    assert len(messages[-1].logprobs[0].top) == count
+
+
+@pytest.mark.parametrize("count", [-1, 21, MAX_INT32])
+async def test_logprobs_outside(loaded: Server, count: int) -> None:
+    assert set((await failure(loaded.start(logprobs=count))).violations) == {"logprobs"}
+
+
+BAD_INPUTS: list[tuple[pb.CompletionRequest, str]] = [
+    (pb.CompletionRequest(), "input"),
+    (pb.CompletionRequest(prompt=""), "prompt"),
+    (pb.CompletionRequest(prompt_token_ids=pb.TokenIds()), "prompt_token_ids"),
+    (
+        pb.CompletionRequest(prompt_token_ids=pb.TokenIds(ids=[1, -1])),
+        "prompt_token_ids.ids[1]",
+    ),
+    (
+        pb.CompletionRequest(prompt_token_ids=pb.TokenIds(ids=[VOCAB_SIZE])),
+        "prompt_token_ids.ids[0]",
+    ),
+    (
+        pb.CompletionRequest(prompt_token_ids=pb.TokenIds(ids=[1, 2, 10**9])),
+        "prompt_token_ids.ids[2]",
+    ),
+    (pb.CompletionRequest(prompt="x", request_id="r" * 129), "request_id"),
+]
+
+
+@pytest.mark.parametrize(("request_", "field"), BAD_INPUTS)
+async def test_bad_input(loaded: Server, request_: pb.CompletionRequest, field: str) -> None:
+    problem = await failure(loaded.stub.Completion(request_))
+    assert problem.reason == "INVALID_FIELD"
+    assert set(problem.violations) == {field}
+
+
+async def test_one_answer_names_every_fault(loaded: Server) -> None:
+    request = pb.CompletionRequest(
+        logprobs=50,
+        request_id="r" * 200,
+        options=pb.CompletionOptions(top_p=7, num_predict=0),
+    )
+    problem = await failure(loaded.stub.Completion(request))
+    expected = {"input", "options.top_p", "options.num_predict", "logprobs", "request_id"}
+    assert all(name in problem.message for name in expected)
+    assert set(problem.violations) <= expected
+    assert len(problem.violations) >= 4
+
+
+async def test_a_longest_request_id_is_fine(loaded: Server) -> None:
+    options = pb.CompletionOptions(num_predict=1)
+    request = pb.CompletionRequest(prompt="x", request_id="r" * 128, options=options)
+    assert [m async for m in loaded.stub.Completion(request)][-1].done
+
+
+@pytest.mark.parametrize("ids", [[-1], [VOCAB_SIZE], [0, MAX_INT32]])
+async def test_detokenize_outside(loaded: Server, ids: list[int]) -> None:
+    call = loaded.stub.Detokenize(pb.DetokenizeRequest(token_ids=ids))
+    assert set((await failure(call)).violations) == {f"token_ids[{len(ids) - 1}]"}
+
+
+LOAD_INSIDE: list[tuple[dict[str, Any], LoadSpec]] = [
+    ({}, LoadSpec("m")),
+    ({"context_length": 2, "parallel": 1}, LoadSpec("m", context_length=2, parallel=1)),
+    (
+        {"context_length": MAX_INT32, "parallel": 256},
+        LoadSpec("m", context_length=MAX_INT32, parallel=256),
+    ),
+    ({"memory_limit_bytes": 1}, LoadSpec("m", memory_limit_bytes=1)),
+    ({"memory_limit_bytes": 2**63 - 1}, LoadSpec("m", memory_limit_bytes=2**63 - 1)),
+    ({"dtype": pb.DTYPE_UNSPECIFIED}, LoadSpec("m", dtype=Dtype.AUTO)),
+    ({"dtype": pb.DTYPE_FLOAT16}, LoadSpec("m", dtype=Dtype.FLOAT16)),
+]
+
+
+@pytest.mark.parametrize(("fields", "spec"), LOAD_INSIDE)
+def test_load_inside(fields: dict[str, Any], spec: LoadSpec) -> None:
+    assert load_spec(pb.LoadRequest(model="m", **fields)) == spec
+
+
+def test_every_dtype_is_known() -> None:
+    for number in pb.Dtype.values():
+        assert load_spec(pb.LoadRequest(model="m", dtype=number))
+
+
+LOAD_OUTSIDE: list[tuple[str, Callable[[], pb.LoadRequest]]] = [
+    ("model", pb.LoadRequest),
+    ("model", lambda: pb.LoadRequest(model="m" * 4097)),
+    ("model", lambda: pb.LoadRequest(model="a\0b")),
+    ("context_length", lambda: pb.LoadRequest(model="m", context_length=1)),
+    ("context_length", lambda: pb.LoadRequest(model="m", context_length=MIN_INT32)),
+    ("parallel", lambda: pb.LoadRequest(model="m", parallel=0)),
+    ("parallel", lambda: pb.LoadRequest(model="m", parallel=257)),
+    ("memory_limit_bytes", lambda: pb.LoadRequest(model="m", memory_limit_bytes=0)),
+    ("memory_limit_bytes", lambda: pb.LoadRequest(model="m", memory_limit_bytes=-1)),
+    ("dtype", lambda: pb.LoadRequest(model="m", dtype=99)),  # type: ignore[arg-type]  # unknown
+]
+
+
+@pytest.mark.parametrize(("field", "make"), LOAD_OUTSIDE)
+async def test_load_outside(loaded: Server, field: str, make: Callable[[], pb.LoadRequest]) -> None:
+    problem = await failure(loaded.stub.Load(make()))
+    assert (problem.code, problem.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
+    assert set(problem.violations) == {field}
+    # A refused load leaves the model alone.
+    assert (await loaded.status()).model.name == "fake"

@@ -1,0 +1,94 @@
+"""The estimate against what the server's own load takes: weights, transient, KV cache."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from runner_client.estimate import DType, estimate
+
+mx = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+pytestmark = pytest.mark.mlx
+
+from mlx_lm.models.cache import make_prompt_cache  # noqa: E402 - after importorskip
+
+from runner_server.adapter.loading import load  # noqa: E402
+from runner_server.messages import Dtype, LoadSpec  # noqa: E402
+
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {},
+    "gemma3": {"sliding_window": 128, "sliding_window_pattern": 2},
+}
+CONTEXT = 300
+MIB = 1024**2
+
+ModelDir = Callable[..., Path]
+
+
+def active_bytes() -> int:
+    gc.collect()
+    mx.clear_cache()
+    return int(mx.get_active_memory())
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8], ids=["bf16", "4-bit", "8-bit"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", ["as_stored", "float32", "bfloat16"])
+def test_weights_and_peak(model_dir: ModelDir, shape: str, bits: int | None, dtype: DType) -> None:
+    path = model_dir(shape, dtype="bfloat16", quantize_bits=bits, **SIZES, **SHAPES[shape])
+    need = estimate(str(path), context_length=256, parallel=1, dtype=dtype)
+    before = active_bytes()
+    spec = LoadSpec(str(path), context_length=256, parallel=1, dtype=Dtype(dtype))
+    model = load(spec, lambda _progress: None)
+    grown = active_bytes() - before
+    assert model.info.weight_bytes == pytest.approx(need.weight_bytes, rel=0.01)
+    assert grown == pytest.approx(need.weight_bytes, rel=0.03)
+    # The peak includes one warm-up completion, so that nothing of the need is left out.
+    peak = mx.get_peak_memory() - before
+    assert grown <= peak <= need.total_bytes
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_transient_of_a_conversion_is_one_tensor(model_dir: ModelDir, shape: str) -> None:
+    path = model_dir(shape, dtype="bfloat16", **SIZES, **SHAPES[shape])
+    need = estimate(str(path), dtype="float32", parallel=1)
+    before = active_bytes()
+    spec = LoadSpec(str(path), context_length=256, parallel=1, dtype=Dtype.FLOAT32)
+    model = load(spec, lambda _progress: None)
+    peak = mx.get_peak_memory() - before
+    assert model.info.weight_bytes == need.weight_bytes
+    # The warm-up's own arrays are the rest: a token's activations and its KV cache.
+    kv_bytes = estimate(str(path), dtype="float32", context_length=1, parallel=1).kv_bytes
+    assert peak - need.weight_bytes <= need.load_transient_bytes + kv_bytes + MIB
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kv_cache_of_a_full_context(model_dir: ModelDir, shape: str) -> None:
+    path = model_dir(shape, dtype="float32", **SIZES, **SHAPES[shape])
+    need = estimate(str(path), dtype="float32", context_length=CONTEXT, parallel=1)
+    spec = LoadSpec(str(path), context_length=CONTEXT, parallel=1, dtype=Dtype.FLOAT32)
+    model = load(spec, lambda _progress: None)
+    caches = make_prompt_cache(model._model)
+    before = active_bytes()
+    mx.eval(model._model(mx.zeros((1, CONTEXT - 2), dtype=mx.int32), cache=caches))
+    for _ in range(2):  # a rotating cache takes its final size when it decodes
+        mx.eval(model._model(mx.zeros((1, 1), dtype=mx.int32), cache=caches))
+    assert sum(cache.nbytes for cache in caches) == need.kv_bytes
+    assert active_bytes() - before == pytest.approx(need.kv_bytes, rel=0.02)
+
+
+def test_both_sides_know_the_same_types() -> None:
+    assert set(get_args(DType)) == {dtype.value for dtype in Dtype}

@@ -1,0 +1,294 @@
+"""RunnerProcess with the real server and a small model: every way to end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fake_child import is_gone, wait_until
+from runner_client import (
+    AsyncRunnerProcess,
+    DoneReason,
+    Options,
+    RunnerClient,
+    RunnerProcess,
+    State,
+    Status,
+    errors,
+)
+
+pytestmark = pytest.mark.mlx
+
+ROOT = Path(__file__).parents[2]
+LONG = Options(num_predict=100_000, temperature=0)
+
+PARENT = """
+import os, subprocess, sys, time
+from runner_client import Options, RunnerProcess
+
+runner = RunnerProcess({model!r}, context_length=32_000)
+runner.load()
+# A sibling, made while the pipe to the child is open, that outlives us.
+sibling = {sibling}
+{until}
+print(runner.pid, sibling, flush=True)
+{then}
+time.sleep(600)
+"""
+SPAWNED = (
+    "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'],"
+    " close_fds=False, stdout=2).pid"
+)
+FORKED = "os.fork() or (time.sleep(60), os._exit(0))"
+
+WAIT = "runner.wait_until_running()\n"
+GENERATE = "stream = runner.completion('x', options=Options(num_predict=100_000))\nnext(stream)\n"
+READ_ON = "for _ in stream: pass"
+
+
+@pytest.fixture(scope="module")
+def model(model_dir: Callable[..., Path]) -> str:
+    """With room for a completion that takes a minute."""
+    return str(model_dir(max_position_embeddings=32_000))
+
+
+@pytest.fixture(scope="module")
+def running(model: str) -> Iterator[RunnerProcess]:
+    """One runner that several tests share."""
+    with RunnerProcess(model, context_length=512, parallel=2) as runner:
+        yield runner
+
+
+def test_what_is_known_of_it(running: RunnerProcess, model: str) -> None:
+    status = running.status()
+    assert status.state is State.ACTIVE
+    assert status.pid == running.pid
+    assert status.parallel == 2
+    assert running.model_path == model
+    assert running.context_length == status.context_length == 512
+    assert running.memory_size == status.memory_bytes > 0
+    assert running.device_infos[0].memory_bytes == running.memory_size
+    assert status.model is not None
+    assert status.model.architecture == "llama"
+    assert running.ping() < 1
+
+
+def test_a_completion(running: RunnerProcess) -> None:
+    options = Options(num_predict=12, temperature=0)
+    completion = running.complete("The quick", options=options, logprobs=2)
+    assert completion.done_reason in (DoneReason.LENGTH, DoneReason.STOP)
+    assert completion.eval_count == len(completion.token_ids) == len(completion.logprobs) <= 12
+    assert all(len(logprob.top) == 2 for logprob in completion.logprobs)
+    assert completion.prompt_eval_count == len(running.tokenize("The quick"))
+    assert completion.eval_seconds > 0
+    stream = running.completion("The quick", options=options)
+    assert "".join(chunk.content for chunk in stream) == completion.content
+
+
+def test_tokens_and_text_are_inverses(running: RunnerProcess) -> None:
+    text = "na\u00efve \u65e5\u672c\u8a9e \U0001f600"
+    assert running.detokenize(running.tokenize(text)) == text
+
+
+def test_a_wrong_request_names_its_field(running: RunnerProcess) -> None:
+    with pytest.raises(errors.InvalidRequestError) as caught:
+        running.complete("Hi", options=Options(temperature=-1))
+    assert [field for field, _ in caught.value.field_violations] == ["options.temperature"]
+
+
+def test_a_prompt_that_is_too_long_tells_its_numbers(running: RunnerProcess) -> None:
+    with pytest.raises(errors.PromptTooLongError) as caught:
+        running.complete([1] * 600)
+    assert (caught.value.prompt_tokens, caught.value.context_length) == (600, 512)
+
+
+def test_another_client_may_call_it(running: RunnerProcess) -> None:
+    assert running.address is not None
+    with RunnerClient(running.address) as client:
+        assert client.is_serving("mlxrunner.v1.RunnerService")
+        assert client.status().pid == running.pid
+
+
+def test_leaving_a_stream_frees_its_place(model: str) -> None:
+    with RunnerProcess(model, context_length=32_000, parallel=1) as runner:
+        for _ in runner.completion("x", options=LONG):
+            break
+        assert runner.complete("y", options=Options(num_predict=1)).eval_count == 1
+
+
+def test_over_a_unix_socket(model: str) -> None:
+    with RunnerProcess(model, listen="unix") as runner:
+        assert runner.port is None
+        assert runner.address is not None
+        path = Path(runner.address.removeprefix("unix:"))
+        assert stat.S_ISSOCK(path.stat().st_mode)
+        assert path.parent.stat().st_mode & 0o077 == 0
+        assert runner.complete("Hi", options=Options(num_predict=1)).eval_count == 1
+    assert not path.parent.exists()
+
+
+def test_it_stops_in_order(model: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "runner_client")
+    with RunnerProcess(model) as runner:
+        pass
+    assert runner._child is not None
+    assert runner._child.exit_error().exit_code == 0
+    assert "stopping on SIGINT" in caplog.text
+
+
+def test_killed_in_a_stream_it_tells_in_less_than_a_second(model: str) -> None:
+    with RunnerProcess(model, context_length=32_000) as runner:
+        stream = runner.completion("x", options=LONG)
+        next(stream)
+        assert runner.pid is not None
+        begin = time.monotonic()
+        os.kill(runner.pid, signal.SIGKILL)
+        with pytest.raises(errors.RunnerExitedError, match="SIGKILL") as caught:
+            list(stream)
+        assert time.monotonic() - begin < 1
+    assert caught.value.exit_code == -signal.SIGKILL
+    assert any("listening on" in line for line in caught.value.stderr_tail)
+
+
+async def test_the_same_in_asyncio(model: str) -> None:
+    async with AsyncRunnerProcess(model, context_length=32_000) as runner:
+        stream = runner.completion("x", options=LONG)
+        await anext(stream)
+        assert runner.pid is not None
+        begin = time.monotonic()
+        os.kill(runner.pid, signal.SIGKILL)
+        with pytest.raises(errors.RunnerExitedError, match="SIGKILL"):
+            async for _ in stream:
+                pass
+        assert time.monotonic() - begin < 1
+
+
+async def test_many_streams_in_asyncio(model: str) -> None:
+    options = Options(num_predict=16, temperature=0)
+    async with AsyncRunnerProcess(model, parallel=4) as runner:
+        completions = await asyncio.gather(
+            *(runner.complete("The quick", options=options) for _ in range(8))
+        )
+        assert len({completion.token_ids for completion in completions}) == 1
+        assert runner.context_length > 0
+
+
+def test_close_while_it_loads(model: str) -> None:
+    seen: list[Status] = []
+    ends: list[BaseException] = []
+    runner = RunnerProcess(model)
+    runner.load()
+
+    def wait() -> None:
+        try:
+            runner.wait_until_running(seen.append)
+        except errors.RunnerError as error:
+            ends.append(error)
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    begin = time.monotonic()
+    runner.close()
+    assert runner.has_exited
+    waiter.join(10)
+    assert len(ends) == 1
+    assert time.monotonic() - begin < 8
+
+
+def test_restart_after_a_crash(model: str) -> None:
+    with RunnerProcess(model) as runner:
+        first, runner_id = runner.pid, runner.status().runner_id
+        assert first is not None
+        assert runner.exit_code is None
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: runner.has_exited)
+        assert runner.exit_code == -signal.SIGKILL
+        runner.restart()
+        assert runner.pid != first
+        assert runner.status().runner_id != runner_id
+    assert runner.exit_code == 0
+
+
+def test_it_outlives_the_thread_that_started_it(model: str) -> None:
+    runner = RunnerProcess(model)
+    thread = threading.Thread(target=runner.load)
+    thread.start()
+    thread.join()
+    try:
+        runner.wait_until_running()
+        assert runner.complete("Hi", options=Options(num_predict=1)).eval_count == 1
+    finally:
+        runner.close()
+
+
+@contextmanager
+def parent(
+    model: str, until: str, then: str = "", sibling: str = SPAWNED
+) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A program that has a runner; gives its process and the runner's id."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "proto")])}
+    script = PARENT.format(model=model, until=until, then=then, sibling=sibling)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    with process:
+        assert process.stdout is not None
+        child, sibling_pid = map(int, process.stdout.readline().split())
+        try:
+            yield process, child
+        finally:
+            os.kill(sibling_pid, signal.SIGKILL)
+            process.kill()
+            if not is_gone(child):
+                os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("until", "then"),
+    [(WAIT, ""), ("", ""), (WAIT + GENERATE, READ_ON)],
+    ids=["idle", "loading", "generating"],
+)
+def test_a_killed_parent_takes_the_child_along(model: str, until: str, then: str) -> None:
+    with parent(model, until, then) as (process, child):
+        assert not is_gone(child)
+        process.kill()
+        process.wait()
+        assert wait_until(lambda: is_gone(child)) < 2
+
+
+def test_a_fork_that_holds_the_pipe_does_not_keep_the_child(model: str) -> None:
+    with parent(model, WAIT, sibling=FORKED) as (process, child):
+        process.kill()
+        process.wait()
+        assert wait_until(lambda: is_gone(child)) < 2
+
+
+def test_an_interrupted_parent_takes_the_child_along(model: str) -> None:
+    with parent(model, WAIT) as (process, child):
+        process.send_signal(signal.SIGINT)
+        process.wait(20)
+        assert wait_until(lambda: is_gone(child)) < 2
+
+
+def test_a_model_that_is_none_ends_the_child(tmp_path: Path, model: str) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in Path(model).iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    (broken / "config.json").write_text('{"model_type": "no_such_type", "hidden_size": 64}')
+    runner = RunnerProcess(str(broken))
+    with pytest.raises(errors.ModelUnsupportedError, match="no_such_type"):
+        runner.__enter__()
+    assert runner.has_exited

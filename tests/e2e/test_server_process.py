@@ -1,0 +1,243 @@
+"""The server as a process of its own, with a real model: start, signals, orphans, the end."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+
+from mlxrunner.handshake import ReadyLine
+from mlxrunner.v1 import runner_pb2 as pb
+from mlxrunner.v1 import runner_pb2_grpc
+from server_child import BREAK_STEPS, COMPUTE, DEADLINE_SECONDS, SLOW_LOAD, Child, running
+
+pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+pytestmark = pytest.mark.mlx
+
+Build = Callable[..., Path]
+Phase = Callable[[Child, Path], None]
+PROMISED_SECONDS = 2.0
+
+
+def _at_once(_child: Child, _model: Path) -> None:
+    """While the engine's thread still imports MLX."""
+
+
+def _idle(child: Child, _model: Path) -> None:
+    child.wait_for(lambda: bool(child.status().device))
+
+
+def _loading(child: Child, model: Path) -> None:
+    child.calls.append(child.stub.Load.future(pb.LoadRequest(model=str(model))))
+    child.wait_for(lambda: 10 < child.status().progress < 50)
+
+
+def _decoding(child: Child, model: Path) -> None:
+    child.load(model)
+    call = child.complete(400)
+    while not next(call).token_ids:
+        pass
+
+
+PHASES = [_at_once, _idle, _loading, _decoding]
+
+
+@pytest.fixture(scope="session")
+def deep(model_dir: Build) -> Path:
+    """A model of many small parts, whose load can be seen."""
+    return model_dir("llama", num_hidden_layers=60)
+
+
+def test_the_ready_line_is_first_and_alone(tmp_path: Path, model_dir: Build) -> None:
+    with running(tmp_path) as child:
+        assert child.line.startswith("1|1|tcp|127.0.0.1:")
+        assert child.line.endswith("|grpc\n")
+        child.load(model_dir())
+        assert [message for message in child.complete(5)][-1].eval_count == 5  # noqa: C416
+        status = child.status()
+        assert (status.pid, status.state) == (child.process.pid, pb.STATE_ACTIVE)
+        child.process.send_signal(signal.SIGINT)
+        out, _ = child.process.communicate(timeout=DEADLINE_SECONDS)
+        assert (out, child.process.returncode) == (b"", 0)
+        assert "listening on" in child.log.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_ends_it_in_order(
+    tmp_path: Path, socket_dir: Path, deep: Path, phase: Phase, number: signal.Signals
+) -> None:
+    path = socket_dir / "s"
+    code = SLOW_LOAD if phase is _loading else None
+    with running(tmp_path, "--listen", f"unix:{path}", code=code) as child:
+        phase(child, deep)
+        child.process.send_signal(number)
+        assert child.wait() == 0, child.log.read_text()
+        assert not path.exists()
+        log = child.log.read_text()
+        assert f"stopping on {number.name}" in log
+        assert "Traceback" not in log
+
+
+def test_a_stream_ends_with_a_reason(tmp_path: Path, deep: Path) -> None:
+    with running(tmp_path) as child:
+        child.load(deep)
+        call = child.complete(1000)
+        next(call)
+        child.process.send_signal(signal.SIGTERM)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "stopping" in str(caught.value.details())
+        assert child.wait() == 0
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path: Path, model_dir: Build) -> None:
+    code = BREAK_STEPS.format(what="import threading; threading.Event().wait()").replace(
+        "_DRAIN_SECONDS = 0.3", "_DRAIN_SECONDS = 60"
+    )
+    with running(tmp_path, code=code) as child:
+        _hang(child, model_dir())
+        child.process.send_signal(signal.SIGTERM)
+        child.wait_for(lambda: "stopping on SIGTERM" in child.log.read_text())
+        started = time.monotonic()
+        child.process.send_signal(signal.SIGINT)
+        assert child.wait() == 128 + signal.SIGINT
+        assert time.monotonic() - started < PROMISED_SECONDS
+
+
+def test_a_step_that_hangs_does_not_hold_the_process(tmp_path: Path, model_dir: Build) -> None:
+    """Nor does it abort: Python's end would end the thread within MLX."""
+    code = BREAK_STEPS.format(what=COMPUTE)
+    for _ in range(4):
+        with running(tmp_path, code=code) as child:
+            _hang(child, model_dir())
+            child.process.send_signal(signal.SIGTERM)
+            assert child.wait() == 0, child.log.read_text()
+            assert "did not end" in child.log.read_text()
+
+
+def test_a_dead_engine_ends_the_process_with_its_code(tmp_path: Path, model_dir: Build) -> None:
+    code = BREAK_STEPS.format(what="raise RuntimeError('broken on purpose')")
+    for _ in range(2):
+        with running(tmp_path, code=code) as child:
+            child.load(model_dir())
+            for _ in range(2):
+                with pytest.raises(grpc.RpcError):
+                    list(child.complete(3))
+            assert child.wait() == 70, child.log.read_text()
+
+
+def _hang(child: Child, model: Path) -> None:
+    child.load(model)
+    child.complete(5)
+    child.wait_for(lambda: child.status().running_count == 1)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_without_its_parent_it_is_gone(tmp_path: Path, deep: Path, phase: Phase) -> None:
+    code = SLOW_LOAD if phase is _loading else None
+    with running(tmp_path, "--exit-with-parent", code=code) as child:
+        phase(child, deep)
+        assert child.process.stdin
+        child.process.stdin.close()
+        started = time.monotonic()
+        child.wait()
+        assert time.monotonic() - started < PROMISED_SECONDS
+        assert child.process.returncode in (0, 1)
+
+
+_PARENT = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-m", "runner_server", "--exit-with-parent"],
+                         stdin=subprocess.PIPE)
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_it_goes_with_a_killed_parent(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as log:
+        parent = subprocess.Popen(
+            [sys.executable, "-c", _PARENT], stdout=subprocess.PIPE, stderr=log
+        )
+    assert parent.stdout
+    pid = int(parent.stdout.readline())
+    address = ReadyLine.parse(parent.stdout.readline().decode()).target
+    with grpc.insecure_channel(address) as channel:
+        stub = runner_pb2_grpc.RunnerServiceStub(channel)
+        assert stub.Status(pb.StatusRequest(), timeout=DEADLINE_SECONDS).pid == pid
+    parent.kill()
+    started = time.monotonic()
+    # Its end closes the pipe that it shared with its parent.
+    assert parent.stdout.read() == b""
+    assert time.monotonic() - started < PROMISED_SECONDS
+    parent.stdout.close()
+    parent.wait()
+
+
+def test_without_the_option_it_outlives_its_stdin(tmp_path: Path) -> None:
+    with running(tmp_path) as child:
+        assert child.process.stdin
+        child.process.stdin.close()
+        _idle(child, tmp_path)
+        assert child.status().state == pb.STATE_IDLE
+
+
+def test_it_never_aborts_at_its_end(tmp_path: Path, model_dir: Build) -> None:
+    for _ in range(5):
+        with running(tmp_path, "--model", str(model_dir())) as child:
+            child.wait_for(lambda c=child: c.status().state == pb.STATE_ACTIVE)  # type: ignore[misc]
+            assert list(child.complete(3))[-1].done
+            child.process.send_signal(signal.SIGINT)
+            assert child.wait() == 0, child.log.read_text()
+
+
+def test_a_second_server_on_the_port_says_so_and_fails(tmp_path: Path) -> None:
+    with running(tmp_path) as child:
+        second = subprocess.run(
+            [sys.executable, "-m", "runner_server", "--listen", child.ready.address],
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_SECONDS,
+            check=False,
+        )
+        assert second.returncode == 1
+        assert f"cannot listen on {child.ready.address}" in second.stderr
+        assert "Traceback" not in second.stderr
+        assert second.stdout == ""
+        assert child.status().pid == child.process.pid
+
+
+def test_a_model_that_is_not_there_leaves_a_server_that_says_so(tmp_path: Path) -> None:
+    with running(tmp_path, "--model", "/nowhere/at/all") as child:
+        child.wait_for(lambda: bool(child.status().last_error))
+        assert "/nowhere/at/all" in child.status().last_error
+        child.wait_for(lambda: child.status().state == pb.STATE_IDLE)
+
+
+def test_a_proxy_in_the_environment_is_nothing_to_it(tmp_path: Path, model_dir: Build) -> None:
+    proxy = "http://127.0.0.1:9"
+    with running(tmp_path, http_proxy=proxy, https_proxy=proxy, grpc_proxy=proxy) as child:
+        child.load(model_dir())
+        assert list(child.complete(2))[-1].eval_count == 2
+
+
+def test_memory_comes_back_with_unload(tmp_path: Path, deep: Path) -> None:
+    with running(tmp_path) as child:
+        for _ in range(2):
+            child.load(deep)
+            held = child.status()
+            assert held.memory_usage.active_bytes >= held.model.weight_bytes
+            assert list(child.complete(20))[-1].done
+            freed = child.stub.Unload(pb.UnloadRequest(), timeout=DEADLINE_SECONDS).freed_bytes
+            assert freed >= held.model.weight_bytes
+            usage = child.status().memory_usage
+            assert usage.active_bytes < 4096
+            assert usage.cache_bytes == 0

@@ -1,0 +1,282 @@
+"""A model library in plain Python that a test can watch, stop and break."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from runner_server.messages import (
+    LoadSpec,
+    MemoryCounters,
+    ModelInfo,
+    Prefill,
+    Sampling,
+    Token,
+    TokenLogprob,
+)
+
+EOS = 256
+BOS = 257
+VOCAB_SIZE = 512
+CONTEXT_LENGTH = 4096
+PREFILL_CHUNK = 8
+WEIGHT_BYTES = 1 << 20
+ROW_BYTES = 1 << 10
+DEADLINE_SECONDS = 20.0
+"""How long anything in a test may take; reached only by a bug."""
+
+_LETTERS = b"abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789."
+
+
+class Gate:
+    """A point where a thread stops until the test lets it pass; open at first."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._permits: int | None = None
+        self._waiting = 0
+        self._passed = 0
+
+    def shut(self) -> None:
+        """From now on every arrival needs a permit."""
+        with self._changed:
+            self._permits = 0
+
+    def allow(self, count: int = 1) -> None:
+        """Lets ``count`` arrivals pass."""
+        with self._changed:
+            self._permits = (self._permits or 0) + count
+            self._changed.notify_all()
+
+    def open(self) -> None:
+        """Lets everybody pass from now on."""
+        with self._changed:
+            self._permits = None
+            self._changed.notify_all()
+
+    def pass_through(self) -> None:
+        """Called by the watched thread."""
+        with self._changed:
+            self._waiting += 1
+            self._changed.notify_all()
+            free = self._changed.wait_for(lambda: self._permits != 0, DEADLINE_SECONDS)
+            self._waiting -= 1
+            self._passed += 1
+            if self._permits:
+                self._permits -= 1
+            self._changed.notify_all()
+        assert free, "nobody opened the gate"
+
+    def wait_arrival(self) -> None:
+        """Returns when a thread stands before the shut gate."""
+        with self._changed:
+            stands = self._changed.wait_for(
+                lambda: self._waiting > 0 and self._permits == 0, DEADLINE_SECONDS
+            )
+        assert stands, "nobody came to the gate"
+
+    def wait_passed(self, count: int) -> None:
+        """Returns when ``count`` arrivals have passed, over its whole life."""
+        with self._changed:
+            done = self._changed.wait_for(lambda: self._passed >= count, DEADLINE_SECONDS)
+        assert done, f"only {self._passed} of {count} have passed"
+
+
+class ByteCodec:
+    """Each byte of the UTF-8 text is one id; ids above 255 are special and have no text."""
+
+    def encode(self, text: str, *, as_prompt: bool) -> list[int]:
+        """See ``Codec.encode``: a prompt begins with ``BOS``."""
+        return [BOS] * as_prompt + list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See ``Codec.decode``."""
+        return bytes(id_ for id_ in ids if id_ < 256).decode(errors="replace")
+
+
+Reply = Callable[[Sequence[int], Sampling], Iterator[int]]
+
+
+def endless(prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
+    """Letters that follow from prompt, seed and position; never ends."""
+    state = hashlib.sha256(repr((list(prompt_ids), sampling.seed)).encode()).digest()
+    position = 0
+    while True:
+        digest = hashlib.sha256(state + position.to_bytes(8)).digest()
+        yield from (_LETTERS[byte % len(_LETTERS)] for byte in digest)
+        position += 1
+
+
+def says(text: str | bytes) -> Reply:
+    """A reply that is this text and then the end of the text."""
+    data = text.encode() if isinstance(text, str) else text
+    return lambda _ids, _sampling: iter([*data, EOS])
+
+
+@dataclass
+class _Row:
+    total: int
+    tokens: Iterator[int]
+    logprobs: int | None
+    evaluated: int = 0
+
+
+class FakeBatch:
+    """Rows that are evaluated in chunks and then say what the backend's reply says."""
+
+    def __init__(self, backend: FakeBackend) -> None:
+        self._backend = backend
+        self.rows: dict[int, _Row] = {}
+        self.closed = False
+
+    def add(self, row: int, prompt_ids: Sequence[int], sampling: Sampling) -> None:
+        """See ``Batch.add``."""
+        assert prompt_ids, "an empty prompt must not get here"
+        assert row not in self.rows
+        tokens = self._backend.reply(prompt_ids, sampling)
+        self.rows[row] = _Row(len(prompt_ids), tokens, sampling.logprobs)
+
+    def remove(self, rows: Collection[int]) -> None:
+        """See ``Batch.remove``."""
+        for row in rows:
+            del self.rows[row]
+
+    def step(self) -> list[Prefill | Token]:
+        """See ``Batch.step``."""
+        assert not self.closed
+        assert self.rows, "a step without rows"
+        self._backend.step_gate.pass_through()
+        self._backend.steps += 1
+        if self._backend.failures:
+            raise self._backend.failures.pop(0)
+        return [self._advance(id_, row) for id_, row in self.rows.items()]
+
+    def close(self) -> None:
+        """See ``Batch.close``."""
+        self.rows.clear()
+        self.closed = True
+
+    def _advance(self, id_: int, row: _Row) -> Prefill | Token:
+        if row.evaluated < row.total:
+            row.evaluated = min(row.total, row.evaluated + PREFILL_CHUNK)
+            return Prefill(id_, row.evaluated, row.total)
+        token = next(row.tokens)
+        logprob = None
+        if row.logprobs is not None:
+            top = tuple((i, -1.0 - i) for i in range(row.logprobs))
+            logprob = TokenLogprob(token, -0.5, top)
+        return Token(id_, token, logprob)
+
+
+class FakeModel:
+    """A model that holds nothing but its description."""
+
+    def __init__(self, backend: FakeBackend, info: ModelInfo) -> None:
+        self._backend = backend
+        self.info = info
+        self.codec = ByteCodec()
+
+    def new_batch(self) -> FakeBatch:
+        """See ``LoadedModel.new_batch``."""
+        batch = FakeBatch(self._backend)
+        self._backend.batches.append(batch)
+        return batch
+
+
+@dataclass
+class FakeBackend:
+    """Implements ``runner_server.backend.Backend``.
+
+    Attributes:
+        reply: What rows say.
+        failures: Raised by the next steps, one each.
+        load_error: Raised by the next load, once, halfway.
+        open_error: Raised by ``open``.
+        step_gate: Passed by every step.
+        load_gate: Passed by a load before each of its six reports of progress.
+        steps: How many steps were begun.
+        batches: All batches there were.
+        calls: Names of the calls, each with the thread it came on.
+    """
+
+    reply: Reply = endless
+    failures: list[Exception] = field(default_factory=list)
+    load_error: Exception | None = None
+    open_error: Exception | None = None
+    step_gate: Gate = field(default_factory=Gate)
+    load_gate: Gate = field(default_factory=Gate)
+    steps: int = 0
+    batches: list[FakeBatch] = field(default_factory=list)
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    weight_bytes: int = 0
+
+    def open(self) -> str:
+        """See ``Backend.open``."""
+        self._note("open")
+        if self.open_error:
+            raise self.open_error
+        return "cpu: fake"
+
+    def load(self, spec: LoadSpec, report: Callable[[int], None]) -> FakeModel:
+        """See ``Backend.load``."""
+        self._note("load")
+        for progress in range(0, 101, 20):
+            self.load_gate.pass_through()
+            report(progress)
+            self.weight_bytes = WEIGHT_BYTES * progress // 100
+            if self.load_error and progress >= 40:
+                error, self.load_error = self.load_error, None
+                raise error
+        return FakeModel(self, model_info(spec))
+
+    def memory(self) -> MemoryCounters:
+        """See ``Backend.memory``."""
+        rows = sum(len(batch.rows) for batch in self.batches)
+        return MemoryCounters(self.weight_bytes + rows * ROW_BYTES, 0, WEIGHT_BYTES)
+
+    def release(self) -> None:
+        """See ``Backend.release``."""
+        self._note("release")
+        self.weight_bytes = 0
+
+    def close(self) -> None:
+        """See ``Backend.close``."""
+        self._note("close")
+
+    def open_gates(self) -> None:
+        """Lets every thread go on."""
+        self.step_gate.open()
+        self.load_gate.open()
+
+    def _note(self, name: str) -> None:
+        self.calls.append((name, threading.current_thread().name))
+
+
+_INFO = ModelInfo(
+    name="fake",
+    path="/models/fake",
+    architecture="fake",
+    max_context_length=CONTEXT_LENGTH,
+    vocab_size=VOCAB_SIZE,
+    weight_bytes=WEIGHT_BYTES,
+    dtype="float32",
+    quantization_bits=0,
+    eos_token_ids=frozenset({EOS}),
+    context_length=CONTEXT_LENGTH,
+    parallel=4,
+    limit_bytes=1 << 30,
+)
+
+
+def model_info(spec: LoadSpec | None = None) -> ModelInfo:
+    """The description of the model that the fake loads."""
+    if spec is None:
+        return _INFO
+    return replace(
+        _INFO,
+        name=spec.model,
+        context_length=spec.context_length or CONTEXT_LENGTH,
+        parallel=spec.parallel,
+    )

@@ -1,0 +1,304 @@
+"""Free memory: the smallest of the system, the control groups and the device."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mlxrunner._cgroup import cgroup_available_bytes
+from mlxrunner._devices import default_working_set_bytes, run_command
+from mlxrunner.hostmemory import Host, device_infos, free_memory, installed_backend
+
+MIB = 1024**2
+GIB = 1024**3
+
+V1_MOUNT = "35 31 0:32 {root} /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
+V2_MOUNT = "30 23 0:26 {root} /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate\n"
+NO_LIMIT = str(2**63 - 4096)
+
+
+def write(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def v2_group(path: str, limit: str, usage: int, inactive: int = 0) -> dict[str, str]:
+    folder = f"sys/fs/cgroup{path}"
+    return {
+        f"{folder}/memory.max": f"{limit}\n",
+        f"{folder}/memory.current": f"{usage}\n",
+        f"{folder}/memory.stat": f"anon 1\ninactive_file {inactive}\nactive_file 7\n",
+    }
+
+
+def v1_group(path: str, limit: str, usage: int, inactive: int = 0) -> dict[str, str]:
+    folder = f"sys/fs/cgroup/memory{path}"
+    return {
+        f"{folder}/memory.limit_in_bytes": f"{limit}\n",
+        f"{folder}/memory.usage_in_bytes": f"{usage}\n",
+        f"{folder}/memory.stat": f"inactive_file 3\ntotal_inactive_file {inactive}\n",
+    }
+
+
+def process_in(group: str, mounts: str) -> dict[str, str]:
+    return {"proc/self/cgroup": group, "proc/self/mountinfo": mounts}
+
+
+def test_v2_takes_the_tightest_ancestor(tmp_path: Path) -> None:
+    write(tmp_path, process_in("0::/user/job\n", V2_MOUNT.format(root="/")))
+    write(tmp_path, v2_group("/user/job", "max", 300))
+    write(tmp_path, v2_group("/user", "1000", 600))
+    assert cgroup_available_bytes(tmp_path) == 400
+
+
+def test_v2_inactive_page_cache_is_not_usage(tmp_path: Path) -> None:
+    write(tmp_path, process_in("0::/job\n", V2_MOUNT.format(root="/")))
+    write(tmp_path, v2_group("/job", "1000", 900, inactive=700))
+    assert cgroup_available_bytes(tmp_path) == 800
+
+
+def test_v2_throttling_limit_counts_as_a_limit(tmp_path: Path) -> None:
+    write(tmp_path, process_in("0::/job\n", V2_MOUNT.format(root="/")))
+    write(tmp_path, v2_group("/job", "1000", 100))
+    write(tmp_path, {"sys/fs/cgroup/job/memory.high": "500\n"})
+    assert cgroup_available_bytes(tmp_path) == 400
+
+
+def test_v1_takes_the_tightest_ancestor(tmp_path: Path) -> None:
+    write(tmp_path, process_in("4:memory:/docker/abc\n1:cpu:/x\n", V1_MOUNT.format(root="/")))
+    write(tmp_path, v1_group("/docker/abc", "2000", 500, inactive=100))
+    write(tmp_path, v1_group("/docker", NO_LIMIT, 5000))
+    write(tmp_path, v1_group("", "9000", 8000))
+    assert cgroup_available_bytes(tmp_path) == 1000
+
+
+def test_huge_v1_limit_is_no_limit(tmp_path: Path) -> None:
+    write(tmp_path, process_in("4:memory:/a\n", V1_MOUNT.format(root="/")))
+    write(tmp_path, v1_group("/a", NO_LIMIT, 500))
+    assert cgroup_available_bytes(tmp_path) is None
+
+
+def test_group_named_by_the_hosts_path_is_the_mount_point(tmp_path: Path) -> None:
+    write(tmp_path, process_in("4:memory:/docker/abc\n", V1_MOUNT.format(root="/docker/abc")))
+    write(tmp_path, v1_group("", "2000", 500))
+    assert cgroup_available_bytes(tmp_path) == 1500
+
+
+def test_group_outside_the_namespace_is_the_mount_point(tmp_path: Path) -> None:
+    write(tmp_path, process_in("0::/../other\n", V2_MOUNT.format(root="/")))
+    write(tmp_path, v2_group("", "2000", 500))
+    assert cgroup_available_bytes(tmp_path) == 1500
+
+
+def test_hybrid_mounts_use_the_one_with_the_memory_controller(tmp_path: Path) -> None:
+    unified = "41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n"
+    write(tmp_path, process_in("4:memory:/a\n0::/a\n", V1_MOUNT.format(root="/") + unified))
+    write(tmp_path, v1_group("/a", "2000", 500))
+    write(tmp_path, {"sys/fs/cgroup/unified/a/cgroup.procs": "1\n"})
+    assert cgroup_available_bytes(tmp_path) == 1500
+
+
+def test_usage_above_the_limit_leaves_nothing(tmp_path: Path) -> None:
+    write(tmp_path, process_in("0::/job\n", V2_MOUNT.format(root="/")))
+    write(tmp_path, v2_group("/job", "1000", 1200))
+    assert cgroup_available_bytes(tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {"proc/self/cgroup": "0::/job\n"},
+        {"proc/self/cgroup": "nonsense\n", "proc/self/mountinfo": "x - y\n\n1 2 3\n"},
+        {**process_in("0::/job\n", V2_MOUNT.format(root="/")), "sys/fs/cgroup/job/memory.max": "5"},
+        {
+            **process_in("0::/job\n", V2_MOUNT.format(root="/")),
+            **v2_group("/job", "what", 5),
+        },
+    ],
+)
+def test_missing_and_odd_files_are_no_limit(tmp_path: Path, files: dict[str, str]) -> None:
+    write(tmp_path, files)
+    assert cgroup_available_bytes(tmp_path) is None
+
+
+def answering(answers: dict[str, str]) -> Callable[[Sequence[str]], str]:
+    """A command runner that knows the answers, by the command's name or last argument."""
+
+    def run(command: Sequence[str]) -> str:
+        for key in (command[-1], command[0]):
+            if key in answers:
+                return answers[key]
+        raise FileNotFoundError(command[0])
+
+    return run
+
+
+def host(tmp_path: Path, **overrides: object) -> Host:
+    values: dict[str, object] = {
+        "root": tmp_path,
+        "system": "linux",
+        "machine": "x86_64",
+        "environ": {},
+        "run": answering({}),
+        "installed": lambda _name: False,
+        "memory": lambda: (64 * GIB, 40 * GIB),
+    }
+    return Host(**{**values, **overrides})  # type: ignore[arg-type]  # checked by its use
+
+
+def cuda_host(tmp_path: Path, output: str, **overrides: object) -> Host:
+    overrides = {"installed": lambda name: name == "mlx-cuda-13", **overrides}
+    return host(tmp_path, run=answering({"nvidia-smi": output}), **overrides)
+
+
+TWO_GPUS = "0, GPU-aaaa, 20000, 24576, NVIDIA A\n1, GPU-bbbb, 70000, 81559, NVIDIA B, 80GB\n"
+
+
+def test_cpu_has_the_systems_memory(tmp_path: Path) -> None:
+    write(tmp_path, {"proc/cpuinfo": "processor : 0\nmodel name : Some CPU\n"})
+    free = free_memory(host(tmp_path))
+    assert (free.available_bytes, free.source, free.device_kind) == (40 * GIB, "system", "cpu")
+    assert (free.cgroup_bytes, free.device_bytes) == (None, None)
+    assert free.device_name == "Some CPU"
+
+
+def test_cgroup_binds_when_it_is_the_smallest(tmp_path: Path) -> None:
+    write(tmp_path, process_in("0::/job\n", V2_MOUNT.format(root="/")))
+    write(tmp_path, v2_group("/job", str(8 * GIB), 2 * GIB))
+    free = free_memory(host(tmp_path))
+    assert (free.available_bytes, free.source) == (6 * GIB, "cgroup")
+    assert free.system_bytes == 40 * GIB
+
+
+def test_first_cuda_device_binds_when_it_is_the_smallest(tmp_path: Path) -> None:
+    free = free_memory(cuda_host(tmp_path, TWO_GPUS))
+    assert (free.available_bytes, free.source) == (20000 * MIB, "device")
+    assert (free.device_name, free.device_kind) == ("NVIDIA A", "cuda")
+
+
+def test_cuda_devices_with_a_comma_in_the_name(tmp_path: Path) -> None:
+    first, second = device_infos(cuda_host(tmp_path, TWO_GPUS))
+    assert (first.free_bytes, first.total_bytes) == (20000 * MIB, 24576 * MIB)
+    assert second.name == "NVIDIA B, 80GB"
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [
+        ("1", ["NVIDIA B, 80GB"]),
+        ("1,0", ["NVIDIA B, 80GB", "NVIDIA A"]),
+        ("GPU-bb", ["NVIDIA B, 80GB"]),
+        ("0,9,1", ["NVIDIA A"]),
+        ("", ["unknown"]),
+        ("-1", ["unknown"]),
+    ],
+)
+def test_visible_devices_are_the_ones_cuda_shows(
+    tmp_path: Path, visible: str, names: list[str]
+) -> None:
+    infos = device_infos(
+        cuda_host(tmp_path, TWO_GPUS, environ={"CUDA_VISIBLE_DEVICES": visible}),
+    )
+    assert [info.name for info in infos] == names
+
+
+def test_figure_that_nvidia_smi_withholds_is_unknown(tmp_path: Path) -> None:
+    (info,) = device_infos(cuda_host(tmp_path, "0, GPU-a, [N/A], 24576, NVIDIA A\n"))
+    assert (info.free_bytes, info.total_bytes) == (None, 24576 * MIB)
+    assert "[N/A]" in info.reason
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (FileNotFoundError("nvidia-smi"), "not installed"),
+        (subprocess.TimeoutExpired("nvidia-smi", 5), "did not answer"),
+        (subprocess.CalledProcessError(9, "nvidia-smi"), "exit status 9"),
+        (PermissionError("no"), "failed"),
+    ],
+)
+def test_failing_tool_is_an_unknown_with_a_reason(
+    tmp_path: Path, error: Exception, reason: str
+) -> None:
+    def run(_command: Sequence[str]) -> str:
+        raise error
+
+    free = free_memory(host(tmp_path, run=run, installed=lambda _name: True))
+    assert (free.device_bytes, free.source, free.device_kind) == (None, "system", "cuda")
+    assert reason in free.reason
+
+
+def mac(tmp_path: Path, limit: str, total: int) -> Host:
+    answers = {"iogpu.wired_limit_mb": limit, "machdep.cpu.brand_string": "Apple M2 Max\n"}
+    return host(
+        tmp_path,
+        system="darwin",
+        machine="arm64",
+        run=answering(answers),
+        memory=lambda: (total, total - GIB),
+    )
+
+
+def test_wired_limit_set_by_hand_is_the_metal_limit(tmp_path: Path) -> None:
+    free = free_memory(mac(tmp_path, "26624\n", 32 * GIB))
+    assert (free.device_bytes, free.source) == (26624 * MIB, "device")
+    assert (free.device_name, free.device_kind) == ("Apple M2 Max", "metal")
+
+
+@pytest.mark.parametrize(
+    ("total", "limit"),
+    [(16 * GIB, 16 * GIB * 2 // 3), (32 * GIB, 32 * GIB * 2 // 3), (64 * GIB, 48 * GIB)],
+)
+def test_default_metal_limit_depends_on_the_memory(tmp_path: Path, total: int, limit: int) -> None:
+    assert free_memory(mac(tmp_path, "0\n", total)).device_bytes == limit
+
+
+def test_default_metal_limits_are_the_reported_ones() -> None:
+    # recommendedMaxWorkingSetSize as llama.cpp printed it on these machines.
+    assert default_working_set_bytes(8 * GIB) // MIB == 5461
+    assert default_working_set_bytes(16 * GIB) // MIB == 10922
+    assert default_working_set_bytes(32 * GIB) // MIB == 21845
+
+
+def test_mac_without_sysctl_still_has_a_limit(tmp_path: Path) -> None:
+    (info,) = device_infos(
+        host(tmp_path, system="darwin", machine="arm64", memory=lambda: (16 * GIB, 9 * GIB))
+    )
+    assert info.free_bytes == 16 * GIB * 2 // 3
+    assert "sysctl" in info.reason
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "packages", "backend"),
+    [
+        ("darwin", "arm64", (), "metal"),
+        ("darwin", "x86_64", (), "cpu"),
+        ("linux", "x86_64", ("mlx-cpu",), "cpu"),
+        ("linux", "x86_64", ("mlx-cuda-12",), "cuda"),
+        ("linux", "aarch64", ("mlx-cuda-13",), "cuda"),
+    ],
+)
+def test_backend_is_told_from_what_is_installed(
+    tmp_path: Path, system: str, machine: str, packages: tuple[str, ...], backend: str
+) -> None:
+    here = host(tmp_path, system=system, machine=machine, installed=lambda name: name in packages)
+    assert installed_backend(here) == backend
+
+
+def test_this_machine_has_memory() -> None:
+    free = free_memory()
+    assert 0 < free.available_bytes <= psutil.virtual_memory().total
+    assert device_infos()[0].kind == free.device_kind
+
+
+def test_commands_report_their_failure() -> None:
+    with pytest.raises(subprocess.CalledProcessError):
+        run_command(["sh", "-c", "exit 3"])
+    assert run_command(["echo", "hello"]) == "hello\n"

@@ -1,0 +1,57 @@
+"""The probe prints what MLX is and can do here, as one JSON object."""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+
+import pytest
+
+from runner_client._probe import run_probe
+from runner_client.environment import child_environment, find_blas
+
+pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+pytestmark = pytest.mark.mlx
+
+KEYS = {
+    "python", "platform", "mlx_version", "mlx_lm_version", "backend", "device", "compiler",
+    "kernels_compile", "blas", "gemm_gflops", "errors",
+}  # fmt: skip
+
+
+def test_probe_says_everything_in_one_object() -> None:
+    result = run_probe(os.environ)
+    assert result.failure == ""
+    assert set(result.facts) == KEYS
+    assert result.facts["mlx_version"] == metadata.version("mlx")
+    assert result.facts["backend"] in {"cpu", "metal", "cuda"}
+    assert result.facts["gemm_gflops"] > 0.1
+
+
+def test_probe_without_gemm_measures_nothing() -> None:
+    result = run_probe(os.environ, arguments=("-P", "-m", "runner_server.probe"))
+    assert result.failure == ""
+    assert result.facts["gemm_gflops"] is None
+
+
+@pytest.mark.skipif(find_blas() is None, reason="no fast BLAS is installed")
+def test_blas_in_front_is_mapped_and_faster() -> None:
+    plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    stock = run_probe(child_environment(plain, backend="cpu", blas="off"))
+    if stock.facts["backend"] != "cpu":
+        pytest.skip("MLX does not run on the CPU here")
+    fast = run_probe(child_environment(plain, backend="cpu"))
+    assert set(fast.facts["blas"]) > set(stock.facts["blas"])
+    # 30 times and more where nothing else runs; a busy machine gets less of it.
+    assert fast.facts["gemm_gflops"] > 2 * stock.facts["gemm_gflops"]
+
+
+def test_missing_compiler_is_found_out(tmp_path: os.PathLike[str]) -> None:
+    result = run_probe(
+        {**os.environ, "PATH": str(tmp_path)}, arguments=("-P", "-m", "runner_server.probe")
+    )
+    if result.facts["backend"] != "cpu":
+        pytest.skip("only MLX on the CPU compiles with g++")
+    assert result.facts["compiler"] is None
+    assert result.facts["kernels_compile"] is False
+    assert "built no kernel" in result.facts["errors"]["kernels_compile"]

@@ -1,0 +1,109 @@
+"""The queue: its order, its end, and what a full one answers."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+import grpc
+import pytest
+
+from harness import Server, StartServer, eventually, failure, joined
+
+
+async def test_a_full_queue_says_when_to_come_again(start_server: StartServer) -> None:
+    server = await start_server(max_queued=3)
+    await server.load(parallel=2)
+    server.backend.step_gate.shut()
+    calls = [server.start(str(i), num_predict=2) for i in range(5)]
+    await eventually(lambda: len(server.app.engine._ledger._live) == 5)
+    await server.thread(server.backend.step_gate.wait_arrival)
+    problem = await failure(server.start("one too many"))
+    assert (problem.code, problem.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+    assert problem.kinds == ("ErrorInfo", "RetryInfo")
+    assert problem.retry_seconds is not None
+    assert 0.1 <= problem.retry_seconds <= 60
+    assert int(problem.metadata["queuedCount"]) >= 3
+    server.backend.step_gate.open()
+    for call in calls:
+        assert [message async for message in call][-1].done
+    assert await server.text(num_predict=2)
+
+
+async def test_the_retry_delay_follows_the_measured_pace(start_server: StartServer) -> None:
+    server = await start_server(max_queued=4)
+    await server.load(parallel=1)
+    for _ in range(30):
+        await server.complete(num_predict=1)
+    server.backend.step_gate.shut()
+    calls = [server.start(num_predict=1) for _ in range(5)]
+    await eventually(lambda: len(server.app.engine._ledger._live) == 5)
+    problem = await failure(server.start())
+    # The first guess of one second a completion has given way to what they took.
+    assert problem.retry_seconds is not None
+    assert problem.retry_seconds < 2
+    server.backend.step_gate.open()
+    for call in calls:
+        assert [message async for message in call][-1].done
+
+
+async def test_first_come_first_served(server: Server) -> None:
+    await server.load(parallel=1)
+    server.backend.step_gate.shut()
+    calls = []
+    for i in range(6):
+        calls.append(server.start(f"{i}", num_predict=1))
+        await eventually(partial(_has, server, i + 1))
+    order: list[int] = []
+    engine = server.app.engine
+    admitted = [c.id for c in engine._ledger._live.values()]
+    server.backend.step_gate.open()
+    for i, call in enumerate(calls):
+        assert [message async for message in call][-1].done
+        order.append(i)
+    assert order == list(range(6))
+    assert admitted == sorted(admitted)
+
+
+@pytest.mark.parametrize("parallel", [1, 3, 8])
+async def test_never_more_rows_than_places(server: Server, parallel: int) -> None:
+    await server.load(parallel=parallel)
+    server.backend.step_gate.shut()
+    calls = [server.start(str(i), num_predict=5, seed=i) for i in range(2 * parallel + 1)]
+    await eventually(lambda: len(server.app.engine._ledger._live) == len(calls))
+    most = 0
+    finished = False
+    while not finished:
+        await server.thread(server.backend.step_gate.wait_arrival)
+        most = max(most, len(server.backend.batches[-1].rows))
+        passed = server.backend.step_gate._passed
+        server.backend.step_gate.allow()
+        await server.thread(partial(server.backend.step_gate.wait_passed, passed + 1))
+        await eventually(lambda: server.backend.step_gate._waiting > 0 or not _live(server))
+        finished = not _live(server)
+    assert most == parallel
+    texts = [joined([message async for message in call]) for call in calls]
+    assert len(set(texts)) == len(calls)
+
+
+async def test_queue_duration_is_the_time_in_the_queue(server: Server) -> None:
+    await server.load(parallel=1)
+    server.backend.step_gate.shut()
+    first, second = server.start("a", num_predict=2), server.start("b", num_predict=2)
+    await eventually(lambda: len(server.app.engine._ledger._live) == 2)
+    queued = time.monotonic()
+    await server.thread(server.backend.step_gate.wait_arrival)
+    await server.status()
+    waited = time.monotonic() - queued
+    server.backend.step_gate.open()
+    ends = [[message async for message in call][-1] for call in (first, second)]
+    assert ends[1].queue_duration.ToNanoseconds() >= waited * 1e9
+    assert ends[0].queue_duration.ToNanoseconds() < ends[1].queue_duration.ToNanoseconds()
+
+
+def _has(server: Server, count: int) -> bool:
+    return _live(server) == count
+
+
+def _live(server: Server) -> int:
+    return len(server.app.engine._ledger._live)

@@ -1,0 +1,214 @@
+"""Whole characters and stop strings, without a server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from fakes import ByteCodec
+from runner_server.text import REPLACEMENT, StopMatcher, StreamDecoder
+
+tokenizers = pytest.importorskip("tokenizers", reason="no tokenizers (the server extra)")
+
+Decode = Callable[[Sequence[int]], str]
+
+HARD = [
+    "plain",
+    "naïve café",
+    "日本語のテキスト",
+    "😀🎉😀🎉😀🎉",
+    "a👩‍🔬b👨‍👩‍👧‍👦c",
+    "e\u0301o\u0308\u0332x",
+    "עברית Ελληνικά",
+    "\u200b\ufeff\U0010ffff",
+    "mixed 日 and 😀, ß" * 12,
+]
+
+
+def _sentencepiece() -> Any:
+    """A tokenizer as Llama 2 and Gemma have it: pieces, and bytes for what has none."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["▁", "a", "b", "▁a", "日", "x", "c"]
+    vocab = [(piece, 0.0 if i < 3 else -float(i)) for i, piece in enumerate(pieces)]
+    model = tokenizers.models.Unigram(vocab, unk_id=0, byte_fallback=True)
+    tokenizer = tokenizers.Tokenizer(model)
+    parts = tokenizers.decoders
+    tokenizer.decoder = parts.Sequence(
+        [
+            parts.Replace("▁", " "),
+            parts.ByteFallback(),
+            parts.Fuse(),
+            parts.Strip(" ", 1, 0),
+        ]
+    )
+    return tokenizer
+
+
+def _byte_level() -> Any:
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    model = tokenizers.models.BPE({char: i for i, char in enumerate(alphabet)}, [])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return tokenizer
+
+
+SENTENCEPIECE = _sentencepiece()
+BYTE_LEVEL = _byte_level()
+
+KINDS: dict[str, tuple[Decode, Callable[[bytes], list[int]]]] = {
+    "bytes": (ByteCodec().decode, list),
+    "byte_level": (
+        lambda ids: str(BYTE_LEVEL.decode(list(ids), skip_special_tokens=False)),
+        lambda data: [_byte_level_id(byte) for byte in data],
+    ),
+    "byte_fallback": (
+        lambda ids: str(SENTENCEPIECE.decode(list(ids), skip_special_tokens=False)),
+        lambda data: [3 + byte for byte in data],
+    ),
+}
+
+
+def _byte_level_id(byte: int) -> int:
+    """The id of one byte: GPT-2's table maps it to a printable character."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    char = chr(byte) if byte in printable else chr(256 + _unprintable(byte, printable))
+    return int(BYTE_LEVEL.token_to_id(char))
+
+
+def _unprintable(byte: int, printable: list[int]) -> int:
+    return [b for b in range(256) if b not in printable].index(byte)
+
+
+def _stream(decode: Decode, ids: Sequence[int], prompt: Sequence[int] = ()) -> list[str]:
+    decoder = StreamDecoder(decode, prompt)
+    return [*(decoder.push(id_) for id_ in ids), decoder.flush()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", HARD)
+def test_valid_text_arrives_whole(kind: str, text: str) -> None:
+    decode, encode = KINDS[kind]
+    pieces = _stream(decode, encode(text.encode()))
+    assert "".join(pieces) == text
+    assert not any(REPLACEMENT in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=st.text(max_size=60), prompt=st.text(max_size=12))
+@example(text="日本語", prompt="日😀🎉")
+@example(text="😀" * 20, prompt="😀" * 12)
+@example(text="\x00\x00日", prompt="\ufeff")
+def test_any_text_after_any_prompt(kind: str, text: str, prompt: str) -> None:
+    decode, encode = KINDS[kind]
+    # The decoder takes a space off the very beginning, which is never the answer's.
+    prompt_ids = encode(b"x" + prompt.encode())
+    pieces = _stream(decode, encode(text.encode()), prompt_ids)
+    # Only a text that has the replacement character itself may show one.
+    assert "".join(pieces) == text
+
+
+@pytest.mark.parametrize("kind", ["bytes", "byte_level"])
+@given(data=st.binary(max_size=80))
+@example(data=b"\xf0\x9f\x98\xf0\x9f\x98\x80\xe6\x97a\xff\xff\xff\xff\xffb")
+def test_any_bytes_are_what_the_decoder_says(kind: str, data: bytes) -> None:
+    decode, encode = KINDS[kind]
+    ids = encode(data)
+    assert "".join(_stream(decode, ids)) == decode(ids)
+
+
+@given(data=st.binary(max_size=60))
+@example(data="日本語".encode() + b"\xffa")
+@example(data=b"\xff" + "日本語".encode() * 9)
+def test_byte_fallback_never_takes_back_nor_loses(data: bytes) -> None:
+    # Such a decoder turns a whole run of bytes into replacement characters as soon as one
+    # of them is wrong, so what was shown may be better than its last word.
+    decode, encode = KINDS["byte_fallback"]
+    ids = [*encode(data), SENTENCEPIECE.token_to_id("x")]
+    shown = "".join(_stream(decode, ids))
+    assert shown.endswith("x")
+    assert len(decode(ids).replace(REPLACEMENT, "")) <= len(shown.replace(REPLACEMENT, ""))
+    assert len(shown) <= len(decode(ids))
+
+
+@given(ids=st.lists(st.integers(3, 265), max_size=60))
+def test_a_sentencepiece_space_is_kept_between_words(ids: list[int]) -> None:
+    words = [id_ for id_ in ids if id_ >= 259]
+    decode = KINDS["byte_fallback"][0]
+    prompt = [SENTENCEPIECE.token_to_id("a")]
+    assert "".join(_stream(decode, words, prompt)) == decode(prompt + words)[1:]
+
+
+def test_a_character_that_the_prompt_began_is_shown() -> None:
+    decode, encode = KINDS["byte_level"]
+    data = "日".encode()
+    assert "".join(_stream(decode, encode(data[1:] + b"a"), encode(data[:1]))) == "日a"
+
+
+def test_a_long_text_costs_the_same_for_each_token() -> None:
+    longest = 0
+
+    def decode(ids: Sequence[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return ByteCodec().decode(ids)
+
+    for data in (b"abc" * 400, "日本".encode() * 200, b"\xff" * 600, b"\x80" * 600):
+        assert "".join(_stream(decode, data)) == data.decode(errors="replace")
+    assert longest < 64
+
+
+STOPS = st.lists(st.text("abc", min_size=1, max_size=4), max_size=4)
+
+
+@given(pieces=st.lists(st.text("abc", max_size=5), max_size=8), stops=STOPS)
+@example(pieces=["aa", "ab"], stops=["aab"])
+@example(pieces=["ab", "ab", "c"], stops=["ababc", "b"])
+def test_a_stop_is_the_first_in_the_text_however_it_is_cut(
+    pieces: list[str], stops: list[str]
+) -> None:
+    matcher = StopMatcher(stops)
+    shown, fed, match = "", "", None
+    for piece in pieces:
+        text, match = matcher.feed(piece)
+        shown += text
+        fed += piece
+        if match is not None:
+            break
+        assert fed.startswith(shown)
+        assert len(shown) == len(fed) - _may_become_a_stop(fed, stops)
+    else:
+        shown += matcher.flush()
+    full = "".join(pieces)
+    places = [full.find(stop) for stop in stops if stop in full]
+    if places:
+        assert match in stops
+        assert full.startswith(shown + match)
+        assert len(shown) <= max(places)
+    else:
+        assert (shown, match) == (full, None)
+
+
+def _may_become_a_stop(text: str, stops: list[str]) -> int:
+    """How many characters at the end begin a stop."""
+    beginnings = [stop[:n] for stop in stops for n in range(1, len(stop))]
+    return max((len(part) for part in beginnings if text.endswith(part)), default=0)
+
+
+def test_what_cannot_become_a_stop_is_shown_at_once() -> None:
+    matcher = StopMatcher(["\n\n", "END"])
+    assert matcher.feed("a\n") == ("a", None)
+    assert matcher.feed("b") == ("\nb", None)
+    assert matcher.feed("xE") == ("x", None)
+    assert matcher.feed("N") == ("", None)
+    assert matcher.feed("X") == ("ENX", None)
+    assert matcher.flush() == ""
+
+
+def test_of_two_stops_at_one_place_the_first_given_counts() -> None:
+    assert StopMatcher(["ab", "abc"]).feed("xabcd") == ("x", "ab")
+    assert StopMatcher(["abc", "ab"]).feed("xabcd") == ("x", "abc")
