@@ -211,14 +211,15 @@ def test_restart_after_a_crash(model: str) -> None:
     with RunnerProcess(model) as runner:
         first, runner_id = runner.pid, runner.status().runner_id
         assert first is not None
-        assert runner.exit_code is None
+        codes = [runner.exit_code]
         os.kill(first, signal.SIGKILL)
         wait_until(lambda: runner.has_exited)
-        assert runner.exit_code == -signal.SIGKILL
+        codes.append(runner.exit_code)
         runner.restart()
         assert runner.pid != first
         assert runner.status().runner_id != runner_id
-    assert runner.exit_code == 0
+    codes.append(runner.exit_code)
+    assert codes == [None, -signal.SIGKILL, 0]
 
 
 def test_it_outlives_the_thread_that_started_it(model: str) -> None:
