@@ -1,0 +1,44 @@
+"""What README shows works as it is written there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlxrunner.v1 import runner_pb2 as pb
+from runner_client import errors
+
+pytest.importorskip("mlx_lm", reason="starts real runners: needs the server extra")
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def test_there_are_examples() -> None:
+    assert len(BLOCKS) == 2
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=["sync", "async"])
+def test_the_examples_run(block: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", block],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) > 50
+
+
+def test_the_error_table_is_complete() -> None:
+    rows = re.findall(r"^\| [A-Z_]+ \| ([A-Z_]+) \|.*\| `(\w+)` \|$", README, re.MULTILINE)
+    reasons = {name.removeprefix("ERROR_REASON_") for name in pb.ErrorReason.keys()[1:]}
+    assert {reason for reason, _ in rows} == reasons
+    assert all(issubclass(getattr(errors, name), errors.RunnerError) for _, name in rows)
