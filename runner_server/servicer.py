@@ -47,7 +47,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         self._runner_id = secrets.token_hex(8)
         self._process = psutil.Process()
 
-    async def Load(self, request: pb.LoadRequest, context: _Context) -> pb.LoadResponse:  # noqa: ARG002
+    async def Load(self, request: pb.LoadRequest, context: _Context) -> pb.LoadResponse:
         """Loads a model."""
         started = time.monotonic()
         ticket = self._engine.load(load_spec(request))
@@ -56,12 +56,12 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
             model=model_message(info), load_duration=duration(time.monotonic() - started)
         )
 
-    async def Unload(self, request: pb.UnloadRequest, context: _Context) -> pb.UnloadResponse:  # noqa: ARG002
+    async def Unload(self, request: pb.UnloadRequest, context: _Context) -> pb.UnloadResponse:
         """Unloads the model."""
         freed = await _outcome(self._engine.unload())
         return pb.UnloadResponse(freed_bytes=freed)
 
-    async def Status(self, request: pb.StatusRequest, context: _Context) -> pb.StatusResponse:  # noqa: ARG002
+    async def Status(self, request: pb.StatusRequest, context: _Context) -> pb.StatusResponse:
         """Tells what the process does and holds."""
         snapshot = self._engine.snapshot()
         memory = self._engine.memory()
@@ -97,7 +97,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
     async def Completion(
         self,
         request: pb.CompletionRequest,
-        context: _Context,  # noqa: ARG002 - the generated base class names it
+        context: _Context,
     ) -> AsyncIterator[pb.CompletionResponse]:
         """Streams a completion."""
         model = self._engine.model()
@@ -112,7 +112,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
             # A client that goes away, or whose deadline passes, ends up here too.
             self._engine.cancel(completion)
 
-    async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:  # noqa: ARG002
+    async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:
         """Splits text into token ids."""
         model = self._engine.model()
         ids = await asyncio.to_thread(
@@ -126,7 +126,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
     async def Detokenize(
         self,
         request: pb.DetokenizeRequest,
-        context: _Context,  # noqa: ARG002 - the generated base class names it
+        context: _Context,
     ) -> pb.DetokenizeResponse:
         """Joins token ids into text."""
         model = self._engine.model()
