@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-import re
 import subprocess
 import sys
 import venv
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,13 +35,12 @@ def base_distributions() -> set[str]:
     wanted = ["mlx-grpc-runner"]
     found: set[str] = set()
     while wanted:
-        name = wanted.pop()
-        for line in importlib.metadata.requires(name) or ():
-            requirement, _, marker = line.partition(";")
-            match = re.match(r"[A-Za-z0-9._-]+", requirement)
-            if match and "extra" not in marker and match[0] not in found:
-                found.add(match[0])
-                wanted.append(match[0])
+        for line in importlib.metadata.requires(wanted.pop()) or ():
+            requirement = Requirement(line)
+            is_needed = not requirement.marker or requirement.marker.evaluate({"extra": ""})
+            if is_needed and requirement.name not in found:
+                found.add(requirement.name)
+                wanted.append(requirement.name)
     return found
 
 
