@@ -128,7 +128,7 @@ class Options:
     repeat_last_n: int | None = None
     """How many of the last tokens the penalties look at; -1 is all; default 64."""
     repeat_penalty: float | None = None
-    """Above 0 to 100; 1 is off; default 1."""
+    """0.01 to 100; 1 is off; default 1."""
     presence_penalty: float | None = None
     """-100 to 100; default 0."""
     frequency_penalty: float | None = None

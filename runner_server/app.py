@@ -110,8 +110,7 @@ class RunnerApp:
         """Refuses new work, ends streams, frees the model and closes the server."""
         await self._health.enter_graceful_shutdown()
         self.engine.stop()
-        drained = await asyncio.to_thread(self.engine.join, _DRAIN_SECONDS)
-        if not drained:
+        if not await self.engine.wait_ended(_DRAIN_SECONDS):
             logger.error("the engine did not end within %.0f s; exiting anyway", _DRAIN_SECONDS)
         await self._server.stop(_STREAM_GRACE_SECONDS)
         for task in self._tasks:
@@ -181,7 +180,7 @@ def _check_socket(path: Path) -> None:
             f"the socket's path has {size} bytes and this system allows {_MAX_UNIX_PATH}: {path}"
         )
     # gRPC would silently take a live server's socket away from it.
-    with suppress(FileNotFoundError):
+    with suppress(OSError):  # of a path that cannot be looked at, binding tells more
         kind = "a socket" if stat.S_ISSOCK(path.stat().st_mode) else "a file"
         raise CannotListenError(
             f"{path} exists already and is {kind}; remove it if no server uses it, or choose "
@@ -227,8 +226,7 @@ async def serve(config: ServerConfig, backend: Backend) -> int:
     sys.stdout.flush()
     logger.info("listening on %s", ready.target)
     code = await app.run()
-    if not app.engine.join(0):
-        # The end of Python would end the thread inside MLX, which aborts the process.
-        logging.shutdown()
-        os._exit(code)
-    return code
+    # All is closed. The end of Python would wait for a prompt that is being tokenized on
+    # another thread, and end a step that hangs inside MLX, which aborts the process.
+    logging.shutdown()
+    os._exit(code)

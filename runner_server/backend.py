@@ -36,6 +36,11 @@ class Codec(Protocol):
 class Batch(Protocol):
     """Rows that are prefilled and decoded together."""
 
+    @property
+    def can_prefill(self) -> bool:
+        """Whether the prompt of one more row would be evaluated from the next step on."""
+        ...
+
     def add(self, row: int, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         """Begins a row; its prompt is evaluated in the steps that follow."""
         ...

@@ -39,9 +39,15 @@ class Engine:
         self._backend = backend
         self._inbox = Inbox()
         self._ledger = Ledger(max_queued)
-        loop = asyncio.get_running_loop()
-        self._worker = Worker(backend, self._ledger, self._inbox, loop, on_death)
-        self._thread = threading.Thread(target=self._worker.run, name="engine", daemon=True)
+        self._loop = asyncio.get_running_loop()
+        self._worker = Worker(backend, self._ledger, self._inbox, self._loop, on_death)
+        # Not a wait in a worker thread: those may all be busy with tokenizing.
+        self._ended = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def _run(self) -> None:
+        self._worker.run()
+        self._loop.call_soon_threadsafe(self._ended.set)
 
     @property
     def device(self) -> str:
@@ -57,8 +63,7 @@ class Engine:
 
         Raises:
             Busy: Another load or unload runs.
-            ShuttingDown: The engine stops.
-            GenerationFailed: The engine is dead.
+            ShuttingDown: The engine stops, or is dead.
         """
         ticket = Ticket[ModelInfo](lambda ticket: self._worker.load(spec, ticket))
         self._ledger.open_ticket(ticket, State.LOADING)
@@ -77,8 +82,7 @@ class Engine:
 
         Raises:
             ModelNotLoaded: There is none.
-            ShuttingDown: The engine stops.
-            GenerationFailed: The engine is dead.
+            ShuttingDown: The engine stops, or is dead.
         """
         return self._ledger.model()
 
@@ -92,8 +96,7 @@ class Engine:
         Raises:
             ModelNotLoaded: That model is gone.
             QueueFull: Too many completions wait.
-            ShuttingDown: The engine stops.
-            GenerationFailed: The engine is dead.
+            ShuttingDown: The engine stops, or is dead.
         """
         completion = Completion(spec, model.codec, model.info.eos_token_ids)
         self._ledger.accept(model, completion)
@@ -118,8 +121,14 @@ class Engine:
         self._ledger.stop()
         self._inbox.put(Wake())
 
-    def join(self, timeout: float) -> bool:
-        """Waits for the thread, for ``timeout`` seconds; returns whether it has ended."""
-        if self._thread.ident is not None:  # None: it was never started
-            self._thread.join(timeout)
-        return not self._thread.is_alive()
+    async def wait_ended(self, timeout_seconds: float) -> bool:
+        """Waits until the thread has ended; returns whether it has."""
+        if self._thread.ident is None:  # it was never started
+            return True
+        try:
+            await asyncio.wait_for(self._ended.wait(), timeout_seconds)
+        except TimeoutError:
+            return False
+        # It has nothing left to do.
+        self._thread.join()
+        return True

@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -17,7 +18,6 @@ from runner_server.backend import ModelHandle
 from runner_server.completion import Completion
 from runner_server.errors import (
     Busy,
-    GenerationFailed,
     ModelNotLoaded,
     QueueFull,
     RunnerFault,
@@ -26,6 +26,9 @@ from runner_server.errors import (
 from runner_server.messages import Snapshot, State
 
 _T = TypeVar("_T")
+
+_MAX_ERROR_CHARS = 512
+"""Of the last error: Status is asked often."""
 
 _MIN_RETRY_SECONDS, _MAX_RETRY_SECONDS = 0.1, 60.0
 _NEWEST_WEIGHT = 0.2
@@ -76,8 +79,7 @@ class Ledger:
         Raises:
             ModelNotLoaded: The model it was validated for is gone.
             QueueFull: Too many completions wait.
-            ShuttingDown: The engine stops.
-            GenerationFailed: The engine is dead.
+            ShuttingDown: The engine stops, or is dead.
         """
         with self._lock:
             if self._require_model() is not model:
@@ -92,8 +94,7 @@ class Ledger:
 
         Raises:
             Busy: Another load or unload runs.
-            ShuttingDown: The engine stops.
-            GenerationFailed: The engine is dead.
+            ShuttingDown: The engine stops, or is dead.
         """
         with self._lock:
             self._refuse_when_ending()
@@ -118,7 +119,7 @@ class Ledger:
         if self._state is State.STOPPING:
             raise stopping_fault()
         if self._state is State.FAILED:
-            raise dead_fault()
+            raise exiting_fault()
 
     def _retry_seconds(self, queued: int, parallel: int) -> float:
         """When a place should be free: the queue's length at the measured pace."""
@@ -165,7 +166,7 @@ class Ledger:
 
     def note_error(self, text: str) -> None:
         """A load or a step has failed, in words."""
-        self._last_error = text
+        self._last_error = text[:_MAX_ERROR_CHARS]
 
     def note_running(self, completion: Completion) -> None:
         """A completion has got its place."""
@@ -191,6 +192,7 @@ class Ledger:
         """No completion is accepted any more; returns those that have not ended."""
         with self._lock:
             self._handle = None
+            self._progress = 0
             return list(self._live.values())
 
     def close_ticket(self) -> None:
@@ -205,8 +207,10 @@ class Ledger:
         """Ends a load or unload that will not be worked on."""
         with self._lock:
             ticket, self._ticket = self._ticket, None
-        if ticket and not ticket.future.done():
-            ticket.future.set_exception(fault)
+        if ticket:
+            # Its caller may give it up at the same moment.
+            with suppress(InvalidStateError):
+                ticket.future.set_exception(fault)
 
     # -- the end -----------------------------------------------------------------
 
@@ -219,7 +223,7 @@ class Ledger:
     def die(self, text: str) -> list[Completion]:
         """Nothing is accepted any more, because the engine is dead; like :meth:`withdraw_model`."""
         with self._lock:
-            self._state, self._last_error = State.FAILED, text
+            self._state, self._last_error = State.FAILED, text[:_MAX_ERROR_CHARS]
         return self.withdraw_model()
 
 
@@ -228,6 +232,6 @@ def stopping_fault() -> ShuttingDown:
     return ShuttingDown("the runner is stopping; use another")
 
 
-def dead_fault() -> GenerationFailed:
-    """What calls get once the engine is dead."""
-    return GenerationFailed("the engine has failed and the runner is exiting; use another")
+def exiting_fault() -> ShuttingDown:
+    """What new calls get once the engine is dead."""
+    return ShuttingDown("the engine has failed and the runner is exiting; use another")

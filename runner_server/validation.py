@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import struct
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -62,6 +63,9 @@ class _Checker:
         if not message.HasField(field):
             return
         value = getattr(message, field)
+        if isinstance(value, float):
+            # What a client sends for 0.01 is the nearest 32-bit number, a little less.
+            low, high = _float32(low), _float32(high)
         inside = math.isfinite(value) and low <= value <= high and not (above and value == low)
         bounds = f"{'above ' if above else ''}{low:g} to {high:g}"
         self.require(_path(message, field), inside, f"{value:g} is not in the range {bounds}")
@@ -104,7 +108,7 @@ def check_completion(request: pb.CompletionRequest, model: ModelInfo) -> Samplin
         InvalidField: Something is missing or out of range.
     """
     check = _Checker()
-    _check_input(check, request, model)
+    _check_input(check, request)
     _check_numbers(check, request.options, model)
     _check_stops(check, request.options.stop)
     _check_bias(check, request.options, model)
@@ -122,7 +126,8 @@ def completion_spec(
     """Fits a checked completion into the context.
 
     Raises:
-        InvalidField: The prompt has no tokens.
+        InvalidField: The prompt has no tokens, or one that the model does not have:
+            a tokenizer may know more tokens than its model.
         PromptTooLong: Prompt and one token do not fit.
     """
     if not prompt_ids:
@@ -130,6 +135,11 @@ def completion_spec(
     room = model.context_length - len(prompt_ids)
     if room < 1:
         raise PromptTooLong(len(prompt_ids), model.context_length)
+    if request.WhichOneof("input") == "prompt_token_ids":
+        check_token_ids("prompt_token_ids.ids", prompt_ids, model.vocab_size)
+    elif max(prompt_ids) >= model.vocab_size:
+        text = f"the tokenizer makes token {max(prompt_ids)} of it, which the model does not have"
+        raise InvalidField([("prompt", f"{text}: its ids are 0 to {model.vocab_size - 1}")])
     options = request.options
     wanted = options.num_predict if options.HasField("num_predict") else room
     return CompletionSpec(
@@ -153,14 +163,13 @@ def check_token_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
     raise InvalidField([(f"{field}[{at}]", f"{bad} is not a token id: 0 to {vocab_size - 1}")])
 
 
-def _check_input(check: _Checker, request: pb.CompletionRequest, model: ModelInfo) -> None:
+def _check_input(check: _Checker, request: pb.CompletionRequest) -> None:
     match request.WhichOneof("input"):
         case "prompt":
             check.require("prompt", bool(request.prompt), "the prompt is empty")
         case "prompt_token_ids":
             ids = request.prompt_token_ids.ids
             check.require("prompt_token_ids", bool(ids), "the prompt is empty")
-            check_token_ids("prompt_token_ids.ids", ids, model.vocab_size)
         case _:
             check.require("input", ok=False, text="required: prompt or prompt_token_ids")
 
@@ -171,7 +180,7 @@ def _check_numbers(check: _Checker, options: pb.CompletionOptions, model: ModelI
     check.number(options, "min_p", 0, 1)
     check.number(options, "top_k", 0, model.vocab_size)
     check.number(options, "repeat_last_n", -1, _MAX_INT32)
-    check.number(options, "repeat_penalty", 0, 100, above=True)
+    check.number(options, "repeat_penalty", 0.01, 100)
     check.number(options, "presence_penalty", -100, 100)
     check.number(options, "frequency_penalty", -100, 100)
     check.number(options, "num_predict", 1, _MAX_INT32)
@@ -214,6 +223,11 @@ def _sampling(request: pb.CompletionRequest, model: ModelInfo) -> Sampling:
         logit_bias=tuple(options.logit_bias.items()),
         logprobs=request.logprobs if request.HasField("logprobs") else None,
     )
+
+
+def _float32(value: float) -> float:
+    (nearest,) = struct.unpack("f", struct.pack("f", value))
+    return float(nearest)
 
 
 def _given(message: Message, field: str, convert: Callable[[float], _T], default: _T) -> _T:

@@ -17,7 +17,7 @@ from typing import Any
 from runner_server.backend import Backend, Batch, LoadedModel, ModelHandle
 from runner_server.completion import Completion
 from runner_server.errors import GenerationFailed, RunnerFault, ShuttingDown
-from runner_server.ledger import Ledger, Ticket, dead_fault, stopping_fault
+from runner_server.ledger import Ledger, Ticket, exiting_fault, stopping_fault
 from runner_server.messages import Done, LoadSpec, ModelInfo, Prefill, Token
 from runner_server.stream import Stream
 
@@ -120,8 +120,7 @@ class Worker:
         """Ends a cancelled completion in whatever phase it is."""
         if running := self._running.pop(id_, None):
             self._ledger.forget(running)
-            if self._batch:
-                self._batch.remove([id_])
+            self._guarded(lambda _model, batch: batch.remove([id_]))
             return
         for completion in self._waiting:
             if completion.id == id_:
@@ -132,22 +131,30 @@ class Worker:
     # -- completions -------------------------------------------------------------
 
     def _advance(self) -> None:
-        """Admits what fits and makes one step; recovers once if that raises."""
+        """Admits what fits and makes one step."""
+        self._guarded(self._admit_and_step)
+
+    def _guarded(self, work: Callable[[LoadedModel, Batch], None]) -> None:
+        """Does work on the batch; if it raises, the batch's rows end and a new one begins."""
         model, batch = self._model, self._batch
         if not (model and batch):
             return
         try:
-            self._admit(batch, model.info.parallel)
-            if self._running:
-                self._step(batch)
-                self._failed_steps = 0
+            work(model, batch)
         except Exception as error:  # noqa: BLE001 - whatever MLX raised, its rows are lost
             self._recover(error)
             batch.close()
             self._batch = model.new_batch()
 
+    def _admit_and_step(self, model: LoadedModel, batch: Batch) -> None:
+        self._admit(batch, model.info.parallel)
+        if self._running:
+            self._step(batch)
+            self._failed_steps = 0
+
     def _admit(self, batch: Batch, parallel: int) -> None:
-        while self._waiting and len(self._running) < parallel:
+        # A row that the batch would keep waiting waits here, where that is counted.
+        while self._waiting and len(self._running) < parallel and batch.can_prefill:
             completion = self._waiting.popleft()
             completion.admit()
             self._running[completion.id] = completion
@@ -278,10 +285,12 @@ class Worker:
 
     def _die(self, error: BaseException) -> None:
         logger.critical("the engine is dead; the process exits", exc_info=error)
-        fault = dead_fault()
-        self._fail(self._ledger.die(f"the engine failed: {type(error).__name__}: {error}"), fault)
+        lost = self._ledger.die(f"the engine failed: {type(error).__name__}: {error}")
+        self._fail(
+            lost, GenerationFailed("the engine has failed and the runner is exiting; use another")
+        )
         self._publish()
-        self._ledger.fail_ticket(fault)
+        self._ledger.fail_ticket(exiting_fault())
         self._loop.call_soon_threadsafe(self._on_death)
         self._batch = self._model = None
         try:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from runner_server.backend import Codec
 from runner_server.messages import (
     LoadSpec,
     MemoryCounters,
@@ -131,6 +132,12 @@ class FakeBatch:
         self.rows: dict[int, _Row] = {}
         self.closed = False
 
+    @property
+    def can_prefill(self) -> bool:
+        """See ``Batch.can_prefill``."""
+        prefilling = sum(row.evaluated < row.total for row in self.rows.values())
+        return prefilling < self._backend.prefill_rows
+
     def add(self, row: int, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         """See ``Batch.add``."""
         assert prompt_ids, "an empty prompt must not get here"
@@ -140,6 +147,8 @@ class FakeBatch:
 
     def remove(self, rows: Collection[int]) -> None:
         """See ``Batch.remove``."""
+        if self._backend.remove_failures:
+            raise self._backend.remove_failures.pop(0)
         for row in rows:
             del self.rows[row]
 
@@ -176,7 +185,7 @@ class FakeModel:
     def __init__(self, backend: FakeBackend, info: ModelInfo) -> None:
         self._backend = backend
         self.info = info
-        self.codec = ByteCodec()
+        self.codec = backend.codec
 
     def new_batch(self) -> FakeBatch:
         """See ``LoadedModel.new_batch``."""
@@ -192,6 +201,9 @@ class FakeBackend:
     Attributes:
         reply: What rows say.
         failures: Raised by the next steps, one each.
+        remove_failures: Raised when rows are removed next, one each time.
+        prefill_rows: How many prompts a batch evaluates side by side.
+        codec: The tokenizer of its models.
         load_error: Raised by the next load, once, halfway.
         open_error: Raised by ``open``.
         step_gate: Passed by every step.
@@ -203,6 +215,9 @@ class FakeBackend:
 
     reply: Reply = endless
     failures: list[Exception] = field(default_factory=list)
+    remove_failures: list[Exception] = field(default_factory=list)
+    prefill_rows: int = 256
+    codec: Codec = field(default_factory=ByteCodec)
     load_error: Exception | None = None
     open_error: Exception | None = None
     step_gate: Gate = field(default_factory=Gate)

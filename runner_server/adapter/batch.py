@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
+import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from runner_server.adapter.names import BatchGenerator
@@ -17,6 +19,25 @@ _PREFILL_ROWS = 4
 """Prompts evaluated side by side; padding grows with more."""
 
 
+class _Float32Logits:
+    """A model whose logits are float32.
+
+    In half precision mlx_lm would round them when it normalizes, but not beside a row
+    whose penalties are computed in float32: a row would depend on its neighbours, and
+    the likeliest token need not win.
+    """
+
+    def __init__(self, model: Module) -> None:
+        self._model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        logits: mx.array = self._model(*args, **kwargs)
+        return logits.astype(mx.float32)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
 class MlxBatch:
     """Prefills and decodes rows together.
 
@@ -28,7 +49,7 @@ class MlxBatch:
 
     def __init__(self, model: Module, parallel: int, prefill_chunk: int) -> None:
         self._generator = BatchGenerator(
-            model,
+            _Float32Logits(model),
             completion_batch_size=parallel,
             prefill_batch_size=min(parallel, _PREFILL_ROWS),
             prefill_step_size=prefill_chunk,
@@ -36,6 +57,13 @@ class MlxBatch:
         self._uid_of: dict[int, int] = {}
         self._row_of: dict[int, int] = {}
         self._recording: dict[int, RowSampler] = {}
+        self._prefill_rows = min(parallel, _PREFILL_ROWS)
+        self._prefilling: set[int] = set()
+
+    @property
+    def can_prefill(self) -> bool:
+        """Whether one more prompt would be evaluated at once; see ``Batch.can_prefill``."""
+        return len(self._prefilling) < self._prefill_rows
 
     def add(self, row: int, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         """Begins a row; see ``Batch.add``."""
@@ -53,6 +81,7 @@ class MlxBatch:
             logits_processors=[steps],
         )
         self._uid_of[row], self._row_of[uid] = uid, row
+        self._prefilling.add(row)
 
     def remove(self, rows: Collection[int]) -> None:
         """Ends rows; see ``Batch.remove``."""
@@ -61,6 +90,7 @@ class MlxBatch:
         for row, uid in zip(rows, uids, strict=True):
             del self._row_of[uid]
             self._recording.pop(row, None)
+            self._prefilling.discard(row)
 
     def step(self) -> list[Prefill | Token]:
         """Makes one step; see ``Batch.step``."""
@@ -70,6 +100,8 @@ class MlxBatch:
         ]
         for answer in prompts:
             evaluated, total = answer.progress
+            if answer.end_of_prompt:
+                self._prefilling.discard(self._row_of[answer.uid])
             # The last token is decoded in the next step, whose answer is the news.
             if evaluated < total - 1:
                 events.append(Prefill(self._row_of[answer.uid], evaluated, total))

@@ -9,6 +9,9 @@ from typing import Any
 from runner_server.adapter.names import load_tokenizer
 from runner_server.errors import ModelUnsupported
 
+_LONG = 256
+"""Tokens from which on decoding should not keep other threads from running."""
+
 
 class FastCodec:
     """Wraps the Rust tokenizer itself.
@@ -31,13 +34,20 @@ class FastCodec:
     def encode(self, text: str, *, as_prompt: bool) -> list[int]:
         """Splits text into ids; see ``Codec.encode``."""
         has_bos = bool(self._bos_token) and text.startswith(self._bos_token or "")
-        encoding = self._tokenizer.encode(text, add_special_tokens=as_prompt and not has_bos)
-        ids: list[int] = encoding.ids
+        add = as_prompt and not has_bos
+        # Only the batch form lets other threads run meanwhile.
+        ids: list[int] = self._tokenizer.encode_batch([text], add_special_tokens=add)[0].ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Joins ids into text; see ``Codec.decode``."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        ids = list(ids)
+        text: str
+        if len(ids) > _LONG:
+            # As above; a few tokens take less time than handing over to another thread.
+            (text,) = self._tokenizer.decode_batch([ids], skip_special_tokens=False)
+        else:
+            text = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
 
 

@@ -21,6 +21,9 @@ Processor = Callable[[mx.array, mx.array], mx.array]
 
 _MASK = (1 << 64) - 1
 
+_MIN_TOP_P = 1e-9
+"""Devices may take a number much smaller for 0, and then nothing would be kept."""
+
 _MIN_TEMPERATURE = 1e-9
 """Below it a quotient could leave float32; any two logits that differ are far apart by then."""
 
@@ -65,7 +68,7 @@ def _keep_top_p(logits: mx.array, top_p: float) -> mx.array:
     probs = mx.softmax(ordered, axis=-1)
     before = mx.cumsum(probs, axis=-1) - probs
     # The first candidate has nothing before it, so one always stays.
-    kept = mx.where(before < top_p, ordered, mx.inf)
+    kept = mx.where(before < max(top_p, _MIN_TOP_P), ordered, mx.inf)
     return mx.where(logits < mx.min(kept, axis=-1, keepdims=True), -mx.inf, logits)
 
 

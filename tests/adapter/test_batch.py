@@ -15,7 +15,7 @@ import pytest
 
 from rows import GREEDY, Row, alone, run_rows
 from runner_server.backend import LoadedModel
-from runner_server.messages import Sampling, Token
+from runner_server.messages import Dtype, Sampling, Token
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
@@ -233,3 +233,15 @@ def test_progress_of_a_long_prompt(tiny: LoadedModel) -> None:
     assert len(evaluated) >= 2
     assert evaluated == sorted(set(evaluated))
     assert {total for _, total in row.progress} == {700}
+
+
+def test_logits_are_float32_whatever_the_model_holds(
+    load: Callable[..., LoadedModel], model_dir: Callable[..., Path]
+) -> None:
+    """A row's rounding must not depend on what its neighbours ask for."""
+    model: Any = load(model_dir(dtype="bfloat16"), dtype=Dtype.AS_STORED)
+    assert model.info.dtype == "bfloat16"
+    batch = model.new_batch()
+    logits = batch._generator.model(mx.zeros((1, 3), dtype=mx.int32))
+    batch.close()
+    assert logits.dtype == mx.float32

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,3 +154,27 @@ def test_options_of_rows_mix_in_half_precision(load: Load, model_dir: Build, dty
     assert [len(ids) for ids in run_rows(batch, rows)] == [10] * 4
     batch.close()
     assert all(entry.logprob <= 0 for row in rows for entry in row.logprobs)
+
+
+def test_other_threads_run_while_a_long_text_is_split_and_joined(trained: LoadedModel) -> None:
+    text = "def read_lines(path):\n    return [line for line in open(path)]\n" * 8000
+    ids = trained.codec.encode(text, as_prompt=False)
+    works: list[Callable[[], object]] = [
+        lambda: trained.codec.encode(text, as_prompt=False),
+        lambda: trained.codec.decode(ids),
+    ]
+    for work in works:
+        seconds, longest_gap = _watched(work)
+        assert longest_gap < seconds / 2, "this thread stood still while the other worked"
+
+
+def _watched(work: Callable[[], object]) -> tuple[float, float]:
+    """How long work took on another thread, and the longest that this one stood still."""
+    thread = threading.Thread(target=work)
+    begin = last = time.perf_counter()
+    longest_gap = 0.0
+    thread.start()
+    while thread.is_alive():
+        now = time.perf_counter()
+        longest_gap, last = max(longest_gap, now - last), now
+    return time.perf_counter() - begin, longest_gap

@@ -95,7 +95,8 @@ async def test_a_dead_engine_answers_with_a_typed_error(start_server: StartServe
     assert status.state == pb.STATE_FAILED
     assert "failed" in status.last_error
     for call in (server.start(), server.load(), server.stub.Unload(pb.UnloadRequest())):
-        assert (await failure(call)).reason == "GENERATION_FAILED"
+        assert (await failure(call)).reason == "SHUTTING_DOWN"
+    assert status.progress == 0
     for name in ("", "plugin", "mlxrunner.v1.RunnerService"):
         await eventually(partial(_is_not_serving, server, name))
 
@@ -112,7 +113,7 @@ async def test_without_its_library_the_process_ends(
 async def test_a_load_that_waits_ends_when_the_engine_dies(start_server: StartServer) -> None:
     backend = FakeBackend(open_error=ImportError("no mlx here"))
     server = await start_server(backend)
-    assert (await failure(server.load())).reason == "GENERATION_FAILED"
+    assert (await failure(server.load())).reason == "SHUTTING_DOWN"
 
 
 async def _end(call: CompletionCall) -> int | Problem:
@@ -124,3 +125,21 @@ async def _end(call: CompletionCall) -> int | Problem:
 
 async def _is_not_serving(server: Server, name: str) -> bool:
     return await server.health(name) == NOT_SERVING
+
+
+async def test_a_cancel_that_fails_costs_its_batch_only(start_server: StartServer) -> None:
+    server = await start_server()
+    await server.load()
+    server.backend.step_gate.shut()
+    cancelled, neighbour = server.start("one"), server.start("two")
+    await eventually(lambda: len(server.app.engine._ledger._live) == 2)
+    server.backend.step_gate.allow(2)
+    await eventually(lambda: server.backend.steps == 2)
+    server.backend.remove_failures.append(RuntimeError("cannot filter"))
+    cancelled.cancel()
+    await eventually(lambda: not server.app.engine._worker._inbox.empty())
+    server.backend.step_gate.open()
+    assert (await failure(neighbour)).reason == "GENERATION_FAILED"
+    assert (await server.complete("three", num_predict=3))[-1].done
+    await server.settled()
+    server.assert_nothing_left()

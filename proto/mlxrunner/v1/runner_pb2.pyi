@@ -15,6 +15,9 @@ the numbers, with units in the key (`requiredBytes`, `promptTokens`).
 INVALID_FIELD adds `google.rpc.BadRequest`; QUEUE_FULL adds
 `google.rpc.RetryInfo`. Decide by the reason, never by the message.
 
+A defect of the server itself is answered with INTERNAL / GENERATION_FAILED by
+any rpc; the log of the process says more.
+
 Beside this service a server answers `grpc.health.v1.Health` (services "",
 "mlxrunner.v1.RunnerService" and "plugin"; SERVING means that calls are
 answered, not that a model is loaded) and server reflection, v1 and v1alpha.
@@ -716,7 +719,7 @@ class CompletionOptions(_message.Message):
     """
     repeat_penalty: _builtins.float
     """Divides positive and multiplies negative logits of tokens seen there. Range
-    above 0 to 100; 1 = off. Default: 1.
+    0.01 to 100; 1 = off. Default: 1.
     """
     presence_penalty: _builtins.float
     """Subtracted from the logits of tokens seen there. Range -100 to 100.

@@ -144,8 +144,8 @@ class RunnerServiceServicer(object):
         - FAILED_PRECONDITION / MODEL_NOT_LOADED: call `Load` first.
         - RESOURCE_EXHAUSTED / QUEUE_FULL: too many requests wait; retry after
         `RetryInfo.retry_delay`, or use another runner.
-        - UNAVAILABLE / SHUTTING_DOWN: the process stops, or the model was unloaded
-        or replaced; use another runner, or load again.
+        - UNAVAILABLE / SHUTTING_DOWN: the process stops (also because it failed), or
+        the model was unloaded or replaced; use another runner, or load again.
         - INTERNAL / GENERATION_FAILED: MLX raised in a step of this request's
         batch. The runner recovers; retrying is safe.
         """

@@ -15,6 +15,9 @@ the numbers, with units in the key (`requiredBytes`, `promptTokens`).
 INVALID_FIELD adds `google.rpc.BadRequest`; QUEUE_FULL adds
 `google.rpc.RetryInfo`. Decide by the reason, never by the message.
 
+A defect of the server itself is answered with INTERNAL / GENERATION_FAILED by
+any rpc; the log of the process says more.
+
 Beside this service a server answers `grpc.health.v1.Health` (services "",
 "mlxrunner.v1.RunnerService" and "plugin"; SERVING means that calls are
 answered, not that a model is loaded) and server reflection, v1 and v1alpha.
@@ -111,8 +114,8 @@ class RunnerServiceStub:
     - FAILED_PRECONDITION / MODEL_NOT_LOADED: call `Load` first.
     - RESOURCE_EXHAUSTED / QUEUE_FULL: too many requests wait; retry after
       `RetryInfo.retry_delay`, or use another runner.
-    - UNAVAILABLE / SHUTTING_DOWN: the process stops, or the model was unloaded
-      or replaced; use another runner, or load again.
+    - UNAVAILABLE / SHUTTING_DOWN: the process stops (also because it failed), or
+      the model was unloaded or replaced; use another runner, or load again.
     - INTERNAL / GENERATION_FAILED: MLX raised in a step of this request's
       batch. The runner recovers; retrying is safe.
     """
@@ -202,8 +205,8 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
     - FAILED_PRECONDITION / MODEL_NOT_LOADED: call `Load` first.
     - RESOURCE_EXHAUSTED / QUEUE_FULL: too many requests wait; retry after
       `RetryInfo.retry_delay`, or use another runner.
-    - UNAVAILABLE / SHUTTING_DOWN: the process stops, or the model was unloaded
-      or replaced; use another runner, or load again.
+    - UNAVAILABLE / SHUTTING_DOWN: the process stops (also because it failed), or
+      the model was unloaded or replaced; use another runner, or load again.
     - INTERNAL / GENERATION_FAILED: MLX raised in a step of this request's
       batch. The runner recovers; retrying is safe.
     """
@@ -314,8 +317,8 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
         - FAILED_PRECONDITION / MODEL_NOT_LOADED: call `Load` first.
         - RESOURCE_EXHAUSTED / QUEUE_FULL: too many requests wait; retry after
           `RetryInfo.retry_delay`, or use another runner.
-        - UNAVAILABLE / SHUTTING_DOWN: the process stops, or the model was unloaded
-          or replaced; use another runner, or load again.
+        - UNAVAILABLE / SHUTTING_DOWN: the process stops (also because it failed), or
+          the model was unloaded or replaced; use another runner, or load again.
         - INTERNAL / GENERATION_FAILED: MLX raised in a step of this request's
           batch. The runner recovers; retrying is safe.
         """

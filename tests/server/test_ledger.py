@@ -1,0 +1,23 @@
+"""The book that two threads share, where only one at a time can show it."""
+
+from __future__ import annotations
+
+from runner_server.ledger import Ledger, Ticket, stopping_fault
+from runner_server.messages import State
+
+
+def test_a_ticket_given_up_at_the_end_does_no_harm() -> None:
+    ledger = Ledger(max_queued=1)
+    ticket = Ticket[int](lambda _: 0)
+    ledger.open_ticket(ticket, State.LOADING)
+    assert ticket.future.cancel()
+    ledger.fail_ticket(stopping_fault())
+    assert ticket.future.cancelled()
+
+
+def test_the_last_error_is_bounded() -> None:
+    ledger = Ledger(max_queued=1)
+    ledger.note_error("x" * 100_000)
+    assert len(ledger.snapshot().last_error) == 512
+    ledger.die("y" * 100_000)
+    assert len(ledger.snapshot().last_error) == 512

@@ -1,0 +1,85 @@
+"""A tokenizer that knows more than its model, and one that takes its time."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+
+from fakes import DEADLINE_SECONDS, VOCAB_SIZE, ByteCodec, FakeBackend
+from harness import StartServer, eventually, failure
+from mlxrunner.v1 import runner_pb2 as pb
+
+BUSY_CALLS = 40
+"""More than asyncio has worker threads by default."""
+
+
+class WideCodec(ByteCodec):
+    """Has a token that the model has no row for, as after an added special token."""
+
+    def encode(self, text: str, *, as_prompt: bool) -> list[int]:
+        """See ``Codec.encode``."""
+        ids = super().encode(text.replace("<pad>", ""), as_prompt=as_prompt)
+        return [*ids, VOCAB_SIZE] if "<pad>" in text else ids
+
+
+class BlockedCodec(ByteCodec):
+    """Splits text when the test lets it."""
+
+    def __init__(self) -> None:
+        self.arrived = threading.Semaphore(0)
+        self.release = threading.Event()
+
+    def encode(self, text: str, *, as_prompt: bool) -> list[int]:
+        """See ``Codec.encode``."""
+        self.arrived.release()
+        assert self.release.wait(DEADLINE_SECONDS)
+        return super().encode(text, as_prompt=as_prompt)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See ``Codec.decode``."""
+        return super().decode(ids)
+
+
+async def test_a_token_that_the_model_does_not_have_is_refused(start_server: StartServer) -> None:
+    server = await start_server(FakeBackend(codec=WideCodec()))
+    await server.load()
+    problem = await failure(server.start("a <pad> b", repeat_penalty=1.1))
+    assert problem.reason == "INVALID_FIELD"
+    assert str(VOCAB_SIZE) in problem.message
+    assert list(problem.violations) == ["prompt"]
+    assert (await server.complete("a b", num_predict=3))[-1].done
+
+
+async def test_stopping_does_not_wait_for_tokenizing(start_server: StartServer) -> None:
+    codec = BlockedCodec()
+    server = await start_server(FakeBackend(codec=codec))
+    await server.load()
+    calls = [server.stub.Tokenize(pb.TokenizeRequest(content="x")) for _ in range(BUSY_CALLS)]
+    answers = [asyncio.create_task(failure(call)) for call in calls]
+    try:
+        await eventually(lambda: codec.arrived.acquire(blocking=False))
+        await asyncio.wait_for(server.app.close(), DEADLINE_SECONDS / 2)
+    finally:
+        codec.release.set()
+        for answer in answers:
+            answer.cancel()
+        await asyncio.gather(*answers, return_exceptions=True)
+
+
+async def test_who_waits_for_prefill_counts_as_queued(start_server: StartServer) -> None:
+    backend = FakeBackend(prefill_rows=2)
+    server = await start_server(backend)
+    await server.load(parallel=8)
+    backend.step_gate.shut()
+    calls = [server.start("x" * 30, num_predict=2) for _ in range(8)]
+    await eventually(lambda: len(server.app.engine._ledger._live) == 8)
+    backend.step_gate.allow()
+    await eventually(lambda: backend.steps == 1)
+    status = await server.status()
+    assert (status.running_count, status.queued_count) == (2, 6)
+    backend.step_gate.open()
+    lasts = [[message async for message in call][-1] for call in calls]
+    waits = [last.queue_duration.ToNanoseconds() for last in lasts]
+    # The later pairs waited for the earlier ones, and say so.
+    assert min(waits[6:]) > max(waits[:2])
