@@ -19,7 +19,7 @@ from runner_client.aio import AsyncRunnerClient
 from runner_client.errors import RunnerError, RunnerExitedError, RunnerUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
     from types import TracebackType
 
     from mlxrunner.v1 import runner_pb2 as pb
@@ -78,6 +78,11 @@ class _AsyncChildClient(AsyncRunnerClient):
         """Waits for a load that ``start_load`` began."""
         return await self._finish_load(reply, on_progress)
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether the child has exited."""
+        return self._child.has_exited
+
     async def _failure(
         self, error: BaseException, timeout_seconds: float | None = None
     ) -> RunnerError:
@@ -110,7 +115,8 @@ class AsyncRunnerProcess(ProcessBase):
         dtype: In which format to hold the weights.
         require_full: Whether a model that does not fit raises
             ``LoadRequiresFullError`` rather than ``InsufficientMemoryError``.
-        memory_override: Starts it even if the gate says that it does not fit.
+        memory_override: Starts it even if the gate says that it does not fit, and has
+            the server load it too. With ``"auto"`` it is then held as it is stored.
         gate: Decides whether it fits. Default: a ``MemoryGate()``.
         timeouts: How long to wait for what.
         restart_policy: How often ``restart`` may be called.
@@ -134,21 +140,27 @@ class AsyncRunnerProcess(ProcessBase):
         Raises:
             RunnerError: It was not started; ``RunnerProcess.load`` lists why.
         """
-        begin = time.monotonic()
-        start = asyncio.to_thread(self._start_child)
+        async with self._new_life() as life:
+            return await self._load(life)
+
+    @contextlib.asynccontextmanager
+    async def _new_life(self) -> AsyncIterator[int]:
+        """Begins a life, and ends it, if it is not over, if the block raises."""
+        life = self._begin_life()
         try:
-            plan, child, ready = await start
-        except asyncio.CancelledError:
-            # The thread cannot be cancelled, but it gives up when its child ends.
-            await self.close()
-            raise
-        try:
-            client = _AsyncChildClient(ready.target, child, self.timeouts)
-            await client.wait_until_serving(begin + start_limit(self.timeouts))
-            self._running = client, client.start_load(plan.load_request())
+            yield life
         except BaseException:
-            await self.close()
+            await self._close(life)
             raise
+
+    async def _load(self, life: int) -> MemoryEstimate:
+        begin = time.monotonic()
+        # The thread cannot be cancelled, but it gives up when its life is over.
+        plan, child, ready = await asyncio.to_thread(self._start_child, life)
+        client = _AsyncChildClient(ready.target, child, self.timeouts)
+        await client.wait_until_serving(begin + start_limit(self.timeouts))
+        with self._in_life(life):
+            self._running = client, client.start_load(plan.load_request())
         return plan.estimate
 
     async def wait_until_running(
@@ -167,7 +179,7 @@ class AsyncRunnerProcess(ProcessBase):
         """
         client, reply = self._require_running()
         result = await client.finish_load(reply, on_progress)
-        self._note_loaded(await self.status())
+        self._note_loaded(await client.status())
         return result
 
     async def status(self) -> Status:
@@ -266,19 +278,30 @@ class AsyncRunnerProcess(ProcessBase):
         held. May be called in any phase, and again; ``load`` may follow. If its task
         is cancelled it kills at once, and still reaps.
         """
-        closing = asyncio.create_task(asyncio.to_thread(self._close_child))
+        await self._close()
+
+    async def _close(self, life: int | None = None) -> None:
+        ending = self._begin_close(life)
+        if ending is None:
+            return
+        closing = asyncio.create_task(asyncio.to_thread(self._close_child, ending))
         try:
             await asyncio.shield(closing)
         except asyncio.CancelledError:
-            self._kill_child()
+            if ending.child is not None:
+                ending.child.kill()
             await closing
             raise
         finally:
-            if self._running is not None:
-                client, reply = self._running
-                await client.close()
-                # Takes note of its error, if nobody waited for it.
-                await asyncio.gather(reply, return_exceptions=True)
+            await self._close_client()
+
+    async def _close_client(self) -> None:
+        # It may be that of a newer child, which runs.
+        if self._running is not None and self._running[0].is_gone:
+            client, reply = self._running
+            await client.close()
+            # Takes note of its error, if nobody waited for it.
+            await asyncio.gather(reply, return_exceptions=True)
 
     @property
     def _client(self) -> _AsyncChildClient:
@@ -290,12 +313,9 @@ class AsyncRunnerProcess(ProcessBase):
         return self._running
 
     async def __aenter__(self) -> Self:
-        try:
-            await self.load()
+        async with self._new_life() as life:
+            await self._load(life)
             await self.wait_until_running()
-        except BaseException:
-            await self.close()
-            raise
         return self
 
     async def __aexit__(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mlxrunner.v1 import runner_pb2 as pb
     from runner_client._command import Listen
     from runner_client.estimate import MemoryEstimate
+    from runner_client.gate import GateDecision
     from runner_client.types import Dtype
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,10 @@ class Launch:
     def plan(self) -> Plan:
         """Decides whether the model may be started, without starting anything.
 
+        ``"auto"`` is float32 on a CPU only where memory allows, else as stored, and
+        an override leaves it so: it is for what does not fit in any other way, and
+        asks for the smallest. Who wants float32 all the same asks for float32.
+
         Raises:
             UnsupportedPlatformError: MLX does not run here.
             ModelNotFoundError: There is no such model.
@@ -59,9 +64,8 @@ class Launch:
         """
         check_platform()
         try:
-            return _gated(self)
+            return _gated(self, override=self.memory_override and self.dtype != "auto")
         except InsufficientMemoryError as error:
-            # "auto" is float32 on a CPU only where memory allows, else as stored.
             plan = self._plan_as_stored()
             if plan is None:
                 raise
@@ -72,11 +76,11 @@ class Launch:
         if self.dtype != "auto":
             return None
         with contextlib.suppress(InsufficientMemoryError):
-            return _gated(replace(self, dtype="as_stored"))
+            return _gated(replace(self, dtype="as_stored"), override=self.memory_override)
         return None
 
 
-def _gated(launch: Launch) -> Plan:
+def _gated(launch: Launch, *, override: bool) -> Plan:
     need = estimate(
         launch.model,
         context_length=launch.context_length,
@@ -85,10 +89,10 @@ def _gated(launch: Launch) -> Plan:
     )
     gate = launch.gate or MemoryGate()
     reservation = contextlib.ExitStack()
-    reservation.enter_context(
-        gate.reserve(need, require_full=launch.require_full, override=launch.memory_override)
+    decision = reservation.enter_context(
+        gate.reserve(need, require_full=launch.require_full, override=override)
     )
-    return Plan(launch, need, reservation)
+    return Plan(launch, need, decision, reservation)
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,16 @@ class Plan:
 
     launch: Launch
     estimate: MemoryEstimate
+    decision: GateDecision
     reservation: contextlib.ExitStack
     """What the gate sets aside until the model is loaded, or will not be."""
 
     def load_request(self) -> pb.LoadRequest:
-        """What the child is to load: just what the gate counted."""
+        """What the child is to load: just what the gate counted.
+
+        The server measures by itself what is free, and refuses by that; a caller who
+        has overridden the gate has overridden the server too.
+        """
         # The server would not expand "~", and names a hub model by its id.
         is_folder = Path(self.launch.model).expanduser().is_dir()
         return load_request(
@@ -109,7 +118,15 @@ class Plan:
             context_length=self.estimate.context_length,
             parallel=self.estimate.parallel,
             dtype=self.launch.dtype,
+            memory_limit_bytes=self._limit_bytes(),
         )
+
+    def _limit_bytes(self) -> int | None:
+        """What the model may take, in bytes; None lets the server measure."""
+        if not self.decision.overridden:
+            return None
+        # The gate keeps some of the free memory back: never less than all of it.
+        return max(self.estimate.total_bytes, self.decision.free.available_bytes)
 
     def child(self, place: ListenPlace) -> Child:
         """Makes the child, not yet started.

@@ -12,6 +12,7 @@ import math
 import threading
 import time
 import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from runner_client._command import ListenPlace
@@ -21,7 +22,7 @@ from runner_client.types import DeviceInfo, RestartPolicy, Timeouts
 from runner_client.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from mlxrunner.handshake import ReadyLine
     from runner_client._child import Child
@@ -37,8 +38,23 @@ HEALTH_SECONDS = 0.05
 """How long to wait between two questions for the health of a new child."""
 
 
+@dataclass(frozen=True)
+class Ending:
+    """What one close has to end, and never a child that comes later."""
+
+    life: int
+    child: Child | None
+    place: ListenPlace | None
+    plan: Plan | None
+
+
 class ProcessBase:
-    """The child, and what is known of it."""
+    """The child, and what is known of it.
+
+    One child after another may belong to it. The life of each has a number: it begins
+    with a start and ends with a close. A start that fails ends its own life only: by
+    then another thread may have closed it and started the next.
+    """
 
     def __init__(
         self,
@@ -150,69 +166,78 @@ class ProcessBase:
         kind, _, name = self._status.device.partition(": ")
         return (DeviceInfo(kind, name, self._status.memory_bytes),)
 
-    def _start_child(self) -> tuple[Plan, Child, ReadyLine]:
-        """Checks, estimates, gates, spawns, and waits for the ready line.
-
-        Leaves nothing behind if it raises.
-        """
+    def _begin_life(self) -> int:
+        """Begins a life, which is over when it is closed; returns its number."""
         with self._lock:
             if self._is_started:
                 raise RunnerUnavailableError("this runner was started already; close it first")
-            self._is_started, life = True, self._life
+            self._is_started = True
             self._child = self._place = self._ready = self._plan = self._status = None
-        try:
-            plan = self._launch.plan()
-            child = self._adopt(plan, life)
-            child.start()
-            ready = self._ready = child.wait_ready(self.timeouts.start_seconds)
-        except BaseException:
-            # Closed meanwhile, it is no longer this call's to end.
-            if self._life == life:
-                self._close_child()
-            raise
+            return self._life
+
+    @contextlib.contextmanager
+    def _in_life(self, life: int) -> Iterator[None]:
+        """Keeps a life from being closed while the block runs.
+
+        Raises:
+            RunnerUnavailableError: It was closed; the block does not run.
+        """
+        with self._lock:
+            if self._life != life:
+                raise RunnerUnavailableError("the runner was closed while it was starting")
+            yield
+
+    def _start_child(self, life: int) -> tuple[Plan, Child, ReadyLine]:
+        """Checks, estimates, gates, spawns, and waits for the ready line."""
+        plan = self._launch.plan()
+        child = self._adopt(plan, life)
+        child.start()
+        ready = child.wait_ready(self.timeouts.start_seconds)
+        with self._in_life(life):
+            self._ready = ready
         logger.info("runner (pid %s) listens on %s", child.pid, ready.target)
         return plan, child, ready
 
     def _adopt(self, plan: Plan, life: int) -> Child:
         """Makes the child known before it is started, so that ``close`` finds it."""
-        with contextlib.ExitStack() as undo, self._lock:
+        with contextlib.ExitStack() as undo:
             undo.enter_context(plan.reservation)
-            place = ListenPlace.make(self._launch.listen)
-            undo.callback(place.remove)
-            if self._life != life:
-                raise RunnerUnavailableError("the runner was closed while it was starting")
-            self._child = child = plan.child(place)
-            self._plan, self._place = plan, place
-            undo.pop_all()
+            with self._in_life(life):
+                place = ListenPlace.make(self._launch.listen)
+                undo.callback(place.remove)
+                self._child = child = plan.child(place)
+                self._plan, self._place = plan, place
+                undo.pop_all()
         # Who forgets to close leaves no child behind.
         weakref.finalize(self, child.abandon)
         return child
 
-    def _close_child(self) -> None:
-        """Ends the child in any phase, and returns when it is reaped."""
+    def _begin_close(self, life: int | None) -> Ending | None:
+        """Ends a life, any if None; returns None if it is over already."""
         with self._lock:
+            if life is not None and self._life != life:
+                return None
             self._life += 1
-            life, child, place = self._life, self._child, self._place
+            return Ending(self._life, self._child, self._place, self._plan)
+
+    def _close_child(self, ending: Ending) -> None:
+        """Ends the child in any phase, and returns when it is reaped."""
         try:
-            if child is not None:
-                child.close(self.timeouts.close_grace_seconds(self.memory_size))
+            if ending.child is not None:
+                ending.child.close(self.timeouts.close_grace_seconds(self.memory_size))
         finally:
-            if place is not None:
-                place.remove()
-            self._end_reservation()
+            if ending.place is not None:
+                ending.place.remove()
+            self._end_reservation(ending.plan)
             with self._lock:
-                if self._life == life:
+                if self._life == ending.life:
                     self._is_started = False
 
-    def _end_reservation(self) -> None:
+    def _end_reservation(self, plan: Plan | None) -> None:
         """Tells the gate that the model is loaded, or never will be."""
         with self._lock:
-            held = self._plan.reservation.pop_all() if self._plan else contextlib.ExitStack()
+            held = plan.reservation.pop_all() if plan else contextlib.ExitStack()
         held.close()
-
-    def _kill_child(self) -> None:
-        if self._child is not None:
-            self._child.kill()
 
     def _count_restart(self) -> None:
         now = time.monotonic()
@@ -225,8 +250,9 @@ class ProcessBase:
         self._restarts = (*policy.recent(self._restarts, now), now)
 
     def _note_loaded(self, status: Status) -> None:
-        """Logs how far the estimate was from what the load took."""
-        self._end_reservation()
+        """Takes note of it, and logs how far the estimate was from what the load took."""
+        self._status = status
+        self._end_reservation(self._plan)
         if self._plan is None:
             return
         need = self._plan.estimate

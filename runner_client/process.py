@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING, NoReturn, Self
 
@@ -17,7 +18,7 @@ from runner_client.client import RunnerClient
 from runner_client.errors import RunnerError, RunnerExitedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
     from mlxrunner.v1 import runner_pb2 as pb
@@ -64,6 +65,11 @@ class _ChildClient(RunnerClient):
         """Waits for a load that ``start_load`` began."""
         return self._finish_load(call, on_progress)
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether the child has exited."""
+        return self._child.has_exited
+
     def _failure(self, error: Exception, timeout_seconds: float | None = None) -> RunnerError:
         return self._child.explain(super()._failure(error, timeout_seconds))
 
@@ -95,7 +101,8 @@ class RunnerProcess(ProcessBase):
         dtype: In which format to hold the weights.
         require_full: Whether a model that does not fit raises
             ``LoadRequiresFullError`` rather than ``InsufficientMemoryError``.
-        memory_override: Starts it even if the gate says that it does not fit.
+        memory_override: Starts it even if the gate says that it does not fit, and has
+            the server load it too. With ``"auto"`` it is then held as it is stored.
         gate: Decides whether it fits. Default: a ``MemoryGate()``.
         timeouts: How long to wait for what.
         restart_policy: How often ``restart`` may be called.
@@ -126,15 +133,26 @@ class RunnerProcess(ProcessBase):
             RunnerExitedError: The child ended.
             RunnerUnavailableError: It was closed meanwhile, or started before.
         """
-        begin = time.monotonic()
-        plan, child, ready = self._start_child()
+        with self._new_life() as life:
+            return self._load(life)
+
+    @contextlib.contextmanager
+    def _new_life(self) -> Iterator[int]:
+        """Begins a life, and ends it, if it is not over, if the block raises."""
+        life = self._begin_life()
         try:
-            client = _ChildClient(ready.target, child, self.timeouts)
-            client.wait_until_serving(begin + start_limit(self.timeouts))
-            self._running = client, client.start_load(plan.load_request())
+            yield life
         except BaseException:
-            self.close()
+            self._close(life)
             raise
+
+    def _load(self, life: int) -> MemoryEstimate:
+        begin = time.monotonic()
+        plan, child, ready = self._start_child(life)
+        client = _ChildClient(ready.target, child, self.timeouts)
+        client.wait_until_serving(begin + start_limit(self.timeouts))
+        with self._in_life(life):
+            self._running = client, client.start_load(plan.load_request())
         return plan.estimate
 
     def wait_until_running(self, on_progress: Callable[[Status], None] | None = None) -> LoadResult:
@@ -151,7 +169,7 @@ class RunnerProcess(ProcessBase):
         """
         client, call = self._require_running()
         result = client.finish_load(call, on_progress)
-        self._note_loaded(self.status())
+        self._note_loaded(client.status())
         return result
 
     def status(self) -> Status:
@@ -250,11 +268,19 @@ class RunnerProcess(ProcessBase):
         held. May be called in any phase, from any thread, and again; ``load`` may
         follow. An interrupt while it waits kills at once.
         """
+        self._close()
+
+    def _close(self, life: int | None = None) -> None:
+        ending = self._begin_close(life)
+        if ending is None:
+            return
         try:
-            self._close_child()
+            self._close_child(ending)
         finally:
-            if self._running is not None:
-                self._running[0].close()
+            # It may be that of a newer child, which runs.
+            running = self._running
+            if running is not None and running[0].is_gone:
+                running[0].close()
 
     @property
     def _client(self) -> _ChildClient:
@@ -266,12 +292,9 @@ class RunnerProcess(ProcessBase):
         return self._running
 
     def __enter__(self) -> Self:
-        try:
-            self.load()
+        with self._new_life() as life:
+            self._load(life)
             self.wait_until_running()
-        except BaseException:
-            self.close()
-            raise
         return self
 
     def __exit__(

@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import logging
 import os
-import platform
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from fake_child import is_gone, open_files, use_fake_child, use_script, wait_until, write_model
-from mlxrunner.hostmemory import FreeMemory
-from mlxrunner.v1 import runner_pb2 as pb
 from runner_client import (
-    MemoryGate,
     RestartPolicy,
     RunnerProcess,
     State,
     Status,
     Timeouts,
-    _command,
     errors,
 )
-from runner_client._child import Child
 
 SLOW_LOAD = "runner.load_seconds = 600"
 
@@ -41,23 +33,6 @@ def model(tmp_path: Path) -> str:
 @pytest.fixture
 def fake_child(monkeypatch: pytest.MonkeyPatch) -> None:
     use_fake_child(monkeypatch)
-
-
-def child_of(runner: RunnerProcess) -> Child:
-    assert runner._child is not None
-    return runner._child
-
-
-def free(available_bytes: int) -> Callable[[], FreeMemory]:
-    return lambda: FreeMemory(
-        available_bytes=available_bytes,
-        source="system",
-        system_bytes=available_bytes,
-        cgroup_bytes=None,
-        device_bytes=None,
-        device_name="test",
-        device_kind="cpu",
-    )
 
 
 @pytest.mark.usefixtures("fake_child")
@@ -123,19 +98,6 @@ def test_it_can_load_again_after_close(model: str) -> None:
     with runner:
         assert runner.pid != first
         assert runner.complete("Hi").content == "Hello world"
-
-
-def load_told(runner: RunnerProcess) -> str:
-    """The load request that a closed fake child was sent."""
-    return child_of(runner).stderr_tail[0]
-
-
-@pytest.mark.usefixtures("fake_child")
-def test_the_load_names_what_the_gate_counted(model: str) -> None:
-    with RunnerProcess(model, dtype="bfloat16") as runner:
-        pass
-    expected = pb.LoadRequest(model=model, context_length=128, parallel=4, dtype=pb.DTYPE_BFLOAT16)
-    assert load_told(runner) == repr(str(expected))
 
 
 def test_progress_is_shown_while_it_loads(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,18 +235,6 @@ def test_close_from_another_thread_ends_a_start(
 
 
 @pytest.mark.usefixtures("fake_child")
-def test_close_in_the_gate_starts_nothing(model: str) -> None:
-    def close_first() -> FreeMemory:
-        runner.close()
-        return free(2**40)()
-
-    runner = RunnerProcess(model, gate=MemoryGate(measure=close_first))
-    with pytest.raises(errors.RunnerUnavailableError, match="closed while it was starting"):
-        runner.load()
-    assert runner.pid is None
-
-
-@pytest.mark.usefixtures("fake_child")
 def test_an_exception_inside_ends_the_child(model: str) -> None:
     runner = RunnerProcess(model)
     with pytest.raises(KeyboardInterrupt), runner:
@@ -311,88 +261,6 @@ def test_an_interrupt_while_it_loads_ends_the_child(
 
 
 @pytest.mark.usefixtures("fake_child")
-def test_a_model_that_does_not_fit_starts_nothing(model: str) -> None:
-    gate = MemoryGate(measure=free(2**20), settle_seconds=0)
-    runner = RunnerProcess(model, gate=gate)
-    with pytest.raises(errors.InsufficientMemoryError) as caught:
-        runner.load()
-    assert type(caught.value) is errors.InsufficientMemoryError
-    assert runner.pid is None
-    with pytest.raises(errors.LoadRequiresFullError):
-        RunnerProcess(model, gate=gate, require_full=True).load()
-    with RunnerProcess(model, gate=gate, memory_override=True) as forced:
-        assert forced.complete("Hi").content == "Hello world"
-
-
-@pytest.mark.usefixtures("fake_child")
-def test_the_gate_sets_the_memory_aside_until_the_load_is_done(model: str) -> None:
-    gate = MemoryGate(measure=free(2**30), settle_seconds=0)
-    runner = RunnerProcess(model, gate=gate)
-    try:
-        need = runner.load()
-        assert gate.check(need).reserved_bytes == need.total_bytes
-        runner.wait_until_running()
-        assert gate.check(need).reserved_bytes == 0
-    finally:
-        runner.close()
-
-
-@pytest.mark.usefixtures("fake_child")
-def test_a_close_gives_the_memory_back_to_the_gate(model: str) -> None:
-    gate = MemoryGate(measure=free(2**30), settle_seconds=0)
-    runner = RunnerProcess(model, gate=gate)
-    need = runner.load()
-    runner.close()
-    assert gate.check(need).reserved_bytes == 0
-
-
-@pytest.mark.skipif(platform.system() != "Linux", reason="float32 is chosen on a CPU only")
-def test_auto_falls_back_to_the_stored_format(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    use_fake_child(monkeypatch)
-    monkeypatch.setattr("runner_client.estimate.installed_backend", lambda: "cpu")
-    path = write_model(tmp_path / "half", weight_bytes=2**30, dtype="F16")
-    gate = MemoryGate(measure=free(2 * 2**30), settle_seconds=0)
-    with RunnerProcess(str(path), gate=gate) as runner:
-        assert runner.estimate is not None
-        assert runner.estimate.dtype == "as_stored"
-    assert "dtype: DTYPE_AS_STORED" in load_told(runner)
-    assert "loaded as it is stored" in caplog.text
-
-
-def test_a_model_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(errors.ModelNotFoundError):
-        RunnerProcess(str(tmp_path / "none")).load()
-
-
-def test_a_platform_without_mlx(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "system", lambda: "Windows")
-    monkeypatch.setattr(platform, "machine", lambda: "AMD64")
-    with pytest.raises(errors.UnsupportedPlatformError, match="Windows AMD64"):
-        RunnerProcess(model).load()
-
-
-@pytest.mark.parametrize("missing", ["runner_server", "mlx", "mlx_lm"])
-def test_a_python_without_the_server(
-    model: str, monkeypatch: pytest.MonkeyPatch, missing: str
-) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == missing else find(name)
-    )
-    with pytest.raises(errors.NotSupportedError, match=rf"no .*{missing}.*mlx-grpc-runner\[cpu\]"):
-        RunnerProcess(model).load()
-
-
-def test_a_python_that_does_not_know_its_executable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr("sys.executable", "")
-    with pytest.raises(errors.RunnerUnavailableError, match=r"sys\.executable"):
-        _command.server_command("127.0.0.1:0")
-
-
-@pytest.mark.usefixtures("fake_child")
 def test_restart_gives_another_process(model: str) -> None:
     with RunnerProcess(model, restart_policy=RestartPolicy(max_restarts=2)) as runner:
         pids = [runner.pid]
@@ -414,23 +282,12 @@ def test_a_forgotten_process_ends_by_itself(model: str) -> None:
     runner = RunnerProcess(model)
     runner.load()
     runner.wait_until_running()
-    child = child_of(runner)
+    child = runner._child
+    assert child is not None
     del runner
     gc.collect()
     wait_until(lambda: child.has_exited)
     child.close(1)
-
-
-@pytest.mark.usefixtures("fake_child")
-def test_the_environment_of_the_child(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_script(
-        monkeypatch,
-        "import os, sys; sys.exit(os.environ['MINE'] + os.environ['THEIRS'] + os.getcwd())",
-    )
-    monkeypatch.setenv("THEIRS", "b")
-    with pytest.raises(errors.RunnerExitedError) as caught:
-        RunnerProcess(model, env={"MINE": "a"}).load()
-    assert caught.value.stderr_tail == (f"ab{Path.cwd()}",)
 
 
 @pytest.mark.usefixtures("fake_child")
@@ -457,36 +314,3 @@ def test_the_estimate_is_compared_with_the_peak(
     with RunnerProcess(model):
         pass
     assert "estimated" in caplog.text
-
-
-def test_a_place_to_listen_that_is_none(model: str) -> None:
-    with pytest.raises(ValueError, match="pigeon"):
-        RunnerProcess(model, listen="pigeon").load()  # type: ignore[arg-type]  # the point
-
-
-def test_a_socket_lies_in_a_private_folder_with_a_short_path(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    deep = tmp_path / ("x" * 100)
-    deep.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(deep))
-    place = _command.ListenPlace.make("unix")
-    assert place.folder is not None
-    assert place.folder.stat().st_mode & 0o777 == 0o700
-    assert len(place.argument.removeprefix("unix:")) <= 103
-    assert list(deep.iterdir()) == []
-    place.remove()
-    place.remove()
-    assert not place.folder.exists()
-
-
-def test_import_paths_of_a_checkout_come_first() -> None:
-    root = Path(__file__).parents[2]
-    added = _command.with_import_paths({"PYTHONPATH": "/mine", "A": "b"})
-    assert added["A"] == "b"
-    assert added["PYTHONPATH"].split(os.pathsep) == [str(root), str(root / "proto"), "/mine"]
-
-
-def test_installed_packages_are_not_put_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_command, "_places", lambda _name: ["/usr/lib/python3/site-packages"])
-    assert _command.with_import_paths({"A": "b"}) == {"A": "b"}

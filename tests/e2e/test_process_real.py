@@ -21,6 +21,7 @@ from fake_child import is_gone, wait_until
 from runner_client import (
     AsyncRunnerProcess,
     DoneReason,
+    MemoryGate,
     Options,
     RunnerClient,
     RunnerProcess,
@@ -52,6 +53,15 @@ SPAWNED = (
     " close_fds=False, stdout=2).pid"
 )
 FORKED = "os.fork() or (time.sleep(60), os._exit(0))"
+
+NOTHING_FREE = """
+import dataclasses
+from mlxrunner import hostmemory
+
+measure = hostmemory.free_memory
+hostmemory.free_memory = lambda: dataclasses.replace(measure(), available_bytes=1)
+"""
+"""Has a server find no memory free."""
 
 WAIT = "runner.wait_until_running()\n"
 GENERATE = "stream = runner.completion('x', options=Options(num_predict=100_000))\nnext(stream)\n"
@@ -205,6 +215,17 @@ def test_close_while_it_loads(model: str) -> None:
     waiter.join(10)
     assert len(ends) == 1
     assert time.monotonic() - begin < 8
+
+
+def test_an_overridden_gate_overrides_the_server_too(model: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(NOTHING_FREE)
+    environment = {"PYTHONPATH": str(tmp_path)}
+    with pytest.raises(errors.InsufficientMemoryError, match="may be used"):
+        RunnerProcess(model, env=environment).__enter__()
+    gate = MemoryGate(minimum_bytes=2**62, settle_seconds=0)
+    runner = RunnerProcess(model, gate=gate, env=environment, memory_override=True)
+    with runner:
+        assert runner.complete("Hi", options=Options(num_predict=1)).eval_count == 1
 
 
 def test_restart_after_a_crash(model: str) -> None:

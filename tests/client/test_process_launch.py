@@ -1,0 +1,233 @@
+"""What RunnerProcess checks before it starts a child, and how it starts one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fake_child import use_fake_child, use_script, write_model
+from mlxrunner.hostmemory import FreeMemory
+from mlxrunner.v1 import runner_pb2 as pb
+from runner_client import (
+    MemoryGate,
+    RunnerProcess,
+    _command,
+    errors,
+)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    return str(write_model(tmp_path / "tiny"))
+
+
+@pytest.fixture
+def fake_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_fake_child(monkeypatch)
+
+
+def free(available_bytes: int) -> Callable[[], FreeMemory]:
+    return lambda: FreeMemory(
+        available_bytes=available_bytes,
+        source="system",
+        system_bytes=available_bytes,
+        cgroup_bytes=None,
+        device_bytes=None,
+        device_name="test",
+        device_kind="cpu",
+    )
+
+
+def load_told(runner: RunnerProcess) -> str:
+    """The load request that a closed fake child was sent."""
+    assert runner._child is not None
+    return runner._child.stderr_tail[0]
+
+
+@pytest.mark.usefixtures("fake_child")
+def test_the_load_names_what_the_gate_counted(model: str) -> None:
+    with RunnerProcess(model, dtype="bfloat16") as runner:
+        pass
+    expected = pb.LoadRequest(model=model, context_length=128, parallel=4, dtype=pb.DTYPE_BFLOAT16)
+    assert load_told(runner) == repr(str(expected))
+
+
+@pytest.mark.usefixtures("fake_child")
+def test_close_in_the_gate_starts_nothing(model: str) -> None:
+    def close_first() -> FreeMemory:
+        runner.close()
+        return free(2**40)()
+
+    runner = RunnerProcess(model, gate=MemoryGate(measure=close_first))
+    with pytest.raises(errors.RunnerUnavailableError, match="closed while it was starting"):
+        runner.load()
+    assert runner.pid is None
+
+
+@pytest.mark.usefixtures("fake_child")
+def test_a_model_that_does_not_fit_starts_nothing(model: str) -> None:
+    gate = MemoryGate(measure=free(2**20), settle_seconds=0)
+    runner = RunnerProcess(model, gate=gate)
+    with pytest.raises(errors.InsufficientMemoryError) as caught:
+        runner.load()
+    assert type(caught.value) is errors.InsufficientMemoryError
+    assert runner.pid is None
+    with pytest.raises(errors.LoadRequiresFullError):
+        RunnerProcess(model, gate=gate, require_full=True).load()
+    with RunnerProcess(model, gate=gate, memory_override=True) as forced:
+        assert forced.complete("Hi").content == "Hello world"
+
+
+@pytest.mark.usefixtures("fake_child")
+def test_the_gate_sets_the_memory_aside_until_the_load_is_done(model: str) -> None:
+    gate = MemoryGate(measure=free(2**30), settle_seconds=0)
+    runner = RunnerProcess(model, gate=gate)
+    try:
+        need = runner.load()
+        assert gate.check(need).reserved_bytes == need.total_bytes
+        runner.wait_until_running()
+        assert gate.check(need).reserved_bytes == 0
+    finally:
+        runner.close()
+
+
+@pytest.mark.usefixtures("fake_child")
+def test_a_close_gives_the_memory_back_to_the_gate(model: str) -> None:
+    gate = MemoryGate(measure=free(2**30), settle_seconds=0)
+    runner = RunnerProcess(model, gate=gate)
+    need = runner.load()
+    runner.close()
+    assert gate.check(need).reserved_bytes == 0
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="float32 is chosen on a CPU only")
+def test_auto_falls_back_to_the_stored_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    use_fake_child(monkeypatch)
+    monkeypatch.setattr("runner_client.estimate.installed_backend", lambda: "cpu")
+    path = write_model(tmp_path / "half", weight_bytes=2**30, dtype="F16")
+    gate = MemoryGate(measure=free(2 * 2**30), settle_seconds=0)
+    with RunnerProcess(str(path), gate=gate) as runner:
+        assert runner.estimate is not None
+        assert runner.estimate.dtype == "as_stored"
+    assert "dtype: DTYPE_AS_STORED" in load_told(runner)
+    assert "loaded as it is stored" in caplog.text
+
+
+@pytest.mark.usefixtures("fake_child")
+@pytest.mark.parametrize("free_bytes", [2**20, 2**28], ids=["less than the need", "kept back"])
+def test_an_overridden_gate_has_the_server_go_on(model: str, free_bytes: int) -> None:
+    gate = MemoryGate(measure=free(free_bytes), minimum_bytes=2**28, settle_seconds=0)
+    runner = RunnerProcess(model, gate=gate, dtype="bfloat16", memory_override=True)
+    with runner:
+        assert runner.estimate is not None
+        limit_bytes = max(runner.estimate.total_bytes, free_bytes)
+    assert f"memory_limit_bytes: {limit_bytes}" in load_told(runner)
+
+
+@pytest.mark.usefixtures("fake_child")
+def test_an_override_that_was_not_needed_sets_no_limit(model: str) -> None:
+    gate = MemoryGate(measure=free(2**40))
+    with RunnerProcess(model, gate=gate, memory_override=True) as runner:
+        pass
+    assert "memory_limit_bytes" not in load_told(runner)
+
+
+@pytest.mark.parametrize("free_gib", [2, 1], ids=["as stored it fits", "it does not fit at all"])
+def test_auto_is_as_stored_rather_than_overridden_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_gib: int
+) -> None:
+    use_fake_child(monkeypatch)
+    monkeypatch.setattr("runner_client.estimate.installed_backend", lambda: "cpu")
+    path = write_model(tmp_path / "half", weight_bytes=2**30, dtype="F16")
+    gate = MemoryGate(measure=free(free_gib * 2**30), settle_seconds=0)
+    runner = RunnerProcess(str(path), gate=gate, memory_override=True)
+    with runner:
+        need = runner.estimate
+        assert need is not None
+        assert need.dtype == "as_stored"
+    told = load_told(runner)
+    assert "dtype: DTYPE_AS_STORED" in told
+    assert (f"memory_limit_bytes: {need.total_bytes}" in told) == (free_gib == 1)
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(errors.ModelNotFoundError):
+        RunnerProcess(str(tmp_path / "none")).load()
+
+
+def test_a_platform_without_mlx(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "system", lambda: "Windows")
+    monkeypatch.setattr(platform, "machine", lambda: "AMD64")
+    with pytest.raises(errors.UnsupportedPlatformError, match="Windows AMD64"):
+        RunnerProcess(model).load()
+
+
+@pytest.mark.parametrize("missing", ["runner_server", "mlx", "mlx_lm"])
+def test_a_python_without_the_server(
+    model: str, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == missing else find(name)
+    )
+    with pytest.raises(errors.NotSupportedError, match=rf"no .*{missing}.*mlx-grpc-runner\[cpu\]"):
+        RunnerProcess(model).load()
+
+
+def test_a_python_that_does_not_know_its_executable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr("sys.executable", "")
+    with pytest.raises(errors.RunnerUnavailableError, match=r"sys\.executable"):
+        _command.server_command("127.0.0.1:0")
+
+
+@pytest.mark.usefixtures("fake_child")
+def test_the_environment_of_the_child(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_script(
+        monkeypatch,
+        "import os, sys; sys.exit(os.environ['MINE'] + os.environ['THEIRS'] + os.getcwd())",
+    )
+    monkeypatch.setenv("THEIRS", "b")
+    with pytest.raises(errors.RunnerExitedError) as caught:
+        RunnerProcess(model, env={"MINE": "a"}).load()
+    assert caught.value.stderr_tail == (f"ab{Path.cwd()}",)
+
+
+def test_a_place_to_listen_that_is_none(model: str) -> None:
+    with pytest.raises(ValueError, match="pigeon"):
+        RunnerProcess(model, listen="pigeon").load()  # type: ignore[arg-type]  # the point
+
+
+def test_a_socket_lies_in_a_private_folder_with_a_short_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    place = _command.ListenPlace.make("unix")
+    assert place.folder is not None
+    assert place.folder.stat().st_mode & 0o777 == 0o700
+    assert len(place.argument.removeprefix("unix:")) <= 103
+    assert list(deep.iterdir()) == []
+    place.remove()
+    place.remove()
+    assert not place.folder.exists()
+
+
+def test_import_paths_of_a_checkout_come_first() -> None:
+    root = Path(__file__).parents[2]
+    added = _command.with_import_paths({"PYTHONPATH": "/mine", "A": "b"})
+    assert added["A"] == "b"
+    assert added["PYTHONPATH"].split(os.pathsep) == [str(root), str(root / "proto"), "/mine"]
+
+
+def test_installed_packages_are_not_put_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_command, "_places", lambda _name: ["/usr/lib/python3/site-packages"])
+    assert _command.with_import_paths({"A": "b"}) == {"A": "b"}
