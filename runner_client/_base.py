@@ -45,6 +45,9 @@ class ClientBase:
         self._timeouts = timeouts or Timeouts()
         self._is_closed = False
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._address!r})"
+
     @property
     def address(self) -> str:
         """Where the runner is called, as gRPC takes it."""

@@ -27,7 +27,10 @@ _PLATFORMS = {("Darwin", "arm64"), ("Linux", "x86_64"), ("Linux", "aarch64")}
 """Where PyPI has MLX with a backend. Its Windows wheels need one that no extra of
 MLX brings."""
 
-_SERVER_PACKAGES = ("runner_server", "mlx", "mlx_lm")
+_SERVER_PACKAGES = (
+    *("runner_server", "mlx", "mlx_lm"),
+    *("grpc_health", "grpc_reflection", "grpc_status"),
+)
 _CHECKOUT_PACKAGES = ("runner_server", "mlxrunner")
 
 _SOCKET_PATH_BYTES = 103

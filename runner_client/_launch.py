@@ -84,7 +84,7 @@ def _gated(launch: Launch, *, override: bool) -> Plan:
     need = estimate(
         launch.model,
         context_length=launch.context_length,
-        parallel=launch.parallel or DEFAULT_PARALLEL,
+        parallel=DEFAULT_PARALLEL if launch.parallel is None else launch.parallel,
         dtype=launch.dtype,
     )
     gate = launch.gate or MemoryGate()

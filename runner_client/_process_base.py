@@ -15,11 +15,11 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mlxrunner.units import format_bytes
 from runner_client._command import ListenPlace
 from runner_client._launch import Launch
 from runner_client.errors import RunnerTimeoutError, RunnerUnavailableError
 from runner_client.types import DeviceInfo, RestartPolicy, Timeouts
-from runner_client.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -95,6 +95,10 @@ class ProcessBase:
         self._ready: ReadyLine | None = None
         self._plan: Plan | None = None
         self._status: Status | None = None
+
+    def __repr__(self) -> str:
+        name, model = type(self).__name__, self._launch.model
+        return f"<{name} {model!r} pid={self.pid} address={self.address!r}>"
 
     @property
     def timeouts(self) -> Timeouts:

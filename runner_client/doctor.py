@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlxrunner.hostmemory import FreeMemory, device_infos, free_memory, installed_backend
+from mlxrunner.units import format_bytes
 from runner_client._command import check_platform
 from runner_client._probe import ProbeResult, run_probe
 from runner_client.environment import child_environment, find_blas, package_folders
 from runner_client.errors import RunnerError
-from runner_client.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

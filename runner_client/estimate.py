@@ -9,6 +9,7 @@ from mlxrunner.hostmemory import Backend, installed_backend
 from runner_client._kv import kv_layers, text_config
 from runner_client._safetensors import read_config, read_tensors, resolve_model
 from runner_client._weights import hosted_tensors, weigh
+from runner_client.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -106,14 +107,20 @@ def estimate(
     Raises:
         ModelNotFoundError: There is no such model on this machine.
         ModelUnsupportedError: Its files are incomplete or damaged.
-        ValueError: ``context_length`` or ``parallel`` is less than 1.
+        InvalidRequestError: ``context_length`` is less than 2 or more than the model can
+            handle, or ``parallel`` is not 1 to 256.
     """
-    for name, value in (("context_length", context_length), ("parallel", parallel)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+    _require("context_length", context_length, 2, 2**31 - 1)
+    _require("parallel", parallel, 1, 256)
     path = resolve_model(model)
     backend = backend or installed_backend()
     return _estimate(model, path, context_length, parallel, _resolved(dtype, backend), backend)
+
+
+def _require(name: str, value: int | None, low: int, high: int) -> None:
+    if value is not None and not low <= value <= high:
+        text = f"{value:,} is not in the range {low:,} to {high:,}"
+        raise InvalidRequestError(f"{name}: {text}", field_violations=[(name, text)])
 
 
 def _estimate(
@@ -127,6 +134,8 @@ def _estimate(
     config, stored = read_config(path), read_tensors(path)
     tensors = hosted_tensors(stored)
     longest = _model_context_length(config)
+    if longest is not None:
+        _require("context_length", context_length, 2, longest)
     context_length = context_length or min(
         longest or DEFAULT_CONTEXT_LENGTH, DEFAULT_CONTEXT_LENGTH
     )

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mlxrunner.hostmemory import FreeMemory, free_memory
+from mlxrunner.units import format_bytes
 from runner_client.errors import (
     InsufficientMemoryError,
     InvalidRequestError,
     LoadRequiresFullError,
 )
-from runner_client.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

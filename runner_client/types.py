@@ -142,6 +142,12 @@ class Options:
     logit_bias: Mapping[int, float] | None = None
     """Added to the logits of these token ids."""
 
+    def __post_init__(self) -> None:
+        # A string is a sequence of strings too: each of its letters would end the text.
+        stop: object = self.stop
+        if isinstance(stop, str):
+            raise TypeError(f"stop is a sequence of strings: write stop=({stop!r},)")
+
 
 @dataclass(frozen=True, slots=True)
 class Model:

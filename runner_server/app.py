@@ -35,6 +35,7 @@ EXIT_ENGINE_DEAD = 70
 """The engine could not recover; BSD's EX_SOFTWARE."""
 
 EXIT_CANNOT_START = 1
+"""The address cannot be listened on, or the model of the command line not be loaded."""
 
 _MAX_UNIX_PATH = 107 if sys.platform == "linux" else 103
 _MAX_PORT = 65535
@@ -71,7 +72,7 @@ class RunnerApp:
     def __init__(self, config: ServerConfig, backend: Backend) -> None:
         self._config = config
         self._stop = asyncio.Event()
-        self._dead = False
+        self._exit_code = 0
         self._health = health.aio.HealthServicer()
         self.engine = Engine(backend, max_queued=config.max_queued, on_death=self._on_death)
         self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=_OPTIONS)
@@ -100,7 +101,7 @@ class RunnerApp:
         """Serves until it is asked to stop, or the engine dies; returns the exit code."""
         await self._stop.wait()
         await self.close()
-        return EXIT_ENGINE_DEAD if self._dead else 0
+        return self._exit_code
 
     def request_stop(self) -> None:
         """Begins an orderly end."""
@@ -124,16 +125,19 @@ class RunnerApp:
         add_reflection(self._server, (SERVICE_NAME, health.SERVICE_NAME))
 
     def _on_death(self) -> None:
-        self._dead = True
+        self._exit_code = EXIT_ENGINE_DEAD
         self._spawn(self._health.enter_graceful_shutdown())
         self._stop.set()
 
     async def _load_first(self, spec: LoadSpec) -> None:
+        """Loads the model of the command line; without it the process is of no use."""
         try:
             await asyncio.wrap_future(self.engine.load(spec).future)
-        except RunnerFault as fault:
-            # The server stays: Status tells the reason, and Load may be called.
-            logger.error("could not load %s: %s", spec.model, fault)  # noqa: TRY400 - no bug
+        except RunnerFault:
+            if not self._stop.is_set():
+                logger.error("the model %s cannot be loaded: exiting", spec.model)  # noqa: TRY400
+                self._exit_code = EXIT_CANNOT_START
+                self._stop.set()
 
     def _spawn(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -162,7 +166,7 @@ async def _listen(server: grpc.aio.Server, listen: str) -> ReadyLine:
         raise CannotListenError(
             f"--listen {listen!r}: expected HOST:PORT, the port 0 to {_MAX_PORT}, or unix:/path"
         )
-    advice = "it is in use, or no address of this machine; port 0 takes a free port"
+    advice = "it is in use, no address of this machine, or unknown; port 0 takes a free port"
     return ReadyLine("tcp", f"{host}:{_bind(server, listen, advice)}")
 
 

@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--listen", default="127.0.0.1:0", help="HOST:PORT or unix:/path (default %(default)s)")
-    add("--model", help="load this directory or cached hub id at once")
+    add("--model", help="load this directory or cached hub id at once, or exit")
     add("--context-length", type=_at_least(2), help="longest sequence in tokens")
     add(
         "--parallel",

@@ -47,17 +47,17 @@ class OrphanGuard:
                 pass
         except OSError:
             logger.exception("stdin cannot be read; it should be a pipe held by the parent")
-        self._end("its stdin was closed")
+        self._end("the parent closed stdin or ended")
 
     def _watch_parent(self) -> None:
         while os.getppid() == self._parent:
             time.sleep(_POLL_SECONDS)
-        self._end(f"the parent, process {self._parent}, is gone")
+        self._end(f"the parent, process {self._parent}, ended")
 
     def _end(self, sign: str) -> None:
         if not self._once.acquire(blocking=False):
             return
-        logger.warning("the parent has ended (%s): stopping", sign)
+        logger.info("stopping, because %s", sign)
         self._on_orphaned()
         time.sleep(_GRACE_SECONDS)
         os._exit(1)

@@ -67,8 +67,9 @@ class _Checker:
             # What a client sends for 0.01 is the nearest 32-bit number, a little less.
             low, high = _float32(low), _float32(high)
         inside = math.isfinite(value) and low <= value <= high and not (above and value == low)
-        bounds = f"{'above ' if above else ''}{low:g} to {high:g}"
-        self.require(_path(message, field), inside, f"{value:g} is not in the range {bounds}")
+        bounds = f"{'above ' if above else ''}{_plain(low)} to {_plain(high)}"
+        text = f"{_plain(value)} is not in the range {bounds}"
+        self.require(_path(message, field), inside, text)
 
     def finish(self) -> None:
         if self.violations:
@@ -228,6 +229,11 @@ def _sampling(request: pb.CompletionRequest, model: ModelInfo) -> Sampling:
 def _float32(value: float) -> float:
     (nearest,) = struct.unpack("f", struct.pack("f", value))
     return float(nearest)
+
+
+def _plain(value: float) -> str:
+    """A number as people write it: no exponent for a whole one."""
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _given(message: Message, field: str, convert: Callable[[float], _T], default: _T) -> _T:

@@ -8,6 +8,7 @@ import click
 import psutil
 
 from mlxrunner.hostmemory import free_memory
+from mlxrunner.units import format_bytes
 from runner_client.cli._errors import EXIT_CODES, Failure
 from runner_client.cli._output import Row, completion_rows, print_rows
 from runner_client.cli._session import loaded, show_text, streamed
@@ -15,7 +16,6 @@ from runner_client.cli.status import memory_text
 from runner_client.environment import package_folders
 from runner_client.process import RunnerProcess
 from runner_client.types import Options
-from runner_client.units import format_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path

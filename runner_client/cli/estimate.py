@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, get_args
 import click
 
 from mlxrunner.hostmemory import Backend
+from mlxrunner.units import format_bytes
 from runner_client.cli._options import (
     context_length_option,
     dtype_option,
@@ -17,7 +18,6 @@ from runner_client.cli._options import (
 from runner_client.cli._output import Row, print_json, print_rows
 from runner_client.estimate import DEFAULT_PARALLEL, MemoryEstimate, estimate
 from runner_client.gate import GateDecision, MemoryGate
-from runner_client.units import format_bytes
 
 if TYPE_CHECKING:
     from mlxrunner.hostmemory import FreeMemory

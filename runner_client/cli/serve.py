@@ -31,7 +31,9 @@ _FOR_A_MODEL = ("context_length", "parallel", "dtype", "memory_limit")
     epilog="Exit codes: 0 success (Ctrl-C included), 1 it could not start, 2 wrong usage, 70 the "
     "engine died, 130 interrupted twice.",
 )
-@click.option("--model", help="Load it at once; without it the server waits for a Load call.")
+@click.option(
+    "--model", help="Load it at once, or exit; without it the server waits for a Load call."
+)
 @click.option(
     "--listen",
     default="127.0.0.1:0",

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mlxrunner.units import format_bytes
 from runner_client.cli._errors import EXIT_CODES
 from runner_client.cli._options import json_option
 from runner_client.cli._output import Row, print_json, print_rows
 from runner_client.client import RunnerClient
-from runner_client.units import format_bytes
 
 if TYPE_CHECKING:
     from runner_client.types import MemoryUsage, Model, Status

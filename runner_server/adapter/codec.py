@@ -82,4 +82,10 @@ def load_codec(path: Path, eos_token_ids: object) -> tuple[FastCodec, frozenset[
             f"the tokenizer in {path} has no tokenizer.json form; convert it with transformers",
             model=str(path),
         )
+    # Where there are no files, transformers may make a tokenizer of special tokens only.
+    if backend.get_vocab_size() <= len(backend.get_added_tokens_decoder()):
+        raise ModelUnsupported(
+            f"there is no tokenizer in {path}; expected tokenizer.json and tokenizer_config.json",
+            model=str(path),
+        )
     return FastCodec(backend, wrapper.bos_token), frozenset(wrapper.eos_token_ids)

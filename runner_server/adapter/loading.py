@@ -25,6 +25,7 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 
 from mlxrunner.hostmemory import free_memory
+from mlxrunner.units import format_bytes
 from runner_server.adapter.batch import MlxBatch
 from runner_server.adapter.codec import FastCodec, load_codec
 from runner_server.adapter.kv import Probe, probe
@@ -99,7 +100,14 @@ def _load(path: Path, spec: LoadSpec, report: Report) -> MlxModel:
     loaded = MlxModel(model, codec, info)
     _warm_up(loaded)
     report(100)
-    logger.info("loaded %s: %s", info.path, info)
+    logger.info(
+        "loaded %s: %s of weights as %s, context %d x %d",
+        info.path,
+        format_bytes(info.weight_bytes),
+        info.dtype,
+        info.parallel,
+        info.context_length,
+    )
     return loaded
 
 
@@ -127,6 +135,10 @@ def _find(model: str) -> Path:
 
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
+    if not file.exists():
+        raise ModelUnsupported(
+            f"no config.json in {path}: no model's directory, or not downloaded whole"
+        )
     try:
         config: dict[str, Any] = load_config(path)
         model_type = config["model_type"]
@@ -188,9 +200,10 @@ def _plan(spec: LoadSpec, model: Module, config: dict[str, Any]) -> _Plan:
     weights, kv = _needs(model, seen, kv_bytes, dtype)
     if weights + kv > limit:
         raise InsufficientMemory(
-            f"the model needs {_gib(weights + kv)} ({_gib(weights)} weights, {_gib(kv)} KV cache "
-            f"for {spec.parallel} x {context} tokens) and {_gib(limit)} may be used; free memory, "
-            "or load with a smaller context_length, parallel or dtype",
+            f"the model needs {format_bytes(weights + kv)} ({format_bytes(weights)} weights, "
+            f"{format_bytes(kv)} KV cache for {spec.parallel} x {context} tokens) and "
+            f"{format_bytes(limit)} may be used; free memory, or load with a smaller "
+            "context_length, parallel or dtype",
             requiredBytes=weights + kv,
             availableBytes=limit,
         )
@@ -244,8 +257,8 @@ def _read_fault(error: Exception, total_bytes: int) -> RunnerFault:
     if isinstance(error, MemoryError) or "allocate" in str(error):
         available = free_memory().available_bytes
         return InsufficientMemory(
-            f"memory ran out while reading {_gib(total_bytes)} of weights, {_gib(available)} are "
-            "free now; free memory, or load with another dtype",
+            f"memory ran out while reading {format_bytes(total_bytes)} of weights, "
+            f"{format_bytes(available)} are free now; free memory, or load with another dtype",
             requiredBytes=total_bytes,
             availableBytes=available,
         )
@@ -333,7 +346,3 @@ def _float_name(model: Module) -> str:
 
 def _device_kind() -> str:
     return "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"

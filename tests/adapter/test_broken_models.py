@@ -115,6 +115,16 @@ def test_a_broken_model_is_refused_in_words(
     assert len(alone(tiny, Row([1, 2, 3], 3))) == 3
 
 
+def test_a_tokenizer_that_transformers_would_make_up_is_none(
+    load: Load, model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(model_dir("qwen3"), tmp_path / "model"))
+    _remove("tokenizer.json", "tokenizer_config.json")(path)
+    fault = _fault(load, path)
+    assert isinstance(fault, ModelUnsupported), repr(fault)
+    assert "tokenizer" in str(fault)
+
+
 CANARY = """
 from pathlib import Path
 Path(__file__).with_name("RAN").write_text("ran")

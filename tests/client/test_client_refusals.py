@@ -38,3 +38,8 @@ async def test_a_port_that_is_none_is_refused(address: str) -> None:
         RunnerClient(address)
     with pytest.raises(ValueError, match="at most 65535"):
         AsyncRunnerClient(address)
+
+
+def test_one_stop_string_is_not_taken_for_its_letters() -> None:
+    with pytest.raises(TypeError, match=r"write stop=\('return',\)"):
+        Options(stop="return")  # type: ignore[arg-type]  # the slip it is about

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from runner_client.errors import ModelNotFoundError
+from mlxrunner.units import format_bytes
+from runner_client.errors import InvalidRequestError, ModelNotFoundError
 from runner_client.estimate import MARGIN_MINIMUM_BYTES, MemoryEstimate, estimate
-from runner_client.units import format_bytes
 from safetensors_files import Shapes, attention, write_model
 
 HIDDEN, KV_ROWS, LAYERS = 64, 32, 3
@@ -150,7 +150,7 @@ def test_integers_are_kept_as_they_are(tmp_path: Path) -> None:
     assert of(tmp_path, {"ids": ("I64", (5,))}).weight_bytes == 40
 
 
-@pytest.mark.parametrize(("tokens", "held"), [(1, 256), (256, 256), (257, 512), (1000, 1024)])
+@pytest.mark.parametrize(("tokens", "held"), [(2, 256), (256, 256), (257, 512), (1000, 1024)])
 def test_kv_is_allocated_in_steps(tmp_path: Path, tokens: int, held: int) -> None:
     need = of(tmp_path, context_length=tokens)
     assert need.kv_bytes == LAYERS * 2 * KV_ROWS * held * 4
@@ -269,10 +269,13 @@ def test_margin_is_a_twentieth_and_at_least_64_mib(tmp_path: Path) -> None:
 
 
 def test_arguments_out_of_range_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="context_length must be at least 1, not 0"):
-        of(tmp_path, context_length=0)
-    with pytest.raises(ValueError, match="parallel must be at least 1, not -1"):
-        of(tmp_path, parallel=-1)
+    with pytest.raises(InvalidRequestError, match="context_length: 1 is not in the range 2 to"):
+        of(tmp_path, context_length=1)
+    with pytest.raises(InvalidRequestError, match="parallel: 0 is not in the range 1 to 256"):
+        of(tmp_path, parallel=0)
+    config = {"max_position_embeddings": 1024}
+    with pytest.raises(InvalidRequestError, match="1,025 is not in the range 2 to 1,024"):
+        of(tmp_path, config=config, context_length=1025)
 
 
 def test_missing_model_is_not_found(tmp_path: Path) -> None:

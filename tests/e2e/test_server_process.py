@@ -215,11 +215,19 @@ def test_a_second_server_on_the_port_says_so_and_fails(tmp_path: Path) -> None:
         assert child.status().pid == child.process.pid
 
 
-def test_a_model_that_is_not_there_leaves_a_server_that_says_so(tmp_path: Path) -> None:
-    with running(tmp_path, "--model", "/nowhere/at/all") as child:
-        child.wait_for(lambda: bool(child.status().last_error))
-        assert "/nowhere/at/all" in child.status().last_error
-        child.wait_for(lambda: child.status().state == pb.STATE_IDLE)
+def test_without_the_model_of_its_command_line_it_exits(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "runner_server", "--model", "/nowhere/at/all"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "no model at '/nowhere/at/all'" in done.stderr
+    assert "exiting" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_proxy_in_the_environment_is_nothing_to_it(tmp_path: Path, model_dir: Build) -> None:
