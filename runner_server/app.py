@@ -135,7 +135,8 @@ class RunnerApp:
             await asyncio.wrap_future(self.engine.load(spec).future)
         except RunnerFault:
             if not self._stop.is_set():
-                logger.error("the model %s cannot be loaded: exiting", spec.model)  # noqa: TRY400
+                # The reason was logged where it was found.
+                logger.error("cannot load %s: exiting", spec.model)  # noqa: TRY400 - no bug
                 self._exit_code = EXIT_CANNOT_START
                 self._stop.set()
 
