@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
@@ -13,6 +14,15 @@ import pytest
 
 from fakes import FakeBackend
 from harness import Server, StartServer, running
+
+
+def pytest_configure() -> None:
+    """Lets children be interrupted: a suite started in the background ignores SIGINT.
+
+    They would inherit that from it, and tests of Ctrl-C wait in vain.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -304,6 +304,17 @@ def test_an_interrupted_parent_takes_the_child_along(model: str) -> None:
         assert wait_until(lambda: is_gone(child)) < 2
 
 
+def test_a_host_that_ignores_interrupts_can_stop_its_child(model: str) -> None:
+    """As one does that a shell has started in the background; its child inherits it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with RunnerProcess(model) as runner:
+            pass
+        assert runner.exit_code == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_model_that_is_none_ends_the_child(tmp_path: Path, model: str) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
