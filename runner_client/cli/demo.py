@@ -9,6 +9,7 @@ import psutil
 
 from mlxrunner.hostmemory import free_memory
 from mlxrunner.units import format_bytes
+from runner_client import doctor
 from runner_client.cli._errors import EXIT_CODES, Failure
 from runner_client.cli._output import Row, completion_rows, print_rows
 from runner_client.cli._session import loaded, show_text, streamed
@@ -55,7 +56,7 @@ def command() -> None:
         ("stopped", _stopped(runner, status)),
         ("free", _free(before, during, free_memory().available_bytes)),
     ]
-    print_rows(rows)
+    print_rows([*rows, *(("faster", advice) for advice in doctor.missing())])
 
 
 def demo_model() -> Path:

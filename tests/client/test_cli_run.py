@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
+import sys
 from typing import TYPE_CHECKING, Any
 from unittest.mock import Mock
 
@@ -12,7 +14,7 @@ import psutil
 import pytest
 
 from command_line import invoke
-from runner_client import RunnerClient
+from runner_client import RunnerClient, doctor
 from runner_client.cli import demo, run, tokenize
 from runner_client.errors import InsufficientMemoryError, RunnerTimeoutError
 from runner_client.testing import Failure, fake_runner
@@ -226,3 +228,20 @@ def test_demo_without_the_server_package(
 def test_the_demo_model_is_found_without_importing_the_server() -> None:
     assert (demo.demo_model() / "model.safetensors").is_file()
     assert importlib.util.find_spec("runner_server") is not None
+
+
+def test_demo_tells_what_would_be_faster(
+    monkeypatch: pytest.MonkeyPatch,
+    started: list[FakeProcess],  # noqa: ARG001 - puts the fake in place
+) -> None:
+    monkeypatch.setattr(psutil, "pid_exists", lambda _pid: False)
+    monkeypatch.setattr(doctor, "installed_backend", lambda: "cpu")
+    monkeypatch.setattr(doctor, "find_blas", lambda: None)
+    monkeypatch.setattr(shutil, "which", lambda _name: None)
+    monkeypatch.setattr(sys, "platform", "linux")
+    result = invoke("demo")
+    assert result.exit_code == 0, result.output
+    assert "apt-get install libopenblas0-pthread" in result.stdout
+    assert "apt-get install g++" in result.stdout
+    monkeypatch.setattr(doctor, "installed_backend", lambda: "cuda")
+    assert "apt-get install" not in invoke("demo").stdout
