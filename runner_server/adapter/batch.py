@@ -48,16 +48,16 @@ class MlxBatch:
     """
 
     def __init__(self, model: Module, parallel: int, prefill_chunk: int) -> None:
+        self._prefill_rows = min(parallel, _PREFILL_ROWS)
         self._generator = BatchGenerator(
             _Float32Logits(model),
             completion_batch_size=parallel,
-            prefill_batch_size=min(parallel, _PREFILL_ROWS),
+            prefill_batch_size=self._prefill_rows,
             prefill_step_size=prefill_chunk,
         )
         self._uid_of: dict[int, int] = {}
         self._row_of: dict[int, int] = {}
         self._recording: dict[int, RowSampler] = {}
-        self._prefill_rows = min(parallel, _PREFILL_ROWS)
         self._prefilling: set[int] = set()
 
     @property
