@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from harness import Server, failure, joined, running, tokens
+from harness import Server, eventually, failure, joined, running, tokens
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_server import worker
 from runner_server.adapter import MlxBackend
@@ -191,6 +191,8 @@ async def test_unload_in_the_middle_of_real_work(real: Server, model_dir: Build)
     await real.load(str(model_dir()), parallel=2)
     calls = [real.start("x" * 50, num_predict=2000, logit_bias={0: -100}) for _ in range(4)]
     await anext(aiter(calls[0]))
+    # One that came after the unload would hear that no model is loaded.
+    await eventually(lambda: len(real.app.engine._ledger._live) == 4)
     await real.stub.Unload(UNLOAD)
     for call in calls[1:]:
         assert (await failure(call)).reason == "SHUTTING_DOWN"
