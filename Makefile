@@ -15,6 +15,10 @@ PROTO_DIR := proto/mlxrunner/v1
 # The MLX backend: on macOS the server is complete, on Linux `make run EXTRA=cuda12`
 # or cuda13 takes the graphics card instead of the processor.
 EXTRA ?= $(if $(filter Darwin,$(shell uname -s)),server,cpu)
+# The peer of the benchmark that needs an older mlx-lm than this project.
+SMG_VENV := .venv-bench-smg
+SMG_PACKAGES := smg-grpc-servicer==0.14.1 smg-grpc-proto==0.4.28 'mlx-lm<0.32'
+SMG_PACKAGES += $(if $(filter server,$(EXTRA)),mlx,'mlx[$(EXTRA)]')
 
 .PHONY: help
 help: ## Print this list
@@ -61,9 +65,18 @@ test-floor: ## Run the tests with the lowest versions that pyproject.toml allows
 	.venv-floor/bin/pip install --quiet --editable '.[$(EXTRA)]' --group dev --constraint tests/floor.txt
 	.venv-floor/bin/python -m pytest $(ARGS)
 
+.PHONY: bench
+bench: $(VENV)/.installed-bench $(SMG_VENV)/.installed ## Measure this runner beside its peers, in an hour
+	@$(BIN)/python -m bench $(ARGS)
+
+.PHONY: bench-quick
+bench-quick: $(VENV)/.installed-bench $(SMG_VENV)/.installed ## The same in five minutes, with fewer measures
+	@$(BIN)/python -m bench --quick $(ARGS)
+
 .PHONY: clean
 clean: ## Remove environments and caches
-	rm -rf .venv .venv-proto .venv-floor .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf .venv .venv-proto .venv-floor $(SMG_VENV) bench/.cache bench/.scratch
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -78,6 +91,16 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --editable '.[$(EXTRA)]' --group dev
 	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-bench: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --editable '.[$(EXTRA)]' --group bench
+	@touch $(VENV)/.installed $@
+
+# A peer that cannot be installed is a line of the report, not the end of the benchmark.
+$(SMG_VENV)/.installed: Makefile
+	$(PYTHON) -m venv --clear $(SMG_VENV)
+	@if $(SMG_VENV)/bin/pip install --quiet $(SMG_PACKAGES); then touch $@; \
+	  else echo "SMG cannot be installed here; the benchmark goes on without it" >&2; fi
 
 $(PROTO_VENV)/.installed: Makefile
 	$(PYTHON) -m venv --clear $(PROTO_VENV)

@@ -13,24 +13,28 @@ OpenBLAS 0.3.21, ``SKYLAKEX``             190-200
 MKL 2026.2                                 70-105
 ======================================  =========
 
+Another machine of the same name gave 357 with and without ``SKYLAKEX``, 226 with
+``HASWELL``, 190 with MKL and 2.7 without any of them: only measuring tells.
 MKL chooses its slowest kernels on AMD; on Intel it comes close to OpenBLAS. So
-OpenBLAS goes first, and MKL, which needs no administrator, when there is no other.
+OpenBLAS goes first, and MKL, which needs no administrator, when there is no other:
+unless ``mlx-runner doctor`` has measured which is fastest here (``_blas_choice``).
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner_client.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 PRELOAD = "LD_PRELOAD"
-_CORETYPE = "OPENBLAS_CORETYPE"
+CORETYPE = "OPENBLAS_CORETYPE"
 
 _BLAS_WORDS = ("blas", "mkl", "blis", "nvpl")
 
@@ -69,11 +73,29 @@ def find_blas(*, root: Path = Path("/"), prefix: Path = Path(sys.prefix)) -> Bla
         root: The directory that holds ``usr`` and ``proc``.
         prefix: The Python environment, where pip and conda put MKL and OpenBLAS.
     """
+    return next(iter(installed_blas(root=root, prefix=prefix)), None)
+
+
+def installed_blas(*, root: Path = Path("/"), prefix: Path = Path(sys.prefix)) -> tuple[Blas, ...]:
+    """Every BLAS that could be put in front, the one that goes first by default first.
+
+    A library that several paths lead to comes once. Arguments are ``find_blas``'s.
+    """
     folders = (prefix / "lib", *(root / folder for folder in _SYSTEM_FOLDERS))
+    paths: dict[Path, Path] = {}
     for path in (*_openblas(folders), *_mkl(prefix / "lib")):
         if _can_be_preloaded(path):
-            return blas_at(path, root=root)
-    return None
+            paths.setdefault(path.resolve(), path)
+    return tuple(blas_at(path, root=root) for path in paths.values())
+
+
+def variants(libraries: Iterable[Blas]) -> tuple[Blas, ...]:
+    """Each of the libraries, and once more without its variables if it has any."""
+    return tuple(
+        variant
+        for blas in libraries
+        for variant in (blas, *((replace(blas, env={}),) if blas.env else ()))
+    )
 
 
 def blas_at(path: Path, *, root: Path = Path("/")) -> Blas:
@@ -96,8 +118,14 @@ def blas_at(path: Path, *, root: Path = Path("/")) -> Blas:
         )
     if "openblas" in path.name:
         core = _openblas_core(root)
-        return Blas("OpenBLAS", path, {_CORETYPE: core} if core else {})
+        return Blas("OpenBLAS", path, {CORETYPE: core} if core else {})
     return Blas("MKL" if "mkl" in path.name else path.name, path)
+
+
+def has_blas_in_front(environment: Mapping[str, str]) -> bool:
+    """Whether a BLAS is preloaded already."""
+    preloaded = environment.get(PRELOAD, "").lower()
+    return any(word in preloaded for word in _BLAS_WORDS)
 
 
 def in_front(environment: Mapping[str, str], blas: Blas) -> dict[str, str]:
@@ -106,7 +134,7 @@ def in_front(environment: Mapping[str, str], blas: Blas) -> dict[str, str]:
     Unchanged where a BLAS is preloaded already: the user's choice stands.
     """
     preloaded = environment.get(PRELOAD, "")
-    if any(word in preloaded.lower() for word in _BLAS_WORDS):
+    if has_blas_in_front(environment):
         return dict(environment)
     libraries = [preloaded, str(blas.path)] if preloaded else [str(blas.path)]
     return {**blas.env, **environment, PRELOAD: ":".join(libraries)}
@@ -141,9 +169,16 @@ def _openblas_core(root: Path) -> str | None:
 
 
 def _cpu_flags(root: Path) -> frozenset[str]:
+    return frozenset(cpu_facts(root).get("flags", "").split())
+
+
+def cpu_facts(root: Path = Path("/")) -> dict[str, str]:
+    """What the system says of its first processor, by name; empty if it does not say."""
     try:
-        lines = (root / "proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        with (root / "proc/cpuinfo").open(encoding="utf-8", errors="replace") as lines:
+            # One block for each processor, and an empty line after it.
+            block = tuple(itertools.takewhile(str.strip, lines))
     except OSError:
-        return frozenset()
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return frozenset(flags.partition(":")[2].split())
+        return {}
+    pairs = (line.partition(":") for line in block)
+    return {name.strip(): value.strip() for name, _, value in pairs}

@@ -42,10 +42,12 @@ class Launch:
     context_length: int | None
     parallel: int | None
     dtype: Dtype
+    prefix_cache_bytes: int | None
     require_full: bool
     memory_override: bool
     gate: MemoryGate | None
     listen: Listen
+    blas: str
     env: Mapping[str, str] | None
     log: logging.Logger | None
 
@@ -86,6 +88,7 @@ def _gated(launch: Launch, *, override: bool) -> Plan:
         context_length=launch.context_length,
         parallel=DEFAULT_PARALLEL if launch.parallel is None else launch.parallel,
         dtype=launch.dtype,
+        prefix_cache_bytes=launch.prefix_cache_bytes,
     )
     gate = launch.gate or MemoryGate()
     reservation = contextlib.ExitStack()
@@ -119,6 +122,7 @@ class Plan:
             parallel=self.estimate.parallel,
             dtype=self.launch.dtype,
             memory_limit_bytes=self._limit_bytes(),
+            prefix_cache_bytes=self.launch.prefix_cache_bytes,
         )
 
     def _limit_bytes(self) -> int | None:
@@ -132,11 +136,12 @@ class Plan:
         """Makes the child, not yet started.
 
         Raises:
+            InvalidRequestError: ``blas`` is the path of no file.
             NotSupportedError: The server's packages are not installed.
             RunnerUnavailableError: There is no Python to start it with.
         """
         base = {**os.environ, **(self.launch.env or {})}
-        environment = child_environment(base, backend=self.estimate.backend)
+        environment = child_environment(base, backend=self.estimate.backend, blas=self.launch.blas)
         return Child(
             server_command(place.argument),
             environment=with_import_paths(environment),

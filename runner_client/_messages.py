@@ -58,6 +58,7 @@ def load_request(
     parallel: int | None = None,
     dtype: Dtype = "auto",
     memory_limit_bytes: int | None = None,
+    prefix_cache_bytes: int | None = None,
 ) -> pb.LoadRequest:
     """Builds the request of a load.
 
@@ -74,6 +75,7 @@ def load_request(
             parallel=parallel,
             dtype=_DTYPES[dtype],
             memory_limit_bytes=memory_limit_bytes,
+            prefix_cache_bytes=prefix_cache_bytes,
         )
 
 
@@ -181,6 +183,7 @@ def status(message: pb.StatusResponse) -> Status:
         device=message.device,
         server_version=message.server_version,
         last_error=message.last_error,
+        blas=message.blas,
     )
 
 
@@ -191,6 +194,7 @@ def _memory_usage(message: pb.MemoryUsage) -> MemoryUsage:
         peak_bytes=message.peak_bytes,
         process_bytes=message.process_bytes,
         limit_bytes=message.limit_bytes,
+        prefix_cache_bytes=message.prefix_cache_bytes,
     )
 
 
@@ -219,6 +223,7 @@ def _last_chunk(message: pb.CompletionResponse, chunk: CompletionChunk) -> Compl
         eval_count=message.eval_count,
         eval_seconds=_seconds(message.eval_duration),
         queue_seconds=_seconds(message.queue_duration),
+        prompt_cached_count=message.prompt_cached_count,
     )
 
 
@@ -248,6 +253,7 @@ def join_chunks(chunks: Sequence[CompletionChunk]) -> Completion:
         eval_count=last.eval_count,
         eval_seconds=last.eval_seconds,
         queue_seconds=last.queue_seconds,
+        prompt_cached_count=last.prompt_cached_count,
     )
 
 

@@ -87,6 +87,7 @@ class AsyncRunnerClient(ClientBase):
         parallel: int | None = None,
         dtype: Dtype = "auto",
         memory_limit_bytes: int | None = None,
+        prefix_cache_bytes: int | None = None,
         on_progress: Callable[[Status], None] | None = None,
     ) -> LoadResult:
         """Loads a model and returns when it can be used.
@@ -103,6 +104,7 @@ class AsyncRunnerClient(ClientBase):
             parallel=parallel,
             dtype=dtype,
             memory_limit_bytes=memory_limit_bytes,
+            prefix_cache_bytes=prefix_cache_bytes,
         )
         reply = self._start_load(request)
         try:

@@ -72,6 +72,7 @@ class RunnerClient(ClientBase):
         parallel: int | None = None,
         dtype: Dtype = "auto",
         memory_limit_bytes: int | None = None,
+        prefix_cache_bytes: int | None = None,
         on_progress: Callable[[Status], None] | None = None,
     ) -> LoadResult:
         """Loads a model and returns when it can be used.
@@ -86,6 +87,9 @@ class RunnerClient(ClientBase):
             parallel: How many completions are decoded together. Default: 4.
             dtype: In which format to hold the weights.
             memory_limit_bytes: The most the model may take. Default: what is free.
+            prefix_cache_bytes: Of it, the most to keep evaluated prompts in, for others
+                that begin alike; 0 keeps none. Default: a fifth of what weights and KV
+                cache leave.
             on_progress: Called with a status about every 0.2 s.
 
         Raises:
@@ -102,6 +106,7 @@ class RunnerClient(ClientBase):
             parallel=parallel,
             dtype=dtype,
             memory_limit_bytes=memory_limit_bytes,
+            prefix_cache_bytes=prefix_cache_bytes,
         )
         call = self._start_load(request)
         try:

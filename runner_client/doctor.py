@@ -13,20 +13,23 @@ import shutil
 import sys
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlxrunner.hostmemory import FreeMemory, device_infos, free_memory, installed_backend
 from mlxrunner.units import format_bytes
+from runner_client._blas import has_blas_in_front, installed_blas
+from runner_client._blas_choice import Choice, remember
+from runner_client._blas_measure import measure, table
 from runner_client._command import check_platform
 from runner_client._probe import ProbeResult, run_probe
 from runner_client.environment import child_environment, find_blas, package_folders
 from runner_client.errors import RunnerError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from mlxrunner.hostmemory import Backend
+    from runner_client._blas_measure import Measurement
     from runner_client.environment import Blas
 
 Level = Literal["ok", "warning", "error"]
@@ -48,6 +51,10 @@ _INSTALL_SERVER = (
 _INSTALL_BLAS = (
     "install a fast BLAS: apt-get install libopenblas0-pthread (Debian, Ubuntu), or without an "
     "administrator pip install mkl intel-openmp; it is found by itself"
+)
+_CPU_WEIGHTS = (
+    "held as float32 where memory allows, quantized ones dequantized: no other format is fast on "
+    "a CPU (--dtype as_stored keeps them as they are)"
 )
 _INSTALL_COMPILER = "install a C++ compiler that MLX can call as g++: apt-get install g++"
 
@@ -91,9 +98,11 @@ def examine(
     probe: Callable[[Mapping[str, str]], ProbeResult] = run_probe,
     version: Callable[[str], str | None] | None = None,
 ) -> tuple[Finding, ...]:
-    """Looks at everything a runner depends on. Takes a few seconds; never raises.
+    """Looks at everything a runner depends on; never raises.
 
-    Figures are of this moment: on a busy machine they are lower.
+    Takes some seconds for MLX, and on a Linux CPU for every BLAS that is found. Which
+    of them is fastest is remembered, for every start from then on. Figures are of this
+    moment: on a busy machine they are lower.
 
     Args:
         environ: The environment a runner would be started from.
@@ -184,7 +193,10 @@ def _mlx(
     probe: Callable[[Mapping[str, str]], ProbeResult],
 ) -> list[Finding]:
     """What MLX says of itself, in the environment a runner would get."""
-    result = probe(child_environment(environ, backend=backend))
+    environment = child_environment(environ, backend=backend, blas="off")
+    libraries = installed_blas() if backend == "cpu" else ()
+    measured = measure(libraries, environment, probe)
+    result = measured[0].result
     if result.failure:
         advice = "MLX cannot run here: see the lines above; reinstall the server extra"
         return [Finding("MLX", "error", result.failure, advice)]
@@ -194,8 +206,12 @@ def _mlx(
     value = f"{facts.get('mlx_version')} on {facts.get('backend')} ({name})"
     findings = [_agreement(value, str(facts.get("backend")), backend), _kernels(facts)]
     if backend == "cpu":
-        stock = probe(child_environment(environ, backend=backend, blas="off"))
-        findings.append(_blas(facts, stock.facts, find_blas()))
+        is_chosen_by_user = has_blas_in_front(environ)
+        finding = _preloaded(measured[0]) if is_chosen_by_user else _blas(measured)
+        findings.append(finding)
+        if libraries and measured[0].gflops and not is_chosen_by_user:
+            findings.append(_remembered(environ, measured[0], libraries))
+        findings.append(Finding("weights", "ok", _CPU_WEIGHTS))
     return findings
 
 
@@ -228,24 +244,42 @@ _CUDA_HEADERS = (
 )
 
 
-def _blas(facts: Mapping[str, Any], stock: Mapping[str, Any], found: Blas | None) -> Finding:
-    """The BLAS a runner would get, measured against MLX's own."""
-    fast_gflops, stock_gflops = facts.get("gemm_gflops"), stock.get("gemm_gflops")
-    libraries = [Path(path).name for path in facts.get("blas") or ()]
-    name = f"{found.name} ({found.path})" if found else ", ".join(libraries) or "MLX's own"
-    if not fast_gflops or not stock_gflops:
-        return Finding("BLAS", "warning", f"{name}, speed not measured", _INSTALL_BLAS)
-    ratio = fast_gflops / stock_gflops
-    value = (
-        f"{name}: {fast_gflops:.0f} GFLOP/s in float32, {ratio:.0f} times the "
-        f"{stock_gflops:.1f} without it"
-    )
-    if found and ratio >= _FAST_RATIO:
+def _blas(measured: Sequence[Measurement]) -> Finding:
+    """The BLAS a runner gets, which is the fastest found, measured against MLX's own."""
+    best = measured[0]
+    own = next(one for one in measured if one.blas is None)
+    rows = table(measured) if len(measured) > 1 else []
+    if not best.gflops:
+        value = "\n".join(("speed not measured", *rows))
+        return Finding("BLAS", "warning", value, _INSTALL_BLAS)
+    # The library that MLX really calls: one that is in front may have no effect.
+    name = best.result.facts.get("blas") or best.name
+    text = f"{name}: {best.gflops:.1f} GFLOP/s in float32"
+    if best.blas and own.gflops:
+        text += f", {best.gflops / own.gflops:.0f} times the {own.gflops:.1f} of MLX's own"
+    gains = best.blas is not None and best.gflops >= _FAST_RATIO * own.gflops
+    is_fast = gains or best.gflops >= _FAST_GFLOPS
+    status: Level = "ok" if is_fast else "warning"
+    return Finding("BLAS", status, "\n".join((text, *rows)), "" if is_fast else _INSTALL_BLAS)
+
+
+def _preloaded(one: Measurement) -> Finding:
+    """The BLAS that the user has put in front: it stands, and nothing else is tried."""
+    name = one.result.facts.get("blas") or "unknown"
+    value = f"{name}, by LD_PRELOAD: {one.gflops:.1f} GFLOP/s in float32"
+    if one.gflops >= _FAST_GFLOPS:
         return Finding("BLAS", "ok", value)
-    if found:
-        advice = "the BLAS makes no difference: another one may be preloaded (see LD_PRELOAD)"
-        return Finding("BLAS", "warning", value, advice)
-    value = f"{name}: {fast_gflops:.1f} GFLOP/s in float32"
-    if fast_gflops >= _FAST_GFLOPS:
-        return Finding("BLAS", "ok", value)
-    return Finding("BLAS", "warning", value, _INSTALL_BLAS)
+    advice = "unset LD_PRELOAD: the fastest BLAS that is installed is then found and put in front"
+    return Finding("BLAS", "warning", value, advice)
+
+
+def _remembered(
+    environ: Mapping[str, str], best: Measurement, libraries: Sequence[Blas]
+) -> Finding:
+    """Writes the fastest down, so that every start from now on uses it."""
+    try:
+        place = remember(environ, Choice(best.blas), libraries)
+    except OSError as error:
+        advice = "give a runner its BLAS by hand (mlx-runner serve --blas PATH), or mend the folder"
+        return Finding("BLAS choice", "warning", f"not remembered: {error}", advice)
+    return Finding("BLAS choice", "ok", f"{best.name}, remembered in {place}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner_client._blas import Blas, blas_at, find_blas, in_front
+from runner_client._blas_choice import choose_blas
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -38,7 +39,7 @@ def child_environment(
     blas: str = "auto",
     system: str = sys.platform,
     folders: Callable[[str], tuple[Path, ...]] = package_folders,
-    find: Callable[[], Blas | None] = find_blas,
+    find: Callable[[Mapping[str, str]], Blas | None] = choose_blas,
 ) -> dict[str, str]:
     """The environment to start a runner with.
 
@@ -47,7 +48,8 @@ def child_environment(
     * CUDA: ``CUDA_HOME`` and ``CUDA_PATH`` name the headers MLX compiles kernels
       with, unless one of them is set.
     * Linux CPU: ``LD_PRELOAD`` ends with a fast BLAS, where one is installed and
-      none is preloaded yet.
+      none is preloaded yet: the one that ``mlx-runner doctor`` has found fastest here,
+      or if it has not measured yet OpenBLAS before MKL.
 
     Everything else of ``base`` is kept. Not measured on CUDA or Windows.
 
@@ -57,7 +59,7 @@ def child_environment(
         blas: ``"auto"``, ``"off"``, or the path of a shared library.
         system: ``sys.platform`` of the machine.
         folders: Where a package lies.
-        find: Finds the BLAS for ``"auto"``.
+        find: Finds the BLAS for ``"auto"``, for a runner of that environment.
 
     Raises:
         InvalidRequestError: ``blas`` is the path of no file.
@@ -68,7 +70,7 @@ def child_environment(
     if backend == "cuda":
         _point_at_cuda_headers(environment, folders)
     if system == "linux" and backend == "cpu" and blas != "off":
-        library = find() if blas == "auto" else blas_at(Path(blas))
+        library = find(environment) if blas == "auto" else blas_at(Path(blas))
         return in_front(environment, library) if library else environment
     return environment
 

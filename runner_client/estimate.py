@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from mlxrunner.hostmemory import Backend, installed_backend
@@ -50,6 +50,8 @@ class MemoryEstimate:
             prefill chunk, buffers MLX keeps for reuse, the copy a growing cache
             makes, rounding.
         notes: What could not be told from the files, in words.
+        prefix_cache_bytes: What was asked for to keep evaluated prompts in. 0 where
+            nothing was: a runner's own choice is a share of what is left over.
     """
 
     model: str
@@ -65,18 +67,21 @@ class MemoryEstimate:
     load_transient_bytes: int
     margin_bytes: int
     notes: tuple[str, ...] = ()
+    prefix_cache_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        """The need: weights, KV cache, load transient and margin."""
+        """The need: the sum of its parts."""
         return sum(self.parts.values())
 
     @property
     def parts(self) -> dict[str, int]:
-        """The parts of the need by name, in bytes."""
+        """The parts of the need by name, in bytes; a prefix cache only if one was asked for."""
+        asked = {"prefix cache": self.prefix_cache_bytes} if self.prefix_cache_bytes else {}
         return {
             "weights": self.weight_bytes,
             "KV cache": self.kv_bytes,
+            **asked,
             "load transient": self.load_transient_bytes,
             "margin": self.margin_bytes,
         }
@@ -89,6 +94,7 @@ def estimate(
     parallel: int = DEFAULT_PARALLEL,
     dtype: DType = "auto",
     backend: Backend | None = None,
+    prefix_cache_bytes: int | None = None,
 ) -> MemoryEstimate:
     """Estimates the memory of a runner that hosts the model.
 
@@ -103,18 +109,23 @@ def estimate(
         parallel: Sequences held at once; by default as many as a runner takes.
         dtype: What the weights are converted to.
         backend: Where the model runs; by default what the installed MLX uses.
+        prefix_cache_bytes: The most to keep evaluated prompts in. None adds nothing: a
+            runner then takes no more than is left over.
 
     Raises:
         ModelNotFoundError: There is no such model on this machine.
         ModelUnsupportedError: Its files are incomplete or damaged.
         InvalidRequestError: ``context_length`` is less than 2 or more than the model can
-            handle, or ``parallel`` is not 1 to 256.
+            handle, ``parallel`` is not 1 to 256, or ``prefix_cache_bytes`` is negative or
+            no 64-bit number.
     """
     _require("context_length", context_length, 2, 2**31 - 1)
     _require("parallel", parallel, 1, 256)
+    _require("prefix_cache_bytes", prefix_cache_bytes, 0, 2**63 - 1)
     path = resolve_model(model)
     backend = backend or installed_backend()
-    return _estimate(model, path, context_length, parallel, _resolved(dtype, backend), backend)
+    need = _estimate(model, path, context_length, parallel, _resolved(dtype, backend), backend)
+    return replace(need, prefix_cache_bytes=prefix_cache_bytes or 0)
 
 
 def _require(name: str, value: int | None, low: int, high: int) -> None:

@@ -209,12 +209,13 @@ def _refusal_text(estimate: MemoryEstimate, decision: GateDecision) -> str:
         if decision.reserved_bytes
         else ""
     )
+    smaller_cache = "prefix_cache_bytes, " if estimate.prefix_cache_bytes else ""
     return (
         f"{estimate.model} requires {format_bytes(decision.required_bytes)}, most of it "
         f"{part} ({format_bytes(part_bytes)}), but only {format_bytes(decision.available_bytes)} "
         f"are available: {format_bytes(decision.free.available_bytes)} free by "
         f"{_LIMITED_BY[decision.free.source]} on {decision.free.device_name}, less "
         f"{format_bytes(decision.overhead_bytes)} overhead{reserved}. Stop another process, "
-        f"lower context_length ({estimate.context_length}) or parallel ({estimate.parallel}), "
-        "use a smaller model, or override the gate"
+        f"lower {smaller_cache}context_length ({estimate.context_length}) or parallel "
+        f"({estimate.parallel}), use a smaller model, or override the gate"
     )

@@ -99,6 +99,9 @@ class RunnerProcess(ProcessBase):
             limit, at most 4,096.
         parallel: How many completions are decoded together. Default: 4.
         dtype: In which format to hold the weights.
+        prefix_cache_bytes: The most to keep evaluated prompts in, for others that begin
+            alike; part of what the gate counts. 0 keeps none. Default: a fifth of what
+            weights and KV cache leave free, which the gate does not count.
         require_full: Whether a model that does not fit raises
             ``LoadRequiresFullError`` rather than ``InsufficientMemoryError``.
         memory_override: Starts it even if the gate says that it does not fit, and has
@@ -108,6 +111,9 @@ class RunnerProcess(ProcessBase):
         restart_policy: How often ``restart`` may be called.
         listen: ``"tcp"``, a loopback port that the child picks, or ``"unix"``, a
             socket in a new folder that nobody else may enter.
+        blas: Which BLAS library goes in front of MLX's own on a Linux CPU: ``"auto"`` (the
+            one ``mlx-runner doctor`` found fastest, else OpenBLAS before MKL), ``"off"``, or
+            the path of one. A library that ``LD_PRELOAD`` names already stands.
         env: Variables for the child, beside those of this process.
         log: Takes the lines that the child prints. Default: ``runner_client.child``.
     """

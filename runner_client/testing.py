@@ -122,6 +122,12 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     """Whether the stream ends after its last message, as the proto has it."""
     load_seconds: float = 0.0
     """How long a load takes; infinity is one that never moves."""
+    prompt_cached_count: int = 0
+    """How many tokens of every prompt are told to have been evaluated before."""
+    prefix_cache_bytes: int = 0
+    """How much is told to be kept of evaluated prompts."""
+    blas: str = ""
+    """The library that is told to multiply matrices."""
     model: str | None = "fake"
     """The loaded model; None until a Load."""
     address: str = ""
@@ -153,7 +159,11 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
 
     def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusResponse:  # noqa: ARG002 - gRPC's signature
         """Tells whether a model is loaded, or how far its load is."""
-        began, status = self._load_began, pb.StatusResponse(pid=os.getpid(), runner_id="fake")
+        began = self._load_began
+        memory = pb.MemoryUsage(prefix_cache_bytes=self.prefix_cache_bytes)
+        status = pb.StatusResponse(
+            pid=os.getpid(), runner_id="fake", memory_usage=memory, blas=self.blas
+        )
         if began is not None:
             status.state = pb.STATE_LOADING
             status.progress = min(99, int(100 * (time.monotonic() - began) / self.load_seconds))
@@ -182,7 +192,10 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         self._fail_if_told(context, sent=len(self.pieces))
         if self.is_complete:
             yield pb.CompletionResponse(
-                done=True, done_reason=pb.DONE_REASON_STOP, eval_count=len(self.pieces)
+                done=True,
+                done_reason=pb.DONE_REASON_STOP,
+                eval_count=len(self.pieces),
+                prompt_cached_count=self.prompt_cached_count,
             )
         if not self.ends_after_done:
             call.wait(math.inf)

@@ -197,6 +197,8 @@ class MemoryUsage:
     """The resident set of the process."""
     limit_bytes: int
     """The most the model may take; 0 when none is loaded."""
+    prefix_cache_bytes: int = 0
+    """Of ``active_bytes``: evaluated prompts kept for others that begin alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +239,9 @@ class Status:
     """The version of the server."""
     last_error: str
     """The last load or step that failed, in words; empty when none did."""
+    blas: str = ""
+    """The library that multiplies matrices on a CPU; empty on other devices and until
+    MLX is imported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +320,8 @@ class CompletionChunk:
     """From the first token to the last."""
     queue_seconds: float = 0.0
     """How long the request waited for a place."""
+    prompt_cached_count: int = 0
+    """Of ``prompt_eval_count``: tokens that were not evaluated again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,3 +348,6 @@ class Completion:
     """From the first token to the last."""
     queue_seconds: float
     """How long the request waited for a place."""
+    prompt_cached_count: int = 0
+    """Of ``prompt_eval_count``: tokens that an earlier prompt had evaluated already and
+    that were not evaluated again."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
 import logging
 import os
 import signal
 import stat
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from mlxrunner.handshake import HEALTH_SERVICES, SERVICE_NAME, ReadyLine
 from mlxrunner.v1 import runner_pb2_grpc
+from runner_server import __version__
 from runner_server.backend import Backend
 from runner_server.config import ServerConfig
 from runner_server.engine import Engine
@@ -78,8 +78,11 @@ class RunnerApp:
         self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=_OPTIONS)
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def start(self) -> ReadyLine:
+    async def start(self, announce: Callable[[ReadyLine], None] | None = None) -> ReadyLine:
         """Listens, answers calls and begins to import the model library.
+
+        Args:
+            announce: Told where it listens, before the import takes its share of the time.
 
         Returns:
             Where it listens.
@@ -92,6 +95,8 @@ class RunnerApp:
         for name in HEALTH_SERVICES:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         await self._server.start()
+        if announce:
+            announce(ready)
         self.engine.start()
         if self._config.load:
             self._spawn(self._load_first(self._config.load))
@@ -119,7 +124,7 @@ class RunnerApp:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _add_services(self) -> None:
-        servicer = RunnerServicer(self.engine, _version())
+        servicer = RunnerServicer(self.engine, __version__)
         runner_pb2_grpc.add_RunnerServiceServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         add_reflection(self._server, (SERVICE_NAME, health.SERVICE_NAME))
@@ -144,10 +149,6 @@ class RunnerApp:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _version() -> str:
-    return importlib.metadata.version("mlx-grpc-runner")
 
 
 async def _listen(server: grpc.aio.Server, listen: str) -> ReadyLine:
@@ -209,6 +210,12 @@ def install_signals(app: RunnerApp) -> None:
         loop.add_signal_handler(number, on_signal, number)
 
 
+def _announce(ready: ReadyLine) -> None:
+    sys.stdout.write(ready.format() + "\n")
+    sys.stdout.flush()
+    logger.info("listening on %s", ready.target)
+
+
 async def serve(config: ServerConfig, backend: Backend) -> int:
     """Runs a server until it is asked to stop; prints the ready line.
 
@@ -222,14 +229,11 @@ async def serve(config: ServerConfig, backend: Backend) -> int:
             partial(asyncio.get_running_loop().call_soon_threadsafe, app.request_stop)
         ).start()
     try:
-        ready = await app.start()
+        await app.start(_announce)
     except CannotListenError as error:
         logger.error("%s", error)  # noqa: TRY400 - the message is the whole story
         await app.close()
         return EXIT_CANNOT_START
-    sys.stdout.write(ready.format() + "\n")
-    sys.stdout.flush()
-    logger.info("listening on %s", ready.target)
     code = await app.run()
     # All is closed. The end of Python would wait for a prompt that is being tokenized on
     # another thread, and end a step that hangs inside MLX, which aborts the process.

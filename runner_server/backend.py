@@ -36,21 +36,27 @@ class Codec(Protocol):
 class Batch(Protocol):
     """Rows that are prefilled and decoded together."""
 
-    @property
-    def can_prefill(self) -> bool:
-        """Whether the prompt of one more row would be evaluated from the next step on."""
-        ...
-
     def add(self, row: int, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         """Begins a row; its prompt is evaluated in the steps that follow."""
         ...
 
     def remove(self, rows: Collection[int]) -> None:
-        """Ends rows and frees what they held."""
+        """Ends rows, in whatever phase they are, and frees what they held."""
+        ...
+
+    def pause(self, row: int) -> None:
+        """Sets a row aside that has generated a token; it keeps what it holds."""
+        ...
+
+    def resume(self, row: int) -> None:
+        """Takes a row in again that was set aside; it goes on where it was."""
         ...
 
     def step(self) -> list[Prefill | Token]:
-        """Makes one decode step, then evaluates at most one chunk of prompts."""
+        """Evaluates prompts for a slice of time, then makes one decode step.
+
+        There is at least one row that is not set aside.
+        """
         ...
 
     def close(self) -> None:
@@ -69,6 +75,10 @@ class LoadedModel(Protocol):
     @property
     def codec(self) -> Codec:
         """Its tokenizer."""
+        ...
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes of KV cache that one sequence of ``tokens`` takes."""
         ...
 
     def new_batch(self) -> Batch:

@@ -37,7 +37,18 @@ class Completion:
         self._matcher = StopMatcher(spec.stop)
         self._eos_token_ids = eos_token_ids
         self._count = 0
+        self._cached = 0
         self._submitted = self._admitted = self._first = time.monotonic()
+
+    @property
+    def max_length(self) -> int:
+        """Tokens its sequence may come to have."""
+        return len(self.spec.prompt_ids) + self.spec.max_tokens
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has got a token."""
+        return self._count > 0
 
     def admit(self) -> None:
         """Notes that the row has its place in the batch."""
@@ -45,6 +56,7 @@ class Completion:
 
     def on_prefill(self, event: Prefill) -> None:
         """Passes progress of the prompt on."""
+        self._cached = event.cached
         self.stream.put(Piece(prefill=(event.evaluated, event.total)))
 
     def on_token(self, event: Token) -> Done | None:
@@ -86,4 +98,5 @@ class Completion:
             queue_seconds=self._admitted - self._submitted,
             prompt_seconds=self._first - self._admitted,
             eval_seconds=now - self._first,
+            cached_count=self._cached,
         )

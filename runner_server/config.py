@@ -39,6 +39,7 @@ def parse_args(argv: Sequence[str] | None = None) -> ServerConfig:
             parallel=args.parallel,
             dtype=Dtype(args.dtype),
             memory_limit_bytes=args.memory_limit_bytes,
+            prefix_cache_bytes=args.prefix_cache_bytes,
         )
     return ServerConfig(
         listen=args.listen,
@@ -67,6 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--dtype", choices=[dtype.value for dtype in Dtype], default="auto", help="weight format")
     add("--memory-limit-bytes", type=_at_least(1), help="most memory for weights and KV cache")
+    add(
+        "--prefix-cache-bytes",
+        type=_at_least(0),
+        help="most memory to keep evaluated prompts in, for others that begin alike; 0 keeps none",
+    )
     add("--max-queued", type=_at_least(1), default=128, help="completions that may wait")
     add(
         "--exit-with-parent",

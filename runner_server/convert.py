@@ -71,6 +71,7 @@ def _done_message(done: Done) -> pb.CompletionResponse:
         eval_count=done.eval_count,
         eval_duration=duration(done.eval_seconds),
         queue_duration=duration(done.queue_seconds),
+        prompt_cached_count=done.cached_count,
     )
 
 

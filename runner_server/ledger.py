@@ -175,11 +175,11 @@ class Ledger:
             # The age that Status shows is to be this work's, not that of the idle time.
             self._moved = time.monotonic()
 
-    def forget(self, completion: Completion, seconds: float | None = None) -> None:
+    def forget(self, completion_id: int, seconds: float | None = None) -> None:
         """A completion has ended; ``seconds`` it took, if it ended by itself."""
         with self._lock:
-            self._running.discard(completion.id)
-            self._live.pop(completion.id, None)
+            self._running.discard(completion_id)
+            self._live.pop(completion_id, None)
             if seconds is not None:
                 self._mean_seconds += _NEWEST_WEIGHT * (seconds - self._mean_seconds)
 

@@ -50,6 +50,8 @@ class LoadSpec:
         parallel: Completions decoded together.
         dtype: How to hold the weights.
         memory_limit_bytes: Most memory for weights and KV; None = what is free.
+        prefix_cache_bytes: Most memory for evaluated prompts that are kept; 0 = none,
+            None = a share of what weights and KV leave free.
     """
 
     model: str
@@ -57,6 +59,7 @@ class LoadSpec:
     parallel: int = 4
     dtype: Dtype = Dtype.AUTO
     memory_limit_bytes: int | None = None
+    prefix_cache_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class ModelInfo:
         context_length: The limit in force, in tokens.
         parallel: Completions decoded together.
         limit_bytes: The most memory it may take.
+        prefix_cache_bytes: Of it, the most for evaluated prompts that are kept.
+        kv_budget_bytes: Of it, the most for the KV caches of all running completions.
     """
 
     name: str
@@ -82,6 +87,8 @@ class ModelInfo:
     context_length: int
     parallel: int
     limit_bytes: int
+    prefix_cache_bytes: int = 0
+    kv_budget_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -144,11 +151,13 @@ class Prefill:
         row: The row's id.
         evaluated: Tokens so far.
         total: Tokens of the prompt.
+        cached: Of those evaluated, how many an earlier prompt had evaluated already.
     """
 
     row: int
     evaluated: int
     total: int
+    cached: int = 0
 
 
 @dataclass(frozen=True)
@@ -162,7 +171,12 @@ class Token:
 
 @dataclass(frozen=True)
 class Done:
-    """How a completion ended; durations in seconds."""
+    """How a completion ended; durations in seconds.
+
+    Attributes:
+        prompt_count: Tokens of the prompt.
+        cached_count: Of these, tokens that were not evaluated again.
+    """
 
     reason: DoneReason
     stop_match: str
@@ -171,6 +185,7 @@ class Done:
     queue_seconds: float
     prompt_seconds: float
     eval_seconds: float
+    cached_count: int = 0
 
 
 @dataclass(frozen=True)
@@ -186,11 +201,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class MemoryCounters:
-    """What MLX holds, in bytes."""
+    """What MLX holds, in bytes; evaluated prompts that are kept count as active too."""
 
     active_bytes: int = 0
     cache_bytes: int = 0
     peak_bytes: int = 0
+    prefix_cache_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import psutil
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
 from runner_server.backend import ModelHandle
+from runner_server.blas import blas_of
 from runner_server.convert import STATES, duration, model_message, piece_message
 from runner_server.engine import Engine
 from runner_server.errors import InvalidField
@@ -74,6 +75,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
                 cache_bytes=memory.cache_bytes,
                 peak_bytes=memory.peak_bytes,
                 process_bytes=self._process.memory_info().rss,
+                prefix_cache_bytes=memory.prefix_cache_bytes,
             ),
             running_count=snapshot.running_count,
             queued_count=snapshot.queued_count,
@@ -82,6 +84,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
             runner_id=self._runner_id,
             pid=os.getpid(),
             device=self._engine.device,
+            blas=blas_of(self._engine.device),
             server_version=self._version,
             last_error=snapshot.last_error,
         )

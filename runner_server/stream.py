@@ -2,7 +2,8 @@
 
 The engine puts pieces in and never waits; the reader takes all that has come
 since, merged into one. A slow reader therefore gets fewer and larger messages,
-and costs nobody else anything.
+and costs nobody else anything; when it has too much before it, the engine lets
+its row wait until it has read on.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 from runner_server.errors import RunnerFault
 from runner_server.messages import Piece
@@ -19,24 +20,45 @@ _MAX_MERGED_TEXTS = 4096
 """Token texts in one message, those beside log probabilities counted too: at 512 bytes
 each, as the longest tokens of usual vocabularies have, it stays under 4 MiB."""
 
+_MAX_WAITING_TEXTS = 1024
+"""Token texts before a reader from which on its row waits, until it has read half of them."""
+
+_MERGE_SECONDS = 0.01
+"""How long a piece may wait for others: 100 messages a second are as good as more to a
+reader, and each costs both sides some 40 microseconds."""
+
 
 class Stream:
     """The pieces of one completion, on their way to its reader.
 
-    ``put`` and ``fail`` belong to the engine's thread, the rest to the loop. The
-    engine calls :meth:`wake` through the loop, once per step for all streams.
+    ``put``, ``fail`` and ``when_read`` belong to the engine's thread, the rest to the
+    loop. The engine calls :meth:`wake` through a :class:`Publisher`.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pieces: deque[Piece] = deque()
+        self._texts = 0
+        self._on_read: Callable[[], None] | None = None
         self._fault: RunnerFault | None = None
         self._ready = asyncio.Event()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the reader has so much before it that its row should wait."""
+        return self._texts > _MAX_WAITING_TEXTS
 
     def put(self, piece: Piece) -> None:
         """Adds a piece; one with ``done`` is the last."""
         with self._lock:
             self._pieces.append(piece)
+            self._texts += _text_count(piece)
+
+    def when_read(self, call: Callable[[], None]) -> None:
+        """Calls once, on whatever thread, when the reader has read on."""
+        with self._lock:
+            self._on_read = call
+        self._tell_if_read()
 
     def fail(self, fault: RunnerFault) -> None:
         """Ends the stream; pieces not yet read are still delivered before it."""
@@ -71,9 +93,64 @@ class Stream:
             texts = 0
             while self._pieces and texts < _MAX_MERGED_TEXTS:
                 piece = self._pieces.popleft()
-                texts += len(piece.token_ids) + sum(1 + len(e.top) for e in piece.logprobs)
+                texts += _text_count(piece)
                 taken.append(piece)
-            return taken
+            self._texts -= texts
+        self._tell_if_read()
+        return taken
+
+    def _tell_if_read(self) -> None:
+        with self._lock:
+            if self._texts > _MAX_WAITING_TEXTS // 2:
+                return
+            call, self._on_read = self._on_read, None
+        if call:
+            call()
+
+
+class Publisher:
+    """Wakes readers, all in one call of the loop and at most every 10 ms.
+
+    :meth:`publish` belongs to the engine's thread, the rest to the loop.
+
+    Args:
+        loop: Where the readers are.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._touched: set[Stream] = set()
+        self._is_due = False
+        self._woken = 0.0
+
+    def publish(self, streams: Sequence[Stream], *, at_once: bool) -> None:
+        """Has readers woken soon; at once for a first piece or a last one."""
+        with self._lock:
+            self._touched.update(streams)
+            if not self._touched or (self._is_due and not at_once):
+                return
+            self._is_due = True
+        self._loop.call_soon_threadsafe(self._wake if at_once else self._wake_in_time)
+
+    def _wake_in_time(self) -> None:
+        wait = self._woken + _MERGE_SECONDS - self._loop.time()
+        if wait > 0:
+            self._loop.call_later(wait, self._wake)
+        else:
+            self._wake()
+
+    def _wake(self) -> None:
+        with self._lock:
+            touched, self._touched = self._touched, set()
+            self._is_due = False
+        self._woken = self._loop.time()
+        for stream in touched:
+            stream.wake()
+
+
+def _text_count(piece: Piece) -> int:
+    return len(piece.token_ids) + sum(1 + len(entry.top) for entry in piece.logprobs)
 
 
 def merge(pieces: Iterable[Piece]) -> Piece:

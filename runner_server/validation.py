@@ -28,6 +28,7 @@ from runner_server.messages import (
 _T = TypeVar("_T")
 
 _MAX_INT32 = 2**31 - 1
+_MAX_INT64 = 2**63 - 1
 _MAX_MODEL_CHARS = 4096
 _MAX_LOGPROBS = 20
 _MAX_STOPS = 64
@@ -88,7 +89,8 @@ def load_spec(request: pb.LoadRequest) -> LoadSpec:
     check.require("model", not too_long, f"at most {_MAX_MODEL_CHARS} characters, none of them NUL")
     check.number(request, "context_length", 2, _MAX_INT32)
     check.number(request, "parallel", 1, MAX_PARALLEL)
-    check.number(request, "memory_limit_bytes", 1, 2**63 - 1)
+    check.number(request, "memory_limit_bytes", 1, _MAX_INT64)
+    check.number(request, "prefix_cache_bytes", 0, _MAX_INT64)
     known = request.dtype in _DTYPES
     check.require("dtype", known, f"{request.dtype} is not a format this server knows")
     check.finish()
@@ -99,6 +101,7 @@ def load_spec(request: pb.LoadRequest) -> LoadSpec:
         parallel=_given(request, "parallel", int, plain.parallel),
         dtype=_DTYPES[request.dtype],
         memory_limit_bytes=_given(request, "memory_limit_bytes", int, plain.memory_limit_bytes),
+        prefix_cache_bytes=_given(request, "prefix_cache_bytes", int, plain.prefix_cache_bytes),
     )
 
 

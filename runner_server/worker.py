@@ -9,17 +9,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from mlxrunner.units import format_bytes
 from runner_server.backend import Backend, Batch, LoadedModel, ModelHandle
 from runner_server.completion import Completion
-from runner_server.errors import GenerationFailed, RunnerFault, ShuttingDown
+from runner_server.errors import (
+    GenerationFailed,
+    InsufficientMemory,
+    RunnerFault,
+    ShuttingDown,
+)
 from runner_server.ledger import Ledger, Ticket, exiting_fault, stopping_fault
 from runner_server.messages import Done, LoadSpec, ModelInfo, Prefill, Token
-from runner_server.stream import Stream
+from runner_server.seats import Seats
+from runner_server.stream import Publisher, Stream
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +42,18 @@ class Cancel:
 
 
 @dataclass(frozen=True)
+class Resume:
+    """The reader of a completion that was set aside has read on."""
+
+    completion_id: int
+
+
+@dataclass(frozen=True)
 class Wake:
     """Nothing but a reason to look at the ledger."""
 
 
-Message = Completion | Ticket[Any] | Cancel | Wake
+Message = Completion | Ticket[Any] | Cancel | Resume | Wake
 Inbox = queue.SimpleQueue[Message]
 
 
@@ -73,9 +87,10 @@ class Worker:
         # Nobody else may hold the model, or its memory would not come back.
         self._model: LoadedModel | None = None
         self._batch: Batch | None = None
-        self._waiting: deque[Completion] = deque()
-        self._running: dict[int, Completion] = {}
+        self._seats = Seats()
+        self._publisher = Publisher(loop)
         self._touched: list[Stream] = []
+        self._is_urgent = False
         self._failed_steps = 0
         self.device = ""
 
@@ -95,11 +110,13 @@ class Worker:
 
     def _take_messages(self) -> None:
         """Handles what has come; waits for it only when there is nothing else to do."""
-        idle = not self._running and not self._waiting
-        message = self._inbox.get() if idle else self._poll()
+        message = self._poll() if self._can_advance() else self._inbox.get()
         while message is not None:
             self._receive(message)
             message = self._poll()
+
+    def _can_advance(self) -> bool:
+        return bool(self._seats.running) or bool(self._model and self._seats.has_next(self._model))
 
     def _poll(self) -> Message | None:
         try:
@@ -110,23 +127,39 @@ class Worker:
     def _receive(self, message: Message) -> None:
         match message:
             case Completion() if self._ledger.is_live(message.id):
-                self._waiting.append(message)
+                self._enqueue(message)
             case Cancel(completion_id=id_):
                 self._drop(id_)
+            case Resume(completion_id=id_):
+                self._seats.read_on(id_)
             case Ticket():
                 self._settle(message)
 
+    def _enqueue(self, completion: Completion) -> None:
+        """Lets a completion wait for its turn, unless it could never have one."""
+        if not self._model:
+            return
+        need = self._model.kv_bytes(completion.max_length)
+        budget = self._model.info.kv_budget_bytes
+        if need <= budget:
+            self._seats.waiting.append(completion)
+            return
+        fault = InsufficientMemory(
+            f"{completion.max_length} tokens need {format_bytes(need)} of KV cache and "
+            f"{format_bytes(budget)} may be used; ask for fewer with num_predict, or load with "
+            "more memory",
+            requiredBytes=need,
+            availableBytes=budget,
+        )
+        self._fail([completion], fault)
+
     def _drop(self, id_: int) -> None:
         """Ends a cancelled completion in whatever phase it is."""
-        if running := self._running.pop(id_, None):
-            self._ledger.forget(running)
-            self._guarded(lambda _model, batch: batch.remove([id_]))
+        if not self._ledger.is_live(id_):
             return
-        for completion in self._waiting:
-            if completion.id == id_:
-                self._waiting.remove(completion)
-                self._ledger.forget(completion)
-                return
+        self._ledger.forget(id_)
+        if self._seats.remove(id_):
+            self._guarded(lambda _model, batch: batch.remove([id_]))
 
     # -- completions -------------------------------------------------------------
 
@@ -147,17 +180,17 @@ class Worker:
             self._batch = model.new_batch()
 
     def _admit_and_step(self, model: LoadedModel, batch: Batch) -> None:
-        self._admit(batch, model.info.parallel)
-        if self._running:
+        self._admit(model, batch)
+        if self._seats.running:
             self._step(batch)
             self._failed_steps = 0
 
-    def _admit(self, batch: Batch, parallel: int) -> None:
-        # A row that the batch would keep waiting waits here, where that is counted.
-        while self._waiting and len(self._running) < parallel and batch.can_prefill:
-            completion = self._waiting.popleft()
+    def _admit(self, model: LoadedModel, batch: Batch) -> None:
+        while completion := self._seats.next(model):
+            if completion.has_begun:
+                batch.resume(completion.id)
+                continue
             completion.admit()
-            self._running[completion.id] = completion
             self._ledger.note_running(completion)
             batch.add(completion.id, completion.spec.prompt_ids, completion.spec.sampling)
 
@@ -167,50 +200,57 @@ class Worker:
         ended = [row for event in events if (row := self._on_event(event)) is not None]
         if ended:
             batch.remove(ended)
+        for completion in [each for each in self._seats.running.values() if each.stream.is_full]:
+            batch.pause(completion.id)
+            self._seats.pause(completion)
+            completion.stream.when_read(partial(self._inbox.put, Resume(completion.id)))
 
     def _on_event(self, event: Prefill | Token) -> int | None:
         """Passes an event on; returns its row if that has ended."""
-        completion = self._running.get(event.row)
+        completion = self._seats.running.get(event.row)
         if completion is None:
             return None
         self._touched.append(completion.stream)
         if isinstance(event, Prefill):
             completion.on_prefill(event)
             return None
+        self._is_urgent |= not completion.has_begun
         done = completion.on_token(event)
         if done is None:
             return None
-        del self._running[completion.id]
-        self._ledger.forget(completion, done.prompt_seconds + done.eval_seconds)
+        self._is_urgent = True
+        self._seats.remove(completion.id)
+        self._ledger.forget(completion.id, done.prompt_seconds + done.eval_seconds)
         _log_end(completion, done)
         return completion.id
 
     def _publish(self) -> None:
-        """Wakes every reader that has something new, in one call of the loop."""
+        """Has the readers woken that have something new."""
         if self._touched:
-            touched, self._touched = self._touched, []
-            self._loop.call_soon_threadsafe(_wake, touched)
+            self._publisher.publish(self._touched, at_once=self._is_urgent)
+            self._touched, self._is_urgent = [], False
 
     def _recover(self, error: Exception) -> None:
         """Ends the rows of the batch; a second time in a row the engine gives up."""
         self._failed_steps += 1
         name = type(error).__name__
         self._ledger.note_error(f"a step failed: {name}")
-        logger.error("step failed with %d rows", len(self._running), exc_info=error)
+        logger.error("step failed with %d rows", len(self._seats.begun), exc_info=error)
         fault = GenerationFailed(
             f"MLX raised {name} in a step of this batch; the runner's log has the traceback; the "
             "request may be retried"
         )
-        self._fail(list(self._running.values()), fault)
+        self._fail(self._seats.begun, fault)
         if self._failed_steps >= _MAX_FAILED_STEPS:
             raise RuntimeError(f"{self._failed_steps} steps in a row failed") from error
 
     def _fail(self, completions: list[Completion], fault: RunnerFault) -> None:
         for completion in completions:
-            self._running.pop(completion.id, None)
-            self._ledger.forget(completion)
+            self._seats.remove(completion.id)
+            self._ledger.forget(completion.id)
             completion.fail(fault)
             self._touched.append(completion.stream)
+            self._is_urgent = True
 
     # -- loads and unloads -------------------------------------------------------
 
@@ -264,8 +304,8 @@ class Worker:
 
     def _end_all(self, fault: RunnerFault) -> None:
         completions = self._ledger.withdraw_model()
-        self._waiting.clear()
         self._fail(completions, fault)
+        self._seats.clear()
         self._publish()
 
     def _free_model(self) -> None:
@@ -326,8 +366,3 @@ def _load_fault(spec: LoadSpec, error: Exception) -> RunnerFault:
         )
     fault.__cause__ = fault.__context__ = fault.__traceback__ = error.__traceback__ = None
     return fault
-
-
-def _wake(streams: list[Stream]) -> None:
-    for stream in streams:
-        stream.wake()

@@ -25,6 +25,7 @@ CONTEXT_LENGTH = 4096
 PREFILL_CHUNK = 8
 WEIGHT_BYTES = 1 << 20
 ROW_BYTES = 1 << 10
+TOKEN_BYTES = 100
 DEADLINE_SECONDS = 20.0
 """How long anything in a test may take; reached only by a bug."""
 
@@ -130,13 +131,8 @@ class FakeBatch:
     def __init__(self, backend: FakeBackend) -> None:
         self._backend = backend
         self.rows: dict[int, _Row] = {}
+        self.aside: set[int] = set()
         self.closed = False
-
-    @property
-    def can_prefill(self) -> bool:
-        """See ``Batch.can_prefill``."""
-        prefilling = sum(row.evaluated < row.total for row in self.rows.values())
-        return prefilling < self._backend.prefill_rows
 
     def add(self, row: int, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         """See ``Batch.add``."""
@@ -151,16 +147,29 @@ class FakeBatch:
             raise self._backend.remove_failures.pop(0)
         for row in rows:
             del self.rows[row]
+            self.aside.discard(row)
+
+    def pause(self, row: int) -> None:
+        """See ``Batch.pause``."""
+        assert row in self.rows
+        assert row not in self.aside
+        self.aside.add(row)
+        self._backend.pauses += 1
+
+    def resume(self, row: int) -> None:
+        """See ``Batch.resume``."""
+        self.aside.remove(row)
 
     def step(self) -> list[Prefill | Token]:
         """See ``Batch.step``."""
         assert not self.closed
-        assert self.rows, "a step without rows"
+        assert self.rows.keys() - self.aside, "a step without rows"
         self._backend.step_gate.pass_through()
         self._backend.steps += 1
         if self._backend.failures:
             raise self._backend.failures.pop(0)
-        return [self._advance(id_, row) for id_, row in self.rows.items()]
+        active = [(id_, row) for id_, row in self.rows.items() if id_ not in self.aside]
+        return [self._advance(id_, row) for id_, row in active]
 
     def close(self) -> None:
         """See ``Batch.close``."""
@@ -187,6 +196,10 @@ class FakeModel:
         self.info = info
         self.codec = backend.codec
 
+    def kv_bytes(self, tokens: int) -> int:
+        """See ``LoadedModel.kv_bytes``."""
+        return tokens * TOKEN_BYTES
+
     def new_batch(self) -> FakeBatch:
         """See ``LoadedModel.new_batch``."""
         batch = FakeBatch(self._backend)
@@ -202,13 +215,14 @@ class FakeBackend:
         reply: What rows say.
         failures: Raised by the next steps, one each.
         remove_failures: Raised when rows are removed next, one each time.
-        prefill_rows: How many prompts a batch evaluates side by side.
+        kv_budget_bytes: Of the models it loads; a token takes ``TOKEN_BYTES`` of it.
         codec: The tokenizer of its models.
         load_error: Raised by the next load, once, halfway.
         open_error: Raised by ``open``.
         step_gate: Passed by every step.
         load_gate: Passed by a load before each of its six reports of progress.
         steps: How many steps were begun.
+        pauses: How often a row was set aside.
         batches: All batches there were.
         calls: Names of the calls, each with the thread it came on.
     """
@@ -216,13 +230,14 @@ class FakeBackend:
     reply: Reply = endless
     failures: list[Exception] = field(default_factory=list)
     remove_failures: list[Exception] = field(default_factory=list)
-    prefill_rows: int = 256
+    kv_budget_bytes: int = 1 << 30
     codec: Codec = field(default_factory=ByteCodec)
     load_error: Exception | None = None
     open_error: Exception | None = None
     step_gate: Gate = field(default_factory=Gate)
     load_gate: Gate = field(default_factory=Gate)
     steps: int = 0
+    pauses: int = 0
     batches: list[FakeBatch] = field(default_factory=list)
     calls: list[tuple[str, str]] = field(default_factory=list)
     weight_bytes: int = 0
@@ -244,7 +259,7 @@ class FakeBackend:
             if self.load_error and progress >= 40:
                 error, self.load_error = self.load_error, None
                 raise error
-        return FakeModel(self, model_info(spec))
+        return FakeModel(self, replace(model_info(spec), kv_budget_bytes=self.kv_budget_bytes))
 
     def memory(self) -> MemoryCounters:
         """See ``Backend.memory``."""

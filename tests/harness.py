@@ -186,8 +186,8 @@ class Server:
         ledger, worker = self.app.engine._ledger, self.app.engine._worker
         assert not ledger._live
         assert not ledger._running
-        assert not worker._running
-        assert not worker._waiting
+        assert not worker._seats.begun
+        assert not worker._seats.waiting
         assert not any(batch.rows for batch in self.backend.batches)
 
 

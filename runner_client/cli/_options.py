@@ -33,6 +33,15 @@ def size(value: str) -> int:
     return count
 
 
+def size_or_zero(value: str) -> int:
+    """The same, and 0 for nothing at all.
+
+    Raises:
+        click.BadParameter: It is no size.
+    """
+    return 0 if value.strip() == "0" else size(value)
+
+
 def _bytes(number: str, prefix: str, unit: str | None) -> int:
     base = 1000 if prefix and (unit or "").upper() == "B" else 1024
     return int(float(number) * base ** _POWERS[prefix.upper()])
@@ -92,6 +101,13 @@ dtype_option = click.option(
     show_default=True,
     help="Number format of the weights in memory. auto: float32 on a CPU where memory allows, "
     "else as stored.",
+)
+prefix_cache_option = click.option(
+    "--prefix-cache",
+    type=size_or_zero,
+    metavar="SIZE",
+    help="Most memory to keep evaluated prompts in, so that one that begins like an earlier one "
+    "skips what they share; 0 keeps none.  [default: a fifth of what the model leaves free]",
 )
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output."

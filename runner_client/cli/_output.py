@@ -44,14 +44,16 @@ def print_rows(rows: Iterable[Row], *, err: bool = False) -> None:
 
 def completion_rows(completion: Completion) -> list[Row]:
     """What a completion cost, in tokens and tokens a second."""
-    prompt_rate = _rate(completion.prompt_eval_count, completion.prompt_eval_seconds)
+    cached = completion.prompt_cached_count
+    kept = f" ({cached:,} evaluated before)" if cached else ""
+    prompt_rate = _rate(completion.prompt_eval_count - cached, completion.prompt_eval_seconds)
     # The span goes from the first token to the last: the first took none of it.
     rate = _rate(completion.eval_count - 1, completion.eval_seconds)
     ending = f"ended by {completion.done_reason}"
     if completion.stop_match:
         ending += f" {completion.stop_match!r}"
     return [
-        ("prompt", f"{_tokens(completion.prompt_eval_count)}{prompt_rate}"),
+        ("prompt", f"{_tokens(completion.prompt_eval_count)}{kept}{prompt_rate}"),
         ("generated", f"{_tokens(completion.eval_count)}{rate}, {ending}"),
     ]
 

@@ -31,7 +31,9 @@ _COLORS = {"ok": "green", "warning": "yellow", "error": "red"}
 def command(*, as_json: bool) -> None:
     """Check what a runner depends on, and say what to do about what is missing.
 
-    Takes a few seconds: MLX is started in a process of its own and measured.
+    Takes some seconds: MLX is started in a process of its own and measured, on a Linux CPU with
+    each BLAS library that is found. The fastest is remembered, and every runner started from then
+    on gets it (serve --blas says otherwise).
     """
     if is_terminal():
         click.echo("examining this machine ...", err=True)

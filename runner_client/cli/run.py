@@ -12,6 +12,7 @@ from runner_client.cli._options import (
     context_length_option,
     dtype_option,
     json_option,
+    prefix_cache_option,
     sampling_options,
     text_or_stdin,
 )
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 @sampling_options
 @context_length_option
 @dtype_option
+@prefix_cache_option
 @click.option(
     "--memory-override", is_flag=True, help="Start it even if the gate says that it does not fit."
 )
@@ -45,6 +47,7 @@ def command(
     *,
     context_length: int | None,
     dtype: Dtype,
+    prefix_cache: int | None,
     memory_override: bool,
     as_json: bool,
     **sampling: Unpack[Sampling],
@@ -62,6 +65,7 @@ def command(
         context_length=context_length,
         parallel=1,
         dtype=dtype,
+        prefix_cache_bytes=prefix_cache,
         memory_override=memory_override,
     )
     with loaded(runner, model) as load:

@@ -14,6 +14,7 @@ from runner_client.cli._options import (
     context_length_option,
     dtype_option,
     parallel_option,
+    prefix_cache_option,
     size,
 )
 from runner_client.environment import child_environment
@@ -22,7 +23,7 @@ from runner_client.estimate import DEFAULT_PARALLEL
 if TYPE_CHECKING:
     from runner_client.types import Dtype
 
-_FOR_A_MODEL = ("context_length", "parallel", "dtype", "memory_limit")
+_FOR_A_MODEL = ("context_length", "parallel", "dtype", "memory_limit", "prefix_cache")
 
 
 @click.command(
@@ -49,6 +50,7 @@ _FOR_A_MODEL = ("context_length", "parallel", "dtype", "memory_limit")
     metavar="SIZE",
     help="Most memory for weights and KV cache, for instance 8GiB.  [default: what is free]",
 )
+@prefix_cache_option
 @click.option(
     "--blas",
     default="auto",
@@ -66,6 +68,7 @@ def command(
     parallel: int,
     dtype: Dtype,
     memory_limit: int | None,
+    prefix_cache: int | None,
     blas: str,
 ) -> None:
     """Run a server in the foreground until Ctrl-C.
@@ -82,6 +85,7 @@ def command(
         line += ["--model", model, "--parallel", str(parallel), "--dtype", dtype]
         line += _given("--context-length", context_length)
         line += _given("--memory-limit-bytes", memory_limit)
+        line += _given("--prefix-cache-bytes", prefix_cache)
     environment = child_environment(os.environ, backend=installed_backend(), blas=blas)
     _become(line, with_import_paths(environment))
 

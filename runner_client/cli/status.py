@@ -40,6 +40,7 @@ def status_rows(status: Status) -> list[Row]:
         ("work", _work(status)),
         ("memory", memory_text(status.memory_usage)),
         ("device", status.device or "not known before MLX is imported"),
+        *([("BLAS", status.blas)] if status.blas else []),
         ("runner", _runner(status)),
     ]
     if status.last_error:
@@ -49,8 +50,10 @@ def status_rows(status: Status) -> list[Row]:
 
 def memory_text(memory: MemoryUsage) -> str:
     """The memory of a runner in parts."""
-    parts = {
-        "active": memory.active_bytes,
+    parts = {"active": memory.active_bytes}
+    if memory.limit_bytes:
+        parts["of it prefix cache"] = memory.prefix_cache_bytes
+    parts |= {
         "cache": memory.cache_bytes,
         "peak": memory.peak_bytes,
         "process": memory.process_bytes,

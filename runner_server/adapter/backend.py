@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import sys
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +23,17 @@ class MlxBackend:
 
     def __init__(self) -> None:
         self._mx: Any = None
+        # Its memory must come back when the engine lets go of it.
+        self._model: weakref.ref[MlxModel] | None = None
 
     def open(self) -> str:
         """Imports MLX and mlx_lm; returns the device's name."""
         # Nothing is ever downloaded; without this transformers may try.
         os.environ["HF_HUB_OFFLINE"] = "1"
+        # As mlx_lm has it where all of it is imported: no advice about PyTorch.
+        os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        # Late, because it takes a second or more in which calls are answered.
+        # Late, because it takes tenths of a second in which calls are answered.
         import mlx.core as mx  # noqa: PLC0415
 
         import runner_server.adapter.loading  # noqa: F401, PLC0415
@@ -43,14 +47,22 @@ class MlxBackend:
         """Loads a model; see ``Backend.load``."""
         from runner_server.adapter.loading import load  # noqa: PLC0415 - as in open
 
-        return load(spec, report)
+        model = load(spec, report)
+        self._model = weakref.ref(model)
+        return model
 
     def memory(self) -> MemoryCounters:
         """What MLX holds; its counters may be read on any thread."""
         mx = self._mx
         if mx is None:
             return MemoryCounters()
-        return MemoryCounters(mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory())
+        model = self._model() if self._model else None
+        return MemoryCounters(
+            active_bytes=mx.get_active_memory(),
+            cache_bytes=mx.get_cache_memory(),
+            peak_bytes=mx.get_peak_memory(),
+            prefix_cache_bytes=model.prefix_cache_bytes if model else 0,
+        )
 
     def release(self) -> None:
         """Gives freed memory back: Python's cycles, MLX's cache, the C heap."""
@@ -70,6 +82,8 @@ class MlxBackend:
 
 def _trim_heap() -> None:
     """Returns free pages of glibc's heap to the system; musl has no such call."""
+    import ctypes  # noqa: PLC0415 - the server is ready sooner without it
+
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -1,118 +1,197 @@
-"""A batch of rows on mlx_lm's BatchGenerator."""
+"""The step loop on mlx_lm's models and caches: prompts in turns, rows together."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from runner_server.adapter.names import BatchGenerator
-from runner_server.adapter.sampling import RowSampler, Sampler, greedy, processors
+from runner_server.adapter.caches import CachePieces, Segment, Snapshot, evaluate
+from runner_server.adapter.decode import Decoding, Row
 from runner_server.messages import Prefill, Sampling, Token
+from runner_server.prefix import PrefixTree
+from runner_server.turns import PrefillTurns
 
-_UNBOUNDED = 2**31 - 1
-"""The engine ends rows itself: length, end of text and stop strings in one place."""
+PromptCache = PrefixTree[Segment, Snapshot]
 
-_PREFILL_ROWS = 4
-"""Prompts evaluated side by side; padding grows with more."""
+_WORTHWHILE = 32
+"""Tokens from which on it pays to stop a prompt where it leaves an earlier one's."""
 
 
-class _Float32Logits:
-    """A model whose logits are float32.
+@dataclass(eq=False)
+class _Prompt:
+    """A row whose prompt is being evaluated, all but its last token.
 
-    In half precision mlx_lm would round them when it normalizes, but not beside a row
-    whose penalties are computed in float32: a row would depend on its neighbours, and
-    the likeliest token need not win.
+    Attributes:
+        row: Its tokens are those evaluated so far.
+        ids: The whole prompt.
+        cached: How many of them were taken from earlier prompts.
+        branch: Where an earlier prompt goes another way, if a stop there is of use.
     """
 
-    def __init__(self, model: Module) -> None:
-        self._model = model
+    row: Row
+    ids: Sequence[int]
+    cached: int = 0
+    branch: int | None = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        logits: mx.array = self._model(*args, **kwargs)
-        return logits.astype(mx.float32)
+    @property
+    def evaluated(self) -> int:
+        return len(self.row.tokens)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+    @property
+    def remaining(self) -> int:
+        return len(self.ids) - 1 - self.evaluated
+
+    def progress(self) -> Prefill:
+        return Prefill(self.row.id, self.evaluated, len(self.ids), self.cached)
 
 
 class MlxBatch:
-    """Prefills and decodes rows together.
+    """Evaluates prompts one after the other and decodes rows together.
 
     Args:
         model: The evaluated model.
-        parallel: How many rows there are at most.
-        prefill_chunk: Tokens of each prompt that one step evaluates.
+        vocab_size: Token ids its output layer scores.
+        max_chunk: Most tokens of a prompt that are evaluated at once.
+        pieces: Cuts the caches of the model.
+        prompts: Prompts evaluated before; outlives the batch.
+        clock: Seconds that pass.
     """
 
-    def __init__(self, model: Module, parallel: int, prefill_chunk: int) -> None:
-        self._prefill_rows = min(parallel, _PREFILL_ROWS)
-        self._generator = BatchGenerator(
-            _Float32Logits(model),
-            completion_batch_size=parallel,
-            prefill_batch_size=self._prefill_rows,
-            prefill_step_size=prefill_chunk,
-        )
-        self._uid_of: dict[int, int] = {}
-        self._row_of: dict[int, int] = {}
-        self._recording: dict[int, RowSampler] = {}
-        self._prefilling: set[int] = set()
-
-    @property
-    def can_prefill(self) -> bool:
-        """Whether one more prompt would be evaluated at once; see ``Batch.can_prefill``."""
-        return len(self._prefilling) < self._prefill_rows
+    def __init__(
+        self,
+        model: Module,
+        vocab_size: int,
+        max_chunk: int,
+        pieces: CachePieces,
+        prompts: PromptCache,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._model = model
+        self._pieces = pieces
+        self._known = prompts
+        self._clock = clock
+        self._turns = PrefillTurns(max_chunk)
+        # In order of arrival.
+        self._prompts: dict[int, _Prompt] = {}
+        self._joining: list[Row] = []
+        self._paused: dict[int, Row] = {}
+        self._decoding = Decoding(model, vocab_size)
+        self._decode_seconds: float | None = None
 
     def add(self, row: int, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         """Begins a row; see ``Batch.add``."""
-        steps = processors(sampling)
-        sampler: Sampler = greedy
-        if sampling.logprobs is not None:
-            self._recording[row] = sampler = recorder = RowSampler(sampling)
-            steps = [recorder.capture, *steps]
-        elif sampling.temperature > 0:
-            sampler = RowSampler(sampling)
-        (uid,) = self._generator.insert(
-            [list(prompt_ids)],
-            max_tokens=[_UNBOUNDED],
-            samplers=[sampler],
-            logits_processors=[steps],
-        )
-        self._uid_of[row], self._row_of[uid] = uid, row
-        self._prefilling.add(row)
+        begun = Row(row, sampling, [], prompt_ids[-1], caches=self._pieces.new())
+        self._prompts[row] = _Prompt(begun, prompt_ids)
 
     def remove(self, rows: Collection[int]) -> None:
-        """Ends rows; see ``Batch.remove``."""
-        uids = [self._uid_of.pop(row) for row in rows]
-        self._generator.remove(uids)
-        for row, uid in zip(rows, uids, strict=True):
-            del self._row_of[uid]
-            self._recording.pop(row, None)
-            self._prefilling.discard(row)
+        """Ends rows and keeps what was evaluated for others; see ``Batch.remove``."""
+        ended = [row for row in self._decoding.rows if row.id in rows]
+        self._decoding.leave(ended, with_caches=self._known.is_on)
+        for id_ in rows:
+            if prompt := self._prompts.pop(id_, None):
+                ended.append(prompt.row)
+            if paused := self._paused.pop(id_, None):
+                ended.append(paused)
+        ended += [row for row in self._joining if row.id in rows]
+        self._joining = [row for row in self._joining if row.id not in rows]
+        for row in ended:
+            self._offer(row)
+
+    def pause(self, row: int) -> None:
+        """Sets a row aside with what it holds; see ``Batch.pause``."""
+        (aside,) = (each for each in self._decoding.rows if each.id == row)
+        self._decoding.settle(aside)
+        self._decoding.leave([aside], with_caches=True)
+        evaluate(aside.caches)
+        self._paused[row] = aside
+
+    def resume(self, row: int) -> None:
+        """Takes a row in again; see ``Batch.resume``."""
+        self._joining.append(self._paused.pop(row))
 
     def step(self) -> list[Prefill | Token]:
-        """Makes one step; see ``Batch.step``."""
-        prompts, generated = self._generator.next()
-        events: list[Prefill | Token] = [
-            self._token(answer.uid, answer.token) for answer in generated
-        ]
-        for answer in prompts:
-            evaluated, total = answer.progress
-            if answer.end_of_prompt:
-                self._prefilling.discard(self._row_of[answer.uid])
-            # The last token is decoded in the next step, whose answer is the news.
-            if evaluated < total - 1:
-                events.append(Prefill(self._row_of[answer.uid], evaluated, total))
+        """Evaluates prompts for a slice of time, then decodes; see ``Batch.step``."""
+        events: list[Prefill | Token] = [*self._prefill()]
+        self._decoding.join(self._joining)
+        self._joining = []
+        if self._decoding.rows:
+            began = self._clock()
+            events += self._decoding.step()
+            self._decode_seconds = self._clock() - began
+        else:
+            self._decode_seconds = None
         return events
 
     def close(self) -> None:
         """Frees everything; see ``Batch.close``."""
-        self._generator.remove(list(self._row_of))
-        self._generator.close()
+        self._prompts.clear()
+        self._paused.clear()
+        self._joining.clear()
+        self._decoding.leave(self._decoding.rows, with_caches=False)
 
-    def _token(self, uid: int, token_id: int) -> Token:
-        row = self._row_of[uid]
-        recorder = self._recording.get(row)
-        return Token(row, token_id, recorder.next_logprob(token_id) if recorder else None)
+    # -- prompts -----------------------------------------------------------------
+
+    def _prefill(self) -> list[Prefill]:
+        """Evaluates chunks of prompts until the slice is over."""
+        self._turns.begin(self._decode_seconds)
+        events = []
+        while turn := self._turns.next({id_: p.remaining for id_, p in self._prompts.items()}):
+            id_, count = turn
+            prompt = self._prompts[id_]
+            if count:
+                self._reuse(prompt)
+                self._evaluate(prompt, min(count, prompt.remaining))
+            events.append(prompt.progress())
+            if not prompt.remaining:
+                self._joining.append(self._prompts.pop(id_).row)
+        return events
+
+    def _reuse(self, prompt: _Prompt) -> None:
+        """Takes over what other prompts have evaluated by now, if that is more."""
+        beginning = prompt.ids[:-1]
+        match = self._known.match(beginning)
+        prompt.branch = None
+        if match.usable > prompt.evaluated:
+            count, segments, snapshot = self._known.take(beginning)
+            prompt.row.caches = self._pieces.restore(segments, snapshot or [])
+            prompt.cached += count - prompt.evaluated
+            prompt.row.tokens = list(prompt.ids[:count])
+        # A later prompt that begins so far like this one can then begin there.
+        if self._pieces.needs_snapshot and match.common - prompt.evaluated >= _WORTHWHILE:
+            prompt.branch = match.common
+
+    def _evaluate(self, prompt: _Prompt, count: int) -> None:
+        """Evaluates the next tokens of a prompt."""
+        row = prompt.row
+        if prompt.branch is not None:
+            count = min(count, prompt.branch - prompt.evaluated)
+        if not count:
+            return
+        chunk = list(prompt.ids[prompt.evaluated : prompt.evaluated + count])
+        began = self._clock()
+        self._model(mx.array([chunk]), cache=row.caches)
+        evaluate(row.caches)
+        self._turns.spent(count, self._clock() - began)
+        row.tokens += chunk
+        at_branch = prompt.evaluated == prompt.branch
+        if at_branch or not prompt.remaining or not self._pieces.needs_snapshot:
+            self._offer(row)
+
+    def _offer(self, row: Row) -> None:
+        """Keeps what a row has evaluated for prompts that begin like it."""
+        if not (self._known.is_on and row.tokens):
+            return
+        caches = row.caches
+        snapshot = None
+        if self._pieces.needs_snapshot:
+
+            def snapshot() -> Snapshot:
+                return self._pieces.snapshot(caches)
+
+        self._known.offer(
+            row.tokens, lambda start, end: self._pieces.segment(caches, start, end), snapshot
+        )

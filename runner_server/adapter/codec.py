@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from runner_server.adapter._plain_tokenizer import read_plain_tokenizer
 from runner_server.adapter.names import load_tokenizer
 from runner_server.errors import ModelUnsupported
 
@@ -51,12 +52,12 @@ class FastCodec:
         return text
 
 
-def load_codec(path: Path, eos_token_ids: object) -> tuple[FastCodec, frozenset[int]]:
+def load_codec(path: Path, config: dict[str, Any]) -> tuple[FastCodec, frozenset[int]]:
     """Reads the tokenizer of a model directory.
 
     Args:
         path: The directory.
-        eos_token_ids: What the model's configuration says ends a text.
+        config: The model's configuration.
 
     Returns:
         The codec and all ids that end a text.
@@ -64,6 +65,14 @@ def load_codec(path: Path, eos_token_ids: object) -> tuple[FastCodec, frozenset[
     Raises:
         ModelUnsupported: There is no tokenizer, or it needs code of its own to run.
     """
+    plain = read_plain_tokenizer(path, config)
+    if plain is None:
+        return _load_with_transformers(path, config.get("eos_token_id"))
+    _require_vocabulary(plain.tokenizer, path)
+    return FastCodec(plain.tokenizer, plain.bos_token), plain.eos_token_ids
+
+
+def _load_with_transformers(path: Path, eos_token_ids: object) -> tuple[FastCodec, frozenset[int]]:
     try:
         # Explicitly false: with None transformers asks on the terminal whether to
         # run the directory's code.
@@ -82,10 +91,14 @@ def load_codec(path: Path, eos_token_ids: object) -> tuple[FastCodec, frozenset[
             f"the tokenizer in {path} has no tokenizer.json form; convert it with transformers",
             model=str(path),
         )
+    _require_vocabulary(backend, path)
+    return FastCodec(backend, wrapper.bos_token), frozenset(wrapper.eos_token_ids)
+
+
+def _require_vocabulary(backend: Any, path: Path) -> None:
     # Where there are no files, transformers may make a tokenizer of special tokens only.
     if backend.get_vocab_size() <= len(backend.get_added_tokens_decoder()):
         raise ModelUnsupported(
             f"there is no tokenizer in {path}; expected tokenizer.json and tokenizer_config.json",
             model=str(path),
         )
-    return FastCodec(backend, wrapper.bos_token), frozenset(wrapper.eos_token_ids)

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 
 from mlxrunner.hostmemory import free_memory
 from mlxrunner.units import format_bytes
-from runner_server.adapter.batch import MlxBatch
+from runner_server.adapter._reading import read_weights
+from runner_server.adapter.batch import MlxBatch, PromptCache
+from runner_server.adapter.caches import CachePieces
 from runner_server.adapter.codec import FastCodec, load_codec
 from runner_server.adapter.kv import Probe, probe
 from runner_server.adapter.names import dequantize_model, load_config, load_model
@@ -36,9 +36,9 @@ from runner_server.errors import (
     InvalidField,
     ModelNotFound,
     ModelUnsupported,
-    RunnerFault,
 )
 from runner_server.messages import Dtype, LoadSpec, ModelInfo, Sampling, Token
+from runner_server.prefix import PrefixTree
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,9 @@ Report = Callable[[int], None]
 _MIN_CONTEXT, _DEFAULT_CONTEXT = 2, 4096
 _PREFILL_CHUNK = {"cpu": 128, "gpu": 1024}
 """Tokens of a prompt in one step: running streams wait for it, and so does a cancel."""
+
+_PREFIX_SHARE = 5
+"""Of what weights and KV cache leave free, one part in so many keeps evaluated prompts."""
 
 _MX_DTYPES = {
     Dtype.FLOAT32: mx.float32,
@@ -62,16 +65,30 @@ class MlxModel:
         model: The evaluated model.
         codec: Its tokenizer.
         info: What it is, and the limits in force.
+        plan: What was decided before it was read.
     """
 
-    def __init__(self, model: Module, codec: FastCodec, info: ModelInfo) -> None:
+    def __init__(self, model: Module, codec: FastCodec, info: ModelInfo, plan: _Plan) -> None:
         self._model = model
+        self._plan = plan
+        self._pieces = CachePieces.of(model)
+        self._prompts: PromptCache = PrefixTree(self._pieces, info.prefix_cache_bytes)
         self.codec = codec
         self.info = info
 
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes of KV cache for one sequence; see ``LoadedModel.kv_bytes``."""
+        return self._plan.kv_bytes(tokens)
+
+    @property
+    def prefix_cache_bytes(self) -> int:
+        """Bytes of evaluated prompts that are kept."""
+        return self._prompts.nbytes
+
     def new_batch(self) -> MlxBatch:
         """An empty batch."""
-        return MlxBatch(self._model, self.info.parallel, _PREFILL_CHUNK[_device_kind()])
+        chunk = _PREFILL_CHUNK[_device_kind()]
+        return MlxBatch(self._model, self.info.vocab_size, chunk, self._pieces, self._prompts)
 
 
 def load(spec: LoadSpec, report: Report) -> MlxModel:
@@ -92,12 +109,12 @@ def _load(path: Path, spec: LoadSpec, report: Report) -> MlxModel:
     model, config = _build(path, config)
     report(3)
     plan = _plan(spec, model, config)
-    codec, eos_token_ids = load_codec(path, config.get("eos_token_id"))
+    codec, eos_token_ids = load_codec(path, config)
     report(5)
     model = _convert(model, plan.dtype)
-    _read_weights(model, report)
+    read_weights(_arrays(model), lambda share: report(5 + int(90 * share)))
     info = _describe(spec, path, model, config, plan, eos_token_ids)
-    loaded = MlxModel(model, codec, info)
+    loaded = MlxModel(model, codec, info, plan)
     _warm_up(loaded)
     report(100)
     logger.info(
@@ -116,21 +133,23 @@ def _find(model: str) -> Path:
         path = Path(model).expanduser()
         if path.is_dir():
             return path.resolve()
-        return Path(snapshot_download(model, local_files_only=True))
-    # RuntimeError: "~name" of nobody; OSError: a name too long for this file system.
-    except (
-        LocalEntryNotFoundError,
-        HFValidationError,
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:
+        return _find_in_cache(model)
+    # OSError: not in the cache, or a name too long for this file system; ValueError: no
+    # hub id; RuntimeError: "~name" of nobody.
+    except (OSError, RuntimeError, ValueError) as error:
         raise ModelNotFound(
             f"no model at {model!r}: it is no directory here and no hub id in the local Hugging "
             "Face cache; give a directory that exists on this machine, or download the model first "
             "(nothing is downloaded by this process)",
             model=model,
         ) from error
+
+
+def _find_in_cache(model: str) -> Path:
+    # It takes a quarter of a second, which a directory's name need not wait for.
+    from huggingface_hub import snapshot_download  # noqa: PLC0415
+
+    return Path(snapshot_download(model, local_files_only=True))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -181,6 +200,12 @@ class _Plan:
     max_context_length: int
     context_length: int
     limit_bytes: int
+    kv_budget_bytes: int
+    prefix_cache_bytes: int
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes of KV cache for one sequence, in the format of the converted model."""
+        return _kv_bytes(self.probe, tokens, self.dtype)
 
 
 def _plan(spec: LoadSpec, model: Module, config: dict[str, Any]) -> _Plan:
@@ -191,31 +216,50 @@ def _plan(spec: LoadSpec, model: Module, config: dict[str, Any]) -> _Plan:
         raise InvalidField([("context_length", text)])
     context = spec.context_length or min(longest, _DEFAULT_CONTEXT)
     seen = probe(model, _PREFILL_CHUNK[_device_kind()])
-    kv_bytes = seen.kv_bytes(context) * spec.parallel
     dtype = spec.dtype
     if dtype is Dtype.AUTO:
+        wide = _weight_need(model, Dtype.FLOAT32)
+        wide += _kv_bytes(seen, context, Dtype.FLOAT32) * spec.parallel
         on_cpu = _device_kind() == "cpu"
-        wide = sum(_needs(model, seen, kv_bytes, Dtype.FLOAT32))
         dtype = Dtype.FLOAT32 if on_cpu and wide <= limit else Dtype.AS_STORED
-    weights, kv = _needs(model, seen, kv_bytes, dtype)
-    if weights + kv > limit:
-        raise InsufficientMemory(
-            f"the model needs {format_bytes(weights + kv)} ({format_bytes(weights)} weights, "
-            f"{format_bytes(kv)} KV cache for {spec.parallel} x {context} tokens) and "
-            f"{format_bytes(limit)} may be used; free memory, or load with a smaller "
-            "context_length, parallel or dtype",
-            requiredBytes=weights + kv,
-            availableBytes=limit,
-        )
-    return _Plan(dtype, seen, longest, context, limit)
+    weights, one = _weight_need(model, dtype), _kv_bytes(seen, context, dtype)
+    room = limit - weights - (spec.prefix_cache_bytes or 0)
+    if one > room:
+        raise _too_large(spec, weights, one, context, limit)
+    prefix = spec.prefix_cache_bytes
+    if prefix is None:
+        prefix = max(0, room - one * spec.parallel) // _PREFIX_SHARE
+    budget = min(one * spec.parallel, room)
+    return _Plan(dtype, seen, longest, context, limit, budget, prefix)
 
 
-def _needs(model: Module, seen: Probe, kv_bytes: int, dtype: Dtype) -> tuple[int, int]:
-    """Bytes of weights and of KV cache if the weights are held as ``dtype``."""
+def _too_large(
+    spec: LoadSpec, weights: int, kv: int, context: int, limit: int
+) -> InsufficientMemory:
+    kept = spec.prefix_cache_bytes or 0
+    need = weights + kv + kept
+    parts = f"{format_bytes(weights)} weights, {format_bytes(kv)} KV cache for {context} tokens"
+    if kept:
+        parts += f", {format_bytes(kept)} prefix cache"
+    return InsufficientMemory(
+        f"the model needs {format_bytes(need)} ({parts}) and {format_bytes(limit)} may be used; "
+        "free memory, or load with a smaller context_length, dtype or prefix_cache_bytes",
+        requiredBytes=need,
+        availableBytes=limit,
+    )
+
+
+def _weight_need(model: Module, dtype: Dtype) -> int:
+    """Bytes of the weights if they are held as ``dtype``."""
     if dtype is Dtype.AS_STORED:
-        return _weight_bytes(model), kv_bytes
-    size = _MX_DTYPES[dtype].size
-    return _logical_count(model) * size, kv_bytes * size // seen.item_bytes
+        return _weight_bytes(model)
+    return _logical_count(model) * _MX_DTYPES[dtype].size
+
+
+def _kv_bytes(seen: Probe, tokens: int, dtype: Dtype) -> int:
+    """Bytes of the KV cache of one sequence if the weights are held as ``dtype``."""
+    kv = seen.kv_bytes(tokens)
+    return kv if dtype is Dtype.AS_STORED else kv * _MX_DTYPES[dtype].size // seen.item_bytes
 
 
 def _logical_count(model: Module) -> int:
@@ -237,32 +281,6 @@ def _convert(model: Module, dtype: Dtype) -> Module:
         model = dequantize_model(model)
         model.set_dtype(_MX_DTYPES[dtype])
     return model
-
-
-def _read_weights(model: Module, report: Report) -> None:
-    parameters = _arrays(model)
-    total = max(1, sum(value.nbytes for value in parameters))
-    done = 0
-    for value in parameters:
-        try:
-            mx.eval(value)
-        except (RuntimeError, MemoryError) as error:
-            raise _read_fault(error, total) from error
-        done += value.nbytes
-        report(5 + 90 * done // total)
-
-
-def _read_fault(error: Exception, total_bytes: int) -> RunnerFault:
-    # MLX has no type of its own for it; its allocators say "[malloc] Unable to allocate".
-    if isinstance(error, MemoryError) or "allocate" in str(error):
-        available = free_memory().available_bytes
-        return InsufficientMemory(
-            f"memory ran out while reading {format_bytes(total_bytes)} of weights, "
-            f"{format_bytes(available)} are free now; free memory, or load with another dtype",
-            requiredBytes=total_bytes,
-            availableBytes=available,
-        )
-    return ModelUnsupported(f"the weights cannot be read: {error}")
 
 
 def _describe(
@@ -288,6 +306,8 @@ def _describe(
         context_length=plan.context_length,
         parallel=spec.parallel,
         limit_bytes=plan.limit_bytes,
+        kv_budget_bytes=plan.kv_budget_bytes,
+        prefix_cache_bytes=plan.prefix_cache_bytes,
     )
 
 

@@ -1,18 +1,15 @@
-"""Every name this project takes from mlx_lm, in one place.
+"""Every name this project takes from mlx_lm, in one place. Tested with 0.32.2."""
 
-``mlx_lm.generate`` and others must be imported as modules' names: the package
-exports functions that hide its modules. Tested with 0.32.2.
-"""
+from __future__ import annotations
 
-from mlx_lm.generate import BatchGenerator
-from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import dequantize_model, load_config, load_model, load_tokenizer
+from runner_server.adapter._lean import import_lean
 
-__all__ = [
-    "BatchGenerator",
-    "dequantize_model",
-    "load_config",
-    "load_model",
-    "load_tokenizer",
-    "make_prompt_cache",
-]
+_cache = import_lean("mlx_lm.models.cache")
+_utils = import_lean("mlx_lm.utils")
+
+KVCache = _cache.KVCache
+make_prompt_cache = _cache.make_prompt_cache
+dequantize_model = _utils.dequantize_model
+load_config = _utils.load_config
+load_model = _utils.load_model
+load_tokenizer = _utils.load_tokenizer

@@ -1,25 +1,34 @@
-"""Draws tokens: bias, penalties, top-k, temperature, top-p, min-p, keyed noise.
+"""Draws the next tokens of all rows together: top-k, temperature, top-p, min-p, keyed noise.
 
-Every draw uses a key made of the request's seed and the token's position, never
-MLX's global state, which is per thread and which an exception can poison. The
-noise belongs to token ids, not to places among the candidates, so that the
-rounding differences between a batch and a single row do not move it.
+The whole vocabulary is looked at once, to find the candidates; everything after
+that works on those. How many there are follows from a row's own ``top_k`` and not
+from its neighbours', so a row is drawn alike alone and in a batch.
+
+Every draw adds noise to the logits and takes the maximum, which draws from their
+softmax (Gumbel-max, https://arxiv.org/abs/1611.01144). The noise is a function of
+the request's seed, the token's position and the token's id: never MLX's global
+state, which is per thread and which an exception can poison, and never the place
+among the candidates, so that the rounding differences between a batch and a single
+row do not move it.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
-from typing import cast
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import mlx.core as mx
 
-from runner_server.messages import Sampling, TokenLogprob
+from runner_server.adapter.arrays import row_array, rows_of
+from runner_server.messages import Sampling
 
-Sampler = Callable[[mx.array], mx.array]
-Processor = Callable[[mx.array, mx.array], mx.array]
+_CANDIDATES = (64, 256, 1024)
+"""How many are looked at for a ``top_k`` up to that; above, the whole vocabulary is."""
 
-_MASK = (1 << 64) - 1
+_NUCLEUS = 1024
+"""How many are looked at first for a ``top_p`` without ``top_k``; mostly they are enough."""
 
 _MIN_TOP_P = 1e-9
 """Devices may take a number much smaller for 0, and then nothing would be kept."""
@@ -27,140 +36,242 @@ _MIN_TOP_P = 1e-9
 _MIN_TEMPERATURE = 1e-9
 """Below it a quotient could leave float32; any two logits that differ are far apart by then."""
 
-
-def greedy(logits: mx.array) -> mx.array:
-    """Takes the most likely token; [rows, vocabulary] -> [rows].
-
-    Rows that share this very function are sampled in one call.
-    """
-    return mx.argmax(logits, axis=-1)
+_LOW_64 = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
-def draw(logits: mx.array, sampling: Sampling, key: mx.array) -> mx.array:
-    """Draws one token for each row; [rows, vocabulary] -> [rows].
-
-    Adding Gumbel noise and taking the maximum draws from the softmax (Gumbel-max,
-    https://arxiv.org/abs/1611.01144).
-    """
-    noise = mx.random.gumbel(logits.shape, key=key)
-    k = sampling.top_k
-    ids = None
-    if 0 < k < logits.shape[-1]:
-        ids = mx.argpartition(logits, kth=-k, axis=-1)[..., -k:]
-        logits = mx.take_along_axis(logits, ids, axis=-1)
-        noise = mx.take_along_axis(noise, ids, axis=-1)
-    logits = logits.astype(mx.float32)
-    logits = logits - mx.max(logits, axis=-1, keepdims=True)
-    logits = logits / max(sampling.temperature, _MIN_TEMPERATURE)
-    if sampling.top_p < 1:
-        logits = _keep_top_p(logits, sampling.top_p)
-    if sampling.min_p > 0:
-        floor = mx.max(logits, axis=-1, keepdims=True) + mx.log(mx.array(sampling.min_p))
-        logits = mx.where(logits < floor, -mx.inf, logits)
-    choice = mx.argmax(logits + noise, axis=-1)
-    if ids is None:
-        return choice
-    return mx.take_along_axis(ids, choice[..., None], axis=-1).squeeze(-1)
+def _words(values: Iterable[int]) -> mx.array:
+    """Words of 64 bits, evaluated; from a list MLX reads no integer from 2^63 on."""
+    return mx.array(cast("Any", memoryview(array("Q", values))))
 
 
-def _keep_top_p(logits: mx.array, top_p: float) -> mx.array:
-    ordered = -mx.sort(-logits, axis=-1)
-    probs = mx.softmax(ordered, axis=-1)
-    before = mx.cumsum(probs, axis=-1) - probs
-    # The first candidate has nothing before it, so one always stays.
-    kept = mx.where(before < max(top_p, _MIN_TOP_P), ordered, mx.inf)
-    return mx.where(logits < mx.min(kept, axis=-1, keepdims=True), -mx.inf, logits)
+_WORD_GOLDEN, _WORD_1, _WORD_2 = _words([_GOLDEN]), _words([_MIX_1]), _words([_MIX_2])
 
 
-def position_key(seed: int, position: int) -> mx.array:
-    """The key of one draw: splitmix64 of seed and position.
+class Sampler:
+    """Draws one token for each row of a batch.
 
-    See https://prng.di.unimi.it/splitmix64.c for the mixing function.
-    """
-    z = (seed + (position + 1) * 0x9E3779B97F4A7C15) & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return mx.random.key(z ^ (z >> 31))
-
-
-def processors(sampling: Sampling) -> list[Processor]:
-    """What changes a row's logits before the draw, in the protocol's order."""
-    steps: list[Processor] = []
-    if sampling.logit_bias:
-        steps.append(_bias(sampling.logit_bias))
-    plain = (sampling.repeat_penalty, sampling.presence_penalty, sampling.frequency_penalty)
-    if sampling.repeat_last_n != 0 and plain != (1.0, 0.0, 0.0):
-        steps.append(lambda tokens, logits: _penalize(tokens, logits, sampling))
-    return steps
-
-
-def _bias(pairs: tuple[tuple[int, float], ...]) -> Processor:
-    ids = mx.array([token_id for token_id, _ in pairs])
-    values = mx.array([value for _, value in pairs], dtype=mx.float32)
-    return lambda _tokens, logits: logits.at[:, ids].add(values.astype(logits.dtype))
-
-
-def _penalize(tokens: mx.array, logits: mx.array, sampling: Sampling) -> mx.array:
-    window = tokens if sampling.repeat_last_n < 0 else tokens[-sampling.repeat_last_n :]
-    # float32, because bfloat16 cannot count past 256.
-    logits = logits.astype(mx.float32)
-    counts = mx.zeros(logits.shape[-1:]).at[window].add(1)
-    seen = counts > 0
-    divided = mx.where(
-        logits > 0, logits / sampling.repeat_penalty, logits * sampling.repeat_penalty
-    )
-    logits = mx.where(seen, divided, logits)
-    return logits - seen * sampling.presence_penalty - counts * sampling.frequency_penalty
-
-
-class RowSampler:
-    """Samples one row and, if asked, remembers how likely its tokens were.
+    Rows are grouped by how many candidates they need; a batch whose rows ask for
+    about the same is one group, whatever else they ask for.
 
     Args:
-        sampling: The row's options.
+        rows: The options of each row.
+        vocab_size: Token ids there are.
     """
 
-    def __init__(self, sampling: Sampling) -> None:
-        self._sampling = sampling
-        self._position = 0
-        self._raw: mx.array | None = None
-        self._recorded: deque[tuple[mx.array, ...]] = deque()
+    def __init__(self, rows: Sequence[Sampling], vocab_size: int) -> None:
+        places: dict[int, list[int]] = {}
+        for place, sampling in enumerate(rows):
+            places.setdefault(_candidate_count(sampling, vocab_size), []).append(place)
+        self._groups = [
+            (group, rows_of(group, len(rows)), _Draw([rows[i] for i in group], count))
+            for count, group in places.items()
+        ]
+        order = [place for group in places.values() for place in group]
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        self._inverse = rows_of(inverse, -1) if len(places) > 1 else None
 
-    def capture(self, _tokens: mx.array, logits: mx.array) -> mx.array:
-        """A processor that keeps the logits as the model gave them."""
-        self._raw = logits
-        return logits
+    def __call__(self, logits: mx.array, positions: Sequence[int]) -> mx.array:
+        """Draws a token for each row.
 
-    def __call__(self, logits: mx.array) -> mx.array:
-        """Draws the next token; [1, vocabulary] -> [1]."""
-        if self._sampling.temperature == 0:
-            token = greedy(logits)
-        else:
-            key = position_key(self._sampling.seed, self._position)
-            token = draw(logits, self._sampling, key)
-        self._position += 1
-        if self._sampling.logprobs is not None and self._raw is not None:
-            self._recorded.append(_likelihoods(self._raw, token, self._sampling.logprobs))
-            # Computed along with the step: asked for later, it would wait for the
-            # step after it.
-            mx.async_eval(self._recorded[-1])
-        return token
+        Args:
+            logits: [rows, vocabulary].
+            positions: How many tokens of each row were drawn before.
 
-    def next_logprob(self, token_id: int) -> TokenLogprob:
-        """The likelihood of the oldest token that was drawn and not yet asked for."""
-        chosen, ids, values = self._recorded.popleft()
-        # MLX types these as what any array might hold.
-        pairs = zip(
-            cast("list[int]", ids.tolist()), cast("list[float]", values.tolist()), strict=True
-        )
-        return TokenLogprob(token_id, min(0.0, cast("float", chosen.item())), tuple(pairs))
+        Returns:
+            [rows] token ids.
+        """
+        drawn = []
+        for places, index, draw in self._groups:
+            chosen = logits if index is None else logits[index]
+            drawn.append(draw(chosen, [positions[place] for place in places]))
+        return drawn[0] if self._inverse is None else mx.concatenate(drawn)[self._inverse]
 
 
-def _likelihoods(logits: mx.array, token: mx.array, top: int) -> tuple[mx.array, ...]:
-    row = logits[0].astype(mx.float32)
-    logprobs = row - mx.logsumexp(row)
+def _candidate_count(sampling: Sampling, vocab_size: int) -> int:
+    """0 for the most likely token only, ``vocab_size`` for all."""
+    if sampling.temperature == 0:
+        return 0
+    k = sampling.top_k or vocab_size
+    return next((count for count in _CANDIDATES if k <= count < vocab_size), vocab_size)
+
+
+class _Draw:
+    """Draws for rows that need the same number of candidates.
+
+    Args:
+        rows: Their options.
+        count: How many candidates; 0 takes the most likely token.
+    """
+
+    def __init__(self, rows: Sequence[Sampling], count: int) -> None:
+        self._count = count
+        self._seeds = [row.seed for row in rows]
+        self._temperature = row_array([max(row.temperature, _MIN_TEMPERATURE) for row in rows])
+        self._top_p = row_array([_top_p(row) for row in rows])
+        self._min_p = mx.log(row_array([row.min_p for row in rows]))
+        self._cuts_k = any(0 < row.top_k < count for row in rows)
+        self._cuts_top_p = any(row.top_p < 1 for row in rows)
+        self._cuts_min_p = any(row.min_p > 0 for row in rows)
+        if self._cuts_k:
+            self._top_k = mx.arange(count) < row_array([row.top_k or count for row in rows])
+
+    def __call__(self, logits: mx.array, positions: Sequence[int]) -> mx.array:
+        if not self._count:
+            return mx.argmax(logits, axis=-1)
+        ids, scores, total = self._candidates(logits.astype(mx.float32))
+        if self._cuts_k or self._cuts_top_p:
+            order = mx.argsort(-scores, axis=-1)
+            scores = self._cut(mx.take_along_axis(scores, order, axis=-1), total)
+            ids = order if ids is None else mx.take_along_axis(ids, order, axis=-1)
+        if self._cuts_min_p:
+            scores = mx.where(scores < self._min_p, -mx.inf, scores)
+        places = mx.arange(scores.shape[-1])[None] if ids is None else ids
+        scores = scores + gumbel(self._seeds, positions, places)
+        choice = mx.argmax(scores, axis=-1, keepdims=True)
+        return (choice if ids is None else mx.take_along_axis(ids, choice, axis=-1))[:, 0]
+
+    def _candidates(self, logits: mx.array) -> tuple[mx.array | None, mx.array, mx.array | None]:
+        """Divides by the temperature and leaves out what cannot be drawn.
+
+        Returns:
+            The ids that are left (None for all), their scores, and the logarithm of what
+            the weights of all ids add up to (None for those that are left).
+        """
+        size = logits.shape[-1]
+        if self._count < size:
+            ids, values = largest(logits, self._count)
+            return ids, self._scale(values), None
+        scores = self._scale(logits)
+        if self._cuts_top_p and not self._cuts_k and size > 2 * _NUCLEUS:
+            total = mx.logsumexp(scores, axis=-1, keepdims=True)
+            ids, likely = largest(scores, _NUCLEUS)
+            mass = mx.sum(mx.exp(likely - total), axis=-1, keepdims=True)
+            # Waits for the step; a sort of the whole vocabulary would take far longer.
+            if mx.all((mass > self._top_p) | (self._top_p > 1)).item():
+                return ids, likely, total
+        return None, scores, None
+
+    def _scale(self, logits: mx.array) -> mx.array:
+        """Divides by the temperature; the most likely token's score is 0."""
+        return (logits - mx.max(logits, axis=-1, keepdims=True)) / self._temperature
+
+    def _cut(self, scores: mx.array, total: mx.array | None) -> mx.array:
+        """Leaves out what top-k and top-p do; scores are in order, the largest first."""
+        if self._cuts_k:
+            scores = mx.where(self._top_k, scores, -mx.inf)
+        if self._cuts_top_p:
+            probs = mx.softmax(scores, axis=-1) if total is None else mx.exp(scores - total)
+            # The first has nothing before it, so one always stays.
+            scores = mx.where(mx.cumsum(probs, axis=-1) - probs < self._top_p, scores, -mx.inf)
+        return scores
+
+
+def _top_p(row: Sampling) -> float:
+    """Above any sum of probabilities, however it was rounded, where it is off."""
+    return max(row.top_p, _MIN_TOP_P) if row.top_p < 1 else 2.0
+
+
+def largest(logits: mx.array, count: int) -> tuple[mx.array, mx.array]:
+    """The largest logits of each row and their ids, in no order.
+
+    The ``count`` largest lie in the ``count`` blocks with the largest maxima, so only
+    those are searched: a tenth of the time of a search through 151,936 of them.
+
+    Args:
+        logits: [rows, ids].
+        count: Fewer than there are ids.
+
+    Returns:
+        Ids and logits; both [rows, count].
+    """
+    size = logits.shape[-1]
+    # As many blocks as logits in the chosen ones, about: both are searched.
+    block = 1 << ((size // count).bit_length() // 2)
+    blocks = -(-size // block)
+    if blocks <= 2 * count:
+        ids = mx.argpartition(logits, kth=-count, axis=-1)[:, -count:]
+        return ids, mx.take_along_axis(logits, ids, axis=-1)
+    if blocks * block > size:
+        padding = [(0, 0), (0, blocks * block - size)]
+        logits = mx.pad(logits, padding, constant_values=mx.array(-mx.inf, logits.dtype))
+    # A block is every blocks-th logit: maxima over rows of a table are the fast ones.
+    table = logits.reshape(-1, block, blocks)
+    best = mx.argpartition(mx.max(table, axis=1), kth=-count, axis=-1)[:, None, -count:]
+    ids = (best + mx.arange(0, block * blocks, blocks)[:, None]).flatten(1)
+    values = mx.take_along_axis(table, best, axis=2).flatten(1)
+    chosen = mx.argpartition(values, kth=-count, axis=-1)[:, -count:]
+    return mx.take_along_axis(ids, chosen, axis=-1), mx.take_along_axis(values, chosen, axis=-1)
+
+
+def gumbel(seeds: Sequence[int], positions: Sequence[int], ids: mx.array) -> mx.array:
+    """Noise of a Gumbel distribution for each id; float32 of the shape of ``ids``.
+
+    The bits are splitmix64's (https://prng.di.unimi.it/splitmix64.c): its output for
+    seed and position is the state of a generator whose outputs are numbered by id.
+
+    Args:
+        seeds: Of each row.
+        positions: Of each row.
+        ids: [rows, n] token ids; with one row they stand for all.
+    """
+    pairs = zip(seeds, positions, strict=True)
+    states = [_splitmix(seed + (position + 1) * _GOLDEN) for seed, position in pairs]
+    bits = _mix(_words(states)[:, None] + (ids.astype(mx.uint64) + 1) * _WORD_GOLDEN)
+    # 23 bits and a half: float32 holds every such number, and none is 0 or 1.
+    uniform = ((bits >> 41).astype(mx.float32) + 0.5) * 2.0**-23
+    return -mx.log(-mx.log(uniform))
+
+
+def _splitmix(state: int) -> int:
+    state &= _LOW_64
+    state = ((state ^ (state >> 30)) * _MIX_1) & _LOW_64
+    state = ((state ^ (state >> 27)) * _MIX_2) & _LOW_64
+    return state ^ (state >> 31)
+
+
+def _mix(state: mx.array) -> mx.array:
+    """The same as :func:`_splitmix`, of many states."""
+    state = (state ^ (state >> 30)) * _WORD_1
+    state = (state ^ (state >> 27)) * _WORD_2
+    return state ^ (state >> 31)
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """How likely the drawn tokens of some rows were; arrays not yet evaluated.
+
+    Attributes:
+        chosen: Log probability of the drawn token; [rows].
+        ids: The most likely ids, most likely first; [rows, n].
+        values: Their log probabilities; [rows, n].
+    """
+
+    chosen: mx.array
+    ids: mx.array
+    values: mx.array
+
+
+def likelihoods(logits: mx.array, tokens: mx.array, top: int) -> Likelihoods:
+    """Log probabilities of drawn tokens and of the ``top`` most likely ones.
+
+    Args:
+        logits: As the model gave them; [rows, vocabulary].
+        tokens: [rows].
+        top: How many; 0 for none.
+    """
+    logits = logits.astype(mx.float32)
+    total = mx.logsumexp(logits, axis=-1, keepdims=True)
+    chosen = mx.take_along_axis(logits, tokens[:, None].astype(mx.int32), axis=-1) - total
     if not top:
-        return logprobs[token[0]], mx.array([], dtype=mx.int32), mx.array([])
-    ids = mx.argpartition(logprobs, kth=-top)[-top:]
-    ids = ids[mx.argsort(-logprobs[ids])]
-    return logprobs[token[0]], ids, mx.minimum(logprobs[ids], 0.0)
+        nothing = mx.zeros((logits.shape[0], 0))
+        return Likelihoods(mx.minimum(chosen[:, 0], 0.0), nothing.astype(mx.int32), nothing)
+    ids, values = largest(logits, top)
+    order = mx.argsort(-values, axis=-1)
+    values = mx.take_along_axis(values, order, axis=-1) - total
+    return Likelihoods(
+        mx.minimum(chosen[:, 0], 0.0),
+        mx.take_along_axis(ids, order, axis=-1),
+        mx.minimum(values, 0.0),
+    )

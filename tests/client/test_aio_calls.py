@@ -190,13 +190,20 @@ async def test_load_shows_its_progress(runner: FakeRunner) -> None:
     runner.load_seconds = 1.0
     seen: list[Status] = []
     async with AsyncRunnerClient(runner.address) as client:
-        result = await client.load("org/name", context_length=64, on_progress=seen.append)
+        result = await client.load(
+            "org/name", context_length=64, prefix_cache_bytes=10**8, on_progress=seen.append
+        )
     assert result.model.name == "org/name"
     progress = [status.progress for status in seen if status.state is State.LOADING]
     assert len(progress) >= 2
     assert progress == sorted(progress)
     assert runner.requests == [
-        pb.LoadRequest(model="org/name", context_length=64, dtype=pb.DTYPE_AUTO)
+        pb.LoadRequest(
+            model="org/name",
+            context_length=64,
+            dtype=pb.DTYPE_AUTO,
+            prefix_cache_bytes=10**8,
+        )
     ]
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from command_line import invoke
 from runner_client.cli import main
-from runner_client.cli._options import size
+from runner_client.cli._options import size, size_or_zero
 from runner_client.errors import RunnerError
 
 COMMANDS = ("serve", "run", "status", "tokenize", "estimate", "doctor", "demo")
@@ -77,6 +77,9 @@ def test_version() -> None:
         ["estimate", "model", "--parallel", "0"],
         ["serve", "--memory-limit", "8 apples", "--model", "m"],
         ["serve", "--context-length", "100"],
+        ["serve", "--prefix-cache", "0"],
+        ["serve", "--prefix-cache", "-1", "--model", "m"],
+        ["run", "model", "hi", "--prefix-cache", "much"],
     ],
 )
 def test_wrong_usage_is_told_before_anything_starts(arguments: list[str]) -> None:
@@ -148,3 +151,10 @@ def test_sizes(given: str, expected: int) -> None:
 def test_no_sizes(given: str) -> None:
     with pytest.raises(click.BadParameter, match="is no size"):
         size(given)
+
+
+def test_a_size_may_be_nothing_where_that_means_off() -> None:
+    assert size_or_zero("0") == 0
+    assert size_or_zero("8GiB") == 8 * 2**30
+    with pytest.raises(click.BadParameter, match="is no size"):
+        size_or_zero("-1")

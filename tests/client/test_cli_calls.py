@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from command_line import invoke
-from runner_client.cli.status import status_rows
+from runner_client.cli.status import memory_text, status_rows
 from runner_client.testing import Failure, fake_runner
 from runner_client.types import MemoryUsage, Model, State, Status
 
@@ -58,13 +58,24 @@ def test_nobody_there() -> None:
     assert CLOSED_PORT in result.stderr
 
 
+def test_memory_in_words() -> None:
+    assert memory_text(MemoryUsage(2**31, 2**30, 2**31, 2**32, 2**33, 2**29)) == (
+        "active 2.0 GiB, of it prefix cache 512.0 MiB, cache 1.0 GiB, peak 2.0 GiB, "
+        "process 4.0 GiB, limit 8.0 GiB"
+    )
+    assert memory_text(MemoryUsage(0, 2**30, 2**31, 2**32, 0)) == (
+        "active 0 B, cache 1.0 GiB, peak 2.0 GiB, process 4.0 GiB"
+    )
+
+
 def test_status_of_a_busy_runner_in_words() -> None:
+    memory = MemoryUsage(2**31, 2**30, 2**31, 2**32, 2**33, 2**29)
     status = Status(
         state=State.ACTIVE,
         progress=100,
         context_length=4096,
         memory_bytes=3 * 2**30,
-        memory_usage=MemoryUsage(2**31, 2**30, 2**31, 2**32, 2**33),
+        memory_usage=memory,
         model=Model("qwen", "/models/qwen", "qwen3", 32768, 1000, 2**31, "bfloat16", 4, (0,)),
         parallel=4,
         running_count=2,
@@ -77,6 +88,7 @@ def test_status_of_a_busy_runner_in_words() -> None:
         device="cpu: EPYC",
         server_version="1.2",
         last_error="it broke",
+        blas="OpenBLAS (libopenblas.so.0)",
     )
     assert status_rows(status) == [
         ("state", "active"),
@@ -85,9 +97,10 @@ def test_status_of_a_busy_runner_in_words() -> None:
         ("work", "2 running, 1 queued, 12,345 steps since the start; moved 0.2 s ago"),
         (
             "memory",
-            "active 2.0 GiB, cache 1.0 GiB, peak 2.0 GiB, process 4.0 GiB, limit 8.0 GiB",
+            memory_text(memory),
         ),
         ("device", "cpu: EPYC"),
+        ("BLAS", "OpenBLAS (libopenblas.so.0)"),
         ("runner", "process 77, version 1.2, up 90 s"),
         ("last error", "it broke"),
     ]

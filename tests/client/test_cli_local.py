@@ -51,13 +51,19 @@ def test_serve_waits_for_a_load(become: Mock) -> None:
 
 def test_serve_hands_every_option_on(become: Mock) -> None:
     given = ["--model", "m", "--context-length", "512", "--parallel", "2", "--dtype", "float16"]
-    result = invoke("serve", *given, "--memory-limit", "2GiB")
+    result = invoke("serve", *given, "--memory-limit", "2GiB", "--prefix-cache", "1GiB")
     assert result.exit_code == 0, result.stderr
     assert _arguments(become) == [
         *("--listen", "127.0.0.1:0"),
         *("--model", "m", "--parallel", "2", "--dtype", "float16"),
         *("--context-length", "512", "--memory-limit-bytes", str(2 * GIB)),
+        *("--prefix-cache-bytes", str(GIB)),
     ]
+
+
+def test_serve_without_a_prefix_cache(become: Mock) -> None:
+    assert invoke("serve", "--model", "m", "--prefix-cache", "0").exit_code == 0
+    assert _arguments(become)[-2:] == ["--prefix-cache-bytes", "0"]
 
 
 def test_serve_keeps_the_environment_and_puts_a_blas_in_front(

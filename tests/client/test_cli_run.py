@@ -16,8 +16,10 @@ import pytest
 from command_line import invoke
 from runner_client import RunnerClient, doctor
 from runner_client.cli import demo, run, tokenize
+from runner_client.cli._output import completion_rows
 from runner_client.errors import InsufficientMemoryError, RunnerTimeoutError
 from runner_client.testing import Failure, fake_runner
+from runner_client.types import Completion, DoneReason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -102,7 +104,8 @@ def test_every_option_reaches_the_runner(fake: FakeRunner, started: list[FakePro
     arguments = ["run", "m", "Hi", "--stop", "\n\n", "--stop", "-", "--context-length", "99"]
     for name, value in {**floats, **integers}.items():
         arguments += [f"--{name.replace('_', '-')}", str(value)]
-    assert invoke(*arguments, "--dtype", "bfloat16").exit_code == 0
+    arguments += ["--dtype", "bfloat16", "--prefix-cache", "64MiB"]
+    assert invoke(*arguments).exit_code == 0
     options = fake.requests[-1].options  # type: ignore[attr-defined]  # a completion's request
     for name, value in {**floats, **integers}.items():
         assert getattr(options, name) == value, name
@@ -111,6 +114,7 @@ def test_every_option_reaches_the_runner(fake: FakeRunner, started: list[FakePro
         "context_length": 99,
         "parallel": 1,
         "dtype": "bfloat16",
+        "prefix_cache_bytes": 64 * 2**20,
         "memory_override": False,
     }
 
@@ -130,12 +134,20 @@ def test_the_prompt_from_standard_input(fake: FakeRunner, started: list[FakeProc
     assert fake.requests[-1].prompt == "line\nläst"  # type: ignore[attr-defined]  # a completion's
 
 
-def test_json_is_one_object_and_nothing_else(started: list[FakeProcess]) -> None:
+def test_what_was_evaluated_before_is_no_part_of_the_rate() -> None:
+    completion = Completion("", (), (), DoneReason.STOP, None, 1200, 0.5, 2, 0.1, 0.0, 1000)
+    rows = dict(completion_rows(completion))
+    assert rows["prompt"] == "1,200 tokens (1,000 evaluated before), 400.0 tokens/s"
+
+
+def test_json_is_one_object_and_nothing_else(fake: FakeRunner, started: list[FakeProcess]) -> None:
+    fake.prompt_cached_count = 3
     result = invoke("run", "m", "Hi", "--json")
     record = json.loads(result.stdout)
     assert record["content"] == "Hello wörld"
     assert record["token_ids"] == [0, 1]
     assert record["done_reason"] == "stop"
+    assert record["prompt_cached_count"] == 3
     assert record["model"]["name"] == "m"
     assert record["load_seconds"] >= 0
     assert started[0].has_exited

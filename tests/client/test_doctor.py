@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from mlxrunner.hostmemory import DeviceInfo, FreeMemory
-from runner_client import doctor
+from runner_client import _blas_choice, doctor
 from runner_client._blas import Blas
+from runner_client._blas_choice import Choice
 from runner_client._probe import ProbeResult, run_probe
 from runner_client.doctor import Finding, examine
 
@@ -20,12 +22,13 @@ FACTS: dict[str, Any] = {
     "device": {"architecture": "x86_64", "device_name": "Some CPU"},
     "compiler": "/usr/bin/g++",
     "kernels_compile": True,
-    "blas": ["/usr/lib/libopenblas.so.0"],
+    "blas": "OpenBLAS (libopenblas.so.0)",
     "gemm_gflops": 200.0,
     "errors": {},
 }
-STOCK = {**FACTS, "gemm_gflops": 4.0, "blas": ["/venv/libblas-1234.so.3"]}
+STOCK = {**FACTS, "gemm_gflops": 4.0, "blas": "reference BLAS of MLX"}
 OPENBLAS = Blas("OpenBLAS", Path("/usr/lib/libopenblas.so.0"))
+MKL = Blas("MKL", Path("/venv/lib/libmkl_rt.so.3"))
 
 Probe = Callable[[Mapping[str, str]], ProbeResult]
 
@@ -38,9 +41,15 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "installed_backend", lambda: "cpu")
     monkeypatch.setattr(doctor, "device_infos", lambda: (device,))
     monkeypatch.setattr(doctor, "free_memory", lambda: free)
-    monkeypatch.setattr(doctor, "find_blas", lambda: OPENBLAS)
+    monkeypatch.setattr(doctor, "installed_blas", lambda: (OPENBLAS,))
+    monkeypatch.setattr(doctor, "remember", _remember)
     monkeypatch.setattr(doctor, "package_folders", lambda _package: (Path("/here"),))
     monkeypatch.setattr(doctor, "child_environment", _environment)
+
+
+def _remember(_environ: Mapping[str, str], choice: Choice, libraries: Sequence[Blas]) -> Path:
+    assert choice.blas is None or choice.blas in libraries
+    return Path("/cache/blas.json")
 
 
 def _environment(base: Mapping[str, str], *, backend: str, blas: str = "auto") -> dict[str, str]:
@@ -48,7 +57,7 @@ def _environment(base: Mapping[str, str], *, backend: str, blas: str = "auto") -
 
 
 def probing(facts: Mapping[str, Any] = FACTS, stock: Mapping[str, Any] = STOCK) -> Probe:
-    return lambda environment: ProbeResult(stock if environment["BLAS"] == "off" else facts)
+    return lambda environment: ProbeResult(facts if environment.get("LD_PRELOAD") else stock)
 
 
 def found(probe: Probe | None = None, missing: tuple[str, ...] = ()) -> dict[str, Finding]:
@@ -68,14 +77,83 @@ def test_healthy_machine_has_only_good_findings() -> None:
     assert {finding.advice for finding in findings.values()} == {""}
     assert set(findings) == {
         "Python", "platform", "grpcio", "protobuf", "server extra", "device 0", "free memory",
-        "MLX", "kernel compilation", "BLAS",
+        "MLX", "kernel compilation", "BLAS", "BLAS choice", "weights",
     }  # fmt: skip
 
 
 def test_blas_is_compared_with_mlx_alone() -> None:
-    blas = found()["BLAS"]
-    assert "200 GFLOP/s in float32, 50 times the 4.0" in blas.value
-    assert "OpenBLAS" in blas.value
+    blas, *rows = found()["BLAS"].value.splitlines()
+    assert blas == (
+        "OpenBLAS (libopenblas.so.0): 200.0 GFLOP/s in float32, 50 times the 4.0 of MLX's own"
+    )
+    assert rows == [
+        "OpenBLAS     200.0 GFLOP/s  /usr/lib/libopenblas.so.0",
+        "MLX's own      4.0 GFLOP/s",
+    ]
+
+
+def test_the_fastest_blas_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "installed_blas", lambda: (OPENBLAS, MKL))
+    figures = {str(OPENBLAS.path): 200.0, str(MKL.path): 300.0, "": 4.0}
+
+    def probe(environment: Mapping[str, str]) -> ProbeResult:
+        library = environment.get("LD_PRELOAD", "")
+        return ProbeResult({**FACTS, "blas": library, "gemm_gflops": figures[library]})
+
+    findings = found(probe)
+    assert findings["BLAS"].value.startswith(f"{MKL.path}: 300.0 GFLOP/s in float32, 75 times")
+    assert findings["BLAS choice"].value == "MKL, remembered in /cache/blas.json"
+    figures[""] = 500.0
+    assert found(probe)["BLAS choice"].value == "MLX's own, remembered in /cache/blas.json"
+
+
+def test_the_choice_is_really_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Blas("OpenBLAS", tmp_path / "libopenblas.so.0")
+    library.path.touch()
+    monkeypatch.setattr(doctor, "installed_blas", lambda: (library,))
+    monkeypatch.setattr(doctor, "remember", _blas_choice.remember)
+    environ = {"XDG_CACHE_HOME": str(tmp_path)}
+    examine(environ=environ, probe=probing(), version=lambda _name: "1.2.3")
+    assert _blas_choice.recall(environ, (library,)) == Choice(library)
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "remember", Mock(side_effect=PermissionError("read-only")))
+    choice = found()["BLAS choice"]
+    assert (choice.status, choice.value) == ("warning", "not remembered: read-only")
+    assert "--blas PATH" in choice.advice
+
+
+def test_blas_that_crashes_is_shown_and_not_chosen() -> None:
+    def probe(environment: Mapping[str, str]) -> ProbeResult:
+        if environment.get("LD_PRELOAD"):
+            return ProbeResult(failure="the probe ended with exit code -4:")
+        return ProbeResult(STOCK)
+
+    findings = found(probe)
+    assert findings["MLX"].status == "ok"
+    assert findings["BLAS"].status == "warning"
+    assert "OpenBLAS      not measured  the probe ended with exit code -4:" in (
+        findings["BLAS"].value
+    )
+    assert findings["BLAS choice"].value.startswith("MLX's own, remembered")
+
+
+@pytest.mark.parametrize(("gflops", "status"), [(200.0, "ok"), (4.0, "warning")])
+def test_blas_that_the_user_has_preloaded_stands(gflops: float, status: str) -> None:
+    findings = {
+        finding.name: finding
+        for finding in examine(
+            environ={"LD_PRELOAD": "/opt/libmkl_rt.so.2"},
+            probe=probing({**FACTS, "blas": "MKL (libmkl_rt.so.2)", "gemm_gflops": gflops}),
+            version=lambda _name: "1.2.3",
+        )
+    }
+    blas = findings["BLAS"]
+    assert blas.status == status
+    assert blas.value == f"MKL (libmkl_rt.so.2), by LD_PRELOAD: {gflops} GFLOP/s in float32"
+    assert ("unset LD_PRELOAD" in blas.advice) == (status == "warning")
+    assert "BLAS choice" not in findings
 
 
 def test_memory_names_every_limit_and_the_one_that_binds() -> None:
@@ -86,27 +164,39 @@ def test_memory_names_every_limit_and_the_one_that_binds() -> None:
 
 
 def test_missing_blas_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "find_blas", lambda: None)
+    monkeypatch.setattr(doctor, "installed_blas", lambda: ())
     blas = found(probing(STOCK))["BLAS"]
+    assert blas.value == "reference BLAS of MLX: 4.0 GFLOP/s in float32"
     assert blas.status == "warning"
-    assert "4.0 GFLOP/s" in blas.value
     assert "apt-get install libopenblas0-pthread" in blas.advice
     assert "pip install mkl intel-openmp" in blas.advice
 
 
 def test_fast_blas_of_mlx_itself_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "find_blas", lambda: None)
+    monkeypatch.setattr(doctor, "installed_blas", lambda: ())
     assert found(probing(FACTS, FACTS))["BLAS"].status == "ok"
 
 
 def test_blas_without_effect_is_a_warning() -> None:
     blas = found(probing(STOCK, STOCK))["BLAS"]
     assert blas.status == "warning"
-    assert "LD_PRELOAD" in blas.advice
+    assert blas.value.startswith("reference BLAS of MLX: 4.0 GFLOP/s in float32, 1 times")
+
+
+def test_blas_that_helps_a_slow_machine_is_fine() -> None:
+    assert found(probing({**FACTS, "gemm_gflops": 12.0}))["BLAS"].status == "ok"
+
+
+def test_blas_as_fast_as_a_fast_one_of_mlx_is_fine() -> None:
+    assert found(probing(FACTS, {**FACTS, "gemm_gflops": 190.0}))["BLAS"].status == "ok"
 
 
 def test_unmeasured_blas_is_a_warning() -> None:
-    assert found(probing({**FACTS, "gemm_gflops": None}))["BLAS"].status == "warning"
+    unmeasured = {**FACTS, "gemm_gflops": None}
+    findings = found(probing(unmeasured, unmeasured))
+    assert findings["BLAS"].status == "warning"
+    assert findings["BLAS"].value.startswith("speed not measured")
+    assert "BLAS choice" not in findings
 
 
 @pytest.mark.parametrize(("compiler", "status"), [(None, "warning"), ("/usr/bin/g++", "error")])
@@ -125,9 +215,9 @@ def test_kernels_that_do_not_compile(compiler: str | None, status: str) -> None:
 def test_cuda_kernels_that_do_not_compile_need_headers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "installed_backend", lambda: "cuda")
     facts = {**FACTS, "backend": "cuda", "kernels_compile": False}
-    findings = found(probing(facts))
+    findings = found(probing(facts, facts))
     assert "nvidia-cuda-runtime" in findings["kernel compilation"].advice
-    assert "BLAS" not in findings
+    assert not {"BLAS", "BLAS choice", "weights"} & set(findings)
 
 
 def test_backend_other_than_the_installed_one_is_a_warning() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
-from runner_client._blas import Blas, blas_at, find_blas, in_front
+from runner_client._blas import Blas, blas_at, find_blas, in_front, installed_blas, variants
 from runner_client.environment import child_environment, package_folders
 from runner_client.errors import InvalidRequestError
 
@@ -35,7 +35,7 @@ def packages(root: Path) -> Callable[[str], tuple[Path, ...]]:
     return lambda package: (root / package,) if (root / package).is_dir() else ()
 
 
-def no_blas() -> Blas | None:
+def no_blas(_environment: Mapping[str, str]) -> Blas | None:
     return None
 
 
@@ -96,6 +96,32 @@ def test_path_that_cannot_be_preloaded_is_passed_over(tmp_path: Path, folder: st
 
 def test_nothing_installed_is_none(tmp_path: Path) -> None:
     assert find_blas(root=tmp_path, prefix=tmp_path) is None
+    assert installed_blas(root=tmp_path, prefix=tmp_path) == ()
+
+
+def test_every_library_is_found_once(tmp_path: Path) -> None:
+    prefix = tmp_path / "venv"
+    touch(prefix / "lib/libiomp5.so")
+    mkl = touch(prefix / "lib/libmkl_rt.so.3")
+    system = touch(tmp_path / DEBIAN)
+    (tmp_path / "usr/lib64").symlink_to(system.parent)
+    own = touch(prefix / "lib/libopenblas.so.0")
+    found = installed_blas(root=tmp_path, prefix=prefix)
+    assert [blas.path for blas in found] == [own, system, mkl]
+    assert found[0] == find_blas(root=tmp_path, prefix=prefix)
+
+
+def test_variants_are_with_the_variables_and_without(openblas: Blas) -> None:
+    mkl = Blas("MKL", Path("/opt/libmkl_rt.so.3"))
+    assert variants((openblas, mkl)) == (openblas, Blas("OpenBLAS", openblas.path), mkl)
+
+
+def test_flags_are_those_of_the_first_processor(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    text = f"processor : 0\n{AVX2}\nprocessor : 1\n{AVX512}"
+    (tmp_path / "proc/cpuinfo").write_text(text)
+    env = blas_at(touch(tmp_path / DEBIAN), root=tmp_path).env
+    assert env == {"OPENBLAS_CORETYPE": "HASWELL"}
 
 
 def test_blas_is_preloaded_with_its_variables(openblas: Blas) -> None:
@@ -127,7 +153,11 @@ def test_variables_of_the_user_stand(openblas: Blas) -> None:
 
 def test_linux_cpu_gets_the_blas(openblas: Blas) -> None:
     environment = child_environment(
-        {"A": "b"}, backend="cpu", system="linux", folders=nowhere, find=lambda: openblas
+        {"A": "b"},
+        backend="cpu",
+        system="linux",
+        folders=nowhere,
+        find=lambda _environment: openblas,
     )
     assert environment["LD_PRELOAD"] == str(openblas.path)
     assert environment["A"] == "b"
@@ -144,9 +174,20 @@ def test_nobody_else_does(openblas: Blas, backend: str, system: str, blas: str) 
         blas=blas,
         system=system,
         folders=nowhere,
-        find=lambda: openblas,
+        find=lambda _environment: openblas,
     )
     assert environment == {"A": "b"}
+
+
+def test_blas_is_looked_for_with_the_cache_of_the_runner(openblas: Blas) -> None:
+    asked: list[Mapping[str, str]] = []
+
+    def find(environment: Mapping[str, str]) -> Blas:
+        asked.append(environment)
+        return openblas
+
+    child_environment({"HOME": "/h"}, backend="cpu", system="linux", folders=nowhere, find=find)
+    assert asked == [{"HOME": "/h"}]
 
 
 def test_blas_can_be_named(tmp_path: Path) -> None:

@@ -36,6 +36,31 @@ def of(
     return estimate(str(model), **{"backend": "cpu", "parallel": 1, **kwargs})
 
 
+def test_prefix_cache_that_is_asked_for_is_a_visible_part(tmp_path: Path) -> None:
+    plain = of(tmp_path)
+    (tmp_path / "asked").mkdir()
+    asked = of(tmp_path / "asked", prefix_cache_bytes=10**9)
+    assert asked.parts["prefix cache"] == 10**9
+    assert asked.total_bytes == plain.total_bytes + 10**9
+    assert asked.parts == {**plain.parts, "prefix cache": 10**9}
+
+
+@pytest.mark.parametrize("asked", [None, 0])
+def test_prefix_cache_out_of_what_is_left_over_adds_nothing(
+    tmp_path: Path, asked: int | None
+) -> None:
+    need = of(tmp_path, prefix_cache_bytes=asked)
+    assert need.prefix_cache_bytes == 0
+    assert "prefix cache" not in need.parts
+
+
+@pytest.mark.parametrize("wrong", [-1, 2**63])
+def test_prefix_cache_out_of_range_is_refused_by_name(tmp_path: Path, wrong: int) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        of(tmp_path, prefix_cache_bytes=wrong)
+    assert [field for field, _ in caught.value.field_violations] == ["prefix_cache_bytes"]
+
+
 def test_total_is_the_sum_of_the_visible_parts(tmp_path: Path) -> None:
     need = of(tmp_path)
     parts = (need.weight_bytes, need.kv_bytes, need.load_transient_bytes, need.margin_bytes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -71,6 +72,17 @@ def test_need_up_to_what_is_free_is_let_through() -> None:
     assert decision.fits
     assert not decision.overridden
     assert (decision.required_bytes, decision.available_bytes) == (10 * GIB, 10 * GIB)
+
+
+def test_a_prefix_cache_that_is_too_large_is_named() -> None:
+    asked = replace(need(2 * GIB), prefix_cache_bytes=9 * GIB)
+    with pytest.raises(InsufficientMemoryError) as caught:
+        gate(10 * GIB).check(asked)
+    assert "requires 11.0 GiB, most of it prefix cache (9.0 GiB)" in str(caught.value)
+    assert "lower prefix_cache_bytes, context_length" in str(caught.value)
+    with pytest.raises(InsufficientMemoryError) as caught:
+        gate(1 * GIB).check(need(2 * GIB))
+    assert "prefix" not in str(caught.value)
 
 
 def test_one_byte_more_is_refused() -> None:

@@ -58,6 +58,39 @@ def test_the_load_names_what_the_gate_counted(model: str) -> None:
 
 
 @pytest.mark.usefixtures("fake_child")
+@pytest.mark.parametrize("asked", [None, 0, 2**20])
+def test_the_prefix_cache_is_counted_and_asked_for(model: str, asked: int | None) -> None:
+    with RunnerProcess(model, prefix_cache_bytes=asked) as runner:
+        assert runner.estimate is not None
+        assert runner.estimate.prefix_cache_bytes == (asked or 0)
+    told = load_told(runner)
+    assert (f"prefix_cache_bytes: {asked}" in told) == (asked is not None)
+    assert ("prefix_cache_bytes" in told) == (asked is not None)
+
+
+@pytest.mark.usefixtures("fake_child")
+def test_a_prefix_cache_that_does_not_fit_starts_nothing(model: str) -> None:
+    gate = MemoryGate(measure=free(2**30), settle_seconds=0)
+    with pytest.raises(errors.InsufficientMemoryError, match=r"prefix cache \(1.0 GiB\)"):
+        RunnerProcess(model, gate=gate, prefix_cache_bytes=2**30).load()
+
+
+@pytest.mark.usefixtures("fake_child")
+def test_the_blas_can_be_chosen(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def child_environment(base: dict[str, str], *, backend: str, blas: str) -> dict[str, str]:
+        assert backend
+        asked.append(blas)
+        return dict(base)
+
+    monkeypatch.setattr("runner_client._launch.child_environment", child_environment)
+    with RunnerProcess(model), RunnerProcess(model, blas="off"):
+        pass
+    assert asked == ["auto", "off"]
+
+
+@pytest.mark.usefixtures("fake_child")
 def test_close_in_the_gate_starts_nothing(model: str) -> None:
     def close_first() -> FreeMemory:
         runner.close()

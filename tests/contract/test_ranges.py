@@ -11,6 +11,7 @@ import pytest
 from fakes import VOCAB_SIZE
 from harness import Server, failure, tokens
 from mlxrunner.v1 import runner_pb2 as pb
+from runner_server.config import parse_args
 from runner_server.messages import Dtype, LoadSpec
 from runner_server.validation import load_spec
 
@@ -169,6 +170,8 @@ LOAD_INSIDE: list[tuple[dict[str, Any], LoadSpec]] = [
     ),
     ({"memory_limit_bytes": 1}, LoadSpec("m", memory_limit_bytes=1)),
     ({"memory_limit_bytes": 2**63 - 1}, LoadSpec("m", memory_limit_bytes=2**63 - 1)),
+    ({"prefix_cache_bytes": 0}, LoadSpec("m", prefix_cache_bytes=0)),
+    ({"prefix_cache_bytes": 2**63 - 1}, LoadSpec("m", prefix_cache_bytes=2**63 - 1)),
     ({"dtype": pb.DTYPE_UNSPECIFIED}, LoadSpec("m", dtype=Dtype.AUTO)),
     ({"dtype": pb.DTYPE_FLOAT16}, LoadSpec("m", dtype=Dtype.FLOAT16)),
 ]
@@ -194,8 +197,23 @@ LOAD_OUTSIDE: list[tuple[str, Callable[[], pb.LoadRequest]]] = [
     ("parallel", lambda: pb.LoadRequest(model="m", parallel=257)),
     ("memory_limit_bytes", lambda: pb.LoadRequest(model="m", memory_limit_bytes=0)),
     ("memory_limit_bytes", lambda: pb.LoadRequest(model="m", memory_limit_bytes=-1)),
+    ("prefix_cache_bytes", lambda: pb.LoadRequest(model="m", prefix_cache_bytes=-1)),
+    ("prefix_cache_bytes", lambda: pb.LoadRequest(model="m", prefix_cache_bytes=-(2**63))),
     ("dtype", lambda: pb.LoadRequest(model="m", dtype=99)),  # type: ignore[arg-type]  # unknown
 ]
+
+
+@pytest.mark.parametrize("size", [0, 2**63 - 1])
+def test_prefix_cache_on_the_command_line(size: int) -> None:
+    config = parse_args(["--model", "m", "--prefix-cache-bytes", str(size)])
+    assert config.load == LoadSpec("m", prefix_cache_bytes=size)
+
+
+@pytest.mark.parametrize("size", ["-1", str(2**63), "1GiB"])
+def test_no_prefix_cache_on_the_command_line(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(["--model", "m", "--prefix-cache-bytes", size])
+    assert "--prefix-cache-bytes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("field", "make"), LOAD_OUTSIDE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -35,15 +36,30 @@ def test_probe_without_gemm_measures_nothing() -> None:
 
 
 @pytest.mark.skipif(find_blas() is None, reason="no fast BLAS is installed")
-def test_blas_in_front_is_mapped_and_faster() -> None:
+def test_blas_in_front_is_named_and_faster(tmp_path: Path) -> None:
     plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    plain["XDG_CACHE_HOME"] = str(tmp_path)  # nothing is remembered there
     stock = run_probe(child_environment(plain, backend="cpu", blas="off"))
     if stock.facts["backend"] != "cpu":
         pytest.skip("MLX does not run on the CPU here")
-    fast = run_probe(child_environment(plain, backend="cpu"))
-    assert set(fast.facts["blas"]) > set(stock.facts["blas"])
+    fast_environment = child_environment(plain, backend="cpu")
+    fast = run_probe(fast_environment)
+    assert stock.facts["blas"] == "reference BLAS of MLX"
+    assert Path(fast_environment["LD_PRELOAD"]).name in fast.facts["blas"]
     # 30 times and more where nothing else runs; a busy machine gets less of it.
     assert fast.facts["gemm_gflops"] > 2 * stock.facts["gemm_gflops"]
+
+
+@pytest.mark.skipif(find_blas() is None, reason="no fast BLAS is installed")
+def test_blas_that_is_not_there_is_not_named(tmp_path: Path) -> None:
+    """What LD_PRELOAD says is not what is loaded."""
+    gone = tmp_path / "libopenblas.so.0"
+    environment = {**os.environ, "LD_PRELOAD": str(gone)}
+    result = run_probe(environment, arguments=("-P", "-m", "runner_server.probe"))
+    if result.facts["backend"] != "cpu":
+        pytest.skip("MLX does not run on the CPU here")
+    assert str(gone) not in (result.facts["blas"] or "")
+    assert not (result.facts["blas"] or "").startswith("OpenBLAS (libopenblas.so.0)")
 
 
 def test_missing_compiler_is_found_out(tmp_path: os.PathLike[str]) -> None:

@@ -66,20 +66,3 @@ async def test_stopping_does_not_wait_for_tokenizing(start_server: StartServer) 
             answer.cancel()
         await asyncio.gather(*answers, return_exceptions=True)
 
-
-async def test_who_waits_for_prefill_counts_as_queued(start_server: StartServer) -> None:
-    backend = FakeBackend(prefill_rows=2)
-    server = await start_server(backend)
-    await server.load(parallel=8)
-    backend.step_gate.shut()
-    calls = [server.start("x" * 30, num_predict=2) for _ in range(8)]
-    await eventually(lambda: len(server.app.engine._ledger._live) == 8)
-    backend.step_gate.allow()
-    await eventually(lambda: backend.steps == 1)
-    status = await server.status()
-    assert (status.running_count, status.queued_count) == (2, 6)
-    backend.step_gate.open()
-    lasts = [[message async for message in call][-1] for call in calls]
-    waits = [last.queue_duration.ToNanoseconds() for last in lasts]
-    # The later pairs waited for the earlier ones, and say so.
-    assert min(waits[6:]) > max(waits[:2])

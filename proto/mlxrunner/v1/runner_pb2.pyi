@@ -241,6 +241,7 @@ class LoadRequest(_message.Message):
     PARALLEL_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     MEMORY_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
+    PREFIX_CACHE_BYTES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """A directory with a model (config.json, tokenizer, *.safetensors), as the
     server's file system names it, or a hub id ("org/name") that is already in
@@ -258,6 +259,12 @@ class LoadRequest(_message.Message):
     """The most memory the model may take, weights and KV cache together, in
     bytes. Range: more than 0. Default: what is free now.
     """
+    prefix_cache_bytes: _builtins.int
+    """The most memory to keep evaluated prompts in, in bytes, so that a prompt
+    that begins like an earlier one skips what they share. 0 = keep none. It
+    counts against `memory_limit_bytes`. Default: a fifth of what weights and KV
+    cache leave free.
+    """
     def __init__(
         self,
         *,
@@ -266,10 +273,11 @@ class LoadRequest(_message.Message):
         parallel: _builtins.int | None = ...,
         dtype: Global___Dtype.ValueType = ...,
         memory_limit_bytes: _builtins.int | None = ...,
+        prefix_cache_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "context_length", b"context_length", "memory_limit_bytes", b"memory_limit_bytes", "parallel", b"parallel"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "context_length", b"context_length", "memory_limit_bytes", b"memory_limit_bytes", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "context_length", b"context_length", "dtype", b"dtype", "memory_limit_bytes", b"memory_limit_bytes", "model", b"model", "parallel", b"parallel"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "context_length", b"context_length", "dtype", b"dtype", "memory_limit_bytes", b"memory_limit_bytes", "model", b"model", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__context_length: _TypeAlias = _typing.Literal["context_length"]  # noqa: Y015
     _WhichOneofArgType__context_length: _TypeAlias = _typing.Literal["_context_length", b"_context_length"]  # noqa: Y015
@@ -277,12 +285,16 @@ class LoadRequest(_message.Message):
     _WhichOneofArgType__memory_limit_bytes: _TypeAlias = _typing.Literal["_memory_limit_bytes", b"_memory_limit_bytes"]  # noqa: Y015
     _WhichOneofReturnType__parallel: _TypeAlias = _typing.Literal["parallel"]  # noqa: Y015
     _WhichOneofArgType__parallel: _TypeAlias = _typing.Literal["_parallel", b"_parallel"]  # noqa: Y015
+    _WhichOneofReturnType__prefix_cache_bytes: _TypeAlias = _typing.Literal["prefix_cache_bytes"]  # noqa: Y015
+    _WhichOneofArgType__prefix_cache_bytes: _TypeAlias = _typing.Literal["_prefix_cache_bytes", b"_prefix_cache_bytes"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__context_length) -> _WhichOneofReturnType__context_length | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_limit_bytes) -> _WhichOneofReturnType__memory_limit_bytes | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__parallel) -> _WhichOneofReturnType__parallel | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prefix_cache_bytes) -> _WhichOneofReturnType__prefix_cache_bytes | None: ...
 
 Global___LoadRequest: _TypeAlias = LoadRequest  # noqa: Y015
 
@@ -457,6 +469,7 @@ class StatusResponse(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     SERVER_VERSION_FIELD_NUMBER: _builtins.int
     LAST_ERROR_FIELD_NUMBER: _builtins.int
+    BLAS_FIELD_NUMBER: _builtins.int
     state: Global___State.ValueType
     """What it is doing."""
     progress: _builtins.int
@@ -489,6 +502,11 @@ class StatusResponse(_message.Message):
     """The version of the server."""
     last_error: _builtins.str
     """The last load or step that failed, in words; empty when none did."""
+    blas: _builtins.str
+    """The library that multiplies matrices on a CPU ("OpenBLAS
+    (libopenblas.so.0)", "reference BLAS of MLX"); empty on other devices and
+    until MLX is imported.
+    """
     @_builtins.property
     def memory_usage(self) -> Global___MemoryUsage:
         """The same in parts."""
@@ -528,10 +546,11 @@ class StatusResponse(_message.Message):
         device: _builtins.str = ...,
         server_version: _builtins.str = ...,
         last_error: _builtins.str = ...,
+        blas: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["last_progress_age", b"last_progress_age", "memory_usage", b"memory_usage", "model", b"model", "uptime_duration", b"uptime_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "device", b"device", "last_error", b"last_error", "last_progress_age", b"last_progress_age", "memory", b"memory", "memory_usage", b"memory_usage", "model", b"model", "parallel", b"parallel", "pid", b"pid", "progress", b"progress", "queued_count", b"queued_count", "runner_id", b"runner_id", "running_count", b"running_count", "server_version", b"server_version", "state", b"state", "step_count", b"step_count", "uptime_duration", b"uptime_duration"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blas", b"blas", "context_length", b"context_length", "device", b"device", "last_error", b"last_error", "last_progress_age", b"last_progress_age", "memory", b"memory", "memory_usage", b"memory_usage", "model", b"model", "parallel", b"parallel", "pid", b"pid", "progress", b"progress", "queued_count", b"queued_count", "runner_id", b"runner_id", "running_count", b"running_count", "server_version", b"server_version", "state", b"state", "step_count", b"step_count", "uptime_duration", b"uptime_duration"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -548,6 +567,7 @@ class MemoryUsage(_message.Message):
     PEAK_BYTES_FIELD_NUMBER: _builtins.int
     PROCESS_BYTES_FIELD_NUMBER: _builtins.int
     LIMIT_BYTES_FIELD_NUMBER: _builtins.int
+    PREFIX_CACHE_BYTES_FIELD_NUMBER: _builtins.int
     active_bytes: _builtins.int
     """Held by live arrays: weights, KV caches, what a step computes."""
     cache_bytes: _builtins.int
@@ -560,6 +580,8 @@ class MemoryUsage(_message.Message):
     """The most the model may take: `LoadRequest.memory_limit_bytes`, or what was
     free when it was loaded; 0 when no model is loaded.
     """
+    prefix_cache_bytes: _builtins.int
+    """Of `active_bytes`: evaluated prompts kept for others that begin alike."""
     def __init__(
         self,
         *,
@@ -568,10 +590,11 @@ class MemoryUsage(_message.Message):
         peak_bytes: _builtins.int = ...,
         process_bytes: _builtins.int = ...,
         limit_bytes: _builtins.int = ...,
+        prefix_cache_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_bytes", b"active_bytes", "cache_bytes", b"cache_bytes", "limit_bytes", b"limit_bytes", "peak_bytes", b"peak_bytes", "process_bytes", b"process_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_bytes", b"active_bytes", "cache_bytes", b"cache_bytes", "limit_bytes", b"limit_bytes", "peak_bytes", b"peak_bytes", "prefix_cache_bytes", b"prefix_cache_bytes", "process_bytes", b"process_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -834,6 +857,7 @@ class CompletionResponse(_message.Message):
     EVAL_COUNT_FIELD_NUMBER: _builtins.int
     EVAL_DURATION_FIELD_NUMBER: _builtins.int
     QUEUE_DURATION_FIELD_NUMBER: _builtins.int
+    PROMPT_CACHED_COUNT_FIELD_NUMBER: _builtins.int
     content: _builtins.str
     """The next piece of text, whole characters only. All pieces joined are the
     text of all token ids, less the token that ended it and less the stop
@@ -849,6 +873,10 @@ class CompletionResponse(_message.Message):
     """Tokens of the prompt. Set in the last message, as are all below."""
     eval_count: _builtins.int
     """Tokens generated: as many as all `token_ids` together."""
+    prompt_cached_count: _builtins.int
+    """Of `prompt_eval_count`: tokens that an earlier prompt had evaluated already
+    and that were not evaluated again.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The tokens generated since the last message, the one that ended the text
@@ -865,7 +893,7 @@ class CompletionResponse(_message.Message):
 
     @_builtins.property
     def prompt_eval_duration(self) -> _duration_pb2.Duration:
-        """From the start of the prompt's evaluation to the first token."""
+        """From getting a place to the first token."""
 
     @_builtins.property
     def eval_duration(self) -> _duration_pb2.Duration:
@@ -890,10 +918,11 @@ class CompletionResponse(_message.Message):
         eval_count: _builtins.int = ...,
         eval_duration: _duration_pb2.Duration | None = ...,
         queue_duration: _duration_pb2.Duration | None = ...,
+        prompt_cached_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["eval_duration", b"eval_duration", "prompt_eval_duration", b"prompt_eval_duration", "prompt_progress", b"prompt_progress", "queue_duration", b"queue_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "done", b"done", "done_reason", b"done_reason", "eval_count", b"eval_count", "eval_duration", b"eval_duration", "logprobs", b"logprobs", "prompt_eval_count", b"prompt_eval_count", "prompt_eval_duration", b"prompt_eval_duration", "prompt_progress", b"prompt_progress", "queue_duration", b"queue_duration", "stop_match", b"stop_match", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "done", b"done", "done_reason", b"done_reason", "eval_count", b"eval_count", "eval_duration", b"eval_duration", "logprobs", b"logprobs", "prompt_cached_count", b"prompt_cached_count", "prompt_eval_count", b"prompt_eval_count", "prompt_eval_duration", b"prompt_eval_duration", "prompt_progress", b"prompt_progress", "queue_duration", b"queue_duration", "stop_match", b"stop_match", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,115 @@
+"""The caches of mlx_lm's models: of one row, of a batch, and as pieces that can be kept.
+
+A row's caches are a list, one for each layer. Those that hold a key and a value for
+every token can be cut at any token. All others (sliding windows, recurrent states)
+are only ever right at the very token they stand at, so they are kept and given back
+whole.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+
+from runner_server.adapter.names import KVCache, make_prompt_cache
+
+Caches = list[Any]
+Segment = list[tuple[mx.array, mx.array]]
+Snapshot = list[Any]
+
+
+def merge(rows: Sequence[Caches]) -> Caches:
+    """Puts the caches of rows beside each other."""
+    return [layers[0].merge(list(layers)) for layers in zip(*rows, strict=True)]
+
+
+def extend(batch: Caches, rows: Sequence[Caches]) -> None:
+    """Adds rows to a batch."""
+    for layer, added in zip(batch, merge(rows), strict=True):
+        layer.extend(added)
+
+
+def extract(batch: Caches, place: int) -> Caches:
+    """Copies a row out of a batch."""
+    return [layer.extract(place) for layer in batch]
+
+
+def evaluate(caches: Caches) -> None:
+    """Computes what the caches are to hold; waits for it."""
+    mx.eval([cache.state for cache in caches])
+
+
+@dataclass(frozen=True)
+class CachePieces:
+    """Cuts the caches of one model into pieces and puts them together again.
+
+    Attributes:
+        new: Makes empty caches.
+        cut_layers: For each layer, whether it can be cut at any token.
+    """
+
+    new: Callable[[], Caches]
+    cut_layers: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, model: Module) -> CachePieces:
+        """Those of a model."""
+        kinds = tuple(type(cache) is KVCache for cache in make_prompt_cache(model))
+        return cls(lambda: make_prompt_cache(model), kinds)
+
+    @property
+    def needs_snapshot(self) -> bool:
+        """Whether some layers cannot be cut."""
+        return not all(self.cut_layers)
+
+    def segment(self, caches: Caches, start: int, end: int) -> Segment:
+        """Copies what the cuttable layers hold for the tokens from ``start`` to ``end``."""
+        return self.cut(self._cuttable(caches), start, end)
+
+    def snapshot(self, caches: Caches) -> Snapshot:
+        """Copies the other layers."""
+        pairs = zip(caches, self.cut_layers, strict=True)
+        kept = [copy.deepcopy(cache) for cache, cut in pairs if not cut]
+        evaluate(kept)
+        return kept
+
+    def cut(self, segment: Segment, start: int, end: int) -> Segment:
+        """Copies a part of a segment; nothing of the whole stays alive by it."""
+        parts = [
+            (mx.contiguous(keys[..., start:end, :]), mx.contiguous(values[..., start:end, :]))
+            for keys, values in segment
+        ]
+        mx.eval(parts)
+        return parts
+
+    def restore(self, segments: Sequence[Segment], snapshot: Snapshot) -> Caches:
+        """Makes caches that hold these segments in order, and the snapshot."""
+        layers = iter(zip(*segments, strict=True))
+        others = iter(snapshot)
+        return [
+            _joined(next(layers)) if cut else copy.deepcopy(next(others)) for cut in self.cut_layers
+        ]
+
+    def segment_bytes(self, segment: Segment) -> int:
+        """Bytes it holds."""
+        return sum(keys.nbytes + values.nbytes for keys, values in segment)
+
+    def snapshot_bytes(self, snapshot: Snapshot) -> int:
+        """Bytes it holds."""
+        return sum(int(cache.nbytes) for cache in snapshot)
+
+    def _cuttable(self, caches: Caches) -> Segment:
+        pairs = zip(caches, self.cut_layers, strict=True)
+        return [(cache.keys, cache.values) for cache, cut in pairs if cut]
+
+
+def _joined(parts: Sequence[tuple[mx.array, mx.array]]) -> Any:
+    keys, values = (mx.concatenate(list(side), axis=2) for side in zip(*parts, strict=True))
+    cache = KVCache()
+    cache.state = (keys, values, keys.shape[2])
+    return cache

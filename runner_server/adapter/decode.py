@@ -1,0 +1,193 @@
+"""The decode step: rows whose next tokens are computed together.
+
+A step is begun before the tokens of the one before are read, so that the device
+always has work: :meth:`Decoding.step` puts the tokens that are still being computed
+into the model, and only then waits for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+
+from runner_server.adapter.arrays import rows_of
+from runner_server.adapter.caches import Caches, extend, extract, merge
+from runner_server.adapter.penalties import Penalties
+from runner_server.adapter.sampling import Likelihoods, Sampler, likelihoods
+from runner_server.messages import Sampling, Token, TokenLogprob
+
+
+@dataclass(eq=False)
+class Row:
+    """A row, while it is decoded and while it is not.
+
+    Attributes:
+        id: The engine's name for it.
+        sampling: How its tokens are drawn.
+        tokens: Those that the model has been given.
+        next_id: The one it is given next, if that is known.
+        is_news: Whether that one was generated and has not been reported.
+        drawn: How many tokens were drawn.
+        caches: Its caches while it is not decoded.
+        likelihood: How likely the next one was.
+    """
+
+    id: int
+    sampling: Sampling
+    tokens: list[int]
+    next_id: int
+    is_news: bool = False
+    drawn: int = 0
+    caches: Caches = field(default_factory=list)
+    likelihood: _Likelihood | None = None
+
+
+@dataclass(frozen=True)
+class _Likelihood:
+    """Where the likelihood of a row's token stands."""
+
+    arrays: Likelihoods
+    place: int
+
+    def read(self, token_id: int, top: int) -> TokenLogprob:
+        ids = cast("list[int]", self.arrays.ids[self.place].tolist())[:top]
+        values = cast("list[float]", self.arrays.values[self.place].tolist())[:top]
+        chosen = cast("float", self.arrays.chosen[self.place].item())
+        return TokenLogprob(token_id, chosen, tuple(zip(ids, values, strict=True)))
+
+
+class Decoding:
+    """Rows that are decoded together.
+
+    Args:
+        model: The evaluated model.
+        vocab_size: Token ids its output layer scores.
+
+    Attributes:
+        rows: In the order in which they stand in the batch.
+    """
+
+    def __init__(self, model: Module, vocab_size: int) -> None:
+        self._model = model
+        self._vocab_size = vocab_size
+        self.rows: list[Row] = []
+        # A single row keeps caches of its own kind, which need no mask.
+        self._caches: Caches = []
+        self._inputs = mx.array([], dtype=mx.int32)
+        self._arrange()
+
+    def join(self, rows: Sequence[Row]) -> None:
+        """Adds rows with the caches they bring."""
+        if not rows:
+            return
+        brought = [row.caches for row in rows]
+        if len(self.rows) > 1:
+            extend(self._caches, brought)
+        elif len(self.rows) + len(rows) == 1:
+            (self._caches,) = brought
+        else:
+            self._caches = merge([self._caches, *brought] if self.rows else brought)
+        for row in rows:
+            row.caches = []
+        ids = mx.array([row.next_id for row in rows], dtype=mx.int32)
+        self._inputs = mx.concatenate([self._inputs, ids]) if self.rows else ids
+        self.rows = [*self.rows, *rows]
+        self._arrange()
+
+    def leave(self, rows: Sequence[Row], *, with_caches: bool) -> None:
+        """Takes rows out.
+
+        Args:
+            rows: Some of those that are in.
+            with_caches: Whether they take their caches along, which copies them.
+        """
+        leaving = {id(row) for row in rows}
+        stay = [place for place, row in enumerate(self.rows) if id(row) not in leaving]
+        if with_caches:
+            for place, row in enumerate(self.rows):
+                if id(row) in leaving:
+                    row.caches = self._caches_of(place)
+        if len(stay) < len(self.rows):
+            self._keep(stay)
+
+    def settle(self, row: Row) -> None:
+        """Waits for the token that a row was given last, so that it can be left alone."""
+        row.next_id = cast("int", self._inputs[self.rows.index(row)].item())
+
+    def step(self) -> list[Token]:
+        """Begins the next token of every row and reports those that were begun before.
+
+        A row that has just joined has none of those; its first token is waited for.
+        """
+        inputs, rows = self._inputs, self.rows
+        logits = self._model(inputs[:, None], cache=self._caches)[:, -1, :]
+        changed = self._penalties(logits, [row.tokens for row in rows], inputs)
+        self._inputs = self._sampler(changed, [row.drawn for row in rows]).astype(mx.int32)
+        begun = self._measure(logits)
+        mx.async_eval(self._inputs, [part for found in begun for part in _parts(found)])
+        news = self._report(cast("list[int]", inputs.tolist()), begun)
+        first = [place for place, row in enumerate(rows) if row.drawn == 1 and row.is_news]
+        if first:
+            values = cast("list[int]", self._inputs.tolist())
+            news += [self._tell(rows[place], values[place]) for place in first]
+        return news
+
+    def _report(self, values: Sequence[int], begun: Sequence[_Likelihood | None]) -> list[Token]:
+        """Tells what the tokens given to the model were, and turns to the next ones."""
+        news = []
+        for row, value, likelihood in zip(self.rows, values, begun, strict=True):
+            if row.is_news:
+                news.append(self._tell(row, value))
+            row.tokens.append(value)
+            row.likelihood, row.is_news = likelihood, True
+            row.drawn += 1
+        return news
+
+    def _tell(self, row: Row, value: int) -> Token:
+        row.is_news = False
+        if row.likelihood is None:
+            return Token(row.id, value)
+        return Token(row.id, value, row.likelihood.read(value, row.sampling.logprobs or 0))
+
+    def _measure(self, logits: mx.array) -> list[_Likelihood | None]:
+        """How likely the tokens just drawn are, for the rows that want to know."""
+        found: list[_Likelihood | None] = [None] * len(self.rows)
+        if not self._measured:
+            return found
+        index = rows_of(self._measured, len(self.rows))
+        chosen = (logits, self._inputs) if index is None else (logits[index], self._inputs[index])
+        arrays = likelihoods(*chosen, self._top)
+        for place, row in enumerate(self._measured):
+            found[row] = _Likelihood(arrays, place)
+        return found
+
+    def _caches_of(self, place: int) -> Caches:
+        return self._caches if len(self.rows) == 1 else extract(self._caches, place)
+
+    def _keep(self, places: list[int]) -> None:
+        if len(places) == 1:
+            self._caches = self._caches_of(places[0])
+        elif places:
+            for cache in self._caches:
+                cache.filter(places)
+        else:
+            self._caches = []
+        self._inputs = self._inputs[mx.array(places, dtype=mx.int32)]
+        self.rows = [self.rows[place] for place in places]
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Prepares what depends on which rows there are."""
+        options = [row.sampling for row in self.rows]
+        self._sampler = Sampler(options, self._vocab_size)
+        self._penalties = Penalties(options)
+        self._measured = [i for i, option in enumerate(options) if option.logprobs is not None]
+        self._top = max((options[i].logprobs or 0 for i in self._measured), default=0)
+
+
+def _parts(found: _Likelihood | None) -> tuple[mx.array, ...]:
+    return () if found is None else (found.arrays.chosen, found.arrays.ids, found.arrays.values)

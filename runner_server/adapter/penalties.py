@@ -1,0 +1,117 @@
+"""Changes logits before the draw: ``logit_bias``, then the three penalties.
+
+Only the logits of the tokens in question are touched, never the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from runner_server.adapter.arrays import row_array, rows_of
+from runner_server.messages import Sampling
+
+
+class Penalties:
+    """Bias and penalties of the rows of a batch.
+
+    Args:
+        rows: The options of each row.
+    """
+
+    def __init__(self, rows: Sequence[Sampling]) -> None:
+        self._bias = _bias([row.logit_bias for row in rows])
+        places = [place for place, row in enumerate(rows) if _penalizes(row)]
+        self._places = places
+        self._index = rows_of(places, len(rows))
+        chosen = [rows[place] for place in places]
+        self._windows = [row.repeat_last_n for row in chosen]
+        self._repeat = row_array([row.repeat_penalty for row in chosen])
+        self._presence = row_array([row.presence_penalty for row in chosen])
+        self._frequency = row_array([row.frequency_penalty for row in chosen])
+
+    def __call__(
+        self, logits: mx.array, histories: Sequence[Sequence[int]], inputs: mx.array
+    ) -> mx.array:
+        """Changes [rows, vocabulary].
+
+        Args:
+            logits: As the model gave them.
+            histories: The tokens of each row before its newest one.
+            inputs: The newest token of each row, perhaps not evaluated yet; [rows].
+        """
+        if self._bias is not None:
+            places, ids, values = self._bias
+            logits = logits.astype(mx.float32).at[places, ids].add(values)
+        if not self._places:
+            return logits
+        windows = [
+            _window(histories[place], size)
+            for place, size in zip(self._places, self._windows, strict=True)
+        ]
+        if self._index is None:
+            return self._penalize(logits, windows, inputs)
+        changed = self._penalize(logits[self._index], windows, inputs[self._index])
+        logits = logits.astype(mx.float32)
+        logits[self._index] = changed
+        return logits
+
+    def _penalize(
+        self, logits: mx.array, windows: Sequence[Sequence[int]], newest: mx.array
+    ) -> mx.array:
+        # float32, because bfloat16 cannot count past 256.
+        logits = logits.astype(mx.float32)
+        ids, counts = _count(windows, newest.astype(mx.int32)[:, None])
+        values = mx.take_along_axis(logits, ids, axis=-1)
+        divided = mx.where(values > 0, values / self._repeat, values * self._repeat)
+        penalized = divided - self._presence - counts * self._frequency
+        return mx.put_along_axis(logits, ids, penalized, axis=-1)
+
+
+def _penalizes(row: Sampling) -> bool:
+    plain = (row.repeat_penalty, row.presence_penalty, row.frequency_penalty)
+    return row.repeat_last_n != 0 and plain != (1.0, 0.0, 0.0)
+
+
+def _bias(rows: Sequence[tuple[tuple[int, float], ...]]) -> tuple[mx.array, ...] | None:
+    """Row, token id and value of every biased logit; None if there is none."""
+    entries = [(place, *pair) for place, pairs in enumerate(rows) for pair in pairs]
+    if not entries:
+        return None
+    places, ids, values = zip(*entries, strict=True)
+    return mx.array(places), mx.array(ids), mx.array(values, dtype=mx.float32)
+
+
+def _window(history: Sequence[int], size: int) -> Sequence[int]:
+    """What a window of ``size`` tokens holds beside the newest one; -1 = everything."""
+    if size < 0:
+        return history
+    return history[-(size - 1) :] if size > 1 else ()
+
+
+def _count(windows: Sequence[Sequence[int]], newest: mx.array) -> tuple[mx.array, mx.array]:
+    """The ids in each row's window and how often each occurs; both [rows, n].
+
+    An id may stand there more than once, each time with its whole count.
+    """
+    seen = [Counter(window) for window in windows]
+    width = max(map(len, seen))
+    # A row with fewer ids is filled up with one that it has; -1 stands for the newest.
+    fillers = [next(iter(counter.items()), (-1, 0)) for counter in seen]
+    padded = [
+        [*counter.items(), *[filler] * (width - len(counter))]
+        for counter, filler in zip(seen, fillers, strict=True)
+    ]
+    ids = mx.array([[id_ for id_, _ in row] for row in padded], dtype=mx.int32)
+    counts = mx.array([[float(count) for _, count in row] for row in padded])
+    ids, counts = ids.reshape(len(padded), width), counts.reshape(len(padded), width)
+    ids = mx.where(ids < 0, newest, ids)
+    same = ids == newest
+    # Columns of the newest id all hold the same count, of which one is enough.
+    before = mx.max(mx.concatenate([mx.where(same, counts, 0), mx.zeros(newest.shape)], 1), 1)
+    return (
+        mx.concatenate([ids, newest], axis=1),
+        mx.concatenate([counts + same, before[:, None] + 1], axis=1),
+    )

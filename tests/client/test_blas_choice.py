@@ -1,0 +1,244 @@
+"""What doctor remembers of its measurement, and how little a start believes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner_client._blas import Blas
+from runner_client._blas_choice import Choice, cache_file, choose_blas, recall, remember
+
+CPU = "processor : 0\nmodel name : Some CPU\ncpu family : 25\nmodel : 17\nflags : avx2 fma\n\n"
+
+
+class Machine:
+    """A root folder with two libraries, and a cache folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.environment = {"XDG_CACHE_HOME": str(root / "cache")}
+        self.file = root / "cache/mlx-runner/blas.json"
+        self.set_cpu(CPU)
+        self.openblas = Blas("OpenBLAS", self._library("libopenblas.so.0"), {"CORE": "NEW"})
+        self.mkl = Blas("MKL", self._library("libmkl_rt.so.3"))
+        self.libraries: tuple[Blas, ...] = (self.openblas, self.mkl)
+
+    def _library(self, name: str) -> Path:
+        path = self.root / name
+        path.write_bytes(b"\x7fELF")
+        return path
+
+    def set_cpu(self, text: str) -> None:
+        """What the system says of the processor."""
+        (self.root / "proc").mkdir(exist_ok=True)
+        (self.root / "proc/cpuinfo").write_text(text)
+
+    def remember(self, blas: Blas | None) -> None:
+        """Writes a choice down."""
+        place = remember(self.environment, Choice(blas), self.libraries, root=self.root)
+        assert place == self.file
+
+    def recall(self) -> Choice | None:
+        """Reads it again."""
+        return recall(self.environment, self.libraries, root=self.root)
+
+    def write(self, change: Callable[[dict[str, Any]], object]) -> None:
+        """Changes what is written down."""
+        record = json.loads(self.file.read_text())
+        change(record)
+        self.file.write_text(json.dumps(record))
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def test_nothing_is_remembered_at_first(machine: Machine) -> None:
+    assert machine.recall() is None
+
+
+def test_every_choice_is_remembered(machine: Machine) -> None:
+    plain = Blas("OpenBLAS", machine.openblas.path)
+    for blas in (machine.openblas, plain, machine.mkl, None):
+        machine.remember(blas)
+        assert machine.recall() == Choice(blas)
+    assert list(machine.file.parent.iterdir()) == [machine.file]
+
+
+def test_the_file_is_for_its_owner(machine: Machine) -> None:
+    machine.remember(machine.mkl)
+    assert machine.file.stat().st_mode & 0o077 == 0
+    assert machine.file.parent.stat().st_mode & 0o077 == 0
+
+
+def _grow(machine: Machine) -> None:
+    machine.mkl.path.write_bytes(b"\x7fELF and more")
+
+
+def _touch(machine: Machine) -> None:
+    os.utime(machine.mkl.path, ns=(1, 1))
+
+
+def _other_cpu(machine: Machine) -> None:
+    machine.set_cpu(CPU.replace("Some", "Another"))
+
+
+def _other_generation(machine: Machine) -> None:
+    machine.set_cpu(CPU.replace("17", "18"))
+
+
+def _arm_cpu(machine: Machine) -> None:
+    machine.set_cpu("processor : 0\nCPU implementer : 0x41\nCPU part : 0xd40\n\n")
+
+
+def _uninstall(machine: Machine) -> None:
+    machine.libraries = (machine.openblas,)
+
+
+def _install(machine: Machine) -> None:
+    machine.libraries = (*machine.libraries, Blas("BLIS", machine._library("libblis.so.4")))
+
+
+@pytest.mark.parametrize(
+    "change", [_grow, _touch, _other_cpu, _other_generation, _arm_cpu, _uninstall, _install]
+)
+def test_what_has_changed_is_to_be_measured_again(
+    machine: Machine, change: Callable[[Machine], None]
+) -> None:
+    machine.remember(machine.openblas)
+    change(machine)
+    assert machine.recall() is None
+
+
+def test_other_kernels_for_the_cpu_are_to_be_measured_again(machine: Machine) -> None:
+    machine.remember(machine.openblas)
+    machine.libraries = (Blas("OpenBLAS", machine.openblas.path, {"CORE": "NEWER"}), machine.mkl)
+    assert machine.recall() is None
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"path": "/opt/evil.so", "env": {}},
+        {"path": "libopenblas.so.0", "env": {"CORE": "NEW"}},
+        {"path": "OPENBLAS", "env": {"CORE": "NEW", "LD_LIBRARY_PATH": "/opt"}},
+        {"path": "OPENBLAS", "env": {"CORE": "OLD"}},
+        {"path": "OPENBLAS:/opt/evil.so", "env": {"CORE": "NEW"}},
+        {"path": ["OPENBLAS"], "env": {}},
+        {"path": "OPENBLAS"},
+        "OPENBLAS",
+        None,
+        [],
+        7,
+    ],
+)
+def test_a_choice_that_was_not_found_here_counts_for_nothing(
+    machine: Machine, choice: object
+) -> None:
+    machine.remember(machine.openblas)
+    real = str(machine.openblas.path)
+    text = json.dumps(choice).replace("OPENBLAS", real)
+    machine.write(lambda record: record.update(choice=json.loads(text)))
+    assert machine.recall() is None
+
+
+def test_a_file_without_a_choice_counts_for_nothing(machine: Machine) -> None:
+    machine.remember(machine.openblas)
+    machine.write(lambda record: record.pop("choice"))
+    assert machine.recall() is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b'{"choice": {}}',
+        b"\xff\xfe\x00",
+        b"[" * 60_000,
+        b'{"format": ' + b"9" * 10_000 + b"}",
+        b" " * 10_000_000,
+    ],
+    ids=["empty", "cut", "null", "list", "bare", "binary", "deep", "number", "huge"],
+)
+def test_a_file_that_is_no_record_counts_for_nothing(machine: Machine, content: bytes) -> None:
+    machine.file.parent.mkdir(parents=True)
+    machine.file.write_bytes(content)
+    assert machine.recall() is None
+
+
+def test_a_record_in_a_file_too_large_is_not_read(machine: Machine) -> None:
+    machine.remember(machine.openblas)
+    with machine.file.open("a") as file:
+        file.write(" " * 65_536)
+    assert machine.recall() is None
+
+
+def test_a_folder_or_a_pipe_in_its_place_counts_for_nothing(machine: Machine) -> None:
+    machine.file.mkdir(parents=True)
+    assert machine.recall() is None
+    machine.file.rmdir()
+    os.mkfifo(machine.file)
+    # Nobody writes into it: reading would wait for ever.
+    seen: list[Choice | None] = []
+    reader = threading.Thread(target=lambda: seen.append(machine.recall()), daemon=True)
+    reader.start()
+    reader.join(10)
+    assert seen == [None]
+
+
+def test_a_corrupt_file_is_written_anew(machine: Machine) -> None:
+    machine.file.parent.mkdir(parents=True)
+    machine.file.write_bytes(b"{")
+    machine.remember(machine.mkl)
+    assert machine.recall() == Choice(machine.mkl)
+
+
+def test_a_cache_that_is_no_folder_is_an_error(machine: Machine) -> None:
+    (machine.root / "cache").touch()
+    with pytest.raises(OSError, match="cache"):
+        machine.remember(None)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"XDG_CACHE_HOME": "/x", "HOME": "/h"}, "/x/mlx-runner/blas.json"),
+        ({"HOME": "/h"}, "/h/.cache/mlx-runner/blas.json"),
+        ({"XDG_CACHE_HOME": "relative", "HOME": "/h"}, "/h/.cache/mlx-runner/blas.json"),
+        ({"XDG_CACHE_HOME": "", "HOME": ""}, None),
+        ({"HOME": "relative"}, None),
+        ({}, None),
+    ],
+)
+def test_where_it_is_kept(environment: dict[str, str], expected: str | None) -> None:
+    assert cache_file(environment) == (expected and Path(expected))
+
+
+def test_nowhere_to_keep_it(machine: Machine) -> None:
+    with pytest.raises(OSError, match="neither XDG_CACHE_HOME nor HOME"):
+        remember({}, Choice(None), machine.libraries)
+    assert recall({}, machine.libraries) is None
+
+
+def test_a_start_takes_what_was_remembered_and_else_the_first(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runner_client._blas_choice.installed_blas", lambda: machine.libraries)
+    assert choose_blas(machine.environment) == machine.openblas
+    for blas in (machine.mkl, None):
+        remember(machine.environment, Choice(blas), machine.libraries)
+        assert choose_blas(machine.environment) == blas
+    machine.file.write_text("{}")
+    assert choose_blas(machine.environment) == machine.openblas
+    machine.libraries = ()
+    assert choose_blas(machine.environment) is None
