@@ -69,6 +69,7 @@ class Ledger:
         self._progress = 0
         self._steps = 0
         self._moved = time.monotonic()
+        self._is_idle = True
         self._last_error = ""
 
     # -- refusing and accepting --------------------------------------------------
@@ -141,7 +142,7 @@ class Ledger:
         """What the engine does, without waiting for it."""
         with self._lock:
             running, live = len(self._running), len(self._live)
-            active = live > 0 or self._state is State.LOADING
+            active = (live > 0 and not self._is_idle) or self._state is State.LOADING
             return Snapshot(
                 state=self._state,
                 progress=self._progress,
@@ -158,6 +159,14 @@ class Ledger:
     def note_progress(self, progress: int) -> None:
         """A load has moved; 0 to 100."""
         self._progress, self._moved = progress, time.monotonic()
+
+    def note_idle(self, *, is_idle: bool) -> None:
+        """Nothing can be done until something comes, or it has come.
+
+        Completions whose readers are behind are live then, but nothing is to move.
+        """
+        self._is_idle = is_idle
+        self._moved = time.monotonic()
 
     def note_step(self) -> None:
         """A step was made."""

@@ -232,11 +232,11 @@ class PrefixTree(Generic[S, T]):
 
     def _make_room(self, needed: int, keep: _Root[S, T]) -> bool:
         """Drops what was not used for longest, but for a node and those that lead to it."""
+        if sum(node.nbytes for node in _lineage(keep)) + needed > self._budget_bytes:
+            return False
         while self.nbytes + needed > self._budget_bytes:
-            oldest = next(iter(self._by_use), None)
-            if oldest is None or oldest is keep:
-                return False
-            self._drop(oldest)
+            # Never one of those: they were used last.
+            self._drop(next(iter(self._by_use)))
         return True
 
     def _drop(self, node: _Node[S, T]) -> None:

@@ -1,6 +1,6 @@
 """Whose prompt is evaluated next, and how much of it: prefill cut by time.
 
-Between two decode steps prompts get a slice of time. Half of it belongs to the
+Between two decode steps prompts get a slice of time. Half of all time belongs to the
 prompt with the least left to evaluate, so that a short one does not wait for a long
 one, and half to the one that came first, so that a long one is not put off for ever.
 """
@@ -38,8 +38,11 @@ class PrefillTurns:
     def __init__(self, max_chunk: int) -> None:
         self._max_chunk = max_chunk
         self._pace: float | None = None
-        self._left = self._half = 0.0
+        self._slice = self._left = 0.0
         self._is_first = True
+        # Seconds that the oldest prompt is behind the others.
+        self._owed = 0.0
+        self._serves_oldest = True
 
     def begin(self, decode_seconds: float | None) -> None:
         """Begins a slice.
@@ -49,8 +52,8 @@ class PrefillTurns:
                 slice is never shorter, so that prompts get half of the time at least.
         """
         busy = decode_seconds is not None
-        self._left = max(SLICE_SECONDS, decode_seconds or 0) if busy else ALONE_SECONDS
-        self._half = self._left / 2
+        self._slice = max(SLICE_SECONDS, decode_seconds or 0) if busy else ALONE_SECONDS
+        self._left = self._slice
         self._is_first = True
 
     def next(self, remaining: Mapping[int, int]) -> tuple[int, int] | None:
@@ -62,25 +65,33 @@ class PrefillTurns:
         if not remaining:
             return None
         oldest = next(iter(remaining))
-        row = min(remaining, key=remaining.__getitem__) if self._left > self._half else oldest
-        fitting = self._fitting()
+        shortest = min(remaining, key=remaining.__getitem__)
+        if oldest == shortest:
+            self._owed = 0.0
+        # A short one begins within a slice, unless the machine needs all of it for a chunk.
+        allowed = self._slice if self._is_first else 0.0
+        row = oldest if self._owed > allowed else shortest
+        shares = self._is_first and row != oldest
+        fitting = self._fitting(self._left / 2 if shares else self._left)
         if not self._is_first and fitting < min(remaining[row], _WORTHWHILE):
             return None
         self._is_first = False
+        self._serves_oldest = row == oldest
         return row, min(remaining[row], max(_GRAIN, fitting))
 
     def spent(self, tokens: int, seconds: float) -> None:
-        """Notes how long a chunk took."""
+        """Notes how long the chunk of the last turn took."""
         self._left -= seconds
+        self._owed = max(0.0, self._owed + (-seconds if self._serves_oldest else seconds))
         pace = tokens / max(seconds, 1e-6)
         if self._pace is None:
             self._pace = pace
         else:
             self._pace += _NEWEST_WEIGHT * (pace - self._pace)
 
-    def _fitting(self) -> int:
-        """Tokens for which the slice has time, at most a chunk of them."""
+    def _fitting(self, seconds: float) -> int:
+        """Tokens for which there is time, at most a chunk of them."""
         if self._pace is None:
             return _FIRST_CHUNK
-        tokens = int(self._pace * self._left) // _GRAIN * _GRAIN
+        tokens = int(self._pace * seconds) // _GRAIN * _GRAIN
         return min(self._max_chunk, tokens)

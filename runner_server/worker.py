@@ -110,13 +110,19 @@ class Worker:
 
     def _take_messages(self) -> None:
         """Handles what has come; waits for it only when there is nothing else to do."""
-        message = self._poll() if self._can_advance() else self._inbox.get()
+        message = self._poll() if self._can_advance() else self._wait()
         while message is not None:
             self._receive(message)
             message = self._poll()
 
     def _can_advance(self) -> bool:
         return bool(self._seats.running) or bool(self._model and self._seats.has_next(self._model))
+
+    def _wait(self) -> Message:
+        self._ledger.note_idle(is_idle=True)
+        message = self._inbox.get()
+        self._ledger.note_idle(is_idle=False)
+        return message
 
     def _poll(self) -> Message | None:
         try:

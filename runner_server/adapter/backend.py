@@ -39,9 +39,13 @@ class MlxBackend:
         import runner_server.adapter.loading  # noqa: F401, PLC0415
 
         mx.set_cache_limit(_CACHE_LIMIT_BYTES)
+        info = mx.device_info()
+        # Metal only: what is not wired, the system may page out between two steps.
+        if working_set := info.get("max_recommended_working_set_size"):
+            mx.set_wired_limit(working_set)
         self._mx = mx
         kind = "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
-        return f"{kind}: {mx.device_info().get('device_name', 'unknown')}"
+        return f"{kind}: {info.get('device_name', 'unknown')}"
 
     def load(self, spec: LoadSpec, report: Callable[[int], None]) -> MlxModel:
         """Loads a model; see ``Backend.load``."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,20 +15,40 @@ from runner_server.messages import Sampling
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
-from runner_server.adapter.sampling import draw, position_key, processors  # noqa: E402
+from runner_server.adapter.sampling import Sampler, gumbel, largest, likelihoods  # noqa: E402
 
 VOCAB = 50
+LARGE = 151_936
 DRAWS = 3000
 ROWS = 50
-OPEN = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "top_k": 0}
+OPEN: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "top_k": 0}
+SEEDS = [-(2**63), -(2**63) + 1, -(2**32), -1, 0, 1, 2**31, 2**32, 2**63 - 2, 2**63 - 1]
 
 
 def _logits(seed: int = 0, vocab: int = VOCAB) -> Any:
     return np.random.default_rng(seed).normal(0, 2, vocab).astype(np.float32)
 
 
+def _peaked(seed: int, vocab: int = LARGE, likely: int = 300) -> Any:
+    """A large vocabulary in which few ids have nearly all of the probability."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(-20, 1, vocab).astype(np.float32)
+    logits[rng.choice(vocab, likely, replace=False)] = rng.normal(0, 1.5, likely)
+    return logits
+
+
+def _flat(seed: int, vocab: int = LARGE) -> Any:
+    """A large vocabulary in which many thousand ids are likely."""
+    return np.random.default_rng(seed).normal(0, 0.3, vocab).astype(np.float32)
+
+
+def _half(logits: Any) -> Any:
+    """As a model in bfloat16 gives them: most values occur often."""
+    return np.array(mx.array(logits).astype(mx.bfloat16).astype(mx.float32))
+
+
 def _softmax(logits: Any) -> Any:
-    weights = np.exp(logits - logits.max())
+    weights = np.exp(logits.astype(np.float64) - logits.max())
     return weights / weights.sum()
 
 
@@ -43,12 +66,21 @@ def _support(logits: Any, **options: Any) -> set[int]:
     return {int(id_) for id_ in kept[keep]}
 
 
+def _draw(
+    logits: Sequence[Any], options: Sequence[Sampling], positions: int = 1
+) -> list[tuple[int, ...]]:
+    """The tokens of each row at the first ``positions``."""
+    rows = mx.array(np.stack(logits))
+    sampler = Sampler(options, rows.shape[-1])
+    steps = [np.array(sampler(rows, [at] * len(options))) for at in range(positions)]
+    return [tuple(int(step[row]) for step in steps) for row in range(len(options))]
+
+
 def _draws(logits: Any, count: int = DRAWS, **options: Any) -> Any:
-    """Draws with many keys, some rows with each."""
-    sampling = Sampling(**{**OPEN, **options})
-    rows = mx.array(np.tile(logits, (min(count, ROWS), 1)))
-    keys = [position_key(11, i) for i in range(max(1, count // ROWS))]
-    return np.array(mx.concatenate([draw(rows, sampling, key) for key in keys]))
+    """Draws with many seeds, at some positions each."""
+    rows = [Sampling(**{**OPEN, **options, "seed": 11 + i}) for i in range(min(count, ROWS))]
+    drawn = _draw([logits] * len(rows), rows, max(1, count // ROWS))
+    return np.array(drawn).flatten()
 
 
 CASES: list[dict[str, Any]] = [
@@ -78,9 +110,22 @@ def test_only_the_support_is_drawn(options: dict[str, Any], seed: int) -> None:
         assert drawn == expected
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 63, 64, 65, 256, 257, 1024, 1025, 2999, 3000])
+def test_top_k_leaves_as_many_as_it_says(top_k: int) -> None:
+    """Whatever the number of candidates that are looked at for it."""
+    logits = np.random.default_rng(top_k).permutation(3000).astype(np.float32) / 1e5
+    sampling = Sampling(temperature=1.0, top_p=1.0, top_k=top_k)
+    rows = [replace(sampling, seed=seed) for seed in range(40)]
+    drawn = set(itertools.chain(*_draw([logits] * 40, rows, 5)))
+    best = np.argsort(-logits)
+    assert drawn <= set(best[:top_k].tolist())
+    # Nearly all are alike, so the last of them come up as well.
+    assert drawn & set(best[-(-top_k // 2) - 1 : top_k].tolist())
+
+
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"top_k": 8, "temperature": 1.7}])
 def test_draws_follow_the_softmax(options: dict[str, Any]) -> None:
-    """Pearson's chi-square with a fixed seed; the bound is its 99.99 % quantile, about."""
+    """Pearson's chi-square with fixed seeds; the bound is its 99.99 % quantile, about."""
     logits = _logits(3, 12)
     support = sorted(_support(logits, **options))
     probs = _softmax(logits[support] / options.get("temperature", 1.0))
@@ -89,6 +134,21 @@ def test_draws_follow_the_softmax(options: dict[str, Any]) -> None:
     chi_square = float((((counts - DRAWS * probs) ** 2) / (DRAWS * probs)).sum())
     freedom = len(support) - 1
     assert chi_square < freedom + 4 * math.sqrt(2 * freedom) + 8
+
+
+@pytest.mark.parametrize("along", ["positions", "seeds"])
+def test_draws_follow_the_softmax_along_one_text_and_from_one_to_the_next(along: str) -> None:
+    logits = _logits(3, 12)
+    sampling = Sampling(**OPEN, seed=1)
+    if along == "positions":
+        drawn = _draw([logits], [sampling], 1000)[0]
+    else:
+        rows = [replace(sampling, seed=seed) for seed in range(1000)]
+        drawn = tuple(ids[0] for ids in _draw([logits] * 1000, rows))
+    probs = _softmax(logits)
+    counts = np.bincount(drawn, minlength=12)
+    chi_square = float((((counts - 1000 * probs) ** 2) / (1000 * probs)).sum())
+    assert chi_square < 11 + 4 * math.sqrt(22) + 8
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-20, 1e-38, 1.4e-45])
@@ -106,67 +166,207 @@ def test_top_p_of_everything_and_no_top_p_draw_the_same() -> None:
     assert (_draws(logits, 200) == _draws(logits, 200, top_k=VOCAB - 1)).mean() > 0.95
 
 
-def test_keys_differ_by_seed_and_by_position() -> None:
-    keys = {
-        tuple(np.array(position_key(seed, position)))
-        for seed in (-(2**63), -1, 0, 1, 2**63 - 1)
-        for position in range(200)
-    }
-    assert len(keys) == 1000
+NEIGHBOURS = [
+    Sampling(temperature=0),
+    Sampling(seed=1, top_k=1),
+    Sampling(seed=2),
+    Sampling(seed=3, top_k=64, top_p=1.0),
+    Sampling(seed=4, top_k=200),
+    Sampling(seed=5, top_k=1000, top_p=1.0),
+    Sampling(seed=6, top_k=2000),
+    Sampling(seed=7, top_k=0),
+    Sampling(seed=8, top_k=0, top_p=1.0),
+    Sampling(seed=9, top_k=0, top_p=1.0, min_p=0.02, temperature=1.7),
+    Sampling(seed=10, top_k=40, top_p=1.0, min_p=0.1),
+    Sampling(seed=2),
+]
+"""Every group of candidates, each cut alone and with others."""
 
 
-def _reference(logits: Any, tokens: list[int], s: Sampling) -> Any:
-    """Bias and penalties as the protocol states them."""
-    out = logits.astype(np.float64).copy()
-    for id_, value in s.logit_bias:
-        out[id_] += value
-    window = tokens if s.repeat_last_n < 0 else tokens[-s.repeat_last_n :]
-    if s.repeat_last_n == 0:
-        window = []
-    for id_ in set(window):
-        out[id_] = out[id_] / s.repeat_penalty if out[id_] > 0 else out[id_] * s.repeat_penalty
-        out[id_] -= s.presence_penalty + window.count(id_) * s.frequency_penalty
-    return out
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("vocab", [VOCAB, 3000])
+def test_a_row_is_drawn_alike_whatever_its_neighbours_want(vocab: int, half: bool) -> None:
+    logits = [_logits(seed, vocab) for seed in range(len(NEIGHBOURS))]
+    if half:
+        logits = [_half(row) for row in logits]
+    rows = [s if s.top_k <= vocab else replace(s, top_k=vocab - 1) for s in NEIGHBOURS]
+    alone = [_draw([row], [sampling], 25)[0] for row, sampling in zip(logits, rows, strict=True)]
+    rng = np.random.default_rng(vocab)
+    for size in (2, 3, 5, 8, 12, 12):
+        places = rng.permutation(len(rows))[:size]
+        together = _draw([logits[i] for i in places], [rows[i] for i in places], 25)
+        assert together == [alone[i] for i in places]
 
 
-PENALTIES = [
-    Sampling(repeat_penalty=1.3),
-    Sampling(repeat_penalty=0.5),
-    Sampling(presence_penalty=2.0),
-    Sampling(frequency_penalty=0.25),
-    Sampling(frequency_penalty=-1.5, presence_penalty=-3.0),
-    Sampling(repeat_penalty=1.1, presence_penalty=0.5, frequency_penalty=0.5),
-    Sampling(repeat_penalty=2.0, repeat_last_n=3),
-    Sampling(repeat_penalty=2.0, repeat_last_n=0),
-    Sampling(frequency_penalty=0.1, repeat_last_n=-1),
-    Sampling(frequency_penalty=0.1, repeat_last_n=2**31 - 1),
-    Sampling(logit_bias=((3, -100.0), (7, 5.0))),
-    Sampling(logit_bias=((3, 4.0),), repeat_penalty=1.5, frequency_penalty=0.3),
+def test_rows_at_different_positions() -> None:
+    logits = mx.array(np.stack([_logits(1)] * 3))
+    options = [Sampling(**OPEN, seed=5)] * 3
+    text = _draw([_logits(1)], [options[0]], 30)[0]
+    drawn = Sampler(options, VOCAB)(logits, [0, 17, 29]).tolist()
+    assert drawn == [text[0], text[17], text[29]]
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("top_p", [0.5, 0.95])
+def test_top_p_alone_in_a_large_vocabulary(top_p: float, half: bool) -> None:
+    """Some hundred candidates are enough for it, unless a neighbour needs all."""
+    peaked, flat = _peaked(1), _flat(2)
+    if half:
+        peaked, flat = _half(peaked), _half(flat)
+    rows = [Sampling(temperature=1.0, top_k=0, top_p=top_p, seed=seed) for seed in range(3)]
+    few = [_draw([peaked], [row], 8)[0] for row in rows]
+    # The flat one has the whole vocabulary sorted, for all three.
+    together = _draw([peaked, flat, peaked], rows, 8)
+    assert [together[0], together[2]] == [few[0], few[2]]
+    assert together[1] == _draw([flat], [rows[1]], 8)[0]
+    if not half:
+        assert set(itertools.chain(*few)) <= _support(peaked, top_p=top_p)
+        assert set(together[1]) <= _support(flat, top_p=top_p)
+
+
+OTHERS = [
+    Sampling(temperature=1.0, top_k=0, top_p=0.99, seed=5),
+    Sampling(temperature=1.0, top_k=10_000, seed=6),
+    Sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.5, seed=7),
 ]
 
 
-@pytest.mark.parametrize("sampling", PENALTIES, ids=range(len(PENALTIES)))
-@pytest.mark.parametrize("length", [1, 2, 40, 700])
-def test_bias_and_penalties(sampling: Sampling, length: int) -> None:
-    logits = _logits(5)
-    tokens = np.random.default_rng(6).integers(0, 9, length).tolist()
-    values = mx.array(logits)[None]
-    for step in processors(sampling):
-        values = step(mx.array(tokens), values)
-    np.testing.assert_allclose(
-        np.array(values)[0], _reference(logits, tokens, sampling), rtol=1e-5, atol=1e-4
+@pytest.mark.parametrize("kind", [_peaked, _flat])
+@pytest.mark.parametrize("other", OTHERS, ids=["top_p", "top_k", "min_p"])
+def test_top_p_among_equally_likely_ids_cuts_alike(kind: Any, other: Sampling) -> None:
+    """A model in half precision has many of them, and the cut may come among them."""
+    logits = np.round(kind(3, 20_000))
+    row = Sampling(temperature=1.0, top_k=0, top_p=0.7, seed=4)
+    alone = _draw([logits], [row], 40)[0]
+    assert _draw([logits, _flat(4, 20_000)], [row, other], 40)[0] == alone
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=["top_p", "top_k", "min_p"])
+def test_without_top_p_every_id_may_come_whatever_a_neighbour_wants(other: Sampling) -> None:
+    """Not only the candidates that the neighbour's ``top_p`` needs."""
+    row = Sampling(**OPEN, seed=1)
+    logits = _flat(1, 20_000)
+    alone = _draw([logits], [row], 40)[0]
+    assert len(set(alone) - set(np.argsort(-logits)[:1024].tolist())) > 20
+    assert _draw([logits, _peaked(2, 20_000)], [row, other], 40)[0] == alone
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.95])
+def test_top_p_alone_follows_the_softmax_in_a_large_vocabulary(top_p: float) -> None:
+    logits = _peaked(5, 20_000, likely=12)
+    support = sorted(_support(logits, top_p=top_p))
+    assert 1 < len(support) <= 12
+    probs = _softmax(logits[support])
+    rows = [Sampling(temperature=1.0, top_k=0, top_p=top_p, seed=seed) for seed in range(16)]
+    drawn = list(itertools.chain(*_draw([logits] * 16, rows, 25)))
+    counts = np.array([drawn.count(id_) for id_ in support])
+    assert counts.sum() == len(drawn)
+    chi_square = float((((counts - 400 * probs) ** 2) / (400 * probs)).sum())
+    freedom = len(support) - 1
+    assert chi_square < freedom + 4 * math.sqrt(2 * freedom) + 8
+
+
+@pytest.mark.parametrize("shape", [(1, 50, 5), (3, 3000, 64), (2, 32_000, 64), (2, LARGE, 64)])
+@pytest.mark.parametrize("count", [0, 20, 1024])
+def test_the_largest_are_found(shape: tuple[int, int, int], count: int) -> None:
+    rows, size, default = shape
+    count = min(count or default, size - 1)
+    logits = np.random.default_rng(size).normal(0, 2, (rows, size)).astype(np.float32)
+    ids, values = (np.array(part) for part in largest(mx.array(logits), count))
+    assert ids.shape == values.shape == (rows, count)
+    np.testing.assert_array_equal(np.take_along_axis(logits, ids, 1), values)
+    np.testing.assert_array_equal(np.sort(values, 1), np.sort(logits, 1)[:, -count:])
+    assert all(len(set(row)) == count for row in ids.tolist())
+
+
+def test_the_largest_among_many_alike_are_different_ids() -> None:
+    """A bfloat16 row of a large vocabulary; also one in which some are impossible."""
+    flat = _flat(6)
+    for logits in (np.round(flat), np.where(flat > 0, -np.inf, flat), np.zeros(LARGE)):
+        row = mx.array(logits.astype(np.float32))[None].astype(mx.bfloat16)
+        ids, values = largest(row, 256)
+        assert len(set(ids[0].tolist())) == 256
+        assert max(ids[0].tolist()) < LARGE
+        exact = np.sort(np.array(row.astype(mx.float32))[0])[-256:]
+        np.testing.assert_array_equal(np.sort(np.array(values.astype(mx.float32))[0]), exact)
+
+
+def test_a_banned_token_is_never_drawn() -> None:
+    """A logit of minus infinity, with every kind of cut."""
+    logits = _logits(9)
+    logits[::2] = -np.inf
+    rows = [replace(s, top_k=min(s.top_k, VOCAB)) for s in NEIGHBOURS]
+    for drawn in _draw([logits] * len(rows), rows, 30):
+        assert all(id_ % 2 for id_ in drawn)
+
+
+def test_noise_is_that_of_the_id_wherever_it_stands() -> None:
+    ids = np.arange(1000)
+    straight = np.array(gumbel([7], [3], mx.array(ids)[None]))[0]
+    order = np.random.default_rng(1).permutation(1000)
+    np.testing.assert_array_equal(
+        np.array(gumbel([7], [3], mx.array(ids[order])[None]))[0], straight[order]
     )
+    rows = np.array(gumbel([1, 7, -2], [9, 3, 3], mx.array(ids)[None]))
+    np.testing.assert_array_equal(rows[1], straight)
+    for dtype in (mx.int32, mx.uint32, mx.int64):
+        again = gumbel([7], [3], mx.array(ids)[None].astype(dtype))
+        np.testing.assert_array_equal(np.array(again)[0], straight)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_token_seen_often_is_counted_in_half_precision_too(dtype: str) -> None:
-    """bfloat16 cannot count past 256."""
-    logits = mx.zeros((1, VOCAB), dtype=getattr(mx, dtype))
-    tokens = mx.array([4] * 1000)
-    (step,) = processors(Sampling(frequency_penalty=0.01, repeat_last_n=-1))
-    assert float(step(tokens, logits)[0, 4]) == pytest.approx(-10.0, rel=0.02)
+def test_noise_is_gumbels() -> None:
+    """Mean and variance of the distribution, and no number that is not one."""
+    noise = np.array(gumbel([3], [0], mx.arange(LARGE)[None]))
+    assert np.isfinite(noise).all()
+    assert noise.mean() == pytest.approx(np.euler_gamma, abs=0.02)
+    assert noise.var() == pytest.approx(math.pi**2 / 6, rel=0.02)
 
 
-def test_no_options_change_nothing() -> None:
-    assert processors(Sampling()) == []
-    assert processors(Sampling(repeat_penalty=2.0, repeat_last_n=0)) == []
+def test_noise_differs_by_seed_and_by_position() -> None:
+    seeds, positions = zip(*itertools.product(SEEDS, range(100)), strict=True)
+    noise = np.array(gumbel(seeds, positions, mx.arange(4)[None]))
+    assert len({tuple(row) for row in noise.tolist()}) == len(SEEDS) * 100
+    # Nor does any of it say something about another: no correlation from row to row.
+    wide = np.array(gumbel(seeds[:200:2], positions[:200:2], mx.arange(2000)[None]))
+    correlation = np.corrcoef(wide) - np.eye(len(wide))
+    assert np.abs(correlation).max() < 0.15
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_seed_draws_and_draws_the_same_again(seed: int) -> None:
+    logits = _logits(8)
+    row = Sampling(**OPEN, seed=seed)
+    first = _draw([logits], [row], 40)[0]
+    assert len(set(first)) > 5
+    assert _draw([_logits(2), logits], [Sampling(), row], 40)[1] == first
+
+
+def test_positions_far_along() -> None:
+    logits = mx.array(_logits(8))[None]
+    sampler = Sampler([Sampling(**OPEN, seed=2**63 - 1)], VOCAB)
+    drawn = {int(sampler(logits, [2**31 - 1 - at]).item()) for at in range(50)}
+    assert len(drawn) > 5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("top", [0, 1, 20])
+def test_likelihoods_are_the_log_softmax(dtype: str, top: int) -> None:
+    rows = mx.array(np.stack([_logits(seed, 3000) for seed in range(3)]))
+    rows = rows.astype(getattr(mx, dtype))
+    chosen = [7, 0, 2999]
+    found = likelihoods(rows, mx.array(chosen), top)
+    exact = np.log(np.stack([_softmax(row) for row in np.array(rows.astype(mx.float32))]))
+    np.testing.assert_allclose(np.array(found.chosen), exact[range(3), chosen], atol=1e-4)
+    assert found.ids.shape == found.values.shape == (3, top)
+    values, ids = np.array(found.values), np.array(found.ids)
+    np.testing.assert_allclose(values, -np.sort(-exact, 1)[:, :top], atol=1e-4)
+    np.testing.assert_allclose(np.take_along_axis(exact, ids, 1), values, atol=1e-4)
+    assert (np.diff(values, axis=1) <= 0).all()
+
+
+def test_no_likelihood_is_above_zero() -> None:
+    """Of a certain token, whatever the rounding."""
+    logits = mx.zeros((1, 100)).at[0, 5].add(40.0)
+    found = likelihoods(logits, mx.array([5]), 2)
+    assert found.chosen.item() <= 0
+    assert found.values[0, 0].item() <= 0

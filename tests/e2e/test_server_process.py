@@ -7,12 +7,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from mlxrunner.handshake import ReadyLine
+from mlxrunner.handshake import HEALTH_SERVICES, ReadyLine
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
 from server_child import BREAK_STEPS, COMPUTE, DEADLINE_SECONDS, SLOW_LOAD, Child, running
@@ -66,6 +69,47 @@ def test_the_ready_line_is_first_and_alone(tmp_path: Path, model_dir: Build) -> 
         out, _ = child.process.communicate(timeout=DEADLINE_SECONDS)
         assert (out, child.process.returncode) == (b"", 0)
         assert "listening on" in child.log.read_text()
+
+
+_BLOCKED_IMPORT = """
+import sys, threading
+import runner_server.app
+from runner_server.adapter.backend import MlxBackend
+runner_server.app._DRAIN_SECONDS = 0.1
+MlxBackend.open = lambda self: threading.Event().wait()
+from runner_server.__main__ import main
+sys.exit(main())
+"""
+
+
+def test_it_answers_while_the_model_library_is_still_imported(tmp_path: Path) -> None:
+    with running(tmp_path, code=_BLOCKED_IMPORT) as child:
+        health: Any = health_pb2_grpc.HealthStub(child.channel)
+        for service in HEALTH_SERVICES:
+            request = health_pb2.HealthCheckRequest(service=service)
+            answer = health.Check(request, timeout=DEADLINE_SECONDS)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        status = child.status()
+        assert (status.state, status.device) == (pb.STATE_IDLE, "")
+        assert status.server_version == metadata.version("mlx-grpc-runner")
+        child.process.send_signal(signal.SIGTERM)
+        assert child.wait() == 0, child.log.read_text()
+
+
+def test_nothing_slow_is_imported_before_the_ready_line() -> None:
+    code = "import sys, runner_server.__main__; print(*sys.modules, sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    slow = {
+        "email",
+        "huggingface_hub",
+        "importlib.metadata",
+        "mlx",
+        "mlx_lm",
+        "numpy",
+        "tokenizers",
+        "transformers",
+    }
+    assert slow & set(done.stdout.split()) == set()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -252,12 +252,14 @@ class LoadRequest(_message.Message):
     2 to the model's own limit. Default: the model's limit, at most 4,096.
     """
     parallel: _builtins.int
-    """How many completions are decoded together. Range 1 to 256. Default: 4."""
+    """How many completions are decoded together, at most. Range 1 to 256. Default:
+    4.
+    """
     dtype: Global___Dtype.ValueType
     """In which format to hold the weights. Default: DTYPE_AUTO."""
     memory_limit_bytes: _builtins.int
-    """The most memory the model may take, weights and KV cache together, in
-    bytes. Range: more than 0. Default: what is free now.
+    """The most memory the model may take, weights, KV caches and prefix cache
+    together, in bytes. Range: more than 0. Default: what is free now.
     """
     prefix_cache_bytes: _builtins.int
     """The most memory to keep evaluated prompts in, in bytes, so that a prompt

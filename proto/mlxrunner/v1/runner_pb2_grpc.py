@@ -90,9 +90,9 @@ class RunnerServiceServicer(object):
         model.
         - FAILED_PRECONDITION / BUSY: another load or an unload runs; wait for it,
         or cancel it.
-        - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: weights and KV cache do not fit
-        (`requiredBytes`, `availableBytes`); free memory, or ask for a smaller
-        `context_length`, `parallel` or `dtype`.
+        - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the weights, the KV cache of one
+        sequence of `context_length` and `prefix_cache_bytes` do not fit
+        (`requiredBytes`, `availableBytes`); free memory, or ask for less of them.
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
         - INTERNAL / GENERATION_FAILED: MLX raised while the model was warmed up;
         the log of the process says more.
@@ -131,8 +131,11 @@ class RunnerServiceServicer(object):
         """Completes a prompt. Streams zero or more messages and then exactly one with
         `done = true`, which closes the stream. A stream that ends without it has
         failed, and its gRPC status says why. Completions run together, up to
-        `LoadRequest.parallel`; more wait in order. Cancelling the call, or its
-        deadline, frees its place within one step.
+        `LoadRequest.parallel` of them and as far as there is memory for the KV
+        caches they may come to need (prompt and `num_predict`, each as long as the
+        longest); more wait in order. A reader that falls far behind is waited for:
+        its completion is set aside and gives its place to others. Cancelling the
+        call, or its deadline, frees its place within one step.
 
         Errors:
         - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range, a
@@ -142,6 +145,9 @@ class RunnerServiceServicer(object):
         the context (`promptTokens`, `contextLength`); shorten the prompt, or load
         with a larger context.
         - FAILED_PRECONDITION / MODEL_NOT_LOADED: call `Load` first.
+        - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: prompt and `num_predict` need
+        more KV cache than there is memory for, even alone (`requiredBytes`,
+        `availableBytes`); ask for fewer tokens, or load with more memory.
         - RESOURCE_EXHAUSTED / QUEUE_FULL: too many requests wait; retry after
         `RetryInfo.retry_delay`, or use another runner.
         - UNAVAILABLE / SHUTTING_DOWN: the process stops (also because it failed), or

@@ -1,0 +1,304 @@
+"""What the tree of prompts gives back, what it holds, and what it lets go of first.
+
+Its pieces here are the tokens themselves, so that every answer can be checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runner_server.prefix import Match, PrefixTree
+
+Tokens = tuple[int, ...]
+
+TOKEN_BYTES = 4
+SNAPSHOT_BYTES = 10
+PLENTY = 1 << 30
+
+
+class TokenPieces:
+    """Segments are tuples of tokens; a snapshot is all tokens before it."""
+
+    def __init__(self, *, needs_snapshot: bool) -> None:
+        self._needs_snapshot = needs_snapshot
+
+    @property
+    def needs_snapshot(self) -> bool:
+        """See ``Pieces.needs_snapshot``."""
+        return self._needs_snapshot
+
+    def cut(self, segment: Tokens, start: int, end: int) -> Tokens:
+        """See ``Pieces.cut``."""
+        assert 0 <= start < end <= len(segment)
+        return segment[start:end]
+
+    def segment_bytes(self, segment: Tokens) -> int:
+        """See ``Pieces.segment_bytes``."""
+        return TOKEN_BYTES * len(segment)
+
+    def snapshot_bytes(self, _snapshot: Tokens) -> int:
+        """See ``Pieces.snapshot_bytes``."""
+        return SNAPSHOT_BYTES
+
+
+Tree = PrefixTree[Tokens, Tokens]
+
+
+def _tree(budget: int = PLENTY, *, snapshots: bool = False) -> Tree:
+    return PrefixTree(TokenPieces(needs_snapshot=snapshots), budget)
+
+
+def _offer(tree: Tree, tokens: Sequence[int], *, snapshots: bool = False) -> list[int]:
+    """Offers a run; returns how many tokens were copied, each time some were."""
+    run = tuple(tokens)
+    copied: list[int] = []
+
+    def segment(start: int, end: int) -> Tokens:
+        assert 0 <= start < end == len(run)
+        copied.append(end - start)
+        return run[start:end]
+
+    tree.offer(run, segment, (lambda: run) if snapshots else None)
+    return copied
+
+
+def _take(tree: Tree, tokens: Sequence[int], *, snapshots: bool = False) -> int:
+    """How many tokens are known, after a check of what is given for them."""
+    usable = tree.match(tokens).usable
+    count, segments, snapshot = tree.take(tokens)
+    assert count == usable
+    assert sum(segments, ()) == tuple(tokens)[:count]
+    assert snapshot == (tuple(tokens)[:count] if snapshots and count else None)
+    return count
+
+
+def _nodes(tree: Tree) -> Iterator[Any]:
+    waiting: list[Any] = list(tree._root.children.values())
+    while waiting:
+        node = waiting.pop()
+        yield node
+        waiting += node.children.values()
+
+
+def _check(tree: Tree, budget: int) -> None:
+    """Whether the tree's own books agree with what hangs in it."""
+    nodes = list(_nodes(tree))
+    held = sum(TOKEN_BYTES * len(node.segment) for node in nodes)
+    held += sum(SNAPSHOT_BYTES for node in nodes if node.snapshot is not None)
+    assert tree.nbytes == held <= budget
+    order = {node: place for place, node in enumerate(tree._by_use)}
+    assert set(order) == set(nodes)
+    assert len(tree) == len(nodes)
+    for node in nodes:
+        assert tuple(node.tokens) == node.segment
+        assert node.tokens
+        for first, child in node.children.items():
+            assert child.parent is node
+            assert first == child.tokens[0]
+            assert order[child] < order[node], "a beginning would go before what continues it"
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
+
+
+RUNS = st.lists(st.integers(0, 2), max_size=12).map(tuple)
+OPERATIONS = st.lists(st.tuples(st.sampled_from(["offer", "take", "match"]), RUNS), max_size=40)
+
+
+@pytest.mark.parametrize("snapshots", [False, True])
+@given(operations=OPERATIONS)
+@settings(max_examples=150, deadline=None)
+def test_with_room_for_all_everything_offered_is_known(
+    operations: list[tuple[str, Tokens]], snapshots: bool
+) -> None:
+    tree = _tree(snapshots=snapshots)
+    offered: list[Tokens] = []
+    for kind, run in operations:
+        common = max((_common(run, other) for other in offered), default=0)
+        whole = max((len(o) for o in offered if run[: len(o)] == o), default=0)
+        known = whole if snapshots else common
+        if kind == "offer":
+            copied = _offer(tree, run, snapshots=snapshots)
+            assert copied == [len(run) - common] * (common < len(run))
+            offered.append(run)
+        elif kind == "take":
+            assert _take(tree, run, snapshots=snapshots) == known
+        else:
+            assert tree.match(run) == Match(known, common)
+        _check(tree, PLENTY)
+
+
+@pytest.mark.parametrize("snapshots", [False, True])
+@given(operations=OPERATIONS, budget=st.integers(0, 160))
+@settings(max_examples=150, deadline=None)
+def test_it_is_never_over_its_budget_and_never_gives_what_was_not_offered(
+    operations: list[tuple[str, Tokens]], budget: int, snapshots: bool
+) -> None:
+    tree = _tree(budget, snapshots=snapshots)
+    offered: list[Tokens] = []
+    for kind, run in operations:
+        if kind == "offer":
+            offered.append(run)
+            _offer(tree, run, snapshots=snapshots)
+        else:
+            common = max((_common(run, other) for other in offered), default=0)
+            match = tree.match(run)
+            assert match.usable <= match.common <= common
+            assert _take(tree, run, snapshots=snapshots) == match.usable
+        _check(tree, budget)
+
+
+def _run(name: int, length: int = 10) -> Tokens:
+    """A run that has nothing in common with those of other names."""
+    return tuple(1000 * name + i for i in range(length))
+
+
+def test_what_was_not_used_for_longest_goes_first() -> None:
+    tree = _tree(3 * 10 * TOKEN_BYTES)
+    for name in (1, 2, 3):
+        _offer(tree, _run(name))
+    _offer(tree, _run(4))
+    assert [_take(tree, _run(name)) for name in (1, 2, 3, 4)] == [0, 10, 10, 10]
+
+
+@pytest.mark.parametrize("hit", ["whole", "part", "offer"])
+def test_a_use_keeps_it(hit: str) -> None:
+    tree = _tree(3 * 10 * TOKEN_BYTES)
+    for name in (1, 2, 3):
+        _offer(tree, _run(name))
+    if hit == "offer":
+        assert not _offer(tree, _run(1))
+    else:
+        assert _take(tree, _run(1)[: 10 if hit == "whole" else 4])
+    _offer(tree, _run(4))
+    assert [_take(tree, _run(name)) for name in (1, 2, 3, 4)] == [10, 0, 10, 10]
+
+
+def test_a_look_is_no_use() -> None:
+    tree = _tree(2 * 10 * TOKEN_BYTES)
+    _offer(tree, _run(1))
+    _offer(tree, _run(2))
+    assert tree.match(_run(1)).usable == 10
+    _offer(tree, _run(3))
+    assert tree.match(_run(1)).usable == 0
+
+
+@pytest.mark.parametrize("snapshots", [False, True])
+def test_a_shared_beginning_outlives_what_follows_it(snapshots: bool) -> None:
+    """The system prompt of many requests, with room for two of them."""
+    system = _run(0, 50)
+    tree = _tree(70 * TOKEN_BYTES + 4 * SNAPSHOT_BYTES, snapshots=snapshots)
+    _offer(tree, system, snapshots=snapshots)
+    for name in range(1, 60):
+        prompt = system + _run(name)
+        assert _take(tree, prompt, snapshots=snapshots) == 50
+        _offer(tree, prompt, snapshots=snapshots)
+        assert _take(tree, prompt, snapshots=snapshots) == 60
+    _check(tree, 70 * TOKEN_BYTES + 4 * SNAPSHOT_BYTES)
+
+
+def test_a_long_run_loses_its_end_before_its_beginning() -> None:
+    """As a prompt that is offered chunk by chunk."""
+    tree = _tree(40 * TOKEN_BYTES)
+    for end in (10, 20, 30, 40):
+        _offer(tree, _run(1, 40)[:end])
+    known = []
+    for name in (2, 3, 4):
+        _offer(tree, _run(name))
+        known.append(tree.match(_run(1, 40)).usable)
+    assert known == [30, 20, 10]
+
+
+def test_a_run_that_goes_on_where_another_turns_off() -> None:
+    tree = _tree()
+    assert _offer(tree, (1, 2, 3, 4)) == [4]
+    assert _offer(tree, (1, 2, 8, 9)) == [2]
+    assert tree.nbytes == 6 * TOKEN_BYTES
+    assert len(tree) == 3
+    assert [_take(tree, run) for run in ((1, 2, 3, 4), (1, 2, 8, 9), (1, 2, 5), (7,))] == [
+        4,
+        4,
+        2,
+        0,
+    ]
+
+
+def test_with_no_budget_nothing_is_kept() -> None:
+    tree = _tree(0)
+    assert not tree.is_on
+    _offer(tree, (1, 2, 3))
+    assert (tree.nbytes, len(tree), _take(tree, (1, 2, 3))) == (0, 0, 0)
+    assert _tree(1).is_on
+
+
+def test_what_is_too_large_for_the_budget_costs_nothing_else() -> None:
+    """It cannot be kept, so there is no reason to drop anything for it."""
+    tree = _tree(30 * TOKEN_BYTES)
+    _offer(tree, _run(1))
+    _offer(tree, _run(2))
+    _offer(tree, _run(3, 31))
+    assert [_take(tree, _run(name, 31)) for name in (1, 2, 3)] == [10, 10, 0]
+    # One that continues what is known has less room: that is not to be dropped for it.
+    _offer(tree, _run(1, 31))
+    assert [_take(tree, _run(name, 31)) for name in (1, 2)] == [10, 10]
+    _check(tree, 30 * TOKEN_BYTES)
+
+
+def test_a_snapshot_that_is_too_large_costs_nothing_else() -> None:
+    tree = _tree(9, snapshots=True)
+    _offer(tree, (1,), snapshots=False)
+    _offer(tree, (2,), snapshots=True)
+    assert tree.match((1,)).common == 1
+
+
+def test_a_beginning_is_of_use_only_where_a_snapshot_was_taken() -> None:
+    tree = _tree(snapshots=True)
+    system, first, second = _run(0, 40), _run(1), _run(2)
+    _offer(tree, system + first, snapshots=True)
+    assert tree.match(system + second) == Match(usable=0, common=40)
+    assert tree.match((system + first)[:49]) == Match(usable=0, common=49)
+    assert _take(tree, system + first + second, snapshots=True) == 50
+    # The second prompt stops where it leaves the first; later ones begin there.
+    assert not _offer(tree, system, snapshots=True)
+    _offer(tree, system + second, snapshots=True)
+    assert tree.match(system + _run(3)) == Match(usable=40, common=40)
+    assert _take(tree, system + first, snapshots=True) == 50
+    assert _take(tree, system + second, snapshots=True) == 50
+    assert tree.nbytes == 60 * TOKEN_BYTES + 3 * SNAPSHOT_BYTES
+
+
+def test_a_snapshot_is_taken_once() -> None:
+    tree = _tree(snapshots=True)
+    taken: list[Tokens] = []
+
+    def snapshot() -> Tokens:
+        taken.append((1, 2))
+        return (1, 2)
+
+    for _ in range(3):
+        tree.offer((1, 2), lambda start, end: (1, 2)[start:end], snapshot)
+    assert taken == [(1, 2)]
+    assert tree.nbytes == 2 * TOKEN_BYTES + SNAPSHOT_BYTES
+
+
+def test_what_raises_while_it_is_copied_leaves_the_tree_whole() -> None:
+    """The library fails; what was kept stays right."""
+
+    def broken(_start: int, _end: int) -> Tokens:
+        raise MemoryError
+
+    tree = _tree()
+    _offer(tree, (1, 2, 3))
+    for run in ((1, 2, 9), (7, 7), (1, 2, 3, 4)):
+        with pytest.raises(MemoryError):
+            tree.offer(run, broken)
+        _check(tree, PLENTY)
+    assert _take(tree, (1, 2, 3, 4)) == 3

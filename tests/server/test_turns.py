@@ -1,0 +1,191 @@
+"""How prompts share the time between decode steps, on a machine of a known pace."""
+
+from __future__ import annotations
+
+import pytest
+
+from runner_server.turns import ALONE_SECONDS, SLICE_SECONDS, PrefillTurns
+
+DECODE_SECONDS = 0.005
+MAX_CHUNK = 128
+GRAIN = 16
+
+
+class Machine:
+    """Evaluates prompts, at ``pace`` tokens a second, as a batch does it.
+
+    Attributes:
+        remaining: Tokens left of each prompt, in order of arrival.
+        seconds: What the last slice took.
+        chunks: What was evaluated in it: prompt and tokens.
+    """
+
+    def __init__(self, pace: float, max_chunk: int = MAX_CHUNK) -> None:
+        self.pace = pace
+        self.turns = PrefillTurns(max_chunk)
+        self.remaining: dict[int, int] = {}
+        self.seconds = 0.0
+        self.chunks: list[tuple[int, int]] = []
+
+    def slice(self, decode_seconds: float | None = DECODE_SECONDS) -> None:
+        """What happens between two decode steps."""
+        self.turns.begin(decode_seconds)
+        self.seconds, self.chunks = 0.0, []
+        while turn := self.turns.next(self.remaining):
+            row, count = turn
+            assert 0 <= count <= self.remaining[row]
+            self.chunks.append(turn)
+            self.remaining[row] -= count
+            if count:
+                self.seconds += count / self.pace
+                self.turns.spent(count, count / self.pace)
+            if not self.remaining[row]:
+                del self.remaining[row]
+
+    def warm(self) -> None:
+        """Lets it find its pace."""
+        self.remaining[-1] = 2000
+        while self.remaining:
+            self.slice()
+
+
+@pytest.mark.parametrize("pace", [100, 1000, 5000, 30_000, 500_000])
+def test_running_streams_wait_no_longer_than_a_slice(pace: float) -> None:
+    machine = Machine(pace)
+    machine.warm()
+    machine.remaining = {0: 4000, 1: 300, 2: 1500}
+    slices = 0
+    while machine.remaining:
+        machine.slice()
+        slices += 1
+        # No machine can do less than a grain of tokens.
+        assert machine.seconds <= max(SLICE_SECONDS, GRAIN / pace) * 1.001
+    # The time is used: no more than half of each slice is left over.
+    assert slices <= 2 * 5800 / max(pace * SLICE_SECONDS, GRAIN) + 4
+
+
+def test_a_machine_that_gets_slower_is_noticed() -> None:
+    machine = Machine(30_000)
+    machine.warm()
+    machine.pace = 3000
+    machine.remaining = {0: 100_000}
+    for _ in range(20):
+        machine.slice()
+    assert machine.seconds <= SLICE_SECONDS * 1.05
+
+
+@pytest.mark.parametrize("pace", [100, 3000, 500_000])
+def test_the_first_chunk_of_all_is_a_small_one(pace: float) -> None:
+    machine = Machine(pace)
+    machine.remaining = {0: 4000}
+    machine.slice()
+    assert machine.chunks[0] == (0, 64)
+
+
+@pytest.mark.parametrize("max_chunk", [64, 128, 1024])
+def test_no_chunk_is_larger_than_it_may_be(max_chunk: int) -> None:
+    machine = Machine(500_000, max_chunk)
+    machine.remaining = {0: 10_000, 1: 5000}
+    while machine.remaining:
+        machine.slice()
+        assert max(count for _, count in machine.chunks) <= max_chunk
+
+
+@pytest.mark.parametrize("max_chunk", [128, 1024])
+def test_a_lone_prompt_gets_whole_chunks(max_chunk: int) -> None:
+    """Nothing is decoded, so nobody waits but for a newcomer or a cancel."""
+    machine = Machine(20_000, max_chunk)
+    machine.warm()
+    machine.remaining = {0: 10_000}
+    counts: list[int] = []
+    slices = 0
+    while machine.remaining:
+        machine.slice(decode_seconds=None)
+        slices += 1
+        counts += [count for _, count in machine.chunks]
+        assert machine.seconds <= ALONE_SECONDS * 1.001
+    assert slices <= 3
+    whole = sum(count == max_chunk for count in counts)
+    assert whole >= len(counts) - 2 * slices
+
+
+def test_a_slow_decode_step_gives_prompts_as_much_time_as_it_takes() -> None:
+    machine = Machine(5000)
+    machine.warm()
+    machine.remaining = {0: 10_000}
+    machine.slice(decode_seconds=0.5)
+    assert 0.45 <= machine.seconds <= 0.5
+
+
+@pytest.mark.parametrize("pace", [300, 1000, 3000, 10_000, 100_000])
+@pytest.mark.parametrize("max_chunk", [128, 1024])
+@pytest.mark.parametrize("length", [100, 500, 1500])
+def test_a_long_prompt_is_not_put_off_by_short_ones(
+    pace: float, max_chunk: int, length: int
+) -> None:
+    """Half of the time is its own, however many shorter ones come after it."""
+    machine = Machine(pace, max_chunk)
+    machine.warm()
+    machine.remaining = {0: 4000}
+    newest = 0
+    total = slices = 0.0
+    while 0 in machine.remaining:
+        if len(machine.remaining) < 2:
+            newest += 1
+            machine.remaining[newest] = length
+        machine.slice()
+        total += machine.seconds
+        slices += 1
+        share = (4000 - machine.remaining.get(0, 0)) / pace
+        # Up to a slice of its own it may be behind.
+        assert share >= total / 3 - 4 * max(SLICE_SECONDS, GRAIN / pace), f"after {slices} slices"
+
+
+@pytest.mark.parametrize("pace", [300, 1000, 3000, 10_000, 100_000])
+@pytest.mark.parametrize("max_chunk", [128, 1024])
+def test_a_short_prompt_does_not_wait_for_long_ones(pace: float, max_chunk: int) -> None:
+    machine = Machine(pace, max_chunk)
+    machine.warm()
+    machine.remaining = dict.fromkeys(range(5), 4000)
+    machine.slice()
+    machine.remaining[9] = 100
+    total = 0.0
+    while 9 in machine.remaining:
+        machine.slice()
+        total += machine.seconds
+    assert total <= 3 * 100 / pace + 2 * max(SLICE_SECONDS, GRAIN / pace)
+
+
+def test_among_equals_the_one_that_came_first_is_first() -> None:
+    machine = Machine(10_000)
+    machine.warm()
+    machine.remaining = dict.fromkeys(range(5), 1000)
+    ended: list[int] = []
+    while machine.remaining:
+        before = list(machine.remaining)
+        machine.slice()
+        ended += [row for row in before if row not in machine.remaining]
+    assert ended == [0, 1, 2, 3, 4]
+
+
+def test_many_small_prompts_begin_in_one_slice() -> None:
+    machine = Machine(20_000)
+    machine.warm()
+    machine.remaining = dict.fromkeys(range(8), 20)
+    machine.slice()
+    assert not machine.remaining
+
+
+def test_prompts_that_need_no_evaluation_cost_no_time() -> None:
+    """Of one token, or known from earlier ones: nothing is left of them."""
+    machine = Machine(1000)
+    machine.warm()
+    machine.remaining = {0: 4000, 1: 0, 2: 0}
+    machine.slice()
+    assert set(machine.remaining) == {0}
+
+
+def test_without_prompts_there_is_no_turn() -> None:
+    machine = Machine(1000)
+    machine.slice()
+    assert machine.chunks == []
