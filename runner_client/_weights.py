@@ -48,6 +48,10 @@ def hosted_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not _DROPPED.search(name)}
 
 
+_READ_TOGETHER_BYTES = 64 * 2**20
+"""Most of the sources that are there at once: they may be twice as wide as the weights."""
+
+
 def weigh(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], item_bytes: int | None
 ) -> Weights:
@@ -134,10 +138,11 @@ def _mlx_elements(weight: Tensor, scales: Tensor, declared: Mapping[str, Any]) -
 def _transient_bytes(kept: Iterable[Tensor], held: Mapping[str, int]) -> int:
     """The widest moment of a load, beyond what stays.
 
-    Tensors are converted one after the other, each from a source that goes when
-    its copy is there: the largest source counts. An expanded packed weight
-    exists once more in 16 bits in between. Experts stored one by one are
-    stacked into one tensor first, so that all of a layer's count as one.
+    Tensors are converted from sources that go when their copies are there. Some are
+    read at the same time: those of 32 MiB of weights, or one that is larger. An
+    expanded packed weight exists once more in 16 bits in between. Experts stored
+    one by one are stacked into one tensor first, so that all of a layer's count as
+    one.
     """
     sources: Counter[str] = Counter()
     for tensor in kept:
@@ -145,7 +150,7 @@ def _transient_bytes(kept: Iterable[Tensor], held: Mapping[str, int]) -> int:
         if unit != tensor.name or held[tensor.name] != tensor.nbytes:
             expanded = tensor.dtype not in _FLOATS and held[tensor.name] > tensor.nbytes
             sources[unit] += tensor.nbytes + (held[tensor.name] // 2 if expanded else 0)
-    return max(sources.values(), default=0)
+    return max(*sources.values(), min(sources.total(), _READ_TOGETHER_BYTES), 0)
 
 
 def _stored_item_bytes(kept: Iterable[Tensor]) -> int:

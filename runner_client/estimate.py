@@ -45,7 +45,7 @@ class MemoryEstimate:
         file_bytes: The tensors as stored. No part of the need: a comparison.
         weight_bytes: The weights as held after the load.
         kv_bytes: The KV caches of ``parallel`` sequences of ``context_length`` tokens.
-        load_transient_bytes: The largest tensor's source beside its converted copy.
+        load_transient_bytes: Sources that are there beside their converted copies.
         margin_bytes: 5 % of weights and KV, at least 64 MiB: activations of a
             prefill chunk, buffers MLX keeps for reuse, the copy a growing cache
             makes, rounding.

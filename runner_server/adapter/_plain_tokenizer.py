@@ -156,9 +156,7 @@ def _read_settings(path: Path, model_type: str) -> _Settings | None:
     found = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
     name = found["tokenizer_class"]
     rebuilt = REBUILT_CLASSES.get(name.removesuffix("Fast"))
-    if model_type not in rebuilt.model_types if rebuilt else model_type in _OTHER_CLASS:
-        return None
-    if not rebuilt and name not in _CLASSES:
+    if not _is_known_class(name, rebuilt, model_type):
         return None
     described = found.get("added_tokens_decoder") or {}
     # transformers reads the other file where this one does not describe the tokens.
@@ -173,6 +171,13 @@ def _read_settings(path: Path, model_type: str) -> _Settings | None:
         described={int(id_): AddedToken(**token) for id_, token in described.items()},
         added=_added(found),
     )
+
+
+def _is_known_class(name: str, rebuilt: RebuiltClass | None, model_type: str) -> bool:
+    """Whether transformers takes the class that is named, and its ways are known here."""
+    if rebuilt:
+        return model_type in rebuilt.model_types
+    return name in _CLASSES and model_type not in _OTHER_CLASS
 
 
 def _is_known(key: str, value: object) -> bool:
@@ -228,7 +233,7 @@ def _is_as_file(tokenizer: Tokenizer, settings: _Settings) -> bool:
         return True
     if settings.described and settings.described.keys() != tokens.keys():
         return False
-    return settings.rebuilt.is_as_file(tokenizer, named)
+    return settings.rebuilt.is_as_file(tokenizer, named, settings.roles.get("unk_token"))
 
 
 def _adds(tokenizer: Tokenizer, settings: _Settings) -> bool:
@@ -236,14 +241,13 @@ def _adds(tokenizer: Tokenizer, settings: _Settings) -> bool:
 
     Releases of transformers differ in which of the two they obey.
     """
-    wanted = [
-        id_
+    begin, end = (
+        _id_of(tokenizer, settings.roles.get(role)) if role in (settings.added or ()) else []
         for role in ("bos_token", "eos_token")
-        if role in (settings.added or ())
-        for id_ in _id_of(tokenizer, settings.roles.get(role))
-    ]
-    found: list[int] = tokenizer.encode("").ids
-    return found == wanted
+    )
+    text = tokenizer.encode("a", add_special_tokens=False).ids
+    found: list[int] = tokenizer.encode("a").ids
+    return found == [*begin, *text, *end]
 
 
 def _id_of(tokenizer: Tokenizer, token: str | None) -> list[int]:

@@ -34,7 +34,7 @@ class RebuiltClass:
     Attributes:
         model_types: The models for which it is taken if a directory names it.
         defaults: Tokens that it has even where the directory names none.
-        byte_fallback: Whether unknown characters become bytes, as the model does it.
+        byte_fallback: Whether the model makes bytes of unknown characters.
         normalizer: That step as the file writes it.
         pre_tokenizer: That step.
         decoder: That step.
@@ -47,15 +47,18 @@ class RebuiltClass:
     pre_tokenizer: Any
     decoder: Any
 
-    def is_as_file(self, tokenizer: Tokenizer, special_tokens: Iterable[str]) -> bool:
+    def is_as_file(
+        self, tokenizer: Tokenizer, special_tokens: Iterable[str], unknown: str | None
+    ) -> bool:
         """Whether building the file's tokenizer anew would change nothing.
 
         Args:
             tokenizer: As read from the file.
             special_tokens: The tokens with a role, which the class adds as such.
+            unknown: The one that stands for what is unknown.
         """
         return (
-            self._has_model(tokenizer.model)
+            self._has_model(tokenizer.model, unknown if self.byte_fallback else None)
             and _step(tokenizer.normalizer, _LOCAL) == self.normalizer
             and _step(tokenizer.pre_tokenizer, _LOCAL) == self.pre_tokenizer
             and _step(tokenizer.decoder, _ENCODING_ONLY) == self.decoder
@@ -63,12 +66,11 @@ class RebuiltClass:
             and _are_plainly_special(tokenizer, special_tokens)
         )
 
-    def _has_model(self, model: Any) -> bool:
+    def _has_model(self, model: Any, unknown: str | None) -> bool:
         if not isinstance(model, BPE) or model.dropout or model.ignore_merges:
             return False
         if model.continuing_subword_prefix or model.end_of_word_suffix:
             return False
-        unknown = "<unk>" if self.byte_fallback else None
         found = (model.byte_fallback, model.fuse_unk, model.unk_token)
         return found == (self.byte_fallback, self.byte_fallback, unknown)
 

@@ -42,7 +42,7 @@ class MlxBackend:
         info = mx.device_info()
         # Metal only: what is not wired, the system may page out between two steps.
         if working_set := info.get("max_recommended_working_set_size"):
-            mx.set_wired_limit(working_set)
+            mx.set_wired_limit(int(working_set))
         self._mx = mx
         kind = "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
         return f"{kind}: {info.get('device_name', 'unknown')}"

@@ -87,8 +87,21 @@ class MlxModel:
 
     def new_batch(self) -> MlxBatch:
         """An empty batch."""
+        return self._batch(self._prompts)
+
+    def warm_up(self) -> None:
+        """Generates a token, so that kernels are compiled before the first user waits."""
+        batch = self._batch(PrefixTree(self._pieces, 0))
+        try:
+            batch.add(0, [0, 0], Sampling(top_k=min(2, self.info.vocab_size)))
+            while not any(isinstance(event, Token) for event in batch.step()):
+                pass
+        finally:
+            batch.close()
+
+    def _batch(self, prompts: PromptCache) -> MlxBatch:
         chunk = _PREFILL_CHUNK[_device_kind()]
-        return MlxBatch(self._model, self.info.vocab_size, chunk, self._pieces, self._prompts)
+        return MlxBatch(self._model, self.info.vocab_size, chunk, self._pieces, prompts)
 
 
 def load(spec: LoadSpec, report: Report) -> MlxModel:
@@ -312,17 +325,11 @@ def _describe(
 
 
 def _warm_up(model: MlxModel) -> None:
-    """Generates a token, so that kernels are compiled before the first user waits."""
-    batch = model.new_batch()
     try:
-        batch.add(0, [0, 0], Sampling(top_k=min(2, model.info.vocab_size)))
-        while not any(isinstance(event, Token) for event in batch.step()):
-            pass
+        model.warm_up()
     except Exception as error:
         logger.exception("warm-up failed")
         raise GenerationFailed(_warm_up_advice(error)) from error
-    finally:
-        batch.close()
 
 
 def _warm_up_advice(error: Exception) -> str:

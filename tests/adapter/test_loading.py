@@ -132,20 +132,39 @@ def test_insufficient_memory_tells_both_numbers(load: Load, model_dir: Build) ->
     assert set(fault.metadata) == {"requiredBytes", "availableBytes"}
     assert fault.metadata["availableBytes"] == "100000"
     assert int(fault.metadata["requiredBytes"]) > 100_000
-    assert "parallel" in str(fault)
+    assert "context_length" in str(fault)
     caught._excinfo = None  # its frames hold the lazy model
     del fault, caught
     gc.collect()
     assert mx.get_active_memory() <= before + 64 * 1024
 
 
-def test_kv_counts_with_context_and_places(load: Load, model_dir: Build) -> None:
+def test_one_sequence_of_the_whole_context_must_fit(load: Load, model_dir: Build) -> None:
     path = model_dir()
     one = _required(load, path, context_length=256, parallel=1)
     # Two layers, keys and values, two heads of sixteen, float32.
     kv_per_token = 2 * 2 * 2 * 16 * 4
     assert _required(load, path, context_length=2048, parallel=1) - one == 1792 * kv_per_token
-    assert _required(load, path, context_length=256, parallel=5) - one == 4 * 256 * kv_per_token
+    # More run together as far as there is memory for them.
+    assert _required(load, path, context_length=256, parallel=5) == one
+
+
+def test_budgets_divide_what_the_weights_leave(load: Load, model_dir: Build) -> None:
+    path = model_dir()
+    options: dict[str, Any] = {"context_length": 256, "parallel": 4}
+    one = 256 * 2 * 2 * 2 * 16 * 4
+    weights = load(path, **options).info.weight_bytes
+    ample = load(path, **options, memory_limit_bytes=weights + 14 * one).info
+    assert ample.kv_budget_bytes == 4 * one
+    assert ample.prefix_cache_bytes == 2 * one
+    tight = load(path, **options, memory_limit_bytes=weights + 2 * one).info
+    assert (tight.kv_budget_bytes, tight.prefix_cache_bytes) == (2 * one, 0)
+    asked = load(
+        path, **options, memory_limit_bytes=weights + 4 * one, prefix_cache_bytes=3 * one
+    ).info
+    assert (asked.kv_budget_bytes, asked.prefix_cache_bytes) == (one, 3 * one)
+    with pytest.raises(InsufficientMemory, match="prefix cache"):
+        load(path, **options, memory_limit_bytes=weights + 4 * one, prefix_cache_bytes=4 * one)
 
 
 def test_a_context_beyond_the_models_own_is_refused(load: Load, model_dir: Build) -> None:

@@ -285,8 +285,8 @@ def test_the_largest_among_many_alike_are_different_ids() -> None:
     for logits in (np.round(flat), np.where(flat > 0, -np.inf, flat), np.zeros(LARGE)):
         row = mx.array(logits.astype(np.float32))[None].astype(mx.bfloat16)
         ids, values = largest(row, 256)
-        assert len(set(ids[0].tolist())) == 256
-        assert max(ids[0].tolist()) < LARGE
+        assert len(np.unique(ids)) == 256
+        assert np.array(ids).max() < LARGE
         exact = np.sort(np.array(row.astype(mx.float32))[0])[-256:]
         np.testing.assert_array_equal(np.sort(np.array(values.astype(mx.float32))[0]), exact)
 
@@ -344,7 +344,7 @@ def test_every_seed_draws_and_draws_the_same_again(seed: int) -> None:
 def test_positions_far_along() -> None:
     logits = mx.array(_logits(8))[None]
     sampler = Sampler([Sampling(**OPEN, seed=2**63 - 1)], VOCAB)
-    drawn = {int(sampler(logits, [2**31 - 1 - at]).item()) for at in range(50)}
+    drawn = {int(np.array(sampler(logits, [2**31 - 1 - at]))[0]) for at in range(50)}
     assert len(drawn) > 5
 
 
@@ -368,5 +368,5 @@ def test_no_likelihood_is_above_zero() -> None:
     """Of a certain token, whatever the rounding."""
     logits = mx.zeros((1, 100)).at[0, 5].add(40.0)
     found = likelihoods(logits, mx.array([5]), 2)
-    assert found.chosen.item() <= 0
-    assert found.values[0, 0].item() <= 0
+    assert np.array(found.chosen).max() <= 0
+    assert np.array(found.values).max() <= 0

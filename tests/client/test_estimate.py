@@ -89,8 +89,14 @@ def test_weights_and_kv_have_the_resolved_type(
     assert need.kv_bytes == LAYERS * 2 * KV_ROWS * 256 * item_bytes
 
 
-def test_conversion_needs_the_largest_source_beside_its_copy(tmp_path: Path) -> None:
-    assert of(tmp_path).load_transient_bytes == 100 * HIDDEN * 2
+def test_conversion_needs_sources_beside_their_copies(tmp_path: Path) -> None:
+    """Of a small model all are read at the same time; of a large one up to 64 MiB, or one."""
+    assert of(tmp_path).load_transient_bytes == 2 * PLAIN_COUNT
+    many: Shapes = {f"model.layers.{i}.mlp.up_proj.weight": ("BF16", (1024, 8192)) for i in (0, 1)}
+    need = of(tmp_path, {**many, "model.embed_tokens.weight": ("BF16", (5000, 8192))})
+    assert need.load_transient_bytes == 5000 * 8192 * 2
+    need = of(tmp_path, {f"model.layers.{i}.w.weight": ("BF16", (1024, 8192)) for i in range(6)})
+    assert need.load_transient_bytes == 64 * 2**20
     assert of(tmp_path, dtype="as_stored").load_transient_bytes == 0
 
 

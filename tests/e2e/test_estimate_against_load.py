@@ -62,7 +62,7 @@ def test_weights_and_peak(model_dir: ModelDir, shape: str, bits: int | None, dty
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_transient_of_a_conversion_is_one_tensor(model_dir: ModelDir, shape: str) -> None:
+def test_transient_of_a_conversion(model_dir: ModelDir, shape: str) -> None:
     path = model_dir(shape, dtype="bfloat16", **SIZES, **SHAPES[shape])
     need = estimate(str(path), dtype="float32", parallel=1)
     before = active_bytes()

@@ -1,0 +1,185 @@
+"""What bias and penalties do to logits, against the protocol's own words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runner_server.messages import Sampling
+
+mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+
+from runner_server.adapter.penalties import Penalties  # noqa: E402
+
+VOCAB = 50
+
+
+def _logits(rows: int, seed: int = 5) -> Any:
+    return np.random.default_rng(seed).normal(0, 2, (rows, VOCAB)).astype(np.float32)
+
+
+def _reference(logits: Any, tokens: Sequence[int], s: Sampling) -> Any:
+    """Bias and penalties as the protocol states them."""
+    out = logits.astype(np.float64).copy()
+    for id_, value in s.logit_bias:
+        out[id_] += value
+    window = list(tokens if s.repeat_last_n < 0 else tokens[-s.repeat_last_n :])
+    if s.repeat_last_n == 0:
+        window = []
+    for id_ in set(window):
+        out[id_] = out[id_] / s.repeat_penalty if out[id_] > 0 else out[id_] * s.repeat_penalty
+        out[id_] -= s.presence_penalty + window.count(id_) * s.frequency_penalty
+    return out
+
+
+def _changed(logits: Any, texts: Sequence[Sequence[int]], rows: Sequence[Sampling]) -> Any:
+    """What becomes of the logits of rows whose texts so far are these."""
+    newest = mx.array([text[-1] for text in texts], dtype=mx.int32)
+    out = Penalties(rows)(mx.array(logits), [text[:-1] for text in texts], newest)
+    return np.array(out.astype(mx.float32))
+
+
+def _assert_as_stated(texts: Sequence[Sequence[int]], rows: Sequence[Sampling]) -> None:
+    logits = _logits(len(rows))
+    expected = [_reference(*parts) for parts in zip(logits, texts, rows, strict=True)]
+    np.testing.assert_allclose(_changed(logits, texts, rows), expected, rtol=1e-5, atol=1e-4)
+
+
+PENALTIES = [
+    Sampling(repeat_penalty=1.3),
+    Sampling(repeat_penalty=0.5),
+    Sampling(presence_penalty=2.0),
+    Sampling(frequency_penalty=0.25),
+    Sampling(frequency_penalty=-1.5, presence_penalty=-3.0),
+    Sampling(repeat_penalty=1.1, presence_penalty=0.5, frequency_penalty=0.5),
+    Sampling(repeat_penalty=2.0, repeat_last_n=1),
+    Sampling(repeat_penalty=2.0, repeat_last_n=2),
+    Sampling(repeat_penalty=2.0, repeat_last_n=3),
+    Sampling(repeat_penalty=2.0, repeat_last_n=0),
+    Sampling(frequency_penalty=0.1, repeat_last_n=-1),
+    Sampling(frequency_penalty=0.1, repeat_last_n=2**31 - 1),
+    Sampling(logit_bias=((3, -100.0), (7, 5.0))),
+    Sampling(logit_bias=((3, 4.0),), repeat_penalty=1.5, frequency_penalty=0.3),
+    Sampling(),
+]
+
+
+def _text(length: int, seed: int = 6) -> list[int]:
+    return [int(id_) for id_ in np.random.default_rng(seed).integers(0, 9, length)]
+
+
+@pytest.mark.parametrize("sampling", PENALTIES, ids=range(len(PENALTIES)))
+@pytest.mark.parametrize("length", [1, 2, 40, 64, 65, 700])
+def test_bias_and_penalties(sampling: Sampling, length: int) -> None:
+    _assert_as_stated([_text(length)], [sampling])
+
+
+@pytest.mark.parametrize("lengths", [[1, 700], [64, 1, 65, 2], [3] * 4])
+def test_rows_of_every_kind_together(lengths: list[int]) -> None:
+    """Windows of different sizes, rows without any, rows filled up to the widest."""
+    rows = [*PENALTIES, *reversed(PENALTIES)]
+    texts = [_text(lengths[i % len(lengths)], seed=i) for i in range(len(rows))]
+    _assert_as_stated(texts, rows)
+
+
+@pytest.mark.parametrize(
+    ("history", "newest"),
+    [([1, 2, 3], 9), ([1, 2, 3], 2), ([4, 4, 4], 4), ([4, 4, 5], 4), ([5], 5), ([], 5), ([0], 1)],
+    ids=str,
+)
+@pytest.mark.parametrize("window", [-1, 0, 1, 2, 3, 4, 64])
+def test_the_newest_token_counts(history: list[int], newest: int, window: int) -> None:
+    """It is known to the device only, and may or may not stand in the window before it."""
+    each = Sampling(repeat_penalty=1.5, presence_penalty=0.7, frequency_penalty=0.4)
+    row = replace(each, repeat_last_n=window)
+    wide = Sampling(frequency_penalty=0.2, repeat_last_n=-1)
+    _assert_as_stated([[*history, newest]], [row])
+    # A row that knows more ids has the others filled up.
+    _assert_as_stated([[*history, newest], list(range(40))], [row, wide])
+    _assert_as_stated([list(range(40)), [*history, newest], [7]], [wide, row, row])
+
+
+TEXTS = st.lists(st.integers(0, 5), min_size=1, max_size=12)
+OPTIONS = st.builds(
+    Sampling,
+    repeat_penalty=st.sampled_from([1.0, 1.3, 0.5]),
+    presence_penalty=st.sampled_from([0.0, 1.5]),
+    frequency_penalty=st.sampled_from([0.0, -0.25, 2.0]),
+    repeat_last_n=st.integers(-1, 13),
+    logit_bias=st.sampled_from([(), ((0, 2.0), (49, -100.0)), ((3, -1.0),)]),
+)
+
+
+@given(rows=st.lists(st.tuples(TEXTS, OPTIONS), min_size=1, max_size=5))
+@settings(max_examples=150, deadline=None)
+def test_any_rows_together(rows: list[tuple[list[int], Sampling]]) -> None:
+    texts, options = zip(*rows, strict=True)
+    _assert_as_stated(texts, options)
+
+
+def test_a_newest_token_that_is_not_computed_yet() -> None:
+    """The next step is begun before the token of this one is read."""
+    newest = mx.argmax(mx.array([[0.0, 3.0, 1.0], [5.0, 0.0, 0.0]]), axis=-1)
+    rows = [Sampling(frequency_penalty=1.0), Sampling(frequency_penalty=1.0)]
+    out = Penalties(rows)(mx.zeros((2, 3)), [[1, 1, 2], [1]], newest.astype(mx.int32))
+    assert out.tolist() == [[0.0, -3.0, -1.0], [-1.0, -1.0, 0.0]]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_token_seen_often_is_counted_in_half_precision_too(dtype: str) -> None:
+    """bfloat16 cannot count past 256."""
+    logits = mx.zeros((1, VOCAB), dtype=getattr(mx, dtype))
+    row = Sampling(frequency_penalty=0.01, repeat_last_n=-1)
+    assert _changed(logits, [[4] * 1000], [row])[0, 4] == pytest.approx(-10.0, rel=0.001)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("other", [Sampling(repeat_penalty=1.7), Sampling(logit_bias=((3, 1.5),))])
+def test_a_row_without_options_keeps_its_logits(dtype: str, other: Sampling) -> None:
+    logits = mx.array(_logits(3)).astype(getattr(mx, dtype))
+    exact = np.array(logits.astype(mx.float32))
+    plain = Sampling(repeat_last_n=0, repeat_penalty=3.0)
+    changed = _changed(logits, [[3, 3]] * 3, [Sampling(), other, plain])
+    np.testing.assert_array_equal(changed[0], exact[0])
+    np.testing.assert_array_equal(changed[2], exact[2])
+    assert (changed[1] != exact[1]).sum() == 1
+
+
+def test_without_options_nothing_is_done() -> None:
+    """Not even a change of format, which would cost a pass over the vocabulary."""
+    logits = mx.zeros((2, VOCAB), dtype=mx.bfloat16)
+    plain = [Sampling(), Sampling(repeat_penalty=2.0, repeat_last_n=0)]
+    assert Penalties(plain)(logits, [[1], [2, 3]], mx.array([0, 0])) is logits
+
+
+def test_the_logits_of_the_model_stay_as_they_are() -> None:
+    """Log probabilities are those before bias and penalties."""
+    before = _logits(2)
+    logits = mx.array(before)
+    rows = [Sampling(repeat_penalty=2.0), Sampling(logit_bias=((0, 9.0),), repeat_penalty=2.0)]
+    changed = Penalties(rows)(logits, [[1, 2], [3]], mx.array([4, 5]))
+    mx.eval(changed)
+    np.testing.assert_array_equal(np.array(logits), before)
+    one = mx.array(before)
+    mx.eval(Penalties([rows[0], Sampling()])(one, [[1, 2], [3]], mx.array([4, 5])))
+    np.testing.assert_array_equal(np.array(one), before)
+
+
+def test_a_bias_and_a_penalty_on_one_token_in_order() -> None:
+    """The bias comes first, so that a penalty divides what it has made positive."""
+    row = Sampling(logit_bias=((2, 5.0),), repeat_penalty=2.0)
+    out = _changed(np.full((1, VOCAB), -1.0, np.float32), [[2]], [row])
+    assert out[0, 2] == pytest.approx(2.0)
+
+
+def test_a_bias_for_every_id_of_every_row() -> None:
+    rows = [Sampling(logit_bias=tuple((i, float(i - n)) for i in range(VOCAB))) for n in range(8)]
+    logits = _logits(8)
+    expected = logits + np.arange(VOCAB)[None] - np.arange(8)[:, None]
+    np.testing.assert_allclose(_changed(logits, [[1]] * 8, rows), expected, rtol=1e-5)

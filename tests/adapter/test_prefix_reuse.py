@@ -1,0 +1,617 @@
+"""Prompts that begin alike share their beginning, and nobody can tell from what is said."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from likely import assert_alike
+from rows import GREEDY
+from runner_server.messages import LoadSpec, Prefill, Sampling, Token, TokenLogprob
+from runner_server.prefix import PrefixTree
+from runner_server.turns import ALONE_SECONDS, SLICE_SECONDS
+
+mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+
+from runner_server.adapter import MlxBackend  # noqa: E402
+from runner_server.adapter.batch import MlxBatch  # noqa: E402
+
+SHAPES = ["llama", "qwen3", "gemma3", "lfm2", "mamba2"]
+CUTTABLE = {"llama", "qwen3"}
+"""Shapes whose caches can be cut anywhere; of the others a beginning is kept at stops."""
+
+CHUNK = 64
+PACE = 2000.0
+PLENTY = 1 << 28
+MAX_STEPS = 3000
+LIKELY = replace(GREEDY, logprobs=8)
+
+
+class Counting:
+    """A model that counts the tokens it is given; its clock goes by them.
+
+    Attributes:
+        tokens: Given so far, over all rows.
+        failures: Raised by the next calls, one each.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.tokens = 0
+        self.failures: list[Exception] = []
+
+    def __call__(self, inputs: Any, cache: Any) -> Any:
+        if self.failures:
+            raise self.failures.pop(0)
+        self.tokens += inputs.size
+        return self._model(inputs, cache=cache)
+
+    def clock(self) -> float:
+        """Seconds, at a known pace."""
+        return self.tokens / PACE
+
+
+@dataclass
+class Said:
+    """What came of a row."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    progress: list[Prefill] = field(default_factory=list)
+
+    @property
+    def cached(self) -> int:
+        return self.progress[-1].cached
+
+
+class Bench:
+    """A model, a tree of its prompts, and a batch that is driven by hand."""
+
+    def __init__(self, model: Any, budget: int = PLENTY) -> None:
+        self.counting: Any = Counting(model._model)
+        self.vocab_size = model.info.vocab_size
+        self.pieces = model._pieces
+        self.tree: Any = PrefixTree(self.pieces, budget)
+        self.said: dict[int, Said] = {}
+        self.renew()
+
+    def renew(self) -> None:
+        """Begins a new batch on the same tree."""
+        self.batch = MlxBatch(
+            self.counting, self.vocab_size, CHUNK, self.pieces, self.tree, self.counting.clock
+        )
+
+    def add(self, row: int, prompt: Sequence[int], sampling: Sampling = GREEDY) -> Said:
+        """Begins a row."""
+        self.batch.add(row, prompt, sampling)
+        self.said[row] = Said()
+        return self.said[row]
+
+    def step(self) -> None:
+        """Makes a step and checks what must hold after each."""
+        for event in self.batch.step():
+            said = self.said[event.row]
+            if isinstance(event, Prefill):
+                self._note(said, event)
+                continue
+            assert isinstance(event, Token)
+            said.ids.append(event.token_id)
+            if event.logprob:
+                said.logprobs.append(event.logprob)
+        assert self.tree.nbytes <= self.tree._budget_bytes
+
+    def _note(self, said: Said, event: Prefill) -> None:
+        last = said.progress[-1] if said.progress else Prefill(event.row, 0, event.total)
+        assert not said.ids, "progress after a token"
+        assert last.evaluated <= event.evaluated < event.total
+        assert last.cached <= event.cached <= event.evaluated
+        said.progress.append(event)
+
+    def run(self, prompt: Sequence[int], count: int, sampling: Sampling = GREEDY) -> Said:
+        """A row from its beginning to its end, in the batch as it is."""
+        row = len(self.said)
+        said = self.add(row, prompt, sampling)
+        for _ in range(MAX_STEPS):
+            self.step()
+            if len(said.ids) >= count:
+                self.batch.remove([row])
+                return said
+        raise AssertionError("the row does not end")
+
+    def evaluated(self, prompt: Sequence[int], count: int = 1) -> tuple[int, Said]:
+        """Like :meth:`run`; also how many tokens the model was given for it."""
+        before = self.counting.tokens
+        said = self.run(prompt, count)
+        return self.counting.tokens - before, said
+
+
+Benches = Callable[..., Bench]
+
+
+@pytest.fixture(scope="module")
+def bench(load: Callable[..., Any], model_dir: Callable[..., Path]) -> Benches:
+    """Makes benches for a shape; each begins with an empty tree."""
+
+    def make(shape: str, budget: int = PLENTY) -> Bench:
+        model = load(model_dir(shape), parallel=8)
+        return Bench(model, budget)
+
+    return make
+
+
+def _random(length: int, seed: int) -> list[int]:
+    draw = random.Random(seed)  # noqa: S311 - prompts
+    return [draw.randrange(1, 500) for _ in range(length)]
+
+
+def _assert_said_alike(some: Said, other: Said) -> None:
+    assert len(some.logprobs) == len(other.logprobs)
+    assert_alike(some.logprobs, other.logprobs)
+
+
+# -- what is evaluated and what is not -------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("length", [2, 31, 200])
+def test_the_same_prompt_again_is_not_evaluated(bench: Benches, shape: str, length: int) -> None:
+    prompt = _random(length, 1)
+    table = bench(shape)
+    first = table.run(prompt, 6, LIKELY)
+    assert first.cached == 0
+    second = table.run(prompt, 6, LIKELY)
+    # The last token is always evaluated: its logits are what the first draw needs.
+    assert second.cached == length - 1
+    _assert_said_alike(second, first)
+    assert table.evaluated(prompt) == (1, table.said[2])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_prompt_of_one_token(bench: Benches, shape: str) -> None:
+    table = bench(shape)
+    assert [table.run([7], 5).ids for _ in range(3)].count(table.said[0].ids) == 3
+    assert {said.cached for said in table.said.values()} == {0}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("length", [40, 128, 150])
+def test_a_shared_beginning_is_evaluated_once(bench: Benches, shape: str, length: int) -> None:
+    system = _random(length, 2)
+    table = bench(shape)
+    cached = [table.run(system + _random(20 + i, 10 + i), 4, LIKELY).cached for i in range(5)]
+    if shape in CUTTABLE:
+        assert cached == [0, length, length, length, length]
+    else:
+        # The second shows where they part; there a stop is made for the others.
+        assert cached == [0, 0, length, length, length]
+    plain = bench(shape, budget=0)
+    for i, said in enumerate(list(table.said.values())):
+        _assert_said_alike(said, plain.run(system + _random(20 + i, 10 + i), 4, LIKELY))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("turns", [4])
+def test_a_conversation_evaluates_only_what_is_new(bench: Benches, shape: str, turns: int) -> None:
+    table, plain = bench(shape), bench(shape, budget=0)
+    history = _random(70, 3)
+    known = 0
+    for turn in range(turns):
+        said = table.run(history, 9, LIKELY)
+        assert said.cached == known
+        _assert_said_alike(said, plain.run(history, 9, LIKELY))
+        known = len(history) + 9
+        history = [*history, *said.ids, *_random(12, 30 + turn)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("length", [1, 2, 60, 64, 65, 149])
+def test_a_prompt_that_another_one_begins_with(bench: Benches, shape: str, length: int) -> None:
+    longer = _random(150, 4)
+    table = bench(shape)
+    table.run(longer, 3)
+    said = table.run(longer[:length], 5, LIKELY)
+    assert said.cached == (length - 1 if shape in CUTTABLE else 0)
+    _assert_said_alike(said, bench(shape, budget=0).run(longer[:length], 5, LIKELY))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_prompt_that_parts_inside_what_was_generated(bench: Benches, shape: str) -> None:
+    table, plain = bench(shape), bench(shape, budget=0)
+    prompt = _random(50, 5)
+    answer = table.run(prompt, 20).ids
+    other = [*prompt, *answer[:10], *_random(30, 6)]
+    for _ in range(3):
+        said = table.run(other, 5, LIKELY)
+        _assert_said_alike(said, plain.run(other, 5, LIKELY))
+    assert said.cached == len(other) - 1
+
+
+@pytest.mark.parametrize("shape", ["llama", "gemma3", "lfm2"])
+def test_without_a_budget_nothing_is_kept(bench: Benches, shape: str) -> None:
+    table = bench(shape, budget=0)
+    prompt = _random(100, 7)
+    assert {table.run(prompt, 3).cached for _ in range(3)} == {0}
+    assert table.tree.nbytes == len(table.tree) == 0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_two_with_the_same_prompt_that_come_together(bench: Benches, shape: str) -> None:
+    """What one has evaluated the other takes over, while both are under way."""
+    table = bench(shape)
+    prompt = _random(600, 8)
+    rows = [table.add(row, prompt, LIKELY) for row in range(2)]
+    while any(len(said.ids) < 5 for said in rows):
+        table.step()
+    assert sorted(said.cached for said in rows) == [0, 599]
+    assert table.counting.tokens < 600 + 30
+    table.batch.remove([0, 1])
+    alone = bench(shape, budget=0).run(prompt, 5, LIKELY)
+    for said in rows:
+        assert_alike(said.logprobs, alone.logprobs)
+
+
+# -- ends of every kind ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_a_cancelled_prefill_had_evaluated_is_kept(bench: Benches, shape: str) -> None:
+    table = bench(shape)
+    prompt = _random(1900, 9)
+    cancelled = table.add(0, prompt)
+    table.step()
+    reached = cancelled.progress[-1].evaluated
+    assert 200 < reached < 1899
+    table.batch.remove([0])
+    said = table.run(prompt, 4, LIKELY)
+    assert said.cached == reached
+    _assert_said_alike(said, bench(shape, budget=0).run(prompt, 4, LIKELY))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_prefill_cancelled_before_it_began_leaves_nothing(bench: Benches, shape: str) -> None:
+    table = bench(shape)
+    table.add(0, _random(100, 9))
+    table.batch.remove([0])
+    assert len(table.tree) == 0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("neighbours", [0, 2])
+@pytest.mark.parametrize("aside", [False, True], ids=["decoding", "set aside"])
+def test_what_a_cancelled_row_was_given_is_kept(
+    bench: Benches, shape: str, neighbours: int, aside: bool
+) -> None:
+    """Neither more, which would be wrong, nor less."""
+    table = bench(shape)
+    for row in range(1, 1 + neighbours):
+        table.add(row, _random(20 * row, 40 + row))
+    said = table.add(0, _random(45, 11))
+    while len(said.ids) < 7:
+        table.step()
+    if aside:
+        table.batch.pause(0)
+    table.batch.remove([0])
+    history = [*_random(45, 11), *said.ids]
+    going_on = [*history, *_random(5, 12)]
+    again = table.run(going_on, 6, LIKELY)
+    assert again.cached == len(history)
+    _assert_said_alike(again, bench(shape, budget=0).run(going_on, 6, LIKELY))
+
+
+@pytest.mark.parametrize("shape", ["llama", "gemma3", "lfm2"])
+def test_a_step_that_fails_costs_what_is_kept_nothing(bench: Benches, shape: str) -> None:
+    table = bench(shape)
+    prompt = _random(150, 13)
+    first = table.run(prompt, 5, LIKELY)
+    kept = table.tree.nbytes
+    table.add(5, _random(90, 14))
+    table.add(6, prompt)
+    for _ in range(2):
+        table.counting.failures.append(RuntimeError("out of memory"))
+        with pytest.raises(RuntimeError):
+            table.step()
+    table.batch.close()
+    table.renew()
+    assert table.tree.nbytes == kept
+    again = table.run(prompt, 5, LIKELY)
+    assert again.cached == 149
+    _assert_said_alike(again, first)
+
+
+# -- memory ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ["llama", "gemma3", "lfm2", "mamba2"])
+def test_the_bytes_stay_at_the_budget(bench: Benches, shape: str) -> None:
+    """What is kept, by its own count and by MLX's."""
+    budget = 400_000
+    table = bench(shape, budget)
+    table.run(_random(40, 1), 2)
+    mx.clear_cache()
+    before = mx.get_active_memory() - table.tree.nbytes
+    held: list[int] = []
+    for i in range(200):
+        table.run(_random(40, 100 + i), 2)
+        held.append(table.tree.nbytes)
+        table.said.clear()
+        # What is kept is bytes of its own, not a view of something larger.
+        assert mx.get_active_memory() - before <= table.tree.nbytes + 60_000
+    assert max(held) <= budget
+    assert min(held[100:]) > budget * 0.6
+    assert len(table.tree) < 200
+
+
+def test_what_is_kept_counts_and_is_gone_with_the_model(model_dir: Callable[..., Path]) -> None:
+    backend = MlxBackend()
+    backend.open()
+    backend.release()
+    before = mx.get_active_memory()
+    model = backend.load(LoadSpec(str(model_dir())), lambda _progress: None)
+    empty = backend.memory()
+    batch = model.new_batch()
+    for row in range(5):
+        batch.add(row, _random(200, row), GREEDY)
+    while not any(isinstance(event, Token) for event in batch.step()):
+        pass
+    batch.remove(range(5))
+    counters = backend.memory()
+    # Two layers with keys and values of two heads of 16 float32 for each token.
+    assert counters.prefix_cache_bytes >= 5 * 199 * 2 * 2 * 2 * 16 * 4
+    assert counters.prefix_cache_bytes <= model.info.prefix_cache_bytes
+    kept = counters.active_bytes - empty.active_bytes
+    assert kept == pytest.approx(counters.prefix_cache_bytes - empty.prefix_cache_bytes, abs=50_000)
+    batch.close()
+    del batch, model
+    backend.release()
+    assert backend.memory().prefix_cache_bytes == 0
+    assert mx.get_active_memory() <= before + 50_000
+
+
+# -- anything at any time --------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request: a beginning that others share, an end of its own, and its fate."""
+
+    shared: int
+    length: int
+    own: int
+    count: int
+    late: int
+    cancelled: int | None
+    aside: int | None
+
+
+ASKED = st.builds(
+    Asked,
+    shared=st.integers(0, 2),
+    length=st.sampled_from([0, 1, 30, 64, 100, 150]),
+    own=st.sampled_from([0, 1, 1, 2, 3]),
+    count=st.integers(1, 10),
+    late=st.integers(0, 12),
+    cancelled=st.none() | st.integers(0, 9),
+    aside=st.none() | st.integers(1, 4),
+)
+BUDGETS = st.sampled_from([0, 30_000, 200_000, PLENTY])
+ANYTHING = settings(
+    max_examples=12,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def _prompt(asked: Asked) -> list[int]:
+    beginning = _random(150, 1000 + asked.shared)[: asked.length]
+    return [*beginning, *_random(1 + asked.own * 9, 2000 + asked.own)]
+
+
+class Crowd:
+    """Drives requests through one batch, each as it is to come and to go.
+
+    Args:
+        table: Where.
+        sampling: Of the row of each request.
+    """
+
+    def __init__(self, table: Bench, asked: Sequence[Asked], sampling: list[Sampling]) -> None:
+        self._table = table
+        self._asked = asked
+        self._sampling = sampling
+        self._live: set[int] = set()
+        self._aside: set[int] = set()
+        self._paused: set[int] = set()
+
+    def run(self) -> None:
+        """Until all have ended."""
+        for step in range(MAX_STEPS):
+            for row, asked in enumerate(self._asked):
+                if asked.late == step:
+                    self._table.add(row, _prompt(asked), self._sampling[row])
+                    self._live.add(row)
+            for row in list(self._live):
+                self._pass(row, step)
+            if self._live - self._aside:
+                self._table.step()
+            elif not self._live and step > 12:
+                return
+            for row in [row for row in self._live if self._has_ended(row)]:
+                self._end(row)
+        raise AssertionError("the rows do not end")
+
+    def _has_ended(self, row: int) -> bool:
+        return len(self._table.said[row].ids) >= self._asked[row].count
+
+    def _end(self, row: int) -> None:
+        self._table.batch.remove([row])
+        self._live.discard(row)
+        self._aside.discard(row)
+
+    def _pass(self, row: int, step: int) -> None:
+        """Has what happens to a row happen."""
+        asked, said = self._asked[row], self._table.said[row]
+        if asked.cancelled is not None and step == asked.late + asked.cancelled:
+            self._end(row)
+        elif row in self._aside:
+            self._table.batch.resume(row)
+            self._aside.discard(row)
+        elif asked.aside == len(said.ids) and row not in self._paused:
+            self._table.batch.pause(row)
+            self._aside.add(row)
+            self._paused.add(row)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@example(
+    asked=[Asked(0, 100, own, 6, 0, None, 2 if own == 1 else None) for own in range(4)] * 2,
+    budget=PLENTY,
+)
+@given(asked=st.lists(ASKED, min_size=1, max_size=8), budget=BUDGETS)
+@ANYTHING
+def test_whoever_comes_and_goes_likelihoods_are_those_alone(
+    bench: Benches, shape: str, asked: list[Asked], budget: int
+) -> None:
+    table = bench(shape, budget)
+    Crowd(table, asked, [LIKELY] * len(asked)).run()
+    for row, each in enumerate(asked):
+        said, alone = table.said[row], _alone(bench, shape, tuple(_prompt(each)))
+        assert len(said.logprobs) <= 10
+        assert_alike(said.logprobs, alone.logprobs)
+
+
+_ALONE: dict[tuple[str, tuple[int, ...]], Said] = {}
+
+
+def _alone(bench: Benches, shape: str, prompt: tuple[int, ...]) -> Said:
+    """What a prompt gets by itself, with nothing known before; computed once."""
+    key = shape, prompt
+    if key not in _ALONE:
+        _ALONE[key] = bench(shape, budget=0).run(prompt, 10, LIKELY)
+    return _ALONE[key]
+
+
+OPTIONS = [
+    GREEDY,
+    replace(GREEDY, repeat_penalty=1.3),
+    Sampling(seed=3),
+    Sampling(seed=4, top_k=0, top_p=0.95, temperature=1.1),
+    Sampling(seed=5, min_p=0.1, presence_penalty=0.6),
+]
+_TEXTS: dict[tuple[tuple[int, ...], int], list[int]] = {}
+
+
+@example(
+    asked=[Asked(0, 100, own, 8, own, None, 2) for own in range(4)] * 2, budget=PLENTY, options=1
+)
+@given(asked=st.lists(ASKED, min_size=1, max_size=8), budget=BUDGETS, options=st.integers(0, 4))
+@ANYTHING
+def test_whoever_comes_and_goes_texts_are_those_alone(
+    trained: Any, asked: list[Asked], budget: int, options: int
+) -> None:
+    """Trained weights have no near-ties: every token is the same, sampled ones too."""
+    table = Bench(trained, budget)
+    chosen = [(options + row) % len(OPTIONS) for row in range(len(asked))]
+    Crowd(table, asked, [OPTIONS[i] for i in chosen]).run()
+    for row, (each, option) in enumerate(zip(asked, chosen, strict=True)):
+        prompt = tuple(_prompt(each))
+        if (prompt, option) not in _TEXTS:
+            plain = Bench(trained, budget=0)
+            _TEXTS[prompt, option] = plain.run(prompt, 10, OPTIONS[option]).ids
+        ids = table.said[row].ids
+        assert ids == _TEXTS[prompt, option][: len(ids)]
+        if each.cancelled is None:
+            assert len(ids) == each.count
+
+
+# -- fairness --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def narrow(load: Callable[..., Any], model_dir: Callable[..., Path]) -> Any:
+    """So small that thousands of tokens are nothing."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    path = model_dir("llama", **sizes, **heads, max_position_embeddings=8192)
+    return load(path, parallel=8, context_length=8192)
+
+
+STREAMS = 3
+ARRIVALS = 6
+
+
+@pytest.mark.parametrize("keeps", [0, PLENTY], ids=["no cache", "cache"])
+def test_no_stream_waits_long_while_long_prompts_keep_arriving(narrow: Any, keeps: int) -> None:
+    """By a clock that goes with the tokens the model is given."""
+    table = Bench(narrow, keeps)
+    streams = [table.add(row, _random(30, row)) for row in range(STREAMS)]
+    while any(not said.ids for said in streams):
+        table.step()
+    arrived: dict[int, float] = {}
+    first: dict[int, float] = {}
+    gaps: list[float] = []
+    clock = table.counting.clock
+    last, made = clock(), [len(said.ids) for said in streams]
+    while len(first) < ARRIVALS:
+        if len(arrived) < ARRIVALS and clock() > len(arrived) * 0.6:
+            row = 10 + len(arrived)
+            table.add(row, _random(4000, row))
+            arrived[row] = clock()
+        table.step()
+        counts = [len(said.ids) for said in streams]
+        # Every one of them gets its token in every step.
+        assert all(count == before + 1 for count, before in zip(counts, made, strict=True))
+        gaps.append(clock() - last)
+        last, made = clock(), counts
+        for row in arrived.keys() - first.keys():
+            if table.said[row].ids:
+                first[row] = clock()
+                table.batch.remove([row])
+    rows = STREAMS + ARRIVALS
+    assert max(gaps) <= SLICE_SECONDS + (16 + 2 * rows) / PACE
+    # They overlap, and are served: one after the other, at more than half the pace.
+    assert list(first) == sorted(first)
+    assert max(first.values()) - arrived[10] < 2 * ARRIVALS * 4000 / PACE
+
+
+@pytest.mark.parametrize("length", [120, 700])
+def test_a_long_prompt_is_served_while_shorter_ones_keep_arriving(narrow: Any, length: int) -> None:
+    table = Bench(narrow, 0)
+    stream = table.add(0, _random(30, 0))
+    while not stream.ids:
+        table.step()
+    long = table.add(1, _random(4000, 1))
+    began = table.counting.clock()
+    for newest in range(2, 10_000):
+        short = table.add(newest, _random(length, newest))
+        while not short.ids and not long.ids:
+            table.step()
+        if long.ids:
+            break
+        table.batch.remove([newest])
+        # Half of the time is its own; decoding takes a part of it.
+        assert table.counting.clock() - began < 4 * 4000 / PACE
+    assert long.ids
+
+
+@pytest.mark.parametrize("length", [1, 20, 200])
+def test_a_newcomer_with_a_short_prompt_begins_while_long_ones_are_evaluated(
+    narrow: Any, length: int
+) -> None:
+    table = Bench(narrow, 0)
+    table.add(0, _random(4000, 0))
+    table.add(1, _random(4000, 1))
+    for _ in range(3):
+        table.step()
+    began = table.counting.clock()
+    said = table.add(2, _random(length, 2))
+    while not said.ids:
+        table.step()
+    # Its own part twice, and the slices it came in the middle of.
+    assert table.counting.clock() - began <= 2 * length / PACE + 2 * ALONE_SECONDS
