@@ -20,7 +20,7 @@ _MAX_MERGED_TEXTS = 4096
 """Token texts in one message, those beside log probabilities counted too: at 512 bytes
 each, as the longest tokens of usual vocabularies have, it stays under 4 MiB."""
 
-_MAX_WAITING_TEXTS = 1024
+_MAX_WAITING_TEXTS = 4096
 """Token texts before a reader from which on its row waits, until it has read half of them."""
 
 _MERGE_SECONDS = 0.01

@@ -100,6 +100,7 @@ class Worker:
             self.device = self._backend.open()
             while not self._ledger.is_stopping:
                 self._take_messages()
+                self._publish()
                 self._advance()
                 self._publish()
             self._close()

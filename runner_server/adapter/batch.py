@@ -80,7 +80,7 @@ class MlxBatch:
         self._joining: list[Row] = []
         self._paused: dict[int, Row] = {}
         self._decoding = Decoding(model, vocab_size)
-        self._decode_seconds: float | None = None
+        self._decode_seconds = 0.0
 
     def add(self, row: int, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         """Begins a row; see ``Batch.add``."""
@@ -122,8 +122,6 @@ class MlxBatch:
             began = self._clock()
             events += self._decoding.step()
             self._decode_seconds = self._clock() - began
-        else:
-            self._decode_seconds = None
         return events
 
     def close(self) -> None:
@@ -137,7 +135,7 @@ class MlxBatch:
 
     def _prefill(self) -> list[Prefill]:
         """Evaluates chunks of prompts until the slice is over."""
-        self._turns.begin(self._decode_seconds)
+        self._turns.begin(self._decode_seconds, len(self._decoding.rows), len(self._prompts))
         events = []
         while turn := self._turns.next({id_: p.remaining for id_, p in self._prompts.items()}):
             id_, count = turn
@@ -161,7 +159,8 @@ class MlxBatch:
             prompt.cached += count - prompt.evaluated
             prompt.row.tokens = list(prompt.ids[:count])
         # A later prompt that begins so far like this one can then begin there.
-        if self._pieces.needs_snapshot and match.common - prompt.evaluated >= _WORTHWHILE:
+        gain = match.common - match.usable
+        if self._pieces.needs_snapshot and gain >= _WORTHWHILE and match.common > prompt.evaluated:
             prompt.branch = match.common
 
     def _evaluate(self, prompt: _Prompt, count: int) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
+from mlx.utils import tree_map
 
 from runner_server.adapter.names import KVCache, make_prompt_cache
 
@@ -75,13 +76,15 @@ class CachePieces:
         """Copies the other layers."""
         pairs = zip(caches, self.cut_layers, strict=True)
         kept = [copy.deepcopy(cache) for cache, cut in pairs if not cut]
+        for cache in kept:
+            cache.state = tree_map(_copied, cache.state)
         evaluate(kept)
         return kept
 
     def cut(self, segment: Segment, start: int, end: int) -> Segment:
         """Copies a part of a segment; nothing of the whole stays alive by it."""
         parts = [
-            (mx.contiguous(keys[..., start:end, :]), mx.contiguous(values[..., start:end, :]))
+            (_copied(keys[..., start:end, :]), _copied(values[..., start:end, :]))
             for keys, values in segment
         ]
         mx.eval(parts)
@@ -106,6 +109,16 @@ class CachePieces:
     def _cuttable(self, caches: Caches) -> Segment:
         pairs = zip(caches, self.cut_layers, strict=True)
         return [(cache.keys, cache.values) for cache, cut in pairs if cut]
+
+
+def _copied(value: Any) -> Any:
+    """The same in memory of its own: a copy that MLX need not make, it does not make.
+
+    A view, and what ``mx.contiguous`` gives, may keep a much larger array alive.
+    """
+    if not isinstance(value, mx.array):
+        return value
+    return value * mx.array(1, dtype=value.dtype)
 
 
 def _joined(parts: Sequence[tuple[mx.array, mx.array]]) -> Any:

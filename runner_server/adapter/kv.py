@@ -22,7 +22,7 @@ class CacheShape:
     Attributes:
         token_bytes: What one token takes.
         item_bytes: What one number takes.
-        step: Tokens it grows by.
+        step: Tokens it grows by, from wherever it stands.
         window: Tokens it holds at most; None for the whole sequence.
         fixed_bytes: What it takes whatever the length: a recurrent state.
     """
@@ -35,7 +35,7 @@ class CacheShape:
 
     def held_bytes(self, tokens: int) -> int:
         """Bytes for one sequence of ``tokens``."""
-        held = -(-tokens // self.step) * self.step
+        held = tokens + self.step
         if self.window:
             held = min(held, self.window)
         return held * self.token_bytes + self.fixed_bytes

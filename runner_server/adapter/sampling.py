@@ -52,7 +52,7 @@ _WORD_GOLDEN, _WORD_1, _WORD_2 = _words([_GOLDEN]), _words([_MIX_1]), _words([_M
 class Sampler:
     """Draws one token for each row of a batch.
 
-    Rows are grouped by how many candidates they need; a batch whose rows ask for
+    Rows are grouped by where their candidates come from; a batch whose rows ask for
     about the same is one group, whatever else they ask for.
 
     Args:
@@ -61,16 +61,16 @@ class Sampler:
     """
 
     def __init__(self, rows: Sequence[Sampling], vocab_size: int) -> None:
-        places: dict[int, list[int]] = {}
+        groups: dict[_Source, list[int]] = {}
         for place, sampling in enumerate(rows):
-            places.setdefault(_candidate_count(sampling, vocab_size), []).append(place)
+            groups.setdefault(_Source.of(sampling, vocab_size), []).append(place)
         self._groups = [
-            (group, rows_of(group, len(rows)), _Draw([rows[i] for i in group], count))
-            for count, group in places.items()
+            (places, rows_of(places, len(rows)), _Draw([rows[i] for i in places], source))
+            for source, places in groups.items()
         ]
-        order = [place for group in places.values() for place in group]
+        order = [place for places in groups.values() for place in places]
         inverse = sorted(range(len(order)), key=order.__getitem__)
-        self._inverse = rows_of(inverse, -1) if len(places) > 1 else None
+        self._inverse = rows_of(inverse, -1) if len(groups) > 1 else None
 
     def __call__(self, logits: mx.array, positions: Sequence[int]) -> mx.array:
         """Draws a token for each row.
@@ -89,24 +89,39 @@ class Sampler:
         return drawn[0] if self._inverse is None else mx.concatenate(drawn)[self._inverse]
 
 
-def _candidate_count(sampling: Sampling, vocab_size: int) -> int:
-    """0 for the most likely token only, ``vocab_size`` for all."""
-    if sampling.temperature == 0:
-        return 0
-    k = sampling.top_k or vocab_size
-    return next((count for count in _CANDIDATES if k <= count < vocab_size), vocab_size)
+@dataclass(frozen=True)
+class _Source:
+    """Where a row's candidates come from.
+
+    Attributes:
+        count: 0 for the most likely token only; else so many of the most likely ones.
+        is_nucleus: Of the whole vocabulary, those that top-p leaves: mostly few.
+    """
+
+    count: int
+    is_nucleus: bool = False
+
+    @classmethod
+    def of(cls, sampling: Sampling, vocab_size: int) -> _Source:
+        if sampling.temperature == 0:
+            return cls(0)
+        k = sampling.top_k or vocab_size
+        count = next((count for count in _CANDIDATES if k <= count < vocab_size), vocab_size)
+        few = k == vocab_size and sampling.top_p < 1 and vocab_size > 2 * _NUCLEUS
+        return cls(count, is_nucleus=few)
 
 
 class _Draw:
-    """Draws for rows that need the same number of candidates.
+    """Draws for rows whose candidates come from the same source.
 
     Args:
         rows: Their options.
-        count: How many candidates; 0 takes the most likely token.
+        source: Where the candidates come from.
     """
 
-    def __init__(self, rows: Sequence[Sampling], count: int) -> None:
-        self._count = count
+    def __init__(self, rows: Sequence[Sampling], source: _Source) -> None:
+        count = self._count = source.count
+        self._is_nucleus = source.is_nucleus
         self._seeds = [row.seed for row in rows]
         self._temperature = row_array([max(row.temperature, _MIN_TEMPERATURE) for row in rows])
         self._top_p = row_array([_top_p(row) for row in rows])
@@ -120,52 +135,66 @@ class _Draw:
     def __call__(self, logits: mx.array, positions: Sequence[int]) -> mx.array:
         if not self._count:
             return mx.argmax(logits, axis=-1)
-        ids, scores, total = self._candidates(logits.astype(mx.float32))
-        if self._cuts_k or self._cuts_top_p:
-            order = mx.argsort(-scores, axis=-1)
-            scores = self._cut(mx.take_along_axis(scores, order, axis=-1), total)
-            ids = order if ids is None else mx.take_along_axis(ids, order, axis=-1)
+        ids, scores = self._candidates(logits.astype(mx.float32))
         if self._cuts_min_p:
             scores = mx.where(scores < self._min_p, -mx.inf, scores)
-        places = mx.arange(scores.shape[-1])[None] if ids is None else ids
-        scores = scores + gumbel(self._seeds, positions, places)
+        scores = scores + gumbel(self._seeds, positions, ids)
         choice = mx.argmax(scores, axis=-1, keepdims=True)
-        return (choice if ids is None else mx.take_along_axis(ids, choice, axis=-1))[:, 0]
+        if len(ids) < len(scores):  # all ids, in order
+            return choice[:, 0]
+        return mx.take_along_axis(ids, choice, axis=-1)[:, 0]
 
-    def _candidates(self, logits: mx.array) -> tuple[mx.array | None, mx.array, mx.array | None]:
-        """Divides by the temperature and leaves out what cannot be drawn.
+    def _candidates(self, logits: mx.array) -> tuple[mx.array, mx.array]:
+        """Ids that top-k and top-p leave, and their scores: logits over temperature.
 
-        Returns:
-            The ids that are left (None for all), their scores, and the logarithm of what
-            the weights of all ids add up to (None for those that are left).
+        Scores are at most 0; those of ids that are left out after all are -inf.
         """
-        size = logits.shape[-1]
-        if self._count < size:
+        if self._count < logits.shape[-1]:
             ids, values = largest(logits, self._count)
-            return ids, self._scale(values), None
+            return self._cut(ids, self._scale(values))
         scores = self._scale(logits)
-        if self._cuts_top_p and not self._cuts_k and size > 2 * _NUCLEUS:
-            total = mx.logsumexp(scores, axis=-1, keepdims=True)
-            ids, likely = largest(scores, _NUCLEUS)
-            mass = mx.sum(mx.exp(likely - total), axis=-1, keepdims=True)
-            # Waits for the step; a sort of the whole vocabulary would take far longer.
-            if mx.all((mass > self._top_p) | (self._top_p > 1)).item():
-                return ids, likely, total
-        return None, scores, None
+        found = self._nucleus(scores) if self._is_nucleus else None
+        return found or self._cut(mx.arange(scores.shape[-1])[None], scores)
 
     def _scale(self, logits: mx.array) -> mx.array:
-        """Divides by the temperature; the most likely token's score is 0."""
         return (logits - mx.max(logits, axis=-1, keepdims=True)) / self._temperature
 
-    def _cut(self, scores: mx.array, total: mx.array | None) -> mx.array:
-        """Leaves out what top-k and top-p do; scores are in order, the largest first."""
+    def _cut(self, ids: mx.array, scores: mx.array) -> tuple[mx.array, mx.array]:
+        """Leaves out what top-k and top-p do."""
+        if not (self._cuts_k or self._cuts_top_p):
+            return ids, scores
+        ids, scores = _in_order(ids, scores)
         if self._cuts_k:
             scores = mx.where(self._top_k, scores, -mx.inf)
         if self._cuts_top_p:
-            probs = mx.softmax(scores, axis=-1) if total is None else mx.exp(scores - total)
-            # The first has nothing before it, so one always stays.
-            scores = mx.where(mx.cumsum(probs, axis=-1) - probs < self._top_p, scores, -mx.inf)
-        return scores
+            probs = mx.softmax(scores, axis=-1)
+            scores = mx.where(scores < self._edge(scores, probs), -mx.inf, scores)
+        return ids, scores
+
+    def _nucleus(self, scores: mx.array) -> tuple[mx.array, mx.array] | None:
+        """The same as :meth:`_cut` for top-p alone, unless so many ids are too few."""
+        total = mx.logsumexp(scores, axis=-1, keepdims=True)
+        ids, likely = _in_order(*largest(scores, _NUCLEUS))
+        edge = self._edge(likely, mx.exp(likely - total))
+        # Waits for the step; a sort of the whole vocabulary would take far longer.
+        if not mx.all(edge > likely[:, -1:]).item():
+            return None
+        return ids, mx.where(likely < edge, -mx.inf, likely)
+
+    def _edge(self, scores: mx.array, probs: mx.array) -> mx.array:
+        """The lowest score that top-p keeps; of equally likely ids it keeps all or none."""
+        # The first has nothing before it, so one always stays.
+        kept = mx.cumsum(probs, axis=-1) - probs < self._top_p
+        return mx.min(mx.where(kept, scores, mx.inf), axis=-1, keepdims=True)
+
+
+def _in_order(ids: mx.array, scores: mx.array) -> tuple[mx.array, mx.array]:
+    """The largest scores first."""
+    order = mx.argsort(-scores, axis=-1)
+    scores = mx.take_along_axis(scores, order, axis=-1)
+    if len(ids) < len(order):  # all ids, in order
+        return order, scores
+    return mx.take_along_axis(ids, order, axis=-1), scores
 
 
 def _top_p(row: Sampling) -> float:
@@ -181,12 +210,14 @@ def largest(logits: mx.array, count: int) -> tuple[mx.array, mx.array]:
 
     Args:
         logits: [rows, ids].
-        count: Fewer than there are ids.
+        count: How many; all if there are no more.
 
     Returns:
         Ids and logits; both [rows, count].
     """
     size = logits.shape[-1]
+    if count >= size:
+        return mx.broadcast_to(mx.arange(size), logits.shape), logits
     # As many blocks as logits in the chosen ones, about: both are searched.
     block = 1 << ((size // count).bit_length() // 2)
     blocks = -(-size // block)

@@ -84,7 +84,7 @@ def test_auto_keeps_the_stored_format_where_float32_does_not_fit(
 ) -> None:
     path = model_dir(quantize_bits=4, dtype="bfloat16")
     narrow = load(path, dtype=Dtype.AS_STORED, context_length=16, parallel=1).info
-    limit = narrow.weight_bytes * 2
+    limit = narrow.weight_bytes * 2 + 32 * 1024
     info = load(path, context_length=16, parallel=1, memory_limit_bytes=limit).info
     assert (info.dtype, info.quantization_bits) == ("bfloat16", 4)
     assert info.limit_bytes == limit
@@ -152,7 +152,7 @@ def test_one_sequence_of_the_whole_context_must_fit(load: Load, model_dir: Build
 def test_budgets_divide_what_the_weights_leave(load: Load, model_dir: Build) -> None:
     path = model_dir()
     options: dict[str, Any] = {"context_length": 256, "parallel": 4}
-    one = 256 * 2 * 2 * 2 * 16 * 4
+    one = (256 + 256) * 2 * 2 * 2 * 16 * 4
     weights = load(path, **options).info.weight_bytes
     ample = load(path, **options, memory_limit_bytes=weights + 14 * one).info
     assert ample.kv_budget_bytes == 4 * one

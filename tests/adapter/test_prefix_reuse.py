@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -16,16 +16,16 @@ from likely import assert_alike
 from rows import GREEDY
 from runner_server.messages import LoadSpec, Prefill, Sampling, Token, TokenLogprob
 from runner_server.prefix import PrefixTree
-from runner_server.turns import ALONE_SECONDS, SLICE_SECONDS
+from runner_server.turns import MAX_SECONDS, MIN_SECONDS
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
 from runner_server.adapter import MlxBackend  # noqa: E402
 from runner_server.adapter.batch import MlxBatch  # noqa: E402
 
-SHAPES = ["llama", "qwen3", "gemma3", "lfm2", "mamba2"]
-CUTTABLE = {"llama", "qwen3"}
-"""Shapes whose caches can be cut anywhere; of the others a beginning is kept at stops."""
+SHAPES = ["llama", "gemma3", "lfm2", "mamba2"]
+CUTTABLE = {"llama"}
+"""Its caches can be cut anywhere; of the others a beginning is kept at stops only."""
 
 CHUNK = 64
 PACE = 2000.0
@@ -48,6 +48,7 @@ class Counting:
         self.failures: list[Exception] = []
 
     def __call__(self, inputs: Any, cache: Any) -> Any:
+        """Calls the model."""
         if self.failures:
             raise self.failures.pop(0)
         self.tokens += inputs.size
@@ -68,6 +69,7 @@ class Said:
 
     @property
     def cached(self) -> int:
+        """Tokens of its prompt that were known."""
         return self.progress[-1].cached
 
 
@@ -138,10 +140,13 @@ Benches = Callable[..., Bench]
 @pytest.fixture(scope="module")
 def bench(load: Callable[..., Any], model_dir: Callable[..., Path]) -> Benches:
     """Makes benches for a shape; each begins with an empty tree."""
+    models: dict[str, Any] = {}
 
-    def make(shape: str, budget: int = PLENTY) -> Bench:
-        model = load(model_dir(shape), parallel=8)
-        return Bench(model, budget)
+    def make(shape: str, budget: int = PLENTY, **changes: Any) -> Bench:
+        key = f"{shape} {changes}"
+        if key not in models:
+            models[key] = load(model_dir(shape, **changes), parallel=8, prefix_cache_bytes=0)
+        return Bench(models[key], budget)
 
     return make
 
@@ -328,24 +333,34 @@ def test_a_step_that_fails_costs_what_is_kept_nothing(bench: Benches, shape: str
 # -- memory ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", ["llama", "gemma3", "lfm2", "mamba2"])
-def test_the_bytes_stay_at_the_budget(bench: Benches, shape: str) -> None:
+ONE_HEAD = {"num_key_value_heads": 1}
+"""Then a part of the keys is a stretch of memory, of which a copy is easily none."""
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes"),
+    [("llama", {}), ("llama", ONE_HEAD), ("gemma3", {}), ("lfm2", {}), ("mamba2", {})],
+    ids=["llama", "one head", "gemma3", "lfm2", "mamba2"],
+)
+def test_the_bytes_stay_at_the_budget(bench: Benches, shape: str, changes: dict[str, int]) -> None:
     """What is kept, by its own count and by MLX's."""
     budget = 400_000
-    table = bench(shape, budget)
-    table.run(_random(40, 1), 2)
+    table = bench(shape, budget, **changes)
+    table.run(_random(100, 1), 2)
     mx.clear_cache()
     before = mx.get_active_memory() - table.tree.nbytes
     held: list[int] = []
+    beside: list[int] = []
     for i in range(200):
         table.run(_random(40, 100 + i), 2)
         held.append(table.tree.nbytes)
+        beside.append(mx.get_active_memory() - before - table.tree.nbytes)
         table.said.clear()
-        # What is kept is bytes of its own, not a view of something larger.
-        assert mx.get_active_memory() - before <= table.tree.nbytes + 60_000
     assert max(held) <= budget
     assert min(held[100:]) > budget * 0.6
     assert len(table.tree) < 200
+    # What is kept is bytes of its own, not a view of something larger.
+    assert max(beside) <= 60_000
 
 
 def test_what_is_kept_counts_and_is_gone_with_the_model(model_dir: Callable[..., Path]) -> None:
@@ -366,7 +381,9 @@ def test_what_is_kept_counts_and_is_gone_with_the_model(model_dir: Callable[...,
     assert counters.prefix_cache_bytes >= 5 * 199 * 2 * 2 * 2 * 16 * 4
     assert counters.prefix_cache_bytes <= model.info.prefix_cache_bytes
     kept = counters.active_bytes - empty.active_bytes
-    assert kept == pytest.approx(counters.prefix_cache_bytes - empty.prefix_cache_bytes, abs=50_000)
+    # MLX hands out buffers that it has, up to some pages larger than asked for.
+    arrays = 4 * len(cast("Any", model)._prompts)
+    assert kept == pytest.approx(counters.prefix_cache_bytes, abs=arrays * 4096)
     batch.close()
     del batch, model
     backend.release()
@@ -402,7 +419,7 @@ ASKED = st.builds(
 )
 BUDGETS = st.sampled_from([0, 30_000, 200_000, PLENTY])
 ANYTHING = settings(
-    max_examples=12,
+    max_examples=10,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -468,7 +485,7 @@ class Crowd:
             self._paused.add(row)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, "qwen3"])
 @example(
     asked=[Asked(0, 100, own, 6, 0, None, 2 if own == 1 else None) for own in range(4)] * 2,
     budget=PLENTY,
@@ -511,7 +528,7 @@ _TEXTS: dict[tuple[tuple[int, ...], int], list[int]] = {}
     asked=[Asked(0, 100, own, 8, own, None, 2) for own in range(4)] * 2, budget=PLENTY, options=1
 )
 @given(asked=st.lists(ASKED, min_size=1, max_size=8), budget=BUDGETS, options=st.integers(0, 4))
-@ANYTHING
+@settings(ANYTHING, max_examples=6)
 def test_whoever_comes_and_goes_texts_are_those_alone(
     trained: Any, asked: list[Asked], budget: int, options: int
 ) -> None:
@@ -551,7 +568,7 @@ def test_no_stream_waits_long_while_long_prompts_keep_arriving(narrow: Any, keep
     """By a clock that goes with the tokens the model is given."""
     table = Bench(narrow, keeps)
     streams = [table.add(row, _random(30, row)) for row in range(STREAMS)]
-    while any(not said.ids for said in streams):
+    while any(len(said.ids) < 3 for said in streams):
         table.step()
     arrived: dict[int, float] = {}
     first: dict[int, float] = {}
@@ -574,7 +591,7 @@ def test_no_stream_waits_long_while_long_prompts_keep_arriving(narrow: Any, keep
                 first[row] = clock()
                 table.batch.remove([row])
     rows = STREAMS + ARRIVALS
-    assert max(gaps) <= SLICE_SECONDS + (16 + 2 * rows) / PACE
+    assert max(gaps) <= MIN_SECONDS + (16 + 2 * rows) / PACE
     # They overlap, and are served: one after the other, at more than half the pace.
     assert list(first) == sorted(first)
     assert max(first.values()) - arrived[10] < 2 * ARRIVALS * 4000 / PACE
@@ -614,4 +631,4 @@ def test_a_newcomer_with_a_short_prompt_begins_while_long_ones_are_evaluated(
     while not said.ids:
         table.step()
     # Its own part twice, and the slices it came in the middle of.
-    assert table.counting.clock() - began <= 2 * length / PACE + 2 * ALONE_SECONDS
+    assert table.counting.clock() - began <= 2 * length / PACE + 2 * MAX_SECONDS

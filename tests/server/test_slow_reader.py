@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import Any
+
+import grpc
 import pytest
 
 from fakes import says
-from harness import Server, joined, tokens
+from harness import LIMITS, CompletionCall, Server, eventually, failure, joined, tokens
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.convert import piece_message
 from runner_server.errors import ShuttingDown
 from runner_server.messages import Done, DoneReason, Piece, TokenLogprob
-from runner_server.stream import Publisher, Stream, merge
+from runner_server.stream import _MAX_WAITING_TEXTS, Publisher, Stream, merge
+from runner_server.worker import Worker
+
+UNLOAD = pb.UnloadRequest()
+SMALL_WINDOW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16 << 10)]
+"""Of a client that takes little ahead of what it reads; others take megabytes."""
 
 DONE = Done(DoneReason.STOP, "", 1, 2, 0.0, 0.0, 0.0)
 
@@ -111,3 +122,228 @@ async def test_a_done_message_is_never_merged_away(loaded: Server) -> None:
         messages = [message async for message in call]
         assert [message.done for message in messages].count(True) == 1
         assert messages[-1].done_reason == pb.DONE_REASON_STOP
+
+
+# -- readers that stop ------------------------------------------------------------
+
+
+@pytest.fixture
+async def stopping(server: Server) -> AsyncIterator[Server]:
+    """Another client of the same server, whose readers are soon behind."""
+    options = [*LIMITS, *SMALL_WINDOW]
+    async with grpc.aio.insecure_channel(server.ready.target, options=options) as channel:
+        yield Server(server.app, server.backend, channel, server.ready)
+
+
+async def _stopped(client: Server, prompt: str = "slow", **options: float) -> CompletionCall:
+    """A completion whose reader stops, and that is set aside for good."""
+    engine = client.app.engine
+    before = set(engine._ledger._live)
+    call = client.start(prompt, logprobs=20, **{"num_predict": 1500, **options})
+    await eventually(lambda: len(engine._ledger._live) > len(before))
+    (id_,) = set(engine._ledger._live) - before
+
+    async def stands_still() -> bool:
+        for _ in range(10):
+            await client.status()
+            completion = engine._worker._seats.paused.get(id_)
+            # It was told that there is something, and does not take it.
+            if not (completion and completion.stream._ready.is_set()):
+                return False
+        return True
+
+    await eventually(stands_still)
+    return call
+
+
+def _aside(server: Server) -> int:
+    return len(server.app.engine._worker._seats.paused)
+
+
+async def _together(server: Server, count: int, length: int) -> tuple[list[str], int]:
+    """The texts of completions that begin at once, and the steps that they took."""
+    backend = server.backend
+    before, gate = backend.steps, backend.step_gate
+    gate.shut()
+    calls = [server.start(f"other {i}", num_predict=length, seed=i) for i in range(count)]
+    live = server.app.engine._ledger._live
+    await eventually(lambda: len(live) == count + _aside(server))
+    await server.thread(gate.wait_arrival)
+    gate.open()
+    texts = await asyncio.gather(*(_read(call) for call in calls))
+    return texts, backend.steps - before
+
+
+async def _read(call: CompletionCall) -> str:
+    return joined([message async for message in call])
+
+
+async def test_a_stopped_reader_among_eight_costs_the_others_nothing(
+    server: Server, stopping: Server
+) -> None:
+    await server.load(parallel=8)
+    expected, steps = await _together(server, 7, 300)
+    slow_text = await server.text("slow", logprobs=20, num_predict=1500, seed=5)
+    call = await _stopped(stopping, seed=5)
+    (completion,) = server.app.engine._worker._seats.paused.values()
+    held = completion.stream._texts
+    texts, steps_beside_it = await _together(server, 7, 300)
+    assert texts == expected
+    # The same rate: as many tokens in each step, in as many steps.
+    assert steps_beside_it == steps
+    # Nor does its own stream grow: one token with its twenty others past the bound.
+    assert completion.stream._texts == held <= _MAX_WAITING_TEXTS + 22
+    messages = [message async for message in call]
+    assert joined(messages) == slow_text
+    assert messages[-1].eval_count == 1500
+    assert len(tokens(messages)) == sum(len(message.logprobs) for message in messages) == 1500
+    await server.settled()
+    server.assert_nothing_left()
+
+
+async def test_it_is_waited_for_again_and_again(server: Server, stopping: Server) -> None:
+    await server.load(parallel=2)
+    call = await _stopped(stopping)
+    times = server.backend.pauses
+    read = 0
+    messages = aiter(call)
+    while server.backend.pauses < times + 3:
+        read += len((await anext(messages)).token_ids)
+        # Whatever could be sent on is, and then it is set aside or goes on.
+        await server.status()
+    rest = [message async for message in messages]
+    assert read + len(tokens(rest)) == rest[-1].eval_count == 1500
+
+
+async def test_its_place_is_free_for_others(server: Server, stopping: Server) -> None:
+    await server.load(parallel=1)
+    call = await _stopped(stopping)
+    assert len(tokens(await server.complete("quick", num_predict=500))) == 500
+    assert len(tokens(await server.complete("quick too", num_predict=500))) == 500
+    assert _aside(server) == 1
+    status = await server.status()
+    assert (status.running_count, status.queued_count) == (1, 0)
+    assert len(await _read(call)) == 1500
+
+
+async def test_one_that_reads_on_goes_before_those_that_have_not_begun(
+    server: Server, stopping: Server
+) -> None:
+    await server.load(parallel=1)
+    slow = await _stopped(stopping)
+    gate, seats = server.backend.step_gate, server.app.engine._worker._seats
+    gate.shut()
+    first = server.start("first", num_predict=1000)
+    await server.thread(gate.wait_arrival)
+    waiting = server.start("waiting", num_predict=5)
+    await eventually(lambda: len(server.app.engine._ledger._live) == 3)
+    reading = asyncio.ensure_future(_read(slow))
+    # Its reader has read on when it is to be resumed; it needs a place for that.
+    passed = gate._passed
+    while not seats.returning:
+        gate.allow()
+        passed += 1
+        await server.thread(partial(gate.wait_passed, passed))
+        await server.thread(gate.wait_arrival)
+    assert len(seats.running) == 1
+    order: list[str] = []
+    names = {seats.returning[0].id: "slow", seats.waiting[0].id: "waiting"}
+    batch: Any = server.backend.batches[-1]
+    add, resume = batch.add, batch.resume
+
+    def adding(row: int, *rest: object) -> None:
+        order.append(names[row])
+        add(row, *rest)
+
+    def resuming(row: int) -> None:
+        order.append(names[row])
+        resume(row)
+
+    batch.add, batch.resume = adding, resuming
+    gate.open()
+    assert len(await _read(first)) == 1000
+    assert len(await _read(waiting)) == 5
+    assert len(await reading) == 1500
+    assert order[0] == "slow"
+    assert "waiting" in order
+
+
+@pytest.mark.parametrize("how", ["cancel", "deadline"])
+async def test_a_cancelled_one_leaves_nothing(server: Server, stopping: Server, how: str) -> None:
+    await server.load(parallel=2)
+    if how == "cancel":
+        call = await _stopped(stopping)
+        call.cancel()
+    else:
+        call = await _stopped(stopping, timeout=0.7)
+    await server.settled()
+    await eventually(lambda: not _aside(server))
+    assert await server.text("next", num_predict=3)
+    await server.settled()
+    server.assert_nothing_left()
+
+
+async def test_an_unload_ends_it(server: Server, stopping: Server) -> None:
+    await server.load(parallel=2)
+    call = await _stopped(stopping)
+    await server.stub.Unload(UNLOAD)
+    server.assert_nothing_left()
+    assert (await failure(call)).reason == "SHUTTING_DOWN"
+
+
+async def test_a_step_that_fails_ends_it_too(server: Server, stopping: Server) -> None:
+    """Its row was in that batch, whose caches cannot be trusted any more."""
+    await server.load(parallel=2)
+    call = await _stopped(stopping)
+    server.backend.failures.append(RuntimeError())
+    assert (await failure(server.start())).reason == "GENERATION_FAILED"
+    assert (await failure(call)).reason == "GENERATION_FAILED"
+    assert await server.text(num_predict=3)
+    server.assert_nothing_left()
+
+
+async def test_while_all_are_waited_for_the_engine_sleeps(
+    server: Server, stopping: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await server.load(parallel=2)
+    calls = [await _stopped(stopping, f"slow {i}") for i in range(3)]
+    rounds = _count_rounds(monkeypatch)
+    steps = server.backend.steps
+    for _ in range(30):
+        assert (await server.status()).running_count == 3
+    assert rounds() <= 1
+    assert server.backend.steps == steps
+    assert len(await server.text("quick", num_predict=50)) == 50
+    assert [len(text) for text in await asyncio.gather(*map(_read, calls))] == [1500] * 3
+
+
+def _count_rounds(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Counts the rounds of the engine's loop from now on."""
+    rounds = 0
+    advance = Worker._advance
+
+    def counting(worker: Worker) -> None:
+        nonlocal rounds
+        rounds += 1
+        advance(worker)
+
+    monkeypatch.setattr(Worker, "_advance", counting)
+    return lambda: rounds
+
+
+async def test_a_fast_reader_is_never_waited_for(server: Server) -> None:
+    """Three times the bound, read as it comes."""
+    await server.load(parallel=2, context_length=4 * _MAX_WAITING_TEXTS)
+    gate = server.backend.step_gate
+    gate.shut()
+    call = server.start("fast", num_predict=3 * _MAX_WAITING_TEXTS)
+    read = 0
+    reading = asyncio.ensure_future(_read(call))
+    while not reading.done():
+        read += 200
+        gate.allow(200)
+        await server.thread(partial(gate.wait_passed, min(read, 3 * _MAX_WAITING_TEXTS)))
+        completions = list(server.app.engine._worker._seats.running.values())
+        await eventually(lambda: all(c.stream._texts < 300 for c in completions))  # noqa: B023 - awaited
+    assert len(await reading) == 3 * _MAX_WAITING_TEXTS
+    assert server.backend.pauses == 0

@@ -65,4 +65,3 @@ async def test_stopping_does_not_wait_for_tokenizing(start_server: StartServer) 
         for answer in answers:
             answer.cancel()
         await asyncio.gather(*answers, return_exceptions=True)
-

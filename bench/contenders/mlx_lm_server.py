@@ -1,0 +1,127 @@
+"""mlx-lm's own server, over HTTP.
+
+It streams text: each message counts as one token while it streams, and the number of
+tokens is what its usage says at the end. It takes text only; the load generator checks
+that it counts as many prompt tokens as the others were given. With a seed it serves
+one request at a time, so none is sent. It closes the connection after each answer, so
+each request opens one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from typing import Any
+
+from bench.contenders._environment import environment
+from bench.contenders.base import PARALLEL, Probe, Server, free_port
+from bench.records import TEMPERATURE, TOP_K, TOP_P, ContenderError, Record, Request
+
+_DATA = b"data: "
+_DONE = b"[DONE]"
+_MAX_LINE_BYTES = 2**24
+
+
+class MlxLmServer(Server):
+    """``python -m mlx_lm server``, asked with plain HTTP/1.1 over asyncio's streams."""
+
+    name = "mlx-lm server"
+
+    async def start(self) -> None:
+        """Starts the server; it listens before its model is loaded and lets requests wait."""
+        self.port = free_port()
+        command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(self.setup.model)]
+        command += ["--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--decode-concurrency", str(PARALLEL), "--log-level", "WARNING"]
+        await self._spawn(command, environment(self.setup.blas))
+        await self._listening()
+
+    async def stream(self, request: Request, record: Record) -> None:
+        """Streams one completion; in one piece, with its token ids, if those are wanted."""
+        reader, writer = await self._post(_body(request))
+        try:
+            await _read_head(reader)
+            if request.want_ids:
+                _take_whole(json.loads(await reader.read()), record)
+            else:
+                await _take_stream(reader, record)
+        except (OSError, EOFError) as error:
+            raise ContenderError(f"{type(error).__name__}: {error}") from error
+        finally:
+            writer.close()
+
+    def probes(self) -> dict[str, Probe]:
+        """GET /health."""
+        return {"health": self._check}
+
+    async def _check(self) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await _read_head(reader)
+        await reader.read()
+        writer.close()
+
+    async def _post(
+        self, body: dict[str, Any]
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        payload = json.dumps(body).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(payload)}"
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", self.port, limit=_MAX_LINE_BYTES
+        )
+        writer.write(head.encode() + b"\r\nContent-Type: application/json\r\n\r\n" + payload)
+        return reader, writer
+
+
+def _body(request: Request) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "prompt": request.prompt.text,
+        "max_tokens": request.max_tokens,
+        "temperature": 0.0,
+        "stream": not request.want_ids,
+    }
+    if request.want_ids:
+        body["logprobs"] = True
+    else:
+        body["stream_options"] = {"include_usage": True}
+    if request.sampled:
+        body |= {"temperature": TEMPERATURE, "top_p": TOP_P, "top_k": TOP_K}
+    return body
+
+
+async def _read_head(reader: asyncio.StreamReader) -> None:
+    status = await reader.readline()
+    while (await reader.readline()).strip():
+        pass
+    if b" 200 " not in status:
+        answer = (status + await reader.read()).decode(errors="replace")
+        raise ContenderError(answer.strip()[:200] or "it closed the connection")
+
+
+async def _take_stream(reader: asyncio.StreamReader, record: Record) -> None:
+    while line := await reader.readline():
+        if not line.startswith(_DATA):
+            continue
+        data = line.removeprefix(_DATA).strip()
+        if data == _DONE:
+            return
+        message = json.loads(data)
+        if "usage" in message:
+            _take_usage(message, record)
+        elif message["choices"][0]["text"]:
+            record.chunks.append((time.monotonic(), 1))
+    raise ContenderError("the stream ended before its end was announced")
+
+
+def _take_whole(message: dict[str, Any], record: Record) -> None:
+    _take_usage(message, record)
+    content = message["choices"][0]["logprobs"]["content"]
+    record.token_ids = [token["id"] for token in content]
+    record.chunks.append((time.monotonic(), len(record.token_ids)))
+
+
+def _take_usage(message: dict[str, Any], record: Record) -> None:
+    record.prompt_tokens = message["usage"]["prompt_tokens"]
+    record.completion_tokens = message["usage"]["completion_tokens"]

@@ -1,0 +1,85 @@
+"""This project's runner, over gRPC."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import grpc
+from grpc_health.v1 import health_pb2
+
+from bench.contenders._environment import environment
+from bench.contenders._grpc import in_words, open_channel
+from bench.contenders.base import PARALLEL, Probe, Server
+from bench.records import TEMPERATURE, TOP_K, TOP_P, ContenderError, Record, Request
+from mlxrunner.handshake import ReadyLine
+from mlxrunner.v1 import runner_pb2, runner_pb2_grpc
+
+
+class Ours(Server):
+    """``python -m runner_server``, asked with the generated stubs."""
+
+    name = "ours"
+    _channel: grpc.aio.Channel | None = None
+
+    async def start(self) -> None:
+        """Starts the server and waits until its model is loaded."""
+        command = [sys.executable, "-m", "runner_server"]
+        command += ["--model", str(self.setup.model), "--parallel", str(PARALLEL)]
+        command += ["--context-length", str(self.setup.context_length)]
+        command += ["--log-level", "WARNING"]
+        await self._spawn(command, environment(self.setup.blas), pipes=True)
+        self.port = ReadyLine.parse((await self._line()).decode()).port or 0
+        self._channel = open_channel(self.port)
+        self._stub = runner_pb2_grpc.RunnerServiceStub(self._channel)
+        self._health = self._channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+        await self._until(self._is_loaded, "loaded model")
+
+    async def stop(self) -> None:
+        """Ends the process."""
+        if self._channel:
+            await self._channel.close()
+        await super().stop()
+
+    async def stream(self, request: Request, record: Record) -> None:
+        """Streams one completion."""
+        try:
+            async for message in self._stub.Completion(_message(request)):
+                if message.token_ids:
+                    record.chunks.append((time.monotonic(), len(message.token_ids)))
+                    record.token_ids.extend(message.token_ids)
+                    record.completion_tokens += len(message.token_ids)
+                if message.done:
+                    record.prompt_tokens = message.prompt_eval_count
+        except grpc.aio.AioRpcError as error:
+            raise ContenderError(in_words(error)) from error
+
+    def probes(self) -> dict[str, Probe]:
+        """Status, and the standard health service."""
+        return {"Status": self._status, "health": self._check}
+
+    async def _is_loaded(self) -> bool:
+        status = await self._stub.Status(runner_pb2.StatusRequest())
+        return status.state == runner_pb2.STATE_ACTIVE
+
+    async def _status(self) -> None:
+        await self._stub.Status(runner_pb2.StatusRequest())
+
+    async def _check(self) -> None:
+        await self._health(health_pb2.HealthCheckRequest())
+
+
+def _message(request: Request) -> runner_pb2.CompletionRequest:
+    options = runner_pb2.CompletionOptions(temperature=0, num_predict=request.max_tokens)
+    if request.sampled:
+        options.temperature = TEMPERATURE
+        options.top_p = TOP_P
+        options.top_k = TOP_K
+        options.seed = request.seed
+    return runner_pb2.CompletionRequest(
+        prompt_token_ids=runner_pb2.TokenIds(ids=request.prompt.token_ids), options=options
+    )

@@ -1,0 +1,44 @@
+"""The measures, in the order of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+
+from bench.measures import agreement, arrival, growth, memory, prefix, quantized, start, throughput
+from bench.models import DEMO
+from bench.session import Session
+
+__all__ = ["MEASURES", "Measure"]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Something that is measured.
+
+    Attributes:
+        run: Measures it.
+        quick: Part of the five-minute version.
+    """
+
+    run: Callable[[Session], Awaitable[None]]
+    quick: bool = False
+
+
+# Neighbours share a model, so that its contenders are started once.
+MEASURES = {
+    "start": Measure(start.measure, quick=True),
+    "agreement": Measure(agreement.measure, quick=True),
+    **{
+        f"throughput-{model}": Measure(partial(throughput.measure, plan=plan), quick=model == DEMO)
+        for model, plan in throughput.PLANS.items()
+    },
+    "prefix": Measure(prefix.measure, quick=True),
+    "arrival": Measure(arrival.measure_gap, quick=True),
+    "health": Measure(arrival.measure_health, quick=True),
+    "prompt-length": Measure(growth.measure_prompt_length),
+    "cache-entries": Measure(growth.measure_cache_entries),
+    "memory": Measure(memory.measure),
+    "quantized": Measure(quantized.measure),
+}

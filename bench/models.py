@@ -1,0 +1,182 @@
+"""The models of the benchmark, written once into the cache.
+
+Every contender reads the same files. Weights are stored as float32, because peers
+keep the format that is stored and float32 is what all of them compute fastest in on a
+CPU; the 4-bit model is stored as ``mlx_lm.convert`` writes one, with bfloat16 scales.
+No model can end a text by itself: the id that does is one past its vocabulary, so that
+every contender generates exactly the tokens it is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.paths import CACHE, DEMO_MODEL
+from bench.vocabulary import EOS, write_tokenizer
+
+LARGE_VOCABULARY = 151_936
+SMALL_VOCABULARY = 4_096
+
+_MARK = "complete"
+"""Written last: a folder without it was left half done."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model with random weights.
+
+    Attributes:
+        config: Its config.json, but for what all have in common.
+        vocab_size: How many token ids it scores.
+        quantized: Store it in 4 bits.
+    """
+
+    config: dict[str, Any] = field(default_factory=dict)
+    vocab_size: int = SMALL_VOCABULARY
+    quantized: bool = False
+
+
+_COMMON = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True}
+_TINY = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "intermediate_size": 384,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 16_384,
+}
+_LARGE = {
+    "model_type": "llama",
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "intermediate_size": 2048,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+}
+_GEMMA = {
+    "model_type": "gemma3_text",
+    "hidden_size": 256,
+    "num_hidden_layers": 6,
+    "intermediate_size": 1024,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 8192,
+    "query_pre_attn_scalar": 64,
+    "sliding_window": 128,
+    "sliding_window_pattern": 3,
+    "rope_local_base_freq": 10000.0,
+}
+
+DEMO = "demo"
+SHAPES = {
+    "llama-1m": Shape({"model_type": "llama", **_TINY}),
+    "qwen3-20m": Shape(
+        {"model_type": "qwen3", **_TINY, "num_hidden_layers": 2}, vocab_size=LARGE_VOCABULARY
+    ),
+    "gemma3-7m": Shape(_GEMMA),
+    "llama-100m": Shape(_LARGE, vocab_size=32_768),
+    "llama-100m-4bit": Shape(_LARGE, vocab_size=32_768, quantized=True),
+}
+
+
+def ensure_model(name: str) -> Path:
+    """The model's directory; it is written if it is not there.
+
+    MLX runs in a process of its own: the load generator keeps free of it.
+
+    Raises:
+        subprocess.CalledProcessError: It cannot be written.
+    """
+    path = CACHE / "models" / name
+    if not (path / _MARK).exists():
+        shutil.rmtree(path, ignore_errors=True)
+        command = [sys.executable, "-m", "bench.models", name, str(path)]
+        subprocess.run(command, check=True)
+    return path
+
+
+def context_length(path: Path) -> int:
+    """The longest sequence the model takes, in tokens."""
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return int(config["max_position_embeddings"])
+
+
+def _write(name: str, path: Path) -> None:
+    path.mkdir(parents=True)
+    if name == DEMO:
+        _write_demo(path)
+    else:
+        _write_random(SHAPES[name], path)
+    (path / _MARK).touch()
+
+
+def _write_random(shape: Shape, path: Path) -> None:
+    import mlx.core as mx
+    from mlx.nn.layers.base import Module
+    from mlx.utils import tree_flatten
+    from mlx_lm.utils import _get_classes, quantize_model
+
+    config = {
+        **_COMMON,
+        **shape.config,
+        "vocab_size": shape.vocab_size,
+        "eos_token_id": shape.vocab_size,
+    }
+    mx.random.seed(0)
+    model_class, args_class = _get_classes(config)
+    model: Module = model_class(args_class.from_dict(config))
+    if shape.quantized:
+        model.set_dtype(mx.bfloat16)
+        model, config = quantize_model(model, config, group_size=64, bits=4)
+    else:
+        model.set_dtype(mx.float32)
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "mlx"})
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_tokenizer(path, shape.vocab_size)
+
+
+def _write_demo(path: Path) -> None:
+    """The embedded model in float32, without an end of text."""
+    import mlx.core as mx
+
+    weights = mx.load(str(DEMO_MODEL / "model.safetensors"))
+    if not isinstance(weights, dict):
+        raise TypeError("the demo's weights are no safetensors file")
+    weights = {key: value.astype(mx.float32) for key, value in weights.items()}
+    mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "mlx"})
+    config = json.loads((DEMO_MODEL / "config.json").read_text(encoding="utf-8"))
+    vocab_size = config["vocab_size"]
+    config |= {"eos_token_id": vocab_size, "torch_dtype": "float32"}
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    tokenizer = json.loads((DEMO_MODEL / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | EOS | {"id": vocab_size})
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    settings = json.loads((DEMO_MODEL / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings["eos_token"] = EOS["content"]
+    (path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def main() -> int:
+    """Writes one model."""
+    parser = argparse.ArgumentParser(prog="python -m bench.models", description=__doc__)
+    parser.add_argument("name", choices=[DEMO, *SHAPES])
+    parser.add_argument("path", type=Path)
+    arguments = parser.parse_args()
+    _write(arguments.name, arguments.path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

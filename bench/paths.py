@@ -1,0 +1,24 @@
+"""Where the benchmark keeps its things."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The repository."""
+
+CACHE = ROOT / "bench" / ".cache"
+"""Models and logs; not committed."""
+
+RESULTS = ROOT / "bench" / "results"
+"""Figures of the last full run; committed."""
+
+SCRATCH = ROOT / "bench" / ".scratch"
+"""Figures of the last partial run; not committed."""
+
+REPORT = ROOT / "docs" / "benchmarks.md"
+
+DEMO_MODEL = ROOT / "runner_server" / "demo" / "model"
+
+SMG_PYTHON = ROOT / ".venv-bench-smg" / "bin" / "python"
+"""The peer that needs an older mlx-lm has an environment of its own."""

@@ -1,0 +1,169 @@
+"""The sections of the report, one for each measure but throughput."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bench import tables
+from bench.measures import arrival, growth, memory, prefix, quantized, start
+from bench.models import DEMO
+from bench.results import Results
+from bench.stats import summarize
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section.
+
+    Attributes:
+        title: Its heading.
+        text: What was measured, in words.
+        tables: Renders the figures; empty if there are none.
+        plot: The name of its plot, if it has one.
+    """
+
+    title: str
+    text: str
+    tables: Callable[[Results], str]
+    plot: str = ""
+
+
+def _agreement(results: Results) -> str:
+    rows = []
+    for name in results.contenders("agreement", DEMO):
+        cells = []
+        for metric in ("tokens", "streams"):
+            alike, everything = (
+                results.values("agreement", DEMO, name, metric, case) for case in ("alike", "all")
+            )
+            cells.append(f"{alike[0]:,.0f} of {everything[0]:,.0f}")
+        rows.append([name, *cells])
+    return tables.markdown(["", "tokens before the first other one", "same streams"], rows)
+
+
+def _arrival(results: Results) -> str:
+    model, long_tokens = arrival.MODEL, arrival.LONG_TOKENS
+    gaps = tables.by_case(
+        results,
+        "arrival",
+        model,
+        "gap_seconds",
+        {"before": "longest gap before", long_tokens: "longest gap while it is evaluated"},
+    )
+    waits = tables.by_case(
+        results, "arrival", model, "ttft_seconds", {long_tokens: "its first token after"}
+    )
+    return f"{gaps}\n\n{waits}"
+
+
+def _memory(results: Results) -> str:
+    one, many = memory.STREAMS
+    rows = []
+    for name in results.contenders("memory", memory.MODEL):
+        sizes = {
+            case: results.values("memory", memory.MODEL, name, "rss_bytes", case)
+            for case in (0, one, many)
+        }
+        if not all(sizes.values()):
+            continue
+        cells = [tables.spread(summarize(values), "rss_bytes") for values in sizes.values()]
+        medians = {case: statistics.median(values) for case, values in sizes.items()}
+        each = (medians[many] - medians[one]) / (many - one)
+        rows.append([name, *cells, tables.mebibytes(each)])
+    return tables.markdown(["", "idle", f"{one} stream", f"{many} streams", "each more"], rows)
+
+
+def _quantized(results: Results) -> str:
+    heads = {"decode_rate": "decoding", "prompt_rate": "prompt"}
+    rows = []
+    for name in results.contenders("quantized", quantized.MODEL):
+        series = [results.values("quantized", quantized.MODEL, name, metric, 1) for metric in heads]
+        rows.append([name, *(tables.spread(summarize(values), "rate") for values in series)])
+    return tables.markdown(["", *heads.values()], rows)
+
+
+def _cache_entries(results: Results) -> str:
+    parts = []
+    for metric, words in (
+        ("unrelated_ttft_seconds", "A prompt that shares nothing, by prompts seen before:"),
+        ("hit_ttft_seconds", "A prompt seen but for its end, by prompts seen before:"),
+    ):
+        parts += [words, tables.by_case(results, "cache-entries", growth.MODEL, metric)]
+    return "\n\n".join(parts)
+
+
+def _if_measured(measure: str, render: Callable[[Results], str]) -> Callable[[Results], str]:
+    return lambda results: render(results) if results.models(measure) else ""
+
+
+SECTIONS = (
+    Section(
+        "Same output",
+        f"{DEMO}, greedy, eight streams at once that go on with Python source: token ids compared "
+        "with those of the first contender. Batches differ in shape, so that a near tie may "
+        "fall the other way.",
+        _if_measured("agreement", _agreement),
+    ),
+    Section(
+        "Shared prefix",
+        f"{prefix.MODEL}: time to first token of a prompt of {prefix.PROMPT_TOKENS:,} tokens, at "
+        f"first sight, and when all but {prefix.FRESH_TOKENS} of its tokens were seen before.",
+        _if_measured(
+            "prefix",
+            lambda results: tables.by_case(results, "prefix", prefix.MODEL, "ttft_seconds"),
+        ),
+        "prefix.png",
+    ),
+    Section(
+        "A long prompt arrives",
+        f"{arrival.MODEL}: a prompt of {arrival.LONG_TOKENS:,} tokens arrives while one stream "
+        "runs.",
+        _if_measured("arrival", _arrival),
+        "arrival.png",
+    ),
+    Section(
+        "Health meanwhile",
+        "The same, and every call that tells whether the server is well made every 10 ms.",
+        _if_measured("health", lambda results: tables.latencies(results, arrival.MODEL)),
+    ),
+    Section(
+        "Start to first token",
+        f"{start.MODEL}: from starting the process to the first token of a prompt of 8 tokens.",
+        _if_measured(
+            "start",
+            lambda results: tables.by_case(
+                results, "start", start.MODEL, "start_seconds", {1: "start to first token"}
+            ),
+        ),
+    ),
+    Section(
+        "Memory",
+        f"{memory.MODEL}: highest resident set of a fresh process; streams of 900 tokens and 100 "
+        "generated.",
+        _if_measured("memory", _memory),
+    ),
+    Section(
+        "4-bit model on CPU",
+        f"{quantized.MODEL}: tokens per second of one stream, 64 tokens and 12 generated; ours as "
+        "it comes, the peers as they are installed, that is without a fast BLAS.",
+        _if_measured("quantized", _quantized),
+    ),
+    Section(
+        "Growth with the prompt",
+        f"{growth.MODEL}: time to first token of a prompt alone, by its tokens.",
+        _if_measured(
+            "prompt-length",
+            lambda results: tables.by_case(results, "prompt-length", growth.MODEL, "ttft_seconds"),
+        ),
+        "prompt-length.png",
+    ),
+    Section(
+        "Growth with the prefix cache",
+        f"{growth.MODEL}: time to first token after so many other prompts of 64 tokens. The prompt "
+        f"that shares nothing has 256 tokens, the other one {prefix.PROMPT_TOKENS:,}.",
+        _if_measured("cache-entries", _cache_entries),
+        "cache-entries.png",
+    ),
+)

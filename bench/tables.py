@@ -1,0 +1,102 @@
+"""Markdown tables from results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench.results import Case, Results
+from bench.stats import Summary, percentile, summarize
+from bench.targets import Target, Verdict
+
+_NOTHING = "-"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are figures."""
+    rule = ["---", *(["---:"] * (len(head) - 1))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
+
+
+def duration(seconds: float) -> str:
+    """Three figures, in milliseconds below a second."""
+    return f"{figure(seconds * 1000)} ms" if seconds < 1 else f"{figure(seconds)} s"
+
+
+def figure(value: float) -> str:
+    """A number with as many digits as it deserves."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def mebibytes(value: float) -> str:
+    """Bytes as MiB."""
+    return f"{figure(value / 2**20)} MiB"
+
+
+_FORMS = {"seconds": duration, "bytes": mebibytes, "rate": figure}
+
+
+def spread(summary: Summary, metric: str) -> str:
+    """A median, and in brackets the lowest and the highest."""
+    form = _FORMS.get(metric.rpartition("_")[2], figure)
+    if summary.count == 1:
+        return form(summary.median)
+    return f"{form(summary.median)} ({form(summary.low)} to {form(summary.high)})"
+
+
+def by_case(
+    results: Results, measure: str, model: str, metric: str, heads: dict[Case, str] | None = None
+) -> str:
+    """A row for each contender, a column for each case.
+
+    Args:
+        results: The run.
+        measure: Its name.
+        model: Its name.
+        metric: Its name; the last word says the unit.
+        heads: Cases to show, and what to write above them; all, if not given.
+    """
+    cases = heads or {case: str(case) for case in results.cases(measure, model, metric)}
+    rows = []
+    for contender in results.contenders(measure, model):
+        series = [results.values(measure, model, contender, metric, case) for case in cases]
+        cells = [spread(summarize(values), metric) if values else _NOTHING for values in series]
+        if any(series):
+            rows.append([contender, *cells])
+    return markdown(["", *cases.values()], rows)
+
+
+def latencies(results: Results, model: str) -> str:
+    """The table of health calls: median, p99, highest."""
+    rows = []
+    for contender in results.contenders("health", model):
+        for call in results.cases("health", model, "latency_seconds"):
+            values = results.values("health", model, contender, "latency_seconds", call)
+            if values:
+                cells = [duration(percentile(values, percent)) for percent in (50, 99, 100)]
+                rows.append([f"{contender}: {call}", *cells, f"{len(values):,}"])
+    return markdown(["", "median", "p99", "highest", "calls"], rows)
+
+
+def verdicts(judged: Sequence[Verdict]) -> str:
+    """The table of the targets."""
+    words = {True: "met", False: "**missed**", None: "not measured"}
+    rows = [
+        [verdict.target.what, _bound(verdict.target), _reached(verdict), words[verdict.met]]
+        for verdict in judged
+    ]
+    return markdown(["target", "bound", "reached", ""], rows)
+
+
+def _bound(target: Target) -> str:
+    word = "at most" if target.at_most else "at least"
+    return f"{word} {_with_unit(target, target.limit)}"
+
+
+def _reached(verdict: Verdict) -> str:
+    return _NOTHING if verdict.figure is None else _with_unit(verdict.target, verdict.figure)
+
+
+def _with_unit(target: Target, value: float) -> str:
+    return duration(value) if target.unit else figure(value)

@@ -1,0 +1,50 @@
+"""What is read from mlx-lm's server."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+pytest.importorskip("tokenizers", reason="no tokenizers (the server extra)")
+
+from bench.contenders.mlx_lm_server import _read_head, _take_stream
+from bench.records import ContenderError, Record
+
+_HEAD = b"HTTP/1.0 200 OK\r\nContent-type: text/event-stream\r\n\r\n"
+_TOKEN = b'data: {"choices": [{"index": 0, "text": " a", "finish_reason": null}]}\n\n'
+_EMPTY = b'data: {"choices": [{"index": 0, "text": "", "finish_reason": "length"}]}\n\n'
+_USAGE = b'data: {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}\n\n'
+
+
+def _reader(*parts: bytes) -> asyncio.StreamReader:
+    reader = asyncio.StreamReader()
+    reader.feed_data(b"".join(parts))
+    reader.feed_eof()
+    return reader
+
+
+async def test_tokens_are_what_the_usage_says() -> None:
+    record = Record()
+    keepalive = b": keepalive 3/7\n\n"
+    reader = _reader(_HEAD, keepalive, _TOKEN, _TOKEN, _EMPTY, _USAGE, b"data: [DONE]\n\n")
+    await _read_head(reader)
+    await _take_stream(reader, record)
+    assert len(record.chunks) == 2
+    assert (record.prompt_tokens, record.completion_tokens) == (7, 3)
+
+
+async def test_a_stream_that_just_ends_has_failed() -> None:
+    with pytest.raises(ContenderError, match="before its end was announced"):
+        await _take_stream(_reader(_TOKEN), Record())
+
+
+async def test_an_error_is_said_in_words() -> None:
+    reader = _reader(b"HTTP/1.0 404 Not Found\r\n\r\n", b'{"error": "generation thread died"}')
+    with pytest.raises(ContenderError, match="generation thread died"):
+        await _read_head(reader)
+
+
+async def test_a_closed_connection_is_said_in_words() -> None:
+    with pytest.raises(ContenderError, match="closed the connection"):
+        await _read_head(_reader())

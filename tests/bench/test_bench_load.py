@@ -1,0 +1,98 @@
+"""The load generator, on streams that are functions."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from bench.load import drive, poll
+from bench.records import ContenderError, Prompt, Record, Request
+
+_PROMPT = Prompt(" a", (1,))
+
+
+async def _answer(request: Request, record: Record) -> None:
+    for _ in range(request.max_tokens):
+        record.chunks.append((time.monotonic(), 1))
+        record.completion_tokens += 1
+        await asyncio.sleep(0)
+    record.prompt_tokens = len(request.prompt.token_ids)
+
+
+async def test_every_request_gets_its_record() -> None:
+    records = await drive(_answer, [Request(_PROMPT, 2), Request(_PROMPT, 5)])
+    assert [record.completion_tokens for record in records] == [2, 5]
+    assert all(0 < record.sent <= record.first <= record.last for record in records)
+
+
+async def test_a_background_stream_ends_after_the_others_and_keeps_its_chunks() -> None:
+    endless = Request(_PROMPT, 10**9, background=True)
+    background, arriving = await drive(_answer, [endless, Request(_PROMPT, 3, delay_seconds=0.02)])
+    assert arriving.sent - background.sent >= 0.02
+    assert background.first < arriving.sent
+    assert background.last > arriving.last
+
+
+async def test_a_failed_stream_fails_the_run() -> None:
+    async def fail(request: Request, record: Record) -> None:
+        if request.max_tokens == 1:
+            raise ContenderError("it broke")
+        await _answer(request, record)
+
+    with pytest.raises(ContenderError, match="it broke"):
+        await drive(fail, [Request(_PROMPT, 10**9), Request(_PROMPT, 1)])
+
+
+async def test_a_failed_background_stream_fails_the_run() -> None:
+    async def fail(request: Request, record: Record) -> None:
+        await _answer(request, record)
+        if request.background:
+            raise ContenderError("it broke")
+
+    with pytest.raises(ContenderError, match="it broke"):
+        await drive(fail, [Request(_PROMPT, 1, background=True), Request(_PROMPT, 100)])
+
+
+async def test_a_call_that_the_server_cancels_has_failed_and_interrupts_nobody() -> None:
+    async def cancelled(_: Request, __: Record) -> None:
+        raise asyncio.CancelledError
+
+    with pytest.raises(ContenderError, match="the server cancelled the call"):
+        await drive(cancelled, [Request(_PROMPT, 1)])
+
+
+async def test_a_cancelled_run_is_cancelled() -> None:
+    task = asyncio.create_task(drive(_answer, [Request(_PROMPT, 10**9)]))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_too_few_tokens_fail_the_run() -> None:
+    async def stop_early(request: Request, record: Record) -> None:
+        await _answer(Request(request.prompt, request.max_tokens - 1), record)
+
+    with pytest.raises(ContenderError, match="asked for 3 tokens after 1, got 2"):
+        await drive(stop_early, [Request(_PROMPT, 3)])
+
+
+async def test_polling_gives_each_call_until_it_is_cancelled() -> None:
+    third = asyncio.Event()
+    calls = 0
+
+    async def probe() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            third.set()
+
+    task = asyncio.create_task(poll(probe, 0.001))
+    await asyncio.wait_for(third.wait(), 5)
+    await asyncio.sleep(0)
+    task.cancel()
+    answers = await task
+    assert len(answers) >= 3
+    assert all(latency >= 0 for _, latency in answers)

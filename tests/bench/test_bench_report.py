@@ -1,0 +1,138 @@
+"""Results on disk, tables, targets and the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tokenizers", reason="no tokenizers (the server extra)")
+
+from bench import tables
+from bench.report import render
+from bench.results import Case, Key, Results
+from bench.stats import summarize
+from bench.targets import evaluate
+
+_ABOUT = {
+    "time": "2026-01-02T03:04+00:00",
+    "commit": "abc1234",
+    "cpu": "A CPU",
+    "cores": 2,
+    "memory_bytes": 8 * 2**30,
+    "os": "An OS",
+    "python": "3.11.0",
+    "blas": "FastBLAS (libfast.so)",
+    "gemm_gflops": 200.0,
+    "gemm_gflops_stock": None,
+    "packages": {"mlx": "0.32"},
+    "smg_packages": {"mlx-lm": "0.31"},
+}
+
+
+def _results(*series: tuple[str, str, str, str, Case, list[float]]) -> Results:
+    results = Results(about=_ABOUT)
+    for measure, model, contender, metric, case, values in series:
+        results.series[Key(measure, model, contender, metric, case)] = values
+    return results
+
+
+def _greedy(**rates: float) -> Results:
+    names = {"ours": "ours", "direct": "direct", "server": "mlx-lm server", "smg": "SMG"}
+    rows = [("greedy", "demo", names[name], "rate", 16, [rate]) for name, rate in rates.items()]
+    return _results(*rows)
+
+
+def _judged(results: Results, words: str) -> tuple[float, bool | None]:
+    """A target's figure, zero if it has none, and whether it is met."""
+    (verdict,) = [verdict for verdict in evaluate(results) if words in verdict.target.what]
+    return round(verdict.figure or 0.0, 6), verdict.met
+
+
+def test_figures_survive_the_disk(tmp_path: Path) -> None:
+    results = _results(("greedy", "demo", "ours", "rate", 16, [1.5, 2.0]))
+    results.add(Key("health", "demo", "SMG", "latency_seconds", "health"), 0.0012345678)
+    results.fail("SMG", "start", "it broke")
+    results.timelines["ours"] = [-0.1, 0.2]
+    results.write(tmp_path / "results.json")
+    again = Results.read(tmp_path / "results.json")
+    assert again.about == results.about
+    assert again.failures == [{"contender": "SMG", "measure": "start", "why": "it broke"}]
+    assert again.timelines == results.timelines
+    assert again.values("greedy", "demo", "ours", "rate", 16) == [1.5, 2.0]
+    assert again.values("health", "demo", "SMG", "latency_seconds", "health") == [0.00123457]
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "words"),
+    [
+        ("rate", [1234.4, 1000, 2000.6], "1,234 (1,000 to 2,001)"),
+        ("ttft_seconds", [0.0123, 0.010, 2.5], "12.3 ms (10 ms to 2.5 s)"),
+        ("rss_bytes", [3 * 2**20], "3 MiB"),
+    ],
+)
+def test_a_cell_is_median_and_spread_with_its_unit(
+    metric: str, values: list[float], words: str
+) -> None:
+    assert tables.spread(summarize(values), metric) == words
+
+
+def test_a_table_has_a_row_for_each_contender_and_a_dash_for_what_is_missing() -> None:
+    results = _results(
+        ("greedy", "demo", "ours", "rate", 1, [100.0]),
+        ("greedy", "demo", "ours", "rate", 8, [300.0]),
+        ("greedy", "demo", "SMG", "rate", 1, [90.0]),
+    )
+    assert tables.by_case(results, "greedy", "demo", "rate").splitlines() == [
+        "|  | 1 | 8 |",
+        "| --- | ---: | ---: |",
+        "| ours | 100 | 300 |",
+        "| SMG | 90 | - |",
+    ]
+
+
+def test_a_target_compares_with_the_best_peer() -> None:
+    results = _greedy(ours=130.0, direct=100.0, server=80.0, smg=100.0)
+    assert _judged(results, "demo: greedy / best peer") == (1.3, True)
+    assert _judged(results, "demo: greedy over gRPC / direct, 16") == (1.3, True)
+
+
+def test_a_missed_target_says_its_figure() -> None:
+    results = _greedy(ours=120.0, server=100.0)
+    assert _judged(results, "demo: greedy / best peer") == (1.2, False)
+
+
+def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
+    assert _judged(_greedy(ours=120.0), "demo: greedy / best peer") == (0.0, None)
+    assert all(verdict.met is None for verdict in evaluate(_results()))
+
+
+def test_the_best_of_times_is_the_shortest() -> None:
+    results = _results(
+        ("start", "llama-1m", "ours", "start_seconds", 1, [0.6, 0.7, 0.8]),
+        ("start", "llama-1m", "mlx-lm server", "start_seconds", 1, [1.0]),
+        ("start", "llama-1m", "SMG", "start_seconds", 1, [2.0]),
+    )
+    assert _judged(results, "start to first token") == (0.7, True)
+
+
+def test_status_is_judged_by_its_slowest_hundredth() -> None:
+    calls = [0.001] * 98 + [0.02] * 2
+    results = _results(("health", "llama-1m", "ours", "latency_seconds", "Status", calls))
+    assert _judged(results, "Status p99") == (0.02, False)
+
+
+def test_the_report_names_machine_figures_and_failures() -> None:
+    results = _greedy(ours=1300.0, direct=1000.0)
+    results.fail("SMG", "start", "its environment is missing")
+    report = render(results, ["throughput-demo.png"], "../bench/results", 3)
+    for words in (
+        "A CPU, 2 cores, 8 GiB, An OS, Python 3.11.0",
+        "FastBLAS (libfast.so), 200 GFLOP/s",
+        "Nothing here was measured on Metal or CUDA",
+        "| ours | 1,300 |",
+        "(../bench/results/throughput-demo.png)",
+        "- SMG, start: its environment is missing",
+    ):
+        assert words in report
+    assert "## Memory" not in report

@@ -1,0 +1,57 @@
+"""Where a run's figures, plots and report go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tokenizers", reason="no tokenizers (the server extra)")
+pytest.importorskip("matplotlib", reason="no matplotlib (the bench group)")
+
+from bench import __main__ as program
+from bench import paths
+from bench.results import Key, Results
+
+_ABOUT = {
+    "time": "2026-01-02T03:04+00:00",
+    "commit": "abc1234",
+    "cpu": "A CPU",
+    "cores": 2,
+    "memory_bytes": 8 * 2**30,
+    "os": "An OS",
+    "python": "3.11.0",
+    "blas": "FastBLAS",
+    "gemm_gflops": 200.0,
+    "gemm_gflops_stock": 3.0,
+    "packages": {},
+    "smg_packages": {},
+}
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    monkeypatch.setattr(paths, "REPORT", tmp_path / "docs" / "benchmarks.md")
+    (tmp_path / "docs").mkdir()
+    return tmp_path
+
+
+def _results() -> Results:
+    return Results(_ABOUT, {Key("greedy", "demo", "ours", "rate", 16): [1.0, 2.0]})
+
+
+def test_a_full_run_writes_the_report_with_links_that_lead_somewhere(root: Path) -> None:
+    folder = root / "bench" / "results"
+    program._write(_results(), folder, 3, full=True)
+    report = (root / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert "(../bench/results/throughput-demo.png)" in report
+    assert (folder / "throughput-demo.png").stat().st_size > 0
+    assert Results.read(folder / "results.json").series == _results().series
+
+
+def test_any_other_run_leaves_the_report_alone(root: Path) -> None:
+    folder = root / "bench" / ".scratch"
+    program._write(_results(), folder, 3, full=False)
+    assert "(./throughput-demo.png)" in (folder / "benchmarks.md").read_text(encoding="utf-8")
+    assert not (root / "docs" / "benchmarks.md").exists()

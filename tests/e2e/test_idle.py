@@ -1,0 +1,68 @@
+"""A runner that has nothing to do takes no processor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2
+
+from server_child import Child, running
+
+pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+pytestmark = pytest.mark.mlx
+
+Build = Callable[..., Path]
+IDLE_SECONDS = 2.0
+MOST_OF_A_CORE = 0.01
+
+
+def _cpu_seconds(child: Child) -> float:
+    """What all threads of the process have taken since its start."""
+    times = psutil.Process(child.process.pid).cpu_times()
+    return times.user + times.system
+
+
+def _idle_share(child: Child) -> float:
+    """Of one core, over some seconds; the time is what is measured."""
+    before, began = _cpu_seconds(child), time.monotonic()
+    time.sleep(IDLE_SECONDS)
+    return (_cpu_seconds(child) - before) / (time.monotonic() - began)
+
+
+def _watch_health(child: Child) -> None:
+    """As a host does: a stream that stays open."""
+    watch = child.channel.unary_stream(
+        "/grpc.health.v1.Health/Watch",
+        request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+        response_deserializer=health_pb2.HealthCheckResponse.FromString,
+    )
+    call = watch(health_pb2.HealthCheckRequest())
+    child.calls.append(call)
+    next(call)
+
+
+def test_after_a_completion_it_takes_no_processor(tmp_path: Path, model_dir: Build) -> None:
+    with running(tmp_path) as child:
+        child.load(model_dir())
+        _watch_health(child)
+        # The last one is cancelled in the middle.
+        for count in (20, 20, 1500):
+            call = child.complete(count)
+            read = 0
+            while read < 20:
+                read += len(next(call).token_ids)
+        call.cancel()  # type: ignore[attr-defined]  # it is a call
+        child.wait_for(lambda: not child.status().running_count)
+        assert _idle_share(child) < MOST_OF_A_CORE
+        # It had not gone to sleep for good.
+        assert next(child.complete(5))
+
+
+def test_without_a_model_it_takes_no_processor(tmp_path: Path) -> None:
+    with running(tmp_path) as child:
+        child.wait_for(lambda: bool(child.status().device))
+        assert _idle_share(child) < MOST_OF_A_CORE

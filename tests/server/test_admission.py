@@ -1,0 +1,249 @@
+"""Completions begin as far as there is memory for the KV cache they may come to need."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import Any
+
+import grpc
+import pytest
+
+from fakes import TOKEN_BYTES, FakeBackend
+from harness import CompletionCall, Server, StartServer, eventually, failure, tokens
+from mlxrunner.v1 import runner_pb2 as pb
+from runner_server.worker import Worker
+
+PROMPT = "0123456"
+PROMPT_TOKENS = 8
+"""With the token that prompts begin with."""
+
+
+async def _server(start: StartServer, *, tokens_: int, parallel: int = 4, **config: Any) -> Server:
+    """A server whose KV caches may hold so many tokens."""
+    server = await start(FakeBackend(kv_budget_bytes=tokens_ * TOKEN_BYTES), **config)
+    await server.load(parallel=parallel)
+    return server
+
+
+def _start(server: Server, length: int, **options: Any) -> CompletionCall:
+    """A completion that may come to have so many tokens, prompt and answer."""
+    return server.start(PROMPT, num_predict=length - PROMPT_TOKENS, **options)
+
+
+async def _start_all(server: Server, *lengths: int) -> list[CompletionCall]:
+    """Begins completions in this order, while the engine's first step is held."""
+    live = server.app.engine._ledger._live
+    calls = []
+    for length in lengths:
+        count = len(live)
+        calls.append(_start(server, length))
+        await eventually(lambda: len(live) == count + 1)  # noqa: B023 - awaited at once
+    return calls
+
+
+async def _hold(server: Server) -> None:
+    """Lets one more step pass, in which the engine looks at what has come."""
+    gate = server.backend.step_gate
+    await server.thread(gate.wait_arrival)
+    passed = gate._passed
+    gate.allow()
+    await server.thread(partial(gate.wait_passed, passed + 1))
+    await server.thread(gate.wait_arrival)
+
+
+async def _length(call: CompletionCall) -> int:
+    return len(tokens([message async for message in call]))
+
+
+async def test_those_over_the_budget_wait_and_are_served_later(start_server: StartServer) -> None:
+    server = await _server(start_server, tokens_=100)
+    server.backend.step_gate.shut()
+    calls = await _start_all(server, 50, 50, 50, 20)
+    await _hold(server)
+    status = await server.status()
+    # Two of fifty fit; the small one, which would fit too, waits for its turn.
+    assert (status.running_count, status.queued_count) == (2, 2)
+    assert len(server.backend.batches[-1].rows) == 2
+    server.backend.step_gate.open()
+    assert await asyncio.gather(*map(_length, calls)) == [42, 42, 42, 12]
+    await server.settled()
+    server.assert_nothing_left()
+
+
+async def test_a_batch_is_as_wide_as_its_longest_row(start_server: StartServer) -> None:
+    server = await _server(start_server, tokens_=100)
+    server.backend.step_gate.shut()
+    calls = await _start_all(server, 60, 20)
+    await _hold(server)
+    assert (await server.status()).running_count == 1
+    server.backend.step_gate.open()
+    assert await asyncio.gather(*map(_length, calls)) == [52, 12]
+
+
+async def test_they_begin_in_the_order_they_came(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = await _server(start_server, tokens_=60, parallel=8)
+    batch: Any = server.backend.batches[-1]
+    begun: list[int] = []
+    most = 0
+    add = batch.add
+
+    def adding(row: int, *rest: Any) -> None:
+        nonlocal most
+        add(row, *rest)
+        begun.append(row)
+        most = max(most, len(batch.rows))
+
+    monkeypatch.setattr(batch, "add", adding)
+    server.backend.step_gate.shut()
+    calls = await _start_all(server, *[60, 10, 30, 20, 60, 12, 12, 12, 9, 9] * 2)
+    order = list(server.app.engine._ledger._live)
+    server.backend.step_gate.open()
+    await asyncio.gather(*map(_length, calls))
+    assert begun == order
+    assert 3 <= most <= 5
+
+
+async def test_one_that_can_never_fit_is_refused_with_both_numbers(
+    start_server: StartServer,
+) -> None:
+    server = await _server(start_server, tokens_=100)
+    problem = await failure(_start(server, 101))
+    assert problem.code == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert problem.reason == "INSUFFICIENT_MEMORY"
+    assert problem.metadata["requiredBytes"] == str(101 * TOKEN_BYTES)
+    assert problem.metadata["availableBytes"] == str(100 * TOKEN_BYTES)
+    # For a person: the numbers, and what to do.
+    assert "101 tokens" in problem.message
+    assert "num_predict" in problem.message
+    server.assert_nothing_left()
+    assert await _length(_start(server, 100)) == 92
+
+
+async def test_it_is_refused_at_once_whoever_waits(start_server: StartServer) -> None:
+    server = await _server(start_server, tokens_=100)
+    gate = server.backend.step_gate
+    gate.shut()
+    calls = await _start_all(server, 100, 100, 101)
+    refused = asyncio.ensure_future(failure(calls.pop()))
+    # The first step takes it in, and at the end of the next it is answered.
+    await _hold(server)
+    await _hold(server)
+    assert (await refused).reason == "INSUFFICIENT_MEMORY"
+    status = await server.status()
+    assert (status.running_count, status.queued_count) == (1, 1)
+    gate.open()
+    assert await asyncio.gather(*map(_length, calls)) == [92, 92]
+
+
+async def test_without_num_predict_the_context_is_the_need(start_server: StartServer) -> None:
+    server = await _server(start_server, tokens_=4096)
+    server.backend.step_gate.shut()
+    calls = [server.start(PROMPT), server.start(PROMPT)]
+    await eventually(lambda: len(server.app.engine._ledger._live) == 2)
+    await _hold(server)
+    assert (await server.status()).running_count == 1
+    server.backend.step_gate.open()
+    assert await asyncio.gather(*map(_length, calls)) == [4096 - PROMPT_TOKENS] * 2
+
+
+async def test_the_queue_is_bounded_whatever_its_members_wait_for(
+    start_server: StartServer,
+) -> None:
+    """Memory lets one run where there are four places; the rest wait, and not for ever more."""
+    server = await _server(start_server, tokens_=100, max_queued=3)
+    server.backend.step_gate.shut()
+    calls = await _start_all(server, *[100] * 7)
+    problem = await failure(_start(server, 100))
+    assert (problem.code, problem.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+    assert problem.retry_seconds is not None
+    assert 0.1 <= problem.retry_seconds <= 60
+    server.backend.step_gate.open()
+    assert await asyncio.gather(*map(_length, calls)) == [92] * 7
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+async def test_one_that_is_cancelled_makes_room(start_server: StartServer, place: int) -> None:
+    """Whether it runs or waits; one that waits at the head holds up those behind it."""
+    server = await _server(start_server, tokens_=100)
+    server.backend.step_gate.shut()
+    calls = await _start_all(server, 60, 100, 100, 40)
+    await _hold(server)
+    cancelled = calls.pop(place)
+    lengths = [52, 92, 92, 32]
+    del lengths[place]
+    cancelled.cancel()
+    await eventually(lambda: not server.app.engine._inbox.empty())
+    server.backend.step_gate.open()
+    assert await asyncio.gather(*map(_length, calls)) == lengths
+    await server.settled()
+    server.assert_nothing_left()
+
+
+async def test_an_unload_ends_those_that_wait_for_memory(start_server: StartServer) -> None:
+    server = await _server(start_server, tokens_=100)
+    server.backend.step_gate.shut()
+    calls = await _start_all(server, 100, 100, 100)
+    unload = asyncio.ensure_future(server.stub.Unload(pb.UnloadRequest()))
+    await eventually(lambda: server.app.engine._ledger._ticket is not None)
+    server.backend.step_gate.open()
+    problems = await asyncio.gather(*map(failure, calls))
+    assert {problem.reason for problem in problems} == {"SHUTTING_DOWN"}
+    await unload
+    server.assert_nothing_left()
+    # A model that takes less per token, or more memory: everything fits.
+    server.backend.kv_budget_bytes = 300 * TOKEN_BYTES
+    await server.load(parallel=4)
+    assert await asyncio.gather(*(_length(_start(server, 100)) for _ in range(3))) == [92] * 3
+
+
+async def test_a_step_that_fails_lets_those_that_wait_for_memory_begin(
+    start_server: StartServer,
+) -> None:
+    server = await _server(start_server, tokens_=100)
+    server.backend.step_gate.shut()
+    calls = await _start_all(server, 100, 100, 100)
+    await _hold(server)
+    server.backend.failures.append(RuntimeError())
+    server.backend.step_gate.open()
+    assert (await failure(calls[0])).reason == "GENERATION_FAILED"
+    assert await asyncio.gather(*map(_length, calls[1:])) == [92, 92]
+
+
+async def test_while_nothing_fits_the_engine_sleeps(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is set aside with all the memory; the others wait, and nobody looks again and again."""
+    server = await _server(start_server, tokens_=100)
+    gate, seats = server.backend.step_gate, server.app.engine._worker._seats
+    gate.shut()
+    (first,) = await _start_all(server, 100)
+    await _hold(server)
+    (completion,) = seats.running.values()
+    # Its reader is behind: the engine is told so at the next step, and later that it is not.
+    monkeypatch.setattr(type(completion.stream), "is_full", property(lambda _stream: True))
+    resumes: list[Any] = []
+    monkeypatch.setattr(completion.stream, "when_read", resumes.append)
+    others = await _start_all(server, 100, 100, 60)
+    gate.open()
+    await eventually(lambda: len(seats.paused) == 1 and len(seats.waiting) == 3)
+    rounds = 0
+    advance = Worker._advance
+
+    def counting(worker: Worker) -> None:
+        nonlocal rounds
+        rounds += 1
+        advance(worker)
+
+    monkeypatch.setattr(Worker, "_advance", counting)
+    steps = server.backend.steps
+    for _ in range(30):
+        status = await server.status()
+        assert (status.running_count, status.queued_count) == (1, 3)
+    assert rounds <= 1
+    assert server.backend.steps == steps
+    monkeypatch.setattr(type(completion.stream), "is_full", property(lambda _stream: False))
+    resumes[0]()
+    assert await asyncio.gather(*map(_length, [first, *others])) == [92, 92, 92, 52]
