@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 PRELOAD = "LD_PRELOAD"
 CORETYPE = "OPENBLAS_CORETYPE"
 
+_QUIET_THREADS = {"OPENBLAS_THREAD_TIMEOUT": "4"}
+"""Its threads wait for work by spinning, 2^26 cycles long unless told otherwise, and take
+the processor from MLX's own two: on two cores a decode step of 16 rows took 5.7 ms with
+that and 4.4 ms without (2 M model), one row of a 100 M model 39 and 30 ms."""
+
 _BLAS_WORDS = ("blas", "mkl", "blis", "nvpl")
 
 # Fedora's plain libopenblas.so.0 has one thread; its threaded builds end in p and o.
@@ -137,7 +142,8 @@ def in_front(environment: Mapping[str, str], blas: Blas) -> dict[str, str]:
     if has_blas_in_front(environment):
         return dict(environment)
     libraries = [preloaded, str(blas.path)] if preloaded else [str(blas.path)]
-    return {**blas.env, **environment, PRELOAD: ":".join(libraries)}
+    quiet = _QUIET_THREADS if blas.name == "OpenBLAS" else {}
+    return {**quiet, **blas.env, **environment, PRELOAD: ":".join(libraries)}
 
 
 def _can_be_preloaded(path: Path) -> bool:

@@ -23,7 +23,7 @@ each, as the longest tokens of usual vocabularies have, it stays under 4 MiB."""
 _MAX_WAITING_TEXTS = 4096
 """Token texts before a reader from which on its row waits, until it has read half of them."""
 
-_MERGE_SECONDS = 0.01
+_MERGE_SECONDS = 0.02
 """How long a piece may wait for others: 100 messages a second are as good as more to a
 reader, and each costs both sides some 40 microseconds."""
 

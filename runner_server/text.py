@@ -70,6 +70,8 @@ class StreamDecoder:
     def _start(self, text: str) -> int:
         """Where the part of the window's text that was not shown begins."""
         shown = self._shown
+        if text.startswith(shown):
+            return len(shown)
         pairs = enumerate(zip(text, shown, strict=False))
         common = next((i for i, (a, b) in pairs if a != b), min(len(text), len(shown)))
         if not shown[common:].strip(REPLACEMENT):

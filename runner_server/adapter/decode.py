@@ -77,7 +77,7 @@ class Decoding:
         self.rows: list[Row] = []
         # A single row keeps caches of its own kind, which need no mask.
         self._caches: Caches = []
-        self._inputs = mx.array([], dtype=mx.int32)
+        self._inputs = mx.array([], dtype=mx.uint32)
         self._arrange()
 
     def join(self, rows: Sequence[Row]) -> None:
@@ -93,7 +93,7 @@ class Decoding:
             self._caches = merge([self._caches, *brought] if self.rows else brought)
         for row in rows:
             row.caches = []
-        ids = mx.array([row.next_id for row in rows], dtype=mx.int32)
+        ids = mx.array([row.next_id for row in rows], dtype=mx.uint32)
         self._inputs = mx.concatenate([self._inputs, ids]) if self.rows else ids
         self.rows = [*self.rows, *rows]
         self._arrange()
@@ -126,7 +126,7 @@ class Decoding:
         inputs, rows = self._inputs, self.rows
         logits = self._model(inputs[:, None], cache=self._caches)[:, -1, :]
         changed = self._penalties(logits, [row.tokens for row in rows], inputs)
-        self._inputs = self._sampler(changed, [row.drawn for row in rows]).astype(mx.int32)
+        self._inputs = self._sampler(changed, [row.drawn for row in rows])
         begun = self._measure(logits)
         mx.async_eval(self._inputs, [part for found in begun for part in _parts(found)])
         news = self._report(cast("list[int]", inputs.tolist()), begun)

@@ -30,6 +30,7 @@ from runner_server.adapter.caches import CachePieces
 from runner_server.adapter.codec import FastCodec, load_codec
 from runner_server.adapter.kv import Probe, probe
 from runner_server.adapter.names import dequantize_model, load_config, load_model
+from runner_server.adapter.threads import fit_threads
 from runner_server.errors import (
     GenerationFailed,
     InsufficientMemory,
@@ -126,6 +127,7 @@ def _load(path: Path, spec: LoadSpec, report: Report) -> MlxModel:
     report(5)
     model = _convert(model, plan.dtype)
     read_weights(_arrays(model), lambda share: report(5 + int(90 * share)))
+    fit_threads(_arrays(model))
     info = _describe(spec, path, model, config, plan, eos_token_ids)
     loaded = MlxModel(model, codec, info, plan)
     _warm_up(loaded)

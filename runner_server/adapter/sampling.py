@@ -130,7 +130,9 @@ class _Draw:
         self._cuts_top_p = any(row.top_p < 1 for row in rows)
         self._cuts_min_p = any(row.min_p > 0 for row in rows)
         if self._cuts_k:
-            self._top_k = mx.arange(count) < row_array([row.top_k or count for row in rows])
+            # Candidates are in order, the smallest first.
+            least = row_array([count - (row.top_k or count) for row in rows])
+            self._top_k = mx.arange(count) >= least
 
     def __call__(self, logits: mx.array, positions: Sequence[int]) -> mx.array:
         if not self._count:
@@ -138,7 +140,7 @@ class _Draw:
         ids, scores = self._candidates(logits.astype(mx.float32))
         if self._cuts_min_p:
             scores = mx.where(scores < self._min_p, -mx.inf, scores)
-        scores = scores + gumbel(self._seeds, positions, ids)
+        scores = scores - negative_gumbel(self._seeds, positions, ids)
         choice = mx.argmax(scores, axis=-1, keepdims=True)
         if len(ids) < len(scores):  # all ids, in order
             return choice[:, 0]
@@ -150,47 +152,54 @@ class _Draw:
         Scores are at most 0; those of ids that are left out after all are -inf.
         """
         if self._count < logits.shape[-1]:
-            ids, values = largest(logits, self._count)
-            return self._cut(ids, self._scale(values))
-        scores = self._scale(logits)
-        found = self._nucleus(scores) if self._is_nucleus else None
-        return found or self._cut(mx.arange(scores.shape[-1])[None], scores)
+            return self._cut(*largest(logits, self._count))
+        found = self._nucleus(logits) if self._is_nucleus else None
+        return found or self._cut(mx.arange(logits.shape[-1], dtype=mx.uint32)[None], logits)
 
-    def _scale(self, logits: mx.array) -> mx.array:
-        return (logits - mx.max(logits, axis=-1, keepdims=True)) / self._temperature
-
-    def _cut(self, ids: mx.array, scores: mx.array) -> tuple[mx.array, mx.array]:
-        """Leaves out what top-k and top-p do."""
+    def _cut(self, ids: mx.array, logits: mx.array) -> tuple[mx.array, mx.array]:
+        """Divides by the temperature and leaves out what top-k and top-p do."""
         if not (self._cuts_k or self._cuts_top_p):
-            return ids, scores
-        ids, scores = _in_order(ids, scores)
+            return ids, self._scale(logits, mx.max(logits, axis=-1, keepdims=True))
+        ids, logits = _in_order(ids, logits)
+        scores = self._scale(logits, logits[:, -1:])
         if self._cuts_k:
             scores = mx.where(self._top_k, scores, -mx.inf)
         if self._cuts_top_p:
-            probs = mx.softmax(scores, axis=-1)
-            scores = mx.where(scores < self._edge(scores, probs), -mx.inf, scores)
+            kept = self._within_top_p(mx.softmax(scores, axis=-1))
+            if self._is_nucleus:
+                kept = scores >= _lowest(scores, kept)
+            scores = mx.where(kept, scores, -mx.inf)
         return ids, scores
 
-    def _nucleus(self, scores: mx.array) -> tuple[mx.array, mx.array] | None:
+    def _nucleus(self, logits: mx.array) -> tuple[mx.array, mx.array] | None:
         """The same as :meth:`_cut` for top-p alone, unless so many ids are too few."""
-        total = mx.logsumexp(scores, axis=-1, keepdims=True)
-        ids, likely = _in_order(*largest(scores, _NUCLEUS))
-        edge = self._edge(likely, mx.exp(likely - total))
+        ids, likely = _in_order(*largest(logits, _NUCLEUS))
+        most = likely[:, -1:]
+        total = mx.logsumexp(self._scale(logits, most), axis=-1, keepdims=True)
+        scores = self._scale(likely, most)
+        lowest = _lowest(scores, self._within_top_p(mx.exp(scores - total)))
         # Waits for the step; a sort of the whole vocabulary would take far longer.
-        if not mx.all(edge > likely[:, -1:]).item():
+        if not mx.all(lowest > scores[:, :1]).item():
             return None
-        return ids, mx.where(likely < edge, -mx.inf, likely)
+        return ids, mx.where(scores < lowest, -mx.inf, scores)
 
-    def _edge(self, scores: mx.array, probs: mx.array) -> mx.array:
-        """The lowest score that top-p keeps; of equally likely ids it keeps all or none."""
-        # The first has nothing before it, so one always stays.
-        kept = mx.cumsum(probs, axis=-1) - probs < self._top_p
-        return mx.min(mx.where(kept, scores, mx.inf), axis=-1, keepdims=True)
+    def _scale(self, logits: mx.array, most: mx.array) -> mx.array:
+        return (logits - most) / self._temperature
+
+    def _within_top_p(self, probs: mx.array) -> mx.array:
+        """Which ids top-p keeps; they are in order, the least likely first."""
+        # The last has nothing above it, so one always stays.
+        return mx.cumsum(probs, axis=-1, reverse=True) - probs < self._top_p
+
+
+def _lowest(scores: mx.array, kept: mx.array) -> mx.array:
+    """The lowest score that is kept: of equally likely ids all are to be kept, or none."""
+    return mx.min(mx.where(kept, scores, mx.inf), axis=-1, keepdims=True)
 
 
 def _in_order(ids: mx.array, scores: mx.array) -> tuple[mx.array, mx.array]:
-    """The largest scores first."""
-    order = mx.argsort(-scores, axis=-1)
+    """The smallest scores first."""
+    order = mx.argsort(scores, axis=-1)
     scores = mx.take_along_axis(scores, order, axis=-1)
     if len(ids) < len(order):  # all ids, in order
         return order, scores
@@ -236,8 +245,8 @@ def largest(logits: mx.array, count: int) -> tuple[mx.array, mx.array]:
     return mx.take_along_axis(ids, chosen, axis=-1), mx.take_along_axis(values, chosen, axis=-1)
 
 
-def gumbel(seeds: Sequence[int], positions: Sequence[int], ids: mx.array) -> mx.array:
-    """Noise of a Gumbel distribution for each id; float32 of the shape of ``ids``.
+def negative_gumbel(seeds: Sequence[int], positions: Sequence[int], ids: mx.array) -> mx.array:
+    """Noise for each id whose negative has a Gumbel distribution; float32, shaped as ``ids``.
 
     The bits are splitmix64's (https://prng.di.unimi.it/splitmix64.c): its output for
     seed and position is the state of a generator whose outputs are numbered by id.
@@ -248,11 +257,12 @@ def gumbel(seeds: Sequence[int], positions: Sequence[int], ids: mx.array) -> mx.
         ids: [rows, n] token ids; with one row they stand for all.
     """
     pairs = zip(seeds, positions, strict=True)
-    states = [_splitmix(seed + (position + 1) * _GOLDEN) for seed, position in pairs]
-    bits = _mix(_words(states)[:, None] + (ids.astype(mx.uint64) + 1) * _WORD_GOLDEN)
+    states = (_splitmix(seed + (position + 1) * _GOLDEN) for seed, position in pairs)
+    first = _words((state + _GOLDEN) & _LOW_64 for state in states)
+    bits = _mix(first[:, None] + ids.astype(mx.uint64) * _WORD_GOLDEN)
     # 23 bits and a half: float32 holds every such number, and none is 0 or 1.
     uniform = ((bits >> 41).astype(mx.float32) + 0.5) * 2.0**-23
-    return -mx.log(-mx.log(uniform))
+    return mx.log(-mx.log(uniform))
 
 
 def _splitmix(state: int) -> int:

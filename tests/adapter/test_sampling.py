@@ -15,7 +15,7 @@ from runner_server.messages import Sampling
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
-from runner_server.adapter.sampling import Sampler, gumbel, largest, likelihoods  # noqa: E402
+from runner_server.adapter.sampling import Sampler, largest, likelihoods, negative_gumbel  # noqa: E402
 
 VOCAB = 50
 LARGE = 151_936
@@ -302,32 +302,32 @@ def test_a_banned_token_is_never_drawn() -> None:
 
 def test_noise_is_that_of_the_id_wherever_it_stands() -> None:
     ids = np.arange(1000)
-    straight = np.array(gumbel([7], [3], mx.array(ids)[None]))[0]
+    straight = np.array(negative_gumbel([7], [3], mx.array(ids)[None]))[0]
     order = np.random.default_rng(1).permutation(1000)
     np.testing.assert_array_equal(
-        np.array(gumbel([7], [3], mx.array(ids[order])[None]))[0], straight[order]
+        np.array(negative_gumbel([7], [3], mx.array(ids[order])[None]))[0], straight[order]
     )
-    rows = np.array(gumbel([1, 7, -2], [9, 3, 3], mx.array(ids)[None]))
+    rows = np.array(negative_gumbel([1, 7, -2], [9, 3, 3], mx.array(ids)[None]))
     np.testing.assert_array_equal(rows[1], straight)
     for dtype in (mx.int32, mx.uint32, mx.int64):
-        again = gumbel([7], [3], mx.array(ids)[None].astype(dtype))
+        again = negative_gumbel([7], [3], mx.array(ids)[None].astype(dtype))
         np.testing.assert_array_equal(np.array(again)[0], straight)
 
 
 def test_noise_is_gumbels() -> None:
     """Mean and variance of the distribution, and no number that is not one."""
-    noise = np.array(gumbel([3], [0], mx.arange(LARGE)[None]))
+    noise = np.array(negative_gumbel([3], [0], mx.arange(LARGE)[None]))
     assert np.isfinite(noise).all()
-    assert noise.mean() == pytest.approx(np.euler_gamma, abs=0.02)
+    assert -noise.mean() == pytest.approx(np.euler_gamma, abs=0.02)
     assert noise.var() == pytest.approx(math.pi**2 / 6, rel=0.02)
 
 
 def test_noise_differs_by_seed_and_by_position() -> None:
     seeds, positions = zip(*itertools.product(SEEDS, range(100)), strict=True)
-    noise = np.array(gumbel(seeds, positions, mx.arange(4)[None]))
+    noise = np.array(negative_gumbel(seeds, positions, mx.arange(4)[None]))
     assert len({tuple(row) for row in noise.tolist()}) == len(SEEDS) * 100
     # Nor does any of it say something about another: no correlation from row to row.
-    wide = np.array(gumbel(seeds[:200:2], positions[:200:2], mx.arange(2000)[None]))
+    wide = np.array(negative_gumbel(seeds[:200:2], positions[:200:2], mx.arange(2000)[None]))
     correlation = np.corrcoef(wide) - np.eye(len(wide))
     assert np.abs(correlation).max() < 0.15
 
