@@ -78,7 +78,7 @@ def test_the_first_chunk_of_all_is_a_small_one(pace: float) -> None:
     machine = Machine(pace)
     machine.remaining = {0: 4000}
     machine.slice()
-    assert machine.chunks[0] == (0, 64)
+    assert machine.chunks[0] == (0, MIN_CHUNK)
 
 
 @pytest.mark.parametrize("max_chunk", [64, 128, 1024])
@@ -205,7 +205,8 @@ def test_one_newcomer_does_not_hold_up_many_streams() -> None:
     machine.warm()
     machine.remaining = {0: 4000}
     machine.slice(decode_seconds=0.04, decoding=15)
-    assert machine.seconds <= MIN_SECONDS * 1.001
+    # Never less than a decode step: below that a chunk takes as long anyway.
+    assert machine.seconds <= 0.04 * 1.001
 
 
 @pytest.mark.parametrize("length", [65, 129, 130, 200, 255])
