@@ -46,6 +46,11 @@ class Completion:
         return len(self.spec.prompt_ids) + self.spec.max_tokens
 
     @property
+    def length(self) -> int:
+        """Tokens its sequence has."""
+        return len(self.spec.prompt_ids) + self._count
+
+    @property
     def has_begun(self) -> bool:
         """Whether it has got a token."""
         return self._count > 0

@@ -67,7 +67,11 @@ def _parser() -> argparse.ArgumentParser:
         help="completions decoded together",
     )
     add("--dtype", choices=[dtype.value for dtype in Dtype], default="auto", help="weight format")
-    add("--memory-limit-bytes", type=_at_least(1), help="most memory for weights and KV cache")
+    add(
+        "--memory-limit-bytes",
+        type=_at_least(1),
+        help="most memory for weights and caches",
+    )
     add(
         "--prefix-cache-bytes",
         type=_at_least(0),

@@ -49,7 +49,7 @@ class LoadSpec:
         context_length: Longest sequence in tokens; None = the model's, at most 4,096.
         parallel: Completions decoded together.
         dtype: How to hold the weights.
-        memory_limit_bytes: Most memory for weights and KV; None = what is free.
+        memory_limit_bytes: Most memory for weights, KV and prefix cache; None = what is free.
         prefix_cache_bytes: Most memory for evaluated prompts that are kept; 0 = none,
             None = a share of what weights and KV leave free.
     """

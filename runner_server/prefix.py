@@ -60,6 +60,13 @@ class Match:
     common: int
 
 
+@dataclass
+class Held:
+    """How many bytes a tree holds; whoever has this does not have the tree."""
+
+    nbytes: int = 0
+
+
 class _Root(Generic[S, T]):
     """Where every prompt begins."""
 
@@ -93,7 +100,12 @@ class PrefixTree(Generic[S, T]):
         self._root: _Root[S, T] = _Root()
         # Oldest use first. A node is always used after those that continue it.
         self._by_use: OrderedDict[_Node[S, T], None] = OrderedDict()
-        self.nbytes = 0
+        self.held = Held()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+        return self.held.nbytes
 
     def __len__(self) -> int:
         return len(self._by_use)
@@ -132,6 +144,8 @@ class PrefixTree(Generic[S, T]):
         tokens: Sequence[int],
         segment: Callable[[int, int], S],
         snapshot: Callable[[], T] | None = None,
+        *,
+        token_bytes: int = 0,
     ) -> None:
         """Keeps what was evaluated, as far as the budget allows.
 
@@ -140,10 +154,14 @@ class PrefixTree(Generic[S, T]):
             segment: Copies what the caches hold for the tokens from the first to before
                 the second; called only for what the tree does not hold yet.
             snapshot: Copies what cannot be cut, as it stands after the last token.
+            token_bytes: What one token will take, if that is known: then no more is copied
+                than there may be room for.
         """
         run = array("i", tokens)
         path = self._walk(run)
         known = sum(length for _, length in path)
+        if token_bytes and (fitting := self._budget_bytes // token_bytes) < len(run):
+            run, snapshot = run[: max(known, fitting)], None
         node = self._ending_at(path)
         self._use(_lineage(node))
         if known < len(run):
@@ -228,7 +246,7 @@ class PrefixTree(Generic[S, T]):
         node.nbytes = self._pieces.segment_bytes(node.segment)
         if node.snapshot is not None:
             node.nbytes += self._pieces.snapshot_bytes(node.snapshot)
-        self.nbytes += node.nbytes - before
+        self.held.nbytes += node.nbytes - before
 
     def _make_room(self, needed: int, keep: _Root[S, T]) -> bool:
         """Drops what was not used for longest, but for a node and those that lead to it."""
@@ -242,7 +260,7 @@ class PrefixTree(Generic[S, T]):
     def _drop(self, node: _Node[S, T]) -> None:
         del node.parent.children[node.tokens[0]]
         del self._by_use[node]
-        self.nbytes -= node.nbytes
+        self.held.nbytes -= node.nbytes
 
     def _use(self, path: Sequence[_Node[S, T]]) -> None:
         """Marks nodes, in order from the first, as used now."""

@@ -73,10 +73,13 @@ class Seats:
     def _fits(self, completion: Completion, model: LoadedModel) -> bool:
         """Whether the memory of all would suffice, should each become as long as it may."""
         if not self.running and completion in self.returning:
-            return True  # it holds its memory already, and nobody else would make room
+            # The others are set aside, and their readers must not hold this one up. At worst
+            # it takes what one sequence may, beyond the budget.
+            return True
         lengths = [other.max_length for other in (*self.running.values(), completion)]
         # A batch is as wide as its longest row.
         need = len(lengths) * model.kv_bytes(max(lengths))
         aside = (*self.paused.values(), *self.returning)
-        need += sum(model.kv_bytes(other.max_length) for other in aside if other is not completion)
+        # What is set aside does not grow.
+        need += sum(model.kv_bytes(other.length) for other in aside if other is not completion)
         return need <= model.info.kv_budget_bytes

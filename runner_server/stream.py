@@ -24,7 +24,7 @@ _MAX_WAITING_TEXTS = 4096
 """Token texts before a reader from which on its row waits, until it has read half of them."""
 
 _MERGE_SECONDS = 0.02
-"""How long a piece may wait for others: 100 messages a second are as good as more to a
+"""How long a piece may wait for others: 50 messages a second are as good as more to a
 reader, and each costs both sides some 40 microseconds."""
 
 
@@ -109,7 +109,7 @@ class Stream:
 
 
 class Publisher:
-    """Wakes readers, all in one call of the loop and at most every 10 ms.
+    """Wakes readers, all in one call of the loop and at most every 20 ms.
 
     :meth:`publish` belongs to the engine's thread, the rest to the loop.
 

@@ -19,12 +19,16 @@ newcomer or a cancel may wait."""
 MIN_CHUNK = 32
 """Tokens below which a chunk takes hardly less time: the weights are read for it anyway. On
 a 100 M model on two CPU cores 256 tokens take 0.47 s in chunks of 32, 0.36 in chunks of 64
-and 0.32 in chunks of 128. A decode step reads them too, so a slice is as long as one."""
+and 0.32 in chunks of 128."""
 
 _GRAIN = 16
 """Chunks are multiples of this many tokens, as far as they have a choice."""
 
-_PROMPTS_SHARE = 2.0
+_LEAST_STEPS = 2.0
+"""Decode steps that a slice is at least as long as: a step reads the weights once, and a
+chunk that is no longer does little more than that."""
+
+_PROMPTS_SHARE = 4.0
 """What a waiting prompt counts beside a running stream when the time is divided."""
 
 _NEWEST_WEIGHT = 0.3
@@ -62,8 +66,8 @@ class PrefillTurns:
         """
         if decoding:
             share = decode_seconds * _PROMPTS_SHARE * waiting / decoding
-            most = max(MAX_SECONDS, decode_seconds)
-            self._slice = min(most, max(MIN_SECONDS, decode_seconds, share))
+            most = max(MAX_SECONDS, _LEAST_STEPS * decode_seconds)
+            self._slice = min(most, max(MIN_SECONDS, _LEAST_STEPS * decode_seconds, share))
         else:
             self._slice = MAX_SECONDS
         self._left = self._slice
@@ -90,7 +94,12 @@ class PrefillTurns:
             return None
         self._is_first = False
         self._serves_oldest = row == oldest
-        return row, _even_part(remaining[row], max(MIN_CHUNK, fitting))
+        return row, self._part(remaining[row], max(MIN_CHUNK, fitting))
+
+    @property
+    def room(self) -> int:
+        """Tokens for which the slice has time: others may be evaluated beside the next row."""
+        return 0 if self._pace is None else int(self._pace * self._left)
 
     def spent(self, tokens: int, seconds: float) -> None:
         """Notes how long the chunk of the last turn took."""
@@ -109,7 +118,8 @@ class PrefillTurns:
         tokens = int(self._pace * seconds) // _GRAIN * _GRAIN
         return min(self._max_chunk, tokens)
 
-
-def _even_part(tokens: int, most: int) -> int:
-    """As many as may be; the last two parts are about as large, so that none is too small."""
-    return -(-tokens // 2) if most < tokens < 2 * most else min(tokens, most)
+    def _part(self, tokens: int, fitting: int) -> int:
+        """As many as fit, and half as many more if they are the last: no small rest is left."""
+        if tokens <= min(fitting * 3 // 2, self._max_chunk):
+            return tokens
+        return -(-tokens // 2) if tokens < 2 * fitting else fitting

@@ -206,6 +206,8 @@ class Worker:
         self._ledger.note_step()
         ended = [row for event in events if (row := self._on_event(event)) is not None]
         if ended:
+            # What they have evaluated is kept for others; their readers need not wait for that.
+            self._publish()
             batch.remove(ended)
         for completion in [each for each in self._seats.running.values() if each.stream.is_full]:
             batch.pause(completion.id)

@@ -158,6 +158,7 @@ class Server:
     async def settled(self) -> None:
         """Waits until no completion is left."""
         await eventually(lambda: not self.app.engine._ledger._live)
+        await eventually(lambda: not any(batch.rows for batch in self.backend.batches))
 
     async def health(self, service: str = "") -> int:
         """The health of a service, as a number of its enum."""

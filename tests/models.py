@@ -57,6 +57,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "time_step_rank": 4,
         "max_position_embeddings": 2048,
     },
+    # Its recurrent layers take padding for text.
+    "mamba": {
+        "model_type": "mamba",
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "state_size": 8,
+        "num_hidden_layers": 2,
+        "conv_kernel": 4,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "time_step_rank": 4,
+        "max_position_embeddings": 2048,
+    },
     # A short convolution and full attention by turns.
     "lfm2": {
         "model_type": "lfm2",

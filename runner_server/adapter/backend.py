@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import sys
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from runner_server.messages import LoadSpec, MemoryCounters
 
 if TYPE_CHECKING:
     from runner_server.adapter.loading import MlxModel
+    from runner_server.prefix import Held
 
 _CACHE_LIMIT_BYTES = 1 << 30
 """Most memory MLX keeps for reuse; without a limit it keeps all it ever freed."""
@@ -23,8 +23,8 @@ class MlxBackend:
 
     def __init__(self) -> None:
         self._mx: Any = None
-        # Its memory must come back when the engine lets go of it.
-        self._model: weakref.ref[MlxModel] | None = None
+        # Not the model itself: it must go with the last reference of the engine's thread.
+        self._prompts_held: Held | None = None
 
     def open(self) -> str:
         """Imports MLX and mlx_lm; returns the device's name."""
@@ -52,7 +52,7 @@ class MlxBackend:
         from runner_server.adapter.loading import load  # noqa: PLC0415 - as in open
 
         model = load(spec, report)
-        self._model = weakref.ref(model)
+        self._prompts_held = model.prompts_held
         return model
 
     def memory(self) -> MemoryCounters:
@@ -60,16 +60,17 @@ class MlxBackend:
         mx = self._mx
         if mx is None:
             return MemoryCounters()
-        model = self._model() if self._model else None
+        held = self._prompts_held
         return MemoryCounters(
             active_bytes=mx.get_active_memory(),
             cache_bytes=mx.get_cache_memory(),
             peak_bytes=mx.get_peak_memory(),
-            prefix_cache_bytes=model.prefix_cache_bytes if model else 0,
+            prefix_cache_bytes=held.nbytes if held else 0,
         )
 
     def release(self) -> None:
         """Gives freed memory back: Python's cycles, MLX's cache, the C heap."""
+        self._prompts_held = None
         gc.collect()
         if self._mx is not None:
             self._mx.clear_cache()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
-import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from runner_server.adapter.caches import CachePieces, Segment, Snapshot, evaluate
+from runner_server.adapter.caches import CachePieces, Segment, Snapshot, evaluate, prefill
 from runner_server.adapter.decode import Decoding, Row
 from runner_server.messages import Prefill, Sampling, Token
 from runner_server.prefix import PrefixTree
@@ -19,6 +19,10 @@ PromptCache = PrefixTree[Segment, Snapshot]
 
 _WORTHWHILE = 32
 """Tokens from which on it pays to stop a prompt where it leaves an earlier one's."""
+
+
+_ROWS_TOGETHER = 4
+"""Chunks that may be evaluated as one; bounds the memory that takes."""
 
 
 @dataclass(eq=False)
@@ -45,12 +49,23 @@ class _Prompt:
     def remaining(self) -> int:
         return len(self.ids) - 1 - self.evaluated
 
+    def way(self) -> tuple[int, ...]:
+        """Its next tokens, enough to tell whether another goes the same way."""
+        return tuple(self.ids[self.evaluated : self.evaluated + _WORTHWHILE])
+
+    def next_chunk(self, count: int) -> list[int]:
+        """The next tokens to evaluate, at most so many, and none beyond the branch."""
+        end = min(self.evaluated + count, len(self.ids) - 1)
+        if self.branch is not None:
+            end = min(end, self.branch)
+        return list(self.ids[self.evaluated : end])
+
     def progress(self) -> Prefill:
         return Prefill(self.row.id, self.evaluated, len(self.ids), self.cached)
 
 
 class MlxBatch:
-    """Evaluates prompts one after the other and decodes rows together.
+    """Evaluates prompts in turns and decodes rows together.
 
     Args:
         model: The evaluated model.
@@ -75,6 +90,7 @@ class MlxBatch:
         self._known = prompts
         self._clock = clock
         self._turns = PrefillTurns(max_chunk)
+        self._max_together = _ROWS_TOGETHER * max_chunk
         # In order of arrival.
         self._prompts: dict[int, _Prompt] = {}
         self._joining: list[Row] = []
@@ -115,13 +131,14 @@ class MlxBatch:
 
     def step(self) -> list[Prefill | Token]:
         """Evaluates prompts for a slice of time, then decodes; see ``Batch.step``."""
+        waited = self._finish_decoding()
         events: list[Prefill | Token] = [*self._prefill()]
         self._decoding.join(self._joining)
         self._joining = []
         if self._decoding.rows:
             began = self._clock()
             events += self._decoding.step()
-            self._decode_seconds = self._clock() - began
+            self._decode_seconds = waited + self._clock() - began
         return events
 
     def close(self) -> None:
@@ -130,6 +147,18 @@ class MlxBatch:
         self._paused.clear()
         self._joining.clear()
         self._decoding.leave(self._decoding.rows, with_caches=False)
+
+    def _finish_decoding(self) -> float:
+        """Waits for the step that was begun, if prompts would wait for it anyway.
+
+        Returns:
+            How long: time of decoding that is not to be taken for the prompts'.
+        """
+        if not (self._prompts and self._decoding.rows):
+            return 0.0
+        began = self._clock()
+        self._decoding.finish()
+        return self._clock() - began
 
     # -- prompts -----------------------------------------------------------------
 
@@ -142,11 +171,36 @@ class MlxBatch:
             prompt = self._prompts[id_]
             if count:
                 self._reuse(prompt)
-                self._evaluate(prompt, min(count, prompt.remaining))
-            events.append(prompt.progress())
-            if not prompt.remaining:
-                self._joining.append(self._prompts.pop(id_).row)
+            together = [prompt, *self._companions(prompt, count)]
+            self._evaluate(together, count)
+            for each in together:
+                events.append(each.progress())
+                if not each.remaining:
+                    self._joining.append(self._prompts.pop(each.row.id).row)
         return events
+
+    def _companions(self, prompt: _Prompt, count: int) -> list[_Prompt]:
+        """Prompts that are evaluated to their ends beside one: the weights are read once for all.
+
+        They stand where it stands and go different ways from there: what they share is
+        better evaluated once.
+        """
+        length = prompt.remaining
+        most = min(self._turns.room, self._max_together) // max(1, length)
+        if length < 2 or count < length or prompt.branch is not None or most < 2:
+            return []
+        shortest = length // 2 if self._pieces.can_pad else length
+        ways = {prompt.way()}
+        found: list[_Prompt] = []
+        for other in islice(self._prompts.values(), 2 * most):
+            if other is prompt or len(found) + 1 == most:
+                continue
+            self._reuse(other)
+            is_level = other.evaluated == prompt.evaluated and other.branch is None
+            if is_level and shortest <= other.remaining <= length and other.way() not in ways:
+                ways.add(other.way())
+                found.append(other)
+        return found
 
     def _reuse(self, prompt: _Prompt) -> None:
         """Takes over what other prompts have evaluated by now, if that is more."""
@@ -163,22 +217,21 @@ class MlxBatch:
         if self._pieces.needs_snapshot and gain >= _WORTHWHILE and match.common > prompt.evaluated:
             prompt.branch = match.common
 
-    def _evaluate(self, prompt: _Prompt, count: int) -> None:
-        """Evaluates the next tokens of a prompt."""
-        row = prompt.row
-        if prompt.branch is not None:
-            count = min(count, prompt.branch - prompt.evaluated)
-        if not count:
+    def _evaluate(self, prompts: Sequence[_Prompt], count: int) -> None:
+        """Evaluates the next tokens of prompts; of several, all."""
+        chunks = [prompt.next_chunk(count) for prompt in prompts]
+        total = sum(map(len, chunks))
+        if not total:
             return
-        chunk = list(prompt.ids[prompt.evaluated : prompt.evaluated + count])
         began = self._clock()
-        self._model(mx.array([chunk]), cache=row.caches)
-        evaluate(row.caches)
-        self._turns.spent(count, self._clock() - began)
-        row.tokens += chunk
-        at_branch = prompt.evaluated == prompt.branch
-        if at_branch or not prompt.remaining or not self._pieces.needs_snapshot:
-            self._offer(row)
+        caches = prefill(self._model, [prompt.row.caches for prompt in prompts], chunks)
+        self._turns.spent(total, self._clock() - began)
+        for prompt, chunk, own in zip(prompts, chunks, caches, strict=True):
+            prompt.row.caches = own
+            prompt.row.tokens += chunk
+            at_branch = prompt.evaluated == prompt.branch
+            if at_branch or not prompt.remaining or not self._pieces.needs_snapshot:
+                self._offer(prompt.row)
 
     def _offer(self, row: Row) -> None:
         """Keeps what a row has evaluated for prompts that begin like it."""
@@ -192,5 +245,8 @@ class MlxBatch:
                 return self._pieces.snapshot(caches)
 
         self._known.offer(
-            row.tokens, lambda start, end: self._pieces.segment(caches, start, end), snapshot
+            row.tokens,
+            lambda start, end: self._pieces.segment(caches, start, end),
+            snapshot,
+            token_bytes=self._pieces.token_bytes(caches),
         )

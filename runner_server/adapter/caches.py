@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_map
 
-from runner_server.adapter.names import KVCache, make_prompt_cache
+from runner_server.adapter.names import KVCache, RotatingKVCache, make_prompt_cache
 
 Caches = list[Any]
 Segment = list[tuple[mx.array, mx.array]]
@@ -40,6 +40,38 @@ def extract(batch: Caches, place: int) -> Caches:
     return [layer.extract(place) for layer in batch]
 
 
+def prefill(model: Module, rows: Sequence[Caches], chunks: Sequence[Sequence[int]]) -> list[Caches]:
+    """Evaluates tokens of several rows together.
+
+    Args:
+        model: The evaluated model.
+        rows: The caches of each; all as long, or there is one.
+        chunks: The tokens of each.
+
+    Returns:
+        The caches of each, evaluated.
+    """
+    if len(rows) == 1:
+        model(mx.array([list(chunks[0])]), cache=rows[0])
+        evaluate(rows[0])
+        return list(rows)
+    lengths = [len(chunk) for chunk in chunks]
+    padding = [max(lengths) - length for length in lengths]
+    tokens = mx.array([[*chunk, *[0] * pad] for chunk, pad in zip(chunks, padding, strict=True)])
+    batch = merge(rows)
+    if any(padding):
+        for cache in batch:
+            cache.prepare(lengths=lengths, right_padding=padding)
+    model(tokens, cache=batch)
+    if any(padding):
+        for cache in batch:
+            cache.finalize()
+    evaluated = [extract(batch, place) for place in range(len(rows))]
+    for caches in evaluated:
+        evaluate(caches)
+    return evaluated
+
+
 def evaluate(caches: Caches) -> None:
     """Computes what the caches are to hold; waits for it."""
     mx.eval([cache.state for cache in caches])
@@ -52,16 +84,23 @@ class CachePieces:
     Attributes:
         new: Makes empty caches.
         cut_layers: For each layer, whether it can be cut at any token.
+        can_pad: Whether rows of unequal length may be evaluated together: recurrent layers
+            of several models take padding for text.
     """
 
     new: Callable[[], Caches]
     cut_layers: tuple[bool, ...]
+    can_pad: bool
 
     @classmethod
     def of(cls, model: Module) -> CachePieces:
         """Those of a model."""
-        kinds = tuple(type(cache) is KVCache for cache in make_prompt_cache(model))
-        return cls(lambda: make_prompt_cache(model), kinds)
+        kinds = [type(cache) for cache in make_prompt_cache(model)]
+        return cls(
+            new=lambda: make_prompt_cache(model),
+            cut_layers=tuple(kind is KVCache for kind in kinds),
+            can_pad=all(kind in (KVCache, RotatingKVCache) for kind in kinds),
+        )
 
     @property
     def needs_snapshot(self) -> bool:
@@ -97,6 +136,11 @@ class CachePieces:
         return [
             _joined(next(layers)) if cut else copy.deepcopy(next(others)) for cut in self.cut_layers
         ]
+
+    def token_bytes(self, caches: Caches) -> int:
+        """Bytes of one token in the layers that can be cut."""
+        pairs = self._cuttable(caches)
+        return sum((keys.nbytes + values.nbytes) // keys.shape[2] for keys, values in pairs)
 
     def segment_bytes(self, segment: Segment) -> int:
         """Bytes it holds."""

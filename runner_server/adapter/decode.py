@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import cast
 
 import mlx.core as mx
@@ -19,6 +20,10 @@ from runner_server.adapter.caches import Caches, extend, extract, merge
 from runner_server.adapter.penalties import Penalties
 from runner_server.adapter.sampling import Likelihoods, Sampler, likelihoods
 from runner_server.messages import Sampling, Token, TokenLogprob
+
+_STATE_STEPS = 64
+"""Steps after which all of the caches' state is computed: where nothing uses a layer's
+offset, what it is to be would grow by one more addition with each step."""
 
 
 @dataclass(eq=False)
@@ -46,18 +51,38 @@ class Row:
     likelihood: _Likelihood | None = None
 
 
+class _Measured:
+    """The likelihoods of a step, read once for all rows.
+
+    A part of an array would have to be computed, behind the step that was begun since.
+    """
+
+    def __init__(self, arrays: Likelihoods) -> None:
+        self.arrays = arrays
+
+    @cached_property
+    def chosen(self) -> list[float]:
+        return cast("list[float]", self.arrays.chosen.tolist())
+
+    @cached_property
+    def ids(self) -> list[list[int]]:
+        return cast("list[list[int]]", self.arrays.ids.tolist())
+
+    @cached_property
+    def values(self) -> list[list[float]]:
+        return cast("list[list[float]]", self.arrays.values.tolist())
+
+
 @dataclass(frozen=True)
 class _Likelihood:
     """Where the likelihood of a row's token stands."""
 
-    arrays: Likelihoods
+    step: _Measured
     place: int
 
     def read(self, token_id: int, top: int) -> TokenLogprob:
-        ids = cast("list[int]", self.arrays.ids[self.place].tolist())[:top]
-        values = cast("list[float]", self.arrays.values[self.place].tolist())[:top]
-        chosen = cast("float", self.arrays.chosen[self.place].item())
-        return TokenLogprob(token_id, chosen, tuple(zip(ids, values, strict=True)))
+        pairs = zip(self.step.ids[self.place], self.step.values[self.place], strict=True)
+        return TokenLogprob(token_id, self.step.chosen[self.place], tuple(pairs)[:top])
 
 
 class Decoding:
@@ -78,6 +103,7 @@ class Decoding:
         # A single row keeps caches of its own kind, which need no mask.
         self._caches: Caches = []
         self._inputs = mx.array([], dtype=mx.uint32)
+        self._steps = 0
         self._arrange()
 
     def join(self, rows: Sequence[Row]) -> None:
@@ -118,6 +144,10 @@ class Decoding:
         """Waits for the token that a row was given last, so that it can be left alone."""
         row.next_id = cast("int", self._inputs[self.rows.index(row)].item())
 
+    def finish(self) -> None:
+        """Waits for the step that was begun last."""
+        mx.eval(self._inputs)
+
     def step(self) -> list[Token]:
         """Begins the next token of every row and reports those that were begun before.
 
@@ -129,6 +159,9 @@ class Decoding:
         self._inputs = self._sampler(changed, [row.drawn for row in rows])
         begun = self._measure(logits)
         mx.async_eval(self._inputs, [part for found in begun for part in _parts(found)])
+        self._steps += 1
+        if self._steps % _STATE_STEPS == 0:
+            mx.async_eval([cache.state for cache in self._caches])
         news = self._report(cast("list[int]", inputs.tolist()), begun)
         first = [place for place, row in enumerate(rows) if row.drawn == 1 and row.is_news]
         if first:
@@ -160,9 +193,9 @@ class Decoding:
             return found
         index = rows_of(self._measured, len(self.rows))
         chosen = (logits, self._inputs) if index is None else (logits[index], self._inputs[index])
-        arrays = likelihoods(*chosen, self._top)
+        step = _Measured(likelihoods(*chosen, self._top))
         for place, row in enumerate(self._measured):
-            found[row] = _Likelihood(arrays, place)
+            found[row] = _Likelihood(step, place)
         return found
 
     def _caches_of(self, place: int) -> Caches:
@@ -190,4 +223,7 @@ class Decoding:
 
 
 def _parts(found: _Likelihood | None) -> tuple[mx.array, ...]:
-    return () if found is None else (found.arrays.chosen, found.arrays.ids, found.arrays.values)
+    if found is None:
+        return ()
+    arrays = found.step.arrays
+    return arrays.chosen, arrays.ids, arrays.values

@@ -39,7 +39,7 @@ from runner_server.errors import (
     ModelUnsupported,
 )
 from runner_server.messages import Dtype, LoadSpec, ModelInfo, Sampling, Token
-from runner_server.prefix import PrefixTree
+from runner_server.prefix import Held, PrefixTree
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +82,9 @@ class MlxModel:
         return self._plan.kv_bytes(tokens)
 
     @property
-    def prefix_cache_bytes(self) -> int:
-        """Bytes of evaluated prompts that are kept."""
-        return self._prompts.nbytes
+    def prompts_held(self) -> Held:
+        """How much the evaluated prompts that are kept take."""
+        return self._prompts.held
 
     def new_batch(self) -> MlxBatch:
         """An empty batch."""
@@ -235,6 +235,7 @@ def _plan(spec: LoadSpec, model: Module, config: dict[str, Any]) -> _Plan:
     if dtype is Dtype.AUTO:
         wide = _weight_need(model, Dtype.FLOAT32)
         wide += _kv_bytes(seen, context, Dtype.FLOAT32) * spec.parallel
+        wide += spec.prefix_cache_bytes or 0
         on_cpu = _device_kind() == "cpu"
         dtype = Dtype.FLOAT32 if on_cpu and wide <= limit else Dtype.AS_STORED
     weights, one = _weight_need(model, dtype), _kv_bytes(seen, context, dtype)

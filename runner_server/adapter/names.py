@@ -8,6 +8,7 @@ _cache = import_lean("mlx_lm.models.cache")
 _utils = import_lean("mlx_lm.utils")
 
 KVCache = _cache.KVCache
+RotatingKVCache = _cache.RotatingKVCache
 make_prompt_cache = _cache.make_prompt_cache
 dequantize_model = _utils.dequantize_model
 load_config = _utils.load_config

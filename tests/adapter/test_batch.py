@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 import subprocess
 import sys
@@ -372,3 +373,41 @@ def test_in_half_precision_a_row_does_not_depend_on_what_its_neighbours_ask_for(
         _together(model, [row, Row([2, 7, 1], 20, other), Row([9, 9], 20, other)])
         seen.append((row.ids, row.logprobs))
     assert all(one == seen[0] for one in seen)
+
+
+@pytest.mark.parametrize("shape", ["llama", "gemma3", "mamba", "mamba2", "lfm2"])
+@pytest.mark.parametrize("lengths", [(40, 40, 40), (40, 33, 25), (40, 3, 39)])
+def test_prompts_evaluated_together_are_those_alone(
+    load: Callable[..., LoadedModel],
+    model_dir: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    shape: str,
+    lengths: tuple[int, ...],
+) -> None:
+    """Some recurrent layers take padding for text: those rows must be as long as each other."""
+    module: Any = importlib.import_module("runner_server.adapter.batch")
+
+    together: list[int] = []
+    prefill = module.prefill
+
+    def counting(model: Any, rows: Any, chunks: Any) -> Any:
+        together.append(len(rows))
+        return prefill(model, rows, chunks)
+
+    monkeypatch.setattr(module, "prefill", counting)
+    model = load(model_dir(shape), parallel=8, prefix_cache_bytes=0)
+    sampling = replace(GREEDY, logprobs=20)
+    draw = random.Random(7)  # noqa: S311 - prompts
+    prompts = [[draw.randrange(2, 500) for _ in range(n)] for n in lengths]
+    batch = model.new_batch()
+    run_rows(batch, [Row([5] * 100, 1)])  # it finds its pace
+    together.clear()
+    rows = [Row(prompt, 6, sampling) for prompt in prompts]
+    run_rows(batch, rows)
+    batch.close()
+    if len(set(lengths)) == 1:
+        assert max(together) == 3
+    for row in rows:
+        single = Row(row.prompt, 6, sampling)
+        _together(model, [single])
+        assert_alike(row.logprobs, single.logprobs)

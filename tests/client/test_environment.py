@@ -130,6 +130,7 @@ def test_blas_is_preloaded_with_its_variables(openblas: Blas) -> None:
         "HOME": "/h",
         "LD_PRELOAD": str(openblas.path),
         "OPENBLAS_CORETYPE": "SKYLAKEX",
+        "OPENBLAS_THREAD_TIMEOUT": "4",
     }
 
 

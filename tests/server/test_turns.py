@@ -58,7 +58,8 @@ def test_running_streams_wait_no_longer_than_a_slice(pace: float) -> None:
         machine.slice()
         slices += 1
         # No machine can do less than a grain of tokens.
-        assert machine.seconds <= max(MIN_SECONDS, MIN_CHUNK / pace) * 1.001
+        # The last chunk of a prompt may be half as long again.
+        assert machine.seconds <= 1.5 * max(MIN_SECONDS, MIN_CHUNK / pace)
     # The time is used: no more than half of each slice is left over.
     assert slices <= 2 * 5800 / max(pace * MIN_SECONDS, MIN_CHUNK) + 4
 
@@ -102,19 +103,19 @@ def test_a_lone_prompt_gets_whole_chunks(max_chunk: int) -> None:
         machine.slice(decoding=0)
         slices += 1
         counts += [count for _, count in machine.chunks]
-        assert machine.seconds <= MAX_SECONDS * 1.001
+        assert machine.seconds <= MAX_SECONDS * 1.1
     assert slices <= 3
     whole = sum(count == max_chunk for count in counts)
     # All but the last two parts of a prompt and what is left of a slice.
     assert whole >= len(counts) - 2 * slices - 2
 
 
-def test_a_slow_decode_step_gives_prompts_as_much_time_as_it_takes() -> None:
+def test_a_slow_decode_step_gives_prompts_twice_the_time_it_takes() -> None:
     machine = Machine(5000)
     machine.warm()
     machine.remaining = {0: 10_000}
     machine.slice(decode_seconds=0.5, decoding=1)
-    assert 0.45 <= machine.seconds <= 0.5
+    assert 0.9 <= machine.seconds <= 1.0
 
 
 @pytest.mark.parametrize("pace", [300, 1000, 3000, 10_000, 100_000])
@@ -205,8 +206,8 @@ def test_one_newcomer_does_not_hold_up_many_streams() -> None:
     machine.warm()
     machine.remaining = {0: 4000}
     machine.slice(decode_seconds=0.04, decoding=15)
-    # Never less than a decode step: below that a chunk takes as long anyway.
-    assert machine.seconds <= 0.04 * 1.001
+    # Never less than two decode steps: below that a chunk takes as long anyway.
+    assert machine.seconds <= 0.08 * 1.001
 
 
 @pytest.mark.parametrize("length", [65, 129, 130, 200, 255])

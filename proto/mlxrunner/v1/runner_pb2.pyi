@@ -487,7 +487,9 @@ class StatusResponse(_message.Message):
     parallel: _builtins.int
     """How many completions are decoded together; 0 when no model is loaded."""
     running_count: _builtins.int
-    """Completions in prefill or decode."""
+    """Completions that have begun: in prefill, in decode, or set aside until their
+    readers have read on.
+    """
     queued_count: _builtins.int
     """Completions that wait for a place."""
     step_count: _builtins.int

@@ -1,0 +1,73 @@
+"""OpenBLAS in a runner: as many threads as a model has use for, and none that spin."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from runner_client.environment import child_environment, find_blas
+
+pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "runner_server/demo/model"
+_CHILD = """
+import ctypes, json, os, sys
+from runner_server.adapter import MlxBackend
+from runner_server.messages import LoadSpec
+blas = ctypes.CDLL(None)
+backend = MlxBackend()
+backend.open()
+threads = []
+for path in sys.argv[1:]:
+    backend.load(LoadSpec(path, context_length=64), lambda _: None)
+    threads.append(blas.openblas_get_num_threads())
+backend.close()
+print(json.dumps([threads, blas.openblas_get_num_procs(), os.environ["OPENBLAS_THREAD_TIMEOUT"]]))
+"""
+
+
+@pytest.fixture
+def openblas() -> dict[str, str]:
+    """The environment of a runner with OpenBLAS in front."""
+    blas = find_blas()
+    if blas is None or blas.name != "OpenBLAS":
+        pytest.skip("no OpenBLAS is installed: apt-get install libopenblas0-pthread")
+    clean = {key: value for key, value in os.environ.items() if "OPENBLAS" not in key}
+    return child_environment(clean, backend="cpu", blas=str(blas.path))
+
+
+def _threads(environment: Mapping[str, str], *models: Path) -> tuple[list[int], int, str]:
+    path = os.pathsep.join(str(ROOT / part) for part in ("proto", "."))
+    child = subprocess.run(
+        [sys.executable, "-c", _CHILD, *map(str, models)],
+        env={**environment, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    threads, cores, timeout = json.loads(child.stdout)
+    return threads, cores, timeout
+
+
+def test_one_thread_for_small_matrices_and_all_for_others(
+    openblas: dict[str, str], model_dir: Callable[..., Path]
+) -> None:
+    large = model_dir(hidden_size=512, intermediate_size=1024, vocab_size=4096)
+    threads, cores, timeout = _threads(openblas, DEMO, large, DEMO)
+    assert threads == [1, cores, 1]
+    assert timeout == "4"
+
+
+def test_what_the_user_says_stands(openblas: dict[str, str]) -> None:
+    environment = {**openblas, "OPENBLAS_NUM_THREADS": "2", "OPENBLAS_THREAD_TIMEOUT": "20"}
+    threads, _, timeout = _threads(environment, DEMO)
+    assert threads == [2]
+    assert timeout == "20"
