@@ -68,7 +68,7 @@ def probe(model: Module, prefill_chunk: int) -> Probe:
 
     Args:
         model: With lazy weights.
-        prefill_chunk: Tokens of a prompt that one step evaluates.
+        prefill_chunk: Most tokens of a prompt that are evaluated at once.
 
     Lazy arrays know their shapes, so this costs no memory and reads no weights. They
     also hold everything they would be computed from, so none may outlive this call: a

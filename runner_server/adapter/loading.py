@@ -47,7 +47,7 @@ Report = Callable[[int], None]
 
 _MIN_CONTEXT, _DEFAULT_CONTEXT = 2, 4096
 _PREFILL_CHUNK = {"cpu": 128, "gpu": 1024}
-"""Tokens of a prompt in one step: running streams wait for it, and so does a cancel."""
+"""Most tokens of a prompt that are evaluated at once: it bounds the memory that takes."""
 
 _PREFIX_SHARE = 5
 """Of what weights and KV cache leave free, one part in so many keeps evaluated prompts."""

@@ -70,7 +70,7 @@ class Sampler:
         ]
         order = [place for places in groups.values() for place in places]
         inverse = sorted(range(len(order)), key=order.__getitem__)
-        self._inverse = rows_of(inverse, -1) if len(groups) > 1 else None
+        self._inverse = mx.array(inverse) if len(groups) > 1 else None
 
     def __call__(self, logits: mx.array, positions: Sequence[int]) -> mx.array:
         """Draws a token for each row.
