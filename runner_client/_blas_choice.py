@@ -132,7 +132,11 @@ def _key(libraries: Sequence[Blas], root: Path) -> dict[str, Any]:
 
 
 def _identity(path: Path) -> list[Any]:
-    status = path.stat()
+    """Changes with the file; of one that has just gone, no other is the same."""
+    try:
+        status = path.stat()
+    except OSError:
+        return [str(path)]
     return [str(path), status.st_size, status.st_mtime_ns]
 
 

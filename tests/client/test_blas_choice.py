@@ -242,3 +242,9 @@ def test_a_start_takes_what_was_remembered_and_else_the_first(
     assert choose_blas(machine.environment) == machine.openblas
     machine.libraries = ()
     assert choose_blas(machine.environment) is None
+
+
+def test_a_library_that_vanishes_meanwhile_fails_no_start(machine: Machine) -> None:
+    machine.remember(machine.mkl)
+    machine.libraries[0].path.unlink()
+    assert machine.recall() is None
