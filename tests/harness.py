@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import grpc
+import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2
 from grpc_status import rpc_status
@@ -22,6 +23,7 @@ from mlxrunner.v1 import runner_pb2_grpc
 from runner_server.app import RunnerApp
 from runner_server.backend import Backend
 from runner_server.config import ServerConfig
+from runner_server.worker import Worker
 
 _T = TypeVar("_T")
 
@@ -208,6 +210,20 @@ def joined(messages: list[pb.CompletionResponse]) -> str:
 def tokens(messages: list[pb.CompletionResponse]) -> list[int]:
     """The token ids of a stream."""
     return [id_ for message in messages for id_ in message.token_ids]
+
+
+def count_rounds(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Counts the rounds of the engine's loop from now on."""
+    rounds = 0
+    advance = Worker._advance
+
+    def counting(worker: Worker) -> None:
+        nonlocal rounds
+        rounds += 1
+        advance(worker)
+
+    monkeypatch.setattr(Worker, "_advance", counting)
+    return lambda: rounds
 
 
 @asynccontextmanager

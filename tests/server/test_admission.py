@@ -10,9 +10,8 @@ import grpc
 import pytest
 
 from fakes import TOKEN_BYTES, FakeBackend
-from harness import CompletionCall, Server, StartServer, eventually, failure, tokens
+from harness import CompletionCall, Server, StartServer, count_rounds, eventually, failure, tokens
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_server.worker import Worker
 
 PROMPT = "0123456"
 PROMPT_TOKENS = 8
@@ -229,20 +228,12 @@ async def test_while_nothing_fits_the_engine_sleeps(
     others = await _start_all(server, 100, 100, 60)
     gate.open()
     await eventually(lambda: len(seats.paused) == 1 and len(seats.waiting) == 3)
-    rounds = 0
-    advance = Worker._advance
-
-    def counting(worker: Worker) -> None:
-        nonlocal rounds
-        rounds += 1
-        advance(worker)
-
-    monkeypatch.setattr(Worker, "_advance", counting)
+    rounds = count_rounds(monkeypatch)
     steps = server.backend.steps
     for _ in range(30):
         status = await server.status()
         assert (status.running_count, status.queued_count) == (1, 3)
-    assert rounds <= 1
+    assert rounds() <= 1
     assert server.backend.steps == steps
     monkeypatch.setattr(type(completion.stream), "is_full", property(lambda _stream: False))
     resumes[0]()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
@@ -11,13 +11,21 @@ import grpc
 import pytest
 
 from fakes import says
-from harness import LIMITS, CompletionCall, Server, eventually, failure, joined, tokens
+from harness import (
+    LIMITS,
+    CompletionCall,
+    Server,
+    count_rounds,
+    eventually,
+    failure,
+    joined,
+    tokens,
+)
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.convert import piece_message
 from runner_server.errors import ShuttingDown
 from runner_server.messages import Done, DoneReason, Piece, TokenLogprob
 from runner_server.stream import _MAX_WAITING_TEXTS, Publisher, Stream, merge
-from runner_server.worker import Worker
 
 UNLOAD = pb.UnloadRequest()
 SMALL_WINDOW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16 << 10)]
@@ -307,7 +315,7 @@ async def test_while_all_are_waited_for_the_engine_sleeps(
 ) -> None:
     await server.load(parallel=2)
     calls = [await _stopped(stopping, f"slow {i}") for i in range(3)]
-    rounds = _count_rounds(monkeypatch)
+    rounds = count_rounds(monkeypatch)
     steps = server.backend.steps
     for _ in range(30):
         assert (await server.status()).running_count == 3
@@ -315,20 +323,6 @@ async def test_while_all_are_waited_for_the_engine_sleeps(
     assert server.backend.steps == steps
     assert len(await server.text("quick", num_predict=50)) == 50
     assert [len(text) for text in await asyncio.gather(*map(_read, calls))] == [1500] * 3
-
-
-def _count_rounds(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """Counts the rounds of the engine's loop from now on."""
-    rounds = 0
-    advance = Worker._advance
-
-    def counting(worker: Worker) -> None:
-        nonlocal rounds
-        rounds += 1
-        advance(worker)
-
-    monkeypatch.setattr(Worker, "_advance", counting)
-    return lambda: rounds
 
 
 async def test_a_fast_reader_is_never_waited_for(server: Server) -> None:
