@@ -90,7 +90,7 @@ class MlxBatch:
         self._known = prompts
         self._clock = clock
         self._turns = PrefillTurns(max_chunk)
-        self._max_together = _ROWS_TOGETHER * max_chunk
+        self._max_chunk = max_chunk
         # In order of arrival.
         self._prompts: dict[int, _Prompt] = {}
         self._joining: list[Row] = []
@@ -133,7 +133,7 @@ class MlxBatch:
         """Evaluates prompts for a slice of time, then decodes; see ``Batch.step``."""
         waited = self._finish_decoding()
         events: list[Prefill | Token] = [*self._prefill()]
-        self._decoding.join(self._joining)
+        self._decoding.join(self._joining, expected=self._soon())
         self._joining = []
         if self._decoding.rows:
             began = self._clock()
@@ -159,6 +159,10 @@ class MlxBatch:
         began = self._clock()
         self._decoding.finish()
         return self._clock() - began
+
+    def _soon(self) -> int:
+        """Prompts that will be decoded after a chunk: they hold no more than that elsewhere."""
+        return sum(prompt.remaining <= self._max_chunk for prompt in self._prompts.values())
 
     # -- prompts -----------------------------------------------------------------
 
@@ -186,7 +190,7 @@ class MlxBatch:
         better evaluated once.
         """
         length = prompt.remaining
-        most = min(self._turns.room, self._max_together) // max(1, length)
+        most = min(self._turns.room, _ROWS_TOGETHER * self._max_chunk) // max(1, length)
         if length < 2 or count < length or prompt.branch is not None or most < 2:
             return []
         shortest = length // 2 if self._pieces.can_pad else length

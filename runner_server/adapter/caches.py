@@ -17,22 +17,44 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_map
 
+from runner_server.adapter.arrays import copied
 from runner_server.adapter.names import KVCache, RotatingKVCache, make_prompt_cache
+from runner_server.adapter.slots import SlotCache
 
 Caches = list[Any]
 Segment = list[tuple[mx.array, mx.array]]
 Snapshot = list[Any]
 
 
-def merge(rows: Sequence[Caches]) -> Caches:
-    """Puts the caches of rows beside each other."""
-    return [layers[0].merge(list(layers)) for layers in zip(*rows, strict=True)]
+def merge(rows: Sequence[Caches], capacity: int) -> Caches:
+    """Puts the caches of rows beside each other, to be decoded together.
+
+    Args:
+        rows: Of each row, those of its layers.
+        capacity: Rows to make room for, if that is more.
+    """
+    return [
+        SlotCache(layers, capacity) if _is_plain(layers[0]) else _merged(layers)
+        for layers in zip(*rows, strict=True)
+    ]
 
 
-def extend(batch: Caches, rows: Sequence[Caches]) -> None:
-    """Adds rows to a batch."""
-    for layer, added in zip(batch, merge(rows), strict=True):
-        layer.extend(added)
+def extend(batch: Caches, rows: Sequence[Caches], capacity: int) -> None:
+    """Adds rows to a batch, and makes room for so many in all if there is none."""
+    for layer, added in zip(batch, zip(*rows, strict=True), strict=True):
+        if isinstance(layer, SlotCache):
+            layer.add(added, capacity)
+        else:
+            layer.extend(_merged(added))
+
+
+def keep(batch: Caches, places: Sequence[int]) -> None:
+    """Leaves these rows in a batch, in this order."""
+    for layer in batch:
+        if isinstance(layer, SlotCache):
+            layer.keep(places)
+        else:
+            layer.filter(list(places))
 
 
 def extract(batch: Caches, place: int) -> Caches:
@@ -58,7 +80,7 @@ def prefill(model: Module, rows: Sequence[Caches], chunks: Sequence[Sequence[int
     lengths = [len(chunk) for chunk in chunks]
     padding = [max(lengths) - length for length in lengths]
     tokens = mx.array([[*chunk, *[0] * pad] for chunk, pad in zip(chunks, padding, strict=True)])
-    batch = merge(rows)
+    batch = [_merged(layers) for layers in zip(*rows, strict=True)]
     if any(padding):
         for cache in batch:
             cache.prepare(lengths=lengths, right_padding=padding)
@@ -95,11 +117,11 @@ class CachePieces:
     @classmethod
     def of(cls, model: Module) -> CachePieces:
         """Those of a model."""
-        kinds = [type(cache) for cache in make_prompt_cache(model)]
+        caches = make_prompt_cache(model)
         return cls(
             new=lambda: make_prompt_cache(model),
-            cut_layers=tuple(kind is KVCache for kind in kinds),
-            can_pad=all(kind in (KVCache, RotatingKVCache) for kind in kinds),
+            cut_layers=tuple(_is_plain(cache) for cache in caches),
+            can_pad=all(type(cache) in (KVCache, RotatingKVCache) for cache in caches),
         )
 
     @property
@@ -123,7 +145,7 @@ class CachePieces:
     def cut(self, segment: Segment, start: int, end: int) -> Segment:
         """Copies a part of a segment; nothing of the whole stays alive by it."""
         parts = [
-            (_copied(keys[..., start:end, :]), _copied(values[..., start:end, :]))
+            (copied(keys[..., start:end, :]), copied(values[..., start:end, :]))
             for keys, values in segment
         ]
         mx.eval(parts)
@@ -156,13 +178,17 @@ class CachePieces:
 
 
 def _copied(value: Any) -> Any:
-    """The same in memory of its own: a copy that MLX need not make, it does not make.
+    return copied(value) if isinstance(value, mx.array) else value
 
-    A view, and what ``mx.contiguous`` gives, may keep a much larger array alive.
-    """
-    if not isinstance(value, mx.array):
-        return value
-    return value * mx.array(1, dtype=value.dtype)
+
+def _is_plain(cache: Any) -> bool:
+    """Whether it holds a key and a value for every token, and nothing else."""
+    return type(cache) is KVCache
+
+
+def _merged(layers: Sequence[Any]) -> Any:
+    """The caches of rows beside each other as mlx_lm has them; copied when a row comes or goes."""
+    return layers[0].merge(list(layers))
 
 
 def _joined(parts: Sequence[tuple[mx.array, mx.array]]) -> Any:

@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from runner_server.adapter.arrays import rows_of
-from runner_server.adapter.caches import Caches, extend, extract, merge
+from runner_server.adapter.caches import Caches, extend, extract, keep, merge
 from runner_server.adapter.penalties import Penalties
 from runner_server.adapter.sampling import Likelihoods, Sampler, likelihoods
 from runner_server.messages import Sampling, Token, TokenLogprob
@@ -106,17 +106,23 @@ class Decoding:
         self._steps = 0
         self._arrange()
 
-    def join(self, rows: Sequence[Row]) -> None:
-        """Adds rows with the caches they bring."""
+    def join(self, rows: Sequence[Row], expected: int = 0) -> None:
+        """Adds rows with the caches they bring.
+
+        Args:
+            rows: To be decoded from now on.
+            expected: Rows to come: where memory is taken for these, it is taken for those too.
+        """
         if not rows:
             return
         brought = [row.caches for row in rows]
+        capacity = len(self.rows) + len(rows) + expected
         if len(self.rows) > 1:
-            extend(self._caches, brought)
+            extend(self._caches, brought, capacity)
         elif len(self.rows) + len(rows) == 1:
             (self._caches,) = brought
         else:
-            self._caches = merge([self._caches, *brought] if self.rows else brought)
+            self._caches = merge([self._caches, *brought] if self.rows else brought, capacity)
         for row in rows:
             row.caches = []
         ids = mx.array([row.next_id for row in rows], dtype=mx.uint32)
@@ -132,7 +138,7 @@ class Decoding:
             with_caches: Whether they take their caches along, which copies them.
         """
         leaving = {id(row) for row in rows}
-        stay = [place for place, row in enumerate(self.rows) if id(row) not in leaving]
+        stay = _filled([id(row) not in leaving for row in self.rows])
         if with_caches:
             for place, row in enumerate(self.rows):
                 if id(row) in leaving:
@@ -205,8 +211,7 @@ class Decoding:
         if len(places) == 1:
             self._caches = self._caches_of(places[0])
         elif places:
-            for cache in self._caches:
-                cache.filter(places)
+            keep(self._caches, places)
         else:
             self._caches = []
         self._inputs = self._inputs[mx.array(places, dtype=mx.int32)]
@@ -227,3 +232,9 @@ def _parts(found: _Likelihood | None) -> tuple[mx.array, ...]:
         return ()
     arrays = found.step.arrays
     return arrays.chosen, arrays.ids, arrays.values
+
+
+def _filled(stays: Sequence[bool]) -> list[int]:
+    """The places that stay, the last ones where others leave: as few as can be change place."""
+    places = [place for place, stay in enumerate(stays) if stay]
+    return [place if stays[place] else places.pop() for place in range(len(places))]
