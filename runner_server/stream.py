@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 
 from runner_server.errors import RunnerFault
 from runner_server.messages import Piece
@@ -26,6 +26,12 @@ _MAX_WAITING_TEXTS = 4096
 _MERGE_SECONDS = 0.02
 """How long a piece may wait for others: 50 messages a second are as good as more to a
 reader, and each costs both sides some 40 microseconds."""
+
+_MERGE_SECONDS_PER_STREAM = 0.00125
+"""The same where many streams share the loop: 800 messages a second in all."""
+
+_MAX_MERGE_SECONDS = 0.04
+"""The longest wait, however many streams there are."""
 
 
 class Stream:
@@ -109,7 +115,7 @@ class Stream:
 
 
 class Publisher:
-    """Wakes readers, all in one call of the loop and at most every 20 ms.
+    """Wakes readers: all in one call of the loop, a while after the last time.
 
     :meth:`publish` belongs to the engine's thread, the rest to the loop.
 
@@ -121,32 +127,54 @@ class Publisher:
         self._loop = loop
         self._lock = threading.Lock()
         self._touched: set[Stream] = set()
-        self._is_due = False
+        self._urgent: set[Stream] = set()
+        # Whether the loop has been told of what is touched.
+        self._is_told = False
+        self._timer: asyncio.TimerHandle | None = None
         self._woken = 0.0
 
-    def publish(self, streams: Sequence[Stream], *, at_once: bool) -> None:
-        """Has readers woken soon; at once for a first piece or a last one."""
+    def publish(self, streams: Iterable[Stream], urgent: Iterable[Stream] = ()) -> None:
+        """Has readers woken.
+
+        Args:
+            streams: Those to be woken soon.
+            urgent: Those to be woken at once: their first piece has come, or their last.
+        """
         with self._lock:
             self._touched.update(streams)
-            if not self._touched or (self._is_due and not at_once):
+            before = len(self._urgent)
+            self._urgent.update(urgent)
+            is_news = len(self._urgent) > before or (self._touched and not self._is_told)
+            if not is_news:
                 return
-            self._is_due = True
-        self._loop.call_soon_threadsafe(self._wake if at_once else self._wake_in_time)
+            self._is_told = True
+        self._loop.call_soon_threadsafe(self._hear)
 
-    def _wake_in_time(self) -> None:
-        wait = self._woken + _MERGE_SECONDS - self._loop.time()
-        if wait > 0:
-            self._loop.call_later(wait, self._wake)
-        else:
-            self._wake()
+    def _hear(self) -> None:
+        with self._lock:
+            urgent, self._urgent = self._urgent, set()
+            self._touched -= urgent
+            count = len(self._touched)
+            self._is_told = count > 0
+        for stream in urgent:
+            stream.wake()
+        if count and self._timer is None:
+            wait = self._woken + _merge_seconds(count) - self._loop.time()
+            self._timer = self._loop.call_later(max(0.0, wait), self._wake)
 
     def _wake(self) -> None:
+        self._timer = None
         with self._lock:
             touched, self._touched = self._touched, set()
-            self._is_due = False
+            self._is_told = False
         self._woken = self._loop.time()
         for stream in touched:
             stream.wake()
+
+
+def _merge_seconds(streams: int) -> float:
+    longer = min(_MAX_MERGE_SECONDS, streams * _MERGE_SECONDS_PER_STREAM)
+    return max(_MERGE_SECONDS, longer)
 
 
 def _text_count(piece: Piece) -> int:

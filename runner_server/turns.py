@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from runner_server.pace import Pace
+
 MIN_SECONDS = 0.03
 """The shortest slice: running streams do not notice a wait of this length."""
 
@@ -31,9 +33,6 @@ chunk that is no longer does little more than that."""
 _PROMPTS_SHARE = 4.0
 """What a waiting prompt counts beside a running stream when the time is divided."""
 
-_NEWEST_WEIGHT = 0.3
-"""Share of the latest chunk in the moving average of the pace."""
-
 
 class PrefillTurns:
     """Cuts prompts into chunks that fit a slice of time.
@@ -44,7 +43,7 @@ class PrefillTurns:
 
     def __init__(self, max_chunk: int) -> None:
         self._max_chunk = max_chunk
-        self._pace: float | None = None
+        self._pace = Pace()
         self._slice = self._left = 0.0
         self._is_first = True
         # Seconds that the oldest prompt is behind the others.
@@ -99,24 +98,20 @@ class PrefillTurns:
     @property
     def room(self) -> int:
         """Tokens for which the slice has time: others may be evaluated beside the next row."""
-        return 0 if self._pace is None else int(self._pace * self._left)
+        return self._pace.fitting(self._left) or 0
 
     def spent(self, tokens: int, seconds: float) -> None:
         """Notes how long the chunk of the last turn took."""
         self._left -= seconds
         self._owed = max(0.0, self._owed + (-seconds if self._serves_oldest else seconds))
-        pace = tokens / max(seconds, 1e-6)
-        if self._pace is None:
-            self._pace = pace
-        else:
-            self._pace += _NEWEST_WEIGHT * (pace - self._pace)
+        self._pace.note(tokens, seconds)
 
     def _fitting(self, seconds: float) -> int:
         """Tokens for which there is time, at most a chunk of them."""
-        if self._pace is None:
+        tokens = self._pace.fitting(seconds)
+        if tokens is None:
             return MIN_CHUNK
-        tokens = int(self._pace * seconds) // _GRAIN * _GRAIN
-        return min(self._max_chunk, tokens)
+        return min(self._max_chunk, tokens // _GRAIN * _GRAIN)
 
     def _part(self, tokens: int, fitting: int) -> int:
         """As many as fit, and half as many more if they are the last: no small rest is left."""

@@ -90,7 +90,7 @@ class Worker:
         self._seats = Seats()
         self._publisher = Publisher(loop)
         self._touched: list[Stream] = []
-        self._is_urgent = False
+        self._urgent: list[Stream] = []
         self._failed_steps = 0
         self.device = ""
 
@@ -223,11 +223,12 @@ class Worker:
         if isinstance(event, Prefill):
             completion.on_prefill(event)
             return None
-        self._is_urgent |= not completion.has_begun
+        is_first = not completion.has_begun
         done = completion.on_token(event)
+        if is_first or done:
+            self._urgent.append(completion.stream)
         if done is None:
             return None
-        self._is_urgent = True
         self._seats.remove(completion.id)
         self._ledger.forget(completion.id, done.prompt_seconds + done.eval_seconds)
         _log_end(completion, done)
@@ -235,9 +236,9 @@ class Worker:
 
     def _publish(self) -> None:
         """Has the readers woken that have something new."""
-        if self._touched:
-            self._publisher.publish(self._touched, at_once=self._is_urgent)
-            self._touched, self._is_urgent = [], False
+        if self._touched or self._urgent:
+            self._publisher.publish(self._touched, self._urgent)
+            self._touched, self._urgent = [], []
 
     def _recover(self, error: Exception) -> None:
         """Ends the rows of the batch; a second time in a row the engine gives up."""
@@ -258,8 +259,7 @@ class Worker:
             self._seats.remove(completion.id)
             self._ledger.forget(completion.id)
             completion.fail(fault)
-            self._touched.append(completion.stream)
-            self._is_urgent = True
+            self._urgent.append(completion.stream)
 
     # -- loads and unloads -------------------------------------------------------
 

@@ -9,7 +9,7 @@ from itertools import islice
 
 from mlx.nn.layers.base import Module
 
-from runner_server.adapter.caches import CachePieces, Segment, Snapshot, evaluate, prefill
+from runner_server.adapter.caches import CachePieces, Segment, Snapshot, prefill
 from runner_server.adapter.decode import Decoding, Row
 from runner_server.messages import Prefill, Sampling, Token
 from runner_server.prefix import PrefixTree
@@ -122,7 +122,6 @@ class MlxBatch:
         (aside,) = (each for each in self._decoding.rows if each.id == row)
         self._decoding.settle(aside)
         self._decoding.leave([aside], with_caches=True)
-        evaluate(aside.caches)
         self._paused[row] = aside
 
     def resume(self, row: int) -> None:

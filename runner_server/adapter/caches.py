@@ -49,11 +49,14 @@ def extend(batch: Caches, rows: Sequence[Caches], capacity: int) -> None:
 
 
 def keep(batch: Caches, places: Sequence[int]) -> None:
-    """Leaves these rows in a batch, in this order."""
+    """Leaves these rows in a batch, in this order; nothing is being computed from it."""
+    slots = [layer for layer in batch if isinstance(layer, SlotCache)]
+    moved = [layer.moving(places) for layer in slots]
+    mx.eval(moved)
+    for layer, rows in zip(slots, moved, strict=True):
+        layer.keep(places, rows)
     for layer in batch:
-        if isinstance(layer, SlotCache):
-            layer.keep(places)
-        else:
+        if not isinstance(layer, SlotCache):
             layer.filter(list(places))
 
 

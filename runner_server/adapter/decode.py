@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from runner_server.adapter.arrays import rows_of
-from runner_server.adapter.caches import Caches, extend, extract, keep, merge
+from runner_server.adapter.caches import Caches, evaluate, extend, extract, keep, merge
 from runner_server.adapter.penalties import Penalties
 from runner_server.adapter.sampling import Likelihoods, Sampler, likelihoods
 from runner_server.messages import Sampling, Token, TokenLogprob
@@ -143,6 +143,7 @@ class Decoding:
             for place, row in enumerate(self.rows):
                 if id(row) in leaving:
                     row.caches = self._caches_of(place)
+                    evaluate(row.caches)
         if len(stay) < len(self.rows):
             self._keep(stay)
 
@@ -211,6 +212,8 @@ class Decoding:
         if len(places) == 1:
             self._caches = self._caches_of(places[0])
         elif places:
+            # What is being computed would keep rows from being written in place.
+            self.finish()
             keep(self._caches, places)
         else:
             self._caches = []

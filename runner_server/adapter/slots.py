@@ -14,6 +14,9 @@ import mlx.core as mx
 from runner_server.adapter.arrays import copied
 from runner_server.adapter.names import KVCache, create_causal_mask
 
+Pair = tuple[mx.array, mx.array]
+"""Keys and values, each (rows, heads, tokens, head size)."""
+
 _STEP = 256
 """Tokens that the memory grows by, as mlx_lm's caches do."""
 
@@ -25,17 +28,13 @@ class SlotCache:
     left of a short row is masked.
 
     Args:
-        rows: The caches of the rows; more than one, or what is added later is not known.
+        rows: The caches of the rows.
         capacity: Rows to make room for, if that is more.
-
-    Attributes:
-        keys: (slots, heads, columns, head size); None before the first token.
-        values: As ``keys``.
     """
 
     def __init__(self, rows: Sequence[KVCache], capacity: int) -> None:
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
+        # (slots, heads, columns, head size); None before the first token.
+        self._memory: Pair | None = None
         self._lengths: list[int] = []
         self._end = 0
         self._offset: mx.array | None = None
@@ -49,23 +48,24 @@ class SlotCache:
         return self._offset
 
     @property
-    def state(self) -> tuple[mx.array | None, mx.array | None]:
+    def state(self) -> Pair | None:
         """What there is to evaluate."""
-        return self.keys, self.values
+        return self._memory
 
     @property
     def nbytes(self) -> int:
         """Bytes taken, whether in use or not."""
-        return sum(part.nbytes for part in self.state if part is not None)
+        return sum(part.nbytes for part in self._memory or ())
 
     def make_mask(self, count: int, **kwargs: Any) -> mx.array:
         """Which columns each of the next ``count`` tokens of each row sees."""
         longest = max(self._lengths)
         padding = mx.array([longest - length for length in self._lengths], dtype=mx.int32)
         kwargs.pop("return_array", None)
-        return create_causal_mask(count, offset=longest, left_padding=padding, **kwargs)
+        mask: mx.array = create_causal_mask(count, offset=longest, left_padding=padding, **kwargs)
+        return mask
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Pair:
         """Appends to every row.
 
         Args:
@@ -75,22 +75,21 @@ class SlotCache:
         Returns:
             All keys and values, padded on the left.
         """
-        count = keys.shape[2]
-        if self.keys is None:
-            self._allocate(keys, values, len(self._lengths), count)
-        elif self._end + count > self.keys.shape[2]:
-            self._reallocate(len(self._lengths), max(self._lengths), count)
-        rows, begin = len(self._lengths), self._end
+        rows, count = len(self._lengths), keys.shape[2]
+        if self._memory is None:
+            self._memory = _empty((keys, values), rows, count)
+        elif self._end + count > self._memory[0].shape[2]:
+            self._memory = self._moved(self._memory, rows, max(self._lengths), count)
+        begin = self._end
         self._end += count
-        self._write(slice(0, rows), slice(begin, self._end), keys, values)
+        _write(self._memory, slice(0, rows), slice(begin, self._end), (keys, values))
         self._lengths = [length + count for length in self._lengths]
         self._offset = None
-        return self.keys_and_values()
+        return self._held(self._memory)
 
-    def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """All keys and values, padded on the left."""
-        rows, columns = len(self._lengths), slice(self._end - max(self._lengths), self._end)
-        return self.keys[:rows, :, columns], self.values[:rows, :, columns]
+    def keys_and_values(self) -> Pair | None:
+        """All keys and values, padded on the left; None before the first token."""
+        return self._held(self._memory) if self._memory else None
 
     def add(self, rows: Sequence[KVCache], capacity: int) -> None:
         """Copies rows into free slots.
@@ -101,77 +100,102 @@ class SlotCache:
         """
         present = len(self._lengths)
         needed = present + len(rows)
-        longest = max([*self._lengths, *(row.offset for row in rows)])
-        filled = [row for row in rows if row.keys is not None]
-        if self.keys is None:
+        lengths = [*self._lengths, *(row.offset for row in rows)]
+        longest = max(lengths)
+        if self._memory is None:
+            filled = [row for row in rows if row.offset]
             if filled:
-                self._allocate(filled[0].keys, filled[0].values, max(capacity, needed), longest + 1)
-        elif needed > self.keys.shape[0] or longest > self._end:
-            self._reallocate(max(capacity, needed), longest, 1)
-        self._lengths = [*self._lengths, *(row.offset for row in rows)]
-        self._offset = None
-        if self.keys is None:
+                like = filled[0].keys, filled[0].values
+                self._memory = _empty(like, max(capacity, needed), longest + 1)
+                self._end = longest
+        elif needed > self._memory[0].shape[0] or longest > self._end:
+            self._memory = self._moved(self._memory, max(capacity, needed), longest, 1)
+        self._lengths, self._offset = lengths, None
+        if self._memory is None:
             return
-        self._end = max(self._end, longest)
         for slot, row in enumerate(rows, start=present):
-            # All that lies to the left: nothing of an earlier row may be left in it.
-            self._write(slice(slot, slot + 1), slice(0, self._end), *self._padded(row))
+            # With all that lies to its left: nothing of an earlier row may be left there.
+            parts = _padded(row, self._memory, self._end)
+            _write(self._memory, slice(slot, slot + 1), slice(0, self._end), parts)
 
-    def keep(self, places: Sequence[int]) -> None:
-        """Keeps the rows of these slots, the first in the first slot and so on."""
-        moves = [(slot, place) for slot, place in enumerate(places) if slot != place]
-        if self.keys is not None and moves:
-            sources = mx.array([place for _, place in moves], dtype=mx.int32)
-            keys, values = self.keys[sources], self.values[sources]
-            for index, (slot, _) in enumerate(moves):
-                part = slice(index, index + 1)
-                self._write(slice(slot, slot + 1), slice(None), keys[part], values[part])
+    def moving(self, places: Sequence[int]) -> Pair | None:
+        """Copies the rows that :meth:`keep` puts elsewhere.
+
+        To be evaluated before: while something is still to be computed from the memory, MLX
+        does not write into it but into a copy of all of it.
+
+        Args:
+            places: The slots of the rows that stay, in their new order.
+        """
+        sources = [place for slot, place in enumerate(places) if slot != place]
+        if self._memory is None or not sources:
+            return None
+        index = mx.array(sources, dtype=mx.int32)
+        return self._memory[0][index], self._memory[1][index]
+
+    def keep(self, places: Sequence[int], moved: Pair | None) -> None:
+        """Keeps the rows of these slots, the first in the first slot and so on.
+
+        Args:
+            places: The slots of the rows that stay, in their new order.
+            moved: What :meth:`moving` gave for them.
+        """
+        if self._memory and moved:
+            keys, values = moved
+            targets = [slot for slot, place in enumerate(places) if slot != place]
+            for index, slot in enumerate(targets):
+                row = keys[index : index + 1], values[index : index + 1]
+                _write(self._memory, slice(slot, slot + 1), slice(None), row)
         self._lengths = [self._lengths[place] for place in places]
         self._offset = None
 
     def extract(self, place: int) -> KVCache:
         """Copies a row."""
         row = KVCache()
-        if self.keys is not None and self._lengths[place]:
+        if self._memory and self._lengths[place]:
             columns = slice(self._end - self._lengths[place], self._end)
-            parts = (part[place : place + 1, :, columns] for part in (self.keys, self.values))
-            row.state = (*(copied(part) for part in parts), self._lengths[place])
+            keys, values = (copied(part[place : place + 1, :, columns]) for part in self._memory)
+            row.state = (keys, values, self._lengths[place])
         return row
 
-    def _allocate(self, keys: mx.array, values: mx.array, capacity: int, columns: int) -> None:
-        """Takes memory for keys and values like these."""
+    def _held(self, memory: Pair) -> Pair:
+        rows, columns = len(self._lengths), slice(self._end - max(self._lengths), self._end)
+        keys, values = memory
+        return keys[:rows, :, columns], values[:rows, :, columns]
 
-        def like(part: mx.array) -> mx.array:
-            return mx.zeros((capacity, part.shape[1], _rounded(columns), part.shape[3]), part.dtype)
-
-        self.keys, self.values = like(keys), like(values)
-
-    def _reallocate(self, capacity: int, longest: int, more: int) -> None:
-        """Moves all rows to other memory: for so many, so long, and some tokens to come."""
-        rows, held = len(self._lengths), max(self._lengths)
-        padding = [
-            (0, capacity - rows),
-            (0, 0),
-            (longest - held, _rounded(longest + more) - longest),
-            (0, 0),
-        ]
-        self.keys, self.values = (mx.pad(part, padding) for part in self.keys_and_values())
+    def _moved(self, memory: Pair, capacity: int, longest: int, more: int) -> Pair:
+        """All rows in other memory: for so many, so long, and some tokens to come."""
+        left = longest - max(self._lengths)
+        right = _rounded(longest + more) - longest
+        padding = [(0, capacity - len(self._lengths)), (0, 0), (left, right), (0, 0)]
+        keys, values = (mx.pad(part, padding) for part in self._held(memory))
         self._end = longest
+        return keys, values
 
-    def _padded(self, row: KVCache) -> tuple[mx.array, mx.array]:
-        """A row's keys and values up to the column where all rows end."""
-        if row.keys is None:
-            return mx.zeros_like(self.keys[:1, :, : self._end]), mx.zeros_like(
-                self.values[:1, :, : self._end]
-            )
-        padding = [(0, 0), (0, 0), (self._end - row.offset, 0), (0, 0)]
-        return tuple(
-            mx.pad(part[:, :, : row.offset], padding) for part in (row.keys, row.values)
-        )
 
-    def _write(self, rows: slice, columns: slice, keys: mx.array, values: mx.array) -> None:
-        self.keys[rows, :, columns] = keys
-        self.values[rows, :, columns] = values
+def _empty(like: Pair, capacity: int, columns: int) -> Pair:
+    """Memory for keys and values like these."""
+    keys, values = (
+        mx.zeros((capacity, part.shape[1], _rounded(columns), part.shape[3]), part.dtype)
+        for part in like
+    )
+    return keys, values
+
+
+def _padded(row: KVCache, memory: Pair, columns: int) -> Pair:
+    """A row's keys and values, padded on the left to so many columns."""
+    if not row.offset:
+        keys, values = (mx.zeros_like(part[:1, :, :columns]) for part in memory)
+        return keys, values
+    padding = [(0, 0), (0, 0), (columns - row.offset, 0), (0, 0)]
+    keys, values = (mx.pad(part[:, :, : row.offset], padding) for part in (row.keys, row.values))
+    return keys, values
+
+
+def _write(memory: Pair, rows: slice, columns: slice, parts: Pair) -> None:
+    """Writes in place: the arrays of ``memory`` are others then, in the same memory."""
+    for whole, part in zip(memory, parts, strict=True):
+        whole[rows, :, columns] = part
 
 
 def _rounded(tokens: int) -> int:

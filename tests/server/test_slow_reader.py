@@ -109,18 +109,32 @@ async def test_the_loop_is_woken_at_most_once_a_step_for_all(
 ) -> None:
     await server.load(parallel=8)
     wakes = 0
-    wake = Publisher._wake
+    hear = Publisher._hear
 
     def counting(publisher: Publisher) -> None:
         nonlocal wakes
         wakes += 1
-        wake(publisher)
+        hear(publisher)
 
-    monkeypatch.setattr(Publisher, "_wake", counting)
+    monkeypatch.setattr(Publisher, "_hear", counting)
     calls = [server.start(str(i), num_predict=20) for i in range(8)]
     for call in calls:
         assert [message async for message in call][-1].eval_count == 20
     assert 0 < wakes <= server.backend.steps
+
+
+async def test_only_readers_with_a_first_or_last_piece_are_woken_at_once() -> None:
+    publisher = Publisher(asyncio.get_running_loop())
+    publisher._woken = asyncio.get_running_loop().time() + 3600
+    running, first = Stream(), Stream()
+    publisher.publish([running])
+    publisher.publish([running, first], [first])
+    await asyncio.sleep(0)
+    assert first._ready.is_set()
+    assert not running._ready.is_set()
+    publisher.publish([], [running])
+    await asyncio.sleep(0)
+    assert running._ready.is_set()
 
 
 async def test_a_done_message_is_never_merged_away(loaded: Server) -> None:

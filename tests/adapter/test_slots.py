@@ -1,0 +1,142 @@
+"""The batch's keys and values: rows come, go and grow, and each keeps its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+
+from runner_server.adapter.caches import keep  # noqa: E402
+from runner_server.adapter.names import KVCache  # noqa: E402
+from runner_server.adapter.slots import SlotCache  # noqa: E402
+
+HEADS, SIZE = 2, 3
+
+_moves = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.lists(st.integers(0, 300), min_size=1, max_size=3)),
+        st.tuples(st.just("step"), st.integers(1, 130)),
+        st.tuples(st.just("leave"), st.integers(0, 10)),
+    ),
+    max_size=12,
+)
+
+
+def fresh(length: int, name: int) -> Any:
+    """A row's cache in which each number tells the row and the token."""
+    row = KVCache()
+    if length:
+        row.update_and_fetch(*content(name, 0, length))
+    return row
+
+
+def content(name: int, start: int, end: int) -> tuple[Any, Any]:
+    """What row ``name`` holds for some of its tokens: (1, heads, tokens, size)."""
+    tokens = mx.arange(start, end, dtype=mx.float32)[None, None, :, None] + 1000 * (name + 1)
+    keys = mx.broadcast_to(tokens, (1, HEADS, end - start, SIZE))
+    return keys, -keys
+
+
+def check(cache: SlotCache, rows: list[tuple[int, int]]) -> None:
+    """Each row ends where all end, and holds what was put into it."""
+    assert cache.offset.tolist() == [length for _, length in rows]
+    if not any(length for _, length in rows):
+        return
+    held = cache.keys_and_values()
+    assert held
+    keys, values = held
+    assert keys.shape == (len(rows), HEADS, max(length for _, length in rows), SIZE)
+    assert mx.isfinite(keys).all()
+    for place, (name, length) in enumerate(rows):
+        begin = keys.shape[2] - length
+        expected, negative = content(name, 0, length)
+        assert mx.array_equal(keys[place : place + 1, :, begin:], expected)
+        assert mx.array_equal(values[place : place + 1, :, begin:], negative)
+        mask = cache.make_mask(1)[place, 0, 0].tolist()
+        assert mask == [False] * begin + [True] * (length + 1)
+        alone = cache.extract(place)
+        assert alone.offset == length
+        if length:
+            assert mx.array_equal(alone.keys, expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(first=st.lists(st.integers(0, 300), min_size=2, max_size=4), moves=_moves)
+def test_rows_come_grow_and_go(first: list[int], moves: list[tuple[str, Any]]) -> None:
+    rows = list(enumerate(first))
+    names = iter(range(len(first), 100))
+    cache = SlotCache([fresh(length, name) for name, length in rows], 3)
+    check(cache, rows)
+    for kind, value in moves:
+        if kind == "add":
+            added = [(next(names), length) for length in value]
+            cache.add([fresh(length, name) for name, length in added], len(rows) + 5)
+            rows += added
+        elif kind == "step":
+            for _ in range(value):
+                parts = [content(name, length, length + 1) for name, length in rows]
+                cache.update_and_fetch(*(mx.concatenate(side) for side in zip(*parts, strict=True)))
+                rows = [(name, length + 1) for name, length in rows]
+                mx.eval(cache.state)
+        elif len(rows) > 2:
+            gone = value % len(rows)
+            places = [*range(len(rows) - 1)]
+            if gone < len(places):
+                places[gone] = len(places)
+            rows = [rows[place] for place in places]
+            keep([cache], places)
+        check(cache, rows)
+
+
+def test_what_a_row_left_behind_is_never_seen_by_the_next() -> None:
+    """Zero times NaN is NaN: a broken row must not reach the one that gets its slot."""
+    broken = KVCache()
+    broken.update_and_fetch(*(mx.full((1, HEADS, 200, SIZE), mx.nan) for _ in range(2)))
+    cache = SlotCache([fresh(100, 0), fresh(5, 1), broken], 0)
+    keep([cache], [0, 1])
+    cache.add([fresh(7, 2)], 0)
+    check(cache, [(0, 100), (1, 5), (2, 7)])
+    keep([cache], [2, 1])
+    # The longest row shows all columns again.
+    cache.add([fresh(200, 3)], 0)
+    check(cache, [(2, 7), (1, 5), (3, 200)])
+
+
+def test_rows_that_come_and_go_take_no_memory_beside_their_own() -> None:
+    cache = SlotCache([fresh(2000, name) for name in range(8)], 0)
+    mx.eval(cache.state)
+    mx.clear_cache()
+    row = cache.extract(0).nbytes
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    keep([cache], [0, 1, 2, 7, 4, 5, 6])
+    mx.eval(cache.state)
+    cache.add([fresh(1000, 9)], 0)
+    mx.eval(cache.state)
+    # The whole has eight of them.
+    assert mx.get_peak_memory() - before <= 3 * row
+    assert mx.get_active_memory() - before <= row / 10
+
+
+def test_a_step_writes_into_what_is_there() -> None:
+    cache = SlotCache([fresh(2000, name) for name in range(8)], 0)
+    mx.eval(cache.state)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for _ in range(20):
+        step = mx.zeros((8, HEADS, 1, SIZE))
+        mx.eval(cache.update_and_fetch(step, step)[0].sum(), cache.state)
+    assert mx.get_peak_memory() - before < cache.nbytes / 2
+
+
+def test_where_memory_is_taken_it_is_taken_for_those_to_come() -> None:
+    cache = SlotCache([fresh(10, 0), fresh(20, 1)], 6)
+    taken = cache.nbytes
+    cache.add([fresh(30, name) for name in range(2, 6)], 0)
+    assert cache.nbytes == taken
+    cache.add([fresh(30, 6)], 0)
+    assert cache.nbytes > taken
