@@ -30,8 +30,10 @@ _LEAST_STEPS = 2.0
 """Decode steps that a slice is at least as long as: a step reads the weights once, and a
 chunk that is no longer does little more than that."""
 
-_PROMPTS_SHARE = 4.0
-"""What a waiting prompt counts beside a running stream when the time is divided."""
+_PROMPTS_SHARE = 8.0
+"""What a waiting prompt counts beside a running stream when the time is divided. Of 16 prompts
+of 64 tokens that arrive together at a 100 M model on two CPU cores it takes 1.4 s to evaluate
+all with 4, and 1.2 s with 8: more of them share a call."""
 
 
 class PrefillTurns:
@@ -87,8 +89,9 @@ class PrefillTurns:
         # A short one begins within a slice, unless the machine needs all of it for a chunk.
         allowed = self._slice if self._is_first else 0.0
         row = oldest if self._owed > allowed else shortest
-        shares = self._is_first and row != oldest
-        fitting = self._fitting(self._left / 2 if shares else self._left)
+        fitting = self._fitting(self._left)
+        if self._is_first and row != oldest and remaining[oldest] > fitting:
+            fitting = self._fitting(self._left / 2)
         if not self._is_first and fitting < min(remaining[row], MIN_CHUNK):
             return None
         self._is_first = False
