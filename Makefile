@@ -66,16 +66,29 @@ test-floor: ## Run the tests with the lowest versions that pyproject.toml allows
 	.venv-floor/bin/python -m pytest $(ARGS)
 
 .PHONY: bench
-bench: $(VENV)/.installed-bench $(SMG_VENV)/.installed ## Measure this runner beside its peers, in an hour
+bench: $(VENV)/.installed-bench $(SMG_VENV)/.installed ## Measure this runner beside its peers, in half an hour
 	@$(BIN)/python -m bench $(ARGS)
 
 .PHONY: bench-quick
 bench-quick: $(VENV)/.installed-bench $(SMG_VENV)/.installed ## The same in five minutes, with fewer measures
 	@$(BIN)/python -m bench --quick $(ARGS)
 
+.PHONY: soak
+soak: $(VENV)/.installed-bench ## Drive a runner at twice its capacity for MINUTES (default 30), and judge it
+	@$(BIN)/python -m soak --minutes $(or $(MINUTES),30) $(ARGS)
+
+.PHONY: soak-short
+soak-short: $(VENV)/.installed-dev ## The same for two minutes, without a plot: what CI runs
+	@$(BIN)/python -m soak --minutes 2 $(ARGS)
+
+.PHONY: fuzz
+fuzz: $(VENV)/.installed-fuzz ## Send RUNS (default 100000) mutated requests, guided by what they reach
+	@PYTHONPATH=tests $(BIN)/python tests/hostile/fuzz.py parsing $(or $(RUNS),100000)
+	@PYTHONPATH=tests $(BIN)/python tests/hostile/fuzz.py wire $(or $(RUNS),100000)
+
 .PHONY: clean
 clean: ## Remove environments and caches
-	rm -rf .venv .venv-proto .venv-floor $(SMG_VENV) bench/.cache bench/.scratch
+	rm -rf .venv .venv-proto .venv-floor $(SMG_VENV) bench/.cache bench/.scratch soak/.scratch
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
 
 $(VENV)/bin/python:
@@ -94,6 +107,10 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.installed-bench: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --editable '.[$(EXTRA)]' --group bench
+	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-fuzz: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --editable '.[$(EXTRA)]' --group fuzz
 	@touch $(VENV)/.installed $@
 
 # A peer that cannot be installed is a line of the report, not the end of the benchmark.

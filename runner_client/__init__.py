@@ -14,6 +14,7 @@ from runner_client._stream import CompletionStream
 from runner_client.aio import AsyncRunnerClient
 from runner_client.client import RunnerClient
 from runner_client.errors import (
+    AuthenticationError,
     BusyError,
     GenerationFailedError,
     IncompleteStreamError,
@@ -51,6 +52,7 @@ from runner_client.types import (
     State,
     Status,
     Timeouts,
+    TlsFiles,
     TokenLogprob,
     TopLogprob,
 )
@@ -61,6 +63,7 @@ __all__ = [
     "AsyncCompletionStream",
     "AsyncRunnerClient",
     "AsyncRunnerProcess",
+    "AuthenticationError",
     "BusyError",
     "Completion",
     "CompletionChunk",
@@ -98,6 +101,7 @@ __all__ = [
     "State",
     "Status",
     "Timeouts",
+    "TlsFiles",
     "TokenLogprob",
     "TopLogprob",
     "UnsupportedPlatformError",

@@ -7,7 +7,7 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, NoReturn, Self
 
-from runner_client._base import embedding_error
+from runner_client._base import STATUS_SECONDS, embedding_error
 from runner_client._process_base import (
     HEALTH_SECONDS,
     ProcessBase,
@@ -15,6 +15,7 @@ from runner_client._process_base import (
     not_started,
     start_limit,
 )
+from runner_client._stall import StallWatch
 from runner_client.aio import AsyncRunnerClient
 from runner_client.errors import RunnerError, RunnerExitedError, RunnerUnavailableError
 
@@ -34,11 +35,12 @@ if TYPE_CHECKING:
 class _AsyncChildClient(AsyncRunnerClient):
     """A client that knows when its runner is dead."""
 
-    def __init__(self, address: str, child: Child, timeouts: Timeouts) -> None:
-        super().__init__(address, timeouts=timeouts)
+    def __init__(self, address: str, token: str, child: Child, timeouts: Timeouts) -> None:
+        super().__init__(address, token=token, timeouts=timeouts)
         self._child = child
         self._loop = asyncio.get_running_loop()
         self._closing: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
         # A dead child's connections are closed by the system; this ends those too
         # that another process holds open.
         child.on_exit(self._close_soon)
@@ -68,6 +70,25 @@ class _AsyncChildClient(AsyncRunnerClient):
         except RunnerError:
             return False
 
+    def start_watchdog(self) -> None:
+        """Kills the child when its engine stands still, if ``Timeouts`` say so."""
+        if self.timeouts.stall_seconds is not None:
+            watch = StallWatch(self.timeouts.stall_seconds)
+            self._watching = self._loop.create_task(self._watch_engine(watch))
+
+    async def _watch_engine(self, watch: StallWatch) -> None:
+        while not self._child.has_exited:
+            await asyncio.sleep(watch.look_seconds)
+            with contextlib.suppress(RunnerError):
+                if stall := watch.observe(await self._status(STATUS_SECONDS)):
+                    self._child.kill(stall)
+
+    async def close(self) -> None:
+        """Closes the connection; see ``AsyncRunnerClient.close``."""
+        if self._watching is not None:
+            self._watching.cancel()
+        await super().close()
+
     def start_load(self, request: pb.LoadRequest) -> LoadReply:
         """Begins a load."""
         return self._start_load(request)
@@ -77,6 +98,11 @@ class _AsyncChildClient(AsyncRunnerClient):
     ) -> LoadResult:
         """Waits for a load that ``start_load`` began."""
         return await self._finish_load(reply, on_progress)
+
+    async def _status(self, timeout_seconds: float) -> Status:
+        status = await super()._status(timeout_seconds)
+        self._child.note_memory(status.memory_usage.process_bytes)
+        return status
 
     @property
     def is_gone(self) -> bool:
@@ -163,10 +189,11 @@ class AsyncRunnerProcess(ProcessBase):
         begin = time.monotonic()
         # The thread cannot be cancelled, but it gives up when its life is over.
         plan, child, ready = await asyncio.to_thread(self._start_child, life)
-        client = _AsyncChildClient(ready.target, child, self.timeouts)
+        client = _AsyncChildClient(ready.target, plan.token, child, self.timeouts)
         await client.wait_until_serving(begin + start_limit(self.timeouts))
         with self._in_life(life):
             self._running = client, client.start_load(plan.load_request())
+        client.start_watchdog()
         return plan.estimate
 
     async def wait_until_running(

@@ -6,6 +6,7 @@ import asyncio
 
 import grpc
 
+from runner_client._access import Access
 from runner_client._translate import translate
 from runner_client.errors import (
     IncompleteStreamError,
@@ -13,7 +14,7 @@ from runner_client.errors import (
     RunnerError,
     RunnerUnavailableError,
 )
-from runner_client.types import Timeouts
+from runner_client.types import Timeouts, TlsFiles
 
 POLL_SECONDS = 0.2
 """How often a load's progress is looked at."""
@@ -34,7 +35,13 @@ _MAX_PORT = 65535
 class ClientBase:
     """The parts of a client that do no input or output."""
 
-    def __init__(self, address: str, timeouts: Timeouts | None) -> None:
+    def __init__(
+        self,
+        address: str,
+        timeouts: Timeouts | None,
+        token: str | None,
+        tls: TlsFiles | None,
+    ) -> None:
         if not address:
             raise ValueError("the address of the runner is empty; give HOST:PORT or unix:/path")
         port = address.rpartition(":")[2]
@@ -43,6 +50,7 @@ class ClientBase:
             raise ValueError(f"{address}: a port is at most {_MAX_PORT}")
         self._address = address
         self._timeouts = timeouts or Timeouts()
+        self._access = Access.of(token, tls)
         self._is_closed = False
 
     def __repr__(self) -> str:

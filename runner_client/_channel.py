@@ -50,11 +50,22 @@ _OPTIONS: tuple[tuple[str, int | str], ...] = (
 # silent while the client pings ("Too many pings").
 
 
-def open_channel(address: str) -> grpc.Channel:
+def open_channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
     """Opens a channel; nothing is dialled before the first call."""
+    if credentials is not None:
+        return grpc.secure_channel(address, credentials, _secure_options(address))
     return grpc.insecure_channel(address, _OPTIONS)
 
 
-def open_aio_channel(address: str) -> grpc.aio.Channel:
+def open_aio_channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
     """The same for asyncio; to be called in the event loop that will use it."""
+    if credentials is not None:
+        return grpc.aio.secure_channel(address, credentials, _secure_options(address))
     return grpc.aio.insecure_channel(address, _OPTIONS)
+
+
+def _secure_options(address: str) -> tuple[tuple[str, int | str], ...]:
+    if not address.startswith("unix:"):
+        return _OPTIONS
+    # The path of a socket is in no certificate.
+    return (*_OPTIONS, ("grpc.ssl_target_name_override", "localhost"))

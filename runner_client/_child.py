@@ -11,6 +11,7 @@ import time
 from typing import IO, TYPE_CHECKING, cast
 
 from mlxrunner.handshake import ReadyLine
+from mlxrunner.units import format_bytes
 from runner_client._output import Tail, drain
 from runner_client.errors import (
     RunnerError,
@@ -60,6 +61,10 @@ class Child:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._is_closing = False
+        self._killed_because = ""
+        # What the process held, and when, in time.monotonic() seconds.
+        self._memory: tuple[int, float] | None = None
+        self._ended = 0.0
         self._ready: concurrent.futures.Future[ReadyLine] = concurrent.futures.Future()
         self._exited = threading.Event()
         self._tail = Tail()
@@ -130,7 +135,8 @@ class Child:
             drain(stderr, self._stderr_line, f"runner-{process.pid}-stderr"),
         )
         process.wait()
-        last = time.monotonic() + _DRAIN_SECONDS
+        self._ended = time.monotonic()
+        last = self._ended + _DRAIN_SECONDS
         for thread in drains:
             thread.join(max(0.0, last - time.monotonic()))
         stdin.close()
@@ -215,16 +221,34 @@ class Child:
         """The error of waiting for a child that is gone, dead or closed."""
         return _closed() if self._is_closing else self.exit_error()
 
+    def note_memory(self, process_bytes: int) -> None:
+        """Takes note of what the process holds, as a status has just told."""
+        self._memory = process_bytes, time.monotonic()
+
     def exit_error(self) -> RunnerExitedError:
         """The error of a child that is gone."""
-        code = self._process.returncode if self._process else None
-        reason = "never started" if code is None else exit_in_words(code)
+        code, memory = self._process.returncode if self._process else None, self._memory
+        reason = "never started" if code is None else self._in_words(code)
         return RunnerExitedError(
-            f"the runner (pid {self.pid}) is gone: {reason}{self._last_lines()}",
+            f"the runner (pid {self.pid}) is gone: {reason}{self._last_memory()}"
+            f"{self._last_lines()}",
             exit_code=code,
             exit_reason=reason,
             stderr_tail=self.stderr_tail,
+            last_memory_bytes=memory[0] if memory else None,
         )
+
+    def _in_words(self, code: int) -> str:
+        if code == -signal.SIGKILL and self._killed_because:
+            return f"{_killed(signal.SIGKILL)}, by this client: {self._killed_because}"
+        return exit_in_words(code)
+
+    def _last_memory(self) -> str:
+        if self._memory is None:
+            return ""
+        held, seen = self._memory
+        before = max(0.0, self._ended - seen)
+        return f". It held {format_bytes(held)} when last asked, {before:.1f} s before"
 
     def _last_lines(self) -> str:
         lines = [line for line in self.stderr_tail if line.strip()]
@@ -249,15 +273,19 @@ class Child:
             if is_first:
                 process.send_signal(signal.SIGINT)
             if not self._exited.wait(grace_seconds):
-                logger.warning(
-                    "killing runner (pid %d): it did not stop in %.0f s", process.pid, grace_seconds
-                )
+                self._killed_because = f"it did not stop in {grace_seconds:.1f} s"
+                logger.warning("killing runner (pid %d): %s", process.pid, self._killed_because)
         finally:
             process.kill()
             self._exited.wait()
 
-    def kill(self) -> None:
-        """Kills the process, if it runs. Returns at once."""
+    def kill(self, because: str = "") -> None:
+        """Kills the process, if it runs. Returns at once.
+
+        Args:
+            because: What its error is to tell.
+        """
+        self._killed_because = self._killed_because or because
         if self._process:
             self._process.kill()
 
@@ -275,14 +303,18 @@ def exit_in_words(code: int) -> str:
     """
     if code >= 0:
         return f"exit code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = "a signal"
-    words = f"killed by {name} (signal {-code})"
+    words = _killed(-code)
     if -code == signal.SIGKILL:
         words += "; the OOM killer does this when memory runs out"
     return words
+
+
+def _killed(number: int) -> str:
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = "a signal"
+    return f"killed by {name} (signal {number})"
 
 
 def _closed() -> RunnerUnavailableError:

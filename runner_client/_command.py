@@ -121,19 +121,31 @@ class ListenPlace:
 
         Raises:
             ValueError: ``listen`` is neither.
+            RunnerUnavailableError: There is nowhere to make a folder.
         """
         if listen == "tcp":
             return cls("127.0.0.1:0", None)
         if listen != "unix":
             raise ValueError(f'listen must be "tcp" or "unix", not {listen!r}')
-        # A socket file gets the umask's mode, but a folder of mkdtemp is 0700.
-        folder = Path(tempfile.mkdtemp(prefix="mlxr-"))
-        if len(os.fsencode(folder / "s")) > _SOCKET_PATH_BYTES:
-            folder.rmdir()
-            folder = Path(tempfile.mkdtemp(prefix="mlxr-", dir="/tmp"))
+        try:
+            folder = _private_folder()
+        except OSError as error:
+            raise RunnerUnavailableError(
+                f"cannot make a folder for the runner's socket ({error}); set TMPDIR to a folder "
+                'that can be written, or use listen="tcp"'
+            ) from error
         return cls(f"unix:{folder / 's'}", folder)
 
     def remove(self) -> None:
         """Removes the socket and its folder."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _private_folder() -> Path:
+    # A socket file gets the umask's mode, but a folder of mkdtemp is 0700.
+    folder = Path(tempfile.mkdtemp(prefix="mlxr-"))
+    if len(os.fsencode(folder / "s")) > _SOCKET_PATH_BYTES:
+        folder.rmdir()
+        folder = Path(tempfile.mkdtemp(prefix="mlxr-", dir="/tmp"))
+    return folder

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from dataclasses import dataclass, replace
+import secrets
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlxrunner.handshake import TOKEN_VARIABLE
 from runner_client._child import Child
 from runner_client._command import (
     ListenPlace,
@@ -107,6 +109,8 @@ class Plan:
     decision: GateDecision
     reservation: contextlib.ExitStack
     """What the gate sets aside until the model is loaded, or will not be."""
+    token: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
+    """What the child asks of its callers."""
 
     def load_request(self) -> pb.LoadRequest:
         """What the child is to load: just what the gate counted.
@@ -142,8 +146,9 @@ class Plan:
         """
         base = {**os.environ, **(self.launch.env or {})}
         environment = child_environment(base, backend=self.estimate.backend, blas=self.launch.blas)
+        # Not on the command line, which every user of the machine can read.
         return Child(
             server_command(place.argument),
-            environment=with_import_paths(environment),
+            environment={**with_import_paths(environment), TOKEN_VARIABLE: self.token},
             log=self.launch.log,
         )

@@ -125,6 +125,15 @@ class ProcessBase:
         return self._ready.target if self._ready else None
 
     @property
+    def token(self) -> str | None:
+        """What the child asks of its callers: give it to clients of your own.
+
+        Each child gets a new one, so that other users of the machine cannot call it.
+        None before the gate has let the model through.
+        """
+        return self._plan.token if self._plan else None
+
+    @property
     def has_exited(self) -> bool:
         """Whether the child was started and is gone."""
         return self._child is not None and self._child.has_exited

@@ -29,6 +29,7 @@ _BY_REASON: dict[str, type[errors.RunnerError]] = {
     "QUEUE_FULL": errors.QueueFullError,
     "SHUTTING_DOWN": errors.ShuttingDownError,
     "GENERATION_FAILED": errors.GenerationFailedError,
+    "UNAUTHENTICATED": errors.AuthenticationError,
 }
 
 _BY_CODE: dict[grpc.StatusCode, type[errors.RunnerError]] = {
@@ -39,6 +40,8 @@ _BY_CODE: dict[grpc.StatusCode, type[errors.RunnerError]] = {
     # under it, or the server gave it up.
     grpc.StatusCode.CANCELLED: errors.RunnerUnavailableError,
     grpc.StatusCode.UNIMPLEMENTED: errors.NotSupportedError,
+    # From a proxy before the runner, for instance.
+    grpc.StatusCode.UNAUTHENTICATED: errors.AuthenticationError,
 }
 
 _EXPLANATIONS = {

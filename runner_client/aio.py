@@ -23,6 +23,7 @@ from runner_client._base import (
     embedding_error,
 )
 from runner_client._channel import open_aio_channel
+from runner_client._trace import with_trace
 from runner_client._waits import LoadWatch
 from runner_client.errors import RunnerError
 
@@ -31,7 +32,15 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from mlxrunner.v1.runner_pb2_grpc import RunnerServiceAsyncStub
-    from runner_client.types import Completion, Dtype, LoadResult, Options, Status, Timeouts
+    from runner_client.types import (
+        Completion,
+        Dtype,
+        LoadResult,
+        Options,
+        Status,
+        Timeouts,
+        TlsFiles,
+    )
 
     CompletionCall = grpc.aio.UnaryStreamCall[pb.CompletionRequest, pb.CompletionResponse]
 
@@ -51,15 +60,26 @@ class AsyncRunnerClient(ClientBase):
     task cancels its call, and ``asyncio.CancelledError`` stays what it is.
 
     Args:
-        address: ``HOST:PORT`` or ``unix:/path``. The connection is not encrypted.
+        address: ``HOST:PORT`` or ``unix:/path``.
+        token: What the server asks of its callers, sent with every call. Without TLS
+            it goes over the wire in clear.
+        tls: Encrypts, and says whom to trust. Default: the connection is not encrypted.
         timeouts: How long to wait for what.
 
     Raises:
-        ValueError: The address is empty.
+        ValueError: The address is empty, or the token cannot be sent.
+        OSError: A file of ``tls`` cannot be read.
     """
 
-    def __init__(self, address: str, *, timeouts: Timeouts | None = None) -> None:
-        super().__init__(address, timeouts)
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str | None = None,
+        tls: TlsFiles | None = None,
+        timeouts: Timeouts | None = None,
+    ) -> None:
+        super().__init__(address, timeouts, token, tls)
         self._streams: weakref.WeakSet[CompletionCall] = weakref.WeakSet()
 
     # A channel takes the event loop that runs when it is made, so all three are
@@ -67,7 +87,7 @@ class AsyncRunnerClient(ClientBase):
 
     @cached_property
     def _channel(self) -> grpc.aio.Channel:
-        return open_aio_channel(self.address)
+        return open_aio_channel(self.address, self._access.credentials)
 
     @cached_property
     def _stub(self) -> RunnerServiceAsyncStub:
@@ -201,7 +221,7 @@ class AsyncRunnerClient(ClientBase):
             prompt, options=options, logprobs=logprobs, request_id=request_id
         )
         try:
-            call = self._stub.Completion(request)
+            call = self._stub.Completion(request, metadata=with_trace(self._access.metadata))
         except grpc.aio.UsageError as error:
             raise self._translated(error) from error
         self._streams.add(call)
@@ -267,7 +287,9 @@ class AsyncRunnerClient(ClientBase):
     ) -> _Response:
         timeout = timeout_seconds or self.timeouts.call_seconds
         try:
-            return await method(request, timeout=timeout)
+            return await method(
+                request, timeout=timeout, metadata=with_trace(self._access.metadata)
+            )
         except (grpc.RpcError, grpc.aio.UsageError, asyncio.CancelledError) as error:
             raise_if_cancelled(error)
             raise await self._failure(error, timeout) from error

@@ -20,6 +20,7 @@ from runner_client._base import (
 )
 from runner_client._channel import open_channel
 from runner_client._stream import CompletionStream
+from runner_client._trace import with_trace
 from runner_client._waits import LoadWatch
 from runner_client._watchdog import Watchdog
 from runner_client.errors import RunnerError
@@ -28,7 +29,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
-    from runner_client.types import Completion, Dtype, LoadResult, Options, Status, Timeouts
+    from runner_client.types import (
+        Completion,
+        Dtype,
+        LoadResult,
+        Options,
+        Status,
+        Timeouts,
+        TlsFiles,
+    )
 
     LoadCall = grpc.Future[pb.LoadResponse]
 
@@ -48,16 +57,27 @@ class RunnerClient(ClientBase):
     little when the runner cannot be reached; no other call ever is.
 
     Args:
-        address: ``HOST:PORT`` or ``unix:/path``. The connection is not encrypted.
+        address: ``HOST:PORT`` or ``unix:/path``.
+        token: What the server asks of its callers, sent with every call. Without TLS
+            it goes over the wire in clear.
+        tls: Encrypts, and says whom to trust. Default: the connection is not encrypted.
         timeouts: How long to wait for what.
 
     Raises:
-        ValueError: The address is empty.
+        ValueError: The address is empty, or the token cannot be sent.
+        OSError: A file of ``tls`` cannot be read.
     """
 
-    def __init__(self, address: str, *, timeouts: Timeouts | None = None) -> None:
-        super().__init__(address, timeouts)
-        self._channel = open_channel(address)
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str | None = None,
+        tls: TlsFiles | None = None,
+        timeouts: Timeouts | None = None,
+    ) -> None:
+        super().__init__(address, timeouts, token, tls)
+        self._channel = open_channel(address, self._access.credentials)
         self._stub = runner_pb2_grpc.RunnerServiceStub(self._channel)
         self._health = self._channel.unary_unary(
             _health.METHOD, StringValue.SerializeToString, Int32Value.FromString
@@ -116,7 +136,9 @@ class RunnerClient(ClientBase):
 
     def _start_load(self, request: pb.LoadRequest) -> LoadCall:
         try:
-            return self._stub.Load.future(request, timeout=LOAD_SECONDS)
+            return self._stub.Load.future(
+                request, timeout=LOAD_SECONDS, metadata=with_trace(self._access.metadata)
+            )
         except ValueError as error:
             raise self._failure(error) from error
 
@@ -211,7 +233,7 @@ class RunnerClient(ClientBase):
             prompt, options=options, logprobs=logprobs, request_id=request_id
         )
         try:
-            call = self._stub.Completion(request)
+            call = self._stub.Completion(request, metadata=with_trace(self._access.metadata))
         except ValueError as error:
             raise self._failure(error) from error
         return CompletionStream(
@@ -281,7 +303,7 @@ class RunnerClient(ClientBase):
     ) -> _Response:
         timeout = timeout_seconds or self.timeouts.call_seconds
         try:
-            return method(request, timeout=timeout)
+            return method(request, timeout=timeout, metadata=with_trace(self._access.metadata))
         except (grpc.RpcError, ValueError) as error:
             raise self._failure(error, timeout) from error
 

@@ -9,6 +9,7 @@
     │   ├── ModelNotFoundError           MODEL_NOT_FOUND    correct the path or hub id
     │   ├── ModelUnsupportedError        MODEL_UNSUPPORTED  use another model
     │   └── ModelNotLoadedError          MODEL_NOT_LOADED   load first
+    ├── AuthenticationError              UNAUTHENTICATED    send the runner's token
     ├── BusyError                        BUSY               wait for the other load; retry
     ├── InsufficientMemoryError          INSUFFICIENT_MEMORY  free memory, or ask for less
     │   └── LoadRequiresFullError        (the gate, ``require_full``)  use another device
@@ -151,6 +152,13 @@ class ModelNotLoadedError(ModelError):
     """The call needs a loaded model and there is none. Load one, then retry."""
 
 
+class AuthenticationError(RunnerError):
+    """The runner wants a token, and the call had none or another one.
+
+    Give the client its token; ``RunnerProcess.token`` is that of a child.
+    """
+
+
 class BusyError(RunnerError):
     """Another load or unload runs. Wait for it and retry, or cancel it."""
 
@@ -254,6 +262,8 @@ class RunnerExitedError(RunnerUnavailableError):
         exit_reason: The same in words ("exit code 1", "killed by SIGKILL ...").
         stderr_tail: The last lines that this process, and no other, wrote to
             its standard error.
+        last_memory_bytes: What the process held (its resident set) when its status
+            was last seen; None if it never was.
     """
 
     def __init__(
@@ -263,6 +273,7 @@ class RunnerExitedError(RunnerUnavailableError):
         exit_code: int | None = None,
         exit_reason: str = "",
         stderr_tail: Sequence[str] = (),
+        last_memory_bytes: int | None = None,
         reason: str | None = None,
         code: grpc.StatusCode | None = None,
         metadata: Mapping[str, str] | None = None,
@@ -271,6 +282,7 @@ class RunnerExitedError(RunnerUnavailableError):
         self.exit_code = exit_code
         self.exit_reason = exit_reason
         self.stderr_tail: tuple[str, ...] = tuple(stderr_tail)
+        self.last_memory_bytes = last_memory_bytes
 
 
 class IncompleteStreamError(RunnerError):

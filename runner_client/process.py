@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from typing import TYPE_CHECKING, NoReturn, Self
 
-from runner_client._base import embedding_error
+from runner_client._base import STATUS_SECONDS, embedding_error
 from runner_client._process_base import (
     HEALTH_SECONDS,
     ProcessBase,
@@ -14,6 +15,7 @@ from runner_client._process_base import (
     not_started,
     start_limit,
 )
+from runner_client._stall import StallWatch
 from runner_client.client import RunnerClient
 from runner_client.errors import RunnerError, RunnerExitedError
 
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
 class _ChildClient(RunnerClient):
     """A client that knows when its runner is dead."""
 
-    def __init__(self, address: str, child: Child, timeouts: Timeouts) -> None:
-        super().__init__(address, timeouts=timeouts)
+    def __init__(self, address: str, token: str, child: Child, timeouts: Timeouts) -> None:
+        super().__init__(address, token=token, timeouts=timeouts)
         self._child = child
         # A dead child's connections are closed by the system; this ends those too
         # that another process holds open.
@@ -55,6 +57,20 @@ class _ChildClient(RunnerClient):
         except RunnerError:
             return False
 
+    def start_watchdog(self) -> None:
+        """Kills the child when its engine stands still, if ``Timeouts`` say so."""
+        if self.timeouts.stall_seconds is not None:
+            watch = StallWatch(self.timeouts.stall_seconds)
+            threading.Thread(
+                target=self._watch_engine, args=(watch,), name="runner-stall", daemon=True
+            ).start()
+
+    def _watch_engine(self, watch: StallWatch) -> None:
+        while not self._child.wait_exit(watch.look_seconds):
+            with contextlib.suppress(RunnerError):
+                if stall := watch.observe(self._status(STATUS_SECONDS)):
+                    self._child.kill(stall)
+
     def start_load(self, request: pb.LoadRequest) -> LoadCall:
         """Begins a load."""
         return self._start_load(request)
@@ -64,6 +80,11 @@ class _ChildClient(RunnerClient):
     ) -> LoadResult:
         """Waits for a load that ``start_load`` began."""
         return self._finish_load(call, on_progress)
+
+    def _status(self, timeout_seconds: float) -> Status:
+        status = super()._status(timeout_seconds)
+        self._child.note_memory(status.memory_usage.process_bytes)
+        return status
 
     @property
     def is_gone(self) -> bool:
@@ -84,7 +105,9 @@ class RunnerProcess(ProcessBase):
                 print(chunk.content, end="")
 
     Step by step it is ``load()``, which decides and starts, then
-    ``wait_until_running()``, and ``close()`` in the end, in every case.
+    ``wait_until_running()``, and ``close()`` in the end, in every case. The child asks
+    its callers for a token that is new each time: ``RunnerClient(runner.address,
+    token=runner.token)`` is one more of them.
 
     Threads may share it, and ``close()`` may be called from any of them in any
     phase; calls that run then end with ``RunnerUnavailableError``. When the child
@@ -155,10 +178,11 @@ class RunnerProcess(ProcessBase):
     def _load(self, life: int) -> MemoryEstimate:
         begin = time.monotonic()
         plan, child, ready = self._start_child(life)
-        client = _ChildClient(ready.target, child, self.timeouts)
+        client = _ChildClient(ready.target, plan.token, child, self.timeouts)
         client.wait_until_serving(begin + start_limit(self.timeouts))
         with self._in_life(life):
             self._running = client, client.start_load(plan.load_request())
+        client.start_watchdog()
         return plan.estimate
 
     def wait_until_running(self, on_progress: Callable[[Status], None] | None = None) -> LoadResult:

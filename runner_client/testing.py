@@ -49,6 +49,7 @@ _CODES = {
     "QUEUE_FULL": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "SHUTTING_DOWN": grpc.StatusCode.UNAVAILABLE,
     "GENERATION_FAILED": grpc.StatusCode.INTERNAL,
+    "UNAUTHENTICATED": grpc.StatusCode.UNAUTHENTICATED,
 }
 
 _MAX_CALLS = 32

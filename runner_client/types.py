@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from os import PathLike
 
 Dtype = Literal["auto", "as_stored", "float32", "bfloat16", "float16"]
 """The number format of the weights in memory; ``"auto"`` lets the server choose."""
@@ -71,6 +72,10 @@ class Timeouts:
     close_seconds: float = 7.0
     """From the request to stop to the kill; large models get more. The server itself
     drains for up to 5.5 s."""
+    stall_seconds: float | None = None
+    """How long a child's engine may have completions to work on and not move before the
+    child is killed. None never kills. A step lasts tenths of a second, and seconds
+    where kernels are compiled first; a slow prompt moves with every step."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -85,6 +90,26 @@ class Timeouts:
         holds wired memory can strand that memory until a reboot.
         """
         return self.close_seconds + model_bytes / _CLOSE_BYTES_PER_SECOND
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """What a client encrypts with: files in PEM, read when the client is made.
+
+    Raises:
+        ValueError: One of ``cert`` and ``key`` is missing.
+    """
+
+    ca: str | PathLike[str] | None = None
+    """Authorities that the server's certificate must come from. None: those gRPC knows."""
+    cert: str | PathLike[str] | None = None
+    """The client's own certificate, if the server asks for one."""
+    key: str | PathLike[str] | None = None
+    """The private key of ``cert``."""
+
+    def __post_init__(self) -> None:
+        if (self.cert is None) != (self.key is None):
+            raise ValueError("a client's certificate needs its key: give both of cert and key")
 
 
 @dataclass(frozen=True, slots=True)

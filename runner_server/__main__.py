@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import sys
 
 from runner_server.adapter import MlxBackend
 from runner_server.app import serve
 from runner_server.config import parse_args
+from runner_server.model_root import ModelRoot
+from runner_server.request_log import set_up_logging
 
 
 def main() -> int:
     """Runs the server; returns the exit code."""
     config = parse_args()
-    logging.basicConfig(
-        level=config.log_level,
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
-    return asyncio.run(serve(config, MlxBackend()))
+    set_up_logging(config.log_level, config.log_format)
+    root = ModelRoot(config.model_root) if config.model_root else None
+    return asyncio.run(serve(config, MlxBackend(root)))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@ import asyncio
 import logging
 import os
 import signal
-import stat
 import sys
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -19,15 +18,23 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from mlxrunner.handshake import HEALTH_SERVICES, SERVICE_NAME, ReadyLine
 from mlxrunner.v1 import runner_pb2_grpc
 from runner_server import __version__
+from runner_server.access import AccessInterceptor, is_loopback
 from runner_server.backend import Backend
 from runner_server.config import ServerConfig
 from runner_server.engine import Engine
 from runner_server.errors import RunnerFault
 from runner_server.interceptor import ErrorInterceptor
+from runner_server.listen import CannotListenError, listen
 from runner_server.messages import LoadSpec
+from runner_server.observe import Observer, ObservingInterceptor
 from runner_server.orphan import OrphanGuard
 from runner_server.reflection import add_reflection
+from runner_server.request_log import RequestLog
 from runner_server.servicer import RunnerServicer
+from runner_server.tracing import Tracing, open_tracing
+
+if TYPE_CHECKING:
+    from runner_server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +44,6 @@ EXIT_ENGINE_DEAD = 70
 EXIT_CANNOT_START = 1
 """The address cannot be listened on, or the model of the command line not be loaded."""
 
-_MAX_UNIX_PATH = 107 if sys.platform == "linux" else 103
-_MAX_PORT = 65535
 _DRAIN_SECONDS = 5.0
 _STREAM_GRACE_SECONDS = 0.5
 
@@ -53,10 +58,6 @@ _OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_ping_strikes", 0),
 )
-
-
-class CannotListenError(Exception):
-    """The address cannot be listened on; the message says why."""
 
 
 class RunnerApp:
@@ -75,8 +76,16 @@ class RunnerApp:
         self._exit_code = 0
         self._health = health.aio.HealthServicer()
         self.engine = Engine(backend, max_queued=config.max_queued, on_death=self._on_death)
-        self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=_OPTIONS)
+        self._observers: list[Observer] = [RequestLog()]
+        self._metrics: Metrics | None = None
+        self._tracing: Tracing | None = None
+        interceptors: list[grpc.aio.ServerInterceptor] = [ObservingInterceptor(self._observers)]
+        if config.token:
+            interceptors.append(AccessInterceptor(config.token))
+        interceptors.append(ErrorInterceptor())
+        self._server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._ready: ReadyLine | None = None
 
     async def start(self, announce: Callable[[ReadyLine], None] | None = None) -> ReadyLine:
         """Listens, answers calls and begins to import the model library.
@@ -88,12 +97,20 @@ class RunnerApp:
             Where it listens.
 
         Raises:
-            CannotListenError: The address is bad, or in use.
+            CannotListenError: The address is bad, in use, or open to other machines without
+                anything that asks who calls; or the TLS files cannot be used.
         """
         self._add_services()
-        ready = await _listen(self._server, self._config.listen)
+        config = self._config
+        ready = listen(
+            self._server, config.listen, tls=config.tls, has_token=config.token is not None
+        )
+        self._ready = ready
         for name in HEALTH_SERVICES:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        if config.metrics_listen:
+            self._open_metrics(*config.metrics_listen)
+        self._open_tracing()
         await self._server.start()
         if announce:
             announce(ready)
@@ -112,16 +129,50 @@ class RunnerApp:
         """Begins an orderly end."""
         self._stop.set()
 
+    def exit_now(self, code: int) -> NoReturn:
+        """Ends the process without waiting for anything; leaves no socket's file behind."""
+        if self._ready and self._ready.network == "unix":
+            Path(self._ready.address).unlink(missing_ok=True)
+        os._exit(code)
+
     async def close(self) -> None:
         """Refuses new work, ends streams, frees the model and closes the server."""
         await self._health.enter_graceful_shutdown()
         self.engine.stop()
+        if self._metrics:
+            self._metrics.close()
         if not await self.engine.wait_ended(_DRAIN_SECONDS):
             logger.error("the engine did not end within %.0f s; exiting anyway", _DRAIN_SECONDS)
         await self._server.stop(_STREAM_GRACE_SECONDS)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._tracing:
+            self._tracing.close()
+
+    def _open_metrics(self, host: str, port: int) -> None:
+        # Imported only where they are wanted, and perhaps not installed.
+        try:
+            from runner_server.metrics import Metrics  # noqa: PLC0415
+
+            self._metrics = Metrics(self.engine, __version__)
+            address = self._metrics.listen(host, port)
+        except ImportError as error:
+            advice = "pip install 'mlx-grpc-runner[metrics]'"
+            raise CannotListenError(f"--metrics-listen needs {error.name}; {advice}") from error
+        except (OSError, ValueError) as error:  # ValueError: no name that DNS could have
+            raise CannotListenError(f"--metrics-listen {host}:{port}: {error}") from error
+        self._observers.append(self._metrics)
+        logger.info("metrics on %s", address)
+        if not is_loopback(host):
+            logger.warning("whoever reaches %s can read the metrics: nobody is asked", address)
+
+    def _open_tracing(self) -> None:
+        # Before the first call, which is to have a span too.
+        self._tracing = open_tracing(__version__)
+        if self._tracing:
+            # Before the log, whose lines name the span.
+            self._observers.insert(0, self._tracing)
 
     def _add_services(self) -> None:
         servicer = RunnerServicer(self.engine, __version__)
@@ -151,49 +202,6 @@ class RunnerApp:
         task.add_done_callback(self._tasks.discard)
 
 
-async def _listen(server: grpc.aio.Server, listen: str) -> ReadyLine:
-    path = listen.removeprefix("unix:")
-    if path != listen:
-        _check_socket(Path(path))
-        # The socket file would get the umask's mode: nobody else may call.
-        mask = os.umask(0o177)
-        try:
-            _bind(server, listen, "its directory must exist and be writable")
-        finally:
-            os.umask(mask)
-        return ReadyLine("unix", path)
-    host, separator, port = listen.rpartition(":")
-    # gRPC would take a larger number's remainder.
-    if not (separator and host and port.isdecimal() and int(port) <= _MAX_PORT):
-        raise CannotListenError(
-            f"--listen {listen!r}: expected HOST:PORT, the port 0 to {_MAX_PORT}, or unix:/path"
-        )
-    advice = "it is in use, no address of this machine, or unknown; port 0 takes a free port"
-    return ReadyLine("tcp", f"{host}:{_bind(server, listen, advice)}")
-
-
-def _bind(server: grpc.aio.Server, listen: str, advice: str) -> int:
-    try:
-        return server.add_insecure_port(listen)
-    except RuntimeError as error:
-        raise CannotListenError(f"cannot listen on {listen}: {advice}") from error
-
-
-def _check_socket(path: Path) -> None:
-    size = len(os.fsencode(path))
-    if size > _MAX_UNIX_PATH:
-        raise CannotListenError(
-            f"the socket's path has {size} bytes and this system allows {_MAX_UNIX_PATH}: {path}"
-        )
-    # gRPC would silently take a live server's socket away from it.
-    with suppress(OSError):  # of a path that cannot be looked at, binding tells more
-        kind = "a socket" if stat.S_ISSOCK(path.stat().st_mode) else "a file"
-        raise CannotListenError(
-            f"{path} exists already and is {kind}; remove it if no server uses it, or choose "
-            "another path"
-        )
-
-
 def install_signals(app: RunnerApp) -> None:
     """SIGINT and SIGTERM stop in order; a second one ends the process at once."""
     loop = asyncio.get_running_loop()
@@ -201,7 +209,7 @@ def install_signals(app: RunnerApp) -> None:
 
     def on_signal(number: int) -> None:
         if seen:
-            os._exit(128 + number)
+            app.exit_now(128 + number)
         seen.append(number)
         logger.info("stopping on %s", signal.Signals(number).name)
         app.request_stop()
@@ -211,9 +219,16 @@ def install_signals(app: RunnerApp) -> None:
 
 
 def _announce(ready: ReadyLine) -> None:
-    sys.stdout.write(ready.format() + "\n")
-    sys.stdout.flush()
     logger.info("listening on %s", ready.target)
+    # What was closed at the start is None here, whatever file has its number now.
+    if sys.stdout is None:
+        logger.warning("stdout is closed, so that nobody reads the ready line; serving anyway")
+        return
+    try:
+        sys.stdout.write(ready.format() + "\n")
+        sys.stdout.flush()
+    except OSError as error:
+        logger.warning("nobody reads the ready line (stdout: %s); serving anyway", error)
 
 
 async def serve(config: ServerConfig, backend: Backend) -> int:

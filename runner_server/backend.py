@@ -28,6 +28,14 @@ class Codec(Protocol):
         """Splits text into ids; ``as_prompt`` adds the tokens a prompt begins with."""
         ...
 
+    def fewest_tokens(self, text: str, enough: int) -> int:
+        """A number of tokens that a very long text has at least, from a part of it.
+
+        Splitting takes half a second for each megabyte, and hundreds of times its memory. A
+        number up to ``enough`` says nothing: the text must be split to know.
+        """
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """Joins ids into text; U+FFFD stands for bytes that are no character."""
         ...

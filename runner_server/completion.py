@@ -7,7 +7,15 @@ import time
 
 from runner_server.backend import Codec
 from runner_server.errors import RunnerFault
-from runner_server.messages import CompletionSpec, Done, DoneReason, Piece, Prefill, Token
+from runner_server.messages import (
+    Account,
+    CompletionSpec,
+    Done,
+    DoneReason,
+    Piece,
+    Prefill,
+    Token,
+)
 from runner_server.stream import Stream
 from runner_server.text import StopMatcher, StreamDecoder
 
@@ -17,7 +25,7 @@ _ids = itertools.count(1)
 class Completion:
     """Turns the tokens of one row into the pieces of one stream.
 
-    Used on the engine thread, except for its attributes that never change.
+    Used on the engine thread, except for :meth:`account` and the attributes that never change.
 
     Args:
         spec: What was asked for.
@@ -38,7 +46,13 @@ class Completion:
         self._eos_token_ids = eos_token_ids
         self._count = 0
         self._cached = 0
-        self._submitted = self._admitted = self._first = time.monotonic()
+        self._submitted = time.monotonic()
+        self._admitted: float | None = None
+        self._first: float | None = None
+        self._ended: float | None = None
+        self._reason: DoneReason | None = None
+        self._left: float | None = None
+        self._away_seconds = 0.0
 
     @property
     def max_length(self) -> int:
@@ -57,7 +71,21 @@ class Completion:
 
     def admit(self) -> None:
         """Notes that the row has its place in the batch."""
-        self._admitted = self._first = time.monotonic()
+        self._admitted = time.monotonic()
+
+    def leave(self) -> None:
+        """Notes that its place goes to others until its reader has read on."""
+        self._left = time.monotonic()
+
+    def come_back(self) -> None:
+        """Notes that it has a place again."""
+        if self._left is not None:
+            self._away_seconds += time.monotonic() - self._left
+            self._left = None
+
+    def seated_seconds(self, done: Done) -> float:
+        """How long it has had a place: so long others waited for one, and no longer."""
+        return done.prompt_seconds + done.eval_seconds - self._away_seconds
 
     def on_prefill(self, event: Prefill) -> None:
         """Passes progress of the prompt on."""
@@ -77,7 +105,23 @@ class Completion:
 
     def fail(self, fault: RunnerFault) -> None:
         """Ends the stream with an error."""
+        self._ended = time.monotonic()
         self.stream.fail(fault)
+
+    def account(self) -> Account:
+        """What it has come to; any thread may ask, at any time."""
+        now = self._ended or time.monotonic()
+        # The engine's thread sets them in the other order.
+        first, admitted = self._first, self._admitted
+        return Account(
+            prompt_count=len(self.spec.prompt_ids),
+            cached_count=self._cached,
+            eval_count=self._count,
+            queue_seconds=(admitted or now) - self._submitted,
+            prompt_seconds=None if admitted is None else (first or now) - admitted,
+            eval_seconds=None if first is None else now - first,
+            reason=self._reason,
+        )
 
     def _advance(self, token_id: int) -> tuple[str, DoneReason | None, str]:
         """Returns the text that may be shown, why it ends, and the stop string found."""
@@ -94,14 +138,15 @@ class Completion:
         return shown + self._matcher.flush(), DoneReason.STOP if ended else DoneReason.LENGTH, ""
 
     def _done(self, reason: DoneReason, stop_match: str) -> Done:
-        now = time.monotonic()
+        self._ended, self._reason = time.monotonic(), reason
+        account = self.account()
         return Done(
             reason=reason,
             stop_match=stop_match,
-            prompt_count=len(self.spec.prompt_ids),
-            eval_count=self._count,
-            queue_seconds=self._admitted - self._submitted,
-            prompt_seconds=self._first - self._admitted,
-            eval_seconds=now - self._first,
-            cached_count=self._cached,
+            prompt_count=account.prompt_count,
+            eval_count=account.eval_count,
+            queue_seconds=account.queue_seconds,
+            prompt_seconds=account.prompt_seconds or 0.0,
+            eval_seconds=account.eval_seconds or 0.0,
+            cached_count=account.cached_count,
         )

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
+from mlxrunner.handshake import TOKEN_VARIABLE
+from runner_server.access import read_token
 from runner_server.messages import MAX_PARALLEL, Dtype, LoadSpec
+from runner_server.tls import TlsFiles
+
+_MAX_PORT = 65535
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,11 @@ class ServerConfig:
         max_queued: Completions that may wait for a place.
         exit_with_parent: End when the parent process does.
         log_level: A level of Python's logging.
+        log_format: ``text`` or ``json``.
+        metrics_listen: Host and port that Prometheus may scrape; None opens none.
+        tls: The certificate; None does not encrypt.
+        token: What callers must send; None asks nobody who they are.
+        model_root: The directory, resolved, that models must lie below; None is anywhere.
     """
 
     listen: str = "127.0.0.1:0"
@@ -26,11 +37,17 @@ class ServerConfig:
     max_queued: int = 128
     exit_with_parent: bool = False
     log_level: str = "INFO"
+    log_format: str = "text"
+    metrics_listen: tuple[str, int] | None = None
+    tls: TlsFiles | None = None
+    token: str | None = field(default=None, repr=False)
+    model_root: Path | None = None
 
 
 def parse_args(argv: Sequence[str] | None = None) -> ServerConfig:
     """Reads the command line; exits with a usage message if it is wrong."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     load = None
     if args.model:
         load = LoadSpec(
@@ -47,12 +64,36 @@ def parse_args(argv: Sequence[str] | None = None) -> ServerConfig:
         max_queued=args.max_queued,
         exit_with_parent=args.exit_with_parent,
         log_level=args.log_level,
+        log_format=args.log_format,
+        metrics_listen=args.metrics_listen,
+        tls=_tls(parser, args),
+        token=_token(parser, args),
+        model_root=args.model_root,
     )
+
+
+def _tls(parser: argparse.ArgumentParser, args: argparse.Namespace) -> TlsFiles | None:
+    if bool(args.tls_cert) != bool(args.tls_key):
+        parser.error("--tls-cert and --tls-key go together")
+    if args.tls_cert:
+        return TlsFiles(args.tls_cert, args.tls_key, args.tls_client_ca)
+    if args.tls_client_ca:
+        parser.error("--tls-client-ca needs --tls-cert and --tls-key")
+    return None
+
+
+def _token(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str | None:
+    try:
+        return read_token(args.token_file)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="runner_server",
+        # `--token SECRET` must not be taken for the file's option, and then be told of.
+        allow_abbrev=False,
         description="Hosts one MLX language model and serves it over gRPC. Once it listens it "
         "prints one line on stdout: 1|1|tcp|HOST:PORT|grpc or 1|1|unix|PATH|grpc.",
     )
@@ -83,9 +124,59 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="end within 2 s of the parent; stdin must be a pipe that only the parent holds open",
     )
+    _add_access(parser)
     levels = ["DEBUG", "INFO", "WARNING", "ERROR"]
     add("--log-level", choices=levels, default="INFO", help="of the log on stderr")
+    add("--log-format", choices=["text", "json"], default="text", help="of its lines")
+    add(
+        "--metrics-listen",
+        type=_host_and_port,
+        metavar="HOST:PORT",
+        help="answer Prometheus there, for instance 127.0.0.1:9464 (default: nowhere)",
+    )
     return parser
+
+
+def _add_access(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group(
+        "who may call",
+        "Without these only loopback addresses and unix sockets may be listened on.",
+    ).add_argument
+    add(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="file with the token that every call must send as `authorization: Bearer TOKEN` "
+        f"(default: the environment variable {TOKEN_VARIABLE}; without it no token is asked for)",
+    )
+    add("--tls-cert", type=Path, metavar="FILE", help="certificate chain, PEM; may be changed")
+    add("--tls-key", type=Path, metavar="FILE", help="its private key, PEM without a password")
+    add(
+        "--tls-client-ca",
+        type=Path,
+        metavar="FILE",
+        help="let only clients in that have a certificate of these authorities, PEM",
+    )
+    add(
+        "--model-root",
+        type=_directory,
+        metavar="DIR",
+        help="load only models below this directory, links followed",
+    )
+
+
+def _host_and_port(text: str) -> tuple[str, int]:
+    host, separator, port = text.rpartition(":")
+    if not (separator and host and port.isdecimal() and int(port) <= _MAX_PORT):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected HOST:PORT, the port 0 to {_MAX_PORT}")
+    return host.strip("[]"), int(port)
+
+
+def _directory(text: str) -> Path:
+    path = Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no directory")
+    return path.resolve()
 
 
 def _at_least(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:

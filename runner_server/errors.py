@@ -68,15 +68,22 @@ class InvalidField(RunnerFault):
 
 
 class PromptTooLong(RunnerFault):
-    """The prompt does not fit the context."""
+    """The prompt does not fit the context.
+
+    Args:
+        prompt_tokens: How many it has.
+        context_length: How many the context holds.
+        is_least: The prompt has at least so many, and was not split to the end.
+    """
 
     code = grpc.StatusCode.INVALID_ARGUMENT
     reason = pb.ERROR_REASON_PROMPT_TOO_LONG
 
-    def __init__(self, prompt_tokens: int, context_length: int) -> None:
+    def __init__(self, prompt_tokens: int, context_length: int, *, is_least: bool = False) -> None:
         super().__init__(
-            f"the prompt has {prompt_tokens} tokens and the context holds {context_length}, one of "
-            f"which a new token needs; shorten the prompt or load with a larger context_length",
+            f"the prompt has {'at least ' * is_least}{prompt_tokens} tokens and the context holds "
+            f"{context_length}, one of which a new token needs; shorten the prompt or load with a "
+            "larger context_length",
             promptTokens=prompt_tokens,
             contextLength=context_length,
         )
@@ -155,6 +162,23 @@ class ShuttingDown(RunnerFault):
     reason = pb.ERROR_REASON_SHUTTING_DOWN
 
 
+class Unauthenticated(RunnerFault):
+    """The call has no right to be made.
+
+    Args:
+        has: What it has in the token's place, in words; never the token.
+    """
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+    reason = pb.ERROR_REASON_UNAUTHENTICATED
+
+    def __init__(self, has: str) -> None:
+        super().__init__(
+            f"this runner wants a token and the call has {has}; send the runner's token in the "
+            "metadata, as `authorization: Bearer TOKEN`"
+        )
+
+
 class GenerationFailed(RunnerFault):
     """MLX raised."""
 
@@ -162,11 +186,16 @@ class GenerationFailed(RunnerFault):
     reason = pb.ERROR_REASON_GENERATION_FAILED
 
 
+def reason_name(fault: RunnerFault) -> str:
+    """Its reason as callers see it."""
+    return pb.ErrorReason.Name(fault.reason).removeprefix("ERROR_REASON_")
+
+
 def to_status(fault: RunnerFault) -> status_pb2.Status:
     """Puts a fault into the form that goes on the wire, under 2 KB."""
     info = error_details_pb2.ErrorInfo(
         domain=ERROR_DOMAIN,
-        reason=pb.ErrorReason.Name(fault.reason).removeprefix("ERROR_REASON_"),
+        reason=reason_name(fault),
         metadata={key: _cut(value, 256) for key, value in fault.metadata.items()},
     )
     # grpc.StatusCode.value is (number, name); the number is the wire's code.

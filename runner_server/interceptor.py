@@ -8,10 +8,18 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
 from mlxrunner.handshake import SERVICE_NAME
-from runner_server.errors import GenerationFailed, RunnerFault, to_status
+from runner_server.errors import (
+    GenerationFailed,
+    InvalidField,
+    RunnerFault,
+    reason_name,
+    to_status,
+)
+from runner_server.request import current_request
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +53,29 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             make, behaviour = grpc.unary_stream_rpc_method_handler, _guard_stream(handler)
         else:
             make, behaviour = grpc.unary_unary_rpc_method_handler, _guard_unary(handler)
-        return make(behaviour, handler.request_deserializer, handler.response_serializer)
+        return make(behaviour, _reader(handler.request_deserializer), handler.response_serializer)
+
+
+class _Unreadable:
+    """Stands for a request whose bytes are no message of its type."""
+
+
+def _reader(read: Callable[[bytes], Any] | None) -> Callable[[bytes], object]:
+    """Reads requests; what it raised would reach the client as UNKNOWN with its text."""
+
+    def read_or_tell(data: bytes) -> object:
+        try:
+            return read(data) if read else data
+        except DecodeError:
+            return _Unreadable()
+
+    return read_or_tell
+
+
+def _require_readable(request: object) -> None:
+    if isinstance(request, _Unreadable):
+        text = "its bytes are no message of this rpc: damaged, or a string in it is no UTF-8"
+        raise InvalidField([("request", text)])
 
 
 def _guard_unary(handler: _Handler) -> _Behaviour:
@@ -53,6 +83,7 @@ def _guard_unary(handler: _Handler) -> _Behaviour:
 
     async def call(request: object, context: _Context) -> object:
         try:
+            _require_readable(request)
             return await inner(request, context)
         except (grpc.RpcError, grpc.aio.AbortError):
             raise
@@ -67,6 +98,7 @@ def _guard_stream(handler: _Handler) -> _Behaviour:
 
     async def call(request: object, context: _Context) -> AsyncIterator[object]:
         try:
+            _require_readable(request)
             # aclosing: a cancelled call must run the handler's `finally` now,
             # not when the garbage collector comes by.
             async with aclosing(inner(request, context)) as replies:
@@ -84,6 +116,14 @@ async def _abort(context: _Context, error: Exception) -> NoReturn:
     if not isinstance(error, RunnerFault):
         logger.error("unexpected error in a handler", exc_info=error)
         error = GenerationFailed("an unexpected error; the log of the runner has the traceback")
-    status: Any = rpc_status.to_status(to_status(error))
-    await context.abort_with_status(status)
+    await abort(context, error)
+
+
+async def abort(context: _Context, fault: RunnerFault) -> NoReturn:
+    """Ends a call with a fault, beside the trailing metadata it has already."""
+    current_request().reason = reason_name(fault)
+    status: Any = rpc_status.to_status(to_status(fault))
+    # abort_with_status would replace what the call has.
+    trailers = (*context.trailing_metadata(), *status.trailing_metadata)
+    await context.abort(status.code, status.details, trailers)
     raise AssertionError("abort returned")

@@ -32,7 +32,8 @@ _MAX_ERROR_CHARS = 512
 
 _MIN_RETRY_SECONDS, _MAX_RETRY_SECONDS = 0.1, 60.0
 _NEWEST_WEIGHT = 0.2
-"""Share of the latest completion in the moving average of how long one takes."""
+"""Share of the latest batch in the moving average of how long a completion takes. Rows that
+run together end together: a batch that was held up is one thing seen, not many."""
 
 
 @dataclass(eq=False)
@@ -66,6 +67,7 @@ class Ledger:
         self._running: set[int] = set()
         self._ticket: Ticket[Any] | None = None
         self._mean_seconds = 1.0
+        self._ended = 0
         self._progress = 0
         self._steps = 0
         self._moved = time.monotonic()
@@ -190,7 +192,14 @@ class Ledger:
             self._running.discard(completion_id)
             self._live.pop(completion_id, None)
             if seconds is not None:
-                self._mean_seconds += _NEWEST_WEIGHT * (seconds - self._mean_seconds)
+                self._note_pace(seconds)
+
+    def _note_pace(self, seconds: float) -> None:
+        """Enters how long a completion had its place; the first one replaces the guess."""
+        self._ended += 1
+        parallel = self._handle.info.parallel if self._handle else 1
+        weight = max(_NEWEST_WEIGHT / parallel, 1 / self._ended)
+        self._mean_seconds += weight * (seconds - self._mean_seconds)
 
     def offer_model(self, handle: ModelHandle) -> None:
         """A model is loaded: completions are accepted from now on."""

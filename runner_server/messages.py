@@ -124,7 +124,7 @@ class CompletionSpec:
         prompt_ids: At least one token, fewer than the context holds.
         max_tokens: Tokens to generate at most; with the prompt they fit the context.
         stop: Strings that end the text.
-        request_id: The caller's name for it, for the log.
+        request_id: The caller's name for it.
     """
 
     prompt_ids: tuple[int, ...]
@@ -186,6 +186,27 @@ class Done:
     prompt_seconds: float
     eval_seconds: float
     cached_count: int = 0
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a completion has come to so far; durations in seconds, None for what has not begun.
+
+    Attributes:
+        cached_count: Of the prompt's tokens, those that were not evaluated again.
+        queue_seconds: How long it has waited for a place.
+        prompt_seconds: How long its prompt has been evaluated.
+        eval_seconds: How long it has generated.
+        reason: Why it ended; None if it goes on, or did not end by itself.
+    """
+
+    prompt_count: int
+    cached_count: int
+    eval_count: int
+    queue_seconds: float
+    prompt_seconds: float | None
+    eval_seconds: float | None
+    reason: DoneReason | None
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,17 @@ from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
-import psutil
 
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
-from runner_server.backend import ModelHandle
+from runner_server.backend import Codec, ModelHandle
 from runner_server.blas import blas_of
 from runner_server.convert import STATES, duration, model_message, piece_message
 from runner_server.engine import Engine
-from runner_server.errors import InvalidField
+from runner_server.errors import InvalidField, PromptTooLong
 from runner_server.ledger import Ticket
+from runner_server.request import current_request
+from runner_server.resident import resident_bytes
 from runner_server.validation import check_completion, check_token_ids, completion_spec, load_spec
 
 if TYPE_CHECKING:
@@ -31,6 +32,11 @@ _MAX_ANSWER_TOKENS = 1_000_000
 """Token ids in one answer: at most three bytes each, so under gRPC's usual 4 MiB."""
 
 _MAX_ANSWER_BYTES = 4 * 2**20 - 1024
+_MAX_REQUEST_TOKENS = 4 * 2**20
+"""Token ids in one request: about as many as an answer has room for their text."""
+
+_LONG_TEXT_CHARS = 1 << 19
+"""From here on it is worth a look whether a text is too long before all of it is split."""
 
 
 class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
@@ -46,11 +52,11 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         self._version = version
         self._started = time.monotonic()
         self._runner_id = secrets.token_hex(8)
-        self._process = psutil.Process()
 
     async def Load(self, request: pb.LoadRequest, context: _Context) -> pb.LoadResponse:
         """Loads a model."""
         started = time.monotonic()
+        current_request().model = request.model
         ticket = self._engine.load(load_spec(request))
         info = await _outcome(ticket)
         return pb.LoadResponse(
@@ -74,7 +80,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
                 active_bytes=memory.active_bytes,
                 cache_bytes=memory.cache_bytes,
                 peak_bytes=memory.peak_bytes,
-                process_bytes=self._process.memory_info().rss,
+                process_bytes=resident_bytes(),
                 prefix_cache_bytes=memory.prefix_cache_bytes,
             ),
             running_count=snapshot.running_count,
@@ -103,11 +109,15 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         context: _Context,
     ) -> AsyncIterator[pb.CompletionResponse]:
         """Streams a completion."""
+        record = current_request()
+        record.request_id = request.request_id
         model = self._engine.model()
+        record.model = model.info.name
         sampling = check_completion(request, model.info)
         prompt_ids = await _prompt_ids(request, model)
         spec = completion_spec(request, sampling, model.info, prompt_ids)
         completion = self._engine.submit(model, spec)
+        record.account = completion.account
         try:
             async for piece in completion.stream.pieces():
                 yield piece_message(piece, model.codec.decode)
@@ -118,12 +128,13 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:
         """Splits text into token ids."""
         model = self._engine.model()
+        if fewest := await _too_many(request.content, _MAX_ANSWER_TOKENS, model.codec):
+            raise _too_many_tokens(f"at least {fewest}")
         ids = await asyncio.to_thread(
             model.codec.encode, request.content, as_prompt=request.add_special_tokens
         )
         if len(ids) > _MAX_ANSWER_TOKENS:
-            text = f"{len(ids)} tokens; at most {_MAX_ANSWER_TOKENS} fit an answer; split the text"
-            raise InvalidField([("content", text)])
+            raise _too_many_tokens(str(len(ids)))
         return pb.TokenizeResponse(token_ids=ids)
 
     async def Detokenize(
@@ -133,6 +144,10 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
     ) -> pb.DetokenizeResponse:
         """Joins token ids into text."""
         model = self._engine.model()
+        count = len(request.token_ids)
+        if count > _MAX_REQUEST_TOKENS:
+            problem = f"{count} token ids; at most {_MAX_REQUEST_TOKENS}; split them"
+            raise InvalidField([("token_ids", problem)])
         check_token_ids("token_ids", request.token_ids, model.info.vocab_size)
         text = await asyncio.to_thread(model.codec.decode, request.token_ids)
         size = len(text.encode())
@@ -140,6 +155,22 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
             problem = f"their text has {size} bytes; at most {_MAX_ANSWER_BYTES} fit an answer"
             raise InvalidField([("token_ids", problem)])
         return pb.DetokenizeResponse(content=text)
+
+
+async def _too_many(text: str, most: int, codec: Codec) -> int:
+    """How many tokens a text has at least if that is more than ``most``; else 0.
+
+    It takes as long and as much memory as the limit asks for, not as the text does.
+    """
+    if len(text) <= _LONG_TEXT_CHARS:
+        return 0
+    fewest = await asyncio.to_thread(codec.fewest_tokens, text, most)
+    return fewest if fewest > most else 0
+
+
+def _too_many_tokens(count: str) -> InvalidField:
+    text = f"{count} tokens; at most {_MAX_ANSWER_TOKENS} fit an answer; split the text"
+    return InvalidField([("content", text)])
 
 
 async def _outcome(ticket: Ticket[_T]) -> _T:
@@ -153,5 +184,8 @@ async def _outcome(ticket: Ticket[_T]) -> _T:
 async def _prompt_ids(request: pb.CompletionRequest, model: ModelHandle) -> Sequence[int]:
     if request.WhichOneof("input") == "prompt_token_ids":
         return request.prompt_token_ids.ids
+    most = model.info.context_length
+    if fewest := await _too_many(request.prompt, most, model.codec):
+        raise PromptTooLong(fewest, most, is_least=True)
     # On another thread: a prompt of megabytes must not delay other calls.
     return await asyncio.to_thread(model.codec.encode, request.prompt, as_prompt=True)

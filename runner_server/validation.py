@@ -191,8 +191,11 @@ def _check_numbers(check: _Checker, options: pb.CompletionOptions, model: ModelI
 
 
 def _check_stops(check: _Checker, stops: Sequence[str]) -> None:
-    check.require("options.stop", len(stops) <= _MAX_STOPS, f"{len(stops)}; at most {_MAX_STOPS}")
-    for i, stop in enumerate(stops[:_MAX_STOPS]):
+    if len(stops) > _MAX_STOPS:
+        # A message has room for millions; to look at each would hold everybody up.
+        check.require("options.stop", ok=False, text=f"{len(stops)}; at most {_MAX_STOPS}")
+        return
+    for i, stop in enumerate(stops):
         inside = 1 <= len(stop) <= _MAX_STOP_CHARS
         text = f"{len(stop)} characters; 1 to {_MAX_STOP_CHARS}"
         check.require(f"options.stop[{i}]", inside, text)
@@ -200,8 +203,10 @@ def _check_stops(check: _Checker, stops: Sequence[str]) -> None:
 
 def _check_bias(check: _Checker, options: pb.CompletionOptions, model: ModelInfo) -> None:
     bias = options.logit_bias
-    many = f"{len(bias)} entries; at most {_MAX_BIASES}"
-    check.require("options.logit_bias", len(bias) <= _MAX_BIASES, many)
+    if len(bias) > _MAX_BIASES:
+        many = f"{len(bias)} entries; at most {_MAX_BIASES}"
+        check.require("options.logit_bias", ok=False, text=many)
+        return
     for token_id, value in bias.items():
         field = f"options.logit_bias[{token_id}]"
         known = 0 <= token_id < model.vocab_size

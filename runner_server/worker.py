@@ -24,7 +24,7 @@ from runner_server.errors import (
     ShuttingDown,
 )
 from runner_server.ledger import Ledger, Ticket, exiting_fault, stopping_fault
-from runner_server.messages import Done, LoadSpec, ModelInfo, Prefill, Token
+from runner_server.messages import LoadSpec, ModelInfo, Prefill, Token
 from runner_server.seats import Seats
 from runner_server.stream import Publisher, Stream
 
@@ -196,6 +196,7 @@ class Worker:
         while completion := self._seats.next(model):
             if completion.has_begun:
                 batch.resume(completion.id)
+                completion.come_back()
                 continue
             completion.admit()
             self._ledger.note_running(completion)
@@ -211,6 +212,7 @@ class Worker:
             batch.remove(ended)
         for completion in [each for each in self._seats.running.values() if each.stream.is_full]:
             batch.pause(completion.id)
+            completion.leave()
             self._seats.pause(completion)
             completion.stream.when_read(partial(self._inbox.put, Resume(completion.id)))
 
@@ -230,8 +232,7 @@ class Worker:
         if done is None:
             return None
         self._seats.remove(completion.id)
-        self._ledger.forget(completion.id, done.prompt_seconds + done.eval_seconds)
-        _log_end(completion, done)
+        self._ledger.forget(completion.id, completion.seated_seconds(done))
         return completion.id
 
     def _publish(self) -> None:
@@ -294,7 +295,7 @@ class Worker:
             report(100)
         except Exception as error:  # noqa: BLE001 - a model that fails must not end the process
             fault = _load_fault(spec, error)
-            self._ledger.note_error(f"load of {spec.model} failed: {fault}")
+            self._ledger.note_error(f"load of {spec.model!r} failed: {fault}")
             self._free_model()
             raise fault from None
         self._ledger.offer_model(ModelHandle(self._model.info, self._model.codec))
@@ -348,29 +349,16 @@ class Worker:
             logger.exception("the model library could not be closed")
 
 
-def _log_end(completion: Completion, done: Done) -> None:
-    logger.info(
-        "completion %d %r: %s, %d prompt tokens in %.3f s, %d generated in %.3f s, queued %.3f s",
-        completion.id,
-        completion.spec.request_id,
-        done.reason.value,
-        done.prompt_count,
-        done.prompt_seconds,
-        done.eval_count,
-        done.eval_seconds,
-        done.queue_seconds,
-    )
-
-
 def _load_fault(spec: LoadSpec, error: Exception) -> RunnerFault:
     """Logs why a load failed, and lets go of it: tracebacks hold arrays that were read."""
     if isinstance(error, RunnerFault):
         fault = error
-        logger.warning("load of %s failed: %s", spec.model, fault)
+        # Quoted: a caller may have put line breaks into it, to forge lines of this log.
+        logger.warning("load of %r failed: %s", spec.model, fault)
     else:
-        logger.error("load of %s failed", spec.model, exc_info=error)
+        logger.error("load of %r failed", spec.model, exc_info=error)
         fault = GenerationFailed(
-            f"loading {spec.model} raised {type(error).__name__}; the runner's log has the "
+            f"loading {spec.model!r} raised {type(error).__name__}; the runner's log has the "
             "traceback"
         )
     fault.__cause__ = fault.__context__ = fault.__traceback__ = error.__traceback__ = None

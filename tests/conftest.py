@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import tempfile
@@ -14,13 +15,16 @@ import pytest
 
 from fakes import FakeBackend
 from harness import Server, StartServer, running
+from mlxrunner.handshake import TOKEN_VARIABLE
 
 
 def pytest_configure() -> None:
     """Lets children be interrupted: a suite started in the background ignores SIGINT.
 
-    They would inherit that from it, and tests of Ctrl-C wait in vain.
+    They would inherit that from it, and tests of Ctrl-C wait in vain. Nor are they to
+    inherit a token, and ask for it.
     """
+    os.environ.pop(TOKEN_VARIABLE, None)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

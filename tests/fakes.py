@@ -93,6 +93,10 @@ class ByteCodec:
         """See ``Codec.encode``: a prompt begins with ``BOS``."""
         return [BOS] * as_prompt + list(text.encode())
 
+    def fewest_tokens(self, _text: str, _enough: int) -> int:
+        """See ``Codec.fewest_tokens``: splitting is cheap, so nothing is known before."""
+        return 0
+
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Codec.decode``."""
         return bytes(id_ for id_ in ids if id_ < 256).decode(errors="replace")

@@ -76,7 +76,12 @@ def is_installed(distribution: str) -> bool:
 
 
 def _system_memory() -> tuple[int, int]:
-    memory = psutil.virtual_memory()
+    try:
+        memory = psutil.virtual_memory()
+    except (psutil.Error, OSError):  # Linux without /proc
+        page = os.sysconf("SC_PAGE_SIZE")
+        # What is free; more would be available, if the page cache could be told.
+        return os.sysconf("SC_PHYS_PAGES") * page, os.sysconf("SC_AVPHYS_PAGES") * page
     return memory.total, memory.available
 
 

@@ -21,6 +21,9 @@ SERVICE_NAME = "mlxrunner.v1.RunnerService"
 HEALTH_SERVICES = ("", SERVICE_NAME, "plugin")
 """Every name health is answered for; go-plugin asks for ``plugin``."""
 
+TOKEN_VARIABLE = "MLX_RUNNER_TOKEN"  # noqa: S105 - its name
+"""The environment variable that tells a server which token its callers must send."""
+
 _CORE_VERSION = "1"
 _APP_VERSION = "1"
 _PROTOCOL = "grpc"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mlxrunner.handshake import TOKEN_VARIABLE
 from mlxrunner.hostmemory import installed_backend
 from runner_client._command import check_platform, server_program, with_import_paths
 from runner_client.cli._options import (
@@ -23,6 +24,7 @@ from runner_client.estimate import DEFAULT_PARALLEL
 if TYPE_CHECKING:
     from runner_client.types import Dtype
 
+_FILE = click.Path(exists=True, dir_okay=False)
 _FOR_A_MODEL = ("context_length", "parallel", "dtype", "memory_limit", "prefix_cache")
 
 
@@ -39,7 +41,32 @@ _FOR_A_MODEL = ("context_length", "parallel", "dtype", "memory_limit", "prefix_c
     "--listen",
     default="127.0.0.1:0",
     show_default=True,
-    help="HOST:PORT or unix:/path; port 0 takes a free one. There is no encryption and no login.",
+    help="HOST:PORT or unix:/path; port 0 takes a free one. An address that other machines reach "
+    "needs a token or TLS.",
+)
+@click.option(
+    "--token-file",
+    type=_FILE,
+    help=f"File with the token that every call must send.  [default: {TOKEN_VARIABLE}, else none]",
+)
+@click.option("--tls-cert", type=_FILE, help="Certificate chain, PEM; may be changed.")
+@click.option("--tls-key", type=_FILE, help="Its private key, PEM without a password.")
+@click.option("--tls-client-ca", type=_FILE, help="Let only clients with a certificate of it in.")
+@click.option(
+    "--model-root",
+    type=click.Path(exists=True, file_okay=False),
+    metavar="DIR",
+    help="Load only models below this directory, links followed.",
+)
+@click.option(
+    "--metrics-listen",
+    metavar="HOST:PORT",
+    help="Answer Prometheus there, for instance 127.0.0.1:9464.  [default: nowhere]",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    help="Of the log on standard error.  [default: text]",
 )
 @context_length_option
 @parallel_option(DEFAULT_PARALLEL)
@@ -61,6 +88,7 @@ _FOR_A_MODEL = ("context_length", "parallel", "dtype", "memory_limit", "prefix_c
 @click.pass_context
 def command(
     ctx: click.Context,
+    /,
     *,
     model: str | None,
     listen: str,
@@ -70,6 +98,7 @@ def command(
     memory_limit: int | None,
     prefix_cache: int | None,
     blas: str,
+    **others: str | None,
 ) -> None:
     """Run a server in the foreground until Ctrl-C.
 
@@ -86,11 +115,13 @@ def command(
         line += _given("--context-length", context_length)
         line += _given("--memory-limit-bytes", memory_limit)
         line += _given("--prefix-cache-bytes", prefix_cache)
+    for name, value in others.items():
+        line += _given(f"--{name.replace('_', '-')}", value)
     environment = child_environment(os.environ, backend=installed_backend(), blas=blas)
     _become(line, with_import_paths(environment))
 
 
-def _given(name: str, value: int | None) -> list[str]:
+def _given(name: str, value: int | str | None) -> list[str]:
     return [] if value is None else [name, str(value)]
 
 

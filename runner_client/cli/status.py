@@ -7,23 +7,26 @@ from typing import TYPE_CHECKING
 import click
 
 from mlxrunner.units import format_bytes
+from runner_client.cli._access import Credentials, access_options, open_client
 from runner_client.cli._errors import EXIT_CODES
 from runner_client.cli._options import json_option
 from runner_client.cli._output import Row, print_json, print_rows
-from runner_client.client import RunnerClient
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from runner_client.types import MemoryUsage, Model, Status
 
 
 @click.command("status", short_help="Show what a runner does and holds.", epilog=EXIT_CODES)
 @click.argument("address")
+@access_options
 @json_option
-def command(address: str, *, as_json: bool) -> None:
+def command(address: str, *, as_json: bool, **credentials: Unpack[Credentials]) -> None:
     """Show what the runner at ADDRESS (HOST:PORT or unix:/path) does and holds."""
     if not address:
         raise click.BadArgumentUsage("ADDRESS is empty; give HOST:PORT or unix:/path")
-    with RunnerClient(address) as client:
+    with open_client(address, **credentials) as client:
         status = client.status()
     if as_json:
         print_json(status)

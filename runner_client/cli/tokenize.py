@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING
 
 import click
 
+from runner_client.cli._access import Credentials, access_options, open_client
 from runner_client.cli._errors import EXIT_CODES
 from runner_client.cli._options import json_option, text_or_stdin
 from runner_client.cli._output import print_json
 from runner_client.cli._session import loaded
-from runner_client.client import RunnerClient
 from runner_client.process import RunnerProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Unpack
+
+    from runner_client.client import RunnerClient
 
 
 @click.command(
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Add what a prompt gets, for instance a beginning-of-text token.",
 )
+@access_options
 @json_option
 def command(
     content: str,
@@ -39,6 +43,7 @@ def command(
     detokenize: bool,
     add_special_tokens: bool,
     as_json: bool,
+    **credentials: Unpack[Credentials],
 ) -> None:
     """Split TEXT into token ids, or join them again.
 
@@ -47,10 +52,12 @@ def command(
     """
     if bool(address) == bool(model):
         raise click.UsageError("give one of --address (a running runner) and --model")
+    if model and any(credentials.values()):
+        raise click.UsageError("--token-file and --tls-... need --address")
     if detokenize and add_special_tokens:
         raise click.UsageError("--add-special-tokens has no meaning with --detokenize")
     ids = _ids(content) if detokenize else []
-    with _tokenizer(address, model) as client:
+    with _tokenizer(address, model, credentials) as client:
         if detokenize:
             content = client.detokenize(ids)
         else:
@@ -62,9 +69,11 @@ def command(
 
 
 @contextmanager
-def _tokenizer(address: str | None, model: str | None) -> Iterator[RunnerClient | RunnerProcess]:
+def _tokenizer(
+    address: str | None, model: str | None, credentials: Credentials
+) -> Iterator[RunnerClient | RunnerProcess]:
     if address:
-        with RunnerClient(address) as client:
+        with open_client(address, **credentials) as client:
             yield client
     elif model:
         runner = RunnerProcess(model, parallel=1)

@@ -17,6 +17,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from runner_server.adapter._panics import NO_PANICS
 from runner_server.adapter._rebuilt_tokenizer import REBUILT_CLASSES, RebuiltClass
 
 _CLASSES = frozenset({"PreTrainedTokenizerFast", "TokenizersBackend"})
@@ -114,10 +115,11 @@ def read_plain_tokenizer(path: Path, config: dict[str, Any]) -> PlainTokenizer |
         return None
     try:
         settings = _read_settings(path, str(config.get("model_type")))
-        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json")) if settings else None
+        with NO_PANICS:
+            tokenizer = Tokenizer.from_file(str(path / "tokenizer.json")) if settings else None
+            if not (settings and tokenizer and _is_as_file(tokenizer, settings)):
+                return None
     except Exception:  # noqa: BLE001 - tokenizers raises no narrower type
-        return None
-    if not (settings and tokenizer and _is_as_file(tokenizer, settings)):
         return None
     eos = _id_of(tokenizer, settings.roles.get("eos_token"))
     return PlainTokenizer(tokenizer, settings.roles.get("bos_token"), frozenset([*ends, *eos]))

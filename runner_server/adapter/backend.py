@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +14,24 @@ from runner_server.messages import LoadSpec, MemoryCounters
 
 if TYPE_CHECKING:
     from runner_server.adapter.loading import MlxModel
+    from runner_server.model_root import ModelRoot
     from runner_server.prefix import Held
+
+logger = logging.getLogger(__name__)
 
 _CACHE_LIMIT_BYTES = 1 << 30
 """Most memory MLX keeps for reuse; without a limit it keeps all it ever freed."""
 
 
 class MlxBackend:
-    """Implements ``runner_server.backend.Backend`` with MLX."""
+    """Implements ``runner_server.backend.Backend`` with MLX.
 
-    def __init__(self) -> None:
+    Args:
+        model_root: Where models must lie; None is anywhere.
+    """
+
+    def __init__(self, model_root: ModelRoot | None = None) -> None:
+        self._model_root = model_root
         self._mx: Any = None
         # Not the model itself: it must go with the last reference of the engine's thread.
         self._prompts_held: Held | None = None
@@ -39,6 +49,7 @@ class MlxBackend:
         import runner_server.adapter.loading  # noqa: F401, PLC0415
 
         mx.set_cache_limit(_CACHE_LIMIT_BYTES)
+        _choose_temporary_directory(mx)
         info = mx.device_info()
         # Metal only: what is not wired, the system may page out between two steps.
         if working_set := info.get("max_recommended_working_set_size"):
@@ -51,7 +62,7 @@ class MlxBackend:
         """Loads a model; see ``Backend.load``."""
         from runner_server.adapter.loading import load  # noqa: PLC0415 - as in open
 
-        model = load(spec, report)
+        model = load(spec, report, self._model_root)
         self._prompts_held = model.prompts_held
         return model
 
@@ -83,6 +94,15 @@ class MlxBackend:
             return
         self._mx.synchronize()
         self._mx.clear_streams()
+
+
+def _choose_temporary_directory(mx: Any) -> None:
+    """Lets MLX compile kernels where files can be written; it looks at TMPDIR only."""
+    try:
+        os.environ["TMPDIR"] = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        logger.warning("kernels are not compiled: %s", error.strerror)
+        mx.disable_compile()
 
 
 def _trim_heap() -> None:

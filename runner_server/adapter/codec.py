@@ -6,9 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from runner_server.adapter._panics import NO_PANICS
 from runner_server.adapter._plain_tokenizer import read_plain_tokenizer
 from runner_server.adapter.names import load_tokenizer
 from runner_server.errors import ModelUnsupported
+
+_PART_CHARS = 1 << 17
+"""Of a very long text, what is split first to see whether the rest need be."""
+
+_SAMPLE = "A naïve text, 日本 😀:\n\tdef f(x): return 12.5  # \0 aaaa"
+_MAX_ID = 2**31 - 1
 
 _LONG = 256
 """Tokens from which on decoding should not keep other threads from running."""
@@ -37,18 +44,34 @@ class FastCodec:
         has_bos = bool(self._bos_token) and text.startswith(self._bos_token or "")
         add = as_prompt and not has_bos
         # Only the batch form lets other threads run meanwhile.
-        ids: list[int] = self._tokenizer.encode_batch([text], add_special_tokens=add)[0].ids
+        with NO_PANICS:
+            ids: list[int] = self._tokenizer.encode_batch([text], add_special_tokens=add)[0].ids
         return ids
+
+    def fewest_tokens(self, text: str, enough: int) -> int:
+        """See ``Codec.fewest_tokens``.
+
+        A beginning of a text never has twice the tokens of the whole: what follows
+        changes how the last word of the beginning is split, and no more.
+        """
+        size = _PART_CHARS
+        while size < len(text):
+            count = len(self.encode(text[:size], as_prompt=False))
+            if count > 2 * enough:
+                return count // 2
+            size *= 2
+        return 0
 
     def decode(self, ids: Sequence[int]) -> str:
         """Joins ids into text; see ``Codec.decode``."""
         ids = list(ids)
         text: str
-        if len(ids) > _LONG:
-            # As above; a few tokens take less time than handing over to another thread.
-            (text,) = self._tokenizer.decode_batch([ids], skip_special_tokens=False)
-        else:
-            text = self._tokenizer.decode(ids, skip_special_tokens=False)
+        with NO_PANICS:
+            if len(ids) > _LONG:
+                # As above; a few tokens take less time than handing over to another thread.
+                (text,) = self._tokenizer.decode_batch([ids], skip_special_tokens=False)
+            else:
+                text = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
 
 
@@ -67,16 +90,40 @@ def load_codec(path: Path, config: dict[str, Any]) -> tuple[FastCodec, frozenset
     """
     plain = read_plain_tokenizer(path, config)
     if plain is None:
-        return _load_with_transformers(path, config.get("eos_token_id"))
-    _require_vocabulary(plain.tokenizer, path)
-    return FastCodec(plain.tokenizer, plain.bos_token), plain.eos_token_ids
+        codec, eos_token_ids = _load_with_transformers(path, config.get("eos_token_id"))
+    else:
+        _require_vocabulary(plain.tokenizer, path)
+        codec, eos_token_ids = FastCodec(plain.tokenizer, plain.bos_token), plain.eos_token_ids
+    _try_out(codec, path)
+    return codec, eos_token_ids
+
+
+def _try_out(codec: FastCodec, path: Path) -> None:
+    """Splits and joins a text: some tokenizers can be read and not be used."""
+    try:
+        ids = [*codec.encode(_SAMPLE, as_prompt=True), *codec.encode(_SAMPLE, as_prompt=False)]
+        for part in (ids, *([id_] for id_ in ids)):
+            codec.decode(part)
+    except Exception as error:
+        raise ModelUnsupported(
+            f"the tokenizer in {path} does not work ({type(error).__name__}: {error})",
+            model=str(path),
+        ) from error
+    if max(ids, default=0) > _MAX_ID:
+        raise ModelUnsupported(
+            f"the tokenizer in {path} makes token {max(ids)} of a text, which no vocabulary has",
+            model=str(path),
+        )
 
 
 def _load_with_transformers(path: Path, eos_token_ids: object) -> tuple[FastCodec, frozenset[int]]:
     try:
         # Explicitly false: with None transformers asks on the terminal whether to
         # run the directory's code.
-        wrapper = load_tokenizer(path, {"trust_remote_code": False}, eos_token_ids=eos_token_ids)
+        with NO_PANICS:
+            wrapper = load_tokenizer(
+                path, {"trust_remote_code": False}, eos_token_ids=eos_token_ids
+            )
     except Exception as error:
         # transformers may go on for a page.
         problem = next(iter(str(error).strip().splitlines()), "")

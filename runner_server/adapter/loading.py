@@ -9,9 +9,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,12 +22,14 @@ from mlx.utils import tree_flatten
 
 from mlxrunner.hostmemory import free_memory
 from mlxrunner.units import format_bytes
+from runner_server.adapter._directory import DEFAULT_CONTEXT, damage, max_context, read_config
+from runner_server.adapter._files import require_files
 from runner_server.adapter._reading import read_weights
 from runner_server.adapter.batch import MlxBatch, PromptCache
 from runner_server.adapter.caches import CachePieces
 from runner_server.adapter.codec import FastCodec, load_codec
 from runner_server.adapter.kv import Probe, probe
-from runner_server.adapter.names import dequantize_model, load_config, load_model
+from runner_server.adapter.names import dequantize_model, load_model
 from runner_server.adapter.threads import fit_threads
 from runner_server.errors import (
     GenerationFailed,
@@ -39,13 +39,13 @@ from runner_server.errors import (
     ModelUnsupported,
 )
 from runner_server.messages import Dtype, LoadSpec, ModelInfo, Sampling, Token
+from runner_server.model_root import ModelRoot
 from runner_server.prefix import Held, PrefixTree
 
 logger = logging.getLogger(__name__)
 
 Report = Callable[[int], None]
 
-_MIN_CONTEXT, _DEFAULT_CONTEXT = 2, 4096
 _PREFILL_CHUNK = {"cpu": 128, "gpu": 1024}
 """Most tokens of a prompt that are evaluated at once: it bounds the memory that takes."""
 
@@ -105,10 +105,16 @@ class MlxModel:
         return MlxBatch(self._model, self.info.vocab_size, chunk, self._pieces, prompts)
 
 
-def load(spec: LoadSpec, report: Report) -> MlxModel:
-    """Loads a model; see ``Backend.load`` for arguments and errors."""
+def load(spec: LoadSpec, report: Report, root: ModelRoot | None = None) -> MlxModel:
+    """Loads a model; see ``Backend.load`` for arguments and errors.
+
+    Args:
+        spec: What to load.
+        report: Called with the progress.
+        root: Where models must lie; None is anywhere.
+    """
     mx.reset_peak_memory()
-    path = _find(spec.model)
+    path = _find_below(root, spec.model) if root else _find(spec.model)
     try:
         return _load(path, spec, report)
     except ModelUnsupported as fault:
@@ -118,7 +124,8 @@ def load(spec: LoadSpec, report: Report) -> MlxModel:
 
 
 def _load(path: Path, spec: LoadSpec, report: Report) -> MlxModel:
-    config = _read_config(path)
+    require_files(path)
+    config = read_config(path)
     report(1)
     model, config = _build(path, config)
     report(3)
@@ -126,7 +133,7 @@ def _load(path: Path, spec: LoadSpec, report: Report) -> MlxModel:
     codec, eos_token_ids = load_codec(path, config)
     report(5)
     model = _convert(model, plan.dtype)
-    read_weights(_arrays(model), lambda share: report(5 + int(90 * share)))
+    _read(path, model, report)
     fit_threads(_arrays(model))
     info = _describe(spec, path, model, config, plan, eos_token_ids)
     loaded = MlxModel(model, codec, info, plan)
@@ -141,6 +148,23 @@ def _load(path: Path, spec: LoadSpec, report: Report) -> MlxModel:
         info.context_length,
     )
     return loaded
+
+
+def _find_below(root: ModelRoot, model: str) -> Path:
+    """Finds a model, and tells nothing of what lies elsewhere: not even whether it exists."""
+    fault = ModelNotFound(
+        f"no model at {model!r}: this runner opens only directories below the one that it was "
+        "started with as --model-root, and hub ids whose local cache is below it; links that lead "
+        "out of it count as outside",
+        model=model,
+    )
+    try:
+        path = _find(model).resolve()
+        if root.has(path):
+            return path
+    except (ModelNotFound, OSError, RuntimeError) as error:  # RuntimeError: links in a ring
+        raise fault from error
+    raise fault
 
 
 def _find(model: str) -> Path:
@@ -167,43 +191,31 @@ def _find_in_cache(model: str) -> Path:
     return Path(snapshot_download(model, local_files_only=True))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    file = path / "config.json"
-    if not file.exists():
-        raise ModelUnsupported(
-            f"no config.json in {path}: no model's directory, or not downloaded whole"
-        )
-    try:
-        config: dict[str, Any] = load_config(path)
-        model_type = config["model_type"]
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ModelUnsupported(
-            f"{file} cannot be used ({type(error).__name__}: {error}); expected the configuration "
-            "of a model, with its model_type",
-            model=str(path),
-        ) from error
-    if config.get("model_file") is not None:
-        raise ModelUnsupported(
-            f"{file} asks to run {config['model_file']!r} from the model's directory; this runner "
-            "never runs code that comes with a model; use a model of a built-in architecture",
-            model=str(path),
-        )
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", str(model_type)):
-        raise ModelUnsupported(f"{file}: {model_type!r} is no model_type", model=str(path))
-    return config
-
-
 def _build(path: Path, config: dict[str, Any]) -> tuple[Module, dict[str, Any]]:
     try:
         model, config = load_model(path, lazy=True)
     except Exception as error:
+        problem = damage(path) or f"{type(error).__name__}: {error}"
         raise ModelUnsupported(
-            f"{path} is no model that mlx_lm can build ({type(error).__name__}: {error}); expected "
+            f"{path} is no model that mlx_lm can build ({problem}); expected "
             f"model*.safetensors that fit config.json, whose model_type is "
             f"{config['model_type']!r}",
             model=str(path),
         ) from error
+    finally:
+        # Layers draw weights that nobody reads. What is left of it is a chain of unevaluated
+        # states, one a layer, that would grow with each load.
+        mx.eval(mx.random.state)
     return model, config
+
+
+def _read(path: Path, model: Module, report: Report) -> None:
+    try:
+        read_weights(_arrays(model), lambda share: report(5 + int(90 * share)))
+    except ModelUnsupported as fault:
+        # MLX does not name the file.
+        found = damage(path) or f"the files of {path} were changed while they were read"
+        raise ModelUnsupported(f"{fault}; {found}", model=str(path)) from fault
 
 
 @dataclass(frozen=True)
@@ -225,11 +237,11 @@ class _Plan:
 
 def _plan(spec: LoadSpec, model: Module, config: dict[str, Any]) -> _Plan:
     limit = spec.memory_limit_bytes or free_memory().available_bytes
-    longest = _max_context(config)
+    longest = max_context(config)
     if spec.context_length and spec.context_length > longest:
         text = f"{spec.context_length} is more than the {longest} tokens this model can handle"
         raise InvalidField([("context_length", text)])
-    context = spec.context_length or min(longest, _DEFAULT_CONTEXT)
+    context = spec.context_length or min(longest, DEFAULT_CONTEXT)
     seen = probe(model, _PREFILL_CHUNK[_device_kind()])
     dtype = spec.dtype
     if dtype is Dtype.AUTO:
@@ -344,16 +356,6 @@ def _warm_up_advice(error: Exception) -> str:
         # Without g++ MLX does not fuse kernels; with one that fails it raises.
         advice += "; a g++ that does not work is a known cause: `mlx-runner doctor` tries it"
     return advice
-
-
-def _max_context(config: dict[str, Any]) -> int:
-    text = config.get("text_config") or {}
-    names = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
-    values = [part[name] for part in (config, text) for name in names if name in part]
-    value = next((value for value in values if value is not None), _DEFAULT_CONTEXT)
-    if not isinstance(value, int) or value < _MIN_CONTEXT:
-        raise ModelUnsupported(f"config.json: {value!r} is no number of tokens for a context")
-    return value
 
 
 def _weight_bytes(model: Module) -> int:

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from fake_child import use_fake_child, use_script, write_model
+from mlxrunner.handshake import TOKEN_VARIABLE
 from mlxrunner.hostmemory import FreeMemory
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_client import (
+    AsyncRunnerProcess,
     MemoryGate,
     RunnerProcess,
     _command,
@@ -264,3 +266,40 @@ def test_import_paths_of_a_checkout_come_first() -> None:
 def test_installed_packages_are_not_put_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_command, "_places", lambda _name: ["/usr/lib/python3/site-packages"])
     assert _command.with_import_paths({"A": "b"}) == {"A": "b"}
+
+
+@pytest.mark.parametrize("given", [{}, {TOKEN_VARIABLE: "the host's own"}])
+def test_each_child_gets_a_new_token(
+    model: str, monkeypatch: pytest.MonkeyPatch, given: dict[str, str]
+) -> None:
+    """In its environment, which no other user of the machine can read; never in argv."""
+    use_fake_child(
+        monkeypatch,
+        "import os, sys\n"
+        f"print(os.environ[{TOKEN_VARIABLE!r}], file=sys.stderr)\n"
+        "print(sys.argv, file=sys.stderr)",
+    )
+    seen: list[str | None] = []
+    runner = RunnerProcess(model, env=given)
+    assert runner.token is None
+    for _ in range(2):
+        with runner:
+            seen.append(runner.token)
+        assert runner._child is not None
+        told, argv, *_ = runner._child.stderr_tail
+        assert told == seen[-1]
+        assert told not in argv
+        assert len(told) >= 43
+        assert told not in repr(runner) + repr(vars(runner))
+    assert len(set(seen)) == 2
+
+
+@pytest.mark.usefixtures("fake_child")
+async def test_each_child_gets_a_new_token_in_asyncio(model: str) -> None:
+    runner = AsyncRunnerProcess(model)
+    seen: list[str | None] = []
+    for _ in range(2):
+        async with runner:
+            seen.append(runner.token)
+    assert None not in seen
+    assert len(set(seen)) == 2

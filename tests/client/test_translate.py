@@ -27,6 +27,7 @@ BY_REASON = [
     ("QUEUE_FULL", errors.QueueFullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     ("SHUTTING_DOWN", errors.ShuttingDownError, grpc.StatusCode.UNAVAILABLE),
     ("GENERATION_FAILED", errors.GenerationFailedError, grpc.StatusCode.INTERNAL),
+    ("UNAUTHENTICATED", errors.AuthenticationError, grpc.StatusCode.UNAUTHENTICATED),
 ]
 
 BY_CODE = [
@@ -35,6 +36,7 @@ BY_CODE = [
     (grpc.StatusCode.UNAVAILABLE, errors.RunnerUnavailableError),
     (grpc.StatusCode.CANCELLED, errors.RunnerUnavailableError),
     (grpc.StatusCode.UNIMPLEMENTED, errors.NotSupportedError),
+    (grpc.StatusCode.UNAUTHENTICATED, errors.AuthenticationError),
     (grpc.StatusCode.INTERNAL, errors.RunnerError),
     (grpc.StatusCode.UNKNOWN, errors.RunnerError),
     (grpc.StatusCode.NOT_FOUND, errors.RunnerError),

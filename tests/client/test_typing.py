@@ -76,6 +76,7 @@ def test_a_process() -> None:
     runner = RunnerProcess("model")
     assert_type(runner.pid, int | None)
     assert_type(runner.address, str | None)
+    assert_type(runner.token, str | None)
     assert_type(runner.estimate, MemoryEstimate | None)
     assert_type(runner.vram_by_gpu(0), int)
     assert_type(AsyncRunnerProcess("model").has_exited, bool)

@@ -11,8 +11,9 @@ import pytest
 from fakes import FakeBackend
 from harness import Server, StartServer, running
 from mlxrunner.handshake import ReadyLine
-from runner_server.app import CannotListenError, RunnerApp
+from runner_server.app import RunnerApp
 from runner_server.config import ServerConfig, parse_args
+from runner_server.listen import CannotListenError
 
 
 async def test_a_free_port_is_taken_and_told(start_server: StartServer) -> None:

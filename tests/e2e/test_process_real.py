@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fake_child import is_gone, wait_until
@@ -126,9 +127,40 @@ def test_a_prompt_that_is_too_long_tells_its_numbers(running: RunnerProcess) -> 
 
 def test_another_client_may_call_it(running: RunnerProcess) -> None:
     assert running.address is not None
-    with RunnerClient(running.address) as client:
+    with RunnerClient(running.address, token=running.token) as client:
         assert client.is_serving("mlxrunner.v1.RunnerService")
         assert client.status().pid == running.pid
+
+
+@pytest.mark.parametrize("token", [None, "x" * 43])
+def test_another_user_of_the_machine_may_not(running: RunnerProcess, token: str | None) -> None:
+    """Who finds the port, but was not given the token."""
+    assert running.address is not None
+    with RunnerClient(running.address, token=token) as client:
+        assert client.is_serving()
+        calls: list[Callable[[], object]] = [
+            client.status,
+            client.unload,
+            lambda: client.load("m"),
+            lambda: client.complete("x"),
+            lambda: client.tokenize("x"),
+            lambda: client.detokenize([1]),
+        ]
+        for call in calls:
+            with pytest.raises(errors.AuthenticationError):
+                call()
+    assert running.status().state is State.ACTIVE
+
+
+def test_its_token_is_where_no_other_user_can_look(running: RunnerProcess) -> None:
+    assert running.token
+    assert len(running.token) >= 43
+    child = psutil.Process(running.pid)
+    assert not any(running.token in argument for argument in child.cmdline())
+    assert running._child is not None
+    assert not any(running.token in line for line in running._child.stderr_tail)
+    known = repr(running) + repr(running.status()) + repr(running._plan)
+    assert running.token not in known
 
 
 def test_leaving_a_stream_frees_its_place(model: str) -> None:

@@ -13,7 +13,14 @@ details: `domain` is "mlxrunner.v1", `reason` is the name of an
 `ErrorReason` value without its `ERROR_REASON_` prefix, and `metadata` holds
 the numbers, with units in the key (`requiredBytes`, `promptTokens`).
 INVALID_FIELD adds `google.rpc.BadRequest`; QUEUE_FULL adds
-`google.rpc.RetryInfo`. Decide by the reason, never by the message.
+`google.rpc.RetryInfo`. Decide by the reason, never by the message. gRPC itself
+refuses a message of more than 64 MiB with RESOURCE_EXHAUSTED and an rpc that
+there is not with UNIMPLEMENTED, both without details.
+
+Who may call. A server that was started with a token answers every call of this
+service and of reflection with UNAUTHENTICATED / UNAUTHENTICATED, `Status`
+included, unless the call's metadata has `authorization: Bearer TOKEN` with that
+token. Health needs none.
 
 A defect of the server itself is answered with INTERNAL / GENERATION_FAILED by
 any rpc; the log of the process says more.
@@ -51,11 +58,13 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_INVALID_FIELD: _ErrorReason.ValueType  # 1
     """A field is missing or out of range. Code INVALID_ARGUMENT, with
     `google.rpc.BadRequest` naming the first four fields at most. Correct the
-    request.
+    request. The field `request` stands for the whole: its bytes are no message
+    of the rpc, or a string in it is no UTF-8.
     """
     ERROR_REASON_PROMPT_TOO_LONG: _ErrorReason.ValueType  # 2
     """The prompt does not fit the context. Code INVALID_ARGUMENT. Metadata:
-    `promptTokens`, `contextLength`.
+    `promptTokens` (of a text of more than 524,288 characters perhaps only what
+    it has at least), `contextLength`.
     """
     ERROR_REASON_MODEL_NOT_FOUND: _ErrorReason.ValueType  # 3
     """There is no model at that place. Code NOT_FOUND. Metadata: `model`."""
@@ -81,6 +90,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_GENERATION_FAILED: _ErrorReason.ValueType  # 10
     """MLX raised an error. Code INTERNAL. The request may be retried."""
+    ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 11
+    """The server wants a token, and the call has none or another one. Code
+    UNAUTHENTICATED. Send the server's token as `authorization: Bearer TOKEN`.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed: the `reason` of its `google.rpc.ErrorInfo`, without the
@@ -92,11 +105,13 @@ ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0
 ERROR_REASON_INVALID_FIELD: ErrorReason.ValueType  # 1
 """A field is missing or out of range. Code INVALID_ARGUMENT, with
 `google.rpc.BadRequest` naming the first four fields at most. Correct the
-request.
+request. The field `request` stands for the whole: its bytes are no message
+of the rpc, or a string in it is no UTF-8.
 """
 ERROR_REASON_PROMPT_TOO_LONG: ErrorReason.ValueType  # 2
 """The prompt does not fit the context. Code INVALID_ARGUMENT. Metadata:
-`promptTokens`, `contextLength`.
+`promptTokens` (of a text of more than 524,288 characters perhaps only what
+it has at least), `contextLength`.
 """
 ERROR_REASON_MODEL_NOT_FOUND: ErrorReason.ValueType  # 3
 """There is no model at that place. Code NOT_FOUND. Metadata: `model`."""
@@ -122,6 +137,10 @@ UNAVAILABLE. Use another runner.
 """
 ERROR_REASON_GENERATION_FAILED: ErrorReason.ValueType  # 10
 """MLX raised an error. Code INTERNAL. The request may be retried."""
+ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 11
+"""The server wants a token, and the call has none or another one. Code
+UNAUTHENTICATED. Send the server's token as `authorization: Bearer TOKEN`.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 class _State:
@@ -1087,7 +1106,7 @@ class DetokenizeRequest(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """In order. May be empty."""
+        """In order. May be empty; at most 4,194,304."""
 
     def __init__(
         self,

@@ -84,7 +84,8 @@ class RunnerServiceServicer(object):
         - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range;
         correct the request.
         - NOT_FOUND / MODEL_NOT_FOUND: no such directory, and no such hub id in the
-        local Hugging Face cache; nothing is downloaded. Correct `model`.
+        local Hugging Face cache; nothing is downloaded. The same if this server is
+        limited to a directory and the model is not below it. Correct `model`.
         - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the files are no loadable model,
         or need code of their own to run; the message names the file. Use another
         model.
@@ -96,6 +97,8 @@ class RunnerServiceServicer(object):
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
         - INTERNAL / GENERATION_FAILED: MLX raised while the model was warmed up;
         the log of the process says more.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
+        has none or another one; send the right one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,6 +114,8 @@ class RunnerServiceServicer(object):
         load, or wait.
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which frees the
         memory too.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
+        has none or another one; send the right one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -154,6 +159,8 @@ class RunnerServiceServicer(object):
         the model was unloaded or replaced; use another runner, or load again.
         - INTERNAL / GENERATION_FAILED: MLX raised in a step of this request's
         batch. The runner recovers; retrying is safe.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
+        has none or another one; send the right one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -168,6 +175,8 @@ class RunnerServiceServicer(object):
         (the answer would pass gRPC's usual 4 MiB limit); split the text.
         - FAILED_PRECONDITION / MODEL_NOT_LOADED: call `Load` first.
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
+        has none or another one; send the right one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -181,6 +190,8 @@ class RunnerServiceServicer(object):
         text would pass gRPC's usual 4 MiB limit; correct or split the ids.
         - FAILED_PRECONDITION / MODEL_NOT_LOADED: call `Load` first.
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
+        has none or another one; send the right one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -13,7 +13,14 @@ details: `domain` is "mlxrunner.v1", `reason` is the name of an
 `ErrorReason` value without its `ERROR_REASON_` prefix, and `metadata` holds
 the numbers, with units in the key (`requiredBytes`, `promptTokens`).
 INVALID_FIELD adds `google.rpc.BadRequest`; QUEUE_FULL adds
-`google.rpc.RetryInfo`. Decide by the reason, never by the message.
+`google.rpc.RetryInfo`. Decide by the reason, never by the message. gRPC itself
+refuses a message of more than 64 MiB with RESOURCE_EXHAUSTED and an rpc that
+there is not with UNIMPLEMENTED, both without details.
+
+Who may call. A server that was started with a token answers every call of this
+service and of reflection with UNAUTHENTICATED / UNAUTHENTICATED, `Status`
+included, unless the call's metadata has `authorization: Bearer TOKEN` with that
+token. Health needs none.
 
 A defect of the server itself is answered with INTERNAL / GENERATION_FAILED by
 any rpc; the log of the process says more.
@@ -66,7 +73,8 @@ class RunnerServiceStub:
     - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range;
       correct the request.
     - NOT_FOUND / MODEL_NOT_FOUND: no such directory, and no such hub id in the
-      local Hugging Face cache; nothing is downloaded. Correct `model`.
+      local Hugging Face cache; nothing is downloaded. The same if this server is
+      limited to a directory and the model is not below it. Correct `model`.
     - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the files are no loadable model,
       or need code of their own to run; the message names the file. Use another
       model.
@@ -78,6 +86,8 @@ class RunnerServiceStub:
     - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
     - INTERNAL / GENERATION_FAILED: MLX raised while the model was warmed up;
       the log of the process says more.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
+      has none or another one; send the right one.
     """
     Unload: _grpc.UnaryUnaryMultiCallable[_runner_pb2.UnloadRequest, _runner_pb2.UnloadResponse]
     """Ends running and queued completions (with SHUTTING_DOWN), frees weights and
@@ -89,6 +99,8 @@ class RunnerServiceStub:
       load, or wait.
     - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which frees the
       memory too.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
+      has none or another one; send the right one.
     """
     Status: _grpc.UnaryUnaryMultiCallable[_runner_pb2.StatusRequest, _runner_pb2.StatusResponse]
     """Tells what the process does and holds. It never waits for MLX: it answers
@@ -124,6 +136,8 @@ class RunnerServiceStub:
       the model was unloaded or replaced; use another runner, or load again.
     - INTERNAL / GENERATION_FAILED: MLX raised in a step of this request's
       batch. The runner recovers; retrying is safe.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
+      has none or another one; send the right one.
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_runner_pb2.TokenizeRequest, _runner_pb2.TokenizeResponse]
     """Splits text into the model's token ids. Runs beside completions without
@@ -134,6 +148,8 @@ class RunnerServiceStub:
       (the answer would pass gRPC's usual 4 MiB limit); split the text.
     - FAILED_PRECONDITION / MODEL_NOT_LOADED: call `Load` first.
     - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
+      has none or another one; send the right one.
     """
     Detokenize: _grpc.UnaryUnaryMultiCallable[_runner_pb2.DetokenizeRequest, _runner_pb2.DetokenizeResponse]
     """Joins token ids into text: the inverse of `Tokenize`.
@@ -143,6 +159,8 @@ class RunnerServiceStub:
       text would pass gRPC's usual 4 MiB limit; correct or split the ids.
     - FAILED_PRECONDITION / MODEL_NOT_LOADED: call `Load` first.
     - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
+      has none or another one; send the right one.
     """
 
 @_typing.type_check_only
@@ -163,7 +181,8 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
     - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range;
       correct the request.
     - NOT_FOUND / MODEL_NOT_FOUND: no such directory, and no such hub id in the
-      local Hugging Face cache; nothing is downloaded. Correct `model`.
+      local Hugging Face cache; nothing is downloaded. The same if this server is
+      limited to a directory and the model is not below it. Correct `model`.
     - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the files are no loadable model,
       or need code of their own to run; the message names the file. Use another
       model.
@@ -175,6 +194,8 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
     - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
     - INTERNAL / GENERATION_FAILED: MLX raised while the model was warmed up;
       the log of the process says more.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
+      has none or another one; send the right one.
     """
     Unload: _aio.UnaryUnaryMultiCallable[_runner_pb2.UnloadRequest, _runner_pb2.UnloadResponse]  # type: ignore[assignment]
     """Ends running and queued completions (with SHUTTING_DOWN), frees weights and
@@ -186,6 +207,8 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
       load, or wait.
     - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which frees the
       memory too.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
+      has none or another one; send the right one.
     """
     Status: _aio.UnaryUnaryMultiCallable[_runner_pb2.StatusRequest, _runner_pb2.StatusResponse]  # type: ignore[assignment]
     """Tells what the process does and holds. It never waits for MLX: it answers
@@ -221,6 +244,8 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
       the model was unloaded or replaced; use another runner, or load again.
     - INTERNAL / GENERATION_FAILED: MLX raised in a step of this request's
       batch. The runner recovers; retrying is safe.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
+      has none or another one; send the right one.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_runner_pb2.TokenizeRequest, _runner_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Splits text into the model's token ids. Runs beside completions without
@@ -231,6 +256,8 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
       (the answer would pass gRPC's usual 4 MiB limit); split the text.
     - FAILED_PRECONDITION / MODEL_NOT_LOADED: call `Load` first.
     - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
+      has none or another one; send the right one.
     """
     Detokenize: _aio.UnaryUnaryMultiCallable[_runner_pb2.DetokenizeRequest, _runner_pb2.DetokenizeResponse]  # type: ignore[assignment]
     """Joins token ids into text: the inverse of `Tokenize`.
@@ -240,6 +267,8 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
       text would pass gRPC's usual 4 MiB limit; correct or split the ids.
     - FAILED_PRECONDITION / MODEL_NOT_LOADED: call `Load` first.
     - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
+      has none or another one; send the right one.
     """
 
 class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -263,7 +292,8 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
         - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range;
           correct the request.
         - NOT_FOUND / MODEL_NOT_FOUND: no such directory, and no such hub id in the
-          local Hugging Face cache; nothing is downloaded. Correct `model`.
+          local Hugging Face cache; nothing is downloaded. The same if this server is
+          limited to a directory and the model is not below it. Correct `model`.
         - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the files are no loadable model,
           or need code of their own to run; the message names the file. Use another
           model.
@@ -275,6 +305,8 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
         - INTERNAL / GENERATION_FAILED: MLX raised while the model was warmed up;
           the log of the process says more.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
+          has none or another one; send the right one.
         """
 
     @_abc_1.abstractmethod
@@ -292,6 +324,8 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
           load, or wait.
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which frees the
           memory too.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
+          has none or another one; send the right one.
         """
 
     @_abc_1.abstractmethod
@@ -339,6 +373,8 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
           the model was unloaded or replaced; use another runner, or load again.
         - INTERNAL / GENERATION_FAILED: MLX raised in a step of this request's
           batch. The runner recovers; retrying is safe.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
+          has none or another one; send the right one.
         """
 
     @_abc_1.abstractmethod
@@ -355,6 +391,8 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
           (the answer would pass gRPC's usual 4 MiB limit); split the text.
         - FAILED_PRECONDITION / MODEL_NOT_LOADED: call `Load` first.
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
+          has none or another one; send the right one.
         """
 
     @_abc_1.abstractmethod
@@ -370,6 +408,8 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
           text would pass gRPC's usual 4 MiB limit; correct or split the ids.
         - FAILED_PRECONDITION / MODEL_NOT_LOADED: call `Load` first.
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
+          has none or another one; send the right one.
         """
 
 def add_RunnerServiceServicer_to_server(servicer: RunnerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,52 @@
+"""What a client shows a server, and how it knows that it is the right one."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc
+
+if TYPE_CHECKING:
+    from runner_client.types import TlsFiles
+
+_TOKEN = re.compile(r"[!-~]+")
+
+Metadata = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Access:
+    """What is sent with every call, and with what connections are encrypted."""
+
+    metadata: Metadata | None = field(repr=False)
+    """Headers of every call."""
+    credentials: grpc.ChannelCredentials | None
+    """None does not encrypt."""
+
+    @classmethod
+    def of(cls, token: str | None, tls: TlsFiles | None) -> Access:
+        """Checks a token and reads the files.
+
+        Raises:
+            ValueError: The token cannot be sent; the message does not have it.
+            OSError: A file cannot be read.
+        """
+        if token is None:
+            return cls(None, _credentials(tls))
+        if not _TOKEN.fullmatch(token):
+            raise ValueError("a token is visible ASCII without spaces; this one is empty or is not")
+        return cls((("authorization", f"Bearer {token}"),), _credentials(tls))
+
+
+def _credentials(tls: TlsFiles | None) -> grpc.ChannelCredentials | None:
+    if tls is None:
+        return None
+    return grpc.ssl_channel_credentials(_read(tls.ca), _read(tls.key), _read(tls.cert))
+
+
+def _read(file: str | os.PathLike[str] | None) -> bytes | None:
+    return None if file is None else Path(file).read_bytes()

@@ -1,0 +1,18 @@
+"""How much memory this process holds, where the system tells."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import psutil
+
+_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
+
+
+def resident_bytes() -> int:
+    """The resident set of this process, in bytes; where there is no /proc, its peak."""
+    try:
+        return int(psutil.Process().memory_info().rss)
+    except (psutil.Error, OSError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT_BYTES

@@ -1,0 +1,165 @@
+"""The load: requests come at twice the rate at which the server ends them, whoever waits."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+
+import grpc
+
+from mlxrunner.v1 import runner_pb2_grpc
+from soak.follow import Follower, Outcome
+from soak.mix import Mix
+from soak.records import Answer, Ending, Order, Tally
+from soak.server import Runner
+
+OVERLOAD = 2.0
+"""Requests sent for each that the server takes on: with a full queue that is what it can do."""
+
+CONNECTIONS = 4
+MAX_IN_FLIGHT = 400
+_WINDOW_SECONDS = 10.0
+_MIN_PER_SECOND, _MAX_PER_SECOND = 4.0, 150.0
+
+
+class Pace:
+    """How many requests a second make twice the capacity.
+
+    The capacity is what the server has ended lately. While it keeps up with all that
+    comes, twice that is more each time; once its queue is full, it stays.
+
+    Args:
+        begin: Now, in seconds.
+    """
+
+    def __init__(self, begin: float) -> None:
+        self._begin = begin
+        self._ends: deque[float] = deque()
+
+    def note_end(self, now: float) -> None:
+        """A request that the server had taken on has ended."""
+        self._ends.append(now)
+
+    def per_second(self, now: float) -> float:
+        """How many to send."""
+        while self._ends and self._ends[0] < now - _WINDOW_SECONDS:
+            self._ends.popleft()
+        window = min(_WINDOW_SECONDS, max(1.0, now - self._begin))
+        wanted = OVERLOAD * len(self._ends) / window
+        return min(_MAX_PER_SECOND, max(_MIN_PER_SECOND, wanted))
+
+
+class Driver:
+    """Sends requests, follows their streams, and counts how they end.
+
+    Args:
+        runner: The server.
+        mix: Makes the requests.
+        tally: Where the ends are counted.
+        answers: What the known set gives alone.
+        seed: Of the times between requests.
+    """
+
+    def __init__(
+        self, runner: Runner, mix: Mix, tally: Tally, answers: Sequence[Answer], seed: int
+    ) -> None:
+        self._runner = runner
+        self._mix = mix
+        self._tally = tally
+        self._answers = answers
+        self._random = random.Random(seed)
+        self._pace = Pace(time.monotonic())
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self, seconds: float) -> None:
+        """Sends for so many seconds, then waits until every stream has ended."""
+        async with AsyncExitStack() as stack:
+            channels = [
+                await stack.enter_async_context(self._runner.dial()) for _ in range(CONNECTIONS)
+            ]
+            try:
+                await self._send(channels, seconds)
+                # Each ends within its own bound.
+                await asyncio.gather(*self._tasks, return_exceptions=True)
+            finally:
+                for task in self._tasks:
+                    task.cancel()
+                await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _send(self, channels: Sequence[grpc.aio.Channel], seconds: float) -> None:
+        due = time.monotonic()
+        end = due + seconds
+        while due < end and self._runner.is_alive:
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            self._launch(self._random.choice(channels))
+            now = time.monotonic()
+            # What is late by more than a second is not made up for: it would be another load.
+            due = max(due, now - 1.0) + self._random.expovariate(self._pace.per_second(now))
+
+    def _launch(self, channel: grpc.aio.Channel) -> None:
+        order = self._mix.next()
+        if len(self._tasks) >= MAX_IN_FLIGHT:
+            self._tally.held_back += 1
+            return
+        self._tally.sent += 1
+        task = asyncio.create_task(self._serve(order, channel))
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            self._tally.endings[Ending.FAILED] += 1
+            self._tally.note_problem(f"the client: {error!r}")
+
+    async def _serve(self, order: Order, channel: grpc.aio.Channel) -> None:
+        follower = Follower(order, self._on_tokens)
+        # A reader that is behind must not hold up others of its connection.
+        if order.own_connection or not order.reader.is_quick:
+            async with self._runner.dial(little_ahead=not order.reader.is_quick) as own:
+                outcome = await follower.run(runner_pb2_grpc.RunnerServiceStub(own))
+        else:
+            outcome = await follower.run(runner_pb2_grpc.RunnerServiceStub(channel))
+        self._count(order, outcome)
+
+    def _on_tokens(self, count: int) -> None:
+        self._tally.tokens += count
+
+    def _count(self, order: Order, outcome: Outcome) -> None:
+        tally = self._tally
+        tally.endings[outcome.ending] += 1
+        if outcome.ending not in (Ending.REFUSED, Ending.REJECTED):
+            self._pace.note_end(time.monotonic())
+        if outcome.problem:
+            tally.note_problem(outcome.problem)
+        self._compare(order, outcome)
+        for values, value in (
+            (tally.first_seconds, outcome.first_seconds),
+            (tally.queue_seconds, outcome.queue_seconds),
+            (tally.retry_seconds, outcome.retry_seconds),
+        ):
+            if value is not None:
+                values.append(value)
+
+    def _compare(self, order: Order, outcome: Outcome) -> None:
+        """Compares one of the known set with what it gives alone, as far as it came."""
+        if order.known is None or not outcome.answer.token_ids:
+            return
+        alone, got = self._answers[order.known], outcome.answer
+        if outcome.ending is Ending.DONE:
+            self._tally.compared += 1
+            same = alone == got
+        else:
+            self._tally.prefixes += 1
+            same = alone.text.startswith(got.text)
+            same = same and alone.token_ids[: len(got.token_ids)] == got.token_ids
+        if not same:
+            self._tally.differing += 1
+            self._tally.note_problem(
+                f"known request {order.known} differs from what it gives alone: "
+                f"{got.text[:80]!r} is not {alone.text[:80]!r}"
+            )

@@ -1,0 +1,208 @@
+"""What requests are made of: sizes, options, readers and ends, drawn from one seed."""
+
+from __future__ import annotations
+
+import math
+import random
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mlxrunner.v1 import runner_pb2 as pb
+from soak.records import Order, Reader
+
+CANCELLED_SHARE = 0.45
+DEADLINE_SHARE = 0.1
+SLOW_SHARE = 0.05
+STOPPED_SHARE = 0.02
+KNOWN_SHARE = 0.25
+WRONG_SHARE = 0.02
+OWN_CONNECTION_SHARE = 0.05
+"""Of all requests, one draw each: a slow reader may have a deadline and be cancelled too. Some
+end before they are cancelled, so that about a third is."""
+
+TOKEN_IDS_SHARE = 0.3
+SHARED_BEGINNING_SHARE = 0.3
+SEED_SHARE = 0.5
+LOGPROBS_SHARE = 0.2
+STOP_SHARE = 0.25
+GREEDY_SHARE = 0.3
+"""Of the requests that are not in the known set."""
+
+MAX_PROMPT_TOKENS = 500
+MAX_NEW_TOKENS = 160
+_STOPPED_NEW_TOKENS = 400
+"""With 20 log probabilities a token, more than the server keeps for a reader."""
+
+_CHARS_PER_TOKEN = 3
+_MAX_CANCEL_SECONDS = 2.0
+_MAX_CANCEL_MESSAGES = 4
+_DEADLINE_SECONDS = (0.02, 4.0)
+_SLOW_SECONDS = (0.02, 0.2)
+_STOP_SECONDS = (2.0, 10.0)
+_SOURCES = ("argparse.py", "textwrap.py", "queue.py", "csv.py", "shutil.py", "heapq.py")
+_STOPS = ("\n\n", "return", "self", "def ", "):\n", "é", "    # ")
+
+
+def source_texts() -> list[str]:
+    """Files of Python's standard library: the demo model was trained to go on with such."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    return [(folder / name).read_text(encoding="utf-8") for name in _SOURCES]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What prompts are cut from.
+
+    Attributes:
+        texts: Some long texts.
+        ids: The same as token ids.
+        vocab_size: How many token ids there are.
+        context_length: How many tokens are too many.
+    """
+
+    texts: Sequence[str]
+    ids: Sequence[Sequence[int]]
+    vocab_size: int
+    context_length: int
+
+
+class Mix:
+    """Makes requests; the same ones in the same order for the same seed.
+
+    Args:
+        corpus: What prompts are cut from.
+        seed: Of all draws.
+        known: The known set; empty while it is being made.
+    """
+
+    def __init__(
+        self, corpus: Corpus, seed: int, known: Sequence[pb.CompletionRequest] = ()
+    ) -> None:
+        self._corpus = corpus
+        self._random = random.Random(seed)
+        self._known = known
+        self._beginnings = [text[:600] for text in corpus.texts[:3]]
+
+    def next(self) -> Order:
+        """The next request, with all that its client will do."""
+        if self._chance(WRONG_SHARE):
+            return self._wrong()
+        stopped = self._chance(STOPPED_SHARE)
+        order = self._stopped() if stopped else self._plain()
+        if self._chance(CANCELLED_SHARE):
+            order = self._cancelled(order)
+        if self._chance(DEADLINE_SHARE):
+            seconds = self._random.uniform(*_DEADLINE_SECONDS)
+            order = replace(order, deadline_seconds=seconds)
+        if not stopped and self._chance(SLOW_SHARE):
+            reader = Reader(pause_seconds=self._random.uniform(*_SLOW_SECONDS))
+            order = replace(order, reader=reader)
+        return replace(order, own_connection=self._chance(OWN_CONNECTION_SHARE))
+
+    def request(self, *, seeded: bool | None = None) -> pb.CompletionRequest:
+        """A request in order, with options of any kind.
+
+        Args:
+            seeded: Whether its text is to be the same each time; None draws that too.
+        """
+        if seeded is None:
+            seeded = self._chance(SEED_SHARE)
+        request = pb.CompletionRequest(options=self._options())
+        if seeded and request.options.temperature:
+            request.options.seed = self._random.getrandbits(63)
+        if self._chance(LOGPROBS_SHARE):
+            request.logprobs = self._random.choice((0, 1, 5, 20))
+        self._set_prompt(request)
+        return request
+
+    # -- kinds of requests -------------------------------------------------------
+
+    def _plain(self) -> Order:
+        if self._known and self._chance(KNOWN_SHARE):
+            number = self._random.randrange(len(self._known))
+            return Order(self._known[number], known=number)
+        return Order(self.request())
+
+    def _stopped(self) -> Order:
+        """One whose reader stops for so long that its row has to wait."""
+        request = self.request()
+        request.logprobs = 20
+        request.options.num_predict = _STOPPED_NEW_TOKENS
+        seconds = self._random.uniform(*_STOP_SECONDS)
+        return Order(request, reader=Reader(stop_after=2, stop_seconds=seconds))
+
+    def _cancelled(self, order: Order) -> Order:
+        """At a random time, which may be in the queue, or in the midst of the text."""
+        if self._chance(0.5):
+            seconds = self._random.uniform(0, _MAX_CANCEL_SECONDS)
+            return replace(order, cancel_seconds=seconds)
+        return replace(order, cancel_messages=self._random.randint(1, _MAX_CANCEL_MESSAGES))
+
+    def _wrong(self) -> Order:
+        """One that has to be rejected, with the reason."""
+        request = pb.CompletionRequest(prompt="def ")
+        kind = self._random.randrange(4)
+        if kind == 0:
+            request.options.temperature = -1
+        elif kind == 1:
+            request.prompt_token_ids.ids.append(self._corpus.vocab_size)
+        elif kind == 2:
+            request.prompt = ""
+        else:
+            request.prompt_token_ids.ids.extend([5] * self._corpus.context_length)
+            return Order(request, wrong="PROMPT_TOO_LONG")
+        return Order(request, wrong="INVALID_FIELD")
+
+    # -- parts of a request ------------------------------------------------------
+
+    def _options(self) -> pb.CompletionOptions:
+        pick = self._random.choice
+        options = pb.CompletionOptions(num_predict=self._size(1, MAX_NEW_TOKENS))
+        if self._chance(GREEDY_SHARE):
+            options.temperature = 0
+        else:
+            options.temperature = pick((0.5, 0.8, 1.0, 1.5))
+            options.top_p = pick((0.5, 0.9, 1.0))
+            options.top_k = pick((0, 1, 20, 40))
+            options.min_p = pick((0.0, 0.05))
+        if self._chance(0.3):
+            options.repeat_penalty = pick((1.1, 1.3))
+            options.frequency_penalty = pick((0.0, 0.5))
+            options.presence_penalty = pick((0.0, 0.5))
+        if self._chance(STOP_SHARE):
+            options.stop.extend(self._random.sample(_STOPS, self._random.randint(1, 3)))
+        return options
+
+    def _set_prompt(self, request: pb.CompletionRequest) -> None:
+        place = self._random.randrange(len(self._corpus.texts))
+        tokens = self._size(2, MAX_PROMPT_TOKENS)
+        if self._chance(TOKEN_IDS_SHARE):
+            ids = self._corpus.ids[place]
+            begin = self._begin(len(ids) - tokens)
+            request.prompt_token_ids.ids.extend(ids[begin : begin + tokens])
+            return
+        head = ""
+        if self._chance(SHARED_BEGINNING_SHARE):
+            head = self._random.choice(self._beginnings)
+        text = self._corpus.texts[place]
+        size = max(0, tokens * _CHARS_PER_TOKEN - len(head))
+        begin = self._begin(len(text) - size)
+        request.prompt = head + text[begin : begin + size]
+
+    def _begin(self, choices: int) -> int:
+        return self._random.randrange(max(1, choices))
+
+    def _size(self, low: int, high: int) -> int:
+        """Small ones more often than large ones: even on a logarithmic scale."""
+        return round(math.exp(self._random.uniform(math.log(low), math.log(high))))
+
+    def _chance(self, share: float) -> bool:
+        return self._random.random() < share
+
+
+def known_set(corpus: Corpus, seed: int, count: int) -> list[pb.CompletionRequest]:
+    """Requests whose text is the same each time."""
+    mix = Mix(corpus, seed)
+    return [mix.request(seeded=True) for _ in range(count)]

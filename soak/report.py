@@ -1,0 +1,99 @@
+"""What is printed and written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.stats import percentile
+from soak.records import Sample
+from soak.session import Run
+from soak.stats import MIB, own_slope, rss_slope, warm
+from soak.verdict import Check
+
+_SPREAD = (50, 90, 99)
+
+
+def figures(run: Run) -> dict[str, Any]:
+    """The run in figures, without its samples."""
+    tally = run.tally
+    samples = warm(run.samples, run.settings.seconds)
+    return {
+        "sent": tally.sent,
+        "held_back": tally.held_back,
+        "endings": {ending.value: count for ending, count in tally.endings.most_common()},
+        "tokens": tally.tokens,
+        "overload": round(tally.overload, 3),
+        "known_compared": tally.compared,
+        "known_cut": tally.prefixes,
+        "known_differing": tally.differing,
+        "first_token_seconds": _spread(tally.first_seconds),
+        "queue_seconds": _spread(tally.queue_seconds),
+        "retry_seconds": _spread(tally.retry_seconds),
+        "status_seconds": _spread([sample.status_seconds for sample in samples]),
+        "tokens_per_second": _spread([sample.tokens_per_second for sample in samples]),
+        "rss_mib": _spread([sample.rss_bytes / MIB for sample in samples]),
+        "rss_slope_mib_per_hour": round(rss_slope(samples), 2) if len(samples) > 1 else None,
+        "own_slope_mib_per_hour": round(own_slope(samples), 2) if len(samples) > 1 else None,
+        "idle_after_seconds": run.idle_seconds,
+        "exit_code": run.exit_code,
+        "problem_count": tally.problem_count,
+        "problems": tally.problems,
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    return {f"p{percent}": round(percentile(values, percent), 4) for percent in _SPREAD}
+
+
+def write(run: Run, checks: Sequence[Check], path: Path) -> None:
+    """Writes all of a run as JSON; a sample is a row of its columns."""
+    columns = [field.name for field in dataclasses.fields(Sample)]
+    whole = {
+        "about": run.about,
+        "settings": dataclasses.asdict(run.settings),
+        "passed": all(check.ok for check in checks),
+        "checks": [dataclasses.asdict(check) for check in checks],
+        "figures": figures(run),
+        "sample_columns": columns,
+        "samples": [list(dataclasses.astuple(sample)) for sample in run.samples],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(whole, indent=1)
+    path.write_text(_rows_on_lines(text) + "\n", encoding="utf-8")
+
+
+def _rows_on_lines(text: str) -> str:
+    """Puts each sample on a line of its own: 1,800 of them are to be read too."""
+    head, mark, rows = text.partition('"samples": [')
+    if not mark:
+        return text
+    body = " ".join(rows.split()).replace("], [", "],\n  [")
+    return head + mark + "\n  " + body
+
+
+def table(run: Run, checks: Sequence[Check]) -> str:
+    """The ends of the streams, the checks and the verdict, as plain text."""
+    tally = run.tally
+    ends = ", ".join(f"{count:,} {ending.value}" for ending, count in tally.endings.most_common())
+    samples = warm(run.samples, run.settings.seconds)
+    whole = f"{rss_slope(samples):+.1f}" if len(samples) > 1 else "unknown"
+    lines = [
+        f"{tally.sent:,} requests in {run.settings.seconds / 60:g} min, {tally.tokens:,} tokens",
+        ends,
+        f"RSS with MLX's cache, which has its own limit: {whole} MiB/h after the warm-up",
+        "",
+    ]
+    lines += [
+        f"{'ok ' if check.ok else 'BAD'} {check.name:<30} {check.figure:<34} {check.bound}"
+        for check in checks
+    ]
+    bad = sum(not check.ok for check in checks)
+    lines += ["", *tally.problems[:10]]
+    lines.append("the soak holds" if not bad else f"the soak fails: {bad} of {len(checks)} checks")
+    return "\n".join(lines)

@@ -1,0 +1,156 @@
+"""What a soak has to show, each with its bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bench.stats import percentile
+from soak.records import Ending, Sample
+from soak.session import IDLE_SECONDS, KNOWN_COUNT, Run
+from soak.stats import MIB, growth, own_slope, warm
+
+MIN_OVERLOAD = 1.5
+"""Sent for each taken on, over the whole run: aimed at 2, less while it finds the capacity."""
+
+STATUS_P99_SECONDS = 2.0
+"""Status never waits for the engine, but shares the processor with the load."""
+
+MAX_MORE = 8
+"""Threads and descriptors that the last third of the warm samples may have above the first,
+in the median: connections come and go."""
+
+MAX_LEFT_OPEN = 4
+"""Descriptors that may be left when all is over: the process may have more threads then."""
+
+MLX_CACHE_BYTES = 1 << 30
+"""The server's limit on what MLX keeps for reuse."""
+
+_RSS_MIB_PER_HOUR = 24.0
+_RSS_NOISE_MIB = 16.0
+
+
+def rss_bound(seconds: float) -> float:
+    """The steepest slope of memory that passes, in MiB per hour.
+
+    24 MiB an hour, and 16 MiB for what the heap breathes within the judged time,
+    however short that is: what is little in itself is much for each hour.
+
+    Args:
+        seconds: How long was judged.
+    """
+    return _RSS_MIB_PER_HOUR + _RSS_NOISE_MIB * 3600 / seconds
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that has to be so.
+
+    Attributes:
+        name: What.
+        ok: Whether it is.
+        figure: What was seen, with its unit.
+        bound: What was to be.
+    """
+
+    name: str
+    ok: bool
+    figure: str
+    bound: str
+
+
+def judge(run: Run) -> list[Check]:
+    """All that a soak has to show."""
+    return [*_streams(run), *_texts(run), *_flat(run), *_end(run)]
+
+
+def _streams(run: Run) -> list[Check]:
+    tally = run.tally
+    stuck = tally.endings[Ending.STUCK]
+    other = tally.problem_count - stuck - tally.differing
+    ended = tally.endings.total()
+    return [
+        Check("streams that ended", ended == tally.sent > 0, f"{ended:,}", f"all {tally.sent:,}"),
+        Check("not as the error table has it", other == 0, f"{other:,}", "0"),
+        Check("stuck", stuck == 0, f"{stuck:,}", "0"),
+        Check(
+            "sent for each taken on",
+            tally.overload >= MIN_OVERLOAD,
+            f"{tally.overload:.2f}",
+            f"at least {MIN_OVERLOAD}",
+        ),
+    ]
+
+
+def _texts(run: Run) -> list[Check]:
+    tally = run.tally
+    figure = f"{tally.differing:,} of {tally.compared:,} whole and {tally.prefixes:,} cut"
+    return [
+        Check("other text than alone", tally.compared > 0 == tally.differing, figure, "0"),
+        Check(
+            "same text alone at the end",
+            run.still_same == KNOWN_COUNT,
+            f"{run.still_same}",
+            f"all {KNOWN_COUNT}",
+        ),
+    ]
+
+
+def _flat(run: Run) -> list[Check]:
+    """What must not grow once the run is warm."""
+    samples = warm(run.samples, run.settings.seconds)
+    if len(samples) < 3:
+        return [Check("samples after the warm-up", ok=False, figure=f"{len(samples)}", bound="3")]
+    p99 = percentile([sample.status_seconds for sample in samples], 99)
+    return [
+        *_memory(samples),
+        _growth("threads", samples, lambda sample: sample.threads),
+        _growth("descriptors", samples, lambda sample: sample.descriptors),
+        Check(
+            "Status p99, ms",
+            p99 <= STATUS_P99_SECONDS,
+            f"{p99 * 1000:.1f}",
+            f"at most {STATUS_P99_SECONDS * 1000:.0f}",
+        ),
+    ]
+
+
+def _memory(samples: list[Sample]) -> list[Check]:
+    bound = rss_bound(samples[-1].seconds - samples[0].seconds)
+    slope = own_slope(samples)
+    cache = max(sample.cache_bytes for sample in samples)
+    return [
+        Check(
+            "RSS less MLX's cache, MiB/h", slope <= bound, f"{slope:+.1f}", f"at most {bound:.0f}"
+        ),
+        Check(
+            "MLX's cache, MiB",
+            cache <= MLX_CACHE_BYTES,
+            f"{cache / MIB:.0f}",
+            f"at most {MLX_CACHE_BYTES // MIB}",
+        ),
+    ]
+
+
+def _growth(name: str, samples: list[Sample], value: Callable[[Sample], int]) -> Check:
+    more = growth([value(sample) for sample in samples])
+    highest = max(map(value, samples))
+    figure = f"{more:+g}, highest {highest}"
+    return Check(f"more {name}", more <= MAX_MORE, figure, f"at most {MAX_MORE:+d}")
+
+
+def _end(run: Run) -> list[Check]:
+    idle = "not" if run.idle_seconds is None else f"{run.idle_seconds:.2f}"
+    within = f"within {IDLE_SECONDS:.0f}"
+    return [
+        Check(
+            "descriptors left open",
+            run.left_open is not None and run.left_open <= MAX_LEFT_OPEN,
+            f"{run.left_open}",
+            f"at most {MAX_LEFT_OPEN}",
+        ),
+        Check("idle after the end, s", run.idle_seconds is not None, idle, within),
+        Check("health", run.is_serving, "serving" if run.is_serving else "not", "serving"),
+        Check("exit code", run.exit_code == 0, f"{run.exit_code}", "0"),
+        Check("tracebacks in its log", run.tracebacks == 0, f"{run.tracebacks}", "0"),
+    ]

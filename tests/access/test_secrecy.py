@@ -1,0 +1,106 @@
+"""What no log line, argument and status may ever have: tokens, prompts and outputs."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+
+from harness import Server, StartServer, failure
+from mlxrunner.handshake import TOKEN_VARIABLE
+from mlxrunner.v1 import runner_pb2 as pb
+from runner_client import Options, RunnerClient, errors
+from server_child import Child, running
+
+TOKEN = "correct-horse-battery-staple"  # noqa: S105 - of a test
+PROMPT = "my secret diary: the treasure lies under the old oak"
+STOP = "never-in-a-log-stop-string"
+
+
+def pieces(text: str, length: int = 12) -> list[str]:
+    """All parts of a text that are long enough not to be there by chance."""
+    return [text[i : i + length] for i in range(max(1, len(text) - length))]
+
+
+def assert_hidden(text: str, log: str) -> None:
+    assert not [piece for piece in pieces(text) if piece in log or repr(piece)[1:-1] in log]
+
+
+@pytest.fixture(scope="module")
+def child(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
+    """A real server that logs all it can."""
+    pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+    folder = tmp_path_factory.mktemp("logs")
+    with running(folder, "--log-level", "DEBUG", **{TOKEN_VARIABLE: TOKEN}) as started:
+        yield started
+
+
+@pytest.mark.mlx
+def test_a_real_server_logs_no_text_and_no_token(
+    child: Child, model_dir: Callable[..., Path]
+) -> None:
+    model = str(model_dir())
+    with RunnerClient(child.ready.target, token=TOKEN) as client:
+        client.load(model, context_length=256)
+        # Tokens that are letters, so that there is something to be found.
+        options = Options(num_predict=60, temperature=1, seed=5, stop=(STOP,))
+        output = client.complete(PROMPT, options=options, logprobs=2, request_id="visible").content
+        assert len(output.strip()) > 12
+        client.detokenize(client.tokenize(PROMPT))
+        for text, wrong in (
+            (PROMPT * 100, Options()),
+            (PROMPT, Options(temperature=-1)),
+            (PROMPT, Options(stop=(STOP * 100,))),
+        ):
+            with pytest.raises(errors.InvalidRequestError):
+                client.complete(text, options=wrong)
+        with client.completion(PROMPT, options=Options(num_predict=200)) as stream:
+            next(iter(stream))
+        status = repr(client.status())
+    with (
+        RunnerClient(child.ready.target, token=f"{TOKEN}-wrong") as stranger,
+        pytest.raises(errors.AuthenticationError),
+    ):
+        stranger.complete(PROMPT)
+    child.process.send_signal(signal.SIGINT)
+    arguments = psutil.Process(child.process.pid).cmdline()
+    assert child.wait() == 0
+    log = child.log.read_text()
+    assert "DEBUG" in log
+    for secret in (PROMPT, STOP, output, TOKEN):
+        assert_hidden(secret, log)
+        assert_hidden(secret, status)
+        assert_hidden(secret, " ".join(arguments))
+
+
+@pytest.mark.parametrize("token", [None, TOKEN])
+async def test_failures_log_no_text(
+    start_server: StartServer, caplog: pytest.LogCaptureFixture, token: str | None
+) -> None:
+    """A step that raises, a defect of the server, and calls that may not be made."""
+    caplog.set_level(logging.DEBUG)
+    server = await start_server(token=token)
+    metadata = [("authorization", f"Bearer {token}")] if token else []
+    await server.stub.Load(pb.LoadRequest(model="fake"), metadata=metadata)
+    request = pb.CompletionRequest(prompt=PROMPT, options=pb.CompletionOptions(stop=[STOP]))
+    server.backend.failures.append(RuntimeError("broken"))
+    assert (await failure(server.stub.Completion(request, metadata=metadata))).reason
+    await refuse_strangers(server, request, token)
+    assert "step failed" in caplog.text
+    for secret in (PROMPT, STOP, TOKEN):
+        assert_hidden(secret, caplog.text)
+
+
+async def refuse_strangers(
+    server: Server, request: pb.CompletionRequest, token: str | None
+) -> None:
+    if token is None:
+        return
+    for sent in ((), [("authorization", f"Bearer {token}x")]):
+        problem = await failure(server.stub.Completion(request, metadata=sent))
+        assert problem.code is grpc.StatusCode.UNAUTHENTICATED

@@ -1,0 +1,73 @@
+"""Fault 6: again and again; memory, descriptors and threads stay as they are.
+
+``FAULT_CYCLES`` says how many: by default 50 of models and 6 of processes, which take longer.
+``--log-cli-level=INFO`` shows the figures.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import threading
+
+import psutil
+import pytest
+
+from fake_child import is_gone, wait_until
+from faulty import held, pid_of
+from runner_client import Options, RunnerProcess
+
+pytestmark = pytest.mark.mlx
+logger = logging.getLogger(__name__)
+
+MODEL_CYCLES = int(os.environ.get("FAULT_CYCLES", "50"))
+PROCESS_CYCLES = int(os.environ.get("FAULT_CYCLES", "6"))
+WARM_UP = 10
+SHORT = Options(num_predict=8, temperature=0, logit_bias={0: -100})
+MIB = 2**20
+PROMISED_BYTES_A_CYCLE = 20 * 2**10
+"""A twentieth of the model; layers whose random weights nobody evaluates cost twice that."""
+
+
+def test_models_come_and_go_in_one_process(
+    model: str,
+) -> None:
+    with RunnerProcess(model) as runner:
+        client, pid = runner._client, pid_of(runner)
+        seen: list[tuple[int, int, int]] = []
+        for _ in range(WARM_UP + MODEL_CYCLES):
+            assert client.complete("def", options=SHORT).eval_count == 8
+            assert client.unload() > 20 * PROMISED_BYTES_A_CYCLE
+            usage = client.status().memory_usage
+            assert usage.active_bytes < 4096
+            assert usage.cache_bytes == 0
+            seen.append(held(pid))
+            client.load(model)
+    first, last = seen[WARM_UP], seen[-1]
+    logger.info("models: %d bytes a cycle", (last[0] - first[0]) // MODEL_CYCLES)
+    assert last[0] - first[0] < MODEL_CYCLES * PROMISED_BYTES_A_CYCLE, seen
+    assert last[1] <= first[1], seen
+    assert last[2] <= first[2], seen
+
+
+def test_processes_come_and_go(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runner_client._watchdog._LINGER_SECONDS", 0.05)
+    me = psutil.Process()
+    pids: list[int] = []
+
+    def cycle() -> tuple[int, int]:
+        with RunnerProcess(model, listen="unix") as runner:
+            assert runner.complete("def", options=SHORT).eval_count == 8
+            pids.append(pid_of(runner))
+        gc.collect()
+        return me.memory_info().rss, me.num_fds()
+
+    before = [cycle() for _ in range(3)][-1]
+    names = {thread.name for thread in threading.enumerate()}
+    after = [cycle() for _ in range(PROCESS_CYCLES)][-1]
+    logger.info("processes: %d bytes a cycle", (after[0] - before[0]) // PROCESS_CYCLES)
+    assert all(is_gone(pid) for pid in pids)
+    assert after[0] - before[0] < 4 * MIB + PROCESS_CYCLES * PROMISED_BYTES_A_CYCLE
+    assert after[1] <= before[1]
+    wait_until(lambda: {thread.name for thread in threading.enumerate()} <= names | {"MainThread"})

@@ -1,0 +1,277 @@
+"""Fault 4: a parent that dies, wherever it stands in the tree of processes.
+
+Killed while the child is idle, loads or generates, with a fork that keeps the pipe open, and
+interrupted: tests/e2e/test_process_real.py. Here are the other phases and other places.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fake_child import is_gone, wait_until
+from faulty import BREAK, breaking, hooked
+
+pytestmark = pytest.mark.mlx
+
+ROOT = Path(__file__).parents[2]
+PROMISED_SECONDS = 2.0
+STARTED_SECONDS = 8.0
+POLLED_SECONDS = 1.2
+"""In which the child has looked for its parent twice."""
+
+PARENT = """
+import os, sys, threading, time
+from runner_client import Options, RunnerProcess, _child
+
+def tell(*words):
+    print(*words, flush=True)
+
+def live_on(runner, seconds={polled}):
+    # For longer than the child needs to look for its parent.
+    since = runner.status().uptime_seconds
+    while runner.status().uptime_seconds < since + seconds:
+        pass
+    assert runner.complete("x", options=Options(num_predict=1)).eval_count == 1
+
+runner = RunnerProcess({model!r}, context_length=32_000)
+{body}
+time.sleep(600)
+"""
+
+SPAWNED = """
+def wait_ready(child, seconds):
+    tell(child.pid)
+    time.sleep(600)
+_child.Child.wait_ready = wait_ready
+runner.load()
+"""
+
+PREFILL = """
+runner.load()
+runner.wait_until_running()
+stream = runner.completion([7] * 30_000, options=Options(num_predict=9))
+assert next(stream).prompt_progress
+tell(runner.pid)
+for _ in stream: pass
+"""
+
+STUCK = """
+runner.load()
+runner.wait_until_running()
+stream = runner.completion("x", request_id={name!r})
+while not runner.status().running_count: pass
+tell(runner.pid)
+for _ in stream: pass
+"""
+
+IN_A_THREAD = """
+thread = threading.Thread(target=runner.load)
+thread.start()
+thread.join()
+runner.wait_until_running()
+live_on(runner)
+tell(runner.pid)
+"""
+
+TWO = """
+other = RunnerProcess({model!r})
+with runner:
+    other.load()
+    other.wait_until_running()
+    first = runner.pid
+live_on(other, 0)
+runner = RunnerProcess({model!r})
+runner.load()
+runner.wait_until_running()
+os.kill(runner.pid, 9)
+runner._child.wait_exit(9)
+live_on(other, 0)
+tell(first, runner.pid, other.pid)
+"""
+
+RUNS = """
+runner.load()
+runner.wait_until_running()
+tell(runner.pid)
+"""
+
+LIVES = """
+runner.load()
+runner.wait_until_running()
+live_on(runner)
+tell(runner.pid)
+"""
+
+FORK_HOLDS_THE_PIPE = RUNS.replace(
+    "tell(", "fork = os.fork() or (time.sleep(60), os._exit(0))\ntell(fork, "
+)
+
+ORPHANED = """
+runner.load()
+runner.wait_until_running()
+begin = os.getppid()
+tell(runner.pid, os.getpid())
+while os.getppid() == begin:
+    time.sleep(0.01)
+live_on(runner)
+tell("lives")
+"""
+
+REAPER = """
+import ctypes, os, subprocess, sys
+PR_SET_CHILD_SUBREAPER = 36
+assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+parent = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+while True:
+    try:
+        os.wait()
+    except ChildProcessError:
+        break
+"""
+"""Starts a parent, inherits whom it leaves behind, and goes when all are gone."""
+
+MIDDLE = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+time.sleep(600)
+"""
+
+
+def script(model: str, body: str) -> str:
+    body = body.format(model=model, name=BREAK)
+    return PARENT.format(model=model, body=body, polled=POLLED_SECONDS)
+
+
+@contextmanager
+def tree(*command: str, path: str = "") -> Iterator[subprocess.Popen[str]]:
+    """Starts processes, and in the end kills by their ids whoever is left of them."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "proto"), *([path] if path else [])])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as top:
+        started = [psutil.Process(top.pid)]
+        try:
+            yield top
+        finally:
+            if top.poll() is None:
+                started += started[0].children(recursive=True)
+            for process in started:
+                if process.is_running():
+                    process.kill()
+
+
+def told(process: subprocess.Popen[str]) -> list[int]:
+    """The ids in the next line that a script prints."""
+    assert process.stdout is not None
+    return [int(word) for word in process.stdout.readline().split()]
+
+
+def end(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("body", "seconds"),
+    # A process that is not yet ready looks for its parent as soon as it has come that far.
+    [(SPAWNED, STARTED_SECONDS), (PREFILL, PROMISED_SECONDS), (IN_A_THREAD, PROMISED_SECONDS)],
+    ids=["spawn", "prefill", "thread"],
+)
+def test_a_killed_parent_takes_the_child_along(model: str, body: str, seconds: float) -> None:
+    with tree(sys.executable, "-c", script(model, body)) as parent:
+        (child,) = told(parent)
+        assert not is_gone(child)
+        end(parent.pid)
+        parent.wait()
+        assert wait_until(lambda: is_gone(child)) < seconds
+
+
+def test_a_step_that_hangs_does_not_keep_it(model: str, tmp_path: Path) -> None:
+    hang = hooked(tmp_path, breaking("import threading; threading.Event().wait()"))
+    command = [sys.executable, "-c", script(model, STUCK)]
+    with tree(*command, path=hang["PYTHONPATH"]) as parent:
+        (child,) = told(parent)
+        end(parent.pid)
+        parent.wait()
+        assert wait_until(lambda: is_gone(child)) < PROMISED_SECONDS
+
+
+def test_siblings_outlive_each_other_and_not_their_parent(model: str) -> None:
+    with tree(sys.executable, "-c", script(model, TWO)) as parent:
+        closed, killed, other = told(parent)
+        assert is_gone(closed)
+        assert is_gone(killed)
+        assert not is_gone(other)
+        end(parent.pid)
+        parent.wait()
+        assert wait_until(lambda: is_gone(other)) < PROMISED_SECONDS
+
+
+def test_children_of_another_parent_live_on(model: str) -> None:
+    both = [sys.executable, "-c", script(model, RUNS)]
+    with tree(*both) as one, tree(*both) as two:
+        (first,), (second,) = told(one), told(two)
+        end(one.pid)
+        one.wait()
+        assert wait_until(lambda: is_gone(first)) < PROMISED_SECONDS
+        assert not is_gone(second)
+        end(two.pid)
+        two.wait()
+        assert wait_until(lambda: is_gone(second)) < PROMISED_SECONDS
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="subreapers are Linux's")
+def test_under_a_subreaper_the_child_goes_too(model: str) -> None:
+    """It never gets the parent 1, and a fork keeps its stdin open: only the id is left."""
+    with tree(sys.executable, "-c", REAPER, script(model, FORK_HOLDS_THE_PIPE)) as reaper:
+        fork, child = told(reaper)
+        (parent,) = psutil.Process(reaper.pid).children()
+        end(parent.pid)
+        assert wait_until(lambda: is_gone(child)) < PROMISED_SECONDS
+        assert psutil.Process(fork).ppid() == reaper.pid
+        end(fork)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="subreapers are Linux's")
+def test_a_parent_that_is_orphaned_itself_keeps_its_child(model: str) -> None:
+    """As under ``nohup``, or a service manager: the parent's parent is nobody's business."""
+    with tree(sys.executable, "-c", MIDDLE, script(model, ORPHANED)) as middle:
+        child, parent = told(middle)
+        try:
+            end(middle.pid)
+            middle.wait()
+            assert middle.stdout is not None
+            assert middle.stdout.readline() == "lives\n"
+            assert not is_gone(child)
+        finally:
+            end(parent)
+        assert wait_until(lambda: is_gone(child)) < PROMISED_SECONDS
+
+
+def _can_unshare() -> bool:
+    unshare = shutil.which("unshare")
+    if unshare is None:
+        return False
+    command = [unshare, "--pid", "--fork", "true"]
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not _can_unshare(), reason="unshare --pid --fork is not allowed here")
+def test_a_parent_that_is_process_1_keeps_its_child(model: str) -> None:
+    """As in a container, where ``getppid() == 1`` is no sign of anything."""
+    with tree("unshare", "--pid", "--fork", sys.executable, "-c", script(model, LIVES)) as top:
+        # It has lived on for long enough to look for its parent.
+        assert len(told(top)) == 1
+        (parent,) = psutil.Process(top.pid).children()
+        (child,) = parent.children()
+        assert "runner_server" in child.cmdline()
+        end(parent.pid)
+        assert wait_until(lambda: is_gone(child.pid)) < PROMISED_SECONDS

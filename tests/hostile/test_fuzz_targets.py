@@ -1,0 +1,31 @@
+"""What `make fuzz` drives, with a hundred requests each and without its fuzzer."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, seed, settings
+
+from hostile.fuzz_targets import Parsing, Target, Wire
+from nasty import Call, calls
+
+
+@pytest.mark.filterwarnings("ignore:Generating overly large repr")
+@pytest.mark.parametrize("kind", [Parsing, Wire])
+def test_targets_take_whatever_comes(kind: type[Target]) -> None:
+    target = kind()
+
+    @seed(1)
+    @settings(
+        max_examples=100,
+        database=None,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    @given(calls(lambda _name: True))
+    def send(call: Call) -> None:
+        endings.add(target.send(call).removeprefix("ERROR_REASON_"))
+
+    endings: set[str] = set()
+    send()
+    assert {"OK", "INVALID_FIELD"} <= endings
+    assert target.close()

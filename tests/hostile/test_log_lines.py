@@ -1,0 +1,37 @@
+"""What a caller writes into a request stays one line of the log, and no terminal obeys it."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from harness import Server, failure
+from mlxrunner.v1 import runner_pb2 as pb
+from runner_server.errors import ModelNotFound
+
+FORGED = "x\r\n2026-01-01 00:00:00,000 ERROR runner_server: all is lost\x1b[2J\x07\u2028\u202e"
+
+
+def _assert_plain(lines: list[str]) -> None:
+    assert lines
+    for line in lines:
+        assert line.isprintable(), line
+
+
+@pytest.mark.parametrize("error", [ModelNotFound("nothing there", model="x"), ValueError("broken")])
+async def test_the_name_of_a_model(
+    server: Server, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    caplog.set_level(logging.DEBUG, "runner_server")
+    server.backend.load_error = error
+    await failure(server.load(FORGED))
+    _assert_plain([record.getMessage() for record in caplog.records])
+
+
+async def test_a_request_id(loaded: Server, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "runner_server")
+    options = pb.CompletionOptions(num_predict=2)
+    request = pb.CompletionRequest(prompt=FORGED, request_id=FORGED, options=options)
+    assert [message async for message in loaded.stub.Completion(request)][-1].done
+    _assert_plain([record.getMessage() for record in caplog.records])

@@ -1,0 +1,79 @@
+"""A text that is far too long is known to be so from its beginning, and never wrongly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from runner_server.adapter import codec as codec_module
+
+pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+pytestmark = pytest.mark.mlx
+
+DEMO = Path(__file__).parents[2] / "runner_server/demo/model"
+PART_CHARS = 1024
+
+
+@pytest.fixture(scope="module")
+def codec() -> codec_module.FastCodec:
+    """The tokenizer of the demo model."""
+    if not (DEMO / "tokenizer.json").is_file():
+        pytest.skip("the demo model is not in this checkout")
+    config = json.loads((DEMO / "config.json").read_text())
+    return codec_module.load_codec(DEMO, config)[0]
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a text of a few thousand characters is a very long one."""
+    monkeypatch.setattr(codec_module, "_PART_CHARS", PART_CHARS)
+
+
+units = st.text(min_size=1, max_size=12) | st.sampled_from(["a", " ", "\n    ", "def f(", "😀"])
+
+
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    parts=st.lists(st.tuples(units, st.integers(1, 2000)), min_size=1, max_size=4),
+    enough=st.integers(1, 800),
+)
+def test_never_more_than_there_are(
+    codec: codec_module.FastCodec, parts: list[tuple[str, int]], enough: int
+) -> None:
+    text = "".join(unit * count for unit, count in parts)[:12_000]
+    tokens = len(codec.encode(text, as_prompt=True))
+    fewest = codec.fewest_tokens(text, enough)
+    assert fewest <= tokens
+    # Where it says nothing, the beginnings that were split were not long enough.
+    if not fewest:
+        half = codec.encode(text[: len(text) // 2], as_prompt=False)
+        assert len(text) <= PART_CHARS or len(half) <= 4 * enough + PART_CHARS
+
+
+@pytest.mark.parametrize("unit", ["x", " ", "😀", "def f(x):\n", "<|end|>"])
+def test_only_the_beginning_is_split(
+    codec: codec_module.FastCodec, monkeypatch: pytest.MonkeyPatch, unit: str
+) -> None:
+    seen: list[int] = []
+    encode = codec.encode
+
+    def counting(text: str, *, as_prompt: bool) -> list[int]:
+        seen.append(len(text))
+        return encode(text, as_prompt=as_prompt)
+
+    monkeypatch.setattr(codec, "encode", counting)
+    assert codec.fewest_tokens(unit * 1_000_000, 20) > 20
+    assert sum(seen) <= 2 * PART_CHARS
+
+
+def test_a_text_that_fits_is_split_once_and_whole(codec: codec_module.FastCodec) -> None:
+    assert codec.fewest_tokens("x" * PART_CHARS, 1) == 0
+    assert codec.fewest_tokens("x" * 3 * PART_CHARS, 10_000) == 0

@@ -1,0 +1,206 @@
+"""Two hundred connections, a thousand requests in the queue, and then as before."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import statistics
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+import grpc
+import psutil
+
+from fakes import DEADLINE_SECONDS
+from harness import LIMITS, Problem, Server, StartServer, eventually, failure, problem_of
+from mlxrunner.v1 import runner_pb2 as pb
+from mlxrunner.v1 import runner_pb2_grpc
+
+CONNECTIONS = 200
+QUEUED = 1000
+PARALLEL = 8
+TOKENS = 6
+
+RETRY_FACTOR = 4.0
+"""The delay that a full queue tells may be this much longer than the queue really takes."""
+
+MOST_TRIES = 4
+"""A client that comes back when it was told to is served within so many tries."""
+
+FULL_QUEUE_BYTES = 128 * 2**20
+"""Most that 200 connections and 1,208 calls may take, both ends in this one process."""
+
+GROWTH_BYTES = 48 * 2**20
+"""Most that floods may leave behind, as the heap breathes by some 20 MiB here."""
+
+GROWTH_OBJECTS = 1800
+"""The same in Python objects, which breathe less: half of one for each request."""
+
+
+@asynccontextmanager
+async def connected(server: Server, count: int) -> AsyncIterator[list[grpc.aio.Channel]]:
+    """Channels, each with a connection of its own that is up."""
+    options = [*LIMITS, ("grpc.use_local_subchannel_pool", 1)]
+    async with AsyncExitStack() as stack:
+        channels = [
+            await stack.enter_async_context(
+                grpc.aio.insecure_channel(server.ready.target, options=options)
+            )
+            for _ in range(count)
+        ]
+        await asyncio.gather(*(channel.channel_ready() for channel in channels))
+        yield channels
+
+
+def ask(
+    channel: grpc.aio.Channel, number: int
+) -> grpc.aio.UnaryStreamCall[pb.CompletionRequest, pb.CompletionResponse]:
+    options = pb.CompletionOptions(num_predict=TOKENS, seed=number)
+    request = pb.CompletionRequest(prompt=f"number {number}", options=options)
+    return runner_pb2_grpc.RunnerServiceStub(channel).Completion(request, timeout=60)
+
+
+async def is_whole(call: grpc.aio.Call) -> bool:
+    """Reads a stream; whether it ended with its last message."""
+    assert isinstance(call, grpc.aio.UnaryStreamCall)
+    messages = [message async for message in call]
+    return bool(messages[-1].done and messages[-1].eval_count == TOKENS)
+
+
+@dataclass
+class Flood:
+    """What one came to.
+
+    Attributes:
+        refused: What those heard that came when the queue was full.
+        whole: Of those before them, how many streams ended with their last message.
+        drain_seconds: From the first step to the last of them.
+        full_bytes: What the process held with a full queue.
+    """
+
+    refused: list[Problem]
+    whole: int
+    drain_seconds: float
+    full_bytes: int
+
+
+async def flood(server: Server, channels: list[grpc.aio.Channel]) -> Flood:
+    """Fills the queue while no step is made, is refused once for each connection, and drains."""
+    gate = server.backend.step_gate
+    gate.shut()
+    calls = [ask(channels[i % len(channels)], i) for i in range(PARALLEL + QUEUED)]
+    await eventually(lambda: live(server) == len(calls))
+    refused = await asyncio.gather(*(failure(ask(channel, 0)) for channel in channels))
+    full_bytes = resident_bytes()
+    begin = time.monotonic()
+    gate.open()
+    whole = await asyncio.gather(*(is_whole(call) for call in calls))
+    return Flood(list(refused), sum(whole), time.monotonic() - begin, full_bytes)
+
+
+def live(server: Server) -> int:
+    return len(server.app.engine._ledger._live)
+
+
+def resident_bytes() -> int:
+    return int(psutil.Process().memory_info().rss)
+
+
+def object_count() -> int:
+    gc.collect()
+    return len(gc.get_objects())
+
+
+async def full_batch_steps(server: Server) -> int:
+    """How many steps a full batch takes: a speed without a clock."""
+    gate, before = server.backend.step_gate, server.backend.steps
+    gate.shut()
+    calls = [server.start("0", num_predict=20)]
+    await server.thread(gate.wait_arrival)
+    calls += [server.start(str(i), num_predict=20) for i in range(1, PARALLEL)]
+    await eventually(lambda: live(server) == PARALLEL)
+    gate.open()
+    for call in calls:
+        assert [message async for message in call][-1].eval_count == 20
+    return server.backend.steps - before
+
+
+async def test_a_full_queue_is_bounded_says_when_to_come_and_leaves_nothing(
+    start_server: StartServer,
+) -> None:
+    server = await start_server(max_queued=QUEUED)
+    await server.load(parallel=PARALLEL)
+    steps = await full_batch_steps(server)
+    before = resident_bytes()
+    async with connected(server, CONNECTIONS) as channels:
+        first = await flood(server, channels)
+        resident, objects = resident_bytes(), object_count()
+        second = await flood(server, channels)
+        third = await flood(server, channels)
+        fourth = await flood(server, channels)
+        assert resident_bytes() - resident < GROWTH_BYTES
+        assert object_count() - objects < GROWTH_OBJECTS
+    floods = [first, second, third, fourth]
+    assert [each.whole for each in floods] == [PARALLEL + QUEUED] * 4
+    assert first.full_bytes - before < FULL_QUEUE_BYTES
+    for each in floods:
+        assert_refused(each)
+    # The first flood came to a server that had not measured yet. One of the others may have
+    # been held up.
+    assert statistics.median(map(told_too_long, floods[1:])) <= RETRY_FACTOR
+    await server.settled()
+    server.assert_nothing_left()
+    assert await full_batch_steps(server) == steps
+
+
+def assert_refused(flood: Flood) -> None:
+    assert len(flood.refused) == CONNECTIONS
+    for problem in flood.refused:
+        assert (problem.code, problem.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+        assert problem.kinds == ("ErrorInfo", "RetryInfo")
+        assert problem.retry_seconds is not None
+        assert 0.1 <= problem.retry_seconds <= 60
+        assert QUEUED <= int(problem.metadata["queuedCount"]) <= QUEUED + PARALLEL
+
+
+def told_too_long(flood: Flood) -> float:
+    """The longest delay told, in times of what the queue really took."""
+    return max(problem.retry_seconds or 0.0 for problem in flood.refused) / flood.drain_seconds
+
+
+async def test_who_comes_back_when_told_is_served(start_server: StartServer) -> None:
+    server = await start_server(max_queued=QUEUED)
+    await server.load(parallel=PARALLEL)
+    async with connected(server, CONNECTIONS) as channels:
+        await flood(server, channels)
+        gate = server.backend.step_gate
+        gate.shut()
+        calls = [ask(channels[i % CONNECTIONS], i) for i in range(PARALLEL + QUEUED)]
+        await eventually(lambda: live(server) == len(calls))
+        told = asyncio.Barrier(CONNECTIONS + 1)
+        tries = asyncio.gather(*(come_back(channel, told) for channel in channels))
+        await told.wait()
+        gate.open()
+        assert all(await asyncio.gather(*(is_whole(call) for call in calls)))
+        assert max(await tries) <= MOST_TRIES
+
+
+async def come_back(channel: grpc.aio.Channel, told: asyncio.Barrier) -> int:
+    """Asks, waits as long as it is told to, and asks again; how often it had to ask."""
+    problem = await failure(ask(channel, 1))
+    await told.wait()
+    for tries in range(2, MOST_TRIES + 1):
+        assert problem.reason == "QUEUE_FULL"
+        assert problem.retry_seconds is not None
+        assert problem.retry_seconds < DEADLINE_SECONDS
+        # What is waited for is the time itself.
+        await asyncio.sleep(problem.retry_seconds)
+        try:
+            assert await is_whole(ask(channel, tries))
+        except grpc.aio.AioRpcError as error:
+            problem = problem_of(error)
+        else:
+            return tries
+    return MOST_TRIES + 1

@@ -1,0 +1,94 @@
+"""What goes into the delay that a full queue tells: the time of places, and no other."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import grpc
+import pytest
+
+from fakes import ByteCodec, model_info
+from harness import LIMITS, Server, eventually, failure, tokens
+from mlxrunner.v1 import runner_pb2 as pb
+from mlxrunner.v1 import runner_pb2_grpc
+from runner_server.backend import ModelHandle
+from runner_server.ledger import Ledger
+
+LITTLE_AHEAD: list[tuple[str, Any]] = [
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 16 << 10),
+]
+
+
+class Clock:
+    """The time of the engine, which a test may put forward."""
+
+    ahead_seconds = 0.0
+
+    def monotonic(self) -> float:
+        """As in ``time``."""
+        return time.monotonic() + self.ahead_seconds
+
+
+async def test_the_time_a_reader_stops_is_not_the_pace_of_the_server(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("runner_server.completion.time", clock)
+    await server.load(parallel=1)
+    for _ in range(30):
+        await server.complete(num_predict=1)
+    options = [*LIMITS, *LITTLE_AHEAD, ("grpc.use_local_subchannel_pool", 1)]
+    async with grpc.aio.insecure_channel(server.ready.target, options=options) as channel:
+        request = pb.CompletionRequest(
+            prompt="slow", logprobs=20, options=pb.CompletionOptions(num_predict=3000)
+        )
+        messages = aiter(runner_pb2_grpc.RunnerServiceStub(channel).Completion(request))
+        first = await anext(messages)
+        await eventually(lambda: server.backend.pauses > 0)
+        # Its place is free, and others are served meanwhile.
+        await server.complete(num_predict=1)
+        clock.ahead_seconds = 500
+        rest = [message async for message in messages]
+    assert len(tokens([first, *rest])) == 3000
+    assert rest[-1].eval_duration.ToSeconds() >= 500
+    assert await told_delay(server) < 10
+
+
+async def told_delay(server: Server) -> float:
+    """What is told when one runs and the queue is full."""
+    server.app.engine._ledger._max_queued = 1
+    server.backend.step_gate.shut()
+    calls = [server.start(str(i), num_predict=1) for i in range(2)]
+    await eventually(lambda: len(server.app.engine._ledger._live) == 2)
+    problem = await failure(server.start())
+    server.backend.step_gate.open()
+    for call in calls:
+        assert [message async for message in call][-1].done
+    assert problem.retry_seconds is not None
+    return problem.retry_seconds
+
+
+def test_one_batch_that_was_held_up_says_little() -> None:
+    """Its rows end together, late: that is one thing seen, not eight."""
+    usual, late = _told_by(0.01, 0), _told_by(0.01, 8)
+    assert usual == pytest.approx(1.25)
+    # By itself it would say 50 s.
+    assert late < 50 / 4
+
+
+def test_the_first_completion_replaces_the_guess() -> None:
+    assert _told_by(0.01, 0, before=1) == pytest.approx(1.25)
+
+
+def _told_by(seconds: float, late: int, before: int = 500) -> float:
+    """What 1,000 in the queue are told, after completions of so many seconds and some of 0.4."""
+    ledger = Ledger(max_queued=1000)
+    ledger.offer_model(ModelHandle(replace(model_info(), parallel=8), ByteCodec()))
+    for number in range(before):
+        ledger.forget(number, seconds)
+    for number in range(late):
+        ledger.forget(number, 0.4)
+    return ledger._retry_seconds(1000, 8)

@@ -1,0 +1,244 @@
+"""What the soak lets pass, and what it does not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from soak import __main__ as program
+from soak import paths
+from soak.records import Ending, Sample, Tally
+from soak.report import table, write
+from soak.session import KNOWN_COUNT, Run, Settings, count_tracebacks
+from soak.verdict import judge, rss_bound
+
+MIB = 2**20
+SECONDS = 100.0
+
+
+def _sample(second: int) -> Sample:
+    return Sample(second, 800.0, 8, 32, 300 * MIB, MIB, MIB, MIB, 0.004, 30, 40)
+
+
+def _run() -> Run:
+    """A run that holds."""
+    tally = Tally(sent=40, tokens=999, compared=5, prefixes=2)
+    tally.endings.update(
+        {Ending.DONE: 12, Ending.CANCELLED: 6, Ending.REFUSED: 19, Ending.REJECTED: 3}
+    )
+    samples = [_sample(second) for second in range(1, int(SECONDS) + 1)]
+    return Run(
+        Settings(SECONDS),
+        tally=tally,
+        samples=samples,
+        idle_seconds=0.1,
+        still_same=KNOWN_COUNT,
+        is_serving=True,
+        exit_code=0,
+        left_open=1,
+    )
+
+
+def _bad(run: Run) -> list[str]:
+    return [check.name for check in judge(run) if not check.ok]
+
+
+def test_a_good_run_holds() -> None:
+    assert _bad(_run()) == []
+
+
+def _lose_one(run: Run) -> None:
+    run.tally.sent += 1
+
+
+def _stick(run: Run) -> None:
+    run.tally.endings[Ending.STUCK] += 1
+    run.tally.sent += 1
+    run.tally.note_problem("stuck")
+
+
+def _raise(run: Run) -> None:
+    run.tally.note_problem("INTERNAL GENERATION_FAILED")
+
+
+def _differ(run: Run) -> None:
+    run.tally.differing += 1
+    run.tally.note_problem("differs")
+
+
+def _compare_nothing(run: Run) -> None:
+    run.tally.compared = 0
+
+
+def _differ_at_the_end(run: Run) -> None:
+    run.still_same -= 1
+
+
+def _keep_up(run: Run) -> None:
+    run.tally.endings[Ending.DONE] += run.tally.endings.pop(Ending.REFUSED)
+
+
+def _grow(run: Run) -> None:
+    each = 2 * rss_bound(0.75 * SECONDS) * MIB / 3600
+    run.samples = [
+        replace(sample, rss_bytes=sample.rss_bytes + int(each * sample.seconds))
+        for sample in run.samples
+    ]
+
+
+def _fill_the_cache(run: Run) -> None:
+    run.samples = [replace(each, cache_bytes=2**30 + 1) for each in run.samples]
+
+
+def _leave_open(run: Run) -> None:
+    run.left_open = 5
+
+
+def _leak_threads(run: Run) -> None:
+    run.samples = [replace(each, threads=int(each.seconds)) for each in run.samples]
+
+
+def _leak_descriptors(run: Run) -> None:
+    run.samples = [replace(each, descriptors=int(each.seconds)) for each in run.samples]
+
+
+def _answer_late(run: Run) -> None:
+    run.samples = [replace(each, status_seconds=2.5) for each in run.samples]
+
+
+def _sample_nothing(run: Run) -> None:
+    run.samples = []
+
+
+def _stay_busy(run: Run) -> None:
+    run.idle_seconds = None
+
+
+def _be_ill(run: Run) -> None:
+    run.is_serving = False
+
+
+def _be_killed(run: Run) -> None:
+    run.exit_code = None
+
+
+def _log_a_traceback(run: Run) -> None:
+    run.tracebacks = 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "names"),
+    [
+        (_lose_one, ["streams that ended"]),
+        (_stick, ["stuck"]),
+        (_raise, ["not as the error table has it"]),
+        (_differ, ["other text than alone"]),
+        (_compare_nothing, ["other text than alone"]),
+        (_differ_at_the_end, ["same text alone at the end"]),
+        (_keep_up, ["sent for each taken on"]),
+        (_grow, ["RSS less MLX's cache, MiB/h"]),
+        (_fill_the_cache, ["MLX's cache, MiB"]),
+        (_leave_open, ["descriptors left open"]),
+        (_leak_threads, ["more threads"]),
+        (_leak_descriptors, ["more descriptors"]),
+        (_answer_late, ["Status p99, ms"]),
+        (_sample_nothing, ["samples after the warm-up"]),
+        (_stay_busy, ["idle after the end, s"]),
+        (_be_ill, ["health"]),
+        (_be_killed, ["exit code"]),
+        (_log_a_traceback, ["tracebacks in its log"]),
+    ],
+)
+def test_each_thing_that_is_wrong_fails_the_run(
+    spoil: Callable[[Run], None], names: list[str]
+) -> None:
+    run = _run()
+    spoil(run)
+    assert _bad(run) == names
+
+
+def test_growth_before_the_warm_up_is_over_is_not_judged() -> None:
+    run = _run()
+    run.samples = [
+        replace(sample, rss_bytes=MIB) if sample.seconds < 0.25 * SECONDS else sample
+        for sample in run.samples
+    ]
+    assert _bad(run) == []
+
+
+def test_what_mlx_keeps_for_reuse_may_grow_to_its_limit() -> None:
+    run = _run()
+    run.samples = [
+        replace(each, cache_bytes=int(each.seconds) * MIB, rss_bytes=int(each.seconds) * MIB)
+        for each in run.samples
+    ]
+    assert _bad(run) == []
+
+
+def test_a_longer_run_is_judged_more_strictly() -> None:
+    assert rss_bound(90) == pytest.approx(664)
+    assert rss_bound(22.5 * 60) == pytest.approx(67, abs=1)
+    assert rss_bound(1e9) == pytest.approx(24, abs=0.1)
+
+
+def test_what_was_sent_for_each_taken_on_leaves_out_what_was_wrong() -> None:
+    assert _run().tally.overload == pytest.approx(37 / 18)
+    assert Tally().overload == 0
+
+
+def test_problems_are_counted_beyond_those_kept() -> None:
+    tally = Tally()
+    for _ in range(1000):
+        tally.note_problem("again")
+    assert tally.problem_count == 1000
+    assert len(tally.problems) == 50
+
+
+def test_the_figures_can_be_read_again(tmp_path: Path) -> None:
+    run = _run()
+    write(run, judge(run), tmp_path / "new" / "soak.json")
+    whole = json.loads((tmp_path / "new" / "soak.json").read_text(encoding="utf-8"))
+    assert whole["passed"] is True
+    assert whole["figures"]["endings"]["queue full"] == 19
+    assert whole["figures"]["rss_slope_mib_per_hour"] == 0
+    assert len(whole["samples"]) == SECONDS
+    assert len(whole["samples"][0]) == len(whole["sample_columns"])
+
+
+def test_the_table_says_whether_it_holds() -> None:
+    run = _run()
+    assert table(run, judge(run)).endswith("the soak holds")
+    _raise(run)
+    shown = table(run, judge(run))
+    assert "BAD not as the error table has it" in shown
+    assert "INTERNAL GENERATION_FAILED" in shown
+    assert shown.endswith("the soak fails: 1 of 16 checks")
+
+
+def test_only_a_full_run_writes_what_is_committed() -> None:
+    assert program.parse_args([]).out == paths.RESULTS
+    assert program.parse_args(["--minutes", "29"]).out == paths.SCRATCH
+    assert program.parse_args(["--minutes", "2", "--out", "x"]).out == Path("x")
+    for minutes in ("0.5", "100000"):
+        with pytest.raises(SystemExit):
+            program.parse_args(["--minutes", minutes])
+
+
+def test_tracebacks_are_found_in_the_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("all is well\nTraceback (most recent call last):\n  File\nKeyError\n")
+    assert count_tracebacks(log) == 1
+
+
+def test_a_reader_that_went_away_is_no_traceback(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(
+        "ERROR grpc._cython.cygrpc: ExecuteBatchError raised in core\n"
+        "Traceback (most recent call last):\n  File\n"
+        'grpc._cython.cygrpc.ExecuteBatchError: Failed "execute_batch"\n'
+    )
+    assert count_tracebacks(log) == 0
