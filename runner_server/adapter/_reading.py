@@ -15,6 +15,9 @@ from runner_server.errors import InsufficientMemory, ModelUnsupported, RunnerFau
 _AT_ONCE_BYTES = 32 * 2**20
 """Weights that are read at the same time. MLX reads larger ones in pieces of this size."""
 
+_MOST_ERRORS = 100_000
+"""More reads than are ever begun; MLX is asked until it has no error left."""
+
 
 def read_weights(weights: Sequence[mx.array], report: Callable[[float], None]) -> None:
     """Evaluates arrays, so that their files are read and their formats changed.
@@ -56,6 +59,20 @@ def _evaluated(weights: Sequence[mx.array], total_bytes: int) -> Generator[mx.ar
         # After a fault or a cancel: until it is read, an array holds its memory.
         with suppress(RuntimeError):
             mx.eval(list(begun))
+        _forget_errors()
+
+
+def _forget_errors() -> None:
+    """Has MLX raise what reads that were begun have left, so that nothing later meets it.
+
+    An error on a stream's thread is raised by whatever is called next, once for each read.
+    """
+    for _ in range(_MOST_ERRORS):
+        try:
+            mx.synchronize(mx.default_stream(mx.cpu))
+        except RuntimeError:
+            continue
+        return
 
 
 def _evaluate(how: Callable[[mx.array], object], value: mx.array, total_bytes: int) -> None:

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_CACHE_LIMIT_BYTES = 1 << 30
-"""Most memory MLX keeps for reuse; without a limit it keeps all it ever freed."""
+_GPU_CACHE_LIMIT_BYTES = 1 << 30
+"""Most memory MLX keeps for reuse; without a limit it keeps all it ever freed. On a CPU its
+own 32 MiB stand: it reuses only what has nearly the size asked for, and the C library, which
+gets the rest, can join pieces."""
 
 
 class MlxBackend:
@@ -48,7 +50,6 @@ class MlxBackend:
 
         import runner_server.adapter.loading  # noqa: F401, PLC0415
 
-        mx.set_cache_limit(_CACHE_LIMIT_BYTES)
         _choose_temporary_directory(mx)
         info = mx.device_info()
         # Metal only: what is not wired, the system may page out between two steps.
@@ -56,6 +57,8 @@ class MlxBackend:
             mx.set_wired_limit(int(working_set))
         self._mx = mx
         kind = "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
+        if kind == "gpu":
+            mx.set_cache_limit(_GPU_CACHE_LIMIT_BYTES)
         return f"{kind}: {info.get('device_name', 'unknown')}"
 
     def load(self, spec: LoadSpec, report: Callable[[int], None]) -> MlxModel:
