@@ -106,7 +106,7 @@ async def test_by_hand_over_http2(guarded: Server, values: tuple[str, ...]) -> N
 
 
 @pytest.mark.parametrize(
-    "value", [b"Bearer \xff\xfe", b"\x80", b"Bearer \x01", b"Bearer " + b"x" * 10_000]
+    "value", [b"Bearer \xff\xfe", b"\x80", b"Bearer \x01", b"Bearer " + b"x" * 4000]
 )
 async def test_bytes_that_no_library_would_send(guarded: Server, value: bytes) -> None:
     headers = [("authorization", value)]

@@ -114,7 +114,8 @@ async def test_it_is_a_child_of_the_callers(
     assert f"span_id={span.context.span_id:016x}" in caplog.text
 
 
-@pytest.mark.parametrize("bad", ["00-xyz", TRACEPARENT.replace("0af7", "0AF7"), "00--", "x" * 9999])
+# gRPC itself refuses some of the calls with headers of more than 8 KiB, by chance.
+@pytest.mark.parametrize("bad", ["00-xyz", TRACEPARENT.replace("0af7", "0AF7"), "00--", "x" * 4000])
 async def test_an_invalid_parent_is_ignored(
     traced: Server, exporter: InMemorySpanExporter, bad: str
 ) -> None:
