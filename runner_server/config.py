@@ -125,6 +125,13 @@ def _parser() -> argparse.ArgumentParser:
         help="end within 2 s of the parent; stdin must be a pipe that only the parent holds open",
     )
     _add_access(parser)
+    _add_outside(parser)
+    return parser
+
+
+def _add_outside(parser: argparse.ArgumentParser) -> None:
+    """What is seen of it from outside: log and metrics."""
+    add = parser.add_argument
     levels = ["DEBUG", "INFO", "WARNING", "ERROR"]
     add("--log-level", choices=levels, default="INFO", help="of the log on stderr")
     add("--log-format", choices=["text", "json"], default="text", help="of its lines")
@@ -134,7 +141,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="HOST:PORT",
         help="answer Prometheus there, for instance 127.0.0.1:9464 (default: nowhere)",
     )
-    return parser
 
 
 def _add_access(parser: argparse.ArgumentParser) -> None:

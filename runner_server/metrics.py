@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import psutil
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -25,6 +24,7 @@ from prometheus_client.registry import Collector
 from runner_server.engine import Engine
 from runner_server.messages import Account, State
 from runner_server.request import Request
+from runner_server.resident import resident_bytes
 
 if TYPE_CHECKING:
     from wsgiref.simple_server import WSGIServer
@@ -192,7 +192,6 @@ class _State(Collector):
     def __init__(self, engine: Engine, version: str) -> None:
         self._engine = engine
         self._version = version
-        self._process = psutil.Process()
 
     def collect(self) -> Iterator[Metric]:
         """Called by a scrape."""
@@ -231,7 +230,7 @@ class _State(Collector):
             "cache": memory.cache_bytes,
             "peak": memory.peak_bytes,
             "prefix_cache": memory.prefix_cache_bytes,
-            "process": self._process.memory_info().rss,
+            "process": resident_bytes(),
             "limit": limit_bytes,
         }
         for kind, size in kinds.items():

@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from soak.records import Sample
 from soak.session import Run
 from soak.stats import MIB, WARM_UP_SHARE
 
 _DPI = 110
+_LATENCY = "Status, ms"
+
+_PANES: dict[str, dict[str, Callable[[Sample], float]]] = {
+    "tokens per second": {"": lambda sample: sample.tokens_per_second},
+    "requests": {
+        "running": lambda sample: sample.running,
+        "queued": lambda sample: sample.queued,
+    },
+    "MiB": {
+        "resident set": lambda sample: sample.rss_bytes / MIB,
+        "MLX active": lambda sample: sample.active_bytes / MIB,
+        "MLX cache": lambda sample: sample.cache_bytes / MIB,
+        "prefix cache": lambda sample: sample.prefix_bytes / MIB,
+    },
+    _LATENCY: {"": lambda sample: sample.status_seconds * 1000},
+    "of the process": {
+        "threads": lambda sample: sample.threads,
+        "descriptors": lambda sample: sample.descriptors,
+    },
+}
+"""For each pane its unit, and the lines in it."""
 
 
 def can_draw() -> bool:
@@ -24,54 +47,11 @@ def draw(run: Run, path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panes = plt.subplots(5, 1, figsize=(9, 11), sharex=True)
+    figure, panes = plt.subplots(len(_PANES), 1, figsize=(9, 11), sharex=True)
     minutes = [sample.seconds / 60 for sample in run.samples]
-    _lines(
-        panes[0],
-        minutes,
-        "tokens per second",
-        {
-            "": [sample.tokens_per_second for sample in run.samples],
-        },
-    )
-    _lines(
-        panes[1],
-        minutes,
-        "requests",
-        {
-            "running": [sample.running for sample in run.samples],
-            "queued": [sample.queued for sample in run.samples],
-        },
-    )
-    _lines(
-        panes[2],
-        minutes,
-        "MiB",
-        {
-            "resident set": [sample.rss_bytes / MIB for sample in run.samples],
-            "MLX active": [sample.active_bytes / MIB for sample in run.samples],
-            "MLX cache": [sample.cache_bytes / MIB for sample in run.samples],
-            "prefix cache": [sample.prefix_bytes / MIB for sample in run.samples],
-        },
-    )
-    _lines(
-        panes[3],
-        minutes,
-        "Status, ms",
-        {
-            "": [sample.status_seconds * 1000 for sample in run.samples],
-        },
-        is_log=True,
-    )
-    _lines(
-        panes[4],
-        minutes,
-        "of the process",
-        {
-            "threads": [sample.threads for sample in run.samples],
-            "descriptors": [sample.descriptors for sample in run.samples],
-        },
-    )
+    for pane, (unit, lines) in zip(panes, _PANES.items(), strict=True):
+        series = {name: [value(sample) for sample in run.samples] for name, value in lines.items()}
+        _lines(pane, minutes, unit, series, is_log=unit == _LATENCY)
     for pane in panes:
         pane.axvspan(0, WARM_UP_SHARE * run.settings.seconds / 60, color="black", alpha=0.05)
     panes[0].set(title="one runner at twice its capacity; grey: warm-up, not judged")

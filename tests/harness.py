@@ -214,16 +214,21 @@ def tokens(messages: list[pb.CompletionResponse]) -> list[int]:
 
 def count_rounds(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Counts the rounds of the engine's loop from now on."""
-    rounds = 0
-    advance = Worker._advance
+    return count_calls(monkeypatch, Worker, "_advance")
 
-    def counting(worker: Worker) -> None:
-        nonlocal rounds
-        rounds += 1
-        advance(worker)
 
-    monkeypatch.setattr(Worker, "_advance", counting)
-    return lambda: rounds
+def count_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> Callable[[], int]:
+    """Counts the calls of a method without arguments from now on."""
+    calls = 0
+    method = getattr(owner, name)
+
+    def counting(self: object) -> None:
+        nonlocal calls
+        calls += 1
+        method(self)
+
+    monkeypatch.setattr(owner, name, counting)
+    return lambda: calls
 
 
 @asynccontextmanager

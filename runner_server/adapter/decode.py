@@ -143,7 +143,7 @@ class Decoding:
             for place, row in enumerate(self.rows):
                 if id(row) in leaving:
                     row.caches = self._caches_of(place)
-                    evaluate(row.caches)
+            evaluate([cache for row in rows for cache in row.caches])
         if len(stay) < len(self.rows):
             self._keep(stay)
 

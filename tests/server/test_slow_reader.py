@@ -15,6 +15,7 @@ from harness import (
     LIMITS,
     CompletionCall,
     Server,
+    count_calls,
     count_rounds,
     eventually,
     failure,
@@ -108,19 +109,11 @@ async def test_the_loop_is_woken_at_most_once_a_step_for_all(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await server.load(parallel=8)
-    wakes = 0
-    hear = Publisher._hear
-
-    def counting(publisher: Publisher) -> None:
-        nonlocal wakes
-        wakes += 1
-        hear(publisher)
-
-    monkeypatch.setattr(Publisher, "_hear", counting)
+    wakes = count_calls(monkeypatch, Publisher, "_hear")
     calls = [server.start(str(i), num_predict=20) for i in range(8)]
     for call in calls:
         assert [message async for message in call][-1].eval_count == 20
-    assert 0 < wakes <= server.backend.steps
+    assert 0 < wakes() <= server.backend.steps
 
 
 async def test_only_readers_with_a_first_or_last_piece_are_woken_at_once() -> None:
