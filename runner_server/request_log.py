@@ -91,6 +91,12 @@ def set_up_logging(level: str, style: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if style == "json" else logging.Formatter(_TEXT_FORMAT))
     logging.basicConfig(level=level, handlers=[handler])
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for gRPC's traceback of a message whose reader has gone, which its line tells."""
+    return not str(record.msg).startswith("ExecuteBatchError")
 
 
 def _fields(request: Request) -> Fields:

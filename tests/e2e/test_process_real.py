@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from fake_child import is_gone, wait_until
+from faulty import hooked
 from runner_client import (
     AsyncRunnerProcess,
     DoneReason,
@@ -55,6 +56,18 @@ SPAWNED = (
 )
 FORKED = "os.fork() or (time.sleep(60), os._exit(0))"
 
+LOADS_WHEN_STOPPED = """
+import time
+from runner_server import worker
+load = worker.Worker.load
+
+def waiting(self, spec, ticket):
+    while not (ticket.cancelled.is_set() or self._ledger.is_stopping):
+        time.sleep(0.01)
+    return load(self, spec, ticket)
+
+worker.Worker.load = waiting
+"""
 NOTHING_FREE = """
 import dataclasses
 from mlxrunner import hostmemory
@@ -227,10 +240,11 @@ async def test_many_streams_in_asyncio(model: str) -> None:
         assert runner.context_length > 0
 
 
-def test_close_while_it_loads(model: str) -> None:
+def test_close_while_it_loads(model: str, tmp_path: Path) -> None:
     seen: list[Status] = []
     ends: list[BaseException] = []
-    runner = RunnerProcess(model)
+    # Its load ends only with it, however late the one is that waits for it.
+    runner = RunnerProcess(model, env=hooked(tmp_path, LOADS_WHEN_STOPPED))
     runner.load()
 
     def wait() -> None:
@@ -241,6 +255,7 @@ def test_close_while_it_loads(model: str) -> None:
 
     waiter = threading.Thread(target=wait)
     waiter.start()
+    wait_until(lambda: any(status.state is State.LOADING for status in seen))
     begin = time.monotonic()
     runner.close()
     assert runner.has_exited
@@ -250,8 +265,7 @@ def test_close_while_it_loads(model: str) -> None:
 
 
 def test_an_overridden_gate_overrides_the_server_too(model: str, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(NOTHING_FREE)
-    environment = {"PYTHONPATH": str(tmp_path)}
+    environment = hooked(tmp_path, NOTHING_FREE)
     with pytest.raises(errors.InsufficientMemoryError, match="may be used"):
         RunnerProcess(model, env=environment).__enter__()
     gate = MemoryGate(minimum_bytes=2**62, settle_seconds=0)

@@ -10,6 +10,7 @@ import pytest
 from fakes import CONTEXT_LENGTH, EOS, VOCAB_SIZE, WEIGHT_BYTES
 from harness import Server, StartServer, eventually, failure, tokens
 from mlxrunner.v1 import runner_pb2 as pb
+from runner_server.messages import State
 
 UNLOAD = pb.UnloadRequest()
 
@@ -158,9 +159,15 @@ async def test_unload_ends_running_and_queued_streams(server: Server) -> None:
 
 
 async def test_a_load_replaces_the_model_and_ends_its_streams(loaded: Server) -> None:
+    gate = loaded.backend.step_gate
+    gate.shut()
     call = loaded.start(num_predict=4000)
-    await anext(aiter(call))
-    await loaded.load("other")
+    await loaded.thread(gate.wait_arrival)
+    load = asyncio.ensure_future(loaded.load("other"))
+    # It has been asked for, and waits for the step.
+    await eventually(lambda: loaded.app.engine.snapshot().state is State.LOADING)
+    gate.open()
+    await load
     assert (await failure(_rest(call))).reason == "SHUTTING_DOWN"
     assert (await loaded.status()).model.name == "other"
     assert len(tokens(await loaded.complete(num_predict=3))) == 3

@@ -26,6 +26,7 @@ from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.convert import piece_message
 from runner_server.errors import ShuttingDown
 from runner_server.messages import Done, DoneReason, Piece, TokenLogprob
+from runner_server.request_log import set_up_logging
 from runner_server.stream import _MAX_WAITING_TEXTS, Publisher, Stream, merge
 
 UNLOAD = pb.UnloadRequest()
@@ -284,18 +285,22 @@ async def test_one_that_reads_on_goes_before_those_that_have_not_begun(
 
 
 @pytest.mark.parametrize("how", ["cancel", "deadline"])
-async def test_a_cancelled_one_leaves_nothing(server: Server, stopping: Server, how: str) -> None:
+async def test_a_cancelled_one_leaves_nothing(
+    server: Server, stopping: Server, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    set_up_logging("INFO", "text")
     await server.load(parallel=2)
     if how == "cancel":
         call = await _stopped(stopping)
         call.cancel()
     else:
-        call = await _stopped(stopping, timeout=0.7)
+        call = await _stopped(stopping, timeout=3)
     await server.settled()
     await eventually(lambda: not _aside(server))
     assert await server.text("next", num_predict=3)
     await server.settled()
     server.assert_nothing_left()
+    assert "Traceback" not in caplog.text
 
 
 async def test_an_unload_ends_it(server: Server, stopping: Server) -> None:
