@@ -12,6 +12,10 @@ BIN := $(VENV)/bin
 PROTO_VENV := .venv-proto
 PROTO_TOOLS := grpcio-tools==1.76.0 mypy-protobuf==5.1.0 protobuf==6.33.6
 PROTO_DIR := proto/mlxrunner/v1
+# The protocol as it was promised; what breaks its users fails `make lint`.
+BASELINE := proto/baseline.txtpb
+# Programs of others that the tests of tests/tools drive, as tests/tools/go.mod pins them.
+TOOLS := tests/tools/bin
 # The MLX backend: on macOS the server is complete, on Linux `make run EXTRA=cuda12`
 # or cuda13 takes the graphics card instead of the processor.
 EXTRA ?= $(if $(filter Darwin,$(shell uname -s)),server,cpu)
@@ -38,6 +42,7 @@ lint: $(VENV)/.installed-dev ## Check style, types and the protocol's rules
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/buf lint
+	$(BIN)/buf breaking --against $(BASELINE)
 
 .PHONY: format
 format: $(VENV)/.installed-dev ## Rewrite the code in the project's style
@@ -53,10 +58,22 @@ proto: $(PROTO_VENV)/.installed ## Generate the stubs from the protocol
 check-proto: $(PROTO_VENV)/.installed ## Fail if the committed stubs are stale
 	@out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; \
 	$(call generate,"$$out"); \
-	for file in runner_pb2.py runner_pb2.pyi runner_pb2_grpc.py runner_pb2_grpc.pyi; do \
+	for file in runner_pb2.py runner_pb2.pyi runner_pb2_grpc.py runner_pb2_grpc.pyi runner.protoset; do \
 	  cmp "$$out/mlxrunner/v1/$$file" "$(PROTO_DIR)/$$file" \
 	    || { echo "stale stubs: run 'make proto' and commit the result" >&2; exit 1; }; \
 	done; echo "the stubs are those of runner.proto"
+
+.PHONY: proto-baseline
+proto-baseline: $(VENV)/.installed-dev ## Promise the protocol as it is now: only on purpose, it ends the last promise
+	$(BIN)/buf build --exclude-source-info --output $(BASELINE)
+
+.PHONY: tools
+tools: ## Build grpcurl, ghz and grpc_health_probe for the tests that drive them
+	@if command -v go >/dev/null; then cd tests/tools; \
+	  go build -trimpath -o bin/grpcurl github.com/fullstorydev/grpcurl/cmd/grpcurl; \
+	  go build -trimpath -o bin/ghz github.com/bojand/ghz/cmd/ghz; \
+	  go build -trimpath -o bin/grpc_health_probe github.com/grpc-ecosystem/grpc-health-probe; \
+	else echo "no go on PATH: grpcurl, ghz and grpc_health_probe are not built" >&2; test -z "$${CI:-}"; fi
 
 .PHONY: test-floor
 test-floor: ## Run the tests with the lowest versions that pyproject.toml allows
@@ -86,9 +103,18 @@ fuzz: $(VENV)/.installed-fuzz ## Send RUNS (default 100000) mutated requests, gu
 	@PYTHONPATH=tests $(BIN)/python tests/hostile/fuzz.py parsing $(or $(RUNS),100000)
 	@PYTHONPATH=tests $(BIN)/python tests/hostile/fuzz.py wire $(or $(RUNS),100000)
 
+.PHONY: packages
+packages: $(VENV)/.installed-packages ## Build wheel and sdist, and try them in empty environments
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/packages $(ARGS)
+
+.PHONY: docs
+docs: $(VENV)/.installed-docs ## Build the site of guides, protocol and Python library; a warning is an error
+	@$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 .PHONY: clean
 clean: ## Remove environments and caches
-	rm -rf .venv .venv-proto .venv-floor $(SMG_VENV) bench/.cache bench/.scratch soak/.scratch
+	rm -rf .venv .venv-proto .venv-floor $(SMG_VENV) $(TOOLS) bench/.cache bench/.scratch soak/.scratch docs/_build
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
 
 $(VENV)/bin/python:
@@ -109,6 +135,14 @@ $(VENV)/.installed-bench: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --editable '.[$(EXTRA)]' --group bench
 	@touch $(VENV)/.installed $@
 
+$(VENV)/.installed-packages: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --editable '.[$(EXTRA)]' --group packages
+	@touch $(VENV)/.installed $(VENV)/.installed-dev $@
+
+$(VENV)/.installed-docs: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --editable '.[$(EXTRA)]' --group docs
+	@touch $(VENV)/.installed $@
+
 $(VENV)/.installed-fuzz: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --editable '.[$(EXTRA)]' --group fuzz
 	@touch $(VENV)/.installed $@
@@ -124,7 +158,10 @@ $(PROTO_VENV)/.installed: Makefile
 	$(PROTO_VENV)/bin/pip install --quiet $(PROTO_TOOLS)
 	@touch $@
 
-# $(call generate,DIRECTORY): protoc finds the mypy plugins on PATH.
+# $(call generate,DIRECTORY): protoc finds the mypy plugins on PATH. The set of descriptors keeps
+# the comments, for reflection.
 generate = PATH="$(PROTO_VENV)/bin:$$PATH" $(PROTO_VENV)/bin/python -m grpc_tools.protoc \
 	  --proto_path=proto --python_out=$(1) --grpc_python_out=$(1) \
-	  --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) mlxrunner/v1/runner.proto
+	  --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) \
+	  --include_imports --include_source_info --descriptor_set_out=$(1)/mlxrunner/v1/runner.protoset \
+	  mlxrunner/v1/runner.proto

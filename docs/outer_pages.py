@@ -1,0 +1,48 @@
+"""Pages of the site that are files outside of docs/, and links that lead to them."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+
+_OUTER = re.compile(r"^% is (\S+)\n")
+"""The first line of a page that is another file."""
+
+_LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#]+)")
+_OTHER_PAGES = {"proto/mlxrunner/v1/runner.proto": "protocol.md"}
+
+
+def replace(_app: Sphinx, page: str, source: list[str]) -> None:
+    """Puts another file's text in the place of the line that names it, and mends all links.
+
+    Args:
+        page: The name of the page.
+        source: Its text, which is changed.
+    """
+    text, folder = source[0], (HERE / page).parent
+    outer = _OUTER.match(text)
+    if outer:
+        file = HERE / outer[1]
+        text, folder = file.read_text() + text[outer.end() :], file.parent
+    source[0] = _LINK.sub(lambda link: _target(folder, link[1]), text)
+
+
+def _target(folder: Path, link: str) -> str:
+    path = os.path.relpath(folder / link, ROOT)
+    return _pages().get(path) or os.path.relpath(folder / link, HERE)
+
+
+def _pages() -> dict[str, str]:
+    """The page that stands for a file, by the file's path."""
+    outer = {
+        os.path.relpath(HERE / found[1], ROOT): page.name
+        for page in HERE.glob("*.md")
+        if (found := _OUTER.match(page.read_text()))
+    }
+    return outer | _OTHER_PAGES

@@ -1,0 +1,42 @@
+"""The packages, built once, and empty environments to install them in."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import venv
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from environments import ROOT, Environment, told
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@pytest.fixture(scope="session")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The wheel and the sdist: the sdist of a clean copy, and the wheel of that sdist."""
+    folder = tmp_path_factory.mktemp("packages")
+    listed = told(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], ROOT)
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / "copy" / name)
+    told([sys.executable, "-m", "build", "--outdir", folder / "dist"], folder / "copy")
+    (wheel,) = (folder / "dist").glob("*.whl")
+    (sdist,) = (folder / "dist").glob("*.tar.gz")
+    return wheel, sdist
+
+
+@pytest.fixture
+def new_environment(tmp_path: Path) -> Callable[[], Environment]:
+    """Makes an environment with nothing but pip in it."""
+
+    def make() -> Environment:
+        venv.create(tmp_path / "env", with_pip=True)
+        return Environment(tmp_path / "env")
+
+    return make

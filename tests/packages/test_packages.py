@@ -1,0 +1,133 @@
+"""The wheel and the sdist, installed in empty environments: `make packages`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from environments import LOWEST, NEWEST, ROOT, Environment, told
+
+Packages = tuple[Path, Path]
+NewEnvironment = Callable[[], Environment]
+
+CLIENT = """
+import importlib.util, sys
+for name in ("mlx", "mlx_lm", "grpc_health"):
+    assert importlib.util.find_spec(name) is None, name
+from runner_client import RunnerClient
+from runner_client.testing import fake_runner
+with fake_runner() as runner, RunnerClient(runner.address) as client:
+    print(client.complete("Hi").content)
+"""
+
+SERVER = """
+import subprocess, sys
+from importlib import resources
+from mlxrunner.handshake import ReadyLine
+from runner_client import Options, RunnerClient
+
+model = str(resources.files("runner_server") / "demo/model")
+command = [sys.executable, "-m", "runner_server", "--listen", "127.0.0.1:0", "--model", model]
+with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+    try:
+        line = ReadyLine.parse(child.stdout.readline())
+        with RunnerClient(line.target) as client:
+            while client.status().model is None:
+                assert child.poll() is None
+            print(client.complete("def main(", options=Options(num_predict=8)).eval_count)
+    finally:
+        child.terminate()
+        print(child.wait(30))
+"""
+
+
+def test_what_the_wheel_holds(packages: Packages) -> None:
+    names = zipfile.ZipFile(packages[0]).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {
+        "mlxrunner",
+        "runner_client",
+        "runner_server",
+    }
+    for package in ("mlxrunner", "runner_client", "runner_server"):
+        assert f"{package}/py.typed" in names
+    for name in ("runner.proto", "runner_pb2.py", "runner_pb2.pyi", "runner_pb2_grpc.pyi"):
+        assert f"mlxrunner/v1/{name}" in names
+    assert "runner_server/demo/model/model.safetensors" in names
+    assert sum(name.rpartition("/")[2].startswith("LICENSE") for name in names) >= 2
+    assert packages[0].stat().st_size < 8 * 2**20
+
+
+def test_the_sdist_tests_itself(packages: Packages) -> None:
+    with tarfile.open(packages[1]) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    assert {"Makefile", "README.md", "LICENSE", "proto/mlxrunner/v1/runner.proto"} <= names
+    assert {"tests/conftest.py", "tests/floor.txt", ".ci/run", "docs/architecture.md"} <= names
+
+
+def test_an_index_would_take_them(packages: Packages) -> None:
+    said = told(["twine", "check", "--strict", *packages], packages[0].parent)
+    assert said.count("PASSED") == 2
+
+
+@pytest.mark.parametrize("how", [LOWEST, NEWEST], ids=["lowest", "newest"])
+def test_the_client_alone(
+    packages: Packages, new_environment: NewEnvironment, how: tuple[str, ...]
+) -> None:
+    environment = new_environment()
+    environment.install(str(packages[0]), *how)
+    assert environment.run("-c", CLIENT) == "Hello world\n"
+    if how is LOWEST:
+        _assert_floors(environment, extra="")
+
+
+@pytest.mark.parametrize("how", [LOWEST, NEWEST], ids=["lowest", "newest"])
+def test_the_server(
+    packages: Packages, new_environment: NewEnvironment, how: tuple[str, ...]
+) -> None:
+    environment = new_environment()
+    environment.install(f"{packages[0]}[cpu,metrics]", *how)
+    assert environment.run("-c", SERVER).splitlines()[-2:] == ["8", "0"]
+    command = environment.folder / "bin/mlx-runner"
+    assert "is gone and reaped (exit code 0)" in told([command, "demo"], environment.folder)
+    if how is LOWEST:
+        _assert_floors(environment, extra="server")
+
+
+def test_type_checkers_know_everything(packages: Packages, new_environment: NewEnvironment) -> None:
+    environment = new_environment()
+    environment.install(
+        str(packages[0]), "mypy", "pyright[nodejs]", "types-grpcio", "types-protobuf"
+    )
+    program = environment.folder / "program.py"
+    shutil.copy(ROOT / "tests/packages/program.py", program)
+    assert "no issues" in environment.run("-m", "mypy", "--strict", program)
+    config = {
+        "include": ["program.py"],
+        "typeCheckingMode": "strict",
+        "venvPath": "..",
+        "venv": "env",
+    }
+    (environment.folder / "pyrightconfig.json").write_text(json.dumps(config))
+    said = environment.run("-m", "pyright", "--pythonpath", environment.python, timeout=300)
+    assert "0 errors, 0 warnings" in said, said
+
+
+def _assert_floors(environment: Environment, extra: str) -> None:
+    """The lowest versions that the metadata allows are what was installed."""
+    installed = environment.versions()
+    lines = environment.run(
+        "-c", "import importlib.metadata as m; print(*m.requires('mlx-grpc-runner'), sep='\\n')"
+    )
+    for requirement in map(Requirement, lines.splitlines()):
+        wanted = not requirement.marker or requirement.marker.evaluate({"extra": extra})
+        if wanted and requirement.specifier:
+            floor = str(requirement.specifier).removeprefix(">=")
+            assert installed[requirement.name] == floor, requirement
