@@ -2,7 +2,8 @@
 
 The sign is the end of file on stdin, a pipe whose writing end only the parent
 holds: the kernel closes it in every case. The parent's process id is looked at as
-well, because a fork of the parent may have kept the pipe open. Neither
+well, because a fork of the parent may have kept the pipe open, or stdin may be no
+pipe (/dev/null, as a service's). Neither
 PR_SET_PDEATHSIG (it follows a thread, and macOS has none) nor ``getppid() == 1``
 (wrong under subreapers and when the parent is process 1) would do.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import sys
 import threading
 import time
@@ -38,12 +40,15 @@ class OrphanGuard:
 
     def start(self) -> None:
         """Starts to watch."""
-        for target in (self._watch_stdin, self._watch_parent):
+        signs = [self._watch_parent]
+        if _is_pipe(_stdin()):
+            signs.append(self._watch_stdin)
+        for target in signs:
             threading.Thread(target=target, name=target.__name__, daemon=True).start()
 
     def _watch_stdin(self) -> None:
         try:
-            while os.read(sys.__stdin__.fileno() if sys.__stdin__ else 0, 4096):
+            while os.read(_stdin(), 4096):
                 pass
         except OSError:
             logger.exception("stdin cannot be read; it should be a pipe held by the parent")
@@ -61,3 +66,16 @@ class OrphanGuard:
         self._on_orphaned()
         time.sleep(_GRACE_SECONDS)
         os._exit(1)
+
+
+def _stdin() -> int:
+    return sys.__stdin__.fileno() if sys.__stdin__ else 0
+
+
+def _is_pipe(descriptor: int) -> bool:
+    """Whether its end tells anything; what is closed counts as ended."""
+    try:
+        mode = os.fstat(descriptor).st_mode
+    except OSError:
+        return True
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)

@@ -78,4 +78,6 @@ def _lines(
         pane.set(ylim=(0, None))
     pane.grid(alpha=0.3)
     if len(series) > 1:
-        pane.legend(frameon=False, fontsize=8, loc="upper left", ncols=len(series))
+        # Above the pane, where no line runs through it.
+        place = {"loc": "lower right", "bbox_to_anchor": (1, 0.96)}
+        pane.legend(frameon=False, fontsize=8, ncols=len(series), **place)

@@ -200,16 +200,19 @@ def test_without_its_parent_it_is_gone(tmp_path: Path, deep: Path, phase: Phase)
 _PARENT = """
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-m", "runner_server", "--exit-with-parent"],
-                         stdin=subprocess.PIPE)
+                         stdin=subprocess.STDIN)
 print(child.pid, flush=True)
 time.sleep(60)
 """
 
 
-def test_it_goes_with_a_killed_parent(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stdin", ["PIPE", "DEVNULL"])
+def test_it_goes_with_a_killed_parent(tmp_path: Path, stdin: str) -> None:
     with (tmp_path / "log").open("wb") as log:
         parent = subprocess.Popen(
-            [sys.executable, "-c", _PARENT], stdout=subprocess.PIPE, stderr=log
+            [sys.executable, "-c", _PARENT.replace("STDIN", stdin)],
+            stdout=subprocess.PIPE,
+            stderr=log,
         )
     assert parent.stdout
     pid = int(parent.stdout.readline())

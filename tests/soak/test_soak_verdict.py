@@ -232,13 +232,3 @@ def test_tracebacks_are_found_in_the_log(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("all is well\nTraceback (most recent call last):\n  File\nKeyError\n")
     assert count_tracebacks(log) == 1
-
-
-def test_a_reader_that_went_away_is_no_traceback(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    log.write_text(
-        "ERROR grpc._cython.cygrpc: ExecuteBatchError raised in core\n"
-        "Traceback (most recent call last):\n  File\n"
-        'grpc._cython.cygrpc.ExecuteBatchError: Failed "execute_batch"\n'
-    )
-    assert count_tracebacks(log) == 0
