@@ -14,7 +14,7 @@ PROTO_TOOLS := grpcio-tools==1.76.0 mypy-protobuf==5.1.0 protobuf==6.33.6
 PROTO_DIR := proto/mlxrunner/v1
 # The protocol as it was promised; what breaks its users fails `make lint`.
 BASELINE := proto/baseline.txtpb
-# Programs of others that the tests of tests/tools drive, as tests/tools/go.mod pins them.
+# Programs of others that the tests of tests/tools drive, each as its go.mod pins it.
 TOOLS := tests/tools/bin
 # The MLX backend: on macOS the server is complete, on Linux `make run EXTRA=cuda12`
 # or cuda13 takes the graphics card instead of the processor.
@@ -69,10 +69,8 @@ proto-baseline: $(VENV)/.installed-dev ## Promise the protocol as it is now: onl
 
 .PHONY: tools
 tools: ## Build grpcurl, ghz and grpc_health_probe for the tests that drive them
-	@if command -v go >/dev/null; then cd tests/tools; \
-	  go build -trimpath -o bin/grpcurl github.com/fullstorydev/grpcurl/cmd/grpcurl; \
-	  go build -trimpath -o bin/ghz github.com/bojand/ghz/cmd/ghz; \
-	  go build -trimpath -o bin/grpc_health_probe github.com/grpc-ecosystem/grpc-health-probe; \
+	@if command -v go >/dev/null; then for tool in grpcurl ghz grpc_health_probe; do \
+	  (cd tests/tools/$$tool && go build -trimpath -o ../bin/$$tool tool); done; \
 	else echo "no go on PATH: grpcurl, ghz and grpc_health_probe are not built" >&2; test -z "$${CI:-}"; fi
 
 .PHONY: test-floor
@@ -103,6 +101,10 @@ fuzz: $(VENV)/.installed-fuzz ## Send RUNS (default 100000) mutated requests, gu
 	@PYTHONPATH=tests $(BIN)/python tests/hostile/fuzz.py parsing $(or $(RUNS),100000)
 	@PYTHONPATH=tests $(BIN)/python tests/hostile/fuzz.py wire $(or $(RUNS),100000)
 
+.PHONY: interop
+interop: $(VENV)/.installed-dev $(PROTO_VENV)/.installed tools ## Build clients and examples in every language and the tools of others, and run them on real servers
+	@$(BIN)/python -m pytest tests/interop tests/tools $(ARGS)
+
 .PHONY: packages
 packages: $(VENV)/.installed-packages ## Build wheel and sdist, and try them in empty environments
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/packages $(ARGS)
@@ -112,10 +114,15 @@ docs: $(VENV)/.installed-docs ## Build the site of guides, protocol and Python l
 	@$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
+.PHONY: smg
+smg: $(VENV)/.installed-smg ## Put two runners behind the SMG gateway, and ask it as OpenAI's clients do
+	@$(BIN)/python -m pytest tests/smg $(ARGS)
+
 .PHONY: clean
 clean: ## Remove environments and caches
 	rm -rf .venv .venv-proto .venv-floor $(SMG_VENV) $(TOOLS) bench/.cache bench/.scratch soak/.scratch docs/_build
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	git clean -fdXq tests/interop/clients examples
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -141,6 +148,10 @@ $(VENV)/.installed-packages: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.installed-docs: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --editable '.[$(EXTRA)]' --group docs
+	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-smg: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --editable '.[$(EXTRA),smg]' --group smg-test
 	@touch $(VENV)/.installed $@
 
 $(VENV)/.installed-fuzz: pyproject.toml | $(VENV)/bin/python

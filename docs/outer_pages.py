@@ -15,7 +15,7 @@ _OUTER = re.compile(r"^% is (\S+)\n")
 """The first line of a page that is another file."""
 
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#]+)")
-_OTHER_PAGES = {"proto/mlxrunner/v1/runner.proto": "protocol.md"}
+_OTHER_PAGES = {"proto/mlxrunner/v1/runner.proto": "protocol.md", "examples": "languages.md"}
 
 
 def replace(_app: Sphinx, page: str, source: list[str]) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from importlib import resources
 from typing import Any
 
 import grpc
 from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import FileDescriptor
+from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet, SourceCodeInfo
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 _V1 = "grpc.reflection.v1.ServerReflection"
@@ -36,10 +39,11 @@ def add_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
 
 
 class _SymbolPool:
-    """The default descriptor pool, which finds methods and fields as well.
+    """The default descriptor pool, with methods, fields and comments as well.
 
     Python's finds messages, services and enums only, so that
-    ``grpcurl describe mlxrunner.v1.RunnerService.Load`` would fail.
+    ``grpcurl describe mlxrunner.v1.RunnerService.Load`` would fail; and generated code
+    keeps no comments, which here are the specification.
     """
 
     def __init__(self) -> None:
@@ -48,9 +52,36 @@ class _SymbolPool:
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - stands for the whole pool
         return getattr(self._pool, name)
 
-    def FindFileContainingSymbol(self, symbol: str) -> FileDescriptor:  # noqa: N802 - its name there
+    def FindFileContainingSymbol(self, symbol: str) -> _CommentedFile:  # noqa: N802 - its name there
         try:
-            file: FileDescriptor = self._pool.FindFileContainingSymbol(symbol)
+            file = self._pool.FindFileContainingSymbol(symbol)
         except KeyError:
             file = self._pool.FindFileContainingSymbol(symbol.rpartition(".")[0])
-        return file
+        return self._commented(file)
+
+    def FindFileByName(self, name: str) -> _CommentedFile:  # noqa: N802 - its name there
+        return self._commented(self._pool.FindFileByName(name))
+
+    def _commented(self, file: FileDescriptor) -> _CommentedFile:
+        return _CommentedFile(file, self._comments.get(file.name))
+
+    @cached_property
+    def _comments(self) -> dict[str, SourceCodeInfo]:
+        data = (resources.files("mlxrunner.v1") / "runner.protoset").read_bytes()
+        files = FileDescriptorSet.FromString(data).file
+        return {file.name: file.source_code_info for file in files}
+
+
+class _CommentedFile:
+    """What reflection asks of a file's descriptor, and the comments of its source."""
+
+    def __init__(self, file: FileDescriptor, comments: SourceCodeInfo | None) -> None:
+        self._file = file
+        self._comments = comments
+        self.name = file.name
+        self.dependencies = file.dependencies
+
+    def CopyToProto(self, proto: FileDescriptorProto) -> None:  # noqa: N802 - its name there
+        self._file.CopyToProto(proto)
+        if self._comments:
+            proto.source_code_info.CopyFrom(self._comments)

@@ -88,6 +88,7 @@ SYMBOLS = [
     "mlxrunner.v1.CompletionOptions",
     "mlxrunner.v1.ErrorReason",
 ]
+DETAILS = ["google.rpc.ErrorInfo", "google.rpc.BadRequest", "google.rpc.RetryInfo"]
 
 
 @pytest.mark.parametrize("version", REFLECTIONS)
@@ -96,6 +97,34 @@ async def test_reflection_describes(server: Server, version: str, symbol: str) -
     request = reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol)
     (answer,) = await _ask(server, version, request)
     assert "mlxrunner/v1/runner.proto" in {file.name for file in _files(answer)}
+
+
+@pytest.mark.parametrize("symbol", DETAILS)
+async def test_reflection_describes_the_details_of_errors(server: Server, symbol: str) -> None:
+    """Without it grpcurl shows them as bytes."""
+    request = reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol)
+    (answer,) = await _ask(server, "grpc.reflection.v1", request)
+    assert "google/rpc/error_details.proto" in {file.name for file in _files(answer)}
+
+
+@pytest.mark.parametrize("version", REFLECTIONS)
+@pytest.mark.parametrize(
+    "request_",
+    [
+        reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICE_NAME),
+        reflection_pb2.ServerReflectionRequest(file_by_filename="mlxrunner/v1/runner.proto"),
+    ],
+    ids=["symbol", "file"],
+)
+async def test_reflection_tells_the_comments(
+    server: Server, version: str, request_: reflection_pb2.ServerReflectionRequest
+) -> None:
+    """They are the specification, and generated code does not keep them."""
+    (answer,) = await _ask(server, version, request_)
+    file = next(file for file in _files(answer) if file.package == "mlxrunner.v1")
+    comments = [place.leading_comments for place in file.source_code_info.location]
+    assert any(text.startswith(" Loads a model into this process.") for text in comments)
+    assert any(" Bytes MLX holds now: active and cache." in text for text in comments)
 
 
 @pytest.mark.parametrize("version", REFLECTIONS)

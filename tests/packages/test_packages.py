@@ -58,7 +58,8 @@ def test_what_the_wheel_holds(packages: Packages) -> None:
     }
     for package in ("mlxrunner", "runner_client", "runner_server"):
         assert f"{package}/py.typed" in names
-    for name in ("runner.proto", "runner_pb2.py", "runner_pb2.pyi", "runner_pb2_grpc.pyi"):
+    stubs = ("runner_pb2.py", "runner_pb2.pyi", "runner_pb2_grpc.pyi")
+    for name in ("runner.proto", "runner.protoset", *stubs):
         assert f"mlxrunner/v1/{name}" in names
     assert "runner_server/demo/model/model.safetensors" in names
     assert sum(name.rpartition("/")[2].startswith("LICENSE") for name in names) >= 2

@@ -37,6 +37,7 @@ async def test_while_queued(server: Server) -> None:
     assert (await server.status()).running_count == 1
     server.backend.step_gate.open()
     assert [message async for message in first][-1].eval_count == 3000
+    await server.settled()
     server.assert_nothing_left()
 
 

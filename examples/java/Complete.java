@@ -1,0 +1,54 @@
+import com.google.protobuf.Any;
+import com.google.protobuf.InvalidProtocolBufferException;
+import com.google.rpc.ErrorInfo;
+import io.grpc.Grpc;
+import io.grpc.InsecureChannelCredentials;
+import io.grpc.ManagedChannel;
+import io.grpc.StatusRuntimeException;
+import io.grpc.protobuf.StatusProto;
+import io.mlxrunner.v1.CompletionOptions;
+import io.mlxrunner.v1.CompletionRequest;
+import io.mlxrunner.v1.RunnerServiceGrpc;
+import io.mlxrunner.v1.StatusRequest;
+import java.util.concurrent.TimeUnit;
+
+/** Asks a running server what it holds, and streams a completion from it: Complete ADDRESS. */
+public class Complete {
+    public static void main(String[] arguments) throws Exception {
+        ManagedChannel channel = Grpc.newChannelBuilder(arguments[0], InsecureChannelCredentials.create())
+                .keepAliveTime(30, TimeUnit.SECONDS) // A server may evaluate a long prompt in silence.
+                .build();
+        try {
+            complete(RunnerServiceGrpc.newBlockingStub(channel));
+        } catch (StatusRuntimeException failure) {
+            System.err.println(reason(failure) + ": " + failure.getStatus().getDescription());
+            System.exit(1);
+        } finally {
+            channel.shutdownNow();
+        }
+    }
+
+    private static void complete(RunnerServiceGrpc.RunnerServiceBlockingStub runner) {
+        var status = runner.withDeadlineAfter(5, TimeUnit.SECONDS).status(StatusRequest.getDefaultInstance());
+        System.err.printf("%s %s, %d MB%n", status.getState(), status.getModel().getName(), status.getMemory() >> 20);
+
+        var request = CompletionRequest.newBuilder()
+                .setPrompt("def fibonacci(n):")
+                .setOptions(CompletionOptions.newBuilder().setTemperature(0).setNumPredict(64))
+                .build();
+        // A loop that is left before `done` must cancel: run it in a `Context.CancellableContext`.
+        var pieces = runner.withDeadlineAfter(60, TimeUnit.SECONDS).completion(request);
+        pieces.forEachRemaining(piece -> System.out.print(piece.getContent()));
+        System.out.flush();
+    }
+
+    /** Why the runner refused: a name of `ErrorReason`. Without one, gRPC itself failed. */
+    private static String reason(StatusRuntimeException failure) throws InvalidProtocolBufferException {
+        for (Any detail : StatusProto.fromThrowable(failure).getDetailsList()) {
+            if (detail.is(ErrorInfo.class)) {
+                return detail.unpack(ErrorInfo.class).getReason();
+            }
+        }
+        return failure.getStatus().getCode().name();
+    }
+}

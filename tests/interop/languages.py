@@ -1,0 +1,158 @@
+"""The clients of the suite: what each needs, how it is built, and how it is run."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from interop.judge import read_output
+from interop.servers import DEMO_MODEL, ROOT, Server, own_servers
+
+Json = dict[str, Any]
+
+CLIENTS = Path(__file__).parent / "clients"
+SCENARIOS: list[Json] = json.loads((Path(__file__).parent / "scenarios.json").read_text())
+
+_BUILD_SECONDS = 1200.0
+_RUN_SECONDS = 300.0
+_LAST_CHARS = 3000
+# Each of the builders takes all the cores there are.
+_building = threading.Lock()
+
+
+class Failed(Exception):
+    """A client could not be built, or did not keep to the contract."""
+
+
+@dataclass(frozen=True)
+class Language:
+    """A client in one language.
+
+    Attributes:
+        name: Of its folder.
+    """
+
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        """Where it lives."""
+        return CLIENTS / self.name
+
+    def missing(self) -> list[str]:
+        """The commands it needs that are not there."""
+        needs = (self.folder / "needs").read_text().split()
+        return [command for command in needs if not shutil.which(command, path=_path())]
+
+    def build(self) -> float:
+        """Builds the client and the example of its language, once; returns how long it took.
+
+        Raises:
+            Failed: It cannot be built.
+        """
+        with _building:
+            return _built(self)
+
+
+@functools.cache
+def _built(language: Language) -> float:
+    if not (language.folder / "build").exists():
+        return 0.0
+    begin = time.monotonic()
+    run(["./build"], f"build of {language.name}", _BUILD_SECONDS, language.folder)
+    return time.monotonic() - begin
+
+
+@dataclass
+class Run:
+    """What a client did.
+
+    Attributes:
+        language: Whose.
+        build_seconds: How long its build took.
+        run_seconds: How long all scenarios took.
+        results: By scenario.
+        pings: What its server saw of pings out of silence.
+        error: Why there are no results; empty if there are.
+    """
+
+    language: Language
+    build_seconds: float = 0.0
+    run_seconds: float = 0.0
+    results: dict[str, list[Json]] = field(default_factory=dict)
+    pings: int = 0
+    error: str = ""
+
+
+def run_client(language: Language, shared: dict[str, Server], folder: Path) -> Run:
+    """Builds a client and runs all scenarios.
+
+    Args:
+        language: Whose.
+        shared: The servers that all clients share.
+        folder: A new one, for the files of this client.
+    """
+    outcome = Run(language)
+    try:
+        outcome.build_seconds = language.build()
+        with own_servers(folder) as own:
+            begin = time.monotonic()
+            output = _call_client(language, shared | own, folder)
+            outcome.run_seconds = time.monotonic() - begin
+            outcome.pings = sum(each.relay.pings for each in own.values() if each.relay)
+        outcome.results = read_output(output)
+    except (Failed, ValueError) as error:
+        outcome.error = str(error)
+    return outcome
+
+
+def _call_client(language: Language, servers: dict[str, Server], folder: Path) -> str:
+    scenarios, addresses = folder / "scenarios.json", folder / "servers.json"
+    text = json.dumps(SCENARIOS, ensure_ascii=False, indent=1)
+    scenarios.write_text(text.replace("$DEMO_MODEL", str(DEMO_MODEL)))
+    addresses.write_text(json.dumps({name: each.entry() for name, each in servers.items()}))
+    command = [str(language.folder / "run"), str(scenarios), str(addresses)]
+    return run(command, f"client of {language.name}", _RUN_SECONDS, folder)
+
+
+def run(command: list[str], what: str, limit_seconds: float, folder: Path) -> str:
+    """Runs a program; returns what it printed.
+
+    Raises:
+        Failed: It failed, or took too long; the message has the end of what it wrote.
+    """
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=os.environ | {"PATH": _path()},
+            capture_output=True,
+            encoding="utf-8",
+            timeout=limit_seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        wrote = (error.stderr or b"").decode(errors="replace")[-_LAST_CHARS:]
+        raise Failed(f"the {what} did not end within {limit_seconds:g} s:\n{wrote}") from None
+    if done.returncode:
+        wrote = (done.stderr + done.stdout)[-_LAST_CHARS:]
+        raise Failed(f"the {what} ended with {done.returncode}:\n{wrote}")
+    return done.stdout
+
+
+def _path() -> str:
+    """PATH with the commands of this environment first."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+
+LANGUAGES = [Language(each.parent.name) for each in sorted(CLIENTS.glob("*/run"))]
+EXAMPLES = ROOT / "examples"

@@ -1,0 +1,97 @@
+"""A TCP relay in front of a server that counts the pings which come out of silence."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from contextlib import closing, suppress
+
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+_HEADER_BYTES = 9
+_PING, _ACK = 0x6, 0x1
+SILENCE_SECONDS = 5.0
+
+
+class Pings:
+    """Counts a connection's pings that had nothing before them for a while.
+
+    Clients ping for other reasons too (to measure a round trip), but then beside data.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._buffer = bytearray()
+        self._skip = len(_PREFACE)
+        self._last = 0.0
+
+    def feed(self, data: bytes, now: float) -> None:
+        """Takes what the client sent.
+
+        Args:
+            data: The bytes, cut anywhere.
+            now: When they came, in seconds.
+        """
+        self._buffer += data
+        while self._drop() and len(self._buffer) >= _HEADER_BYTES:
+            length, kind, flags = int.from_bytes(self._buffer[:3]), *self._buffer[3:5]
+            self._skip = _HEADER_BYTES + length
+            if kind == _PING and not flags & _ACK:
+                self.count += now - self._last >= SILENCE_SECONDS
+            self._last = now
+
+    def _drop(self) -> bool:
+        """Lets go of what was read; returns whether a frame begins after it."""
+        dropped = min(self._skip, len(self._buffer))
+        del self._buffer[:dropped]
+        self._skip -= dropped
+        return self._skip == 0
+
+
+class Relay:
+    """Listens on a loopback port and passes everything on to another.
+
+    Args:
+        port: Where the server listens, on 127.0.0.1.
+
+    Attributes:
+        address: Where clients may connect.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._connections: list[Pings] = []
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, name="relay", daemon=True).start()
+
+    @property
+    def pings(self) -> int:
+        """The most pings out of silence that one connection has sent."""
+        return max((pings.count for pings in self._connections), default=0)
+
+    def close(self) -> None:
+        """Takes no more connections; those that are open end with their clients."""
+        # A close alone would not wake the thread.
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._port))
+                pings = Pings()
+                self._connections.append(pings)
+                for ends in ((client, server, pings), (server, client, None)):
+                    threading.Thread(target=_copy, args=ends, daemon=True).start()
+
+
+def _copy(source: socket.socket, target: socket.socket, pings: Pings | None) -> None:
+    with closing(target), suppress(OSError):
+        while data := source.recv(1 << 16):
+            if pings:
+                pings.feed(data, time.monotonic())
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)

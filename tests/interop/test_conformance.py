@@ -1,0 +1,47 @@
+"""Every scenario by a client in every language, on real servers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from interop.judge import disagreements, problems
+from interop.languages import LANGUAGES, SCENARIOS, Json, Language, Run
+
+# Builds and runs are waited for by the first test.
+pytestmark = pytest.mark.timeout(3600)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda each: each["name"])
+@pytest.mark.parametrize("language", LANGUAGES, ids=lambda each: each.name)
+def test_scenario(
+    need: Callable[[Language], None],
+    language: Language,
+    scenario: Json,
+    request: pytest.FixtureRequest,
+) -> None:
+    need(language)
+    runs: dict[str, Run] = request.getfixturevalue("runs")
+    if found := _problems(runs[language.name], scenario):
+        pytest.fail(f"{language.name}: {scenario['name']}: {'; '.join(found)}", pytrace=False)
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [each for each in SCENARIOS if each.get("same_in_all_languages")],
+    ids=lambda each: each["name"],
+)
+def test_the_same_in_all_languages(runs: dict[str, Run], scenario: Json) -> None:
+    name = scenario["name"]
+    sound = {who: run.results[name] for who, run in runs.items() if not _problems(run, scenario)}
+    if len(sound) < 2:
+        pytest.skip("fewer than two clients can be compared")
+    if found := disagreements(scenario, sound):
+        pytest.fail(f"{name}: {'; '.join(found)}", pytrace=False)
+
+
+def _problems(run: Run, scenario: Json) -> list[str]:
+    if run.error:
+        return [run.error]
+    return problems(scenario, run.results.get(scenario["name"]), run.pings)

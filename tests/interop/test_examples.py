@@ -1,0 +1,69 @@
+"""What people copy runs, on the same server everywhere to the same text."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from interop.languages import EXAMPLES, Language, run
+from interop.servers import DEMO_MODEL, ROOT, Server
+from runner_client import Options, RunnerClient
+
+# A build may come first.
+pytestmark = pytest.mark.timeout(1800)
+
+PROMPT, OPTIONS = "def fibonacci(n):", Options(temperature=0, num_predict=64)
+SPAWN = {"go", "node", "python"}
+CALL = {"java", "rust"}
+MOST_LINES = 59
+SOURCES = {".go", ".java", ".js", ".py", ".rs"}
+
+_SECONDS = 120.0
+_LANGUAGES = [Language(each.parent.name) for each in sorted(EXAMPLES.glob("*/run"))]
+
+
+@pytest.fixture(scope="module")
+def expected(servers: dict[str, Server]) -> str:
+    """What the Python client gets."""
+    with RunnerClient(servers["plain"].address) as client:
+        return client.complete(PROMPT, options=OPTIONS).content
+
+
+def test_there_is_one_in_each_language() -> None:
+    assert {each.name for each in _LANGUAGES} == SPAWN | CALL
+
+
+@pytest.mark.parametrize("language", _LANGUAGES, ids=lambda each: each.name)
+def test_it_prints_the_completion(
+    need: Callable[[Language], None],
+    language: Language,
+    servers: dict[str, Server],
+    expected: str,
+    tmp_path: Path,
+) -> None:
+    need(language)
+    language.build()
+    where = str(DEMO_MODEL) if language.name in SPAWN else servers["plain"].address
+    command = [str(EXAMPLES / language.name / "run"), where]
+    text = run(command, f"example in {language.name}", _SECONDS, tmp_path)
+    assert text.rstrip() == expected.rstrip() != ""
+
+
+def test_it_is_short() -> None:
+    lines = {
+        path.relative_to(ROOT): len(path.read_text().splitlines())
+        for path in _files()
+        if path.suffix in SOURCES
+    }
+    assert {path.parts[1] for path in lines} == SPAWN | CALL
+    assert {path: count for path, count in lines.items() if count > MOST_LINES} == {}
+
+
+def _files() -> list[Path]:
+    """The files of examples, without what was built."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "examples"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [ROOT / name for name in sorted(set(found.stdout.splitlines()))]

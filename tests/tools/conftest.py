@@ -1,0 +1,80 @@
+"""The tools as they were built, and the servers they are pointed at."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from mlxrunner.v1 import runner_pb2 as pb
+from others_tools import BIN, NAMES, ROOT, TOKEN, Done, Place, Run
+from server_child import DEADLINE_SECONDS, Child, running
+
+
+@pytest.fixture(scope="session")
+def run() -> Run:
+    """Skips where the tools are not there."""
+    pytest.importorskip("mlx_lm", reason="starts real runners: needs the server extra")
+    refuse = pytest.fail if os.environ.get("CI") else pytest.skip
+    if shutil.which("go") is None:
+        refuse("no go on PATH")
+    if not all((BIN / name).exists() for name in NAMES):
+        refuse(f"{', '.join(NAMES)} are not built: `make tools` does it")
+
+    def call(name: str, *args: str, **env: str) -> Done:
+        return subprocess.run(
+            [name, *args],
+            cwd=ROOT,
+            env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"} | env,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def places(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Place]]:
+    """A server on a port, one on a unix socket, and one on a port that wants a token."""
+    assert run
+    logs = tmp_path_factory.mktemp("logs")
+    with ExitStack() as stack:
+
+        def start(listen: str, *args: str, **env: str) -> Child:
+            model = ("--model", str(ROOT / "runner_server/demo/model"))
+            child = stack.enter_context(running(logs, "--listen", listen, *model, *args, **env))
+            sent = tuple(("authorization", f"Bearer {token}") for token in env.values())
+            request = pb.StatusRequest()
+            child.wait_for(
+                lambda: (
+                    child.stub.Status(request, timeout=DEADLINE_SECONDS, metadata=sent).state
+                    == pb.STATE_ACTIVE
+                )
+            )
+            return child
+
+        tcp = start("127.0.0.1:0", "--metrics-listen", "127.0.0.1:0")
+        unix = start(f"unix:{tmp_path_factory.mktemp('s')}/s")
+        guarded = start("127.0.0.1:0", MLX_RUNNER_TOKEN=TOKEN)
+        header = ("-expand-headers", "-H", "authorization: Bearer ${TOKEN}")
+        found = re.search(r"metrics on http://([\d.:]+)/metrics", tcp.log.read_text())
+        assert found
+        at, behind = tcp.ready.target, guarded.ready.target
+        yield {
+            "tcp": Place(tcp, ("-plaintext",), at, at, metrics=found[1]),
+            "unix": Place(unix, ("-plaintext", "-unix"), unix.ready.address, unix.ready.target),
+            "token": Place(guarded, ("-plaintext", *header), behind, behind, {"TOKEN": TOKEN}),
+        }
+
+
+@pytest.fixture(params=["tcp", "unix", "token"])
+def place(request: pytest.FixtureRequest, places: dict[str, Place]) -> Place:
+    """Each of them."""
+    return places[request.param]

@@ -1,0 +1,129 @@
+"""Every command that docs/debugging.md shows prints what is written there, README's likewise."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from mlxrunner.v1 import runner_pb2 as pb
+from others_tools import BIN, NAMES, ROOT, Place, Run
+from server_child import BREAK_STEPS, DEADLINE_SECONDS, Child, running
+from transcripts import Step, blocks, differs
+
+DOCUMENT = (ROOT / "docs" / "debugging.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = blocks(DOCUMENT)
+HANGS = BREAK_STEPS.format(what="import threading; threading.Event().wait()")
+
+
+@pytest.fixture(scope="session")
+def stuck(places: dict[str, Place], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
+    """A runner of one place whose step does not return, with a completion and one that waits."""
+    assert places
+    logs = tmp_path_factory.mktemp("stuck")
+    with running(logs, "--parallel", "1", code=HANGS) as child:
+        child.load(ROOT / "runner_server/demo/model")
+        for _ in range(2):
+            child.complete(5)
+        child.wait_for(lambda: child.status().queued_count == 1)
+        assert child.status().state == pb.STATE_ACTIVE
+        yield child
+
+
+@pytest.fixture(scope="session")
+def stand_ins(
+    places: dict[str, Place], stuck: Child, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, str]]:
+    """What the document's addresses and files are here."""
+    own = tmp_path_factory.mktemp("own")
+    token = own / "token"
+    token.write_text(places["token"].env["TOKEN"])
+    # Status shows what has been done, the log what has failed.
+    seen = places["tcp"].child
+    assert list(seen.complete(20))
+    with pytest.raises(grpc.RpcError):
+        list(seen.stub.Completion(pb.CompletionRequest(), timeout=DEADLINE_SECONDS))
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        yield {
+            "127.0.0.1:50051": places["tcp"].target,
+            "/run/mlx/runner.sock": places["unix"].address,
+            "127.0.0.1:50052": places["token"].target,
+            "127.0.0.1:50053": f"127.0.0.1:{nobody.getsockname()[1]}",
+            "127.0.0.1:50054": stuck.ready.target,
+            "127.0.0.1:9464": places["tcp"].metrics,
+            "/run/mlx/token": str(token),
+            "/run/mlx/metadata.json": str(own / "metadata.json"),
+            "/var/log/mlx-runner.log": str(places["tcp"].child.log),
+            "/srv/demo/model": str(ROOT / "runner_server/demo/model"),
+        }
+
+
+def play(command: str, before: list[Step], stand_ins: dict[str, str]) -> str:
+    """What a command prints, after the exports of its block."""
+    script = "\n".join([*(s.command for s in before if s.command.startswith("export")), command])
+    for name, real in stand_ins.items():
+        script = script.replace(name, real)
+    path = os.pathsep.join([str(BIN), str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", "-c", script],  # noqa: S607 - whichever there is
+        cwd=ROOT,
+        env=os.environ | {"PATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    printed = done.stdout
+    for name, real in stand_ins.items():
+        printed = printed.replace(real, name)
+    return printed
+
+
+def test_there_are_transcripts() -> None:
+    assert sum(len(block) for block in BLOCKS) > 15
+    for address in ("127.0.0.1:50051", "/run/mlx/runner.sock", "127.0.0.1:50052"):
+        assert any(address in step.command for block in BLOCKS for step in block)
+
+
+def test_the_versions_are_those_that_are_tested() -> None:
+    found = re.findall(r"^go install (\S+)@(\S+)", DOCUMENT, re.MULTILINE)
+    assert len(found) == len(NAMES)
+    pins = "\n".join((BIN.parent / name / "go.mod").read_text() for name in NAMES)
+    for path, version in found:
+        module = "/".join(path.split("/")[:3])
+        assert f"\t{path}\n" in pins or f"tool {path}\n" in pins
+        assert f"\t{module} {version} " in pins
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block[-1].command[:40])
+def test_it_prints_that(block: list[Step], stand_ins: dict[str, str]) -> None:
+    for number, step in enumerate(block):
+        printed = play(step.command, block[:number], stand_ins)
+        end = time.monotonic() + DEADLINE_SECONDS
+        # A line of the log may come after the answer that it is about.
+        while "/var/log" in step.command and not printed and time.monotonic() < end:
+            printed = play(step.command, block[:number], stand_ins)
+        assert not differs(step.output, printed), step.command
+
+
+def test_what_readme_shows(run: Run, tmp_path: Path) -> None:
+    """On a server that has done nothing yet."""
+    assert run
+    steps = [s for block in blocks(README) for s in block if s.command.startswith("grpcurl")]
+    assert len(steps) > 4
+    with running(tmp_path, "--model", str(ROOT / "runner_server/demo/model")) as child:
+        child.wait_for(lambda: child.status().state == pb.STATE_ACTIVE)
+        for step in steps:
+            printed = play(step.command, [], {"127.0.0.1:50051": child.ready.target})
+            assert not differs(step.output, printed), step.command

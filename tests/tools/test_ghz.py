@@ -1,0 +1,56 @@
+"""ghz against a real server: every call is answered, and the report says how fast."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from others_tools import PROTOSET, SERVICE, Place, Run
+
+COMPLETION = {"prompt": "def main(", "options": {"num_predict": 8, "temperature": 0}}
+
+
+def report(run: Run, place: Place, method: str, *args: str) -> dict[str, Any]:
+    call = ("--insecure", "--call", f"{SERVICE}.{method}", "--format=json", "--timeout=60s")
+    done = run("ghz", *call, *args, place.target)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def assert_all_well(found: dict[str, Any], count: int) -> None:
+    assert found["count"] == count
+    assert found["statusCodeDistribution"] == {"OK": count}, found["errorDistribution"]
+    assert found["rps"] > 0
+    shares = [entry["percentage"] for entry in found["latencyDistribution"]]
+    assert shares == [10, 25, 50, 75, 90, 95, 99]
+    latencies = [entry["latency"] for entry in found["latencyDistribution"]]
+    assert 0 < found["fastest"] <= latencies[0]
+    assert latencies == sorted(latencies)
+    assert latencies[-1] <= found["slowest"]
+
+
+@pytest.mark.parametrize("where", ["tcp", "unix"])
+@pytest.mark.parametrize(("method", "request_"), [("Status", {}), ("Completion", COMPLETION)])
+def test_all_calls_are_answered(
+    run: Run, places: dict[str, Place], where: str, method: str, request_: dict[str, Any]
+) -> None:
+    load = ("--total=40", "--concurrency=8", "--data", json.dumps(request_))
+    assert_all_well(report(run, places[where], method, *load), 40)
+
+
+def test_with_a_token_from_a_file(run: Run, places: dict[str, Place], tmp_path: Path) -> None:
+    """With the set of descriptors, because ghz sends no metadata of a file to reflection."""
+    guarded, metadata = places["token"], tmp_path / "metadata.json"
+    metadata.write_text(json.dumps({"authorization": f"Bearer {guarded.env['TOKEN']}"}))
+    load = ("--total=10", "--concurrency=2", f"--protoset={PROTOSET}")
+    assert_all_well(report(run, guarded, "Status", *load, f"--metadata-file={metadata}"), 10)
+
+
+def test_calls_that_fail_are_told_apart(run: Run, places: dict[str, Place]) -> None:
+    load = ("--total=6", "--concurrency=2", "--data", '{"prompt": ""}')
+    found = report(run, places["tcp"], "Completion", *load)
+    assert found["statusCodeDistribution"] == {"InvalidArgument": 6}
