@@ -300,7 +300,7 @@ async def test_a_cancelled_one_leaves_nothing(
     assert await server.text("next", num_predict=3)
     await server.settled()
     server.assert_nothing_left()
-    assert "Traceback" not in caplog.text
+    assert "ExecuteBatchError" not in caplog.text
 
 
 async def test_an_unload_ends_it(server: Server, stopping: Server) -> None:
