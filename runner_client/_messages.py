@@ -16,6 +16,7 @@ from runner_client.types import (
     Model,
     Options,
     PromptProgress,
+    Rank,
     State,
     Status,
     TokenLogprob,
@@ -184,6 +185,17 @@ def status(message: pb.StatusResponse) -> Status:
         server_version=message.server_version,
         last_error=message.last_error,
         blas=message.blas,
+        ranks=tuple(map(_rank, message.ranks)),
+    )
+
+
+def _rank(message: pb.Rank) -> Rank:
+    return Rank(
+        rank=message.rank,
+        host=message.host,
+        pid=message.pid,
+        device=message.device,
+        memory_usage=_memory_usage(message.memory_usage),
     )
 
 

@@ -227,6 +227,22 @@ class MemoryUsage:
 
 
 @dataclass(frozen=True, slots=True)
+class Rank:
+    """One of the processes that hold a model together."""
+
+    rank: int
+    """Its number: 0 for the one that serves."""
+    host: str
+    """The name of its machine."""
+    pid: int
+    """Its process id there."""
+    device: str
+    """The device that computes, as ``Status.device``."""
+    memory_usage: MemoryUsage
+    """Its memory, at most two seconds old."""
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """What a runner does and holds."""
 
@@ -267,6 +283,9 @@ class Status:
     blas: str = ""
     """The library that multiplies matrices on a CPU; empty on other devices and until
     MLX is imported."""
+    ranks: tuple[Rank, ...] = ()
+    """The processes that hold the model together, rank 0 first; empty for one that holds it
+    alone. What else stands here is of rank 0."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,11 @@ def main() -> int:
     """Runs the server; returns the exit code."""
     config = parse_args()
     set_up_logging(config.log_level, config.log_format)
+    if config.distributed:
+        # Imported only where it is wanted.
+        from runner_server.distributed.start import run  # noqa: PLC0415
+
+        return run(config)
     root = ModelRoot(config.model_root) if config.model_root else None
     return asyncio.run(serve(config, MlxBackend(root)))
 

@@ -19,7 +19,7 @@ from mlxrunner.handshake import HEALTH_SERVICES, SERVICE_NAME, ReadyLine
 from mlxrunner.v1 import runner_pb2_grpc
 from runner_server import __version__
 from runner_server.access import AccessInterceptor, is_loopback
-from runner_server.backend import Backend
+from runner_server.backend import Backend, Ranks
 from runner_server.config import ServerConfig
 from runner_server.engine import Engine
 from runner_server.errors import RunnerFault
@@ -28,9 +28,11 @@ from runner_server.listen import CannotListenError, listen
 from runner_server.messages import LoadSpec
 from runner_server.observe import Observer, ObservingInterceptor
 from runner_server.orphan import OrphanGuard
+from runner_server.plugin_host import add_controller
 from runner_server.reflection import add_reflection
 from runner_server.request_log import RequestLog
 from runner_server.servicer import RunnerServicer
+from runner_server.services import SMG_SERVICE_NAME
 from runner_server.tracing import Tracing, open_tracing
 
 if TYPE_CHECKING:
@@ -66,12 +68,14 @@ class RunnerApp:
     Args:
         config: What it is started with.
         backend: The model library.
+        ranks: Other processes that hold parts of the model; None if this one holds all.
 
     Must be created on the running event loop.
     """
 
-    def __init__(self, config: ServerConfig, backend: Backend) -> None:
+    def __init__(self, config: ServerConfig, backend: Backend, ranks: Ranks | None = None) -> None:
         self._config = config
+        self._ranks = ranks
         self._stop = asyncio.Event()
         self._exit_code = 0
         self._health = health.aio.HealthServicer()
@@ -86,6 +90,7 @@ class RunnerApp:
         self._server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS)
         self._tasks: set[asyncio.Task[None]] = set()
         self._ready: ReadyLine | None = None
+        self._others: tuple[str, ...] = ()
 
     async def start(self, announce: Callable[[ReadyLine], None] | None = None) -> ReadyLine:
         """Listens, answers calls and begins to import the model library.
@@ -106,7 +111,7 @@ class RunnerApp:
             self._server, config.listen, tls=config.tls, has_token=config.token is not None
         )
         self._ready = ready
-        for name in HEALTH_SERVICES:
+        for name in (*HEALTH_SERVICES, *self._others):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         if config.metrics_listen:
             self._open_metrics(*config.metrics_listen)
@@ -115,6 +120,7 @@ class RunnerApp:
         if announce:
             announce(ready)
         self.engine.start()
+        self._watch_ranks()
         if self._config.load:
             self._spawn(self._load_first(self._config.load))
         return ready
@@ -175,10 +181,29 @@ class RunnerApp:
             self._observers.insert(0, self._tracing)
 
     def _add_services(self) -> None:
-        servicer = RunnerServicer(self.engine, __version__)
+        servicer = RunnerServicer(self.engine, __version__, self._ranks)
         runner_pb2_grpc.add_RunnerServiceServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        add_reflection(self._server, (SERVICE_NAME, health.SERVICE_NAME))
+        if self._config.smg:
+            self._add_smg()
+        add_reflection(self._server, (SERVICE_NAME, *self._others, health.SERVICE_NAME))
+        add_controller(self._server, self.request_stop)
+
+    def _add_smg(self) -> None:
+        try:
+            from runner_server.smg.servicer import add_smg  # noqa: PLC0415 - may be missing
+        except ImportError as error:
+            advice = "pip install 'mlx-grpc-runner[smg]'"
+            raise CannotListenError(f"--smg needs {error.name}; {advice}") from error
+        add_smg(self._server, self.engine)
+        self._others = (SMG_SERVICE_NAME,)
+
+    def _watch_ranks(self) -> None:
+        if self._ranks:
+            call = asyncio.get_running_loop().call_soon_threadsafe
+            self._ranks.watch(
+                lambda why: call(self.engine.lose, why), lambda: call(self.request_stop)
+            )
 
     def _on_death(self) -> None:
         self._exit_code = EXIT_ENGINE_DEAD
@@ -231,13 +256,18 @@ def _announce(ready: ReadyLine) -> None:
         logger.warning("nobody reads the ready line (stdout: %s); serving anyway", error)
 
 
-async def serve(config: ServerConfig, backend: Backend) -> int:
+async def serve(config: ServerConfig, backend: Backend, ranks: Ranks | None = None) -> int:
     """Runs a server until it is asked to stop; prints the ready line.
+
+    Args:
+        config: What it is started with.
+        backend: The model library.
+        ranks: Other processes that hold parts of the model.
 
     Returns:
         The exit code of the process.
     """
-    app = RunnerApp(config, backend)
+    app = RunnerApp(config, backend, ranks)
     install_signals(app)
     if config.exit_with_parent:
         OrphanGuard(

@@ -2,7 +2,7 @@
 
 ``runner_server.adapter`` implements it with MLX; the tests implement it with
 plain Python. Everything here except :meth:`Backend.memory` and the codec is
-called on the engine thread only.
+called on the engine thread only. Every call on a batch may raise :class:`BackendLost`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,14 @@ from runner_server.messages import (
     MemoryCounters,
     ModelInfo,
     Prefill,
+    Rank,
     Sampling,
     Token,
 )
+
+
+class BackendLost(Exception):
+    """The model library cannot go on in this process; says why, to callers too."""
 
 
 class Codec(Protocol):
@@ -107,6 +112,19 @@ class ModelHandle:
     codec: Codec
 
 
+class Ranks(Protocol):
+    """The other processes that hold parts of the model."""
+
+    @property
+    def others(self) -> Sequence[Rank]:
+        """Who they are, and the memory that they told of last."""
+        ...
+
+    def watch(self, on_lost: Callable[[str], object], on_stop: Callable[[], object]) -> None:
+        """Says whom to tell, on any thread, that one is gone (why), or asks for a stop."""
+        ...
+
+
 class Backend(Protocol):
     """The model library."""
 
@@ -124,6 +142,7 @@ class Backend(Protocol):
 
         Raises:
             RunnerFault: One of the faults that ``Load`` documents.
+            BackendLost: Nothing can be loaded any more.
         """
         ...
 

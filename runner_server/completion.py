@@ -30,7 +30,7 @@ class Completion:
     Args:
         spec: What was asked for.
         codec: The tokenizer of the model it was validated for.
-        eos_token_ids: The ids that end a text.
+        eos_token_ids: The ids that end a text of the model.
 
     Attributes:
         id: Unique in this process; never the caller's own id.
@@ -43,7 +43,8 @@ class Completion:
         self.stream = Stream()
         self._decoder = StreamDecoder(codec.decode, spec.prompt_ids)
         self._matcher = StopMatcher(spec.stop)
-        self._eos_token_ids = eos_token_ids
+        own_ends = frozenset[int]() if spec.ignore_eos else eos_token_ids
+        self._end_ids = own_ends | spec.stop_token_ids
         self._count = 0
         self._cached = 0
         self._submitted = time.monotonic()
@@ -125,7 +126,7 @@ class Completion:
 
     def _advance(self, token_id: int) -> tuple[str, DoneReason | None, str]:
         """Returns the text that may be shown, why it ends, and the stop string found."""
-        ended = token_id in self._eos_token_ids
+        ended = token_id in self._end_ids
         full = self._count >= self.spec.max_tokens
         text = "" if ended else self._decoder.push(token_id)
         if ended or full:

@@ -30,6 +30,9 @@ class ServerConfig:
         tls: The certificate; None does not encrypt.
         token: What callers must send; None asks nobody who they are.
         model_root: The directory, resolved, that models must lie below; None is anywhere.
+        distributed: Be one of several processes that hold the model together.
+        pipeline: Split its layers among them, not its matrices.
+        smg: Speak the worker protocol of the SMG gateway too.
     """
 
     listen: str = "127.0.0.1:0"
@@ -42,12 +45,17 @@ class ServerConfig:
     tls: TlsFiles | None = None
     token: str | None = field(default=None, repr=False)
     model_root: Path | None = None
+    distributed: bool = False
+    pipeline: bool = False
+    smg: bool = False
 
 
 def parse_args(argv: Sequence[str] | None = None) -> ServerConfig:
     """Reads the command line; exits with a usage message if it is wrong."""
     parser = _parser()
     args = parser.parse_args(argv)
+    if args.pipeline and not args.distributed:
+        parser.error("--pipeline needs --distributed")
     load = None
     if args.model:
         load = LoadSpec(
@@ -69,6 +77,9 @@ def parse_args(argv: Sequence[str] | None = None) -> ServerConfig:
         tls=_tls(parser, args),
         token=_token(parser, args),
         model_root=args.model_root,
+        distributed=args.distributed,
+        pipeline=args.pipeline,
+        smg=args.smg,
     )
 
 
@@ -124,6 +135,18 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="end within 2 s of the parent; stdin must be a pipe that only the parent holds open",
     )
+    add(
+        "--distributed",
+        action="store_true",
+        help="be one of the processes that mlx.launch has started, which hold the model together; "
+        "the one of rank 0 serves",
+    )
+    add(
+        "--pipeline",
+        action="store_true",
+        help="give each of them some layers, also where each could have a part of every layer",
+    )
+    add("--smg", action="store_true", help="be a worker of the SMG gateway too")
     _add_access(parser)
     _add_outside(parser)
     return parser

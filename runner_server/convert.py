@@ -7,7 +7,16 @@ from collections.abc import Callable, Sequence
 from google.protobuf.duration_pb2 import Duration
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_server.messages import Done, DoneReason, ModelInfo, Piece, State, TokenLogprob
+from runner_server.messages import (
+    Done,
+    DoneReason,
+    MemoryCounters,
+    ModelInfo,
+    Piece,
+    Rank,
+    State,
+    TokenLogprob,
+)
 
 STATES = {
     State.IDLE: pb.STATE_IDLE,
@@ -44,6 +53,31 @@ def model_message(info: ModelInfo) -> pb.Model:
         dtype=info.dtype,
         quantization_bits=info.quantization_bits,
         eos_token_ids=sorted(info.eos_token_ids),
+    )
+
+
+def memory_message(
+    memory: MemoryCounters, process_bytes: int, limit_bytes: int = 0
+) -> pb.MemoryUsage:
+    """The memory of a process."""
+    return pb.MemoryUsage(
+        active_bytes=memory.active_bytes,
+        cache_bytes=memory.cache_bytes,
+        peak_bytes=memory.peak_bytes,
+        process_bytes=process_bytes,
+        limit_bytes=limit_bytes,
+        prefix_cache_bytes=memory.prefix_cache_bytes,
+    )
+
+
+def rank_message(rank: Rank) -> pb.Rank:
+    """Another process that holds a part of the model."""
+    return pb.Rank(
+        rank=rank.rank,
+        host=rank.host,
+        pid=rank.pid,
+        device=rank.device,
+        memory_usage=memory_message(rank.memory, rank.process_bytes, rank.limit_bytes),
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from runner_server.backend import Backend, ModelHandle
 from runner_server.completion import Completion
+from runner_server.errors import ShuttingDown
 from runner_server.ledger import Ledger, Ticket
 from runner_server.messages import (
     CompletionSpec,
@@ -37,10 +38,12 @@ class Engine:
 
     def __init__(self, backend: Backend, *, max_queued: int, on_death: Callable[[], None]) -> None:
         self._backend = backend
+        self._on_death = on_death
         self._inbox = Inbox()
         self._ledger = Ledger(max_queued)
         self._loop = asyncio.get_running_loop()
         self._worker = Worker(backend, self._ledger, self._inbox, self._loop, on_death)
+        self._is_lost = False
         # Not a wait in a worker thread: those may all be busy with tokenizing.
         self._ended = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -121,9 +124,27 @@ class Engine:
         self._ledger.stop()
         self._inbox.put(Wake())
 
+    def lose(self, text: str) -> None:
+        """Ends all calls because a part of the model is gone; the thread may hang inside MLX.
+
+        Args:
+            text: Why, for callers.
+        """
+        self._is_lost = True
+        fault = ShuttingDown(text)
+        for completion in self._ledger.die(text):
+            self._ledger.forget(completion.id)
+            completion.fail(fault)
+            completion.stream.wake()
+        self._ledger.fail_ticket(fault)
+        # It ends if it does not hang.
+        self._inbox.put(Wake())
+        self._on_death()
+
     async def wait_ended(self, timeout_seconds: float) -> bool:
         """Waits until the thread has ended; returns whether it has."""
-        if self._thread.ident is None:  # it was never started
+        if self._thread.ident is None or self._is_lost:
+            # It was never started, or it may hang inside MLX and is of no use.
             return True
         try:
             await asyncio.wait_for(self._ended.wait(), timeout_seconds)

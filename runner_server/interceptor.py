@@ -11,7 +11,6 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
-from mlxrunner.handshake import SERVICE_NAME
 from runner_server.errors import (
     GenerationFailed,
     InvalidField,
@@ -20,6 +19,7 @@ from runner_server.errors import (
     to_status,
 )
 from runner_server.request import current_request
+from runner_server.services import METHODS
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +42,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
-        """Wraps the handlers of ``RunnerService``, which are unary or server-streaming."""
+        """Wraps the handlers of our services, which are unary or server-streaming."""
         handler = await continuation(handler_call_details)
-        # Health and reflection answer with codes of their own, and health's Watch is no
-        # async generator.
-        ours = handler_call_details.method.startswith(f"/{SERVICE_NAME}/")
-        if handler is None or not ours:
+        # Of the others, health's Watch is no async generator.
+        if handler is None or handler_call_details.method not in METHODS:
             return handler
         if handler.response_streaming:
             make, behaviour = grpc.unary_stream_rpc_method_handler, _guard_stream(handler)

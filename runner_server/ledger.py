@@ -133,8 +133,8 @@ class Ledger:
 
     @property
     def is_stopping(self) -> bool:
-        """Whether the engine was asked to stop."""
-        return self._state is State.STOPPING
+        """Whether the engine was asked to stop, or is dead."""
+        return self._state in (State.STOPPING, State.FAILED)
 
     def is_live(self, completion_id: int) -> bool:
         """Whether a completion was accepted and has not ended."""
@@ -217,7 +217,7 @@ class Ledger:
         """The load or unload is over."""
         with self._lock:
             self._ticket = None
-            if self._state is not State.STOPPING:
+            if not self.is_stopping:
                 self._state = State.ACTIVE if self._handle else State.IDLE
             self._progress = 100 if self._handle else 0
 

@@ -125,6 +125,8 @@ class CompletionSpec:
         max_tokens: Tokens to generate at most; with the prompt they fit the context.
         stop: Strings that end the text.
         request_id: The caller's name for it.
+        stop_token_ids: Tokens that end the text as the model's own end does.
+        ignore_eos: The model's own end does not end it.
     """
 
     prompt_ids: tuple[int, ...]
@@ -132,6 +134,8 @@ class CompletionSpec:
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     request_id: str = ""
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True)
@@ -228,6 +232,28 @@ class MemoryCounters:
     cache_bytes: int = 0
     peak_bytes: int = 0
     prefix_cache_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Another process that holds a part of the model.
+
+    Attributes:
+        host: The name of its machine.
+        pid: Its process id there.
+        device: The device that computes.
+        memory: What MLX holds there.
+        process_bytes: Its resident set.
+        limit_bytes: The most its part may take; 0 while no model is loaded.
+    """
+
+    rank: int
+    host: str
+    pid: int
+    device: str
+    memory: MemoryCounters = field(default_factory=MemoryCounters)
+    process_bytes: int = 0
+    limit_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from runner_server.engine import Engine
 from runner_server.messages import Account, State
 from runner_server.request import Request
 from runner_server.resident import resident_bytes
+from runner_server.services import GENERATING
 
 if TYPE_CHECKING:
     from wsgiref.simple_server import WSGIServer
@@ -99,7 +100,7 @@ class Metrics:
         """See ``Observer.ended``."""
         account = self._tokens.settle(request)
         self._requests.labels(request.method, request.code, request.reason).inc()
-        if request.method != "Completion":
+        if request.method not in GENERATING:
             return
         labels = (OPERATION, PROVIDER, request.model)
         error = "" if request.code == "OK" else request.reason or request.code

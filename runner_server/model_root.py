@@ -28,8 +28,16 @@ class ModelRoot:
             RuntimeError: A link leads back to itself.
         """
         return model.is_relative_to(self.path) and all(
-            link.resolve().is_relative_to(self.path) for link in _links(model)
+            _target(link).is_relative_to(self.path) for link in _links(model)
         )
+
+
+def _target(link: Path) -> Path:
+    try:
+        # From Python 3.13 on only a strict one refuses links in a ring.
+        return link.resolve(strict=True)
+    except FileNotFoundError:
+        return link.resolve()
 
 
 def _links(folder: Path) -> list[Path]:

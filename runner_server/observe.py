@@ -10,21 +10,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 
-from mlxrunner.handshake import SERVICE_NAME
-from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.request import ID_HEADER, Request, enter
+from runner_server.services import METHODS
 
 if TYPE_CHECKING:
     # Handlers of every message type pass through here, so their types are open.
     _Handler = grpc.RpcMethodHandler[Any, Any]
     _Context = grpc.aio.ServicerContext[Any, Any]
     _Behaviour = Callable[[Any, _Context], Any]
-
-_METHODS = {
-    f"/{SERVICE_NAME}/{name}": name
-    for name in pb.DESCRIPTOR.services_by_name["RunnerService"].methods_by_name
-}
-"""Only these: a caller could invent others without end, and each would be a label."""
 
 _CLOCK_SLACK_SECONDS = 0.1
 """How long before its deadline, by this side's clock, a call may be given up because of it."""
@@ -43,7 +36,7 @@ class Observer(Protocol):
 
 
 class ObservingInterceptor(grpc.aio.ServerInterceptor):
-    """Tells observers of every call of ``RunnerService``; to be the first interceptor.
+    """Tells observers of every call of our services; to be the first interceptor.
 
     Args:
         observers: Told in this order; more may be added at any time.
@@ -58,7 +51,8 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
         """Begins the record of a call and has it ended with the call's task."""
-        method = _METHODS.get(handler_call_details.method)
+        # Only these: a caller could invent others without end, and each would be a label.
+        method = METHODS.get(handler_call_details.method)
         task = asyncio.current_task()
         if method is None or task is None:
             return await continuation(handler_call_details)

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 _TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
-_ASKED_OFTEN = frozenset({"Status"})
+_ASKED_OFTEN = frozenset({"Status", "HealthCheck"})
 """Their lines have the level DEBUG if they succeed: a load is watched with five a second."""
 
 _SUMMARIZED = frozenset({"method", "code", "duration_seconds"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import socket
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,12 +14,20 @@ import grpc
 
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
-from runner_server.backend import Codec, ModelHandle
+from runner_server.backend import ModelHandle, Ranks
 from runner_server.blas import blas_of
-from runner_server.convert import STATES, duration, model_message, piece_message
+from runner_server.convert import (
+    STATES,
+    duration,
+    memory_message,
+    model_message,
+    piece_message,
+    rank_message,
+)
 from runner_server.engine import Engine
-from runner_server.errors import InvalidField, PromptTooLong
+from runner_server.errors import InvalidField
 from runner_server.ledger import Ticket
+from runner_server.prompts import encode_prompt, too_many
 from runner_server.request import current_request
 from runner_server.resident import resident_bytes
 from runner_server.validation import check_completion, check_token_ids, completion_spec, load_spec
@@ -35,9 +44,6 @@ _MAX_ANSWER_BYTES = 4 * 2**20 - 1024
 _MAX_REQUEST_TOKENS = 4 * 2**20
 """Token ids in one request: about as many as an answer has room for their text."""
 
-_LONG_TEXT_CHARS = 1 << 19
-"""From here on it is worth a look whether a text is too long before all of it is split."""
-
 
 class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
     """Answers ``mlxrunner.v1.RunnerService`` from one engine.
@@ -45,10 +51,12 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
     Args:
         engine: The started engine.
         version: The version of the server.
+        ranks: Other processes that hold parts of the model.
     """
 
-    def __init__(self, engine: Engine, version: str) -> None:
+    def __init__(self, engine: Engine, version: str, ranks: Ranks | None = None) -> None:
         self._engine = engine
+        self._ranks = ranks
         self._version = version
         self._started = time.monotonic()
         self._runner_id = secrets.token_hex(8)
@@ -76,13 +84,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
             state=STATES[snapshot.state],
             progress=snapshot.progress,
             memory=memory.active_bytes + memory.cache_bytes,
-            memory_usage=pb.MemoryUsage(
-                active_bytes=memory.active_bytes,
-                cache_bytes=memory.cache_bytes,
-                peak_bytes=memory.peak_bytes,
-                process_bytes=resident_bytes(),
-                prefix_cache_bytes=memory.prefix_cache_bytes,
-            ),
+            memory_usage=memory_message(memory, resident_bytes()),
             running_count=snapshot.running_count,
             queued_count=snapshot.queued_count,
             step_count=snapshot.step_count,
@@ -101,6 +103,16 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
             answer.context_length = snapshot.model.context_length
             answer.parallel = snapshot.model.parallel
             answer.memory_usage.limit_bytes = snapshot.model.limit_bytes
+        if self._ranks:
+            answer.ranks.append(
+                pb.Rank(
+                    host=socket.gethostname(),
+                    pid=answer.pid,
+                    device=answer.device,
+                    memory_usage=answer.memory_usage,
+                )
+            )
+            answer.ranks.extend(map(rank_message, self._ranks.others))
         return answer
 
     async def Completion(
@@ -128,7 +140,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:
         """Splits text into token ids."""
         model = self._engine.model()
-        if fewest := await _too_many(request.content, _MAX_ANSWER_TOKENS, model.codec):
+        if fewest := await too_many(request.content, _MAX_ANSWER_TOKENS, model.codec):
             raise _too_many_tokens(f"at least {fewest}")
         ids = await asyncio.to_thread(
             model.codec.encode, request.content, as_prompt=request.add_special_tokens
@@ -157,17 +169,6 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         return pb.DetokenizeResponse(content=text)
 
 
-async def _too_many(text: str, most: int, codec: Codec) -> int:
-    """How many tokens a text has at least if that is more than ``most``; else 0.
-
-    It takes as long and as much memory as the limit asks for, not as the text does.
-    """
-    if len(text) <= _LONG_TEXT_CHARS:
-        return 0
-    fewest = await asyncio.to_thread(codec.fewest_tokens, text, most)
-    return fewest if fewest > most else 0
-
-
 def _too_many_tokens(count: str) -> InvalidField:
     text = f"{count} tokens; at most {_MAX_ANSWER_TOKENS} fit an answer; split the text"
     return InvalidField([("content", text)])
@@ -184,8 +185,4 @@ async def _outcome(ticket: Ticket[_T]) -> _T:
 async def _prompt_ids(request: pb.CompletionRequest, model: ModelHandle) -> Sequence[int]:
     if request.WhichOneof("input") == "prompt_token_ids":
         return request.prompt_token_ids.ids
-    most = model.info.context_length
-    if fewest := await _too_many(request.prompt, most, model.codec):
-        raise PromptTooLong(fewest, most, is_least=True)
-    # On another thread: a prompt of megabytes must not delay other calls.
-    return await asyncio.to_thread(model.codec.encode, request.prompt, as_prompt=True)
+    return await encode_prompt(request.prompt, model)

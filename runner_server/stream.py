@@ -47,6 +47,7 @@ class Stream:
         self._texts = 0
         self._on_read: Callable[[], None] | None = None
         self._fault: RunnerFault | None = None
+        self._is_closed = False
         self._ready = asyncio.Event()
 
     @property
@@ -75,8 +76,13 @@ class Stream:
         """Tells the reader that there is something."""
         self._ready.set()
 
+    def close(self) -> None:
+        """Ends it for its reader, who gets nothing more."""
+        self._is_closed = True
+        self.wake()
+
     async def pieces(self) -> AsyncIterator[Piece]:
-        """Yields merged pieces up to the one with ``done``.
+        """Yields merged pieces up to the one with ``done``, or until it is closed.
 
         Raises:
             RunnerFault: The completion failed.
@@ -84,11 +90,13 @@ class Stream:
         while True:
             await self._ready.wait()
             self._ready.clear()
-            while batch := self._take():
+            while not self._is_closed and (batch := self._take()):
                 piece = merge(batch)
                 yield piece
                 if piece.done:
                     return
+            if self._is_closed:
+                return
             with self._lock:
                 if self._fault and not self._pieces:
                     raise self._fault

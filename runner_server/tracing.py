@@ -9,8 +9,8 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from mlxrunner.handshake import SERVICE_NAME
 from runner_server.request import Request
+from runner_server.services import FULL_NAMES, GENERATING
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, TracerProvider
@@ -103,7 +103,7 @@ class Tracing:
         """Records the span, as a child of the caller's."""
         end = time.time_ns()
         span = self._tracer.start_span(
-            f"{SERVICE_NAME}/{request.method}",
+            FULL_NAMES[request.method],
             self._extract({key: text for key, text in request.headers if isinstance(text, str)}),
             self._kind,
             _rpc_attributes(request),
@@ -118,7 +118,7 @@ class Tracing:
     def _describe(self, span: Span, request: Request) -> None:
         if request.code in _ERRORS:
             span.set_status(self._error, request.reason or None)
-        if request.method == "Completion":
+        if request.method in GENERATING:
             span.set_attributes(_generation_attributes(request))
 
     def close(self) -> None:
@@ -134,13 +134,13 @@ class Tracing:
 def _rpc_attributes(request: Request) -> dict[str, AttributeValue]:
     attributes: dict[str, AttributeValue] = {
         "rpc.system.name": "grpc",
-        "rpc.method": f"{SERVICE_NAME}/{request.method}",
+        "rpc.method": FULL_NAMES[request.method],
         "rpc.response.status_code": request.code,
         "mlx_runner.id": request.id,
     }
     if request.code != "OK":
         attributes["error.type"] = request.reason or request.code
-    if request.method == "Completion":
+    if request.method in GENERATING:
         attributes["gen_ai.operation.name"] = "text_completion"
         attributes["gen_ai.provider.name"] = "mlx"
         attributes["gen_ai.request.model"] = request.model

@@ -5,9 +5,7 @@ Whatever could raise in a step of the batch is refused here, by the field's name
 
 from __future__ import annotations
 
-import math
 import secrets
-import struct
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -15,6 +13,7 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from mlxrunner.v1 import runner_pb2 as pb
+from runner_server.checker import Checker
 from runner_server.errors import InvalidField, PromptTooLong
 from runner_server.messages import (
     MAX_PARALLEL,
@@ -30,11 +29,11 @@ _T = TypeVar("_T")
 _MAX_INT32 = 2**31 - 1
 _MAX_INT64 = 2**63 - 1
 _MAX_MODEL_CHARS = 4096
-_MAX_LOGPROBS = 20
+MAX_LOGPROBS = 20
+"""Most likely tokens reported for each place."""
+
 _MAX_STOPS = 64
 _MAX_STOP_CHARS = 1024
-_MAX_BIASES = 1024
-_MAX_BIAS = 100.0
 _MAX_REQUEST_ID_CHARS = 128
 
 _DTYPES = {
@@ -47,50 +46,20 @@ _DTYPES = {
 }
 
 
-class _Checker:
-    """Collects what is wrong with a request, so that one answer names it all."""
-
-    def __init__(self) -> None:
-        self.violations: list[tuple[str, str]] = []
-
-    def require(self, field: str, ok: bool, text: str) -> None:
-        if not ok:
-            self.violations.append((field, text))
-
-    def number(
-        self, message: Message, field: str, low: float, high: float, *, above: bool = False
-    ) -> None:
-        """Checks a field that is set; ``above`` leaves the lower end out of the range."""
-        if not message.HasField(field):
-            return
-        value = getattr(message, field)
-        if isinstance(value, float):
-            # What a client sends for 0.01 is the nearest 32-bit number, a little less.
-            low, high = _float32(low), _float32(high)
-        inside = math.isfinite(value) and low <= value <= high and not (above and value == low)
-        bounds = f"{'above ' if above else ''}{_plain(low)} to {_plain(high)}"
-        text = f"{_plain(value)} is not in the range {bounds}"
-        self.require(_path(message, field), inside, text)
-
-    def finish(self) -> None:
-        if self.violations:
-            raise InvalidField(self.violations)
-
-
 def load_spec(request: pb.LoadRequest) -> LoadSpec:
     """Checks a load request.
 
     Raises:
         InvalidField: Something is missing or out of range.
     """
-    check = _Checker()
+    check = Checker()
     check.require("model", bool(request.model), "required: a directory or a hub id")
     too_long = len(request.model) > _MAX_MODEL_CHARS or "\0" in request.model
     check.require("model", not too_long, f"at most {_MAX_MODEL_CHARS} characters, none of them NUL")
-    check.number(request, "context_length", 2, _MAX_INT32)
-    check.number(request, "parallel", 1, MAX_PARALLEL)
-    check.number(request, "memory_limit_bytes", 1, _MAX_INT64)
-    check.number(request, "prefix_cache_bytes", 0, _MAX_INT64)
+    _check_number(check, request, "context_length", 2, _MAX_INT32)
+    _check_number(check, request, "parallel", 1, MAX_PARALLEL)
+    _check_number(check, request, "memory_limit_bytes", 1, _MAX_INT64)
+    _check_number(check, request, "prefix_cache_bytes", 0, _MAX_INT64)
     known = request.dtype in _DTYPES
     check.require("dtype", known, f"{request.dtype} is not a format this server knows")
     check.finish()
@@ -111,15 +80,13 @@ def check_completion(request: pb.CompletionRequest, model: ModelInfo) -> Samplin
     Raises:
         InvalidField: Something is missing or out of range.
     """
-    check = _Checker()
+    check = Checker()
     _check_input(check, request)
     _check_numbers(check, request.options, model)
     _check_stops(check, request.options.stop)
-    _check_bias(check, request.options, model)
-    check.number(request, "logprobs", 0, min(_MAX_LOGPROBS, model.vocab_size))
-    length = len(request.request_id)
-    too_long = f"{length} characters; at most {_MAX_REQUEST_ID_CHARS}"
-    check.require("request_id", length <= _MAX_REQUEST_ID_CHARS, too_long)
+    check.bias("options.logit_bias", request.options.logit_bias, model.vocab_size)
+    _check_number(check, request, "logprobs", 0, min(MAX_LOGPROBS, model.vocab_size))
+    check_request_id(check, request.request_id)
     check.finish()
     return _sampling(request, model)
 
@@ -130,20 +97,13 @@ def completion_spec(
     """Fits a checked completion into the context.
 
     Raises:
-        InvalidField: The prompt has no tokens, or one that the model does not have:
-            a tokenizer may know more tokens than its model.
-        PromptTooLong: Prompt and one token do not fit.
+        InvalidField: See :func:`fit`.
+        PromptTooLong: The same.
     """
-    if not prompt_ids:
-        raise InvalidField([("prompt", "the prompt has no tokens")])
-    room = model.context_length - len(prompt_ids)
-    if room < 1:
-        raise PromptTooLong(len(prompt_ids), model.context_length)
     if request.WhichOneof("input") == "prompt_token_ids":
-        check_token_ids("prompt_token_ids.ids", prompt_ids, model.vocab_size)
-    elif max(prompt_ids) >= model.vocab_size:
-        text = f"the tokenizer makes token {max(prompt_ids)} of it, which the model does not have"
-        raise InvalidField([("prompt", f"{text}: its ids are 0 to {model.vocab_size - 1}")])
+        room = fit(prompt_ids, model, ids_field="prompt_token_ids.ids")
+    else:
+        room = fit(prompt_ids, model, text_field="prompt")
     options = request.options
     wanted = options.num_predict if options.HasField("num_predict") else room
     return CompletionSpec(
@@ -153,6 +113,42 @@ def completion_spec(
         stop=tuple(options.stop),
         request_id=request.request_id,
     )
+
+
+def fit(
+    prompt_ids: Sequence[int], model: ModelInfo, *, ids_field: str = "", text_field: str = ""
+) -> int:
+    """Fits a prompt into the context; returns the most tokens that may follow it.
+
+    Args:
+        prompt_ids: The prompt's tokens.
+        model: The model it is for.
+        ids_field: The field that the caller sent them in.
+        text_field: Else, the field with the text that they were made of.
+
+    Raises:
+        InvalidField: The prompt has no tokens, or one that the model does not have:
+            a tokenizer may know more tokens than its model.
+        PromptTooLong: Prompt and one token do not fit.
+    """
+    if not prompt_ids:
+        raise InvalidField([(text_field or ids_field, "the prompt has no tokens")])
+    room = model.context_length - len(prompt_ids)
+    if room < 1:
+        raise PromptTooLong(len(prompt_ids), model.context_length)
+    if ids_field:
+        check_token_ids(ids_field, prompt_ids, model.vocab_size)
+    elif max(prompt_ids) >= model.vocab_size:
+        text = f"the tokenizer makes token {max(prompt_ids)} of it, which the model does not have"
+        raise InvalidField([(text_field, f"{text}: its ids are 0 to {model.vocab_size - 1}")])
+    return room
+
+
+def check_request_id(check: Checker, request_id: str) -> None:
+    """Checks the caller's name for a request."""
+    length = len(request_id)
+    too_long = f"{length} characters; at most {_MAX_REQUEST_ID_CHARS}"
+    check.require("request_id", length <= _MAX_REQUEST_ID_CHARS, too_long)
 
 
 def check_token_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
@@ -167,7 +163,7 @@ def check_token_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
     raise InvalidField([(f"{field}[{at}]", f"{bad} is not a token id: 0 to {vocab_size - 1}")])
 
 
-def _check_input(check: _Checker, request: pb.CompletionRequest) -> None:
+def _check_input(check: Checker, request: pb.CompletionRequest) -> None:
     match request.WhichOneof("input"):
         case "prompt":
             check.require("prompt", bool(request.prompt), "the prompt is empty")
@@ -178,19 +174,27 @@ def _check_input(check: _Checker, request: pb.CompletionRequest) -> None:
             check.require("input", ok=False, text="required: prompt or prompt_token_ids")
 
 
-def _check_numbers(check: _Checker, options: pb.CompletionOptions, model: ModelInfo) -> None:
-    check.number(options, "temperature", 0, 100)
-    check.number(options, "top_p", 0, 1, above=True)
-    check.number(options, "min_p", 0, 1)
-    check.number(options, "top_k", 0, model.vocab_size)
-    check.number(options, "repeat_last_n", -1, _MAX_INT32)
-    check.number(options, "repeat_penalty", 0.01, 100)
-    check.number(options, "presence_penalty", -100, 100)
-    check.number(options, "frequency_penalty", -100, 100)
-    check.number(options, "num_predict", 1, _MAX_INT32)
+def _check_numbers(check: Checker, options: pb.CompletionOptions, model: ModelInfo) -> None:
+    _check_number(check, options, "temperature", 0, 100)
+    _check_number(check, options, "top_p", 0, 1, above=True)
+    _check_number(check, options, "min_p", 0, 1)
+    _check_number(check, options, "top_k", 0, model.vocab_size)
+    _check_number(check, options, "repeat_last_n", -1, _MAX_INT32)
+    _check_number(check, options, "repeat_penalty", 0.01, 100)
+    _check_number(check, options, "presence_penalty", -100, 100)
+    _check_number(check, options, "frequency_penalty", -100, 100)
+    _check_number(check, options, "num_predict", 1, _MAX_INT32)
 
 
-def _check_stops(check: _Checker, stops: Sequence[str]) -> None:
+def _check_number(
+    check: Checker, message: Message, field: str, low: float, high: float, *, above: bool = False
+) -> None:
+    """Checks a number if it is given."""
+    if message.HasField(field):
+        check.number(_path(message, field), getattr(message, field), low, high, above=above)
+
+
+def _check_stops(check: Checker, stops: Sequence[str]) -> None:
     if len(stops) > _MAX_STOPS:
         # A message has room for millions; to look at each would hold everybody up.
         check.require("options.stop", ok=False, text=f"{len(stops)}; at most {_MAX_STOPS}")
@@ -199,20 +203,6 @@ def _check_stops(check: _Checker, stops: Sequence[str]) -> None:
         inside = 1 <= len(stop) <= _MAX_STOP_CHARS
         text = f"{len(stop)} characters; 1 to {_MAX_STOP_CHARS}"
         check.require(f"options.stop[{i}]", inside, text)
-
-
-def _check_bias(check: _Checker, options: pb.CompletionOptions, model: ModelInfo) -> None:
-    bias = options.logit_bias
-    if len(bias) > _MAX_BIASES:
-        many = f"{len(bias)} entries; at most {_MAX_BIASES}"
-        check.require("options.logit_bias", ok=False, text=many)
-        return
-    for token_id, value in bias.items():
-        field = f"options.logit_bias[{token_id}]"
-        known = 0 <= token_id < model.vocab_size
-        check.require(field, known, f"not a token id: 0 to {model.vocab_size - 1}")
-        # NaN compares false, so it is refused too.
-        check.require(field, -_MAX_BIAS <= value <= _MAX_BIAS, f"{value:g} is not in -100 to 100")
 
 
 def _sampling(request: pb.CompletionRequest, model: ModelInfo) -> Sampling:
@@ -232,16 +222,6 @@ def _sampling(request: pb.CompletionRequest, model: ModelInfo) -> Sampling:
         logit_bias=tuple(options.logit_bias.items()),
         logprobs=request.logprobs if request.HasField("logprobs") else None,
     )
-
-
-def _float32(value: float) -> float:
-    (nearest,) = struct.unpack("f", struct.pack("f", value))
-    return float(nearest)
-
-
-def _plain(value: float) -> str:
-    """A number as people write it: no exponent for a whole one."""
-    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _given(message: Message, field: str, convert: Callable[[float], _T], default: _T) -> _T:

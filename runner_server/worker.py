@@ -10,12 +10,14 @@ import asyncio
 import logging
 import queue
 from collections.abc import Callable
+from concurrent.futures import InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from mlxrunner.units import format_bytes
-from runner_server.backend import Backend, Batch, LoadedModel, ModelHandle
+from runner_server.backend import Backend, BackendLost, Batch, LoadedModel, ModelHandle
 from runner_server.completion import Completion
 from runner_server.errors import (
     GenerationFailed,
@@ -181,6 +183,8 @@ class Worker:
             return
         try:
             work(model, batch)
+        except BackendLost:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever MLX raised, its rows are lost
             self._recover(error)
             batch.close()
@@ -273,10 +277,13 @@ class Worker:
             result = ticket.work(ticket)
         except RunnerFault as fault:
             self._ledger.close_ticket()
-            ticket.future.set_exception(fault)
+            # A lost rank has perhaps ended it.
+            with suppress(InvalidStateError):
+                ticket.future.set_exception(fault)
         else:
             self._ledger.close_ticket()
-            ticket.future.set_result(result)
+            with suppress(InvalidStateError):
+                ticket.future.set_result(result)
 
     def load(self, spec: LoadSpec, ticket: Ticket[ModelInfo]) -> ModelInfo:
         """The work of a load's ticket."""
@@ -293,6 +300,8 @@ class Worker:
             self._model = self._backend.load(spec, report)
             self._batch = self._model.new_batch()
             report(100)
+        except BackendLost:
+            raise
         except Exception as error:  # noqa: BLE001 - a model that fails must not end the process
             fault = _load_fault(spec, error)
             self._ledger.note_error(f"load of {spec.model!r} failed: {fault}")
@@ -335,12 +344,14 @@ class Worker:
 
     def _die(self, error: BaseException) -> None:
         logger.critical("the engine is dead; the process exits", exc_info=error)
-        lost = self._ledger.die(f"the engine failed: {type(error).__name__}: {error}")
-        self._fail(
-            lost, GenerationFailed("the engine has failed and the runner is exiting; use another")
-        )
+        text, refusal = f"the engine failed: {type(error).__name__}: {error}", exiting_fault()
+        fault: RunnerFault = GenerationFailed(str(refusal))
+        if isinstance(error, BackendLost):
+            text = str(error)
+            fault = refusal = ShuttingDown(text)
+        self._fail(self._ledger.die(text), fault)
         self._publish()
-        self._ledger.fail_ticket(exiting_fault())
+        self._ledger.fail_ticket(refusal)
         self._loop.call_soon_threadsafe(self._on_death)
         self._batch = self._model = None
         try:

@@ -2,21 +2,20 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"crypto/rand"
 	"fmt"
 	"log"
 	"os"
 	"os/exec"
+	"time"
 
+	"example.com/mlxrunner/runnerpb"
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/go-plugin"
 	_ "google.golang.org/genproto/googleapis/rpc/errdetails" // what Details() returns
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
-
-	"example.com/mlxrunner/runnerpb"
 )
 
 func main() {
@@ -26,32 +25,33 @@ func main() {
 	os.Stdin = stdin
 	token := rand.Text()
 	check(os.Setenv("MLX_RUNNER_TOKEN", token))
-	python := cmp.Or(os.Getenv("MLX_RUNNER_PYTHON"), "python3")
 	runner := plugin.NewClient(&plugin.ClientConfig{
 		HandshakeConfig:  plugin.HandshakeConfig{ProtocolVersion: 1, MagicCookieKey: "UNUSED"},
 		Plugins:          plugin.PluginSet{},
 		AllowedProtocols: []plugin.Protocol{plugin.ProtocolGRPC},
-		Cmd:              exec.Command(python, "-m", "runner_server", "--listen", "127.0.0.1:0", "--exit-with-parent"),
+		Cmd:              exec.Command("python3", "-m", "runner_server", "--listen", "127.0.0.1:0", "--exit-with-parent"),
 		Logger:           hclog.NewNullLogger(),
 		Stderr:           os.Stderr, // the runner's log
 	})
 	defer func() { hold.Close(); runner.Kill() }() // returns when the process is gone
-	connection, err := runner.Client()
-	check(err)
-	client := runnerpb.NewRunnerServiceClient(connection.(*plugin.GRPCClient).Conn)
-	ctx := metadata.AppendToOutgoingContext(context.Background(), "authorization", "Bearer "+token)
-	_, err = client.Load(ctx, &runnerpb.LoadRequest{Model: os.Args[1]})
-	check(err)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
+	defer cancel()
+	ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+token)
+	client := runnerpb.NewRunnerServiceClient(must(runner.Client()).(*plugin.GRPCClient).Conn)
+	must(client.Load(ctx, &runnerpb.LoadRequest{Model: os.Args[1]}))
 	prompt := &runnerpb.CompletionRequest_Prompt{Prompt: "def fibonacci(n):"}
 	options := &runnerpb.CompletionOptions{Temperature: new(float32(0)), NumPredict: new(int32(64))}
-	stream, err := client.Completion(ctx, &runnerpb.CompletionRequest{Input: prompt, Options: options})
-	check(err)
-	for chunk := new(runnerpb.CompletionResponse); !chunk.GetDone(); fmt.Print(chunk.GetContent()) {
-		chunk, err = stream.Recv()
-		check(err)
+	stream := must(client.Completion(ctx, &runnerpb.CompletionRequest{Input: prompt, Options: options}))
+	for done := false; !done; {
+		chunk := must(stream.Recv()) // an io.EOF before `done` is a failure
+		fmt.Print(chunk.GetContent())
+		done = chunk.GetDone()
 	}
 }
 
+func must[T any](value T, err error) T { check(err); return value }
+
+// check ends the program, and so the pipe that the runner lives by.
 func check(err error) {
 	if err != nil {
 		log.Fatal(err, status.Convert(err).Details()) // with the ErrorInfo that names the reason

@@ -30,7 +30,7 @@ public class Complete {
 
     private static void complete(RunnerServiceGrpc.RunnerServiceBlockingStub runner) {
         var status = runner.withDeadlineAfter(5, TimeUnit.SECONDS).status(StatusRequest.getDefaultInstance());
-        System.err.printf("%s %s, %d MB%n", status.getState(), status.getModel().getName(), status.getMemory() >> 20);
+        System.err.printf("%s %s, %d MiB%n", status.getState(), status.getModel().getName(), status.getMemory() >> 20);
 
         var request = CompletionRequest.newBuilder()
                 .setPrompt("def fibonacci(n):")

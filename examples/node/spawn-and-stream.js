@@ -41,10 +41,11 @@ const metadata = new grpc.Metadata();
 metadata.set('authorization', `Bearer ${token}`);
 const options = { 'grpc.enable_http_proxy': 0 };
 const runner = new RunnerService(address, grpc.credentials.createInsecure(), options);
+const deadline = Date.now() + 300_000; // The runner sets none of its own.
 try {
-  await promisify(runner.Load.bind(runner))({ model }, metadata);
+  await promisify(runner.Load.bind(runner))({ model }, metadata, { deadline });
   const request = { prompt, options: { temperature: 0, num_predict: 64 } };
-  for await (const { content } of runner.Completion(request, metadata)) {
+  for await (const { content } of runner.Completion(request, metadata, { deadline })) {
     process.stdout.write(content);
   }
   process.stdout.write('\n');

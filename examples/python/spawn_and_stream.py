@@ -12,14 +12,14 @@ def main(model: str) -> int:
         # Decides whether the model fits, spawns the server, waits for the load; at the
         # end of the block the process is gone, whatever happened.
         with RunnerProcess(model) as runner:
-            stream = runner.completion("def fibonacci(n):", options=options)
-            for chunk in stream:
+            for chunk in runner.completion("def fibonacci(n):", options=options):
                 print(chunk.content, end="", flush=True)
     except InsufficientMemoryError as error:
         print(f"{error.required_bytes} bytes needed, {error.available_bytes} free", file=sys.stderr)
         return 1
     except RunnerError as error:
-        print(f"{type(error).__name__} ({error.reason}): {error}", file=sys.stderr)
+        # Its class says what it is, also where the client itself found it and no runner was asked.
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
 

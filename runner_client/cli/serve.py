@@ -68,6 +68,15 @@ _FOR_A_MODEL = ("context_length", "parallel", "dtype", "memory_limit", "prefix_c
     type=click.Choice(["text", "json"]),
     help="Of the log on standard error.  [default: text]",
 )
+@click.option(
+    "--distributed",
+    is_flag=True,
+    help="Be one of the processes that mlx.launch has started, which hold the model together.",
+)
+@click.option("--pipeline", is_flag=True, help="Give each of them some layers of the model.")
+@click.option(
+    "--smg", is_flag=True, help="Be a worker of the SMG gateway too; needs the extra smg."
+)
 @context_length_option
 @parallel_option(DEFAULT_PARALLEL)
 @dtype_option
@@ -98,6 +107,9 @@ def command(
     memory_limit: int | None,
     prefix_cache: int | None,
     blas: str,
+    distributed: bool,
+    pipeline: bool,
+    smg: bool,
     **others: str | None,
 ) -> None:
     """Run a server in the foreground until Ctrl-C.
@@ -115,6 +127,8 @@ def command(
         line += _given("--context-length", context_length)
         line += _given("--memory-limit-bytes", memory_limit)
         line += _given("--prefix-cache-bytes", prefix_cache)
+    switches = {"--distributed": distributed, "--pipeline": pipeline, "--smg": smg}
+    line += [name for name, is_on in switches.items() if is_on]
     for name, value in others.items():
         line += _given(f"--{name.replace('_', '-')}", value)
     environment = child_environment(os.environ, backend=installed_backend(), blas=blas)

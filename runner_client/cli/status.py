@@ -15,7 +15,7 @@ from runner_client.cli._output import Row, print_json, print_rows
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from runner_client.types import MemoryUsage, Model, Status
+    from runner_client.types import MemoryUsage, Model, Rank, Status
 
 
 @click.command("status", short_help="Show what a runner does and holds.", epilog=EXIT_CODES)
@@ -45,6 +45,7 @@ def status_rows(status: Status) -> list[Row]:
         ("device", status.device or "not known before MLX is imported"),
         *([("BLAS", status.blas)] if status.blas else []),
         ("runner", _runner(status)),
+        *((f"rank {rank.rank}", _rank(rank)) for rank in status.ranks),
     ]
     if status.last_error:
         rows.append(("last error", status.last_error))
@@ -92,3 +93,8 @@ def _work(status: Status) -> str:
 def _runner(status: Status) -> str:
     version = f"version {status.server_version}, " if status.server_version else ""
     return f"process {status.pid}, {version}up {status.uptime_seconds:,.0f} s"
+
+
+def _rank(rank: Rank) -> str:
+    device = f" ({rank.device})" if rank.device else ""
+    return f"process {rank.pid} on {rank.host}{device}, {memory_text(rank.memory_usage)}"

@@ -14,6 +14,7 @@ from runner_server.messages import LoadSpec, MemoryCounters
 
 if TYPE_CHECKING:
     from runner_server.adapter.loading import MlxModel
+    from runner_server.adapter.sharding import Shard
     from runner_server.model_root import ModelRoot
     from runner_server.prefix import Held
 
@@ -30,10 +31,12 @@ class MlxBackend:
 
     Args:
         model_root: Where models must lie; None is anywhere.
+        shard: This rank's part of what is loaded; None is all.
     """
 
-    def __init__(self, model_root: ModelRoot | None = None) -> None:
+    def __init__(self, model_root: ModelRoot | None = None, shard: Shard | None = None) -> None:
         self._model_root = model_root
+        self._shard = shard
         self._mx: Any = None
         # Not the model itself: it must go with the last reference of the engine's thread.
         self._prompts_held: Held | None = None
@@ -65,7 +68,7 @@ class MlxBackend:
         """Loads a model; see ``Backend.load``."""
         from runner_server.adapter.loading import load  # noqa: PLC0415 - as in open
 
-        model = load(spec, report, self._model_root)
+        model = load(spec, report, self._model_root, self._shard)
         self._prompts_held = model.prompts_held
         return model
 

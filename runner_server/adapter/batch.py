@@ -10,7 +10,7 @@ from itertools import islice
 from mlx.nn.layers.base import Module
 
 from runner_server.adapter.caches import CachePieces, Segment, Snapshot, prefill
-from runner_server.adapter.decode import Decoding, Row
+from runner_server.adapter.decode import Agree, Decoding, Row
 from runner_server.messages import Prefill, Sampling, Token
 from runner_server.prefix import PrefixTree
 from runner_server.turns import PrefillTurns
@@ -74,6 +74,7 @@ class MlxBatch:
         pieces: Cuts the caches of the model.
         prompts: Prompts evaluated before; outlives the batch.
         clock: Seconds that pass.
+        agree: See :class:`Decoding`.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class MlxBatch:
         pieces: CachePieces,
         prompts: PromptCache,
         clock: Callable[[], float] = time.perf_counter,
+        agree: Agree | None = None,
     ) -> None:
         self._model = model
         self._pieces = pieces
@@ -95,7 +97,7 @@ class MlxBatch:
         self._prompts: dict[int, _Prompt] = {}
         self._joining: list[Row] = []
         self._paused: dict[int, Row] = {}
-        self._decoding = Decoding(model, vocab_size)
+        self._decoding = Decoding(model, vocab_size, agree)
         self._decode_seconds = 0.0
 
     def add(self, row: int, prompt_ids: Sequence[int], sampling: Sampling) -> None:

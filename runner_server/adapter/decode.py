@@ -7,7 +7,7 @@ into the model, and only then waits for them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import cast
@@ -24,6 +24,9 @@ from runner_server.messages import Sampling, Token, TokenLogprob
 _STATE_STEPS = 64
 """Steps after which all of the caches' state is computed: where nothing uses a layer's
 offset, what it is to be would grow by one more addition with each step."""
+
+
+Agree = Callable[[mx.array], mx.array]
 
 
 @dataclass(eq=False)
@@ -91,13 +94,15 @@ class Decoding:
     Args:
         model: The evaluated model.
         vocab_size: Token ids its output layer scores.
+        agree: Puts in place of drawn tokens those that all ranks are to take.
 
     Attributes:
         rows: In the order in which they stand in the batch.
     """
 
-    def __init__(self, model: Module, vocab_size: int) -> None:
+    def __init__(self, model: Module, vocab_size: int, agree: Agree | None = None) -> None:
         self._model = model
+        self._agree = agree
         self._vocab_size = vocab_size
         self.rows: list[Row] = []
         # A single row keeps caches of its own kind, which need no mask.
@@ -164,6 +169,8 @@ class Decoding:
         logits = self._model(inputs[:, None], cache=self._caches)[:, -1, :]
         changed = self._penalties(logits, [row.tokens for row in rows], inputs)
         self._inputs = self._sampler(changed, [row.drawn for row in rows])
+        if self._agree:
+            self._inputs = self._agree(self._inputs)
         begun = self._measure(logits)
         mx.async_eval(self._inputs, [part for found in begun for part in _parts(found)])
         self._steps += 1

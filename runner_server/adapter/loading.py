@@ -12,9 +12,9 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
@@ -24,6 +24,7 @@ from mlxrunner.hostmemory import free_memory
 from mlxrunner.units import format_bytes
 from runner_server.adapter._directory import DEFAULT_CONTEXT, damage, max_context, read_config
 from runner_server.adapter._files import require_files
+from runner_server.adapter._finding import find, find_below
 from runner_server.adapter._reading import read_weights
 from runner_server.adapter.batch import MlxBatch, PromptCache
 from runner_server.adapter.caches import CachePieces
@@ -35,12 +36,14 @@ from runner_server.errors import (
     GenerationFailed,
     InsufficientMemory,
     InvalidField,
-    ModelNotFound,
     ModelUnsupported,
 )
 from runner_server.messages import Dtype, LoadSpec, ModelInfo, Sampling, Token
 from runner_server.model_root import ModelRoot
 from runner_server.prefix import Held, PrefixTree
+
+if TYPE_CHECKING:
+    from runner_server.adapter.sharding import Shard
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +70,20 @@ class MlxModel:
         codec: Its tokenizer.
         info: What it is, and the limits in force.
         plan: What was decided before it was read.
+        shard: The part of it that this rank has; None is all.
     """
 
-    def __init__(self, model: Module, codec: FastCodec, info: ModelInfo, plan: _Plan) -> None:
+    def __init__(
+        self,
+        model: Module,
+        codec: FastCodec,
+        info: ModelInfo,
+        plan: _Plan,
+        shard: Shard | None,
+    ) -> None:
         self._model = model
         self._plan = plan
+        self._shard = shard
         self._pieces = CachePieces.of(model)
         self._prompts: PromptCache = PrefixTree(self._pieces, info.prefix_cache_bytes)
         self.codec = codec
@@ -102,41 +114,54 @@ class MlxModel:
 
     def _batch(self, prompts: PromptCache) -> MlxBatch:
         chunk = _PREFILL_CHUNK[_device_kind()]
-        return MlxBatch(self._model, self.info.vocab_size, chunk, self._pieces, prompts)
+        model, vocab_size, shard = self._model, self.info.vocab_size, self._shard
+        if shard is None:
+            return MlxBatch(model, vocab_size, chunk, self._pieces, prompts)
+        clock, agree = shard.partners.clock, shard.agree
+        return MlxBatch(model, vocab_size, chunk, self._pieces, prompts, clock, agree)
 
 
-def load(spec: LoadSpec, report: Report, root: ModelRoot | None = None) -> MlxModel:
+def load(
+    spec: LoadSpec, report: Report, root: ModelRoot | None = None, shard: Shard | None = None
+) -> MlxModel:
     """Loads a model; see ``Backend.load`` for arguments and errors.
 
     Args:
         spec: What to load.
         report: Called with the progress.
         root: Where models must lie; None is anywhere.
+        shard: Leaves this rank's part of the model; None leaves all.
     """
     mx.reset_peak_memory()
-    path = _find_below(root, spec.model) if root else _find(spec.model)
+    path = find_below(root, spec.model) if root else find(spec.model)
     try:
-        return _load(path, spec, report)
+        return _load(path, spec, report, shard)
     except ModelUnsupported as fault:
         # Not every place that raises it knows the directory.
         fault.metadata.setdefault("model", str(path))
         raise
 
 
-def _load(path: Path, spec: LoadSpec, report: Report) -> MlxModel:
+def _load(path: Path, spec: LoadSpec, report: Report, shard: Shard | None) -> MlxModel:
     require_files(path)
     config = read_config(path)
     report(1)
     model, config = _build(path, config)
     report(3)
+    if shard:
+        spec = shard.split(model, config, spec)
     plan = _plan(spec, model, config)
     codec, eos_token_ids = load_codec(path, config)
     report(5)
-    model = _convert(model, plan.dtype)
+    if shard:
+        shard.partners.begin_load(plan.settled(spec))
+    model = _converted(path, model, config, plan.settled(spec), shard)
     _read(path, model, report)
+    if shard:
+        plan = plan.with_share(shard.partners.finish_load(report, plan.share))
     fit_threads(_arrays(model))
     info = _describe(spec, path, model, config, plan, eos_token_ids)
-    loaded = MlxModel(model, codec, info, plan)
+    loaded = MlxModel(model, codec, info, plan, shard)
     _warm_up(loaded)
     report(100)
     logger.info(
@@ -148,47 +173,6 @@ def _load(path: Path, spec: LoadSpec, report: Report) -> MlxModel:
         info.context_length,
     )
     return loaded
-
-
-def _find_below(root: ModelRoot, model: str) -> Path:
-    """Finds a model, and tells nothing of what lies elsewhere: not even whether it exists."""
-    fault = ModelNotFound(
-        f"no model at {model!r}: this runner opens only directories below the one that it was "
-        "started with as --model-root, and hub ids whose local cache is below it; links that lead "
-        "out of it count as outside",
-        model=model,
-    )
-    try:
-        path = _find(model).resolve()
-        if root.has(path):
-            return path
-    except (ModelNotFound, OSError, RuntimeError) as error:  # RuntimeError: links in a ring
-        raise fault from error
-    raise fault
-
-
-def _find(model: str) -> Path:
-    try:
-        path = Path(model).expanduser()
-        if path.is_dir():
-            return path.resolve()
-        return _find_in_cache(model)
-    # OSError: not in the cache, or a name too long for this file system; ValueError: no
-    # hub id; RuntimeError: "~name" of nobody.
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ModelNotFound(
-            f"no model at {model!r}: it is no directory here and no hub id in the local Hugging "
-            "Face cache; give a directory that exists on this machine, or download the model first "
-            "(nothing is downloaded by this process)",
-            model=model,
-        ) from error
-
-
-def _find_in_cache(model: str) -> Path:
-    # It takes a quarter of a second, which a directory's name need not wait for.
-    from huggingface_hub import snapshot_download  # noqa: PLC0415
-
-    return Path(snapshot_download(model, local_files_only=True))
 
 
 def _build(path: Path, config: dict[str, Any]) -> tuple[Module, dict[str, Any]]:
@@ -233,6 +217,25 @@ class _Plan:
     def kv_bytes(self, tokens: int) -> int:
         """Bytes of KV cache for one sequence, in the format of the converted model."""
         return _kv_bytes(self.probe, tokens, self.dtype)
+
+    @property
+    def share(self) -> float:
+        """For how many sequences of the whole context there is memory."""
+        return self.kv_budget_bytes / max(1, self.kv_bytes(self.context_length))
+
+    def with_share(self, share: float) -> _Plan:
+        """The same with memory for so many sequences, which may be fewer."""
+        budget = min(self.kv_budget_bytes, int(share * self.kv_bytes(self.context_length)))
+        return replace(self, kv_budget_bytes=budget)
+
+    def settled(self, spec: LoadSpec) -> LoadSpec:
+        """The same load with nothing left to choose."""
+        return replace(
+            spec,
+            dtype=self.dtype,
+            context_length=self.context_length,
+            prefix_cache_bytes=self.prefix_cache_bytes,
+        )
 
 
 def _plan(spec: LoadSpec, model: Module, config: dict[str, Any]) -> _Plan:
@@ -301,6 +304,19 @@ def _logical_count(model: Module) -> int:
             elif isinstance(value, mx.array) and name not in ("scales", "biases"):
                 total += value.size
     return total
+
+
+def _converted(
+    path: Path, model: Module, config: dict[str, Any], spec: LoadSpec, shard: Shard | None
+) -> Module:
+    """Changes the format of what was built, and perhaps split."""
+    if shard is None or spec.dtype is Dtype.AS_STORED or not config.get("quantization"):
+        return _convert(model, spec.dtype)
+    # mlx_lm dequantizes whole layers only.
+    model, config = _build(path, config)
+    model = _convert(model, spec.dtype)
+    shard.split(model, config, spec)
+    return model
 
 
 def _convert(model: Module, dtype: Dtype) -> Module:

@@ -53,6 +53,16 @@ class SlotCache:
         return self._memory
 
     @property
+    def keys(self) -> mx.array | None:
+        """All that is there; models whose layers are split among ranks put another in its place."""
+        return self._memory[0] if self._memory else None
+
+    @keys.setter
+    def keys(self, keys: mx.array) -> None:
+        if self._memory:
+            self._memory = keys, self._memory[1]
+
+    @property
     def nbytes(self) -> int:
         """Bytes taken, whether in use or not."""
         return sum(part.nbytes for part in self._memory or ())

@@ -10,7 +10,7 @@ import pytest
 from command_line import invoke
 from runner_client.cli.status import memory_text, status_rows
 from runner_client.testing import Failure, fake_runner
-from runner_client.types import MemoryUsage, Model, State, Status
+from runner_client.types import MemoryUsage, Model, Rank, State, Status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,6 +89,7 @@ def test_status_of_a_busy_runner_in_words() -> None:
         server_version="1.2",
         last_error="it broke",
         blas="OpenBLAS (libopenblas.so.0)",
+        ranks=(Rank(0, "one", 77, "cpu: EPYC", memory), Rank(1, "two", 78, "", memory)),
     )
     assert status_rows(status) == [
         ("state", "active"),
@@ -102,6 +103,8 @@ def test_status_of_a_busy_runner_in_words() -> None:
         ("device", "cpu: EPYC"),
         ("BLAS", "OpenBLAS (libopenblas.so.0)"),
         ("runner", "process 77, version 1.2, up 90 s"),
+        ("rank 0", f"process 77 on one (cpu: EPYC), {memory_text(memory)}"),
+        ("rank 1", f"process 78 on two, {memory_text(memory)}"),
         ("last error", "it broke"),
     ]
 

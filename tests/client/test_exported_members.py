@@ -44,6 +44,7 @@ PUBLIC = [
     "PromptProgress",
     "PromptTooLongError",
     "QueueFullError",
+    "Rank",
     "RestartPolicy",
     "RunnerClient",
     "RunnerError",

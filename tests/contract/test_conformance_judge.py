@@ -42,10 +42,8 @@ def scenario(steps: list[Json], *expect: Json) -> Json:
 
 
 def piece(content: str, *ids: int, **more: Any) -> Json:
-    logprobs = [
-        {"token_id": each, "logprob": -0.5, "top": [{"token_id": each, "logprob": -0.5}]}
-        for each in ids
-    ]
+    token = {"text": "x", "logprob": -0.5}
+    logprobs = [{"token_id": each, "top": [{"token_id": each} | token]} | token for each in ids]
     return {"content": content, "tokenIds": list(ids), "logprobs": logprobs} | more
 
 
@@ -97,6 +95,7 @@ REFUSED = {
         "retry_seconds": 0.5,
     },
 }
+UNLOADED = scenario([call("Completion")], {"code": "RESOURCE_EXHAUSTED", "reason": "QUEUE_FULL"})
 LOAD = scenario(
     [call("Load", watch_status=True)],
     {
@@ -116,6 +115,8 @@ LOADED = {
         {"state": "STATE_ACTIVE", "progress": 100},
     ],
 }
+FIRST = ("messages", 0, "logprobs", 0)
+UNLIKELY = {"token_id": 9, "text": "y", "logprob": -2}
 SOUND = [(COMPLETION, COMPLETED), (REFUSAL, REFUSED), (LOAD, LOADED)]
 
 
@@ -142,8 +143,13 @@ def test_a_right_answer_is_right(wanted: Json, answer: Json) -> None:
         (COMPLETION, changed(COMPLETED, "messages", 0, "content", to="dog"), "no 'dog'"),
         (COMPLETION, changed(COMPLETED, "messages", 0, "tokenIds", to=[7]), "token ids: expected"),
         (COMPLETION, changed(COMPLETED, "messages", 0, "logprobs", to=[]), "probabilities of"),
-        (COMPLETION, changed(COMPLETED, "messages", 0, "logprobs", 0, "top", to=[]), "1 altern"),
-        (COMPLETION, changed(COMPLETED, "messages", 0, "logprobs", 0, "logprob", to=1), "logarit"),
+        (COMPLETION, changed(COMPLETED, *FIRST, "top", to=[]), "1 altern"),
+        (COMPLETION, changed(COMPLETED, *FIRST, "logprob", to=1), "logarithms"),
+        (COMPLETION, changed(COMPLETED, *FIRST, "logprob", to=-1), "the same of a token and"),
+        (COMPLETION, changed(COMPLETED, *FIRST, "text", to="y"), "the same of a token and"),
+        (COMPLETION, changed(COMPLETED, *FIRST, "text", to=""), "the texts of tokens"),
+        (COMPLETION, changed(COMPLETED, *FIRST, "top", 0, "text", to=""), "the texts of tokens"),
+        (COMPLETION, changed(COMPLETED, *FIRST, "top", 0, to=UNLIKELY), "no token more likely"),
         (COMPLETION, changed(COMPLETED, "messages", 0, "done", to=True), "done in the last"),
         (COMPLETION, changed(COMPLETED, "messages", 1, "done", to=False), "done in the last"),
         (COMPLETION, changed(COMPLETED, "messages", 1, "evalCount", to=3), "eval_count is 3"),
@@ -170,6 +176,11 @@ def test_a_right_answer_is_right(wanted: Json, answer: Json) -> None:
         (REFUSAL, changed(REFUSED, "details", "violations", to=[]), "options.top_k"),
         (REFUSAL, changed(REFUSED, "details", "retry_seconds", to=0), "expected above 0, got 0"),
         (REFUSAL, changed(REFUSED, "details", "retry_seconds", to=None), "expected above 0"),
+        (
+            UNLOADED,
+            changed(REFUSED, "details", "violations", to=[]),
+            "retry_seconds: expected None",
+        ),
         (LOAD, changed(LOADED, "statuses", to=[]), "expected statuses, got none"),
         (LOAD, changed(LOADED, "statuses", 0, "progress", to=50), "progress that rises"),
         (LOAD, changed(LOADED, "statuses", 1, "progress", to=0), "no status of 3 was"),
@@ -182,6 +193,16 @@ def test_a_wrong_answer_is_found(wanted: Json, answer: Json, complaint: str) -> 
     found = "; ".join(problems(wanted, [answer]))
     assert found.startswith("step 0, call ")
     assert complaint in found
+
+
+def test_probabilities_are_no_more_than_one() -> None:
+    wanted = scenario([call("Completion")], {"logprobs": 2})
+    first = {"token_id": 5, "text": "x", "logprob": -0.5}
+    token: Json = first | {"top": [first, first | {"token_id": 6}]}
+    answer = {"code": "OK", "messages": [piece("a", 5, done=True, evalCount=1, logprobs=[token])]}
+    assert "logarithms of probabilities" in problems(wanted, [answer]).pop()
+    token["top"][1]["logprob"] = -1.0
+    assert problems(wanted, [answer]) == []
 
 
 def test_completions_of_a_scenario_are_compared() -> None:

@@ -8,7 +8,7 @@ Keys of an expectation, one for each step; all but ``code`` may be left out:
 - ``messages``: how many there were; ``last``: fields of the last one.
 - ``text``: the content of all messages (or how long it is), ``text_lacks``: what is not
   in it; ``token_ids``: those of all messages.
-- ``logprobs``: how many alternatives each token has.
+- ``logprobs``: how many alternatives each token has; what is told of them must fit.
 - ``same_as``, ``differs_from``: another step whose text and tokens are the same, or not.
 - ``statuses``, of a step that watched them: fields of the ``last`` one and of one
   ``seen`` on the way; their progress must never fall.
@@ -22,6 +22,7 @@ last; as many tokens as it says).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -33,6 +34,8 @@ _NUMBERS: dict[str, Callable[[float, float], bool]] = {
     "at_least": lambda found, bound: found >= bound,
     "above": lambda found, bound: found > bound,
 }
+_ROUNDING = 1e-3
+"""Of the sum of probabilities that came as 32-bit logarithms."""
 
 
 def check(expected: Json, outcomes: Sequence[Outcome], pings: int) -> Iterator[str]:
@@ -75,9 +78,14 @@ def _check_details(expected: Json, outcome: Outcome) -> Iterator[str]:
             yield f"expected no details, got {details}"
         return
     details["violations"] = [each.get("field") for each in details.get("violations", ())]
-    wanted = {"reason": expected["reason"], "domain": ERROR_DOMAIN}
-    wanted |= {key: expected[key] for key in ("metadata", "retry_seconds") if key in expected}
-    wanted["violations"] = expected.get("violations", [])
+    wanted = {
+        "reason": expected["reason"],
+        "domain": ERROR_DOMAIN,
+        "violations": expected.get("violations", []),
+        "retry_seconds": expected.get("retry_seconds"),
+    }
+    if "metadata" in expected:
+        wanted["metadata"] = expected["metadata"]
     yield from _differences(wanted, details, "details")
 
 
@@ -131,12 +139,23 @@ def _check_logprobs(count: int | None, outcome: Outcome) -> Iterator[str]:
     wanted = [] if count is None else outcome.token_ids
     if ids != wanted:
         yield f"expected log probabilities of {wanted}, got of {ids}"
-    for each in logprobs:
-        tops = [top["logprob"] for top in each["top"]]
-        if len(tops) != count or tops != sorted(tops, reverse=True):
-            yield f"expected {count} alternatives, most likely first, got {each['top']}"
-        if max(each["logprob"], *tops, 0) > 0:
-            yield f"expected logarithms of probabilities, got {each}"
+    wrong = (list(_check_logprob(each, count)) for each in logprobs)
+    yield from next(filter(None, wrong), [])
+
+
+def _check_logprob(token: Json, count: int | None) -> Iterator[str]:
+    tops = [top["logprob"] for top in token["top"]]
+    if len(tops) != count or tops != sorted(tops, reverse=True):
+        yield f"expected {count} alternatives, most likely first, got {token['top']}"
+    if max(token["logprob"], *tops, 0) > 0 or sum(map(math.exp, tops)) > 1 + _ROUNDING:
+        yield f"expected logarithms of probabilities, got {token}"
+    if not all(each["text"] for each in (token, *token["top"])):
+        yield f"expected the texts of tokens, got {token}"
+    itself = {key: token[key] for key in ("token_id", "text", "logprob")}
+    if any(top["token_id"] == token["token_id"] and top != itself for top in token["top"]):
+        yield f"expected the same of a token and of it as an alternative, got {token}"
+    if tops and token["logprob"] > tops[0]:
+        yield f"expected no token more likely than the most likely one, got {token}"
 
 
 def _compare(key: str, other: Outcome, outcome: Outcome) -> Iterator[str]:

@@ -36,7 +36,8 @@ def slow(self, progress):
 Ledger.note_progress = slow
 """
 
-# Requests say by their id how their steps are to be.
+# Requests say by their id how their steps are to be. A slow one goes on for longer than clients
+# wait for its end, unless it is cancelled: it has 1,022 steps.
 _SLOW_STEPS = """
 import time
 from runner_server.worker import Worker
@@ -46,7 +47,7 @@ silenced = set()
 def slow(self, batch):
     for completion in list(self._seats.running.values()):
         if completion.spec.request_id == "slow":
-            time.sleep(0.02)
+            time.sleep(0.05)
         if completion.spec.request_id == "silent" and completion.id not in silenced:
             silenced.add(completion.id)
             time.sleep(60)

@@ -13,6 +13,11 @@ from interop.languages import LANGUAGES, SCENARIOS, Json, Language, Run
 pytestmark = pytest.mark.timeout(3600)
 
 
+def test_there_is_a_client_in_each_language() -> None:
+    names = {"go", "java", "node", "python", "python-aio", "rust"}
+    assert {each.name for each in LANGUAGES} == names
+
+
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda each: each["name"])
 @pytest.mark.parametrize("language", LANGUAGES, ids=lambda each: each.name)
 def test_scenario(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
-from interop.languages import EXAMPLES, Language, run
+from interop.languages import EXAMPLES, Failed, Language, run
 from interop.servers import DEMO_MODEL, ROOT, Server
 from runner_client import Options, RunnerClient
 
@@ -22,6 +24,9 @@ MOST_LINES = 59
 SOURCES = {".go", ".java", ".js", ".py", ".rs"}
 
 _SECONDS = 120.0
+_GONE_SECONDS = 10.0
+_MARK = "MLX_RUNNER_TEST"
+"""A variable by which the processes of a test are known."""
 _LANGUAGES = [Language(each.parent.name) for each in sorted(EXAMPLES.glob("*/run"))]
 
 
@@ -43,13 +48,36 @@ def test_it_prints_the_completion(
     servers: dict[str, Server],
     expected: str,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     need(language)
     language.build()
     where = str(DEMO_MODEL) if language.name in SPAWN else servers["plain"].address
-    command = [str(EXAMPLES / language.name / "run"), where]
-    text = run(command, f"example in {language.name}", _SECONDS, tmp_path)
+    monkeypatch.setenv(_MARK, str(tmp_path))
+    text = run([_run(language), where], f"example in {language.name}", _SECONDS, tmp_path)
+    assert _marked(tmp_path) == [], "it ended before its runner did"
     assert text.rstrip() == expected.rstrip() != ""
+
+
+@pytest.mark.parametrize("language", _LANGUAGES, ids=lambda each: each.name)
+def test_it_tells_why_it_failed(
+    need: Callable[[Language], None],
+    language: Language,
+    servers: dict[str, Server],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    need(language)
+    language.build()
+    where, reason = servers["token"].address, "UNAUTHENTICATED"
+    if language.name in SPAWN:
+        where, reason = str(tmp_path / "nothing"), "MODEL_NOT_FOUND"
+    if language.name == "python":
+        reason = "ModelNotFoundError"
+    monkeypatch.setenv(_MARK, str(tmp_path))
+    with pytest.raises(Failed, match=f"(?s)ended with 1:.*{reason}"):
+        run([_run(language), where], f"example in {language.name}", _SECONDS, tmp_path)
+    assert psutil.wait_procs(_marked(tmp_path), _GONE_SECONDS)[1] == []
 
 
 def test_it_is_short() -> None:
@@ -60,6 +88,20 @@ def test_it_is_short() -> None:
     }
     assert {path.parts[1] for path in lines} == SPAWN | CALL
     assert {path: count for path, count in lines.items() if count > MOST_LINES} == {}
+
+
+def _run(language: Language) -> str:
+    return str(EXAMPLES / language.name / "run")
+
+
+def _marked(folder: Path) -> list[psutil.Process]:
+    """Processes that the example of a test has left."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(_MARK) == str(folder):
+                found.append(process)
+    return found
 
 
 def _files() -> list[Path]:

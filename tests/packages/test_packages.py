@@ -66,7 +66,7 @@ def test_what_the_wheel_holds(packages: Packages) -> None:
     assert packages[0].stat().st_size < 8 * 2**20
 
 
-def test_the_sdist_tests_itself(packages: Packages) -> None:
+def test_the_sdist_holds_what_its_tests_need(packages: Packages) -> None:
     with tarfile.open(packages[1]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     assert {"Makefile", "README.md", "LICENSE", "proto/mlxrunner/v1/runner.proto"} <= names

@@ -278,7 +278,8 @@ class LoadRequest(_message.Message):
     """In which format to hold the weights. Default: DTYPE_AUTO."""
     memory_limit_bytes: _builtins.int
     """The most memory the model may take, weights, KV caches and prefix cache
-    together, in bytes. Range: more than 0. Default: what is free now.
+    together, in bytes; where ranks hold it together, on each of them. Range:
+    more than 0. Default: what is free now.
     """
     prefix_cache_bytes: _builtins.int
     """The most memory to keep evaluated prompts in, in bytes, so that a prompt
@@ -491,6 +492,7 @@ class StatusResponse(_message.Message):
     SERVER_VERSION_FIELD_NUMBER: _builtins.int
     LAST_ERROR_FIELD_NUMBER: _builtins.int
     BLAS_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
     state: Global___State.ValueType
     """What it is doing."""
     progress: _builtins.int
@@ -549,6 +551,13 @@ class StatusResponse(_message.Message):
     def uptime_duration(self) -> _duration_pb2.Duration:
         """How long the process has been up."""
 
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rank]:
+        """The processes that hold the model together, this one (rank 0) first; empty
+        for a process that holds all of it. `memory`, `memory_usage` and `model` are
+        of this process alone.
+        """
+
     def __init__(
         self,
         *,
@@ -570,14 +579,55 @@ class StatusResponse(_message.Message):
         server_version: _builtins.str = ...,
         last_error: _builtins.str = ...,
         blas: _builtins.str = ...,
+        ranks: _abc.Iterable[Global___Rank] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["last_progress_age", b"last_progress_age", "memory_usage", b"memory_usage", "model", b"model", "uptime_duration", b"uptime_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blas", b"blas", "context_length", b"context_length", "device", b"device", "last_error", b"last_error", "last_progress_age", b"last_progress_age", "memory", b"memory", "memory_usage", b"memory_usage", "model", b"model", "parallel", b"parallel", "pid", b"pid", "progress", b"progress", "queued_count", b"queued_count", "runner_id", b"runner_id", "running_count", b"running_count", "server_version", b"server_version", "state", b"state", "step_count", b"step_count", "uptime_duration", b"uptime_duration"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blas", b"blas", "context_length", b"context_length", "device", b"device", "last_error", b"last_error", "last_progress_age", b"last_progress_age", "memory", b"memory", "memory_usage", b"memory_usage", "model", b"model", "parallel", b"parallel", "pid", b"pid", "progress", b"progress", "queued_count", b"queued_count", "ranks", b"ranks", "runner_id", b"runner_id", "running_count", b"running_count", "server_version", b"server_version", "state", b"state", "step_count", b"step_count", "uptime_duration", b"uptime_duration"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StatusResponse: _TypeAlias = StatusResponse  # noqa: Y015
+
+@_typing.final
+class Rank(_message.Message):
+    """One of the processes that hold a model together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    MEMORY_USAGE_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    """Its number: 0 for the one that serves."""
+    host: _builtins.str
+    """The name of its machine."""
+    pid: _builtins.int
+    """Its process id there."""
+    device: _builtins.str
+    """The device that computes, as `StatusResponse.device`."""
+    @_builtins.property
+    def memory_usage(self) -> Global___MemoryUsage:
+        """Its memory, at most two seconds old."""
+
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+        host: _builtins.str = ...,
+        pid: _builtins.int = ...,
+        device: _builtins.str = ...,
+        memory_usage: Global___MemoryUsage | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["memory_usage", b"memory_usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "host", b"host", "memory_usage", b"memory_usage", "pid", b"pid", "rank", b"rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Rank: _TypeAlias = Rank  # noqa: Y015
 
 @_typing.final
 class MemoryUsage(_message.Message):

@@ -87,8 +87,9 @@ class RunnerServiceServicer(object):
         local Hugging Face cache; nothing is downloaded. The same if this server is
         limited to a directory and the model is not below it. Correct `model`.
         - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the files are no loadable model,
-        or need code of their own to run; the message names the file. Use another
-        model.
+        or need code of their own to run; the message names the file. The same if
+        ranks are to hold the model together and it cannot be split among so many.
+        Use another model.
         - FAILED_PRECONDITION / BUSY: another load or an unload runs; wait for it,
         or cancel it.
         - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the weights, the KV cache of one

@@ -1,0 +1,69 @@
+"""Collects what is wrong with a request, field by field; knows no message."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping
+
+from runner_server.errors import InvalidField
+
+_MAX_BIASES = 1024
+_MAX_BIAS = 100.0
+
+
+class Checker:
+    """Collects what is wrong with a request, so that one answer names it all."""
+
+    def __init__(self) -> None:
+        self._violations: list[tuple[str, str]] = []
+
+    def require(self, field: str, ok: bool, text: str) -> None:
+        """Notes ``text`` about a field unless it is ``ok``."""
+        if not ok:
+            self._violations.append((field, text))
+
+    def number(
+        self, field: str, value: float, low: float, high: float, *, above: bool = False
+    ) -> None:
+        """Checks a number; ``above`` leaves the lower end out of the range."""
+        if isinstance(value, float):
+            # What a client sends for 0.01 is the nearest 32-bit number, a little less.
+            low, high = _float32(low), _float32(high)
+        inside = math.isfinite(value) and low <= value <= high and not (above and value == low)
+        bounds = f"{'above ' if above else ''}{_plain(low)} to {_plain(high)}"
+        self.require(field, inside, f"{_plain(value)} is not in the range {bounds}")
+
+    def bias(self, field: str, bias: Mapping[int, float], vocab_size: int) -> None:
+        """Checks what is to be added to the logits of tokens."""
+        if len(bias) > _MAX_BIASES:
+            many = f"{len(bias)} entries; at most {_MAX_BIASES}"
+            self.require(field, ok=False, text=many)
+            return
+        for token_id, value in bias.items():
+            entry = f"{field}[{token_id}]"
+            known = 0 <= token_id < vocab_size
+            self.require(entry, known, f"not a token id: 0 to {vocab_size - 1}")
+            # NaN compares false, so it is refused too.
+            self.require(
+                entry, -_MAX_BIAS <= value <= _MAX_BIAS, f"{value:g} is not in -100 to 100"
+            )
+
+    def finish(self) -> None:
+        """Ends the checks.
+
+        Raises:
+            InvalidField: Something was wrong.
+        """
+        if self._violations:
+            raise InvalidField(self._violations)
+
+
+def _float32(value: float) -> float:
+    (nearest,) = struct.unpack("f", struct.pack("f", value))
+    return float(nearest)
+
+
+def _plain(value: float) -> str:
+    """A number as people write it: no exponent for a whole one."""
+    return str(value) if isinstance(value, int) else f"{value:g}"

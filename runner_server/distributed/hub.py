@@ -1,0 +1,225 @@
+"""The other ranks as rank 0 sees them: who they are, what they answer, which one has gone."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from runner_server.backend import BackendLost
+from runner_server.distributed.link import BEAT_SECONDS, SILENCE_SECONDS, Link, encode
+from runner_server.messages import MemoryCounters, Rank
+
+logger = logging.getLogger(__name__)
+
+_HELLO_SECONDS = 5.0
+"""How long one that connects may take to say who it is."""
+
+_LOST_SECONDS = 2.0
+"""How long after MLX raised it is waited for the sign that a rank has gone."""
+
+
+@dataclass
+class _Follower:
+    link: Link
+    rank: Rank
+    answers: queue.SimpleQueue[list[Any]] = field(default_factory=queue.SimpleQueue)
+
+
+class Hub:
+    """Connects rank 0 with all others.
+
+    Args:
+        host: The address of this machine on which the others reach it.
+        size: How many ranks there are, this one included.
+
+    Raises:
+        OSError: The address cannot be listened on.
+    """
+
+    def __init__(self, host: str, size: int) -> None:
+        self._size = size
+        self._secret = secrets.token_hex(32)
+        family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+        self._listener = socket.create_server((host, 0), family=family)
+        self._followers: list[_Follower] = []
+        self._on_lost: Callable[[str], object] | None = None
+        self._on_stop: Callable[[], object] | None = None
+        self._lock = threading.Lock()
+        self._lost = threading.Event()
+        self._lost_text = ""
+        self._is_closing = False
+
+    @property
+    def address(self) -> list[Any]:
+        """Where followers connect, and what they say to be let in: host, port, secret."""
+        return [*self._listener.getsockname()[:2], self._secret]
+
+    def gather(self, traits: Sequence[str], timeout_seconds: float) -> None:
+        """Waits for all others.
+
+        Args:
+            traits: What must be the same on all ranks, such as versions.
+            timeout_seconds: How long.
+
+        Raises:
+            TimeoutError: Some have not come.
+            ValueError: One differs in what must be the same.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        with self._listener:
+            while len(self._followers) < self._size - 1:
+                self._listener.settimeout(max(0.001, deadline - time.monotonic()))
+                try:
+                    connection, _ = self._listener.accept()
+                except TimeoutError:
+                    missing = self._size - 1 - len(self._followers)
+                    raise TimeoutError(
+                        f"{missing} of {self._size} ranks did not come within "
+                        f"{timeout_seconds:.0f} s; their logs say why"
+                    ) from None
+                self._admit(connection, list(traits))
+        self._followers.sort(key=lambda follower: follower.rank.rank)
+        for follower in self._followers:
+            threading.Thread(target=self._listen, args=(follower,), daemon=True).start()
+        threading.Thread(target=self._beat, name="beat", daemon=True).start()
+
+    def _admit(self, connection: socket.socket, traits: list[str]) -> None:
+        link = Link(connection, _HELLO_SECONDS)
+        try:
+            _, secret, rank, host, pid, device, theirs = link.receive()
+        except (OSError, ValueError):
+            link.close()
+            return
+        if not secrets.compare_digest(str(secret), self._secret):
+            link.close()
+            return
+        if theirs != traits:
+            link.close()
+            raise ValueError(f"rank {rank} on {host} has {theirs} and rank 0 has {traits}")
+        link.allow_silence(SILENCE_SECONDS)
+        self._followers.append(_Follower(link, Rank(rank, host, pid, device)))
+
+    def watch(self, on_lost: Callable[[str], object], on_stop: Callable[[], object]) -> None:
+        """Says whom to tell of a rank that is gone, in words, or that asks for a stop.
+
+        Both are called on threads of the hub, at most once for each rank.
+        """
+        with self._lock:
+            self._on_lost, self._on_stop = on_lost, on_stop
+            gone = self._lost.is_set()
+        if gone:
+            on_lost(self._lost_text)
+
+    @property
+    def others(self) -> list[Rank]:
+        """The other ranks, with the memory that they told of last."""
+        return [follower.rank for follower in self._followers]
+
+    def tell(self, *message: object) -> None:
+        """Sends a message to all others.
+
+        Raises:
+            BackendLost: One is gone.
+        """
+        line = encode(*message)
+        for follower in self._followers:
+            try:
+                follower.link.send_line(line)
+            except OSError as error:
+                self._lose(follower, error)
+        if self._lost.is_set():
+            raise BackendLost(self._lost_text)
+
+    def answer(self, place: int, timeout_seconds: float) -> list[Any] | None:
+        """The next answer of the follower at a place of :attr:`others`; None if none came.
+
+        Raises:
+            BackendLost: A rank is gone.
+        """
+        try:
+            return self._followers[place].answers.get(timeout=timeout_seconds)
+        except queue.Empty:
+            if self._lost.is_set():
+                raise BackendLost(self._lost_text) from None
+            return None
+
+    def lost(self, error: Exception) -> BackendLost:
+        """What an error of MLX on this rank means: mostly that another one is gone."""
+        if self._lost.wait(_LOST_SECONDS):
+            return BackendLost(self._lost_text)
+        # The others will be gone because of this, and not the other way round.
+        self._is_closing = True
+        self._close_links()
+        return BackendLost(
+            f"rank 0 failed ({type(error).__name__}: {error}), so that the other ranks wait in vain"
+        )
+
+    def close(self) -> None:
+        """Tells the others to end."""
+        if self._lost.is_set():
+            return
+        self._is_closing = True
+        try:
+            self.tell("close")
+        except BackendLost:
+            logger.warning("%s, while all were told to end", self._lost_text)
+        self._close_links()
+
+    def _listen(self, follower: _Follower) -> None:
+        try:
+            for kind, *values in follower.link.messages():
+                if kind == "beat":
+                    follower.rank = _with_memory(follower.rank, *values)
+                elif kind == "stop":
+                    self._ask_stop(follower.rank)
+                else:
+                    follower.answers.put([kind, *values])
+        except (OSError, ValueError) as error:
+            self._lose(follower, error)
+
+    def _ask_stop(self, rank: Rank) -> None:
+        logger.info("stopping, because rank %d on %s was asked to", rank.rank, rank.host)
+        if self._on_stop:
+            self._on_stop()
+
+    def _lose(self, follower: _Follower, error: Exception) -> None:
+        with self._lock:
+            if self._is_closing or self._lost.is_set():
+                return
+            rank = follower.rank
+            self._lost_text = (
+                f"rank {rank.rank} (process {rank.pid} on {rank.host}) is gone: {error}; the model "
+                "is split among all ranks, so all end; its own log says more; use another runner"
+            )
+            self._lost.set()
+            on_lost = self._on_lost
+        logger.critical("%s", self._lost_text)
+        self._close_links()
+        if on_lost:
+            on_lost(self._lost_text)
+
+    def _close_links(self) -> None:
+        """Ends the others: they follow nobody any more."""
+        for follower in self._followers:
+            follower.link.close()
+
+    def _beat(self) -> None:
+        while not (self._is_closing or self._lost.wait(BEAT_SECONDS)):
+            for follower in self._followers:
+                try:
+                    follower.link.send("beat")
+                except OSError as error:
+                    self._lose(follower, error)
+
+
+def _with_memory(rank: Rank, counters: dict[str, int], process: int, limit: int) -> Rank:
+    return replace(
+        rank, memory=MemoryCounters(**counters), process_bytes=process, limit_bytes=limit
+    )

@@ -1,0 +1,111 @@
+"""Ranks end together: the death of one, a stop, the launcher's end. None is left behind."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+
+from mlxrunner.v1 import runner_pb2 as pb
+from rank_processes import DEMO, Ranks, completion, failure_of, problem_of, ranks
+from server_child import DEADLINE_SECONDS
+
+pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+pytestmark = pytest.mark.mlx
+
+PROMISED_SECONDS = 5.0
+"""From a death to the end of all, on a machine with something else to do as well."""
+
+PROMPT = [7 * i % 2000 + 5 for i in range(900)]
+
+
+def idle(started: Ranks, _model: Path) -> grpc.Call | None:
+    """Nothing is loaded."""
+    started.first.status()
+    return None
+
+
+def loading(started: Ranks, model: Path) -> grpc.Call:
+    """In the middle of a load."""
+    first = started.first
+    call = first.stub.Load.future(pb.LoadRequest(model=str(model)), timeout=DEADLINE_SECONDS)
+    first.wait_for(lambda: first.status().progress > 1)
+    return call
+
+
+def prefill(started: Ranks, _model: Path) -> grpc.Call:
+    """In the middle of a prompt."""
+    started.first.load(DEMO)
+    request = completion(PROMPT, num_predict=100)
+    call = started.first.stub.Completion(request, timeout=DEADLINE_SECONDS)
+    assert next(call).HasField("prompt_progress")
+    return call
+
+
+def decode(started: Ranks, _model: Path) -> grpc.Call:
+    """In the middle of a text."""
+    started.first.load(DEMO)
+    call = started.first.complete(900)
+    while not next(call).token_ids:
+        pass
+    assert isinstance(call, grpc.Call)
+    return call
+
+
+Phase = Callable[[Ranks, Path], grpc.Call | None]
+
+
+@pytest.mark.parametrize(
+    ("size", "victim", "phase"),
+    [
+        (2, 1, idle),
+        (2, 1, loading),
+        (2, 1, prefill),
+        (2, 1, decode),
+        (2, 0, decode),
+        (3, 2, idle),
+    ],
+)
+def test_the_death_of_one_ends_all(
+    tmp_path: Path, deep: Path, size: int, victim: int, phase: Phase
+) -> None:
+    with ranks(tmp_path, size) as started:
+        call = phase(started, deep)
+        began = time.monotonic()
+        started.processes[victim].kill()
+        if call is not None:
+            error = failure_of(call)
+            assert error.code() == grpc.StatusCode.UNAVAILABLE
+            # Where rank 0 itself is gone, the connection is all there is to tell.
+            if victim:
+                reason, text = problem_of(error)
+                assert reason == "SHUTTING_DOWN", started.log()
+                assert f"rank {victim} (process {started.processes[victim].pid} on" in text
+        codes = started.wait()
+        took = time.monotonic() - began
+        assert codes.pop(victim) == -signal.SIGKILL
+        assert set(codes) == {70}, started.log()
+        assert took < PROMISED_SECONDS
+
+
+@pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGTERM), (1, signal.SIGINT)])
+def test_a_signal_to_any_ends_all_in_order(
+    tmp_path: Path, rank: int, number: signal.Signals
+) -> None:
+    with ranks(tmp_path, 2) as started:
+        call = decode(started, DEMO)
+        started.processes[rank].send_signal(number)
+        assert problem_of(failure_of(call))[0] == "SHUTTING_DOWN"
+        assert started.wait() == [0, 0], started.log()
+
+
+def test_all_end_with_the_launcher(tmp_path: Path) -> None:
+    with ranks(tmp_path, 2) as started:
+        pipe = started.first.process.stdin
+        assert pipe
+        pipe.close()
+        assert started.wait() == [0, 0], started.log()

@@ -1,0 +1,157 @@
+"""What ranks generate together is what one process generates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mlxrunner.v1 import runner_pb2 as pb
+from rank_processes import DEMO, THREE_HEADS, Ranks, completion, ranks
+from server_child import DEADLINE_SECONDS, Child
+
+pytestmark = pytest.mark.mlx
+
+Build = Callable[..., Path]
+
+LONG = [7 * i % 2000 + 10 for i in range(300)]
+"""A prompt of several chunks."""
+
+REQUESTS = {
+    "greedy": completion("def main(", temperature=0, num_predict=32),
+    "seeded": completion("class Parser:", seed=11, num_predict=32),
+    "nucleus": completion("import os\n", seed=5, top_k=0, top_p=0.8, num_predict=24),
+    "penalties": completion("for i in", seed=3, repeat_penalty=1.3, num_predict=24),
+    "biased": completion("return", temperature=0, logit_bias={0: -100, 1: -100}, num_predict=24),
+    "long": completion(LONG, temperature=0, num_predict=16),
+}
+
+
+def tokens(messages: Iterable[pb.CompletionResponse]) -> list[int]:
+    """The token ids of a stream that ends as it should."""
+    seen = list(messages)
+    assert seen[-1].done
+    return [id_ for message in seen for id_ in message.token_ids]
+
+
+def generated(server: Child, requests: Iterable[pb.CompletionRequest]) -> list[list[int]]:
+    """What a server generates for each, one after the other."""
+    complete = server.stub.Completion
+    return [tokens(complete(request, timeout=DEADLINE_SECONDS)) for request in requests]
+
+
+@pytest.fixture(scope="module")
+def expected(alone: Child) -> dict[str, list[int]]:
+    """What one process generates for each of the requests."""
+    alone.load(DEMO)
+    return dict(zip(REQUESTS, generated(alone, REQUESTS.values()), strict=True))
+
+
+@pytest.fixture(scope="module")
+def pair(two: Ranks) -> Child:
+    """Two ranks with the demo model, asked through the first."""
+    two.first.load(DEMO)
+    return two.first
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_two_ranks_generate_what_one_process_does(
+    pair: Child, expected: dict[str, list[int]], name: str
+) -> None:
+    assert generated(pair, [REQUESTS[name]]) == [expected[name]]
+
+
+def test_streams_come_and_go_together(pair: Child, expected: dict[str, list[int]]) -> None:
+    calls = {"greedy": pair.stub.Completion(REQUESTS["greedy"], timeout=DEADLINE_SECONDS)}
+    begun = [next(calls["greedy"]) for _ in range(2)]
+    gone = pair.complete(400)
+    for name in ("long", "seeded", "nucleus", "penalties", "biased"):
+        calls[name] = pair.stub.Completion(REQUESTS[name], timeout=DEADLINE_SECONDS)
+    while not next(gone).token_ids:
+        pass
+    gone.cancel()  # type: ignore[attr-defined]  # a call of gRPC
+    first = [id_ for message in begun for id_ in message.token_ids]
+    assert first + tokens(calls.pop("greedy")) == expected["greedy"]
+    for name, call in calls.items():
+        assert tokens(call) == expected[name], name
+    pair.wait_for(lambda: pair.status().running_count == 0)
+
+
+def test_ranks_keep_evaluated_prompts_alike(pair: Child, expected: dict[str, list[int]]) -> None:
+    generated(pair, [REQUESTS["long"]])
+    *_, last = pair.stub.Completion(REQUESTS["long"], timeout=DEADLINE_SECONDS)
+    assert last.prompt_cached_count == len(LONG) - 1
+    assert generated(pair, [REQUESTS["long"]]) == [expected["long"]]
+
+
+def test_log_probabilities_are_those_of_one_process(alone: Child, pair: Child) -> None:
+    request = completion("def", temperature=0, num_predict=8, logprobs=3)
+    found = [
+        [entry for message in server.stub.Completion(request) for entry in message.logprobs]
+        for server in (alone, pair)
+    ]
+    whole, split = ([entry.logprob for entry in entries] for entries in found)
+    assert split == pytest.approx(whole, abs=1e-4)
+    assert [e.top[1].token_id for e in found[0]] == [e.top[1].token_id for e in found[1]]
+
+
+def test_each_rank_holds_a_part(alone: Child, pair: Child, expected: dict[str, list[int]]) -> None:
+    assert expected
+    whole, status = alone.status(), pair.status()
+    assert [rank.rank for rank in status.ranks] == [0, 1]
+    assert status.ranks[0].pid == status.pid
+    assert len({rank.pid for rank in status.ranks}) == 2
+    assert all(rank.device == status.device and rank.host for rank in status.ranks)
+    assert status.model.weight_bytes < 0.7 * whole.model.weight_bytes
+    pair.wait_for(lambda: pair.status().ranks[1].memory_usage.limit_bytes > 0)
+    held = pair.status().ranks[1].memory_usage
+    assert status.model.weight_bytes <= held.active_bytes < whole.model.weight_bytes
+    assert not whole.ranks
+
+
+QUANTIZABLE = {**THREE_HEADS, "hidden_size": 192, "intermediate_size": 384, "head_dim": 32}
+"""Whole groups of 32 weights for each of three ranks."""
+
+SHORT = [
+    completion("def main(", temperature=0, num_predict=8),
+    completion([id_ % 500 for id_ in LONG[:150]], seed=4, num_predict=8),
+]
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Three ranks without a model."""
+    with ranks(tmp_path_factory.mktemp("three"), 3) as started:
+        yield started
+
+
+@pytest.mark.parametrize(
+    ("quantize_bits", "dtype"),
+    [(None, pb.DTYPE_AUTO), (4, pb.DTYPE_AS_STORED), (4, pb.DTYPE_FLOAT32)],
+)
+def test_three_ranks_generate_what_one_process_does(
+    alone: Child,
+    three: Ranks,
+    model_dir: Build,
+    quantize_bits: int | None,
+    dtype: pb.Dtype.ValueType,
+) -> None:
+    model = model_dir("llama", quantize_bits=quantize_bits, **QUANTIZABLE)
+    load = pb.LoadRequest(model=str(model), dtype=dtype)
+    for server in (alone, three.first):
+        server.stub.Load(load, timeout=DEADLINE_SECONDS)
+    calls = [three.first.stub.Completion(each, timeout=DEADLINE_SECONDS) for each in SHORT]
+    assert [tokens(call) for call in calls] == generated(alone, SHORT)
+
+
+def test_three_ranks_share_out_layers(alone: Child, model_dir: Build, tmp_path: Path) -> None:
+    # Four layers, of which one rank gets two.
+    model = model_dir("llama", model_type="qwen2", num_hidden_layers=4)
+    alone.load(model)
+    with ranks(tmp_path, 3, "--pipeline") as three:
+        three.first.load(model)
+        calls = [three.first.stub.Completion(each, timeout=DEADLINE_SECONDS) for each in SHORT]
+        assert [tokens(call) for call in calls] == generated(alone, SHORT)
+        parts = three.first.status().model.weight_bytes, alone.status().model.weight_bytes
+        assert parts[0] < parts[1]

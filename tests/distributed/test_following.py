@@ -1,0 +1,269 @@
+"""Rank 0 and a follower in one process, on a fake model library: who says what, who is gone."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from fakes import DEADLINE_SECONDS, FakeBackend, FakeModel
+from runner_server.backend import BackendLost
+from runner_server.distributed import hub as hub_module
+from runner_server.distributed.follower import Follower, FollowerPartners, Inbox
+from runner_server.distributed.hub import Hub
+from runner_server.distributed.leader import LeaderBackend, LeaderPartners
+from runner_server.distributed.link import Link
+from runner_server.errors import InsufficientMemory, ModelNotFound, ShuttingDown
+from runner_server.messages import Dtype, LoadSpec, Sampling, Token
+
+TRAITS = ["runner 1", "cpu"]
+
+
+class SplitBackend(FakeBackend):
+    """Loads as the adapter does, and draws what the clock says."""
+
+    def __init__(self, partners: Any, share: float) -> None:
+        super().__init__()
+        self.partners = partners
+        self.share = share
+        self.specs: list[LoadSpec] = []
+        self.shares: list[float] = []
+        self.seen: list[object] = []
+        self.warm_up_error: Exception | None = None
+
+    def load(self, spec: LoadSpec, report: Callable[[int], None]) -> FakeModel:
+        """See ``Backend.load``."""
+        self.specs.append(spec)
+        self.partners.begin_load(spec)
+        model = super().load(spec, report)
+        self.shares.append(self.partners.finish_load(report, self.share))
+        self.seen.append(self.partners.clock())
+        if self.warm_up_error:
+            raise self.warm_up_error
+        report(100)
+        return model
+
+
+@dataclass
+class Pair:
+    """Both ranks, and what became of the follower."""
+
+    hub: Hub
+    leader: LeaderBackend
+    first: SplitBackend
+    second: SplitBackend
+    link: Link
+    thread: threading.Thread
+    ended: queue.SimpleQueue[object]
+    lost: threading.Event = field(default_factory=threading.Event)
+
+
+def connected(hub: Hub, traits: list[str] = TRAITS, rank: int = 1) -> Link:
+    """A follower's end of a connection, with its hello said."""
+    host, port, secret = hub.address
+    link = Link(socket.create_connection((host, port), timeout=DEADLINE_SECONDS))
+    link.send("hello", secret, rank, "there", 4711, "cpu: fake", traits)
+    return link
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    """Rank 0 and rank 1."""
+    hub = Hub("127.0.0.1", 2)
+    link = connected(hub)
+    hub.gather(TRAITS, DEADLINE_SECONDS)
+    leader_partners = LeaderPartners(hub)
+    first = SplitBackend(leader_partners, 3.0)
+    ended: queue.SimpleQueue[object] = queue.SimpleQueue()
+    lost = threading.Event()
+    inbox = Inbox(link, lost.set)
+    partners = FollowerPartners(link, inbox)
+    second = SplitBackend(partners, 2.5)
+    follower = Follower(second, link, inbox, partners)
+
+    def follow() -> None:
+        try:
+            follower.run()
+            ended.put("closed")
+        except Exception as error:  # noqa: BLE001 - the test looks at it
+            ended.put(error)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    inbox.start()
+    thread.start()
+    leader = LeaderBackend(first, hub, leader_partners)
+    yield Pair(hub, leader, first, second, link, thread, ended, lost)
+    second.open_gates()
+    hub.close()
+    link.close()
+
+
+def ignore(_progress: int) -> None:
+    """Nobody watches the load."""
+
+
+def test_a_follower_does_what_rank_0_does(pair: Pair) -> None:
+    spec = LoadSpec("m", context_length=64, dtype=Dtype.FLOAT32, prefix_cache_bytes=9)
+    batch = pair.leader.load(spec, ignore).new_batch()
+    sampling = Sampling(seed=2**64 - 1, logit_bias=((5, -1.5),), logprobs=2)
+    batch.add(7, (1, 2, 3), sampling)
+    batch.add(8, [4], Sampling())
+    drawn = [event for _ in range(3) for event in batch.step() if isinstance(event, Token)]
+    assert drawn
+    batch.pause(7)
+    batch.step()
+    batch.resume(7)
+    batch.remove([8])
+    pair.hub.close()
+    assert pair.ended.get(timeout=DEADLINE_SECONDS) == "closed"
+    assert pair.second.specs == [spec]
+    assert pair.second.steps == pair.first.steps == 4
+    assert pair.second.pauses == 1
+    (theirs,), (ours,) = pair.second.batches, pair.first.batches
+    assert theirs.rows.keys() == ours.rows.keys() == {7}
+    assert [next(theirs.rows[7].tokens) for _ in range(9)] == [
+        next(ours.rows[7].tokens) for _ in range(9)
+    ]
+    assert pair.second.seen == pair.first.seen
+    assert pair.first.shares == [2.5]
+
+
+def test_what_a_follower_cannot_load_is_raised_with_its_name(pair: Pair) -> None:
+    pair.second.load_error = InsufficientMemory("too little", requiredBytes=5, availableBytes=4)
+    with pytest.raises(InsufficientMemory, match="rank 1 on there: too little") as raised:
+        pair.leader.load(LoadSpec("m"), ignore)
+    assert raised.value.metadata == {"requiredBytes": "5", "availableBytes": "4"}
+    assert pair.leader.load(LoadSpec("m"), ignore)
+
+
+def test_what_rank_0_cannot_load_the_others_drop(pair: Pair) -> None:
+    pair.first.load_error = ModelNotFound("gone")
+    with pytest.raises(ModelNotFound, match="gone"):
+        pair.leader.load(LoadSpec("m"), ignore)
+    assert pair.leader.load(LoadSpec("m"), ignore)
+
+
+def test_a_load_is_given_up_while_it_waits_for_others(pair: Pair) -> None:
+    pair.second.load_gate.shut()
+
+    def cancelled(progress: int) -> None:
+        if progress == 95:
+            pair.second.load_gate.open()
+            raise ShuttingDown("the load was cancelled")
+
+    with pytest.raises(ShuttingDown):
+        pair.leader.load(LoadSpec("m"), cancelled)
+    assert pair.leader.load(LoadSpec("m"), ignore)
+    assert pair.first.shares == [2.5]
+
+
+def test_a_load_is_given_up_at_its_end(pair: Pair) -> None:
+    def cancelled(progress: int) -> None:
+        if progress == 100 and pair.first.seen:
+            raise ShuttingDown("the load was cancelled")
+
+    with pytest.raises(ShuttingDown):
+        pair.leader.load(LoadSpec("m"), cancelled)
+    pair.leader.release()
+    pair.first.seen.clear()
+    assert pair.leader.load(LoadSpec("m"), ignore)
+    assert not pair.lost.is_set()
+
+
+def test_a_warm_up_that_fails_on_rank_0_ends_all(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "_LOST_SECONDS", 0.05)
+    pair.first.warm_up_error = RuntimeError("no g++")
+    with pytest.raises(BackendLost, match=r"rank 0 failed .RuntimeError: no g..."):
+        pair.leader.load(LoadSpec("m"), ignore)
+    assert pair.lost.wait(DEADLINE_SECONDS)
+
+
+def test_a_warm_up_that_fails_on_a_follower_ends_it(pair: Pair) -> None:
+    pair.second.warm_up_error = RuntimeError("no g++")
+    pair.leader.load(LoadSpec("m"), ignore)
+    error = pair.ended.get(timeout=DEADLINE_SECONDS)
+    assert isinstance(error, RuntimeError)
+
+
+def test_a_step_that_fails_ends_all(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "_LOST_SECONDS", 0.05)
+    batch = pair.leader.load(LoadSpec("m"), ignore).new_batch()
+    batch.add(1, [1], Sampling())
+    pair.first.failures.append(ValueError("broken"))
+    with pytest.raises(BackendLost, match="ValueError: broken"):
+        batch.step()
+    assert pair.lost.wait(DEADLINE_SECONDS)
+
+
+def test_rank_0_hears_of_a_follower_that_is_gone(pair: Pair) -> None:
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+    pair.hub.watch(told.put, lambda: None)
+    pair.link.close()
+    text = told.get(timeout=DEADLINE_SECONDS)
+    assert "rank 1 (process 4711 on there) is gone" in text
+    with pytest.raises(BackendLost, match="rank 1"):
+        pair.hub.tell("step")
+    again: list[str] = []
+    pair.hub.watch(again.append, lambda: None)
+    assert again == [text]
+
+
+def test_a_follower_that_is_silent_counts_as_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "SILENCE_SECONDS", 0.2)
+    hub = Hub("127.0.0.1", 2)
+    link = connected(hub)
+    hub.gather(TRAITS, DEADLINE_SECONDS)
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+    hub.watch(told.put, lambda: None)
+    assert "timed out" in told.get(timeout=DEADLINE_SECONDS)
+    link.close()
+
+
+def test_a_follower_may_ask_for_a_stop(pair: Pair) -> None:
+    asked = threading.Event()
+    pair.hub.watch(lambda _why: None, asked.set)
+    pair.link.send("stop")
+    assert asked.wait(DEADLINE_SECONDS)
+
+
+def test_rank_0_knows_what_a_follower_holds(pair: Pair) -> None:
+    pair.leader.load(LoadSpec("m"), ignore)
+    pair.link.send("beat", {"active_bytes": 5, "prefix_cache_bytes": 2}, 77, 99)
+    pair.link.send("mark")
+    assert pair.hub.answer(0, DEADLINE_SECONDS) == ["mark"]
+    (other,) = pair.hub.others
+    assert (other.rank, other.host, other.pid, other.device) == (1, "there", 4711, "cpu: fake")
+
+
+def test_only_ranks_are_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "_HELLO_SECONDS", 0.2)
+    hub = Hub("127.0.0.1", 2)
+    host, port, _ = hub.address
+    with socket.create_connection((host, port)) as stranger, socket.create_connection((host, port)):
+        stranger.sendall(b'["hello","guess",1,"there",1,"cpu",[]]\n')
+        link = connected(hub)
+        hub.gather(TRAITS, DEADLINE_SECONDS)
+        assert [rank.rank for rank in hub.others] == [1]
+        assert not stranger.recv(1)
+    hub.close()
+    link.close()
+
+
+def test_a_rank_with_other_versions_is_refused() -> None:
+    hub = Hub("127.0.0.1", 2)
+    link = connected(hub, ["runner 2", "cpu"])
+    with pytest.raises(ValueError, match=r"rank 1 on there has \['runner 2'.*rank 0 has"):
+        hub.gather(TRAITS, DEADLINE_SECONDS)
+    link.close()
+
+
+def test_a_rank_that_does_not_come_is_not_waited_for_for_ever() -> None:
+    with pytest.raises(TimeoutError, match="1 of 2 ranks did not come"):
+        Hub("127.0.0.1", 2).gather(TRAITS, 0.05)

@@ -1,0 +1,122 @@
+"""Loads of ranks: what cannot be split, what only one rank cannot load, what is given up."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mlxrunner.v1 import runner_pb2 as pb
+from rank_processes import DEMO, THREE_HEADS, Ranks, failure_of, problem_of, ranks
+from runner_server.errors import ModelUnsupported
+from runner_server.messages import Dtype, LoadSpec
+from server_child import DEADLINE_SECONDS, Child
+
+pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+pytestmark = pytest.mark.mlx
+
+Build = Callable[..., Path]
+
+
+def load_failure(first: Child, model: Path, **fields: Any) -> tuple[str, str]:
+    """Reason and words of a load that cannot succeed."""
+    request = pb.LoadRequest(model=str(model), **fields)
+    return problem_of(failure_of(first.stub.Load.future(request, timeout=DEADLINE_SECONDS)))
+
+
+def answers(first: Child) -> bool:
+    """Whether the ranks load a model and generate together."""
+    first.load(DEMO)
+    return [message.eval_count for message in first.complete(5)][-1] == 5
+
+
+def test_ranks_go_on_after_loads_that_fail(two: Ranks, model_dir: Build, tmp_path: Path) -> None:
+    first = two.first
+    reason, text = load_failure(first, model_dir("mamba"))
+    assert reason == "MODEL_UNSUPPORTED"
+    assert "serve it without --distributed" in text
+    reason, text = load_failure(first, model_dir("llama", **THREE_HEADS))
+    assert reason == "MODEL_UNSUPPORTED"
+    assert "'llama' cannot be split among 2 ranks: its num_key_value_heads is 3" in text
+    assert load_failure(first, tmp_path / "nothing")[0] == "MODEL_NOT_FOUND"
+    assert load_failure(first, DEMO, memory_limit_bytes=2**20)[0] == "INSUFFICIENT_MEMORY"
+    assert first.status().state == pb.STATE_IDLE
+    assert answers(first)
+
+
+def test_ranks_go_on_after_a_load_that_is_given_up(two: Ranks, deep: Path) -> None:
+    first = two.first
+    request = pb.LoadRequest(model=str(deep))
+    call = first.stub.Load.future(request, timeout=DEADLINE_SECONDS)
+    first.wait_for(lambda: first.status().progress > 3)
+    call.cancel()
+    first.wait_for(lambda: first.status().state == pb.STATE_IDLE)
+    assert answers(first)
+    first.stub.Unload(pb.UnloadRequest(), timeout=DEADLINE_SECONDS)
+    assert first.status().state == pb.STATE_IDLE
+    assert answers(first)
+
+
+def test_what_one_rank_cannot_load_is_told_with_its_name(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    with ranks(tmp_path, 2, follower_args=["--model-root", str(theirs)]) as started:
+        reason, text = load_failure(started.first, DEMO)
+        assert reason == "MODEL_NOT_FOUND"
+        assert text.startswith("rank 1 on ")
+        assert started.first.status().state == pb.STATE_IDLE
+        here = shutil.copytree(DEMO, theirs / "model")
+        started.first.load(here)
+        assert started.first.status().state == pb.STATE_ACTIVE
+
+
+def shard(size: int, *, by_layers: bool) -> Any:
+    """A rank's part, which no other rank is asked about."""
+    from runner_server.adapter.sharding import Shard
+
+    group: Any = SimpleNamespace(rank=0, size=size, all=None)
+    partners: Any = SimpleNamespace()
+    return Shard(group, partners, by_layers=by_layers)
+
+
+def test_what_has_no_layers_to_share_out_is_refused() -> None:
+    model: Any = SimpleNamespace(shard=None, model=SimpleNamespace())
+    with pytest.raises(ModelUnsupported, match=r"'x'.*among 2.*leave out --pipeline"):
+        shard(2, by_layers=True).split(model, {"model_type": "x"}, LoadSpec("x"))
+
+
+def test_fewer_layers_than_ranks_are_refused() -> None:
+    def pipeline(_group: object) -> None:
+        raise ValueError("split [1, 1, 0] must be positive and sum to 2 layers")
+
+    model: Any = SimpleNamespace(model=SimpleNamespace(pipeline=pipeline))
+    with pytest.raises(ModelUnsupported, match="must be positive"):
+        shard(3, by_layers=False).split(model, {"model_type": "x"}, LoadSpec("x"))
+
+
+def test_layers_of_unlike_kinds_are_not_shared_out() -> None:
+    from runner_server.adapter.names import RotatingKVCache
+
+    cache = RotatingKVCache(max_size=8)
+    model: Any = SimpleNamespace(
+        model=SimpleNamespace(pipeline=lambda _group: None), make_cache=lambda: [cache]
+    )
+    with pytest.raises(ModelUnsupported, match="RotatingKVCache"):
+        shard(2, by_layers=False).split(model, {"model_type": "x"}, LoadSpec("x"))
+
+
+def test_a_load_takes_the_smallest_share_of_any_rank() -> None:
+    from runner_server.adapter.kv import CacheShape, Probe
+    from runner_server.adapter.loading import _Plan
+
+    seen = Probe(10, (CacheShape(token_bytes=8),))
+    plan = _Plan(Dtype.FLOAT32, seen, 100, 50, 10**6, 3 * seen.kv_bytes(50), 7)
+    assert plan.share == 3
+    assert plan.with_share(1.5).kv_budget_bytes == seen.kv_bytes(50) * 3 // 2
+    assert plan.with_share(99.0) == plan
+    settled = plan.settled(LoadSpec("m", parallel=9, memory_limit_bytes=5))
+    assert settled == LoadSpec("m", 50, 9, Dtype.FLOAT32, 5, 7)

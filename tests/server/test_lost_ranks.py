@@ -1,0 +1,124 @@
+"""A server that holds a part of a model: what it tells of the other ranks, and their end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+
+from fakes import DEADLINE_SECONDS, FakeBackend
+from harness import LIMITS, Server, eventually, failure
+from mlxrunner.v1 import runner_pb2 as pb
+from runner_server.app import EXIT_ENGINE_DEAD, RunnerApp
+from runner_server.backend import BackendLost
+from runner_server.config import ServerConfig
+from runner_server.messages import MemoryCounters, Rank
+
+OTHER = Rank(1, "there", 4711, "cpu: fake", MemoryCounters(5, 6, 7, 1), 8, 9)
+
+
+class FakeRanks:
+    """One other rank."""
+
+    others: Sequence[Rank] = (OTHER,)
+    on_lost: Callable[[str], object]
+    on_stop: Callable[[], object]
+
+    def watch(self, on_lost: Callable[[str], object], on_stop: Callable[[], object]) -> None:
+        """See ``Ranks.watch``."""
+        self.on_lost, self.on_stop = on_lost, on_stop
+
+
+@pytest.fixture
+def other() -> FakeRanks:
+    """The other rank."""
+    return FakeRanks()
+
+
+@pytest.fixture
+async def first(socket_dir: Path, other: FakeRanks) -> AsyncIterator[Server]:
+    """Rank 0, with a model."""
+    backend = FakeBackend()
+    app = RunnerApp(ServerConfig(listen=f"unix:{socket_dir}/s"), backend, other)
+    ready = await app.start()
+    async with grpc.aio.insecure_channel(ready.target, options=LIMITS) as channel:
+        server = Server(app, backend, channel, ready)
+        await server.load()
+        yield server
+    backend.open_gates()
+    await app.close()
+
+
+async def test_status_names_all_ranks(first: Server) -> None:
+    status = await first.status()
+    own, other = status.ranks
+    assert (own.rank, own.pid, own.device) == (0, status.pid, status.device)
+    assert own.memory_usage == status.memory_usage
+    usage = pb.MemoryUsage(
+        active_bytes=5,
+        cache_bytes=6,
+        peak_bytes=7,
+        process_bytes=8,
+        limit_bytes=9,
+        prefix_cache_bytes=1,
+    )
+    assert other == pb.Rank(rank=1, host="there", pid=4711, device="cpu: fake", memory_usage=usage)
+
+
+async def test_a_server_with_the_whole_model_names_none(server: Server) -> None:
+    assert not (await server.status()).ranks
+
+
+async def test_a_lost_rank_ends_all_calls_though_a_step_hangs(
+    first: Server, other: FakeRanks
+) -> None:
+    first.backend.step_gate.shut()
+    calls = [first.start(f"number {i}", num_predict=50) for i in range(6)]
+    await first.thread(first.backend.step_gate.wait_arrival)
+    await eventually(lambda: first.app.engine.snapshot().queued_count == 5)
+    await first.thread(lambda: other.on_lost("rank 1 is gone"))
+    for problem in await asyncio.gather(*map(failure, calls)):
+        assert problem.code is grpc.StatusCode.UNAVAILABLE
+        assert (problem.reason, problem.message) == ("SHUTTING_DOWN", "rank 1 is gone")
+    assert (await failure(first.start("late"))).reason == "SHUTTING_DOWN"
+    status = await first.status()
+    assert (status.state, status.last_error) == (pb.STATE_FAILED, "rank 1 is gone")
+    assert await first.health() == health_pb2.HealthCheckResponse.NOT_SERVING
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        assert await first.app.run() == EXIT_ENGINE_DEAD
+
+
+async def test_a_lost_rank_ends_a_load(first: Server, other: FakeRanks) -> None:
+    first.backend.load_gate.shut()
+    call = first.stub.Load(pb.LoadRequest(model="next"))
+    await first.thread(first.backend.load_gate.wait_arrival)
+    await first.thread(lambda: other.on_lost("rank 1 is gone"))
+    problem = await failure(call)
+    assert (problem.reason, problem.message) == ("SHUTTING_DOWN", "rank 1 is gone")
+    first.backend.load_gate.open()
+    await first.thread(first.app.engine._thread.join)
+    assert (await first.status()).state == pb.STATE_FAILED
+
+
+async def test_a_step_that_finds_a_rank_lost_says_so(first: Server) -> None:
+    first.backend.failures.append(BackendLost("rank 1 is gone"))
+    problem = await failure(first.start())
+    assert (problem.reason, problem.message) == ("SHUTTING_DOWN", "rank 1 is gone")
+    assert await first.app.run() == EXIT_ENGINE_DEAD
+
+
+async def test_a_load_that_finds_a_rank_lost_ends_the_process(first: Server) -> None:
+    first.backend.load_error = BackendLost("rank 1 is gone")
+    problem = await failure(first.stub.Load(pb.LoadRequest(model="next")))
+    assert (problem.reason, problem.message) == ("SHUTTING_DOWN", "rank 1 is gone")
+    assert await first.app.run() == EXIT_ENGINE_DEAD
+
+
+async def test_a_rank_that_asks_for_a_stop_stops_all(first: Server, other: FakeRanks) -> None:
+    await first.thread(other.on_stop)
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        assert await first.app.run() == 0
