@@ -33,7 +33,7 @@ run: $(VENV)/.installed ## Set everything up and run the demo
 	@$(BIN)/mlx-runner demo
 
 .PHONY: test
-test: $(VENV)/.installed-dev ## Set everything up and run all tests
+test: $(VENV)/.installed-dev ## Set everything up and run the tests
 	@$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: lint

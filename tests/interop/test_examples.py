@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable
 from contextlib import suppress
@@ -78,6 +79,24 @@ def test_it_tells_why_it_failed(
     with pytest.raises(Failed, match=f"(?s)ended with 1:.*{reason}"):
         run([_run(language), where], f"example in {language.name}", _SECONDS, tmp_path)
     assert psutil.wait_procs(_marked(tmp_path), _GONE_SECONDS)[1] == []
+
+
+def test_readmes_snippet_for_node(
+    need: Callable[[Language], None], servers: dict[str, Server], tmp_path: Path
+) -> None:
+    node = Language("node")
+    need(node)
+    node.build()
+    (snippet,) = re.findall(
+        r"^```js\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    # Of a long prompt there are messages without content.
+    snippet = snippet.replace('"def read_lines(path):"', '"qz ".repeat(300)')
+    snippet = snippet.replace("127.0.0.1:50051", servers["plain"].address)
+    script = tmp_path / "snippet.mjs"
+    script.write_text(snippet.replace('["proto"]', f'["{ROOT}/proto"]'))
+    (tmp_path / "node_modules").symlink_to(EXAMPLES / "node/node_modules")
+    assert run(["node", str(script)], "README's snippet for Node", _SECONDS, tmp_path).strip()
 
 
 def test_it_is_short() -> None:

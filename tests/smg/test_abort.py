@@ -1,0 +1,153 @@
+"""Abort, and how a request ends that nobody reads: never another one with the same name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fakes import DEADLINE_SECONDS, FakeBackend
+from harness import Server, StartServer, failure
+
+pytest.importorskip("smg_grpc_proto", reason="smg-grpc-proto is not installed (the extra smg)")
+
+from smg_grpc_proto import mlx_engine_pb2 as pb
+from smg_grpc_proto import mlx_engine_pb2_grpc
+
+from runner_server.smg.names import Names
+
+Message = Any
+
+
+@pytest.fixture
+async def server(start_server: StartServer) -> Server:
+    """A loaded server whose completions do not end."""
+    server = await start_server(FakeBackend(), smg=True)
+    await server.load(context_length=100_000)
+    return server
+
+
+def stub(server: Server) -> Any:
+    return mlx_engine_pb2_grpc.MlxEngineStub(server.channel)
+
+
+class Reader:
+    """A request that has got its first tokens."""
+
+    def __init__(self, server: Server, name: str, *, max_tokens: int = 90_000) -> None:
+        request = pb.GenerateRequest(
+            request_id=name,
+            text="x",
+            stream=True,
+            sampling_params=pb.SamplingParams(max_tokens=max_tokens),
+        )
+        self.call = stub(server).Generate(request, timeout=DEADLINE_SECONDS)
+        self._messages = aiter(self.call)
+        self.seen = 0
+
+    async def next(self) -> Message:
+        """The next message."""
+        message = await anext(self._messages)
+        self.seen += len(message.chunk.token_ids)
+        return message
+
+    async def last(self) -> Message:
+        """The last message, once it has come."""
+        while True:
+            message = await self.next()
+            if message.HasField("complete"):
+                return message.complete
+
+
+async def reader(server: Server, name: str) -> Reader:
+    reading = Reader(server, name)
+    await reading.next()
+    return reading
+
+
+async def abort(server: Server, *names: str) -> None:
+    await stub(server).Abort(pb.AbortRequest(request_ids=names), timeout=DEADLINE_SECONDS)
+
+
+async def test_it_ends_the_request_of_that_name_alone(server: Server) -> None:
+    one, other = await reader(server, "one"), await reader(server, "other")
+    await abort(server, "nobody", "one")
+    end = await one.last()
+    assert (end.finish_reason, end.completion_tokens) == ("abort", one.seen)
+    assert not end.HasField("matched_stop_token_id")
+    assert (await other.next()).chunk.token_ids
+    other.call.cancel()
+    await server.settled()
+    server.assert_nothing_left()
+
+
+async def test_a_request_that_is_not_streamed_gets_what_there_was(server: Server) -> None:
+    gate = server.backend.step_gate
+    gate.shut()
+    request = pb.GenerateRequest(request_id="one", text="x")
+    call = stub(server).Generate(request, timeout=DEADLINE_SECONDS)
+    gate.allow(3)
+    await server.thread(gate.wait_arrival)
+    await abort(server, "one")
+    messages = [message async for message in call]
+    assert messages[-1].complete.finish_reason == "abort"
+    gate.open()
+    await server.settled()
+
+
+async def test_an_empty_name_is_none(server: Server) -> None:
+    first, second = await reader(server, ""), await reader(server, "")
+    await abort(server, "")
+    for reading in (first, second):
+        assert (await reading.next()).chunk.token_ids
+        reading.call.cancel()
+    await server.settled()
+
+
+async def test_a_name_of_two_means_neither(server: Server) -> None:
+    first, second = await reader(server, "same"), await reader(server, "same")
+    await abort(server, "same")
+    assert (await first.next()).chunk.token_ids
+    first.call.cancel()
+    # Nor does it mean the one that is left: the other's caller may have sent it late.
+    await abort(server, "same")
+    assert (await second.next()).chunk.token_ids
+    second.call.cancel()
+    await server.settled()
+    server.assert_nothing_left()
+
+
+async def test_the_end_of_one_is_not_the_end_of_its_namesake(server: Server) -> None:
+    long = await reader(server, "same")
+    short = Reader(server, "same", max_tokens=3)
+    assert (await short.last()).finish_reason == "length"
+    assert (await long.next()).chunk.token_ids
+    long.call.cancel()
+    await server.settled()
+
+
+async def test_a_name_is_free_again_at_the_end(server: Server) -> None:
+    for _ in range(2):
+        reading = await reader(server, "again")
+        await abort(server, "again")
+        assert (await reading.last()).finish_reason == "abort"
+    await server.settled()
+
+
+async def test_a_caller_that_leaves_leaves_nothing(server: Server) -> None:
+    reading = await reader(server, "one")
+    reading.call.cancel()
+    await server.settled()
+    server.assert_nothing_left()
+
+
+async def test_too_many_names_are_refused(server: Server) -> None:
+    problem = await failure(stub(server).Abort(pb.AbortRequest(request_ids=["x"] * 1025)))
+    assert list(problem.violations) == ["request_ids"]
+
+
+def test_names_are_forgotten() -> None:
+    names = Names()
+    with names.held("a", lambda: None), names.held("", lambda: None):
+        assert names._holders.keys() == {"a"}
+    assert not names._holders

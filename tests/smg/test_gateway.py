@@ -1,0 +1,283 @@
+"""Two runners behind the SMG gateway, asked over HTTP by OpenAI's client."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway import DEMO, Fleet, fleet, wait_for, without
+from server_child import Child
+
+pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+pytest.importorskip("smg_grpc_proto", reason="smg-grpc-proto is not installed (the extra smg)")
+pytest.importorskip("smg", reason="the gateway is not installed (make smg)")
+pytest.importorskip("openai", reason="openai is not installed (make smg)")
+
+import openai
+from smg_grpc_proto import mlx_engine_pb2_grpc
+from smg_grpc_proto.generated import common_pb2
+from tokenizers import Tokenizer
+
+from mlxrunner.v1 import runner_pb2 as pb
+
+pytestmark = [pytest.mark.mlx, pytest.mark.timeout(300)]
+
+DEADLINE_SECONDS = 60.0
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """A gateway with two runners."""
+    with fleet(tmp_path_factory.mktemp("fleet"), 2) as found:
+        yield found
+
+
+def client(found: Fleet) -> Any:
+    """OpenAI's client of a gateway; what fails is not tried again by it."""
+    url = f"http://127.0.0.1:{found.port}/v1"
+    return openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=DEADLINE_SECONDS)
+
+
+@pytest.fixture(scope="module")
+def ai(two: Fleet) -> Iterator[Any]:
+    """OpenAI's client of the gateway with two runners."""
+    with client(two) as made:
+        yield made
+
+
+def chat(ai: Any, count: int = 12, content: str = "Tell me a story.", **options: Any) -> Any:
+    messages = [{"role": "user", "content": content}]
+    return ai.chat.completions.create(
+        model="model", messages=messages, max_completion_tokens=count, **options
+    )
+
+
+def text_of(chunks: Any) -> str:
+    return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+
+
+def generated(child: Child) -> list[int]:
+    """How many tokens each request had that has ended."""
+    found = re.findall(r" Generate .* generated_tokens=(\d+)", child.log.read_text())
+    return [int(count) for count in found]
+
+
+def finished(child: Child) -> int:
+    return len(generated(child))
+
+
+def test_both_runners_are_found_and_told_what_they_are(two: Fleet, ai: Any) -> None:
+    assert [model.id for model in ai.models.list()] == ["model"]
+    workers = two.workers()
+    addresses = {f"grpc://{child.ready.address}" for child in two.runners}
+    assert {worker["url"] for worker in workers} == addresses
+    for worker in workers:
+        assert (worker["runtime_type"], worker["connection_mode"]) == ("mlx", "grpc")
+        assert worker["models"][0]["context_length"] == 1024
+        assert worker["labels"]["eos_token_ids"] == "[0,1]"  # noqa: S105 - no secret
+
+
+def test_a_chat_has_the_models_own_template(ai: Any, two: Fleet) -> None:
+    answer = chat(ai, temperature=0)
+    choice = answer.choices[0]
+    assert (choice.message.role, choice.finish_reason) == ("assistant", "length")
+    assert answer.usage.completion_tokens == 12
+    # The same prompt, put together here and asked for in our own protocol.
+    prompt = "<|user|>\nTell me a story.<|end|>\n<|assistant|>\n"
+    options = pb.CompletionOptions(num_predict=12, temperature=0)
+    request = pb.CompletionRequest(prompt=prompt, options=options)
+    messages = list(two.runners[0].stub.Completion(request, timeout=DEADLINE_SECONDS))
+    assert "".join(message.content for message in messages) == choice.message.content
+    assert messages[-1].prompt_eval_count == answer.usage.prompt_tokens
+
+
+def test_both_do_their_part(two: Fleet, ai: Any) -> None:
+    before = [finished(child) for child in two.runners]
+    for _ in range(4):
+        chat(ai, 2)
+    wait_for(lambda: sum(finished(child) for child in two.runners) == sum(before) + 4)
+    assert [finished(child) for child in two.runners] == [count + 2 for count in before]
+
+
+def test_a_stream_says_the_same(ai: Any) -> None:
+    whole = chat(ai, 30, temperature=0).choices[0].message.content
+    chunks = list(chat(ai, 30, temperature=0, stream=True, stream_options={"include_usage": True}))
+    assert text_of(chunks) == whole
+    assert sum(bool(text_of([chunk])) for chunk in chunks) > 1
+    reasons = [choice.finish_reason for chunk in chunks for choice in chunk.choices]
+    assert reasons[-1] == "length"
+    assert chunks[-1].usage.completion_tokens == 30
+
+
+def test_the_same_seed_says_the_same_on_either(ai: Any) -> None:
+    said = [chat(ai, seed=7, temperature=1.0).choices[0].message.content for _ in range(2)]
+    other = chat(ai, seed=8, temperature=1.0).choices[0].message.content
+    assert said[0] == said[1] != other
+
+
+def test_tokens_that_were_not_evaluated_again_are_told(ai: Any) -> None:
+    asked = [chat(ai, 2, content="A prompt that nobody else has.") for _ in range(3)]
+    cached = [answer.usage.prompt_tokens_details.cached_tokens for answer in asked]
+    # One runner after the other; then the first has it. The beginning of every chat is alike.
+    common = len(_tokenizer().encode("<|user|>\n").ids)
+    assert max(cached[:2]) <= common
+    assert cached[2] == asked[2].usage.prompt_tokens - 1
+
+
+def _tokenizer() -> Any:
+    return Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs(ai: Any, *, stream: bool) -> None:
+    answer = chat(ai, 4, temperature=0, logprobs=True, top_logprobs=3, stream=stream)
+    choices = [c for chunk in answer for c in chunk.choices] if stream else answer.choices
+    entries = [entry for choice in choices if choice.logprobs for entry in choice.logprobs.content]
+    assert len(entries) == 4
+    for entry in entries:
+        likeliest = [top.logprob for top in entry.top_logprobs]
+        assert len(likeliest) == 3
+        assert likeliest == sorted(likeliest, reverse=True)
+        # Without temperature the likeliest is what was drawn.
+        assert entry.logprob == pytest.approx(likeliest[0])
+        assert entry.token == entry.top_logprobs[0].token
+
+
+def test_a_stop_token_ends_it(ai: Any) -> None:
+    whole = chat(ai, 12, temperature=0, logprobs=True, top_logprobs=0).choices[0]
+    third = whole.logprobs.content[2].token
+    (token_id,) = _tokenizer().encode(third, add_special_tokens=False).ids
+    options = {"stop_token_ids": [token_id]}
+    answer = chat(ai, 12, temperature=0, extra_body=options)
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens == 3
+    assert whole.message.content.startswith(answer.choices[0].message.content)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"stop": ["\n"]}, "string stop sequences"),
+        ({"n": 2}, "n > 1"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"logit_bias": {"99999": 1}}, "sampling_params.logit_bias[99999]"),
+        ({"extra_body": {"top_k": 99999}}, "sampling_params.top_k"),
+    ],
+)
+def test_what_is_not_done_is_refused_by_name(ai: Any, options: Any, name: str) -> None:
+    """The first three by the gateway, which knows no field for them; the others by the runner."""
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(ai, **options)
+    assert name in str(caught.value)
+
+
+def test_a_prompt_that_is_too_long(ai: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match="1024"):
+        chat(ai, content="word " * 2000)
+
+
+def test_a_client_that_leaves_frees_its_place(two: Fleet, ai: Any) -> None:
+    before = [finished(child) for child in two.runners]
+    stream = chat(ai, 900, stream=True, extra_body={"ignore_eos": True})
+    next(iter(stream))
+    stream.close()
+    # The gateway says Abort and ends its call; whichever comes first.
+    wait_for(lambda: sum(finished(child) for child in two.runners) == sum(before) + 1)
+    new = [generated(child)[count:] for child, count in zip(two.runners, before, strict=True)]
+    assert max(new)[0] < 900
+    assert [child.status().running_count for child in two.runners] == [0, 0]
+
+
+def test_thirty_two_at_once(two: Fleet, ai: Any) -> None:
+    before = [finished(child) for child in two.runners]
+
+    def one(number: int) -> tuple[str, int]:
+        options: dict[str, Any] = {"seed": number, "extra_body": {"ignore_eos": True}}
+        if number % 2:
+            answer = chat(ai, 20, content=f"Story {number}", **options)
+            return answer.choices[0].finish_reason, answer.usage.completion_tokens
+        options["stream_options"] = {"include_usage": True}
+        *_, last, usage = chat(ai, 20, content=f"Story {number}", stream=True, **options)
+        return last.choices[0].finish_reason, usage.usage.completion_tokens
+
+    with ThreadPoolExecutor(32) as pool:
+        assert list(pool.map(one, range(32))) == [("length", 20)] * 32
+    wait_for(lambda: sum(finished(child) for child in two.runners) == sum(before) + 32)
+    assert all(finished(child) > count for child, count in zip(two.runners, before, strict=True))
+
+
+def test_a_runner_is_killed_while_thirty_two_run(tmp_path: Path) -> None:
+    """Streams that it had begun end with an error; all else is done by the other."""
+    with fleet(tmp_path, 2) as found, client(found) as ai:
+        begun = threading.Barrier(5)
+        killed = threading.Event()
+        doomed, survivor = found.runners
+
+        def stream(_number: int) -> str:
+            """One that has begun when the runner dies; round robin, so that each has two."""
+            chunks = iter(chat(ai, 900, stream=True, extra_body={"ignore_eos": True}))
+            while not text_of([next(chunks)]):
+                pass
+            begun.wait(DEADLINE_SECONDS)
+            try:
+                rest = list(chunks)
+            except openai.APIError as error:
+                return type(error).__name__
+            return str([choice.finish_reason for chunk in rest for choice in chunk.choices][-1])
+
+        def whole(number: int) -> str:
+            assert killed.wait(DEADLINE_SECONDS)
+            answer = chat(ai, 20, content=f"Story {number}", extra_body={"ignore_eos": True})
+            return str(answer.choices[0].finish_reason)
+
+        with ThreadPoolExecutor(32) as pool:
+            streams = [pool.submit(stream, number) for number in range(4)]
+            others = [pool.submit(whole, number) for number in range(28)]
+            begun.wait(DEADLINE_SECONDS)
+            doomed.process.send_signal(signal.SIGKILL)
+            killed.set()
+            ends = sorted(future.result(DEADLINE_SECONDS) for future in streams)
+            assert ends == ["APIError", "APIError", "length", "length"]
+            assert {future.result(DEADLINE_SECONDS) for future in others} == {"length"}
+        assert survivor.status().running_count == 0
+        # The gateway goes on with the one that is left.
+        assert chat(ai, 3).usage.completion_tokens == 3
+
+
+def test_a_gateway_on_another_machine(tmp_path: Path) -> None:
+    """It does not find the model's directory and asks the runner for the tokenizer."""
+    alone = without(DEMO)
+    if not shutil.which("unshare") or subprocess.run([*alone, "true"], check=False).returncode:
+        pytest.skip("a directory cannot be hidden from one process here (unshare, Linux)")
+    with fleet(tmp_path, 1, alone=alone) as found, client(found) as ai:
+        answer = chat(ai, 5, temperature=0)
+    assert answer.choices[0].message.content
+    assert answer.usage.prompt_tokens == 12
+    assert "GetTokenizer OK" in found.runners[0].log.read_text()
+
+
+def test_the_tokenizer_comes_over_the_wire(two: Fleet, tmp_path: Path) -> None:
+    stub = mlx_engine_pb2_grpc.MlxEngineStub(two.runners[0].channel)
+    parts = list(stub.GetTokenizer(common_pb2.GetTokenizerRequest(), timeout=DEADLINE_SECONDS))
+    data = b"".join(part.data for part in parts)
+    assert hashlib.sha256(data).hexdigest() == parts[-1].sha256
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        archive.extractall(tmp_path)
+    sent = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    text = "def f(x):\n    return x"
+    assert sent.encode(text).ids == _tokenizer().encode(text).ids
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert "add_generation_prompt" in config["chat_template"]
