@@ -69,7 +69,8 @@ proto-baseline: $(VENV)/.installed-dev ## Promise the protocol as it is now: onl
 
 .PHONY: tools
 tools: ## Build grpcurl, ghz and grpc_health_probe for the tests that drive them
-	@if command -v go >/dev/null; then for tool in grpcurl ghz grpc_health_probe; do \
+	@if command -v go >/dev/null; then echo "building grpcurl, ghz and grpc_health_probe (minutes, the first time)"; \
+	for tool in grpcurl ghz grpc_health_probe; do \
 	  (cd tests/tools/$$tool && go build -trimpath -o ../bin/$$tool tool); done; \
 	else echo "no go on PATH: grpcurl, ghz and grpc_health_probe are not built" >&2; test -z "$${CI:-}"; fi
 

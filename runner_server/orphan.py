@@ -21,8 +21,9 @@ from collections.abc import Callable
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
-_GRACE_SECONDS = 1.0
-"""After the parent's end: with the poll before it, it stays under the promised 2 s."""
+_GRACE_SECONDS = 0.7
+"""After the parent's end: with the poll before it, and the time that the system takes to
+free the memory after it, it stays under the promised 2 s."""
 
 
 class OrphanGuard:

@@ -45,8 +45,8 @@ def _steps(block: str) -> list[Step]:
 def differs(expected: str, printed: str) -> str:
     """Why an output is not what a document says; empty if it is.
 
-    Numbers, durations and ids may be others, spaces more or fewer, and a line ``...`` stands for
-    any lines or none.
+    Numbers (not exit codes), durations and ids may be others, spaces more or fewer, and a line
+    ``...`` stands for any lines or none.
     """
     pattern = ""
     for line in expected.splitlines():
@@ -56,6 +56,8 @@ def differs(expected: str, printed: str) -> str:
 
 
 def _line(text: str) -> str:
+    if text.startswith("exit code "):
+        return _plain(text)
     parts, at = [], 0
     for match in _SPLIT.finditer(text):
         parts += [_plain(text[at : match.start()]), _VARIES[(match.lastindex or 1) - 1]]

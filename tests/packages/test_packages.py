@@ -17,6 +17,8 @@ from environments import LOWEST, NEWEST, ROOT, Environment, told
 Packages = tuple[Path, Path]
 NewEnvironment = Callable[[], Environment]
 
+BASE = ("click", "googleapis-common-protos", "grpcio", "protobuf", "psutil")
+
 CLIENT = """
 import importlib.util, sys
 for name in ("mlx", "mlx_lm", "grpc_health"):
@@ -86,7 +88,7 @@ def test_the_client_alone(
     environment.install(str(packages[0]), *how)
     assert environment.run("-c", CLIENT) == "Hello world\n"
     if how is LOWEST:
-        _assert_floors(environment, extra="")
+        _assert_floors(environment, "")
 
 
 @pytest.mark.parametrize("how", [LOWEST, NEWEST], ids=["lowest", "newest"])
@@ -99,7 +101,7 @@ def test_the_server(
     command = environment.folder / "bin/mlx-runner"
     assert "is gone and reaped (exit code 0)" in told([command, "demo"], environment.folder)
     if how is LOWEST:
-        _assert_floors(environment, extra="server")
+        _assert_floors(environment, "server", "metrics")
 
 
 def test_type_checkers_know_everything(packages: Packages, new_environment: NewEnvironment) -> None:
@@ -121,14 +123,19 @@ def test_type_checkers_know_everything(packages: Packages, new_environment: NewE
     assert "0 errors, 0 warnings" in said, said
 
 
-def _assert_floors(environment: Environment, extra: str) -> None:
+def _assert_floors(environment: Environment, *extras: str) -> None:
     """The lowest versions that the metadata allows are what was installed."""
     installed = environment.versions()
     lines = environment.run(
         "-c", "import importlib.metadata as m; print(*m.requires('mlx-grpc-runner'), sep='\\n')"
     )
-    for requirement in map(Requirement, lines.splitlines()):
-        wanted = not requirement.marker or requirement.marker.evaluate({"extra": extra})
-        if wanted and requirement.specifier:
+    for extra in extras:
+        wanted = [
+            requirement
+            for requirement in map(Requirement, lines.splitlines())
+            if not requirement.marker or requirement.marker.evaluate({"extra": extra})
+        ]
+        assert len(wanted) >= len(BASE)
+        for requirement in wanted:
             floor = str(requirement.specifier).removeprefix(">=")
             assert installed[requirement.name] == floor, requirement
