@@ -54,6 +54,10 @@ _OPTIONS = (
     ("grpc.so_reuseport", 0),
     # Prompts of megabytes; the default is 4 MiB.
     ("grpc.max_receive_message_length", 64 * 2**20),
+    # Calls that have come and were not yet taken. From 1,000 on gRPC by default cancels
+    # some at random, without a word; here the queue is what refuses, and says when to retry.
+    ("grpc.server.max_pending_requests", 10_000),
+    ("grpc.server.max_pending_requests_hard_limit", 20_000),
     # Clients in every language may ping a silent stream. The default answers with
     # "too many pings" and closes the connection.
     ("grpc.http2.min_ping_interval_without_data_ms", 5000),

@@ -96,9 +96,11 @@ async def failure(call: Awaitable[object] | grpc.aio.Call) -> Problem:
     raise AssertionError("the call succeeded")
 
 
-async def eventually(condition: Callable[[], bool | Awaitable[bool]]) -> None:
+async def eventually(
+    condition: Callable[[], bool | Awaitable[bool]], within: float = DEADLINE_SECONDS
+) -> None:
     """Waits for a condition that nothing announces."""
-    async with asyncio.timeout(DEADLINE_SECONDS):
+    async with asyncio.timeout(within):
         while True:
             met = condition()
             if met if isinstance(met, bool) else await met:
