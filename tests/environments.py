@@ -7,6 +7,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.utils import canonicalize_name
+
 ROOT = Path(__file__).parents[1]
 NEWEST: tuple[str, ...] = ("--upgrade", "--upgrade-strategy", "eager")
 LOWEST: tuple[str, ...] = ("--constraint", str(ROOT / "tests/floor.txt"))
@@ -61,8 +63,9 @@ class Environment:
         return told([self.python, "-W", "error", *arguments], self.folder, timeout)
 
     def versions(self) -> dict[str, str]:
-        """What is installed."""
+        """What is installed, by its canonical name."""
         code = (
             "import importlib.metadata as m;[print(d.name, d.version) for d in m.distributions()]"
         )
-        return dict(line.split() for line in self.run("-c", code).splitlines())
+        found = dict(line.split() for line in self.run("-c", code).splitlines())
+        return {canonicalize_name(name): version for name, version in found.items()}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from environments import LOWEST, NEWEST, ROOT, Environment, told
 
@@ -138,4 +139,4 @@ def _assert_floors(environment: Environment, *extras: str) -> None:
         assert len(wanted) >= len(BASE)
         for requirement in wanted:
             floor = str(requirement.specifier).removeprefix(">=")
-            assert installed[requirement.name] == floor, requirement
+            assert installed[canonicalize_name(requirement.name)] == floor, requirement
