@@ -17,8 +17,7 @@ def main() -> int:
     config = parse_args()
     set_up_logging(config.log_level, config.log_format)
     if config.distributed:
-        # Imported only where it is wanted.
-        from runner_server.distributed.start import run  # noqa: PLC0415
+        from runner_server.distributed.start import run  # noqa: PLC0415 - only where it is wanted
 
         return run(config)
     root = ModelRoot(config.model_root) if config.model_root else None

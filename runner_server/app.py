@@ -161,9 +161,8 @@ class RunnerApp:
             self._tracing.close()
 
     def _open_metrics(self, host: str, port: int) -> None:
-        # Imported only where they are wanted, and perhaps not installed.
         try:
-            from runner_server.metrics import Metrics  # noqa: PLC0415
+            from runner_server.metrics import Metrics  # noqa: PLC0415 - may be missing
 
             self._metrics = Metrics(self.engine, __version__)
             address = self._metrics.listen(host, port)

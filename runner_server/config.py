@@ -133,8 +133,17 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--exit-with-parent",
         action="store_true",
-        help="end within 2 s of the parent; stdin must be a pipe that only the parent holds open",
+        help="end within 2 s of the parent; give it a pipe as stdin that only the parent holds",
     )
+    _add_company(parser)
+    _add_access(parser)
+    _add_outside(parser)
+    return parser
+
+
+def _add_company(parser: argparse.ArgumentParser) -> None:
+    """Where it is one of several: ranks of one model, workers of one gateway."""
+    add = parser.add_argument
     add(
         "--distributed",
         action="store_true",
@@ -147,9 +156,6 @@ def _parser() -> argparse.ArgumentParser:
         help="give each of them some layers, also where each could have a part of every layer",
     )
     add("--smg", action="store_true", help="be a worker of the SMG gateway too")
-    _add_access(parser)
-    _add_outside(parser)
-    return parser
 
 
 def _add_outside(parser: argparse.ArgumentParser) -> None:

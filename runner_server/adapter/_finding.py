@@ -44,6 +44,6 @@ def find(model: str) -> Path:
 
 def _find_in_cache(model: str) -> Path:
     # It takes a quarter of a second, which a directory's name need not wait for.
-    from huggingface_hub import snapshot_download  # noqa: PLC0415
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - for that
 
     return Path(snapshot_download(model, local_files_only=True))
