@@ -192,9 +192,8 @@ class _DtypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dtype.ValueType
     DTYPE_UNSPECIFIED: _Dtype.ValueType  # 0
     """The same as DTYPE_AUTO."""
     DTYPE_AUTO: _Dtype.ValueType  # 1
-    """As stored on Metal and CUDA. On a CPU float32, quantized weights
-    dequantized, where memory allows (the only fast format there), else as
-    stored.
+    """As stored on Metal and CUDA. On a CPU float32, quantized weights dequantized:
+    the only fast format there. A model that does not fit as float32 is refused.
     """
     DTYPE_AS_STORED: _Dtype.ValueType  # 2
     """As stored; quantized weights stay quantized."""
@@ -204,6 +203,10 @@ class _DtypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dtype.ValueType
     """16-bit brain float; quantized weights are dequantized."""
     DTYPE_FLOAT16: _Dtype.ValueType  # 5
     """16-bit float; quantized weights are dequantized."""
+    DTYPE_AUTO_OR_STORED: _Dtype.ValueType  # 6
+    """As DTYPE_AUTO where that fits, else as stored, which is many times slower on a
+    CPU. `Model.dtype_fallback` says whether it came to that.
+    """
 
 class Dtype(_Dtype, metaclass=_DtypeEnumTypeWrapper):
     """In which number format the weights are held."""
@@ -211,9 +214,8 @@ class Dtype(_Dtype, metaclass=_DtypeEnumTypeWrapper):
 DTYPE_UNSPECIFIED: Dtype.ValueType  # 0
 """The same as DTYPE_AUTO."""
 DTYPE_AUTO: Dtype.ValueType  # 1
-"""As stored on Metal and CUDA. On a CPU float32, quantized weights
-dequantized, where memory allows (the only fast format there), else as
-stored.
+"""As stored on Metal and CUDA. On a CPU float32, quantized weights dequantized:
+the only fast format there. A model that does not fit as float32 is refused.
 """
 DTYPE_AS_STORED: Dtype.ValueType  # 2
 """As stored; quantized weights stay quantized."""
@@ -223,6 +225,10 @@ DTYPE_BFLOAT16: Dtype.ValueType  # 4
 """16-bit brain float; quantized weights are dequantized."""
 DTYPE_FLOAT16: Dtype.ValueType  # 5
 """16-bit float; quantized weights are dequantized."""
+DTYPE_AUTO_OR_STORED: Dtype.ValueType  # 6
+"""As DTYPE_AUTO where that fits, else as stored, which is many times slower on a
+CPU. `Model.dtype_fallback` says whether it came to that.
+"""
 Global___Dtype: _TypeAlias = Dtype  # noqa: Y015
 
 class _DoneReason:
@@ -261,6 +267,7 @@ class LoadRequest(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     MEMORY_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     PREFIX_CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_OVERRIDE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """A directory with a model (config.json, tokenizer, *.safetensors), as the
     server's file system names it, or a hub id ("org/name") that is already in
@@ -277,15 +284,24 @@ class LoadRequest(_message.Message):
     dtype: Global___Dtype.ValueType
     """In which format to hold the weights. Default: DTYPE_AUTO."""
     memory_limit_bytes: _builtins.int
-    """The most memory the model may take, weights, KV caches and prefix cache
-    together, in bytes; where ranks hold it together, on each of them. Range:
-    more than 0. Default: what is free now.
+    """The most memory that MLX may hold for the model, in bytes: weights, KV caches,
+    prefix cache, the arrays of a step and the buffers kept for reuse. Fewer
+    completions run together where it is less than `parallel` of them need. The
+    process itself (interpreter, libraries, tokenizer) is not part of it; it is
+    `EstimateResponse.process_bytes`. Where ranks hold the model together, the
+    limit is that of each of them. Range: more than 0. Default: what `Estimate`
+    counts.
     """
     prefix_cache_bytes: _builtins.int
     """The most memory to keep evaluated prompts in, in bytes, so that a prompt
     that begins like an earlier one skips what they share. 0 = keep none. It
-    counts against `memory_limit_bytes`. Default: a fifth of what weights and KV
-    cache leave free.
+    counts against `memory_limit_bytes`. Default: the KV cache of one sequence of
+    `context_length`, or a quarter of that of `parallel` sequences if that is
+    more, and less where there is no memory for it.
+    """
+    memory_override: _builtins.bool
+    """Loads the model even if it does not fit by the server's estimate. The system
+    may then end the process when its memory fills up. Default: false.
     """
     def __init__(
         self,
@@ -296,10 +312,11 @@ class LoadRequest(_message.Message):
         dtype: Global___Dtype.ValueType = ...,
         memory_limit_bytes: _builtins.int | None = ...,
         prefix_cache_bytes: _builtins.int | None = ...,
+        memory_override: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "context_length", b"context_length", "memory_limit_bytes", b"memory_limit_bytes", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "context_length", b"context_length", "dtype", b"dtype", "memory_limit_bytes", b"memory_limit_bytes", "model", b"model", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "context_length", b"context_length", "dtype", b"dtype", "memory_limit_bytes", b"memory_limit_bytes", "memory_override", b"memory_override", "model", b"model", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__context_length: _TypeAlias = _typing.Literal["context_length"]  # noqa: Y015
     _WhichOneofArgType__context_length: _TypeAlias = _typing.Literal["_context_length", b"_context_length"]  # noqa: Y015
@@ -365,6 +382,7 @@ class Model(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     QUANTIZATION_BITS_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    DTYPE_FALLBACK_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """A short name: the directory's name, or the hub id."""
     path: _builtins.str
@@ -387,6 +405,10 @@ class Model(_message.Message):
     """
     quantization_bits: _builtins.int
     """Bits per weight if the weights are held quantized; 0 if not."""
+    dtype_fallback: _builtins.bool
+    """Whether DTYPE_AUTO_OR_STORED found no memory for float32 and holds the weights
+    as stored.
+    """
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The token ids that end a text."""
@@ -403,14 +425,220 @@ class Model(_message.Message):
         dtype: _builtins.str = ...,
         quantization_bits: _builtins.int = ...,
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        dtype_fallback: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "name", b"name", "path", b"path", "quantization_bits", b"quantization_bits", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "dtype", b"dtype", "dtype_fallback", b"dtype_fallback", "eos_token_ids", b"eos_token_ids", "name", b"name", "path", b"path", "quantization_bits", b"quantization_bits", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class EstimateRequest(_message.Message):
+    """Asks what a load would need. All fields but the first are as in `LoadRequest`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    CONTEXT_LENGTH_FIELD_NUMBER: _builtins.int
+    PARALLEL_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    MEMORY_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
+    PREFIX_CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model, as `LoadRequest.model`. Required."""
+    context_length: _builtins.int
+    """Default: the model's limit, at most 4,096."""
+    parallel: _builtins.int
+    """Default: 4."""
+    dtype: Global___Dtype.ValueType
+    """Default: DTYPE_AUTO."""
+    memory_limit_bytes: _builtins.int
+    """Default: none."""
+    prefix_cache_bytes: _builtins.int
+    """Default: as in `LoadRequest`."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        context_length: _builtins.int | None = ...,
+        parallel: _builtins.int | None = ...,
+        dtype: Global___Dtype.ValueType = ...,
+        memory_limit_bytes: _builtins.int | None = ...,
+        prefix_cache_bytes: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "context_length", b"context_length", "memory_limit_bytes", b"memory_limit_bytes", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "context_length", b"context_length", "dtype", b"dtype", "memory_limit_bytes", b"memory_limit_bytes", "model", b"model", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__context_length: _TypeAlias = _typing.Literal["context_length"]  # noqa: Y015
+    _WhichOneofArgType__context_length: _TypeAlias = _typing.Literal["_context_length", b"_context_length"]  # noqa: Y015
+    _WhichOneofReturnType__memory_limit_bytes: _TypeAlias = _typing.Literal["memory_limit_bytes"]  # noqa: Y015
+    _WhichOneofArgType__memory_limit_bytes: _TypeAlias = _typing.Literal["_memory_limit_bytes", b"_memory_limit_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__parallel: _TypeAlias = _typing.Literal["parallel"]  # noqa: Y015
+    _WhichOneofArgType__parallel: _TypeAlias = _typing.Literal["_parallel", b"_parallel"]  # noqa: Y015
+    _WhichOneofReturnType__prefix_cache_bytes: _TypeAlias = _typing.Literal["prefix_cache_bytes"]  # noqa: Y015
+    _WhichOneofArgType__prefix_cache_bytes: _TypeAlias = _typing.Literal["_prefix_cache_bytes", b"_prefix_cache_bytes"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__context_length) -> _WhichOneofReturnType__context_length | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_limit_bytes) -> _WhichOneofReturnType__memory_limit_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__parallel) -> _WhichOneofReturnType__parallel | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prefix_cache_bytes) -> _WhichOneofReturnType__prefix_cache_bytes | None: ...
+
+Global___EstimateRequest: _TypeAlias = EstimateRequest  # noqa: Y015
+
+@_typing.final
+class EstimateResponse(_message.Message):
+    """What a load would need, in bytes, and whether it fits now. `total_bytes` is the
+    sum of the six parts that come first, and the most that the process takes: its
+    peak, with every stream filling its context.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    KV_BYTES_FIELD_NUMBER: _builtins.int
+    PREFIX_CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    WORKING_BYTES_FIELD_NUMBER: _builtins.int
+    PROCESS_BYTES_FIELD_NUMBER: _builtins.int
+    LOAD_TRANSIENT_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    REQUIRED_BYTES_FIELD_NUMBER: _builtins.int
+    AVAILABLE_BYTES_FIELD_NUMBER: _builtins.int
+    OVERHEAD_BYTES_FIELD_NUMBER: _builtins.int
+    RESERVED_BYTES_FIELD_NUMBER: _builtins.int
+    FITS_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    CONTEXT_LENGTH_FIELD_NUMBER: _builtins.int
+    PARALLEL_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
+    weight_bytes: _builtins.int
+    """The weights as they will be held."""
+    kv_bytes: _builtins.int
+    """The KV caches and recurrent states of `parallel` sequences of
+    `context_length`; with a `memory_limit_bytes` that is too small for all of
+    them, of as many as fit.
+    """
+    prefix_cache_bytes: _builtins.int
+    """The most that evaluated prompts may take."""
+    working_bytes: _builtins.int
+    """The arrays of a prefill chunk or a decode step, the copy of a layer's cache
+    while it grows, the buffers that MLX keeps for reuse.
+    """
+    process_bytes: _builtins.int
+    """The process itself: interpreter, libraries, tokenizer, heap."""
+    load_transient_bytes: _builtins.int
+    """What reading the files takes beyond all of the above."""
+    total_bytes: _builtins.int
+    """The sum of the six above."""
+    required_bytes: _builtins.int
+    """What `Load` asks for: `total_bytes` without the prefix cache if its size is the
+    default, which is made smaller where memory is short.
+    """
+    available_bytes: _builtins.int
+    """What may be taken now: free memory less `overhead_bytes` and `reserved_bytes`,
+    plus what the model that is loaded here would give back.
+    """
+    overhead_bytes: _builtins.int
+    """Kept free: the device's minimum and what MLX_RUNNER_GPU_OVERHEAD says."""
+    reserved_bytes: _builtins.int
+    """What other runners of this machine may still take, and loads under way."""
+    fits: _builtins.bool
+    """Whether `required_bytes` is at most `available_bytes`."""
+    dtype: _builtins.str
+    """The number format of the weights that was counted: "float32", "bfloat16",
+    "float16" or "as_stored".
+    """
+    context_length: _builtins.int
+    """Tokens of one sequence that were counted."""
+    parallel: _builtins.int
+    """Sequences that were counted."""
+    @_builtins.property
+    def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What could not be told, in words; empty if everything could."""
+
+    def __init__(
+        self,
+        *,
+        weight_bytes: _builtins.int = ...,
+        kv_bytes: _builtins.int = ...,
+        prefix_cache_bytes: _builtins.int = ...,
+        working_bytes: _builtins.int = ...,
+        process_bytes: _builtins.int = ...,
+        load_transient_bytes: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+        required_bytes: _builtins.int = ...,
+        available_bytes: _builtins.int = ...,
+        overhead_bytes: _builtins.int = ...,
+        reserved_bytes: _builtins.int = ...,
+        fits: _builtins.bool = ...,
+        dtype: _builtins.str = ...,
+        context_length: _builtins.int = ...,
+        parallel: _builtins.int = ...,
+        notes: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_bytes", b"available_bytes", "context_length", b"context_length", "dtype", b"dtype", "fits", b"fits", "kv_bytes", b"kv_bytes", "load_transient_bytes", b"load_transient_bytes", "notes", b"notes", "overhead_bytes", b"overhead_bytes", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes", "process_bytes", b"process_bytes", "required_bytes", b"required_bytes", "reserved_bytes", b"reserved_bytes", "total_bytes", b"total_bytes", "weight_bytes", b"weight_bytes", "working_bytes", b"working_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimateResponse: _TypeAlias = EstimateResponse  # noqa: Y015
+
+@_typing.final
+class TrimRequest(_message.Message):
+    """Asks for memory to be given back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFIX_CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    prefix_cache_bytes: _builtins.int
+    """The size that the prefix cache is reduced to at least, in bytes. Range: 0 or
+    more. It may grow again afterwards, up to its limit. Default: 0.
+    """
+    def __init__(
+        self,
+        *,
+        prefix_cache_bytes: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_prefix_cache_bytes", b"_prefix_cache_bytes", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prefix_cache_bytes", b"_prefix_cache_bytes", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__prefix_cache_bytes: _TypeAlias = _typing.Literal["prefix_cache_bytes"]  # noqa: Y015
+    _WhichOneofArgType__prefix_cache_bytes: _TypeAlias = _typing.Literal["_prefix_cache_bytes", b"_prefix_cache_bytes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prefix_cache_bytes) -> _WhichOneofReturnType__prefix_cache_bytes | None: ...
+
+Global___TrimRequest: _TypeAlias = TrimRequest  # noqa: Y015
+
+@_typing.final
+class TrimResponse(_message.Message):
+    """Answers a trim."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FREED_BYTES_FIELD_NUMBER: _builtins.int
+    freed_bytes: _builtins.int
+    """By how much the resident set of the process (on a GPU: what MLX holds) became
+    smaller, in bytes.
+    """
+    def __init__(
+        self,
+        *,
+        freed_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["freed_bytes", b"freed_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrimResponse: _TypeAlias = TrimResponse  # noqa: Y015
 
 @_typing.final
 class UnloadRequest(_message.Message):
@@ -641,6 +869,9 @@ class MemoryUsage(_message.Message):
     PROCESS_BYTES_FIELD_NUMBER: _builtins.int
     LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     PREFIX_CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    OTHER_BYTES_FIELD_NUMBER: _builtins.int
+    RESERVED_BYTES_FIELD_NUMBER: _builtins.int
+    PREFIX_CACHE_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     active_bytes: _builtins.int
     """Held by live arrays: weights, KV caches, what a step computes."""
     cache_bytes: _builtins.int
@@ -650,11 +881,25 @@ class MemoryUsage(_message.Message):
     process_bytes: _builtins.int
     """The resident set of the process, as the operating system counts it."""
     limit_bytes: _builtins.int
-    """The most the model may take: `LoadRequest.memory_limit_bytes`, or what was
-    free when it was loaded; 0 when no model is loaded.
+    """The most that `active_bytes` and `cache_bytes` together may come to:
+    `LoadRequest.memory_limit_bytes`, or what `Estimate` counts; 0 when no model is
+    loaded.
     """
     prefix_cache_bytes: _builtins.int
     """Of `active_bytes`: evaluated prompts kept for others that begin alike."""
+    other_bytes: _builtins.int
+    """Of `process_bytes`: what MLX does not hold. Interpreter, libraries, tokenizer,
+    and pages that the heap has not given back. On CUDA all of `process_bytes`.
+    """
+    reserved_bytes: _builtins.int
+    """The most the process may come to take, set aside for it on this machine: gates
+    and other runners count what it has not taken yet as taken. 0 when no model is
+    loaded.
+    """
+    prefix_cache_limit_bytes: _builtins.int
+    """The most `prefix_cache_bytes` may come to now; less than at the load after free
+    memory has run short.
+    """
     def __init__(
         self,
         *,
@@ -664,10 +909,13 @@ class MemoryUsage(_message.Message):
         process_bytes: _builtins.int = ...,
         limit_bytes: _builtins.int = ...,
         prefix_cache_bytes: _builtins.int = ...,
+        other_bytes: _builtins.int = ...,
+        reserved_bytes: _builtins.int = ...,
+        prefix_cache_limit_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_bytes", b"active_bytes", "cache_bytes", b"cache_bytes", "limit_bytes", b"limit_bytes", "peak_bytes", b"peak_bytes", "prefix_cache_bytes", b"prefix_cache_bytes", "process_bytes", b"process_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_bytes", b"active_bytes", "cache_bytes", b"cache_bytes", "limit_bytes", b"limit_bytes", "other_bytes", b"other_bytes", "peak_bytes", b"peak_bytes", "prefix_cache_bytes", b"prefix_cache_bytes", "prefix_cache_limit_bytes", b"prefix_cache_limit_bytes", "process_bytes", b"process_bytes", "reserved_bytes", b"reserved_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

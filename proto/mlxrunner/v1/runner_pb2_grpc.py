@@ -41,6 +41,16 @@ class RunnerServiceStub(object):
                 request_serializer=mlxrunner_dot_v1_dot_runner__pb2.LoadRequest.SerializeToString,
                 response_deserializer=mlxrunner_dot_v1_dot_runner__pb2.LoadResponse.FromString,
                 _registered_method=True)
+        self.Estimate = channel.unary_unary(
+                '/mlxrunner.v1.RunnerService/Estimate',
+                request_serializer=mlxrunner_dot_v1_dot_runner__pb2.EstimateRequest.SerializeToString,
+                response_deserializer=mlxrunner_dot_v1_dot_runner__pb2.EstimateResponse.FromString,
+                _registered_method=True)
+        self.Trim = channel.unary_unary(
+                '/mlxrunner.v1.RunnerService/Trim',
+                request_serializer=mlxrunner_dot_v1_dot_runner__pb2.TrimRequest.SerializeToString,
+                response_deserializer=mlxrunner_dot_v1_dot_runner__pb2.TrimResponse.FromString,
+                _registered_method=True)
         self.Unload = channel.unary_unary(
                 '/mlxrunner.v1.RunnerService/Unload',
                 request_serializer=mlxrunner_dot_v1_dot_runner__pb2.UnloadRequest.SerializeToString,
@@ -92,12 +102,57 @@ class RunnerServiceServicer(object):
         Use another model.
         - FAILED_PRECONDITION / BUSY: another load or an unload runs; wait for it,
         or cancel it.
-        - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the weights, the KV cache of one
-        sequence of `context_length` and `prefix_cache_bytes` do not fit
-        (`requiredBytes`, `availableBytes`); free memory, or ask for less of them.
+        - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: what `Estimate` would count for
+        this request does not fit (`requiredBytes`, `availableBytes`), or one
+        sequence of `context_length` does not fit `memory_limit_bytes`; free memory,
+        or ask for less.
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
         - INTERNAL / GENERATION_FAILED: MLX raised while the model was warmed up;
         the log of the process says more.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
+        has none or another one; send the right one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Estimate(self, request, context):
+        """Estimates the memory that `Load` would need for the same fields, part by part,
+        and compares the sum with what is available now. `Load` decides by the same
+        numbers. Nothing is loaded, no weights are read, and a loaded model keeps
+        working. The first call for a model takes about half a second; the answer
+        about its files is cached.
+
+        Errors:
+        - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range;
+        correct the request.
+        - NOT_FOUND / MODEL_NOT_FOUND: as for `Load`. Correct `model`.
+        - FAILED_PRECONDITION / MODEL_UNSUPPORTED: as for `Load`. Use another model.
+        - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: one sequence of `context_length`
+        does not fit `memory_limit_bytes` (`requiredBytes`, `availableBytes`); ask
+        for less. What does not fit the machine is no error: see `fits`.
+        - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
+        - INTERNAL / GENERATION_FAILED: the process that counts ended or took too
+        long; the log of the runner says more.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
+        has none or another one; send the right one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Trim(self, request, context):
+        """Gives memory back without ending anything: entries of the prefix cache, least
+        recently used first, then the buffers that MLX keeps for reuse and the free
+        pages of the heap. Returns when the memory is back. Running completions wait
+        for it, a fraction of a second.
+
+        Errors:
+        - INVALID_ARGUMENT / INVALID_FIELD: a field is out of range; correct the
+        request.
+        - FAILED_PRECONDITION / BUSY: a load or an unload runs; wait for it.
+        - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which frees the
+        memory too.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
         has none or another one; send the right one.
         """
@@ -206,6 +261,16 @@ def add_RunnerServiceServicer_to_server(servicer, server):
                     request_deserializer=mlxrunner_dot_v1_dot_runner__pb2.LoadRequest.FromString,
                     response_serializer=mlxrunner_dot_v1_dot_runner__pb2.LoadResponse.SerializeToString,
             ),
+            'Estimate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Estimate,
+                    request_deserializer=mlxrunner_dot_v1_dot_runner__pb2.EstimateRequest.FromString,
+                    response_serializer=mlxrunner_dot_v1_dot_runner__pb2.EstimateResponse.SerializeToString,
+            ),
+            'Trim': grpc.unary_unary_rpc_method_handler(
+                    servicer.Trim,
+                    request_deserializer=mlxrunner_dot_v1_dot_runner__pb2.TrimRequest.FromString,
+                    response_serializer=mlxrunner_dot_v1_dot_runner__pb2.TrimResponse.SerializeToString,
+            ),
             'Unload': grpc.unary_unary_rpc_method_handler(
                     servicer.Unload,
                     request_deserializer=mlxrunner_dot_v1_dot_runner__pb2.UnloadRequest.FromString,
@@ -261,6 +326,60 @@ class RunnerService(object):
             '/mlxrunner.v1.RunnerService/Load',
             mlxrunner_dot_v1_dot_runner__pb2.LoadRequest.SerializeToString,
             mlxrunner_dot_v1_dot_runner__pb2.LoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Estimate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mlxrunner.v1.RunnerService/Estimate',
+            mlxrunner_dot_v1_dot_runner__pb2.EstimateRequest.SerializeToString,
+            mlxrunner_dot_v1_dot_runner__pb2.EstimateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Trim(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mlxrunner.v1.RunnerService/Trim',
+            mlxrunner_dot_v1_dot_runner__pb2.TrimRequest.SerializeToString,
+            mlxrunner_dot_v1_dot_runner__pb2.TrimResponse.FromString,
             options,
             channel_credentials,
             insecure,

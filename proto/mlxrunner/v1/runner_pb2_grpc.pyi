@@ -81,12 +81,49 @@ class RunnerServiceStub:
       Use another model.
     - FAILED_PRECONDITION / BUSY: another load or an unload runs; wait for it,
       or cancel it.
-    - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the weights, the KV cache of one
-      sequence of `context_length` and `prefix_cache_bytes` do not fit
-      (`requiredBytes`, `availableBytes`); free memory, or ask for less of them.
+    - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: what `Estimate` would count for
+      this request does not fit (`requiredBytes`, `availableBytes`), or one
+      sequence of `context_length` does not fit `memory_limit_bytes`; free memory,
+      or ask for less.
     - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
     - INTERNAL / GENERATION_FAILED: MLX raised while the model was warmed up;
       the log of the process says more.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
+      has none or another one; send the right one.
+    """
+    Estimate: _grpc.UnaryUnaryMultiCallable[_runner_pb2.EstimateRequest, _runner_pb2.EstimateResponse]
+    """Estimates the memory that `Load` would need for the same fields, part by part,
+    and compares the sum with what is available now. `Load` decides by the same
+    numbers. Nothing is loaded, no weights are read, and a loaded model keeps
+    working. The first call for a model takes about half a second; the answer
+    about its files is cached.
+
+    Errors:
+    - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range;
+      correct the request.
+    - NOT_FOUND / MODEL_NOT_FOUND: as for `Load`. Correct `model`.
+    - FAILED_PRECONDITION / MODEL_UNSUPPORTED: as for `Load`. Use another model.
+    - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: one sequence of `context_length`
+      does not fit `memory_limit_bytes` (`requiredBytes`, `availableBytes`); ask
+      for less. What does not fit the machine is no error: see `fits`.
+    - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
+    - INTERNAL / GENERATION_FAILED: the process that counts ended or took too
+      long; the log of the runner says more.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
+      has none or another one; send the right one.
+    """
+    Trim: _grpc.UnaryUnaryMultiCallable[_runner_pb2.TrimRequest, _runner_pb2.TrimResponse]
+    """Gives memory back without ending anything: entries of the prefix cache, least
+    recently used first, then the buffers that MLX keeps for reuse and the free
+    pages of the heap. Returns when the memory is back. Running completions wait
+    for it, a fraction of a second.
+
+    Errors:
+    - INVALID_ARGUMENT / INVALID_FIELD: a field is out of range; correct the
+      request.
+    - FAILED_PRECONDITION / BUSY: a load or an unload runs; wait for it.
+    - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which frees the
+      memory too.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
       has none or another one; send the right one.
     """
@@ -190,12 +227,49 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
       Use another model.
     - FAILED_PRECONDITION / BUSY: another load or an unload runs; wait for it,
       or cancel it.
-    - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the weights, the KV cache of one
-      sequence of `context_length` and `prefix_cache_bytes` do not fit
-      (`requiredBytes`, `availableBytes`); free memory, or ask for less of them.
+    - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: what `Estimate` would count for
+      this request does not fit (`requiredBytes`, `availableBytes`), or one
+      sequence of `context_length` does not fit `memory_limit_bytes`; free memory,
+      or ask for less.
     - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
     - INTERNAL / GENERATION_FAILED: MLX raised while the model was warmed up;
       the log of the process says more.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
+      has none or another one; send the right one.
+    """
+    Estimate: _aio.UnaryUnaryMultiCallable[_runner_pb2.EstimateRequest, _runner_pb2.EstimateResponse]  # type: ignore[assignment]
+    """Estimates the memory that `Load` would need for the same fields, part by part,
+    and compares the sum with what is available now. `Load` decides by the same
+    numbers. Nothing is loaded, no weights are read, and a loaded model keeps
+    working. The first call for a model takes about half a second; the answer
+    about its files is cached.
+
+    Errors:
+    - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range;
+      correct the request.
+    - NOT_FOUND / MODEL_NOT_FOUND: as for `Load`. Correct `model`.
+    - FAILED_PRECONDITION / MODEL_UNSUPPORTED: as for `Load`. Use another model.
+    - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: one sequence of `context_length`
+      does not fit `memory_limit_bytes` (`requiredBytes`, `availableBytes`); ask
+      for less. What does not fit the machine is no error: see `fits`.
+    - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
+    - INTERNAL / GENERATION_FAILED: the process that counts ended or took too
+      long; the log of the runner says more.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
+      has none or another one; send the right one.
+    """
+    Trim: _aio.UnaryUnaryMultiCallable[_runner_pb2.TrimRequest, _runner_pb2.TrimResponse]  # type: ignore[assignment]
+    """Gives memory back without ending anything: entries of the prefix cache, least
+    recently used first, then the buffers that MLX keeps for reuse and the free
+    pages of the heap. Returns when the memory is back. Running completions wait
+    for it, a fraction of a second.
+
+    Errors:
+    - INVALID_ARGUMENT / INVALID_FIELD: a field is out of range; correct the
+      request.
+    - FAILED_PRECONDITION / BUSY: a load or an unload runs; wait for it.
+    - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which frees the
+      memory too.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
       has none or another one; send the right one.
     """
@@ -302,12 +376,61 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
           Use another model.
         - FAILED_PRECONDITION / BUSY: another load or an unload runs; wait for it,
           or cancel it.
-        - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the weights, the KV cache of one
-          sequence of `context_length` and `prefix_cache_bytes` do not fit
-          (`requiredBytes`, `availableBytes`); free memory, or ask for less of them.
+        - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: what `Estimate` would count for
+          this request does not fit (`requiredBytes`, `availableBytes`), or one
+          sequence of `context_length` does not fit `memory_limit_bytes`; free memory,
+          or ask for less.
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
         - INTERNAL / GENERATION_FAILED: MLX raised while the model was warmed up;
           the log of the process says more.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
+          has none or another one; send the right one.
+        """
+
+    @_abc_1.abstractmethod
+    def Estimate(
+        self,
+        request: _runner_pb2.EstimateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_runner_pb2.EstimateResponse, _abc.Awaitable[_runner_pb2.EstimateResponse]]:
+        """Estimates the memory that `Load` would need for the same fields, part by part,
+        and compares the sum with what is available now. `Load` decides by the same
+        numbers. Nothing is loaded, no weights are read, and a loaded model keeps
+        working. The first call for a model takes about half a second; the answer
+        about its files is cached.
+
+        Errors:
+        - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range;
+          correct the request.
+        - NOT_FOUND / MODEL_NOT_FOUND: as for `Load`. Correct `model`.
+        - FAILED_PRECONDITION / MODEL_UNSUPPORTED: as for `Load`. Use another model.
+        - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: one sequence of `context_length`
+          does not fit `memory_limit_bytes` (`requiredBytes`, `availableBytes`); ask
+          for less. What does not fit the machine is no error: see `fits`.
+        - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
+        - INTERNAL / GENERATION_FAILED: the process that counts ended or took too
+          long; the log of the runner says more.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
+          has none or another one; send the right one.
+        """
+
+    @_abc_1.abstractmethod
+    def Trim(
+        self,
+        request: _runner_pb2.TrimRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_runner_pb2.TrimResponse, _abc.Awaitable[_runner_pb2.TrimResponse]]:
+        """Gives memory back without ending anything: entries of the prefix cache, least
+        recently used first, then the buffers that MLX keeps for reuse and the free
+        pages of the heap. Returns when the memory is back. Running completions wait
+        for it, a fraction of a second.
+
+        Errors:
+        - INVALID_ARGUMENT / INVALID_FIELD: a field is out of range; correct the
+          request.
+        - FAILED_PRECONDITION / BUSY: a load or an unload runs; wait for it.
+        - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which frees the
+          memory too.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
           has none or another one; send the right one.
         """
