@@ -21,26 +21,48 @@ _NO_LIMIT_BYTES = 1 << 60
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """The file names of one cgroup version."""
+    """The names of files and statistics of one cgroup version."""
 
     limits: tuple[str, ...]
     usage: str
-    reclaimable: str
+    files: tuple[str, ...]
+    mapped: str
+    slab: str
 
 
-# memory.high is no hard limit, but a process above it is throttled until it
+# memory.high is not a hard limit, but a process above it is throttled until it
 # hardly moves, so a load must stay below it too.
-_V2 = _Layout(("memory.max", "memory.high"), "memory.current", "inactive_file")
-_V1 = _Layout(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
+_V2 = _Layout(
+    ("memory.max", "memory.high"),
+    "memory.current",
+    ("inactive_file", "active_file"),
+    "file_mapped",
+    "slab_reclaimable",
+)
+_V1 = _Layout(
+    ("memory.limit_in_bytes",),
+    "memory.usage_in_bytes",
+    ("total_inactive_file", "total_active_file"),
+    "total_mapped_file",
+    "",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupLimit:
+    """What one control group still allows.
+
+    Attributes:
+        path: The group's directory.
+        available_bytes: The memory that its processes may still take together.
+    """
+
+    path: str
+    available_bytes: int
 
 
 def cgroup_available_bytes(root: Path = Path("/")) -> int | None:
-    """The least that this process's group or any group above it still allows.
-
-    A group's usage is counted without its inactive page cache: the kernel
-    drops those pages before it refuses memory, and after a model file has been
-    read once they are most of the usage. (Kubernetes calls the same difference
-    the working set.)
+    """Return the least that this process's group or any group above it still allows.
 
     Args:
         root: The directory that holds ``proc`` and ``sys``; tests hand in a tree.
@@ -48,22 +70,47 @@ def cgroup_available_bytes(root: Path = Path("/")) -> int | None:
     Returns:
         Bytes, never negative; None where no group limits memory or nothing can be read.
     """
-    allowed = [
-        available
+    return min((limit.available_bytes for limit in cgroup_limits(root)), default=None)
+
+
+def cgroup_limits(root: Path = Path("/")) -> tuple[GroupLimit, ...]:
+    """Return what each group that limits this process still allows, its own group first.
+
+    A group's usage is counted without the file pages that the kernel drops before it
+    refuses memory, which are most of the usage after a model has been read: pages of a
+    file that was read twice lie in the active list and are dropped like the others, and
+    only those that processes have mapped are counted as used.
+
+    Args:
+        root: The directory that holds ``proc`` and ``sys``; tests hand in a tree.
+    """
+    return tuple(
+        GroupLimit(str(directory), available)
         for directory, layout in _groups(root)
         if (available := _group_available(directory, layout)) is not None
-    ]
-    return min(allowed, default=None)
+    )
 
 
-def _groups(root: Path) -> Iterator[tuple[Path, _Layout]]:
-    """Every group this process is in, leaf first, for each mounted hierarchy.
+def is_in_group(pid: int, path: str, root: Path = Path("/")) -> bool:
+    """Whether a process is in a group, or in one below it. True where that cannot be told.
+
+    Args:
+        pid: The process.
+        path: The group's directory, as ``GroupLimit.path``.
+        root: The directory that holds ``proc`` and ``sys``; tests hand in a tree.
+    """
+    directories = [str(directory) for directory, _ in _groups(root, str(pid))]
+    return not directories or path in directories
+
+
+def _groups(root: Path, process: str = "self") -> Iterator[tuple[Path, _Layout]]:
+    """Yield every group a process is in, leaf first, for each mounted hierarchy.
 
     Hybrid systems mount both versions, with the memory controller in one of
     them: the other has no memory files and drops out by itself.
     """
     mounts = list(_mounts(root))
-    for line in _read(root / "proc/self/cgroup").splitlines():
+    for line in _read(root / f"proc/{process}/cgroup").splitlines():
         _, controllers, group = (*line.split(":", 2), "", "")[:3]
         if controllers == "":
             layout, kind = _V2, "cgroup2"
@@ -118,12 +165,22 @@ def _group_available(directory: Path, layout: _Layout) -> int | None:
         for line in _read(directory / "memory.stat").splitlines()
         if len(fields := line.split()) == 2
     )
-    reclaimable = _number(stat.get(layout.reclaimable, "")) or 0
+    reclaimable = _reclaimable(stat, layout)
     return max(0, min(limits) - max(0, usage - reclaimable))
 
 
+def _reclaimable(stat: dict[str, str], layout: _Layout) -> int:
+    """Return the bytes of a group that the kernel drops before it refuses memory."""
+
+    def figure(name: str) -> int:
+        return _number(stat.get(name, "")) or 0
+
+    unmapped = sum(map(figure, layout.files)) - figure(layout.mapped)
+    return max(0, unmapped) + figure(layout.slab)
+
+
 def _number(text: str) -> int | None:
-    """The number in the text; None for ``max`` and for nothing at all."""
+    """Return the number in the text; None for ``max`` and for an empty text."""
     text = text.strip()
     return int(text) if text.isdecimal() else None
 

@@ -7,7 +7,6 @@ import platform
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -38,6 +37,8 @@ class DeviceInfo:
         free_bytes: Memory it would still give; for Metal the working-set limit.
             None where it cannot be told.
         reason: Why a figure is None, or an empty string.
+        device_id: What tells it from others of the same name; empty for Metal and the CPU,
+            whose memory is the system's.
     """
 
     name: str
@@ -45,6 +46,7 @@ class DeviceInfo:
     total_bytes: int | None
     free_bytes: int | None
     reason: str = ""
+    device_id: str = ""
 
 
 def run_command(command: Sequence[str]) -> str:
@@ -68,6 +70,9 @@ def run_command(command: Sequence[str]) -> str:
 
 def is_installed(distribution: str) -> bool:
     """Whether a distribution of that name is installed beside this package."""
+    # A server would wait for it before its ready line.
+    from importlib import metadata  # noqa: PLC0415
+
     try:
         metadata.distribution(distribution)
     except metadata.PackageNotFoundError:
@@ -180,12 +185,12 @@ def _cuda_devices(host: Host) -> tuple[DeviceInfo, ...]:
     return (DeviceInfo("unknown", "cuda", None, None, reason),)
 
 
-def _cuda_device(index: str, _uuid: str, free: str, total: str, name: str) -> DeviceInfo:
+def _cuda_device(index: str, uuid: str, free: str, total: str, name: str) -> DeviceInfo:
     known = free.isdecimal() and total.isdecimal()
     reason = "" if known else f"nvidia-smi reports {free!r} free of {total!r} on device {index}"
     total_bytes = int(total) * _MIB if total.isdecimal() else None
     free_bytes = int(free) * _MIB if free.isdecimal() else None
-    return DeviceInfo(name, "cuda", total_bytes, free_bytes, reason)
+    return DeviceInfo(name, "cuda", total_bytes, free_bytes, reason, uuid)
 
 
 def _visible(rows: list[tuple[str, ...]], visible: str | None) -> list[tuple[str, ...]]:

@@ -9,9 +9,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mlxrunner._cgroup import cgroup_available_bytes
+from mlxrunner._cgroup import GroupLimit, cgroup_available_bytes, cgroup_limits, is_in_group
 from mlxrunner._devices import default_working_set_bytes, run_command
-from mlxrunner.hostmemory import Host, device_infos, free_memory, installed_backend
+from mlxrunner.hostmemory import (
+    Host,
+    MemoryLimit,
+    device_infos,
+    free_memory,
+    installed_backend,
+)
 
 MIB = 1024**2
 GIB = 1024**3
@@ -28,22 +34,28 @@ def write(root: Path, files: dict[str, str]) -> None:
         path.write_text(text)
 
 
-def v2_group(path: str, limit: str, usage: int, inactive: int = 0) -> dict[str, str]:
+def v2_group(path: str, limit: str, usage: int, **statistics: int) -> dict[str, str]:
     folder = f"sys/fs/cgroup{path}"
     return {
         f"{folder}/memory.max": f"{limit}\n",
         f"{folder}/memory.current": f"{usage}\n",
-        f"{folder}/memory.stat": f"anon 1\ninactive_file {inactive}\nactive_file 7\n",
+        f"{folder}/memory.stat": lines_of({"anon": 1, "shmem": 7, **statistics}),
     }
 
 
-def v1_group(path: str, limit: str, usage: int, inactive: int = 0) -> dict[str, str]:
+def v1_group(path: str, limit: str, usage: int, **statistics: int) -> dict[str, str]:
+    """A group whose own figures, without those of the groups below it, are 3 and 5."""
     folder = f"sys/fs/cgroup/memory{path}"
+    own = {"inactive_file": 3, "active_file": 5}
     return {
         f"{folder}/memory.limit_in_bytes": f"{limit}\n",
         f"{folder}/memory.usage_in_bytes": f"{usage}\n",
-        f"{folder}/memory.stat": f"inactive_file 3\ntotal_inactive_file {inactive}\n",
+        f"{folder}/memory.stat": lines_of({**own, **statistics}),
     }
+
+
+def lines_of(statistics: dict[str, int]) -> str:
+    return "".join(f"{name} {value}\n" for name, value in statistics.items())
 
 
 def process_in(group: str, mounts: str) -> dict[str, str]:
@@ -57,10 +69,48 @@ def test_v2_takes_the_tightest_ancestor(tmp_path: Path) -> None:
     assert cgroup_available_bytes(tmp_path) == 400
 
 
-def test_v2_inactive_page_cache_is_not_usage(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("statistics", "available"),
+    [
+        ({"inactive_file": 700}, 800),
+        # A file that was read twice.
+        ({"active_file": 700}, 800),
+        ({"inactive_file": 300, "active_file": 400, "file_mapped": 50}, 750),
+        # Of shared memory, which is mapped too and no file.
+        ({"inactive_file": 10, "file_mapped": 600}, 100),
+        ({"slab_reclaimable": 200, "slab_unreclaimable": 90}, 300),
+        ({"inactive_file": 10, "file_mapped": 600, "slab_reclaimable": 200}, 300),
+        ({"inactive_file": 5000}, 1000),
+    ],
+)
+def test_v2_pages_that_the_kernel_drops_are_free(
+    tmp_path: Path, statistics: dict[str, int], available: int
+) -> None:
     write(tmp_path, process_in("0::/job\n", V2_MOUNT.format(root="/")))
-    write(tmp_path, v2_group("/job", "1000", 900, inactive=700))
-    assert cgroup_available_bytes(tmp_path) == 800
+    write(tmp_path, v2_group("/job", "1000", 900, **statistics))
+    assert cgroup_available_bytes(tmp_path) == available
+
+
+@pytest.mark.parametrize(
+    ("statistics", "available"),
+    [
+        ({"total_inactive_file": 700}, 800),
+        ({"total_active_file": 700}, 800),
+        (
+            {"total_inactive_file": 300, "total_active_file": 400, "total_mapped_file": 50},
+            750,
+        ),
+        ({"total_inactive_file": 10, "total_mapped_file": 600}, 100),
+        # Of the group alone: those of its children count too.
+        ({"mapped_file": 600, "total_active_file": 100}, 200),
+    ],
+)
+def test_v1_pages_that_the_kernel_drops_are_free(
+    tmp_path: Path, statistics: dict[str, int], available: int
+) -> None:
+    write(tmp_path, process_in("4:memory:/job\n", V1_MOUNT.format(root="/")))
+    write(tmp_path, v1_group("/job", "1000", 900, **statistics))
+    assert cgroup_available_bytes(tmp_path) == available
 
 
 def test_v2_throttling_limit_counts_as_a_limit(tmp_path: Path) -> None:
@@ -72,7 +122,7 @@ def test_v2_throttling_limit_counts_as_a_limit(tmp_path: Path) -> None:
 
 def test_v1_takes_the_tightest_ancestor(tmp_path: Path) -> None:
     write(tmp_path, process_in("4:memory:/docker/abc\n1:cpu:/x\n", V1_MOUNT.format(root="/")))
-    write(tmp_path, v1_group("/docker/abc", "2000", 500, inactive=100))
+    write(tmp_path, v1_group("/docker/abc", "2000", 500, total_inactive_file=100))
     write(tmp_path, v1_group("/docker", NO_LIMIT, 5000))
     write(tmp_path, v1_group("", "9000", 8000))
     assert cgroup_available_bytes(tmp_path) == 1000
@@ -94,6 +144,28 @@ def test_group_outside_the_namespace_is_the_mount_point(tmp_path: Path) -> None:
     write(tmp_path, process_in("0::/../other\n", V2_MOUNT.format(root="/")))
     write(tmp_path, v2_group("", "2000", 500))
     assert cgroup_available_bytes(tmp_path) == 1500
+
+
+def test_each_group_that_limits_is_told(tmp_path: Path) -> None:
+    write(tmp_path, process_in("0::/user/job\n", V2_MOUNT.format(root="/")))
+    write(tmp_path, v2_group("/user/job", "1000", 300))
+    write(tmp_path, v2_group("/user", "2000", 600))
+    write(tmp_path, v2_group("", "max", 600))
+    folder = tmp_path / "sys/fs/cgroup"
+    assert cgroup_limits(tmp_path) == (
+        GroupLimit(f"{folder}/user/job", 700),
+        GroupLimit(f"{folder}/user", 1400),
+    )
+
+
+def test_processes_are_in_their_group_and_those_above_it(tmp_path: Path) -> None:
+    write(tmp_path, process_in("0::/user/job\n", V2_MOUNT.format(root="/")))
+    write(tmp_path, {"proc/7/cgroup": "0::/user/other\n"})
+    folder = tmp_path / "sys/fs/cgroup"
+    assert is_in_group(7, f"{folder}/user", tmp_path)
+    assert not is_in_group(7, f"{folder}/user/job", tmp_path)
+    # One that has ended, or may not be looked at.
+    assert is_in_group(8, f"{folder}/user/job", tmp_path)
 
 
 def test_hybrid_mounts_use_the_one_with_the_memory_controller(tmp_path: Path) -> None:
@@ -175,12 +247,16 @@ def test_cgroup_binds_when_it_is_the_smallest(tmp_path: Path) -> None:
     free = free_memory(host(tmp_path))
     assert (free.available_bytes, free.source) == (6 * GIB, "cgroup")
     assert free.system_bytes == 40 * GIB
+    assert [limit.source for limit in free.limits] == ["system", "cgroup"]
+    assert min(limit.available_bytes for limit in free.limits) == free.available_bytes
 
 
 def test_first_cuda_device_binds_when_it_is_the_smallest(tmp_path: Path) -> None:
     free = free_memory(cuda_host(tmp_path, TWO_GPUS))
     assert (free.available_bytes, free.source) == (20000 * MIB, "device")
     assert (free.device_name, free.device_kind) == ("NVIDIA A", "cuda")
+    assert free.device_id == "GPU-aaaa"
+    assert free.limits[-1] == MemoryLimit("device", 20000 * MIB, device="GPU-aaaa")
 
 
 def test_cuda_devices_with_a_comma_in_the_name(tmp_path: Path) -> None:
@@ -232,6 +308,7 @@ def test_failing_tool_is_an_unknown_with_a_reason(
 
     free = free_memory(host(tmp_path, run=run, installed=lambda _name: True))
     assert (free.device_bytes, free.source, free.device_kind) == (None, "system", "cuda")
+    assert free.device_id == ""
     assert reason in free.reason
 
 
