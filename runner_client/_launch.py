@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import secrets
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxrunner.handshake import TOKEN_VARIABLE
+from mlxrunner.units import format_bytes
 from runner_client._child import Child
 from runner_client._command import (
     ListenPlace,
     check_platform,
     server_command,
-    with_import_paths,
 )
 from runner_client._messages import load_request
 from runner_client.environment import child_environment
 from runner_client.errors import InsufficientMemoryError
 from runner_client.estimate import DEFAULT_PARALLEL, estimate
 from runner_client.gate import MemoryGate
+from runner_common.import_paths import with_import_paths
+from runner_common.reservations import DIRECTORY_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mlxrunner.v1 import runner_pb2 as pb
     from runner_client._command import Listen
-    from runner_client.estimate import MemoryEstimate
-    from runner_client.gate import GateDecision
+    from runner_client.estimate import DType, MemoryEstimate
+    from runner_client.gate import Admission
     from runner_client.types import Dtype
 
 logger = logging.getLogger(__name__)
@@ -53,12 +54,17 @@ class Launch:
     env: Mapping[str, str] | None
     log: logging.Logger | None
 
-    def plan(self) -> Plan:
-        """Decides whether the model may be started, without starting anything.
+    def environ(self) -> dict[str, str]:
+        """Return the environment that the child begins with: this process's and ``env``."""
+        return {**os.environ, **(self.env or {})}
 
-        ``"auto"`` is float32 on a CPU only where memory allows, else as stored, and
-        an override leaves it so: it is for what does not fit in any other way, and
-        asks for the smallest. Who wants float32 all the same asks for float32.
+    def plan(self) -> Plan:
+        """Decide whether the model may be started, without starting anything.
+
+        ``"auto"`` is float32 on a CPU, and refused where that does not fit.
+        ``"auto_or_stored"`` is held as stored then, and an override applies to that: it is
+        for what does not fit in any other way, and asks for the smallest. With
+        ``require_full`` nothing falls back, so that a scheduler evicts another runner.
 
         Raises:
             UnsupportedPlatformError: MLX does not run here.
@@ -67,37 +73,50 @@ class Launch:
             InsufficientMemoryError: It does not fit.
         """
         check_platform()
+        need = self._estimate(self.dtype)
+        if self.dtype not in ("auto", "auto_or_stored") or need.dtype == "as_stored":
+            return self._gated(need, override=self.memory_override)
+        falls_back = self.dtype == "auto_or_stored" and not self.require_full
         try:
-            return _gated(self, override=self.memory_override and self.dtype != "auto")
+            return self._gated(need, override=self.memory_override and not falls_back)
         except InsufficientMemoryError as error:
-            plan = self._plan_as_stored()
-            if plan is None:
-                raise
-            logger.warning("%s. It is loaded as it is stored", error)
-            return plan
+            stored = self._estimate("as_stored")
+            if not falls_back:
+                raise _with_advice(error, stored) from None
+            logger.warning("%s. It is loaded as it is stored if that fits", error)
+        return self._gated(stored, override=self.memory_override)
 
-    def _plan_as_stored(self) -> Plan | None:
-        if self.dtype != "auto":
-            return None
-        with contextlib.suppress(InsufficientMemoryError):
-            return _gated(replace(self, dtype="as_stored"), override=self.memory_override)
-        return None
+    def _estimate(self, dtype: DType) -> MemoryEstimate:
+        return estimate(
+            self.model,
+            context_length=self.context_length,
+            parallel=DEFAULT_PARALLEL if self.parallel is None else self.parallel,
+            dtype=dtype,
+            prefix_cache_bytes=self.prefix_cache_bytes,
+            env=self.environ(),
+        )
+
+    def _gated(self, need: MemoryEstimate, *, override: bool) -> Plan:
+        environ = self.environ()
+        gate = self.gate or MemoryGate(environ=environ)
+        admission = gate.admit(
+            need, require_full=self.require_full, override=override, environ=environ
+        )
+        return Plan(self, need, admission, gate.book(environ).directory)
 
 
-def _gated(launch: Launch, *, override: bool) -> Plan:
-    need = estimate(
-        launch.model,
-        context_length=launch.context_length,
-        parallel=DEFAULT_PARALLEL if launch.parallel is None else launch.parallel,
-        dtype=launch.dtype,
-        prefix_cache_bytes=launch.prefix_cache_bytes,
+def _with_advice(error: InsufficientMemoryError, stored: MemoryEstimate) -> InsufficientMemoryError:
+    """Return the same refusal with the ways out that a need for float32 leaves."""
+    if stored.required_bytes >= (error.required_bytes or 0):
+        return error
+    return type(error)(
+        f"{error}. As stored it would need {format_bytes(stored.required_bytes)}: dtype "
+        '"as_stored", or "auto_or_stored" to choose by what is free, which is many times slower '
+        "on a CPU; to hold it as float32, evict another runner",
+        required_bytes=error.required_bytes,
+        available_bytes=error.available_bytes,
+        overhead_bytes=error.overhead_bytes,
     )
-    gate = launch.gate or MemoryGate()
-    reservation = contextlib.ExitStack()
-    decision = reservation.enter_context(
-        gate.reserve(need, require_full=launch.require_full, override=override)
-    )
-    return Plan(launch, need, decision, reservation)
 
 
 @dataclass(frozen=True)
@@ -106,17 +125,18 @@ class Plan:
 
     launch: Launch
     estimate: MemoryEstimate
-    decision: GateDecision
-    reservation: contextlib.ExitStack
-    """What the gate sets aside until the model is loaded, or will not be."""
+    admission: Admission
+    """The decision, and the memory that is set aside for the child as long as it lives."""
+    directory: Path
+    """Where the reservations of this machine are."""
     token: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
     """What the child asks of its callers."""
 
     def load_request(self) -> pb.LoadRequest:
-        """What the child is to load: just what the gate counted.
+        """Build the request to load what the gate counted.
 
-        The server measures by itself what is free, and refuses by that; a caller who
-        has overridden the gate has overridden the server too.
+        The server compares the need with free memory by itself, and refuses by that; a
+        caller who has overridden the gate has overridden the server too.
         """
         # The server would not expand "~", and names a hub model by its id.
         is_folder = Path(self.launch.model).expanduser().is_dir()
@@ -125,30 +145,34 @@ class Plan:
             context_length=self.estimate.context_length,
             parallel=self.estimate.parallel,
             dtype=self.launch.dtype,
-            memory_limit_bytes=self._limit_bytes(),
             prefix_cache_bytes=self.launch.prefix_cache_bytes,
+            memory_override=self.admission.overridden,
         )
 
-    def _limit_bytes(self) -> int | None:
-        """What the model may take, in bytes; None lets the server measure."""
-        if not self.decision.overridden:
-            return None
-        # The gate keeps some of the free memory back: never less than all of it.
-        return max(self.estimate.total_bytes, self.decision.free.available_bytes)
-
     def child(self, place: ListenPlace) -> Child:
-        """Makes the child, not yet started.
+        """Make the child, not yet started.
 
         Raises:
-            InvalidRequestError: ``blas`` is the path of no file.
+            InvalidRequestError: ``blas`` is a path where no file is.
             NotSupportedError: The server's packages are not installed.
             RunnerUnavailableError: There is no Python to start it with.
         """
-        base = {**os.environ, **(self.launch.env or {})}
-        environment = child_environment(base, backend=self.estimate.backend, blas=self.launch.blas)
-        # Not on the command line, which every user of the machine can read.
+        environment = child_environment(
+            self.launch.environ(), backend=self.estimate.backend, blas=self.launch.blas
+        )
         return Child(
             server_command(place.argument),
-            environment={**with_import_paths(environment), TOKEN_VARIABLE: self.token},
+            environment={**with_import_paths(environment), **self._variables()},
             log=self.launch.log,
         )
+
+    def _variables(self) -> dict[str, str]:
+        """Return what the child has to know of the gate, and its token.
+
+        The token is not on the command line, which every user of the machine can read.
+        """
+        return {
+            **self.admission.headroom.variables(),
+            DIRECTORY_VARIABLE: str(self.directory),
+            TOKEN_VARIABLE: self.token,
+        }

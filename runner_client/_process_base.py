@@ -208,7 +208,11 @@ class ProcessBase:
         """Checks, estimates, gates, spawns, and waits for the ready line."""
         plan = self._launch.plan()
         child = self._adopt(plan, life)
+        reservation = plan.admission.reservation
         child.start()
+        if child.pid is not None:
+            reservation.assign(child.pid)
+        child.on_exit(reservation.release)
         ready = child.wait_ready(self.timeouts.start_seconds)
         with self._in_life(life):
             self._ready = ready
@@ -218,7 +222,7 @@ class ProcessBase:
     def _adopt(self, plan: Plan, life: int) -> Child:
         """Makes the child known before it is started, so that ``close`` finds it."""
         with contextlib.ExitStack() as undo:
-            undo.enter_context(plan.reservation)
+            undo.callback(plan.admission.reservation.release)
             with self._in_life(life):
                 place = ListenPlace.make(self._launch.listen)
                 undo.callback(place.remove)
@@ -245,16 +249,12 @@ class ProcessBase:
         finally:
             if ending.place is not None:
                 ending.place.remove()
-            self._end_reservation(ending.plan)
+            if ending.plan is not None:
+                # Of a child that was never started; the end of another has released it.
+                ending.plan.admission.reservation.release()
             with self._lock:
                 if self._life == ending.life:
                     self._is_started = False
-
-    def _end_reservation(self, plan: Plan | None) -> None:
-        """Tells the gate that the model is loaded, or never will be."""
-        with self._lock:
-            held = plan.reservation.pop_all() if plan else contextlib.ExitStack()
-        held.close()
 
     def _count_restart(self) -> None:
         now = time.monotonic()
@@ -267,12 +267,16 @@ class ProcessBase:
         self._restarts = (*policy.recent(self._restarts, now), now)
 
     def _note_loaded(self, status: Status) -> None:
-        """Takes note of it, and logs how far the estimate was from what the load took."""
+        """Take note of it, and log how far the estimate was from what the load took."""
         self._status = status
-        self._end_reservation(self._plan)
         if self._plan is None:
             return
         need = self._plan.estimate
+        if status.model and status.model.dtype_fallback:
+            logger.warning(
+                "%s is held as stored, which is slow on a CPU: there is no memory for float32",
+                need.path,
+            )
         counted = need.weight_bytes + need.load_transient_bytes
         peak = status.memory_usage.peak_bytes
         logger.info(

@@ -16,17 +16,30 @@ import pytest
 from fakes import FakeBackend
 from harness import Server, StartServer, running
 from mlxrunner.handshake import TOKEN_VARIABLE
+from runner_common.headroom import MINIMUM_VARIABLE, OVERHEAD_VARIABLE
+from runner_common.reservations import DIRECTORY_VARIABLE
+
+_runtime_directory = tempfile.TemporaryDirectory(prefix="mlx-runner-tests-")
+"""Reservations of this session and its children: sessions side by side share no memory book."""
 
 
 def pytest_configure() -> None:
     """Lets children be interrupted: a suite started in the background ignores SIGINT.
 
     They would inherit that from it, and tests of Ctrl-C wait in vain. Nor are they to
-    inherit a token, and ask for it.
+    inherit a token, and ask for it, or what is kept free on this machine.
     """
-    os.environ.pop(TOKEN_VARIABLE, None)
+    for variable in (TOKEN_VARIABLE, OVERHEAD_VARIABLE, MINIMUM_VARIABLE):
+        os.environ.pop(variable, None)
+    os.environ[DIRECTORY_VARIABLE] = _runtime_directory.name
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_unconfigure() -> None:
+    """Removes the reservations of this session."""
+    os.environ.pop(DIRECTORY_VARIABLE, None)
+    _runtime_directory.cleanup()
 
 
 @pytest.fixture

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +19,22 @@ from runner_client.errors import (
     LoadRequiresFullError,
 )
 from runner_client.estimate import MemoryEstimate
-from runner_client.gate import METAL_MINIMUM_BYTES, MINIMUM_BYTES, OVERHEAD_VARIABLE, MemoryGate
+from runner_client.gate import (
+    METAL_MINIMUM_BYTES,
+    MINIMUM_BYTES,
+    MINIMUM_VARIABLE,
+    OVERHEAD_VARIABLE,
+    GateDecision,
+    MemoryGate,
+)
+from runner_common.reservations import DIRECTORY_VARIABLE, ReservationBook
 
 GIB = 1024**3
+
+
+@pytest.fixture(autouse=True)
+def _no_other_runners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "reservations"))
 
 
 def need(total_bytes: int) -> MemoryEstimate:
@@ -34,8 +50,9 @@ def need(total_bytes: int) -> MemoryEstimate:
         file_bytes=total_bytes // 2,
         weight_bytes=total_bytes - total_bytes // 4,
         kv_bytes=total_bytes // 4,
+        working_bytes=0,
+        process_bytes=0,
         load_transient_bytes=0,
-        margin_bytes=0,
     )
 
 
@@ -56,6 +73,7 @@ def gate(*measured: int, **kwargs: Any) -> MemoryGate:
     """A gate that measures these figures one after the other, then the last for ever."""
     figures = _then_the_last(measured)
     settings = {"minimum_bytes": 0, "settle_seconds": 0.0, "environ": {}, **kwargs}
+    settings.setdefault("reservations", ReservationBook())
     return MemoryGate(measure=lambda: free(next(figures)), **settings)
 
 
@@ -113,10 +131,18 @@ def test_overhead_comes_from_the_environment() -> None:
     assert explicit.check(need(10 * GIB)).overhead_bytes == 0
 
 
-@pytest.mark.parametrize("text", ["4GB", "-1", "1.5", "0x10", "²"])
-def test_overhead_that_is_no_number_names_the_variable(text: str) -> None:
-    with pytest.raises(InvalidRequestError, match="MLX_RUNNER_GPU_OVERHEAD"):
-        gate(GIB, environ={OVERHEAD_VARIABLE: text})
+def test_the_minimum_comes_from_the_environment_too() -> None:
+    environ = {MINIMUM_VARIABLE: str(3 * GIB), OVERHEAD_VARIABLE: str(GIB)}
+    assert gate(10 * GIB, minimum_bytes=None, environ=environ).check(need(6 * GIB)).fits
+    assert gate(10 * GIB, environ=environ).check(need(1)).overhead_bytes == GIB
+
+
+@pytest.mark.parametrize("text", ["4GB", "-1", "1.5", "0x10", "²", "9" * 5000])
+@pytest.mark.parametrize("variable", [OVERHEAD_VARIABLE, MINIMUM_VARIABLE])
+def test_overhead_that_is_no_number_names_the_variable(variable: str, text: str) -> None:
+    with pytest.raises(InvalidRequestError, match=variable) as caught:
+        gate(GIB, minimum_bytes=None, environ={variable: text})
+    assert [field for field, _ in caught.value.field_violations] == [variable]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +150,9 @@ def test_overhead_that_is_no_number_names_the_variable(text: str) -> None:
     [("metal", METAL_MINIMUM_BYTES), ("cuda", MINIMUM_BYTES), ("cpu", MINIMUM_BYTES)],
 )
 def test_minimum_depends_on_the_device(kind: str, minimum: int) -> None:
-    measured = MemoryGate(measure=lambda: free(GIB, device_kind=kind), environ={})
+    measured = MemoryGate(
+        measure=lambda: free(GIB, device_kind=kind), environ={}, reservations=ReservationBook()
+    )
     assert measured.check(need(1)).overhead_bytes == minimum
 
 
@@ -166,7 +194,9 @@ def test_refusal_names_need_free_overhead_and_largest_part() -> None:
 def test_reservation_is_not_free_for_others_until_it_ends() -> None:
     shared = gate(10 * GIB)
     with shared.reserve(need(6 * GIB)):
-        with pytest.raises(InsufficientMemoryError, match=r"6\.0 GiB for models still loading"):
+        with pytest.raises(
+            InsufficientMemoryError, match=r"and 6\.0 GiB that 1 other runner may still take"
+        ):
             shared.check(need(5 * GIB))
         assert shared.check(need(4 * GIB)).reserved_bytes == 6 * GIB
     assert shared.check(need(10 * GIB)).reserved_bytes == 0
@@ -221,4 +251,72 @@ def test_threads_never_share_the_same_memory() -> None:
 
 
 def test_default_gate_measures_this_machine() -> None:
-    assert MemoryGate(environ={}).check(need(1)).free.available_bytes > 0
+    assert MemoryGate().check(need(1)).free.available_bytes > 0
+
+
+def test_a_refusal_counts_the_runners_that_reserved() -> None:
+    with (
+        gate(10 * GIB).reserve(need(3 * GIB)),
+        gate(10 * GIB).reserve(replace(need(4 * GIB), path="/models/other")) as other,
+    ):
+        with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+            other.assign(child.pid)
+            with pytest.raises(InsufficientMemoryError, match="that 2 other runners may") as caught:
+                gate(10 * GIB).check(need(4 * GIB))
+            child.communicate(b"\n")
+        assert caught.value.available_bytes is not None
+        # Less what the process itself holds already.
+        assert 3 * GIB < caught.value.available_bytes < 3 * GIB + 2**25
+        assert "Stop another runner or process" in str(caught.value)
+
+
+def test_what_is_assigned_outlives_the_block_and_ends_with_its_process() -> None:
+    shared = gate(10 * GIB)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        with shared.reserve(need(6 * GIB)) as admission:
+            admission.assign(child.pid)
+        assert 5 * GIB < shared.check(need(1)).reserved_bytes < 6 * GIB
+        child.communicate(b"\n")
+    assert shared.check(need(1)).reserved_bytes == 0
+
+
+def test_a_default_prefix_cache_is_not_asked_for_and_set_aside_as_far_as_it_fits() -> None:
+    asked = replace(need(8 * GIB), prefix_cache_bytes=4 * GIB, has_default_prefix_cache=True)
+    for free_bytes, set_aside in ((8 * GIB, 8 * GIB), (10 * GIB, 10 * GIB), (99 * GIB, 12 * GIB)):
+        shared = gate(free_bytes)
+        with shared.reserve(asked) as admission:
+            assert admission.required_bytes == 8 * GIB
+            assert shared.check(need(0)).reserved_bytes == set_aside
+    with pytest.raises(InsufficientMemoryError) as caught:
+        gate(7 * GIB).check(asked)
+    assert "prefix" not in str(caught.value)
+
+
+def test_a_check_sets_nothing_aside() -> None:
+    shared = gate(10 * GIB)
+    decision = shared.check(need(8 * GIB))
+    assert type(decision) is GateDecision
+    assert asdict(decision)["reserved_bytes"] == 0
+    assert shared.check(need(8 * GIB)).reserved_bytes == 0
+
+
+def test_two_blocks_for_one_model_are_two_runners() -> None:
+    shared = gate(10 * GIB)
+    with shared.reserve(need(4 * GIB)), shared.reserve(need(4 * GIB)):
+        assert shared.check(need(0)).reserved_bytes == 8 * GIB
+
+
+def test_one_that_starts_in_a_block_takes_its_reservation_over() -> None:
+    shared, starting = gate(10 * GIB), gate(10 * GIB)
+    with shared.reserve(need(6 * GIB)) as outer:
+        admission = starting.admit(need(6 * GIB))
+        assert admission.reserved_bytes == 0
+        assert shared.check(need(0)).reserved_bytes == 6 * GIB
+        # One more of the same is one more runner.
+        with pytest.raises(InsufficientMemoryError):
+            starting.admit(need(6 * GIB))
+        assert outer.reservation is not admission.reservation
+    # It belongs to the one that took it over, whom the end of the block is nothing to.
+    assert shared.check(need(0)).reserved_bytes == 6 * GIB
+    admission.reservation.release()
+    assert shared.check(need(0)).reserved_bytes == 0

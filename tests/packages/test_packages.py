@@ -57,9 +57,10 @@ def test_what_the_wheel_holds(packages: Packages) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {
         "mlxrunner",
         "runner_client",
+        "runner_common",
         "runner_server",
     }
-    for package in ("mlxrunner", "runner_client", "runner_server"):
+    for package in ("mlxrunner", "runner_client", "runner_common", "runner_server"):
         assert f"{package}/py.typed" in names
     stubs = ("runner_pb2.py", "runner_pb2.pyi", "runner_pb2_grpc.pyi")
     for name in ("runner.proto", "runner.protoset", *stubs):

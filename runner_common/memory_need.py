@@ -1,0 +1,62 @@
+"""What a runner needs in memory, part by part."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryNeed:
+    """The most that a runner's process takes with one model, in bytes.
+
+    Attributes:
+        weight_bytes: The weights as they are held.
+        kv_bytes: KV caches and recurrent states of all sequences at their full length.
+        prefix_cache_bytes: The most that evaluated prompts may take.
+        working_bytes: Arrays of a prefill chunk or a decode step, the copy of a layer's
+            cache while it grows, the buffers that MLX keeps for reuse.
+        process_bytes: Interpreter, libraries, tokenizer and heap.
+        load_transient_bytes: What reading the files takes beyond all of the above.
+        has_default_prefix_cache: Whether the size of the prefix cache is the default one,
+            which gives way where memory is short.
+    """
+
+    weight_bytes: int
+    kv_bytes: int
+    prefix_cache_bytes: int
+    working_bytes: int
+    process_bytes: int
+    load_transient_bytes: int
+    has_default_prefix_cache: bool = False
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The parts by name; their sum is ``total_bytes``."""
+        return {
+            "weights": self.weight_bytes,
+            "KV cache": self.kv_bytes,
+            "prefix cache": self.prefix_cache_bytes,
+            "working memory": self.working_bytes,
+            "process": self.process_bytes,
+            "load transient": self.load_transient_bytes,
+        }
+
+    @property
+    def total_bytes(self) -> int:
+        """The sum of the parts."""
+        return sum(self.parts.values())
+
+    @property
+    def required_bytes(self) -> int:
+        """The need without a prefix cache of the default size."""
+        return self.total_bytes - self.has_default_prefix_cache * self.prefix_cache_bytes
+
+    @property
+    def mlx_bytes(self) -> int:
+        """The most that MLX holds while completions run: the limit in force."""
+        return self.weight_bytes + self.kv_bytes + self.prefix_cache_bytes + self.working_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, for JSON."""
+        return asdict(self)

@@ -1,0 +1,330 @@
+"""Reservations of memory: one book for all processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fake_child import wait_until
+from mlxrunner.hostmemory import FreeMemory, GroupLimit
+from reserving import RESERVE, add, claimed, files, line_of, script, tell
+from runner_common import claims, record_store
+from runner_common.claims import Claim, claimed_of
+from runner_common.reservations import ReservationBook
+
+MIB = 2**20
+GIB = 2**30
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> ReservationBook:
+    return ReservationBook(tmp_path / "book")
+
+
+def test_a_need_is_claimed_until_it_is_released(book: ReservationBook) -> None:
+    first, second = add(book, GIB), add(book, 2 * GIB)
+    assert claimed(book) == 3 * GIB
+    assert claimed(book, (os.getpid(),)) == 0
+    first.update(need_bytes=MIB)
+    assert claimed(book) == 2 * GIB + MIB
+    first.release()
+    first.release()
+    first.update(need_bytes=5 * GIB)
+    second.release()
+    assert claimed(book) == 0
+    assert files(book) == []
+
+
+def test_other_processes_know_of_it_and_of_theirs(book: ReservationBook) -> None:
+    with script(RESERVE, book.directory, GIB) as other:
+        assert line_of(other) == "ready"
+        assert claimed(book) == GIB
+        assert claimed(book, (other.pid,)) == 0
+        (path,) = files(book)
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert book.directory.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("is_reaped", [True, False], ids=["reaped", "a zombie"])
+def test_a_dead_process_claims_nothing(book: ReservationBook, is_reaped: bool) -> None:
+    with script(RESERVE, book.directory, GIB) as other:
+        assert line_of(other) == "ready"
+        os.kill(other.pid, signal.SIGKILL)
+        if is_reaped:
+            other.wait()
+        else:
+            os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
+        assert claimed(book) == 0
+        assert files(book) == []
+
+
+def test_a_process_id_that_was_given_away_again_claims_nothing(book: ReservationBook) -> None:
+    add(book, GIB)
+    (path,) = files(book)
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "started": record["started"] - 100}))
+    assert claimed(book) == 0
+    assert files(book) == []
+
+
+GROW = """
+import sys
+kept = []
+print("ready", flush=True)
+while sys.stdin.readline():
+    kept.append(b"x" * (64 << 20))
+    print("grown", flush=True)
+"""
+
+
+def test_a_claim_shrinks_by_what_its_runner_takes(book: ReservationBook) -> None:
+    reservation = add(book, 256 * MIB)
+    with script(GROW) as runner:
+        assert line_of(runner) == "ready"
+        reservation.assign(runner.pid)
+        before = claimed(book)
+        assert 200 * MIB < before < 256 * MIB
+        for number in (1, 2, 3):
+            tell(runner)
+            assert line_of(runner) == "grown"
+            assert claimed(book) == pytest.approx(before - number * 64 * MIB, abs=2 * MIB)
+        for _ in range(2):
+            tell(runner)
+            assert line_of(runner) == "grown"
+        # It has taken more than it said: that claims nothing, and is nobody's credit.
+        assert claimed(book) == 0
+        add(book, MIB)
+        assert claimed(book) == MIB
+
+
+def test_a_runner_has_all_of_its_memory_once(book: ReservationBook) -> None:
+    with script(GROW) as runner:
+        assert line_of(runner) == "ready"
+        alone = add(book, 128 * MIB, runner.pid)
+        one = claimed(book)
+        add(book, 128 * MIB, runner.pid)
+        assert claimed(book) == pytest.approx(one + 128 * MIB, abs=MIB)
+        # It replaces what others have set aside for it by what it has decided itself.
+        with book.locked() as view:
+            view.drop_owned_by(runner.pid)
+            view.add(192 * MIB, "some/model", runner.pid)
+        assert claimed(book) == pytest.approx(one + 64 * MIB, abs=MIB)
+        alone.release()
+        assert len(files(book)) == 1
+
+
+def test_what_a_gpu_holds_is_what_the_runner_reports(book: ReservationBook) -> None:
+    with script(GROW) as runner:
+        assert line_of(runner) == "ready"
+        with book.locked() as view:
+            reservation = view.add(GIB, "some/model", runner.pid, device="GPU-a")
+        assert claimed(book) == GIB
+        reservation.update(held_bytes=GIB // 4)
+        assert claimed(book) == GIB - GIB // 4
+        # Too little to be worth a write.
+        reservation.update(held_bytes=GIB // 4 + 1000)
+        assert claimed(book) == GIB - GIB // 4
+
+
+def test_a_record_that_a_cleaner_removed_is_written_again(
+    book: ReservationBook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reservation = add(book, GIB)
+    files(book)[0].unlink()
+    reservation.update(held_bytes=1)
+    assert files(book) == []
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 4000)
+    reservation.update(held_bytes=1)
+    assert claimed(book) == GIB
+
+
+def _free(**figures: Any) -> FreeMemory:
+    values: dict[str, Any] = {
+        "available_bytes": 0,
+        "source": "system",
+        "system_bytes": 20 * GIB,
+        "cgroup_bytes": None,
+        "device_bytes": None,
+        "device_name": "x",
+        "device_kind": "cpu",
+    }
+    return FreeMemory(**{**values, **figures})
+
+
+def test_a_claim_counts_against_the_memory_that_it_is_taken_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    groups = {1: ("/a", "/a/b"), 2: ("/a",), 3: ("/c",)}
+    monkeypatch.setattr(claims, "is_in_group", lambda pid, group: group in groups[pid])
+    three = [Claim(pid, GIB) for pid in groups]
+    assert claimed_of(_free(), three) == (3 * GIB, 3)
+    within = (GroupLimit("/a/b", 2 * GIB), GroupLimit("/a", 4 * GIB))
+    # 2 - 1 of /a/b is less than 4 - 2 of /a and 20 - 3 of the machine.
+    assert claimed_of(_free(cgroup_bytes=2 * GIB, groups=within), three) == (GIB, 1)
+    # 3 - 2 of /a is less than 2.5 - 1 of /a/b: of the 2.5 that are free 1 is left.
+    tight = (GroupLimit("/a/b", 5 * GIB // 2), GroupLimit("/a", 3 * GIB))
+    free_bytes = 5 * GIB // 2
+    assert claimed_of(_free(groups=tight, cgroup_bytes=free_bytes), three) == (3 * GIB // 2, 2)
+
+
+def test_a_claim_on_one_gpu_is_none_on_another() -> None:
+    gpus = [Claim(1, GIB, "GPU-a"), Claim(2, 2 * GIB, "GPU-b"), Claim(3, 3 * GIB)]
+    on_a = _free(device_bytes=8 * GIB, device_id="GPU-a", device_kind="cuda")
+    assert claimed_of(on_a, gpus) == (GIB, 1)
+    # The memory of the machine is the smaller then: 5 - 3 against 8 - 1.
+    small = _free(system_bytes=5 * GIB, device_bytes=8 * GIB, device_id="GPU-a", device_kind="cuda")
+    assert claimed_of(small, gpus) == (3 * GIB, 1)
+
+
+HOLD_LOCK = """
+import os, signal, sys
+from pathlib import Path
+from runner_common.reservations import ReservationBook
+
+with ReservationBook(Path(sys.argv[1])).locked():
+    print("locked", flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+print("done", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_stopped_process_does_not_hold_up_the_machine(
+    book: ReservationBook, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(record_store, "LOCK_SECONDS", 0.5)
+    with script(HOLD_LOCK, book.directory) as other:
+        assert line_of(other) == "locked"
+        began = time.monotonic()
+        add(book, GIB)
+        assert 0.5 <= time.monotonic() - began < 5
+        assert "going on without it" in caplog.text
+        os.kill(other.pid, signal.SIGCONT)
+        assert line_of(other) == "done"
+        began = time.monotonic()
+        assert claimed(book) == GIB
+        assert time.monotonic() - began < 0.5
+
+
+def test_a_killed_process_gives_the_lock_back_at_once(book: ReservationBook) -> None:
+    with script(HOLD_LOCK, book.directory) as other:
+        assert line_of(other) == "locked"
+        os.kill(other.pid, signal.SIGKILL)
+        began = time.monotonic()
+        assert claimed(book) == 0
+        assert time.monotonic() - began < 5
+
+
+FORK = """
+import os, sys
+from pathlib import Path
+from runner_common.reservations import ReservationBook
+
+book = ReservationBook(Path(sys.argv[1]))
+with book.locked() as view:
+    reservation = view.add(int(sys.argv[2]), "some/model")
+    child = os.fork()
+    if child == 0:
+        # Neither is the lock that of this process, nor the reservation.
+        reservation.release()
+        os._exit(0)
+    os.waitpid(child, 0)
+child = os.fork()
+if child == 0:
+    with book.locked() as view:
+        os._exit(0 if view.claimed_bytes() == int(sys.argv[2]) else 1)
+print(os.waitpid(child, 0)[1], flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_fork_neither_releases_nor_blocks(book: ReservationBook) -> None:
+    with script(FORK, book.directory, GIB) as other:
+        assert line_of(other) == "0"
+        assert claimed(book) == GIB
+
+
+RACE = """
+import fcntl, mmap, random, struct, sys, time
+from pathlib import Path
+from runner_common.reservations import ReservationBook
+
+directory, witness = map(Path, sys.argv[1:3])
+size, budget, rounds = map(int, sys.argv[3:])
+book = ReservationBook(directory)
+file = open(witness, "r+b")
+seen = mmap.mmap(file.fileno(), 16)
+
+def count(change):
+    # Kept apart from the book: what is held at this moment, and the most that ever was.
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    held, most = struct.unpack("qq", seen[:16])
+    seen[:16] = struct.pack("qq", held + change, max(most, held + change))
+    fcntl.lockf(file, fcntl.LOCK_UN)
+
+admitted = 0
+for _ in range(rounds):
+    with book.locked() as view:
+        if view.claimed_bytes() + size > budget:
+            continue
+        reservation = view.add(size, "some/model")
+    admitted += 1
+    count(size)
+    time.sleep(random.random() / 500)
+    count(-size)
+    reservation.release()
+print(admitted, flush=True)
+"""
+
+
+def test_processes_that_race_never_exceed_the_budget(book: ReservationBook, tmp_path: Path) -> None:
+    witness = tmp_path / "witness"
+    witness.write_bytes(bytes(16))
+    arguments = (book.directory, witness, 3, 10, 300)
+    with (
+        script(RACE, *arguments) as one,
+        script(RACE, *arguments) as two,
+        script(RACE, *arguments) as three,
+        script(RACE, *arguments) as four,
+        script(RACE, *arguments) as five,
+    ):
+        admitted = [int(line_of(process)) for process in (one, two, three, four, five)]
+    held, most = (int.from_bytes(witness.read_bytes()[at : at + 8], "little") for at in (0, 8))
+    assert held == 0
+    # Three of five fit, and not one more.
+    assert most == 9
+    assert sum(admitted) > 300
+    assert files(book) == []
+
+
+def test_readers_and_writers_of_many_processes(book: ReservationBook) -> None:
+    """A reader sees every record whole while others come and go."""
+    kept = add(book, GIB)
+    with script(CHURN, book.directory) as other:
+        while other.poll() is None:
+            with book.locked() as view:
+                assert GIB <= view.claimed_bytes() <= GIB + 7
+        assert other.returncode == 0
+    wait_until(lambda: claimed(book) == GIB)
+    kept.release()
+
+
+CHURN = """
+import sys
+from pathlib import Path
+from runner_common.reservations import ReservationBook
+
+book = ReservationBook(Path(sys.argv[1]))
+for _ in range(150):
+    with book.locked() as view:
+        reservation = view.add(7, "some/model")
+    reservation.update(need_bytes=5)
+    reservation.release()
+"""
