@@ -1,63 +1,28 @@
 """Model files: where they are, and what tensors they hold, without loading any.
 
-The format is eight bytes of little-endian header length, that many bytes of
-JSON, then the tensors' bytes; see
-https://github.com/huggingface/safetensors#format. Reading a header costs
-milliseconds whatever the size of the model, and needs neither MLX nor
-huggingface_hub, which the base install does not have.
+Neither MLX nor huggingface_hub is needed, which the base install does not have.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from runner_client.errors import ModelNotFoundError, ModelUnsupportedError
+from runner_common import safetensors
+from runner_common.safetensors import HeaderError, Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-_LENGTH_BYTES = 8
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+__all__ = ["Tensor", "read_config", "read_header", "read_tensors", "resolve_model"]
+
 _INDEX = "model.safetensors.index.json"
 _OTHER_FORMATS = frozenset((".bin", ".gguf", ".npz", ".pth", ".pt", ".safetensors"))
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-
-_BITS = {
-    **dict.fromkeys(("F4",), 4),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
-    **dict.fromkeys(("U32", "I32", "F32"), 32),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """One tensor as its file's header describes it.
-
-    Attributes:
-        name: Its name in the checkpoint.
-        dtype: As the format writes it: ``"BF16"``, ``"U32"``, ...
-        shape: As stored; quantized weights are packed into fewer columns.
-        nbytes: Its size in the file.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-
-    @property
-    def size(self) -> int:
-        """Number of elements as stored."""
-        return math.prod(self.shape)
 
 
 def resolve_model(model: str, environ: Mapping[str, str] = os.environ) -> Path:
@@ -180,60 +145,9 @@ def read_header(path: Path) -> tuple[Tensor, ...]:
         ModelUnsupportedError: The file is cut short, or its header is not true.
     """
     try:
-        with path.open("rb") as file:
-            file_bytes = file.seek(0, os.SEEK_END)
-            file.seek(0)
-            header_bytes = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-            if not 2 <= header_bytes <= min(_MAX_HEADER_BYTES, file_bytes - _LENGTH_BYTES):
-                raise ModelUnsupportedError(
-                    f"{path}: a header of {header_bytes} bytes in a file of {file_bytes}: "
-                    "no safetensors file, or cut short; download it again"
-                )
-            header = json.loads(file.read(header_bytes))
-    except (ValueError, RecursionError) as error:
-        raise ModelUnsupportedError(f"{path}: its header is no JSON: {error}") from error
-    except OSError as error:
-        raise ModelUnsupportedError(f"{path} cannot be read: {error}") from error
-    if not isinstance(header, dict):
-        raise ModelUnsupportedError(f"{path}: its header is no JSON object")
-    header.pop("__metadata__", None)
-    return _checked(path, header, file_bytes - _LENGTH_BYTES - header_bytes)
-
-
-def _checked(path: Path, header: dict[str, Any], data_bytes: int) -> tuple[Tensor, ...]:
-    """The described tensors, once each has its own bytes inside the file."""
-    described = sorted(
-        (_described(path, name, entry) for name, entry in header.items()), key=_by_start
-    )
-    end = 0
-    for start, tensor in described:
-        if start < end:
-            raise ModelUnsupportedError(f"{path}: {tensor.name} overlaps the tensor before it")
-        end = start + tensor.nbytes
-        if end > data_bytes:
-            raise ModelUnsupportedError(
-                f"{path}: {tensor.name} ends at byte {end} of {data_bytes}: the file is cut "
-                "short; download it again"
-            )
-    return tuple(tensor for _, tensor in described)
-
-
-def _by_start(described: tuple[int, Tensor]) -> tuple[int, int]:
-    # An empty tensor starts where its neighbour does, and overlaps nothing.
-    return described[0], described[1].nbytes
-
-
-def _described(path: Path, name: str, entry: object) -> tuple[int, Tensor]:
-    """A header entry as (first byte, tensor)."""
-    match entry:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(end)]}:
-            well_formed = dtype in _BITS and all(type(n) is int and n >= 0 for n in shape)
-            if well_formed and math.prod(shape) * _BITS[dtype] == (end - start) * 8 and start >= 0:
-                return start, Tensor(name, dtype, tuple(shape), end - start)
-    raise ModelUnsupportedError(
-        f"{path}: the header's entry for {name} is not true (dtype, shape and offsets do not "
-        f"agree): {str(entry)[:200]}"
-    )
+        return safetensors.read_header(path)
+    except HeaderError as error:
+        raise ModelUnsupportedError(str(error)) from error
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:

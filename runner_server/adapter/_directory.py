@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
+from runner_common.safetensors import HeaderError, read_header
 from runner_server.adapter.names import load_config
 from runner_server.errors import ModelUnsupported
 
@@ -95,9 +94,9 @@ def damage(path: Path) -> str | None:
         return f"{missing[0]} is missing" + f", and {len(missing) - 1} more" * (len(missing) > 1)
     for file in sorted(path.glob("model*.safetensors")):
         try:
-            mx.load(str(file))
-        except (OSError, RuntimeError, ValueError) as error:
-            return f"{file.name}: {error}"
+            read_header(file)
+        except HeaderError as error:
+            return str(error)
     return None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mlx_tasks import assert_no_tasks_left
 from runner_server.adapter import MlxBackend
 from runner_server.backend import LoadedModel
 from runner_server.messages import LoadSpec
@@ -54,3 +55,10 @@ def trained(load: Load) -> LoadedModel:
     if not (DEMO / "model.safetensors").is_file():
         pytest.skip("the demo model is not in this checkout")
     return load(DEMO, parallel=8)
+
+
+@pytest.fixture(autouse=True)
+def mlx_is_left_idle() -> Iterator[None]:
+    """After each test, failing loads among them, MLX counts no task that it would wait for."""
+    yield
+    assert_no_tasks_left()

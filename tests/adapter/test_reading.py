@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from mlx_tasks import assert_no_tasks_left
 from runner_server.errors import InsufficientMemory, ModelUnsupported
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
 from runner_server.adapter import _reading  # noqa: E402 - after importorskip
+from runner_server.adapter.weight_files import WeightFiles  # noqa: E402
 
 LIMIT = 100
 
@@ -31,15 +35,6 @@ class Library:
         self.most_bytes = 0
         self.most_count = 0
 
-    cpu = None
-
-    def default_stream(self, device: Any) -> Any:
-        """The only one."""
-        return device
-
-    def synchronize(self, stream: Any) -> None:
-        """Nothing is left behind here."""
-
     def async_eval(self, array: Any) -> None:
         """Begins an array."""
         if error := self.fails_at.get(array.name):
@@ -52,6 +47,10 @@ class Library:
         """Waits for arrays."""
         for array in arrays if isinstance(arrays, list) else [arrays]:
             self.flying.remove(array)
+
+
+def _read(weights: list[Any], report: Callable[[float], None]) -> None:
+    _reading.read_weights(weights, report, WeightFiles())
 
 
 def _weights(*sizes: int) -> list[Any]:
@@ -68,28 +67,25 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
 
 def test_small_ones_are_read_together_within_the_limit(library: Library) -> None:
     shares: list[float] = []
-    _reading.read_weights(_weights(*[30] * 10), shares.append)
+    _read(_weights(*[30] * 10), shares.append)
     assert shares == pytest.approx([i / 10 for i in range(1, 11)])
     assert (library.most_count, library.most_bytes) == (3, 90)
     assert library.flying == []
 
 
 def test_one_beyond_the_limit_is_read_alone(library: Library) -> None:
-    _reading.read_weights(_weights(10, 500, 10, 500, 500), lambda _share: None)
+    _read(_weights(10, 500, 10, 500, 500), lambda _share: None)
     assert (library.most_count, library.most_bytes) == (1, 500)
 
 
 def test_the_end_by_a_report_waits_for_what_was_begun(library: Library) -> None:
-    class StoppedError(Exception):
-        pass
-
     def report(share: float) -> None:
         assert library.flying
         if share > 0.2:
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        _reading.read_weights(_weights(*[30] * 10), report)
+        _read(_weights(*[30] * 10), report)
     assert library.flying == []
 
 
@@ -106,13 +102,13 @@ def test_what_fails_is_told_and_nothing_is_left(
 ) -> None:
     library.fails_at = {2: error}
     with pytest.raises(fault) as caught:
-        _reading.read_weights(_weights(*[30] * 10), lambda _share: None)
+        _read(_weights(*[30] * 10), lambda _share: None)
     assert caught.value.__cause__ is error
     assert library.flying == []
 
 
 def test_no_weights_are_no_fault(library: Library) -> None:
-    _reading.read_weights([], lambda _share: None)
+    _read([], lambda _share: None)
     assert library.most_count == 0
 
 
@@ -123,21 +119,71 @@ def test_real_arrays_are_right_however_many_are_read_at_once(
     monkeypatch.setattr(_reading, "_AT_ONCE_BYTES", limit)
     weights = [(mx.arange(100) + i).astype(mx.float32) for i in range(20)]
     shares: list[float] = []
-    _reading.read_weights(weights, shares.append)
+    _read(weights, shares.append)
     assert shares == sorted(shares)
     assert len(shares) == 20
     assert [value[99].item() for value in weights] == [99 + i for i in range(20)]
 
 
+class StoppedError(Exception):
+    """What a report raises to end a load."""
+
+
+def _lazy(path: Path, **arrays: Any) -> tuple[WeightFiles, list[Any]]:
+    mx.save_safetensors(str(path), arrays)
+    files = WeightFiles()
+    return files, list(files.load(str(path)).values())
+
+
+def test_progress_is_reported_within_one_weight(tmp_path: Path) -> None:
+    files, weights = _lazy(tmp_path / "x.safetensors", x=mx.ones((8, 2**20)))
+    shares: list[float] = []
+    threads: set[str] = set()
+
+    def report(share: float) -> None:
+        shares.append(share)
+        threads.add(threading.current_thread().name)
+
+    _reading.read_weights(weights, report, files)
+    assert shares == sorted(shares)
+    assert shares[:4] == pytest.approx([0.25, 0.5, 0.75, 1])
+    assert len(threads) > 1
+
+
+@pytest.mark.parametrize("at", [0.2, 0.9])
+def test_a_report_ends_the_reading_of_one_weight(tmp_path: Path, at: float) -> None:
+    files, weights = _lazy(tmp_path / "x.safetensors", x=mx.ones((16, 2**20)))
+    shares: list[float] = []
+
+    def report(share: float) -> None:
+        shares.append(share)
+        if share > at:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        _reading.read_weights(weights, report, files)
+    assert sum(share > at for share in shares) == 1
+
+
+def test_a_conversion_keeps_its_progress_within_bounds(tmp_path: Path) -> None:
+    """A source may be wider or narrower than what is made of it."""
+    arrays = {"wide": mx.ones((4, 2**20)), "narrow": mx.ones((4, 2**20), dtype=mx.bfloat16)}
+    files, weights = _lazy(tmp_path / "x.safetensors", **arrays)
+    shares: list[float] = []
+    converted = [value.astype(mx.float16) for value in weights]
+    _reading.read_weights(converted, shares.append, files)
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    assert all(mx.array_equal(value, mx.ones((4, 2**20))).item() for value in converted)
+
+
 def test_a_file_that_cannot_be_read_harms_nothing_that_comes_later(tmp_path: Path) -> None:
-    """MLX keeps errors of its reading threads and raises them in whatever is called next."""
     for i in range(200):
-        # Another file each time: reads that were begun may not be over yet.
         path = tmp_path / f"{i % 4}.safetensors"
-        mx.save_safetensors(str(path), {str(name): mx.ones((8, 1024)) for name in range(30)})
-        weights = mx.load(str(path))
+        arrays = {str(name): mx.ones((8, 1024)) for name in range(30)}
+        files, weights = _lazy(path, **arrays)
         os.truncate(path, 4096)
-        with pytest.raises(ModelUnsupported):
-            _reading.read_weights(list(weights.values()), lambda _done: None)
+        with pytest.raises(ModelUnsupported, match=rf"{path.name} has only 4096 bytes"):
+            _reading.read_weights(weights, lambda _share: None, files)
         mx.eval(mx.ones(4) * 2)
-        mx.synchronize()
+        assert_no_tasks_left()

@@ -7,6 +7,7 @@ a real child refuses each with a typed error that names the file, and is usable 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 import time
@@ -19,6 +20,7 @@ import pytest
 
 from fake_child import wait_until
 from faulty import end_of, hooked, in_threads, pid_of
+from mlx_tasks import CountedLoads
 from runner_client import MemoryGate, Options, RunnerClient, RunnerProcess, errors, estimate
 
 pytestmark = pytest.mark.mlx
@@ -146,8 +148,16 @@ def sound(model_dir: Build) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runner(sound: Path) -> Iterator[RunnerProcess]:
-    with RunnerProcess(str(sound)) as process:
+def loads(tmp_path_factory: pytest.TempPathFactory) -> CountedLoads:
+    return CountedLoads(tmp_path_factory.mktemp("loads"))
+
+
+@pytest.fixture(scope="module")
+def runner(
+    sound: Path, loads: CountedLoads, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunnerProcess]:
+    env = hooked(tmp_path_factory.mktemp("hook"), loads.code)
+    with RunnerProcess(str(sound), env=env) as process:
         yield process
 
 
@@ -164,7 +174,12 @@ def client(runner: RunnerProcess) -> RunnerClient:
 
 @pytest.mark.parametrize("case", DAMAGE)
 def test_the_server_names_the_file_and_goes_on(
-    runner: RunnerProcess, client: RunnerClient, sound: Path, copy: Path, case: str
+    runner: RunnerProcess,
+    client: RunnerClient,
+    loads: CountedLoads,
+    sound: Path,
+    copy: Path,
+    case: str,
 ) -> None:
     damage, named = DAMAGE[case]
     damage(copy)
@@ -178,6 +193,7 @@ def test_the_server_names_the_file_and_goes_on(
     assert psutil.Process(pid).memory_info().rss < held + 64 * 2**20
     client.load(str(sound))
     assert client.complete("def", options=SHORT).eval_count == 3
+    loads.assert_no_tasks_left(2)
 
 
 @pytest.mark.parametrize("case", DAMAGE)
@@ -226,8 +242,8 @@ def test_a_model_that_changes_while_it_is_read(
 ) -> None:
     """Its sizes are known and its data is not yet read when a shard changes."""
     (tmp_path / "hook").mkdir()
-    go = tmp_path / "go"
-    env = hooked(tmp_path / "hook", WAIT_BEFORE_READING.format(go=str(go)))
+    go, loads = tmp_path / "go", CountedLoads(tmp_path)
+    env = hooked(tmp_path / "hook", WAIT_BEFORE_READING.format(go=str(go)) + loads.code)
     go.touch()
     with RunnerProcess(str(copy), env=env) as runner, in_threads(1) as pool:
         client = runner._client
@@ -243,3 +259,37 @@ def test_a_model_that_changes_while_it_is_read(
             assert SECOND in str(error)
         client.load(str(sound))
         assert client.complete("def", options=SHORT).eval_count == 3
+        loads.assert_no_tasks_left(3)
+
+
+FAILING_READS = """
+import errno, os
+preadv = os.preadv
+reads = 0
+
+def failing(file, buffers, position, *flags):
+    global reads
+    reads += 1
+    if reads > 5 and os.path.exists({broken!r}):
+        raise OSError(errno.EIO, "Input/output error")
+    return preadv(file, buffers, position, *flags)
+
+os.preadv = failing
+"""
+
+
+def test_a_disk_that_fails_while_it_is_read(sound: Path, tmp_path: Path) -> None:
+    (tmp_path / "hook").mkdir()
+    broken, loads = tmp_path / "broken", CountedLoads(tmp_path)
+    env = hooked(tmp_path / "hook", FAILING_READS.format(broken=str(broken)) + loads.code)
+    with RunnerProcess(str(sound), env=env) as runner:
+        client = runner._client
+        broken.touch()
+        for _ in range(20):
+            error = end_of(lambda: client.load(str(sound)))
+            assert isinstance(error, errors.ModelUnsupportedError), error
+            assert re.search(r"model-.*safetensors cannot be read at byte \d+ \(Input", str(error))
+        broken.unlink()
+        client.load(str(sound))
+        assert client.complete("def", options=SHORT).eval_count == 3
+        loads.assert_no_tasks_left(22)

@@ -1,0 +1,221 @@
+"""Weight files that this process reads itself, at the moment when MLX evaluates a tensor.
+
+A read that fails inside MLX leaves its count of active tasks too high for the rest of the
+process, and a later step may wait indefinitely (:mod:`runner_server.adapter.streams`). MLX is
+therefore given a stream for each tensor whose reads always succeed: what goes wrong is recorded
+here, and raised by :meth:`WeightFiles.check` on the engine's thread. The bytes are read straight
+into MLX's own memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from typing import cast
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+
+from runner_common.safetensors import Tensor, parse_header
+from runner_server.adapter.lazy_arrays import TensorStream, lazy_arrays
+from runner_server.errors import ModelUnsupported
+
+logger = logging.getLogger(__name__)
+
+PIECE_BYTES = 8 * 2**20
+"""The most that is read without a look at whether the load goes on."""
+
+_READERS = 4
+"""Threads that read the pieces of large tensors. MLX has as many of its own for small ones."""
+
+_UNUSED_SECONDS, _UNUSED_POLL_SECONDS = 1.0, 0.001
+
+_ATTRIBUTE = "_weight_files"
+
+OnRead = Callable[[int], object]
+
+
+class WeightFiles:
+    """Reads the tensors of one model when MLX evaluates them."""
+
+    def __init__(self) -> None:
+        self._fault: BaseException | None = None
+        self._is_stopped = False
+        self._lock = threading.Lock()
+        self._read: list[weakref.ref[TensorStream]] = []
+        self._open: list[_OpenFile] = []
+        self._on_read: OnRead | None = None
+        self._pool: ThreadPoolExecutor | None = None
+
+    def attach(self, model: Module) -> None:
+        """Have a model carry what its lazy weights are read by; it goes with the model."""
+        object.__setattr__(model, _ATTRIBUTE, self)
+
+    @staticmethod
+    def of(model: Module) -> WeightFiles:
+        """Return what was attached to a model."""
+        files: WeightFiles = vars(model)[_ATTRIBUTE]
+        return files
+
+    def load(self, path: str) -> dict[str, mx.array]:
+        """Return lazy arrays of a safetensors file's tensors; in place of ``mx.load``.
+
+        Raises:
+            HeaderError: The file's header is not true.
+            OSError: The file cannot be opened.
+            ValueError: It has a tensor that MLX cannot hold.
+        """
+        file = _OpenFile(path)
+        self._open.append(file)
+        fill = partial(self._fill, file)
+        streams = [TensorStream(tensor, fill) for tensor in file.tensors]
+        try:
+            return lazy_arrays(path, streams)
+        except (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+            # Another release of MLX may read archives without Python.
+            logger.warning(
+                "this MLX does not take weights from this process (%s): it reads %s itself, and "
+                "a file that cannot be read may make it hang later",
+                error,
+                path,
+            )
+            return cast("dict[str, mx.array]", mx.load(path))
+
+    @contextmanager
+    def reading(self, on_read: OnRead) -> Iterator[None]:
+        """Read large tensors in parallel, and report what is read.
+
+        Args:
+            on_read: Called with the bytes of each piece, on the thread that read it, one call
+                at a time; what it raises ends the reading and is raised by :meth:`check`.
+        """
+        self._on_read = on_read
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="weights") as pool:
+            self._pool = pool
+            try:
+                yield
+            finally:
+                self._on_read = self._pool = None
+                self.settle()
+                self._open.clear()
+
+    def settle(self) -> None:
+        """Wait until MLX's reading threads have dropped the streams that they have read.
+
+        They do it a moment after the arrays are there. In a process that ends just then, the
+        destructor of a stream cannot take Python's lock, and aborts (4 of 300 runs). It must run no
+        Python code, in which it could lose that lock: the files stay open until all are read.
+        """
+        give_up = time.monotonic() + _UNUSED_SECONDS
+        while any(stream() for stream in self._read) and time.monotonic() < give_up:
+            time.sleep(_UNUSED_POLL_SECONDS)
+        self._read.clear()
+
+    def stop(self) -> None:
+        """Have reads that are under way, and all that follow, return without their bytes."""
+        self._is_stopped = True
+
+    def check(self) -> None:
+        """Raise what went wrong: arrays that were read before this call are not to be used."""
+        # Kept here, it would keep its traceback and so the arrays of this call's callers.
+        fault, self._fault = self._fault, None
+        if fault is not None:
+            raise fault
+
+    def _fill(self, file: _OpenFile, stream: TensorStream, memory: memoryview) -> None:
+        """Read a tensor's bytes, on a thread of MLX; never raises."""
+        self._read.append(weakref.ref(stream))
+        tensor = stream.tensor
+        pieces = range(0, len(memory), PIECE_BYTES)
+        pool = self._pool
+        if pool is None or len(pieces) < 2:
+            for start in pieces:
+                self._fill_piece(file, tensor, memory, start)
+            return
+        try:
+            list(pool.map(self._fill_piece, repeat(file), repeat(tensor), repeat(memory), pieces))
+        except RuntimeError as error:  # no thread can be started
+            self._fail(error)
+
+    def _fill_piece(self, file: _OpenFile, tensor: Tensor, memory: memoryview, start: int) -> None:
+        if self._is_stopped:
+            return
+        try:
+            with memory[start : start + PIECE_BYTES] as piece:
+                file.read(tensor, start, piece)
+                size = len(piece)
+            self._tell(size)
+        except BaseException as error:  # noqa: BLE001 - raised by check, and not inside MLX
+            self._fail(error)
+
+    def _tell(self, nbytes: int) -> None:
+        with self._lock:
+            if self._on_read is None or self._is_stopped:
+                return
+            try:
+                self._on_read(nbytes)
+            except BaseException:
+                # Still under the lock: it is not called again.
+                self.stop()
+                raise
+
+    def _fail(self, error: BaseException) -> None:
+        self.stop()
+        # Tracebacks would hold the memory and the stream of what was being read.
+        for each in (error, error.__cause__, error.__context__):
+            if each:
+                each.__traceback__ = None
+        with self._lock:
+            self._fault = self._fault or error
+
+
+class _OpenFile:
+    """A weight file, open until its last tensor is read or dropped.
+
+    Args:
+        path: Where it is.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path)
+        self._number = os.open(path, os.O_RDONLY)
+        with open(self._number, "rb", closefd=False) as file:
+            self.tensors = parse_header(file, self._path)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_number"):
+            os.close(self._number)
+
+    def read(self, tensor: Tensor, start: int, memory: memoryview) -> None:
+        """Fill memory with a tensor's bytes from ``start`` on.
+
+        Raises:
+            ModelUnsupported: They cannot be read, or are no longer there.
+        """
+        position, end = tensor.position + start, tensor.position + start + len(memory)
+        try:
+            while position < end:
+                count = os.preadv(self._number, [memory[position - end :]], position)
+                if not count:
+                    size = os.fstat(self._number).st_size
+                    raise self._unreadable(tensor, f"has only {size} bytes now, too few for")
+                position += count
+        except OSError as error:
+            why = f"cannot be read at byte {position} ({error.strerror}), inside"
+            raise self._unreadable(tensor, why) from error
+
+    def _unreadable(self, tensor: Tensor, why: str) -> ModelUnsupported:
+        return ModelUnsupported(
+            f"{self._path} {why} {tensor.name}: the file was changed or the disk failed "
+            "while it was read; download it again, or check the disk",
+            model=str(self._path.parent),
+        )

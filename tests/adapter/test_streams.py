@@ -1,0 +1,90 @@
+"""MLX after an error on one of its threads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from runner_server.backend import LoadedModel
+
+pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+
+
+# In processes of their own: what an error leaves inside MLX is not repaired by anything.
+FORGET = """
+import mlx.core as mx
+from runner_server.adapter.streams import drain
+raised = 0
+for _ in range(20):
+    try:
+        mx.async_eval(mx.linalg.inv(mx.zeros((8, 8)), stream=mx.cpu))
+    except RuntimeError:
+        raised += 1
+    drain()
+    assert (mx.ones(4) * 2).sum().item() == 8
+print("drained", raised)
+"""
+
+COUNT_UP = """
+import mlx.core as mx
+from runner_server.adapter.streams import active_tasks, drain, recover
+from runner_server.backend import BackendLost
+recover()
+if active_tasks() is None:
+    raise SystemExit("skip")
+while active_tasks() < 2:
+    try:
+        mx.eval(mx.linalg.inv(mx.zeros((8, 8)), stream=mx.cpu))
+    except RuntimeError:
+        drain()
+try:
+    recover()
+except BackendLost as error:
+    print(error)
+"""
+
+
+def _run(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=60,
+    )
+    return done.stdout + done.stderr
+
+
+def test_an_error_that_was_stored_is_not_raised_later() -> None:
+    assert "drained" in _run(FORGET)
+
+
+def test_a_count_that_makes_mlx_wait_ends_the_engine() -> None:
+    found = _run(COUNT_UP)
+    if "skip" in found:
+        pytest.skip("this MLX does not show its count of active tasks")
+    assert "a count of 2 tasks that do not exist" in found
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_a_step_that_fails_is_followed_by_a_drain(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, is_alone: bool
+) -> None:
+    drained: list[bool] = []
+    monkeypatch.setattr("runner_server.adapter.batch.recover", lambda: drained.append(True))
+    failing: Any = tiny.new_batch()
+    failing._is_alone = is_alone
+    failing._prefill = _raise
+    with pytest.raises(RuntimeError, match="in a step"):
+        failing.step()
+    failing.close()
+    assert drained == [True] * is_alone
+
+
+def _raise() -> None:
+    raise RuntimeError("in a step")
