@@ -295,6 +295,13 @@ class Child:
             self._process.stdin.close()
 
 
+_EXIT_WORDS = {
+    70: "its engine failed twice in a row, or could not go on",
+    71: "its engine had work and stood still",
+}
+"""What a server's own exit codes mean; see ``runner_server.app`` and ``runner_server.stall``."""
+
+
 def exit_in_words(code: int) -> str:
     """Says how a process ended.
 
@@ -302,7 +309,8 @@ def exit_in_words(code: int) -> str:
         code: As ``subprocess`` gives it: negative is a signal's number.
     """
     if code >= 0:
-        return f"exit code {code}"
+        words = _EXIT_WORDS.get(code)
+        return f"exit code {code}" + (f" ({words})" if words else "")
     words = _killed(-code)
     if -code == signal.SIGKILL:
         words += "; the OOM killer does this when memory runs out"

@@ -270,7 +270,7 @@ def test_a_forgotten_child_ends_by_itself(spawn: Spawn) -> None:
     ("code", "words"),
     [
         (0, "exit code 0"),
-        (70, "exit code 70"),
+        (70, "exit code 70 (its engine failed twice in a row, or could not go on)"),
         (-11, "killed by SIGSEGV (signal 11)"),
         (
             -9,

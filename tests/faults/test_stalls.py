@@ -13,6 +13,7 @@ import signal
 import time
 from pathlib import Path
 
+import grpc
 import pytest
 
 from fake_child import wait_until
@@ -27,10 +28,13 @@ from runner_client import (
     Timeouts,
     errors,
 )
+from runner_client._child import exit_in_words
 from runner_client._messages import status as status_of
 from runner_client._stall import StallWatch
+from server_child import running as server
 
 LIMIT_SECONDS = 0.6
+DEMO = Path(__file__).parents[2] / "runner_server/demo/model"
 SHORT = Options(num_predict=3, temperature=0)
 GUARDED = Timeouts(stall_seconds=LIMIT_SECONDS)
 
@@ -180,3 +184,19 @@ def test_without_the_option_nobody_is_killed(stub: str, monkeypatch: pytest.Monk
         assert status.state is State.ACTIVE
         assert (status.last_progress_age_seconds or 0) > 0.4
         os.kill(pid_of(runner), signal.SIGKILL)
+
+
+@pytest.mark.mlx
+def test_a_server_notices_by_itself(tmp_path: Path) -> None:
+    """Also one of MLX's own threads that hangs; the step waits for it inside C."""
+    hang = breaking("import time\nwhile True: time.sleep(60)")
+    with server(tmp_path, "--stall-seconds", "0.5", **hooked(tmp_path, hang)) as child:
+        child.load(DEMO)
+        request = pb.CompletionRequest(
+            prompt="def", request_id=BREAK, options=pb.CompletionOptions(num_predict=5)
+        )
+        with pytest.raises(grpc.RpcError, match="stood still"):
+            list(child.stub.Completion(request, timeout=30))
+        assert child.wait() == 71
+        assert "stood still" in child.log.read_text()
+    assert "stood still" in exit_in_words(71)

@@ -1,0 +1,108 @@
+"""A server that notices by itself that its engine stands still."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from harness import Server, StartServer, failure
+from mlxrunner.v1 import runner_pb2 as pb
+from runner_server.stall import EXIT_STALLED, StallWatch
+
+
+class Looked:
+    """A watch on an engine that is said to be in some state, with a processor of its own."""
+
+    def __init__(self) -> None:
+        self.snapshot: Any = SimpleNamespace(
+            last_progress_age=None, step_count=1, running_count=2, queued_count=0
+        )
+        self.engine = self._engine()
+        self.cpu_seconds = 0.0
+        self.told: list[str] = []
+        self.watch = StallWatch(self.engine, 10.0, self.told.append, lambda: self.cpu_seconds)
+
+    def _engine(self) -> Any:
+        return SimpleNamespace(device="cpu: fake", snapshot=lambda: self.snapshot)
+
+    def look(self, now: float, age: float | None, cpu: float = 0.0, steps: int = 1) -> bool:
+        """Looks at an engine that has not moved for so long."""
+        self.snapshot.last_progress_age, self.snapshot.step_count = age, steps
+        self.cpu_seconds = cpu
+        return self.watch.look(now)
+
+
+def test_two_looks_must_agree() -> None:
+    looked = Looked()
+    assert not looked.look(0, 11)
+    assert looked.look(2, 13)
+    assert "stood still for 13 s with 2 running" in looked.told[0]
+
+
+@pytest.mark.parametrize("age", [None, 3.0])
+def test_an_engine_that_moves_or_has_nothing_to_do_is_let_be(age: float | None) -> None:
+    looked = Looked()
+    assert not any([looked.look(0, 11), looked.look(2, age), looked.look(4, 12)])
+    assert looked.told == []
+
+
+def test_a_step_in_between_counts_as_movement() -> None:
+    looked = Looked()
+    assert not any([looked.look(0, 11), looked.look(2, 11, steps=2)])
+
+
+def test_a_slow_step_takes_processor_time_on_a_cpu() -> None:
+    slow = [Looked(), Looked()]
+    for now in range(0, 100, 2):
+        assert not slow[0].look(now, 11 + now, cpu=1.5 * now)
+    # A GPU computes without it.
+    slow[1].engine.device = "gpu: fake"
+    assert not slow[1].look(0, 11, cpu=0)
+    assert slow[1].look(2, 13, cpu=3)
+
+
+async def hanging(start_server: StartServer, **config: Any) -> tuple[Server, asyncio.Future[int]]:
+    """A server whose engine is in a step that does not end."""
+    server = await start_server(**config)
+    run = asyncio.ensure_future(server.app.run())
+    await server.load()
+    server.backend.step_gate.shut()
+    return server, run
+
+
+async def test_calls_end_and_the_process_exits_with_its_own_code(
+    start_server: StartServer,
+) -> None:
+    server, run = await hanging(start_server, stall_seconds=0.2)
+    problem = await failure(server.start())
+    assert (problem.reason, "stood still" in problem.message) == ("SHUTTING_DOWN", True)
+    assert await run == EXIT_STALLED == 71
+
+
+async def test_status_says_so(start_server: StartServer) -> None:
+    server, run = await hanging(start_server, stall_seconds=0.2)
+    seen: list[pb.StatusResponse] = []
+    lose = server.app.engine.lose
+
+    def note(text: str) -> None:
+        lose(text)
+        seen.append(server.app.engine.snapshot())  # type: ignore[arg-type]  # has the same names
+
+    server.app.engine.lose = note  # type: ignore[method-assign]  # to look in between
+    await failure(server.start())
+    await run
+    assert "stood still" in seen[0].last_error
+
+
+async def test_zero_never_does(start_server: StartServer) -> None:
+    server, run = await hanging(start_server, stall_seconds=0)
+    call = server.start()
+    await server.thread(server.backend.step_gate.wait_arrival)
+    assert len(server.app._tasks) == 1  # the watch of free memory alone
+    server.backend.open_gates()
+    call.cancel()
+    server.app.request_stop()
+    assert await run == 0
