@@ -11,9 +11,9 @@ from mlxrunner.handshake import SERVICE_NAME
 _MAX_RECEIVE_BYTES = 64 * 2**20
 """A server keeps answers under gRPC's usual 4 MiB; another's may be larger."""
 
-_RETRIED_METHODS = ("Status", "Tokenize", "Detokenize")
+_RETRIED_METHODS = ("Status", "Estimate", "Tokenize", "Detokenize")
 """Never Completion: gRPC would replay one whose first header has not come, and the
-model would do the work twice. Never Load and Unload: they change the runner."""
+model would do the work twice. Never Load, Unload and Trim: they change the runner."""
 
 _SERVICE_CONFIG = {
     "methodConfig": [

@@ -19,7 +19,7 @@ from runner_client.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    pass
 
 Listen = Literal["tcp", "unix"]
 
@@ -31,7 +31,6 @@ _SERVER_PACKAGES = (
     *("runner_server", "mlx", "mlx_lm"),
     *("grpc_health", "grpc_reflection", "grpc_status"),
 )
-_CHECKOUT_PACKAGES = ("runner_server", "mlxrunner")
 
 _SOCKET_PATH_BYTES = 103
 """The longest path of a unix socket: 103 on macOS, 107 on Linux."""
@@ -82,28 +81,6 @@ def server_program(listen: str) -> list[str]:
 def server_command(listen: str) -> list[str]:
     """The command line of a server that ends with this process; raises like ``server_program``."""
     return [*server_program(listen), "--exit-with-parent"]
-
-
-def with_import_paths(environment: Mapping[str, str]) -> dict[str, str]:
-    """Adds to PYTHONPATH what a checkout has on ``sys.path`` and a child would miss.
-
-    Installed packages are found anyway; putting their folder before the standard
-    library could hide parts of it.
-    """
-    places = dict.fromkeys(place for name in _CHECKOUT_PACKAGES for place in _places(name))
-    extra = [
-        place for place in places if Path(place).name not in ("site-packages", "dist-packages")
-    ]
-    given = environment.get("PYTHONPATH")
-    path = os.pathsep.join([*extra, given] if given else extra)
-    return {**environment, "PYTHONPATH": path} if path else dict(environment)
-
-
-def _places(package: str) -> list[str]:
-    """The folders that a top-level package lies in, found without importing it."""
-    spec = importlib.util.find_spec(package)
-    locations = (spec.submodule_search_locations if spec else None) or ()
-    return [str(Path(location).absolute().parent) for location in locations]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from runner_client.types import (
     Completion,
     CompletionChunk,
     DoneReason,
+    LoadEstimate,
     LoadResult,
     MemoryUsage,
     Model,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _DTYPES = {
     "auto": pb.DTYPE_AUTO,
+    "auto_or_stored": pb.DTYPE_AUTO_OR_STORED,
     "as_stored": pb.DTYPE_AS_STORED,
     "float32": pb.DTYPE_FLOAT32,
     "bfloat16": pb.DTYPE_BFLOAT16,
@@ -60,6 +62,7 @@ def load_request(
     dtype: Dtype = "auto",
     memory_limit_bytes: int | None = None,
     prefix_cache_bytes: int | None = None,
+    memory_override: bool = False,
 ) -> pb.LoadRequest:
     """Builds the request of a load.
 
@@ -67,17 +70,45 @@ def load_request(
         InvalidRequestError: A value cannot be sent.
         ValueError: ``dtype`` is none of the known ones.
     """
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
+    number = _dtype(dtype)
     with _sendable():
         return pb.LoadRequest(
             model=model,
             context_length=context_length,
             parallel=parallel,
-            dtype=_DTYPES[dtype],
+            dtype=number,
+            memory_limit_bytes=memory_limit_bytes,
+            prefix_cache_bytes=prefix_cache_bytes,
+            memory_override=memory_override,
+        )
+
+
+def estimate_request(
+    model: str,
+    *,
+    context_length: int | None = None,
+    parallel: int | None = None,
+    dtype: Dtype = "auto",
+    memory_limit_bytes: int | None = None,
+    prefix_cache_bytes: int | None = None,
+) -> pb.EstimateRequest:
+    """Build the request of an estimate; raises like ``load_request``."""
+    number = _dtype(dtype)
+    with _sendable():
+        return pb.EstimateRequest(
+            model=model,
+            context_length=context_length,
+            parallel=parallel,
+            dtype=number,
             memory_limit_bytes=memory_limit_bytes,
             prefix_cache_bytes=prefix_cache_bytes,
         )
+
+
+def trim_request(prefix_cache_bytes: int | None) -> pb.TrimRequest:
+    """Build the request of a trim; raises like ``completion_request``."""
+    with _sendable():
+        return pb.TrimRequest(prefix_cache_bytes=prefix_cache_bytes)
 
 
 def completion_request(
@@ -113,6 +144,12 @@ def detokenize_request(token_ids: Sequence[int]) -> pb.DetokenizeRequest:
     """Builds the request of a join; raises like ``completion_request``."""
     with _sendable():
         return pb.DetokenizeRequest(token_ids=token_ids)
+
+
+def _dtype(dtype: Dtype) -> pb.Dtype.ValueType:
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
+    return _DTYPES[dtype]
 
 
 @contextmanager
@@ -160,6 +197,29 @@ def _model(message: pb.Model) -> Model:
         dtype=message.dtype,
         quantization_bits=message.quantization_bits,
         eos_token_ids=tuple(message.eos_token_ids),
+        dtype_fallback=message.dtype_fallback,
+    )
+
+
+def load_estimate(message: pb.EstimateResponse) -> LoadEstimate:
+    """The answer of an estimate."""
+    return LoadEstimate(
+        weight_bytes=message.weight_bytes,
+        kv_bytes=message.kv_bytes,
+        prefix_cache_bytes=message.prefix_cache_bytes,
+        working_bytes=message.working_bytes,
+        process_bytes=message.process_bytes,
+        load_transient_bytes=message.load_transient_bytes,
+        total_bytes=message.total_bytes,
+        required_bytes=message.required_bytes,
+        available_bytes=message.available_bytes,
+        overhead_bytes=message.overhead_bytes,
+        reserved_bytes=message.reserved_bytes,
+        fits=message.fits,
+        dtype=message.dtype,
+        context_length=message.context_length,
+        parallel=message.parallel,
+        notes=tuple(message.notes),
     )
 
 
@@ -207,6 +267,9 @@ def _memory_usage(message: pb.MemoryUsage) -> MemoryUsage:
         process_bytes=message.process_bytes,
         limit_bytes=message.limit_bytes,
         prefix_cache_bytes=message.prefix_cache_bytes,
+        other_bytes=message.other_bytes,
+        reserved_bytes=message.reserved_bytes,
+        prefix_cache_limit_bytes=message.prefix_cache_limit_bytes,
     )
 
 

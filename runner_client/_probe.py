@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from runner_client._command import with_import_paths
+from runner_common.import_paths import with_import_paths
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

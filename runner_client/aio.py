@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from runner_client.types import (
         Completion,
         Dtype,
+        LoadEstimate,
         LoadResult,
         Options,
         Status,
@@ -108,6 +109,7 @@ class AsyncRunnerClient(ClientBase):
         dtype: Dtype = "auto",
         memory_limit_bytes: int | None = None,
         prefix_cache_bytes: int | None = None,
+        memory_override: bool = False,
         on_progress: Callable[[Status], None] | None = None,
     ) -> LoadResult:
         """Loads a model and returns when it can be used.
@@ -125,6 +127,7 @@ class AsyncRunnerClient(ClientBase):
             dtype=dtype,
             memory_limit_bytes=memory_limit_bytes,
             prefix_cache_bytes=prefix_cache_bytes,
+            memory_override=memory_override,
         )
         reply = self._start_load(request)
         try:
@@ -158,6 +161,55 @@ class AsyncRunnerClient(ClientBase):
         watch.observe(status, time.monotonic())
         if status is not None and on_progress is not None:
             on_progress(status)
+
+    async def estimate(
+        self,
+        model: str,
+        *,
+        context_length: int | None = None,
+        parallel: int | None = None,
+        dtype: Dtype = "auto",
+        memory_limit_bytes: int | None = None,
+        prefix_cache_bytes: int | None = None,
+    ) -> LoadEstimate:
+        """Ask what a load would need in memory, and whether it fits now.
+
+        Nothing is loaded, and a loaded model keeps working. The first call for a model
+        takes about half a second; ``Timeouts.call_seconds`` is its limit too.
+
+        Arguments and errors are those of ``RunnerClient.estimate``.
+
+        Raises:
+            RunnerError: There is no estimate; the class says why.
+        """
+        request = _messages.estimate_request(
+            model,
+            context_length=context_length,
+            parallel=parallel,
+            dtype=dtype,
+            memory_limit_bytes=memory_limit_bytes,
+            prefix_cache_bytes=prefix_cache_bytes,
+        )
+        return _messages.load_estimate(await self._call(self._stub.Estimate, request))
+
+    async def trim(self, *, prefix_cache_bytes: int | None = None) -> int:
+        """Have the runner give memory back without ending anything; return the bytes.
+
+        Entries of the prefix cache go first, then what MLX and the heap keep of freed
+        memory. Running completions wait for it, a fraction of a second, and it waits for
+        the step that they are in; ``Timeouts.call_seconds`` is its limit.
+
+        Args:
+            prefix_cache_bytes: The size that the prefix cache is reduced to at least; it
+                may grow again afterwards. Default: 0.
+
+        Raises:
+            InvalidRequestError: The size is negative.
+            BusyError: A load or an unload runs.
+            RunnerError: The call failed in another way.
+        """
+        request = _messages.trim_request(prefix_cache_bytes)
+        return (await self._call(self._stub.Trim, request)).freed_bytes
 
     async def unload(self) -> int:
         """Ends all completions, frees the model, and returns how many bytes came back.

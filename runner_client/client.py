@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from runner_client.types import (
         Completion,
         Dtype,
+        LoadEstimate,
         LoadResult,
         Options,
         Status,
@@ -93,6 +94,7 @@ class RunnerClient(ClientBase):
         dtype: Dtype = "auto",
         memory_limit_bytes: int | None = None,
         prefix_cache_bytes: int | None = None,
+        memory_override: bool = False,
         on_progress: Callable[[Status], None] | None = None,
     ) -> LoadResult:
         """Loads a model and returns when it can be used.
@@ -106,10 +108,13 @@ class RunnerClient(ClientBase):
                 limit, at most 4,096.
             parallel: How many completions are decoded together. Default: 4.
             dtype: In which format to hold the weights.
-            memory_limit_bytes: The most the model may take. Default: what is free.
+            memory_limit_bytes: The most that MLX may hold for the model. Default: what
+                ``estimate`` counts.
             prefix_cache_bytes: Of it, the most to keep evaluated prompts in, for others
-                that begin alike; 0 keeps none. Default: a fifth of what weights and KV
-                cache leave.
+                that begin alike; 0 keeps none. Default: one sequence, or a quarter of
+                all of them; less where memory is short.
+            memory_override: Load it even if it does not fit by the runner's estimate.
+                The system may then end the process when its memory fills up.
             on_progress: Called with a status about every 0.2 s.
 
         Raises:
@@ -127,6 +132,7 @@ class RunnerClient(ClientBase):
             dtype=dtype,
             memory_limit_bytes=memory_limit_bytes,
             prefix_cache_bytes=prefix_cache_bytes,
+            memory_override=memory_override,
         )
         call = self._start_load(request)
         try:
@@ -163,6 +169,68 @@ class RunnerClient(ClientBase):
         watch.observe(status, time.monotonic())
         if status is not None and on_progress is not None:
             on_progress(status)
+
+    def estimate(
+        self,
+        model: str,
+        *,
+        context_length: int | None = None,
+        parallel: int | None = None,
+        dtype: Dtype = "auto",
+        memory_limit_bytes: int | None = None,
+        prefix_cache_bytes: int | None = None,
+    ) -> LoadEstimate:
+        """Ask what a load would need in memory, and whether it fits now.
+
+        Nothing is loaded, and a loaded model keeps working. The first call for a model
+        takes about half a second; ``Timeouts.call_seconds`` is its limit too.
+
+        Args:
+            model: A directory on the server's machine, or a hub id in its local cache.
+            context_length: The longest sequence, in tokens. Default: the model's own
+                limit, at most 4,096.
+            parallel: How many completions are decoded together. Default: 4.
+            dtype: In which format to hold the weights.
+            memory_limit_bytes: The most that MLX may hold. Default: no limit.
+            prefix_cache_bytes: The most to keep evaluated prompts in. Default: as in
+                ``load``.
+
+        Raises:
+            InvalidRequestError: A field is out of range.
+            ModelNotFoundError: There is no such model.
+            ModelUnsupportedError: It cannot be loaded.
+            InsufficientMemoryError: One sequence does not fit ``memory_limit_bytes``.
+                What does not fit the machine is no error.
+            RunnerError: The call failed in another way.
+        """
+        request = _messages.estimate_request(
+            model,
+            context_length=context_length,
+            parallel=parallel,
+            dtype=dtype,
+            memory_limit_bytes=memory_limit_bytes,
+            prefix_cache_bytes=prefix_cache_bytes,
+        )
+        return _messages.load_estimate(self._call(self._stub.Estimate, request))
+
+    def trim(self, *, prefix_cache_bytes: int | None = None) -> int:
+        """Have the runner give memory back without ending anything; return the bytes.
+
+        Entries of the prefix cache go first, then what MLX and the heap keep of freed
+        memory. Running completions wait for it, a fraction of a second, and it waits for
+        the step that they are in; ``Timeouts.call_seconds`` is its limit.
+
+        Args:
+            prefix_cache_bytes: The size that the prefix cache is reduced to at least; it
+                may grow again afterwards. Default: 0.
+
+        Raises:
+            InvalidRequestError: The size is negative.
+            BusyError: A load or an unload runs.
+            RunnerError: The call failed in another way.
+        """
+        request = _messages.trim_request(prefix_cache_bytes)
+        return self._call(self._stub.Trim, request).freed_bytes
 
     def unload(self) -> int:
         """Ends all completions, frees the model, and returns how many bytes came back.

@@ -1,38 +1,41 @@
-"""What a model needs in memory, part by part, read from its files without loading it."""
+"""What a runner needs in memory for a model, part by part, without loading it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, cast
 
 from mlxrunner.hostmemory import Backend, installed_backend
-from runner_client._kv import kv_layers, text_config
-from runner_client._safetensors import read_config, read_tensors, resolve_model
-from runner_client._weights import hosted_tensors, weigh
-from runner_client.errors import InvalidRequestError
+from runner_client._header_need import need_from_headers
+from runner_client._safetensors import read_tensors, resolve_model
+from runner_client.errors import InvalidRequestError, ModelUnsupportedError, RunnerError
+from runner_common.asking import (
+    NeedAnswer,
+    NeedRefusedError,
+    NeedRequest,
+    NeedUnknownError,
+    ask_need,
+    can_ask,
+)
+from runner_common.import_paths import with_import_paths
+from runner_common.memory_need import MemoryNeed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
-    from typing import Any
 
-DType = Literal["auto", "float32", "bfloat16", "float16", "as_stored"]
-
-DEFAULT_CONTEXT_LENGTH = 4096
-"""What a runner uses when none is asked for, or the model's own length if that is less."""
+DType = Literal["auto", "auto_or_stored", "float32", "bfloat16", "float16", "as_stored"]
 
 DEFAULT_PARALLEL = 4
 """How many completions a runner decodes together when it is not told."""
 
-MARGIN_SHARE = 0.05
-MARGIN_MINIMUM_BYTES = 64 * 1024**2
-
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """What a model needs, every part visible.
+    """What a runner needs with a model, every part visible.
+
+    ``total_bytes`` is an upper bound for the whole process: its peak with every sequence at its
+    full length was 0.7 to 1.0 of it where it was measured (docs/memory.md).
 
     Attributes:
         model: The model as asked for.
@@ -40,18 +43,20 @@ class MemoryEstimate:
         backend: ``"cpu"``, ``"metal"`` or ``"cuda"``.
         dtype: What the weights are converted to, or ``"as_stored"``.
         context_length: Tokens of one sequence that were assumed.
-        model_context_length: What the model was made for; None if it does not say.
+        model_context_length: What the model was made for, in tokens.
         parallel: Sequences held at once.
         file_bytes: The tensors as stored. No part of the need: a comparison.
         weight_bytes: The weights as held after the load.
-        kv_bytes: The KV caches of ``parallel`` sequences of ``context_length`` tokens.
-        load_transient_bytes: Sources that are there beside their converted copies.
-        margin_bytes: 5 % of weights and KV, at least 64 MiB: activations of a
-            prefill chunk, buffers MLX keeps for reuse, the copy a growing cache
-            makes, rounding.
-        notes: What could not be told from the files, in words.
-        prefix_cache_bytes: What was asked for to keep evaluated prompts in. 0 where
-            nothing was: a runner's own choice is a share of what is left over.
+        kv_bytes: KV caches and recurrent states of ``parallel`` sequences of
+            ``context_length`` tokens.
+        working_bytes: Arrays of a prefill chunk or a decode step, the copy of a layer's
+            cache while it grows, the buffers that MLX keeps for reuse.
+        process_bytes: Interpreter, libraries, tokenizer and heap.
+        load_transient_bytes: What reading the files takes beyond all of the above.
+        prefix_cache_bytes: The most that evaluated prompts may take.
+        has_default_prefix_cache: Whether that is the default, which a runner makes smaller
+            where memory is short; ``required_bytes`` does not count it.
+        notes: What could not be told, in words.
     """
 
     model: str
@@ -59,32 +64,45 @@ class MemoryEstimate:
     backend: Backend
     dtype: DType
     context_length: int
-    model_context_length: int | None
+    model_context_length: int
     parallel: int
     file_bytes: int
     weight_bytes: int
     kv_bytes: int
+    working_bytes: int
+    process_bytes: int
     load_transient_bytes: int
-    margin_bytes: int
-    notes: tuple[str, ...] = ()
     prefix_cache_bytes: int = 0
+    has_default_prefix_cache: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def need(self) -> MemoryNeed:
+        """The parts of the need."""
+        return MemoryNeed(
+            weight_bytes=self.weight_bytes,
+            kv_bytes=self.kv_bytes,
+            prefix_cache_bytes=self.prefix_cache_bytes,
+            working_bytes=self.working_bytes,
+            process_bytes=self.process_bytes,
+            load_transient_bytes=self.load_transient_bytes,
+            has_default_prefix_cache=self.has_default_prefix_cache,
+        )
 
     @property
     def total_bytes(self) -> int:
-        """The need: the sum of its parts."""
-        return sum(self.parts.values())
+        """The sum of the parts."""
+        return self.need.total_bytes
+
+    @property
+    def required_bytes(self) -> int:
+        """What the gate asks for: the total without a prefix cache of the default size."""
+        return self.need.required_bytes
 
     @property
     def parts(self) -> dict[str, int]:
-        """The parts of the need by name, in bytes; a prefix cache only if one was asked for."""
-        asked = {"prefix cache": self.prefix_cache_bytes} if self.prefix_cache_bytes else {}
-        return {
-            "weights": self.weight_bytes,
-            "KV cache": self.kv_bytes,
-            **asked,
-            "load transient": self.load_transient_bytes,
-            "margin": self.margin_bytes,
-        }
+        """The parts of the need by name, in bytes."""
+        return self.need.parts
 
 
 def estimate(
@@ -95,12 +113,18 @@ def estimate(
     dtype: DType = "auto",
     backend: Backend | None = None,
     prefix_cache_bytes: int | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> MemoryEstimate:
-    """Estimates the memory of a runner that hosts the model.
+    """Estimate the memory of a runner that hosts the model.
+
+    A short-lived process of the server's package builds the model with unread weights and
+    counts what the server itself counts before a load; the answer is cached by the identity of
+    the model's files. Where that package is not installed, or for another backend than the
+    installed one, the headers of the files are all there is to go by, and ``notes`` says so.
 
     ``dtype="auto"`` is float32 on the CPU, where it is the only fast type and packed
-    weights are expanded to it, and ``"as_stored"`` elsewhere. Keys and values
-    have the type of the weights. Not measured on Metal or CUDA.
+    weights are expanded to it, and ``"as_stored"`` elsewhere. ``"auto_or_stored"`` is
+    estimated as ``"auto"``. Not measured on Metal or CUDA.
 
     Args:
         model: A directory, or a hub id in the local Hugging Face cache.
@@ -109,12 +133,13 @@ def estimate(
         parallel: Sequences held at once; by default as many as a runner takes.
         dtype: What the weights are converted to.
         backend: Where the model runs; by default what the installed MLX uses.
-        prefix_cache_bytes: The most to keep evaluated prompts in. None adds nothing: a
-            runner then takes no more than is left over.
+        prefix_cache_bytes: The most to keep evaluated prompts in; by default one sequence, or a
+            quarter of all of them.
+        env: The environment that the runner will have; by default this process's.
 
     Raises:
         ModelNotFoundError: There is no such model on this machine.
-        ModelUnsupportedError: Its files are incomplete or damaged.
+        ModelUnsupportedError: Its files are incomplete or damaged, or mlx_lm cannot build it.
         InvalidRequestError: ``context_length`` is less than 2 or more than the model can
             handle, ``parallel`` is not 1 to 256, or ``prefix_cache_bytes`` is negative or
             no 64-bit number.
@@ -123,9 +148,58 @@ def estimate(
     _require("parallel", parallel, 1, 256)
     _require("prefix_cache_bytes", prefix_cache_bytes, 0, 2**63 - 1)
     path = resolve_model(model)
-    backend = backend or installed_backend()
-    need = _estimate(model, path, context_length, parallel, _resolved(dtype, backend), backend)
-    return replace(need, prefix_cache_bytes=prefix_cache_bytes or 0)
+    installed = installed_backend()
+    backend = backend or installed
+    request = NeedRequest(
+        path=str(path),
+        context_length=context_length,
+        parallel=parallel,
+        dtype=_resolved(dtype, backend),
+        prefix_cache_bytes=prefix_cache_bytes,
+    )
+    answer, notes = _answer(request, installed == backend, os.environ if env is None else env)
+    return MemoryEstimate(
+        model=model,
+        path=request.path,
+        backend=backend,
+        dtype=cast("DType", answer.dtype),
+        context_length=answer.context_length,
+        model_context_length=answer.model_context_length,
+        parallel=parallel,
+        file_bytes=sum(tensor.nbytes for tensor in read_tensors(path).values()),
+        notes=notes,
+        **answer.need.as_dict(),
+    )
+
+
+def _answer(
+    request: NeedRequest, is_installed: bool, environ: Mapping[str, str]
+) -> tuple[NeedAnswer, tuple[str, ...]]:
+    """Return what the server counts, or else what the headers tell."""
+    if not is_installed:
+        why = "this machine's MLX does not run on that backend"
+    elif not can_ask():
+        why = "the server's packages are not installed here"
+    else:
+        try:
+            return ask_need(request, with_import_paths(environ)), ()
+        except NeedRefusedError as refusal:
+            raise _refused(refusal) from refusal
+        except NeedUnknownError as error:
+            why = str(error)
+    answer, notes = need_from_headers(request)
+    return answer, (f"counted from the headers of the files: {why}", *notes)
+
+
+def _refused(refusal: NeedRefusedError) -> RunnerError:
+    """Return the error that a load of the model would raise."""
+    text, reason, numbers = str(refusal), refusal.reason, refusal.metadata
+    if reason == "INVALID_FIELD":
+        return InvalidRequestError(text, field_violations=refusal.violations, reason=reason)
+    if reason == "MODEL_UNSUPPORTED":
+        model = numbers.get("model")
+        return ModelUnsupportedError(text, model=model, reason=reason, metadata=numbers)
+    return RunnerError(text, reason=reason, metadata=numbers)
 
 
 def _require(name: str, value: int | None, low: int, high: int) -> None:
@@ -134,57 +208,7 @@ def _require(name: str, value: int | None, low: int, high: int) -> None:
         raise InvalidRequestError(f"{name}: {text}", field_violations=[(name, text)])
 
 
-def _estimate(
-    model: str,
-    path: Path,
-    context_length: int | None,
-    parallel: int,
-    dtype: DType,
-    backend: Backend,
-) -> MemoryEstimate:
-    config, stored = read_config(path), read_tensors(path)
-    tensors = hosted_tensors(stored)
-    longest = _model_context_length(config)
-    if longest is not None:
-        _require("context_length", context_length, 2, longest)
-    context_length = context_length or min(
-        longest or DEFAULT_CONTEXT_LENGTH, DEFAULT_CONTEXT_LENGTH
-    )
-    weights = weigh(tensors, config, _ITEM_BYTES.get(dtype))
-    layers = kv_layers(config, tensors)
-    item_bytes = _ITEM_BYTES.get(dtype, weights.stored_item_bytes)
-    kv_bytes = parallel * item_bytes * sum(layer.elements(context_length) for layer in layers)
-    return MemoryEstimate(
-        model=model,
-        path=str(path),
-        backend=backend,
-        dtype=dtype,
-        context_length=context_length,
-        model_context_length=longest,
-        parallel=parallel,
-        file_bytes=sum(tensor.nbytes for tensor in stored.values()),
-        weight_bytes=weights.held_bytes,
-        kv_bytes=kv_bytes,
-        load_transient_bytes=weights.transient_bytes,
-        margin_bytes=_margin_bytes(weights.held_bytes + kv_bytes),
-        notes=() if layers else ("KV cache not counted: config.json does not tell its size",),
-    )
-
-
-def _resolved(dtype: DType, backend: Backend) -> DType:
-    if dtype != "auto":
+def _resolved(dtype: DType, backend: Backend) -> str:
+    if dtype not in ("auto", "auto_or_stored"):
         return dtype
     return "float32" if backend == "cpu" else "as_stored"
-
-
-def _margin_bytes(held_bytes: int) -> int:
-    return max(MARGIN_MINIMUM_BYTES, int(held_bytes * MARGIN_SHARE))
-
-
-def _model_context_length(config: Mapping[str, Any]) -> int | None:
-    text = text_config(config)
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"):
-        value = text.get(name)
-        if type(value) is int and value > 0:
-            return value
-    return None

@@ -121,15 +121,20 @@ class RunnerProcess(ProcessBase):
         context_length: The longest sequence, in tokens. Default: the model's own
             limit, at most 4,096.
         parallel: How many completions are decoded together. Default: 4.
-        dtype: In which format to hold the weights.
+        dtype: In which format to hold the weights. ``"auto"`` is float32 on a CPU, and a
+            model that does not fit so is refused; ``"auto_or_stored"`` is held as stored
+            then, which is many times slower, and ``Model.dtype_fallback`` says so.
         prefix_cache_bytes: The most to keep evaluated prompts in, for others that begin
-            alike; part of what the gate counts. 0 keeps none. Default: a fifth of what
-            weights and KV cache leave free, which the gate does not count.
+            alike; part of what the gate counts. 0 keeps none. Default: one sequence, or a
+            quarter of all of them; less where memory is short, so that the gate does not
+            insist on it.
         require_full: Whether a model that does not fit raises
-            ``LoadRequiresFullError`` rather than ``InsufficientMemoryError``.
+            ``LoadRequiresFullError`` rather than ``InsufficientMemoryError``, also where
+            ``"auto_or_stored"`` would have fitted as stored.
         memory_override: Starts it even if the gate says that it does not fit, and has
-            the server load it too. With ``"auto"`` it is then held as it is stored.
-        gate: Decides whether it fits. Default: a ``MemoryGate()``.
+            the server load it too. With ``"auto_or_stored"`` it is then held as stored.
+        gate: Decides whether it fits, and keeps what the model may take set aside until
+            the child has ended. Default: a ``MemoryGate`` for the child's environment.
         timeouts: How long to wait for what.
         restart_policy: How often ``restart`` may be called.
         listen: ``"tcp"``, a loopback port that the child picks, or ``"unix"``, a
@@ -137,7 +142,8 @@ class RunnerProcess(ProcessBase):
         blas: Which BLAS library goes in front of MLX's own on a Linux CPU: ``"auto"`` (the
             one ``mlx-runner doctor`` found fastest, else OpenBLAS before MKL), ``"off"``, or
             the path of one. A library that ``LD_PRELOAD`` names already stands.
-        env: Variables for the child, beside those of this process.
+        env: Variables for the child, beside those of this process; the gate reads its own
+            from them too.
         log: Takes the lines that the child prints. Default: ``runner_client.child``.
     """
 
@@ -270,6 +276,14 @@ class RunnerProcess(ProcessBase):
             RunnerError: The call failed.
         """
         return self._client.detokenize(token_ids)
+
+    def trim(self, *, prefix_cache_bytes: int | None = None) -> int:
+        """Have the runner give memory back; return the bytes: see ``RunnerClient.trim``.
+
+        Raises:
+            RunnerError: The call failed.
+        """
+        return self._client.trim(prefix_cache_bytes=prefix_cache_bytes)
 
     def embedding(self, content: str) -> NoReturn:  # noqa: ARG002 - the interface has it
         """Always raises: the runner completes text only.

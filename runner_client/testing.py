@@ -52,6 +52,18 @@ _CODES = {
     "UNAUTHENTICATED": grpc.StatusCode.UNAUTHENTICATED,
 }
 
+_USUAL_DTYPES = (
+    pb.DTYPE_UNSPECIFIED,
+    pb.DTYPE_AUTO,
+    pb.DTYPE_AUTO_OR_STORED,
+    pb.DTYPE_FLOAT32,
+)
+_DTYPE_NAMES = {
+    pb.DTYPE_AS_STORED: "as_stored",
+    pb.DTYPE_BFLOAT16: "bfloat16",
+    pb.DTYPE_FLOAT16: "float16",
+}
+
 _MAX_CALLS = 32
 
 
@@ -126,7 +138,13 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     prompt_cached_count: int = 0
     """How many tokens of every prompt are told to have been evaluated before."""
     prefix_cache_bytes: int = 0
-    """How much is told to be kept of evaluated prompts."""
+    """How much is told to be kept of evaluated prompts; a trim reduces it."""
+    model_bytes: int = 2**30
+    """What every model is told to need as float32; as stored and in 16 bits it is half."""
+    available_bytes: int = 2**40
+    """How much memory is told to be available; a load that needs more is refused."""
+    dtype_fallback: bool = False
+    """Whether the model is told to be held as stored for lack of memory."""
     blas: str = ""
     """The library that is told to multiply matrices."""
     model: str | None = "fake"
@@ -138,10 +156,14 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     cancelled: threading.Event = field(default_factory=threading.Event)
     """Set when a client has cancelled a load or a completion."""
     _load_began: float | None = None
+    _is_stored: bool = False
 
     def Load(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> pb.LoadResponse:
         """Takes ``load_seconds``, then holds the model that was asked for."""
         self._receive(request, context)
+        need = self._need(request)
+        if not (need.fits or request.memory_override):
+            self._refuse(need, context)
         self._load_began = time.monotonic()
         try:
             call = _Call(context, self.cancelled)
@@ -149,8 +171,24 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
             call.is_over = True
         finally:
             self._load_began = None
-        self.model = request.model
-        return pb.LoadResponse(model=pb.Model(name=request.model, path=request.model))
+        self.model, self._is_stored = request.model, bool(need.notes)
+        return pb.LoadResponse(model=self._model(self.model))
+
+    def Estimate(
+        self, request: pb.EstimateRequest, context: grpc.ServicerContext
+    ) -> pb.EstimateResponse:
+        """Compares ``model_bytes`` with ``available_bytes``."""
+        self._receive(request, context)
+        return self._need(request)
+
+    def Trim(self, request: pb.TrimRequest, context: grpc.ServicerContext) -> pb.TrimResponse:
+        """Reduces ``prefix_cache_bytes``."""
+        self._receive(request, context)
+        if self._load_began is not None:
+            Failure("BUSY", "a load is running; wait for it").abort(context)
+        freed = max(0, self.prefix_cache_bytes - request.prefix_cache_bytes)
+        self.prefix_cache_bytes -= freed
+        return pb.TrimResponse(freed_bytes=freed)
 
     def Unload(self, request: pb.UnloadRequest, context: grpc.ServicerContext) -> pb.UnloadResponse:
         """Forgets the model."""
@@ -170,7 +208,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
             status.progress = min(99, int(100 * (time.monotonic() - began) / self.load_seconds))
         elif self.model is not None:
             status.state, status.progress = pb.STATE_ACTIVE, 100
-            status.model.name = status.model.path = self.model
+            status.model.CopyFrom(self._model(self.model))
         else:
             status.state = pb.STATE_IDLE
         return status
@@ -217,6 +255,36 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         self._receive(request, context)
         self._need_model(context)
         return pb.DetokenizeResponse(content="".join(map(chr, request.token_ids)))
+
+    def _need(self, request: pb.LoadRequest | pb.EstimateRequest) -> pb.EstimateResponse:
+        """Return what a load would need: its weights, and nothing else."""
+        is_usual = request.dtype in _USUAL_DTYPES
+        is_short = self.model_bytes > self.available_bytes
+        is_fallback = request.dtype == pb.DTYPE_AUTO_OR_STORED and is_short
+        size = self.model_bytes if is_usual and not is_fallback else self.model_bytes // 2
+        dtype = "as_stored" if is_fallback else _DTYPE_NAMES.get(request.dtype, "float32")
+        return pb.EstimateResponse(
+            weight_bytes=size,
+            total_bytes=size,
+            required_bytes=size,
+            available_bytes=self.available_bytes,
+            fits=size <= self.available_bytes,
+            dtype=dtype,
+            context_length=request.context_length or 4096,
+            parallel=request.parallel or 4,
+            notes=["it would be held as stored"] if is_fallback else [],
+        )
+
+    def _refuse(self, need: pb.EstimateResponse, context: grpc.ServicerContext) -> NoReturn:
+        numbers = {
+            "requiredBytes": str(need.required_bytes),
+            "availableBytes": str(need.available_bytes),
+        }
+        Failure("INSUFFICIENT_MEMORY", "the model does not fit", metadata=numbers).abort(context)
+
+    def _model(self, name: str) -> pb.Model:
+        is_fallback = self.dtype_fallback or self._is_stored
+        return pb.Model(name=name, path=name, dtype_fallback=is_fallback)
 
     def _receive(self, request: Message, context: grpc.ServicerContext) -> None:
         self.requests.append(request)

@@ -7,20 +7,24 @@ becomes ``UNKNOWN``.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Literal
 
+from runner_client.settings import RestartPolicy as RestartPolicy  # noqa: PLC0414 - users have it from here
+from runner_client.settings import Timeouts as Timeouts  # noqa: PLC0414 - the same
+from runner_client.settings import TlsFiles as TlsFiles  # noqa: PLC0414 - the same
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from os import PathLike
 
-Dtype = Literal["auto", "as_stored", "float32", "bfloat16", "float16"]
-"""The number format of the weights in memory; ``"auto"`` lets the server choose."""
+Dtype = Literal["auto", "auto_or_stored", "as_stored", "float32", "bfloat16", "float16"]
+"""The number format of the weights in memory.
 
-_GIB = 2**30
-_CLOSE_BYTES_PER_SECOND = 4 * _GIB
+``"auto"`` is float32 on a CPU, the only fast format there, and as stored elsewhere.
+``"auto_or_stored"`` is the same where that fits, else as stored, which is many times slower
+on a CPU; ``Model.dtype_fallback`` says whether it came to that.
+"""
 
 
 class State(StrEnum):
@@ -49,93 +53,6 @@ class DoneReason(StrEnum):
     """The model ended the text, or a stop string was found."""
     LENGTH = "length"
     """``num_predict`` tokens were generated, or the context is full."""
-
-
-@dataclass(frozen=True, slots=True)
-class Timeouts:
-    """How long to wait for what, in seconds. None waits for ever.
-
-    Raises:
-        ValueError: A value is not above 0.
-    """
-
-    start_seconds: float | None = 60.0
-    """From the start of a child to its ready line and its first health answer."""
-    load_seconds: float | None = 300.0
-    """How long a load may stand still. A load that moves has no limit."""
-    first_token_seconds: float | None = 600.0
-    """From the call of a completion to its first token: queue and prompt."""
-    idle_seconds: float | None = 60.0
-    """Between two messages of a stream, progress messages included."""
-    call_seconds: float = 30.0
-    """The deadline of every other call."""
-    close_seconds: float = 7.0
-    """From the request to stop to the kill; large models get more. The server itself
-    drains for up to 5.5 s."""
-    stall_seconds: float | None = None
-    """How long a child's engine may have completions to work on and not move before the
-    child is killed. None never kills. A step lasts tenths of a second, and seconds
-    where kernels are compiled first; a slow prompt moves with every step."""
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{field.name} must be above 0 (or None: no limit), not {value}")
-
-    def close_grace_seconds(self, model_bytes: int) -> float:
-        """The grace time of a child that holds this much: a second more per 4 GiB.
-
-        Freeing takes time in proportion, and on macOS killing a process that still
-        holds wired memory can strand that memory until a reboot.
-        """
-        return self.close_seconds + model_bytes / _CLOSE_BYTES_PER_SECOND
-
-
-@dataclass(frozen=True, slots=True)
-class TlsFiles:
-    """What a client encrypts with: files in PEM, read when the client is made.
-
-    Raises:
-        ValueError: One of ``cert`` and ``key`` is missing.
-    """
-
-    ca: str | PathLike[str] | None = None
-    """Authorities that the server's certificate must come from. None: those gRPC knows."""
-    cert: str | PathLike[str] | None = None
-    """The client's own certificate, if the server asks for one."""
-    key: str | PathLike[str] | None = None
-    """The private key of ``cert``."""
-
-    def __post_init__(self) -> None:
-        if (self.cert is None) != (self.key is None):
-            raise ValueError("a client's certificate needs its key: give both of cert and key")
-
-
-@dataclass(frozen=True, slots=True)
-class RestartPolicy:
-    """How often a child may be started again; ``RunnerProcess.restart`` asks it.
-
-    Raises:
-        ValueError: A value is out of its range.
-    """
-
-    max_restarts: int = 3
-    """The most restarts within the window; 0 allows none."""
-    window_seconds: float = 600.0
-    """How long a restart counts."""
-
-    def __post_init__(self) -> None:
-        if self.max_restarts < 0 or not self.window_seconds > 0:
-            raise ValueError("max_restarts must be at least 0 and window_seconds above 0")
-
-    def recent(self, restarts: tuple[float, ...], now: float) -> tuple[float, ...]:
-        """Those of the past restarts (their times, in seconds) that still count."""
-        return tuple(time for time in restarts if now - time < self.window_seconds)
-
-    def allows(self, restarts: tuple[float, ...], now: float) -> bool:
-        """Whether one more restart is within the bounds."""
-        return len(self.recent(restarts, now)) < self.max_restarts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,6 +113,9 @@ class Model:
     """Bits per weight; 0 if the weights are not held quantized."""
     eos_token_ids: tuple[int, ...]
     """The token ids that end a text."""
+    dtype_fallback: bool = False
+    """Whether ``"auto_or_stored"`` found no memory for float32 and holds the weights as
+    stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,9 +141,66 @@ class MemoryUsage:
     process_bytes: int
     """The resident set of the process."""
     limit_bytes: int
-    """The most the model may take; 0 when none is loaded."""
+    """The most that ``active_bytes`` and ``cache_bytes`` together may come to; 0 when no
+    model is loaded."""
     prefix_cache_bytes: int = 0
     """Of ``active_bytes``: evaluated prompts kept for others that begin alike."""
+    other_bytes: int = 0
+    """Of ``process_bytes``: what MLX does not hold. Interpreter, libraries, tokenizer, and
+    pages that the heap has not given back; on CUDA all of ``process_bytes``."""
+    reserved_bytes: int = 0
+    """The most the process may come to take, set aside for it on its machine; 0 when no
+    model is loaded."""
+    prefix_cache_limit_bytes: int = 0
+    """The most ``prefix_cache_bytes`` may come to now; less than at the load after free
+    memory has run short."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadEstimate:
+    """What a load would need on a runner's machine, in bytes, and whether it fits now.
+
+    The six parts come first; ``total_bytes`` is their sum, and an upper bound for the peak
+    of the whole process, with every sequence at its full length.
+    """
+
+    weight_bytes: int
+    """The weights as they will be held."""
+    kv_bytes: int
+    """KV caches and recurrent states of ``parallel`` sequences of ``context_length``; with
+    a memory limit that is too small for all of them, of as many as fit."""
+    prefix_cache_bytes: int
+    """The most that evaluated prompts may take."""
+    working_bytes: int
+    """Arrays of a prefill chunk or a decode step, the copy of a layer's cache while it
+    grows, the buffers that MLX keeps for reuse."""
+    process_bytes: int
+    """The process itself: interpreter, libraries, tokenizer, heap."""
+    load_transient_bytes: int
+    """What reading the files takes beyond all of the above."""
+    total_bytes: int
+    """The sum of the six parts."""
+    required_bytes: int
+    """What a load asks for: the total, without a prefix cache of the default size, which
+    is made smaller where memory is short."""
+    available_bytes: int
+    """What may be taken now: free memory less ``overhead_bytes`` and ``reserved_bytes``,
+    plus what the model that is loaded there would give back."""
+    overhead_bytes: int
+    """Kept free: the device's minimum and the configured overhead."""
+    reserved_bytes: int
+    """What other runners of that machine may still take, and loads under way."""
+    fits: bool
+    """Whether ``required_bytes`` is at most ``available_bytes``."""
+    dtype: str
+    """The format of the weights that was counted: ``"float32"``, ``"bfloat16"``,
+    ``"float16"`` or ``"as_stored"``."""
+    context_length: int
+    """Tokens of one sequence that were counted."""
+    parallel: int
+    """Sequences that were counted."""
+    notes: tuple[str, ...] = ()
+    """What could not be told, in words; empty if everything could."""
 
 
 @dataclass(frozen=True, slots=True)

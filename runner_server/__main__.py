@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 
+from runner_common.headroom import VariableError
 from runner_server.adapter import MlxBackend
-from runner_server.app import serve
+from runner_server.app import EXIT_CANNOT_START, serve
 from runner_server.config import parse_args
+from runner_server.machine_admission import MachineAdmission
 from runner_server.model_root import ModelRoot
 from runner_server.request_log import set_up_logging
+
+logger = logging.getLogger(__name__)
 
 
 def main() -> int:
@@ -21,7 +26,12 @@ def main() -> int:
 
         return run(config)
     root = ModelRoot(config.model_root) if config.model_root else None
-    return asyncio.run(serve(config, MlxBackend(root)))
+    try:
+        admission = MachineAdmission()
+    except VariableError as error:
+        logger.error("%s", error)  # noqa: TRY400 - the message is the whole story
+        return EXIT_CANNOT_START
+    return asyncio.run(serve(config, MlxBackend(root, admission=admission), admission=admission))
 
 
 if __name__ == "__main__":

@@ -23,16 +23,21 @@ from runner_server.backend import Backend, Ranks
 from runner_server.config import ServerConfig
 from runner_server.engine import Engine
 from runner_server.errors import RunnerFault
+from runner_server.estimator import Estimator
 from runner_server.interceptor import ErrorInterceptor
 from runner_server.listen import CannotListenError, listen
+from runner_server.machine_admission import MachineAdmission
 from runner_server.messages import LoadSpec
+from runner_server.model_root import ModelRoot
 from runner_server.observe import Observer, ObservingInterceptor
 from runner_server.orphan import OrphanGuard
 from runner_server.plugin_host import add_controller
+from runner_server.pressure import PressureWatch
 from runner_server.reflection import add_reflection
 from runner_server.request_log import RequestLog
 from runner_server.servicer import RunnerServicer
 from runner_server.services import SMG_SERVICE_NAME
+from runner_server.stall import EXIT_STALLED, StallWatch
 from runner_server.tracing import Tracing, open_tracing
 
 if TYPE_CHECKING:
@@ -73,17 +78,27 @@ class RunnerApp:
         config: What it is started with.
         backend: The model library.
         ranks: Other processes that hold parts of the model; None if this one holds all.
+        admission: Decides whether there is memory for a load.
 
     Must be created on the running event loop.
     """
 
-    def __init__(self, config: ServerConfig, backend: Backend, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        backend: Backend,
+        ranks: Ranks | None = None,
+        admission: MachineAdmission | None = None,
+    ) -> None:
         self._config = config
+        self._admission = admission or MachineAdmission()
         self._ranks = ranks
         self._stop = asyncio.Event()
         self._exit_code = 0
         self._health = health.aio.HealthServicer()
         self.engine = Engine(backend, max_queued=config.max_queued, on_death=self._on_death)
+        root = ModelRoot(config.model_root) if config.model_root else None
+        self._estimator = Estimator(self._admission, root)
         self._observers: list[Observer] = [RequestLog()]
         self._metrics: Metrics | None = None
         self._tracing: Tracing | None = None
@@ -127,6 +142,9 @@ class RunnerApp:
         self._watch_ranks()
         if self._config.load:
             self._spawn(self._load_first(self._config.load))
+        self._spawn(PressureWatch(self.engine, self._admission).run())
+        if self._config.stall_seconds:
+            self._spawn(StallWatch(self.engine, self._config.stall_seconds, self._on_stall).run())
         return ready
 
     async def run(self) -> int:
@@ -149,6 +167,7 @@ class RunnerApp:
         """Refuses new work, ends streams, frees the model and closes the server."""
         await self._health.enter_graceful_shutdown()
         self.engine.stop()
+        self._estimator.close()
         if self._metrics:
             self._metrics.close()
         if not await self.engine.wait_ended(_DRAIN_SECONDS):
@@ -184,7 +203,7 @@ class RunnerApp:
             self._observers.insert(0, self._tracing)
 
     def _add_services(self) -> None:
-        servicer = RunnerServicer(self.engine, __version__, self._ranks)
+        servicer = RunnerServicer(self.engine, __version__, self._estimator, self._ranks)
         runner_pb2_grpc.add_RunnerServiceServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._config.smg:
@@ -212,6 +231,10 @@ class RunnerApp:
         self._exit_code = EXIT_ENGINE_DEAD
         self._spawn(self._health.enter_graceful_shutdown())
         self._stop.set()
+
+    def _on_stall(self, text: str) -> None:
+        self.engine.lose(text)
+        self._exit_code = EXIT_STALLED
 
     async def _load_first(self, spec: LoadSpec) -> None:
         """Loads the model of the command line; without it the process is of no use."""
@@ -259,18 +282,24 @@ def _announce(ready: ReadyLine) -> None:
         logger.warning("nobody reads the ready line (stdout: %s); serving anyway", error)
 
 
-async def serve(config: ServerConfig, backend: Backend, ranks: Ranks | None = None) -> int:
+async def serve(
+    config: ServerConfig,
+    backend: Backend,
+    ranks: Ranks | None = None,
+    admission: MachineAdmission | None = None,
+) -> int:
     """Runs a server until it is asked to stop; prints the ready line.
 
     Args:
         config: What it is started with.
         backend: The model library.
         ranks: Other processes that hold parts of the model.
+        admission: Decides whether there is memory for a load.
 
     Returns:
         The exit code of the process.
     """
-    app = RunnerApp(config, backend, ranks)
+    app = RunnerApp(config, backend, ranks, admission)
     install_signals(app)
     if config.exit_with_parent:
         OrphanGuard(

@@ -94,6 +94,10 @@ class LoadedModel(Protocol):
         """Bytes of KV cache that one sequence of ``tokens`` takes."""
         ...
 
+    def limit_prompts(self, limit_bytes: int) -> None:
+        """Changes how much evaluated prompts may take, and drops what is beyond that."""
+        ...
+
     def new_batch(self) -> Batch:
         """An empty batch."""
         ...
@@ -138,7 +142,8 @@ class Backend(Protocol):
         Args:
             spec: What to load.
             report: Called with the progress, 0 to 100, every fraction of a second
-                or so; what it raises ends the load.
+                or so, one call at a time, also on threads that read weights; what it
+                raises ends the load.
 
         Raises:
             RunnerFault: One of the faults that ``Load`` documents.
@@ -150,7 +155,15 @@ class Backend(Protocol):
         """What the library holds; callable from any thread, before ``open`` too."""
         ...
 
-    def release(self) -> None:
+    def release(self, *, for_next: bool = False) -> None:
+        """Gives back what a model has held.
+
+        Args:
+            for_next: A load follows, and takes over what was set aside; else that ends too.
+        """
+        ...
+
+    def trim(self) -> None:
         """Gives freed memory back to the system."""
         ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ class ServerConfig:
         listen: ``HOST:PORT`` (port 0 = any free one) or ``unix:/path``.
         load: A model to load at once; None waits for a ``Load`` call.
         max_queued: Completions that may wait for a place.
+        stall_seconds: How long the engine may stand still with work; 0 for any time.
         exit_with_parent: End when the parent process does.
         log_level: A level of Python's logging.
         log_format: ``text`` or ``json``.
@@ -38,6 +40,7 @@ class ServerConfig:
     listen: str = "127.0.0.1:0"
     load: LoadSpec | None = None
     max_queued: int = 128
+    stall_seconds: float = 120.0
     exit_with_parent: bool = False
     log_level: str = "INFO"
     log_format: str = "text"
@@ -70,6 +73,7 @@ def parse_args(argv: Sequence[str] | None = None) -> ServerConfig:
         listen=args.listen,
         load=load,
         max_queued=args.max_queued,
+        stall_seconds=args.stall_seconds,
         exit_with_parent=args.exit_with_parent,
         log_level=args.log_level,
         log_format=args.log_format,
@@ -130,6 +134,13 @@ def _parser() -> argparse.ArgumentParser:
         help="most memory to keep evaluated prompts in, for others that begin alike; 0 keeps none",
     )
     add("--max-queued", type=_at_least(1), default=128, help="completions that may wait")
+    add(
+        "--stall-seconds",
+        type=_seconds,
+        default=120.0,
+        help="exit with code 71 when the engine has work and stands still for so long; 0 never "
+        "does (default %(default)s)",
+    )
     add(
         "--exit-with-parent",
         action="store_true",
@@ -205,6 +216,13 @@ def _host_and_port(text: str) -> tuple[str, int]:
     if not (separator and host and port.isdecimal() and int(port) <= _MAX_PORT):
         raise argparse.ArgumentTypeError(f"{text!r}: expected HOST:PORT, the port 0 to {_MAX_PORT}")
     return host.strip("[]"), int(port)
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds from 0 on")
+    return value
 
 
 def _directory(text: str) -> Path:

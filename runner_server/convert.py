@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
 from google.protobuf.duration_pb2 import Duration
 
 from mlxrunner.v1 import runner_pb2 as pb
+from runner_server.estimator import Estimated
 from runner_server.messages import (
     Done,
     DoneReason,
@@ -53,11 +55,12 @@ def model_message(info: ModelInfo) -> pb.Model:
         dtype=info.dtype,
         quantization_bits=info.quantization_bits,
         eos_token_ids=sorted(info.eos_token_ids),
+        dtype_fallback=info.dtype_fallback,
     )
 
 
 def memory_message(
-    memory: MemoryCounters, process_bytes: int, limit_bytes: int = 0
+    memory: MemoryCounters, process_bytes: int, limit_bytes: int = 0, device: str = ""
 ) -> pb.MemoryUsage:
     """The memory of a process."""
     return pb.MemoryUsage(
@@ -67,7 +70,16 @@ def memory_message(
         process_bytes=process_bytes,
         limit_bytes=limit_bytes,
         prefix_cache_bytes=memory.prefix_cache_bytes,
+        prefix_cache_limit_bytes=memory.prefix_cache_limit_bytes,
+        other_bytes=_other_bytes(memory, process_bytes, device),
     )
+
+
+def _other_bytes(memory: MemoryCounters, process_bytes: int, device: str) -> int:
+    """What MLX does not hold of the resident set, of which CUDA's memory is no part."""
+    if device.startswith("gpu") and sys.platform != "darwin":
+        return process_bytes
+    return max(0, process_bytes - memory.active_bytes - memory.cache_bytes)
 
 
 def rank_message(rank: Rank) -> pb.Rank:
@@ -77,7 +89,7 @@ def rank_message(rank: Rank) -> pb.Rank:
         host=rank.host,
         pid=rank.pid,
         device=rank.device,
-        memory_usage=memory_message(rank.memory, rank.process_bytes, rank.limit_bytes),
+        memory_usage=memory_message(rank.memory, rank.process_bytes, rank.limit_bytes, rank.device),
     )
 
 
@@ -118,4 +130,28 @@ def _logprob_message(entry: TokenLogprob, decode: Decode) -> pb.TokenLogprob:
             pb.TopLogprob(token_id=token_id, text=decode([token_id]), logprob=logprob)
             for token_id, logprob in entry.top
         ],
+    )
+
+
+def estimate_message(estimated: Estimated) -> pb.EstimateResponse:
+    """What a load would need, and what is available for it."""
+    answer, decision = estimated.answer, estimated.decision
+    need = answer.need
+    return pb.EstimateResponse(
+        weight_bytes=need.weight_bytes,
+        kv_bytes=need.kv_bytes,
+        prefix_cache_bytes=need.prefix_cache_bytes,
+        working_bytes=need.working_bytes,
+        process_bytes=need.process_bytes,
+        load_transient_bytes=need.load_transient_bytes,
+        total_bytes=need.total_bytes,
+        required_bytes=need.required_bytes,
+        available_bytes=decision.available_bytes,
+        overhead_bytes=decision.overhead_bytes,
+        reserved_bytes=decision.reserved_bytes,
+        fits=decision.fits,
+        dtype=answer.dtype,
+        context_length=answer.context_length,
+        parallel=estimated.parallel,
+        notes=estimated.notes,
     )

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 
 from runner_server.backend import Backend, ModelHandle
+from runner_server.commands import Cancel, Inbox, LimitPrompts, Trim, Wake
 from runner_server.completion import Completion
 from runner_server.errors import ShuttingDown
 from runner_server.ledger import Ledger, Ticket
@@ -22,7 +24,7 @@ from runner_server.messages import (
     Snapshot,
     State,
 )
-from runner_server.worker import Cancel, Inbox, Wake, Worker
+from runner_server.worker import Worker
 
 
 class Engine:
@@ -79,6 +81,29 @@ class Engine:
         self._ledger.open_ticket(ticket, None)
         self._inbox.put(ticket)
         return ticket
+
+    def trim(self, prompts_bytes: int) -> Future[None]:
+        """Begins to give freed memory back; the result ends when it is back.
+
+        Args:
+            prompts_bytes: What evaluated prompts are reduced to first.
+
+        Raises:
+            Busy: A load or unload runs.
+            ShuttingDown: The engine stops, or is dead.
+        """
+        done: Future[None] = Future()
+        self._ledger.open_trim(done)
+        self._inbox.put(Trim(prompts_bytes, done))
+        return done
+
+    def limit_prompts(self, limit_bytes: int) -> None:
+        """Changes how much evaluated prompts may take from now on."""
+        self._inbox.put(LimitPrompts(limit_bytes))
+
+    def refuse_when_ending(self) -> None:
+        """Raises :class:`ShuttingDown` if the engine stops, or is dead."""
+        self._ledger.refuse_when_ending()
 
     def model(self) -> ModelHandle:
         """The loaded model's description and tokenizer.

@@ -66,6 +66,7 @@ class Ledger:
         self._live: dict[int, Completion] = {}
         self._running: set[int] = set()
         self._ticket: Ticket[Any] | None = None
+        self._trims: set[Future[None]] = set()
         self._mean_seconds = 1.0
         self._ended = 0
         self._progress = 0
@@ -100,12 +101,20 @@ class Ledger:
             ShuttingDown: The engine stops, or is dead.
         """
         with self._lock:
-            self._refuse_when_ending()
+            self.refuse_when_ending()
             if self._ticket:
                 raise Busy
             self._ticket = ticket
             if state:
                 self._progress, self._state = 0, state
+
+    def open_trim(self, done: Future[None]) -> None:
+        """Enter a request to give memory back; raises like :meth:`open_ticket`."""
+        with self._lock:
+            self.refuse_when_ending()
+            if self._ticket:
+                raise Busy
+            self._trims.add(done)
 
     def model(self) -> ModelHandle:
         """The loaded model's description and tokenizer; raises like :meth:`accept`."""
@@ -113,12 +122,13 @@ class Ledger:
             return self._require_model()
 
     def _require_model(self) -> ModelHandle:
-        self._refuse_when_ending()
+        self.refuse_when_ending()
         if not self._handle:
             raise ModelNotLoaded
         return self._handle
 
-    def _refuse_when_ending(self) -> None:
+    def refuse_when_ending(self) -> None:
+        """Raise :class:`ShuttingDown` if the engine stops, or is dead."""
         if self._state is State.STOPPING:
             raise stopping_fault()
         if self._state is State.FAILED:
@@ -221,14 +231,23 @@ class Ledger:
                 self._state = State.ACTIVE if self._handle else State.IDLE
             self._progress = 100 if self._handle else 0
 
+    def close_trim(self, done: Future[None]) -> None:
+        """End a request to give memory back. No-op if its caller has given it up."""
+        with self._lock:
+            self._trims.discard(done)
+        with suppress(InvalidStateError):
+            done.set_result(None)
+
     def fail_ticket(self, fault: RunnerFault) -> None:
-        """Ends a load or unload that will not be worked on."""
+        """Ends the load, unload and trims that will not be worked on."""
         with self._lock:
             ticket, self._ticket = self._ticket, None
-        if ticket:
+            trims, self._trims = self._trims, set()
+        futures: list[Future[Any]] = [ticket.future] if ticket else []
+        for future in (*futures, *trims):
             # Its caller may give it up at the same moment.
             with suppress(InvalidStateError):
-                ticket.future.set_exception(fault)
+                future.set_exception(fault)
 
     # -- the end -----------------------------------------------------------------
 

@@ -31,6 +31,7 @@ class Dtype(enum.Enum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+    AUTO_OR_STORED = "auto_or_stored"
 
 
 class DoneReason(enum.Enum):
@@ -49,9 +50,10 @@ class LoadSpec:
         context_length: Longest sequence in tokens; None = the model's, at most 4,096.
         parallel: Completions decoded together.
         dtype: How to hold the weights.
-        memory_limit_bytes: Most memory for weights, KV and prefix cache; None = what is free.
+        memory_limit_bytes: Most memory that MLX may hold; None = what all of it needs.
         prefix_cache_bytes: Most memory for evaluated prompts that are kept; 0 = none,
-            None = a share of what weights and KV leave free.
+            None = one sequence, or a share of all of them.
+        memory_override: Load it even if it does not fit.
     """
 
     model: str
@@ -60,6 +62,7 @@ class LoadSpec:
     dtype: Dtype = Dtype.AUTO
     memory_limit_bytes: int | None = None
     prefix_cache_bytes: int | None = None
+    memory_override: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,11 @@ class ModelInfo:
         max_context_length: The model's own limit, in tokens.
         context_length: The limit in force, in tokens.
         parallel: Completions decoded together.
-        limit_bytes: The most memory it may take.
+        limit_bytes: The most memory that MLX may hold.
         prefix_cache_bytes: Of it, the most for evaluated prompts that are kept.
         kv_budget_bytes: Of it, the most for the KV caches of all running completions.
+        reserved_bytes: The most that the whole process may take.
+        dtype_fallback: Whether there was no memory for the format that is usual.
     """
 
     name: str
@@ -89,6 +94,8 @@ class ModelInfo:
     limit_bytes: int
     prefix_cache_bytes: int = 0
     kv_budget_bytes: int = 0
+    reserved_bytes: int = 0
+    dtype_fallback: bool = False
 
 
 @dataclass(frozen=True)
@@ -232,6 +239,7 @@ class MemoryCounters:
     cache_bytes: int = 0
     peak_bytes: int = 0
     prefix_cache_bytes: int = 0
+    prefix_cache_limit_bytes: int = 0
 
 
 @dataclass(frozen=True)

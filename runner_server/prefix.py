@@ -62,8 +62,14 @@ class Match:
 
 @dataclass
 class Held:
-    """How many bytes a tree holds; whoever has this does not have the tree."""
+    """How many bytes a tree holds and may hold; does not keep the tree alive.
 
+    Attributes:
+        limit_bytes: The most it may hold now.
+        nbytes: What it holds.
+    """
+
+    limit_bytes: int
     nbytes: int = 0
 
 
@@ -96,11 +102,10 @@ class PrefixTree(Generic[S, T]):
 
     def __init__(self, pieces: Pieces[S, T], budget_bytes: int) -> None:
         self._pieces = pieces
-        self._budget_bytes = budget_bytes
         self._root: _Root[S, T] = _Root()
         # Oldest use first. A node is always used after those that continue it.
         self._by_use: OrderedDict[_Node[S, T], None] = OrderedDict()
-        self.held = Held()
+        self.held = Held(budget_bytes)
 
     @property
     def nbytes(self) -> int:
@@ -113,7 +118,13 @@ class PrefixTree(Generic[S, T]):
     @property
     def is_on(self) -> bool:
         """Whether anything is kept."""
-        return self._budget_bytes > 0
+        return self.held.limit_bytes > 0
+
+    def limit(self, limit_bytes: int) -> None:
+        """Change the most it may hold; evicts what was not used for longest to get there."""
+        self.held.limit_bytes = limit_bytes
+        while self.nbytes > limit_bytes:
+            self._drop(next(iter(self._by_use)))
 
     def match(self, tokens: Sequence[int]) -> Match:
         """How much of a prompt is known; counts as no use of it."""
@@ -160,11 +171,14 @@ class PrefixTree(Generic[S, T]):
         run = array("i", tokens)
         path = self._walk(run)
         known = sum(length for _, length in path)
-        if token_bytes and (fitting := self._budget_bytes // token_bytes) < len(run):
+        if token_bytes and (fitting := self.held.limit_bytes // token_bytes) < len(run):
             run, snapshot = run[: max(known, fitting)], None
         node = self._ending_at(path)
         self._use(_lineage(node))
         if known < len(run):
+            # Before the copy is made, so that old and new are never there together.
+            if not self._make_room(token_bytes * (len(run) - known), node):
+                return
             grown = self._grow(node, run[known:], segment(known, len(run)))
             if grown is None:
                 return
@@ -250,9 +264,9 @@ class PrefixTree(Generic[S, T]):
 
     def _make_room(self, needed: int, keep: _Root[S, T]) -> bool:
         """Drops what was not used for longest, but for a node and those that lead to it."""
-        if sum(node.nbytes for node in _lineage(keep)) + needed > self._budget_bytes:
+        if sum(node.nbytes for node in _lineage(keep)) + needed > self.held.limit_bytes:
             return False
-        while self.nbytes + needed > self._budget_bytes:
+        while self.nbytes + needed > self.held.limit_bytes:
             # Never one of those: they were used last.
             self._drop(next(iter(self._by_use)))
         return True

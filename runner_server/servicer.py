@@ -19,6 +19,7 @@ from runner_server.blas import blas_of
 from runner_server.convert import (
     STATES,
     duration,
+    estimate_message,
     memory_message,
     model_message,
     piece_message,
@@ -26,11 +27,18 @@ from runner_server.convert import (
 )
 from runner_server.engine import Engine
 from runner_server.errors import InvalidField
+from runner_server.estimator import Estimator
 from runner_server.ledger import Ticket
 from runner_server.prompts import encode_prompt, too_many
 from runner_server.request import current_request
 from runner_server.resident import resident_bytes
-from runner_server.validation import check_completion, check_token_ids, completion_spec, load_spec
+from runner_server.validation import (
+    check_completion,
+    check_token_ids,
+    completion_spec,
+    load_spec,
+    trim_bytes,
+)
 
 if TYPE_CHECKING:
     _Context = grpc.aio.ServicerContext[Any, Any]
@@ -51,11 +59,15 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
     Args:
         engine: The started engine.
         version: The version of the server.
+        estimator: Tells what a load would need.
         ranks: Other processes that hold parts of the model.
     """
 
-    def __init__(self, engine: Engine, version: str, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self, engine: Engine, version: str, estimator: Estimator, ranks: Ranks | None = None
+    ) -> None:
         self._engine = engine
+        self._estimator = estimator
         self._ranks = ranks
         self._version = version
         self._started = time.monotonic()
@@ -71,6 +83,25 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
             model=model_message(info), load_duration=duration(time.monotonic() - started)
         )
 
+    async def Estimate(self, request: pb.EstimateRequest, context: _Context) -> pb.EstimateResponse:
+        """Estimates the memory that a load would need."""
+        self._engine.refuse_when_ending()
+        current_request().model = request.model
+        spec = load_spec(request)
+        return estimate_message(await self._estimator.estimate(spec))
+
+    async def Trim(self, request: pb.TrimRequest, context: _Context) -> pb.TrimResponse:
+        """Gives memory back that is not in use."""
+        kept = trim_bytes(request)
+        before = self._held_bytes()
+        await asyncio.wrap_future(self._engine.trim(kept))
+        return pb.TrimResponse(freed_bytes=max(0, before - self._held_bytes()))
+
+    def _held_bytes(self) -> int:
+        memory = self._engine.memory()
+        is_gpu = self._engine.device.startswith("gpu")
+        return memory.active_bytes + memory.cache_bytes if is_gpu else resident_bytes()
+
     async def Unload(self, request: pb.UnloadRequest, context: _Context) -> pb.UnloadResponse:
         """Unloads the model."""
         freed = await _outcome(self._engine.unload())
@@ -84,7 +115,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
             state=STATES[snapshot.state],
             progress=snapshot.progress,
             memory=memory.active_bytes + memory.cache_bytes,
-            memory_usage=memory_message(memory, resident_bytes()),
+            memory_usage=memory_message(memory, resident_bytes(), device=self._engine.device),
             running_count=snapshot.running_count,
             queued_count=snapshot.queued_count,
             step_count=snapshot.step_count,
@@ -103,6 +134,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
             answer.context_length = snapshot.model.context_length
             answer.parallel = snapshot.model.parallel
             answer.memory_usage.limit_bytes = snapshot.model.limit_bytes
+            answer.memory_usage.reserved_bytes = snapshot.model.reserved_bytes
         if self._ranks:
             answer.ranks.append(
                 pb.Rank(

@@ -43,11 +43,12 @@ _DTYPES = {
     pb.DTYPE_FLOAT32: Dtype.FLOAT32,
     pb.DTYPE_BFLOAT16: Dtype.BFLOAT16,
     pb.DTYPE_FLOAT16: Dtype.FLOAT16,
+    pb.DTYPE_AUTO_OR_STORED: Dtype.AUTO_OR_STORED,
 }
 
 
-def load_spec(request: pb.LoadRequest) -> LoadSpec:
-    """Checks a load request.
+def load_spec(request: pb.LoadRequest | pb.EstimateRequest) -> LoadSpec:
+    """Checks a load request, or one for an estimate of it.
 
     Raises:
         InvalidField: Something is missing or out of range.
@@ -71,7 +72,20 @@ def load_spec(request: pb.LoadRequest) -> LoadSpec:
         dtype=_DTYPES[request.dtype],
         memory_limit_bytes=_given(request, "memory_limit_bytes", int, plain.memory_limit_bytes),
         prefix_cache_bytes=_given(request, "prefix_cache_bytes", int, plain.prefix_cache_bytes),
+        memory_override=isinstance(request, pb.LoadRequest) and request.memory_override,
     )
+
+
+def trim_bytes(request: pb.TrimRequest) -> int:
+    """Checks a request to give memory back; returns what the prefix cache is reduced to.
+
+    Raises:
+        InvalidField: It is negative.
+    """
+    check = Checker()
+    _check_number(check, request, "prefix_cache_bytes", 0, _MAX_INT64)
+    check.finish()
+    return request.prefix_cache_bytes
 
 
 def check_completion(request: pb.CompletionRequest, model: ModelInfo) -> Sampling:

@@ -12,12 +12,12 @@ import queue
 from collections.abc import Callable
 from concurrent.futures import InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from mlxrunner.units import format_bytes
 from runner_server.backend import Backend, BackendLost, Batch, LoadedModel, ModelHandle
+from runner_server.commands import Cancel, Inbox, LimitPrompts, Message, Resume, Trim
 from runner_server.completion import Completion
 from runner_server.errors import (
     GenerationFailed,
@@ -32,31 +32,11 @@ from runner_server.stream import Publisher, Stream
 
 logger = logging.getLogger(__name__)
 
+_TRIM_AFTER_SECONDS = 1.0
+"""How long the engine has nothing to do before it gives freed memory back."""
+
 _MAX_FAILED_STEPS = 2
 """Failed steps in a row after which the engine gives up: it cannot recover in place."""
-
-
-@dataclass(frozen=True)
-class Cancel:
-    """Nobody reads this completion any more."""
-
-    completion_id: int
-
-
-@dataclass(frozen=True)
-class Resume:
-    """The reader of a completion that was set aside has read on."""
-
-    completion_id: int
-
-
-@dataclass(frozen=True)
-class Wake:
-    """Nothing but a reason to look at the ledger."""
-
-
-Message = Completion | Ticket[Any] | Cancel | Resume | Wake
-Inbox = queue.SimpleQueue[Message]
 
 
 class Worker:
@@ -94,6 +74,8 @@ class Worker:
         self._touched: list[Stream] = []
         self._urgent: list[Stream] = []
         self._failed_steps = 0
+        self._has_stepped = False
+        self._prompts_bytes = 0
         self.device = ""
 
     def run(self) -> None:
@@ -123,9 +105,19 @@ class Worker:
 
     def _wait(self) -> Message:
         self._ledger.note_idle(is_idle=True)
-        message = self._inbox.get()
+        message = self._wait_or_trim()
         self._ledger.note_idle(is_idle=False)
         return message
+
+    def _wait_or_trim(self) -> Message:
+        """Waits for a message; gives freed memory back once, if none comes for a while."""
+        if self._has_stepped:
+            try:
+                return self._inbox.get(timeout=_TRIM_AFTER_SECONDS)
+            except queue.Empty:
+                self._has_stepped = False
+                self._backend.trim()
+        return self._inbox.get()
 
     def _poll(self) -> Message | None:
         try:
@@ -141,8 +133,21 @@ class Worker:
                 self._drop(id_)
             case Resume(completion_id=id_):
                 self._seats.read_on(id_)
+            case LimitPrompts(limit_bytes=limit) if self._model:
+                self._prompts_bytes = limit
+                self._model.limit_prompts(limit)
+            case Trim():
+                self._trim(message)
             case Ticket():
                 self._settle(message)
+
+    def _trim(self, trim: Trim) -> None:
+        """Reduces the evaluated prompts that are kept, and gives freed memory back."""
+        if self._model:
+            self._model.limit_prompts(min(self._prompts_bytes, trim.prompts_bytes))
+            self._model.limit_prompts(self._prompts_bytes)
+        self._backend.trim()
+        self._ledger.close_trim(trim.done)
 
     def _enqueue(self, completion: Completion) -> None:
         """Lets a completion wait for its turn, unless it could never have one."""
@@ -207,6 +212,7 @@ class Worker:
             batch.add(completion.id, completion.spec.prompt_ids, completion.spec.sampling)
 
     def _step(self, batch: Batch) -> None:
+        self._has_stepped = True
         events = batch.step()
         self._ledger.note_step()
         ended = [row for event in events if (row := self._on_event(event)) is not None]
@@ -288,7 +294,7 @@ class Worker:
     def load(self, spec: LoadSpec, ticket: Ticket[ModelInfo]) -> ModelInfo:
         """The work of a load's ticket."""
         self._end_all(ShuttingDown("the model is being replaced; load or use another runner"))
-        self._free_model()
+        self._free_model(for_next=True)
 
         def report(progress: int) -> None:
             self._ledger.note_progress(progress)
@@ -298,6 +304,7 @@ class Worker:
         try:
             report(0)
             self._model = self._backend.load(spec, report)
+            self._prompts_bytes = self._model.info.prefix_cache_bytes
             self._batch = self._model.new_batch()
             report(100)
         except BackendLost:
@@ -327,11 +334,11 @@ class Worker:
         self._seats.clear()
         self._publish()
 
-    def _free_model(self) -> None:
+    def _free_model(self, *, for_next: bool = False) -> None:
         if self._batch:
             self._batch.close()
         self._batch = self._model = None
-        self._backend.release()
+        self._backend.release(for_next=for_next)
 
     # -- the end -----------------------------------------------------------------
 

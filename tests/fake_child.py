@@ -50,7 +50,11 @@ def use_fake_child(monkeypatch: pytest.MonkeyPatch, behaviour: str = "pass") -> 
 
 
 def use_script(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """Lets processes start a script of the test's own."""
+    """Lets processes start a script of the test's own.
+
+    Estimates are made from the headers: nobody can build the model of ``write_model``.
+    """
+    monkeypatch.setattr("runner_client.estimate.can_ask", lambda: False)
     command = [sys.executable, "-c", script]
     monkeypatch.setattr("runner_client._launch.server_command", lambda listen: [*command, listen])
 

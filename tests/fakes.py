@@ -204,6 +204,10 @@ class FakeModel:
         """See ``LoadedModel.kv_bytes``."""
         return tokens * TOKEN_BYTES
 
+    def limit_prompts(self, limit_bytes: int) -> None:
+        """See ``LoadedModel.limit_prompts``."""
+        self._backend.prompt_limits.append(limit_bytes)
+
     def new_batch(self) -> FakeBatch:
         """See ``LoadedModel.new_batch``."""
         batch = FakeBatch(self._backend)
@@ -229,6 +233,7 @@ class FakeBackend:
         pauses: How often a row was set aside.
         batches: All batches there were.
         calls: Names of the calls, each with the thread it came on.
+        prompt_limits: What evaluated prompts were limited to, in order.
     """
 
     reply: Reply = endless
@@ -244,6 +249,7 @@ class FakeBackend:
     pauses: int = 0
     batches: list[FakeBatch] = field(default_factory=list)
     calls: list[tuple[str, str]] = field(default_factory=list)
+    prompt_limits: list[int] = field(default_factory=list)
     weight_bytes: int = 0
 
     def open(self) -> str:
@@ -270,10 +276,14 @@ class FakeBackend:
         rows = sum(len(batch.rows) for batch in self.batches)
         return MemoryCounters(self.weight_bytes + rows * ROW_BYTES, 0, WEIGHT_BYTES)
 
-    def release(self) -> None:
+    def release(self, *, for_next: bool = False) -> None:  # noqa: ARG002 - nothing is set aside
         """See ``Backend.release``."""
         self._note("release")
         self.weight_bytes = 0
+
+    def trim(self) -> None:
+        """See ``Backend.trim``."""
+        self._note("trim")
 
     def close(self) -> None:
         """See ``Backend.close``."""
@@ -313,4 +323,5 @@ def model_info(spec: LoadSpec | None = None) -> ModelInfo:
         name=spec.model,
         context_length=spec.context_length or CONTEXT_LENGTH,
         parallel=spec.parallel,
+        prefix_cache_bytes=spec.prefix_cache_bytes or 0,
     )

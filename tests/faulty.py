@@ -72,10 +72,13 @@ def fake_engine(setup: str = "") -> list[str]:
 def use_fake_engine(monkeypatch: pytest.MonkeyPatch, setup: str = "") -> None:
     """Lets processes start the real server with a fake model library.
 
+    Estimates are made from the headers: only the fake library can host these models.
+
     Args:
         monkeypatch: Undoes it.
         setup: Code that the child runs before it serves.
     """
+    monkeypatch.setattr("runner_client.estimate.can_ask", lambda: False)
     command = [*fake_engine(setup), "--exit-with-parent", "--listen"]
     monkeypatch.setattr("runner_client._launch.server_command", lambda listen: [*command, listen])
 

@@ -23,6 +23,7 @@ from mlxrunner.v1 import runner_pb2_grpc
 from runner_server.app import RunnerApp
 from runner_server.backend import Backend
 from runner_server.config import ServerConfig
+from runner_server.machine_admission import MachineAdmission
 from runner_server.worker import Worker
 
 _T = TypeVar("_T")
@@ -235,11 +236,11 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> Call
 
 @asynccontextmanager
 async def running(
-    directory: Path, backend: Backend, **config: Any
+    directory: Path, backend: Backend, admission: MachineAdmission | None = None, **config: Any
 ) -> AsyncIterator[tuple[RunnerApp, grpc.aio.Channel, ReadyLine]]:
     """Runs a server on a socket in a directory."""
     config.setdefault("listen", f"unix:{directory}/s{next(_numbers)}")
-    app = RunnerApp(ServerConfig(**config), backend)
+    app = RunnerApp(ServerConfig(**config), backend, admission=admission)
     ready = await app.start()
     try:
         async with grpc.aio.insecure_channel(ready.target, options=LIMITS) as channel:

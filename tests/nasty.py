@@ -179,6 +179,7 @@ _SOUND = {
         prompt="hi", options=pb.CompletionOptions(num_predict=8)
     ).SerializeToString(),
     "Load": pb.LoadRequest(model="fake").SerializeToString(),
+    "Estimate": pb.EstimateRequest(model="fake").SerializeToString(),
 }
 """What is put before the fields of a request, so that not every one lacks something."""
 

@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from runner_client.cli import demo, doctor, estimate, run, serve, status, tokenize
+from runner_client.cli import demo, doctor, estimate, run, serve, status, tokenize, trim
 from runner_client.cli._errors import EXIT_CODES, Commands
 
 __all__ = ["main"]
@@ -32,5 +32,5 @@ def main(ctx: click.Context) -> None:
             stream.reconfigure(errors="replace")
 
 
-for module in (demo, doctor, estimate, run, serve, status, tokenize):
+for module in (demo, doctor, estimate, run, serve, status, tokenize, trim):
     main.add_command(module.command)

@@ -99,15 +99,16 @@ dtype_option = click.option(
     type=click.Choice(get_args(Dtype)),
     default="auto",
     show_default=True,
-    help="Number format of the weights in memory. auto: float32 on a CPU where memory allows, "
-    "else as stored.",
+    help="Number format of the weights in memory. auto: float32 on a CPU, elsewhere as stored. "
+    "auto_or_stored: the same where that fits, else as stored, which is slow on a CPU.",
 )
 prefix_cache_option = click.option(
     "--prefix-cache",
     type=size_or_zero,
     metavar="SIZE",
     help="Most memory to keep evaluated prompts in, so that one that begins like an earlier one "
-    "skips what they share; 0 keeps none.  [default: a fifth of what the model leaves free]",
+    "skips what they share; 0 keeps none.  [default: one sequence, or a quarter of all; less where "
+    "memory is short]",
 )
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output."

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from click._termui_impl import ProgressBar
 
-    from runner_client.types import Completion, Status
+    from runner_client.types import Completion, Model, Status
 
 Row = tuple[str, str]
 """A name and what is to be said of it."""
@@ -40,6 +40,13 @@ def print_rows(rows: Iterable[Row], *, err: bool = False) -> None:
     width = max((len(name) for name, _ in rows), default=0)
     for name, text in rows:
         click.echo(f"{name:<{width}}  {text}", err=err)
+
+
+def fallback_rows(model: Model) -> list[Row]:
+    """What is to be said where there was no memory for the usual format of the weights."""
+    if not model.dtype_fallback:
+        return []
+    return [("held", "as stored, which is slow on a CPU: there is no memory for float32")]
 
 
 def completion_rows(completion: Completion) -> list[Row]:

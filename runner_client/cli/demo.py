@@ -11,7 +11,7 @@ from mlxrunner.hostmemory import free_memory
 from mlxrunner.units import format_bytes
 from runner_client import doctor
 from runner_client.cli._errors import EXIT_CODES, Failure
-from runner_client.cli._output import Row, completion_rows, print_rows
+from runner_client.cli._output import Row, completion_rows, fallback_rows, print_rows
 from runner_client.cli._session import loaded, show_text, streamed
 from runner_client.cli.status import memory_text
 from runner_client.environment import package_folders
@@ -41,7 +41,7 @@ def command() -> None:
     """
     model = demo_model()
     before = free_memory().available_bytes
-    runner = RunnerProcess(str(model), parallel=1)
+    runner = RunnerProcess(str(model), parallel=1, dtype="auto_or_stored")
     with loaded(runner, "the demo model") as load:
         status = runner.status()
         print_rows(_start_rows(runner, load, status, before))
@@ -87,7 +87,7 @@ def _start_rows(
     if need is not None:
         fits = f"needs {format_bytes(need.total_bytes)}, {format_bytes(free_bytes)} are free"
         rows.insert(1, ("gate", fits))
-    return rows
+    return [*rows, *fallback_rows(model)]
 
 
 def _stopped(runner: RunnerProcess, status: Status) -> str:

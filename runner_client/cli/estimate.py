@@ -9,6 +9,7 @@ import click
 
 from mlxrunner.hostmemory import Backend
 from mlxrunner.units import format_bytes
+from runner_client.cli._access import Credentials, access_options, open_client
 from runner_client.cli._options import (
     context_length_option,
     dtype_option,
@@ -20,8 +21,10 @@ from runner_client.estimate import DEFAULT_PARALLEL, MemoryEstimate, estimate
 from runner_client.gate import GateDecision, MemoryGate
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from mlxrunner.hostmemory import FreeMemory
-    from runner_client.types import Dtype
+    from runner_client.types import Dtype, LoadEstimate
 
 EXIT_TOO_LARGE = 3
 
@@ -44,21 +47,52 @@ _LIMITS = {"system": "the system", "cgroup": "the control group", "device": "the
     help="What it is to run on; free memory is compared only with that of this machine's.  "
     "[default: this machine's]",
 )
+@click.option("--address", help="Ask the runner there, for its machine: HOST:PORT or unix:/path.")
+@access_options
 @json_option
 def command(
     model: str,
     *,
+    address: str | None,
     context_length: int | None,
     parallel: int,
     dtype: Dtype,
     backend: Backend | None,
     as_json: bool,
+    **credentials: Unpack[Credentials],
 ) -> None:
     """Tell what MODEL needs in memory, part by part, and whether it fits now.
 
-    MODEL is a directory, or a hub id (org/name) in the local Hugging Face cache. Only the headers
-    of its files are read; nothing is loaded or started.
+    MODEL is a directory, or a hub id (org/name) in the local Hugging Face cache. No weights are
+    read, and no runner is started. With --address a runner tells it, of a MODEL on its machine.
     """
+    if address is None:
+        if any(credentials.values()):
+            raise click.UsageError("--token-file and --tls-... need --address")
+        fits = _count(model, context_length, parallel, dtype, backend, as_json=as_json)
+    else:
+        if backend:
+            raise click.UsageError("--backend has no meaning with --address")
+        with open_client(address, **credentials) as client:
+            answer = client.estimate(
+                model, context_length=context_length, parallel=parallel, dtype=dtype
+            )
+        _show_answer(model, answer, as_json=as_json)
+        fits = answer.fits
+    if not fits:
+        raise click.exceptions.Exit(EXIT_TOO_LARGE)
+
+
+def _count(
+    model: str,
+    context_length: int | None,
+    parallel: int,
+    dtype: Dtype,
+    backend: Backend | None,
+    *,
+    as_json: bool,
+) -> bool:
+    """Count here, and show it; returns whether it fits, as far as that is known."""
 
     def need_as(dtype: Dtype) -> MemoryEstimate:
         return estimate(
@@ -67,11 +101,14 @@ def command(
 
     need = need_as(dtype)
     decision = _decide(need)
-    if decision is not None and not decision.fits and dtype == "auto":
-        need, decision = _as_stored_if_that_fits(need, decision, need_as("as_stored"))
+    if decision is not None and not decision.fits and dtype in ("auto", "auto_or_stored"):
+        stored = need_as("as_stored")
+        if dtype == "auto":
+            need = _with_way_out(need, stored)
+        else:
+            need, decision = _as_stored_if_that_fits(need, decision, stored)
     _show(need, decision, as_json=as_json)
-    if decision is not None and not decision.fits:
-        raise click.exceptions.Exit(EXIT_TOO_LARGE)
+    return decision is None or decision.fits
 
 
 def _decide(need: MemoryEstimate) -> GateDecision | None:
@@ -80,15 +117,27 @@ def _decide(need: MemoryEstimate) -> GateDecision | None:
     return decision if decision.free.device_kind == need.backend else None
 
 
+def _with_way_out(need: MemoryEstimate, stored: MemoryEstimate) -> MemoryEstimate:
+    """Return a need for float32 that does not fit, with a note of what would fit."""
+    decision = _decide(stored)
+    if decision is None or not decision.fits:
+        return need
+    note = (
+        f"as stored it needs {format_bytes(stored.required_bytes)}, which fits: --dtype "
+        "auto_or_stored or as_stored, many times slower on a CPU"
+    )
+    return replace(need, notes=(*need.notes, note))
+
+
 def _as_stored_if_that_fits(
     need: MemoryEstimate, decision: GateDecision, stored: MemoryEstimate
 ) -> tuple[MemoryEstimate, GateDecision]:
-    """What a runner does with "auto" where float32 is too large."""
+    """Return what a runner does with "auto_or_stored" where float32 is too large."""
     stored_decision = _decide(stored)
     if stored_decision is None or not stored_decision.fits:
         return need, decision
     note = (
-        f"as {need.dtype} it needs {format_bytes(need.total_bytes)}, which does not fit; "
+        f"as {need.dtype} it needs {format_bytes(need.required_bytes)}, which does not fit; "
         "a runner holds it as stored, which is slow on a CPU"
     )
     return replace(stored, notes=(*stored.notes, note)), stored_decision
@@ -99,7 +148,11 @@ def _show(need: MemoryEstimate, decision: GateDecision | None, *, as_json: bool)
         print_json(
             {
                 "fits": decision and decision.fits,
-                "estimate": {**asdict(need), "total_bytes": need.total_bytes},
+                "estimate": {
+                    **asdict(need),
+                    "total_bytes": need.total_bytes,
+                    "required_bytes": need.required_bytes,
+                },
                 "decision": decision and asdict(decision),
             }
         )
@@ -108,32 +161,85 @@ def _show(need: MemoryEstimate, decision: GateDecision | None, *, as_json: bool)
     print_rows([*rows, *(("note", note) for note in need.notes)])
 
 
+def _show_answer(model: str, answer: LoadEstimate, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"fits": answer.fits, "estimate": asdict(answer)})
+        return
+    parts = {
+        "weights": answer.weight_bytes,
+        "KV cache": answer.kv_bytes,
+        "prefix cache": answer.prefix_cache_bytes,
+        "working memory": answer.working_bytes,
+        "process": answer.process_bytes,
+        "load transient": answer.load_transient_bytes,
+    }
+    rows = [
+        ("model", model),
+        ("held", _held(answer)),
+        ("context", _context(answer)),
+        *_part_rows(parts, answer),
+        ("kept back", _figure(answer.overhead_bytes)),
+        ("reserved", f"{_figure(answer.reserved_bytes)}  that other runners may still take"),
+        ("available", _figure(answer.available_bytes)),
+        ("fits", _verdict(answer)),
+    ]
+    print_rows([*rows, *(("note", note) for note in answer.notes)])
+
+
 def _need_rows(need: MemoryEstimate) -> list[Row]:
-    held = "as stored" if need.dtype == "as_stored" else f"as {need.dtype}"
     return [
         ("model", need.path),
-        ("held", f"{held}, on {need.backend}"),
-        ("context", f"{need.context_length:,} tokens, {need.parallel} completions together"),
+        ("held", f"{_held(need)}, on {need.backend}"),
+        ("context", _context(need)),
         ("files", _figure(need.file_bytes)),
-        *((name, _figure(size)) for name, size in need.parts.items()),
-        ("needed", _figure(need.total_bytes)),
+        *_part_rows(need.parts, need),
     ]
 
 
-def _decision_rows(decision: GateDecision) -> list[Row]:
+def _held(need: MemoryEstimate | LoadEstimate) -> str:
+    return "as stored" if need.dtype == "as_stored" else f"as {need.dtype}"
+
+
+def _context(need: MemoryEstimate | LoadEstimate) -> str:
+    return f"{need.context_length:,} tokens, {need.parallel} completions together"
+
+
+def _part_rows(parts: dict[str, int], need: MemoryEstimate | LoadEstimate) -> list[Row]:
+    return [
+        *((name, _figure(size)) for name, size in parts.items()),
+        ("needed", _figure(need.total_bytes)),
+        *([("at least", _at_least(need))] if need.required_bytes < need.total_bytes else []),
+    ]
+
+
+def _at_least(need: MemoryEstimate | LoadEstimate) -> str:
+    return f"{_figure(need.required_bytes)}  the prefix cache gives way where memory is short"
+
+
+def _verdict(decision: GateDecision | LoadEstimate) -> str:
     spare = decision.available_bytes - decision.required_bytes
-    verdict = (
+    return (
         f"yes, {format_bytes(spare)} to spare"
         if decision.fits
         else f"no, {format_bytes(-spare)} too little; lower --context-length or --parallel, choose "
         "a smaller --dtype or model, or stop another process"
     )
+
+
+def _decision_rows(decision: GateDecision) -> list[Row]:
     return [
         ("free", f"{_figure(decision.free.available_bytes)}  {_limits(decision.free)}"),
         ("kept back", _figure(decision.overhead_bytes)),
+        *([("reserved", _reserved(decision))] if decision.reserved_bytes else []),
         ("available", _figure(decision.available_bytes)),
-        ("fits", verdict),
+        ("fits", _verdict(decision)),
     ]
+
+
+def _reserved(decision: GateDecision) -> str:
+    count = decision.reserved_count
+    others = "1 other runner" if count == 1 else f"{count} other runners"
+    return f"{_figure(decision.reserved_bytes)}  that {others} may still take"
 
 
 def _not_compared(need: MemoryEstimate) -> list[Row]:

@@ -16,7 +16,7 @@ from runner_client.cli._options import (
     sampling_options,
     text_or_stdin,
 )
-from runner_client.cli._output import completion_rows, print_json, print_rows
+from runner_client.cli._output import completion_rows, fallback_rows, print_json, print_rows
 from runner_client.cli._session import loaded, show_nothing, show_text, streamed
 from runner_client.process import RunnerProcess
 from runner_client.types import Options
@@ -75,10 +75,8 @@ def command(
         print_json(_record(load, completion))
         return
     click.echo()
-    print_rows(
-        [*completion_rows(completion), ("load", f"{load.load_seconds:.2f} s")],
-        err=True,
-    )
+    rows = [*completion_rows(completion), ("load", f"{load.load_seconds:.2f} s")]
+    print_rows([*rows, *fallback_rows(load.model)], err=True)
 
 
 def _record(load: LoadResult, completion: Completion) -> dict[str, object]:

@@ -10,7 +10,7 @@ import click
 
 from mlxrunner.handshake import TOKEN_VARIABLE
 from mlxrunner.hostmemory import installed_backend
-from runner_client._command import check_platform, server_program, with_import_paths
+from runner_client._command import check_platform, server_program
 from runner_client.cli._options import (
     context_length_option,
     dtype_option,
@@ -20,6 +20,7 @@ from runner_client.cli._options import (
 )
 from runner_client.environment import child_environment
 from runner_client.estimate import DEFAULT_PARALLEL
+from runner_common.import_paths import with_import_paths
 
 if TYPE_CHECKING:
     from runner_client.types import Dtype

@@ -54,17 +54,23 @@ def status_rows(status: Status) -> list[Row]:
 
 def memory_text(memory: MemoryUsage) -> str:
     """The memory of a runner in parts."""
-    parts = {"active": memory.active_bytes}
-    if memory.limit_bytes:
-        parts["of it prefix cache"] = memory.prefix_cache_bytes
-    parts |= {
-        "cache": memory.cache_bytes,
-        "peak": memory.peak_bytes,
-        "process": memory.process_bytes,
-    }
-    if memory.limit_bytes:
-        parts["limit"] = memory.limit_bytes
-    return ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
+    has_model = bool(memory.limit_bytes)
+    parts = [
+        f"active {format_bytes(memory.active_bytes)}",
+        *([f"of it prefix cache {_prefix_cache(memory)}"] if has_model else []),
+        f"cache {format_bytes(memory.cache_bytes)}",
+        f"peak {format_bytes(memory.peak_bytes)}",
+        *([f"limit {format_bytes(memory.limit_bytes)}"] if has_model else []),
+        f"process {format_bytes(memory.process_bytes)}",
+        f"of it outside MLX {format_bytes(memory.other_bytes)}",
+        *([f"reserved {format_bytes(memory.reserved_bytes)}"] if memory.reserved_bytes else []),
+    ]
+    return ", ".join(parts)
+
+
+def _prefix_cache(memory: MemoryUsage) -> str:
+    limit = format_bytes(memory.prefix_cache_limit_bytes)
+    return f"{format_bytes(memory.prefix_cache_bytes)} of {limit}"
 
 
 def _state(status: Status) -> str:

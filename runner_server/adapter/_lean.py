@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -38,6 +38,19 @@ def import_lean(name: str) -> ModuleType:
         # A release that takes other names from those modules; it starts slower.
         _forget_package()
         return importlib.import_module(name)
+
+
+def forget_modules(package: str, kept: Collection[str]) -> None:
+    """Drop a package's modules, so that their memory comes back; they can be imported again.
+
+    Args:
+        package: The package, which stays itself.
+        kept: Names of modules that stay too.
+    """
+    for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
+        if name not in kept:
+            del sys.modules[name]
+            vars(sys.modules[package]).pop(name.rpartition(".")[2], None)
 
 
 @contextmanager

@@ -10,6 +10,9 @@ import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from runner_server.adapter._lean import forget_modules
+from runner_server.admission import UNCHECKED, Admission
+from runner_server.heap import settle_heap, trim_heap
 from runner_server.messages import LoadSpec, MemoryCounters
 
 if TYPE_CHECKING:
@@ -20,10 +23,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_GPU_CACHE_LIMIT_BYTES = 1 << 30
-"""Most memory MLX keeps for reuse; without a limit it keeps all it ever freed. On a CPU its
-own 32 MiB stand: it reuses only what has nearly the size asked for, and the C library, which
-gets the rest, can join pieces."""
+_ARCHITECTURES = "mlx_lm.models"
+"""Modules of models that are not loaded any more keep a fifth of a MiB each."""
+
+_ANY_LIMIT_BYTES = 1 << 40
+"""MLX tells its limit only when it is given another one."""
 
 
 class MlxBackend:
@@ -32,22 +36,28 @@ class MlxBackend:
     Args:
         model_root: Where models must lie; None is anywhere.
         shard: This rank's part of what is loaded; None is all.
+        admission: Decides whether there is memory for a load.
     """
 
-    def __init__(self, model_root: ModelRoot | None = None, shard: Shard | None = None) -> None:
+    def __init__(
+        self,
+        model_root: ModelRoot | None = None,
+        shard: Shard | None = None,
+        admission: Admission = UNCHECKED,
+    ) -> None:
         self._model_root = model_root
         self._shard = shard
+        self._admission = admission
+        self._usual_limit_bytes = 0
+        self._kept_modules: frozenset[str] = frozenset()
         self._mx: Any = None
         # Not the model itself: it must go with the last reference of the engine's thread.
-        self._prompts_held: Held | None = None
+        self._prompts: Held | None = None
 
     def open(self) -> str:
         """Imports MLX and mlx_lm; returns the device's name."""
-        # Nothing is ever downloaded; without this transformers may try.
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        # As mlx_lm has it where all of it is imported: no advice about PyTorch.
-        os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        use_offline()
+        settle_heap()
         # Late, because it takes tenths of a second in which calls are answered.
         import mlx.core as mx  # noqa: PLC0415
 
@@ -59,17 +69,18 @@ class MlxBackend:
         if working_set := info.get("max_recommended_working_set_size"):
             mx.set_wired_limit(int(working_set))
         self._mx = mx
+        self._kept_modules = frozenset(sys.modules)
+        self._usual_limit_bytes = mx.set_memory_limit(_ANY_LIMIT_BYTES)
+        mx.set_memory_limit(self._usual_limit_bytes)
         kind = "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
-        if kind == "gpu":
-            mx.set_cache_limit(_GPU_CACHE_LIMIT_BYTES)
         return f"{kind}: {info.get('device_name', 'unknown')}"
 
     def load(self, spec: LoadSpec, report: Callable[[int], None]) -> MlxModel:
         """Loads a model; see ``Backend.load``."""
         from runner_server.adapter.loading import load  # noqa: PLC0415 - as in open
 
-        model = load(spec, report, self._model_root, self._shard)
-        self._prompts_held = model.prompts_held
+        model = load(spec, report, self._model_root, self._shard, self._admission)
+        self._prompts = model.prompts
         return model
 
     def memory(self) -> MemoryCounters:
@@ -77,22 +88,32 @@ class MlxBackend:
         mx = self._mx
         if mx is None:
             return MemoryCounters()
-        held = self._prompts_held
+        prompts = self._prompts
         return MemoryCounters(
             active_bytes=mx.get_active_memory(),
             cache_bytes=mx.get_cache_memory(),
             peak_bytes=mx.get_peak_memory(),
-            prefix_cache_bytes=held.nbytes if held else 0,
+            prefix_cache_bytes=prompts.nbytes if prompts else 0,
+            prefix_cache_limit_bytes=prompts.limit_bytes if prompts else 0,
         )
 
-    def release(self) -> None:
+    def release(self, *, for_next: bool = False) -> None:
+        """Gives back what a model has held; see ``Backend.release``."""
+        self._prompts = None
+        forget_modules(_ARCHITECTURES, self._kept_modules)
+        if self._mx is not None:
+            self._mx.set_memory_limit(self._usual_limit_bytes)
+        self.trim()
+        # Between two models, or after a gate, other schedulers are not to count on it.
+        if not for_next:
+            self._admission.release()
+
+    def trim(self) -> None:
         """Gives freed memory back: Python's cycles, MLX's cache, the C heap."""
-        self._prompts_held = None
         gc.collect()
         if self._mx is not None:
             self._mx.clear_cache()
-        if sys.platform == "linux":
-            _trim_heap()
+        trim_heap()
 
     def close(self) -> None:
         """Ends MLX on this thread; without it the exit of the process may abort."""
@@ -102,6 +123,15 @@ class MlxBackend:
         self._mx.clear_streams()
 
 
+def use_offline() -> None:
+    """Sets the variables that transformers and tokenizers read when they are imported."""
+    # Nothing is ever downloaded; without this transformers may try.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    # As mlx_lm has it where all of it is imported: no advice about PyTorch.
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
 def _choose_temporary_directory(mx: Any) -> None:
     """Lets MLX compile kernels where files can be written; it looks at TMPDIR only."""
     try:
@@ -109,12 +139,3 @@ def _choose_temporary_directory(mx: Any) -> None:
     except FileNotFoundError as error:
         logger.warning("kernels are not compiled: %s", error.strerror)
         mx.disable_compile()
-
-
-def _trim_heap() -> None:
-    """Returns free pages of glibc's heap to the system; musl has no such call."""
-    import ctypes  # noqa: PLC0415 - the server is ready sooner without it
-
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 from mlx.nn.layers.base import Module
 
-from runner_server.adapter.caches import CachePieces, Segment, Snapshot, prefill
+from runner_server.adapter.caches import CachePieces, Caches, Segment, Snapshot, prefill
 from runner_server.adapter.decode import Agree, Decoding, Row
-from runner_server.messages import Prefill, Sampling, Token
+from runner_server.adapter.planning import ROWS_TOGETHER
+from runner_server.adapter.streams import recover
+from runner_server.messages import MAX_PARALLEL, Prefill, Sampling, Token
 from runner_server.prefix import PrefixTree
 from runner_server.turns import PrefillTurns
 
@@ -21,8 +24,33 @@ _WORTHWHILE = 32
 """Tokens from which on it pays to stop a prompt where it leaves an earlier one's."""
 
 
-_ROWS_TOGETHER = 4
-"""Chunks that may be evaluated as one; bounds the memory that takes."""
+@dataclass(frozen=True)
+class KvRoom:
+    """The memory that a batch may take beside the weights.
+
+    Attributes:
+        budget_bytes: The most for the caches of all rows.
+        working_bytes: The most for what a chunk or a step takes meanwhile.
+        row_bytes: The caches of one row of so many tokens.
+        chunk_bytes: What evaluating so many tokens after so many others takes.
+    """
+
+    budget_bytes: float = math.inf
+    working_bytes: float = math.inf
+    row_bytes: Callable[[int], int] = field(default=lambda _: 0)
+    chunk_bytes: Callable[[int, int], float] = field(default=lambda _tokens, _before: 0.0)
+
+    def rows_together(self, length: int, before: int) -> int:
+        """How many prompts may be evaluated as one.
+
+        Args:
+            length: Tokens of each that are evaluated.
+            before: Tokens of each that are evaluated already.
+        """
+        # Their caches are copied into a batch, grow there, and are copied out of it.
+        copies = 3 * self.row_bytes(before + length)
+        cost = self.chunk_bytes(length, before) + copies
+        return int(min(MAX_PARALLEL, self.working_bytes / max(cost, 1)))
 
 
 @dataclass(eq=False)
@@ -75,6 +103,7 @@ class MlxBatch:
         prompts: Prompts evaluated before; outlives the batch.
         clock: Seconds that pass.
         agree: See :class:`Decoding`.
+        room: The memory that it may take; without limit if None.
     """
 
     def __init__(
@@ -86,10 +115,12 @@ class MlxBatch:
         prompts: PromptCache,
         clock: Callable[[], float] = time.perf_counter,
         agree: Agree | None = None,
+        room: KvRoom | None = None,
     ) -> None:
         self._model = model
         self._pieces = pieces
         self._known = prompts
+        self._room = room or KvRoom()
         self._clock = clock
         self._turns = PrefillTurns(max_chunk)
         self._max_chunk = max_chunk
@@ -98,6 +129,7 @@ class MlxBatch:
         self._joining: list[Row] = []
         self._paused: dict[int, Row] = {}
         self._decoding = Decoding(model, vocab_size, agree)
+        self._is_alone = agree is None
         self._decode_seconds = 0.0
 
     def add(self, row: int, prompt_ids: Sequence[int], sampling: Sampling) -> None:
@@ -107,24 +139,27 @@ class MlxBatch:
 
     def remove(self, rows: Collection[int]) -> None:
         """Ends rows and keeps what was evaluated for others; see ``Batch.remove``."""
-        ended = [row for row in self._decoding.rows if row.id in rows]
-        self._decoding.leave(ended, with_caches=self._known.is_on)
+        decoded = [row for row in self._decoding.rows if row.id in rows]
+        for row in decoded:
+            self._offer(row, self._decoding.caches_of(row) if self._known.is_on else [])
+        self._decoding.leave(decoded)
+        ended = [row for row in self._joining if row.id in rows]
+        self._joining = [row for row in self._joining if row.id not in rows]
         for id_ in rows:
             if prompt := self._prompts.pop(id_, None):
                 ended.append(prompt.row)
             if paused := self._paused.pop(id_, None):
                 ended.append(paused)
-        ended += [row for row in self._joining if row.id in rows]
-        self._joining = [row for row in self._joining if row.id not in rows]
         for row in ended:
-            self._offer(row)
+            self._offer(row, row.caches)
 
     def pause(self, row: int) -> None:
         """Sets a row aside with what it holds; see ``Batch.pause``."""
         (aside,) = (each for each in self._decoding.rows if each.id == row)
         self._decoding.settle(aside)
-        self._decoding.leave([aside], with_caches=True)
+        self._decoding.leave_with_caches(aside)
         self._paused[row] = aside
+        self._make_room(0)
 
     def resume(self, row: int) -> None:
         """Takes a row in again; see ``Batch.resume``."""
@@ -132,6 +167,15 @@ class MlxBatch:
 
     def step(self) -> list[Prefill | Token]:
         """Evaluates prompts for a slice of time, then decodes; see ``Batch.step``."""
+        try:
+            return self._step()
+        except Exception:
+            # Among several ranks MLX might wait for those that do not make the step any more.
+            if self._is_alone:
+                recover()
+            raise
+
+    def _step(self) -> list[Prefill | Token]:
         waited = self._finish_decoding()
         events: list[Prefill | Token] = [*self._prefill()]
         self._decoding.join(self._joining, expected=self._soon())
@@ -147,7 +191,7 @@ class MlxBatch:
         self._prompts.clear()
         self._paused.clear()
         self._joining.clear()
-        self._decoding.leave(self._decoding.rows, with_caches=False)
+        self._decoding.leave(self._decoding.rows)
 
     def _finish_decoding(self) -> float:
         """Waits for the step that was begun, if prompts would wait for it anyway.
@@ -162,8 +206,25 @@ class MlxBatch:
         return self._clock() - began
 
     def _soon(self) -> int:
-        """Prompts that will be decoded after a chunk: they hold no more than that elsewhere."""
-        return sum(prompt.remaining <= self._max_chunk for prompt in self._prompts.values())
+        """Prompts that will be decoded after a chunk, as far as there is memory for them twice."""
+        soon = sum(prompt.remaining <= self._max_chunk for prompt in self._prompts.values())
+        rows = [*self._decoding.rows, *self._joining]
+        if not (soon and rows):
+            return soon
+        one = self._room.row_bytes(1 + max(len(row.tokens) for row in rows))
+        left = self._room.budget_bytes - self._elsewhere_bytes() - one * len(rows)
+        return soon if left >= soon * one else max(0, int(left / one))
+
+    def _elsewhere_bytes(self) -> int:
+        """Caches of rows that are not decoded: of prompts, and of rows set aside."""
+        rows = (*(prompt.row for prompt in self._prompts.values()), *self._paused.values())
+        return sum(self._room.row_bytes(len(row.tokens)) for row in rows)
+
+    def _make_room(self, more_bytes: int) -> None:
+        """Gives back the memory of rows that have left the batch, if it is needed."""
+        held = self._decoding.nbytes + self._elsewhere_bytes() + more_bytes
+        if held > self._room.budget_bytes and self._decoding.rows:
+            self._decoding.compact()
 
     # -- prompts -----------------------------------------------------------------
 
@@ -191,7 +252,8 @@ class MlxBatch:
         better evaluated once.
         """
         length = prompt.remaining
-        most = min(self._turns.room, _ROWS_TOGETHER * self._max_chunk) // max(1, length)
+        most = min(self._turns.room, ROWS_TOGETHER * self._max_chunk) // max(1, length)
+        most = min(most, self._room.rows_together(length, prompt.evaluated))
         if length < 2 or count < length or prompt.branch is not None or most < 2:
             return []
         shortest = length // 2 if self._pieces.can_pad else length
@@ -228,6 +290,8 @@ class MlxBatch:
         total = sum(map(len, chunks))
         if not total:
             return
+        before = prompts[0].evaluated
+        self._make_room(len(prompts) * self._room.row_bytes(before + max(map(len, chunks))))
         began = self._clock()
         caches = prefill(self._model, [prompt.row.caches for prompt in prompts], chunks)
         self._turns.spent(total, self._clock() - began)
@@ -236,13 +300,12 @@ class MlxBatch:
             prompt.row.tokens += chunk
             at_branch = prompt.evaluated == prompt.branch
             if at_branch or not prompt.remaining or not self._pieces.needs_snapshot:
-                self._offer(prompt.row)
+                self._offer(prompt.row, prompt.row.caches)
 
-    def _offer(self, row: Row) -> None:
-        """Keeps what a row has evaluated for prompts that begin like it."""
+    def _offer(self, row: Row, caches: Caches) -> None:
+        """Keeps what a row has evaluated, and its caches hold, for prompts that begin like it."""
         if not (self._known.is_on and row.tokens):
             return
-        caches = row.caches
         snapshot = None
         if self._pieces.needs_snapshot:
 

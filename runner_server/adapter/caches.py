@@ -9,7 +9,7 @@ whole.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,16 @@ from runner_server.adapter.names import KVCache, RotatingKVCache, make_prompt_ca
 from runner_server.adapter.slots import SlotCache
 
 Caches = list[Any]
-Segment = list[tuple[mx.array, mx.array]]
+Pair = tuple[mx.array, mx.array]
+
+Segment = list[Pair | None]
+"""Keys and values of each layer that can be cut; None for a layer without attention, whose cache
+stays empty."""
+
 Snapshot = list[Any]
+
+_MOVED_BYTES = 32 << 20
+"""Memory of layers whose rows change place together. Each group is waited for."""
 
 
 def merge(rows: Sequence[Caches], capacity: int) -> Caches:
@@ -34,7 +42,7 @@ def merge(rows: Sequence[Caches], capacity: int) -> Caches:
         capacity: Rows to make room for, if that is more.
     """
     return [
-        SlotCache(layers, capacity) if _is_plain(layers[0]) else _merged(layers)
+        SlotCache(layers, capacity) if _is_plain(layers[0]) else side_by_side(layers)
         for layers in zip(*rows, strict=True)
     ]
 
@@ -45,24 +53,64 @@ def extend(batch: Caches, rows: Sequence[Caches], capacity: int) -> None:
         if isinstance(layer, SlotCache):
             layer.add(added, capacity)
         else:
-            layer.extend(_merged(added))
+            layer.extend(side_by_side(added))
 
 
 def keep(batch: Caches, places: Sequence[int]) -> None:
     """Leaves these rows in a batch, in this order; nothing is being computed from it."""
     slots = [layer for layer in batch if isinstance(layer, SlotCache)]
-    moved = [layer.moving(places) for layer in slots]
-    mx.eval(moved)
-    for layer, rows in zip(slots, moved, strict=True):
-        layer.keep(places, rows)
+    for layers in _grouped(slots):
+        moved = [layer.moving(places) for layer in layers]
+        mx.eval(moved)
+        for layer, rows in zip(layers, moved, strict=True):
+            layer.keep(places, rows)
+        if len(layers) < len(slots):
+            # The copies go before those of the next layers are made.
+            del moved
+            evaluate(layers)
     for layer in batch:
         if not isinstance(layer, SlotCache):
             layer.filter(list(places))
 
 
+def compact(batch: Caches) -> None:
+    """Moves rows to memory that is no larger than they need, layer by layer."""
+    for layer in batch:
+        if isinstance(layer, SlotCache):
+            layer.compact()
+            evaluate([layer])
+
+
+def _grouped(layers: Sequence[SlotCache]) -> Iterator[list[SlotCache]]:
+    """Yields layers that are moved together: as many as bound the memory of their copies."""
+    group: list[SlotCache] = []
+    for layer in layers:
+        if group and sum(each.nbytes for each in (*group, layer)) > _MOVED_BYTES:
+            yield group
+            group = []
+        group.append(layer)
+    if group:
+        yield group
+
+
 def extract(batch: Caches, place: int) -> Caches:
     """Copies a row out of a batch."""
-    return [layer.extract(place) for layer in batch]
+    return [_extracted(layer, place) for layer in batch]
+
+
+def _extracted(layer: Any, place: int) -> Any:
+    # mlx_lm's batched cache fails where the layer has no attention, so that nothing is in it.
+    if not isinstance(layer, SlotCache) and getattr(layer, "keys", layer) is None:
+        return KVCache()
+    return layer.extract(place)
+
+
+def view(batch: Caches, place: int) -> Caches:
+    """A row of a batch, to be read before the batch changes; copied only where it must be."""
+    return [
+        layer.view(place) if isinstance(layer, SlotCache) else _extracted(layer, place)
+        for layer in batch
+    ]
 
 
 def prefill(model: Module, rows: Sequence[Caches], chunks: Sequence[Sequence[int]]) -> list[Caches]:
@@ -83,7 +131,7 @@ def prefill(model: Module, rows: Sequence[Caches], chunks: Sequence[Sequence[int
     lengths = [len(chunk) for chunk in chunks]
     padding = [max(lengths) - length for length in lengths]
     tokens = mx.array([[*chunk, *[0] * pad] for chunk, pad in zip(chunks, padding, strict=True)])
-    batch = [_merged(layers) for layers in zip(*rows, strict=True)]
+    batch = [side_by_side(layers) for layers in zip(*rows, strict=True)]
     if any(padding):
         for cache in batch:
             cache.prepare(lengths=lengths, right_padding=padding)
@@ -147,11 +195,8 @@ class CachePieces:
 
     def cut(self, segment: Segment, start: int, end: int) -> Segment:
         """Copies a part of a segment; nothing of the whole stays alive by it."""
-        parts = [
-            (copied(keys[..., start:end, :]), copied(values[..., start:end, :]))
-            for keys, values in segment
-        ]
-        mx.eval(parts)
+        parts = [pair and _cut_pair(pair, start, end) for pair in segment]
+        mx.eval([pair for pair in parts if pair])
         return parts
 
     def restore(self, segments: Sequence[Segment], snapshot: Snapshot) -> Caches:
@@ -164,12 +209,12 @@ class CachePieces:
 
     def token_bytes(self, caches: Caches) -> int:
         """Bytes of one token in the layers that can be cut."""
-        pairs = self._cuttable(caches)
+        pairs = filter(None, self._cuttable(caches))
         return sum((keys.nbytes + values.nbytes) // keys.shape[2] for keys, values in pairs)
 
     def segment_bytes(self, segment: Segment) -> int:
         """Bytes it holds."""
-        return sum(keys.nbytes + values.nbytes for keys, values in segment)
+        return sum(keys.nbytes + values.nbytes for keys, values in filter(None, segment))
 
     def snapshot_bytes(self, snapshot: Snapshot) -> int:
         """Bytes it holds."""
@@ -177,7 +222,16 @@ class CachePieces:
 
     def _cuttable(self, caches: Caches) -> Segment:
         pairs = zip(caches, self.cut_layers, strict=True)
-        return [(cache.keys, cache.values) for cache, cut in pairs if cut]
+        return [
+            None if cache.keys is None else (cache.keys, cache.values)
+            for cache, cut in pairs
+            if cut
+        ]
+
+
+def _cut_pair(pair: Pair, start: int, end: int) -> Pair:
+    keys, values = pair
+    return copied(keys[..., start:end, :]), copied(values[..., start:end, :])
 
 
 def _copied(value: Any) -> Any:
@@ -189,13 +243,15 @@ def _is_plain(cache: Any) -> bool:
     return type(cache) is KVCache
 
 
-def _merged(layers: Sequence[Any]) -> Any:
+def side_by_side(layers: Sequence[Any]) -> Any:
     """The caches of rows beside each other as mlx_lm has them; copied when a row comes or goes."""
     return layers[0].merge(list(layers))
 
 
-def _joined(parts: Sequence[tuple[mx.array, mx.array]]) -> Any:
-    keys, values = (mx.concatenate(list(side), axis=2) for side in zip(*parts, strict=True))
+def _joined(parts: Sequence[Pair | None]) -> Any:
     cache = KVCache()
-    cache.state = (keys, values, keys.shape[2])
+    pairs = [pair for pair in parts if pair]
+    if pairs:
+        keys, values = (mx.concatenate(list(side), axis=2) for side in zip(*pairs, strict=True))
+        cache.state = (keys, values, keys.shape[2])
     return cache

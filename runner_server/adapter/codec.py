@@ -8,7 +8,7 @@ from typing import Any
 
 from runner_server.adapter._panics import NO_PANICS
 from runner_server.adapter._plain_tokenizer import read_plain_tokenizer
-from runner_server.adapter.names import load_tokenizer
+from runner_server.adapter.transformers_tokenizer import TokenizerError, read_with_transformers
 from runner_server.errors import ModelUnsupported
 
 _PART_CHARS = 1 << 17
@@ -118,28 +118,11 @@ def _try_out(codec: FastCodec, path: Path) -> None:
 
 def _load_with_transformers(path: Path, eos_token_ids: object) -> tuple[FastCodec, frozenset[int]]:
     try:
-        # Explicitly false: with None transformers asks on the terminal whether to
-        # run the directory's code.
-        with NO_PANICS:
-            wrapper = load_tokenizer(
-                path, {"trust_remote_code": False}, eos_token_ids=eos_token_ids
-            )
-    except Exception as error:
-        # transformers may go on for a page.
-        problem = next(iter(str(error).strip().splitlines()), "")
-        raise ModelUnsupported(
-            f"the tokenizer in {path} cannot be loaded ({type(error).__name__}: {problem}); "
-            "expected tokenizer.json and tokenizer_config.json of a known kind",
-            model=str(path),
-        ) from error
-    backend = getattr(wrapper, "backend_tokenizer", None)
-    if backend is None:
-        raise ModelUnsupported(
-            f"the tokenizer in {path} has no tokenizer.json form; convert it with transformers",
-            model=str(path),
-        )
-    _require_vocabulary(backend, path)
-    return FastCodec(backend, wrapper.bos_token), frozenset(wrapper.eos_token_ids)
+        read = read_with_transformers(path, eos_token_ids)
+    except TokenizerError as error:
+        raise ModelUnsupported(str(error), model=str(path)) from error
+    _require_vocabulary(read.tokenizer, path)
+    return FastCodec(read.tokenizer, read.bos_token), read.eos_token_ids
 
 
 def _require_vocabulary(backend: Any, path: Path) -> None:

@@ -16,7 +16,16 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from runner_server.adapter.arrays import rows_of
-from runner_server.adapter.caches import Caches, evaluate, extend, extract, keep, merge
+from runner_server.adapter.caches import (
+    Caches,
+    compact,
+    evaluate,
+    extend,
+    extract,
+    keep,
+    merge,
+    view,
+)
 from runner_server.adapter.penalties import Penalties
 from runner_server.adapter.sampling import Likelihoods, Sampler, likelihoods
 from runner_server.messages import Sampling, Token, TokenLogprob
@@ -135,22 +144,34 @@ class Decoding:
         self.rows = [*self.rows, *rows]
         self._arrange()
 
-    def leave(self, rows: Sequence[Row], *, with_caches: bool) -> None:
-        """Takes rows out.
-
-        Args:
-            rows: Some of those that are in.
-            with_caches: Whether they take their caches along, which copies them.
-        """
+    def leave(self, rows: Sequence[Row]) -> None:
+        """Takes rows out, without their caches."""
         leaving = {id(row) for row in rows}
         stay = _filled([id(row) not in leaving for row in self.rows])
-        if with_caches:
-            for place, row in enumerate(self.rows):
-                if id(row) in leaving:
-                    row.caches = self._caches_of(place)
-            evaluate([cache for row in rows for cache in row.caches])
         if len(stay) < len(self.rows):
             self._keep(stay)
+
+    def leave_with_caches(self, row: Row) -> None:
+        """Takes a row out with a copy of its caches."""
+        row.caches = self._caches_of(self.rows.index(row))
+        evaluate(row.caches)
+        self.leave([row])
+
+    def caches_of(self, row: Row) -> Caches:
+        """The caches of a row, to be read before the batch changes."""
+        if len(self.rows) == 1:
+            return self._caches
+        return view(self._caches, self.rows.index(row))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all caches, whether in use or not."""
+        return sum(int(cache.nbytes) for cache in self._caches)
+
+    def compact(self) -> None:
+        """Gives back the memory of rows that have left."""
+        self.finish()
+        compact(self._caches)
 
     def settle(self, row: Row) -> None:
         """Waits for the token that a row was given last, so that it can be left alone."""

@@ -1,4 +1,4 @@
-"""How much a model's KV cache takes, asked of the model itself."""
+"""How much a model's caches take, asked of the model itself."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from mlx.nn.layers.base import Module
 from runner_server.adapter.names import make_prompt_cache
 from runner_server.errors import ModelUnsupported
 
-_PLAIN_ITEM_BYTES = 4
-
 
 @dataclass(frozen=True)
 class CacheShape:
@@ -21,21 +19,19 @@ class CacheShape:
 
     Attributes:
         token_bytes: What one token takes.
-        item_bytes: What one number takes.
-        step: Tokens it grows by, from wherever it stands.
+        step: Tokens it grows by.
         window: Tokens it holds at most; None for the whole sequence.
         fixed_bytes: What it takes whatever the length: a recurrent state.
     """
 
     token_bytes: int = 0
-    item_bytes: int = _PLAIN_ITEM_BYTES
     step: int = 1
     window: int | None = None
     fixed_bytes: int = 0
 
     def held_bytes(self, tokens: int) -> int:
         """Bytes for one sequence of ``tokens``."""
-        held = tokens + self.step
+        held = -(-tokens // self.step) * self.step
         if self.window:
             held = min(held, self.window)
         return held * self.token_bytes + self.fixed_bytes
@@ -54,13 +50,17 @@ class Probe:
     caches: tuple[CacheShape, ...]
 
     def kv_bytes(self, tokens: int) -> int:
-        """Bytes of all layers' caches for one sequence, in the format of the unread model."""
+        """Bytes of all layers' caches for one sequence."""
         return sum(cache.held_bytes(tokens) for cache in self.caches)
 
+    def largest_layer_bytes(self, tokens: int) -> int:
+        """Bytes of the largest layer's cache for one sequence."""
+        return max((cache.held_bytes(tokens) for cache in self.caches), default=0)
+
     @property
-    def item_bytes(self) -> int:
-        """Bytes of one number in the caches, in the format of the unread model."""
-        return max((cache.item_bytes for cache in self.caches), default=_PLAIN_ITEM_BYTES)
+    def step_bytes(self) -> int:
+        """Bytes by which the caches of one sequence grow at a time."""
+        return sum(cache.step * cache.token_bytes for cache in self.caches)
 
 
 def probe(model: Module, prefill_chunk: int) -> Probe:
@@ -99,7 +99,6 @@ def _shapes(caches: list[Any], prefill_chunk: int) -> Iterator[CacheShape]:
             window = getattr(cache, "max_size", None)
             yield CacheShape(
                 token_bytes=(keys.nbytes + cache.values.nbytes) // keys.shape[2],
-                item_bytes=keys.dtype.size,
                 step=cache.step,
                 # A chunk of a prompt comes in before what has left the window goes.
                 window=window + prefill_chunk if window else None,

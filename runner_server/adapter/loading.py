@@ -12,30 +12,37 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
-from mlx.utils import tree_flatten
 
-from mlxrunner.hostmemory import free_memory
 from mlxrunner.units import format_bytes
-from runner_server.adapter._directory import DEFAULT_CONTEXT, damage, max_context, read_config
+from runner_server.adapter._directory import damage, read_config
 from runner_server.adapter._files import require_files
-from runner_server.adapter._finding import find, find_below
 from runner_server.adapter._reading import read_weights
-from runner_server.adapter.batch import MlxBatch, PromptCache
+from runner_server.adapter.batch import KvRoom, MlxBatch, PromptCache
 from runner_server.adapter.caches import CachePieces
 from runner_server.adapter.codec import FastCodec, load_codec
-from runner_server.adapter.kv import Probe, probe
-from runner_server.adapter.names import dequantize_model, load_model
+from runner_server.adapter.finding import find, find_below
+from runner_server.adapter.names import build_model, dequantize_model
+from runner_server.adapter.planning import (
+    PREFILL_CHUNK,
+    Plan,
+    arrays,
+    device_kind,
+    formats,
+    make_plan,
+    weight_bytes,
+)
 from runner_server.adapter.threads import fit_threads
+from runner_server.adapter.weight_files import WeightFiles
+from runner_server.admission import UNCHECKED, Admission
 from runner_server.errors import (
     GenerationFailed,
     InsufficientMemory,
-    InvalidField,
     ModelUnsupported,
 )
 from runner_server.messages import Dtype, LoadSpec, ModelInfo, Sampling, Token
@@ -48,12 +55,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Report = Callable[[int], None]
-
-_PREFILL_CHUNK = {"cpu": 128, "gpu": 1024}
-"""Most tokens of a prompt that are evaluated at once: it bounds the memory that takes."""
-
-_PREFIX_SHARE = 5
-"""Of what weights and KV cache leave free, one part in so many keeps evaluated prompts."""
 
 _MX_DTYPES = {
     Dtype.FLOAT32: mx.float32,
@@ -78,7 +79,7 @@ class MlxModel:
         model: Module,
         codec: FastCodec,
         info: ModelInfo,
-        plan: _Plan,
+        plan: Plan,
         shard: Shard | None,
     ) -> None:
         self._model = model
@@ -94,9 +95,13 @@ class MlxModel:
         return self._plan.kv_bytes(tokens)
 
     @property
-    def prompts_held(self) -> Held:
-        """How much the evaluated prompts that are kept take."""
+    def prompts(self) -> Held:
+        """How much the evaluated prompts that are kept take, and may take."""
         return self._prompts.held
+
+    def limit_prompts(self, limit_bytes: int) -> None:
+        """Changes how much evaluated prompts may take; see ``LoadedModel.limit_prompts``."""
+        self._prompts.limit(limit_bytes)
 
     def new_batch(self) -> MlxBatch:
         """An empty batch."""
@@ -113,16 +118,25 @@ class MlxModel:
             batch.close()
 
     def _batch(self, prompts: PromptCache) -> MlxBatch:
-        chunk = _PREFILL_CHUNK[_device_kind()]
+        chunk = PREFILL_CHUNK[device_kind()]
         model, vocab_size, shard = self._model, self.info.vocab_size, self._shard
         if shard is None:
-            return MlxBatch(model, vocab_size, chunk, self._pieces, prompts)
+            plan = self._plan
+            room = KvRoom(
+                self.info.kv_budget_bytes, plan.need.working_bytes, plan.kv_bytes, plan.chunk_bytes
+            )
+            return MlxBatch(model, vocab_size, chunk, self._pieces, prompts, room=room)
+        # Ranks take the same steps only if none of them looks at its own memory.
         clock, agree = shard.partners.clock, shard.agree
         return MlxBatch(model, vocab_size, chunk, self._pieces, prompts, clock, agree)
 
 
 def load(
-    spec: LoadSpec, report: Report, root: ModelRoot | None = None, shard: Shard | None = None
+    spec: LoadSpec,
+    report: Report,
+    root: ModelRoot | None = None,
+    shard: Shard | None = None,
+    admission: Admission = UNCHECKED,
 ) -> MlxModel:
     """Loads a model; see ``Backend.load`` for arguments and errors.
 
@@ -131,36 +145,37 @@ def load(
         report: Called with the progress.
         root: Where models must lie; None is anywhere.
         shard: Leaves this rank's part of the model; None leaves all.
+        admission: Decides whether there is memory for it.
     """
     mx.reset_peak_memory()
     path = find_below(root, spec.model) if root else find(spec.model)
     try:
-        return _load(path, spec, report, shard)
+        return _load(path, spec, report, shard, admission)
     except ModelUnsupported as fault:
         # Not every place that raises it knows the directory.
         fault.metadata.setdefault("model", str(path))
         raise
 
 
-def _load(path: Path, spec: LoadSpec, report: Report, shard: Shard | None) -> MlxModel:
-    require_files(path)
-    config = read_config(path)
+def _load(
+    path: Path, spec: LoadSpec, report: Report, shard: Shard | None, admission: Admission
+) -> MlxModel:
+    config = _checked_config(path)
     report(1)
-    model, config = _build(path, config)
-    report(3)
-    if shard:
-        spec = shard.split(model, config, spec)
-    plan = _plan(spec, model, config)
     codec, eos_token_ids = load_codec(path, config)
+    report(3)
+    model, config, plan = _planned(path, config, spec, shard, admission)
     report(5)
     if shard:
         shard.partners.begin_load(plan.settled(spec))
-    model = _converted(path, model, config, plan.settled(spec), shard)
     _read(path, model, report)
     if shard:
         plan = plan.with_share(shard.partners.finish_load(report, plan.share))
-    fit_threads(_arrays(model))
+    fit_threads(arrays(model))
     info = _describe(spec, path, model, config, plan, eos_token_ids)
+    mx.set_cache_limit(plan.buffer_cache_bytes)
+    # Beyond it MLX waits for results before it allocates more.
+    mx.set_memory_limit(plan.limit_bytes)
     loaded = MlxModel(model, codec, info, plan, shard)
     _warm_up(loaded)
     report(100)
@@ -175,9 +190,74 @@ def _load(path: Path, spec: LoadSpec, report: Report, shard: Shard | None) -> Ml
     return loaded
 
 
+def plan_load(path: Path, spec: LoadSpec) -> Plan:
+    """Decides as a load does, reads no weights and sets nothing aside; raises like :func:`load`.
+
+    Args:
+        path: The model's directory.
+        spec: What to load.
+    """
+    config = _checked_config(path)
+    # What the process takes depends on it.
+    load_codec(path, config)
+    return _planned(path, config, spec, None, UNCHECKED)[2]
+
+
+def _checked_config(path: Path) -> dict[str, Any]:
+    require_files(path)
+    return read_config(path)
+
+
+def _planned(
+    path: Path,
+    config: dict[str, Any],
+    spec: LoadSpec,
+    shard: Shard | None,
+    admission: Admission,
+) -> tuple[Module, dict[str, Any], Plan]:
+    """Build the model in the first format that there is memory for; no weights are read."""
+    *preferred, last = formats(spec.dtype)
+    for dtype in preferred:
+        try:
+            return _admitted(path, config, replace(spec, dtype=dtype), shard, admission)
+        except InsufficientMemory as fault:
+            logger.warning("%s; %s is loaded as it is stored, which is slow on a CPU", fault, path)
+    return _admitted(path, config, replace(spec, dtype=last), shard, admission)
+
+
+def _admitted(
+    path: Path,
+    config: dict[str, Any],
+    spec: LoadSpec,
+    shard: Shard | None,
+    admission: Admission,
+) -> tuple[Module, dict[str, Any], Plan]:
+    """Build the model in one format, and ask for the memory that it needs."""
+    model, built_config, spec = _built(path, config, spec, shard)
+    plan = make_plan(spec, model, built_config, path)
+    granted = admission.admit(str(path), plan.need, override=spec.memory_override)
+    # Built anew: some models keep arrays of what was run on them, unevaluated ones here.
+    model, built_config, spec = _built(path, config, spec, shard)
+    return model, built_config, plan.within(granted)
+
+
+def _built(
+    path: Path, config: dict[str, Any], spec: LoadSpec, shard: Shard | None
+) -> tuple[Module, dict[str, Any], LoadSpec]:
+    """Build the model with lazy weights in the format that is asked for, perhaps split."""
+    model, config = _build(path, config)
+    if shard:
+        spec = shard.split(model, config, spec)
+    return _converted(path, model, config, spec, shard), config, spec
+
+
 def _build(path: Path, config: dict[str, Any]) -> tuple[Module, dict[str, Any]]:
+    files = WeightFiles()
     try:
-        model, config = load_model(path, lazy=True)
+        model, config = build_model(path, files.load)
+        # A model that computes with weights while it is built has read them.
+        files.settle()
+        files.check()
     except Exception as error:
         problem = damage(path) or f"{type(error).__name__}: {error}"
         raise ModelUnsupported(
@@ -190,120 +270,23 @@ def _build(path: Path, config: dict[str, Any]) -> tuple[Module, dict[str, Any]]:
         # Layers draw weights that nobody reads. What is left of it is a chain of unevaluated
         # states, one a layer, that would grow with each load.
         mx.eval(mx.random.state)
+    files.attach(model)
     return model, config
 
 
 def _read(path: Path, model: Module, report: Report) -> None:
+    files = WeightFiles.of(model)
     try:
-        read_weights(_arrays(model), lambda share: report(5 + int(90 * share)))
+        read_weights(arrays(model), lambda share: report(5 + int(90 * share)), files)
     except ModelUnsupported as fault:
+        if fault.metadata:
+            raise
         # MLX does not name the file.
         found = damage(path) or f"the files of {path} were changed while they were read"
         raise ModelUnsupported(f"{fault}; {found}", model=str(path)) from fault
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What a load has decided before it reads any weights; see ``ModelInfo``."""
-
-    dtype: Dtype
-    probe: Probe
-    max_context_length: int
-    context_length: int
-    limit_bytes: int
-    kv_budget_bytes: int
-    prefix_cache_bytes: int
-
-    def kv_bytes(self, tokens: int) -> int:
-        """Bytes of KV cache for one sequence, in the format of the converted model."""
-        return _kv_bytes(self.probe, tokens, self.dtype)
-
-    @property
-    def share(self) -> float:
-        """For how many sequences of the whole context there is memory."""
-        return self.kv_budget_bytes / max(1, self.kv_bytes(self.context_length))
-
-    def with_share(self, share: float) -> _Plan:
-        """The same with memory for so many sequences, which may be fewer."""
-        budget = min(self.kv_budget_bytes, int(share * self.kv_bytes(self.context_length)))
-        return replace(self, kv_budget_bytes=budget)
-
-    def settled(self, spec: LoadSpec) -> LoadSpec:
-        """The same load with nothing left to choose."""
-        return replace(
-            spec,
-            dtype=self.dtype,
-            context_length=self.context_length,
-            prefix_cache_bytes=self.prefix_cache_bytes,
-        )
-
-
-def _plan(spec: LoadSpec, model: Module, config: dict[str, Any]) -> _Plan:
-    limit = spec.memory_limit_bytes or free_memory().available_bytes
-    longest = max_context(config)
-    if spec.context_length and spec.context_length > longest:
-        text = f"{spec.context_length} is more than the {longest} tokens this model can handle"
-        raise InvalidField([("context_length", text)])
-    context = spec.context_length or min(longest, DEFAULT_CONTEXT)
-    seen = probe(model, _PREFILL_CHUNK[_device_kind()])
-    dtype = spec.dtype
-    if dtype is Dtype.AUTO:
-        wide = _weight_need(model, Dtype.FLOAT32)
-        wide += _kv_bytes(seen, context, Dtype.FLOAT32) * spec.parallel
-        wide += spec.prefix_cache_bytes or 0
-        on_cpu = _device_kind() == "cpu"
-        dtype = Dtype.FLOAT32 if on_cpu and wide <= limit else Dtype.AS_STORED
-    weights, one = _weight_need(model, dtype), _kv_bytes(seen, context, dtype)
-    room = limit - weights - (spec.prefix_cache_bytes or 0)
-    if one > room:
-        raise _too_large(spec, weights, one, context, limit)
-    prefix = spec.prefix_cache_bytes
-    if prefix is None:
-        prefix = max(0, room - one * spec.parallel) // _PREFIX_SHARE
-    budget = min(one * spec.parallel, room)
-    return _Plan(dtype, seen, longest, context, limit, budget, prefix)
-
-
-def _too_large(
-    spec: LoadSpec, weights: int, kv: int, context: int, limit: int
-) -> InsufficientMemory:
-    kept = spec.prefix_cache_bytes or 0
-    need = weights + kv + kept
-    parts = f"{format_bytes(weights)} weights, {format_bytes(kv)} KV cache for {context} tokens"
-    if kept:
-        parts += f", {format_bytes(kept)} prefix cache"
-    return InsufficientMemory(
-        f"the model needs {format_bytes(need)} ({parts}) and {format_bytes(limit)} may be used; "
-        "free memory, or load with a smaller context_length, dtype or prefix_cache_bytes",
-        requiredBytes=need,
-        availableBytes=limit,
-    )
-
-
-def _weight_need(model: Module, dtype: Dtype) -> int:
-    """Bytes of the weights if they are held as ``dtype``."""
-    if dtype is Dtype.AS_STORED:
-        return _weight_bytes(model)
-    return _logical_count(model) * _MX_DTYPES[dtype].size
-
-
-def _kv_bytes(seen: Probe, tokens: int, dtype: Dtype) -> int:
-    """Bytes of the KV cache of one sequence if the weights are held as ``dtype``."""
-    kv = seen.kv_bytes(tokens)
-    return kv if dtype is Dtype.AS_STORED else kv * _MX_DTYPES[dtype].size // seen.item_bytes
-
-
-def _logical_count(model: Module) -> int:
-    """Weights, counting those by themselves that a quantized layer packs into words."""
-    total = 0
-    for _, module in model.named_modules():
-        scales = module.get("scales")
-        for name, value in module.items():
-            if name == "weight" and scales is not None:
-                total += scales.size * module.group_size
-            elif isinstance(value, mx.array) and name not in ("scales", "biases"):
-                total += value.size
-    return total
+    # Those that are no parameters, such as the frequencies of rotary embeddings.
+    mx.eval([list(module.values()) for _, module in model.named_modules()])
+    files.check()
 
 
 def _converted(
@@ -332,7 +315,7 @@ def _describe(
     path: Path,
     model: Module,
     config: dict[str, Any],
-    plan: _Plan,
+    plan: Plan,
     eos_token_ids: frozenset[int],
 ) -> ModelInfo:
     quantization = config.get("quantization") or {}
@@ -343,7 +326,7 @@ def _describe(
         architecture=str(config["model_type"]),
         max_context_length=plan.max_context_length,
         vocab_size=plan.probe.vocab_size,
-        weight_bytes=_weight_bytes(model),
+        weight_bytes=weight_bytes(model),
         dtype=_float_name(model),
         quantization_bits=int(quantization.get("bits", 0)) if held_quantized else 0,
         eos_token_ids=eos_token_ids,
@@ -351,7 +334,9 @@ def _describe(
         parallel=spec.parallel,
         limit_bytes=plan.limit_bytes,
         kv_budget_bytes=plan.kv_budget_bytes,
-        prefix_cache_bytes=plan.prefix_cache_bytes,
+        prefix_cache_bytes=plan.need.prefix_cache_bytes,
+        reserved_bytes=plan.need.total_bytes,
+        dtype_fallback=plan.dtype is not formats(spec.dtype)[0],
     )
 
 
@@ -368,29 +353,16 @@ def _warm_up_advice(error: Exception) -> str:
         f"the loaded model raised {type(error).__name__} at its first token; the runner's log has "
         "the traceback"
     )
-    if _device_kind() == "cpu":
+    if device_kind() == "cpu":
         # Without g++ MLX does not fuse kernels; with one that fails it raises.
         advice += "; a g++ that does not work is a known cause: `mlx-runner doctor` tries it"
     return advice
 
 
-def _weight_bytes(model: Module) -> int:
-    return sum(value.nbytes for value in _arrays(model))
-
-
-def _arrays(model: Module) -> list[mx.array]:
-    flat = cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))
-    return [value for _, value in flat]
-
-
 def _float_name(model: Module) -> str:
     """The format most of the floating-point weights have."""
     sizes: Counter[str] = Counter()
-    for value in _arrays(model):
+    for value in arrays(model):
         if mx.issubdtype(value.dtype, mx.floating):
             sizes[str(value.dtype).removeprefix("mlx.core.")] += value.size
     return sizes.most_common(1)[0][0] if sizes else ""
-
-
-def _device_kind() -> str:
-    return "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"

@@ -22,13 +22,17 @@ from typing import Any, cast
 import mlx.core as mx
 
 from runner_server.adapter.arrays import row_array, rows_of
-from runner_server.messages import Sampling
+from runner_server.messages import MAX_PARALLEL, Sampling
 
 _CANDIDATES = (64, 256, 1024)
 """How many are looked at for a ``top_k`` up to that; above, the whole vocabulary is."""
 
 _NUCLEUS = 1024
 """How many are looked at first for a ``top_p`` without ``top_k``; mostly they are enough."""
+
+_IN_ORDER_BYTES = 4 << 20
+"""Logits that are put in order in one call, of the whole vocabulary. It takes seven times their
+memory: 130 MiB for 32 rows of 151,936."""
 
 _MIN_TOP_P = 1e-9
 """Devices may take a number much smaller for 0, and then nothing would be kept."""
@@ -61,14 +65,20 @@ class Sampler:
     """
 
     def __init__(self, rows: Sequence[Sampling], vocab_size: int) -> None:
-        groups: dict[_Source, list[int]] = {}
+        sources: dict[_Source, list[int]] = {}
         for place, sampling in enumerate(rows):
-            groups.setdefault(_Source.of(sampling, vocab_size), []).append(place)
+            sources.setdefault(_Source.of(sampling, vocab_size), []).append(place)
+        groups = [
+            (source, places[start : start + most])
+            for source, places in sources.items()
+            for most in [_rows_at_once(source, vocab_size)]
+            for start in range(0, len(places), most)
+        ]
         self._groups = [
             (places, rows_of(places, len(rows)), _Draw([rows[i] for i in places], source))
-            for source, places in groups.items()
+            for source, places in groups
         ]
-        order = [place for places in groups.values() for place in places]
+        order = [place for _, places in groups for place in places]
         inverse = sorted(range(len(order)), key=order.__getitem__)
         self._inverse = mx.array(inverse) if len(groups) > 1 else None
 
@@ -82,9 +92,11 @@ class Sampler:
         Returns:
             [rows] token ids.
         """
-        drawn = []
+        drawn: list[mx.array] = []
         for places, index, draw in self._groups:
-            chosen = logits if index is None else logits[index]
+            # One group after the other: their arrays are not to be there at the same time.
+            (given,) = mx.depends([logits], drawn[-1:]) if drawn else (logits,)
+            chosen = given if index is None else given[index]
             drawn.append(draw(chosen, [positions[place] for place in places]))
         return drawn[0] if self._inverse is None else mx.concatenate(drawn)[self._inverse]
 
@@ -109,6 +121,13 @@ class _Source:
         count = next((count for count in _CANDIDATES if k <= count < vocab_size), vocab_size)
         few = k == vocab_size and sampling.top_p < 1 and vocab_size > 2 * _NUCLEUS
         return cls(count, is_nucleus=few)
+
+
+def _rows_at_once(source: _Source, vocab_size: int) -> int:
+    """How many rows are drawn in one call: few where the whole vocabulary is put in order."""
+    if source.count < vocab_size:
+        return MAX_PARALLEL
+    return max(1, _IN_ORDER_BYTES // (4 * vocab_size))
 
 
 class _Draw:

@@ -161,12 +161,28 @@ class SlotCache:
 
     def extract(self, place: int) -> KVCache:
         """Copies a row."""
+        row = self.view(place)
+        if row.keys is not None:
+            row.state = (copied(row.keys), copied(row.values), row.offset)
+        return row
+
+    def view(self, place: int) -> KVCache:
+        """A row in the memory of the batch: right until that is written to, and not copied."""
         row = KVCache()
         if self._memory and self._lengths[place]:
             columns = slice(self._end - self._lengths[place], self._end)
-            keys, values = (copied(part[place : place + 1, :, columns]) for part in self._memory)
+            keys, values = (part[place : place + 1, :, columns] for part in self._memory)
             row.state = (keys, values, self._lengths[place])
         return row
+
+    def compact(self) -> None:
+        """Moves the rows to memory that is no larger than they need."""
+        if self._memory is None:
+            return
+        rows, longest = len(self._lengths), max(self._lengths)
+        slots, _, columns, _ = self._memory[0].shape
+        if slots > rows or columns > _rounded(longest + 1):
+            self._memory = self._moved(self._memory, rows, longest, 1)
 
     def _held(self, memory: Pair) -> Pair:
         rows, columns = len(self._lengths), slice(self._end - max(self._lengths), self._end)

@@ -157,7 +157,9 @@ class Follower:
             "resume": lambda row: self._require_batch().resume(row),
             "step": lambda: self._require_batch().step(),
             "close_batch": self._close_batch,
+            "limit_prompts": lambda limit: self._require_model().limit_prompts(limit),
             "release": self._release,
+            "trim": self._backend.trim,
             # Of a load that has failed here already.
             "abort": lambda: None,
         }
@@ -193,9 +195,12 @@ class Follower:
             self._partners.fail_load(error)
 
     def _new_batch(self) -> None:
+        self._batch = self._require_model().new_batch()
+
+    def _require_model(self) -> LoadedModel:
         if self._model is None:
-            raise RuntimeError("rank 0 asks for a batch, and no model is loaded here")
-        self._batch = self._model.new_batch()
+            raise RuntimeError("rank 0 works on a model, and none is loaded here")
+        return self._model
 
     def _add(self, row: int, prompt_ids: list[int], sampling: dict[str, Any]) -> None:
         bias = tuple((id_, value) for id_, value in sampling.pop("logit_bias"))
@@ -210,9 +215,9 @@ class Follower:
         self._require_batch().close()
         self._batch = None
 
-    def _release(self) -> None:
+    def _release(self, for_next: bool) -> None:
         self._model = None
-        self._backend.release()
+        self._backend.release(for_next=for_next)
 
     def _beat(self) -> None:
         while True:

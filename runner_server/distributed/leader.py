@@ -156,10 +156,15 @@ class LeaderBackend:
         """What the library holds on this rank."""
         return self._backend.memory()
 
-    def release(self) -> None:
+    def release(self, *, for_next: bool = False) -> None:
+        """Gives back what a model has held, on all ranks."""
+        self._hub.tell("release", for_next)
+        self._backend.release(for_next=for_next)
+
+    def trim(self) -> None:
         """Gives freed memory back, on all ranks."""
-        self._hub.tell("release")
-        self._backend.release()
+        self._hub.tell("trim")
+        self._backend.trim()
 
     def close(self) -> None:
         """Ends the other ranks and the use of the library here."""
@@ -192,6 +197,11 @@ class LeaderModel:
     def kv_bytes(self, tokens: int) -> int:
         """Bytes of KV cache that one sequence takes on this rank."""
         return self._model.kv_bytes(tokens)
+
+    def limit_prompts(self, limit_bytes: int) -> None:
+        """See ``LoadedModel.limit_prompts``: the same on all ranks."""
+        self._hub.tell("limit_prompts", limit_bytes)
+        self._model.limit_prompts(limit_bytes)
 
     def new_batch(self) -> LeaderBatch:
         """An empty batch on all ranks."""

@@ -25,6 +25,7 @@ from runner_server.distributed.follower import Follower, FollowerPartners, Inbox
 from runner_server.distributed.hub import Hub
 from runner_server.distributed.leader import LeaderBackend, LeaderPartners
 from runner_server.distributed.link import Link
+from runner_server.machine_admission import MachineAdmission
 from runner_server.model_root import ModelRoot
 
 if TYPE_CHECKING:
@@ -82,11 +83,12 @@ def _lead(config: ServerConfig, group: Group) -> int:
     logger.info("rank 0 of %d serves; the others are %s", group.size, _names(hub))
     partners = LeaderPartners(hub)
     shard = Shard(group, partners, by_layers=config.pipeline)
-    backend = LeaderBackend(MlxBackend(_root(config), shard), hub, partners)
+    admission = MachineAdmission()
+    backend = LeaderBackend(MlxBackend(_root(config), shard, admission), hub, partners)
     # mlx.launch holds a pipe on it: when that ends, so does rank 0, and all others with it.
     ends_with_launcher = _is_pipe(sys.stdin.fileno() if sys.stdin else 0)
     config = replace(config, exit_with_parent=config.exit_with_parent or ends_with_launcher)
-    return asyncio.run(serve(config, backend, hub))
+    return asyncio.run(serve(config, backend, hub, admission))
 
 
 def _follow(config: ServerConfig, group: Group) -> int:
@@ -113,7 +115,8 @@ def _followed(config: ServerConfig, group: Group, link: Link, secret: str) -> in
 
     inbox = Inbox(link, lambda: os._exit(EXIT_ENGINE_DEAD))
     partners = FollowerPartners(link, inbox)
-    backend = MlxBackend(_root(config), Shard(group, partners, by_layers=config.pipeline))
+    shard = Shard(group, partners, by_layers=config.pipeline)
+    backend = MlxBackend(_root(config), shard, MachineAdmission())
     try:
         device = backend.open()
         here = (socket.gethostname(), os.getpid(), device)

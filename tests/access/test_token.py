@@ -70,6 +70,8 @@ async def test_every_call_is_refused(guarded: Server, values: tuple[str, ...]) -
     stub, sent = guarded.stub, metadata(values)
     calls: list[Any] = [
         stub.Load(pb.LoadRequest(model="m"), metadata=sent),
+        stub.Estimate(pb.EstimateRequest(model="m"), metadata=sent),
+        stub.Trim(pb.TrimRequest(), metadata=sent),
         stub.Unload(pb.UnloadRequest(), metadata=sent),
         stub.Status(pb.StatusRequest(), metadata=sent),
         stub.Completion(pb.CompletionRequest(prompt="x"), metadata=sent),

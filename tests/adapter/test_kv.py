@@ -15,7 +15,7 @@ from runner_server.messages import Token
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
 from runner_server.adapter.kv import probe  # noqa: E402
-from runner_server.adapter.loading import _PREFILL_CHUNK, _device_kind  # noqa: E402
+from runner_server.adapter.planning import PREFILL_CHUNK, device_kind  # noqa: E402
 
 Load = Callable[..., LoadedModel]
 Build = Callable[..., Path]
@@ -44,7 +44,7 @@ def test_the_estimate_covers_the_real_cache(
         made += sum(isinstance(event, Token) for event in batch.step())
         most = max(most, held_bytes(batch))
     batch.close()
-    seen = probe(model._model, _PREFILL_CHUNK[_device_kind()])
+    seen = probe(model._model, PREFILL_CHUNK[device_kind()])
     assert most <= seen.kv_bytes(context) * rows
     # Caches grow by 256 tokens, so a short one is not met exactly.
     assert seen.kv_bytes(context) * rows <= most + rows * seen.kv_bytes(256)

@@ -179,6 +179,11 @@ async def test_the_other_calls(runner: FakeRunner) -> None:
         assert (await client.status()).state is State.ACTIVE
         assert await client.is_serving()
         assert 0 < await client.ping() < 5
+        estimate = await client.estimate("org/name", context_length=64, prefix_cache_bytes=0)
+        assert (estimate.context_length, estimate.fits) == (64, True)
+        runner.prefix_cache_bytes = 100
+        assert await client.trim(prefix_cache_bytes=70) == 30
+        assert await client.trim() == 70
         assert await client.unload() == 0
         with pytest.raises(errors.ModelNotLoadedError):
             await client.tokenize("x")
@@ -191,7 +196,11 @@ async def test_load_shows_its_progress(runner: FakeRunner) -> None:
     seen: list[Status] = []
     async with AsyncRunnerClient(runner.address) as client:
         result = await client.load(
-            "org/name", context_length=64, prefix_cache_bytes=10**8, on_progress=seen.append
+            "org/name",
+            context_length=64,
+            prefix_cache_bytes=10**8,
+            memory_override=True,
+            on_progress=seen.append,
         )
     assert result.model.name == "org/name"
     progress = [status.progress for status in seen if status.state is State.LOADING]
@@ -203,6 +212,7 @@ async def test_load_shows_its_progress(runner: FakeRunner) -> None:
             context_length=64,
             dtype=pb.DTYPE_AUTO,
             prefix_cache_bytes=10**8,
+            memory_override=True,
         )
     ]
 

@@ -16,7 +16,7 @@ from runner_client.cli import main
 from runner_client.cli._options import size, size_or_zero
 from runner_client.errors import RunnerError
 
-COMMANDS = ("serve", "run", "status", "tokenize", "estimate", "doctor", "demo")
+COMMANDS = ("serve", "run", "status", "tokenize", "trim", "estimate", "doctor", "demo")
 
 
 def test_help_lists_every_command_with_a_line_about_it() -> None:
@@ -75,6 +75,12 @@ def test_version() -> None:
         ["tokenize", "2147483648", "--detokenize", "--address", "a:1"],
         ["tokenize", "1", "--detokenize", "--add-special-tokens", "--address", "a:1"],
         ["estimate", "model", "--parallel", "0"],
+        ["estimate", "model", "--address", ""],
+        ["estimate", "model", "--address", "a:1", "--backend", "cpu"],
+        ["estimate", "model", "--token-file", __file__],
+        ["trim"],
+        ["trim", ""],
+        ["trim", "a:1", "--prefix-cache", "-1"],
         ["serve", "--memory-limit", "8 apples", "--model", "m"],
         ["serve", "--context-length", "100"],
         ["serve", "--prefix-cache", "0"],

@@ -1,4 +1,4 @@
-"""The commands that call a runner which is there already: status and tokenize."""
+"""The commands that call a runner which is there already: status, trim, estimate, tokenize."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def test_status_as_json_is_one_object(fake: FakeRunner) -> None:
     status = json.loads(result.stdout)
     assert status["state"] == "active"
     assert status["model"]["name"] == "fake"
-    assert status["memory_usage"]["active_bytes"] == 0
+    memory = status["memory_usage"]
+    assert memory["active_bytes"] == 0
+    assert {"other_bytes", "reserved_bytes", "prefix_cache_limit_bytes"} <= memory.keys()
     assert result.stderr == ""
 
 
@@ -59,12 +61,13 @@ def test_nobody_there() -> None:
 
 
 def test_memory_in_words() -> None:
-    assert memory_text(MemoryUsage(2**31, 2**30, 2**31, 2**32, 2**33, 2**29)) == (
-        "active 2.0 GiB, of it prefix cache 512.0 MiB, cache 1.0 GiB, peak 2.0 GiB, "
-        "process 4.0 GiB, limit 8.0 GiB"
+    memory = MemoryUsage(2**31, 2**30, 2**31, 2**32, 2**33, 2**29, 2**28, 2**34, 2**32)
+    assert memory_text(memory) == (
+        "active 2.0 GiB, of it prefix cache 512.0 MiB of 4.0 GiB, cache 1.0 GiB, peak 2.0 GiB, "
+        "limit 8.0 GiB, process 4.0 GiB, of it outside MLX 256.0 MiB, reserved 16.0 GiB"
     )
-    assert memory_text(MemoryUsage(0, 2**30, 2**31, 2**32, 0)) == (
-        "active 0 B, cache 1.0 GiB, peak 2.0 GiB, process 4.0 GiB"
+    assert memory_text(MemoryUsage(0, 2**30, 2**31, 2**32, 0, other_bytes=2**31)) == (
+        "active 0 B, cache 1.0 GiB, peak 2.0 GiB, process 4.0 GiB, of it outside MLX 2.0 GiB"
     )
 
 
@@ -107,6 +110,53 @@ def test_status_of_a_busy_runner_in_words() -> None:
         ("rank 1", f"process 78 on two, {memory_text(memory)}"),
         ("last error", "it broke"),
     ]
+
+
+def test_trim(fake: FakeRunner) -> None:
+    fake.prefix_cache_bytes = 3 * 2**20
+    result = invoke("trim", fake.address, "--prefix-cache", "2MiB")
+    assert (result.exit_code, result.stdout) == (0, "1.0 MiB given back\n")
+    assert json.loads(invoke("trim", fake.address, "--json").stdout) == {"freed_bytes": 2**21}
+    asked = [request.HasField("prefix_cache_bytes") for request in fake.requests]
+    assert asked == [True, False]
+
+
+def test_an_estimate_by_a_runner(fake: FakeRunner) -> None:
+    result = invoke("estimate", "org/name", "--address", fake.address, "--context-length", "64")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == [
+        "model           org/name",
+        "held            as float32",
+        "context         64 tokens, 4 completions together",
+        "weights            1.0 GiB",
+        "KV cache               0 B",
+        "prefix cache           0 B",
+        "working memory         0 B",
+        "process                0 B",
+        "load transient         0 B",
+        "needed             1.0 GiB",
+        "kept back              0 B",
+        "reserved               0 B  that other runners may still take",
+        "available          1.0 TiB",
+        "fits            yes, 1023.0 GiB to spare",
+    ]
+
+
+def test_an_estimate_by_a_runner_of_what_does_not_fit(fake: FakeRunner) -> None:
+    fake.available_bytes = 2**29
+    arguments = ("estimate", "org/name", "--address", fake.address)
+    result = invoke(*arguments)
+    assert result.exit_code == 3
+    assert "no, 512.0 MiB too little" in result.stdout
+    as_json = invoke(*arguments, "--json")
+    assert as_json.exit_code == 3
+    report = json.loads(as_json.stdout)
+    assert (report["fits"], report["estimate"]["fits"]) == (False, False)
+    assert report["estimate"]["required_bytes"] == 2**30
+    stored = invoke(*arguments, "--dtype", "auto_or_stored")
+    assert stored.exit_code == 0
+    assert "held            as stored" in stored.stdout
+    assert "note            it would be held as stored" in stored.stdout
 
 
 def test_tokenize_and_back(fake: FakeRunner) -> None:

@@ -20,6 +20,7 @@ from runner_client.doctor import Finding
 from runner_client.errors import NotSupportedError, RunnerError
 from runner_client.gate import MemoryGate
 from runner_client.types import MemoryUsage, State, Status
+from runner_common.reservations import ReservationBook
 from safetensors_files import attention, write_model
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ def large_model(tmp_path: Path) -> str:
 def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Sets how many GiB are free, by the control group, on a machine without a GPU."""
     monkeypatch.setattr("runner_client.estimate.installed_backend", lambda: "cpu")
+    # Nobody can build that model; its headers can be read.
+    monkeypatch.setattr("runner_client.estimate.can_ask", lambda: False)
 
     def set_free(gib: float) -> None:
         size = int(gib * GIB)
@@ -137,12 +140,39 @@ def test_estimate_of_what_fits_only_as_stored(
 ) -> None:
     free(4)
     result = invoke("estimate", large_model)
-    rows = _rows(result.stdout)
+    assert result.exit_code == 3
+    assert _rows(result.stdout)["held"] == "as float32, on cpu"
+    assert "which fits: --dtype auto_or_stored or as_stored" in result.stdout
+    assert invoke("estimate", large_model, "--dtype", "float32").exit_code == 3
+
+
+def test_estimate_of_what_falls_back_to_the_stored_format(
+    large_model: str, free: Callable[[float], None]
+) -> None:
+    free(4)
+    result = invoke("estimate", large_model, "--dtype", "auto_or_stored")
     assert result.exit_code == 0
+    rows = _rows(result.stdout)
     assert rows["held"] == "as stored, on cpu"
     assert rows["fits"].startswith("yes, ")
-    assert rows["note"].startswith("as float32 it needs ")
-    assert invoke("estimate", large_model, "--dtype", "float32").exit_code == 3
+    assert "as float32 it needs " in result.stdout
+    free(99)
+    roomy = _rows(invoke("estimate", large_model, "--dtype", "auto_or_stored").stdout)
+    assert roomy["held"] == "as float32, on cpu"
+
+
+def test_estimate_tells_what_other_runners_may_still_take(
+    large_model: str, free: Callable[[float], None]
+) -> None:
+    free(8)
+    with ReservationBook().locked() as view:
+        other = view.add(2 * GIB, "another")
+    try:
+        rows = _rows(invoke("estimate", large_model).stdout)
+    finally:
+        other.release()
+    assert rows["reserved"] == "2.0 GiB that 1 other runner may still take"
+    assert rows["available"] == "5.0 GiB"
 
 
 def test_estimate_of_what_does_not_fit(large_model: str, free: Callable[[float], None]) -> None:
@@ -156,7 +186,8 @@ def test_estimate_of_what_does_not_fit(large_model: str, free: Callable[[float],
     report = json.loads(as_json.stdout)
     assert report["fits"] is False
     assert report["decision"]["available_bytes"] == GIB // 2
-    assert report["estimate"]["total_bytes"] == report["decision"]["required_bytes"]
+    assert report["estimate"]["required_bytes"] == report["decision"]["required_bytes"]
+    assert report["estimate"]["total_bytes"] > report["estimate"]["required_bytes"]
 
 
 def test_estimate_for_another_machine_is_not_compared(

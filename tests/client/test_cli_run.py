@@ -33,6 +33,7 @@ class FakeProcess(RunnerClient):
     """The part of RunnerProcess that the commands use, on top of the fake runner."""
 
     completion_failure: Failure | None = None
+    estimate: Any = None
 
     def __init__(self, fake: FakeRunner, model: str, **settings: object) -> None:
         super().__init__(fake.address)
@@ -40,7 +41,6 @@ class FakeProcess(RunnerClient):
         self.model = model
         self.settings = settings
         self.pid = os.getpid()
-        self.estimate = None
         self.has_exited = False
         self.exit_code: int | None = None
 
@@ -89,6 +89,17 @@ def test_the_text_goes_out_and_the_numbers_beside_it(started: list[FakeProcess])
     assert result.stderr.startswith("loading a/model\n")
     assert "generated  2 tokens, ended by stop" in result.stderr
     assert started[0].has_exited
+
+
+def test_a_model_held_as_stored_for_lack_of_memory_is_told(
+    fake: FakeRunner, started: list[FakeProcess]
+) -> None:
+    assert "held" not in invoke("run", "m", "Hi").stderr
+    fake.dtype_fallback = True
+    result = invoke("run", "m", "Hi", "--dtype", "auto_or_stored")
+    assert "held       as stored, which is slow on a CPU" in result.stderr
+    assert started[-1].settings["dtype"] == "auto_or_stored"
+    assert json.loads(invoke("run", "m", "Hi", "--json").stdout)["model"]["dtype_fallback"]
 
 
 def test_every_option_reaches_the_runner(fake: FakeRunner, started: list[FakeProcess]) -> None:

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import grpc
 import pytest
@@ -238,24 +238,17 @@ def test_unload_then_no_model(client: RunnerClient) -> None:
 
 
 def test_load_sends_its_arguments(client: RunnerClient, runner: FakeRunner) -> None:
-    result = client.load(
-        "org/name", context_length=64, parallel=2, dtype="bfloat16", memory_limit_bytes=10**9
-    )
+    fields: dict[str, Any] = {"context_length": 64, "parallel": 2, "memory_limit_bytes": 10**9}
+    fields["memory_override"] = True
+    result = client.load("org/name", dtype="bfloat16", **fields)
     assert result.model.name == "org/name"
-    assert runner.requests == [
-        pb.LoadRequest(
-            model="org/name",
-            context_length=64,
-            parallel=2,
-            dtype=pb.DTYPE_BFLOAT16,
-            memory_limit_bytes=10**9,
-        )
-    ]
+    assert runner.requests == [pb.LoadRequest(model="org/name", dtype=pb.DTYPE_BFLOAT16, **fields)]
 
 
 def test_a_dtype_that_is_none_is_refused(client: RunnerClient) -> None:
-    with pytest.raises(ValueError, match="int3"):
-        client.load("org/name", dtype="int3")  # type: ignore[arg-type]  # the point
+    for call in (client.load, client.estimate):
+        with pytest.raises(ValueError, match="int3"):
+            call("org/name", dtype="int3")  # type: ignore[arg-type]  # the point
 
 
 def test_load_shows_its_progress(client: RunnerClient, runner: FakeRunner) -> None:
@@ -367,8 +360,10 @@ UNAVAILABLE = Failure("", code=grpc.StatusCode.UNAVAILABLE)
 @pytest.mark.parametrize(
     ("call", "attempts"),
     [
+        (lambda client: client.estimate("x"), 3),
         (lambda client: client.tokenize("x"), 3),
         (lambda client: client.detokenize([1]), 3),
+        (lambda client: client.trim(), 1),
         (lambda client: client.unload(), 1),
         (lambda client: client.complete("x"), 1),
         (lambda client: client.load("x"), 1),

@@ -56,7 +56,7 @@ def base_python(tmp_path: Path) -> Path:
             wanted = name != "mlx-grpc-runner" or top.endswith(".dist-info")
             if wanted and top != ".." and not (packages / top).exists():
                 (packages / top).symlink_to(Path(str(distribution.locate_file(top))))
-    for package in (ROOT / "runner_client", ROOT / "proto/mlxrunner"):
+    for package in (ROOT / "runner_client", ROOT / "runner_common", ROOT / "proto/mlxrunner"):
         (packages / package.name).symlink_to(package)
     return tmp_path / "env/bin/python"
 

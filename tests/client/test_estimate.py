@@ -1,4 +1,4 @@
-"""What a model needs, from headers and configuration alone."""
+"""What a model needs, from headers and configuration alone: without the server's packages."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from mlxrunner.units import format_bytes
+from runner_client._header_need import PROCESS_BYTES, WORKING_MINIMUM_BYTES
 from runner_client.errors import InvalidRequestError, ModelNotFoundError
-from runner_client.estimate import MARGIN_MINIMUM_BYTES, MemoryEstimate, estimate
+from runner_client.estimate import MemoryEstimate, estimate
 from safetensors_files import Shapes, attention, write_model
 
 HIDDEN, KV_ROWS, LAYERS = 64, 32, 3
@@ -28,6 +29,11 @@ PLAIN: Shapes = {**EMBEDDING, **attention("model.", LAYERS, HIDDEN, KV_ROWS)}
 PLAIN_COUNT = 100 * HIDDEN + LAYERS * 2 * KV_ROWS * HIDDEN
 
 
+@pytest.fixture(autouse=True)
+def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runner_client.estimate.can_ask", lambda: False)
+
+
 def of(
     path: Path, shapes: Shapes = PLAIN, /, *, config: Any = None, **kwargs: Any
 ) -> MemoryEstimate:
@@ -37,21 +43,22 @@ def of(
 
 
 def test_prefix_cache_that_is_asked_for_is_a_visible_part(tmp_path: Path) -> None:
-    plain = of(tmp_path)
+    plain = of(tmp_path, prefix_cache_bytes=0)
     (tmp_path / "asked").mkdir()
     asked = of(tmp_path / "asked", prefix_cache_bytes=10**9)
     assert asked.parts["prefix cache"] == 10**9
-    assert asked.total_bytes == plain.total_bytes + 10**9
+    assert asked.total_bytes == plain.total_bytes + 10**9 == asked.required_bytes
     assert asked.parts == {**plain.parts, "prefix cache": 10**9}
 
 
-@pytest.mark.parametrize("asked", [None, 0])
-def test_prefix_cache_out_of_what_is_left_over_adds_nothing(
-    tmp_path: Path, asked: int | None
+@pytest.mark.parametrize(("parallel", "sequences"), [(1, 1), (4, 1), (8, 2)])
+def test_default_prefix_cache_is_counted_and_not_required(
+    tmp_path: Path, parallel: int, sequences: int
 ) -> None:
-    need = of(tmp_path, prefix_cache_bytes=asked)
-    assert need.prefix_cache_bytes == 0
-    assert "prefix cache" not in need.parts
+    need = of(tmp_path, parallel=parallel)
+    assert need.prefix_cache_bytes == sequences * need.kv_bytes // parallel
+    assert need.has_default_prefix_cache
+    assert need.required_bytes == need.total_bytes - need.prefix_cache_bytes
 
 
 @pytest.mark.parametrize("wrong", [-1, 2**63])
@@ -63,7 +70,10 @@ def test_prefix_cache_out_of_range_is_refused_by_name(tmp_path: Path, wrong: int
 
 def test_total_is_the_sum_of_the_visible_parts(tmp_path: Path) -> None:
     need = of(tmp_path)
-    parts = (need.weight_bytes, need.kv_bytes, need.load_transient_bytes, need.margin_bytes)
+    parts = (
+        *(need.weight_bytes, need.kv_bytes, need.prefix_cache_bytes),
+        *(need.working_bytes, need.process_bytes, need.load_transient_bytes),
+    )
     assert need.total_bytes == sum(parts) == sum(need.parts.values())
     assert all(part > 0 for part in parts)
 
@@ -199,7 +209,7 @@ def test_every_parallel_sequence_has_its_own_kv(tmp_path: Path) -> None:
 def test_context_is_what_a_runner_uses(tmp_path: Path, longest: Any, assumed: int) -> None:
     need = of(tmp_path, config={"max_position_embeddings": longest})
     assert need.context_length == assumed
-    assert need.model_context_length == (longest if isinstance(longest, int) else None)
+    assert need.model_context_length == (longest if isinstance(longest, int) else assumed)
 
 
 def kv_tokens(need: MemoryEstimate) -> int:
@@ -289,14 +299,20 @@ def test_unknown_cache_is_said(tmp_path: Path) -> None:
     model = write_model(tmp_path / "odd", EMBEDDING, {"model_type": "mamba"})
     need = estimate(str(model), backend="cpu")
     assert need.kv_bytes == 0
-    assert need.notes == ("KV cache not counted: config.json does not tell its size",)
-    assert of(tmp_path).notes == ()
+    assert need.notes[1:] == ("KV cache not counted: config.json does not tell its size",)
+    assert len(of(tmp_path).notes) == 1
 
 
-def test_margin_is_a_twentieth_and_at_least_64_mib(tmp_path: Path) -> None:
-    assert of(tmp_path).margin_bytes == MARGIN_MINIMUM_BYTES == 64 * 1024**2
+@pytest.mark.parametrize("backend", ["cpu", "metal"])
+def test_what_it_is_counted_from_is_said(tmp_path: Path, backend: str) -> None:
+    assert of(tmp_path, backend=backend).notes[0].startswith("counted from the headers")
+
+
+def test_working_memory_is_a_twentieth_and_at_least_64_mib(tmp_path: Path) -> None:
+    assert of(tmp_path).working_bytes == WORKING_MINIMUM_BYTES == 64 * 1024**2
     large = of(tmp_path, {**PLAIN, "big": ("F32", (1 << 30,))})
-    assert large.margin_bytes == (large.weight_bytes + large.kv_bytes) // 20
+    assert large.working_bytes == (large.weight_bytes + large.kv_bytes) // 20
+    assert large.process_bytes == PROCESS_BYTES
 
 
 def test_arguments_out_of_range_are_named(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import runner_client
-from runner_client import errors, types
+from runner_client import errors, settings, types
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,6 +29,7 @@ PUBLIC = [
     "IncompleteStreamError",
     "InsufficientMemoryError",
     "InvalidRequestError",
+    "LoadEstimate",
     "LoadRequiresFullError",
     "LoadResult",
     "MemoryEstimate",
@@ -101,7 +102,7 @@ def test_the_public_names_are_pinned() -> None:
 
 
 def test_every_error_and_every_result_is_public() -> None:
-    for module in (errors, types):
+    for module in (errors, settings, types):
         for name, member in vars(module).items():
             if inspect.isclass(member) and member.__module__ == module.__name__:
                 assert name in PUBLIC
@@ -134,3 +135,17 @@ def test_no_module_imports_the_server_or_mlx() -> None:
                 continue
             tops = {name.split(".")[0] for name in names}
             assert not tops & {"mlx", "mlx_lm", "runner_server"}, f"{file}: {names}"
+
+
+def _parameters(owner: type) -> dict[str, dict[str, inspect.Parameter]]:
+    """The parameters of its public methods."""
+    return {
+        name: dict(inspect.signature(member).parameters)
+        for name, member in inspect.getmembers(owner, inspect.isfunction)
+        if not name.startswith("_")
+    }
+
+
+def test_sync_and_asyncio_are_mirror_images() -> None:
+    assert _parameters(runner_client.RunnerClient) == _parameters(runner_client.AsyncRunnerClient)
+    assert _parameters(runner_client.RunnerProcess) == _parameters(runner_client.AsyncRunnerProcess)

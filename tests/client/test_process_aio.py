@@ -43,6 +43,7 @@ async def test_as_a_context_manager_it_is_ready_inside_and_gone_outside(model: s
         pieces = [chunk.content async for chunk in runner.completion("Hi")]
         assert pieces == ["Hello", " world", ""]
         assert await runner.detokenize(await runner.tokenize("h\u00e9")) == "h\u00e9"
+        assert await runner.trim(prefix_cache_bytes=0) == 0
         assert await runner.ping() > 0
         assert (await runner.status()).pid == pid
         with pytest.raises(errors.NotSupportedError):

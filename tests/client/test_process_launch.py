@@ -21,6 +21,7 @@ from runner_client import (
     _command,
     errors,
 )
+from runner_common import import_paths
 
 
 @pytest.fixture
@@ -64,7 +65,9 @@ def test_the_load_names_what_the_gate_counted(model: str) -> None:
 def test_the_prefix_cache_is_counted_and_asked_for(model: str, asked: int | None) -> None:
     with RunnerProcess(model, prefix_cache_bytes=asked) as runner:
         assert runner.estimate is not None
-        assert runner.estimate.prefix_cache_bytes == (asked or 0)
+        assert runner.estimate.has_default_prefix_cache == (asked is None)
+        if asked is not None:
+            assert runner.estimate.prefix_cache_bytes == asked
     told = load_told(runner)
     assert (f"prefix_cache_bytes: {asked}" in told) == (asked is not None)
     assert ("prefix_cache_bytes" in told) == (asked is not None)
@@ -118,80 +121,6 @@ def test_a_model_that_does_not_fit_starts_nothing(model: str) -> None:
         assert forced.complete("Hi").content == "Hello world"
 
 
-@pytest.mark.usefixtures("fake_child")
-def test_the_gate_sets_the_memory_aside_until_the_load_is_done(model: str) -> None:
-    gate = MemoryGate(measure=free(2**30), settle_seconds=0)
-    runner = RunnerProcess(model, gate=gate)
-    try:
-        need = runner.load()
-        assert gate.check(need).reserved_bytes == need.total_bytes
-        runner.wait_until_running()
-        assert gate.check(need).reserved_bytes == 0
-    finally:
-        runner.close()
-
-
-@pytest.mark.usefixtures("fake_child")
-def test_a_close_gives_the_memory_back_to_the_gate(model: str) -> None:
-    gate = MemoryGate(measure=free(2**30), settle_seconds=0)
-    runner = RunnerProcess(model, gate=gate)
-    need = runner.load()
-    runner.close()
-    assert gate.check(need).reserved_bytes == 0
-
-
-@pytest.mark.skipif(platform.system() != "Linux", reason="float32 is chosen on a CPU only")
-def test_auto_falls_back_to_the_stored_format(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    use_fake_child(monkeypatch)
-    monkeypatch.setattr("runner_client.estimate.installed_backend", lambda: "cpu")
-    path = write_model(tmp_path / "half", weight_bytes=2**30, dtype="F16")
-    gate = MemoryGate(measure=free(2 * 2**30), settle_seconds=0)
-    with RunnerProcess(str(path), gate=gate) as runner:
-        assert runner.estimate is not None
-        assert runner.estimate.dtype == "as_stored"
-    assert "dtype: DTYPE_AS_STORED" in load_told(runner)
-    assert "loaded as it is stored" in caplog.text
-
-
-@pytest.mark.usefixtures("fake_child")
-@pytest.mark.parametrize("free_bytes", [2**20, 2**28], ids=["less than the need", "kept back"])
-def test_an_overridden_gate_has_the_server_go_on(model: str, free_bytes: int) -> None:
-    gate = MemoryGate(measure=free(free_bytes), minimum_bytes=2**28, settle_seconds=0)
-    runner = RunnerProcess(model, gate=gate, dtype="bfloat16", memory_override=True)
-    with runner:
-        assert runner.estimate is not None
-        limit_bytes = max(runner.estimate.total_bytes, free_bytes)
-    assert f"memory_limit_bytes: {limit_bytes}" in load_told(runner)
-
-
-@pytest.mark.usefixtures("fake_child")
-def test_an_override_that_was_not_needed_sets_no_limit(model: str) -> None:
-    gate = MemoryGate(measure=free(2**40))
-    with RunnerProcess(model, gate=gate, memory_override=True) as runner:
-        pass
-    assert "memory_limit_bytes" not in load_told(runner)
-
-
-@pytest.mark.parametrize("free_gib", [2, 1], ids=["as stored it fits", "it does not fit at all"])
-def test_auto_is_as_stored_rather_than_overridden_in_float32(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_gib: int
-) -> None:
-    use_fake_child(monkeypatch)
-    monkeypatch.setattr("runner_client.estimate.installed_backend", lambda: "cpu")
-    path = write_model(tmp_path / "half", weight_bytes=2**30, dtype="F16")
-    gate = MemoryGate(measure=free(free_gib * 2**30), settle_seconds=0)
-    runner = RunnerProcess(str(path), gate=gate, memory_override=True)
-    with runner:
-        need = runner.estimate
-        assert need is not None
-        assert need.dtype == "as_stored"
-    told = load_told(runner)
-    assert "dtype: DTYPE_AS_STORED" in told
-    assert (f"memory_limit_bytes: {need.total_bytes}" in told) == (free_gib == 1)
-
-
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(errors.ModelNotFoundError):
         RunnerProcess(str(tmp_path / "none")).load()
@@ -235,6 +164,7 @@ def test_the_environment_of_the_child(model: str, monkeypatch: pytest.MonkeyPatc
     assert caught.value.stderr_tail == (f"ab{Path.cwd()}",)
 
 
+@pytest.mark.usefixtures("fake_child")
 def test_a_place_to_listen_that_is_none(model: str) -> None:
     with pytest.raises(ValueError, match="pigeon"):
         RunnerProcess(model, listen="pigeon").load()  # type: ignore[arg-type]  # the point
@@ -258,14 +188,14 @@ def test_a_socket_lies_in_a_private_folder_with_a_short_path(
 
 def test_import_paths_of_a_checkout_come_first() -> None:
     root = Path(__file__).parents[2]
-    added = _command.with_import_paths({"PYTHONPATH": "/mine", "A": "b"})
+    added = import_paths.with_import_paths({"PYTHONPATH": "/mine", "A": "b"})
     assert added["A"] == "b"
     assert added["PYTHONPATH"].split(os.pathsep) == [str(root), str(root / "proto"), "/mine"]
 
 
 def test_installed_packages_are_not_put_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_command, "_places", lambda _name: ["/usr/lib/python3/site-packages"])
-    assert _command.with_import_paths({"A": "b"}) == {"A": "b"}
+    monkeypatch.setattr(import_paths, "_places", lambda _name: ["/usr/lib/python3/site-packages"])
+    assert import_paths.with_import_paths({"A": "b"}) == {"A": "b"}
 
 
 @pytest.mark.parametrize("given", [{}, {TOKEN_VARIABLE: "the host's own"}])

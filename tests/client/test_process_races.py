@@ -164,7 +164,8 @@ def test_an_overtaken_close_leaves_the_newer_child_alone(
         need = runner.load()
         overtake(monkeypatch, Child, "close", start_anew)
         runner.close()
-        assert gate.check(need, override=True).reserved_bytes == need.total_bytes
+        # That of the newer one, less what it has taken already.
+        assert need.total_bytes / 2 < gate.check(need, override=True).reserved_bytes
         runner.wait_until_running()
         assert runner.complete("Hi").content == "Hello world"
     finally:

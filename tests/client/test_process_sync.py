@@ -49,6 +49,7 @@ def test_as_a_context_manager_it_is_ready_inside_and_gone_outside(model: str) ->
         assert runner.complete("Hi").content == "Hello world"
         assert [chunk.content for chunk in runner.completion("Hi")] == ["Hello", " world", ""]
         assert runner.detokenize(runner.tokenize("h\u00e9")) == "h\u00e9"
+        assert runner.trim(prefix_cache_bytes=0) == 0
         assert runner.ping() > 0
         assert runner.status().pid == pid
         with pytest.raises(errors.NotSupportedError):

@@ -52,6 +52,50 @@ def test_nothing_loaded_until_a_load() -> None:
         assert client.load("org/name").model == client.status().model
 
 
+def test_what_does_not_fit_is_refused_unless_it_is_overridden() -> None:
+    with fake_runner() as runner, RunnerClient(runner.address) as client:
+        runner.model, runner.available_bytes = None, runner.model_bytes - 1
+        assert not client.estimate("org/name").fits
+        with pytest.raises(errors.InsufficientMemoryError) as caught:
+            client.load("org/name")
+        assert caught.value.required_bytes == runner.model_bytes
+        assert caught.value.available_bytes == runner.available_bytes
+        assert client.status().model is None
+        assert not client.load("org/name", memory_override=True).model.dtype_fallback
+        assert client.load("org/name", dtype="bfloat16")
+
+
+def test_what_fits_only_as_stored() -> None:
+    with fake_runner() as runner, RunnerClient(runner.address) as client:
+        runner.available_bytes = runner.model_bytes - 1
+        estimate = client.estimate("org/name", dtype="auto_or_stored")
+        assert (estimate.fits, estimate.dtype) == (True, "as_stored")
+        assert estimate.notes
+        loaded = client.load("org/name", dtype="auto_or_stored").model
+        assert loaded.dtype_fallback
+        assert client.status().model == loaded
+        runner.available_bytes = runner.model_bytes
+        assert not client.load("org/name", dtype="auto_or_stored").model.dtype_fallback
+
+
+def test_a_trim_beside_a_load_is_refused() -> None:
+    with fake_runner() as runner, RunnerClient(runner.address) as client:
+        runner.load_seconds = 30.0
+        load = threading.Thread(target=_load_until_closed, args=(client,))
+        load.start()
+        while client.status().state is not State.LOADING:
+            pass
+        with pytest.raises(errors.BusyError):
+            client.trim()
+        client.close()
+        load.join(10)
+
+
+def _load_until_closed(client: RunnerClient) -> None:
+    with pytest.raises(errors.RunnerUnavailableError):
+        client.load("org/name")
+
+
 def test_several_fakes_at_once() -> None:
     with fake_runner(pieces="ab") as one, fake_runner(pieces="cd", listen="unix") as two:
         assert one.address != two.address

@@ -15,6 +15,7 @@ from runner_client import (
     CompletionChunk,
     CompletionStream,
     DoneReason,
+    LoadEstimate,
     LoadResult,
     MemoryEstimate,
     Model,
@@ -45,6 +46,10 @@ def test_the_sync_client(runner: FakeRunner) -> None:
         assert_type(client.complete([1, 2]), Completion)
         assert_type(client.is_serving(), bool)
         assert_type(client.ping(), float)
+        assert_type(client.estimate("m", dtype="auto_or_stored"), LoadEstimate)
+        assert_type(client.estimate("m").fits, bool)
+        assert_type(client.estimate("m").notes, tuple[str, ...])
+        assert_type(client.trim(prefix_cache_bytes=1), int)
         assert_type(client.unload(), int)
         with assert_type(client.completion("x"), CompletionStream):
             pass
@@ -64,6 +69,8 @@ async def test_the_async_client(runner: FakeRunner) -> None:
         assert_type(await client.tokenize("x"), list[int])
         assert_type(await client.detokenize([1]), str)
         assert_type(await client.complete([1, 2]), Completion)
+        assert_type(await client.estimate("m"), LoadEstimate)
+        assert_type(await client.trim(), int)
         assert_type(await client.is_serving(), bool)
         assert_type(await client.ping(), float)
         async with assert_type(client.completion("x"), AsyncCompletionStream) as stream:
@@ -91,6 +98,7 @@ if TYPE_CHECKING:
         assert_type(runner.restart(), LoadResult)
         assert_type(runner.completion("x"), CompletionStream)
         assert_type(runner.complete("x"), Completion)
+        assert_type(runner.trim(), int)
 
     async def async_process(runner: AsyncRunnerProcess) -> None:
         """The same in asyncio."""
@@ -98,3 +106,4 @@ if TYPE_CHECKING:
         assert_type(await runner.wait_until_running(), LoadResult)
         assert_type(runner.completion("x"), AsyncCompletionStream)
         assert_type(await runner.complete("x"), Completion)
+        assert_type(await runner.trim(), int)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import pytest
@@ -77,6 +77,23 @@ async def test_faults_of_a_load(
     await server.load()
 
 
+@pytest.mark.parametrize(("fault", "code", "keys"), LOAD_FAULTS)
+async def test_faults_of_an_estimate(
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: RunnerFault,
+    code: grpc.StatusCode,
+    keys: tuple[str, ...],
+) -> None:
+    async def fail(_spec: object) -> NoReturn:
+        raise fault
+
+    monkeypatch.setattr(server.app._estimator, "estimate", fail)
+    problem = await failure(server.stub.Estimate(pb.EstimateRequest(model="x")))
+    reason = pb.ErrorReason.Name(fault.reason).removeprefix("ERROR_REASON_")
+    check(problem, code, reason, *keys)
+
+
 @pytest.mark.parametrize("field", ["completion", "tokenize", "detokenize"])
 async def test_model_not_loaded(server: Server, field: str) -> None:
     calls: dict[str, Callable[[], Any]] = {
@@ -91,7 +108,8 @@ async def test_busy(server: Server) -> None:
     server.backend.load_gate.shut()
     load = asyncio.ensure_future(server.load())
     await server.thread(server.backend.load_gate.wait_arrival)
-    check(await failure(server.load()), Code.FAILED_PRECONDITION, "BUSY")
+    for call in (server.load(), server.stub.Trim(pb.TrimRequest())):
+        check(await failure(call), Code.FAILED_PRECONDITION, "BUSY")
     server.backend.load_gate.open()
     await load
 
@@ -117,6 +135,8 @@ async def test_shutting_down(loaded: Server) -> None:
     calls: list[Any] = [
         loaded.start(),
         loaded.load(),
+        loaded.stub.Estimate(pb.EstimateRequest(model="x")),
+        loaded.stub.Trim(pb.TrimRequest()),
         loaded.stub.Unload(pb.UnloadRequest()),
         loaded.stub.Tokenize(pb.TokenizeRequest(content="x")),
         loaded.stub.Detokenize(pb.DetokenizeRequest(token_ids=[1])),
@@ -135,17 +155,21 @@ async def test_generation_failed(loaded: Server) -> None:
     assert "/secret" not in problem.message
 
 
-@pytest.mark.parametrize("rpc", ["Load", "Unload", "Status", "Completion", "Tokenize"])
+@pytest.mark.parametrize(
+    "rpc", ["Load", "Estimate", "Trim", "Unload", "Status", "Completion", "Tokenize"]
+)
 async def test_an_unexpected_exception_tells_nothing(
     loaded: Server, monkeypatch: pytest.MonkeyPatch, rpc: str
 ) -> None:
     def broken(*_args: object, **_kwargs: object) -> None:
         raise ZeroDivisionError("password=hunter2 /home/someone/file.py")
 
-    for name in ("load", "unload", "model", "snapshot"):
+    for name in ("load", "trim", "unload", "model", "snapshot", "refuse_when_ending"):
         monkeypatch.setattr(loaded.app.engine, name, broken)
     calls: dict[str, Callable[[], Any]] = {
         "Load": loaded.load,
+        "Estimate": lambda: loaded.stub.Estimate(pb.EstimateRequest(model="x")),
+        "Trim": lambda: loaded.stub.Trim(pb.TrimRequest()),
         "Unload": lambda: loaded.stub.Unload(pb.UnloadRequest()),
         "Status": loaded.status,
         "Completion": loaded.start,

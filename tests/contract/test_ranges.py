@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -13,7 +14,7 @@ from harness import Server, failure, tokens
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.config import parse_args
 from runner_server.messages import Dtype, LoadSpec
-from runner_server.validation import load_spec
+from runner_server.validation import load_spec, trim_bytes
 
 NAN, INF = float("nan"), float("inf")
 MAX_INT32, MIN_INT32 = 2**31 - 1, -(2**31)
@@ -174,6 +175,9 @@ LOAD_INSIDE: list[tuple[dict[str, Any], LoadSpec]] = [
     ({"prefix_cache_bytes": 2**63 - 1}, LoadSpec("m", prefix_cache_bytes=2**63 - 1)),
     ({"dtype": pb.DTYPE_UNSPECIFIED}, LoadSpec("m", dtype=Dtype.AUTO)),
     ({"dtype": pb.DTYPE_FLOAT16}, LoadSpec("m", dtype=Dtype.FLOAT16)),
+    ({"dtype": pb.DTYPE_AUTO_OR_STORED}, LoadSpec("m", dtype=Dtype.AUTO_OR_STORED)),
+    ({"memory_override": True}, LoadSpec("m", memory_override=True)),
+    ({"memory_override": False}, LoadSpec("m")),
 ]
 
 
@@ -223,3 +227,42 @@ async def test_load_outside(loaded: Server, field: str, make: Callable[[], pb.Lo
     assert set(problem.violations) == {field}
     # A refused load leaves the model alone.
     assert (await loaded.status()).model.name == "fake"
+
+
+def _as_estimate(request: pb.LoadRequest) -> pb.EstimateRequest:
+    """The same fields; both messages give them the same numbers."""
+    return pb.EstimateRequest.FromString(request.SerializeToString())
+
+
+def test_an_estimate_has_the_fields_of_a_load() -> None:
+    load = {field.name: field.number for field in pb.LoadRequest.DESCRIPTOR.fields}
+    estimate = {field.name: field.number for field in pb.EstimateRequest.DESCRIPTOR.fields}
+    assert load == {**estimate, "memory_override": load["memory_override"]}
+
+
+@pytest.mark.parametrize(("fields", "spec"), LOAD_INSIDE)
+def test_estimate_inside(fields: dict[str, Any], spec: LoadSpec) -> None:
+    load = pb.LoadRequest(model="m", **fields)
+    load.ClearField("memory_override")
+    assert load_spec(_as_estimate(load)) == replace(spec, memory_override=False)
+
+
+@pytest.mark.parametrize(("field", "make"), LOAD_OUTSIDE)
+async def test_estimate_outside(
+    loaded: Server, field: str, make: Callable[[], pb.LoadRequest]
+) -> None:
+    problem = await failure(loaded.stub.Estimate(_as_estimate(make())))
+    assert (problem.code, problem.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
+    assert set(problem.violations) == {field}
+
+
+@pytest.mark.parametrize(("size", "kept"), [(None, 0), (0, 0), (1, 1), (2**63 - 1, 2**63 - 1)])
+def test_trim_inside(size: int | None, kept: int) -> None:
+    assert trim_bytes(pb.TrimRequest(prefix_cache_bytes=size)) == kept
+
+
+@pytest.mark.parametrize("size", [-1, -(2**63)])
+async def test_trim_outside(loaded: Server, size: int) -> None:
+    problem = await failure(loaded.stub.Trim(pb.TrimRequest(prefix_cache_bytes=size)))
+    assert (problem.code, problem.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
+    assert set(problem.violations) == {"prefix_cache_bytes"}

@@ -12,6 +12,7 @@ import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
 from rank_processes import DEMO, THREE_HEADS, Ranks, failure_of, problem_of, ranks
+from runner_common.memory_need import MemoryNeed
 from runner_server.errors import ModelUnsupported
 from runner_server.messages import Dtype, LoadSpec
 from server_child import DEADLINE_SECONDS, Child
@@ -111,10 +112,22 @@ def test_layers_of_unlike_kinds_are_not_shared_out() -> None:
 
 def test_a_load_takes_the_smallest_share_of_any_rank() -> None:
     from runner_server.adapter.kv import CacheShape, Probe
-    from runner_server.adapter.loading import _Plan
+    from runner_server.adapter.planning import Plan
 
     seen = Probe(10, (CacheShape(token_bytes=8),))
-    plan = _Plan(Dtype.FLOAT32, seen, 100, 50, 10**6, 3 * seen.kv_bytes(50), 7)
+    budget = 3 * seen.kv_bytes(50)
+    plan = Plan(
+        dtype=Dtype.FLOAT32,
+        probe=seen,
+        max_context_length=100,
+        context_length=50,
+        parallel=9,
+        need=MemoryNeed(10**6, budget, 7, 0, 0, 0),
+        kv_budget_bytes=budget,
+        buffer_cache_bytes=0,
+        token_bytes=0.0,
+        pair_bytes=0.0,
+    )
     assert plan.share == 3
     assert plan.with_share(1.5).kv_budget_bytes == seen.kv_bytes(50) * 3 // 2
     assert plan.with_share(99.0) == plan

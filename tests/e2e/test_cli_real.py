@@ -273,12 +273,13 @@ def test_estimate_shows_parts_that_add_up() -> None:
     arguments = ("estimate", MODEL, "--context-length", "512", "--parallel", "2")
     report = json.loads(_run(*arguments, "--json").stdout)
     need = report["estimate"]
-    parts = ("weight_bytes", "kv_bytes", "load_transient_bytes", "margin_bytes")
+    parts = ("weight", "kv", "prefix_cache", "working", "process", "load_transient")
     assert report["fits"] is True
-    assert need["total_bytes"] == sum(need[part] for part in parts)
+    assert need["total_bytes"] == sum(need[f"{part}_bytes"] for part in parts)
+    assert need["required_bytes"] == need["total_bytes"] - need["prefix_cache_bytes"]
     result = _run(*arguments)
     assert result.returncode == 0
-    assert {"weights", "KV", "load", "margin", "needed", "free", "fits"} <= {
+    assert {"weights", "KV", "prefix", "working", "process", "needed", "free", "fits"} <= {
         line.split()[0] for line in result.stdout.splitlines()
     }
 

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.mlx
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402 - after importorskip
 
 from runner_server.adapter.loading import load  # noqa: E402
+from runner_server.adapter.planning import load_transient_bytes  # noqa: E402
 from runner_server.messages import Dtype, LoadSpec  # noqa: E402
 
 SIZES = {
@@ -72,7 +73,10 @@ def test_transient_of_a_conversion(model_dir: ModelDir, shape: str) -> None:
     assert model.info.weight_bytes == need.weight_bytes
     # The warm-up's own arrays are the rest: a token's activations and its KV cache.
     kv_bytes = estimate(str(path), dtype="float32", context_length=2, parallel=1).kv_bytes
-    assert peak - need.weight_bytes <= need.load_transient_bytes + kv_bytes + MIB
+    transient = load_transient_bytes(model._model, path)
+    assert peak - need.weight_bytes <= transient + kv_bytes + MIB
+    # It is counted as far as what is taken later leaves no room for it.
+    assert transient <= need.need.mlx_bytes - need.weight_bytes + need.load_transient_bytes
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -86,8 +90,13 @@ def test_kv_cache_of_a_full_context(model_dir: ModelDir, shape: str) -> None:
     mx.eval(model._model(mx.zeros((1, CONTEXT - 2), dtype=mx.int32), cache=caches))
     for _ in range(2):  # a rotating cache takes its final size when it decodes
         mx.eval(model._model(mx.zeros((1, 1), dtype=mx.int32), cache=caches))
-    assert sum(cache.nbytes for cache in caches) == need.kv_bytes
-    assert active_bytes() - before == pytest.approx(need.kv_bytes, rel=0.02)
+    held = sum(cache.nbytes for cache in caches)
+    if shape == "gemma3":
+        # A chunk of a prompt comes into a window before what leaves it goes.
+        assert held <= need.kv_bytes <= 1.25 * held
+    else:
+        assert held == need.kv_bytes
+    assert active_bytes() - before == pytest.approx(held, rel=0.02)
 
 
 def test_both_sides_know_the_same_types() -> None:

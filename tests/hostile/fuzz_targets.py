@@ -71,6 +71,10 @@ class Parsing:
             case pb.LoadRequest():
                 spec = validation.load_spec(request)
                 assert convert.model_message(model_info(spec))
+            case pb.EstimateRequest():
+                validation.load_spec(request)
+            case pb.TrimRequest():
+                assert validation.trim_bytes(request) >= 0
             case pb.CompletionRequest():
                 self._check_completion(request)
             case pb.TokenizeRequest():

@@ -10,7 +10,7 @@ import pytest
 from fakes import VOCAB_SIZE, ByteCodec, FakeBackend
 from harness import Server, StartServer, failure
 from mlxrunner.v1 import runner_pb2 as pb
-from nasty import record
+from nasty import METHODS, record
 from verdicts import TOO_LARGE, Caller
 
 MOST_IDS = 4 * 2**20
@@ -49,7 +49,7 @@ async def test_a_message_over_the_limit_is_grpcs_own_refusal(loaded: Server) -> 
     assert await caller.send(("Tokenize", filler)) == "OK"
 
 
-@pytest.mark.parametrize("name", ["Load", "Unload", "Status", "Completion", "Tokenize"])
+@pytest.mark.parametrize("name", [method.name for method in METHODS])
 async def test_bytes_that_are_no_message(loaded: Server, name: str) -> None:
     caller = Caller(loaded.channel)
     assert await caller.send((name, b"\xff\xff")) == "INVALID_FIELD"

@@ -23,6 +23,8 @@ CONTEXT_LENGTH = 512
 LIFECYCLE = {"Load", "Unload"}
 """These end running streams by design."""
 
+_ROUNDS = 20
+
 pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")
 
 hostile = settings(
@@ -113,11 +115,23 @@ def _is_set(part: Message, way: Way) -> bool:
 
 
 def test_every_field_is_reached() -> None:
-    """A property that never sets a field says nothing about it."""
+    """A property that never sets a field says nothing about it.
+
+    A seed does not fix what is drawn: Hypothesis draws constants of the modules too that
+    happen to be imported. One round in several misses a field, and never all of them do.
+    """
     missing = set(_ways())
+    for number in range(_ROUNDS):
+        if missing:
+            _look(number, missing)
+    assert not [".".join([name, *(field.name for field in way)]) for name, way in missing]
+
+
+def _look(number: int, missing: set[tuple[str, Way]]) -> None:
+    """Makes calls from a seed, and removes the fields that they set."""
     classes = {method.name: GetMessageClass(method.input_type) for method in METHODS}
 
-    @seed(0)
+    @seed(number)
     @settings(hostile, max_examples=1000, database=None, phases=[Phase.generate])
     @given(call=calls(lambda _name: True))
     def look(call: Call) -> None:
@@ -131,7 +145,6 @@ def test_every_field_is_reached() -> None:
         )
 
     look()
-    assert not [".".join([name, *(field.name for field in way)]) for name, way in missing]
 
 
 def test_the_table_is_whole() -> None:

@@ -61,6 +61,7 @@ async def test_ten_megabytes_in_every_text(target: Server) -> None:
     text = "x" * (10 * MEGABYTE)
     requests: list[Message] = [
         pb.LoadRequest(model=text),
+        pb.EstimateRequest(model=text),
         pb.CompletionRequest(prompt="x", request_id=text),
         completion(stop=[text]),
         pb.TokenizeRequest(content=text),
@@ -108,13 +109,14 @@ async def test_lone_surrogates_and_other_bytes_that_are_no_text(
     caller, count = Caller(target.channel), 0
     for name, kind in (
         ("Load", pb.LoadRequest),
+        ("Estimate", pb.EstimateRequest),
         ("Completion", pb.CompletionRequest),
         ("Tokenize", pb.TokenizeRequest),
     ):
         for request in _texts(kind.DESCRIPTOR, data):
             assert await caller.send((name, request)) == "INVALID_FIELD"
             count += 1
-    assert count == 5
+    assert count == 6
 
 
 async def test_nul_right_to_left_and_their_like_come_back_from_tokens(target: Server) -> None:
@@ -214,6 +216,21 @@ async def test_a_billion_in_every_number_of_a_load(real: Server) -> None:
         call = ("Load", data + record(number, 0, varint(BILLION)))
         assert await caller.send(call) == expected, field
     await real.load(str(DEMO), context_length=CONTEXT_LENGTH)
+
+
+async def test_a_billion_in_every_number_of_an_estimate(target: Server) -> None:
+    assert {*_numbers(pb.EstimateRequest()), "dtype"} == LOAD_BILLION_ENDINGS.keys()
+    for field, expected in LOAD_BILLION_ENDINGS.items():
+        number = pb.EstimateRequest.DESCRIPTOR.fields_by_name[field].number
+        data = pb.EstimateRequest(model=str(DEMO)).SerializeToString()
+        call = ("Estimate", data + record(number, 0, varint(BILLION)))
+        assert await Caller(target.channel).send(call) == expected, field
+
+
+async def test_a_billion_in_a_trim(target: Server) -> None:
+    for size in (BILLION, 2**63 - 1):
+        assert await ending(target, pb.TrimRequest(prefix_cache_bytes=size)) == "OK"
+    assert await ending(target, pb.TrimRequest(prefix_cache_bytes=-BILLION)) == "INVALID_FIELD"
 
 
 async def test_extremes_that_are_allowed_together(target: Server) -> None:

@@ -1,11 +1,13 @@
-"""What the engine tells of a prefix cache, in the protocol's messages."""
+"""What the engine tells of a prefix cache and of memory, in the protocol's messages."""
 
 from __future__ import annotations
+
+import sys
 
 import pytest
 
 from harness import Server
-from runner_server.convert import piece_message
+from runner_server.convert import memory_message, piece_message
 from runner_server.messages import Done, DoneReason, MemoryCounters, Piece
 
 
@@ -21,3 +23,34 @@ async def test_status_tells_what_is_kept(server: Server, monkeypatch: pytest.Mon
     status = await server.status()
     assert status.memory_usage.prefix_cache_bytes == 2**33
     assert status.memory == 2**40 + 1
+
+
+@pytest.mark.parametrize(
+    ("device", "system", "process", "other"),
+    [
+        ("cpu: EPYC", "linux", 100, 70),
+        ("gpu: Apple M4", "darwin", 100, 70),
+        # A GPU's own memory is no part of the resident set.
+        ("gpu: NVIDIA H100", "linux", 100, 100),
+        # Pages that were allocated and never written are in no resident set.
+        ("cpu: EPYC", "linux", 25, 0),
+        ("", "linux", 100, 70),
+    ],
+)
+def test_what_mlx_does_not_hold(
+    monkeypatch: pytest.MonkeyPatch, device: str, system: str, process: int, other: int
+) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    message = memory_message(MemoryCounters(20, 10, 40), process, device=device)
+    assert message.other_bytes == other
+
+
+async def test_status_tells_the_limits_in_force(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await server.load(prefix_cache_bytes=50)
+    counters = MemoryCounters(9, 1, 9, prefix_cache_bytes=7, prefix_cache_limit_bytes=40)
+    monkeypatch.setattr(server.backend, "memory", lambda: counters)
+    usage = (await server.status()).memory_usage
+    assert (usage.prefix_cache_bytes, usage.prefix_cache_limit_bytes) == (7, 40)
+    assert usage.other_bytes == usage.process_bytes - 10

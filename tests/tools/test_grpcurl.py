@@ -37,7 +37,16 @@ def call(run: Run, place: Place, method: str, request: dict[str, Any], *more: st
 def test_it_lists_services_and_methods(run: Run, place: Place) -> None:
     services = curl(run, place, "list").stdout.split()
     assert {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection"} <= {*services}
-    methods = ("Completion", "Detokenize", "Load", "Status", "Tokenize", "Unload")
+    methods = (
+        "Completion",
+        "Detokenize",
+        "Estimate",
+        "Load",
+        "Status",
+        "Tokenize",
+        "Trim",
+        "Unload",
+    )
     assert curl(run, place, "list", SERVICE).stdout.split() == [f"{SERVICE}.{m}" for m in methods]
 
 

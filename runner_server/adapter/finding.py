@@ -26,6 +26,11 @@ def find_below(root: ModelRoot, model: str) -> Path:
 
 
 def find(model: str) -> Path:
+    """Finds a model.
+
+    Raises:
+        ModelNotFound: It is neither a directory nor a hub id in the local cache.
+    """
     try:
         path = Path(model).expanduser()
         if path.is_dir():

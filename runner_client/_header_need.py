@@ -1,0 +1,94 @@
+"""What a model needs, counted from its files' headers alone.
+
+For machines without the server's packages, and for other backends than the installed one. The
+server's own plan (:mod:`runner_common.asking`) is exact where this can only guess: recurrent
+states, windows and latent caches of many architectures, the arrays of a step.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner_client._kv import kv_layers, text_config
+from runner_client._safetensors import read_config, read_tensors
+from runner_client._weights import hosted_tensors, weigh
+from runner_client.errors import InvalidRequestError
+from runner_common.asking import NeedAnswer
+from runner_common.memory_need import MemoryNeed
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from runner_common.asking import NeedRequest
+
+DEFAULT_CONTEXT_LENGTH = 4096
+"""What a runner uses when none is asked for, or the model's own length if that is less."""
+
+WORKING_SHARE = 0.05
+WORKING_MINIMUM_BYTES = 64 * 1024**2
+"""A twentieth of weights and caches, and at least this, for the arrays of a step."""
+
+PROCESS_BYTES = 160 * 1024**2
+"""Interpreter and libraries, transformers included: a tokenizer may need it."""
+
+PREFIX_SHARE = 4
+"""The default prefix cache holds one sequence, or one part in so many of all."""
+
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def need_from_headers(request: NeedRequest) -> tuple[NeedAnswer, tuple[str, ...]]:
+    """Return the need, and what could not be told.
+
+    Raises:
+        ModelUnsupportedError: The files are incomplete or damaged.
+        InvalidRequestError: The context is longer than the model can handle.
+    """
+    path = Path(request.path)
+    config, stored = read_config(path), read_tensors(path)
+    tensors = hosted_tensors(stored)
+    longest = _model_context_length(config)
+    context = _context_length(request.context_length, longest)
+    weights = weigh(tensors, config, _ITEM_BYTES.get(request.dtype))
+    layers = kv_layers(config, tensors)
+    item_bytes = _ITEM_BYTES.get(request.dtype, weights.stored_item_bytes)
+    one = item_bytes * sum(layer.elements(context) for layer in layers)
+    kept = request.prefix_cache_bytes
+    need = MemoryNeed(
+        weight_bytes=weights.held_bytes,
+        kv_bytes=one * request.parallel,
+        prefix_cache_bytes=max(one, one * request.parallel // PREFIX_SHARE)
+        if kept is None
+        else kept,
+        working_bytes=_working_bytes(weights.held_bytes + one * request.parallel),
+        process_bytes=PROCESS_BYTES,
+        load_transient_bytes=weights.transient_bytes,
+        has_default_prefix_cache=kept is None,
+    )
+    notes = () if layers else ("KV cache not counted: config.json does not tell its size",)
+    return NeedAnswer(need, request.dtype, context, longest or context), notes
+
+
+def _working_bytes(held_bytes: int) -> int:
+    return max(WORKING_MINIMUM_BYTES, int(held_bytes * WORKING_SHARE))
+
+
+def _context_length(asked: int | None, longest: int | None) -> int:
+    if asked is None:
+        return min(longest or DEFAULT_CONTEXT_LENGTH, DEFAULT_CONTEXT_LENGTH)
+    if longest is not None and asked > longest:
+        text = f"{asked:,} is not in the range 2 to {longest:,}"
+        raise InvalidRequestError(
+            f"context_length: {text}", field_violations=[("context_length", text)]
+        )
+    return asked
+
+
+def _model_context_length(config: Mapping[str, Any]) -> int | None:
+    text = text_config(config)
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"):
+        value = text.get(name)
+        if type(value) is int and value > 0:
+            return value
+    return None

@@ -1,0 +1,44 @@
+"""``mlx-runner trim``: a runner gives memory back that it does not need."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from mlxrunner.units import format_bytes
+from runner_client.cli._access import Credentials, access_options, open_client
+from runner_client.cli._errors import EXIT_CODES
+from runner_client.cli._options import json_option, size_or_zero
+from runner_client.cli._output import print_json
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+
+@click.command("trim", short_help="Have a runner give memory back.", epilog=EXIT_CODES)
+@click.argument("address")
+@click.option(
+    "--prefix-cache",
+    type=size_or_zero,
+    metavar="SIZE",
+    help="Reduce the prefix cache to this at least; it may grow again.  [default: 0]",
+)
+@access_options
+@json_option
+def command(
+    address: str, *, prefix_cache: int | None, as_json: bool, **credentials: Unpack[Credentials]
+) -> None:
+    """Have the runner at ADDRESS (HOST:PORT or unix:/path) give memory back.
+
+    It drops evaluated prompts, then what it keeps of freed memory. Nothing ends: its model stays,
+    and completions go on.
+    """
+    if not address:
+        raise click.BadArgumentUsage("ADDRESS is empty; give HOST:PORT or unix:/path")
+    with open_client(address, **credentials) as client:
+        freed = client.trim(prefix_cache_bytes=prefix_cache)
+    if as_json:
+        print_json({"freed_bytes": freed})
+    else:
+        click.echo(f"{format_bytes(freed)} given back")

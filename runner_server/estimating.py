@@ -1,0 +1,72 @@
+"""``python -m runner_server.estimating JSON``: what a load would need, without loading.
+
+Builds the model with unread weights, decides as a load does, prints one line of JSON and ends;
+see :mod:`runner_common.asking`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from mlxrunner.v1 import runner_pb2 as pb
+from runner_common.asking import NeedAnswer, NeedRequest
+from runner_server.adapter.backend import use_offline
+from runner_server.errors import InvalidField, ModelUnsupported, RunnerFault
+from runner_server.messages import Dtype, LoadSpec
+
+
+def answer(request: NeedRequest) -> NeedAnswer:
+    """Return what the server's plan counts.
+
+    Raises:
+        RunnerFault: As a load would raise it.
+    """
+    use_offline()
+    from runner_server.adapter.loading import plan_load  # noqa: PLC0415 - imports MLX
+
+    spec = LoadSpec(
+        model=request.path,
+        context_length=request.context_length,
+        parallel=request.parallel,
+        dtype=Dtype(request.dtype),
+        memory_limit_bytes=request.memory_limit_bytes,
+        prefix_cache_bytes=request.prefix_cache_bytes,
+    )
+    plan = plan_load(Path(request.path), spec)
+    return NeedAnswer(plan.need, plan.dtype.value, plan.context_length, plan.max_context_length)
+
+
+def _values(request: NeedRequest) -> dict[str, Any]:
+    try:
+        found = answer(request)
+    except RunnerFault as fault:
+        violations = fault.violations if isinstance(fault, InvalidField) else []
+        if isinstance(fault, ModelUnsupported):
+            # Not every place that raises it knows the directory; a load adds it likewise.
+            fault.metadata.setdefault("model", request.path)
+        return {
+            "reason": pb.ErrorReason.Name(fault.reason).removeprefix("ERROR_REASON_"),
+            "message": str(fault),
+            "metadata": fault.metadata,
+            "violations": list(violations),
+        }
+    return {
+        "need": found.need.as_dict(),
+        "dtype": found.dtype,
+        "context_length": found.context_length,
+        "model_context_length": found.model_context_length,
+    }
+
+
+def main() -> int:
+    """Answer the request on the command line; returns the exit code."""
+    request = NeedRequest(**json.loads(sys.argv[1]))
+    print(json.dumps(_values(request)), flush=True)  # noqa: T201 - its only output
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

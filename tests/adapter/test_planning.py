@@ -1,0 +1,143 @@
+"""What a load decides before it reads weights."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+
+from rows import GREEDY, Row, run_rows  # noqa: E402
+from runner_server.adapter import MlxBackend  # noqa: E402
+from runner_server.adapter.loading import plan_load  # noqa: E402
+from runner_server.backend import LoadedModel  # noqa: E402
+from runner_server.errors import ModelUnsupported  # noqa: E402
+from runner_server.messages import Dtype, LoadSpec, Sampling  # noqa: E402
+from tools.memory.models import scaled, write_model  # noqa: E402
+
+Load = Callable[..., LoadedModel]
+Build = Callable[..., Path]
+MIB = 1 << 20
+
+
+def test_a_plan_reads_no_weights(model_dir: Build) -> None:
+    path = model_dir(hidden_size=256, intermediate_size=2048)
+    before = mx.get_active_memory()
+    plan = plan_load(path, LoadSpec(str(path), parallel=8, context_length=1024))
+    assert mx.get_active_memory() - before < 64 * 1024
+    assert plan.need.total_bytes == sum(plan.need.parts.values())
+    assert plan.limit_bytes == plan.need.mlx_bytes
+
+
+def test_a_plan_is_what_a_load_finds(load: Load, model_dir: Build) -> None:
+    path = model_dir(quantize_bits=4, dtype="bfloat16")
+    for dtype in (Dtype.AUTO, Dtype.AS_STORED):
+        plan = plan_load(path, LoadSpec(str(path), parallel=2, dtype=dtype))
+        info = load(path, parallel=2, dtype=dtype).info
+        assert info.weight_bytes == plan.need.weight_bytes
+        assert (info.limit_bytes, info.reserved_bytes) == (
+            plan.limit_bytes,
+            plan.need.total_bytes,
+        )
+
+
+def test_files_in_the_format_of_the_weights_need_no_room_to_load(model_dir: Build) -> None:
+    plain = plan_load(model_dir(), LoadSpec(str(model_dir()), parallel=1, context_length=16))
+    assert plain.need.load_transient_bytes == 0
+
+
+@pytest.mark.parametrize("model_type", ["mamba2", "granitemoehybrid", "qwen3_next", "falcon_h1"])
+def test_recurrent_states_are_counted(tmp_path: Path, model_type: str) -> None:
+    path = write_model(tmp_path, scaled(model_type))
+    four = plan_load(path, LoadSpec(str(path), parallel=4, context_length=64))
+    eight = plan_load(path, LoadSpec(str(path), parallel=8, context_length=64))
+    assert eight.need.kv_bytes == 2 * four.need.kv_bytes > 0
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "internlm3"])
+def test_a_model_that_takes_no_batch_is_refused_by_name(tmp_path: Path, model_type: str) -> None:
+    path = write_model(tmp_path, scaled(model_type))
+    with pytest.raises(ModelUnsupported, match="parallel = 1"):
+        plan_load(path, LoadSpec(str(path), parallel=2))
+    assert plan_load(path, LoadSpec(str(path), parallel=1)).need.kv_bytes > 0
+
+
+def test_layers_without_attention_are_kept_and_batched(tmp_path: Path, load: Load) -> None:
+    """Their caches stay empty: prefix cache and batch once failed on them, twice, for good."""
+    path = write_model(tmp_path, scaled("nemotron-nas"))
+    prompts = [[1 + i % 200 for i in range(40 + 3 * row)] for row in range(3)]
+    alone = [
+        run_rows(load(path, parallel=1, prefix_cache_bytes=0).new_batch(), [Row(prompt, 8)])[0]
+        for prompt in prompts
+    ]
+    model = load(path, parallel=4, prefix_cache_bytes=8 * MIB)
+    for _ in range(2):
+        together = run_rows(model.new_batch(), [Row(prompt, 8) for prompt in prompts])
+        assert together == alone
+
+
+def test_the_worst_options_stay_within_the_limit(load: Load, model_dir: Build) -> None:
+    path = model_dir("qwen3", vocab_size=50_000)
+    model = load(path, parallel=8, context_length=64, prefix_cache_bytes=0)
+    costly = Sampling(
+        top_k=49_999,
+        top_p=0.9,
+        repeat_penalty=1.2,
+        presence_penalty=0.5,
+        logit_bias=((1, 2.0),),
+        logprobs=20,
+    )
+    mx.clear_cache()
+    # Other models of this session are not part of the limit.
+    others = mx.get_active_memory() - model.info.weight_bytes
+    usual = mx.set_memory_limit(others + model.info.limit_bytes)
+    mx.reset_peak_memory()
+    try:
+        run_rows(model.new_batch(), [Row([1, 2, 3 + row], 30, costly) for row in range(8)])
+    finally:
+        mx.set_memory_limit(usual)
+    assert mx.get_peak_memory() - others <= model.info.limit_bytes
+
+
+def test_a_model_that_is_gone_leaves_no_modules(tmp_path: Path) -> None:
+    path = write_model(tmp_path, scaled("phi3"))
+    sys.modules.pop("mlx_lm.models.phi3", None)
+    backend = MlxBackend()
+    backend.open()
+    backend.load(LoadSpec(str(path)), lambda _progress: None)
+    assert "mlx_lm.models.phi3" in sys.modules
+    backend.release()
+    assert "mlx_lm.models.phi3" not in sys.modules
+    again = backend.load(LoadSpec(str(path)), lambda _progress: None)
+    assert run_rows(again.new_batch(), [Row([1, 2], 3, GREEDY)])
+
+
+def test_a_tokenizer_that_needs_transformers_leaves_it_out_of_the_process(
+    model_dir: Build, tmp_path: Path
+) -> None:
+    path = tmp_path / "model"
+    path.mkdir()
+    for file in model_dir().iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    # A class that the plain reader does not know.
+    (path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "GPT2TokenizerFast", "eos_token": "<eos>", "bos_token": "<user>"}'
+    )
+    code = (
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        "from runner_server.adapter.codec import load_codec\n"
+        "codec, ends = load_codec(Path(sys.argv[1]), {'model_type': 'gpt2'})\n"
+        "print(json.dumps([codec.encode('fox', as_prompt=False), 'transformers' in sys.modules]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+    )
+    ids, is_imported = __import__("json").loads(done.stdout)
+    assert ids
+    assert not is_imported

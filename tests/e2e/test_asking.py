@@ -1,0 +1,103 @@
+"""The estimate of the client is the plan of the server: asked once, and cached."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+pytestmark = pytest.mark.mlx
+
+from runner_client.errors import InvalidRequestError, ModelUnsupportedError  # noqa: E402
+from runner_client.estimate import estimate  # noqa: E402
+from runner_server.adapter.loading import plan_load  # noqa: E402
+from runner_server.messages import LoadSpec  # noqa: E402
+
+Build = Callable[..., Path]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """Counts the processes that are asked; answers are cached for this test alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    commands: list[Any] = []
+    run = subprocess.run
+
+    def counted(command: Any, *args: Any, **options: Any) -> Any:
+        commands.append(command)
+        return run(command, *args, **options)
+
+    monkeypatch.setattr(subprocess, "run", counted)
+    return commands
+
+
+def copy_of(model: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for file in model.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("options", [{}, {"parallel": 16, "context_length": 300}])
+def test_it_is_the_servers_own_plan(
+    model_dir: Build, asked: list[Any], options: dict[str, Any]
+) -> None:
+    path = model_dir()
+    found = estimate(str(path), **options)
+    plan = plan_load(path, LoadSpec(str(path), **options))
+    assert found.need.weight_bytes == plan.need.weight_bytes
+    assert found.need.kv_bytes == plan.need.kv_bytes
+    assert found.need.working_bytes == plan.need.working_bytes
+    assert (found.notes, len(asked)) == ((), 1)
+
+
+def test_an_answer_is_asked_for_once_until_a_file_changes(
+    model_dir: Build, asked: list[Any], tmp_path: Path
+) -> None:
+    path = copy_of(model_dir(), tmp_path / "model")
+    first = estimate(str(path))
+    assert estimate(str(path)) == first
+    assert len(asked) == 1
+    estimate(str(path), parallel=2)
+    assert len(asked) == 2
+    os.utime(path / "config.json", (1, 1))
+    assert estimate(str(path)) == first
+    assert len(asked) == 3
+
+
+def test_a_damaged_cache_costs_time_only(
+    model_dir: Build, asked: list[Any], tmp_path: Path
+) -> None:
+    first = estimate(str(model_dir()))
+    for file in (tmp_path / "cache/mlx-runner/estimates").glob("*.json"):
+        file.write_text("{")
+    assert estimate(str(model_dir())) == first
+    assert len(asked) == 2
+
+
+@pytest.mark.usefixtures("asked")
+def test_what_a_load_would_refuse_is_refused(model_dir: Build, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        estimate(str(model_dir()), context_length=4096)
+    assert caught.value.field_violations[0][0] == "context_length"
+    path = copy_of(model_dir(), tmp_path / "model")
+    (path / "config.json").write_text('{"model_type": "no_such_kind"}')
+    with pytest.raises(ModelUnsupportedError, match="no_such_kind"):
+        estimate(str(path))
+
+
+def test_a_process_that_gives_no_answer_leaves_the_headers(
+    model_dir: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "sitecustomize.py").write_text("import os; os._exit(7)")
+    found = estimate(str(model_dir()), env={**os.environ, "PYTHONPATH": str(broken)})
+    assert "exit code 7" in found.notes[0]
+    assert found.weight_bytes > 0

@@ -1,0 +1,144 @@
+"""What a runner's process takes and gives back, measured from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mlxrunner.v1 import runner_pb2 as pb
+from server_child import Child, running
+
+pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+pytestmark = [
+    pytest.mark.mlx,
+    pytest.mark.skipif(sys.platform != "linux", reason="reads the resident set from /proc"),
+]
+
+from runner_client import (  # noqa: E402
+    AsyncRunnerClient,
+    AsyncRunnerProcess,
+    Options,
+    RunnerProcess,
+)
+from runner_client.errors import LoadRequiresFullError  # noqa: E402
+from tools.memory.models import scaled, write_model  # noqa: E402
+
+Build = Callable[..., Path]
+MIB = 1 << 20
+IDLE_SECONDS = 5.0
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 64}
+SWAPPED = (
+    *("llama", "qwen3", "gemma3_text", "mamba2", "deepseek_v3", "qwen3_moe", "lfm2", "phi3"),
+    *("granitemoehybrid", "gpt2", "olmo2", "falcon_h1"),
+)
+
+
+def process_bytes(pid: int | None, name: str = "VmRSS") -> int:
+    """A figure of /proc: the resident set, or with VmHWM the highest it ever was."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(name)
+
+
+def wait_below(pid: int | None, limit: int, seconds: float) -> None:
+    """Returns when the resident set is at most ``limit``: the promise is a time."""
+    end = time.monotonic() + seconds
+    while process_bytes(pid) > limit:
+        assert time.monotonic() < end, f"{process_bytes(pid) / MIB:.0f} of {limit / MIB:.0f} MiB"
+        time.sleep(0.05)
+
+
+async def fill(runner: AsyncRunnerProcess, streams: int, tokens: int, seed: int = 1) -> None:
+    """Lets streams with different prompts generate tokens together."""
+    options = Options(num_predict=tokens, logit_bias={0: -100.0})
+    prompts = [[1 + (seed + 7 * row + i) % 400 for i in range(64)] for row in range(streams)]
+    await asyncio.gather(*(runner.complete(prompt, options=options) for prompt in prompts))
+
+
+@pytest.mark.parametrize("prefix_cache_bytes", [0, None, 24 * MIB], ids=["off", "default", "fixed"])
+async def test_the_estimate_holds_and_an_idle_runner_gives_its_heap_back(
+    model_dir: Build, prefix_cache_bytes: int | None
+) -> None:
+    async with AsyncRunnerProcess(
+        str(model_dir(**WIDE)),
+        parallel=8,
+        context_length=512,
+        prefix_cache_bytes=prefix_cache_bytes,
+    ) as runner:
+        loaded = process_bytes(runner.pid)
+        await fill(runner, 8, 440)
+        usage = (await runner.status()).memory_usage
+        estimate = runner.estimate
+        assert estimate
+        peak = process_bytes(runner.pid, "VmHWM")
+        assert 0.6 * estimate.total_bytes <= peak <= estimate.total_bytes
+        assert usage.peak_bytes <= usage.limit_bytes
+        kept = (await runner.status()).memory_usage.prefix_cache_bytes
+        wait_below(runner.pid, int(1.1 * loaded) + 32 * MIB + kept, IDLE_SECONDS)
+
+
+async def test_a_limit_holds_whatever_runs(model_dir: Build) -> None:
+    """Fewer run together where the limit leaves less; what MLX holds stays within it."""
+    path = model_dir(**WIDE)
+    with RunnerProcess(str(path), parallel=8, context_length=512) as full:
+        limit = full.status().memory_usage.limit_bytes
+    lower = limit - 12 * MIB
+    async with (
+        AsyncRunnerProcess(str(path), parallel=8, context_length=512) as runner,
+        AsyncRunnerClient(runner.address or "", token=runner.token) as client,
+    ):
+        await client.load(str(path), parallel=8, context_length=512, memory_limit_bytes=lower)
+        for seed in range(2):
+            await fill(runner, 8, 440, seed)
+        usage = (await runner.status()).memory_usage
+        assert usage.limit_bytes <= lower
+        assert usage.peak_bytes <= usage.limit_bytes
+
+
+@pytest.fixture
+def child(tmp_path: Path) -> Iterator[Child]:
+    with running(tmp_path) as child:
+        child.wait_for(lambda: bool(child.status().device))
+        yield child
+
+
+def test_after_sixty_models_the_process_is_as_it_was(child: Child, tmp_path: Path) -> None:
+    models = [write_model(tmp_path / name, scaled(name)) for name in SWAPPED]
+    fresh = process_bytes(child.process.pid)
+    for round_ in range(60):
+        child.load(models[round_ % len(models)])
+        assert list(child.complete(10))[-1].done
+        child.stub.Unload(pb.UnloadRequest(), timeout=30)
+        if round_ % 20 == 19:
+            wait_below(child.process.pid, fresh + 16 * MIB, IDLE_SECONDS)
+
+
+def test_the_server_keeps_free_what_the_gate_keeps_free(model_dir: Build, tmp_path: Path) -> None:
+    """Other languages have no gate: ``Load`` refuses by the same numbers."""
+    request = pb.LoadRequest(model=str(model_dir()), context_length=64, parallel=1)
+    with running(tmp_path, MLX_RUNNER_GPU_OVERHEAD=str(1 << 50)) as child:
+        about = pb.EstimateRequest(model=request.model, context_length=64, parallel=1)
+        estimate = child.stub.Estimate(about, timeout=30)
+        assert (estimate.fits, estimate.available_bytes) == (False, 0)
+        with pytest.raises(Exception, match="are available") as caught:
+            child.stub.Load(request, timeout=30)
+        assert "RESOURCE_EXHAUSTED" in str(caught.value)
+        request.memory_override = True
+        loaded = child.stub.Load(request, timeout=30)
+        assert loaded.model.weight_bytes == estimate.weight_bytes
+        assert child.status().memory_usage.reserved_bytes >= estimate.required_bytes
+
+
+def test_no_format_is_chosen_in_silence(model_dir: Build) -> None:
+    with pytest.raises(LoadRequiresFullError, match="auto_or_stored"):
+        RunnerProcess(
+            str(model_dir(quantize_bits=4, dtype="bfloat16")),
+            require_full=True,
+            env={"MLX_RUNNER_GPU_OVERHEAD": str(1 << 50)},
+        ).load()

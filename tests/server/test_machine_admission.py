@@ -1,0 +1,271 @@
+"""Whether a load fits the machine, by what is free and by what others may still take."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import StartServer
+from mlxrunner.hostmemory import FreeMemory, GroupLimit
+from mlxrunner.v1 import runner_pb2 as pb
+from reserving import RESERVE, add, files, line_of, script
+from runner_common.headroom import MINIMUM_VARIABLE, OVERHEAD_VARIABLE, VariableError
+from runner_common.memory_need import MemoryNeed
+from runner_common.records import Record
+from runner_common.reservations import ReservationBook
+from runner_server.errors import InsufficientMemory
+from runner_server.machine_admission import MachineAdmission
+
+GIB = 2**30
+NEED = MemoryNeed(8 * GIB, 4 * GIB, 2 * GIB, GIB, GIB, 0, has_default_prefix_cache=True)
+"""16 GiB in all, 14 GiB without its prefix cache."""
+
+EXACT = replace(NEED, has_default_prefix_cache=False)
+ME = os.getpid()
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> ReservationBook:
+    """Reservations that no other test sees."""
+    return ReservationBook(tmp_path / "book")
+
+
+@pytest.fixture(autouse=True)
+def resident(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """What this process holds, and nothing that is kept free."""
+    held = {"bytes": 0}
+    monkeypatch.setenv(MINIMUM_VARIABLE, "0")
+    monkeypatch.setattr("runner_server.machine_admission.resident_bytes", lambda: held["bytes"])
+    return held
+
+
+def free(available_bytes: int, **changes: Any) -> FreeMemory:
+    plain = FreeMemory(available_bytes, "system", available_bytes, None, None, "Some CPU", "cpu")
+    return replace(plain, **changes)
+
+
+def on_gpu(device_bytes: int, system_bytes: int = 64 * GIB, **changes: Any) -> FreeMemory:
+    return free(
+        min(device_bytes, system_bytes),
+        source="device" if device_bytes < system_bytes else "system",
+        system_bytes=system_bytes,
+        device_bytes=device_bytes,
+        device_kind="cuda",
+        **changes,
+    )
+
+
+def admission(book: ReservationBook, measured: FreeMemory) -> MachineAdmission:
+    return MachineAdmission(book, measure=lambda: measured)
+
+
+def own(book: ReservationBook) -> list[Record]:
+    """The records of this process."""
+    with book.locked() as view:
+        return [record for record in view.records() if record.pid == ME]
+
+
+@contextmanager
+def another(book: ReservationBook, size: int) -> Iterator[subprocess.Popen[str]]:
+    """A process that may come to take so much."""
+    with script(RESERVE, book.directory, size) as process:
+        assert line_of(process) == "ready"
+        yield process
+
+
+def test_what_fits_is_set_aside(book: ReservationBook) -> None:
+    granted = admission(book, free(16 * GIB)).admit("m", NEED, override=False)
+    assert granted == NEED.total_bytes
+    (record,) = own(book)
+    assert (record.need_bytes, record.model, record.is_assigned) == (granted, "m", True)
+
+
+def test_a_default_prefix_cache_shrinks_to_what_is_there(book: ReservationBook) -> None:
+    granted = admission(book, free(15 * GIB)).admit("m", NEED, override=False)
+    assert granted == 15 * GIB
+    assert own(book)[0].need_bytes == granted
+    assert admission(book, free(14 * GIB)).admit("m", NEED, override=False) == 14 * GIB
+
+
+def test_a_prefix_cache_that_was_asked_for_does_not(book: ReservationBook) -> None:
+    with pytest.raises(InsufficientMemory):
+        admission(book, free(16 * GIB - 1)).admit("m", EXACT, override=False)
+    assert admission(book, free(16 * GIB)).admit("m", EXACT, override=False) == 16 * GIB
+
+
+def test_a_refusal_has_the_numbers_and_sets_nothing_aside(
+    book: ReservationBook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(MINIMUM_VARIABLE, str(2 * GIB))
+    monkeypatch.setenv(OVERHEAD_VARIABLE, str(GIB))
+    with another(book, 4 * GIB), pytest.raises(InsufficientMemory) as caught:
+        admission(book, free(20 * GIB)).admit("m", NEED, override=False)
+    assert caught.value.metadata == {
+        "requiredBytes": str(14 * GIB),
+        "availableBytes": str(13 * GIB),
+    }
+    told = (
+        "the model needs 14.0 GiB, most of it weights (8.0 GiB), and 13.0 GiB are available: "
+        "20.0 GiB free, less 3.0 GiB kept free and 4.0 GiB that other runners may still take"
+    )
+    assert str(caught.value).startswith(told)
+    assert not own(book)
+
+
+def test_an_override_takes_what_it_needs(book: ReservationBook) -> None:
+    granted = admission(book, free(GIB)).admit("m", NEED, override=True)
+    assert granted == NEED.required_bytes
+    assert own(book)[0].need_bytes == granted
+
+
+def test_others_reservations_count_until_they_end(book: ReservationBook) -> None:
+    machine = admission(book, free(16 * GIB))
+    with another(book, 3 * GIB):
+        with pytest.raises(InsufficientMemory):
+            machine.admit("m", NEED, override=False)
+        decision = machine.compare(NEED.required_bytes)
+        assert (decision.fits, decision.reserved_bytes) == (False, 3 * GIB)
+        assert decision.available_bytes == 13 * GIB
+    assert machine.admit("m", NEED, override=False)
+
+
+def test_the_record_of_this_process_is_replaced(book: ReservationBook) -> None:
+    """Also one that a gate made before it started the process."""
+    add(book, 30 * GIB, pid=ME)
+    machine = admission(book, free(16 * GIB))
+    assert machine.admit("a", NEED, override=False) == 16 * GIB
+    assert machine.admit("b", NEED, override=False) == 16 * GIB
+    assert [record.model for record in own(book)] == ["b"]
+    assert len(files(book)) == 1
+
+
+def test_a_refusal_gives_up_what_was_set_aside_before(book: ReservationBook) -> None:
+    machine = admission(book, free(16 * GIB))
+    machine.admit("a", NEED, override=False)
+    with pytest.raises(InsufficientMemory):
+        machine.admit("b", replace(NEED, kv_bytes=99 * GIB), override=False)
+    assert not own(book)
+
+
+def test_release_gives_it_up(book: ReservationBook) -> None:
+    machine = admission(book, free(16 * GIB))
+    machine.admit("m", NEED, override=False)
+    machine.release()
+    machine.release()
+    assert not own(book)
+    assert not files(book)
+
+
+def test_what_this_process_holds_counts_as_free(
+    book: ReservationBook, resident: dict[str, int]
+) -> None:
+    resident["bytes"] = 5 * GIB
+    machine = admission(book, free(9 * GIB))
+    decision = machine.compare(14 * GIB)
+    assert (decision.fits, decision.available_bytes) == (True, 14 * GIB)
+    assert not machine.compare(14 * GIB + 1).fits
+    assert machine.admit("m", NEED, override=False) == 14 * GIB
+
+
+def test_what_it_holds_is_within_every_limit_of_the_system(
+    book: ReservationBook, resident: dict[str, int]
+) -> None:
+    resident["bytes"] = GIB
+    groups = (GroupLimit("/sys/fs/cgroup/a", 6 * GIB), GroupLimit("/sys/fs/cgroup", 9 * GIB))
+    measured = free(
+        6 * GIB, source="cgroup", system_bytes=20 * GIB, cgroup_bytes=6 * GIB, groups=groups
+    )
+    assert admission(book, measured).compare(1).available_bytes == 7 * GIB
+
+
+def test_what_it_holds_of_a_gpu_counts_as_free_once_it_is_reported(
+    book: ReservationBook, resident: dict[str, int]
+) -> None:
+    resident["bytes"] = GIB
+    machine = admission(book, on_gpu(0, device_id="GPU-1"))
+    assert machine.compare(1).available_bytes == 0
+    machine.note_held(20 * GIB)
+    assert machine.compare(1).available_bytes == 20 * GIB
+    # The system's memory, through which weights pass, is the next limit.
+    machine.note_held(80 * GIB)
+    assert machine.compare(1).available_bytes == 65 * GIB
+    # A load is decided when the old model is gone, and a report of it may be late.
+    with pytest.raises(InsufficientMemory):
+        machine.admit("m", NEED, override=False)
+    machine.release()
+    assert machine.compare(1).available_bytes == 0
+
+
+def test_the_working_set_of_metal_does_not_depend_on_what_is_held(
+    book: ReservationBook, resident: dict[str, int]
+) -> None:
+    resident["bytes"] = 4 * GIB
+    measured = replace(on_gpu(10 * GIB), device_kind="metal")
+    machine = admission(book, measured)
+    machine.note_held(4 * GIB)
+    assert machine.compare(1).available_bytes == 10 * GIB
+
+
+def test_a_reservation_names_its_gpu(book: ReservationBook) -> None:
+    machine = admission(book, on_gpu(40 * GIB, device_id="GPU-1"))
+    machine.admit("m", NEED, override=False)
+    machine.note_held(3 * GIB)
+    (record,) = own(book)
+    assert (record.device, record.held_bytes) == ("GPU-1", 3 * GIB)
+
+
+def test_nothing_is_noted_without_a_reservation(book: ReservationBook) -> None:
+    machine = admission(book, free(16 * GIB))
+    machine.note_held(GIB)
+    assert not own(book)
+
+
+def test_what_is_to_spare(book: ReservationBook, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this process has set aside does not count: it is its own."""
+    machine = admission(book, free(16 * GIB))
+    machine.admit("m", NEED, override=False)
+    assert machine.spare_bytes() == 16 * GIB
+    monkeypatch.setenv(MINIMUM_VARIABLE, str(3 * GIB))
+    with another(book, 15 * GIB):
+        assert machine.spare_bytes() == -2 * GIB
+
+
+def test_a_comparison_sets_nothing_aside(book: ReservationBook) -> None:
+    assert admission(book, free(16 * GIB)).compare(GIB).fits
+    assert not files(book)
+
+
+@pytest.mark.parametrize("variable", [MINIMUM_VARIABLE, OVERHEAD_VARIABLE])
+def test_a_variable_that_is_no_number_is_told_of_at_the_start(
+    book: ReservationBook, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "much")
+    with pytest.raises(VariableError, match=variable):
+        admission(book, free(GIB))
+
+
+async def test_a_load_keeps_what_the_gate_set_aside_until_it_has_its_own(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropped too early, it was promised to the next one that asked in between."""
+    server = await start_server()
+    asked: list[bool] = []
+    release = server.backend.release
+
+    def note(*, for_next: bool = False) -> None:
+        asked.append(for_next)
+        release(for_next=for_next)
+
+    monkeypatch.setattr(server.backend, "release", note)
+    await server.load()
+    await server.load()
+    assert asked == [True, True]
+    await server.stub.Unload(pb.UnloadRequest())
+    assert asked == [True, True, False]

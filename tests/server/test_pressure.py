@@ -1,0 +1,236 @@
+"""The prefix cache gives way where the machine's memory runs short, and grows back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from fakes import model_info
+from harness import StartServer, eventually
+from mlxrunner.hostmemory import FreeMemory
+from mlxrunner.v1 import runner_pb2 as pb
+from runner_common.headroom import MINIMUM_VARIABLE
+from runner_server import pressure
+from runner_server.errors import Busy
+from runner_server.machine_admission import MachineAdmission
+from runner_server.messages import MemoryCounters, ModelInfo, Snapshot, State
+from runner_server.pressure import PressureWatch
+
+MIB = 1 << 20
+MOST = 100 * MIB
+MODEL = replace(model_info(), prefix_cache_bytes=MOST)
+
+
+@dataclass
+class FakeEngine:
+    """Holds evaluated prompts, and follows what it is told at once.
+
+    Attributes:
+        held: What they take.
+        limit: What they may take.
+        limits: What it was told, in order.
+        trims: What it was told to reduce them to, in order.
+        is_busy: Whether trims are refused.
+    """
+
+    held: int = 0
+    limit: int = MOST
+    model: ModelInfo | None = MODEL
+    device: str = "cpu: fake"
+    limits: list[int] = field(default_factory=list)
+    trims: list[int] = field(default_factory=list)
+    is_busy: bool = False
+
+    def snapshot(self) -> Snapshot:
+        """See ``Engine.snapshot``."""
+        return Snapshot(State.ACTIVE, 100, self.model, 0, 0, 0, None, "")
+
+    def memory(self) -> MemoryCounters:
+        """See ``Engine.memory``."""
+        return MemoryCounters(7 * MIB, MIB, 9 * MIB, self.held, self.limit)
+
+    def limit_prompts(self, limit_bytes: int) -> None:
+        """See ``Engine.limit_prompts``."""
+        self.limits.append(limit_bytes)
+        self.limit = limit_bytes
+        self.held = min(self.held, limit_bytes)
+
+    def trim(self, prompts_bytes: int) -> Future[None]:
+        """See ``Engine.trim``."""
+        if self.is_busy:
+            raise Busy
+        self.trims.append(prompts_bytes)
+        return Future()
+
+
+@dataclass
+class FakeAdmission:
+    """Tells of so much memory to spare.
+
+    Attributes:
+        spare: How much.
+        asked: How often it was asked.
+        noted: What it was told to be held.
+    """
+
+    spare: int = 1 << 40
+    asked: int = 0
+    noted: list[int] = field(default_factory=list)
+
+    def spare_bytes(self) -> int:
+        """See ``MachineAdmission.spare_bytes``."""
+        self.asked += 1
+        return self.spare
+
+    def note_held(self, held_bytes: int) -> None:
+        """See ``MachineAdmission.note_held``."""
+        self.noted.append(held_bytes)
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measures every few milliseconds."""
+    monkeypatch.setattr(pressure, "_CPU_SECONDS", 0.002)
+    monkeypatch.setattr(pressure, "_GPU_SECONDS", 0.002)
+
+
+@asynccontextmanager
+async def watched(engine: FakeEngine, admission: FakeAdmission) -> AsyncIterator[Callable[[], Any]]:
+    """Watches; yields what waits until it has looked at least once more."""
+    stand_ins: list[Any] = [engine, admission]
+    task = asyncio.create_task(PressureWatch(*stand_ins).run())
+
+    async def looked() -> None:
+        # The answer to a first question may have been acted on before the change.
+        target = admission.asked + 2
+        await eventually(lambda: admission.asked >= target or task.done())
+        assert not task.done()
+
+    yield looked
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_nothing_happens_while_there_is_memory() -> None:
+    engine, admission = FakeEngine(held=50 * MIB), FakeAdmission()
+    async with watched(engine, admission) as looked:
+        await looked()
+    assert (engine.limits, engine.trims) == ([], [])
+
+
+async def test_the_limit_goes_down_when_memory_is_short_and_up_again() -> None:
+    engine, admission = FakeEngine(held=50 * MIB), FakeAdmission(spare=-20 * MIB)
+    async with watched(engine, admission) as looked:
+        await eventually(lambda: bool(engine.limits))
+        assert engine.limits[0] == 30 * MIB
+        # What was dropped goes back at once.
+        assert engine.trims[0] == 30 * MIB
+        admission.spare = 10 * MIB
+        await looked()
+        assert engine.limit == engine.held + 10 * MIB
+        admission.spare = 1 << 40
+        await looked()
+        assert engine.limit == MOST
+        await looked()
+    assert engine.limits[-1] == MOST
+    assert max(engine.limits) == MOST
+    assert engine.limits.count(MOST) == 1
+
+
+async def test_it_never_goes_below_nothing_or_above_the_size_of_the_load() -> None:
+    engine, admission = FakeEngine(held=50 * MIB), FakeAdmission(spare=-(1 << 40))
+    async with watched(engine, admission) as looked:
+        await looked()
+        assert (engine.limit, engine.held) == (0, 0)
+        admission.spare = MOST + 1
+        await looked()
+    assert engine.limit == MOST
+    assert all(0 <= limit <= MOST for limit in engine.limits)
+
+
+async def test_room_for_more_is_limited_by_what_is_to_spare() -> None:
+    """Before it is taken: a cache that has room grows into memory that others need."""
+    engine, admission = FakeEngine(held=10 * MIB), FakeAdmission(spare=5 * MIB)
+    async with watched(engine, admission) as looked:
+        await looked()
+    assert engine.limits == [15 * MIB]
+    assert not engine.trims
+
+
+async def test_small_changes_are_left_alone() -> None:
+    engine, admission = FakeEngine(held=10 * MIB, limit=15 * MIB), FakeAdmission(spare=5 * MIB - 9)
+    async with watched(engine, admission) as looked:
+        await looked()
+        admission.spare = 5 * MIB + 9
+        await looked()
+    assert not engine.limits
+
+
+async def test_a_lowered_limit_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    engine, admission = FakeEngine(held=50 * MIB), FakeAdmission(spare=-20 * MIB)
+    async with watched(engine, admission):
+        await eventually(lambda: bool(engine.limits))
+    assert "memory is short: the prefix cache holds 50.0 MiB and may take 30.0 MiB" in caplog.text
+
+
+@pytest.mark.parametrize("model", [None, model_info()], ids=["no model", "no prefix cache"])
+async def test_nothing_is_measured_without_a_prefix_cache(model: ModelInfo | None) -> None:
+    engine, admission = FakeEngine(model=model), FakeAdmission(spare=-(1 << 40))
+    async with watched(engine, admission):
+        await asyncio.sleep(0.05)
+    assert (admission.asked, engine.limits, admission.noted) == (0, [], [])
+
+
+async def test_a_load_that_has_begun_meanwhile_does_not_end_the_watch() -> None:
+    engine = FakeEngine(held=50 * MIB, is_busy=True)
+    admission = FakeAdmission(spare=-20 * MIB)
+    async with watched(engine, admission) as looked:
+        await eventually(lambda: bool(engine.limits))
+        engine.is_busy = False
+        engine.held, admission.spare = 50 * MIB, -30 * MIB
+        await looked()
+        assert engine.trims
+
+
+async def test_what_a_gpu_holds_is_reported() -> None:
+    engine, admission = FakeEngine(device="gpu: fake", held=MIB), FakeAdmission()
+    async with watched(engine, admission) as looked:
+        await looked()
+    assert set(admission.noted) == {8 * MIB}
+
+
+async def test_in_a_server(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way: a machine that fills up, Status, and memory that comes back."""
+    monkeypatch.setenv(MINIMUM_VARIABLE, "0")
+    size = 0
+
+    def measure() -> FreeMemory:
+        return FreeMemory(size, "system", size, None, None, "Some CPU", "cpu")
+
+    server = await start_server(admission=MachineAdmission(measure=measure))
+    await server.load(prefix_cache_bytes=MOST)
+    limits = server.backend.prompt_limits
+    monkeypatch.setattr(
+        type(server.backend),
+        "memory",
+        lambda self: MemoryCounters(0, 0, 0, 0, self.prompt_limits[-1] if limits else MOST),
+    )
+    await eventually(lambda: limits[-1:] == [0])
+    assert (await server.status()).memory_usage.prefix_cache_limit_bytes == 0
+    size = 2 * MOST
+    await eventually(lambda: limits[-1] == MOST)
+    status = await server.status()
+    assert status.memory_usage.prefix_cache_limit_bytes == MOST
+    assert status.state == pb.STATE_ACTIVE
+    await server.stub.Unload(pb.UnloadRequest())
+    seen = len(limits)
+    size = 0
+    await asyncio.sleep(0.05)
+    assert len(limits) == seen

@@ -1,0 +1,209 @@
+"""Trim: memory that is not in use goes back, and nothing ends for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from harness import Problem, Server, StartServer, eventually, failure, joined, tokens
+from mlxrunner.v1 import runner_pb2 as pb
+from server_child import Child
+from server_child import running as process
+
+LIMIT_BYTES = 100
+
+
+async def trim(server: Server, **fields: Any) -> int:
+    answer = await server.stub.Trim(pb.TrimRequest(**fields), timeout=30)
+    return int(answer.freed_bytes)
+
+
+@pytest.fixture
+async def keeping(start_server: StartServer) -> Server:
+    """A server whose model may keep evaluated prompts."""
+    server = await start_server()
+    await server.load(prefix_cache_bytes=LIMIT_BYTES)
+    server.backend.calls.clear()
+    return server
+
+
+def trims(server: Server) -> int:
+    return [name for name, _ in server.backend.calls].count("trim")
+
+
+def assert_is(problem: Problem, code: grpc.StatusCode, reason: str) -> None:
+    assert (problem.code, problem.reason) == (code, reason)
+
+
+async def test_prompts_are_reduced_and_their_limit_restored(keeping: Server) -> None:
+    assert await trim(keeping) >= 0
+    assert keeping.backend.prompt_limits == [0, LIMIT_BYTES]
+    await trim(keeping, prefix_cache_bytes=30)
+    assert keeping.backend.prompt_limits[2:] == [30, LIMIT_BYTES]
+    assert trims(keeping) == 2
+    assert {thread for _, thread in keeping.backend.calls} == {"engine"}
+
+
+async def test_a_size_above_the_limit_does_not_raise_it(keeping: Server) -> None:
+    await trim(keeping, prefix_cache_bytes=2**63 - 1)
+    assert keeping.backend.prompt_limits == [LIMIT_BYTES, LIMIT_BYTES]
+
+
+async def test_a_limit_lowered_for_lack_of_memory_stays(keeping: Server) -> None:
+    keeping.app.engine.limit_prompts(40)
+    await trim(keeping)
+    assert keeping.backend.prompt_limits == [40, 0, 40]
+    await keeping.load(prefix_cache_bytes=LIMIT_BYTES)
+    await trim(keeping)
+    assert keeping.backend.prompt_limits[3:] == [0, LIMIT_BYTES]
+
+
+async def test_without_a_model(server: Server) -> None:
+    assert await trim(server) >= 0
+    assert trims(server) == 1
+    assert not server.backend.prompt_limits
+
+
+@pytest.mark.parametrize("size", [-1, -(2**63)])
+async def test_a_negative_size_is_refused(keeping: Server, size: int) -> None:
+    problem = await failure(trim(keeping, prefix_cache_bytes=size))
+    assert_is(problem, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
+    assert set(problem.violations) == {"prefix_cache_bytes"}
+    assert not trims(keeping)
+
+
+async def test_running_completions_go_on(keeping: Server) -> None:
+    alone = await keeping.text(seed=7, num_predict=50)
+    gate = keeping.backend.step_gate
+    gate.shut()
+    call = keeping.start(seed=7, num_predict=50)
+    await keeping.thread(gate.wait_arrival)
+    waiting = asyncio.ensure_future(trim(keeping))
+    await eventually(lambda: keeping.app.engine._inbox.qsize() == 1)
+    assert not waiting.done()
+    gate.open()
+    await waiting
+    assert joined([message async for message in call]) == alone
+
+
+async def test_busy_while_a_load_runs(server: Server) -> None:
+    gate = server.backend.load_gate
+    gate.shut()
+    load = asyncio.ensure_future(server.load())
+    await server.thread(gate.wait_arrival)
+    assert_is(await failure(trim(server)), grpc.StatusCode.FAILED_PRECONDITION, "BUSY")
+    gate.open()
+    await load
+    await trim(server)
+
+
+async def test_refused_while_the_runner_stops(keeping: Server) -> None:
+    keeping.app.engine.stop()
+    assert_is(await failure(trim(keeping)), grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+
+
+async def test_none_is_left_hanging_when_the_runner_stops(keeping: Server) -> None:
+    gate = keeping.backend.step_gate
+    gate.shut()
+    call = keeping.start()
+    await keeping.thread(gate.wait_arrival)
+    waiting = [asyncio.ensure_future(failure(trim(keeping))) for _ in range(3)]
+    await eventually(lambda: keeping.app.engine._inbox.qsize() == 3)
+    keeping.app.engine.stop()
+    gate.open()
+    for each in waiting:
+        assert_is(await each, grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+    assert (await failure(call)).reason == "SHUTTING_DOWN"
+
+
+@pytest.mark.parametrize("how", ["dies", "is lost"])
+async def test_none_is_left_hanging_when_the_engine_ends(keeping: Server, how: str) -> None:
+    gate = keeping.backend.step_gate
+    gate.shut()
+    call = keeping.start()
+    await keeping.thread(gate.wait_arrival)
+    waiting = asyncio.ensure_future(failure(trim(keeping)))
+    await eventually(lambda: keeping.app.engine._inbox.qsize() == 1)
+    if how == "dies":
+        keeping.backend.trim = _broken  # type: ignore[method-assign]  # the point
+        gate.open()
+    else:
+        keeping.app.engine.lose("a rank is gone")
+    assert_is(await waiting, grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+    gate.open()
+    await failure(call)
+
+
+def _broken() -> None:
+    raise MemoryError
+
+
+async def test_one_whose_caller_has_gone(keeping: Server) -> None:
+    gate = keeping.backend.step_gate
+    gate.shut()
+    call = keeping.start(num_predict=2)
+    await keeping.thread(gate.wait_arrival)
+    waiting = keeping.stub.Trim(pb.TrimRequest())
+    await eventually(lambda: keeping.app.engine._inbox.qsize() == 1)
+    waiting.cancel()
+    gate.open()
+    assert [message async for message in call][-1].done
+    await trim(keeping)
+    await eventually(lambda: not keeping.app.engine._ledger._trims)
+    assert (await keeping.status()).state == pb.STATE_ACTIVE
+
+
+@pytest.fixture(scope="module")
+def child(
+    model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Child]:
+    """A process of its own, with a model whose keys and values are large beside its weights."""
+    model = model_dir(num_key_value_heads=4, head_dim=512)
+    options = ("--parallel", "1", "--context-length", "300", "--prefix-cache-bytes", str(2**26))
+    logs = tmp_path_factory.mktemp("logs")
+    with process(logs, "--model", str(model), *options) as child:
+        child.wait_for(lambda: child.status().state == pb.STATE_ACTIVE)
+        yield child
+
+
+def _complete(child: Child, ids: list[int], count: int = 1) -> list[int]:
+    options = pb.CompletionOptions(num_predict=count, temperature=0.0)
+    request = pb.CompletionRequest(prompt_token_ids=pb.TokenIds(ids=ids), options=options)
+    return tokens(list(child.stub.Completion(request, timeout=60)))
+
+
+def _fill(child: Child) -> pb.MemoryUsage:
+    """Completes prompts that have nothing in common, each of most of the context."""
+    for first in range(4):
+        assert _complete(child, [(first + 7 * i) % 500 for i in range(256)])
+    return child.status().memory_usage
+
+
+@pytest.mark.mlx
+def test_a_filled_prefix_cache_is_gone_and_the_process_smaller(child: Child) -> None:
+    said = _complete(child, [5, 6, 7], count=9)
+    before = _fill(child)
+    assert before.prefix_cache_bytes > 2**24
+    freed = child.stub.Trim(pb.TrimRequest(), timeout=30).freed_bytes
+    after = child.status().memory_usage
+    assert (after.prefix_cache_bytes, after.cache_bytes) == (0, 0)
+    assert after.prefix_cache_limit_bytes == before.prefix_cache_limit_bytes == 2**26
+    assert after.active_bytes <= before.active_bytes - before.prefix_cache_bytes
+    least = before.prefix_cache_bytes // 2
+    assert freed > least
+    assert after.process_bytes < before.process_bytes - least
+    # It still answers, and keeps prompts again.
+    assert _complete(child, [5, 6, 7], count=9) == said
+    assert _fill(child).prefix_cache_bytes > 2**24
+
+
+@pytest.mark.mlx
+def test_part_of_a_prefix_cache_may_stay(child: Child) -> None:
+    kept = _fill(child).prefix_cache_bytes // 2
+    child.stub.Trim(pb.TrimRequest(prefix_cache_bytes=kept), timeout=30)
+    assert 0 < child.status().memory_usage.prefix_cache_bytes <= kept
