@@ -89,6 +89,10 @@ bench: $(VENV)/.installed-bench $(SMG_VENV)/.installed ## Measure this runner be
 bench-quick: $(VENV)/.installed-bench $(SMG_VENV)/.installed ## The same in five minutes, with fewer measures
 	@$(BIN)/python -m bench --quick $(ARGS)
 
+.PHONY: memory
+memory: $(VENV)/.installed-dev ## Hold the peak of runners against their estimates: SET=shaped, quick, types or formats
+	@$(BIN)/python -m tools.memory $(or $(SET),shaped) $(ARGS)
+
 .PHONY: soak
 soak: $(VENV)/.installed-bench ## Drive a runner at twice its capacity for MINUTES (default 30), and judge it
 	@$(BIN)/python -m soak --minutes $(or $(MINUTES),30) $(ARGS)

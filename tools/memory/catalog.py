@@ -1,0 +1,42 @@
+"""A tiny configuration for every model type that mlx_lm 0.32.2 loads.
+
+Each has two to five layers, so that every kind of layer that the type knows occurs:
+sliding and full attention, recurrent layers and attention, dense layers and experts,
+layers that share what others made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tools.memory.catalog_dense import DENSE
+from tools.memory.catalog_hybrid import HYBRIDS
+from tools.memory.catalog_moe import MIXTURES
+from tools.memory.catalog_wrapped import WRAPPED
+
+_WRITTEN: dict[str, dict[str, Any]] = {**DENSE, **MIXTURES, **HYBRIDS, **WRAPPED}
+
+# mlx_lm has no module of these names; it takes that of another type.
+_SAME_AS = {
+    "iquestcoder": "llama",
+    "joyai_llm_flash": "deepseek_v3",
+    "kimi_k2": "deepseek_v3",
+    "minimax_m2": "minimax",
+    "phi-msft": "phixtral",
+    "xverse": "llama",
+}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    **_WRITTEN,
+    **{name: {**_WRITTEN[other], "model_type": name} for name, other in _SAME_AS.items()},
+}
+"""What ``config.json`` of a tiny model holds, by the name of its type."""
+
+_NO_METAL = "its layers call Metal kernels without another way (`No Metal back-end`)"
+
+LEFT_OUT: dict[str, str] = {
+    "bitnet": _NO_METAL,
+    "muse_spark": _NO_METAL,
+    "olmo": "its module ends the process (`sys.exit(1)`) unless the package ai2-olmo is there",
+}
+"""Why a type that mlx_lm has a module for is not in ``CONFIGS``."""

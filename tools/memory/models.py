@@ -1,0 +1,154 @@
+"""Model directories with tiny random models, written on the spot."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tools.memory.catalog import CONFIGS
+
+_SEED = 0
+_GROUP_SIZE = 64
+
+_NOISE = 0.02
+"""What is added to each weight: some start as zeros, which would leave parts without effect."""
+
+_END_TOKEN = "<eos>"  # noqa: S105
+_NEVER_IN_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))
+
+
+def scaled(model_type: str, **overrides: Any) -> dict[str, Any]:
+    """A configuration of the catalog with other sizes.
+
+    Args:
+        model_type: A key of ``CONFIGS``.
+        overrides: Settings to change, wherever the type has them: beside ``text_config``,
+            in it, or both. A dict changes only the settings it names.
+
+    Returns:
+        A configuration of its own, safe to change.
+
+    Raises:
+        KeyError: The type is not in the catalog, or has no setting of that name.
+    """
+    config = copy.deepcopy(CONFIGS[model_type])
+    for name, value in overrides.items():
+        holders = [part for part in (config, config.get("text_config", {})) if name in part]
+        if not holders:
+            raise KeyError(f"{model_type} has no setting {name}")
+        for part in holders:
+            part[name] = _merged(part[name], value)
+    return config
+
+
+def write_model(
+    directory: Path,
+    config: Mapping[str, Any],
+    *,
+    dtype: str = "float32",
+    bits: int | None = None,
+) -> Path:
+    """Write a model directory that ``mlx_lm.utils.load_model`` and the runner load.
+
+    As ``mlx_lm.convert`` does, it casts what the type allows to be cast, quantizes what can
+    be quantized, and saves the parameters under the names that the built model has.
+
+    Args:
+        directory: Where; made if it is not there.
+        config: What ``config.json`` is to hold.
+        dtype: Of the weights that are not quantized: float32, bfloat16 or float16.
+        bits: 4 or 8 for a quantized model.
+
+    Returns:
+        The directory.
+    """
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    directory.mkdir(parents=True, exist_ok=True)
+    saved = {"eos_token_id": 0, **copy.deepcopy(dict(config))}
+    model = _build_model(saved)
+    _cast(model, dtype)
+    if bits is not None:
+        model, saved = _quantize(model, saved, bits)
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(directory / "model.safetensors"), weights, metadata={"format": "mlx"})
+    (directory / "config.json").write_text(json.dumps(saved, indent=2))
+    _write_tokenizer(directory)
+    return directory
+
+
+def _merged(old: Any, new: Any) -> Any:
+    if not isinstance(old, dict) or not isinstance(new, Mapping):
+        return copy.deepcopy(new)
+    return {**old, **{name: _merged(old.get(name), value) for name, value in new.items()}}
+
+
+def _build_model(config: Mapping[str, Any]) -> Any:
+    import mlx.core as mx
+    from mlx.utils import tree_map_with_path
+    from mlx_lm.utils import _get_classes
+
+    # Some types write into the configuration that they are given.
+    config = copy.deepcopy(dict(config))
+    mx.random.seed(_SEED)
+    model_class, args_class = _get_classes(config)
+    model = model_class(args_class.from_dict(config))
+    model.update(tree_map_with_path(_randomized, model.parameters()))
+    return model
+
+
+def _randomized(path: str, weight: Any) -> Any:
+    import mlx.core as mx
+
+    if weight.dtype == mx.uint32:
+        # Weights that the type itself keeps quantized.
+        return mx.random.randint(0, 2**32 - 1, weight.shape, dtype=mx.uint32)
+    if not mx.issubdtype(weight.dtype, mx.floating) or path.endswith(".signs"):
+        return weight
+    return weight + _NOISE * mx.random.normal(weight.shape).astype(weight.dtype)
+
+
+def _cast(model: Any, dtype: str) -> None:
+    import mlx.core as mx
+    from mlx.utils import tree_map_with_path
+
+    target = getattr(mx, dtype)
+    may_cast = getattr(model, "cast_predicate", lambda _path: True)
+
+    def cast(path: str, weight: Any) -> Any:
+        is_cast = mx.issubdtype(weight.dtype, mx.floating) and may_cast(path)
+        return weight.astype(target) if is_cast else weight
+
+    model.update(tree_map_with_path(cast, model.parameters()))
+
+
+def _quantize(model: Any, config: dict[str, Any], bits: int) -> tuple[Any, dict[str, Any]]:
+    from mlx_lm.utils import quantize_model
+
+    # It prints how far it got, and standard output is for results.
+    with contextlib.redirect_stdout(sys.stderr):
+        quantized: tuple[Any, dict[str, Any]] = quantize_model(model, config, _GROUP_SIZE, bits)
+    return quantized
+
+
+def _write_tokenizer(directory: Path) -> None:
+    """Write a tokenizer with a token for each byte, which fits a vocabulary of 256."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    # Byte-level tokenizers write a byte of this range as the character of that number.
+    left_out = {chr(byte) for byte in _NEVER_IN_UTF8}
+    characters = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - left_out)
+    vocabulary = {token: i for i, token in enumerate([_END_TOKEN, *characters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.add_special_tokens([_END_TOKEN])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _END_TOKEN}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))

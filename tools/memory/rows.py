@@ -1,0 +1,106 @@
+"""What ``make memory`` measures: models, and how they are hosted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from tools.memory.catalog import CONFIGS
+from tools.memory.measure import Setting
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: What is said of the model.
+        model_type: Its type, of the catalog.
+        sizes: Settings that are not the catalog's.
+        stored_dtype: The format of the files.
+        bits: Of a quantized model; None for one that is not.
+        setting: How it is hosted.
+    """
+
+    name: str
+    model_type: str
+    setting: Setting
+    sizes: dict[str, Any] = field(default_factory=dict)
+    stored_dtype: str = "float32"
+    bits: int | None = None
+
+
+_LLAMA = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
+_MUCH_KV = {
+    "hidden_size": 512,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "head_dim": 64,
+}
+
+
+def shaped() -> Iterator[Row]:
+    """Yield models of the shapes that people run, a hundred times smaller."""
+    llama, name = _LLAMA, "Llama-shaped, 98 MiB"
+    for parallel in (1, 8, 32):
+        yield Row(name, "llama", Setting(parallel=parallel), llama)
+    yield Row(name, "llama", Setting(parallel=8, context_length=2048), llama)
+    yield Row(f"{name}, prefix cache", "llama", Setting(prefix_cache_bytes=None), llama)
+    for bits in (4, 8):
+        yield Row(f"{name}, {bits}-bit", "llama", Setting(), llama, "bfloat16", bits)
+        # Slow on a CPU.
+        short = Setting(dtype="as_stored", parallel=4, context_length=64)
+        yield Row(f"{name}, {bits}-bit as stored", "llama", short, llama, "bfloat16", bits)
+    short = Setting(dtype="as_stored", context_length=128)
+    yield Row(f"{name}, bf16 as stored", "llama", short, llama, "bfloat16")
+    for parallel in (1, 32):
+        sizes = {"vocab_size": 151_936}
+        yield Row("qwen3, vocabulary 151,936", "qwen3", Setting(parallel=parallel), sizes)
+    yield Row("sliding window (gemma3)", "gemma3_text", Setting(parallel=32))
+    yield Row("latent attention (deepseek_v3)", "deepseek_v3", Setting(parallel=32))
+    yield Row("experts (qwen3_moe)", "qwen3_moe", Setting(parallel=32))
+    yield Row("hybrid (granitemoehybrid)", "granitemoehybrid", Setting(parallel=32))
+    yield Row("state space (mamba2)", "mamba2", Setting(parallel=32))
+    kv = "much KV per token"
+    yield Row(kv, "llama", Setting(parallel=24, context_length=1024), _MUCH_KV)
+    cached = Setting(parallel=8, context_length=1024, prefix_cache_bytes=None)
+    yield Row(f"{kv}, prefix cache", "llama", cached, _MUCH_KV)
+
+
+def quick() -> Iterator[Row]:
+    """Yield a part that takes two minutes: what CI measures."""
+    chosen = {
+        *("Llama-shaped, 98 MiB, prefix cache", "qwen3, vocabulary 151,936"),
+        *("sliding window (gemma3)", "latent attention (deepseek_v3)", "experts (qwen3_moe)"),
+        *("hybrid (granitemoehybrid)", "state space (mamba2)"),
+        "much KV per token, prefix cache",
+    }
+    yield from (row for row in shaped() if row.name in chosen)
+
+
+def all_types(parallels: tuple[int, ...] = (1, 8, 32)) -> Iterator[Row]:
+    """Yield tiny models of every type that mlx_lm has."""
+    for model_type in CONFIGS:
+        for parallel in parallels:
+            yield Row(model_type, model_type, Setting(parallel=parallel))
+
+
+def all_formats() -> Iterator[Row]:
+    """Yield tiny models of every type, in other formats than float32."""
+    for model_type in CONFIGS:
+        stored = Setting(dtype="as_stored", parallel=8)
+        yield Row(f"{model_type}, bf16", model_type, Setting(parallel=8), {}, "bfloat16")
+        yield Row(f"{model_type}, bf16 as stored", model_type, stored, {}, "bfloat16")
+        yield Row(f"{model_type}, 4-bit", model_type, Setting(parallel=8), {}, "float32", 4)
+        yield Row(f"{model_type}, 4-bit as stored", model_type, stored, {}, "float32", 4)
+        yield Row(f"{model_type}, 8-bit as stored", model_type, stored, {}, "float32", 8)
