@@ -12,12 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from fakes import FakeBackend
 from harness import Server, StartServer, running
 from mlxrunner.handshake import TOKEN_VARIABLE
 from runner_common.headroom import MINIMUM_VARIABLE, OVERHEAD_VARIABLE
 from runner_common.reservations import DIRECTORY_VARIABLE
+
+# What an example takes says nothing on a busy machine.
+settings.register_profile("project", deadline=None)
+settings.load_profile("project")
 
 _runtime_directory = tempfile.TemporaryDirectory(prefix="mlx-runner-tests-")
 """Reservations of this session and its children: sessions side by side share no memory book."""

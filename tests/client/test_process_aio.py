@@ -157,7 +157,7 @@ async def test_it_says_ready_and_does_not_serve(
 ) -> None:
     ready = "print('1|1|tcp|127.0.0.1:1|grpc', flush=True); import time; time.sleep(600)"
     use_script(monkeypatch, ready)
-    runner = AsyncRunnerProcess(model, timeouts=Timeouts(start_seconds=0.5))
+    runner = AsyncRunnerProcess(model, timeouts=Timeouts(start_seconds=4))
     with pytest.raises(errors.RunnerTimeoutError, match="did not report that it serves"):
         await runner.load()
     assert runner.has_exited

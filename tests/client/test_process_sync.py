@@ -199,7 +199,7 @@ def test_it_never_gets_ready(model: str, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_it_says_ready_and_does_not_serve(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ready = "print('1|1|tcp|127.0.0.1:1|grpc', flush=True); import time; time.sleep(600)"
     use_script(monkeypatch, ready)
-    runner = RunnerProcess(model, timeouts=Timeouts(start_seconds=0.5, close_seconds=5))
+    runner = RunnerProcess(model, timeouts=Timeouts(start_seconds=4, close_seconds=5))
     with pytest.raises(errors.RunnerTimeoutError, match="did not report that it serves") as caught:
         runner.load()
     assert caught.value.phase == "start"
