@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner_server.adapter._lean import forget_modules
 from runner_server.admission import UNCHECKED, Admission
-from runner_server.heap import settle_heap, trim_heap
+from runner_server.heap import drop_code, settle_heap, trim_heap
 from runner_server.messages import LoadSpec, MemoryCounters
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 _ARCHITECTURES = "mlx_lm.models"
 """Modules of models that are not loaded any more keep a fifth of a MiB each."""
+
+_LIBRARIES = ("libmlx", "tokenizers", "liblapack", "libblas")
 
 _ANY_LIMIT_BYTES = 1 << 40
 """MLX tells its limit only when it is given another one."""
@@ -104,6 +106,7 @@ class MlxBackend:
         if self._mx is not None:
             self._mx.set_memory_limit(self._usual_limit_bytes)
         self.trim()
+        drop_code(_LIBRARIES)
         # Between two models, or after a gate, other schedulers are not to count on it.
         if not for_next:
             self._admission.release()
