@@ -166,10 +166,10 @@ def make_plan(spec: LoadSpec, model: Module, config: dict[str, Any], path: Path)
     sizes = _Sizes(spec, context, model, seen)
     rows = sizes.rows_that_fit()
     working, buffers = sizes.working(rows)
-    kv, budget = sizes.kv(rows, working)
+    budget = sizes.kv(rows, working)
     need = MemoryNeed(
         weight_bytes=sizes.weight_bytes,
-        kv_bytes=kv,
+        kv_bytes=budget,
         prefix_cache_bytes=sizes.prefix_cache(budget, working),
         working_bytes=working,
         process_bytes=process_bytes(path, spec.parallel),
@@ -246,12 +246,11 @@ class _Sizes:
             low, high = (middle, high) if self._fits(middle) else (low, middle)
         return low
 
-    def kv(self, rows: int, working: int) -> tuple[int, int]:
-        """Return the memory for KV caches as counted, and as the limit allows."""
+    def kv(self, rows: int, working: int) -> int:
+        """Return the memory for KV caches: of all sequences, or as much as the limit allows."""
         full = self._row_bytes * self._spec.parallel
         budget = full if self._spec.memory_limit_bytes is None else self._room - working
-        budget = max(self._row_bytes * rows, min(full, budget))
-        return budget, budget
+        return max(self._row_bytes * rows, min(full, budget))
 
     def prefix_cache(self, kv: int, working: int) -> int:
         """Return the most for evaluated prompts."""
