@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from fakes import FakeBackend, Gate
-from harness import Server, StartServer, failure, running, tokens
+from harness import Server, StartServer, eventually, failure, running, tokens
 from mlxrunner.hostmemory import FreeMemory
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_common.asking import NeedAnswer, NeedRefusedError, NeedRequest, NeedUnknownError
@@ -287,6 +287,8 @@ async def test_an_estimate_under_way_ends_when_the_runner_stops(
     counter.gate.shut()
     calls = [asyncio.ensure_future(failure(estimate(server, tmp_path))) for _ in range(4)]
     await server.thread(counter.gate.wait_arrival)
+    # All of them: one that has not come yet is cut off by gRPC, as by any server that stops.
+    await eventually(lambda: len(server.app._estimator._running) == len(calls))
     await server.app.close()
     assert {(await call).reason for call in calls} == {"SHUTTING_DOWN"}
     counter.gate.open()
