@@ -37,8 +37,13 @@ recover()
 if active_tasks() is None:
     raise SystemExit("skip")
 while active_tasks() < 2:
+    result = mx.linalg.inv(mx.zeros((8, 8)), stream=mx.cpu)
+    # One in ten of the operations that follow is counted. It has to be enqueued after the error is
+    # stored: with a single operation behind, that depends on which thread is faster.
+    for _ in range(1000):
+        result = mx.negative(result)
     try:
-        mx.eval(mx.linalg.inv(mx.zeros((8, 8)), stream=mx.cpu))
+        mx.eval(result)
     except RuntimeError:
         drain()
 try:
