@@ -150,6 +150,8 @@ class AsyncRunnerProcess(ProcessBase):
             ``"auto_or_stored"`` would have fitted as stored.
         memory_override: Starts it even if the gate says that it does not fit, and has
             the server load it too. With ``"auto_or_stored"`` it is then held as stored.
+        allow_inexact: Starts a model that cannot be computed exactly as its files say;
+            ``Model.warnings`` names the differences.
         gate: Decides whether it fits, and keeps what the model may take set aside until
             the child has ended. Default: a ``MemoryGate`` for the child's environment.
         timeouts: How long to wait for what.

@@ -48,6 +48,7 @@ class Launch:
     prefix_cache_bytes: int | None
     require_full: bool
     memory_override: bool
+    allow_inexact: bool
     gate: MemoryGate | None
     listen: Listen
     blas: str
@@ -93,6 +94,7 @@ class Launch:
             parallel=DEFAULT_PARALLEL if self.parallel is None else self.parallel,
             dtype=dtype,
             prefix_cache_bytes=self.prefix_cache_bytes,
+            allow_inexact=self.allow_inexact,
             env=self.environ(),
         )
 
@@ -147,6 +149,7 @@ class Plan:
             dtype=self.launch.dtype,
             prefix_cache_bytes=self.launch.prefix_cache_bytes,
             memory_override=self.admission.overridden,
+            allow_inexact=self.launch.allow_inexact,
         )
 
     def child(self, place: ListenPlace) -> Child:

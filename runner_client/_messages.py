@@ -63,6 +63,7 @@ def load_request(
     memory_limit_bytes: int | None = None,
     prefix_cache_bytes: int | None = None,
     memory_override: bool = False,
+    allow_inexact: bool = False,
 ) -> pb.LoadRequest:
     """Builds the request of a load.
 
@@ -80,6 +81,7 @@ def load_request(
             memory_limit_bytes=memory_limit_bytes,
             prefix_cache_bytes=prefix_cache_bytes,
             memory_override=memory_override,
+            allow_inexact=allow_inexact,
         )
 
 
@@ -91,6 +93,7 @@ def estimate_request(
     dtype: Dtype = "auto",
     memory_limit_bytes: int | None = None,
     prefix_cache_bytes: int | None = None,
+    allow_inexact: bool = False,
 ) -> pb.EstimateRequest:
     """Build the request of an estimate; raises like ``load_request``."""
     number = _dtype(dtype)
@@ -102,6 +105,7 @@ def estimate_request(
             dtype=number,
             memory_limit_bytes=memory_limit_bytes,
             prefix_cache_bytes=prefix_cache_bytes,
+            allow_inexact=allow_inexact,
         )
 
 
@@ -198,6 +202,7 @@ def _model(message: pb.Model) -> Model:
         quantization_bits=message.quantization_bits,
         eos_token_ids=tuple(message.eos_token_ids),
         dtype_fallback=message.dtype_fallback,
+        warnings=tuple(message.warnings),
     )
 
 

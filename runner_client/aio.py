@@ -110,6 +110,7 @@ class AsyncRunnerClient(ClientBase):
         memory_limit_bytes: int | None = None,
         prefix_cache_bytes: int | None = None,
         memory_override: bool = False,
+        allow_inexact: bool = False,
         on_progress: Callable[[Status], None] | None = None,
     ) -> LoadResult:
         """Loads a model and returns when it can be used.
@@ -128,6 +129,7 @@ class AsyncRunnerClient(ClientBase):
             memory_limit_bytes=memory_limit_bytes,
             prefix_cache_bytes=prefix_cache_bytes,
             memory_override=memory_override,
+            allow_inexact=allow_inexact,
         )
         reply = self._start_load(request)
         try:
@@ -171,6 +173,7 @@ class AsyncRunnerClient(ClientBase):
         dtype: Dtype = "auto",
         memory_limit_bytes: int | None = None,
         prefix_cache_bytes: int | None = None,
+        allow_inexact: bool = False,
     ) -> LoadEstimate:
         """Ask what a load would need in memory, and whether it fits now.
 
@@ -189,6 +192,7 @@ class AsyncRunnerClient(ClientBase):
             dtype=dtype,
             memory_limit_bytes=memory_limit_bytes,
             prefix_cache_bytes=prefix_cache_bytes,
+            allow_inexact=allow_inexact,
         )
         return _messages.load_estimate(await self._call(self._stub.Estimate, request))
 

@@ -95,6 +95,7 @@ class RunnerClient(ClientBase):
         memory_limit_bytes: int | None = None,
         prefix_cache_bytes: int | None = None,
         memory_override: bool = False,
+        allow_inexact: bool = False,
         on_progress: Callable[[Status], None] | None = None,
     ) -> LoadResult:
         """Loads a model and returns when it can be used.
@@ -115,6 +116,8 @@ class RunnerClient(ClientBase):
                 all of them; less where memory is short.
             memory_override: Load it even if it does not fit by the runner's estimate.
                 The system may then end the process when its memory fills up.
+            allow_inexact: Load it even if it cannot be computed exactly as its files
+                say; ``Model.warnings`` names the differences.
             on_progress: Called with a status about every 0.2 s.
 
         Raises:
@@ -133,6 +136,7 @@ class RunnerClient(ClientBase):
             memory_limit_bytes=memory_limit_bytes,
             prefix_cache_bytes=prefix_cache_bytes,
             memory_override=memory_override,
+            allow_inexact=allow_inexact,
         )
         call = self._start_load(request)
         try:
@@ -179,6 +183,7 @@ class RunnerClient(ClientBase):
         dtype: Dtype = "auto",
         memory_limit_bytes: int | None = None,
         prefix_cache_bytes: int | None = None,
+        allow_inexact: bool = False,
     ) -> LoadEstimate:
         """Ask what a load would need in memory, and whether it fits now.
 
@@ -194,6 +199,7 @@ class RunnerClient(ClientBase):
             memory_limit_bytes: The most that MLX may hold. Default: no limit.
             prefix_cache_bytes: The most to keep evaluated prompts in. Default: as in
                 ``load``.
+            allow_inexact: As in ``load``; ``notes`` names the differences.
 
         Raises:
             InvalidRequestError: A field is out of range.
@@ -210,6 +216,7 @@ class RunnerClient(ClientBase):
             dtype=dtype,
             memory_limit_bytes=memory_limit_bytes,
             prefix_cache_bytes=prefix_cache_bytes,
+            allow_inexact=allow_inexact,
         )
         return _messages.load_estimate(self._call(self._stub.Estimate, request))
 

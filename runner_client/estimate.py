@@ -56,7 +56,7 @@ class MemoryEstimate:
         prefix_cache_bytes: The most that evaluated prompts may take.
         has_default_prefix_cache: Whether that is the default, which a runner makes smaller
             where memory is short; ``required_bytes`` does not count it.
-        notes: What could not be told, in words.
+        notes: What could not be told, and what ``Model.warnings`` will say, in words.
     """
 
     model: str
@@ -113,6 +113,7 @@ def estimate(
     dtype: DType = "auto",
     backend: Backend | None = None,
     prefix_cache_bytes: int | None = None,
+    allow_inexact: bool = False,
     env: Mapping[str, str] | None = None,
 ) -> MemoryEstimate:
     """Estimate the memory of a runner that hosts the model.
@@ -135,6 +136,8 @@ def estimate(
         backend: Where the model runs; by default what the installed MLX uses.
         prefix_cache_bytes: The most to keep evaluated prompts in; by default one sequence, or a
             quarter of all of them.
+        allow_inexact: Estimate a model that cannot be computed exactly as its files say;
+            ``notes`` names the differences.
         env: The environment that the runner will have; by default this process's.
 
     Raises:
@@ -156,6 +159,7 @@ def estimate(
         parallel=parallel,
         dtype=_resolved(dtype, backend),
         prefix_cache_bytes=prefix_cache_bytes,
+        allow_inexact=allow_inexact,
     )
     answer, notes = _answer(request, installed == backend, os.environ if env is None else env)
     return MemoryEstimate(
@@ -182,11 +186,13 @@ def _answer(
         why = "the server's packages are not installed here"
     else:
         try:
-            return ask_need(request, with_import_paths(environ)), ()
+            answer = ask_need(request, with_import_paths(environ))
         except NeedRefusedError as refusal:
             raise _refused(refusal) from refusal
         except NeedUnknownError as error:
             why = str(error)
+        else:
+            return answer, answer.notes
     answer, notes = need_from_headers(request)
     return answer, (f"counted from the headers of the files: {why}", *notes)
 

@@ -116,6 +116,8 @@ class Model:
     dtype_fallback: bool = False
     """Whether ``"auto_or_stored"`` found no memory for float32 and holds the weights as
     stored."""
+    warnings: tuple[str, ...] = ()
+    """Where its answers may differ from what its files say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,7 @@ class NeedRequest:
         dtype: ``"auto"``, ``"as_stored"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         memory_limit_bytes: The most that MLX may hold; None for no limit.
         prefix_cache_bytes: The most for evaluated prompts; None for the default.
+        allow_inexact: Plan it even if it cannot be computed exactly as its files say.
     """
 
     path: str
@@ -54,6 +55,7 @@ class NeedRequest:
     dtype: str = "auto"
     memory_limit_bytes: int | None = None
     prefix_cache_bytes: int | None = None
+    allow_inexact: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +67,14 @@ class NeedAnswer:
         dtype: The format of the weights that was counted; never ``"auto"``.
         context_length: Tokens of one sequence.
         model_context_length: What the model was made for, in tokens.
+        notes: Where the model's answers may differ from what its files say.
     """
 
     need: MemoryNeed
     dtype: str
     context_length: int
     model_context_length: int
+    notes: tuple[str, ...] = ()
 
 
 class NeedRefusedError(Exception):
@@ -157,7 +161,8 @@ def _answer(values: dict[str, Any]) -> NeedAnswer:
     if "reason" in values:
         violations = [(str(field), str(text)) for field, text in values["violations"]]
         raise NeedRefusedError(values["reason"], values["message"], values["metadata"], violations)
-    return NeedAnswer(**{**values, "need": MemoryNeed(**values["need"])})
+    need, notes = MemoryNeed(**values["need"]), tuple(values["notes"])
+    return NeedAnswer(**{**values, "need": need, "notes": notes})
 
 
 class _Cache:

@@ -56,6 +56,7 @@ def model_message(info: ModelInfo) -> pb.Model:
         quantization_bits=info.quantization_bits,
         eos_token_ids=sorted(info.eos_token_ids),
         dtype_fallback=info.dtype_fallback,
+        warnings=info.warnings,
     )
 
 

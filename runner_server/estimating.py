@@ -34,9 +34,12 @@ def answer(request: NeedRequest) -> NeedAnswer:
         dtype=Dtype(request.dtype),
         memory_limit_bytes=request.memory_limit_bytes,
         prefix_cache_bytes=request.prefix_cache_bytes,
+        allow_inexact=request.allow_inexact,
     )
     plan = plan_load(Path(request.path), spec)
-    return NeedAnswer(plan.need, plan.dtype.value, plan.context_length, plan.max_context_length)
+    return NeedAnswer(
+        plan.need, plan.dtype.value, plan.context_length, plan.max_context_length, plan.warnings
+    )
 
 
 def _values(request: NeedRequest) -> dict[str, Any]:
@@ -58,6 +61,7 @@ def _values(request: NeedRequest) -> dict[str, Any]:
         "dtype": found.dtype,
         "context_length": found.context_length,
         "model_context_length": found.model_context_length,
+        "notes": found.notes,
     }
 
 

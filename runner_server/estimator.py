@@ -123,7 +123,7 @@ class Estimator:
     def _estimate_as(self, path: Path, spec: LoadSpec, dtype: Dtype) -> Estimated:
         answer = _asked(path, replace(spec, dtype=dtype))
         decision = self._admission.compare(answer.need.required_bytes)
-        return Estimated(answer, decision, spec.parallel)
+        return Estimated(answer, decision, spec.parallel, answer.notes)
 
 
 def _asked(path: Path, spec: LoadSpec) -> NeedAnswer:
@@ -134,6 +134,7 @@ def _asked(path: Path, spec: LoadSpec) -> NeedAnswer:
         dtype=spec.dtype.value,
         memory_limit_bytes=spec.memory_limit_bytes,
         prefix_cache_bytes=spec.prefix_cache_bytes,
+        allow_inexact=spec.allow_inexact,
     )
     try:
         return ask_need(request, with_import_paths(os.environ))

@@ -54,6 +54,7 @@ class LoadSpec:
         prefix_cache_bytes: Most memory for evaluated prompts that are kept; 0 = none,
             None = one sequence, or a share of all of them.
         memory_override: Load it even if it does not fit.
+        allow_inexact: Load it even if it cannot be computed exactly as its files say.
     """
 
     model: str
@@ -63,6 +64,7 @@ class LoadSpec:
     memory_limit_bytes: int | None = None
     prefix_cache_bytes: int | None = None
     memory_override: bool = False
+    allow_inexact: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class ModelInfo:
         kv_budget_bytes: Of it, the most for the KV caches of all running completions.
         reserved_bytes: The most that the whole process may take.
         dtype_fallback: Whether there was no memory for the format that is usual.
+        warnings: Where its answers may differ from what its files say.
     """
 
     name: str
@@ -96,6 +99,7 @@ class ModelInfo:
     kv_budget_bytes: int = 0
     reserved_bytes: int = 0
     dtype_fallback: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

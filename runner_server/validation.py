@@ -73,6 +73,7 @@ def load_spec(request: pb.LoadRequest | pb.EstimateRequest) -> LoadSpec:
         memory_limit_bytes=_given(request, "memory_limit_bytes", int, plain.memory_limit_bytes),
         prefix_cache_bytes=_given(request, "prefix_cache_bytes", int, plain.prefix_cache_bytes),
         memory_override=isinstance(request, pb.LoadRequest) and request.memory_override,
+        allow_inexact=request.allow_inexact,
     )
 
 

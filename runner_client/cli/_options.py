@@ -110,6 +110,12 @@ prefix_cache_option = click.option(
     "skips what they share; 0 keeps none.  [default: one sequence, or a quarter of all; less where "
     "memory is short]",
 )
+allow_inexact_option = click.option(
+    "--allow-inexact",
+    is_flag=True,
+    help="Take the model even if it cannot be computed exactly as its files say; the differences "
+    "are told.",
+)
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output."
 )

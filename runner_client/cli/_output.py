@@ -42,11 +42,12 @@ def print_rows(rows: Iterable[Row], *, err: bool = False) -> None:
         click.echo(f"{name:<{width}}  {text}", err=err)
 
 
-def fallback_rows(model: Model) -> list[Row]:
-    """What is to be said where there was no memory for the usual format of the weights."""
+def model_rows(model: Model) -> list[Row]:
+    """Return what a user should know of a loaded model: how it is held, and its warnings."""
+    rows = [("warning", text) for text in model.warnings]
     if not model.dtype_fallback:
-        return []
-    return [("held", "as stored, which is slow on a CPU: there is no memory for float32")]
+        return rows
+    return [("held", "as stored, which is slow on a CPU: there is no memory for float32"), *rows]
 
 
 def completion_rows(completion: Completion) -> list[Row]:

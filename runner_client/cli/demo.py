@@ -11,7 +11,7 @@ from mlxrunner.hostmemory import free_memory
 from mlxrunner.units import format_bytes
 from runner_client import doctor
 from runner_client.cli._errors import EXIT_CODES, Failure
-from runner_client.cli._output import Row, completion_rows, fallback_rows, print_rows
+from runner_client.cli._output import Row, completion_rows, model_rows, print_rows
 from runner_client.cli._session import loaded, show_text, streamed
 from runner_client.cli.status import memory_text
 from runner_client.environment import package_folders
@@ -87,7 +87,7 @@ def _start_rows(
     if need is not None:
         fits = f"needs {format_bytes(need.total_bytes)}, {format_bytes(free_bytes)} are free"
         rows.insert(1, ("gate", fits))
-    return [*rows, *fallback_rows(model)]
+    return [*rows, *model_rows(model)]
 
 
 def _stopped(runner: RunnerProcess, status: Status) -> str:

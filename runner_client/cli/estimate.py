@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, get_args
 
 import click
@@ -11,6 +12,7 @@ from mlxrunner.hostmemory import Backend
 from mlxrunner.units import format_bytes
 from runner_client.cli._access import Credentials, access_options, open_client
 from runner_client.cli._options import (
+    allow_inexact_option,
     context_length_option,
     dtype_option,
     json_option,
@@ -21,6 +23,7 @@ from runner_client.estimate import DEFAULT_PARALLEL, MemoryEstimate, estimate
 from runner_client.gate import GateDecision, MemoryGate
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Unpack
 
     from mlxrunner.hostmemory import FreeMemory
@@ -49,6 +52,7 @@ _LIMITS = {"system": "the system", "cgroup": "the control group", "device": "the
 )
 @click.option("--address", help="Ask the runner there, for its machine: HOST:PORT or unix:/path.")
 @access_options
+@allow_inexact_option
 @json_option
 def command(
     model: str,
@@ -58,6 +62,7 @@ def command(
     parallel: int,
     dtype: Dtype,
     backend: Backend | None,
+    allow_inexact: bool,
     as_json: bool,
     **credentials: Unpack[Credentials],
 ) -> None:
@@ -69,13 +74,25 @@ def command(
     if address is None:
         if any(credentials.values()):
             raise click.UsageError("--token-file and --tls-... need --address")
-        fits = _count(model, context_length, parallel, dtype, backend, as_json=as_json)
+        need_as = partial(
+            estimate,
+            model,
+            context_length=context_length,
+            parallel=parallel,
+            backend=backend,
+            allow_inexact=allow_inexact,
+        )
+        fits = _count(need_as, dtype, as_json=as_json)
     else:
         if backend:
             raise click.UsageError("--backend has no meaning with --address")
         with open_client(address, **credentials) as client:
             answer = client.estimate(
-                model, context_length=context_length, parallel=parallel, dtype=dtype
+                model,
+                context_length=context_length,
+                parallel=parallel,
+                dtype=dtype,
+                allow_inexact=allow_inexact,
             )
         _show_answer(model, answer, as_json=as_json)
         fits = answer.fits
@@ -83,26 +100,12 @@ def command(
         raise click.exceptions.Exit(EXIT_TOO_LARGE)
 
 
-def _count(
-    model: str,
-    context_length: int | None,
-    parallel: int,
-    dtype: Dtype,
-    backend: Backend | None,
-    *,
-    as_json: bool,
-) -> bool:
+def _count(need_as: Callable[..., MemoryEstimate], dtype: Dtype, *, as_json: bool) -> bool:
     """Count here, and show it; returns whether it fits, as far as that is known."""
-
-    def need_as(dtype: Dtype) -> MemoryEstimate:
-        return estimate(
-            model, context_length=context_length, parallel=parallel, dtype=dtype, backend=backend
-        )
-
-    need = need_as(dtype)
+    need = need_as(dtype=dtype)
     decision = _decide(need)
     if decision is not None and not decision.fits and dtype in ("auto", "auto_or_stored"):
-        stored = need_as("as_stored")
+        stored = need_as(dtype="as_stored")
         if dtype == "auto":
             need = _with_way_out(need, stored)
         else:

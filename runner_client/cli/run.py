@@ -9,6 +9,7 @@ import click
 
 from runner_client.cli._errors import EXIT_CODES
 from runner_client.cli._options import (
+    allow_inexact_option,
     context_length_option,
     dtype_option,
     json_option,
@@ -16,7 +17,7 @@ from runner_client.cli._options import (
     sampling_options,
     text_or_stdin,
 )
-from runner_client.cli._output import completion_rows, fallback_rows, print_json, print_rows
+from runner_client.cli._output import completion_rows, model_rows, print_json, print_rows
 from runner_client.cli._session import loaded, show_nothing, show_text, streamed
 from runner_client.process import RunnerProcess
 from runner_client.types import Options
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 @click.option(
     "--memory-override", is_flag=True, help="Start it even if the gate says that it does not fit."
 )
+@allow_inexact_option
 @json_option
 def command(
     model: str,
@@ -49,6 +51,7 @@ def command(
     dtype: Dtype,
     prefix_cache: int | None,
     memory_override: bool,
+    allow_inexact: bool,
     as_json: bool,
     **sampling: Unpack[Sampling],
 ) -> None:
@@ -67,6 +70,7 @@ def command(
         dtype=dtype,
         prefix_cache_bytes=prefix_cache,
         memory_override=memory_override,
+        allow_inexact=allow_inexact,
     )
     with loaded(runner, model) as load:
         stream = runner.completion(prompt, options=Options(**sampling))
@@ -76,7 +80,7 @@ def command(
         return
     click.echo()
     rows = [*completion_rows(completion), ("load", f"{load.load_seconds:.2f} s")]
-    print_rows([*rows, *fallback_rows(load.model)], err=True)
+    print_rows([*rows, *model_rows(load.model)], err=True)
 
 
 def _record(load: LoadResult, completion: Completion) -> dict[str, object]:

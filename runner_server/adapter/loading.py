@@ -337,6 +337,7 @@ def _describe(
         prefix_cache_bytes=plan.need.prefix_cache_bytes,
         reserved_bytes=plan.need.total_bytes,
         dtype_fallback=plan.dtype is not formats(spec.dtype)[0],
+        warnings=plan.warnings,
     )
 
 

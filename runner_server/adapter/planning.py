@@ -80,6 +80,7 @@ class Plan:
         buffer_cache_bytes: The most that MLX keeps of freed buffers.
         token_bytes: What each token of a chunk takes while it is evaluated.
         pair_bytes: The same for each pair of it and a token that it sees.
+        warnings: Where the model's answers may differ from what its files say.
     """
 
     dtype: Dtype
@@ -92,6 +93,7 @@ class Plan:
     buffer_cache_bytes: int
     token_bytes: float
     pair_bytes: float
+    warnings: tuple[str, ...] = ()
 
     def chunk_bytes(self, tokens: int, before: int) -> float:
         """What evaluating so many tokens of a prompt after so many others takes."""

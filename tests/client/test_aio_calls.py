@@ -200,6 +200,7 @@ async def test_load_shows_its_progress(runner: FakeRunner) -> None:
             context_length=64,
             prefix_cache_bytes=10**8,
             memory_override=True,
+            allow_inexact=True,
             on_progress=seen.append,
         )
     assert result.model.name == "org/name"
@@ -213,6 +214,7 @@ async def test_load_shows_its_progress(runner: FakeRunner) -> None:
             dtype=pb.DTYPE_AUTO,
             prefix_cache_bytes=10**8,
             memory_override=True,
+            allow_inexact=True,
         )
     ]
 

@@ -115,7 +115,7 @@ def test_every_option_reaches_the_runner(fake: FakeRunner, started: list[FakePro
     arguments = ["run", "m", "Hi", "--stop", "\n\n", "--stop", "-", "--context-length", "99"]
     for name, value in {**floats, **integers}.items():
         arguments += [f"--{name.replace('_', '-')}", str(value)]
-    arguments += ["--dtype", "bfloat16", "--prefix-cache", "64MiB"]
+    arguments += ["--dtype", "bfloat16", "--prefix-cache", "64MiB", "--allow-inexact"]
     assert invoke(*arguments).exit_code == 0
     options = fake.requests[-1].options  # type: ignore[attr-defined]  # a completion's request
     for name, value in {**floats, **integers}.items():
@@ -127,6 +127,7 @@ def test_every_option_reaches_the_runner(fake: FakeRunner, started: list[FakePro
         "dtype": "bfloat16",
         "prefix_cache_bytes": 64 * 2**20,
         "memory_override": False,
+        "allow_inexact": True,
     }
 
 

@@ -239,7 +239,7 @@ def test_unload_then_no_model(client: RunnerClient) -> None:
 
 def test_load_sends_its_arguments(client: RunnerClient, runner: FakeRunner) -> None:
     fields: dict[str, Any] = {"context_length": 64, "parallel": 2, "memory_limit_bytes": 10**9}
-    fields["memory_override"] = True
+    fields["memory_override"] = fields["allow_inexact"] = True
     result = client.load("org/name", dtype="bfloat16", **fields)
     assert result.model.name == "org/name"
     assert runner.requests == [pb.LoadRequest(model="org/name", dtype=pb.DTYPE_BFLOAT16, **fields)]

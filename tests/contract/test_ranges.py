@@ -178,6 +178,7 @@ LOAD_INSIDE: list[tuple[dict[str, Any], LoadSpec]] = [
     ({"dtype": pb.DTYPE_AUTO_OR_STORED}, LoadSpec("m", dtype=Dtype.AUTO_OR_STORED)),
     ({"memory_override": True}, LoadSpec("m", memory_override=True)),
     ({"memory_override": False}, LoadSpec("m")),
+    ({"allow_inexact": True}, LoadSpec("m", allow_inexact=True)),
 ]
 
 

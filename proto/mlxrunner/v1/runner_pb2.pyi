@@ -268,6 +268,7 @@ class LoadRequest(_message.Message):
     MEMORY_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     PREFIX_CACHE_BYTES_FIELD_NUMBER: _builtins.int
     MEMORY_OVERRIDE_FIELD_NUMBER: _builtins.int
+    ALLOW_INEXACT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """A directory with a model (config.json, tokenizer, *.safetensors), as the
     server's file system names it, or a hub id ("org/name") that is already in
@@ -303,6 +304,11 @@ class LoadRequest(_message.Message):
     """Loads the model even if it does not fit by the server's estimate. The system
     may then end the process when its memory fills up. Default: false.
     """
+    allow_inexact: _builtins.bool
+    """Loads a model that this server cannot compute exactly as its files say, and
+    tells the differences in `Model.warnings`: a setting or a tensor that would
+    go unused. Without it such a model is refused. Default: false.
+    """
     def __init__(
         self,
         *,
@@ -313,10 +319,11 @@ class LoadRequest(_message.Message):
         memory_limit_bytes: _builtins.int | None = ...,
         prefix_cache_bytes: _builtins.int | None = ...,
         memory_override: _builtins.bool = ...,
+        allow_inexact: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "context_length", b"context_length", "memory_limit_bytes", b"memory_limit_bytes", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "context_length", b"context_length", "dtype", b"dtype", "memory_limit_bytes", b"memory_limit_bytes", "memory_override", b"memory_override", "model", b"model", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "allow_inexact", b"allow_inexact", "context_length", b"context_length", "dtype", b"dtype", "memory_limit_bytes", b"memory_limit_bytes", "memory_override", b"memory_override", "model", b"model", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__context_length: _TypeAlias = _typing.Literal["context_length"]  # noqa: Y015
     _WhichOneofArgType__context_length: _TypeAlias = _typing.Literal["_context_length", b"_context_length"]  # noqa: Y015
@@ -383,6 +390,7 @@ class Model(_message.Message):
     QUANTIZATION_BITS_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     DTYPE_FALLBACK_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """A short name: the directory's name, or the hub id."""
     path: _builtins.str
@@ -413,6 +421,12 @@ class Model(_message.Message):
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The token ids that end a text."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Where its answers may differ from what its files say, in words, and what it
+        cannot do here; empty if nothing is known.
+        """
+
     def __init__(
         self,
         *,
@@ -426,10 +440,11 @@ class Model(_message.Message):
         quantization_bits: _builtins.int = ...,
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         dtype_fallback: _builtins.bool = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "dtype", b"dtype", "dtype_fallback", b"dtype_fallback", "eos_token_ids", b"eos_token_ids", "name", b"name", "path", b"path", "quantization_bits", b"quantization_bits", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "dtype", b"dtype", "dtype_fallback", b"dtype_fallback", "eos_token_ids", b"eos_token_ids", "name", b"name", "path", b"path", "quantization_bits", b"quantization_bits", "vocab_size", b"vocab_size", "warnings", b"warnings", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -447,6 +462,7 @@ class EstimateRequest(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     MEMORY_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     PREFIX_CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    ALLOW_INEXACT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model, as `LoadRequest.model`. Required."""
     context_length: _builtins.int
@@ -459,6 +475,8 @@ class EstimateRequest(_message.Message):
     """Default: none."""
     prefix_cache_bytes: _builtins.int
     """Default: as in `LoadRequest`."""
+    allow_inexact: _builtins.bool
+    """Default: false."""
     def __init__(
         self,
         *,
@@ -468,10 +486,11 @@ class EstimateRequest(_message.Message):
         dtype: Global___Dtype.ValueType = ...,
         memory_limit_bytes: _builtins.int | None = ...,
         prefix_cache_bytes: _builtins.int | None = ...,
+        allow_inexact: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "context_length", b"context_length", "memory_limit_bytes", b"memory_limit_bytes", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "context_length", b"context_length", "dtype", b"dtype", "memory_limit_bytes", b"memory_limit_bytes", "model", b"model", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "allow_inexact", b"allow_inexact", "context_length", b"context_length", "dtype", b"dtype", "memory_limit_bytes", b"memory_limit_bytes", "model", b"model", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__context_length: _TypeAlias = _typing.Literal["context_length"]  # noqa: Y015
     _WhichOneofArgType__context_length: _TypeAlias = _typing.Literal["_context_length", b"_context_length"]  # noqa: Y015
@@ -560,7 +579,9 @@ class EstimateResponse(_message.Message):
     """Sequences that were counted."""
     @_builtins.property
     def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What could not be told, in words; empty if everything could."""
+        """What could not be told, and what `Model.warnings` will say, in words; empty if
+        there is nothing to say.
+        """
 
     def __init__(
         self,
