@@ -28,6 +28,9 @@ SHORT = Options(num_predict=8, temperature=0, logit_bias={0: -100})
 MIB = 2**20
 PROMISED_BYTES_A_CYCLE = 20 * 2**10
 """A twentieth of the model; layers whose random weights nobody evaluates cost twice that."""
+PROMISED_THREADS_A_CYCLE = 0.2
+"""Pools (asyncio's, gRPC's) start a thread when a task finds all others busy, up to their size:
+one more after 60 cycles on a busy machine. A leak grows with each cycle."""
 
 
 def test_models_come_and_go_in_one_process(
@@ -48,7 +51,7 @@ def test_models_come_and_go_in_one_process(
     logger.info("models: %d bytes a cycle", (last[0] - first[0]) // MODEL_CYCLES)
     assert last[0] - first[0] < MODEL_CYCLES * PROMISED_BYTES_A_CYCLE, seen
     assert last[1] <= first[1], seen
-    assert last[2] <= first[2], seen
+    assert last[2] - first[2] < MODEL_CYCLES * PROMISED_THREADS_A_CYCLE, seen
 
 
 def test_processes_come_and_go(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
