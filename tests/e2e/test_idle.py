@@ -17,6 +17,7 @@ pytestmark = pytest.mark.mlx
 
 Build = Callable[..., Path]
 IDLE_SECONDS = 2.0
+WINDOWS = 3
 MOST_OF_A_CORE = 0.01
 
 
@@ -27,7 +28,14 @@ def _cpu_seconds(child: Child) -> float:
 
 
 def _idle_share(child: Child) -> float:
-    """Of one core, over some seconds; the time is what is measured."""
+    """Of one core, in the quietest of some windows; the time is what is measured.
+
+    In the first one the server gives memory back, once: 30 ms on a busy machine.
+    """
+    return min(_share(child) for _ in range(WINDOWS))
+
+
+def _share(child: Child) -> float:
     before, began = _cpu_seconds(child), time.monotonic()
     time.sleep(IDLE_SECONDS)
     return (_cpu_seconds(child) - before) / (time.monotonic() - began)
