@@ -8,22 +8,18 @@ states, windows and latent caches of many architectures, the arrays of a step.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from runner_client._kv import kv_layers, text_config
-from runner_client._safetensors import read_config, read_tensors
+from runner_client._kv import kv_layers
+from runner_client._model import read_model
 from runner_client._weights import hosted_tensors, weigh
 from runner_client.errors import InvalidRequestError
 from runner_common.asking import NeedAnswer
 from runner_common.memory_need import MemoryNeed
+from runner_common.model_directory import DEFAULT_CONTEXT
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from runner_common.asking import NeedRequest
-
-DEFAULT_CONTEXT_LENGTH = 4096
-"""What a runner uses when none is asked for, or the model's own length if that is less."""
 
 WORKING_SHARE = 0.05
 WORKING_MINIMUM_BYTES = 64 * 1024**2
@@ -45,10 +41,9 @@ def need_from_headers(request: NeedRequest) -> tuple[NeedAnswer, tuple[str, ...]
         ModelUnsupportedError: The files are incomplete or damaged.
         InvalidRequestError: The context is longer than the model can handle.
     """
-    path = Path(request.path)
-    config, stored = read_config(path), read_tensors(path)
-    tensors = hosted_tensors(stored)
-    longest = _model_context_length(config)
+    directory = read_model(Path(request.path))
+    config, longest = directory.configuration.values, directory.configuration.context_length
+    tensors = hosted_tensors({name: s.tensor for name, s in directory.tensors.items()})
     context = _context_length(request.context_length, longest)
     weights = weigh(tensors, config, _ITEM_BYTES.get(request.dtype))
     layers = kv_layers(config, tensors)
@@ -66,29 +61,20 @@ def need_from_headers(request: NeedRequest) -> tuple[NeedAnswer, tuple[str, ...]
         load_transient_bytes=weights.transient_bytes,
         has_default_prefix_cache=kept is None,
     )
-    notes = () if layers else ("KV cache not counted: config.json does not tell its size",)
-    return NeedAnswer(need, request.dtype, context, longest or context), notes
+    unknown = () if layers else ("KV cache not counted: config.json does not tell its size",)
+    return NeedAnswer(need, request.dtype, context, longest), (*unknown, *directory.notes)
 
 
 def _working_bytes(held_bytes: int) -> int:
     return max(WORKING_MINIMUM_BYTES, int(held_bytes * WORKING_SHARE))
 
 
-def _context_length(asked: int | None, longest: int | None) -> int:
+def _context_length(asked: int | None, longest: int) -> int:
     if asked is None:
-        return min(longest or DEFAULT_CONTEXT_LENGTH, DEFAULT_CONTEXT_LENGTH)
-    if longest is not None and asked > longest:
+        return min(longest, DEFAULT_CONTEXT)
+    if asked > longest:
         text = f"{asked:,} is not in the range 2 to {longest:,}"
         raise InvalidRequestError(
             f"context_length: {text}", field_violations=[("context_length", text)]
         )
     return asked
-
-
-def _model_context_length(config: Mapping[str, Any]) -> int | None:
-    text = text_config(config)
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"):
-        value = text.get(name)
-        if type(value) is int and value > 0:
-            return value
-    return None

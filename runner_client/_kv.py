@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from runner_client._safetensors import Tensor
+    from runner_common.safetensors import Tensor
 
 STEP_TOKENS = 256
 

@@ -18,6 +18,7 @@ from runner_client._command import (
     server_command,
 )
 from runner_client._messages import load_request
+from runner_client._model import find_model
 from runner_client.environment import child_environment
 from runner_client.errors import InsufficientMemoryError
 from runner_client.estimate import DEFAULT_PARALLEL, estimate
@@ -140,10 +141,10 @@ class Plan:
         The server compares the need with free memory by itself, and refuses by that; a
         caller who has overridden the gate has overridden the server too.
         """
-        # The server would not expand "~", and names a hub model by its id.
-        is_folder = Path(self.launch.model).expanduser().is_dir()
+        # The server names a model of the hub by its id.
+        is_hub_id = find_model(self.launch.model, self.launch.environ()).is_hub_id
         return load_request(
-            self.estimate.path if is_folder else self.launch.model,
+            self.launch.model if is_hub_id else self.estimate.path,
             context_length=self.estimate.context_length,
             parallel=self.estimate.parallel,
             dtype=self.launch.dtype,

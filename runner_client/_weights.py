@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from runner_client._safetensors import Tensor
+    from runner_common.safetensors import Tensor
 
 _FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
 _F8 = frozenset(("F8_E4M3", "F8_E5M2", "F8_E8M0"))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from mlxrunner.hostmemory import Backend, installed_backend
 from runner_client._header_need import need_from_headers
-from runner_client._safetensors import read_tensors, resolve_model
+from runner_client._model import find_model, read_model
 from runner_client.errors import InvalidRequestError, ModelUnsupportedError, RunnerError
 from runner_common.asking import (
     NeedAnswer,
@@ -150,18 +150,20 @@ def estimate(
     _require("context_length", context_length, 2, 2**31 - 1)
     _require("parallel", parallel, 1, 256)
     _require("prefix_cache_bytes", prefix_cache_bytes, 0, 2**63 - 1)
-    path = resolve_model(model)
+    environ = os.environ if env is None else env
+    located = find_model(model, environ)
+    directory = read_model(located.path)
     installed = installed_backend()
     backend = backend or installed
     request = NeedRequest(
-        path=str(path),
+        path=str(located.path),
         context_length=context_length,
         parallel=parallel,
         dtype=_resolved(dtype, backend),
         prefix_cache_bytes=prefix_cache_bytes,
         allow_inexact=allow_inexact,
     )
-    answer, notes = _answer(request, installed == backend, os.environ if env is None else env)
+    answer, notes = _answer(request, installed == backend, environ)
     return MemoryEstimate(
         model=model,
         path=request.path,
@@ -170,8 +172,8 @@ def estimate(
         context_length=answer.context_length,
         model_context_length=answer.model_context_length,
         parallel=parallel,
-        file_bytes=sum(tensor.nbytes for tensor in read_tensors(path).values()),
-        notes=notes,
+        file_bytes=sum(stored.tensor.nbytes for stored in directory.tensors.values()),
+        notes=(located.note, *notes) if located.note else notes,
         **answer.need.as_dict(),
     )
 

@@ -18,7 +18,7 @@ from runner_common.asking import (
     ask_need,
 )
 from runner_common.import_paths import with_import_paths
-from runner_server.adapter.finding import find, find_below
+from runner_server.adapter.finding import find_model
 from runner_server.errors import (
     GenerationFailed,
     InsufficientMemory,
@@ -102,7 +102,11 @@ class Estimator:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _estimate(self, spec: LoadSpec) -> Estimated:
-        path = find_below(self._root, spec.model) if self._root else find(spec.model)
+        located = find_model(spec.model, self._root)
+        found = self._estimate_at(located.path, spec)
+        return replace(found, notes=(located.note, *found.notes)) if located.note else found
+
+    def _estimate_at(self, path: Path, spec: LoadSpec) -> Estimated:
         if spec.dtype is not Dtype.AUTO_OR_STORED:
             return self._estimate_as(path, spec, spec.dtype)
         usual = self._usual(path, spec)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from runner_common.model_directory import Located, ModelMissingError, locate
 from runner_server.errors import ModelNotFound
 from runner_server.model_root import ModelRoot
 
 
-def find_below(root: ModelRoot, model: str) -> Path:
-    """Finds a model, and tells nothing of what lies elsewhere: not even whether it exists."""
+def find_model(model: str, root: ModelRoot | None) -> Located:
+    """Find a model, below the root if there is one.
+
+    Raises:
+        ModelNotFound: It is neither a directory nor a hub id in the local cache, or outside of
+            the root.
+    """
+    return _find_below(root, model) if root else _find(model)
+
+
+def _find_below(root: ModelRoot, model: str) -> Located:
+    """Find a model, and tell nothing of what lies elsewhere: not even whether it exists."""
     fault = ModelNotFound(
         f"no model at {model!r}: this runner opens only directories below the one that it was "
         "started with as --model-root, and hub ids whose local cache is below it; links that lead "
@@ -17,38 +26,18 @@ def find_below(root: ModelRoot, model: str) -> Path:
         model=model,
     )
     try:
-        path = find(model).resolve()
-        if root.has(path):
-            return path
+        located = _find(model)
+        if root.has(located.path):
+            return located
     except (ModelNotFound, OSError, RuntimeError) as error:  # RuntimeError: links in a ring
         raise fault from error
     raise fault
 
 
-def find(model: str) -> Path:
-    """Finds a model.
-
-    Raises:
-        ModelNotFound: It is neither a directory nor a hub id in the local cache.
-    """
+def _find(model: str) -> Located:
     try:
-        path = Path(model).expanduser()
-        if path.is_dir():
-            return path.resolve()
-        return _find_in_cache(model)
-    # OSError: not in the cache, or a name too long for this file system; ValueError: no
-    # hub id; RuntimeError: "~name" of nobody.
-    except (OSError, RuntimeError, ValueError) as error:
+        return locate(model)
+    except ModelMissingError as error:
         raise ModelNotFound(
-            f"no model at {model!r}: it is no directory here and no hub id in the local Hugging "
-            "Face cache; give a directory that exists on this machine, or download the model first "
-            "(nothing is downloaded by this process)",
-            model=model,
+            f"{error}; nothing is downloaded by this process", model=model
         ) from error
-
-
-def _find_in_cache(model: str) -> Path:
-    # It takes a quarter of a second, which a directory's name need not wait for.
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 - for that
-
-    return Path(snapshot_download(model, local_files_only=True))

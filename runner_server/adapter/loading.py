@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,23 +21,32 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from mlxrunner.units import format_bytes
-from runner_server.adapter._directory import damage, read_config
-from runner_server.adapter._files import require_files
+from runner_common.model_directory import (
+    Located,
+    ModelDirectory,
+    ModelUnusableError,
+    read_model_directory,
+    text_part,
+)
 from runner_server.adapter._reading import read_weights
+from runner_server.adapter.activations import use_named_gelu
 from runner_server.adapter.batch import KvRoom, MlxBatch, PromptCache
 from runner_server.adapter.caches import CachePieces
 from runner_server.adapter.codec import FastCodec, load_codec
-from runner_server.adapter.finding import find, find_below
+from runner_server.adapter.exactness import Exactness, compare
+from runner_server.adapter.finding import find_model
 from runner_server.adapter.names import build_model, dequantize_model
 from runner_server.adapter.planning import (
     PREFILL_CHUNK,
     Plan,
     arrays,
+    context_in_force,
     device_kind,
     formats,
     make_plan,
     weight_bytes,
 )
+from runner_server.adapter.rotary import settle_rope
 from runner_server.adapter.threads import fit_threads
 from runner_server.adapter.weight_files import WeightFiles
 from runner_server.admission import UNCHECKED, Admission
@@ -44,6 +54,7 @@ from runner_server.errors import (
     GenerationFailed,
     InsufficientMemory,
     ModelUnsupported,
+    RunnerFault,
 )
 from runner_server.messages import Dtype, LoadSpec, ModelInfo, Sampling, Token
 from runner_server.model_root import ModelRoot
@@ -55,6 +66,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Report = Callable[[int], None]
+
+_MAX_TOLD = 300
 
 _MX_DTYPES = {
     Dtype.FLOAT32: mx.float32,
@@ -148,35 +161,36 @@ def load(
         admission: Decides whether there is memory for it.
     """
     mx.reset_peak_memory()
-    path = find_below(root, spec.model) if root else find(spec.model)
+    located = find_model(spec.model, root)
     try:
-        return _load(path, spec, report, shard, admission)
+        return _load(located, spec, report, shard, admission)
     except ModelUnsupported as fault:
         # Not every place that raises it knows the directory.
-        fault.metadata.setdefault("model", str(path))
+        fault.metadata.setdefault("model", str(located.path))
         raise
 
 
 def _load(
-    path: Path, spec: LoadSpec, report: Report, shard: Shard | None, admission: Admission
+    located: Located, spec: LoadSpec, report: Report, shard: Shard | None, admission: Admission
 ) -> MlxModel:
-    config = _checked_config(path)
+    directory = _read_directory(located)
     report(1)
-    codec, eos_token_ids = load_codec(path, config)
-    report(3)
-    model, config, plan = _planned(path, config, spec, shard, admission)
+    with _before_weights(directory.path):
+        codec, eos_token_ids = _codec(directory)
+        report(3)
+        built, plan = _planned(directory, spec, shard, admission)
     report(5)
     if shard:
         shard.partners.begin_load(plan.settled(spec))
-    _read(path, model, report)
+    _read(directory.path, built.model, report)
     if shard:
         plan = plan.with_share(shard.partners.finish_load(report, plan.share))
-    fit_threads(arrays(model))
-    info = _describe(spec, path, model, config, plan, eos_token_ids)
+    fit_threads(arrays(built.model))
+    info = _describe(spec, located, built, plan, eos_token_ids)
     mx.set_cache_limit(plan.buffer_cache_bytes)
     # Beyond it MLX waits for results before it allocates more.
     mx.set_memory_limit(plan.limit_bytes)
-    loaded = MlxModel(model, codec, info, plan, shard)
+    loaded = MlxModel(built.model, codec, info, plan, shard)
     _warm_up(loaded)
     report(100)
     logger.info(
@@ -187,6 +201,8 @@ def _load(
         info.parallel,
         info.context_length,
     )
+    for warning in info.warnings:
+        logger.warning("%s: %s", info.path, warning)
     return loaded
 
 
@@ -197,81 +213,128 @@ def plan_load(path: Path, spec: LoadSpec) -> Plan:
         path: The model's directory.
         spec: What to load.
     """
-    config = _checked_config(path)
-    # What the process takes depends on it.
-    load_codec(path, config)
-    return _planned(path, config, spec, None, UNCHECKED)[2]
+    directory = _read_directory(Located(path))
+    with _before_weights(path):
+        # What the process takes depends on it.
+        _codec(directory)
+        return _planned(directory, spec, None, UNCHECKED)[1]
 
 
-def _checked_config(path: Path) -> dict[str, Any]:
-    require_files(path)
-    return read_config(path)
+def _read_directory(located: Located) -> ModelDirectory:
+    try:
+        directory = read_model_directory(located.path)
+    except ModelUnusableError as error:
+        raise ModelUnsupported(str(error), model=str(located.path)) from error
+    notes = (located.note, *directory.notes) if located.note else directory.notes
+    return replace(directory, notes=notes)
+
+
+@contextmanager
+def _before_weights(path: Path) -> Iterator[None]:
+    """Answer any error with the model's files: nothing else has been looked at yet."""
+    try:
+        yield
+    except (RunnerFault, MemoryError):
+        raise
+    except Exception as error:
+        logger.exception("%s cannot be loaded", path)
+        raise ModelUnsupported(
+            f"{path} cannot be loaded ({_told(error)}): its configuration says "
+            "something that mlx_lm cannot compute; the runner's log has the traceback",
+            model=str(path),
+        ) from error
+
+
+def _told(error: Exception) -> str:
+    """Return an error of mlx_lm in one line; some list every tensor."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= _MAX_TOLD else f"{text[:_MAX_TOLD]}..."
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+
+
+def _codec(directory: ModelDirectory) -> tuple[FastCodec, frozenset[int]]:
+    return load_codec(directory.path, directory.configuration.values)
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A model with lazy weights, in the format that is asked for, perhaps split.
+
+    Attributes:
+        model: The model.
+        config: Its configuration, with what mlx_lm added about quantization.
+        spec: The load, with what the ranks agreed on.
+        exactness: How far it can be computed as its files say.
+    """
+
+    model: Module
+    config: dict[str, Any]
+    spec: LoadSpec
+    exactness: Exactness
 
 
 def _planned(
-    path: Path,
-    config: dict[str, Any],
-    spec: LoadSpec,
-    shard: Shard | None,
-    admission: Admission,
-) -> tuple[Module, dict[str, Any], Plan]:
+    directory: ModelDirectory, spec: LoadSpec, shard: Shard | None, admission: Admission
+) -> tuple[_Built, Plan]:
     """Build the model in the first format that there is memory for; no weights are read."""
     *preferred, last = formats(spec.dtype)
     for dtype in preferred:
         try:
-            return _admitted(path, config, replace(spec, dtype=dtype), shard, admission)
+            return _admitted(directory, replace(spec, dtype=dtype), shard, admission)
         except InsufficientMemory as fault:
-            logger.warning("%s; %s is loaded as it is stored, which is slow on a CPU", fault, path)
-    return _admitted(path, config, replace(spec, dtype=last), shard, admission)
+            logger.warning(
+                "%s; %s is loaded as it is stored, which is slow on a CPU", fault, directory.path
+            )
+    return _admitted(directory, replace(spec, dtype=last), shard, admission)
 
 
 def _admitted(
-    path: Path,
-    config: dict[str, Any],
-    spec: LoadSpec,
-    shard: Shard | None,
-    admission: Admission,
-) -> tuple[Module, dict[str, Any], Plan]:
+    directory: ModelDirectory, spec: LoadSpec, shard: Shard | None, admission: Admission
+) -> tuple[_Built, Plan]:
     """Build the model in one format, and ask for the memory that it needs."""
-    model, built_config, spec = _built(path, config, spec, shard)
-    plan = make_plan(spec, model, built_config, path)
-    granted = admission.admit(str(path), plan.need, override=spec.memory_override)
+    built = _built(directory, spec, shard)
+    plan = make_plan(built.spec, built.model, directory, built.exactness)
+    granted = admission.admit(str(directory.path), plan.need, override=spec.memory_override)
     # Built anew: some models keep arrays of what was run on them, unevaluated ones here.
-    model, built_config, spec = _built(path, config, spec, shard)
-    return model, built_config, plan.within(granted)
+    return _built(directory, spec, shard), plan.within(granted)
 
 
-def _built(
-    path: Path, config: dict[str, Any], spec: LoadSpec, shard: Shard | None
-) -> tuple[Module, dict[str, Any], LoadSpec]:
+def _built(directory: ModelDirectory, spec: LoadSpec, shard: Shard | None) -> _Built:
     """Build the model with lazy weights in the format that is asked for, perhaps split."""
-    model, config = _build(path, config)
+    model, config, exactness = _build(directory)
+    exactness.require(directory.path, allow=spec.allow_inexact)
     if shard:
         spec = shard.split(model, config, spec)
-    return _converted(path, model, config, spec, shard), config, spec
+    model = _converted(directory, model, config, spec, shard)
+    longest = directory.configuration.context_length
+    settle_rope(model, text_part(config), context_in_force(spec, longest, exactness))
+    return _Built(model, config, spec, exactness)
 
 
-def _build(path: Path, config: dict[str, Any]) -> tuple[Module, dict[str, Any]]:
-    files = WeightFiles()
+def _build(directory: ModelDirectory) -> tuple[Module, dict[str, Any], Exactness]:
+    files, path = WeightFiles(), directory.path
+    model_type = directory.configuration.model_type
     try:
-        model, config = build_model(path, files.load)
+        built = build_model(
+            path, directory.configuration.values, directory.weight_files, files.load
+        )
+        use_named_gelu(text_part(built.config), built)
         # A model that computes with weights while it is built has read them.
         files.settle()
         files.check()
+        exactness = Exactness(compare(directory, built, files.unused()))
     except Exception as error:
-        problem = damage(path) or f"{type(error).__name__}: {error}"
         raise ModelUnsupported(
-            f"{path} is no model that mlx_lm can build ({problem}); expected "
-            f"model*.safetensors that fit config.json, whose model_type is "
-            f"{config['model_type']!r}",
+            f"{path} is not a model that mlx_lm can build ({_told(error)}); "
+            f"expected weights that fit config.json, whose model_type is {model_type!r}",
             model=str(path),
         ) from error
     finally:
         # Layers draw weights that nobody reads. What is left of it is a chain of unevaluated
         # states, one a layer, that would grow with each load.
         mx.eval(mx.random.state)
-    files.attach(model)
-    return model, config
+    files.attach(built.model)
+    return built.model, built.config, exactness
 
 
 def _read(path: Path, model: Module, report: Report) -> None:
@@ -282,21 +345,25 @@ def _read(path: Path, model: Module, report: Report) -> None:
         if fault.metadata:
             raise
         # MLX does not name the file.
-        found = damage(path) or f"the files of {path} were changed while they were read"
-        raise ModelUnsupported(f"{fault}; {found}", model=str(path)) from fault
+        text = f"{fault}; the files of {path} were changed while they were read"
+        raise ModelUnsupported(text, model=str(path)) from fault
     # Those that are no parameters, such as the frequencies of rotary embeddings.
     mx.eval([list(module.values()) for _, module in model.named_modules()])
     files.check()
 
 
 def _converted(
-    path: Path, model: Module, config: dict[str, Any], spec: LoadSpec, shard: Shard | None
+    directory: ModelDirectory,
+    model: Module,
+    config: dict[str, Any],
+    spec: LoadSpec,
+    shard: Shard | None,
 ) -> Module:
     """Changes the format of what was built, and perhaps split."""
     if shard is None or spec.dtype is Dtype.AS_STORED or not config.get("quantization"):
         return _convert(model, spec.dtype)
     # mlx_lm dequantizes whole layers only.
-    model, config = _build(path, config)
+    model, config, _ = _build(directory)
     model = _convert(model, spec.dtype)
     shard.split(model, config, spec)
     return model
@@ -311,17 +378,13 @@ def _convert(model: Module, dtype: Dtype) -> Module:
 
 
 def _describe(
-    spec: LoadSpec,
-    path: Path,
-    model: Module,
-    config: dict[str, Any],
-    plan: Plan,
-    eos_token_ids: frozenset[int],
+    spec: LoadSpec, located: Located, built: _Built, plan: Plan, eos_token_ids: frozenset[int]
 ) -> ModelInfo:
+    model, config, path = built.model, built.config, located.path
     quantization = config.get("quantization") or {}
     held_quantized = plan.dtype is Dtype.AS_STORED
     return ModelInfo(
-        name=path.name if Path(spec.model).expanduser().is_dir() else spec.model,
+        name=spec.model if located.is_hub_id else path.name,
         path=str(path),
         architecture=str(config["model_type"]),
         max_context_length=plan.max_context_length,

@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
@@ -18,8 +18,8 @@ from mlx.utils import tree_flatten
 
 from mlxrunner.units import format_bytes
 from runner_common.memory_need import MemoryNeed
-from runner_common.safetensors import read_header
-from runner_server.adapter._directory import DEFAULT_CONTEXT, max_context
+from runner_common.model_directory import DEFAULT_CONTEXT, ModelDirectory
+from runner_server.adapter.exactness import Exactness
 from runner_server.adapter.kv import Probe, probe
 from runner_server.adapter.working import (
     batch_prefill_bytes,
@@ -146,22 +146,24 @@ def formats(dtype: Dtype) -> tuple[Dtype, ...]:
     return (dtype,)
 
 
-def make_plan(spec: LoadSpec, model: Module, config: dict[str, Any], path: Path) -> Plan:
+def make_plan(
+    spec: LoadSpec, model: Module, directory: ModelDirectory, exactness: Exactness
+) -> Plan:
     """Decide limits, and add up the memory that they take.
 
     Args:
         spec: What to load, in one of :func:`formats`.
         model: With lazy weights, already in that format.
-        config: Its configuration.
-        path: Its directory.
+        directory: Its files.
+        exactness: How far it can be computed as they say.
 
     Raises:
-        InvalidField: The context is longer than the model can handle.
+        InvalidField: The context is longer than the model can handle, or than is exact.
         InsufficientMemory: ``memory_limit_bytes`` is too small for one sequence.
         ModelUnsupported: It cannot take several sequences at once, and is to.
     """
-    longest = max_context(config)
-    context = _context_length(spec, longest)
+    longest = directory.configuration.context_length
+    context = context_in_force(spec, longest, exactness)
     seen = probe(model, PREFILL_CHUNK[device_kind()])
     if spec.parallel > 1:
         require_batches(model)
@@ -174,12 +176,12 @@ def make_plan(spec: LoadSpec, model: Module, config: dict[str, Any], path: Path)
         kv_bytes=budget,
         prefix_cache_bytes=sizes.prefix_cache(budget, working),
         working_bytes=working,
-        process_bytes=process_bytes(path, spec.parallel),
+        process_bytes=process_bytes(directory.path, spec.parallel),
         load_transient_bytes=0,
         has_default_prefix_cache=spec.prefix_cache_bytes is None,
     )
     held_later = need.kv_bytes + need.prefix_cache_bytes + need.working_bytes
-    transient = max(0, load_transient_bytes(model, path) - held_later)
+    transient = max(0, load_transient_bytes(model, directory) - held_later)
     need = replace(need, load_transient_bytes=transient)
     return Plan(
         dtype=spec.dtype,
@@ -192,14 +194,35 @@ def make_plan(spec: LoadSpec, model: Module, config: dict[str, Any], path: Path)
         buffer_cache_bytes=buffers,
         token_bytes=sizes.token_bytes,
         pair_bytes=sizes.pair_bytes,
+        warnings=(*directory.notes, *exactness.warnings(context)),
     )
 
 
-def _context_length(spec: LoadSpec, longest: int) -> int:
-    if spec.context_length and spec.context_length > longest:
+def context_in_force(spec: LoadSpec, longest: int, exactness: Exactness) -> int:
+    """Return the longest sequence of a load, in tokens.
+
+    Args:
+        spec: The load.
+        longest: What the model was made for.
+        exactness: Up to where it is computed as its files say; the default stays within.
+
+    Raises:
+        InvalidField: The load asks for more than either, and does not allow that.
+    """
+    exact = exactness.length or longest
+    if spec.context_length is None:
+        return min(longest, exact, DEFAULT_CONTEXT)
+    if spec.context_length > longest:
         text = f"{spec.context_length} is more than the {longest} tokens this model can handle"
         raise InvalidField([("context_length", text)])
-    return spec.context_length or min(longest, DEFAULT_CONTEXT)
+    if spec.context_length > exact and not spec.allow_inexact:
+        causes = "; ".join(each.text for each in exactness.differences)
+        text = (
+            f"{spec.context_length} is more than the {exact} tokens up to which this model is "
+            f"computed as its files say ({causes}); ask for at most that, or allow_inexact"
+        )
+        raise InvalidField([("context_length", text)])
+    return spec.context_length
 
 
 class _Sizes:
@@ -303,7 +326,7 @@ def process_bytes(path: Path, parallel: int) -> int:
     return _PROCESS_BYTES + parallel * _STREAM_BYTES + imported + _TOKENIZER_FACTOR * tokenizer
 
 
-def load_transient_bytes(model: Module, path: Path) -> int:
+def load_transient_bytes(model: Module, directory: ModelDirectory) -> int:
     """Return what reading the files takes beyond the weights that stay.
 
     Weights are converted from sources that go when their copies are there: those of 32 MiB of
@@ -311,7 +334,7 @@ def load_transient_bytes(model: Module, path: Path) -> int:
     bits before it is widened, and a wide one is twice as large as its copy. A weight that has
     shape and format of a stored tensor is that tensor.
     """
-    tensors = [tensor for file in path.glob("model*.safetensors") for tensor in read_header(file)]
+    tensors = [stored.tensor for stored in directory.tensors.values()]
     stored = Counter((tensor.shape, tensor.nbytes) for tensor in tensors)
     widest = max((tensor.nbytes // max(1, tensor.size) for tensor in tensors), default=0)
     sources = []

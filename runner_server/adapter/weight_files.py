@@ -52,6 +52,8 @@ class WeightFiles:
         self._is_stopped = False
         self._lock = threading.Lock()
         self._read: list[weakref.ref[TensorStream]] = []
+        self._was_read: set[str] = set()
+        self._given: dict[str, weakref.ref[TensorStream]] = {}
         self._open: list[_OpenFile] = []
         self._on_read: OnRead | None = None
         self._pool: ThreadPoolExecutor | None = None
@@ -78,6 +80,7 @@ class WeightFiles:
         self._open.append(file)
         fill = partial(self._fill, file)
         streams = [TensorStream(tensor, fill) for tensor in file.tensors]
+        self._given.update((stream.tensor.name, weakref.ref(stream)) for stream in streams)
         try:
             return lazy_arrays(path, streams)
         except (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -120,6 +123,15 @@ class WeightFiles:
             time.sleep(_UNUSED_POLL_SECONDS)
         self._read.clear()
 
+    def unused(self) -> frozenset[str]:
+        """Return the names of tensors that were not read and that no array waits for.
+
+        To be called when nothing is left of what :meth:`load` returned but the model: an array
+        keeps the streams that it will be read from.
+        """
+        gone = {name for name, stream in self._given.items() if stream() is None}
+        return frozenset(gone - self._was_read)
+
     def stop(self) -> None:
         """Have reads that are under way, and all that follow, return without their bytes."""
         self._is_stopped = True
@@ -135,6 +147,7 @@ class WeightFiles:
         """Read a tensor's bytes, on a thread of MLX; never raises."""
         self._read.append(weakref.ref(stream))
         tensor = stream.tensor
+        self._was_read.add(tensor.name)
         pieces = range(0, len(memory), PIECE_BYTES)
         pool = self._pool
         if pool is None or len(pieces) < 2:

@@ -171,8 +171,7 @@ async def test_a_hub_id_is_opened_where_the_cache_lies_below(
     snapshot.mkdir(parents=True)
     for blob in (repository / "blobs").iterdir():
         (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
-    constants: Any = pytest.importorskip("huggingface_hub.constants")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(root / "hub"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(root / "hub"))
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     async with confined(socket_dir, root) as server:

@@ -237,10 +237,8 @@ def _hub(cache: Path, name: str, model: Path) -> None:
 def test_a_hub_id_of_the_local_cache(
     load: Load, model_dir: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from huggingface_hub import constants
-
     _hub(tmp_path, "org/some-model", model_dir())
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     info = load("org/some-model").info
     assert info.name == "org/some-model"
     assert Path(info.path).resolve() == model_dir().resolve()

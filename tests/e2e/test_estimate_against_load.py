@@ -10,6 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from runner_client.estimate import DType, estimate
+from runner_common.model_directory import read_model_directory
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 pytestmark = pytest.mark.mlx
@@ -73,7 +74,7 @@ def test_transient_of_a_conversion(model_dir: ModelDir, shape: str) -> None:
     assert model.info.weight_bytes == need.weight_bytes
     # The warm-up's own arrays are the rest: a token's activations and its KV cache.
     kv_bytes = estimate(str(path), dtype="float32", context_length=2, parallel=1).kv_bytes
-    transient = load_transient_bytes(model._model, path)
+    transient = load_transient_bytes(model._model, read_model_directory(path))
     assert peak - need.weight_bytes <= transient + kv_bytes + MIB
     # It is counted as far as what is taken later leaves no room for it.
     assert transient <= need.need.mlx_bytes - need.weight_bytes + need.load_transient_bytes

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlxrunner.units import format_bytes
-from runner_server.errors import ModelUnsupported
+from runner_common.model_directory.errors import ModelUnusableError
 
 _MAX_TEXT_BYTES = 256 * 2**20
 """Of a file that is read into memory whole; the largest tokenizers have a tenth of it."""
@@ -23,7 +23,7 @@ def require_files(path: Path) -> None:
     all memory is taken; either may be behind a link.
 
     Raises:
-        ModelUnsupported: Something is no file, or too large to be read whole.
+        ModelUnusableError: Something is no file, or too large to be read whole.
     """
     for entry in _entries(path):
         try:
@@ -33,11 +33,14 @@ def require_files(path: Path) -> None:
         if stat.S_ISDIR(found.st_mode):
             continue
         if not stat.S_ISREG(found.st_mode):
-            raise ModelUnsupported(f"{entry} is no file but a device, a pipe or a socket")
+            raise ModelUnusableError(
+                f"{entry} is not a file but a device, a pipe or a socket", str(path)
+            )
         if entry.suffix in _READ_WHOLE and found.st_size > _MAX_TEXT_BYTES:
-            raise ModelUnsupported(
+            raise ModelUnusableError(
                 f"{entry} has {format_bytes(found.st_size)}; at most "
-                f"{format_bytes(_MAX_TEXT_BYTES)} are read"
+                f"{format_bytes(_MAX_TEXT_BYTES)} are read",
+                str(path),
             )
 
 

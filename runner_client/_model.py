@@ -1,0 +1,55 @@
+"""The model that a name means, with errors of the client's tree."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from runner_client.errors import ModelNotFoundError, ModelUnsupportedError
+from runner_common.model_directory import (
+    Located,
+    ModelDirectory,
+    ModelMissingError,
+    ModelUnusableError,
+    locate,
+    read_model_directory,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+
+def find_model(model: str, environ: Mapping[str, str] = os.environ) -> Located:
+    """Find the directory of a model; never download.
+
+    Args:
+        model: A directory, or a hub id in the local Hugging Face cache.
+        environ: The environment of the process that will load it.
+
+    Raises:
+        ModelNotFoundError: There is neither; the message says what was tried.
+    """
+    with _translated():
+        return locate(model, environ)
+
+
+def read_model(path: Path) -> ModelDirectory:
+    """Read a model's configuration and the headers of its weights.
+
+    Raises:
+        ModelUnsupportedError: The directory is incomplete, damaged or ambiguous.
+    """
+    with _translated():
+        return read_model_directory(path)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except ModelMissingError as error:
+        raise ModelNotFoundError(str(error), model=error.model) from error
+    except ModelUnusableError as error:
+        raise ModelUnsupportedError(str(error), model=error.model) from error

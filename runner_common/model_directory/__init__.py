@@ -1,0 +1,30 @@
+"""The one reading of a model: its name, its directory, its files, its configuration.
+
+Client and server use the same code, so that what the gate accepts is what the server loads.
+"""
+
+from runner_common.model_directory.configuration import DEFAULT_CONTEXT, Configuration, text_part
+from runner_common.model_directory.errors import (
+    ModelDirectoryError,
+    ModelMissingError,
+    ModelUnusableError,
+)
+from runner_common.model_directory.locating import Located, locate
+from runner_common.model_directory.reading import ModelDirectory, read_model_directory
+from runner_common.model_directory.rope import rope_kind
+from runner_common.model_directory.weight_files import StoredTensor
+
+__all__ = [
+    "DEFAULT_CONTEXT",
+    "Configuration",
+    "Located",
+    "ModelDirectory",
+    "ModelDirectoryError",
+    "ModelMissingError",
+    "ModelUnusableError",
+    "StoredTensor",
+    "locate",
+    "read_model_directory",
+    "rope_kind",
+    "text_part",
+]

@@ -1,0 +1,64 @@
+"""Settings that releases of transformers name differently, or leave out where they follow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_SAME = (
+    ("num_experts", "num_local_experts"),
+    ("n_ctx", "n_positions"),
+    ("block_dim", "hidden_size"),
+    ("sliding_window_pattern", "_sliding_window_pattern"),
+)
+"""Names with one meaning: whichever is there stands for the others."""
+
+_FIXED: dict[str, dict[str, Any]] = {
+    "apertus": {"mlp_bias": False, "post_norm": False, "qk_norm": True},
+}
+"""Settings that had one value in every model of a type, and are no longer written."""
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+def with_aliases(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration in which every name has what any other name of the same says.
+
+    Args:
+        config: ``config.json``, or the part of it about text; it is not changed.
+    """
+    values = dict(config)
+    for names in _SAME:
+        said = next((values[name] for name in names if values.get(name) is not None), None)
+        if said is not None:
+            values.update({name: said for name in names if values.get(name) is None})
+    for name, value in _FIXED.get(str(values.get("model_type")), {}).items():
+        values.setdefault(name, value)
+    _add_head_size(values)
+    _add_pattern(values)
+    values.setdefault("rope_scaling", None)
+    return values
+
+
+def _add_head_size(values: dict[str, Any]) -> None:
+    hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
+    if values.get("head_dim") is None and type(hidden) is type(heads) is int and heads > 0:
+        values["head_dim"] = hidden // heads
+
+
+def _add_pattern(values: dict[str, Any]) -> None:
+    """Say as "every Nth layer is global" what a list of layer types says."""
+    kinds = values.get("layer_types")
+    if not isinstance(kinds, list) or set(kinds) - {_FULL, _SLIDING}:
+        return
+    if values.get("model_type") == "exaone4":
+        values["sliding_window_pattern"] = _letters(kinds)
+    elif values.get("sliding_window_pattern") is None and _FULL in kinds and _SLIDING in kinds:
+        values["sliding_window_pattern"] = kinds.index(_FULL) + 1
+
+
+def _letters(kinds: list[str]) -> str | None:
+    """Return layer types as EXAONE 4 wrote them first: a letter each; None for no windows."""
+    if _SLIDING not in kinds:
+        return None
+    return "".join("L" if kind == _SLIDING else "G" for kind in kinds)

@@ -1,0 +1,153 @@
+"""A model's configuration: checked, and brought into one form for mlx_lm.
+
+``config.json`` says the same things in different ways: transformers 5 writes ``rope_parameters``
+where transformers 4 wrote ``rope_theta`` and ``rope_scaling``, and mlx_lm takes what it finds by
+name and drops the rest without a word. The view that is made here has all of the names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from runner_common.model_directory.aliases import with_aliases
+from runner_common.model_directory.errors import ModelUnusableError
+from runner_common.model_directory.json_files import read_object
+from runner_common.model_directory.output_head import with_output_head
+from runner_common.model_directory.rope import context_factor, with_one_rope
+from runner_common.model_directory.weight_files import StoredTensor
+
+DEFAULT_CONTEXT = 4096
+_MIN_CONTEXT, _MAX_CONTEXT = 2, 2**31 - 1
+_MAX_LAYERS = 2048
+"""More than ten times what the deepest models have. Each layer is built before its weights
+are looked for, so that a config.json with absurdly many would take indefinitely."""
+
+_MAX_TOKEN_ID = 2**31 - 1
+
+_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+_LAYER_NAMES = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+CONFIG, _GENERATION = "config.json", "generation_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """What a model's files say of it, beside its weights.
+
+    Attributes:
+        values: The view for mlx_lm: ``config.json`` with the same thing under all of its names.
+        model_type: The name of its architecture.
+        eos_token_ids: The ids that end a text, by all files together.
+        context_length: The longest sequence that it is made for, in tokens.
+        notes: Where the files contradict each other, and what is done, in words.
+    """
+
+    values: dict[str, Any]
+    model_type: str
+    eos_token_ids: frozenset[int]
+    context_length: int
+    notes: tuple[str, ...] = ()
+
+
+def read_configuration(
+    directory: Path, stored: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
+) -> Configuration:
+    """Check and normalise a model's configuration.
+
+    Args:
+        directory: The model's directory.
+        stored: What its ``config.json`` says.
+        tensors: The tensors of its weight files.
+
+    Raises:
+        ModelUnusableError: A file cannot be read, asks to run code, or says what cannot be; the
+            message names the file and the key.
+    """
+    file = directory / CONFIG
+    model_type = _model_type(file, stored)
+    _require_built_in(file, stored)
+    _require_depth(file, stored)
+    ends = _eos_token_ids(directory, file, stored)
+    values, notes = with_output_head(_in_one_form(stored), tensors)
+    if ends:
+        values["eos_token_id"] = sorted(ends)
+    return Configuration(values, model_type, ends, _context_length(file, values), notes)
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of a configuration that describes the language model."""
+    part = config.get("text_config")
+    return part if isinstance(part, dict) else config
+
+
+def _in_one_form(stored: Mapping[str, Any]) -> dict[str, Any]:
+    text = text_part(stored)
+    if text is stored:
+        return with_aliases(with_one_rope(stored))
+    return {**with_one_rope(stored), "text_config": with_aliases(with_one_rope(text))}
+
+
+def _error(file: Path, what: str) -> ModelUnusableError:
+    return ModelUnusableError(f"{file}: {what}", str(file.parent))
+
+
+def _model_type(file: Path, stored: Mapping[str, Any]) -> str:
+    found = stored.get("model_type")
+    if not isinstance(found, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", found):
+        raise _error(file, f"{found!r} is not a model_type; expected the configuration of a model")
+    return found
+
+
+def _require_built_in(file: Path, stored: Mapping[str, Any]) -> None:
+    if stored.get("model_file") is not None:
+        raise _error(
+            file,
+            f"asks to run {stored['model_file']!r} from the model's directory; this runner never "
+            "runs code that comes with a model; use a model of a built-in architecture",
+        )
+
+
+def _require_depth(file: Path, stored: Mapping[str, Any]) -> None:
+    for value in _values(stored, _LAYER_NAMES):
+        if isinstance(value, int) and not 0 <= value <= _MAX_LAYERS:
+            raise _error(file, f"{value} layers; a model has at most {_MAX_LAYERS}")
+
+
+def _context_length(file: Path, values: Mapping[str, Any]) -> int:
+    found = next(_values(values, _CONTEXT_NAMES), DEFAULT_CONTEXT)
+    if not _is_count(found) or not _MIN_CONTEXT <= found <= _MAX_CONTEXT:
+        raise _error(file, f"{found!r} is not a number of tokens for a context")
+    return min(int(found * context_factor(text_part(values), found)), _MAX_CONTEXT)
+
+
+def _values(config: Mapping[str, Any], names: tuple[str, ...]) -> Iterator[Any]:
+    """Yield what stands under any of the names, in its part about text or beside it."""
+    parts = [config] if text_part(config) is config else [text_part(config), config]
+    for part in parts:
+        yield from (part[name] for name in names if part.get(name) is not None)
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _eos_token_ids(directory: Path, file: Path, stored: Mapping[str, Any]) -> frozenset[int]:
+    """Return the ids of all files together: each tends to have some that others lack."""
+    found = _ids(file, "eos_token_id", stored.get("eos_token_id"))
+    if text_part(stored) is not stored:
+        found |= _ids(file, "text_config.eos_token_id", text_part(stored).get("eos_token_id"))
+    generation = directory / _GENERATION
+    if generation.exists():
+        found |= _ids(generation, "eos_token_id", read_object(generation).get("eos_token_id"))
+    return found
+
+
+def _ids(file: Path, key: str, value: object) -> frozenset[int]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for id_ in ids:
+        if not _is_count(id_) or not 0 <= id_ <= _MAX_TOKEN_ID:
+            raise _error(file, f"{key} has {id_!r}, which is not the id of a token")
+    return frozenset(ids)

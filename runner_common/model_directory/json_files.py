@@ -1,0 +1,72 @@
+"""JSON files of a model's directory."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from runner_common.model_directory.errors import ModelUnusableError
+
+_LFS_MARK = b"version https://git-lfs.github.com/spec/"
+
+# transformers writes numbers that JSON does not have in this way.
+_TAG = "__float__"
+_TAGGED = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Return whether a file is what Git leaves in place of one that Git LFS has not fetched.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    with file.open("rb") as opened:
+        return opened.read(len(_LFS_MARK)) == _LFS_MARK
+
+
+def lfs_error(file: Path) -> ModelUnusableError:
+    """Return the error for a Git LFS pointer."""
+    return ModelUnusableError(
+        f"{file} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull` in the "
+        "repository, or download the model with `hf download`",
+        str(file.parent),
+    )
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, which may begin with a UTF-8 mark.
+
+    Raises:
+        ModelUnusableError: The file is missing, cannot be read, or has no JSON object.
+    """
+    try:
+        if file.exists() and not file.is_file():
+            raise ModelUnusableError(f"{file} is not a file", str(file.parent))
+        data = file.read_bytes()
+        if data.startswith(_LFS_MARK):
+            raise lfs_error(file)
+        # Of bytes: json takes a mark at their beginning for what it is.
+        content = json.loads(data)
+    except FileNotFoundError as error:
+        raise ModelUnusableError(
+            f"no {file.name} in {file.parent}: not a model directory, or not downloaded whole",
+            str(file.parent),
+        ) from error
+    # ValueError: no JSON, no UTF-8, or a number of thousands of digits.
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelUnusableError(f"{file} cannot be read: {error}", str(file.parent)) from error
+    if not isinstance(content, dict):
+        raise ModelUnusableError(f"{file} is not a JSON object", str(file.parent))
+    return {key: _untagged(value) for key, value in content.items()}
+
+
+def _untagged(value: object) -> object:
+    if isinstance(value, list):
+        return [_untagged(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {_TAG} and value[_TAG] in _TAGGED:
+        return _TAGGED[value[_TAG]]
+    return {key: _untagged(item) for key, item in value.items()}

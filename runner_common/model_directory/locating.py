@@ -1,0 +1,184 @@
+"""From a model's name to its directory: a path, or a hub id in the local cache.
+
+Follows the layout and the variables of huggingface_hub, which the base install does not have;
+see https://huggingface.co/docs/huggingface_hub/guides/manage-cache. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from runner_common.model_directory.errors import ModelMissingError, ModelUnusableError
+from runner_common.model_directory.weight_files import choose_weight_files
+
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?)(@(?P<revision>[^\0]+))?")
+_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})", re.ASCII)
+_MAIN = "main"
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where a model lies.
+
+    Attributes:
+        path: Its directory, absolute, links resolved.
+        is_hub_id: Whether the name is a hub id, and no path.
+        note: What the user should know of the choice; empty if there was none.
+    """
+
+    path: Path
+    is_hub_id: bool = False
+    note: str = ""
+
+
+def locate(model: str, environ: Mapping[str, str] = os.environ) -> Located:
+    """Find a model on this machine.
+
+    Args:
+        model: A directory, with ``~`` for a home, or a hub id: ``org/name`` or
+            ``org/name@revision``, a branch, a tag or a commit.
+        environ: The environment of the process that will load it.
+
+    Raises:
+        ModelMissingError: There is none; the message says what was tried.
+    """
+    path = _expanded(model, environ)
+    kind = _kind(path) if model else None
+    if kind == "directory":
+        return Located(path.resolve())
+    if kind == "file":
+        raise ModelMissingError(
+            f"{model} is a file; name the directory that holds it and its config.json", model
+        )
+    match = _HUB_ID.fullmatch(model)
+    if not match:
+        raise ModelMissingError(
+            f"no model directory {model!r} (looked at {str(path.absolute())!r})", model
+        )
+    repository = _Repository(model, match["id"], _hub_cache(environ))
+    return repository.snapshot(match["revision"])
+
+
+def _expanded(model: str, environ: Mapping[str, str]) -> Path:
+    """Return the path with ``~`` expanded as the other process would; unchanged for nobody's."""
+    if model == "~" or model.startswith("~/"):
+        home = environ.get("HOME") or str(Path.home())
+        return Path(home + model[1:])
+    try:
+        return Path(model).expanduser()
+    except RuntimeError:  # no user has that name, and a directory may
+        return Path(model)
+
+
+def _kind(path: Path) -> Literal["directory", "file"] | None:
+    try:
+        if path.is_dir():
+            return "directory"
+        return "file" if path.exists() else None
+    # A name that is too long for the file system, or below a closed directory; or with a NUL.
+    except (OSError, ValueError):
+        return None
+
+
+def _hub_cache(environ: Mapping[str, str]) -> Path:
+    """Return the cache directory, by the rules of huggingface_hub."""
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if environ.get(name):
+            return _with_variables(environ[name], environ)
+    base = environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = environ.get("HF_HOME") or f"{base}/huggingface"
+    return _with_variables(home, environ) / "hub"
+
+
+def _with_variables(path: str, environ: Mapping[str, str]) -> Path:
+    """Expand ``~``, then ``$NAME`` and ``${NAME}``, as ``os.path`` does for its own process."""
+
+    def value(match: re.Match[str]) -> str:
+        return environ.get(match[1].strip("{}"), match[0])
+
+    return Path(_VARIABLE.sub(value, str(_expanded(path, environ)))).absolute()
+
+
+class _Repository:
+    """A model's folder in the cache.
+
+    Args:
+        model: The name that was asked for.
+        hub_id: It without a revision.
+        cache: The cache directory.
+    """
+
+    def __init__(self, model: str, hub_id: str, cache: Path) -> None:
+        self._model = model
+        self._id = hub_id
+        self._cache = cache
+        self._folder = cache / f"models--{hub_id.replace('/', '--')}"
+
+    def snapshot(self, revision: str | None) -> Located:
+        """Return the snapshot of a revision; without one, that of main or another whole one.
+
+        Raises:
+            ModelMissingError: The cache has none.
+        """
+        if _kind(self._folder) != "directory":
+            raise self._missing(f"no {self._folder.name} in")
+        commit = self._commit(revision or _MAIN)
+        path = self._folder / "snapshots" / commit if commit else None
+        if path and _kind(path) == "directory" and (revision or is_complete(path)):
+            return Located(path.resolve(), is_hub_id=True)
+        others = self._complete()
+        if revision is None and others:
+            return self._instead(others[0], path)
+        if path and _kind(path) == "directory":
+            return Located(path.resolve(), is_hub_id=True)
+        wanted = f"revision {revision}" if revision else f"refs/main ({commit or 'not there'})"
+        has = f" (it has {', '.join(other.name for other in others)})" if others else ""
+        raise self._missing(f"no snapshot of {wanted}{has} in")
+
+    def _instead(self, found: Path, path: Path | None) -> Located:
+        why = f"{path.name}, which refs/main names, is not complete" if path else "no refs/main"
+        note = f"{self._id}: {why} in {self._folder}; the complete snapshot {found.name} is used"
+        return Located(found.resolve(), is_hub_id=True, note=note)
+
+    def _commit(self, revision: str) -> str | None:
+        """Return the commit that a branch, a tag or a commit names."""
+        refs, snapshots = self._folder / "refs", self._folder / "snapshots"
+        if not (_is_inside(revision, refs) and _is_inside(revision, snapshots)):
+            return None
+        try:
+            return (refs / revision).read_text(encoding="utf-8").strip() or None
+        except (OSError, ValueError):
+            return revision if _kind(snapshots / revision) == "directory" else None
+
+    def _complete(self) -> list[Path]:
+        """Return the snapshots that can be loaded, the newest first."""
+        try:
+            found = [path for path in (self._folder / "snapshots").iterdir() if is_complete(path)]
+            return sorted(found, key=lambda path: (-path.stat().st_mtime, path.name))
+        except OSError:
+            return []
+
+    def _missing(self, what: str) -> ModelMissingError:
+        return ModelMissingError(
+            f"no model {self._model!r}: there is no such directory, and {what} the Hugging Face "
+            f"cache {self._cache}. Download it first (hf download {self._id}), point HF_HUB_CACHE "
+            "at the cache that has it, or name a directory",
+            self._model,
+        )
+
+
+def _is_inside(name: str, folder: Path) -> bool:
+    return folder in Path(os.path.normpath(folder / name)).parents
+
+
+def is_complete(path: Path) -> bool:
+    """Return whether a directory has a configuration and all of its weights."""
+    try:
+        return (path / "config.json").is_file() and bool(choose_weight_files(path).files)
+    except (ModelUnusableError, OSError):
+        return False

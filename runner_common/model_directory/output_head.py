@@ -1,0 +1,63 @@
+"""Whether a model's output layer is its embeddings, told from the tensors that are there.
+
+``tie_word_embeddings`` has one default in mlx_lm, another in transformers 4 and again another in
+transformers 5, and files leave it out or contradict it. An output layer that is in the files and
+unlike the embeddings is meant to be used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from runner_common.model_directory.weight_files import StoredTensor, has_same_bytes
+
+_TIED = "tie_word_embeddings"
+_HEAD = re.compile(
+    r"((.*\.)?(lm_head|embed_out)|(model\.)?(output|head))\.(weight|qweight|weight_packed)"
+)
+_EMBEDDINGS = re.compile(
+    r"(.*\.)?(embed_tokens|tok_embeddings|wte|embeddings|word_embeddings|embed_in)\.weight"
+)
+
+
+def with_output_head(
+    config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return a configuration that says what the tensors say, and what was contradicted.
+
+    Args:
+        config: ``config.json``; it is not changed.
+        tensors: The tensors of its weight files.
+
+    Raises:
+        OSError: A weight file cannot be read.
+    """
+    text = config.get("text_config")
+    parts = [config, text] if isinstance(text, dict) else [config]
+    said = [part[_TIED] for part in parts if isinstance(part.get(_TIED), bool)]
+    head = next((name for name in tensors if _HEAD.fullmatch(name)), None)
+    if said and not any(said):
+        return dict(config), ()
+    if head is None:
+        return (dict(config) if said else _with_tied(config, tied=True)), ()
+    if _is_embeddings(head, tensors):
+        return (dict(config) if said else _with_tied(config, tied=True)), ()
+    note = f"{_TIED} is true, but {head} differs from the embeddings: it is used"
+    return _with_tied(config, tied=False), ((note,) if any(said) else ())
+
+
+def _with_tied(config: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
+    values = {**config, _TIED: tied}
+    if isinstance(text := values.get("text_config"), dict):
+        values["text_config"] = {**text, _TIED: tied}
+    return values
+
+
+def _is_embeddings(head: str, tensors: Mapping[str, StoredTensor]) -> bool:
+    return any(
+        has_same_bytes(tensors[head], stored)
+        for name, stored in tensors.items()
+        if _EMBEDDINGS.fullmatch(name)
+    )

@@ -1,0 +1,110 @@
+"""Rotary position embeddings: one meaning, written in two ways.
+
+transformers 5 writes one object, ``rope_parameters``, with ``rope_theta`` in it, and for models
+with two kinds of attention one such object for each kind; transformers 4 wrote ``rope_theta`` and
+``rope_scaling``. See ``modeling_rope_utils.py`` of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_ORIGINAL = "original_max_position_embeddings"
+FULL, SLIDING = "full_attention", "sliding_attention"
+_PLAIN = frozenset((None, "default"))
+_BESIDE = {
+    "rope_theta": ("rope_theta", "rotary_emb_base"),
+    "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
+}
+"""The names at the top of an older file that stand for a parameter of the object."""
+
+_EXTENDING = frozenset(("yarn", "linear", "dynamic"))
+"""Kinds that make the context longer by their factor; the lengths of others count it already."""
+
+_ALREADY_EXTENDED = ("gemma3", "gemma4")
+"""Types whose ``max_position_embeddings`` counts the factor already, as vLLM has it too."""
+
+
+def with_one_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration whose rotary embeddings stand under the older names as well.
+
+    Args:
+        config: ``config.json``, or the part of it about text; it is not changed.
+    """
+    values = dict(config)
+    new = values.get("rope_parameters")
+    if isinstance(new, dict) and new:
+        full, sliding = _by_attention(new)
+        _add_older_names(values, full)
+        theta = (sliding or {}).get("rope_theta")
+        if theta is not None:
+            values.setdefault("rope_local_base_freq", theta)
+    if isinstance(values.get("rope_scaling"), dict):
+        scaling = values["rope_scaling"] = _scaling(values["rope_scaling"], values)
+        if scaling and _ORIGINAL in scaling:
+            values.setdefault(_ORIGINAL, scaling[_ORIGINAL])
+    return values
+
+
+def rope_kind(scaling: object) -> str:
+    """Return the kind of a ``rope_scaling``; ``"default"`` for none."""
+    if not isinstance(scaling, Mapping):
+        return "default"
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    return str(kind)
+
+
+def context_factor(config: Mapping[str, Any], longest: int) -> float:
+    """Return by what factor scaling makes the context longer than the configuration says.
+
+    Args:
+        config: The part of a view that describes the language model.
+        longest: Its ``max_position_embeddings``.
+    """
+    scaling = config.get("rope_scaling")
+    if rope_kind(scaling) not in _EXTENDING or not isinstance(scaling, Mapping):
+        return 1.0
+    factor = scaling.get("factor")
+    if not isinstance(factor, int | float) or isinstance(factor, bool) or not factor > 1:
+        return 1.0
+    if str(config.get("model_type", "")).startswith(_ALREADY_EXTENDED):
+        return 1.0
+    original = scaling.get("original_max_position_embeddings")
+    if not isinstance(original, int | float) or isinstance(original, bool) or original <= 0:
+        return float(factor)
+    # Some files give the longer length, some the original one.
+    return max(1.0, original * factor / longest)
+
+
+def _by_attention(new: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
+    """Return the parameters of full attention, and those of sliding attention if they differ."""
+    full, sliding = new.get(FULL), new.get(SLIDING)
+    if not isinstance(full, dict):
+        return (sliding if isinstance(sliding, dict) else new), None
+    return full, sliding if isinstance(sliding, dict) else None
+
+
+def _add_older_names(values: dict[str, Any], new: Mapping[str, Any]) -> None:
+    for name, older in _BESIDE.items():
+        # transformers prefers the object's own where both are there.
+        if new.get(name) is not None:
+            values.update(dict.fromkeys(older, new[name]))
+    if rope_kind(new) not in _PLAIN and not values.get("rope_scaling"):
+        values["rope_scaling"] = {key: new[key] for key in new if key != "rope_theta"}
+
+
+def _scaling(scaling: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a ``rope_scaling`` with both names of its kind, and the lengths that it implies."""
+    kind = rope_kind(scaling)
+    if kind in _PLAIN and set(scaling) <= {"type", "rope_type", "rope_theta"}:
+        return None
+    # mlx_lm takes a null for a value.
+    found = {key: value for key, value in scaling.items() if value is not None}
+    found["type"] = found["rope_type"] = kind
+    original = config.get(_ORIGINAL)
+    if original is None and kind == "yarn":
+        original = config.get("max_position_embeddings")
+    if original is not None and kind in {"yarn", "longrope", "su", "llama3"}:
+        found.setdefault(_ORIGINAL, original)
+    return found

@@ -1,0 +1,237 @@
+"""Where a model cannot be computed as its files say.
+
+mlx_lm takes the settings that it knows by name, drops the others, and drops tensors that a class
+does not use. Where a setting changes numbers, or a tensor is a weight, the answers are another
+model's. Such a model is refused with what would be left out, unless the caller allows it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten
+
+from runner_common.model_directory import ModelDirectory, text_part
+from runner_server.adapter.activations import ignored_activation
+from runner_server.adapter.names import BuiltModel
+from runner_server.adapter.rotary import exact_length, ignored_rope
+from runner_server.errors import ModelUnsupported
+
+Neutral = Callable[[Any, Mapping[str, Any]], bool]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something that the files say and the model does not do.
+
+    Attributes:
+        text: What it is, in words.
+        harmless_tokens: Up to this length of a sequence it makes no difference; 0: it always does.
+    """
+
+    text: str
+    harmless_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """How far a model's answers are what its files say.
+
+    Attributes:
+        differences: What is known to be left out.
+        length: The longest sequence that is exact, in tokens; None if all are.
+    """
+
+    differences: tuple[Difference, ...] = ()
+
+    @property
+    def length(self) -> int | None:
+        """The longest sequence for which nothing makes a difference; None without a limit."""
+        return min((each.harmless_tokens for each in self.differences), default=None)
+
+    def require(self, path: object, *, allow: bool) -> None:
+        """Refuse a model with differences that no length avoids.
+
+        Raises:
+            ModelUnsupported: There are some, and they are not allowed.
+        """
+        always = [each.text for each in self.differences if not each.harmless_tokens]
+        if always and not allow:
+            raise ModelUnsupported(
+                f"{path} cannot be computed as its files say: {'; '.join(always)}. To load it all "
+                "the same, with other answers than the model's, allow it (allow_inexact)",
+                model=str(path),
+            )
+
+    def warnings(self, context_length: int) -> tuple[str, ...]:
+        """Return what is to be said of a model that is loaded with so long a context."""
+        return tuple(self._warning(each, context_length) for each in self.differences)
+
+    @staticmethod
+    def _warning(difference: Difference, context_length: int) -> str:
+        exact = difference.harmless_tokens
+        if context_length <= exact:
+            return f"{difference.text}; no sequence here is long enough for a difference"
+        if exact:
+            return f"{difference.text}: answers differ in sequences of more than {exact} tokens"
+        return f"{difference.text}: answers differ from the model's"
+
+
+def compare(
+    directory: ModelDirectory, built: BuiltModel, unused: Iterable[str]
+) -> tuple[Difference, ...]:
+    """Compare what a model's files say with what was built from them.
+
+    Args:
+        directory: The model's files.
+        built: The model.
+        unused: Names of stored tensors that nothing of it comes from.
+    """
+    config, longest = directory.configuration.values, directory.configuration.context_length
+    found = (
+        *_ignored_settings(config, built),
+        *_limited_settings(text_part(config), built),
+        *_ignored_tensors(directory, unused),
+        *_misread_types(directory, built.model),
+    )
+    return tuple(each for each in found if each.harmless_tokens < longest)
+
+
+def _ignored_settings(config: Mapping[str, Any], built: BuiltModel) -> Iterator[Difference]:
+    text = text_part(config)
+    for key, is_neutral in _NUMBERS.items():
+        value = text.get(key, config.get(key))
+        if value is not None and key not in built.arguments and not is_neutral(value, text):
+            yield Difference(f"{key} = {value!r} in config.json has no effect in mlx_lm")
+    yield from map(Difference, ignored_rope(text, built))
+    yield from map(Difference, ignored_activation(text, built))
+
+
+def _limited_settings(text: Mapping[str, Any], built: BuiltModel) -> Iterator[Difference]:
+    """Yield what makes no difference in short sequences."""
+    if window := _ignored_window(text, built):
+        yield Difference(
+            f"sliding_window = {window} in config.json has no effect in mlx_lm", window
+        )
+    if length := exact_length(text):
+        yield Difference("mlx_lm does not change from short_factor to long_factor", length)
+
+
+def _ignored_window(text: Mapping[str, Any], built: BuiltModel) -> int:
+    """Return the window that attention should have and has not; 0 if there is none."""
+    window = text.get("sliding_window")
+    if not isinstance(window, int) or isinstance(window, bool) or window <= 0:
+        return 0
+    if not text.get("use_sliding_window", str(text.get("model_type")) not in _WINDOW_OFF):
+        return 0
+    kinds = text.get("layer_types")
+    if isinstance(kinds, list) and "sliding_attention" not in kinds:
+        return 0
+    has_effect = _has_window(built) if "sliding_window" in built.arguments else False
+    return 0 if has_effect else window
+
+
+def _has_window(built: BuiltModel) -> bool:
+    """Return whether a model that takes a window uses it: llama's class does for named layers."""
+    inner = getattr(built.model, "model", built.model)
+    kinds = getattr(inner, "layer_types", None)
+    return not isinstance(kinds, list) or "sliding_attention" in kinds
+
+
+_WINDOW_OFF = frozenset(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"))
+"""Types that use their window only where ``use_sliding_window`` says so."""
+
+
+def _is(*neutral: object) -> Neutral:
+    return lambda value, _text: value in neutral
+
+
+def _is_head_scale(value: Any, text: Mapping[str, Any]) -> bool:
+    """Return whether a ``query_pre_attn_scalar`` is the usual one."""
+    heads, hidden = text.get("num_attention_heads"), text.get("hidden_size")
+    size = text.get("head_dim") or (hidden // heads if heads and hidden else None)
+    return bool(value == size)
+
+
+def _is_attention_scale(value: Any, text: Mapping[str, Any]) -> bool:
+    heads, hidden = text.get("num_attention_heads"), text.get("hidden_size")
+    size = text.get("head_dim") or (hidden // heads if heads and hidden else None)
+    return bool(size and abs(value - size**-0.5) < 1e-6)
+
+
+_NUMBERS: dict[str, Neutral] = {
+    "alibi": _is(0),
+    "attention_chunk_size": _is(0),
+    "attention_multiplier": _is_attention_scale,
+    "attn_logit_softcapping": _is(0),
+    "attn_temperature_tuning": _is(0),
+    "clip_qkv": _is(0),
+    "dim_model_base": lambda value, text: value == text.get("hidden_size"),
+    "embedding_multiplier": _is(1),
+    "final_logit_softcapping": _is(0),
+    "key_multiplier": _is(1),
+    "lm_head_multiplier": _is(1),
+    "logit_scale": _is(1),
+    "logits_scaling": _is(1),
+    "logits_soft_cap": _is(0),
+    "query_pre_attn_scalar": _is_head_scale,
+    "residual_multiplier": _is(1),
+    "routed_scaling_factor": _is(1),
+    "scale_depth": _is(1),
+    "scale_emb": _is(1),
+    "use_alibi": _is(0),
+}
+"""Settings that change numbers, and whether a value of theirs changes none."""
+
+_DROPPABLE = re.compile(
+    # Parts for images and sound; text does not pass through them.
+    r"(^|\.)(vision\w*|visual|image\w*|audio\w*|multi_modal\w*|mm_\w+|embed_(vision|audio|image)"
+    r"|patch_\w+|vit\w*|sam_model|resampler|connector|projector)\."
+    r"|(^|\.)(image_newline|view_sep\w*|tile_\w+)$"
+    # Tables that are computed again.
+    r"|(inv_freq|cos_cached|sin_cached|position_ids|num_batches_tracked|embed_scale)$"
+    r"|(^|\.)rope\.freqs$|\.(attn|attention)\.(bias|masked_bias)$"
+    # Layers that guess tokens ahead.
+    r"|(^|\.)(mtp\w*|nextn\w*|eagle\w*)\."
+    # Scales of 8-bit caches and activations, which are held in more bits here.
+    r"|\.([qkv]|kv|prob|attn)_scale$|\.(input|activation)_scale\w*$|weight_shape$"
+)
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_NAMED = 3
+
+
+def _ignored_tensors(directory: ModelDirectory, unused: Iterable[str]) -> Iterator[Difference]:
+    layers = text_part(directory.configuration.values).get("num_hidden_layers")
+    names = [name for name in unused if not _is_droppable(name, layers)]
+    tied = directory.configuration.values.get("tie_word_embeddings")
+    names = [name for name in names if not (tied and "lm_head." in name)]
+    if names:
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        listed = ", ".join(sorted(names)[:_NAMED])
+        yield Difference(f"{listed}{more} in its weight files would not be used by mlx_lm")
+
+
+def _is_droppable(name: str, layers: object) -> bool:
+    if _DROPPABLE.search(name):
+        return True
+    layer = _LAYER.search(name)
+    # Behind the last layer: some types keep those that guess tokens ahead there.
+    return bool(layer and isinstance(layers, int) and int(layer[1]) >= layers)
+
+
+def _misread_types(directory: ModelDirectory, model: Module) -> Iterator[Difference]:
+    """Tell of 8-bit floats that stay the integers that MLX reads them as."""
+    if not any(stored.tensor.dtype.startswith("F8") for stored in directory.tensors.values()):
+        return
+    for name, value in cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters())):
+        if value.dtype == mx.uint8 and not name.endswith("scales"):
+            yield Difference(
+                f"{name} is stored as 8-bit floats, which mlx_lm reads as the integers 0 to 255 "
+                f"for {directory.configuration.model_type}"
+            )
+            return

@@ -1,0 +1,165 @@
+"""Rotary embeddings of a built model: held against its configuration, and corrected.
+
+mlx_lm 0.32.2 computes the frequencies of LongRoPE for long sequences only, and takes no
+``attention_factor`` and no ``truncate`` of YaRN. The formulas are those of
+``modeling_rope_utils.py`` of transformers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx.nn.layers.positional_encoding import RoPE
+
+from runner_common.model_directory import rope_kind
+from runner_server.adapter.names import BuiltModel
+
+_PLAIN_THETA = 10_000.0
+_SHARES = frozenset(
+    (
+        "partial_rotary_factor",
+        "partial_rotary_factors",
+        "qk_rope_head_dim",
+        "rotary_dim",
+        "rotary_pct",
+    )
+)
+"""Names under which a class takes how much of a head is rotated."""
+
+_CLASSES = {
+    "dynamic": ("DynamicNTK",),
+    "llama3": ("Llama3RoPE",),
+    "longrope": ("SuScaledRoPE", "LongRoPE"),
+    "su": ("SuScaledRoPE", "LongRoPE"),
+    "yarn": ("Yarn",),
+}
+"""Parts of the names of classes that compute a kind of scaling; others have no class."""
+
+
+def ignored_rope(text: Mapping[str, Any], built: BuiltModel) -> Iterator[str]:
+    """Yield the settings of rotary embeddings that a model does not use.
+
+    Args:
+        text: The part of its configuration that describes the language model.
+        built: The model.
+    """
+    taken = built.arguments
+    if "rope_parameters" in taken:
+        return
+    share = text.get("partial_rotary_factor", text.get("rotary_pct"))
+    if share not in (None, 1) and not _SHARES & taken and not _can_share(built.model, text):
+        yield f"partial_rotary_factor = {share!r} in config.json has no effect in mlx_lm"
+    theta, local = text.get("rope_theta"), text.get("rope_local_base_freq")
+    bases = {"rope_theta", "rotary_emb_base", "rope_embedding_base", "rope_base"}
+    if theta not in (None, _PLAIN_THETA) and not bases & taken:
+        yield f"rope_theta = {theta!r} in config.json has no effect in mlx_lm"
+    locals_ = {"rope_local_base_freq", "rope_local_theta", "swa_rope_theta"}
+    if local not in (None, theta) and not locals_ & taken:
+        yield (
+            f"rope_parameters.sliding_attention.rope_theta = {local!r} in config.json has no "
+            "effect in mlx_lm"
+        )
+    scaling = text.get("rope_scaling")
+    if isinstance(scaling, dict) and not _is_scaled(scaling, built):
+        yield f"rope_scaling = {scaling!r} in config.json has no effect in mlx_lm"
+
+
+def exact_length(text: Mapping[str, Any]) -> int | None:
+    """Return the longest sequence for which short factors of LongRoPE count; None for others."""
+    scaling = text.get("rope_scaling")
+    if rope_kind(scaling) not in ("longrope", "su") or not isinstance(scaling, Mapping):
+        return None
+    original = scaling.get("original_max_position_embeddings")
+    same = scaling.get("short_factor") == scaling.get("long_factor")
+    return original if isinstance(original, int) and not same else None
+
+
+def settle_rope(model: Module, text: Mapping[str, Any], context_length: int) -> None:
+    """Correct the rotary embeddings of a model for the context that it is loaded with.
+
+    Args:
+        model: The model.
+        text: The part of its configuration that describes the language model.
+        context_length: The longest sequence, in tokens.
+    """
+    scaling = text.get("rope_scaling")
+    share = text.get("partial_rotary_factor")
+    for module in model.modules():
+        name = type(module).__name__
+        if isinstance(module, RoPE) and share and module.dims == text.get("head_dim"):
+            module.dims = int(module.dims * share)
+        if not isinstance(scaling, Mapping):
+            continue
+        if name == "SuScaledRoPE":
+            _settle_longrope(module, scaling, context_length)
+        elif name == "YarnRoPE":
+            _settle_yarn(module, scaling, text)
+
+
+def _can_share(model: Module, text: Mapping[str, Any]) -> bool:
+    """Return whether all rotary embeddings can be told how much of a head they rotate."""
+    ropes = [module for module in model.modules() if _is_rope(module)]
+    sizes = {rope.dims for rope in ropes if isinstance(rope, RoPE)}
+    head = text.get("head_dim")
+    share = text.get("partial_rotary_factor")
+    wanted = int(head * share) if head and share else None
+    return bool(ropes) and all(isinstance(rope, RoPE) for rope in ropes) and sizes <= {head, wanted}
+
+
+def _is_scaled(scaling: Mapping[str, Any], built: BuiltModel) -> bool:
+    kind = rope_kind(scaling)
+    if kind in ("default", "mrope"):
+        return True
+    if "rope_scaling" not in built.arguments:
+        return False
+    ropes = [module for module in built.model.modules() if _is_rope(module)]
+    if not ropes:  # computed in the layers themselves
+        return True
+    if kind == "linear":
+        return any(not isinstance(rope, RoPE) or rope.scale != 1 for rope in ropes)
+    classes = _CLASSES.get(kind)
+    names = [type(rope).__name__ for rope in ropes]
+    return classes is None or any(part in name for part in classes for name in names)
+
+
+def _is_rope(module: Module) -> bool:
+    name = type(module).__name__.lower()
+    return "rope" in name or "rotary" in name
+
+
+def _settle_longrope(rope: Any, scaling: Mapping[str, Any], context_length: int) -> None:
+    if scaling.get("attention_factor") is not None:
+        rope._scale = float(scaling["attention_factor"])  # noqa: SLF001 - no other name
+    if context_length <= rope.original_max_position_embeddings:
+        short, long = (mx.array(scaling[key]) for key in ("short_factor", "long_factor"))
+        rope._freqs *= short / long  # noqa: SLF001 - no other name
+
+
+def _settle_yarn(rope: Any, scaling: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    if scaling.get("attention_factor") is not None:
+        rope.mscale = float(scaling["attention_factor"])
+    if scaling.get("truncate") is False:
+        theta = float(text["rope_theta"])
+        rope._freqs = _yarn_frequencies(rope.dims, scaling, theta)  # noqa: SLF001 - no other name
+
+
+def _yarn_frequencies(dims: int, scaling: Mapping[str, Any], base: float) -> mx.array:
+    """Return wavelengths over 2 pi, shape ``(dims / 2,)``, with bounds that are not rounded."""
+    original = scaling["original_max_position_embeddings"]
+
+    def dimension(rotations: float) -> float:
+        return dims * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(dimension(scaling.get("beta_fast", 32)), 0)
+    high = min(dimension(scaling.get("beta_slow", 1)), dims - 1)
+    high += 0.001 * (low == high)
+    ramp = mx.clip((mx.arange(dims // 2) - low) / (high - low), 0, 1)
+    plain = base ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
+    kept = 1 - ramp
+    stretched = scaling["factor"] * plain
+    frequencies: mx.array = (stretched * plain) / (stretched * kept + plain * (1 - kept))
+    return frequencies

@@ -1,0 +1,168 @@
+"""One view of a configuration, whoever wrote it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner_common.model_directory import (
+    Configuration,
+    ModelUnusableError,
+    read_model_directory,
+)
+from safetensors_files import Shapes, write_model
+
+PLAIN: dict[str, Any] = {"model_type": "llama", "max_position_embeddings": 64}
+EMBEDDINGS: Shapes = {"model.embed_tokens.weight": ("F32", (4, 2))}
+HEAD: Shapes = {"lm_head.weight": ("F32", (4, 2))}
+
+
+def read(path: Path, config: dict[str, Any], shapes: Shapes = EMBEDDINGS) -> Configuration:
+    return read_model_directory(write_model(path, shapes, {**PLAIN, **config})).configuration
+
+
+@pytest.mark.parametrize("place", [None, "text_config"])
+@pytest.mark.parametrize("kind", ["default", "llama3", "yarn", "linear"])
+def test_rope_parameters_stand_under_the_older_names(
+    tmp_path: Path, kind: str, place: str | None
+) -> None:
+    rope = {"rope_type": kind, "rope_theta": 5e5, "factor": 4.0, "beta_fast": None}
+    if kind == "default":
+        rope = {"rope_type": kind, "rope_theta": 5e5}
+    config: dict[str, Any] = {"rope_parameters": rope}
+    values = read(tmp_path, {place: config} if place else config).values
+    part = values[place] if place else values
+    assert part["rope_theta"] == 5e5
+    if kind == "default":
+        assert not part.get("rope_scaling")
+    else:
+        scaling = part["rope_scaling"]
+        assert (scaling["type"], scaling["rope_type"], scaling["factor"]) == (kind, kind, 4.0)
+        assert "beta_fast" not in scaling
+
+
+def test_parameters_by_attention_stand_under_the_older_names(tmp_path: Path) -> None:
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    values = read(tmp_path, {"rope_parameters": rope}).values
+    assert (values["rope_theta"], values["rope_local_base_freq"]) == (1e6, 1e4)
+    assert values["rope_scaling"]["factor"] == 8.0
+
+
+@pytest.mark.parametrize(
+    ("scaling", "longest"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
+        ({"type": "yarn", "factor": 4.0}, 256),
+        ({"rope_type": "linear", "factor": 4.0}, 256),
+        ({"rope_type": "dynamic", "factor": 2.0}, 128),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}, 64),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 32}, 64),
+        ({"rope_type": "default"}, 64),
+        ({"rope_type": "linear", "factor": "4"}, 64),
+        (None, 64),
+    ],
+)
+def test_scaling_makes_the_context_longer(
+    tmp_path: Path, scaling: dict[str, Any] | None, longest: int
+) -> None:
+    assert read(tmp_path, {"rope_scaling": scaling}).context_length == longest
+
+
+def test_the_context_of_gemma_counts_its_factor_already(tmp_path: Path) -> None:
+    text = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "model_type": "gemma3_text"}
+    assert read(tmp_path, {"model_type": "gemma3", "text_config": text}).context_length == 64
+
+
+@pytest.mark.parametrize("said", [True, False, None])
+@pytest.mark.parametrize("in_text", [True, False])
+def test_an_output_layer_unlike_the_embeddings_is_used(
+    tmp_path: Path, said: bool | None, in_text: bool
+) -> None:
+    tied = {} if said is None else {"tie_word_embeddings": said}
+    config: dict[str, Any] = {"text_config": tied} if in_text else tied
+    path = write_model(tmp_path, {**EMBEDDINGS, **HEAD}, {**PLAIN, **config})
+    with (path / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\1")
+    found = read_model_directory(path)
+    values = found.configuration.values
+    assert not (values["text_config"] if in_text else values)["tie_word_embeddings"]
+    assert any("lm_head.weight" in note for note in found.notes) == (said is True)
+
+
+@pytest.mark.parametrize("shapes", [EMBEDDINGS, {**EMBEDDINGS, **HEAD}])
+def test_an_output_layer_that_is_the_embeddings_is_tied(tmp_path: Path, shapes: Shapes) -> None:
+    assert read(tmp_path, {}, shapes).values["tie_word_embeddings"] is True
+    assert (
+        read(tmp_path, {"tie_word_embeddings": False}, shapes).values["tie_word_embeddings"]
+        is False
+    )
+
+
+def test_the_ids_that_end_a_text_are_those_of_all_files(tmp_path: Path) -> None:
+    config = {"eos_token_id": 1, "text_config": {"eos_token_id": [2, 3]}}
+    path = write_model(tmp_path, EMBEDDINGS, {**PLAIN, **config})
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
+    found = read_model_directory(path).configuration
+    assert found.eos_token_ids == {1, 2, 3, 4}
+    assert found.values["eos_token_id"] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("value", [True, "</s>", 1.5, -1, 2**40, [2, "x"], [[2]], {"a": 1}])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_an_id_that_is_none_is_refused_by_name(tmp_path: Path, file: str, value: object) -> None:
+    wrong = {"eos_token_id": value}
+    path = write_model(tmp_path, EMBEDDINGS, {**PLAIN, **(wrong if file[0] == "c" else {})})
+    if file[0] == "g":
+        (path / file).write_text(json.dumps(wrong))
+    with pytest.raises(ModelUnusableError, match=rf"{file}: eos_token_id has "):
+        read_model_directory(path)
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"null", b"{", b'{"a": "\xff"}', b"[" * 100_000])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_a_file_that_is_no_object_is_refused_by_name(
+    tmp_path: Path, file: str, content: bytes
+) -> None:
+    path = write_model(tmp_path, EMBEDDINGS, PLAIN)
+    (path / file).write_bytes(content)
+    with pytest.raises(ModelUnusableError, match=file):
+        read_model_directory(path)
+
+
+def test_a_mark_and_tagged_numbers_are_read(tmp_path: Path) -> None:
+    path = write_model(tmp_path, EMBEDDINGS, PLAIN)
+    text = json.dumps({**PLAIN, "limit": {"__float__": "Infinity"}})
+    (path / "config.json").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_model_directory(path).configuration.values["limit"] == math.inf
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"model_type": None}, "model_type"),
+        ({"model_type": "../x"}, "model_type"),
+        ({"model_file": "x.py"}, "never runs code"),
+        ({"num_hidden_layers": 10**9}, "layers"),
+        ({"text_config": {"n_layer": -1}}, "layers"),
+        ({"max_position_embeddings": "64"}, "context"),
+        ({"max_position_embeddings": True}, "context"),
+    ],
+)
+def test_what_cannot_be_is_refused(tmp_path: Path, config: dict[str, Any], says: str) -> None:
+    with pytest.raises(ModelUnusableError, match=rf"config\.json: .*{says}"):
+        read(tmp_path, config)
+
+
+def test_a_directory_without_a_configuration_is_called_that(tmp_path: Path) -> None:
+    with pytest.raises(ModelUnusableError, match=r"no config\.json in"):
+        read_model_directory(tmp_path)

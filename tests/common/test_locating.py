@@ -1,0 +1,164 @@
+"""From a model's name to its directory, by the rules of the hub's cache."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from runner_common.model_directory import ModelMissingError, locate
+from safetensors_files import write_model
+
+COMMIT, OTHER = "a" * 40, "b" * 40
+
+
+def snapshot(hub: Path, commit: str = COMMIT, *, ref: str | None = "main", name: str = "n") -> Path:
+    """A complete snapshot, and a ref that names it."""
+    folder = hub / f"models--org--{name}"
+    path = write_model(folder / "snapshots" / commit, {"a": ("F32", (2,))}, {"model_type": "x"})
+    if ref:
+        (folder / "refs" / ref).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "refs" / ref).write_text(commit)
+    return path.resolve()
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "with space", "trap[12]", "名前", "~tilde", "a@b", "$HOME"]
+)
+def test_a_directory_is_taken_as_it_is(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    for model in (str(tmp_path / name), name):
+        located = locate(model)
+        assert (located.path, located.is_hub_id) == ((tmp_path / name).resolve(), False)
+
+
+def test_a_home_is_that_of_the_process_that_loads(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    assert locate("~/model", {"HOME": str(tmp_path)}).path == (tmp_path / "model").resolve()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "below"),
+    [
+        ("HF_HUB_CACHE", "{}", ""),
+        ("HF_HUB_CACHE", "$PLACE", ""),
+        ("HF_HUB_CACHE", "${PLACE}/x", "x"),
+        ("HF_HUB_CACHE", "~/x", "x"),
+        ("HUGGINGFACE_HUB_CACHE", "{}", ""),
+        ("HF_HOME", "{}", "hub"),
+        ("HF_HOME", "$PLACE/home", "home/hub"),
+        ("XDG_CACHE_HOME", "{}", "huggingface/hub"),
+        ("XDG_CACHE_HOME", "$PLACE", "huggingface/hub"),
+        ("UNUSED", "", ".cache/huggingface/hub"),
+    ],
+)
+def test_a_hub_id_is_found_in_the_cache(
+    tmp_path: Path, variable: str, value: str, below: str
+) -> None:
+    path = snapshot(tmp_path / below)
+    environ = {
+        "HOME": str(tmp_path),
+        "PLACE": str(tmp_path),
+        variable: value.replace("{}", str(tmp_path)),
+    }
+    located = locate("org/n", environ)
+    assert (located.path, located.is_hub_id, located.note) == (path, True, "")
+
+
+def test_the_hub_itself_finds_it_in_the_same_place(tmp_path: Path) -> None:
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    path = snapshot(tmp_path)
+    found = hub.snapshot_download("org/n", cache_dir=tmp_path, local_files_only=True)
+    assert Path(found).resolve() == locate("org/n", {"HF_HUB_CACHE": str(tmp_path)}).path == path
+
+
+@pytest.mark.parametrize("ref", ["v1.0", "pr/3", "feature/long.name"])
+def test_a_revision_is_a_ref_or_a_commit(tmp_path: Path, ref: str) -> None:
+    newer, older = snapshot(tmp_path), snapshot(tmp_path, OTHER, ref=ref)
+    environ = {"HF_HUB_CACHE": str(tmp_path)}
+    assert locate("org/n", environ).path == newer
+    for revision in (ref, OTHER):
+        assert locate(f"org/n@{revision}", environ).path == older
+
+
+def test_a_ref_may_end_in_white_space(tmp_path: Path) -> None:
+    path = snapshot(tmp_path)
+    (tmp_path / "models--org--n" / "refs" / "main").write_text(f"{COMMIT} \r\n")
+    assert locate("org/n", {"HF_HUB_CACHE": str(tmp_path)}).path == path
+
+
+def test_a_filtered_download_is_a_model(tmp_path: Path) -> None:
+    path = snapshot(tmp_path)
+    listed = tmp_path / "models--org--n" / "trees" / f"{COMMIT}.json"
+    listed.parent.mkdir()
+    listed.write_text(json.dumps({"files": {"README.md": {"size": 1}}}))
+    assert locate("org/n", {"HF_HUB_CACHE": str(tmp_path)}).path == path
+
+
+def test_another_complete_snapshot_stands_in_for_one_that_is_not(tmp_path: Path) -> None:
+    other = snapshot(tmp_path, OTHER, ref=None)
+    partial = snapshot(tmp_path)
+    (partial / "model.safetensors").unlink()
+    located = locate("org/n", {"HF_HUB_CACHE": str(tmp_path)})
+    assert located.path == other
+    assert COMMIT in located.note
+    assert OTHER in located.note
+
+
+def test_without_a_main_the_newest_complete_snapshot_is_used(tmp_path: Path) -> None:
+    older, newer = snapshot(tmp_path, ref=None), snapshot(tmp_path, OTHER, ref="v1")
+    os.utime(older, (1, 1))
+    located = locate("org/n", {"HF_HUB_CACHE": str(tmp_path)})
+    assert located.path == newer
+    assert "no refs/main" in located.note
+
+
+def test_a_revision_that_is_asked_for_is_never_replaced(tmp_path: Path) -> None:
+    snapshot(tmp_path)
+    with pytest.raises(ModelMissingError, match=f"revision v2.*{COMMIT}"):
+        locate("org/n@v2", {"HF_HUB_CACHE": str(tmp_path)})
+
+
+@pytest.mark.parametrize("revision", ["../../other", "..", "/etc"])
+def test_a_revision_leads_nowhere_else(tmp_path: Path, revision: str) -> None:
+    snapshot(tmp_path)
+    (tmp_path / "models--org--n" / "other").mkdir()
+    with pytest.raises(ModelMissingError):
+        locate(f"org/n@{revision}", {"HF_HUB_CACHE": str(tmp_path)})
+
+
+def test_an_unknown_hub_id_says_where_it_looked_and_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ModelMissingError, match="hf download org/name") as caught:
+        locate("org/name", {"HF_HUB_CACHE": str(tmp_path)})
+    assert str(tmp_path) in str(caught.value)
+    assert caught.value.model == "org/name"
+
+
+def test_a_commit_without_files_is_named(tmp_path: Path) -> None:
+    path = snapshot(tmp_path)
+    for file in path.iterdir():
+        file.unlink()
+    path.rmdir()
+    with pytest.raises(ModelMissingError, match=COMMIT):
+        locate("org/n", {"HF_HUB_CACHE": str(tmp_path)})
+
+
+def test_a_file_is_not_a_directory(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.touch()
+    with pytest.raises(ModelMissingError, match="is a file"):
+        locate(str(path))
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["", "/no/such/place", "../no/such", "a/b/c", "x" * 5000, "a\0b", "~nobody-here", "~nobody/x"],
+)
+def test_anything_else_is_not_found(tmp_path: Path, model: str) -> None:
+    with pytest.raises(ModelMissingError):
+        locate(model, {"HF_HUB_CACHE": str(tmp_path)})
