@@ -25,6 +25,7 @@ def answer(request: NeedRequest) -> NeedAnswer:
         RunnerFault: As a load would raise it.
     """
     use_offline()
+    from runner_server.adapter.fusing import kernels_of_this_run  # noqa: PLC0415 - imports MLX
     from runner_server.adapter.loading import plan_load  # noqa: PLC0415 - imports MLX
 
     spec = LoadSpec(
@@ -36,7 +37,9 @@ def answer(request: NeedRequest) -> NeedAnswer:
         prefix_cache_bytes=request.prefix_cache_bytes,
         allow_inexact=request.allow_inexact,
     )
-    plan = plan_load(Path(request.path), spec)
+    # Some models evaluate arrays while they are built.
+    with kernels_of_this_run(checks=False):
+        plan = plan_load(Path(request.path), spec)
     return NeedAnswer(
         plan.need, plan.dtype.value, plan.context_length, plan.max_context_length, plan.warnings
     )

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import shutil
 import sys
-import tempfile
 import time
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from runner_server.adapter.fusing import kernels_of_this_run
 from runner_server.blas import blas_of
+from runner_server.compiler import CHECK_LIBRARY, CompilerError
+from runner_server.kernels import NoKernelFolderError
 
 _GEMM_ROWS, _GEMM_DEPTH, _GEMM_COLUMNS = 512, 4096, 1024
 _GEMM_SECONDS = 0.5  # the reference BLAS takes longer than this for a single one
@@ -72,23 +72,23 @@ def _device(errors: dict[str, str]) -> dict[str, Any] | None:
 
 
 def _kernels_compile(errors: dict[str, str]) -> bool:
-    """Whether MLX builds and runs a fused kernel here, and does not only work without it.
+    """Return whether MLX builds and runs a fused kernel here, and does not only work without it.
 
-    On the CPU it keeps what g++ built in the temporary folder: an empty one makes
-    sure that this kernel is built, and shows it. Without g++ MLX runs the operations
-    one by one; with a broken one it raises.
+    On the CPU it keeps what g++ built in a folder: an empty one makes sure that this
+    kernel is built, and shows it. Without g++ MLX runs the operations one by one, and
+    with a broken one a runner has it do so.
     """
-    with tempfile.TemporaryDirectory(prefix="mlx-runner-probe-") as folder:
-        os.environ["TMPDIR"] = folder
-        try:
+    try:
+        with kernels_of_this_run(checks=True) as folder:
             fused = mx.compile(lambda x: mx.exp(x) * 2 + mx.sin(x))
             mx.eval(fused(mx.array([0.0, 1.0])))
-        except RuntimeError as error:
-            errors["kernels_compile"] = str(error)
-            return False
-        if _backend() == "cpu" and not any(Path(folder).rglob("*.so")):
-            errors["kernels_compile"] = "MLX built no kernel and ran the operations one by one"
-            return False
+            built = {file.name for file in folder.glob("*.so")} - {CHECK_LIBRARY}
+    except (NoKernelFolderError, CompilerError, RuntimeError) as error:
+        errors["kernels_compile"] = str(error)
+        return False
+    if _backend() == "cpu" and not built:
+        errors["kernels_compile"] = "MLX built no kernel and ran the operations one by one"
+        return False
     return True
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +16,9 @@ from runner_server.messages import LoadSpec, MemoryCounters
 if TYPE_CHECKING:
     from runner_server.adapter.loading import MlxModel
     from runner_server.adapter.sharding import Shard
+    from runner_server.kernels import KernelFolder
     from runner_server.model_root import ModelRoot
     from runner_server.prefix import Held
-
-logger = logging.getLogger(__name__)
 
 _ARCHITECTURES = "mlx_lm.models"
 """Modules of models that are not loaded any more keep a fifth of a MiB each."""
@@ -53,6 +50,7 @@ class MlxBackend:
         self._usual_limit_bytes = 0
         self._kept_modules: frozenset[str] = frozenset()
         self._mx: Any = None
+        self._kernels: KernelFolder | None = None
         # Not the model itself: it must go with the last reference of the engine's thread.
         self._prompts: Held | None = None
 
@@ -64,8 +62,9 @@ class MlxBackend:
         import mlx.core as mx  # noqa: PLC0415
 
         import runner_server.adapter.loading  # noqa: F401, PLC0415
+        from runner_server.adapter.fusing import private_kernels  # noqa: PLC0415
 
-        _choose_temporary_directory(mx)
+        self._kernels = private_kernels()
         info = mx.device_info()
         # Metal only: what is not wired, the system may page out between two steps.
         if working_set := info.get("max_recommended_working_set_size"):
@@ -82,6 +81,7 @@ class MlxBackend:
         from runner_server.adapter.loading import load  # noqa: PLC0415 - as in open
 
         model = load(spec, report, self._model_root, self._shard, self._admission)
+        self._keep_kernels()
         self._prompts = model.prompts
         return model
 
@@ -116,6 +116,7 @@ class MlxBackend:
         gc.collect()
         if self._mx is not None:
             self._mx.clear_cache()
+        self._keep_kernels()
         trim_heap()
 
     def close(self) -> None:
@@ -124,6 +125,13 @@ class MlxBackend:
             return
         self._mx.synchronize()
         self._mx.clear_streams()
+        if self._kernels:
+            self._kernels.close()
+            self._kernels = None
+
+    def _keep_kernels(self) -> None:
+        if self._kernels:
+            self._kernels.keep()
 
 
 def use_offline() -> None:
@@ -133,12 +141,3 @@ def use_offline() -> None:
     # As mlx_lm has it where all of it is imported: no advice about PyTorch.
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-def _choose_temporary_directory(mx: Any) -> None:
-    """Lets MLX compile kernels where files can be written; it looks at TMPDIR only."""
-    try:
-        os.environ["TMPDIR"] = tempfile.gettempdir()
-    except FileNotFoundError as error:
-        logger.warning("kernels are not compiled: %s", error.strerror)
-        mx.disable_compile()

@@ -199,8 +199,9 @@ def test_unmeasured_blas_is_a_warning() -> None:
     assert "BLAS choice" not in findings
 
 
-@pytest.mark.parametrize(("compiler", "status"), [(None, "warning"), ("/usr/bin/g++", "error")])
-def test_kernels_that_do_not_compile(compiler: str | None, status: str) -> None:
+@pytest.mark.parametrize("compiler", [None, "/usr/bin/g++"])
+def test_kernels_that_do_not_compile(compiler: str | None) -> None:
+    """A runner works all the same."""
     facts = {
         **FACTS,
         "compiler": compiler,
@@ -208,8 +209,9 @@ def test_kernels_that_do_not_compile(compiler: str | None, status: str) -> None:
         "errors": {"kernels_compile": "no kernel"},
     }
     kernels = found(probing(facts))["kernel compilation"]
-    assert (kernels.status, kernels.value) == (status, "no kernel")
+    assert (kernels.status, kernels.value) == ("warning", "no kernel")
     assert "apt-get install g++" in kernels.advice
+    assert (compiler is not None) is ("does not work" in kernels.advice)
 
 
 def test_cuda_kernels_that_do_not_compile_need_headers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,65 @@
+"""Whether g++ compiles here, and what it compiles can be loaded."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from pathlib import Path
+
+CHECK_LIBRARY = "libmlx_runner_check.so"
+
+
+class CompilerError(Exception):
+    """g++ does not compile; the message says why."""
+
+
+_SOURCE = """#include <cmath>
+#include <complex>
+#include <cstdint>
+#include <limits>
+extern "C" double mlx_runner_check(double x) { return std::exp(x); }
+"""
+_OPTIONS = ("-std=c++17", "-O3", "-fPIC", "-shared")
+"""Those of MLX 0.32 (mlx/backend/cpu/jit_compiler.cpp)."""
+
+_TIMEOUT_SECONDS = 60.0
+
+
+def check_compiler(folder: Path) -> None:
+    """Load a library from a folder; compile it first if it is not there.
+
+    Args:
+        folder: Where MLX is to keep kernels.
+
+    Raises:
+        CompilerError: g++ failed.
+        OSError: What is compiled cannot be loaded from the folder.
+    """
+    if os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):
+        raise OSError(f"{folder} is mounted noexec")
+    library = folder / CHECK_LIBRARY
+    if not library.exists():
+        _compile(library)
+    ctypes.CDLL(str(library))
+
+
+def _compile(library: Path) -> None:
+    source = library.with_suffix(".cpp")
+    source.write_text(_SOURCE)
+    command = ["g++", *_OPTIONS, str(source), "-o", str(library)]
+    try:
+        subprocess.run(
+            command,
+            env={**os.environ, "TMPDIR": str(library.parent)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=_TIMEOUT_SECONDS,
+            check=True,
+        )
+    except subprocess.CalledProcessError as error:
+        last = error.stdout.decode(errors="replace").strip().rpartition("\n")[2]
+        raise CompilerError(f"g++ ended with exit code {error.returncode}: {last}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CompilerError(f"g++ does not run: {error}") from error

@@ -1,0 +1,261 @@
+"""Folders for compiled kernels: what is kept for later processes, and what is not."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from runner_server.compiler import CHECK_LIBRARY, CompilerError, check_compiler
+from runner_server.kernels import KernelFolder, NoKernelFolderError, open_kernels
+
+VERSION = "0.0"
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+
+
+@pytest.fixture
+def environ(tmp_path: Path) -> dict[str, str]:
+    """Two places that are fit for kernels."""
+    (tmp_path / "tmp").mkdir()
+    return {"TMPDIR": str(tmp_path / "tmp"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+
+@pytest.fixture
+def opened(environ: dict[str, str]) -> Iterator[KernelFolder]:
+    """A folder with a library in it that was compiled and loaded."""
+    folder = open_kernels(VERSION, check=check_compiler, environ=environ)
+    yield folder
+    folder.close()
+
+
+def accept(_folder: Path) -> None:
+    """Is content with any folder."""
+
+
+def again(environ: Mapping[str, str]) -> list[str]:
+    """The libraries that a process begins with."""
+    folder = open_kernels(VERSION, check=accept, environ=environ)
+    found = [file.name for file in folder.libraries.iterdir()]
+    folder.close()
+    return found
+
+
+def c_variable(name: str) -> str | None:
+    """A variable as MLX sees it."""
+    getenv = ctypes.CDLL(None).getenv
+    getenv.restype = ctypes.c_char_p
+    found = getenv(name.encode())
+    return found.decode() if found is not None else None
+
+
+@needs_compiler
+def test_a_kernel_is_there_for_the_next_process(
+    opened: KernelFolder, environ: dict[str, str]
+) -> None:
+    assert again(environ) == []
+    opened.keep()
+    assert again(environ) == [CHECK_LIBRARY]
+
+
+@needs_compiler
+def test_closing_keeps_kernels_and_removes_the_folder(environ: dict[str, str]) -> None:
+    folder = open_kernels(VERSION, check=check_compiler, environ=environ)
+    folder.close()
+    assert not folder.libraries.exists()
+    assert again(environ) == [CHECK_LIBRARY]
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [0, 100, -1])
+def test_a_kernel_cut_short_is_compiled_again(
+    environ: dict[str, str], tmp_path: Path, size: int
+) -> None:
+    open_kernels(VERSION, check=check_compiler, environ=environ).close()
+    (kept,) = tmp_path.rglob(CHECK_LIBRARY)
+    kept.write_bytes(kept.read_bytes()[:size])
+    assert again(environ) == []
+    assert not kept.exists()
+    open_kernels(VERSION, check=check_compiler, environ=environ).close()
+    assert again(environ) == [CHECK_LIBRARY]
+
+
+@needs_compiler
+def test_a_kernel_that_could_not_be_loaded_is_dropped(
+    opened: KernelFolder, environ: dict[str, str]
+) -> None:
+    """As the linker leaves it when it is killed: MLX would try it again and again."""
+    half = opened.libraries / "libhalf.so"
+    half.write_bytes((opened.libraries / CHECK_LIBRARY).read_bytes()[:5000])
+    opened.keep()
+    assert not half.exists()
+    assert again(environ) == [CHECK_LIBRARY]
+
+
+@needs_compiler
+def test_without_hard_links_kernels_are_copied(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    open_kernels(VERSION, check=check_compiler, environ=environ).close()
+    assert again(environ) == [CHECK_LIBRARY]
+
+
+@needs_compiler
+def test_kernels_of_another_version_are_not_taken(environ: dict[str, str]) -> None:
+    open_kernels("0.1", check=check_compiler, environ=environ).close()
+    assert again(environ) == []
+
+
+def test_mlx_alone_is_told_of_the_folder(environ: dict[str, str]) -> None:
+    """Temporary files of Python and of children stay where they were."""
+    before, python = c_variable("TMPDIR"), os.environ.get("TMPDIR")
+    folder = open_kernels(VERSION, check=accept, environ=environ)
+    folder.use()
+    assert folder.libraries == Path(c_variable("TMPDIR") or "") / "mlx" / VERSION / "cpu"
+    assert (c_variable("MLX_PTX_CACHE_DIR") or "").startswith(environ["TMPDIR"])
+    assert os.environ.get("TMPDIR") == python
+    folder.close()
+    assert c_variable("TMPDIR") == before
+    assert c_variable("MLX_PTX_CACHE_DIR") == os.environ.get("MLX_PTX_CACHE_DIR")
+
+
+def test_what_is_kept_for_one_run_only_is_removed(environ: dict[str, str], tmp_path: Path) -> None:
+    folder = open_kernels(VERSION, check=accept, environ=environ, keeps=False)
+    (folder.libraries / "libx.so").touch()
+    folder.close()
+    assert not list(tmp_path.rglob("*.so"))
+    assert again(environ) == []
+
+
+KILLED = """
+import os, signal, sys
+from runner_server.kernels import open_kernels
+print(open_kernels("0.0", check=lambda _: None).libraries, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_folders_of_killed_processes_are_removed_and_others_are_not(
+    environ: dict[str, str],
+) -> None:
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED],
+        env={**os.environ, **environ, **paths},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with child:
+        assert child.stdout
+        libraries = Path(child.stdout.readline().strip())
+        again(environ)
+        assert libraries.is_dir()
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    again(environ)
+    assert not libraries.exists()
+
+
+def place_of(environ: Mapping[str, str]) -> Path:
+    """The folder that all processes share in these circumstances."""
+    folder = open_kernels(VERSION, check=accept, environ=environ)
+    place = folder.libraries.parents[3]
+    folder.close()
+    return place
+
+
+def test_a_folder_of_temporary_files_that_was_named_goes_first(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    name = f"mlx-runner-kernels-{os.geteuid()}"
+    assert place_of(environ) == tmp_path.resolve() / "tmp" / name
+    del environ["TMPDIR"]
+    assert place_of(environ) == tmp_path.resolve() / "cache/mlx-runner/kernels"
+
+
+def test_the_next_place_is_taken_where_one_is_not_fit(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "tmp" / f"mlx-runner-kernels-{os.geteuid()}").mkdir(mode=0o755)
+    assert place_of(environ) == tmp_path.resolve() / "cache/mlx-runner/kernels"
+
+
+@pytest.mark.parametrize("character", ['"', "$", "`", "\\"])
+def test_a_path_that_a_shell_would_interpret_is_not_taken(
+    environ: dict[str, str], tmp_path: Path, character: str
+) -> None:
+    odd = tmp_path / f"a{character}b"
+    odd.mkdir()
+    environ["TMPDIR"] = str(odd)
+    assert place_of(environ) == tmp_path.resolve() / "cache/mlx-runner/kernels"
+
+
+def test_a_folder_of_its_own_is_the_last_resort(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / f"mlx-runner-kernels-{os.geteuid()}").mkdir(mode=0o777)
+    environ = {"XDG_CACHE_HOME": str(tmp_path / "file")}
+    folder = open_kernels(VERSION, check=accept, environ=environ)
+    base = folder.libraries.parents[3]
+    assert base.parent == tmp_path.resolve()
+    assert base.stat().st_mode & 0o7777 == 0o700
+    folder.close()
+    assert not base.exists()
+
+
+def test_where_no_place_is_fit_each_is_named(
+    environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path) -> None:
+        raise OSError(f"{folder.parents[3]} is mounted noexec")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    with pytest.raises(NoKernelFolderError) as caught:
+        open_kernels(VERSION, check=refuse, environ=environ)
+    assert str(tmp_path / "tmp") in str(caught.value)
+    assert str(tmp_path / "cache") in str(caught.value)
+    assert not list(tmp_path.rglob("run-*"))
+
+
+def test_a_broken_compiler_is_not_tried_in_every_place(
+    environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "g++").write_text(f"#!/bin/sh\necho x >>{tmp_path}/runs\necho 'no cc1plus'\nexit 3")
+    (tmp_path / "g++").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(CompilerError, match="exit code 3: no cc1plus"):
+        open_kernels(VERSION, check=check_compiler, environ=environ)
+    assert (tmp_path / "runs").read_text() == "x\n"
+    assert not list(tmp_path.rglob("run-*"))
+
+
+@needs_compiler
+def test_what_cannot_be_loaded_is_found_out(tmp_path: Path) -> None:
+    (tmp_path / CHECK_LIBRARY).write_bytes(b"no library")
+    with pytest.raises(OSError, match=CHECK_LIBRARY):
+        check_compiler(tmp_path)
+
+
+def test_a_folder_mounted_noexec_is_refused_before_anything_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noexec = SimpleNamespace(f_flag=getattr(os, "ST_NOEXEC", 0) | 4096)
+    monkeypatch.setattr(os, "ST_NOEXEC", 4096, raising=False)
+    monkeypatch.setattr(os, "statvfs", lambda _: noexec)
+    with pytest.raises(OSError, match="mounted noexec"):
+        check_compiler(tmp_path)
+    assert not list(tmp_path.iterdir())
