@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner_client.errors import InvalidRequestError
+from runner_common.cores import usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -142,8 +143,17 @@ def in_front(environment: Mapping[str, str], blas: Blas) -> dict[str, str]:
     if has_blas_in_front(environment):
         return dict(environment)
     libraries = [preloaded, str(blas.path)] if preloaded else [str(blas.path)]
-    quiet = _QUIET_THREADS if blas.name == "OpenBLAS" else {}
-    return {**quiet, **blas.env, **environment, PRELOAD: ":".join(libraries)}
+    threads = _QUIET_THREADS if blas.name == "OpenBLAS" else _limited_threads()
+    return {**threads, **blas.env, **environment, PRELOAD: ":".join(libraries)}
+
+
+def _limited_threads() -> dict[str, str]:
+    """Return the variable that keeps MKL and others within a CPU quota.
+
+    OpenBLAS is told by the runner, which knows how many threads a model has use for.
+    """
+    cores = usable_cores()
+    return {"OMP_NUM_THREADS": str(cores.count)} if cores.count < cores.schedulable else {}
 
 
 def _can_be_preloaded(path: Path) -> bool:

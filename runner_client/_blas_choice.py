@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner_client._blas import cpu_facts, installed_blas, variants
+from runner_common.cores import usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -122,11 +123,12 @@ def _read(place: Path) -> dict[str, Any]:
 
 
 def _key(libraries: Sequence[Blas], root: Path) -> dict[str, Any]:
-    """What must not have changed: the CPU, the libraries, and that there is no other."""
+    """Return what must not have changed: the CPU, the cores, and all libraries found."""
     facts = cpu_facts(root)
     return {
         "format": _FORMAT,
         "cpu": [facts.get(name, "") for name in _CPU_FACTS],
+        "cores": usable_cores().count,
         "libraries": [_identity(blas.path) for blas in libraries],
     }
 

@@ -24,6 +24,7 @@ from runner_client._command import check_platform
 from runner_client._probe import ProbeResult, run_probe
 from runner_client.environment import child_environment, find_blas, package_folders
 from runner_client.errors import RunnerError
+from runner_common.cores import usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from mlxrunner.hostmemory import Backend
     from runner_client._blas_measure import Measurement
     from runner_client.environment import Blas
+    from runner_common.cores import Cores
 
 Level = Literal["ok", "warning", "error"]
 
@@ -111,7 +113,14 @@ def examine(
     """
     version = version or _version
     backend = installed_backend()
-    findings = [_python(), _platform(), *_packages(version), *_devices(), *_memory(free_memory())]
+    findings = [
+        _python(),
+        _platform(),
+        _cores(usable_cores()),
+        *_packages(version),
+        *_devices(),
+        *_memory(free_memory()),
+    ]
     if all(version(name) for name in ("mlx", "mlx-lm")):
         findings += _mlx(environ, backend, probe)
     return tuple(findings)
@@ -127,6 +136,13 @@ def _platform() -> Finding:
     except RunnerError as error:
         return Finding("platform", "error", platform.platform(), str(error))
     return Finding("platform", "ok", platform.platform())
+
+
+def _cores(cores: Cores) -> Finding:
+    value = str(cores.count)
+    if cores.group:
+        value += f" of {cores.schedulable}, by the CPU quota of {cores.group}"
+    return Finding("processor cores", "ok", value)
 
 
 def _packages(version: Callable[[str], str | None]) -> list[Finding]:

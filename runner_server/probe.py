@@ -20,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 from runner_server.adapter.fusing import kernels_of_this_run
+from runner_server.adapter.threads import limit_threads
 from runner_server.blas import blas_of
 from runner_server.compiler import CHECK_LIBRARY, CompilerError
 from runner_server.kernels import NoKernelFolderError
@@ -94,6 +95,7 @@ def _kernels_compile(errors: dict[str, str]) -> bool:
 
 def _gemm_gflops(errors: dict[str, str]) -> float | None:
     """By the fastest multiplication of half a second; a slow BLAS gets a single one."""
+    limit_threads()
     try:
         left = mx.random.normal((_GEMM_ROWS, _GEMM_DEPTH))
         right = mx.random.normal((_GEMM_COLUMNS, _GEMM_DEPTH)).T  # as a linear layer has it

@@ -1,4 +1,4 @@
-"""Memory control groups of a test's own (version 1 or 2), where this machine allows making them."""
+"""Control groups of a test's own (version 1 or 2), where this machine allows making them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 
-_V1 = Path("/sys/fs/cgroup/memory")
-_V2 = Path("/sys/fs/cgroup")
+_ROOT = Path("/sys/fs/cgroup")
 _GONE_SECONDS = 30.0
 _ENTER = 'echo $$ > "$0" && exec "$@"'
 
 
 class ControlGroup:
-    """A group of processes that may take so much memory together.
+    """A group of processes whose memory, or CPU time, is limited together.
 
     Args:
         directory: Of the group, which exists.
@@ -35,6 +34,15 @@ class ControlGroup:
         """Sets the limit."""
         name = "memory.max" if self._is_v2 else "memory.limit_in_bytes"
         (self.directory / name).write_text(str(limit_bytes))
+
+    def limit_cpu(self, cores: float) -> None:
+        """Sets a CPU quota."""
+        quota = str(round(cores * 100_000))
+        if self._is_v2:
+            (self.directory / "cpu.max").write_text(f"{quota} 100000")
+        else:
+            (self.directory / "cpu.cfs_period_us").write_text("100000")
+            (self.directory / "cpu.cfs_quota_us").write_text(quota)
 
     def command(self, *arguments: str) -> list[str]:
         """A command line that runs in the group."""
@@ -94,23 +102,34 @@ def control_group(limit_bytes: int | None = None) -> Iterator[ControlGroup]:
     Args:
         limit_bytes: What it may hold; by default it has no limit.
     """
-    group = _make()
-    try:
+    with _made("memory") as group:
         if limit_bytes is not None:
             group.limit(limit_bytes)
+        yield group
+
+
+@contextlib.contextmanager
+def cpu_group(cores: float) -> Iterator[ControlGroup]:
+    """Makes a group with a CPU quota, which is to be empty at the end of the block."""
+    with _made("cpu") as group:
+        group.limit_cpu(cores)
+        yield group
+
+
+@contextlib.contextmanager
+def _made(controller: str) -> Iterator[ControlGroup]:
+    is_v2 = not (_ROOT / controller).is_dir()
+    parent = _ROOT if is_v2 else _ROOT / controller
+    directory = parent / f"mlx-test-{secrets.token_hex(4)}"
+    directory.mkdir()
+    group = ControlGroup(directory, is_v2=is_v2)
+    try:
         yield group
     except BaseException:
         group.kill()
         raise
     finally:
         group.remove()
-
-
-def _make() -> ControlGroup:
-    is_v2 = not _V1.is_dir()
-    directory = (_V2 if is_v2 else _V1) / f"mlx-test-{secrets.token_hex(4)}"
-    directory.mkdir()
-    return ControlGroup(directory, is_v2=is_v2)
 
 
 @functools.cache
@@ -124,7 +143,23 @@ def why_not() -> str:
     return ""
 
 
+@functools.cache
+def why_no_cpu_group() -> str:
+    """Why no CPU quota can be set here; empty if one can."""
+    try:
+        with cpu_group(1):
+            pass
+    except OSError as error:
+        return f"CPU control groups cannot be made here: {error}"
+    return ""
+
+
 needs_control_group = pytest.mark.skipif(bool(why_not()), reason=why_not() or "they can")
+
+
+needs_cpu_group = pytest.mark.skipif(
+    bool(why_no_cpu_group()), reason=why_no_cpu_group() or "they can"
+)
 
 
 def write_uncached(path: Path, size: int) -> Path:

@@ -9,8 +9,10 @@ https://docs.kernel.org/admin-guide/cgroup-v1/memory.html.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from mlxrunner.control_groups import control_groups, read_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -104,65 +106,23 @@ def is_in_group(pid: int, path: str, root: Path = Path("/")) -> bool:
 
 
 def _groups(root: Path, process: str = "self") -> Iterator[tuple[Path, _Layout]]:
-    """Yield every group a process is in, leaf first, for each mounted hierarchy.
-
-    Hybrid systems mount both versions, with the memory controller in one of
-    them: the other has no memory files and drops out by itself.
-    """
-    mounts = list(_mounts(root))
-    for line in _read(root / f"proc/{process}/cgroup").splitlines():
-        _, controllers, group = (*line.split(":", 2), "", "")[:3]
-        if controllers == "":
-            layout, kind = _V2, "cgroup2"
-        elif "memory" in controllers.split(","):
-            layout, kind = _V1, "cgroup"
-        else:
-            continue
-        for mount_kind, mount_root, mount_point in mounts:
-            if mount_kind == kind:
-                for directory in _upwards(mount_root, mount_point, group):
-                    yield root / directory.lstrip("/"), layout
-
-
-def _mounts(root: Path) -> Iterator[tuple[str, str, str]]:
-    """Mounted hierarchies as (kind, group shown at the mount point, mount point)."""
-    for line in _read(root / "proc/self/mountinfo").splitlines():
-        before, _, after = line.partition(" - ")
-        fields, kind_and_options = before.split(), after.split()
-        if len(fields) < 5 or len(kind_and_options) < 3:
-            continue
-        kind, _, options = kind_and_options[:3]
-        if kind == "cgroup2" or (kind == "cgroup" and "memory" in options.split(",")):
-            yield kind, fields[3], fields[4]
-
-
-def _upwards(mount_root: str, mount_point: str, group: str) -> Iterator[str]:
-    """Directories from the group up to the mount point.
-
-    ``/proc/self/cgroup`` can name the host's path while the mount shows only the
-    part below the container's own group: then the mount point is that group.
-    """
-    path = PurePosixPath(group)
-    inside = path.is_relative_to(mount_root) and ".." not in path.parts
-    relative = path.relative_to(mount_root) if inside else PurePosixPath()
-    for step in (relative, *relative.parents):
-        yield str(PurePosixPath(mount_point) / step)
-        if step == PurePosixPath():
-            return
+    """Yield every group a process is in, leaf first, for each mounted hierarchy."""
+    for directory, is_v2 in control_groups("memory", root, process):
+        yield directory, _V2 if is_v2 else _V1
 
 
 def _group_available(directory: Path, layout: _Layout) -> int | None:
     limits = [
         limit
         for name in layout.limits
-        if (limit := _number(_read(directory / name))) is not None and limit < _NO_LIMIT_BYTES
+        if (limit := _number(read_text(directory / name))) is not None and limit < _NO_LIMIT_BYTES
     ]
-    usage = _number(_read(directory / layout.usage))
+    usage = _number(read_text(directory / layout.usage))
     if not limits or usage is None:
         return None
     stat = dict(
         fields
-        for line in _read(directory / "memory.stat").splitlines()
+        for line in read_text(directory / "memory.stat").splitlines()
         if len(fields := line.split()) == 2
     )
     reclaimable = _reclaimable(stat, layout)
@@ -183,11 +143,3 @@ def _number(text: str) -> int | None:
     """Return the number in the text; None for ``max`` and for an empty text."""
     text = text.strip()
     return int(text) if text.isdecimal() else None
-
-
-def _read(path: Path) -> str:
-    """The file's text; empty where it does not exist or may not be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

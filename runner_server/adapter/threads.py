@@ -8,6 +8,8 @@ from collections.abc import Iterable
 
 import mlx.core as mx
 
+from runner_common.cores import usable_cores
+
 _SMALL_MATRIX = 128 * 1024
 """Numbers in a matrix up to which one thread is faster than two that must meet: with it a
 decode step of 16 rows took 3.6 ms instead of 4.6 on a 2 M model (68,000 in a matrix); a
@@ -17,13 +19,21 @@ _CHOSEN_BY_USER = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "GOTO_NUM_THREADS"
 
 
 def fit_threads(weights: Iterable[mx.array]) -> None:
-    """Lets OpenBLAS use one thread for a model of small matrices, and all for others.
+    """Let OpenBLAS use one thread for a model of small matrices, and one a core for others.
 
     Does nothing where another library is in use, or where the environment says how many.
     """
-    blas = ctypes.CDLL(None)
-    if not hasattr(blas, "openblas_set_num_threads") or any(map(os.getenv, _CHOSEN_BY_USER)):
-        return
     sizes = [value.size for value in weights if value.ndim > 1]
     is_small = sum(sizes) <= _SMALL_MATRIX * len(sizes)
-    blas.openblas_set_num_threads(1 if is_small else blas.openblas_get_num_procs())
+    limit_threads(1 if is_small else None)
+
+
+def limit_threads(count: int | None = None) -> None:
+    """Let OpenBLAS use a number of threads, by default one for each core that is usable.
+
+    OpenBLAS itself knows CPU affinity and no CPU quotas.
+    """
+    blas = ctypes.CDLL(None)
+    if hasattr(blas, "openblas_set_num_threads") and not any(map(os.getenv, _CHOSEN_BY_USER)):
+        most = min(blas.openblas_get_num_procs(), usable_cores().count)
+        blas.openblas_set_num_threads(count or most)

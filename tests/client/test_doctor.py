@@ -76,8 +76,8 @@ def test_healthy_machine_has_only_good_findings() -> None:
     assert {finding.status for finding in findings.values()} == {"ok"}
     assert {finding.advice for finding in findings.values()} == {""}
     assert set(findings) == {
-        "Python", "platform", "grpcio", "protobuf", "server extra", "device 0", "free memory",
-        "MLX", "kernel compilation", "BLAS", "BLAS choice", "weights",
+        "Python", "platform", "processor cores", "grpcio", "protobuf", "server extra", "device 0",
+        "free memory", "MLX", "kernel compilation", "BLAS", "BLAS choice", "weights",
     }  # fmt: skip
 
 

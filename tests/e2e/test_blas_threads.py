@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
+from control_group import cpu_group, needs_cpu_group
 from runner_client.environment import child_environment, find_blas
+from runner_common.cores import usable_cores
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
@@ -43,10 +45,12 @@ def openblas() -> dict[str, str]:
     return child_environment(clean, backend="cpu", blas=str(blas.path))
 
 
-def _threads(environment: Mapping[str, str], *models: Path) -> tuple[list[int], int, str]:
+def _threads(
+    environment: Mapping[str, str], *models: Path, front: Sequence[str] = ()
+) -> tuple[list[int], int, str]:
     path = os.pathsep.join(str(ROOT / part) for part in ("proto", "."))
     child = subprocess.run(
-        [sys.executable, "-c", _CHILD, *map(str, models)],
+        [*front, sys.executable, "-c", _CHILD, *map(str, models)],
         env={**environment, "PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -64,6 +68,18 @@ def test_one_thread_for_small_matrices_and_all_for_others(
     threads, cores, timeout = _threads(openblas, DEMO, large, DEMO)
     assert threads == [1, cores, 1]
     assert timeout == "4"
+
+
+@needs_cpu_group
+@pytest.mark.skipif(usable_cores().count < 2, reason="a quota of one core limits nothing here")
+def test_a_cpu_quota_leaves_one_thread_a_core(
+    openblas: dict[str, str], model_dir: Callable[..., Path]
+) -> None:
+    large = model_dir(hidden_size=512, intermediate_size=1024, vocab_size=4096)
+    with cpu_group(1) as group:
+        threads, cores, _ = _threads(openblas, large, front=group.command())
+    assert cores > 1
+    assert threads == [1]
 
 
 def test_what_the_user_says_stands(openblas: dict[str, str]) -> None:

@@ -1,0 +1,72 @@
+"""The control groups of a process and all those above it (cgroup v1 and v2)."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def control_groups(
+    controller: str, root: Path = Path("/"), process: str = "self"
+) -> Iterator[tuple[Path, bool]]:
+    """Yield every group a process is in, leaf first, for each mounted hierarchy.
+
+    Hybrid systems mount both versions, with the controller in one of them: the
+    other has none of its files.
+
+    Args:
+        controller: ``"memory"`` or ``"cpu"``.
+        root: The directory that holds ``proc`` and ``sys``; tests hand in a tree.
+        process: A process id.
+
+    Yields:
+        The group's directory, and whether its files are those of version 2.
+    """
+    mounts = list(_mounts(root, controller))
+    for line in read_text(root / f"proc/{process}/cgroup").splitlines():
+        _, controllers, group = (*line.split(":", 2), "", "")[:3]
+        if controllers != "" and controller not in controllers.split(","):
+            continue
+        kind = "cgroup" if controllers else "cgroup2"
+        for mount_kind, mount_root, mount_point in mounts:
+            if mount_kind == kind:
+                for directory in _upwards(mount_root, mount_point, group):
+                    yield root / directory.lstrip("/"), kind == "cgroup2"
+
+
+def _mounts(root: Path, controller: str) -> Iterator[tuple[str, str, str]]:
+    """Mounted hierarchies as (kind, group shown at the mount point, mount point)."""
+    for line in read_text(root / "proc/self/mountinfo").splitlines():
+        before, _, after = line.partition(" - ")
+        fields, kind_and_options = before.split(), after.split()
+        if len(fields) < 5 or len(kind_and_options) < 3:
+            continue
+        kind, _, options = kind_and_options[:3]
+        if kind == "cgroup2" or (kind == "cgroup" and controller in options.split(",")):
+            yield kind, fields[3], fields[4]
+
+
+def _upwards(mount_root: str, mount_point: str, group: str) -> Iterator[str]:
+    """Directories from the group up to the mount point.
+
+    ``/proc/self/cgroup`` can name the host's path while the mount shows only the
+    part below the container's own group: then the mount point is that group.
+    """
+    path = PurePosixPath(group)
+    inside = path.is_relative_to(mount_root) and ".." not in path.parts
+    relative = path.relative_to(mount_root) if inside else PurePosixPath()
+    for step in (relative, *relative.parents):
+        yield str(PurePosixPath(mount_point) / step)
+        if step == PurePosixPath():
+            return
+
+
+def read_text(path: Path) -> str:
+    """Return a file's text; empty where it does not exist or may not be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
