@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import logging
+import os
 import signal
 import subprocess
 import threading
@@ -60,6 +62,8 @@ class Child:
         self._log = log or child_logger
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._exit_code: int | None = None
+        self._is_reaped = False
         self._is_closing = False
         self._killed_because = ""
         # What the process held, and when, in time.monotonic() seconds.
@@ -82,8 +86,11 @@ class Child:
 
     @property
     def exit_code(self) -> int | None:
-        """Its exit code, negative for a signal's number; None while it lives."""
-        return self._process.returncode if self._process and self.has_exited else None
+        """Its exit code, negative for a signal's number.
+
+        None while it lives, and if something else in this process has taken it.
+        """
+        return self._exit_code if self.has_exited else None
 
     @property
     def stderr_tail(self) -> tuple[str, ...]:
@@ -134,16 +141,28 @@ class Child:
             drain(stdout, self._stdout_line, f"runner-{process.pid}-stdout"),
             drain(stderr, self._stderr_line, f"runner-{process.pid}-stderr"),
         )
-        process.wait()
-        self._ended = time.monotonic()
+        self._reap(process)
         last = self._ended + _DRAIN_SECONDS
         for thread in drains:
             thread.join(max(0.0, last - time.monotonic()))
         stdin.close()
-        self._note_exit(process.returncode)
+        self._note_exit()
 
-    def _note_exit(self, code: int) -> None:
-        logger.info("runner (pid %s) is gone: %s", self.pid, exit_in_words(code))
+    def _reap(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait for the end of the process, and for how it ended.
+
+        Not by ``Popen``, which takes an exit code that it cannot learn for 0.
+        """
+        # Where SIGCHLD is ignored, or another wait was faster, nothing is left to learn.
+        with contextlib.suppress(ChildProcessError):
+            self._exit_code = os.waitstatus_to_exitcode(os.waitpid(process.pid, 0)[1])
+        self._is_reaped = True
+        self._ended = time.monotonic()
+        # So that Popen does not wait as well.
+        process.returncode = self._exit_code or 0
+
+    def _note_exit(self) -> None:
+        logger.info("runner (pid %s) is gone: %s", self.pid, self._in_words())
         with self._lock:
             self._exited.set()
             callbacks, self._on_exit = self._on_exit, []
@@ -227,18 +246,22 @@ class Child:
 
     def exit_error(self) -> RunnerExitedError:
         """The error of a child that is gone."""
-        code, memory = self._process.returncode if self._process else None, self._memory
-        reason = "never started" if code is None else self._in_words(code)
+        memory, reason = self._memory, self._in_words()
         return RunnerExitedError(
             f"the runner (pid {self.pid}) is gone: {reason}{self._last_memory()}"
             f"{self._last_lines()}",
-            exit_code=code,
+            exit_code=self._exit_code,
             exit_reason=reason,
             stderr_tail=self.stderr_tail,
             last_memory_bytes=memory[0] if memory else None,
         )
 
-    def _in_words(self, code: int) -> str:
+    def _in_words(self) -> str:
+        code = self._exit_code
+        if self._process is None:
+            return "never started"
+        if code is None:
+            return _UNKNOWN_EXIT
         if code == -signal.SIGKILL and self._killed_because:
             return f"{_killed(signal.SIGKILL)}, by this client: {self._killed_because}"
         return exit_in_words(code)
@@ -271,12 +294,12 @@ class Child:
         try:
             # A second signal means "now" to the server, so only one is sent.
             if is_first:
-                process.send_signal(signal.SIGINT)
+                self._send(signal.SIGINT)
             if not self._exited.wait(grace_seconds):
                 self._killed_because = f"it did not stop in {grace_seconds:.1f} s"
                 logger.warning("killing runner (pid %d): %s", process.pid, self._killed_because)
         finally:
-            process.kill()
+            self._send(signal.SIGKILL)
             self._exited.wait()
 
     def kill(self, because: str = "") -> None:
@@ -286,14 +309,24 @@ class Child:
             because: What its error is to tell.
         """
         self._killed_because = self._killed_because or because
-        if self._process:
-            self._process.kill()
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: signal.Signals) -> None:
+        """Send a signal, unless the process id may be another process's by now."""
+        if self._process and not self._is_reaped:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, number)
 
     def abandon(self) -> None:
         """Lets the child end itself: what happens when its owner is forgotten."""
         if self._process and self._process.stdin:
             self._process.stdin.close()
 
+
+_UNKNOWN_EXIT = (
+    "its exit code is unknown, because this process ignores SIGCHLD or something else in it waits "
+    "for all children"
+)
 
 _EXIT_WORDS = {
     70: "its engine failed twice in a row, or could not go on",

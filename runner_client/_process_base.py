@@ -142,7 +142,10 @@ class ProcessBase:
 
     @property
     def exit_code(self) -> int | None:
-        """The child's exit code, negative for a signal's number; None while it lives."""
+        """The child's exit code, negative for a signal's number.
+
+        None while it lives, and if something else in this process has taken it.
+        """
         return self._child.exit_code if self._child else None
 
     @property

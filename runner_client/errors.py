@@ -258,7 +258,8 @@ class RunnerExitedError(RunnerUnavailableError):
 
     Attributes:
         exit_code: As ``subprocess`` gives it: negative is the number of the
-            signal that ended the process; None if it was never started.
+            signal that ended the process; None if it was never started, and where the
+            system does not tell, because this process ignores SIGCHLD.
         exit_reason: The same in words ("exit code 1", "killed by SIGKILL ...").
         stderr_tail: The last lines that this process, and no other, wrote to
             its standard error.

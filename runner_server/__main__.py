@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import sys
 
-from runner_common.headroom import VariableError
-from runner_server.adapter import MlxBackend
-from runner_server.app import EXIT_CANNOT_START, serve
-from runner_server.config import parse_args
-from runner_server.machine_admission import MachineAdmission
-from runner_server.model_root import ModelRoot
-from runner_server.request_log import set_up_logging
-
-logger = logging.getLogger(__name__)
+from runner_common.signals import end_on_stop_signals, reset_inherited_signals
 
 
 def main() -> int:
-    """Runs the server; returns the exit code."""
-    config = parse_args()
-    set_up_logging(config.log_level, config.log_format)
-    if config.distributed:
-        from runner_server.distributed.start import run  # noqa: PLC0415 - only where it is wanted
+    """Run the server; return the exit code."""
+    # There is nothing to end in order yet.
+    end_on_stop_signals(0)
+    reset_inherited_signals()
+    from runner_server.launch import run_server  # noqa: PLC0415 - takes a quarter of a second
 
-        return run(config)
-    root = ModelRoot(config.model_root) if config.model_root else None
-    try:
-        admission = MachineAdmission()
-    except VariableError as error:
-        logger.error("%s", error)  # noqa: TRY400 - the message is the whole story
-        return EXIT_CANNOT_START
-    return asyncio.run(serve(config, MlxBackend(root, admission=admission), admission=admission))
+    return run_server()
 
 
 if __name__ == "__main__":

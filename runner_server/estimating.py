@@ -13,6 +13,7 @@ from typing import Any
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_common.asking import NeedAnswer, NeedRequest
+from runner_common.signals import reset_inherited_signals
 from runner_server.adapter.backend import use_offline
 from runner_server.errors import InvalidField, ModelUnsupported, RunnerFault
 from runner_server.messages import Dtype, LoadSpec
@@ -70,6 +71,7 @@ def _values(request: NeedRequest) -> dict[str, Any]:
 
 def main() -> int:
     """Answer the request on the command line; returns the exit code."""
+    reset_inherited_signals()
     request = NeedRequest(**json.loads(sys.argv[1]))
     print(json.dumps(_values(request)), flush=True)  # noqa: T201 - its only output
     return 0

@@ -19,6 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from runner_common.signals import reset_inherited_signals
 from runner_server.adapter.fusing import kernels_of_this_run
 from runner_server.adapter.threads import limit_threads
 from runner_server.blas import blas_of
@@ -120,6 +121,7 @@ def _best_seconds(left: mx.array, right: mx.array) -> float:
 
 def main() -> int:
     """Prints the probe's findings as one line of JSON."""
+    reset_inherited_signals()
     parser = argparse.ArgumentParser(prog="python -m runner_server.probe", description=__doc__)
     parser.add_argument("--gemm", action="store_true", help="measure float32 GEMM as well")
     arguments = parser.parse_args()

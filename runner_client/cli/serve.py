@@ -21,6 +21,7 @@ from runner_client.cli._options import (
 from runner_client.environment import child_environment
 from runner_client.estimate import DEFAULT_PARALLEL
 from runner_common.import_paths import with_import_paths
+from runner_common.signals import hold_stop_signals, release_stop_signals
 
 if TYPE_CHECKING:
     from runner_client.types import Dtype
@@ -151,4 +152,9 @@ def _refuse_model_options(ctx: click.Context) -> None:
 def _become(line: list[str], environment: dict[str, str]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(line[0], line, environment)  # noqa: S606 - no shell is the point
+    # The server takes them as soon as it can.
+    hold_stop_signals()
+    try:
+        os.execve(line[0], line, environment)  # noqa: S606 - no shell is the point
+    finally:
+        release_stop_signals()

@@ -57,15 +57,15 @@ def _join() -> Group:
     rank = os.environ["MLX_RANK"]
     logger.info("rank %s waits for the others, at most %.0f s", rank, JOIN_SECONDS)
     # MLX holds Python's lock while it waits: only what the system does by itself ends it.
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     try:
         from runner_server.adapter.sharding import Group  # noqa: PLC0415 - imports MLX
 
         group = Group(JOIN_SECONDS)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if str(group.rank) != rank:
         raise RuntimeError(
             f"MLX connects no other rank with this one, which is to be {rank}; is the backend that "

@@ -139,6 +139,31 @@ def test_a_child_that_ignores_the_request_is_killed_after_the_grace(spawn: Spawn
     assert child.exit_error().exit_code == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("how", ["ignored", "taken"])
+def test_an_exit_code_that_cannot_be_learned_is_not_made_up(
+    spawn: Spawn, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """With SIGCHLD ignored the system tells nobody; a host may wait for all its children too."""
+    if how == "ignored":
+        before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    else:
+        before, wait = signal.getsignal(signal.SIGCHLD), os.waitpid
+        monkeypatch.setattr(os, "waitpid", lambda *args: wait(*args) and wait(*args))
+    try:
+        child = spawn(READY + FOREVER)
+        child.wait_ready(10)
+        os.kill(child.pid or 0, signal.SIGKILL)
+        assert child.wait_exit(10)
+        # A signal for it could meet another process.
+        child.close(grace_seconds=60)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert child.exit_code is None
+    error = child.exit_error()
+    assert error.exit_code is None
+    assert "exit code is unknown" in error.exit_reason
+
+
 def test_an_interrupt_while_it_closes_kills_at_once(spawn: Spawn) -> None:
     rude = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
     child = spawn(rude + READY + FOREVER)

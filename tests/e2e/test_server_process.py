@@ -97,7 +97,7 @@ def test_it_answers_while_the_model_library_is_still_imported(tmp_path: Path) ->
 
 
 def test_nothing_slow_is_imported_before_the_ready_line() -> None:
-    code = "import sys, runner_server.__main__; print(*sys.modules, sep='\\n')"
+    code = "import sys, runner_server.launch; print(*sys.modules, sep='\\n')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     slow = {
         "email",

@@ -1,0 +1,33 @@
+"""From the command line to a server that runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from runner_common.headroom import VariableError
+from runner_server.adapter import MlxBackend
+from runner_server.app import EXIT_CANNOT_START, serve
+from runner_server.config import parse_args
+from runner_server.machine_admission import MachineAdmission
+from runner_server.model_root import ModelRoot
+from runner_server.request_log import set_up_logging
+
+logger = logging.getLogger(__name__)
+
+
+def run_server() -> int:
+    """Run the server; return the exit code."""
+    config = parse_args()
+    set_up_logging(config.log_level, config.log_format)
+    if config.distributed:
+        from runner_server.distributed.start import run  # noqa: PLC0415 - only where it is wanted
+
+        return run(config)
+    root = ModelRoot(config.model_root) if config.model_root else None
+    try:
+        admission = MachineAdmission()
+    except VariableError as error:
+        logger.error("%s", error)  # noqa: TRY400 - the message is the whole story
+        return EXIT_CANNOT_START
+    return asyncio.run(serve(config, MlxBackend(root, admission=admission), admission=admission))
