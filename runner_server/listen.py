@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import grpc
 
 from mlxrunner.handshake import TOKEN_VARIABLE, ReadyLine
 from runner_server.access import is_loopback
+from runner_server.socket_place import OccupiedError, socket_place
 from runner_server.tls import BadTlsFilesError, TlsFiles, server_credentials
 
 logger = logging.getLogger(__name__)
@@ -64,14 +63,24 @@ def listen(
 def _listen_on_socket(
     server: grpc.aio.Server, path: Path, place: str, credentials: grpc.ServerCredentials | None
 ) -> ReadyLine:
-    _check_socket(path)
+    _check_length(path)
+    try:
+        with socket_place(path):
+            _bind_socket(server, place, credentials)
+    except OccupiedError as error:
+        raise CannotListenError(str(error)) from error
+    return ReadyLine("unix", place.removeprefix("unix:"))
+
+
+def _bind_socket(
+    server: grpc.aio.Server, place: str, credentials: grpc.ServerCredentials | None
+) -> None:
     # The socket file would get the umask's mode: nobody else may call.
     mask = os.umask(0o177)
     try:
         _bind(server, place, "its directory must exist and be writable", credentials)
     finally:
         os.umask(mask)
-    return ReadyLine("unix", place.removeprefix("unix:"))
 
 
 def _check_host(host: str, place: str, tls: TlsFiles | None, *, has_token: bool) -> None:
@@ -115,16 +124,9 @@ def _bind(
         raise CannotListenError(f"cannot listen on {place}: {advice}") from error
 
 
-def _check_socket(path: Path) -> None:
+def _check_length(path: Path) -> None:
     size = len(os.fsencode(path))
     if size > _MAX_UNIX_PATH:
         raise CannotListenError(
             f"the socket's path has {size} bytes and this system allows {_MAX_UNIX_PATH}: {path}"
-        )
-    # gRPC would silently take a live server's socket away from it.
-    with suppress(OSError):  # of a path that cannot be looked at, binding tells more
-        kind = "a socket" if stat.S_ISSOCK(path.stat().st_mode) else "a file"
-        raise CannotListenError(
-            f"{path} exists already and is {kind}; remove it if no server uses it, or choose "
-            "another path"
         )
