@@ -6,7 +6,6 @@ import importlib.util
 import os
 import platform
 import shutil
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from runner_client.errors import (
     RunnerUnavailableError,
     UnsupportedPlatformError,
 )
+from runner_common.interpreter import NoInterpreterError, interpreter
 
 if TYPE_CHECKING:
     pass
@@ -60,8 +60,15 @@ def server_program(listen: str) -> list[str]:
 
     Raises:
         NotSupportedError: The server's packages are not installed.
-        RunnerUnavailableError: This Python does not know where its executable is.
+        RunnerUnavailableError: There is no Python to start: this one is embedded or frozen.
     """
+    try:
+        python = interpreter()
+    except NoInterpreterError as error:
+        raise RunnerUnavailableError(
+            f"cannot start a runner: {error}; start `python -m runner_server` yourself, with a "
+            "Python that has mlx-grpc-runner, and use RunnerClient"
+        ) from error
     missing = [name for name in _SERVER_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise NotSupportedError(
@@ -69,13 +76,8 @@ def server_program(listen: str) -> list[str]:
             f"pip install 'mlx-grpc-runner[cpu]' on Linux (or [cuda12], [cuda13]), "
             f"'mlx-grpc-runner[server]' on macOS"
         )
-    if not sys.executable:
-        raise RunnerUnavailableError(
-            "cannot start a runner: sys.executable is empty, as in an embedded Python; start "
-            "`python -m runner_server` yourself and use RunnerClient"
-        )
     # -P: a file named like a module in the current directory is not imported.
-    return [sys.executable, "-P", "-m", "runner_server", "--listen", listen]
+    return [python, "-P", "-m", "runner_server", "--listen", listen]
 
 
 def server_command(listen: str) -> list[str]:

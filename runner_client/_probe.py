@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from runner_common.import_paths import with_import_paths
+from runner_common.interpreter import interpreter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ def run_probe(
     """Runs ``python -m runner_server.probe --gemm`` in the environment; never raises."""
     try:
         done = subprocess.run(
-            [sys.executable, *arguments],
+            [interpreter(), *arguments],
             env=with_import_paths(environment),
             stdin=subprocess.DEVNULL,
             capture_output=True,

@@ -21,6 +21,7 @@ from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runner_common.interpreter import NoInterpreterError, interpreter
 from runner_common.memory_need import MemoryNeed
 
 if TYPE_CHECKING:
@@ -104,10 +105,12 @@ class NeedUnknownError(Exception):
 
 
 def can_ask() -> bool:
-    """Return whether the packages are installed that the process needs."""
-    return all(util.find_spec(name) for name in (_PACKAGE, "mlx", "mlx_lm")) and bool(
-        sys.executable
-    )
+    """Return whether there is a Python for the process, and the packages that it needs."""
+    try:
+        interpreter()
+    except NoInterpreterError:
+        return False
+    return all(util.find_spec(name) for name in (_PACKAGE, "mlx", "mlx_lm"))
 
 
 def ask_need(request: NeedRequest, environ: Mapping[str, str] = os.environ) -> NeedAnswer:
@@ -135,8 +138,8 @@ def ask_need(request: NeedRequest, environ: Mapping[str, str] = os.environ) -> N
 
 
 def _run(request: NeedRequest, environ: Mapping[str, str]) -> dict[str, Any]:
-    command = [sys.executable, "-P", "-m", "runner_server.estimating", json.dumps(asdict(request))]
     try:
+        command = [interpreter(), "-P", "-m", f"{_PACKAGE}.estimating", json.dumps(asdict(request))]
         done = subprocess.run(
             command,
             env=dict(environ),

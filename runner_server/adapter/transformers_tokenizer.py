@@ -18,6 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from runner_common.import_paths import with_import_paths
+from runner_common.interpreter import interpreter
 from runner_server.adapter._panics import NO_PANICS
 from runner_server.adapter._plain_tokenizer import PlainTokenizer
 from runner_server.adapter.names import load_tokenizer
@@ -55,8 +56,8 @@ def read_with_transformers(path: Path, eos_token_ids: object) -> PlainTokenizer:
 
 def _ask_child(path: Path, eos_token_ids: object) -> dict[str, Any] | None:
     """Return what a process of its own has read; None if it gave no answer."""
-    command = [sys.executable, "-P", "-m", __name__, str(path), json.dumps(eos_token_ids)]
     try:
+        command = [interpreter(), "-P", "-m", __name__, str(path), json.dumps(eos_token_ids)]
         done = subprocess.run(
             command,
             env=with_import_paths(os.environ),

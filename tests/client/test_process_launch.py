@@ -21,7 +21,9 @@ from runner_client import (
     _command,
     errors,
 )
+from runner_client._probe import run_probe
 from runner_common import import_paths
+from runner_common.asking import NeedRequest, NeedUnknownError, ask_need, can_ask
 
 
 @pytest.fixture
@@ -150,6 +152,33 @@ def test_a_python_that_does_not_know_its_executable(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("sys.executable", "")
     with pytest.raises(errors.RunnerUnavailableError, match=r"sys\.executable"):
         _command.server_command("127.0.0.1:0")
+
+
+@pytest.fixture
+def frozen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """What a frozen program has written down about its starts, if any."""
+    program, starts = tmp_path / "MyApp", tmp_path / "starts"
+    program.write_text(f'#!/bin/sh\necho "$@" >>{starts}\n')
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(program))
+    monkeypatch.setattr("sys.frozen", True, raising=False)
+    return starts
+
+
+def test_a_frozen_program_does_not_start_itself(model: str, frozen: Path) -> None:
+    with pytest.raises(errors.RunnerUnavailableError, match=r"this program is frozen.*MyApp"):
+        RunnerProcess(model).load()
+    assert not frozen.exists()
+
+
+def test_a_frozen_program_estimates_and_probes_without_starting_itself(
+    model: str, frozen: Path
+) -> None:
+    assert not can_ask()
+    with pytest.raises(NeedUnknownError, match="frozen"):
+        ask_need(NeedRequest(model), {"XDG_CACHE_HOME": str(frozen.parent)})
+    assert "frozen" in run_probe({}).failure
+    assert not frozen.exists()
 
 
 @pytest.mark.usefixtures("fake_child")

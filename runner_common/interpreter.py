@@ -1,0 +1,27 @@
+"""The Python that child processes run in."""
+
+from __future__ import annotations
+
+import sys
+
+
+class NoInterpreterError(OSError):
+    """``sys.executable`` is no Python; the message says why."""
+
+
+def interpreter() -> str:
+    """Return the path of this process's Python.
+
+    Raises:
+        NoInterpreterError: Python is embedded in another program, or part of a frozen one,
+            which would start itself.
+    """
+    if not sys.executable:
+        raise NoInterpreterError("sys.executable is empty, as in an embedded Python")
+    # Set by PyInstaller, cx_Freeze, py2app and others.
+    if getattr(sys, "frozen", False):
+        raise NoInterpreterError(
+            f"this program is frozen: sys.executable, {sys.executable}, is the program and not a "
+            "Python, and would start itself"
+        )
+    return sys.executable
