@@ -169,22 +169,36 @@ def _places(environ: Mapping[str, str]) -> Iterator[tuple[Path, bool]]:
     name = f"{_PREFIX}{os.geteuid()}"
     if given := environ.get("TMPDIR"):
         yield Path(given).absolute() / name, False
-    cache = Path(environ.get("XDG_CACHE_HOME", ""))
-    # The specification has a path that is not absolute ignored.
-    yield (cache if cache.is_absolute() else Path("~/.cache").expanduser()) / _IN_CACHE, False
+    if cache := _cache_folder(environ):
+        yield cache / _IN_CACHE, False
     with contextlib.suppress(OSError):
         yield Path(tempfile.gettempdir()) / name, False
         yield Path(tempfile.mkdtemp(prefix=_PREFIX)), True
 
 
+def _cache_folder(environ: Mapping[str, str]) -> Path | None:
+    """Return the folder of cached files by the XDG specification; None if there is none."""
+    cache, home = Path(environ.get("XDG_CACHE_HOME", "")), Path(environ.get("HOME", ""))
+    # A user id of a container's own choice has no home.
+    folder = cache if cache.is_absolute() else home / ".cache"
+    return folder if folder.is_absolute() else None
+
+
 def _key(version: str) -> str:
     """Return a name that changes with whatever makes a kernel of another machine unusable."""
     compiler = shutil.which("g++")
-    facts = [version, platform.machine(), *_cpu_features(), *platform.libc_ver()]
+    facts = [version, platform.machine(), *_cpu_features(), _c_library()]
     if compiler:
         status = Path(compiler).stat()
         facts += [os.path.realpath(compiler), str(status.st_size), str(status.st_mtime_ns)]
     return f"{version}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
+
+
+def _c_library() -> str:
+    try:
+        return os.confstr("CS_GNU_LIBC_VERSION") or ""
+    except (AttributeError, OSError, ValueError):
+        return ""
 
 
 def _cpu_features() -> list[str]:

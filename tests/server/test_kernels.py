@@ -185,6 +185,15 @@ def test_a_folder_of_temporary_files_that_was_named_goes_first(
     assert place_of(environ) == tmp_path.resolve() / "cache/mlx-runner/kernels"
 
 
+def test_without_a_home_the_folder_of_temporary_files_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a user id of a container's own choice."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert place_of({}) == tmp_path.resolve() / f"mlx-runner-kernels-{os.geteuid()}"
+    assert place_of({"HOME": str(tmp_path)}) == tmp_path.resolve() / ".cache/mlx-runner/kernels"
+
+
 def test_the_next_place_is_taken_where_one_is_not_fit(
     environ: dict[str, str], tmp_path: Path
 ) -> None:
