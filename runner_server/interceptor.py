@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
@@ -20,6 +21,7 @@ from runner_server.errors import (
 )
 from runner_server.request import current_request
 from runner_server.services import METHODS
+from runner_server.unknown_fields import WHOLE, Violations, read_known
 
 logger = logging.getLogger(__name__)
 
@@ -54,26 +56,32 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         return make(behaviour, _reader(handler.request_deserializer), handler.response_serializer)
 
 
+@dataclass(frozen=True)
 class _Unreadable:
-    """Stands for a request whose bytes are no message of its type."""
+    """Stands for a request that cannot be read, or not all of it; says why."""
+
+    violations: Violations
 
 
 def _reader(read: Callable[[bytes], Any] | None) -> Callable[[bytes], object]:
     """Reads requests; what it raised would reach the client as UNKNOWN with its text."""
 
     def read_or_tell(data: bytes) -> object:
+        if read is None:
+            return data
         try:
-            return read(data) if read else data
+            request, unknown = read_known(read, data)
         except DecodeError:
-            return _Unreadable()
+            text = "its bytes are no message of this rpc: damaged, or a string in it is no UTF-8"
+            return _Unreadable([(WHOLE, text)])
+        return _Unreadable(unknown) if unknown else request
 
     return read_or_tell
 
 
 def _require_readable(request: object) -> None:
     if isinstance(request, _Unreadable):
-        text = "its bytes are no message of this rpc: damaged, or a string in it is no UTF-8"
-        raise InvalidField([("request", text)])
+        raise InvalidField(request.violations)
 
 
 def _guard_unary(handler: _Handler) -> _Behaviour:

@@ -10,7 +10,9 @@ import pytest
 
 from fakes import DEADLINE_SECONDS, EOS, VOCAB_SIZE, FakeBackend, says
 from harness import Server, StartServer, failure
+from nasty import record
 from runner_server.messages import Sampling
+from runner_server.services import SMG_SERVICE_NAME
 
 pytest.importorskip("smg_grpc_proto", reason="smg-grpc-proto is not installed (the extra smg)")
 
@@ -276,3 +278,24 @@ async def test_a_full_queue_is_told_as_everywhere(start_server: StartServer) -> 
     backend.step_gate.open()
     for call in running:
         assert [message async for message in call][-1].complete.completion_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("place", "data"),
+    [
+        ("request", record(97, 0, b"\1")),
+        ("sampling_params", record(4, 2, record(97, 0, b"\1"))),
+        ("tokenized", record(2, 2, record(2, 0, b"\5") + record(97, 0, b"\1"))),
+    ],
+)
+async def test_a_field_that_the_protocol_does_not_have_is_refused(
+    start_server: StartServer, place: str, data: bytes
+) -> None:
+    """A newer gateway would take the answer for one that heeds it."""
+    server = await started(start_server)
+    generate: Any = server.channel.unary_stream(f"/{SMG_SERVICE_NAME}/Generate")
+    problem = await failure(generate(data))
+    assert problem.reason == "INVALID_FIELD"
+    assert problem.violations.keys() == {place}
+    assert "field 97 of " in problem.violations[place]
+    server.assert_nothing_left()

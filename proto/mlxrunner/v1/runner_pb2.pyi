@@ -17,6 +17,12 @@ INVALID_FIELD adds `google.rpc.BadRequest`; QUEUE_FULL adds
 refuses a message of more than 64 MiB with RESOURCE_EXHAUSTED and an rpc that
 there is not with UNIMPLEMENTED, both without details.
 
+A newer client. A request with a field that the server does not know, in whatever
+message of it, is refused by any rpc with INVALID_ARGUMENT / INVALID_FIELD, and
+so is an unknown value of an enum: an answer never passes over something that was
+asked for. Clients, for their part, pass over fields of answers that they do not
+know.
+
 Who may call. A server that was started with a token answers every call of this
 service and of reflection with UNAUTHENTICATED / UNAUTHENTICATED, `Status`
 included, unless the call's metadata has `authorization: Bearer TOKEN` with that
@@ -59,7 +65,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """A field is missing or out of range. Code INVALID_ARGUMENT, with
     `google.rpc.BadRequest` naming the first four fields at most. Correct the
     request. The field `request` stands for the whole: its bytes are no message
-    of the rpc, or a string in it is no UTF-8.
+    of the rpc, or a string in it is no UTF-8. For a field that this server does not
+    know, its message is named (`options`, or `request`), and in the description its
+    number: upgrade the server, or do not set it.
     """
     ERROR_REASON_PROMPT_TOO_LONG: _ErrorReason.ValueType  # 2
     """The prompt does not fit the context. Code INVALID_ARGUMENT. Metadata:
@@ -106,7 +114,9 @@ ERROR_REASON_INVALID_FIELD: ErrorReason.ValueType  # 1
 """A field is missing or out of range. Code INVALID_ARGUMENT, with
 `google.rpc.BadRequest` naming the first four fields at most. Correct the
 request. The field `request` stands for the whole: its bytes are no message
-of the rpc, or a string in it is no UTF-8.
+of the rpc, or a string in it is no UTF-8. For a field that this server does not
+know, its message is named (`options`, or `request`), and in the description its
+number: upgrade the server, or do not set it.
 """
 ERROR_REASON_PROMPT_TOO_LONG: ErrorReason.ValueType  # 2
 """The prompt does not fit the context. Code INVALID_ARGUMENT. Metadata:

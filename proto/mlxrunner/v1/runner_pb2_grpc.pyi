@@ -17,6 +17,12 @@ INVALID_FIELD adds `google.rpc.BadRequest`; QUEUE_FULL adds
 refuses a message of more than 64 MiB with RESOURCE_EXHAUSTED and an rpc that
 there is not with UNIMPLEMENTED, both without details.
 
+A newer client. A request with a field that the server does not know, in whatever
+message of it, is refused by any rpc with INVALID_ARGUMENT / INVALID_FIELD, and
+so is an unknown value of an enum: an answer never passes over something that was
+asked for. Clients, for their part, pass over fields of answers that they do not
+know.
+
 Who may call. A server that was started with a token answers every call of this
 service and of reflection with UNAUTHENTICATED / UNAUTHENTICATED, `Status`
 included, unless the call's metadata has `authorization: Bearer TOKEN` with that

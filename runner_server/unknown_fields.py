@@ -1,0 +1,99 @@
+"""Names the fields of a request that this server's protocol does not have.
+
+Protobuf keeps such fields and says nothing. A client that is newer than the server would get
+an answer as if it had not asked for what they mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from itertools import islice
+from typing import TypeVar, cast
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from runner_server import __version__
+
+_M = TypeVar("_M", bound=Message)
+
+Violations = list[tuple[str, str]]
+
+WHOLE = "request"
+"""Stands for the request itself where no field of it can be named."""
+
+_MAX_NAMED = 8
+_MAX_LISTED_BYTES = 256 << 10
+"""Unknown fields are listed all at once: 22 million of them, in the largest message that is
+taken, take 12 s and 2 GiB. Larger requests are measured first."""
+
+
+def read_known(read: Callable[[bytes], _M], data: bytes) -> tuple[_M, Violations]:
+    """Read a request, and tell which of its fields are not known.
+
+    Args:
+        read: Parses a request; what it raises is passed on.
+        data: The request as it came.
+
+    Returns:
+        The request, and pairs of the message that has an unknown field and what it is.
+    """
+    request = read(data)
+    if len(data) <= _MAX_LISTED_BYTES:
+        return request, _named(request)
+    size = request.ByteSize()
+    request.DiscardUnknownFields()
+    unknown = size - request.ByteSize()
+    if not unknown:
+        return request, []
+    if unknown <= _MAX_LISTED_BYTES:
+        return request, _named(read(data))
+    text = f"{unknown} bytes of it are in fields that mlx-grpc-runner {__version__} does not know"
+    return request, [(WHOLE, f"{text}; leave them out")]
+
+
+def _named(request: Message) -> Violations:
+    return list(islice(_unknown(request, ""), _MAX_NAMED))
+
+
+def _unknown(message: Message, path: str) -> Iterator[tuple[str, str]]:
+    # Of either of protobuf's implementations, which are alike.
+    descriptor = cast("Descriptor", message.DESCRIPTOR)
+    found = UnknownFieldSet(message)
+    # A request may repeat one; each is named once.
+    for number in dict.fromkeys(found[i].field_number for i in range(len(found))):
+        yield path or WHOLE, _problem(descriptor, number)
+    for field in _message_fields(descriptor):
+        inside = f"{path}.{field.name}" if path else field.name
+        for part in _parts(message, field):
+            yield from _unknown(part, inside)
+
+
+def _problem(descriptor: Descriptor, number: int) -> str:
+    field = f"field {number} of {descriptor.name}"
+    known = descriptor.fields_by_number.get(number)
+    if known:
+        return f"{field} ({known.name}) is in another form than mlx-grpc-runner {__version__} knows"
+    return (
+        f"{field} is not known to mlx-grpc-runner {__version__}; a newer client sent it: upgrade "
+        "the server or leave it out"
+    )
+
+
+@cache
+def _message_fields(descriptor: Descriptor) -> tuple[FieldDescriptor, ...]:
+    """Fields that hold messages. An entry of a map that has an unknown field is one itself."""
+    return tuple(
+        field
+        for field in descriptor.fields
+        if field.message_type and not field.message_type.GetOptions().map_entry
+    )
+
+
+def _parts(message: Message, field: FieldDescriptor) -> Iterable[Message]:
+    if field.is_repeated:
+        several: Iterable[Message] = getattr(message, field.name)
+        return several
+    return [getattr(message, field.name)] if message.HasField(field.name) else []

@@ -1,0 +1,181 @@
+"""Fields of a newer protocol: refused by name, never answered as if nothing had been asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grpc
+import pytest
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import Message
+
+from harness import Problem, Server, failure
+from mlxrunner.handshake import SERVICE_NAME
+from mlxrunner.v1 import runner_pb2 as pb
+from nasty import METHODS, record, varint
+from runner_client import AsyncRunnerClient, InvalidRequestError, _messages
+from runner_server import __version__
+from runner_server.unknown_fields import read_known
+
+NEW = 97
+VARINT, BYTES, FIXED32 = 0, 2, 5
+UNKNOWN = record(NEW, VARINT, varint(1))
+COMPLETION = pb.CompletionRequest(
+    prompt="x", options=pb.CompletionOptions(num_predict=1)
+).SerializeToString()
+
+
+def _places(descriptor: Descriptor, way: tuple[FieldDescriptor, ...] = ()) -> Iterator[str]:
+    """The paths of all messages in a request; the request's own is empty."""
+    yield ".".join(field.name for field in way)
+    for field in descriptor.fields:
+        if field.message_type and not field.message_type.GetOptions().map_entry:
+            yield from _places(field.message_type, (*way, field))
+
+
+def _inside(descriptor: Descriptor, path: str, data: bytes) -> bytes:
+    """A request in whose message at a path is something."""
+    first, _, rest = path.partition(".")
+    if not first:
+        return data
+    field = descriptor.fields_by_name[first]
+    assert field.message_type
+    return record(field.number, BYTES, _inside(field.message_type, rest, data))
+
+
+async def refusal(server: Server, method: str, data: bytes) -> Problem:
+    make = server.channel.unary_stream if method == "Completion" else server.channel.unary_unary
+    return await failure(make(f"/{SERVICE_NAME}/{method}")(data))  # type: ignore[arg-type]
+
+
+PLACES = [
+    (method.name, path, _inside(method.input_type, path, UNKNOWN))
+    for method in METHODS
+    for path in _places(method.input_type)
+]
+
+
+def test_messages_in_requests_are_among_them() -> None:
+    paths = {path for name, path, _ in PLACES if name == "Completion"}
+    assert paths == {"", "options", "prompt_token_ids"}
+
+
+@pytest.mark.parametrize(("method", "path", "data"), PLACES)
+async def test_every_message_of_every_request(
+    loaded: Server, method: str, path: str, data: bytes
+) -> None:
+    problem = await refusal(loaded, method, data)
+    assert (problem.code, problem.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
+    assert problem.violations.keys() == {path or "request"}
+    (text,) = problem.violations.values()
+    assert f"field {NEW} of " in text
+    assert __version__ in text
+    assert text.endswith("leave it out")
+    assert text in problem.message
+
+
+async def test_nothing_is_done_for_it(loaded: Server) -> None:
+    await refusal(loaded, "Unload", UNKNOWN)
+    await refusal(loaded, "Completion", COMPLETION + UNKNOWN)
+    assert (await loaded.status()).state == pb.STATE_ACTIVE
+    assert loaded.backend.steps == 0
+
+
+async def test_several_are_named_each_once(loaded: Server) -> None:
+    data = (UNKNOWN + record(98, FIXED32, bytes(4))) * 1000
+    options = record(3, BYTES, record(500, BYTES, b"text"))
+    problem = await refusal(loaded, "Completion", COMPLETION + options + data)
+    assert [f"field {number} of " in problem.message for number in (97, 98, 500)] == [True] * 3
+    assert problem.message.count("is not known") == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "field", "name"),
+    [
+        (record(4, BYTES, b"\x05"), "request", "logprobs"),
+        (record(3, BYTES, record(1, VARINT, varint(1))), "options", "temperature"),
+        # An entry of a map.
+        (
+            record(3, BYTES, record(12, BYTES, record(1, VARINT, b"\5") + UNKNOWN)),
+            "options",
+            "bias",
+        ),
+    ],
+    ids=["number as bytes", "float as integer", "map entry"],
+)
+async def test_a_known_field_in_an_unknown_form(
+    loaded: Server, data: bytes, field: str, name: str
+) -> None:
+    """Protobuf takes it for a field that it does not know."""
+    problem = await refusal(loaded, "Completion", COMPLETION + data)
+    assert problem.violations.keys() == {field}
+    assert name in problem.message
+    assert "another form" in problem.message
+
+
+@pytest.mark.parametrize("method", ["Load", "Estimate"])
+async def test_a_value_that_an_enum_does_not_have(server: Server, method: str) -> None:
+    data = pb.LoadRequest(model="x").SerializeToString() + record(4, VARINT, varint(NEW))
+    problem = await refusal(server, method, data)
+    assert problem.reason == "INVALID_FIELD"
+    assert problem.violations.keys() == {"dtype"}
+    assert str(NEW) in problem.violations["dtype"]
+
+
+def test_no_enum_of_a_request_is_overlooked() -> None:
+    enums = {
+        f"{method.name}.{field.name}"
+        for method in METHODS
+        for field in method.input_type.fields
+        if field.enum_type
+    }
+    assert enums == {"Load.dtype", "Estimate.dtype"}
+
+
+async def test_one_behind_a_long_prompt_is_named_too(loaded: Server) -> None:
+    data = pb.CompletionRequest(prompt="x" * 300_000).SerializeToString()
+    problem = await refusal(loaded, "Completion", data + UNKNOWN)
+    assert problem.violations.keys() == {"request"}
+    assert f"field {NEW} of CompletionRequest" in problem.message
+    # Without it the prompt is read, and too long.
+    assert (await refusal(loaded, "Completion", data)).reason == "PROMPT_TOO_LONG"
+
+
+async def test_megabytes_of_them_are_not_listed(loaded: Server) -> None:
+    """To list them all would take seconds, in which nobody else is served."""
+    problem = await refusal(loaded, "Status", UNKNOWN * 1_000_000)
+    assert problem.violations == {
+        "request": f"3000000 bytes of it are in fields that mlx-grpc-runner {__version__} does not "
+        "know; leave them out"
+    }
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        pb.CompletionRequest(
+            prompt="x" * 200_000, options=pb.CompletionOptions(stop=["y"], logit_bias={1: 2})
+        ),
+        pb.CompletionRequest(prompt_token_ids=pb.TokenIds(ids=range(100_000)), logprobs=0),
+        pb.TokenizeRequest(),
+    ],
+    ids=["text", "ids", "empty"],
+)
+def test_what_is_known_is_read_unchanged(message: Message) -> None:
+    read, unknown = read_known(type(message).FromString, message.SerializeToString())
+    assert read == message
+    assert not unknown
+
+
+async def test_a_newer_client_gets_the_typed_error(
+    loaded: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its stubs would have the field; here the request is read from the bytes they make."""
+
+    def newer(*_args: object, **_kwargs: object) -> pb.CompletionRequest:
+        return pb.CompletionRequest.FromString(COMPLETION + UNKNOWN)
+
+    monkeypatch.setattr(_messages, "completion_request", newer)
+    async with AsyncRunnerClient(loaded.ready.target) as client:
+        with pytest.raises(InvalidRequestError, match=f"field {NEW} of CompletionRequest"):
+            await client.complete("x")
