@@ -219,6 +219,10 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         """Sends the progress, the pieces and the last message."""
         self.requests.append(request)
         self._need_model(context)
+        if not self.progress_messages:
+            self._fail_if_told(context, sent=0)
+        # As the runner does, once a completion is accepted.
+        context.send_initial_metadata(())
         call = _Call(context, self.cancelled)
         for number in range(self.progress_messages):
             call.wait(self.piece_delay_seconds)

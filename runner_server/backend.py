@@ -90,8 +90,9 @@ class LoadedModel(Protocol):
         """Its tokenizer."""
         ...
 
-    def kv_bytes(self, tokens: int) -> int:
-        """Bytes of KV cache that one sequence of ``tokens`` takes."""
+    @property
+    def kv_bytes(self) -> Callable[[int], int]:
+        """Tells the bytes of KV cache that one sequence of so many tokens takes; has no weights."""
         ...
 
     def limit_prompts(self, limit_bytes: int) -> None:
@@ -110,10 +111,12 @@ class ModelHandle:
     Attributes:
         info: What it is, and the limits in force.
         codec: Its tokenizer.
+        kv_bytes: See :attr:`LoadedModel.kv_bytes`.
     """
 
     info: ModelInfo
     codec: Codec
+    kv_bytes: Callable[[int], int]
 
 
 class Ranks(Protocol):

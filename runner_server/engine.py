@@ -123,6 +123,7 @@ class Engine:
 
         Raises:
             ModelNotLoaded: That model is gone.
+            InsufficientMemory: It could never have a place.
             QueueFull: Too many completions wait.
             ShuttingDown: The engine stops, or is dead.
         """

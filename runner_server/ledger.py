@@ -14,10 +14,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from mlxrunner.units import format_bytes
 from runner_server.backend import ModelHandle
 from runner_server.completion import Completion
 from runner_server.errors import (
     Busy,
+    InsufficientMemory,
     ModelNotLoaded,
     QueueFull,
     RunnerFault,
@@ -82,12 +84,14 @@ class Ledger:
 
         Raises:
             ModelNotLoaded: The model it was validated for is gone.
+            InsufficientMemory: It could never have a place.
             QueueFull: Too many completions wait.
             ShuttingDown: The engine stops, or is dead.
         """
         with self._lock:
             if self._require_model() is not model:
                 raise ModelNotLoaded
+            _require_memory(model, completion)
             if len(self._live) >= model.info.parallel + self._max_queued:
                 queued = len(self._live) - len(self._running)
                 raise QueueFull(queued, self._retry_seconds(queued, model.info.parallel))
@@ -262,6 +266,19 @@ class Ledger:
         with self._lock:
             self._state, self._last_error = State.FAILED, text[:_MAX_ERROR_CHARS]
         return self.withdraw_model()
+
+
+def _require_memory(model: ModelHandle, completion: Completion) -> None:
+    """Refuse a completion whose KV cache would not fit even alone."""
+    need, budget = model.kv_bytes(completion.max_length), model.info.kv_budget_bytes
+    if need > budget:
+        raise InsufficientMemory(
+            f"{completion.max_length} tokens need {format_bytes(need)} of KV cache and "
+            f"{format_bytes(budget)} may be used; ask for fewer with num_predict, or load with "
+            "more memory",
+            requiredBytes=need,
+            availableBytes=budget,
+        )
 
 
 def stopping_fault() -> ShuttingDown:

@@ -163,6 +163,8 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         completion = self._engine.submit(model, spec)
         record.account = completion.account
         try:
+            # A proxy or a blocking client takes a queued stream without headers for dead.
+            await context.send_initial_metadata(())
             async for piece in completion.stream.pieces():
                 yield piece_message(piece, model.codec.decode)
         finally:

@@ -15,13 +15,11 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from mlxrunner.units import format_bytes
 from runner_server.backend import Backend, BackendLost, Batch, LoadedModel, ModelHandle
 from runner_server.commands import Cancel, Inbox, LimitPrompts, Message, Resume, Trim
 from runner_server.completion import Completion
 from runner_server.errors import (
     GenerationFailed,
-    InsufficientMemory,
     RunnerFault,
     ShuttingDown,
 )
@@ -127,8 +125,8 @@ class Worker:
 
     def _receive(self, message: Message) -> None:
         match message:
-            case Completion() if self._ledger.is_live(message.id):
-                self._enqueue(message)
+            case Completion() if self._model and self._ledger.is_live(message.id):
+                self._seats.waiting.append(message)
             case Cancel(completion_id=id_):
                 self._drop(id_)
             case Resume(completion_id=id_):
@@ -148,24 +146,6 @@ class Worker:
             self._model.limit_prompts(self._prompts_bytes)
         self._backend.trim()
         self._ledger.close_trim(trim.done)
-
-    def _enqueue(self, completion: Completion) -> None:
-        """Lets a completion wait for its turn, unless it could never have one."""
-        if not self._model:
-            return
-        need = self._model.kv_bytes(completion.max_length)
-        budget = self._model.info.kv_budget_bytes
-        if need <= budget:
-            self._seats.waiting.append(completion)
-            return
-        fault = InsufficientMemory(
-            f"{completion.max_length} tokens need {format_bytes(need)} of KV cache and "
-            f"{format_bytes(budget)} may be used; ask for fewer with num_predict, or load with "
-            "more memory",
-            requiredBytes=need,
-            availableBytes=budget,
-        )
-        self._fail([completion], fault)
 
     def _drop(self, id_: int) -> None:
         """Ends a cancelled completion in whatever phase it is."""
@@ -314,7 +294,7 @@ class Worker:
             self._ledger.note_error(f"load of {spec.model!r} failed: {fault}")
             self._free_model()
             raise fault from None
-        self._ledger.offer_model(ModelHandle(self._model.info, self._model.codec))
+        self._ledger.offer_model(_handle(self._model))
         return self._model.info
 
     def unload(self, _ticket: Ticket[int]) -> int:
@@ -365,6 +345,10 @@ class Worker:
             self._backend.close()
         except Exception:
             logger.exception("the model library could not be closed")
+
+
+def _handle(model: LoadedModel) -> ModelHandle:
+    return ModelHandle(model.info, model.codec, model.kv_bytes)
 
 
 def _load_fault(spec: LoadSpec, error: Exception) -> RunnerFault:

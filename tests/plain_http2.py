@@ -32,11 +32,13 @@ class Answer:
         headers: Headers and trailers together.
         data: The messages, each behind its prefix.
         is_over: Whether the stream has ended.
+        is_trailers_only: Whether no headers came before the status.
     """
 
     headers: dict[str, str] = field(default_factory=dict)
     data: bytes = b""
     is_over: bool = False
+    is_trailers_only: bool = False
 
     @property
     def message(self) -> bytes:
@@ -52,7 +54,9 @@ class Answer:
         """Takes note of what has come."""
         match event:
             case ResponseReceived() | TrailersReceived():
+                is_first = not self.headers
                 self.headers |= {str(key): str(value) for key, value in event.headers or ()}
+                self.is_trailers_only |= is_first and "grpc-status" in self.headers
             case DataReceived():
                 self.data += event.data or b""
             case StreamEnded() | StreamReset() | ConnectionTerminated():

@@ -103,9 +103,10 @@ class MlxModel:
         self.codec = codec
         self.info = info
 
-    def kv_bytes(self, tokens: int) -> int:
-        """Bytes of KV cache for one sequence; see ``LoadedModel.kv_bytes``."""
-        return self._plan.kv_bytes(tokens)
+    @property
+    def kv_bytes(self) -> Callable[[int], int]:
+        """See ``LoadedModel.kv_bytes``."""
+        return self._plan.kv_bytes
 
     @property
     def prompts(self) -> Held:

@@ -194,9 +194,10 @@ class LeaderModel:
         """Its tokenizer."""
         return self._model.codec
 
-    def kv_bytes(self, tokens: int) -> int:
-        """Bytes of KV cache that one sequence takes on this rank."""
-        return self._model.kv_bytes(tokens)
+    @property
+    def kv_bytes(self) -> Callable[[int], int]:
+        """See ``LoadedModel.kv_bytes``: on this rank."""
+        return self._model.kv_bytes
 
     def limit_prompts(self, limit_bytes: int) -> None:
         """See ``LoadedModel.limit_prompts``: the same on all ranks."""

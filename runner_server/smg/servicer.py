@@ -56,6 +56,8 @@ class SmgServicer(mlx_engine_pb2_grpc.MlxEngineServicer):  # type: ignore[misc] 
         completion = self._engine.submit(model, spec)
         record.account = completion.account
         try:
+            # As for ``Completion``: also if it is queued.
+            await context.send_initial_metadata(())
             with self._names.held(request.request_id, completion.stream.close):
                 async for message in _messages(completion, is_stream=request.stream):
                     yield message

@@ -86,7 +86,7 @@ def test_the_first_completion_replaces_the_guess() -> None:
 def _told_by(seconds: float, late: int, before: int = 500) -> float:
     """What 1,000 in the queue are told, after completions of so many seconds and some of 0.4."""
     ledger = Ledger(max_queued=1000)
-    ledger.offer_model(ModelHandle(replace(model_info(), parallel=8), ByteCodec()))
+    ledger.offer_model(ModelHandle(replace(model_info(), parallel=8), ByteCodec(), int))
     for number in range(before):
         ledger.forget(number, seconds)
     for number in range(late):

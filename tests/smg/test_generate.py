@@ -299,3 +299,17 @@ async def test_a_field_that_the_protocol_does_not_have_is_refused(
     assert problem.violations.keys() == {place}
     assert "field 97 of " in problem.violations[place]
     server.assert_nothing_left()
+
+
+async def test_a_queued_request_has_headers(start_server: StartServer) -> None:
+    backend = FakeBackend()
+    server = await start_server(backend, smg=True)
+    await server.load(parallel=1)
+    backend.step_gate.shut()
+    calls = [begin(server, max_tokens=1) for _ in range(2)]
+    for call in calls:
+        await call.initial_metadata()
+    assert backend.steps == 0
+    backend.step_gate.open()
+    for call in calls:
+        assert [message async for message in call][-1].complete.completion_tokens == 1

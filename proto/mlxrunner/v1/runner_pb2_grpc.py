@@ -194,9 +194,11 @@ class RunnerServiceServicer(object):
         failed, and its gRPC status says why. Completions run together, up to
         `LoadRequest.parallel` of them and as far as there is memory for the KV
         caches they may come to need (prompt and `num_predict`, each as long as the
-        longest); more wait in order. A reader that falls far behind is waited for:
-        its completion is set aside and gives its place to others. Cancelling the
-        call, or its deadline, frees its place within one step.
+        longest); more wait in order. Headers are sent as soon as a completion is
+        accepted, also if it waits; one that is refused has none, only its status. A
+        reader that falls far behind is waited for: its completion is set aside and
+        gives its place to others. Cancelling the call, or its deadline, frees its
+        place within one step.
 
         Errors:
         - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range, a

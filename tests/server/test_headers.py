@@ -1,0 +1,104 @@
+"""Headers come when a completion is accepted; one that is refused has a status alone."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+import pytest
+
+import plain_http2
+from fakes import FakeBackend
+from harness import Server, StartServer, eventually, failure
+from mlxrunner.handshake import SERVICE_NAME
+from mlxrunner.v1 import runner_pb2 as pb
+
+COMPLETION = f"{SERVICE_NAME}/Completion"
+
+
+def _request(prompt: str = "x", **options: Any) -> pb.CompletionRequest:
+    return pb.CompletionRequest(prompt=prompt, options=pb.CompletionOptions(**options))
+
+
+async def _by_hand(server: Server, data: bytes) -> plain_http2.Answer:
+    port = int(server.ready.address.rpartition(":")[2])
+    return await asyncio.to_thread(plain_http2.call, port, COMPLETION, data)
+
+
+@pytest.fixture
+async def full(start_server: StartServer) -> Server:
+    """A server that stands still, with one place that is taken and one request that waits."""
+    server = await start_server(
+        FakeBackend(kv_budget_bytes=100_000), listen="127.0.0.1:0", max_queued=1
+    )
+    await server.load(parallel=1)
+    server.backend.step_gate.shut()
+    return server
+
+
+async def test_a_queued_completion_has_headers(full: Server) -> None:
+    running, queued = full.start(num_predict=1), full.start(num_predict=1)
+    await full.thread(full.backend.step_gate.wait_arrival)
+    # Neither has a token, and the engine does nothing.
+    for call in (running, queued):
+        await call.initial_metadata()
+    await eventually(lambda: len(full.app.engine._ledger._live) == 2)
+    assert full.backend.steps == 0
+    full.backend.step_gate.open()
+    for call in (running, queued):
+        assert [message async for message in call][-1].eval_count == 1
+
+
+async def test_one_that_is_accepted_has_them_before_its_status(full: Server) -> None:
+    full.backend.step_gate.open()
+    answer = await _by_hand(full, _request(num_predict=1).SerializeToString())
+    assert (answer.status, answer.is_trailers_only) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (_request("").SerializeToString(), grpc.StatusCode.INVALID_ARGUMENT),
+        (_request(top_k=-1).SerializeToString(), grpc.StatusCode.INVALID_ARGUMENT),
+        (_request("x" * 5000).SerializeToString(), grpc.StatusCode.INVALID_ARGUMENT),
+        (_request().SerializeToString() + b"\x88\x06\x01", grpc.StatusCode.INVALID_ARGUMENT),
+        (b"\xff", grpc.StatusCode.INVALID_ARGUMENT),
+        (_request(num_predict=2000).SerializeToString(), grpc.StatusCode.RESOURCE_EXHAUSTED),
+    ],
+    ids=["prompt", "option", "too long", "unknown field", "no message", "no memory"],
+)
+async def test_one_that_is_refused_has_only_its_status(
+    full: Server, data: bytes, code: grpc.StatusCode
+) -> None:
+    answer = await _by_hand(full, data)
+    assert (answer.status, answer.is_trailers_only) == (code.value[0], True)
+
+
+async def test_a_full_queue_too(full: Server) -> None:
+    calls = [full.start(num_predict=1) for _ in range(2)]
+    for call in calls:
+        await call.initial_metadata()
+    answer = await _by_hand(full, _request(num_predict=1).SerializeToString())
+    assert answer.status == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+    assert answer.is_trailers_only
+    for call in calls:
+        call.cancel()
+
+
+async def test_no_model_too(start_server: StartServer) -> None:
+    server = await start_server(listen="127.0.0.1:0")
+    answer = await _by_hand(server, _request().SerializeToString())
+    assert answer.status == grpc.StatusCode.FAILED_PRECONDITION.value[0]
+    assert answer.is_trailers_only
+
+
+async def test_one_that_has_headers_can_still_fail(full: Server) -> None:
+    running, queued = full.start(num_predict=1), full.start(num_predict=1)
+    for call in (running, queued):
+        await call.initial_metadata()
+    full.app.engine.stop()
+    full.backend.step_gate.open()
+    problem = await failure(queued)
+    assert (problem.code, problem.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+    running.cancel()
