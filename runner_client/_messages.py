@@ -315,8 +315,10 @@ def _prompt_progress(message: pb.CompletionResponse) -> PromptProgress | None:
 
 
 def _token_logprob(message: pb.TokenLogprob) -> TokenLogprob:
-    top = tuple(TopLogprob(item.token_id, item.text, item.logprob) for item in message.top)
-    return TokenLogprob(message.token_id, message.text, message.logprob, top)
+    top = tuple(
+        TopLogprob(item.token_id, item.text, item.logprob, item.bytes) for item in message.top
+    )
+    return TokenLogprob(message.token_id, message.text, message.logprob, top, message.bytes)
 
 
 def join_chunks(chunks: Sequence[CompletionChunk]) -> Completion:

@@ -231,7 +231,9 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         for number, piece in enumerate(self.pieces):
             self._fail_if_told(context, sent=number)
             call.wait(math.inf if number == self.stall_after else self.piece_delay_seconds)
-            yield pb.CompletionResponse(content=piece, token_ids=[number])
+            yield pb.CompletionResponse(
+                content=piece, token_ids=[number], logprobs=_logprobs(request, number, piece)
+            )
         self._fail_if_told(context, sent=len(self.pieces))
         if self.is_complete:
             yield pb.CompletionResponse(
@@ -302,6 +304,13 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     def _need_model(self, context: grpc.ServicerContext) -> None:
         if self.model is None:
             Failure("MODEL_NOT_LOADED", "no model is loaded").abort(context)
+
+
+def _logprobs(request: pb.CompletionRequest, number: int, piece: str) -> list[pb.TokenLogprob]:
+    """Return what is told of a token if it was asked for: that no other was possible."""
+    if not request.HasField("logprobs"):
+        return []
+    return [pb.TokenLogprob(token_id=number, text=piece, bytes=piece.encode())]
 
 
 class _Call:

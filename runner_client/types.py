@@ -16,6 +16,7 @@ from runner_client.settings import Timeouts as Timeouts  # noqa: PLC0414 - the s
 from runner_client.settings import TlsFiles as TlsFiles  # noqa: PLC0414 - the same
 
 if TYPE_CHECKING:
+    import builtins
     from collections.abc import Mapping
 
 Dtype = Literal["auto", "auto_or_stored", "as_stored", "float32", "bfloat16", "float16"]
@@ -296,9 +297,11 @@ class TopLogprob:
     token_id: int
     """Its id."""
     text: str
-    """Its text by itself; U+FFFD stands for bytes that are no whole character."""
+    """What it would have added to the text, as ``TokenLogprob.text``."""
     logprob: float
     """The natural logarithm of its probability; at most 0."""
+    bytes: builtins.bytes = b""
+    """Its own bytes, which may be a part of a character."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,11 +311,17 @@ class TokenLogprob:
     token_id: int
     """Its id."""
     text: str
-    """Its text by itself; U+FFFD stands for bytes that are no whole character."""
+    """What it adds to the text: all entries joined give the content, and then the stop string
+    that was found and what its last token has behind it. Whole characters only: one that is
+    spread over several tokens is the text of the one that completes it. Empty for a token that
+    ends the text."""
     logprob: float
     """The natural logarithm of its probability; at most 0."""
     top: tuple[TopLogprob, ...]
     """The most likely tokens at its place, most likely first."""
+    bytes: builtins.bytes = b""
+    """Its own bytes, which may be a part of a character: all entries joined are the same text in
+    UTF-8, from where the prompt ends."""
 
 
 @dataclass(frozen=True, slots=True)

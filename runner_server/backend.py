@@ -45,6 +45,13 @@ class Codec(Protocol):
         """Joins ids into text; U+FFFD stands for bytes that are no character."""
         ...
 
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """The bytes that a token stands for, except at the beginning of a text.
+
+        None if that depends on the tokens before it.
+        """
+        ...
+
 
 class Batch(Protocol):
     """Rows that are prefilled and decoded together."""

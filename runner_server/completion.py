@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import replace
 
 from runner_server.backend import Codec
 from runner_server.errors import RunnerFault
@@ -98,10 +99,16 @@ class Completion:
         if not self._count:
             self._first = time.monotonic()
         self._count += 1
-        text, reason, stop_match = self._advance(event.token_id)
-        done = self._done(reason, stop_match) if reason else None
-        logprobs = (event.logprob,) if event.logprob else ()
-        self.stream.put(Piece(text, (event.token_id,), logprobs, done=done))
+        end = self._end_at(event.token_id)
+        text = self._read(event.token_id, end)
+        shown, stop = self._matcher.feed(text)
+        if stop is not None:
+            end = DoneReason.STOP
+        elif end:
+            shown += self._matcher.flush()
+        done = self._done(end, stop or "") if end else None
+        logprobs = (replace(event.logprob, text=text),) if event.logprob else ()
+        self.stream.put(Piece(shown, (event.token_id,), logprobs, done=done))
         return done
 
     def fail(self, fault: RunnerFault) -> None:
@@ -124,19 +131,16 @@ class Completion:
             reason=self._reason,
         )
 
-    def _advance(self, token_id: int) -> tuple[str, DoneReason | None, str]:
-        """Returns the text that may be shown, why it ends, and the stop string found."""
-        ended = token_id in self._end_ids
-        full = self._count >= self.spec.max_tokens
-        text = "" if ended else self._decoder.push(token_id)
-        if ended or full:
-            text += self._decoder.flush()
-        shown, stop = self._matcher.feed(text)
-        if stop is not None:
-            return shown, DoneReason.STOP, stop
-        if not (ended or full):
-            return shown, None, ""
-        return shown + self._matcher.flush(), DoneReason.STOP if ended else DoneReason.LENGTH, ""
+    def _end_at(self, token_id: int) -> DoneReason | None:
+        """Why a token is the last, whatever its text is."""
+        if token_id in self._end_ids:
+            return DoneReason.STOP
+        return DoneReason.LENGTH if self._count >= self.spec.max_tokens else None
+
+    def _read(self, token_id: int, end: DoneReason | None) -> str:
+        """The text that a token makes certain; one that ends the text has none of its own."""
+        text = "" if end is DoneReason.STOP else self._decoder.push(token_id)
+        return text + self._decoder.flush() if end else text
 
     def _done(self, reason: DoneReason, stop_match: str) -> Done:
         self._ended, self._reason = time.monotonic(), reason

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -19,6 +18,7 @@ from runner_server.messages import (
     State,
     TokenLogprob,
 )
+from runner_server.token_text import TokenTexts
 
 STATES = {
     State.IDLE: pb.STATE_IDLE,
@@ -32,8 +32,6 @@ _DONE_REASONS = {
     DoneReason.STOP: pb.DONE_REASON_STOP,
     DoneReason.LENGTH: pb.DONE_REASON_LENGTH,
 }
-
-Decode = Callable[[Sequence[int]], str]
 
 
 def duration(seconds: float) -> Duration:
@@ -94,10 +92,11 @@ def rank_message(rank: Rank) -> pb.Rank:
     )
 
 
-def piece_message(piece: Piece, decode: Decode) -> pb.CompletionResponse:
-    """A piece of a stream; ``decode`` gives the text of single tokens."""
+def piece_message(piece: Piece, texts: TokenTexts | None = None) -> pb.CompletionResponse:
+    """A piece of a stream; ``texts`` follows one whose tokens have log probabilities."""
     message = pb.CompletionResponse(content=piece.text, token_ids=piece.token_ids)
-    message.logprobs.extend(_logprob_message(entry, decode) for entry in piece.logprobs)
+    if texts:
+        message.logprobs.extend(_logprob_message(entry, texts) for entry in piece.logprobs)
     if piece.prefill:
         evaluated, total = piece.prefill
         message.prompt_progress.CopyFrom(
@@ -122,14 +121,16 @@ def _done_message(done: Done) -> pb.CompletionResponse:
     )
 
 
-def _logprob_message(entry: TokenLogprob, decode: Decode) -> pb.TokenLogprob:
+def _logprob_message(entry: TokenLogprob, texts: TokenTexts) -> pb.TokenLogprob:
+    own, others = texts.read(entry)
     return pb.TokenLogprob(
         token_id=entry.token_id,
-        text=decode([entry.token_id]),
+        text=own.text,
+        bytes=own.data,
         logprob=entry.logprob,
         top=[
-            pb.TopLogprob(token_id=token_id, text=decode([token_id]), logprob=logprob)
-            for token_id, logprob in entry.top
+            pb.TopLogprob(token_id=id_, text=told.text, bytes=told.data, logprob=logprob)
+            for (id_, logprob), told in zip(entry.top, others, strict=True)
         ],
     )
 

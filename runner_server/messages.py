@@ -151,11 +151,17 @@ class CompletionSpec:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """How likely a token was, and the likeliest at its place (id, logprob)."""
+    """How likely a token was, and the likeliest at its place (id, logprob).
+
+    Attributes:
+        text: What it added to the text, before stop strings are looked for; of those that the
+            adapter reports, not told yet.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...]
+    text: str = ""
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,11 @@ from runner_server.engine import Engine
 from runner_server.errors import InvalidField
 from runner_server.estimator import Estimator
 from runner_server.ledger import Ticket
+from runner_server.messages import CompletionSpec
 from runner_server.prompts import encode_prompt, too_many
 from runner_server.request import current_request
 from runner_server.resident import resident_bytes
+from runner_server.token_text import TokenTexts
 from runner_server.validation import (
     check_completion,
     check_token_ids,
@@ -160,13 +162,14 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         sampling = check_completion(request, model.info)
         prompt_ids = await _prompt_ids(request, model)
         spec = completion_spec(request, sampling, model.info, prompt_ids)
+        texts = _token_texts(model, spec)
         completion = self._engine.submit(model, spec)
         record.account = completion.account
         try:
             # A proxy or a blocking client takes a queued stream without headers for dead.
             await context.send_initial_metadata(())
             async for piece in completion.stream.pieces():
-                yield piece_message(piece, model.codec.decode)
+                yield piece_message(piece, texts)
         finally:
             # A client that goes away, or whose deadline passes, ends up here too.
             self._engine.cancel(completion)
@@ -214,6 +217,13 @@ async def _outcome(ticket: Ticket[_T]) -> _T:
     except asyncio.CancelledError:
         ticket.cancelled.set()
         raise
+
+
+def _token_texts(model: ModelHandle, spec: CompletionSpec) -> TokenTexts | None:
+    """What tells the texts beside log probabilities, if some are asked for."""
+    if spec.sampling.logprobs is None:
+        return None
+    return TokenTexts(model.codec, spec.prompt_ids, model.info.eos_token_ids)
 
 
 async def _prompt_ids(request: pb.CompletionRequest, model: ModelHandle) -> Sequence[int]:

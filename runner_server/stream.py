@@ -17,8 +17,9 @@ from runner_server.errors import RunnerFault
 from runner_server.messages import Piece
 
 _MAX_MERGED_TEXTS = 4096
-"""Token texts in one message, those beside log probabilities counted too: at 512 bytes
-each, as the longest tokens of usual vocabularies have, it stays under 4 MiB."""
+"""Token texts in one message. Those beside log probabilities are counted twice, because their
+bytes stand beside them: at 512 bytes each, as the longest tokens of usual vocabularies have, it
+stays under 4 MiB."""
 
 _MAX_WAITING_TEXTS = 4096
 """Token texts before a reader from which on its row waits, until it has read half of them."""
@@ -186,7 +187,7 @@ def _merge_seconds(streams: int) -> float:
 
 
 def _text_count(piece: Piece) -> int:
-    return len(piece.token_ids) + sum(1 + len(entry.top) for entry in piece.logprobs)
+    return len(piece.token_ids) + 2 * sum(1 + len(entry.top) for entry in piece.logprobs)
 
 
 def merge(pieces: Iterable[Piece]) -> Piece:

@@ -101,6 +101,10 @@ class ByteCodec:
         """See ``Codec.decode``."""
         return bytes(id_ for id_ in ids if id_ < 256).decode(errors="replace")
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """See ``Codec.token_bytes``."""
+        return bytes([token_id]) if token_id < 256 else b""
+
 
 Reply = Callable[[Sequence[int], Sampling], Iterator[int]]
 

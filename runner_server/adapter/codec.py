@@ -8,6 +8,7 @@ from typing import Any
 
 from runner_server.adapter._panics import NO_PANICS
 from runner_server.adapter._plain_tokenizer import read_plain_tokenizer
+from runner_server.adapter.token_bytes import bytes_of_tokens
 from runner_server.adapter.transformers_tokenizer import TokenizerError, read_with_transformers
 from runner_server.errors import ModelUnsupported
 
@@ -38,6 +39,7 @@ class FastCodec:
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._bos_token = bos_token
+        self._bytes_of = bytes_of_tokens(tokenizer)
 
     def encode(self, text: str, *, as_prompt: bool) -> list[int]:
         """Splits text into ids; see ``Codec.encode``."""
@@ -73,6 +75,10 @@ class FastCodec:
             else:
                 text = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """See ``Codec.token_bytes``."""
+        return self._bytes_of(token_id)
 
 
 def load_codec(path: Path, config: dict[str, Any]) -> tuple[FastCodec, frozenset[int]]:

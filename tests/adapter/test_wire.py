@@ -52,6 +52,20 @@ async def test_models_one_after_another_give_everything_back(
         assert (await real.status()).memory == _held()
 
 
+async def test_log_probabilities_joined_are_the_content(real: Server, model_dir: Build) -> None:
+    """Random weights make bytes that are no characters, and such that become some."""
+    await real.load(str(model_dir()))
+    for seed in range(6):
+        messages = await real.complete("日本", logprobs=3, num_predict=60, seed=seed, top_k=0)
+        entries = [entry for message in messages for entry in message.logprobs]
+        assert "".join(entry.text for entry in entries) == joined(messages)
+        data = b"".join(entry.bytes for entry in entries)
+        assert data.decode(errors="replace") == joined(messages)
+        for entry in entries:
+            twins = [top for top in entry.top if top.token_id == entry.token_id]
+            assert all((top.text, top.bytes) == (entry.text, entry.bytes) for top in twins)
+
+
 @pytest.mark.parametrize("broken", ["config.json", "model.safetensors", "tokenizer.json"])
 async def test_a_broken_model_leaves_nothing_and_the_server_works(
     real: Server, model_dir: Build, tmp_path: Path, broken: str

@@ -10,6 +10,7 @@ import grpc
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
+from mlxrunner.v1 import runner_pb2_grpc
 from runner_client import RunnerClient, State, errors, testing
 from runner_client.testing import Failure, fake_runner
 
@@ -125,3 +126,19 @@ def test_it_ends_its_calls_its_threads_and_its_socket() -> None:
     client.close()
     # The watchdog of the client's streams lingers for some seconds.
     assert threading.active_count() <= before + 1
+
+
+def test_log_probabilities_are_told_if_they_are_asked_for() -> None:
+    with fake_runner(pieces=("é", "!")) as runner, RunnerClient(runner.address) as client:
+        entries = client.complete("Hi", logprobs=3).logprobs
+        assert [(entry.token_id, entry.text) for entry in entries] == [(0, "é"), (1, "!")]
+        assert b"".join(entry.bytes for entry in entries) == "é!".encode()
+        assert not client.complete("Hi").logprobs
+
+
+def test_headers_come_before_the_first_piece() -> None:
+    with fake_runner() as runner, grpc.insecure_channel(runner.address) as channel:
+        runner.stall_after = 0
+        call = runner_pb2_grpc.RunnerServiceStub(channel).Completion(pb.CompletionRequest())
+        call.initial_metadata()
+        call.cancel()

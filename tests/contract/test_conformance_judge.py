@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from base64 import b64encode
 from typing import Any
 
 import pytest
@@ -42,7 +43,7 @@ def scenario(steps: list[Json], *expect: Json) -> Json:
 
 
 def piece(content: str, *ids: int, **more: Any) -> Json:
-    token = {"text": "x", "logprob": -0.5}
+    token = {"text": content, "bytes": b64encode(content.encode()).decode(), "logprob": -0.5}
     logprobs = [{"token_id": each, "top": [{"token_id": each} | token]} | token for each in ids]
     return {"content": content, "tokenIds": list(ids), "logprobs": logprobs} | more
 
@@ -147,8 +148,8 @@ def test_a_right_answer_is_right(wanted: Json, answer: Json) -> None:
         (COMPLETION, changed(COMPLETED, *FIRST, "logprob", to=1), "logarithms"),
         (COMPLETION, changed(COMPLETED, *FIRST, "logprob", to=-1), "the same of a token and"),
         (COMPLETION, changed(COMPLETED, *FIRST, "text", to="y"), "the same of a token and"),
-        (COMPLETION, changed(COMPLETED, *FIRST, "text", to=""), "the texts of tokens"),
-        (COMPLETION, changed(COMPLETED, *FIRST, "top", 0, "text", to=""), "the texts of tokens"),
+        (COMPLETION, changed(COMPLETED, *FIRST, "text", to="an"), "texts of tokens to be 'a fox'"),
+        (COMPLETION, changed(COMPLETED, *FIRST, "bytes", to="eA=="), "the same of a token and"),
         (COMPLETION, changed(COMPLETED, *FIRST, "top", 0, to=UNLIKELY), "no token more likely"),
         (COMPLETION, changed(COMPLETED, "messages", 0, "done", to=True), "done in the last"),
         (COMPLETION, changed(COMPLETED, "messages", 1, "done", to=False), "done in the last"),
@@ -197,7 +198,7 @@ def test_a_wrong_answer_is_found(wanted: Json, answer: Json, complaint: str) -> 
 
 def test_probabilities_are_no_more_than_one() -> None:
     wanted = scenario([call("Completion")], {"logprobs": 2})
-    first = {"token_id": 5, "text": "x", "logprob": -0.5}
+    first = {"token_id": 5, "text": "a", "logprob": -0.5}
     token: Json = first | {"top": [first, first | {"token_id": 6}]}
     answer = {"code": "OK", "messages": [piece("a", 5, done=True, evalCount=1, logprobs=[token])]}
     assert "logarithms of probabilities" in problems(wanted, [answer]).pop()
@@ -209,7 +210,7 @@ def test_completions_of_a_scenario_are_compared() -> None:
     steps = [call("Completion"), call("Completion")]
     same = scenario(steps, {"logprobs": 1}, {"logprobs": 1, "same_as": 0})
     other = scenario(steps, {"logprobs": 1}, {"logprobs": 1, "differs_from": 0})
-    another = changed(COMPLETED, "messages", 0, "content", to="the ")
+    another = changed(COMPLETED, "messages", 0, to=piece("the ", 5))
     assert problems(same, [COMPLETED, COMPLETED]) == []
     assert (
         "expected the same text as 'a fox', got 'the fox'"

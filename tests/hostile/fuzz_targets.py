@@ -20,6 +20,7 @@ from nasty import METHODS, Call
 from runner_server import convert, validation
 from runner_server.errors import RunnerFault, to_status
 from runner_server.messages import Done, DoneReason, Piece, TokenLogprob
+from runner_server.token_text import TokenTexts
 from verdicts import ANSWER_SECONDS, Caller
 
 _CONTEXT_LENGTH = 128
@@ -94,7 +95,8 @@ class Parsing:
         top = tuple((i, -1.0) for i in range(sampling.logprobs or 0))
         done = Done(DoneReason.STOP, (*spec.stop, "")[0], len(ids), 1, 0.0, 0.0, 0.0)
         piece = Piece("text", (ids[-1],), (TokenLogprob(ids[-1], -1.0, top),), done=done)
-        assert convert.piece_message(piece, self._codec.decode).ByteSize()
+        texts = TokenTexts(self._codec, spec.prompt_ids, self._info.eos_token_ids)
+        assert convert.piece_message(piece, texts).ByteSize()
 
 
 class Wire:

@@ -139,6 +139,10 @@ def _check_logprobs(count: int | None, outcome: Outcome) -> Iterator[str]:
     wanted = [] if count is None else outcome.token_ids
     if ids != wanted:
         yield f"expected log probabilities of {wanted}, got of {ids}"
+    # Behind a stop string they go on.
+    joined = "".join(each["text"] for each in logprobs)
+    if wanted and not joined.startswith(outcome.text):
+        yield f"expected the texts of tokens to be {outcome.text!r}, got {joined!r}"
     wrong = (list(_check_logprob(each, count)) for each in logprobs)
     yield from next(filter(None, wrong), [])
 
@@ -149,9 +153,7 @@ def _check_logprob(token: Json, count: int | None) -> Iterator[str]:
         yield f"expected {count} alternatives, most likely first, got {token['top']}"
     if max(token["logprob"], *tops, 0) > 0 or sum(map(math.exp, tops)) > 1 + _ROUNDING:
         yield f"expected logarithms of probabilities, got {token}"
-    if not all(each["text"] for each in (token, *token["top"])):
-        yield f"expected the texts of tokens, got {token}"
-    itself = {key: token[key] for key in ("token_id", "text", "logprob")}
+    itself = {key: token[key] for key in ("token_id", "text", "bytes", "logprob")}
     if any(top["token_id"] == token["token_id"] and top != itself for top in token["top"]):
         yield f"expected the same of a token and of it as an alternative, got {token}"
     if tops and token["logprob"] > tops[0]:

@@ -13,7 +13,7 @@ from runner_server.messages import Done, DoneReason, MemoryCounters, Piece
 
 def test_the_last_message_tells_what_was_not_evaluated_again() -> None:
     done = Done(DoneReason.STOP, "", 9, 3, 0.0, 0.0, 0.0, cached_count=5)
-    message = piece_message(Piece(done=done), lambda _ids: "")
+    message = piece_message(Piece(done=done))
     assert (message.prompt_eval_count, message.prompt_cached_count) == (9, 5)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
-from fakes import says
+from fakes import ByteCodec, says
 from harness import (
     LIMITS,
     CompletionCall,
@@ -28,6 +28,7 @@ from runner_server.errors import ShuttingDown
 from runner_server.messages import Done, DoneReason, Piece, TokenLogprob
 from runner_server.request_log import set_up_logging
 from runner_server.stream import _MAX_WAITING_TEXTS, Publisher, Stream, merge
+from runner_server.token_text import TokenTexts
 
 UNLOAD = pb.UnloadRequest()
 SMALL_WINDOW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16 << 10)]
@@ -93,16 +94,17 @@ async def test_no_message_passes_four_mebibytes(server: Server) -> None:
 async def test_long_token_texts_with_logprobs_stay_under_the_limit() -> None:
     """Vocabularies have tokens of some hundred bytes; 20 of them come with each token."""
 
-    def decode(_ids: object) -> str:
-        return " " * 512
+    class Long(ByteCodec):
+        def token_bytes(self, _token_id: int) -> bytes:
+            return b" " * 512
 
-    stream = Stream()
-    entry = TokenLogprob(1, -1.0, tuple((100_000 + i, -2.0) for i in range(20)))
+    stream, texts = Stream(), TokenTexts(Long(), (), frozenset())
+    entry = TokenLogprob(1, -1.0, tuple((100_000 + i, -2.0) for i in range(20)), " " * 512)
     for _ in range(2047):
         stream.put(Piece(" " * 512, (1,), (entry,)))
     stream.put(Piece("", (2,), (entry,), done=DONE))
     stream.wake()
-    sizes = [piece_message(piece, decode).ByteSize() async for piece in stream.pieces()]
+    sizes = [piece_message(piece, texts).ByteSize() async for piece in stream.pieces()]
     assert max(sizes) < 4 * 2**20
 
 
@@ -207,8 +209,9 @@ async def test_a_stopped_reader_among_eight_costs_the_others_nothing(
     assert texts == expected
     # The same rate: as many tokens in each step, in as many steps.
     assert steps_beside_it == steps
-    # Nor does its own stream grow: one token with its twenty others past the bound.
-    assert completion.stream._texts == held <= _MAX_WAITING_TEXTS + 22
+    # Nor does its own stream grow: one token with its twenty others, which count twice, past
+    # the bound.
+    assert completion.stream._texts == held <= _MAX_WAITING_TEXTS + 43
     messages = [message async for message in call]
     assert joined(messages) == slow_text
     assert messages[-1].eval_count == 1500

@@ -1318,12 +1318,23 @@ class TokenLogprob(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     LOGPROB_FIELD_NUMBER: _builtins.int
     TOP_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
     """Its id."""
     text: _builtins.str
-    """Its text by itself; U+FFFD stands for bytes that are no whole character."""
+    """What it adds to the text: the texts of all entries joined are `content`, and
+    then the stop string, if one was found, and what its last token has behind it.
+    Whole characters only: one that is spread over several tokens is the text of the
+    token that completes it, and U+FFFD, for bytes that are no character, of the one
+    that makes it certain. Empty for a token that ends the text.
+    """
     logprob: _builtins.float
     """The natural logarithm of its probability; at most 0."""
+    bytes: _builtins.bytes
+    """Its own bytes, which may be a part of a character: those of all entries joined
+    are the same text in UTF-8, from where the prompt ends. Empty for a token that
+    ends the text.
+    """
     @_builtins.property
     def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopLogprob]:
         """The most likely tokens at its place, most likely first."""
@@ -1335,10 +1346,11 @@ class TokenLogprob(_message.Message):
         text: _builtins.str = ...,
         logprob: _builtins.float = ...,
         top: _abc.Iterable[Global___TopLogprob] | None = ...,
+        bytes: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "text", b"text", "token_id", b"token_id", "top", b"top"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "logprob", b"logprob", "text", b"text", "token_id", b"token_id", "top", b"top"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1353,22 +1365,26 @@ class TopLogprob(_message.Message):
     TOKEN_ID_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     LOGPROB_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
     """Its id."""
     text: _builtins.str
-    """Its text by itself; U+FFFD stands for bytes that are no whole character."""
+    """What it would have added to the text, as `TokenLogprob.text`."""
     logprob: _builtins.float
     """The natural logarithm of its probability; at most 0."""
+    bytes: _builtins.bytes
+    """Its own bytes, as `TokenLogprob.bytes`."""
     def __init__(
         self,
         *,
         token_id: _builtins.int = ...,
         text: _builtins.str = ...,
         logprob: _builtins.float = ...,
+        bytes: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "text", b"text", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "logprob", b"logprob", "text", b"text", "token_id", b"token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

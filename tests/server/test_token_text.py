@@ -1,0 +1,163 @@
+"""What log probabilities tell of tokens: joined they are the content, in text and in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from fakes import BOS, EOS, ByteCodec, says
+from harness import Server, joined
+from mlxrunner.v1 import runner_pb2 as pb
+from runner_server.messages import Sampling, TokenLogprob
+from runner_server.text import REPLACEMENT, StreamDecoder
+from runner_server.token_text import TokenTexts
+
+HARD = ["plain", "naïve café", "日本語 😀🎉", "e\u0301 שלום", "\ufffd\ufffd x"]
+
+
+def _entries(messages: list[pb.CompletionResponse]) -> list[pb.TokenLogprob]:
+    return [entry for message in messages for entry in message.logprobs]
+
+
+def _texts(entries: list[pb.TokenLogprob]) -> tuple[str, bytes]:
+    return "".join(e.text for e in entries), b"".join(e.bytes for e in entries)
+
+
+@pytest.mark.parametrize("text", HARD)
+async def test_joined_they_are_the_content(loaded: Server, text: str) -> None:
+    """A token of the fake tokenizer is a byte, most of them parts of characters."""
+    loaded.backend.reply = says(text)
+    messages = await loaded.complete(logprobs=0)
+    entries = _entries(messages)
+    assert joined(messages) == text
+    assert _texts(entries) == (text, text.encode())
+    assert [entry.bytes for entry in entries[:-1]] == [bytes([byte]) for byte in text.encode()]
+    # The token that ends the text is told of, and adds nothing.
+    assert (entries[-1].token_id, entries[-1].text, entries[-1].bytes) == (EOS, "", b"")
+
+
+@pytest.mark.parametrize("data", [b"a\xffb", b"\xf0\x9f", b"x\xe6\x97", b"\xe6a\xe6\x97\xa5\x80"])
+async def test_bytes_that_are_no_character_come_as_they_are(loaded: Server, data: bytes) -> None:
+    loaded.backend.reply = says(data)
+    messages = await loaded.complete(logprobs=0)
+    assert joined(messages) == data.decode(errors="replace")
+    assert _texts(_entries(messages)) == (joined(messages), data)
+
+
+async def test_a_text_that_ends_within_a_character(loaded: Server) -> None:
+    loaded.backend.reply = says("日")
+    messages = await loaded.complete(logprobs=1, num_predict=2)
+    assert joined(messages) == "\ufffd"
+    assert [(e.text, e.bytes) for e in _entries(messages)] == [("", b"\xe6"), ("\ufffd", b"\x97")]
+
+
+async def test_behind_a_stop_string_they_go_on(loaded: Server) -> None:
+    loaded.backend.reply = says("one, two. three")
+    messages = await loaded.complete(logprobs=0, stop=["two."])
+    assert joined(messages) == "one, "
+    assert _texts(_entries(messages)) == ("one, two.", b"one, two.")
+
+
+async def test_a_prompt_that_ends_within_a_character(loaded: Server) -> None:
+    """The text is the character; the token has the last of its bytes."""
+    data = "😀".encode()
+    loaded.backend.reply = says(data[3:] + "é".encode())
+    request = pb.CompletionRequest(prompt_token_ids=pb.TokenIds(ids=[BOS, *data[:3]]), logprobs=1)
+    messages = [message async for message in loaded.stub.Completion(request)]
+    assert joined(messages) == "😀é"
+    told = [(entry.text, entry.bytes) for entry in _entries(messages)]
+    assert told == [("😀", data[3:]), ("", b"\xc3"), ("é", b"\xa9"), ("", b"")]
+
+
+TOP = (*b"a\x80\xe6\x97", EOS, 300)
+
+
+def _read(prompt: bytes, text: bytes) -> list[list[str]]:
+    """What alternatives at each place would add."""
+    codec, ids = ByteCodec(), list(prompt)
+    texts, decoder = TokenTexts(codec, ids, frozenset({EOS})), StreamDecoder(codec.decode, ids)
+    top = tuple((id_, -1.0) for id_ in TOP)
+    read = [texts.read(TokenLogprob(byte, -1.0, top, decoder.push(byte))) for byte in text]
+    return [[told.text for told in others] for _, others in read]
+
+
+def test_alternatives_are_what_would_have_come() -> None:
+    first, second, third, fourth = _read(b"x", "日b".encode())
+    assert first == ["a", "\ufffd", "", "\ufffd", "", ""]
+    # Behind the first byte of a character; an end adds nothing.
+    assert second == ["\ufffda", "", "\ufffd", "", "", ""]
+    assert third == ["\ufffda", "旀", "\ufffd", "旗", "", ""]
+    assert fourth == first
+
+
+def test_alternatives_behind_a_prompt_that_ends_within_a_character() -> None:
+    ((*told,),) = _read("x日".encode()[:-1], b"\xa5")
+    assert told[1] == "旀"
+
+
+@given(text=st.text(max_size=20).map(str.encode), data=st.binary(max_size=6))
+@example(text="日".encode(), data=b"\xf0\x9f")
+def test_an_alternative_is_what_the_stream_would_show(text: bytes, data: bytes) -> None:
+    """Each id in each place, against the decoder that makes the content."""
+    codec, ids = ByteCodec(), [*text, *data]
+    texts, decoder = TokenTexts(codec, [120], frozenset()), StreamDecoder(codec.decode, [120])
+    for place, id_ in enumerate(ids):
+        top = tuple((other, -1.0) for other in {0, 97, 0x80, 0xA5, 0xE6, 0xF0, 0xFF} - {id_})
+        _, others = texts.read(TokenLogprob(id_, -1.0, top, decoder.push(id_)))
+        for (other, _), told in zip(top, others, strict=True):
+            instead = StreamDecoder(codec.decode, [120])
+            for before in ids[:place]:
+                instead.push(before)
+            # It may hold U+FFFD back, in case they become a character.
+            assert told.text.rstrip(REPLACEMENT) == instead.push(other).rstrip(REPLACEMENT)
+
+
+class Spelled:
+    """A tokenizer whose decoder looks at neighbours: it joins words by spaces, but for dots."""
+
+    words: Sequence[str] = ("<s>", "one", "two", ".")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See ``Codec.decode``."""
+        return " ".join(self.words[id_] for id_ in ids).replace(" .", ".")
+
+    def token_bytes(self, _id: int) -> None:
+        """See ``Codec.token_bytes``: not known."""
+        return
+
+
+def test_where_bytes_depend_on_neighbours_they_are_those_of_the_text() -> None:
+    codec = Spelled()
+    texts, decoder = TokenTexts(codec, [0], frozenset()), StreamDecoder(codec.decode, [0])
+    top = tuple((id_, -1.0) for id_ in range(1, 4))
+    told = [texts.read(TokenLogprob(id_, -1.0, top, decoder.push(id_))) for id_ in [1, 2, 3, 1]]
+    assert b"".join(own.data for own, _ in told) == b" one two. one"
+    for own, others in told:
+        assert own.data == own.text.encode()
+        assert [other.text for other in others] == [" one", " two", "."]
+        assert [other.data for other in others] == [b" one", b" two", b"."]
+
+
+async def test_the_same_token_is_told_alike_as_an_alternative(loaded: Server) -> None:
+    def reply(_ids: Sequence[int], _sampling: Sampling) -> Iterator[int]:
+        return iter([0xE6, 0, 1, EOS])
+
+    loaded.backend.reply = reply
+    messages = await loaded.complete(logprobs=2)
+    held, first, second, _ = _entries(messages)
+    assert (held.text, first.text, second.text) == ("", "\ufffd\0", "\1")
+    assert (first.top[0].text, first.top[0].bytes) == (first.text, first.bytes)
+    assert [top.text for top in second.top] == ["\0", "\1"]
+
+
+async def test_pieces_that_are_merged_keep_their_order(loaded: Server) -> None:
+    """A slow reader gets many tokens in a message; what is told follows the text all the same."""
+    text = "日本語😀" * 100
+    loaded.backend.reply = says(text)
+    call = loaded.start(logprobs=3)
+    await loaded.settled()
+    messages = [message async for message in call]
+    assert _texts(_entries(messages)) == (text, text.encode())
