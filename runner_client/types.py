@@ -69,7 +69,8 @@ class Options:
     top_k: int | None = None
     """0 to the size of the vocabulary; 0 is off; default 40."""
     repeat_last_n: int | None = None
-    """How many of the last tokens the penalties look at; -1 is all; default 64."""
+    """How many of the last tokens, prompt and generated, the penalties look at; -1 is all;
+    default 64."""
     repeat_penalty: float | None = None
     """0.01 to 100; 1 is off; default 1."""
     presence_penalty: float | None = None

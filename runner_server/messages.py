@@ -109,6 +109,8 @@ class Sampling:
     Attributes:
         top_k: 0 = off.
         repeat_last_n: 0 = none, -1 = all.
+        counts_output_only: Presence and frequency penalty look at all generated tokens and at no
+            others, whatever ``repeat_last_n`` is; the repeat penalty looks where that says.
         seed: Any 64-bit number; the servicer draws one where the caller gave none.
         logit_bias: Pairs of token id and what is added to its logit.
         logprobs: How many likely tokens to report; None = no log probabilities.
@@ -122,6 +124,7 @@ class Sampling:
     repeat_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    counts_output_only: bool = False
     seed: int = 0
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None

@@ -188,8 +188,9 @@ class Decoding:
         """
         inputs, rows = self._inputs, self.rows
         logits = self._model(inputs[:, None], cache=self._caches)[:, -1, :]
-        changed = self._penalties(logits, [row.tokens for row in rows], inputs)
-        self._inputs = self._sampler(changed, [row.drawn for row in rows])
+        drawn = [row.drawn for row in rows]
+        changed = self._penalties(logits, [row.tokens for row in rows], inputs, drawn)
+        self._inputs = self._sampler(changed, drawn)
         if self._agree:
             self._inputs = self._agree(self._inputs)
         begun = self._measure(logits)

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 
 from runner_server.adapter.arrays import row_array, rows_of
 from runner_server.messages import Sampling
+
+_NONE = Sampling()
 
 
 class Penalties:
@@ -23,17 +26,15 @@ class Penalties:
 
     def __init__(self, rows: Sequence[Sampling]) -> None:
         self._bias = _bias([row.logit_bias for row in rows])
-        places = [place for place, row in enumerate(rows) if _penalizes(row)]
-        self._places = places
-        self._index = rows_of(places, len(rows))
-        chosen = [rows[place] for place in places]
-        self._windows = [row.repeat_last_n for row in chosen]
-        self._repeat = row_array([row.repeat_penalty for row in chosen])
-        self._presence = row_array([row.presence_penalty for row in chosen])
-        self._frequency = row_array([row.frequency_penalty for row in chosen])
+        self._over_window = _Pass([_over_window(row) for row in rows])
+        self._over_output = _Pass([_over_output(row) for row in rows])
 
     def __call__(
-        self, logits: mx.array, histories: Sequence[Sequence[int]], inputs: mx.array
+        self,
+        logits: mx.array,
+        histories: Sequence[Sequence[int]],
+        inputs: mx.array,
+        drawn: Sequence[int],
     ) -> mx.array:
         """Changes [rows, vocabulary].
 
@@ -41,33 +42,90 @@ class Penalties:
             logits: As the model gave them.
             histories: The tokens of each row before its newest one.
             inputs: The newest token of each row, perhaps not evaluated yet; [rows].
+            drawn: How many tokens of each row were generated, the newest included.
         """
         if self._bias is not None:
             places, ids, values = self._bias
             logits = logits.astype(mx.float32).at[places, ids].add(values)
-        if not self._places:
-            return logits
+        if self._over_window.places:
+            logits = self._over_window(logits, histories, inputs)
+        if self._over_output.places:
+            generated = [
+                history[len(history) - max(0, count - 1) :]
+                for history, count in zip(histories, drawn, strict=True)
+            ]
+            logits = self._over_output(logits, generated, inputs, [count > 0 for count in drawn])
+        return logits
+
+
+class _Pass:
+    """Penalties that look at one window of each row.
+
+    Args:
+        rows: The options of each row.
+
+    Attributes:
+        places: The rows that have any.
+    """
+
+    def __init__(self, rows: Sequence[Sampling]) -> None:
+        self.places = [place for place, row in enumerate(rows) if _penalizes(row)]
+        self._index = rows_of(self.places, len(rows))
+        chosen = [rows[place] for place in self.places]
+        self._windows = [row.repeat_last_n for row in chosen]
+        self._repeat = row_array([row.repeat_penalty for row in chosen])
+        self._presence = row_array([row.presence_penalty for row in chosen])
+        self._frequency = row_array([row.frequency_penalty for row in chosen])
+
+    def __call__(
+        self,
+        logits: mx.array,
+        histories: Sequence[Sequence[int]],
+        inputs: mx.array,
+        has_newest: Sequence[bool] = (),
+    ) -> mx.array:
+        """Changes [rows, vocabulary]; ``has_newest`` says whose newest token counts, if not all."""
         windows = [
             _window(histories[place], size)
-            for place, size in zip(self._places, self._windows, strict=True)
+            for place, size in zip(self.places, self._windows, strict=True)
         ]
+        weight = row_array([float(has_newest[place]) for place in self.places]) if has_newest else 1
         if self._index is None:
-            return self._penalize(logits, windows, inputs)
-        changed = self._penalize(logits[self._index], windows, inputs[self._index])
+            return self._penalize(logits, windows, inputs, weight)
+        changed = self._penalize(logits[self._index], windows, inputs[self._index], weight)
         logits = logits.astype(mx.float32)
         logits[self._index] = changed
         return logits
 
     def _penalize(
-        self, logits: mx.array, windows: Sequence[Sequence[int]], newest: mx.array
+        self,
+        logits: mx.array,
+        windows: Sequence[Sequence[int]],
+        newest: mx.array,
+        weight: mx.array | int,
     ) -> mx.array:
         # float32, because bfloat16 cannot count past 256.
         logits = logits.astype(mx.float32)
-        ids, counts = _count(windows, newest.astype(mx.int32)[:, None])
+        ids, counts = _count(windows, newest.astype(mx.int32)[:, None], weight)
         values = mx.take_along_axis(logits, ids, axis=-1)
         divided = mx.where(values > 0, values / self._repeat, values * self._repeat)
         penalized = divided - self._presence - counts * self._frequency
+        penalized = mx.where(counts > 0, penalized, values)
         return mx.put_along_axis(logits, ids, penalized, axis=-1)
+
+
+def _over_window(row: Sampling) -> Sampling:
+    """What looks at the last ``repeat_last_n`` tokens, of prompt and output."""
+    if not row.counts_output_only:
+        return row
+    return replace(row, presence_penalty=0.0, frequency_penalty=0.0)
+
+
+def _over_output(row: Sampling) -> Sampling:
+    """What looks at all generated tokens."""
+    if not row.counts_output_only:
+        return _NONE
+    return replace(row, repeat_penalty=1.0, repeat_last_n=-1)
 
 
 def _penalizes(row: Sampling) -> bool:
@@ -91,10 +149,13 @@ def _window(history: Sequence[int], size: int) -> Sequence[int]:
     return history[-(size - 1) :] if size > 1 else ()
 
 
-def _count(windows: Sequence[Sequence[int]], newest: mx.array) -> tuple[mx.array, mx.array]:
+def _count(
+    windows: Sequence[Sequence[int]], newest: mx.array, weight: mx.array | int
+) -> tuple[mx.array, mx.array]:
     """The ids in each row's window and how often each occurs; both [rows, n].
 
-    An id may stand there more than once, each time with its whole count.
+    An id may stand there more than once, each time with its whole count. The newest one counts
+    ``weight`` times; an id with a count of 0 is not in the window.
     """
     seen = [Counter(window) for window in windows]
     width = max(map(len, seen))
@@ -113,5 +174,5 @@ def _count(windows: Sequence[Sequence[int]], newest: mx.array) -> tuple[mx.array
     before = mx.max(mx.concatenate([mx.where(same, counts, 0), mx.zeros(newest.shape)], 1), 1)
     return (
         mx.concatenate([ids, newest], axis=1),
-        mx.concatenate([counts + same, before[:, None] + 1], axis=1),
+        mx.concatenate([counts + same * weight, before[:, None] + weight], axis=1),
     )

@@ -71,7 +71,7 @@ def decode_bytes(model: Module, rows: int, tokens: int) -> int:
         # Everything that takes memory: the whole vocabulary in order, with penalties, bias and
         # log probabilities. With `top_k` off the sampler would look at values first.
         options = [_costly(last.shape[-1])] * rows
-        changed = Penalties(options)(last, [[0]] * rows, inputs[:, -1])
+        changed = Penalties(options)(last, [[0]] * rows, inputs[:, -1], [1] * rows)
         drawn = Sampler(options, last.shape[-1])(changed, [0] * rows)
         found = likelihoods(last, drawn, min(MAX_LOGPROBS, last.shape[-1]))
         return [drawn, found.chosen, found.ids, found.values]

@@ -128,6 +128,8 @@ def _sampling(params: Message) -> Sampling:
         repeat_penalty=params.repetition_penalty or 1.0,
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
+        # As OpenAI's API and vLLM have it.
+        counts_output_only=True,
         seed=params.seed if params.HasField("seed") else secrets.randbits(63),
         logit_bias=tuple(params.logit_bias.items()),
         logprobs=params.logprobs if params.HasField("logprobs") else None,

@@ -39,7 +39,9 @@ MIXED = [
     replace(GREEDY, frequency_penalty=0.4, repeat_last_n=-1),
     replace(GREEDY, logit_bias=((5, 3.0), (9, -100.0))),
     Sampling(seed=3),
-    Sampling(seed=4, top_k=0, top_p=0.95, temperature=1.1),
+    Sampling(
+        seed=4, top_k=0, top_p=0.95, temperature=1.1, frequency_penalty=0.4, counts_output_only=True
+    ),
     replace(GREEDY, logprobs=3),
     Sampling(seed=5, min_p=0.1, presence_penalty=0.6, logprobs=1),
 ]
@@ -305,6 +307,19 @@ def test_logprobs_are_the_models_own(tiny: LoadedModel, options: dict[str, Any])
         assert values == sorted(values, reverse=True)
         assert max(values) <= 0
         np.testing.assert_allclose(values, -np.sort(-at)[:20], atol=1e-3)
+
+
+def test_the_gateways_penalties_leave_the_prompt_alone(trained: LoadedModel) -> None:
+    """A penalty of 100 is a bias of -100 on what was generated, and on nothing else."""
+    penalty = replace(GREEDY, presence_penalty=100.0, counts_output_only=True)
+    prompt = trained.codec.encode("def main(self):\n    self.", as_prompt=True)
+    ids = alone(trained, Row(prompt, 12, penalty))
+    assert ids[0] == alone(trained, Row(prompt, 1))[0]
+    assert set(ids) & set(prompt)
+    for count, id_ in enumerate(ids):
+        bias = tuple((seen, -100.0) for seen in sorted(set(ids[:count])))
+        row = Row([*prompt, *ids[:count]], 1, replace(GREEDY, logit_bias=bias))
+        assert alone(trained, row) == [id_]
 
 
 def test_a_bias_of_minus_hundred_bans(tiny: LoadedModel) -> None:

@@ -24,8 +24,8 @@ def _logits(rows: int, seed: int = 5) -> Any:
     return np.random.default_rng(seed).normal(0, 2, (rows, VOCAB)).astype(np.float32)
 
 
-def _reference(logits: Any, tokens: Sequence[int], s: Sampling) -> Any:
-    """Bias and penalties as the protocol states them."""
+def _reference(logits: Any, tokens: Sequence[int], s: Sampling, drawn: int = 1) -> Any:
+    """Bias and penalties as the protocol states them, or those of the gateway's path."""
     out = logits.astype(np.float64).copy()
     for id_, value in s.logit_bias:
         out[id_] += value
@@ -34,21 +34,36 @@ def _reference(logits: Any, tokens: Sequence[int], s: Sampling) -> Any:
         window = []
     for id_ in set(window):
         out[id_] = out[id_] / s.repeat_penalty if out[id_] > 0 else out[id_] * s.repeat_penalty
+    if s.counts_output_only:
+        window = list(tokens[len(tokens) - drawn :])
+    for id_ in set(window):
         out[id_] -= s.presence_penalty + window.count(id_) * s.frequency_penalty
     return out
 
 
-def _changed(logits: Any, texts: Sequence[Sequence[int]], rows: Sequence[Sampling]) -> Any:
+def _changed(
+    logits: Any,
+    texts: Sequence[Sequence[int]],
+    rows: Sequence[Sampling],
+    drawn: Sequence[int] | None = None,
+) -> Any:
     """What becomes of the logits of rows whose texts so far are these."""
     newest = mx.array([text[-1] for text in texts], dtype=mx.int32)
-    out = Penalties(rows)(mx.array(logits), [text[:-1] for text in texts], newest)
+    counts = drawn or [1] * len(rows)
+    out = Penalties(rows)(mx.array(logits), [text[:-1] for text in texts], newest, counts)
     return np.array(out.astype(mx.float32))
 
 
-def _assert_as_stated(texts: Sequence[Sequence[int]], rows: Sequence[Sampling]) -> None:
+def _assert_as_stated(
+    texts: Sequence[Sequence[int]],
+    rows: Sequence[Sampling],
+    drawn: Sequence[int] | None = None,
+) -> None:
     logits = _logits(len(rows))
-    expected = [_reference(*parts) for parts in zip(logits, texts, rows, strict=True)]
-    np.testing.assert_allclose(_changed(logits, texts, rows), expected, rtol=1e-5, atol=1e-4)
+    counts = drawn or [1] * len(rows)
+    expected = [_reference(*parts) for parts in zip(logits, texts, rows, counts, strict=True)]
+    changed = _changed(logits, texts, rows, drawn)
+    np.testing.assert_allclose(changed, expected, rtol=1e-5, atol=1e-4)
 
 
 PENALTIES = [
@@ -113,21 +128,40 @@ OPTIONS = st.builds(
     frequency_penalty=st.sampled_from([0.0, -0.25, 2.0]),
     repeat_last_n=st.integers(-1, 13),
     logit_bias=st.sampled_from([(), ((0, 2.0), (49, -100.0)), ((3, -1.0),)]),
+    counts_output_only=st.booleans(),
 )
 
 
-@given(rows=st.lists(st.tuples(TEXTS, OPTIONS), min_size=1, max_size=5))
-@settings(max_examples=150, deadline=None)
-def test_any_rows_together(rows: list[tuple[list[int], Sampling]]) -> None:
-    texts, options = zip(*rows, strict=True)
-    _assert_as_stated(texts, options)
+@given(rows=st.lists(st.tuples(TEXTS, OPTIONS, st.integers(0, 12)), min_size=1, max_size=5))
+@settings(max_examples=200, deadline=None)
+def test_any_rows_together(rows: list[tuple[list[int], Sampling, int]]) -> None:
+    texts, options, drawn = zip(*rows, strict=True)
+    counts = [min(count, len(text)) for count, text in zip(drawn, texts, strict=True)]
+    _assert_as_stated(texts, options, counts)
+
+
+@pytest.mark.parametrize("drawn", [0, 1, 2, 100, 199])
+def test_the_gateways_penalties_count_generated_tokens_alone(drawn: int) -> None:
+    """All of them: more than the 64 of the repeat penalty, which counts the prompt too."""
+    each = Sampling(presence_penalty=0.7, frequency_penalty=0.4, counts_output_only=True)
+    rows = [each, replace(each, repeat_penalty=1.5), replace(each, repeat_last_n=0)]
+    rows += [replace(each, counts_output_only=False), Sampling()]
+    _assert_as_stated([_text(200)] * 5, rows, [drawn] * 5)
+    for row in rows:
+        _assert_as_stated([_text(200)], [row], [drawn])
+
+
+def test_before_the_first_generated_token_they_change_nothing() -> None:
+    row = Sampling(presence_penalty=2.0, frequency_penalty=1.0, counts_output_only=True)
+    logits = _logits(1)
+    np.testing.assert_array_equal(_changed(logits, [[1, 2, 2]], [row], [0]), logits)
 
 
 def test_a_newest_token_that_is_not_computed_yet() -> None:
     """The next step is begun before the token of this one is read."""
     newest = mx.argmax(mx.array([[0.0, 3.0, 1.0], [5.0, 0.0, 0.0]]), axis=-1)
     rows = [Sampling(frequency_penalty=1.0), Sampling(frequency_penalty=1.0)]
-    out = Penalties(rows)(mx.zeros((2, 3)), [[1, 1, 2], [1]], newest.astype(mx.int32))
+    out = Penalties(rows)(mx.zeros((2, 3)), [[1, 1, 2], [1]], newest.astype(mx.int32), [1, 1])
     assert out.tolist() == [[0.0, -3.0, -1.0], [-1.0, -1.0, 0.0]]
 
 
@@ -155,7 +189,7 @@ def test_without_options_nothing_is_done() -> None:
     """Not even a change of format, which would cost a pass over the vocabulary."""
     logits = mx.zeros((2, VOCAB), dtype=mx.bfloat16)
     plain = [Sampling(), Sampling(repeat_penalty=2.0, repeat_last_n=0)]
-    assert Penalties(plain)(logits, [[1], [2, 3]], mx.array([0, 0])) is logits
+    assert Penalties(plain)(logits, [[1], [2, 3]], mx.array([0, 0]), [1, 1]) is logits
 
 
 def test_the_logits_of_the_model_stay_as_they_are() -> None:
@@ -163,11 +197,11 @@ def test_the_logits_of_the_model_stay_as_they_are() -> None:
     before = _logits(2)
     logits = mx.array(before)
     rows = [Sampling(repeat_penalty=2.0), Sampling(logit_bias=((0, 9.0),), repeat_penalty=2.0)]
-    changed = Penalties(rows)(logits, [[1, 2], [3]], mx.array([4, 5]))
+    changed = Penalties(rows)(logits, [[1, 2], [3]], mx.array([4, 5]), [1, 1])
     mx.eval(changed)
     np.testing.assert_array_equal(np.array(logits), before)
     one = mx.array(before)
-    mx.eval(Penalties([rows[0], Sampling()])(one, [[1, 2], [3]], mx.array([4, 5])))
+    mx.eval(Penalties([rows[0], Sampling()])(one, [[1, 2], [3]], mx.array([4, 5]), [1, 1]))
     np.testing.assert_array_equal(np.array(one), before)
 
 

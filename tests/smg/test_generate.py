@@ -127,6 +127,7 @@ async def test_what_is_not_given_is_off(start_server: StartServer) -> None:
     assert (sampling.top_k, sampling.repeat_penalty) == (0, 1.0)
     assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.0, 0.0)
     assert (sampling.logit_bias, sampling.logprobs) == ((), None)
+    assert sampling.counts_output_only
 
 
 @pytest.mark.parametrize(

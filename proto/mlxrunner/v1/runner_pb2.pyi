@@ -1089,20 +1089,22 @@ class CompletionOptions(_message.Message):
     vocabulary; 0 = off. Default: 40, or the whole vocabulary if it is smaller.
     """
     repeat_last_n: _builtins.int
-    """How many of the last tokens, prompt and generated, the penalties look at.
-    Range -1 to 2^31-1; 0 = none, -1 = all. Default: 64.
+    """How many of the last tokens, prompt and generated, the three penalties look
+    at. Those of OpenAI's API and of vLLM of the same names count generated tokens
+    alone, all of them: prompts make a difference here and not there. Range -1 to
+    2^31-1; 0 = none, -1 = all. Default: 64.
     """
     repeat_penalty: _builtins.float
     """Divides positive and multiplies negative logits of tokens seen there. Range
     0.01 to 100; 1 = off. Default: 1.
     """
     presence_penalty: _builtins.float
-    """Subtracted from the logits of tokens seen there. Range -100 to 100.
-    Default: 0.
+    """Subtracted from the logits of tokens seen there, the prompt's included. Range
+    -100 to 100. Default: 0.
     """
     frequency_penalty: _builtins.float
-    """Subtracted from the logits of tokens seen there, once each time they were
-    seen. Range -100 to 100. Default: 0.
+    """Subtracted from the logits of tokens seen there, the prompt's included, once
+    each time they were seen. Range -100 to 100. Default: 0.
     """
     num_predict: _builtins.int
     """The most tokens to generate. Range 1 to 2^31-1; the end of the context
