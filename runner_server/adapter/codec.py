@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from runner_server.adapter._panics import NO_PANICS
-from runner_server.adapter._plain_tokenizer import read_plain_tokenizer
+from runner_server.adapter.names import default_end_ids
 from runner_server.adapter.token_bytes import bytes_of_tokens
-from runner_server.adapter.transformers_tokenizer import TokenizerError, read_with_transformers
+from runner_server.adapter.tokenizer_file import FILE, read_tokenizer_file
+from runner_server.adapter.tokenizer_settings import TokenizerSettings, read_settings
+from runner_server.adapter.transformers_tokenizer import read_with_transformers
 from runner_server.errors import ModelUnsupported
 
 _PART_CHARS = 1 << 17
@@ -29,26 +32,37 @@ class FastCodec:
     "Already borrowed" between threads; the tokenizer does neither once truncation
     and padding are off.
 
+    A prompt gets what the tokenizer puts before a text, and nothing behind it: an
+    end-of-text token there would end what is to be continued. A text that begins with
+    those tokens already, or with the beginning-of-text token, gets nothing.
+
     Args:
         tokenizer: A ``tokenizers.Tokenizer``; nobody else may hold it.
-        bos_token: The beginning-of-text token, if the model has one.
+        prefix: The tokens that a prompt begins with; see :func:`prompt_prefix`.
+        bos_id: The beginning-of-text token, if the model has one.
     """
 
-    def __init__(self, tokenizer: Any, bos_token: str | None) -> None:
+    def __init__(self, tokenizer: Any, prefix: Sequence[int], bos_id: int | None) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
-        self._bos_token = bos_token
+        self._prefix = list(prefix)
+        self._bos_id = bos_id
         self._bytes_of = bytes_of_tokens(tokenizer)
 
     def encode(self, text: str, *, as_prompt: bool) -> list[int]:
         """Splits text into ids; see ``Codec.encode``."""
-        has_bos = bool(self._bos_token) and text.startswith(self._bos_token or "")
-        add = as_prompt and not has_bos
         # Only the batch form lets other threads run meanwhile.
         with NO_PANICS:
-            ids: list[int] = self._tokenizer.encode_batch([text], add_special_tokens=add)[0].ids
-        return ids
+            ids: list[int] = self._tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
+        if not as_prompt or self._has_prefix(ids):
+            return ids
+        return self._prefix + ids
+
+    def _has_prefix(self, ids: Sequence[int]) -> bool:
+        return ids[: len(self._prefix)] == self._prefix or (
+            self._bos_id is not None and ids[:1] == [self._bos_id]
+        )
 
     def fewest_tokens(self, text: str, enough: int) -> int:
         """See ``Codec.fewest_tokens``.
@@ -94,20 +108,43 @@ def load_codec(path: Path, config: dict[str, Any]) -> tuple[FastCodec, frozenset
     Raises:
         ModelUnsupported: There is no tokenizer, or it needs code of its own to run.
     """
-    plain = read_plain_tokenizer(path, config)
-    if plain is None:
-        codec, eos_token_ids = _load_with_transformers(path, config.get("eos_token_id"))
+    ends = _configured_ends(path, config)
+    settings = read_settings(path)
+    if (path / FILE).is_file():
+        tokenizer = read_tokenizer_file(path, settings)
     else:
-        _require_vocabulary(plain.tokenizer, path)
-        codec, eos_token_ids = FastCodec(plain.tokenizer, plain.bos_token), plain.eos_token_ids
-    _try_out(codec, path)
-    return codec, eos_token_ids
+        tokenizer, settings = read_with_transformers(path, settings)
+    _require_vocabulary(tokenizer, path)
+    ends |= {*_ids_of(tokenizer, settings.eos_token)}
+    return _codec(tokenizer, settings, path), ends
 
 
-def _try_out(codec: FastCodec, path: Path) -> None:
-    """Splits and joins a text: some tokenizers can be read and not be used."""
+def _configured_ends(path: Path, config: dict[str, Any]) -> frozenset[int]:
+    """Return the end-of-text ids that the model's configuration names."""
+    value = config.get("eos_token_id")
+    if value is None:
+        value = default_end_ids(config)
+    ids = value if isinstance(value, list) else [value]
+    if not all(type(id_) is int for id_ in ids):
+        raise ModelUnsupported(
+            f"{path / 'config.json'}: the eos_token_id {value!r} is not a token id, nor a list of "
+            "them",
+            model=str(path),
+        )
+    return frozenset(ids)
+
+
+def _ids_of(tokenizer: Any, token: str | None) -> list[int]:
+    id_ = None if token is None else tokenizer.token_to_id(token)
+    return [] if id_ is None else [id_]
+
+
+def _codec(tokenizer: Any, settings: TokenizerSettings, path: Path) -> FastCodec:
+    """Make the codec, and try it: some tokenizers can be read and not be used."""
+    bos_id = next(iter(_ids_of(tokenizer, settings.bos_token)), None)
     try:
-        ids = [*codec.encode(_SAMPLE, as_prompt=True), *codec.encode(_SAMPLE, as_prompt=False)]
+        codec = FastCodec(tokenizer, prompt_prefix(tokenizer, bos_id, settings.adds_bos), bos_id)
+        ids = codec.encode(_SAMPLE, as_prompt=True)
         for part in (ids, *([id_] for id_ in ids)):
             codec.decode(part)
     except Exception as error:
@@ -120,20 +157,39 @@ def _try_out(codec: FastCodec, path: Path) -> None:
             f"the tokenizer in {path} makes token {max(ids)} of a text, which no vocabulary has",
             model=str(path),
         )
+    return codec
 
 
-def _load_with_transformers(path: Path, eos_token_ids: object) -> tuple[FastCodec, frozenset[int]]:
-    try:
-        read = read_with_transformers(path, eos_token_ids)
-    except TokenizerError as error:
-        raise ModelUnsupported(str(error), model=str(path)) from error
-    _require_vocabulary(read.tokenizer, path)
-    return FastCodec(read.tokenizer, read.bos_token), read.eos_token_ids
+def prompt_prefix(tokenizer: Any, bos_id: int | None, adds_bos: bool | None) -> list[int]:
+    """Return the tokens that a prompt begins with.
+
+    They are what the tokenizer's post-processor puts before a text, with the
+    beginning-of-text token as ``add_bos_token`` has it. Of that setting transformers 5 looks
+    at neither value where there is a ``tokenizer.json``. Both are obeyed here, as by
+    transformers 4 for most classes and by llama.cpp: with true the real files of DeepSeek V3,
+    whose post-processor adds nothing, get the token that the model was trained with; with
+    false its author or user has switched off what the post-processor adds.
+
+    Args:
+        tokenizer: A ``tokenizers.Tokenizer``.
+        bos_id: Its beginning-of-text token.
+        adds_bos: The setting ``add_bos_token``; None if it is not given.
+    """
+    with NO_PANICS:
+        encoding = tokenizer.encode(_SAMPLE)
+    # The mask tells tokens that were put around a text from the text's own.
+    pairs = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+    prefix = [id_ for id_, _ in takewhile(lambda pair: pair[1], pairs)]
+    if bos_id is None or adds_bos is None:
+        return prefix
+    if not adds_bos:
+        return [id_ for id_ in prefix if id_ != bos_id]
+    return prefix if bos_id in prefix else [bos_id, *prefix]
 
 
-def _require_vocabulary(backend: Any, path: Path) -> None:
+def _require_vocabulary(tokenizer: Any, path: Path) -> None:
     # Where there are no files, transformers may make a tokenizer of special tokens only.
-    if backend.get_vocab_size() <= len(backend.get_added_tokens_decoder()):
+    if tokenizer.get_vocab_size() <= len(tokenizer.get_added_tokens_decoder()):
         raise ModelUnsupported(
             f"there is no tokenizer in {path}; expected tokenizer.json and tokenizer_config.json",
             model=str(path),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
@@ -125,3 +126,13 @@ def _lacking(arguments: Any, params: Mapping[str, Any]) -> list[str]:
 
 def _field_names(arguments: Any) -> set[str]:
     return {field.name for field in fields(arguments)}
+
+
+def default_end_ids(config: dict[str, Any]) -> list[int]:
+    """Return the end-of-text ids that mlx_lm has for a model whose own files name none."""
+    try:
+        model_class, _ = get_classes(config)
+    except (ImportError, KeyError, ValueError):
+        return []
+    defaults = getattr(sys.modules[model_class.__module__], "TOKENIZER_DEFAULTS", {})
+    return [*defaults.get("eos_token_ids", [])]

@@ -1,4 +1,4 @@
-"""Tokenizers that transformers has to read, in a process of their own.
+"""Tokenizers of directories without a ``tokenizer.json``, which transformers has to read.
 
 Importing transformers takes about a second and 40 to 75 MiB, which a process does not give back.
 So a short-lived process reads the tokenizer with it, and prints the tokenizer as the one file
@@ -7,11 +7,13 @@ that describes it (:meth:`tokenizers.Tokenizer.to_str`).
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,44 +22,45 @@ from tokenizers import Tokenizer
 from runner_common.import_paths import with_import_paths
 from runner_common.interpreter import interpreter
 from runner_server.adapter._panics import NO_PANICS
-from runner_server.adapter._plain_tokenizer import PlainTokenizer
 from runner_server.adapter.names import load_tokenizer
+from runner_server.adapter.tokenizer_settings import TokenizerSettings
+from runner_server.errors import ModelUnsupported
 
 logger = logging.getLogger(__name__)
 
 _TIMEOUT_SECONDS = 120.0
 
 
-class TokenizerError(Exception):
-    """A tokenizer cannot be loaded; says why."""
-
-
-def read_with_transformers(path: Path, eos_token_ids: object) -> PlainTokenizer:
+def read_with_transformers(
+    path: Path, settings: TokenizerSettings
+) -> tuple[Any, TokenizerSettings]:
     """Read a tokenizer with transformers.
 
     Args:
         path: The model's directory.
-        eos_token_ids: What the model's configuration says of them.
+        settings: What its files say.
+
+    Returns:
+        A ``tokenizers.Tokenizer``, and the settings with what transformers knows beside them.
 
     Raises:
-        TokenizerError: It cannot be loaded, or has no form that needs no transformers.
+        ModelUnsupported: It cannot be loaded, or has no form that needs no transformers.
     """
-    answer = _ask_child(path, eos_token_ids)
-    if answer is None:
-        return _read(path, eos_token_ids)
+    answer = _ask_child(path) or _read(path)
     if problem := answer.get("problem"):
-        raise TokenizerError(problem)
+        raise ModelUnsupported(problem, model=str(path))
     with NO_PANICS:
         tokenizer = Tokenizer.from_str(answer["tokenizer"])
     # The one setting that the file does not have.
     tokenizer.encode_special_tokens = answer["encode_special_tokens"]
-    return PlainTokenizer(tokenizer, answer["bos_token"], frozenset(answer["eos_token_ids"]))
+    named = {key: answer[key] for key in ("bos_token", "eos_token")}
+    return tokenizer, replace(settings, **named)
 
 
-def _ask_child(path: Path, eos_token_ids: object) -> dict[str, Any] | None:
+def _ask_child(path: Path) -> dict[str, Any] | None:
     """Return what a process of its own has read; None if it gave no answer."""
     try:
-        command = [interpreter(), "-P", "-m", __name__, str(path), json.dumps(eos_token_ids)]
+        command = [interpreter(), "-P", "-m", __name__, str(path)]
         done = subprocess.run(
             command,
             env=with_import_paths(os.environ),
@@ -73,44 +76,63 @@ def _ask_child(path: Path, eos_token_ids: object) -> dict[str, Any] | None:
     return answer
 
 
-def _read(path: Path, eos_token_ids: object) -> PlainTokenizer:
+def _read(path: Path) -> dict[str, Any]:
+    """Return the tokenizer in a form that JSON can hold, or the problem with it."""
     try:
-        # Explicitly false: with None transformers asks on the terminal whether to
-        # run the directory's code.
         with NO_PANICS:
-            wrapper = load_tokenizer(
-                path, {"trust_remote_code": False}, eos_token_ids=eos_token_ids
-            )
-    except Exception as error:
+            wrapper = _load(path)
+    except Exception as error:  # noqa: BLE001 - becomes the answer
         # transformers may go on for a page.
         problem = next(iter(str(error).strip().splitlines()), "")
-        raise TokenizerError(
-            f"the tokenizer in {path} cannot be loaded ({type(error).__name__}: {problem}); "
-            "expected tokenizer.json and tokenizer_config.json of a known kind"
-        ) from error
+        return {
+            "problem": f"the tokenizer in {path} cannot be loaded ({type(error).__name__}: "
+            f"{problem}); expected tokenizer.json, or the files of a kind that transformers knows"
+        }
     backend = getattr(wrapper, "backend_tokenizer", None)
     if backend is None:
-        raise TokenizerError(
-            f"the tokenizer in {path} has no tokenizer.json form; convert it with transformers"
-        )
-    return PlainTokenizer(backend, wrapper.bos_token, frozenset(wrapper.eos_token_ids))
+        return {
+            "problem": f"the tokenizer in {path} has no tokenizer.json form; convert it with "
+            "transformers"
+        }
+    return {
+        "tokenizer": backend.to_str(),
+        "encode_special_tokens": backend.encode_special_tokens,
+        "bos_token": wrapper.bos_token,
+        "eos_token": wrapper.eos_token,
+    }
+
+
+def _load(path: Path) -> Any:
+    """Return what transformers makes of a directory.
+
+    Its classes for SentencePiece models build steps of their own: ``LlamaTokenizer`` loses a
+    space in front of a text. The generic class takes the steps from the model's own settings,
+    and follows SentencePiece with ``legacy``, as the files that were published for Llama 2 do.
+    """
+    # Explicitly false: with None transformers asks on the terminal whether to
+    # run the directory's code.
+    settings = {"trust_remote_code": False}
+    if _is_sentencepiece(path / "tokenizer.model"):
+        transformers = importlib.import_module("transformers")
+        return transformers.TokenizersBackend.from_pretrained(path, legacy=True, **settings)
+    return load_tokenizer(path, settings)
+
+
+def _is_sentencepiece(file: Path) -> bool:
+    """Tell a SentencePiece model from other files that have its name."""
+    if not file.is_file():
+        return False
+    sentencepiece = importlib.import_module("sentencepiece")
+    try:
+        sentencepiece.SentencePieceProcessor(model_file=str(file))
+    except (OSError, RuntimeError):
+        return False
+    return True
 
 
 def main() -> int:
     """Read the tokenizer that the command line names, and print it; returns the exit code."""
-    path, eos_token_ids = Path(sys.argv[1]), json.loads(sys.argv[2])
-    try:
-        read = _read(path, eos_token_ids)
-    except TokenizerError as error:
-        print(json.dumps({"problem": str(error)}))  # noqa: T201 - its only output
-        return 0
-    answer = {
-        "tokenizer": read.tokenizer.to_str(),
-        "encode_special_tokens": read.tokenizer.encode_special_tokens,
-        "bos_token": read.bos_token,
-        "eos_token_ids": sorted(read.eos_token_ids),
-    }
-    print(json.dumps(answer))  # noqa: T201 - its only output
+    print(json.dumps(_read(Path(sys.argv[1]))))  # noqa: T201 - its only output
     return 0
 
 

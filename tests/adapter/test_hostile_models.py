@@ -21,6 +21,7 @@ from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.adapter import MlxBackend
 from runner_server.backend import LoadedModel
 from runner_server.errors import ModelUnsupported, RunnerFault
+from tokenizer_files import leave_to_transformers
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
@@ -128,8 +129,16 @@ CODE: dict[str, Change] = {
     "pickle named as weights": lambda path: _pickle(path, "model.safetensors"),
     "pickle named as tokenizer": lambda path: _pickle(path, "tokenizer.json"),
 }
-HARMLESS = {"model of a class of its own", "tokenizer class", "tokenizer class of a repository"}
-"""What is asked for is not there, and the model is a known one without it."""
+HARMLESS = {
+    "model of a class of its own",
+    "tokenizer class",
+    "tokenizer class of a repository",
+    "chat template module",
+    "chat template module elsewhere",
+    "tool parser module",
+    "tool parser module elsewhere",
+}
+"""The runner never looks at what is asked for, and the model is a known one without it."""
 
 
 @pytest.mark.parametrize("case", CODE)
@@ -240,8 +249,7 @@ def test_chat_templates_are_never_looked_at(
     _edit(copy / "tokenizer_config.json", chat_template=TEMPLATES[case])
     (copy / "chat_template.jinja").write_text(TEMPLATES[case])
     if with_transformers:
-        # A setting that only transformers knows the meaning of.
-        _edit(copy / "tokenizer_config.json", something_else=True)
+        leave_to_transformers(copy)
     codec = load(copy).codec
     ids = codec.encode("<|user|>hello", as_prompt=True)
     assert codec.decode(ids) == "<|user|>hello"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -115,29 +114,3 @@ def test_a_model_that_is_gone_leaves_no_modules(tmp_path: Path) -> None:
     assert "mlx_lm.models.phi3" not in sys.modules
     again = backend.load(LoadSpec(str(path)), lambda _progress: None)
     assert run_rows(again.new_batch(), [Row([1, 2], 3, GREEDY)])
-
-
-def test_a_tokenizer_that_needs_transformers_leaves_it_out_of_the_process(
-    model_dir: Build, tmp_path: Path
-) -> None:
-    path = tmp_path / "model"
-    path.mkdir()
-    for file in model_dir().iterdir():
-        (path / file.name).write_bytes(file.read_bytes())
-    # A class that the plain reader does not know.
-    (path / "tokenizer_config.json").write_text(
-        '{"tokenizer_class": "GPT2TokenizerFast", "eos_token": "<eos>", "bos_token": "<user>"}'
-    )
-    code = (
-        "import json, sys\n"
-        "from pathlib import Path\n"
-        "from runner_server.adapter.codec import load_codec\n"
-        "codec, ends = load_codec(Path(sys.argv[1]), {'model_type': 'gpt2'})\n"
-        "print(json.dumps([codec.encode('fox', as_prompt=False), 'transformers' in sys.modules]))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
-    )
-    ids, is_imported = __import__("json").loads(done.stdout)
-    assert ids
-    assert not is_imported

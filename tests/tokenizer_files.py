@@ -1,0 +1,161 @@
+"""Small tokenizers of the usual kinds, made with the tokenizers library on the spot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+Make = Callable[[], Tokenizer]
+
+_QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CORPUS = ["The quick brown fox, the lazy dog: naïve café 日本語 12 345 you're I'LL\n\n x"] * 3
+
+
+def byte_level() -> Tokenizer:
+    """As GPT-2 and Llama 3 have it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return _trained(tokenizer, ["<s>", "</s>", "<unk>"], pre_tokenizers.ByteLevel.alphabet())
+
+
+def digits_apart() -> Tokenizer:
+    """Byte-level, with a step that the class GPT2Tokenizer drops when it builds its own."""
+    tokenizer = byte_level()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    return tokenizer
+
+
+def qwen() -> Tokenizer:
+    """As Qwen 2 and 3 have it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_QWEN_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    _trained(tokenizer, [], pre_tokenizers.ByteLevel.alphabet())
+    # As the real ones: beyond the vocabulary, some of them not special.
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.add_tokens([AddedToken("<tool_call>", normalized=False)])
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    return tokenizer
+
+
+def gemma() -> Tokenizer:
+    """As Gemma has it: spaces are letters, unknown letters are bytes, and BOS."""
+    tokenizer = _byte_fallback(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"])
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    return around(tokenizer, "<bos> $A")
+
+
+def llama2() -> Tokenizer:
+    """As Llama 2 has it: the same with a space in front of every text."""
+    tokenizer = _byte_fallback(["<unk>", "<s>", "</s>"])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return around(tokenizer, "<s> $A")
+
+
+def around(tokenizer: Tokenizer, template: str) -> Tokenizer:
+    """Puts special tokens around every text, as a template of the library says."""
+    special = [(text, tokenizer.token_to_id(text)) for text in template.split() if text != "$A"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, pair=f"{template} $B", special_tokens=[*dict.fromkeys(special)]
+    )
+    return tokenizer
+
+
+KINDS: dict[str, Make] = {
+    "byte level": byte_level,
+    "digits apart": digits_apart,
+    "Qwen": qwen,
+    "Gemma": gemma,
+    "Llama 2": llama2,
+}
+
+
+def write_tokenizer(path: Path, tokenizer: Tokenizer, settings: dict[str, Any] | None) -> None:
+    """Writes tokenizer.json, and tokenizer_config.json unless there are to be no settings."""
+    tokenizer.save(str(path / "tokenizer.json"))
+    if settings is not None:
+        (path / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def leave_to_transformers(path: Path) -> None:
+    """Replaces a byte-level tokenizer.json by the files that only transformers reads."""
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.model.save(str(path))
+    (path / "tokenizer.json").unlink()
+    file = path / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) | {"tokenizer_class": "GPT2Tokenizer"}
+    file.write_text(json.dumps(settings))
+
+
+def described(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The ``added_tokens_decoder`` that transformers writes."""
+    names = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    found = tokenizer.get_added_tokens_decoder()
+    return {
+        str(id_): {name: getattr(token, name) for name in names} for id_, token in found.items()
+    }
+
+
+def _byte_fallback(special: Sequence[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))  # noqa: S106 - not a password
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    _trained(tokenizer, special, [])
+    file = json.loads(tokenizer.to_str())
+    vocabulary = file["model"]["vocab"]
+    for byte in range(256):
+        vocabulary[f"<0x{byte:02X}>"] = len(vocabulary)
+    return Tokenizer.from_str(json.dumps(file))
+
+
+def _trained(tokenizer: Tokenizer, special: Sequence[str], alphabet: list[str]) -> Tokenizer:
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=list(special),
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    return tokenizer
