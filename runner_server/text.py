@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 REPLACEMENT = "\ufffd"
 
@@ -13,16 +13,18 @@ _MIN_WINDOW = 6
 """Tokens kept as left context: what a tokenizer's decoder may look back on."""
 
 _MAX_PENDING = 3
-"""Replacement characters that can still become a character: UTF-8 needs four bytes."""
+"""Replacement characters that can still become a character: UTF-8 needs four bytes. So many
+tokens at the end of a prompt may be the beginning of one."""
 
 
 class StreamDecoder:
     """Decodes a growing list of ids into text, whole characters only.
 
     All returned pieces joined are ``decode(prompt + ids)`` without its beginning
-    ``decode(prompt)``. The last ids are decoded again with each new one, because
-    a byte-level token may hold a part of a character and some decoders treat the
-    first token of a text in their own way.
+    ``decode(prompt)``; if the prompt ends within a character, they begin with that whole
+    character. The last ids are decoded again with each new one, because a byte-level
+    token may hold a part of a character and some decoders treat the first token of a
+    text in their own way.
 
     A decoder with byte fallback (Llama 2, Gemma) takes a run of bytes as one: while
     its last character is not whole, or one of its bytes is wrong, all of it turns into
@@ -36,14 +38,33 @@ class StreamDecoder:
 
     def __init__(self, decode: Callable[[Sequence[int]], str], prompt_ids: Sequence[int]) -> None:
         self._decode = decode
-        self._window = list(prompt_ids[-_MIN_WINDOW:])
-        text = decode(self._window)
+        self._window, self._begun = self._context(prompt_ids)
+        self._shown = decode(self._window)
+
+    def _context(self, prompt_ids: Sequence[int]) -> tuple[list[int], int]:
+        """Return the end of a prompt, and where in its text an unfinished character begins.
+
+        The tokens of such a character have to be told from those before it: a decoder with
+        byte fallback makes nothing but replacement characters of whole ones beside it.
+        """
+        window = self._aligned(prompt_ids)
+        if self._decode(window).endswith(REPLACEMENT):
+            for size, begun in _splits(len(prompt_ids)):
+                end = max(0, len(prompt_ids) - begun)
+                start = max(0, end - size)
+                before = self._decode(prompt_ids[start:end])
+                if not (before.startswith(REPLACEMENT) or before.endswith(REPLACEMENT)):
+                    return list(prompt_ids[start:]), len(before)
+        return window, 0
+
+    def _aligned(self, prompt_ids: Sequence[int]) -> list[int]:
+        """Return the end of a prompt, cut between two characters if that is possible."""
+        window = list(prompt_ids[-_MIN_WINDOW:])
         for size in range(_MIN_WINDOW + 1, min(len(prompt_ids), _MAX_WINDOW) + 1):
-            if not text.startswith(REPLACEMENT):
+            if not self._decode(window).startswith(REPLACEMENT):
                 break
-            self._window = list(prompt_ids[-size:])
-            text = decode(self._window)
-        self._shown = text
+            window = list(prompt_ids[-size:])
+        return window
 
     def push(self, token_id: int) -> str:
         """Adds an id and returns the text that is now certain; often none or one piece."""
@@ -64,7 +85,7 @@ class StreamDecoder:
         start = self._start(text)
         if end <= start:
             return ""
-        self._shown = text[:end]
+        self._shown, self._begun = text[:end], 0
         return text[start:end]
 
     def _start(self, text: str) -> int:
@@ -76,7 +97,7 @@ class StreamDecoder:
         common = next((i for i, (a, b) in pairs if a != b), min(len(text), len(shown)))
         if not shown[common:].strip(REPLACEMENT):
             # The prompt ended within a character, which is whole now.
-            return common
+            return max(common, self._begun)
         if not text.startswith(REPLACEMENT, common):
             return len(shown)
         # A run of bytes went wrong: each byte that was shown as text is a character now.
@@ -101,7 +122,15 @@ class StreamDecoder:
 
     def _cut(self, size: int, text: str, held: int) -> None:
         self._window = self._window[-size:]
-        self._shown = text[: len(text) - held]
+        self._shown, self._begun = text[: len(text) - held], 0
+
+
+def _splits(tokens: int) -> Iterator[tuple[int, int]]:
+    """Yield how many tokens to try as context, and how many may have begun a character."""
+    most = min(tokens, _MAX_WINDOW)
+    sizes = range(min(_MIN_WINDOW, most), most + 1)
+    # If the character before it has one byte, several counts fit: the lowest is right.
+    return ((size, begun) for begun in range(1, _MAX_PENDING + 1) for size in sizes)
 
 
 def _pending(text: str) -> int:

@@ -6,13 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fakes import ByteCodec
 from runner_server.text import REPLACEMENT, StopMatcher, StreamDecoder
 
-tokenizers = pytest.importorskip("tokenizers", reason="no tokenizers (the server extra)")
+pytest.importorskip("tokenizers", reason="no tokenizers (the server extra)")
+
+import tokenizers
+
+import tokenizer_files
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -59,6 +63,7 @@ def _byte_level() -> Any:
 
 SENTENCEPIECE = _sentencepiece()
 BYTE_LEVEL = _byte_level()
+TRAINED = {name: make() for name, make in tokenizer_files.KINDS.items()}
 
 KINDS: dict[str, tuple[Decode, Callable[[bytes], list[int]]]] = {
     "bytes": (ByteCodec().decode, list),
@@ -87,6 +92,12 @@ def _unprintable(byte: int, printable: list[int]) -> int:
 def _stream(decode: Decode, ids: Sequence[int], prompt: Sequence[int] = ()) -> list[str]:
     decoder = StreamDecoder(decode, prompt)
     return [*(decoder.push(id_) for id_ in ids), decoder.flush()]
+
+
+def _common(one: str, other: str) -> int:
+    """How many characters two texts begin with together."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -143,10 +154,77 @@ def test_a_sentencepiece_space_is_kept_between_words(ids: list[int]) -> None:
     assert "".join(_stream(decode, words, prompt)) == decode(prompt + words)[1:]
 
 
-def test_a_character_that_the_prompt_began_is_shown() -> None:
-    decode, encode = KINDS["byte_level"]
-    data = "日".encode()
-    assert "".join(_stream(decode, encode(data[1:] + b"a"), encode(data[:1]))) == "日a"
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("before", [0, 1, 3, 7, 8, 12, 40])
+@pytest.mark.parametrize("char", ["é", "漢", "😀"])
+def test_a_character_that_the_prompt_began_is_shown_once_and_whole(
+    kind: str, before: int, char: str
+) -> None:
+    decode, encode = KINDS[kind]
+    data = (f"Hi{char * before}" + f"{char * 4}!").encode()
+    for cut in range(1, len(char.encode())):
+        at = len(f"Hi{char * before}".encode()) + cut
+        pieces = _stream(decode, encode(data[at:]), encode(data[:at]))
+        assert "".join(pieces) == f"{char * 4}!"
+        assert not any(REPLACEMENT in piece for piece in pieces)
+
+
+TEXT = st.text("aé漢字😀🎉\u0301 \n", max_size=40) | st.text(max_size=40)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=TEXT.filter(lambda text: REPLACEMENT not in text), cut=st.integers(0, 200))
+@example(text="😀" * 12, cut=41)
+@example(text="漢ab漢", cut=7)
+def test_a_prompt_that_ends_anywhere(kind: str, text: str, cut: int) -> None:
+    decode, encode = KINDS[kind]
+    # The decoder takes a space off the very beginning, which is never the answer's.
+    data = b"x" + text.encode()
+    at = min(cut + 1, len(data))
+    whole = len(data[:at].decode(errors="ignore"))
+    assert "".join(_stream(decode, encode(data[at:]), encode(data[:at]))) == f"x{text}"[whole:]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "byte_level"])
+@given(data=st.binary(max_size=60), cut=st.integers(0, 60))
+@example(data=b"\xf0\x9f\xff\xe6\xe6\xbc\xa2", cut=1)
+@example(data=b"\xff" * 30 + "漢".encode(), cut=32)
+def test_a_prompt_of_any_bytes_that_ends_anywhere(kind: str, data: bytes, cut: int) -> None:
+    decode, encode = KINDS[kind]
+    prompt, ids = encode(data[:cut]), encode(data[cut:])
+    whole = decode([*prompt, *ids])
+    shown = "".join(_stream(decode, ids, prompt))
+    assert shown == whole[_common(whole, decode(prompt)) :]
+
+
+@given(data=st.binary(max_size=60), cut=st.integers(0, 60))
+@example(data=b"\xff" + "漢".encode() * 9, cut=27)
+def test_byte_fallback_loses_nothing_after_any_prompt(data: bytes, cut: int) -> None:
+    decode, encode = KINDS["byte_fallback"]
+    prompt, ids = encode(data[:cut]), [*encode(data[cut:]), SENTENCEPIECE.token_to_id("x")]
+    shown = "".join(_stream(decode, ids, prompt))
+    assert shown.endswith("x")
+    end = decode([*prompt, *ids])[len(decode(prompt)) :]
+    assert len(end.replace(REPLACEMENT, "")) <= len(shown.replace(REPLACEMENT, ""))
+
+
+@pytest.mark.parametrize("kind", tokenizer_files.KINDS)
+@settings(max_examples=60)
+@given(text=TEXT)
+@example(text="naïve café 日本語 12 345 😀😀😀😀😀😀 日本語日本語日本語日本語日本語")
+def test_a_prompt_that_ends_after_any_token(kind: str, text: str) -> None:
+    tokenizer = TRAINED[kind]
+    ids = tokenizer.encode(f"x{text}", add_special_tokens=False).ids
+
+    def decode(part: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(part), skip_special_tokens=False))
+
+    whole = decode(ids)
+    for at in range(1, len(ids) + 1):
+        # Up to three tokens at the end of the prompt may have begun a character.
+        texts = [decode(ids[: max(0, at - begun)]) for begun in range(4)]
+        shown = max(_common(whole, text) for text in texts)
+        assert "".join(_stream(decode, ids[at:], ids[:at])) == whole[shown:], at
 
 
 def test_a_long_text_costs_the_same_for_each_token() -> None:
