@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 
 from runner_common.import_paths import with_import_paths
 from runner_common.interpreter import interpreter
@@ -29,6 +29,9 @@ from runner_server.errors import ModelUnsupported
 logger = logging.getLogger(__name__)
 
 _TIMEOUT_SECONDS = 120.0
+
+_SAMPLES = ("The quick fox", " a", "  two  spaces ", "naïve 日本 😀 ①", "12345\n\nx\ty", "\0", "")
+"""Texts that show how a tokenizer treats spaces, characters without a piece, and numbers."""
 
 
 def read_with_transformers(
@@ -80,7 +83,7 @@ def _read(path: Path) -> dict[str, Any]:
     """Return the tokenizer in a form that JSON can hold, or the problem with it."""
     try:
         with NO_PANICS:
-            wrapper = _load(path)
+            wrapper = _load_sentencepiece(path) or _load(path)
     except Exception as error:  # noqa: BLE001 - becomes the answer
         # transformers may go on for a page.
         problem = next(iter(str(error).strip().splitlines()), "")
@@ -103,31 +106,59 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _load(path: Path) -> Any:
-    """Return what transformers makes of a directory.
-
-    Its classes for SentencePiece models build steps of their own: ``LlamaTokenizer`` loses a
-    space in front of a text. The generic class takes the steps from the model's own settings,
-    and follows SentencePiece with ``legacy``, as the files that were published for Llama 2 do.
-    """
     # Explicitly false: with None transformers asks on the terminal whether to
     # run the directory's code.
-    settings = {"trust_remote_code": False}
-    if _is_sentencepiece(path / "tokenizer.model"):
-        transformers = importlib.import_module("transformers")
-        return transformers.TokenizersBackend.from_pretrained(path, legacy=True, **settings)
-    return load_tokenizer(path, settings)
+    return load_tokenizer(path, {"trust_remote_code": False})
 
 
-def _is_sentencepiece(file: Path) -> bool:
-    """Tell a SentencePiece model from other files that have its name."""
+def _load_sentencepiece(path: Path) -> Any:
+    """Return the conversion of a SentencePiece model whose ids are those of SentencePiece.
+
+    transformers has several, and which of them is right differs between its releases: the
+    generic class of 5.7 gets every text wrong, ``LlamaTokenizer`` loses a space in front
+    of a text in all of them.
+
+    Returns:
+        None if the directory has no such model, or no conversion is right.
+    """
+    theirs = _sentencepiece(path / "tokenizer.model")
+    if theirs is None:
+        return None
+    expected = [theirs.encode(text) for text in _SAMPLES]
+    for convert in (_load_generic, _load, _load_with_steps):
+        wrapper = convert(path)
+        encode = wrapper.backend_tokenizer.encode
+        if [encode(text, add_special_tokens=False).ids for text in _SAMPLES] == expected:
+            return wrapper
+    return None
+
+
+def _sentencepiece(file: Path) -> Any:
+    """Return the SentencePiece model in a file; None if there is none, or another thing."""
     if not file.is_file():
-        return False
+        return None
     sentencepiece = importlib.import_module("sentencepiece")
     try:
-        sentencepiece.SentencePieceProcessor(model_file=str(file))
+        return sentencepiece.SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError):
-        return False
-    return True
+        return None
+
+
+def _load_generic(path: Path) -> Any:
+    """Load with the class that takes the steps from the model's own settings."""
+    generic = importlib.import_module("transformers").TokenizersBackend
+    return generic.from_pretrained(path, trust_remote_code=False, legacy=True)
+
+
+def _load_with_steps(path: Path) -> Any:
+    """Load with the class that is named, and with the steps of the published Llama 2 file."""
+    wrapper = _load(path)
+    tokenizer = wrapper.backend_tokenizer
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.pre_tokenizer = None
+    return wrapper
 
 
 def main() -> int:
