@@ -117,6 +117,40 @@ def write_tokenizer(path: Path, tokenizer: Tokenizer, settings: dict[str, Any] |
         (path / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+def write_large_tokenizer(path: Path, pieces: int = 262_144) -> None:
+    """Writes a tokenizer.json with the size and the kind of Gemma 3's: 32 MiB, two merges a piece.
+
+    Each of its pieces but single letters is two ways the sum of others.
+    """
+    letters = [chr(0x4E00 + i) for i in range(64)]
+    words = [*letters, *(a + b for a in letters for b in letters)]
+    for word in words[len(letters) :]:
+        words.extend(word + letter for letter in letters)
+        if len(words) > pieces:
+            break
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {word: id_ for id_, word in enumerate([*special, *words][:pieces])}
+    made = [word for word in vocabulary if len(word) in (2, 3) and word not in special]
+    merges = [pair for word in made for pair in _halves(word)]
+    file = json.loads(gemma().to_str())
+    model = {**file["model"], "vocab": vocabulary, "merges": [pair.split(" ") for pair in merges]}
+    file |= {"model": model, "added_tokens": [_added(t, i) for i, t in enumerate(special[:4])]}
+    # As large as with an indent, and written ten times as fast.
+    text = json.dumps(file, ensure_ascii=False, separators=(",\n        ", ": "))
+    (path / "tokenizer.json").write_text(text)
+    settings = {"tokenizer_class": "GemmaTokenizer", "bos_token": "<bos>", "eos_token": "<eos>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def _halves(word: str) -> list[str]:
+    return list(dict.fromkeys((f"{word[0]} {word[1:]}", f"{word[:-1]} {word[-1]}")))
+
+
+def _added(text: str, id_: int) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": id_, "content": text, **flags, "special": True}
+
+
 def leave_to_transformers(path: Path) -> None:
     """Replaces a byte-level tokenizer.json by the files that only transformers reads."""
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))

@@ -56,6 +56,7 @@ from runner_server.errors import (
     ModelUnsupported,
     RunnerFault,
 )
+from runner_server.heap import trim_heap
 from runner_server.messages import Dtype, LoadSpec, ModelInfo, Sampling, Token
 from runner_server.model_root import ModelRoot
 from runner_server.prefix import Held, PrefixTree
@@ -178,6 +179,8 @@ def _load(
     report(1)
     with _before_weights(directory.path):
         codec, eos_token_ids = _codec(directory)
+        # Reading a tokenizer takes up to five times what stays: 260 MiB of Gemma 3's 356.
+        trim_heap()
         report(3)
         built, plan = _planned(directory, spec, shard, admission)
     report(5)

@@ -21,6 +21,7 @@ from runner_common.memory_need import MemoryNeed
 from runner_common.model_directory import DEFAULT_CONTEXT, ModelDirectory
 from runner_server.adapter.exactness import Exactness
 from runner_server.adapter.kv import Probe, probe
+from runner_server.adapter.tokenizer_memory import tokenizer_memory
 from runner_server.adapter.working import (
     batch_prefill_bytes,
     decode_bytes,
@@ -63,9 +64,6 @@ _STREAM_BYTES = _MIB // 4
 
 _TRANSFORMERS_BYTES = 75 * _MIB
 """What importing transformers adds, for a tokenizer that needs it."""
-
-_TOKENIZER_FACTOR = 8
-"""Bytes of a tokenizer in memory for each byte of its ``tokenizer.json``."""
 
 
 @dataclass(frozen=True)
@@ -171,17 +169,23 @@ def make_plan(
     rows = sizes.rows_that_fit()
     working, buffers = sizes.working(rows)
     budget = sizes.kv(rows, working)
+    tokenizer = tokenizer_memory(directory.path)
     need = MemoryNeed(
         weight_bytes=sizes.weight_bytes,
         kv_bytes=budget,
         prefix_cache_bytes=sizes.prefix_cache(budget, working),
         working_bytes=working,
-        process_bytes=process_bytes(directory.path, spec.parallel),
+        process_bytes=process_bytes(spec.parallel) + tokenizer.held_bytes,
         load_transient_bytes=0,
         has_default_prefix_cache=spec.prefix_cache_bytes is None,
     )
     held_later = need.kv_bytes + need.prefix_cache_bytes + need.working_bytes
-    transient = max(0, load_transient_bytes(model, directory) - held_later)
+    transient = max(
+        0,
+        load_transient_bytes(model, directory) - held_later,
+        # It is read before the weights.
+        tokenizer.peak_bytes - tokenizer.held_bytes - held_later - need.weight_bytes,
+    )
     need = replace(need, load_transient_bytes=transient)
     return Plan(
         dtype=spec.dtype,
@@ -313,17 +317,13 @@ class _Sizes:
         )
 
 
-def process_bytes(path: Path, parallel: int) -> int:
-    """Return what the process itself takes: interpreter, libraries, tokenizer, heap.
+def process_bytes(parallel: int) -> int:
+    """Return what the process itself takes: interpreter, libraries, heap.
 
     To be called when the tokenizer has been read: one that needs transformers has imported it.
     """
-    try:
-        tokenizer = (path / "tokenizer.json").stat().st_size
-    except OSError:
-        tokenizer = 0
     imported = _TRANSFORMERS_BYTES if "transformers" in sys.modules else 0
-    return _PROCESS_BYTES + parallel * _STREAM_BYTES + imported + _TOKENIZER_FACTOR * tokenizer
+    return _PROCESS_BYTES + parallel * _STREAM_BYTES + imported
 
 
 def load_transient_bytes(model: Module, directory: ModelDirectory) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the serv
 from rows import GREEDY, Row, run_rows  # noqa: E402
 from runner_server.adapter import MlxBackend  # noqa: E402
 from runner_server.adapter.loading import plan_load  # noqa: E402
+from runner_server.adapter.tokenizer_memory import tokenizer_memory  # noqa: E402
 from runner_server.backend import LoadedModel  # noqa: E402
 from runner_server.errors import ModelUnsupported  # noqa: E402
 from runner_server.messages import Dtype, LoadSpec, Sampling  # noqa: E402
@@ -114,3 +116,22 @@ def test_a_model_that_is_gone_leaves_no_modules(tmp_path: Path) -> None:
     assert "mlx_lm.models.phi3" not in sys.modules
     again = backend.load(LoadSpec(str(path)), lambda _progress: None)
     assert run_rows(again.new_batch(), [Row([1, 2], 3, GREEDY)])
+
+
+@pytest.mark.parametrize("kind", ["BPE", "merges of old", "Unigram"])
+def test_a_tokenizer_counts_by_its_pieces(tmp_path: Path, kind: str) -> None:
+    words = [f"w{i}" for i in range(30_000)]
+    merges: list[Any] = [["w", word] for word in words]
+    models: dict[str, dict[str, Any]] = {
+        "BPE": {"vocab": {word: i for i, word in enumerate(words)}, "merges": merges},
+        "merges of old": {
+            "vocab": {word: i for i, word in enumerate(words)},
+            "merges": [" ".join(pair) for pair in merges],
+        },
+        "Unigram": {"vocab": [[word, -1.5] for word in words]},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": models[kind]}))
+    memory = tokenizer_memory(tmp_path)
+    assert memory.held_bytes == pytest.approx(30_000 * 400, rel=0.01)
+    texts = {"BPE": 90_000, "merges of old": 60_000, "Unigram": 30_000}[kind]
+    assert memory.peak_bytes == pytest.approx(max(texts * 300, 30_000 * 400), rel=0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from runner_client import (  # noqa: E402
     RunnerProcess,
 )
 from runner_client.errors import LoadRequiresFullError  # noqa: E402
+from tokenizer_files import write_large_tokenizer  # noqa: E402
 from tools.memory.models import scaled, write_model  # noqa: E402
 
 Build = Callable[..., Path]
@@ -81,6 +83,20 @@ async def test_the_estimate_holds_and_an_idle_runner_gives_its_heap_back(
         assert usage.peak_bytes <= usage.limit_bytes
         kept = (await runner.status()).memory_usage.prefix_cache_bytes
         wait_below(runner.pid, int(1.1 * loaded) + 32 * MIB + kept, IDLE_SECONDS)
+
+
+async def test_the_estimate_counts_a_large_tokenizer(model_dir: Build, tmp_path: Path) -> None:
+    """While it is read it takes 360 MiB, and 100 afterwards."""
+    path = Path(shutil.copytree(model_dir(**WIDE), tmp_path / "model"))
+    write_large_tokenizer(path)
+    async with AsyncRunnerProcess(str(path), parallel=2, context_length=512) as runner:
+        loaded = process_bytes(runner.pid)
+        estimate = runner.estimate
+        assert estimate
+        peak = process_bytes(runner.pid, "VmHWM")
+        assert peak > loaded + 150 * MIB
+        assert 0.6 * estimate.total_bytes <= peak <= estimate.total_bytes
+        assert loaded <= estimate.total_bytes - estimate.load_transient_bytes
 
 
 async def test_a_limit_holds_whatever_runs(model_dir: Build) -> None:
