@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from runner_server.messages import (
+    Event,
     LoadSpec,
     MemoryCounters,
     ModelInfo,
-    Prefill,
     Rank,
     Sampling,
-    Token,
 )
 
 
@@ -72,10 +71,11 @@ class Batch(Protocol):
         """Takes a row in again that was set aside; it goes on where it was."""
         ...
 
-    def step(self) -> list[Prefill | Token]:
+    def step(self) -> list[Event]:
         """Evaluates prompts for a slice of time, then makes one decode step.
 
-        There is at least one row that is not set aside.
+        There is at least one row that is not set aside. A row that is reported as
+        :class:`NotFinite` is to be removed.
         """
         ...
 

@@ -186,6 +186,14 @@ class GenerationFailed(RunnerFault):
     reason = pb.ERROR_REASON_GENERATION_FAILED
 
 
+def not_finite_advice(dtype: str) -> str:
+    """Return what to do about a model that gives NaN or infinity with weights held as ``dtype``."""
+    broken = "its files are broken, or not for this kind of model"
+    if dtype == "float32":
+        return broken
+    return f"load it with dtype float32, or bfloat16 instead of float16; else {broken}"
+
+
 def reason_name(fault: RunnerFault) -> str:
     """Its reason as callers see it."""
     return pb.ErrorReason.Name(fault.reason).removeprefix("ERROR_REASON_")

@@ -194,6 +194,17 @@ class Token:
 
 
 @dataclass(frozen=True)
+class NotFinite:
+    """The model's logits for the next token of a row are NaN or infinite; the row cannot go on."""
+
+    row: int
+
+
+Event = Prefill | Token | NotFinite
+"""What a step of a batch reports."""
+
+
+@dataclass(frozen=True)
 class Done:
     """How a completion ended; durations in seconds.
 

@@ -186,6 +186,24 @@ class PrefixTree(Generic[S, T]):
         if snapshot and isinstance(node, _Node) and node.snapshot is None:
             self._attach(node, snapshot())
 
+    def forget(self, tokens: Sequence[int], is_sound: Callable[[S, T | None], bool]) -> None:
+        """Drops what a prompt that failed has left, and what others have built on a part of it.
+
+        Args:
+            tokens: All that was evaluated.
+            is_sound: Whether pieces may be kept: of what the prompt shares with others, the
+                rest stays.
+        """
+        path = self._walk(array("i", tokens))
+        for node, _ in path:
+            if not is_sound(node.segment, node.snapshot):
+                self._drop_all(node)
+                break
+        for node, length in reversed(path):
+            is_own = length == len(node.tokens) and not node.children
+            if is_own and node in self._by_use:
+                self._drop(node)
+
     # -- walking -----------------------------------------------------------------
 
     def _walk(self, tokens: array[int]) -> list[tuple[_Node[S, T], int]]:
@@ -275,6 +293,14 @@ class PrefixTree(Generic[S, T]):
         del node.parent.children[node.tokens[0]]
         del self._by_use[node]
         self.held.nbytes -= node.nbytes
+
+    def _drop_all(self, node: _Node[S, T]) -> None:
+        """Drops a node and all that continue it."""
+        below = [node]
+        for each in below:
+            below += each.children.values()
+        for each in reversed(below):
+            self._drop(each)
 
     def _use(self, path: Sequence[_Node[S, T]]) -> None:
         """Marks nodes, in order from the first, as used now."""

@@ -22,9 +22,10 @@ from runner_server.errors import (
     GenerationFailed,
     RunnerFault,
     ShuttingDown,
+    not_finite_advice,
 )
 from runner_server.ledger import Ledger, Ticket, exiting_fault, stopping_fault
-from runner_server.messages import LoadSpec, ModelInfo, Prefill, Token
+from runner_server.messages import Event, LoadSpec, ModelInfo, NotFinite, Prefill
 from runner_server.seats import Seats
 from runner_server.stream import Publisher, Stream
 
@@ -206,11 +207,14 @@ class Worker:
             self._seats.pause(completion)
             completion.stream.when_read(partial(self._inbox.put, Resume(completion.id)))
 
-    def _on_event(self, event: Prefill | Token) -> int | None:
+    def _on_event(self, event: Event) -> int | None:
         """Passes an event on; returns its row if that has ended."""
         completion = self._seats.running.get(event.row)
         if completion is None:
             return None
+        if isinstance(event, NotFinite):
+            self._fail([completion], self._not_finite(completion))
+            return completion.id
         self._touched.append(completion.stream)
         if isinstance(event, Prefill):
             completion.on_prefill(event)
@@ -224,6 +228,18 @@ class Worker:
         self._seats.remove(completion.id)
         self._ledger.forget(completion.id, completion.seated_seconds(done))
         return completion.id
+
+    def _not_finite(self, completion: Completion) -> GenerationFailed:
+        """Return, and log, why a completion whose logits are no numbers ends."""
+        dtype = self._model.info.dtype if self._model else ""
+        fault = GenerationFailed(
+            f"the model's logits are not finite (NaN or infinity) after {completion.length} "
+            f"tokens, so there is no next token; its weights are held as {dtype}: "
+            f"{not_finite_advice(dtype)}"
+        )
+        self._ledger.note_error("a completion failed: logits are not finite")
+        logger.error("row %d failed: %s", completion.id, fault)
+        return fault
 
     def _publish(self) -> None:
         """Has the readers woken that have something new."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from runner_server.backend import Codec
 from runner_server.messages import (
+    Event,
     LoadSpec,
     MemoryCounters,
     ModelInfo,
@@ -168,7 +169,7 @@ class FakeBatch:
         """See ``Batch.resume``."""
         self.aside.remove(row)
 
-    def step(self) -> list[Prefill | Token]:
+    def step(self) -> list[Event]:
         """See ``Batch.step``."""
         assert not self.closed
         assert self.rows.keys() - self.aside, "a step without rows"
@@ -184,7 +185,7 @@ class FakeBatch:
         self.rows.clear()
         self.closed = True
 
-    def _advance(self, id_: int, row: _Row) -> Prefill | Token:
+    def _advance(self, id_: int, row: _Row) -> Event:
         if row.evaluated < row.total:
             row.evaluated = min(row.total, row.evaluated + PREFILL_CHUNK)
             return Prefill(id_, row.evaluated, row.total)

@@ -14,7 +14,7 @@ from runner_server.adapter.caches import CachePieces, Caches, Segment, Snapshot,
 from runner_server.adapter.decode import Agree, Decoding, Row
 from runner_server.adapter.planning import ROWS_TOGETHER
 from runner_server.adapter.streams import recover
-from runner_server.messages import MAX_PARALLEL, Prefill, Sampling, Token
+from runner_server.messages import MAX_PARALLEL, Event, Prefill, Sampling
 from runner_server.prefix import PrefixTree
 from runner_server.turns import PrefillTurns
 
@@ -140,8 +140,10 @@ class MlxBatch:
     def remove(self, rows: Collection[int]) -> None:
         """Ends rows and keeps what was evaluated for others; see ``Batch.remove``."""
         decoded = [row for row in self._decoding.rows if row.id in rows]
-        for row in decoded:
-            self._offer(row, self._decoding.caches_of(row) if self._known.is_on else [])
+        for row in decoded if self._known.is_on else ():
+            # What is read of the caches waits for the step that was begun, too.
+            self._decoding.settle(row)
+            self._offer(row, self._decoding.caches_of(row))
         self._decoding.leave(decoded)
         ended = [row for row in self._joining if row.id in rows]
         self._joining = [row for row in self._joining if row.id not in rows]
@@ -165,7 +167,7 @@ class MlxBatch:
         """Takes a row in again; see ``Batch.resume``."""
         self._joining.append(self._paused.pop(row))
 
-    def step(self) -> list[Prefill | Token]:
+    def step(self) -> list[Event]:
         """Evaluates prompts for a slice of time, then decodes; see ``Batch.step``."""
         try:
             return self._step()
@@ -175,9 +177,9 @@ class MlxBatch:
                 recover()
             raise
 
-    def _step(self) -> list[Prefill | Token]:
+    def _step(self) -> list[Event]:
         waited = self._finish_decoding()
-        events: list[Prefill | Token] = [*self._prefill()]
+        events: list[Event] = [*self._prefill()]
         self._decoding.join(self._joining, expected=self._soon())
         self._joining = []
         if self._decoding.rows:
@@ -306,6 +308,11 @@ class MlxBatch:
         """Keeps what a row has evaluated, and its caches hold, for prompts that begin like it."""
         if not (self._known.is_on and row.tokens):
             return
+        if not row.is_finite:
+            # Ranks hold other parts of it, and must keep the same prompts.
+            is_sound = self._pieces.is_finite if self._is_alone else _never
+            self._known.forget(row.tokens, is_sound)
+            return
         snapshot = None
         if self._pieces.needs_snapshot:
 
@@ -318,3 +325,7 @@ class MlxBatch:
             snapshot,
             token_bytes=self._pieces.token_bytes(caches),
         )
+
+
+def _never(_segment: Segment, _snapshot: Snapshot | None) -> bool:
+    return False

@@ -11,11 +11,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from runner_server.adapter.arrays import copied
 from runner_server.adapter.names import KVCache, RotatingKVCache, make_prompt_cache
@@ -220,6 +220,13 @@ class CachePieces:
         """Bytes it holds."""
         return sum(int(cache.nbytes) for cache in snapshot)
 
+    def is_finite(self, segment: Segment, snapshot: Snapshot | None) -> bool:
+        """Whether all that pieces hold are numbers."""
+        states = [cache.state for cache in snapshot or []]
+        held = [part for _, part in cast("list[tuple[str, Any]]", tree_flatten([segment, states]))]
+        numbers = [part for part in held if _is_floating(part)]
+        return all(mx.all(mx.isfinite(part)).item() for part in numbers)
+
     def _cuttable(self, caches: Caches) -> Segment:
         pairs = zip(caches, self.cut_layers, strict=True)
         return [
@@ -232,6 +239,10 @@ class CachePieces:
 def _cut_pair(pair: Pair, start: int, end: int) -> Pair:
     keys, values = pair
     return copied(keys[..., start:end, :]), copied(values[..., start:end, :])
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, mx.array) and bool(mx.issubdtype(value.dtype, mx.floating))
 
 
 def _copied(value: Any) -> Any:

@@ -27,8 +27,8 @@ from runner_server.adapter.caches import (
     view,
 )
 from runner_server.adapter.penalties import Penalties
-from runner_server.adapter.sampling import Likelihoods, Sampler, likelihoods
-from runner_server.messages import Sampling, Token, TokenLogprob
+from runner_server.adapter.sampling import Likelihoods, Sampler, are_finite, likelihoods
+from runner_server.messages import NotFinite, Sampling, Token, TokenLogprob
 
 _STATE_STEPS = 64
 """Steps after which all of the caches' state is computed: where nothing uses a layer's
@@ -51,6 +51,8 @@ class Row:
         drawn: How many tokens were drawn.
         caches: Its caches while it is not decoded.
         likelihood: How likely the next one was.
+        is_finite: Whether the logits that the next one was drawn from are numbers, as far as
+            that was read.
     """
 
     id: int
@@ -61,6 +63,7 @@ class Row:
     drawn: int = 0
     caches: Caches = field(default_factory=list)
     likelihood: _Likelihood | None = None
+    is_finite: bool = True
 
 
 class _Measured:
@@ -117,6 +120,8 @@ class Decoding:
         # A single row keeps caches of its own kind, which need no mask.
         self._caches: Caches = []
         self._inputs = mx.array([], dtype=mx.uint32)
+        # Of the logits that each of them was drawn from.
+        self._finite = mx.array([], dtype=mx.bool_)
         self._steps = 0
         self._arrange()
 
@@ -140,7 +145,9 @@ class Decoding:
         for row in rows:
             row.caches = []
         ids = mx.array([row.next_id for row in rows], dtype=mx.uint32)
+        finite = mx.array([row.is_finite for row in rows])
         self._inputs = mx.concatenate([self._inputs, ids]) if self.rows else ids
+        self._finite = mx.concatenate([self._finite, finite]) if self.rows else finite
         self.rows = [*self.rows, *rows]
         self._arrange()
 
@@ -175,49 +182,66 @@ class Decoding:
 
     def settle(self, row: Row) -> None:
         """Waits for the token that a row was given last, so that it can be left alone."""
-        row.next_id = cast("int", self._inputs[self.rows.index(row)].item())
+        place = self.rows.index(row)
+        row.next_id = cast("int", self._inputs[place].item())
+        row.is_finite = cast("bool", self._finite[place].item())
 
     def finish(self) -> None:
         """Waits for the step that was begun last."""
-        mx.eval(self._inputs)
+        mx.eval(self._inputs, self._finite)
 
-    def step(self) -> list[Token]:
+    def step(self) -> list[Token | NotFinite]:
         """Begins the next token of every row and reports those that were begun before.
 
         A row that has just joined has none of those; its first token is waited for.
         """
-        inputs, rows = self._inputs, self.rows
+        inputs, finite, rows = self._inputs, self._finite, self.rows
         logits = self._model(inputs[:, None], cache=self._caches)[:, -1, :]
         drawn = [row.drawn for row in rows]
         changed = self._penalties(logits, [row.tokens for row in rows], inputs, drawn)
-        self._inputs = self._sampler(changed, drawn)
-        if self._agree:
-            self._inputs = self._agree(self._inputs)
+        self._take(self._sampler(changed, drawn), are_finite(logits))
         begun = self._measure(logits)
-        mx.async_eval(self._inputs, [part for found in begun for part in _parts(found)])
+        mx.async_eval(
+            self._inputs, self._finite, [part for found in begun for part in _parts(found)]
+        )
         self._steps += 1
         if self._steps % _STATE_STEPS == 0:
             mx.async_eval([cache.state for cache in self._caches])
-        news = self._report(cast("list[int]", inputs.tolist()), begun)
+        news = self._report(_drawn(inputs, finite), begun)
         first = [place for place, row in enumerate(rows) if row.drawn == 1 and row.is_news]
         if first:
-            values = cast("list[int]", self._inputs.tolist())
-            news += [self._tell(rows[place], values[place]) for place in first]
+            values = _drawn(self._inputs, self._finite)
+            news += [self._tell(rows[place], *values[place]) for place in first]
         return news
 
-    def _report(self, values: Sequence[int], begun: Sequence[_Likelihood | None]) -> list[Token]:
+    def _take(self, drawn: mx.array, finite: mx.array) -> None:
+        """Makes drawn tokens the next inputs; a row without numbers is given token 0."""
+        # Candidates that are NaN may have ids that the model does not have.
+        drawn = mx.where(finite, drawn, 0)
+        if self._agree:
+            agreed = self._agree(mx.concatenate([drawn, finite.astype(drawn.dtype)]))
+            drawn, flags = mx.split(agreed, 2)
+            finite = flags > 0
+        self._inputs, self._finite = drawn, finite
+
+    def _report(
+        self, values: Sequence[tuple[int, bool]], begun: Sequence[_Likelihood | None]
+    ) -> list[Token | NotFinite]:
         """Tells what the tokens given to the model were, and turns to the next ones."""
         news = []
-        for row, value, likelihood in zip(self.rows, values, begun, strict=True):
+        for row, (value, is_finite), likelihood in zip(self.rows, values, begun, strict=True):
             if row.is_news:
-                news.append(self._tell(row, value))
+                news.append(self._tell(row, value, is_finite))
             row.tokens.append(value)
             row.likelihood, row.is_news = likelihood, True
             row.drawn += 1
         return news
 
-    def _tell(self, row: Row, value: int) -> Token:
+    def _tell(self, row: Row, value: int, is_finite: bool) -> Token | NotFinite:
         row.is_news = False
+        if not is_finite:
+            row.is_finite = False
+            return NotFinite(row.id)
         if row.likelihood is None:
             return Token(row.id, value)
         return Token(row.id, value, row.likelihood.read(value, row.sampling.logprobs or 0))
@@ -246,7 +270,8 @@ class Decoding:
             keep(self._caches, places)
         else:
             self._caches = []
-        self._inputs = self._inputs[mx.array(places, dtype=mx.int32)]
+        index = mx.array(places, dtype=mx.int32)
+        self._inputs, self._finite = self._inputs[index], self._finite[index]
         self.rows = [self.rows[place] for place in places]
         self._arrange()
 
@@ -257,6 +282,12 @@ class Decoding:
         self._penalties = Penalties(options)
         self._measured = [i for i, option in enumerate(options) if option.logprobs is not None]
         self._top = max((options[i].logprobs or 0 for i in self._measured), default=0)
+
+
+def _drawn(inputs: mx.array, finite: mx.array) -> list[tuple[int, bool]]:
+    """Waits for drawn tokens, and whether there were numbers to draw them from."""
+    values, flags = cast("list[int]", inputs.tolist()), cast("list[bool]", finite.tolist())
+    return list(zip(values, flags, strict=True))
 
 
 def _parts(found: _Likelihood | None) -> tuple[mx.array, ...]:

@@ -48,16 +48,12 @@ from runner_server.adapter.planning import (
 )
 from runner_server.adapter.rotary import settle_rope
 from runner_server.adapter.threads import fit_threads
+from runner_server.adapter.trial import warm_up
 from runner_server.adapter.weight_files import WeightFiles
 from runner_server.admission import UNCHECKED, Admission
-from runner_server.errors import (
-    GenerationFailed,
-    InsufficientMemory,
-    ModelUnsupported,
-    RunnerFault,
-)
+from runner_server.errors import InsufficientMemory, ModelUnsupported, RunnerFault
 from runner_server.heap import trim_heap
-from runner_server.messages import Dtype, LoadSpec, ModelInfo, Sampling, Token
+from runner_server.messages import Dtype, LoadSpec, ModelInfo
 from runner_server.model_root import ModelRoot
 from runner_server.prefix import Held, PrefixTree
 
@@ -125,12 +121,7 @@ class MlxModel:
     def warm_up(self) -> None:
         """Generates a token, so that kernels are compiled before the first user waits."""
         batch = self._batch(PrefixTree(self._pieces, 0))
-        try:
-            batch.add(0, [0, 0], Sampling(top_k=min(2, self.info.vocab_size)))
-            while not any(isinstance(event, Token) for event in batch.step()):
-                pass
-        finally:
-            batch.close()
+        warm_up(self._model, batch, self.info.vocab_size, self.info.dtype)
 
     def _batch(self, prompts: PromptCache) -> MlxBatch:
         chunk = PREFILL_CHUNK[device_kind()]
@@ -195,7 +186,7 @@ def _load(
     # Beyond it MLX waits for results before it allocates more.
     mx.set_memory_limit(plan.limit_bytes)
     loaded = MlxModel(built.model, codec, info, plan, shard)
-    _warm_up(loaded)
+    loaded.warm_up()
     report(100)
     logger.info(
         "loaded %s: %s of weights as %s, context %d x %d",
@@ -406,25 +397,6 @@ def _describe(
         dtype_fallback=plan.dtype is not formats(spec.dtype)[0],
         warnings=plan.warnings,
     )
-
-
-def _warm_up(model: MlxModel) -> None:
-    try:
-        model.warm_up()
-    except Exception as error:
-        logger.exception("warm-up failed")
-        raise GenerationFailed(_warm_up_advice(error)) from error
-
-
-def _warm_up_advice(error: Exception) -> str:
-    advice = (
-        f"the loaded model raised {type(error).__name__} at its first token; the runner's log has "
-        "the traceback"
-    )
-    if device_kind() == "cpu":
-        # Without g++ MLX does not fuse kernels; with one that fails it raises.
-        advice += "; a g++ that does not work is a known cause: `mlx-runner doctor` tries it"
-    return advice
 
 
 def _float_name(model: Module) -> str:

@@ -14,12 +14,11 @@ from runner_server.distributed.faults import fault_of
 from runner_server.distributed.hub import Hub
 from runner_server.errors import RunnerFault
 from runner_server.messages import (
+    Event,
     LoadSpec,
     MemoryCounters,
     ModelInfo,
-    Prefill,
     Sampling,
-    Token,
 )
 
 _POLL_SECONDS = 0.1
@@ -245,7 +244,7 @@ class LeaderBatch:
         with self._told("resume", row):
             self._batch.resume(row)
 
-    def step(self) -> list[Prefill | Token]:
+    def step(self) -> list[Event]:
         """See ``Batch.step``."""
         with self._told("step"):
             return self._batch.step()

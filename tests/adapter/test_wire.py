@@ -94,7 +94,7 @@ async def test_a_load_that_fails_late_leaves_nothing(
     def broken(_model: object) -> None:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(loading, "_warm_up", broken)
+    monkeypatch.setattr(loading.MlxModel, "warm_up", broken)
     # pytest keeps log records, and with them the traceback.
     monkeypatch.setattr(worker.logger, "disabled", True)
     problem = await failure(real.load(str(model_dir())))
@@ -116,14 +116,14 @@ async def test_a_cancelled_load_gives_its_memory_back(
     before = _held()
     reached, go = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
-    warm_up = loading._warm_up
+    warm_up = loading.MlxModel.warm_up
 
     def waiting(model: Any) -> None:
         loop.call_soon_threadsafe(reached.set)
         asyncio.run_coroutine_threadsafe(go.wait(), loop).result()
         warm_up(model)
 
-    monkeypatch.setattr(loading, "_warm_up", waiting)
+    monkeypatch.setattr(loading.MlxModel, "warm_up", waiting)
     load = real.stub.Load(pb.LoadRequest(model=str(model_dir())))
     await reached.wait()
     assert _held() > before + 400_000

@@ -302,3 +302,29 @@ def test_what_raises_while_it_is_copied_leaves_the_tree_whole() -> None:
             tree.offer(run, broken)
         _check(tree, PLENTY)
     assert _take(tree, (1, 2, 3, 4)) == 3
+
+
+def test_a_prompt_that_failed_takes_its_own_part_with_it() -> None:
+    tree = _tree()
+    for run in ((1, 2, 3, 4), (1, 2, 5, 6), (1, 2, 5, 6, 7)):
+        _offer(tree, run)
+    tree.forget((1, 2, 5, 6, 7), lambda _segment, _snapshot: True)
+    assert _take(tree, (1, 2, 3, 4)) == 4
+    assert _take(tree, (1, 2, 5, 6)) == 2
+
+
+def test_a_prompt_that_failed_leaves_the_longer_one_it_begins() -> None:
+    tree = _tree()
+    _offer(tree, (1, 2, 3, 4))
+    tree.forget((1, 2), lambda _segment, _snapshot: True)
+    assert _take(tree, (1, 2, 3, 4)) == 4
+
+
+def test_a_broken_piece_goes_with_all_that_continues_it() -> None:
+    tree = _tree()
+    for run in ((1, 2, 3), (1, 2, 9, 4), (1, 2, 9, 5)):
+        _offer(tree, run)
+    tree.forget((1, 2, 9, 4), lambda segment, _snapshot: 9 not in segment)
+    assert _take(tree, (1, 2, 9, 5)) == 2
+    assert _take(tree, (1, 2, 3)) == 3
+    assert tree.nbytes == sum(node.nbytes for node in _nodes(tree)) == 3 * TOKEN_BYTES

@@ -1,0 +1,208 @@
+"""Logits that are NaN or infinite end their row, or the load, and nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import Problem, Server, failure, running, tokens
+from mlxrunner.v1 import runner_pb2 as pb
+from rows import GREEDY, Row
+from runner_server.adapter import MlxBackend
+from runner_server.backend import Batch, LoadedModel
+from runner_server.errors import ModelUnsupported
+from runner_server.messages import Dtype, NotFinite, Sampling, Token
+
+mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+
+from runner_server.adapter.sampling import are_finite  # noqa: E402
+
+Build = Callable[..., Path]
+Load = Callable[..., LoadedModel]
+
+POISON = 300
+"""A token whose embedding holds NaN; the output layer is another, so others do not notice."""
+
+BEGINNING = [1 + i % 90 for i in range(70)]
+MIB = 1 << 20
+
+SAMPLINGS = {
+    "greedy": GREEDY,
+    "sampled": Sampling(seed=1),
+    "min_p": Sampling(seed=1, top_k=0, top_p=1.0, min_p=0.1),
+    "nucleus": Sampling(seed=1, top_k=0, top_p=0.9),
+    "logprobs": Sampling(seed=1, logprobs=5),
+}
+
+
+def _changed(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    file = path / "model.safetensors"
+    weights = dict(mx.load(str(file)))
+    mx.eval(weights)
+    change(weights)
+    mx.save_safetensors(str(file), weights)
+    return path
+
+
+def _poison(weights: dict[str, Any]) -> None:
+    (name,) = (name for name in weights if "embed" in name)
+    weights[name][POISON] = mx.nan
+
+
+@pytest.fixture(scope="module")
+def poisoned_dir(model_dir: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama that is sound but for one token."""
+    sound = model_dir(tie_word_embeddings=False)
+    return _changed(Path(shutil.copytree(sound, tmp_path_factory.mktemp("m") / "m")), _poison)
+
+
+@pytest.fixture(scope="module")
+def poisoned(load: Load, poisoned_dir: Path) -> LoadedModel:
+    return load(poisoned_dir, parallel=8, prefix_cache_bytes=8 * MIB)
+
+
+def _run(batch: Batch, rows: Sequence[Row]) -> list[int]:
+    """Runs rows to their ends; returns which of them failed."""
+    failed: list[int] = []
+    active = dict(enumerate(rows))
+    for id_, row in active.items():
+        batch.add(id_, row.prompt, row.sampling)
+    while active:
+        ended = set()
+        for event in batch.step():
+            row = active[event.row]
+            if isinstance(event, NotFinite):
+                failed.append(event.row)
+                ended.add(event.row)
+            elif isinstance(event, Token):
+                row.ids.append(event.token_id)
+                if event.logprob:
+                    row.logprobs.append(event.logprob)
+                if len(row.ids) == row.count:
+                    ended.add(event.row)
+        batch.remove(ended)
+        for id_ in ended:
+            del active[id_]
+    return failed
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+def test_a_row_whose_logits_are_no_numbers_is_told_of(
+    poisoned: LoadedModel, sampling: Sampling
+) -> None:
+    row = Row([1, 2, POISON, 3], 8, sampling)
+    assert _run(poisoned.new_batch(), [row]) == [0]
+    assert row.ids == []
+
+
+def test_neighbours_do_not_notice(poisoned: LoadedModel) -> None:
+    """Bit by bit: the row leaves when its first token would have been there, as one that ends."""
+    likely = replace(GREEDY, logprobs=5)
+
+    def neighbours() -> list[Row]:
+        return [Row([5 + row, 6, 7, 8 + row], 12, likely) for row in range(3)]
+
+    broken, sound = neighbours(), neighbours()
+    assert _run(poisoned.new_batch(), [*broken, Row([4, POISON, 2, 1], 1)]) == [3]
+    assert _run(poisoned.new_batch(), [*sound, Row([4, 3, 2, 1], 1)]) == []
+    assert [(row.ids, row.logprobs) for row in broken] == [(row.ids, row.logprobs) for row in sound]
+
+
+def test_a_token_that_was_generated_breaks_the_next_one(poisoned: LoadedModel) -> None:
+    forced = replace(GREEDY, logit_bias=((POISON, 1000.0),))
+    row = Row([1, 2, 3], 8, forced)
+    assert _run(poisoned.new_batch(), [row, Row([3, 2, 1], 8)]) == [0]
+    assert row.ids == [POISON]
+
+
+@pytest.mark.parametrize("shape", ["llama", "gemma3", "mamba2"])
+def test_nothing_that_a_broken_row_evaluated_is_kept(
+    load: Load, model_dir: Build, tmp_path: Path, shape: str
+) -> None:
+    sound = model_dir(shape, tie_word_embeddings=False)
+    path = _changed(Path(shutil.copytree(sound, tmp_path / "m")), _poison)
+    model: Any = load(path, prefix_cache_bytes=8 * MIB)
+    assert _run(model.new_batch(), [Row([*BEGINNING, 200, 201], 2)]) == []
+    broken = [*BEGINNING, *[POISON] * 40, 7, 8]
+    for _ in range(2):
+        assert _run(model.new_batch(), [Row(broken, 2)]) == [0]
+        assert model._prompts.match(broken).common <= len(BEGINNING)
+    # What it shared with a sound one is of use to others still.
+    assert model._prompts.match([*BEGINNING, 9]).common == len(BEGINNING)
+
+
+def test_a_row_that_ends_before_it_is_seen_to_be_broken_leaves_nothing(
+    poisoned: LoadedModel,
+) -> None:
+    """The last token's keys are evaluated ahead of the report that its successor is missing."""
+    model: Any = poisoned
+    prompt = [90, 91, 92]
+    forced = replace(GREEDY, logit_bias=((POISON, 1000.0),))
+    assert _run(model.new_batch(), [Row(prompt, 1, forced)]) == []
+    assert model._prompts.match([*prompt, POISON]).common <= len(prompt)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("place", [0, 7, 1999])
+def test_what_counts_as_numbers(dtype: str, place: int) -> None:
+    def row(value: float) -> list[float]:
+        return [*[200.0] * place, value, *[200.0] * (1999 - place)]
+
+    values = [1.0, float("nan"), float("inf"), float("-inf")]
+    logits = mx.array([row(value) for value in values]).astype(getattr(mx, dtype))
+    # Of the last, a token is barred.
+    assert are_finite(logits).tolist() == [True, False, False, True]
+
+
+@pytest.fixture
+async def server(socket_dir: Path) -> AsyncIterator[Server]:
+    """A server with MLX on a thread of its own."""
+    backend: Any = MlxBackend()
+    async with running(socket_dir, backend) as (app, channel, ready):
+        yield Server(app, backend, channel, ready)
+
+
+async def test_the_caller_is_told_why(server: Server, poisoned_dir: Path) -> None:
+    await server.load(str(poisoned_dir))
+    beside = server.start(num_predict=30)
+    request = pb.CompletionRequest(prompt_token_ids=pb.TokenIds(ids=[1, POISON, 3]))
+    problem = await failure(server.stub.Completion(request))
+    assert isinstance(problem, Problem)
+    assert problem.reason == "GENERATION_FAILED"
+    assert "logits are not finite" in problem.message
+    assert "held as float32" in problem.message
+    assert len(tokens([message async for message in beside])) == 30
+    assert len(tokens(await server.complete(num_predict=4))) == 4
+    status = await server.status()
+    assert "not finite" in status.last_error
+    assert status.running_count == status.queued_count == 0
+
+
+def test_a_broken_weight_is_named_at_the_load(load: Load, model_dir: Build, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(model_dir(), tmp_path / "m"))
+
+    def change(weights: dict[str, Any]) -> None:
+        weights["model.layers.1.mlp.up_proj.weight"][3, 4] = mx.inf
+
+    with pytest.raises(ModelUnsupported, match=r"layers\.1\.mlp\.up_proj\.weight is not finite"):
+        load(_changed(path, change))
+
+
+def test_an_overflow_of_float16_is_refused_and_another_format_works(
+    load: Load, model_dir: Build, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(model_dir(), tmp_path / "m"))
+
+    def change(weights: dict[str, Any]) -> None:
+        weights.update({name: 300 * value for name, value in weights.items() if "mlp" in name})
+
+    _changed(path, change)
+    with pytest.raises(ModelUnsupported, match=r"held as float16.*load it with dtype float32"):
+        load(path, dtype=Dtype.FLOAT16)
+    for dtype in (Dtype.FLOAT32, Dtype.BFLOAT16):
+        assert _run(load(path, dtype=dtype).new_batch(), [Row([1, 2, 3], 3)]) == []
