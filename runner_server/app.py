@@ -271,13 +271,15 @@ def install_signals(app: RunnerApp) -> None:
 
 def _announce(ready: ReadyLine) -> None:
     logger.info("listening on %s", ready.target)
+    # Not sys.stdout, which another in its place has while the engine's thread loads a model.
     # What was closed at the start is None here, whatever file has its number now.
-    if sys.stdout is None:
+    stdout = sys.__stdout__
+    if stdout is None:
         logger.warning("stdout is closed, so that nobody reads the ready line; serving anyway")
         return
     try:
-        sys.stdout.write(ready.format() + "\n")
-        sys.stdout.flush()
+        stdout.write(ready.format() + "\n")
+        stdout.flush()
     except OSError as error:
         logger.warning("nobody reads the ready line (stdout: %s); serving anyway", error)
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from runner_server.adapter._lean import import_lean
+from runner_server.adapter.contained import LibraryExitError, contained
 
 _base = import_lean("mlx_lm.models.base")
 _cache = import_lean("mlx_lm.models.cache")
@@ -78,7 +79,7 @@ def build_model(
         "glob": SimpleNamespace(glob=lambda _pattern: [str(file) for file in weight_files]),
         "load_config": lambda _path: copy.deepcopy(dict(config)),
     }
-    with _replaced(names), _recorded_arguments(taken):
+    with _replaced(names), _recorded_arguments(taken), contained("mlx_lm"):
         model, final = load_model(path, lazy=True)
         arguments = get_classes(final)[1]
     return BuiltModel(model, final, frozenset(taken | _field_names(arguments)))
@@ -131,8 +132,9 @@ def _field_names(arguments: Any) -> set[str]:
 def default_end_ids(config: dict[str, Any]) -> list[int]:
     """Return the end-of-text ids that mlx_lm has for a model whose own files name none."""
     try:
-        model_class, _ = get_classes(config)
-    except (ImportError, KeyError, ValueError):
+        with contained("mlx_lm"):
+            model_class, _ = get_classes(config)
+    except (ImportError, KeyError, LibraryExitError, ValueError):
         return []
     defaults = getattr(sys.modules[model_class.__module__], "TOKENIZER_DEFAULTS", {})
     return [*defaults.get("eos_token_ids", [])]
