@@ -32,6 +32,7 @@ from runner_server.adapter._reading import read_weights
 from runner_server.adapter.activations import use_named_gelu
 from runner_server.adapter.batch import KvRoom, MlxBatch, PromptCache
 from runner_server.adapter.caches import CachePieces
+from runner_server.adapter.casting import cast_weights, widen_experts
 from runner_server.adapter.codec import FastCodec, load_codec
 from runner_server.adapter.exactness import Exactness, compare
 from runner_server.adapter.finding import find_model
@@ -368,7 +369,9 @@ def _convert(model: Module, dtype: Dtype) -> Module:
     """Changes the format of lazy weights; they are converted as they are read."""
     if dtype is not Dtype.AS_STORED:
         model = dequantize_model(model)
-        model.set_dtype(_MX_DTYPES[dtype])
+        cast_weights(model, _MX_DTYPES[dtype])
+    if device_kind() == "cpu":
+        widen_experts(model)
     return model
 
 

@@ -16,10 +16,12 @@ from runner_server.adapter.contained import LibraryExitError, contained
 
 _base = import_lean("mlx_lm.models.base")
 _cache = import_lean("mlx_lm.models.cache")
+_switch_layers = import_lean("mlx_lm.models.switch_layers")
 _utils = import_lean("mlx_lm.utils")
 
 KVCache = _cache.KVCache
 RotatingKVCache = _cache.RotatingKVCache
+SwitchLinear = _switch_layers.SwitchLinear
 create_causal_mask = _base.create_causal_mask
 make_prompt_cache = _cache.make_prompt_cache
 dequantize_model = _utils.dequantize_model

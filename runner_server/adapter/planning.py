@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 from mlxrunner.units import format_bytes
 from runner_common.memory_need import MemoryNeed
 from runner_common.model_directory import DEFAULT_CONTEXT, ModelDirectory
+from runner_server.adapter.casting import casting_notes
 from runner_server.adapter.exactness import Exactness
 from runner_server.adapter.kv import Probe, probe
 from runner_server.adapter.tokenizer_memory import tokenizer_memory
@@ -198,7 +199,7 @@ def make_plan(
         buffer_cache_bytes=buffers,
         token_bytes=sizes.token_bytes,
         pair_bytes=sizes.pair_bytes,
-        warnings=(*directory.notes, *exactness.warnings(context)),
+        warnings=(*directory.notes, *exactness.warnings(context), *casting_notes(model)),
     )
 
 
