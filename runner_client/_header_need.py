@@ -62,7 +62,8 @@ def need_from_headers(request: NeedRequest) -> tuple[NeedAnswer, tuple[str, ...]
         has_default_prefix_cache=kept is None,
     )
     unknown = () if layers else ("KV cache not counted: config.json does not tell its size",)
-    return NeedAnswer(need, request.dtype, context, longest), (*unknown, *directory.notes)
+    answer = NeedAnswer(need, request.dtype, context, longest, request.parallel)
+    return answer, (*unknown, *directory.notes)
 
 
 def _working_bytes(held_bytes: int) -> int:

@@ -171,7 +171,7 @@ def estimate(
         dtype=cast("DType", answer.dtype),
         context_length=answer.context_length,
         model_context_length=answer.model_context_length,
-        parallel=parallel,
+        parallel=answer.parallel,
         file_bytes=sum(stored.tensor.nbytes for stored in directory.tensors.values()),
         notes=(located.note, *notes) if located.note else notes,
         **answer.need.as_dict(),

@@ -68,6 +68,7 @@ class NeedAnswer:
         dtype: The format of the weights that was counted; never ``"auto"``.
         context_length: Tokens of one sequence.
         model_context_length: What the model was made for, in tokens.
+        parallel: Sequences that were counted; 1 where the model does not take more.
         notes: Where the model's answers may differ from what its files say.
     """
 
@@ -75,6 +76,7 @@ class NeedAnswer:
     dtype: str
     context_length: int
     model_context_length: int
+    parallel: int
     notes: tuple[str, ...] = ()
 
 

@@ -42,7 +42,12 @@ def answer(request: NeedRequest) -> NeedAnswer:
     with kernels_of_this_run(checks=False):
         plan = plan_load(Path(request.path), spec)
     return NeedAnswer(
-        plan.need, plan.dtype.value, plan.context_length, plan.max_context_length, plan.warnings
+        need=plan.need,
+        dtype=plan.dtype.value,
+        context_length=plan.context_length,
+        model_context_length=plan.max_context_length,
+        parallel=plan.parallel,
+        notes=plan.warnings,
     )
 
 
@@ -65,6 +70,7 @@ def _values(request: NeedRequest) -> dict[str, Any]:
         "dtype": found.dtype,
         "context_length": found.context_length,
         "model_context_length": found.model_context_length,
+        "parallel": found.parallel,
         "notes": found.notes,
     }
 

@@ -127,7 +127,7 @@ class Estimator:
     def _estimate_as(self, path: Path, spec: LoadSpec, dtype: Dtype) -> Estimated:
         answer = _asked(path, replace(spec, dtype=dtype))
         decision = self._admission.compare(answer.need.required_bytes)
-        return Estimated(answer, decision, spec.parallel, answer.notes)
+        return Estimated(answer, decision, answer.parallel, answer.notes)
 
 
 def _asked(path: Path, spec: LoadSpec) -> NeedAnswer:

@@ -53,7 +53,9 @@ def extend(batch: Caches, rows: Sequence[Caches], capacity: int) -> None:
         if isinstance(layer, SlotCache):
             layer.add(added, capacity)
         else:
-            layer.extend(side_by_side(added))
+            other = side_by_side(added)
+            _level([layer, other])
+            layer.extend(other)
 
 
 def keep(batch: Caches, places: Sequence[int]) -> None:
@@ -256,7 +258,22 @@ def _is_plain(cache: Any) -> bool:
 
 def side_by_side(layers: Sequence[Any]) -> Any:
     """The caches of rows beside each other as mlx_lm has them; copied when a row comes or goes."""
+    _level(layers)
     return layers[0].merge(list(layers))
+
+
+def _level(caches: Sequence[Any]) -> None:
+    """Gives states that are the last few tokens (n-grams) one length: zeros before the first.
+
+    mlx_lm would spread the shorter one over all places. The model takes zeros for missing tokens.
+    """
+    for place in range(min(len(getattr(cache, "cache", ())) for cache in caches)):
+        tables = [cache for cache in caches if cache[place] is not None and cache[place].ndim == 2]
+        longest = max((cache[place].shape[1] for cache in tables), default=0)
+        for cache in tables:
+            missing = longest - cache[place].shape[1]
+            if missing:
+                cache[place] = mx.pad(cache[place], [(0, 0), (missing, 0)])
 
 
 def _joined(parts: Sequence[Pair | None]) -> Any:

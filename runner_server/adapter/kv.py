@@ -75,15 +75,16 @@ def probe(model: Module, prefill_chunk: int) -> Probe:
     load would keep each source tensor beside its converted copy.
 
     Raises:
-        ModelUnsupported: Its caches cannot be batched.
+        ModelUnsupported: It cannot be run on this device.
     """
     caches = make_prompt_cache(model)
-    unbatchable = {type(cache).__name__ for cache in caches if not hasattr(cache, "merge")}
-    if unbatchable:
+    try:
+        logits = model(mx.zeros((1, 1), dtype=mx.int32), cache=caches)
+    except Exception as error:
+        # Some layers call Metal kernels, and have no other way.
         raise ModelUnsupported(
-            f"caches of kind {', '.join(sorted(unbatchable))} cannot be decoded in a batch"
-        )
-    logits = model(mx.zeros((1, 1), dtype=mx.int32), cache=caches)
+            f"mlx_lm cannot run this kind of model on this device ({type(error).__name__}: {error})"
+        ) from error
     return Probe(int(logits.shape[-1]), tuple(_shapes(caches, prefill_chunk)))
 
 

@@ -40,6 +40,7 @@ from runner_server.adapter.names import build_model, dequantize_model
 from runner_server.adapter.planning import (
     PREFILL_CHUNK,
     Plan,
+    alone_warning,
     arrays,
     context_in_force,
     device_kind,
@@ -49,6 +50,7 @@ from runner_server.adapter.planning import (
 )
 from runner_server.adapter.rotary import settle_rope
 from runner_server.adapter.threads import fit_threads
+from runner_server.adapter.together import try_together
 from runner_server.adapter.trial import warm_up
 from runner_server.adapter.weight_files import WeightFiles
 from runner_server.admission import UNCHECKED, Admission
@@ -120,9 +122,19 @@ class MlxModel:
         return self._batch(self._prompts)
 
     def warm_up(self) -> None:
-        """Generates a token, so that kernels are compiled before the first user waits."""
+        """Tries the model, which also compiles kernels before the first user waits.
+
+        Rows that go wrong together run alone from then on.
+        """
+        info = self.info
         batch = self._batch(PrefixTree(self._pieces, 0))
-        warm_up(self._model, batch, self.info.vocab_size, self.info.dtype)
+        warm_up(self._model, batch, info.vocab_size, info.dtype)
+        if info.parallel == 1 or self._shard:
+            return
+        if why := try_together(self._model, self._pieces, info.vocab_size, info.parallel):
+            warning = alone_warning(info.architecture, why)
+            logger.warning("%s: %s", info.path, warning)
+            self.info = replace(info, parallel=1, warnings=(*info.warnings, warning))
 
     def _batch(self, prompts: PromptCache) -> MlxBatch:
         chunk = PREFILL_CHUNK[device_kind()]
@@ -392,7 +404,7 @@ def _describe(
         quantization_bits=int(quantization.get("bits", 0)) if held_quantized else 0,
         eos_token_ids=eos_token_ids,
         context_length=plan.context_length,
-        parallel=spec.parallel,
+        parallel=plan.parallel,
         limit_bytes=plan.limit_bytes,
         kv_budget_bytes=plan.kv_budget_bytes,
         prefix_cache_bytes=plan.need.prefix_cache_bytes,

@@ -24,6 +24,7 @@ from runner_server.adapter.exactness import Exactness
 from runner_server.adapter.kv import Probe, probe
 from runner_server.adapter.tokenizer_memory import tokenizer_memory
 from runner_server.adapter.working import (
+    RowsApartError,
     batch_prefill_bytes,
     decode_bytes,
     prefill_bytes,
@@ -79,6 +80,7 @@ class Plan:
         buffer_cache_bytes: The most that MLX keeps of freed buffers.
         token_bytes: What each token of a chunk takes while it is evaluated.
         pair_bytes: The same for each pair of it and a token that it sees.
+        parallel: Completions decoded together; 1 where the model does not take more.
         warnings: Where the model's answers may differ from what its files say.
     """
 
@@ -130,6 +132,7 @@ class Plan:
         return replace(
             spec,
             dtype=self.dtype,
+            parallel=self.parallel,
             context_length=self.context_length,
             prefix_cache_bytes=self.need.prefix_cache_bytes,
         )
@@ -159,8 +162,27 @@ def make_plan(
     Raises:
         InvalidField: The context is longer than the model can handle, or than is exact.
         InsufficientMemory: ``memory_limit_bytes`` is too small for one sequence.
-        ModelUnsupported: It cannot take several sequences at once, and is to.
+        ModelUnsupported: It cannot be run.
     """
+    try:
+        return _plan(spec, model, directory, exactness)
+    except RowsApartError as why:
+        warning = alone_warning(directory.configuration.model_type, str(why))
+    plan = _plan(replace(spec, parallel=1), model, directory, exactness)
+    return replace(plan, warnings=(*plan.warnings, warning))
+
+
+def alone_warning(model_type: str, why: str) -> str:
+    """Return what is said of a model whose completions run one after another."""
+    return (
+        f"completions run one after another, whatever `parallel` says: mlx_lm does not decode "
+        f"several sequences of a {model_type!r} model together rightly ({why})"
+    )
+
+
+def _plan(
+    spec: LoadSpec, model: Module, directory: ModelDirectory, exactness: Exactness
+) -> Plan:
     longest = directory.configuration.context_length
     context = context_in_force(spec, longest, exactness)
     seen = probe(model, PREFILL_CHUNK[device_kind()])

@@ -33,6 +33,17 @@ _GUESSED_VECTORS = 8
 
 _ODD_ROWS = (13, 17)
 
+_KNOWN_ALONE = {
+    "minimax_m3_vl": "its sparse attention counts padding when a text is longer than what it keeps",
+    "recurrent_gemma": "it computes the first token of a text otherwise than all others",
+}
+"""Modules of mlx_lm whose rows go wrong in a batch where no trial sees it, and why."""
+
+
+class RowsApartError(Exception):
+    """Rows of a model cannot be decoded together; says why."""
+
+
 _FEW = 16
 """Tokens after which every cache has all of its arrays."""
 
@@ -53,7 +64,9 @@ def prefill_bytes(model: Module, chunk: int, tokens: int) -> int:
 def batch_prefill_bytes(model: Module, rows: int, chunk: int) -> int:
     """Return what the first chunks of several prompts take when they are evaluated together."""
     one_by_one = [make_prompt_cache(model) for _ in range(rows)]
-    caches = [side_by_side(layers) for layers in zip(*one_by_one, strict=True)]
+    caches = one_by_one[0]
+    if rows > 1:
+        caches = [side_by_side(layers) for layers in zip(*one_by_one, strict=True)]
     return _traced(model, caches, rows, chunk, _evaluate_nothing)
 
 
@@ -93,7 +106,7 @@ def _costly(vocab_size: int) -> Sampling:
 
 
 def require_batches(model: Module) -> None:
-    """Refuse a model that cannot take several sequences at once.
+    """Tell a model that cannot take several sequences at once.
 
     With numbers of rows that no model has for its heads: where both are the same, masks of
     rows are taken for masks of heads without an error, and the answer is wrong.
@@ -102,8 +115,14 @@ def require_batches(model: Module) -> None:
         model: With lazy weights.
 
     Raises:
-        ModelUnsupported: It cannot.
+        RowsApartError: It cannot.
     """
+    name = type(model).__module__.rpartition(".")[2]
+    if name in _KNOWN_ALONE:
+        raise RowsApartError(_KNOWN_ALONE[name])
+    kinds = {type(cache) for cache in make_prompt_cache(model)}
+    if unmerged := sorted(kind.__name__ for kind in kinds if not hasattr(kind, "merge")):
+        raise RowsApartError(f"caches of kind {', '.join(unmerged)} cannot stand side by side")
     for rows in _ODD_ROWS:
         _require_runs(model, _filled(model, rows, 3), mx.zeros((rows, 1), dtype=mx.int32))
 
@@ -196,16 +215,14 @@ def _require_runs(model: Module, caches: Caches, tokens: mx.array) -> None:
     """Refuse a model that fails on what it would be given.
 
     Raises:
-        ModelUnsupported: It raises, for instance because it takes no rows of its own lengths.
+        RowsApartError: It raises where it is given several rows, of their own lengths.
+        ModelUnsupported: It raises where it is given one.
     """
     try:
         model(tokens, cache=caches)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         if tokens.shape[0] > 1:
-            raise ModelUnsupported(
-                "mlx_lm cannot decode several sequences of this kind of model together "
-                f"({type(error).__name__}: {error}); load it with parallel = 1"
-            ) from error
+            raise RowsApartError(f"{type(error).__name__}: {error}") from error
         raise ModelUnsupported(
             f"this model cannot be run ({type(error).__name__}: {error})"
         ) from error

@@ -17,7 +17,6 @@ from runner_server.adapter import MlxBackend  # noqa: E402
 from runner_server.adapter.loading import plan_load  # noqa: E402
 from runner_server.adapter.tokenizer_memory import tokenizer_memory  # noqa: E402
 from runner_server.backend import LoadedModel  # noqa: E402
-from runner_server.errors import ModelUnsupported  # noqa: E402
 from runner_server.messages import Dtype, LoadSpec, Sampling  # noqa: E402
 from tools.memory.models import scaled, write_model  # noqa: E402
 
@@ -60,12 +59,17 @@ def test_recurrent_states_are_counted(tmp_path: Path, model_type: str) -> None:
     assert eight.need.kv_bytes == 2 * four.need.kv_bytes > 0
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "internlm3"])
-def test_a_model_that_takes_no_batch_is_refused_by_name(tmp_path: Path, model_type: str) -> None:
+@pytest.mark.parametrize("model_type", ["gemma2", "internlm3", "llama4"])
+def test_a_model_that_takes_no_batch_is_planned_for_one_sequence(
+    tmp_path: Path, model_type: str
+) -> None:
     path = write_model(tmp_path, scaled(model_type))
-    with pytest.raises(ModelUnsupported, match="parallel = 1"):
-        plan_load(path, LoadSpec(str(path), parallel=2))
-    assert plan_load(path, LoadSpec(str(path), parallel=1)).need.kv_bytes > 0
+    several = plan_load(path, LoadSpec(str(path), parallel=4))
+    assert several.parallel == 1
+    assert any("one after another" in text and model_type in text for text in several.warnings)
+    one = plan_load(path, LoadSpec(str(path), parallel=1))
+    assert several.need == one.need
+    assert one.warnings == ()
 
 
 def test_layers_without_attention_are_kept_and_batched(tmp_path: Path, load: Load) -> None:

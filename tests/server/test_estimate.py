@@ -62,7 +62,8 @@ class Counter:
             raise error
         dtype = {"auto": "float32"}.get(request.dtype, request.dtype)
         need = STORED if dtype == "as_stored" else NEED
-        return NeedAnswer(need, dtype, request.context_length or 4096, 32768)
+        context = request.context_length or 4096
+        return NeedAnswer(need, dtype, context, 32768, request.parallel)
 
 
 @pytest.fixture
@@ -204,7 +205,7 @@ async def test_no_note_where_the_stored_format_is_the_usual_one(
     has: Callable[[int], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on Metal and CUDA."""
-    usual = NeedAnswer(NEED, "as_stored", 4096, 32768)
+    usual = NeedAnswer(NEED, "as_stored", 4096, 32768, 4)
     monkeypatch.setattr("runner_server.estimator.ask_need", lambda *_: usual)
     answer = await estimate(await has(GIB), tmp_path, dtype=pb.DTYPE_AUTO_OR_STORED)
     assert (answer.fits, answer.dtype, list(answer.notes)) == (False, "as_stored", [])
