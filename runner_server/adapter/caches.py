@@ -191,7 +191,7 @@ class CachePieces:
         pairs = zip(caches, self.cut_layers, strict=True)
         kept = [copy.deepcopy(cache) for cache, cut in pairs if not cut]
         for cache in kept:
-            cache.state = tree_map(_copied, cache.state)
+            _compact(cache)
         evaluate(kept)
         return kept
 
@@ -245,6 +245,15 @@ def _cut_pair(pair: Pair, start: int, end: int) -> Pair:
 
 def _is_floating(value: Any) -> bool:
     return isinstance(value, mx.array) and bool(mx.issubdtype(value.dtype, mx.floating))
+
+
+def _compact(cache: Any) -> None:
+    """Puts copies in place of its arrays, which may be parts of larger ones."""
+    if type(cache).state.fset:
+        cache.state = tree_map(_copied, cache.state)
+    else:
+        # Caches that a type brings along; what they hold are attributes.
+        vars(cache).update({name: _copied(value) for name, value in vars(cache).items()})
 
 
 def _copied(value: Any) -> Any:

@@ -12,6 +12,8 @@ from mlx.nn.layers.base import Module
 from runner_server.adapter.names import make_prompt_cache
 from runner_server.errors import ModelUnsupported
 
+_GROWTH_TOKENS = 64
+
 
 @dataclass(frozen=True)
 class CacheShape:
@@ -85,7 +87,31 @@ def probe(model: Module, prefill_chunk: int) -> Probe:
         raise ModelUnsupported(
             f"mlx_lm cannot run this kind of model on this device ({type(error).__name__}: {error})"
         ) from error
-    return Probe(int(logits.shape[-1]), tuple(_shapes(caches, prefill_chunk)))
+    shapes = list(_shapes(caches, prefill_chunk))
+    if own := [place for place, cache in enumerate(caches) if _is_own(cache)]:
+        shapes = _with_growth(model, caches, shapes, own)
+    return Probe(int(logits.shape[-1]), tuple(shapes))
+
+
+def _is_own(cache: Any) -> bool:
+    """Whether a type of model brings it along: mlx_lm's have one of these."""
+    return not any(hasattr(cache, name) for name in ("keys", "caches", "cache"))
+
+
+def _with_growth(
+    model: Module, caches: list[Any], shapes: list[CacheShape], own: list[int]
+) -> list[CacheShape]:
+    """Measure how much caches of unknown kind grow for each token, if their sizes are all known.
+
+    As if all of them kept growing so, which counts windows too high.
+    """
+    before = {place: int(caches[place].nbytes) for place in own}
+    model(mx.zeros((1, _GROWTH_TOKENS), dtype=mx.int32), cache=caches)
+    grown = list(shapes)
+    for place in own:
+        more = int(caches[place].nbytes) - before[place]
+        grown[place] = CacheShape(token_bytes=-(-more // _GROWTH_TOKENS), fixed_bytes=before[place])
+    return grown
 
 
 def _shapes(caches: list[Any], prefill_chunk: int) -> Iterator[CacheShape]:

@@ -15,7 +15,9 @@ from runner_server.messages import Token
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
 from runner_server.adapter.kv import probe  # noqa: E402
+from runner_server.adapter.names import load_model, make_prompt_cache  # noqa: E402
 from runner_server.adapter.planning import PREFILL_CHUNK, device_kind  # noqa: E402
+from tools.memory.models import scaled, write_model  # noqa: E402
 
 Load = Callable[..., LoadedModel]
 Build = Callable[..., Path]
@@ -87,3 +89,15 @@ def test_a_row_removed_while_its_prompt_is_evaluated(load: Load, model_dir: Buil
     batch.close()
     del batch
     assert mx.get_active_memory() <= before + 64 * 1024
+
+
+def test_caches_that_a_type_brings_along_are_seen_to_grow(tmp_path: Path) -> None:
+    """deepseek_v41's have neither keys nor a fixed size; they were counted as of one token."""
+    path = write_model(tmp_path, scaled("deepseek_v41"))
+    model, _ = load_model(path)
+    seen = probe(model, 128)
+    for tokens in (100, 400):
+        caches = make_prompt_cache(model)
+        model(mx.zeros((1, tokens), dtype=mx.int32), cache=caches)
+        held = sum(cache.nbytes for cache in caches)
+        assert held <= seen.kv_bytes(tokens) <= 3 * held

@@ -92,7 +92,7 @@ async def server(socket_dir: Path) -> AsyncIterator[Server]:
         yield Server(app, backend, channel, ready)
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "llama4", "recurrent_gemma"])
+@pytest.mark.parametrize("model_type", ["gemma2", "llama4", "recurrent_gemma", "deepseek_v41"])
 async def test_eight_at_once_are_answered_one_after_another(
     server: Server, tmp_path: Path, model_type: str
 ) -> None:
