@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
@@ -180,9 +179,7 @@ def alone_warning(model_type: str, why: str) -> str:
     )
 
 
-def _plan(
-    spec: LoadSpec, model: Module, directory: ModelDirectory, exactness: Exactness
-) -> Plan:
+def _plan(spec: LoadSpec, model: Module, directory: ModelDirectory, exactness: Exactness) -> Plan:
     longest = directory.configuration.context_length
     context = context_in_force(spec, longest, exactness)
     seen = probe(model, PREFILL_CHUNK[device_kind()])

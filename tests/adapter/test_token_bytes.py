@@ -134,7 +134,7 @@ def _is_sound(data: bytes) -> bool:
 @pytest.mark.parametrize("kind", KINDS)
 def test_alternatives_are_what_the_stream_would_show(kind: str) -> None:
     tokenizer = KINDS[kind]()
-    codec, size = FastCodec(tokenizer, None), tokenizer.get_vocab_size()
+    codec, size = FastCodec(tokenizer, [], None), tokenizer.get_vocab_size()
     prompt = [tokenizer.token_to_id("a")]
     draw = random.Random(4)  # noqa: S311 - no secret
     for _ in range(200):
