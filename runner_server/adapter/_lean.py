@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import resource
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -60,9 +61,11 @@ def _stand_ins() -> Iterator[None]:
     shells = {_TOKENIZERS: _tokenizers_shell(), _HUB: _hub_shell()}
     placed = {name: shell for name, shell in shells.items() if name not in sys.modules}
     sys.modules.update(placed)
+    sys.modules[resource.__name__] = _resource_shell()
     try:
         yield
     finally:
+        sys.modules[resource.__name__] = resource
         for name in placed:
             del sys.modules[name]
 
@@ -77,6 +80,18 @@ def _tokenizers_shell() -> ModuleType:
 def _hub_shell() -> ModuleType:
     shell = ModuleType(_HUB)
     vars(shell).update(snapshot_download=_deferred(_HUB, "snapshot_download"))
+    return shell
+
+
+def _resource_shell() -> ModuleType:
+    """Return ``resource`` without its way to change limits.
+
+    ``mlx_lm.utils`` sets that of open files to 2,048, at most 4,096, when it is imported. That
+    raises where the process may not raise its limit (``ulimit -n 256``), and lowers it where it
+    was higher, for a server that has a file for each connection.
+    """
+    shell = ModuleType(resource.__name__)
+    vars(shell).update(vars(resource), setrlimit=lambda *_limits: None)
     return shell
 
 

@@ -37,6 +37,9 @@ PIECE_BYTES = 8 * 2**20
 _READERS = 4
 """Threads that read the pieces of large tensors. MLX has as many of its own for small ones."""
 
+_MOST_OPEN = 64
+"""Files that stay open: a model may have hundreds, and a process may be allowed 256."""
+
 _UNUSED_SECONDS, _UNUSED_POLL_SECONDS = 1.0, 0.001
 
 _ATTRIBUTE = "_weight_files"
@@ -54,7 +57,7 @@ class WeightFiles:
         self._read: list[weakref.ref[TensorStream]] = []
         self._was_read: set[str] = set()
         self._given: dict[str, weakref.ref[TensorStream]] = {}
-        self._open: list[_OpenFile] = []
+        self._open: list[_WeightFile] = []
         self._on_read: OnRead | None = None
         self._pool: ThreadPoolExecutor | None = None
 
@@ -76,7 +79,7 @@ class WeightFiles:
             OSError: The file cannot be opened.
             ValueError: It has a tensor that MLX cannot hold.
         """
-        file = _OpenFile(path)
+        file = _WeightFile(path, keep_open=len(self._open) < _MOST_OPEN)
         self._open.append(file)
         fill = partial(self._fill, file)
         streams = [TensorStream(tensor, fill) for tensor in file.tensors]
@@ -143,7 +146,7 @@ class WeightFiles:
         if fault is not None:
             raise fault
 
-    def _fill(self, file: _OpenFile, stream: TensorStream, memory: memoryview) -> None:
+    def _fill(self, file: _WeightFile, stream: TensorStream, memory: memoryview) -> None:
         """Read a tensor's bytes, on a thread of MLX; never raises."""
         self._read.append(weakref.ref(stream))
         tensor = stream.tensor
@@ -159,7 +162,9 @@ class WeightFiles:
         except RuntimeError as error:  # no thread can be started
             self._fail(error)
 
-    def _fill_piece(self, file: _OpenFile, tensor: Tensor, memory: memoryview, start: int) -> None:
+    def _fill_piece(
+        self, file: _WeightFile, tensor: Tensor, memory: memoryview, start: int
+    ) -> None:
         if self._is_stopped:
             return
         try:
@@ -191,22 +196,31 @@ class WeightFiles:
             self._fault = self._fault or error
 
 
-class _OpenFile:
-    """A weight file, open until its last tensor is read or dropped.
+class _WeightFile:
+    """A weight file, open until its last tensor is read or dropped, or else while it is read.
 
     Args:
         path: Where it is.
+        keep_open: Whether it stays open, so that it is read as it was even if it is replaced.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, keep_open: bool) -> None:
         self._path = Path(path)
-        self._number = os.open(path, os.O_RDONLY)
-        with open(self._number, "rb", closefd=False) as file:
-            self.tensors = parse_header(file, self._path)
+        self._kept: int | None = None
+        number = os.open(path, os.O_RDONLY)
+        try:
+            with open(number, "rb", closefd=False) as file:
+                self.tensors = parse_header(file, self._path)
+            self._identity = _identity(number)
+            if keep_open:
+                self._kept = number
+        finally:
+            if self._kept is None:
+                os.close(number)
 
     def __del__(self) -> None:
-        if hasattr(self, "_number"):
-            os.close(self._number)
+        if getattr(self, "_kept", None) is not None:
+            os.close(cast("int", self._kept))
 
     def read(self, tensor: Tensor, start: int, memory: memoryview) -> None:
         """Fill memory with a tensor's bytes from ``start`` on.
@@ -214,12 +228,27 @@ class _OpenFile:
         Raises:
             ModelUnsupported: They cannot be read, or are no longer there.
         """
+        if self._kept is not None:
+            self._read_from(self._kept, tensor, start, memory)
+            return
+        try:
+            number = os.open(self._path, os.O_RDONLY)
+        except OSError as error:
+            raise self._unreadable(tensor, f"cannot be opened ({error.strerror}) for") from error
+        try:
+            if _identity(number) != self._identity:
+                raise self._unreadable(tensor, "is another file now, and cannot be used for")
+            self._read_from(number, tensor, start, memory)
+        finally:
+            os.close(number)
+
+    def _read_from(self, number: int, tensor: Tensor, start: int, memory: memoryview) -> None:
         position, end = tensor.position + start, tensor.position + start + len(memory)
         try:
             while position < end:
-                count = os.preadv(self._number, [memory[position - end :]], position)
+                count = os.preadv(number, [memory[position - end :]], position)
                 if not count:
-                    size = os.fstat(self._number).st_size
+                    size = os.fstat(number).st_size
                     raise self._unreadable(tensor, f"has only {size} bytes now, too few for")
                 position += count
         except OSError as error:
@@ -232,3 +261,9 @@ class _OpenFile:
             "while it was read; download it again, or check the disk",
             model=str(self._path.parent),
         )
+
+
+def _identity(number: int) -> tuple[int, ...]:
+    """Return what tells an open file from another one of its name, and from its later self."""
+    found = os.fstat(number)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

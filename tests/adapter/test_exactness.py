@@ -1,0 +1,303 @@
+"""What a model's files say is computed, or the model is refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from likely import assert_alike
+from rows import GREEDY, Row, run_rows
+from runner_server.backend import LoadedModel
+from runner_server.errors import InvalidField, ModelUnsupported
+
+mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+
+from runner_server.adapter.rotary import settle_rope  # noqa: E402 - after importorskip
+from runner_server.messages import TokenLogprob  # noqa: E402
+
+Load = Callable[..., LoadedModel]
+Build = Callable[..., Path]
+PROMPT = [(37 * i + 11) % 500 + 1 for i in range(100)]
+
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default", "rope_theta": 5e5},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 5e5,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "linear": {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 5e5, "factor": 4.0},
+}
+
+
+def changed(source: Path, target: Path, *drop: str, **settings: Any) -> Path:
+    """A copy of a model with another configuration."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text()) | settings
+    kept = {key: value for key, value in config.items() if key not in drop}
+    (target / "config.json").write_text(json.dumps(kept))
+    return target
+
+
+def answer(model: LoadedModel, prompt: list[int] = PROMPT) -> list[TokenLogprob]:
+    row = Row(prompt, 4, GREEDY.__class__(temperature=0, logprobs=20))
+    batch = model.new_batch()
+    run_rows(batch, [row])
+    batch.close()
+    return row.logprobs
+
+
+@pytest.mark.parametrize("kind", ROPES)
+@pytest.mark.parametrize("type_", ["llama", "mistral", "qwen3"])
+def test_rope_parameters_mean_what_the_older_names_mean(
+    load: Load, model_dir: Build, tmp_path: Path, type_: str, kind: str
+) -> None:
+    source, rope = model_dir("qwen3" if type_ == "qwen3" else "llama"), ROPES[kind]
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    older = {"rope_theta": 5e5, "rope_scaling": None if kind == "default" else scaling}
+    old = changed(source, tmp_path / "old", model_type=type_, **older)
+    new = changed(source, tmp_path / "new", "rope_theta", model_type=type_, rope_parameters=rope)
+    right = answer(load(old))
+    assert_alike(answer(load(new)), right, tolerance=1e-6)
+    plain = answer(load(changed(source, tmp_path / "plain", model_type=type_)))
+    assert abs(plain[0].logprob - right[0].logprob) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"hidden_act": "made_up"}, "hidden_act = 'made_up'"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ({"logits_scaling": 8.0}, "logits_scaling"),
+        ({"embedding_multiplier": 12.0}, "embedding_multiplier"),
+        ({"residual_multiplier": 0.2}, "residual_multiplier"),
+        ({"query_pre_attn_scalar": 17}, "query_pre_attn_scalar"),
+    ],
+)
+def test_a_setting_that_would_go_unused_is_refused_by_name(
+    load: Load, model_dir: Build, tmp_path: Path, settings: dict[str, Any], named: str
+) -> None:
+    path = changed(model_dir(), tmp_path / "m", **settings)
+    with pytest.raises(ModelUnsupported, match=named) as caught:
+        load(path)
+    assert caught.value.metadata == {"model": str(path)}
+    warnings = load(path, allow_inexact=True).info.warnings
+    assert any(named in warning for warning in warnings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"hidden_act": "silu"},
+        {"hidden_act": "swish"},
+        {"final_logit_softcapping": None},
+        {"logits_scaling": 1.0},
+        {"query_pre_attn_scalar": 16},
+        {"sliding_window": None},
+        {"sliding_window": 16, "use_sliding_window": False},
+        {"sliding_window": 4096},
+        {"attention_dropout": 0.1, "initializer_range": 0.02, "pretraining_tp": 1},
+    ],
+)
+def test_a_neutral_value_is_not_mentioned(
+    load: Load, model_dir: Build, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    assert load(changed(model_dir(), tmp_path / "m", **settings)).info.warnings == ()
+
+
+def test_an_ignored_window_bounds_the_context(load: Load, model_dir: Build, tmp_path: Path) -> None:
+    path = changed(model_dir(), tmp_path / "m", model_type="mistral", sliding_window=64)
+    info = load(path).info
+    assert info.context_length == 64
+    assert info.max_context_length == 2048
+    assert any("sliding_window = 64" in warning for warning in info.warnings)
+    with pytest.raises(InvalidField) as caught:
+        load(path, context_length=65)
+    ((field, text),) = caught.value.violations
+    assert field == "context_length"
+    assert "sliding_window = 64" in text
+    longer = load(path, context_length=65, allow_inexact=True).info
+    assert longer.context_length == 65
+    assert any("more than 64 tokens" in warning for warning in longer.warnings)
+
+
+def test_windows_of_named_layers_are_used(load: Load, model_dir: Build, tmp_path: Path) -> None:
+    kinds = ["full_attention", "sliding_attention"]
+    path = changed(model_dir(), tmp_path / "m", layer_types=kinds, sliding_window=16)
+    model = load(path)
+    assert (model.info.context_length, model.info.warnings) == (2048, ())
+
+
+@pytest.mark.parametrize("said", [True, None])
+def test_an_output_layer_of_its_own_is_used(
+    load: Load, model_dir: Build, tmp_path: Path, said: bool | None
+) -> None:
+    right = load(model_dir(tie_word_embeddings=False))
+    path = changed(model_dir(tie_word_embeddings=False), tmp_path / "m", "tie_word_embeddings")
+    if said is not None:
+        path = changed(path, tmp_path / "n", tie_word_embeddings=said)
+    model = load(path)
+    assert_alike(answer(model), answer(right), tolerance=1e-6)
+    assert any("lm_head.weight" in text for text in model.info.warnings) == (said is True)
+
+
+def add_tensor(path: Path, name: str, dtype: Any = None) -> None:
+    weights = mx.load(str(path / "model.safetensors"))
+    mx.eval(weights)
+    weights[name] = mx.ones((4, 4)).astype(dtype or mx.float32)
+    mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "lm_head.weight",
+    ],
+)
+def test_a_tensor_that_is_of_no_use_may_be_dropped(
+    load: Load, model_dir: Build, tmp_path: Path, name: str
+) -> None:
+    path = changed(model_dir(), tmp_path / "m")
+    if name == "lm_head.weight":
+        weights = mx.load(str(path / "model.safetensors"))
+        mx.eval(weights)
+        weights[name] = weights["model.embed_tokens.weight"] + 0
+        mx.save_safetensors(str(path / "model.safetensors"), weights)
+    else:
+        add_tensor(path, name)
+    assert load(path).info.warnings == ()
+
+
+def test_a_tensor_that_mlx_lm_drops_is_named(load: Load, tmp_path: Path) -> None:
+    from tools.memory.catalog import CONFIGS
+    from tools.memory.models import write_model
+
+    path = write_model(tmp_path / "m", CONFIGS["ernie4_5_moe"])
+    load(path)
+    add_tensor(path, "model.layers.1.mlp.moe_statics.e_score_correction_bias")
+    with pytest.raises(ModelUnsupported, match=r"e_score_correction_bias.* would not be used"):
+        load(path)
+
+
+def test_small_floats_that_would_be_read_as_integers_are_refused(
+    load: Load, model_dir: Build, tmp_path: Path
+) -> None:
+    path = changed(model_dir(), tmp_path / "m")
+    file = path / "model.safetensors"
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header.pop("__metadata__", None)
+    # Every byte of it stays: four times as many numbers in the type of 8 bits.
+    name = "model.layers.0.mlp.up_proj.weight"
+    start, _ = header[name]["data_offsets"]
+    rows, columns = header[name]["shape"]
+    parts = {other: entry for other, entry in header.items() if other != name}
+    body = bytearray()
+    for entry in parts.values():
+        first, last = entry["data_offsets"]
+        entry["data_offsets"] = [len(body), len(body) + last - first]
+        body += data[8 + size + first : 8 + size + last]
+    parts[name] = {
+        "dtype": "F8_E4M3",
+        "shape": [rows, columns],
+        "data_offsets": [len(body), len(body) + rows * columns],
+    }
+    body += data[8 + size + start : 8 + size + start + rows * columns]
+    text = json.dumps(parts).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + body)
+    with pytest.raises(ModelUnsupported, match=r"up_proj\.weight is stored as 8-bit floats"):
+        load(path)
+
+
+def test_missing_settings_are_named(load: Load, model_dir: Build, tmp_path: Path) -> None:
+    path = changed(model_dir(), tmp_path / "m", "rms_norm_eps", "intermediate_size")
+    with pytest.raises(ModelUnsupported, match=r"lacks intermediate_size, rms_norm_eps"):
+        load(path)
+
+
+LONG: dict[str, Any] = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [1.0 + 2.0 * i for i in range(8)],
+    "original_max_position_embeddings": 128,
+}
+
+
+def rope_of(model: LoadedModel) -> Any:
+    inner: Any = model
+    return inner._model.model.layers[0].self_attn.rope
+
+
+def test_short_sequences_take_the_short_factors(
+    load: Load, model_dir: Build, tmp_path: Path
+) -> None:
+    path = changed(model_dir(), tmp_path / "m", rope_scaling=LONG, max_position_embeddings=256)
+    model = load(path)
+    assert model.info.context_length == 128
+    wavelengths = [10_000.0 ** (2 * i / 16) for i in range(8)]
+    short = [f * w for f, w in zip(LONG["short_factor"], wavelengths, strict=True)]
+    assert rope_of(model)._freqs.tolist() == pytest.approx(short, rel=1e-6)
+    long = [f * w for f, w in zip(LONG["long_factor"], wavelengths, strict=True)]
+    with pytest.raises(InvalidField):
+        load(path, context_length=256)
+    longer = load(path, context_length=256, allow_inexact=True)
+    assert rope_of(longer)._freqs.tolist() == pytest.approx(long, rel=1e-6)
+
+
+def yarn_frequencies(scaling: Mapping[str, Any], base: float, dims: int) -> list[float]:
+    """``_compute_yarn_parameters`` of transformers, as wavelengths over 2 pi."""
+
+    def dimension(rotations: float) -> float:
+        original = scaling["original_max_position_embeddings"]
+        return dims * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = dimension(32), dimension(1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dims - 1)
+    found = []
+    for i in range(dims // 2):
+        ramp = min(1.0, max(0.0, (i - low) / (high - low)))
+        plain = base ** (-2 * i / dims)
+        found.append(1 / (plain / scaling["factor"] * ramp + plain * (1 - ramp)))
+    return found
+
+
+@pytest.mark.parametrize("truncate", [True, False, None])
+@pytest.mark.parametrize("attention_factor", [1.3, None])
+def test_yarn_takes_all_of_its_settings(
+    load: Load, model_dir: Build, tmp_path: Path, truncate: bool | None, attention_factor: float
+) -> None:
+    scaling = {**ROPES["yarn"], "original_max_position_embeddings": 256, "truncate": truncate}
+    rope = {key: value for key, value in scaling.items() if value is not None}
+    rope["attention_factor"] = attention_factor
+    model = load(changed(model_dir(), tmp_path / "m", rope_parameters=rope))
+    found = rope_of(model)
+    assert found._freqs.tolist() == pytest.approx(yarn_frequencies(rope, 5e5, 16), rel=1e-5)
+    assert found.mscale == pytest.approx(attention_factor or 0.1 * math.log(4) + 1)
+
+
+def test_nothing_is_corrected_without_scaling(load: Load, model_dir: Build) -> None:
+    model: Any = load(model_dir())
+    settle_rope(model._model, {"rope_scaling": None, "head_dim": 16}, 100)
+    assert (rope_of(model).dims, rope_of(model).scale) == (16, 1.0)
