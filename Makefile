@@ -24,6 +24,8 @@ SMG_VENV := .venv-bench-smg
 SMG_PACKAGES := smg-grpc-servicer==0.14.1 smg-grpc-proto==0.4.28 'mlx-lm<0.32'
 SMG_PACKAGES += $(if $(filter server,$(EXTRA)),mlx,'mlx[$(EXTRA)]')
 
+PARITY_VENV := .venv-parity
+
 .PHONY: help
 help: ## Print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -93,6 +95,12 @@ bench-quick: $(VENV)/.installed-bench $(SMG_VENV)/.installed ## The same in five
 memory: $(VENV)/.installed-dev ## Hold the peak of runners against their estimates: SET=shaped, quick, types or formats
 	@$(BIN)/python -m tools.memory $(or $(SET),shaped) $(ARGS)
 
+.PHONY: parity
+parity: $(VENV)/.installed-dev $(PARITY_VENV)/.installed ## Hold models saved by transformers against its own answers
+	@out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; \
+	$(PARITY_VENV)/bin/python -m tools.parity.contender "$$out"; \
+	$(BIN)/python -m tools.parity "$$out" docs/transformers.md
+
 .PHONY: soak
 soak: $(VENV)/.installed-bench ## Drive a runner at twice its capacity for MINUTES (default 30), and judge it
 	@$(BIN)/python -m soak --minutes $(or $(MINUTES),30) $(ARGS)
@@ -125,7 +133,7 @@ smg: $(VENV)/.installed-smg ## Put two runners behind the SMG gateway, and ask i
 
 .PHONY: clean
 clean: ## Remove environments and caches
-	rm -rf .venv .venv-proto .venv-floor $(SMG_VENV) $(TOOLS) bench/.cache bench/.scratch soak/.scratch docs/_build
+	rm -rf .venv .venv-proto .venv-floor $(SMG_VENV) $(PARITY_VENV) $(TOOLS) bench/.cache bench/.scratch soak/.scratch docs/_build
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
 	git clean -fdXq tests/interop/clients examples
 
@@ -168,6 +176,12 @@ $(SMG_VENV)/.installed: Makefile
 	$(PYTHON) -m venv --clear $(SMG_VENV)
 	@if $(SMG_VENV)/bin/pip install --quiet $(SMG_PACKAGES); then touch $@; \
 	  else echo "SMG cannot be installed here; the benchmark goes on without it" >&2; fi
+
+# Another library to compare with: PyTorch takes 2 GB, and this project never imports it.
+$(PARITY_VENV)/.installed: Makefile
+	$(PYTHON) -m venv --clear $(PARITY_VENV)
+	$(PARITY_VENV)/bin/pip install --quiet torch transformers numpy
+	@touch $@
 
 $(PROTO_VENV)/.installed: Makefile
 	$(PYTHON) -m venv --clear $(PROTO_VENV)

@@ -18,6 +18,11 @@ _FIXED: dict[str, dict[str, Any]] = {
 }
 """Settings that had one value in every model of a type, and are no longer written."""
 
+_LAYER_NAMES = {
+    "granitemoehybrid": {"linear_attention": "mamba", "full_attention": "attention"},
+}
+"""What transformers 5 calls the layers of a type, and mlx_lm its own way."""
+
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -34,10 +39,19 @@ def with_aliases(config: Mapping[str, Any]) -> dict[str, Any]:
             values.update({name: said for name in names if values.get(name) is None})
     for name, value in _FIXED.get(str(values.get("model_type")), {}).items():
         values.setdefault(name, value)
+    _rename_layers(values)
+    if values.get("model_type") == "mamba2" and "expand" in values:
+        values.setdefault("intermediate_size", values["expand"] * values["hidden_size"])
     _add_head_size(values)
     _add_pattern(values)
     values.setdefault("rope_scaling", None)
     return values
+
+
+def _rename_layers(values: dict[str, Any]) -> None:
+    renamed, kinds = _LAYER_NAMES.get(str(values.get("model_type"))), values.get("layer_types")
+    if renamed and isinstance(kinds, list):
+        values["layer_types"] = [renamed.get(kind, kind) for kind in kinds]
 
 
 def _add_head_size(values: dict[str, Any]) -> None:

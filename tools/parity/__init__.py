@@ -1,0 +1,1 @@
+"""Models saved by transformers: this runner gives the same log probabilities, or refuses."""

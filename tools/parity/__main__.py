@@ -1,0 +1,115 @@
+"""``python -m tools.parity FOLDER PAGE``: load what transformers saved, and compare the answers.
+
+The folder is what ``contender.py`` wrote. The page gets a row for each model: the largest
+difference of the twenty most likely log probabilities, or why the model was refused. Exits with
+1 where a model answers otherwise without a word.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import platform
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from runner_client import Options, RunnerClient, RunnerError
+from tools.parity.serving import server
+
+TOLERANCE = 2e-3
+"""In nats. float32 on both sides differed by at most 1e-4 where the computation is the same."""
+
+_TOP = 20
+_NOTE_CHARS = 200
+
+_HEAD = """# Models saved by transformers
+
+Tiny models with random weights, saved by `save_pretrained` of transformers and loaded as they are;
+the answer to one prompt of 48 tokens is held against that of transformers, in float32 on both
+sides. `same`: the twenty most likely log probabilities differ by less than 0.002 nats. `refused`:
+the load, or a prompt beyond the length up to which the model is exact, is refused with the reason
+beside it. `warned`: the answer differs, and `Model.warnings` says so. An answer that differs
+without a word fails `make parity`, which writes this page.
+
+{date}, transformers {transformers}, mlx_lm {mlx_lm}, mlx {mlx}, {machine}, on its CPU: {told}.
+
+| model | verdict | nats | |
+|---|---|---|---|
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model.
+
+    Attributes:
+        name: Its case.
+        verdict: ``"same"``, ``"refused"``, ``"warned"``, ``"not written"`` or
+            ``"DIFFERS"``.
+        difference: Largest difference of a log probability, in nats.
+        note: Warnings or the reason.
+    """
+
+    name: str
+    verdict: str
+    difference: float | None = None
+    note: str = ""
+
+    def __str__(self) -> str:
+        difference = "" if self.difference is None else f"{self.difference:.1e}"
+        note = " ".join(self.note.split())
+        note = note if len(note) <= _NOTE_CHARS else f"{note[:_NOTE_CHARS]}..."
+        return f"| {self.name} | {self.verdict} | {difference} | {note} |"
+
+
+def compare(client: RunnerClient, folder: Path) -> Row:
+    """Load one model, and hold its answer against the one of transformers."""
+    if (folder / "problem.txt").exists():
+        return Row(folder.name, "not written", note=(folder / "problem.txt").read_text())
+    expected = json.loads((folder / "expected.json").read_text())
+    try:
+        model = client.load(str(folder), parallel=1).model
+        options = Options(temperature=0, num_predict=1)
+        answer = client.complete(expected["prompt"], options=options, logprobs=_TOP)
+    except RunnerError as error:
+        return Row(folder.name, "refused", note=str(error).replace(f"{folder} ", ""))
+    top = answer.logprobs[0].top
+    difference = max(abs(each.logprob - expected["logprobs"][each.token_id]) for each in top)
+    verdict = "same" if difference < TOLERANCE else "warned" if model.warnings else "DIFFERS"
+    return Row(folder.name, verdict, difference, "; ".join(model.warnings))
+
+
+def main() -> int:
+    """Compare all models below a folder, and write the page; returns the exit code."""
+    root, page = Path(sys.argv[1]), Path(sys.argv[2])
+    rows = []
+    with server() as client:
+        for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+            rows.append(compare(client, folder))
+            print(rows[-1], flush=True)  # noqa: T201 - progress
+    page.write_text(_page(rows, root), encoding="utf-8")
+    return int(any(row.verdict == "DIFFERS" for row in rows))
+
+
+def _page(rows: list[Row], root: Path) -> str:
+    counts = Counter(row.verdict for row in rows)
+    releases = {
+        json.loads(file.read_text())["transformers"] for file in root.glob("*/expected.json")
+    }
+    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+    head = _HEAD.format(
+        told=told,
+        date=dt.datetime.now(tz=dt.UTC).date(),
+        transformers=", ".join(sorted(releases)),
+        mlx_lm=version("mlx-lm"),
+        mlx=version("mlx"),
+        machine=f"{platform.system()} {platform.machine()}",
+    )
+    return head + "\n".join(map(str, rows)) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
