@@ -29,7 +29,7 @@ are shorter than the window of most recurrent states."""
 
 _TOLERANCE = 0.01
 """For float32 on a CPU; in standard deviations. Rounding made at most 7e-6 (OpenBLAS, models of
-100 M, trained and random); the wrong ones of mlx_lm's types 0.05 to 3."""
+100 M, trained and random), an offset that counts padding (afm7) 0.4."""
 
 _TOLERANCE_16_BITS = 0.25
 """For other formats, and for GPUs, which multiply float32 in fewer bits. On a CPU rounding makes
