@@ -101,6 +101,10 @@ parity: $(VENV)/.installed-dev $(PARITY_VENV)/.installed ## Hold models saved by
 	$(PARITY_VENV)/bin/python -m tools.parity.contender "$$out"; \
 	$(BIN)/python -m tools.parity "$$out" docs/transformers.md
 
+.PHONY: models
+models: $(VENV)/.installed-dev ## Hold answers against mlx_lm's for every type of model: SET=all, quick, or names
+	@$(BIN)/python -m tools.models $(or $(SET),all) $(if $(SET),,--write docs/models.md) $(ARGS)
+
 .PHONY: soak
 soak: $(VENV)/.installed-bench ## Drive a runner at twice its capacity for MINUTES (default 30), and judge it
 	@$(BIN)/python -m soak --minutes $(or $(MINUTES),30) $(ARGS)

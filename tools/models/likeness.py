@@ -1,0 +1,43 @@
+"""Whether two generations are alike, where near-ties may make their tokens differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from runner_server.messages import TokenLogprob
+
+TOLERANCE = 2e-3
+"""Natural logarithms: what rounding makes in float32, with room."""
+
+_LEAST_COMMON = 0.75
+"""Of the most likely ids; rounding moves those at the end of the list out of it."""
+
+
+def difference(
+    some: Sequence[TokenLogprob], others: Sequence[TokenLogprob], tolerance: float = TOLERANCE
+) -> str | None:
+    """Compare log probabilities up to the first token that differs, which must be a near-tie.
+
+    Returns:
+        What differs, in words; None if nothing does.
+    """
+    if len(some) != len(others):
+        return f"{len(some)} tokens, not {len(others)}"
+    for place, (a, b) in enumerate(zip(some, others, strict=True)):
+        found = _at_one_place(a, b)
+        if found > tolerance:
+            return f"log probabilities differ by {found:.2g} at token {place}"
+        if a.token_id != b.token_id:
+            break
+    return None
+
+
+def _at_one_place(a: TokenLogprob, b: TokenLogprob) -> float:
+    values, same = dict(a.top), dict(b.top)
+    common = set(values) & set(same)
+    if len(common) < _LEAST_COMMON * len(values):
+        return float("inf")
+    largest = max((abs(values[id_] - same[id_]) for id_ in common), default=0.0)
+    if a.token_id != b.token_id:
+        return max(largest, abs(a.logprob - b.logprob))
+    return largest
