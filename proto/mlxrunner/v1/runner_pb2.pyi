@@ -1403,8 +1403,10 @@ class TokenizeRequest(_message.Message):
     content: _builtins.str
     """The text. May be empty."""
     add_special_tokens: _builtins.bool
-    """Whether to add what a prompt of `Completion` gets (a beginning-of-text
-    token, for instance). With false, `Detokenize` gives the text back.
+    """Whether to add what a prompt of `Completion` gets: what the tokenizer puts
+    before a text (a beginning-of-text token, for instance), unless the text
+    begins with it, and nothing behind it. With false, `Detokenize` gives the
+    text back, up to what the tokenizer's own normalization changes.
     """
     def __init__(
         self,

@@ -225,8 +225,8 @@ class RunnerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Splits text into the model's token ids. Runs beside completions without
-        delaying them.
+        """Splits text into the model's token ids, as its `tokenizer.json` says. Runs
+        beside completions without delaying them.
 
         Errors:
         - INVALID_ARGUMENT / INVALID_FIELD: the text has more than 1,000,000 tokens

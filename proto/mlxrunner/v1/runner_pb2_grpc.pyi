@@ -186,8 +186,8 @@ class RunnerServiceStub:
       has none or another one; send the right one.
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_runner_pb2.TokenizeRequest, _runner_pb2.TokenizeResponse]
-    """Splits text into the model's token ids. Runs beside completions without
-    delaying them.
+    """Splits text into the model's token ids, as its `tokenizer.json` says. Runs
+    beside completions without delaying them.
 
     Errors:
     - INVALID_ARGUMENT / INVALID_FIELD: the text has more than 1,000,000 tokens
@@ -334,8 +334,8 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
       has none or another one; send the right one.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_runner_pb2.TokenizeRequest, _runner_pb2.TokenizeResponse]  # type: ignore[assignment]
-    """Splits text into the model's token ids. Runs beside completions without
-    delaying them.
+    """Splits text into the model's token ids, as its `tokenizer.json` says. Runs
+    beside completions without delaying them.
 
     Errors:
     - INVALID_ARGUMENT / INVALID_FIELD: the text has more than 1,000,000 tokens
@@ -521,8 +521,8 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _runner_pb2.TokenizeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_runner_pb2.TokenizeResponse, _abc.Awaitable[_runner_pb2.TokenizeResponse]]:
-        """Splits text into the model's token ids. Runs beside completions without
-        delaying them.
+        """Splits text into the model's token ids, as its `tokenizer.json` says. Runs
+        beside completions without delaying them.
 
         Errors:
         - INVALID_ARGUMENT / INVALID_FIELD: the text has more than 1,000,000 tokens

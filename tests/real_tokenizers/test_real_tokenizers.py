@@ -1,0 +1,154 @@
+"""Tokenizers of real models, held to the tokenizers library alone and to SentencePiece."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import unicodedata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+
+from tokenizers import Tokenizer
+
+from real_tokenizers.fetch import CACHE, MISTRAL_MODELS, NPM
+from real_tokenizers.hard_texts import hard_texts, plain_texts
+from runner_server.adapter.codec import FastCodec, load_codec
+from runner_server.text import StreamDecoder
+
+sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+
+TEXTS = hard_texts()
+PLAIN_TEXTS = plain_texts()
+CONFIG = {"model_type": "llama", "eos_token_id": 1}
+
+PREFIXES = {"llama2": [1], "llama3_1": [128_000], "gemma3": [2], "deepseek_v3": [0]}
+"""What a prompt begins with; the other files put nothing before a text."""
+
+CLASSES = ["GPT2Tokenizer", "LlamaTokenizer", "Qwen2Tokenizer", "GemmaTokenizer"]
+
+GEMMA_SECONDS = 2.0
+
+
+def _directory(name: str) -> Path:
+    if not (CACHE / name).is_dir():
+        pytest.skip(f"{name} is not fetched: `make tokenizers` does it")
+    return CACHE / name
+
+
+@pytest.fixture(scope="module", params=NPM)
+def name(request: pytest.FixtureRequest) -> str:
+    """The name of a tokenizer that has a tokenizer.json."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def file(name: str) -> Any:
+    """That file, read by the library alone."""
+    return Tokenizer.from_file(str(_directory(name) / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def codec(name: str) -> FastCodec:
+    """The tokenizer as the runner reads it."""
+    return load_codec(_directory(name), CONFIG)[0]
+
+
+def test_ids_and_texts_are_the_files(file: Any, codec: FastCodec) -> None:
+    for text in TEXTS:
+        ids = file.encode(text, add_special_tokens=False).ids
+        assert codec.encode(text, as_prompt=False) == ids, text
+        assert codec.decode(ids) == file.decode(ids, skip_special_tokens=False), text
+
+
+def test_a_prompt_begins_as_the_files_say(name: str, codec: FastCodec) -> None:
+    prefix = PREFIXES.get(name, [])
+    for text in TEXTS:
+        ids = codec.encode(text, as_prompt=False)
+        expected = ids if prefix and ids[: len(prefix)] == prefix else prefix + ids
+        assert codec.encode(text, as_prompt=True) == expected, text
+
+
+@pytest.mark.parametrize("class_name", CLASSES)
+def test_the_class_that_is_named_changes_nothing(
+    name: str, file: Any, tmp_path: Path, class_name: str
+) -> None:
+    path = Path(shutil.copytree(_directory(name), tmp_path / "model"))
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": class_name}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    codec = load_codec(path, CONFIG)[0]
+    for text in TEXTS:
+        ids = file.encode(text, add_special_tokens=False).ids
+        assert codec.encode(text, as_prompt=False) == ids, text
+
+
+def test_detokenize_is_the_inverse(name: str, codec: FastCodec) -> None:
+    """Up to what the file's own normalizer changes, which no decoder can know."""
+    changed = {"qwen3": lambda text: unicodedata.normalize("NFC", text)}
+    expected: Callable[[str], str] = changed.get(name, lambda text: text)
+    for text in PLAIN_TEXTS:
+        if name in ("gemma3", "llama2") and "▁" in text:
+            continue  # their letter for a space
+        assert codec.decode(codec.encode(text, as_prompt=False)) == expected(text), text
+
+
+def test_streams_after_a_prompt_that_ends_after_any_token(codec: FastCodec) -> None:
+    for text in TEXTS:
+        ids = codec.encode(f"x{text[:80]}", as_prompt=False)
+        whole = codec.decode(ids)
+        for at in range(1, len(ids) + 1):
+            joined = _stream(codec, ids[:at], ids[at:])
+            assert joined == whole[_shown(codec, ids, at, whole) :], (text, at)
+
+
+def _stream(codec: FastCodec, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    decoder = StreamDecoder(codec.decode, prompt)
+    return "".join([*(decoder.push(id_) for id_ in ids), decoder.flush()])
+
+
+def _shown(codec: FastCodec, ids: Sequence[int], at: int, whole: str) -> int:
+    """How much of a text is the prompt's: up to three tokens may have begun a character."""
+    texts = [codec.decode(ids[: max(0, at - begun)]) for begun in range(4)]
+    return max(_common(whole, text) for text in texts)
+
+
+def _common(one: str, other: str) -> int:
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def test_the_largest_is_read_in_two_seconds_of_cpu() -> None:
+    path = _directory("gemma3")
+    times = []
+    for _ in range(2):
+        begin = time.process_time()
+        load_codec(path, CONFIG)
+        times.append(time.process_time() - begin)
+    assert min(times) < GEMMA_SECONDS
+
+
+@pytest.mark.parametrize("model", MISTRAL_MODELS)
+def test_ids_and_texts_are_those_of_sentencepiece(model: str, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(_directory(model), tmp_path / "model"))
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "add_bos_token": True,
+        "legacy": False,
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    codec = load_codec(path, CONFIG)[0]
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
+    for text in PLAIN_TEXTS:
+        ids = theirs.encode(text)
+        assert codec.encode(text, as_prompt=False) == ids, text
+        assert codec.encode(text, as_prompt=True) == [theirs.bos_id(), *ids], text
+        assert codec.decode(ids) == theirs.decode(ids), text
