@@ -9,6 +9,7 @@ from runner_common.model_directory.errors import (
     ModelMissingError,
     ModelUnusableError,
 )
+from runner_common.model_directory.json_files import is_lfs_pointer, lfs_error
 from runner_common.model_directory.locating import Located, locate
 from runner_common.model_directory.reading import ModelDirectory, read_model_directory
 from runner_common.model_directory.rope import rope_kind
@@ -23,6 +24,8 @@ __all__ = [
     "ModelMissingError",
     "ModelUnusableError",
     "StoredTensor",
+    "is_lfs_pointer",
+    "lfs_error",
     "locate",
     "read_model_directory",
     "rope_kind",

@@ -100,7 +100,8 @@ def load_codec(path: Path, config: dict[str, Any]) -> tuple[FastCodec, frozenset
 
     Args:
         path: The directory.
-        config: The model's configuration.
+        config: The view of the model's configuration; its ``eos_token_id`` has the ids of
+            all files.
 
     Returns:
         The codec and all ids that end a text.
@@ -108,7 +109,7 @@ def load_codec(path: Path, config: dict[str, Any]) -> tuple[FastCodec, frozenset
     Raises:
         ModelUnsupported: There is no tokenizer, or it needs code of its own to run.
     """
-    ends = _configured_ends(path, config)
+    ends = frozenset(config.get("eos_token_id") or default_end_ids(config))
     settings = read_settings(path)
     if (path / FILE).is_file():
         tokenizer = read_tokenizer_file(path, settings)
@@ -117,21 +118,6 @@ def load_codec(path: Path, config: dict[str, Any]) -> tuple[FastCodec, frozenset
     _require_vocabulary(tokenizer, path)
     ends |= {*_ids_of(tokenizer, settings.eos_token)}
     return _codec(tokenizer, settings, path), ends
-
-
-def _configured_ends(path: Path, config: dict[str, Any]) -> frozenset[int]:
-    """Return the end-of-text ids that the model's configuration names."""
-    value = config.get("eos_token_id")
-    if value is None:
-        value = default_end_ids(config)
-    ids = value if isinstance(value, list) else [value]
-    if not all(type(id_) is int for id_ in ids):
-        raise ModelUnsupported(
-            f"{path / 'config.json'}: the eos_token_id {value!r} is not a token id, nor a list of "
-            "them",
-            model=str(path),
-        )
-    return frozenset(ids)
 
 
 def _ids_of(tokenizer: Any, token: str | None) -> list[int]:

@@ -8,6 +8,7 @@ normalizer and pre-tokenizer. With the real files of GPT-4o under a Llama config
 
 from __future__ import annotations
 
+import codecs
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from runner_common.model_directory import ModelUnusableError, is_lfs_pointer, lfs_error
 from runner_server.adapter._panics import NO_PANICS
 from runner_server.adapter.tokenizer_settings import CONFIG_FILE, TokenizerSettings
 from runner_server.errors import ModelUnsupported
@@ -39,8 +41,9 @@ def read_tokenizer_file(path: Path, settings: TokenizerSettings) -> Any:
     """
     file = path / FILE
     try:
-        with NO_PANICS:
-            tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = _read(file)
+    except ModelUnusableError as error:
+        raise ModelUnsupported(str(error), model=str(path)) from error
     except Exception as error:
         raise ModelUnsupported(
             f"{file} cannot be read ({type(error).__name__}: {error}); expected a tokenizer of "
@@ -51,6 +54,16 @@ def read_tokenizer_file(path: Path, settings: TokenizerSettings) -> Any:
     _add_described(tokenizer, settings.described or {}, path)
     _check_named(tokenizer, settings, path)
     return tokenizer
+
+
+def _read(file: Path) -> Any:
+    if is_lfs_pointer(file):
+        raise lfs_error(file)
+    with file.open("rb") as opened:
+        has_mark = opened.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+        content = opened.read() if has_mark else b""
+    with NO_PANICS:
+        return Tokenizer.from_buffer(content) if has_mark else Tokenizer.from_file(str(file))
 
 
 def _add_described(tokenizer: Any, described: Mapping[int, AddedToken], path: Path) -> None:

@@ -24,7 +24,7 @@ TEXTS = ["The quick fox", " a", "  two  spaces ", "naïve 日本 😀", "12345\n
 
 
 def _codec(path: Path) -> Any:
-    return load_codec(path, {"model_type": "llama", "eos_token_id": 7})[0]
+    return load_codec(path, {"model_type": "llama", "eos_token_id": [7]})[0]
 
 
 def _sentencepiece(path: Path, **settings: Any) -> Any:
@@ -65,7 +65,7 @@ def test_vocabulary_and_merges_are_read(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, file, {"bos_token": "<s>", "eos_token": "</s>"})
     leave_to_transformers(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    codec, ends = load_codec(tmp_path, {"model_type": "gpt2", "eos_token_id": 7})
+    codec, ends = load_codec(tmp_path, {"model_type": "gpt2", "eos_token_id": [7]})
     assert ends == {1, 7}
     for text in TEXTS:
         assert codec.encode(text, as_prompt=False) == file.encode(text).ids, text

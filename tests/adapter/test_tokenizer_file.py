@@ -66,7 +66,7 @@ def no_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _codec(path: Path, **config: Any) -> codec_module.FastCodec:
-    return load_codec(path, {"model_type": "llama", "eos_token_id": 7} | config)[0]
+    return load_codec(path, {"model_type": "llama", "eos_token_id": [7]} | config)[0]
 
 
 def _prompt(tmp_path: Path, tokenizer: Tokenizer, text: str, **settings: Any) -> list[int]:
@@ -212,7 +212,7 @@ def test_a_described_token_that_the_file_lacks_is_added(tmp_path: Path) -> None:
     last = whole.get_vocab_size() - 1
     settings = {"eos_token": "<end>", "added_tokens_decoder": described(whole)}
     write_tokenizer(tmp_path, tokenizer_files.byte_level(), settings)
-    codec, ends = load_codec(tmp_path, {"model_type": "llama", "eos_token_id": 7})
+    codec, ends = load_codec(tmp_path, {"model_type": "llama", "eos_token_id": [7]})
     assert ends == {7, last}
     text = "a<turn>b<end>  c"
     assert codec.encode(text, as_prompt=False) == whole.encode(text).ids
@@ -331,15 +331,23 @@ def test_files_that_cannot_be_used_are_refused_by_name(tmp_path: Path, case: str
         _codec(tmp_path)
 
 
-@pytest.mark.parametrize("value", [True, "</s>", 1.5, [7, "</s>"], {"a": 1}], ids=str)
-def test_an_end_of_text_of_another_type_is_refused(tmp_path: Path, value: object) -> None:
+def test_a_file_may_begin_with_a_mark(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, tokenizer_files.byte_level(), {})
-    with pytest.raises(ModelUnsupported, match="eos_token_id"):
-        _codec(tmp_path, eos_token_id=value)
+    plain = _codec(tmp_path).encode("a b", as_prompt=True)
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert _codec(tmp_path).encode("a b", as_prompt=True) == plain
+
+
+def test_a_pointer_of_git_lfs_is_called_that(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (tmp_path / "tokenizer.json").write_text(pointer)
+    with pytest.raises(ModelUnsupported, match=r"tokenizer\.json is a Git LFS pointer"):
+        _codec(tmp_path)
 
 
 def test_the_ends_that_mlx_lm_knows_for_a_model_type_are_the_last_resort(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, tokenizer_files.byte_level(), {"eos_token": "</s>"})
     config = {"model_type": "muse_spark"}
     assert load_codec(tmp_path, config)[1] == {1, 200001, 200008}
-    assert load_codec(tmp_path, config | {"eos_token_id": 5})[1] == {1, 5}
+    assert load_codec(tmp_path, config | {"eos_token_id": [5]})[1] == {1, 5}

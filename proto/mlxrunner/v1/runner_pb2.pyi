@@ -281,16 +281,20 @@ class LoadRequest(_message.Message):
     ALLOW_INEXACT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """A directory with a model (config.json, tokenizer, *.safetensors), as the
-    server's file system names it, or a hub id ("org/name") that is already in
-    the local Hugging Face cache. Required; at most 4,096 characters.
+    server's file system names it, or a hub id ("org/name", "org/name@revision")
+    that is already in the local Hugging Face cache. Required; at most 4,096
+    characters.
     """
     context_length: _builtins.int
     """The longest sequence, prompt and generated text together, in tokens. Range
-    2 to the model's own limit. Default: the model's limit, at most 4,096.
+    2 to the model's own limit, or to the length up to which the model is
+    computed as its files say if that is less (see `allow_inexact`). Default: the
+    end of that range, at most 4,096.
     """
     parallel: _builtins.int
-    """How many completions are decoded together, at most. Range 1 to 256. Default:
-    4.
+    """How many completions are decoded together, at most. Range 1 to 256. A model
+    that cannot be decoded rightly together with others runs them one after
+    another, and `Model.warnings` says so. Default: 4.
     """
     dtype: Global___Dtype.ValueType
     """In which format to hold the weights. Default: DTYPE_AUTO."""

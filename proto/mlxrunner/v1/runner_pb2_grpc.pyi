@@ -83,7 +83,9 @@ class RunnerServiceStub:
       limited to a directory and the model is not below it. Correct `model`.
     - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the files are no loadable model,
       or need code of their own to run; the message names the file. The same if
-      ranks are to hold the model together and it cannot be split among so many.
+      the model cannot be computed as its files say (the message names the
+      setting or the tensor; see `allow_inexact`), if its logits are not finite,
+      and if ranks are to hold it together and it cannot be split among so many.
       Use another model.
     - FAILED_PRECONDITION / BUSY: another load or an unload runs; wait for it,
       or cancel it.
@@ -181,7 +183,8 @@ class RunnerServiceStub:
     - UNAVAILABLE / SHUTTING_DOWN: the process stops (also because it failed), or
       the model was unloaded or replaced; use another runner, or load again.
     - INTERNAL / GENERATION_FAILED: MLX raised in a step of this request's
-      batch. The runner recovers; retrying is safe.
+      batch; the runner recovers, and retrying is safe. Or the model's logits for
+      this request were not finite; other requests are not affected.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
       has none or another one; send the right one.
     """
@@ -231,7 +234,9 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
       limited to a directory and the model is not below it. Correct `model`.
     - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the files are no loadable model,
       or need code of their own to run; the message names the file. The same if
-      ranks are to hold the model together and it cannot be split among so many.
+      the model cannot be computed as its files say (the message names the
+      setting or the tensor; see `allow_inexact`), if its logits are not finite,
+      and if ranks are to hold it together and it cannot be split among so many.
       Use another model.
     - FAILED_PRECONDITION / BUSY: another load or an unload runs; wait for it,
       or cancel it.
@@ -329,7 +334,8 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
     - UNAVAILABLE / SHUTTING_DOWN: the process stops (also because it failed), or
       the model was unloaded or replaced; use another runner, or load again.
     - INTERNAL / GENERATION_FAILED: MLX raised in a step of this request's
-      batch. The runner recovers; retrying is safe.
+      batch; the runner recovers, and retrying is safe. Or the model's logits for
+      this request were not finite; other requests are not affected.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
       has none or another one; send the right one.
     """
@@ -382,7 +388,9 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
           limited to a directory and the model is not below it. Correct `model`.
         - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the files are no loadable model,
           or need code of their own to run; the message names the file. The same if
-          ranks are to hold the model together and it cannot be split among so many.
+          the model cannot be computed as its files say (the message names the
+          setting or the tensor; see `allow_inexact`), if its logits are not finite,
+          and if ranks are to hold it together and it cannot be split among so many.
           Use another model.
         - FAILED_PRECONDITION / BUSY: another load or an unload runs; wait for it,
           or cancel it.
@@ -510,7 +518,8 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
         - UNAVAILABLE / SHUTTING_DOWN: the process stops (also because it failed), or
           the model was unloaded or replaced; use another runner, or load again.
         - INTERNAL / GENERATION_FAILED: MLX raised in a step of this request's
-          batch. The runner recovers; retrying is safe.
+          batch; the runner recovers, and retrying is safe. Or the model's logits for
+          this request were not finite; other requests are not affected.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
           has none or another one; send the right one.
         """
