@@ -31,6 +31,8 @@ _MAX_TOKEN_ID = 2**31 - 1
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 _LAYER_NAMES = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 CONFIG, _GENERATION = "config.json", "generation_config.json"
+_QUANTIZATION = "hf_quant_config.json"
+"""Where NVIDIA's ModelOpt says what ``quantization_config`` says elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,8 @@ def read_configuration(
     _require_depth(file, stored)
     ends = _eos_token_ids(directory, file, stored)
     values, notes = with_output_head(_in_one_form(stored), tensors)
+    if "quantization_config" not in values and (directory / _QUANTIZATION).exists():
+        values["quantization_config"] = read_object(directory / _QUANTIZATION)
     if ends:
         values["eos_token_id"] = sorted(ends)
     return Configuration(values, model_type, ends, _context_length(file, values), notes)

@@ -119,13 +119,22 @@ def _limited_settings(text: Mapping[str, Any], built: BuiltModel) -> Iterator[Di
         yield Difference(
             f"sliding_window = {window} in config.json has no effect in mlx_lm", window
         )
+    for switch, limit in _FROM_LENGTH.items():
+        length = text.get(limit)
+        if text.get(switch) and switch not in built.arguments and isinstance(length, int):
+            yield Difference(f"{switch} in config.json has no effect in mlx_lm", length)
     if length := exact_length(text):
         yield Difference("mlx_lm does not change from short_factor to long_factor", length)
 
 
 def _known_faults(text: Mapping[str, Any]) -> Iterator[Difference]:
     """Yield where mlx_lm 0.32.2 computes something else than transformers, found by comparing."""
-    if text.get("model_type") == "jamba" and (text.get("num_experts") or 1) > 1:
+    model_type = text.get("model_type")
+    if model_type in ("deepseek_v2", "qwen2_moe") and text.get("norm_topk_prob"):
+        yield Difference(
+            f"norm_topk_prob in config.json has no effect in mlx_lm for {model_type!r} models"
+        )
+    if model_type == "jamba" and (text.get("num_experts") or 1) > 1:
         yield Difference(
             "mlx_lm normalises the scores of the chosen experts of a 'jamba' model, which is "
             "trained with scores over all experts"
@@ -153,6 +162,12 @@ def _has_window(built: BuiltModel) -> bool:
     return not isinstance(kinds, list) or "sliding_attention" in kinds
 
 
+_FROM_LENGTH = {
+    "attention_chunk_size": "attention_chunk_size",
+    "attn_temperature_tuning": "floor_scale",
+}
+"""Settings of Llama 4, and where the length stands from which they change numbers."""
+
 _WINDOW_OFF = frozenset(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"))
 """Types that use their window only where ``use_sliding_window`` says so."""
 
@@ -168,6 +183,16 @@ def _is_head_scale(value: Any, text: Mapping[str, Any]) -> bool:
     return bool(value == size)
 
 
+def _is_final_cap(value: Any, text: Mapping[str, Any]) -> bool:
+    # mlx_lm has this one written into nanochat's class.
+    return not value or (text.get("model_type") == "nanochat" and value == 15)
+
+
+def _is_interval(value: Any, text: Mapping[str, Any]) -> bool:
+    # mlx_lm has this one written into Llama 4's class.
+    return not value or (str(text.get("model_type")).startswith("llama4") and value == 4)
+
+
 def _is_attention_scale(value: Any, text: Mapping[str, Any]) -> bool:
     heads, hidden = text.get("num_attention_heads"), text.get("hidden_size")
     size = text.get("head_dim") or (hidden // heads if heads and hidden else None)
@@ -176,25 +201,37 @@ def _is_attention_scale(value: Any, text: Mapping[str, Any]) -> bool:
 
 _NUMBERS: dict[str, Neutral] = {
     "alibi": _is(0),
-    "attention_chunk_size": _is(0),
     "attention_multiplier": _is_attention_scale,
     "attn_logit_softcapping": _is(0),
-    "attn_temperature_tuning": _is(0),
     "clip_qkv": _is(0),
     "dim_model_base": lambda value, text: value == text.get("hidden_size"),
     "embedding_multiplier": _is(1),
-    "final_logit_softcapping": _is(0),
+    "final_logit_softcapping": _is_final_cap,
+    "full_attn_alpha_factor": _is(1),
+    "full_attn_beta_factor": _is(1),
     "key_multiplier": _is(1),
+    "linear_attn_alpha_factor": _is(1),
+    "linear_attn_beta_factor": _is(1),
     "lm_head_multiplier": _is(1),
     "logit_scale": _is(1),
     "logits_scaling": _is(1),
     "logits_soft_cap": _is(0),
+    "mlp_alpha_factor": _is(1),
+    "mlp_beta_factor": _is(1),
+    "moe_apply_router_weight_on_input": _is(0),
+    "no_rope_layer_interval": _is_interval,
     "query_pre_attn_scalar": _is_head_scale,
     "residual_multiplier": _is(1),
     "routed_scaling_factor": _is(1),
+    "scale_attn_by_inverse_layer_idx": _is(0),
+    "scale_attn_weights": _is(1),
     "scale_depth": _is(1),
     "scale_emb": _is(1),
+    "swiglu_alpha": _is(1.702),
+    "swiglu_limit": _is(7),
+    "time_step_scale": _is(1),
     "use_alibi": _is(0),
+    "use_bidirectional_attention": _is(0),
 }
 """Settings that change numbers, and whether a value of theirs changes none."""
 

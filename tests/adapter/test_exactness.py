@@ -198,6 +198,41 @@ def test_a_tensor_that_mlx_lm_drops_is_named(load: Load, tmp_path: Path) -> None
         load(path)
 
 
+@pytest.mark.parametrize(
+    ("type_", "named"),
+    [("jamba", "normalises the scores"), ("qwen2_moe", "norm_topk_prob"), ("gemma2", None)],
+)
+def test_what_mlx_lm_is_known_to_compute_otherwise_is_refused(
+    load: Load, tmp_path: Path, type_: str, named: str | None
+) -> None:
+    from tools.memory.catalog import CONFIGS
+    from tools.memory.models import write_model
+
+    path = write_model(tmp_path / "m", CONFIGS[type_])
+    if named is None:
+        load(path)
+        return
+    with pytest.raises(ModelUnsupported, match=named):
+        load(path)
+    assert any(named in text for text in load(path, allow_inexact=True).info.warnings)
+
+
+@pytest.mark.parametrize(("named", "computed"), [("gelu", "gelu_pytorch_tanh")])
+def test_the_named_kind_of_gelu_is_computed(
+    load: Load, tmp_path: Path, named: str, computed: str
+) -> None:
+    from tools.memory.catalog import CONFIGS
+    from tools.memory.models import write_model
+
+    answers: dict[str, float] = {}
+    for name in (named, computed, named):
+        config = {**CONFIGS["starcoder2"], "hidden_act": name}
+        path = write_model(tmp_path / f"m{len(answers)}", config)
+        found = answer(load(path), [1, 2, 3, 4, 5])[0].logprob
+        assert answers.setdefault(name, found) == found
+    assert answers[named] != answers[computed]
+
+
 def test_small_floats_that_would_be_read_as_integers_are_refused(
     load: Load, model_dir: Build, tmp_path: Path
 ) -> None:

@@ -166,3 +166,37 @@ def test_what_cannot_be_is_refused(tmp_path: Path, config: dict[str, Any], says:
 def test_a_directory_without_a_configuration_is_called_that(tmp_path: Path) -> None:
     with pytest.raises(ModelUnusableError, match=r"no config\.json in"):
         read_model_directory(tmp_path)
+
+
+def test_a_file_of_modelopt_says_how_weights_are_quantized(tmp_path: Path) -> None:
+    path = write_model(tmp_path, EMBEDDINGS, PLAIN)
+    (path / "hf_quant_config.json").write_bytes(b'\xef\xbb\xbf{"quant_method": "modelopt"}')
+    values = read_model_directory(path).configuration.values
+    assert values["quantization_config"] == {"quant_method": "modelopt"}
+
+
+@pytest.mark.parametrize(
+    ("config", "filled"),
+    [
+        ({"num_local_experts": 8}, {"num_experts": 8}),
+        ({"n_positions": 64}, {"n_ctx": 64}),
+        ({"hidden_size": 64, "num_attention_heads": 4}, {"head_dim": 16}),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, {"sliding_window_pattern": 2}),
+        (
+            {"model_type": "exaone4", "layer_types": ["full_attention"]},
+            {"sliding_window_pattern": None},
+        ),
+        (
+            {"model_type": "granitemoehybrid", "layer_types": ["linear_attention"]},
+            {"layer_types": ["mamba"]},
+        ),
+    ],
+)
+def test_settings_stand_under_all_of_their_names(
+    tmp_path: Path, config: dict[str, Any], filled: dict[str, Any]
+) -> None:
+    values = read(tmp_path, config).values
+    assert {key: values[key] for key in filled} == filled
+    assert read(tmp_path / "text", {"text_config": config}).values["text_config"].items() >= (
+        filled.items()
+    )

@@ -78,6 +78,7 @@ async def _measure(model: Path, setting: Setting) -> Measured:
         parallel=setting.parallel,
         dtype=setting.dtype,
         prefix_cache_bytes=setting.prefix_cache_bytes,
+        allow_inexact=True,
         blas=os.environ.get(BLAS_VARIABLE, "auto"),
     )
     async with runner:
