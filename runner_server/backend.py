@@ -146,6 +146,16 @@ class Backend(Protocol):
         """Imports the library; returns the name of the device that computes."""
         ...
 
+    def check(self, spec: LoadSpec) -> None:
+        """Looks whether a model is there and its files can be read, in milliseconds.
+
+        What is loaded is not touched.
+
+        Raises:
+            RunnerFault: A load would be refused, whatever memory there is.
+        """
+        ...
+
     def load(self, spec: LoadSpec, report: Callable[[int], None]) -> LoadedModel:
         """Loads a model.
 

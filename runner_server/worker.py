@@ -289,6 +289,7 @@ class Worker:
 
     def load(self, spec: LoadSpec, ticket: Ticket[ModelInfo]) -> ModelInfo:
         """The work of a load's ticket."""
+        self._check(spec)
         self._end_all(ShuttingDown("the model is being replaced; load or use another runner"))
         self._free_model(for_next=True)
 
@@ -312,6 +313,15 @@ class Worker:
             raise fault from None
         self._ledger.offer_model(_handle(self._model))
         return self._model.info
+
+    def _check(self, spec: LoadSpec) -> None:
+        """Refuse what cannot be found or read before the model that is loaded is given up."""
+        try:
+            self._backend.check(spec)
+        except Exception as error:  # noqa: BLE001 - as in a load
+            fault = _load_fault(spec, error)
+            self._ledger.note_error(f"load of {spec.model!r} failed: {fault}")
+            raise fault from None
 
     def unload(self, _ticket: Ticket[int]) -> int:
         """The work of an unload's ticket."""

@@ -231,6 +231,7 @@ class FakeBackend:
         kv_budget_bytes: Of the models it loads; a token takes ``TOKEN_BYTES`` of it.
         codec: The tokenizer of its models.
         load_error: Raised by the next load, once, halfway.
+        check_error: Raised by the next look at a model's files, once.
         open_error: Raised by ``open``.
         step_gate: Passed by every step.
         load_gate: Passed by a load before each of its six reports of progress.
@@ -247,6 +248,7 @@ class FakeBackend:
     kv_budget_bytes: int = 1 << 30
     codec: Codec = field(default_factory=ByteCodec)
     load_error: Exception | None = None
+    check_error: Exception | None = None
     open_error: Exception | None = None
     step_gate: Gate = field(default_factory=Gate)
     load_gate: Gate = field(default_factory=Gate)
@@ -263,6 +265,12 @@ class FakeBackend:
         if self.open_error:
             raise self.open_error
         return "cpu: fake"
+
+    def check(self, spec: LoadSpec) -> None:  # noqa: ARG002 - it takes any
+        """See ``Backend.check``."""
+        if self.check_error:
+            error, self.check_error = self.check_error, None
+            raise error
 
     def load(self, spec: LoadSpec, report: Callable[[int], None]) -> FakeModel:
         """See ``Backend.load``."""

@@ -76,6 +76,12 @@ class MlxBackend:
         kind = "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
         return f"{kind}: {info.get('device_name', 'unknown')}"
 
+    def check(self, spec: LoadSpec) -> None:
+        """Looks at a model's files; see ``Backend.check``."""
+        from runner_server.adapter.loading import check_files  # noqa: PLC0415 - as in open
+
+        check_files(spec, self._model_root)
+
     def load(self, spec: LoadSpec, report: Callable[[int], None]) -> MlxModel:
         """Loads a model; see ``Backend.load``."""
         from runner_server.adapter.loading import load  # noqa: PLC0415 - as in open

@@ -214,6 +214,11 @@ def _load(
     return loaded
 
 
+def check_files(spec: LoadSpec, root: ModelRoot | None = None) -> None:
+    """Look whether a model is there and can be read; see ``Backend.check``."""
+    _read_directory(find_model(spec.model, root))
+
+
 def plan_load(path: Path, spec: LoadSpec) -> Plan:
     """Decides as a load does, reads no weights and sets nothing aside; raises like :func:`load`.
 

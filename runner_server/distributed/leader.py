@@ -128,6 +128,10 @@ class LeaderBackend:
         """Imports the library; see ``Backend.open``."""
         return self._backend.open()
 
+    def check(self, spec: LoadSpec) -> None:
+        """Looks at the model's files on this rank; see ``Backend.check``."""
+        self._backend.check(spec)
+
     def load(self, spec: LoadSpec, report: Callable[[int], None]) -> LoadedModel:
         """Loads a part of a model on each rank; see ``Backend.load``."""
 

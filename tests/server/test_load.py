@@ -10,6 +10,7 @@ import pytest
 from fakes import CONTEXT_LENGTH, EOS, VOCAB_SIZE, WEIGHT_BYTES
 from harness import Server, StartServer, eventually, failure, tokens
 from mlxrunner.v1 import runner_pb2 as pb
+from runner_server.errors import ModelNotFound
 from runner_server.messages import State
 
 UNLOAD = pb.UnloadRequest()
@@ -183,6 +184,20 @@ async def test_a_failed_load_leaves_no_model_and_tells_why(loaded: Server) -> No
     assert (status.state, status.memory, status.progress) == (pb.STATE_IDLE, 0, 0)
     assert "broken" in status.last_error
     await loaded.load()
+    assert await loaded.text(num_predict=2)
+
+
+async def test_a_model_that_is_not_there_does_not_cost_the_loaded_one(loaded: Server) -> None:
+    call = loaded.start(num_predict=4000)
+    await call.read()
+    loaded.backend.check_error = ModelNotFound("no such model")
+    problem = await failure(loaded.load("missing"))
+    assert problem.reason == "MODEL_NOT_FOUND"
+    status = await loaded.status()
+    assert (status.state, status.model.name) == (pb.STATE_ACTIVE, "fake")
+    assert "missing" in status.last_error
+    assert await call.read()
+    call.cancel()
     assert await loaded.text(num_predict=2)
 
 

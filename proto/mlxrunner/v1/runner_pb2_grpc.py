@@ -86,7 +86,8 @@ class RunnerServiceServicer(object):
     def Load(self, request, context):
         """Loads a model into this process. The model becomes usable when the call
         returns; `Status` shows the progress meanwhile. A model that is already
-        loaded is unloaded first (its running completions end with SHUTTING_DOWN).
+        loaded is unloaded first (its running completions end with SHUTTING_DOWN),
+        unless the new one cannot be found or its files cannot be read.
         Cancelling the call, or its deadline, cancels the load and frees what it
         had read.
 

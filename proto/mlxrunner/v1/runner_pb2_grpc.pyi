@@ -71,7 +71,8 @@ class RunnerServiceStub:
     Load: _grpc.UnaryUnaryMultiCallable[_runner_pb2.LoadRequest, _runner_pb2.LoadResponse]
     """Loads a model into this process. The model becomes usable when the call
     returns; `Status` shows the progress meanwhile. A model that is already
-    loaded is unloaded first (its running completions end with SHUTTING_DOWN).
+    loaded is unloaded first (its running completions end with SHUTTING_DOWN),
+    unless the new one cannot be found or its files cannot be read.
     Cancelling the call, or its deadline, cancels the load and frees what it
     had read.
 
@@ -222,7 +223,8 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
     Load: _aio.UnaryUnaryMultiCallable[_runner_pb2.LoadRequest, _runner_pb2.LoadResponse]  # type: ignore[assignment]
     """Loads a model into this process. The model becomes usable when the call
     returns; `Status` shows the progress meanwhile. A model that is already
-    loaded is unloaded first (its running completions end with SHUTTING_DOWN).
+    loaded is unloaded first (its running completions end with SHUTTING_DOWN),
+    unless the new one cannot be found or its files cannot be read.
     Cancelling the call, or its deadline, cancels the load and frees what it
     had read.
 
@@ -376,7 +378,8 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_runner_pb2.LoadResponse, _abc.Awaitable[_runner_pb2.LoadResponse]]:
         """Loads a model into this process. The model becomes usable when the call
         returns; `Status` shows the progress meanwhile. A model that is already
-        loaded is unloaded first (its running completions end with SHUTTING_DOWN).
+        loaded is unloaded first (its running completions end with SHUTTING_DOWN),
+        unless the new one cannot be found or its files cannot be read.
         Cancelling the call, or its deadline, cancels the load and frees what it
         had read.
 
