@@ -58,7 +58,9 @@ def locate(model: str, environ: Mapping[str, str] = os.environ) -> Located:
     match = _HUB_ID.fullmatch(model)
     if not match:
         raise ModelMissingError(
-            f"no model directory {model!r} (looked at {str(path.absolute())!r})", model
+            f"no model at {model!r}: there is no such directory (looked at "
+            f"{str(path.absolute())!r}), and it is not a hub id",
+            model,
         )
     repository = _Repository(model, match["id"], _hub_cache(environ))
     return repository.snapshot(match["revision"])
@@ -165,7 +167,7 @@ class _Repository:
 
     def _missing(self, what: str) -> ModelMissingError:
         return ModelMissingError(
-            f"no model {self._model!r}: there is no such directory, and {what} the Hugging Face "
+            f"no model at {self._model!r}: there is no such directory, and {what} the Hugging Face "
             f"cache {self._cache}. Download it first (hf download {self._id}), point HF_HUB_CACHE "
             "at the cache that has it, or name a directory",
             self._model,

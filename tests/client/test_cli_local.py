@@ -207,7 +207,7 @@ def test_estimate_of_nothing(tmp_path: Path) -> None:
     result = invoke("estimate", str(tmp_path / "none"))
     assert result.exit_code == 1
     assert result.stdout == ""
-    assert result.stderr.startswith("error: no model directory")
+    assert result.stderr.startswith("error: no model at")
 
 
 GOOD = Finding("Python", "ok", "3.11.7")

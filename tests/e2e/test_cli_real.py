@@ -234,7 +234,7 @@ def test_the_demo_in_a_terminal_has_a_bar_and_no_colour_if_none_is_wanted() -> N
 @pytest.mark.parametrize(
     ("break_model", "says"),
     [
-        (shutil.rmtree, "no model directory"),
+        (shutil.rmtree, "no model at"),
         (lambda model: (model / "config.json").unlink(), "no config.json in"),
         (lambda model: (model / "config.json").write_text("{"), "config.json"),
         (lambda model: (model / "model.safetensors").write_bytes(b"\0" * 9), "model.safetensors"),

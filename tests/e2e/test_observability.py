@@ -58,6 +58,13 @@ def spans() -> Iterator[tuple[str, queue.Queue[Any]]]:
     server.server_close()
 
 
+def _scrape(address: str) -> str:
+    request = urllib.request.Request(address)  # noqa: S310 - matched as http
+    with urllib.request.urlopen(request, timeout=DEADLINE_SECONDS) as answer:  # noqa: S310
+        text: str = answer.read().decode()
+    return text
+
+
 def test_a_process_is_seen_from_outside(
     tmp_path: Path, model_dir: Build, spans: tuple[str, queue.Queue[Any]]
 ) -> None:
@@ -68,9 +75,9 @@ def test_a_process_is_seen_from_outside(
         assert list(child.complete(5))[-1].eval_count == 5
         address = re.search(r"metrics on (http://127.0.0.1:\d+/metrics)", child.log.read_text())
         assert address
-        request = urllib.request.Request(address[1])  # noqa: S310 - matched as http above
-        with urllib.request.urlopen(request, timeout=DEADLINE_SECONDS) as answer:  # noqa: S310
-            scraped = answer.read().decode()
+        # It is counted once the caller has its last message, one figure after the other.
+        child.wait_for(lambda: "time_to_first_token_seconds_bucket" in _scrape(address[1]))
+        scraped = _scrape(address[1])
         # This one is cut off by the end: its line and its span are not lost.
         next(child.complete(10_000))
         child.process.send_signal(signal.SIGINT)
