@@ -18,6 +18,8 @@ _GROUP_SIZE = 64
 _NOISE = 0.02
 """What is added to each weight: some start as zeros, which would leave parts without effect."""
 
+_HEADS = ("lm_head", "embed_out")
+
 _END_TOKEN = "<eos>"  # noqa: S105
 _NEVER_IN_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))
 
@@ -77,10 +79,19 @@ def write_model(
     if bits is not None:
         model, saved = _quantize(model, saved, bits)
     weights = dict(tree_flatten(model.parameters()))
+    _settle_head(saved, weights)
     mx.save_safetensors(str(directory / "model.safetensors"), weights, metadata={"format": "mlx"})
     (directory / "config.json").write_text(json.dumps(saved, indent=2))
     _write_tokenizer(directory)
     return directory
+
+
+def _settle_head(config: dict[str, Any], weights: Mapping[str, Any]) -> None:
+    """Say that the output layer is one of its own where the type has no other."""
+    if any(name.rpartition(".")[0].endswith(_HEADS) for name in weights):
+        for part in (config, config.get("text_config", {})):
+            if "tie_word_embeddings" in part:
+                part["tie_word_embeddings"] = False
 
 
 def _merged(old: Any, new: Any) -> Any:
