@@ -199,7 +199,8 @@ class Decoding:
         logits = self._model(inputs[:, None], cache=self._caches)[:, -1, :]
         drawn = [row.drawn for row in rows]
         changed = self._penalties(logits, [row.tokens for row in rows], inputs, drawn)
-        self._take(self._sampler(changed, drawn), are_finite(logits))
+        tokens = self._sampler(changed, drawn)
+        self._take(tokens, are_finite(logits, tokens))
         begun = self._measure(logits)
         mx.async_eval(
             self._inputs, self._finite, [part for found in begun for part in _parts(found)]

@@ -298,15 +298,16 @@ def _mix(state: mx.array) -> mx.array:
     return state ^ (state >> 31)
 
 
-def are_finite(logits: mx.array) -> mx.array:
+def are_finite(logits: mx.array, drawn: mx.array) -> mx.array:
     """Whether the logits of each row are numbers; some may be -inf, of tokens that are barred.
 
     A sum is NaN or infinite wherever one of them is, on every device, and half the work of the
     search for the largest (1.3 ms for 16 x 151,936 on a CPU; 3.1 for ``max``, 33 for
-    ``logsumexp``).
+    ``logsumexp``). A row that draws a barred token has no other: its logits are all -inf.
 
     Args:
         logits: [rows, vocabulary].
+        drawn: The token of each row; may be any number where the logits are not finite.
 
     Returns:
         [rows] booleans.
@@ -314,7 +315,9 @@ def are_finite(logits: mx.array) -> mx.array:
     if logits.dtype == mx.float16:
         # The sum of many numbers leaves the range of float16 where none of them does.
         logits = logits.astype(mx.float32)
-    return mx.sum(logits, axis=-1) < mx.inf
+    bounded = mx.sum(logits, axis=-1) < mx.inf
+    chosen = mx.take_along_axis(logits, mx.where(bounded, drawn, 0)[:, None], axis=-1)[:, 0]
+    return bounded & (chosen > -mx.inf)
 
 
 @dataclass(frozen=True)

@@ -155,8 +155,33 @@ def test_what_counts_as_numbers(dtype: str, place: int) -> None:
 
     values = [1.0, float("nan"), float("inf"), float("-inf")]
     logits = mx.array([row(value) for value in values]).astype(getattr(mx, dtype))
+    drawn = mx.array([place, 2**31, 2**31, (place + 1) % 2000], dtype=mx.uint32)
     # Of the last, a token is barred.
-    assert are_finite(logits).tolist() == [True, False, False, True]
+    assert are_finite(logits, drawn).tolist() == [True, False, False, True]
+
+
+def _bar_all(weights: dict[str, Any]) -> None:
+    """Have all logits overflow to -inf behind one token, and be finite behind all others."""
+    for name in [name for name in weights if "o_proj" in name or "down_proj" in name]:
+        weights[name] = mx.zeros_like(weights[name])
+    (embedding,) = (weights[name] for name in weights if "embed" in name)
+    embedding[:, 0] = 0.0
+    embedding[POISON, 0] = 1000.0
+    weights["model.norm.weight"][0] = 1000.0
+    weights["lm_head.weight"][:, 0] = -60_000.0 if embedding.dtype == mx.float16 else -3e38
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_row_of_which_all_tokens_are_barred_is_told_of(
+    load: Load, model_dir: Build, tmp_path: Path, dtype: str
+) -> None:
+    sound = model_dir(tie_word_embeddings=False, dtype=dtype)
+    path = _changed(Path(shutil.copytree(sound, tmp_path / "m")), _bar_all)
+    model = load(path, parallel=8, dtype=Dtype.AS_STORED)
+    samplings = SAMPLINGS.values()
+    rows = [Row([1, POISON], 4, sampling) for sampling in samplings]
+    assert _run(model.new_batch(), [*rows, Row([1, 2], 4)]) == [*range(len(rows))]
+    assert not any(row.ids for row in rows)
 
 
 @pytest.fixture
