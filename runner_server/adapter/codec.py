@@ -30,7 +30,7 @@ class FastCodec:
 
     The transformers object around it changes its state when it encodes and raises
     "Already borrowed" between threads; the tokenizer does neither once truncation
-    and padding are off.
+    and padding are off. So is BPE's dropout, which splits a text at random: it is for training.
 
     A prompt gets what the tokenizer puts before a text, and nothing behind it: an
     end-of-text token there would end what is to be continued. A text that begins with
@@ -45,6 +45,8 @@ class FastCodec:
     def __init__(self, tokenizer: Any, prefix: Sequence[int], bos_id: int | None) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        if getattr(tokenizer.model, "dropout", None):
+            tokenizer.model.dropout = None
         self._tokenizer = tokenizer
         self._prefix = list(prefix)
         self._bos_id = bos_id

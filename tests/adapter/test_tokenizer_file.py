@@ -108,6 +108,15 @@ def test_a_space_in_front_is_kept(tmp_path: Path, text: str) -> None:
         assert codec.decode(codec.encode(text, as_prompt=False)) == text
 
 
+def test_a_dropout_of_merges_is_for_training(tmp_path: Path) -> None:
+    file = tokenizer_files.byte_level()
+    ids = file.encode("The quick brown fox").ids
+    file.model.dropout = 1.0
+    write_tokenizer(tmp_path, file, NAMED["byte level"])
+    assert file.encode("The quick brown fox").ids != ids
+    assert _codec(tmp_path).encode("The quick brown fox", as_prompt=True) == ids
+
+
 def test_special_tokens_are_split_where_the_settings_say_so(tmp_path: Path) -> None:
     file = tokenizer_files.byte_level()
     write_tokenizer(tmp_path, file, NAMED["byte level"] | {"split_special_tokens": True})
