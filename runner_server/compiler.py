@@ -25,6 +25,9 @@ _OPTIONS = ("-std=c++17", "-O3", "-fPIC", "-shared")
 
 _TIMEOUT_SECONDS = 60.0
 
+_MIN_FREE_BYTES = 16 << 20
+"""A kernel takes 20 KiB, and while it is compiled a few hundred. A model needs dozens of them."""
+
 
 def check_compiler(folder: Path) -> None:
     """Load a library from a folder; compile it first if it is not there.
@@ -34,10 +37,14 @@ def check_compiler(folder: Path) -> None:
 
     Raises:
         CompilerError: g++ failed.
-        OSError: What is compiled cannot be loaded from the folder.
+        OSError: What is compiled cannot be loaded from the folder, or has no room there.
     """
-    if os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):
+    status = os.statvfs(folder)
+    if status.f_flag & getattr(os, "ST_NOEXEC", 0):
         raise OSError(f"{folder} is mounted noexec")
+    free = status.f_bavail * status.f_frsize
+    if free < _MIN_FREE_BYTES:
+        raise OSError(f"the disk of {folder} has {free} bytes free; at least {_MIN_FREE_BYTES}")
     library = folder / CHECK_LIBRARY
     if not library.exists():
         _compile(library)

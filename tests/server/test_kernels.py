@@ -262,9 +262,20 @@ def test_what_cannot_be_loaded_is_found_out(tmp_path: Path) -> None:
 def test_a_folder_mounted_noexec_is_refused_before_anything_is_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    noexec = SimpleNamespace(f_flag=getattr(os, "ST_NOEXEC", 0) | 4096)
+    noexec = SimpleNamespace(f_flag=getattr(os, "ST_NOEXEC", 0) | 4096, f_bavail=9, f_frsize=9)
     monkeypatch.setattr(os, "ST_NOEXEC", 4096, raising=False)
     monkeypatch.setattr(os, "statvfs", lambda _: noexec)
     with pytest.raises(OSError, match="mounted noexec"):
+        check_compiler(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_refused_before_anything_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else MLX raises with the first kernel for which there is no room."""
+    full = SimpleNamespace(f_flag=0, f_bavail=10, f_frsize=4096)
+    monkeypatch.setattr(os, "statvfs", lambda _: full)
+    with pytest.raises(OSError, match="has 40960 bytes free; at least"):
         check_compiler(tmp_path)
     assert not list(tmp_path.iterdir())
