@@ -37,8 +37,10 @@ def socket_place(path: Path) -> Iterator[None]:
 def _clear(path: Path) -> None:
     # A path that cannot be looked at: binding tells more.
     with suppress(OSError):
-        if not stat.S_ISSOCK(path.stat().st_mode):
-            raise OccupiedError(f"{path} exists already and is a file; choose another path")
+        mode = path.stat().st_mode
+        if not stat.S_ISSOCK(mode):
+            kind = "a directory" if stat.S_ISDIR(mode) else "a file"
+            raise OccupiedError(f"{path} exists already and is {kind}; choose another path")
         if not _is_dead(path):
             raise OccupiedError(
                 f"{path} exists already and is a socket in use; end the process that listens on "

@@ -81,6 +81,10 @@ def test_what_is_no_socket_of_a_server_stays(place: Path) -> None:
         pass
     assert place.read_text() == "mine"
     place.unlink()
+    place.mkdir()
+    with pytest.raises(OccupiedError, match="is a directory"), socket_place(place):
+        pass
+    place.rmdir()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
         other.bind(str(place))
         with pytest.raises(OccupiedError, match="socket in use"), socket_place(place):
