@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
-from runner_server.adapter import MlxBackend
+from runner_server.adapter import MlxBackend, working
 from tools.memory.catalog import CONFIGS, LEFT_OUT
 from tools.models.__main__ import QUICK
 from tools.models.check import Checker, Verdict
@@ -32,6 +32,7 @@ def test_one_type_of_each_kind_is_right(checker: Checker, model_type: str) -> No
 
 def test_a_wrong_type_is_told(checker: Checker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runner_server.adapter.loading.try_together", lambda *_args: None)
+    monkeypatch.delitem(working._KNOWN_ALONE, "afm7")
     verdict = checker.check("afm7")
     assert not verdict.is_right
     assert "log probabilities differ" in verdict.batch

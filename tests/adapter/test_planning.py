@@ -139,3 +139,11 @@ def test_a_tokenizer_counts_by_its_pieces(tmp_path: Path, kind: str) -> None:
     assert memory.held_bytes == pytest.approx(30_000 * 400, rel=0.01)
     texts = {"BPE": 90_000, "merges of old": 60_000, "Unigram": 30_000}[kind]
     assert memory.peak_bytes == pytest.approx(max(texts * 300, 30_000 * 400), rel=0.01)
+
+
+def test_a_type_that_no_trace_finds_is_planned_alone(tmp_path: Path) -> None:
+    from tools.memory.catalog import CONFIGS
+    from tools.memory.models import write_model
+
+    path = write_model(tmp_path, CONFIGS["afm7"])
+    assert plan_load(path, LoadSpec(str(path), parallel=8)).parallel == 1
