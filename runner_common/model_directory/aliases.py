@@ -40,8 +40,8 @@ def with_aliases(config: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in _FIXED.get(str(values.get("model_type")), {}).items():
         values.setdefault(name, value)
     _rename_layers(values)
-    if values.get("model_type") == "mamba2" and "expand" in values:
-        values.setdefault("intermediate_size", values["expand"] * values["hidden_size"])
+    if values.get("model_type") == "mamba2":
+        _add_inner_size(values)
     _add_head_size(values)
     _add_pattern(values)
     values.setdefault("rope_scaling", None)
@@ -52,6 +52,12 @@ def _rename_layers(values: dict[str, Any]) -> None:
     renamed, kinds = _LAYER_NAMES.get(str(values.get("model_type"))), values.get("layer_types")
     if renamed and isinstance(kinds, list):
         values["layer_types"] = [renamed.get(kind, kind) for kind in kinds]
+
+
+def _add_inner_size(values: dict[str, Any]) -> None:
+    expand, hidden = values.get("expand"), values.get("hidden_size")
+    if isinstance(expand, int) and isinstance(hidden, int):
+        values.setdefault("intermediate_size", expand * hidden)
 
 
 def _add_head_size(values: dict[str, Any]) -> None:

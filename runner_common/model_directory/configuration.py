@@ -18,6 +18,7 @@ from runner_common.model_directory.errors import ModelUnusableError
 from runner_common.model_directory.json_files import read_object
 from runner_common.model_directory.output_head import with_output_head
 from runner_common.model_directory.rope import context_factor, with_one_rope
+from runner_common.model_directory.settings import wrong_setting
 from runner_common.model_directory.weight_files import StoredTensor
 
 DEFAULT_CONTEXT = 4096
@@ -72,6 +73,8 @@ def read_configuration(
     model_type = _model_type(file, stored)
     _require_built_in(file, stored)
     _require_depth(file, stored)
+    if problem := wrong_setting(stored):
+        raise _error(file, problem)
     ends = _eos_token_ids(directory, file, stored)
     values, notes = with_output_head(_in_one_form(stored), tensors)
     if "quantization_config" not in values and (directory / _QUANTIZATION).exists():
@@ -84,7 +87,7 @@ def read_configuration(
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the part of a configuration that describes the language model."""
     part = config.get("text_config")
-    return part if isinstance(part, dict) else config
+    return part if isinstance(part, dict) and part else config
 
 
 def _in_one_form(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,23 +118,23 @@ def _require_built_in(file: Path, stored: Mapping[str, Any]) -> None:
 
 
 def _require_depth(file: Path, stored: Mapping[str, Any]) -> None:
-    for value in _values(stored, _LAYER_NAMES):
+    for key, value in _values(stored, _LAYER_NAMES):
         if isinstance(value, int) and not 0 <= value <= _MAX_LAYERS:
-            raise _error(file, f"{value} layers; a model has at most {_MAX_LAYERS}")
+            raise _error(file, f"{key} is {value}; a model has at most {_MAX_LAYERS} layers")
 
 
 def _context_length(file: Path, values: Mapping[str, Any]) -> int:
-    found = next(_values(values, _CONTEXT_NAMES), DEFAULT_CONTEXT)
+    key, found = next(_values(values, _CONTEXT_NAMES), ("", DEFAULT_CONTEXT))
     if not _is_count(found) or not _MIN_CONTEXT <= found <= _MAX_CONTEXT:
-        raise _error(file, f"{found!r} is not a number of tokens for a context")
-    return min(int(found * context_factor(text_part(values), found)), _MAX_CONTEXT)
+        raise _error(file, f"{key} is {found!r}, which is not a number of tokens for a context")
+    return int(min(found * context_factor(text_part(values), found), _MAX_CONTEXT))
 
 
-def _values(config: Mapping[str, Any], names: tuple[str, ...]) -> Iterator[Any]:
-    """Yield what stands under any of the names, in its part about text or beside it."""
+def _values(config: Mapping[str, Any], names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """Yield the names that are there and their values, in its part about text or beside it."""
     parts = [config] if text_part(config) is config else [text_part(config), config]
     for part in parts:
-        yield from (part[name] for name in names if part.get(name) is not None)
+        yield from ((name, part[name]) for name in names if part.get(name) is not None)
 
 
 def _is_count(value: object) -> TypeGuard[int]:

@@ -13,6 +13,9 @@ _MAX_TEXT_BYTES = 256 * 2**20
 """Of a file that is read into memory whole; the largest tokenizers have a tenth of it."""
 
 _READ_WHOLE = frozenset({".jinja", ".json", ".model", ".txt"})
+_NEEDED = frozenset(("config.json", "generation_config.json", "tokenizer.json"))
+"""Files that would be missed in silence, or by an error that says something else."""
+
 _TEMPLATES = "additional_chat_templates"
 
 
@@ -28,7 +31,11 @@ def require_files(path: Path) -> None:
     for entry in _entries(path):
         try:
             found = entry.stat()
-        except OSError:  # a link to nothing, or a ring: whoever needs it says so
+        except OSError as error:  # a link to nothing, or a ring
+            if entry.name in _NEEDED:
+                raise ModelUnusableError(
+                    f"{entry} is a link to nothing: finish the download", str(path)
+                ) from error
             continue
         if stat.S_ISDIR(found.st_mode):
             continue

@@ -48,18 +48,20 @@ def read_object(file: Path) -> dict[str, Any]:
         if data.startswith(_LFS_MARK):
             raise lfs_error(file)
         # Of bytes: json takes a mark at their beginning for what it is.
-        content = json.loads(data)
+        content = _untagged(json.loads(data))
+        # Half a pair of surrogates is in no message that can be sent.
+        json.dumps(content, ensure_ascii=False).encode()
     except FileNotFoundError as error:
         raise ModelUnusableError(
             f"no {file.name} in {file.parent}: not a model directory, or not downloaded whole",
             str(file.parent),
         ) from error
-    # ValueError: no JSON, no UTF-8, or a number of thousands of digits.
+    # ValueError: no JSON, no Unicode, or a number of thousands of digits.
     except (OSError, ValueError, RecursionError) as error:
         raise ModelUnusableError(f"{file} cannot be read: {error}", str(file.parent)) from error
     if not isinstance(content, dict):
         raise ModelUnusableError(f"{file} is not a JSON object", str(file.parent))
-    return {key: _untagged(value) for key, value in content.items()}
+    return content
 
 
 def _untagged(value: object) -> object:
@@ -67,6 +69,6 @@ def _untagged(value: object) -> object:
         return [_untagged(item) for item in value]
     if not isinstance(value, dict):
         return value
-    if value.keys() == {_TAG} and value[_TAG] in _TAGGED:
+    if value.keys() == {_TAG} and isinstance(value[_TAG], str) and value[_TAG] in _TAGGED:
         return _TAGGED[value[_TAG]]
     return {key: _untagged(item) for key, item in value.items()}

@@ -43,6 +43,9 @@ def with_output_head(
     if head is None:
         return (dict(config) if said else _with_tied(config, tied=True)), ()
     if _is_embeddings(head, tensors):
+        if f"{head.removesuffix('.weight')}.scales" in tensors:
+            # mlx_lm drops the weight of a tied layer, and then has scales without a layer.
+            return _with_tied(config, tied=False), ()
         return (dict(config) if said else _with_tied(config, tied=True)), ()
     note = f"{_TIED} is true, but {head} differs from the embeddings: it is used"
     return _with_tied(config, tied=False), ((note,) if any(said) else ())

@@ -52,7 +52,16 @@ def read_model_directory(path: Path) -> ModelDirectory:
         choice = choose_weight_files(path)
         tensors = read_tensors(choice)
         configuration = read_configuration(path, stored, tensors)
+    except ModelUnusableError:
+        raise
     except OSError as error:
         raise ModelUnusableError(f"{path} cannot be read: {error}", str(path)) from error
+    # Nothing but the model's files has been looked at.
+    except Exception as error:
+        raise ModelUnusableError(
+            f"{path} cannot be read: its files say what no model has "
+            f"({type(error).__name__}: {error})",
+            str(path),
+        ) from error
     notes = (*choice.notes, *configuration.notes)
     return ModelDirectory(path, choice.files, tensors, configuration, notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -67,7 +68,6 @@ def test_parameters_by_attention_stand_under_the_older_names(tmp_path: Path) -> 
         ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}, 64),
         ({"rope_type": "longrope", "original_max_position_embeddings": 32}, 64),
         ({"rope_type": "default"}, 64),
-        ({"rope_type": "linear", "factor": "4"}, 64),
         (None, 64),
     ],
 )
@@ -199,4 +199,129 @@ def test_settings_stand_under_all_of_their_names(
     assert {key: values[key] for key in filled} == filled
     assert read(tmp_path / "text", {"text_config": config}).values["text_config"].items() >= (
         filled.items()
+    )
+
+
+@pytest.mark.parametrize("place", [None, "text_config"])
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"hidden_size": "64"}, "hidden_size is '64'"),
+        ({"hidden_size": 64.0}, "hidden_size is 64.0"),
+        ({"vocab_size": [1, "x"]}, "vocab_size"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"num_key_value_heads": True}, "num_key_value_heads is True"),
+        ({"head_dim": -3}, "head_dim is -3"),
+        ({"intermediate_size": 10**30}, "intermediate_size"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan"),
+        ({"layer_norm_eps": "1e-5"}, "layer_norm_eps"),
+        ({"logit_scale": math.nan}, "logit_scale is NaN"),
+        ({"layer_types": [["full_attention"]]}, "layer_types"),
+        ({"layer_types": {"a": 1}}, "layer_types"),
+        ({"sliding_window": "16"}, "sliding_window is '16'"),
+        ({"sliding_window": 16.0}, "sliding_window is 16.0"),
+        ({"sliding_window": -1}, "sliding_window is -1"),
+        ({"use_sliding_window": "false"}, "use_sliding_window is 'false'"),
+        ({"tie_word_embeddings": "true"}, "tie_word_embeddings is 'true'"),
+        ({"quantization": [4]}, "quantization is"),
+        ({"quantization": {"bits": "4"}}, "quantization.bits is '4'"),
+        ({"partial_rotary_factor": 0}, "partial_rotary_factor is 0"),
+        ({"partial_rotary_factor": "0.5"}, "partial_rotary_factor is '0.5'"),
+        ({"rope_theta": "10000"}, "rope_theta is '10000'"),
+        ({"rope_theta": 0}, "rope_theta is 0"),
+        ({"rope_theta": -1e4}, "rope_theta"),
+        ({"rope_theta": 10**400}, "rope_theta"),
+        ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling has no factor"),
+        ({"rope_scaling": {"type": "linear", "factor": "4"}}, "rope_scaling.factor is '4'"),
+        ({"rope_scaling": {"type": "linear", "factor": -2.0}}, "rope_scaling.factor is -2.0"),
+        ({"rope_scaling": {"type": "yarn", "factor": math.inf}}, "rope_scaling.factor is inf"),
+        ({"rope_scaling": {"type": ["yarn"], "factor": 2.0}}, "rope_scaling.type"),
+        ({"rope_scaling": {"original_max_position_embeddings": 10**400}}, "rope_scaling.original"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": ["x"]}},
+            "rope_scaling.short_factor",
+        ),
+        ({"rope_parameters": [1]}, "rope_parameters is"),
+        ({"rope_parameters": {"rope_theta": "5e5"}}, "rope_parameters.rope_theta"),
+        ({"rope_parameters": {"full_attention": [1]}}, "rope_parameters.full_attention"),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_theta": 0}}},
+            "rope_parameters.sliding_attention.rope_theta is 0",
+        ),
+        (
+            {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+                "rope_scaling": {"type": "linear", "factor": 4.0},
+            },
+            "rope_parameters and .*rope_scaling name two kinds",
+        ),
+        (
+            {
+                "rope_parameters": {"rope_type": "linear", "factor": 2.0},
+                "rope_scaling": {"type": "linear", "factor": 4.0},
+            },
+            "rope_parameters.factor and .*rope_scaling.factor differ",
+        ),
+        ({"model_type": "mamba2", "expand": "a", "hidden_size": "b"}, "hidden_size"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_refused_by_name(
+    tmp_path: Path, settings: dict[str, Any], named: str, place: str | None
+) -> None:
+    with pytest.raises(ModelUnusableError, match=f"config.json: ({place}.)?{named}"):
+        read(tmp_path, {place: settings} if place else settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rope_theta": 10000, "rms_norm_eps": 1, "sliding_window": 0, "rope_scaling": False},
+        {"num_key_value_heads": [2, 4], "intermediate_size": [8, 8], "head_dim": None},
+        {"time_step_limit": [0.0, math.inf], "quantization": {"bits": 4, "group_size": 64}},
+        {
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+            "rope_scaling": {"type": "linear", "factor": 4},
+        },
+        {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "linear", "factor": 4}},
+        {"text_config": {}},
+        {"model_type": "mamba2", "expand": 2},
+    ],
+)
+def test_values_that_occur_are_not_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+    assert read(tmp_path, settings).context_length >= 64
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"model_type": "llama", "x": {"__float__": [1]}}',
+        '{"model_type": "llama", "x": "\\ud800"}',
+        '{"model_type": "llama", "x": ' + "[" * 900 + "]" * 900 + "}",
+    ],
+)
+def test_any_json_is_read_or_refused(tmp_path: Path, text: str) -> None:
+    path = write_model(tmp_path, EMBEDDINGS, PLAIN)
+    (path / "config.json").write_text(text)
+    with contextlib.suppress(ModelUnusableError):
+        read_model_directory(path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
+def test_a_link_to_nothing_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    path = write_model(tmp_path, EMBEDDINGS, PLAIN)
+    (path / name).unlink(missing_ok=True)
+    (path / name).symlink_to("../../blobs/gone")
+    with pytest.raises(ModelUnusableError, match=f"{name} is a link to nothing"):
+        read_model_directory(path)
+
+
+def test_a_quantized_output_layer_is_used_with_its_scales(tmp_path: Path) -> None:
+    shapes: Shapes = {
+        f"{layer}.{part}": ("F32", (4, 2))
+        for layer in ("lm_head", "model.embed_tokens")
+        for part in ("weight", "scales", "biases")
+    }
+    assert (
+        read(tmp_path, {"tie_word_embeddings": True}, shapes).values["tie_word_embeddings"] is False
     )
