@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from runner_common.model_directory.entries import require_files
 from runner_common.model_directory.errors import ModelMissingError, ModelUnusableError
 from runner_common.model_directory.weight_files import choose_weight_files
 
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?)(@(?P<revision>[^\0]+))?")
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})", re.ASCII)
 _MAIN = "main"
+_TOKENIZER_FILES = ("*token*.json", "*.model", "vocab*", "*.tiktoken", "tekken.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +155,10 @@ class _Repository:
         if not (_is_inside(revision, refs) and _is_inside(revision, snapshots)):
             return None
         try:
-            return (refs / revision).read_text(encoding="utf-8").strip() or None
+            commit = (refs / revision).read_text(encoding="utf-8").strip()
         except (OSError, ValueError):
             return revision if _kind(snapshots / revision) == "directory" else None
+        return commit if commit and _is_inside(commit, snapshots) else None
 
     def _complete(self) -> list[Path]:
         """Return the snapshots that can be loaded, the newest first."""
@@ -179,8 +182,13 @@ def _is_inside(name: str, folder: Path) -> bool:
 
 
 def is_complete(path: Path) -> bool:
-    """Return whether a directory has a configuration and all of its weights."""
+    """Return whether a directory has a configuration, a tokenizer and all of its weights."""
     try:
-        return (path / "config.json").is_file() and bool(choose_weight_files(path).files)
+        require_files(path)
+        has_tokenizer = any(
+            file.is_file() for pattern in _TOKENIZER_FILES for file in path.glob(pattern)
+        )
+        has_config = (path / "config.json").is_file()
+        return has_config and has_tokenizer and bool(choose_weight_files(path).files)
     except (ModelUnusableError, OSError):
         return False

@@ -55,7 +55,7 @@ def choose_weight_files(directory: Path) -> WeightChoice:
         named = _indexed(index)
     except ModelUnusableError as error:
         return _chosen_by_name(directory, str(error))
-    missing = [file for file in named if not file.is_file()]
+    missing = [file for file in named if not _is_there(file)]
     if missing:
         return _chosen_by_name(directory, _told_missing(directory, index, missing))
     others = sorted(set(_safetensors(directory)) - set(named))
@@ -134,18 +134,25 @@ def _indexed(index: Path) -> list[Path]:
     names: Any = read_object(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ModelUnusableError(f"{index}: no weight_map in it", str(index.parent))
-    files = set(names.values())
-    for name in files:
-        if not isinstance(name, str) or not _is_inside(name):
+    for name in names.values():
+        if not isinstance(name, str) or not _is_weight_file(name):
             raise ModelUnusableError(
-                f"{index}: {name!r} is not a file of this directory", str(index.parent)
+                f"{index}: {name!r} is not a *.safetensors of this directory", str(index.parent)
             )
-    return [index.parent / name for name in sorted(files)]
+    return [index.parent / name for name in sorted(set(names.values()))]
 
 
-def _is_inside(name: str) -> bool:
+def _is_weight_file(name: str) -> bool:
     path = PurePosixPath(name)
-    return bool(name) and "\0" not in name and not path.is_absolute() and ".." not in path.parts
+    is_inside = not path.is_absolute() and ".." not in path.parts
+    return is_inside and path.suffix == ".safetensors" and "\0" not in name
+
+
+def _is_there(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except OSError:  # a name too long for the file system
+        return False
 
 
 def _safetensors(directory: Path) -> list[Path]:
@@ -228,13 +235,21 @@ def _no_choice(
         names = ", ".join(file.name for file in files[:3])
         what = f"none of {names} is named as a model's only weights are, and no index names them"
     else:
-        others = sorted(file.name for file in directory.iterdir() if file.suffix in _OTHER_FORMATS)
-        has = f" (only {', '.join(others[:3])}: convert it with mlx_lm.convert)" if others else ""
-        what = f"no *.safetensors in it{has}"
+        what = f"no *.safetensors in it{_told_others(directory)}"
     return ModelUnusableError(
         f"{directory}: {problem.removeprefix(f'{directory}: ')}{'; ' if problem else ''}{what}",
         str(directory),
     )
+
+
+def _told_others(directory: Path) -> str:
+    """Tell of what could have been weights, in a bracket; empty if there is nothing."""
+    entries = sorted(directory.iterdir())
+    if links := [file.name for file in entries if file.suffix == ".safetensors"]:
+        return f" ({links[0]} is not a file, or a link to nothing: finish the download)"
+    if others := [file.name for file in entries if file.suffix in _OTHER_FORMATS]:
+        return f" (only {', '.join(others[:3])}: convert it with mlx_lm.convert)"
+    return ""
 
 
 def _told_missing(directory: Path, index: Path, missing: list[Path]) -> str:

@@ -18,6 +18,7 @@ def snapshot(hub: Path, commit: str = COMMIT, *, ref: str | None = "main", name:
     """A complete snapshot, and a ref that names it."""
     folder = hub / f"models--org--{name}"
     path = write_model(folder / "snapshots" / commit, {"a": ("F32", (2,))}, {"model_type": "x"})
+    (path / "tokenizer.json").write_text("{}")
     if ref:
         (folder / "refs" / ref).parent.mkdir(parents=True, exist_ok=True)
         (folder / "refs" / ref).write_text(commit)
@@ -108,6 +109,23 @@ def test_another_complete_snapshot_stands_in_for_one_that_is_not(tmp_path: Path)
     assert located.path == other
     assert COMMIT in located.note
     assert OTHER in located.note
+
+
+@pytest.mark.parametrize("lost", ["tokenizer.json", "model.safetensors", "config.json"])
+def test_a_snapshot_that_lacks_a_file_is_not_complete(tmp_path: Path, lost: str) -> None:
+    path, other = snapshot(tmp_path), snapshot(tmp_path, OTHER, ref=None)
+    (path / lost).unlink()
+    assert locate("org/n", {"HF_HUB_CACHE": str(tmp_path)}).path == other
+    (path / lost).symlink_to("../../blobs/gone")
+    assert locate("org/n", {"HF_HUB_CACHE": str(tmp_path)}).path == other
+
+
+@pytest.mark.parametrize("ref", ["../../../elsewhere", "{}/elsewhere"])
+def test_a_ref_leads_nowhere_else(tmp_path: Path, ref: str) -> None:
+    path = snapshot(tmp_path / "hub")
+    snapshot(tmp_path / "other").rename(tmp_path / "elsewhere")
+    (path.parents[1] / "refs" / "main").write_text(ref.format(tmp_path))
+    assert locate("org/n", {"HF_HUB_CACHE": str(tmp_path / "hub")}).path == path
 
 
 def test_without_a_main_the_newest_complete_snapshot_is_used(tmp_path: Path) -> None:

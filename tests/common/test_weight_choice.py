@@ -74,10 +74,12 @@ def test_an_index_may_begin_with_a_mark(tmp_path: Path) -> None:
     assert chosen(tmp_path) == [*SHARDS.values()]
 
 
-@pytest.mark.parametrize("name", ["/etc/x.safetensors", "../x.safetensors", "p/../../x", "", 3])
+@pytest.mark.parametrize(
+    "name", ["/etc/x.safetensors", "../x.safetensors", "p/../../x", "x.bin", "", 3, ["x"]]
+)
 def test_an_index_names_only_files_of_its_directory(tmp_path: Path, name: object) -> None:
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(ModelUnusableError, match="not a file of this directory"):
+    with pytest.raises(ModelUnusableError, match=r"not a \*.safetensors of this"):
         chosen(tmp_path)
 
 
