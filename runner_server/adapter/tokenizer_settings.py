@@ -14,6 +14,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
+from runner_common.model_directory import is_lfs_pointer, lfs_error
 from runner_server.errors import ModelUnsupported
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -85,6 +86,8 @@ def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
+        if is_lfs_pointer(file):
+            raise ModelUnsupported(str(lfs_error(file)), model=str(file.parent))
         found = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ModelUnsupported(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -348,10 +349,15 @@ def test_a_file_may_begin_with_a_mark(tmp_path: Path) -> None:
     assert _codec(tmp_path).encode("a b", as_prompt=True) == plain
 
 
-def test_a_pointer_of_git_lfs_is_called_that(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"],
+)
+def test_a_pointer_of_git_lfs_is_called_that(tmp_path: Path, name: str) -> None:
+    write_tokenizer(tmp_path, tokenizer_files.byte_level(), {})
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-    (tmp_path / "tokenizer.json").write_text(pointer)
-    with pytest.raises(ModelUnsupported, match=r"tokenizer\.json is a Git LFS pointer"):
+    (tmp_path / name).write_text(pointer)
+    with pytest.raises(ModelUnsupported, match=rf"{re.escape(name)} is a Git LFS pointer"):
         _codec(tmp_path)
 
 
