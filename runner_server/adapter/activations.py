@@ -50,7 +50,7 @@ def ignored_activation(text: Mapping[str, Any], built: BuiltModel) -> Iterator[s
     key = _key(text, built)
     if key is None:
         return
-    name, source = text[key], "\n".join(map(inspect.getsource, _modules(built)))
+    name, source = text[key], written_in(built)
     wanted = _SAME.get(name) if isinstance(name, str) else None
     if wanted is None:
         # Names of a type's own ("gegelu", "xielu") are those of its only activation.
@@ -60,6 +60,11 @@ def ignored_activation(text: Mapping[str, Any], built: BuiltModel) -> Iterator[s
     same = _GELUS if wanted in _GELUS else (wanted,)
     if not any(re.search(_IN_SOURCE[each], source) for each in same):
         yield f"{key} = {name!r} in config.json has no effect in mlx_lm"
+
+
+def written_in(built: BuiltModel) -> str:
+    """Return the source of the modules that a model's layers are written in."""
+    return "\n".join(map(inspect.getsource, _modules(built)))
 
 
 def use_named_gelu(text: Mapping[str, Any], built: BuiltModel) -> None:

@@ -17,7 +17,7 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 
 from runner_common.model_directory import ModelDirectory, text_part
-from runner_server.adapter.activations import ignored_activation
+from runner_server.adapter.activations import ignored_activation, written_in
 from runner_server.adapter.names import BuiltModel
 from runner_server.adapter.rotary import exact_length, ignored_rope
 from runner_server.errors import ModelUnsupported
@@ -99,6 +99,7 @@ def compare(
         *_known_faults(text_part(config)),
         *_ignored_tensors(directory, unused),
         *_misread_types(directory, built.model),
+        *_whole_numbers(built.model),
     )
     return tuple(each for each in found if each.harmless_tokens < longest)
 
@@ -109,8 +110,21 @@ def _ignored_settings(config: Mapping[str, Any], built: BuiltModel) -> Iterator[
         value = text.get(key, config.get(key))
         if value is not None and key not in built.arguments and not is_neutral(value, text):
             yield Difference(f"{key} = {value!r} in config.json has no effect in mlx_lm")
+    yield from _unknown_layers(text, built)
     yield from map(Difference, ignored_rope(text, built))
     yield from map(Difference, ignored_activation(text, built))
+
+
+def _unknown_layers(text: Mapping[str, Any], built: BuiltModel) -> Iterator[Difference]:
+    """Yield the kinds of layers that a class is told of and has not."""
+    kinds = text.get("layer_types") if "layer_types" in built.arguments else None
+    source = written_in(built)
+    for kind in sorted(set(kinds or ()) - {"full_attention"}):
+        if kind not in source:
+            yield Difference(f"layer_types has {kind!r} in config.json, which mlx_lm has not here")
+    arguments = getattr(built.model, "args", None)
+    if "sliding_attention" in (kinds or ()) and getattr(arguments, "sliding_window", 1) is None:
+        yield Difference("layer_types has 'sliding_attention', and config.json no sliding_window")
 
 
 def _limited_settings(text: Mapping[str, Any], built: BuiltModel) -> Iterator[Difference]:
@@ -151,8 +165,18 @@ def _ignored_window(text: Mapping[str, Any], built: BuiltModel) -> int:
     kinds = text.get("layer_types")
     if isinstance(kinds, list) and "sliding_attention" not in kinds:
         return 0
+    if kinds is None and _is_below_windows(text):
+        return 0
     has_effect = _has_window(built) if "sliding_window" in built.arguments else False
     return 0 if has_effect else window
+
+
+def _is_below_windows(text: Mapping[str, Any]) -> bool:
+    """Return whether windows begin behind the last layer."""
+    first = text.get("max_window_layers", _MAX_WINDOW_LAYERS)
+    layers = text.get("num_hidden_layers")
+    has_first = text.get("model_type") in ("qwen2", "qwen3")
+    return has_first and isinstance(first, int) and isinstance(layers, int) and first >= layers
 
 
 def _has_window(built: BuiltModel) -> bool:
@@ -161,6 +185,9 @@ def _has_window(built: BuiltModel) -> bool:
     kinds = getattr(inner, "layer_types", None)
     return not isinstance(kinds, list) or "sliding_attention" in kinds
 
+
+_MAX_WINDOW_LAYERS = 28
+"""Layers without a window of a Qwen model that does not say how many, as in transformers."""
 
 _FROM_LENGTH = {
     "attention_chunk_size": "attention_chunk_size",
@@ -196,7 +223,8 @@ def _is_interval(value: Any, text: Mapping[str, Any]) -> bool:
 def _is_attention_scale(value: Any, text: Mapping[str, Any]) -> bool:
     heads, hidden = text.get("num_attention_heads"), text.get("hidden_size")
     size = text.get("head_dim") or (hidden // heads if heads and hidden else None)
-    return bool(size and abs(value - size**-0.5) < 1e-6)
+    is_number = isinstance(value, int | float)
+    return bool(size and is_number and abs(value - size**-0.5) < 1e-6)
 
 
 _NUMBERS: dict[str, Neutral] = {
@@ -282,3 +310,16 @@ def _misread_types(directory: ModelDirectory, model: Module) -> Iterator[Differe
                 f"for {directory.configuration.model_type}"
             )
             return
+
+
+def _whole_numbers(model: Module) -> Iterator[Difference]:
+    """Tell of weights that are stored as whole numbers, without scales to make sense of them."""
+    for path, module in model.named_modules():
+        if any("scale" in name for name in module):
+            continue
+        for name in ("weight", "bias"):
+            value = module.get(name)
+            if isinstance(value, mx.array) and not mx.issubdtype(value.dtype, mx.floating):
+                kind = str(value.dtype).removeprefix("mlx.core.")
+                yield Difference(f"{path}.{name} is stored as {kind}, and has no scales beside it")
+                return

@@ -63,9 +63,21 @@ def ignored_rope(text: Mapping[str, Any], built: BuiltModel) -> Iterator[str]:
             f"rope_parameters.sliding_attention.rope_theta = {local!r} in config.json has no "
             "effect in mlx_lm"
         )
+    yield from _ignored_kinds(text)
     scaling = text.get("rope_scaling")
     if isinstance(scaling, dict) and not _is_scaled(scaling, built):
         yield f"rope_scaling = {scaling!r} in config.json has no effect in mlx_lm"
+
+
+def _ignored_kinds(text: Mapping[str, Any]) -> Iterator[str]:
+    """Yield parameters for kinds of attention that mlx_lm has no rotary embeddings for."""
+    for kind, rope in (text.get("rope_parameters") or {}).items():
+        if not isinstance(rope, Mapping) or kind == "full_attention":
+            continue
+        is_used = kind in (text.get("layer_types") or (kind,))
+        is_plain = kind == "sliding_attention" and rope_kind(rope) == "default"
+        if is_used and not is_plain and rope != text["rope_parameters"].get("full_attention"):
+            yield f"rope_parameters.{kind} = {rope!r} in config.json has no effect in mlx_lm"
 
 
 def exact_length(text: Mapping[str, Any]) -> int | None:

@@ -336,3 +336,83 @@ def test_nothing_is_corrected_without_scaling(load: Load, model_dir: Build) -> N
     model: Any = load(model_dir())
     settle_rope(model._model, {"rope_scaling": None, "head_dim": 16}, 100)
     assert (rope_of(model).dims, rope_of(model).scale) == (16, 1.0)
+
+
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+
+
+@pytest.mark.parametrize(
+    ("rope", "settings", "named"),
+    [
+        ({"chunked_attention": ROPES["default"]}, {}, "rope_parameters.chunked_attention"),
+        (
+            {"full_attention": ROPES["default"], "sliding_attention": ROPES["linear"]},
+            SLIDING,
+            "rope_parameters.sliding_attention",
+        ),
+        (
+            {"full_attention": ROPES["default"], "sliding_attention": ROPES["linear"]},
+            {"layer_types": ["full_attention"] * 2},
+            None,
+        ),
+    ],
+)
+def test_parameters_for_a_kind_of_attention_are_used_or_named(
+    load: Load,
+    model_dir: Build,
+    tmp_path: Path,
+    rope: dict[str, Any],
+    settings: dict[str, Any],
+    named: str | None,
+) -> None:
+    path = changed(model_dir(), tmp_path / "m", rope_parameters=rope, **settings)
+    if named is None:
+        load(path)
+        return
+    with pytest.raises(ModelUnsupported, match=named):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"layer_types": ["linear_attention", "full_attention"]}, "layer_types has 'linear_atte"),
+        ({"layer_types": SLIDING["layer_types"]}, "config.json no sliding_window"),
+    ],
+)
+def test_kinds_of_layers_that_a_class_has_not_are_named(
+    load: Load, model_dir: Build, tmp_path: Path, settings: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ModelUnsupported, match=named):
+        load(changed(model_dir(), tmp_path / "m", **settings))
+
+
+@pytest.mark.parametrize(("first", "longest"), [(0, 64), (1, 64), (2, 2048), (None, 2048)])
+def test_windows_begin_at_a_layer(
+    load: Load, model_dir: Build, tmp_path: Path, first: int | None, longest: int
+) -> None:
+    settings = {"use_sliding_window": True, "sliding_window": 64}
+    if first is not None:
+        settings["max_window_layers"] = first
+    path = changed(model_dir("qwen3"), tmp_path / "m", **settings)
+    assert load(path).info.context_length == longest
+
+
+@pytest.mark.parametrize("dtype", ["int64", "int8", "uint8", "uint32", "bool_"])
+def test_weights_that_are_whole_numbers_are_refused(
+    load: Load, model_dir: Build, tmp_path: Path, dtype: str
+) -> None:
+    path = changed(model_dir(), tmp_path / "m")
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights = mx.load(str(path / "model.safetensors"))
+    weights[name] = (weights[name] * 100).astype(getattr(mx, dtype))
+    mx.eval(weights)
+    mx.save_safetensors(str(path / "model.safetensors"), weights)
+    with pytest.raises(ModelUnsupported, match=rf"{name} is stored as \w+, and has no scales"):
+        load(path)
+
+
+def test_a_multiplier_that_is_a_text_is_named(load: Load, model_dir: Build, tmp_path: Path) -> None:
+    path = changed(model_dir(), tmp_path / "m", attention_multiplier="0.25")
+    with pytest.raises(ModelUnsupported, match=r"attention_multiplier = '0.25'"):
+        load(path)
