@@ -12,7 +12,7 @@ from runner_common.model_directory.errors import (
 from runner_common.model_directory.json_files import is_lfs_pointer, lfs_error
 from runner_common.model_directory.locating import Located, locate
 from runner_common.model_directory.reading import ModelDirectory, read_model_directory
-from runner_common.model_directory.rope import rope_kind
+from runner_common.model_directory.rope import has_rope_by_kind, rope_kind
 from runner_common.model_directory.weight_files import StoredTensor
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "ModelMissingError",
     "ModelUnusableError",
     "StoredTensor",
+    "has_rope_by_kind",
     "is_lfs_pointer",
     "lfs_error",
     "locate",

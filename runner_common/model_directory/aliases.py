@@ -8,6 +8,7 @@ from typing import Any
 _SAME = (
     ("num_experts", "num_local_experts"),
     ("n_ctx", "n_positions"),
+    ("rotary_emb_base", "rope_theta"),
     ("block_dim", "hidden_size"),
     ("sliding_window_pattern", "_sliding_window_pattern"),
 )
@@ -73,8 +74,9 @@ def _add_pattern(values: dict[str, Any]) -> None:
         return
     if values.get("model_type") == "exaone4":
         values["sliding_window_pattern"] = _letters(kinds)
-    elif values.get("sliding_window_pattern") is None and _FULL in kinds and _SLIDING in kinds:
-        values["sliding_window_pattern"] = kinds.index(_FULL) + 1
+    elif kinds:
+        # The list counts where both are there: it is newer, and can say more.
+        values["sliding_window_pattern"] = [*kinds, _FULL].index(_FULL) + 1
 
 
 def _letters(kinds: list[str]) -> str | None:

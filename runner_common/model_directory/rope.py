@@ -22,6 +22,9 @@ _BESIDE = {
 _EXTENDING = frozenset(("yarn", "linear", "dynamic"))
 """Kinds that make the context longer by their factor; the lengths of others count it already."""
 
+_BY_KIND = ("gemma4", "laguna", "mellum", "spark2_5")
+"""Types whose ``rope_parameters`` are looked for by the kind of attention."""
+
 _ALREADY_EXTENDED = ("gemma3", "gemma4")
 """Types whose ``max_position_embeddings`` counts the factor already, as vLLM has it too."""
 
@@ -44,7 +47,14 @@ def with_one_rope(config: Mapping[str, Any]) -> dict[str, Any]:
         scaling = values["rope_scaling"] = _scaling(values["rope_scaling"], values)
         if scaling and _ORIGINAL in scaling:
             values.setdefault(_ORIGINAL, scaling[_ORIGINAL])
+    if not has_rope_by_kind(config):
+        _add_newer_name(values)
     return values
+
+
+def has_rope_by_kind(config: Mapping[str, Any]) -> bool:
+    """Return whether a type has parameters for each kind of attention, in files of any age."""
+    return str(config.get("model_type", "")).startswith(_BY_KIND)
 
 
 def rope_kind(scaling: object) -> str:
@@ -92,6 +102,19 @@ def _add_older_names(values: dict[str, Any], new: Mapping[str, Any]) -> None:
             values.update(dict.fromkeys(older, new[name]))
     if rope_kind(new) not in _PLAIN and not values.get("rope_scaling"):
         values["rope_scaling"] = {key: new[key] for key in new if key != "rope_theta"}
+
+
+def _add_newer_name(values: dict[str, Any]) -> None:
+    """Say in ``rope_parameters`` what the older names say: some types know nothing else."""
+    new, scaling = values.get("rope_parameters"), values.get("rope_scaling")
+    older = {name: values.get(name) for name in _BESIDE}
+    said = {name: value for name, value in older.items() if value is not None}
+    if not said and not scaling:
+        return
+    parts = [rope for rope in (scaling, new) if isinstance(rope, dict)]
+    if any(isinstance(value, dict) for rope in parts for value in rope.values()):
+        return
+    values["rope_parameters"] = {"rope_type": "default", **said, **(scaling or {}), **(new or {})}
 
 
 def _scaling(scaling: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -118,6 +118,10 @@ def _ignored_settings(config: Mapping[str, Any], built: BuiltModel) -> Iterator[
 def _unknown_layers(text: Mapping[str, Any], built: BuiltModel) -> Iterator[Difference]:
     """Yield the kinds of layers that a class is told of and has not."""
     kinds = text.get("layer_types") if "layer_types" in built.arguments else None
+    if "layer_types" in text and not _has_pattern(text, built):
+        yield Difference(
+            "layer_types in config.json has no effect in mlx_lm, where every Nth layer is global"
+        )
     source = written_in(built)
     for kind in sorted(set(kinds or ()) - {"full_attention"}):
         if kind not in source:
@@ -125,6 +129,17 @@ def _unknown_layers(text: Mapping[str, Any], built: BuiltModel) -> Iterator[Diff
     arguments = getattr(built.model, "args", None)
     if "sliding_attention" in (kinds or ()) and getattr(arguments, "sliding_window", 1) is None:
         yield Difference("layer_types has 'sliding_attention', and config.json no sliding_window")
+
+
+def _has_pattern(text: Mapping[str, Any], built: BuiltModel) -> bool:
+    """Return whether a class that counts its layers has the kinds that its configuration lists."""
+    kinds, every = text["layer_types"], text.get("sliding_window_pattern")
+    if "layer_types" in built.arguments or "sliding_window_pattern" not in built.arguments:
+        return True
+    if not isinstance(kinds, list) or not isinstance(every, int) or every < 1:
+        return True
+    counted = [(place + 1) % every == 0 for place in range(len(kinds))]
+    return counted == [kind == "full_attention" for kind in kinds]
 
 
 def _limited_settings(text: Mapping[str, Any], built: BuiltModel) -> Iterator[Difference]:

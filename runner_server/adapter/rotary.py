@@ -8,6 +8,7 @@ mlx_lm 0.32.2 computes the frequencies of LongRoPE for long sequences only, and 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,7 +16,8 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.nn.layers.positional_encoding import RoPE
 
-from runner_common.model_directory import rope_kind
+from runner_common.model_directory import has_rope_by_kind, rope_kind
+from runner_server.adapter.activations import written_in
 from runner_server.adapter.names import BuiltModel
 
 _PLAIN_THETA = 10_000.0
@@ -31,10 +33,13 @@ _SHARES = frozenset(
 """Names under which a class takes how much of a head is rotated."""
 
 _CLASSES = {
+    "deepseek_yarn": ("Yarn",),
     "dynamic": ("DynamicNTK",),
     "llama3": ("Llama3RoPE",),
     "longrope": ("SuScaledRoPE", "LongRoPE"),
+    "proportional": ("Proportional",),
     "su": ("SuScaledRoPE", "LongRoPE"),
+    "telechat3-yarn": ("Yarn",),
     "yarn": ("Yarn",),
 }
 """Parts of the names of classes that compute a kind of scaling; others have no class."""
@@ -48,11 +53,17 @@ def ignored_rope(text: Mapping[str, Any], built: BuiltModel) -> Iterator[str]:
         built: The model.
     """
     taken = built.arguments
-    if "rope_parameters" in taken:
+    if has_rope_by_kind(text):
+        yield from _lacking_kinds(text)
         return
+    scaling = text.get("rope_scaling")
+    if isinstance(scaling, dict) and not _is_scaled(scaling, built):
+        yield f"rope_scaling = {scaling!r} in config.json has no effect in mlx_lm"
     share = text.get("partial_rotary_factor", text.get("rotary_pct"))
     if share not in (None, 1) and not _SHARES & taken and not _can_share(built.model, text):
         yield f"partial_rotary_factor = {share!r} in config.json has no effect in mlx_lm"
+    if "rope_parameters" in taken:
+        return
     theta, local = text.get("rope_theta"), text.get("rope_local_base_freq")
     bases = {"rope_theta", "rotary_emb_base", "rope_embedding_base", "rope_base"}
     if theta not in (None, _PLAIN_THETA) and not bases & taken:
@@ -64,9 +75,6 @@ def ignored_rope(text: Mapping[str, Any], built: BuiltModel) -> Iterator[str]:
             "effect in mlx_lm"
         )
     yield from _ignored_kinds(text)
-    scaling = text.get("rope_scaling")
-    if isinstance(scaling, dict) and not _is_scaled(scaling, built):
-        yield f"rope_scaling = {scaling!r} in config.json has no effect in mlx_lm"
 
 
 def _ignored_kinds(text: Mapping[str, Any]) -> Iterator[str]:
@@ -78,6 +86,16 @@ def _ignored_kinds(text: Mapping[str, Any]) -> Iterator[str]:
         is_plain = kind == "sliding_attention" and rope_kind(rope) == "default"
         if is_used and not is_plain and rope != text["rope_parameters"].get("full_attention"):
             yield f"rope_parameters.{kind} = {rope!r} in config.json has no effect in mlx_lm"
+
+
+def _lacking_kinds(text: Mapping[str, Any]) -> Iterator[str]:
+    """Yield parameters without a kind of attention, for a type that looks for them by kind."""
+    rope = text.get("rope_parameters") or {}
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        return
+    for name in ("rope_parameters", "rope_theta", "rope_scaling"):
+        if text.get(name) not in (None, {}, _PLAIN_THETA):
+            yield f"{name} = {text[name]!r} in config.json names no kind of attention"
 
 
 def exact_length(text: Mapping[str, Any]) -> int | None:
@@ -126,7 +144,10 @@ def _is_scaled(scaling: Mapping[str, Any], built: BuiltModel) -> bool:
     kind = rope_kind(scaling)
     if kind in ("default", "mrope"):
         return True
-    if "rope_scaling" not in built.arguments:
+    if not {"rope_scaling", "rope_parameters"} & built.arguments:
+        return False
+    is_known = kind == "linear" or kind in _CLASSES
+    if not is_known and not re.search(rf"['\"]{re.escape(kind)}['\"]", written_in(built)):
         return False
     ropes = [module for module in built.model.modules() if _is_rope(module)]
     if not ropes:  # computed in the layers themselves

@@ -416,3 +416,87 @@ def test_a_multiplier_that_is_a_text_is_named(load: Load, model_dir: Build, tmp_
     path = changed(model_dir(), tmp_path / "m", attention_multiplier="0.25")
     with pytest.raises(ModelUnsupported, match=r"attention_multiplier = '0.25'"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    "type_", ["qwen3_5", "granitemoehybrid", "olmo_hybrid", "lfm2", "gpt_neox"]
+)
+def test_types_that_know_only_the_newer_name_obey_the_older_ones(
+    load: Load, tmp_path: Path, type_: str
+) -> None:
+    from tools.memory.catalog import CONFIGS
+    from tools.memory.models import write_model
+
+    config = CONFIGS[type_]
+    part = config.get("text_config", config)
+    dropped = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_emb_base")
+    kept = {key: value for key, value in part.items() if key not in dropped}
+    answers = []
+    for rope in ({"rope_theta": 5e5}, {"rope_parameters": ROPES["default"]}, {"rope_theta": 2e4}):
+        text = {**kept, **rope}
+        whole = {**config, "text_config": text} if part is not config else text
+        path = write_model(tmp_path / "built", config)
+        (path / "config.json").write_text(json.dumps(whole))
+        answers.append(answer(load(path), [i % 40 + 1 for i in range(60)]))
+    assert_alike(answers[0], answers[1], tolerance=1e-6)
+    assert answers[0][0].logprob != answers[2][0].logprob
+
+
+@pytest.mark.parametrize(
+    ("type_", "rope"),
+    [
+        ("mixtral", {"rope_type": "made_up", "factor": 4.0}),
+        ("lfm2", ROPES["yarn"]),
+        ("granitemoehybrid", ROPES["linear"]),
+        ("olmo_hybrid", ROPES["llama3"]),
+    ],
+)
+def test_scaling_that_a_class_does_not_compute_is_refused(
+    load: Load, tmp_path: Path, type_: str, rope: dict[str, Any]
+) -> None:
+    from tools.memory.catalog import CONFIGS
+    from tools.memory.models import write_model
+
+    path = write_model(tmp_path / "m", {**CONFIGS[type_], "rope_parameters": rope})
+    with pytest.raises(ModelUnsupported, match=r"rope_scaling = .* has no effect"):
+        load(path)
+
+
+def test_a_type_that_has_parameters_by_kind_is_refused_without_kinds(
+    load: Load, tmp_path: Path
+) -> None:
+    from tools.memory.catalog import CONFIGS
+    from tools.memory.models import write_model
+
+    path = write_model(tmp_path / "m", CONFIGS["laguna"])
+    load(path)
+    names = ("rope_parameters", "rope_theta", "rope_scaling")
+    for name, value in zip(names, (ROPES["default"], 5e5, ROPES["yarn"]), strict=True):
+        other = changed(path, tmp_path / name, *(set(names) - {name}), **{name: value})
+        with pytest.raises(ModelUnsupported, match=f"{name} = .* names no kind of attention"):
+            load(other)
+
+
+@pytest.mark.parametrize("type_", ["cohere2", "gemma3_text"])
+def test_kinds_of_layers_that_do_not_repeat_are_refused_where_a_class_counts(
+    load: Load, tmp_path: Path, type_: str
+) -> None:
+    from tools.memory.catalog import CONFIGS
+    from tools.memory.models import write_model
+
+    count = CONFIGS[type_]["num_hidden_layers"]
+    kinds = ["sliding_attention", "full_attention"] * count
+    path = write_model(tmp_path / "m", CONFIGS[type_])
+    load(changed(path, tmp_path / "n", layer_types=kinds[:count]))
+    odd = changed(path, tmp_path / "o", layer_types=[*kinds[: count - 1], "full_attention"][::-1])
+    with pytest.raises(ModelUnsupported, match=r"layer_types .* every Nth layer"):
+        load(odd)
+
+
+def test_a_share_of_the_head_is_used_or_named(load: Load, tmp_path: Path) -> None:
+    from tools.memory.catalog import CONFIGS
+    from tools.memory.models import write_model
+
+    path = write_model(tmp_path / "m", {**CONFIGS["ministral3"], "partial_rotary_factor": 0.5})
+    with pytest.raises(ModelUnsupported, match=r"partial_rotary_factor = 0\.5"):
+        load(path)

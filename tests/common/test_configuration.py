@@ -183,6 +183,15 @@ def test_a_file_of_modelopt_says_how_weights_are_quantized(tmp_path: Path) -> No
         ({"hidden_size": 64, "num_attention_heads": 4}, {"head_dim": 16}),
         ({"layer_types": ["sliding_attention", "full_attention"]}, {"sliding_window_pattern": 2}),
         (
+            {
+                "layer_types": ["sliding_attention", "full_attention"],
+                "sliding_window_pattern": 4,
+            },
+            {"sliding_window_pattern": 2},
+        ),
+        ({"layer_types": ["sliding_attention"] * 2}, {"sliding_window_pattern": 3}),
+        ({"layer_types": ["full_attention"] * 2}, {"sliding_window_pattern": 1}),
+        (
             {"model_type": "exaone4", "layer_types": ["full_attention"]},
             {"sliding_window_pattern": None},
         ),
