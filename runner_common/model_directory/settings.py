@@ -69,7 +69,7 @@ def _rope_problems(path: str, rope: Mapping[str, Any]) -> Iterator[str]:
 
 def _contradictions(path: str, new: Mapping[str, Any], old: Mapping[str, Any]) -> Iterator[str]:
     """Yield parameters with two values; transformers would take all from the older object."""
-    for key in new.keys() & old.keys() - {"type", "rope_type"}:
+    for key in sorted(new.keys() & old.keys() - {"type", "rope_type"}):
         if new[key] != old[key]:
             yield f"{path}rope_parameters.{key} and {path}rope_scaling.{key} differ"
     kinds = [rope_kind(rope) for rope in (new, old) if {"type", "rope_type"} & rope.keys()]
