@@ -33,7 +33,7 @@ _GELUS = {"gelu": "gelu", "gelu_tanh": "gelu_approx"}
 _IN_SOURCE = {
     "gelu": r"\bgelu\(|\b_?precise_gelu\b",
     "gelu_tanh": r"\bgelu_approx\b",
-    "relu": r"\brelu\(",
+    "relu": r"\brelu\((?![^\n]*square)",
     "relu2": r"\brelu2\b|\brelu_squared\b",
     "silu": r"\bsilu\b|\b_?swiglu\b|\bSwiGLU\b",
 }
@@ -103,9 +103,11 @@ class _Gelu:
 
 
 def _key(text: Mapping[str, Any], built: BuiltModel) -> str | None:
-    """Return the setting that names the activation, unless the model's class takes it."""
+    """Return the setting that names the activation, unless the model's class goes by it."""
     key = next((key for key in _KEYS if text.get(key) is not None), None)
-    return None if key in built.arguments else key
+    # Nemotron's class takes it, and does not look at it.
+    is_read = key in built.arguments and re.search(rf"\.{key}\b", written_in(built))
+    return None if is_read else key
 
 
 def _modules(built: BuiltModel) -> list[ModuleType]:

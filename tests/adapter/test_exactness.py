@@ -500,3 +500,24 @@ def test_a_share_of_the_head_is_used_or_named(load: Load, tmp_path: Path) -> Non
     path = write_model(tmp_path / "m", {**CONFIGS["ministral3"], "partial_rotary_factor": 0.5})
     with pytest.raises(ModelUnsupported, match=r"partial_rotary_factor = 0\.5"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("type_", "settings", "named"),
+    [
+        ("nemotron", {"hidden_act": "relu"}, "hidden_act = 'relu'"),
+        ("nemotron", {"hidden_act": "relu2"}, None),
+    ],
+)
+def test_a_function_that_a_class_has_not_is_named(
+    load: Load, tmp_path: Path, type_: str, settings: dict[str, Any], named: str | None
+) -> None:
+    from tools.memory.catalog import CONFIGS
+    from tools.memory.models import write_model
+
+    path = write_model(tmp_path / "m", {**CONFIGS[type_], **settings})
+    if named is None:
+        load(path)
+        return
+    with pytest.raises(ModelUnsupported, match=named):
+        load(path)
