@@ -154,6 +154,7 @@ _SETTINGS: dict[str, _Kind] = {
     "layer_types": ("a list of texts", _is_list_of(str)),
     "norm_eps": _POSITIVE,
     "num_attention_heads": ("a whole number above 0", _each(_is_size)),
+    "num_experts_per_tok": _COUNTS,
     "num_hidden_layers": _SIZE,
     "num_key_value_heads": _COUNTS,
     "partial_rotary_factor": _SHARE,

@@ -221,6 +221,7 @@ def test_settings_stand_under_all_of_their_names(
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
         ({"num_key_value_heads": True}, "num_key_value_heads is True"),
         ({"head_dim": -3}, "head_dim is -3"),
+        ({"num_experts_per_tok": -1}, "num_experts_per_tok is -1"),
         ({"intermediate_size": 10**30}, "intermediate_size"),
         ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan"),
         ({"layer_norm_eps": "1e-5"}, "layer_norm_eps"),
