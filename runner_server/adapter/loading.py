@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
@@ -24,37 +23,29 @@ from mlxrunner.units import format_bytes
 from runner_common.model_directory import (
     Located,
     ModelDirectory,
-    ModelUnusableError,
-    read_model_directory,
-    text_part,
 )
 from runner_server.adapter._reading import read_weights
-from runner_server.adapter.activations import use_named_gelu
 from runner_server.adapter.batch import KvRoom, MlxBatch, PromptCache
+from runner_server.adapter.building import Built, before_weights, build, read_directory
 from runner_server.adapter.caches import CachePieces
-from runner_server.adapter.casting import cast_weights, widen_experts
 from runner_server.adapter.codec import FastCodec, load_codec
-from runner_server.adapter.exactness import Exactness, compare
 from runner_server.adapter.finding import find_model
-from runner_server.adapter.names import build_model, dequantize_model
 from runner_server.adapter.planning import (
     PREFILL_CHUNK,
     Plan,
     alone_warning,
     arrays,
-    context_in_force,
     device_kind,
     formats,
     make_plan,
     weight_bytes,
 )
-from runner_server.adapter.rotary import settle_rope
 from runner_server.adapter.threads import fit_threads
 from runner_server.adapter.together import try_together
 from runner_server.adapter.trial import warm_up
 from runner_server.adapter.weight_files import WeightFiles
 from runner_server.admission import UNCHECKED, Admission
-from runner_server.errors import InsufficientMemory, ModelUnsupported, RunnerFault
+from runner_server.errors import InsufficientMemory, ModelUnsupported
 from runner_server.heap import trim_heap
 from runner_server.messages import Dtype, LoadSpec, ModelInfo
 from runner_server.model_root import ModelRoot
@@ -66,14 +57,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Report = Callable[[int], None]
-
-_MAX_TOLD = 300
-
-_MX_DTYPES = {
-    Dtype.FLOAT32: mx.float32,
-    Dtype.BFLOAT16: mx.bfloat16,
-    Dtype.FLOAT16: mx.float16,
-}
 
 
 class MlxModel:
@@ -179,9 +162,9 @@ def load(
 def _load(
     located: Located, spec: LoadSpec, report: Report, shard: Shard | None, admission: Admission
 ) -> MlxModel:
-    directory = _read_directory(located)
+    directory = read_directory(located)
     report(1)
-    with _before_weights(directory.path):
+    with before_weights(directory.path):
         codec, eos_token_ids = _codec(directory)
         # Reading a tokenizer takes up to five times what stays: 260 MiB of Gemma 3's 356.
         trim_heap()
@@ -216,7 +199,7 @@ def _load(
 
 def check_files(spec: LoadSpec, root: ModelRoot | None = None) -> None:
     """Look whether a model is there and can be read; see ``Backend.check``."""
-    _read_directory(find_model(spec.model, root))
+    read_directory(find_model(spec.model, root))
 
 
 def plan_load(path: Path, spec: LoadSpec) -> Plan:
@@ -226,69 +209,20 @@ def plan_load(path: Path, spec: LoadSpec) -> Plan:
         path: The model's directory.
         spec: What to load.
     """
-    directory = _read_directory(Located(path))
-    with _before_weights(path):
+    directory = read_directory(Located(path))
+    with before_weights(path):
         # What the process takes depends on it.
         _codec(directory)
         return _planned(directory, spec, None, UNCHECKED)[1]
-
-
-def _read_directory(located: Located) -> ModelDirectory:
-    try:
-        directory = read_model_directory(located.path)
-    except ModelUnusableError as error:
-        raise ModelUnsupported(str(error), model=str(located.path)) from error
-    notes = (located.note, *directory.notes) if located.note else directory.notes
-    return replace(directory, notes=notes)
-
-
-@contextmanager
-def _before_weights(path: Path) -> Iterator[None]:
-    """Answer any error with the model's files: nothing else has been looked at yet."""
-    try:
-        yield
-    except (RunnerFault, MemoryError):
-        raise
-    except Exception as error:
-        logger.exception("%s cannot be loaded", path)
-        raise ModelUnsupported(
-            f"{path} cannot be loaded ({_told(error)}): its configuration says "
-            "something that mlx_lm cannot compute; the runner's log has the traceback",
-            model=str(path),
-        ) from error
-
-
-def _told(error: Exception) -> str:
-    """Return an error of mlx_lm in one line; some list every tensor."""
-    text = " ".join(str(error).split())
-    text = text if len(text) <= _MAX_TOLD else f"{text[:_MAX_TOLD]}..."
-    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
 def _codec(directory: ModelDirectory) -> tuple[FastCodec, frozenset[int]]:
     return load_codec(directory.path, directory.configuration.values)
 
 
-@dataclass(frozen=True)
-class _Built:
-    """A model with lazy weights, in the format that is asked for, perhaps split.
-
-    Attributes:
-        model: The model.
-        config: Its configuration, with what mlx_lm added about quantization.
-        spec: The load, with what the ranks agreed on.
-        exactness: How far it can be computed as its files say.
-    """
-
-    model: Module
-    config: dict[str, Any]
-    spec: LoadSpec
-    exactness: Exactness
-
-
 def _planned(
     directory: ModelDirectory, spec: LoadSpec, shard: Shard | None, admission: Admission
-) -> tuple[_Built, Plan]:
+) -> tuple[Built, Plan]:
     """Build the model in the first format that there is memory for; no weights are read."""
     *preferred, last = formats(spec.dtype)
     for dtype in preferred:
@@ -303,51 +237,13 @@ def _planned(
 
 def _admitted(
     directory: ModelDirectory, spec: LoadSpec, shard: Shard | None, admission: Admission
-) -> tuple[_Built, Plan]:
+) -> tuple[Built, Plan]:
     """Build the model in one format, and ask for the memory that it needs."""
-    built = _built(directory, spec, shard)
+    built = build(directory, spec, shard)
     plan = make_plan(built.spec, built.model, directory, built.exactness)
     granted = admission.admit(str(directory.path), plan.need, override=spec.memory_override)
     # Built anew: some models keep arrays of what was run on them, unevaluated ones here.
-    return _built(directory, spec, shard), plan.within(granted)
-
-
-def _built(directory: ModelDirectory, spec: LoadSpec, shard: Shard | None) -> _Built:
-    """Build the model with lazy weights in the format that is asked for, perhaps split."""
-    model, config, exactness = _build(directory)
-    exactness.require(directory.path, allow=spec.allow_inexact)
-    if shard:
-        spec = shard.split(model, config, spec)
-    model = _converted(directory, model, config, spec, shard)
-    longest = directory.configuration.context_length
-    settle_rope(model, text_part(config), context_in_force(spec, longest, exactness))
-    return _Built(model, config, spec, exactness)
-
-
-def _build(directory: ModelDirectory) -> tuple[Module, dict[str, Any], Exactness]:
-    files, path = WeightFiles(), directory.path
-    model_type = directory.configuration.model_type
-    try:
-        built = build_model(
-            path, directory.configuration.values, directory.weight_files, files.load
-        )
-        use_named_gelu(text_part(built.config), built)
-        # A model that computes with weights while it is built has read them.
-        files.settle()
-        files.check()
-        exactness = Exactness(compare(directory, built, files.unused()))
-    except Exception as error:
-        raise ModelUnsupported(
-            f"{path} is not a model that mlx_lm can build ({_told(error)}); "
-            f"expected weights that fit config.json, whose model_type is {model_type!r}",
-            model=str(path),
-        ) from error
-    finally:
-        # Layers draw weights that nobody reads. What is left of it is a chain of unevaluated
-        # states, one a layer, that would grow with each load.
-        mx.eval(mx.random.state)
-    files.attach(built.model)
-    return built.model, built.config, exactness
+    return build(directory, spec, shard), plan.within(granted)
 
 
 def _read(path: Path, model: Module, report: Report) -> None:
@@ -365,35 +261,8 @@ def _read(path: Path, model: Module, report: Report) -> None:
     files.check()
 
 
-def _converted(
-    directory: ModelDirectory,
-    model: Module,
-    config: dict[str, Any],
-    spec: LoadSpec,
-    shard: Shard | None,
-) -> Module:
-    """Changes the format of what was built, and perhaps split."""
-    if shard is None or spec.dtype is Dtype.AS_STORED or not config.get("quantization"):
-        return _convert(model, spec.dtype)
-    # mlx_lm dequantizes whole layers only.
-    model, config, _ = _build(directory)
-    model = _convert(model, spec.dtype)
-    shard.split(model, config, spec)
-    return model
-
-
-def _convert(model: Module, dtype: Dtype) -> Module:
-    """Changes the format of lazy weights; they are converted as they are read."""
-    if dtype is not Dtype.AS_STORED:
-        model = dequantize_model(model)
-        cast_weights(model, _MX_DTYPES[dtype])
-    if device_kind() == "cpu":
-        widen_experts(model)
-    return model
-
-
 def _describe(
-    spec: LoadSpec, located: Located, built: _Built, plan: Plan, eos_token_ids: frozenset[int]
+    spec: LoadSpec, located: Located, built: Built, plan: Plan, eos_token_ids: frozenset[int]
 ) -> ModelInfo:
     model, config, path = built.model, built.config, located.path
     quantization = config.get("quantization") or {}

@@ -521,3 +521,12 @@ def test_a_function_that_a_class_has_not_is_named(
         return
     with pytest.raises(ModelUnsupported, match=named):
         load(path)
+
+
+def test_a_setting_that_would_end_the_process_is_never_allowed(load: Load, tmp_path: Path) -> None:
+    from tools.memory.catalog import CONFIGS
+    from tools.memory.models import write_model
+
+    path = write_model(tmp_path, {**CONFIGS["bailing_moe"], "num_experts_per_tok": 1})
+    with pytest.raises(ModelUnsupported, match="one expert a token"):
+        load(path, allow_inexact=True)
