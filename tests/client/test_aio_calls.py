@@ -129,12 +129,14 @@ async def test_a_failure_in_the_middle_comes_after_the_text(runner: FakeRunner) 
 
 async def test_no_first_token_is_a_timeout(runner: FakeRunner) -> None:
     runner.stall_after = 0
-    timeouts = Timeouts(first_token_seconds=0.2)
+    timeouts = Timeouts(first_token_seconds=1.0)
     async with AsyncRunnerClient(runner.address, timeouts=timeouts) as client:
+        # The time must suffice for the request to arrive: only then is it cancelled there.
+        await client.status()
         with pytest.raises(errors.RunnerTimeoutError) as caught:
             await client.complete("Hi")
         assert await in_thread(runner.cancelled)
-    assert (caught.value.phase, caught.value.timeout_seconds) == ("first_token", 0.2)
+    assert (caught.value.phase, caught.value.timeout_seconds) == ("first_token", 1.0)
 
 
 async def test_a_silent_stream_is_a_timeout(runner: FakeRunner) -> None:

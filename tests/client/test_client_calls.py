@@ -140,11 +140,13 @@ def test_a_failure_in_the_middle_comes_after_the_text(
 
 def test_no_first_token_is_a_timeout(runner: FakeRunner) -> None:
     runner.stall_after = 0
-    timeouts = Timeouts(first_token_seconds=0.2, idle_seconds=60)
+    timeouts = Timeouts(first_token_seconds=1.0, idle_seconds=60)
     with RunnerClient(runner.address, timeouts=timeouts) as client:
+        # The time must suffice for the request to arrive: only then is it cancelled there.
+        client.status()
         with pytest.raises(errors.RunnerTimeoutError, match="first_token_seconds") as caught:
             client.complete("Hi")
-        assert (caught.value.phase, caught.value.timeout_seconds) == ("first_token", 0.2)
+        assert (caught.value.phase, caught.value.timeout_seconds) == ("first_token", 1.0)
     assert runner.cancelled.wait(10)
 
 
