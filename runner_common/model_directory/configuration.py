@@ -56,7 +56,10 @@ class Configuration:
 
 
 def read_configuration(
-    directory: Path, stored: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
+    directory: Path,
+    stored: Mapping[str, Any],
+    tensors: Mapping[str, StoredTensor],
+    indexed: frozenset[str],
 ) -> Configuration:
     """Check and normalise a model's configuration.
 
@@ -64,6 +67,7 @@ def read_configuration(
         directory: The model's directory.
         stored: What its ``config.json`` says.
         tensors: The tensors of its weight files.
+        indexed: The names of those that an index has in them.
 
     Raises:
         ModelUnusableError: A file cannot be read, asks to run code, or says what cannot be; the
@@ -76,7 +80,7 @@ def read_configuration(
     if problem := wrong_setting(stored):
         raise _error(file, problem)
     ends = _eos_token_ids(directory, file, stored)
-    values, notes = with_output_head(_in_one_form(stored), tensors)
+    values, notes = with_output_head(_in_one_form(stored), tensors, indexed)
     if "quantization_config" not in values and (directory / _QUANTIZATION).exists():
         values["quantization_config"] = read_object(directory / _QUANTIZATION)
     if ends:

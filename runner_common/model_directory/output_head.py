@@ -23,13 +23,14 @@ _EMBEDDINGS = re.compile(
 
 
 def with_output_head(
-    config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
+    config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], indexed: frozenset[str]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return a configuration that says what the tensors say, and what was contradicted.
 
     Args:
         config: ``config.json``; it is not changed.
         tensors: The tensors of its weight files.
+        indexed: The names of those that an index has in them.
 
     Raises:
         OSError: A weight file cannot be read.
@@ -41,6 +42,9 @@ def with_output_head(
     if said and not any(said):
         return dict(config), ()
     if head is None:
+        # One that the index has and no file is missing, and not tied.
+        if not said and any(_HEAD.fullmatch(name) for name in indexed):
+            return _with_tied(config, tied=False), ()
         return (dict(config) if said else _with_tied(config, tied=True)), ()
     if _is_embeddings(head, tensors):
         if f"{head.removesuffix('.weight')}.scales" in tensors:

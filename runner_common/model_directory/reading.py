@@ -51,7 +51,7 @@ def read_model_directory(path: Path) -> ModelDirectory:
         stored = read_object(path / CONFIG)
         choice = choose_weight_files(path)
         tensors = read_tensors(choice)
-        configuration = read_configuration(path, stored, tensors)
+        configuration = read_configuration(path, stored, tensors, choice.tensors)
     except ModelUnusableError:
         raise
     except OSError as error:

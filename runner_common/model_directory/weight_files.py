@@ -33,10 +33,12 @@ class WeightChoice:
     Attributes:
         files: The files to load, in a fixed order.
         notes: Other weight files that were passed over, and why, in words.
+        tensors: The names of the tensors that the index has in them; empty without an index.
     """
 
     files: tuple[Path, ...]
     notes: tuple[str, ...] = ()
+    tensors: frozenset[str] = frozenset()
 
 
 def choose_weight_files(directory: Path) -> WeightChoice:
@@ -52,14 +54,15 @@ def choose_weight_files(directory: Path) -> WeightChoice:
     if not index.exists():
         return _chosen_by_name(directory, "")
     try:
-        named = _indexed(index)
+        named, tensors = _indexed(index)
     except ModelUnusableError as error:
         return _chosen_by_name(directory, str(error))
     missing = [file for file in named if not _is_there(file)]
     if missing:
         return _chosen_by_name(directory, _told_missing(directory, index, missing))
     others = sorted(set(_safetensors(directory)) - set(named))
-    return WeightChoice(tuple(named), _passed_over(others, f"{index.name} does not name it"))
+    notes = _passed_over(others, f"{index.name} does not name it")
+    return WeightChoice(tuple(named), notes, tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +128,8 @@ def read_weight_header(file: Path) -> tuple[Tensor, ...]:
         raise ModelUnusableError(str(error), str(file.parent)) from error
 
 
-def _indexed(index: Path) -> list[Path]:
-    """Return the files that an index names, sorted.
+def _indexed(index: Path) -> tuple[list[Path], frozenset[str]]:
+    """Return the files that an index names, sorted, and the names of their tensors.
 
     Raises:
         ModelUnusableError: It has no map of tensors to files inside the directory.
@@ -139,7 +142,7 @@ def _indexed(index: Path) -> list[Path]:
             raise ModelUnusableError(
                 f"{index}: {name!r} is not a *.safetensors of this directory", str(index.parent)
             )
-    return [index.parent / name for name in sorted(set(names.values()))]
+    return [index.parent / name for name in sorted(set(names.values()))], frozenset(names)
 
 
 def _is_weight_file(name: str) -> bool:

@@ -335,3 +335,11 @@ def test_a_quantized_output_layer_is_used_with_its_scales(tmp_path: Path) -> Non
     assert (
         read(tmp_path, {"tie_word_embeddings": True}, shapes).values["tie_word_embeddings"] is False
     )
+
+
+def test_an_output_layer_that_only_the_index_has_is_missing(tmp_path: Path) -> None:
+    path = write_model(tmp_path, EMBEDDINGS, PLAIN)
+    names = [*EMBEDDINGS, *HEAD]
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert read_model_directory(path).configuration.values["tie_word_embeddings"] is False
