@@ -194,7 +194,8 @@ async def server(socket_dir: Path) -> AsyncIterator[Server]:
 
 async def test_the_caller_is_told_why(server: Server, poisoned_dir: Path) -> None:
     await server.load(str(poisoned_dir))
-    beside = server.start(num_predict=30)
+    # Neither the end of the text nor the broken token is drawn.
+    beside = server.start(num_predict=30, logit_bias={0: -100.0, POISON: -100.0})
     request = pb.CompletionRequest(prompt_token_ids=pb.TokenIds(ids=[1, POISON, 3]))
     problem = await failure(server.stub.Completion(request))
     assert isinstance(problem, Problem)
@@ -202,7 +203,8 @@ async def test_the_caller_is_told_why(server: Server, poisoned_dir: Path) -> Non
     assert "logits are not finite" in problem.message
     assert "held as float32" in problem.message
     assert len(tokens([message async for message in beside])) == 30
-    assert len(tokens(await server.complete(num_predict=4))) == 4
+    again = await server.complete(num_predict=4, logit_bias={0: -100.0, POISON: -100.0})
+    assert len(tokens(again)) == 4
     status = await server.status()
     assert "not finite" in status.last_error
     assert status.running_count == status.queued_count == 0
