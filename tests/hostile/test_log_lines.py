@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from harness import Server, failure
+from harness import Server, eventually, failure
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.errors import ModelNotFound
 
@@ -34,4 +34,6 @@ async def test_a_request_id(loaded: Server, caplog: pytest.LogCaptureFixture) ->
     options = pb.CompletionOptions(num_predict=2)
     request = pb.CompletionRequest(prompt=FORGED, request_id=FORGED, options=options)
     assert [message async for message in loaded.stub.Completion(request)][-1].done
+    # The line follows the last message.
+    await eventually(lambda: bool(caplog.records))
     _assert_plain([record.getMessage() for record in caplog.records])
