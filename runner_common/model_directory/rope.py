@@ -39,6 +39,9 @@ def with_one_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     new = values.get("rope_parameters")
     if isinstance(new, dict) and new:
         full, sliding = _by_attention(new)
+        if full is not new:
+            # A share at the top is that of all layers.
+            full = {key: full[key] for key in full if key != "partial_rotary_factor"}
         _add_older_names(values, full)
         theta = (sliding or {}).get("rope_theta")
         if theta is not None:

@@ -22,7 +22,7 @@ from runner_common.model_directory import (
 from runner_server.adapter.activations import use_named_gelu
 from runner_server.adapter.casting import cast_weights, widen_experts
 from runner_server.adapter.exactness import Exactness, compare
-from runner_server.adapter.names import build_model, dequantize_model
+from runner_server.adapter.names import BuiltModel, build_model, dequantize_model
 from runner_server.adapter.planning import context_in_force, device_kind
 from runner_server.adapter.rotary import settle_rope
 from runner_server.adapter.weight_files import WeightFiles
@@ -109,17 +109,18 @@ def build(directory: ModelDirectory, spec: LoadSpec, shard: Shard | None) -> Bui
         ModelUnsupported: mlx_lm cannot build it, or not as its files say.
         InvalidField: The context is longer than is exact.
     """
-    model, config, exactness = _build(directory)
+    unread, exactness = _build(directory)
+    config = unread.config
     exactness.require(directory.path, allow=spec.allow_inexact)
     if shard:
-        spec = shard.split(model, config, spec)
-    model = _converted(directory, model, config, spec, shard)
-    longest = directory.configuration.context_length
-    settle_rope(model, text_part(config), context_in_force(spec, longest, exactness))
+        spec = shard.split(unread.model, config, spec)
+    model = _converted(directory, unread, spec, shard)
+    context = context_in_force(spec, directory.configuration.context_length, exactness)
+    settle_rope(model, text_part(config), unread.arguments, context)
     return Built(model, config, spec, exactness)
 
 
-def _build(directory: ModelDirectory) -> tuple[Module, dict[str, Any], Exactness]:
+def _build(directory: ModelDirectory) -> tuple[BuiltModel, Exactness]:
     files, path = WeightFiles(), directory.path
     model_type = directory.configuration.model_type
     try:
@@ -142,23 +143,19 @@ def _build(directory: ModelDirectory) -> tuple[Module, dict[str, Any], Exactness
         # states, one a layer, that would grow with each load.
         mx.eval(mx.random.state)
     files.attach(built.model)
-    return built.model, built.config, exactness
+    return built, exactness
 
 
 def _converted(
-    directory: ModelDirectory,
-    model: Module,
-    config: dict[str, Any],
-    spec: LoadSpec,
-    shard: Shard | None,
+    directory: ModelDirectory, built: BuiltModel, spec: LoadSpec, shard: Shard | None
 ) -> Module:
     """Changes the format of what was built, and perhaps split."""
-    if shard is None or spec.dtype is Dtype.AS_STORED or not config.get("quantization"):
-        return _convert(model, spec.dtype)
+    if shard is None or spec.dtype is Dtype.AS_STORED or not built.config.get("quantization"):
+        return _convert(built.model, spec.dtype)
     # mlx_lm dequantizes whole layers only.
-    model, config, _ = _build(directory)
-    model = _convert(model, spec.dtype)
-    shard.split(model, config, spec)
+    built, _ = _build(directory)
+    model = _convert(built.model, spec.dtype)
+    shard.split(model, built.config, spec)
     return model
 
 

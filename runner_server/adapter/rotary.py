@@ -59,8 +59,8 @@ def ignored_rope(text: Mapping[str, Any], built: BuiltModel) -> Iterator[str]:
     scaling = text.get("rope_scaling")
     if isinstance(scaling, dict) and not _is_scaled(scaling, built):
         yield f"rope_scaling = {scaling!r} in config.json has no effect in mlx_lm"
-    share = text.get("partial_rotary_factor", text.get("rotary_pct"))
-    if share not in (None, 1) and not _SHARES & taken and not _can_share(built.model, text):
+    share = _unused_share(text, taken)
+    if share and not _can_share(built.model, text):
         yield f"partial_rotary_factor = {share!r} in config.json has no effect in mlx_lm"
     if "rope_parameters" in taken:
         return
@@ -108,16 +108,19 @@ def exact_length(text: Mapping[str, Any]) -> int | None:
     return original if isinstance(original, int) and not same else None
 
 
-def settle_rope(model: Module, text: Mapping[str, Any], context_length: int) -> None:
+def settle_rope(
+    model: Module, text: Mapping[str, Any], taken: frozenset[str], context_length: int
+) -> None:
     """Correct the rotary embeddings of a model for the context that it is loaded with.
 
     Args:
         model: The model.
         text: The part of its configuration that describes the language model.
+        taken: The keys of it that the model's classes take.
         context_length: The longest sequence, in tokens.
     """
     scaling = text.get("rope_scaling")
-    share = text.get("partial_rotary_factor")
+    share = _unused_share(text, taken)
     for module in model.modules():
         name = type(module).__name__
         if isinstance(module, RoPE) and share and module.dims == text.get("head_dim"):
@@ -130,8 +133,28 @@ def settle_rope(model: Module, text: Mapping[str, Any], context_length: int) -> 
             _settle_yarn(module, scaling, text)
 
 
+def _unused_share(text: Mapping[str, Any], taken: frozenset[str]) -> float | None:
+    """Return how much of a head is to be rotated, where a class does not go by it."""
+    share: float | None
+    if kinds := _kinds(text):
+        shares = [each.get("partial_rotary_factor", 1) for each in kinds]
+        # A class that takes parameters by kind of attention takes the share of each.
+        share = None if "rope_parameters" in taken else min(shares)
+    else:
+        share = text.get("partial_rotary_factor", text.get("rotary_pct"))
+    return None if share == 1 or _SHARES & taken else share
+
+
+def _kinds(text: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the parameters of each kind of attention; none where all have the same."""
+    rope = text.get("rope_parameters") or {}
+    return [each for each in rope.values() if isinstance(each, Mapping)]
+
+
 def _can_share(model: Module, text: Mapping[str, Any]) -> bool:
     """Return whether all rotary embeddings can be told how much of a head they rotate."""
+    if _kinds(text):
+        return False
     ropes = [module for module in model.modules() if _is_rope(module)]
     sizes = {rope.dims for rope in ropes if isinstance(rope, RoPE)}
     head = text.get("head_dim")

@@ -334,7 +334,7 @@ def test_yarn_takes_all_of_its_settings(
 
 def test_nothing_is_corrected_without_scaling(load: Load, model_dir: Build) -> None:
     model: Any = load(model_dir())
-    settle_rope(model._model, {"rope_scaling": None, "head_dim": 16}, 100)
+    settle_rope(model._model, {"rope_scaling": None, "head_dim": 16}, frozenset(), 100)
     assert (rope_of(model).dims, rope_of(model).scale) == (16, 1.0)
 
 
@@ -530,3 +530,22 @@ def test_a_setting_that_would_end_the_process_is_never_allowed(load: Load, tmp_p
     path = write_model(tmp_path, {**CONFIGS["bailing_moe"], "num_experts_per_tok": 1})
     with pytest.raises(ModelUnsupported, match="one expert a token"):
         load(path, allow_inexact=True)
+
+
+@pytest.mark.parametrize("type_", ["laguna", "mellum", "spark2_5", "glm4", "gemma4_text", "phi"])
+def test_rotary_embeddings_of_a_class_that_takes_their_share_are_left(
+    load: Load, tmp_path: Path, type_: str
+) -> None:
+    """Sliding layers of these rotate whole heads, or a share of their own."""
+    from mlx_lm.utils import load_model
+
+    from tools.memory.catalog import CONFIGS
+    from tools.memory.models import write_model
+
+    def sizes(model: Any) -> list[tuple[str, Any]]:
+        ropes = [each for each in model.modules() if "rope" in type(each).__name__.lower()]
+        return [(type(rope).__name__, rope.dims) for rope in ropes]
+
+    path = write_model(tmp_path, CONFIGS[type_])
+    found: Any = load(path, allow_inexact=True)
+    assert sizes(found._model) == sizes(load_model(path, lazy=True)[0])
