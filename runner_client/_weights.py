@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from runner_common.model_directory import is_beside_text
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -15,11 +17,6 @@ if TYPE_CHECKING:
 _FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
 _F8 = frozenset(("F8_E4M3", "F8_E5M2", "F8_E8M0"))
 
-# mlx_lm hosts the language model of a multimodal checkpoint and drops these.
-_DROPPED = re.compile(
-    r"(^|\.)(vision_tower|vision_model|visual|multi_modal_projector|patch_merge_mlp"
-    r"|audio_tower|embed_vision|embed_audio)\."
-)
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 # What belongs to a packed weight, and goes when it is expanded.
@@ -45,7 +42,7 @@ class Weights:
 
 def hosted_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors that mlx_lm keeps: those of the language model."""
-    return {name: tensor for name, tensor in tensors.items() if not _DROPPED.search(name)}
+    return {name: tensor for name, tensor in tensors.items() if not is_beside_text(name)}
 
 
 _READ_TOGETHER_BYTES = 64 * 2**20

@@ -11,6 +11,7 @@ from runner_common.model_directory.errors import (
 )
 from runner_common.model_directory.json_files import is_lfs_pointer, lfs_error
 from runner_common.model_directory.locating import Located, locate
+from runner_common.model_directory.modalities import is_beside_text
 from runner_common.model_directory.reading import ModelDirectory, read_model_directory
 from runner_common.model_directory.rope import has_rope_by_kind, rope_kind
 from runner_common.model_directory.weight_files import StoredTensor
@@ -25,6 +26,7 @@ __all__ = [
     "ModelUnusableError",
     "StoredTensor",
     "has_rope_by_kind",
+    "is_beside_text",
     "is_lfs_pointer",
     "lfs_error",
     "locate",

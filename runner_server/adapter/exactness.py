@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 
-from runner_common.model_directory import ModelDirectory, text_part
+from runner_common.model_directory import ModelDirectory, is_beside_text, text_part
 from runner_server.adapter.activations import ignored_activation, written_in
 from runner_server.adapter.names import BuiltModel
 from runner_server.adapter.rotary import exact_length, ignored_rope
@@ -223,9 +223,7 @@ def _is(*neutral: object) -> Neutral:
 
 def _is_head_scale(value: Any, text: Mapping[str, Any]) -> bool:
     """Return whether a ``query_pre_attn_scalar`` is the usual one."""
-    heads, hidden = text.get("num_attention_heads"), text.get("hidden_size")
-    size = text.get("head_dim") or (hidden // heads if heads and hidden else None)
-    return bool(value == size)
+    return bool(value == text.get("head_dim"))
 
 
 def _is_final_cap(value: Any, text: Mapping[str, Any]) -> bool:
@@ -239,9 +237,7 @@ def _is_interval(value: Any, text: Mapping[str, Any]) -> bool:
 
 
 def _is_attention_scale(value: Any, text: Mapping[str, Any]) -> bool:
-    heads, hidden = text.get("num_attention_heads"), text.get("hidden_size")
-    size = text.get("head_dim") or (hidden // heads if heads and hidden else None)
-    is_number = isinstance(value, int | float)
+    size, is_number = text.get("head_dim"), isinstance(value, int | float)
     return bool(size and is_number and abs(value - size**-0.5) < 1e-6)
 
 
@@ -282,12 +278,8 @@ _NUMBERS: dict[str, Neutral] = {
 """Settings that change numbers, and whether a value of theirs changes none."""
 
 _DROPPABLE = re.compile(
-    # Parts for images and sound; text does not pass through them.
-    r"(^|\.)(vision\w*|visual|image\w*|audio\w*|multi_modal\w*|mm_\w+|embed_(vision|audio|image)"
-    r"|patch_\w+|vit\w*|sam_model|resampler|connector|projector)\."
-    r"|(^|\.)(image_newline|view_sep\w*|tile_\w+)$"
     # Tables that are computed again.
-    r"|(inv_freq|cos_cached|sin_cached|position_ids|num_batches_tracked|embed_scale)$"
+    r"(inv_freq|cos_cached|sin_cached|position_ids|num_batches_tracked|embed_scale)$"
     r"|(^|\.)rope\.freqs$|\.(attn|attention)\.(bias|masked_bias)$"
     # Layers that guess tokens ahead.
     r"|(^|\.)(mtp\w*|nextn\w*|eagle\w*)\."
@@ -310,7 +302,7 @@ def _ignored_tensors(directory: ModelDirectory, unused: Iterable[str]) -> Iterat
 
 
 def _is_droppable(name: str, layers: object) -> bool:
-    if _DROPPABLE.search(name):
+    if _DROPPABLE.search(name) or is_beside_text(name):
         return True
     layer = _LAYER.search(name)
     # Behind the last layer: some types keep those that guess tokens ahead there.
