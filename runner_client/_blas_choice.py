@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner_client._blas import cpu_facts, installed_blas, variants
 from runner_common.cores import usable_cores
+from runner_common.user_folders import cache_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -106,11 +107,9 @@ def recall(
 
 
 def cache_file(environment: Mapping[str, str]) -> Path | None:
-    """Where the choice is kept, by the XDG base directory specification; None for nowhere."""
-    cache, home = Path(environment.get("XDG_CACHE_HOME", "")), Path(environment.get("HOME", ""))
-    # The specification has a path that is not absolute ignored.
-    folder = cache if cache.is_absolute() else home / ".cache"
-    return folder / "mlx-runner" / "blas.json" if folder.is_absolute() else None
+    """Return where the choice is kept; None if the environment names no folder for it."""
+    folder = cache_folder(environment)
+    return folder / "mlx-runner" / "blas.json" if folder else None
 
 
 def _read(place: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner_common.interpreter import NoInterpreterError, interpreter
 from runner_common.memory_need import MemoryNeed
+from runner_common.user_folders import cache_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -174,23 +175,27 @@ class _Cache:
     """Where the answer to one request is kept."""
 
     def __init__(self, request: NeedRequest, environ: Mapping[str, str]) -> None:
-        home = environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
-        self._folder = Path(home) / "mlx-runner" / "estimates"
-        self._file = self._folder / f"{_identity(request)}.json"
+        cache = cache_folder(environ)
+        self._folder = cache / "mlx-runner" / "estimates" if cache else None
+        self._name = f"{_identity(request)}.json"
 
     def read(self) -> NeedAnswer | None:
         """Return the cached answer; None if there is none that can be read."""
+        if not self._folder:
+            return None
         try:
-            return _answer(json.loads(self._file.read_bytes()))
+            return _answer(json.loads((self._folder / self._name).read_bytes()))
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def write(self, answer: NeedAnswer) -> None:
         """Keep an answer, and drop the oldest where there are many. Failures cost time only."""
+        if not self._folder:
+            return
         with contextlib.suppress(OSError):
             with tempfile.NamedTemporaryFile("w", dir=self._folder, delete=False) as file:
                 json.dump(asdict(answer), file)
-            Path(file.name).replace(self._file)
+            Path(file.name).replace(self._folder / self._name)
             kept = sorted(self._folder.glob("*.json"), key=_age)
             for old in kept[_MAX_CACHED:]:
                 old.unlink(missing_ok=True)
@@ -198,6 +203,9 @@ class _Cache:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes of this user from asking while the block runs, within limits."""
+        if not self._folder:
+            yield
+            return
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             descriptor = os.open(

@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from runner_common.user_folders import cache_folder
 from runner_server.private_folder import private_folder
 
 logger = logging.getLogger(__name__)
@@ -169,19 +170,11 @@ def _places(environ: Mapping[str, str]) -> Iterator[tuple[Path, bool]]:
     name = f"{_PREFIX}{os.geteuid()}"
     if given := environ.get("TMPDIR"):
         yield Path(given).absolute() / name, False
-    if cache := _cache_folder(environ):
+    if cache := cache_folder(environ):
         yield cache / _IN_CACHE, False
     with contextlib.suppress(OSError):
         yield Path(tempfile.gettempdir()) / name, False
         yield Path(tempfile.mkdtemp(prefix=_PREFIX)), True
-
-
-def _cache_folder(environ: Mapping[str, str]) -> Path | None:
-    """Return the folder of cached files by the XDG specification; None if there is none."""
-    cache, home = Path(environ.get("XDG_CACHE_HOME", "")), Path(environ.get("HOME", ""))
-    # A user id of a container's own choice has no home.
-    folder = cache if cache.is_absolute() else home / ".cache"
-    return folder if folder.is_absolute() else None
 
 
 def _key(version: str) -> str:
