@@ -44,7 +44,7 @@ def describe() -> dict[str, Any]:
 
 def _probe(blas: str) -> dict[str, Any]:
     """What MLX finds in the environment that contenders get."""
-    command = [sys.executable, "-m", "runner_server.probe", "--gemm"]
+    command = [sys.executable, "-m", "runner_server.mlx_backend.probe", "--gemm"]
     done = subprocess.run(
         command, env=environment(blas), cwd=CACHE, capture_output=True, text=True, check=False
     )

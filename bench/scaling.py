@@ -23,9 +23,9 @@ from bench.contenders._environment import environment
 from bench.contenders.base import PARALLEL, free_port
 from bench.models import ensure_model
 from bench.paths import CACHE
-from mlxrunner.handshake import SERVICE_NAME, ReadyLine
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
+from runner_common.handshake import SERVICE_NAME, ReadyLine
 
 RUNNERS = 2
 PROMPT = "The quick brown fox jumps over the lazy dog and goes on with what it had to do."

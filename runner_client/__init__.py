@@ -8,11 +8,6 @@ a fake runner for your own tests.
 
 from importlib.metadata import version
 
-from runner_client._aio_process import AsyncRunnerProcess
-from runner_client._aio_stream import AsyncCompletionStream
-from runner_client._stream import CompletionStream
-from runner_client.aio import AsyncRunnerClient
-from runner_client.client import RunnerClient
 from runner_client.errors import (
     AuthenticationError,
     BusyError,
@@ -35,9 +30,14 @@ from runner_client.errors import (
     ShuttingDownError,
     UnsupportedPlatformError,
 )
-from runner_client.estimate import MemoryEstimate
-from runner_client.gate import GateDecision, MemoryGate
-from runner_client.process import RunnerProcess
+from runner_client.memory.estimation import MemoryEstimate
+from runner_client.memory.gate import GateDecision, MemoryGate
+from runner_client.process.aio_process import AsyncRunnerProcess
+from runner_client.process.process import RunnerProcess
+from runner_client.rpc.aio_client import AsyncRunnerClient
+from runner_client.rpc.aio_stream import AsyncCompletionStream
+from runner_client.rpc.client import RunnerClient
+from runner_client.rpc.stream import CompletionStream
 from runner_client.types import (
     Completion,
     CompletionChunk,

@@ -29,9 +29,9 @@ import grpc
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 from google.rpc import error_details_pb2, status_pb2
 
-from mlxrunner.handshake import ERROR_DOMAIN
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
+from runner_common.handshake import ERROR_DOMAIN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxrunner.control_groups import control_groups, read_text
+from runner_common.host_memory.control_groups import control_groups, read_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,33 +15,33 @@ from typing import TYPE_CHECKING, NoReturn
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from mlxrunner.handshake import HEALTH_SERVICES, SERVICE_NAME, ReadyLine
 from mlxrunner.v1 import runner_pb2_grpc
+from runner_common.handshake import HEALTH_SERVICES, SERVICE_NAME, ReadyLine
 from runner_server import __version__
-from runner_server.access import AccessInterceptor, is_loopback
-from runner_server.backend import Backend, Ranks
+from runner_server.api.estimator import Estimator
+from runner_server.api.service import RunnerServicer
 from runner_server.config import ServerConfig
-from runner_server.engine import Engine
+from runner_server.engine.backend import Backend, Ranks
+from runner_server.engine.engine import Engine
+from runner_server.engine.memory_pressure import PressureWatch
+from runner_server.engine.stall_watchdog import EXIT_STALLED, StallWatch
+from runner_server.engine.types import LoadSpec
 from runner_server.errors import RunnerFault
-from runner_server.estimator import Estimator
-from runner_server.interceptor import ErrorInterceptor
-from runner_server.listen import CannotListenError, listen
-from runner_server.machine_admission import MachineAdmission
-from runner_server.messages import LoadSpec
-from runner_server.model_root import ModelRoot
-from runner_server.observe import Observer, ObservingInterceptor
-from runner_server.orphan import OrphanGuard
-from runner_server.plugin_host import add_controller
-from runner_server.pressure import PressureWatch
-from runner_server.reflection import add_reflection
-from runner_server.request_log import RequestLog
-from runner_server.servicer import RunnerServicer
-from runner_server.services import SMG_SERVICE_NAME
-from runner_server.stall import EXIT_STALLED, StallWatch
-from runner_server.tracing import Tracing, open_tracing
+from runner_server.host.machine_admission import MachineAdmission
+from runner_server.host.model_root import ModelRoot
+from runner_server.host.orphan_guard import OrphanGuard
+from runner_server.telemetry.interceptor import Observer, ObservingInterceptor
+from runner_server.telemetry.methods import SMG_SERVICE_NAME
+from runner_server.telemetry.request_log import RequestLog
+from runner_server.telemetry.tracing import Tracing, open_tracing
+from runner_server.transport.auth import AccessInterceptor, is_loopback
+from runner_server.transport.go_plugin import add_controller
+from runner_server.transport.interceptor import ErrorInterceptor
+from runner_server.transport.listen import CannotListenError, listen
+from runner_server.transport.reflection import add_reflection
 
 if TYPE_CHECKING:
-    from runner_server.metrics import Metrics
+    from runner_server.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ class RunnerApp:
 
     def _open_metrics(self, host: str, port: int) -> None:
         try:
-            from runner_server.metrics import Metrics  # noqa: PLC0415 - may be missing
+            from runner_server.telemetry.metrics import Metrics  # noqa: PLC0415 - may be missing
 
             self._metrics = Metrics(self.engine, __version__)
             address = self._metrics.listen(host, port)
@@ -213,7 +213,7 @@ class RunnerApp:
 
     def _add_smg(self) -> None:
         try:
-            from runner_server.smg.servicer import add_smg  # noqa: PLC0415 - may be missing
+            from runner_server.api.contracts.smg.service import add_smg  # noqa: PLC0415 - may be missing
         except ImportError as error:
             advice = "pip install 'mlx-grpc-runner[smg]'"
             raise CannotListenError(f"--smg needs {error.name}; {advice}") from error

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlxrunner.handshake import TOKEN_VARIABLE
-from runner_server.access import read_token
-from runner_server.messages import MAX_PARALLEL, Dtype, LoadSpec
-from runner_server.tls import TlsFiles
+from runner_common.handshake import TOKEN_VARIABLE
+from runner_server.engine.types import MAX_PARALLEL, Dtype, LoadSpec
+from runner_server.transport.auth import read_token
+from runner_server.transport.tls import TlsFiles
 
 _MAX_PORT = 65535
 

@@ -16,8 +16,8 @@ from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
-from mlxrunner.handshake import ERROR_DOMAIN
 from mlxrunner.v1 import runner_pb2 as pb
+from runner_common.handshake import ERROR_DOMAIN
 
 _MAX_TEXT = 512
 """Longest message, in bytes: the details are to stay under 2 KB."""

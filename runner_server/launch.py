@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from runner_common.headroom import VariableError
-from runner_server.adapter import MlxBackend
+from runner_common.memory.headroom import VariableError
 from runner_server.app import EXIT_CANNOT_START, serve
 from runner_server.config import parse_args
-from runner_server.machine_admission import MachineAdmission
-from runner_server.model_root import ModelRoot
-from runner_server.request_log import set_up_logging
+from runner_server.host.machine_admission import MachineAdmission
+from runner_server.host.model_root import ModelRoot
+from runner_server.mlx_backend import MlxBackend
+from runner_server.telemetry.request_log import set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ def run_server() -> int:
     config = parse_args()
     set_up_logging(config.log_level, config.log_format)
     if config.distributed:
-        from runner_server.distributed.start import run  # noqa: PLC0415 - only where it is wanted
+        from runner_server.launch_ranks import run  # noqa: PLC0415 - only where it is wanted
 
         return run(config)
     root = ModelRoot(config.model_root) if config.model_root else None

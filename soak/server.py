@@ -14,11 +14,11 @@ import grpc
 import psutil
 from grpc_health.v1 import health_pb2
 
-from mlxrunner.handshake import ReadyLine
-from mlxrunner.hostmemory import Backend
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
-from runner_client.environment import child_environment
+from runner_client.host.environment import child_environment
+from runner_common.handshake import ReadyLine
+from runner_common.host_memory.free import Backend
 from soak.paths import MODEL, ROOT
 from soak.records import SoakError
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from fakes import FakeBackend
-from harness import Server, StartServer, running
-from mlxrunner.handshake import TOKEN_VARIABLE
-from runner_common.headroom import MINIMUM_VARIABLE, OVERHEAD_VARIABLE
-from runner_common.reservations import DIRECTORY_VARIABLE
+from runner_common.handshake import TOKEN_VARIABLE
+from runner_common.memory.headroom import MINIMUM_VARIABLE, OVERHEAD_VARIABLE
+from runner_common.memory.reservations import DIRECTORY_VARIABLE
+from support.fakes import FakeBackend
+from support.harness import Server, StartServer, running
 
 # What an example takes says nothing on a busy machine.
 settings.register_profile("project", deadline=None)
@@ -87,7 +87,7 @@ async def loaded(server: Server) -> Server:
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Builds small models, each only once; arguments as ``models.build_model``."""
     pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
-    from models import build_model
+    from support.models import build_model
 
     built: dict[str, Path] = {}
 

@@ -6,8 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-from mlxrunner.hostmemory import Backend
-from runner_client.environment import child_environment, package_folders
+from runner_client.host.environment import child_environment, package_folders
+from runner_common.host_memory.free import Backend
 
 
 def environment(blas: str = "auto", python: Path | None = None) -> dict[str, str]:

@@ -12,8 +12,8 @@ from bench.contenders._environment import environment
 from bench.contenders._grpc import in_words, open_channel
 from bench.contenders.base import PARALLEL, Probe, Server
 from bench.records import TEMPERATURE, TOP_K, TOP_P, ContenderError, Record, Request
-from mlxrunner.handshake import ReadyLine
 from mlxrunner.v1 import runner_pb2, runner_pb2_grpc
+from runner_common.handshake import ReadyLine
 
 
 class Ours(Server):

@@ -9,7 +9,7 @@ import sys
 import click
 
 from runner_client.cli import demo, doctor, estimate, run, serve, status, tokenize, trim
-from runner_client.cli._errors import EXIT_CODES, Commands
+from runner_client.cli.errors import EXIT_CODES, Commands
 
 __all__ = ["main"]
 

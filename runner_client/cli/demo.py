@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 import click
 import psutil
 
-from mlxrunner.hostmemory import free_memory
-from mlxrunner.units import format_bytes
-from runner_client import doctor
-from runner_client.cli._errors import EXIT_CODES, Failure
-from runner_client.cli._output import Row, completion_rows, model_rows, print_rows
-from runner_client.cli._session import loaded, show_text, streamed
+from runner_client.cli.errors import EXIT_CODES, Failure
+from runner_client.cli.output import Row, completion_rows, model_rows, print_rows
+from runner_client.cli.session import loaded, show_text, streamed
 from runner_client.cli.status import memory_text
-from runner_client.environment import package_folders
-from runner_client.process import RunnerProcess
+from runner_client.host import doctor
+from runner_client.host.environment import package_folders
+from runner_client.process.process import RunnerProcess
 from runner_client.types import Options
+from runner_common.host_memory.free import free_memory
+from runner_common.units import format_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from runner_client import doctor
-from runner_client.cli._options import json_option
-from runner_client.cli._output import is_terminal, print_json
+from runner_client.cli.options import json_option
+from runner_client.cli.output import is_terminal, print_json
+from runner_client.host import doctor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from runner_client.doctor import Finding
+    from runner_client.host.doctor import Finding
 
 EXIT_ERROR_FOUND = 1
 

@@ -8,26 +8,26 @@ from typing import TYPE_CHECKING, get_args
 
 import click
 
-from mlxrunner.hostmemory import Backend
-from mlxrunner.units import format_bytes
-from runner_client.cli._access import Credentials, access_options, open_client
-from runner_client.cli._options import (
+from runner_client.cli.access import Credentials, access_options, open_client
+from runner_client.cli.options import (
     allow_inexact_option,
     context_length_option,
     dtype_option,
     json_option,
     parallel_option,
 )
-from runner_client.cli._output import Row, print_json, print_rows
-from runner_client.estimate import DEFAULT_PARALLEL, MemoryEstimate, estimate
-from runner_client.gate import GateDecision, MemoryGate
+from runner_client.cli.output import Row, print_json, print_rows
+from runner_client.memory.estimation import DEFAULT_PARALLEL, MemoryEstimate, estimate
+from runner_client.memory.gate import GateDecision, MemoryGate
+from runner_common.host_memory.free import Backend
+from runner_common.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Unpack
 
-    from mlxrunner.hostmemory import FreeMemory
     from runner_client.types import Dtype, LoadEstimate
+    from runner_common.host_memory.free import FreeMemory
 
 EXIT_TOO_LARGE = 3
 

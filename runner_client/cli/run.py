@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from runner_client.cli._errors import EXIT_CODES
-from runner_client.cli._options import (
+from runner_client.cli.errors import EXIT_CODES
+from runner_client.cli.options import (
     allow_inexact_option,
     context_length_option,
     dtype_option,
@@ -17,15 +17,15 @@ from runner_client.cli._options import (
     sampling_options,
     text_or_stdin,
 )
-from runner_client.cli._output import completion_rows, model_rows, print_json, print_rows
-from runner_client.cli._session import loaded, show_nothing, show_text, streamed
-from runner_client.process import RunnerProcess
+from runner_client.cli.output import completion_rows, model_rows, print_json, print_rows
+from runner_client.cli.session import loaded, show_nothing, show_text, streamed
+from runner_client.process.process import RunnerProcess
 from runner_client.types import Options
 
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from runner_client.cli._options import Sampling
+    from runner_client.cli.options import Sampling
     from runner_client.types import Completion, Dtype, LoadResult
 
 

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mlxrunner.handshake import TOKEN_VARIABLE
-from mlxrunner.hostmemory import installed_backend
-from runner_client._command import check_platform, server_program
-from runner_client.cli._options import (
+from runner_client.cli.options import (
     context_length_option,
     dtype_option,
     parallel_option,
     prefix_cache_option,
     size,
 )
-from runner_client.environment import child_environment
-from runner_client.estimate import DEFAULT_PARALLEL
+from runner_client.host.command import check_platform, server_program
+from runner_client.host.environment import child_environment
+from runner_client.memory.estimation import DEFAULT_PARALLEL
+from runner_common.handshake import TOKEN_VARIABLE
+from runner_common.host_memory.free import installed_backend
 from runner_common.import_paths import with_import_paths
 from runner_common.signals import hold_stop_signals, release_stop_signals
 

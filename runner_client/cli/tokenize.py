@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from runner_client.cli._access import Credentials, access_options, open_client
-from runner_client.cli._errors import EXIT_CODES
-from runner_client.cli._options import json_option, text_or_stdin
-from runner_client.cli._output import print_json
-from runner_client.cli._session import loaded
-from runner_client.process import RunnerProcess
+from runner_client.cli.access import Credentials, access_options, open_client
+from runner_client.cli.errors import EXIT_CODES
+from runner_client.cli.options import json_option, text_or_stdin
+from runner_client.cli.output import print_json
+from runner_client.cli.session import loaded
+from runner_client.process.process import RunnerProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Unpack
 
-    from runner_client.client import RunnerClient
+    from runner_client.rpc.client import RunnerClient
 
 
 @click.command(

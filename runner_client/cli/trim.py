@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mlxrunner.units import format_bytes
-from runner_client.cli._access import Credentials, access_options, open_client
-from runner_client.cli._errors import EXIT_CODES
-from runner_client.cli._options import json_option, size_or_zero
-from runner_client.cli._output import print_json
+from runner_client.cli.access import Credentials, access_options, open_client
+from runner_client.cli.errors import EXIT_CODES
+from runner_client.cli.options import json_option, size_or_zero
+from runner_client.cli.output import print_json
+from runner_common.units import format_bytes
 
 if TYPE_CHECKING:
     from typing import Unpack

@@ -6,8 +6,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlxrunner.units import format_bytes
 from runner_common.model_directory.errors import ModelUnusableError
+from runner_common.units import format_bytes
 
 _MAX_TEXT_BYTES = 256 * 2**20
 """Of a file that is read into memory whole; the largest tokenizers have a tenth of it."""

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, cast
 
-from runner_server.backend import Backend, Batch, LoadedModel
 from runner_server.distributed.faults import fault_values
 from runner_server.distributed.link import BEAT_SECONDS, Link
-from runner_server.messages import Dtype, LoadSpec, Sampling
-from runner_server.resident import resident_bytes
+from runner_server.engine.backend import Backend, Batch, LoadedModel
+from runner_server.engine.types import Dtype, LoadSpec, Sampling
+from runner_server.host.resident_memory import resident_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from runner_server.backend import BackendLost
 from runner_server.distributed.link import BEAT_SECONDS, SILENCE_SECONDS, Link, encode
-from runner_server.messages import MemoryCounters, Rank
+from runner_server.engine.backend import BackendLost
+from runner_server.engine.types import MemoryCounters, Rank
 
 logger = logging.getLogger(__name__)
 

@@ -9,17 +9,17 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from runner_server.backend import Backend, BackendLost, Batch, Codec, LoadedModel
 from runner_server.distributed.faults import fault_of
 from runner_server.distributed.hub import Hub
-from runner_server.errors import RunnerFault
-from runner_server.messages import (
+from runner_server.engine.backend import Backend, BackendLost, Batch, Codec, LoadedModel
+from runner_server.engine.types import (
     Event,
     LoadSpec,
     MemoryCounters,
     ModelInfo,
     Sampling,
 )
+from runner_server.errors import RunnerFault
 
 _POLL_SECONDS = 0.1
 """How often a load that waits for others looks whether it was cancelled."""
@@ -111,7 +111,7 @@ class LeaderPartners:
 
 
 class LeaderBackend:
-    """Implements ``runner_server.backend.Backend`` on rank 0.
+    """Implements ``runner_server.engine.backend.Backend`` on rank 0.
 
     Args:
         backend: The model library of this process.

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from certificates import Authority
-from command_line import invoke
-from fakes import FakeBackend
-from harness import StartServer, running
-from mlxrunner.handshake import TOKEN_VARIABLE
 from runner_client.cli import serve
+from runner_common.handshake import TOKEN_VARIABLE
 from runner_server.config import parse_args
-from runner_server.tls import TlsFiles
+from runner_server.transport.tls import TlsFiles
+from support.certificates import Authority
+from support.command_line import invoke
+from support.fakes import FakeBackend
+from support.harness import StartServer, running
 
 TOKEN = "correct-horse-battery-staple"  # noqa: S105 - of a test
 

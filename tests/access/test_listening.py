@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from certificates import Authority
-from fakes import FakeBackend
-from harness import StartServer, running
-from runner_server.access import is_loopback
-from runner_server.listen import CannotListenError
-from runner_server.tls import TlsFiles
+from runner_server.transport.auth import is_loopback
+from runner_server.transport.listen import CannotListenError
+from runner_server.transport.tls import TlsFiles
+from support.certificates import Authority
+from support.fakes import FakeBackend
+from support.harness import StartServer, running
 
 TOKEN = "correct-horse-battery-staple"  # noqa: S105 - of a test
 OPEN = ["0.0.0.0:0", "[::]:0", "0:0", "[::ffff:0.0.0.0]:0", "192.0.2.1:0"]
@@ -60,7 +60,7 @@ def named(*addresses: str) -> Callable[..., list[Any]]:
 async def test_a_name_is_what_it_resolves_to(
     socket_dir: Path, monkeypatch: pytest.MonkeyPatch, addresses: list[str], *, is_local: bool
 ) -> None:
-    monkeypatch.setattr("runner_server.access.socket.getaddrinfo", named(*addresses))
+    monkeypatch.setattr("runner_server.transport.auth.socket.getaddrinfo", named(*addresses))
     assert is_loopback("some.host") is is_local
     if not is_local:
         with pytest.raises(CannotListenError, match="open to other machines"):
@@ -99,7 +99,7 @@ async def test_what_is_no_host_is_refused(socket_dir: Path, listen: str) -> None
 @pytest.fixture
 def reachable(monkeypatch: pytest.MonkeyPatch) -> str:
     """A loopback address that is taken for one that other machines reach."""
-    monkeypatch.setattr("runner_server.listen.is_loopback", lambda _host: False)
+    monkeypatch.setattr("runner_server.transport.listen.is_loopback", lambda _host: False)
     return "127.0.0.1:0"
 
 

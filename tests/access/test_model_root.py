@@ -12,9 +12,9 @@ from typing import Any
 import grpc
 import pytest
 
-from harness import Server, failure, running
 from runner_server.config import parse_args
-from runner_server.model_root import ModelRoot
+from runner_server.host.model_root import ModelRoot
+from support.harness import Server, failure, running
 
 RULE = "only directories below the one that it was started with as --model-root"
 
@@ -99,7 +99,7 @@ def test_the_option(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 async def confined(socket_dir: Path, root: Path) -> AsyncIterator[Server]:
     """A server with MLX that opens only what lies below."""
     pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
-    from runner_server.adapter import MlxBackend
+    from runner_server.mlx_backend import MlxBackend
 
     backend: Any = MlxBackend(ModelRoot(root))
     async with running(socket_dir, backend) as (app, channel, ready):

@@ -11,11 +11,11 @@ import grpc
 import psutil
 import pytest
 
-from harness import Server, StartServer, failure
-from mlxrunner.handshake import TOKEN_VARIABLE
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_client import Options, RunnerClient, errors
-from server_child import Child, running
+from runner_common.handshake import TOKEN_VARIABLE
+from support.harness import Server, StartServer, failure
+from support.server_child import Child, running
 
 TOKEN = "correct-horse-battery-staple"  # noqa: S105 - of a test
 PROMPT = "my secret diary: the treasure lies under the old oak"

@@ -15,10 +15,7 @@ from typing import Any
 
 import pytest
 
-import plain_http2
-from certificates import Authority, Pair
-from fakes import FakeBackend
-from harness import running
+import support.plain_http2 as plain_http2
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_client import (
     AsyncRunnerClient,
@@ -27,10 +24,13 @@ from runner_client import (
     RunnerUnavailableError,
     TlsFiles,
 )
-from runner_server import tls
 from runner_server.config import parse_args
-from runner_server.listen import CannotListenError
-from runner_server.tls import BadTlsFilesError, server_credentials
+from runner_server.transport import tls
+from runner_server.transport.listen import CannotListenError
+from runner_server.transport.tls import BadTlsFilesError, server_credentials
+from support.certificates import Authority, Pair
+from support.fakes import FakeBackend
+from support.harness import running
 
 STATUS = "mlxrunner.v1.RunnerService/Status"
 TOKEN = "correct-horse-battery-staple"  # noqa: S105 - of a test
@@ -213,7 +213,7 @@ async def test_the_clients_authority_may_change_too(
 async def test_half_of_a_change_leaves_the_last_good_files(
     socket_dir: Path, authority: Authority, pair: Pair, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "runner_server.tls")
+    caplog.set_level("INFO", "runner_server.transport.tls")
     new = authority.sign("next")
     spoilt: list[Callable[[], object]] = [
         partial(shutil.copy, new.cert, pair.cert),
@@ -226,7 +226,9 @@ async def test_half_of_a_change_leaves_the_last_good_files(
             caplog.clear()
             spoil()
             await both(address, files_of(authority))
-            errors = [entry for entry in caplog.records if entry.name == "runner_server.tls"]
+            errors = [
+                entry for entry in caplog.records if entry.name == "runner_server.transport.tls"
+            ]
             # Told once for a change, not for each connection.
             assert [entry.levelname for entry in errors] == ["ERROR"]
         put(new, pair)

@@ -16,13 +16,13 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-import plain_http2
-from harness import Server, StartServer, failure
-from mlxrunner.handshake import ERROR_DOMAIN, HEALTH_SERVICES, TOKEN_VARIABLE
+import support.plain_http2 as plain_http2
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
 from runner_client import AsyncRunnerClient, AuthenticationError, RunnerClient
+from runner_common.handshake import ERROR_DOMAIN, HEALTH_SERVICES, TOKEN_VARIABLE
 from runner_server.config import ServerConfig, parse_args
+from support.harness import Server, StartServer, failure
 
 TOKEN = "correct-horse-battery-staple"  # noqa: S105 - of a test
 RIGHT = f"Bearer {TOKEN}"
@@ -233,7 +233,7 @@ async def test_the_token_is_compared_in_constant_time(
         compared.append((one, other))
         return one == other
 
-    monkeypatch.setattr("runner_server.access.hmac.compare_digest", digest)
+    monkeypatch.setattr("runner_server.transport.auth.hmac.compare_digest", digest)
     server = await start_server(token=TOKEN)
     stub = runner_pb2_grpc.RunnerServiceStub(server.channel)
     await stub.Status(pb.StatusRequest(), metadata=metadata([RIGHT]))

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from mlx_tasks import assert_no_tasks_left
-from runner_server.adapter import MlxBackend
-from runner_server.backend import LoadedModel
-from runner_server.messages import LoadSpec
+from runner_server.engine.backend import LoadedModel
+from runner_server.engine.types import LoadSpec
+from runner_server.mlx_backend import MlxBackend
+from support.mlx_tasks import assert_no_tasks_left
 
 Load = Callable[..., LoadedModel]
 DEMO = Path(__file__).parents[2] / "runner_server/demo/model"

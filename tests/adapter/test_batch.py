@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from likely import assert_alike
-from rows import GREEDY, Row, alone, run_rows
-from runner_server.backend import Batch, LoadedModel
-from runner_server.messages import Dtype, Sampling, Token
+from runner_server.engine.backend import Batch, LoadedModel
+from runner_server.engine.types import Dtype, Sampling, Token
+from support.likely import assert_alike
+from support.rows import GREEDY, Row, alone, run_rows
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
@@ -142,9 +142,9 @@ def test_same_seed_same_text(tiny: LoadedModel) -> None:
 
 _CHILD = """
 import sys
-from rows import Row, alone
-from runner_server.adapter import MlxBackend
-from runner_server.messages import LoadSpec, Sampling
+from support.rows import Row, alone
+from runner_server.mlx_backend import MlxBackend
+from runner_server.engine.types import LoadSpec, Sampling
 backend = MlxBackend()
 backend.open()
 model = backend.load(LoadSpec(sys.argv[1], parallel=2), lambda _: None)
@@ -401,7 +401,7 @@ def test_prompts_evaluated_together_are_those_alone(
     lengths: tuple[int, ...],
 ) -> None:
     """Some recurrent layers take padding for text: those rows must be as long as each other."""
-    module: Any = importlib.import_module("runner_server.adapter.batch")
+    module: Any = importlib.import_module("runner_server.mlx_backend.batch")
 
     together: list[int] = []
     prefill = module.prefill

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from rows import Row, alone
-from runner_server.adapter import MlxBackend
-from runner_server.backend import LoadedModel
+from runner_server.engine.backend import LoadedModel
 from runner_server.errors import ModelNotFound, ModelUnsupported, RunnerFault
+from runner_server.mlx_backend import MlxBackend
+from support.rows import Row, alone
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 

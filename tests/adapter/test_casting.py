@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from rows import Row, alone, run_rows
-from runner_server.backend import LoadedModel
-from runner_server.messages import Dtype, LoadSpec
+from runner_server.engine.backend import LoadedModel
+from runner_server.engine.types import Dtype, LoadSpec
+from support.rows import Row, alone, run_rows
 from tools.memory.models import scaled, write_model
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
 from mlx.utils import tree_flatten  # noqa: E402
 
-from runner_server.adapter.loading import plan_load  # noqa: E402
+from runner_server.mlx_backend.loading.loader import plan_load  # noqa: E402
 
 Load = Callable[..., LoadedModel]
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from rows import GREEDY, Row, alone
-from runner_server.backend import LoadedModel
-from runner_server.messages import Sampling
+from runner_server.engine.backend import LoadedModel
+from runner_server.engine.types import Sampling
+from support.rows import GREEDY, Row, alone
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
@@ -139,8 +139,8 @@ def test_many_threads_at_once(tiny: LoadedModel) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_options_of_rows_mix_in_half_precision(load: Load, model_dir: Build, dtype: str) -> None:
-    from rows import run_rows
-    from runner_server.messages import Dtype
+    from runner_server.engine.types import Dtype
+    from support.rows import run_rows
 
     model = load(model_dir(dtype=dtype), dtype=Dtype.AS_STORED, parallel=4)
     samplings = [

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from runner_common.asking import NeedRequest
-from runner_server.backend import LoadedModel
+from runner_common.memory.need_query import NeedRequest
+from runner_server.engine.backend import LoadedModel
 from runner_server.errors import ModelUnsupported
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
@@ -43,7 +43,7 @@ def test_a_module_that_ends_the_process_is_refused(
 def test_an_estimate_of_it_is_an_answer(olmo_dir: Path) -> None:
     request = json.dumps(asdict(NeedRequest(str(olmo_dir))))
     done = subprocess.run(
-        [sys.executable, "-m", "runner_server.estimating", request],
+        [sys.executable, "-m", "runner_server.mlx_backend.estimating", request],
         capture_output=True,
         check=True,
     )

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from likely import assert_alike
-from rows import GREEDY, Row, run_rows
-from runner_server.backend import LoadedModel
+from runner_server.engine.backend import LoadedModel
 from runner_server.errors import InvalidField, ModelUnsupported
+from support.likely import assert_alike
+from support.rows import GREEDY, Row, run_rows
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
-from runner_server.adapter.rotary import settle_rope  # noqa: E402 - after importorskip
-from runner_server.messages import TokenLogprob  # noqa: E402
+from runner_server.engine.types import TokenLogprob  # noqa: E402
+from runner_server.mlx_backend.model.rotary import settle_rope  # noqa: E402 - after importorskip
 
 Load = Callable[..., LoadedModel]
 Build = Callable[..., Path]

@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from harness import Problem, Server, failure, running, tokens
 from mlxrunner.v1 import runner_pb2 as pb
-from rows import GREEDY, Row
-from runner_server.adapter import MlxBackend
-from runner_server.backend import Batch, LoadedModel
+from runner_server.engine.backend import Batch, LoadedModel
+from runner_server.engine.types import Dtype, NotFinite, Sampling, Token
 from runner_server.errors import ModelUnsupported
-from runner_server.messages import Dtype, NotFinite, Sampling, Token
+from runner_server.mlx_backend import MlxBackend
+from support.harness import Problem, Server, failure, running, tokens
+from support.rows import GREEDY, Row
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
-from runner_server.adapter.sampling import are_finite  # noqa: E402
+from runner_server.mlx_backend.sampling.sampler import are_finite  # noqa: E402
 
 Build = Callable[..., Path]
 Load = Callable[..., LoadedModel]

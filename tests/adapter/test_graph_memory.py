@@ -10,13 +10,13 @@ import pytest
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
-from runner_server.adapter.graph_memory import transient_bytes  # noqa: E402
-from runner_server.adapter.names import load_model, make_prompt_cache  # noqa: E402
-from runner_server.adapter.working import (  # noqa: E402
+from runner_server.mlx_backend.planning.graph_memory import transient_bytes  # noqa: E402
+from runner_server.mlx_backend.planning.working_memory import (  # noqa: E402
     batch_prefill_bytes,
     decode_bytes,
     prefill_bytes,
 )
+from runner_server.mlx_backend.upstream.names import load_model, make_prompt_cache  # noqa: E402
 
 Build = Callable[..., Path]
 MIB = 1 << 20

@@ -15,12 +15,12 @@ import pytest
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
-from mlx_tasks import assert_no_tasks_left  # noqa: E402
-from rows import Row, run_rows  # noqa: E402
-from runner_server.adapter import MlxBackend  # noqa: E402
-from runner_server.backend import LoadedModel  # noqa: E402
+from runner_server.engine.backend import LoadedModel  # noqa: E402
+from runner_server.engine.types import LoadSpec  # noqa: E402
 from runner_server.errors import ModelUnsupported  # noqa: E402
-from runner_server.messages import LoadSpec  # noqa: E402
+from runner_server.mlx_backend import MlxBackend  # noqa: E402
+from support.mlx_tasks import assert_no_tasks_left  # noqa: E402
+from support.rows import Row, run_rows  # noqa: E402
 
 Load = Callable[..., LoadedModel]
 Build = Callable[..., Path]

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from harness import Server, failure, running
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_server.adapter import MlxBackend
-from runner_server.backend import LoadedModel
+from runner_server.engine.backend import LoadedModel
 from runner_server.errors import ModelUnsupported, RunnerFault
-from tokenizer_files import leave_to_transformers
+from runner_server.mlx_backend import MlxBackend
+from support.harness import Server, failure, running
+from support.tokenizer_files import leave_to_transformers
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from rows import GREEDY
-from runner_server.backend import LoadedModel
-from runner_server.messages import Token
+from runner_server.engine.backend import LoadedModel
+from runner_server.engine.types import Token
+from support.rows import GREEDY
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
-from runner_server.adapter.kv import probe  # noqa: E402
-from runner_server.adapter.names import load_model, make_prompt_cache  # noqa: E402
-from runner_server.adapter.planning import PREFILL_CHUNK, device_kind  # noqa: E402
+from runner_server.mlx_backend.planning.kv_memory import probe  # noqa: E402
+from runner_server.mlx_backend.planning.plan import PREFILL_CHUNK, device_kind  # noqa: E402
+from runner_server.mlx_backend.upstream.names import load_model, make_prompt_cache  # noqa: E402
 from tools.memory.models import scaled, write_model  # noqa: E402
 
 Load = Callable[..., LoadedModel]

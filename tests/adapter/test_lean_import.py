@@ -33,8 +33,8 @@ def _python(code: str, *args: str) -> str:
 
 _LOAD = """
 import os, sys
-from runner_server.adapter import MlxBackend
-from runner_server.messages import LoadSpec
+from runner_server.mlx_backend import MlxBackend
+from runner_server.engine.types import LoadSpec
 backend = MlxBackend()
 backend.open()
 model = backend.load(LoadSpec(sys.argv[1]), lambda progress: None)
@@ -59,7 +59,7 @@ def test_a_model_is_loaded_without_heavy_imports(model_dir: Build, kind: dict[st
 
 _AFTERWARDS = """
 import sys
-from runner_server.adapter import names
+from runner_server.mlx_backend import names
 import mlx_lm.utils
 assert "transformers" not in sys.modules
 import huggingface_hub, mlx_lm
@@ -79,7 +79,7 @@ def test_all_of_mlx_lm_is_there_for_whoever_asks(model_dir: Build) -> None:
 
 _BEFORE = """
 import mlx_lm
-from runner_server.adapter import names
+from runner_server.mlx_backend import names
 print(names.load_model is mlx_lm.utils.load_model)
 """
 
@@ -91,9 +91,9 @@ def test_mlx_lm_may_be_imported_before() -> None:
 _OTHER_RELEASE = """
 import sys
 from types import ModuleType
-from runner_server.adapter import _lean
+from runner_server.mlx_backend import _lean
 _lean._tokenizers_shell = lambda: ModuleType("mlx_lm.tokenizer_utils")
-from runner_server.adapter import names
+from runner_server.mlx_backend import names
 import mlx_lm
 print("transformers" in sys.modules, names.load_model is mlx_lm.utils.load_model)
 """
@@ -105,7 +105,7 @@ def test_a_release_that_takes_other_names_is_imported_whole() -> None:
 
 def test_what_is_not_mlx_lm_is_an_import_error() -> None:
     code = """
-from runner_server.adapter._lean import import_lean
+from runner_server.mlx_backend.upstream.lean_import import import_lean
 try:
     import_lean("mlx_lm.no_such_module")
 except ModuleNotFoundError as error:

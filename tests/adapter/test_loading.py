@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from rows import GREEDY, Row, alone
-from runner_server.adapter import MlxBackend
-from runner_server.backend import LoadedModel
+from runner_server.engine.backend import LoadedModel
+from runner_server.engine.types import Dtype, LoadSpec
 from runner_server.errors import InsufficientMemory, InvalidField, ModelNotFound
-from runner_server.messages import Dtype, LoadSpec
+from runner_server.mlx_backend import MlxBackend
+from support.rows import GREEDY, Row, alone
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 

@@ -16,8 +16,8 @@ _LOAD = """
 import resource, sys
 from pathlib import Path
 assert resource.getrlimit(resource.RLIMIT_NOFILE) == (256, 256)
-from runner_server.adapter import MlxBackend
-from runner_server.messages import LoadSpec
+from runner_server.mlx_backend import MlxBackend
+from runner_server.engine.types import LoadSpec
 backend = MlxBackend()
 backend.open()
 print(backend.load(LoadSpec(sys.argv[1]), lambda _progress: None).info.weight_bytes)
@@ -54,8 +54,8 @@ def test_a_file_beyond_those_that_stay_open_must_be_the_same_later(
 ) -> None:
     import mlx.core as mx
 
-    from runner_server.adapter import weight_files
     from runner_server.errors import ModelUnsupported
+    from runner_server.mlx_backend.loading import weight_files
 
     monkeypatch.setattr(weight_files, "_MOST_OPEN", 0)
     path = tmp_path / "model.safetensors"

@@ -8,7 +8,8 @@ import pytest
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
-from runner_server.adapter import MlxBackend, working
+from runner_server.mlx_backend import MlxBackend
+from runner_server.mlx_backend.planning import working_memory
 from tools.memory.catalog import CONFIGS, LEFT_OUT
 from tools.models.__main__ import QUICK
 from tools.models.check import Checker, Verdict
@@ -31,8 +32,10 @@ def test_one_type_of_each_kind_is_right(checker: Checker, model_type: str) -> No
 
 
 def test_a_wrong_type_is_told(checker: Checker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runner_server.adapter.loading.try_together", lambda *_args: None)
-    monkeypatch.delitem(working._KNOWN_ALONE, "afm7")
+    monkeypatch.setattr(
+        "runner_server.mlx_backend.loading.loader.try_together", lambda *_args: None
+    )
+    monkeypatch.delitem(working_memory._KNOWN_ALONE, "afm7")
     verdict = checker.check("afm7")
     assert not verdict.is_right
     assert "log probabilities differ" in verdict.batch

@@ -14,8 +14,8 @@ import pytest
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
-from runner_server.adapter.codec import load_codec
-from tokenizer_files import byte_level, leave_to_transformers, write_tokenizer
+from runner_server.mlx_backend.tokenizer.codec import load_codec
+from support.tokenizer_files import byte_level, leave_to_transformers, write_tokenizer
 
 sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
 
@@ -80,7 +80,7 @@ def test_transformers_stays_out_of_the_process(
     code = (
         "import json, sys\n"
         "from pathlib import Path\n"
-        "from runner_server.adapter.codec import load_codec\n"
+        "from runner_server.mlx_backend.tokenizer.codec import load_codec\n"
         "codec, ends = load_codec(Path(sys.argv[1]), {'model_type': 'gpt2'})\n"
         "print(json.dumps([codec.encode('fox', as_prompt=False), 'transformers' in sys.modules]))\n"
     )

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner_server.messages import Sampling
+from runner_server.engine.types import Sampling
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
-from runner_server.adapter.penalties import Penalties  # noqa: E402
+from runner_server.mlx_backend.sampling.penalties import Penalties  # noqa: E402
 
 VOCAB = 50
 

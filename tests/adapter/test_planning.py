@@ -12,12 +12,12 @@ import pytest
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
-from rows import GREEDY, Row, run_rows  # noqa: E402
-from runner_server.adapter import MlxBackend  # noqa: E402
-from runner_server.adapter.loading import plan_load  # noqa: E402
-from runner_server.adapter.tokenizer_memory import tokenizer_memory  # noqa: E402
-from runner_server.backend import LoadedModel  # noqa: E402
-from runner_server.messages import Dtype, LoadSpec, Sampling  # noqa: E402
+from runner_server.engine.backend import LoadedModel  # noqa: E402
+from runner_server.engine.types import Dtype, LoadSpec, Sampling  # noqa: E402
+from runner_server.mlx_backend import MlxBackend  # noqa: E402
+from runner_server.mlx_backend.loading.loader import plan_load  # noqa: E402
+from runner_server.mlx_backend.planning.tokenizer_memory import tokenizer_memory  # noqa: E402
+from support.rows import GREEDY, Row, run_rows  # noqa: E402
 from tools.memory.models import scaled, write_model  # noqa: E402
 
 Load = Callable[..., LoadedModel]

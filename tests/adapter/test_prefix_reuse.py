@@ -12,16 +12,16 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from likely import assert_alike
-from rows import GREEDY
-from runner_server.messages import LoadSpec, Prefill, Sampling, Token, TokenLogprob
-from runner_server.prefix import PrefixTree
-from runner_server.turns import MAX_SECONDS, MIN_SECONDS
+from runner_server.engine.prefill_policy import MAX_SECONDS, MIN_SECONDS
+from runner_server.engine.prefix_cache import PrefixTree
+from runner_server.engine.types import LoadSpec, Prefill, Sampling, Token, TokenLogprob
+from support.likely import assert_alike
+from support.rows import GREEDY
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
-from runner_server.adapter import MlxBackend  # noqa: E402
-from runner_server.adapter.batch import MlxBatch  # noqa: E402
+from runner_server.mlx_backend import MlxBackend  # noqa: E402
+from runner_server.mlx_backend.batch import MlxBatch  # noqa: E402
 
 SHAPES = ["llama", "gemma3", "lfm2", "mamba2"]
 CUTTABLE = {"llama"}

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from mlx_tasks import assert_no_tasks_left
 from runner_server.errors import InsufficientMemory, ModelUnsupported
+from support.mlx_tasks import assert_no_tasks_left
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
-from runner_server.adapter import _reading  # noqa: E402 - after importorskip
-from runner_server.adapter.weight_files import WeightFiles  # noqa: E402
+from runner_server.mlx_backend.loading import reading  # noqa: E402 - after importorskip
+from runner_server.mlx_backend.loading.weight_files import WeightFiles  # noqa: E402
 
 LIMIT = 100
 
@@ -50,7 +50,7 @@ class Library:
 
 
 def _read(weights: list[Any], report: Callable[[float], None]) -> None:
-    _reading.read_weights(weights, report, WeightFiles())
+    reading.read_weights(weights, report, WeightFiles())
 
 
 def _weights(*sizes: int) -> list[Any]:
@@ -60,8 +60,8 @@ def _weights(*sizes: int) -> list[Any]:
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     library = Library()
-    monkeypatch.setattr(_reading, "mx", library)
-    monkeypatch.setattr(_reading, "_AT_ONCE_BYTES", LIMIT)
+    monkeypatch.setattr(reading, "mx", library)
+    monkeypatch.setattr(reading, "_AT_ONCE_BYTES", LIMIT)
     return library
 
 
@@ -116,7 +116,7 @@ def test_no_weights_are_no_fault(library: Library) -> None:
 def test_real_arrays_are_right_however_many_are_read_at_once(
     monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
-    monkeypatch.setattr(_reading, "_AT_ONCE_BYTES", limit)
+    monkeypatch.setattr(reading, "_AT_ONCE_BYTES", limit)
     weights = [(mx.arange(100) + i).astype(mx.float32) for i in range(20)]
     shares: list[float] = []
     _read(weights, shares.append)
@@ -144,7 +144,7 @@ def test_progress_is_reported_within_one_weight(tmp_path: Path) -> None:
         shares.append(share)
         threads.add(threading.current_thread().name)
 
-    _reading.read_weights(weights, report, files)
+    reading.read_weights(weights, report, files)
     assert shares == sorted(shares)
     assert shares[:4] == pytest.approx([0.25, 0.5, 0.75, 1])
     assert len(threads) > 1
@@ -161,7 +161,7 @@ def test_a_report_ends_the_reading_of_one_weight(tmp_path: Path, at: float) -> N
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        _reading.read_weights(weights, report, files)
+        reading.read_weights(weights, report, files)
     assert sum(share > at for share in shares) == 1
 
 
@@ -171,7 +171,7 @@ def test_a_conversion_keeps_its_progress_within_bounds(tmp_path: Path) -> None:
     files, weights = _lazy(tmp_path / "x.safetensors", **arrays)
     shares: list[float] = []
     converted = [value.astype(mx.float16) for value in weights]
-    _reading.read_weights(converted, shares.append, files)
+    reading.read_weights(converted, shares.append, files)
     assert shares == sorted(shares)
     assert shares[-1] == 1
     assert all(mx.array_equal(value, mx.ones((4, 2**20))).item() for value in converted)
@@ -184,6 +184,6 @@ def test_a_file_that_cannot_be_read_harms_nothing_that_comes_later(tmp_path: Pat
         files, weights = _lazy(path, **arrays)
         os.truncate(path, 4096)
         with pytest.raises(ModelUnsupported, match=rf"{path.name} has only 4096 bytes"):
-            _reading.read_weights(weights, lambda _share: None, files)
+            reading.read_weights(weights, lambda _share: None, files)
         mx.eval(mx.ones(4) * 2)
         assert_no_tasks_left()

@@ -11,11 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runner_server.messages import Sampling
+from runner_server.engine.types import Sampling
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
-from runner_server.adapter.sampling import Sampler, largest, likelihoods, negative_gumbel  # noqa: E402
+from runner_server.mlx_backend.sampling.sampler import (  # noqa: E402
+    Sampler,
+    largest,
+    likelihoods,
+    negative_gumbel,
+)
 
 VOCAB = 50
 LARGE = 151_936

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
-from runner_server.adapter.caches import keep  # noqa: E402
-from runner_server.adapter.names import KVCache  # noqa: E402
-from runner_server.adapter.slots import SlotCache  # noqa: E402
+from runner_server.mlx_backend.cache.row_caches import keep  # noqa: E402
+from runner_server.mlx_backend.cache.slots import SlotCache  # noqa: E402
+from runner_server.mlx_backend.upstream.names import KVCache  # noqa: E402
 
 HEADS, SIZE = 2, 3
 

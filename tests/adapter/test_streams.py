@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from runner_server.backend import LoadedModel
+from runner_server.engine.backend import LoadedModel
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
@@ -17,7 +17,7 @@ pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)"
 # In processes of their own: what an error leaves inside MLX is not repaired by anything.
 FORGET = """
 import mlx.core as mx
-from runner_server.adapter.streams import drain
+from runner_server.mlx_backend.stream_errors import drain
 raised = 0
 for _ in range(20):
     try:
@@ -31,8 +31,8 @@ print("drained", raised)
 
 COUNT_UP = """
 import mlx.core as mx
-from runner_server.adapter.streams import active_tasks, drain, recover
-from runner_server.backend import BackendLost
+from runner_server.mlx_backend.stream_errors import active_tasks, drain, recover
+from runner_server.engine.backend import BackendLost
 recover()
 if active_tasks() is None:
     raise SystemExit("skip")
@@ -81,7 +81,7 @@ def test_a_step_that_fails_is_followed_by_a_drain(
     tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, is_alone: bool
 ) -> None:
     drained: list[bool] = []
-    monkeypatch.setattr("runner_server.adapter.batch.recover", lambda: drained.append(True))
+    monkeypatch.setattr("runner_server.mlx_backend.batch.recover", lambda: drained.append(True))
     failing: Any = tiny.new_batch()
     failing._is_alone = is_alone
     failing._prefill = _raise

@@ -9,18 +9,19 @@ from typing import Any
 
 import pytest
 
-from harness import Server, running, tokens
 from mlxrunner.v1 import runner_pb2 as pb
-from rows import Row, alone, run_rows
-from runner_server.adapter import MlxBackend
-from runner_server.backend import LoadedModel
+from runner_server.engine.backend import LoadedModel
 from runner_server.errors import ModelUnsupported
+from runner_server.mlx_backend import MlxBackend
+from support.harness import Server, running, tokens
+from support.rows import Row, alone, run_rows
 from tools.memory.models import scaled, write_model
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
-from runner_server.adapter import together, working  # noqa: E402
-from runner_server.adapter.caches import CachePieces  # noqa: E402
+from runner_server.mlx_backend.cache.row_caches import CachePieces  # noqa: E402
+from runner_server.mlx_backend.loading import batch_trial  # noqa: E402
+from runner_server.mlx_backend.planning import working_memory  # noqa: E402
 
 Load = Callable[..., LoadedModel]
 
@@ -29,7 +30,7 @@ ROUNDING = 1e-4
 
 
 def _deviation(model: Any) -> float:
-    return together.deviation(model._model, model._pieces, model.info.vocab_size, 3)
+    return batch_trial.deviation(model._model, model._pieces, model.info.vocab_size, 3)
 
 
 def test_rounding_is_far_from_the_tolerance(trained: LoadedModel, tiny: LoadedModel) -> None:
@@ -43,7 +44,7 @@ def test_a_model_that_counts_padding_runs_alone(
     tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """afm7's offset of keys is that of the longest row: no error, other tokens."""
-    monkeypatch.delitem(working._KNOWN_ALONE, "afm7")
+    monkeypatch.delitem(working_memory._KNOWN_ALONE, "afm7")
     model = load(write_model(tmp_path, scaled("afm7")), parallel=4)
     assert model.info.parallel == 1
     (warning,) = model.info.warnings
@@ -59,7 +60,7 @@ def test_a_model_that_raises_in_a_batch_runs_alone(
     def broken(_rows: object, _capacity: int) -> Any:
         raise ValueError("[broadcast_shapes] no")
 
-    monkeypatch.setattr(together, "merge", broken)
+    monkeypatch.setattr(batch_trial, "merge", broken)
     info = load(model_dir(), parallel=rows).info
     assert info.parallel == 1
     assert "ValueError: [broadcast_shapes] no" in info.warnings[0]
@@ -83,7 +84,7 @@ def test_short_prompts_join_where_states_are_the_last_tokens(
 def test_a_trial_leaves_no_trace(trained: LoadedModel) -> None:
     model: Any = trained
     before = mx.get_active_memory()
-    assert together.try_together(model._model, CachePieces.of(model._model), 2048, 4) is None
+    assert batch_trial.try_together(model._model, CachePieces.of(model._model), 2048, 4) is None
     assert mx.get_active_memory() == before
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from runner_server.adapter.codec import FastCodec
-from runner_server.adapter.token_bytes import bytes_of_tokens
-from runner_server.backend import LoadedModel
-from runner_server.messages import TokenLogprob
-from runner_server.text import StreamDecoder
-from runner_server.token_text import TokenTexts
+from runner_server.engine.backend import LoadedModel
+from runner_server.engine.text import StreamDecoder
+from runner_server.engine.token_text import TokenTexts
+from runner_server.engine.types import TokenLogprob
+from runner_server.mlx_backend.tokenizer.codec import FastCodec
+from runner_server.mlx_backend.tokenizer.token_bytes import bytes_of_tokens
 
 tokenizers = pytest.importorskip("tokenizers", reason="no tokenizers (the server extra)")
 parts = tokenizers.decoders

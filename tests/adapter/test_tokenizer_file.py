@@ -15,11 +15,11 @@ pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)"
 
 from tokenizers import AddedToken, Tokenizer, processors
 
-import tokenizer_files
-from runner_server.adapter import codec as codec_module
-from runner_server.adapter.codec import load_codec
+import support.tokenizer_files as tokenizer_files
 from runner_server.errors import ModelUnsupported
-from tokenizer_files import KINDS, around, described, write_tokenizer
+from runner_server.mlx_backend.tokenizer import codec as codec_module
+from runner_server.mlx_backend.tokenizer.codec import load_codec
+from support.tokenizer_files import KINDS, around, described, write_tokenizer
 
 TEXTS = [
     "",

@@ -16,12 +16,12 @@ import pytest
 
 from runner_common.safetensors import HeaderError
 from runner_server.errors import ModelUnsupported
-from safetensors_files import header_of, write_file, write_tensors
+from support.safetensors_files import header_of, write_file, write_tensors
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
-from runner_server.adapter import lazy_arrays, weight_files  # noqa: E402 - after importorskip
-from runner_server.adapter.weight_files import PIECE_BYTES, WeightFiles  # noqa: E402
+from runner_server.mlx_backend.loading import lazy_arrays, weight_files  # noqa: E402
+from runner_server.mlx_backend.loading.weight_files import PIECE_BYTES, WeightFiles  # noqa: E402
 
 TYPES = [
     *(mx.float32, mx.float16, mx.bfloat16, mx.complex64, mx.bool_),
@@ -260,7 +260,7 @@ def test_others_may_use_zipfile_meanwhile(tmp_path: Path) -> None:
 EVALUATE = """
 import os, sys
 import mlx.core as mx
-from runner_server.adapter.weight_files import WeightFiles
+from runner_server.mlx_backend.loading.weight_files import WeightFiles
 arrays = WeightFiles().load(sys.argv[1])
 for call, x in zip(sys.argv[2:], arrays.values()):
     print(call, float(eval(call)), flush=True)
@@ -292,7 +292,7 @@ def test_calls_that_evaluate_let_python_go_on(path: Path) -> None:
 ENDING = """
 import sys
 import mlx.core as mx
-from runner_server.adapter.weight_files import WeightFiles
+from runner_server.mlx_backend.loading.weight_files import WeightFiles
 files = WeightFiles()
 arrays = files.load(sys.argv[1])
 with files.reading(bool):

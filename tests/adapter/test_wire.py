@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from harness import Server, eventually, failure, joined, running, tokens
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_server import worker
-from runner_server.adapter import MlxBackend
+from runner_server.engine import thread
+from runner_server.mlx_backend import MlxBackend
+from support.harness import Server, eventually, failure, joined, running, tokens
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
-from runner_server.adapter import loading  # noqa: E402
-from runner_server.adapter.batch import MlxBatch  # noqa: E402
+from runner_server.mlx_backend.batch import MlxBatch  # noqa: E402
+from runner_server.mlx_backend.loading import loader  # noqa: E402
 
 Build = Callable[..., Path]
 UNLOAD = pb.UnloadRequest()
@@ -94,9 +94,9 @@ async def test_a_load_that_fails_late_leaves_nothing(
     def broken(_model: object) -> None:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(loading.MlxModel, "warm_up", broken)
+    monkeypatch.setattr(loader.MlxModel, "warm_up", broken)
     # pytest keeps log records, and with them the traceback.
-    monkeypatch.setattr(worker.logger, "disabled", True)
+    monkeypatch.setattr(thread.logger, "disabled", True)
     problem = await failure(real.load(str(model_dir())))
     assert problem.reason == "GENERATION_FAILED"
     assert _held() <= before + TOLERANCE_BYTES
@@ -116,14 +116,14 @@ async def test_a_cancelled_load_gives_its_memory_back(
     before = _held()
     reached, go = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
-    warm_up = loading.MlxModel.warm_up
+    warm_up = loader.MlxModel.warm_up
 
     def waiting(model: Any) -> None:
         loop.call_soon_threadsafe(reached.set)
         asyncio.run_coroutine_threadsafe(go.wait(), loop).result()
         warm_up(model)
 
-    monkeypatch.setattr(loading.MlxModel, "warm_up", waiting)
+    monkeypatch.setattr(loader.MlxModel, "warm_up", waiting)
     load = real.stub.Load(pb.LoadRequest(model=str(model_dir())))
     await reached.wait()
     assert _held() > before + 400_000

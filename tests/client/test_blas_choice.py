@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from runner_client._blas import Blas
-from runner_client._blas_choice import Choice, cache_file, choose_blas, recall, remember
+from runner_client.host.blas import Blas
+from runner_client.host.blas_choice import Choice, cache_file, choose_blas, recall, remember
 
 CPU = "processor : 0\nmodel name : Some CPU\ncpu family : 25\nmodel : 17\nflags : avx2 fma\n\n"
 
@@ -233,7 +233,7 @@ def test_nowhere_to_keep_it(machine: Machine) -> None:
 def test_a_start_takes_what_was_remembered_and_else_the_first(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runner_client._blas_choice.installed_blas", lambda: machine.libraries)
+    monkeypatch.setattr("runner_client.host.blas_choice.installed_blas", lambda: machine.libraries)
     assert choose_blas(machine.environment) == machine.openblas
     for blas in (machine.mkl, None):
         remember(machine.environment, Choice(blas), machine.libraries)

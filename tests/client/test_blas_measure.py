@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from runner_client._blas import Blas
-from runner_client._blas_measure import measure, table
-from runner_client._probe import ProbeResult
+from runner_client.host.blas import Blas
+from runner_client.host.blas_measure import measure, table
+from runner_client.host.probe import ProbeResult
 
 OPENBLAS = Blas("OpenBLAS", Path("/usr/lib/libopenblas.so.0"), {"OPENBLAS_CORETYPE": "HASWELL"})
 PLAIN = Blas("OpenBLAS", OPENBLAS.path)

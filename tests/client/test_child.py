@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from runner_client import errors
-from runner_client._child import Child, exit_in_words
-from runner_client._output import LineSplitter, Tail
+from runner_client.process.child import Child, exit_in_words
+from runner_client.process.output import LineSplitter, Tail
 
 READY = "print('1|1|tcp|127.0.0.1:5|grpc', flush=True)\n"
 UNTIL_STDIN_ENDS = "import sys; sys.stdin.read()\n"

@@ -11,10 +11,10 @@ from typing import Any
 import click
 import pytest
 
-from command_line import invoke
 from runner_client.cli import main
-from runner_client.cli._options import size, size_or_zero
+from runner_client.cli.options import size, size_or_zero
 from runner_client.errors import RunnerError
+from support.command_line import invoke
 
 COMMANDS = ("serve", "run", "status", "tokenize", "trim", "estimate", "doctor", "demo")
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from command_line import invoke
 from runner_client.cli.status import memory_text, status_rows
 from runner_client.testing import Failure, fake_runner
 from runner_client.types import MemoryUsage, Model, Rank, State, Status
+from support.command_line import invoke
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,17 +11,17 @@ from unittest.mock import Mock
 import click
 import pytest
 
-from command_line import invoke
-from mlxrunner.hostmemory import FreeMemory
-from runner_client import doctor as examination
 from runner_client.cli import estimate, serve
-from runner_client.cli._output import LoadProgress
-from runner_client.doctor import Finding
+from runner_client.cli.output import LoadProgress
 from runner_client.errors import NotSupportedError, RunnerError
-from runner_client.gate import MemoryGate
+from runner_client.host import doctor as examination
+from runner_client.host.doctor import Finding
+from runner_client.memory.gate import MemoryGate
 from runner_client.types import MemoryUsage, State, Status
-from runner_common.reservations import ReservationBook
-from safetensors_files import attention, write_model
+from runner_common.host_memory.free import FreeMemory
+from runner_common.memory.reservations import ReservationBook
+from support.command_line import invoke
+from support.safetensors_files import attention, write_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,9 +102,9 @@ def large_model(tmp_path: Path) -> str:
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Sets how many GiB are free, by the control group, on a machine without a GPU."""
-    monkeypatch.setattr("runner_client.estimate.installed_backend", lambda: "cpu")
+    monkeypatch.setattr("runner_client.memory.estimation.installed_backend", lambda: "cpu")
     # Nobody can build that model; its headers can be read.
-    monkeypatch.setattr("runner_client.estimate.can_ask", lambda: False)
+    monkeypatch.setattr("runner_client.memory.estimation.can_ask", lambda: False)
 
     def set_free(gib: float) -> None:
         size = int(gib * GIB)

@@ -13,18 +13,19 @@ from unittest.mock import Mock
 import psutil
 import pytest
 
-from command_line import invoke
-from runner_client import RunnerClient, doctor
+from runner_client import RunnerClient
 from runner_client.cli import demo, run, tokenize
-from runner_client.cli._output import completion_rows
+from runner_client.cli.output import completion_rows
 from runner_client.errors import InsufficientMemoryError, RunnerTimeoutError
+from runner_client.host import doctor
 from runner_client.testing import Failure, fake_runner
 from runner_client.types import Completion, DoneReason
+from support.command_line import invoke
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from runner_client._stream import CompletionStream
+    from runner_client.rpc.stream import CompletionStream
     from runner_client.testing import FakeRunner
     from runner_client.types import LoadResult, Status
 

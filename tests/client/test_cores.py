@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from control_group import cpu_group, needs_cpu_group
-from runner_client._blas import Blas, in_front
-from runner_client._blas_choice import Choice, recall, remember
-from runner_client.doctor import examine
+from runner_client.host.blas import Blas, in_front
+from runner_client.host.blas_choice import Choice, recall, remember
+from runner_client.host.doctor import examine
 from runner_common.cores import Cores, usable_cores
+from support.control_group import cpu_group, needs_cpu_group
 
 V1_MOUNT = "35 31 0:32 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n"
 V2_MOUNT = "30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate\n"

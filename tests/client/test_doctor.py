@@ -9,12 +9,12 @@ from unittest.mock import Mock
 
 import pytest
 
-from mlxrunner.hostmemory import DeviceInfo, FreeMemory
-from runner_client import _blas_choice, doctor
-from runner_client._blas import Blas
-from runner_client._blas_choice import Choice
-from runner_client._probe import ProbeResult, run_probe
-from runner_client.doctor import Finding, examine
+from runner_client.host import blas_choice, doctor
+from runner_client.host.blas import Blas
+from runner_client.host.blas_choice import Choice
+from runner_client.host.doctor import Finding, examine
+from runner_client.host.probe import ProbeResult, run_probe
+from runner_common.host_memory.free import DeviceInfo, FreeMemory
 
 FACTS: dict[str, Any] = {
     "mlx_version": "0.32.4",
@@ -111,10 +111,10 @@ def test_the_choice_is_really_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     library = Blas("OpenBLAS", tmp_path / "libopenblas.so.0")
     library.path.touch()
     monkeypatch.setattr(doctor, "installed_blas", lambda: (library,))
-    monkeypatch.setattr(doctor, "remember", _blas_choice.remember)
+    monkeypatch.setattr(doctor, "remember", blas_choice.remember)
     environ = {"XDG_CACHE_HOME": str(tmp_path)}
     examine(environ=environ, probe=probing(), version=lambda _name: "1.2.3")
-    assert _blas_choice.recall(environ, (library,)) == Choice(library)
+    assert blas_choice.recall(environ, (library,)) == Choice(library)
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:

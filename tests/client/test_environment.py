@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from runner_client._blas import Blas, blas_at, find_blas, in_front, installed_blas, variants
-from runner_client.environment import child_environment, package_folders
 from runner_client.errors import InvalidRequestError
+from runner_client.host.blas import Blas, blas_at, find_blas, in_front, installed_blas, variants
+from runner_client.host.environment import child_environment, package_folders
 
 AVX512 = "flags : fpu avx2 fma avx512f avx512dq avx512bw avx512vl\n"
 AVX2 = "flags : fpu avx2 fma\n"

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from mlxrunner.units import format_bytes
-from runner_client._header_need import PROCESS_BYTES, WORKING_MINIMUM_BYTES
 from runner_client.errors import InvalidRequestError, ModelNotFoundError
-from runner_client.estimate import MemoryEstimate, estimate
-from safetensors_files import Shapes, attention, write_model
+from runner_client.memory.estimation import MemoryEstimate, estimate
+from runner_client.memory.header_need import PROCESS_BYTES, WORKING_MINIMUM_BYTES
+from runner_common.units import format_bytes
+from support.safetensors_files import Shapes, attention, write_model
 
 HIDDEN, KV_ROWS, LAYERS = 64, 32, 3
 
@@ -31,7 +31,7 @@ PLAIN_COUNT = 100 * HIDDEN + LAYERS * 2 * KV_ROWS * HIDDEN
 
 @pytest.fixture(autouse=True)
 def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runner_client.estimate.can_ask", lambda: False)
+    monkeypatch.setattr("runner_client.memory.estimation.can_ask", lambda: False)
 
 
 def of(

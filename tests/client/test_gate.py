@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 
-from mlxrunner.hostmemory import FreeMemory
 from runner_client.errors import (
     InsufficientMemoryError,
     InvalidRequestError,
     LoadRequiresFullError,
 )
-from runner_client.estimate import MemoryEstimate
-from runner_client.gate import (
+from runner_client.memory.estimation import MemoryEstimate
+from runner_client.memory.gate import (
     METAL_MINIMUM_BYTES,
     MINIMUM_BYTES,
     MINIMUM_VARIABLE,
@@ -27,7 +26,8 @@ from runner_client.gate import (
     GateDecision,
     MemoryGate,
 )
-from runner_common.reservations import DIRECTORY_VARIABLE, ReservationBook
+from runner_common.host_memory.free import FreeMemory
+from runner_common.memory.reservations import DIRECTORY_VARIABLE, ReservationBook
 
 GIB = 1024**3
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fake_child import is_gone, use_fake_child, use_script, wait_until, write_model
 from runner_client import AsyncRunnerProcess, RestartPolicy, State, Status, Timeouts, errors
+from support.fake_child import is_gone, use_fake_child, use_script, wait_until, write_model
 
 SLOW_LOAD = "runner.load_seconds = 600"
 

@@ -10,20 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from fake_child import use_fake_child, use_script, write_model
-from mlxrunner.handshake import TOKEN_VARIABLE
-from mlxrunner.hostmemory import FreeMemory
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_client import (
-    AsyncRunnerProcess,
-    MemoryGate,
-    RunnerProcess,
-    _command,
-    errors,
-)
-from runner_client._probe import run_probe
+from runner_client import AsyncRunnerProcess, MemoryGate, RunnerProcess, errors
+from runner_client.host import command
+from runner_client.host.probe import run_probe
 from runner_common import import_paths
-from runner_common.asking import NeedRequest, NeedUnknownError, ask_need, can_ask
+from runner_common.handshake import TOKEN_VARIABLE
+from runner_common.host_memory.free import FreeMemory
+from runner_common.memory.need_query import NeedRequest, NeedUnknownError, ask_need, can_ask
+from support.fake_child import use_fake_child, use_script, write_model
 
 
 @pytest.fixture
@@ -91,7 +86,7 @@ def test_the_blas_can_be_chosen(model: str, monkeypatch: pytest.MonkeyPatch) -> 
         asked.append(blas)
         return dict(base)
 
-    monkeypatch.setattr("runner_client._launch.child_environment", child_environment)
+    monkeypatch.setattr("runner_client.process.launch.child_environment", child_environment)
     with RunnerProcess(model), RunnerProcess(model, blas="off"):
         pass
     assert asked == ["auto", "off"]
@@ -151,7 +146,7 @@ def test_a_python_that_does_not_know_its_executable(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr("sys.executable", "")
     with pytest.raises(errors.RunnerUnavailableError, match=r"sys\.executable"):
-        _command.server_command("127.0.0.1:0")
+        command.server_command("127.0.0.1:0")
 
 
 @pytest.fixture
@@ -205,7 +200,7 @@ def test_a_socket_lies_in_a_private_folder_with_a_short_path(
     deep = tmp_path / ("x" * 100)
     deep.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(deep))
-    place = _command.ListenPlace.make("unix")
+    place = command.ListenPlace.make("unix")
     assert place.folder is not None
     assert place.folder.stat().st_mode & 0o777 == 0o700
     assert len(place.argument.removeprefix("unix:")) <= 103

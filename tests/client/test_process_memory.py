@@ -12,12 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fake_child import use_fake_child, use_script, wait_until, write_model
-from mlxrunner.hostmemory import FreeMemory
 from runner_client import MemoryGate, RunnerProcess, errors
-from runner_client.estimate import MemoryEstimate, estimate
-from runner_client.gate import MINIMUM_BYTES, MINIMUM_VARIABLE, OVERHEAD_VARIABLE
-from runner_common.reservations import DIRECTORY_VARIABLE, ReservationBook
+from runner_client.memory.estimation import MemoryEstimate, estimate
+from runner_client.memory.gate import MINIMUM_BYTES, MINIMUM_VARIABLE, OVERHEAD_VARIABLE
+from runner_common.host_memory.free import FreeMemory
+from runner_common.memory.reservations import DIRECTORY_VARIABLE, ReservationBook
+from support.fake_child import use_fake_child, use_script, wait_until, write_model
 
 
 @pytest.fixture
@@ -105,7 +105,9 @@ def test_a_failed_start_gives_the_memory_back_to_the_gate(
     with pytest.raises(errors.RunnerExitedError):
         RunnerProcess(model, gate=gate).load()
     assert files_of(gate) == []
-    monkeypatch.setattr("runner_client._launch.server_command", lambda _listen: ["/no/such/file"])
+    monkeypatch.setattr(
+        "runner_client.process.launch.server_command", lambda _listen: ["/no/such/file"]
+    )
     with pytest.raises(errors.RunnerUnavailableError):
         RunnerProcess(model, gate=gate).load()
     assert files_of(gate) == []
@@ -134,7 +136,7 @@ def test_gates_of_other_processes_know_of_it(model: str) -> None:
         assert runner.estimate is not None
         here = reserved(gate, runner.estimate)
         script = (
-            "from runner_common.reservations import ReservationBook\n"
+            "from runner_common.memory.reservations import ReservationBook\n"
             "with ReservationBook().locked() as view: print(view.claimed_bytes())"
         )
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -179,7 +181,7 @@ def test_the_child_keeps_free_what_the_gate_keeps_free(
 def half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A GiB as stored, two as float32, on a machine without a GPU."""
     use_fake_child(monkeypatch)
-    monkeypatch.setattr("runner_client.estimate.installed_backend", lambda: "cpu")
+    monkeypatch.setattr("runner_client.memory.estimation.installed_backend", lambda: "cpu")
     return str(write_model(tmp_path / "half", weight_bytes=2**30, dtype="F16"))
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from fake_child import is_gone, use_fake_child, write_model
 from runner_client import AsyncRunnerProcess, MemoryGate, RunnerProcess, errors
-from runner_client._aio_process import _AsyncChildClient
-from runner_client._child import Child
-from runner_client.process import _ChildClient
+from runner_client.process.aio_process import _AsyncChildClient
+from runner_client.process.child import Child
+from runner_client.process.process import _ChildClient
+from support.fake_child import is_gone, use_fake_child, write_model
 
 OVERTAKEN = [
     ("load", "wait_until_serving", "before"),

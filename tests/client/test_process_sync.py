@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from fake_child import is_gone, open_files, use_fake_child, use_script, wait_until, write_model
 from runner_client import (
     RestartPolicy,
     RunnerProcess,
@@ -20,6 +19,14 @@ from runner_client import (
     Status,
     Timeouts,
     errors,
+)
+from support.fake_child import (
+    is_gone,
+    open_files,
+    use_fake_child,
+    use_script,
+    wait_until,
+    write_model,
 )
 
 SLOW_LOAD = "runner.load_seconds = 600"
@@ -295,7 +302,7 @@ def test_a_forgotten_process_ends_by_itself(model: str) -> None:
 
 @pytest.mark.usefixtures("fake_child")
 def test_nothing_is_left_open(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runner_client._watchdog._LINGER_SECONDS", 0.05)
+    monkeypatch.setattr("runner_client.rpc.watchdog._LINGER_SECONDS", 0.05)
     with RunnerProcess(model):
         pass
     gc.collect()

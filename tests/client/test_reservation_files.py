@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from reserving import add, claimed, files, line_of, script
-from runner_common import record_store
-from runner_common.processes import machine_scope
-from runner_common.records import RecordFolder, encode
-from runner_common.reservations import ReservationBook
+from runner_common.memory import record_store
+from runner_common.memory.processes import machine_scope
+from runner_common.memory.records import RecordFolder, encode
+from runner_common.memory.reservations import ReservationBook
+from support.reserving import add, claimed, files, line_of, script
 
 MIB = 2**20
 GIB = 2**30
@@ -166,8 +166,8 @@ OWN = """
 import os, sys
 from pathlib import Path
 from runner_common import record_store
-from runner_common.processes import machine_scope
-from runner_common.reservations import ReservationBook
+from runner_common.memory.processes import machine_scope
+from runner_common.memory.reservations import ReservationBook
 
 # Only the superuser may be able to start this Python, and to look at what it was.
 machine_scope()

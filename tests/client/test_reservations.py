@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from fake_child import wait_until
-from mlxrunner.hostmemory import FreeMemory, GroupLimit
-from reserving import RESERVE, add, claimed, files, line_of, script, tell
-from runner_common import claims, record_store
-from runner_common.claims import Claim, claimed_of
-from runner_common.reservations import ReservationBook
+from runner_common.host_memory.free import FreeMemory, GroupLimit
+from runner_common.memory import claims, record_store
+from runner_common.memory.claims import Claim, claimed_of
+from runner_common.memory.reservations import ReservationBook
+from support.fake_child import wait_until
+from support.reserving import RESERVE, add, claimed, files, line_of, script, tell
 
 MIB = 2**20
 GIB = 2**30
@@ -186,7 +186,7 @@ def test_a_claim_on_one_gpu_is_none_on_another() -> None:
 HOLD_LOCK = """
 import os, signal, sys
 from pathlib import Path
-from runner_common.reservations import ReservationBook
+from runner_common.memory.reservations import ReservationBook
 
 with ReservationBook(Path(sys.argv[1])).locked():
     print("locked", flush=True)
@@ -225,7 +225,7 @@ def test_a_killed_process_gives_the_lock_back_at_once(book: ReservationBook) -> 
 FORK = """
 import os, sys
 from pathlib import Path
-from runner_common.reservations import ReservationBook
+from runner_common.memory.reservations import ReservationBook
 
 book = ReservationBook(Path(sys.argv[1]))
 with book.locked() as view:
@@ -254,7 +254,7 @@ def test_a_fork_neither_releases_nor_blocks(book: ReservationBook) -> None:
 RACE = """
 import fcntl, mmap, random, struct, sys, time
 from pathlib import Path
-from runner_common.reservations import ReservationBook
+from runner_common.memory.reservations import ReservationBook
 
 directory, witness = map(Path, sys.argv[1:3])
 size, budget, rounds = map(int, sys.argv[3:])
@@ -319,7 +319,7 @@ def test_readers_and_writers_of_many_processes(book: ReservationBook) -> None:
 CHURN = """
 import sys
 from pathlib import Path
-from runner_common.reservations import ReservationBook
+from runner_common.memory.reservations import ReservationBook
 
 book = ReservationBook(Path(sys.argv[1]))
 for _ in range(150):

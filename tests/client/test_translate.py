@@ -10,7 +10,8 @@ import grpc
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_client import AsyncRunnerClient, RunnerClient, _translate, errors
+from runner_client import AsyncRunnerClient, RunnerClient, errors
+from runner_client.rpc import translate
 from runner_client.testing import Failure, fake_runner
 
 # The class differs from row to row, and with it the attributes.
@@ -75,7 +76,7 @@ both = pytest.mark.parametrize("error_of", [sync_error, async_error])
 
 def test_the_table_has_every_reason_of_the_proto() -> None:
     reasons = {name.removeprefix("ERROR_REASON_") for name in pb.ErrorReason.keys()}  # noqa: SIM118 - an enum wrapper does not iterate
-    assert set(_translate._BY_REASON) == reasons - {"UNSPECIFIED"} == {row[0] for row in BY_REASON}
+    assert set(translate._BY_REASON) == reasons - {"UNSPECIFIED"} == {row[0] for row in BY_REASON}
 
 
 @both
@@ -172,6 +173,6 @@ def test_details_that_are_no_protobuf_are_left_out() -> None:
         def trailing_metadata(self) -> tuple[object, ...]:  # type: ignore[override]  # the stubs know no pairs
             return (("grpc-status-details-bin", b"\xff\xff\xff"),)
 
-    error = _translate.translate(Strange(), address="a")
+    error = translate.translate(Strange(), address="a")
     assert type(error) is errors.RunnerError
     assert (str(error), error.reason) == ("said why", None)

@@ -11,9 +11,9 @@ import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_client import errors
-from runner_client._messages import status as status_of
-from runner_client._waits import LoadWatch, StreamTimer
-from runner_client._watchdog import Watchdog
+from runner_client.rpc.messages import status as status_of
+from runner_client.rpc.waits import LoadWatch, StreamTimer
+from runner_client.rpc.watchdog import Watchdog
 from runner_client.types import (
     CompletionChunk,
     PromptProgress,
@@ -144,7 +144,7 @@ def test_a_deadline_that_never_comes_needs_no_thread() -> None:
 
 
 def test_the_watchdog_ends_by_itself_and_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runner_client._watchdog._LINGER_SECONDS", 0.05)
+    monkeypatch.setattr("runner_client.rpc.watchdog._LINGER_SECONDS", 0.05)
     watchdog = Watchdog()
     for _ in range(2):
         fired = threading.Event()

@@ -15,7 +15,7 @@ from runner_common.model_directory import (
     ModelUnusableError,
     read_model_directory,
 )
-from safetensors_files import Shapes, write_model
+from support.safetensors_files import Shapes, write_model
 
 PLAIN: dict[str, Any] = {"model_type": "llama", "max_position_embeddings": 64}
 EMBEDDINGS: Shapes = {"model.embed_tokens.weight": ("F32", (4, 2))}

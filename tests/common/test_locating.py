@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from runner_common.model_directory import ModelMissingError, locate
-from safetensors_files import write_model
+from support.safetensors_files import write_model
 
 COMMIT, OTHER = "a" * 40, "b" * 40
 

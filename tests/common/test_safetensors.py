@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from runner_common.safetensors import HeaderError, Tensor, read_header
-from safetensors_files import write_file, write_tensors
+from support.safetensors_files import write_file, write_tensors
 
 
 def test_header_gives_name_type_shape_and_size(tmp_path: Path) -> None:

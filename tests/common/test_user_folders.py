@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runner_common.asking import NeedRefusedError, NeedRequest, ask_need
+from runner_common.memory.need_query import NeedRefusedError, NeedRequest, ask_need
 from runner_common.user_folders import cache_folder
 
 
@@ -33,7 +33,7 @@ def test_an_estimate_without_a_cache_folder_leaves_nothing_in_the_working_direct
 ) -> None:
     monkeypatch.chdir(tmp_path)
     refusal = {"reason": "MODEL_NOT_FOUND", "message": "none", "metadata": {}, "violations": []}
-    monkeypatch.setattr("runner_common.asking._run", lambda *_: refusal)
+    monkeypatch.setattr("runner_common.memory.need_query._run", lambda *_: refusal)
     with pytest.raises(NeedRefusedError, match="none"):
         ask_need(NeedRequest("model"), environ)
     assert not list(tmp_path.iterdir())

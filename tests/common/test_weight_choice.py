@@ -9,7 +9,7 @@ import pytest
 
 from runner_common.model_directory import ModelUnusableError
 from runner_common.model_directory.weight_files import choose_weight_files, read_tensors
-from safetensors_files import Shapes, write_tensors
+from support.safetensors_files import Shapes, write_tensors
 
 ONE: Shapes = {"a": ("F32", (2,))}
 TWO: Shapes = {"b": ("F32", (2,))}

@@ -9,8 +9,6 @@ from typing import Any, NoReturn
 import grpc
 import pytest
 
-from fakes import FakeBackend
-from harness import Problem, Server, StartServer, eventually, failure
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.errors import (
     InsufficientMemory,
@@ -20,6 +18,8 @@ from runner_server.errors import (
     RunnerFault,
     to_status,
 )
+from support.fakes import FakeBackend
+from support.harness import Problem, Server, StartServer, eventually, failure
 
 Code = grpc.StatusCode
 MAX_DETAIL_BYTES = 2048
@@ -187,7 +187,7 @@ async def test_an_unexpected_exception_in_the_middle_of_a_stream(
     def broken(*_args: object) -> None:
         raise ZeroDivisionError("hunter2")
 
-    monkeypatch.setattr("runner_server.servicer.piece_message", broken)
+    monkeypatch.setattr("runner_server.api.service.piece_message", broken)
     problem = await failure(loaded.start())
     check(problem, Code.INTERNAL, "GENERATION_FAILED")
     assert "hunter2" not in problem.message

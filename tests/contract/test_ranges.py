@@ -9,12 +9,12 @@ from typing import Any
 import grpc
 import pytest
 
-from fakes import VOCAB_SIZE
-from harness import Server, failure, tokens
 from mlxrunner.v1 import runner_pb2 as pb
+from runner_server.api.validation import load_spec, trim_bytes
 from runner_server.config import parse_args
-from runner_server.messages import Dtype, LoadSpec
-from runner_server.validation import load_spec, trim_bytes
+from runner_server.engine.types import Dtype, LoadSpec
+from support.fakes import VOCAB_SIZE
+from support.harness import Server, failure, tokens
 
 NAN, INF = float("nan"), float("inf")
 MAX_INT32, MIN_INT32 = 2**31 - 1, -(2**31)

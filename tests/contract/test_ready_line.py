@@ -8,12 +8,12 @@ from pathlib import Path
 import grpc
 import pytest
 
-from fakes import FakeBackend
-from harness import Server, StartServer, running
-from mlxrunner.handshake import ReadyLine
+from runner_common.handshake import ReadyLine
 from runner_server.app import RunnerApp
 from runner_server.config import ServerConfig, parse_args
-from runner_server.listen import CannotListenError
+from runner_server.transport.listen import CannotListenError
+from support.fakes import FakeBackend
+from support.harness import Server, StartServer, running
 
 
 async def test_a_free_port_is_taken_and_told(start_server: StartServer) -> None:

@@ -9,13 +9,14 @@ import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
-from harness import Problem, Server, failure
-from mlxrunner.handshake import SERVICE_NAME
 from mlxrunner.v1 import runner_pb2 as pb
-from nasty import METHODS, record, varint
-from runner_client import AsyncRunnerClient, InvalidRequestError, _messages
+from runner_client import AsyncRunnerClient, InvalidRequestError
+from runner_client.rpc import messages
+from runner_common.handshake import SERVICE_NAME
 from runner_server import __version__
-from runner_server.unknown_fields import read_known
+from runner_server.transport.unknown_fields import read_known
+from support.harness import Problem, Server, failure
+from support.nasty import METHODS, record, varint
 
 NEW = 97
 VARINT, BYTES, FIXED32 = 0, 2, 5
@@ -175,7 +176,7 @@ async def test_a_newer_client_gets_the_typed_error(
     def newer(*_args: object, **_kwargs: object) -> pb.CompletionRequest:
         return pb.CompletionRequest.FromString(COMPLETION + UNKNOWN)
 
-    monkeypatch.setattr(_messages, "completion_request", newer)
+    monkeypatch.setattr(messages, "completion_request", newer)
     async with AsyncRunnerClient(loaded.ready.target) as client:
         with pytest.raises(InvalidRequestError, match=f"field {NEW} of CompletionRequest"):
             await client.complete("x")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rank_processes import Ranks, ranks
-from server_child import Child, running
+from support.rank_processes import Ranks, ranks
+from support.server_child import Child, running
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import grpc
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
-from rank_processes import DEMO, Ranks, completion, failure_of, problem_of, ranks
-from server_child import DEADLINE_SECONDS
+from support.rank_processes import DEMO, Ranks, completion, failure_of, problem_of, ranks
+from support.server_child import DEADLINE_SECONDS
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 pytestmark = pytest.mark.mlx

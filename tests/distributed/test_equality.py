@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
-from rank_processes import DEMO, THREE_HEADS, Ranks, completion, ranks
-from server_child import DEADLINE_SECONDS, Child
+from support.rank_processes import DEMO, THREE_HEADS, Ranks, completion, ranks
+from support.server_child import DEADLINE_SECONDS, Child
 
 pytestmark = pytest.mark.mlx
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from fakes import DEADLINE_SECONDS, FakeBackend, FakeModel
-from runner_server.backend import BackendLost
 from runner_server.distributed import hub as hub_module
 from runner_server.distributed.follower import Follower, FollowerPartners, Inbox
 from runner_server.distributed.hub import Hub
 from runner_server.distributed.leader import LeaderBackend, LeaderPartners
 from runner_server.distributed.link import Link
+from runner_server.engine.backend import BackendLost
+from runner_server.engine.types import Dtype, LoadSpec, Sampling, Token
 from runner_server.errors import InsufficientMemory, ModelNotFound, ShuttingDown
-from runner_server.messages import Dtype, LoadSpec, Sampling, Token
+from support.fakes import DEADLINE_SECONDS, FakeBackend, FakeModel
 
 TRAITS = ["runner 1", "cpu"]
 

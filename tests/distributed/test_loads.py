@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
-from rank_processes import DEMO, THREE_HEADS, Ranks, failure_of, problem_of, ranks
-from runner_common.memory_need import MemoryNeed
+from runner_common.memory.need import MemoryNeed
+from runner_server.engine.types import Dtype, LoadSpec
 from runner_server.errors import ModelUnsupported
-from runner_server.messages import Dtype, LoadSpec
-from server_child import DEADLINE_SECONDS, Child
+from support.rank_processes import DEMO, THREE_HEADS, Ranks, failure_of, problem_of, ranks
+from support.server_child import DEADLINE_SECONDS, Child
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 pytestmark = pytest.mark.mlx
@@ -82,7 +82,7 @@ def test_what_one_rank_cannot_load_is_told_with_its_name(tmp_path: Path) -> None
 
 def shard(size: int, *, by_layers: bool) -> Any:
     """A rank's part, which no other rank is asked about."""
-    from runner_server.adapter.sharding import Shard
+    from runner_server.mlx_backend.sharding import Shard
 
     group: Any = SimpleNamespace(rank=0, size=size, all=None)
     partners: Any = SimpleNamespace()
@@ -105,7 +105,7 @@ def test_fewer_layers_than_ranks_are_refused() -> None:
 
 
 def test_layers_of_unlike_kinds_are_not_shared_out() -> None:
-    from runner_server.adapter.names import RotatingKVCache
+    from runner_server.mlx_backend.upstream.names import RotatingKVCache
 
     cache = RotatingKVCache(max_size=8)
     model: Any = SimpleNamespace(
@@ -116,8 +116,8 @@ def test_layers_of_unlike_kinds_are_not_shared_out() -> None:
 
 
 def test_a_load_takes_the_smallest_share_of_any_rank() -> None:
-    from runner_server.adapter.kv import CacheShape, Probe
-    from runner_server.adapter.planning import Plan
+    from runner_server.mlx_backend.planning.kv_memory import CacheShape, Probe
+    from runner_server.mlx_backend.planning.plan import Plan
 
     seen = Probe(10, (CacheShape(token_bytes=8),))
     budget = 3 * seen.kv_bytes(50)

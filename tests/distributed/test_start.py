@@ -17,14 +17,14 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from mlxrunner.handshake import ReadyLine
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
-from rank_processes import DEMO, completion
 from runner_client.cli import serve
+from runner_common.handshake import ReadyLine
 from runner_server.config import parse_args
-from runner_server.distributed.start import _host_of_rank_0
-from server_child import DEADLINE_SECONDS
+from runner_server.launch_ranks import _host_of_rank_0
+from support.rank_processes import DEMO, completion
+from support.server_child import DEADLINE_SECONDS
 
 BIN = Path(sys.executable).parent
 

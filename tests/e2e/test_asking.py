@@ -14,9 +14,9 @@ pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)"
 pytestmark = pytest.mark.mlx
 
 from runner_client.errors import InvalidRequestError, ModelUnsupportedError  # noqa: E402
-from runner_client.estimate import estimate  # noqa: E402
-from runner_server.adapter.loading import plan_load  # noqa: E402
-from runner_server.messages import LoadSpec  # noqa: E402
+from runner_client.memory.estimation import estimate  # noqa: E402
+from runner_server.engine.types import LoadSpec  # noqa: E402
+from runner_server.mlx_backend.loading.loader import plan_load  # noqa: E402
 
 Build = Callable[..., Path]
 

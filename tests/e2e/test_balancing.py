@@ -12,11 +12,11 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from fakes import DEADLINE_SECONDS
-from harness import Server, StartServer, eventually
-from mlxrunner.handshake import SERVICE_NAME
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
+from runner_common.handshake import SERVICE_NAME
+from support.fakes import DEADLINE_SECONDS
+from support.harness import Server, StartServer, eventually
 
 CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from control_group import cpu_group, needs_cpu_group
-from runner_client.environment import child_environment, find_blas
+from runner_client.host.environment import child_environment, find_blas
 from runner_common.cores import usable_cores
+from support.control_group import cpu_group, needs_cpu_group
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "runner_server/demo/model"
 _CHILD = """
 import ctypes, json, os, sys
-from runner_server.adapter import MlxBackend
-from runner_server.messages import LoadSpec
+from runner_server.mlx_backend import MlxBackend
+from runner_server.engine.types import LoadSpec
 blas = ctypes.CDLL(None)
 backend = MlxBackend()
 backend.open()

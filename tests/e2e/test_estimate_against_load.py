@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 
-from runner_client.estimate import DType, estimate
+from runner_client.memory.estimation import DType, estimate
 from runner_common.model_directory import read_model_directory
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
@@ -17,9 +17,9 @@ pytestmark = pytest.mark.mlx
 
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402 - after importorskip
 
-from runner_server.adapter.loading import load  # noqa: E402
-from runner_server.adapter.planning import load_transient_bytes  # noqa: E402
-from runner_server.messages import Dtype, LoadSpec  # noqa: E402
+from runner_server.engine.types import Dtype, LoadSpec  # noqa: E402
+from runner_server.mlx_backend.loading.loader import load  # noqa: E402
+from runner_server.mlx_backend.planning.plan import load_transient_bytes  # noqa: E402
 
 SIZES = {
     "hidden_size": 256,

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2
 
-from server_child import Child, running
+from support.server_child import Child, running
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 pytestmark = pytest.mark.mlx

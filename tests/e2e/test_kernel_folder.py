@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
-from server_child import DEADLINE_SECONDS, Child, running
+from support.server_child import DEADLINE_SECONDS, Child, running
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 pytestmark = [

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
-from server_child import Child, running
+from support.server_child import Child, running
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 pytestmark = [
@@ -27,7 +27,7 @@ from runner_client import (  # noqa: E402
     RunnerProcess,
 )
 from runner_client.errors import LoadRequiresFullError  # noqa: E402
-from tokenizer_files import write_large_tokenizer  # noqa: E402
+from support.tokenizer_files import write_large_tokenizer  # noqa: E402
 from tools.memory.models import scaled, write_model  # noqa: E402
 
 Build = Callable[..., Path]

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from server_child import DEADLINE_SECONDS, running
+from support.server_child import DEADLINE_SECONDS, running
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 pytest.importorskip("prometheus_client", reason="prometheus-client is not installed")

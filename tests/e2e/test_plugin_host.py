@@ -7,7 +7,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from server_child import DEADLINE_SECONDS, Child, running
+from support.server_child import DEADLINE_SECONDS, Child, running
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 pytestmark = pytest.mark.mlx

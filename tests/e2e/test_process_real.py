@@ -18,8 +18,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fake_child import is_gone, wait_until
-from faulty import hooked
 from runner_client import (
     AsyncRunnerProcess,
     DoneReason,
@@ -31,6 +29,8 @@ from runner_client import (
     Status,
     errors,
 )
+from support.fake_child import is_gone, wait_until
+from support.faulty import hooked
 
 pytestmark = pytest.mark.mlx
 

@@ -15,10 +15,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from mlxrunner.handshake import HEALTH_SERVICES, ReadyLine
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
-from server_child import BREAK_STEPS, COMPUTE, DEADLINE_SECONDS, SLOW_LOAD, Child, running
+from runner_common.handshake import HEALTH_SERVICES, ReadyLine
+from support.server_child import BREAK_STEPS, COMPUTE, DEADLINE_SECONDS, SLOW_LOAD, Child, running
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 pytestmark = pytest.mark.mlx
@@ -74,7 +74,7 @@ def test_the_ready_line_is_first_and_alone(tmp_path: Path, model_dir: Build) -> 
 _BLOCKED_IMPORT = """
 import sys, threading
 import runner_server.app
-from runner_server.adapter.backend import MlxBackend
+from runner_server.mlx_backend.backend import MlxBackend
 runner_server.app._DRAIN_SECONDS = 0.1
 MlxBackend.open = lambda self: threading.Event().wait()
 from runner_server.__main__ import main

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from control_group import ControlGroup, control_group, needs_control_group, write_uncached
-from runner_client.estimate import MemoryEstimate, estimate
-from runner_common.headroom import MINIMUM_VARIABLE
+from runner_client.memory.estimation import MemoryEstimate, estimate
+from runner_common.memory.headroom import MINIMUM_VARIABLE
+from support.control_group import ControlGroup, control_group, needs_control_group, write_uncached
 
 pytestmark = [pytest.mark.mlx, pytest.mark.timeout(240), needs_control_group]
 

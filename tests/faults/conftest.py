@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fake_child import write_model
+from support.fake_child import write_model
 
 
 @pytest.fixture

@@ -18,10 +18,11 @@ from typing import Any
 import psutil
 import pytest
 
-from fake_child import wait_until
-from faulty import end_of, hooked, in_threads, pid_of
-from mlx_tasks import CountedLoads
-from runner_client import MemoryGate, Options, RunnerClient, RunnerProcess, errors, estimate
+from runner_client import MemoryGate, Options, RunnerClient, RunnerProcess, errors
+from runner_client.memory import estimation
+from support.fake_child import wait_until
+from support.faulty import end_of, hooked, in_threads, pid_of
+from support.mlx_tasks import CountedLoads
 
 pytestmark = pytest.mark.mlx
 
@@ -202,7 +203,7 @@ def test_the_gate_names_the_file_or_lets_the_server_judge(copy: Path, case: str)
     damage, named = DAMAGE[case]
     damage(copy)
     began = time.monotonic()
-    error = end_of(lambda: MemoryGate().check(estimate.estimate(str(copy)), override=False))
+    error = end_of(lambda: MemoryGate().check(estimation.estimate(str(copy)), override=False))
     assert time.monotonic() - began < PROMISED_SECONDS
     if isinstance(error, errors.ModelUnsupportedError):
         assert named in str(error), str(error)
@@ -212,7 +213,7 @@ def test_the_gate_names_the_file_or_lets_the_server_judge(copy: Path, case: str)
 
 WAIT_BEFORE_READING = """
 import os, time
-from runner_server.ledger import Ledger
+from runner_server.engine.registry import Ledger
 note_progress = Ledger.note_progress
 
 def wait(self, progress):

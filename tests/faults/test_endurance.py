@@ -14,9 +14,9 @@ import threading
 import psutil
 import pytest
 
-from fake_child import is_gone, wait_until
-from faulty import held, pid_of
 from runner_client import Options, RunnerProcess
+from support.fake_child import is_gone, wait_until
+from support.faulty import held, pid_of
 
 pytestmark = pytest.mark.mlx
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def test_models_come_and_go_in_one_process(
 
 
 def test_processes_come_and_go(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runner_client._watchdog._LINGER_SECONDS", 0.05)
+    monkeypatch.setattr("runner_client.rpc.watchdog._LINGER_SECONDS", 0.05)
     me = psutil.Process()
     pids: list[int] = []
 

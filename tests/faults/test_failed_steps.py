@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from faulty import BREAK, breaking, end_of, hooked, in_threads
-from harness import Problem, Server, eventually, failure, joined
 from runner_client import Options, RunnerClient, RunnerProcess, State, Timeouts, errors
+from support.faulty import BREAK, breaking, end_of, hooked, in_threads
+from support.harness import Problem, Server, eventually, failure, joined
 
 PROMISED_SECONDS = 1.0
 SHORT = Options(num_predict=4, temperature=0, logit_bias={0: -100})

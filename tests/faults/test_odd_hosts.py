@@ -19,10 +19,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fake_child import wait_until
-from faulty import TESTS, end_of, fake_engine, hooked, use_fake_engine
-from mlxrunner.hostmemory import Host, free_memory
 from runner_client import Options, RunnerClient, RunnerProcess, Timeouts, errors
+from runner_common.host_memory.free import Host, free_memory
+from support.fake_child import wait_until
+from support.faulty import TESTS, end_of, fake_engine, hooked, use_fake_engine
 
 SHORT = Options(num_predict=3, temperature=0)
 ROOT = TESTS.parent
@@ -100,7 +100,7 @@ def _can_hide_proc() -> bool:
 def test_with_proc_truly_gone(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     server = [sys.executable, "-P", "-m", "runner_server", "--exit-with-parent", "--listen"]
     monkeypatch.setattr(
-        "runner_client._launch.server_command", lambda listen: [*HIDE_PROC, *server, listen]
+        "runner_client.process.launch.server_command", lambda listen: [*HIDE_PROC, *server, listen]
     )
     with RunnerProcess(model) as runner:
         assert runner.complete("def", options=SHORT).eval_count == 3

@@ -18,8 +18,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fake_child import is_gone, wait_until
-from faulty import BREAK, breaking, hooked
+from support.fake_child import is_gone, wait_until
+from support.faulty import BREAK, breaking, hooked
 
 pytestmark = pytest.mark.mlx
 

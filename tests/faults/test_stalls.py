@@ -16,8 +16,6 @@ from pathlib import Path
 import grpc
 import pytest
 
-from fake_child import wait_until
-from faulty import BREAK, breaking, end_of, hooked, in_threads, pid_of, use_fake_engine
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_client import (
     AsyncRunnerProcess,
@@ -28,10 +26,12 @@ from runner_client import (
     Timeouts,
     errors,
 )
-from runner_client._child import exit_in_words
-from runner_client._messages import status as status_of
-from runner_client._stall import StallWatch
-from server_child import running as server
+from runner_client.process.child import exit_in_words
+from runner_client.process.stall import StallWatch
+from runner_client.rpc.messages import status as status_of
+from support.fake_child import wait_until
+from support.faulty import BREAK, breaking, end_of, hooked, in_threads, pid_of, use_fake_engine
+from support.server_child import running as server
 
 LIMIT_SECONDS = 0.6
 DEMO = Path(__file__).parents[2] / "runner_server/demo/model"

@@ -16,7 +16,7 @@ import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
-from server_child import DEADLINE_SECONDS, Child, running
+from support.server_child import DEADLINE_SECONDS, Child, running
 
 pytestmark = pytest.mark.mlx
 

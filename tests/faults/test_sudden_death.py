@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from faulty import BREAK, breaking, end_of, hooked, in_threads, pid_of, use_fake_engine
 from runner_client import AsyncRunnerProcess, Options, RunnerProcess, Timeouts, errors
+from support.faulty import BREAK, breaking, end_of, hooked, in_threads, pid_of, use_fake_engine
 
 PROMISED_SECONDS = 1.0
 SHORT = Options(num_predict=3, temperature=0, logit_bias={0: -100})
@@ -135,7 +135,7 @@ def test_the_last_lines_are_those_of_this_process_only(
 
 
 SYS_EXIT_IN_A_HANDLER = """
-import fakes
+import support.fakes as fakes
 def leave(self, text, *, as_prompt):
     sys.exit(3)
 fakes.ByteCodec.encode = leave

@@ -12,8 +12,8 @@ import pytest
 import pytest_asyncio
 from grpc_health.v1 import health_pb2
 
-from harness import Server, joined, running
 from mlxrunner.v1 import runner_pb2 as pb
+from support.harness import Server, joined, running
 
 DEMO = Path(__file__).parents[2] / "runner_server/demo/model"
 CONTEXT_LENGTH = 96
@@ -25,7 +25,7 @@ async def real() -> AsyncIterator[Server]:
     """One server with the trained demo model; it must survive all cases."""
     if not (DEMO / "model.safetensors").is_file():
         pytest.skip("the demo model is not in this checkout")
-    from runner_server.adapter import MlxBackend
+    from runner_server.mlx_backend import MlxBackend
 
     directory = Path(tempfile.mkdtemp(prefix="mr-"))
     backend: Any = MlxBackend()

@@ -32,7 +32,7 @@ from hypothesis import given, seed, settings
 with redirect_stderr(StringIO()), atheris.instrument_imports(include=["runner_server"]):
     from hostile.fuzz_targets import Parsing, Target, Wire
 
-from nasty import METHODS, Call, calls
+from support.nasty import METHODS, Call, calls
 
 _SEEDS = 1500
 _MAX_BYTES = 20_000

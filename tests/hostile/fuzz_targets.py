@@ -13,15 +13,15 @@ from typing import Any, Protocol
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from fakes import VOCAB_SIZE, ByteCodec, FakeBackend, model_info
-from harness import Server, joined, running
 from mlxrunner.v1 import runner_pb2 as pb
-from nasty import METHODS, Call
-from runner_server import convert, validation
+from runner_server.api import convert, validation
+from runner_server.engine.token_text import TokenTexts
+from runner_server.engine.types import Done, DoneReason, Piece, TokenLogprob
 from runner_server.errors import RunnerFault, to_status
-from runner_server.messages import Done, DoneReason, Piece, TokenLogprob
-from runner_server.token_text import TokenTexts
-from verdicts import ANSWER_SECONDS, Caller
+from support.fakes import VOCAB_SIZE, ByteCodec, FakeBackend, model_info
+from support.harness import Server, joined, running
+from support.nasty import METHODS, Call
+from support.verdicts import ANSWER_SECONDS, Caller
 
 _CONTEXT_LENGTH = 128
 _CALLS_BETWEEN_STREAMS = 10

@@ -7,11 +7,11 @@ from typing import Any
 import grpc
 import pytest
 
-from fakes import VOCAB_SIZE, ByteCodec, FakeBackend
-from harness import Server, StartServer, failure
 from mlxrunner.v1 import runner_pb2 as pb
-from nasty import METHODS, record
-from verdicts import TOO_LARGE, Caller
+from support.fakes import VOCAB_SIZE, ByteCodec, FakeBackend
+from support.harness import Server, StartServer, failure
+from support.nasty import METHODS, record
+from support.verdicts import TOO_LARGE, Caller
 
 MOST_IDS = 4 * 2**20
 WITHOUT_TEXT = VOCAB_SIZE - 1

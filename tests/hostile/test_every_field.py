@@ -14,10 +14,10 @@ from grpc_health.v1 import health_pb2
 from hypothesis import HealthCheck, Phase, event, given, seed, settings
 from hypothesis import strategies as st
 
-from harness import Server, StartServer, joined
 from mlxrunner.v1 import runner_pb2 as pb
-from nasty import METHODS, Call, calls
-from verdicts import CODES, Caller
+from support.harness import Server, StartServer, joined
+from support.nasty import METHODS, Call, calls
+from support.verdicts import CODES, Caller
 
 CONTEXT_LENGTH = 512
 LIFECYCLE = {"Load", "Unload"}

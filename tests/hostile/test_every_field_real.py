@@ -11,15 +11,15 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from harness import Server, eventually, running
 from hostile.conftest import CONTEXT_LENGTH, NEIGHBOUR
 from mlxrunner.v1 import runner_pb2 as pb
-from nasty import Call, calls
-from verdicts import Caller
+from support.harness import Server, eventually, running
+from support.nasty import Call, calls
+from support.verdicts import Caller
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
-from runner_server.adapter import MlxBackend
+from runner_server.mlx_backend import MlxBackend
 
 pytestmark = [
     pytest.mark.mlx,

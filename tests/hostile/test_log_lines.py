@@ -6,9 +6,9 @@ import logging
 
 import pytest
 
-from harness import Server, eventually, failure
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.errors import ModelNotFound
+from support.harness import Server, eventually, failure
 
 FORGED = "x\r\n2026-01-01 00:00:00,000 ERROR runner_server: all is lost\x1b[2J\x07\u2028\u202e"
 

@@ -15,11 +15,11 @@ import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
-from harness import Server, failure
 from hostile.conftest import CONTEXT_LENGTH, DEMO
 from mlxrunner.v1 import runner_pb2 as pb
-from nasty import NO_UTF8, TEXTS, record, varint
-from verdicts import Caller
+from support.harness import Server, failure
+from support.nasty import NO_UTF8, TEXTS, record, varint
+from support.verdicts import Caller
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 pytestmark = [pytest.mark.mlx, pytest.mark.asyncio(loop_scope="module")]

@@ -12,10 +12,10 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from faulty import hooked
 from interop.pings import Relay
-from mlxrunner.handshake import TOKEN_VARIABLE, ReadyLine
 from runner_client import RunnerClient, State
+from runner_common.handshake import TOKEN_VARIABLE, ReadyLine
+from support.faulty import hooked
 
 ROOT = Path(__file__).parents[2]
 DEMO_MODEL = ROOT / "runner_server/demo/model"
@@ -26,7 +26,7 @@ _STOP_SECONDS = 20.0
 # A load is watched every 20 ms, and the demo model's takes hardly longer than that.
 _SLOW_LOAD = """
 import time
-from runner_server.ledger import Ledger
+from runner_server.engine.registry import Ledger
 note_progress = Ledger.note_progress
 
 def slow(self, progress):
@@ -40,7 +40,7 @@ Ledger.note_progress = slow
 # wait for its end, unless it is cancelled: it has 1,022 steps.
 _SLOW_STEPS = """
 import time
-from runner_server.worker import Worker
+from runner_server.engine.thread import Worker
 step = Worker._step
 silenced = set()
 

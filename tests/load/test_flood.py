@@ -15,10 +15,10 @@ import grpc
 import psutil
 import pytest
 
-from fakes import DEADLINE_SECONDS
-from harness import LIMITS, Problem, Server, StartServer, eventually, failure, problem_of
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
+from support.fakes import DEADLINE_SECONDS
+from support.harness import LIMITS, Problem, Server, StartServer, eventually, failure, problem_of
 
 CONNECTIONS = 200
 QUEUED = 1000

@@ -11,10 +11,10 @@ import grpc
 import psutil
 import pytest
 
-from harness import LIMITS, problem_of
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
-from server_child import Child, running
+from support.harness import LIMITS, problem_of
+from support.server_child import Child, running
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 pytestmark = pytest.mark.mlx

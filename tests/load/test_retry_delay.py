@@ -9,12 +9,12 @@ from typing import Any
 import grpc
 import pytest
 
-from fakes import ByteCodec, model_info
-from harness import LIMITS, Server, eventually, failure, tokens
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
-from runner_server.backend import ModelHandle
-from runner_server.ledger import Ledger
+from runner_server.engine.backend import ModelHandle
+from runner_server.engine.registry import Ledger
+from support.fakes import ByteCodec, model_info
+from support.harness import LIMITS, Server, eventually, failure, tokens
 
 LITTLE_AHEAD: list[tuple[str, Any]] = [
     ("grpc.http2.bdp_probe", 0),
@@ -36,7 +36,7 @@ async def test_the_time_a_reader_stops_is_not_the_pace_of_the_server(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr("runner_server.completion.time", clock)
+    monkeypatch.setattr("runner_server.engine.generation.time", clock)
     await server.load(parallel=1)
     for _ in range(30):
         await server.complete(num_predict=1)

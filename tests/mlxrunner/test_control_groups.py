@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from control_group import control_group, needs_control_group, write_uncached
+from support.control_group import control_group, needs_control_group, write_uncached
 
 MIB = 2**20
 
 READ_TWICE = """
 import mmap, sys
-from mlxrunner.hostmemory import free_memory
+from runner_common.host_memory.free import free_memory
 
 def tell():
     print(free_memory().cgroup_bytes, flush=True)

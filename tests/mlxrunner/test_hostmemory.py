@@ -9,9 +9,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mlxrunner._cgroup import GroupLimit, cgroup_available_bytes, cgroup_limits, is_in_group
-from mlxrunner._devices import default_working_set_bytes, run_command
-from mlxrunner.hostmemory import (
+from runner_common.host_memory.cgroup import (
+    GroupLimit,
+    cgroup_available_bytes,
+    cgroup_limits,
+    is_in_group,
+)
+from runner_common.host_memory.devices import default_working_set_bytes, run_command
+from runner_common.host_memory.free import (
     Host,
     MemoryLimit,
     device_infos,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from environments import ROOT, Environment, told
+from support.environments import ROOT, Environment, told
 
 if TYPE_CHECKING:
     from collections.abc import Callable

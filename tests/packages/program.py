@@ -5,7 +5,6 @@ from typing import assert_type
 
 import grpc
 
-from mlxrunner.handshake import ReadyLine
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
 from runner_client import (
@@ -18,6 +17,7 @@ from runner_client import (
     RunnerClient,
     RunnerProcess,
 )
+from runner_common.handshake import ReadyLine
 
 
 def with_stubs(channel: grpc.Channel) -> str:

@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from environments import LOWEST, NEWEST, ROOT, Environment, told
+from support.environments import LOWEST, NEWEST, ROOT, Environment, told
 
 Packages = tuple[Path, Path]
 NewEnvironment = Callable[[], Environment]
@@ -33,7 +33,7 @@ with fake_runner() as runner, RunnerClient(runner.address) as client:
 SERVER = """
 import subprocess, sys
 from importlib import resources
-from mlxrunner.handshake import ReadyLine
+from runner_common.handshake import ReadyLine
 from runner_client import Options, RunnerClient
 
 model = str(resources.files("runner_server") / "demo/model")

@@ -9,9 +9,17 @@ from typing import Any
 import grpc
 import pytest
 
-from fakes import TOKEN_BYTES, FakeBackend
-from harness import CompletionCall, Server, StartServer, count_rounds, eventually, failure, tokens
 from mlxrunner.v1 import runner_pb2 as pb
+from support.fakes import TOKEN_BYTES, FakeBackend
+from support.harness import (
+    CompletionCall,
+    Server,
+    StartServer,
+    count_rounds,
+    eventually,
+    failure,
+    tokens,
+)
 
 PROMPT = "0123456"
 PROMPT_TOKENS = 8

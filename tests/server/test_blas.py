@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import Server
-from runner_server import blas
+from runner_server.host import blas
+from support.harness import Server
 
 
 @pytest.mark.parametrize(
@@ -54,5 +54,5 @@ def test_nothing_before_mlx_is_imported(monkeypatch: pytest.MonkeyPatch) -> None
 
 async def test_status_has_it(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     await server.load()
-    monkeypatch.setattr("runner_server.servicer.blas_of", "the BLAS of {}".format)
+    monkeypatch.setattr("runner_server.api.service.blas_of", "the BLAS of {}".format)
     assert (await server.status()).blas == "the BLAS of cpu: fake"

@@ -8,8 +8,8 @@ import random
 import grpc
 import pytest
 
-from fakes import DEADLINE_SECONDS, PREFILL_CHUNK, says
-from harness import Server, eventually, joined
+from support.fakes import DEADLINE_SECONDS, PREFILL_CHUNK, says
+from support.harness import Server, eventually, joined
 
 LONG_PROMPT = "p" * (PREFILL_CHUNK * 40)
 

@@ -9,9 +9,9 @@ from collections.abc import Awaitable, Callable
 import grpc
 import pytest
 
-from fakes import DEADLINE_SECONDS
-from harness import Server, StartServer, eventually, problem_of
 from mlxrunner.v1 import runner_pb2 as pb
+from support.fakes import DEADLINE_SECONDS
+from support.harness import Server, StartServer, eventually, problem_of
 
 EXPECTED = {
     "MODEL_NOT_LOADED",

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from harness import Server
-from runner_server.convert import memory_message, piece_message
-from runner_server.messages import Done, DoneReason, MemoryCounters, Piece
+from runner_server.api.convert import memory_message, piece_message
+from runner_server.engine.types import Done, DoneReason, MemoryCounters, Piece
+from support.harness import Server
 
 
 def test_the_last_message_tells_what_was_not_evaluated_again() -> None:

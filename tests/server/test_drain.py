@@ -9,10 +9,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from fakes import FakeBackend
-from harness import Server, StartServer, eventually, failure
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_server.messages import LoadSpec
+from runner_server.engine.types import LoadSpec
+from support.fakes import FakeBackend
+from support.harness import Server, StartServer, eventually, failure
 
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 

@@ -12,15 +12,20 @@ from typing import Any
 import grpc
 import pytest
 
-from fakes import FakeBackend, Gate
-from harness import Server, StartServer, eventually, failure, running, tokens
-from mlxrunner.hostmemory import FreeMemory
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_common.asking import NeedAnswer, NeedRefusedError, NeedRequest, NeedUnknownError
-from runner_common.headroom import MINIMUM_VARIABLE, OVERHEAD_VARIABLE
-from runner_common.memory_need import MemoryNeed
-from runner_common.reservations import ReservationBook
-from runner_server.machine_admission import MachineAdmission
+from runner_common.host_memory.free import FreeMemory
+from runner_common.memory.headroom import MINIMUM_VARIABLE, OVERHEAD_VARIABLE
+from runner_common.memory.need import MemoryNeed
+from runner_common.memory.need_query import (
+    NeedAnswer,
+    NeedRefusedError,
+    NeedRequest,
+    NeedUnknownError,
+)
+from runner_common.memory.reservations import ReservationBook
+from runner_server.host.machine_admission import MachineAdmission
+from support.fakes import FakeBackend, Gate
+from support.harness import Server, StartServer, eventually, failure, running, tokens
 
 GIB = 2**30
 PARTS = (
@@ -54,7 +59,7 @@ class Counter:
     gate: Gate = field(default_factory=Gate)
 
     def ask(self, request: NeedRequest, environ: Mapping[str, str]) -> NeedAnswer:
-        """See ``runner_common.asking.ask_need``."""
+        """See ``runner_common.memory.need_query.ask_need``."""
         assert environ
         self.requests.append(request)
         self.gate.pass_through()
@@ -69,7 +74,7 @@ class Counter:
 @pytest.fixture
 def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
     counter = Counter()
-    monkeypatch.setattr("runner_server.estimator.ask_need", counter.ask)
+    monkeypatch.setattr("runner_server.api.estimator.ask_need", counter.ask)
     return counter
 
 
@@ -88,7 +93,7 @@ def has(start_server: StartServer, tmp_path: Path) -> Callable[[int], Any]:
 @pytest.fixture(autouse=True)
 def nothing_is_kept_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MINIMUM_VARIABLE, "0")
-    monkeypatch.setattr("runner_server.machine_admission.resident_bytes", lambda: 0)
+    monkeypatch.setattr("runner_server.host.machine_admission.resident_bytes", lambda: 0)
 
 
 async def estimate(server: Server, model: Path | str, **fields: Any) -> pb.EstimateResponse:
@@ -206,7 +211,7 @@ async def test_no_note_where_the_stored_format_is_the_usual_one(
 ) -> None:
     """As on Metal and CUDA."""
     usual = NeedAnswer(NEED, "as_stored", 4096, 32768, 4)
-    monkeypatch.setattr("runner_server.estimator.ask_need", lambda *_: usual)
+    monkeypatch.setattr("runner_server.api.estimator.ask_need", lambda *_: usual)
     answer = await estimate(await has(GIB), tmp_path, dtype=pb.DTYPE_AUTO_OR_STORED)
     assert (answer.fits, answer.dtype, list(answer.notes)) == (False, "as_stored", [])
 
@@ -306,10 +311,10 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_load_takes_what_was_estimated(
     socket_dir: Path, model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from runner_server.adapter import MlxBackend
+    from runner_server.mlx_backend import MlxBackend
 
     # Other tests may have imported transformers into this process, which a server has not.
-    monkeypatch.setattr("runner_server.adapter.planning._TRANSFORMERS_BYTES", 0)
+    monkeypatch.setattr("runner_server.mlx_backend.planning.plan._TRANSFORMERS_BYTES", 0)
     admission = MachineAdmission()
     backend: Any = MlxBackend(admission=admission)
     fields: dict[str, Any] = {"context_length": 256, "parallel": 2}

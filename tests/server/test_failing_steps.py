@@ -9,9 +9,17 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from fakes import FakeBackend
-from harness import CompletionCall, Problem, Server, StartServer, eventually, failure, problem_of
 from mlxrunner.v1 import runner_pb2 as pb
+from support.fakes import FakeBackend
+from support.harness import (
+    CompletionCall,
+    Problem,
+    Server,
+    StartServer,
+    eventually,
+    failure,
+    problem_of,
+)
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

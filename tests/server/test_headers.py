@@ -8,11 +8,11 @@ from typing import Any
 import grpc
 import pytest
 
-import plain_http2
-from fakes import FakeBackend
-from harness import Server, StartServer, eventually, failure
-from mlxrunner.handshake import SERVICE_NAME
+import support.plain_http2 as plain_http2
 from mlxrunner.v1 import runner_pb2 as pb
+from runner_common.handshake import SERVICE_NAME
+from support.fakes import FakeBackend
+from support.harness import Server, StartServer, eventually, failure
 
 COMPLETION = f"{SERVICE_NAME}/Completion"
 

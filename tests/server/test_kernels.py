@@ -14,8 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from runner_server.compiler import CHECK_LIBRARY, CompilerError, check_compiler
-from runner_server.kernels import KernelFolder, NoKernelFolderError, open_kernels
+from runner_server.host.compiler import CHECK_LIBRARY, CompilerError, check_compiler
+from runner_server.host.kernel_folder import KernelFolder, NoKernelFolderError, open_kernels
 
 VERSION = "0.0"
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
@@ -143,7 +143,7 @@ def test_what_is_kept_for_one_run_only_is_removed(environ: dict[str, str], tmp_p
 
 KILLED = """
 import os, signal, sys
-from runner_server.kernels import open_kernels
+from runner_server.host.kernel_folder import open_kernels
 print(open_kernels("0.0", check=lambda _: None).libraries, flush=True)
 sys.stdin.read()
 """

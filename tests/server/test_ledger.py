@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from runner_server.ledger import Ledger, Ticket, stopping_fault
-from runner_server.messages import State
+from runner_server.engine.registry import Ledger, Ticket, stopping_fault
+from runner_server.engine.types import State
 
 
 def test_a_ticket_given_up_at_the_end_does_no_harm() -> None:

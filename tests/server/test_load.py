@@ -7,11 +7,11 @@ import asyncio
 import grpc
 import pytest
 
-from fakes import CONTEXT_LENGTH, EOS, VOCAB_SIZE, WEIGHT_BYTES
-from harness import Server, StartServer, eventually, failure, tokens
 from mlxrunner.v1 import runner_pb2 as pb
+from runner_server.engine.types import State
 from runner_server.errors import ModelNotFound
-from runner_server.messages import State
+from support.fakes import CONTEXT_LENGTH, EOS, VOCAB_SIZE, WEIGHT_BYTES
+from support.harness import Server, StartServer, eventually, failure, tokens
 
 UNLOAD = pb.UnloadRequest()
 

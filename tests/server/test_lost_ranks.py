@@ -10,13 +10,13 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from fakes import DEADLINE_SECONDS, FakeBackend
-from harness import LIMITS, Server, eventually, failure
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.app import EXIT_ENGINE_DEAD, RunnerApp
-from runner_server.backend import BackendLost
 from runner_server.config import ServerConfig
-from runner_server.messages import MemoryCounters, Rank
+from runner_server.engine.backend import BackendLost
+from runner_server.engine.types import MemoryCounters, Rank
+from support.fakes import DEADLINE_SECONDS, FakeBackend
+from support.harness import LIMITS, Server, eventually, failure
 
 OTHER = Rank(1, "there", 4711, "cpu: fake", MemoryCounters(5, 6, 7, 1), 8, 9)
 

@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-from harness import StartServer
-from mlxrunner.hostmemory import FreeMemory, GroupLimit
 from mlxrunner.v1 import runner_pb2 as pb
-from reserving import RESERVE, add, files, line_of, script
-from runner_common.headroom import MINIMUM_VARIABLE, OVERHEAD_VARIABLE, VariableError
-from runner_common.memory_need import MemoryNeed
-from runner_common.records import Record
-from runner_common.reservations import ReservationBook
+from runner_common.host_memory.free import FreeMemory, GroupLimit
+from runner_common.memory.headroom import MINIMUM_VARIABLE, OVERHEAD_VARIABLE, VariableError
+from runner_common.memory.need import MemoryNeed
+from runner_common.memory.records import Record
+from runner_common.memory.reservations import ReservationBook
 from runner_server.errors import InsufficientMemory
-from runner_server.machine_admission import MachineAdmission
+from runner_server.host.machine_admission import MachineAdmission
+from support.harness import StartServer
+from support.reserving import RESERVE, add, files, line_of, script
 
 GIB = 2**30
 NEED = MemoryNeed(8 * GIB, 4 * GIB, 2 * GIB, GIB, GIB, 0, has_default_prefix_cache=True)
@@ -42,7 +42,9 @@ def resident(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """What this process holds, and nothing that is kept free."""
     held = {"bytes": 0}
     monkeypatch.setenv(MINIMUM_VARIABLE, "0")
-    monkeypatch.setattr("runner_server.machine_admission.resident_bytes", lambda: held["bytes"])
+    monkeypatch.setattr(
+        "runner_server.host.machine_admission.resident_bytes", lambda: held["bytes"]
+    )
     return held
 
 

@@ -14,17 +14,17 @@ from typing import Any
 
 import pytest
 
-from fakes import FakeBackend
-from harness import Server, StartServer, eventually, failure, running
+from support.fakes import FakeBackend
+from support.harness import Server, StartServer, eventually, failure, running
 
 pytest.importorskip("prometheus_client", reason="prometheus-client is not installed")
 
 from prometheus_client import start_http_server
 from prometheus_client.parser import text_string_to_metric_families
 
-from runner_server import metrics
 from runner_server.config import parse_args
-from runner_server.listen import CannotListenError
+from runner_server.telemetry import metrics
+from runner_server.transport.listen import CannotListenError
 
 ROOT = Path(__file__).parents[2]
 LOOPBACK = ("127.0.0.1", 0)
@@ -212,7 +212,7 @@ async def test_an_unknown_host_is_told(socket_dir: Path, host: str) -> None:
 async def test_without_the_library_it_says_what_to_install(
     socket_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "runner_server.metrics")
+    monkeypatch.delitem(sys.modules, "runner_server.telemetry.metrics")
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     with pytest.raises(CannotListenError, match=r"prometheus_client.*mlx-grpc-runner\[metrics\]"):
         async with running(socket_dir, FakeBackend(), metrics_listen=LOOPBACK):

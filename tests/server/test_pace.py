@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runner_server.pace import Pace
+from runner_server.engine.prefill_cost import Pace
 
 
 def test_nothing_is_known_before_the_first_chunk() -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner_server.prefix import Match, PrefixTree
+from runner_server.engine.prefix_cache import Match, PrefixTree
 
 Tokens = tuple[int, ...]
 

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from fakes import model_info
-from harness import StartServer, eventually
-from mlxrunner.hostmemory import FreeMemory
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_common.headroom import MINIMUM_VARIABLE
-from runner_server import pressure
+from runner_common.host_memory.free import FreeMemory
+from runner_common.memory.headroom import MINIMUM_VARIABLE
+from runner_server.engine import memory_pressure
+from runner_server.engine.memory_pressure import PressureWatch
+from runner_server.engine.types import MemoryCounters, ModelInfo, Snapshot, State
 from runner_server.errors import Busy
-from runner_server.machine_admission import MachineAdmission
-from runner_server.messages import MemoryCounters, ModelInfo, Snapshot, State
-from runner_server.pressure import PressureWatch
+from runner_server.host.machine_admission import MachineAdmission
+from support.fakes import model_info
+from support.harness import StartServer, eventually
 
 MIB = 1 << 20
 MOST = 100 * MIB
@@ -96,8 +96,8 @@ class FakeAdmission:
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measures every few milliseconds."""
-    monkeypatch.setattr(pressure, "_CPU_SECONDS", 0.002)
-    monkeypatch.setattr(pressure, "_GPU_SECONDS", 0.002)
+    monkeypatch.setattr(memory_pressure, "_CPU_SECONDS", 0.002)
+    monkeypatch.setattr(memory_pressure, "_GPU_SECONDS", 0.002)
 
 
 @asynccontextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runner_server.private_folder import UntrustedFolderError, private_folder
+from runner_server.host.private_folder import UntrustedFolderError, private_folder
 
 OTHER_USER = 60001
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")

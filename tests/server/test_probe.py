@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from runner_client._probe import run_probe
-from runner_client.environment import child_environment, find_blas
+from runner_client.host.environment import child_environment, find_blas
+from runner_client.host.probe import run_probe
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 pytestmark = pytest.mark.mlx
@@ -30,7 +30,7 @@ def test_probe_says_everything_in_one_object() -> None:
 
 
 def test_probe_without_gemm_measures_nothing() -> None:
-    result = run_probe(os.environ, arguments=("-P", "-m", "runner_server.probe"))
+    result = run_probe(os.environ, arguments=("-P", "-m", "runner_server.mlx_backend.probe"))
     assert result.failure == ""
     assert result.facts["gemm_gflops"] is None
 
@@ -55,7 +55,7 @@ def test_blas_that_is_not_there_is_not_named(tmp_path: Path) -> None:
     """What LD_PRELOAD says is not what is loaded."""
     gone = tmp_path / "libopenblas.so.0"
     environment = {**os.environ, "LD_PRELOAD": str(gone)}
-    result = run_probe(environment, arguments=("-P", "-m", "runner_server.probe"))
+    result = run_probe(environment, arguments=("-P", "-m", "runner_server.mlx_backend.probe"))
     if result.facts["backend"] != "cpu":
         pytest.skip("MLX does not run on the CPU here")
     assert str(gone) not in (result.facts["blas"] or "")
@@ -64,7 +64,8 @@ def test_blas_that_is_not_there_is_not_named(tmp_path: Path) -> None:
 
 def test_missing_compiler_is_found_out(tmp_path: os.PathLike[str]) -> None:
     result = run_probe(
-        {**os.environ, "PATH": str(tmp_path)}, arguments=("-P", "-m", "runner_server.probe")
+        {**os.environ, "PATH": str(tmp_path)},
+        arguments=("-P", "-m", "runner_server.mlx_backend.probe"),
     )
     if result.facts["backend"] != "cpu":
         pytest.skip("only MLX on the CPU compiles with g++")

@@ -8,7 +8,7 @@ from functools import partial
 import grpc
 import pytest
 
-from harness import Server, StartServer, eventually, failure, joined
+from support.harness import Server, StartServer, eventually, failure, joined
 
 
 async def test_a_full_queue_says_when_to_come_again(start_server: StartServer) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 import grpc
 import pytest
 
-from fakes import FakeBackend, says
-from harness import CompletionCall, Server, StartServer, eventually, failure
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_server import request_log
-from runner_server.request import Request
-from runner_server.request_log import JsonFormatter, RequestLine, RequestLog
+from runner_server.telemetry import request_log
+from runner_server.telemetry.call_record import Request
+from runner_server.telemetry.request_log import JsonFormatter, RequestLine, RequestLog
+from support.fakes import FakeBackend, says
+from support.harness import CompletionCall, Server, StartServer, eventually, failure
 
 TRACE_ID, PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE_ID}-{PARENT_ID}-01"

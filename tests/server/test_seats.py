@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fakes import TOKEN_BYTES, ByteCodec, FakeBackend, FakeModel, model_info
-from runner_server.completion import Completion
-from runner_server.messages import CompletionSpec, Token
-from runner_server.seats import Seats
+from runner_server.engine.generation import Completion
+from runner_server.engine.scheduler import Seats
+from runner_server.engine.types import CompletionSpec, Token
+from support.fakes import TOKEN_BYTES, ByteCodec, FakeBackend, FakeModel, model_info
 
 PLENTY = 1 << 30
 

@@ -10,8 +10,15 @@ from typing import Any
 import grpc
 import pytest
 
-from fakes import ByteCodec, says
-from harness import (
+from mlxrunner.v1 import runner_pb2 as pb
+from runner_server.api.convert import piece_message
+from runner_server.engine.output import _MAX_WAITING_TEXTS, Publisher, Stream, merge
+from runner_server.engine.token_text import TokenTexts
+from runner_server.engine.types import Done, DoneReason, Piece, TokenLogprob
+from runner_server.errors import ShuttingDown
+from runner_server.telemetry.request_log import set_up_logging
+from support.fakes import ByteCodec, says
+from support.harness import (
     LIMITS,
     CompletionCall,
     Server,
@@ -22,13 +29,6 @@ from harness import (
     joined,
     tokens,
 )
-from mlxrunner.v1 import runner_pb2 as pb
-from runner_server.convert import piece_message
-from runner_server.errors import ShuttingDown
-from runner_server.messages import Done, DoneReason, Piece, TokenLogprob
-from runner_server.request_log import set_up_logging
-from runner_server.stream import _MAX_WAITING_TEXTS, Publisher, Stream, merge
-from runner_server.token_text import TokenTexts
 
 UNLOAD = pb.UnloadRequest()
 SMALL_WINDOW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16 << 10)]

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from faulty import TESTS, fake_engine
-from runner_server.socket_place import OccupiedError, socket_place
+from runner_server.transport.unix_socket import OccupiedError, socket_place
+from support.faulty import TESTS, fake_engine
 
 ROOT = TESTS.parent
 OTHER_USER = 60001
@@ -94,7 +94,7 @@ def test_what_is_no_socket_of_a_server_stays(place: Path) -> None:
 ASK_AS_OTHER = """
 import os, sys
 from pathlib import Path
-from runner_server.socket_place import OccupiedError, socket_place
+from runner_server.transport.unix_socket import OccupiedError, socket_place
 os.setuid(int(sys.argv[2]))
 try:
     with socket_place(Path(sys.argv[1])):

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from harness import Server, StartServer, failure
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_server.stall import EXIT_STALLED, StallWatch
+from runner_server.engine.stall_watchdog import EXIT_STALLED, StallWatch
+from support.harness import Server, StartServer, failure
 
 
 class Looked:

@@ -8,9 +8,9 @@ import time
 import pytest
 from grpc_health.v1 import health_pb2
 
-from fakes import ROW_BYTES, WEIGHT_BYTES
-from harness import Server, eventually
 from mlxrunner.v1 import runner_pb2 as pb
+from support.fakes import ROW_BYTES, WEIGHT_BYTES
+from support.harness import Server, eventually
 
 
 async def test_status_answers_and_its_age_grows(loaded: Server) -> None:
@@ -38,7 +38,7 @@ async def test_the_age_of_new_work_is_not_that_of_the_idle_time(
 ) -> None:
     """Else a watchdog would kill a healthy runner at its first request after an idle hour."""
     now = time.monotonic
-    monkeypatch.setattr("runner_server.ledger.time.monotonic", lambda: now() + 3600)
+    monkeypatch.setattr("runner_server.engine.registry.time.monotonic", lambda: now() + 3600)
     loaded.backend.step_gate.shut()
     call = loaded.start(num_predict=1)
     await loaded.thread(loaded.backend.step_gate.wait_arrival)

@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 
 import pytest
 
-from fakes import EOS, PREFILL_CHUNK, says
-from harness import CompletionCall, Server, joined, tokens
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_server.messages import Sampling
+from runner_server.engine.types import Sampling
+from support.fakes import EOS, PREFILL_CHUNK, says
+from support.harness import CompletionCall, Server, joined, tokens
 
 
 @pytest.mark.parametrize("num_predict", [1, 2, 7, 300])

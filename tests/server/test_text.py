@@ -9,14 +9,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fakes import ByteCodec
-from runner_server.text import REPLACEMENT, StopMatcher, StreamDecoder
+from runner_server.engine.text import REPLACEMENT, StopMatcher, StreamDecoder
+from support.fakes import ByteCodec
 
 pytest.importorskip("tokenizers", reason="no tokenizers (the server extra)")
 
 import tokenizers
 
-import tokenizer_files
+import support.tokenizer_files as tokenizer_files
 
 Decode = Callable[[Sequence[int]], str]
 

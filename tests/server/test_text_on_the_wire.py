@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from fakes import EOS, says
-from harness import Server, joined, tokens
 from mlxrunner.v1 import runner_pb2 as pb
+from support.fakes import EOS, says
+from support.harness import Server, joined, tokens
 
 TEXTS = [
     "emoji 😀🎉, family 👨‍👩‍👧‍👦 and 👩‍🔬",

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fakes import BOS, EOS, ByteCodec, says
-from harness import Server, joined
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_server.messages import Sampling, TokenLogprob
-from runner_server.text import REPLACEMENT, StreamDecoder
-from runner_server.token_text import TokenTexts
+from runner_server.engine.text import REPLACEMENT, StreamDecoder
+from runner_server.engine.token_text import TokenTexts
+from runner_server.engine.types import Sampling, TokenLogprob
+from support.fakes import BOS, EOS, ByteCodec, says
+from support.harness import Server, joined
 
 HARD = ["plain", "naïve café", "日本語 😀🎉", "e\u0301 שלום", "\ufffd\ufffd x"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from fakes import BOS
-from harness import Server, failure
 from mlxrunner.v1 import runner_pb2 as pb
+from support.fakes import BOS
+from support.harness import Server, failure
 
 TEXTS = ["", "plain", "日本語 😀👩‍🔬 e\u0301", "\0\x7f\n\t", " leading and trailing "]
 

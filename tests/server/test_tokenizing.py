@@ -6,9 +6,9 @@ import asyncio
 import threading
 from collections.abc import Sequence
 
-from fakes import DEADLINE_SECONDS, VOCAB_SIZE, ByteCodec, FakeBackend
-from harness import StartServer, eventually, failure
 from mlxrunner.v1 import runner_pb2 as pb
+from support.fakes import DEADLINE_SECONDS, VOCAB_SIZE, ByteCodec, FakeBackend
+from support.harness import StartServer, eventually, failure
 
 BUSY_CALLS = 40
 """More than asyncio has worker threads by default."""

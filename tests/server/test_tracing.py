@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 import pytest
 
-from fakes import says
-from harness import Server, StartServer, eventually, failure
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_client import AsyncRunnerClient, Options, RunnerClient
-from runner_client._trace import with_trace
-from runner_server import tracing
+from runner_client.rpc.trace import with_trace
+from runner_server.telemetry import tracing
+from support.fakes import says
+from support.harness import Server, StartServer, eventually, failure
 
 pytest.importorskip("opentelemetry.sdk", reason="opentelemetry-sdk is not installed")
 
@@ -172,8 +172,8 @@ from runner_client import RunnerClient
 from runner_client.testing import fake_runner
 with fake_runner() as runner, RunnerClient(runner.address) as client:
     assert client.complete("Hi").content
-import runner_server.app, runner_server.tracing
-assert runner_server.tracing.open_tracing("1") is None
+import runner_server.app, runner_server.telemetry.tracing
+assert runner_server.telemetry.tracing.open_tracing("1") is None
 tops = {name.partition(".")[0] for name in sys.modules}
 print(tops & {"opentelemetry", "prometheus_client"})
 """

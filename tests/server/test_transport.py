@@ -6,8 +6,8 @@ import asyncio
 
 import grpc
 
-from fakes import CONTEXT_LENGTH
-from harness import Server, failure
+from support.fakes import CONTEXT_LENGTH
+from support.harness import Server, failure
 
 PINGS = [
     ("grpc.keepalive_time_ms", 1000),

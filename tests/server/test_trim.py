@@ -10,10 +10,10 @@ from typing import Any
 import grpc
 import pytest
 
-from harness import Problem, Server, StartServer, eventually, failure, joined, tokens
 from mlxrunner.v1 import runner_pb2 as pb
-from server_child import Child
-from server_child import running as process
+from support.harness import Problem, Server, StartServer, eventually, failure, joined, tokens
+from support.server_child import Child
+from support.server_child import running as process
 
 LIMIT_BYTES = 100
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runner_server.turns import MAX_SECONDS, MIN_CHUNK, MIN_SECONDS, PrefillTurns
+from runner_server.engine.prefill_policy import MAX_SECONDS, MIN_CHUNK, MIN_SECONDS, PrefillTurns
 
 DECODE_SECONDS = 0.005
 MAX_CHUNK = 128

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from fakes import DEADLINE_SECONDS, FakeBackend
-from harness import Server, StartServer, failure
+from support.fakes import DEADLINE_SECONDS, FakeBackend
+from support.harness import Server, StartServer, failure
 
 pytest.importorskip("smg_grpc_proto", reason="smg-grpc-proto is not installed (the extra smg)")
 
 from smg_grpc_proto import mlx_engine_pb2 as pb
 from smg_grpc_proto import mlx_engine_pb2_grpc
 
-from runner_server.smg.names import Names
+from runner_server.api.contracts.smg.names import Names
 
 Message = Any
 

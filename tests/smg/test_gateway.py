@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from gateway import DEMO, Fleet, fleet, wait_for, without
-from server_child import Child
+from support.gateway import DEMO, Fleet, fleet, wait_for, without
+from support.server_child import Child
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 pytest.importorskip("smg_grpc_proto", reason="smg-grpc-proto is not installed (the extra smg)")

@@ -8,11 +8,11 @@ from typing import Any
 import grpc
 import pytest
 
-from fakes import DEADLINE_SECONDS, EOS, VOCAB_SIZE, FakeBackend, says
-from harness import Server, StartServer, failure
-from nasty import record
-from runner_server.messages import Sampling
-from runner_server.services import SMG_SERVICE_NAME
+from runner_server.engine.types import Sampling
+from runner_server.telemetry.methods import SMG_SERVICE_NAME
+from support.fakes import DEADLINE_SECONDS, EOS, VOCAB_SIZE, FakeBackend, says
+from support.harness import Server, StartServer, failure
+from support.nasty import record
 
 pytest.importorskip("smg_grpc_proto", reason="smg-grpc-proto is not installed (the extra smg)")
 

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from harness import Server, StartServer, running
-from nasty import damaged, messages
-from runner_server.services import SMG_SERVICE_NAME
-from verdicts import ANSWER_SECONDS, reason_of
+from runner_server.telemetry.methods import SMG_SERVICE_NAME
+from support.harness import Server, StartServer, running
+from support.nasty import damaged, messages
+from support.verdicts import ANSWER_SECONDS, reason_of
 
 pytest.importorskip("smg_grpc_proto", reason="smg-grpc-proto is not installed (the extra smg)")
 
@@ -103,7 +103,7 @@ async def test_any_abort_is_answered(target: Server, data: bytes) -> None:
 async def real(model_dir: Callable[..., Path], socket_dir: Path) -> AsyncIterator[Server]:
     """A server with a small model under real MLX."""
     pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
-    from runner_server.adapter import MlxBackend
+    from runner_server.mlx_backend import MlxBackend
 
     backend: Any = MlxBackend()
     async with running(socket_dir, backend, smg=True) as (app, channel, ready):

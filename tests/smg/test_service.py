@@ -17,15 +17,15 @@ import grpc
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2
 
-from command_line import invoke
-from fakes import DEADLINE_SECONDS, EOS, VOCAB_SIZE, FakeBackend, says
-from harness import Server, StartServer, eventually, failure
 from mlxrunner.v1.runner_pb2 import LoadRequest
-from runner_server import request_log
 from runner_server.config import parse_args
 from runner_server.errors import GenerationFailed
-from runner_server.request_log import RequestLine
-from runner_server.services import METHODS, SMG_SERVICE_NAME
+from runner_server.telemetry import request_log
+from runner_server.telemetry.methods import METHODS, SMG_SERVICE_NAME
+from runner_server.telemetry.request_log import RequestLine
+from support.command_line import invoke
+from support.fakes import DEADLINE_SECONDS, EOS, VOCAB_SIZE, FakeBackend, says
+from support.harness import Server, StartServer, eventually, failure
 
 pytest.importorskip("smg_grpc_proto", reason="smg-grpc-proto is not installed (the extra smg)")
 
@@ -33,8 +33,12 @@ from smg_grpc_proto import mlx_engine_pb2 as pb
 from smg_grpc_proto import mlx_engine_pb2_grpc
 from smg_grpc_proto.generated import common_pb2
 
-from runner_server.smg.model_files import SpecialTokens, special_tokens, tokenizer_archive
-from runner_server.smg.servicer import _CHUNK_BYTES, _parts
+from runner_server.api.contracts.smg.model_files import (
+    SpecialTokens,
+    special_tokens,
+    tokenizer_archive,
+)
+from runner_server.api.contracts.smg.service import _CHUNK_BYTES, _parts
 
 DEMO = Path(__file__).parents[2] / "runner_server" / "demo" / "model"
 TOKEN = "correct-horse-battery-staple"  # noqa: S105 - of a test

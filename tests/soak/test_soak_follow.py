@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from harness import Server, StartServer, eventually
 from mlxrunner.v1 import runner_pb2 as pb
 from soak import follow
 from soak.drive import Driver
 from soak.follow import Follower, Outcome
 from soak.records import Answer, Ending, Order, Reader, Tally
+from support.harness import Server, StartServer, eventually
 
 
 def _order(prompt: str = "hello", count: int = 5, **fields: Any) -> Order:

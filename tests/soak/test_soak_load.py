@@ -8,9 +8,9 @@ import grpc
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
+from runner_server.api.validation import check_completion, completion_spec
+from runner_server.engine.types import ModelInfo
 from runner_server.errors import RunnerFault
-from runner_server.messages import ModelInfo
-from runner_server.validation import check_completion, completion_spec
 from soak.drive import OVERLOAD, Pace
 from soak.mix import CANCELLED_SHARE, MAX_NEW_TOKENS, Corpus, Mix, known_set
 from soak.records import Ending, Order

@@ -12,8 +12,8 @@ from contextlib import ExitStack
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
-from others_tools import BIN, NAMES, ROOT, TOKEN, Done, Place, Run
-from server_child import DEADLINE_SECONDS, Child, running
+from support.others_tools import BIN, NAMES, ROOT, TOKEN, Done, Place, Run
+from support.server_child import DEADLINE_SECONDS, Child, running
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,9 @@ import grpc
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
-from others_tools import BIN, NAMES, ROOT, Place, Run
-from server_child import BREAK_STEPS, DEADLINE_SECONDS, Child, running
-from transcripts import Step, blocks, differs
+from support.others_tools import BIN, NAMES, ROOT, Place, Run
+from support.server_child import BREAK_STEPS, DEADLINE_SECONDS, Child, running
+from support.transcripts import Step, blocks, differs
 
 DOCUMENT = (ROOT / "docs" / "debugging.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")

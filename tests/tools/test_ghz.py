@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from others_tools import PROTOSET, SERVICE, Place, Run
+from support.others_tools import PROTOSET, SERVICE, Place, Run
 
 COMPLETION = {"prompt": "def main(", "options": {"num_predict": 8, "temperature": 0}}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from others_tools import PROTOSET, SERVICE, Done, Place, Run
+from support.others_tools import PROTOSET, SERVICE, Done, Place, Run
 
 PROTO = ("-import-path", "proto", "-proto", "mlxrunner/v1/runner.proto")
 ERROR_EXIT = 64

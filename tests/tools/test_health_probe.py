@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from certificates import Authority
-from mlxrunner.handshake import HEALTH_SERVICES
-from others_tools import ROOT, Place, Run
-from server_child import BREAK_STEPS, running
+from runner_common.handshake import HEALTH_SERVICES
+from support.certificates import Authority
+from support.others_tools import ROOT, Place, Run
+from support.server_child import BREAK_STEPS, running
 
 WAIT = ("-connect-timeout=10s", "-rpc-timeout=10s")
 CANNOT_CONNECT, NO_ANSWER, NOT_SERVING = 2, 3, 4

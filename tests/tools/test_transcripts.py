@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from transcripts import Step, blocks, differs
+from support.transcripts import Step, blocks, differs
 
 DOCUMENT = """
 Text.

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from runner_server.adapter import MlxBackend
+from runner_server.mlx_backend import MlxBackend
 from tools.memory.catalog import CONFIGS
 from tools.models.check import Checker, Verdict
 from tools.models.table import document, row

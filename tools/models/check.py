@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner_server.adapter import MlxBackend
-from runner_server.backend import LoadedModel
+from runner_server.engine.backend import LoadedModel
+from runner_server.engine.types import Dtype, LoadSpec
 from runner_server.errors import RunnerFault
-from runner_server.messages import Dtype, LoadSpec
+from runner_server.mlx_backend import MlxBackend
 from tools.memory.models import scaled, write_model
 from tools.models.generate import Row, by_mlx_lm, mlx_lm_model, together
 from tools.models.likeness import TOLERANCE, difference

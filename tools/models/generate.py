@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from runner_server.backend import Batch
-from runner_server.messages import NotFinite, Prefill, Sampling, TokenLogprob
+from runner_server.engine.backend import Batch
+from runner_server.engine.types import NotFinite, Prefill, Sampling, TokenLogprob
 
 COUNT = 10
 """Tokens of each generation."""

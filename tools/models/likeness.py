@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runner_server.messages import TokenLogprob
+from runner_server.engine.types import TokenLogprob
 
 TOLERANCE = 2e-3
 """Natural logarithms: what rounding makes in float32, with room."""

@@ -1,0 +1,76 @@
+"""The options of commands that call a running server, which may ask who calls."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
+
+import click
+
+from runner_client.rpc.client import RunnerClient
+from runner_client.types import TlsFiles
+from runner_common.handshake import TOKEN_VARIABLE
+
+if TYPE_CHECKING:
+    from click.decorators import FC
+
+
+class Credentials(TypedDict):
+    """The values of ``access_options``."""
+
+    token_file: str | None
+    tls_ca: str | None
+    tls_cert: str | None
+    tls_key: str | None
+
+
+_FILE = click.Path(exists=True, dir_okay=False)
+_ACCESS = (
+    click.option(
+        "--token-file",
+        type=_FILE,
+        help=f"File with the runner's token.  [default: {TOKEN_VARIABLE}, else none]",
+    ),
+    click.option(
+        "--tls-ca", type=_FILE, help="Encrypt, and trust a runner with a certificate of it."
+    ),
+    click.option("--tls-cert", type=_FILE, help="Own certificate, if the runner asks for one."),
+    click.option("--tls-key", type=_FILE, help="Its private key."),
+)
+
+
+def access_options(command: FC) -> FC:
+    """Adds the options; there is none for the token itself: others can read a command line."""
+    for option in reversed(_ACCESS):
+        command = option(command)
+    return command
+
+
+def open_client(
+    address: str,
+    *,
+    token_file: str | None,
+    tls_ca: str | None,
+    tls_cert: str | None,
+    tls_key: str | None,
+) -> RunnerClient:
+    """A client with what the options say.
+
+    Raises:
+        click.UsageError: They do not fit together, or the token cannot be sent.
+        OSError: A file cannot be read.
+    """
+    if tls_cert and not tls_ca:
+        raise click.UsageError("--tls-cert needs --tls-ca")
+    try:
+        tls = TlsFiles(tls_ca, tls_cert, tls_key) if tls_ca or tls_key else None
+        return RunnerClient(address, token=_token(token_file), tls=tls)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _token(file: str | None) -> str | None:
+    if file:
+        return Path(file).read_text(encoding="utf-8").strip()
+    return os.environ.get(TOKEN_VARIABLE) or None

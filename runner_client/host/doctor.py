@@ -1,0 +1,301 @@
+"""What this machine has for a runner, what it measures, and what to do about it.
+
+The findings as data; ``mlx-runner doctor`` prints them. MLX is asked in a child
+process with the environment a runner would get, so that a machine on which it
+crashes gives a finding too.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, Literal
+
+from runner_client.errors import RunnerError
+from runner_client.host.blas import has_blas_in_front, installed_blas
+from runner_client.host.blas_choice import Choice, remember
+from runner_client.host.blas_measure import measure, table
+from runner_client.host.command import check_platform
+from runner_client.host.environment import child_environment, find_blas, package_folders
+from runner_client.host.probe import ProbeResult, run_probe
+from runner_common.cores import usable_cores
+from runner_common.host_memory.free import FreeMemory, device_infos, free_memory, installed_backend
+from runner_common.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from runner_client.host.blas_measure import Measurement
+    from runner_client.host.environment import Blas
+    from runner_common.cores import Cores
+    from runner_common.host_memory.free import Backend
+
+Level = Literal["ok", "warning", "error"]
+
+_FAST_RATIO = 2.0
+_FAST_GFLOPS = 20.0
+
+_SERVER_PACKAGES = (
+    "mlx",
+    "mlx-lm",
+    "grpcio-health-checking",
+    "grpcio-reflection",
+    "grpcio-status",
+)
+_INSTALL_SERVER = (
+    "pip install 'mlx-grpc-runner[cpu]' on Linux (or [cuda12], [cuda13]), "
+    "'mlx-grpc-runner[server]' on macOS; a client of a runner elsewhere needs none of it"
+)
+_INSTALL_BLAS = (
+    "install a fast BLAS: apt-get install libopenblas0-pthread (Debian, Ubuntu), or without an "
+    "administrator pip install mkl intel-openmp; it is found by itself"
+)
+_CPU_WEIGHTS = (
+    "held as float32 where memory allows, quantized ones dequantized: no other format is fast on "
+    "a CPU (--dtype as_stored keeps them as they are)"
+)
+_INSTALL_COMPILER = "install a C++ compiler that MLX can call as g++: apt-get install g++"
+
+
+def missing() -> tuple[str, ...]:
+    """What would make a Linux CPU faster and is not there, with the command that mends it.
+
+    Looks only; ``examine`` measures.
+    """
+    if sys.platform != "linux" or installed_backend() != "cpu":
+        return ()
+    advice = []
+    if find_blas() is None:
+        advice.append(_INSTALL_BLAS)
+    if shutil.which("g++") is None:
+        advice.append(_INSTALL_COMPILER)
+    return tuple(advice)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at.
+
+    Attributes:
+        name: What was looked at.
+        status: ``"ok"``, ``"warning"`` (works, but slower or less than it could)
+            or ``"error"`` (no runner starts here).
+        value: What was found.
+        advice: What to do about it; empty where nothing is to be done.
+    """
+
+    name: str
+    status: Level
+    value: str
+    advice: str = ""
+
+
+def examine(
+    *,
+    environ: Mapping[str, str] = os.environ,
+    probe: Callable[[Mapping[str, str]], ProbeResult] = run_probe,
+    version: Callable[[str], str | None] | None = None,
+) -> tuple[Finding, ...]:
+    """Looks at everything a runner depends on; never raises.
+
+    Takes some seconds for MLX, and on a Linux CPU for every BLAS that is found. Which
+    of them is fastest is remembered, for every start from then on. Figures are of this
+    moment: on a busy machine they are lower.
+
+    Args:
+        environ: The environment a runner would be started from.
+        probe: Asks MLX in a child process with that environment.
+        version: The version of an installed distribution, or None.
+    """
+    version = version or _version
+    backend = installed_backend()
+    findings = [
+        _python(),
+        _platform(),
+        _cores(usable_cores()),
+        *_packages(version),
+        *_devices(),
+        *_memory(free_memory()),
+    ]
+    if all(version(name) for name in ("mlx", "mlx-lm")):
+        findings += _mlx(environ, backend, probe)
+    return tuple(findings)
+
+
+def _python() -> Finding:
+    return Finding("Python", "ok", f"{platform.python_version()} ({sys.executable})")
+
+
+def _platform() -> Finding:
+    try:
+        check_platform()
+    except RunnerError as error:
+        return Finding("platform", "error", platform.platform(), str(error))
+    return Finding("platform", "ok", platform.platform())
+
+
+def _cores(cores: Cores) -> Finding:
+    value = str(cores.count)
+    if cores.group:
+        value += f" of {cores.schedulable}, by the CPU quota of {cores.group}"
+    return Finding("processor cores", "ok", value)
+
+
+def _packages(version: Callable[[str], str | None]) -> list[Finding]:
+    findings = [
+        Finding(name, "ok", found) if (found := version(name)) else _broken_install(name)
+        for name in ("grpcio", "protobuf")
+    ]
+    server = {name: version(name) for name in _SERVER_PACKAGES}
+    missing = [name for name, installed in server.items() if not installed]
+    if not package_folders("runner_server"):
+        missing.append("runner_server")
+    if missing:
+        text = f"not installed: {', '.join(missing)}"
+        return [*findings, Finding("server extra", "error", text, _INSTALL_SERVER)]
+    text = ", ".join(f"{name} {installed}" for name, installed in server.items())
+    return [*findings, Finding("server extra", "ok", text)]
+
+
+def _broken_install(name: str) -> Finding:
+    return Finding(name, "error", "not installed", "reinstall: pip install mlx-grpc-runner")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[Finding]:
+    return [
+        Finding(
+            f"device {number}",
+            "warning" if device.reason else "ok",
+            f"{device.kind}: {device.name}, {_size(device.free_bytes)} of "
+            f"{_size(device.total_bytes)} free",
+            device.reason,
+        )
+        for number, device in enumerate(device_infos())
+    ]
+
+
+def _memory(free: FreeMemory) -> list[Finding]:
+    figures = {
+        "system": free.system_bytes,
+        "cgroup": free.cgroup_bytes,
+        "device": free.device_bytes,
+    }
+    text = ", ".join(
+        f"{name} {_size(figure) if figure is not None else 'no limit'}"
+        for name, figure in figures.items()
+    )
+    value = f"{_size(free.available_bytes)}, limited by {free.source} ({text})"
+    return [Finding("free memory", "ok", value)]
+
+
+def _size(count: int | None) -> str:
+    return "unknown" if count is None else format_bytes(count)
+
+
+def _mlx(
+    environ: Mapping[str, str],
+    backend: Backend,
+    probe: Callable[[Mapping[str, str]], ProbeResult],
+) -> list[Finding]:
+    """What MLX says of itself, in the environment a runner would get."""
+    environment = child_environment(environ, backend=backend, blas="off")
+    libraries = installed_blas() if backend == "cpu" else ()
+    measured = measure(libraries, environment, probe)
+    result = measured[0].result
+    if result.failure:
+        advice = "MLX cannot run here: see the lines above; reinstall the server extra"
+        return [Finding("MLX", "error", result.failure, advice)]
+    facts = result.facts
+    device = facts.get("device") or {}
+    name = device.get("device_name") or device.get("architecture") or "unknown device"
+    value = f"{facts.get('mlx_version')} on {facts.get('backend')} ({name})"
+    findings = [_agreement(value, str(facts.get("backend")), backend), _kernels(facts)]
+    if backend == "cpu":
+        is_chosen_by_user = has_blas_in_front(environ)
+        finding = _preloaded(measured[0]) if is_chosen_by_user else _blas(measured)
+        findings.append(finding)
+        if libraries and measured[0].gflops and not is_chosen_by_user:
+            findings.append(_remembered(environ, measured[0], libraries))
+        findings.append(Finding("weights", "ok", _CPU_WEIGHTS))
+    return findings
+
+
+def _agreement(value: str, seen: str, expected: Backend) -> Finding:
+    if seen == expected:
+        return Finding("MLX", "ok", value)
+    advice = (
+        f"the packages installed are for {expected}: check the driver, and that exactly one of the "
+        "extras cpu, cuda12 and cuda13 is installed"
+    )
+    return Finding("MLX", "warning", value, advice)
+
+
+def _kernels(facts: Mapping[str, Any]) -> Finding:
+    compiler = facts.get("compiler")
+    if facts.get("kernels_compile"):
+        how = f" with {compiler}" if facts.get("backend") == "cpu" else ""
+        return Finding("kernel compilation", "ok", f"works{how}")
+    reason = str(facts.get("errors", {}).get("kernels_compile", "failed for no known reason"))
+    if facts.get("backend") != "cpu":
+        return Finding("kernel compilation", "error", reason, _CUDA_HEADERS)
+    # A runner works without g++, and with a broken one, only slower.
+    advice = f"{compiler} does not work; {_INSTALL_COMPILER}" if compiler else _INSTALL_COMPILER
+    return Finding("kernel compilation", "warning", reason, advice)
+
+
+_CUDA_HEADERS = (
+    "on CUDA, MLX needs the runtime's headers: pip install nvidia-cuda-runtime (CUDA 13) or "
+    "nvidia-cuda-runtime-cu12, or set CUDA_HOME"
+)
+
+
+def _blas(measured: Sequence[Measurement]) -> Finding:
+    """The BLAS a runner gets, which is the fastest found, measured against MLX's own."""
+    best = measured[0]
+    own = next(one for one in measured if one.blas is None)
+    rows = table(measured) if len(measured) > 1 else []
+    if not best.gflops:
+        value = "\n".join(("speed not measured", *rows))
+        return Finding("BLAS", "warning", value, _INSTALL_BLAS)
+    # The library that MLX really calls: one that is in front may have no effect.
+    name = best.result.facts.get("blas") or best.name
+    text = f"{name}: {best.gflops:.1f} GFLOP/s in float32"
+    if best.blas and own.gflops:
+        text += f", {best.gflops / own.gflops:.0f} times the {own.gflops:.1f} of MLX's own"
+    gains = best.blas is not None and best.gflops >= _FAST_RATIO * own.gflops
+    is_fast = gains or best.gflops >= _FAST_GFLOPS
+    status: Level = "ok" if is_fast else "warning"
+    return Finding("BLAS", status, "\n".join((text, *rows)), "" if is_fast else _INSTALL_BLAS)
+
+
+def _preloaded(one: Measurement) -> Finding:
+    """The BLAS that the user has put in front: it stands, and nothing else is tried."""
+    name = one.result.facts.get("blas") or "unknown"
+    value = f"{name}, by LD_PRELOAD: {one.gflops:.1f} GFLOP/s in float32"
+    if one.gflops >= _FAST_GFLOPS:
+        return Finding("BLAS", "ok", value)
+    advice = "unset LD_PRELOAD: the fastest BLAS that is installed is then found and put in front"
+    return Finding("BLAS", "warning", value, advice)
+
+
+def _remembered(
+    environ: Mapping[str, str], best: Measurement, libraries: Sequence[Blas]
+) -> Finding:
+    """Writes the fastest down, so that every start from now on uses it."""
+    try:
+        place = remember(environ, Choice(best.blas), libraries)
+    except OSError as error:
+        advice = "give a runner its BLAS by hand (mlx-runner serve --blas PATH), or mend the folder"
+        return Finding("BLAS choice", "warning", f"not remembered: {error}", advice)
+    return Finding("BLAS choice", "ok", f"{best.name}, remembered in {place}")

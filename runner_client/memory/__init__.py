@@ -1,0 +1,1 @@
+"""Memory of a runner: the estimate, and the gate that admits it."""

@@ -1,0 +1,81 @@
+"""What a model needs, counted from its files' headers alone.
+
+For machines without the server's packages, and for other backends than the installed one. The
+server's own plan (:mod:`runner_common.memory.need_query`) is exact where this module can only
+guess: recurrent states, windows and latent caches of many architectures, the arrays of a step.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runner_client.errors import InvalidRequestError
+from runner_client.memory.header_kv import kv_layers
+from runner_client.memory.header_weights import hosted_tensors, weigh
+from runner_client.memory.model import read_model
+from runner_common.memory.need import MemoryNeed
+from runner_common.memory.need_query import NeedAnswer
+from runner_common.model_directory import DEFAULT_CONTEXT
+
+if TYPE_CHECKING:
+    from runner_common.memory.need_query import NeedRequest
+
+WORKING_SHARE = 0.05
+WORKING_MINIMUM_BYTES = 64 * 1024**2
+"""A twentieth of weights and caches, and at least this, for the arrays of a step."""
+
+PROCESS_BYTES = 160 * 1024**2
+"""Interpreter and libraries, transformers included: a tokenizer may need it."""
+
+PREFIX_SHARE = 4
+"""The default prefix cache holds one sequence, or one part in so many of all."""
+
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def need_from_headers(request: NeedRequest) -> tuple[NeedAnswer, tuple[str, ...]]:
+    """Return the need, and what could not be told.
+
+    Raises:
+        ModelUnsupportedError: The files are incomplete or damaged.
+        InvalidRequestError: The context is longer than the model can handle.
+    """
+    directory = read_model(Path(request.path))
+    config, longest = directory.configuration.values, directory.configuration.context_length
+    tensors = hosted_tensors({name: s.tensor for name, s in directory.tensors.items()})
+    context = _context_length(request.context_length, longest)
+    weights = weigh(tensors, config, _ITEM_BYTES.get(request.dtype))
+    layers = kv_layers(config, tensors)
+    item_bytes = _ITEM_BYTES.get(request.dtype, weights.stored_item_bytes)
+    one = item_bytes * sum(layer.elements(context) for layer in layers)
+    kept = request.prefix_cache_bytes
+    need = MemoryNeed(
+        weight_bytes=weights.held_bytes,
+        kv_bytes=one * request.parallel,
+        prefix_cache_bytes=max(one, one * request.parallel // PREFIX_SHARE)
+        if kept is None
+        else kept,
+        working_bytes=_working_bytes(weights.held_bytes + one * request.parallel),
+        process_bytes=PROCESS_BYTES,
+        load_transient_bytes=weights.transient_bytes,
+        has_default_prefix_cache=kept is None,
+    )
+    unknown = () if layers else ("KV cache not counted: config.json does not tell its size",)
+    answer = NeedAnswer(need, request.dtype, context, longest, request.parallel)
+    return answer, (*unknown, *directory.notes)
+
+
+def _working_bytes(held_bytes: int) -> int:
+    return max(WORKING_MINIMUM_BYTES, int(held_bytes * WORKING_SHARE))
+
+
+def _context_length(asked: int | None, longest: int) -> int:
+    if asked is None:
+        return min(longest, DEFAULT_CONTEXT)
+    if asked > longest:
+        text = f"{asked:,} is not in the range 2 to {longest:,}"
+        raise InvalidRequestError(
+            f"context_length: {text}", field_violations=[("context_length", text)]
+        )
+    return asked

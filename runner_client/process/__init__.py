@@ -1,0 +1,1 @@
+"""Runners as child processes: spawn, supervise, call, stop."""

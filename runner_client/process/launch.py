@@ -1,0 +1,182 @@
+"""From a model's name to a child that is told to load it: check, estimate, gate, start."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runner_client.errors import InsufficientMemoryError
+from runner_client.host.command import (
+    ListenPlace,
+    check_platform,
+    server_command,
+)
+from runner_client.host.environment import child_environment
+from runner_client.memory.estimation import DEFAULT_PARALLEL, estimate
+from runner_client.memory.gate import MemoryGate
+from runner_client.memory.model import find_model
+from runner_client.process.child import Child
+from runner_client.rpc.messages import load_request
+from runner_common.handshake import TOKEN_VARIABLE
+from runner_common.import_paths import with_import_paths
+from runner_common.memory.reservations import DIRECTORY_VARIABLE
+from runner_common.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mlxrunner.v1 import runner_pb2 as pb
+    from runner_client.host.command import Listen
+    from runner_client.memory.estimation import DType, MemoryEstimate
+    from runner_client.memory.gate import Admission
+    from runner_client.types import Dtype
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a child is to be: everything its start depends on."""
+
+    model: str
+    context_length: int | None
+    parallel: int | None
+    dtype: Dtype
+    prefix_cache_bytes: int | None
+    require_full: bool
+    memory_override: bool
+    allow_inexact: bool
+    gate: MemoryGate | None
+    listen: Listen
+    blas: str
+    env: Mapping[str, str] | None
+    log: logging.Logger | None
+
+    def environ(self) -> dict[str, str]:
+        """Return the environment that the child begins with: this process's and ``env``."""
+        return {**os.environ, **(self.env or {})}
+
+    def plan(self) -> Plan:
+        """Decide whether the model may be started, without starting anything.
+
+        ``"auto"`` is float32 on a CPU, and refused where that does not fit.
+        ``"auto_or_stored"`` is held as stored then, and an override applies to that: it is
+        for what does not fit in any other way, and asks for the smallest. With
+        ``require_full`` nothing falls back, so that a scheduler evicts another runner.
+
+        Raises:
+            UnsupportedPlatformError: MLX does not run here.
+            ModelNotFoundError: There is no such model.
+            ModelUnsupportedError: Its files are damaged or incomplete.
+            InsufficientMemoryError: It does not fit.
+        """
+        check_platform()
+        need = self._estimate(self.dtype)
+        if self.dtype not in ("auto", "auto_or_stored") or need.dtype == "as_stored":
+            return self._gated(need, override=self.memory_override)
+        falls_back = self.dtype == "auto_or_stored" and not self.require_full
+        try:
+            return self._gated(need, override=self.memory_override and not falls_back)
+        except InsufficientMemoryError as error:
+            stored = self._estimate("as_stored")
+            if not falls_back:
+                raise _with_advice(error, stored) from None
+            logger.warning("%s. It is loaded as it is stored if that fits", error)
+        return self._gated(stored, override=self.memory_override)
+
+    def _estimate(self, dtype: DType) -> MemoryEstimate:
+        return estimate(
+            self.model,
+            context_length=self.context_length,
+            parallel=DEFAULT_PARALLEL if self.parallel is None else self.parallel,
+            dtype=dtype,
+            prefix_cache_bytes=self.prefix_cache_bytes,
+            allow_inexact=self.allow_inexact,
+            env=self.environ(),
+        )
+
+    def _gated(self, need: MemoryEstimate, *, override: bool) -> Plan:
+        environ = self.environ()
+        gate = self.gate or MemoryGate(environ=environ)
+        admission = gate.admit(
+            need, require_full=self.require_full, override=override, environ=environ
+        )
+        return Plan(self, need, admission, gate.book(environ).directory)
+
+
+def _with_advice(error: InsufficientMemoryError, stored: MemoryEstimate) -> InsufficientMemoryError:
+    """Return the same refusal with the ways out that a need for float32 leaves."""
+    if stored.required_bytes >= (error.required_bytes or 0):
+        return error
+    return type(error)(
+        f"{error}. As stored it would need {format_bytes(stored.required_bytes)}: dtype "
+        '"as_stored", or "auto_or_stored" to choose by what is free, which is many times slower '
+        "on a CPU; to hold it as float32, evict another runner",
+        required_bytes=error.required_bytes,
+        available_bytes=error.available_bytes,
+        overhead_bytes=error.overhead_bytes,
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A launch that the gate let through."""
+
+    launch: Launch
+    estimate: MemoryEstimate
+    admission: Admission
+    """The decision, and the memory that is set aside for the child as long as it lives."""
+    directory: Path
+    """Where the reservations of this machine are."""
+    token: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
+    """What the child asks of its callers."""
+
+    def load_request(self) -> pb.LoadRequest:
+        """Build the request to load what the gate counted.
+
+        The server compares the need with free memory by itself, and refuses by that; a
+        caller who has overridden the gate has overridden the server too.
+        """
+        # The server names a model of the hub by its id.
+        is_hub_id = find_model(self.launch.model, self.launch.environ()).is_hub_id
+        return load_request(
+            self.launch.model if is_hub_id else self.estimate.path,
+            context_length=self.estimate.context_length,
+            parallel=self.estimate.parallel,
+            dtype=self.launch.dtype,
+            prefix_cache_bytes=self.launch.prefix_cache_bytes,
+            memory_override=self.admission.overridden,
+            allow_inexact=self.launch.allow_inexact,
+        )
+
+    def child(self, place: ListenPlace) -> Child:
+        """Make the child, not yet started.
+
+        Raises:
+            InvalidRequestError: ``blas`` is a path where no file is.
+            NotSupportedError: The server's packages are not installed.
+            RunnerUnavailableError: There is no Python to start it with.
+        """
+        environment = child_environment(
+            self.launch.environ(), backend=self.estimate.backend, blas=self.launch.blas
+        )
+        return Child(
+            server_command(place.argument),
+            environment={**with_import_paths(environment), **self._variables()},
+            log=self.launch.log,
+        )
+
+    def _variables(self) -> dict[str, str]:
+        """Return what the child has to know of the gate, and its token.
+
+        The token is not on the command line, which every user of the machine can read.
+        """
+        return {
+            **self.admission.headroom.variables(),
+            DIRECTORY_VARIABLE: str(self.directory),
+            TOKEN_VARIABLE: self.token,
+        }

@@ -1,0 +1,1 @@
+"""Clients for a runner that is running: calls, streams and channels."""

@@ -1,0 +1,71 @@
+"""How channels to a runner are opened: every gRPC option of the client, in one place."""
+
+from __future__ import annotations
+
+import json
+
+import grpc
+
+from runner_common.handshake import SERVICE_NAME
+
+_MAX_RECEIVE_BYTES = 64 * 2**20
+"""A server keeps answers under gRPC's usual 4 MiB; another's may be larger."""
+
+_RETRIED_METHODS = ("Status", "Estimate", "Tokenize", "Detokenize")
+"""Never Completion: gRPC would replay one whose first header has not come, and the
+model would do the work twice. Never Load, Unload and Trim: they change the runner."""
+
+_SERVICE_CONFIG = {
+    "methodConfig": [
+        {
+            "name": [{"service": SERVICE_NAME, "method": name} for name in _RETRIED_METHODS],
+            "retryPolicy": {
+                "maxAttempts": 3,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "1s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ]
+}
+
+_OPTIONS: tuple[tuple[str, int | str], ...] = (
+    # http_proxy would capture calls to the loopback address.
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.max_receive_message_length", _MAX_RECEIVE_BYTES),
+    ("grpc.max_send_message_length", -1),
+    # By default a failed first connection backs off for up to 20 s.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    # Channels share connections, and their back-off, through a global pool. A new
+    # child may listen on the port of one that died.
+    ("grpc.use_local_subchannel_pool", 1),
+    # Otherwise a name's DNS TXT record could replace the service config.
+    ("grpc.service_config_disable_resolution", 1),
+    ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+)
+# Keepalive stays off, as gRPC has it: a default server ends a stream that is
+# silent while the client pings ("Too many pings").
+
+
+def open_channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
+    """Opens a channel; nothing is dialled before the first call."""
+    if credentials is not None:
+        return grpc.secure_channel(address, credentials, _secure_options(address))
+    return grpc.insecure_channel(address, _OPTIONS)
+
+
+def open_aio_channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+    """The same for asyncio; to be called in the event loop that will use it."""
+    if credentials is not None:
+        return grpc.aio.secure_channel(address, credentials, _secure_options(address))
+    return grpc.aio.insecure_channel(address, _OPTIONS)
+
+
+def _secure_options(address: str) -> tuple[tuple[str, int | str], ...]:
+    if not address.startswith("unix:"):
+        return _OPTIONS
+    # The path of a socket is in no certificate.
+    return (*_OPTIONS, ("grpc.ssl_target_name_override", "localhost"))

@@ -1,0 +1,121 @@
+"""The stream of a completion, as a sync iterator."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING, Self
+
+import grpc
+
+from runner_client.rpc.base import END_SECONDS, cancelled_stream, incomplete_stream
+from runner_client.rpc.messages import completion_chunk
+from runner_client.rpc.waits import StreamTimer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import TracebackType
+    from typing import Protocol
+
+    from mlxrunner.v1 import runner_pb2 as pb
+    from runner_client.errors import RunnerError
+    from runner_client.rpc.watchdog import Watchdog
+    from runner_client.types import CompletionChunk, Timeouts
+
+    class _Call(Protocol):
+        """What a stream needs of gRPC's call."""
+
+        def __iter__(self) -> Iterator[pb.CompletionResponse]: ...
+        def __next__(self) -> pb.CompletionResponse: ...
+        def cancel(self) -> bool: ...
+
+
+class CompletionStream:
+    """The chunks of one completion: an iterator and a context manager.
+
+    The call is under way as soon as the stream exists. Leaving the ``with`` block,
+    ``cancel()``, or dropping the stream cancels it on the server, unless the last
+    chunk (``done``) was read. A stream that ends without it raises
+    ``IncompleteStreamError``; every failure is a ``RunnerError``.
+
+    One thread reads; ``cancel()`` may be called from any.
+    """
+
+    def __init__(
+        self,
+        call: _Call,
+        *,
+        timeouts: Timeouts,
+        watchdog: Watchdog,
+        failure: Callable[[Exception], RunnerError],
+    ) -> None:
+        self._call = call
+        self._timer = StreamTimer(timeouts)
+        self._watchdog = watchdog
+        self._failure = failure
+        self._is_done = False
+        self._is_cancelled = False
+        self._is_expired = False
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> CompletionChunk:
+        """Waits for the next chunk.
+
+        Raises:
+            RunnerError: The completion failed; the class says how.
+            StopIteration: The chunk before was the last.
+        """
+        if self._is_done:
+            self._read_end()
+            raise StopIteration
+        chunk = completion_chunk(self._read())
+        self._timer.received(chunk)
+        self._is_done = chunk.done
+        return chunk
+
+    def _read(self) -> pb.CompletionResponse:
+        self._watchdog.arm(id(self), self._timer.deadline(time.monotonic()), self._expire)
+        try:
+            return next(self._call)
+        except StopIteration:
+            raise incomplete_stream() from None
+        except (grpc.RpcError, ValueError) as error:
+            raise self._error(error) from error
+        finally:
+            self._watchdog.disarm(id(self))
+
+    def _read_end(self) -> None:
+        """Lets the call end well: dropped before, it would look cancelled to the server."""
+        self._watchdog.arm(id(self), time.monotonic() + END_SECONDS, self._expire)
+        # The text is whole, whatever comes now.
+        with contextlib.suppress(grpc.RpcError, ValueError):
+            next(self._call, None)
+        self._watchdog.disarm(id(self))
+
+    def _error(self, error: Exception) -> RunnerError:
+        if self._is_expired:
+            return self._timer.expired(time.monotonic())
+        return cancelled_stream() if self._is_cancelled else self._failure(error)
+
+    def _expire(self) -> None:
+        self._is_expired = True
+        self._call.cancel()
+
+    def cancel(self) -> None:
+        """Cancels the completion, if it still runs. Returns at once."""
+        if not self._is_done:
+            self._is_cancelled = True
+            self._call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.cancel()

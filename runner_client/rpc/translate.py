@@ -1,0 +1,151 @@
+"""From a gRPC error to the exception tree of ``errors``: one table, sync and async.
+
+The reason in ``google.rpc.ErrorInfo`` decides. Without one that this version
+knows, the gRPC code does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+
+from runner_client import errors
+from runner_common.handshake import ERROR_DOMAIN
+
+_DETAILS_KEY = "grpc-status-details-bin"
+
+_BY_REASON: dict[str, type[errors.RunnerError]] = {
+    "INVALID_FIELD": errors.InvalidRequestError,
+    "PROMPT_TOO_LONG": errors.PromptTooLongError,
+    "MODEL_NOT_FOUND": errors.ModelNotFoundError,
+    "MODEL_UNSUPPORTED": errors.ModelUnsupportedError,
+    "MODEL_NOT_LOADED": errors.ModelNotLoadedError,
+    "BUSY": errors.BusyError,
+    "INSUFFICIENT_MEMORY": errors.InsufficientMemoryError,
+    "QUEUE_FULL": errors.QueueFullError,
+    "SHUTTING_DOWN": errors.ShuttingDownError,
+    "GENERATION_FAILED": errors.GenerationFailedError,
+    "UNAUTHENTICATED": errors.AuthenticationError,
+}
+
+_BY_CODE: dict[grpc.StatusCode, type[errors.RunnerError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequestError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: errors.RunnerTimeoutError,
+    grpc.StatusCode.UNAVAILABLE: errors.RunnerUnavailableError,
+    # A call that its caller cancelled never gets here: the channel was closed
+    # under it, or the server gave it up.
+    grpc.StatusCode.CANCELLED: errors.RunnerUnavailableError,
+    grpc.StatusCode.UNIMPLEMENTED: errors.NotSupportedError,
+    # From a proxy before the runner, for instance.
+    grpc.StatusCode.UNAUTHENTICATED: errors.AuthenticationError,
+}
+
+_EXPLANATIONS = {
+    grpc.StatusCode.DEADLINE_EXCEEDED: "the runner at {address} did not answer in time",
+    grpc.StatusCode.UNAVAILABLE: "cannot reach the runner at {address}",
+    grpc.StatusCode.CANCELLED: "the call to the runner at {address} was cut off",
+    grpc.StatusCode.UNIMPLEMENTED: "the runner at {address} does not offer this call",
+}
+
+
+@dataclass
+class _Details:
+    """What a server says about an error, beside code and message."""
+
+    reason: str | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    field_violations: list[tuple[str, str]] = field(default_factory=list)
+    retry_delay_seconds: float | None = None
+
+
+def translate(
+    error: grpc.RpcError, *, address: str, timeout_seconds: float | None = None
+) -> errors.RunnerError:
+    """Gives the exception that stands for a failed call.
+
+    Args:
+        error: What gRPC raised, from a sync or an aio call.
+        address: Where the runner was called, for the message.
+        timeout_seconds: The deadline of the call, for ``RunnerTimeoutError``.
+    """
+    details = _read_details(error)
+    known = _BY_REASON.get(details.reason or "")
+    kind = known or _BY_CODE.get(error.code(), errors.RunnerError)
+    return kind(
+        _message(error, address, from_runner=details.reason is not None),
+        reason=details.reason,
+        code=error.code(),
+        metadata=details.metadata,
+        **_fields(kind, details, timeout_seconds),
+    )
+
+
+def _message(error: grpc.RpcError, address: str, *, from_runner: bool) -> str:
+    said = error.details() or error.code().name
+    if from_runner or error.code() not in _EXPLANATIONS:
+        return said
+    return f"{_EXPLANATIONS[error.code()].format(address=address)}: {said}"
+
+
+def _fields(
+    kind: type[errors.RunnerError], details: _Details, timeout_seconds: float | None
+) -> dict[str, Any]:
+    """The attributes that ``kind`` has beyond those of every error."""
+    numbers = details.metadata
+    fields: dict[str, Any] = {}
+    if issubclass(kind, errors.InvalidRequestError):
+        fields["field_violations"] = details.field_violations
+    if issubclass(kind, errors.PromptTooLongError):
+        fields["prompt_tokens"] = _number(numbers.get("promptTokens"))
+        fields["context_length"] = _number(numbers.get("contextLength"))
+    elif issubclass(kind, errors.ModelError):
+        fields["model"] = numbers.get("model")
+    elif issubclass(kind, errors.InsufficientMemoryError):
+        fields["required_bytes"] = _number(numbers.get("requiredBytes"))
+        fields["available_bytes"] = _number(numbers.get("availableBytes"))
+    elif issubclass(kind, errors.QueueFullError):
+        fields["retry_delay_seconds"] = details.retry_delay_seconds
+    elif issubclass(kind, errors.RunnerTimeoutError):
+        fields["timeout_seconds"] = timeout_seconds
+    return fields
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text is not None and text.isdecimal() else None
+
+
+def _read_details(error: grpc.RpcError) -> _Details:
+    status = status_pb2.Status()
+    try:
+        status.ParseFromString(_packed_details(error))
+        return _unpack(status)
+    except DecodeError:
+        # Not ours, then: something between us and the runner answered.
+        return _Details()
+
+
+def _packed_details(error: grpc.RpcError) -> bytes:
+    # A sync error has pairs here, an aio error a Metadata; both iterate as pairs.
+    trailers: Any = error.trailing_metadata() or ()
+    return next((bytes(value) for key, value in trailers if key == _DETAILS_KEY), b"")
+
+
+def _unpack(status: status_pb2.Status) -> _Details:
+    details = _Details()
+    info = error_details_pb2.ErrorInfo()
+    bad = error_details_pb2.BadRequest()
+    retry = error_details_pb2.RetryInfo()
+    for packed in status.details:
+        if packed.Unpack(info) and info.domain == ERROR_DOMAIN:
+            details.reason = info.reason
+            details.metadata = dict(info.metadata)
+        elif packed.Unpack(bad):
+            details.field_violations = [(v.field, v.description) for v in bad.field_violations]
+        elif packed.Unpack(retry):
+            delay = retry.retry_delay
+            details.retry_delay_seconds = delay.seconds + delay.nanos / 1e9
+    return details

@@ -1,0 +1,1 @@
+"""Free memory of this machine, its control groups and its devices."""

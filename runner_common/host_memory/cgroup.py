@@ -1,0 +1,145 @@
+"""Memory a control group still allows, over all of its ancestors (cgroup v1 and v2).
+
+Inside a container the system's own figure is the host's: the group of the
+process, or any group above it, may allow far less. See
+https://docs.kernel.org/admin-guide/cgroup-v2.html and
+https://docs.kernel.org/admin-guide/cgroup-v1/memory.html.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runner_common.host_memory.control_groups import control_groups, read_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_NO_LIMIT_BYTES = 1 << 60
+"""v1 has no word for "no limit": it reports 2**63 rounded down to a page."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """The names of files and statistics of one cgroup version."""
+
+    limits: tuple[str, ...]
+    usage: str
+    files: tuple[str, ...]
+    mapped: str
+    slab: str
+
+
+# memory.high is not a hard limit, but a process above it is throttled until it
+# hardly moves, so a load must stay below it too.
+_V2 = _Layout(
+    ("memory.max", "memory.high"),
+    "memory.current",
+    ("inactive_file", "active_file"),
+    "file_mapped",
+    "slab_reclaimable",
+)
+_V1 = _Layout(
+    ("memory.limit_in_bytes",),
+    "memory.usage_in_bytes",
+    ("total_inactive_file", "total_active_file"),
+    "total_mapped_file",
+    "",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupLimit:
+    """What one control group still allows.
+
+    Attributes:
+        path: The group's directory.
+        available_bytes: The memory that its processes may still take together.
+    """
+
+    path: str
+    available_bytes: int
+
+
+def cgroup_available_bytes(root: Path = Path("/")) -> int | None:
+    """Return the least that this process's group or any group above it still allows.
+
+    Args:
+        root: The directory that holds ``proc`` and ``sys``; tests hand in a tree.
+
+    Returns:
+        Bytes, never negative; None where no group limits memory or nothing can be read.
+    """
+    return min((limit.available_bytes for limit in cgroup_limits(root)), default=None)
+
+
+def cgroup_limits(root: Path = Path("/")) -> tuple[GroupLimit, ...]:
+    """Return what each group that limits this process still allows, its own group first.
+
+    A group's usage is counted without the file pages that the kernel drops before it
+    refuses memory, which are most of the usage after a model has been read: pages of a
+    file that was read twice lie in the active list and are dropped like the others, and
+    only those that processes have mapped are counted as used.
+
+    Args:
+        root: The directory that holds ``proc`` and ``sys``; tests hand in a tree.
+    """
+    return tuple(
+        GroupLimit(str(directory), available)
+        for directory, layout in _groups(root)
+        if (available := _group_available(directory, layout)) is not None
+    )
+
+
+def is_in_group(pid: int, path: str, root: Path = Path("/")) -> bool:
+    """Whether a process is in a group, or in one below it. True where that cannot be told.
+
+    Args:
+        pid: The process.
+        path: The group's directory, as ``GroupLimit.path``.
+        root: The directory that holds ``proc`` and ``sys``; tests hand in a tree.
+    """
+    directories = [str(directory) for directory, _ in _groups(root, str(pid))]
+    return not directories or path in directories
+
+
+def _groups(root: Path, process: str = "self") -> Iterator[tuple[Path, _Layout]]:
+    """Yield every group a process is in, leaf first, for each mounted hierarchy."""
+    for directory, is_v2 in control_groups("memory", root, process):
+        yield directory, _V2 if is_v2 else _V1
+
+
+def _group_available(directory: Path, layout: _Layout) -> int | None:
+    limits = [
+        limit
+        for name in layout.limits
+        if (limit := _number(read_text(directory / name))) is not None and limit < _NO_LIMIT_BYTES
+    ]
+    usage = _number(read_text(directory / layout.usage))
+    if not limits or usage is None:
+        return None
+    stat = dict(
+        fields
+        for line in read_text(directory / "memory.stat").splitlines()
+        if len(fields := line.split()) == 2
+    )
+    reclaimable = _reclaimable(stat, layout)
+    return max(0, min(limits) - max(0, usage - reclaimable))
+
+
+def _reclaimable(stat: dict[str, str], layout: _Layout) -> int:
+    """Return the bytes of a group that the kernel drops before it refuses memory."""
+
+    def figure(name: str) -> int:
+        return _number(stat.get(name, "")) or 0
+
+    unmapped = sum(map(figure, layout.files)) - figure(layout.mapped)
+    return max(0, unmapped) + figure(layout.slab)
+
+
+def _number(text: str) -> int | None:
+    """Return the number in the text; None for ``max`` and for an empty text."""
+    text = text.strip()
+    return int(text) if text.isdecimal() else None

@@ -1,0 +1,1 @@
+"""The memory that runners need, and what they reserve of the machine."""

@@ -1,0 +1,89 @@
+"""Arithmetic of the gate and of the server: a need against what is free and what is promised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from runner_common.host_memory.free import is_in_group
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from runner_common.host_memory.free import FreeMemory, MemoryLimit
+    from runner_common.memory.headroom import Headroom
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Whether a need fits now, with the numbers that the answer rests on.
+
+    Attributes:
+        fits: Whether the need is at most what is available.
+        required_bytes: The need.
+        available_bytes: Free memory less overhead and reservations, never negative.
+        overhead_bytes: Kept free: the device's minimum and the configured overhead.
+        reserved_bytes: What other runners may still take.
+        free: The measurement.
+    """
+
+    fits: bool
+    required_bytes: int
+    available_bytes: int
+    overhead_bytes: int
+    reserved_bytes: int
+    free: FreeMemory
+
+
+def decide(
+    required_bytes: int, free: FreeMemory, headroom: Headroom, claimed_bytes: int
+) -> Decision:
+    """Compare a need with free memory less what is kept free and what others may take."""
+    rest = free.available_bytes - headroom.total_bytes - claimed_bytes
+    return Decision(
+        fits=required_bytes <= max(0, rest),
+        required_bytes=required_bytes,
+        available_bytes=max(0, rest),
+        overhead_bytes=headroom.total_bytes,
+        reserved_bytes=claimed_bytes,
+        free=free,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Memory that one process may still take.
+
+    Attributes:
+        pid: The process.
+        claimed_bytes: How much.
+        device: The GPU with memory of its own that it is taken from; empty for the
+            system's memory.
+    """
+
+    pid: int
+    claimed_bytes: int
+    device: str = ""
+
+
+def claimed_of(free: FreeMemory, claims: Sequence[Claim]) -> tuple[int, int]:
+    """Return by how many bytes claims reduce what is free, and how many of them do.
+
+    Each limit is reduced by those claims only that it bounds: another GPU's memory is not
+    this one's, and a runner in another control group takes nothing from this group.
+    """
+    limits = free.limits
+    bounded = [[claim for claim in claims if _is_within(claim, limit)] for limit in limits]
+    rests = [
+        limit.available_bytes - sum(claim.claimed_bytes for claim in within)
+        for limit, within in zip(limits, bounded, strict=True)
+    ]
+    least = min(rests)
+    available_bytes = min(limit.available_bytes for limit in limits)
+    return available_bytes - least, len(bounded[rests.index(least)])
+
+
+def _is_within(claim: Claim, limit: MemoryLimit) -> bool:
+    if claim.device != limit.device:
+        return False
+    return not limit.group or is_in_group(claim.pid, limit.group)

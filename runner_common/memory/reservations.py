@@ -1,0 +1,298 @@
+"""Memory that runners of this machine may still take, known to all processes of a user.
+
+Each runner, and each load under way, has one record of what it may come to take in all.
+What it has taken already shows in the free memory, so a record claims the rest only. A
+record is as old as its process: that of a dead one claims nothing and is removed by the
+next reader.
+
+Records are files in a directory that only their user can enter. The superuser counts the
+records of all users; others see their own alone. Containers with a /tmp or processes of
+their own have records of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from runner_common.memory.claims import Claim, Decision, claimed_of, decide
+from runner_common.memory.processes import resident_bytes
+from runner_common.memory.record_store import DIRECTORY_VARIABLE, RecordStore, default_directory
+from runner_common.memory.records import Record
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Hashable, Iterator
+    from pathlib import Path
+
+    from runner_common.host_memory.free import FreeMemory
+
+__all__ = [
+    "DIRECTORY_VARIABLE",
+    "BookView",
+    "Claim",
+    "Decision",
+    "Reservation",
+    "ReservationBook",
+    "claimed_of",
+    "decide",
+    "default_directory",
+]
+
+_MODEL_CHARACTERS = 1024
+_REWRITE_BYTES = 1024**2
+_REWRITE_SECONDS = 3600.0
+"""Age at which a record is written again: cleaners of /tmp remove files that look forgotten."""
+
+
+class Reservation:
+    """Memory set aside for one runner, until it is released or its process has ended.
+
+    Made by ``BookView.add``. Thread-safe; nothing here waits for another process.
+    """
+
+    def __init__(self, store: RecordStore, name: str, record: Record) -> None:
+        self._store = store
+        self._name = name
+        self._record = record
+        self._lock = threading.Lock()
+        self._written = time.monotonic()
+        self._is_over = False
+        self._maker = os.getpid()
+
+    def __repr__(self) -> str:
+        record = self._record
+        return f"<Reservation {record.need_bytes} bytes for {record.model!r} of {record.pid}>"
+
+    @property
+    def name(self) -> str:
+        """Its name in the book."""
+        return self._name
+
+    @property
+    def need_bytes(self) -> int:
+        """What the runner may come to take in all."""
+        return self._record.need_bytes
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it waits for a runner: not assigned, released or taken over."""
+        return not (self._is_over or self._record.is_assigned) and self._is_mine
+
+    @property
+    def is_assigned(self) -> bool:
+        """Whether it belongs to the runner itself."""
+        return self._record.is_assigned
+
+    def assign(self, pid: int) -> None:
+        """Hand it to the process of the runner: from then on it lasts as long as that."""
+        with self._lock:
+            self._replace(self._record.owned_by(pid, is_assigned=True))
+
+    def update(self, *, need_bytes: int | None = None, held_bytes: int | None = None) -> None:
+        """Change what the runner may take, or report what it holds.
+
+        A small change of ``held_bytes`` alone is not written. Raise ``need_bytes`` only
+        while the book is locked, by a decision.
+        """
+        with self._lock:
+            old = self._record
+            new = replace(
+                old,
+                need_bytes=old.need_bytes if need_bytes is None else need_bytes,
+                held_bytes=old.held_bytes if held_bytes is None else held_bytes,
+            )
+            is_close = abs(new.held_bytes - old.held_bytes) < _REWRITE_BYTES
+            is_recent = time.monotonic() - self._written < _REWRITE_SECONDS
+            if new.need_bytes == old.need_bytes and is_close and is_recent:
+                return
+            self._replace(new)
+
+    def _replace(self, record: Record) -> None:
+        if not self._is_over and self._is_mine:
+            self._record = record
+            self._written = time.monotonic()
+            self._store.write(self._name, record)
+
+    def release(self) -> None:
+        """End it. No-op once it is over."""
+        with self._lock:
+            if not self._is_over and self._is_mine:
+                self._store.remove(self._name)
+            self._is_over = True
+
+    @property
+    def _is_mine(self) -> bool:
+        """Whether this is no copy that a fork has made."""
+        return self._maker == os.getpid()
+
+    def take_over(self, need_bytes: int) -> Reservation:
+        """Return another reservation in the place of this one, which is over then."""
+        with self._lock:
+            self._is_over = True
+            record = replace(self._record, need_bytes=need_bytes)
+        self._store.write(self._name, record)
+        return Reservation(self._store, self._name, record)
+
+
+class BookView:
+    """The records at one moment, while no other process decides. Made by ``locked``."""
+
+    def __init__(self, store: RecordStore) -> None:
+        self._store = store
+        self._records = records = store.read()
+        self._earlier = {
+            record.pid: resident_bytes(record.pid)
+            for record in records.values()
+            if record.is_assigned and not record.device
+        }
+
+    def records(self) -> tuple[Record, ...]:
+        """Return the records of all processes that run."""
+        return tuple(self._records.values())
+
+    def claims(
+        self, exclude: Collection[int] = (), without: Collection[str] = ()
+    ) -> tuple[Claim, ...]:
+        """Return what each process may still take, those that take no more left out.
+
+        Args:
+            exclude: Process ids whose records are not counted.
+            without: Names of reservations that are not counted.
+        """
+        owners: dict[tuple[int, str], list[Record]] = {}
+        for name, record in self._records.items():
+            if record.pid not in exclude and name not in without:
+                owners.setdefault((record.pid, record.device), []).append(record)
+        claims = (
+            Claim(pid, self._claimed(records, device), device)
+            for (pid, device), records in owners.items()
+        )
+        return tuple(claim for claim in claims if claim.claimed_bytes)
+
+    def _claimed(self, records: list[Record], device: str) -> int:
+        """Add up what the records of one process and device still claim."""
+        promised = sum(record.need_bytes for record in records if not record.is_assigned)
+        own = [record for record in records if record.is_assigned]
+        need = sum(record.need_bytes for record in own)
+        # The memory of a GPU does not show in the resident set.
+        resident = 0 if device or not own else self._resident(own[0].pid)
+        return promised + max(0, need - max(resident, sum(record.held_bytes for record in own)))
+
+    def _resident(self, pid: int) -> int:
+        """Return the lower of the resident sets before and after free memory was measured.
+
+        A process that grows or shrinks meanwhile is then never counted as less than it is.
+        """
+        now, earlier = resident_bytes(pid), self._earlier.get(pid)
+        return now if earlier is None else min(now or earlier, earlier)
+
+    def claimed_bytes(
+        self,
+        exclude: Collection[int] = (),
+        free: FreeMemory | None = None,
+        *,
+        without: Collection[str] = (),
+    ) -> int:
+        """Return what other runners may still take.
+
+        Args:
+            exclude: Process ids whose records are not counted.
+            free: A measurement; then only that counts which is taken from the memory it
+                measures, and not what belongs to another GPU or control group.
+            without: Names of reservations that are not counted.
+        """
+        claims = self.claims(exclude, without)
+        if free is None:
+            return sum(claim.claimed_bytes for claim in claims)
+        return claimed_of(free, claims)[0]
+
+    def add(
+        self, need_bytes: int, model: str, pid: int | None = None, *, device: str = ""
+    ) -> Reservation:
+        """Set memory aside.
+
+        Args:
+            need_bytes: What the runner may come to take in all.
+            model: Its model, for people.
+            pid: The runner. None for one that this process is about to start.
+            device: ``FreeMemory.device_id`` of the measurement that it was decided by.
+        """
+        record = Record(need_bytes, model[:_MODEL_CHARACTERS], 0, 0.0, "", device=device)
+        owner = os.getpid() if pid is None else pid
+        record = record.owned_by(owner, is_assigned=pid is not None)
+        name = secrets.token_hex(8)
+        self._records[name] = record
+        self._store.write(name, record)
+        return Reservation(self._store, name, record)
+
+    def drop_owned_by(self, pid: int) -> None:
+        """Remove the records of a runner's process, also those that others assigned to it.
+
+        What the process has set aside for runners that it is about to start remains.
+        """
+        for name, record in list(self._records.items()):
+            if record.pid == pid and record.is_assigned:
+                del self._records[name]
+                self._store.remove(name)
+
+
+class _Shared:
+    """What all books of one directory in this process have in common."""
+
+    def __init__(self, directory: Path) -> None:
+        self.store = RecordStore(directory)
+        self.offers: list[tuple[Hashable, Reservation]] = []
+
+
+_shared: dict[Path, _Shared] = {}
+
+
+def _forget_threads() -> None:
+    for shared in _shared.values():
+        shared.store.forget_threads()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)
+
+
+class ReservationBook:
+    """The reservations of this machine. Safe across threads and processes.
+
+    Where the directory cannot be used, reservations hold within this process only, and a
+    warning tells why.
+
+    Args:
+        directory: Where the records are; by default what ``MLX_RUNNER_RUNTIME_DIR`` says,
+            else a directory of this user's in ``/tmp``.
+    """
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self.directory = directory or default_directory()
+        # One for all books of this directory; setdefault is atomic.
+        self._shared = _shared.setdefault(self.directory, _Shared(self.directory))
+
+    @contextmanager
+    def locked(self) -> Iterator[BookView]:
+        """Keep other threads and processes from deciding while the block runs.
+
+        Waits for one that is deciding, at most about 10 s, and then goes on with a warning.
+        Not reentrant. Measure and decide in the block, nothing slower.
+        """
+        with self._shared.store.locked():
+            yield BookView(self._shared.store)
+
+    def offer(self, key: Hashable, reservation: Reservation) -> None:
+        """Put a reservation where a runner that this process starts may take it over."""
+        self._shared.offers.append((key, reservation))
+
+    def offered(self, key: Hashable) -> Reservation | None:
+        """Return a reservation that may be taken over, if there is one."""
+        offers = self._shared.offers
+        offers[:] = [offer for offer in offers if offer[1].is_open]
+        return next((reservation for found, reservation in offers if found == key), None)

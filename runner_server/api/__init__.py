@@ -1,0 +1,1 @@
+"""The service: requests parsed and checked once, results as messages."""

@@ -1,0 +1,1 @@
+"""Protocols of gateways, served by the same engine."""

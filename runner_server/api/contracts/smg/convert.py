@@ -1,0 +1,77 @@
+"""The engine's plain data as messages of the gateway's protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from smg_grpc_proto import mlx_engine_pb2 as pb
+
+from runner_server.api.contracts.smg.validation import Message
+from runner_server.engine.types import Account, DoneReason, Piece, TokenLogprob
+
+ABORTED = "abort"
+"""How a request ends that somebody aborted; other engines behind the gateway say so too."""
+
+_FINISH_REASONS = {DoneReason.STOP: "stop", DoneReason.LENGTH: "length"}
+
+
+def chunk_message(piece: Piece, sent: int, account: Account) -> Message:
+    """New tokens of a stream.
+
+    Args:
+        piece: The tokens.
+        sent: How many were sent before them.
+        account: What the request has come to, for the counts of its prompt.
+    """
+    chunk = pb.GenerateStreamChunk(
+        token_ids=piece.token_ids,
+        prompt_tokens=account.prompt_count,
+        completion_tokens=sent + len(piece.token_ids),
+        cached_tokens=account.cached_count,
+        output_logprobs=_logprobs(piece.logprobs),
+    )
+    return pb.GenerateResponse(chunk=chunk)
+
+
+def complete_message(
+    last: Piece | None, untold: Sequence[Piece], count: int, account: Account
+) -> Message:
+    """The end of a request.
+
+    Args:
+        last: The last piece; without ``done`` in it somebody aborted the request.
+        untold: Pieces that no chunk has told of: all of a request that is not streamed.
+        count: How many tokens the caller gets in all.
+        account: What the request has come to, for the counts of its prompt.
+    """
+    done = last.done if last else None
+    by_token = last and done and done.reason is DoneReason.STOP
+    complete = pb.GenerateComplete(
+        output_ids=[token_id for piece in untold for token_id in piece.token_ids],
+        finish_reason=_FINISH_REASONS[done.reason] if done else ABORTED,
+        prompt_tokens=account.prompt_count,
+        completion_tokens=count,
+        cached_tokens=account.cached_count,
+        output_logprobs=_logprobs(entry for piece in untold for entry in piece.logprobs),
+        matched_stop_token_id=last.token_ids[-1] if last and by_token else None,
+    )
+    return pb.GenerateResponse(complete=complete)
+
+
+def _logprobs(entries: Iterable[TokenLogprob]) -> Message | None:
+    """None where none were asked for."""
+    entries = list(entries)
+    if not entries:
+        return None
+    return pb.OutputLogProbs(
+        token_ids=[entry.token_id for entry in entries],
+        token_logprobs=[entry.logprob for entry in entries],
+        top_logprobs=[_top(entry) for entry in entries],
+    )
+
+
+def _top(entry: TokenLogprob) -> Message:
+    return pb.TopLogProbs(
+        token_ids=[token_id for token_id, _ in entry.top],
+        values=[logprob for _, logprob in entry.top],
+    )

@@ -1,0 +1,136 @@
+"""Checks requests of the gateway's protocol; whatever is not done as asked is refused by name.
+
+Fields that cannot be unset have 0 for it: ``top_p``, ``repetition_penalty``.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from runner_server.api.validation import MAX_LOGPROBS, check_request_id, fit
+from runner_server.api.violations import Checker
+from runner_server.engine.types import CompletionSpec, ModelInfo, Sampling
+
+# The stubs have no types for mypy: the package brings no marker of any.
+Message = Any
+
+MAX_ABORTED = 1024
+"""Most requests that one ``Abort`` may name: to look for millions would hold everybody up."""
+
+_MAX_STOP_TOKEN_IDS = 1024
+_MAX_INT32 = 2**31 - 1
+
+_TEMPERATURE = 1.0
+"""Where none is given, as with OpenAI's API, which the gateway speaks to its own callers."""
+
+
+def check_generate(request: Message, model: ModelInfo) -> Sampling:
+    """Checks everything of a request but its prompt, and resolves the defaults.
+
+    Raises:
+        InvalidField: Something is missing or out of range.
+    """
+    check = Checker()
+    _check_input(check, request)
+    check_request_id(check, request.request_id)
+    params = request.sampling_params
+    _check_numbers(check, params, model)
+    check.bias("sampling_params.logit_bias", params.logit_bias, model.vocab_size)
+    _check_stops(check, params.stop_token_ids, model.vocab_size)
+    check.finish()
+    return _sampling(params)
+
+
+def generate_spec(
+    request: Message, sampling: Sampling, model: ModelInfo, prompt_ids: Sequence[int]
+) -> CompletionSpec:
+    """Fits a checked request into the context.
+
+    Raises:
+        InvalidField: See ``validation.fit``.
+        PromptTooLong: The same.
+    """
+    if request.WhichOneof("input") == "tokenized":
+        room = fit(prompt_ids, model, ids_field="tokenized.input_ids")
+    else:
+        room = fit(prompt_ids, model, text_field="text")
+    params = request.sampling_params
+    wanted = params.max_tokens if params.HasField("max_tokens") else room
+    return CompletionSpec(
+        prompt_ids=tuple(prompt_ids),
+        max_tokens=min(wanted, room),
+        sampling=sampling,
+        request_id=request.request_id,
+        stop_token_ids=frozenset(params.stop_token_ids),
+        ignore_eos=params.ignore_eos,
+    )
+
+
+def check_abort(request: Message) -> None:
+    """Checks how many requests an ``Abort`` names.
+
+    Raises:
+        InvalidField: Too many.
+    """
+    check = Checker()
+    count = len(request.request_ids)
+    check.require("request_ids", count <= MAX_ABORTED, f"{count}; at most {MAX_ABORTED}")
+    check.finish()
+
+
+def _check_input(check: Checker, request: Message) -> None:
+    match request.WhichOneof("input"):
+        case "tokenized":
+            check.require(
+                "tokenized.input_ids", bool(request.tokenized.input_ids), "the prompt is empty"
+            )
+        case "text":
+            check.require("text", bool(request.text), "the prompt is empty")
+        case _:
+            check.require("input", ok=False, text="required: tokenized or text")
+
+
+def _check_numbers(check: Checker, params: Message, model: ModelInfo) -> None:
+    def number(field: str, low: float, high: float) -> None:
+        check.number(f"sampling_params.{field}", getattr(params, field), low, high)
+
+    number("temperature", 0, 100)
+    number("top_p", 0, 1)
+    number("min_p", 0, 1)
+    number("top_k", 0, model.vocab_size)
+    if params.repetition_penalty:
+        number("repetition_penalty", 0.01, 100)
+    number("frequency_penalty", -100, 100)
+    number("presence_penalty", -100, 100)
+    if params.HasField("max_tokens"):
+        number("max_tokens", 1, _MAX_INT32)
+    number("logprobs", 0, min(MAX_LOGPROBS, model.vocab_size))
+
+
+def _check_stops(check: Checker, ids: Sequence[int], vocab_size: int) -> None:
+    field = "sampling_params.stop_token_ids"
+    if len(ids) > _MAX_STOP_TOKEN_IDS:
+        check.require(field, ok=False, text=f"{len(ids)}; at most {_MAX_STOP_TOKEN_IDS}")
+        return
+    for i, token_id in enumerate(ids):
+        text = f"{token_id} is not a token id: 0 to {vocab_size - 1}"
+        check.require(f"{field}[{i}]", token_id < vocab_size, text)
+
+
+def _sampling(params: Message) -> Sampling:
+    return Sampling(
+        temperature=params.temperature if params.HasField("temperature") else _TEMPERATURE,
+        top_p=params.top_p or 1.0,
+        min_p=params.min_p,
+        top_k=params.top_k,
+        repeat_penalty=params.repetition_penalty or 1.0,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        # As OpenAI's API and vLLM have it.
+        counts_output_only=True,
+        seed=params.seed if params.HasField("seed") else secrets.randbits(63),
+        logit_bias=tuple(params.logit_bias.items()),
+        logprobs=params.logprobs if params.HasField("logprobs") else None,
+    )

@@ -1,0 +1,159 @@
+"""The engine's plain data as messages of the protocol."""
+
+from __future__ import annotations
+
+import sys
+
+from google.protobuf.duration_pb2 import Duration
+
+from mlxrunner.v1 import runner_pb2 as pb
+from runner_server.api.estimator import Estimated
+from runner_server.engine.token_text import TokenTexts
+from runner_server.engine.types import (
+    Done,
+    DoneReason,
+    MemoryCounters,
+    ModelInfo,
+    Piece,
+    Rank,
+    State,
+    TokenLogprob,
+)
+
+STATES = {
+    State.IDLE: pb.STATE_IDLE,
+    State.LOADING: pb.STATE_LOADING,
+    State.ACTIVE: pb.STATE_ACTIVE,
+    State.FAILED: pb.STATE_FAILED,
+    State.STOPPING: pb.STATE_STOPPING,
+}
+
+_DONE_REASONS = {
+    DoneReason.STOP: pb.DONE_REASON_STOP,
+    DoneReason.LENGTH: pb.DONE_REASON_LENGTH,
+}
+
+
+def duration(seconds: float) -> Duration:
+    """Seconds as a ``Duration``; never negative."""
+    value = Duration()
+    value.FromNanoseconds(max(0, round(seconds * 1e9)))
+    return value
+
+
+def model_message(info: ModelInfo) -> pb.Model:
+    """A loaded model."""
+    return pb.Model(
+        name=info.name,
+        path=info.path,
+        architecture=info.architecture,
+        context_length=info.max_context_length,
+        vocab_size=info.vocab_size,
+        weight_bytes=info.weight_bytes,
+        dtype=info.dtype,
+        quantization_bits=info.quantization_bits,
+        eos_token_ids=sorted(info.eos_token_ids),
+        dtype_fallback=info.dtype_fallback,
+        warnings=info.warnings,
+    )
+
+
+def memory_message(
+    memory: MemoryCounters, process_bytes: int, limit_bytes: int = 0, device: str = ""
+) -> pb.MemoryUsage:
+    """The memory of a process."""
+    return pb.MemoryUsage(
+        active_bytes=memory.active_bytes,
+        cache_bytes=memory.cache_bytes,
+        peak_bytes=memory.peak_bytes,
+        process_bytes=process_bytes,
+        limit_bytes=limit_bytes,
+        prefix_cache_bytes=memory.prefix_cache_bytes,
+        prefix_cache_limit_bytes=memory.prefix_cache_limit_bytes,
+        other_bytes=_other_bytes(memory, process_bytes, device),
+    )
+
+
+def _other_bytes(memory: MemoryCounters, process_bytes: int, device: str) -> int:
+    """What MLX does not hold of the resident set, of which CUDA's memory is no part."""
+    if device.startswith("gpu") and sys.platform != "darwin":
+        return process_bytes
+    return max(0, process_bytes - memory.active_bytes - memory.cache_bytes)
+
+
+def rank_message(rank: Rank) -> pb.Rank:
+    """Another process that holds a part of the model."""
+    return pb.Rank(
+        rank=rank.rank,
+        host=rank.host,
+        pid=rank.pid,
+        device=rank.device,
+        memory_usage=memory_message(rank.memory, rank.process_bytes, rank.limit_bytes, rank.device),
+    )
+
+
+def piece_message(piece: Piece, texts: TokenTexts | None = None) -> pb.CompletionResponse:
+    """A piece of a stream; ``texts`` follows one whose tokens have log probabilities."""
+    message = pb.CompletionResponse(content=piece.text, token_ids=piece.token_ids)
+    if texts:
+        message.logprobs.extend(_logprob_message(entry, texts) for entry in piece.logprobs)
+    if piece.prefill:
+        evaluated, total = piece.prefill
+        message.prompt_progress.CopyFrom(
+            pb.PromptProgress(evaluated_count=evaluated, total_count=total)
+        )
+    if piece.done:
+        message.MergeFrom(_done_message(piece.done))
+    return message
+
+
+def _done_message(done: Done) -> pb.CompletionResponse:
+    return pb.CompletionResponse(
+        done=True,
+        done_reason=_DONE_REASONS[done.reason],
+        stop_match=done.stop_match,
+        prompt_eval_count=done.prompt_count,
+        prompt_eval_duration=duration(done.prompt_seconds),
+        eval_count=done.eval_count,
+        eval_duration=duration(done.eval_seconds),
+        queue_duration=duration(done.queue_seconds),
+        prompt_cached_count=done.cached_count,
+    )
+
+
+def _logprob_message(entry: TokenLogprob, texts: TokenTexts) -> pb.TokenLogprob:
+    own, others = texts.read(entry)
+    return pb.TokenLogprob(
+        token_id=entry.token_id,
+        text=own.text,
+        bytes=own.data,
+        logprob=entry.logprob,
+        top=[
+            pb.TopLogprob(token_id=id_, text=told.text, bytes=told.data, logprob=logprob)
+            for (id_, logprob), told in zip(entry.top, others, strict=True)
+        ],
+    )
+
+
+def estimate_message(estimated: Estimated) -> pb.EstimateResponse:
+    """What a load would need, and what is available for it."""
+    answer, decision = estimated.answer, estimated.decision
+    need = answer.need
+    return pb.EstimateResponse(
+        weight_bytes=need.weight_bytes,
+        kv_bytes=need.kv_bytes,
+        prefix_cache_bytes=need.prefix_cache_bytes,
+        working_bytes=need.working_bytes,
+        process_bytes=need.process_bytes,
+        load_transient_bytes=need.load_transient_bytes,
+        total_bytes=need.total_bytes,
+        required_bytes=need.required_bytes,
+        available_bytes=decision.available_bytes,
+        overhead_bytes=decision.overhead_bytes,
+        reserved_bytes=decision.reserved_bytes,
+        fits=decision.fits,
+        dtype=answer.dtype,
+        context_length=answer.context_length,
+        parallel=estimated.parallel,
+        notes=estimated.notes,
+    )

@@ -1,0 +1,163 @@
+"""What a load would need in memory, for the ``Estimate`` rpc: nothing is loaded for it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runner_common.import_paths import with_import_paths
+from runner_common.memory.need_query import (
+    NeedAnswer,
+    NeedRefusedError,
+    NeedRequest,
+    NeedUnknownError,
+    ask_need,
+)
+from runner_server.engine.registry import stopping_fault
+from runner_server.engine.types import Dtype, LoadSpec
+from runner_server.errors import (
+    GenerationFailed,
+    InsufficientMemory,
+    InvalidField,
+    ModelUnsupported,
+    RunnerFault,
+)
+from runner_server.mlx_backend.loading.finding import find_model
+
+if TYPE_CHECKING:
+    from runner_common.memory.reservations import Decision
+    from runner_server.host.machine_admission import MachineAdmission
+    from runner_server.host.model_root import ModelRoot
+
+
+logger = logging.getLogger(__name__)
+
+_THREADS = 2
+"""Threads of its own: estimates of several models wait for each other, for seconds, and texts
+that are to be tokenized must not wait behind them."""
+
+
+@dataclass(frozen=True)
+class Estimated:
+    """What a load would need, and how that compares with what is available.
+
+    Attributes:
+        answer: The need, part by part.
+        decision: What a load would be told now.
+        parallel: Sequences that were counted.
+        notes: What could not be told.
+    """
+
+    answer: NeedAnswer
+    decision: Decision
+    parallel: int
+    notes: tuple[str, ...] = ()
+
+
+class Estimator:
+    """Asks a short-lived process what a model needs; see :mod:`runner_common.memory.need_query`.
+
+    Args:
+        admission: Decides whether there is memory for a load.
+        root: Where models must lie; None is anywhere.
+    """
+
+    def __init__(self, admission: MachineAdmission, root: ModelRoot | None = None) -> None:
+        self._admission = admission
+        self._root = root
+        self._threads = ThreadPoolExecutor(_THREADS, "estimate")
+        self._running: set[asyncio.Future[Estimated]] = set()
+        self._is_closed = False
+
+    async def estimate(self, spec: LoadSpec) -> Estimated:
+        """Estimate a load, in about half a second where the answer is not cached.
+
+        Raises:
+            RunnerFault: As the load itself would raise it.
+        """
+        if self._is_closed:
+            raise stopping_fault()
+        loop = asyncio.get_running_loop()
+        running = loop.run_in_executor(self._threads, self._estimate, spec)
+        self._running.add(running)
+        try:
+            return await running
+        except asyncio.CancelledError:
+            if self._is_closed:
+                raise stopping_fault() from None
+            raise
+        finally:
+            self._running.discard(running)
+
+    def close(self) -> None:
+        """End the estimates under way, whose callers get :class:`ShuttingDown`."""
+        self._is_closed = True
+        for running in self._running:
+            running.cancel()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _estimate(self, spec: LoadSpec) -> Estimated:
+        located = find_model(spec.model, self._root)
+        found = self._estimate_at(located.path, spec)
+        return replace(found, notes=(located.note, *found.notes)) if located.note else found
+
+    def _estimate_at(self, path: Path, spec: LoadSpec) -> Estimated:
+        if spec.dtype is not Dtype.AUTO_OR_STORED:
+            return self._estimate_as(path, spec, spec.dtype)
+        usual = self._usual(path, spec)
+        if usual and (usual.decision.fits or usual.answer.dtype == Dtype.AS_STORED.value):
+            return usual
+        stored = self._estimate_as(path, spec, Dtype.AS_STORED)
+        usual_dtype = usual.answer.dtype if usual else Dtype.FLOAT32.value
+        note = f"there is no memory for {usual_dtype}: it would be held as stored"
+        return replace(stored, notes=(*stored.notes, note))
+
+    def _usual(self, path: Path, spec: LoadSpec) -> Estimated | None:
+        """Return the estimate for the usual format; None if it exceeds the limit asked for."""
+        try:
+            return self._estimate_as(path, spec, Dtype.AUTO)
+        except InsufficientMemory:
+            return None
+
+    def _estimate_as(self, path: Path, spec: LoadSpec, dtype: Dtype) -> Estimated:
+        answer = _asked(path, replace(spec, dtype=dtype))
+        decision = self._admission.compare(answer.need.required_bytes)
+        return Estimated(answer, decision, answer.parallel, answer.notes)
+
+
+def _asked(path: Path, spec: LoadSpec) -> NeedAnswer:
+    request = NeedRequest(
+        path=str(path),
+        context_length=spec.context_length,
+        parallel=spec.parallel,
+        dtype=spec.dtype.value,
+        memory_limit_bytes=spec.memory_limit_bytes,
+        prefix_cache_bytes=spec.prefix_cache_bytes,
+        allow_inexact=spec.allow_inexact,
+    )
+    try:
+        return ask_need(request, with_import_paths(os.environ))
+    except NeedRefusedError as refusal:
+        raise _fault(refusal) from refusal
+    except NeedUnknownError as error:
+        # Its traceback is for the log.
+        logger.error("no estimate of %r: %s", str(path), error)  # noqa: TRY400 - all there is
+        raise GenerationFailed(
+            "the process that counts what a model needs gave no answer; the runner's log says more"
+        ) from error
+
+
+def _fault(refusal: NeedRefusedError) -> RunnerFault:
+    """Return the fault that the load itself would raise."""
+    if refusal.reason == "INVALID_FIELD":
+        return InvalidField(refusal.violations)
+    if refusal.reason == "INSUFFICIENT_MEMORY":
+        return InsufficientMemory(str(refusal), **refusal.metadata)
+    if refusal.reason == "MODEL_UNSUPPORTED":
+        return ModelUnsupported(str(refusal), **refusal.metadata)
+    return GenerationFailed(str(refusal))

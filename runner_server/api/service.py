@@ -1,0 +1,232 @@
+"""The service: messages in, checks, the engine, messages out. It knows no MLX."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import grpc
+
+from mlxrunner.v1 import runner_pb2 as pb
+from mlxrunner.v1 import runner_pb2_grpc
+from runner_server.api.convert import (
+    STATES,
+    duration,
+    estimate_message,
+    memory_message,
+    model_message,
+    piece_message,
+    rank_message,
+)
+from runner_server.api.estimator import Estimator
+from runner_server.api.prompts import encode_prompt, too_many
+from runner_server.api.validation import (
+    check_completion,
+    check_token_ids,
+    completion_spec,
+    load_spec,
+    trim_bytes,
+)
+from runner_server.engine.backend import ModelHandle, Ranks
+from runner_server.engine.engine import Engine
+from runner_server.engine.registry import Ticket
+from runner_server.engine.token_text import TokenTexts
+from runner_server.engine.types import CompletionSpec
+from runner_server.errors import InvalidField
+from runner_server.host.blas import blas_of
+from runner_server.host.resident_memory import resident_bytes
+from runner_server.telemetry.call_record import current_request
+
+if TYPE_CHECKING:
+    _Context = grpc.aio.ServicerContext[Any, Any]
+
+_T = TypeVar("_T")
+
+_MAX_ANSWER_TOKENS = 1_000_000
+"""Token ids in one answer: at most three bytes each, so under gRPC's usual 4 MiB."""
+
+_MAX_ANSWER_BYTES = 4 * 2**20 - 1024
+_MAX_REQUEST_TOKENS = 4 * 2**20
+"""Token ids in one request: about as many as an answer has room for their text."""
+
+
+class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
+    """Answers ``mlxrunner.v1.RunnerService`` from one engine.
+
+    Args:
+        engine: The started engine.
+        version: The version of the server.
+        estimator: Tells what a load would need.
+        ranks: Other processes that hold parts of the model.
+    """
+
+    def __init__(
+        self, engine: Engine, version: str, estimator: Estimator, ranks: Ranks | None = None
+    ) -> None:
+        self._engine = engine
+        self._estimator = estimator
+        self._ranks = ranks
+        self._version = version
+        self._started = time.monotonic()
+        self._runner_id = secrets.token_hex(8)
+
+    async def Load(self, request: pb.LoadRequest, context: _Context) -> pb.LoadResponse:
+        """Loads a model."""
+        started = time.monotonic()
+        current_request().model = request.model
+        ticket = self._engine.load(load_spec(request))
+        info = await _outcome(ticket)
+        return pb.LoadResponse(
+            model=model_message(info), load_duration=duration(time.monotonic() - started)
+        )
+
+    async def Estimate(self, request: pb.EstimateRequest, context: _Context) -> pb.EstimateResponse:
+        """Estimates the memory that a load would need."""
+        self._engine.refuse_when_ending()
+        current_request().model = request.model
+        spec = load_spec(request)
+        return estimate_message(await self._estimator.estimate(spec))
+
+    async def Trim(self, request: pb.TrimRequest, context: _Context) -> pb.TrimResponse:
+        """Gives memory back that is not in use."""
+        kept = trim_bytes(request)
+        before = self._held_bytes()
+        await asyncio.wrap_future(self._engine.trim(kept))
+        return pb.TrimResponse(freed_bytes=max(0, before - self._held_bytes()))
+
+    def _held_bytes(self) -> int:
+        memory = self._engine.memory()
+        is_gpu = self._engine.device.startswith("gpu")
+        return memory.active_bytes + memory.cache_bytes if is_gpu else resident_bytes()
+
+    async def Unload(self, request: pb.UnloadRequest, context: _Context) -> pb.UnloadResponse:
+        """Unloads the model."""
+        freed = await _outcome(self._engine.unload())
+        return pb.UnloadResponse(freed_bytes=freed)
+
+    async def Status(self, request: pb.StatusRequest, context: _Context) -> pb.StatusResponse:
+        """Tells what the process does and holds."""
+        snapshot = self._engine.snapshot()
+        memory = self._engine.memory()
+        answer = pb.StatusResponse(
+            state=STATES[snapshot.state],
+            progress=snapshot.progress,
+            memory=memory.active_bytes + memory.cache_bytes,
+            memory_usage=memory_message(memory, resident_bytes(), device=self._engine.device),
+            running_count=snapshot.running_count,
+            queued_count=snapshot.queued_count,
+            step_count=snapshot.step_count,
+            uptime_duration=duration(time.monotonic() - self._started),
+            runner_id=self._runner_id,
+            pid=os.getpid(),
+            device=self._engine.device,
+            blas=blas_of(self._engine.device),
+            server_version=self._version,
+            last_error=snapshot.last_error,
+        )
+        if snapshot.last_progress_age is not None:
+            answer.last_progress_age.CopyFrom(duration(snapshot.last_progress_age))
+        if snapshot.model:
+            answer.model.CopyFrom(model_message(snapshot.model))
+            answer.context_length = snapshot.model.context_length
+            answer.parallel = snapshot.model.parallel
+            answer.memory_usage.limit_bytes = snapshot.model.limit_bytes
+            answer.memory_usage.reserved_bytes = snapshot.model.reserved_bytes
+        if self._ranks:
+            answer.ranks.append(
+                pb.Rank(
+                    host=socket.gethostname(),
+                    pid=answer.pid,
+                    device=answer.device,
+                    memory_usage=answer.memory_usage,
+                )
+            )
+            answer.ranks.extend(map(rank_message, self._ranks.others))
+        return answer
+
+    async def Completion(
+        self,
+        request: pb.CompletionRequest,
+        context: _Context,
+    ) -> AsyncIterator[pb.CompletionResponse]:
+        """Streams a completion."""
+        record = current_request()
+        record.request_id = request.request_id
+        model = self._engine.model()
+        record.model = model.info.name
+        sampling = check_completion(request, model.info)
+        prompt_ids = await _prompt_ids(request, model)
+        spec = completion_spec(request, sampling, model.info, prompt_ids)
+        texts = _token_texts(model, spec)
+        completion = self._engine.submit(model, spec)
+        record.account = completion.account
+        try:
+            # A proxy or a blocking client takes a queued stream without headers for dead.
+            await context.send_initial_metadata(())
+            async for piece in completion.stream.pieces():
+                yield piece_message(piece, texts)
+        finally:
+            # A client that goes away, or whose deadline passes, ends up here too.
+            self._engine.cancel(completion)
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:
+        """Splits text into token ids."""
+        model = self._engine.model()
+        if fewest := await too_many(request.content, _MAX_ANSWER_TOKENS, model.codec):
+            raise _too_many_tokens(f"at least {fewest}")
+        ids = await asyncio.to_thread(
+            model.codec.encode, request.content, as_prompt=request.add_special_tokens
+        )
+        if len(ids) > _MAX_ANSWER_TOKENS:
+            raise _too_many_tokens(str(len(ids)))
+        return pb.TokenizeResponse(token_ids=ids)
+
+    async def Detokenize(
+        self,
+        request: pb.DetokenizeRequest,
+        context: _Context,
+    ) -> pb.DetokenizeResponse:
+        """Joins token ids into text."""
+        model = self._engine.model()
+        count = len(request.token_ids)
+        if count > _MAX_REQUEST_TOKENS:
+            problem = f"{count} token ids; at most {_MAX_REQUEST_TOKENS}; split them"
+            raise InvalidField([("token_ids", problem)])
+        check_token_ids("token_ids", request.token_ids, model.info.vocab_size)
+        text = await asyncio.to_thread(model.codec.decode, request.token_ids)
+        size = len(text.encode())
+        if size > _MAX_ANSWER_BYTES:
+            problem = f"their text has {size} bytes; at most {_MAX_ANSWER_BYTES} fit an answer"
+            raise InvalidField([("token_ids", problem)])
+        return pb.DetokenizeResponse(content=text)
+
+
+def _too_many_tokens(count: str) -> InvalidField:
+    text = f"{count} tokens; at most {_MAX_ANSWER_TOKENS} fit an answer; split the text"
+    return InvalidField([("content", text)])
+
+
+async def _outcome(ticket: Ticket[_T]) -> _T:
+    try:
+        return await asyncio.wrap_future(ticket.future)
+    except asyncio.CancelledError:
+        ticket.cancelled.set()
+        raise
+
+
+def _token_texts(model: ModelHandle, spec: CompletionSpec) -> TokenTexts | None:
+    """What tells the texts beside log probabilities, if some are asked for."""
+    if spec.sampling.logprobs is None:
+        return None
+    return TokenTexts(model.codec, spec.prompt_ids, model.info.eos_token_ids)
+
+
+async def _prompt_ids(request: pb.CompletionRequest, model: ModelHandle) -> Sequence[int]:
+    if request.WhichOneof("input") == "prompt_token_ids":
+        return request.prompt_token_ids.ids
+    return await encode_prompt(request.prompt, model)

@@ -1,0 +1,247 @@
+"""Checks requests against the ranges the protocol states, before anything is queued.
+
+Whatever could raise in a step of the batch is refused here, by the field's name.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
+
+from google.protobuf.message import Message
+
+from mlxrunner.v1 import runner_pb2 as pb
+from runner_server.api.violations import Checker
+from runner_server.engine.types import (
+    MAX_PARALLEL,
+    CompletionSpec,
+    Dtype,
+    LoadSpec,
+    ModelInfo,
+    Sampling,
+)
+from runner_server.errors import InvalidField, PromptTooLong
+
+_T = TypeVar("_T")
+
+_MAX_INT32 = 2**31 - 1
+_MAX_INT64 = 2**63 - 1
+_MAX_MODEL_CHARS = 4096
+MAX_LOGPROBS = 20
+"""Most likely tokens reported for each place."""
+
+_MAX_STOPS = 64
+_MAX_STOP_CHARS = 1024
+_MAX_REQUEST_ID_CHARS = 128
+
+_DTYPES = {
+    pb.DTYPE_UNSPECIFIED: Dtype.AUTO,
+    pb.DTYPE_AUTO: Dtype.AUTO,
+    pb.DTYPE_AS_STORED: Dtype.AS_STORED,
+    pb.DTYPE_FLOAT32: Dtype.FLOAT32,
+    pb.DTYPE_BFLOAT16: Dtype.BFLOAT16,
+    pb.DTYPE_FLOAT16: Dtype.FLOAT16,
+    pb.DTYPE_AUTO_OR_STORED: Dtype.AUTO_OR_STORED,
+}
+
+
+def load_spec(request: pb.LoadRequest | pb.EstimateRequest) -> LoadSpec:
+    """Checks a load request, or one for an estimate of it.
+
+    Raises:
+        InvalidField: Something is missing or out of range.
+    """
+    check = Checker()
+    check.require("model", bool(request.model), "required: a directory or a hub id")
+    too_long = len(request.model) > _MAX_MODEL_CHARS or "\0" in request.model
+    check.require("model", not too_long, f"at most {_MAX_MODEL_CHARS} characters, none of them NUL")
+    _check_number(check, request, "context_length", 2, _MAX_INT32)
+    _check_number(check, request, "parallel", 1, MAX_PARALLEL)
+    _check_number(check, request, "memory_limit_bytes", 1, _MAX_INT64)
+    _check_number(check, request, "prefix_cache_bytes", 0, _MAX_INT64)
+    known = request.dtype in _DTYPES
+    check.require("dtype", known, f"{request.dtype} is not a format this server knows")
+    check.finish()
+    plain = LoadSpec(request.model)
+    return LoadSpec(
+        model=request.model,
+        context_length=_given(request, "context_length", int, plain.context_length),
+        parallel=_given(request, "parallel", int, plain.parallel),
+        dtype=_DTYPES[request.dtype],
+        memory_limit_bytes=_given(request, "memory_limit_bytes", int, plain.memory_limit_bytes),
+        prefix_cache_bytes=_given(request, "prefix_cache_bytes", int, plain.prefix_cache_bytes),
+        memory_override=isinstance(request, pb.LoadRequest) and request.memory_override,
+        allow_inexact=request.allow_inexact,
+    )
+
+
+def trim_bytes(request: pb.TrimRequest) -> int:
+    """Checks a request to give memory back; returns what the prefix cache is reduced to.
+
+    Raises:
+        InvalidField: It is negative.
+    """
+    check = Checker()
+    _check_number(check, request, "prefix_cache_bytes", 0, _MAX_INT64)
+    check.finish()
+    return request.prefix_cache_bytes
+
+
+def check_completion(request: pb.CompletionRequest, model: ModelInfo) -> Sampling:
+    """Checks everything of a completion but its prompt, and resolves the defaults.
+
+    Raises:
+        InvalidField: Something is missing or out of range.
+    """
+    check = Checker()
+    _check_input(check, request)
+    _check_numbers(check, request.options, model)
+    _check_stops(check, request.options.stop)
+    check.bias("options.logit_bias", request.options.logit_bias, model.vocab_size)
+    _check_number(check, request, "logprobs", 0, min(MAX_LOGPROBS, model.vocab_size))
+    check_request_id(check, request.request_id)
+    check.finish()
+    return _sampling(request, model)
+
+
+def completion_spec(
+    request: pb.CompletionRequest, sampling: Sampling, model: ModelInfo, prompt_ids: Sequence[int]
+) -> CompletionSpec:
+    """Fits a checked completion into the context.
+
+    Raises:
+        InvalidField: See :func:`fit`.
+        PromptTooLong: The same.
+    """
+    if request.WhichOneof("input") == "prompt_token_ids":
+        room = fit(prompt_ids, model, ids_field="prompt_token_ids.ids")
+    else:
+        room = fit(prompt_ids, model, text_field="prompt")
+    options = request.options
+    wanted = options.num_predict if options.HasField("num_predict") else room
+    return CompletionSpec(
+        prompt_ids=tuple(prompt_ids),
+        max_tokens=min(wanted, room),
+        sampling=sampling,
+        stop=tuple(options.stop),
+        request_id=request.request_id,
+    )
+
+
+def fit(
+    prompt_ids: Sequence[int], model: ModelInfo, *, ids_field: str = "", text_field: str = ""
+) -> int:
+    """Fits a prompt into the context; returns the most tokens that may follow it.
+
+    Args:
+        prompt_ids: The prompt's tokens.
+        model: The model it is for.
+        ids_field: The field that the caller sent them in.
+        text_field: Else, the field with the text that they were made of.
+
+    Raises:
+        InvalidField: The prompt has no tokens, or one that the model does not have:
+            a tokenizer may know more tokens than its model.
+        PromptTooLong: Prompt and one token do not fit.
+    """
+    if not prompt_ids:
+        raise InvalidField([(text_field or ids_field, "the prompt has no tokens")])
+    room = model.context_length - len(prompt_ids)
+    if room < 1:
+        raise PromptTooLong(len(prompt_ids), model.context_length)
+    if ids_field:
+        check_token_ids(ids_field, prompt_ids, model.vocab_size)
+    elif max(prompt_ids) >= model.vocab_size:
+        text = f"the tokenizer makes token {max(prompt_ids)} of it, which the model does not have"
+        raise InvalidField([(text_field, f"{text}: its ids are 0 to {model.vocab_size - 1}")])
+    return room
+
+
+def check_request_id(check: Checker, request_id: str) -> None:
+    """Checks the caller's name for a request."""
+    length = len(request_id)
+    too_long = f"{length} characters; at most {_MAX_REQUEST_ID_CHARS}"
+    check.require("request_id", length <= _MAX_REQUEST_ID_CHARS, too_long)
+
+
+def check_token_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
+    """Checks that ids are in the vocabulary.
+
+    Raises:
+        InvalidField: One is not; the message names the first.
+    """
+    if not ids or (min(ids) >= 0 and max(ids) < vocab_size):
+        return
+    at, bad = next((i, id_) for i, id_ in enumerate(ids) if not 0 <= id_ < vocab_size)
+    raise InvalidField([(f"{field}[{at}]", f"{bad} is not a token id: 0 to {vocab_size - 1}")])
+
+
+def _check_input(check: Checker, request: pb.CompletionRequest) -> None:
+    match request.WhichOneof("input"):
+        case "prompt":
+            check.require("prompt", bool(request.prompt), "the prompt is empty")
+        case "prompt_token_ids":
+            ids = request.prompt_token_ids.ids
+            check.require("prompt_token_ids", bool(ids), "the prompt is empty")
+        case _:
+            check.require("input", ok=False, text="required: prompt or prompt_token_ids")
+
+
+def _check_numbers(check: Checker, options: pb.CompletionOptions, model: ModelInfo) -> None:
+    _check_number(check, options, "temperature", 0, 100)
+    _check_number(check, options, "top_p", 0, 1, above=True)
+    _check_number(check, options, "min_p", 0, 1)
+    _check_number(check, options, "top_k", 0, model.vocab_size)
+    _check_number(check, options, "repeat_last_n", -1, _MAX_INT32)
+    _check_number(check, options, "repeat_penalty", 0.01, 100)
+    _check_number(check, options, "presence_penalty", -100, 100)
+    _check_number(check, options, "frequency_penalty", -100, 100)
+    _check_number(check, options, "num_predict", 1, _MAX_INT32)
+
+
+def _check_number(
+    check: Checker, message: Message, field: str, low: float, high: float, *, above: bool = False
+) -> None:
+    """Checks a number if it is given."""
+    if message.HasField(field):
+        check.number(_path(message, field), getattr(message, field), low, high, above=above)
+
+
+def _check_stops(check: Checker, stops: Sequence[str]) -> None:
+    if len(stops) > _MAX_STOPS:
+        # A message has room for millions; to look at each would hold everybody up.
+        check.require("options.stop", ok=False, text=f"{len(stops)}; at most {_MAX_STOPS}")
+        return
+    for i, stop in enumerate(stops):
+        inside = 1 <= len(stop) <= _MAX_STOP_CHARS
+        text = f"{len(stop)} characters; 1 to {_MAX_STOP_CHARS}"
+        check.require(f"options.stop[{i}]", inside, text)
+
+
+def _sampling(request: pb.CompletionRequest, model: ModelInfo) -> Sampling:
+    options = request.options
+    given = partial(_given, options)
+    plain = Sampling()
+    return Sampling(
+        temperature=given("temperature", float, plain.temperature),
+        top_p=given("top_p", float, plain.top_p),
+        min_p=given("min_p", float, plain.min_p),
+        top_k=given("top_k", int, min(plain.top_k, model.vocab_size)),
+        repeat_last_n=given("repeat_last_n", int, plain.repeat_last_n),
+        repeat_penalty=given("repeat_penalty", float, plain.repeat_penalty),
+        presence_penalty=given("presence_penalty", float, plain.presence_penalty),
+        frequency_penalty=given("frequency_penalty", float, plain.frequency_penalty),
+        seed=given("seed", int, secrets.randbits(63)),
+        logit_bias=tuple(options.logit_bias.items()),
+        logprobs=request.logprobs if request.HasField("logprobs") else None,
+    )
+
+
+def _given(message: Message, field: str, convert: Callable[[float], _T], default: _T) -> _T:
+    return convert(getattr(message, field)) if message.HasField(field) else default
+
+
+def _path(message: Message, field: str) -> str:
+    return f"options.{field}" if isinstance(message, pb.CompletionOptions) else field

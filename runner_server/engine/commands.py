@@ -1,0 +1,54 @@
+"""What the event loop asks of the engine's thread, and the queue that it goes through."""
+
+from __future__ import annotations
+
+import queue
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from runner_server.engine.generation import Completion
+from runner_server.engine.registry import Ticket
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Nobody reads this completion any more."""
+
+    completion_id: int
+
+
+@dataclass(frozen=True)
+class Resume:
+    """The reader of a completion that was set aside has read on."""
+
+    completion_id: int
+
+
+@dataclass(frozen=True)
+class LimitPrompts:
+    """Evaluated prompts may take so many bytes from now on."""
+
+    limit_bytes: int
+
+
+@dataclass(frozen=True)
+class Trim:
+    """Give freed memory back.
+
+    Attributes:
+        prompts_bytes: What evaluated prompts are reduced to first.
+        done: Ends when it is back.
+    """
+
+    prompts_bytes: int
+    done: Future[None]
+
+
+@dataclass(frozen=True)
+class Wake:
+    """Nothing but a reason to look at the ledger."""
+
+
+Message = Completion | Ticket[Any] | Cancel | Resume | LimitPrompts | Trim | Wake
+Inbox = queue.SimpleQueue[Message]

@@ -1,0 +1,181 @@
+"""The engine as the event loop sees it: a model on a thread of its own.
+
+Nothing here waits. The work is done by :class:`~runner_server.engine.thread.Worker` on its
+thread; what both sides know stands in the :class:`~runner_server.engine.registry.Ledger`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from runner_server.engine.backend import Backend, ModelHandle
+from runner_server.engine.commands import Cancel, Inbox, LimitPrompts, Trim, Wake
+from runner_server.engine.generation import Completion
+from runner_server.engine.registry import Ledger, Ticket
+from runner_server.engine.thread import Worker
+from runner_server.engine.types import (
+    CompletionSpec,
+    LoadSpec,
+    MemoryCounters,
+    ModelInfo,
+    Snapshot,
+    State,
+)
+from runner_server.errors import ShuttingDown
+
+
+class Engine:
+    """Runs one model on a thread of its own.
+
+    Args:
+        backend: The model library.
+        max_queued: How many completions may wait for a place.
+        on_death: Called on the loop, once, if the engine cannot go on.
+
+    Must be created on the running event loop, and called there.
+    """
+
+    def __init__(self, backend: Backend, *, max_queued: int, on_death: Callable[[], None]) -> None:
+        self._backend = backend
+        self._on_death = on_death
+        self._inbox = Inbox()
+        self._ledger = Ledger(max_queued)
+        self._loop = asyncio.get_running_loop()
+        self._worker = Worker(backend, self._ledger, self._inbox, self._loop, on_death)
+        self._is_lost = False
+        # Not a wait in a worker thread: those may all be busy with tokenizing.
+        self._ended = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def _run(self) -> None:
+        self._worker.run()
+        self._loop.call_soon_threadsafe(self._ended.set)
+
+    @property
+    def device(self) -> str:
+        """The device that computes; empty until the model library is imported."""
+        return self._worker.device
+
+    def start(self) -> None:
+        """Starts the thread, which imports the model library first."""
+        self._thread.start()
+
+    def load(self, spec: LoadSpec) -> Ticket[ModelInfo]:
+        """Begins a load; setting the ticket's ``cancelled`` ends it.
+
+        Raises:
+            Busy: Another load or unload runs.
+            ShuttingDown: The engine stops, or is dead.
+        """
+        ticket = Ticket[ModelInfo](lambda ticket: self._worker.load(spec, ticket))
+        self._ledger.open_ticket(ticket, State.LOADING)
+        self._inbox.put(ticket)
+        return ticket
+
+    def unload(self) -> Ticket[int]:
+        """Begins an unload, which ends with the bytes freed; raises like :meth:`load`."""
+        ticket = Ticket[int](self._worker.unload)
+        self._ledger.open_ticket(ticket, None)
+        self._inbox.put(ticket)
+        return ticket
+
+    def trim(self, prompts_bytes: int) -> Future[None]:
+        """Begins to give freed memory back; the result ends when it is back.
+
+        Args:
+            prompts_bytes: What evaluated prompts are reduced to first.
+
+        Raises:
+            Busy: A load or unload runs.
+            ShuttingDown: The engine stops, or is dead.
+        """
+        done: Future[None] = Future()
+        self._ledger.open_trim(done)
+        self._inbox.put(Trim(prompts_bytes, done))
+        return done
+
+    def limit_prompts(self, limit_bytes: int) -> None:
+        """Changes how much evaluated prompts may take from now on."""
+        self._inbox.put(LimitPrompts(limit_bytes))
+
+    def refuse_when_ending(self) -> None:
+        """Raises :class:`ShuttingDown` if the engine stops, or is dead."""
+        self._ledger.refuse_when_ending()
+
+    def model(self) -> ModelHandle:
+        """The loaded model's description and tokenizer.
+
+        Raises:
+            ModelNotLoaded: There is none.
+            ShuttingDown: The engine stops, or is dead.
+        """
+        return self._ledger.model()
+
+    def submit(self, model: ModelHandle, spec: CompletionSpec) -> Completion:
+        """Queues a completion.
+
+        Args:
+            model: The model that ``spec`` was validated for.
+            spec: What to complete.
+
+        Raises:
+            ModelNotLoaded: That model is gone.
+            InsufficientMemory: It could never have a place.
+            QueueFull: Too many completions wait.
+            ShuttingDown: The engine stops, or is dead.
+        """
+        completion = Completion(spec, model.codec, model.info.eos_token_ids)
+        self._ledger.accept(model, completion)
+        self._inbox.put(completion)
+        return completion
+
+    def cancel(self, completion: Completion) -> None:
+        """Ends a completion that nobody reads any more; nothing happens if it has ended."""
+        if self._ledger.is_live(completion.id):
+            self._inbox.put(Cancel(completion.id))
+
+    def snapshot(self) -> Snapshot:
+        """What the engine does, without waiting for it."""
+        return self._ledger.snapshot()
+
+    def memory(self) -> MemoryCounters:
+        """What the model library holds."""
+        return self._backend.memory()
+
+    def stop(self) -> None:
+        """Ends all completions, frees the model and ends the thread; does not wait."""
+        self._ledger.stop()
+        self._inbox.put(Wake())
+
+    def lose(self, text: str) -> None:
+        """Ends all calls because a part of the model is gone; the thread may hang inside MLX.
+
+        Args:
+            text: Why, for callers.
+        """
+        self._is_lost = True
+        fault = ShuttingDown(text)
+        for completion in self._ledger.die(text):
+            self._ledger.forget(completion.id)
+            completion.fail(fault)
+            completion.stream.wake()
+        self._ledger.fail_ticket(fault)
+        # It ends if it does not hang.
+        self._inbox.put(Wake())
+        self._on_death()
+
+    async def wait_ended(self, timeout_seconds: float) -> bool:
+        """Waits until the thread has ended; returns whether it has."""
+        if self._thread.ident is None or self._is_lost:
+            # It was never started, or it may hang inside MLX and is of no use.
+            return True
+        try:
+            await asyncio.wait_for(self._ended.wait(), timeout_seconds)
+        except TimeoutError:
+            return False
+        # It has nothing left to do.
+        self._thread.join()
+        return True

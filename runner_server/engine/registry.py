@@ -1,0 +1,291 @@
+"""What the engine has accepted: the book that the event loop and the engine's thread share.
+
+Every method may be called from both sides. Refusals are made here, so that the
+decision and the entry happen under one lock.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from runner_common.units import format_bytes
+from runner_server.engine.backend import ModelHandle
+from runner_server.engine.generation import Completion
+from runner_server.engine.types import Snapshot, State
+from runner_server.errors import (
+    Busy,
+    InsufficientMemory,
+    ModelNotLoaded,
+    QueueFull,
+    RunnerFault,
+    ShuttingDown,
+)
+
+_T = TypeVar("_T")
+
+_MAX_ERROR_CHARS = 512
+"""Of the last error: Status is asked often."""
+
+_MIN_RETRY_SECONDS, _MAX_RETRY_SECONDS = 0.1, 60.0
+_NEWEST_WEIGHT = 0.2
+"""Share of the latest batch in the moving average of how long a completion takes. Rows that
+run together end together: a batch that was held up is one thing seen, not many."""
+
+
+@dataclass(eq=False)
+class Ticket(Generic[_T]):
+    """A load or an unload under way.
+
+    Attributes:
+        work: What the engine's thread does for it.
+        future: Ends with the outcome of the work, or with a fault.
+        cancelled: Set when nobody waits for it any more.
+    """
+
+    work: Callable[[Ticket[_T]], _T]
+    future: Future[_T] = field(default_factory=Future)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+class Ledger:
+    """State, model, completions and the ticket of one engine.
+
+    Args:
+        max_queued: How many completions may wait for a place.
+    """
+
+    def __init__(self, max_queued: int) -> None:
+        self._max_queued = max_queued
+        self._lock = threading.Lock()
+        self._state = State.IDLE
+        self._handle: ModelHandle | None = None
+        self._live: dict[int, Completion] = {}
+        self._running: set[int] = set()
+        self._ticket: Ticket[Any] | None = None
+        self._trims: set[Future[None]] = set()
+        self._mean_seconds = 1.0
+        self._ended = 0
+        self._progress = 0
+        self._steps = 0
+        self._moved = time.monotonic()
+        self._is_idle = True
+        self._last_error = ""
+
+    # -- refusing and accepting --------------------------------------------------
+
+    def accept(self, model: ModelHandle, completion: Completion) -> None:
+        """Enters a completion.
+
+        Raises:
+            ModelNotLoaded: The model it was validated for is gone.
+            InsufficientMemory: It could never have a place.
+            QueueFull: Too many completions wait.
+            ShuttingDown: The engine stops, or is dead.
+        """
+        with self._lock:
+            if self._require_model() is not model:
+                raise ModelNotLoaded
+            _require_memory(model, completion)
+            if len(self._live) >= model.info.parallel + self._max_queued:
+                queued = len(self._live) - len(self._running)
+                raise QueueFull(queued, self._retry_seconds(queued, model.info.parallel))
+            self._live[completion.id] = completion
+
+    def open_ticket(self, ticket: Ticket[Any], state: State | None) -> None:
+        """Enters a load or unload; ``state`` is visible in Status from now on.
+
+        Raises:
+            Busy: Another load or unload runs.
+            ShuttingDown: The engine stops, or is dead.
+        """
+        with self._lock:
+            self.refuse_when_ending()
+            if self._ticket:
+                raise Busy
+            self._ticket = ticket
+            if state:
+                self._progress, self._state = 0, state
+
+    def open_trim(self, done: Future[None]) -> None:
+        """Enter a request to give memory back; raises like :meth:`open_ticket`."""
+        with self._lock:
+            self.refuse_when_ending()
+            if self._ticket:
+                raise Busy
+            self._trims.add(done)
+
+    def model(self) -> ModelHandle:
+        """The loaded model's description and tokenizer; raises like :meth:`accept`."""
+        with self._lock:
+            return self._require_model()
+
+    def _require_model(self) -> ModelHandle:
+        self.refuse_when_ending()
+        if not self._handle:
+            raise ModelNotLoaded
+        return self._handle
+
+    def refuse_when_ending(self) -> None:
+        """Raise :class:`ShuttingDown` if the engine stops, or is dead."""
+        if self._state is State.STOPPING:
+            raise stopping_fault()
+        if self._state is State.FAILED:
+            raise exiting_fault()
+
+    def _retry_seconds(self, queued: int, parallel: int) -> float:
+        """When a place should be free: the queue's length at the measured pace."""
+        expected = self._mean_seconds * queued / parallel
+        return min(_MAX_RETRY_SECONDS, max(_MIN_RETRY_SECONDS, expected))
+
+    # -- looking -----------------------------------------------------------------
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the engine was asked to stop, or is dead."""
+        return self._state in (State.STOPPING, State.FAILED)
+
+    def is_live(self, completion_id: int) -> bool:
+        """Whether a completion was accepted and has not ended."""
+        return completion_id in self._live
+
+    def snapshot(self) -> Snapshot:
+        """What the engine does, without waiting for it."""
+        with self._lock:
+            running, live = len(self._running), len(self._live)
+            active = (live > 0 and not self._is_idle) or self._state is State.LOADING
+            return Snapshot(
+                state=self._state,
+                progress=self._progress,
+                model=self._handle.info if self._handle else None,
+                running_count=running,
+                queued_count=live - running,
+                step_count=self._steps,
+                last_progress_age=time.monotonic() - self._moved if active else None,
+                last_error=self._last_error,
+            )
+
+    # -- what the engine's thread reports ----------------------------------------
+
+    def note_progress(self, progress: int) -> None:
+        """A load has moved; 0 to 100."""
+        self._progress, self._moved = progress, time.monotonic()
+
+    def note_idle(self, *, is_idle: bool) -> None:
+        """Nothing can be done until something comes, or it has come.
+
+        Completions whose readers are behind are live then, but nothing is to move.
+        """
+        self._is_idle = is_idle
+        self._moved = time.monotonic()
+
+    def note_step(self) -> None:
+        """A step was made."""
+        self._steps += 1
+        self._moved = time.monotonic()
+
+    def note_error(self, text: str) -> None:
+        """A load or a step has failed, in words."""
+        self._last_error = text[:_MAX_ERROR_CHARS]
+
+    def note_running(self, completion: Completion) -> None:
+        """A completion has got its place."""
+        with self._lock:
+            self._running.add(completion.id)
+            # The age that Status shows is to be this work's, not that of the idle time.
+            self._moved = time.monotonic()
+
+    def forget(self, completion_id: int, seconds: float | None = None) -> None:
+        """A completion has ended; ``seconds`` it took, if it ended by itself."""
+        with self._lock:
+            self._running.discard(completion_id)
+            self._live.pop(completion_id, None)
+            if seconds is not None:
+                self._note_pace(seconds)
+
+    def _note_pace(self, seconds: float) -> None:
+        """Enters how long a completion had its place; the first one replaces the guess."""
+        self._ended += 1
+        parallel = self._handle.info.parallel if self._handle else 1
+        weight = max(_NEWEST_WEIGHT / parallel, 1 / self._ended)
+        self._mean_seconds += weight * (seconds - self._mean_seconds)
+
+    def offer_model(self, handle: ModelHandle) -> None:
+        """A model is loaded: completions are accepted from now on."""
+        with self._lock:
+            self._handle = handle
+
+    def withdraw_model(self) -> list[Completion]:
+        """No completion is accepted any more; returns those that have not ended."""
+        with self._lock:
+            self._handle = None
+            self._progress = 0
+            return list(self._live.values())
+
+    def close_ticket(self) -> None:
+        """The load or unload is over."""
+        with self._lock:
+            self._ticket = None
+            if not self.is_stopping:
+                self._state = State.ACTIVE if self._handle else State.IDLE
+            self._progress = 100 if self._handle else 0
+
+    def close_trim(self, done: Future[None]) -> None:
+        """End a request to give memory back. No-op if its caller has given it up."""
+        with self._lock:
+            self._trims.discard(done)
+        with suppress(InvalidStateError):
+            done.set_result(None)
+
+    def fail_ticket(self, fault: RunnerFault) -> None:
+        """Ends the load, unload and trims that will not be worked on."""
+        with self._lock:
+            ticket, self._ticket = self._ticket, None
+            trims, self._trims = self._trims, set()
+        futures: list[Future[Any]] = [ticket.future] if ticket else []
+        for future in (*futures, *trims):
+            # Its caller may give it up at the same moment.
+            with suppress(InvalidStateError):
+                future.set_exception(fault)
+
+    # -- the end -----------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Nothing is accepted any more, because the engine stops."""
+        with self._lock:
+            if self._state is not State.FAILED:
+                self._state = State.STOPPING
+
+    def die(self, text: str) -> list[Completion]:
+        """Nothing is accepted any more, because the engine is dead; like :meth:`withdraw_model`."""
+        with self._lock:
+            self._state, self._last_error = State.FAILED, text[:_MAX_ERROR_CHARS]
+        return self.withdraw_model()
+
+
+def _require_memory(model: ModelHandle, completion: Completion) -> None:
+    """Refuse a completion whose KV cache would not fit even alone."""
+    need, budget = model.kv_bytes(completion.max_length), model.info.kv_budget_bytes
+    if need > budget:
+        raise InsufficientMemory(
+            f"{completion.max_length} tokens need {format_bytes(need)} of KV cache and "
+            f"{format_bytes(budget)} may be used; ask for fewer with num_predict, or load with "
+            "more memory",
+            requiredBytes=need,
+            availableBytes=budget,
+        )
+
+
+def stopping_fault() -> ShuttingDown:
+    """What calls get while the process stops."""
+    return ShuttingDown("the runner is stopping; use another")
+
+
+def exiting_fault() -> ShuttingDown:
+    """What new calls get once the engine is dead."""
+    return ShuttingDown("the engine has failed and the runner is exiting; use another")

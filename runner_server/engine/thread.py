@@ -1,0 +1,393 @@
+"""The one thread that owns the model. :meth:`Worker.run` is the loop.
+
+Everything here runs on that thread. It takes messages from an inbox and answers
+through streams, tickets and the ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+from collections.abc import Callable
+from concurrent.futures import InvalidStateError
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from runner_server.engine.backend import Backend, BackendLost, Batch, LoadedModel, ModelHandle
+from runner_server.engine.commands import Cancel, Inbox, LimitPrompts, Message, Resume, Trim
+from runner_server.engine.generation import Completion
+from runner_server.engine.output import Publisher, Stream
+from runner_server.engine.registry import Ledger, Ticket, exiting_fault, stopping_fault
+from runner_server.engine.scheduler import Seats
+from runner_server.engine.types import Event, LoadSpec, ModelInfo, NotFinite, Prefill
+from runner_server.errors import (
+    GenerationFailed,
+    RunnerFault,
+    ShuttingDown,
+    not_finite_advice,
+)
+
+logger = logging.getLogger(__name__)
+
+_TRIM_AFTER_SECONDS = 1.0
+"""How long the engine has nothing to do before it gives freed memory back."""
+
+_MAX_FAILED_STEPS = 2
+"""Failed steps in a row after which the engine gives up: it cannot recover in place."""
+
+
+class Worker:
+    """Loads, admits, steps, publishes.
+
+    Args:
+        backend: The model library.
+        ledger: What was accepted.
+        inbox: What to do.
+        loop: Where streams are woken and ``on_death`` is called.
+        on_death: Called once if the engine cannot go on.
+
+    Attributes:
+        device: The device that computes; empty until the library is imported.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        ledger: Ledger,
+        inbox: Inbox,
+        loop: asyncio.AbstractEventLoop,
+        on_death: Callable[[], None],
+    ) -> None:
+        self._backend = backend
+        self._ledger = ledger
+        self._inbox = inbox
+        self._loop = loop
+        self._on_death = on_death
+        # Nobody else may hold the model, or its memory would not come back.
+        self._model: LoadedModel | None = None
+        self._batch: Batch | None = None
+        self._seats = Seats()
+        self._publisher = Publisher(loop)
+        self._touched: list[Stream] = []
+        self._urgent: list[Stream] = []
+        self._failed_steps = 0
+        self._has_stepped = False
+        self._prompts_bytes = 0
+        self.device = ""
+
+    def run(self) -> None:
+        """Works until the ledger says stop, or until nothing can be done any more."""
+        try:
+            self.device = self._backend.open()
+            while not self._ledger.is_stopping:
+                self._take_messages()
+                self._publish()
+                self._advance()
+                self._publish()
+            self._close()
+        except BaseException as error:  # noqa: BLE001 - a dead thread must not look alive
+            self._die(error)
+
+    # -- messages ----------------------------------------------------------------
+
+    def _take_messages(self) -> None:
+        """Handles what has come; waits for it only when there is nothing else to do."""
+        message = self._poll() if self._can_advance() else self._wait()
+        while message is not None:
+            self._receive(message)
+            message = self._poll()
+
+    def _can_advance(self) -> bool:
+        return bool(self._seats.running) or bool(self._model and self._seats.has_next(self._model))
+
+    def _wait(self) -> Message:
+        self._ledger.note_idle(is_idle=True)
+        message = self._wait_or_trim()
+        self._ledger.note_idle(is_idle=False)
+        return message
+
+    def _wait_or_trim(self) -> Message:
+        """Waits for a message; gives freed memory back once, if none comes for a while."""
+        if self._has_stepped:
+            try:
+                return self._inbox.get(timeout=_TRIM_AFTER_SECONDS)
+            except queue.Empty:
+                self._has_stepped = False
+                self._backend.trim()
+        return self._inbox.get()
+
+    def _poll(self) -> Message | None:
+        try:
+            return self._inbox.get_nowait()
+        except queue.Empty:
+            return None
+
+    def _receive(self, message: Message) -> None:
+        match message:
+            case Completion() if self._model and self._ledger.is_live(message.id):
+                self._seats.waiting.append(message)
+            case Cancel(completion_id=id_):
+                self._drop(id_)
+            case Resume(completion_id=id_):
+                self._seats.read_on(id_)
+            case LimitPrompts(limit_bytes=limit) if self._model:
+                self._prompts_bytes = limit
+                self._model.limit_prompts(limit)
+            case Trim():
+                self._trim(message)
+            case Ticket():
+                self._settle(message)
+
+    def _trim(self, trim: Trim) -> None:
+        """Reduces the evaluated prompts that are kept, and gives freed memory back."""
+        if self._model:
+            self._model.limit_prompts(min(self._prompts_bytes, trim.prompts_bytes))
+            self._model.limit_prompts(self._prompts_bytes)
+        self._backend.trim()
+        self._ledger.close_trim(trim.done)
+
+    def _drop(self, id_: int) -> None:
+        """Ends a cancelled completion in whatever phase it is."""
+        if not self._ledger.is_live(id_):
+            return
+        self._ledger.forget(id_)
+        if self._seats.remove(id_):
+            self._guarded(lambda _model, batch: batch.remove([id_]))
+
+    # -- completions -------------------------------------------------------------
+
+    def _advance(self) -> None:
+        """Admits what fits and makes one step."""
+        self._guarded(self._admit_and_step)
+
+    def _guarded(self, work: Callable[[LoadedModel, Batch], None]) -> None:
+        """Does work on the batch; if it raises, the batch's rows end and a new one begins."""
+        model, batch = self._model, self._batch
+        if not (model and batch):
+            return
+        try:
+            work(model, batch)
+        except BackendLost:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever MLX raised, its rows are lost
+            self._recover(error)
+            batch.close()
+            self._batch = model.new_batch()
+
+    def _admit_and_step(self, model: LoadedModel, batch: Batch) -> None:
+        self._admit(model, batch)
+        if self._seats.running:
+            self._step(batch)
+            self._failed_steps = 0
+
+    def _admit(self, model: LoadedModel, batch: Batch) -> None:
+        while completion := self._seats.next(model):
+            if completion.has_begun:
+                batch.resume(completion.id)
+                completion.come_back()
+                continue
+            completion.admit()
+            self._ledger.note_running(completion)
+            batch.add(completion.id, completion.spec.prompt_ids, completion.spec.sampling)
+
+    def _step(self, batch: Batch) -> None:
+        self._has_stepped = True
+        events = batch.step()
+        self._ledger.note_step()
+        ended = [row for event in events if (row := self._on_event(event)) is not None]
+        if ended:
+            # What they have evaluated is kept for others; their readers need not wait for that.
+            self._publish()
+            batch.remove(ended)
+        for completion in [each for each in self._seats.running.values() if each.stream.is_full]:
+            batch.pause(completion.id)
+            completion.leave()
+            self._seats.pause(completion)
+            completion.stream.when_read(partial(self._inbox.put, Resume(completion.id)))
+
+    def _on_event(self, event: Event) -> int | None:
+        """Passes an event on; returns its row if that has ended."""
+        completion = self._seats.running.get(event.row)
+        if completion is None:
+            return None
+        if isinstance(event, NotFinite):
+            self._fail([completion], self._not_finite(completion))
+            return completion.id
+        self._touched.append(completion.stream)
+        if isinstance(event, Prefill):
+            completion.on_prefill(event)
+            return None
+        is_first = not completion.has_begun
+        done = completion.on_token(event)
+        if is_first or done:
+            self._urgent.append(completion.stream)
+        if done is None:
+            return None
+        self._seats.remove(completion.id)
+        self._ledger.forget(completion.id, completion.seated_seconds(done))
+        return completion.id
+
+    def _not_finite(self, completion: Completion) -> GenerationFailed:
+        """Return, and log, why a completion whose logits are no numbers ends."""
+        dtype = self._model.info.dtype if self._model else ""
+        fault = GenerationFailed(
+            f"the model's logits are not finite (NaN or infinity) after {completion.length} "
+            f"tokens, so there is no next token; its weights are held as {dtype}: "
+            f"{not_finite_advice(dtype)}"
+        )
+        self._ledger.note_error("a completion failed: logits are not finite")
+        logger.error("row %d failed: %s", completion.id, fault)
+        return fault
+
+    def _publish(self) -> None:
+        """Has the readers woken that have something new."""
+        if self._touched or self._urgent:
+            self._publisher.publish(self._touched, self._urgent)
+            self._touched, self._urgent = [], []
+
+    def _recover(self, error: Exception) -> None:
+        """Ends the rows of the batch; a second time in a row the engine gives up."""
+        self._failed_steps += 1
+        name = type(error).__name__
+        self._ledger.note_error(f"a step failed: {name}")
+        logger.error("step failed with %d rows", len(self._seats.begun), exc_info=error)
+        fault = GenerationFailed(
+            f"MLX raised {name} in a step of this batch; the runner's log has the traceback; the "
+            "request may be retried"
+        )
+        self._fail(self._seats.begun, fault)
+        if self._failed_steps >= _MAX_FAILED_STEPS:
+            raise RuntimeError(f"{self._failed_steps} steps in a row failed") from error
+
+    def _fail(self, completions: list[Completion], fault: RunnerFault) -> None:
+        for completion in completions:
+            self._seats.remove(completion.id)
+            self._ledger.forget(completion.id)
+            completion.fail(fault)
+            self._urgent.append(completion.stream)
+
+    # -- loads and unloads -------------------------------------------------------
+
+    def _settle(self, ticket: Ticket[Any]) -> None:
+        """Runs a load or unload and hands its outcome to whoever waits."""
+        if not ticket.future.set_running_or_notify_cancel():
+            self._ledger.close_ticket()
+            return
+        try:
+            result = ticket.work(ticket)
+        except RunnerFault as fault:
+            self._ledger.close_ticket()
+            # A lost rank has perhaps ended it.
+            with suppress(InvalidStateError):
+                ticket.future.set_exception(fault)
+        else:
+            self._ledger.close_ticket()
+            with suppress(InvalidStateError):
+                ticket.future.set_result(result)
+
+    def load(self, spec: LoadSpec, ticket: Ticket[ModelInfo]) -> ModelInfo:
+        """The work of a load's ticket."""
+        self._check(spec)
+        self._end_all(ShuttingDown("the model is being replaced; load or use another runner"))
+        self._free_model(for_next=True)
+
+        def report(progress: int) -> None:
+            self._ledger.note_progress(progress)
+            if ticket.cancelled.is_set() or self._ledger.is_stopping:
+                raise ShuttingDown("the load was cancelled")
+
+        try:
+            report(0)
+            self._model = self._backend.load(spec, report)
+            self._prompts_bytes = self._model.info.prefix_cache_bytes
+            self._batch = self._model.new_batch()
+            report(100)
+        except BackendLost:
+            raise
+        except Exception as error:  # noqa: BLE001 - a model that fails must not end the process
+            fault = _load_fault(spec, error)
+            self._ledger.note_error(f"load of {spec.model!r} failed: {fault}")
+            self._free_model()
+            raise fault from None
+        self._ledger.offer_model(_handle(self._model))
+        return self._model.info
+
+    def _check(self, spec: LoadSpec) -> None:
+        """Refuse what cannot be found or read before the model that is loaded is given up."""
+        try:
+            self._backend.check(spec)
+        except Exception as error:  # noqa: BLE001 - as in a load
+            fault = _load_fault(spec, error)
+            self._ledger.note_error(f"load of {spec.model!r} failed: {fault}")
+            raise fault from None
+
+    def unload(self, _ticket: Ticket[int]) -> int:
+        """The work of an unload's ticket."""
+        before = self._held_bytes()
+        self._end_all(ShuttingDown("the model was unloaded; load or use another runner"))
+        self._free_model()
+        return max(0, before - self._held_bytes())
+
+    def _held_bytes(self) -> int:
+        memory = self._backend.memory()
+        return memory.active_bytes + memory.cache_bytes
+
+    def _end_all(self, fault: RunnerFault) -> None:
+        completions = self._ledger.withdraw_model()
+        self._fail(completions, fault)
+        self._seats.clear()
+        self._publish()
+
+    def _free_model(self, *, for_next: bool = False) -> None:
+        if self._batch:
+            self._batch.close()
+        self._batch = self._model = None
+        self._backend.release(for_next=for_next)
+
+    # -- the end -----------------------------------------------------------------
+
+    def _close(self) -> None:
+        fault = stopping_fault()
+        self._end_all(fault)
+        self._ledger.fail_ticket(fault)
+        self._free_model()
+        self._backend.close()
+
+    def _die(self, error: BaseException) -> None:
+        logger.critical("the engine is dead; the process exits", exc_info=error)
+        text, refusal = f"the engine failed: {type(error).__name__}: {error}", exiting_fault()
+        fault: RunnerFault = GenerationFailed(str(refusal))
+        if isinstance(error, BackendLost):
+            text = str(error)
+            fault = refusal = ShuttingDown(text)
+        self._fail(self._ledger.die(text), fault)
+        self._publish()
+        self._ledger.fail_ticket(refusal)
+        self._loop.call_soon_threadsafe(self._on_death)
+        self._batch = self._model = None
+        try:
+            self._backend.close()
+        except Exception:
+            logger.exception("the model library could not be closed")
+
+
+def _handle(model: LoadedModel) -> ModelHandle:
+    return ModelHandle(model.info, model.codec, model.kv_bytes)
+
+
+def _load_fault(spec: LoadSpec, error: Exception) -> RunnerFault:
+    """Logs why a load failed, and lets go of it: tracebacks hold arrays that were read."""
+    if isinstance(error, RunnerFault):
+        fault = error
+        # Quoted: a caller may have put line breaks into it, to forge lines of this log.
+        logger.warning("load of %r failed: %s", spec.model, fault)
+    else:
+        logger.error("load of %r failed", spec.model, exc_info=error)
+        fault = GenerationFailed(
+            f"loading {spec.model!r} raised {type(error).__name__}; the runner's log has the "
+            "traceback"
+        )
+    fault.__cause__ = fault.__context__ = fault.__traceback__ = error.__traceback__ = None
+    return fault

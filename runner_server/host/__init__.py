@@ -1,0 +1,1 @@
+"""The machine and the process: memory, folders, compilers and the parent process."""

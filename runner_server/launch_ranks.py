@@ -1,0 +1,185 @@
+"""From several processes that ``mlx.launch`` has started to one server and its followers."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import json
+import logging
+import os
+import signal
+import socket
+import stat
+import sys
+import threading
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner_server import __version__
+from runner_server.app import EXIT_CANNOT_START, EXIT_ENGINE_DEAD, serve
+from runner_server.config import ServerConfig
+from runner_server.distributed.follower import Follower, FollowerPartners, Inbox
+from runner_server.distributed.hub import Hub
+from runner_server.distributed.leader import LeaderBackend, LeaderPartners
+from runner_server.distributed.link import Link
+from runner_server.host.machine_admission import MachineAdmission
+from runner_server.host.model_root import ModelRoot
+from runner_server.mlx_backend import MlxBackend
+
+if TYPE_CHECKING:
+    from runner_server.mlx_backend.sharding import Group
+
+logger = logging.getLogger(__name__)
+
+JOIN_SECONDS = 120.0
+"""How long ranks wait for each other at the start: a large cluster's logins take a while."""
+
+
+def run(config: ServerConfig) -> int:
+    """Serves as rank 0, or follows it; returns the exit code."""
+    if "MLX_RANK" not in os.environ:
+        logger.error(
+            "--distributed: MLX_RANK is not set; start all ranks with mlx.launch, for instance "
+            "mlx.launch -n 2 -- mlx-runner serve --distributed --model DIR"
+        )
+        return EXIT_CANNOT_START
+    try:
+        group = _join()
+        return _lead(config, group) if group.rank == 0 else _follow(config, group)
+    except (OSError, RuntimeError, ValueError) as error:
+        logger.error("the ranks cannot be joined: %s", error)  # noqa: TRY400 - the whole story
+        return EXIT_CANNOT_START
+
+
+def _join() -> Group:
+    rank = os.environ["MLX_RANK"]
+    logger.info("rank %s waits for the others, at most %.0f s", rank, JOIN_SECONDS)
+    # MLX holds Python's lock while it waits: only what the system does by itself ends it.
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        from runner_server.mlx_backend.sharding import Group  # noqa: PLC0415 - imports MLX
+
+        group = Group(JOIN_SECONDS)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if str(group.rank) != rank:
+        raise RuntimeError(
+            f"MLX connects no other rank with this one, which is to be {rank}; is the backend that "
+            "mlx.launch was given a part of this MLX?"
+        )
+    return group
+
+
+def _lead(config: ServerConfig, group: Group) -> int:
+    from runner_server.mlx_backend.sharding import Shard  # noqa: PLC0415 - imports MLX
+
+    hub = Hub(_host_of_rank_0(), group.size)
+    group.share(hub.address)
+    hub.gather(_traits(), JOIN_SECONDS)
+    logger.info("rank 0 of %d serves; the others are %s", group.size, _names(hub))
+    partners = LeaderPartners(hub)
+    shard = Shard(group, partners, by_layers=config.pipeline)
+    admission = MachineAdmission()
+    backend = LeaderBackend(MlxBackend(_root(config), shard, admission), hub, partners)
+    # mlx.launch holds a pipe on it: when that ends, so does rank 0, and all others with it.
+    ends_with_launcher = _is_pipe(sys.stdin.fileno() if sys.stdin else 0)
+    config = replace(config, exit_with_parent=config.exit_with_parent or ends_with_launcher)
+    return asyncio.run(serve(config, backend, hub, admission))
+
+
+def _follow(config: ServerConfig, group: Group) -> int:
+    host, port, secret = group.share(None)
+    link = Link(socket.create_connection((host, port), timeout=JOIN_SECONDS))
+    _ask_rank_0_on_signals(link)
+    codes: list[int] = []
+
+    def work() -> None:
+        codes.append(_followed(config, group, link, secret))
+
+    # Not on this thread: it has the signals, and MLX may wait for a long time.
+    thread = threading.Thread(target=work, name="engine", daemon=True)
+    thread.start()
+    thread.join()
+    logging.shutdown()
+    # As in `serve`: the end of Python could wait for what hangs inside MLX.
+    os._exit(*codes)
+
+
+def _followed(config: ServerConfig, group: Group, link: Link, secret: str) -> int:
+    """Follows rank 0 to the end; returns the exit code."""
+    from runner_server.mlx_backend.sharding import Shard  # noqa: PLC0415 - imports MLX
+
+    inbox = Inbox(link, lambda: os._exit(EXIT_ENGINE_DEAD))
+    partners = FollowerPartners(link, inbox)
+    shard = Shard(group, partners, by_layers=config.pipeline)
+    backend = MlxBackend(_root(config), shard, MachineAdmission())
+    try:
+        device = backend.open()
+        here = (socket.gethostname(), os.getpid(), device)
+        link.send("hello", secret, group.rank, *here, _traits())
+        inbox.start()
+        Follower(backend, link, inbox, partners).run()
+    except Exception:
+        logger.critical("rank %d cannot go on, so all ranks end", group.rank, exc_info=True)
+        return EXIT_ENGINE_DEAD
+    return 0
+
+
+def _ask_rank_0_on_signals(link: Link) -> None:
+    """SIGINT and SIGTERM end all ranks in order; a second one ends this process at once."""
+    seen: list[int] = []
+
+    def ask() -> None:
+        # Where rank 0 is gone, this process ends anyway.
+        with suppress(OSError):
+            link.send("stop")
+
+    def on_signal(number: int, _frame: object) -> None:
+        if seen:
+            os._exit(128 + number)
+        seen.append(number)
+        # Not in the handler, which may have interrupted another message.
+        threading.Thread(target=ask, daemon=True).start()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+
+
+def _host_of_rank_0() -> str:
+    """The address of this machine, rank 0's, which ``mlx.launch`` has told all ranks."""
+    if file := os.environ.get("MLX_HOSTFILE"):
+        hosts: Any = json.loads(Path(file).read_text().strip() or "[]")
+        if hosts:
+            return _without_port(hosts[0][0])
+    if address := os.environ.get("MLX_JACCL_COORDINATOR"):
+        return _without_port(address)
+    return os.environ.get("NCCL_HOST_IP", "127.0.0.1")
+
+
+def _without_port(address: str) -> str:
+    return str(address).rpartition(":")[0].strip("[]")
+
+
+def _traits() -> list[str]:
+    from runner_server.mlx_backend.sharding import traits  # noqa: PLC0415 - imports MLX
+
+    return traits(f"runner {__version__}", f"mlx-lm {importlib.metadata.version('mlx-lm')}")
+
+
+def _names(hub: Hub) -> str:
+    return ", ".join(f"{rank.rank} on {rank.host} (process {rank.pid})" for rank in hub.others)
+
+
+def _root(config: ServerConfig) -> ModelRoot | None:
+    return ModelRoot(config.model_root) if config.model_root else None
+
+
+def _is_pipe(descriptor: int) -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(descriptor).st_mode)
+    except OSError:
+        return False

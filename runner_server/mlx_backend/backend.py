@@ -1,0 +1,149 @@
+"""The entrance of the adapter: opens MLX on the engine's thread and counts memory."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from runner_server.engine.admission import UNCHECKED, Admission
+from runner_server.engine.types import LoadSpec, MemoryCounters
+from runner_server.host.heap import drop_code, settle_heap, trim_heap
+from runner_server.mlx_backend.upstream.lean_import import forget_modules
+
+if TYPE_CHECKING:
+    from runner_server.engine.prefix_cache import Held
+    from runner_server.host.kernel_folder import KernelFolder
+    from runner_server.host.model_root import ModelRoot
+    from runner_server.mlx_backend.loading.loader import MlxModel
+    from runner_server.mlx_backend.sharding import Shard
+
+_ARCHITECTURES = "mlx_lm.models"
+"""Modules of models that are not loaded any more keep a fifth of a MiB each."""
+
+_LIBRARIES = ("libmlx", "tokenizers", "liblapack", "libblas")
+
+_ANY_LIMIT_BYTES = 1 << 40
+"""MLX tells its limit only when it is given another one."""
+
+
+class MlxBackend:
+    """Implements ``runner_server.engine.backend.Backend`` with MLX.
+
+    Args:
+        model_root: Where models must lie; None is anywhere.
+        shard: This rank's part of what is loaded; None is all.
+        admission: Decides whether there is memory for a load.
+    """
+
+    def __init__(
+        self,
+        model_root: ModelRoot | None = None,
+        shard: Shard | None = None,
+        admission: Admission = UNCHECKED,
+    ) -> None:
+        self._model_root = model_root
+        self._shard = shard
+        self._admission = admission
+        self._usual_limit_bytes = 0
+        self._kept_modules: frozenset[str] = frozenset()
+        self._mx: Any = None
+        self._kernels: KernelFolder | None = None
+        # Not the model itself: it must go with the last reference of the engine's thread.
+        self._prompts: Held | None = None
+
+    def open(self) -> str:
+        """Imports MLX and mlx_lm; returns the device's name."""
+        use_offline()
+        settle_heap()
+        # Late, because it takes tenths of a second in which calls are answered.
+        import mlx.core as mx  # noqa: PLC0415
+
+        import runner_server.mlx_backend.loading.loader  # noqa: F401, PLC0415
+        from runner_server.mlx_backend.fusing import private_kernels  # noqa: PLC0415
+
+        self._kernels = private_kernels()
+        info = mx.device_info()
+        # Metal only: what is not wired, the system may page out between two steps.
+        if working_set := info.get("max_recommended_working_set_size"):
+            mx.set_wired_limit(int(working_set))
+        self._mx = mx
+        self._kept_modules = frozenset(sys.modules)
+        self._usual_limit_bytes = mx.set_memory_limit(_ANY_LIMIT_BYTES)
+        mx.set_memory_limit(self._usual_limit_bytes)
+        kind = "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
+        return f"{kind}: {info.get('device_name', 'unknown')}"
+
+    def check(self, spec: LoadSpec) -> None:
+        """Looks at a model's files; see ``Backend.check``."""
+        from runner_server.mlx_backend.loading.loader import check_files  # noqa: PLC0415 - as in open
+
+        check_files(spec, self._model_root)
+
+    def load(self, spec: LoadSpec, report: Callable[[int], None]) -> MlxModel:
+        """Loads a model; see ``Backend.load``."""
+        from runner_server.mlx_backend.loading.loader import load  # noqa: PLC0415 - as in open
+
+        model = load(spec, report, self._model_root, self._shard, self._admission)
+        self._keep_kernels()
+        self._prompts = model.prompts
+        return model
+
+    def memory(self) -> MemoryCounters:
+        """What MLX holds; its counters may be read on any thread."""
+        mx = self._mx
+        if mx is None:
+            return MemoryCounters()
+        prompts = self._prompts
+        return MemoryCounters(
+            active_bytes=mx.get_active_memory(),
+            cache_bytes=mx.get_cache_memory(),
+            peak_bytes=mx.get_peak_memory(),
+            prefix_cache_bytes=prompts.nbytes if prompts else 0,
+            prefix_cache_limit_bytes=prompts.limit_bytes if prompts else 0,
+        )
+
+    def release(self, *, for_next: bool = False) -> None:
+        """Gives back what a model has held; see ``Backend.release``."""
+        self._prompts = None
+        forget_modules(_ARCHITECTURES, self._kept_modules)
+        if self._mx is not None:
+            self._mx.set_memory_limit(self._usual_limit_bytes)
+        self.trim()
+        drop_code(_LIBRARIES)
+        # Between two models, or after a gate, other schedulers are not to count on it.
+        if not for_next:
+            self._admission.release()
+
+    def trim(self) -> None:
+        """Gives freed memory back: Python's cycles, MLX's cache, the C heap."""
+        gc.collect()
+        if self._mx is not None:
+            self._mx.clear_cache()
+        self._keep_kernels()
+        trim_heap()
+
+    def close(self) -> None:
+        """Ends MLX on this thread; without it the exit of the process may abort."""
+        if self._mx is None:  # it could not be imported
+            return
+        self._mx.synchronize()
+        self._mx.clear_streams()
+        if self._kernels:
+            self._kernels.close()
+            self._kernels = None
+
+    def _keep_kernels(self) -> None:
+        if self._kernels:
+            self._kernels.keep()
+
+
+def use_offline() -> None:
+    """Sets the variables that transformers and tokenizers read when they are imported."""
+    # Nothing is ever downloaded; without this transformers may try.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    # As mlx_lm has it where all of it is imported: no advice about PyTorch.
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

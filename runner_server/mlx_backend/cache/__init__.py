@@ -1,0 +1,1 @@
+"""KV caches and recurrent states of single rows and of a batch."""

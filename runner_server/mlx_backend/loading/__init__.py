@@ -1,0 +1,1 @@
+"""Loading: from a directory to a model that has been tried."""

@@ -1,0 +1,108 @@
+"""Whether rows of a loaded model can be decoded together, tried with its weights.
+
+mlx_lm's models are written for one sequence, and most of them happen to be right for several
+of different lengths. A trace before weights are read finds the models that raise
+(:func:`runner_server.mlx_backend.planning.working_memory.require_batches`). The trial finds the
+models that answer something else: it decodes rows together and alone, and compares their logits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import cast
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten
+
+from runner_server.mlx_backend.cache.row_caches import CachePieces, Caches, extend, merge, prefill
+from runner_server.mlx_backend.planning.plan import device_kind
+from runner_server.mlx_backend.stream_errors import recover
+
+logger = logging.getLogger(__name__)
+
+_LENGTHS = (5, 1, 2)
+"""Tokens of the prompts. The caches of the second are empty when it joins, those of the third
+are shorter than the window of most recurrent states."""
+
+
+_TOLERANCE = 0.01
+"""For float32 on a CPU; in standard deviations. Rounding made at most 7e-6 (OpenBLAS, models of
+100 M, trained and random), an offset that counts padding (afm7) 0.4."""
+
+_TOLERANCE_16_BITS = 0.25
+"""For other formats, and for GPUs, which multiply float32 in fewer bits. On a CPU rounding makes
+next to nothing in 16 bits either; products of rows and of single ones may differ in each bit of
+bfloat16 on a GPU, and experts may be chosen otherwise."""
+
+
+def try_together(model: Module, pieces: CachePieces, vocab_size: int, rows: int) -> str | None:
+    """Tell why rows of a model are not to be decoded together; None if they may be.
+
+    Args: see :func:`deviation`.
+    """
+    try:
+        found = deviation(model, pieces, vocab_size, rows)
+    except Exception as error:  # noqa: BLE001 - alone it has been tried
+        recover()
+        return f"{type(error).__name__}: {error}"
+    if found <= _tolerance(model):
+        return None
+    return f"logits differ from those of each alone by up to {found:.2g} standard deviations"
+
+
+def deviation(model: Module, pieces: CachePieces, vocab_size: int, rows: int) -> float:
+    """Decode a token of rows of different lengths together and alone, and compare the logits.
+
+    Args:
+        model: The evaluated model.
+        pieces: Makes its caches.
+        vocab_size: Token ids its output layer scores.
+        rows: How many there may be, from 2; at most three are taken.
+
+    Returns:
+        The largest difference of two logits, in standard deviations of the row's logits.
+    """
+    prompts = _prompts(vocab_size)[:rows]
+    caches = [pieces.new() for _ in prompts]
+    for own, prompt in zip(caches, prompts, strict=True):
+        if prompt[1:]:
+            prefill(model, [own], [prompt[:-1]])
+    last = [prompt[-1] for prompt in prompts]
+    batch = merge(caches[:2], len(caches))
+    if caches[2:]:
+        extend(batch, caches[2:], len(caches))
+    together = _logits(model, last, batch)
+    # Afterwards: a step changes the caches that it is given.
+    alone = [_logits(model, [token], own) for token, own in zip(last, caches, strict=True)]
+    return _largest(together, mx.concatenate(alone))
+
+
+def _tolerance(model: Module) -> float:
+    """Return the difference that rounding may make."""
+    weights = cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))
+    is_wide = all(weight.dtype == mx.float32 for _, weight in weights)
+    return _TOLERANCE if is_wide and device_kind() == "cpu" else _TOLERANCE_16_BITS
+
+
+def _prompts(vocab_size: int) -> list[list[int]]:
+    """Return prompts of ids that lie all over the vocabulary."""
+    total = sum(_LENGTHS)
+    ids = iter([(2 * place + 1) * vocab_size // (2 * total) for place in range(total)])
+    return [[next(ids) for _ in range(length)] for length in _LENGTHS]
+
+
+def _logits(model: Module, tokens: Sequence[int], caches: Caches) -> mx.array:
+    inputs = mx.array(list(tokens), dtype=mx.uint32)[:, None]
+    logits: mx.array = model(inputs, cache=caches)[:, -1, :].astype(mx.float32)
+    mx.eval(logits)
+    return logits
+
+
+def _largest(together: mx.array, alone: mx.array) -> float:
+    # Some types give -inf for tokens that they bar.
+    is_barred = mx.isinf(together) & mx.isinf(alone)
+    difference = mx.where(is_barred, 0.0, mx.abs(together - alone))
+    spread = mx.std(mx.where(is_barred, 0.0, alone), axis=-1, keepdims=True)
+    return cast("float", mx.max(difference / mx.maximum(spread, 1e-9)).item())

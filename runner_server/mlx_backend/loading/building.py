@@ -1,0 +1,169 @@
+"""From a directory to a model with lazy weights: nothing of them is read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+
+from runner_common.model_directory import (
+    Located,
+    ModelDirectory,
+    ModelUnusableError,
+    read_model_directory,
+    text_part,
+)
+from runner_server.engine.types import Dtype, LoadSpec
+from runner_server.errors import ModelUnsupported, RunnerFault
+from runner_server.mlx_backend.loading.weight_files import WeightFiles
+from runner_server.mlx_backend.model.activations import use_named_gelu
+from runner_server.mlx_backend.model.casting import cast_weights, widen_experts
+from runner_server.mlx_backend.model.exactness import Exactness, compare
+from runner_server.mlx_backend.model.rotary import settle_rope
+from runner_server.mlx_backend.planning.plan import context_in_force, device_kind
+from runner_server.mlx_backend.upstream.names import BuiltModel, build_model, dequantize_model
+
+if TYPE_CHECKING:
+    from runner_server.mlx_backend.sharding import Shard
+
+logger = logging.getLogger(__name__)
+
+_MAX_TOLD = 300
+
+_MX_DTYPES = {
+    Dtype.FLOAT32: mx.float32,
+    Dtype.BFLOAT16: mx.bfloat16,
+    Dtype.FLOAT16: mx.float16,
+}
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model with lazy weights, in the format that is asked for, perhaps split.
+
+    Attributes:
+        model: The model.
+        config: Its configuration, with what mlx_lm added about quantization.
+        spec: The load, with what the ranks agreed on.
+        exactness: How far it can be computed as its files say.
+    """
+
+    model: Module
+    config: dict[str, Any]
+    spec: LoadSpec
+    exactness: Exactness
+
+
+def read_directory(located: Located) -> ModelDirectory:
+    """Read a model's files but for its weights.
+
+    Raises:
+        ModelUnsupported: They cannot be used.
+    """
+    try:
+        directory = read_model_directory(located.path)
+    except ModelUnusableError as error:
+        raise ModelUnsupported(str(error), model=str(located.path)) from error
+    notes = (located.note, *directory.notes) if located.note else directory.notes
+    return replace(directory, notes=notes)
+
+
+@contextmanager
+def before_weights(path: Path) -> Iterator[None]:
+    """Answer any error with the model's files: nothing else has been looked at yet."""
+    try:
+        yield
+    except (RunnerFault, MemoryError):
+        raise
+    except Exception as error:
+        logger.exception("%s cannot be loaded", path)
+        raise ModelUnsupported(
+            f"{path} cannot be loaded ({_told(error)}): its configuration says "
+            "something that mlx_lm cannot compute; the runner's log has the traceback",
+            model=str(path),
+        ) from error
+
+
+def _told(error: Exception) -> str:
+    """Return an error of mlx_lm in one line; some list every tensor."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= _MAX_TOLD else f"{text[:_MAX_TOLD]}..."
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+
+
+def build(directory: ModelDirectory, spec: LoadSpec, shard: Shard | None) -> Built:
+    """Build a model in the format that is asked for, perhaps split.
+
+    Args:
+        directory: Its files.
+        spec: The load.
+        shard: Leaves this rank's part of the model; None leaves all.
+
+    Raises:
+        ModelUnsupported: mlx_lm cannot build it, or not as its files say.
+        InvalidField: The context is longer than is exact.
+    """
+    unread, exactness = _build(directory)
+    config = unread.config
+    exactness.require(directory.path, allow=spec.allow_inexact)
+    if shard:
+        spec = shard.split(unread.model, config, spec)
+    model = _converted(directory, unread, spec, shard)
+    context = context_in_force(spec, directory.configuration.context_length, exactness)
+    settle_rope(model, text_part(config), unread.arguments, context)
+    return Built(model, config, spec, exactness)
+
+
+def _build(directory: ModelDirectory) -> tuple[BuiltModel, Exactness]:
+    files, path = WeightFiles(), directory.path
+    model_type = directory.configuration.model_type
+    try:
+        built = build_model(
+            path, directory.configuration.values, directory.weight_files, files.load
+        )
+        use_named_gelu(text_part(built.config), built)
+        # A model that computes with weights while it is built has read them.
+        files.settle()
+        files.check()
+        exactness = Exactness(compare(directory, built, files.unused()))
+    except Exception as error:
+        raise ModelUnsupported(
+            f"{path} is not a model that mlx_lm can build ({_told(error)}); "
+            f"expected weights that fit config.json, whose model_type is {model_type!r}",
+            model=str(path),
+        ) from error
+    finally:
+        # Layers draw weights that nobody reads. What is left of it is a chain of unevaluated
+        # states, one a layer, that would grow with each load.
+        mx.eval(mx.random.state)
+    files.attach(built.model)
+    return built, exactness
+
+
+def _converted(
+    directory: ModelDirectory, built: BuiltModel, spec: LoadSpec, shard: Shard | None
+) -> Module:
+    """Changes the format of what was built, and perhaps split."""
+    if shard is None or spec.dtype is Dtype.AS_STORED or not built.config.get("quantization"):
+        return _convert(built.model, spec.dtype)
+    # mlx_lm dequantizes whole layers only.
+    built, _ = _build(directory)
+    model = _convert(built.model, spec.dtype)
+    shard.split(model, built.config, spec)
+    return model
+
+
+def _convert(model: Module, dtype: Dtype) -> Module:
+    """Changes the format of lazy weights; they are converted as they are read."""
+    if dtype is not Dtype.AS_STORED:
+        model = dequantize_model(model)
+        cast_weights(model, _MX_DTYPES[dtype])
+    if device_kind() == "cpu":
+        widen_experts(model)
+    return model

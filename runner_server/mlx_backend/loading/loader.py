@@ -1,0 +1,297 @@
+"""From a directory to a model in memory, in steps that can be watched and cancelled.
+
+1. Find the directory and read its configuration; refuse what needs code of its own.
+2. Build the model with lazy weights: nothing is read yet, all sizes are known.
+3. Choose the format of the weights, and refuse what does not fit.
+4. Read the weights, part by part, reporting progress.
+5. Generate a token, which compiles what has to be compiled.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+
+from runner_common.model_directory import (
+    Located,
+    ModelDirectory,
+)
+from runner_common.units import format_bytes
+from runner_server.engine.admission import UNCHECKED, Admission
+from runner_server.engine.prefix_cache import Held, PrefixTree
+from runner_server.engine.types import Dtype, LoadSpec, ModelInfo
+from runner_server.errors import InsufficientMemory, ModelUnsupported
+from runner_server.host.heap import trim_heap
+from runner_server.host.model_root import ModelRoot
+from runner_server.mlx_backend.batch import KvRoom, MlxBatch, PromptCache
+from runner_server.mlx_backend.blas_threads import fit_threads
+from runner_server.mlx_backend.cache.row_caches import CachePieces
+from runner_server.mlx_backend.loading.batch_trial import try_together
+from runner_server.mlx_backend.loading.building import Built, before_weights, build, read_directory
+from runner_server.mlx_backend.loading.finding import find_model
+from runner_server.mlx_backend.loading.reading import read_weights
+from runner_server.mlx_backend.loading.trial import warm_up
+from runner_server.mlx_backend.loading.weight_files import WeightFiles
+from runner_server.mlx_backend.planning.plan import (
+    PREFILL_CHUNK,
+    Plan,
+    alone_warning,
+    arrays,
+    device_kind,
+    formats,
+    make_plan,
+    weight_bytes,
+)
+from runner_server.mlx_backend.tokenizer.codec import FastCodec, load_codec
+
+if TYPE_CHECKING:
+    from runner_server.mlx_backend.sharding import Shard
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[int], None]
+
+
+class MlxModel:
+    """A model in memory.
+
+    Args:
+        model: The evaluated model.
+        codec: Its tokenizer.
+        info: What it is, and the limits in force.
+        plan: What was decided before it was read.
+        shard: The part of it that this rank has; None is all.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        codec: FastCodec,
+        info: ModelInfo,
+        plan: Plan,
+        shard: Shard | None,
+    ) -> None:
+        self._model = model
+        self._plan = plan
+        self._shard = shard
+        self._pieces = CachePieces.of(model)
+        self._prompts: PromptCache = PrefixTree(self._pieces, info.prefix_cache_bytes)
+        self.codec = codec
+        self.info = info
+
+    @property
+    def kv_bytes(self) -> Callable[[int], int]:
+        """See ``LoadedModel.kv_bytes``."""
+        return self._plan.kv_bytes
+
+    @property
+    def prompts(self) -> Held:
+        """How much the evaluated prompts that are kept take, and may take."""
+        return self._prompts.held
+
+    def limit_prompts(self, limit_bytes: int) -> None:
+        """Changes how much evaluated prompts may take; see ``LoadedModel.limit_prompts``."""
+        self._prompts.limit(limit_bytes)
+
+    def new_batch(self) -> MlxBatch:
+        """An empty batch."""
+        return self._batch(self._prompts)
+
+    def warm_up(self) -> None:
+        """Tries the model, which also compiles kernels before the first user waits.
+
+        Rows that go wrong together run alone from then on.
+        """
+        info = self.info
+        batch = self._batch(PrefixTree(self._pieces, 0))
+        warm_up(self._model, batch, info.vocab_size, info.dtype)
+        if info.parallel == 1 or self._shard:
+            return
+        if why := try_together(self._model, self._pieces, info.vocab_size, info.parallel):
+            warning = alone_warning(info.architecture, why)
+            logger.warning("%s: %s", info.path, warning)
+            self.info = replace(info, parallel=1, warnings=(*info.warnings, warning))
+
+    def _batch(self, prompts: PromptCache) -> MlxBatch:
+        chunk = PREFILL_CHUNK[device_kind()]
+        model, vocab_size, shard = self._model, self.info.vocab_size, self._shard
+        if shard is None:
+            plan = self._plan
+            room = KvRoom(
+                self.info.kv_budget_bytes, plan.need.working_bytes, plan.kv_bytes, plan.chunk_bytes
+            )
+            return MlxBatch(model, vocab_size, chunk, self._pieces, prompts, room=room)
+        # Ranks take the same steps only if none of them looks at its own memory.
+        clock, agree = shard.partners.clock, shard.agree
+        return MlxBatch(model, vocab_size, chunk, self._pieces, prompts, clock, agree)
+
+
+def load(
+    spec: LoadSpec,
+    report: Report,
+    root: ModelRoot | None = None,
+    shard: Shard | None = None,
+    admission: Admission = UNCHECKED,
+) -> MlxModel:
+    """Loads a model; see ``Backend.load`` for arguments and errors.
+
+    Args:
+        spec: What to load.
+        report: Called with the progress.
+        root: Where models must lie; None is anywhere.
+        shard: Leaves this rank's part of the model; None leaves all.
+        admission: Decides whether there is memory for it.
+    """
+    mx.reset_peak_memory()
+    located = find_model(spec.model, root)
+    try:
+        return _load(located, spec, report, shard, admission)
+    except ModelUnsupported as fault:
+        # Not every place that raises it knows the directory.
+        fault.metadata.setdefault("model", str(located.path))
+        raise
+
+
+def _load(
+    located: Located, spec: LoadSpec, report: Report, shard: Shard | None, admission: Admission
+) -> MlxModel:
+    directory = read_directory(located)
+    report(1)
+    with before_weights(directory.path):
+        codec, eos_token_ids = _codec(directory)
+        # Reading a tokenizer takes up to five times what stays: 260 MiB of Gemma 3's 356.
+        trim_heap()
+        report(3)
+        built, plan = _planned(directory, spec, shard, admission)
+    report(5)
+    if shard:
+        shard.partners.begin_load(plan.settled(spec))
+    _read(directory.path, built.model, report)
+    if shard:
+        plan = plan.with_share(shard.partners.finish_load(report, plan.share))
+    fit_threads(arrays(built.model))
+    info = _describe(spec, located, built, plan, eos_token_ids)
+    mx.set_cache_limit(plan.buffer_cache_bytes)
+    # Beyond it MLX waits for results before it allocates more.
+    mx.set_memory_limit(plan.limit_bytes)
+    loaded = MlxModel(built.model, codec, info, plan, shard)
+    loaded.warm_up()
+    report(100)
+    logger.info(
+        "loaded %s: %s of weights as %s, context %d x %d",
+        info.path,
+        format_bytes(info.weight_bytes),
+        info.dtype,
+        info.parallel,
+        info.context_length,
+    )
+    for warning in info.warnings:
+        logger.warning("%s: %s", info.path, warning)
+    return loaded
+
+
+def check_files(spec: LoadSpec, root: ModelRoot | None = None) -> None:
+    """Look whether a model is there and can be read; see ``Backend.check``."""
+    read_directory(find_model(spec.model, root))
+
+
+def plan_load(path: Path, spec: LoadSpec) -> Plan:
+    """Decides as a load does, reads no weights and sets nothing aside; raises like :func:`load`.
+
+    Args:
+        path: The model's directory.
+        spec: What to load.
+    """
+    directory = read_directory(Located(path))
+    with before_weights(path):
+        # What the process takes depends on it.
+        _codec(directory)
+        return _planned(directory, spec, None, UNCHECKED)[1]
+
+
+def _codec(directory: ModelDirectory) -> tuple[FastCodec, frozenset[int]]:
+    return load_codec(directory.path, directory.configuration.values)
+
+
+def _planned(
+    directory: ModelDirectory, spec: LoadSpec, shard: Shard | None, admission: Admission
+) -> tuple[Built, Plan]:
+    """Build the model in the first format that there is memory for; no weights are read."""
+    *preferred, last = formats(spec.dtype)
+    for dtype in preferred:
+        try:
+            return _admitted(directory, replace(spec, dtype=dtype), shard, admission)
+        except InsufficientMemory as fault:
+            logger.warning(
+                "%s; %s is loaded as it is stored, which is slow on a CPU", fault, directory.path
+            )
+    return _admitted(directory, replace(spec, dtype=last), shard, admission)
+
+
+def _admitted(
+    directory: ModelDirectory, spec: LoadSpec, shard: Shard | None, admission: Admission
+) -> tuple[Built, Plan]:
+    """Build the model in one format, and ask for the memory that it needs."""
+    built = build(directory, spec, shard)
+    plan = make_plan(built.spec, built.model, directory, built.exactness)
+    granted = admission.admit(str(directory.path), plan.need, override=spec.memory_override)
+    # Built anew: some models keep arrays of what was run on them, unevaluated ones here.
+    return build(directory, spec, shard), plan.within(granted)
+
+
+def _read(path: Path, model: Module, report: Report) -> None:
+    files = WeightFiles.of(model)
+    try:
+        read_weights(arrays(model), lambda share: report(5 + int(90 * share)), files)
+    except ModelUnsupported as fault:
+        if fault.metadata:
+            raise
+        # MLX does not name the file.
+        text = f"{fault}; the files of {path} were changed while they were read"
+        raise ModelUnsupported(text, model=str(path)) from fault
+    # Those that are no parameters, such as the frequencies of rotary embeddings.
+    mx.eval([list(module.values()) for _, module in model.named_modules()])
+    files.check()
+
+
+def _describe(
+    spec: LoadSpec, located: Located, built: Built, plan: Plan, eos_token_ids: frozenset[int]
+) -> ModelInfo:
+    model, config, path = built.model, built.config, located.path
+    quantization = config.get("quantization") or {}
+    held_quantized = plan.dtype is Dtype.AS_STORED
+    return ModelInfo(
+        name=spec.model if located.is_hub_id else path.name,
+        path=str(path),
+        architecture=str(config["model_type"]),
+        max_context_length=plan.max_context_length,
+        vocab_size=plan.probe.vocab_size,
+        weight_bytes=weight_bytes(model),
+        dtype=_float_name(model),
+        quantization_bits=int(quantization.get("bits", 0)) if held_quantized else 0,
+        eos_token_ids=eos_token_ids,
+        context_length=plan.context_length,
+        parallel=plan.parallel,
+        limit_bytes=plan.limit_bytes,
+        kv_budget_bytes=plan.kv_budget_bytes,
+        prefix_cache_bytes=plan.need.prefix_cache_bytes,
+        reserved_bytes=plan.need.total_bytes,
+        dtype_fallback=plan.dtype is not formats(spec.dtype)[0],
+        warnings=plan.warnings,
+    )
+
+
+def _float_name(model: Module) -> str:
+    """The format most of the floating-point weights have."""
+    sizes: Counter[str] = Counter()
+    for value in arrays(model):
+        if mx.issubdtype(value.dtype, mx.floating):
+            sizes[str(value.dtype).removeprefix("mlx.core.")] += value.size
+    return sizes.most_common(1)[0][0] if sizes else ""

@@ -1,0 +1,137 @@
+"""Evaluates lazy weights: in order, a bounded part of them at the same time."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, suppress
+
+import mlx.core as mx
+
+from runner_common.host_memory.free import free_memory
+from runner_common.units import format_bytes
+from runner_server.errors import InsufficientMemory, ModelUnsupported, RunnerFault
+from runner_server.mlx_backend.loading.weight_files import WeightFiles
+from runner_server.mlx_backend.stream_errors import drain
+
+_AT_ONCE_BYTES = 32 * 2**20
+"""Weights that are evaluated at the same time; a larger one is alone."""
+
+
+class _Progress:
+    """The share of the weights that is there, from two sides: evaluated, and read.
+
+    Args:
+        report: Called with the share, one call at a time.
+        total_bytes: Of all weights.
+    """
+
+    def __init__(self, report: Callable[[float], None], total_bytes: int) -> None:
+        self._report = report
+        self._total_bytes = total_bytes
+        self._lock = threading.Lock()
+        self._done_bytes = 0
+        self._begun_bytes = 0
+        self._read_bytes = 0
+        self._share = 0.0
+
+    def begin(self, nbytes: int) -> None:
+        """Count a weight whose evaluation begins."""
+        with self._lock:
+            self._begun_bytes += nbytes
+
+    def note_read(self, nbytes: int) -> None:
+        """Count a piece of a file; called on the thread that has read it."""
+        with self._lock:
+            self._read_bytes += nbytes
+            self._tell()
+
+    def note_done(self, nbytes: int) -> None:
+        """Count a weight that is evaluated."""
+        with self._lock:
+            self._done_bytes += nbytes
+            self._begun_bytes -= nbytes
+            self._read_bytes = 0
+            self._tell()
+
+    def _tell(self) -> None:
+        # A weight may be wider or narrower than its source: bytes read are only a guess.
+        reached = self._done_bytes + min(self._read_bytes, self._begun_bytes)
+        self._share = max(self._share, reached / self._total_bytes)
+        self._report(self._share)
+
+
+def read_weights(
+    weights: Sequence[mx.array], report: Callable[[float], None], files: WeightFiles
+) -> None:
+    """Evaluates arrays, so that their files are read and their formats changed.
+
+    Args:
+        weights: Lazy arrays; must have been made on this thread.
+        report: Called with the share that is done after each array, and after each piece of a
+            file on the thread that has read it; what it raises ends the reading.
+        files: What the arrays come from.
+
+    Raises:
+        InsufficientMemory: Memory ran out.
+        ModelUnsupported: A file cannot be read.
+    """
+    total = max(1, sum(value.nbytes for value in weights))
+    progress = _Progress(report, total)
+    with files.reading(progress.note_read), closing(_evaluated(weights, progress, total)) as values:
+        try:
+            for value in values:
+                files.check()
+                progress.note_done(value.nbytes)
+            files.check()
+        except BaseException:
+            # Reads that were begun have nothing to do any more.
+            files.stop()
+            raise
+
+
+def _evaluated(
+    weights: Sequence[mx.array], progress: _Progress, total_bytes: int
+) -> Generator[mx.array]:
+    """Yields arrays in their order once they are evaluated; those that follow have begun."""
+    begun: deque[mx.array] = deque()
+    begun_bytes = 0
+    try:
+        for value in weights:
+            while begun and begun_bytes + value.nbytes > _AT_ONCE_BYTES:
+                _evaluate(mx.eval, begun[0], total_bytes)
+                begun_bytes -= begun[0].nbytes
+                yield begun.popleft()
+            progress.begin(value.nbytes)
+            _evaluate(mx.async_eval, value, total_bytes)
+            begun.append(value)
+            begun_bytes += value.nbytes
+        while begun:
+            _evaluate(mx.eval, begun[0], total_bytes)
+            yield begun.popleft()
+    finally:
+        # After a fault or a cancel: until it is read, an array holds its memory.
+        with suppress(RuntimeError):
+            mx.eval(list(begun))
+        drain()
+
+
+def _evaluate(how: Callable[[mx.array], object], value: mx.array, total_bytes: int) -> None:
+    try:
+        how(value)
+    except (RuntimeError, MemoryError) as error:
+        raise _fault(error, total_bytes) from error
+
+
+def _fault(error: Exception, total_bytes: int) -> RunnerFault:
+    # MLX has no type of its own for it; its allocators say "[malloc] Unable to allocate".
+    if isinstance(error, MemoryError) or "allocate" in str(error):
+        available = free_memory().available_bytes
+        return InsufficientMemory(
+            f"memory ran out while reading {format_bytes(total_bytes)} of weights, "
+            f"{format_bytes(available)} are free now; free memory, or load with another dtype",
+            requiredBytes=total_bytes,
+            availableBytes=available,
+        )
+    return ModelUnsupported(f"the weights cannot be read: {error}")

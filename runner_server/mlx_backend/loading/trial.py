@@ -1,0 +1,82 @@
+"""What a loaded model is tried with before its first user: whether it answers, and in numbers."""
+
+from __future__ import annotations
+
+import logging
+from typing import cast
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten
+
+from runner_server.engine.backend import Batch
+from runner_server.engine.types import NotFinite, Sampling, Token
+from runner_server.errors import GenerationFailed, ModelUnsupported, not_finite_advice
+from runner_server.mlx_backend.planning.plan import device_kind
+
+logger = logging.getLogger(__name__)
+
+_PROMPT = (0, 0)
+
+
+def warm_up(model: Module, batch: Batch, vocab_size: int, dtype: str) -> None:
+    """Generate a token, so that kernels are compiled before the first user waits.
+
+    Args:
+        model: The evaluated model.
+        batch: An empty batch of it; closed afterwards.
+        vocab_size: Token ids its output layer scores.
+        dtype: The format of its weights, for the message.
+
+    Raises:
+        ModelUnsupported: Its logits are NaN or infinite.
+        GenerationFailed: It raises.
+    """
+    try:
+        has_answered = _gives_token(batch, Sampling(top_k=min(2, vocab_size)))
+    except Exception as error:
+        logger.exception("warm-up failed")
+        raise GenerationFailed(_advice(error)) from error
+    finally:
+        batch.close()
+    if not has_answered:
+        raise _not_finite(model, dtype)
+
+
+def _gives_token(batch: Batch, sampling: Sampling) -> bool:
+    """Generate one token; returns False where its logits are no numbers."""
+    batch.add(0, _PROMPT, sampling)
+    while True:
+        for event in batch.step():
+            if isinstance(event, (Token, NotFinite)):
+                return isinstance(event, Token)
+
+
+def _not_finite(model: Module, dtype: str) -> ModelUnsupported:
+    broken = _broken_weight(model)
+    cause = f"the weight {broken} is not" if broken else "all of its weights are"
+    return ModelUnsupported(
+        "the model's logits are not finite (NaN or infinity) at its first token, with weights held "
+        f"as {dtype}; {cause} finite: {not_finite_advice(dtype)}"
+    )
+
+
+def _broken_weight(model: Module) -> str | None:
+    """Return the name of the first weight that holds NaN or infinity."""
+    named = cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))
+    for name, weight in named:
+        is_floating = mx.issubdtype(weight.dtype, mx.floating)
+        if is_floating and not mx.all(mx.isfinite(weight)).item():
+            return name
+    return None
+
+
+def _advice(error: Exception) -> str:
+    advice = (
+        f"the loaded model raised {type(error).__name__} at its first token; the runner's log has "
+        "the traceback"
+    )
+    if device_kind() == "cpu":
+        # Without g++ MLX does not fuse kernels; with one that fails it raises.
+        advice += "; a g++ that does not work is a known cause: `mlx-runner doctor` tries it"
+    return advice

@@ -1,0 +1,1 @@
+"""Checks and corrections of a model that mlx_lm has built."""

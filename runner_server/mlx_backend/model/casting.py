@@ -1,0 +1,64 @@
+"""Changes the format of lazy weights; they are converted as they are read."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx.utils import tree_map_with_path
+
+from runner_server.mlx_backend.upstream.names import SwitchLinear
+
+_WIDE_EXPERTS = (
+    "the weights of its experts are held as float32, which takes twice the memory of 16 bits: MLX "
+    "cannot multiply them in 16 bits on a CPU"
+)
+
+
+class _WideSwitchLinear(SwitchLinear):  # type: ignore[misc]
+    """Experts whose weights are float32 in a model of 16 bits.
+
+    MLX's CPU backend has the gathered product in float32 only ("[GatherMM::eval] Currently only
+    supports float32"), and widens inputs where one of the two is float32.
+    """
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        product: mx.array = super().__call__(x, *args, **kwargs)
+        return product.astype(x.dtype)
+
+
+def cast_weights(model: Module, dtype: mx.Dtype) -> None:
+    """Convert floating-point weights, but for those that must stay as wide as they are stored.
+
+    Types of models say which (``cast_predicate``): router biases, decays of recurrent states.
+
+    Args:
+        model: With lazy weights, none of them quantized.
+        dtype: The format that is wanted.
+    """
+    may_cast = getattr(model, "cast_predicate", None)
+    if may_cast is None or dtype == mx.float32:
+        model.set_dtype(dtype)
+        return
+
+    def converted(path: str, weight: mx.array) -> mx.array:
+        is_cast = mx.issubdtype(weight.dtype, mx.floating) and may_cast(path)
+        return weight.astype(dtype) if is_cast else weight
+
+    model.update(cast("Any", tree_map_with_path(converted, model.parameters())))
+
+
+def widen_experts(model: Module) -> None:
+    """Hold experts of 16 bits as float32, for a device that cannot compute with them otherwise."""
+    for _, module in model.named_modules():
+        if type(module) is SwitchLinear and module["weight"].dtype != mx.float32:
+            module.weight = module["weight"].astype(mx.float32)
+            module.__class__ = _WideSwitchLinear
+
+
+def casting_notes(model: Module) -> list[str]:
+    """Return what is held in another format than was asked for, in words."""
+    if not any(type(module) is _WideSwitchLinear for _, module in model.named_modules()):
+        return []
+    return [_WIDE_EXPERTS]

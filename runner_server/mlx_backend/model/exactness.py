@@ -1,0 +1,335 @@
+"""Where a model cannot be computed as its files say.
+
+mlx_lm takes the settings that it knows by name, drops the others, and drops tensors that a class
+does not use. Where a setting changes numbers, or a tensor is a weight, the answers are another
+model's. Such a model is refused with what would be left out, unless the caller allows it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten
+
+from runner_common.model_directory import ModelDirectory, is_beside_text, text_part
+from runner_server.errors import ModelUnsupported
+from runner_server.mlx_backend.model.activations import ignored_activation, written_in
+from runner_server.mlx_backend.model.rotary import exact_length, ignored_rope
+from runner_server.mlx_backend.upstream.names import BuiltModel
+
+Neutral = Callable[[Any, Mapping[str, Any]], bool]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something that the files say and the model does not do.
+
+    Attributes:
+        text: What it is, in words.
+        harmless_tokens: Up to this length of a sequence it makes no difference; 0: it always does.
+    """
+
+    text: str
+    harmless_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """How far a model's answers are what its files say.
+
+    Attributes:
+        differences: What is known to be left out.
+        length: The longest sequence that is exact, in tokens; None if all are.
+    """
+
+    differences: tuple[Difference, ...] = ()
+
+    @property
+    def length(self) -> int | None:
+        """The longest sequence for which nothing makes a difference; None without a limit."""
+        return min((each.harmless_tokens for each in self.differences), default=None)
+
+    def require(self, path: object, *, allow: bool) -> None:
+        """Refuse a model with differences that no length avoids.
+
+        Raises:
+            ModelUnsupported: There are some, and they are not allowed.
+        """
+        always = [each.text for each in self.differences if not each.harmless_tokens]
+        if always and not allow:
+            raise ModelUnsupported(
+                f"{path} cannot be computed as its files say: {'; '.join(always)}. To load it all "
+                "the same, with other answers than the model's, allow it (allow_inexact)",
+                model=str(path),
+            )
+
+    def warnings(self, context_length: int) -> tuple[str, ...]:
+        """Return what is to be said of a model that is loaded with so long a context."""
+        return tuple(self._warning(each, context_length) for each in self.differences)
+
+    @staticmethod
+    def _warning(difference: Difference, context_length: int) -> str:
+        exact = difference.harmless_tokens
+        if context_length <= exact:
+            return f"{difference.text}; no sequence here is long enough for a difference"
+        if exact:
+            return f"{difference.text}: answers differ in sequences of more than {exact} tokens"
+        return f"{difference.text}: answers differ from the model's"
+
+
+def compare(
+    directory: ModelDirectory, built: BuiltModel, unused: Iterable[str]
+) -> tuple[Difference, ...]:
+    """Compare what a model's files say with what was built from them.
+
+    Args:
+        directory: The model's files.
+        built: The model.
+        unused: Names of stored tensors that nothing of it comes from.
+    """
+    config, longest = directory.configuration.values, directory.configuration.context_length
+    found = (
+        *_ignored_settings(config, built),
+        *_limited_settings(text_part(config), built),
+        *_known_faults(text_part(config)),
+        *_ignored_tensors(directory, unused),
+        *_misread_types(directory, built.model),
+        *_whole_numbers(built.model),
+    )
+    return tuple(each for each in found if each.harmless_tokens < longest)
+
+
+def _ignored_settings(config: Mapping[str, Any], built: BuiltModel) -> Iterator[Difference]:
+    text = text_part(config)
+    for key, is_neutral in _NUMBERS.items():
+        value = text.get(key, config.get(key))
+        if value is not None and key not in built.arguments and not is_neutral(value, text):
+            yield Difference(f"{key} = {value!r} in config.json has no effect in mlx_lm")
+    yield from _unknown_layers(text, built)
+    yield from map(Difference, ignored_rope(text, built))
+    yield from map(Difference, ignored_activation(text, built))
+
+
+def _unknown_layers(text: Mapping[str, Any], built: BuiltModel) -> Iterator[Difference]:
+    """Yield the kinds of layers that a class is told of and has not."""
+    kinds = text.get("layer_types") if "layer_types" in built.arguments else None
+    if "layer_types" in text and not _has_pattern(text, built):
+        yield Difference(
+            "layer_types in config.json has no effect in mlx_lm, where every Nth layer is global"
+        )
+    source = written_in(built)
+    for kind in sorted(set(kinds or ()) - {"full_attention"}):
+        if kind not in source:
+            yield Difference(f"layer_types has {kind!r} in config.json, which mlx_lm has not here")
+    arguments = getattr(built.model, "args", None)
+    if "sliding_attention" in (kinds or ()) and getattr(arguments, "sliding_window", 1) is None:
+        yield Difference("layer_types has 'sliding_attention', and config.json no sliding_window")
+
+
+def _has_pattern(text: Mapping[str, Any], built: BuiltModel) -> bool:
+    """Return whether a class that counts its layers has the kinds that its configuration lists."""
+    kinds, every = text["layer_types"], text.get("sliding_window_pattern")
+    if "layer_types" in built.arguments or "sliding_window_pattern" not in built.arguments:
+        return True
+    if not isinstance(kinds, list) or not isinstance(every, int) or every < 1:
+        return True
+    counted = [(place + 1) % every == 0 for place in range(len(kinds))]
+    return counted == [kind == "full_attention" for kind in kinds]
+
+
+def _limited_settings(text: Mapping[str, Any], built: BuiltModel) -> Iterator[Difference]:
+    """Yield what makes no difference in short sequences."""
+    if window := _ignored_window(text, built):
+        yield Difference(
+            f"sliding_window = {window} in config.json has no effect in mlx_lm", window
+        )
+    for switch, limit in _FROM_LENGTH.items():
+        length = text.get(limit)
+        if text.get(switch) and switch not in built.arguments and isinstance(length, int):
+            yield Difference(f"{switch} in config.json has no effect in mlx_lm", length)
+    if length := exact_length(text):
+        yield Difference("mlx_lm does not change from short_factor to long_factor", length)
+
+
+def _known_faults(text: Mapping[str, Any]) -> Iterator[Difference]:
+    """Yield where mlx_lm 0.32.2 computes something else than transformers, found by comparing."""
+    model_type = text.get("model_type")
+    if model_type in ("deepseek_v2", "qwen2_moe") and text.get("norm_topk_prob"):
+        yield Difference(
+            f"norm_topk_prob in config.json has no effect in mlx_lm for {model_type!r} models"
+        )
+    if model_type == "bailing_moe" and text.get("num_experts_per_tok") == 1:
+        # Allowed or not: it would take the process with it.
+        raise ValueError("mlx_lm's routing of bailing_moe ends the process with one expert a token")
+    if model_type == "jamba" and (text.get("num_experts") or 1) > 1:
+        yield Difference(
+            "mlx_lm normalises the scores of the chosen experts of a 'jamba' model, which is "
+            "trained with scores over all experts"
+        )
+
+
+def _ignored_window(text: Mapping[str, Any], built: BuiltModel) -> int:
+    """Return the window that attention should have and has not; 0 if there is none."""
+    window = text.get("sliding_window")
+    if not isinstance(window, int) or isinstance(window, bool) or window <= 0:
+        return 0
+    if not text.get("use_sliding_window", str(text.get("model_type")) not in _WINDOW_OFF):
+        return 0
+    kinds = text.get("layer_types")
+    if isinstance(kinds, list) and "sliding_attention" not in kinds:
+        return 0
+    if kinds is None and _is_below_windows(text):
+        return 0
+    has_effect = _has_window(built) if "sliding_window" in built.arguments else False
+    return 0 if has_effect else window
+
+
+def _is_below_windows(text: Mapping[str, Any]) -> bool:
+    """Return whether windows begin behind the last layer."""
+    first = text.get("max_window_layers", _MAX_WINDOW_LAYERS)
+    layers = text.get("num_hidden_layers")
+    has_first = text.get("model_type") in ("qwen2", "qwen3")
+    return has_first and isinstance(first, int) and isinstance(layers, int) and first >= layers
+
+
+def _has_window(built: BuiltModel) -> bool:
+    """Return whether a model that takes a window uses it: llama's class does for named layers."""
+    inner = getattr(built.model, "model", built.model)
+    kinds = getattr(inner, "layer_types", None)
+    return not isinstance(kinds, list) or "sliding_attention" in kinds
+
+
+_MAX_WINDOW_LAYERS = 28
+"""Layers without a window of a Qwen model that does not say how many, as in transformers."""
+
+_FROM_LENGTH = {
+    "attention_chunk_size": "attention_chunk_size",
+    "attn_temperature_tuning": "floor_scale",
+}
+"""Settings of Llama 4, and where the length stands from which they change numbers."""
+
+_WINDOW_OFF = frozenset(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"))
+"""Types that use their window only where ``use_sliding_window`` says so."""
+
+
+def _is(*neutral: object) -> Neutral:
+    return lambda value, _text: value in neutral
+
+
+def _is_head_scale(value: Any, text: Mapping[str, Any]) -> bool:
+    """Return whether a ``query_pre_attn_scalar`` is the usual one."""
+    return bool(value == text.get("head_dim"))
+
+
+def _is_final_cap(value: Any, text: Mapping[str, Any]) -> bool:
+    # mlx_lm has this one written into nanochat's class.
+    return not value or (text.get("model_type") == "nanochat" and value == 15)
+
+
+def _is_interval(value: Any, text: Mapping[str, Any]) -> bool:
+    # mlx_lm has this one written into Llama 4's class.
+    return not value or (str(text.get("model_type")).startswith("llama4") and value == 4)
+
+
+def _is_attention_scale(value: Any, text: Mapping[str, Any]) -> bool:
+    size, is_number = text.get("head_dim"), isinstance(value, int | float)
+    return bool(size and is_number and abs(value - size**-0.5) < 1e-6)
+
+
+_NUMBERS: dict[str, Neutral] = {
+    "alibi": _is(0),
+    "attention_multiplier": _is_attention_scale,
+    "attn_logit_softcapping": _is(0),
+    "clip_qkv": _is(0),
+    "dim_model_base": lambda value, text: value == text.get("hidden_size"),
+    "embedding_multiplier": _is(1),
+    "final_logit_softcapping": _is_final_cap,
+    "full_attn_alpha_factor": _is(1),
+    "full_attn_beta_factor": _is(1),
+    "key_multiplier": _is(1),
+    "linear_attn_alpha_factor": _is(1),
+    "linear_attn_beta_factor": _is(1),
+    "lm_head_multiplier": _is(1),
+    "logit_scale": _is(1),
+    "logits_scaling": _is(1),
+    "logits_soft_cap": _is(0),
+    "mlp_alpha_factor": _is(1),
+    "mlp_beta_factor": _is(1),
+    "moe_apply_router_weight_on_input": _is(0),
+    "no_rope_layer_interval": _is_interval,
+    "query_pre_attn_scalar": _is_head_scale,
+    "residual_multiplier": _is(1),
+    "routed_scaling_factor": _is(1),
+    "scale_attn_by_inverse_layer_idx": _is(0),
+    "scale_attn_weights": _is(1),
+    "scale_depth": _is(1),
+    "scale_emb": _is(1),
+    "swiglu_alpha": _is(1.702),
+    "swiglu_limit": _is(7),
+    "time_step_scale": _is(1),
+    "use_alibi": _is(0),
+    "use_bidirectional_attention": _is(0),
+}
+"""Settings that change numbers, and whether a value of theirs changes none."""
+
+_DROPPABLE = re.compile(
+    # Tables that are computed again.
+    r"(inv_freq|cos_cached|sin_cached|position_ids|num_batches_tracked|embed_scale)$"
+    r"|(^|\.)rope\.freqs$|\.(attn|attention)\.(bias|masked_bias)$"
+    # Layers that guess tokens ahead.
+    r"|(^|\.)(mtp\w*|nextn\w*|eagle\w*)\."
+    # Scales of 8-bit caches and activations, which are held in more bits here.
+    r"|\.([qkv]|kv|prob|attn)_scale$|\.(input|activation)_scale\w*$|weight_shape$"
+)
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_NAMED = 3
+
+
+def _ignored_tensors(directory: ModelDirectory, unused: Iterable[str]) -> Iterator[Difference]:
+    layers = text_part(directory.configuration.values).get("num_hidden_layers")
+    names = [name for name in unused if not _is_droppable(name, layers)]
+    tied = directory.configuration.values.get("tie_word_embeddings")
+    names = [name for name in names if not (tied and "lm_head." in name)]
+    if names:
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        listed = ", ".join(sorted(names)[:_NAMED])
+        yield Difference(f"{listed}{more} in its weight files would not be used by mlx_lm")
+
+
+def _is_droppable(name: str, layers: object) -> bool:
+    if _DROPPABLE.search(name) or is_beside_text(name):
+        return True
+    layer = _LAYER.search(name)
+    # Behind the last layer: some types keep those that guess tokens ahead there.
+    return bool(layer and isinstance(layers, int) and int(layer[1]) >= layers)
+
+
+def _misread_types(directory: ModelDirectory, model: Module) -> Iterator[Difference]:
+    """Tell of 8-bit floats that stay the integers that MLX reads them as."""
+    if not any(stored.tensor.dtype.startswith("F8") for stored in directory.tensors.values()):
+        return
+    for name, value in cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters())):
+        if value.dtype == mx.uint8 and not name.endswith("scales"):
+            yield Difference(
+                f"{name} is stored as 8-bit floats, which mlx_lm reads as the integers 0 to 255 "
+                f"for {directory.configuration.model_type}"
+            )
+            return
+
+
+def _whole_numbers(model: Module) -> Iterator[Difference]:
+    """Tell of weights that are stored as whole numbers, without scales to make sense of them."""
+    for path, module in model.named_modules():
+        if any("scale" in name for name in module):
+            continue
+        for name in ("weight", "bias"):
+            value = module.get(name)
+            if isinstance(value, mx.array) and not mx.issubdtype(value.dtype, mx.floating):
+                kind = str(value.dtype).removeprefix("mlx.core.")
+                yield Difference(f"{path}.{name} is stored as {kind}, and has no scales beside it")
+                return

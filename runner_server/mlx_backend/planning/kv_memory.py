@@ -1,0 +1,132 @@
+"""How much a model's caches take, asked of the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+
+from runner_server.errors import ModelUnsupported
+from runner_server.mlx_backend.upstream.names import make_prompt_cache
+
+_GROWTH_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """How one cache grows with the sequence.
+
+    Attributes:
+        token_bytes: What one token takes.
+        step: Tokens it grows by.
+        window: Tokens it holds at most; None for the whole sequence.
+        fixed_bytes: What it takes whatever the length: a recurrent state.
+    """
+
+    token_bytes: int = 0
+    step: int = 1
+    window: int | None = None
+    fixed_bytes: int = 0
+
+    def held_bytes(self, tokens: int) -> int:
+        """Bytes for one sequence of ``tokens``."""
+        held = -(-tokens // self.step) * self.step
+        if self.window:
+            held = min(held, self.window)
+        return held * self.token_bytes + self.fixed_bytes
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one token through the unread model shows. Holds no arrays of it.
+
+    Attributes:
+        vocab_size: Token ids the output layer scores.
+        caches: The caches of its layers.
+    """
+
+    vocab_size: int
+    caches: tuple[CacheShape, ...]
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes of all layers' caches for one sequence."""
+        return sum(cache.held_bytes(tokens) for cache in self.caches)
+
+    def largest_layer_bytes(self, tokens: int) -> int:
+        """Bytes of the largest layer's cache for one sequence."""
+        return max((cache.held_bytes(tokens) for cache in self.caches), default=0)
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes by which the caches of one sequence grow at a time."""
+        return sum(cache.step * cache.token_bytes for cache in self.caches)
+
+
+def probe(model: Module, prefill_chunk: int) -> Probe:
+    """Puts one token through a model without evaluating anything.
+
+    Args:
+        model: With lazy weights.
+        prefill_chunk: Most tokens of a prompt that are evaluated at once.
+
+    Lazy arrays know their shapes, so this costs no memory and reads no weights. They
+    also hold everything they would be computed from, so none may outlive this call: a
+    load would keep each source tensor beside its converted copy.
+
+    Raises:
+        ModelUnsupported: It cannot be run on this device.
+    """
+    caches = make_prompt_cache(model)
+    try:
+        logits = model(mx.zeros((1, 1), dtype=mx.int32), cache=caches)
+    except Exception as error:
+        # Some layers call Metal kernels, and have no other way.
+        raise ModelUnsupported(
+            f"mlx_lm cannot run this kind of model on this device ({type(error).__name__}: {error})"
+        ) from error
+    shapes = list(_shapes(caches, prefill_chunk))
+    if own := [place for place, cache in enumerate(caches) if _is_own(cache)]:
+        shapes = _with_growth(model, caches, shapes, own)
+    return Probe(int(logits.shape[-1]), tuple(shapes))
+
+
+def _is_own(cache: Any) -> bool:
+    """Whether a type of model brings it along: mlx_lm's have one of these."""
+    return not any(hasattr(cache, name) for name in ("keys", "caches", "cache"))
+
+
+def _with_growth(
+    model: Module, caches: list[Any], shapes: list[CacheShape], own: list[int]
+) -> list[CacheShape]:
+    """Measure how much caches of unknown kind grow for each token, if their sizes are all known.
+
+    As if all of them kept growing so, which counts windows too high.
+    """
+    before = {place: int(caches[place].nbytes) for place in own}
+    model(mx.zeros((1, _GROWTH_TOKENS), dtype=mx.int32), cache=caches)
+    grown = list(shapes)
+    for place in own:
+        more = int(caches[place].nbytes) - before[place]
+        grown[place] = CacheShape(token_bytes=-(-more // _GROWTH_TOKENS), fixed_bytes=before[place])
+    return grown
+
+
+def _shapes(caches: list[Any], prefill_chunk: int) -> Iterator[CacheShape]:
+    for cache in caches:
+        parts = getattr(cache, "caches", None)
+        keys = getattr(cache, "keys", None)
+        if parts is not None:
+            yield from _shapes(list(parts), prefill_chunk)
+        elif keys is None:
+            yield CacheShape(fixed_bytes=int(cache.nbytes))
+        else:
+            window = getattr(cache, "max_size", None)
+            yield CacheShape(
+                token_bytes=(keys.nbytes + cache.values.nbytes) // keys.shape[2],
+                step=cache.step,
+                # A chunk of a prompt comes in before what has left the window goes.
+                window=window + prefill_chunk if window else None,
+            )

@@ -1,0 +1,277 @@
+"""The working memory of a model: what a prefill chunk or a decode step takes while it is computed.
+
+The model is run on unevaluated arrays of the sizes in question, and
+:mod:`~runner_server.mlx_backend.planning.graph_memory` adds up the arrays that MLX would allocate.
+Nothing is computed and no weights are read: a 28-layer model takes a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten, tree_unflatten
+
+from runner_server.engine.types import Sampling
+from runner_server.errors import ModelUnsupported
+from runner_server.mlx_backend.cache.row_caches import Caches, merge, side_by_side
+from runner_server.mlx_backend.planning.graph_memory import transient_bytes
+from runner_server.mlx_backend.sampling.penalties import Penalties
+from runner_server.mlx_backend.sampling.sampler import Sampler, likelihoods
+from runner_server.mlx_backend.upstream.names import KVCache, RotatingKVCache, make_prompt_cache
+
+logger = logging.getLogger(__name__)
+
+MAX_LOGPROBS = 20
+"""Most likely tokens that are told with each token; the protocol states it."""
+
+_GUESSED_VECTORS = 8
+
+_ODD_ROWS = (13, 17)
+
+_KNOWN_ALONE = {
+    "afm7": "its offset of keys is that of the longest row, padding included",
+    "minimax_m3_vl": "its sparse attention counts padding when a text is longer than what it keeps",
+    "recurrent_gemma": "it computes the first token of a text otherwise than all others",
+}
+"""Modules of mlx_lm whose rows go wrong in a batch where no trace sees it, and why.
+
+A trial after the load sees afm7, but an estimate has none and would count all rows.
+"""
+
+
+class RowsApartError(Exception):
+    """Rows of a model cannot be decoded together; says why."""
+
+
+_FEW = 16
+"""Tokens after which every cache has all of its arrays."""
+
+
+def prefill_bytes(model: Module, chunk: int, tokens: int) -> int:
+    """Return what the last chunk of a prompt takes beside weights and caches.
+
+    Args:
+        model: With lazy weights.
+        chunk: Tokens of the chunk.
+        tokens: Tokens of the prompt, the chunk included.
+    """
+    chunk = min(chunk, tokens)
+    caches = _filled(model, 1, tokens - chunk)
+    return _traced(model, caches, 1, chunk, _evaluate_nothing)
+
+
+def batch_prefill_bytes(model: Module, rows: int, chunk: int) -> int:
+    """Return what the first chunks of several prompts take when they are evaluated together."""
+    one_by_one = [make_prompt_cache(model) for _ in range(rows)]
+    caches = one_by_one[0]
+    if rows > 1:
+        caches = [side_by_side(layers) for layers in zip(*one_by_one, strict=True)]
+    return _traced(model, caches, rows, chunk, _evaluate_nothing)
+
+
+def decode_bytes(model: Module, rows: int, tokens: int) -> int:
+    """Return what a decode step and its draw take beside weights and caches.
+
+    Args:
+        model: With lazy weights.
+        rows: Sequences that are decoded together.
+        tokens: Tokens that each of them has.
+    """
+
+    def draw(logits: mx.array, inputs: mx.array) -> list[mx.array]:
+        last = logits[:, -1, :]
+        # Everything that takes memory: the whole vocabulary in order, with penalties, bias and
+        # log probabilities. With `top_k` off the sampler would look at values first.
+        options = [_costly(last.shape[-1])] * rows
+        changed = Penalties(options)(last, [[0]] * rows, inputs[:, -1], [1] * rows)
+        drawn = Sampler(options, last.shape[-1])(changed, [0] * rows)
+        found = likelihoods(last, drawn, min(MAX_LOGPROBS, last.shape[-1]))
+        return [drawn, found.chosen, found.ids, found.values]
+
+    return _traced(model, _filled(model, rows, tokens - 1), rows, 1, draw)
+
+
+def _costly(vocab_size: int) -> Sampling:
+    return Sampling(
+        top_k=max(1, vocab_size - 1),
+        top_p=0.5,
+        min_p=0.01,
+        repeat_penalty=1.1,
+        presence_penalty=0.1,
+        frequency_penalty=0.1,
+        logit_bias=((0, 1.0),),
+        logprobs=0,
+    )
+
+
+def require_batches(model: Module) -> None:
+    """Tell a model that cannot take several sequences at once.
+
+    With numbers of rows that no model has for its heads: where both are the same, masks of
+    rows are taken for masks of heads without an error, and the answer is wrong.
+
+    Args:
+        model: With lazy weights.
+
+    Raises:
+        RowsApartError: It cannot.
+    """
+    name = type(model).__module__.rpartition(".")[2]
+    if name in _KNOWN_ALONE:
+        raise RowsApartError(_KNOWN_ALONE[name])
+    kinds = {type(cache) for cache in make_prompt_cache(model)}
+    if unmerged := sorted(kind.__name__ for kind in kinds if not hasattr(kind, "merge")):
+        raise RowsApartError(f"caches of kind {', '.join(unmerged)} cannot stand side by side")
+    for rows in _ODD_ROWS:
+        _require_runs(model, _filled(model, rows, 3), mx.zeros((rows, 1), dtype=mx.int32))
+
+
+def _evaluate_nothing(_logits: mx.array, _inputs: mx.array) -> list[mx.array]:
+    return []
+
+
+def _filled(model: Module, rows: int, tokens: int) -> Caches:
+    """Return unevaluated caches of rows that have so many tokens each."""
+    one = make_prompt_cache(model)
+    if tokens > 0:
+        few = min(tokens, _FEW)
+        model(mx.zeros((1, few), dtype=mx.int32), cache=one)
+        for cache in _leaves(one):
+            _lengthen(cache, tokens)
+    if rows == 1:
+        return cast("Caches", one)
+    return merge([copy.copy(one) for _ in range(rows)], rows)
+
+
+def _leaves(caches: Sequence[Any]) -> Iterator[Any]:
+    for cache in caches:
+        parts = getattr(cache, "caches", None)
+        if parts is None:
+            yield cache
+        else:
+            yield from _leaves(parts)
+
+
+def _lengthen(cache: Any, tokens: int) -> None:
+    """Give a cache the size that it has after so many tokens.
+
+    A recurrent state has its size from the first token on; running a model on all of a long
+    context would only build a large graph, of one operation a token for some of them.
+    """
+    if type(cache) not in (KVCache, RotatingKVCache) or cache.keys is None:
+        return
+    if type(cache) is KVCache:
+        columns = -(-tokens // cache.step) * cache.step
+    else:
+        columns = min(tokens, cache.max_size)
+        cache._idx = columns  # noqa: SLF001 - where it writes next
+    cache.keys, cache.values = (
+        mx.zeros((*part.shape[:2], columns, part.shape[3]), dtype=part.dtype)
+        for part in (cache.keys, cache.values)
+    )
+    cache.offset = tokens
+
+
+def _traced(
+    model: Module,
+    caches: Caches,
+    rows: int,
+    chunk: int,
+    evaluated: Callable[[mx.array, mx.array], list[mx.array]],
+) -> int:
+    """Return the transient bytes of a forward pass.
+
+    Args:
+        model: With lazy weights; they are replaced while it is traced and put back.
+        caches: Of all rows.
+        rows: How many there are.
+        chunk: Tokens of each.
+        evaluated: What is evaluated beside the caches, by logits and tokens.
+    """
+    weights = _named(model)
+    held = list(_arrays(caches))
+
+    def forward(tokens: mx.array, *inputs: mx.array) -> Sequence[mx.array]:
+        _put(model, weights, inputs[: len(weights)])
+        given = iter(inputs[len(weights) :])
+        own = _rebuilt(caches, lambda _: next(given))
+        logits = model(tokens, cache=own)
+        return [*evaluated(logits, tokens), *_arrays(own)]
+
+    tokens = mx.zeros((rows, chunk), dtype=mx.int32)
+    try:
+        return transient_bytes(forward, [tokens, *(value for _, value in weights), *held])
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        # Some models compute with values while they are run, or compile parts of themselves.
+        logger.info("this model cannot be traced (%s): its arrays are estimated", error)
+    finally:
+        _put(model, weights, [value for _, value in weights])
+    _require_runs(model, _rebuilt(caches, lambda array: array), tokens)
+    return _guessed_bytes(model, rows * chunk)
+
+
+def _require_runs(model: Module, caches: Caches, tokens: mx.array) -> None:
+    """Refuse a model that fails on what it would be given.
+
+    Raises:
+        RowsApartError: It raises where it is given several rows, of their own lengths.
+        ModelUnsupported: It raises where it is given one.
+    """
+    try:
+        model(tokens, cache=caches)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        if tokens.shape[0] > 1:
+            raise RowsApartError(f"{type(error).__name__}: {error}") from error
+        raise ModelUnsupported(
+            f"this model cannot be run ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _guessed_bytes(model: Module, tokens: int) -> int:
+    """Return a generous guess: so many vectors of the widest layer for each token."""
+    widest = max(
+        (max(value.shape) for _, value in _named(model) if value.ndim > 1),
+        default=0,
+    )
+    return tokens * widest * 4 * _GUESSED_VECTORS
+
+
+def _named(model: Module) -> list[tuple[str, mx.array]]:
+    return cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))
+
+
+def _put(model: Module, named: Sequence[tuple[str, mx.array]], values: Sequence[mx.array]) -> None:
+    pairs = [(name, value) for (name, _), value in zip(named, values, strict=True)]
+    model.update(cast("Any", tree_unflatten(pairs)))
+
+
+def _arrays(value: Any) -> Iterator[mx.array]:
+    """Yield the arrays of caches, in the order of :func:`_rebuilt`."""
+    found: list[mx.array] = []
+
+    def note(array: mx.array) -> mx.array:
+        found.append(array)
+        return array
+
+    _rebuilt(value, note)
+    yield from found
+
+
+def _rebuilt(value: Any, replace: Callable[[mx.array], mx.array]) -> Any:
+    """Copy lists, tuples, dictionaries and cache objects with other arrays in them."""
+    if isinstance(value, mx.array):
+        return replace(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([_rebuilt(part, replace) for part in value])
+    if isinstance(value, dict):
+        return {key: _rebuilt(part, replace) for key, part in value.items()}
+    if hasattr(value, "__dict__") and not callable(value):
+        clone = copy.copy(value)
+        vars(clone).update({key: _rebuilt(part, replace) for key, part in vars(value).items()})
+        return clone
+    return value

@@ -1,0 +1,135 @@
+"""What MLX is and can do on this machine, as one JSON object on stdout.
+
+``python -m runner_server.mlx_backend.probe [--gemm]`` is run as a child, by ``mlx-runner
+doctor`` for one, in the environment a runner would get: what it finds is what
+a runner would find. Every key is always there; what could not be told is null,
+with the reason in ``errors``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import sys
+import time
+from importlib import metadata
+from typing import Any
+
+import mlx.core as mx
+
+from runner_common.signals import reset_inherited_signals
+from runner_server.host.blas import blas_of
+from runner_server.host.compiler import CHECK_LIBRARY, CompilerError
+from runner_server.host.kernel_folder import NoKernelFolderError
+from runner_server.mlx_backend.blas_threads import limit_threads
+from runner_server.mlx_backend.fusing import kernels_of_this_run
+
+_GEMM_ROWS, _GEMM_DEPTH, _GEMM_COLUMNS = 512, 4096, 1024
+_GEMM_SECONDS = 0.5  # the reference BLAS takes longer than this for a single one
+
+
+def probe(*, gemm: bool = False) -> dict[str, Any]:
+    """Finds out about this process's MLX.
+
+    Args:
+        gemm: Also measure float32 matrix multiplication, for half a second or more.
+    """
+    errors: dict[str, str] = {}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "mlx_version": _version("mlx"),
+        "mlx_lm_version": _version("mlx-lm"),
+        "backend": _backend(),
+        "device": _device(errors),
+        "compiler": shutil.which("g++"),
+        "kernels_compile": _kernels_compile(errors),
+        "blas": blas_of(_backend()) or None,
+        "gemm_gflops": _gemm_gflops(errors) if gemm else None,
+        "errors": errors,
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _backend() -> str:
+    if mx.metal.is_available():
+        return "metal"
+    return "cpu" if mx.default_device() == mx.Device(mx.cpu) else "cuda"
+
+
+def _device(errors: dict[str, str]) -> dict[str, Any] | None:
+    try:
+        return dict(mx.device_info())
+    except RuntimeError as error:
+        errors["device"] = str(error)
+        return None
+
+
+def _kernels_compile(errors: dict[str, str]) -> bool:
+    """Return whether MLX builds and runs a fused kernel here, and does not only work without it.
+
+    On the CPU it keeps what g++ built in a folder: an empty one makes sure that this
+    kernel is built, and shows it. Without g++ MLX runs the operations one by one, and
+    with a broken one a runner has it do so.
+    """
+    try:
+        with kernels_of_this_run(checks=True) as folder:
+            fused = mx.compile(lambda x: mx.exp(x) * 2 + mx.sin(x))
+            mx.eval(fused(mx.array([0.0, 1.0])))
+            built = {file.name for file in folder.glob("*.so")} - {CHECK_LIBRARY}
+    except (NoKernelFolderError, CompilerError, RuntimeError) as error:
+        errors["kernels_compile"] = str(error)
+        return False
+    if _backend() == "cpu" and not built:
+        errors["kernels_compile"] = "MLX built no kernel and ran the operations one by one"
+        return False
+    return True
+
+
+def _gemm_gflops(errors: dict[str, str]) -> float | None:
+    """By the fastest multiplication of half a second; a slow BLAS gets a single one."""
+    limit_threads()
+    try:
+        left = mx.random.normal((_GEMM_ROWS, _GEMM_DEPTH))
+        right = mx.random.normal((_GEMM_COLUMNS, _GEMM_DEPTH)).T  # as a linear layer has it
+        mx.eval(left, right)
+        best = _best_seconds(left, right)
+    except RuntimeError as error:
+        errors["gemm_gflops"] = str(error)
+        return None
+    return 2 * _GEMM_ROWS * _GEMM_DEPTH * _GEMM_COLUMNS / best / 1e9
+
+
+def _best_seconds(left: mx.array, right: mx.array) -> float:
+    best, begin = float("inf"), time.perf_counter()
+    end = begin
+    while end - begin < _GEMM_SECONDS:
+        start = time.perf_counter()
+        mx.eval(left @ right)
+        end = time.perf_counter()
+        best = min(best, end - start)
+    return best
+
+
+def main() -> int:
+    """Prints the probe's findings as one line of JSON."""
+    reset_inherited_signals()
+    parser = argparse.ArgumentParser(
+        prog="python -m runner_server.mlx_backend.probe", description=__doc__
+    )
+    parser.add_argument("--gemm", action="store_true", help="measure float32 GEMM as well")
+    arguments = parser.parse_args()
+    sys.stdout.write(json.dumps(probe(gemm=arguments.gemm)) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""Changes logits before the draw: ``logit_bias``, then the three penalties.
+
+Only the logits of the tokens in question are touched, never the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import mlx.core as mx
+
+from runner_server.engine.types import Sampling
+from runner_server.mlx_backend.arrays import row_array, rows_of
+
+_NONE = Sampling()
+
+
+class Penalties:
+    """Bias and penalties of the rows of a batch.
+
+    Args:
+        rows: The options of each row.
+    """
+
+    def __init__(self, rows: Sequence[Sampling]) -> None:
+        self._bias = _bias([row.logit_bias for row in rows])
+        self._over_window = _Pass([_over_window(row) for row in rows])
+        self._over_output = _Pass([_over_output(row) for row in rows])
+
+    def __call__(
+        self,
+        logits: mx.array,
+        histories: Sequence[Sequence[int]],
+        inputs: mx.array,
+        drawn: Sequence[int],
+    ) -> mx.array:
+        """Changes [rows, vocabulary].
+
+        Args:
+            logits: As the model gave them.
+            histories: The tokens of each row before its newest one.
+            inputs: The newest token of each row, perhaps not evaluated yet; [rows].
+            drawn: How many tokens of each row were generated, the newest included.
+        """
+        if self._bias is not None:
+            places, ids, values = self._bias
+            logits = logits.astype(mx.float32).at[places, ids].add(values)
+        if self._over_window.places:
+            logits = self._over_window(logits, histories, inputs)
+        if self._over_output.places:
+            generated = [
+                history[len(history) - max(0, count - 1) :]
+                for history, count in zip(histories, drawn, strict=True)
+            ]
+            logits = self._over_output(logits, generated, inputs, [count > 0 for count in drawn])
+        return logits
+
+
+class _Pass:
+    """Penalties that look at one window of each row.
+
+    Args:
+        rows: The options of each row.
+
+    Attributes:
+        places: The rows that have any.
+    """
+
+    def __init__(self, rows: Sequence[Sampling]) -> None:
+        self.places = [place for place, row in enumerate(rows) if _penalizes(row)]
+        self._index = rows_of(self.places, len(rows))
+        chosen = [rows[place] for place in self.places]
+        self._windows = [row.repeat_last_n for row in chosen]
+        self._repeat = row_array([row.repeat_penalty for row in chosen])
+        self._presence = row_array([row.presence_penalty for row in chosen])
+        self._frequency = row_array([row.frequency_penalty for row in chosen])
+
+    def __call__(
+        self,
+        logits: mx.array,
+        histories: Sequence[Sequence[int]],
+        inputs: mx.array,
+        has_newest: Sequence[bool] = (),
+    ) -> mx.array:
+        """Changes [rows, vocabulary]; ``has_newest`` says whose newest token counts, if not all."""
+        windows = [
+            _window(histories[place], size)
+            for place, size in zip(self.places, self._windows, strict=True)
+        ]
+        weight = row_array([float(has_newest[place]) for place in self.places]) if has_newest else 1
+        if self._index is None:
+            return self._penalize(logits, windows, inputs, weight)
+        changed = self._penalize(logits[self._index], windows, inputs[self._index], weight)
+        logits = logits.astype(mx.float32)
+        logits[self._index] = changed
+        return logits
+
+    def _penalize(
+        self,
+        logits: mx.array,
+        windows: Sequence[Sequence[int]],
+        newest: mx.array,
+        weight: mx.array | int,
+    ) -> mx.array:
+        # float32, because bfloat16 cannot count past 256.
+        logits = logits.astype(mx.float32)
+        ids, counts = _count(windows, newest.astype(mx.int32)[:, None], weight)
+        values = mx.take_along_axis(logits, ids, axis=-1)
+        divided = mx.where(values > 0, values / self._repeat, values * self._repeat)
+        penalized = divided - self._presence - counts * self._frequency
+        penalized = mx.where(counts > 0, penalized, values)
+        return mx.put_along_axis(logits, ids, penalized, axis=-1)
+
+
+def _over_window(row: Sampling) -> Sampling:
+    """What looks at the last ``repeat_last_n`` tokens, of prompt and output."""
+    if not row.counts_output_only:
+        return row
+    return replace(row, presence_penalty=0.0, frequency_penalty=0.0)
+
+
+def _over_output(row: Sampling) -> Sampling:
+    """What looks at all generated tokens."""
+    if not row.counts_output_only:
+        return _NONE
+    return replace(row, repeat_penalty=1.0, repeat_last_n=-1)
+
+
+def _penalizes(row: Sampling) -> bool:
+    plain = (row.repeat_penalty, row.presence_penalty, row.frequency_penalty)
+    return row.repeat_last_n != 0 and plain != (1.0, 0.0, 0.0)
+
+
+def _bias(rows: Sequence[tuple[tuple[int, float], ...]]) -> tuple[mx.array, ...] | None:
+    """Row, token id and value of every biased logit; None if there is none."""
+    entries = [(place, *pair) for place, pairs in enumerate(rows) for pair in pairs]
+    if not entries:
+        return None
+    places, ids, values = zip(*entries, strict=True)
+    return mx.array(places), mx.array(ids), mx.array(values, dtype=mx.float32)
+
+
+def _window(history: Sequence[int], size: int) -> Sequence[int]:
+    """What a window of ``size`` tokens holds beside the newest one; -1 = everything."""
+    if size < 0:
+        return history
+    return history[-(size - 1) :] if size > 1 else ()
+
+
+def _count(
+    windows: Sequence[Sequence[int]], newest: mx.array, weight: mx.array | int
+) -> tuple[mx.array, mx.array]:
+    """The ids in each row's window and how often each occurs; both [rows, n].
+
+    An id may stand there more than once, each time with its whole count. The newest one counts
+    ``weight`` times; an id with a count of 0 is not in the window.
+    """
+    seen = [Counter(window) for window in windows]
+    width = max(map(len, seen))
+    # A row with fewer ids is filled up with one that it has; -1 stands for the newest.
+    fillers = [next(iter(counter.items()), (-1, 0)) for counter in seen]
+    padded = [
+        [*counter.items(), *[filler] * (width - len(counter))]
+        for counter, filler in zip(seen, fillers, strict=True)
+    ]
+    ids = mx.array([[id_ for id_, _ in row] for row in padded], dtype=mx.int32)
+    counts = mx.array([[float(count) for _, count in row] for row in padded])
+    ids, counts = ids.reshape(len(padded), width), counts.reshape(len(padded), width)
+    ids = mx.where(ids < 0, newest, ids)
+    same = ids == newest
+    # Columns of the newest id all hold the same count, of which one is enough.
+    before = mx.max(mx.concatenate([mx.where(same, counts, 0), mx.zeros(newest.shape)], 1), 1)
+    return (
+        mx.concatenate([ids, newest], axis=1),
+        mx.concatenate([counts + same * weight, before[:, None] + weight], axis=1),
+    )

@@ -1,0 +1,160 @@
+"""A model split among processes by mlx_lm's own means, over ``mx.distributed``.
+
+Either each matrix is split (tensor parallel: ``Model.shard``), and each rank has some heads of
+each layer; or the layers are (``model.pipeline``), and each rank has some layers.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib.metadata
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Protocol, cast
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+
+from runner_server.engine.types import LoadSpec
+from runner_server.errors import ModelUnsupported
+from runner_server.mlx_backend.upstream.names import KVCache, make_prompt_cache
+
+_SHARED_BYTES = 1024
+"""Room for what :meth:`Group.share` sends: an address and a secret."""
+
+_SPLIT_COUNTS = ("num_attention_heads", "num_key_value_heads")
+"""Numbers in config.json that the ranks must divide; mlx_lm rounds them down in silence."""
+
+
+class Group:
+    """All ranks, as MLX connects them.
+
+    Args:
+        timeout_seconds: How long to wait for the others before the process is ended.
+
+    Raises:
+        RuntimeError: MLX cannot connect them; its settings in the environment say how.
+    """
+
+    def __init__(self, timeout_seconds: float) -> None:
+        # MLX waits for ever, and holds Python's lock meanwhile: only a timer in C can end it.
+        faulthandler.dump_traceback_later(timeout_seconds, exit=True)
+        try:
+            self.all = mx.distributed.init()
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        self.rank = self.all.rank()
+        self.size = self.all.size()
+
+    def share(self, value: object) -> Any:
+        """What rank 0 gives, on all ranks; other ranks' own values are of no account."""
+        data = json.dumps(value).encode() if self.rank == 0 else b""
+        numbers = mx.array([*data, *[0] * (_SHARED_BYTES - len(data))], dtype=mx.int32)
+        summed = mx.distributed.all_sum(numbers, group=self.all)
+        return json.loads(bytes(cast("list[int]", summed.tolist())).rstrip(b"\0"))
+
+
+def traits(*versions: str) -> list[str]:
+    """What must be the same on all ranks, so that they decide alike."""
+    kind = "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
+    return [*versions, f"mlx {importlib.metadata.version('mlx')}", kind]
+
+
+class Partners(Protocol):
+    """What a load and a batch need of the other ranks."""
+
+    def clock(self) -> float:
+        """Seconds that pass; the same on all ranks at the same place of the work."""
+        ...
+
+    def begin_load(self, spec: LoadSpec) -> None:
+        """Has the others load; ``spec`` leaves nothing to choose."""
+        ...
+
+    def finish_load(self, report: Callable[[int], None], kv_share: float) -> float:
+        """Waits until all have read their parts.
+
+        Args:
+            report: Called while it waits; what it raises ends the load.
+            kv_share: Sequences of the whole context that this rank has memory for.
+
+        Returns:
+            The smallest share of any rank.
+        """
+        ...
+
+
+class Shard:
+    """One rank's part of a model.
+
+    Args:
+        group: All ranks.
+        partners: The others.
+        by_layers: Split the layers also where matrices could be.
+    """
+
+    def __init__(self, group: Group, partners: Partners, *, by_layers: bool) -> None:
+        self._group = group
+        self._is_first = int(group.rank == 0)
+        self._by_layers = by_layers
+        self.partners = partners
+
+    def split(self, model: Module, config: dict[str, Any], spec: LoadSpec) -> LoadSpec:
+        """Leaves this rank's part of a model with lazy weights.
+
+        Returns:
+            The load as it can be done: where layers are split, no evaluated prompts are kept,
+            because ranks with more layers would have room for fewer of them.
+
+        Raises:
+            ModelUnsupported: mlx_lm cannot split it, or not among so many.
+        """
+        has_shard = hasattr(model, "shard")
+        inner = getattr(model, "model", None)
+        try:
+            if has_shard and not self._by_layers:
+                self._check_counts(config)
+                cast("Any", model).shard(self._group.all)
+                return spec
+            if hasattr(inner, "pipeline"):
+                cast("Any", inner).pipeline(self._group.all)
+                _require_plain_caches(model)
+                return replace(spec, prefix_cache_bytes=0)
+        except ValueError as error:
+            raise self._cannot(config, str(error)) from error
+        raise self._cannot(
+            config,
+            "mlx_lm splits the matrices of this kind, not its layers: leave out --pipeline"
+            if has_shard
+            else "mlx_lm cannot split this kind: serve it without --distributed",
+        )
+
+    def agree(self, drawn: mx.array) -> mx.array:
+        """The tokens that rank 0 drew; not yet evaluated.
+
+        The others' own tokens are multiplied by 0 and not left out: their model's last layers
+        must be computed, because rank 0 waits for those.
+        """
+        return mx.distributed.all_sum(drawn * self._is_first, group=self._group.all)
+
+    def _check_counts(self, config: dict[str, Any]) -> None:
+        parts = [config, config.get("text_config")]
+        for part in parts:
+            for name in _SPLIT_COUNTS:
+                count = part.get(name) if isinstance(part, dict) else None
+                if isinstance(count, int) and count % self._group.size:
+                    raise ValueError(f"its {name} is {count}")
+
+    def _cannot(self, config: dict[str, Any], why: str) -> ModelUnsupported:
+        return ModelUnsupported(
+            f"a model of type {config['model_type']!r} cannot be split among {self._group.size} "
+            f"ranks: {why}"
+        )
+
+
+def _require_plain_caches(model: Module) -> None:
+    """Refuses caches by which ranks with other layers would decide otherwise."""
+    kinds = {type(cache).__name__ for cache in make_prompt_cache(model)} - {KVCache.__name__}
+    if kinds:
+        raise ValueError(f"its layers have caches of kind {', '.join(sorted(kinds))}")

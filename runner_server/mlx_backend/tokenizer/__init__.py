@@ -1,0 +1,1 @@
+"""Tokenizers, read from `tokenizer.json` or by transformers."""

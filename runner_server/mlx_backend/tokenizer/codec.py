@@ -1,0 +1,184 @@
+"""The model's tokenizer, usable from any thread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from runner_server.errors import ModelUnsupported
+from runner_server.mlx_backend.tokenizer.panics import NO_PANICS
+from runner_server.mlx_backend.tokenizer.settings import TokenizerSettings, read_settings
+from runner_server.mlx_backend.tokenizer.token_bytes import bytes_of_tokens
+from runner_server.mlx_backend.tokenizer.tokenizer_file import FILE, read_tokenizer_file
+from runner_server.mlx_backend.tokenizer.transformers_tokenizer import read_with_transformers
+from runner_server.mlx_backend.upstream.names import default_end_ids
+
+_PART_CHARS = 1 << 17
+"""Of a very long text, what is split first to see whether the rest need be."""
+
+_SAMPLE = "A naïve text, 日本 😀:\n\tdef f(x): return 12.5  # \0 aaaa"
+_MAX_ID = 2**31 - 1
+
+_LONG = 256
+"""Tokens from which on decoding should not keep other threads from running."""
+
+
+class FastCodec:
+    """Wraps the Rust tokenizer itself.
+
+    The transformers object around it changes its state when it encodes and raises
+    "Already borrowed" between threads; the tokenizer does neither once truncation
+    and padding are off. So is BPE's dropout, which splits a text at random: it is for training.
+
+    A prompt gets what the tokenizer puts before a text, and nothing behind it: an
+    end-of-text token there would end what is to be continued. A text that begins with
+    those tokens already, or with the beginning-of-text token, gets nothing.
+
+    Args:
+        tokenizer: A ``tokenizers.Tokenizer``; nobody else may hold it.
+        prefix: The tokens that a prompt begins with; see :func:`prompt_prefix`.
+        bos_id: The beginning-of-text token, if the model has one.
+    """
+
+    def __init__(self, tokenizer: Any, prefix: Sequence[int], bos_id: int | None) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        if getattr(tokenizer.model, "dropout", None):
+            tokenizer.model.dropout = None
+        self._tokenizer = tokenizer
+        self._prefix = list(prefix)
+        self._bos_id = bos_id
+        self._bytes_of = bytes_of_tokens(tokenizer)
+
+    def encode(self, text: str, *, as_prompt: bool) -> list[int]:
+        """Splits text into ids; see ``Codec.encode``."""
+        # Only the batch form lets other threads run meanwhile.
+        with NO_PANICS:
+            ids: list[int] = self._tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
+        if not as_prompt or self._has_prefix(ids):
+            return ids
+        return self._prefix + ids
+
+    def _has_prefix(self, ids: Sequence[int]) -> bool:
+        return ids[: len(self._prefix)] == self._prefix or (
+            self._bos_id is not None and ids[:1] == [self._bos_id]
+        )
+
+    def fewest_tokens(self, text: str, enough: int) -> int:
+        """See ``Codec.fewest_tokens``.
+
+        A beginning of a text never has twice the tokens of the whole: what follows
+        changes how the last word of the beginning is split, and no more.
+        """
+        size = _PART_CHARS
+        while size < len(text):
+            count = len(self.encode(text[:size], as_prompt=False))
+            if count > 2 * enough:
+                return count // 2
+            size *= 2
+        return 0
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Joins ids into text; see ``Codec.decode``."""
+        ids = list(ids)
+        text: str
+        with NO_PANICS:
+            if len(ids) > _LONG:
+                # As above; a few tokens take less time than handing over to another thread.
+                (text,) = self._tokenizer.decode_batch([ids], skip_special_tokens=False)
+            else:
+                text = self._tokenizer.decode(ids, skip_special_tokens=False)
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """See ``Codec.token_bytes``."""
+        return self._bytes_of(token_id)
+
+
+def load_codec(path: Path, config: dict[str, Any]) -> tuple[FastCodec, frozenset[int]]:
+    """Reads the tokenizer of a model directory.
+
+    Args:
+        path: The directory.
+        config: The view of the model's configuration; its ``eos_token_id`` has the ids of
+            all files.
+
+    Returns:
+        The codec and all ids that end a text.
+
+    Raises:
+        ModelUnsupported: There is no tokenizer, or it needs code of its own to run.
+    """
+    ends = frozenset(config.get("eos_token_id") or default_end_ids(config))
+    settings = read_settings(path)
+    if (path / FILE).is_file():
+        tokenizer = read_tokenizer_file(path, settings)
+    else:
+        tokenizer, settings = read_with_transformers(path, settings)
+    _require_vocabulary(tokenizer, path)
+    ends |= {*_ids_of(tokenizer, settings.eos_token)}
+    return _codec(tokenizer, settings, path), ends
+
+
+def _ids_of(tokenizer: Any, token: str | None) -> list[int]:
+    id_ = None if token is None else tokenizer.token_to_id(token)
+    return [] if id_ is None else [id_]
+
+
+def _codec(tokenizer: Any, settings: TokenizerSettings, path: Path) -> FastCodec:
+    """Make the codec, and try it: some tokenizers can be read and not be used."""
+    bos_id = next(iter(_ids_of(tokenizer, settings.bos_token)), None)
+    try:
+        codec = FastCodec(tokenizer, prompt_prefix(tokenizer, bos_id, settings.adds_bos), bos_id)
+        ids = codec.encode(_SAMPLE, as_prompt=True)
+        for part in (ids, *([id_] for id_ in ids)):
+            codec.decode(part)
+    except Exception as error:
+        raise ModelUnsupported(
+            f"the tokenizer in {path} does not work ({type(error).__name__}: {error})",
+            model=str(path),
+        ) from error
+    if max(ids, default=0) > _MAX_ID:
+        raise ModelUnsupported(
+            f"the tokenizer in {path} makes token {max(ids)} of a text, which no vocabulary has",
+            model=str(path),
+        )
+    return codec
+
+
+def prompt_prefix(tokenizer: Any, bos_id: int | None, adds_bos: bool | None) -> list[int]:
+    """Return the tokens that a prompt begins with.
+
+    They are what the tokenizer's post-processor puts before a text, with the
+    beginning-of-text token as ``add_bos_token`` has it. Of that setting transformers 5 looks
+    at neither value where there is a ``tokenizer.json``. Both are obeyed here, as by
+    transformers 4 for most classes and by llama.cpp: with true the real files of DeepSeek V3,
+    whose post-processor adds nothing, get the token that the model was trained with; with
+    false its author or user has switched off what the post-processor adds.
+
+    Args:
+        tokenizer: A ``tokenizers.Tokenizer``.
+        bos_id: Its beginning-of-text token.
+        adds_bos: The setting ``add_bos_token``; None if it is not given.
+    """
+    with NO_PANICS:
+        encoding = tokenizer.encode(_SAMPLE)
+    # The mask tells tokens that were put around a text from the text's own.
+    pairs = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+    prefix = [id_ for id_, _ in takewhile(lambda pair: pair[1], pairs)]
+    if bos_id is None or adds_bos is None:
+        return prefix
+    if not adds_bos:
+        return [id_ for id_ in prefix if id_ != bos_id]
+    return prefix if bos_id in prefix else [bos_id, *prefix]
+
+
+def _require_vocabulary(tokenizer: Any, path: Path) -> None:
+    # Where there are no files, transformers may make a tokenizer of special tokens only.
+    if tokenizer.get_vocab_size() <= len(tokenizer.get_added_tokens_decoder()):
+        raise ModelUnsupported(
+            f"there is no tokenizer in {path}; expected tokenizer.json and tokenizer_config.json",
+            model=str(path),
+        )

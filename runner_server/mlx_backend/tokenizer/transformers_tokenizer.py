@@ -1,0 +1,171 @@
+"""Tokenizers of directories without a ``tokenizer.json``, which transformers has to read.
+
+Importing transformers takes about a second and 40 to 75 MiB, which a process does not give back.
+So a short-lived process reads the tokenizer with it, and prints the tokenizer as the one file
+that describes it (:meth:`tokenizers.Tokenizer.to_str`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, normalizers
+
+from runner_common.import_paths import with_import_paths
+from runner_common.interpreter import interpreter
+from runner_server.errors import ModelUnsupported
+from runner_server.mlx_backend.tokenizer.panics import NO_PANICS
+from runner_server.mlx_backend.tokenizer.settings import TokenizerSettings
+from runner_server.mlx_backend.upstream.names import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+_TIMEOUT_SECONDS = 120.0
+
+_SAMPLES = ("The quick fox", " a", "  two  spaces ", "naïve 日本 😀 ①", "12345\n\nx\ty", "\0", "")
+"""Texts that show how a tokenizer treats spaces, characters without a piece, and numbers."""
+
+
+def read_with_transformers(
+    path: Path, settings: TokenizerSettings
+) -> tuple[Any, TokenizerSettings]:
+    """Read a tokenizer with transformers.
+
+    Args:
+        path: The model's directory.
+        settings: What its files say.
+
+    Returns:
+        A ``tokenizers.Tokenizer``, and the settings with what transformers knows beside them.
+
+    Raises:
+        ModelUnsupported: It cannot be loaded, or has no form that needs no transformers.
+    """
+    answer = _ask_child(path) or _read(path)
+    if problem := answer.get("problem"):
+        raise ModelUnsupported(problem, model=str(path))
+    with NO_PANICS:
+        tokenizer = Tokenizer.from_str(answer["tokenizer"])
+    # The one setting that the file does not have.
+    tokenizer.encode_special_tokens = answer["encode_special_tokens"]
+    named = {key: answer[key] for key in ("bos_token", "eos_token")}
+    return tokenizer, replace(settings, **named)
+
+
+def _ask_child(path: Path) -> dict[str, Any] | None:
+    """Return what a process of its own has read; None if it gave no answer."""
+    try:
+        command = [interpreter(), "-P", "-m", __name__, str(path)]
+        done = subprocess.run(
+            command,
+            env=with_import_paths(os.environ),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_TIMEOUT_SECONDS,
+            check=True,
+        )
+        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        logger.warning("the tokenizer in %s is read in this process instead (%s)", path, error)
+        return None
+    return answer
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the tokenizer in a form that JSON can hold, or the problem with it."""
+    try:
+        with NO_PANICS:
+            wrapper = _load_sentencepiece(path) or _load(path)
+    except Exception as error:  # noqa: BLE001 - becomes the answer
+        # transformers may go on for a page.
+        problem = next(iter(str(error).strip().splitlines()), "")
+        return {
+            "problem": f"the tokenizer in {path} cannot be loaded ({type(error).__name__}: "
+            f"{problem}); expected tokenizer.json, or the files of a kind that transformers knows"
+        }
+    backend = getattr(wrapper, "backend_tokenizer", None)
+    if backend is None:
+        return {
+            "problem": f"the tokenizer in {path} has no tokenizer.json form; convert it with "
+            "transformers"
+        }
+    return {
+        "tokenizer": backend.to_str(),
+        "encode_special_tokens": backend.encode_special_tokens,
+        "bos_token": wrapper.bos_token,
+        "eos_token": wrapper.eos_token,
+    }
+
+
+def _load(path: Path) -> Any:
+    # Explicitly false: with None transformers asks on the terminal whether to
+    # run the directory's code.
+    return load_tokenizer(path, {"trust_remote_code": False})
+
+
+def _load_sentencepiece(path: Path) -> Any:
+    """Return the conversion of a SentencePiece model whose ids are those of SentencePiece.
+
+    transformers has several, and which of them is right differs between its releases: the
+    generic class of 5.7 gets every text wrong, ``LlamaTokenizer`` loses a space in front
+    of a text in all of them.
+
+    Returns:
+        None if the directory has no such model, or no conversion is right.
+    """
+    theirs = _sentencepiece(path / "tokenizer.model")
+    if theirs is None:
+        return None
+    expected = [theirs.encode(text) for text in _SAMPLES]
+    for convert in (_load_generic, _load, _load_with_steps):
+        wrapper = convert(path)
+        encode = wrapper.backend_tokenizer.encode
+        if [encode(text, add_special_tokens=False).ids for text in _SAMPLES] == expected:
+            return wrapper
+    return None
+
+
+def _sentencepiece(file: Path) -> Any:
+    """Return the SentencePiece model in a file; None if there is none, or another thing."""
+    if not file.is_file():
+        return None
+    sentencepiece = importlib.import_module("sentencepiece")
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(file))
+    except (OSError, RuntimeError):
+        return None
+
+
+def _load_generic(path: Path) -> Any:
+    """Load with the class that takes the steps from the model's own settings."""
+    generic = importlib.import_module("transformers").TokenizersBackend
+    return generic.from_pretrained(path, trust_remote_code=False, legacy=True)
+
+
+def _load_with_steps(path: Path) -> Any:
+    """Load with the class that is named, and with the steps of the published Llama 2 file."""
+    wrapper = _load(path)
+    tokenizer = wrapper.backend_tokenizer
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.pre_tokenizer = None
+    return wrapper
+
+
+def main() -> int:
+    """Read the tokenizer that the command line names, and print it; returns the exit code."""
+    print(json.dumps(_read(Path(sys.argv[1]))))  # noqa: T201 - its only output
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Call records, the request log, metrics and traces."""

@@ -1,0 +1,131 @@
+"""Where every call of the service is seen from its arrival to its end, and told once."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, Protocol
+
+import grpc
+
+from runner_server.telemetry.call_record import ID_HEADER, Request, enter
+from runner_server.telemetry.methods import METHODS
+
+if TYPE_CHECKING:
+    # Handlers of every message type pass through here, so their types are open.
+    _Handler = grpc.RpcMethodHandler[Any, Any]
+    _Context = grpc.aio.ServicerContext[Any, Any]
+    _Behaviour = Callable[[Any, _Context], Any]
+
+_CLOCK_SLACK_SECONDS = 0.1
+"""How long before its deadline, by this side's clock, a call may be given up because of it."""
+
+
+class Observer(Protocol):
+    """Is told of calls, on the event loop; must not wait."""
+
+    def begun(self, request: Request) -> None:
+        """A call has come."""
+        ...
+
+    def ended(self, request: Request) -> None:
+        """It is over, in whatever way; every call that began ends once."""
+        ...
+
+
+class ObservingInterceptor(grpc.aio.ServerInterceptor):
+    """Tells observers of every call of our services; to be the first interceptor.
+
+    Args:
+        observers: Told in this order; more may be added at any time.
+    """
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self._observers = observers
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> _Handler | None:
+        """Begins the record of a call and has it ended with the call's task."""
+        # Only these: a caller could invent others without end, and each would be a label.
+        method = METHODS.get(handler_call_details.method)
+        task = asyncio.current_task()
+        if method is None or task is None:
+            return await continuation(handler_call_details)
+        headers = handler_call_details.invocation_metadata or ()
+        call = _Call(Request.arrived(method, headers))
+        enter(call.request)
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        for observer in self._observers:
+            observer.begun(call.request)
+        # Not the context's own callback: a caller may leave before there is a context.
+        task.add_done_callback(lambda _task: self._end(call))
+        return call.watch(handler)
+
+    def _end(self, call: _Call) -> None:
+        call.request.end(call.code())
+        for observer in self._observers:
+            observer.ended(call.request)
+
+
+class _Call:
+    """A call under way, and how to tell what became of it."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self._context: _Context | None = None
+        self._is_answered = False
+
+    def watch(self, handler: _Handler) -> _Handler:
+        """The same handler, watched."""
+        kind = (
+            f"{'stream' if handler.request_streaming else 'unary'}_"
+            f"{'stream' if handler.response_streaming else 'unary'}"
+        )
+        inner = getattr(handler, kind)
+        outer = self._stream(inner) if inspect.isasyncgenfunction(inner) else self._plain(inner)
+        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        watched: _Handler = make(outer, handler.request_deserializer, handler.response_serializer)
+        return watched
+
+    def code(self) -> str:
+        """The name of the code it ended with."""
+        code = self._context.code() if self._context else None
+        if isinstance(code, grpc.StatusCode):
+            return code.name
+        if self._is_answered:
+            return grpc.StatusCode.OK.name
+        # gRPC cancels the task in both cases and does not say which it is.
+        left = self._context.time_remaining() if self._context else None
+        if left is not None and left < _CLOCK_SLACK_SECONDS:
+            return grpc.StatusCode.DEADLINE_EXCEEDED.name
+        return grpc.StatusCode.CANCELLED.name
+
+    def _plain(self, inner: _Behaviour) -> _Behaviour:
+        async def call(message: object, context: _Context) -> object:
+            self._open(context)
+            reply = await inner(message, context)
+            self._is_answered = True
+            return reply
+
+        return call
+
+    def _stream(self, inner: _Behaviour) -> _Behaviour:
+        async def call(message: object, context: _Context) -> AsyncIterator[object]:
+            self._open(context)
+            async with aclosing(inner(message, context)) as replies:
+                async for reply in replies:
+                    yield reply
+            self._is_answered = True
+
+        return call
+
+    def _open(self, context: _Context) -> None:
+        self._context = context
+        context.set_trailing_metadata(((ID_HEADER, self.request.id),))

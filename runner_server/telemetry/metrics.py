@@ -1,0 +1,243 @@
+"""Prometheus metrics: what is counted at the end of a request, and what is read when scraped.
+
+The library is imported by whoever opens them. They have a registry of their own, and
+nothing here runs for each token: counts of requests that go on are read from them.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    start_http_server,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from runner_server.engine.engine import Engine
+from runner_server.engine.types import Account, State
+from runner_server.host.resident_memory import resident_bytes
+from runner_server.telemetry.call_record import Request
+from runner_server.telemetry.methods import GENERATING
+
+if TYPE_CHECKING:
+    from wsgiref.simple_server import WSGIServer
+
+logger = logging.getLogger(__name__)
+
+OPERATION, PROVIDER = "text_completion", "mlx"
+"""Of OpenTelemetry's ``gen_ai.operation.name``, and our ``gen_ai.provider.name``."""
+
+# OpenTelemetry's boundaries of these three, with more below (small models) and above
+# (long prompts on slow machines): what is computed from theirs can be from these.
+_REQUEST_SECONDS = (
+    0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92,
+    163.84, 327.68, 655.36,
+)  # fmt: skip
+_FIRST_TOKEN_SECONDS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+    20.0, 40.0, 80.0, 160.0, 640.0,
+)  # fmt: skip
+_TOKEN_SECONDS = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5,
+)  # fmt: skip
+
+_OTEL_LABELS = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
+
+
+class Metrics:
+    """Count requests and answer scrapes, as an observer of the telemetry interceptor.
+
+    Args:
+        engine: Asked for its state by every scrape.
+        version: The version of the server.
+    """
+
+    def __init__(self, engine: Engine, version: str) -> None:
+        self.registry = registry = CollectorRegistry()
+        self._server: WSGIServer | None = None
+        self._requests = Counter(
+            "mlx_runner_requests", "Requests that have ended.", ("method", "code", "reason"),
+            registry=registry,
+        )  # fmt: skip
+        self._duration = Histogram(
+            "gen_ai_server_request_duration_seconds",
+            "From the arrival of a completion to its last message or its error.",
+            (*_OTEL_LABELS, "error_type"), buckets=_REQUEST_SECONDS, registry=registry,
+        )  # fmt: skip
+        self._first_token = Histogram(
+            "gen_ai_server_time_to_first_token_seconds",
+            "Queue and prefill of completions that ended by themselves.",
+            _OTEL_LABELS, buckets=_FIRST_TOKEN_SECONDS, registry=registry,
+        )  # fmt: skip
+        self._per_token = Histogram(
+            "gen_ai_server_time_per_output_token_seconds",
+            "Time per token after the first, of completions that ended by themselves.",
+            _OTEL_LABELS, buckets=_TOKEN_SECONDS, registry=registry,
+        )  # fmt: skip
+        self._queue = Histogram(
+            "mlx_runner_request_queue_time_seconds",
+            "How long completions waited for a place, those that gave up included.",
+            ("model_name",), buckets=_FIRST_TOKEN_SECONDS, registry=registry,
+        )  # fmt: skip
+        self._tokens = _Tokens()
+        registry.register(self._tokens)
+        registry.register(_State(engine, version))
+        ProcessCollector(registry=registry)
+
+    def begun(self, request: Request) -> None:
+        """See ``Observer.begun``."""
+        self._tokens.follow(request)
+
+    def ended(self, request: Request) -> None:
+        """See ``Observer.ended``."""
+        account = self._tokens.settle(request)
+        self._requests.labels(request.method, request.code, request.reason).inc()
+        if request.method not in GENERATING:
+            return
+        labels = (OPERATION, PROVIDER, request.model)
+        error = "" if request.code == "OK" else request.reason or request.code
+        self._duration.labels(*labels, error).observe(request.seconds)
+        if account is None:
+            return
+        self._queue.labels(request.model).observe(account.queue_seconds)
+        if account.reason and account.prompt_seconds is not None:
+            first = account.queue_seconds + account.prompt_seconds
+            self._first_token.labels(*labels).observe(first)
+        if account.reason and account.eval_seconds is not None and account.eval_count > 1:
+            each = account.eval_seconds / (account.eval_count - 1)
+            self._per_token.labels(*labels).observe(each)
+
+    def listen(self, host: str, port: int) -> str:
+        """Answers scrapes on a thread of its own; returns the address.
+
+        Raises:
+            OSError: The address cannot be listened on.
+        """
+        self._server, _ = start_http_server(port, host, self.registry)
+        shown = f"[{host}]" if ":" in host else host
+        return f"http://{shown}:{self._server.server_port}/metrics"
+
+    def close(self) -> None:
+        """Answers no more, in a moment; does not wait."""
+        if self._server:
+            threading.Thread(target=self._shut, args=(self._server,), daemon=True).start()
+
+    @staticmethod
+    def _shut(server: WSGIServer) -> None:
+        # Looks up from its waiting twice a second.
+        server.shutdown()
+        server.server_close()
+
+
+class _Tokens(Collector):
+    """Tokens of all completions, those that go on included, per model."""
+
+    _KINDS = (
+        ("prompt", "Prompt tokens of completions that have got their first token."),
+        ("prompt_cached", "Of those, tokens that were not evaluated again."),
+        ("generation", "Tokens generated."),
+    )
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._live: set[Request] = set()
+        self._ended: dict[str, tuple[int, ...]] = {}
+
+    def follow(self, request: Request) -> None:
+        """Counts a request from now on."""
+        with self._lock:
+            self._live.add(request)
+
+    def settle(self, request: Request) -> Account | None:
+        """Counts it for the last time, and returns what it has come to."""
+        account = request.account() if request.account else None
+        with self._lock:
+            self._live.discard(request)
+            if account:
+                _add(self._ended, request.model, account)
+        return account
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by a scrape."""
+        with self._lock:
+            totals = dict(self._ended)
+            for request in self._live:
+                if request.account:
+                    _add(totals, request.model, request.account())
+        for place, (kind, meaning) in enumerate(self._KINDS):
+            family = CounterMetricFamily(
+                f"mlx_runner_{kind}_tokens", meaning, labels=["model_name"]
+            )
+            for model, counts in totals.items():
+                family.add_metric([model], counts[place])
+            yield family
+
+
+def _add(totals: dict[str, tuple[int, ...]], model: str, account: Account) -> None:
+    prompt = (account.prompt_count, account.cached_count) if account.eval_count else (0, 0)
+    before = totals.get(model, (0, 0, 0))
+    totals[model] = tuple(a + b for a, b in zip(before, (*prompt, account.eval_count), strict=True))
+
+
+class _State(Collector):
+    """What ``Status`` tells, read when it is asked for."""
+
+    def __init__(self, engine: Engine, version: str) -> None:
+        self._engine = engine
+        self._version = version
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by a scrape."""
+        now = self._engine.snapshot()
+        model = now.model
+        yield _gauge("num_requests_running", "Completions that have begun.", now.running_count)
+        yield _gauge("num_requests_waiting", "Completions without a place.", now.queued_count)
+        yield CounterMetricFamily("mlx_runner_engine_steps", "Engine steps.", value=now.step_count)
+        state = GaugeMetricFamily(
+            "mlx_runner_state", "1 for the state it is in, else 0.", labels=["state"]
+        )
+        for each in State:
+            state.add_metric([each.value], each is now.state)
+        yield state
+        yield _gauge("load_progress_ratio", "Of the load that runs, 0 to 1.", now.progress / 100)
+        if now.last_progress_age is not None:
+            yield _gauge(
+                "last_progress_age_seconds",
+                "How long ago the engine moved; absent when it has nothing to do.",
+                now.last_progress_age,
+            )
+        yield self._memory(model.limit_bytes if model else 0)
+        info = GaugeMetricFamily(
+            "mlx_runner_info", "Always 1.", labels=["version", "device", "model_name"]
+        )
+        info.add_metric([self._version, self._engine.device, model.name if model else ""], 1)
+        yield info
+
+    def _memory(self, limit_bytes: int) -> Metric:
+        memory = self._engine.memory()
+        family = GaugeMetricFamily(
+            "mlx_runner_memory_bytes", "Held by MLX and by the process.", labels=["kind"]
+        )
+        kinds = {
+            "active": memory.active_bytes,
+            "cache": memory.cache_bytes,
+            "peak": memory.peak_bytes,
+            "prefix_cache": memory.prefix_cache_bytes,
+            "process": resident_bytes(),
+            "limit": limit_bytes,
+        }
+        for kind, size in kinds.items():
+            family.add_metric([kind], size)
+        return family
+
+
+def _gauge(name: str, meaning: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"mlx_runner_{name}", meaning, value=value)

@@ -1,0 +1,136 @@
+"""The log on stderr: one line for every request, as text or as JSON; never what was said."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+from runner_server.telemetry.call_record import Request
+
+logger = logging.getLogger(__name__)
+
+_TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+_ASKED_OFTEN = frozenset({"Status", "HealthCheck"})
+"""Their lines have the level DEBUG if they succeed: a load is watched with five a second."""
+
+_SUMMARIZED = frozenset({"method", "code", "duration_seconds"})
+
+_MAX_CHARS = 256
+"""Of a value that a caller chose."""
+
+_PLAIN = re.compile(r"[!#-<>-~]+")
+"""A value that needs no quotes: visible, without ``"`` and ``=``."""
+
+Fields = dict[str, str | int | float]
+
+
+class RequestLine:
+    """The line of a request that has ended.
+
+    Attributes:
+        summary: Method, code and duration.
+        fields: All that is known, by name; nothing of prompt and output.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.summary = f"{request.method} {request.code} in {request.seconds:.3f} s"
+        self.fields = _fields(request)
+
+    def __str__(self) -> str:
+        """The line as text."""
+        shown = self.fields.items()
+        parts = [f"{name}={_quoted(value)}" for name, value in shown if name not in _SUMMARIZED]
+        return f"{self.summary} {' '.join(parts)}"
+
+
+class RequestLog:
+    """Writes the line of every request at its end."""
+
+    def begun(self, request: Request) -> None:
+        """Nothing: one line is enough."""
+
+    def ended(self, request: Request) -> None:
+        """Writes the line."""
+        is_quiet = request.code == "OK" and request.method in _ASKED_OFTEN
+        level = logging.DEBUG if is_quiet else logging.INFO
+        if logger.isEnabledFor(level):
+            logger.log(level, RequestLine(request))
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line; the fields of a request stand beside time and level."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See ``logging.Formatter``."""
+        line = record.msg if isinstance(record.msg, RequestLine) else None
+        entry: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": line.summary if line else record.getMessage(),
+        }
+        if line:
+            entry |= line.fields
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
+def set_up_logging(level: str, style: str) -> None:
+    """Sends the log of this process to stderr.
+
+    Args:
+        level: A level of Python's logging.
+        style: ``text`` or ``json``.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if style == "json" else logging.Formatter(_TEXT_FORMAT))
+    logging.basicConfig(level=level, handlers=[handler])
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for gRPC's traceback of a message whose reader has gone, which its line tells."""
+    return not str(record.msg).startswith("ExecuteBatchError")
+
+
+def _fields(request: Request) -> Fields:
+    known: dict[str, str | int | float | None] = {
+        "id": request.id,
+        "request_id": request.request_id[:_MAX_CHARS],
+        "method": request.method,
+        "model": request.model[:_MAX_CHARS],
+        "code": request.code,
+        "reason": request.reason,
+        "duration_seconds": request.seconds,
+        "trace_id": request.trace_id,
+        "parent_id": request.parent_id,
+        "span_id": request.span_id,
+    }
+    if request.account:
+        account = request.account()
+        known |= {
+            "finish_reason": account.reason.value if account.reason else None,
+            "prompt_tokens": account.prompt_count,
+            "cached_tokens": account.cached_count,
+            "generated_tokens": account.eval_count,
+            "queue_seconds": account.queue_seconds,
+            "prefill_seconds": account.prompt_seconds,
+            "generation_seconds": account.eval_seconds,
+        }
+    return {
+        name: round(value, 6) if isinstance(value, float) else value
+        for name, value in known.items()
+        if value is not None and value != ""
+    }
+
+
+def _quoted(value: str | float) -> str:
+    if not isinstance(value, str):
+        return f"{value:.6f}" if isinstance(value, float) else str(value)
+    return value if _PLAIN.fullmatch(value) else json.dumps(value)

@@ -1,0 +1,1 @@
+"""Listening, TLS, authentication, and the interceptors around each RPC."""

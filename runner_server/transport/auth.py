@@ -1,0 +1,125 @@
+"""Who may call: the token, and the addresses that may be listened on without one."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import os
+import re
+import socket
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from grpc_health.v1 import health
+
+from runner_common.handshake import TOKEN_VARIABLE
+from runner_server.errors import Unauthenticated
+from runner_server.transport.interceptor import abort
+
+if TYPE_CHECKING:
+    # Calls of every service pass through here, so their types are open.
+    _Handler = grpc.RpcMethodHandler[Any, Any]
+    _Context = grpc.aio.ServicerContext[Any, Any]
+
+_HEADER = "authorization"
+_SCHEME = "bearer "
+
+_MIN_TOKEN_CHARS = 16
+"""A shorter token could be guessed, however it is compared."""
+
+_TOKEN = re.compile(rf"[!-~]{{{_MIN_TOKEN_CHARS},}}")
+
+
+def read_token(file: Path | None, environment: MutableMapping[str, str] = os.environ) -> str | None:
+    """The token that callers must send; a file comes before the environment.
+
+    The variable is removed in either case, so that no child of this process gets it.
+
+    Raises:
+        ValueError: There is none where one was announced, or it cannot be used. The
+            message never has the token.
+        OSError: The file cannot be read.
+    """
+    given = environment.pop(TOKEN_VARIABLE, None)
+    if file is not None:
+        return _checked(file.read_bytes().decode(errors="replace").strip(), str(file))
+    return None if given is None else _checked(given.strip(), TOKEN_VARIABLE)
+
+
+def _checked(token: str, where: str) -> str:
+    if not _TOKEN.fullmatch(token):
+        raise ValueError(
+            f"the token in {where} has {len(token)} characters: it needs {_MIN_TOKEN_CHARS} or "
+            "more, visible ASCII alone and no space; `openssl rand -hex 32` makes a good one"
+        )
+    return token
+
+
+class AccessInterceptor(grpc.aio.ServerInterceptor):
+    """Refuses every call without the token but health's, before anything of it is read.
+
+    Args:
+        token: What callers must send as ``authorization: Bearer TOKEN``.
+    """
+
+    def __init__(self, token: str) -> None:
+        self._token = token.encode()
+        self._no_token = _refusal("none")
+        self._other_token = _refusal("another one")
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> _Handler | None:
+        """Lets a call pass, or answers it itself."""
+        # Whoever probes whether calls are answered need not be able to make them.
+        if handler_call_details.method.startswith(f"/{health.SERVICE_NAME}/"):
+            return await continuation(handler_call_details)
+        sent = _bearer(handler_call_details)
+        if sent is None:
+            return self._no_token
+        # Takes as long however much of it is right.
+        if not hmac.compare_digest(sent, self._token):
+            return self._other_token
+        return await continuation(handler_call_details)
+
+
+def _bearer(details: grpc.HandlerCallDetails) -> bytes | None:
+    """The token of a call; None if it has none, or more than one."""
+    found = [
+        value if isinstance(value, bytes) else value.encode(errors="replace")
+        for key, value in details.invocation_metadata or ()
+        if key == _HEADER
+    ]
+    if len(found) != 1 or found[0][: len(_SCHEME)].lower() != _SCHEME.encode():
+        return None
+    return found[0][len(_SCHEME) :].strip()
+
+
+def _refusal(has: str) -> _Handler:
+    fault = Unauthenticated(has)
+
+    async def refuse(_requests: object, context: _Context) -> None:
+        await abort(context, fault)
+
+    # Whatever the method's form is on the wire: this one reads no request first.
+    return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is an address of this machine alone, whatever name it is given by.
+
+    Raises:
+        OSError: There is no such host.
+    """
+    found = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
+    return all(_is_loopback_address(str(entry[4][0])) for entry in found)
+
+
+def _is_loopback_address(text: str) -> bool:
+    address = ipaddress.ip_address(text)
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback

@@ -1,0 +1,132 @@
+"""Where a server listens: a port or a socket, and whether it may."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import grpc
+
+from runner_common.handshake import TOKEN_VARIABLE, ReadyLine
+from runner_server.transport.auth import is_loopback
+from runner_server.transport.tls import BadTlsFilesError, TlsFiles, server_credentials
+from runner_server.transport.unix_socket import OccupiedError, socket_place
+
+logger = logging.getLogger(__name__)
+
+_MAX_UNIX_PATH = 107 if sys.platform == "linux" else 103
+_MAX_PORT = 65535
+_BIND_ADVICE = "it is in use, no address of this machine, or unknown; port 0 takes a free port"
+
+
+class CannotListenError(Exception):
+    """The address cannot be listened on; the message says why."""
+
+
+def listen(
+    server: grpc.aio.Server, place: str, *, tls: TlsFiles | None, has_token: bool
+) -> ReadyLine:
+    """Makes a server listen.
+
+    Args:
+        server: Not started yet.
+        place: ``HOST:PORT`` (port 0 = any free one) or ``unix:/path``.
+        tls: The certificate; None does not encrypt.
+        has_token: Whether callers must send a token.
+
+    Raises:
+        CannotListenError: The address is bad, in use, or open to other machines without
+            anything that asks who calls; or the certificate cannot be used.
+    """
+    try:
+        credentials = server_credentials(tls) if tls else None
+    except BadTlsFilesError as error:
+        raise CannotListenError(str(error)) from error
+    path = place.removeprefix("unix:")
+    if path != place:
+        return _listen_on_socket(server, Path(path), place, credentials)
+    host, separator, port = place.rpartition(":")
+    # gRPC would take a larger number's remainder, and all of "::1:80" for an address.
+    is_port = port.isdecimal() and int(port) <= _MAX_PORT
+    is_host = host and (":" not in host or (host[0], host[-1]) == ("[", "]"))
+    if not (separator and is_host and is_port):
+        raise CannotListenError(
+            f"--listen {place!r}: expected HOST:PORT or [IPV6]:PORT, the port 0 to {_MAX_PORT}, or "
+            "unix:/path"
+        )
+    _check_host(host, place, tls, has_token=has_token)
+    return ReadyLine("tcp", f"{host}:{_bind(server, place, _BIND_ADVICE, credentials)}")
+
+
+def _listen_on_socket(
+    server: grpc.aio.Server, path: Path, place: str, credentials: grpc.ServerCredentials | None
+) -> ReadyLine:
+    _check_length(path)
+    try:
+        with socket_place(path):
+            _bind_socket(server, place, credentials)
+    except OccupiedError as error:
+        raise CannotListenError(str(error)) from error
+    return ReadyLine("unix", place.removeprefix("unix:"))
+
+
+def _bind_socket(
+    server: grpc.aio.Server, place: str, credentials: grpc.ServerCredentials | None
+) -> None:
+    # The socket file would get the umask's mode: nobody else may call.
+    mask = os.umask(0o177)
+    try:
+        _bind(server, place, "its directory must exist and be writable", credentials)
+    finally:
+        os.umask(mask)
+
+
+def _check_host(host: str, place: str, tls: TlsFiles | None, *, has_token: bool) -> None:
+    try:
+        if is_loopback(host):
+            return
+    except (OSError, ValueError) as error:  # ValueError: no name that DNS could have
+        raise CannotListenError(f"cannot listen on {place}: {_BIND_ADVICE}") from error
+    if not (tls or has_token):
+        raise CannotListenError(
+            f"--listen {place} is open to other machines, and everybody there could load models "
+            f"and read what is completed. Set a token (--token-file FILE, or {TOKEN_VARIABLE}) and "
+            "encrypt (--tls-cert FILE --tls-key FILE), or let only clients with a certificate in "
+            "(and --tls-client-ca FILE); or listen on 127.0.0.1 or unix:/path"
+        )
+    if not tls:
+        logger.warning(
+            "%s is open to other machines without TLS: the token and all text travel in clear, and "
+            "who sees the token can use it; --tls-cert and --tls-key encrypt",
+            place,
+        )
+    elif not (has_token or tls.client_ca):
+        logger.warning(
+            "%s is open to other machines and nobody is asked who they are: TLS alone only "
+            "encrypts; a token or --tls-client-ca asks",
+            place,
+        )
+
+
+def _bind(
+    server: grpc.aio.Server,
+    place: str,
+    advice: str,
+    credentials: grpc.ServerCredentials | None,
+) -> int:
+    try:
+        if credentials:
+            return server.add_secure_port(place, credentials)
+        return server.add_insecure_port(place)
+    except RuntimeError as error:
+        raise CannotListenError(f"cannot listen on {place}: {advice}") from error
+
+
+def _check_length(path: Path) -> None:
+    size = len(os.fsencode(path))
+    if size > _MAX_UNIX_PATH:
+        raise CannotListenError(
+            f"the socket's path has {size} bytes and this system allows {_MAX_UNIX_PATH}: {path}"
+        )

@@ -1,0 +1,89 @@
+"""The map of docs/architecture.md: imports between rooms point down the list only."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+SERVER = ("distributed", "api", "transport", "telemetry", "mlx_backend", "engine", "host", "errors")
+"""Rooms of the server from top to bottom. Modules beside them (``app``, ``config``) are above."""
+
+CLIENT = ("cli", "process", "memory", "host", "rpc", "testing", "types", "settings", "errors")
+
+MLX = ("mlx", "mlx_lm")
+
+ENTRY_POINT = ROOT / "runner_common" / "console.py"
+"""The command ``mlx-runner``: takes signals before it imports the client, which is slow."""
+
+
+def modules(package: str) -> Iterator[tuple[Path, str]]:
+    """Yield each module's file and the names of the modules that it imports, lazily or not."""
+    root = ROOT / "proto" if package == "mlxrunner" else ROOT
+    for file in sorted((root / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                yield from ((file, alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{file} has a relative import"
+                # ``from runner_server import app`` names a module of the package, too.
+                yield from ((file, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def room(package: str, parts: tuple[str, ...], rooms: tuple[str, ...]) -> int:
+    """Return the depth of a room; -1 for what is above all rooms."""
+    assert parts[0] == package
+    name = parts[1].removesuffix(".py")
+    return rooms.index(name) if name in rooms else -1
+
+
+@pytest.mark.parametrize(
+    ("package", "rooms"), [("runner_server", SERVER), ("runner_client", CLIENT)]
+)
+def test_imports_point_down(package: str, rooms: tuple[str, ...]) -> None:
+    upward = []
+    for file, imported in modules(package):
+        own = file.relative_to(ROOT).parts
+        target = tuple(imported.split("."))
+        if target[0] != package or own[1] == "__init__.py" or target[1] == "__version__":
+            continue
+        if room(package, own, rooms) > room(package, target, rooms):
+            upward.append(f"{'/'.join(own)} imports {imported}")
+    assert not upward
+
+
+@pytest.mark.parametrize("package", ["runner_server", "runner_client"])
+def test_every_room_is_on_the_map(package: str) -> None:
+    rooms = SERVER if package == "runner_server" else CLIENT
+    found = {path.parent.name for path in (ROOT / package).glob("*/__init__.py")}
+    assert found - {"demo"} <= set(rooms)
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [
+        ("mlxrunner", ("runner_common", "runner_server", "runner_client", *MLX)),
+        ("runner_common", ("runner_server", "runner_client", *MLX)),
+        ("runner_client", ("runner_server", *MLX)),
+        ("runner_server", ("runner_client",)),
+    ],
+)
+def test_packages_do_not_import_each_other(package: str, forbidden: tuple[str, ...]) -> None:
+    assert not [
+        f"{file} imports {name}"
+        for file, name in modules(package)
+        if name.partition(".")[0] in forbidden and file != ENTRY_POINT
+    ]
+
+
+def test_only_the_mlx_backend_imports_mlx() -> None:
+    allowed = ROOT / "runner_server" / "mlx_backend"
+    assert not [
+        f"{file} imports {name}"
+        for file, name in modules("runner_server")
+        if name.partition(".")[0] in MLX and allowed not in file.parents
+    ]

@@ -1,0 +1,105 @@
+"""A child process that is a fake runner: what process tests start in the server's place."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+_SCRIPT = """
+import math, os, signal, sys, threading
+from runner_common.handshake import ReadyLine
+from runner_client.testing import Failure, fake_runner
+
+stop = threading.Event()
+signal.signal(signal.SIGINT, lambda *_: stop.set())
+
+def watch_parent():
+    while os.read(0, 1):
+        pass
+    os._exit(7)
+
+with fake_runner() as runner:
+    runner.model = None
+{behaviour}
+    print(ReadyLine("tcp", runner.address).format(), flush=True)
+    threading.Thread(target=watch_parent, daemon=True).start()
+    while not stop.wait(0.05):
+        pass
+    for request in runner.requests:
+        print(repr(str(request)), file=sys.stderr)
+"""
+
+
+def use_fake_child(monkeypatch: pytest.MonkeyPatch, behaviour: str = "pass") -> None:
+    """Lets processes start a fake runner.
+
+    Args:
+        monkeypatch: Undoes it.
+        behaviour: Python statements that see ``runner``, a ``FakeRunner``.
+    """
+    lines = "\n".join(f"    {line}" for line in behaviour.splitlines())
+    use_script(monkeypatch, _SCRIPT.format(behaviour=lines))
+
+
+def use_script(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Lets processes start a script of the test's own.
+
+    Estimates are made from the headers: nobody can build the model of ``write_model``.
+    """
+    monkeypatch.setattr("runner_client.memory.estimation.can_ask", lambda: False)
+    command = [sys.executable, "-c", script]
+    monkeypatch.setattr(
+        "runner_client.process.launch.server_command", lambda listen: [*command, listen]
+    )
+
+
+def write_model(path: Path, weight_bytes: int = 4096, dtype: str = "F32") -> Path:
+    """Writes the files that an estimate reads; no model that MLX could load."""
+    path.mkdir()
+    config = {
+        "model_type": "llama",
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    count = weight_bytes // {"F32": 4, "F16": 2}[dtype]
+    tensor = {"dtype": dtype, "shape": [count], "data_offsets": [0, weight_bytes]}
+    header = json.dumps({"model.embed_tokens.weight": tensor}).encode()
+    with (path / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + weight_bytes)
+    return path
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended; one that nobody reaped has."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def wait_until(is_true: Callable[[], bool], seconds: float = 10.0) -> float:
+    """Waits for something that happens elsewhere; returns how long it took, in seconds."""
+    begin = time.monotonic()
+    while not is_true():
+        assert time.monotonic() - begin < seconds, "it did not happen in time"
+        time.sleep(0.01)
+    return time.monotonic() - begin
+
+
+def open_files() -> int:
+    """How many files this process holds open."""
+    return len(os.listdir("/dev/fd"))  # noqa: PTH208 - Path.iterdir keeps one more open

@@ -1,0 +1,340 @@
+"""A model library in plain Python that a test can watch, stop and break."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from runner_server.engine.backend import Codec
+from runner_server.engine.types import (
+    Event,
+    LoadSpec,
+    MemoryCounters,
+    ModelInfo,
+    Prefill,
+    Sampling,
+    Token,
+    TokenLogprob,
+)
+
+EOS = 256
+BOS = 257
+VOCAB_SIZE = 512
+CONTEXT_LENGTH = 4096
+PREFILL_CHUNK = 8
+WEIGHT_BYTES = 1 << 20
+ROW_BYTES = 1 << 10
+TOKEN_BYTES = 100
+DEADLINE_SECONDS = 20.0
+"""How long anything in a test may take; reached only by a bug."""
+
+_LETTERS = b"abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789."
+
+
+class Gate:
+    """A point where a thread stops until the test lets it pass; open at first."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._permits: int | None = None
+        self._waiting = 0
+        self._passed = 0
+
+    def shut(self) -> None:
+        """From now on every arrival needs a permit."""
+        with self._changed:
+            self._permits = 0
+
+    def allow(self, count: int = 1) -> None:
+        """Lets ``count`` arrivals pass."""
+        with self._changed:
+            self._permits = (self._permits or 0) + count
+            self._changed.notify_all()
+
+    def open(self) -> None:
+        """Lets everybody pass from now on."""
+        with self._changed:
+            self._permits = None
+            self._changed.notify_all()
+
+    def pass_through(self) -> None:
+        """Called by the watched thread."""
+        with self._changed:
+            self._waiting += 1
+            self._changed.notify_all()
+            free = self._changed.wait_for(lambda: self._permits != 0, DEADLINE_SECONDS)
+            self._waiting -= 1
+            self._passed += 1
+            if self._permits:
+                self._permits -= 1
+            self._changed.notify_all()
+        assert free, "nobody opened the gate"
+
+    def wait_arrival(self) -> None:
+        """Returns when a thread stands before the shut gate."""
+        with self._changed:
+            stands = self._changed.wait_for(
+                lambda: self._waiting > 0 and self._permits == 0, DEADLINE_SECONDS
+            )
+        assert stands, "nobody came to the gate"
+
+    def wait_passed(self, count: int) -> None:
+        """Returns when ``count`` arrivals have passed, over its whole life."""
+        with self._changed:
+            done = self._changed.wait_for(lambda: self._passed >= count, DEADLINE_SECONDS)
+        assert done, f"only {self._passed} of {count} have passed"
+
+
+class ByteCodec:
+    """Each byte of the UTF-8 text is one id; ids above 255 are special and have no text."""
+
+    def encode(self, text: str, *, as_prompt: bool) -> list[int]:
+        """See ``Codec.encode``: a prompt begins with ``BOS``."""
+        return [BOS] * as_prompt + list(text.encode())
+
+    def fewest_tokens(self, _text: str, _enough: int) -> int:
+        """See ``Codec.fewest_tokens``: splitting is cheap, so nothing is known before."""
+        return 0
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See ``Codec.decode``."""
+        return bytes(id_ for id_ in ids if id_ < 256).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """See ``Codec.token_bytes``."""
+        return bytes([token_id]) if token_id < 256 else b""
+
+
+Reply = Callable[[Sequence[int], Sampling], Iterator[int]]
+
+
+def endless(prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
+    """Letters that follow from prompt, seed and position; never ends."""
+    state = hashlib.sha256(repr((list(prompt_ids), sampling.seed)).encode()).digest()
+    position = 0
+    while True:
+        digest = hashlib.sha256(state + position.to_bytes(8)).digest()
+        yield from (_LETTERS[byte % len(_LETTERS)] for byte in digest)
+        position += 1
+
+
+def says(text: str | bytes) -> Reply:
+    """A reply that is this text and then the end of the text."""
+    data = text.encode() if isinstance(text, str) else text
+    return lambda _ids, _sampling: iter([*data, EOS])
+
+
+@dataclass
+class _Row:
+    total: int
+    tokens: Iterator[int]
+    logprobs: int | None
+    evaluated: int = 0
+
+
+class FakeBatch:
+    """Rows that are evaluated in chunks and then say what the backend's reply says."""
+
+    def __init__(self, backend: FakeBackend) -> None:
+        self._backend = backend
+        self.rows: dict[int, _Row] = {}
+        self.aside: set[int] = set()
+        self.closed = False
+
+    def add(self, row: int, prompt_ids: Sequence[int], sampling: Sampling) -> None:
+        """See ``Batch.add``."""
+        assert prompt_ids, "an empty prompt must not get here"
+        assert row not in self.rows
+        tokens = self._backend.reply(prompt_ids, sampling)
+        self.rows[row] = _Row(len(prompt_ids), tokens, sampling.logprobs)
+
+    def remove(self, rows: Collection[int]) -> None:
+        """See ``Batch.remove``."""
+        if self._backend.remove_failures:
+            raise self._backend.remove_failures.pop(0)
+        for row in rows:
+            del self.rows[row]
+            self.aside.discard(row)
+
+    def pause(self, row: int) -> None:
+        """See ``Batch.pause``."""
+        assert row in self.rows
+        assert row not in self.aside
+        self.aside.add(row)
+        self._backend.pauses += 1
+
+    def resume(self, row: int) -> None:
+        """See ``Batch.resume``."""
+        self.aside.remove(row)
+
+    def step(self) -> list[Event]:
+        """See ``Batch.step``."""
+        assert not self.closed
+        assert self.rows.keys() - self.aside, "a step without rows"
+        self._backend.step_gate.pass_through()
+        self._backend.steps += 1
+        if self._backend.failures:
+            raise self._backend.failures.pop(0)
+        active = [(id_, row) for id_, row in self.rows.items() if id_ not in self.aside]
+        return [self._advance(id_, row) for id_, row in active]
+
+    def close(self) -> None:
+        """See ``Batch.close``."""
+        self.rows.clear()
+        self.closed = True
+
+    def _advance(self, id_: int, row: _Row) -> Event:
+        if row.evaluated < row.total:
+            row.evaluated = min(row.total, row.evaluated + PREFILL_CHUNK)
+            return Prefill(id_, row.evaluated, row.total)
+        token = next(row.tokens)
+        logprob = None
+        if row.logprobs is not None:
+            top = tuple((i, -1.0 - i) for i in range(row.logprobs))
+            logprob = TokenLogprob(token, -0.5, top)
+        return Token(id_, token, logprob)
+
+
+class FakeModel:
+    """A model that holds nothing but its description."""
+
+    def __init__(self, backend: FakeBackend, info: ModelInfo) -> None:
+        self._backend = backend
+        self.info = info
+        self.codec = backend.codec
+
+    def kv_bytes(self, tokens: int) -> int:
+        """See ``LoadedModel.kv_bytes``."""
+        return tokens * TOKEN_BYTES
+
+    def limit_prompts(self, limit_bytes: int) -> None:
+        """See ``LoadedModel.limit_prompts``."""
+        self._backend.prompt_limits.append(limit_bytes)
+
+    def new_batch(self) -> FakeBatch:
+        """See ``LoadedModel.new_batch``."""
+        batch = FakeBatch(self._backend)
+        self._backend.batches.append(batch)
+        return batch
+
+
+@dataclass
+class FakeBackend:
+    """Implements ``runner_server.engine.backend.Backend``.
+
+    Attributes:
+        reply: What rows say.
+        failures: Raised by the next steps, one each.
+        remove_failures: Raised when rows are removed next, one each time.
+        kv_budget_bytes: Of the models it loads; a token takes ``TOKEN_BYTES`` of it.
+        codec: The tokenizer of its models.
+        load_error: Raised by the next load, once, halfway.
+        check_error: Raised by the next look at a model's files, once.
+        open_error: Raised by ``open``.
+        step_gate: Passed by every step.
+        load_gate: Passed by a load before each of its six reports of progress.
+        steps: How many steps were begun.
+        pauses: How often a row was set aside.
+        batches: All batches there were.
+        calls: Names of the calls, each with the thread it came on.
+        prompt_limits: What evaluated prompts were limited to, in order.
+    """
+
+    reply: Reply = endless
+    failures: list[Exception] = field(default_factory=list)
+    remove_failures: list[Exception] = field(default_factory=list)
+    kv_budget_bytes: int = 1 << 30
+    codec: Codec = field(default_factory=ByteCodec)
+    load_error: Exception | None = None
+    check_error: Exception | None = None
+    open_error: Exception | None = None
+    step_gate: Gate = field(default_factory=Gate)
+    load_gate: Gate = field(default_factory=Gate)
+    steps: int = 0
+    pauses: int = 0
+    batches: list[FakeBatch] = field(default_factory=list)
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    prompt_limits: list[int] = field(default_factory=list)
+    weight_bytes: int = 0
+
+    def open(self) -> str:
+        """See ``Backend.open``."""
+        self._note("open")
+        if self.open_error:
+            raise self.open_error
+        return "cpu: fake"
+
+    def check(self, spec: LoadSpec) -> None:  # noqa: ARG002 - it takes any
+        """See ``Backend.check``."""
+        if self.check_error:
+            error, self.check_error = self.check_error, None
+            raise error
+
+    def load(self, spec: LoadSpec, report: Callable[[int], None]) -> FakeModel:
+        """See ``Backend.load``."""
+        self._note("load")
+        for progress in range(0, 101, 20):
+            self.load_gate.pass_through()
+            report(progress)
+            self.weight_bytes = WEIGHT_BYTES * progress // 100
+            if self.load_error and progress >= 40:
+                error, self.load_error = self.load_error, None
+                raise error
+        return FakeModel(self, replace(model_info(spec), kv_budget_bytes=self.kv_budget_bytes))
+
+    def memory(self) -> MemoryCounters:
+        """See ``Backend.memory``."""
+        rows = sum(len(batch.rows) for batch in self.batches)
+        return MemoryCounters(self.weight_bytes + rows * ROW_BYTES, 0, WEIGHT_BYTES)
+
+    def release(self, *, for_next: bool = False) -> None:  # noqa: ARG002 - nothing is set aside
+        """See ``Backend.release``."""
+        self._note("release")
+        self.weight_bytes = 0
+
+    def trim(self) -> None:
+        """See ``Backend.trim``."""
+        self._note("trim")
+
+    def close(self) -> None:
+        """See ``Backend.close``."""
+        self._note("close")
+
+    def open_gates(self) -> None:
+        """Lets every thread go on."""
+        self.step_gate.open()
+        self.load_gate.open()
+
+    def _note(self, name: str) -> None:
+        self.calls.append((name, threading.current_thread().name))
+
+
+_INFO = ModelInfo(
+    name="fake",
+    path="/models/fake",
+    architecture="fake",
+    max_context_length=CONTEXT_LENGTH,
+    vocab_size=VOCAB_SIZE,
+    weight_bytes=WEIGHT_BYTES,
+    dtype="float32",
+    quantization_bits=0,
+    eos_token_ids=frozenset({EOS}),
+    context_length=CONTEXT_LENGTH,
+    parallel=4,
+    limit_bytes=1 << 30,
+)
+
+
+def model_info(spec: LoadSpec | None = None) -> ModelInfo:
+    """The description of the model that the fake loads."""
+    if spec is None:
+        return _INFO
+    return replace(
+        _INFO,
+        name=spec.model,
+        context_length=spec.context_length or CONTEXT_LENGTH,
+        parallel=spec.parallel,
+        prefix_cache_bytes=spec.prefix_cache_bytes or 0,
+    )

@@ -1,0 +1,249 @@
+"""A real server in process, reached over its socket, and what tests ask of it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2
+from grpc_status import rpc_status
+
+from mlxrunner.v1 import runner_pb2 as pb
+from mlxrunner.v1 import runner_pb2_grpc
+from runner_common.handshake import ERROR_DOMAIN, ReadyLine
+from runner_server.app import RunnerApp
+from runner_server.config import ServerConfig
+from runner_server.engine.backend import Backend
+from runner_server.engine.thread import Worker
+from runner_server.host.machine_admission import MachineAdmission
+from support.fakes import DEADLINE_SECONDS, FakeBackend
+
+_T = TypeVar("_T")
+
+CompletionCall = grpc.aio.UnaryStreamCall[pb.CompletionRequest, pb.CompletionResponse]
+
+_numbers = itertools.count(1)
+
+LIMITS = [("grpc.max_receive_message_length", 4 * 2**20)]
+"""What a client in any language has by default."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a failed call told.
+
+    Attributes:
+        detail_bytes: Size of the details as they went over the wire.
+    """
+
+    code: grpc.StatusCode
+    message: str
+    reason: str
+    domain: str
+    metadata: dict[str, str]
+    violations: dict[str, str]
+    retry_seconds: float | None
+    detail_bytes: int
+    kinds: tuple[str, ...]
+
+
+def problem_of(error: grpc.RpcError) -> Problem:
+    """Reads the details of an error and checks what all errors must have."""
+    assert isinstance(error, grpc.aio.AioRpcError)
+    status: Any = rpc_status.from_call(error)  # type: ignore[arg-type]  # reads the same attributes
+    assert status is not None, f"no details: {error}"
+    info, bad, retry = (
+        [message for detail in status.details if detail.Unpack(message := kind())]
+        for kind in (
+            error_details_pb2.ErrorInfo,
+            error_details_pb2.BadRequest,
+            error_details_pb2.RetryInfo,
+        )
+    )
+    assert len(info) == 1
+    assert info[0].domain == ERROR_DOMAIN
+    return Problem(
+        code=error.code(),
+        message=error.details() or "",
+        reason=info[0].reason,
+        domain=info[0].domain,
+        metadata=dict(info[0].metadata),
+        violations={v.field: v.description for part in bad for v in part.field_violations},
+        retry_seconds=retry[0].retry_delay.ToNanoseconds() / 1e9 if retry else None,
+        detail_bytes=status.ByteSize(),
+        kinds=tuple(detail.type_url.rpartition(".")[2] for detail in status.details),
+    )
+
+
+async def failure(call: Awaitable[object] | grpc.aio.Call) -> Problem:
+    """Awaits a call that must fail and tells how; a stream is read to its end."""
+    try:
+        if isinstance(call, grpc.aio.UnaryStreamCall):
+            async for _ in call:
+                pass
+        else:
+            assert isinstance(call, Awaitable)
+            await call
+    except grpc.aio.AioRpcError as error:
+        return problem_of(error)
+    raise AssertionError("the call succeeded")
+
+
+async def eventually(
+    condition: Callable[[], bool | Awaitable[bool]], within: float = DEADLINE_SECONDS
+) -> None:
+    """Waits for a condition that nothing announces."""
+    async with asyncio.timeout(within):
+        while True:
+            met = condition()
+            if met if isinstance(met, bool) else await met:
+                return
+            await asyncio.sleep(0.002)
+
+
+@dataclass
+class Server:
+    """A running server and a client of it.
+
+    Attributes:
+        backend: The model library behind it.
+    """
+
+    app: RunnerApp
+    backend: FakeBackend
+    channel: grpc.aio.Channel
+    ready: ReadyLine
+
+    def __post_init__(self) -> None:
+        """Makes the stub."""
+        self.stub = runner_pb2_grpc.RunnerServiceStub(self.channel)
+
+    async def load(self, model: str = "fake", **fields: Any) -> pb.LoadResponse:
+        """Loads a model."""
+        return await self.stub.Load(pb.LoadRequest(model=model, **fields))
+
+    async def status(self) -> pb.StatusResponse:
+        """Asks for the status."""
+        return await self.stub.Status(pb.StatusRequest(), timeout=DEADLINE_SECONDS)
+
+    def start(
+        self,
+        prompt: str = "hello",
+        *,
+        logprobs: int | None = None,
+        timeout: float | None = DEADLINE_SECONDS,
+        **options: Any,
+    ) -> CompletionCall:
+        """Begins a completion."""
+        request = pb.CompletionRequest(
+            prompt=prompt, logprobs=logprobs, options=pb.CompletionOptions(**options)
+        )
+        return self.stub.Completion(request, timeout=timeout)
+
+    async def complete(self, prompt: str = "hello", **kwargs: Any) -> list[pb.CompletionResponse]:
+        """All messages of a completion."""
+        return [message async for message in self.start(prompt, **kwargs)]
+
+    async def text(self, prompt: str = "hello", **kwargs: Any) -> str:
+        """The text of a completion."""
+        return joined(await self.complete(prompt, **kwargs))
+
+    async def thread(self, work: Callable[[], _T]) -> _T:
+        """Runs what blocks beside the loop."""
+        return await asyncio.to_thread(work)
+
+    async def settled(self) -> None:
+        """Waits until no completion is left."""
+        await eventually(lambda: not self.app.engine._ledger._live)
+        await eventually(lambda: not any(batch.rows for batch in self.backend.batches))
+
+    async def health(self, service: str = "") -> int:
+        """The health of a service, as a number of its enum."""
+        request = health_pb2.HealthCheckRequest(service=service)
+        check: Any = self.channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+        answer = await check(request, timeout=DEADLINE_SECONDS)
+        return int(answer.status)
+
+    async def watch_health(self, service: str = "") -> AsyncIterator[int]:
+        """The health of a service, each time it changes."""
+        request = health_pb2.HealthCheckRequest(service=service)
+        watch: Any = self.channel.unary_stream(
+            "/grpc.health.v1.Health/Watch",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+        async for answer in watch(request, timeout=DEADLINE_SECONDS):
+            yield int(answer.status)
+
+    def assert_nothing_left(self) -> None:
+        """Checks that no completion left anything behind."""
+        ledger, worker = self.app.engine._ledger, self.app.engine._worker
+        assert not ledger._live
+        assert not ledger._running
+        assert not worker._seats.begun
+        assert not worker._seats.waiting
+        assert not any(batch.rows for batch in self.backend.batches)
+
+
+class StartServer(Protocol):
+    """Starts one more server."""
+
+    async def __call__(self, backend: FakeBackend | None = None, **config: Any) -> Server:
+        """Starts it with a configuration; it is closed after the test."""
+        ...
+
+
+def joined(messages: list[pb.CompletionResponse]) -> str:
+    """The text of a stream."""
+    return "".join(message.content for message in messages)
+
+
+def tokens(messages: list[pb.CompletionResponse]) -> list[int]:
+    """The token ids of a stream."""
+    return [id_ for message in messages for id_ in message.token_ids]
+
+
+def count_rounds(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Counts the rounds of the engine's loop from now on."""
+    return count_calls(monkeypatch, Worker, "_advance")
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> Callable[[], int]:
+    """Counts the calls of a method without arguments from now on."""
+    calls = 0
+    method = getattr(owner, name)
+
+    def counting(self: object) -> None:
+        nonlocal calls
+        calls += 1
+        method(self)
+
+    monkeypatch.setattr(owner, name, counting)
+    return lambda: calls
+
+
+@asynccontextmanager
+async def running(
+    directory: Path, backend: Backend, admission: MachineAdmission | None = None, **config: Any
+) -> AsyncIterator[tuple[RunnerApp, grpc.aio.Channel, ReadyLine]]:
+    """Runs a server on a socket in a directory."""
+    config.setdefault("listen", f"unix:{directory}/s{next(_numbers)}")
+    app = RunnerApp(ServerConfig(**config), backend, admission=admission)
+    ready = await app.start()
+    try:
+        async with grpc.aio.insecure_channel(ready.target, options=LIMITS) as channel:
+            yield app, channel, ready
+    finally:
+        await app.close()

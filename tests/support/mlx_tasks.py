@@ -1,0 +1,60 @@
+"""What errors have left inside MLX: its count of active tasks, which must be 0 when all is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def assert_no_tasks_left() -> None:
+    """Wait for MLX, and check that it waits for no task that does not exist."""
+    mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+    from runner_server.mlx_backend.stream_errors import active_tasks
+
+    mx.synchronize()
+    left = active_tasks()
+    if left is None:
+        pytest.skip("this MLX does not show its count of active tasks")
+    assert left == 0
+
+
+_COUNT_AFTER_LOADS = """
+from runner_server.engine.thread import Worker
+load = Worker.load
+
+def counted(self, spec, ticket):
+    try:
+        return load(self, spec, ticket)
+    finally:
+        import mlx.core as mx
+        from runner_server.mlx_backend.stream_errors import active_tasks
+        mx.synchronize()
+        with open({log!r}, "a") as log:
+            print(active_tasks(), file=log)
+
+Worker.load = counted
+"""
+
+
+class CountedLoads:
+    """A child's count of active tasks after each of its loads.
+
+    Args:
+        folder: Where it is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._log = folder / "active_tasks"
+        self.code = _COUNT_AFTER_LOADS.format(log=str(self._log))
+        """What the child is to run first; see ``faulty.hooked``."""
+
+    def assert_no_tasks_left(self, loads: int = 1) -> None:
+        """Check at least so many loads, and forget them."""
+        counts = self._log.read_text().split()
+        self._log.unlink()
+        if "None" in counts:
+            pytest.skip("this MLX does not show its count of active tasks")
+        assert len(counts) >= loads
+        assert set(counts) == {"0"}

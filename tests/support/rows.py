@@ -1,0 +1,71 @@
+"""Drives batches of a real model without a server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from runner_server.engine.backend import Batch, LoadedModel
+from runner_server.engine.types import Prefill, Sampling, Token, TokenLogprob
+
+GREEDY = Sampling(temperature=0)
+MAX_STEPS = 5000
+
+
+@dataclass
+class Row:
+    """One row of a batch.
+
+    Attributes:
+        late: The step before which it is added.
+    """
+
+    prompt: Sequence[int]
+    count: int
+    sampling: Sampling = GREEDY
+    late: int = 0
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    progress: list[tuple[int, int]] = field(default_factory=list)
+
+
+def run_rows(batch: Batch, rows: Sequence[Row]) -> list[list[int]]:
+    """Runs rows to their ends and returns their tokens."""
+    waiting = dict(enumerate(rows))
+    active: dict[int, Row] = {}
+    for step in range(MAX_STEPS):
+        for id_ in [id_ for id_, row in waiting.items() if row.late <= step]:
+            row = active[id_] = waiting.pop(id_)
+            batch.add(id_, row.prompt, row.sampling)
+        if active:
+            _step(batch, active)
+        elif not waiting:
+            return [row.ids for row in rows]
+    raise AssertionError("the rows do not end")
+
+
+def _step(batch: Batch, active: dict[int, Row]) -> None:
+    for event in batch.step():
+        row = active[event.row]
+        if isinstance(event, Prefill):
+            assert not row.ids, "progress after a token"
+            row.progress.append((event.evaluated, event.total))
+            continue
+        assert isinstance(event, Token)
+        row.ids.append(event.token_id)
+        if event.logprob:
+            row.logprobs.append(event.logprob)
+    ended = [id_ for id_, row in active.items() if len(row.ids) >= row.count]
+    if ended:
+        batch.remove(ended)
+    for id_ in ended:
+        del active[id_]
+
+
+def alone(model: LoadedModel, row: Row) -> list[int]:
+    """The tokens of a row in a batch of its own."""
+    batch = model.new_batch()
+    try:
+        return run_rows(batch, [Row(row.prompt, row.count, row.sampling)])[0]
+    finally:
+        batch.close()

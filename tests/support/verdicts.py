@@ -1,0 +1,105 @@
+"""Judges how calls end: well, or from the error table; nothing else passes."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+
+from mlxrunner.v1 import runner_pb2 as pb
+from runner_common.handshake import SERVICE_NAME
+from runner_server.errors import RunnerFault
+from support.harness import problem_of
+from support.nasty import METHODS, Call
+
+ANSWER_SECONDS = 20.0
+"""How long any answer may take on a busy machine."""
+
+TOO_LARGE = "MESSAGE_TOO_LARGE"
+"""What gRPC itself refuses, before this server sees it; it carries no details."""
+
+_TELLTALES = ("Traceback", 'File "', "<class", "Error(", "Exception", " object at 0x")
+_METHODS = {method.name: method for method in METHODS}
+
+
+def _faults(base: type[RunnerFault]) -> Iterator[type[RunnerFault]]:
+    for fault in base.__subclasses__():
+        yield fault
+        yield from _faults(fault)
+
+
+def _name(fault: type[RunnerFault]) -> str:
+    return pb.ErrorReason.Name(fault.reason).removeprefix("ERROR_REASON_")
+
+
+CODES = {_name(fault): fault.code for fault in _faults(RunnerFault)}
+"""The error table: the code of each reason."""
+
+
+@dataclass
+class Caller:
+    """Sends bytes to rpcs and judges the answers.
+
+    Attributes:
+        endings: How many calls ended how.
+        slowest_seconds: The longest any of them took.
+    """
+
+    channel: grpc.aio.Channel
+    endings: Counter[str] = field(default_factory=Counter)
+    slowest_seconds: float = 0.0
+
+    async def send(self, call: Call) -> str:
+        """Makes a call and returns ``OK`` or the reason of its error."""
+        name, data = call
+        began = time.perf_counter()
+        try:
+            answers = await self._answers(name, data)
+        except grpc.aio.AioRpcError as error:
+            ending = reason_of(error)
+        else:
+            check_answers(name, answers)
+            ending = "OK"
+        self.slowest_seconds = max(self.slowest_seconds, time.perf_counter() - began)
+        self.endings[ending] += 1
+        return ending
+
+    async def _answers(self, name: str, data: bytes) -> list[Message]:
+        method, path = _METHODS[name], f"/{SERVICE_NAME}/{name}"
+        read = GetMessageClass(method.output_type).FromString
+        if method.server_streaming:
+            stream: Any = self.channel.unary_stream(path, response_deserializer=read)
+            return [answer async for answer in stream(data, timeout=ANSWER_SECONDS)]
+        unary: Any = self.channel.unary_unary(path, response_deserializer=read)
+        return [await unary(data, timeout=ANSWER_SECONDS)]
+
+
+def reason_of(error: grpc.aio.AioRpcError) -> str:
+    """The reason of an error, which must be one of the table."""
+    text = error.details() or ""
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
+        return TOO_LARGE
+    problem = problem_of(error)
+    assert problem.code is CODES.get(problem.reason), problem
+    assert problem.message, problem
+    assert problem.detail_bytes < 2048, problem
+    assert not any(sign in problem.message for sign in _TELLTALES), problem
+    if problem.reason == "INVALID_FIELD":
+        assert problem.violations, problem
+    return problem.reason
+
+
+def check_answers(name: str, answers: list[Message]) -> None:
+    """Checks what every good answer has."""
+    if name != "Completion":
+        return
+    parts = [answer for answer in answers if isinstance(answer, pb.CompletionResponse)]
+    assert len(parts) == len(answers)
+    assert [part.done for part in parts].index(True) == len(parts) - 1
+    assert sum(len(part.token_ids) for part in parts) == parts[-1].eval_count

@@ -1,0 +1,395 @@
+"""Train the demo model: ``python -m tools.demo_model.train --out DIRECTORY``.
+
+The schedule follows the clock rather than a count of steps, so that the run ends when it was
+told to, on a fast machine and on a busy one. A usable model is written every few minutes.
+"""
+
+import argparse
+import logging
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+from mlx import nn
+from mlx.nn.utils import value_and_grad
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models import llama
+from mlx_lm.models.llama import Model
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from tools.demo_model import bundle, corpus
+
+log = logging.getLogger("demo.train")
+
+PEAK_RATE = 3e-3
+FLOOR = 0.02
+WARMUP = 0.03
+CLIP = 1.0
+TOKENS_A_STEP = 2048
+SHORT, LONG = 256, bundle.CONTEXT
+# Short windows are twice as fast; the last part of the run is at full length, so that the
+# positions that config.json promises have been trained.
+LONG_AFTER = 0.88
+CHAT_SHARE = 0.28
+NEW_CONVERSATION = 0.6
+REPORT_SECONDS = 120.0
+VALIDATION_ROWS = 48
+# The same windows whatever --seed says, so that two runs can be compared.
+VALIDATION_SEED = 0
+
+Batch = tuple[mx.array, mx.array]
+Ids = NDArray[np.uint16]
+
+# MLX ships this function without types.
+clip_gradient: Callable[[Any, float], tuple[Any, mx.array]] = optim.clip_grad_norm
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Token ids in one row, with the places where a window may start."""
+
+    ids: Ids
+    starts: NDArray[np.int64] | None = None
+
+    def window(self, rng: np.random.Generator, length: int) -> Ids:
+        """Cut ``length`` + 1 tokens out at a random start."""
+        last = len(self.ids) - length - 1
+        if self.starts is None:
+            at = int(rng.integers(0, last))
+        else:
+            at = min(int(rng.choice(self.starts)), last)
+        return self.ids[at : at + length + 1]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The raw documents and the conversations of one side of the split."""
+
+    raw: Stream
+    chat: Stream
+
+    def batch(self, rng: np.random.Generator, length: int) -> Batch:
+        """Draw one step's inputs and targets, mixing both kinds of text."""
+        rows = [
+            (self.chat if rng.random() < CHAT_SHARE else self.raw).window(rng, length)
+            for _ in range(TOKENS_A_STEP // length)
+        ]
+        return _as_batch(rows)
+
+
+def _as_batch(rows: Sequence[Ids]) -> Batch:
+    table = np.stack(rows).astype(np.int32)
+    return mx.array(table[:, :-1]), mx.array(table[:, 1:])
+
+
+def encode(
+    tokenizer: Tokenizer, sources: Sequence[corpus.Source], rng: np.random.Generator
+) -> Data:
+    """Turn sources into token streams, documents and conversations each in random order."""
+    documents = [source.text + bundle.DOCUMENT_END for source in sources if source.text]
+    turns = [
+        bundle.as_turns(exchange.question, exchange.answer)
+        + (bundle.DOCUMENT_END if rng.random() < NEW_CONVERSATION else "")
+        for source in sources
+        for exchange in source.exchanges
+    ]
+    raw, _ = _join(tokenizer, documents, rng)
+    chat, starts = _join(tokenizer, turns, rng)
+    return Data(Stream(raw), Stream(chat, starts))
+
+
+def _join(
+    tokenizer: Tokenizer, texts: list[str], rng: np.random.Generator
+) -> tuple[Ids, NDArray[np.int64]]:
+    pieces = [item.ids for item in tokenizer.encode_batch(texts)]
+    pieces = [pieces[index] for index in rng.permutation(len(pieces))]
+    ends = np.cumsum([len(piece) for piece in pieces])
+    return np.concatenate(pieces).astype(np.uint16), np.concatenate([[0], ends[:-1]])
+
+
+@dataclass
+class Clock:
+    """How much of the time granted has passed."""
+
+    seconds: float
+    begun: float = field(default_factory=time.monotonic)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since training began."""
+        return time.monotonic() - self.begun
+
+    @property
+    def progress(self) -> float:
+        """The part of the time granted that has passed, up to 1."""
+        return min(self.elapsed / self.seconds, 1.0)
+
+
+def learning_rate(progress: float, peak: float) -> float:
+    """Rise in a straight line, then fall along a cosine to a small floor."""
+    if progress < WARMUP:
+        return peak * max(progress / WARMUP, 0.01)
+    cosine = 0.5 * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP)))
+    return peak * (FLOOR + (1 - FLOOR) * cosine)
+
+
+def exponential(value: mx.array) -> mx.array:
+    """Approximate e**value between -20 and 20, to a few parts in ten thousand.
+
+    MLX's CPU back end computes ``exp`` one element at a time, ten times slower than these
+    multiplications, and it is most of a training step. The stopped gradients give the result
+    its exact derivative, itself, without differentiating the polynomial.
+    """
+    small = mx.clip(value, -20.0, 20.0) / 32
+    power = mx.array(1.0)
+    for order in range(6, 0, -1):
+        power = 1 + small * power / order
+    for _ in range(5):
+        power = power * power
+    return mx.stop_gradient(power) * (1 + value - mx.stop_gradient(value))
+
+
+def attention(
+    queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, **_: object
+) -> mx.array:
+    """Compute causal attention; it takes the place of MLX's during training."""
+    rows, heads, length, width = queries.shape
+    groups = keys.shape[1]
+    scores = (queries * scale).reshape(rows, groups, -1, width) @ keys.swapaxes(-1, -2)
+    future = mx.triu(mx.full((length, length), -1e4), 1)
+    scores = scores.reshape(rows, groups, heads // groups, length, length) + future
+    weights = exponential(scores - mx.stop_gradient(scores.max(-1, keepdims=True)))
+    weights = weights / weights.sum(-1, keepdims=True)
+    mixed = weights.reshape(rows, groups, -1, length) @ values
+    return mixed.reshape(rows, heads, length, width)
+
+
+def swiglu(gate: mx.array, value: mx.array) -> mx.array:
+    """Compute the gated activation; it takes the place of MLX's during training."""
+    return gate * value / (1 + exponential(-gate))
+
+
+def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    """Return the mean cross-entropy."""
+    top = mx.stop_gradient(logits.max(-1, keepdims=True))
+    total = mx.log(exponential(logits - top).sum(-1, keepdims=True)) + top
+    return mx.mean(total - mx.take_along_axis(logits, targets[..., None], -1))
+
+
+def exact_loss(model: Model, inputs: mx.array, targets: mx.array) -> mx.array:
+    """Return the loss by MLX's own operations, as whoever loads the model will compute it."""
+    return nn.losses.cross_entropy(model(inputs), targets, reduction="mean")
+
+
+def make_loss(streams: Sequence[Any]) -> Callable[[Model, mx.array, mx.array], mx.array]:
+    """Build a loss that computes one slice of the batch on each stream.
+
+    MLX runs element-wise operations on one thread a stream, and they are most of a step here:
+    two streams make a step on two cores almost twice as fast.
+    """
+
+    def loss(model: Model, inputs: mx.array, targets: mx.array) -> mx.array:
+        parts = []
+        slices = zip(mx.split(inputs, len(streams)), mx.split(targets, len(streams)), strict=True)
+        for stream, (given, wanted) in zip(streams, slices, strict=True):
+            with mx.stream(stream):
+                parts.append(cross_entropy(model(given), wanted))
+        return mx.mean(mx.stack(parts))
+
+    return loss
+
+
+@contextmanager
+def _fast_layers() -> Iterator[None]:
+    """Let the model be traced with the fast operations inside."""
+    kept = llama.scaled_dot_product_attention, llama.swiglu
+    llama.scaled_dot_product_attention, llama.swiglu = attention, swiglu
+    try:
+        yield
+    finally:
+        llama.scaled_dot_product_attention, llama.swiglu = kept
+
+
+class Trainer:
+    """The model, its optimizer and the compiled step."""
+
+    def __init__(self, seed: int, streams: int, resume: Path | None = None) -> None:
+        """Start from ``seed``, or from a written model, and compile for ``streams`` threads."""
+        mx.random.seed(seed)
+        self.model = Model(bundle.architecture())
+        if resume is not None:
+            self.model.load_weights(str(resume / "model.safetensors"))
+            self.round_to_half()
+        self.optimizer = optim.AdamW(
+            PEAK_RATE, betas=[0.9, 0.95], weight_decay=0.1, bias_correction=True
+        )
+        self.optimizer.init(self.model.trainable_parameters())
+        self._state = [self.model.state, self.optimizer.state]
+        mx.eval(self._state)
+        loss = make_loss([mx.new_stream(mx.default_device()) for _ in range(streams)])
+        self._gradient: Callable[..., tuple[mx.array, Any]] = value_and_grad(self.model, loss)
+        self._step = mx.compile(self._update, inputs=self._state, outputs=self._state)
+
+    def _update(self, inputs: mx.array, targets: mx.array) -> mx.array:
+        with _fast_layers():
+            loss, gradient = self._gradient(self.model, inputs, targets)
+        gradient, _ = clip_gradient(gradient, CLIP)
+        self.optimizer.update(self.model, gradient)
+        return loss
+
+    def step(self, batch: Batch, rate: float) -> float:
+        """Take one optimizer step and return the batch's loss."""
+        self.optimizer.learning_rate = mx.array(rate)
+        loss: mx.array = self._step(*batch)
+        mx.eval(loss, self._state)
+        return _number(loss)
+
+    def evaluate(self, batches: Sequence[Batch]) -> float:
+        """Return the mean loss over ``batches``."""
+        losses = [_number(exact_loss(self.model, *batch)) for batch in batches]
+        return sum(losses) / len(losses)
+
+    def weights(self) -> dict[str, mx.array]:
+        """Return the parameters by their safetensors names."""
+        return dict(tree_flatten(self.model.parameters()))
+
+    def round_to_half(self) -> None:
+        """Give the weights the values that the float16 file holds."""
+        halves = tree_map(
+            lambda value: value.astype(mx.float16).astype(mx.float32), self.model.parameters()
+        )
+        self.model.update(halves)
+
+
+def _number(value: mx.array) -> float:
+    return float(np.asarray(value))
+
+
+def validation(stream: Stream) -> list[Batch]:
+    """Draw the fixed windows that every report is measured on."""
+    rng = np.random.default_rng(VALIDATION_SEED)
+    per_batch = TOKENS_A_STEP // SHORT
+    rows = [stream.window(rng, SHORT) for _ in range(VALIDATION_ROWS)]
+    return [_as_batch(rows[at : at + per_batch]) for at in range(0, len(rows), per_batch)]
+
+
+class Run:
+    """One training run: draws batches, steps, reports and writes the model."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Read the corpus, learn the tokenizer and prepare the first step."""
+        self.out: Path = options.out
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.rng = np.random.default_rng(options.seed)
+        self.record: dict[str, Any] = {"python": platform.python_version(), "mlx": version("mlx")}
+        self.record.update(
+            seed=options.seed, minutes=options.minutes, peak=options.peak, windows=options.windows
+        )
+        self.record["reports"] = []
+        if options.resume is not None:
+            self.record["before"] = bundle.read_record(options.resume)
+        self.windows: list[int] = options.windows
+        self.peak: float = options.peak
+        self._load()
+        self.trainer = Trainer(options.seed, options.streams, options.resume)
+        self.clock = Clock(options.minutes * 60)
+        self.tokens = self.steps = 0
+        self.recent: list[float] = []
+
+    def _load(self) -> None:
+        sources = corpus.collect()
+        kept = [source for source in sources if not source.held_out]
+        held = [source for source in sources if source.held_out]
+        tokenizer = bundle.train_tokenizer(_texts(kept))
+        bundle.write_tokenizer(self.out, tokenizer)
+        self.data = encode(tokenizer, kept, self.rng)
+        checks = encode(tokenizer, held, np.random.default_rng(VALIDATION_SEED))
+        self.checks = {
+            "raw": validation(checks.raw),
+            "chat": validation(checks.chat),
+        }
+        self.record["train"] = _describe(kept, self.data)
+        self.record["validation"] = _describe(held, checks)
+        log.info("corpus: %s; held out: %s", self.record["train"], self.record["validation"])
+
+    def train(self) -> None:
+        """Step until the time granted is over, then check and write the last model."""
+        due = REPORT_SECONDS
+        while self.clock.progress < 1:
+            self._advance(self.clock.progress)
+            if self.clock.elapsed >= due:
+                self._report()
+                due = self.clock.elapsed + REPORT_SECONDS
+        self._report()
+        self.trainer.round_to_half()
+        self.record["float16_loss"] = self._losses()
+        bundle.write_record(self.out, self.record)
+        log.info("loss of the float16 file: %s", self.record["float16_loss"])
+
+    def _advance(self, progress: float) -> None:
+        batch = self.data.batch(self.rng, self.windows[progress >= LONG_AFTER])
+        self.recent.append(self.trainer.step(batch, learning_rate(progress, self.peak)))
+        self.tokens += TOKENS_A_STEP
+        self.steps += 1
+
+    def _losses(self) -> dict[str, float]:
+        return {
+            name: round(self.trainer.evaluate(batches), 4) for name, batches in self.checks.items()
+        }
+
+    def _report(self) -> None:
+        bundle.write_weights(self.out, self.trainer.weights())
+        train = round(sum(self.recent) / max(len(self.recent), 1), 4)
+        seconds = round(self.clock.elapsed)
+        entry = {"seconds": seconds, "steps": self.steps, "tokens": self.tokens, "train": train}
+        self.record["reports"].append({**entry, **self._losses()})
+        self.recent.clear()
+        bundle.write_record(self.out, self.record)
+        log.info("%s", self.record["reports"][-1])
+
+
+def _texts(sources: Sequence[corpus.Source]) -> list[str]:
+    texts = [source.text for source in sources]
+    texts += [exchange.question for source in sources for exchange in source.exchanges]
+    return texts
+
+
+def _describe(sources: Sequence[corpus.Source], data: Data) -> dict[str, int]:
+    return {
+        "documents": sum(bool(source.text) for source in sources),
+        "document_bytes": sum(len(source.text.encode()) for source in sources),
+        "document_tokens": len(data.raw.ids),
+        "exchanges": sum(len(source.exchanges) for source in sources),
+        "exchange_tokens": len(data.chat.ids),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(description="Train the demo model.")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    parser.add_argument("--minutes", type=float, default=60.0, help="time to train for")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--streams", type=int, default=2, help="slices computed at once: 1, 2, 4")
+    parser.add_argument("--peak", type=float, default=PEAK_RATE, help="highest learning rate")
+    parser.add_argument(
+        "--windows", type=int, nargs=2, default=[SHORT, LONG], help="tokens, early and late"
+    )
+    parser.add_argument("--resume", type=Path, help="a directory this wrote, to go on from")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    Run(options).train()
+
+
+if __name__ == "__main__":
+    main()
