@@ -24,17 +24,17 @@ from runner_server.config import ServerConfig
 from runner_server.engine.backend import Backend, Ranks
 from runner_server.engine.engine import Engine
 from runner_server.engine.memory_pressure import PressureWatch
-from runner_server.engine.stall_watchdog import EXIT_STALLED, StallWatch
+from runner_server.engine.stall_watchdog import EXIT_STALLED, StallWatchdog
 from runner_server.engine.types import LoadSpec
 from runner_server.errors import RunnerFault
 from runner_server.host.machine_admission import MachineAdmission
 from runner_server.host.model_root import ModelRoot
 from runner_server.host.orphan_guard import OrphanGuard
-from runner_server.telemetry.interceptor import Observer, ObservingInterceptor
+from runner_server.telemetry.interceptor import Observer, TelemetryInterceptor
 from runner_server.telemetry.methods import SMG_SERVICE_NAME
 from runner_server.telemetry.request_log import RequestLog
 from runner_server.telemetry.tracing import Tracing, open_tracing
-from runner_server.transport.auth import AccessInterceptor, is_loopback
+from runner_server.transport.auth import AuthInterceptor, is_loopback
 from runner_server.transport.go_plugin import add_controller
 from runner_server.transport.interceptor import ErrorInterceptor
 from runner_server.transport.listen import CannotListenError, listen
@@ -102,9 +102,9 @@ class RunnerApp:
         self._observers: list[Observer] = [RequestLog()]
         self._metrics: Metrics | None = None
         self._tracing: Tracing | None = None
-        interceptors: list[grpc.aio.ServerInterceptor] = [ObservingInterceptor(self._observers)]
+        interceptors: list[grpc.aio.ServerInterceptor] = [TelemetryInterceptor(self._observers)]
         if config.token:
-            interceptors.append(AccessInterceptor(config.token))
+            interceptors.append(AuthInterceptor(config.token))
         interceptors.append(ErrorInterceptor())
         self._server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -144,7 +144,9 @@ class RunnerApp:
             self._spawn(self._load_first(self._config.load))
         self._spawn(PressureWatch(self.engine, self._admission).run())
         if self._config.stall_seconds:
-            self._spawn(StallWatch(self.engine, self._config.stall_seconds, self._on_stall).run())
+            self._spawn(
+                StallWatchdog(self.engine, self._config.stall_seconds, self._on_stall).run()
+            )
         return ready
 
     async def run(self) -> int:

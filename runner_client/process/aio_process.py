@@ -15,7 +15,7 @@ from runner_client.process.base import (
     not_started,
     start_limit,
 )
-from runner_client.process.stall import StallWatch
+from runner_client.process.stall import StallDetector
 from runner_client.rpc.aio_client import AsyncRunnerClient
 from runner_client.rpc.base import STATUS_SECONDS, embedding_error
 
@@ -73,10 +73,10 @@ class _AsyncChildClient(AsyncRunnerClient):
     def start_watchdog(self) -> None:
         """Kills the child when its engine stands still, if ``Timeouts`` say so."""
         if self.timeouts.stall_seconds is not None:
-            watch = StallWatch(self.timeouts.stall_seconds)
+            watch = StallDetector(self.timeouts.stall_seconds)
             self._watching = self._loop.create_task(self._watch_engine(watch))
 
-    async def _watch_engine(self, watch: StallWatch) -> None:
+    async def _watch_engine(self, watch: StallDetector) -> None:
         while not self._child.has_exited:
             await asyncio.sleep(watch.look_seconds)
             with contextlib.suppress(RunnerError):

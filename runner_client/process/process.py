@@ -15,7 +15,7 @@ from runner_client.process.base import (
     not_started,
     start_limit,
 )
-from runner_client.process.stall import StallWatch
+from runner_client.process.stall import StallDetector
 from runner_client.rpc.base import STATUS_SECONDS, embedding_error
 from runner_client.rpc.client import RunnerClient
 
@@ -60,12 +60,12 @@ class _ChildClient(RunnerClient):
     def start_watchdog(self) -> None:
         """Kills the child when its engine stands still, if ``Timeouts`` say so."""
         if self.timeouts.stall_seconds is not None:
-            watch = StallWatch(self.timeouts.stall_seconds)
+            watch = StallDetector(self.timeouts.stall_seconds)
             threading.Thread(
                 target=self._watch_engine, args=(watch,), name="runner-stall", daemon=True
             ).start()
 
-    def _watch_engine(self, watch: StallWatch) -> None:
+    def _watch_engine(self, watch: StallDetector) -> None:
         while not self._child.wait_exit(watch.look_seconds):
             with contextlib.suppress(RunnerError):
                 if stall := watch.observe(self._status(STATUS_SECONDS)):

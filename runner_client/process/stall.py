@@ -13,7 +13,7 @@ _LOOKS_PER_LIMIT = 4
 _MAX_LOOK_SECONDS = 5.0
 
 
-class StallWatch:
+class StallDetector:
     """Judges by what the engine tells of itself; a status that cannot be had is no proof.
 
     The engine makes a step for every slice of a prompt and for every token, and tells

@@ -10,11 +10,11 @@ from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.api.estimator import Estimated
 from runner_server.engine.token_text import TokenTexts
 from runner_server.engine.types import (
-    Done,
-    DoneReason,
+    FinishReason,
+    GenerationResult,
     MemoryCounters,
     ModelInfo,
-    Piece,
+    OutputDelta,
     Rank,
     State,
     TokenLogprob,
@@ -29,8 +29,8 @@ STATES = {
 }
 
 _DONE_REASONS = {
-    DoneReason.STOP: pb.DONE_REASON_STOP,
-    DoneReason.LENGTH: pb.DONE_REASON_LENGTH,
+    FinishReason.STOP: pb.DONE_REASON_STOP,
+    FinishReason.LENGTH: pb.DONE_REASON_LENGTH,
 }
 
 
@@ -92,7 +92,7 @@ def rank_message(rank: Rank) -> pb.Rank:
     )
 
 
-def piece_message(piece: Piece, texts: TokenTexts | None = None) -> pb.CompletionResponse:
+def piece_message(piece: OutputDelta, texts: TokenTexts | None = None) -> pb.CompletionResponse:
     """A piece of a stream; ``texts`` follows one whose tokens have log probabilities."""
     message = pb.CompletionResponse(content=piece.text, token_ids=piece.token_ids)
     if texts:
@@ -107,7 +107,7 @@ def piece_message(piece: Piece, texts: TokenTexts | None = None) -> pb.Completio
     return message
 
 
-def _done_message(done: Done) -> pb.CompletionResponse:
+def _done_message(done: GenerationResult) -> pb.CompletionResponse:
     return pb.CompletionResponse(
         done=True,
         done_reason=_DONE_REASONS[done.reason],

@@ -34,13 +34,13 @@ from runner_server.api.validation import (
 )
 from runner_server.engine.backend import ModelHandle, Ranks
 from runner_server.engine.engine import Engine
-from runner_server.engine.registry import Ticket
+from runner_server.engine.request_registry import Ticket
 from runner_server.engine.token_text import TokenTexts
 from runner_server.engine.types import CompletionSpec
 from runner_server.errors import InvalidField
 from runner_server.host.blas import blas_of
 from runner_server.host.resident_memory import resident_bytes
-from runner_server.telemetry.call_record import current_request
+from runner_server.telemetry.call_record import current_call
 
 if TYPE_CHECKING:
     _Context = grpc.aio.ServicerContext[Any, Any]
@@ -78,7 +78,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
     async def Load(self, request: pb.LoadRequest, context: _Context) -> pb.LoadResponse:
         """Loads a model."""
         started = time.monotonic()
-        current_request().model = request.model
+        current_call().model = request.model
         ticket = self._engine.load(load_spec(request))
         info = await _outcome(ticket)
         return pb.LoadResponse(
@@ -88,7 +88,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
     async def Estimate(self, request: pb.EstimateRequest, context: _Context) -> pb.EstimateResponse:
         """Estimates the memory that a load would need."""
         self._engine.refuse_when_ending()
-        current_request().model = request.model
+        current_call().model = request.model
         spec = load_spec(request)
         return estimate_message(await self._estimator.estimate(spec))
 
@@ -155,7 +155,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         context: _Context,
     ) -> AsyncIterator[pb.CompletionResponse]:
         """Streams a completion."""
-        record = current_request()
+        record = current_call()
         record.request_id = request.request_id
         model = self._engine.model()
         record.model = model.info.name

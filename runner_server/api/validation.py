@@ -13,7 +13,7 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_server.api.violations import Checker
+from runner_server.api.violations import ViolationCollector
 from runner_server.engine.types import (
     MAX_PARALLEL,
     CompletionSpec,
@@ -53,7 +53,7 @@ def load_spec(request: pb.LoadRequest | pb.EstimateRequest) -> LoadSpec:
     Raises:
         InvalidField: Something is missing or out of range.
     """
-    check = Checker()
+    check = ViolationCollector()
     check.require("model", bool(request.model), "required: a directory or a hub id")
     too_long = len(request.model) > _MAX_MODEL_CHARS or "\0" in request.model
     check.require("model", not too_long, f"at most {_MAX_MODEL_CHARS} characters, none of them NUL")
@@ -83,7 +83,7 @@ def trim_bytes(request: pb.TrimRequest) -> int:
     Raises:
         InvalidField: It is negative.
     """
-    check = Checker()
+    check = ViolationCollector()
     _check_number(check, request, "prefix_cache_bytes", 0, _MAX_INT64)
     check.finish()
     return request.prefix_cache_bytes
@@ -95,7 +95,7 @@ def check_completion(request: pb.CompletionRequest, model: ModelInfo) -> Samplin
     Raises:
         InvalidField: Something is missing or out of range.
     """
-    check = Checker()
+    check = ViolationCollector()
     _check_input(check, request)
     _check_numbers(check, request.options, model)
     _check_stops(check, request.options.stop)
@@ -159,7 +159,7 @@ def fit(
     return room
 
 
-def check_request_id(check: Checker, request_id: str) -> None:
+def check_request_id(check: ViolationCollector, request_id: str) -> None:
     """Checks the caller's name for a request."""
     length = len(request_id)
     too_long = f"{length} characters; at most {_MAX_REQUEST_ID_CHARS}"
@@ -178,7 +178,7 @@ def check_token_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
     raise InvalidField([(f"{field}[{at}]", f"{bad} is not a token id: 0 to {vocab_size - 1}")])
 
 
-def _check_input(check: Checker, request: pb.CompletionRequest) -> None:
+def _check_input(check: ViolationCollector, request: pb.CompletionRequest) -> None:
     match request.WhichOneof("input"):
         case "prompt":
             check.require("prompt", bool(request.prompt), "the prompt is empty")
@@ -189,7 +189,9 @@ def _check_input(check: Checker, request: pb.CompletionRequest) -> None:
             check.require("input", ok=False, text="required: prompt or prompt_token_ids")
 
 
-def _check_numbers(check: Checker, options: pb.CompletionOptions, model: ModelInfo) -> None:
+def _check_numbers(
+    check: ViolationCollector, options: pb.CompletionOptions, model: ModelInfo
+) -> None:
     _check_number(check, options, "temperature", 0, 100)
     _check_number(check, options, "top_p", 0, 1, above=True)
     _check_number(check, options, "min_p", 0, 1)
@@ -202,14 +204,20 @@ def _check_numbers(check: Checker, options: pb.CompletionOptions, model: ModelIn
 
 
 def _check_number(
-    check: Checker, message: Message, field: str, low: float, high: float, *, above: bool = False
+    check: ViolationCollector,
+    message: Message,
+    field: str,
+    low: float,
+    high: float,
+    *,
+    above: bool = False,
 ) -> None:
     """Checks a number if it is given."""
     if message.HasField(field):
         check.number(_path(message, field), getattr(message, field), low, high, above=above)
 
 
-def _check_stops(check: Checker, stops: Sequence[str]) -> None:
+def _check_stops(check: ViolationCollector, stops: Sequence[str]) -> None:
     if len(stops) > _MAX_STOPS:
         # A message has room for millions; to look at each would hold everybody up.
         check.require("options.stop", ok=False, text=f"{len(stops)}; at most {_MAX_STOPS}")

@@ -12,7 +12,7 @@ _MAX_BIASES = 1024
 _MAX_BIAS = 100.0
 
 
-class Checker:
+class ViolationCollector:
     """Collects what is wrong with a request, so that one answer names it all."""
 
     def __init__(self) -> None:

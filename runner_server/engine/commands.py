@@ -7,8 +7,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from runner_server.engine.generation import Completion
-from runner_server.engine.registry import Ticket
+from runner_server.engine.generation_request import GenerationRequest
+from runner_server.engine.request_registry import Ticket
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Resume:
 
 
 @dataclass(frozen=True)
-class LimitPrompts:
+class LimitPrefixCache:
     """Evaluated prompts may take so many bytes from now on."""
 
     limit_bytes: int
@@ -50,5 +50,5 @@ class Wake:
     """Nothing but a reason to look at the ledger."""
 
 
-Message = Completion | Ticket[Any] | Cancel | Resume | LimitPrompts | Trim | Wake
-Inbox = queue.SimpleQueue[Message]
+Command = GenerationRequest | Ticket[Any] | Cancel | Resume | LimitPrefixCache | Trim | Wake
+CommandQueue = queue.SimpleQueue[Command]

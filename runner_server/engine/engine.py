@@ -1,7 +1,8 @@
-"""The engine as the event loop sees it: a model on a thread of its own.
+"""The event loop's side of the engine.
 
-Nothing here waits. The work is done by :class:`~runner_server.engine.thread.Worker` on its
-thread; what both sides know stands in the :class:`~runner_server.engine.registry.Ledger`.
+No method waits. :class:`~runner_server.engine.thread.EngineThread` does the work on its own
+thread, and :class:`~runner_server.engine.request_registry.RequestRegistry` is the state that the
+event loop and that thread share.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from runner_server.engine.backend import Backend, ModelHandle
-from runner_server.engine.commands import Cancel, Inbox, LimitPrompts, Trim, Wake
-from runner_server.engine.generation import Completion
-from runner_server.engine.registry import Ledger, Ticket
-from runner_server.engine.thread import Worker
+from runner_server.engine.commands import Cancel, CommandQueue, LimitPrefixCache, Trim, Wake
+from runner_server.engine.generation_request import GenerationRequest
+from runner_server.engine.request_registry import RequestRegistry, Ticket
+from runner_server.engine.thread import EngineThread
 from runner_server.engine.types import (
     CompletionSpec,
+    EngineState,
     LoadSpec,
     MemoryCounters,
     ModelInfo,
-    Snapshot,
     State,
 )
 from runner_server.errors import ShuttingDown
@@ -41,10 +42,10 @@ class Engine:
     def __init__(self, backend: Backend, *, max_queued: int, on_death: Callable[[], None]) -> None:
         self._backend = backend
         self._on_death = on_death
-        self._inbox = Inbox()
-        self._ledger = Ledger(max_queued)
+        self._inbox = CommandQueue()
+        self._ledger = RequestRegistry(max_queued)
         self._loop = asyncio.get_running_loop()
-        self._worker = Worker(backend, self._ledger, self._inbox, self._loop, on_death)
+        self._worker = EngineThread(backend, self._ledger, self._inbox, self._loop, on_death)
         self._is_lost = False
         # Not a wait in a worker thread: those may all be busy with tokenizing.
         self._ended = asyncio.Event()
@@ -99,7 +100,7 @@ class Engine:
 
     def limit_prompts(self, limit_bytes: int) -> None:
         """Changes how much evaluated prompts may take from now on."""
-        self._inbox.put(LimitPrompts(limit_bytes))
+        self._inbox.put(LimitPrefixCache(limit_bytes))
 
     def refuse_when_ending(self) -> None:
         """Raises :class:`ShuttingDown` if the engine stops, or is dead."""
@@ -114,7 +115,7 @@ class Engine:
         """
         return self._ledger.model()
 
-    def submit(self, model: ModelHandle, spec: CompletionSpec) -> Completion:
+    def submit(self, model: ModelHandle, spec: CompletionSpec) -> GenerationRequest:
         """Queues a completion.
 
         Args:
@@ -127,17 +128,17 @@ class Engine:
             QueueFull: Too many completions wait.
             ShuttingDown: The engine stops, or is dead.
         """
-        completion = Completion(spec, model.codec, model.info.eos_token_ids)
+        completion = GenerationRequest(spec, model.codec, model.info.eos_token_ids)
         self._ledger.accept(model, completion)
         self._inbox.put(completion)
         return completion
 
-    def cancel(self, completion: Completion) -> None:
+    def cancel(self, completion: GenerationRequest) -> None:
         """Ends a completion that nobody reads any more; nothing happens if it has ended."""
         if self._ledger.is_live(completion.id):
             self._inbox.put(Cancel(completion.id))
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> EngineState:
         """What the engine does, without waiting for it."""
         return self._ledger.snapshot()
 

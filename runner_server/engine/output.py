@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 
-from runner_server.engine.types import Piece
+from runner_server.engine.types import OutputDelta
 from runner_server.errors import RunnerFault
 
 _MAX_MERGED_TEXTS = 4096
@@ -35,16 +35,16 @@ _MAX_MERGE_SECONDS = 0.04
 """The longest wait, however many streams there are."""
 
 
-class Stream:
+class OutputChannel:
     """The pieces of one completion, on their way to its reader.
 
     ``put``, ``fail`` and ``when_read`` belong to the engine's thread, the rest to the
-    loop. The engine calls :meth:`wake` through a :class:`Publisher`.
+    loop. The engine calls :meth:`wake` through a :class:`WakeupCoalescer`.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._pieces: deque[Piece] = deque()
+        self._pieces: deque[OutputDelta] = deque()
         self._texts = 0
         self._on_read: Callable[[], None] | None = None
         self._fault: RunnerFault | None = None
@@ -56,7 +56,7 @@ class Stream:
         """Whether the reader has so much before it that its row should wait."""
         return self._texts > _MAX_WAITING_TEXTS
 
-    def put(self, piece: Piece) -> None:
+    def put(self, piece: OutputDelta) -> None:
         """Adds a piece; one with ``done`` is the last."""
         with self._lock:
             self._pieces.append(piece)
@@ -82,7 +82,7 @@ class Stream:
         self._is_closed = True
         self.wake()
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncIterator[OutputDelta]:
         """Yields merged pieces up to the one with ``done``, or until it is closed.
 
         Raises:
@@ -102,9 +102,9 @@ class Stream:
                 if self._fault and not self._pieces:
                     raise self._fault
 
-    def _take(self) -> list[Piece]:
+    def _take(self) -> list[OutputDelta]:
         with self._lock:
-            taken: list[Piece] = []
+            taken: list[OutputDelta] = []
             texts = 0
             while self._pieces and texts < _MAX_MERGED_TEXTS:
                 piece = self._pieces.popleft()
@@ -123,7 +123,7 @@ class Stream:
             call()
 
 
-class Publisher:
+class WakeupCoalescer:
     """Wakes readers: all in one call of the loop, a while after the last time.
 
     :meth:`publish` belongs to the engine's thread, the rest to the loop.
@@ -135,14 +135,16 @@ class Publisher:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._lock = threading.Lock()
-        self._touched: set[Stream] = set()
-        self._urgent: set[Stream] = set()
+        self._touched: set[OutputChannel] = set()
+        self._urgent: set[OutputChannel] = set()
         # Whether the loop has been told of what is touched.
         self._is_told = False
         self._timer: asyncio.TimerHandle | None = None
         self._woken = 0.0
 
-    def publish(self, streams: Iterable[Stream], urgent: Iterable[Stream] = ()) -> None:
+    def publish(
+        self, streams: Iterable[OutputChannel], urgent: Iterable[OutputChannel] = ()
+    ) -> None:
         """Has readers woken.
 
         Args:
@@ -186,17 +188,17 @@ def _merge_seconds(streams: int) -> float:
     return max(_MERGE_SECONDS, longer)
 
 
-def _text_count(piece: Piece) -> int:
+def _text_count(piece: OutputDelta) -> int:
     return len(piece.token_ids) + 2 * sum(1 + len(entry.top) for entry in piece.logprobs)
 
 
-def merge(pieces: Iterable[Piece]) -> Piece:
+def merge(pieces: Iterable[OutputDelta]) -> OutputDelta:
     """Joins pieces of one stream, in order; at least one."""
     pieces = list(pieces)
     if len(pieces) == 1:
         return pieces[0]
     token_ids = tuple(token for piece in pieces for token in piece.token_ids)
-    return Piece(
+    return OutputDelta(
         text="".join(piece.text for piece in pieces),
         token_ids=token_ids,
         logprobs=tuple(entry for piece in pieces for entry in piece.logprobs),

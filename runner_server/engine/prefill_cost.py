@@ -11,7 +11,7 @@ _MOST_CONSTANT = 0.6
 chunks of different sizes show, but later chunks of a prompt are slower ones as well."""
 
 
-class Pace:
+class PrefillCostModel:
     """Fits ``seconds = constant + tokens * per_token`` to chunks: the weights are read for any.
 
     A weighted least-squares fit, in which older chunks count less.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from runner_server.engine.prefill_cost import Pace
+from runner_server.engine.prefill_cost import PrefillCostModel
 
 MIN_SECONDS = 0.03
 """The shortest slice: running streams do not notice a wait of this length."""
@@ -37,7 +37,7 @@ all with 4, and 1.2 s with 8: more of them share a call. A lone one has nothing 
 a call with, so half a place is taken off."""
 
 
-class PrefillTurns:
+class PrefillPolicy:
     """Cuts prompts into chunks that fit a slice of time.
 
     Args:
@@ -46,7 +46,7 @@ class PrefillTurns:
 
     def __init__(self, max_chunk: int) -> None:
         self._max_chunk = max_chunk
-        self._pace = Pace()
+        self._pace = PrefillCostModel()
         self._slice = self._left = 0.0
         self._is_first = True
         # Seconds that the oldest prompt is behind the others.

@@ -92,7 +92,7 @@ class _Node(_Root[S, T]):
         self.nbytes = 0
 
 
-class PrefixTree(Generic[S, T]):
+class PrefixCache(Generic[S, T]):
     """Evaluated prompts under a byte budget.
 
     Args:

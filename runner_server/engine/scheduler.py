@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import deque
 
 from runner_server.engine.backend import LoadedModel
-from runner_server.engine.generation import Completion
+from runner_server.engine.generation_request import GenerationRequest
 
 
-class Seats:
+class Scheduler:
     """The completions that the engine's thread has, each in one of four states.
 
     Attributes:
@@ -19,17 +19,17 @@ class Seats:
     """
 
     def __init__(self) -> None:
-        self.waiting: deque[Completion] = deque()
-        self.running: dict[int, Completion] = {}
-        self.paused: dict[int, Completion] = {}
-        self.returning: deque[Completion] = deque()
+        self.waiting: deque[GenerationRequest] = deque()
+        self.running: dict[int, GenerationRequest] = {}
+        self.paused: dict[int, GenerationRequest] = {}
+        self.returning: deque[GenerationRequest] = deque()
 
     @property
-    def begun(self) -> list[Completion]:
+    def begun(self) -> list[GenerationRequest]:
         """Those that hold memory."""
         return [*self.running.values(), *self.paused.values(), *self.returning]
 
-    def pause(self, completion: Completion) -> None:
+    def pause(self, completion: GenerationRequest) -> None:
         """Takes the place of one that runs."""
         self.paused[completion.id] = self.running.pop(completion.id)
 
@@ -38,7 +38,7 @@ class Seats:
         if completion := self.paused.pop(id_, None):
             self.returning.append(completion)
 
-    def next(self, model: LoadedModel) -> Completion | None:
+    def next(self, model: LoadedModel) -> GenerationRequest | None:
         """Seats the next one that may run: those that return first, then in order.
 
         Returns:
@@ -56,7 +56,7 @@ class Seats:
         has_place = len(self.running) < model.info.parallel
         return bool(queue) and has_place and self._fits(queue[0], model)
 
-    def remove(self, id_: int) -> Completion | None:
+    def remove(self, id_: int) -> GenerationRequest | None:
         """Takes one out; returns it if it holds memory."""
         for queue in (self.waiting, self.returning):
             for completion in queue:
@@ -70,7 +70,7 @@ class Seats:
         for group in (self.waiting, self.running, self.paused, self.returning):
             group.clear()
 
-    def _fits(self, completion: Completion, model: LoadedModel) -> bool:
+    def _fits(self, completion: GenerationRequest, model: LoadedModel) -> bool:
         """Whether the memory of all would suffice, should each become as long as it may."""
         if not self.running and completion in self.returning:
             # The others are set aside, and their readers must not hold this one up. At worst

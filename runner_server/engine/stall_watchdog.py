@@ -23,7 +23,7 @@ _WORKING_SHARE = 0.02
 and answers ``Status`` many times a second, stays below."""
 
 
-class StallWatch:
+class StallWatchdog:
     """Judges by what the engine tells of itself, and on a CPU by what the process takes.
 
     The engine moves with each part of a load, slice of a prompt and token, and tells no age

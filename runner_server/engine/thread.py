@@ -1,4 +1,4 @@
-"""The one thread that owns the model. :meth:`Worker.run` is the loop.
+"""The one thread that owns the model. :meth:`EngineThread.run` is the loop.
 
 Everything here runs on that thread. It takes messages from an inbox and answers
 through streams, tickets and the ledger.
@@ -16,11 +16,23 @@ from functools import partial
 from typing import Any
 
 from runner_server.engine.backend import Backend, BackendLost, Batch, LoadedModel, ModelHandle
-from runner_server.engine.commands import Cancel, Inbox, LimitPrompts, Message, Resume, Trim
-from runner_server.engine.generation import Completion
-from runner_server.engine.output import Publisher, Stream
-from runner_server.engine.registry import Ledger, Ticket, exiting_fault, stopping_fault
-from runner_server.engine.scheduler import Seats
+from runner_server.engine.commands import (
+    Cancel,
+    Command,
+    CommandQueue,
+    LimitPrefixCache,
+    Resume,
+    Trim,
+)
+from runner_server.engine.generation_request import GenerationRequest
+from runner_server.engine.output import OutputChannel, WakeupCoalescer
+from runner_server.engine.request_registry import (
+    RequestRegistry,
+    Ticket,
+    exiting_fault,
+    stopping_fault,
+)
+from runner_server.engine.scheduler import Scheduler
 from runner_server.engine.types import Event, LoadSpec, ModelInfo, NotFinite, Prefill
 from runner_server.errors import (
     GenerationFailed,
@@ -38,7 +50,7 @@ _MAX_FAILED_STEPS = 2
 """Failed steps in a row after which the engine gives up: it cannot recover in place."""
 
 
-class Worker:
+class EngineThread:
     """Loads, admits, steps, publishes.
 
     Args:
@@ -55,8 +67,8 @@ class Worker:
     def __init__(
         self,
         backend: Backend,
-        ledger: Ledger,
-        inbox: Inbox,
+        ledger: RequestRegistry,
+        inbox: CommandQueue,
         loop: asyncio.AbstractEventLoop,
         on_death: Callable[[], None],
     ) -> None:
@@ -68,10 +80,10 @@ class Worker:
         # Nobody else may hold the model, or its memory would not come back.
         self._model: LoadedModel | None = None
         self._batch: Batch | None = None
-        self._seats = Seats()
-        self._publisher = Publisher(loop)
-        self._touched: list[Stream] = []
-        self._urgent: list[Stream] = []
+        self._seats = Scheduler()
+        self._publisher = WakeupCoalescer(loop)
+        self._touched: list[OutputChannel] = []
+        self._urgent: list[OutputChannel] = []
         self._failed_steps = 0
         self._has_stepped = False
         self._prompts_bytes = 0
@@ -102,13 +114,13 @@ class Worker:
     def _can_advance(self) -> bool:
         return bool(self._seats.running) or bool(self._model and self._seats.has_next(self._model))
 
-    def _wait(self) -> Message:
+    def _wait(self) -> Command:
         self._ledger.note_idle(is_idle=True)
         message = self._wait_or_trim()
         self._ledger.note_idle(is_idle=False)
         return message
 
-    def _wait_or_trim(self) -> Message:
+    def _wait_or_trim(self) -> Command:
         """Waits for a message; gives freed memory back once, if none comes for a while."""
         if self._has_stepped:
             try:
@@ -118,21 +130,21 @@ class Worker:
                 self._backend.trim()
         return self._inbox.get()
 
-    def _poll(self) -> Message | None:
+    def _poll(self) -> Command | None:
         try:
             return self._inbox.get_nowait()
         except queue.Empty:
             return None
 
-    def _receive(self, message: Message) -> None:
+    def _receive(self, message: Command) -> None:
         match message:
-            case Completion() if self._model and self._ledger.is_live(message.id):
+            case GenerationRequest() if self._model and self._ledger.is_live(message.id):
                 self._seats.waiting.append(message)
             case Cancel(completion_id=id_):
                 self._drop(id_)
             case Resume(completion_id=id_):
                 self._seats.read_on(id_)
-            case LimitPrompts(limit_bytes=limit) if self._model:
+            case LimitPrefixCache(limit_bytes=limit) if self._model:
                 self._prompts_bytes = limit
                 self._model.limit_prompts(limit)
             case Trim():
@@ -229,7 +241,7 @@ class Worker:
         self._ledger.forget(completion.id, completion.seated_seconds(done))
         return completion.id
 
-    def _not_finite(self, completion: Completion) -> GenerationFailed:
+    def _not_finite(self, completion: GenerationRequest) -> GenerationFailed:
         """Return, and log, why a completion whose logits are no numbers ends."""
         dtype = self._model.info.dtype if self._model else ""
         fault = GenerationFailed(
@@ -261,7 +273,7 @@ class Worker:
         if self._failed_steps >= _MAX_FAILED_STEPS:
             raise RuntimeError(f"{self._failed_steps} steps in a row failed") from error
 
-    def _fail(self, completions: list[Completion], fault: RunnerFault) -> None:
+    def _fail(self, completions: list[GenerationRequest], fault: RunnerFault) -> None:
         for completion in completions:
             self._seats.remove(completion.id)
             self._ledger.forget(completion.id)

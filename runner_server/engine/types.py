@@ -34,7 +34,7 @@ class Dtype(enum.Enum):
     AUTO_OR_STORED = "auto_or_stored"
 
 
-class DoneReason(enum.Enum):
+class FinishReason(enum.Enum):
     """Why a completion ended."""
 
     STOP = "stop"
@@ -205,7 +205,7 @@ Event = Prefill | Token | NotFinite
 
 
 @dataclass(frozen=True)
-class Done:
+class GenerationResult:
     """How a completion ended; durations in seconds.
 
     Attributes:
@@ -213,7 +213,7 @@ class Done:
         cached_count: Of these, tokens that were not evaluated again.
     """
 
-    reason: DoneReason
+    reason: FinishReason
     stop_match: str
     prompt_count: int
     eval_count: int
@@ -224,7 +224,7 @@ class Done:
 
 
 @dataclass(frozen=True)
-class Account:
+class GenerationStats:
     """What a completion has come to so far; durations in seconds, None for what has not begun.
 
     Attributes:
@@ -241,18 +241,18 @@ class Account:
     queue_seconds: float
     prompt_seconds: float | None
     eval_seconds: float | None
-    reason: DoneReason | None
+    reason: FinishReason | None
 
 
 @dataclass(frozen=True)
-class Piece:
+class OutputDelta:
     """What a stream has for its reader."""
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prefill: tuple[int, int] | None = None
-    done: Done | None = None
+    done: GenerationResult | None = None
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,7 @@ class Rank:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class EngineState:
     """What the engine does, read without waiting for it.
 
     Attributes:

@@ -10,21 +10,21 @@ from itertools import islice
 
 from mlx.nn.layers.base import Module
 
-from runner_server.engine.prefill_policy import PrefillTurns
-from runner_server.engine.prefix_cache import PrefixTree
+from runner_server.engine.prefill_policy import PrefillPolicy
+from runner_server.engine.prefix_cache import PrefixCache
 from runner_server.engine.types import MAX_PARALLEL, Event, Prefill, Sampling
 from runner_server.mlx_backend.cache.row_caches import (
     CachePieces,
     Caches,
     Segment,
-    Snapshot,
+    StateSnapshot,
     prefill,
 )
-from runner_server.mlx_backend.decode import Agree, Decoding, Row
+from runner_server.mlx_backend.decode import Agree, DecodeBatch, Row
 from runner_server.mlx_backend.planning.plan import ROWS_TOGETHER
 from runner_server.mlx_backend.stream_errors import recover
 
-PromptCache = PrefixTree[Segment, Snapshot]
+MlxPrefixCache = PrefixCache[Segment, StateSnapshot]
 
 _WORTHWHILE = 32
 """Tokens from which on it pays to stop a prompt where it leaves an earlier one's."""
@@ -108,7 +108,7 @@ class MlxBatch:
         pieces: Cuts the caches of the model.
         prompts: Prompts evaluated before; outlives the batch.
         clock: Seconds that pass.
-        agree: See :class:`Decoding`.
+        agree: See :class:`DecodeBatch`.
         room: The memory that it may take; without limit if None.
     """
 
@@ -118,7 +118,7 @@ class MlxBatch:
         vocab_size: int,
         max_chunk: int,
         pieces: CachePieces,
-        prompts: PromptCache,
+        prompts: MlxPrefixCache,
         clock: Callable[[], float] = time.perf_counter,
         agree: Agree | None = None,
         room: KvRoom | None = None,
@@ -128,13 +128,13 @@ class MlxBatch:
         self._known = prompts
         self._room = room or KvRoom()
         self._clock = clock
-        self._turns = PrefillTurns(max_chunk)
+        self._turns = PrefillPolicy(max_chunk)
         self._max_chunk = max_chunk
         # In order of arrival.
         self._prompts: dict[int, _Prompt] = {}
         self._joining: list[Row] = []
         self._paused: dict[int, Row] = {}
-        self._decoding = Decoding(model, vocab_size, agree)
+        self._decoding = DecodeBatch(model, vocab_size, agree)
         self._is_alone = agree is None
         self._decode_seconds = 0.0
 
@@ -322,7 +322,7 @@ class MlxBatch:
         snapshot = None
         if self._pieces.needs_snapshot:
 
-            def snapshot() -> Snapshot:
+            def snapshot() -> StateSnapshot:
                 return self._pieces.snapshot(caches)
 
         self._known.offer(
@@ -333,5 +333,5 @@ class MlxBatch:
         )
 
 
-def _never(_segment: Segment, _snapshot: Snapshot | None) -> bool:
+def _never(_segment: Segment, _snapshot: StateSnapshot | None) -> bool:
     return False

@@ -1,7 +1,7 @@
 """The decode step: rows whose next tokens are computed together.
 
 A step is begun before the tokens of the one before are read, so that the device
-always has work: :meth:`Decoding.step` puts the tokens that are still being computed
+always has work: :meth:`DecodeBatch.step` puts the tokens that are still being computed
 into the model, and only then waits for them.
 """
 
@@ -28,7 +28,12 @@ from runner_server.mlx_backend.cache.row_caches import (
     view,
 )
 from runner_server.mlx_backend.sampling.penalties import Penalties
-from runner_server.mlx_backend.sampling.sampler import Likelihoods, Sampler, are_finite, likelihoods
+from runner_server.mlx_backend.sampling.sampler import (
+    Sampler,
+    TokenLogprobs,
+    are_finite,
+    likelihoods,
+)
 
 _STATE_STEPS = 64
 """Steps after which all of the caches' state is computed: where nothing uses a layer's
@@ -72,7 +77,7 @@ class _Measured:
     A part of an array would have to be computed, behind the step that was begun since.
     """
 
-    def __init__(self, arrays: Likelihoods) -> None:
+    def __init__(self, arrays: TokenLogprobs) -> None:
         self.arrays = arrays
 
     @cached_property
@@ -100,7 +105,7 @@ class _Likelihood:
         return TokenLogprob(token_id, self.step.chosen[self.place], tuple(pairs)[:top])
 
 
-class Decoding:
+class DecodeBatch:
     """Rows that are decoded together.
 
     Args:

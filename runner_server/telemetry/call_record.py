@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from runner_server.engine.types import Account
+from runner_server.engine.types import GenerationStats
 
 ID_HEADER = "x-request-id"
 """Names a call, in both directions."""
@@ -25,7 +25,7 @@ Headers = Sequence[tuple[str, str | bytes]]
 
 
 @dataclass(eq=False)
-class Request:
+class CallRecord:
     """A call from its arrival to its end. It belongs to the event loop.
 
     Attributes:
@@ -51,7 +51,7 @@ class Request:
     parent_id: str = ""
     request_id: str = ""
     model: str = ""
-    account: Callable[[], Account] | None = None
+    account: Callable[[], GenerationStats] | None = None
     started: float = field(default_factory=time.monotonic)
     code: str = ""
     reason: str = ""
@@ -59,7 +59,7 @@ class Request:
     span_id: str = ""
 
     @classmethod
-    def arrived(cls, method: str, headers: Headers) -> Request:
+    def arrived(cls, method: str, headers: Headers) -> CallRecord:
         """Makes the record of a call that has just come."""
         given = dict(headers)
         trace_id, parent_id = _trace(given.get(_TRACE_HEADER))
@@ -70,17 +70,17 @@ class Request:
         self.code, self.seconds = code, time.monotonic() - self.started
 
 
-_current: ContextVar[Request | None] = ContextVar("request", default=None)
+_current: ContextVar[CallRecord | None] = ContextVar("request", default=None)
 
 
-def enter(request: Request) -> None:
+def enter(request: CallRecord) -> None:
     """Makes a request the current one of this task."""
     _current.set(request)
 
 
-def current_request() -> Request:
+def current_call() -> CallRecord:
     """The request that this task handles; outside of one, a record that nobody reads."""
-    return _current.get() or Request("", "")
+    return _current.get() or CallRecord("", "")
 
 
 def _id(given: str | bytes | None) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 
-from runner_server.telemetry.call_record import ID_HEADER, Request, enter
+from runner_server.telemetry.call_record import ID_HEADER, CallRecord, enter
 from runner_server.telemetry.methods import METHODS
 
 if TYPE_CHECKING:
@@ -26,16 +26,16 @@ _CLOCK_SLACK_SECONDS = 0.1
 class Observer(Protocol):
     """Is told of calls, on the event loop; must not wait."""
 
-    def begun(self, request: Request) -> None:
+    def begun(self, request: CallRecord) -> None:
         """A call has come."""
         ...
 
-    def ended(self, request: Request) -> None:
+    def ended(self, request: CallRecord) -> None:
         """It is over, in whatever way; every call that began ends once."""
         ...
 
 
-class ObservingInterceptor(grpc.aio.ServerInterceptor):
+class TelemetryInterceptor(grpc.aio.ServerInterceptor):
     """Tells observers of every call of our services; to be the first interceptor.
 
     Args:
@@ -57,7 +57,7 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):
         if method is None or task is None:
             return await continuation(handler_call_details)
         headers = handler_call_details.invocation_metadata or ()
-        call = _Call(Request.arrived(method, headers))
+        call = _Call(CallRecord.arrived(method, headers))
         enter(call.request)
         handler = await continuation(handler_call_details)
         if handler is None:
@@ -77,7 +77,7 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):
 class _Call:
     """A call under way, and how to tell what became of it."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: CallRecord) -> None:
         self.request = request
         self._context: _Context | None = None
         self._is_answered = False

@@ -22,9 +22,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from runner_server.engine.engine import Engine
-from runner_server.engine.types import Account, State
+from runner_server.engine.types import GenerationStats, State
 from runner_server.host.resident_memory import resident_bytes
-from runner_server.telemetry.call_record import Request
+from runner_server.telemetry.call_record import CallRecord
 from runner_server.telemetry.methods import GENERATING
 
 if TYPE_CHECKING:
@@ -92,11 +92,11 @@ class Metrics:
         registry.register(_State(engine, version))
         ProcessCollector(registry=registry)
 
-    def begun(self, request: Request) -> None:
+    def begun(self, request: CallRecord) -> None:
         """See ``Observer.begun``."""
         self._tokens.follow(request)
 
-    def ended(self, request: Request) -> None:
+    def ended(self, request: CallRecord) -> None:
         """See ``Observer.ended``."""
         account = self._tokens.settle(request)
         self._requests.labels(request.method, request.code, request.reason).inc()
@@ -148,15 +148,15 @@ class _Tokens(Collector):
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._live: set[Request] = set()
+        self._live: set[CallRecord] = set()
         self._ended: dict[str, tuple[int, ...]] = {}
 
-    def follow(self, request: Request) -> None:
+    def follow(self, request: CallRecord) -> None:
         """Counts a request from now on."""
         with self._lock:
             self._live.add(request)
 
-    def settle(self, request: Request) -> Account | None:
+    def settle(self, request: CallRecord) -> GenerationStats | None:
         """Counts it for the last time, and returns what it has come to."""
         account = request.account() if request.account else None
         with self._lock:
@@ -181,7 +181,7 @@ class _Tokens(Collector):
             yield family
 
 
-def _add(totals: dict[str, tuple[int, ...]], model: str, account: Account) -> None:
+def _add(totals: dict[str, tuple[int, ...]], model: str, account: GenerationStats) -> None:
     prompt = (account.prompt_count, account.cached_count) if account.eval_count else (0, 0)
     before = totals.get(model, (0, 0, 0))
     totals[model] = tuple(a + b for a, b in zip(before, (*prompt, account.eval_count), strict=True))

@@ -9,7 +9,7 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
-from runner_server.telemetry.call_record import Request
+from runner_server.telemetry.call_record import CallRecord
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class RequestLine:
         fields: All that is known, by name; nothing of prompt and output.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: CallRecord) -> None:
         self.summary = f"{request.method} {request.code} in {request.seconds:.3f} s"
         self.fields = _fields(request)
 
@@ -51,10 +51,10 @@ class RequestLine:
 class RequestLog:
     """Writes the line of every request at its end."""
 
-    def begun(self, request: Request) -> None:
+    def begun(self, request: CallRecord) -> None:
         """Nothing: one line is enough."""
 
-    def ended(self, request: Request) -> None:
+    def ended(self, request: CallRecord) -> None:
         """Writes the line."""
         is_quiet = request.code == "OK" and request.method in _ASKED_OFTEN
         level = logging.DEBUG if is_quiet else logging.INFO
@@ -99,7 +99,7 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("ExecuteBatchError")
 
 
-def _fields(request: Request) -> Fields:
+def _fields(request: CallRecord) -> Fields:
     known: dict[str, str | int | float | None] = {
         "id": request.id,
         "request_id": request.request_id[:_MAX_CHARS],

@@ -9,7 +9,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from runner_server.telemetry.call_record import Request
+from runner_server.telemetry.call_record import CallRecord
 from runner_server.telemetry.methods import FULL_NAMES, GENERATING
 
 if TYPE_CHECKING:
@@ -96,10 +96,10 @@ class Tracing:
         self._kind = trace.SpanKind.SERVER
         self._error = trace.StatusCode.ERROR
 
-    def begun(self, request: Request) -> None:
+    def begun(self, request: CallRecord) -> None:
         """Nothing: a span is made at the end, with the time it began."""
 
-    def ended(self, request: Request) -> None:
+    def ended(self, request: CallRecord) -> None:
         """Records the span, as a child of the caller's."""
         end = time.time_ns()
         span = self._tracer.start_span(
@@ -115,7 +115,7 @@ class Tracing:
             request.trace_id = f"{span.get_span_context().trace_id:032x}"
         span.end(end)
 
-    def _describe(self, span: Span, request: Request) -> None:
+    def _describe(self, span: Span, request: CallRecord) -> None:
         if request.code in _ERRORS:
             span.set_status(self._error, request.reason or None)
         if request.method in GENERATING:
@@ -131,7 +131,7 @@ class Tracing:
             thread.join(_FLUSH_SECONDS)
 
 
-def _rpc_attributes(request: Request) -> dict[str, AttributeValue]:
+def _rpc_attributes(request: CallRecord) -> dict[str, AttributeValue]:
     attributes: dict[str, AttributeValue] = {
         "rpc.system.name": "grpc",
         "rpc.method": FULL_NAMES[request.method],
@@ -147,7 +147,7 @@ def _rpc_attributes(request: Request) -> dict[str, AttributeValue]:
     return attributes
 
 
-def _generation_attributes(request: Request) -> dict[str, AttributeValue]:
+def _generation_attributes(request: CallRecord) -> dict[str, AttributeValue]:
     attributes: dict[str, AttributeValue] = {}
     if request.request_id:
         attributes["mlx_runner.request_id"] = request.request_id

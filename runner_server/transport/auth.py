@@ -57,7 +57,7 @@ def _checked(token: str, where: str) -> str:
     return token
 
 
-class AccessInterceptor(grpc.aio.ServerInterceptor):
+class AuthInterceptor(grpc.aio.ServerInterceptor):
     """Refuses every call without the token but health's, before anything of it is read.
 
     Args:

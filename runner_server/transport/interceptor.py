@@ -19,7 +19,7 @@ from runner_server.errors import (
     reason_name,
     to_status,
 )
-from runner_server.telemetry.call_record import current_request
+from runner_server.telemetry.call_record import current_call
 from runner_server.telemetry.methods import METHODS
 from runner_server.transport.unknown_fields import WHOLE, Violations, read_known
 
@@ -127,7 +127,7 @@ async def _abort(context: _Context, error: Exception) -> NoReturn:
 
 async def abort(context: _Context, fault: RunnerFault) -> NoReturn:
     """Ends a call with a fault, beside the trailing metadata it has already."""
-    current_request().reason = reason_name(fault)
+    current_call().reason = reason_name(fault)
     status: Any = rpc_status.to_status(to_status(fault))
     # abort_with_status would replace what the call has.
     trailers = (*context.trailing_metadata(), *status.trailing_metadata)

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from runner_server.engine.prefill_policy import MAX_SECONDS, MIN_SECONDS
-from runner_server.engine.prefix_cache import PrefixTree
+from runner_server.engine.prefix_cache import PrefixCache
 from runner_server.engine.types import LoadSpec, Prefill, Sampling, Token, TokenLogprob
 from support.likely import assert_alike
 from support.rows import GREEDY
@@ -80,7 +80,7 @@ class Bench:
         self.counting: Any = Counting(model._model)
         self.vocab_size = model.info.vocab_size
         self.pieces = model._pieces
-        self.tree: Any = PrefixTree(self.pieces, budget)
+        self.tree: Any = PrefixCache(self.pieces, budget)
         self.said: dict[int, Said] = {}
         self.renew()
 

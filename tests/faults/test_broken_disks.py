@@ -213,7 +213,7 @@ def test_the_gate_names_the_file_or_lets_the_server_judge(copy: Path, case: str)
 
 WAIT_BEFORE_READING = """
 import os, time
-from runner_server.engine.registry import Ledger
+from runner_server.engine.request_registry import Ledger
 note_progress = Ledger.note_progress
 
 def wait(self, progress):

@@ -27,7 +27,7 @@ from runner_client import (
     errors,
 )
 from runner_client.process.child import exit_in_words
-from runner_client.process.stall import StallWatch
+from runner_client.process.stall import StallDetector
 from runner_client.rpc.messages import status as status_of
 from support.fake_child import wait_until
 from support.faulty import BREAK, breaking, end_of, hooked, in_threads, pid_of, use_fake_engine
@@ -57,7 +57,7 @@ def status(age: float | None, steps: int, state: pb.State.ValueType = pb.STATE_A
 
 
 def test_it_acts_when_work_is_active_and_nothing_moves() -> None:
-    watch = StallWatch(10.0)
+    watch = StallDetector(10.0)
     assert watch.observe(status(9.9, steps=5)) is None
     assert watch.observe(status(12.0, steps=5)) is None
     stall = watch.observe(status(14.5, steps=5))
@@ -66,21 +66,21 @@ def test_it_acts_when_work_is_active_and_nothing_moves() -> None:
 
 
 def test_it_never_acts_without_work() -> None:
-    watch = StallWatch(10.0)
+    watch = StallDetector(10.0)
     for _ in range(100):
         assert watch.observe(status(None, steps=5)) is None
 
 
 def test_it_never_acts_while_steps_are_made() -> None:
     """Each of them as slow as the limit and slower."""
-    watch = StallWatch(10.0)
+    watch = StallDetector(10.0)
     for steps in range(100):
         assert watch.observe(status(15.0, steps)) is None
 
 
 def test_one_look_is_no_proof() -> None:
     """A process that was stopped in a debugger and goes on looks like this once."""
-    watch = StallWatch(10.0)
+    watch = StallDetector(10.0)
     assert watch.observe(status(3600.0, steps=5)) is None
     assert watch.observe(status(0.1, steps=6)) is None
     assert watch.observe(status(11.0, steps=6)) is None
@@ -90,7 +90,7 @@ def test_one_look_is_no_proof() -> None:
     "state", [pb.STATE_LOADING, pb.STATE_STOPPING, pb.STATE_FAILED, pb.STATE_IDLE]
 )
 def test_it_leaves_all_but_completions_to_others(state: pb.State.ValueType) -> None:
-    watch = StallWatch(10.0)
+    watch = StallDetector(10.0)
     for _ in range(5):
         assert watch.observe(status(999.0, 5, state)) is None
 

@@ -16,7 +16,7 @@ from google.protobuf.message_factory import GetMessageClass
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.api import convert, validation
 from runner_server.engine.token_text import TokenTexts
-from runner_server.engine.types import Done, DoneReason, Piece, TokenLogprob
+from runner_server.engine.types import FinishReason, GenerationResult, OutputDelta, TokenLogprob
 from runner_server.errors import RunnerFault, to_status
 from support.fakes import VOCAB_SIZE, ByteCodec, FakeBackend, model_info
 from support.harness import Server, joined, running
@@ -93,8 +93,8 @@ class Parsing:
         spec = validation.completion_spec(request, sampling, self._info, ids)
         assert 1 <= spec.max_tokens <= self._info.context_length - len(spec.prompt_ids)
         top = tuple((i, -1.0) for i in range(sampling.logprobs or 0))
-        done = Done(DoneReason.STOP, (*spec.stop, "")[0], len(ids), 1, 0.0, 0.0, 0.0)
-        piece = Piece("text", (ids[-1],), (TokenLogprob(ids[-1], -1.0, top),), done=done)
+        done = GenerationResult(FinishReason.STOP, (*spec.stop, "")[0], len(ids), 1, 0.0, 0.0, 0.0)
+        piece = OutputDelta("text", (ids[-1],), (TokenLogprob(ids[-1], -1.0, top),), done=done)
         texts = TokenTexts(self._codec, spec.prompt_ids, self._info.eos_token_ids)
         assert convert.piece_message(piece, texts).ByteSize()
 

@@ -26,7 +26,7 @@ _STOP_SECONDS = 20.0
 # A load is watched every 20 ms, and the demo model's takes hardly longer than that.
 _SLOW_LOAD = """
 import time
-from runner_server.engine.registry import Ledger
+from runner_server.engine.request_registry import Ledger
 note_progress = Ledger.note_progress
 
 def slow(self, progress):

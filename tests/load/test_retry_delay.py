@@ -12,7 +12,7 @@ import pytest
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
 from runner_server.engine.backend import ModelHandle
-from runner_server.engine.registry import Ledger
+from runner_server.engine.request_registry import RequestRegistry
 from support.fakes import ByteCodec, model_info
 from support.harness import LIMITS, Server, eventually, failure, tokens
 
@@ -36,7 +36,7 @@ async def test_the_time_a_reader_stops_is_not_the_pace_of_the_server(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr("runner_server.engine.generation.time", clock)
+    monkeypatch.setattr("runner_server.engine.generation_request.time", clock)
     await server.load(parallel=1)
     for _ in range(30):
         await server.complete(num_predict=1)
@@ -85,7 +85,7 @@ def test_the_first_completion_replaces_the_guess() -> None:
 
 def _told_by(seconds: float, late: int, before: int = 500) -> float:
     """What 1,000 in the queue are told, after completions of so many seconds and some of 0.4."""
-    ledger = Ledger(max_queued=1000)
+    ledger = RequestRegistry(max_queued=1000)
     ledger.offer_model(ModelHandle(replace(model_info(), parallel=8), ByteCodec(), int))
     for number in range(before):
         ledger.forget(number, seconds)

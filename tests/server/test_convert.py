@@ -7,13 +7,13 @@ import sys
 import pytest
 
 from runner_server.api.convert import memory_message, piece_message
-from runner_server.engine.types import Done, DoneReason, MemoryCounters, Piece
+from runner_server.engine.types import FinishReason, GenerationResult, MemoryCounters, OutputDelta
 from support.harness import Server
 
 
 def test_the_last_message_tells_what_was_not_evaluated_again() -> None:
-    done = Done(DoneReason.STOP, "", 9, 3, 0.0, 0.0, 0.0, cached_count=5)
-    message = piece_message(Piece(done=done))
+    done = GenerationResult(FinishReason.STOP, "", 9, 3, 0.0, 0.0, 0.0, cached_count=5)
+    message = piece_message(OutputDelta(done=done))
     assert (message.prompt_eval_count, message.prompt_cached_count) == (9, 5)
 
 

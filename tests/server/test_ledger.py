@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from runner_server.engine.registry import Ledger, Ticket, stopping_fault
+from runner_server.engine.request_registry import RequestRegistry, Ticket, stopping_fault
 from runner_server.engine.types import State
 
 
 def test_a_ticket_given_up_at_the_end_does_no_harm() -> None:
-    ledger = Ledger(max_queued=1)
+    ledger = RequestRegistry(max_queued=1)
     ticket = Ticket[int](lambda _: 0)
     ledger.open_ticket(ticket, State.LOADING)
     assert ticket.future.cancel()
@@ -16,7 +16,7 @@ def test_a_ticket_given_up_at_the_end_does_no_harm() -> None:
 
 
 def test_the_last_error_is_bounded() -> None:
-    ledger = Ledger(max_queued=1)
+    ledger = RequestRegistry(max_queued=1)
     ledger.note_error("x" * 100_000)
     assert len(ledger.snapshot().last_error) == 512
     ledger.die("y" * 100_000)

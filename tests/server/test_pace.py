@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from runner_server.engine.prefill_cost import Pace
+from runner_server.engine.prefill_cost import PrefillCostModel
 
 
 def test_nothing_is_known_before_the_first_chunk() -> None:
-    assert Pace().fitting(1.0) is None
+    assert PrefillCostModel().fitting(1.0) is None
 
 
 def test_one_size_of_chunk_gives_a_plain_rate() -> None:
-    pace = Pace()
+    pace = PrefillCostModel()
     for _ in range(50):
         pace.note(64, 0.1)
     assert pace.fitting(0.2) == pytest.approx(128, abs=1)
@@ -21,7 +21,7 @@ def test_one_size_of_chunk_gives_a_plain_rate() -> None:
 @pytest.mark.parametrize("constant", [0.0, 0.005, 0.03])
 @pytest.mark.parametrize("per_token", [1e-5, 0.001])
 def test_the_constant_part_is_told_from_the_rest(constant: float, per_token: float) -> None:
-    pace = Pace()
+    pace = PrefillCostModel()
     for tokens in (32, 64, 256, 128, 64):
         pace.note(tokens, constant + tokens * per_token)
     share = constant / (constant + 109 * per_token)
@@ -33,7 +33,7 @@ def test_the_constant_part_is_told_from_the_rest(constant: float, per_token: flo
 
 
 def test_what_has_no_time_for_the_constant_part_has_none_for_tokens() -> None:
-    pace = Pace()
+    pace = PrefillCostModel()
     for tokens in (32, 256, 32, 256):
         pace.note(tokens, 0.05 + tokens * 0.001)
     assert pace.fitting(0.01) == 0
@@ -41,7 +41,7 @@ def test_what_has_no_time_for_the_constant_part_has_none_for_tokens() -> None:
 
 def test_a_prompt_whose_later_chunks_are_slower_does_not_look_like_a_constant() -> None:
     """Chunks shrink as tokens get slower; a line through these would promise far too much."""
-    pace = Pace()
+    pace = PrefillCostModel()
     per_token = 0.0005
     worst = 1.0
     for _ in range(40):
@@ -53,7 +53,7 @@ def test_a_prompt_whose_later_chunks_are_slower_does_not_look_like_a_constant() 
 
 
 def test_a_machine_that_gets_ten_times_slower_is_noticed_within_a_few_chunks() -> None:
-    pace = Pace()
+    pace = PrefillCostModel()
     for tokens in (100, 200, 150, 250):
         pace.note(tokens, tokens * 0.001)
     for _ in range(12):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner_server.engine.prefix_cache import Match, PrefixTree
+from runner_server.engine.prefix_cache import Match, PrefixCache
 
 Tokens = tuple[int, ...]
 
@@ -46,11 +46,11 @@ class TokenPieces:
         return SNAPSHOT_BYTES
 
 
-Tree = PrefixTree[Tokens, Tokens]
+Tree = PrefixCache[Tokens, Tokens]
 
 
 def _tree(budget: int = PLENTY, *, snapshots: bool = False) -> Tree:
-    return PrefixTree(TokenPieces(needs_snapshot=snapshots), budget)
+    return PrefixCache(TokenPieces(needs_snapshot=snapshots), budget)
 
 
 def _offer(tree: Tree, tokens: Sequence[int], *, snapshots: bool = False) -> list[int]:

@@ -16,7 +16,7 @@ from runner_common.host_memory.free import FreeMemory
 from runner_common.memory.headroom import MINIMUM_VARIABLE
 from runner_server.engine import memory_pressure
 from runner_server.engine.memory_pressure import PressureWatch
-from runner_server.engine.types import MemoryCounters, ModelInfo, Snapshot, State
+from runner_server.engine.types import EngineState, MemoryCounters, ModelInfo, State
 from runner_server.errors import Busy
 from runner_server.host.machine_admission import MachineAdmission
 from support.fakes import model_info
@@ -47,9 +47,9 @@ class FakeEngine:
     trims: list[int] = field(default_factory=list)
     is_busy: bool = False
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> EngineState:
         """See ``Engine.snapshot``."""
-        return Snapshot(State.ACTIVE, 100, self.model, 0, 0, 0, None, "")
+        return EngineState(State.ACTIVE, 100, self.model, 0, 0, 0, None, "")
 
     def memory(self) -> MemoryCounters:
         """See ``Engine.memory``."""

@@ -13,7 +13,7 @@ import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.telemetry import request_log
-from runner_server.telemetry.call_record import Request
+from runner_server.telemetry.call_record import CallRecord
 from runner_server.telemetry.request_log import JsonFormatter, RequestLine, RequestLog
 from support.fakes import FakeBackend, says
 from support.harness import CompletionCall, Server, StartServer, eventually, failure
@@ -189,7 +189,7 @@ async def test_status_is_told_at_debug_only(
     await eventually(lambda: "Status" in levels())
     assert levels()["Status"] == "DEBUG"
     # One that fails is news.
-    failed = Request("Status", "id")
+    failed = CallRecord("Status", "id")
     failed.end("UNAUTHENTICATED")
     RequestLog().ended(failed)
     assert levels()["Status"] == "INFO"
@@ -210,7 +210,7 @@ async def test_the_id_comes_back(loaded: Server, lines: Lines, *, bad: bool) -> 
 
 @pytest.mark.parametrize("given", ["", "two words", "x" * 129, "a\tb"])
 async def test_a_bad_id_is_replaced(loaded: Server, given: str) -> None:
-    assert Request.arrived("Status", (("x-request-id", given),)).id != given
+    assert CallRecord.arrived("Status", (("x-request-id", given),)).id != given
     call = loaded.stub.Status(pb.StatusRequest())
     assert len(await _id_sent_back(call)) == 16
 
@@ -237,12 +237,12 @@ async def test_the_trace_of_the_caller_is_in_the_line(loaded: Server, lines: Lin
     ],
 )
 def test_an_invalid_trace_is_ignored(given: str | bytes) -> None:
-    request = Request.arrived("Status", (("traceparent", given),))
+    request = CallRecord.arrived("Status", (("traceparent", given),))
     assert (request.trace_id, request.parent_id) == ("", "")
 
 
 def test_a_trace_of_a_later_version_is_read() -> None:
-    request = Request.arrived("Status", (("traceparent", f"01{TRACEPARENT[2:]}-more"),))
+    request = CallRecord.arrived("Status", (("traceparent", f"01{TRACEPARENT[2:]}-more"),))
     assert request.trace_id == TRACE_ID
 
 
@@ -263,7 +263,7 @@ async def test_nothing_that_was_said_is_in_it(
 
 
 def test_a_value_cannot_forge_a_line() -> None:
-    request = Request("Completion", "id", request_id='a\nINFO "x"=\x1b[2J\u2028', model="a b")
+    request = CallRecord("Completion", "id", request_id='a\nINFO "x"=\x1b[2J\u2028', model="a b")
     request.end("OK")
     text = str(RequestLine(request))
     assert "\n" not in text
@@ -274,7 +274,7 @@ def test_a_value_cannot_forge_a_line() -> None:
 
 
 def test_json_lines_have_one_object_each() -> None:
-    request = Request("Tokenize", "id")
+    request = CallRecord("Tokenize", "id")
     request.end("OK")
     record = logging.LogRecord("a", logging.INFO, "", 0, RequestLine(request), None, None)
     entry = json.loads(JsonFormatter().format(record))
@@ -294,4 +294,4 @@ def test_a_request_that_nobody_would_read_is_not_put_together(
 ) -> None:
     monkeypatch.setattr(request_log.logger, "isEnabledFor", lambda _level: False)
     monkeypatch.setattr(request_log, "RequestLine", None)
-    RequestLog().ended(Request("Completion", "id"))
+    RequestLog().ended(CallRecord("Completion", "id"))

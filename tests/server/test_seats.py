@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner_server.engine.generation import Completion
-from runner_server.engine.scheduler import Seats
+from runner_server.engine.generation_request import GenerationRequest
+from runner_server.engine.scheduler import Scheduler
 from runner_server.engine.types import CompletionSpec, Token
 from support.fakes import TOKEN_BYTES, ByteCodec, FakeBackend, FakeModel, model_info
 
@@ -21,18 +21,18 @@ def _model(*, parallel: int = 4, budget_tokens: int = PLENTY) -> FakeModel:
     return FakeModel(FakeBackend(), info)
 
 
-def _completion(length: int = 10) -> Completion:
+def _completion(length: int = 10) -> GenerationRequest:
     """One whose prompt and answer have so many tokens together."""
-    return Completion(CompletionSpec((1,), length - 1), ByteCodec(), frozenset())
+    return GenerationRequest(CompletionSpec((1,), length - 1), ByteCodec(), frozenset())
 
 
-def _waiting(seats: Seats, *lengths: int) -> list[Completion]:
+def _waiting(seats: Scheduler, *lengths: int) -> list[GenerationRequest]:
     completions = [_completion(length) for length in lengths]
     seats.waiting.extend(completions)
     return completions
 
 
-def _seat_all(seats: Seats, model: FakeModel) -> list[Completion]:
+def _seat_all(seats: Scheduler, model: FakeModel) -> list[GenerationRequest]:
     seated = []
     while completion := seats.next(model):
         seated.append(completion)
@@ -40,7 +40,7 @@ def _seat_all(seats: Seats, model: FakeModel) -> list[Completion]:
 
 
 def test_in_order_as_many_as_there_are_places() -> None:
-    seats, model = Seats(), _model(parallel=3)
+    seats, model = Scheduler(), _model(parallel=3)
     completions = _waiting(seats, *[10] * 5)
     assert _seat_all(seats, model) == completions[:3]
     assert not seats.has_next(model)
@@ -53,13 +53,13 @@ def test_in_order_as_many_as_there_are_places() -> None:
 def test_a_batch_is_as_wide_as_its_longest_row() -> None:
     """Sixty and ten tokens side by side take twice sixty."""
     for budget, fitting in ((120, 2), (119, 1)):
-        seats, model = Seats(), _model(budget_tokens=budget)
+        seats, model = Scheduler(), _model(budget_tokens=budget)
         completions = _waiting(seats, 60, 10)
         assert _seat_all(seats, model) == completions[:fitting]
 
 
 def test_nobody_overtakes_one_that_does_not_fit() -> None:
-    seats, model = Seats(), _model(budget_tokens=100)
+    seats, model = Scheduler(), _model(budget_tokens=100)
     first, large, small = _waiting(seats, 50, 60, 10)
     assert _seat_all(seats, model) == [first]
     seats.remove(first.id)
@@ -70,7 +70,7 @@ def test_nobody_overtakes_one_that_does_not_fit() -> None:
 
 def test_one_that_is_set_aside_gives_its_place_and_keeps_what_it_holds() -> None:
     """It does not grow meanwhile; what it may come to need counts again when it returns."""
-    seats, model = Seats(), _model(parallel=2, budget_tokens=100)
+    seats, model = Scheduler(), _model(parallel=2, budget_tokens=100)
     aside, fitting, large = _waiting(seats, 60, 95, 96)
     seats.next(model)
     for _ in range(4):
@@ -90,7 +90,7 @@ def test_one_that_is_set_aside_gives_its_place_and_keeps_what_it_holds() -> None
 
 
 def test_one_that_returns_goes_before_those_that_wait() -> None:
-    seats, model = Seats(), _model(parallel=1)
+    seats, model = Scheduler(), _model(parallel=1)
     first, second, third = _waiting(seats, 10, 10, 10)
     seats.next(model)
     seats.pause(first)
@@ -105,7 +105,7 @@ def test_one_that_returns_goes_before_those_that_wait() -> None:
 
 
 def test_one_that_returns_needs_room_beside_those_that_run() -> None:
-    seats, model = Seats(), _model(parallel=2, budget_tokens=110)
+    seats, model = Scheduler(), _model(parallel=2, budget_tokens=110)
     aside, small = _waiting(seats, 60, 40)
     seats.next(model)
     seats.pause(aside)
@@ -119,7 +119,7 @@ def test_one_that_returns_needs_room_beside_those_that_run() -> None:
 
 def test_one_that_returns_to_an_empty_batch_always_may() -> None:
     """It holds its memory already; and nobody else could make room for it."""
-    seats, model = Seats(), _model(budget_tokens=100)
+    seats, model = Scheduler(), _model(budget_tokens=100)
     one, other = _waiting(seats, 50, 50)
     _seat_all(seats, model)
     seats.pause(one)
@@ -130,7 +130,7 @@ def test_one_that_returns_to_an_empty_batch_always_may() -> None:
 
 
 def test_reading_on_after_the_end_is_nothing() -> None:
-    seats, model = Seats(), _model()
+    seats, model = Scheduler(), _model()
     (completion,) = _waiting(seats, 10)
     seats.read_on(completion.id)
     assert not seats.returning
@@ -145,7 +145,7 @@ def test_reading_on_after_the_end_is_nothing() -> None:
 
 @pytest.mark.parametrize("where", ["waiting", "running", "paused", "returning", "nowhere"])
 def test_one_is_taken_out_wherever_it_is(where: str) -> None:
-    seats, model = Seats(), _model()
+    seats, model = Scheduler(), _model()
     others = _waiting(seats, 10, 10)
     _seat_all(seats, model)
     completion = _completion()
@@ -166,7 +166,7 @@ def test_one_is_taken_out_wherever_it_is(where: str) -> None:
 
 
 def test_cleared_it_has_none() -> None:
-    seats, model = Seats(), _model(parallel=3)
+    seats, model = Scheduler(), _model(parallel=3)
     completions = _waiting(seats, *[10] * 5)
     _seat_all(seats, model)
     seats.pause(completions[0])
@@ -189,9 +189,9 @@ OPERATIONS = st.lists(
 def test_the_memory_of_all_that_have_begun_fits(
     operations: list[tuple[str, int]], parallel: int, budget: int
 ) -> None:
-    seats, model = Seats(), _model(parallel=parallel, budget_tokens=budget)
-    came: list[Completion] = []
-    begun: list[Completion] = []
+    seats, model = Scheduler(), _model(parallel=parallel, budget_tokens=budget)
+    came: list[GenerationRequest] = []
+    begun: list[GenerationRequest] = []
     for kind, number in operations:
         running, paused = list(seats.running.values()), list(seats.paused.values())
         if kind == "come":
@@ -207,7 +207,7 @@ def test_the_memory_of_all_that_have_begun_fits(
     assert begun == came[: len(begun)]
 
 
-def _check(seats: Seats, model: FakeModel) -> None:
+def _check(seats: Scheduler, model: FakeModel) -> None:
     running = [one.max_length for one in seats.running.values()]
     aside = [one.length for one in seats.begun if one.id not in seats.running]
     need = len(running) * max(running, default=0) + sum(aside)

@@ -12,9 +12,9 @@ import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.api.convert import piece_message
-from runner_server.engine.output import _MAX_WAITING_TEXTS, Publisher, Stream, merge
+from runner_server.engine.output import _MAX_WAITING_TEXTS, OutputChannel, WakeupCoalescer, merge
 from runner_server.engine.token_text import TokenTexts
-from runner_server.engine.types import Done, DoneReason, Piece, TokenLogprob
+from runner_server.engine.types import FinishReason, GenerationResult, OutputDelta, TokenLogprob
 from runner_server.errors import ShuttingDown
 from runner_server.telemetry.request_log import set_up_logging
 from support.fakes import ByteCodec, says
@@ -34,16 +34,16 @@ UNLOAD = pb.UnloadRequest()
 SMALL_WINDOW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16 << 10)]
 """Of a client that takes little ahead of what it reads; others take megabytes."""
 
-DONE = Done(DoneReason.STOP, "", 1, 2, 0.0, 0.0, 0.0)
+DONE = GenerationResult(FinishReason.STOP, "", 1, 2, 0.0, 0.0, 0.0)
 
 
 async def test_waiting_pieces_become_one_message() -> None:
-    stream = Stream()
-    stream.put(Piece(prefill=(3, 9)))
-    stream.put(Piece(prefill=(9, 9)))
+    stream = OutputChannel()
+    stream.put(OutputDelta(prefill=(3, 9)))
+    stream.put(OutputDelta(prefill=(9, 9)))
     for i in range(3):
-        stream.put(Piece(str(i), (i,), (TokenLogprob(i, -1.0, ()),)))
-    stream.put(Piece("e", (9,), done=DONE))
+        stream.put(OutputDelta(str(i), (i,), (TokenLogprob(i, -1.0, ()),)))
+    stream.put(OutputDelta("e", (9,), done=DONE))
     stream.wake()
     pieces = [piece async for piece in stream.pieces()]
     assert len(pieces) == 1
@@ -53,12 +53,12 @@ async def test_waiting_pieces_become_one_message() -> None:
 
 
 async def test_only_the_newest_progress_counts() -> None:
-    assert merge([Piece(prefill=(3, 9)), Piece(prefill=(6, 9))]).prefill == (6, 9)
+    assert merge([OutputDelta(prefill=(3, 9)), OutputDelta(prefill=(6, 9))]).prefill == (6, 9)
 
 
 async def test_what_came_before_a_failure_is_delivered_first() -> None:
-    stream = Stream()
-    stream.put(Piece("a", (1,)))
+    stream = OutputChannel()
+    stream.put(OutputDelta("a", (1,)))
     stream.fail(ShuttingDown("gone"))
     stream.wake()
     pieces = stream.pieces()
@@ -98,11 +98,11 @@ async def test_long_token_texts_with_logprobs_stay_under_the_limit() -> None:
         def token_bytes(self, _token_id: int) -> bytes:
             return b" " * 512
 
-    stream, texts = Stream(), TokenTexts(Long(), (), frozenset())
+    stream, texts = OutputChannel(), TokenTexts(Long(), (), frozenset())
     entry = TokenLogprob(1, -1.0, tuple((100_000 + i, -2.0) for i in range(20)), " " * 512)
     for _ in range(2047):
-        stream.put(Piece(" " * 512, (1,), (entry,)))
-    stream.put(Piece("", (2,), (entry,), done=DONE))
+        stream.put(OutputDelta(" " * 512, (1,), (entry,)))
+    stream.put(OutputDelta("", (2,), (entry,), done=DONE))
     stream.wake()
     sizes = [piece_message(piece, texts).ByteSize() async for piece in stream.pieces()]
     assert max(sizes) < 4 * 2**20
@@ -112,7 +112,7 @@ async def test_the_loop_is_woken_at_most_once_a_step_for_all(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await server.load(parallel=8)
-    wakes = count_calls(monkeypatch, Publisher, "_hear")
+    wakes = count_calls(monkeypatch, WakeupCoalescer, "_hear")
     calls = [server.start(str(i), num_predict=20) for i in range(8)]
     for call in calls:
         assert [message async for message in call][-1].eval_count == 20
@@ -120,9 +120,9 @@ async def test_the_loop_is_woken_at_most_once_a_step_for_all(
 
 
 async def test_only_readers_with_a_first_or_last_piece_are_woken_at_once() -> None:
-    publisher = Publisher(asyncio.get_running_loop())
+    publisher = WakeupCoalescer(asyncio.get_running_loop())
     publisher._woken = asyncio.get_running_loop().time() + 3600
-    running, first = Stream(), Stream()
+    running, first = OutputChannel(), OutputChannel()
     publisher.publish([running])
     publisher.publish([running, first], [first])
     await asyncio.sleep(0)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_server.engine.stall_watchdog import EXIT_STALLED, StallWatch
+from runner_server.engine.stall_watchdog import EXIT_STALLED, StallWatchdog
 from support.harness import Server, StartServer, failure
 
 
@@ -23,7 +23,7 @@ class Looked:
         self.engine = self._engine()
         self.cpu_seconds = 0.0
         self.told: list[str] = []
-        self.watch = StallWatch(self.engine, 10.0, self.told.append, lambda: self.cpu_seconds)
+        self.watch = StallWatchdog(self.engine, 10.0, self.told.append, lambda: self.cpu_seconds)
 
     def _engine(self) -> Any:
         return SimpleNamespace(device="cpu: fake", snapshot=lambda: self.snapshot)

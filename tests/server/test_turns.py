@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runner_server.engine.prefill_policy import MAX_SECONDS, MIN_CHUNK, MIN_SECONDS, PrefillTurns
+from runner_server.engine.prefill_policy import MAX_SECONDS, MIN_CHUNK, MIN_SECONDS, PrefillPolicy
 
 DECODE_SECONDS = 0.005
 MAX_CHUNK = 128
@@ -21,7 +21,7 @@ class Machine:
 
     def __init__(self, pace: float, max_chunk: int = MAX_CHUNK) -> None:
         self.pace = pace
-        self.turns = PrefillTurns(max_chunk)
+        self.turns = PrefillPolicy(max_chunk)
         self.remaining: dict[int, int] = {}
         self.seconds = 0.0
         self.chunks: list[tuple[int, int]] = []

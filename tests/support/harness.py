@@ -22,7 +22,7 @@ from runner_common.handshake import ERROR_DOMAIN, ReadyLine
 from runner_server.app import RunnerApp
 from runner_server.config import ServerConfig
 from runner_server.engine.backend import Backend
-from runner_server.engine.thread import Worker
+from runner_server.engine.thread import EngineThread
 from runner_server.host.machine_admission import MachineAdmission
 from support.fakes import DEADLINE_SECONDS, FakeBackend
 
@@ -217,7 +217,7 @@ def tokens(messages: list[pb.CompletionResponse]) -> list[int]:
 
 def count_rounds(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Counts the rounds of the engine's loop from now on."""
-    return count_calls(monkeypatch, Worker, "_advance")
+    return count_calls(monkeypatch, EngineThread, "_advance")
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> Callable[[], int]:

@@ -35,7 +35,7 @@ sys.exit(main())
 
 SLOW_LOAD = """
 import sys, time
-from runner_server.engine.registry import Ledger
+from runner_server.engine.request_registry import Ledger
 note_progress = Ledger.note_progress
 def slow(self, progress):
     note_progress(self, progress)

@@ -28,7 +28,7 @@ Segment = list[Pair | None]
 """Keys and values of each layer that can be cut; None for a layer without attention, whose cache
 stays empty."""
 
-Snapshot = list[Any]
+StateSnapshot = list[Any]
 
 _MOVED_BYTES = 32 << 20
 """Memory of layers whose rows change place together. Each group is waited for."""
@@ -186,7 +186,7 @@ class CachePieces:
         """Copies what the cuttable layers hold for the tokens from ``start`` to ``end``."""
         return self.cut(self._cuttable(caches), start, end)
 
-    def snapshot(self, caches: Caches) -> Snapshot:
+    def snapshot(self, caches: Caches) -> StateSnapshot:
         """Copies the other layers."""
         pairs = zip(caches, self.cut_layers, strict=True)
         kept = [copy.deepcopy(cache) for cache, cut in pairs if not cut]
@@ -201,7 +201,7 @@ class CachePieces:
         mx.eval([pair for pair in parts if pair])
         return parts
 
-    def restore(self, segments: Sequence[Segment], snapshot: Snapshot) -> Caches:
+    def restore(self, segments: Sequence[Segment], snapshot: StateSnapshot) -> Caches:
         """Makes caches that hold these segments in order, and the snapshot."""
         layers = iter(zip(*segments, strict=True))
         others = iter(snapshot)
@@ -218,11 +218,11 @@ class CachePieces:
         """Bytes it holds."""
         return sum(keys.nbytes + values.nbytes for keys, values in filter(None, segment))
 
-    def snapshot_bytes(self, snapshot: Snapshot) -> int:
+    def snapshot_bytes(self, snapshot: StateSnapshot) -> int:
         """Bytes it holds."""
         return sum(int(cache.nbytes) for cache in snapshot)
 
-    def is_finite(self, segment: Segment, snapshot: Snapshot | None) -> bool:
+    def is_finite(self, segment: Segment, snapshot: StateSnapshot | None) -> bool:
         """Whether all that pieces hold are numbers."""
         states = [cache.state for cache in snapshot or []]
         held = [part for _, part in cast("list[tuple[str, Any]]", tree_flatten([segment, states]))]

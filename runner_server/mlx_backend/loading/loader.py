@@ -25,12 +25,12 @@ from runner_common.model_directory import (
 )
 from runner_common.units import format_bytes
 from runner_server.engine.admission import UNCHECKED, Admission
-from runner_server.engine.prefix_cache import Held, PrefixTree
+from runner_server.engine.prefix_cache import Held, PrefixCache
 from runner_server.engine.types import Dtype, LoadSpec, ModelInfo
 from runner_server.errors import InsufficientMemory, ModelUnsupported
 from runner_server.host.heap import trim_heap
 from runner_server.host.model_root import ModelRoot
-from runner_server.mlx_backend.batch import KvRoom, MlxBatch, PromptCache
+from runner_server.mlx_backend.batch import KvRoom, MlxBatch, MlxPrefixCache
 from runner_server.mlx_backend.blas_threads import fit_threads
 from runner_server.mlx_backend.cache.row_caches import CachePieces
 from runner_server.mlx_backend.loading.batch_trial import try_together
@@ -82,7 +82,7 @@ class MlxModel:
         self._plan = plan
         self._shard = shard
         self._pieces = CachePieces.of(model)
-        self._prompts: PromptCache = PrefixTree(self._pieces, info.prefix_cache_bytes)
+        self._prompts: MlxPrefixCache = PrefixCache(self._pieces, info.prefix_cache_bytes)
         self.codec = codec
         self.info = info
 
@@ -110,7 +110,7 @@ class MlxModel:
         Rows that go wrong together run alone from then on.
         """
         info = self.info
-        batch = self._batch(PrefixTree(self._pieces, 0))
+        batch = self._batch(PrefixCache(self._pieces, 0))
         warm_up(self._model, batch, info.vocab_size, info.dtype)
         if info.parallel == 1 or self._shard:
             return
@@ -119,7 +119,7 @@ class MlxModel:
             logger.warning("%s: %s", info.path, warning)
             self.info = replace(info, parallel=1, warnings=(*info.warnings, warning))
 
-    def _batch(self, prompts: PromptCache) -> MlxBatch:
+    def _batch(self, prompts: MlxPrefixCache) -> MlxBatch:
         chunk = PREFILL_CHUNK[device_kind()]
         model, vocab_size, shard = self._model, self.info.vocab_size, self._shard
         if shard is None:

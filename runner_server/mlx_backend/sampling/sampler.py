@@ -321,7 +321,7 @@ def are_finite(logits: mx.array, drawn: mx.array) -> mx.array:
 
 
 @dataclass(frozen=True)
-class Likelihoods:
+class TokenLogprobs:
     """How likely the drawn tokens of some rows were; arrays not yet evaluated.
 
     Attributes:
@@ -335,7 +335,7 @@ class Likelihoods:
     values: mx.array
 
 
-def likelihoods(logits: mx.array, tokens: mx.array, top: int) -> Likelihoods:
+def likelihoods(logits: mx.array, tokens: mx.array, top: int) -> TokenLogprobs:
     """Log probabilities of drawn tokens and of the ``top`` most likely ones.
 
     Args:
@@ -348,11 +348,11 @@ def likelihoods(logits: mx.array, tokens: mx.array, top: int) -> Likelihoods:
     chosen = mx.take_along_axis(logits, tokens[:, None].astype(mx.int32), axis=-1) - total
     if not top:
         nothing = mx.zeros((logits.shape[0], 0))
-        return Likelihoods(mx.minimum(chosen[:, 0], 0.0), nothing.astype(mx.int32), nothing)
+        return TokenLogprobs(mx.minimum(chosen[:, 0], 0.0), nothing.astype(mx.int32), nothing)
     ids, values = largest(logits, top)
     order = mx.argsort(-values, axis=-1)
     values = mx.take_along_axis(values, order, axis=-1) - total
-    return Likelihoods(
+    return TokenLogprobs(
         mx.minimum(chosen[:, 0], 0.0),
         mx.take_along_axis(ids, order, axis=-1),
         mx.minimum(values, 0.0),

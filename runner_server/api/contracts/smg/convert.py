@@ -7,15 +7,15 @@ from collections.abc import Iterable, Sequence
 from smg_grpc_proto import mlx_engine_pb2 as pb
 
 from runner_server.api.contracts.smg.validation import Message
-from runner_server.engine.types import Account, DoneReason, Piece, TokenLogprob
+from runner_server.engine.types import FinishReason, GenerationStats, OutputDelta, TokenLogprob
 
 ABORTED = "abort"
 """How a request ends that somebody aborted; other engines behind the gateway say so too."""
 
-_FINISH_REASONS = {DoneReason.STOP: "stop", DoneReason.LENGTH: "length"}
+_FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 
-def chunk_message(piece: Piece, sent: int, account: Account) -> Message:
+def chunk_message(piece: OutputDelta, sent: int, account: GenerationStats) -> Message:
     """New tokens of a stream.
 
     Args:
@@ -34,7 +34,7 @@ def chunk_message(piece: Piece, sent: int, account: Account) -> Message:
 
 
 def complete_message(
-    last: Piece | None, untold: Sequence[Piece], count: int, account: Account
+    last: OutputDelta | None, untold: Sequence[OutputDelta], count: int, account: GenerationStats
 ) -> Message:
     """The end of a request.
 
@@ -45,7 +45,7 @@ def complete_message(
         account: What the request has come to, for the counts of its prompt.
     """
     done = last.done if last else None
-    by_token = last and done and done.reason is DoneReason.STOP
+    by_token = last and done and done.reason is FinishReason.STOP
     complete = pb.GenerateComplete(
         output_ids=[token_id for piece in untold for token_id in piece.token_ids],
         finish_reason=_FINISH_REASONS[done.reason] if done else ABORTED,

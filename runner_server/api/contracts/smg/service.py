@@ -26,9 +26,9 @@ from runner_server.api.contracts.smg.validation import (
 from runner_server.api.prompts import encode_prompt
 from runner_server.engine.backend import ModelHandle
 from runner_server.engine.engine import Engine
-from runner_server.engine.generation import Completion
-from runner_server.engine.types import Piece
-from runner_server.telemetry.call_record import current_request
+from runner_server.engine.generation_request import GenerationRequest
+from runner_server.engine.types import OutputDelta
+from runner_server.telemetry.call_record import current_call
 
 if TYPE_CHECKING:
     _Context = grpc.aio.ServicerContext[Any, Any]
@@ -51,7 +51,7 @@ class SmgServicer(mlx_engine_pb2_grpc.MlxEngineServicer):  # type: ignore[misc] 
 
     async def Generate(self, request: Message, context: _Context) -> AsyncIterator[Message]:
         """Completes a prompt; with or without ``stream`` the last message is the complete one."""
-        record = current_request()
+        record = current_call()
         record.request_id = request.request_id
         model = self._engine.model()
         record.model = model.info.name
@@ -61,7 +61,7 @@ class SmgServicer(mlx_engine_pb2_grpc.MlxEngineServicer):  # type: ignore[misc] 
         completion = self._engine.submit(model, spec)
         record.account = completion.account
         try:
-            # As for ``Completion``: also if it is queued.
+            # As for ``GenerationRequest``: also if it is queued.
             await context.send_initial_metadata(())
             with self._names.held(request.request_id, completion.stream.close):
                 async for message in _messages(completion, is_stream=request.stream):
@@ -141,11 +141,11 @@ async def _prompt_ids(request: Message, model: ModelHandle) -> Sequence[int]:
     return await encode_prompt(request.text, model)
 
 
-async def _messages(completion: Completion, *, is_stream: bool) -> AsyncIterator[Message]:
+async def _messages(completion: GenerationRequest, *, is_stream: bool) -> AsyncIterator[Message]:
     """Chunks of new tokens if they are wanted, then the end with what no chunk had."""
     count = 0
-    last: Piece | None = None
-    held: list[Piece] = []
+    last: OutputDelta | None = None
+    held: list[OutputDelta] = []
     async for piece in completion.stream.pieces():
         if is_stream and piece.token_ids:
             yield chunk_message(piece, count, completion.account())

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from runner_server.api.validation import MAX_LOGPROBS, check_request_id, fit
-from runner_server.api.violations import Checker
+from runner_server.api.violations import ViolationCollector
 from runner_server.engine.types import CompletionSpec, ModelInfo, Sampling
 
 # The stubs have no types for mypy: the package brings no marker of any.
@@ -32,7 +32,7 @@ def check_generate(request: Message, model: ModelInfo) -> Sampling:
     Raises:
         InvalidField: Something is missing or out of range.
     """
-    check = Checker()
+    check = ViolationCollector()
     _check_input(check, request)
     check_request_id(check, request.request_id)
     params = request.sampling_params
@@ -74,13 +74,13 @@ def check_abort(request: Message) -> None:
     Raises:
         InvalidField: Too many.
     """
-    check = Checker()
+    check = ViolationCollector()
     count = len(request.request_ids)
     check.require("request_ids", count <= MAX_ABORTED, f"{count}; at most {MAX_ABORTED}")
     check.finish()
 
 
-def _check_input(check: Checker, request: Message) -> None:
+def _check_input(check: ViolationCollector, request: Message) -> None:
     match request.WhichOneof("input"):
         case "tokenized":
             check.require(
@@ -92,7 +92,7 @@ def _check_input(check: Checker, request: Message) -> None:
             check.require("input", ok=False, text="required: tokenized or text")
 
 
-def _check_numbers(check: Checker, params: Message, model: ModelInfo) -> None:
+def _check_numbers(check: ViolationCollector, params: Message, model: ModelInfo) -> None:
     def number(field: str, low: float, high: float) -> None:
         check.number(f"sampling_params.{field}", getattr(params, field), low, high)
 
@@ -109,7 +109,7 @@ def _check_numbers(check: Checker, params: Message, model: ModelInfo) -> None:
     number("logprobs", 0, min(MAX_LOGPROBS, model.vocab_size))
 
 
-def _check_stops(check: Checker, ids: Sequence[int], vocab_size: int) -> None:
+def _check_stops(check: ViolationCollector, ids: Sequence[int], vocab_size: int) -> None:
     field = "sampling_params.stop_token_ids"
     if len(ids) > _MAX_STOP_TOKEN_IDS:
         check.require(field, ok=False, text=f"{len(ids)}; at most {_MAX_STOP_TOKEN_IDS}")

@@ -16,8 +16,8 @@ from typing import Any, Generic, TypeVar
 
 from runner_common.units import format_bytes
 from runner_server.engine.backend import ModelHandle
-from runner_server.engine.generation import Completion
-from runner_server.engine.types import Snapshot, State
+from runner_server.engine.generation_request import GenerationRequest
+from runner_server.engine.types import EngineState, State
 from runner_server.errors import (
     Busy,
     InsufficientMemory,
@@ -53,7 +53,7 @@ class Ticket(Generic[_T]):
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
-class Ledger:
+class RequestRegistry:
     """State, model, completions and the ticket of one engine.
 
     Args:
@@ -65,7 +65,7 @@ class Ledger:
         self._lock = threading.Lock()
         self._state = State.IDLE
         self._handle: ModelHandle | None = None
-        self._live: dict[int, Completion] = {}
+        self._live: dict[int, GenerationRequest] = {}
         self._running: set[int] = set()
         self._ticket: Ticket[Any] | None = None
         self._trims: set[Future[None]] = set()
@@ -79,7 +79,7 @@ class Ledger:
 
     # -- refusing and accepting --------------------------------------------------
 
-    def accept(self, model: ModelHandle, completion: Completion) -> None:
+    def accept(self, model: ModelHandle, completion: GenerationRequest) -> None:
         """Enters a completion.
 
         Raises:
@@ -154,12 +154,12 @@ class Ledger:
         """Whether a completion was accepted and has not ended."""
         return completion_id in self._live
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> EngineState:
         """What the engine does, without waiting for it."""
         with self._lock:
             running, live = len(self._running), len(self._live)
             active = (live > 0 and not self._is_idle) or self._state is State.LOADING
-            return Snapshot(
+            return EngineState(
                 state=self._state,
                 progress=self._progress,
                 model=self._handle.info if self._handle else None,
@@ -193,7 +193,7 @@ class Ledger:
         """A load or a step has failed, in words."""
         self._last_error = text[:_MAX_ERROR_CHARS]
 
-    def note_running(self, completion: Completion) -> None:
+    def note_running(self, completion: GenerationRequest) -> None:
         """A completion has got its place."""
         with self._lock:
             self._running.add(completion.id)
@@ -220,7 +220,7 @@ class Ledger:
         with self._lock:
             self._handle = handle
 
-    def withdraw_model(self) -> list[Completion]:
+    def withdraw_model(self) -> list[GenerationRequest]:
         """No completion is accepted any more; returns those that have not ended."""
         with self._lock:
             self._handle = None
@@ -261,14 +261,14 @@ class Ledger:
             if self._state is not State.FAILED:
                 self._state = State.STOPPING
 
-    def die(self, text: str) -> list[Completion]:
+    def die(self, text: str) -> list[GenerationRequest]:
         """Nothing is accepted any more, because the engine is dead; like :meth:`withdraw_model`."""
         with self._lock:
             self._state, self._last_error = State.FAILED, text[:_MAX_ERROR_CHARS]
         return self.withdraw_model()
 
 
-def _require_memory(model: ModelHandle, completion: Completion) -> None:
+def _require_memory(model: ModelHandle, completion: GenerationRequest) -> None:
     """Refuse a completion whose KV cache would not fit even alone."""
     need, budget = model.kv_bytes(completion.max_length), model.info.kv_budget_bytes
     if need > budget:

@@ -7,14 +7,14 @@ import time
 from dataclasses import replace
 
 from runner_server.engine.backend import Codec
-from runner_server.engine.output import Stream
+from runner_server.engine.output import OutputChannel
 from runner_server.engine.text import StopMatcher, StreamDecoder
 from runner_server.engine.types import (
-    Account,
     CompletionSpec,
-    Done,
-    DoneReason,
-    Piece,
+    FinishReason,
+    GenerationResult,
+    GenerationStats,
+    OutputDelta,
     Prefill,
     Token,
 )
@@ -23,7 +23,7 @@ from runner_server.errors import RunnerFault
 _ids = itertools.count(1)
 
 
-class Completion:
+class GenerationRequest:
     """Turns the tokens of one row into the pieces of one stream.
 
     Used on the engine thread, except for :meth:`account` and the attributes that never change.
@@ -41,7 +41,7 @@ class Completion:
     def __init__(self, spec: CompletionSpec, codec: Codec, eos_token_ids: frozenset[int]) -> None:
         self.id = next(_ids)
         self.spec = spec
-        self.stream = Stream()
+        self.stream = OutputChannel()
         self._decoder = StreamDecoder(codec.decode, spec.prompt_ids)
         self._matcher = StopMatcher(spec.stop)
         own_ends = frozenset[int]() if spec.ignore_eos else eos_token_ids
@@ -52,7 +52,7 @@ class Completion:
         self._admitted: float | None = None
         self._first: float | None = None
         self._ended: float | None = None
-        self._reason: DoneReason | None = None
+        self._reason: FinishReason | None = None
         self._left: float | None = None
         self._away_seconds = 0.0
 
@@ -85,16 +85,16 @@ class Completion:
             self._away_seconds += time.monotonic() - self._left
             self._left = None
 
-    def seated_seconds(self, done: Done) -> float:
+    def seated_seconds(self, done: GenerationResult) -> float:
         """How long it has had a place: so long others waited for one, and no longer."""
         return done.prompt_seconds + done.eval_seconds - self._away_seconds
 
     def on_prefill(self, event: Prefill) -> None:
         """Passes progress of the prompt on."""
         self._cached = event.cached
-        self.stream.put(Piece(prefill=(event.evaluated, event.total)))
+        self.stream.put(OutputDelta(prefill=(event.evaluated, event.total)))
 
-    def on_token(self, event: Token) -> Done | None:
+    def on_token(self, event: Token) -> GenerationResult | None:
         """Adds a token; returns how the completion ended if this was the last."""
         if not self._count:
             self._first = time.monotonic()
@@ -103,12 +103,12 @@ class Completion:
         text = self._read(event.token_id, end)
         shown, stop = self._matcher.feed(text)
         if stop is not None:
-            end = DoneReason.STOP
+            end = FinishReason.STOP
         elif end:
             shown += self._matcher.flush()
         done = self._done(end, stop or "") if end else None
         logprobs = (replace(event.logprob, text=text),) if event.logprob else ()
-        self.stream.put(Piece(shown, (event.token_id,), logprobs, done=done))
+        self.stream.put(OutputDelta(shown, (event.token_id,), logprobs, done=done))
         return done
 
     def fail(self, fault: RunnerFault) -> None:
@@ -116,12 +116,12 @@ class Completion:
         self._ended = time.monotonic()
         self.stream.fail(fault)
 
-    def account(self) -> Account:
+    def account(self) -> GenerationStats:
         """What it has come to; any thread may ask, at any time."""
         now = self._ended or time.monotonic()
         # The engine's thread sets them in the other order.
         first, admitted = self._first, self._admitted
-        return Account(
+        return GenerationStats(
             prompt_count=len(self.spec.prompt_ids),
             cached_count=self._cached,
             eval_count=self._count,
@@ -131,21 +131,21 @@ class Completion:
             reason=self._reason,
         )
 
-    def _end_at(self, token_id: int) -> DoneReason | None:
+    def _end_at(self, token_id: int) -> FinishReason | None:
         """Why a token is the last, whatever its text is."""
         if token_id in self._end_ids:
-            return DoneReason.STOP
-        return DoneReason.LENGTH if self._count >= self.spec.max_tokens else None
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self._count >= self.spec.max_tokens else None
 
-    def _read(self, token_id: int, end: DoneReason | None) -> str:
+    def _read(self, token_id: int, end: FinishReason | None) -> str:
         """The text that a token makes certain; one that ends the text has none of its own."""
-        text = "" if end is DoneReason.STOP else self._decoder.push(token_id)
+        text = "" if end is FinishReason.STOP else self._decoder.push(token_id)
         return text + self._decoder.flush() if end else text
 
-    def _done(self, reason: DoneReason, stop_match: str) -> Done:
+    def _done(self, reason: FinishReason, stop_match: str) -> GenerationResult:
         self._ended, self._reason = time.monotonic(), reason
         account = self.account()
-        return Done(
+        return GenerationResult(
             reason=reason,
             stop_match=stop_match,
             prompt_count=account.prompt_count,
