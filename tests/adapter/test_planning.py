@@ -16,6 +16,7 @@ from runner_server.engine.backend import LoadedModel  # noqa: E402
 from runner_server.engine.types import Dtype, LoadSpec, Sampling  # noqa: E402
 from runner_server.mlx_backend import MlxBackend  # noqa: E402
 from runner_server.mlx_backend.loading.loader import plan_load  # noqa: E402
+from runner_server.mlx_backend.planning.plan import process_bytes  # noqa: E402
 from runner_server.mlx_backend.planning.tokenizer_memory import tokenizer_memory  # noqa: E402
 from support.rows import GREEDY, Row, run_rows  # noqa: E402
 from tools.memory.models import scaled, write_model  # noqa: E402
@@ -147,3 +148,17 @@ def test_a_type_that_no_trace_finds_is_planned_alone(tmp_path: Path) -> None:
 
     path = write_model(tmp_path, CONFIGS["afm7"])
     assert plan_load(path, LoadSpec(str(path), parallel=8)).parallel == 1
+
+
+@pytest.mark.parametrize(
+    ("imported", "more_mib"), [((), 0), (("numpy",), 20), (("numpy", "transformers"), 75)]
+)
+def test_packages_that_a_model_imports_are_counted(
+    imported: tuple[str, ...], more_mib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("numpy", "transformers"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    without = process_bytes(8)
+    for name in imported:
+        monkeypatch.setitem(sys.modules, name, sys)
+    assert process_bytes(8) == without + more_mib * MIB

@@ -313,8 +313,8 @@ async def test_a_load_takes_what_was_estimated(
 ) -> None:
     from runner_server.mlx_backend import MlxBackend
 
-    # Other tests may have imported transformers into this process, which a server has not.
-    monkeypatch.setattr("runner_server.mlx_backend.planning.plan._TRANSFORMERS_BYTES", 0)
+    # Other tests may have imported transformers or NumPy into this process.
+    monkeypatch.setattr("runner_server.mlx_backend.planning.plan._IMPORTED_BYTES", {})
     admission = MachineAdmission()
     backend: Any = MlxBackend(admission=admission)
     fields: dict[str, Any] = {"context_length": 256, "parallel": 2}

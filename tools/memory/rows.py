@@ -71,6 +71,7 @@ def shaped() -> Iterator[Row]:
     yield Row("experts (qwen3_moe)", "qwen3_moe", Setting(parallel=32))
     yield Row("hybrid (granitemoehybrid)", "granitemoehybrid", Setting(parallel=32))
     yield Row("state space (mamba2)", "mamba2", Setting(parallel=32))
+    yield Row("NumPy in the model's code (plamo)", "plamo", Setting(), {}, "bfloat16")
     kv = "much KV per token"
     yield Row(kv, "llama", Setting(parallel=24, context_length=1024), _MUCH_KV)
     cached = Setting(parallel=8, context_length=1024, prefix_cache_bytes=None)
@@ -83,6 +84,7 @@ def quick() -> Iterator[Row]:
         *("Llama-shaped, 98 MiB, prefix cache", "Llama-shaped, 98 MiB, 4-bit as stored"),
         *("sliding window (gemma3)", "latent attention (deepseek_v3)", "experts (qwen3_moe)"),
         *("hybrid (granitemoehybrid)", "state space (mamba2)"),
+        "NumPy in the model's code (plamo)",
         "much KV per token, prefix cache",
     }
     yield from (row for row in shaped() if row.name in chosen)

@@ -58,13 +58,14 @@ _WORKING_SLACK = 1.15
 
 _PROCESS_BYTES = 88 * _MIB
 """Of a server with a tiny model: Python, gRPC, MLX and their heaps. 70 to 75 MiB for most types,
-15 more where MLX compiles kernels that are not in its cache yet, 10 more with NumPy."""
+15 more where MLX compiles kernels that are not in its cache yet."""
 
 _STREAM_BYTES = _MIB // 4
 """Of the process, for each sequence: messages, token lists, thread stacks."""
 
-_TRANSFORMERS_BYTES = 75 * _MIB
-"""What importing transformers adds, for a tokenizer that needs it."""
+_IMPORTED_BYTES = {"transformers": 75 * _MIB, "numpy": 20 * _MIB}
+"""Memory of packages that only some models need: transformers for a tokenizer (it imports NumPy
+itself), NumPy 2.4 (16 MiB) for mlx_lm's modules of plamo, dbrx and gpt_bigcode."""
 
 
 @dataclass(frozen=True)
@@ -340,10 +341,10 @@ class _Sizes:
 def process_bytes(parallel: int) -> int:
     """Return what the process itself takes: interpreter, libraries, heap.
 
-    To be called when the tokenizer has been read: one that needs transformers has imported it.
+    Call it when the model is built and the tokenizer read, with the packages that they import.
     """
-    imported = _TRANSFORMERS_BYTES if "transformers" in sys.modules else 0
-    return _PROCESS_BYTES + parallel * _STREAM_BYTES + imported
+    imported = (size for name, size in _IMPORTED_BYTES.items() if name in sys.modules)
+    return _PROCESS_BYTES + parallel * _STREAM_BYTES + max(imported, default=0)
 
 
 def load_transient_bytes(model: Module, directory: ModelDirectory) -> int:
