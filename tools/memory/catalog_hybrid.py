@@ -72,6 +72,13 @@ QWEN3_5_TEXT: Config = {
     "num_hidden_layers": 4,
     "full_attention_interval": 4,
     "tie_word_embeddings": False,
+    # mlx_lm reads no older ``rope_theta`` for these types; this runner does.
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [1, 1, 2],
+    },
 }
 
 QWEN3_5_EXPERTS: Config = {**MOE, "shared_expert_intermediate_size": 128}

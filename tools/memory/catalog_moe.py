@@ -139,7 +139,8 @@ _USUAL_NAMES: dict[str, Config] = {
     "phimoe": {
         "rope_scaling": {
             "type": "longrope",
-            "short_factor": [1.0] * 16,
+            # mlx_lm uses the long factors always, this runner the ones that the length asks for.
+            "short_factor": [2.0] * 16,
             "long_factor": [2.0] * 16,
             "short_mscale": 1.0,
             "long_mscale": 1.0,
