@@ -12,7 +12,7 @@ from pathlib import Path
 
 from runner_client.errors import RunnerError
 from tools.memory.measure import Measured, measure
-from tools.memory.models import scaled, write_model
+from tools.memory.models import NotWrittenError, scaled, write_model
 from tools.memory.rows import Row, all_formats, all_types, quick, shaped
 
 _MIB = 1 << 20
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in rows:
         try:
             measured = _measure(row)
-        except RunnerError as error:
+        except (RunnerError, NotWrittenError) as error:
             refused.append(row.name)
             print(f"{_about(row)} refused: {str(error)[:150]}", flush=True)
             continue

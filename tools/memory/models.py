@@ -48,6 +48,10 @@ def scaled(model_type: str, **overrides: Any) -> dict[str, Any]:
     return config
 
 
+class NotWrittenError(Exception):
+    """mlx_lm cannot write a model in the format asked for."""
+
+
 def write_model(
     directory: Path,
     config: Mapping[str, Any],
@@ -68,6 +72,9 @@ def write_model(
 
     Returns:
         The directory.
+
+    Raises:
+        NotWrittenError: mlx_lm cannot quantize this type of model.
     """
     import mlx.core as mx
     from mlx.utils import tree_flatten
@@ -142,9 +149,12 @@ def _cast(model: Any, dtype: str) -> None:
 def _quantize(model: Any, config: dict[str, Any], bits: int) -> tuple[Any, dict[str, Any]]:
     from mlx_lm.utils import quantize_model
 
-    # It prints how far it got, and standard output is for results.
+    # mlx_lm prints its progress, and standard output is for results.
     with contextlib.redirect_stdout(sys.stderr):
-        quantized: tuple[Any, dict[str, Any]] = quantize_model(model, config, _GROUP_SIZE, bits)
+        try:
+            quantized: tuple[Any, dict[str, Any]] = quantize_model(model, config, _GROUP_SIZE, bits)
+        except (TypeError, ValueError) as error:
+            raise NotWrittenError(f"mlx_lm cannot quantize it ({error})") from error
     return quantized
 
 

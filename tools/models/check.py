@@ -13,7 +13,7 @@ from runner_server.engine.backend import LoadedModel
 from runner_server.engine.types import Dtype, LoadSpec
 from runner_server.errors import RunnerFault
 from runner_server.mlx_backend import MlxBackend
-from tools.memory.models import scaled, write_model
+from tools.memory.models import NotWrittenError, scaled, write_model
 from tools.models.generate import Row, by_mlx_lm, mlx_lm_model, together
 from tools.models.likeness import TOLERANCE, difference
 
@@ -122,8 +122,9 @@ class Checker:
         try:
             write_model(path, scaled(verdict.model_type), bits=4)
             reference = mlx_lm_model(path, wide=dequantized)
-        except (TypeError, ValueError) as error:
-            why = f"mlx_lm cannot quantize it ({error})"
+        except (NotWrittenError, ValueError) as error:
+            is_written = not isinstance(error, NotWrittenError)
+            why = f"mlx_lm cannot load it quantized ({error})" if is_written else str(error)
             if why not in verdict.notes:
                 verdict.notes = "; ".join(filter(None, [verdict.notes, why]))
             return NOT_TRIED
