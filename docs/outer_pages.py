@@ -30,12 +30,14 @@ def replace(_app: Sphinx, page: str, source: list[str]) -> None:
     if outer:
         file = HERE / outer[1]
         text, folder = file.read_text() + text[outer.end() :], file.parent
-    source[0] = _LINK.sub(lambda link: _target(folder, link[1]), text)
+    here = (HERE / page).parent
+    source[0] = _LINK.sub(lambda link: _target(folder, link[1], here), text)
 
 
-def _target(folder: Path, link: str) -> str:
+def _target(folder: Path, link: str, here: Path) -> str:
+    """Return a link of a file in ``folder`` as a page in ``here`` has it."""
     path = os.path.relpath(folder / link, ROOT)
-    return _pages().get(path) or os.path.relpath(folder / link, HERE)
+    return os.path.relpath(HERE / _pages().get(path, os.path.relpath(folder / link, HERE)), here)
 
 
 def _pages() -> dict[str, str]:

@@ -16,11 +16,16 @@ pytest.importorskip("mlx_lm", reason="starts real runners: needs the server extr
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+ERRORS = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
 def test_there_are_examples() -> None:
     assert len(BLOCKS) == 2
+
+
+def test_it_is_short() -> None:
+    assert len(README.split()) <= 900
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=["sync", "async"])
@@ -38,7 +43,7 @@ def test_the_examples_run(block: str) -> None:
 
 
 def test_the_error_table_is_complete() -> None:
-    rows = re.findall(r"^\| [A-Z_]+ \| ([A-Z_]+) \|.*\| `(\w+)` \|$", README, re.MULTILINE)
+    rows = re.findall(r"^\| [A-Z_]+ \| ([A-Z_]+) \|.*\| `(\w+)` \|$", ERRORS, re.MULTILINE)
     reasons = {name.removeprefix("ERROR_REASON_") for name in pb.ErrorReason.keys()[1:]}
     assert {reason for reason, _ in rows} == reasons
     assert all(issubclass(getattr(errors, name), errors.RunnerError) for _, name in rows)

@@ -81,14 +81,14 @@ def test_it_tells_why_it_failed(
     assert psutil.wait_procs(_marked(tmp_path), _GONE_SECONDS)[1] == []
 
 
-def test_readmes_snippet_for_node(
+def test_the_snippet_for_node_runs(
     need: Callable[[Language], None], servers: dict[str, Server], tmp_path: Path
 ) -> None:
     node = Language("node")
     need(node)
     node.build()
     (snippet,) = re.findall(
-        r"^```js\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+        r"^```js\n(.*?)^```", (ROOT / "docs/languages.md").read_text(), re.MULTILINE | re.DOTALL
     )
     # Of a long prompt there are messages without content.
     snippet = snippet.replace('"def read_lines(path):"', '"qz ".repeat(300)')
@@ -96,7 +96,7 @@ def test_readmes_snippet_for_node(
     script = tmp_path / "snippet.mjs"
     script.write_text(snippet.replace('["proto"]', f'["{ROOT}/proto"]'))
     (tmp_path / "node_modules").symlink_to(EXAMPLES / "node/node_modules")
-    assert run(["node", str(script)], "README's snippet for Node", _SECONDS, tmp_path).strip()
+    assert run(["node", str(script)], "the snippet for Node", _SECONDS, tmp_path).strip()
 
 
 def test_it_is_short() -> None:
