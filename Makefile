@@ -126,6 +126,15 @@ interop: $(VENV)/.installed-dev $(PROTO_VENV)/.installed tools ## Build clients 
 packages: $(VENV)/.installed-packages ## Build wheel and sdist, and try them in empty environments
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/packages $(ARGS)
 
+.PHONY: release
+release: $(VENV)/.installed-packages ## Build, check and tag the version of pyproject.toml; publishing is the owner's step
+	@version=$$($(BIN)/python -c 'import tomllib; print(tomllib.load(open("pyproject.toml", "rb"))["project"]["version"])'); \
+	git diff --quiet HEAD || { echo "uncommitted changes: commit or drop them first" >&2; exit 1; }; \
+	grep -q "^## \[$$version\] - " CHANGELOG.md || { echo "CHANGELOG.md has no section for $$version" >&2; exit 1; }; \
+	rm -rf dist; $(BIN)/python -m build; $(BIN)/twine check --strict dist/*; \
+	git tag --annotate "v$$version" --message "mlx-grpc-runner $$version"; \
+	echo "tagged v$$version; to publish: git push origin v$$version && twine upload dist/*"
+
 .PHONY: docs
 docs: $(VENV)/.installed-docs ## Build the site of guides, protocol and Python library; a warning is an error
 	@$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs docs/_build/html
