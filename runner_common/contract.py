@@ -1,0 +1,121 @@
+"""The contract of ``mlxrunner.v1`` that both sides derive from: the error table, limits and defaults.
+
+The faults of the server, the exceptions of the client, the fake runner and docs/errors.md follow
+:data:`ERRORS`. The protocol itself is ``proto/mlxrunner/v1/runner.proto``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DEFAULT_PARALLEL = 4
+"""Requests that a runner decodes together unless ``Load`` asks for another number."""
+
+MAX_PARALLEL = 256
+
+MAX_PORT = 65_535
+
+MAX_REQUEST_BYTES = 64 * 2**20
+"""Largest message that a runner accepts, and a client with long prompts may receive."""
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorRule:
+    """One row of the error table.
+
+    Attributes:
+        reason: ``ErrorInfo.reason``, and ``ErrorReason`` without its prefix.
+        code: Name of the gRPC status code.
+        exception: Class in ``runner_client.errors``.
+        when: When a call fails with it.
+        remedy: What the caller can do.
+    """
+
+    reason: str
+    code: str
+    exception: str
+    when: str
+    remedy: str
+
+
+ERRORS = (
+    ErrorRule(
+        "INVALID_FIELD",
+        "INVALID_ARGUMENT",
+        "InvalidRequestError",
+        "a field is missing or out of range; `BadRequest` names it",
+        "correct the request",
+    ),
+    ErrorRule(
+        "PROMPT_TOO_LONG",
+        "INVALID_ARGUMENT",
+        "PromptTooLongError",
+        "prompt and one token do not fit the context",
+        "shorten it, or load with a larger context",
+    ),
+    ErrorRule(
+        "MODEL_NOT_FOUND",
+        "NOT_FOUND",
+        "ModelNotFoundError",
+        "no such directory or cached hub id",
+        "correct `model`; nothing is downloaded",
+    ),
+    ErrorRule(
+        "MODEL_UNSUPPORTED",
+        "FAILED_PRECONDITION",
+        "ModelUnsupportedError",
+        "the files cannot be loaded, need their own code, or would be computed inexactly",
+        "use another model",
+    ),
+    ErrorRule(
+        "MODEL_NOT_LOADED",
+        "FAILED_PRECONDITION",
+        "ModelNotLoadedError",
+        "no model is loaded",
+        "call `Load`",
+    ),
+    ErrorRule(
+        "BUSY",
+        "FAILED_PRECONDITION",
+        "BusyError",
+        "another load or unload is running",
+        "wait, or cancel it",
+    ),
+    ErrorRule(
+        "INSUFFICIENT_MEMORY",
+        "RESOURCE_EXHAUSTED",
+        "InsufficientMemoryError",
+        "the estimate does not fit the available memory",
+        "free memory, or ask for less",
+    ),
+    ErrorRule(
+        "QUEUE_FULL",
+        "RESOURCE_EXHAUSTED",
+        "QueueFullError",
+        "too many requests are queued; `RetryInfo` says for how long",
+        "retry then, or use another runner",
+    ),
+    ErrorRule(
+        "SHUTTING_DOWN",
+        "UNAVAILABLE",
+        "ShuttingDownError",
+        "the process is stopping, or the model was unloaded",
+        "use another runner",
+    ),
+    ErrorRule(
+        "GENERATION_FAILED",
+        "INTERNAL",
+        "GenerationFailedError",
+        "MLX raised an error and the runner recovers, or the model's logits are not finite",
+        "retry",
+    ),
+    ErrorRule(
+        "UNAUTHENTICATED",
+        "UNAUTHENTICATED",
+        "AuthenticationError",
+        "the call has no token, or a wrong one",
+        "send `authorization: Bearer TOKEN`",
+    ),
+)
+
+CODES = {rule.reason: rule.code for rule in ERRORS}
