@@ -1,4 +1,4 @@
-"""The benchmark: this runner beside its peers, on one machine, in one run.
+"""Benchmark of this runner against its peers, on one machine, in one run.
 
-``make bench`` runs it; ``docs/benchmarks.md`` shows the last full run.
+Run ``make bench``; ``docs/benchmarks.md`` shows the last full run.
 """

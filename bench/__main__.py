@@ -1,4 +1,4 @@
-"""``python -m bench``: measures, writes figures, plots and the report."""
+"""Command line of the benchmark: ``python -m bench`` measures and writes figures and report."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DATA = "results.json"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Measures this runner beside its peers. A full run writes bench/results and "
@@ -48,7 +48,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Runs the benchmark; returns the exit code."""
+    """Run the benchmark and return the exit code."""
     arguments = parse_args()
     logging.basicConfig(level="INFO", stream=sys.stderr, format="%(asctime)s %(message)s")
     settings = Settings(quick=arguments.quick, contenders=arguments.contenders)
@@ -71,10 +71,9 @@ def main() -> int:
 
 
 async def _measure(settings: Settings, names: Sequence[str], results: Results) -> None:
-    """Makes the measures, and keeps the figures after each of them.
+    """Run the measures, saving the figures to the scratch folder after each one.
 
-    Those of a run that is stopped stay in the scratch folder: a full run's figures are
-    replaced by a full run's only.
+    Only a full run that completes replaces the committed figures.
     """
     _end_in_order_when_terminated()
     paths.CACHE.mkdir(parents=True, exist_ok=True)
@@ -91,7 +90,7 @@ async def _measure(settings: Settings, names: Sequence[str], results: Results) -
 
 
 def _end_in_order_when_terminated() -> None:
-    """Lets SIGTERM end the children too, as Ctrl-C does."""
+    """Make SIGTERM stop the children too, as Ctrl-C does."""
     task = asyncio.current_task()
 
     def end() -> None:

@@ -1,4 +1,4 @@
-"""The contenders of one model, all started, one of them running at a time."""
+"""Contenders on one model: all started, one running at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TURN_SECONDS = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One value that a turn of a contender brought."""
+    """One value measured in a turn of a contender."""
 
     metric: str
     case: Case
@@ -26,8 +26,8 @@ class Sample:
 
 
 Turn = Callable[[Contender, int], Awaitable[list[Sample]]]
-"""What a contender does in its turn. The second argument is the number of the round; the
-warm-up is ``WARM_UP``."""
+"""Work of a contender in its turn. The second argument is the index of the round, ``WARM_UP`` for
+the warm-up."""
 
 WARM_UP = -1
 
@@ -35,14 +35,14 @@ WARM_UP = -1
 class Fleet:
     """Contenders that take turns.
 
-    All but the one whose turn it is are stopped in their tracks (SIGSTOP), because
-    some of them poll when they are idle.
+    All contenders except the running one are suspended with SIGSTOP, because some of them
+    poll while idle.
 
     Args:
-        model: The model's name, for the results.
-        setup: What each is started with.
-        names: Who takes part.
-        results: Where values and failures go.
+        model: Name of the model in the results.
+        setup: Settings every contender is started with.
+        names: Names of the contenders that take part.
+        results: Receives values and failures.
     """
 
     def __init__(self, model: str, setup: Setup, names: Iterable[str], results: Results) -> None:
@@ -52,23 +52,23 @@ class Fleet:
         self._results = results
 
     async def start(self, measure: str) -> None:
-        """Starts all; who cannot be started takes no part."""
+        """Start every contender, dropping any that fails to start."""
         for name in list(self._members):
             await self._attempt(name, measure, self._start(name))
 
     async def stop(self) -> None:
-        """Ends all of them."""
+        """Stop every contender."""
         for contender in self._members.values():
             await contender.stop()
 
     async def rounds(self, measure: str, turn: Turn, count: int, *, warm_up: bool = True) -> None:
-        """Gives every contender a turn in every round, each round beginning with another one.
+        """Give every contender a turn in every round, rotating which one goes first.
 
         Args:
-            measure: The name for the results.
-            turn: What is done; the values of the warm-up are dropped.
-            count: How many rounds after the warm-up.
-            warm_up: Whether to make one.
+            measure: Name of the measure in the results.
+            turn: Work to do; values from the warm-up are discarded.
+            count: Number of rounds after the warm-up.
+            warm_up: Run a warm-up round first.
         """
         for index in range(WARM_UP if warm_up else 0, count):
             names = list(self._members)
@@ -93,7 +93,7 @@ class Fleet:
                 self._results.add(key, sample.value)
 
     async def _attempt(self, name: str, measure: str, work: Awaitable[None]) -> None:
-        """Does it; a contender that fails is noted and takes no further part."""
+        """Await ``work``; on failure, record the error and drop the contender."""
         try:
             await work
         except (ContenderError, OSError, TimeoutError) as error:

@@ -1,6 +1,6 @@
-"""The load generator: the same for every contender that is served.
+"""Load generator, shared by all contenders that are servers.
 
-It runs in the benchmark's process, so it never shares an interpreter with a server.
+The load generator runs in the benchmark's process and never shares an interpreter with a server.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from collections.abc import Awaitable, Callable, Sequence
 from bench.records import ContenderError, Record, Request
 
 TAIL_SECONDS = 0.3
-"""How long background streams go on after the others."""
+"""Time that background streams continue after the others have finished."""
 
 Stream = Callable[[Request, Record], Awaitable[None]]
-"""Sends a request and fills the record as tokens come, so that a cancelled one keeps them."""
+"""Send a request, filling the record as tokens arrive so that a cancelled stream keeps them."""
 
 
 async def drive(stream: Stream, requests: Sequence[Request]) -> list[Record]:
-    """Sends all requests, each at its time; returns when all but the background ones are done.
+    """Send each request at its scheduled time and wait for the foreground streams.
+
+    Background streams are cancelled ``TAIL_SECONDS`` after the last foreground stream.
 
     Raises:
-        ContenderError: A stream failed, or did not bring what it was asked for.
+        ContenderError: A stream failed or returned the wrong number of tokens.
     """
     records = [Record() for _ in requests]
     tasks = [
@@ -51,7 +53,7 @@ async def _one(stream: Stream, request: Request, record: Record) -> None:
     try:
         await stream(request, record)
     except asyncio.CancelledError as error:
-        # gRPC raises this too when the server ends a call as cancelled: not our own doing.
+        # gRPC also raises this when the server cancels the call; only a local cancel propagates.
         task = asyncio.current_task()
         if task and task.cancelling():
             raise
@@ -63,10 +65,10 @@ async def _one(stream: Stream, request: Request, record: Record) -> None:
 async def poll(
     probe: Callable[[], Awaitable[None]], interval_seconds: float
 ) -> list[tuple[float, float]]:
-    """Calls a probe again and again until it is cancelled.
+    """Call ``probe`` repeatedly until cancelled.
 
     Returns:
-        For each call: when it began, and how many seconds it took.
+        Start time and duration in seconds of each call.
     """
     answers: list[tuple[float, float]] = []
     try:

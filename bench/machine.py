@@ -1,4 +1,4 @@
-"""The machine and the versions, as the report names them."""
+"""Description of the machine and package versions for the report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SMG_PACKAGES = ("smg-grpc-servicer", "smg-grpc-proto", "mlx", "mlx-lm", "grpcio
 
 
 def describe() -> dict[str, Any]:
-    """Names machine, versions, time and the BLAS with its speed."""
+    """Describe machine, versions, time, and the BLAS with its GEMM speed."""
     stock = _probe("off")
     fast = _probe("auto")
     return {
@@ -43,7 +43,7 @@ def describe() -> dict[str, Any]:
 
 
 def _probe(blas: str) -> dict[str, Any]:
-    """What MLX finds in the environment that contenders get."""
+    """Probe MLX in the environment that contenders run in."""
     command = [sys.executable, "-m", "runner_server.mlx_backend.probe", "--gemm"]
     done = subprocess.run(
         command, env=environment(blas), cwd=CACHE, capture_output=True, text=True, check=False
@@ -92,7 +92,7 @@ def _smg_versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The commit that was measured, with a plus if files differed from it."""
+    """Return the measured commit, with a plus sign if the working tree was dirty."""
     command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
     environment_of_git = {**os.environ, "LC_ALL": "C"}
     try:

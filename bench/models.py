@@ -1,10 +1,10 @@
-"""The models of the benchmark, written once into the cache.
+"""Benchmark models, written once into the cache.
 
-Every contender reads the same files. Weights are stored as float32, because peers
-keep the format that is stored and float32 is what all of them compute fastest in on a
-CPU; the 4-bit model is stored as ``mlx_lm.convert`` writes one, with bfloat16 scales.
-No model can end a text by itself: the id that does is one past its vocabulary, so that
-every contender generates exactly the tokens it is asked for.
+Every contender reads the same files. Weights are stored as float32 because the peers keep the
+stored dtype, and float32 is the fastest dtype on a CPU for all of them. The 4-bit model is stored
+as ``mlx_lm.convert`` writes it, with bfloat16 scales. The end-of-text id is one past the
+vocabulary, so no model can stop early and every contender generates exactly the requested number
+of tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LARGE_VOCABULARY = 151_936
 SMALL_VOCABULARY = 4_096
 
 _MARK = "complete"
-"""Written last: a folder without it was left half done."""
+"""Marker file, written last; a directory without it is incomplete."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Shape:
     """A model with random weights.
 
     Attributes:
-        config: Its config.json, but for what all have in common.
-        vocab_size: How many token ids it scores.
-        quantized: Store it in 4 bits.
+        config: Contents of config.json except for the settings common to all shapes.
+        vocab_size: Number of token ids.
+        quantized: Store the weights in 4 bits.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -91,12 +91,12 @@ SHAPES = {
 
 
 def ensure_model(name: str) -> Path:
-    """The model's directory; it is written if it is not there.
+    """Return the directory of a model, writing the files first if needed.
 
-    MLX runs in a process of its own: the load generator keeps free of it.
+    The files are written by a subprocess, to keep MLX out of the load generator's process.
 
     Raises:
-        subprocess.CalledProcessError: It cannot be written.
+        subprocess.CalledProcessError: The model cannot be written.
     """
     path = CACHE / "models" / name
     if not (path / _MARK).exists():
@@ -107,7 +107,7 @@ def ensure_model(name: str) -> Path:
 
 
 def context_length(path: Path) -> int:
-    """The longest sequence the model takes, in tokens."""
+    """Return the maximum sequence length of a model, in tokens."""
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     return int(config["max_position_embeddings"])
 
@@ -148,7 +148,7 @@ def _write_random(shape: Shape, path: Path) -> None:
 
 
 def _write_demo(path: Path) -> None:
-    """The embedded model in float32, without an end of text."""
+    """Write the demo model in float32 with an unreachable end-of-text id."""
     import mlx.core as mx
 
     weights = mx.load(str(DEMO_MODEL / "model.safetensors"))
@@ -169,7 +169,7 @@ def _write_demo(path: Path) -> None:
 
 
 def main() -> int:
-    """Writes one model."""
+    """Write one model."""
     parser = argparse.ArgumentParser(prog="python -m bench.models", description=__doc__)
     parser.add_argument("name", choices=[DEMO, *SHAPES])
     parser.add_argument("path", type=Path)

@@ -1,11 +1,11 @@
-"""Where the benchmark keeps its things."""
+"""Paths of the benchmark."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-"""The repository."""
+"""Repository root."""
 
 CACHE = ROOT / "bench" / ".cache"
 """Models and logs; not committed."""
@@ -21,4 +21,4 @@ REPORT = ROOT / "docs" / "benchmarks.md"
 DEMO_MODEL = ROOT / "runner_server" / "demo" / "model"
 
 SMG_PYTHON = ROOT / ".venv-bench-smg" / "bin" / "python"
-"""The peer that needs an older mlx-lm has an environment of its own."""
+"""Interpreter of SMG's separate environment; SMG needs an older mlx-lm."""

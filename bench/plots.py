@@ -1,4 +1,4 @@
-"""The plots of a run."""
+"""Plots of a benchmark run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DPI = 110
 
 
 def draw(results: Results, folder: Path) -> list[str]:
-    """Draws what was measured; returns the files' names."""
+    """Draw a plot of every measure that has results and return the file names."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -31,7 +31,7 @@ def draw(results: Results, folder: Path) -> list[str]:
 
 
 def _throughput(results: Results, model: str, folder: Path) -> str:
-    """Tokens per second by streams, greedy beside sampled."""
+    """Plot tokens per second by number of streams, greedy and sampled."""
     figure, panes = _panes(2)
     for pane, measure in zip(panes, ("greedy", "sampled"), strict=True):
         _lines(pane, results, measure, model, "rate")
@@ -40,7 +40,7 @@ def _throughput(results: Results, model: str, folder: Path) -> str:
 
 
 def _timeline(results: Results, folder: Path) -> str:
-    """Each message of the running stream as a tick; a hole is a stall."""
+    """Plot each message of the running stream as a tick, so that a gap shows a stall."""
     if not results.timelines:
         return ""
     figure, (pane,) = _panes(1, width=9)
@@ -79,7 +79,7 @@ def _prompt_length(results: Results, folder: Path) -> str:
 
 
 def _prefix(results: Results, folder: Path) -> str:
-    """First sight beside shared beginning, a pair of bars for each contender."""
+    """Plot time to first token of new and of shared prompts as bar pairs per contender."""
     names = results.contenders("prefix", prefix.MODEL)
     figure, (pane,) = _panes(1)
     for shift, case in ((-0.2, "first"), (0.2, "shared")):
@@ -112,7 +112,7 @@ def _cache_entries(results: Results, folder: Path) -> str:
 
 
 def _lines(pane: Any, results: Results, measure: str, model: str, metric: str) -> None:
-    """A line for each contender: medians, with the spread as a band."""
+    """Plot the medians as one line per contender, with the spread as a band."""
     for name in results.contenders(measure, model):
         points: list[tuple[Case, list[float]]] = [
             (case, values)
@@ -138,7 +138,7 @@ def _panes(count: int, width: float = 5.0) -> tuple[Any, list[Any]]:
 
 
 def _save(figure: Any, with_legend: list[Any], folder: Path, name: str) -> str:
-    """Writes the plot, unless its panes are empty."""
+    """Save the plot and return its file name, or an empty string if no pane has data."""
     if with_legend and not any(pane.has_data() for pane in with_legend):
         return _drop(figure)
     for pane in with_legend:

@@ -1,4 +1,4 @@
-"""Prompts of an exact number of tokens, each with a beginning of its own."""
+"""Prompts with an exact number of tokens, each with a distinct first word."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _SOURCES = ("argparse.py", "textwrap.py", "queue.py", "csv.py", "shutil.py", "he
 
 
 class Prompts:
-    """Makes prompts for one model; the same ones in every run.
+    """Deterministic generator of prompts for one model.
 
     Args:
-        model: The model's directory.
-        seed: Of the choice of words.
+        model: Model directory.
+        seed: Seed of the word choice.
     """
 
     def __init__(self, model: Path, seed: int = 0) -> None:
@@ -32,11 +32,11 @@ class Prompts:
         self._beginnings: list[str] = []
 
     def words(self, count: int, beginning: Prompt | None = None) -> Prompt:
-        """A prompt of that many tokens.
+        """Return a prompt of ``count`` tokens.
 
         Args:
-            count: Tokens of the prompt, those of ``beginning`` included.
-            beginning: What it begins with; without it, with a word no other begins with.
+            count: Number of tokens, including the tokens of ``beginning``.
+            beginning: Prefix of the prompt; by default a word that starts no other prompt.
         """
         missing = count - (len(beginning.token_ids) if beginning else 1)
         head = beginning.text if beginning else self._unique_word()
@@ -47,7 +47,7 @@ class Prompts:
         return prompt
 
     def source_code(self, count: int) -> list[Prompt]:
-        """Prompts of Python's standard library, as the demo model was trained to go on with."""
+        """Return excerpts of Python's standard library, the demo model's training text."""
         folder = Path(sysconfig.get_path("stdlib"))
         return [self._of_file(folder / _SOURCES[i % len(_SOURCES)], i) for i in range(count)]
 

@@ -1,4 +1,4 @@
-"""What is asked of a contender, and what came back when."""
+"""Requests sent to a contender and timed records of the responses."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 TEMPERATURE = 0.8
 TOP_P = 0.95
 TOP_K = 40
-"""How a sampled request draws; a greedy one takes the likeliest token."""
+"""Sampling settings of sampled requests; greedy requests take the most likely token."""
 
 
 class ContenderError(Exception):
-    """A contender cannot be started, failed, or did not do what was asked."""
+    """A contender cannot start, failed, or did not do the requested work."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """The same prompt twice: some contenders take text, others token ids."""
+    """Prompt as text and as token ids, since contenders accept one or the other."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -25,17 +25,17 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One stream.
+    """One streaming request.
 
     Attributes:
-        prompt: What to complete.
-        max_tokens: How many tokens to generate, exactly.
-        sampled: Draw with ``TEMPERATURE``, ``TOP_P`` and ``TOP_K``; else greedy.
-        seed: Of the draws, for contenders that can have one for each request.
-        delay_seconds: When to send it, after the start of the run.
-        background: End it a moment after all other streams of the run are done.
-        want_ids: The token ids are compared, so a contender that streams text only
-            may answer in one piece.
+        prompt: Prompt to complete.
+        max_tokens: Exact number of tokens to generate.
+        sampled: Sample with ``TEMPERATURE``, ``TOP_P`` and ``TOP_K`` instead of greedily.
+        seed: Sampling seed, for contenders that support one per request.
+        delay_seconds: Time from the start of the run to sending the request.
+        background: Cancel the stream shortly after all other streams of the run are done.
+        want_ids: Token ids will be compared, so a contender that streams text only may respond
+            without streaming.
     """
 
     prompt: Prompt
@@ -49,15 +49,15 @@ class Request:
 
 @dataclass(slots=True)
 class Record:
-    """What one stream brought. Times are ``time.monotonic()``.
+    """Timed result of one stream. Times are ``time.monotonic()``.
 
     Attributes:
         sent: When the request was sent.
-        chunks: Each message that brought tokens: when, and how many. A contender that
-            streams text does not say how many; each of its messages counts as one.
-        prompt_tokens: As the contender counted them.
-        completion_tokens: As the contender counted them.
-        token_ids: The tokens, where it gives their ids.
+        chunks: Arrival time and token count of each message with tokens. A contender that
+            streams text does not report counts; each of its messages counts as one token.
+        prompt_tokens: Prompt tokens as counted by the contender.
+        completion_tokens: Generated tokens as counted by the contender.
+        token_ids: Generated token ids, if the contender returns them.
     """
 
     sent: float = 0.0
@@ -68,14 +68,14 @@ class Record:
 
     @property
     def first(self) -> float:
-        """When the first token came."""
+        """Arrival time of the first token."""
         if not self.chunks:
             raise ContenderError("a stream brought no token")
         return self.chunks[0][0]
 
     @property
     def last(self) -> float:
-        """When the last token came."""
+        """Arrival time of the last token."""
         return self.chunks[-1][0] if self.chunks else self.sent
 
     @property
@@ -85,14 +85,14 @@ class Record:
 
     @property
     def decode_rate(self) -> float:
-        """Tokens per second after the first one."""
+        """Tokens per second after the first token."""
         return (self.completion_tokens - 1) / (self.last - self.first)
 
     def check(self, request: Request) -> None:
-        """Makes sure that the contender did the work it was asked to do.
+        """Check that the contender did the requested work.
 
         Raises:
-            ContenderError: It counted another prompt, or generated another number of tokens.
+            ContenderError: The number of prompt or generated tokens is not the requested one.
         """
         wanted = (len(request.prompt.token_ids), request.max_tokens)
         if (self.prompt_tokens, self.completion_tokens) != wanted:
@@ -103,13 +103,13 @@ class Record:
 
 
 def longest_gap(record: Record, begin: float, end: float) -> float:
-    """The longest wait for a message between two times, in seconds."""
+    """Return the longest wait for a message between two times, in seconds."""
     times = [begin, *(time for time, _ in record.chunks if begin < time < end), end]
     return max(after - before for before, after in itertools.pairwise(times))
 
 
 def rate(records: list[Record]) -> float:
-    """Tokens per second of all streams together, from the first request to the last token."""
+    """Return the combined tokens per second, from the first request to the last token."""
     tokens = sum(record.completion_tokens for record in records)
     begin = min(record.sent for record in records)
     return tokens / (max(record.last for record in records) - begin)

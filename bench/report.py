@@ -1,4 +1,4 @@
-"""docs/benchmarks.md, from the figures of a run."""
+"""Renderer of docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ Nothing here was measured on Metal or CUDA.
 
 
 def render(results: Results, plots: Sequence[str], folder: str, rounds: int) -> str:
-    """The report as Markdown.
+    """Render the report as Markdown.
 
     Args:
-        results: The run.
-        plots: Names of its plots.
-        folder: Where figures and plots lie, as the report links to them.
-        rounds: How often everything was measured.
+        results: Results of the run.
+        plots: File names of the plots.
+        folder: Link target of the folder with figures and plots.
+        rounds: Number of rounds that were measured.
     """
     parts = [
         _INTRODUCTION.format(data=f"{folder}/results.json", rounds=rounds),
@@ -65,7 +65,7 @@ def render(results: Results, plots: Sequence[str], folder: str, rounds: int) -> 
 
 
 def _machine(about: dict[str, Any]) -> str:
-    """Names everything that figures depend on."""
+    """Describe the hardware and the versions that the figures depend on."""
     versions = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
     smg = ", ".join(f"{name} {version}" for name, version in about["smg_packages"].items())
     size = f"{about['cores']} cores, {about['memory_bytes'] / 2**30:.0f} GiB"
@@ -85,7 +85,7 @@ def _gflops(value: float | None) -> str:
 
 
 def _section(section: Section, results: Results, plots: Sequence[str], folder: str) -> str:
-    """A heading, what was measured, the figures, and the plot if there is one."""
+    """Render a section: heading, description, tables, and the plot if one was drawn."""
     body = section.tables(results)
     if not body:
         return ""
@@ -95,7 +95,7 @@ def _section(section: Section, results: Results, plots: Sequence[str], folder: s
 
 
 def _throughput(results: Results, plots: Sequence[str], folder: str) -> str:
-    """A table for each model and way of drawing, by number of streams."""
+    """Render the rates and first-token times of each model, greedy and sampled."""
     parts = ["## Throughput and first token"]
     for model in dict.fromkeys([*results.models(GREEDY), *results.models(SAMPLED)]):
         plan = PLANS[model]

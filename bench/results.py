@@ -1,4 +1,4 @@
-"""What was measured, as it is written to disk."""
+"""Benchmark results and their JSON file."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any, TypeVar
 _T = TypeVar("_T")
 
 Case = int | str
-"""The x axis of a measure: streams, tokens of a prompt, entries, or a name."""
+"""Position on the x axis of a measure: streams, prompt tokens, cache entries, or a name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What a series of values is about.
+    """Key of a series of values.
 
     Attributes:
-        measure: The measure's name.
-        model: The model's name.
-        contender: The contender's name.
-        metric: What was measured, its unit last: ``rate``, ``ttft_seconds``, ``rss_bytes``.
-        case: Where on the x axis.
+        measure: Name of the measure.
+        model: Name of the model.
+        contender: Name of the contender.
+        metric: Name of the metric, ending in the unit: ``rate``, ``ttft_seconds``, ``rss_bytes``.
+        case: Position on the x axis.
     """
 
     measure: str
@@ -35,14 +35,14 @@ class Key:
 
 @dataclass
 class Results:
-    """All figures of one run.
+    """Figures of one run.
 
     Attributes:
-        about: The machine, versions and the time.
-        series: The values of each key, a value a round or a call.
-        failures: What did not work: contender, measure, why.
-        timelines: Of the running stream while a long prompt arrives, for each contender:
-            seconds since the arrival, a message each.
+        about: Machine, versions and time of the run.
+        series: Values by key, one per round or call.
+        failures: Contender, measure and reason of each failure.
+        timelines: Messages of the running stream while a long prompt arrives, by contender, in
+            seconds since the arrival.
     """
 
     about: dict[str, Any] = field(default_factory=dict)
@@ -51,21 +51,21 @@ class Results:
     timelines: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, key: Key, value: float) -> None:
-        """Adds a value to a series."""
+        """Append a value to a series."""
         self.series.setdefault(key, []).append(value)
 
     def fail(self, contender: str, measure: str, why: str) -> None:
-        """Notes what did not work."""
+        """Record a failure."""
         self.failures.append({"contender": contender, "measure": measure, "why": why})
 
     def values(
         self, measure: str, model: str, contender: str, metric: str, case: Case
     ) -> list[float]:
-        """The values of a series; empty if it was not measured."""
+        """Return the values of a series, empty if not measured."""
         return self.series.get(Key(measure, model, contender, metric, case), [])
 
     def cases(self, measure: str, model: str, metric: str) -> list[Case]:
-        """The x axis of a metric, in the order it was measured."""
+        """Return the x axis values of a metric in the order of measurement."""
         return _unique(
             key.case
             for key in self.series
@@ -73,16 +73,16 @@ class Results:
         )
 
     def models(self, measure: str) -> list[str]:
-        """The models a measure was made with, in order."""
+        """Return the models of a measure in order of measurement."""
         return _unique(key.model for key in self.series if key.measure == measure)
 
     def contenders(self, measure: str, model: str) -> list[str]:
-        """Who took part, in order."""
+        """Return the contenders with results for a measure and model, in order of measurement."""
         wanted = (measure, model)
         return _unique(key.contender for key in self.series if (key.measure, key.model) == wanted)
 
     def write(self, path: Path) -> None:
-        """Writes everything as JSON, a series a line."""
+        """Write the results as JSON with one series per line."""
         series = [
             json.dumps(asdict(key) | {"values": [float(f"{value:.6g}") for value in values]})
             for key, values in self.series.items()
@@ -97,7 +97,7 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """Reads what ``write`` wrote."""
+        """Read a file written by ``write``."""
         data = json.loads(path.read_text(encoding="utf-8"))
         series: dict[Key, list[float]] = {}
         for row in data["series"]:

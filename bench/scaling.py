@@ -1,7 +1,7 @@
-"""``python -m bench.scaling``: the rate of one and of two runners, each on a core of its own.
+"""Throughput of one and of two runners, each pinned to one core: ``python -m bench.scaling``.
 
-Behind the SMG gateway over HTTP, and over gRPC with the client's own load balancing. On one
-machine a core stands for what would be a machine. Linux only; the gateway comes with ``make smg``.
+Measured over HTTP behind the SMG gateway, and over gRPC with client-side load balancing. Each core
+stands in for a separate machine. Linux only; ``make smg`` installs the gateway.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ Ask = Callable[[int], Awaitable[int]]
 
 
 def main() -> None:
-    """Measures, and prints a table of medians with their ranges."""
+    """Measure every case and print a table of medians and ranges."""
     parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__)
     parser.add_argument("--model", default="llama-100m", help="of bench.models")
     parser.add_argument("--tokens", type=int, default=48, help="of each completion")
-    # As many as all runners have places for: half-full batches would do less with the same.
+    # Enough requests to fill the batches of all runners: half-full batches are less efficient.
     parser.add_argument("--requests", type=int, default=RUNNERS * PARALLEL, help="at once")
     parser.add_argument("--rounds", type=int, default=5, help="all cases one after the other")
     args = parser.parse_args()
@@ -74,11 +74,11 @@ async def _measure(
     for number in range(args.rounds + 1):
         for name, ask in cases.items():
             start = time.monotonic()
-            # No two prompts alike: one that a runner has had is no work for it.
+            # Every prompt is new: a runner would answer a repeated one from its prefix cache.
             first, asked = asked, asked + args.requests
             counts = await asyncio.gather(*(ask(i) for i in range(first, asked)))
             rate = sum(counts) / (time.monotonic() - start)
-            # The first round is to warm up.
+            # The first round is the warm-up.
             if number:
                 rates[name].append(rate)
     return rates
@@ -116,7 +116,7 @@ def _over_http(port: int, model: str, tokens: int) -> Ask:
 
 @contextmanager
 def _runner(model: str, cores: str) -> Iterator[str]:
-    """A loaded runner on some cores; gives its address."""
+    """Start a runner pinned to ``cores``, wait for the model, and yield the address."""
     command = ["taskset", "--cpu-list", cores, sys.executable, "-m", "runner_server", "--smg"]
     command += ["--model", model, "--parallel", str(PARALLEL), "--log-level", "WARNING"]
     process = subprocess.Popen(command, env=environment(), cwd=CACHE, stdout=subprocess.PIPE)
@@ -134,7 +134,7 @@ def _runner(model: str, cores: str) -> Iterator[str]:
 
 @contextmanager
 def _gateway(addresses: Sequence[str]) -> Iterator[int]:
-    """A gateway that knows these runners; gives its port."""
+    """Start a gateway in front of the runners and yield the port."""
     port = free_port()
     command = [sys.executable, "-m", "smg", "launch", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--policy", "round_robin", "--log-level", "error"]

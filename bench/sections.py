@@ -1,4 +1,4 @@
-"""The sections of the report, one for each measure but throughput."""
+"""Sections of the report: one for each measure except throughput."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from bench.stats import summarize
 
 @dataclass(frozen=True)
 class Section:
-    """One section.
+    """A section of the report.
 
     Attributes:
-        title: Its heading.
-        text: What was measured, in words.
-        tables: Renders the figures; empty if there are none.
-        plot: The name of its plot, if it has one.
+        title: Heading.
+        text: Description of the measure.
+        tables: Renders the figures; returns an empty string if there are none.
+        plot: File name of the plot, if any.
     """
 
     title: str

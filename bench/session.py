@@ -1,4 +1,4 @@
-"""One run of the benchmark: its settings, its results, and the fleet of the moment."""
+"""A benchmark run: settings, results, and the current fleet."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ MAX_CONTEXT = 8192
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked for.
+    """Settings from the command line.
 
     Attributes:
-        quick: The five-minute version.
-        contenders: Who takes part.
-        rounds: How often everything is measured.
+        quick: Run the five-minute version.
+        contenders: Names of the contenders that take part.
+        rounds: Number of times each value is measured.
     """
 
     quick: bool = False
@@ -30,11 +30,11 @@ class Settings:
 
 
 class Session:
-    """What every measure is given.
+    """Context passed to every measure.
 
     Args:
-        settings: What the user asked for.
-        results: Where the figures go.
+        settings: Settings from the command line.
+        results: Receives the figures.
     """
 
     def __init__(self, settings: Settings, results: Results) -> None:
@@ -44,18 +44,18 @@ class Session:
         self._prompts: dict[str, Prompts] = {}
 
     def prompts(self, model: str) -> Prompts:
-        """The prompts of a model; no two that it gives begin alike, in all of the session."""
+        """Return the prompt generator of a model, one per session so that no prompts collide."""
         if model not in self._prompts:
             self._prompts[model] = Prompts(ensure_model(model))
         return self._prompts[model]
 
     async def fleet(self, model: str, measure: str, *, fresh: bool = False) -> Fleet:
-        """The contenders with this model, started; the last ones go on if they have it.
+        """Return started contenders with this model, reusing the current fleet if possible.
 
         Args:
-            model: The model's name.
-            measure: What it is for.
-            fresh: Start them anew in any case.
+            model: Name of the model.
+            measure: Name of the measure, for failures.
+            fresh: Restart the contenders even if the current fleet has the model.
         """
         if self._fleet and self._fleet.model == model and not fresh:
             return self._fleet
@@ -65,17 +65,17 @@ class Session:
         return self._fleet
 
     async def close(self) -> None:
-        """Ends every process of the session."""
+        """Stop every process of the session."""
         if self._fleet:
             await self._fleet.stop()
             self._fleet = None
 
     def others(self, names: Iterable[str]) -> list[str]:
-        """Those of the contenders that take part."""
+        """Return the given contenders that take part in this run."""
         return [name for name in names if name in self.settings.contenders]
 
 
 def setup(model: str, blas: str = "auto") -> Setup:
-    """What a contender is started with for this model; the model is written if need be."""
+    """Return the setup of a contender for this model, writing the model first if needed."""
     path = ensure_model(model)
     return Setup(path, min(MAX_CONTEXT, context_length(path)), blas)

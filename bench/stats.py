@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Several measurements of one thing."""
+    """Median, range and count of repeated measurements."""
 
     median: float
     low: float
@@ -19,10 +19,10 @@ class Summary:
 
 
 def summarize(values: Sequence[float]) -> Summary:
-    """Median and spread.
+    """Return the median and range of ``values``.
 
     Raises:
-        ValueError: There are no values.
+        ValueError: ``values`` is empty.
     """
     if not values:
         raise ValueError("nothing was measured")
@@ -30,10 +30,10 @@ def summarize(values: Sequence[float]) -> Summary:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that so many percent of the values do not exceed (nearest rank).
+    """Return a percentile by the nearest-rank method.
 
     Raises:
-        ValueError: There are no values.
+        ValueError: ``values`` is empty.
     """
     if not values:
         raise ValueError("nothing was measured")
@@ -42,6 +42,6 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many items two sequences begin with alike."""
+    """Return the length of the common prefix of two sequences."""
     pairs = zip(left, right, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))

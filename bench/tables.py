@@ -12,25 +12,25 @@ _NOTHING = "-"
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is text and whose others are figures."""
+    """Format a table with a text column followed by right-aligned figures."""
     rule = ["---", *(["---:"] * (len(head) - 1))]
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
 
 
 def duration(seconds: float) -> str:
-    """Three figures, in milliseconds below a second."""
+    """Format a duration with three digits, in milliseconds below one second."""
     return f"{figure(seconds * 1000)} ms" if seconds < 1 else f"{figure(seconds)} s"
 
 
 def figure(value: float) -> str:
-    """A number with as many digits as it deserves."""
+    """Format a number with three significant digits, or as an integer from 100 up."""
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.3g}"
 
 
 def mebibytes(value: float) -> str:
-    """Bytes as MiB."""
+    """Format bytes as MiB."""
     return f"{figure(value / 2**20)} MiB"
 
 
@@ -38,7 +38,7 @@ _FORMS = {"seconds": duration, "bytes": mebibytes, "rate": figure}
 
 
 def spread(summary: Summary, metric: str) -> str:
-    """A median, and in brackets the lowest and the highest."""
+    """Format a median with the range in brackets."""
     form = _FORMS.get(metric.rpartition("_")[2], figure)
     if summary.count == 1:
         return form(summary.median)
@@ -48,14 +48,14 @@ def spread(summary: Summary, metric: str) -> str:
 def by_case(
     results: Results, measure: str, model: str, metric: str, heads: dict[Case, str] | None = None
 ) -> str:
-    """A row for each contender, a column for each case.
+    """Format a table with a row for each contender and a column for each case.
 
     Args:
-        results: The run.
-        measure: Its name.
-        model: Its name.
-        metric: Its name; the last word says the unit.
-        heads: Cases to show, and what to write above them; all, if not given.
+        results: Results of the run.
+        measure: Name of the measure.
+        model: Name of the model.
+        metric: Name of the metric, ending in the unit.
+        heads: Column headings of the cases to show; every case by default.
     """
     cases = heads or {case: str(case) for case in results.cases(measure, model, metric)}
     rows = []
@@ -68,7 +68,7 @@ def by_case(
 
 
 def latencies(results: Results, model: str) -> str:
-    """The table of health calls: median, p99, highest."""
+    """Format the table of health call latencies: median, p99, highest."""
     rows = []
     for contender in results.contenders("health", model):
         for call in results.cases("health", model, "latency_seconds"):
@@ -80,7 +80,7 @@ def latencies(results: Results, model: str) -> str:
 
 
 def verdicts(judged: Sequence[Verdict]) -> str:
-    """The table of the targets."""
+    """Format the table of targets."""
     words = {True: "met", False: "**missed**", None: "not measured"}
     rows = [
         [verdict.target.what, _bound(verdict.target), _reached(verdict), words[verdict.met]]

@@ -1,4 +1,4 @@
-"""The targets, each a ratio of figures of one run."""
+"""Performance targets, evaluated on the figures of one run."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Figure = Callable[[Results], float | None]
 
 @dataclass(frozen=True)
 class Target:
-    """Something to reach.
+    """A performance target.
 
     Attributes:
-        what: In words.
-        limit: The bound.
-        at_most: Whether the figure must be below it; else above.
-        figure: Computes it; None where its parts were not measured.
-        unit: Of figure and bound; empty for a ratio.
+        what: Description.
+        limit: Bound of the figure.
+        at_most: Whether ``limit`` is an upper bound rather than a lower one.
+        figure: Computes the figure, or returns None if its inputs were not measured.
+        unit: Unit of figure and bound; empty for a ratio.
     """
 
     what: str
@@ -40,7 +40,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a target; ``figure`` and ``met`` are None if it was not measured."""
+    """Outcome of a target; ``figure`` and ``met`` are None if not measured."""
 
     target: Target
     figure: float | None
@@ -48,7 +48,7 @@ class Verdict:
 
 
 def evaluate(results: Results) -> list[Verdict]:
-    """Compares every target with what was measured."""
+    """Evaluate every target."""
     return [_judge(target, target.figure(results)) for target in TARGETS]
 
 
@@ -71,7 +71,7 @@ def _ratio(over: float | None, under: float | None) -> float | None:
 
 
 def _against(other: str, measure: str, model: str, metric: str, case: Case) -> Figure:
-    """Ours over another contender's."""
+    """Return the ratio of ours to another contender."""
     return lambda results: _ratio(
         _median(results, measure, model, OURS, metric, case),
         _median(results, measure, model, other, metric, case),
@@ -79,7 +79,7 @@ def _against(other: str, measure: str, model: str, metric: str, case: Case) -> F
 
 
 def _against_best(measure: str, model: str, metric: str, case: Case, *, lowest: bool) -> Figure:
-    """Ours over the best peer's."""
+    """Return the ratio of ours to the best peer."""
 
     def figure(results: Results) -> float | None:
         ours = _median(results, measure, model, OURS, metric, case)
@@ -104,7 +104,7 @@ def _status_p99(results: Results) -> float | None:
 
 
 def _of_throughput(model: str) -> list[Target]:
-    """The targets that every small-vocabulary model is held to."""
+    """Return the targets of a model with a small vocabulary."""
     direct = {1: 0.95, 8: 1.0, 16: 1.0}
     targets = [
         Target(

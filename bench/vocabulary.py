@@ -1,10 +1,9 @@
-"""A tokenizer of any size whose prompts are easy to make to length.
+"""Rule-based tokenizer of any vocabulary size, for prompts of an exact length.
 
-Byte-level BPE as Llama 3 and Qwen have it, made of rules instead of trained: every
-blank with two letters after it is a token, then with three, then with four, until the
-vocabulary is full. A prompt of n such words has n tokens. There are no tokens for the
-pieces of multi-byte characters: a server that streams text would hold them back, and
-its first token would seem late.
+Byte-level BPE as in Llama 3 and Qwen, but constructed rather than trained: a space followed by
+each combination of one letter, then two, three and four, until the vocabulary is full. A prompt of
+n such words has n tokens. No token is a fragment of a multi-byte character: a server that
+streams text would hold it back, which would delay its first token.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ _PRINTABLE = [chr(code) for code in range(33, 127)]
 
 
 def write_tokenizer(path: Path, vocab_size: int) -> None:
-    """Writes tokenizer.json and tokenizer_config.json.
+    """Write tokenizer.json and tokenizer_config.json.
 
     Args:
-        path: The model's directory.
-        vocab_size: How many ids the model scores; the end of text comes after them.
+        path: Model directory.
+        vocab_size: Number of token ids of the model; the end-of-text id follows them.
     """
     alphabet = [*_PRINTABLE, _BLANK, "Ċ"]
     merged = [

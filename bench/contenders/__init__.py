@@ -1,4 +1,4 @@
-"""The contenders, in the order of the tables."""
+"""Contenders of the benchmark, in the order of the tables."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The process of the contender ``direct``: BatchGenerator, driven by JSON lines.
+"""Child process of the contender ``direct``: BatchGenerator driven by JSON lines.
 
-Run as ``_direct_child.py MODEL PARALLEL``. It prints a line once the model is loaded.
-Then each line of stdin is a run, answered with one line on stdout. It imports nothing
-of this project.
+Started as ``_direct_child.py MODEL PARALLEL``. The process prints one line once the model is
+loaded, then answers each line of stdin, which describes a run, with one line on stdout. Nothing
+from this project is imported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mlx_lm.sample_utils import make_sampler
 
 
 class Run:
-    """One run: requests that arrive at their times, until all but background ones are done."""
+    """A run: sends requests at their scheduled times until the foreground ones are done."""
 
     def __init__(self, generator: BatchGenerator, order: dict[str, Any]) -> None:
         self._generator = generator
@@ -35,7 +35,7 @@ class Run:
         self._running: dict[int, int] = {}
 
     def __call__(self) -> list[dict[str, Any]]:
-        """Makes steps until all is done."""
+        """Step until every foreground request is done."""
         begin = time.monotonic()
         while not self._is_done():
             self._admit(begin)
@@ -84,7 +84,7 @@ class Run:
 
 
 def main() -> None:
-    """Loads the model and does runs until stdin ends."""
+    """Load the model and execute runs until stdin is closed."""
     path, parallel = sys.argv[1], int(sys.argv[2])
     model, _ = load(path)
     mx.eval(model.parameters())

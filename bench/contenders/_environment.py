@@ -1,4 +1,4 @@
-"""The environment of a contender's process: the same BLAS for all."""
+"""Environment of a contender's process, with the same BLAS for every contender."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from runner_common.host_memory.free import Backend
 
 
 def environment(blas: str = "auto", python: Path | None = None) -> dict[str, str]:
-    """The environment a runner would get.
+    """Return the environment that the client would give a runner.
 
     Args:
         blas: ``"auto"`` or ``"off"``.
-        python: The interpreter, if not this one: its own MLX must be found.
+        python: Interpreter of another environment, whose MLX is used to find the BLAS.
     """
 
     def folders(package: str) -> tuple[Path, ...]:

@@ -1,4 +1,4 @@
-"""What all contenders have in common: a process, and a way to ask it for tokens."""
+"""Base classes of the contenders: a child process that generates tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bench.paths import CACHE
 from bench.records import ContenderError, Record, Request
 
 PARALLEL = 32
-"""Streams at once, at most; the peers' own default."""
+"""Maximum number of concurrent streams; the peers' default."""
 
 _START_SECONDS = 120.0
 _STOP_SECONDS = 10.0
@@ -32,13 +32,13 @@ Probe = Callable[[], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Setup:
-    """What a contender is started with.
+    """Settings a contender is started with.
 
     Attributes:
-        model: The model's directory.
-        context_length: The longest sequence it must take, in tokens.
-        blas: ``"auto"`` puts the fastest BLAS found in front; ``"off"`` leaves the
-            one MLX was installed with.
+        model: Model directory.
+        context_length: Longest sequence to support, in tokens.
+        blas: ``"auto"`` selects the fastest BLAS found; ``"off"`` keeps the one installed with
+            MLX.
     """
 
     model: Path
@@ -47,10 +47,10 @@ class Setup:
 
 
 class Contender(ABC):
-    """One program that generates tokens, in a process of its own.
+    """A program that generates tokens in a child process.
 
     Args:
-        setup: What it is started with.
+        setup: Settings the program is started with.
     """
 
     name: ClassVar[str]
@@ -61,26 +61,26 @@ class Contender(ABC):
 
     @abstractmethod
     async def start(self) -> None:
-        """Starts the process; returns when it answers requests, or is about to.
+        """Start the process and wait until requests can be sent.
 
         Raises:
-            ContenderError: It cannot be started.
+            ContenderError: The process cannot be started.
         """
 
     @abstractmethod
     async def run(self, requests: Sequence[Request]) -> list[Record]:
-        """Does all requests, each at its time.
+        """Run the requests, each at its scheduled time.
 
         Raises:
-            ContenderError: It failed, or did not do what it was asked.
+            ContenderError: The contender failed or did not do the requested work.
         """
 
     def probes(self) -> dict[str, Probe]:
-        """The calls that tell whether it is well, by name; none if it has none."""
+        """Return the health calls of the contender by name; empty by default."""
         return {}
 
     async def stop(self) -> None:
-        """Ends the process and waits until it is gone."""
+        """Stop the process and wait for the exit."""
         process = self._process
         if process is None or process.returncode is not None:
             return
@@ -93,15 +93,15 @@ class Contender(ABC):
             await process.wait()
 
     def pause(self) -> None:
-        """Stops its clock: what polls when idle would disturb the others."""
+        """Suspend the process, which might otherwise poll while idle and disturb the others."""
         self._alive().send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Lets it go on."""
+        """Resume the suspended process."""
         self._alive().send_signal(signal.SIGCONT)
 
     async def quiet(self) -> None:
-        """Waits until it is idle: cancelled work may take a while to end."""
+        """Wait until the process is idle, since cancelled work may take a while to end."""
         process = psutil.Process(self._alive().pid)
         deadline = asyncio.get_running_loop().time() + _QUIET_SECONDS
         while asyncio.get_running_loop().time() < deadline:
@@ -113,15 +113,16 @@ class Contender(ABC):
                 return
 
     def rss_bytes(self) -> int:
-        """The resident set of the process."""
+        """Return the resident set of the process."""
         return int(psutil.Process(self._alive().pid).memory_info().rss)
 
     async def _spawn(
         self, command: Sequence[str], environment: dict[str, str], *, pipes: bool = False
     ) -> asyncio.subprocess.Process:
-        """Starts the process in a group of its own: Ctrl-C is for the benchmark, which ends it.
+        """Start the process in a new session, so that Ctrl-C reaches only the benchmark.
 
-        It runs in the cache's folder, so that it imports what is installed.
+        The working directory is the cache, so that the process imports installed packages rather
+        than this checkout.
         """
         log = CACHE / "logs" / f"{self.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +148,7 @@ class Contender(ABC):
         return self._process
 
     async def _until(self, attempt: Callable[[], Awaitable[bool]], what: str) -> None:
-        """Tries until it works, the process dies, or too much time has passed."""
+        """Retry ``attempt`` until success; raise if the process exits or the start times out."""
         deadline = asyncio.get_running_loop().time() + _START_SECONDS
         while not await attempt():
             self._alive()
@@ -156,7 +157,7 @@ class Contender(ABC):
             await asyncio.sleep(_RETRY_SECONDS)
 
     async def _line(self) -> bytes:
-        """The next line of its stdout."""
+        """Read the next line of the process's stdout."""
         process = self._alive()
         if process.stdout is None:
             raise ContenderError("its stdout is no pipe")
@@ -168,25 +169,25 @@ class Contender(ABC):
 
 
 class Server(Contender):
-    """A contender that is asked over the network.
+    """A contender that serves requests over the network.
 
     Args:
-        setup: What it is started with.
+        setup: Settings the program is started with.
     """
 
     port: int
 
     @abstractmethod
     async def stream(self, request: Request, record: Record) -> None:
-        """Does one request; see ``load.Stream``."""
+        """Run one request; see ``load.Stream``."""
 
     async def run(self, requests: Sequence[Request]) -> list[Record]:
-        """Does all requests over connections of the load generator; see ``Contender.run``."""
+        """Run the requests with the load generator; see ``Contender.run``."""
         self._alive()
         return await drive(self.stream, requests)
 
     async def _listening(self) -> None:
-        """Waits until something listens on the port."""
+        """Wait until the port accepts connections."""
 
         async def attempt() -> bool:
             try:
@@ -200,7 +201,7 @@ class Server(Contender):
 
 
 def free_port() -> int:
-    """A port nothing listens on, for servers that cannot choose one themselves."""
+    """Return an unused port, for servers that cannot choose a port themselves."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""mlx_lm's BatchGenerator called in process: nothing is served."""
+"""mlx_lm's BatchGenerator called in process, without a server."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _CHILD = Path(__file__).with_name("_direct_child.py")
 
 
 class Direct(Contender):
-    """A process with nothing but mlx_lm in it; a JSON line each way is one run."""
+    """A process that runs only mlx_lm, driven by one JSON line per run in each direction."""
 
     name = "direct"
 
     async def start(self) -> None:
-        """Starts the process and waits until its model is loaded."""
-        # -P: the modules beside the script must not hide others.
+        """Start the process and wait until the model is loaded."""
+        # -P: modules next to the script must not shadow others.
         command = [sys.executable, "-P", str(_CHILD), str(self.setup.model), str(PARALLEL)]
         await self._spawn(command, environment(self.setup.blas), pipes=True)
         await self._line()
 
     async def run(self, requests: Sequence[Request]) -> list[Record]:
-        """Does all requests inside the process; see ``Contender.run``."""
+        """Run the requests inside the process; see ``Contender.run``."""
         process = self._alive()
         if process.stdin is None:
             raise ContenderError("its stdin is no pipe")

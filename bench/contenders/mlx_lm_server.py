@@ -1,10 +1,9 @@
-"""mlx-lm's own server, over HTTP.
+"""mlx-lm's HTTP server.
 
-It streams text: each message counts as one token while it streams, and the number of
-tokens is what its usage says at the end. It takes text only; the load generator checks
-that it counts as many prompt tokens as the others were given. With a seed it serves
-one request at a time, so none is sent. It closes the connection after each answer, so
-each request opens one.
+The server streams text, so each message counts as one token and the ``usage`` at the end gives the
+token count. Prompts are text only; the load generator checks that the server counts as many prompt
+tokens as the other contenders receive. Requests with a seed are served one at a time, so none is
+sent. The server closes the connection after each response, so each request opens a new one.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ _MAX_LINE_BYTES = 2**24
 
 
 class MlxLmServer(Server):
-    """``python -m mlx_lm server``, asked with plain HTTP/1.1 over asyncio's streams."""
+    """``python -m mlx_lm server``, called with plain HTTP/1.1 over asyncio streams."""
 
     name = "mlx-lm server"
 
     async def start(self) -> None:
-        """Starts the server; it listens before its model is loaded and lets requests wait."""
+        """Start the server, which listens while the model loads and makes requests wait."""
         self.port = free_port()
         command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(self.setup.model)]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
@@ -39,7 +38,7 @@ class MlxLmServer(Server):
         await self._listening()
 
     async def stream(self, request: Request, record: Record) -> None:
-        """Streams one completion; in one piece, with its token ids, if those are wanted."""
+        """Stream one completion, or fetch a whole one if token ids are wanted."""
         reader, writer = await self._post(_body(request))
         try:
             await _read_head(reader)
@@ -53,7 +52,7 @@ class MlxLmServer(Server):
             writer.close()
 
     def probes(self) -> dict[str, Probe]:
-        """GET /health."""
+        """Return the call ``GET /health``."""
         return {"health": self._check}
 
     async def _check(self) -> None:

@@ -1,4 +1,4 @@
-"""This project's runner, over gRPC."""
+"""This project's runner over gRPC."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from runner_common.handshake import ReadyLine
 
 
 class Ours(Server):
-    """``python -m runner_server``, asked with the generated stubs."""
+    """``python -m runner_server``, called with the generated stubs."""
 
     name = "ours"
     _channel: grpc.aio.Channel | None = None
 
     async def start(self) -> None:
-        """Starts the server and waits until its model is loaded."""
+        """Start the server and wait until the model is loaded."""
         command = [sys.executable, "-m", "runner_server"]
         command += ["--model", str(self.setup.model), "--parallel", str(PARALLEL)]
         command += ["--context-length", str(self.setup.context_length)]
@@ -40,13 +40,13 @@ class Ours(Server):
         await self._until(self._is_loaded, "loaded model")
 
     async def stop(self) -> None:
-        """Ends the process."""
+        """Close the channel and stop the process."""
         if self._channel:
             await self._channel.close()
         await super().stop()
 
     async def stream(self, request: Request, record: Record) -> None:
-        """Streams one completion."""
+        """Stream one completion."""
         try:
             async for message in self._stub.Completion(_message(request)):
                 if message.token_ids:
@@ -59,7 +59,7 @@ class Ours(Server):
             raise ContenderError(in_words(error)) from error
 
     def probes(self) -> dict[str, Probe]:
-        """Status, and the standard health service."""
+        """Return the ``Status`` RPC and the standard health check."""
         return {"Status": self._status, "health": self._check}
 
     async def _is_loaded(self) -> bool:

@@ -1,7 +1,7 @@
-"""SMG's MLX servicer, over gRPC: tokens in, tokens out.
+"""SMG's MLX servicer over gRPC, with tokens in and tokens out.
 
-It needs mlx-lm < 0.32, so it lives in an environment of its own. It takes a seed but
-sets it on a thread that draws nothing, so none is sent.
+The servicer needs mlx-lm < 0.32 and therefore a separate environment. A seed would be set on a
+thread that does not sample, so none is sent.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from bench.records import TEMPERATURE, TOP_K, TOP_P, ContenderError, Record, Req
 
 
 class Smg(Server):
-    """``python -m smg_grpc_servicer.mlx.server``, asked with its generated stubs."""
+    """``python -m smg_grpc_servicer.mlx.server``, called with the generated stubs."""
 
     name = "SMG"
     _channel: grpc.aio.Channel | None = None
 
     async def start(self) -> None:
-        """Starts the server, which listens once its model is loaded and warm."""
+        """Start the server, which listens once the model is loaded and warm."""
         if not SMG_PYTHON.exists():
             raise ContenderError("its environment is missing: run 'make bench'")
         try:
@@ -44,13 +44,13 @@ class Smg(Server):
         self._sent = 0
 
     async def stop(self) -> None:
-        """Ends the process."""
+        """Close the channel and stop the process."""
         if self._channel:
             await self._channel.close()
         await super().stop()
 
     async def stream(self, request: Request, record: Record) -> None:
-        """Streams one completion."""
+        """Stream one completion."""
         try:
             async for message in self._stub.Generate(self._message(request)):
                 if message.WhichOneof("response") == "chunk":
@@ -64,7 +64,7 @@ class Smg(Server):
             raise ContenderError(in_words(error)) from error
 
     def probes(self) -> dict[str, Probe]:
-        """Its own health call."""
+        """Return the servicer's own health call."""
         return {"health": self._check}
 
     async def _check(self) -> None:

@@ -1,4 +1,4 @@
-"""The measures, in the order of the report."""
+"""Measures of the benchmark, in execution order."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ __all__ = ["MEASURES", "Measure"]
 
 @dataclass(frozen=True)
 class Measure:
-    """Something that is measured.
+    """A measure of the benchmark.
 
     Attributes:
-        run: Measures it.
-        quick: Part of the five-minute version.
+        run: Takes the measure.
+        quick: Whether the five-minute version includes it.
     """
 
     run: Callable[[Session], Awaitable[None]]
     quick: bool = False
 
 
-# Neighbours share a model, so that its contenders are started once.
+# Consecutive measures share a model, so that its contenders start only once.
 MEASURES = {
     "start": Measure(start.measure, quick=True),
     "agreement": Measure(agreement.measure, quick=True),

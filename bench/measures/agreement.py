@@ -1,4 +1,4 @@
-"""Whether all contenders write the same: greedy, same weights, trained model."""
+"""Agreement of greedy output between contenders on a trained model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MAX_TOKENS = 96
 
 
 async def measure(session: Session) -> None:
-    """Lets all go on with the same source code, eight streams at once, and compares token ids."""
+    """Complete the same eight source excerpts concurrently and compare the token ids."""
     fleet = await session.fleet(DEMO, "agreement")
     requests = [
         Request(prompt, _MAX_TOKENS, want_ids=True)

@@ -1,4 +1,4 @@
-"""A long prompt arrives while a stream runs: what the stream, the prompt and health see."""
+"""Arrival of a long prompt while a stream runs: stalls, first token, health latency."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WARM_UP_LONG_TOKENS = 512
 
 
 async def measure_gap(session: Session) -> None:
-    """The longest gap of the running stream, and the long prompt's time to first token."""
+    """Measure the longest gap of the running stream and the long prompt's first token."""
     fleet = await session.fleet(MODEL, "arrival")
     prompts = session.prompts(MODEL)
     of_round: dict[int, list[Request]] = {}
@@ -45,7 +45,7 @@ async def measure_gap(session: Session) -> None:
 
 
 async def measure_health(session: Session) -> None:
-    """How long each health call takes meanwhile."""
+    """Measure the latency of health calls during the prefill of the long prompt."""
     fleet = await session.fleet(MODEL, "health")
     prompts = session.prompts(MODEL)
     of_round: dict[int, list[Request]] = {}
@@ -89,5 +89,5 @@ async def _with_probes(
 
 
 def _timeline(running: Record, arriving: Record) -> list[float]:
-    """When the running stream's messages came, in seconds after the arrival."""
+    """Return the message times of the running stream, in seconds after the arrival."""
     return [round(time - arriving.sent, 4) for time, _ in running.chunks]

@@ -1,4 +1,4 @@
-"""How the time to first token grows with the prompt, and with what the prefix cache holds."""
+"""Growth of the time to first token with prompt length and prefix cache entries."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ENTRY_TOKENS = 64
 
 
 async def measure_prompt_length(session: Session) -> None:
-    """Prompts of several lengths, each alone."""
+    """Measure prompts of several lengths, one at a time."""
     fleet = await session.fleet(MODEL, "prompt-length")
     prompts = session.prompts(MODEL)
     of_round: dict[int, list[Request]] = {}
@@ -38,7 +38,7 @@ async def measure_prompt_length(session: Session) -> None:
 
 
 async def measure_cache_entries(session: Session) -> None:
-    """A prompt that shares nothing and one that shares its beginning, as other prompts pile up."""
+    """Measure unrelated and shared prompts as the prefix cache fills with other prompts."""
     fleet = await session.fleet(MODEL, "cache-entries", fresh=True)
     prompts = session.prompts(MODEL)
     held = 0
@@ -46,7 +46,7 @@ async def measure_cache_entries(session: Session) -> None:
         fill = _fill(prompts, entries - held)
         await fleet.rounds("cache-entries", fill, 1, warm_up=False)
         held = entries
-        # The first visit warms up the processes; later ones would only add entries.
+        # Only the first pass needs a warm-up; another one would only add cache entries.
         await fleet.rounds("cache-entries", _probe(prompts, entries), 1, warm_up=entries == 0)
 
 
@@ -78,7 +78,7 @@ def _probe(prompts: Prompts, entries: int) -> Turn:
 
 
 def _probes(prompts: Prompts) -> tuple[list[Request], list[Request]]:
-    """Prompts that share nothing, and prompts that share all but their end."""
+    """Return unrelated prompts, and prompts that differ only in the last tokens."""
     unrelated = [Request(prompts.words(_UNRELATED_TOKENS), _MAX_TOKENS) for _ in range(_PROBES)]
     shared = prompts.words(PROMPT_TOKENS - FRESH_TOKENS)
     alike = [Request(prompts.words(PROMPT_TOKENS, shared), _MAX_TOKENS) for _ in range(_PROBES + 1)]

@@ -1,4 +1,4 @@
-"""The resident set of a fresh process, idle and with streams of 1,000 tokens."""
+"""Resident set of a fresh process, idle and with streams of 1,000 tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _INTERVAL_SECONDS = 0.02
 
 
 async def measure(session: Session) -> None:
-    """Measures the highest resident set of each run, in processes that did nothing else."""
+    """Measure the peak resident set of each run, in freshly started processes."""
     prompts = session.prompts(MODEL)
     for _ in range(session.settings.rounds):
         fleet = await session.fleet(MODEL, "memory", fresh=True)

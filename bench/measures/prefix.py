@@ -1,4 +1,4 @@
-"""Time to first token of a prompt that was seen before, all but its last eight tokens."""
+"""Time to first token of a prompt that is new only in the last eight tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAX_TOKENS = 4
 
 
 async def measure(session: Session) -> None:
-    """Measures a prompt with a shared beginning, again and again with another end."""
+    """Measure a new prompt, then prompts with the same prefix and different ends."""
     fleet = await session.fleet(MODEL, "prefix")
     prompts = session.prompts(MODEL)
     of_round: dict[int, list[Request]] = {}

@@ -1,4 +1,4 @@
-"""A 4-bit model on this CPU: this runner as it comes, the peers as they are installed."""
+"""Rates of a 4-bit model on a CPU, with the runner and the peers as installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WARM_UP_TOKENS = 4
 
 
 async def measure(session: Session) -> None:
-    """Measures rates of decoding and of evaluating a prompt, one stream at a time."""
+    """Measure the rates of prefill and decode, one stream at a time."""
     prompts = session.prompts(MODEL)
     await session.close()
     rounds = range(WARM_UP, session.settings.rounds)
@@ -33,7 +33,7 @@ async def measure(session: Session) -> None:
             Sample("prompt_rate", 1, record.prompt_tokens / record.ttft_seconds),
         ]
 
-    # One at a time: the peers hold the weights in a format of their own.
+    # One fleet at a time: the BLAS differs, and the peers keep the weights in another format.
     for blas, names in (("auto", (OURS,)), ("off", PEERS)):
         fleet = Fleet(MODEL, setup(MODEL, blas), session.others(names), session.results)
         try:

@@ -1,4 +1,4 @@
-"""From starting the process to the first token of a short prompt."""
+"""Time from starting the process to the first token of a short prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PROMPT_TOKENS = 8
 
 
 async def measure(session: Session) -> None:
-    """Starts each contender in turn, in every round, and asks it at once."""
+    """Start each contender in every round and send a request immediately."""
     await session.close()
     prompt = session.prompts(MODEL).words(_PROMPT_TOKENS)
     names = list(session.settings.contenders)
@@ -31,7 +31,7 @@ async def measure(session: Session) -> None:
                 session.results.fail(name, "start", str(error))
                 names.remove(name)
                 continue
-            if index:  # the first round fills the caches of the system and of the compiler
+            if index:  # the first round fills the page cache and the compiler cache
                 session.results.add(Key("start", MODEL, name, "start_seconds", 1), seconds)
 
 
