@@ -1,4 +1,4 @@
-"""Drives one real runner at twice its capacity for half an hour, and judges what it saw.
+"""Soak test: one real runner under twice its capacity for half an hour.
 
-``python -m soak --help`` says how; docs/reliability.md says what is checked, and what was seen.
+See ``python -m soak --help`` for usage, and docs/reliability.md for the checks and results.
 """

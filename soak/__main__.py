@@ -1,4 +1,4 @@
-"""``python -m soak``: drives a runner, writes what was seen, and judges it."""
+"""Command line of the soak test: ``python -m soak`` drives a runner and checks the results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LOG = paths.SCRATCH / "runner.log"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m soak",
         description="Drives one runner with the demo model at twice its capacity. A run of "
@@ -55,7 +55,7 @@ def _minutes(text: str) -> float:
 
 
 def main() -> int:
-    """Runs a soak; returns the exit code."""
+    """Run a soak and return the exit code."""
     arguments = parse_args()
     logging.basicConfig(level="INFO", stream=sys.stderr, format="%(asctime)s %(message)s")
     settings = Settings(seconds=arguments.minutes * 60, seed=arguments.seed)
@@ -74,7 +74,7 @@ def main() -> int:
 async def _run(settings: Settings, log: Path) -> Run:
     task = asyncio.current_task()
     if task:
-        # SIGTERM ends the runner too, as Ctrl-C does.
+        # SIGTERM stops the runner too, as Ctrl-C does.
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     return await soak(settings, log)
 

@@ -1,4 +1,4 @@
-"""The load: requests come at twice the rate at which the server ends them, whoever waits."""
+"""Open-loop load at twice the rate at which the server finishes requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from soak.records import Answer, Ending, Order, Tally
 from soak.server import Runner
 
 OVERLOAD = 2.0
-"""Requests sent for each that the server takes on: with a full queue that is what it can do."""
+"""Target ratio of requests sent to requests accepted. With a full queue the server accepts requests
+at the rate of its capacity."""
 
 CONNECTIONS = 4
 MAX_IN_FLIGHT = 400
@@ -27,13 +28,13 @@ _MIN_PER_SECOND, _MAX_PER_SECOND = 4.0, 150.0
 
 
 class Pace:
-    """How many requests a second make twice the capacity.
+    """Request rate that is twice the capacity of the server.
 
-    The capacity is what the server has ended lately. While it keeps up with all that
-    comes, twice that is more each time; once its queue is full, it stays.
+    Capacity is the recent rate of finished requests. As long as the server keeps up, the rate
+    keeps growing; once the queue is full, the rate settles.
 
     Args:
-        begin: Now, in seconds.
+        begin: Current time in seconds.
     """
 
     def __init__(self, begin: float) -> None:
@@ -41,11 +42,11 @@ class Pace:
         self._ends: deque[float] = deque()
 
     def note_end(self, now: float) -> None:
-        """A request that the server had taken on has ended."""
+        """Record the end of an accepted request."""
         self._ends.append(now)
 
     def per_second(self, now: float) -> float:
-        """How many to send."""
+        """Return the number of requests to send per second."""
         while self._ends and self._ends[0] < now - _WINDOW_SECONDS:
             self._ends.popleft()
         window = min(_WINDOW_SECONDS, max(1.0, now - self._begin))
@@ -54,14 +55,14 @@ class Pace:
 
 
 class Driver:
-    """Sends requests, follows their streams, and counts how they end.
+    """Load generator that sends requests, follows the streams and tallies the outcomes.
 
     Args:
-        runner: The server.
-        mix: Makes the requests.
-        tally: Where the ends are counted.
-        answers: What the known set gives alone.
-        seed: Of the times between requests.
+        runner: Server under load.
+        mix: Source of requests.
+        tally: Receives the outcomes.
+        answers: Reference answers of the known set, generated without load.
+        seed: Seed of the intervals between requests.
     """
 
     def __init__(
@@ -76,14 +77,14 @@ class Driver:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self, seconds: float) -> None:
-        """Sends for so many seconds, then waits until every stream has ended."""
+        """Send requests for ``seconds``, then wait until every stream has ended."""
         async with AsyncExitStack() as stack:
             channels = [
                 await stack.enter_async_context(self._runner.dial()) for _ in range(CONNECTIONS)
             ]
             try:
                 await self._send(channels, seconds)
-                # Each ends within its own bound.
+                # Every follower has a time limit.
                 await asyncio.gather(*self._tasks, return_exceptions=True)
             finally:
                 for task in self._tasks:
@@ -97,7 +98,7 @@ class Driver:
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             self._launch(self._random.choice(channels))
             now = time.monotonic()
-            # What is late by more than a second is not made up for: it would be another load.
+            # Do not catch up on more than one second of delay: a burst would change the load.
             due = max(due, now - 1.0) + self._random.expovariate(self._pace.per_second(now))
 
     def _launch(self, channel: grpc.aio.Channel) -> None:
@@ -118,7 +119,7 @@ class Driver:
 
     async def _serve(self, order: Order, channel: grpc.aio.Channel) -> None:
         follower = Follower(order, self._on_tokens)
-        # A reader that is behind must not hold up others of its connection.
+        # A slow reader must not block other streams of the same connection.
         if order.own_connection or not order.reader.is_quick:
             async with self._runner.dial(little_ahead=not order.reader.is_quick) as own:
                 outcome = await follower.run(runner_pb2_grpc.RunnerServiceStub(own))
@@ -146,7 +147,7 @@ class Driver:
                 values.append(value)
 
     def _compare(self, order: Order, outcome: Outcome) -> None:
-        """Compares one of the known set with what it gives alone, as far as it came."""
+        """Compare a request of the known set with the reference, up to where the stream ended."""
         if order.known is None or not outcome.answer.token_ids:
             return
         alone, got = self._answers[order.known], outcome.answer

@@ -1,4 +1,4 @@
-"""Sends one request, reads its stream as planned, and says how it ended."""
+"""Client side of one soak request: send, read as planned, classify the outcome."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from soak.records import Answer, Ending, Order
 from soak.table import judge, read_failure
 
 if TYPE_CHECKING:
-    # The stubs know it only by its types.
+    # Exists only in the type stubs.
     from mlxrunner.v1.runner_pb2_grpc import RunnerServiceAsyncStub
 
 STREAM_SECONDS = 60.0
-"""Within this every stream has to end; longer by as long as its reader stops."""
+"""Time limit of a stream, extended by the time that the reader stops."""
 
 _Call = grpc.aio.UnaryStreamCall[pb.CompletionRequest, pb.CompletionResponse]
 
 
 @dataclass
 class Outcome:
-    """What one stream came to.
+    """Outcome of one stream.
 
     Attributes:
-        ending: How it ended.
-        answer: What was received of its text.
-        problem: What must not be, in words; empty if all is well.
-        first_seconds: From sending to the first token.
-        queue_seconds: How long it waited for a place; of finished ones.
-        retry_seconds: What a full queue said.
+        ending: How the stream ended.
+        answer: Text and token ids received.
+        problem: Description of a violation; empty if there was none.
+        first_seconds: Time from sending the request to the first token.
+        queue_seconds: Time in the queue as reported by the server, for finished streams.
+        retry_seconds: Retry delay given by a full queue.
     """
 
     ending: Ending
@@ -45,11 +45,11 @@ class Outcome:
 
 
 class Follower:
-    """Follows one stream.
+    """Client of one stream.
 
     Args:
-        order: The request and what its client does.
-        on_tokens: Told how many tokens came.
+        order: The request and the planned behaviour of the client.
+        on_tokens: Called with the number of tokens in each message.
     """
 
     def __init__(self, order: Order, on_tokens: Callable[[int], None]) -> None:
@@ -65,7 +65,7 @@ class Follower:
         self._retry: float | None = None
 
     async def run(self, stub: RunnerServiceAsyncStub) -> Outcome:
-        """Sends the request and returns when its stream has ended, or the bound is reached."""
+        """Send the request and read until the stream ends or the time limit is reached."""
         loop = asyncio.get_running_loop()
         self._sent = loop.time()
         call = stub.Completion(self._order.request, timeout=self._order.deadline_seconds)
@@ -92,7 +92,7 @@ class Follower:
             self._retry = failure.retry_seconds
             return judge(self._order, failure)
         except asyncio.CancelledError:
-            # gRPC raises it for a cancelled call as well.
+            # gRPC also raises CancelledError for a cancelled call.
             task = asyncio.current_task()
             if task and task.cancelling():
                 raise
@@ -128,7 +128,7 @@ class Follower:
             self._end = message
 
     def _wrong_with(self, end: pb.CompletionResponse) -> str:
-        """What a finished stream says about itself that is not so."""
+        """Describe a violation by a finished stream; return an empty string if there is none."""
         options = self._order.request.options
         if self._order.wrong:
             return f"served, though it is {self._order.wrong}"

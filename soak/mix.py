@@ -1,4 +1,4 @@
-"""What requests are made of: sizes, options, readers and ends, drawn from one seed."""
+"""Seeded random mix of requests: sizes, options, readers and cancellations."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ STOPPED_SHARE = 0.02
 KNOWN_SHARE = 0.25
 WRONG_SHARE = 0.02
 OWN_CONNECTION_SHARE = 0.05
-"""Of all requests, one draw each: a slow reader may have a deadline and be cancelled too. Some
-end before they are cancelled, so that about a third is."""
+"""Shares of all requests, drawn independently: a slow reader may also have a deadline and be
+cancelled. Some requests finish before the planned cancellation, so about a third is cancelled."""
 
 TOKEN_IDS_SHARE = 0.3
 SHARED_BEGINNING_SHARE = 0.3
@@ -28,12 +28,12 @@ SEED_SHARE = 0.5
 LOGPROBS_SHARE = 0.2
 STOP_SHARE = 0.25
 GREEDY_SHARE = 0.3
-"""Of the requests that are not in the known set."""
+"""Shares of the requests outside the known set."""
 
 MAX_PROMPT_TOKENS = 500
 MAX_NEW_TOKENS = 160
 _STOPPED_NEW_TOKENS = 400
-"""With 20 log probabilities a token, more than the server keeps for a reader."""
+"""With 20 log probabilities a token, this exceeds the output the server buffers for a reader."""
 
 _CHARS_PER_TOKEN = 3
 _MAX_CANCEL_SECONDS = 2.0
@@ -46,20 +46,20 @@ _STOPS = ("\n\n", "return", "self", "def ", "):\n", "é", "    # ")
 
 
 def source_texts() -> list[str]:
-    """Files of Python's standard library: the demo model was trained to go on with such."""
+    """Read files of Python's standard library, on which the demo model was trained."""
     folder = Path(sysconfig.get_path("stdlib"))
     return [(folder / name).read_text(encoding="utf-8") for name in _SOURCES]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What prompts are cut from.
+    """Source texts of the prompts.
 
     Attributes:
-        texts: Some long texts.
-        ids: The same as token ids.
-        vocab_size: How many token ids there are.
-        context_length: How many tokens are too many.
+        texts: Long texts.
+        ids: The texts as token ids.
+        vocab_size: Size of the vocabulary.
+        context_length: Context length of the model, in tokens.
     """
 
     texts: Sequence[str]
@@ -69,12 +69,12 @@ class Corpus:
 
 
 class Mix:
-    """Makes requests; the same ones in the same order for the same seed.
+    """Generator of requests, deterministic for a given seed.
 
     Args:
-        corpus: What prompts are cut from.
-        seed: Of all draws.
-        known: The known set; empty while it is being made.
+        corpus: Source texts of the prompts.
+        seed: Seed of every random choice.
+        known: The known set; empty while that set is being generated.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Mix:
         self._beginnings = [text[:600] for text in corpus.texts[:3]]
 
     def next(self) -> Order:
-        """The next request, with all that its client will do."""
+        """Return the next request with the planned behaviour of the client."""
         if self._chance(WRONG_SHARE):
             return self._wrong()
         stopped = self._chance(STOPPED_SHARE)
@@ -102,10 +102,10 @@ class Mix:
         return replace(order, own_connection=self._chance(OWN_CONNECTION_SHARE))
 
     def request(self, *, seeded: bool | None = None) -> pb.CompletionRequest:
-        """A request in order, with options of any kind.
+        """Return a valid request with random options.
 
         Args:
-            seeded: Whether its text is to be the same each time; None draws that too.
+            seeded: Make the text reproducible; None chooses at random.
         """
         if seeded is None:
             seeded = self._chance(SEED_SHARE)
@@ -126,7 +126,7 @@ class Mix:
         return Order(self.request())
 
     def _stopped(self) -> Order:
-        """One whose reader stops for so long that its row has to wait."""
+        """Return a request whose reader stops long enough for the row to be preempted."""
         request = self.request()
         request.logprobs = 20
         request.options.num_predict = _STOPPED_NEW_TOKENS
@@ -134,14 +134,14 @@ class Mix:
         return Order(request, reader=Reader(stop_after=2, stop_seconds=seconds))
 
     def _cancelled(self, order: Order) -> Order:
-        """At a random time, which may be in the queue, or in the midst of the text."""
+        """Return ``order`` with a cancellation at a random time, while queued or during output."""
         if self._chance(0.5):
             seconds = self._random.uniform(0, _MAX_CANCEL_SECONDS)
             return replace(order, cancel_seconds=seconds)
         return replace(order, cancel_messages=self._random.randint(1, _MAX_CANCEL_MESSAGES))
 
     def _wrong(self) -> Order:
-        """One that has to be rejected, with the reason."""
+        """Return an invalid request with the expected error reason."""
         request = pb.CompletionRequest(prompt="def ")
         kind = self._random.randrange(4)
         if kind == 0:
@@ -195,7 +195,7 @@ class Mix:
         return self._random.randrange(max(1, choices))
 
     def _size(self, low: int, high: int) -> int:
-        """Small ones more often than large ones: even on a logarithmic scale."""
+        """Draw a size uniformly on a logarithmic scale, so that small sizes are more common."""
         return round(math.exp(self._random.uniform(math.log(low), math.log(high))))
 
     def _chance(self, share: float) -> bool:
@@ -203,6 +203,6 @@ class Mix:
 
 
 def known_set(corpus: Corpus, seed: int, count: int) -> list[pb.CompletionRequest]:
-    """Requests whose text is the same each time."""
+    """Return requests whose text is reproducible."""
     mix = Mix(corpus, seed)
     return [mix.request(seeded=True) for _ in range(count)]

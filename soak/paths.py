@@ -1,11 +1,11 @@
-"""Where the soak keeps its things."""
+"""Paths of the soak test."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-"""The repository."""
+"""Repository root."""
 
 RESULTS = ROOT / "soak" / "results"
 """Figures of the last full run; committed."""

@@ -1,4 +1,4 @@
-"""Rate, queue, memory and latency over time, one picture."""
+"""Plot of rate, queue, memory and latency over time."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ _PANES: dict[str, dict[str, Callable[[Sample], float]]] = {
         "descriptors": lambda sample: sample.descriptors,
     },
 }
-"""For each pane its unit, and the lines in it."""
+"""Lines of each pane, by the unit of the pane."""
 
 
 def can_draw() -> bool:
-    """Whether matplotlib is installed (the bench group)."""
+    """Return whether matplotlib is installed (the bench group)."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw(run: Run, path: Path) -> None:
-    """Draws the samples of a run."""
+    """Plot the samples of a run."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -78,6 +78,6 @@ def _lines(
         pane.set(ylim=(0, None))
     pane.grid(alpha=0.3)
     if len(series) > 1:
-        # Above the pane, where no line runs through it.
+        # Above the pane, clear of the lines.
         place = {"loc": "lower right", "bbox_to_anchor": (1, 0.96)}
         pane.legend(frameon=False, fontsize=8, ncols=len(series), **place)

@@ -1,4 +1,4 @@
-"""What is sent, how it is read, and how it ended."""
+"""Data of a soak: planned requests, outcomes and samples."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ from enum import StrEnum
 from mlxrunner.v1 import runner_pb2 as pb
 
 MAX_PROBLEMS = 50
-"""How many problems are kept in words; all are counted."""
+"""Number of problem descriptions kept; the count includes every problem."""
 
 
 class SoakError(Exception):
-    """The run cannot go on; the message says why."""
+    """The soak cannot continue."""
 
 
 class Ending(StrEnum):
-    """How a stream ended."""
+    """Ending of a stream."""
 
     DONE = "done"
-    """With its last message."""
+    """The last message arrived."""
     CANCELLED = "cancelled"
-    """By its client, as planned."""
+    """The client cancelled as planned."""
     EXPIRED = "deadline"
-    """Its deadline passed."""
+    """The deadline passed as planned."""
     REFUSED = "queue full"
-    """The queue was full, and the answer said when to come again."""
+    """The queue was full; the status includes a retry delay."""
     REJECTED = "rejected"
-    """It was wrong on purpose, and the answer named the right reason."""
+    """An invalid request was rejected for the expected reason."""
     FAILED = "failed"
-    """Anything else: the run is not good."""
+    """Any other outcome; fails the soak."""
     STUCK = "stuck"
-    """Not within the bound: the run is not good."""
+    """No end within the time limit; fails the soak."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """How a stream is read.
+    """Reading behaviour of a client.
 
     Attributes:
-        pause_seconds: Waited after each message.
-        stop_after: Messages after which it stops; 0 never does.
-        stop_seconds: For how long it stops.
+        pause_seconds: Pause after each message.
+        stop_after: Number of messages after which to stop reading once; 0 never stops.
+        stop_seconds: Duration of the stop.
     """
 
     pause_seconds: float = 0.0
@@ -51,23 +51,23 @@ class Reader:
 
     @property
     def is_quick(self) -> bool:
-        """Whether it takes all that comes at once."""
+        """True if the reader takes every message immediately."""
         return not (self.pause_seconds or self.stop_after)
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One request, with all that its client will do.
+    """A request with the planned behaviour of the client.
 
     Attributes:
-        request: What is sent.
-        known: Which of the known set it is; None if it is none of them.
-        wrong: The reason it has to be rejected with; empty if it is in order.
-        cancel_seconds: When it is cancelled, after it was sent.
-        cancel_messages: After how many messages it is cancelled.
-        deadline_seconds: The deadline of the call.
-        reader: How it is read.
-        own_connection: Whether it dials, and hangs up afterwards.
+        request: Request message.
+        known: Index in the known set; None for other requests.
+        wrong: Error reason expected for an invalid request; empty for a valid one.
+        cancel_seconds: Time from sending to cancelling.
+        cancel_messages: Number of messages after which to cancel.
+        deadline_seconds: Deadline of the call.
+        reader: Reading behaviour.
+        own_connection: Use a separate connection that is closed afterwards.
     """
 
     request: pb.CompletionRequest
@@ -81,13 +81,13 @@ class Order:
 
     @property
     def is_cancelled(self) -> bool:
-        """Whether its client will cancel it, if it has not ended by then."""
+        """True if the client cancels the request unless the stream ends first."""
         return self.cancel_seconds is not None or self.cancel_messages is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The text of a completion."""
+    """Text and token ids of a completion."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -95,21 +95,21 @@ class Answer:
 
 @dataclass
 class Tally:
-    """What all streams of a run came to.
+    """Outcomes of every stream of a run.
 
     Attributes:
-        sent: Requests sent, those that were wrong on purpose included.
-        held_back: Requests not sent because too many were under way.
-        endings: How they ended.
+        sent: Requests sent, including the invalid ones.
+        held_back: Requests not sent because too many were in flight.
+        endings: Number of streams by ending.
         tokens: Tokens received.
         compared: Finished completions of the known set.
-        prefixes: Completions of the known set that were cut, compared as far as they came.
-        differing: Of both, those that were not the text they give alone.
-        queue_seconds: How long finished ones waited for a place, as the server says.
-        first_seconds: From sending to the first token.
-        retry_seconds: What refused ones were told to wait.
-        problem_count: What must not be.
-        problems: The first of them in words.
+        prefixes: Partial completions of the known set, compared up to where each ended.
+        differing: Completions, finished or partial, that differ from the reference.
+        queue_seconds: Queueing times of finished completions, as reported by the server.
+        first_seconds: Times from sending to the first token.
+        retry_seconds: Retry delays of refused requests.
+        problem_count: Number of problems.
+        problems: Descriptions of the first problems.
     """
 
     sent: int = 0
@@ -126,34 +126,34 @@ class Tally:
     problems: list[str] = field(default_factory=list)
 
     def note_problem(self, words: str) -> None:
-        """Counts what must not be."""
+        """Count a problem and keep the description of the first ones."""
         self.problem_count += 1
         if len(self.problems) < MAX_PROBLEMS:
             self.problems.append(words)
 
     @property
     def accepted(self) -> int:
-        """Requests that the server took on."""
+        """Number of requests accepted by the server."""
         turned_away = self.endings[Ending.REFUSED] + self.endings[Ending.REJECTED]
         return self.endings.total() - turned_away
 
     @property
     def overload(self) -> float:
-        """Requests in order that were sent, for each that was taken on."""
+        """Ratio of valid requests sent to requests accepted."""
         asked = self.endings.total() - self.endings[Ending.REJECTED]
         return asked / self.accepted if self.accepted else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What was seen at one moment.
+    """State of the server at one moment.
 
     Attributes:
-        seconds: Since the load began.
-        tokens_per_second: Received since the sample before.
-        status_seconds: How long Status took to answer.
-        threads: Of the server's process.
-        descriptors: Open ones of the server's process.
+        seconds: Time since the start of the load.
+        tokens_per_second: Tokens received since the previous sample.
+        status_seconds: Latency of ``Status``.
+        threads: Threads of the server process.
+        descriptors: Open file descriptors of the server process.
     """
 
     seconds: float

@@ -1,4 +1,4 @@
-"""What is printed and written."""
+"""Printed table and JSON file of a soak."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SPREAD = (50, 90, 99)
 
 
 def figures(run: Run) -> dict[str, Any]:
-    """The run in figures, without its samples."""
+    """Return the figures of a run, without the samples."""
     tally = run.tally
     samples = warm(run.samples, run.settings.seconds)
     return {
@@ -52,7 +52,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def write(run: Run, checks: Sequence[Check], path: Path) -> None:
-    """Writes all of a run as JSON; a sample is a row of its columns."""
+    """Write a run as JSON, with each sample as a row of ``sample_columns``."""
     columns = [field.name for field in dataclasses.fields(Sample)]
     whole = {
         "about": run.about,
@@ -69,7 +69,7 @@ def write(run: Run, checks: Sequence[Check], path: Path) -> None:
 
 
 def _rows_on_lines(text: str) -> str:
-    """Puts each sample on a line of its own: 1,800 of them are to be read too."""
+    """Put each sample on one line, to keep 1,800 of them readable."""
     head, mark, rows = text.partition('"samples": [')
     if not mark:
         return text
@@ -78,7 +78,7 @@ def _rows_on_lines(text: str) -> str:
 
 
 def table(run: Run, checks: Sequence[Check]) -> str:
-    """The ends of the streams, the checks and the verdict, as plain text."""
+    """Format the endings, the checks and the verdict as plain text."""
     tally = run.tally
     ends = ", ".join(f"{count:,} {ending.value}" for ending, count in tally.endings.most_common())
     samples = warm(run.samples, run.settings.seconds)

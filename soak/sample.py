@@ -1,4 +1,4 @@
-"""Looks at the runner once a second: what it says, and what the operating system says of it."""
+"""Sampling of the runner once a second, from ``Status`` and from the operating system."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _COLLECT_EVERY = 10
 
 
 class Sampler:
-    """Takes samples until it is cancelled.
+    """Periodic sampler of a runner.
 
     Args:
-        runner: What is looked at.
-        channel: A connection for Status alone.
-        tally: Where received tokens are counted, and samples that failed.
+        runner: Runner to sample.
+        channel: Connection used only for ``Status``.
+        tally: Provides the token count; receives failed samples as problems.
 
     Attributes:
-        samples: What was seen, in order.
+        samples: Samples in chronological order.
     """
 
     def __init__(self, runner: Runner, channel: grpc.aio.Channel, tally: Tally) -> None:
@@ -37,15 +37,15 @@ class Sampler:
         self.samples: list[Sample] = []
 
     async def run(self) -> None:
-        """Looks once a second."""
+        """Take a sample every second until cancelled."""
         loop = asyncio.get_running_loop()
         begin = last = loop.time()
         tokens = self._tally.tokens
         while True:
             await asyncio.sleep(INTERVAL_SECONDS - (loop.time() - begin) % INTERVAL_SECONDS)
             if len(self.samples) % _COLLECT_EVERY == 0:
-                # Closed channels of grpc.aio are part of cycles, and keep their connections
-                # until those are collected: here they would look like the server's leak.
+                # Closed grpc.aio channels are in reference cycles and keep their connections open
+                # until collected, which would look like a leak in the server.
                 gc.collect()
             asked = loop.time()
             try:

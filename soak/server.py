@@ -1,4 +1,4 @@
-"""The runner under load: one real process, started and ended here, and how it is dialled."""
+"""The runner under load: starting, dialling and stopping a real process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from soak.records import SoakError
 PARALLEL = 8
 MAX_QUEUED = 32
 PREFIX_CACHE_BYTES = 16 * 2**20
-"""Small, so that it is full before the warm-up is over and evicts from then on."""
+"""Small enough to fill up, and start evicting, during the warm-up."""
 
 _START_SECONDS = 120.0
 _STOP_SECONDS = 15.0
@@ -34,21 +34,21 @@ _CALL_SECONDS = 30.0
 _OPTIONS = (
     ("grpc.enable_http_proxy", 0),
     ("grpc.max_receive_message_length", 64 * 2**20),
-    # A connection for each channel, and none from a pool.
+    # One connection per channel, not shared through a pool.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
 )
 _LITTLE_AHEAD = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16 << 10))
-"""A client that takes little before it reads it; by default it takes megabytes."""
+"""Limits of the client's read-ahead, which by default is several megabytes."""
 
 
 class Runner:
     """One server process on a loopback port.
 
     Args:
-        process: The process.
-        target: Where it listens.
-        log: What it writes to its standard error.
+        process: The server process.
+        target: gRPC target of the server.
+        log: File with the server's stderr.
     """
 
     def __init__(self, process: asyncio.subprocess.Process, target: str, log: Path) -> None:
@@ -58,22 +58,22 @@ class Runner:
         self.os_process = psutil.Process(process.pid)
 
     def dial(self, *, little_ahead: bool = False) -> grpc.aio.Channel:
-        """A connection of its own.
+        """Open a separate connection.
 
         Args:
-            little_ahead: Takes little before it is read, so that the server soon notices a
-                reader that stops.
+            little_ahead: Limit the read-ahead, so that the server soon notices a reader that
+                stops.
         """
         options = (*_OPTIONS, *_LITTLE_AHEAD) if little_ahead else _OPTIONS
         return grpc.aio.insecure_channel(self.target, options)
 
     @property
     def is_alive(self) -> bool:
-        """Whether it still runs."""
+        """True while the process is running."""
         return self._process.returncode is None
 
     async def stop(self) -> int | None:
-        """Asks it to stop; returns its exit code, or None if it had to be killed."""
+        """Send SIGINT and return the exit code, or None if the process does not exit in time."""
         if self._process.returncode is None:
             self._process.send_signal(signal.SIGINT)
         try:
@@ -84,13 +84,13 @@ class Runner:
 
 @asynccontextmanager
 async def running(log: Path) -> AsyncIterator[Runner]:
-    """Starts a runner with the demo model loaded; it is gone afterwards.
+    """Run a runner with the demo model loaded, killing the process on exit.
 
     Args:
-        log: Where its standard error goes.
+        log: File that receives the runner's stderr.
 
     Raises:
-        SoakError: It did not start.
+        SoakError: The runner did not start.
     """
     command = [sys.executable, "-P", "-m", "runner_server", "--exit-with-parent"]
     command += ["--model", str(MODEL), "--parallel", str(PARALLEL)]
@@ -103,7 +103,7 @@ async def running(log: Path) -> AsyncIterator[Runner]:
             stdout=asyncio.subprocess.PIPE,
             stderr=stderr,
             env=_environment(),
-            # Ctrl-C is for the soak, which then ends the runner.
+            # Ctrl-C goes to the soak only, which then stops the runner.
             process_group=0,
         )
     try:
@@ -115,7 +115,7 @@ async def running(log: Path) -> AsyncIterator[Runner]:
 
 
 def _environment() -> dict[str, str]:
-    """What a runner spawned by the client would get, and where this checkout lies."""
+    """Return the environment that the client gives a runner, with this checkout on the path."""
     backend: Backend = "metal" if sys.platform == "darwin" else "cpu"
     environment = child_environment(os.environ, backend=backend)
     places = [str(ROOT), str(ROOT / "proto"), environment.get("PYTHONPATH", "")]
@@ -123,7 +123,7 @@ def _environment() -> dict[str, str]:
 
 
 async def _ready(process: asyncio.subprocess.Process, log: Path) -> Runner:
-    """Waits for the ready line and for the model."""
+    """Wait for the ready line and until the model is loaded."""
     try:
         async with asyncio.timeout(_START_SECONDS):
             line = await process.stdout.readline() if process.stdout else b""
@@ -148,7 +148,7 @@ async def _until_active(runner: Runner, channel: grpc.aio.Channel) -> None:
 
 
 async def is_serving(channel: grpc.aio.Channel) -> bool:
-    """Asks the standard health service."""
+    """Return whether the standard health service reports SERVING."""
     check = channel.unary_unary(
         "/grpc.health.v1.Health/Check",
         request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
@@ -159,5 +159,5 @@ async def is_serving(channel: grpc.aio.Channel) -> bool:
 
 
 def tail(log: Path, lines: int = 20) -> str:
-    """The last lines of a log."""
+    """Return the last lines of a log."""
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])

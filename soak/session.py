@@ -1,4 +1,4 @@
-"""One soak from start to end."""
+"""A soak run from start to end."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from soak.sample import Sampler
 from soak.server import MAX_QUEUED, PARALLEL, PREFIX_CACHE_BYTES, Runner, is_serving, running
 
 if TYPE_CHECKING:
-    # The stubs know it only by its types.
+    # Exists only in the type stubs.
     from mlxrunner.v1.runner_pb2_grpc import RunnerServiceAsyncStub
 
 logger = logging.getLogger("soak")
 
 KNOWN_COUNT = 16
 IDLE_SECONDS = 10.0
-"""Within this after the last stream the server has to have nothing to do."""
+"""Time limit for the server to become idle after the last stream."""
 
 _CALL_SECONDS = 30.0
 _SETTLE_SECONDS = 3.0
@@ -44,11 +44,11 @@ _PACKAGES = ("mlx-grpc-runner", "mlx", "mlx-lm", "grpcio", "protobuf")
 
 @dataclass(frozen=True)
 class Settings:
-    """What is run.
+    """Settings of a soak.
 
     Attributes:
-        seconds: How long requests are sent.
-        seed: Of everything that is drawn.
+        seconds: Duration of the load.
+        seed: Seed of every random choice.
     """
 
     seconds: float
@@ -57,20 +57,21 @@ class Settings:
 
 @dataclass
 class Run:
-    """What a soak came to.
+    """Results of a soak.
 
     Attributes:
-        settings: What was run.
-        about: The machine, versions and the time.
-        tally: How the streams ended.
-        samples: One a second.
-        idle_seconds: From the last stream's end until the server had nothing to do; None
-            if it still had after ``IDLE_SECONDS``.
-        still_same: Of the known set, how many gave their text once more, alone, at the end.
-        is_serving: What health said at the end.
-        exit_code: Of the runner, asked to stop; None if it had to be killed.
-        tracebacks: In the runner's log.
-        left_open: How many descriptors more were open when all was over than before the load.
+        settings: Settings of the soak.
+        about: Machine, versions and time of the run.
+        tally: Outcomes of the streams.
+        samples: Samples taken once a second.
+        idle_seconds: Time from the end of the last stream until the server was idle; None if
+            busy after ``IDLE_SECONDS``.
+        still_same: Number of requests of the known set that reproduced the reference after the
+            load.
+        is_serving: Whether the health service reported SERVING after the load.
+        exit_code: Exit code of the runner after SIGINT; None if it had to be killed.
+        tracebacks: Number of tracebacks in the runner's log.
+        left_open: File descriptors open after the load, minus those open before.
     """
 
     settings: Settings
@@ -86,14 +87,14 @@ class Run:
 
 
 async def soak(settings: Settings, log: Path) -> Run:
-    """Runs a soak; the runner is gone afterwards.
+    """Run a soak, including start and stop of the runner.
 
     Args:
-        settings: What to run.
-        log: Where the runner's standard error goes.
+        settings: Settings of the soak.
+        log: File that receives the runner's stderr.
 
     Raises:
-        SoakError: It could not begin.
+        SoakError: The load could not start.
     """
     run = Run(settings)
     async with running(log) as runner:
@@ -117,7 +118,7 @@ async def soak(settings: Settings, log: Path) -> Run:
 
 
 def count_tracebacks(log: Path) -> int:
-    """How often something was raised that nobody expected."""
+    """Count the tracebacks in a log."""
     return log.read_text(errors="replace").count("Traceback (most recent call last)")
 
 
@@ -130,7 +131,7 @@ async def _load(run: Run, runner: Runner, channel: grpc.aio.Channel, driver: Dri
         sampling.cancel()
         with suppress(asyncio.CancelledError):
             await sampling
-    # Those taken while the last streams end are of another load.
+    # Samples taken while the last streams drain do not represent the load.
     run.samples = [each for each in sampler.samples if each.seconds <= run.settings.seconds]
 
 
@@ -140,7 +141,7 @@ async def _afterwards(
     known: Sequence[pb.CompletionRequest],
     answers: Sequence[Answer],
 ) -> None:
-    """Looks whether the server is idle, healthy, and gives the same texts as before."""
+    """Check that the server is idle and healthy, and repeat the known set."""
     stub = runner_pb2_grpc.RunnerServiceStub(channel)
     try:
         run.idle_seconds = await _until_idle(stub)
@@ -164,8 +165,8 @@ async def _until_idle(stub: RunnerServiceAsyncStub) -> float | None:
 
 
 async def _left_open(runner: Runner, before: int) -> int:
-    """How many descriptors are open beyond those before, once it does not become fewer."""
-    # As the sampler does.
+    """Return the lowest number of descriptors above ``before`` within ``_SETTLE_SECONDS``."""
+    # Close connections kept alive by reference cycles, as the sampler does.
     gc.collect()
     count = runner.os_process.num_fds()
     for _ in range(int(_SETTLE_SECONDS / 0.1)):
@@ -189,10 +190,10 @@ async def _corpus(stub: RunnerServiceAsyncStub) -> Corpus:
 async def _alone(
     stub: RunnerServiceAsyncStub, known: Sequence[pb.CompletionRequest]
 ) -> list[Answer]:
-    """What each of the known set gives with nothing beside it.
+    """Return the answers of the known set, one request at a time.
 
     Raises:
-        SoakError: One of them failed.
+        SoakError: A request failed.
     """
     answers = []
     for request in known:

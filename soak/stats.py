@@ -1,4 +1,4 @@
-"""The arithmetic of the soak: slopes, what counts as warm, and what is flat."""
+"""Statistics of a soak: slopes, warm-up and growth."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Callable, Sequence
 from soak.records import Sample
 
 WARM_UP_SHARE = 0.25
-"""Of a run: what happens before is not judged."""
+"""Share of a run that is warm-up and not checked."""
 
 MIB = 2**20
 SECONDS_PER_HOUR = 3600.0
 
 
 def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
-    """The slope of the line with the least squares through the points, in y for each x.
+    """Return the slope of the least-squares line through the points.
 
     Source: the normal equations, sum((x - mean x)(y - mean y)) / sum((x - mean x)^2).
 
     Raises:
-        ValueError: There are fewer than two different xs.
+        ValueError: Fewer than two distinct xs, or lengths that differ.
     """
     if len(xs) != len(ys) or len(set(xs)) < 2:
         raise ValueError("a slope needs two points")
@@ -30,19 +30,19 @@ def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
 
 
 def warm(samples: Sequence[Sample], seconds: float) -> list[Sample]:
-    """The samples after the warm-up of a run of so many seconds."""
+    """Return the samples taken after the warm-up of a run of ``seconds``."""
     return [sample for sample in samples if sample.seconds >= WARM_UP_SHARE * seconds]
 
 
 def rss_slope(samples: Sequence[Sample]) -> float:
-    """How fast the resident set grows, in MiB per hour."""
+    """Return the growth of the resident set in MiB per hour."""
     return _hourly(samples, lambda sample: sample.rss_bytes)
 
 
 def own_slope(samples: Sequence[Sample]) -> float:
-    """The same without what MLX keeps for reuse, in MiB per hour.
+    """Return the growth of the resident set without MLX's buffer cache, in MiB per hour.
 
-    That fills more and more slowly, for longer than any soak, up to a limit of its own.
+    The buffer cache grows ever more slowly toward its own limit, for longer than any soak.
     """
     return _hourly(samples, lambda sample: sample.rss_bytes - sample.cache_bytes)
 
@@ -53,10 +53,10 @@ def _hourly(samples: Sequence[Sample], size: Callable[[Sample], int]) -> float:
 
 
 def growth(values: Sequence[int]) -> float:
-    """How much the median of the last third is above that of the first third.
+    """Return the median of the last third minus the median of the first third.
 
     Raises:
-        ValueError: There are fewer than three values.
+        ValueError: Fewer than three values.
     """
     if len(values) < 3:
         raise ValueError("growth needs three values")

@@ -1,4 +1,4 @@
-"""How a failed call is judged: the error table of the protocol, as far as a soak may meet it."""
+"""Classification of failed calls by the error table of the protocol."""
 
 from __future__ import annotations
 
@@ -13,26 +13,25 @@ from runner_common.handshake import ERROR_DOMAIN
 from soak.records import Ending, Order
 
 MAX_RETRY_SECONDS = 60.0
-"""The longest wait that a full queue may ask for, as the server's own bound is."""
+"""Longest retry delay that a full queue may give; the server has the same bound."""
 
 _CODES = {
     "QUEUE_FULL": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "INVALID_FIELD": grpc.StatusCode.INVALID_ARGUMENT,
     "PROMPT_TOO_LONG": grpc.StatusCode.INVALID_ARGUMENT,
 }
-"""The reasons that have a place here. Others are in the table too, but nothing in a soak is to
-cause them: they are problems."""
+"""Status codes of the error reasons that a soak provokes. Any other reason is a problem."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What a failed call said.
+    """Status of a failed call.
 
     Attributes:
-        code: The gRPC status.
-        words: Its message.
-        reason: Of its ``ErrorInfo``; empty if it has none.
-        retry_seconds: Of its ``RetryInfo``; None if it has none.
+        code: gRPC status code.
+        words: Status message.
+        reason: Reason in the ``ErrorInfo``; empty without one.
+        retry_seconds: Delay in the ``RetryInfo``; None without one.
     """
 
     code: grpc.StatusCode
@@ -42,8 +41,8 @@ class Failure:
 
 
 def read_failure(error: grpc.aio.AioRpcError) -> Failure:
-    """Reads the details of an error."""
-    status: Any = rpc_status.from_call(error)  # type: ignore[arg-type]  # has what it reads
+    """Parse the status details of an error."""
+    status: Any = rpc_status.from_call(error)  # type: ignore[arg-type]  # duck-typed
     reason, retry = "", None
     for detail in status.details if status else ():
         info, delay = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
@@ -55,7 +54,7 @@ def read_failure(error: grpc.aio.AioRpcError) -> Failure:
 
 
 def judge(order: Order, failure: Failure) -> tuple[Ending, str]:
-    """How a stream with this failure ended, and what is wrong with that; empty if nothing."""
+    """Return the ending for a failed stream and a description of the problem, if any."""
     if failure.code is grpc.StatusCode.DEADLINE_EXCEEDED and order.deadline_seconds is not None:
         return Ending.EXPIRED, ""
     known = _CODES.get(failure.reason) is failure.code

@@ -1,4 +1,4 @@
-"""What a soak has to show, each with its bound."""
+"""Checks of a soak and their bounds."""
 
 from __future__ import annotations
 
@@ -11,46 +11,47 @@ from soak.session import IDLE_SECONDS, KNOWN_COUNT, Run
 from soak.stats import MIB, growth, own_slope, warm
 
 MIN_OVERLOAD = 1.5
-"""Sent for each taken on, over the whole run: aimed at 2, less while it finds the capacity."""
+"""Least ratio of requests sent to accepted over the run. The target is 2; the ratio is lower while
+the pace is still finding the capacity."""
 
 STATUS_P99_SECONDS = 2.0
-"""Status never waits for the engine, but shares the processor with the load."""
+"""``Status`` never waits for the engine, but shares the CPU with the load."""
 
 MAX_MORE = 8
-"""Threads and descriptors that the last third of the warm samples may have above the first,
-in the median: connections come and go."""
+"""Allowed growth of the median number of threads and of descriptors, from the first to the last
+third of the warm samples. Connections open and close during the load."""
 
 MAX_LEFT_OPEN = 4
-"""Descriptors that may be left when all is over: the process may have more threads then."""
+"""Descriptors that may stay open after the load, since the process may have more threads then."""
 
 MLX_CACHE_BYTES = 1 << 30
-"""The server's limit on what MLX keeps for reuse."""
+"""The server's highest limit for MLX's buffer cache, on any device."""
 
 _RSS_MIB_PER_HOUR = 24.0
 _RSS_NOISE_MIB = 16.0
 
 
 def rss_bound(seconds: float) -> float:
-    """The steepest slope of memory that passes, in MiB per hour.
+    """Return the steepest memory growth that passes, in MiB per hour.
 
-    24 MiB an hour, and 16 MiB for what the heap breathes within the judged time,
-    however short that is: what is little in itself is much for each hour.
+    The bound is 24 MiB per hour plus 16 MiB of heap noise within the checked time: over a short
+    run, a small fluctuation is a large hourly rate.
 
     Args:
-        seconds: How long was judged.
+        seconds: Length of the checked time.
     """
     return _RSS_MIB_PER_HOUR + _RSS_NOISE_MIB * 3600 / seconds
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that has to be so.
+    """Result of one check.
 
     Attributes:
-        name: What.
-        ok: Whether it is.
-        figure: What was seen, with its unit.
-        bound: What was to be.
+        name: Name, with the unit of the figure.
+        ok: Whether the check passes.
+        figure: Measured value.
+        bound: Required value.
     """
 
     name: str
@@ -60,7 +61,7 @@ class Check:
 
 
 def judge(run: Run) -> list[Check]:
-    """All that a soak has to show."""
+    """Return the result of every check."""
     return [*_streams(run), *_texts(run), *_flat(run), *_end(run)]
 
 
@@ -97,7 +98,7 @@ def _texts(run: Run) -> list[Check]:
 
 
 def _flat(run: Run) -> list[Check]:
-    """What must not grow once the run is warm."""
+    """Check the samples after the warm-up for growth and for the latency of ``Status``."""
     samples = warm(run.samples, run.settings.seconds)
     if len(samples) < 3:
         return [Check("samples after the warm-up", ok=False, figure=f"{len(samples)}", bound="3")]
