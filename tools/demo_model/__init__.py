@@ -1,1 +1,1 @@
-"""Training of the demo model: the corpus, the training loop and the files it writes."""
+"""Training of the demo model: corpus, training loop and output files."""

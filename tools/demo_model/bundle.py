@@ -17,7 +17,7 @@ ASSISTANT = "<|assistant|>"
 SPECIALS = (DOCUMENT_END, TURN_END, USER, ASSISTANT)
 CONTEXT = 1024
 
-# One turn per role, closed by <|end|>; the roles of the message are the marks' names.
+# One turn per message, opened by the marker of the role and closed by <|end|>.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|' + ('assistant' if message['role'] == 'assistant' else 'user') + '|>\\n'"
@@ -28,12 +28,12 @@ CHAT_TEMPLATE = (
 
 
 def as_turns(question: str, answer: str) -> str:
-    """Lay one exchange out as the chat template would."""
+    """Format one exchange as the chat template does."""
     return f"{USER}\n{question}{TURN_END}\n{ASSISTANT}\n{answer}{TURN_END}\n"
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """Learn a byte-level BPE, which can encode any text and decode it back unchanged."""
+    """Train a byte-level BPE, which encodes any text losslessly."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -86,12 +86,12 @@ def write_weights(directory: Path, weights: dict[str, mx.array]) -> None:
 
 
 def write_record(directory: Path, record: dict[str, Any]) -> None:
-    """Write what the training measured, for the README and for later comparison."""
+    """Write the measurements of a training run, for the README and later comparison."""
     _write_json(directory / "training.json", record)
 
 
 def read_record(directory: Path) -> dict[str, Any]:
-    """Read what an earlier training measured."""
+    """Read the measurements of an earlier training run."""
     record: dict[str, Any] = json.loads((directory / "training.json").read_text("utf-8"))
     return record
 
@@ -139,7 +139,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    # A reader must never meet half a file: training rewrites a directory that may be in use.
+    # Replace files atomically, since the directory being rewritten may be in use.
     partial = path.with_name(f"partial-{path.name}")
     partial.write_bytes(content)
     partial.replace(path)

@@ -1,9 +1,8 @@
 """Build the demo model's training text from the Python that runs it.
 
-Everything comes from the interpreter's own standard library: module sources, their
-docstrings, and the language reference that ``pydoc_data.topics`` carries. All of it is
-under the PSF License Version 2, and all of it is already on the machine, so that anyone can
-train the model again without downloading anything.
+The sources are in the interpreter's own standard library: modules, their docstrings, and the
+language reference in ``pydoc_data.topics``. All are under the PSF License Version 2 and already on
+the machine, so the model can be retrained without downloads.
 """
 
 import ast
@@ -18,7 +17,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 # Tests teach assertions rather than code; the rest is generated tables, vendored code, or
-# text that is read in another form (``pydoc_data``).
+# text that is read elsewhere (``pydoc_data``).
 SKIPPED_FOLDERS = frozenset(
     (
         *("test", "tests", "site-packages", "idlelib", "lib2to3", "encodings"),
@@ -29,13 +28,13 @@ SKIPPED_FILES = frozenset(("html/entities.py", "locale.py", "stringprep.py"))
 SKIPPED_NAMES = re.compile(r"_sysconfigdata|^config-")
 MAX_FILE_BYTES = 250_000
 
-# These modules are written in C, so that their docstrings are in no source file.
+# Modules written in C, whose docstrings are not in a Python source file.
 C_MODULES = ("builtins", "itertools", "math", "time", "sys", "_collections", "_functools")
 C_TYPES = (str, bytes, list, dict, set, tuple, int, float)
 
 MAX_CODE = 900
 MAX_PROSE = 600
-# The reference is a small part of the text and the part people ask about.
+# The reference is a small share of the text, but the part that users ask about.
 REFERENCE_REPEATS = 3
 HELD_OUT_IN = 50
 TOPIC = "topic "
@@ -58,7 +57,7 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 @dataclass(frozen=True)
 class Exchange:
-    """One question and its answer, both cut from the same source text."""
+    """A question and an answer, both derived from the same source."""
 
     question: str
     answer: str
@@ -66,10 +65,10 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Source:
-    """A named text with the exchanges made out of it.
+    """A named text and the exchanges derived from it.
 
-    The name decides whether the whole source is held out, so that no validation text is
-    seen in another shape during training.
+    The name decides whether the whole source is held out, so that validation text does not occur
+    in another form during training.
     """
 
     name: str
@@ -78,10 +77,10 @@ class Source:
 
     @property
     def held_out(self) -> bool:
-        """Whether this source belongs to the validation set.
+        """True if this source belongs to the validation set.
 
-        Topics never do: they quote one another at length, so that holding one out would
-        leave its text in the training set all the same.
+        Topics are never held out: they quote one another at length, so the text of a held-out
+        topic would still be in the training set.
         """
         return not self.name.startswith(TOPIC) and zlib.crc32(self.name.encode()) % HELD_OUT_IN == 0
 
@@ -159,7 +158,7 @@ def _code(node: Definition, text: str) -> str:
 
 
 def _opening(text: str) -> str:
-    """Return the leading paragraphs that fit, at least one of them."""
+    """Return the leading paragraphs that fit, but at least one."""
     kept: list[str] = []
     for paragraph in text.strip().split("\n\n"):
         if kept and sum(map(len, kept)) + len(paragraph) > MAX_PROSE:

@@ -1,7 +1,7 @@
 """Train the demo model: ``python -m tools.demo_model.train --out DIRECTORY``.
 
-The schedule follows the clock rather than a count of steps, so that the run ends when it was
-told to, on a fast machine and on a busy one. A usable model is written every few minutes.
+The schedule follows the clock rather than a step count, so that a run takes the requested time on
+fast and busy machines alike. A usable model is written every few minutes.
 """
 
 import argparse
@@ -37,32 +37,32 @@ WARMUP = 0.03
 CLIP = 1.0
 TOKENS_A_STEP = 2048
 SHORT, LONG = 256, bundle.CONTEXT
-# Short windows are twice as fast; the last part of the run is at full length, so that the
-# positions that config.json promises have been trained.
+# Short windows are twice as fast; the last part of the run uses full-length windows, to train
+# every position that config.json allows.
 LONG_AFTER = 0.88
 CHAT_SHARE = 0.28
 NEW_CONVERSATION = 0.6
 REPORT_SECONDS = 120.0
 VALIDATION_ROWS = 48
-# The same windows whatever --seed says, so that two runs can be compared.
+# Independent of --seed, so that runs can be compared.
 VALIDATION_SEED = 0
 
 Batch = tuple[mx.array, mx.array]
 Ids = NDArray[np.uint16]
 
-# MLX ships this function without types.
+# MLX does not annotate this function.
 clip_gradient: Callable[[Any, float], tuple[Any, mx.array]] = optim.clip_grad_norm
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Token ids in one row, with the places where a window may start."""
+    """Concatenated token ids, with the indices where a window may start."""
 
     ids: Ids
     starts: NDArray[np.int64] | None = None
 
     def window(self, rng: np.random.Generator, length: int) -> Ids:
-        """Cut ``length`` + 1 tokens out at a random start."""
+        """Return ``length`` + 1 tokens from a random start."""
         last = len(self.ids) - length - 1
         if self.starts is None:
             at = int(rng.integers(0, last))
@@ -119,7 +119,7 @@ def _join(
 
 @dataclass
 class Clock:
-    """How much of the time granted has passed."""
+    """Time budget of a training run."""
 
     seconds: float
     begun: float = field(default_factory=time.monotonic)
@@ -131,12 +131,12 @@ class Clock:
 
     @property
     def progress(self) -> float:
-        """The part of the time granted that has passed, up to 1."""
+        """Elapsed share of the time budget, at most 1."""
         return min(self.elapsed / self.seconds, 1.0)
 
 
 def learning_rate(progress: float, peak: float) -> float:
-    """Rise in a straight line, then fall along a cosine to a small floor."""
+    """Return the learning rate: linear warm-up, then cosine decay to a small floor."""
     if progress < WARMUP:
         return peak * max(progress / WARMUP, 0.01)
     cosine = 0.5 * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP)))
@@ -146,9 +146,9 @@ def learning_rate(progress: float, peak: float) -> float:
 def exponential(value: mx.array) -> mx.array:
     """Approximate e**value between -20 and 20, to a few parts in ten thousand.
 
-    MLX's CPU back end computes ``exp`` one element at a time, ten times slower than these
-    multiplications, and it is most of a training step. The stopped gradients give the result
-    its exact derivative, itself, without differentiating the polynomial.
+    MLX's CPU backend computes ``exp`` one element at a time, ten times slower than these
+    multiplications, which dominates a training step. The stopped gradients give the result the
+    exact derivative, itself, without differentiating the polynomial.
     """
     small = mx.clip(value, -20.0, 20.0) / 32
     power = mx.array(1.0)
@@ -162,7 +162,7 @@ def exponential(value: mx.array) -> mx.array:
 def attention(
     queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, **_: object
 ) -> mx.array:
-    """Compute causal attention; it takes the place of MLX's during training."""
+    """Compute causal attention, replacing MLX's during training."""
     rows, heads, length, width = queries.shape
     groups = keys.shape[1]
     scores = (queries * scale).reshape(rows, groups, -1, width) @ keys.swapaxes(-1, -2)
@@ -175,7 +175,7 @@ def attention(
 
 
 def swiglu(gate: mx.array, value: mx.array) -> mx.array:
-    """Compute the gated activation; it takes the place of MLX's during training."""
+    """Compute the gated activation, replacing MLX's during training."""
     return gate * value / (1 + exponential(-gate))
 
 
@@ -187,15 +187,15 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
 
 
 def exact_loss(model: Model, inputs: mx.array, targets: mx.array) -> mx.array:
-    """Return the loss by MLX's own operations, as whoever loads the model will compute it."""
+    """Return the loss computed with MLX's own operations, as at inference."""
     return nn.losses.cross_entropy(model(inputs), targets, reduction="mean")
 
 
 def make_loss(streams: Sequence[Any]) -> Callable[[Model, mx.array, mx.array], mx.array]:
     """Build a loss that computes one slice of the batch on each stream.
 
-    MLX runs element-wise operations on one thread a stream, and they are most of a step here:
-    two streams make a step on two cores almost twice as fast.
+    MLX runs element-wise operations on one thread per stream, and these dominate a step: with two
+    streams, a step on two cores is almost twice as fast.
     """
 
     def loss(model: Model, inputs: mx.array, targets: mx.array) -> mx.array:
@@ -211,7 +211,7 @@ def make_loss(streams: Sequence[Any]) -> Callable[[Model, mx.array, mx.array], m
 
 @contextmanager
 def _fast_layers() -> Iterator[None]:
-    """Let the model be traced with the fast operations inside."""
+    """Trace the model with the fast operations."""
     kept = llama.scaled_dot_product_attention, llama.swiglu
     llama.scaled_dot_product_attention, llama.swiglu = attention, swiglu
     try:
@@ -221,7 +221,7 @@ def _fast_layers() -> Iterator[None]:
 
 
 class Trainer:
-    """The model, its optimizer and the compiled step."""
+    """Model, optimizer and compiled training step."""
 
     def __init__(self, seed: int, streams: int, resume: Path | None = None) -> None:
         """Start from ``seed``, or from a written model, and compile for ``streams`` threads."""
@@ -264,7 +264,7 @@ class Trainer:
         return dict(tree_flatten(self.model.parameters()))
 
     def round_to_half(self) -> None:
-        """Give the weights the values that the float16 file holds."""
+        """Round the weights to the values stored in the float16 file."""
         halves = tree_map(
             lambda value: value.astype(mx.float16).astype(mx.float32), self.model.parameters()
         )
@@ -323,7 +323,7 @@ class Run:
         log.info("corpus: %s; held out: %s", self.record["train"], self.record["validation"])
 
     def train(self) -> None:
-        """Step until the time granted is over, then check and write the last model."""
+        """Train until the time budget is used, then write and evaluate the final model."""
         due = REPORT_SECONDS
         while self.clock.progress < 1:
             self._advance(self.clock.progress)

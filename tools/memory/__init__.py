@@ -1,1 +1,1 @@
-"""Small models of every type that mlx_lm loads, and measurements of what they allocate."""
+"""Memory measurements on small models of every type that mlx_lm loads."""

@@ -1,4 +1,4 @@
-"""``python -m tools.memory``: the peak of a runner's process against its estimate."""
+"""Compare peak memory of runners with the estimate: ``python -m tools.memory``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tools.memory.rows import Row, all_formats, all_types, quick, shaped
 _MIB = 1 << 20
 
 LEAST, MOST = 0.6, 1.0
-"""Bounds of peak over estimate; what is aimed at is 0.7 to 1.0."""
+"""Bounds of peak over estimate; the goal is 0.7 to 1.0."""
 
 _SETS = {"shaped": shaped, "quick": quick, "types": all_types, "formats": all_formats}
 

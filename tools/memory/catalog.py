@@ -1,8 +1,8 @@
-"""A tiny configuration for every model type that mlx_lm 0.32.2 loads.
+"""Tiny configurations of every model type that mlx_lm 0.32.2 loads.
 
-Each has two to five layers, so that every kind of layer that the type knows occurs:
-sliding and full attention, recurrent layers and attention, dense layers and experts,
-layers that share what others made.
+Each has two to five layers, enough for every kind of layer of the type to occur: sliding and full
+attention, recurrent layers and attention, dense layers and experts, layers that share the KV cache
+of another layer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tools.memory.catalog_wrapped import WRAPPED
 
 _WRITTEN: dict[str, dict[str, Any]] = {**DENSE, **MIXTURES, **HYBRIDS, **WRAPPED}
 
-# mlx_lm has no module of these names; it takes that of another type.
+# mlx_lm maps these types to the module of another type.
 _SAME_AS = {
     "iquestcoder": "llama",
     "joyai_llm_flash": "deepseek_v3",
@@ -30,7 +30,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     **_WRITTEN,
     **{name: {**_WRITTEN[other], "model_type": name} for name, other in _SAME_AS.items()},
 }
-"""What ``config.json`` of a tiny model holds, by the name of its type."""
+"""Contents of ``config.json`` by model type."""
 
 _NO_METAL = "its layers call Metal kernels without another way (`No Metal back-end`)"
 
@@ -39,4 +39,4 @@ LEFT_OUT: dict[str, str] = {
     "muse_spark": _NO_METAL,
     "olmo": "its module ends the process (`sys.exit(1)`) unless the package ai2-olmo is there",
 }
-"""Why a type that mlx_lm has a module for is not in ``CONFIGS``."""
+"""Types with an mlx_lm module that are not in ``CONFIGS``, and the reason."""

@@ -1,4 +1,4 @@
-"""Settings that the tiny models of the catalog share."""
+"""Settings shared by the tiny models of the catalog."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ MOE: Config = {
 }
 
 GROUPED: Config = {"n_group": 2, "topk_group": 1}
-"""Experts that are first chosen by group."""
+"""Settings of experts selected by group first."""
 
 MLA: Config = {
     "num_key_value_heads": 4,
@@ -56,7 +56,7 @@ MLA: Config = {
 }
 
 WINDOW = 64
-"""Tokens a sliding layer sees; a prompt of a few hundred passes it several times."""
+"""Window of a sliding layer in tokens, several times shorter than a prompt of a few hundred."""
 
 ALTERNATING: Config = {
     "num_hidden_layers": 4,
@@ -96,10 +96,10 @@ def with_base(own: Mapping[str, Config], base: Config = BASE) -> dict[str, Confi
     """Complete the settings of several types.
 
     Args:
-        own: What each type adds or changes, by type.
-        base: What they have in common.
+        own: Settings that each type adds or changes, by type.
+        base: Settings common to the types.
 
     Returns:
-        Whole configurations, by type; an entry may set another ``model_type``.
+        Complete configurations by type; an entry may override ``model_type``.
     """
     return {name: {"model_type": name, **base, **settings} for name, settings in own.items()}

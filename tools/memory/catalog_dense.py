@@ -123,7 +123,7 @@ _USUAL_NAMES: dict[str, Config] = {
         **_MINICPM,
         "rope_scaling": {
             "type": "longrope",
-            # mlx_lm uses the long factors always, this runner the ones that the length asks for.
+            # mlx_lm always uses the long factors; this runner selects by sequence length.
             "short_factor": [2.0] * 16,
             "long_factor": [2.0] * 16,
             "original_max_position_embeddings": 1024,
@@ -148,7 +148,7 @@ _USUAL_NAMES: dict[str, Config] = {
     "olmo3": ALTERNATING,
     "phi": {"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.5},
     "phi3": {"original_max_position_embeddings": 4096},
-    # It clears the scores of tokens 100256 to 100351, whatever its vocabulary.
+    # The type masks the logits of tokens 100256 to 100351, whatever the vocabulary size.
     "phi3small": {
         "num_hidden_layers": 4,
         "vocab_size": 100352,

@@ -72,7 +72,7 @@ QWEN3_5_TEXT: Config = {
     "num_hidden_layers": 4,
     "full_attention_interval": 4,
     "tie_word_embeddings": False,
-    # mlx_lm reads no older ``rope_theta`` for these types; this runner does.
+    # mlx_lm ignores a top-level ``rope_theta`` for these types; this runner reads it.
     "rope_parameters": {
         "rope_type": "default",
         "rope_theta": 10000.0,
@@ -84,7 +84,7 @@ QWEN3_5_TEXT: Config = {
 QWEN3_5_EXPERTS: Config = {**MOE, "shared_expert_intermediate_size": 128}
 
 _USUAL_NAMES: dict[str, Config] = {
-    # With a tied head it calls the head that it then does not have.
+    # With a tied head, the type calls a head that does not exist.
     "baichuan_m1": {
         "tie_word_embeddings": False,
         "num_hidden_layers": 4,
@@ -96,7 +96,7 @@ _USUAL_NAMES: dict[str, Config] = {
     },
     "bailing_hybrid": {**_BAILING, **MLA},
     "bailing_moe_linear": {**_BAILING, "use_qk_norm": True},
-    # A checkpoint says so by its architecture; the type alone is the older `bailing_hybrid`.
+    # Checkpoints of v3 have the type `bailing_hybrid`, and are recognized by `architectures`.
     "bailing_moe_v3": {
         **_BAILING,
         **MLA,

@@ -50,8 +50,8 @@ _USUAL_NAMES: dict[str, Config] = {
     "deepseek_v2": {**_DEEPSEEK, "topk_method": "group_limited_greedy"},
     "deepseek_v3": _DEEPSEEK,
     "deepseek_v32": {**_DEEPSEEK, **_INDEXER},
-    # Of its layers, one has the window only, two make compressed entries and three choose
-    # among them; the others read what a layer before them made.
+    # One layer has only the window, two create compressed entries and three select among them;
+    # the others read those of an earlier layer.
     "deepseek_v41": {
         "num_hidden_layers": 5,
         "head_dim": 64,
@@ -139,7 +139,7 @@ _USUAL_NAMES: dict[str, Config] = {
     "phimoe": {
         "rope_scaling": {
             "type": "longrope",
-            # mlx_lm uses the long factors always, this runner the ones that the length asks for.
+            # mlx_lm always uses the long factors; this runner selects by sequence length.
             "short_factor": [2.0] * 16,
             "long_factor": [2.0] * 16,
             "short_mscale": 1.0,

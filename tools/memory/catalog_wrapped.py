@@ -85,7 +85,7 @@ _TEXTS: dict[str, Config] = {
     "qwen3_vl_moe": {**QWEN3_MOE, "model_type": "qwen3_moe"},
 }
 
-# What these hold beside `text_config` counts too.
+# For these types, settings outside `text_config` matter too.
 _WITH_MORE: dict[str, Config] = {
     "gemma3": {
         "vocab_size": 256,

@@ -1,4 +1,4 @@
-"""Measure the peak of a runner's process against its estimate."""
+"""Measurement of a runner's peak memory."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from runner_client import AsyncRunnerProcess, MemoryEstimate, Options
 from runner_client.types import Dtype
 
 BLAS_VARIABLE = "MEMORY_BLAS"
-"""The BLAS to measure with, as ``RunnerProcess(blas=...)`` has it; ``auto`` if it is not set."""
+"""Environment variable with the ``blas`` argument of the runner; ``auto`` if not set."""
 
 _IDLE_SECONDS = 5.0
 _PROMPT_SHARE = 0.25
-"""Of the context; the rest is generated, so that all streams run before the first one ends."""
+"""Share of the context used by the prompt. The rest is generated, so that all streams overlap."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is hosted.
+    """Settings a model is hosted with.
 
     Attributes:
-        dtype: The format of its weights.
-        parallel: Streams that run together.
-        context_length: Tokens that each of them comes to.
-        prefix_cache_bytes: The most for evaluated prompts; None for the default.
-        waits_idle: Whether the process is also measured when it has been idle.
+        dtype: Dtype of the weights in memory.
+        parallel: Number of concurrent streams.
+        context_length: Length that each stream reaches, in tokens.
+        prefix_cache_bytes: Limit of the prefix cache; None for the default.
+        waits_idle: Also measure the process after an idle period.
     """
 
     dtype: Dtype = "auto"
@@ -40,16 +40,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one runner took, in bytes.
+    """Memory of one runner, in bytes.
 
     Attributes:
-        estimate: What was estimated before.
-        peak_bytes: The highest resident set of the process.
-        mlx_peak_bytes: The highest that MLX held in arrays.
-        limit_bytes: The limit that was in force.
-        loaded_bytes: The resident set after the load.
-        idle_bytes: The resident set some seconds after the last stream; 0 if not measured.
-        prefix_bytes: Of it, evaluated prompts.
+        estimate: Estimate made before the load.
+        peak_bytes: Peak resident set of the process.
+        mlx_peak_bytes: Peak size of MLX's arrays.
+        limit_bytes: Memory limit in force.
+        loaded_bytes: Resident set after the load.
+        idle_bytes: Resident set a few seconds after the last stream; 0 if not measured.
+        prefix_bytes: Size of the prefix cache after the last stream.
     """
 
     estimate: MemoryEstimate
@@ -62,12 +62,12 @@ class Measured:
 
     @property
     def ratio(self) -> float:
-        """Peak over estimate."""
+        """Ratio of peak to estimate."""
         return self.peak_bytes / self.estimate.total_bytes
 
 
 def measure(model: Path, setting: Setting) -> Measured:
-    """Run every stream of a model to the end of its context, in a process of its own."""
+    """Host a model in a new process and run every stream to the end of the context."""
     return asyncio.run(_measure(model, setting))
 
 
@@ -105,7 +105,7 @@ async def _measure(model: Path, setting: Setting) -> Measured:
 
 
 async def _fill(runner: AsyncRunnerProcess, setting: Setting) -> None:
-    """Let every stream fill its context: different prompts, no end of text."""
+    """Fill the context of every stream, with distinct prompts and end of text suppressed."""
     model = (await runner.status()).model
     if model is None:
         raise RuntimeError("the runner has no model")

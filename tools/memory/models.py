@@ -1,4 +1,4 @@
-"""Model directories with tiny random models, written on the spot."""
+"""Model directories with tiny random models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SEED = 0
 _GROUP_SIZE = 64
 
 _NOISE = 0.02
-"""What is added to each weight: some start as zeros, which would leave parts without effect."""
+"""Noise added to each weight: weights initialized to zero would leave layers without effect."""
 
 _HEADS = ("lm_head", "embed_out")
 
@@ -25,15 +25,15 @@ _NEVER_IN_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))
 
 
 def scaled(model_type: str, **overrides: Any) -> dict[str, Any]:
-    """A configuration of the catalog with other sizes.
+    """Return a configuration of the catalog with other sizes.
 
     Args:
         model_type: A key of ``CONFIGS``.
-        overrides: Settings to change, wherever the type has them: beside ``text_config``,
-            in it, or both. A dict changes only the settings it names.
+        overrides: Settings to change wherever the type has them: at the top level, in
+            ``text_config``, or both. A dict changes only the settings it names.
 
     Returns:
-        A configuration of its own, safe to change.
+        A deep copy, safe to change.
 
     Raises:
         KeyError: The type is not in the catalog, or has no setting of that name.
@@ -49,7 +49,7 @@ def scaled(model_type: str, **overrides: Any) -> dict[str, Any]:
 
 
 class NotWrittenError(Exception):
-    """mlx_lm cannot write a model in the format asked for."""
+    """mlx_lm cannot write a model in the requested format."""
 
 
 def write_model(
@@ -61,20 +61,20 @@ def write_model(
 ) -> Path:
     """Write a model directory that ``mlx_lm.utils.load_model`` and the runner load.
 
-    As ``mlx_lm.convert`` does, it casts what the type allows to be cast, quantizes what can
-    be quantized, and saves the parameters under the names that the built model has.
+    Like ``mlx_lm.convert``, cast the weights that the type allows to be cast, quantize the
+    quantizable layers, and save the parameters under the names in the built model.
 
     Args:
-        directory: Where; made if it is not there.
-        config: What ``config.json`` is to hold.
-        dtype: Of the weights that are not quantized: float32, bfloat16 or float16.
+        directory: Target directory; created if missing.
+        config: Contents of ``config.json``.
+        dtype: Dtype of the weights that are not quantized: float32, bfloat16 or float16.
         bits: 4 or 8 for a quantized model.
 
     Returns:
-        The directory.
+        ``directory``.
 
     Raises:
-        NotWrittenError: mlx_lm cannot quantize this type of model.
+        NotWrittenError: mlx_lm cannot quantize this model type.
     """
     import mlx.core as mx
     from mlx.utils import tree_flatten
@@ -94,7 +94,7 @@ def write_model(
 
 
 def _settle_head(config: dict[str, Any], weights: Mapping[str, Any]) -> None:
-    """Say that the output layer is one of its own where the type has no other."""
+    """Set ``tie_word_embeddings`` to false if the weights include an output head."""
     if any(name.rpartition(".")[0].endswith(_HEADS) for name in weights):
         for part in (config, config.get("text_config", {})):
             if "tie_word_embeddings" in part:
@@ -112,7 +112,7 @@ def _build_model(config: Mapping[str, Any]) -> Any:
     from mlx.utils import tree_map_with_path
     from mlx_lm.utils import _get_classes
 
-    # Some types write into the configuration that they are given.
+    # Some types modify the configuration passed to them.
     config = copy.deepcopy(dict(config))
     mx.random.seed(_SEED)
     model_class, args_class = _get_classes(config)
@@ -125,7 +125,7 @@ def _randomized(path: str, weight: Any) -> Any:
     import mlx.core as mx
 
     if weight.dtype == mx.uint32:
-        # Weights that the type itself keeps quantized.
+        # Weights that the type stores quantized.
         return mx.random.randint(0, 2**32 - 1, weight.shape, dtype=mx.uint32)
     if not mx.issubdtype(weight.dtype, mx.floating) or path.endswith(".signs"):
         return weight
@@ -149,7 +149,7 @@ def _cast(model: Any, dtype: str) -> None:
 def _quantize(model: Any, config: dict[str, Any], bits: int) -> tuple[Any, dict[str, Any]]:
     from mlx_lm.utils import quantize_model
 
-    # mlx_lm prints its progress, and standard output is for results.
+    # quantize_model prints progress, and stdout is for results.
     with contextlib.redirect_stdout(sys.stderr):
         try:
             quantized: tuple[Any, dict[str, Any]] = quantize_model(model, config, _GROUP_SIZE, bits)
@@ -159,10 +159,10 @@ def _quantize(model: Any, config: dict[str, Any], bits: int) -> tuple[Any, dict[
 
 
 def _write_tokenizer(directory: Path) -> None:
-    """Write a tokenizer with a token for each byte, which fits a vocabulary of 256."""
+    """Write a tokenizer with one token per byte, which fits a vocabulary of 256."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    # Byte-level tokenizers write a byte of this range as the character of that number.
+    # Byte-level BPE maps each of these bytes to the character with the same code point.
     left_out = {chr(byte) for byte in _NEVER_IN_UTF8}
     characters = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - left_out)
     vocabulary = {token: i for i, token in enumerate([_END_TOKEN, *characters])}

@@ -1,4 +1,4 @@
-"""What ``make memory`` measures: models, and how they are hosted."""
+"""Rows of ``make memory``: models and the settings they are hosted with."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from tools.memory.measure import Setting
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """A row of the table.
 
     Attributes:
-        name: What is said of the model.
-        model_type: Its type, of the catalog.
-        sizes: Settings that are not the catalog's.
-        stored_dtype: The format of the files.
-        bits: Of a quantized model; None for one that is not.
-        setting: How it is hosted.
+        name: Label of the row.
+        model_type: Model type in the catalog.
+        sizes: Settings that override those of the catalog.
+        stored_dtype: Dtype of the stored weights.
+        bits: Bits of a quantized model; None if not quantized.
+        setting: Settings the model is hosted with.
     """
 
     name: str
@@ -50,7 +50,7 @@ _MUCH_KV = {
 
 
 def shaped() -> Iterator[Row]:
-    """Yield models of the shapes that people run, a hundred times smaller."""
+    """Yield models shaped like common ones, a hundred times smaller."""
     llama, name = _LLAMA, "Llama-shaped, 98 MiB"
     for parallel in (1, 8, 32):
         yield Row(name, "llama", Setting(parallel=parallel), llama)
@@ -79,7 +79,7 @@ def shaped() -> Iterator[Row]:
 
 
 def quick() -> Iterator[Row]:
-    """Yield a part that takes minutes without a fast BLAS too: what CI measures."""
+    """Yield the subset for CI, which takes minutes even without a fast BLAS."""
     chosen = {
         *("Llama-shaped, 98 MiB, prefix cache", "Llama-shaped, 98 MiB, 4-bit as stored"),
         *("sliding window (gemma3)", "latent attention (deepseek_v3)", "experts (qwen3_moe)"),
@@ -91,14 +91,14 @@ def quick() -> Iterator[Row]:
 
 
 def all_types(parallels: tuple[int, ...] = (1, 8, 32)) -> Iterator[Row]:
-    """Yield tiny models of every type that mlx_lm has."""
+    """Yield tiny models of every type in mlx_lm."""
     for model_type in CONFIGS:
         for parallel in parallels:
             yield Row(model_type, model_type, Setting(parallel=parallel))
 
 
 def all_formats() -> Iterator[Row]:
-    """Yield tiny models of every type, in other formats than float32."""
+    """Yield tiny models of every type in formats other than float32."""
     for model_type in CONFIGS:
         stored = Setting(dtype="as_stored", parallel=8)
         yield Row(f"{model_type}, bf16", model_type, Setting(parallel=8), {}, "bfloat16")

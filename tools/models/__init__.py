@@ -1,1 +1,1 @@
-"""Holds the runner's answers against mlx_lm's, for tiny models of every type that mlx_lm has."""
+"""Comparison of this runner with mlx_lm on tiny models of every type mlx_lm has."""

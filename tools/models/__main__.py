@@ -1,4 +1,4 @@
-"""``python -m tools.models``: the runner's answers against mlx_lm's, for every type of model."""
+"""Compare this runner with mlx_lm on every model type: ``python -m tools.models``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tools.models.check import Checker, Verdict
 from tools.models.table import document, row
 
 QUICK = ("llama", "gemma2", "gemma3_text", "mamba2", "qwen3_moe", "deepseek_v3", "llama4")
-"""One of each kind: plain, alone, windows, recurrent, experts, latent attention, chunks."""
+"""One type of each kind: plain, alone, windows, recurrent, experts, latent attention, chunks."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check types, print a line for each, and return 1 if one is wrong."""
+    """Check the types, print a line for each, and return 1 if any is wrong."""
     args = _parser().parse_args(argv)
     names = {"all": tuple(CONFIGS), "quick": QUICK}.get(args.types[0], tuple(args.types))
     if unknown := set(names) - set(CONFIGS):

@@ -1,4 +1,4 @@
-"""What is checked of one type of model."""
+"""Checks of one model type."""
 
 from __future__ import annotations
 
@@ -24,36 +24,38 @@ ALONE = "alone"
 NOT_TRIED = "-"
 
 _TOLERANCE_16_BITS = 0.2
-"""Batches of 16 bits are held against each row alone, not bit by bit."""
+"""Tolerance between a 16-bit row in a batch and the same row alone, in natural logarithms."""
 
 _CUT_MATTERS = {
     "plamo3": "mlx_lm lets a prompt see one token more than its cache of a window keeps, so that "
     "its own answers depend on how the prompt is cut, by up to 0.1 in log probabilities",
 }
-"""Types whose prefix cache is held to what mlx_lm differs from itself, and why."""
+"""Types for which mlx_lm itself depends on how a prompt is split, with the reason. Their prefix
+cache is checked with ``_TOLERANCE_OF_CUTS``."""
 
 _TOLERANCE_OF_CUTS = 0.1
 
 _MIB = 1 << 20
 
 _LONG = 150
-"""Tokens beyond the windows and chunks of all tiny models (32 to 64), and beyond one chunk of
-a prompt (128 on a CPU)."""
+"""Prompt length that exceeds the windows and chunks of every tiny model (32 to 64 tokens) and one
+prefill chunk (128 tokens on a CPU)."""
 
 
 @dataclass
 class Verdict:
-    """What was found of a type. Each is ``yes``, or says in words what is wrong.
+    """Results for one model type: each ``yes`` or a description of the fault.
 
     Attributes:
-        model_type: The type.
-        alone: One completion, against mlx_lm's own generation.
-        batch: Four staggered rows, against each alone; ``alone`` where it runs alone.
-        prefix: With prefix cache, against without.
-        narrow: As bfloat16, stored: batch against each alone.
-        quantized: 4 bits as stored, against mlx_lm; and in a batch.
-        dequantized: The same to float32.
-        notes: What the model warns of.
+        model_type: Name of the type.
+        alone: A single row compared with mlx_lm's own generation.
+        batch: Four staggered rows compared with each row alone; ``alone`` for types that cannot
+            be batched.
+        prefix: Generation with the prefix cache compared with generation without.
+        narrow: bfloat16 as stored: rows in a batch compared with each row alone.
+        quantized: 4 bits as stored, compared with mlx_lm, and in a batch.
+        dequantized: 4 bits dequantized to float32, compared in the same way.
+        notes: Warnings from the load.
     """
 
     model_type: str
@@ -67,17 +69,17 @@ class Verdict:
 
     @property
     def is_right(self) -> bool:
-        """Whether nothing is wrong."""
+        """True if every result is right or was not tried."""
         found = (self.alone, self.batch, self.prefix, self.narrow, self.quantized, self.dequantized)
         return all(each in (RIGHT, ALONE, NOT_TRIED) for each in found)
 
 
 class Checker:
-    """Checks types of models, one after another.
+    """Checker of model types.
 
     Args:
-        backend: The runner's model library, open on this thread.
-        quick: Leave out what takes long: other formats than float32.
+        backend: The runner's MLX backend, open on this thread.
+        quick: Check float32 only; the other formats take long.
     """
 
     def __init__(self, backend: MlxBackend, *, quick: bool = False) -> None:
@@ -85,7 +87,7 @@ class Checker:
         self._quick = quick
 
     def check(self, model_type: str) -> Verdict:
-        """Check a type of the catalog."""
+        """Run every check on a type of the catalog."""
         verdict = Verdict(model_type)
         verdict.alone = self._tried(self._float32, verdict)
         if not self._quick:
@@ -135,7 +137,7 @@ class Checker:
         return _against_mlx_lm(model, reference)
 
     def _prefix(self, path: Path, tolerance: float) -> str:
-        """Extensions, a divergence in the middle, the same again: with cache and without."""
+        """Compare cached and uncached runs of extended, diverging and repeated prompts."""
         prompts = [
             _prompt(_LONG),
             [*_prompt(_LONG), *_prompt(40, 5)],
@@ -163,14 +165,14 @@ class Checker:
             dtype=dtype,
             context_length=512,
             prefix_cache_bytes=prefix_cache_bytes,
-            # Answers are held against mlx_lm's own, whatever it leaves out.
+            # The reference is mlx_lm, even where it ignores settings of the model.
             allow_inexact=True,
         )
         return self._backend.load(spec, lambda _progress: None)
 
 
 def _prompt(length: int, step: int = 7) -> list[int]:
-    """A prompt of ids below 200, which every tiny model has; 0 would end the text."""
+    """Return a prompt of ids from 1 to 199: every tiny model has these ids, and 0 ends the text."""
     return [1 + (step * place * place + 3 * place) % 199 for place in range(length)]
 
 
@@ -180,7 +182,7 @@ def _rows() -> list[Row]:
 
 
 def _batch(model: LoadedModel, tolerance: float = TOLERANCE) -> str:
-    """Four rows together, against each alone."""
+    """Compare four rows in a batch with each row alone."""
     if model.info.parallel == 1:
         together(model.new_batch(), [Row(_prompt(_LONG))])
         return ALONE

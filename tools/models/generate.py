@@ -1,4 +1,4 @@
-"""Greedy generations with log probabilities: of this runner's batches, and of mlx_lm itself."""
+"""Greedy generation with log probabilities, in this runner's batches and with mlx_lm itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runner_server.engine.backend import Batch
 from runner_server.engine.types import NotFinite, Prefill, Sampling, TokenLogprob
 
 COUNT = 10
-"""Tokens of each generation."""
+"""Number of tokens to generate."""
 
 TOP = 20
 
@@ -22,13 +22,13 @@ _GREEDY = Sampling(temperature=0, logprobs=TOP)
 
 @dataclass
 class Row:
-    """A prompt, and what was generated for it.
+    """A prompt and the generated tokens.
 
     Attributes:
-        prompt: Its token ids.
-        late: The step before which it joins the batch.
-        said: The tokens.
-        cached: Of the prompt, tokens that were not evaluated again.
+        prompt: Token ids of the prompt.
+        late: Index of the step before which the row joins the batch.
+        said: Generated tokens with log probabilities.
+        cached: Prompt tokens taken from the prefix cache.
     """
 
     prompt: Sequence[int]
@@ -38,7 +38,7 @@ class Row:
 
 
 def together(batch: Batch, rows: Sequence[Row]) -> None:
-    """Generate for rows in one batch; each joins and leaves at its own time."""
+    """Generate for ``rows`` in one batch that rows join and leave at different steps."""
     waiting, active, step = dict(enumerate(rows)), dict[int, Row](), 0
     while waiting or active:
         for id_ in [id_ for id_, row in waiting.items() if row.late <= step]:
@@ -51,7 +51,7 @@ def together(batch: Batch, rows: Sequence[Row]) -> None:
 
 
 def _step(batch: Batch, active: dict[int, Row]) -> list[int]:
-    """Make a step; returns the rows that have ended."""
+    """Run one step and return the rows that have finished."""
     ended = []
     for event in batch.step():
         row = active[event.row]
@@ -69,7 +69,7 @@ def _step(batch: Batch, active: dict[int, Row]) -> list[int]:
 
 def by_mlx_lm(model: Any, prompt: Sequence[int]) -> list[TokenLogprob]:
     """Generate with mlx_lm's own ``generate_step``."""
-    # The package's name for it is that of a function.
+    # `mlx_lm.generate` is a function as an attribute of the package.
     from mlx_lm.generate import generate_step
 
     said = []
@@ -82,11 +82,11 @@ def by_mlx_lm(model: Any, prompt: Sequence[int]) -> list[TokenLogprob]:
 
 
 def mlx_lm_model(path: Path, *, wide: bool) -> Any:
-    """Load with mlx_lm alone.
+    """Load a model with mlx_lm only.
 
     Args:
-        path: The model's directory.
-        wide: Dequantize it, to float32.
+        path: Model directory.
+        wide: Dequantize the weights to float32.
     """
     from mlx_lm.utils import dequantize_model, load_model
 

@@ -1,4 +1,4 @@
-"""Whether two generations are alike, where near-ties may make their tokens differ."""
+"""Comparison of two generations whose tokens may diverge at a near-tie."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from runner_server.engine.types import TokenLogprob
 
 TOLERANCE = 2e-3
-"""Natural logarithms: what rounding makes in float32, with room."""
+"""In nats: the rounding error of float32, with a margin."""
 
 _LEAST_COMMON = 0.75
-"""Of the most likely ids; rounding moves those at the end of the list out of it."""
+"""Least share of the most likely ids in common; rounding can swap ids at the end of the list."""
 
 
 def difference(
@@ -19,7 +19,7 @@ def difference(
     """Compare log probabilities up to the first token that differs, which must be a near-tie.
 
     Returns:
-        What differs, in words; None if nothing does.
+        Description of the first difference; None if the generations agree.
     """
     if len(some) != len(others):
         return f"{len(some)} tokens, not {len(others)}"

@@ -1,4 +1,4 @@
-"""The table of docs/models.md."""
+"""Table of docs/models.md."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MARK = "<!-- `make models` writes what follows. -->"
 
 
 def document(path: Path, verdicts: Sequence[Verdict]) -> None:
-    """Replace the table of a page, which begins at its mark."""
+    """Replace everything after the marker of a page by summary and table."""
     text, mark, _ = path.read_text().partition(_MARK)
     if not mark:
         raise ValueError(f"{path} has no line {_MARK!r}")
@@ -27,21 +27,21 @@ def document(path: Path, verdicts: Sequence[Verdict]) -> None:
 
 
 def table(verdicts: Sequence[Verdict]) -> str:
-    """Return the rows of types, those that are left out too."""
+    """Return the table, including the types left out of the catalog."""
     rows = [row(verdict) for verdict in verdicts]
     left_out = [f"| {name} | - | - | - | - | - | - | {why} |" for name, why in LEFT_OUT.items()]
     return "\n".join([_HEAD, *sorted([*rows, *left_out], key=str.lower)])
 
 
 def row(verdict: Verdict) -> str:
-    """Return the line of a type."""
+    """Return the table row of a type."""
     v = verdict
     cells = (v.alone, v.batch, v.prefix, v.narrow, v.quantized, v.dequantized, _short(v.notes))
     return f"| {v.model_type} | " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
 
 
 def _short(notes: str) -> str:
-    """Return the reason alone where completions run so: the rest is the same for all."""
+    """Shorten the warning about unbatched rows to the reason; the rest is always the same."""
     return re.sub(r"completions run one after .* together rightly \((.*?)\)(?=;|$)", r"\1", notes)
 
 

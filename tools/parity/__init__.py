@@ -1,1 +1,1 @@
-"""Models saved by transformers: this runner gives the same log probabilities, or refuses."""
+"""Comparison of this runner with transformers on models that transformers saved."""

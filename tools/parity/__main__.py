@@ -1,8 +1,8 @@
-"""``python -m tools.parity FOLDER PAGE``: load what transformers saved, and compare the answers.
+"""Compare this runner with transformers: ``python -m tools.parity FOLDER PAGE``.
 
-The folder is what ``contender.py`` wrote. The page gets a row for each model: the largest
-difference of the twenty most likely log probabilities, or why the model was refused. Exits with
-1 where a model answers otherwise without a word.
+FOLDER is the output of ``contender.py``. PAGE is rewritten with a row for each model: the largest
+difference among the twenty most likely log probabilities, or the reason for a refusal. The exit
+code is 1 if any model differs without a warning.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from runner_client import Options, RunnerClient, RunnerError
 from tools.parity.serving import server
 
 TOLERANCE = 2e-3
-"""In nats. float32 on both sides differed by at most 1e-4 where the computation is the same."""
+"""In nats. In float32 the same computation differed by at most 1e-4."""
 
 _TOP = 20
 _NOTE_CHARS = 200
@@ -43,14 +43,14 @@ without a word fails `make parity`, which writes this page.
 
 @dataclass(frozen=True)
 class Row:
-    """One model.
+    """Result for one model.
 
     Attributes:
-        name: Its case.
+        name: Name of the case.
         verdict: ``"same"``, ``"refused"``, ``"warned"``, ``"not written"`` or
             ``"DIFFERS"``.
         difference: Largest difference of a log probability, in nats.
-        note: Warnings or the reason.
+        note: Warnings, or the reason for the missing comparison.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Row:
 
 
 def compare(client: RunnerClient, folder: Path) -> Row:
-    """Load one model, and hold its answer against the one of transformers."""
+    """Load one model and compare the log probabilities with those of transformers."""
     if (folder / "problem.txt").exists():
         return Row(folder.name, "not written", note=(folder / "problem.txt").read_text())
     expected = json.loads((folder / "expected.json").read_text())
@@ -83,7 +83,7 @@ def compare(client: RunnerClient, folder: Path) -> Row:
 
 
 def main() -> int:
-    """Compare all models below a folder, and write the page; returns the exit code."""
+    """Compare every model in the folder, write the page, and return the exit code."""
     root, page = Path(sys.argv[1]), Path(sys.argv[2])
     rows = []
     with server() as client:

@@ -1,4 +1,4 @@
-"""The models that are saved by transformers: types, and settings that change numbers."""
+"""Models to save with transformers: types, and settings that change the numbers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class Case:
     """A model to save.
 
     Attributes:
-        type: Its ``model_type``.
-        variant: What is special about it; empty for the usual settings.
-        changes: Settings other than the usual ones.
+        type: ``model_type`` of the model.
+        variant: Name of the variant; empty for the default settings.
+        changes: Settings that differ from the defaults.
     """
 
     type: str
@@ -22,7 +22,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """A name for a folder and a row."""
+        """Name of the folder and of the row in the table."""
         return f"{self.type}-{self.variant}" if self.variant else self.type
 
 
@@ -85,7 +85,7 @@ _OWN_SIZES: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2},
     "recurrent_gemma": {"lru_width": 64, "attention_window_size": 32, "num_key_value_heads": 1},
 }
-"""Types whose sizes depend on each other."""
+"""Sizes of the types whose sizes depend on each other."""
 
 CASES: tuple[Case, ...] = (
     *(Case(name) for name in _TYPES),

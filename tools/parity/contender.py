@@ -1,8 +1,8 @@
-"""Writes tiny models with transformers, and what transformers answers; runs in its own environment.
+"""Save tiny models with transformers: ``python -m tools.parity.contender FOLDER [TYPE...]``.
 
-``python -m tools.parity.contender FOLDER [TYPE...]``: one folder a case, as ``save_pretrained``
-leaves it, with a tokenizer and ``expected.json``: a prompt and the log probabilities of what may
-follow it.
+Writes a folder for each case, with the output of ``save_pretrained``, a tokenizer, and
+``expected.json``: a prompt and the log probabilities of the next token. Runs in a separate
+environment, since this project does not depend on PyTorch.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "initializer_range": 0.15,
 }
-"""Sizes that every type gets where it has a setting of that name."""
+"""Sizes applied to every type that has a setting of that name."""
 
 _LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type")
 
 
 def _sized(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return settings with small sizes; lists with an entry a layer are cut."""
+    """Return settings with small sizes, truncating lists that have one entry per layer."""
     result = copy.deepcopy(settings)
     for part in (result, result.get("text_config")):
         if not isinstance(part, dict):
@@ -85,7 +85,7 @@ def _write(case: Case, folder: Path) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, value in model.named_parameters():
-            # Norms start at ones and biases at zeros, which hides what is done with them.
+            # Norms start as ones and biases as zeros, which would hide whether they are applied.
             if value.ndim == 1:
                 value.add_(torch.randn_like(value) * 0.1)
             elif "embed" in name:
@@ -111,7 +111,7 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def main() -> int:
-    """Write the cases that the command line names, or all; returns the exit code."""
+    """Write the cases named on the command line, by default every one; return the exit code."""
     root, wanted = Path(sys.argv[1]), sys.argv[2:]
     for case in CASES:
         if wanted and case.name not in wanted and case.type not in wanted:
@@ -120,7 +120,7 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             _write(case, folder)
-        except Exception as error:  # noqa: BLE001 - a line of the table
+        except Exception as error:  # noqa: BLE001 - shown in the table
             text = f"{type(error).__name__}: {error}".splitlines()[0]
             (folder / "problem.txt").write_text(text)
     return 0

@@ -1,4 +1,4 @@
-"""A server of its own for a table."""
+"""Server for the comparison."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _COMMAND = (sys.executable, "-m", "runner_server", "--listen", "127.0.0.1:0", "-
 
 @contextmanager
 def server() -> Iterator[RunnerClient]:
-    """Start a server without a model; yields a client of it."""
+    """Start a server without a model and yield a client connected to it."""
     child = subprocess.Popen(
         _COMMAND,
         stdin=subprocess.PIPE,
