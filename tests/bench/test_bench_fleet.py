@@ -1,4 +1,4 @@
-"""Contenders take turns; one that fails is noted and the others go on."""
+"""Turn-taking of contenders, and handling of one that fails."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class _Unstartable(_Steady):
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the contenders were told, in order."""
+    """Calls on the contenders, in order."""
     log: list[str] = []
     kinds = {kind.name: kind for kind in (_Steady, _Other, _Unstartable)}
     monkeypatch.setattr(_Steady, "log", log, raising=False)

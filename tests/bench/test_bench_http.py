@@ -1,4 +1,4 @@
-"""What is read from mlx-lm's server."""
+"""Parsing of responses from mlx-lm's server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The load generator, on streams that are functions."""
+"""Load generator driving fake streams."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts are as long as they say, and none begins like another."""
+"""Length and distinctness of prompts."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def _greedy(**rates: float) -> Results:
 
 
 def _judged(results: Results, words: str) -> tuple[float, bool | None]:
-    """A target's figure, zero if it has none, and whether it is met."""
+    """Return the figure of a target, or zero if unmeasured, and whether the target is met."""
     (verdict,) = [verdict for verdict in evaluate(results) if words in verdict.target.what]
     return round(verdict.figure or 0.0, 6), verdict.met
 

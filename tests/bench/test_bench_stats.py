@@ -1,4 +1,4 @@
-"""The statistics of the benchmark."""
+"""Statistics of the benchmark."""
 
 from __future__ import annotations
 

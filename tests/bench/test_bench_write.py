@@ -1,4 +1,4 @@
-"""Where a run's figures, plots and report go."""
+"""Output files of a benchmark run."""
 
 from __future__ import annotations
 

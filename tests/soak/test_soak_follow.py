@@ -1,4 +1,4 @@
-"""One stream of the soak, followed to whatever its end is."""
+"""Follower of one soak stream, for every kind of ending."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ async def test_wrong_requests_that_are_served_are_a_problem(loaded: Server) -> N
 
 
 class _Stub:
-    """Answers with messages that no server should send."""
+    """Stub that returns fixed messages, including invalid ones."""
 
     def __init__(self, *messages: pb.CompletionResponse) -> None:
         self._messages = messages
@@ -119,7 +119,7 @@ class _Stub:
             yield message
 
     def cancel(self) -> None:
-        """As of a call."""
+        """Do nothing; part of the interface of a call."""
 
 
 TOKEN = pb.CompletionResponse(content="x", token_ids=[7])

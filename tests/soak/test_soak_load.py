@@ -1,4 +1,4 @@
-"""The load of the soak: its mix, its pace, and how failures are judged."""
+"""Load of the soak: request mix, pace, and classification of failures."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def _orders(count: int, seed: int = 0) -> list[Order]:
 
 
 def _refusal(request: pb.CompletionRequest) -> str:
-    """The reason the server's own checks give; empty if they let it pass."""
+    """Return the reason given by the server's validation; empty for a valid request."""
     try:
         sampling = check_completion(request, MODEL)
-        # The tokenizer of the demo model makes fewer tokens than this of such text.
+        # An upper bound of the tokens that the demo model's tokenizer makes of this text.
         ids = list(request.prompt_token_ids.ids) or [7] * (len(request.prompt) // 2)
         completion_spec(request, sampling, MODEL, ids)
     except RunnerFault as fault:
@@ -94,7 +94,7 @@ def test_the_known_set_has_one_text_each() -> None:
 
 
 def test_the_pace_finds_twice_the_capacity_and_keeps_it() -> None:
-    """A server that ends 20 a second, whatever is sent, if that is not less."""
+    # Simulates a server that finishes at most 20 requests a second.
     pace, capacity, now, ends = Pace(0.0), 20.0, 0.0, 0.0
     rates = []
     for _ in range(600):
@@ -147,7 +147,7 @@ def test_failures_that_were_meant_are_no_problems(
         (PLAIN, Failure(grpc.StatusCode.INTERNAL, "MLX raised", "GENERATION_FAILED")),
         (PLAIN, Failure(grpc.StatusCode.UNKNOWN, "KeyError")),
         (PLAIN, Failure(grpc.StatusCode.UNAVAILABLE, "Socket closed")),
-        # The right reason under another code.
+        # The expected reason with another status code.
         (PLAIN, Failure(grpc.StatusCode.INTERNAL, "full", "QUEUE_FULL", 1.5)),
         (replace(PLAIN, wrong="PROMPT_TOO_LONG"), FIELD),
         (replace(PLAIN, wrong="INVALID_FIELD"), FULL),

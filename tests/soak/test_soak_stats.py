@@ -1,4 +1,4 @@
-"""The arithmetic of the soak."""
+"""Statistics of the soak."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_first_quarter_is_the_warm_up() -> None:
         ([5, 5, 5], 0),
         ([5, 9, 5, 5, 5, 5], -2),
         ([1, 2, 3, 4, 5, 6, 7, 8, 9], 6),
-        # A peak is no growth.
+        # A temporary peak does not count.
         ([5, 5, 5, 50, 50, 50, 5, 5, 60], 0),
     ],
 )

@@ -1,4 +1,4 @@
-"""What the soak lets pass, and what it does not."""
+"""Checks of the soak, each with a failing run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _sample(second: int) -> Sample:
 
 
 def _run() -> Run:
-    """A run that holds."""
+    """Return a passing run."""
     tally = Tally(sent=40, tokens=999, compared=5, prefixes=2)
     tally.endings.update(
         {Ending.DONE: 12, Ending.CANCELLED: 6, Ending.REFUSED: 19, Ending.REJECTED: 3}
