@@ -93,7 +93,7 @@ async def test_the_warm_up_does_not_count(log: list[str]) -> None:
     assert WARM_UP < 0
 
 
-async def test_who_cannot_be_started_is_noted_and_the_others_go_on(log: list[str]) -> None:
+async def test_a_contender_that_cannot_start_is_recorded_and_dropped(log: list[str]) -> None:
     results = Results()
     fleet = await _started(["unstartable", "steady"], results)
     why = "it is not installed"
@@ -103,7 +103,7 @@ async def test_who_cannot_be_started_is_noted_and_the_others_go_on(log: list[str
     assert log[-1] == "stop steady"
 
 
-async def test_who_fails_in_a_turn_is_ended_and_takes_no_further_part(log: list[str]) -> None:
+async def test_a_contender_that_fails_in_a_turn_is_stopped_and_dropped(log: list[str]) -> None:
     results = Results()
     fleet = await _started(["steady", "other"], results)
 

@@ -24,7 +24,7 @@ def _reader(*parts: bytes) -> asyncio.StreamReader:
     return reader
 
 
-async def test_tokens_are_what_the_usage_says() -> None:
+async def test_token_counts_come_from_the_usage() -> None:
     record = Record()
     keepalive = b": keepalive 3/7\n\n"
     reader = _reader(_HEAD, keepalive, _TOKEN, _TOKEN, _EMPTY, _USAGE, b"data: [DONE]\n\n")
@@ -34,17 +34,17 @@ async def test_tokens_are_what_the_usage_says() -> None:
     assert (record.prompt_tokens, record.completion_tokens) == (7, 3)
 
 
-async def test_a_stream_that_just_ends_has_failed() -> None:
+async def test_a_stream_without_done_fails() -> None:
     with pytest.raises(ContenderError, match="before its end was announced"):
         await _take_stream(_reader(_TOKEN), Record())
 
 
-async def test_an_error_is_said_in_words() -> None:
+async def test_an_http_error_includes_the_body() -> None:
     reader = _reader(b"HTTP/1.0 404 Not Found\r\n\r\n", b'{"error": "generation thread died"}')
     with pytest.raises(ContenderError, match="generation thread died"):
         await _read_head(reader)
 
 
-async def test_a_closed_connection_is_said_in_words() -> None:
+async def test_a_closed_connection_is_reported() -> None:
     with pytest.raises(ContenderError, match="closed the connection"):
         await _read_head(_reader())

@@ -55,7 +55,7 @@ async def test_a_failed_background_stream_fails_the_run() -> None:
         await drive(fail, [Request(_PROMPT, 1, background=True), Request(_PROMPT, 100)])
 
 
-async def test_a_call_that_the_server_cancels_has_failed_and_interrupts_nobody() -> None:
+async def test_a_call_cancelled_by_the_server_fails_the_run() -> None:
     async def cancelled(_: Request, __: Record) -> None:
         raise asyncio.CancelledError
 
@@ -79,7 +79,7 @@ async def test_too_few_tokens_fail_the_run() -> None:
         await drive(stop_early, [Request(_PROMPT, 3)])
 
 
-async def test_polling_gives_each_call_until_it_is_cancelled() -> None:
+async def test_poll_returns_every_call_once_cancelled() -> None:
     third = asyncio.Event()
     calls = 0
 

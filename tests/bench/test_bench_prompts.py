@@ -20,7 +20,7 @@ def prompts(tmp_path: Path) -> Prompts:
     return Prompts(tmp_path)
 
 
-def test_a_prompt_has_as_many_tokens_as_asked(prompts: Prompts) -> None:
+def test_a_prompt_has_the_requested_number_of_tokens(prompts: Prompts) -> None:
     for count in (1, 8, 300):
         prompt = prompts.words(count)
         assert len(prompt.token_ids) == count
@@ -32,7 +32,7 @@ def test_no_two_prompts_begin_alike(prompts: Prompts) -> None:
     assert len(set(beginnings)) == len(beginnings)
 
 
-def test_a_shared_beginning_is_shared_and_the_rest_is_not(prompts: Prompts) -> None:
+def test_prompts_share_only_the_given_beginning(prompts: Prompts) -> None:
     shared = prompts.words(20)
     one, other = (prompts.words(40, shared).token_ids for _ in range(2))
     assert one[:20] == other[:20] == shared.token_ids

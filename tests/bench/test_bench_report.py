@@ -77,7 +77,7 @@ def test_a_cell_is_median_and_spread_with_its_unit(
     assert tables.spread(summarize(values), metric) == words
 
 
-def test_a_table_has_a_row_for_each_contender_and_a_dash_for_what_is_missing() -> None:
+def test_a_table_has_a_row_for_each_contender_and_a_dash_for_missing_values() -> None:
     results = _results(
         ("greedy", "demo", "ours", "rate", 1, [100.0]),
         ("greedy", "demo", "ours", "rate", 8, [300.0]),
@@ -97,17 +97,17 @@ def test_a_target_compares_with_the_best_peer() -> None:
     assert _judged(results, "demo: greedy over gRPC / direct, 16") == (1.3, True)
 
 
-def test_a_missed_target_says_its_figure() -> None:
+def test_a_missed_target_has_a_figure() -> None:
     results = _greedy(ours=120.0, server=100.0)
     assert _judged(results, "demo: greedy / best peer") == (1.2, False)
 
 
-def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
+def test_an_unmeasured_target_is_neither_met_nor_missed() -> None:
     assert _judged(_greedy(ours=120.0), "demo: greedy / best peer") == (0.0, None)
     assert all(verdict.met is None for verdict in evaluate(_results()))
 
 
-def test_the_best_of_times_is_the_shortest() -> None:
+def test_the_best_peer_time_is_the_shortest() -> None:
     results = _results(
         ("start", "llama-1m", "ours", "start_seconds", 1, [0.6, 0.7, 0.8]),
         ("start", "llama-1m", "mlx-lm server", "start_seconds", 1, [1.0]),

@@ -13,7 +13,7 @@ def test_a_summary_is_median_and_spread() -> None:
     assert (summary.median, summary.low, summary.high, summary.count) == (2.0, 1.0, 5.0, 3)
 
 
-def test_nothing_measured_has_no_summary() -> None:
+def test_summaries_need_at_least_one_value() -> None:
     with pytest.raises(ValueError, match="nothing was measured"):
         summarize([])
     with pytest.raises(ValueError, match="nothing was measured"):
@@ -31,7 +31,7 @@ def test_a_percentile_is_a_measured_value(percent: float, value: float) -> None:
     ("left", "right", "length"),
     [([1, 2, 3], [1, 2, 4], 2), ([1, 2], [1, 2, 3], 2), ([], [1], 0), ([7], [8], 0)],
 )
-def test_sequences_agree_up_to_the_first_other_item(
+def test_the_common_prefix_ends_at_the_first_difference(
     left: list[int], right: list[int], length: int
 ) -> None:
     assert common_prefix(left, right) == length
@@ -49,19 +49,21 @@ def test_a_stream_is_counted_from_its_request() -> None:
     assert record.decode_rate == pytest.approx(1.5)
 
 
-def test_a_gap_that_never_ended_is_a_gap() -> None:
+def test_the_longest_gap_includes_both_ends_of_the_interval() -> None:
     record = Record(chunks=[(0.0, 1), (1.0, 1), (1.2, 1)])
     assert longest_gap(record, 0.9, 5.0) == pytest.approx(3.8)
     assert longest_gap(record, 0.0, 1.2) == pytest.approx(1.0)
 
 
-def test_a_stream_without_tokens_has_no_first_one() -> None:
+def test_a_stream_without_tokens_has_no_first_token() -> None:
     with pytest.raises(ContenderError, match="no token"):
         _ = Record(sent=1.0).ttft_seconds
 
 
 @pytest.mark.parametrize(("prompt_tokens", "completion_tokens"), [(2, 5), (3, 4)])
-def test_work_that_was_not_done_is_no_result(prompt_tokens: int, completion_tokens: int) -> None:
+def test_a_record_with_wrong_token_counts_fails_the_check(
+    prompt_tokens: int, completion_tokens: int
+) -> None:
     request = Request(Prompt(" a b c", (1, 2, 3)), max_tokens=5)
     record = Record(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
     with pytest.raises(ContenderError, match="asked for 5 tokens after 3"):

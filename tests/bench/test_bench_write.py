@@ -41,7 +41,7 @@ def _results() -> Results:
     return Results(_ABOUT, {Key("greedy", "demo", "ours", "rate", 16): [1.0, 2.0]})
 
 
-def test_a_full_run_writes_the_report_with_links_that_lead_somewhere(root: Path) -> None:
+def test_a_full_run_writes_the_report_with_working_links(root: Path) -> None:
     folder = root / "bench" / "results"
     program._write(_results(), folder, 3, full=True)
     report = (root / "docs" / "benchmarks.md").read_text(encoding="utf-8")
@@ -50,7 +50,7 @@ def test_a_full_run_writes_the_report_with_links_that_lead_somewhere(root: Path)
     assert Results.read(folder / "results.json").series == _results().series
 
 
-def test_any_other_run_leaves_the_report_alone(root: Path) -> None:
+def test_a_partial_run_does_not_touch_the_report(root: Path) -> None:
     folder = root / "bench" / ".scratch"
     program._write(_results(), folder, 3, full=False)
     assert "(./throughput-demo.png)" in (folder / "benchmarks.md").read_text(encoding="utf-8")

@@ -35,13 +35,13 @@ async def test_a_whole_stream_is_done(loaded: Server) -> None:
     assert outcome.queue_seconds is not None
 
 
-async def test_it_is_cancelled_after_a_message(loaded: Server) -> None:
+async def test_a_stream_is_cancelled_after_a_message(loaded: Server) -> None:
     outcome = await _follow(loaded, _order(count=4000, cancel_messages=1))
     assert (outcome.ending, outcome.problem) == (Ending.CANCELLED, "")
     await loaded.settled()
 
 
-async def test_it_is_cancelled_in_the_queue(loaded: Server) -> None:
+async def test_a_queued_request_is_cancelled(loaded: Server) -> None:
     loaded.backend.step_gate.shut()
     outcome = await _follow(loaded, _order(cancel_seconds=0.05))
     assert (outcome.ending, outcome.problem) == (Ending.CANCELLED, "")
@@ -49,12 +49,12 @@ async def test_it_is_cancelled_in_the_queue(loaded: Server) -> None:
     await loaded.settled()
 
 
-async def test_what_ends_before_it_is_cancelled_is_done(loaded: Server) -> None:
+async def test_a_stream_that_ends_before_the_cancellation_is_done(loaded: Server) -> None:
     outcome = await _follow(loaded, _order(count=2, cancel_seconds=15.0))
     assert (outcome.ending, outcome.problem) == (Ending.DONE, "")
 
 
-async def test_its_deadline_passes(loaded: Server) -> None:
+async def test_a_request_past_its_deadline_is_expired(loaded: Server) -> None:
     loaded.backend.step_gate.shut()
     outcome = await _follow(loaded, _order(deadline_seconds=0.05))
     assert (outcome.ending, outcome.problem) == (Ending.EXPIRED, "")
@@ -70,7 +70,7 @@ async def test_a_stream_without_end_is_stuck(
     assert "stuck" in outcome.problem
 
 
-async def test_a_reader_that_stops_has_more_time(
+async def test_a_reader_that_stops_extends_the_time_limit(
     loaded: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(follow, "STREAM_SECONDS", 5.0)
@@ -86,7 +86,7 @@ async def test_a_failed_step_is_a_problem(loaded: Server) -> None:
     assert "GENERATION_FAILED" in outcome.problem
 
 
-async def test_a_full_queue_tells_its_delay(start_server: StartServer) -> None:
+async def test_a_full_queue_gives_a_retry_delay(start_server: StartServer) -> None:
     server = await start_server(max_queued=1)
     await server.load(parallel=1)
     server.backend.step_gate.shut()
@@ -99,7 +99,7 @@ async def test_a_full_queue_tells_its_delay(start_server: StartServer) -> None:
         call.cancel()
 
 
-async def test_wrong_requests_that_are_served_are_a_problem(loaded: Server) -> None:
+async def test_serving_an_invalid_request_is_a_problem(loaded: Server) -> None:
     outcome = await _follow(loaded, _order(wrong="INVALID_FIELD"))
     assert outcome.ending is Ending.DONE
     assert "INVALID_FIELD" in outcome.problem
@@ -136,7 +136,7 @@ END = pb.CompletionResponse(done=True, done_reason=pb.DONE_REASON_LENGTH, eval_c
         ([TOKEN, END], Ending.DONE, ""),
     ],
 )
-async def test_what_a_stream_says_of_itself_is_checked(
+async def test_the_last_message_is_checked(
     messages: list[pb.CompletionResponse], ending: Ending, words: str
 ) -> None:
     stub: Any = _Stub(*messages)
@@ -168,7 +168,7 @@ ALONE = Answer("abc", (1, 2, 3))
         (Ending.CANCELLED, Answer("", ()), 0),
     ],
 )
-async def test_the_known_set_is_compared_as_far_as_it_came(
+async def test_partial_answers_of_the_known_set_are_compared(
     ending: Ending, answer: Answer, differing: int
 ) -> None:
     tally, nobody = Tally(), Any

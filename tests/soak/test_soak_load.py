@@ -62,7 +62,7 @@ def test_the_planned_share_is_cancelled() -> None:
     assert share == pytest.approx(CANCELLED_SHARE, abs=0.03)
 
 
-def test_there_is_some_of_everything() -> None:
+def test_the_mix_covers_every_kind_of_request() -> None:
     orders = _orders(2000)
     requests = [order.request for order in orders]
     assert any(order.deadline_seconds for order in orders)
@@ -78,13 +78,13 @@ def test_there_is_some_of_everything() -> None:
     assert min(lengths) < 30 < 1000 < max(lengths)
 
 
-def test_requests_are_in_order_or_wrong_as_planned() -> None:
+def test_requests_are_valid_or_invalid_as_planned() -> None:
     for order in _orders(2000):
         assert _refusal(order.request) == order.wrong
     assert {order.wrong for order in _orders(2000)} == {"", "INVALID_FIELD", "PROMPT_TOO_LONG"}
 
 
-def test_the_known_set_has_one_text_each() -> None:
+def test_the_known_set_is_reproducible() -> None:
     known = known_set(CORPUS, 0, 50)
     for request in known:
         assert request.options.HasField("seed") or not request.options.temperature
@@ -133,9 +133,7 @@ LATE = Failure(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
         (replace(PLAIN, wrong="INVALID_FIELD"), FIELD, Ending.REJECTED),
     ],
 )
-def test_failures_that_were_meant_are_no_problems(
-    order: Order, failure: Failure, ending: Ending
-) -> None:
+def test_expected_failures_are_not_problems(order: Order, failure: Failure, ending: Ending) -> None:
     assert judge(order, failure) == (ending, "")
 
 
@@ -153,14 +151,14 @@ def test_failures_that_were_meant_are_no_problems(
         (replace(PLAIN, wrong="INVALID_FIELD"), FULL),
     ],
 )
-def test_all_other_failures_are(order: Order, failure: Failure) -> None:
+def test_other_failures_are_problems(order: Order, failure: Failure) -> None:
     ending, problem = judge(order, failure)
     assert ending is Ending.FAILED
     assert failure.code.name in problem
 
 
 @pytest.mark.parametrize("delay", [None, 0.0, -1.0, 61.0])
-def test_a_full_queue_has_to_say_when_to_come(delay: float | None) -> None:
+def test_a_full_queue_without_a_valid_retry_delay_is_a_problem(delay: float | None) -> None:
     ending, problem = judge(PLAIN, replace(FULL, retry_seconds=delay))
     assert ending is Ending.REFUSED
     assert "retry in" in problem

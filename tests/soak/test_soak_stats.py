@@ -14,12 +14,12 @@ def _sample(seconds: float, rss_bytes: int = 0, cache_bytes: int = 0) -> Sample:
     return Sample(seconds, 0.0, 0, 0, rss_bytes, 0, cache_bytes, 0, 0.0, 0, 0)
 
 
-def test_the_slope_of_a_line_is_its_slope() -> None:
+def test_points_on_a_line_give_the_slope_of_the_line() -> None:
     assert slope([1, 2, 4], [5, 7, 11]) == pytest.approx(2)
     assert slope([0, 1, 2], [3, 3, 3]) == 0
 
 
-def test_the_slope_leaves_the_least_squares() -> None:
+def test_the_slope_minimizes_the_squared_residuals() -> None:
     xs = [float(i * i % 97) for i in range(50)]
     ys = [3 * x + (17 * i % 41 - 20) for i, x in enumerate(xs)]
     best = slope(xs, ys)
@@ -40,12 +40,12 @@ def test_a_slope_needs_two_points(xs: list[float], ys: list[float]) -> None:
         slope(xs, ys)
 
 
-def test_the_resident_set_grows_in_mebibytes_an_hour() -> None:
+def test_the_slope_of_the_resident_set_is_in_mebibytes_per_hour() -> None:
     samples = [_sample(second, 100 * MIB + second * MIB) for second in range(10)]
     assert rss_slope(samples) == pytest.approx(3600)
 
 
-def test_what_mlx_keeps_for_reuse_can_be_left_out() -> None:
+def test_the_own_slope_excludes_the_buffer_cache() -> None:
     samples = [_sample(second, (100 + 3 * second) * MIB, second * MIB) for second in range(10)]
     assert rss_slope(samples) == pytest.approx(3 * 3600)
     assert own_slope(samples) == pytest.approx(2 * 3600)
@@ -66,7 +66,7 @@ def test_the_first_quarter_is_the_warm_up() -> None:
         ([5, 5, 5, 50, 50, 50, 5, 5, 60], 0),
     ],
 )
-def test_growth_is_between_the_thirds(values: list[int], more: int) -> None:
+def test_growth_compares_the_last_third_with_the_first(values: list[int], more: int) -> None:
     assert growth(values) == more
 
 

@@ -118,7 +118,7 @@ def _stay_busy(run: Run) -> None:
     run.idle_seconds = None
 
 
-def _be_ill(run: Run) -> None:
+def _be_unhealthy(run: Run) -> None:
     run.is_serving = False
 
 
@@ -148,12 +148,12 @@ def _log_a_traceback(run: Run) -> None:
         (_answer_late, ["Status p99, ms"]),
         (_sample_nothing, ["samples after the warm-up"]),
         (_stay_busy, ["idle after the end, s"]),
-        (_be_ill, ["health"]),
+        (_be_unhealthy, ["health"]),
         (_be_killed, ["exit code"]),
         (_log_a_traceback, ["tracebacks in its log"]),
     ],
 )
-def test_each_thing_that_is_wrong_fails_the_run(
+def test_every_fault_fails_the_matching_check(
     spoil: Callable[[Run], None], names: list[str]
 ) -> None:
     run = _run()
@@ -161,7 +161,7 @@ def test_each_thing_that_is_wrong_fails_the_run(
     assert _bad(run) == names
 
 
-def test_growth_before_the_warm_up_is_over_is_not_judged() -> None:
+def test_growth_during_the_warm_up_is_ignored() -> None:
     run = _run()
     run.samples = [
         replace(sample, rss_bytes=MIB) if sample.seconds < 0.25 * SECONDS else sample
@@ -170,7 +170,7 @@ def test_growth_before_the_warm_up_is_over_is_not_judged() -> None:
     assert _bad(run) == []
 
 
-def test_what_mlx_keeps_for_reuse_may_grow_to_its_limit() -> None:
+def test_the_buffer_cache_may_grow_up_to_its_limit() -> None:
     run = _run()
     run.samples = [
         replace(each, cache_bytes=int(each.seconds) * MIB, rss_bytes=int(each.seconds) * MIB)
@@ -179,18 +179,18 @@ def test_what_mlx_keeps_for_reuse_may_grow_to_its_limit() -> None:
     assert _bad(run) == []
 
 
-def test_a_longer_run_is_judged_more_strictly() -> None:
+def test_a_longer_run_has_a_stricter_bound() -> None:
     assert rss_bound(90) == pytest.approx(664)
     assert rss_bound(22.5 * 60) == pytest.approx(67, abs=1)
     assert rss_bound(1e9) == pytest.approx(24, abs=0.1)
 
 
-def test_what_was_sent_for_each_taken_on_leaves_out_what_was_wrong() -> None:
+def test_the_overload_excludes_invalid_requests() -> None:
     assert _run().tally.overload == pytest.approx(37 / 18)
     assert Tally().overload == 0
 
 
-def test_problems_are_counted_beyond_those_kept() -> None:
+def test_problems_are_counted_beyond_the_number_kept() -> None:
     tally = Tally()
     for _ in range(1000):
         tally.note_problem("again")
@@ -209,7 +209,7 @@ def test_the_figures_can_be_read_again(tmp_path: Path) -> None:
     assert len(whole["samples"][0]) == len(whole["sample_columns"])
 
 
-def test_the_table_says_whether_it_holds() -> None:
+def test_the_table_ends_with_the_verdict() -> None:
     run = _run()
     assert table(run, judge(run)).endswith("the soak holds")
     _raise(run)
@@ -219,7 +219,7 @@ def test_the_table_says_whether_it_holds() -> None:
     assert shown.endswith("the soak fails: 1 of 16 checks")
 
 
-def test_only_a_full_run_writes_what_is_committed() -> None:
+def test_only_a_full_run_writes_the_committed_results() -> None:
     assert program.parse_args([]).out == paths.RESULTS
     assert program.parse_args(["--minutes", "29"]).out == paths.SCRATCH
     assert program.parse_args(["--minutes", "2", "--out", "x"]).out == Path("x")
