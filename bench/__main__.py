@@ -30,19 +30,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Measures this runner beside its peers. A full run writes bench/results and "
-        "docs/benchmarks.md; any other writes bench/.scratch.",
+        description="Benchmark this runner against its peers. A full run writes bench/results and "
+        "docs/benchmarks.md; any other run writes bench/.scratch.",
     )
-    parser.add_argument("--quick", action="store_true", help="the five-minute version")
+    parser.add_argument("--quick", action="store_true", help="run the five-minute version")
     parser.add_argument(
-        "--only", choices=MEASURES, action="append", help="this measure; repeatable"
+        "--only", choices=MEASURES, action="append", help="run only this measure; repeatable"
     )
-    parser.add_argument("--contenders", help="these, comma-separated: " + ", ".join(CONTENDERS))
-    parser.add_argument("--render", action="store_true", help="measure nothing; render again")
+    parser.add_argument("--contenders", help="comma-separated subset of: " + ", ".join(CONTENDERS))
+    parser.add_argument(
+        "--render", action="store_true", help="render the last results without measuring"
+    )
     arguments = parser.parse_args(argv)
     names = arguments.contenders.split(",") if arguments.contenders else list(CONTENDERS)
     if unknown := [name for name in names if name not in CONTENDERS]:
-        parser.error(f"no such contender: {', '.join(unknown)}")
+        parser.error(f"unknown contender: {', '.join(unknown)}")
     arguments.contenders = tuple(names)
     return arguments
 
@@ -64,7 +66,7 @@ def main() -> int:
         try:
             asyncio.run(_measure(settings, names, results))
         except (KeyboardInterrupt, asyncio.CancelledError):
-            logger.warning("stopped; every process that was started is ended")
+            logger.warning("stopped; all child processes have exited")
             return 130
     _write(results, folder, settings.rounds, full=full)
     return 0

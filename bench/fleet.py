@@ -97,7 +97,7 @@ class Fleet:
         try:
             await work
         except (ContenderError, OSError, TimeoutError) as error:
-            why = str(error) or f"no end within {_TURN_SECONDS:.0f} s"
+            why = str(error) or f"not finished within {_TURN_SECONDS:.0f} s"
             logger.warning("%s, %s, %s: %s", measure, self.model, name, why)
             self._results.fail(name, f"{measure}, {self.model}", why)
             await self._members.pop(name).stop()

@@ -153,7 +153,7 @@ def _write_demo(path: Path) -> None:
 
     weights = mx.load(str(DEMO_MODEL / "model.safetensors"))
     if not isinstance(weights, dict):
-        raise TypeError("the demo's weights are no safetensors file")
+        raise TypeError("the demo model's weights are not a safetensors file")
     weights = {key: value.astype(mx.float32) for key, value in weights.items()}
     mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "mlx"})
     config = json.loads((DEMO_MODEL / "config.json").read_text(encoding="utf-8"))

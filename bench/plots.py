@@ -54,7 +54,7 @@ def _timeline(results: Results, folder: Path) -> str:
     pane.axvline(0, color="black", linewidth=1)
     pane.set(
         title=f"A {arrival.LONG_TOKENS:,}-token prompt arrives at 0; triangle: its first token",
-        xlabel="seconds; each tick is a message of the stream that was running",
+        xlabel="seconds; each tick is a message of the running stream",
         yticks=range(len(names)),
         yticklabels=names,
         xlim=(-0.5, None),
@@ -67,8 +67,8 @@ def _prompt_length(results: Results, folder: Path) -> str:
     figure, (pane,) = _panes(1)
     _lines(pane, results, "prompt-length", growth.MODEL, "ttft_seconds")
     pane.set(
-        title=f"{growth.MODEL}, a prompt alone",
-        xlabel="tokens of the prompt",
+        title=f"{growth.MODEL}, a single prompt",
+        xlabel="prompt tokens",
         ylabel="seconds to the first token",
         xscale="log",
         yscale="log",
@@ -93,7 +93,8 @@ def _prefix(results: Results, folder: Path) -> str:
         )
         pane.bar_label(bars, fmt="%.0f")
     pane.set(
-        title=f"{prefix.PROMPT_TOKENS:,}-token prompt; shared: all but {prefix.FRESH_TOKENS} seen",
+        title=f"{prefix.PROMPT_TOKENS:,}-token prompt; "
+        f"shared: all but {prefix.FRESH_TOKENS} tokens seen",
         xticks=range(len(names)),
         xticklabels=names,
         ylabel="milliseconds to the first token",
@@ -104,10 +105,10 @@ def _prefix(results: Results, folder: Path) -> str:
 
 def _cache_entries(results: Results, folder: Path) -> str:
     figure, panes = _panes(2)
-    words = {"unrelated": "a prompt that shares nothing", "hit": "a prompt seen but for its end"}
+    words = {"unrelated": "an unrelated prompt", "hit": "a prompt with a cached prefix"}
     for pane, (kind, title) in zip(panes, words.items(), strict=True):
         _lines(pane, results, "cache-entries", growth.MODEL, f"{kind}_ttft_seconds")
-        pane.set(title=title, xlabel="prompts seen before", ylabel="seconds to first token", ylim=0)
+        pane.set(title=title, xlabel="earlier prompts", ylabel="seconds to first token", ylim=0)
     return _save(figure, panes, folder, "cache-entries.png")
 
 

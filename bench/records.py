@@ -70,7 +70,7 @@ class Record:
     def first(self) -> float:
         """Arrival time of the first token."""
         if not self.chunks:
-            raise ContenderError("a stream brought no token")
+            raise ContenderError("a stream returned no token")
         return self.chunks[0][0]
 
     @property
@@ -97,8 +97,8 @@ class Record:
         wanted = (len(request.prompt.token_ids), request.max_tokens)
         if (self.prompt_tokens, self.completion_tokens) != wanted:
             raise ContenderError(
-                f"asked for {wanted[1]} tokens after {wanted[0]}, got {self.completion_tokens} "
-                f"after {self.prompt_tokens}"
+                f"expected {wanted[1]} tokens for a prompt of {wanted[0]}, got "
+                f"{self.completion_tokens} for a prompt of {self.prompt_tokens}"
             )
 
 

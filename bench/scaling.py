@@ -44,11 +44,13 @@ Ask = Callable[[int], Awaitable[int]]
 def main() -> None:
     """Measure every case and print a table of medians and ranges."""
     parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__)
-    parser.add_argument("--model", default="llama-100m", help="of bench.models")
-    parser.add_argument("--tokens", type=int, default=48, help="of each completion")
+    parser.add_argument("--model", default="llama-100m", help="model of bench.models")
+    parser.add_argument("--tokens", type=int, default=48, help="tokens per completion")
     # Enough requests to fill the batches of all runners: half-full batches are less efficient.
-    parser.add_argument("--requests", type=int, default=RUNNERS * PARALLEL, help="at once")
-    parser.add_argument("--rounds", type=int, default=5, help="all cases one after the other")
+    parser.add_argument(
+        "--requests", type=int, default=RUNNERS * PARALLEL, help="concurrent requests"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="rounds over all cases")
     args = parser.parse_args()
     with ExitStack() as stack:
         model = str(ensure_model(args.model))
@@ -161,7 +163,7 @@ def _until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + _START_SECONDS
     while not condition():
         if time.monotonic() > end:
-            raise TimeoutError(f"it did not come within {_START_SECONDS:.0f} s")
+            raise TimeoutError(f"not ready within {_START_SECONDS:.0f} s")
         time.sleep(0.1)
 
 

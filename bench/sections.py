@@ -40,7 +40,7 @@ def _agreement(results: Results) -> str:
             )
             cells.append(f"{alike[0]:,.0f} of {everything[0]:,.0f}")
         rows.append([name, *cells])
-    return tables.markdown(["", "tokens before the first other one", "same streams"], rows)
+    return tables.markdown(["", "tokens before the first difference", "identical streams"], rows)
 
 
 def _arrival(results: Results) -> str:
@@ -50,10 +50,10 @@ def _arrival(results: Results) -> str:
         "arrival",
         model,
         "gap_seconds",
-        {"before": "longest gap before", long_tokens: "longest gap while it is evaluated"},
+        {"before": "longest gap before", long_tokens: "longest gap during its prefill"},
     )
     waits = tables.by_case(
-        results, "arrival", model, "ttft_seconds", {long_tokens: "its first token after"}
+        results, "arrival", model, "ttft_seconds", {long_tokens: "time to its first token"}
     )
     return f"{gaps}\n\n{waits}"
 
@@ -72,11 +72,13 @@ def _memory(results: Results) -> str:
         medians = {case: statistics.median(values) for case, values in sizes.items()}
         each = (medians[many] - medians[one]) / (many - one)
         rows.append([name, *cells, tables.mebibytes(each)])
-    return tables.markdown(["", "idle", f"{one} stream", f"{many} streams", "each more"], rows)
+    return tables.markdown(
+        ["", "idle", f"{one} stream", f"{many} streams", "per added stream"], rows
+    )
 
 
 def _quantized(results: Results) -> str:
-    heads = {"decode_rate": "decoding", "prompt_rate": "prompt"}
+    heads = {"decode_rate": "decode", "prompt_rate": "prefill"}
     rows = []
     for name in results.contenders("quantized", quantized.MODEL):
         series = [results.values("quantized", quantized.MODEL, name, metric, 1) for metric in heads]
@@ -87,8 +89,8 @@ def _quantized(results: Results) -> str:
 def _cache_entries(results: Results) -> str:
     parts = []
     for metric, words in (
-        ("unrelated_ttft_seconds", "A prompt that shares nothing, by prompts seen before:"),
-        ("hit_ttft_seconds", "A prompt seen but for its end, by prompts seen before:"),
+        ("unrelated_ttft_seconds", "An unrelated prompt, by number of earlier prompts:"),
+        ("hit_ttft_seconds", "A prompt with a cached prefix, by number of earlier prompts:"),
     ):
         parts += [words, tables.by_case(results, "cache-entries", growth.MODEL, metric)]
     return "\n\n".join(parts)
@@ -101,15 +103,15 @@ def _if_measured(measure: str, render: Callable[[Results], str]) -> Callable[[Re
 SECTIONS = (
     Section(
         "Same output",
-        f"{DEMO}, greedy, eight streams at once that go on with Python source: token ids compared "
-        "with those of the first contender. Batches differ in shape, so that a near tie may "
-        "fall the other way.",
+        f"{DEMO}, greedy: eight concurrent streams complete Python source, and the token ids are "
+        "compared with those of the first contender. The contenders batch differently, so a "
+        "near-tie may resolve differently.",
         _if_measured("agreement", _agreement),
     ),
     Section(
         "Shared prefix",
-        f"{prefix.MODEL}: time to first token of a prompt of {prefix.PROMPT_TOKENS:,} tokens, at "
-        f"first sight, and when all but {prefix.FRESH_TOKENS} of its tokens were seen before.",
+        f"{prefix.MODEL}: time to first token of a prompt of {prefix.PROMPT_TOKENS:,} tokens, when "
+        f"new, and when all but the last {prefix.FRESH_TOKENS} tokens have been seen before.",
         _if_measured(
             "prefix",
             lambda results: tables.by_case(results, "prefix", prefix.MODEL, "ttft_seconds"),
@@ -119,13 +121,13 @@ SECTIONS = (
     Section(
         "A long prompt arrives",
         f"{arrival.MODEL}: a prompt of {arrival.LONG_TOKENS:,} tokens arrives while one stream "
-        "runs.",
+        "is running.",
         _if_measured("arrival", _arrival),
         "arrival.png",
     ),
     Section(
-        "Health meanwhile",
-        "The same, and every call that tells whether the server is well made every 10 ms.",
+        "Health during prefill",
+        "The same load, with every health call of the server made every 10 ms.",
         _if_measured("health", lambda results: tables.latencies(results, arrival.MODEL)),
     ),
     Section(
@@ -140,19 +142,19 @@ SECTIONS = (
     ),
     Section(
         "Memory",
-        f"{memory.MODEL}: highest resident set of a fresh process; streams of 900 tokens and 100 "
-        "generated.",
+        f"{memory.MODEL}: peak resident set of a fresh process, with streams of 900 prompt tokens "
+        "and 100 generated tokens.",
         _if_measured("memory", _memory),
     ),
     Section(
         "4-bit model on CPU",
-        f"{quantized.MODEL}: tokens per second of one stream, 64 tokens and 12 generated; ours as "
-        "it comes, the peers as they are installed, that is without a fast BLAS.",
+        f"{quantized.MODEL}: tokens per second of one stream, with 64 prompt tokens and 12 "
+        "generated tokens. All run as installed, which for the peers means without a fast BLAS.",
         _if_measured("quantized", _quantized),
     ),
     Section(
         "Growth with the prompt",
-        f"{growth.MODEL}: time to first token of a prompt alone, by its tokens.",
+        f"{growth.MODEL}: time to first token of a single prompt, by number of tokens.",
         _if_measured(
             "prompt-length",
             lambda results: tables.by_case(results, "prompt-length", growth.MODEL, "ttft_seconds"),
@@ -161,8 +163,8 @@ SECTIONS = (
     ),
     Section(
         "Growth with the prefix cache",
-        f"{growth.MODEL}: time to first token after so many other prompts of 64 tokens. The prompt "
-        f"that shares nothing has 256 tokens, the other one {prefix.PROMPT_TOKENS:,}.",
+        f"{growth.MODEL}: time to first token after a number of other prompts of 64 tokens. The "
+        f"unrelated prompt has 256 tokens, the other one {prefix.PROMPT_TOKENS:,}.",
         _if_measured("cache-entries", _cache_entries),
         "cache-entries.png",
     ),

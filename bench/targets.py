@@ -108,7 +108,7 @@ def _of_throughput(model: str) -> list[Target]:
     direct = {1: 0.95, 8: 1.0, 16: 1.0}
     targets = [
         Target(
-            f"{model}: greedy over gRPC / direct, {streams} streams",
+            f"{model}: greedy over gRPC / direct, {streams} stream{'s' * (streams > 1)}",
             limit,
             _against("direct", "greedy", model, "rate", streams),
         )
@@ -168,12 +168,12 @@ TARGETS = [
         unit="s",
     ),
     Target(
-        "4-bit on CPU, decoding / mlx-lm server as installed",
+        "4-bit on CPU, decode / mlx-lm server as installed",
         8.0,
         _against(PEERS[0], "quantized", quantized.MODEL, "decode_rate", 1),
     ),
     Target(
-        "4-bit on CPU, prompt / mlx-lm server as installed",
+        "4-bit on CPU, prefill / mlx-lm server as installed",
         40.0,
         _against(PEERS[0], "quantized", quantized.MODEL, "prompt_rate", 1),
     ),

@@ -160,7 +160,7 @@ class Contender(ABC):
         """Read the next line of the process's stdout."""
         process = self._alive()
         if process.stdout is None:
-            raise ContenderError("its stdout is no pipe")
+            raise ContenderError("stdout is not a pipe")
         line = await process.stdout.readline()
         if not line:
             await process.wait()

@@ -33,7 +33,7 @@ class Direct(Contender):
         """Run the requests inside the process; see ``Contender.run``."""
         process = self._alive()
         if process.stdin is None:
-            raise ContenderError("its stdin is no pipe")
+            raise ContenderError("stdin is not a pipe")
         order = {
             "tail_seconds": TAIL_SECONDS,
             "sampling": {"temp": TEMPERATURE, "top_p": TOP_P, "top_k": TOP_K},

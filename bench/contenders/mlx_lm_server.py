@@ -96,7 +96,7 @@ async def _read_head(reader: asyncio.StreamReader) -> None:
         pass
     if b" 200 " not in status:
         answer = (status + await reader.read()).decode(errors="replace")
-        raise ContenderError(answer.strip()[:200] or "it closed the connection")
+        raise ContenderError(answer.strip()[:200] or "the server closed the connection")
 
 
 async def _take_stream(reader: asyncio.StreamReader, record: Record) -> None:
@@ -111,7 +111,7 @@ async def _take_stream(reader: asyncio.StreamReader, record: Record) -> None:
             _take_usage(message, record)
         elif message["choices"][0]["text"]:
             record.chunks.append((time.monotonic(), 1))
-    raise ContenderError("the stream ended before its end was announced")
+    raise ContenderError("the stream ended without [DONE]")
 
 
 def _take_whole(message: dict[str, Any], record: Record) -> None:

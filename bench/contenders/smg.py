@@ -27,11 +27,11 @@ class Smg(Server):
     async def start(self) -> None:
         """Start the server, which listens once the model is loaded and warm."""
         if not SMG_PYTHON.exists():
-            raise ContenderError("its environment is missing: run 'make bench'")
+            raise ContenderError("the environment is missing: run 'make bench'")
         try:
             from smg_grpc_proto import mlx_engine_pb2, mlx_engine_pb2_grpc
         except ImportError as error:
-            raise ContenderError(f"its stubs are missing: {error}") from error
+            raise ContenderError(f"the stubs are missing: {error}") from error
         self.port = free_port()
         command = [str(SMG_PYTHON), "-m", "smg_grpc_servicer.mlx.server"]
         command += ["--model", str(self.setup.model), "--host", "127.0.0.1"]

@@ -35,7 +35,7 @@ async def test_token_counts_come_from_the_usage() -> None:
 
 
 async def test_a_stream_without_done_fails() -> None:
-    with pytest.raises(ContenderError, match="before its end was announced"):
+    with pytest.raises(ContenderError, match="the stream ended without"):
         await _take_stream(_reader(_TOKEN), Record())
 
 

@@ -75,7 +75,7 @@ async def test_too_few_tokens_fail_the_run() -> None:
     async def stop_early(request: Request, record: Record) -> None:
         await _answer(Request(request.prompt, request.max_tokens - 1), record)
 
-    with pytest.raises(ContenderError, match="asked for 3 tokens after 1, got 2"):
+    with pytest.raises(ContenderError, match="expected 3 tokens for a prompt of 1, got 2"):
         await drive(stop_early, [Request(_PROMPT, 3)])
 
 

@@ -124,7 +124,7 @@ def test_status_is_judged_by_its_slowest_hundredth() -> None:
 
 def test_the_report_names_machine_figures_and_failures() -> None:
     results = _greedy(ours=1300.0, direct=1000.0)
-    results.fail("SMG", "start", "its environment is missing")
+    results.fail("SMG", "start", "the environment is missing")
     report = render(results, ["throughput-demo.png"], "../bench/results", 3)
     for words in (
         "A CPU, 2 cores, 8 GiB, An OS, Python 3.11.0",
@@ -132,7 +132,7 @@ def test_the_report_names_machine_figures_and_failures() -> None:
         "Nothing here was measured on Metal or CUDA",
         "| ours | 1,300 |",
         "(../bench/results/throughput-demo.png)",
-        "- SMG, start: its environment is missing",
+        "- SMG, start: the environment is missing",
     ):
         assert words in report
     assert "## Memory" not in report

@@ -66,6 +66,6 @@ def test_a_record_with_wrong_token_counts_fails_the_check(
 ) -> None:
     request = Request(Prompt(" a b c", (1, 2, 3)), max_tokens=5)
     record = Record(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
-    with pytest.raises(ContenderError, match="asked for 5 tokens after 3"):
+    with pytest.raises(ContenderError, match="expected 5 tokens for a prompt of 3"):
         record.check(request)
     Record(prompt_tokens=3, completion_tokens=5).check(request)
