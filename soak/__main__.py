@@ -30,15 +30,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m soak",
-        description="Drives one runner with the demo model at twice its capacity. A run of "
+        description="Drive one runner with the demo model at twice its capacity. A run of "
         f"{FULL_MINUTES:g} minutes or more writes soak/results, a shorter one soak/.scratch. "
-        "The exit code is 0 if all checks hold.",
+        "The exit code is 0 if every check passes.",
     )
     parser.add_argument(
-        "--minutes", type=_minutes, default=FULL_MINUTES, help="of load (default %(default)g)"
+        "--minutes",
+        type=_minutes,
+        default=FULL_MINUTES,
+        help="minutes of load (default %(default)g)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default 0)")
-    parser.add_argument("--out", type=Path, help="a folder for the figures instead")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
+    parser.add_argument("--out", type=Path, help="output folder for the figures")
     arguments = parser.parse_args(argv)
     if arguments.out is None:
         full = arguments.minutes >= FULL_MINUTES
@@ -66,7 +69,7 @@ def main() -> int:
         sys.stderr.write(f"{error}\n")
         return EXIT_FAILED
     except (KeyboardInterrupt, asyncio.CancelledError):
-        logger.warning("stopped; the runner is ended")
+        logger.warning("stopped; the runner has exited")
         return EXIT_STOPPED
     return _show(run, arguments.out)
 
@@ -85,7 +88,7 @@ def _show(run: Run, folder: Path) -> int:
     if can_draw():
         draw(run, folder / "soak.png")
     else:
-        logger.info("no picture: matplotlib is not installed (the bench group)")
+        logger.info("no plot: matplotlib is not installed (the bench group)")
     sys.stdout.write(table(run, checks) + "\n")
     if all(check.ok for check in checks):
         return 0

@@ -115,7 +115,7 @@ class Driver:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             self._tally.endings[Ending.FAILED] += 1
-            self._tally.note_problem(f"the client: {error!r}")
+            self._tally.note_problem(f"client error: {error!r}")
 
     async def _serve(self, order: Order, channel: grpc.aio.Channel) -> None:
         follower = Follower(order, self._on_tokens)
@@ -161,6 +161,6 @@ class Driver:
         if not same:
             self._tally.differing += 1
             self._tally.note_problem(
-                f"known request {order.known} differs from what it gives alone: "
-                f"{got.text[:80]!r} is not {alone.text[:80]!r}"
+                f"known request {order.known} differs from the reference: "
+                f"{got.text[:80]!r} instead of {alone.text[:80]!r}"
             )

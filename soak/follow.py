@@ -86,7 +86,10 @@ class Follower:
             async with asyncio.timeout(bound):
                 await self._read(call)
         except TimeoutError:
-            return Ending.STUCK, f"stuck: no end within {bound:.0f} s, {len(self._ids)} tokens"
+            return (
+                Ending.STUCK,
+                f"stuck: not finished within {bound:.0f} s, {len(self._ids)} tokens received",
+            )
         except grpc.aio.AioRpcError as error:
             failure = read_failure(error)
             self._retry = failure.retry_seconds
@@ -103,7 +106,10 @@ class Follower:
             return Ending.DONE, self._wrong_with(self._end)
         if self._is_cancelled:
             return Ending.CANCELLED, ""
-        return Ending.FAILED, f"the stream ended without its last message, {len(self._ids)} tokens"
+        return (
+            Ending.FAILED,
+            f"the stream ended without a last message, {len(self._ids)} tokens received",
+        )
 
     async def _read(self, call: _Call) -> None:
         order = self._order
@@ -131,13 +137,14 @@ class Follower:
         """Describe a violation by a finished stream; return an empty string if there is none."""
         options = self._order.request.options
         if self._order.wrong:
-            return f"served, though it is {self._order.wrong}"
+            return f"served instead of rejected with {self._order.wrong}"
         if end.eval_count != len(self._ids) or end.eval_count > options.num_predict:
-            return f"eval_count {end.eval_count}: {len(self._ids)} of {options.num_predict} came"
+            received = f"{len(self._ids)} of {options.num_predict} tokens received"
+            return f"eval_count {end.eval_count}, but {received}"
         if end.done_reason not in (pb.DONE_REASON_STOP, pb.DONE_REASON_LENGTH):
             return f"done_reason {end.done_reason}"
         if any(stop in "".join(self._texts) for stop in options.stop):
-            return "a stop string is in the text"
+            return "the text contains a stop string"
         return ""
 
     def _cancel(self, call: _Call) -> None:

@@ -86,14 +86,16 @@ def table(run: Run, checks: Sequence[Check]) -> str:
     lines = [
         f"{tally.sent:,} requests in {run.settings.seconds / 60:g} min, {tally.tokens:,} tokens",
         ends,
-        f"RSS with MLX's cache, which has its own limit: {whole} MiB/h after the warm-up",
+        f"RSS including MLX's buffer cache: {whole} MiB/h after the warm-up",
         "",
     ]
     lines += [
-        f"{'ok ' if check.ok else 'BAD'} {check.name:<30} {check.figure:<34} {check.bound}"
+        f"{'ok  ' if check.ok else 'FAIL'} {check.name:<30} {check.figure:<34} {check.bound}"
         for check in checks
     ]
     bad = sum(not check.ok for check in checks)
     lines += ["", *tally.problems[:10]]
-    lines.append("the soak holds" if not bad else f"the soak fails: {bad} of {len(checks)} checks")
+    lines.append(
+        "the soak passed" if not bad else f"the soak failed: {bad} of {len(checks)} checks"
+    )
     return "\n".join(lines)

@@ -128,7 +128,7 @@ async def _ready(process: asyncio.subprocess.Process, log: Path) -> Runner:
         async with asyncio.timeout(_START_SECONDS):
             line = await process.stdout.readline() if process.stdout else b""
             if not line:
-                raise SoakError(f"the runner did not start; its log: {tail(log)}")
+                raise SoakError(f"the runner did not start; log: {tail(log)}")
             runner = Runner(process, ReadyLine.parse(line.decode()).target, log)
             async with runner.dial() as channel:
                 await _until_active(runner, channel)
@@ -144,7 +144,7 @@ async def _until_active(runner: Runner, channel: grpc.aio.Channel) -> None:
         if status.state == pb.STATE_ACTIVE:
             return
         await asyncio.sleep(0.05)
-    raise SoakError(f"the runner exited while it loaded its model; its log: {tail(runner.log)}")
+    raise SoakError(f"the runner exited while loading the model; log: {tail(runner.log)}")
 
 
 async def is_serving(channel: grpc.aio.Channel) -> bool:

@@ -104,7 +104,7 @@ async def soak(settings: Settings, log: Path) -> Run:
             corpus = await _corpus(stub)
             known = known_set(corpus, settings.seed, KNOWN_COUNT)
             answers = await _alone(stub, known)
-            logger.info("the known set is read; %.0f s of load begin", settings.seconds)
+            logger.info("reference answers recorded; starting %.0f s of load", settings.seconds)
             mix = Mix(corpus, settings.seed, known)
             driver = Driver(runner, mix, run.tally, answers, settings.seed)
             descriptors = runner.os_process.num_fds()
@@ -199,7 +199,7 @@ async def _alone(
     for request in known:
         outcome = await Follower(Order(request), lambda _count: None).run(stub)
         if outcome.ending is not Ending.DONE or outcome.problem:
-            raise SoakError(f"a request alone: {outcome.ending.value} {outcome.problem}")
+            raise SoakError(f"a reference request failed: {outcome.ending.value} {outcome.problem}")
         answers.append(outcome.answer)
     return answers
 

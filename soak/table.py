@@ -63,9 +63,9 @@ def judge(order: Order, failure: Failure) -> tuple[Ending, str]:
     if known and failure.reason == "QUEUE_FULL" and not order.wrong:
         delay = failure.retry_seconds
         if delay is None or not 0 < delay <= MAX_RETRY_SECONDS:
-            return Ending.REFUSED, f"a full queue said: retry in {delay} s"
+            return Ending.REFUSED, f"QUEUE_FULL with an invalid retry delay: {delay} s"
         return Ending.REFUSED, ""
-    meant = f", meant to be {order.wrong}" if order.wrong else ""
+    meant = f", expected {order.wrong}" if order.wrong else ""
     return (
         Ending.FAILED,
         f"{failure.code.name} {failure.reason or 'without a reason'}{meant}: {failure.words[:200]}",

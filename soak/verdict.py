@@ -71,11 +71,11 @@ def _streams(run: Run) -> list[Check]:
     other = tally.problem_count - stuck - tally.differing
     ended = tally.endings.total()
     return [
-        Check("streams that ended", ended == tally.sent > 0, f"{ended:,}", f"all {tally.sent:,}"),
-        Check("not as the error table has it", other == 0, f"{other:,}", "0"),
-        Check("stuck", stuck == 0, f"{stuck:,}", "0"),
+        Check("streams ended", ended == tally.sent > 0, f"{ended:,}", f"all {tally.sent:,}"),
+        Check("unexpected answers", other == 0, f"{other:,}", "0"),
+        Check("stuck streams", stuck == 0, f"{stuck:,}", "0"),
         Check(
-            "sent for each taken on",
+            "sent per accepted request",
             tally.overload >= MIN_OVERLOAD,
             f"{tally.overload:.2f}",
             f"at least {MIN_OVERLOAD}",
@@ -85,11 +85,11 @@ def _streams(run: Run) -> list[Check]:
 
 def _texts(run: Run) -> list[Check]:
     tally = run.tally
-    figure = f"{tally.differing:,} of {tally.compared:,} whole and {tally.prefixes:,} cut"
+    figure = f"{tally.differing:,} of {tally.compared:,} finished and {tally.prefixes:,} partial"
     return [
-        Check("other text than alone", tally.compared > 0 == tally.differing, figure, "0"),
+        Check("text differs from reference", tally.compared > 0 == tally.differing, figure, "0"),
         Check(
-            "same text alone at the end",
+            "reproduced after the load",
             run.still_same == KNOWN_COUNT,
             f"{run.still_same}",
             f"all {KNOWN_COUNT}",
@@ -122,10 +122,10 @@ def _memory(samples: list[Sample]) -> list[Check]:
     cache = max(sample.cache_bytes for sample in samples)
     return [
         Check(
-            "RSS less MLX's cache, MiB/h", slope <= bound, f"{slope:+.1f}", f"at most {bound:.0f}"
+            "RSS minus buffer cache, MiB/h", slope <= bound, f"{slope:+.1f}", f"at most {bound:.0f}"
         ),
         Check(
-            "MLX's cache, MiB",
+            "buffer cache, MiB",
             cache <= MLX_CACHE_BYTES,
             f"{cache / MIB:.0f}",
             f"at most {MLX_CACHE_BYTES // MIB}",
@@ -137,11 +137,11 @@ def _growth(name: str, samples: list[Sample], value: Callable[[Sample], int]) ->
     more = growth([value(sample) for sample in samples])
     highest = max(map(value, samples))
     figure = f"{more:+g}, highest {highest}"
-    return Check(f"more {name}", more <= MAX_MORE, figure, f"at most {MAX_MORE:+d}")
+    return Check(f"growth of {name}", more <= MAX_MORE, figure, f"at most {MAX_MORE:+d}")
 
 
 def _end(run: Run) -> list[Check]:
-    idle = "not" if run.idle_seconds is None else f"{run.idle_seconds:.2f}"
+    idle = "never" if run.idle_seconds is None else f"{run.idle_seconds:.2f}"
     within = f"within {IDLE_SECONDS:.0f}"
     return [
         Check(
@@ -150,8 +150,8 @@ def _end(run: Run) -> list[Check]:
             f"{run.left_open}",
             f"at most {MAX_LEFT_OPEN}",
         ),
-        Check("idle after the end, s", run.idle_seconds is not None, idle, within),
+        Check("time until idle, s", run.idle_seconds is not None, idle, within),
         Check("health", run.is_serving, "serving" if run.is_serving else "not", "serving"),
         Check("exit code", run.exit_code == 0, f"{run.exit_code}", "0"),
-        Check("tracebacks in its log", run.tracebacks == 0, f"{run.tracebacks}", "0"),
+        Check("tracebacks in the log", run.tracebacks == 0, f"{run.tracebacks}", "0"),
     ]

@@ -129,9 +129,9 @@ END = pb.CompletionResponse(done=True, done_reason=pb.DONE_REASON_LENGTH, eval_c
 @pytest.mark.parametrize(
     ("messages", "ending", "words"),
     [
-        ([TOKEN], Ending.FAILED, "without its last message"),
-        ([], Ending.FAILED, "without its last message"),
-        ([TOKEN, TOKEN, END], Ending.DONE, "eval_count 1: 2 of 5"),
+        ([TOKEN], Ending.FAILED, "without a last message"),
+        ([], Ending.FAILED, "without a last message"),
+        ([TOKEN, TOKEN, END], Ending.DONE, "eval_count 1, but 2 of 5"),
         ([TOKEN, pb.CompletionResponse(done=True, eval_count=1)], Ending.DONE, "done_reason 0"),
         ([TOKEN, END], Ending.DONE, ""),
     ],

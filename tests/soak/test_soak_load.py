@@ -161,4 +161,4 @@ def test_other_failures_are_problems(order: Order, failure: Failure) -> None:
 def test_a_full_queue_without_a_valid_retry_delay_is_a_problem(delay: float | None) -> None:
     ending, problem = judge(PLAIN, replace(FULL, retry_seconds=delay))
     assert ending is Ending.REFUSED
-    assert "retry in" in problem
+    assert "retry delay" in problem
