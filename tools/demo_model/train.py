@@ -383,9 +383,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--streams", type=int, default=2, help="slices computed at once: 1, 2, 4")
     parser.add_argument("--peak", type=float, default=PEAK_RATE, help="highest learning rate")
     parser.add_argument(
-        "--windows", type=int, nargs=2, default=[SHORT, LONG], help="tokens, early and late"
+        "--windows",
+        type=int,
+        nargs=2,
+        default=[SHORT, LONG],
+        help="window lengths in tokens, early and late",
     )
-    parser.add_argument("--resume", type=Path, help="a directory this wrote, to go on from")
+    parser.add_argument("--resume", type=Path, help="directory of an earlier run to continue from")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     Run(options).train()

@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tools.memory", description=__doc__)
     parser.add_argument("set", nargs="?", choices=_SETS, default="shaped")
-    parser.add_argument("--only", default="", help="rows whose names contain this")
-    parser.add_argument("--json", type=Path, help="append a line of JSON for each row")
+    parser.add_argument("--only", default="", help="measure only rows whose name contains this")
+    parser.add_argument("--json", type=Path, help="append one line of JSON per row")
     return parser
 
 

@@ -32,11 +32,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 """Contents of ``config.json`` by model type."""
 
-_NO_METAL = "its layers call Metal kernels without another way (`No Metal back-end`)"
+_NO_METAL = "its layers need Metal kernels (`No Metal back-end`)"
 
 LEFT_OUT: dict[str, str] = {
     "bitnet": _NO_METAL,
     "muse_spark": _NO_METAL,
-    "olmo": "its module ends the process (`sys.exit(1)`) unless the package ai2-olmo is there",
+    "olmo": "its module calls `sys.exit(1)` unless the ai2-olmo package is installed",
 }
 """Types with an mlx_lm module that are not in ``CONFIGS``, and the reason."""

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = {"all": tuple(CONFIGS), "quick": QUICK}.get(args.types[0], tuple(args.types))
     if unknown := set(names) - set(CONFIGS):
         sys.exit(
-            f"no such type: {', '.join(sorted(unknown))}; the catalog has {', '.join(CONFIGS)}"
+            f"unknown types: {', '.join(sorted(unknown))}; the catalog has {', '.join(CONFIGS)}"
         )
     backend = MlxBackend()
     backend.open()
@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tools.models", description=__doc__)
-    parser.add_argument("types", nargs="*", default=["all"], help="all, quick, or names of types")
-    parser.add_argument("--write", type=Path, help="the page whose table to replace")
+    parser.add_argument("types", nargs="*", default=["all"], help="all, quick, or type names")
+    parser.add_argument("--write", type=Path, help="page whose table to replace")
     return parser
 
 

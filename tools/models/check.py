@@ -27,8 +27,8 @@ _TOLERANCE_16_BITS = 0.2
 """Tolerance between a 16-bit row in a batch and the same row alone, in natural logarithms."""
 
 _CUT_MATTERS = {
-    "plamo3": "mlx_lm lets a prompt see one token more than its cache of a window keeps, so that "
-    "its own answers depend on how the prompt is cut, by up to 0.1 in log probabilities",
+    "plamo3": "in prefill, mlx_lm attends to one token more than its sliding-window cache keeps, "
+    "so its own log probabilities vary by up to 0.1 with how the prompt is split",
 }
 """Types for which mlx_lm itself depends on how a prompt is split, with the reason. Their prefix
 cache is checked with ``_TOLERANCE_OF_CUTS``."""
@@ -154,7 +154,7 @@ class Checker:
             cached += some.cached
             if wrong := difference(some.said, other.said, tolerance):
                 return f"{wrong} with {some.cached} tokens cached"
-        return RIGHT if cached else "nothing was taken from it"
+        return RIGHT if cached else "the prefix cache was not used"
 
     def _load(
         self, path: Path, dtype: Dtype = Dtype.AS_STORED, prefix_cache_bytes: int = 0
@@ -192,7 +192,7 @@ def _batch(model: LoadedModel, tolerance: float = TOLERANCE) -> str:
         own = Row(row.prompt)
         together(model.new_batch(), [own])
         if wrong := difference(row.said, own.said, tolerance):
-            return f"a row of {len(row.prompt)}: {wrong}"
+            return f"row of {len(row.prompt)} tokens: {wrong}"
     return RIGHT
 
 
@@ -201,5 +201,5 @@ def _against_mlx_lm(model: LoadedModel, reference: Any) -> str:
         row = Row(_prompt(length))
         together(model.new_batch(), [row])
         if wrong := difference(row.said, by_mlx_lm(reference, row.prompt)):
-            return f"a prompt of {length}: {wrong}"
+            return f"prompt of {length} tokens: {wrong}"
     return RIGHT

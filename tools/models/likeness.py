@@ -22,7 +22,7 @@ def difference(
         Description of the first difference; None if the generations agree.
     """
     if len(some) != len(others):
-        return f"{len(some)} tokens, not {len(others)}"
+        return f"{len(some)} tokens instead of {len(others)}"
     for place, (a, b) in enumerate(zip(some, others, strict=True)):
         found = _at_one_place(a, b)
         if found > tolerance:

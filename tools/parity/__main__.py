@@ -27,14 +27,19 @@ _NOTE_CHARS = 200
 
 _HEAD = """# Models saved by transformers
 
-Tiny models with random weights, saved by `save_pretrained` of transformers and loaded as they are;
-the answer to one prompt of 48 tokens is held against that of transformers, in float32 on both
-sides. `same`: the twenty most likely log probabilities differ by less than 0.002 nats. `refused`:
-the load, or a prompt beyond the length up to which the model is exact, is refused with the reason
-beside it. `warned`: the answer differs, and `Model.warnings` says so. An answer that differs
-without a word fails `make parity`, which writes this page.
+Tiny models with random weights, saved with `save_pretrained` of transformers and loaded unchanged.
+The log probabilities after one prompt of 48 tokens are compared with those of transformers, in
+float32 on both sides.
 
-{date}, transformers {transformers}, mlx_lm {mlx_lm}, mlx {mlx}, {machine}, on its CPU: {told}.
+- `same`: the twenty most likely log probabilities differ by less than 0.002 nats.
+- `refused`: the load is refused for the reason given, or the prompt is, because it exceeds the
+  length up to which the model is exact.
+- `warned`: the log probabilities differ, and `Model.warnings` says so.
+- `not written`: transformers could not build the model.
+
+A difference without a warning fails `make parity`, which generates this page.
+
+{date}, transformers {transformers}, mlx_lm {mlx_lm}, mlx {mlx}, {machine}, CPU: {told}.
 
 | model | verdict | nats | |
 |---|---|---|---|
