@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+from runner_server.mlx_backend.planning.plan import alone_warning
 from tools.memory.catalog import LEFT_OUT
 from tools.models.check import ALONE, Verdict
 
@@ -36,13 +37,15 @@ def table(verdicts: Sequence[Verdict]) -> str:
 def row(verdict: Verdict) -> str:
     """Return the table row of a type."""
     v = verdict
-    cells = (v.alone, v.batch, v.prefix, v.narrow, v.quantized, v.dequantized, _short(v.notes))
+    notes = _short(v.model_type, v.notes)
+    cells = (v.alone, v.batch, v.prefix, v.narrow, v.quantized, v.dequantized, notes)
     return f"| {v.model_type} | " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
 
 
-def _short(notes: str) -> str:
+def _short(model_type: str, notes: str) -> str:
     """Shorten the warning about unbatched rows to the reason; the rest is always the same."""
-    return re.sub(r"completions run one after .* together rightly \((.*?)\)(?=;|$)", r"\1", notes)
+    before, after = map(re.escape, alone_warning(model_type, "\0").split("\0"))
+    return re.sub(f"{before}(.*?){after}(?=;|$)", r"\1", notes)
 
 
 def _summary(verdicts: Sequence[Verdict]) -> str:
