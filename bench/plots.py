@@ -87,9 +87,9 @@ def _prefix(results: Results, folder: Path) -> str:
             results.values("prefix", prefix.MODEL, name, "ttft_seconds", case) for name in names
         ]
         heights = [statistics.median(values) * 1000 if values else 0.0 for values in series]
-        places = [place + shift for place in range(len(names))]
+        positions = [position + shift for position in range(len(names))]
         bars = pane.bar(
-            places, heights, 0.4, color="#bbbbbb" if shift < 0 else "#d6422b", label=case
+            positions, heights, 0.4, color="#bbbbbb" if shift < 0 else "#d6422b", label=case
         )
         pane.bar_label(bars, fmt="%.0f")
     pane.set(

@@ -121,7 +121,7 @@ class Driver:
         follower = Follower(order, self._on_tokens)
         # A slow reader must not block other streams of the same connection.
         if order.own_connection or not order.reader.is_quick:
-            async with self._runner.dial(little_ahead=not order.reader.is_quick) as own:
+            async with self._runner.dial(limit_read_ahead=not order.reader.is_quick) as own:
                 outcome = await follower.run(runner_pb2_grpc.RunnerServiceStub(own))
         else:
             outcome = await follower.run(runner_pb2_grpc.RunnerServiceStub(channel))
@@ -150,17 +150,17 @@ class Driver:
         """Compare a request of the known set with the reference, up to where the stream ended."""
         if order.known is None or not outcome.answer.token_ids:
             return
-        alone, got = self._answers[order.known], outcome.answer
+        reference, got = self._answers[order.known], outcome.answer
         if outcome.ending is Ending.DONE:
             self._tally.compared += 1
-            same = alone == got
+            same = reference == got
         else:
             self._tally.prefixes += 1
-            same = alone.text.startswith(got.text)
-            same = same and alone.token_ids[: len(got.token_ids)] == got.token_ids
+            same = reference.text.startswith(got.text)
+            same = same and reference.token_ids[: len(got.token_ids)] == got.token_ids
         if not same:
             self._tally.differing += 1
             self._tally.note_problem(
                 f"known request {order.known} differs from the reference: "
-                f"{got.text[:80]!r} instead of {alone.text[:80]!r}"
+                f"{got.text[:80]!r} instead of {reference.text[:80]!r}"
             )

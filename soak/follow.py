@@ -103,7 +103,7 @@ class Follower:
 
     def _ended_without_error(self) -> tuple[Ending, str]:
         if self._end is not None:
-            return Ending.DONE, self._wrong_with(self._end)
+            return Ending.DONE, self._violation(self._end)
         if self._is_cancelled:
             return Ending.CANCELLED, ""
         return (
@@ -133,11 +133,11 @@ class Follower:
         if message.done:
             self._end = message
 
-    def _wrong_with(self, end: pb.CompletionResponse) -> str:
+    def _violation(self, end: pb.CompletionResponse) -> str:
         """Describe a violation by a finished stream; return an empty string if there is none."""
         options = self._order.request.options
-        if self._order.wrong:
-            return f"served instead of rejected with {self._order.wrong}"
+        if self._order.expected_reason:
+            return f"served instead of rejected with {self._order.expected_reason}"
         if end.eval_count != len(self._ids) or end.eval_count > options.num_predict:
             received = f"{len(self._ids)} of {options.num_predict} tokens received"
             return f"eval_count {end.eval_count}, but {received}"

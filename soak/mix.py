@@ -17,7 +17,7 @@ DEADLINE_SHARE = 0.1
 SLOW_SHARE = 0.05
 STOPPED_SHARE = 0.02
 KNOWN_SHARE = 0.25
-WRONG_SHARE = 0.02
+INVALID_SHARE = 0.02
 OWN_CONNECTION_SHARE = 0.05
 """Shares of all requests, drawn independently: a slow reader may also have a deadline and be
 cancelled. Some requests finish before the planned cancellation, so about a third is cancelled."""
@@ -87,8 +87,8 @@ class Mix:
 
     def next(self) -> Order:
         """Return the next request with the planned behaviour of the client."""
-        if self._chance(WRONG_SHARE):
-            return self._wrong()
+        if self._chance(INVALID_SHARE):
+            return self._invalid()
         stopped = self._chance(STOPPED_SHARE)
         order = self._stopped() if stopped else self._plain()
         if self._chance(CANCELLED_SHARE):
@@ -140,7 +140,7 @@ class Mix:
             return replace(order, cancel_seconds=seconds)
         return replace(order, cancel_messages=self._random.randint(1, _MAX_CANCEL_MESSAGES))
 
-    def _wrong(self) -> Order:
+    def _invalid(self) -> Order:
         """Return an invalid request with the expected error reason."""
         request = pb.CompletionRequest(prompt="def ")
         kind = self._random.randrange(4)
@@ -152,8 +152,8 @@ class Mix:
             request.prompt = ""
         else:
             request.prompt_token_ids.ids.extend([5] * self._corpus.context_length)
-            return Order(request, wrong="PROMPT_TOO_LONG")
-        return Order(request, wrong="INVALID_FIELD")
+            return Order(request, expected_reason="PROMPT_TOO_LONG")
+        return Order(request, expected_reason="INVALID_FIELD")
 
     # -- parts of a request ------------------------------------------------------
 
@@ -176,17 +176,17 @@ class Mix:
         return options
 
     def _set_prompt(self, request: pb.CompletionRequest) -> None:
-        place = self._random.randrange(len(self._corpus.texts))
+        index = self._random.randrange(len(self._corpus.texts))
         tokens = self._size(2, MAX_PROMPT_TOKENS)
         if self._chance(TOKEN_IDS_SHARE):
-            ids = self._corpus.ids[place]
+            ids = self._corpus.ids[index]
             begin = self._begin(len(ids) - tokens)
             request.prompt_token_ids.ids.extend(ids[begin : begin + tokens])
             return
         head = ""
         if self._chance(SHARED_BEGINNING_SHARE):
             head = self._random.choice(self._beginnings)
-        text = self._corpus.texts[place]
+        text = self._corpus.texts[index]
         size = max(0, tokens * _CHARS_PER_TOKEN - len(head))
         begin = self._begin(len(text) - size)
         request.prompt = head + text[begin : begin + size]

@@ -79,5 +79,5 @@ def _lines(
     pane.grid(alpha=0.3)
     if len(series) > 1:
         # Above the pane, clear of the lines.
-        place = {"loc": "lower right", "bbox_to_anchor": (1, 0.96)}
-        pane.legend(frameon=False, fontsize=8, ncols=len(series), **place)
+        legend_position = {"loc": "lower right", "bbox_to_anchor": (1, 0.96)}
+        pane.legend(frameon=False, fontsize=8, ncols=len(series), **legend_position)

@@ -62,7 +62,7 @@ class Order:
     Attributes:
         request: Request message.
         known: Index in the known set; None for other requests.
-        wrong: Error reason expected for an invalid request; empty for a valid one.
+        expected_reason: Error reason expected for an invalid request; empty for a valid one.
         cancel_seconds: Time from sending to cancelling.
         cancel_messages: Number of messages after which to cancel.
         deadline_seconds: Deadline of the call.
@@ -72,7 +72,7 @@ class Order:
 
     request: pb.CompletionRequest
     known: int | None = None
-    wrong: str = ""
+    expected_reason: str = ""
     cancel_seconds: float | None = None
     cancel_messages: int | None = None
     deadline_seconds: float | None = None
@@ -125,11 +125,11 @@ class Tally:
     problem_count: int = 0
     problems: list[str] = field(default_factory=list)
 
-    def note_problem(self, words: str) -> None:
+    def note_problem(self, description: str) -> None:
         """Count a problem and keep the description of the first ones."""
         self.problem_count += 1
         if len(self.problems) < MAX_PROBLEMS:
-            self.problems.append(words)
+            self.problems.append(description)
 
     @property
     def accepted(self) -> int:

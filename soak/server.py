@@ -38,7 +38,7 @@ _OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
 )
-_LITTLE_AHEAD = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16 << 10))
+_SMALL_READ_AHEAD = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16 << 10))
 """Limits of the client's read-ahead, which by default is several megabytes."""
 
 
@@ -57,14 +57,14 @@ class Runner:
         self.log = log
         self.os_process = psutil.Process(process.pid)
 
-    def dial(self, *, little_ahead: bool = False) -> grpc.aio.Channel:
+    def dial(self, *, limit_read_ahead: bool = False) -> grpc.aio.Channel:
         """Open a separate connection.
 
         Args:
-            little_ahead: Limit the read-ahead, so that the server soon notices a reader that
+            limit_read_ahead: Limit the read-ahead, so that the server soon notices a reader that
                 stops.
         """
-        options = (*_OPTIONS, *_LITTLE_AHEAD) if little_ahead else _OPTIONS
+        options = (*_OPTIONS, *_SMALL_READ_AHEAD) if limit_read_ahead else _OPTIONS
         return grpc.aio.insecure_channel(self.target, options)
 
     @property
@@ -118,8 +118,8 @@ def _environment() -> dict[str, str]:
     """Return the environment that the client gives a runner, with this checkout on the path."""
     backend: Backend = "metal" if sys.platform == "darwin" else "cpu"
     environment = child_environment(os.environ, backend=backend)
-    places = [str(ROOT), str(ROOT / "proto"), environment.get("PYTHONPATH", "")]
-    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, places))}
+    search_path = [str(ROOT), str(ROOT / "proto"), environment.get("PYTHONPATH", "")]
+    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, search_path))}
 
 
 async def _ready(process: asyncio.subprocess.Process, log: Path) -> Runner:

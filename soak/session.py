@@ -103,7 +103,7 @@ async def soak(settings: Settings, log: Path) -> Run:
             run.about = await _about(stub)
             corpus = await _corpus(stub)
             known = known_set(corpus, settings.seed, KNOWN_COUNT)
-            answers = await _alone(stub, known)
+            answers = await _reference_answers(stub, known)
             logger.info("reference answers recorded; starting %.0f s of load", settings.seconds)
             mix = Mix(corpus, settings.seed, known)
             driver = Driver(runner, mix, run.tally, answers, settings.seed)
@@ -146,7 +146,7 @@ async def _afterwards(
     try:
         run.idle_seconds = await _until_idle(stub)
         run.is_serving = await is_serving(channel)
-        again = await _alone(stub, known)
+        again = await _reference_answers(stub, known)
     except (SoakError, grpc.aio.AioRpcError) as error:
         run.tally.note_problem(f"after the load: {error}")
     else:
@@ -187,7 +187,7 @@ async def _corpus(stub: RunnerServiceAsyncStub) -> Corpus:
     return Corpus(texts, ids, status.model.vocab_size, status.context_length)
 
 
-async def _alone(
+async def _reference_answers(
     stub: RunnerServiceAsyncStub, known: Sequence[pb.CompletionRequest]
 ) -> list[Answer]:
     """Return the answers of the known set, one request at a time.

@@ -29,13 +29,13 @@ class Failure:
 
     Attributes:
         code: gRPC status code.
-        words: Status message.
+        message: Status message.
         reason: Reason in the ``ErrorInfo``; empty without one.
         retry_seconds: Delay in the ``RetryInfo``; None without one.
     """
 
     code: grpc.StatusCode
-    words: str
+    message: str
     reason: str = ""
     retry_seconds: float | None = None
 
@@ -58,15 +58,13 @@ def judge(order: Order, failure: Failure) -> tuple[Ending, str]:
     if failure.code is grpc.StatusCode.DEADLINE_EXCEEDED and order.deadline_seconds is not None:
         return Ending.EXPIRED, ""
     known = _CODES.get(failure.reason) is failure.code
-    if known and failure.reason == order.wrong:
+    if known and failure.reason == order.expected_reason:
         return Ending.REJECTED, ""
-    if known and failure.reason == "QUEUE_FULL" and not order.wrong:
+    if known and failure.reason == "QUEUE_FULL" and not order.expected_reason:
         delay = failure.retry_seconds
         if delay is None or not 0 < delay <= MAX_RETRY_SECONDS:
             return Ending.REFUSED, f"QUEUE_FULL with an invalid retry delay: {delay} s"
         return Ending.REFUSED, ""
-    meant = f", expected {order.wrong}" if order.wrong else ""
-    return (
-        Ending.FAILED,
-        f"{failure.code.name} {failure.reason or 'without a reason'}{meant}: {failure.words[:200]}",
-    )
+    expected = f", expected {order.expected_reason}" if order.expected_reason else ""
+    reason = failure.reason or "without a reason"
+    return Ending.FAILED, f"{failure.code.name} {reason}{expected}: {failure.message[:200]}"

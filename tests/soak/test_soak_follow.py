@@ -100,7 +100,7 @@ async def test_a_full_queue_gives_a_retry_delay(start_server: StartServer) -> No
 
 
 async def test_serving_an_invalid_request_is_a_problem(loaded: Server) -> None:
-    outcome = await _follow(loaded, _order(wrong="INVALID_FIELD"))
+    outcome = await _follow(loaded, _order(expected_reason="INVALID_FIELD"))
     assert outcome.ending is Ending.DONE
     assert "INVALID_FIELD" in outcome.problem
 
@@ -171,9 +171,9 @@ ALONE = Answer("abc", (1, 2, 3))
 async def test_partial_answers_of_the_known_set_are_compared(
     ending: Ending, answer: Answer, differing: int
 ) -> None:
-    tally, nobody = Tally(), Any
-    runner: Any = nobody
-    mix: Any = nobody
+    tally, unused = Tally(), Any
+    runner: Any = unused
+    mix: Any = unused
     driver = Driver(runner, mix, tally, [ALONE], 0)
     driver._count(replace(_order(), known=0), Outcome(ending, answer))
     assert tally.differing == tally.problem_count == differing

@@ -57,7 +57,7 @@ def test_the_same_seed_makes_the_same_requests() -> None:
 
 
 def test_the_planned_share_is_cancelled() -> None:
-    orders = [order for order in _orders(3000) if not order.wrong]
+    orders = [order for order in _orders(3000) if not order.expected_reason]
     share = sum(order.is_cancelled for order in orders) / len(orders)
     assert share == pytest.approx(CANCELLED_SHARE, abs=0.03)
 
@@ -80,8 +80,12 @@ def test_the_mix_covers_every_kind_of_request() -> None:
 
 def test_requests_are_valid_or_invalid_as_planned() -> None:
     for order in _orders(2000):
-        assert _refusal(order.request) == order.wrong
-    assert {order.wrong for order in _orders(2000)} == {"", "INVALID_FIELD", "PROMPT_TOO_LONG"}
+        assert _refusal(order.request) == order.expected_reason
+    assert {order.expected_reason for order in _orders(2000)} == {
+        "",
+        "INVALID_FIELD",
+        "PROMPT_TOO_LONG",
+    }
 
 
 def test_the_known_set_is_reproducible() -> None:
@@ -130,7 +134,7 @@ LATE = Failure(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
     [
         (PLAIN, FULL, Ending.REFUSED),
         (replace(PLAIN, deadline_seconds=1.0), LATE, Ending.EXPIRED),
-        (replace(PLAIN, wrong="INVALID_FIELD"), FIELD, Ending.REJECTED),
+        (replace(PLAIN, expected_reason="INVALID_FIELD"), FIELD, Ending.REJECTED),
     ],
 )
 def test_expected_failures_are_not_problems(order: Order, failure: Failure, ending: Ending) -> None:
@@ -147,8 +151,8 @@ def test_expected_failures_are_not_problems(order: Order, failure: Failure, endi
         (PLAIN, Failure(grpc.StatusCode.UNAVAILABLE, "Socket closed")),
         # The expected reason with another status code.
         (PLAIN, Failure(grpc.StatusCode.INTERNAL, "full", "QUEUE_FULL", 1.5)),
-        (replace(PLAIN, wrong="PROMPT_TOO_LONG"), FIELD),
-        (replace(PLAIN, wrong="INVALID_FIELD"), FULL),
+        (replace(PLAIN, expected_reason="PROMPT_TOO_LONG"), FIELD),
+        (replace(PLAIN, expected_reason="INVALID_FIELD"), FULL),
     ],
 )
 def test_other_failures_are_problems(order: Order, failure: Failure) -> None:

@@ -14,7 +14,7 @@ from runner_server.engine.types import Dtype, LoadSpec
 from runner_server.errors import RunnerFault
 from runner_server.mlx_backend import MlxBackend
 from tools.memory.models import NotWrittenError, scaled, write_model
-from tools.models.generate import Row, by_mlx_lm, mlx_lm_model, together
+from tools.models.generate import Row, generate_in_batch, generate_with_mlx_lm, mlx_lm_model
 from tools.models.likeness import TOLERANCE, difference
 
 logger = logging.getLogger(__name__)
@@ -89,15 +89,15 @@ class Checker:
     def check(self, model_type: str) -> Verdict:
         """Run every check on a type of the catalog."""
         verdict = Verdict(model_type)
-        verdict.alone = self._tried(self._float32, verdict)
+        verdict.alone = self._attempt(self._float32, verdict)
         if not self._quick:
-            verdict.narrow = self._tried(self._narrow, verdict)
-            verdict.quantized = self._tried(self._four_bits, verdict, dequantized=False)
-            verdict.dequantized = self._tried(self._four_bits, verdict, dequantized=True)
+            verdict.narrow = self._attempt(self._narrow, verdict)
+            verdict.quantized = self._attempt(self._four_bits, verdict, dequantized=False)
+            verdict.dequantized = self._attempt(self._four_bits, verdict, dequantized=True)
         self._backend.release()
         return verdict
 
-    def _tried(self, work: Callable[..., str], verdict: Verdict, **options: bool) -> str:
+    def _attempt(self, work: Callable[..., str], verdict: Verdict, **options: bool) -> str:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 return work(Path(folder), verdict, **options)
@@ -112,18 +112,18 @@ class Checker:
         model = self._load(path)
         why = _CUT_MATTERS.get(verdict.model_type)
         verdict.notes = "; ".join([*model.info.warnings, *filter(None, [why])])
-        verdict.batch = _batch(model)
+        verdict.batch = _compare_batch(model)
         verdict.prefix = self._prefix(path, _TOLERANCE_OF_CUTS if why else TOLERANCE)
-        return _against_mlx_lm(model, mlx_lm_model(path, wide=False))
+        return _compare_with_mlx_lm(model, mlx_lm_model(path, dequantize=False))
 
     def _narrow(self, path: Path, verdict: Verdict) -> str:
         write_model(path, scaled(verdict.model_type), dtype="bfloat16")
-        return _batch(self._load(path, Dtype.AS_STORED), _TOLERANCE_16_BITS)
+        return _compare_batch(self._load(path, Dtype.AS_STORED), _TOLERANCE_16_BITS)
 
     def _four_bits(self, path: Path, verdict: Verdict, *, dequantized: bool) -> str:
         try:
             write_model(path, scaled(verdict.model_type), bits=4)
-            reference = mlx_lm_model(path, wide=dequantized)
+            reference = mlx_lm_model(path, dequantize=dequantized)
         except (NotWrittenError, ValueError) as error:
             is_written = not isinstance(error, NotWrittenError)
             why = f"mlx_lm cannot load it quantized ({error})" if is_written else str(error)
@@ -131,10 +131,10 @@ class Checker:
                 verdict.notes = "; ".join(filter(None, [verdict.notes, why]))
             return NOT_TRIED
         model = self._load(path, Dtype.FLOAT32 if dequantized else Dtype.AS_STORED)
-        found = _batch(model)
+        found = _compare_batch(model)
         if found not in (RIGHT, ALONE):
             return found
-        return _against_mlx_lm(model, reference)
+        return _compare_with_mlx_lm(model, reference)
 
     def _prefix(self, path: Path, tolerance: float) -> str:
         """Compare cached and uncached runs of extended, diverging and repeated prompts."""
@@ -149,10 +149,10 @@ class Checker:
         cached = 0
         for prompt in prompts:
             some, other = Row(prompt), Row(prompt)
-            together(kept.new_batch(), [some])
-            together(plain.new_batch(), [other])
+            generate_in_batch(kept.new_batch(), [some])
+            generate_in_batch(plain.new_batch(), [other])
             cached += some.cached
-            if wrong := difference(some.said, other.said, tolerance):
+            if wrong := difference(some.tokens, other.tokens, tolerance):
                 return f"{wrong} with {some.cached} tokens cached"
         return RIGHT if cached else "the prefix cache was not used"
 
@@ -173,33 +173,33 @@ class Checker:
 
 def _prompt(length: int, step: int = 7) -> list[int]:
     """Return a prompt of ids from 1 to 199: every tiny model has these ids, and 0 ends the text."""
-    return [1 + (step * place * place + 3 * place) % 199 for place in range(length)]
+    return [1 + (step * index * index + 3 * index) % 199 for index in range(length)]
 
 
 def _rows() -> list[Row]:
     lengths = (_LONG, 1, 3, 40)
-    return [Row(_prompt(size, 7 + size), late=2 * row) for row, size in enumerate(lengths)]
+    return [Row(_prompt(size, 7 + size), join_step=2 * row) for row, size in enumerate(lengths)]
 
 
-def _batch(model: LoadedModel, tolerance: float = TOLERANCE) -> str:
+def _compare_batch(model: LoadedModel, tolerance: float = TOLERANCE) -> str:
     """Compare four rows in a batch with each row alone."""
     if model.info.parallel == 1:
-        together(model.new_batch(), [Row(_prompt(_LONG))])
+        generate_in_batch(model.new_batch(), [Row(_prompt(_LONG))])
         return ALONE
     rows = _rows()
-    together(model.new_batch(), rows)
+    generate_in_batch(model.new_batch(), rows)
     for row in rows:
         own = Row(row.prompt)
-        together(model.new_batch(), [own])
-        if wrong := difference(row.said, own.said, tolerance):
+        generate_in_batch(model.new_batch(), [own])
+        if wrong := difference(row.tokens, own.tokens, tolerance):
             return f"row of {len(row.prompt)} tokens: {wrong}"
     return RIGHT
 
 
-def _against_mlx_lm(model: LoadedModel, reference: Any) -> str:
+def _compare_with_mlx_lm(model: LoadedModel, reference: Any) -> str:
     for length in (1, 3, 40, _LONG):
         row = Row(_prompt(length))
-        together(model.new_batch(), [row])
-        if wrong := difference(row.said, by_mlx_lm(reference, row.prompt)):
+        generate_in_batch(model.new_batch(), [row])
+        if wrong := difference(row.tokens, generate_with_mlx_lm(reference, row.prompt)):
             return f"prompt of {length} tokens: {wrong}"
     return RIGHT

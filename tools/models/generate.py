@@ -26,22 +26,22 @@ class Row:
 
     Attributes:
         prompt: Token ids of the prompt.
-        late: Index of the step before which the row joins the batch.
-        said: Generated tokens with log probabilities.
+        join_step: Index of the step before which the row joins the batch.
+        tokens: Generated tokens with log probabilities.
         cached: Prompt tokens taken from the prefix cache.
     """
 
     prompt: Sequence[int]
-    late: int = 0
-    said: list[TokenLogprob] = field(default_factory=list)
+    join_step: int = 0
+    tokens: list[TokenLogprob] = field(default_factory=list)
     cached: int = 0
 
 
-def together(batch: Batch, rows: Sequence[Row]) -> None:
+def generate_in_batch(batch: Batch, rows: Sequence[Row]) -> None:
     """Generate for ``rows`` in one batch that rows join and leave at different steps."""
     waiting, active, step = dict(enumerate(rows)), dict[int, Row](), 0
     while waiting or active:
-        for id_ in [id_ for id_, row in waiting.items() if row.late <= step]:
+        for id_ in [id_ for id_, row in waiting.items() if row.join_step <= step]:
             active[id_] = waiting.pop(id_)
             batch.add(id_, active[id_].prompt, _GREEDY)
         if active:
@@ -60,38 +60,38 @@ def _step(batch: Batch, active: dict[int, Row]) -> list[int]:
         if isinstance(event, Prefill):
             row.cached = event.cached
             continue
-        row.said.append(cast("TokenLogprob", event.logprob))
-        if len(row.said) == COUNT:
+        row.tokens.append(cast("TokenLogprob", event.logprob))
+        if len(row.tokens) == COUNT:
             ended.append(event.row)
     batch.remove(ended)
     return ended
 
 
-def by_mlx_lm(model: Any, prompt: Sequence[int]) -> list[TokenLogprob]:
+def generate_with_mlx_lm(model: Any, prompt: Sequence[int]) -> list[TokenLogprob]:
     """Generate with mlx_lm's own ``generate_step``."""
     # `mlx_lm.generate` is a function as an attribute of the package.
     from mlx_lm.generate import generate_step
 
-    said = []
+    tokens = []
     for token, logprobs in generate_step(mx.array(list(prompt)), model, max_tokens=COUNT):
         values = logprobs.astype(mx.float32)
         ids = mx.argsort(-values)[:TOP]
         top = zip(cast("list[int]", ids.tolist()), values[ids].tolist(), strict=True)
-        said.append(TokenLogprob(int(token), float(values[token].item()), tuple(top)))
-    return said
+        tokens.append(TokenLogprob(int(token), float(values[token].item()), tuple(top)))
+    return tokens
 
 
-def mlx_lm_model(path: Path, *, wide: bool) -> Any:
+def mlx_lm_model(path: Path, *, dequantize: bool) -> Any:
     """Load a model with mlx_lm only.
 
     Args:
         path: Model directory.
-        wide: Dequantize the weights to float32.
+        dequantize: Dequantize the weights to float32.
     """
     from mlx_lm.utils import dequantize_model, load_model
 
     model, _ = load_model(path)
-    if wide:
+    if dequantize:
         model = dequantize_model(model)
         model.set_dtype(mx.float32)
         mx.eval(model.parameters())

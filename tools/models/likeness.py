@@ -23,16 +23,16 @@ def difference(
     """
     if len(some) != len(others):
         return f"{len(some)} tokens instead of {len(others)}"
-    for place, (a, b) in enumerate(zip(some, others, strict=True)):
-        found = _at_one_place(a, b)
+    for index, (a, b) in enumerate(zip(some, others, strict=True)):
+        found = _token_difference(a, b)
         if found > tolerance:
-            return f"log probabilities differ by {found:.2g} at token {place}"
+            return f"log probabilities differ by {found:.2g} at token {index}"
         if a.token_id != b.token_id:
             break
     return None
 
 
-def _at_one_place(a: TokenLogprob, b: TokenLogprob) -> float:
+def _token_difference(a: TokenLogprob, b: TokenLogprob) -> float:
     values, same = dict(a.top), dict(b.top)
     common = set(values) & set(same)
     if len(common) < _LEAST_COMMON * len(values):

@@ -39,7 +39,7 @@ float32 on both sides.
 
 A difference without a warning fails `make parity`, which generates this page.
 
-{date}, transformers {transformers}, mlx_lm {mlx_lm}, mlx {mlx}, {machine}, CPU: {told}.
+{date}, transformers {transformers}, mlx_lm {mlx_lm}, mlx {mlx}, {machine}, CPU: {summary}.
 
 | model | verdict | nats | |
 |---|---|---|---|
@@ -104,9 +104,9 @@ def _page(rows: list[Row], root: Path) -> str:
     releases = {
         json.loads(file.read_text())["transformers"] for file in root.glob("*/expected.json")
     }
-    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+    summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
     head = _HEAD.format(
-        told=told,
+        summary=summary,
         date=dt.datetime.now(tz=dt.UTC).date(),
         transformers=", ".join(sorted(releases)),
         mlx_lm=version("mlx-lm"),
