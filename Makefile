@@ -26,6 +26,9 @@ SMG_PACKAGES += $(if $(filter server,$(EXTRA)),mlx,'mlx[$(EXTRA)]')
 
 PARITY_VENV := .venv-parity
 
+# Packages whose docstrings and comments `make prose` measures.
+PROSE := runner_common runner_server runner_client bench soak tools tests
+
 .PHONY: help
 help: ## Print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -45,6 +48,10 @@ lint: $(VENV)/.installed-dev ## Check style, types and the protocol's rules
 	$(BIN)/mypy
 	$(BIN)/buf lint
 	$(BIN)/buf breaking --against $(BASELINE)
+
+.PHONY: prose
+prose: $(VENV)/.installed-dev ## Measure the prose of docstrings and comments in PATHS; ARGS=--show lists the findings
+	@$(BIN)/python -m tools.prose $(or $(PATHS),$(PROSE)) $(ARGS)
 
 .PHONY: format
 format: $(VENV)/.installed-dev ## Rewrite the code in the project's style
