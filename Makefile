@@ -19,7 +19,7 @@ TOOLS := tests/tools/bin
 # The MLX backend: on macOS the server is complete, on Linux `make run EXTRA=cuda12`
 # or cuda13 takes the graphics card instead of the processor.
 EXTRA ?= $(if $(filter Darwin,$(shell uname -s)),server,cpu)
-# The peer of the benchmark that needs an older mlx-lm than this project.
+# SMG, a peer in the benchmark, needs an older mlx-lm than this project.
 SMG_VENV := .venv-bench-smg
 SMG_PACKAGES := smg-grpc-servicer==0.14.1 smg-grpc-proto==0.4.28 'mlx-lm<0.32'
 SMG_PACKAGES += $(if $(filter server,$(EXTRA)),mlx,'mlx[$(EXTRA)]')
@@ -91,33 +91,33 @@ test-floor: ## Run the tests with the lowest versions that pyproject.toml allows
 	.venv-floor/bin/python -m pytest $(ARGS)
 
 .PHONY: bench
-bench: $(VENV)/.installed-bench $(SMG_VENV)/.installed ## Measure this runner beside its peers, in half an hour
+bench: $(VENV)/.installed-bench $(SMG_VENV)/.installed ## Benchmark this runner against its peers, in half an hour
 	@$(BIN)/python -m bench $(ARGS)
 
 .PHONY: bench-quick
-bench-quick: $(VENV)/.installed-bench $(SMG_VENV)/.installed ## The same in five minutes, with fewer measures
+bench-quick: $(VENV)/.installed-bench $(SMG_VENV)/.installed ## Run a shorter benchmark, in five minutes
 	@$(BIN)/python -m bench --quick $(ARGS)
 
 .PHONY: memory
-memory: $(VENV)/.installed-dev ## Hold the peak of runners against their estimates: SET=shaped, quick, types or formats
+memory: $(VENV)/.installed-dev ## Compare peak memory of runners with the estimate: SET=shaped, quick, types or formats
 	@$(BIN)/python -m tools.memory $(or $(SET),shaped) $(ARGS)
 
 .PHONY: parity
-parity: $(VENV)/.installed-dev $(PARITY_VENV)/.installed ## Hold models saved by transformers against its own answers
+parity: $(VENV)/.installed-dev $(PARITY_VENV)/.installed ## Compare this runner with transformers on models that transformers saved
 	@out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; \
 	$(PARITY_VENV)/bin/python -m tools.parity.contender "$$out"; \
 	$(BIN)/python -m tools.parity "$$out" docs/transformers.md
 
 .PHONY: models
-models: $(VENV)/.installed-dev ## Hold answers against mlx_lm's for every type of model: SET=all, quick, or names
+models: $(VENV)/.installed-dev ## Compare this runner with mlx_lm on every model type: SET=all, quick, or names
 	@$(BIN)/python -m tools.models $(or $(SET),all) $(if $(SET),,--write docs/models.md) $(ARGS)
 
 .PHONY: soak
-soak: $(VENV)/.installed-bench ## Drive a runner at twice its capacity for MINUTES (default 30), and judge it
+soak: $(VENV)/.installed-bench ## Soak a runner at twice its capacity for MINUTES (default 30)
 	@$(BIN)/python -m soak --minutes $(or $(MINUTES),30) $(ARGS)
 
 .PHONY: soak-short
-soak-short: $(VENV)/.installed-dev ## The same for two minutes, without a plot: what CI runs
+soak-short: $(VENV)/.installed-dev ## Soak a runner for two minutes without a plot, as CI does
 	@$(BIN)/python -m soak --minutes 2 $(ARGS)
 
 .PHONY: fuzz
@@ -197,13 +197,13 @@ $(VENV)/.installed-fuzz: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --editable '.[$(EXTRA)]' --group fuzz
 	@touch $(VENV)/.installed $@
 
-# A peer that cannot be installed is a line of the report, not the end of the benchmark.
+# If the peer cannot be installed, the report lists it as a failure.
 $(SMG_VENV)/.installed: Makefile
 	$(PYTHON) -m venv --clear $(SMG_VENV)
 	@if $(SMG_VENV)/bin/pip install --quiet $(SMG_PACKAGES); then touch $@; \
 	  else echo "SMG cannot be installed here; the benchmark goes on without it" >&2; fi
 
-# Another library to compare with: PyTorch takes 2 GB, and this project never imports it.
+# For the comparison with transformers only: PyTorch takes 2 GB, and this project never imports it.
 $(PARITY_VENV)/.installed: Makefile
 	$(PYTHON) -m venv --clear $(PARITY_VENV)
 	$(PARITY_VENV)/bin/pip install --quiet torch transformers numpy
