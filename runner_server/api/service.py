@@ -111,7 +111,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
 
     async def Status(self, request: pb.StatusRequest, context: _Context) -> pb.StatusResponse:
         """Tells what the process does and holds."""
-        snapshot = self._engine.snapshot()
+        snapshot = self._engine.state()
         memory = self._engine.memory()
         answer = pb.StatusResponse(
             state=STATES[snapshot.state],
@@ -164,7 +164,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         spec = completion_spec(request, sampling, model.info, prompt_ids)
         texts = _token_texts(model, spec)
         completion = self._engine.submit(model, spec)
-        record.account = completion.account
+        record.stats = completion.stats
         try:
             # A proxy or a blocking client takes a queued stream without headers for dead.
             await context.send_initial_metadata(())

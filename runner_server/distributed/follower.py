@@ -153,11 +153,11 @@ class Follower:
             "new_batch": self._new_batch,
             "add": self._add,
             "remove": lambda rows: self._require_batch().remove(rows),
-            "pause": lambda row: self._require_batch().pause(row),
+            "preempt": lambda row: self._require_batch().preempt(row),
             "resume": lambda row: self._require_batch().resume(row),
             "step": lambda: self._require_batch().step(),
             "close_batch": self._close_batch,
-            "limit_prompts": lambda limit: self._require_model().limit_prompts(limit),
+            "limit_prefix_cache": lambda limit: self._require_model().limit_prefix_cache(limit),
             "release": self._release,
             "trim": self._backend.trim,
             # Of a load that has failed here already.

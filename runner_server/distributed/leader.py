@@ -202,10 +202,10 @@ class LeaderModel:
         """See ``LoadedModel.kv_bytes``: on this rank."""
         return self._model.kv_bytes
 
-    def limit_prompts(self, limit_bytes: int) -> None:
-        """See ``LoadedModel.limit_prompts``: the same on all ranks."""
-        self._hub.tell("limit_prompts", limit_bytes)
-        self._model.limit_prompts(limit_bytes)
+    def limit_prefix_cache(self, limit_bytes: int) -> None:
+        """See ``LoadedModel.limit_prefix_cache``: the same on all ranks."""
+        self._hub.tell("limit_prefix_cache", limit_bytes)
+        self._model.limit_prefix_cache(limit_bytes)
 
     def new_batch(self) -> LeaderBatch:
         """An empty batch on all ranks."""
@@ -238,10 +238,10 @@ class LeaderBatch:
         with self._told("remove", list(rows)):
             self._batch.remove(rows)
 
-    def pause(self, row: int) -> None:
-        """See ``Batch.pause``."""
-        with self._told("pause", row):
-            self._batch.pause(row)
+    def preempt(self, row: int) -> None:
+        """See ``Batch.preempt``."""
+        with self._told("preempt", row):
+            self._batch.preempt(row)
 
     def resume(self, row: int) -> None:
         """See ``Batch.resume``."""

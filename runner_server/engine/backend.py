@@ -63,7 +63,7 @@ class Batch(Protocol):
         """Ends rows, in whatever phase they are, and frees what they held."""
         ...
 
-    def pause(self, row: int) -> None:
+    def preempt(self, row: int) -> None:
         """Sets a row aside that has generated a token; it keeps what it holds."""
         ...
 
@@ -102,7 +102,7 @@ class LoadedModel(Protocol):
         """Tells the bytes of KV cache that one sequence of so many tokens takes; has no weights."""
         ...
 
-    def limit_prompts(self, limit_bytes: int) -> None:
+    def limit_prefix_cache(self, limit_bytes: int) -> None:
         """Changes how much evaluated prompts may take, and drops what is beyond that."""
         ...
 

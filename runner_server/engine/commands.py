@@ -37,17 +37,17 @@ class Trim:
     """Give freed memory back.
 
     Attributes:
-        prompts_bytes: What evaluated prompts are reduced to first.
+        prefix_cache_bytes: What evaluated prompts are reduced to first.
         done: Ends when it is back.
     """
 
-    prompts_bytes: int
+    prefix_cache_bytes: int
     done: Future[None]
 
 
 @dataclass(frozen=True)
 class Wake:
-    """Nothing but a reason to look at the ledger."""
+    """Nothing but a reason to look at the registry."""
 
 
 Command = GenerationRequest | Ticket[Any] | Cancel | Resume | LimitPrefixCache | Trim | Wake

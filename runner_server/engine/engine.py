@@ -42,23 +42,25 @@ class Engine:
     def __init__(self, backend: Backend, *, max_queued: int, on_death: Callable[[], None]) -> None:
         self._backend = backend
         self._on_death = on_death
-        self._inbox = CommandQueue()
-        self._ledger = RequestRegistry(max_queued)
+        self._commands = CommandQueue()
+        self._registry = RequestRegistry(max_queued)
         self._loop = asyncio.get_running_loop()
-        self._worker = EngineThread(backend, self._ledger, self._inbox, self._loop, on_death)
+        self._engine_thread = EngineThread(
+            backend, self._registry, self._commands, self._loop, on_death
+        )
         self._is_lost = False
         # Not a wait in a worker thread: those may all be busy with tokenizing.
         self._ended = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def _run(self) -> None:
-        self._worker.run()
+        self._engine_thread.run()
         self._loop.call_soon_threadsafe(self._ended.set)
 
     @property
     def device(self) -> str:
         """The device that computes; empty until the model library is imported."""
-        return self._worker.device
+        return self._engine_thread.device
 
     def start(self) -> None:
         """Starts the thread, which imports the model library first."""
@@ -71,40 +73,40 @@ class Engine:
             Busy: Another load or unload runs.
             ShuttingDown: The engine stops, or is dead.
         """
-        ticket = Ticket[ModelInfo](lambda ticket: self._worker.load(spec, ticket))
-        self._ledger.open_ticket(ticket, State.LOADING)
-        self._inbox.put(ticket)
+        ticket = Ticket[ModelInfo](lambda ticket: self._engine_thread.load(spec, ticket))
+        self._registry.open_ticket(ticket, State.LOADING)
+        self._commands.put(ticket)
         return ticket
 
     def unload(self) -> Ticket[int]:
         """Begins an unload, which ends with the bytes freed; raises like :meth:`load`."""
-        ticket = Ticket[int](self._worker.unload)
-        self._ledger.open_ticket(ticket, None)
-        self._inbox.put(ticket)
+        ticket = Ticket[int](self._engine_thread.unload)
+        self._registry.open_ticket(ticket, None)
+        self._commands.put(ticket)
         return ticket
 
-    def trim(self, prompts_bytes: int) -> Future[None]:
+    def trim(self, prefix_cache_bytes: int) -> Future[None]:
         """Begins to give freed memory back; the result ends when it is back.
 
         Args:
-            prompts_bytes: What evaluated prompts are reduced to first.
+            prefix_cache_bytes: What evaluated prompts are reduced to first.
 
         Raises:
             Busy: A load or unload runs.
             ShuttingDown: The engine stops, or is dead.
         """
         done: Future[None] = Future()
-        self._ledger.open_trim(done)
-        self._inbox.put(Trim(prompts_bytes, done))
+        self._registry.open_trim(done)
+        self._commands.put(Trim(prefix_cache_bytes, done))
         return done
 
-    def limit_prompts(self, limit_bytes: int) -> None:
+    def limit_prefix_cache(self, limit_bytes: int) -> None:
         """Changes how much evaluated prompts may take from now on."""
-        self._inbox.put(LimitPrefixCache(limit_bytes))
+        self._commands.put(LimitPrefixCache(limit_bytes))
 
     def refuse_when_ending(self) -> None:
         """Raises :class:`ShuttingDown` if the engine stops, or is dead."""
-        self._ledger.refuse_when_ending()
+        self._registry.refuse_when_ending()
 
     def model(self) -> ModelHandle:
         """The loaded model's description and tokenizer.
@@ -113,7 +115,7 @@ class Engine:
             ModelNotLoaded: There is none.
             ShuttingDown: The engine stops, or is dead.
         """
-        return self._ledger.model()
+        return self._registry.model()
 
     def submit(self, model: ModelHandle, spec: CompletionSpec) -> GenerationRequest:
         """Queues a completion.
@@ -129,18 +131,18 @@ class Engine:
             ShuttingDown: The engine stops, or is dead.
         """
         completion = GenerationRequest(spec, model.codec, model.info.eos_token_ids)
-        self._ledger.accept(model, completion)
-        self._inbox.put(completion)
+        self._registry.accept(model, completion)
+        self._commands.put(completion)
         return completion
 
     def cancel(self, completion: GenerationRequest) -> None:
         """Ends a completion that nobody reads any more; nothing happens if it has ended."""
-        if self._ledger.is_live(completion.id):
-            self._inbox.put(Cancel(completion.id))
+        if self._registry.is_live(completion.id):
+            self._commands.put(Cancel(completion.id))
 
-    def snapshot(self) -> EngineState:
+    def state(self) -> EngineState:
         """What the engine does, without waiting for it."""
-        return self._ledger.snapshot()
+        return self._registry.state()
 
     def memory(self) -> MemoryCounters:
         """What the model library holds."""
@@ -148,8 +150,8 @@ class Engine:
 
     def stop(self) -> None:
         """Ends all completions, frees the model and ends the thread; does not wait."""
-        self._ledger.stop()
-        self._inbox.put(Wake())
+        self._registry.stop()
+        self._commands.put(Wake())
 
     def lose(self, text: str) -> None:
         """Ends all calls because a part of the model is gone; the thread may hang inside MLX.
@@ -159,13 +161,13 @@ class Engine:
         """
         self._is_lost = True
         fault = ShuttingDown(text)
-        for completion in self._ledger.die(text):
-            self._ledger.forget(completion.id)
+        for completion in self._registry.die(text):
+            self._registry.forget(completion.id)
             completion.fail(fault)
             completion.stream.wake()
-        self._ledger.fail_ticket(fault)
+        self._registry.fail_ticket(fault)
         # It ends if it does not hang.
-        self._inbox.put(Wake())
+        self._commands.put(Wake())
         self._on_death()
 
     async def wait_ended(self, timeout_seconds: float) -> bool:

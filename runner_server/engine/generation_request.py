@@ -26,7 +26,7 @@ _ids = itertools.count(1)
 class GenerationRequest:
     """Turns the tokens of one row into the pieces of one stream.
 
-    Used on the engine thread, except for :meth:`account` and the attributes that never change.
+    Used on the engine thread, except for :meth:`stats` and the attributes that never change.
 
     Args:
         spec: What was asked for.
@@ -67,7 +67,7 @@ class GenerationRequest:
         return len(self.spec.prompt_ids) + self._count
 
     @property
-    def has_begun(self) -> bool:
+    def has_output(self) -> bool:
         """Whether it has got a token."""
         return self._count > 0
 
@@ -75,24 +75,24 @@ class GenerationRequest:
         """Notes that the row has its place in the batch."""
         self._admitted = time.monotonic()
 
-    def leave(self) -> None:
+    def preempt(self) -> None:
         """Notes that its place goes to others until its reader has read on."""
         self._left = time.monotonic()
 
-    def come_back(self) -> None:
+    def resume(self) -> None:
         """Notes that it has a place again."""
         if self._left is not None:
             self._away_seconds += time.monotonic() - self._left
             self._left = None
 
-    def seated_seconds(self, done: GenerationResult) -> float:
+    def running_seconds(self, done: GenerationResult) -> float:
         """How long it has had a place: so long others waited for one, and no longer."""
         return done.prompt_seconds + done.eval_seconds - self._away_seconds
 
     def on_prefill(self, event: Prefill) -> None:
         """Passes progress of the prompt on."""
         self._cached = event.cached
-        self.stream.put(OutputDelta(prefill=(event.evaluated, event.total)))
+        self.stream.put(OutputDelta(prefill=(event.prefilled, event.total)))
 
     def on_token(self, event: Token) -> GenerationResult | None:
         """Adds a token; returns how the completion ended if this was the last."""
@@ -116,7 +116,7 @@ class GenerationRequest:
         self._ended = time.monotonic()
         self.stream.fail(fault)
 
-    def account(self) -> GenerationStats:
+    def stats(self) -> GenerationStats:
         """What it has come to; any thread may ask, at any time."""
         now = self._ended or time.monotonic()
         # The engine's thread sets them in the other order.
@@ -144,14 +144,14 @@ class GenerationRequest:
 
     def _done(self, reason: FinishReason, stop_match: str) -> GenerationResult:
         self._ended, self._reason = time.monotonic(), reason
-        account = self.account()
+        stats = self.stats()
         return GenerationResult(
             reason=reason,
             stop_match=stop_match,
-            prompt_count=account.prompt_count,
-            eval_count=account.eval_count,
-            queue_seconds=account.queue_seconds,
-            prompt_seconds=account.prompt_seconds or 0.0,
-            eval_seconds=account.eval_seconds or 0.0,
-            cached_count=account.cached_count,
+            prompt_count=stats.prompt_count,
+            eval_count=stats.eval_count,
+            queue_seconds=stats.queue_seconds,
+            prompt_seconds=stats.prompt_seconds or 0.0,
+            eval_seconds=stats.eval_seconds or 0.0,
+            cached_count=stats.cached_count,
         )

@@ -41,7 +41,7 @@ class PressureWatch:
         """Watch until cancelled."""
         while True:
             await asyncio.sleep(_GPU_SECONDS if self._is_gpu else _CPU_SECONDS)
-            model = self._engine.snapshot().model
+            model = self._engine.state().model
             if model is None:
                 continue
             memory = self._engine.memory()
@@ -71,7 +71,7 @@ class PressureWatch:
                 format_bytes(held),
                 format_bytes(wanted),
             )
-        self._engine.limit_prompts(wanted)
+        self._engine.limit_prefix_cache(wanted)
         if wanted < held:
             # What was dropped is to go back to the system at once; a load that has begun
             # meanwhile, or the end, frees all of it.

@@ -38,7 +38,7 @@ _MAX_MERGE_SECONDS = 0.04
 class OutputChannel:
     """The pieces of one completion, on their way to its reader.
 
-    ``put``, ``fail`` and ``when_read`` belong to the engine's thread, the rest to the
+    ``put``, ``fail`` and ``on_drained`` belong to the engine's thread, the rest to the
     loop. The engine calls :meth:`wake` through a :class:`WakeupCoalescer`.
     """
 
@@ -62,7 +62,7 @@ class OutputChannel:
             self._pieces.append(piece)
             self._texts += _text_count(piece)
 
-    def when_read(self, call: Callable[[], None]) -> None:
+    def on_drained(self, call: Callable[[], None]) -> None:
         """Calls once, on whatever thread, when the reader has read on."""
         with self._lock:
             self._on_read = call

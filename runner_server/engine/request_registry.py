@@ -65,7 +65,7 @@ class RequestRegistry:
         self._lock = threading.Lock()
         self._state = State.IDLE
         self._handle: ModelHandle | None = None
-        self._live: dict[int, GenerationRequest] = {}
+        self._requests: dict[int, GenerationRequest] = {}
         self._running: set[int] = set()
         self._ticket: Ticket[Any] | None = None
         self._trims: set[Future[None]] = set()
@@ -92,10 +92,10 @@ class RequestRegistry:
             if self._require_model() is not model:
                 raise ModelNotLoaded
             _require_memory(model, completion)
-            if len(self._live) >= model.info.parallel + self._max_queued:
-                queued = len(self._live) - len(self._running)
+            if len(self._requests) >= model.info.parallel + self._max_queued:
+                queued = len(self._requests) - len(self._running)
                 raise QueueFull(queued, self._retry_seconds(queued, model.info.parallel))
-            self._live[completion.id] = completion
+            self._requests[completion.id] = completion
 
     def open_ticket(self, ticket: Ticket[Any], state: State | None) -> None:
         """Enters a load or unload; ``state`` is visible in Status from now on.
@@ -152,12 +152,12 @@ class RequestRegistry:
 
     def is_live(self, completion_id: int) -> bool:
         """Whether a completion was accepted and has not ended."""
-        return completion_id in self._live
+        return completion_id in self._requests
 
-    def snapshot(self) -> EngineState:
+    def state(self) -> EngineState:
         """What the engine does, without waiting for it."""
         with self._lock:
-            running, live = len(self._running), len(self._live)
+            running, live = len(self._running), len(self._requests)
             active = (live > 0 and not self._is_idle) or self._state is State.LOADING
             return EngineState(
                 state=self._state,
@@ -204,7 +204,7 @@ class RequestRegistry:
         """A completion has ended; ``seconds`` it took, if it ended by itself."""
         with self._lock:
             self._running.discard(completion_id)
-            self._live.pop(completion_id, None)
+            self._requests.pop(completion_id, None)
             if seconds is not None:
                 self._note_pace(seconds)
 
@@ -225,7 +225,7 @@ class RequestRegistry:
         with self._lock:
             self._handle = None
             self._progress = 0
-            return list(self._live.values())
+            return list(self._requests.values())
 
     def close_ticket(self) -> None:
         """The load or unload is over."""

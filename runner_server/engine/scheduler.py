@@ -14,29 +14,29 @@ class Scheduler:
     Attributes:
         waiting: Have not begun, in order of arrival.
         running: Are evaluated or decoded.
-        paused: Set aside because their readers are behind; they hold their memory.
-        returning: Set aside, but their readers have read on; in that order.
+        preempted: Set aside because their readers are behind; they hold their memory.
+        resuming: Set aside, but their readers have read on; in that order.
     """
 
     def __init__(self) -> None:
         self.waiting: deque[GenerationRequest] = deque()
         self.running: dict[int, GenerationRequest] = {}
-        self.paused: dict[int, GenerationRequest] = {}
-        self.returning: deque[GenerationRequest] = deque()
+        self.preempted: dict[int, GenerationRequest] = {}
+        self.resuming: deque[GenerationRequest] = deque()
 
     @property
-    def begun(self) -> list[GenerationRequest]:
+    def admitted(self) -> list[GenerationRequest]:
         """Those that hold memory."""
-        return [*self.running.values(), *self.paused.values(), *self.returning]
+        return [*self.running.values(), *self.preempted.values(), *self.resuming]
 
-    def pause(self, completion: GenerationRequest) -> None:
+    def preempt(self, completion: GenerationRequest) -> None:
         """Takes the place of one that runs."""
-        self.paused[completion.id] = self.running.pop(completion.id)
+        self.preempted[completion.id] = self.running.pop(completion.id)
 
-    def read_on(self, id_: int) -> None:
+    def resume(self, id_: int) -> None:
         """Lets one that was set aside wait for a place; nothing happens if it has ended."""
-        if completion := self.paused.pop(id_, None):
-            self.returning.append(completion)
+        if completion := self.preempted.pop(id_, None):
+            self.resuming.append(completion)
 
     def next(self, model: LoadedModel) -> GenerationRequest | None:
         """Seats the next one that may run: those that return first, then in order.
@@ -46,40 +46,40 @@ class Scheduler:
         """
         if not self.has_next(model):
             return None
-        completion = (self.returning or self.waiting).popleft()
+        completion = (self.resuming or self.waiting).popleft()
         self.running[completion.id] = completion
         return completion
 
     def has_next(self, model: LoadedModel) -> bool:
         """Whether :meth:`next` would seat one."""
-        queue = self.returning or self.waiting
+        queue = self.resuming or self.waiting
         has_place = len(self.running) < model.info.parallel
         return bool(queue) and has_place and self._fits(queue[0], model)
 
     def remove(self, id_: int) -> GenerationRequest | None:
         """Takes one out; returns it if it holds memory."""
-        for queue in (self.waiting, self.returning):
+        for queue in (self.waiting, self.resuming):
             for completion in queue:
                 if completion.id == id_:
                     queue.remove(completion)
-                    return completion if queue is self.returning else None
-        return self.running.pop(id_, None) or self.paused.pop(id_, None)
+                    return completion if queue is self.resuming else None
+        return self.running.pop(id_, None) or self.preempted.pop(id_, None)
 
     def clear(self) -> None:
         """Takes all out."""
-        for group in (self.waiting, self.running, self.paused, self.returning):
+        for group in (self.waiting, self.running, self.preempted, self.resuming):
             group.clear()
 
     def _fits(self, completion: GenerationRequest, model: LoadedModel) -> bool:
         """Whether the memory of all would suffice, should each become as long as it may."""
-        if not self.running and completion in self.returning:
+        if not self.running and completion in self.resuming:
             # The others are set aside, and their readers must not hold this one up. At worst
             # it takes what one sequence may, beyond the budget.
             return True
         lengths = [other.max_length for other in (*self.running.values(), completion)]
         # A batch is as wide as its longest row.
         need = len(lengths) * model.kv_bytes(max(lengths))
-        aside = (*self.paused.values(), *self.returning)
+        aside = (*self.preempted.values(), *self.resuming)
         # What is set aside does not grow.
         need += sum(model.kv_bytes(other.length) for other in aside if other is not completion)
         return need <= model.info.kv_budget_bytes

@@ -65,19 +65,19 @@ class StallWatchdog:
         Two looks must agree: a process that was stopped for a while and goes on looks
         like one that stands still, once.
         """
-        snapshot = self._engine.snapshot()
-        age, cpu = snapshot.last_progress_age, self._cpu_seconds()
+        state = self._engine.state()
+        age, cpu = state.last_progress_age, self._cpu_seconds()
         if age is None or age < self._limit_seconds:
             self._since = None
             return False
-        before, self._since = self._since, (now, cpu, snapshot.step_count)
-        if before is None or before[2] != snapshot.step_count:
+        before, self._since = self._since, (now, cpu, state.step_count)
+        if before is None or before[2] != state.step_count:
             return False
         if self._engine.device.startswith("cpu") and self._works(before, now, cpu):
             return False
         text = (
-            f"the engine has stood still for {age:.0f} s with {snapshot.running_count} running and "
-            f"{snapshot.queued_count} waiting completions (--stall-seconds "
+            f"the engine has stood still for {age:.0f} s with {state.running_count} running and "
+            f"{state.queued_count} waiting completions (--stall-seconds "
             f"{self._limit_seconds:g}); the process exits with code {EXIT_STALLED}"
         )
         logger.critical("%s", text)

@@ -1,7 +1,7 @@
 """The one thread that owns the model. :meth:`EngineThread.run` is the loop.
 
-Everything here runs on that thread. It takes messages from an inbox and answers
-through streams, tickets and the ledger.
+Everything here runs on that thread. It takes commands from a queue and answers
+through streams, tickets and the registry.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class EngineThread:
 
     Args:
         backend: The model library.
-        ledger: What was accepted.
-        inbox: What to do.
+        registry: What was accepted.
+        commands: What to do.
         loop: Where streams are woken and ``on_death`` is called.
         on_death: Called once if the engine cannot go on.
 
@@ -67,33 +67,33 @@ class EngineThread:
     def __init__(
         self,
         backend: Backend,
-        ledger: RequestRegistry,
-        inbox: CommandQueue,
+        registry: RequestRegistry,
+        commands: CommandQueue,
         loop: asyncio.AbstractEventLoop,
         on_death: Callable[[], None],
     ) -> None:
         self._backend = backend
-        self._ledger = ledger
-        self._inbox = inbox
+        self._registry = registry
+        self._commands = commands
         self._loop = loop
         self._on_death = on_death
         # Nobody else may hold the model, or its memory would not come back.
         self._model: LoadedModel | None = None
         self._batch: Batch | None = None
-        self._seats = Scheduler()
-        self._publisher = WakeupCoalescer(loop)
+        self._scheduler = Scheduler()
+        self._wakeups = WakeupCoalescer(loop)
         self._touched: list[OutputChannel] = []
         self._urgent: list[OutputChannel] = []
         self._failed_steps = 0
         self._has_stepped = False
-        self._prompts_bytes = 0
+        self._prefix_cache_bytes = 0
         self.device = ""
 
     def run(self) -> None:
-        """Works until the ledger says stop, or until nothing can be done any more."""
+        """Works until the registry says stop, or until nothing can be done any more."""
         try:
             self.device = self._backend.open()
-            while not self._ledger.is_stopping:
+            while not self._registry.is_stopping:
                 self._take_messages()
                 self._publish()
                 self._advance()
@@ -112,41 +112,43 @@ class EngineThread:
             message = self._poll()
 
     def _can_advance(self) -> bool:
-        return bool(self._seats.running) or bool(self._model and self._seats.has_next(self._model))
+        return bool(self._scheduler.running) or bool(
+            self._model and self._scheduler.has_next(self._model)
+        )
 
     def _wait(self) -> Command:
-        self._ledger.note_idle(is_idle=True)
+        self._registry.note_idle(is_idle=True)
         message = self._wait_or_trim()
-        self._ledger.note_idle(is_idle=False)
+        self._registry.note_idle(is_idle=False)
         return message
 
     def _wait_or_trim(self) -> Command:
         """Waits for a message; gives freed memory back once, if none comes for a while."""
         if self._has_stepped:
             try:
-                return self._inbox.get(timeout=_TRIM_AFTER_SECONDS)
+                return self._commands.get(timeout=_TRIM_AFTER_SECONDS)
             except queue.Empty:
                 self._has_stepped = False
                 self._backend.trim()
-        return self._inbox.get()
+        return self._commands.get()
 
     def _poll(self) -> Command | None:
         try:
-            return self._inbox.get_nowait()
+            return self._commands.get_nowait()
         except queue.Empty:
             return None
 
     def _receive(self, message: Command) -> None:
         match message:
-            case GenerationRequest() if self._model and self._ledger.is_live(message.id):
-                self._seats.waiting.append(message)
+            case GenerationRequest() if self._model and self._registry.is_live(message.id):
+                self._scheduler.waiting.append(message)
             case Cancel(completion_id=id_):
                 self._drop(id_)
             case Resume(completion_id=id_):
-                self._seats.read_on(id_)
+                self._scheduler.resume(id_)
             case LimitPrefixCache(limit_bytes=limit) if self._model:
-                self._prompts_bytes = limit
-                self._model.limit_prompts(limit)
+                self._prefix_cache_bytes = limit
+                self._model.limit_prefix_cache(limit)
             case Trim():
                 self._trim(message)
             case Ticket():
@@ -155,17 +157,17 @@ class EngineThread:
     def _trim(self, trim: Trim) -> None:
         """Reduces the evaluated prompts that are kept, and gives freed memory back."""
         if self._model:
-            self._model.limit_prompts(min(self._prompts_bytes, trim.prompts_bytes))
-            self._model.limit_prompts(self._prompts_bytes)
+            self._model.limit_prefix_cache(min(self._prefix_cache_bytes, trim.prefix_cache_bytes))
+            self._model.limit_prefix_cache(self._prefix_cache_bytes)
         self._backend.trim()
-        self._ledger.close_trim(trim.done)
+        self._registry.close_trim(trim.done)
 
     def _drop(self, id_: int) -> None:
         """Ends a cancelled completion in whatever phase it is."""
-        if not self._ledger.is_live(id_):
+        if not self._registry.is_live(id_):
             return
-        self._ledger.forget(id_)
-        if self._seats.remove(id_):
+        self._registry.forget(id_)
+        if self._scheduler.remove(id_):
             self._guarded(lambda _model, batch: batch.remove([id_]))
 
     # -- completions -------------------------------------------------------------
@@ -190,38 +192,40 @@ class EngineThread:
 
     def _admit_and_step(self, model: LoadedModel, batch: Batch) -> None:
         self._admit(model, batch)
-        if self._seats.running:
+        if self._scheduler.running:
             self._step(batch)
             self._failed_steps = 0
 
     def _admit(self, model: LoadedModel, batch: Batch) -> None:
-        while completion := self._seats.next(model):
-            if completion.has_begun:
+        while completion := self._scheduler.next(model):
+            if completion.has_output:
                 batch.resume(completion.id)
-                completion.come_back()
+                completion.resume()
                 continue
             completion.admit()
-            self._ledger.note_running(completion)
+            self._registry.note_running(completion)
             batch.add(completion.id, completion.spec.prompt_ids, completion.spec.sampling)
 
     def _step(self, batch: Batch) -> None:
         self._has_stepped = True
         events = batch.step()
-        self._ledger.note_step()
+        self._registry.note_step()
         ended = [row for event in events if (row := self._on_event(event)) is not None]
         if ended:
             # What they have evaluated is kept for others; their readers need not wait for that.
             self._publish()
             batch.remove(ended)
-        for completion in [each for each in self._seats.running.values() if each.stream.is_full]:
-            batch.pause(completion.id)
-            completion.leave()
-            self._seats.pause(completion)
-            completion.stream.when_read(partial(self._inbox.put, Resume(completion.id)))
+        for completion in [
+            each for each in self._scheduler.running.values() if each.stream.is_full
+        ]:
+            batch.preempt(completion.id)
+            completion.preempt()
+            self._scheduler.preempt(completion)
+            completion.stream.on_drained(partial(self._commands.put, Resume(completion.id)))
 
     def _on_event(self, event: Event) -> int | None:
         """Passes an event on; returns its row if that has ended."""
-        completion = self._seats.running.get(event.row)
+        completion = self._scheduler.running.get(event.row)
         if completion is None:
             return None
         if isinstance(event, NotFinite):
@@ -231,14 +235,14 @@ class EngineThread:
         if isinstance(event, Prefill):
             completion.on_prefill(event)
             return None
-        is_first = not completion.has_begun
+        is_first = not completion.has_output
         done = completion.on_token(event)
         if is_first or done:
             self._urgent.append(completion.stream)
         if done is None:
             return None
-        self._seats.remove(completion.id)
-        self._ledger.forget(completion.id, completion.seated_seconds(done))
+        self._scheduler.remove(completion.id)
+        self._registry.forget(completion.id, completion.running_seconds(done))
         return completion.id
 
     def _not_finite(self, completion: GenerationRequest) -> GenerationFailed:
@@ -249,34 +253,34 @@ class EngineThread:
             f"tokens, so there is no next token; its weights are held as {dtype}: "
             f"{not_finite_advice(dtype)}"
         )
-        self._ledger.note_error("a completion failed: logits are not finite")
+        self._registry.note_error("a completion failed: logits are not finite")
         logger.error("row %d failed: %s", completion.id, fault)
         return fault
 
     def _publish(self) -> None:
         """Has the readers woken that have something new."""
         if self._touched or self._urgent:
-            self._publisher.publish(self._touched, self._urgent)
+            self._wakeups.publish(self._touched, self._urgent)
             self._touched, self._urgent = [], []
 
     def _recover(self, error: Exception) -> None:
         """Ends the rows of the batch; a second time in a row the engine gives up."""
         self._failed_steps += 1
         name = type(error).__name__
-        self._ledger.note_error(f"a step failed: {name}")
-        logger.error("step failed with %d rows", len(self._seats.begun), exc_info=error)
+        self._registry.note_error(f"a step failed: {name}")
+        logger.error("step failed with %d rows", len(self._scheduler.admitted), exc_info=error)
         fault = GenerationFailed(
             f"MLX raised {name} in a step of this batch; the runner's log has the traceback; the "
             "request may be retried"
         )
-        self._fail(self._seats.begun, fault)
+        self._fail(self._scheduler.admitted, fault)
         if self._failed_steps >= _MAX_FAILED_STEPS:
             raise RuntimeError(f"{self._failed_steps} steps in a row failed") from error
 
     def _fail(self, completions: list[GenerationRequest], fault: RunnerFault) -> None:
         for completion in completions:
-            self._seats.remove(completion.id)
-            self._ledger.forget(completion.id)
+            self._scheduler.remove(completion.id)
+            self._registry.forget(completion.id)
             completion.fail(fault)
             self._urgent.append(completion.stream)
 
@@ -285,17 +289,17 @@ class EngineThread:
     def _settle(self, ticket: Ticket[Any]) -> None:
         """Runs a load or unload and hands its outcome to whoever waits."""
         if not ticket.future.set_running_or_notify_cancel():
-            self._ledger.close_ticket()
+            self._registry.close_ticket()
             return
         try:
             result = ticket.work(ticket)
         except RunnerFault as fault:
-            self._ledger.close_ticket()
+            self._registry.close_ticket()
             # A lost rank has perhaps ended it.
             with suppress(InvalidStateError):
                 ticket.future.set_exception(fault)
         else:
-            self._ledger.close_ticket()
+            self._registry.close_ticket()
             with suppress(InvalidStateError):
                 ticket.future.set_result(result)
 
@@ -306,24 +310,24 @@ class EngineThread:
         self._free_model(for_next=True)
 
         def report(progress: int) -> None:
-            self._ledger.note_progress(progress)
-            if ticket.cancelled.is_set() or self._ledger.is_stopping:
+            self._registry.note_progress(progress)
+            if ticket.cancelled.is_set() or self._registry.is_stopping:
                 raise ShuttingDown("the load was cancelled")
 
         try:
             report(0)
             self._model = self._backend.load(spec, report)
-            self._prompts_bytes = self._model.info.prefix_cache_bytes
+            self._prefix_cache_bytes = self._model.info.prefix_cache_bytes
             self._batch = self._model.new_batch()
             report(100)
         except BackendLost:
             raise
         except Exception as error:  # noqa: BLE001 - a model that fails must not end the process
             fault = _load_fault(spec, error)
-            self._ledger.note_error(f"load of {spec.model!r} failed: {fault}")
+            self._registry.note_error(f"load of {spec.model!r} failed: {fault}")
             self._free_model()
             raise fault from None
-        self._ledger.offer_model(_handle(self._model))
+        self._registry.offer_model(_handle(self._model))
         return self._model.info
 
     def _check(self, spec: LoadSpec) -> None:
@@ -332,7 +336,7 @@ class EngineThread:
             self._backend.check(spec)
         except Exception as error:  # noqa: BLE001 - as in a load
             fault = _load_fault(spec, error)
-            self._ledger.note_error(f"load of {spec.model!r} failed: {fault}")
+            self._registry.note_error(f"load of {spec.model!r} failed: {fault}")
             raise fault from None
 
     def unload(self, _ticket: Ticket[int]) -> int:
@@ -347,9 +351,9 @@ class EngineThread:
         return memory.active_bytes + memory.cache_bytes
 
     def _end_all(self, fault: RunnerFault) -> None:
-        completions = self._ledger.withdraw_model()
+        completions = self._registry.withdraw_model()
         self._fail(completions, fault)
-        self._seats.clear()
+        self._scheduler.clear()
         self._publish()
 
     def _free_model(self, *, for_next: bool = False) -> None:
@@ -363,7 +367,7 @@ class EngineThread:
     def _close(self) -> None:
         fault = stopping_fault()
         self._end_all(fault)
-        self._ledger.fail_ticket(fault)
+        self._registry.fail_ticket(fault)
         self._free_model()
         self._backend.close()
 
@@ -374,9 +378,9 @@ class EngineThread:
         if isinstance(error, BackendLost):
             text = str(error)
             fault = refusal = ShuttingDown(text)
-        self._fail(self._ledger.die(text), fault)
+        self._fail(self._registry.die(text), fault)
         self._publish()
-        self._ledger.fail_ticket(refusal)
+        self._registry.fail_ticket(refusal)
         self._loop.call_soon_threadsafe(self._on_death)
         self._batch = self._model = None
         try:

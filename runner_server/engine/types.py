@@ -179,7 +179,7 @@ class Prefill:
     """
 
     row: int
-    evaluated: int
+    prefilled: int
     total: int
     cached: int = 0
 

@@ -76,26 +76,26 @@ class _Prompt:
     branch: int | None = None
 
     @property
-    def evaluated(self) -> int:
+    def prefilled(self) -> int:
         return len(self.row.tokens)
 
     @property
     def remaining(self) -> int:
-        return len(self.ids) - 1 - self.evaluated
+        return len(self.ids) - 1 - self.prefilled
 
     def way(self) -> tuple[int, ...]:
         """Its next tokens, enough to tell whether another goes the same way."""
-        return tuple(self.ids[self.evaluated : self.evaluated + _WORTHWHILE])
+        return tuple(self.ids[self.prefilled : self.prefilled + _WORTHWHILE])
 
     def next_chunk(self, count: int) -> list[int]:
         """The next tokens to evaluate, at most so many, and none beyond the branch."""
-        end = min(self.evaluated + count, len(self.ids) - 1)
+        end = min(self.prefilled + count, len(self.ids) - 1)
         if self.branch is not None:
             end = min(end, self.branch)
-        return list(self.ids[self.evaluated : end])
+        return list(self.ids[self.prefilled : end])
 
     def progress(self) -> Prefill:
-        return Prefill(self.row.id, self.evaluated, len(self.ids), self.cached)
+        return Prefill(self.row.id, self.prefilled, len(self.ids), self.cached)
 
 
 class MlxBatch:
@@ -125,15 +125,15 @@ class MlxBatch:
     ) -> None:
         self._model = model
         self._pieces = pieces
-        self._known = prompts
+        self._prefix_cache = prompts
         self._room = room or KvRoom()
         self._clock = clock
-        self._turns = PrefillPolicy(max_chunk)
+        self._policy = PrefillPolicy(max_chunk)
         self._max_chunk = max_chunk
         # In order of arrival.
         self._prompts: dict[int, _Prompt] = {}
         self._joining: list[Row] = []
-        self._paused: dict[int, Row] = {}
+        self._preempted: dict[int, Row] = {}
         self._decoding = DecodeBatch(model, vocab_size, agree)
         self._is_alone = agree is None
         self._decode_seconds = 0.0
@@ -146,7 +146,7 @@ class MlxBatch:
     def remove(self, rows: Collection[int]) -> None:
         """Ends rows and keeps what was evaluated for others; see ``Batch.remove``."""
         decoded = [row for row in self._decoding.rows if row.id in rows]
-        for row in decoded if self._known.is_on else ():
+        for row in decoded if self._prefix_cache.is_on else ():
             # What is read of the caches waits for the step that was begun, too.
             self._decoding.settle(row)
             self._offer(row, self._decoding.caches_of(row))
@@ -156,22 +156,22 @@ class MlxBatch:
         for id_ in rows:
             if prompt := self._prompts.pop(id_, None):
                 ended.append(prompt.row)
-            if paused := self._paused.pop(id_, None):
-                ended.append(paused)
+            if preempted := self._preempted.pop(id_, None):
+                ended.append(preempted)
         for row in ended:
             self._offer(row, row.caches)
 
-    def pause(self, row: int) -> None:
-        """Sets a row aside with what it holds; see ``Batch.pause``."""
+    def preempt(self, row: int) -> None:
+        """Sets a row aside with what it holds; see ``Batch.preempt``."""
         (aside,) = (each for each in self._decoding.rows if each.id == row)
         self._decoding.settle(aside)
         self._decoding.leave_with_caches(aside)
-        self._paused[row] = aside
+        self._preempted[row] = aside
         self._make_room(0)
 
     def resume(self, row: int) -> None:
         """Takes a row in again; see ``Batch.resume``."""
-        self._joining.append(self._paused.pop(row))
+        self._joining.append(self._preempted.pop(row))
 
     def step(self) -> list[Event]:
         """Evaluates prompts for a slice of time, then decodes; see ``Batch.step``."""
@@ -197,7 +197,7 @@ class MlxBatch:
     def close(self) -> None:
         """Frees everything; see ``Batch.close``."""
         self._prompts.clear()
-        self._paused.clear()
+        self._preempted.clear()
         self._joining.clear()
         self._decoding.leave(self._decoding.rows)
 
@@ -225,7 +225,7 @@ class MlxBatch:
 
     def _elsewhere_bytes(self) -> int:
         """Caches of rows that are not decoded: of prompts, and of rows set aside."""
-        rows = (*(prompt.row for prompt in self._prompts.values()), *self._paused.values())
+        rows = (*(prompt.row for prompt in self._prompts.values()), *self._preempted.values())
         return sum(self._room.row_bytes(len(row.tokens)) for row in rows)
 
     def _make_room(self, more_bytes: int) -> None:
@@ -238,9 +238,9 @@ class MlxBatch:
 
     def _prefill(self) -> list[Prefill]:
         """Evaluates chunks of prompts until the slice is over."""
-        self._turns.begin(self._decode_seconds, len(self._decoding.rows), len(self._prompts))
+        self._policy.begin(self._decode_seconds, len(self._decoding.rows), len(self._prompts))
         events = []
-        while turn := self._turns.next({id_: p.remaining for id_, p in self._prompts.items()}):
+        while turn := self._policy.next({id_: p.remaining for id_, p in self._prompts.items()}):
             id_, count = turn
             prompt = self._prompts[id_]
             if count:
@@ -260,8 +260,8 @@ class MlxBatch:
         better evaluated once.
         """
         length = prompt.remaining
-        most = min(self._turns.room, ROWS_TOGETHER * self._max_chunk) // max(1, length)
-        most = min(most, self._room.rows_together(length, prompt.evaluated))
+        most = min(self._policy.room, ROWS_TOGETHER * self._max_chunk) // max(1, length)
+        most = min(most, self._room.rows_together(length, prompt.prefilled))
         if length < 2 or count < length or prompt.branch is not None or most < 2:
             return []
         shortest = length // 2 if self._pieces.can_pad else length
@@ -271,7 +271,7 @@ class MlxBatch:
             if other is prompt or len(found) + 1 == most:
                 continue
             self._reuse(other)
-            is_level = other.evaluated == prompt.evaluated and other.branch is None
+            is_level = other.prefilled == prompt.prefilled and other.branch is None
             if is_level and shortest <= other.remaining <= length and other.way() not in ways:
                 ways.add(other.way())
                 found.append(other)
@@ -280,16 +280,16 @@ class MlxBatch:
     def _reuse(self, prompt: _Prompt) -> None:
         """Takes over what other prompts have evaluated by now, if that is more."""
         beginning = prompt.ids[:-1]
-        match = self._known.match(beginning)
+        match = self._prefix_cache.match(beginning)
         prompt.branch = None
-        if match.usable > prompt.evaluated:
-            count, segments, snapshot = self._known.take(beginning)
+        if match.usable > prompt.prefilled:
+            count, segments, snapshot = self._prefix_cache.take(beginning)
             prompt.row.caches = self._pieces.restore(segments, snapshot or [])
-            prompt.cached += count - prompt.evaluated
+            prompt.cached += count - prompt.prefilled
             prompt.row.tokens = list(prompt.ids[:count])
         # A later prompt that begins so far like this one can then begin there.
         gain = match.common - match.usable
-        if self._pieces.needs_snapshot and gain >= _WORTHWHILE and match.common > prompt.evaluated:
+        if self._pieces.needs_snapshot and gain >= _WORTHWHILE and match.common > prompt.prefilled:
             prompt.branch = match.common
 
     def _evaluate(self, prompts: Sequence[_Prompt], count: int) -> None:
@@ -298,26 +298,26 @@ class MlxBatch:
         total = sum(map(len, chunks))
         if not total:
             return
-        before = prompts[0].evaluated
+        before = prompts[0].prefilled
         self._make_room(len(prompts) * self._room.row_bytes(before + max(map(len, chunks))))
         began = self._clock()
         caches = prefill(self._model, [prompt.row.caches for prompt in prompts], chunks)
-        self._turns.spent(total, self._clock() - began)
+        self._policy.spent(total, self._clock() - began)
         for prompt, chunk, own in zip(prompts, chunks, caches, strict=True):
             prompt.row.caches = own
             prompt.row.tokens += chunk
-            at_branch = prompt.evaluated == prompt.branch
+            at_branch = prompt.prefilled == prompt.branch
             if at_branch or not prompt.remaining or not self._pieces.needs_snapshot:
                 self._offer(prompt.row, prompt.row.caches)
 
     def _offer(self, row: Row, caches: Caches) -> None:
         """Keeps what a row has evaluated, and its caches hold, for prompts that begin like it."""
-        if not (self._known.is_on and row.tokens):
+        if not (self._prefix_cache.is_on and row.tokens):
             return
         if not row.is_finite:
             # Ranks hold other parts of it, and must keep the same prompts.
             is_sound = self._pieces.is_finite if self._is_alone else _never
-            self._known.forget(row.tokens, is_sound)
+            self._prefix_cache.forget(row.tokens, is_sound)
             return
         snapshot = None
         if self._pieces.needs_snapshot:
@@ -325,7 +325,7 @@ class MlxBatch:
             def snapshot() -> StateSnapshot:
                 return self._pieces.snapshot(caches)
 
-        self._known.offer(
+        self._prefix_cache.offer(
             row.tokens,
             lambda start, end: self._pieces.segment(caches, start, end),
             snapshot,

@@ -36,7 +36,7 @@ class CallRecord:
         parent_id: The caller's span in it.
         request_id: The name in the request itself, not checked yet.
         model: The model it is about.
-        account: What its completion has come to; any thread may ask.
+        stats: What its completion has come to; any thread may ask.
         started: When it came, in ``time.monotonic()`` seconds.
         code: The name of its gRPC code; empty until it has ended.
         reason: The ``ErrorReason`` it failed with.
@@ -51,7 +51,7 @@ class CallRecord:
     parent_id: str = ""
     request_id: str = ""
     model: str = ""
-    account: Callable[[], GenerationStats] | None = None
+    stats: Callable[[], GenerationStats] | None = None
     started: float = field(default_factory=time.monotonic)
     code: str = ""
     reason: str = ""

@@ -98,21 +98,21 @@ class Metrics:
 
     def ended(self, request: CallRecord) -> None:
         """See ``Observer.ended``."""
-        account = self._tokens.settle(request)
+        stats = self._tokens.settle(request)
         self._requests.labels(request.method, request.code, request.reason).inc()
         if request.method not in GENERATING:
             return
         labels = (OPERATION, PROVIDER, request.model)
         error = "" if request.code == "OK" else request.reason or request.code
         self._duration.labels(*labels, error).observe(request.seconds)
-        if account is None:
+        if stats is None:
             return
-        self._queue.labels(request.model).observe(account.queue_seconds)
-        if account.reason and account.prompt_seconds is not None:
-            first = account.queue_seconds + account.prompt_seconds
+        self._queue.labels(request.model).observe(stats.queue_seconds)
+        if stats.reason and stats.prompt_seconds is not None:
+            first = stats.queue_seconds + stats.prompt_seconds
             self._first_token.labels(*labels).observe(first)
-        if account.reason and account.eval_seconds is not None and account.eval_count > 1:
-            each = account.eval_seconds / (account.eval_count - 1)
+        if stats.reason and stats.eval_seconds is not None and stats.eval_count > 1:
+            each = stats.eval_seconds / (stats.eval_count - 1)
             self._per_token.labels(*labels).observe(each)
 
     def listen(self, host: str, port: int) -> str:
@@ -158,20 +158,20 @@ class _Tokens(Collector):
 
     def settle(self, request: CallRecord) -> GenerationStats | None:
         """Counts it for the last time, and returns what it has come to."""
-        account = request.account() if request.account else None
+        stats = request.stats() if request.stats else None
         with self._lock:
             self._live.discard(request)
-            if account:
-                _add(self._ended, request.model, account)
-        return account
+            if stats:
+                _add(self._ended, request.model, stats)
+        return stats
 
     def collect(self) -> Iterator[Metric]:
         """Called by a scrape."""
         with self._lock:
             totals = dict(self._ended)
             for request in self._live:
-                if request.account:
-                    _add(totals, request.model, request.account())
+                if request.stats:
+                    _add(totals, request.model, request.stats())
         for place, (kind, meaning) in enumerate(self._KINDS):
             family = CounterMetricFamily(
                 f"mlx_runner_{kind}_tokens", meaning, labels=["model_name"]
@@ -181,10 +181,10 @@ class _Tokens(Collector):
             yield family
 
 
-def _add(totals: dict[str, tuple[int, ...]], model: str, account: GenerationStats) -> None:
-    prompt = (account.prompt_count, account.cached_count) if account.eval_count else (0, 0)
+def _add(totals: dict[str, tuple[int, ...]], model: str, stats: GenerationStats) -> None:
+    prompt = (stats.prompt_count, stats.cached_count) if stats.eval_count else (0, 0)
     before = totals.get(model, (0, 0, 0))
-    totals[model] = tuple(a + b for a, b in zip(before, (*prompt, account.eval_count), strict=True))
+    totals[model] = tuple(a + b for a, b in zip(before, (*prompt, stats.eval_count), strict=True))
 
 
 class _State(Collector):
@@ -196,7 +196,7 @@ class _State(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Called by a scrape."""
-        now = self._engine.snapshot()
+        now = self._engine.state()
         model = now.model
         yield _gauge("num_requests_running", "Completions that have begun.", now.running_count)
         yield _gauge("num_requests_waiting", "Completions without a place.", now.queued_count)

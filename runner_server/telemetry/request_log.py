@@ -112,16 +112,16 @@ def _fields(request: CallRecord) -> Fields:
         "parent_id": request.parent_id,
         "span_id": request.span_id,
     }
-    if request.account:
-        account = request.account()
+    if request.stats:
+        stats = request.stats()
         known |= {
-            "finish_reason": account.reason.value if account.reason else None,
-            "prompt_tokens": account.prompt_count,
-            "cached_tokens": account.cached_count,
-            "generated_tokens": account.eval_count,
-            "queue_seconds": account.queue_seconds,
-            "prefill_seconds": account.prompt_seconds,
-            "generation_seconds": account.eval_seconds,
+            "finish_reason": stats.reason.value if stats.reason else None,
+            "prompt_tokens": stats.prompt_count,
+            "cached_tokens": stats.cached_count,
+            "generated_tokens": stats.eval_count,
+            "queue_seconds": stats.queue_seconds,
+            "prefill_seconds": stats.prompt_seconds,
+            "generation_seconds": stats.eval_seconds,
         }
     return {
         name: round(value, 6) if isinstance(value, float) else value

@@ -151,19 +151,19 @@ def _generation_attributes(request: CallRecord) -> dict[str, AttributeValue]:
     attributes: dict[str, AttributeValue] = {}
     if request.request_id:
         attributes["mlx_runner.request_id"] = request.request_id
-    account = request.account() if request.account else None
-    if account is None:
+    stats = request.stats() if request.stats else None
+    if stats is None:
         return attributes
     attributes |= {
-        "gen_ai.usage.input_tokens": account.prompt_count,
-        "gen_ai.usage.cache_read.input_tokens": account.cached_count,
-        "gen_ai.usage.output_tokens": account.eval_count,
-        "mlx_runner.queue_seconds": account.queue_seconds,
+        "gen_ai.usage.input_tokens": stats.prompt_count,
+        "gen_ai.usage.cache_read.input_tokens": stats.cached_count,
+        "gen_ai.usage.output_tokens": stats.eval_count,
+        "mlx_runner.queue_seconds": stats.queue_seconds,
     }
-    if account.reason:
-        attributes["gen_ai.response.finish_reasons"] = (account.reason.value,)
-    if account.prompt_seconds is not None:
-        attributes["mlx_runner.prefill_seconds"] = account.prompt_seconds
-    if account.eval_seconds is not None:
-        attributes["mlx_runner.generation_seconds"] = account.eval_seconds
+    if stats.reason:
+        attributes["gen_ai.response.finish_reasons"] = (stats.reason.value,)
+    if stats.prompt_seconds is not None:
+        attributes["mlx_runner.prefill_seconds"] = stats.prompt_seconds
+    if stats.eval_seconds is not None:
+        attributes["mlx_runner.generation_seconds"] = stats.eval_seconds
     return attributes

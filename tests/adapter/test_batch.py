@@ -217,7 +217,7 @@ def _run_with_pauses(batch: Batch, rows: list[Row], aside: dict[int, int]) -> No
                 batch.remove([event.row])
                 live.discard(event.row)
             elif event.row in aside:
-                batch.pause(event.row)
+                batch.preempt(event.row)
                 waits[event.row] = aside[event.row]
         waits = {id_: left - 1 for id_, left in waits.items()}
     batch.close()
@@ -276,9 +276,9 @@ def test_a_row_that_is_removed_while_it_is_set_aside(trained: LoadedModel, other
                 said[event.row].append(event.token_id)
         if any(event.row == others for event in tokens):
             break
-    batch.pause(others)
+    batch.preempt(others)
     batch.remove([others])
-    assert not batch._paused
+    assert not batch._preempted
     while any(len(ids) < 20 for ids in said):
         events = batch.step()
         assert all(event.row != others for event in events)

@@ -112,8 +112,8 @@ class Bench:
     def _note(self, said: Said, event: Prefill) -> None:
         last = said.progress[-1] if said.progress else Prefill(event.row, 0, event.total)
         assert not said.ids, "progress after a token"
-        assert last.evaluated <= event.evaluated < event.total
-        assert last.cached <= event.cached <= event.evaluated
+        assert last.prefilled <= event.prefilled < event.total
+        assert last.cached <= event.cached <= event.prefilled
         said.progress.append(event)
 
     def run(self, prompt: Sequence[int], count: int, sampling: Sampling = GREEDY) -> Said:
@@ -271,7 +271,7 @@ def test_what_a_cancelled_prefill_had_evaluated_is_kept(bench: Benches, shape: s
     prompt = _random(1900, 9)
     cancelled = table.add(0, prompt)
     table.step()
-    reached = cancelled.progress[-1].evaluated
+    reached = cancelled.progress[-1].prefilled
     assert 200 < reached < 1899
     table.batch.remove([0])
     said = table.run(prompt, 4, LIKELY)
@@ -301,7 +301,7 @@ def test_what_a_cancelled_row_was_given_is_kept(
     while len(said.ids) < 7:
         table.step()
     if aside:
-        table.batch.pause(0)
+        table.batch.preempt(0)
     table.batch.remove([0])
     history = [*_random(45, 11), *said.ids]
     going_on = [*history, *_random(5, 12)]
@@ -480,7 +480,7 @@ class Crowd:
             self._table.batch.resume(row)
             self._aside.discard(row)
         elif asked.aside == len(said.ids) and row not in self._paused:
-            self._table.batch.pause(row)
+            self._table.batch.preempt(row)
             self._aside.add(row)
             self._paused.add(row)
 

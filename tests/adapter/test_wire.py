@@ -127,7 +127,7 @@ async def test_a_cancelled_load_gives_its_memory_back(
     load = real.stub.Load(pb.LoadRequest(model=str(model_dir())))
     await reached.wait()
     assert _held() > before + 400_000
-    ticket = real.app.engine._ledger._ticket
+    ticket = real.app.engine._registry._ticket
     assert ticket
     load.cancel()
     await asyncio.to_thread(ticket.cancelled.wait)
@@ -206,7 +206,7 @@ async def test_unload_in_the_middle_of_real_work(real: Server, model_dir: Build)
     calls = [real.start("x" * 50, num_predict=2000, logit_bias={0: -100}) for _ in range(4)]
     await anext(aiter(calls[0]))
     # One that came after the unload would hear that no model is loaded.
-    await eventually(lambda: len(real.app.engine._ledger._live) == 4)
+    await eventually(lambda: len(real.app.engine._registry._requests) == 4)
     await real.stub.Unload(UNLOAD)
     for call in calls[1:]:
         assert (await failure(call)).reason == "SHUTTING_DOWN"

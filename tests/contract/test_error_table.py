@@ -119,7 +119,7 @@ async def test_queue_full(start_server: StartServer) -> None:
     await server.load(parallel=1)
     server.backend.step_gate.shut()
     calls = [server.start(), server.start()]
-    await eventually(lambda: len(server.app.engine._ledger._live) == 2)
+    await eventually(lambda: len(server.app.engine._registry._requests) == 2)
     problem = await failure(server.start())
     check(problem, Code.RESOURCE_EXHAUSTED, "QUEUE_FULL", "queuedCount")
     assert problem.retry_seconds

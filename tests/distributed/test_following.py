@@ -115,7 +115,7 @@ def test_a_follower_does_what_rank_0_does(pair: Pair) -> None:
     batch.add(8, [4], Sampling())
     drawn = [event for _ in range(3) for event in batch.step() if isinstance(event, Token)]
     assert drawn
-    batch.pause(7)
+    batch.preempt(7)
     batch.step()
     batch.resume(7)
     batch.remove([8])
@@ -123,7 +123,7 @@ def test_a_follower_does_what_rank_0_does(pair: Pair) -> None:
     assert pair.ended.get(timeout=DEADLINE_SECONDS) == "closed"
     assert pair.second.specs == [spec]
     assert pair.second.steps == pair.first.steps == 4
-    assert pair.second.pauses == 1
+    assert pair.second.preemptions == 1
     (theirs,), (ours,) = pair.second.batches, pair.first.batches
     assert theirs.rows.keys() == ours.rows.keys() == {7}
     assert [next(theirs.rows[7].tokens) for _ in range(9)] == [

@@ -58,15 +58,15 @@ FORKED = "os.fork() or (time.sleep(60), os._exit(0))"
 
 LOADS_WHEN_STOPPED = """
 import time
-from runner_server import worker
-load = worker.Worker.load
+from runner_server.engine.thread import EngineThread
+load = EngineThread.load
 
 def waiting(self, spec, ticket):
-    while not (ticket.cancelled.is_set() or self._ledger.is_stopping):
+    while not (ticket.cancelled.is_set() or self._registry.is_stopping):
         time.sleep(0.01)
     return load(self, spec, ticket)
 
-worker.Worker.load = waiting
+EngineThread.load = waiting
 """
 NOTHING_FREE = """
 import dataclasses

@@ -24,7 +24,7 @@ SHORT = Options(num_predict=4, temperature=0, logit_bias={0: -100})
 RAISE = breaking("raise RuntimeError('broken on purpose')")
 RAISE_IN_A_BATCH = breaking(
     """
-    if len(self._seats.running) < 3 or len(self._seats.waiting) < 2:
+    if len(self._scheduler.running) < 3 or len(self._scheduler.waiting) < 2:
         return step(self, batch)
     raise RuntimeError('broken on purpose')
     """
@@ -37,11 +37,11 @@ async def test_three_streams_end_in_time_and_two_that_wait_are_served(server: Se
     gate = server.backend.step_gate
     gate.shut()
     streams = [server.start(f"stream {i}") for i in range(3)]
-    await eventually(lambda: len(server.app.engine._ledger._live) == 3)
+    await eventually(lambda: len(server.app.engine._registry._requests) == 3)
     gate.allow(4)
     await server.thread(lambda: gate.wait_passed(4))
     waiting = [server.start(f"waits {i}", num_predict=4) for i in range(2)]
-    await eventually(lambda: len(server.app.engine._ledger._live) == 5)
+    await eventually(lambda: len(server.app.engine._registry._requests) == 5)
     await server.thread(gate.wait_arrival)
     server.backend.failures.append(RuntimeError("broken on purpose"))
     began = time.monotonic()

@@ -48,7 +48,7 @@ async def test_an_answer_of_the_table_and_no_harm_to_a_neighbour(
     assert text == alone
     status = await real.status()
     assert (status.state, status.last_error) == (pb.STATE_ACTIVE, "")
-    await eventually(lambda: not real.app.engine._ledger._live)
+    await eventually(lambda: not real.app.engine._registry._requests)
 
 
 @pytest.fixture

@@ -26,26 +26,26 @@ _STOP_SECONDS = 20.0
 # A load is watched every 20 ms, and the demo model's takes hardly longer than that.
 _SLOW_LOAD = """
 import time
-from runner_server.engine.request_registry import Ledger
-note_progress = Ledger.note_progress
+from runner_server.engine.request_registry import RequestRegistry
+note_progress = RequestRegistry.note_progress
 
 def slow(self, progress):
     note_progress(self, progress)
     time.sleep(0.02)
 
-Ledger.note_progress = slow
+RequestRegistry.note_progress = slow
 """
 
 # Requests say by their id how their steps are to be. A slow one goes on for longer than clients
 # wait for its end, unless it is cancelled: it has 1,022 steps.
 _SLOW_STEPS = """
 import time
-from runner_server.engine.thread import Worker
-step = Worker._step
+from runner_server.engine.thread import EngineThread
+step = EngineThread._step
 silenced = set()
 
 def slow(self, batch):
-    for completion in list(self._seats.running.values()):
+    for completion in list(self._scheduler.running.values()):
         if completion.spec.request_id == "slow":
             time.sleep(0.05)
         if completion.spec.request_id == "silent" and completion.id not in silenced:
@@ -53,7 +53,7 @@ def slow(self, batch):
             time.sleep(60)
     return step(self, batch)
 
-Worker._step = slow
+EngineThread._step = slow
 """
 
 

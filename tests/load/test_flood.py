@@ -111,7 +111,7 @@ async def flood(server: Server, channels: list[grpc.aio.Channel]) -> Flood:
 
 
 def live(server: Server) -> int:
-    return len(server.app.engine._ledger._live)
+    return len(server.app.engine._registry._requests)
 
 
 def resident_bytes() -> int:

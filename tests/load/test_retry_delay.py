@@ -47,7 +47,7 @@ async def test_the_time_a_reader_stops_is_not_the_pace_of_the_server(
         )
         messages = aiter(runner_pb2_grpc.RunnerServiceStub(channel).Completion(request))
         first = await anext(messages)
-        await eventually(lambda: server.backend.pauses > 0)
+        await eventually(lambda: server.backend.preemptions > 0)
         # Its place is free, and others are served meanwhile.
         await server.complete(num_predict=1)
         clock.ahead_seconds = 500
@@ -59,10 +59,10 @@ async def test_the_time_a_reader_stops_is_not_the_pace_of_the_server(
 
 async def told_delay(server: Server) -> float:
     """What is told when one runs and the queue is full."""
-    server.app.engine._ledger._max_queued = 1
+    server.app.engine._registry._max_queued = 1
     server.backend.step_gate.shut()
     calls = [server.start(str(i), num_predict=1) for i in range(2)]
-    await eventually(lambda: len(server.app.engine._ledger._live) == 2)
+    await eventually(lambda: len(server.app.engine._registry._requests) == 2)
     problem = await failure(server.start())
     server.backend.step_gate.open()
     for call in calls:
@@ -85,10 +85,10 @@ def test_the_first_completion_replaces_the_guess() -> None:
 
 def _told_by(seconds: float, late: int, before: int = 500) -> float:
     """What 1,000 in the queue are told, after completions of so many seconds and some of 0.4."""
-    ledger = RequestRegistry(max_queued=1000)
-    ledger.offer_model(ModelHandle(replace(model_info(), parallel=8), ByteCodec(), int))
+    registry = RequestRegistry(max_queued=1000)
+    registry.offer_model(ModelHandle(replace(model_info(), parallel=8), ByteCodec(), int))
     for number in range(before):
-        ledger.forget(number, seconds)
+        registry.forget(number, seconds)
     for number in range(late):
-        ledger.forget(number, 0.4)
-    return ledger._retry_seconds(1000, 8)
+        registry.forget(number, 0.4)
+    return registry._retry_seconds(1000, 8)

@@ -40,7 +40,7 @@ def _start(server: Server, length: int, **options: Any) -> CompletionCall:
 
 async def _start_all(server: Server, *lengths: int) -> list[CompletionCall]:
     """Begins completions in this order, while the engine's first step is held."""
-    live = server.app.engine._ledger._live
+    live = server.app.engine._registry._requests
     calls = []
     for length in lengths:
         count = len(live)
@@ -106,7 +106,7 @@ async def test_they_begin_in_the_order_they_came(
     monkeypatch.setattr(batch, "add", adding)
     server.backend.step_gate.shut()
     calls = await _start_all(server, *[60, 10, 30, 20, 60, 12, 12, 12, 9, 9] * 2)
-    order = list(server.app.engine._ledger._live)
+    order = list(server.app.engine._registry._requests)
     server.backend.step_gate.open()
     await asyncio.gather(*map(_length, calls))
     assert begun == order
@@ -147,7 +147,7 @@ async def test_without_num_predict_the_context_is_the_need(start_server: StartSe
     server = await _server(start_server, tokens_=4096)
     server.backend.step_gate.shut()
     calls = [server.start(PROMPT), server.start(PROMPT)]
-    await eventually(lambda: len(server.app.engine._ledger._live) == 2)
+    await eventually(lambda: len(server.app.engine._registry._requests) == 2)
     await _hold(server)
     assert (await server.status()).running_count == 1
     server.backend.step_gate.open()
@@ -180,7 +180,7 @@ async def test_one_that_is_cancelled_makes_room(start_server: StartServer, place
     lengths = [52, 92, 92, 32]
     del lengths[place]
     cancelled.cancel()
-    await eventually(lambda: not server.app.engine._inbox.empty())
+    await eventually(lambda: not server.app.engine._commands.empty())
     server.backend.step_gate.open()
     assert await asyncio.gather(*map(_length, calls)) == lengths
     await server.settled()
@@ -192,7 +192,7 @@ async def test_an_unload_ends_those_that_wait_for_memory(start_server: StartServ
     server.backend.step_gate.shut()
     calls = await _start_all(server, 100, 100, 100)
     unload = asyncio.ensure_future(server.stub.Unload(pb.UnloadRequest()))
-    await eventually(lambda: server.app.engine._ledger._ticket is not None)
+    await eventually(lambda: server.app.engine._registry._ticket is not None)
     server.backend.step_gate.open()
     problems = await asyncio.gather(*map(failure, calls))
     assert {problem.reason for problem in problems} == {"SHUTTING_DOWN"}
@@ -222,18 +222,18 @@ async def test_while_nothing_fits_the_engine_sleeps(
 ) -> None:
     """One is set aside with all the memory; the others wait, and nobody looks again and again."""
     server = await _server(start_server, tokens_=100)
-    gate, seats = server.backend.step_gate, server.app.engine._worker._seats
+    gate, scheduler = server.backend.step_gate, server.app.engine._engine_thread._scheduler
     gate.shut()
     (first,) = await _start_all(server, 100)
     await _hold(server)
-    (completion,) = seats.running.values()
+    (completion,) = scheduler.running.values()
     # Its reader is behind: the engine is told so at the next step, and later that it is not.
     monkeypatch.setattr(type(completion.stream), "is_full", property(lambda _stream: True))
     resumes: list[Any] = []
-    monkeypatch.setattr(completion.stream, "when_read", resumes.append)
+    monkeypatch.setattr(completion.stream, "on_drained", resumes.append)
     others = await _start_all(server, 100, 100, 60)
     gate.open()
-    await eventually(lambda: len(seats.paused) == 1 and len(seats.waiting) == 3)
+    await eventually(lambda: len(scheduler.preempted) == 1 and len(scheduler.waiting) == 3)
     rounds = count_rounds(monkeypatch)
     steps = server.backend.steps
     for _ in range(30):

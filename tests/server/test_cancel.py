@@ -50,7 +50,7 @@ async def test_while_the_prompt_is_evaluated(loaded: Server) -> None:
     await loaded.thread(gate.wait_arrival)
     call.cancel()
     # It takes effect within the step that runs.
-    await eventually(lambda: loaded.app.engine._inbox.qsize() == 1)
+    await eventually(lambda: loaded.app.engine._commands.qsize() == 1)
     gate.allow()
     await loaded.settled()
     loaded.assert_nothing_left()
@@ -68,7 +68,7 @@ async def test_while_tokens_come(loaded: Server) -> None:
     await loaded.thread(gate.wait_arrival)
     steps = loaded.backend.steps
     call.cancel()
-    await eventually(lambda: loaded.app.engine._inbox.qsize() == 1)
+    await eventually(lambda: loaded.app.engine._commands.qsize() == 1)
     gate.allow()
     await loaded.settled()
     assert loaded.backend.steps == steps + 1
@@ -84,10 +84,10 @@ async def test_in_the_same_step_as_its_end(loaded: Server) -> None:
         gate.allow(1)  # the prompt
         await loaded.thread(gate.wait_arrival)
         call.cancel()
-        await eventually(lambda: loaded.app.engine._inbox.qsize() == 1)
+        await eventually(lambda: loaded.app.engine._commands.qsize() == 1)
         gate.open()
         await loaded.settled()
-        await eventually(loaded.app.engine._inbox.empty)
+        await eventually(loaded.app.engine._commands.empty)
     loaded.assert_nothing_left()
     assert await loaded.text(num_predict=2)
 
@@ -152,7 +152,7 @@ async def test_a_thousand_cancels_leave_nothing(server: Server) -> None:
         for _ in range(50):
             await asyncio.gather(*(one() for _ in range(20)))
     await server.settled()
-    await eventually(server.app.engine._inbox.empty)
+    await eventually(server.app.engine._commands.empty)
     server.assert_nothing_left()
     await eventually(lambda: len(asyncio.all_tasks()) <= before)
     status = await server.status()
@@ -164,8 +164,8 @@ async def test_a_thousand_cancels_leave_nothing(server: Server) -> None:
 async def test_an_idle_engine_makes_no_steps(loaded: Server) -> None:
     await loaded.complete(num_predict=3)
     steps = (await loaded.status()).step_count
-    inbox = loaded.app.engine._inbox
+    commands = loaded.app.engine._commands
     for _ in range(20):
         await loaded.status()
-    assert inbox.empty()
+    assert commands.empty()
     assert (await loaded.status()).step_count == steps == loaded.backend.steps

@@ -23,14 +23,14 @@ async def test_a_stop_ends_streams_and_frees_the_model(start_server: StartServer
     await server.load(parallel=1)
     server.backend.step_gate.shut()
     calls = [server.start(str(i)) for i in range(3)]
-    await eventually(lambda: len(server.app.engine._ledger._live) == 3)
+    await eventually(lambda: len(server.app.engine._registry._requests) == 3)
     await server.thread(server.backend.step_gate.wait_arrival)
     server.app.request_stop()
     watch = server.watch_health()
     while await anext(watch) != NOT_SERVING:
         pass
     # The step still runs: new work is refused at once, Status answers.
-    await eventually(lambda: server.app.engine._ledger.is_stopping)
+    await eventually(lambda: server.app.engine._registry.is_stopping)
     assert (await failure(server.start())).reason == "SHUTTING_DOWN"
     assert (await failure(server.load())).reason == "SHUTTING_DOWN"
     assert (await server.status()).state == pb.STATE_STOPPING
@@ -51,7 +51,7 @@ async def test_a_stop_ends_a_load(start_server: StartServer) -> None:
     load = server.stub.Load(pb.LoadRequest(model="fake"))
     await server.thread(server.backend.load_gate.wait_arrival)
     server.app.request_stop()
-    await eventually(lambda: server.app.engine._ledger.is_stopping)
+    await eventually(lambda: server.app.engine._registry.is_stopping)
     server.backend.load_gate.open()
     assert (await failure(load)).reason == "SHUTTING_DOWN"
     assert await asyncio.wait_for(run, 20) == 0
@@ -66,9 +66,9 @@ async def test_a_load_that_has_not_begun_ends_too(start_server: StartServer) -> 
     call = server.start()
     await server.thread(server.backend.step_gate.wait_arrival)
     load = server.stub.Load(pb.LoadRequest(model="other"))
-    await eventually(lambda: server.app.engine._ledger._ticket is not None)
+    await eventually(lambda: server.app.engine._registry._ticket is not None)
     server.app.request_stop()
-    await eventually(lambda: server.app.engine._ledger.is_stopping)
+    await eventually(lambda: server.app.engine._registry.is_stopping)
     server.backend.step_gate.open()
     assert (await failure(load)).reason == "SHUTTING_DOWN"
     assert (await failure(call)).reason == "SHUTTING_DOWN"
@@ -100,7 +100,7 @@ async def test_a_second_close_is_harmless(start_server: StartServer) -> None:
 
 async def test_the_model_of_the_command_line_is_loaded(start_server: StartServer) -> None:
     server = await start_server(load=LoadSpec("first", parallel=2))
-    await eventually(lambda: server.app.engine.snapshot().model is not None)
+    await eventually(lambda: server.app.engine.state().model is not None)
     status = await server.status()
     assert (status.model.name, status.parallel) == ("first", 2)
 
@@ -110,7 +110,7 @@ async def test_a_first_model_that_fails_leaves_a_server_that_tells_why(
 ) -> None:
     backend = FakeBackend(load_error=ValueError("bad"))
     server = await start_server(backend, load=LoadSpec("first"))
-    await eventually(lambda: bool(server.app.engine.snapshot().last_error))
+    await eventually(lambda: bool(server.app.engine.state().last_error))
     assert "first" in (await server.status()).last_error
     await server.load("second")
     assert await server.text(num_predict=2)
@@ -123,6 +123,6 @@ async def test_stopping_while_the_first_model_loads(start_server: StartServer) -
     run = asyncio.ensure_future(server.app.run())
     await server.thread(backend.load_gate.wait_arrival)
     server.app.request_stop()
-    await eventually(lambda: server.app.engine._ledger.is_stopping)
+    await eventually(lambda: server.app.engine._registry.is_stopping)
     backend.load_gate.open()
     assert await asyncio.wait_for(run, 20) == 0

@@ -30,7 +30,7 @@ async def test_only_its_batch_fails_and_the_queue_is_served(server: Server) -> N
     gate = server.backend.step_gate
     gate.shut()
     calls = [server.start(f"prompt {i}", num_predict=4) for i in range(5)]
-    await eventually(lambda: len(server.app.engine._ledger._live) == 5)
+    await eventually(lambda: len(server.app.engine._registry._requests) == 5)
     gate.allow()
     await server.thread(lambda: gate.wait_passed(1))
     await server.thread(gate.wait_arrival)
@@ -81,7 +81,7 @@ async def test_two_in_a_row_end_everything(start_server: StartServer) -> None:
     assert await anext(watch) == SERVING
     server.backend.step_gate.shut()
     calls = [server.start(f"prompt {i}") for i in range(6)]
-    await eventually(lambda: len(server.app.engine._ledger._live) == 6)
+    await eventually(lambda: len(server.app.engine._registry._requests) == 6)
     server.backend.failures += [RuntimeError("first"), RuntimeError("second")]
     server.backend.step_gate.open()
     problems = await asyncio.gather(*(failure(call) for call in calls))
@@ -115,7 +115,7 @@ async def test_without_its_library_the_process_ends(
     backend = FakeBackend(open_error=ImportError("no mlx here"))
     server = await start_server(backend)
     assert await asyncio.wait_for(server.app.run(), 20) == 70
-    assert "no mlx here" in server.app.engine.snapshot().last_error
+    assert "no mlx here" in server.app.engine.state().last_error
 
 
 async def test_a_load_that_waits_ends_when_the_engine_dies(start_server: StartServer) -> None:
@@ -140,12 +140,12 @@ async def test_a_cancel_that_fails_costs_its_batch_only(start_server: StartServe
     await server.load()
     server.backend.step_gate.shut()
     cancelled, neighbour = server.start("one"), server.start("two")
-    await eventually(lambda: len(server.app.engine._ledger._live) == 2)
+    await eventually(lambda: len(server.app.engine._registry._requests) == 2)
     server.backend.step_gate.allow(2)
     await eventually(lambda: server.backend.steps == 2)
     server.backend.remove_failures.append(RuntimeError("cannot filter"))
     cancelled.cancel()
-    await eventually(lambda: not server.app.engine._worker._inbox.empty())
+    await eventually(lambda: not server.app.engine._engine_thread._commands.empty())
     server.backend.step_gate.open()
     assert (await failure(neighbour)).reason == "GENERATION_FAILED"
     assert (await server.complete("three", num_predict=3))[-1].done

@@ -43,7 +43,7 @@ async def test_a_queued_completion_has_headers(full: Server) -> None:
     # Neither has a token, and the engine does nothing.
     for call in (running, queued):
         await call.initial_metadata()
-    await eventually(lambda: len(full.app.engine._ledger._live) == 2)
+    await eventually(lambda: len(full.app.engine._registry._requests) == 2)
     assert full.backend.steps == 0
     full.backend.step_gate.open()
     for call in (running, queued):

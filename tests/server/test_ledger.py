@@ -7,17 +7,17 @@ from runner_server.engine.types import State
 
 
 def test_a_ticket_given_up_at_the_end_does_no_harm() -> None:
-    ledger = RequestRegistry(max_queued=1)
+    registry = RequestRegistry(max_queued=1)
     ticket = Ticket[int](lambda _: 0)
-    ledger.open_ticket(ticket, State.LOADING)
+    registry.open_ticket(ticket, State.LOADING)
     assert ticket.future.cancel()
-    ledger.fail_ticket(stopping_fault())
+    registry.fail_ticket(stopping_fault())
     assert ticket.future.cancelled()
 
 
 def test_the_last_error_is_bounded() -> None:
-    ledger = RequestRegistry(max_queued=1)
-    ledger.note_error("x" * 100_000)
-    assert len(ledger.snapshot().last_error) == 512
-    ledger.die("y" * 100_000)
-    assert len(ledger.snapshot().last_error) == 512
+    registry = RequestRegistry(max_queued=1)
+    registry.note_error("x" * 100_000)
+    assert len(registry.state().last_error) == 512
+    registry.die("y" * 100_000)
+    assert len(registry.state().last_error) == 512

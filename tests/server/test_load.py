@@ -113,7 +113,7 @@ async def test_a_load_cancelled_before_its_turn_does_nothing(loaded: Server) -> 
     call = loaded.start("x", num_predict=2)
     await loaded.thread(loaded.backend.step_gate.wait_arrival)
     load = loaded.stub.Load(pb.LoadRequest(model="other"))
-    await eventually(lambda: loaded.app.engine._inbox.qsize() == 1)
+    await eventually(lambda: loaded.app.engine._commands.qsize() == 1)
     load.cancel()
     await eventually(lambda: _is_cancelled(loaded))
     loaded.backend.step_gate.open()
@@ -148,9 +148,9 @@ async def test_unload_ends_running_and_queued_streams(server: Server) -> None:
     await server.load(parallel=1)
     server.backend.step_gate.shut()
     calls = [server.start("x" * (i + 1)) for i in range(3)]
-    await eventually(lambda: len(server.app.engine._ledger._live) == 3)
+    await eventually(lambda: len(server.app.engine._registry._requests) == 3)
     unload = asyncio.ensure_future(server.stub.Unload(UNLOAD))
-    await eventually(lambda: server.app.engine._ledger._ticket is not None)
+    await eventually(lambda: server.app.engine._registry._ticket is not None)
     server.backend.step_gate.open()
     for call in calls:
         problem = await failure(call)
@@ -166,7 +166,7 @@ async def test_a_load_replaces_the_model_and_ends_its_streams(loaded: Server) ->
     await loaded.thread(gate.wait_arrival)
     load = asyncio.ensure_future(loaded.load("other"))
     # It has been asked for, and waits for the step.
-    await eventually(lambda: loaded.app.engine.snapshot().state is State.LOADING)
+    await eventually(lambda: loaded.app.engine.state().state is State.LOADING)
     gate.open()
     await load
     assert (await failure(_rest(call))).reason == "SHUTTING_DOWN"
@@ -226,5 +226,5 @@ async def _idle(server: Server) -> None:
 
 
 def _is_cancelled(server: Server) -> bool:
-    ticket = server.app.engine._ledger._ticket
+    ticket = server.app.engine._registry._ticket
     return ticket is None or ticket.cancelled.is_set()

@@ -82,7 +82,7 @@ async def test_a_lost_rank_ends_all_calls_though_a_step_hangs(
     calls = [first.start("number 0", num_predict=50)]
     await first.thread(first.backend.step_gate.wait_arrival)
     calls += [first.start(f"number {i}", num_predict=50) for i in range(1, 6)]
-    await eventually(lambda: first.app.engine.snapshot().queued_count == 5)
+    await eventually(lambda: first.app.engine.state().queued_count == 5)
     await first.thread(lambda: other.on_lost("rank 1 is gone"))
     for problem in await asyncio.gather(*map(failure, calls)):
         assert problem.code is grpc.StatusCode.UNAVAILABLE

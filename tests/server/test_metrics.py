@@ -106,12 +106,12 @@ async def test_the_state_is_that_of_the_scrape(scraped: Server) -> None:
     assert not [name for name, _ in idle if name == "mlx_runner_last_progress_age_seconds"]
     scraped.backend.step_gate.shut()
     calls = [scraped.start(str(i)) for i in range(6)]
-    await eventually(lambda: len(scraped.app.engine._ledger._live) == 6)
+    await eventually(lambda: len(scraped.app.engine._registry._requests) == 6)
     await scraped.thread(scraped.backend.step_gate.wait_arrival)
     busy = [await samples(scraped) for _ in range(2)]
-    snapshot = scraped.app.engine.snapshot()
-    assert value(busy[0], "mlx_runner_num_requests_running") == snapshot.running_count > 0
-    assert value(busy[0], "mlx_runner_num_requests_waiting") == snapshot.queued_count > 0
+    state = scraped.app.engine.state()
+    assert value(busy[0], "mlx_runner_num_requests_running") == state.running_count > 0
+    assert value(busy[0], "mlx_runner_num_requests_waiting") == state.queued_count > 0
     ages = [value(each, "mlx_runner_last_progress_age_seconds") for each in busy]
     assert ages[1] > ages[0]
     assert value(busy[0], "mlx_runner_state", state="active") == 1

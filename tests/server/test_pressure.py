@@ -47,25 +47,25 @@ class FakeEngine:
     trims: list[int] = field(default_factory=list)
     is_busy: bool = False
 
-    def snapshot(self) -> EngineState:
-        """See ``Engine.snapshot``."""
+    def state(self) -> EngineState:
+        """See ``Engine.state``."""
         return EngineState(State.ACTIVE, 100, self.model, 0, 0, 0, None, "")
 
     def memory(self) -> MemoryCounters:
         """See ``Engine.memory``."""
         return MemoryCounters(7 * MIB, MIB, 9 * MIB, self.held, self.limit)
 
-    def limit_prompts(self, limit_bytes: int) -> None:
-        """See ``Engine.limit_prompts``."""
+    def limit_prefix_cache(self, limit_bytes: int) -> None:
+        """See ``Engine.limit_prefix_cache``."""
         self.limits.append(limit_bytes)
         self.limit = limit_bytes
         self.held = min(self.held, limit_bytes)
 
-    def trim(self, prompts_bytes: int) -> Future[None]:
+    def trim(self, prefix_cache_bytes: int) -> Future[None]:
         """See ``Engine.trim``."""
         if self.is_busy:
             raise Busy
-        self.trims.append(prompts_bytes)
+        self.trims.append(prefix_cache_bytes)
         return Future()
 
 
@@ -216,11 +216,11 @@ async def test_in_a_server(start_server: StartServer, monkeypatch: pytest.Monkey
 
     server = await start_server(admission=MachineAdmission(measure=measure))
     await server.load(prefix_cache_bytes=MOST)
-    limits = server.backend.prompt_limits
+    limits = server.backend.prefix_cache_limits
     monkeypatch.setattr(
         type(server.backend),
         "memory",
-        lambda self: MemoryCounters(0, 0, 0, 0, self.prompt_limits[-1] if limits else MOST),
+        lambda self: MemoryCounters(0, 0, 0, 0, self.prefix_cache_limits[-1] if limits else MOST),
     )
     await eventually(lambda: limits[-1:] == [0])
     assert (await server.status()).memory_usage.prefix_cache_limit_bytes == 0

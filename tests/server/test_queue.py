@@ -16,7 +16,7 @@ async def test_a_full_queue_says_when_to_come_again(start_server: StartServer) -
     await server.load(parallel=2)
     server.backend.step_gate.shut()
     calls = [server.start(str(i), num_predict=2) for i in range(5)]
-    await eventually(lambda: len(server.app.engine._ledger._live) == 5)
+    await eventually(lambda: len(server.app.engine._registry._requests) == 5)
     await server.thread(server.backend.step_gate.wait_arrival)
     problem = await failure(server.start("one too many"))
     assert (problem.code, problem.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
@@ -37,7 +37,7 @@ async def test_the_retry_delay_follows_the_measured_pace(start_server: StartServ
         await server.complete(num_predict=1)
     server.backend.step_gate.shut()
     calls = [server.start(num_predict=1) for _ in range(5)]
-    await eventually(lambda: len(server.app.engine._ledger._live) == 5)
+    await eventually(lambda: len(server.app.engine._registry._requests) == 5)
     problem = await failure(server.start())
     # The first guess of one second a completion has given way to what they took.
     assert problem.retry_seconds is not None
@@ -56,7 +56,7 @@ async def test_first_come_first_served(server: Server) -> None:
         await eventually(partial(_has, server, i + 1))
     order: list[int] = []
     engine = server.app.engine
-    admitted = [c.id for c in engine._ledger._live.values()]
+    admitted = [c.id for c in engine._registry._requests.values()]
     server.backend.step_gate.open()
     for i, call in enumerate(calls):
         assert [message async for message in call][-1].done
@@ -70,7 +70,7 @@ async def test_never_more_rows_than_places(server: Server, parallel: int) -> Non
     await server.load(parallel=parallel)
     server.backend.step_gate.shut()
     calls = [server.start(str(i), num_predict=5, seed=i) for i in range(2 * parallel + 1)]
-    await eventually(lambda: len(server.app.engine._ledger._live) == len(calls))
+    await eventually(lambda: len(server.app.engine._registry._requests) == len(calls))
     most = 0
     finished = False
     while not finished:
@@ -90,7 +90,7 @@ async def test_queue_duration_is_the_time_in_the_queue(server: Server) -> None:
     await server.load(parallel=1)
     server.backend.step_gate.shut()
     first, second = server.start("a", num_predict=2), server.start("b", num_predict=2)
-    await eventually(lambda: len(server.app.engine._ledger._live) == 2)
+    await eventually(lambda: len(server.app.engine._registry._requests) == 2)
     queued = time.monotonic()
     await server.thread(server.backend.step_gate.wait_arrival)
     await server.status()
@@ -106,4 +106,4 @@ def _has(server: Server, count: int) -> bool:
 
 
 def _live(server: Server) -> int:
-    return len(server.app.engine._ledger._live)
+    return len(server.app.engine._registry._requests)

@@ -126,7 +126,7 @@ async def test_a_cancelled_request_tells_how_far_it_came(loaded: Server, lines: 
 async def test_a_request_that_only_waited_says_so(loaded: Server, lines: Lines) -> None:
     loaded.backend.step_gate.shut()
     calls = [loaded.start(str(i)) for i in range(4)]
-    await eventually(lambda: len(loaded.app.engine._ledger._live) == 4)
+    await eventually(lambda: len(loaded.app.engine._registry._requests) == 4)
     fields = None
     call = loaded.start(timeout=0.3)
     with pytest.raises(grpc.aio.AioRpcError) as caught:

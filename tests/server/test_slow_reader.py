@@ -156,15 +156,15 @@ async def stopping(server: Server) -> AsyncIterator[Server]:
 async def _stopped(client: Server, prompt: str = "slow", **options: float) -> CompletionCall:
     """A completion whose reader stops, and that is set aside for good."""
     engine = client.app.engine
-    before = set(engine._ledger._live)
+    before = set(engine._registry._requests)
     call = client.start(prompt, logprobs=20, **{"num_predict": 1500, **options})
-    await eventually(lambda: len(engine._ledger._live) > len(before))
-    (id_,) = set(engine._ledger._live) - before
+    await eventually(lambda: len(engine._registry._requests) > len(before))
+    (id_,) = set(engine._registry._requests) - before
 
     async def stands_still() -> bool:
         for _ in range(10):
             await client.status()
-            completion = engine._worker._seats.paused.get(id_)
+            completion = engine._engine_thread._scheduler.preempted.get(id_)
             # It was told that there is something, and does not take it.
             if not (completion and completion.stream._ready.is_set()):
                 return False
@@ -175,7 +175,7 @@ async def _stopped(client: Server, prompt: str = "slow", **options: float) -> Co
 
 
 def _aside(server: Server) -> int:
-    return len(server.app.engine._worker._seats.paused)
+    return len(server.app.engine._engine_thread._scheduler.preempted)
 
 
 async def _together(server: Server, count: int, length: int) -> tuple[list[str], int]:
@@ -184,7 +184,7 @@ async def _together(server: Server, count: int, length: int) -> tuple[list[str],
     before, gate = backend.steps, backend.step_gate
     gate.shut()
     calls = [server.start(f"other {i}", num_predict=length, seed=i) for i in range(count)]
-    live = server.app.engine._ledger._live
+    live = server.app.engine._registry._requests
     await eventually(lambda: len(live) == count + _aside(server))
     await server.thread(gate.wait_arrival)
     gate.open()
@@ -203,7 +203,7 @@ async def test_a_stopped_reader_among_eight_costs_the_others_nothing(
     expected, steps = await _together(server, 7, 300)
     slow_text = await server.text("slow", logprobs=20, num_predict=1500, seed=5)
     call = await _stopped(stopping, seed=5)
-    (completion,) = server.app.engine._worker._seats.paused.values()
+    (completion,) = server.app.engine._engine_thread._scheduler.preempted.values()
     held = completion.stream._texts
     texts, steps_beside_it = await _together(server, 7, 300)
     assert texts == expected
@@ -223,10 +223,10 @@ async def test_a_stopped_reader_among_eight_costs_the_others_nothing(
 async def test_it_is_waited_for_again_and_again(server: Server, stopping: Server) -> None:
     await server.load(parallel=2)
     call = await _stopped(stopping)
-    times = server.backend.pauses
+    times = server.backend.preemptions
     read = 0
     messages = aiter(call)
-    while server.backend.pauses < times + 3:
+    while server.backend.preemptions < times + 3:
         read += len((await anext(messages)).token_ids)
         # Whatever could be sent on is, and then it is set aside or goes on.
         await server.status()
@@ -250,23 +250,23 @@ async def test_one_that_reads_on_goes_before_those_that_have_not_begun(
 ) -> None:
     await server.load(parallel=1)
     slow = await _stopped(stopping)
-    gate, seats = server.backend.step_gate, server.app.engine._worker._seats
+    gate, scheduler = server.backend.step_gate, server.app.engine._engine_thread._scheduler
     gate.shut()
     first = server.start("first", num_predict=1000)
     await server.thread(gate.wait_arrival)
     waiting = server.start("waiting", num_predict=5)
-    await eventually(lambda: len(server.app.engine._ledger._live) == 3)
+    await eventually(lambda: len(server.app.engine._registry._requests) == 3)
     reading = asyncio.ensure_future(_read(slow))
     # Its reader has read on when it is to be resumed; it needs a place for that.
     passed = gate._passed
-    while not seats.returning:
+    while not scheduler.resuming:
         gate.allow()
         passed += 1
         await server.thread(partial(gate.wait_passed, passed))
         await server.thread(gate.wait_arrival)
-    assert len(seats.running) == 1
+    assert len(scheduler.running) == 1
     order: list[str] = []
-    names = {seats.returning[0].id: "slow", seats.waiting[0].id: "waiting"}
+    names = {scheduler.resuming[0].id: "slow", scheduler.waiting[0].id: "waiting"}
     batch: Any = server.backend.batches[-1]
     add, resume = batch.add, batch.resume
 
@@ -352,7 +352,7 @@ async def test_a_fast_reader_is_never_waited_for(server: Server) -> None:
         read += 200
         gate.allow(200)
         await server.thread(partial(gate.wait_passed, min(read, 3 * _MAX_WAITING_TEXTS)))
-        completions = list(server.app.engine._worker._seats.running.values())
+        completions = list(server.app.engine._engine_thread._scheduler.running.values())
         await eventually(lambda: all(c.stream._texts < 300 for c in completions))  # noqa: B023 - awaited
     assert len(await reading) == 3 * _MAX_WAITING_TEXTS
-    assert server.backend.pauses == 0
+    assert server.backend.preemptions == 0

@@ -17,7 +17,7 @@ class Looked:
     """A watch on an engine that is said to be in some state, with a processor of its own."""
 
     def __init__(self) -> None:
-        self.snapshot: Any = SimpleNamespace(
+        self.state: Any = SimpleNamespace(
             last_progress_age=None, step_count=1, running_count=2, queued_count=0
         )
         self.engine = self._engine()
@@ -26,11 +26,11 @@ class Looked:
         self.watch = StallWatchdog(self.engine, 10.0, self.told.append, lambda: self.cpu_seconds)
 
     def _engine(self) -> Any:
-        return SimpleNamespace(device="cpu: fake", snapshot=lambda: self.snapshot)
+        return SimpleNamespace(device="cpu: fake", state=lambda: self.state)
 
     def look(self, now: float, age: float | None, cpu: float = 0.0, steps: int = 1) -> bool:
         """Looks at an engine that has not moved for so long."""
-        self.snapshot.last_progress_age, self.snapshot.step_count = age, steps
+        self.state.last_progress_age, self.state.step_count = age, steps
         self.cpu_seconds = cpu
         return self.watch.look(now)
 
@@ -89,7 +89,7 @@ async def test_status_says_so(start_server: StartServer) -> None:
 
     def note(text: str) -> None:
         lose(text)
-        seen.append(server.app.engine.snapshot())  # type: ignore[arg-type]  # has the same names
+        seen.append(server.app.engine.state())  # type: ignore[arg-type]  # has the same names
 
     server.app.engine.lose = note  # type: ignore[method-assign]  # to look in between
     await failure(server.start())

@@ -42,31 +42,31 @@ def assert_is(problem: Problem, code: grpc.StatusCode, reason: str) -> None:
 
 async def test_prompts_are_reduced_and_their_limit_restored(keeping: Server) -> None:
     assert await trim(keeping) >= 0
-    assert keeping.backend.prompt_limits == [0, LIMIT_BYTES]
+    assert keeping.backend.prefix_cache_limits == [0, LIMIT_BYTES]
     await trim(keeping, prefix_cache_bytes=30)
-    assert keeping.backend.prompt_limits[2:] == [30, LIMIT_BYTES]
+    assert keeping.backend.prefix_cache_limits[2:] == [30, LIMIT_BYTES]
     assert trims(keeping) == 2
     assert {thread for _, thread in keeping.backend.calls} == {"engine"}
 
 
 async def test_a_size_above_the_limit_does_not_raise_it(keeping: Server) -> None:
     await trim(keeping, prefix_cache_bytes=2**63 - 1)
-    assert keeping.backend.prompt_limits == [LIMIT_BYTES, LIMIT_BYTES]
+    assert keeping.backend.prefix_cache_limits == [LIMIT_BYTES, LIMIT_BYTES]
 
 
 async def test_a_limit_lowered_for_lack_of_memory_stays(keeping: Server) -> None:
-    keeping.app.engine.limit_prompts(40)
+    keeping.app.engine.limit_prefix_cache(40)
     await trim(keeping)
-    assert keeping.backend.prompt_limits == [40, 0, 40]
+    assert keeping.backend.prefix_cache_limits == [40, 0, 40]
     await keeping.load(prefix_cache_bytes=LIMIT_BYTES)
     await trim(keeping)
-    assert keeping.backend.prompt_limits[3:] == [0, LIMIT_BYTES]
+    assert keeping.backend.prefix_cache_limits[3:] == [0, LIMIT_BYTES]
 
 
 async def test_without_a_model(server: Server) -> None:
     assert await trim(server) >= 0
     assert trims(server) == 1
-    assert not server.backend.prompt_limits
+    assert not server.backend.prefix_cache_limits
 
 
 @pytest.mark.parametrize("size", [-1, -(2**63)])
@@ -84,7 +84,7 @@ async def test_running_completions_go_on(keeping: Server) -> None:
     call = keeping.start(seed=7, num_predict=50)
     await keeping.thread(gate.wait_arrival)
     waiting = asyncio.ensure_future(trim(keeping))
-    await eventually(lambda: keeping.app.engine._inbox.qsize() == 1)
+    await eventually(lambda: keeping.app.engine._commands.qsize() == 1)
     assert not waiting.done()
     gate.open()
     await waiting
@@ -113,7 +113,7 @@ async def test_none_is_left_hanging_when_the_runner_stops(keeping: Server) -> No
     call = keeping.start()
     await keeping.thread(gate.wait_arrival)
     waiting = [asyncio.ensure_future(failure(trim(keeping))) for _ in range(3)]
-    await eventually(lambda: keeping.app.engine._inbox.qsize() == 3)
+    await eventually(lambda: keeping.app.engine._commands.qsize() == 3)
     keeping.app.engine.stop()
     gate.open()
     for each in waiting:
@@ -128,7 +128,7 @@ async def test_none_is_left_hanging_when_the_engine_ends(keeping: Server, how: s
     call = keeping.start()
     await keeping.thread(gate.wait_arrival)
     waiting = asyncio.ensure_future(failure(trim(keeping)))
-    await eventually(lambda: keeping.app.engine._inbox.qsize() == 1)
+    await eventually(lambda: keeping.app.engine._commands.qsize() == 1)
     if how == "dies":
         keeping.backend.trim = _broken  # type: ignore[method-assign]  # the point
         gate.open()
@@ -149,12 +149,12 @@ async def test_one_whose_caller_has_gone(keeping: Server) -> None:
     call = keeping.start(num_predict=2)
     await keeping.thread(gate.wait_arrival)
     waiting = keeping.stub.Trim(pb.TrimRequest())
-    await eventually(lambda: keeping.app.engine._inbox.qsize() == 1)
+    await eventually(lambda: keeping.app.engine._commands.qsize() == 1)
     waiting.cancel()
     gate.open()
     assert [message async for message in call][-1].done
     await trim(keeping)
-    await eventually(lambda: not keeping.app.engine._ledger._trims)
+    await eventually(lambda: not keeping.app.engine._registry._trims)
     assert (await keeping.status()).state == pb.STATE_ACTIVE
 
 

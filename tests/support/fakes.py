@@ -131,7 +131,7 @@ class _Row:
     total: int
     tokens: Iterator[int]
     logprobs: int | None
-    evaluated: int = 0
+    prefilled: int = 0
 
 
 class FakeBatch:
@@ -140,7 +140,7 @@ class FakeBatch:
     def __init__(self, backend: FakeBackend) -> None:
         self._backend = backend
         self.rows: dict[int, _Row] = {}
-        self.aside: set[int] = set()
+        self.preempted: set[int] = set()
         self.closed = False
 
     def add(self, row: int, prompt_ids: Sequence[int], sampling: Sampling) -> None:
@@ -156,28 +156,28 @@ class FakeBatch:
             raise self._backend.remove_failures.pop(0)
         for row in rows:
             del self.rows[row]
-            self.aside.discard(row)
+            self.preempted.discard(row)
 
-    def pause(self, row: int) -> None:
-        """See ``Batch.pause``."""
+    def preempt(self, row: int) -> None:
+        """See ``Batch.preempt``."""
         assert row in self.rows
-        assert row not in self.aside
-        self.aside.add(row)
-        self._backend.pauses += 1
+        assert row not in self.preempted
+        self.preempted.add(row)
+        self._backend.preemptions += 1
 
     def resume(self, row: int) -> None:
         """See ``Batch.resume``."""
-        self.aside.remove(row)
+        self.preempted.remove(row)
 
     def step(self) -> list[Event]:
         """See ``Batch.step``."""
         assert not self.closed
-        assert self.rows.keys() - self.aside, "a step without rows"
+        assert self.rows.keys() - self.preempted, "a step without rows"
         self._backend.step_gate.pass_through()
         self._backend.steps += 1
         if self._backend.failures:
             raise self._backend.failures.pop(0)
-        active = [(id_, row) for id_, row in self.rows.items() if id_ not in self.aside]
+        active = [(id_, row) for id_, row in self.rows.items() if id_ not in self.preempted]
         return [self._advance(id_, row) for id_, row in active]
 
     def close(self) -> None:
@@ -186,9 +186,9 @@ class FakeBatch:
         self.closed = True
 
     def _advance(self, id_: int, row: _Row) -> Event:
-        if row.evaluated < row.total:
-            row.evaluated = min(row.total, row.evaluated + PREFILL_CHUNK)
-            return Prefill(id_, row.evaluated, row.total)
+        if row.prefilled < row.total:
+            row.prefilled = min(row.total, row.prefilled + PREFILL_CHUNK)
+            return Prefill(id_, row.prefilled, row.total)
         token = next(row.tokens)
         logprob = None
         if row.logprobs is not None:
@@ -209,9 +209,9 @@ class FakeModel:
         """See ``LoadedModel.kv_bytes``."""
         return tokens * TOKEN_BYTES
 
-    def limit_prompts(self, limit_bytes: int) -> None:
-        """See ``LoadedModel.limit_prompts``."""
-        self._backend.prompt_limits.append(limit_bytes)
+    def limit_prefix_cache(self, limit_bytes: int) -> None:
+        """See ``LoadedModel.limit_prefix_cache``."""
+        self._backend.prefix_cache_limits.append(limit_bytes)
 
     def new_batch(self) -> FakeBatch:
         """See ``LoadedModel.new_batch``."""
@@ -236,10 +236,10 @@ class FakeBackend:
         step_gate: Passed by every step.
         load_gate: Passed by a load before each of its six reports of progress.
         steps: How many steps were begun.
-        pauses: How often a row was set aside.
+        preemptions: How often a row was preempted.
         batches: All batches there were.
         calls: Names of the calls, each with the thread it came on.
-        prompt_limits: What evaluated prompts were limited to, in order.
+        prefix_cache_limits: What evaluated prompts were limited to, in order.
     """
 
     reply: Reply = endless
@@ -253,10 +253,10 @@ class FakeBackend:
     step_gate: Gate = field(default_factory=Gate)
     load_gate: Gate = field(default_factory=Gate)
     steps: int = 0
-    pauses: int = 0
+    preemptions: int = 0
     batches: list[FakeBatch] = field(default_factory=list)
     calls: list[tuple[str, str]] = field(default_factory=list)
-    prompt_limits: list[int] = field(default_factory=list)
+    prefix_cache_limits: list[int] = field(default_factory=list)
     weight_bytes: int = 0
 
     def open(self) -> str:

@@ -26,15 +26,15 @@ BREAK = "break"
 LONG = Options(num_predict=100_000, temperature=0)
 
 _HOOK = """
-from runner_server import worker
-step = worker.Worker._step
+from runner_server.engine.thread import EngineThread
+step = EngineThread._step
 
 def broken(self, batch):
-    if any(each.spec.request_id == {name!r} for each in self._seats.running.values()):
+    if any(each.spec.request_id == {name!r} for each in self._scheduler.running.values()):
 {what}
     return step(self, batch)
 
-worker.Worker._step = broken
+EngineThread._step = broken
 """
 
 _FAKE_ENGINE = """

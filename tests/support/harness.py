@@ -162,7 +162,7 @@ class Server:
 
     async def settled(self) -> None:
         """Waits until no completion is left."""
-        await eventually(lambda: not self.app.engine._ledger._live)
+        await eventually(lambda: not self.app.engine._registry._requests)
         await eventually(lambda: not any(batch.rows for batch in self.backend.batches))
 
     async def health(self, service: str = "") -> int:
@@ -189,11 +189,11 @@ class Server:
 
     def assert_nothing_left(self) -> None:
         """Checks that no completion left anything behind."""
-        ledger, worker = self.app.engine._ledger, self.app.engine._worker
-        assert not ledger._live
-        assert not ledger._running
-        assert not worker._seats.begun
-        assert not worker._seats.waiting
+        registry, engine_thread = self.app.engine._registry, self.app.engine._engine_thread
+        assert not registry._requests
+        assert not registry._running
+        assert not engine_thread._scheduler.admitted
+        assert not engine_thread._scheduler.waiting
         assert not any(batch.rows for batch in self.backend.batches)
 
 

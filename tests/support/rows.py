@@ -49,7 +49,7 @@ def _step(batch: Batch, active: dict[int, Row]) -> None:
         row = active[event.row]
         if isinstance(event, Prefill):
             assert not row.ids, "progress after a token"
-            row.progress.append((event.evaluated, event.total))
+            row.progress.append((event.prefilled, event.total))
             continue
         assert isinstance(event, Token)
         row.ids.append(event.token_id)

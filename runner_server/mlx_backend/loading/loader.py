@@ -96,8 +96,8 @@ class MlxModel:
         """How much the evaluated prompts that are kept take, and may take."""
         return self._prompts.held
 
-    def limit_prompts(self, limit_bytes: int) -> None:
-        """Changes how much evaluated prompts may take; see ``LoadedModel.limit_prompts``."""
+    def limit_prefix_cache(self, limit_bytes: int) -> None:
+        """Changes how much evaluated prompts may take; see ``LoadedModel.limit_prefix_cache``."""
         self._prompts.limit(limit_bytes)
 
     def new_batch(self) -> MlxBatch:

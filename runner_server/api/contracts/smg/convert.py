@@ -15,26 +15,26 @@ ABORTED = "abort"
 _FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 
-def chunk_message(piece: OutputDelta, sent: int, account: GenerationStats) -> Message:
+def chunk_message(piece: OutputDelta, sent: int, stats: GenerationStats) -> Message:
     """New tokens of a stream.
 
     Args:
         piece: The tokens.
         sent: How many were sent before them.
-        account: What the request has come to, for the counts of its prompt.
+        stats: What the request has come to, for the counts of its prompt.
     """
     chunk = pb.GenerateStreamChunk(
         token_ids=piece.token_ids,
-        prompt_tokens=account.prompt_count,
+        prompt_tokens=stats.prompt_count,
         completion_tokens=sent + len(piece.token_ids),
-        cached_tokens=account.cached_count,
+        cached_tokens=stats.cached_count,
         output_logprobs=_logprobs(piece.logprobs),
     )
     return pb.GenerateResponse(chunk=chunk)
 
 
 def complete_message(
-    last: OutputDelta | None, untold: Sequence[OutputDelta], count: int, account: GenerationStats
+    last: OutputDelta | None, untold: Sequence[OutputDelta], count: int, stats: GenerationStats
 ) -> Message:
     """The end of a request.
 
@@ -42,16 +42,16 @@ def complete_message(
         last: The last piece; without ``done`` in it somebody aborted the request.
         untold: Pieces that no chunk has told of: all of a request that is not streamed.
         count: How many tokens the caller gets in all.
-        account: What the request has come to, for the counts of its prompt.
+        stats: What the request has come to, for the counts of its prompt.
     """
     done = last.done if last else None
     by_token = last and done and done.reason is FinishReason.STOP
     complete = pb.GenerateComplete(
         output_ids=[token_id for piece in untold for token_id in piece.token_ids],
         finish_reason=_FINISH_REASONS[done.reason] if done else ABORTED,
-        prompt_tokens=account.prompt_count,
+        prompt_tokens=stats.prompt_count,
         completion_tokens=count,
-        cached_tokens=account.cached_count,
+        cached_tokens=stats.cached_count,
         output_logprobs=_logprobs(entry for piece in untold for entry in piece.logprobs),
         matched_stop_token_id=last.token_ids[-1] if last and by_token else None,
     )

@@ -59,7 +59,7 @@ class SmgServicer(mlx_engine_pb2_grpc.MlxEngineServicer):  # type: ignore[misc] 
         prompt_ids = await _prompt_ids(request, model)
         spec = generate_spec(request, sampling, model.info, prompt_ids)
         completion = self._engine.submit(model, spec)
-        record.account = completion.account
+        record.stats = completion.stats
         try:
             # As for ``GenerationRequest``: also if it is queued.
             await context.send_initial_metadata(())
@@ -106,7 +106,7 @@ class SmgServicer(mlx_engine_pb2_grpc.MlxEngineServicer):  # type: ignore[misc] 
 
     async def GetServerInfo(self, request: Message, context: _Context) -> Message:
         """Tells how much it has to do."""
-        snapshot = self._engine.snapshot()
+        snapshot = self._engine.state()
         return pb.GetServerInfoResponse(
             server_type="mlx-grpc-runner",
             active_requests=snapshot.running_count + snapshot.queued_count,
@@ -148,9 +148,9 @@ async def _messages(completion: GenerationRequest, *, is_stream: bool) -> AsyncI
     held: list[OutputDelta] = []
     async for piece in completion.stream.pieces():
         if is_stream and piece.token_ids:
-            yield chunk_message(piece, count, completion.account())
+            yield chunk_message(piece, count, completion.stats())
         count += len(piece.token_ids)
         last = piece
         if not is_stream:
             held.append(piece)
-    yield complete_message(last, held, count, completion.account())
+    yield complete_message(last, held, count, completion.stats())
