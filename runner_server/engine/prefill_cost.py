@@ -21,7 +21,7 @@ class PrefillCostModel:
         self._weight = self._tokens = self._seconds = 0.0
         self._variance = self._covariance = 0.0
 
-    def note(self, tokens: int, seconds: float) -> None:
+    def record(self, tokens: int, seconds: float) -> None:
         """Learns from a chunk that took so long."""
         self._weight = self._weight * _KEPT + 1
         # West's update of weighted means and central moments; subtracting sums of squares
@@ -33,7 +33,7 @@ class PrefillCostModel:
         self._variance = (1 - share) * (self._variance + share * more_tokens**2)
         self._covariance = (1 - share) * (self._covariance + share * more_tokens * more_seconds)
 
-    def fitting(self, seconds: float) -> int | None:
+    def tokens_within(self, seconds: float) -> int | None:
         """Tokens that take so long; None before the first chunk."""
         if not self._weight:
             return None

@@ -30,7 +30,7 @@ _LEAST_STEPS = 2.0
 """Decode steps that a slice is at least as long as: a step reads the weights once, and a
 chunk that is no longer does little more than that."""
 
-_PROMPTS_SHARE = 8.0
+_PROMPT_WEIGHT = 8.0
 """What a waiting prompt counts beside a running stream when the time is divided. Of 16 prompts
 of 64 tokens that arrive together at a 100 M model on two CPU cores it takes 1.4 s to evaluate
 all with 4, and 1.2 s with 8: more of them share a call. A lone one has nothing to share
@@ -46,15 +46,15 @@ class PrefillPolicy:
 
     def __init__(self, max_chunk: int) -> None:
         self._max_chunk = max_chunk
-        self._pace = PrefillCostModel()
+        self._cost = PrefillCostModel()
         self._slice = self._left = 0.0
         self._is_first = True
         # Seconds that the oldest prompt is behind the others.
         self._oldest: int | None = None
-        self._owed = 0.0
+        self._debt_seconds = 0.0
         self._serves_oldest = True
 
-    def begin(self, decode_seconds: float, decoding: int, waiting: int) -> None:
+    def begin_slice(self, decode_seconds: float, decoding: int, waiting: int) -> None:
         """Begins a slice.
 
         A prompt that waits keeps a batch small, and a small batch takes about as long as a
@@ -67,7 +67,7 @@ class PrefillPolicy:
             waiting: Prompts to evaluate.
         """
         if decoding:
-            share = decode_seconds * _PROMPTS_SHARE * (waiting - 0.5) / decoding
+            share = decode_seconds * _PROMPT_WEIGHT * (waiting - 0.5) / decoding
             most = max(MAX_SECONDS, _LEAST_STEPS * decode_seconds)
             self._slice = min(most, max(MIN_SECONDS, _LEAST_STEPS * decode_seconds, share))
         else:
@@ -86,38 +86,39 @@ class PrefillPolicy:
         oldest = next(iter(remaining))
         shortest = min(remaining, key=remaining.__getitem__)
         if oldest != self._oldest:
-            self._oldest, self._owed = oldest, 0.0
+            self._oldest, self._debt_seconds = oldest, 0.0
         # A short one begins within a slice, unless the machine needs all of it for a chunk.
         allowed = self._slice if self._is_first else 0.0
-        row = oldest if self._owed > allowed else shortest
-        fitting = self._fitting(self._left)
+        row = oldest if self._debt_seconds > allowed else shortest
+        fitting = self._fitting_chunk(self._left)
         if self._is_first and row != oldest and remaining[oldest] > fitting:
-            fitting = self._fitting(self._left / 2)
+            fitting = self._fitting_chunk(self._left / 2)
         if not self._is_first and fitting < min(remaining[row], MIN_CHUNK):
             return None
         self._is_first = False
         self._serves_oldest = row == oldest
-        return row, self._part(remaining[row], max(MIN_CHUNK, fitting))
+        return row, self._cut(remaining[row], max(MIN_CHUNK, fitting))
 
     @property
-    def room(self) -> int:
+    def token_capacity(self) -> int:
         """Tokens for which the slice has time: others may be evaluated beside the next row."""
-        return self._pace.fitting(self._left) or 0
+        return self._cost.tokens_within(self._left) or 0
 
-    def spent(self, tokens: int, seconds: float) -> None:
+    def record(self, tokens: int, seconds: float) -> None:
         """Notes how long the chunk of the last turn took."""
         self._left -= seconds
-        self._owed = max(0.0, self._owed + (-seconds if self._serves_oldest else seconds))
-        self._pace.note(tokens, seconds)
+        change = -seconds if self._serves_oldest else seconds
+        self._debt_seconds = max(0.0, self._debt_seconds + change)
+        self._cost.record(tokens, seconds)
 
-    def _fitting(self, seconds: float) -> int:
+    def _fitting_chunk(self, seconds: float) -> int:
         """Tokens for which there is time, at most a chunk of them."""
-        tokens = self._pace.fitting(seconds)
+        tokens = self._cost.tokens_within(seconds)
         if tokens is None:
             return MIN_CHUNK
         return min(self._max_chunk, tokens // _GRAIN * _GRAIN)
 
-    def _part(self, tokens: int, fitting: int) -> int:
+    def _cut(self, tokens: int, fitting: int) -> int:
         """As many as fit, and half as many more if they are the last: no small rest is left."""
         if tokens <= min(fitting * 3 // 2, self._max_chunk):
             return tokens

@@ -2,7 +2,7 @@
 
 Each node stands for a run of tokens and holds what the model's caches hold for
 them; prompts that begin alike share the nodes of their beginning. Nothing here
-knows what the pieces are: :class:`Pieces` cuts and weighs them.
+knows what the pieces are: :class:`SegmentOps` cuts and weighs them.
 
 The bytes stay under a budget: what was not used for longest goes first, and a node
 never before those that continue it. So a beginning that many prompts share, such
@@ -26,7 +26,7 @@ T = TypeVar("T")
 T_contra = TypeVar("T_contra", contravariant=True)
 
 
-class Pieces(Protocol[S, T_contra]):
+class SegmentOps(Protocol[S, T_contra]):
     """Cuts and weighs what the tree holds."""
 
     @property
@@ -61,7 +61,7 @@ class Match:
 
 
 @dataclass
-class Held:
+class CacheUsage:
     """How many bytes a tree holds and may hold; does not keep the tree alive.
 
     Attributes:
@@ -96,61 +96,61 @@ class PrefixCache(Generic[S, T]):
     """Evaluated prompts under a byte budget.
 
     Args:
-        pieces: Cuts and weighs what is held.
+        ops: Cuts and weighs what is held.
         budget_bytes: The most it may hold; 0 holds nothing.
     """
 
-    def __init__(self, pieces: Pieces[S, T], budget_bytes: int) -> None:
-        self._pieces = pieces
+    def __init__(self, ops: SegmentOps[S, T], budget_bytes: int) -> None:
+        self._ops = ops
         self._root: _Root[S, T] = _Root()
         # Oldest use first. A node is always used after those that continue it.
-        self._by_use: OrderedDict[_Node[S, T], None] = OrderedDict()
-        self.held = Held(budget_bytes)
+        self._lru: OrderedDict[_Node[S, T], None] = OrderedDict()
+        self.usage = CacheUsage(budget_bytes)
 
     @property
     def nbytes(self) -> int:
         """Bytes that it holds."""
-        return self.held.nbytes
+        return self.usage.nbytes
 
     def __len__(self) -> int:
-        return len(self._by_use)
+        return len(self._lru)
 
     @property
-    def is_on(self) -> bool:
+    def is_enabled(self) -> bool:
         """Whether anything is kept."""
-        return self.held.limit_bytes > 0
+        return self.usage.limit_bytes > 0
 
     def limit(self, limit_bytes: int) -> None:
         """Change the most it may hold; evicts what was not used for longest to get there."""
-        self.held.limit_bytes = limit_bytes
+        self.usage.limit_bytes = limit_bytes
         while self.nbytes > limit_bytes:
-            self._drop(next(iter(self._by_use)))
+            self._evict(next(iter(self._lru)))
 
     def match(self, tokens: Sequence[int]) -> Match:
-        """How much of a prompt is known; counts as no use of it."""
+        """How much of a prompt is cached; counts as no use of it."""
         path = self._walk(array("i", tokens))
         common = sum(length for _, length in path)
-        if not self._pieces.needs_snapshot:
+        if not self._ops.needs_snapshot:
             return Match(common, common)
         return Match(self._deepest_snapshot(path)[1], common)
 
-    def take(self, tokens: Sequence[int]) -> tuple[int, list[S], T | None]:
-        """What is known of the beginning of a prompt.
+    def lookup(self, tokens: Sequence[int]) -> tuple[int, list[S], T | None]:
+        """What is cached of the beginning of a prompt.
 
         Returns:
             For how many tokens, their segments in order, and the snapshot after them.
         """
         path = self._walk(array("i", tokens))
         snapshot: T | None = None
-        if self._pieces.needs_snapshot:
+        if self._ops.needs_snapshot:
             count, _ = self._deepest_snapshot(path)
             path = path[:count]
             snapshot = path[-1][0].snapshot if path else None
-        self._use([node for node, _ in path])
-        segments = [self._part(node, length) for node, length in path]
+        self._touch([node for node, _ in path])
+        segments = [self._segment_part(node, length) for node, length in path]
         return sum(length for _, length in path), segments, snapshot
 
-    def offer(
+    def insert(
         self,
         tokens: Sequence[int],
         segment: Callable[[int, int], S],
@@ -170,16 +170,16 @@ class PrefixCache(Generic[S, T]):
         """
         run = array("i", tokens)
         path = self._walk(run)
-        known = sum(length for _, length in path)
-        if token_bytes and (fitting := self.held.limit_bytes // token_bytes) < len(run):
-            run, snapshot = run[: max(known, fitting)], None
-        node = self._ending_at(path)
-        self._use(_lineage(node))
-        if known < len(run):
+        cached = sum(length for _, length in path)
+        if token_bytes and (fitting := self.usage.limit_bytes // token_bytes) < len(run):
+            run, snapshot = run[: max(cached, fitting)], None
+        node = self._node_ending(path)
+        self._touch(_path_to(node))
+        if cached < len(run):
             # Before the copy is made, so that old and new are never there together.
-            if not self._make_room(token_bytes * (len(run) - known), node):
+            if not self._evict_to_fit(token_bytes * (len(run) - cached), node):
                 return
-            grown = self._grow(node, run[known:], segment(known, len(run)))
+            grown = self._append(node, run[cached:], segment(cached, len(run)))
             if grown is None:
                 return
             node = grown
@@ -197,12 +197,12 @@ class PrefixCache(Generic[S, T]):
         path = self._walk(array("i", tokens))
         for node, _ in path:
             if not is_sound(node.segment, node.snapshot):
-                self._drop_all(node)
+                self._evict_subtree(node)
                 break
         for node, length in reversed(path):
             is_own = length == len(node.tokens) and not node.children
-            if is_own and node in self._by_use:
-                self._drop(node)
+            if is_own and node in self._lru:
+                self._evict(node)
 
     # -- walking -----------------------------------------------------------------
 
@@ -229,12 +229,12 @@ class PrefixCache(Generic[S, T]):
                 best = (count, total)
         return best
 
-    def _part(self, node: _Node[S, T], length: int) -> S:
+    def _segment_part(self, node: _Node[S, T], length: int) -> S:
         if length == len(node.tokens):
             return node.segment
-        return self._pieces.cut(node.segment, 0, length)
+        return self._ops.cut(node.segment, 0, length)
 
-    def _ending_at(self, path: list[tuple[_Node[S, T], int]]) -> _Root[S, T]:
+    def _node_ending(self, path: list[tuple[_Node[S, T], int]]) -> _Root[S, T]:
         """The node that ends where a path does; one that goes on is split there."""
         if not path:
             return self._root
@@ -245,70 +245,70 @@ class PrefixCache(Generic[S, T]):
 
     def _split(self, node: _Node[S, T], at: int) -> _Node[S, T]:
         """Puts a node for the first tokens of another above it."""
-        first = self._pieces.cut(node.segment, 0, at)
+        first = self._ops.cut(node.segment, 0, at)
         upper = _Node(node.tokens[:at], node.parent, first)
-        node.segment = self._pieces.cut(node.segment, at, len(node.tokens))
+        node.segment = self._ops.cut(node.segment, at, len(node.tokens))
         node.parent.children[upper.tokens[0]] = upper
         node.tokens, node.parent = node.tokens[at:], upper
         upper.children[node.tokens[0]] = node
-        self._by_use[upper] = None
-        self._weigh(upper)
-        self._weigh(node)
+        self._lru[upper] = None
+        self._update_size(upper)
+        self._update_size(node)
         return upper
 
-    def _grow(self, parent: _Root[S, T], tokens: array[int], segment: S) -> _Node[S, T] | None:
+    def _append(self, parent: _Root[S, T], tokens: array[int], segment: S) -> _Node[S, T] | None:
         """Adds a node, if there is room beside those that lead to it."""
-        if not self._make_room(self._pieces.segment_bytes(segment), parent):
+        if not self._evict_to_fit(self._ops.segment_bytes(segment), parent):
             return None
         node = _Node[S, T](tokens, parent, segment)
         parent.children[tokens[0]] = node
         # Used before those that lead to it, so that it goes before them.
-        self._by_use[node] = None
-        self._use(_lineage(node))
-        self._weigh(node)
+        self._lru[node] = None
+        self._touch(_path_to(node))
+        self._update_size(node)
         return node
 
     def _attach(self, node: _Node[S, T], snapshot: T) -> None:
-        if self._make_room(self._pieces.snapshot_bytes(snapshot), node):
+        if self._evict_to_fit(self._ops.snapshot_bytes(snapshot), node):
             node.snapshot = snapshot
-            self._weigh(node)
+            self._update_size(node)
 
-    def _weigh(self, node: _Node[S, T]) -> None:
+    def _update_size(self, node: _Node[S, T]) -> None:
         before = node.nbytes
-        node.nbytes = self._pieces.segment_bytes(node.segment)
+        node.nbytes = self._ops.segment_bytes(node.segment)
         if node.snapshot is not None:
-            node.nbytes += self._pieces.snapshot_bytes(node.snapshot)
-        self.held.nbytes += node.nbytes - before
+            node.nbytes += self._ops.snapshot_bytes(node.snapshot)
+        self.usage.nbytes += node.nbytes - before
 
-    def _make_room(self, needed: int, keep: _Root[S, T]) -> bool:
+    def _evict_to_fit(self, needed: int, keep: _Root[S, T]) -> bool:
         """Drops what was not used for longest, but for a node and those that lead to it."""
-        if sum(node.nbytes for node in _lineage(keep)) + needed > self.held.limit_bytes:
+        if sum(node.nbytes for node in _path_to(keep)) + needed > self.usage.limit_bytes:
             return False
-        while self.nbytes + needed > self.held.limit_bytes:
+        while self.nbytes + needed > self.usage.limit_bytes:
             # Never one of those: they were used last.
-            self._drop(next(iter(self._by_use)))
+            self._evict(next(iter(self._lru)))
         return True
 
-    def _drop(self, node: _Node[S, T]) -> None:
+    def _evict(self, node: _Node[S, T]) -> None:
         del node.parent.children[node.tokens[0]]
-        del self._by_use[node]
-        self.held.nbytes -= node.nbytes
+        del self._lru[node]
+        self.usage.nbytes -= node.nbytes
 
-    def _drop_all(self, node: _Node[S, T]) -> None:
+    def _evict_subtree(self, node: _Node[S, T]) -> None:
         """Drops a node and all that continue it."""
         below = [node]
         for each in below:
             below += each.children.values()
         for each in reversed(below):
-            self._drop(each)
+            self._evict(each)
 
-    def _use(self, path: Sequence[_Node[S, T]]) -> None:
+    def _touch(self, path: Sequence[_Node[S, T]]) -> None:
         """Marks nodes, in order from the first, as used now."""
         for node in reversed(path):
-            self._by_use.move_to_end(node)
+            self._lru.move_to_end(node)
 
 
-def _lineage(node: _Root[S, T]) -> list[_Node[S, T]]:
+def _path_to(node: _Root[S, T]) -> list[_Node[S, T]]:
     """A node and those that lead to it, from the first."""
     path = []
     while isinstance(node, _Node):

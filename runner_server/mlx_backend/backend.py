@@ -14,7 +14,7 @@ from runner_server.host.heap import drop_code, settle_heap, trim_heap
 from runner_server.mlx_backend.upstream.lean_import import forget_modules
 
 if TYPE_CHECKING:
-    from runner_server.engine.prefix_cache import Held
+    from runner_server.engine.prefix_cache import CacheUsage
     from runner_server.host.kernel_folder import KernelFolder
     from runner_server.host.model_root import ModelRoot
     from runner_server.mlx_backend.loading.loader import MlxModel
@@ -52,7 +52,7 @@ class MlxBackend:
         self._mx: Any = None
         self._kernels: KernelFolder | None = None
         # Not the model itself: it must go with the last reference of the engine's thread.
-        self._prompts: Held | None = None
+        self._prompts: CacheUsage | None = None
 
     def open(self) -> str:
         """Imports MLX and mlx_lm; returns the device's name."""

@@ -31,7 +31,7 @@ _WORTHWHILE = 32
 
 
 @dataclass(frozen=True)
-class KvRoom:
+class BatchBudget:
     """The memory that a batch may take beside the weights.
 
     Attributes:
@@ -46,7 +46,7 @@ class KvRoom:
     row_bytes: Callable[[int], int] = field(default=lambda _: 0)
     chunk_bytes: Callable[[int, int], float] = field(default=lambda _tokens, _before: 0.0)
 
-    def rows_together(self, length: int, before: int) -> int:
+    def max_prompts_together(self, length: int, before: int) -> int:
         """How many prompts may be evaluated as one.
 
         Args:
@@ -83,7 +83,7 @@ class _Prompt:
     def remaining(self) -> int:
         return len(self.ids) - 1 - self.prefilled
 
-    def way(self) -> tuple[int, ...]:
+    def lookahead(self) -> tuple[int, ...]:
         """Its next tokens, enough to tell whether another goes the same way."""
         return tuple(self.ids[self.prefilled : self.prefilled + _WORTHWHILE])
 
@@ -106,10 +106,10 @@ class MlxBatch:
         vocab_size: Token ids its output layer scores.
         max_chunk: Most tokens of a prompt that are evaluated at once.
         pieces: Cuts the caches of the model.
-        prompts: Prompts evaluated before; outlives the batch.
+        prefix_cache: Prompts evaluated before; outlives the batch.
         clock: Seconds that pass.
         agree: See :class:`DecodeBatch`.
-        room: The memory that it may take; without limit if None.
+        budget: The memory that it may take; without limit if None.
     """
 
     def __init__(
@@ -118,48 +118,48 @@ class MlxBatch:
         vocab_size: int,
         max_chunk: int,
         pieces: CachePieces,
-        prompts: MlxPrefixCache,
+        prefix_cache: MlxPrefixCache,
         clock: Callable[[], float] = time.perf_counter,
         agree: Agree | None = None,
-        room: KvRoom | None = None,
+        budget: BatchBudget | None = None,
     ) -> None:
         self._model = model
         self._pieces = pieces
-        self._prefix_cache = prompts
-        self._room = room or KvRoom()
+        self._prefix_cache = prefix_cache
+        self._budget = budget or BatchBudget()
         self._clock = clock
         self._policy = PrefillPolicy(max_chunk)
         self._max_chunk = max_chunk
         # In order of arrival.
-        self._prompts: dict[int, _Prompt] = {}
+        self._prefilling: dict[int, _Prompt] = {}
         self._joining: list[Row] = []
         self._preempted: dict[int, Row] = {}
         self._decoding = DecodeBatch(model, vocab_size, agree)
-        self._is_alone = agree is None
+        self._is_single_rank = agree is None
         self._decode_seconds = 0.0
 
     def add(self, row: int, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         """Begins a row; see ``Batch.add``."""
         begun = Row(row, sampling, [], prompt_ids[-1], caches=self._pieces.new())
-        self._prompts[row] = _Prompt(begun, prompt_ids)
+        self._prefilling[row] = _Prompt(begun, prompt_ids)
 
     def remove(self, rows: Collection[int]) -> None:
         """Ends rows and keeps what was evaluated for others; see ``Batch.remove``."""
         decoded = [row for row in self._decoding.rows if row.id in rows]
-        for row in decoded if self._prefix_cache.is_on else ():
+        for row in decoded if self._prefix_cache.is_enabled else ():
             # What is read of the caches waits for the step that was begun, too.
             self._decoding.settle(row)
-            self._offer(row, self._decoding.caches_of(row))
+            self._cache_prefix(row, self._decoding.caches_of(row))
         self._decoding.leave(decoded)
         ended = [row for row in self._joining if row.id in rows]
         self._joining = [row for row in self._joining if row.id not in rows]
         for id_ in rows:
-            if prompt := self._prompts.pop(id_, None):
+            if prompt := self._prefilling.pop(id_, None):
                 ended.append(prompt.row)
             if preempted := self._preempted.pop(id_, None):
                 ended.append(preempted)
         for row in ended:
-            self._offer(row, row.caches)
+            self._cache_prefix(row, row.caches)
 
     def preempt(self, row: int) -> None:
         """Sets a row aside with what it holds; see ``Batch.preempt``."""
@@ -167,7 +167,7 @@ class MlxBatch:
         self._decoding.settle(aside)
         self._decoding.leave_with_caches(aside)
         self._preempted[row] = aside
-        self._make_room(0)
+        self._compact_to_fit(0)
 
     def resume(self, row: int) -> None:
         """Takes a row in again; see ``Batch.resume``."""
@@ -179,14 +179,14 @@ class MlxBatch:
             return self._step()
         except Exception:
             # Among several ranks MLX might wait for those that do not make the step any more.
-            if self._is_alone:
+            if self._is_single_rank:
                 recover()
             raise
 
     def _step(self) -> list[Event]:
         waited = self._finish_decoding()
         events: list[Event] = [*self._prefill()]
-        self._decoding.join(self._joining, expected=self._soon())
+        self._decoding.join(self._joining, expected=self._expected_rows())
         self._joining = []
         if self._decoding.rows:
             began = self._clock()
@@ -196,7 +196,7 @@ class MlxBatch:
 
     def close(self) -> None:
         """Frees everything; see ``Batch.close``."""
-        self._prompts.clear()
+        self._prefilling.clear()
         self._preempted.clear()
         self._joining.clear()
         self._decoding.leave(self._decoding.rows)
@@ -207,73 +207,79 @@ class MlxBatch:
         Returns:
             How long: time of decoding that is not to be taken for the prompts'.
         """
-        if not (self._prompts and self._decoding.rows):
+        if not (self._prefilling and self._decoding.rows):
             return 0.0
         began = self._clock()
         self._decoding.finish()
         return self._clock() - began
 
-    def _soon(self) -> int:
+    def _expected_rows(self) -> int:
         """Prompts that will be decoded after a chunk, as far as there is memory for them twice."""
-        soon = sum(prompt.remaining <= self._max_chunk for prompt in self._prompts.values())
+        soon = sum(prompt.remaining <= self._max_chunk for prompt in self._prefilling.values())
         rows = [*self._decoding.rows, *self._joining]
         if not (soon and rows):
             return soon
-        one = self._room.row_bytes(1 + max(len(row.tokens) for row in rows))
-        left = self._room.budget_bytes - self._elsewhere_bytes() - one * len(rows)
+        one = self._budget.row_bytes(1 + max(len(row.tokens) for row in rows))
+        left = self._budget.budget_bytes - self._undecoded_bytes() - one * len(rows)
         return soon if left >= soon * one else max(0, int(left / one))
 
-    def _elsewhere_bytes(self) -> int:
+    def _undecoded_bytes(self) -> int:
         """Caches of rows that are not decoded: of prompts, and of rows set aside."""
-        rows = (*(prompt.row for prompt in self._prompts.values()), *self._preempted.values())
-        return sum(self._room.row_bytes(len(row.tokens)) for row in rows)
+        rows = (*(prompt.row for prompt in self._prefilling.values()), *self._preempted.values())
+        return sum(self._budget.row_bytes(len(row.tokens)) for row in rows)
 
-    def _make_room(self, more_bytes: int) -> None:
+    def _compact_to_fit(self, more_bytes: int) -> None:
         """Gives back the memory of rows that have left the batch, if it is needed."""
-        held = self._decoding.nbytes + self._elsewhere_bytes() + more_bytes
-        if held > self._room.budget_bytes and self._decoding.rows:
+        held = self._decoding.nbytes + self._undecoded_bytes() + more_bytes
+        if held > self._budget.budget_bytes and self._decoding.rows:
             self._decoding.compact()
 
     # -- prompts -----------------------------------------------------------------
 
     def _prefill(self) -> list[Prefill]:
         """Evaluates chunks of prompts until the slice is over."""
-        self._policy.begin(self._decode_seconds, len(self._decoding.rows), len(self._prompts))
+        self._policy.begin_slice(
+            self._decode_seconds, len(self._decoding.rows), len(self._prefilling)
+        )
         events = []
-        while turn := self._policy.next({id_: p.remaining for id_, p in self._prompts.items()}):
-            id_, count = turn
-            prompt = self._prompts[id_]
+        while choice := self._policy.next(self._remaining()):
+            id_, count = choice
+            prompt = self._prefilling[id_]
             if count:
                 self._reuse(prompt)
             together = [prompt, *self._companions(prompt, count)]
-            self._evaluate(together, count)
+            self._prefill_chunks(together, count)
             for each in together:
                 events.append(each.progress())
                 if not each.remaining:
-                    self._joining.append(self._prompts.pop(each.row.id).row)
+                    self._joining.append(self._prefilling.pop(each.row.id).row)
         return events
+
+    def _remaining(self) -> dict[int, int]:
+        return {id_: prompt.remaining for id_, prompt in self._prefilling.items()}
 
     def _companions(self, prompt: _Prompt, count: int) -> list[_Prompt]:
         """Prompts that are evaluated to their ends beside one: the weights are read once for all.
 
-        They stand where it stands and go different ways from there: what they share is
+        They stand where it stands and go different branches from there: what they share is
         better evaluated once.
         """
         length = prompt.remaining
-        most = min(self._policy.room, ROWS_TOGETHER * self._max_chunk) // max(1, length)
-        most = min(most, self._room.rows_together(length, prompt.prefilled))
+        most = min(self._policy.token_capacity, ROWS_TOGETHER * self._max_chunk) // max(1, length)
+        most = min(most, self._budget.max_prompts_together(length, prompt.prefilled))
         if length < 2 or count < length or prompt.branch is not None or most < 2:
             return []
         shortest = length // 2 if self._pieces.can_pad else length
-        ways = {prompt.way()}
+        branches = {prompt.lookahead()}
         found: list[_Prompt] = []
-        for other in islice(self._prompts.values(), 2 * most):
+        for other in islice(self._prefilling.values(), 2 * most):
             if other is prompt or len(found) + 1 == most:
                 continue
             self._reuse(other)
             is_level = other.prefilled == prompt.prefilled and other.branch is None
-            if is_level and shortest <= other.remaining <= length and other.way() not in ways:
-                ways.add(other.way())
+            is_fit = is_level and shortest <= other.remaining <= length
+            if is_fit and other.lookahead() not in branches:
+                branches.add(other.lookahead())
                 found.append(other)
         return found
 
@@ -283,7 +289,7 @@ class MlxBatch:
         match = self._prefix_cache.match(beginning)
         prompt.branch = None
         if match.usable > prompt.prefilled:
-            count, segments, snapshot = self._prefix_cache.take(beginning)
+            count, segments, snapshot = self._prefix_cache.lookup(beginning)
             prompt.row.caches = self._pieces.restore(segments, snapshot or [])
             prompt.cached += count - prompt.prefilled
             prompt.row.tokens = list(prompt.ids[:count])
@@ -292,31 +298,31 @@ class MlxBatch:
         if self._pieces.needs_snapshot and gain >= _WORTHWHILE and match.common > prompt.prefilled:
             prompt.branch = match.common
 
-    def _evaluate(self, prompts: Sequence[_Prompt], count: int) -> None:
+    def _prefill_chunks(self, prompts: Sequence[_Prompt], count: int) -> None:
         """Evaluates the next tokens of prompts; of several, all."""
         chunks = [prompt.next_chunk(count) for prompt in prompts]
         total = sum(map(len, chunks))
         if not total:
             return
         before = prompts[0].prefilled
-        self._make_room(len(prompts) * self._room.row_bytes(before + max(map(len, chunks))))
+        self._compact_to_fit(len(prompts) * self._budget.row_bytes(before + max(map(len, chunks))))
         began = self._clock()
         caches = prefill(self._model, [prompt.row.caches for prompt in prompts], chunks)
-        self._policy.spent(total, self._clock() - began)
+        self._policy.record(total, self._clock() - began)
         for prompt, chunk, own in zip(prompts, chunks, caches, strict=True):
             prompt.row.caches = own
             prompt.row.tokens += chunk
             at_branch = prompt.prefilled == prompt.branch
             if at_branch or not prompt.remaining or not self._pieces.needs_snapshot:
-                self._offer(prompt.row, prompt.row.caches)
+                self._cache_prefix(prompt.row, prompt.row.caches)
 
-    def _offer(self, row: Row, caches: Caches) -> None:
+    def _cache_prefix(self, row: Row, caches: Caches) -> None:
         """Keeps what a row has evaluated, and its caches hold, for prompts that begin like it."""
-        if not (self._prefix_cache.is_on and row.tokens):
+        if not (self._prefix_cache.is_enabled and row.tokens):
             return
         if not row.is_finite:
             # Ranks hold other parts of it, and must keep the same prompts.
-            is_sound = self._pieces.is_finite if self._is_alone else _never
+            is_sound = self._pieces.is_finite if self._is_single_rank else _never
             self._prefix_cache.forget(row.tokens, is_sound)
             return
         snapshot = None
@@ -325,7 +331,7 @@ class MlxBatch:
             def snapshot() -> StateSnapshot:
                 return self._pieces.snapshot(caches)
 
-        self._prefix_cache.offer(
+        self._prefix_cache.insert(
             row.tokens,
             lambda start, end: self._pieces.segment(caches, start, end),
             snapshot,

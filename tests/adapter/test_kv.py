@@ -25,7 +25,7 @@ Build = Callable[..., Path]
 
 def held_bytes(batch: Any) -> int:
     """What the caches of a batch's rows take."""
-    rows = [prompt.row.caches for prompt in batch._prompts.values()]
+    rows = [prompt.row.caches for prompt in batch._prefilling.values()]
     return sum(cache.nbytes for caches in (*rows, batch._decoding._caches) for cache in caches)
 
 

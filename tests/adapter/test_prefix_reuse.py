@@ -107,7 +107,7 @@ class Bench:
             said.ids.append(event.token_id)
             if event.logprob:
                 said.logprobs.append(event.logprob)
-        assert self.tree.nbytes <= self.tree.held.limit_bytes
+        assert self.tree.nbytes <= self.tree.usage.limit_bytes
 
     def _note(self, said: Said, event: Prefill) -> None:
         last = said.progress[-1] if said.progress else Prefill(event.row, 0, event.total)

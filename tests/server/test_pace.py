@@ -8,55 +8,55 @@ from runner_server.engine.prefill_cost import PrefillCostModel
 
 
 def test_nothing_is_known_before_the_first_chunk() -> None:
-    assert PrefillCostModel().fitting(1.0) is None
+    assert PrefillCostModel().tokens_within(1.0) is None
 
 
 def test_one_size_of_chunk_gives_a_plain_rate() -> None:
-    pace = PrefillCostModel()
+    cost = PrefillCostModel()
     for _ in range(50):
-        pace.note(64, 0.1)
-    assert pace.fitting(0.2) == pytest.approx(128, abs=1)
+        cost.record(64, 0.1)
+    assert cost.tokens_within(0.2) == pytest.approx(128, abs=1)
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.005, 0.03])
 @pytest.mark.parametrize("per_token", [1e-5, 0.001])
 def test_the_constant_part_is_told_from_the_rest(constant: float, per_token: float) -> None:
-    pace = PrefillCostModel()
+    cost = PrefillCostModel()
     for tokens in (32, 64, 256, 128, 64):
-        pace.note(tokens, constant + tokens * per_token)
+        cost.record(tokens, constant + tokens * per_token)
     share = constant / (constant + 109 * per_token)
     if share < 0.5:
-        assert pace.fitting(constant + 500 * per_token) == pytest.approx(500, rel=0.02)
+        assert cost.tokens_within(constant + 500 * per_token) == pytest.approx(500, rel=0.02)
     else:
         # Where hardly anything depends on the tokens, many fit; by how much, nobody knows.
-        assert (pace.fitting(1.5 * (constant + 109 * per_token)) or 0) > 200
+        assert (cost.tokens_within(1.5 * (constant + 109 * per_token)) or 0) > 200
 
 
 def test_what_has_no_time_for_the_constant_part_has_none_for_tokens() -> None:
-    pace = PrefillCostModel()
+    cost = PrefillCostModel()
     for tokens in (32, 256, 32, 256):
-        pace.note(tokens, 0.05 + tokens * 0.001)
-    assert pace.fitting(0.01) == 0
+        cost.record(tokens, 0.05 + tokens * 0.001)
+    assert cost.tokens_within(0.01) == 0
 
 
 def test_a_prompt_whose_later_chunks_are_slower_does_not_look_like_a_constant() -> None:
     """Chunks shrink as tokens get slower; a line through these would promise far too much."""
-    pace = PrefillCostModel()
+    cost = PrefillCostModel()
     per_token = 0.0005
     worst = 1.0
     for _ in range(40):
-        tokens = max(32, pace.fitting(0.25) or 32)
-        pace.note(tokens, tokens * per_token)
+        tokens = max(32, cost.tokens_within(0.25) or 32)
+        cost.record(tokens, tokens * per_token)
         worst = max(worst, tokens * per_token / 0.25)
         per_token *= 1.05
     assert worst < 1.6
 
 
 def test_a_machine_that_gets_ten_times_slower_is_noticed_within_a_few_chunks() -> None:
-    pace = PrefillCostModel()
+    cost = PrefillCostModel()
     for tokens in (100, 200, 150, 250):
-        pace.note(tokens, tokens * 0.001)
+        cost.record(tokens, tokens * 0.001)
     for _ in range(12):
-        tokens = max(32, pace.fitting(0.25) or 32)
-        pace.note(tokens, tokens * 0.01)
-    assert max(32, pace.fitting(0.25) or 32) * 0.01 < 0.35
+        tokens = max(32, cost.tokens_within(0.25) or 32)
+        cost.record(tokens, tokens * 0.01)
+    assert max(32, cost.tokens_within(0.25) or 32) * 0.01 < 0.35

@@ -63,14 +63,14 @@ def _offer(tree: Tree, tokens: Sequence[int], *, snapshots: bool = False) -> lis
         copied.append(end - start)
         return run[start:end]
 
-    tree.offer(run, segment, (lambda: run) if snapshots else None)
+    tree.insert(run, segment, (lambda: run) if snapshots else None)
     return copied
 
 
 def _take(tree: Tree, tokens: Sequence[int], *, snapshots: bool = False) -> int:
     """How many tokens are known, after a check of what is given for them."""
     usable = tree.match(tokens).usable
-    count, segments, snapshot = tree.take(tokens)
+    count, segments, snapshot = tree.lookup(tokens)
     assert count == usable
     assert sum(segments, ()) == tuple(tokens)[:count]
     assert snapshot == (tuple(tokens)[:count] if snapshots and count else None)
@@ -91,7 +91,7 @@ def _check(tree: Tree, budget: int) -> None:
     held = sum(TOKEN_BYTES * len(node.segment) for node in nodes)
     held += sum(SNAPSHOT_BYTES for node in nodes if node.snapshot is not None)
     assert tree.nbytes == held <= budget
-    order = {node: place for place, node in enumerate(tree._by_use)}
+    order = {node: place for place, node in enumerate(tree._lru)}
     assert set(order) == set(nodes)
     assert len(tree) == len(nodes)
     for node in nodes:
@@ -233,10 +233,10 @@ def test_a_run_that_goes_on_where_another_turns_off() -> None:
 
 def test_with_no_budget_nothing_is_kept() -> None:
     tree = _tree(0)
-    assert not tree.is_on
+    assert not tree.is_enabled
     _offer(tree, (1, 2, 3))
     assert (tree.nbytes, len(tree), _take(tree, (1, 2, 3))) == (0, 0, 0)
-    assert _tree(1).is_on
+    assert _tree(1).is_enabled
 
 
 def test_what_is_too_large_for_the_budget_costs_nothing_else() -> None:
@@ -284,7 +284,7 @@ def test_a_snapshot_is_taken_once() -> None:
         return (1, 2)
 
     for _ in range(3):
-        tree.offer((1, 2), lambda start, end: (1, 2)[start:end], snapshot)
+        tree.insert((1, 2), lambda start, end: (1, 2)[start:end], snapshot)
     assert taken == [(1, 2)]
     assert tree.nbytes == 2 * TOKEN_BYTES + SNAPSHOT_BYTES
 
@@ -299,7 +299,7 @@ def test_what_raises_while_it_is_copied_leaves_the_tree_whole() -> None:
     _offer(tree, (1, 2, 3))
     for run in ((1, 2, 9), (7, 7), (1, 2, 3, 4)):
         with pytest.raises(MemoryError):
-            tree.offer(run, broken)
+            tree.insert(run, broken)
         _check(tree, PLENTY)
     assert _take(tree, (1, 2, 3, 4)) == 3
 

@@ -21,23 +21,23 @@ class Machine:
 
     def __init__(self, pace: float, max_chunk: int = MAX_CHUNK) -> None:
         self.pace = pace
-        self.turns = PrefillPolicy(max_chunk)
+        self.policy = PrefillPolicy(max_chunk)
         self.remaining: dict[int, int] = {}
         self.seconds = 0.0
         self.chunks: list[tuple[int, int]] = []
 
     def slice(self, decode_seconds: float = DECODE_SECONDS, decoding: int = 4) -> None:
         """What happens between two decode steps."""
-        self.turns.begin(decode_seconds, decoding, len(self.remaining))
+        self.policy.begin_slice(decode_seconds, decoding, len(self.remaining))
         self.seconds, self.chunks = 0.0, []
-        while turn := self.turns.next(self.remaining):
+        while turn := self.policy.next(self.remaining):
             row, count = turn
             assert 0 <= count <= self.remaining[row]
             self.chunks.append(turn)
             self.remaining[row] -= count
             if count:
                 self.seconds += count / self.pace
-                self.turns.spent(count, count / self.pace)
+                self.policy.record(count, count / self.pace)
             if not self.remaining[row]:
                 del self.remaining[row]
 

@@ -25,12 +25,12 @@ from runner_common.model_directory import (
 )
 from runner_common.units import format_bytes
 from runner_server.engine.admission import UNCHECKED, Admission
-from runner_server.engine.prefix_cache import Held, PrefixCache
+from runner_server.engine.prefix_cache import CacheUsage, PrefixCache
 from runner_server.engine.types import Dtype, LoadSpec, ModelInfo
 from runner_server.errors import InsufficientMemory, ModelUnsupported
 from runner_server.host.heap import trim_heap
 from runner_server.host.model_root import ModelRoot
-from runner_server.mlx_backend.batch import KvRoom, MlxBatch, MlxPrefixCache
+from runner_server.mlx_backend.batch import BatchBudget, MlxBatch, MlxPrefixCache
 from runner_server.mlx_backend.blas_threads import fit_threads
 from runner_server.mlx_backend.cache.row_caches import CachePieces
 from runner_server.mlx_backend.loading.batch_trial import try_together
@@ -92,9 +92,9 @@ class MlxModel:
         return self._plan.kv_bytes
 
     @property
-    def prompts(self) -> Held:
+    def prompts(self) -> CacheUsage:
         """How much the evaluated prompts that are kept take, and may take."""
-        return self._prompts.held
+        return self._prompts.usage
 
     def limit_prefix_cache(self, limit_bytes: int) -> None:
         """Changes how much evaluated prompts may take; see ``LoadedModel.limit_prefix_cache``."""
@@ -124,10 +124,10 @@ class MlxModel:
         model, vocab_size, shard = self._model, self.info.vocab_size, self._shard
         if shard is None:
             plan = self._plan
-            room = KvRoom(
+            budget = BatchBudget(
                 self.info.kv_budget_bytes, plan.need.working_bytes, plan.kv_bytes, plan.chunk_bytes
             )
-            return MlxBatch(model, vocab_size, chunk, self._pieces, prompts, room=room)
+            return MlxBatch(model, vocab_size, chunk, self._pieces, prompts, budget=budget)
         # Ranks take the same steps only if none of them looks at its own memory.
         clock, agree = shard.partners.clock, shard.agree
         return MlxBatch(model, vocab_size, chunk, self._pieces, prompts, clock, agree)

@@ -267,7 +267,7 @@ class _Sizes:
         self.token_bytes = together / (rows * chunk)
         self.pair_bytes = max(0.0, alone / chunk - self.token_bytes) / context
         if spec.parallel > 1:
-            # Prompts share a call as far as there is room; see `KvRoom`.
+            # Prompts share a call as far as there is room; see `BatchBudget`.
             alone = max(alone, min(together, _TOGETHER_BYTES + self.weight_bytes // 32))
         self._prefill_bytes = alone
 
