@@ -13,16 +13,16 @@ from runner_server.engine.request_registry import Ticket
 
 @dataclass(frozen=True)
 class Cancel:
-    """Nobody reads this completion any more."""
+    """Finish a request that has no reader any more."""
 
-    completion_id: int
+    request: GenerationRequest
 
 
 @dataclass(frozen=True)
 class Resume:
-    """The reader of a completion that was set aside has read on."""
+    """Resume a preempted request, whose reader has caught up."""
 
-    completion_id: int
+    request: GenerationRequest
 
 
 @dataclass(frozen=True)

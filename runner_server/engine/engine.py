@@ -14,7 +14,7 @@ from concurrent.futures import Future
 
 from runner_server.engine.backend import Backend, ModelHandle
 from runner_server.engine.commands import Cancel, CommandQueue, LimitPrefixCache, Trim, Wake
-from runner_server.engine.generation_request import GenerationRequest
+from runner_server.engine.generation_request import GenerationRequest, RequestStatus
 from runner_server.engine.request_registry import RequestRegistry, Ticket
 from runner_server.engine.thread import EngineThread
 from runner_server.engine.types import (
@@ -130,15 +130,15 @@ class Engine:
             QueueFull: Too many completions wait.
             ShuttingDown: The engine stops, or is dead.
         """
-        completion = GenerationRequest(spec, model.codec, model.info.eos_token_ids)
-        self._registry.accept(model, completion)
-        self._commands.put(completion)
-        return completion
+        request = GenerationRequest(spec, model.codec, model.info.eos_token_ids)
+        self._registry.accept(model, request)
+        self._commands.put(request)
+        return request
 
-    def cancel(self, completion: GenerationRequest) -> None:
-        """Ends a completion that nobody reads any more; nothing happens if it has ended."""
-        if self._registry.is_live(completion.id):
-            self._commands.put(Cancel(completion.id))
+    def cancel(self, request: GenerationRequest) -> None:
+        """Cancel a request whose reader is gone. No-op once it has finished."""
+        if request.status is not RequestStatus.FINISHED:
+            self._commands.put(Cancel(request))
 
     def state(self) -> EngineState:
         """What the engine does, without waiting for it."""
@@ -161,10 +161,10 @@ class Engine:
         """
         self._is_lost = True
         fault = ShuttingDown(text)
-        for completion in self._registry.die(text):
-            self._registry.forget(completion.id)
-            completion.fail(fault)
-            completion.stream.wake()
+        for request in self._registry.die(text):
+            self._registry.remove(request)
+            request.fail(fault)
+            request.stream.wake()
         self._registry.fail_ticket(fault)
         # It ends if it does not hang.
         self._commands.put(Wake())

@@ -1,7 +1,8 @@
-"""One completion while the engine works on it: text, counts, times, its end."""
+"""One request while the engine works on it: its status, text, counts and times."""
 
 from __future__ import annotations
 
+import enum
 import itertools
 import time
 from dataclasses import replace
@@ -23,82 +24,128 @@ from runner_server.errors import RunnerFault
 _ids = itertools.count(1)
 
 
-class GenerationRequest:
-    """Turns the tokens of one row into the pieces of one stream.
+class RequestStatus(enum.Enum):
+    """The stage that a request has reached.
 
-    Used on the engine thread, except for :meth:`stats` and the attributes that never change.
+    Attributes:
+        WAITING: Queued; holds no memory.
+        PREFILLING: In the batch, without a token yet.
+        DECODING: In the batch, with at least one token.
+        PREEMPTED: Out of the batch because its reader is slow; keeps its KV cache.
+        FINISHED: Ended, failed or cancelled.
+    """
+
+    WAITING = "waiting"
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+class GenerationRequest:
+    """Turns the tokens of one row into the deltas of one output channel.
+
+    Used on the engine's thread, except for :meth:`stats`, :attr:`status`, which any thread may
+    read, and the attributes that never change. A transition from a status that does not allow
+    it raises :class:`RuntimeError`.
 
     Args:
-        spec: What was asked for.
-        codec: The tokenizer of the model it was validated for.
+        spec: The validated request.
+        codec: The tokenizer of the model that ``spec`` was validated for.
         eos_token_ids: The ids that end a text of the model.
 
     Attributes:
-        id: Unique in this process; never the caller's own id.
-        stream: Where its reader waits.
+        id: Unique in this process; not the caller's id.
+        status: The stage that the request has reached.
+        stream: The channel to the reader.
     """
 
     def __init__(self, spec: CompletionSpec, codec: Codec, eos_token_ids: frozenset[int]) -> None:
         self.id = next(_ids)
         self.spec = spec
+        self.status = RequestStatus.WAITING
         self.stream = OutputChannel()
         self._decoder = StreamDecoder(codec.decode, spec.prompt_ids)
         self._matcher = StopMatcher(spec.stop)
-        own_ends = frozenset[int]() if spec.ignore_eos else eos_token_ids
-        self._end_ids = own_ends | spec.stop_token_ids
-        self._count = 0
-        self._cached = 0
-        self._submitted = time.monotonic()
-        self._admitted: float | None = None
-        self._first: float | None = None
-        self._ended: float | None = None
+        model_end_ids = frozenset[int]() if spec.ignore_eos else eos_token_ids
+        self._end_ids = model_end_ids | spec.stop_token_ids
+        self._token_count = 0
+        self._cached_count = 0
         self._reason: FinishReason | None = None
-        self._left: float | None = None
-        self._away_seconds = 0.0
+        self._submitted_at = time.monotonic()
+        self._admitted_at: float | None = None
+        self._first_token_at: float | None = None
+        self._finished_at: float | None = None
+        self._preempted_at = 0.0
+        self._preempted_seconds = 0.0
 
     @property
     def max_length(self) -> int:
-        """Tokens its sequence may come to have."""
+        """The most tokens that the sequence may reach, prompt included."""
         return len(self.spec.prompt_ids) + self.spec.max_tokens
 
     @property
     def length(self) -> int:
-        """Tokens its sequence has."""
-        return len(self.spec.prompt_ids) + self._count
+        """Tokens of the sequence so far, prompt included."""
+        return len(self.spec.prompt_ids) + self._token_count
 
-    @property
-    def has_output(self) -> bool:
-        """Whether it has got a token."""
-        return self._count > 0
+    # -- transitions -------------------------------------------------------------
 
     def admit(self) -> None:
-        """Notes that the row has its place in the batch."""
-        self._admitted = time.monotonic()
+        """Take a slot of the batch: WAITING to PREFILLING."""
+        self._transition(RequestStatus.PREFILLING, RequestStatus.WAITING)
+        self._admitted_at = time.monotonic()
 
     def preempt(self) -> None:
-        """Notes that its place goes to others until its reader has read on."""
-        self._left = time.monotonic()
+        """Give the slot to others until the reader has caught up: DECODING to PREEMPTED."""
+        self._transition(RequestStatus.PREEMPTED, RequestStatus.DECODING)
+        self._preempted_at = time.monotonic()
 
     def resume(self) -> None:
-        """Notes that it has a place again."""
-        if self._left is not None:
-            self._away_seconds += time.monotonic() - self._left
-            self._left = None
+        """Take a slot again: PREEMPTED to DECODING."""
+        self._transition(RequestStatus.DECODING, RequestStatus.PREEMPTED)
+        self._preempted_seconds += time.monotonic() - self._preempted_at
 
-    def running_seconds(self, done: GenerationResult) -> float:
-        """How long it has had a place: so long others waited for one, and no longer."""
-        return done.prompt_seconds + done.eval_seconds - self._away_seconds
+    def cancel(self) -> None:
+        """Finish a request that has no reader any more."""
+        self._finish()
+
+    def fail(self, fault: RunnerFault) -> None:
+        """Finish with an error, which the reader gets after the deltas before it."""
+        self._finish()
+        self.stream.fail(fault)
+
+    def _finish(self) -> None:
+        if self.status is RequestStatus.FINISHED:
+            raise self._illegal(RequestStatus.FINISHED)
+        self._finished_at = time.monotonic()
+        self.status = RequestStatus.FINISHED
+
+    def _transition(self, to: RequestStatus, expected: RequestStatus) -> None:
+        if self.status is not expected:
+            raise self._illegal(to)
+        self.status = to
+
+    def _illegal(self, to: RequestStatus) -> RuntimeError:
+        return RuntimeError(f"request {self.id} is {self.status.value} and cannot be {to.value}")
+
+    # -- events ------------------------------------------------------------------
 
     def on_prefill(self, event: Prefill) -> None:
-        """Passes progress of the prompt on."""
-        self._cached = event.cached
+        """Pass progress of the prompt to the reader."""
+        self._cached_count = event.cached
         self.stream.put(OutputDelta(prefill=(event.prefilled, event.total)))
 
     def on_token(self, event: Token) -> GenerationResult | None:
-        """Adds a token; returns how the completion ended if this was the last."""
-        if not self._count:
-            self._first = time.monotonic()
-        self._count += 1
+        """Add a token; the first one begins DECODING, the last one finishes the request.
+
+        Returns:
+            The result if this token was the last.
+        """
+        if self.status is not RequestStatus.DECODING:
+            self._transition(RequestStatus.DECODING, RequestStatus.PREFILLING)
+            self._first_token_at = time.monotonic()
+        self._token_count += 1
         end = self._end_at(event.token_id)
         text = self._read(event.token_id, end)
         shown, stop = self._matcher.feed(text)
@@ -106,44 +153,44 @@ class GenerationRequest:
             end = FinishReason.STOP
         elif end:
             shown += self._matcher.flush()
-        done = self._done(end, stop or "") if end else None
         logprobs = (replace(event.logprob, text=text),) if event.logprob else ()
-        self.stream.put(OutputDelta(shown, (event.token_id,), logprobs, done=done))
-        return done
-
-    def fail(self, fault: RunnerFault) -> None:
-        """Ends the stream with an error."""
-        self._ended = time.monotonic()
-        self.stream.fail(fault)
+        result = self._result(end, stop or "") if end else None
+        self.stream.put(OutputDelta(shown, (event.token_id,), logprobs, done=result))
+        return result
 
     def stats(self) -> GenerationStats:
-        """What it has come to; any thread may ask, at any time."""
-        now = self._ended or time.monotonic()
-        # The engine's thread sets them in the other order.
-        first, admitted = self._first, self._admitted
+        """Return the counts and times so far. Thread-safe."""
+        now = self._finished_at or time.monotonic()
+        # Read in the reverse of the order in which the engine's thread sets them.
+        first, admitted = self._first_token_at, self._admitted_at
         return GenerationStats(
             prompt_count=len(self.spec.prompt_ids),
-            cached_count=self._cached,
-            eval_count=self._count,
-            queue_seconds=(admitted or now) - self._submitted,
+            cached_count=self._cached_count,
+            eval_count=self._token_count,
+            queue_seconds=(admitted or now) - self._submitted_at,
             prompt_seconds=None if admitted is None else (first or now) - admitted,
             eval_seconds=None if first is None else now - first,
             reason=self._reason,
         )
 
+    def running_seconds(self, result: GenerationResult) -> float:
+        """Return how long the request held a slot, which excludes the time it was preempted."""
+        return result.prompt_seconds + result.eval_seconds - self._preempted_seconds
+
     def _end_at(self, token_id: int) -> FinishReason | None:
-        """Why a token is the last, whatever its text is."""
+        """Return why a token is the last one, whatever its text."""
         if token_id in self._end_ids:
             return FinishReason.STOP
-        return FinishReason.LENGTH if self._count >= self.spec.max_tokens else None
+        return FinishReason.LENGTH if self._token_count >= self.spec.max_tokens else None
 
     def _read(self, token_id: int, end: FinishReason | None) -> str:
-        """The text that a token makes certain; one that ends the text has none of its own."""
+        """Return the text that a token completes; a token that stops the text has none."""
         text = "" if end is FinishReason.STOP else self._decoder.push(token_id)
         return text + self._decoder.flush() if end else text
 
-    def _done(self, reason: FinishReason, stop_match: str) -> GenerationResult:
-        self._ended, self._reason = time.monotonic(), reason
+    def _result(self, reason: FinishReason, stop_match: str) -> GenerationResult:
+        self._reason = reason
+        self._finish()
         stats = self.stats()
         return GenerationResult(
             reason=reason,

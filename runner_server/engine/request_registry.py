@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from runner_common.units import format_bytes
 from runner_server.engine.backend import ModelHandle
-from runner_server.engine.generation_request import GenerationRequest
+from runner_server.engine.generation_request import GenerationRequest, RequestStatus
 from runner_server.engine.types import EngineState, State
 from runner_server.errors import (
     Busy,
@@ -66,7 +66,6 @@ class RequestRegistry:
         self._state = State.IDLE
         self._handle: ModelHandle | None = None
         self._requests: dict[int, GenerationRequest] = {}
-        self._running: set[int] = set()
         self._ticket: Ticket[Any] | None = None
         self._trims: set[Future[None]] = set()
         self._mean_seconds = 1.0
@@ -79,7 +78,7 @@ class RequestRegistry:
 
     # -- refusing and accepting --------------------------------------------------
 
-    def accept(self, model: ModelHandle, completion: GenerationRequest) -> None:
+    def accept(self, model: ModelHandle, request: GenerationRequest) -> None:
         """Enters a completion.
 
         Raises:
@@ -91,11 +90,15 @@ class RequestRegistry:
         with self._lock:
             if self._require_model() is not model:
                 raise ModelNotLoaded
-            _require_memory(model, completion)
+            _require_memory(model, request)
             if len(self._requests) >= model.info.parallel + self._max_queued:
-                queued = len(self._requests) - len(self._running)
+                queued = self._queued_count()
                 raise QueueFull(queued, self._retry_seconds(queued, model.info.parallel))
-            self._requests[completion.id] = completion
+            self._requests[request.id] = request
+
+    def _queued_count(self) -> int:
+        waiting = RequestStatus.WAITING
+        return sum(request.status is waiting for request in self._requests.values())
 
     def open_ticket(self, ticket: Ticket[Any], state: State | None) -> None:
         """Enters a load or unload; ``state`` is visible in Status from now on.
@@ -150,21 +153,17 @@ class RequestRegistry:
         """Whether the engine was asked to stop, or is dead."""
         return self._state in (State.STOPPING, State.FAILED)
 
-    def is_live(self, completion_id: int) -> bool:
-        """Whether a completion was accepted and has not ended."""
-        return completion_id in self._requests
-
     def state(self) -> EngineState:
         """What the engine does, without waiting for it."""
         with self._lock:
-            running, live = len(self._running), len(self._requests)
-            active = (live > 0 and not self._is_idle) or self._state is State.LOADING
+            count, queued = len(self._requests), self._queued_count()
+            active = (count > 0 and not self._is_idle) or self._state is State.LOADING
             return EngineState(
                 state=self._state,
                 progress=self._progress,
                 model=self._handle.info if self._handle else None,
-                running_count=running,
-                queued_count=live - running,
+                running_count=count - queued,
+                queued_count=queued,
                 step_count=self._steps,
                 last_progress_age=time.monotonic() - self._moved if active else None,
                 last_error=self._last_error,
@@ -193,20 +192,21 @@ class RequestRegistry:
         """A load or a step has failed, in words."""
         self._last_error = text[:_MAX_ERROR_CHARS]
 
-    def note_running(self, completion: GenerationRequest) -> None:
-        """A completion has got its place."""
-        with self._lock:
-            self._running.add(completion.id)
-            # The age that Status shows is to be this work's, not that of the idle time.
-            self._moved = time.monotonic()
+    def note_admission(self) -> None:
+        """Record that a request was admitted, so that Status shows the age of its work."""
+        self._moved = time.monotonic()
 
-    def forget(self, completion_id: int, seconds: float | None = None) -> None:
-        """A completion has ended; ``seconds`` it took, if it ended by itself."""
+    def remove(self, request: GenerationRequest, running_seconds: float | None = None) -> None:
+        """Forget a finished request.
+
+        Args:
+            request: The request.
+            running_seconds: How long it held a slot, if it was neither cancelled nor failed.
+        """
         with self._lock:
-            self._running.discard(completion_id)
-            self._requests.pop(completion_id, None)
-            if seconds is not None:
-                self._note_pace(seconds)
+            self._requests.pop(request.id, None)
+            if running_seconds is not None:
+                self._note_pace(running_seconds)
 
     def _note_pace(self, seconds: float) -> None:
         """Enters how long a completion had its place; the first one replaces the guess."""
@@ -268,12 +268,12 @@ class RequestRegistry:
         return self.withdraw_model()
 
 
-def _require_memory(model: ModelHandle, completion: GenerationRequest) -> None:
-    """Refuse a completion whose KV cache would not fit even alone."""
-    need, budget = model.kv_bytes(completion.max_length), model.info.kv_budget_bytes
+def _require_memory(model: ModelHandle, request: GenerationRequest) -> None:
+    """Refuse a request whose KV cache would not fit even alone."""
+    need, budget = model.kv_bytes(request.max_length), model.info.kv_budget_bytes
     if need > budget:
         raise InsufficientMemory(
-            f"{completion.max_length} tokens need {format_bytes(need)} of KV cache and "
+            f"{request.max_length} tokens need {format_bytes(need)} of KV cache and "
             f"{format_bytes(budget)} may be used; ask for fewer with num_predict, or load with "
             "more memory",
             requiredBytes=need,

@@ -1,85 +1,107 @@
-"""Who has a place in the batch, who waits for one, and whose reader is behind."""
+"""Admission and preemption: which requests hold a slot of the batch."""
 
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 
 from runner_server.engine.backend import LoadedModel
-from runner_server.engine.generation_request import GenerationRequest
+from runner_server.engine.generation_request import GenerationRequest, RequestStatus
 
 
 class Scheduler:
-    """The completions that the engine's thread has, each in one of four states.
+    """The requests that the engine's thread has received, in the order in which they run.
+
+    Admission is first come, first served: a request that does not fit is not overtaken.
+    Preempted requests whose readers have caught up go before those that wait.
 
     Attributes:
-        waiting: Have not begun, in order of arrival.
-        running: Are evaluated or decoded.
-        preempted: Set aside because their readers are behind; they hold their memory.
-        resuming: Set aside, but their readers have read on; in that order.
+        waiting: Requests that are WAITING, in order of arrival.
+        admitted: Requests that hold memory, by id: those in the batch and the PREEMPTED ones.
+        resumable: The PREEMPTED requests whose readers have caught up, in that order.
     """
 
     def __init__(self) -> None:
         self.waiting: deque[GenerationRequest] = deque()
-        self.running: dict[int, GenerationRequest] = {}
-        self.preempted: dict[int, GenerationRequest] = {}
-        self.resuming: deque[GenerationRequest] = deque()
+        self.admitted: dict[int, GenerationRequest] = {}
+        self.resumable: deque[GenerationRequest] = deque()
 
     @property
-    def admitted(self) -> list[GenerationRequest]:
-        """Those that hold memory."""
-        return [*self.running.values(), *self.preempted.values(), *self.resuming]
+    def running(self) -> list[GenerationRequest]:
+        """The requests in the batch."""
+        preempted = RequestStatus.PREEMPTED
+        return [each for each in self.admitted.values() if each.status is not preempted]
 
-    def preempt(self, completion: GenerationRequest) -> None:
-        """Takes the place of one that runs."""
-        self.preempted[completion.id] = self.running.pop(completion.id)
+    @property
+    def preempted(self) -> list[GenerationRequest]:
+        """The requests out of the batch that hold memory."""
+        preempted = RequestStatus.PREEMPTED
+        return [each for each in self.admitted.values() if each.status is preempted]
 
-    def resume(self, id_: int) -> None:
-        """Lets one that was set aside wait for a place; nothing happens if it has ended."""
-        if completion := self.preempted.pop(id_, None):
-            self.resuming.append(completion)
+    @property
+    def has_running(self) -> bool:
+        """Whether the batch has a request."""
+        preempted = RequestStatus.PREEMPTED
+        return any(each.status is not preempted for each in self.admitted.values())
+
+    def add(self, request: GenerationRequest) -> None:
+        """Queue a request."""
+        self.waiting.append(request)
+
+    def mark_resumable(self, request: GenerationRequest) -> None:
+        """Queue a preempted request whose reader has caught up. No-op in any other status."""
+        if request.status is RequestStatus.PREEMPTED and request not in self.resumable:
+            self.resumable.append(request)
 
     def next(self, model: LoadedModel) -> GenerationRequest | None:
-        """Seats the next one that may run: those that return first, then in order.
+        """Admit or resume the next request if there is a slot and memory for it.
 
         Returns:
-            The one that now runs; None if there is none, or no place or memory for it.
+            The request, now PREFILLING or DECODING; None if no request can run.
         """
         if not self.has_next(model):
             return None
-        completion = (self.resuming or self.waiting).popleft()
-        self.running[completion.id] = completion
-        return completion
+        if self.resumable:
+            request = self.resumable.popleft()
+            request.resume()
+        else:
+            request = self.waiting.popleft()
+            request.admit()
+            self.admitted[request.id] = request
+        return request
 
     def has_next(self, model: LoadedModel) -> bool:
-        """Whether :meth:`next` would seat one."""
-        queue = self.resuming or self.waiting
-        has_place = len(self.running) < model.info.parallel
-        return bool(queue) and has_place and self._fits(queue[0], model)
+        """Whether :meth:`next` would return a request."""
+        queue = self.resumable or self.waiting
+        if not queue:
+            return False
+        running = self.running
+        return len(running) < model.info.parallel and self._fits(queue[0], running, model)
 
-    def remove(self, id_: int) -> GenerationRequest | None:
-        """Takes one out; returns it if it holds memory."""
-        for queue in (self.waiting, self.resuming):
-            for completion in queue:
-                if completion.id == id_:
-                    queue.remove(completion)
-                    return completion if queue is self.resuming else None
-        return self.running.pop(id_, None) or self.preempted.pop(id_, None)
+    def remove(self, request: GenerationRequest) -> bool:
+        """Take a request out, wherever it is; return whether it held memory."""
+        queue = self.resumable if self.admitted.pop(request.id, None) else self.waiting
+        with suppress(ValueError):
+            queue.remove(request)
+        return queue is self.resumable
 
     def clear(self) -> None:
-        """Takes all out."""
-        for group in (self.waiting, self.running, self.preempted, self.resuming):
-            group.clear()
+        """Take all requests out."""
+        self.waiting.clear()
+        self.admitted.clear()
+        self.resumable.clear()
 
-    def _fits(self, completion: GenerationRequest, model: LoadedModel) -> bool:
-        """Whether the memory of all would suffice, should each become as long as it may."""
-        if not self.running and completion in self.resuming:
-            # The others are set aside, and their readers must not hold this one up. At worst
-            # it takes what one sequence may, beyond the budget.
+    def _fits(
+        self, request: GenerationRequest, running: list[GenerationRequest], model: LoadedModel
+    ) -> bool:
+        """Whether the memory suffices even if every request grows to its maximum."""
+        if not running and request.status is RequestStatus.PREEMPTED:
+            # Slow readers of the other preempted requests must not block this one. At worst it
+            # exceeds the budget by the memory of one sequence.
             return True
-        lengths = [other.max_length for other in (*self.running.values(), completion)]
+        lengths = [other.max_length for other in (*running, request)]
         # A batch is as wide as its longest row.
         need = len(lengths) * model.kv_bytes(max(lengths))
-        aside = (*self.preempted.values(), *self.resuming)
-        # What is set aside does not grow.
-        need += sum(model.kv_bytes(other.length) for other in aside if other is not completion)
-        return need <= model.info.kv_budget_bytes
+        # Preempted requests do not grow.
+        held = (other.length for other in self.preempted if other is not request)
+        return need + sum(map(model.kv_bytes, held)) <= model.info.kv_budget_bytes

@@ -24,7 +24,7 @@ from runner_server.engine.commands import (
     Resume,
     Trim,
 )
-from runner_server.engine.generation_request import GenerationRequest
+from runner_server.engine.generation_request import GenerationRequest, RequestStatus
 from runner_server.engine.output import OutputChannel, WakeupCoalescer
 from runner_server.engine.request_registry import (
     RequestRegistry,
@@ -112,9 +112,9 @@ class EngineThread:
             message = self._poll()
 
     def _can_advance(self) -> bool:
-        return bool(self._scheduler.running) or bool(
-            self._model and self._scheduler.has_next(self._model)
-        )
+        if self._scheduler.has_running:
+            return True
+        return self._model is not None and self._scheduler.has_next(self._model)
 
     def _wait(self) -> Command:
         self._registry.note_idle(is_idle=True)
@@ -140,12 +140,12 @@ class EngineThread:
 
     def _receive(self, message: Command) -> None:
         match message:
-            case GenerationRequest() if self._model and self._registry.is_live(message.id):
-                self._scheduler.waiting.append(message)
-            case Cancel(completion_id=id_):
-                self._drop(id_)
-            case Resume(completion_id=id_):
-                self._scheduler.resume(id_)
+            case GenerationRequest() if message.status is RequestStatus.WAITING:
+                self._scheduler.add(message)
+            case Cancel(request=request):
+                self._cancel(request)
+            case Resume(request=request):
+                self._scheduler.mark_resumable(request)
             case LimitPrefixCache(limit_bytes=limit) if self._model:
                 self._prefix_cache_bytes = limit
                 self._model.limit_prefix_cache(limit)
@@ -162,13 +162,15 @@ class EngineThread:
         self._backend.trim()
         self._registry.close_trim(trim.done)
 
-    def _drop(self, id_: int) -> None:
-        """Ends a cancelled completion in whatever phase it is."""
-        if not self._registry.is_live(id_):
+    def _cancel(self, request: GenerationRequest) -> None:
+        """Finish a request that has no reader any more. No-op once it has finished."""
+        if request.status is RequestStatus.FINISHED:
             return
-        self._registry.forget(id_)
-        if self._scheduler.remove(id_):
-            self._guarded(lambda _model, batch: batch.remove([id_]))
+        self._registry.remove(request)
+        holds_memory = self._scheduler.remove(request)
+        request.cancel()
+        if holds_memory:
+            self._guarded(lambda _model, batch: batch.remove([request.id]))
 
     # -- completions -------------------------------------------------------------
 
@@ -192,19 +194,17 @@ class EngineThread:
 
     def _admit_and_step(self, model: LoadedModel, batch: Batch) -> None:
         self._admit(model, batch)
-        if self._scheduler.running:
+        if self._scheduler.has_running:
             self._step(batch)
             self._failed_steps = 0
 
     def _admit(self, model: LoadedModel, batch: Batch) -> None:
-        while completion := self._scheduler.next(model):
-            if completion.has_output:
-                batch.resume(completion.id)
-                completion.resume()
+        while request := self._scheduler.next(model):
+            if request.status is RequestStatus.DECODING:
+                batch.resume(request.id)
                 continue
-            completion.admit()
-            self._registry.note_running(completion)
-            batch.add(completion.id, completion.spec.prompt_ids, completion.spec.sampling)
+            self._registry.note_admission()
+            batch.add(request.id, request.spec.prompt_ids, request.spec.sampling)
 
     def _step(self, batch: Batch) -> None:
         self._has_stepped = True
@@ -215,46 +215,49 @@ class EngineThread:
             # What they have evaluated is kept for others; their readers need not wait for that.
             self._publish()
             batch.remove(ended)
-        for completion in [
-            each for each in self._scheduler.running.values() if each.stream.is_full
-        ]:
-            batch.preempt(completion.id)
-            completion.preempt()
-            self._scheduler.preempt(completion)
-            completion.stream.on_drained(partial(self._commands.put, Resume(completion.id)))
+        self._preempt_slow_readers(batch)
+
+    def _preempt_slow_readers(self, batch: Batch) -> None:
+        decoding = RequestStatus.DECODING
+        requests = self._scheduler.admitted.values()
+        for request in [each for each in requests if each.stream.is_full]:
+            if request.status is decoding:
+                batch.preempt(request.id)
+                request.preempt()
+                request.stream.on_drained(partial(self._commands.put, Resume(request)))
 
     def _on_event(self, event: Event) -> int | None:
         """Passes an event on; returns its row if that has ended."""
-        completion = self._scheduler.running.get(event.row)
-        if completion is None:
+        request = self._scheduler.admitted.get(event.row)
+        if request is None:
             return None
         if isinstance(event, NotFinite):
-            self._fail([completion], self._not_finite(completion))
-            return completion.id
-        self._touched.append(completion.stream)
+            self._fail([request], self._not_finite(request))
+            return request.id
+        self._touched.append(request.stream)
         if isinstance(event, Prefill):
-            completion.on_prefill(event)
+            request.on_prefill(event)
             return None
-        is_first = not completion.has_output
-        done = completion.on_token(event)
-        if is_first or done:
-            self._urgent.append(completion.stream)
-        if done is None:
+        is_first = request.status is RequestStatus.PREFILLING
+        result = request.on_token(event)
+        if is_first or result:
+            self._urgent.append(request.stream)
+        if result is None:
             return None
-        self._scheduler.remove(completion.id)
-        self._registry.forget(completion.id, completion.running_seconds(done))
-        return completion.id
+        self._scheduler.remove(request)
+        self._registry.remove(request, request.running_seconds(result))
+        return request.id
 
-    def _not_finite(self, completion: GenerationRequest) -> GenerationFailed:
+    def _not_finite(self, request: GenerationRequest) -> GenerationFailed:
         """Return, and log, why a completion whose logits are no numbers ends."""
         dtype = self._model.info.dtype if self._model else ""
         fault = GenerationFailed(
-            f"the model's logits are not finite (NaN or infinity) after {completion.length} "
+            f"the model's logits are not finite (NaN or infinity) after {request.length} "
             f"tokens, so there is no next token; its weights are held as {dtype}: "
             f"{not_finite_advice(dtype)}"
         )
         self._registry.note_error("a completion failed: logits are not finite")
-        logger.error("row %d failed: %s", completion.id, fault)
+        logger.error("row %d failed: %s", request.id, fault)
         return fault
 
     def _publish(self) -> None:
@@ -273,16 +276,16 @@ class EngineThread:
             f"MLX raised {name} in a step of this batch; the runner's log has the traceback; the "
             "request may be retried"
         )
-        self._fail(self._scheduler.admitted, fault)
+        self._fail([*self._scheduler.admitted.values()], fault)
         if self._failed_steps >= _MAX_FAILED_STEPS:
             raise RuntimeError(f"{self._failed_steps} steps in a row failed") from error
 
-    def _fail(self, completions: list[GenerationRequest], fault: RunnerFault) -> None:
-        for completion in completions:
-            self._scheduler.remove(completion.id)
-            self._registry.forget(completion.id)
-            completion.fail(fault)
-            self._urgent.append(completion.stream)
+    def _fail(self, requests: list[GenerationRequest], fault: RunnerFault) -> None:
+        for request in requests:
+            self._scheduler.remove(request)
+            self._registry.remove(request)
+            request.fail(fault)
+            self._urgent.append(request.stream)
 
     # -- loads and unloads -------------------------------------------------------
 
@@ -351,8 +354,7 @@ class EngineThread:
         return memory.active_bytes + memory.cache_bytes
 
     def _end_all(self, fault: RunnerFault) -> None:
-        completions = self._registry.withdraw_model()
-        self._fail(completions, fault)
+        self._fail(self._registry.withdraw_model(), fault)
         self._scheduler.clear()
         self._publish()
 

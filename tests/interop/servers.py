@@ -45,7 +45,7 @@ step = EngineThread._step
 silenced = set()
 
 def slow(self, batch):
-    for completion in list(self._scheduler.running.values()):
+    for completion in self._scheduler.running:
         if completion.spec.request_id == "slow":
             time.sleep(0.05)
         if completion.spec.request_id == "silent" and completion.id not in silenced:

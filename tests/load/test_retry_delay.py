@@ -12,7 +12,9 @@ import pytest
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
 from runner_server.engine.backend import ModelHandle
+from runner_server.engine.generation_request import GenerationRequest
 from runner_server.engine.request_registry import RequestRegistry
+from runner_server.engine.types import CompletionSpec
 from support.fakes import ByteCodec, model_info
 from support.harness import LIMITS, Server, eventually, failure, tokens
 
@@ -87,8 +89,9 @@ def _told_by(seconds: float, late: int, before: int = 500) -> float:
     """What 1,000 in the queue are told, after completions of so many seconds and some of 0.4."""
     registry = RequestRegistry(max_queued=1000)
     registry.offer_model(ModelHandle(replace(model_info(), parallel=8), ByteCodec(), int))
-    for number in range(before):
-        registry.forget(number, seconds)
-    for number in range(late):
-        registry.forget(number, 0.4)
+    request = GenerationRequest(CompletionSpec((1,), 1), ByteCodec(), frozenset())
+    for _ in range(before):
+        registry.remove(request, seconds)
+    for _ in range(late):
+        registry.remove(request, 0.4)
     return registry._retry_seconds(1000, 8)

@@ -226,7 +226,7 @@ async def test_while_nothing_fits_the_engine_sleeps(
     gate.shut()
     (first,) = await _start_all(server, 100)
     await _hold(server)
-    (completion,) = scheduler.running.values()
+    (completion,) = scheduler.running
     # Its reader is behind: the engine is told so at the next step, and later that it is not.
     monkeypatch.setattr(type(completion.stream), "is_full", property(lambda _stream: True))
     resumes: list[Any] = []

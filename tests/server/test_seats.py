@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner_server.engine.generation_request import GenerationRequest
+from runner_server.engine.generation_request import GenerationRequest, RequestStatus
 from runner_server.engine.scheduler import Scheduler
 from runner_server.engine.types import CompletionSpec, Token
 from support.fakes import TOKEN_BYTES, ByteCodec, FakeBackend, FakeModel, model_info
@@ -32,6 +32,13 @@ def _waiting(scheduler: Scheduler, *lengths: int) -> list[GenerationRequest]:
     return completions
 
 
+def _preempt(request: GenerationRequest) -> None:
+    """Preempts a request, which has got a token before."""
+    if request.status is RequestStatus.PREFILLING:
+        request.on_token(Token(request.id, 97))
+    request.preempt()
+
+
 def _seat_all(scheduler: Scheduler, model: FakeModel) -> list[GenerationRequest]:
     seated = []
     while completion := scheduler.next(model):
@@ -44,7 +51,7 @@ def test_in_order_as_many_as_there_are_places() -> None:
     completions = _waiting(scheduler, *[10] * 5)
     assert _seat_all(scheduler, model) == completions[:3]
     assert not scheduler.has_next(model)
-    assert scheduler.remove(completions[1].id) is completions[1]
+    assert scheduler.remove(completions[1])
     assert scheduler.has_next(model)
     assert _seat_all(scheduler, model) == [completions[3]]
     assert list(scheduler.waiting) == completions[4:]
@@ -62,9 +69,9 @@ def test_nobody_overtakes_one_that_does_not_fit() -> None:
     scheduler, model = Scheduler(), _model(budget_tokens=100)
     first, large, small = _waiting(scheduler, 50, 60, 10)
     assert _seat_all(scheduler, model) == [first]
-    scheduler.remove(first.id)
+    scheduler.remove(first)
     assert _seat_all(scheduler, model) == [large]
-    scheduler.remove(large.id)
+    scheduler.remove(large)
     assert _seat_all(scheduler, model) == [small]
 
 
@@ -75,17 +82,17 @@ def test_one_that_is_set_aside_gives_its_place_and_keeps_what_it_holds() -> None
     scheduler.next(model)
     for _ in range(4):
         aside.on_token(Token(aside.id, 97))
-    scheduler.preempt(aside)
+    _preempt(aside)
     assert aside.length == 5
     assert _seat_all(scheduler, model) == [fitting]
-    scheduler.remove(fitting.id)
+    scheduler.remove(fitting)
     assert not scheduler.has_next(model)
-    scheduler.remove(large.id)
+    scheduler.remove(large)
     (small,) = _waiting(scheduler, 50)
     assert _seat_all(scheduler, model) == [small]
-    scheduler.resume(aside.id)
+    scheduler.mark_resumable(aside)
     assert not scheduler.has_next(model)
-    scheduler.remove(small.id)
+    scheduler.remove(small)
     assert _seat_all(scheduler, model) == [aside]
 
 
@@ -93,27 +100,27 @@ def test_one_that_returns_goes_before_those_that_wait() -> None:
     scheduler, model = Scheduler(), _model(parallel=1)
     first, second, third = _waiting(scheduler, 10, 10, 10)
     scheduler.next(model)
-    scheduler.preempt(first)
+    _preempt(first)
     scheduler.next(model)
-    scheduler.preempt(second)
-    scheduler.resume(second.id)
-    scheduler.resume(first.id)
+    _preempt(second)
+    scheduler.mark_resumable(second)
+    scheduler.mark_resumable(first)
     for expected in (second, first, third):
         assert scheduler.next(model) is expected
         assert scheduler.next(model) is None
-        scheduler.remove(expected.id)
+        scheduler.remove(expected)
 
 
 def test_one_that_returns_needs_room_beside_those_that_run() -> None:
     scheduler, model = Scheduler(), _model(parallel=2, budget_tokens=110)
     aside, small = _waiting(scheduler, 60, 40)
     scheduler.next(model)
-    scheduler.preempt(aside)
+    _preempt(aside)
     assert scheduler.next(model) is small
-    scheduler.resume(aside.id)
+    scheduler.mark_resumable(aside)
     # Side by side they would take twice sixty.
     assert not scheduler.has_next(model)
-    scheduler.remove(small.id)
+    scheduler.remove(small)
     assert scheduler.next(model) is aside
 
 
@@ -122,28 +129,29 @@ def test_one_that_returns_to_an_empty_batch_always_may() -> None:
     scheduler, model = Scheduler(), _model(budget_tokens=100)
     one, other = _waiting(scheduler, 50, 50)
     _seat_all(scheduler, model)
-    scheduler.preempt(one)
-    scheduler.preempt(other)
+    _preempt(one)
+    _preempt(other)
     smaller = _model(budget_tokens=60)
-    scheduler.resume(one.id)
+    scheduler.mark_resumable(one)
     assert scheduler.next(smaller) is one
 
 
 def test_reading_on_after_the_end_is_nothing() -> None:
     scheduler, model = Scheduler(), _model()
     (completion,) = _waiting(scheduler, 10)
-    scheduler.resume(completion.id)
-    assert not scheduler.resuming
+    scheduler.mark_resumable(completion)
+    assert not scheduler.resumable
     scheduler.next(model)
-    scheduler.resume(completion.id)
-    assert scheduler.running == {completion.id: completion}
-    scheduler.preempt(completion)
-    scheduler.remove(completion.id)
-    scheduler.resume(completion.id)
-    assert not scheduler.admitted
+    scheduler.mark_resumable(completion)
+    assert scheduler.running == [completion]
+    _preempt(completion)
+    scheduler.remove(completion)
+    completion.cancel()
+    scheduler.mark_resumable(completion)
+    assert not scheduler.resumable
 
 
-@pytest.mark.parametrize("where", ["waiting", "running", "preempted", "resuming", "nowhere"])
+@pytest.mark.parametrize("where", ["waiting", "running", "preempted", "resumable", "nowhere"])
 def test_one_is_taken_out_wherever_it_is(where: str) -> None:
     scheduler, model = Scheduler(), _model()
     others = _waiting(scheduler, 10, 10)
@@ -151,17 +159,17 @@ def test_one_is_taken_out_wherever_it_is(where: str) -> None:
     completion = _completion()
     if where != "nowhere":
         scheduler.waiting.append(completion)
-    if where in ("running", "preempted", "resuming"):
+    if where in ("running", "preempted", "resumable"):
         scheduler.next(model)
-    if where in ("preempted", "resuming"):
-        scheduler.preempt(completion)
-    if where == "resuming":
-        scheduler.resume(completion.id)
+    if where in ("preempted", "resumable"):
+        _preempt(completion)
+    if where == "resumable":
+        scheduler.mark_resumable(completion)
     # It is told whether there is something to be freed.
-    holds = where in ("running", "preempted", "resuming")
-    assert scheduler.remove(completion.id) is (completion if holds else None)
-    assert scheduler.remove(completion.id) is None
-    assert scheduler.admitted == others
+    holds = where in ("running", "preempted", "resumable")
+    assert scheduler.remove(completion) is holds
+    assert not scheduler.remove(completion)
+    assert list(scheduler.admitted.values()) == others
     assert not scheduler.waiting
 
 
@@ -169,9 +177,9 @@ def test_cleared_it_has_none() -> None:
     scheduler, model = Scheduler(), _model(parallel=3)
     completions = _waiting(scheduler, *[10] * 5)
     _seat_all(scheduler, model)
-    scheduler.preempt(completions[0])
-    scheduler.preempt(completions[1])
-    scheduler.resume(completions[1].id)
+    _preempt(completions[0])
+    _preempt(completions[1])
+    scheduler.mark_resumable(completions[1])
     assert len(scheduler.admitted) == 3
     scheduler.clear()
     assert not scheduler.admitted
@@ -179,7 +187,7 @@ def test_cleared_it_has_none() -> None:
 
 
 OPERATIONS = st.lists(
-    st.tuples(st.sampled_from(["come", "end", "preempt", "resume"]), st.integers(1, 40)),
+    st.tuples(st.sampled_from(["come", "end", "preempt", "resume"]), st.integers(3, 40)),
     max_size=40,
 )
 
@@ -193,23 +201,23 @@ def test_the_memory_of_all_that_have_begun_fits(
     came: list[GenerationRequest] = []
     begun: list[GenerationRequest] = []
     for kind, number in operations:
-        running, paused = list(scheduler.running.values()), list(scheduler.preempted.values())
+        running, preempted = scheduler.running, scheduler.preempted
         if kind == "come":
             came += _waiting(scheduler, number)
         elif kind == "end" and running:
-            scheduler.remove(running[number % len(running)].id)
+            scheduler.remove(running[number % len(running)])
         elif kind == "preempt" and running:
-            scheduler.preempt(running[number % len(running)])
-        elif kind == "resume" and paused:
-            scheduler.resume(paused[number % len(paused)].id)
+            _preempt(running[number % len(running)])
+        elif kind == "resume" and preempted:
+            scheduler.mark_resumable(preempted[number % len(preempted)])
         begun += [one for one in _seat_all(scheduler, model) if one not in begun]
         _check(scheduler, model)
     assert begun == came[: len(begun)]
 
 
 def _check(scheduler: Scheduler, model: FakeModel) -> None:
-    running = [one.max_length for one in scheduler.running.values()]
-    aside = [one.length for one in scheduler.admitted if one.id not in scheduler.running]
+    running = [one.max_length for one in scheduler.running]
+    aside = [one.length for one in scheduler.preempted]
     need = len(running) * max(running, default=0) + sum(aside)
     # One that returns when nobody runs may: the readers of the others must not hold it up.
     alone = running[0] if len(running) == 1 else 0
@@ -217,4 +225,4 @@ def _check(scheduler: Scheduler, model: FakeModel) -> None:
     assert len(running) <= model.info.parallel
     # Nobody waits for nothing: with none that runs or is set aside there is room.
     assert scheduler.admitted or not scheduler.waiting
-    assert scheduler.running or not scheduler.resuming
+    assert scheduler.running or not scheduler.resumable

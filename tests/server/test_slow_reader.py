@@ -12,6 +12,7 @@ import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.api.convert import piece_message
+from runner_server.engine.generation_request import RequestStatus
 from runner_server.engine.output import _MAX_WAITING_TEXTS, OutputChannel, WakeupCoalescer, merge
 from runner_server.engine.token_text import TokenTexts
 from runner_server.engine.types import FinishReason, GenerationResult, OutputDelta, TokenLogprob
@@ -164,9 +165,11 @@ async def _stopped(client: Server, prompt: str = "slow", **options: float) -> Co
     async def stands_still() -> bool:
         for _ in range(10):
             await client.status()
-            completion = engine._engine_thread._scheduler.preempted.get(id_)
+            completion = engine._engine_thread._scheduler.admitted.get(id_)
+            if not completion or completion.status is not RequestStatus.PREEMPTED:
+                return False
             # It was told that there is something, and does not take it.
-            if not (completion and completion.stream._ready.is_set()):
+            if not completion.stream._ready.is_set():
                 return False
         return True
 
@@ -203,7 +206,7 @@ async def test_a_stopped_reader_among_eight_costs_the_others_nothing(
     expected, steps = await _together(server, 7, 300)
     slow_text = await server.text("slow", logprobs=20, num_predict=1500, seed=5)
     call = await _stopped(stopping, seed=5)
-    (completion,) = server.app.engine._engine_thread._scheduler.preempted.values()
+    (completion,) = server.app.engine._engine_thread._scheduler.preempted
     held = completion.stream._texts
     texts, steps_beside_it = await _together(server, 7, 300)
     assert texts == expected
@@ -259,14 +262,14 @@ async def test_one_that_reads_on_goes_before_those_that_have_not_begun(
     reading = asyncio.ensure_future(_read(slow))
     # Its reader has read on when it is to be resumed; it needs a place for that.
     passed = gate._passed
-    while not scheduler.resuming:
+    while not scheduler.resumable:
         gate.allow()
         passed += 1
         await server.thread(partial(gate.wait_passed, passed))
         await server.thread(gate.wait_arrival)
     assert len(scheduler.running) == 1
     order: list[str] = []
-    names = {scheduler.resuming[0].id: "slow", scheduler.waiting[0].id: "waiting"}
+    names = {scheduler.resumable[0].id: "slow", scheduler.waiting[0].id: "waiting"}
     batch: Any = server.backend.batches[-1]
     add, resume = batch.add, batch.resume
 
@@ -352,7 +355,7 @@ async def test_a_fast_reader_is_never_waited_for(server: Server) -> None:
         read += 200
         gate.allow(200)
         await server.thread(partial(gate.wait_passed, min(read, 3 * _MAX_WAITING_TEXTS)))
-        completions = list(server.app.engine._engine_thread._scheduler.running.values())
+        completions = server.app.engine._engine_thread._scheduler.running
         await eventually(lambda: all(c.stream._texts < 300 for c in completions))  # noqa: B023 - awaited
     assert len(await reading) == 3 * _MAX_WAITING_TEXTS
     assert server.backend.preemptions == 0

@@ -30,7 +30,7 @@ from runner_server.engine.thread import EngineThread
 step = EngineThread._step
 
 def broken(self, batch):
-    if any(each.spec.request_id == {name!r} for each in self._scheduler.running.values()):
+    if any(each.spec.request_id == {name!r} for each in self._scheduler.running):
 {what}
     return step(self, batch)
 

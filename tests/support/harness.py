@@ -191,7 +191,6 @@ class Server:
         """Checks that no completion left anything behind."""
         registry, engine_thread = self.app.engine._registry, self.app.engine._engine_thread
         assert not registry._requests
-        assert not registry._running
         assert not engine_thread._scheduler.admitted
         assert not engine_thread._scheduler.waiting
         assert not any(batch.rows for batch in self.backend.batches)
