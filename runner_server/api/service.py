@@ -33,8 +33,8 @@ from runner_server.api.validation import (
     trim_bytes,
 )
 from runner_server.engine.backend import ModelHandle, Ranks
+from runner_server.engine.commands import ModelCommand
 from runner_server.engine.engine import Engine
-from runner_server.engine.request_registry import Ticket
 from runner_server.engine.token_text import TokenTexts
 from runner_server.engine.types import CompletionSpec
 from runner_server.errors import InvalidField
@@ -79,8 +79,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         """Loads a model."""
         started = time.monotonic()
         current_call().model = request.model
-        ticket = self._engine.load(load_spec(request))
-        info = await _outcome(ticket)
+        info = await _outcome(self._engine.load(load_spec(request)))
         return pb.LoadResponse(
             model=model_message(info), load_duration=duration(time.monotonic() - started)
         )
@@ -211,11 +210,11 @@ def _too_many_tokens(count: str) -> InvalidField:
     return InvalidField([("content", text)])
 
 
-async def _outcome(ticket: Ticket[_T]) -> _T:
+async def _outcome(command: ModelCommand[_T]) -> _T:
     try:
-        return await asyncio.wrap_future(ticket.future)
+        return await asyncio.wrap_future(command.future)
     except asyncio.CancelledError:
-        ticket.cancelled.set()
+        command.cancelled.set()
         raise
 
 

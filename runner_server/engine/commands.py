@@ -1,14 +1,42 @@
-"""What the event loop asks of the engine's thread, and the queue that it goes through."""
+"""Commands from the event loop to the engine's thread, and the queue that carries them."""
 
 from __future__ import annotations
 
 import queue
+import threading
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from runner_server.engine.generation_request import GenerationRequest
-from runner_server.engine.request_registry import Ticket
+from runner_server.engine.types import LoadSpec, ModelInfo
+
+_T = TypeVar("_T")
+
+
+@dataclass(eq=False)
+class ModelCommand(Generic[_T]):
+    """A load or an unload; one at a time.
+
+    Attributes:
+        future: Ends with the outcome, or with a fault.
+        cancelled: Set when the caller does not wait for the outcome any more.
+    """
+
+    future: Future[_T] = field(default_factory=Future, kw_only=True)
+    cancelled: threading.Event = field(default_factory=threading.Event, kw_only=True)
+
+
+@dataclass(eq=False)
+class Load(ModelCommand[ModelInfo]):
+    """Replace the model; ``cancelled`` also stops a load that is under way."""
+
+    spec: LoadSpec
+
+
+@dataclass(eq=False)
+class Unload(ModelCommand[int]):
+    """Free the model; the outcome is the number of bytes freed."""
 
 
 @dataclass(frozen=True)
@@ -27,28 +55,28 @@ class Resume:
 
 @dataclass(frozen=True)
 class LimitPrefixCache:
-    """Evaluated prompts may take so many bytes from now on."""
+    """Change the byte budget of the prefix cache."""
 
     limit_bytes: int
 
 
 @dataclass(frozen=True)
 class Trim:
-    """Give freed memory back.
+    """Return freed memory to the system.
 
     Attributes:
-        prefix_cache_bytes: What evaluated prompts are reduced to first.
-        done: Ends when it is back.
+        prefix_cache_bytes: The size to which the prefix cache is reduced first.
+        future: Ends when the memory is returned.
     """
 
     prefix_cache_bytes: int
-    done: Future[None]
+    future: Future[None]
 
 
 @dataclass(frozen=True)
-class Wake:
-    """Nothing but a reason to look at the registry."""
+class Stop:
+    """Wake the thread after the registry's state has changed to stopping or failed."""
 
 
-Command = GenerationRequest | Ticket[Any] | Cancel | Resume | LimitPrefixCache | Trim | Wake
+Command = GenerationRequest | Load | Unload | Cancel | Resume | LimitPrefixCache | Trim | Stop
 CommandQueue = queue.SimpleQueue[Command]

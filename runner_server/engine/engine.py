@@ -11,21 +11,30 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import TypeVar
 
 from runner_server.engine.backend import Backend, ModelHandle
-from runner_server.engine.commands import Cancel, CommandQueue, LimitPrefixCache, Trim, Wake
+from runner_server.engine.commands import (
+    Cancel,
+    CommandQueue,
+    LimitPrefixCache,
+    Load,
+    Stop,
+    Trim,
+    Unload,
+)
 from runner_server.engine.generation_request import GenerationRequest, RequestStatus
-from runner_server.engine.request_registry import RequestRegistry, Ticket
+from runner_server.engine.request_registry import RequestRegistry
 from runner_server.engine.thread import EngineThread
 from runner_server.engine.types import (
     CompletionSpec,
     EngineState,
     LoadSpec,
     MemoryCounters,
-    ModelInfo,
-    State,
 )
 from runner_server.errors import ShuttingDown
+
+_ModelCommandT = TypeVar("_ModelCommandT", Load, Unload)
 
 
 class Engine:
@@ -66,24 +75,23 @@ class Engine:
         """Starts the thread, which imports the model library first."""
         self._thread.start()
 
-    def load(self, spec: LoadSpec) -> Ticket[ModelInfo]:
-        """Begins a load; setting the ticket's ``cancelled`` ends it.
+    def load(self, spec: LoadSpec) -> Load:
+        """Begin a load; its ``future`` has the outcome, setting its ``cancelled`` stops it.
 
         Raises:
-            Busy: Another load or unload runs.
-            ShuttingDown: The engine stops, or is dead.
+            Busy: Another load or unload is under way.
+            ShuttingDown: The engine is stopping or dead.
         """
-        ticket = Ticket[ModelInfo](lambda ticket: self._engine_thread.load(spec, ticket))
-        self._registry.open_ticket(ticket, State.LOADING)
-        self._commands.put(ticket)
-        return ticket
+        return self._begin(Load(spec))
 
-    def unload(self) -> Ticket[int]:
-        """Begins an unload, which ends with the bytes freed; raises like :meth:`load`."""
-        ticket = Ticket[int](self._engine_thread.unload)
-        self._registry.open_ticket(ticket, None)
-        self._commands.put(ticket)
-        return ticket
+    def unload(self) -> Unload:
+        """Begin an unload, which ends with the number of bytes freed; raise like :meth:`load`."""
+        return self._begin(Unload())
+
+    def _begin(self, command: _ModelCommandT) -> _ModelCommandT:
+        self._registry.begin_command(command)
+        self._commands.put(command)
+        return command
 
     def trim(self, prefix_cache_bytes: int) -> Future[None]:
         """Begins to give freed memory back; the result ends when it is back.
@@ -95,10 +103,10 @@ class Engine:
             Busy: A load or unload runs.
             ShuttingDown: The engine stops, or is dead.
         """
-        done: Future[None] = Future()
-        self._registry.open_trim(done)
-        self._commands.put(Trim(prefix_cache_bytes, done))
-        return done
+        future: Future[None] = Future()
+        self._registry.begin_trim(future)
+        self._commands.put(Trim(prefix_cache_bytes, future))
+        return future
 
     def limit_prefix_cache(self, limit_bytes: int) -> None:
         """Changes how much evaluated prompts may take from now on."""
@@ -151,7 +159,7 @@ class Engine:
     def stop(self) -> None:
         """Ends all completions, frees the model and ends the thread; does not wait."""
         self._registry.stop()
-        self._commands.put(Wake())
+        self._commands.put(Stop())
 
     def lose(self, text: str) -> None:
         """Ends all calls because a part of the model is gone; the thread may hang inside MLX.
@@ -165,9 +173,9 @@ class Engine:
             self._registry.remove(request)
             request.fail(fault)
             request.stream.wake()
-        self._registry.fail_ticket(fault)
+        self._registry.fail_commands(fault)
         # It ends if it does not hang.
-        self._commands.put(Wake())
+        self._commands.put(Stop())
         self._on_death()
 
     async def wait_ended(self, timeout_seconds: float) -> bool:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from runner_common.units import format_bytes
 from runner_server.engine.backend import ModelHandle
+from runner_server.engine.commands import Load, ModelCommand
 from runner_server.engine.generation_request import GenerationRequest, RequestStatus
 from runner_server.engine.types import EngineState, State
 from runner_server.errors import (
@@ -27,8 +26,6 @@ from runner_server.errors import (
     ShuttingDown,
 )
 
-_T = TypeVar("_T")
-
 _MAX_ERROR_CHARS = 512
 """Of the last error: Status is asked often."""
 
@@ -36,21 +33,6 @@ _MIN_RETRY_SECONDS, _MAX_RETRY_SECONDS = 0.1, 60.0
 _NEWEST_WEIGHT = 0.2
 """Share of the latest batch in the moving average of how long a completion takes. Rows that
 run together end together: a batch that was held up is one thing seen, not many."""
-
-
-@dataclass(eq=False)
-class Ticket(Generic[_T]):
-    """A load or an unload under way.
-
-    Attributes:
-        work: What the engine's thread does for it.
-        future: Ends with the outcome of the work, or with a fault.
-        cancelled: Set when nobody waits for it any more.
-    """
-
-    work: Callable[[Ticket[_T]], _T]
-    future: Future[_T] = field(default_factory=Future)
-    cancelled: threading.Event = field(default_factory=threading.Event)
 
 
 class RequestRegistry:
@@ -66,7 +48,7 @@ class RequestRegistry:
         self._state = State.IDLE
         self._handle: ModelHandle | None = None
         self._requests: dict[int, GenerationRequest] = {}
-        self._ticket: Ticket[Any] | None = None
+        self._model_command: ModelCommand[Any] | None = None
         self._trims: set[Future[None]] = set()
         self._mean_seconds = 1.0
         self._ended = 0
@@ -100,28 +82,29 @@ class RequestRegistry:
         waiting = RequestStatus.WAITING
         return sum(request.status is waiting for request in self._requests.values())
 
-    def open_ticket(self, ticket: Ticket[Any], state: State | None) -> None:
-        """Enters a load or unload; ``state`` is visible in Status from now on.
+    def begin_command(self, command: ModelCommand[Any]) -> None:
+        """Accept a load or an unload.
 
         Raises:
-            Busy: Another load or unload runs.
-            ShuttingDown: The engine stops, or is dead.
+            Busy: Another load or unload is under way.
+            ShuttingDown: The engine is stopping or dead.
         """
         with self._lock:
-            self.refuse_when_ending()
-            if self._ticket:
-                raise Busy
-            self._ticket = ticket
-            if state:
-                self._progress, self._state = 0, state
+            self._refuse_when_busy()
+            self._model_command = command
+            if isinstance(command, Load):
+                self._progress, self._state = 0, State.LOADING
 
-    def open_trim(self, done: Future[None]) -> None:
-        """Enter a request to give memory back; raises like :meth:`open_ticket`."""
+    def begin_trim(self, future: Future[None]) -> None:
+        """Accept a trim; raise like :meth:`begin_command`."""
         with self._lock:
-            self.refuse_when_ending()
-            if self._ticket:
-                raise Busy
-            self._trims.add(done)
+            self._refuse_when_busy()
+            self._trims.add(future)
+
+    def _refuse_when_busy(self) -> None:
+        self.refuse_when_ending()
+        if self._model_command:
+            raise Busy
 
     def model(self) -> ModelHandle:
         """The loaded model's description and tokenizer; raises like :meth:`accept`."""
@@ -227,29 +210,29 @@ class RequestRegistry:
             self._progress = 0
             return list(self._requests.values())
 
-    def close_ticket(self) -> None:
-        """The load or unload is over."""
+    def end_command(self) -> None:
+        """Make way for the next load or unload."""
         with self._lock:
-            self._ticket = None
+            self._model_command = None
             if not self.is_stopping:
                 self._state = State.ACTIVE if self._handle else State.IDLE
             self._progress = 100 if self._handle else 0
 
-    def close_trim(self, done: Future[None]) -> None:
-        """End a request to give memory back. No-op if its caller has given it up."""
+    def end_trim(self, future: Future[None]) -> None:
+        """End a trim. No-op if its caller has given it up."""
         with self._lock:
-            self._trims.discard(done)
+            self._trims.discard(future)
         with suppress(InvalidStateError):
-            done.set_result(None)
+            future.set_result(None)
 
-    def fail_ticket(self, fault: RunnerFault) -> None:
-        """Ends the load, unload and trims that will not be worked on."""
+    def fail_commands(self, fault: RunnerFault) -> None:
+        """Fail the load or unload and the trims that are under way."""
         with self._lock:
-            ticket, self._ticket = self._ticket, None
+            command, self._model_command = self._model_command, None
             trims, self._trims = self._trims, set()
-        futures: list[Future[Any]] = [ticket.future] if ticket else []
+        futures: list[Future[Any]] = [command.future] if command else []
         for future in (*futures, *trims):
-            # Its caller may give it up at the same moment.
+            # A caller may give up at the same moment.
             with suppress(InvalidStateError):
                 future.set_exception(fault)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import InvalidStateError
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import TypeVar, assert_never
 
 from runner_server.engine.backend import Backend, BackendLost, Batch, LoadedModel, ModelHandle
 from runner_server.engine.commands import (
@@ -21,14 +21,17 @@ from runner_server.engine.commands import (
     Command,
     CommandQueue,
     LimitPrefixCache,
+    Load,
+    ModelCommand,
     Resume,
+    Stop,
     Trim,
+    Unload,
 )
 from runner_server.engine.generation_request import GenerationRequest, RequestStatus
 from runner_server.engine.output import OutputChannel, WakeupCoalescer
 from runner_server.engine.request_registry import (
     RequestRegistry,
-    Ticket,
     exiting_fault,
     stopping_fault,
 )
@@ -40,6 +43,8 @@ from runner_server.errors import (
     ShuttingDown,
     not_finite_advice,
 )
+
+_T = TypeVar("_T")
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +99,7 @@ class EngineThread:
         try:
             self.device = self._backend.open()
             while not self._registry.is_stopping:
-                self._take_messages()
+                self._take_commands()
                 self._publish()
                 self._advance()
                 self._publish()
@@ -102,14 +107,14 @@ class EngineThread:
         except BaseException as error:  # noqa: BLE001 - a dead thread must not look alive
             self._die(error)
 
-    # -- messages ----------------------------------------------------------------
+    # -- commands ----------------------------------------------------------------
 
-    def _take_messages(self) -> None:
-        """Handles what has come; waits for it only when there is nothing else to do."""
-        message = self._poll() if self._can_advance() else self._wait()
-        while message is not None:
-            self._receive(message)
-            message = self._poll()
+    def _take_commands(self) -> None:
+        """Handle the queued commands; block only when there is nothing to step."""
+        command = self._poll() if self._can_advance() else self._wait()
+        while command is not None:
+            self._handle(command)
+            command = self._poll()
 
     def _can_advance(self) -> bool:
         if self._scheduler.has_running:
@@ -118,12 +123,12 @@ class EngineThread:
 
     def _wait(self) -> Command:
         self._registry.note_idle(is_idle=True)
-        message = self._wait_or_trim()
+        command = self._wait_or_trim()
         self._registry.note_idle(is_idle=False)
-        return message
+        return command
 
     def _wait_or_trim(self) -> Command:
-        """Waits for a message; gives freed memory back once, if none comes for a while."""
+        """Block until a command arrives; return freed memory once if none does for a while."""
         if self._has_stepped:
             try:
                 return self._commands.get(timeout=_TRIM_AFTER_SECONDS)
@@ -138,21 +143,34 @@ class EngineThread:
         except queue.Empty:
             return None
 
-    def _receive(self, message: Command) -> None:
-        match message:
-            case GenerationRequest() if message.status is RequestStatus.WAITING:
-                self._scheduler.add(message)
-            case Cancel(request=request):
+    def _handle(self, command: Command) -> None:
+        match command:
+            case GenerationRequest():
+                # It was failed meanwhile if its model was replaced or unloaded.
+                if command.status is RequestStatus.WAITING:
+                    self._scheduler.add(command)
+            case Cancel(request):
                 self._cancel(request)
-            case Resume(request=request):
+            case Resume(request):
                 self._scheduler.mark_resumable(request)
-            case LimitPrefixCache(limit_bytes=limit) if self._model:
-                self._prefix_cache_bytes = limit
-                self._model.limit_prefix_cache(limit)
+            case LimitPrefixCache(limit_bytes):
+                self._limit_prefix_cache(limit_bytes)
             case Trim():
-                self._trim(message)
-            case Ticket():
-                self._settle(message)
+                self._trim(command)
+            case Load():
+                self._change_model(command, partial(self._load, command))
+            case Unload():
+                self._change_model(command, self._unload)
+            case Stop():
+                # The loop reads the registry's state, as does a load that is under way.
+                pass
+            case _:
+                assert_never(command)
+
+    def _limit_prefix_cache(self, limit_bytes: int) -> None:
+        if self._model:
+            self._prefix_cache_bytes = limit_bytes
+            self._model.limit_prefix_cache(limit_bytes)
 
     def _trim(self, trim: Trim) -> None:
         """Reduces the evaluated prompts that are kept, and gives freed memory back."""
@@ -160,7 +178,7 @@ class EngineThread:
             self._model.limit_prefix_cache(min(self._prefix_cache_bytes, trim.prefix_cache_bytes))
             self._model.limit_prefix_cache(self._prefix_cache_bytes)
         self._backend.trim()
-        self._registry.close_trim(trim.done)
+        self._registry.end_trim(trim.future)
 
     def _cancel(self, request: GenerationRequest) -> None:
         """Finish a request that has no reader any more. No-op once it has finished."""
@@ -289,32 +307,32 @@ class EngineThread:
 
     # -- loads and unloads -------------------------------------------------------
 
-    def _settle(self, ticket: Ticket[Any]) -> None:
-        """Runs a load or unload and hands its outcome to whoever waits."""
-        if not ticket.future.set_running_or_notify_cancel():
-            self._registry.close_ticket()
+    def _change_model(self, command: ModelCommand[_T], work: Callable[[], _T]) -> None:
+        """Run a load or an unload and set its outcome. No-op if its future is cancelled."""
+        if not command.future.set_running_or_notify_cancel():
+            self._registry.end_command()
             return
         try:
-            result = ticket.work(ticket)
+            result = work()
         except RunnerFault as fault:
-            self._registry.close_ticket()
-            # A lost rank has perhaps ended it.
+            self._registry.end_command()
+            # The loss of a rank may have ended the future already.
             with suppress(InvalidStateError):
-                ticket.future.set_exception(fault)
+                command.future.set_exception(fault)
         else:
-            self._registry.close_ticket()
+            self._registry.end_command()
             with suppress(InvalidStateError):
-                ticket.future.set_result(result)
+                command.future.set_result(result)
 
-    def load(self, spec: LoadSpec, ticket: Ticket[ModelInfo]) -> ModelInfo:
-        """The work of a load's ticket."""
+    def _load(self, command: Load) -> ModelInfo:
+        spec = command.spec
         self._check(spec)
         self._end_all(ShuttingDown("the model is being replaced; load or use another runner"))
         self._free_model(for_next=True)
 
         def report(progress: int) -> None:
             self._registry.note_progress(progress)
-            if ticket.cancelled.is_set() or self._registry.is_stopping:
+            if command.cancelled.is_set() or self._registry.is_stopping:
                 raise ShuttingDown("the load was cancelled")
 
         try:
@@ -330,7 +348,7 @@ class EngineThread:
             self._registry.note_error(f"load of {spec.model!r} failed: {fault}")
             self._free_model()
             raise fault from None
-        self._registry.offer_model(_handle(self._model))
+        self._registry.offer_model(_model_handle(self._model))
         return self._model.info
 
     def _check(self, spec: LoadSpec) -> None:
@@ -342,8 +360,7 @@ class EngineThread:
             self._registry.note_error(f"load of {spec.model!r} failed: {fault}")
             raise fault from None
 
-    def unload(self, _ticket: Ticket[int]) -> int:
-        """The work of an unload's ticket."""
+    def _unload(self) -> int:
         before = self._held_bytes()
         self._end_all(ShuttingDown("the model was unloaded; load or use another runner"))
         self._free_model()
@@ -369,7 +386,7 @@ class EngineThread:
     def _close(self) -> None:
         fault = stopping_fault()
         self._end_all(fault)
-        self._registry.fail_ticket(fault)
+        self._registry.fail_commands(fault)
         self._free_model()
         self._backend.close()
 
@@ -382,7 +399,7 @@ class EngineThread:
             fault = refusal = ShuttingDown(text)
         self._fail(self._registry.die(text), fault)
         self._publish()
-        self._registry.fail_ticket(refusal)
+        self._registry.fail_commands(refusal)
         self._loop.call_soon_threadsafe(self._on_death)
         self._batch = self._model = None
         try:
@@ -391,7 +408,7 @@ class EngineThread:
             logger.exception("the model library could not be closed")
 
 
-def _handle(model: LoadedModel) -> ModelHandle:
+def _model_handle(model: LoadedModel) -> ModelHandle:
     return ModelHandle(model.info, model.codec, model.kv_bytes)
 
 

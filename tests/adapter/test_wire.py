@@ -127,12 +127,12 @@ async def test_a_cancelled_load_gives_its_memory_back(
     load = real.stub.Load(pb.LoadRequest(model=str(model_dir())))
     await reached.wait()
     assert _held() > before + 400_000
-    ticket = real.app.engine._registry._ticket
-    assert ticket
+    command = real.app.engine._registry._model_command
+    assert command
     load.cancel()
-    await asyncio.to_thread(ticket.cancelled.wait)
+    await asyncio.to_thread(command.cancelled.wait)
     go.set()
-    await asyncio.to_thread(lambda: ticket.future.exception(20))
+    await asyncio.to_thread(lambda: command.future.exception(20))
     assert _held() <= before + TOLERANCE_BYTES
     await real.load(str(model_dir()))
     assert await real.text(num_predict=3)

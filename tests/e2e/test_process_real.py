@@ -59,14 +59,14 @@ FORKED = "os.fork() or (time.sleep(60), os._exit(0))"
 LOADS_WHEN_STOPPED = """
 import time
 from runner_server.engine.thread import EngineThread
-load = EngineThread.load
+load = EngineThread._load
 
-def waiting(self, spec, ticket):
-    while not (ticket.cancelled.is_set() or self._registry.is_stopping):
+def waiting(self, command):
+    while not (command.cancelled.is_set() or self._registry.is_stopping):
         time.sleep(0.01)
-    return load(self, spec, ticket)
+    return load(self, command)
 
-EngineThread.load = waiting
+EngineThread._load = waiting
 """
 NOTHING_FREE = """
 import dataclasses

@@ -192,7 +192,7 @@ async def test_an_unload_ends_those_that_wait_for_memory(start_server: StartServ
     server.backend.step_gate.shut()
     calls = await _start_all(server, 100, 100, 100)
     unload = asyncio.ensure_future(server.stub.Unload(pb.UnloadRequest()))
-    await eventually(lambda: server.app.engine._registry._ticket is not None)
+    await eventually(lambda: server.app.engine._registry._model_command is not None)
     server.backend.step_gate.open()
     problems = await asyncio.gather(*map(failure, calls))
     assert {problem.reason for problem in problems} == {"SHUTTING_DOWN"}

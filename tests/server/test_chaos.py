@@ -92,7 +92,7 @@ async def test_chaos(start_server: StartServer, seed: int) -> None:
     ended = {reason for visitor in visitors for reason in visitor.ended}
     assert ended <= EXPECTED | {"OK"}
     assert "OK" in ended
-    await eventually(lambda: server.app.engine._registry._ticket is None)
+    await eventually(lambda: server.app.engine._registry._model_command is None)
     await server.settled()
     await eventually(server.app.engine._commands.empty)
     await eventually(lambda: len(asyncio.all_tasks()) <= tasks)

@@ -66,7 +66,7 @@ async def test_a_load_that_has_not_begun_ends_too(start_server: StartServer) -> 
     call = server.start()
     await server.thread(server.backend.step_gate.wait_arrival)
     load = server.stub.Load(pb.LoadRequest(model="other"))
-    await eventually(lambda: server.app.engine._registry._ticket is not None)
+    await eventually(lambda: server.app.engine._registry._model_command is not None)
     server.app.request_stop()
     await eventually(lambda: server.app.engine._registry.is_stopping)
     server.backend.step_gate.open()

@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
-from runner_server.engine.request_registry import RequestRegistry, Ticket, stopping_fault
-from runner_server.engine.types import State
+from concurrent.futures import Future
+from functools import partial
+
+import pytest
+
+from runner_server.engine.commands import Load, Unload
+from runner_server.engine.request_registry import RequestRegistry, stopping_fault
+from runner_server.engine.types import LoadSpec, State
+from runner_server.errors import Busy, ShuttingDown
 
 
-def test_a_ticket_given_up_at_the_end_does_no_harm() -> None:
+def test_a_load_given_up_at_the_end_does_no_harm() -> None:
     registry = RequestRegistry(max_queued=1)
-    ticket = Ticket[int](lambda _: 0)
-    registry.open_ticket(ticket, State.LOADING)
-    assert ticket.future.cancel()
-    registry.fail_ticket(stopping_fault())
-    assert ticket.future.cancelled()
+    load = Load(LoadSpec("m"))
+    registry.begin_command(load)
+    assert load.future.cancel()
+    registry.fail_commands(stopping_fault())
+    assert load.future.cancelled()
+
+
+def test_one_load_or_unload_at_a_time() -> None:
+    registry = RequestRegistry(max_queued=1)
+    registry.begin_command(Load(LoadSpec("m")))
+    assert registry.state().state is State.LOADING
+    for begin in (
+        partial(registry.begin_command, Unload()),
+        partial(registry.begin_trim, Future()),
+    ):
+        with pytest.raises(Busy):
+            begin()
+    registry.end_command()
+    assert registry.state().state is State.IDLE
+    unload = Unload()
+    registry.begin_command(unload)
+    assert registry.state().state is State.IDLE
+    registry.fail_commands(stopping_fault())
+    assert isinstance(unload.future.exception(0), ShuttingDown)
 
 
 def test_the_last_error_is_bounded() -> None:

@@ -150,7 +150,7 @@ async def test_unload_ends_running_and_queued_streams(server: Server) -> None:
     calls = [server.start("x" * (i + 1)) for i in range(3)]
     await eventually(lambda: len(server.app.engine._registry._requests) == 3)
     unload = asyncio.ensure_future(server.stub.Unload(UNLOAD))
-    await eventually(lambda: server.app.engine._registry._ticket is not None)
+    await eventually(lambda: server.app.engine._registry._model_command is not None)
     server.backend.step_gate.open()
     for call in calls:
         problem = await failure(call)
@@ -226,5 +226,5 @@ async def _idle(server: Server) -> None:
 
 
 def _is_cancelled(server: Server) -> bool:
-    ticket = server.app.engine._registry._ticket
-    return ticket is None or ticket.cancelled.is_set()
+    command = server.app.engine._registry._model_command
+    return command is None or command.cancelled.is_set()

@@ -21,12 +21,12 @@ def assert_no_tasks_left() -> None:
 
 
 _COUNT_AFTER_LOADS = """
-from runner_server.engine.thread import Worker
-load = Worker.load
+from runner_server.engine.thread import EngineThread
+load = EngineThread._load
 
-def counted(self, spec, ticket):
+def counted(self, command):
     try:
-        return load(self, spec, ticket)
+        return load(self, command)
     finally:
         import mlx.core as mx
         from runner_server.mlx_backend.stream_errors import active_tasks
@@ -34,7 +34,7 @@ def counted(self, spec, ticket):
         with open({log!r}, "a") as log:
             print(active_tasks(), file=log)
 
-Worker.load = counted
+EngineThread._load = counted
 """
 
 
