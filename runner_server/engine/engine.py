@@ -162,19 +162,21 @@ class Engine:
         self._commands.put(Stop())
 
     def lose(self, text: str) -> None:
-        """Ends all calls because a part of the model is gone; the thread may hang inside MLX.
+        """End all calls although the engine's thread may hang inside MLX.
+
+        Only the readers are released here: the engine's thread owns the requests, and fails
+        them if it ever runs again.
 
         Args:
-            text: Why, for callers.
+            text: The reason, for callers.
         """
         self._is_lost = True
         fault = ShuttingDown(text)
         for request in self._registry.die(text):
-            self._registry.remove(request)
-            request.fail(fault)
+            request.stream.fail(fault)
             request.stream.wake()
         self._registry.fail_commands(fault)
-        # It ends if it does not hang.
+        # The thread ends unless it hangs.
         self._commands.put(Stop())
         self._on_death()
 

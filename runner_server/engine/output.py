@@ -38,8 +38,9 @@ _MAX_MERGE_SECONDS = 0.04
 class OutputChannel:
     """The pieces of one completion, on their way to its reader.
 
-    ``put``, ``fail`` and ``on_drained`` belong to the engine's thread, the rest to the
-    loop. The engine calls :meth:`wake` through a :class:`WakeupCoalescer`.
+    ``put`` and ``on_drained`` belong to the engine's thread, ``fail`` may be called on any
+    thread, and the rest belongs to the event loop. The engine's thread calls :meth:`wake`
+    through a :class:`WakeupCoalescer`.
     """
 
     def __init__(self) -> None:
@@ -69,9 +70,9 @@ class OutputChannel:
         self._tell_if_read()
 
     def fail(self, fault: RunnerFault) -> None:
-        """Ends the stream; pieces not yet read are still delivered before it."""
+        """End the stream after the deltas already put. Thread-safe; the first fault stays."""
         with self._lock:
-            self._fault = fault
+            self._fault = self._fault or fault
 
     def wake(self) -> None:
         """Tells the reader that there is something."""

@@ -139,7 +139,9 @@ class RequestRegistry:
     def state(self) -> EngineState:
         """What the engine does, without waiting for it."""
         with self._lock:
-            count, queued = len(self._requests), self._queued_count()
+            # A failed engine runs nothing, even if its thread hangs and keeps its requests.
+            count = 0 if self._state is State.FAILED else len(self._requests)
+            queued = self._queued_count() if count else 0
             active = (count > 0 and not self._is_idle) or self._state is State.LOADING
             return EngineState(
                 state=self._state,

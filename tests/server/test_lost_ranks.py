@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.app import EXIT_ENGINE_DEAD, RunnerApp
 from runner_server.config import ServerConfig
 from runner_server.engine.backend import BackendLost
+from runner_server.engine.generation_request import GenerationRequest, RequestStatus
 from runner_server.engine.types import MemoryCounters, Rank
+from runner_server.errors import RunnerFault
 from support.fakes import DEADLINE_SECONDS, FakeBackend
 from support.harness import LIMITS, Server, eventually, failure
 
@@ -93,6 +96,37 @@ async def test_a_lost_rank_ends_all_calls_though_a_step_hangs(
     assert await first.health() == health_pb2.HealthCheckResponse.NOT_SERVING
     async with asyncio.timeout(DEADLINE_SECONDS):
         assert await first.app.run() == EXIT_ENGINE_DEAD
+
+
+async def test_requests_of_a_lost_rank_are_failed_on_the_engine_thread(
+    first: Server, other: FakeRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail, threads = GenerationRequest.fail, list[str]()
+
+    def noting(request: GenerationRequest, fault: RunnerFault) -> None:
+        threads.append(threading.current_thread().name)
+        fail(request, fault)
+
+    monkeypatch.setattr(GenerationRequest, "fail", noting)
+    first.backend.step_gate.shut()
+    calls = [first.start(f"number {i}", num_predict=50) for i in range(6)]
+    await first.thread(first.backend.step_gate.wait_arrival)
+    await eventually(lambda: len(first.app.engine._registry._requests) == 6)
+    requests = list(first.app.engine._registry._requests.values())
+    await first.thread(lambda: other.on_lost("rank 1 is gone"))
+    for problem in await asyncio.gather(*map(failure, calls)):
+        assert problem.message == "rank 1 is gone"
+    # Its thread still hangs in the step.
+    assert not threads
+    assert RequestStatus.FINISHED not in {request.status for request in requests}
+    status = await first.status()
+    assert (status.running_count, status.queued_count) == (0, 0)
+    assert not status.HasField("last_progress_age")
+    first.backend.step_gate.open()
+    await first.thread(first.app.engine._thread.join)
+    assert threads == ["engine"] * 6
+    assert {request.status for request in requests} == {RequestStatus.FINISHED}
+    assert not first.app.engine._registry._requests
 
 
 async def test_a_lost_rank_ends_a_load(first: Server, other: FakeRanks) -> None:

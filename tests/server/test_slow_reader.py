@@ -68,6 +68,15 @@ async def test_what_came_before_a_failure_is_delivered_first() -> None:
         await anext(pieces)
 
 
+async def test_the_first_failure_stays() -> None:
+    stream = OutputChannel()
+    stream.fail(ShuttingDown("rank 1 is gone"))
+    stream.fail(ShuttingDown("stopping"))
+    stream.wake()
+    with pytest.raises(ShuttingDown, match="rank 1"):
+        await anext(stream.pieces())
+
+
 async def test_a_reader_that_sleeps_costs_nobody_else_time(server: Server) -> None:
     await server.load(parallel=2)
     slow = server.start("slow", num_predict=3000, logprobs=20)
