@@ -126,7 +126,6 @@ def completion_spec(
         max_tokens=min(wanted, room),
         sampling=sampling,
         stop=tuple(options.stop),
-        request_id=request.request_id,
     )
 
 

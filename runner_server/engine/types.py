@@ -138,7 +138,6 @@ class CompletionSpec:
         prompt_ids: At least one token, fewer than the context holds.
         max_tokens: Tokens to generate at most; with the prompt they fit the context.
         stop: Strings that end the text.
-        request_id: The caller's name for it.
         stop_token_ids: Tokens that end the text as the model's own end does.
         ignore_eos: The model's own end does not end it.
     """
@@ -147,7 +146,6 @@ class CompletionSpec:
     max_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
-    request_id: str = ""
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from interop.pings import Relay
 from runner_client import RunnerClient, State
 from runner_common.handshake import TOKEN_VARIABLE, ReadyLine
-from support.faulty import hooked
+from support.faulty import NAMED_REQUESTS, hooked
 
 ROOT = Path(__file__).parents[2]
 DEMO_MODEL = ROOT / "runner_server/demo/model"
@@ -38,7 +38,9 @@ RequestRegistry.note_progress = slow
 
 # Requests say by their id how their steps are to be. A slow one goes on for longer than clients
 # wait for its end, unless it is cancelled: it has 1,022 steps.
-_SLOW_STEPS = """
+_SLOW_STEPS = (
+    NAMED_REQUESTS
+    + """
 import time
 from runner_server.engine.thread import EngineThread
 step = EngineThread._step
@@ -46,15 +48,16 @@ silenced = set()
 
 def slow(self, batch):
     for completion in self._scheduler.running:
-        if completion.spec.request_id == "slow":
+        if completion.name == "slow":
             time.sleep(0.05)
-        if completion.spec.request_id == "silent" and completion.id not in silenced:
+        if completion.name == "silent" and completion.id not in silenced:
             silenced.add(completion.id)
             time.sleep(60)
     return step(self, batch)
 
 EngineThread._step = slow
 """
+)
 
 
 @dataclass(frozen=True)

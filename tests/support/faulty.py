@@ -25,17 +25,33 @@ BREAK = "break"
 
 LONG = Options(num_predict=100_000, temperature=0)
 
-_HOOK = """
+NAMED_REQUESTS = """
+from runner_server.engine.generation_request import GenerationRequest
+from runner_server.telemetry.call_record import current_call
+init = GenerationRequest.__init__
+
+def named(self, *args):
+    init(self, *args)
+    self.name = current_call().request_id
+
+GenerationRequest.__init__ = named
+"""
+"""Code that gives each request of the engine the id that its caller chose."""
+
+_HOOK = (
+    NAMED_REQUESTS
+    + """
 from runner_server.engine.thread import EngineThread
 step = EngineThread._step
 
 def broken(self, batch):
-    if any(each.spec.request_id == {name!r} for each in self._scheduler.running):
+    if any(each.name == {name!r} for each in self._scheduler.running):
 {what}
     return step(self, batch)
 
 EngineThread._step = broken
 """
+)
 
 _FAKE_ENGINE = """
 import asyncio, logging, sys

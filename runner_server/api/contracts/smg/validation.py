@@ -62,7 +62,6 @@ def generate_spec(
         prompt_ids=tuple(prompt_ids),
         max_tokens=min(wanted, room),
         sampling=sampling,
-        request_id=request.request_id,
         stop_token_ids=frozenset(params.stop_token_ids),
         ignore_eos=params.ignore_eos,
     )
