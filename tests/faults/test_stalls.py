@@ -41,7 +41,8 @@ GUARDED = Timeouts(stall_seconds=LIMIT_SECONDS)
 HANG = breaking("import threading; threading.Event().wait()")
 
 SLOW_STEPS = """
-import time, fakes
+import time
+from support import fakes
 at_once = fakes.FakeBatch.step
 def slow(self):
     time.sleep(0.1)

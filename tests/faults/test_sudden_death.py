@@ -91,8 +91,8 @@ def test_a_death_before_any_status_knows_no_memory(
 def test_a_death_while_it_loads_knows_what_it_held(
     stub: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow = "import time, fakes; fakes.FakeBackend.load = lambda *_: time.sleep(600)"
-    use_fake_engine(monkeypatch, slow)
+    slow = "from support.fakes import FakeBackend; FakeBackend.load = lambda *_: time.sleep(600)"
+    use_fake_engine(monkeypatch, f"import time; {slow}")
     runner = RunnerProcess(stub)
     runner.load()
     try:
