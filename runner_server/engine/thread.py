@@ -122,9 +122,9 @@ class EngineThread:
         return self._model is not None and self._scheduler.has_next(self._model)
 
     def _wait(self) -> Command:
-        self._registry.note_idle(is_idle=True)
+        self._registry.heartbeat.set_idle(is_idle=True)
         command = self._wait_or_trim()
-        self._registry.note_idle(is_idle=False)
+        self._registry.heartbeat.set_idle(is_idle=False)
         return command
 
     def _wait_or_trim(self) -> Command:
@@ -221,13 +221,14 @@ class EngineThread:
             if request.status is RequestStatus.DECODING:
                 batch.resume(request.id)
                 continue
-            self._registry.note_admission()
+            # Progress, so that Status does not show the age of the idle time before.
+            self._registry.heartbeat.beat()
             batch.add(request.id, request.spec.prompt_ids, request.spec.sampling)
 
     def _step(self, batch: Batch) -> None:
         self._has_stepped = True
         events = batch.step()
-        self._registry.note_step()
+        self._registry.heartbeat.step()
         ended = [row for event in events if (row := self._on_event(event)) is not None]
         if ended:
             # What they have evaluated is kept for others; their readers need not wait for that.

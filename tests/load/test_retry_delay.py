@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -11,11 +10,6 @@ import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
-from runner_server.engine.backend import ModelHandle
-from runner_server.engine.generation_request import GenerationRequest
-from runner_server.engine.request_registry import RequestRegistry
-from runner_server.engine.types import CompletionSpec
-from support.fakes import ByteCodec, model_info
 from support.harness import LIMITS, Server, eventually, failure, tokens
 
 LITTLE_AHEAD: list[tuple[str, Any]] = [
@@ -71,27 +65,3 @@ async def told_delay(server: Server) -> float:
         assert [message async for message in call][-1].done
     assert problem.retry_seconds is not None
     return problem.retry_seconds
-
-
-def test_one_batch_that_was_held_up_says_little() -> None:
-    """Its rows end together, late: that is one thing seen, not eight."""
-    usual, late = _told_by(0.01, 0), _told_by(0.01, 8)
-    assert usual == pytest.approx(1.25)
-    # By itself it would say 50 s.
-    assert late < 50 / 4
-
-
-def test_the_first_completion_replaces_the_guess() -> None:
-    assert _told_by(0.01, 0, before=1) == pytest.approx(1.25)
-
-
-def _told_by(seconds: float, late: int, before: int = 500) -> float:
-    """What 1,000 in the queue are told, after completions of so many seconds and some of 0.4."""
-    registry = RequestRegistry(max_queued=1000)
-    registry.offer_model(ModelHandle(replace(model_info(), parallel=8), ByteCodec(), int))
-    request = GenerationRequest(CompletionSpec((1,), 1), ByteCodec(), frozenset())
-    for _ in range(before):
-        registry.remove(request, seconds)
-    for _ in range(late):
-        registry.remove(request, 0.4)
-    return registry._retry_seconds(1000, 8)

@@ -38,9 +38,7 @@ async def test_the_age_of_new_work_is_not_that_of_the_idle_time(
 ) -> None:
     """Else a watchdog would kill a healthy runner at its first request after an idle hour."""
     now = time.monotonic
-    monkeypatch.setattr(
-        "runner_server.engine.request_registry.time.monotonic", lambda: now() + 3600
-    )
+    monkeypatch.setattr("runner_server.engine.heartbeat.time.monotonic", lambda: now() + 3600)
     loaded.backend.step_gate.shut()
     call = loaded.start(num_predict=1)
     await loaded.thread(loaded.backend.step_gate.wait_arrival)

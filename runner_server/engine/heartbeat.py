@@ -1,0 +1,38 @@
+"""Progress of the engine: its steps, and the time since it last moved."""
+
+from __future__ import annotations
+
+import time
+
+
+class Heartbeat:
+    """Progress that the engine's thread records and any thread may read.
+
+    Attributes:
+        step_count: Steps so far.
+        is_idle: Whether the engine waits for a command. It may have preempted requests
+            meanwhile, but no progress is due.
+    """
+
+    def __init__(self) -> None:
+        self.step_count = 0
+        self.is_idle = True
+        self._last = time.monotonic()
+
+    def beat(self) -> None:
+        """Record progress."""
+        self._last = time.monotonic()
+
+    def step(self) -> None:
+        """Record a step."""
+        self.step_count += 1
+        self.beat()
+
+    def set_idle(self, *, is_idle: bool) -> None:
+        """Record that the engine begins to wait for a command, or goes on."""
+        self.is_idle = is_idle
+        self.beat()
+
+    def age(self) -> float:
+        """Return the seconds since the last progress."""
+        return time.monotonic() - self._last
