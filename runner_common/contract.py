@@ -1,4 +1,4 @@
-"""The contract of ``mlxrunner.v1`` that both sides derive from: the error table, limits and defaults.
+"""The contract of ``mlxrunner.v1`` that both sides share: error table, limits and defaults.
 
 The faults of the server, the exceptions of the client, the fake runner and docs/errors.md follow
 :data:`ERRORS`. The protocol itself is ``proto/mlxrunner/v1/runner.proto``.

@@ -164,7 +164,7 @@ async def test_an_unexpected_exception_tells_nothing(
     def broken(*_args: object, **_kwargs: object) -> None:
         raise ZeroDivisionError("password=hunter2 /home/someone/file.py")
 
-    for name in ("load", "trim", "unload", "model", "snapshot", "refuse_when_ending"):
+    for name in ("load", "trim", "unload", "model", "state", "refuse_when_ending"):
         monkeypatch.setattr(loaded.app.engine, name, broken)
     calls: dict[str, Callable[[], Any]] = {
         "Load": loaded.load,
