@@ -30,8 +30,8 @@ _CUT_MATTERS = {
     "plamo3": "in prefill, mlx_lm attends to one token more than its sliding-window cache keeps, "
     "so its own log probabilities vary by up to 0.1 with how the prompt is split",
 }
-"""Types for which mlx_lm itself depends on how a prompt is split, with the reason. Their prefix
-cache is checked with ``_TOLERANCE_OF_CUTS``."""
+"""Types for which mlx_lm itself depends on how a prompt is split, with the reason. The runner
+splits prompts by time, so every comparison of these types has ``_TOLERANCE_OF_CUTS``."""
 
 _TOLERANCE_OF_CUTS = 0.1
 
@@ -112,9 +112,10 @@ class Checker:
         model = self._load(path)
         why = _CUT_MATTERS.get(verdict.model_type)
         verdict.notes = "; ".join([*model.info.warnings, *filter(None, [why])])
-        verdict.batch = _compare_batch(model)
-        verdict.prefix = self._prefix(path, _TOLERANCE_OF_CUTS if why else TOLERANCE)
-        return _compare_with_mlx_lm(model, mlx_lm_model(path, dequantize=False))
+        tolerance = _tolerance(verdict)
+        verdict.batch = _compare_batch(model, tolerance)
+        verdict.prefix = self._prefix(path, tolerance)
+        return _compare_with_mlx_lm(model, mlx_lm_model(path, dequantize=False), tolerance)
 
     def _narrow(self, path: Path, verdict: Verdict) -> str:
         write_model(path, scaled(verdict.model_type), dtype="bfloat16")
@@ -131,10 +132,11 @@ class Checker:
                 verdict.notes = "; ".join(filter(None, [verdict.notes, why]))
             return NOT_TRIED
         model = self._load(path, Dtype.FLOAT32 if dequantized else Dtype.AS_STORED)
-        found = _compare_batch(model)
+        tolerance = _tolerance(verdict)
+        found = _compare_batch(model, tolerance)
         if found not in (RIGHT, ALONE):
             return found
-        return _compare_with_mlx_lm(model, reference)
+        return _compare_with_mlx_lm(model, reference, tolerance)
 
     def _prefix(self, path: Path, tolerance: float) -> str:
         """Compare cached and uncached runs of extended, diverging and repeated prompts."""
@@ -171,6 +173,10 @@ class Checker:
         return self._backend.load(spec, lambda _progress: None)
 
 
+def _tolerance(verdict: Verdict) -> float:
+    return _TOLERANCE_OF_CUTS if verdict.model_type in _CUT_MATTERS else TOLERANCE
+
+
 def _prompt(length: int, step: int = 7) -> list[int]:
     """Return a prompt of ids from 1 to 199: every tiny model has these ids, and 0 ends the text."""
     return [1 + (step * index * index + 3 * index) % 199 for index in range(length)]
@@ -196,10 +202,10 @@ def _compare_batch(model: LoadedModel, tolerance: float = TOLERANCE) -> str:
     return RIGHT
 
 
-def _compare_with_mlx_lm(model: LoadedModel, reference: Any) -> str:
+def _compare_with_mlx_lm(model: LoadedModel, reference: Any, tolerance: float) -> str:
     for length in (1, 3, 40, _LONG):
         row = Row(_prompt(length))
         generate_in_batch(model.new_batch(), [row])
-        if wrong := difference(row.tokens, generate_with_mlx_lm(reference, row.prompt)):
+        if wrong := difference(row.tokens, generate_with_mlx_lm(reference, row.prompt), tolerance):
             return f"prompt of {length} tokens: {wrong}"
     return RIGHT
