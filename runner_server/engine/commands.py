@@ -48,9 +48,13 @@ class Cancel:
 
 @dataclass(frozen=True)
 class Resume:
-    """Resume a preempted request, whose reader has caught up."""
+    """Resume a preempted request, whose reader has caught up.
 
-    request: GenerationRequest
+    Attributes:
+        request_id: The engine's id of the request, which its stream must not keep alive.
+    """
+
+    request_id: int
 
 
 @dataclass(frozen=True)

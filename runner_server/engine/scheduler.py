@@ -48,9 +48,12 @@ class Scheduler:
         """Queue a request."""
         self.waiting.append(request)
 
-    def mark_resumable(self, request: GenerationRequest) -> None:
-        """Queue a preempted request whose reader has caught up. No-op in any other status."""
-        if request.status is RequestStatus.PREEMPTED and request not in self.resumable:
+    def mark_resumable(self, request_id: int) -> None:
+        """Queue a preempted request whose reader has caught up. No-op if it is not preempted."""
+        request = self.admitted.get(request_id)
+        if request is None or request.status is not RequestStatus.PREEMPTED:
+            return
+        if request not in self.resumable:
             self.resumable.append(request)
 
     def next(self, model: LoadedModel) -> GenerationRequest | None:

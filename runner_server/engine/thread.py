@@ -151,8 +151,8 @@ class EngineThread:
                     self._scheduler.add(command)
             case Cancel(request):
                 self._cancel(request)
-            case Resume(request):
-                self._scheduler.mark_resumable(request)
+            case Resume(request_id):
+                self._scheduler.mark_resumable(request_id)
             case LimitPrefixCache(limit_bytes):
                 self._limit_prefix_cache(limit_bytes)
             case Trim():
@@ -243,7 +243,7 @@ class EngineThread:
             if request.status is decoding:
                 batch.preempt(request.id)
                 request.preempt()
-                request.stream.on_drained(partial(self._commands.put, Resume(request)))
+                request.stream.on_drained(partial(self._commands.put, Resume(request.id)))
 
     def _on_event(self, event: Event) -> int | None:
         """Passes an event on; returns its row if that has ended."""

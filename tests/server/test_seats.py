@@ -90,7 +90,7 @@ def test_one_that_is_set_aside_gives_its_place_and_keeps_what_it_holds() -> None
     scheduler.remove(large)
     (small,) = _waiting(scheduler, 50)
     assert _seat_all(scheduler, model) == [small]
-    scheduler.mark_resumable(aside)
+    scheduler.mark_resumable(aside.id)
     assert not scheduler.has_next(model)
     scheduler.remove(small)
     assert _seat_all(scheduler, model) == [aside]
@@ -103,8 +103,8 @@ def test_one_that_returns_goes_before_those_that_wait() -> None:
     _preempt(first)
     scheduler.next(model)
     _preempt(second)
-    scheduler.mark_resumable(second)
-    scheduler.mark_resumable(first)
+    scheduler.mark_resumable(second.id)
+    scheduler.mark_resumable(first.id)
     for expected in (second, first, third):
         assert scheduler.next(model) is expected
         assert scheduler.next(model) is None
@@ -117,7 +117,7 @@ def test_one_that_returns_needs_room_beside_those_that_run() -> None:
     scheduler.next(model)
     _preempt(aside)
     assert scheduler.next(model) is small
-    scheduler.mark_resumable(aside)
+    scheduler.mark_resumable(aside.id)
     # Side by side they would take twice sixty.
     assert not scheduler.has_next(model)
     scheduler.remove(small)
@@ -132,22 +132,21 @@ def test_one_that_returns_to_an_empty_batch_always_may() -> None:
     _preempt(one)
     _preempt(other)
     smaller = _model(budget_tokens=60)
-    scheduler.mark_resumable(one)
+    scheduler.mark_resumable(one.id)
     assert scheduler.next(smaller) is one
 
 
 def test_reading_on_after_the_end_is_nothing() -> None:
     scheduler, model = Scheduler(), _model()
     (completion,) = _waiting(scheduler, 10)
-    scheduler.mark_resumable(completion)
+    scheduler.mark_resumable(completion.id)
     assert not scheduler.resumable
     scheduler.next(model)
-    scheduler.mark_resumable(completion)
+    scheduler.mark_resumable(completion.id)
     assert scheduler.running == [completion]
     _preempt(completion)
     scheduler.remove(completion)
-    completion.cancel()
-    scheduler.mark_resumable(completion)
+    scheduler.mark_resumable(completion.id)
     assert not scheduler.resumable
 
 
@@ -164,7 +163,7 @@ def test_one_is_taken_out_wherever_it_is(where: str) -> None:
     if where in ("preempted", "resumable"):
         _preempt(completion)
     if where == "resumable":
-        scheduler.mark_resumable(completion)
+        scheduler.mark_resumable(completion.id)
     # It is told whether there is something to be freed.
     holds = where in ("running", "preempted", "resumable")
     assert scheduler.remove(completion) is holds
@@ -179,7 +178,7 @@ def test_cleared_it_has_none() -> None:
     _seat_all(scheduler, model)
     _preempt(completions[0])
     _preempt(completions[1])
-    scheduler.mark_resumable(completions[1])
+    scheduler.mark_resumable(completions[1].id)
     assert len(scheduler.admitted) == 3
     scheduler.clear()
     assert not scheduler.admitted
@@ -209,7 +208,7 @@ def test_the_memory_of_all_that_have_begun_fits(
         elif kind == "preempt" and running:
             _preempt(running[number % len(running)])
         elif kind == "resume" and preempted:
-            scheduler.mark_resumable(preempted[number % len(preempted)])
+            scheduler.mark_resumable(preempted[number % len(preempted)].id)
         begun += [one for one in _seat_all(scheduler, model) if one not in begun]
         _check(scheduler, model)
     assert begun == came[: len(begun)]
