@@ -167,7 +167,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         try:
             # A proxy or a blocking client takes a queued stream without headers for dead.
             await context.send_initial_metadata(())
-            async for piece in completion.stream.pieces():
+            async for piece in completion.stream.deltas():
                 yield piece_message(piece, texts)
         finally:
             # A client that goes away, or whose deadline passes, ends up here too.

@@ -1,9 +1,9 @@
-"""One merging slot per stream, between the engine's thread and the event loop.
+"""Output channels: one merging slot per request, between the engine's thread and the event loop.
 
-The engine puts pieces in and never waits; the reader takes all that has come
-since, merged into one. A slow reader therefore gets fewer and larger messages,
-and costs nobody else anything; when it has too much before it, the engine lets
-its row wait until it has read on.
+The engine's thread puts deltas and never blocks; the reader takes everything that has arrived
+since its last read, merged into one delta. A slow reader therefore gets fewer and larger
+messages and does not slow down others. When its backlog is too large, the engine preempts the
+request until the reader has caught up.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from runner_server.engine.types import OutputDelta
 from runner_server.errors import RunnerFault
 
 _MAX_MERGED_TEXTS = 4096
-"""Token texts in one message. Those beside log probabilities are counted twice, because their
-bytes stand beside them: at 512 bytes each, as the longest tokens of usual vocabularies have, it
-stays under 4 MiB."""
+"""Most token texts in one message. Texts beside log probabilities count twice because their bytes
+are sent as well: at 512 bytes each, the longest tokens of common vocabularies, a message stays
+under 4 MiB."""
 
-_MAX_WAITING_TEXTS = 4096
-"""Token texts before a reader from which on its row waits, until it has read half of them."""
+_MAX_QUEUED_TEXTS = 4096
+"""Token texts in a channel beyond which its request is preempted, until half of them are read."""
 
 _MERGE_SECONDS = 0.02
-"""How long a piece may wait for others: 50 messages a second are as good as more to a
-reader, and each costs both sides some 40 microseconds."""
+"""How long a delta may wait for others: a reader does not notice more than 50 messages a second,
+and each message costs both sides about 40 microseconds."""
 
 _MERGE_SECONDS_PER_STREAM = 0.00125
-"""The same where many streams share the loop: 800 messages a second in all."""
+"""The same where many streams share the event loop: 800 messages a second in total."""
 
 _MAX_MERGE_SECONDS = 0.04
-"""The longest wait, however many streams there are."""
+"""The longest wait for any number of streams."""
 
 
 class OutputChannel:
-    """The pieces of one completion, on their way to its reader.
+    """The deltas of one request on their way to its reader.
 
     ``put`` and ``on_drained`` belong to the engine's thread, ``fail`` may be called on any
     thread, and the rest belongs to the event loop. The engine's thread calls :meth:`wake`
@@ -45,29 +45,29 @@ class OutputChannel:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._pieces: deque[OutputDelta] = deque()
-        self._texts = 0
-        self._on_read: Callable[[], None] | None = None
+        self._deltas: deque[OutputDelta] = deque()
+        self._queued_texts = 0
+        self._on_drained: Callable[[], None] | None = None
         self._fault: RunnerFault | None = None
         self._is_closed = False
         self._ready = asyncio.Event()
 
     @property
     def is_full(self) -> bool:
-        """Whether the reader has so much before it that its row should wait."""
-        return self._texts > _MAX_WAITING_TEXTS
+        """Whether the reader is so far behind that the request should be preempted."""
+        return self._queued_texts > _MAX_QUEUED_TEXTS
 
-    def put(self, piece: OutputDelta) -> None:
-        """Adds a piece; one with ``done`` is the last."""
+    def put(self, delta: OutputDelta) -> None:
+        """Add a delta; a delta with ``done`` is the last one."""
         with self._lock:
-            self._pieces.append(piece)
-            self._texts += _text_count(piece)
+            self._deltas.append(delta)
+            self._queued_texts += _text_count(delta)
 
     def on_drained(self, call: Callable[[], None]) -> None:
-        """Calls once, on whatever thread, when the reader has read on."""
+        """Call a function once, on any thread, when the reader has caught up."""
         with self._lock:
-            self._on_read = call
-        self._tell_if_read()
+            self._on_drained = call
+        self._call_if_drained()
 
     def fail(self, fault: RunnerFault) -> None:
         """End the stream after the deltas already put. Thread-safe; the first fault stays."""
@@ -75,113 +75,113 @@ class OutputChannel:
             self._fault = self._fault or fault
 
     def wake(self) -> None:
-        """Tells the reader that there is something."""
+        """Wake the reader."""
         self._ready.set()
 
     def close(self) -> None:
-        """Ends it for its reader, who gets nothing more."""
+        """End the stream at once; the reader gets nothing more."""
         self._is_closed = True
         self.wake()
 
-    async def pieces(self) -> AsyncIterator[OutputDelta]:
-        """Yields merged pieces up to the one with ``done``, or until it is closed.
+    async def deltas(self) -> AsyncIterator[OutputDelta]:
+        """Yield merged deltas up to the one with ``done``, or until the channel is closed.
 
         Raises:
-            RunnerFault: The completion failed.
+            RunnerFault: The request failed.
         """
         while True:
             await self._ready.wait()
             self._ready.clear()
-            while not self._is_closed and (batch := self._take()):
-                piece = merge(batch)
-                yield piece
-                if piece.done:
+            while not self._is_closed and (taken := self._take()):
+                delta = merge(taken)
+                yield delta
+                if delta.done:
                     return
             if self._is_closed:
                 return
             with self._lock:
-                if self._fault and not self._pieces:
+                if self._fault and not self._deltas:
                     raise self._fault
 
     def _take(self) -> list[OutputDelta]:
         with self._lock:
             taken: list[OutputDelta] = []
             texts = 0
-            while self._pieces and texts < _MAX_MERGED_TEXTS:
-                piece = self._pieces.popleft()
-                texts += _text_count(piece)
-                taken.append(piece)
-            self._texts -= texts
-        self._tell_if_read()
+            while self._deltas and texts < _MAX_MERGED_TEXTS:
+                delta = self._deltas.popleft()
+                texts += _text_count(delta)
+                taken.append(delta)
+            self._queued_texts -= texts
+        self._call_if_drained()
         return taken
 
-    def _tell_if_read(self) -> None:
+    def _call_if_drained(self) -> None:
         with self._lock:
-            if self._texts > _MAX_WAITING_TEXTS // 2:
+            if self._queued_texts > _MAX_QUEUED_TEXTS // 2:
                 return
-            call, self._on_read = self._on_read, None
+            call, self._on_drained = self._on_drained, None
         if call:
             call()
 
 
 class WakeupCoalescer:
-    """Wakes readers: all in one call of the loop, a while after the last time.
+    """Wakes readers on the event loop, many in one call and not too often.
 
-    :meth:`publish` belongs to the engine's thread, the rest to the loop.
+    :meth:`publish` belongs to the engine's thread, the rest to the event loop.
 
     Args:
-        loop: Where the readers are.
+        loop: The event loop of the readers.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._lock = threading.Lock()
-        self._touched: set[OutputChannel] = set()
+        self._pending: set[OutputChannel] = set()
         self._urgent: set[OutputChannel] = set()
-        # Whether the loop has been told of what is touched.
-        self._is_told = False
+        # Whether a call on the event loop for the pending channels is scheduled.
+        self._is_notified = False
         self._timer: asyncio.TimerHandle | None = None
-        self._woken = 0.0
+        self._last_wakeup = 0.0
 
     def publish(
-        self, streams: Iterable[OutputChannel], urgent: Iterable[OutputChannel] = ()
+        self, channels: Iterable[OutputChannel], urgent: Iterable[OutputChannel] = ()
     ) -> None:
-        """Has readers woken.
+        """Schedule the wakeup of readers.
 
         Args:
-            streams: Those to be woken soon.
-            urgent: Those to be woken at once: their first piece has come, or their last.
+            channels: Channels whose readers may wait for a merged delta.
+            urgent: Channels whose readers are woken at once: for a first or a last delta.
         """
         with self._lock:
-            self._touched.update(streams)
+            self._pending.update(channels)
             before = len(self._urgent)
             self._urgent.update(urgent)
-            is_news = len(self._urgent) > before or (self._touched and not self._is_told)
-            if not is_news:
+            is_new = len(self._urgent) > before or (self._pending and not self._is_notified)
+            if not is_new:
                 return
-            self._is_told = True
-        self._loop.call_soon_threadsafe(self._hear)
+            self._is_notified = True
+        self._loop.call_soon_threadsafe(self._on_notified)
 
-    def _hear(self) -> None:
+    def _on_notified(self) -> None:
         with self._lock:
             urgent, self._urgent = self._urgent, set()
-            self._touched -= urgent
-            count = len(self._touched)
-            self._is_told = count > 0
-        for stream in urgent:
-            stream.wake()
+            self._pending -= urgent
+            count = len(self._pending)
+            self._is_notified = count > 0
+        for channel in urgent:
+            channel.wake()
         if count and self._timer is None:
-            wait = self._woken + _merge_seconds(count) - self._loop.time()
-            self._timer = self._loop.call_later(max(0.0, wait), self._wake)
+            delay = self._last_wakeup + _merge_seconds(count) - self._loop.time()
+            self._timer = self._loop.call_later(max(0.0, delay), self._wake_pending)
 
-    def _wake(self) -> None:
+    def _wake_pending(self) -> None:
         self._timer = None
         with self._lock:
-            touched, self._touched = self._touched, set()
-            self._is_told = False
-        self._woken = self._loop.time()
-        for stream in touched:
-            stream.wake()
+            pending, self._pending = self._pending, set()
+            self._is_notified = False
+        self._last_wakeup = self._loop.time()
+        for channel in pending:
+            channel.wake()
 
 
 def _merge_seconds(streams: int) -> float:
@@ -189,21 +189,21 @@ def _merge_seconds(streams: int) -> float:
     return max(_MERGE_SECONDS, longer)
 
 
-def _text_count(piece: OutputDelta) -> int:
-    return len(piece.token_ids) + 2 * sum(1 + len(entry.top) for entry in piece.logprobs)
+def _text_count(delta: OutputDelta) -> int:
+    return len(delta.token_ids) + 2 * sum(1 + len(entry.top) for entry in delta.logprobs)
 
 
-def merge(pieces: Iterable[OutputDelta]) -> OutputDelta:
-    """Joins pieces of one stream, in order; at least one."""
-    pieces = list(pieces)
-    if len(pieces) == 1:
-        return pieces[0]
-    token_ids = tuple(token for piece in pieces for token in piece.token_ids)
+def merge(deltas: Iterable[OutputDelta]) -> OutputDelta:
+    """Join consecutive deltas of one stream; at least one."""
+    deltas = list(deltas)
+    if len(deltas) == 1:
+        return deltas[0]
+    token_ids = tuple(token for delta in deltas for token in delta.token_ids)
     return OutputDelta(
-        text="".join(piece.text for piece in pieces),
+        text="".join(delta.text for delta in deltas),
         token_ids=token_ids,
-        logprobs=tuple(entry for piece in pieces for entry in piece.logprobs),
-        # Progress that tokens have overtaken is no news.
-        prefill=None if token_ids else pieces[-1].prefill,
-        done=pieces[-1].done,
+        logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
+        # Prefill progress is obsolete once there are tokens.
+        prefill=None if token_ids else deltas[-1].prefill,
+        done=deltas[-1].done,
     )

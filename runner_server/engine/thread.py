@@ -87,7 +87,7 @@ class EngineThread:
         self._batch: Batch | None = None
         self._scheduler = Scheduler()
         self._wakeups = WakeupCoalescer(loop)
-        self._touched: list[OutputChannel] = []
+        self._updated: list[OutputChannel] = []
         self._urgent: list[OutputChannel] = []
         self._failed_steps = 0
         self._has_stepped = False
@@ -253,7 +253,7 @@ class EngineThread:
         if isinstance(event, NotFinite):
             self._fail([request], self._not_finite(request))
             return request.id
-        self._touched.append(request.stream)
+        self._updated.append(request.stream)
         if isinstance(event, Prefill):
             request.on_prefill(event)
             return None
@@ -281,9 +281,9 @@ class EngineThread:
 
     def _publish(self) -> None:
         """Has the readers woken that have something new."""
-        if self._touched or self._urgent:
-            self._wakeups.publish(self._touched, self._urgent)
-            self._touched, self._urgent = [], []
+        if self._updated or self._urgent:
+            self._wakeups.publish(self._updated, self._urgent)
+            self._updated, self._urgent = [], []
 
     def _recover(self, error: Exception) -> None:
         """Ends the rows of the batch; a second time in a row the engine gives up."""

@@ -13,7 +13,7 @@ import pytest
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.api.convert import piece_message
 from runner_server.engine.generation_request import RequestStatus
-from runner_server.engine.output import _MAX_WAITING_TEXTS, OutputChannel, WakeupCoalescer, merge
+from runner_server.engine.output import _MAX_QUEUED_TEXTS, OutputChannel, WakeupCoalescer, merge
 from runner_server.engine.token_text import TokenTexts
 from runner_server.engine.types import FinishReason, GenerationResult, OutputDelta, TokenLogprob
 from runner_server.errors import ShuttingDown
@@ -46,7 +46,7 @@ async def test_waiting_pieces_become_one_message() -> None:
         stream.put(OutputDelta(str(i), (i,), (TokenLogprob(i, -1.0, ()),)))
     stream.put(OutputDelta("e", (9,), done=DONE))
     stream.wake()
-    pieces = [piece async for piece in stream.pieces()]
+    pieces = [piece async for piece in stream.deltas()]
     assert len(pieces) == 1
     assert (pieces[0].text, pieces[0].token_ids, pieces[0].done) == ("012e", (0, 1, 2, 9), DONE)
     assert [entry.token_id for entry in pieces[0].logprobs] == [0, 1, 2]
@@ -62,7 +62,7 @@ async def test_what_came_before_a_failure_is_delivered_first() -> None:
     stream.put(OutputDelta("a", (1,)))
     stream.fail(ShuttingDown("gone"))
     stream.wake()
-    pieces = stream.pieces()
+    pieces = stream.deltas()
     assert (await anext(pieces)).text == "a"
     with pytest.raises(ShuttingDown, match="gone"):
         await anext(pieces)
@@ -74,7 +74,7 @@ async def test_the_first_failure_stays() -> None:
     stream.fail(ShuttingDown("stopping"))
     stream.wake()
     with pytest.raises(ShuttingDown, match="rank 1"):
-        await anext(stream.pieces())
+        await anext(stream.deltas())
 
 
 async def test_a_reader_that_sleeps_costs_nobody_else_time(server: Server) -> None:
@@ -114,7 +114,7 @@ async def test_long_token_texts_with_logprobs_stay_under_the_limit() -> None:
         stream.put(OutputDelta(" " * 512, (1,), (entry,)))
     stream.put(OutputDelta("", (2,), (entry,), done=DONE))
     stream.wake()
-    sizes = [piece_message(piece, texts).ByteSize() async for piece in stream.pieces()]
+    sizes = [piece_message(piece, texts).ByteSize() async for piece in stream.deltas()]
     assert max(sizes) < 4 * 2**20
 
 
@@ -122,7 +122,7 @@ async def test_the_loop_is_woken_at_most_once_a_step_for_all(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await server.load(parallel=8)
-    wakes = count_calls(monkeypatch, WakeupCoalescer, "_hear")
+    wakes = count_calls(monkeypatch, WakeupCoalescer, "_on_notified")
     calls = [server.start(str(i), num_predict=20) for i in range(8)]
     for call in calls:
         assert [message async for message in call][-1].eval_count == 20
@@ -131,7 +131,7 @@ async def test_the_loop_is_woken_at_most_once_a_step_for_all(
 
 async def test_only_readers_with_a_first_or_last_piece_are_woken_at_once() -> None:
     publisher = WakeupCoalescer(asyncio.get_running_loop())
-    publisher._woken = asyncio.get_running_loop().time() + 3600
+    publisher._last_wakeup = asyncio.get_running_loop().time() + 3600
     running, first = OutputChannel(), OutputChannel()
     publisher.publish([running])
     publisher.publish([running, first], [first])
@@ -216,14 +216,14 @@ async def test_a_stopped_reader_among_eight_costs_the_others_nothing(
     slow_text = await server.text("slow", logprobs=20, num_predict=1500, seed=5)
     call = await _stopped(stopping, seed=5)
     (completion,) = server.app.engine._engine_thread._scheduler.preempted
-    held = completion.stream._texts
+    held = completion.stream._queued_texts
     texts, steps_beside_it = await _together(server, 7, 300)
     assert texts == expected
     # The same rate: as many tokens in each step, in as many steps.
     assert steps_beside_it == steps
     # Nor does its own stream grow: one token with its twenty others, which count twice, past
     # the bound.
-    assert completion.stream._texts == held <= _MAX_WAITING_TEXTS + 43
+    assert completion.stream._queued_texts == held <= _MAX_QUEUED_TEXTS + 43
     messages = [message async for message in call]
     assert joined(messages) == slow_text
     assert messages[-1].eval_count == 1500
@@ -354,17 +354,17 @@ async def test_while_all_are_waited_for_the_engine_sleeps(
 
 async def test_a_fast_reader_is_never_waited_for(server: Server) -> None:
     """Three times the bound, read as it comes."""
-    await server.load(parallel=2, context_length=4 * _MAX_WAITING_TEXTS)
+    await server.load(parallel=2, context_length=4 * _MAX_QUEUED_TEXTS)
     gate = server.backend.step_gate
     gate.shut()
-    call = server.start("fast", num_predict=3 * _MAX_WAITING_TEXTS)
+    call = server.start("fast", num_predict=3 * _MAX_QUEUED_TEXTS)
     read = 0
     reading = asyncio.ensure_future(_read(call))
     while not reading.done():
         read += 200
         gate.allow(200)
-        await server.thread(partial(gate.wait_passed, min(read, 3 * _MAX_WAITING_TEXTS)))
+        await server.thread(partial(gate.wait_passed, min(read, 3 * _MAX_QUEUED_TEXTS)))
         completions = server.app.engine._engine_thread._scheduler.running
-        await eventually(lambda: all(c.stream._texts < 300 for c in completions))  # noqa: B023 - awaited
-    assert len(await reading) == 3 * _MAX_WAITING_TEXTS
+        await eventually(lambda: all(c.stream._queued_texts < 300 for c in completions))  # noqa: B023 - awaited
+    assert len(await reading) == 3 * _MAX_QUEUED_TEXTS
     assert server.backend.preemptions == 0

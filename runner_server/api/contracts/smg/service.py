@@ -146,7 +146,7 @@ async def _messages(completion: GenerationRequest, *, is_stream: bool) -> AsyncI
     count = 0
     last: OutputDelta | None = None
     held: list[OutputDelta] = []
-    async for piece in completion.stream.pieces():
+    async for piece in completion.stream.deltas():
         if is_stream and piece.token_ids:
             yield chunk_message(piece, count, completion.stats())
         count += len(piece.token_ids)
