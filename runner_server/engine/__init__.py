@@ -1,1 +1,1 @@
-"""The engine: one thread, its scheduler, and the requests it runs. Imports no MLX."""
+"""The engine: one thread, a scheduler and running requests, without MLX."""

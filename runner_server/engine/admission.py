@@ -1,4 +1,4 @@
-"""What a load asks before it takes memory."""
+"""Admission of loads: whether the machine has the memory."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ if TYPE_CHECKING:
 
 
 class Admission(Protocol):
-    """Decides whether a load may take memory."""
+    """Decision on the memory of a load."""
 
     def admit(self, model: str, need: MemoryNeed, *, override: bool) -> int:
-        """Set memory aside for a model.
+        """Reserve memory for a model.
 
         Args:
-            model: Its directory.
-            need: What it takes.
-            override: Go on even if it does not fit.
+            model: Directory of the model.
+            need: Memory that the model takes.
+            override: Admit the load even if it does not fit.
 
         Returns:
-            The bytes that it may take: at least ``need.required_bytes``.
+            The bytes that the model may take, at least ``need.required_bytes``.
 
         Raises:
-            InsufficientMemory: It does not fit.
+            InsufficientMemory: The model does not fit.
         """
         ...
 
     def release(self) -> None:
-        """Give up what was set aside for this process."""
+        """Release the reservation of this process."""
         ...
 
 
 class _Unchecked:
-    """Lets everything through, for loads without a machine around them."""
+    """Admits every load, where the machine's memory is not checked."""
 
     def admit(self, model: str, need: MemoryNeed, *, override: bool) -> int:  # noqa: ARG002
         """See :meth:`Admission.admit`."""
@@ -44,4 +44,4 @@ class _Unchecked:
 
 
 UNCHECKED: Admission = _Unchecked()
-"""Lets every load through; limits that the load itself names still hold."""
+"""Admits every load; limits in the load itself still hold."""

@@ -1,8 +1,8 @@
-"""What the engine needs of a model library.
+"""The interface between the engine and a model library.
 
-``runner_server.mlx_backend`` implements it with MLX; the tests implement it with
-plain Python. Everything here except :meth:`Backend.memory` and the codec is
-called on the engine thread only. Every call on a batch may raise :class:`BackendLost`.
+``runner_server.mlx_backend`` implements the interface with MLX, the tests with plain Python.
+Except for :meth:`Backend.memory` and the codec, everything is called on the engine's thread only.
+Every call on a batch may raise :class:`BackendLost`.
 """
 
 from __future__ import annotations
@@ -22,65 +22,66 @@ from runner_server.engine.types import (
 
 
 class BackendLost(Exception):
-    """The model library cannot go on in this process; says why, to callers too."""
+    """The model library cannot continue in this process; callers see the message."""
 
 
 class Codec(Protocol):
-    """A tokenizer that any thread may use."""
+    """A thread-safe tokenizer."""
 
     def encode(self, text: str, *, as_prompt: bool) -> list[int]:
-        """Splits text into ids; ``as_prompt`` adds the tokens a prompt begins with."""
+        """Tokenize text; ``as_prompt`` adds the initial tokens of a prompt."""
         ...
 
     def fewest_tokens(self, text: str, enough: int) -> int:
-        """A number of tokens that a very long text has at least, from a part of it.
+        """Return a lower bound for the tokens of a very long text, computed from a part.
 
-        Splitting takes half a second for each megabyte, and hundreds of times its memory. A
-        number up to ``enough`` says nothing: the text must be split to know.
+        Tokenizing takes half a second and hundreds of megabytes of memory for each megabyte of
+        text. A bound up to ``enough`` is inconclusive: the text must be tokenized.
         """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Joins ids into text; U+FFFD stands for bytes that are no character."""
+        """Decode ids into text; U+FFFD replaces invalid bytes."""
         ...
 
     def token_bytes(self, token_id: int) -> bytes | None:
-        """The bytes that a token stands for, except at the beginning of a text.
+        """Return the bytes of a token anywhere but at the beginning of a text.
 
-        None if that depends on the tokens before it.
+        Returns:
+            The bytes; None if they depend on the tokens before.
         """
         ...
 
 
 class Batch(Protocol):
-    """Rows that are prefilled and decoded together."""
+    """Rows prefilled and decoded together."""
 
     def add(self, row: int, prompt_ids: Sequence[int], sampling: Sampling) -> None:
-        """Begins a row; its prompt is evaluated in the steps that follow."""
+        """Add a row; the following steps prefill the prompt."""
         ...
 
     def remove(self, rows: Collection[int]) -> None:
-        """Ends rows, in whatever phase they are, and frees what they held."""
+        """Remove rows, preempted ones included, and free their memory."""
         ...
 
     def preempt(self, row: int) -> None:
-        """Sets a row aside that has generated a token; it keeps what it holds."""
+        """Exclude a row with at least one token from the steps; keep the KV cache."""
         ...
 
     def resume(self, row: int) -> None:
-        """Takes a row in again that was set aside; it goes on where it was."""
+        """Continue a preempted row."""
         ...
 
     def step(self) -> list[Event]:
-        """Evaluates prompts for a slice of time, then makes one decode step.
+        """Prefill prompts for a slice of time, then make one decode step.
 
-        There is at least one row that is not set aside. A row that is reported as
-        :class:`NotFinite` is to be removed.
+        The batch must have a row that is not preempted. The caller removes a row that is
+        reported as :class:`NotFinite`.
         """
         ...
 
     def close(self) -> None:
-        """Frees everything; the batch is not used again."""
+        """Free everything; the batch cannot be used again."""
         ...
 
 
@@ -89,35 +90,35 @@ class LoadedModel(Protocol):
 
     @property
     def info(self) -> ModelInfo:
-        """What it is, and the limits in force."""
+        """Description of the model and the limits in force."""
         ...
 
     @property
     def codec(self) -> Codec:
-        """Its tokenizer."""
+        """Tokenizer of the model."""
         ...
 
     @property
     def kv_bytes(self) -> Callable[[int], int]:
-        """Tells the bytes of KV cache that one sequence of so many tokens takes; has no weights."""
+        """Bytes of KV cache of one sequence, by tokens; keeps no weights alive."""
         ...
 
     def limit_prefix_cache(self, limit_bytes: int) -> None:
-        """Changes how much evaluated prompts may take, and drops what is beyond that."""
+        """Change the byte budget of the prefix cache, evicting entries to meet the budget."""
         ...
 
     def new_batch(self) -> Batch:
-        """An empty batch."""
+        """Return an empty batch."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class ModelHandle:
-    """What others than the engine may hold of a loaded model: no weights.
+    """Description and tokenizer of a loaded model, without weights, for other threads.
 
     Attributes:
-        info: What it is, and the limits in force.
-        codec: Its tokenizer.
+        info: Description of the model and the limits in force.
+        codec: Tokenizer of the model.
         kv_bytes: See :attr:`LoadedModel.kv_bytes`.
     """
 
@@ -127,15 +128,18 @@ class ModelHandle:
 
 
 class Ranks(Protocol):
-    """The other processes that hold parts of the model."""
+    """The other processes with parts of the model."""
 
     @property
     def others(self) -> Sequence[Rank]:
-        """Who they are, and the memory that they told of last."""
+        """The other ranks, each with the memory reported last."""
         ...
 
     def watch(self, on_lost: Callable[[str], object], on_stop: Callable[[], object]) -> None:
-        """Says whom to tell, on any thread, that one is gone (why), or asks for a stop."""
+        """Set the callbacks for a lost rank (with the reason) and for a rank's stop request.
+
+        They may be called on any thread.
+        """
         ...
 
 
@@ -143,50 +147,51 @@ class Backend(Protocol):
     """The model library."""
 
     def open(self) -> str:
-        """Imports the library; returns the name of the device that computes."""
+        """Import the library; return the name of the computing device."""
         ...
 
     def check(self, spec: LoadSpec) -> None:
-        """Looks whether a model is there and its files can be read, in milliseconds.
+        """Check in milliseconds whether the files of a model exist and can be read.
 
-        What is loaded is not touched.
+        The loaded model is not touched.
 
         Raises:
-            RunnerFault: A load would be refused, whatever memory there is.
+            RunnerFault: A load would be refused, regardless of memory.
         """
         ...
 
     def load(self, spec: LoadSpec, report: Callable[[int], None]) -> LoadedModel:
-        """Loads a model.
+        """Load a model.
 
         Args:
-            spec: What to load.
-            report: Called with the progress, 0 to 100, every fraction of a second
-                or so, one call at a time, also on threads that read weights; what it
-                raises ends the load.
+            spec: The model and its options.
+            report: Called with the progress, 0 to 100, several times a second. Calls come
+                one at a time, possibly from threads that read weights. An exception that
+                it raises ends the load.
 
         Raises:
-            RunnerFault: One of the faults that ``Load`` documents.
-            BackendLost: Nothing can be loaded any more.
+            RunnerFault: One of the faults documented for ``Load``.
+            BackendLost: The library cannot load anything any more.
         """
         ...
 
     def memory(self) -> MemoryCounters:
-        """What the library holds; callable from any thread, before ``open`` too."""
+        """Return the memory of the library. Thread-safe; works before ``open`` too."""
         ...
 
     def release(self, *, for_next: bool = False) -> None:
-        """Gives back what a model has held.
+        """Free the memory of a dropped model.
 
         Args:
-            for_next: A load follows, and takes over what was set aside; else that ends too.
+            for_next: A load follows, and takes over the memory reservation; otherwise the
+                reservation ends too.
         """
         ...
 
     def trim(self) -> None:
-        """Gives freed memory back to the system."""
+        """Return freed memory to the system."""
         ...
 
     def close(self) -> None:
-        """Ends the use of the library on this thread."""
+        """Stop using the library on this thread."""
         ...

@@ -1,4 +1,4 @@
-"""Commands from the event loop to the engine's thread, and the queue that carries them."""
+"""Commands from the event loop to the engine's thread, and their queue."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ModelCommand(Generic[_T]):
 
 @dataclass(eq=False)
 class Load(ModelCommand[ModelInfo]):
-    """Replace the model; ``cancelled`` also stops a load that is under way."""
+    """Replace the model; ``cancelled`` also stops a load under way."""
 
     spec: LoadSpec
 
@@ -41,7 +41,7 @@ class Unload(ModelCommand[int]):
 
 @dataclass(frozen=True)
 class Cancel:
-    """Finish a request that has no reader any more."""
+    """Finish a request without a reader."""
 
     request: GenerationRequest
 

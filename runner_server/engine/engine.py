@@ -1,6 +1,6 @@
 """The event loop's side of the engine.
 
-No method waits. :class:`~runner_server.engine.thread.EngineThread` does the work on its own
+No method blocks. :class:`~runner_server.engine.thread.EngineThread` does the work on its own
 thread, and :class:`~runner_server.engine.request_registry.RequestRegistry` is the state that the
 event loop and that thread share.
 """
@@ -38,14 +38,14 @@ _ModelCommandT = TypeVar("_ModelCommandT", Load, Unload)
 
 
 class Engine:
-    """Runs one model on a thread of its own.
+    """One model on a dedicated thread.
 
     Args:
         backend: The model library.
-        max_queued: How many completions may wait for a place.
-        on_death: Called on the loop, once, if the engine cannot go on.
+        max_queued: How many requests may wait for a slot.
+        on_death: Called once on the event loop if the engine cannot continue.
 
-    Must be created on the running event loop, and called there.
+    Create and call the engine on the running event loop.
     """
 
     def __init__(self, backend: Backend, *, max_queued: int, on_death: Callable[[], None]) -> None:
@@ -58,7 +58,7 @@ class Engine:
             backend, self._registry, self._commands, self._loop, on_death
         )
         self._is_lost = False
-        # Not a wait in a worker thread: those may all be busy with tokenizing.
+        # Not a join in a worker thread: all of these may be busy with tokenizing.
         self._ended = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -68,15 +68,15 @@ class Engine:
 
     @property
     def device(self) -> str:
-        """The device that computes; empty until the model library is imported."""
+        """The computing device; empty until the model library is imported."""
         return self._engine_thread.device
 
     def start(self) -> None:
-        """Starts the thread, which imports the model library first."""
+        """Start the thread, which first imports the model library."""
         self._thread.start()
 
     def load(self, spec: LoadSpec) -> Load:
-        """Begin a load; its ``future`` has the outcome, setting its ``cancelled`` stops it.
+        """Begin a load; ``future`` has the outcome, and setting ``cancelled`` stops the load.
 
         Raises:
             Busy: Another load or unload is under way.
@@ -94,14 +94,14 @@ class Engine:
         return command
 
     def trim(self, prefix_cache_bytes: int) -> Future[None]:
-        """Begins to give freed memory back; the result ends when it is back.
+        """Begin to return freed memory to the system; the future ends when done.
 
         Args:
-            prefix_cache_bytes: What evaluated prompts are reduced to first.
+            prefix_cache_bytes: The size to which the prefix cache is reduced first.
 
         Raises:
-            Busy: A load or unload runs.
-            ShuttingDown: The engine stops, or is dead.
+            Busy: A load or unload is under way.
+            ShuttingDown: The engine is stopping or dead.
         """
         future: Future[None] = Future()
         self._registry.begin_trim(future)
@@ -109,34 +109,34 @@ class Engine:
         return future
 
     def limit_prefix_cache(self, limit_bytes: int) -> None:
-        """Changes how much evaluated prompts may take from now on."""
+        """Change the byte budget of the prefix cache."""
         self._commands.put(LimitPrefixCache(limit_bytes))
 
     def refuse_when_ending(self) -> None:
-        """Raises :class:`ShuttingDown` if the engine stops, or is dead."""
+        """Raise :class:`ShuttingDown` if the engine is stopping or dead."""
         self._registry.refuse_when_ending()
 
     def model(self) -> ModelHandle:
-        """The loaded model's description and tokenizer.
+        """Return the handle of the loaded model.
 
         Raises:
-            ModelNotLoaded: There is none.
-            ShuttingDown: The engine stops, or is dead.
+            ModelNotLoaded: No model is loaded.
+            ShuttingDown: The engine is stopping or dead.
         """
         return self._registry.model()
 
     def submit(self, model: ModelHandle, spec: CompletionSpec) -> GenerationRequest:
-        """Queues a completion.
+        """Queue a request.
 
         Args:
             model: The model that ``spec`` was validated for.
-            spec: What to complete.
+            spec: The validated request.
 
         Raises:
             ModelNotLoaded: That model is gone.
-            InsufficientMemory: It could never have a place.
-            QueueFull: Too many completions wait.
-            ShuttingDown: The engine stops, or is dead.
+            InsufficientMemory: The request could never be admitted.
+            QueueFull: Too many requests wait.
+            ShuttingDown: The engine is stopping or dead.
         """
         request = GenerationRequest(spec, model.codec, model.info.eos_token_ids)
         self._registry.accept(model, request)
@@ -144,25 +144,25 @@ class Engine:
         return request
 
     def cancel(self, request: GenerationRequest) -> None:
-        """Cancel a request whose reader is gone. No-op once it has finished."""
+        """Cancel a request whose reader is gone. No-op once finished."""
         if request.status is not RequestStatus.FINISHED:
             self._commands.put(Cancel(request))
 
     def state(self) -> EngineState:
-        """What the engine does, without waiting for it."""
+        """Return a snapshot of the engine's state."""
         return self._registry.state()
 
     def memory(self) -> MemoryCounters:
-        """What the model library holds."""
+        """Return the memory of the model library."""
         return self._backend.memory()
 
     def stop(self) -> None:
-        """Ends all completions, frees the model and ends the thread; does not wait."""
+        """Begin to fail the requests, free the model and end the thread."""
         self._registry.stop()
         self._commands.put(Stop())
 
     def lose(self, text: str) -> None:
-        """End all calls although the engine's thread may hang inside MLX.
+        """End every call although the engine's thread may hang inside MLX.
 
         Only the readers are released here: the engine's thread owns the requests, and fails
         them if it ever runs again.
@@ -181,14 +181,14 @@ class Engine:
         self._on_death()
 
     async def wait_ended(self, timeout_seconds: float) -> bool:
-        """Waits until the thread has ended; returns whether it has."""
+        """Wait for the end of the thread; return False on a timeout."""
         if self._thread.ident is None or self._is_lost:
-            # It was never started, or it may hang inside MLX and is of no use.
+            # Never started, or given up because it may hang inside MLX.
             return True
         try:
             await asyncio.wait_for(self._ended.wait(), timeout_seconds)
         except TimeoutError:
             return False
-        # It has nothing left to do.
+        # The thread has nothing left to do.
         self._thread.join()
         return True

@@ -1,4 +1,4 @@
-"""One request while the engine works on it: its status, text, counts and times."""
+"""A request in the engine: status, text, counts and times."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ids = itertools.count(1)
 
 
 class RequestStatus(enum.Enum):
-    """The stage that a request has reached.
+    """Stage of a request.
 
     Attributes:
         WAITING: Queued; holds no memory.
@@ -81,12 +81,12 @@ class GenerationRequest:
 
     @property
     def max_length(self) -> int:
-        """The most tokens that the sequence may reach, prompt included."""
+        """The most tokens of the sequence, prompt included."""
         return len(self.spec.prompt_ids) + self.spec.max_tokens
 
     @property
     def length(self) -> int:
-        """Tokens of the sequence so far, prompt included."""
+        """Tokens of the sequence up to now, prompt included."""
         return len(self.spec.prompt_ids) + self._token_count
 
     # -- transitions -------------------------------------------------------------
@@ -107,11 +107,11 @@ class GenerationRequest:
         self._preempted_seconds += time.monotonic() - self._preempted_at
 
     def cancel(self) -> None:
-        """Finish a request that has no reader any more."""
+        """Finish because the reader is gone."""
         self._finish()
 
     def fail(self, fault: RunnerFault) -> None:
-        """Finish with an error, which the reader gets after the deltas before it."""
+        """Finish with an error, which the reader gets after the deltas already put."""
         self._finish()
         self.stream.fail(fault)
 
@@ -159,7 +159,7 @@ class GenerationRequest:
         return result
 
     def stats(self) -> GenerationStats:
-        """Return the counts and times so far. Thread-safe."""
+        """Return the usage and timing up to now. Thread-safe."""
         now = self._finished_at or time.monotonic()
         # Read in the reverse of the order in which the engine's thread sets them.
         first, admitted = self._first_token_at, self._admitted_at
@@ -174,17 +174,17 @@ class GenerationRequest:
         )
 
     def running_seconds(self, result: GenerationResult) -> float:
-        """Return how long the request held a slot, which excludes the time it was preempted."""
+        """Return the time in the batch, which excludes the time preempted."""
         return result.prompt_seconds + result.eval_seconds - self._preempted_seconds
 
     def _end_at(self, token_id: int) -> FinishReason | None:
-        """Return why a token is the last one, whatever its text."""
+        """Return the finish reason if a token is the last one by id or count."""
         if token_id in self._end_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if self._token_count >= self.spec.max_tokens else None
 
     def _read(self, token_id: int, end: FinishReason | None) -> str:
-        """Return the text that a token completes; a token that stops the text has none."""
+        """Return the text completed by a token; an end token has none."""
         text = "" if end is FinishReason.STOP else self._decoder.push(token_id)
         return text + self._decoder.flush() if end else text
 

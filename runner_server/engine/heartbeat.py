@@ -1,4 +1,4 @@
-"""Progress of the engine: its steps, and the time since it last moved."""
+"""Progress of the engine: steps, and the time since the last progress."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import time
 
 
 class Heartbeat:
-    """Progress that the engine's thread records and any thread may read.
+    """Progress recorded on the engine's thread, for any thread to read.
 
     Attributes:
-        step_count: Steps so far.
+        step_count: Steps since the start.
         is_idle: Whether the engine waits for a command. It may have preempted requests
             meanwhile, but no progress is due.
     """
@@ -29,7 +29,7 @@ class Heartbeat:
         self.beat()
 
     def set_idle(self, *, is_idle: bool) -> None:
-        """Record that the engine begins to wait for a command, or goes on."""
+        """Record the beginning or the end of a wait for commands."""
         self.is_idle = is_idle
         self.beat()
 

@@ -1,4 +1,4 @@
-"""Keeps the prefix cache within the memory that the machine has at the moment."""
+"""Keep the prefix cache within the free memory of the machine."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CPU_SECONDS, _GPU_SECONDS = 1.0, 5.0
-"""How often free memory is measured. On CUDA that starts ``nvidia-smi``."""
+"""Interval between measurements of free memory. On CUDA each one runs ``nvidia-smi``."""
 
 _LEAST_CHANGE_BYTES = 1 << 20
 
 
 class PressureWatch:
-    """Lowers the limit of the prefix cache when free memory runs short, and raises it again.
+    """Adjusts the budget of the prefix cache to the free memory of the machine.
 
-    Evaluated prompts are the one part of a runner's memory that costs only time to give up.
-    What the runner has reserved stays reserved for it.
+    The prefix cache is the only memory of a runner that costs nothing but time to give up.
+    The reservation of the runner does not change.
 
     Args:
-        engine: The engine whose prefix cache it is.
-        admission: Tells how much memory is to spare.
+        engine: The engine that holds the prefix cache.
+        admission: Measures the spare memory of the machine.
     """
 
     def __init__(self, engine: Engine, admission: MachineAdmission) -> None:
@@ -61,7 +61,7 @@ class PressureWatch:
         return self._engine.device.startswith("gpu")
 
     def _adjust(self, *, held: int, limit: int, most: int, spare: int) -> None:
-        """Set the limit to what is held and what may be added, if that is another one."""
+        """Set the budget to the cache's size plus the spare memory, unless the change is small."""
         wanted = max(0, min(most, held + spare))
         if wanted == limit or (wanted < most and abs(wanted - limit) < _LEAST_CHANGE_BYTES):
             return
@@ -73,7 +73,7 @@ class PressureWatch:
             )
         self._engine.limit_prefix_cache(wanted)
         if wanted < held:
-            # What was dropped is to go back to the system at once; a load that has begun
-            # meanwhile, or the end, frees all of it.
+            # Return the evicted memory to the system at once. A load or a stop that has begun
+            # meanwhile frees all of it anyway.
             with suppress(RunnerFault):
                 self._engine.trim(wanted)

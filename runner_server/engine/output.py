@@ -36,7 +36,7 @@ _MAX_MERGE_SECONDS = 0.04
 
 
 class OutputChannel:
-    """The deltas of one request on their way to its reader.
+    """The deltas of one request on the way to the reader.
 
     ``put`` and ``on_drained`` belong to the engine's thread, ``fail`` may be called on any
     thread, and the rest belongs to the event loop. The engine's thread calls :meth:`wake`
@@ -54,7 +54,7 @@ class OutputChannel:
 
     @property
     def is_full(self) -> bool:
-        """Whether the reader is so far behind that the request should be preempted."""
+        """True if the reader is too far behind and the request should be preempted."""
         return self._queued_texts > _MAX_QUEUED_TEXTS
 
     def put(self, delta: OutputDelta) -> None:

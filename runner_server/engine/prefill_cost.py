@@ -1,20 +1,21 @@
-"""How long a chunk of a prompt takes, learnt from those before it."""
+"""Prediction of the time of a prefill chunk, fitted to earlier chunks."""
 
 from __future__ import annotations
 
 _KEPT = 0.8
-"""What an observation counts after each later one: the last few matter, as a token of a long
-prompt takes longer than one of a short prompt."""
+"""Decay of a chunk's weight with each later chunk. The last few dominate, because a token late in
+a long prompt takes longer than one in a short prompt."""
 
 _MOST_CONSTANT = 0.6
-"""Most of an average chunk's time that is taken for its constant part. That grows with what
-chunks of different sizes show, but later chunks of a prompt are slower ones as well."""
+"""Largest share of an average chunk's time attributed to the constant part. The fit would attribute
+more where chunks later in a prompt, which are slower, also differ in size."""
 
 
 class PrefillCostModel:
-    """Fits ``seconds = constant + tokens * per_token`` to chunks: the weights are read for any.
+    """Fits ``seconds = constant + tokens * per_token`` to prefill chunks.
 
-    A weighted least-squares fit, in which older chunks count less.
+    The constant is the time to read the weights, which any chunk needs. The fit is weighted least
+    squares in which older chunks count less.
     """
 
     def __init__(self) -> None:
@@ -22,10 +23,10 @@ class PrefillCostModel:
         self._variance = self._covariance = 0.0
 
     def record(self, tokens: int, seconds: float) -> None:
-        """Learns from a chunk that took so long."""
+        """Add the time of a chunk to the fit."""
         self._weight = self._weight * _KEPT + 1
-        # West's update of weighted means and central moments; subtracting sums of squares
-        # would lose what is left of equal chunks.
+        # West's update of weighted means and central moments. Differences of sums of squares
+        # would lose precision on chunks of equal size.
         share = 1 / self._weight
         more_tokens, more_seconds = tokens - self._tokens, seconds - self._seconds
         self._tokens += share * more_tokens
@@ -34,7 +35,7 @@ class PrefillCostModel:
         self._covariance = (1 - share) * (self._covariance + share * more_tokens * more_seconds)
 
     def tokens_within(self, seconds: float) -> int | None:
-        """Tokens that take so long; None before the first chunk."""
+        """Return the tokens to prefill in a given time; None before the first chunk."""
         if not self._weight:
             return None
         constant = self._constant()
@@ -42,7 +43,7 @@ class PrefillCostModel:
         return max(0, int((seconds - constant) / per_token))
 
     def _constant(self) -> float:
-        """Seconds of a chunk without tokens; none until chunks of two sizes were seen."""
+        """Return the constant part in seconds; 0 until chunks of two sizes were recorded."""
         if self._variance < 1:
             return 0.0
         constant = self._seconds - self._covariance / self._variance * self._tokens

@@ -1,8 +1,8 @@
-"""Whose prompt is evaluated next, and how much of it: prefill cut by time.
+"""Order of prefill and sizes of its chunks, cut by time.
 
-Between two decode steps prompts get a slice of time. Half of all time belongs to the
-prompt with the least left to evaluate, so that a short one does not wait for a long
-one, and half to the one that came first, so that a long one is not put off for ever.
+Between two decode steps prompts get a slice of time. Half of it belongs to the prompt with the
+fewest remaining tokens, so that a short prompt does not wait for a long one, and half to the
+prompt that arrived first, so that a long prompt is not postponed indefinitely.
 """
 
 from __future__ import annotations
@@ -12,36 +12,36 @@ from collections.abc import Mapping
 from runner_server.engine.prefill_cost import PrefillCostModel
 
 MIN_SECONDS = 0.03
-"""The shortest slice: running streams do not notice a wait of this length."""
+"""The shortest slice: readers of running streams do not notice a pause of this length."""
 
 MAX_SECONDS = 0.25
-"""The longest slice, where a decode step takes no longer: how long a running stream, a
-newcomer or a cancel may wait."""
+"""The longest slice unless a decode step takes longer; it delays running streams, new requests and
+cancellations."""
 
 MIN_CHUNK = 32
-"""Tokens below which a chunk takes hardly less time: the weights are read for it anyway. On
+"""Tokens below which a chunk takes hardly less time, because it reads all weights anyway. On
 a 100 M model on two CPU cores 256 tokens take 0.47 s in chunks of 32, 0.36 in chunks of 64
 and 0.32 in chunks of 128."""
 
 _GRAIN = 16
-"""Chunks are multiples of this many tokens, as far as they have a choice."""
+"""Chunks are multiples of this many tokens where the prompt allows it."""
 
 _LEAST_STEPS = 2.0
-"""Decode steps that a slice is at least as long as: a step reads the weights once, and a
-chunk that is no longer does little more than that."""
+"""Shortest slice in decode steps: a step reads the weights once, and a chunk of its length does
+little else."""
 
 _PROMPT_WEIGHT = 8.0
-"""What a waiting prompt counts beside a running stream when the time is divided. Of 16 prompts
-of 64 tokens that arrive together at a 100 M model on two CPU cores it takes 1.4 s to evaluate
-all with 4, and 1.2 s with 8: more of them share a call. A lone one has nothing to share
-a call with, so half a place is taken off."""
+"""Weight of a waiting prompt relative to a running stream when time is divided. On a 100 M model on
+two CPU cores, 16 prompts of 64 tokens that arrive together are prefilled in 1.4 s with a weight of
+4 and in 1.2 s with 8, because more of them share a call. A single prompt shares its call with none,
+so half a prompt is subtracted."""
 
 
 class PrefillPolicy:
-    """Cuts prompts into chunks that fit a slice of time.
+    """Chooses prompts and cuts them into chunks to fit a slice of time.
 
     Args:
-        max_chunk: Most tokens in one chunk; bounds the memory that evaluating it takes.
+        max_chunk: Most tokens in one chunk; bounds its working memory.
     """
 
     def __init__(self, max_chunk: int) -> None:
@@ -49,22 +49,23 @@ class PrefillPolicy:
         self._cost = PrefillCostModel()
         self._slice = self._left = 0.0
         self._is_first = True
-        # Seconds that the oldest prompt is behind the others.
+        # Seconds of prefill by which the oldest prompt is behind the others.
         self._oldest: int | None = None
         self._debt_seconds = 0.0
         self._serves_oldest = True
 
     def begin_slice(self, decode_seconds: float, decoding: int, waiting: int) -> None:
-        """Begins a slice.
+        """Begin a slice.
 
-        A prompt that waits keeps a batch small, and a small batch takes about as long as a
-        large one. So the time is divided as there are prompts and running streams: a lone
-        newcomer delays many streams little, and many newcomers are not held up by one.
+        A waiting prompt keeps the batch small, and a step of a small batch takes about as long
+        as one of a large batch. So time is divided in proportion to prompts and running
+        streams: one new prompt delays many streams little, and one stream does not delay many
+        prompts.
 
         Args:
-            decode_seconds: What a decode step takes.
-            decoding: Rows it decodes.
-            waiting: Prompts to evaluate.
+            decode_seconds: Time of a decode step.
+            decoding: Rows in a decode step.
+            waiting: Prompts to prefill.
         """
         if decoding:
             share = decode_seconds * _PROMPT_WEIGHT * (waiting - 0.5) / decoding
@@ -76,10 +77,13 @@ class PrefillPolicy:
         self._is_first = True
 
     def next(self, remaining: Mapping[int, int]) -> tuple[int, int] | None:
-        """The next row to evaluate and how many of its tokens; None when the slice is over.
+        """Choose the next row and the size of its chunk.
 
         Args:
-            remaining: Tokens left to evaluate of each row, in order of arrival.
+            remaining: Tokens left to prefill of each row, in order of arrival.
+
+        Returns:
+            The row and the number of tokens; None when the slice is over.
         """
         if not remaining:
             return None
@@ -87,7 +91,7 @@ class PrefillPolicy:
         shortest = min(remaining, key=remaining.__getitem__)
         if oldest != self._oldest:
             self._oldest, self._debt_seconds = oldest, 0.0
-        # A short one begins within a slice, unless the machine needs all of it for a chunk.
+        # A short prompt begins within a slice, unless a chunk takes the whole slice.
         allowed = self._slice if self._is_first else 0.0
         row = oldest if self._debt_seconds > allowed else shortest
         fitting = self._fitting_chunk(self._left)
@@ -101,25 +105,25 @@ class PrefillPolicy:
 
     @property
     def token_capacity(self) -> int:
-        """Tokens for which the slice has time: others may be evaluated beside the next row."""
+        """Tokens to prefill in the rest of the slice, counting other prompts in the same call."""
         return self._cost.tokens_within(self._left) or 0
 
     def record(self, tokens: int, seconds: float) -> None:
-        """Notes how long the chunk of the last turn took."""
+        """Record the time of the chunk chosen last."""
         self._left -= seconds
         change = -seconds if self._serves_oldest else seconds
         self._debt_seconds = max(0.0, self._debt_seconds + change)
         self._cost.record(tokens, seconds)
 
     def _fitting_chunk(self, seconds: float) -> int:
-        """Tokens for which there is time, at most a chunk of them."""
+        """Return the tokens to prefill in a given time, at most ``max_chunk``."""
         tokens = self._cost.tokens_within(seconds)
         if tokens is None:
             return MIN_CHUNK
         return min(self._max_chunk, tokens // _GRAIN * _GRAIN)
 
     def _cut(self, tokens: int, fitting: int) -> int:
-        """As many as fit, and half as many more if they are the last: no small rest is left."""
+        """Return the size of a chunk; up to half more than fits if no rest remains then."""
         if tokens <= min(fitting * 3 // 2, self._max_chunk):
             return tokens
         return -(-tokens // 2) if tokens < 2 * fitting else fitting

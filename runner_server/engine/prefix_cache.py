@@ -1,12 +1,11 @@
-"""A tree of evaluated prompts, so that what prompts share is evaluated once.
+"""Prefix cache: a radix tree of prefilled prompts under a byte budget.
 
-Each node stands for a run of tokens and holds what the model's caches hold for
-them; prompts that begin alike share the nodes of their beginning. Nothing here
-knows what the pieces are: :class:`SegmentOps` cuts and weighs them.
+Each node stands for a run of tokens and holds their segment of the model's KV caches; prompts with
+a common prefix share its nodes. The tree treats segments as opaque: :class:`SegmentOps` cuts and
+measures them.
 
-The bytes stay under a budget: what was not used for longest goes first, and a node
-never before those that continue it. So a beginning that many prompts share, such
-as a system prompt, stays longest.
+Nodes are evicted least recently used first, and never before the nodes below them. So a prefix
+that many prompts share, such as a system prompt, stays longest.
 """
 
 from __future__ import annotations
@@ -18,42 +17,42 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 S = TypeVar("S")
-"""What the caches hold for a run of tokens; may be cut."""
+"""Segment: the part of the KV caches for a run of tokens; can be cut."""
 
 T = TypeVar("T")
-"""What else the caches hold after the last of them; may not."""
+"""Snapshot: the rest of the caches' state after the last token of a run; cannot be cut."""
 
 T_contra = TypeVar("T_contra", contravariant=True)
 
 
 class SegmentOps(Protocol[S, T_contra]):
-    """Cuts and weighs what the tree holds."""
+    """Operations on segments and snapshots."""
 
     @property
     def needs_snapshot(self) -> bool:
-        """Whether a beginning is of use only where a snapshot was taken."""
+        """True if a prefix can be reused only up to a snapshot."""
         ...
 
     def cut(self, segment: S, start: int, end: int) -> S:
-        """Copies a part of a segment."""
+        """Copy a part of a segment."""
         ...
 
     def segment_bytes(self, segment: S) -> int:
-        """Bytes it holds."""
+        """Return the bytes of a segment."""
         ...
 
     def snapshot_bytes(self, snapshot: T_contra) -> int:
-        """Bytes it holds."""
+        """Return the bytes of a snapshot."""
         ...
 
 
 @dataclass(frozen=True)
 class Match:
-    """How much of a prompt the tree knows.
+    """Length of the longest cached prefix of a prompt.
 
     Attributes:
-        usable: Tokens that need not be evaluated again.
-        common: Tokens that some earlier prompt had too, usable or not.
+        usable: Tokens whose caches can be reused.
+        common: Tokens that the prompt has in common with a cached one, reusable or not.
     """
 
     usable: int
@@ -62,11 +61,11 @@ class Match:
 
 @dataclass
 class CacheUsage:
-    """How many bytes a tree holds and may hold; does not keep the tree alive.
+    """Byte counters without a reference to the cache.
 
     Attributes:
-        limit_bytes: The most it may hold now.
-        nbytes: What it holds.
+        limit_bytes: The byte budget.
+        nbytes: Bytes in use.
     """
 
     limit_bytes: int
@@ -74,14 +73,14 @@ class CacheUsage:
 
 
 class _Root(Generic[S, T]):
-    """Where every prompt begins."""
+    """Root of the tree."""
 
     def __init__(self) -> None:
         self.children: dict[int, _Node[S, T]] = {}
 
 
 class _Node(_Root[S, T]):
-    """A run of tokens after those of its parents."""
+    """A run of tokens, continuing the path from the root."""
 
     def __init__(self, tokens: array[int], parent: _Root[S, T], segment: S) -> None:
         super().__init__()
@@ -93,23 +92,26 @@ class _Node(_Root[S, T]):
 
 
 class PrefixCache(Generic[S, T]):
-    """Evaluated prompts under a byte budget.
+    """Radix tree of prefilled prompts, evicted least recently used first.
 
     Args:
-        ops: Cuts and weighs what is held.
-        budget_bytes: The most it may hold; 0 holds nothing.
+        ops: Operations on segments and snapshots.
+        budget_bytes: The byte budget; 0 disables the cache.
+
+    Attributes:
+        usage: Byte counters, which may outlive the cache.
     """
 
     def __init__(self, ops: SegmentOps[S, T], budget_bytes: int) -> None:
         self._ops = ops
         self._root: _Root[S, T] = _Root()
-        # Oldest use first. A node is always used after those that continue it.
+        # Least recently used first. A node is always touched after the nodes below it.
         self._lru: OrderedDict[_Node[S, T], None] = OrderedDict()
         self.usage = CacheUsage(budget_bytes)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it holds."""
+        """Bytes in use."""
         return self.usage.nbytes
 
     def __len__(self) -> int:
@@ -117,17 +119,17 @@ class PrefixCache(Generic[S, T]):
 
     @property
     def is_enabled(self) -> bool:
-        """Whether anything is kept."""
+        """True unless the budget is 0."""
         return self.usage.limit_bytes > 0
 
     def limit(self, limit_bytes: int) -> None:
-        """Change the most it may hold; evicts what was not used for longest to get there."""
+        """Change the byte budget, evicting nodes to meet it."""
         self.usage.limit_bytes = limit_bytes
         while self.nbytes > limit_bytes:
             self._evict(next(iter(self._lru)))
 
     def match(self, tokens: Sequence[int]) -> Match:
-        """How much of a prompt is cached; counts as no use of it."""
+        """Return the length of the cached prefix of a prompt without touching its nodes."""
         path = self._walk(array("i", tokens))
         common = sum(length for _, length in path)
         if not self._ops.needs_snapshot:
@@ -135,10 +137,10 @@ class PrefixCache(Generic[S, T]):
         return Match(self._deepest_snapshot(path)[1], common)
 
     def lookup(self, tokens: Sequence[int]) -> tuple[int, list[S], T | None]:
-        """What is cached of the beginning of a prompt.
+        """Return the reusable prefix of a prompt, and touch its nodes.
 
         Returns:
-            For how many tokens, their segments in order, and the snapshot after them.
+            The number of tokens, their segments in order, and the snapshot after them.
         """
         path = self._walk(array("i", tokens))
         snapshot: T | None = None
@@ -158,15 +160,15 @@ class PrefixCache(Generic[S, T]):
         *,
         token_bytes: int = 0,
     ) -> None:
-        """Keeps what was evaluated, as far as the budget allows.
+        """Insert a prefilled prefix, within the byte budget.
 
         Args:
-            tokens: A prompt's beginning, all of it evaluated.
-            segment: Copies what the caches hold for the tokens from the first to before
-                the second; called only for what the tree does not hold yet.
-            snapshot: Copies what cannot be cut, as it stands after the last token.
-            token_bytes: What one token will take, if that is known: then no more is copied
-                than there may be room for.
+            tokens: The prefix.
+            segment: Copies the segment of a range of tokens; called only for tokens that are
+                not in the tree.
+            snapshot: Copies the snapshot after the last token.
+            token_bytes: Bytes of one token if known: then only as many tokens are copied as
+                fit the budget.
         """
         run = array("i", tokens)
         path = self._walk(run)
@@ -176,7 +178,7 @@ class PrefixCache(Generic[S, T]):
         node = self._node_ending(path)
         self._touch(_path_to(node))
         if cached < len(run):
-            # Before the copy is made, so that old and new are never there together.
+            # Evict before copying, so that old and new segments never exist together.
             if not self._evict_to_fit(token_bytes * (len(run) - cached), node):
                 return
             grown = self._append(node, run[cached:], segment(cached, len(run)))
@@ -187,12 +189,12 @@ class PrefixCache(Generic[S, T]):
             self._attach(node, snapshot())
 
     def forget(self, tokens: Sequence[int], is_sound: Callable[[S, T | None], bool]) -> None:
-        """Drops what a prompt that failed has left, and what others have built on a part of it.
+        """Evict the nodes of a failed prompt, and unsound nodes with their subtrees.
 
         Args:
-            tokens: All that was evaluated.
-            is_sound: Whether pieces may be kept: of what the prompt shares with others, the
-                rest stays.
+            tokens: The tokens of the failed prompt that were prefilled.
+            is_sound: Whether a segment and its snapshot are valid; sound nodes shared with
+                other prompts stay.
         """
         path = self._walk(array("i", tokens))
         for node, _ in path:
@@ -207,7 +209,7 @@ class PrefixCache(Generic[S, T]):
     # -- walking -----------------------------------------------------------------
 
     def _walk(self, tokens: array[int]) -> list[tuple[_Node[S, T], int]]:
-        """The nodes that begin a prompt, and how many tokens of each it has."""
+        """Return the path of a prompt: nodes, and the matching tokens of each."""
         path = []
         node: _Root[S, T] = self._root
         at = 0
@@ -221,7 +223,7 @@ class PrefixCache(Generic[S, T]):
         return path
 
     def _deepest_snapshot(self, path: list[tuple[_Node[S, T], int]]) -> tuple[int, int]:
-        """How many nodes, and how many tokens, up to the last with a snapshot."""
+        """Return the numbers of nodes and of tokens up to the last snapshot on a path."""
         best, total = (0, 0), 0
         for count, (node, length) in enumerate(path, start=1):
             total += length
@@ -235,7 +237,7 @@ class PrefixCache(Generic[S, T]):
         return self._ops.cut(node.segment, 0, length)
 
     def _node_ending(self, path: list[tuple[_Node[S, T], int]]) -> _Root[S, T]:
-        """The node that ends where a path does; one that goes on is split there."""
+        """Return the node at the end of a path, splitting the last node if necessary."""
         if not path:
             return self._root
         node, length = path[-1]
@@ -244,7 +246,7 @@ class PrefixCache(Generic[S, T]):
     # -- changing ----------------------------------------------------------------
 
     def _split(self, node: _Node[S, T], at: int) -> _Node[S, T]:
-        """Puts a node for the first tokens of another above it."""
+        """Split a node; return the upper half."""
         first = self._ops.cut(node.segment, 0, at)
         upper = _Node(node.tokens[:at], node.parent, first)
         node.segment = self._ops.cut(node.segment, at, len(node.tokens))
@@ -257,12 +259,12 @@ class PrefixCache(Generic[S, T]):
         return upper
 
     def _append(self, parent: _Root[S, T], tokens: array[int], segment: S) -> _Node[S, T] | None:
-        """Adds a node, if there is room beside those that lead to it."""
+        """Add a child node, if the budget allows it beside its path."""
         if not self._evict_to_fit(self._ops.segment_bytes(segment), parent):
             return None
         node = _Node[S, T](tokens, parent, segment)
         parent.children[tokens[0]] = node
-        # Used before those that lead to it, so that it goes before them.
+        # Touched before the nodes above, so that it is evicted before them.
         self._lru[node] = None
         self._touch(_path_to(node))
         self._update_size(node)
@@ -281,11 +283,11 @@ class PrefixCache(Generic[S, T]):
         self.usage.nbytes += node.nbytes - before
 
     def _evict_to_fit(self, needed: int, keep: _Root[S, T]) -> bool:
-        """Drops what was not used for longest, but for a node and those that lead to it."""
+        """Evict nodes off a path until ``needed`` bytes fit; return False if they cannot."""
         if sum(node.nbytes for node in _path_to(keep)) + needed > self.usage.limit_bytes:
             return False
         while self.nbytes + needed > self.usage.limit_bytes:
-            # Never one of those: they were used last.
+            # Never a node of the path: these were touched last.
             self._evict(next(iter(self._lru)))
         return True
 
@@ -295,7 +297,7 @@ class PrefixCache(Generic[S, T]):
         self.usage.nbytes -= node.nbytes
 
     def _evict_subtree(self, node: _Node[S, T]) -> None:
-        """Drops a node and all that continue it."""
+        """Evict a node and its descendants."""
         below = [node]
         for each in below:
             below += each.children.values()
@@ -303,13 +305,13 @@ class PrefixCache(Generic[S, T]):
             self._evict(each)
 
     def _touch(self, path: Sequence[_Node[S, T]]) -> None:
-        """Marks nodes, in order from the first, as used now."""
+        """Mark the nodes of a path as just used, the first one last."""
         for node in reversed(path):
             self._lru.move_to_end(node)
 
 
 def _path_to(node: _Root[S, T]) -> list[_Node[S, T]]:
-    """A node and those that lead to it, from the first."""
+    """Return the path from the root to a node."""
     path = []
     while isinstance(node, _Node):
         path.append(node)
@@ -318,7 +320,7 @@ def _path_to(node: _Root[S, T]) -> list[_Node[S, T]]:
 
 
 def _common_length(a: array[int], b: array[int]) -> int:
-    """How many items two runs have in common at their beginning."""
+    """Return the length of the common prefix of two runs."""
     low, high = 0, min(len(a), len(b))
     if a[:high] == b[:high]:
         return high

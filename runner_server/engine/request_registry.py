@@ -1,4 +1,4 @@
-"""State of the engine that the event loop and the engine's thread share.
+"""State shared by the event loop and the engine's thread.
 
 Every method is thread-safe. Requests and commands are refused here, so that the check and the
 entry happen under one lock.
@@ -32,7 +32,7 @@ _MAX_ERROR_CHARS = 512
 
 
 class RequestRegistry:
-    """The engine's state, its model, its unfinished requests and its commands under way.
+    """State, model, unfinished requests and pending commands of an engine.
 
     Args:
         max_queued: How many requests may wait for a slot.
@@ -128,7 +128,7 @@ class RequestRegistry:
 
     @property
     def is_stopping(self) -> bool:
-        """Whether the engine is stopping or dead."""
+        """True if the engine is stopping or dead."""
         return self._state in (State.STOPPING, State.FAILED)
 
     def state(self) -> EngineState:
@@ -195,7 +195,7 @@ class RequestRegistry:
             self._progress = 100 if self._model else 0
 
     def end_trim(self, future: Future[None]) -> None:
-        """End a trim. No-op if its caller has cancelled it."""
+        """End a trim. No-op if the caller has cancelled."""
         with self._lock:
             self._trims.discard(future)
         with suppress(InvalidStateError):
@@ -204,19 +204,19 @@ class RequestRegistry:
     # -- the end -----------------------------------------------------------------
 
     def stop(self) -> None:
-        """Refuse all calls because the engine is stopping."""
+        """Refuse further calls because the engine is stopping."""
         with self._lock:
             if self._state is not State.FAILED:
                 self._state = State.STOPPING
 
     def die(self, text: str) -> list[GenerationRequest]:
-        """Refuse all calls because the engine is dead; return the unfinished requests."""
+        """Refuse further calls because the engine is dead; return the unfinished requests."""
         with self._lock:
             self._state, self._last_error = State.FAILED, text[:_MAX_ERROR_CHARS]
         return self.withdraw_model()
 
     def fail_commands(self, fault: RunnerFault) -> None:
-        """Fail the load or unload and the trims that are under way."""
+        """Fail the load or unload and the trims under way."""
         with self._lock:
             command, self._model_command = self._model_command, None
             trims, self._trims = self._trims, set()

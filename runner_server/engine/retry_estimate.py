@@ -18,7 +18,7 @@ class RetryEstimate:
         self._count = 0
 
     def record(self, running_seconds: float, parallel: int) -> None:
-        """Add a request that held a slot; the first one replaces the initial guess.
+        """Add a finished request; the first one replaces the initial guess.
 
         Args:
             running_seconds: How long it held the slot.

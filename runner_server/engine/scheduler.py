@@ -10,7 +10,7 @@ from runner_server.engine.generation_request import GenerationRequest, RequestSt
 
 
 class Scheduler:
-    """The requests that the engine's thread has received, in the order in which they run.
+    """The requests on the engine's thread, in the order of admission.
 
     Admission is first come, first served: a request that does not fit is not overtaken.
     Preempted requests whose readers have caught up go before those that wait.
@@ -34,13 +34,13 @@ class Scheduler:
 
     @property
     def preempted(self) -> list[GenerationRequest]:
-        """The requests out of the batch that hold memory."""
+        """The requests outside the batch with KV caches."""
         preempted = RequestStatus.PREEMPTED
         return [each for each in self.admitted.values() if each.status is preempted]
 
     @property
     def has_running(self) -> bool:
-        """Whether the batch has a request."""
+        """True if the batch has a request."""
         preempted = RequestStatus.PREEMPTED
         return any(each.status is not preempted for each in self.admitted.values())
 
@@ -49,7 +49,7 @@ class Scheduler:
         self.waiting.append(request)
 
     def mark_resumable(self, request_id: int) -> None:
-        """Queue a preempted request whose reader has caught up. No-op if it is not preempted."""
+        """Queue a request to be resumed. No-op unless preempted."""
         request = self.admitted.get(request_id)
         if request is None or request.status is not RequestStatus.PREEMPTED:
             return
@@ -57,7 +57,7 @@ class Scheduler:
             self.resumable.append(request)
 
     def next(self, model: LoadedModel) -> GenerationRequest | None:
-        """Admit or resume the next request if there is a slot and memory for it.
+        """Admit or resume the next request if a slot and memory are free.
 
         Returns:
             The request, now PREFILLING or DECODING; None if no request can run.
@@ -74,7 +74,7 @@ class Scheduler:
         return request
 
     def has_next(self, model: LoadedModel) -> bool:
-        """Whether :meth:`next` would return a request."""
+        """Return True if :meth:`next` would return a request."""
         queue = self.resumable or self.waiting
         if not queue:
             return False
@@ -82,14 +82,14 @@ class Scheduler:
         return len(running) < model.info.parallel and self._fits(queue[0], running, model)
 
     def remove(self, request: GenerationRequest) -> bool:
-        """Take a request out, wherever it is; return whether it held memory."""
+        """Take a request out; return True if the request held memory."""
         queue = self.resumable if self.admitted.pop(request.id, None) else self.waiting
         with suppress(ValueError):
             queue.remove(request)
         return queue is self.resumable
 
     def clear(self) -> None:
-        """Take all requests out."""
+        """Take every request out."""
         self.waiting.clear()
         self.admitted.clear()
         self.resumable.clear()
@@ -97,7 +97,7 @@ class Scheduler:
     def _fits(
         self, request: GenerationRequest, running: list[GenerationRequest], model: LoadedModel
     ) -> bool:
-        """Whether the memory suffices even if every request grows to its maximum."""
+        """Return True if memory suffices even with every request at its maximum length."""
         if not running and request.status is RequestStatus.PREEMPTED:
             # Slow readers of the other preempted requests must not block this one. At worst it
             # exceeds the budget by the memory of one sequence.

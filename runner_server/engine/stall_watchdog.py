@@ -1,4 +1,4 @@
-"""Notices an engine that stands still although it has work, and ends the process."""
+"""End the process if the engine has work and makes no progress."""
 
 from __future__ import annotations
 
@@ -14,27 +14,26 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EXIT_STALLED = 71
-"""The engine stood still; BSD's EX_OSERR, beside 70 for an engine that failed."""
+"""Exit code of a stalled engine: BSD's EX_OSERR; an engine that fails exits with 70."""
 
 _LOOKS_PER_LIMIT = 4
 _MAX_LOOK_SECONDS = 5.0
 _WORKING_SHARE = 0.02
-"""Of one core. A CPU that computes a long step takes a core and more; a process that only waits,
-and answers ``Status`` many times a second, stays below."""
+"""Share of one core. A long step on a CPU uses at least a core; a process that waits, and
+answers ``Status`` many times a second, stays below."""
 
 
 class StallWatchdog:
-    """Judges by what the engine tells of itself, and on a CPU by what the process takes.
+    """Watches the engine's progress and, on a CPU, the processor time of the process.
 
-    The engine moves with each part of a load, slice of a prompt and token, and tells no age
-    while it has nothing to do. A step that is merely slow takes processor time on a CPU; on a
-    GPU only the age tells.
+    Each part of a load, chunk of a prompt and token is progress, and an idle engine reports no
+    age. A step that is merely slow uses processor time on a CPU; on a GPU the age alone decides.
 
     Args:
         engine: The engine.
-        limit_seconds: How long it may stand still.
-        on_stall: Called once, in words, when it does.
-        cpu_seconds: Processor time of this process so far.
+        limit_seconds: How long the engine may make no progress.
+        on_stall: Called once with the reason when the engine has stalled.
+        cpu_seconds: Returns the processor time of this process.
     """
 
     def __init__(
@@ -48,11 +47,11 @@ class StallWatchdog:
         self._limit_seconds = limit_seconds
         self._on_stall = on_stall
         self._cpu_seconds = cpu_seconds
-        # Clock and processor time at the first look at which it stood still for too long.
+        # Clock, processor time and steps at the first check that found a stall.
         self._since: tuple[float, float, int] | None = None
 
     async def run(self) -> None:
-        """Watch until the engine stands still."""
+        """Watch until the engine stalls."""
         look_seconds = min(_MAX_LOOK_SECONDS, self._limit_seconds / _LOOKS_PER_LIMIT)
         while True:
             await asyncio.sleep(look_seconds)
@@ -60,10 +59,10 @@ class StallWatchdog:
                 return
 
     def look(self, now: float) -> bool:
-        """Look once; returns whether the engine stands still.
+        """Check once; return whether the engine has stalled.
 
-        Two looks must agree: a process that was stopped for a while and goes on looks
-        like one that stands still, once.
+        Two checks must agree: a process that was suspended looks stalled once when it
+        continues.
         """
         state = self._engine.state()
         age, cpu = state.last_progress_age, self._cpu_seconds()

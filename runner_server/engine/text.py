@@ -1,4 +1,4 @@
-"""From token ids to text that may be shown: whole characters, no stop strings."""
+"""Incremental decoding of token ids into whole characters, and stop strings."""
 
 from __future__ import annotations
 
@@ -7,33 +7,31 @@ from collections.abc import Callable, Iterator, Sequence
 REPLACEMENT = "\ufffd"
 
 _MAX_WINDOW = 24
-"""Tokens decoded again with each new one; more are cut down to the few below."""
+"""Most tokens decoded again with each new one; the window then shrinks to a few."""
 
 _MIN_WINDOW = 6
-"""Tokens kept as left context: what a tokenizer's decoder may look back on."""
+"""Tokens kept as left context, on which a tokenizer's decoder may depend."""
 
 _MAX_PENDING = 3
-"""Replacement characters that can still become a character: UTF-8 needs four bytes. So many
-tokens at the end of a prompt may be the beginning of one."""
+"""Replacement characters that may still become a character, which has at most four bytes in UTF-8.
+Up to as many tokens at the end of a prompt may begin a character."""
 
 
 class StreamDecoder:
     """Decodes a growing list of ids into text, whole characters only.
 
-    All returned pieces joined are ``decode(prompt + ids)`` without its beginning
-    ``decode(prompt)``; if the prompt ends within a character, they begin with that whole
-    character. The last ids are decoded again with each new one, because a byte-level
-    token may hold a part of a character and some decoders treat the first token of a
-    text in their own way.
+    The returned texts joined are ``decode(prompt + ids)`` without its prefix ``decode(prompt)``;
+    if the prompt ends within a character, they begin with that whole character. The last ids are
+    decoded again with each new one, because a byte-level token may hold a part of a character and
+    some decoders treat the first token of a text differently.
 
-    A decoder with byte fallback (Llama 2, Gemma) takes a run of bytes as one: while
-    its last character is not whole, or one of its bytes is wrong, all of it turns into
-    replacement characters. What was shown then stays, and the rest waits for the end of
-    the run.
+    A decoder with byte fallback (Llama 2, Gemma) decodes a run of bytes as a unit: while its last
+    character is incomplete, or one of its bytes is invalid, the whole run becomes replacement
+    characters. Text already returned then stays, and the rest waits for the end of the run.
 
     Args:
         decode: The tokenizer's decoder.
-        prompt_ids: What comes before the text; its end serves as context.
+        prompt_ids: The prompt, whose end serves as context.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], prompt_ids: Sequence[int]) -> None:
@@ -42,10 +40,10 @@ class StreamDecoder:
         self._shown = decode(self._window)
 
     def _context(self, prompt_ids: Sequence[int]) -> tuple[list[int], int]:
-        """Return the end of a prompt, and where in its text an unfinished character begins.
+        """Return the end of a prompt and the position of an incomplete character in its text.
 
-        The tokens of such a character have to be told from those before it: a decoder with
-        byte fallback makes nothing but replacement characters of whole ones beside it.
+        The tokens of an incomplete character must be separated from the ones before: a decoder
+        with byte fallback turns whole characters beside it into replacement characters, too.
         """
         window = self._aligned(prompt_ids)
         if self._decode(window).endswith(REPLACEMENT):
@@ -58,7 +56,7 @@ class StreamDecoder:
         return window, 0
 
     def _aligned(self, prompt_ids: Sequence[int]) -> list[int]:
-        """Return the end of a prompt, cut between two characters if that is possible."""
+        """Return the end of a prompt, cut between two characters if possible."""
         window = list(prompt_ids[-_MIN_WINDOW:])
         for size in range(_MIN_WINDOW + 1, min(len(prompt_ids), _MAX_WINDOW) + 1):
             if not self._decode(window).startswith(REPLACEMENT):
@@ -67,7 +65,7 @@ class StreamDecoder:
         return window
 
     def push(self, token_id: int) -> str:
-        """Adds an id and returns the text that is now certain; often none or one piece."""
+        """Add an id and return the text now certain, which may be empty."""
         self._window.append(token_id)
         text = self._decode(self._window)
         in_run = text.endswith(REPLACEMENT) and not text.startswith(self._shown)
@@ -77,7 +75,7 @@ class StreamDecoder:
         return piece + self._shrink(text) if len(self._window) > _MAX_WINDOW else piece
 
     def flush(self) -> str:
-        """Returns what was held back, once nothing follows."""
+        """Return the text held back, at the end of the input."""
         text = self._decode(self._window)
         return self._show(text, len(text))
 
@@ -89,32 +87,32 @@ class StreamDecoder:
         return text[start:end]
 
     def _start(self, text: str) -> int:
-        """Where the part of the window's text that was not shown begins."""
+        """Return the position in the window's text up to which text was shown."""
         shown = self._shown
         if text.startswith(shown):
             return len(shown)
         pairs = enumerate(zip(text, shown, strict=False))
         common = next((i for i, (a, b) in pairs if a != b), min(len(text), len(shown)))
         if not shown[common:].strip(REPLACEMENT):
-            # The prompt ended within a character, which is whole now.
+            # The prompt ended within a character, which is now complete.
             return max(common, self._begun)
         if not text.startswith(REPLACEMENT, common):
             return len(shown)
-        # A run of bytes went wrong: each byte that was shown as text is a character now.
+        # A run of bytes turned out invalid: each byte shown as text is now a character.
         return common + len(shown[common:].replace(REPLACEMENT, "?").encode())
 
     def _shrink(self, text: str) -> str:
-        """Drops the window's beginning; returns text that cannot wait because of it."""
+        """Drop the beginning of the window; return the text no longer held back."""
         held = text[len(self._shown) :]
         for size in range(_MIN_WINDOW, _MAX_WINDOW):
             tail = self._decode(self._window[-size:])
-            # Never cut through a character.
+            # Do not cut through a character.
             if tail and not tail.startswith(REPLACEMENT) and tail.endswith(held):
                 self._cut(size, tail, len(held))
                 return ""
         if len(self._window) <= 2 * _MAX_WINDOW:
             return ""
-        # Nothing but bytes that are no text, for long.
+        # A long run of invalid bytes.
         tail = self._decode(self._window[-_MIN_WINDOW:])
         waits = tail.endswith(held)
         self._cut(_MIN_WINDOW, tail, len(held) if waits else 0)
@@ -126,15 +124,15 @@ class StreamDecoder:
 
 
 def _splits(tokens: int) -> Iterator[tuple[int, int]]:
-    """Yield how many tokens to try as context, and how many may have begun a character."""
+    """Yield candidate numbers of context tokens and of tokens in an incomplete character."""
     most = min(tokens, _MAX_WINDOW)
     sizes = range(min(_MIN_WINDOW, most), most + 1)
-    # If the character before it has one byte, several counts fit: the lowest is right.
+    # Several counts fit if the character before has one byte: the lowest is right.
     return ((size, begun) for begun in range(1, _MAX_PENDING + 1) for size in sizes)
 
 
 def _pending(text: str) -> int:
-    """How many characters at the end may still change."""
+    """Return the number of characters at the end of a text subject to change."""
     count = 0
     while count < _MAX_PENDING and text.endswith(REPLACEMENT, 0, len(text) - count):
         count += 1
@@ -142,13 +140,12 @@ def _pending(text: str) -> int:
 
 
 class StopMatcher:
-    """Finds the first of some strings in text that arrives in pieces.
+    """Finds the first stop string in a stream of text.
 
-    Matching is on text, not on tokens, so it does not matter how the model
-    happened to split the string.
+    Matching is on text, so the model's split of a stop string into tokens does not matter.
 
     Args:
-        stops: Strings that end the text; none of them empty.
+        stops: Strings that end the text; not empty.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -156,11 +153,11 @@ class StopMatcher:
         self._held = ""
 
     def feed(self, text: str) -> tuple[str, str | None]:
-        """Takes the next piece.
+        """Add text.
 
         Returns:
-            The text that may be shown, and the stop string that was found, if one
-            was; text that may be the beginning of one is held back.
+            The text that may be shown, and the stop string found, or None. Text that may begin
+            a stop string is held back.
         """
         self._held += text
         found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
@@ -173,12 +170,12 @@ class StopMatcher:
         return shown, None
 
     def flush(self) -> str:
-        """Returns what was held back, once nothing follows."""
+        """Return the text held back, at the end of the input."""
         held, self._held = self._held, ""
         return held
 
     def _partial(self, stop: str) -> int:
-        """Where the longest end of the held text that begins ``stop`` starts."""
+        """Return the position of the longest suffix of the held text to begin ``stop``."""
         held = self._held
         at = held.find(stop[0], max(0, len(held) - len(stop) + 1))
         while at >= 0 and not stop.startswith(held[at:]):

@@ -1,7 +1,7 @@
-"""The one thread that owns the model. :meth:`EngineThread.run` is the loop.
+"""The engine's thread, which owns the model; :meth:`EngineThread.run` is the loop.
 
-Everything here runs on that thread. It takes commands from a queue and answers
-through streams, tickets and the registry.
+Everything in this module runs on that thread. It takes commands from a queue and answers through
+output channels, futures and the registry.
 """
 
 from __future__ import annotations
@@ -49,24 +49,24 @@ _T = TypeVar("_T")
 logger = logging.getLogger(__name__)
 
 _TRIM_AFTER_SECONDS = 1.0
-"""How long the engine has nothing to do before it gives freed memory back."""
+"""Idle time after which the engine returns freed memory to the system."""
 
 _MAX_FAILED_STEPS = 2
-"""Failed steps in a row after which the engine gives up: it cannot recover in place."""
+"""Failed steps in a row after which the engine gives up: it cannot recover in this process."""
 
 
 class EngineThread:
-    """Loads, admits, steps, publishes.
+    """The engine's loop: take commands, admit, step, publish.
 
     Args:
         backend: The model library.
-        registry: What was accepted.
-        commands: What to do.
-        loop: Where streams are woken and ``on_death`` is called.
-        on_death: Called once if the engine cannot go on.
+        registry: The state shared with the event loop.
+        commands: The queue of commands.
+        loop: The event loop on which readers are woken and ``on_death`` is called.
+        on_death: Called once if the engine cannot continue.
 
     Attributes:
-        device: The device that computes; empty until the library is imported.
+        device: Device that computes; empty until the library is imported.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class EngineThread:
         self._commands = commands
         self._loop = loop
         self._on_death = on_death
-        # Nobody else may hold the model, or its memory would not come back.
+        # The only references to the model: its memory must be freed when they go.
         self._model: LoadedModel | None = None
         self._batch: Batch | None = None
         self._scheduler = Scheduler()
@@ -95,7 +95,7 @@ class EngineThread:
         self.device = ""
 
     def run(self) -> None:
-        """Works until the registry says stop, or until nothing can be done any more."""
+        """Run until the registry is stopping or the engine cannot continue."""
         try:
             self.device = self._backend.open()
             while not self._registry.is_stopping:
@@ -173,7 +173,7 @@ class EngineThread:
             self._model.limit_prefix_cache(limit_bytes)
 
     def _trim(self, trim: Trim) -> None:
-        """Reduces the evaluated prompts that are kept, and gives freed memory back."""
+        """Reduce the prefix cache once, and return freed memory to the system."""
         if self._model:
             self._model.limit_prefix_cache(min(self._prefix_cache_bytes, trim.prefix_cache_bytes))
             self._model.limit_prefix_cache(self._prefix_cache_bytes)
@@ -181,7 +181,7 @@ class EngineThread:
         self._registry.end_trim(trim.future)
 
     def _cancel(self, request: GenerationRequest) -> None:
-        """Finish a request that has no reader any more. No-op once it has finished."""
+        """Finish a request without a reader. No-op once finished."""
         if request.status is RequestStatus.FINISHED:
             return
         self._registry.remove(request)
@@ -190,14 +190,14 @@ class EngineThread:
         if holds_memory:
             self._guarded(lambda _model, batch: batch.remove([request.id]))
 
-    # -- completions -------------------------------------------------------------
+    # -- requests -------------------------------------------------------------
 
     def _advance(self) -> None:
-        """Admits what fits and makes one step."""
+        """Admit requests and make one step."""
         self._guarded(self._admit_and_step)
 
     def _guarded(self, work: Callable[[LoadedModel, Batch], None]) -> None:
-        """Does work on the batch; if it raises, the batch's rows end and a new one begins."""
+        """Work on the batch; on an exception, fail the requests and begin a new batch."""
         model, batch = self._model, self._batch
         if not (model and batch):
             return
@@ -205,7 +205,7 @@ class EngineThread:
             work(model, batch)
         except BackendLost:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever MLX raised, its rows are lost
+        except Exception as error:  # noqa: BLE001 - after any exception the rows are lost
             self._recover(error)
             batch.close()
             self._batch = model.new_batch()
@@ -231,7 +231,7 @@ class EngineThread:
         self._registry.heartbeat.step()
         ended = [row for event in events if (row := self._on_event(event)) is not None]
         if ended:
-            # What they have evaluated is kept for others; their readers need not wait for that.
+            # Before the removal, which copies their KV caches into the prefix cache.
             self._publish()
             batch.remove(ended)
         self._preempt_slow_readers(batch)
@@ -246,7 +246,7 @@ class EngineThread:
                 request.stream.on_drained(partial(self._commands.put, Resume(request.id)))
 
     def _on_event(self, event: Event) -> int | None:
-        """Passes an event on; returns its row if that has ended."""
+        """Pass an event to the request; return the row if the request has finished."""
         request = self._scheduler.admitted.get(event.row)
         if request is None:
             return None
@@ -268,7 +268,7 @@ class EngineThread:
         return request.id
 
     def _not_finite(self, request: GenerationRequest) -> GenerationFailed:
-        """Return, and log, why a completion whose logits are no numbers ends."""
+        """Return, and log, the fault of a request whose logits are not finite."""
         dtype = self._model.info.dtype if self._model else ""
         fault = GenerationFailed(
             f"the model's logits are not finite (NaN or infinity) after {request.length} "
@@ -280,13 +280,13 @@ class EngineThread:
         return fault
 
     def _publish(self) -> None:
-        """Has the readers woken that have something new."""
+        """Schedule the wakeup of readers with new output."""
         if self._updated or self._urgent:
             self._wakeups.publish(self._updated, self._urgent)
             self._updated, self._urgent = [], []
 
     def _recover(self, error: Exception) -> None:
-        """Ends the rows of the batch; a second time in a row the engine gives up."""
+        """Fail the requests of the batch; raise if too many steps in a row have failed."""
         self._failed_steps += 1
         name = type(error).__name__
         self._registry.note_error(f"a step failed: {name}")
@@ -309,7 +309,7 @@ class EngineThread:
     # -- loads and unloads -------------------------------------------------------
 
     def _change_model(self, command: ModelCommand[_T], work: Callable[[], _T]) -> None:
-        """Run a load or an unload and set its outcome. No-op if its future is cancelled."""
+        """Run a load or an unload and set the outcome. No-op if the future is cancelled."""
         if not command.future.set_running_or_notify_cancel():
             self._registry.end_command()
             return
@@ -353,10 +353,10 @@ class EngineThread:
         return self._model.info
 
     def _check(self, spec: LoadSpec) -> None:
-        """Refuse what cannot be found or read before the model that is loaded is given up."""
+        """Refuse a model that cannot be found or read before the loaded one is freed."""
         try:
             self._backend.check(spec)
-        except Exception as error:  # noqa: BLE001 - as in a load
+        except Exception as error:  # noqa: BLE001 - as for a load
             fault = _load_fault(spec, error)
             self._registry.note_error(f"load of {spec.model!r} failed: {fault}")
             raise fault from None
@@ -414,10 +414,10 @@ def _model_handle(model: LoadedModel) -> ModelHandle:
 
 
 def _load_fault(spec: LoadSpec, error: Exception) -> RunnerFault:
-    """Logs why a load failed, and lets go of it: tracebacks hold arrays that were read."""
+    """Log why a load failed, and drop the tracebacks, which keep arrays alive."""
     if isinstance(error, RunnerFault):
         fault = error
-        # Quoted: a caller may have put line breaks into it, to forge lines of this log.
+        # Quoted, because a caller could forge log lines with line breaks.
         logger.warning("load of %r failed: %s", spec.model, fault)
     else:
         logger.error("load of %r failed", spec.model, exc_info=error)

@@ -1,7 +1,7 @@
-"""What generated tokens, and those that were likely in their place, add to a text.
+"""Texts and bytes of generated tokens and their likely alternatives.
 
-Of a generated token the completion knows it (``TokenLogprob.text``). Of the others it is
-told here from their bytes, without decoding the text with each of them.
+The text of a generated token is known from decoding (``TokenLogprob.text``). The texts of the
+alternatives are derived from their bytes, without decoding the text with each of them.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Protocol
 from runner_server.engine.types import TokenLogprob
 
 _WINDOW = 24
-"""Tokens decoded before an alternative where its bytes depend on its neighbours."""
+"""Context tokens decoded before an alternative whose bytes depend on its neighbours."""
 
 _LONGEST_CHARACTER = 4
-"""Tokens of the prompt that may hold parts of a character that goes on behind it."""
+"""Most tokens at the end of a prompt that may hold parts of an incomplete character."""
 
 
 class Decoder(Protocol):
-    """What is needed of a ``Codec``."""
+    """The part of ``Codec`` used here."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Codec.decode``."""
@@ -34,11 +34,11 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class TokenText:
-    """What a token adds to a text.
+    """Contribution of a token to a text.
 
     Attributes:
-        text: Whole characters; those that it completes are its own.
-        data: Its bytes, which may be a part of a character.
+        text: Whole characters, including one that the token completes.
+        data: Bytes of the token, which may be a part of a character.
     """
 
     text: str
@@ -46,31 +46,31 @@ class TokenText:
 
 
 class TokenTexts:
-    """Follows one text, token by token.
+    """Tracks one text, token by token.
 
     Args:
         codec: The tokenizer.
-        prompt_ids: What comes before the text.
-        end_ids: Tokens that end it, and add nothing.
+        prompt_ids: The prompt.
+        end_ids: Tokens that end the text and add nothing to it.
     """
 
     def __init__(self, codec: Decoder, prompt_ids: Sequence[int], end_ids: frozenset[int]) -> None:
         self._codec = codec
         self._end_ids = end_ids
         self._window = list(prompt_ids[-_WINDOW:])
-        # The bytes of a character that is not whole yet.
+        # Bytes of an incomplete character.
         self._unfinished = b""
-        # Characters that the completion has not shown: U+FFFD, which it may hold back.
+        # Characters that the stream has not returned yet: it may hold back U+FFFD.
         self._held = ""
         for id_ in prompt_ids[-_LONGEST_CHARACTER:]:
             self._follow(codec.token_bytes(id_) or b"")
 
     def read(self, token: TokenLogprob) -> tuple[TokenText, list[TokenText]]:
-        """Tell what the next token adds, and what the likeliest in its place would have.
+        """Return the contributions of the next token and of its likely alternatives.
 
         Args:
-            token: As the completion reports it. A text that the end of the completion brings,
-                because nothing follows, is its last token's.
+            token: The token as reported in an ``OutputDelta``. Text flushed at the end belongs
+                to the last token.
         """
         id_ = token.token_id
         data = self._bytes(id_)
@@ -93,7 +93,7 @@ class TokenTexts:
         return TokenText(self._held + _whole(self._unfinished + data)[0], data)
 
     def _follow(self, data: bytes) -> str:
-        """Take bytes that follow; returns the characters that are whole now."""
+        """Add bytes; return the characters now complete."""
         data = self._unfinished + data
         text, size = _whole(data)
         self._unfinished = data[size:]
@@ -101,12 +101,12 @@ class TokenTexts:
 
 
 def _whole(data: bytes) -> tuple[str, int]:
-    """The characters of bytes, and how many bytes they take: a character may go on later."""
+    """Decode the whole characters of bytes; return the text and its number of bytes."""
     return codecs.utf_8_decode(data, "replace")
 
 
 def _behind(before: str, text: str) -> str:
-    """What a text has behind another, as far as that is still its beginning."""
+    """Return ``text`` without its common prefix with ``before``."""
     pairs = zip(before, text, strict=False)
     same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(text)))
     return text[same:]

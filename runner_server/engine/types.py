@@ -1,7 +1,6 @@
-"""What passes between the servicer, the engine and the model adapter.
+"""Plain data exchanged by the API, the engine and the MLX backend.
 
-Plain frozen dataclasses: nothing of protobuf, nothing of MLX. Whoever holds one
-may keep it on any thread.
+Frozen dataclasses without protobuf and MLX, which any thread may keep.
 """
 
 from __future__ import annotations
@@ -10,11 +9,11 @@ import enum
 from dataclasses import dataclass, field
 
 MAX_PARALLEL = 256
-"""Most completions decoded together; the protocol states it."""
+"""Most requests decoded together, as the protocol documents."""
 
 
 class State(enum.Enum):
-    """What the engine is doing."""
+    """State of the engine; see ``State`` in the protocol."""
 
     IDLE = "idle"
     LOADING = "loading"
@@ -24,7 +23,7 @@ class State(enum.Enum):
 
 
 class Dtype(enum.Enum):
-    """In which format weights are held; see ``Dtype`` in the protocol."""
+    """Format of the weights in memory; see ``Dtype`` in the protocol."""
 
     AUTO = "auto"
     AS_STORED = "as_stored"
@@ -35,7 +34,7 @@ class Dtype(enum.Enum):
 
 
 class FinishReason(enum.Enum):
-    """Why a completion ended."""
+    """Reason for the end of a generation."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -48,13 +47,13 @@ class LoadSpec:
     Attributes:
         model: A directory, or a hub id in the local cache.
         context_length: Longest sequence in tokens; None = the model's, at most 4,096.
-        parallel: Completions decoded together.
-        dtype: How to hold the weights.
-        memory_limit_bytes: Most memory that MLX may hold; None = what all of it needs.
-        prefix_cache_bytes: Most memory for evaluated prompts that are kept; 0 = none,
-            None = one sequence, or a share of all of them.
-        memory_override: Load it even if it does not fit.
-        allow_inexact: Load it even if it cannot be computed exactly as its files say.
+        parallel: Requests decoded together.
+        dtype: Format of the weights in memory.
+        memory_limit_bytes: Most memory that MLX may hold; None = as much as the model needs.
+        prefix_cache_bytes: Byte budget of the prefix cache; 0 = none, None = one sequence, or a
+            share of the memory of all sequences.
+        memory_override: Load the model even if it does not fit.
+        allow_inexact: Load the model even if it cannot be computed exactly as its files say.
     """
 
     model: str
@@ -69,18 +68,18 @@ class LoadSpec:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A loaded model, as the protocol's ``Model`` describes it, with its limits.
+    """Description of a loaded model and its limits; see ``Model`` in the protocol.
 
     Attributes:
         max_context_length: The model's own limit, in tokens.
         context_length: The limit in force, in tokens.
-        parallel: Completions decoded together.
+        parallel: Requests decoded together.
         limit_bytes: The most memory that MLX may hold.
-        prefix_cache_bytes: Of it, the most for evaluated prompts that are kept.
-        kv_budget_bytes: Of it, the most for the KV caches of all running completions.
-        reserved_bytes: The most that the whole process may take.
-        dtype_fallback: Whether there was no memory for the format that is usual.
-        warnings: Where its answers may differ from what its files say.
+        prefix_cache_bytes: The part of it for the prefix cache.
+        kv_budget_bytes: The part of it for the KV caches of all admitted requests.
+        reserved_bytes: The most memory that the whole process may hold.
+        dtype_fallback: Whether the usual format did not fit, so that weights are as stored.
+        warnings: Where the output may differ from the model that the files describe.
     """
 
     name: str
@@ -104,15 +103,15 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; see ``CompletionOptions`` in the protocol.
+    """Sampling options; see ``CompletionOptions`` in the protocol.
 
     Attributes:
         top_k: 0 = off.
         repeat_last_n: 0 = none, -1 = all.
-        counts_output_only: Presence and frequency penalty look at all generated tokens and at no
-            others, whatever ``repeat_last_n`` is; the repeat penalty looks where that says.
-        seed: Any 64-bit number; the servicer draws one where the caller gave none.
-        logit_bias: Pairs of token id and what is added to its logit.
+        counts_output_only: Presence and frequency penalty count all generated tokens and no
+            others, regardless of ``repeat_last_n``, which the repeat penalty still follows.
+        seed: Any 64-bit number; the servicer draws one if the caller gave none.
+        logit_bias: Pairs of a token id and the number added to its logit.
         logprobs: How many likely tokens to report; None = no log probabilities.
     """
 
@@ -132,14 +131,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class CompletionSpec:
-    """A completion that has passed validation.
+    """A validated request.
 
     Attributes:
-        prompt_ids: At least one token, fewer than the context holds.
-        max_tokens: Tokens to generate at most; with the prompt they fit the context.
+        prompt_ids: At least one token, and fewer than the context holds.
+        max_tokens: Most tokens to generate; prompt and output fit the context.
         stop: Strings that end the text.
-        stop_token_ids: Tokens that end the text as the model's own end does.
-        ignore_eos: The model's own end does not end it.
+        stop_token_ids: Tokens that end the text, like the model's own end tokens.
+        ignore_eos: Go on after the model's own end tokens.
     """
 
     prompt_ids: tuple[int, ...]
@@ -152,11 +151,11 @@ class CompletionSpec:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """How likely a token was, and the likeliest at its place (id, logprob).
+    """Log probability of a token and of the likeliest alternatives, as pairs (id, logprob).
 
     Attributes:
-        text: What it added to the text, before stop strings are looked for; of those that the
-            adapter reports, not told yet.
+        text: Contribution of the token to the text, before stop strings are cut off; empty in
+            the events of a batch.
     """
 
     token_id: int
@@ -167,13 +166,13 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Prefill:
-    """The adapter evaluated a part of a row's prompt.
+    """Event: a part of a row's prompt was prefilled.
 
     Attributes:
-        row: The row's id.
-        evaluated: Tokens so far.
-        total: Tokens of the prompt.
-        cached: Of those evaluated, how many an earlier prompt had evaluated already.
+        row: Id of the row.
+        prefilled: Prompt tokens prefilled, cached ones included.
+        total: Prompt tokens in total.
+        cached: Prompt tokens taken from the prefix cache.
     """
 
     row: int
@@ -184,7 +183,7 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Token:
-    """The adapter generated a token of a row."""
+    """Event: a row generated a token."""
 
     row: int
     token_id: int
@@ -193,22 +192,22 @@ class Token:
 
 @dataclass(frozen=True)
 class NotFinite:
-    """The model's logits for the next token of a row are NaN or infinite; the row cannot go on."""
+    """Event: the logits for the next token of a row are NaN or infinite, so the row must end."""
 
     row: int
 
 
 Event = Prefill | Token | NotFinite
-"""What a step of a batch reports."""
+"""Event of a batch's step."""
 
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """How a completion ended; durations in seconds.
+    """Outcome of a generation; durations in seconds.
 
     Attributes:
         prompt_count: Tokens of the prompt.
-        cached_count: Of these, tokens that were not evaluated again.
+        cached_count: Prompt tokens taken from the prefix cache.
     """
 
     reason: FinishReason
@@ -223,14 +222,14 @@ class GenerationResult:
 
 @dataclass(frozen=True)
 class GenerationStats:
-    """What a completion has come to so far; durations in seconds, None for what has not begun.
+    """Usage and timing of a request up to now; durations in seconds.
 
     Attributes:
-        cached_count: Of the prompt's tokens, those that were not evaluated again.
-        queue_seconds: How long it has waited for a place.
-        prompt_seconds: How long its prompt has been evaluated.
-        eval_seconds: How long it has generated.
-        reason: Why it ended; None if it goes on, or did not end by itself.
+        cached_count: Prompt tokens taken from the prefix cache.
+        queue_seconds: Time in the queue.
+        prompt_seconds: Time of the prefill; None if it has not begun.
+        eval_seconds: Time since the first token; None before it.
+        reason: Reason for the end; None if the request runs, failed or was cancelled.
     """
 
     prompt_count: int
@@ -244,7 +243,7 @@ class GenerationStats:
 
 @dataclass(frozen=True)
 class OutputDelta:
-    """What a stream has for its reader."""
+    """New output of a request; a merged delta may cover several tokens."""
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
@@ -255,7 +254,7 @@ class OutputDelta:
 
 @dataclass(frozen=True)
 class MemoryCounters:
-    """What MLX holds, in bytes; evaluated prompts that are kept count as active too."""
+    """Memory of MLX in bytes; the prefix cache is part of the active bytes."""
 
     active_bytes: int = 0
     cache_bytes: int = 0
@@ -266,15 +265,15 @@ class MemoryCounters:
 
 @dataclass(frozen=True)
 class Rank:
-    """Another process that holds a part of the model.
+    """Another process with a part of the model.
 
     Attributes:
-        host: The name of its machine.
-        pid: Its process id there.
-        device: The device that computes.
-        memory: What MLX holds there.
-        process_bytes: Its resident set.
-        limit_bytes: The most its part may take; 0 while no model is loaded.
+        host: Name of the machine.
+        pid: Process id on that machine.
+        device: Device that computes.
+        memory: Memory of MLX in the process.
+        process_bytes: Resident set of the process.
+        limit_bytes: The most memory for its part; 0 while no model is loaded.
     """
 
     rank: int
@@ -288,11 +287,11 @@ class Rank:
 
 @dataclass(frozen=True)
 class EngineState:
-    """What the engine does, read without waiting for it.
+    """Snapshot of the engine.
 
     Attributes:
-        progress: 0 to 100.
-        last_progress_age: Seconds since it last moved; None when it has nothing to do.
+        progress: Progress of the load, 0 to 100.
+        last_progress_age: Seconds since the last progress; None when none is due.
     """
 
     state: State

@@ -1,4 +1,4 @@
-"""The step loop on mlx_lm's models and caches: prompts in turns, rows together."""
+"""The step of a batch on mlx_lm's models and caches: prefill of prompts, then decode of rows."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from runner_server.mlx_backend.stream_errors import recover
 MlxPrefixCache = PrefixCache[Segment, StateSnapshot]
 
 _WORTHWHILE = 32
-"""Tokens from which on it pays to stop a prompt where it leaves an earlier one's."""
+"""Fewest tokens worth a stop at the branch from an earlier prompt, for a snapshot there."""
 
 
 @dataclass(frozen=True)
 class BatchBudget:
-    """The memory that a batch may take beside the weights.
+    """Memory of a batch beside the weights.
 
     Attributes:
         budget_bytes: The most for the caches of all rows.
-        working_bytes: The most for what a chunk or a step takes meanwhile.
-        row_bytes: The caches of one row of so many tokens.
-        chunk_bytes: What evaluating so many tokens after so many others takes.
+        working_bytes: The most for the working memory of a chunk or a step.
+        row_bytes: Bytes of the caches of one row, by its tokens.
+        chunk_bytes: Bytes of working memory of a chunk, by its tokens and the tokens before.
     """
 
     budget_bytes: float = math.inf
@@ -47,13 +47,13 @@ class BatchBudget:
     chunk_bytes: Callable[[int, int], float] = field(default=lambda _tokens, _before: 0.0)
 
     def max_prompts_together(self, length: int, before: int) -> int:
-        """How many prompts may be evaluated as one.
+        """Return the most prompts to prefill in one call.
 
         Args:
-            length: Tokens of each that are evaluated.
-            before: Tokens of each that are evaluated already.
+            length: Tokens to prefill of each.
+            before: Tokens of each that are prefilled already.
         """
-        # Their caches are copied into a batch, grow there, and are copied out of it.
+        # The caches are copied into a batch, grow there, and are copied out again.
         copies = 3 * self.row_bytes(before + length)
         cost = self.chunk_bytes(length, before) + copies
         return int(min(MAX_PARALLEL, self.working_bytes / max(cost, 1)))
@@ -61,13 +61,13 @@ class BatchBudget:
 
 @dataclass(eq=False)
 class _Prompt:
-    """A row whose prompt is being evaluated, all but its last token.
+    """A row in prefill; the last token of the prompt is left to the first decode step.
 
     Attributes:
-        row: Its tokens are those evaluated so far.
+        row: The row, whose ``tokens`` are the prefilled ones.
         ids: The whole prompt.
-        cached: How many of them were taken from earlier prompts.
-        branch: Where an earlier prompt goes another way, if a stop there is of use.
+        cached: Tokens taken from the prefix cache.
+        branch: Position at which an earlier prompt diverges, if a snapshot there is useful.
     """
 
     row: Row
@@ -84,11 +84,11 @@ class _Prompt:
         return len(self.ids) - 1 - self.prefilled
 
     def lookahead(self) -> tuple[int, ...]:
-        """Its next tokens, enough to tell whether another goes the same way."""
+        """Return enough of the next tokens to compare with another prompt."""
         return tuple(self.ids[self.prefilled : self.prefilled + _WORTHWHILE])
 
     def next_chunk(self, count: int) -> list[int]:
-        """The next tokens to evaluate, at most so many, and none beyond the branch."""
+        """Return at most ``count`` next tokens, and none beyond the branch."""
         end = min(self.prefilled + count, len(self.ids) - 1)
         if self.branch is not None:
             end = min(end, self.branch)
@@ -99,17 +99,17 @@ class _Prompt:
 
 
 class MlxBatch:
-    """Evaluates prompts in turns and decodes rows together.
+    """Prefills prompts in chunks and decodes rows together.
 
     Args:
-        model: The evaluated model.
-        vocab_size: Token ids its output layer scores.
-        max_chunk: Most tokens of a prompt that are evaluated at once.
-        pieces: Cuts the caches of the model.
-        prefix_cache: Prompts evaluated before; outlives the batch.
-        clock: Seconds that pass.
+        model: The model, with its weights in memory.
+        vocab_size: Token ids that the output layer scores.
+        max_chunk: Most prompt tokens in one call.
+        pieces: Segments and snapshots of the model's caches.
+        prefix_cache: Prefilled prompts; outlives the batch.
+        clock: A monotonic clock in seconds.
         agree: See :class:`DecodeBatch`.
-        budget: The memory that it may take; without limit if None.
+        budget: The memory of the batch; None = unlimited.
     """
 
     def __init__(
@@ -139,15 +139,15 @@ class MlxBatch:
         self._decode_seconds = 0.0
 
     def add(self, row: int, prompt_ids: Sequence[int], sampling: Sampling) -> None:
-        """Begins a row; see ``Batch.add``."""
+        """Add a row; see ``Batch.add``."""
         begun = Row(row, sampling, [], prompt_ids[-1], caches=self._pieces.new())
         self._prefilling[row] = _Prompt(begun, prompt_ids)
 
     def remove(self, rows: Collection[int]) -> None:
-        """Ends rows and keeps what was evaluated for others; see ``Batch.remove``."""
+        """Remove rows and cache their prefixes; see ``Batch.remove``."""
         decoded = [row for row in self._decoding.rows if row.id in rows]
         for row in decoded if self._prefix_cache.is_enabled else ():
-            # What is read of the caches waits for the step that was begun, too.
+            # Reading the caches waits for the step under way anyway.
             self._decoding.settle(row)
             self._cache_prefix(row, self._decoding.caches_of(row))
         self._decoding.leave(decoded)
@@ -162,7 +162,7 @@ class MlxBatch:
             self._cache_prefix(row, row.caches)
 
     def preempt(self, row: int) -> None:
-        """Sets a row aside with what it holds; see ``Batch.preempt``."""
+        """Take a row out with its caches; see ``Batch.preempt``."""
         (aside,) = (each for each in self._decoding.rows if each.id == row)
         self._decoding.settle(aside)
         self._decoding.leave_with_caches(aside)
@@ -170,15 +170,15 @@ class MlxBatch:
         self._compact_to_fit(0)
 
     def resume(self, row: int) -> None:
-        """Takes a row in again; see ``Batch.resume``."""
+        """Let a preempted row join again; see ``Batch.resume``."""
         self._joining.append(self._preempted.pop(row))
 
     def step(self) -> list[Event]:
-        """Evaluates prompts for a slice of time, then decodes; see ``Batch.step``."""
+        """Prefill for a slice of time, then decode; see ``Batch.step``."""
         try:
             return self._step()
         except Exception:
-            # Among several ranks MLX might wait for those that do not make the step any more.
+            # With several ranks, MLX might wait for ranks that do not make the step.
             if self._is_single_rank:
                 recover()
             raise
@@ -195,17 +195,17 @@ class MlxBatch:
         return events
 
     def close(self) -> None:
-        """Frees everything; see ``Batch.close``."""
+        """Free everything; see ``Batch.close``."""
         self._prefilling.clear()
         self._preempted.clear()
         self._joining.clear()
         self._decoding.leave(self._decoding.rows)
 
     def _finish_decoding(self) -> float:
-        """Waits for the step that was begun, if prompts would wait for it anyway.
+        """Wait for the decode step under way, if prefill would wait anyway.
 
         Returns:
-            How long: time of decoding that is not to be taken for the prompts'.
+            The seconds waited, which count as decoding and not as prefill.
         """
         if not (self._prefilling and self._decoding.rows):
             return 0.0
@@ -214,7 +214,7 @@ class MlxBatch:
         return self._clock() - began
 
     def _expected_rows(self) -> int:
-        """Prompts that will be decoded after a chunk, as far as there is memory for them twice."""
+        """Return how many prompts end with their next chunk, limited by memory for two copies."""
         soon = sum(prompt.remaining <= self._max_chunk for prompt in self._prefilling.values())
         rows = [*self._decoding.rows, *self._joining]
         if not (soon and rows):
@@ -224,12 +224,12 @@ class MlxBatch:
         return soon if left >= soon * one else max(0, int(left / one))
 
     def _undecoded_bytes(self) -> int:
-        """Caches of rows that are not decoded: of prompts, and of rows set aside."""
+        """Return the bytes of caches outside the decode batch: of prompts and preempted rows."""
         rows = (*(prompt.row for prompt in self._prefilling.values()), *self._preempted.values())
         return sum(self._budget.row_bytes(len(row.tokens)) for row in rows)
 
     def _compact_to_fit(self, more_bytes: int) -> None:
-        """Gives back the memory of rows that have left the batch, if it is needed."""
+        """Compact the decode batch if ``more_bytes`` would exceed the budget."""
         held = self._decoding.nbytes + self._undecoded_bytes() + more_bytes
         if held > self._budget.budget_bytes and self._decoding.rows:
             self._decoding.compact()
@@ -237,7 +237,7 @@ class MlxBatch:
     # -- prompts -----------------------------------------------------------------
 
     def _prefill(self) -> list[Prefill]:
-        """Evaluates chunks of prompts until the slice is over."""
+        """Prefill chunks of prompts until the slice is over."""
         self._policy.begin_slice(
             self._decode_seconds, len(self._decoding.rows), len(self._prefilling)
         )
@@ -259,10 +259,10 @@ class MlxBatch:
         return {id_: prompt.remaining for id_, prompt in self._prefilling.items()}
 
     def _companions(self, prompt: _Prompt, count: int) -> list[_Prompt]:
-        """Prompts that are evaluated to their ends beside one: the weights are read once for all.
+        """Return further prompts to prefill in the same call, which reads the weights once.
 
-        They stand where it stands and go different branches from there: what they share is
-        better evaluated once.
+        Each is at the same position as ``prompt`` and is prefilled to its end. Prompts that
+        continue alike are left out: their common tokens are cheaper to prefill once.
         """
         length = prompt.remaining
         most = min(self._policy.token_capacity, ROWS_TOGETHER * self._max_chunk) // max(1, length)
@@ -284,7 +284,7 @@ class MlxBatch:
         return found
 
     def _reuse(self, prompt: _Prompt) -> None:
-        """Takes over what other prompts have evaluated by now, if that is more."""
+        """Restore the caches of a longer prefix from the prefix cache, if there is one by now."""
         beginning = prompt.ids[:-1]
         match = self._prefix_cache.match(beginning)
         prompt.branch = None
@@ -293,13 +293,13 @@ class MlxBatch:
             prompt.row.caches = self._pieces.restore(segments, snapshot or [])
             prompt.cached += count - prompt.prefilled
             prompt.row.tokens = list(prompt.ids[:count])
-        # A later prompt that begins so far like this one can then begin there.
+        # A later prompt with the same prefix can then reuse the snapshot at its end.
         gain = match.common - match.usable
         if self._pieces.needs_snapshot and gain >= _WORTHWHILE and match.common > prompt.prefilled:
             prompt.branch = match.common
 
     def _prefill_chunks(self, prompts: Sequence[_Prompt], count: int) -> None:
-        """Evaluates the next tokens of prompts; of several, all."""
+        """Prefill the next tokens of a prompt, or the rest of several prompts."""
         chunks = [prompt.next_chunk(count) for prompt in prompts]
         total = sum(map(len, chunks))
         if not total:
@@ -317,11 +317,11 @@ class MlxBatch:
                 self._cache_prefix(prompt.row, prompt.row.caches)
 
     def _cache_prefix(self, row: Row, caches: Caches) -> None:
-        """Keeps what a row has evaluated, and its caches hold, for prompts that begin like it."""
+        """Insert the tokens and caches of a row into the prefix cache."""
         if not (self._prefix_cache.is_enabled and row.tokens):
             return
         if not row.is_finite:
-            # Ranks hold other parts of it, and must keep the same prompts.
+            # Each rank sees a part of the values, and all must keep the same prompts.
             is_sound = self._pieces.is_finite if self._is_single_rank else _never
             self._prefix_cache.forget(row.tokens, is_sound)
             return
