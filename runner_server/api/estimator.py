@@ -18,7 +18,7 @@ from runner_common.memory.need_query import (
     NeedUnknownError,
     ask_need,
 )
-from runner_server.engine.request_registry import stopping_fault
+from runner_server.engine.faults import stopping_fault
 from runner_server.engine.types import Dtype, LoadSpec
 from runner_server.errors import (
     GenerationFailed,

@@ -14,6 +14,7 @@ from typing import Any
 from runner_common.units import format_bytes
 from runner_server.engine.backend import ModelHandle
 from runner_server.engine.commands import Load, ModelCommand
+from runner_server.engine.faults import exiting_fault, stopping_fault
 from runner_server.engine.generation_request import GenerationRequest, RequestStatus
 from runner_server.engine.heartbeat import Heartbeat
 from runner_server.engine.retry_estimate import RetryEstimate
@@ -24,7 +25,6 @@ from runner_server.errors import (
     ModelNotLoaded,
     QueueFull,
     RunnerFault,
-    ShuttingDown,
 )
 
 _MAX_ERROR_CHARS = 512
@@ -238,13 +238,3 @@ def _require_memory(model: ModelHandle, request: GenerationRequest) -> None:
             requiredBytes=need,
             availableBytes=budget,
         )
-
-
-def stopping_fault() -> ShuttingDown:
-    """Return the fault of calls while the process stops."""
-    return ShuttingDown("the runner is stopping; use another")
-
-
-def exiting_fault() -> ShuttingDown:
-    """Return the fault of new calls once the engine is dead."""
-    return ShuttingDown("the engine has failed and the runner is exiting; use another")

@@ -28,21 +28,19 @@ from runner_server.engine.commands import (
     Trim,
     Unload,
 )
-from runner_server.engine.generation_request import GenerationRequest, RequestStatus
-from runner_server.engine.output import OutputChannel, WakeupCoalescer
-from runner_server.engine.request_registry import (
-    RequestRegistry,
+from runner_server.engine.faults import (
     exiting_fault,
+    load_fault,
+    not_finite_fault,
+    step_fault,
     stopping_fault,
 )
+from runner_server.engine.generation_request import GenerationRequest, RequestStatus
+from runner_server.engine.output import OutputChannel, WakeupCoalescer
+from runner_server.engine.request_registry import RequestRegistry
 from runner_server.engine.scheduler import Scheduler
 from runner_server.engine.types import Event, LoadSpec, ModelInfo, NotFinite, Prefill
-from runner_server.errors import (
-    GenerationFailed,
-    RunnerFault,
-    ShuttingDown,
-    not_finite_advice,
-)
+from runner_server.errors import GenerationFailed, RunnerFault, ShuttingDown
 
 _T = TypeVar("_T")
 
@@ -251,7 +249,7 @@ class EngineThread:
         if request is None:
             return None
         if isinstance(event, NotFinite):
-            self._fail([request], self._not_finite(request))
+            self._fail_not_finite(request)
             return request.id
         self._updated.append(request.stream)
         if isinstance(event, Prefill):
@@ -267,18 +265,6 @@ class EngineThread:
         self._registry.remove(request, request.running_seconds(result))
         return request.id
 
-    def _not_finite(self, request: GenerationRequest) -> GenerationFailed:
-        """Return, and log, the fault of a request whose logits are not finite."""
-        dtype = self._model.info.dtype if self._model else ""
-        fault = GenerationFailed(
-            f"the model's logits are not finite (NaN or infinity) after {request.length} "
-            f"tokens, so there is no next token; its weights are held as {dtype}: "
-            f"{not_finite_advice(dtype)}"
-        )
-        self._registry.note_error("a completion failed: logits are not finite")
-        logger.error("row %d failed: %s", request.id, fault)
-        return fault
-
     def _publish(self) -> None:
         """Schedule the wakeup of readers with new output."""
         if self._updated or self._urgent:
@@ -288,16 +274,17 @@ class EngineThread:
     def _recover(self, error: Exception) -> None:
         """Fail the requests of the batch; raise if too many steps in a row have failed."""
         self._failed_steps += 1
-        name = type(error).__name__
-        self._registry.note_error(f"a step failed: {name}")
+        self._registry.note_error(f"a step failed: {type(error).__name__}")
         logger.error("step failed with %d rows", len(self._scheduler.admitted), exc_info=error)
-        fault = GenerationFailed(
-            f"MLX raised {name} in a step of this batch; the runner's log has the traceback; the "
-            "request may be retried"
-        )
-        self._fail([*self._scheduler.admitted.values()], fault)
+        self._fail([*self._scheduler.admitted.values()], step_fault(error))
         if self._failed_steps >= _MAX_FAILED_STEPS:
             raise RuntimeError(f"{self._failed_steps} steps in a row failed") from error
+
+    def _fail_not_finite(self, request: GenerationRequest) -> None:
+        fault = not_finite_fault(request.length, self._model.info.dtype if self._model else "")
+        self._registry.note_error("a completion failed: logits are not finite")
+        logger.error("row %d failed: %s", request.id, fault)
+        self._fail([request], fault)
 
     def _fail(self, requests: list[GenerationRequest], fault: RunnerFault) -> None:
         for request in requests:
@@ -345,7 +332,7 @@ class EngineThread:
         except BackendLost:
             raise
         except Exception as error:  # noqa: BLE001 - a model that fails must not end the process
-            fault = _load_fault(spec, error)
+            fault = load_fault(spec, error)
             self._registry.note_error(f"load of {spec.model!r} failed: {fault}")
             self._free_model()
             raise fault from None
@@ -357,7 +344,7 @@ class EngineThread:
         try:
             self._backend.check(spec)
         except Exception as error:  # noqa: BLE001 - as for a load
-            fault = _load_fault(spec, error)
+            fault = load_fault(spec, error)
             self._registry.note_error(f"load of {spec.model!r} failed: {fault}")
             raise fault from None
 
@@ -411,19 +398,3 @@ class EngineThread:
 
 def _model_handle(model: LoadedModel) -> ModelHandle:
     return ModelHandle(model.info, model.codec, model.kv_bytes)
-
-
-def _load_fault(spec: LoadSpec, error: Exception) -> RunnerFault:
-    """Log why a load failed, and drop the tracebacks, which keep arrays alive."""
-    if isinstance(error, RunnerFault):
-        fault = error
-        # Quoted, because a caller could forge log lines with line breaks.
-        logger.warning("load of %r failed: %s", spec.model, fault)
-    else:
-        logger.error("load of %r failed", spec.model, exc_info=error)
-        fault = GenerationFailed(
-            f"loading {spec.model!r} raised {type(error).__name__}; the runner's log has the "
-            "traceback"
-        )
-    fault.__cause__ = fault.__context__ = fault.__traceback__ = error.__traceback__ = None
-    return fault

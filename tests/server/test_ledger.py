@@ -8,7 +8,8 @@ from functools import partial
 import pytest
 
 from runner_server.engine.commands import Load, Unload
-from runner_server.engine.request_registry import RequestRegistry, stopping_fault
+from runner_server.engine.faults import stopping_fault
+from runner_server.engine.request_registry import RequestRegistry
 from runner_server.engine.types import LoadSpec, State
 from runner_server.errors import Busy, ShuttingDown
 

@@ -1,0 +1,58 @@
+"""Faults that the engine raises or hands to its callers."""
+
+from __future__ import annotations
+
+import logging
+
+from runner_server.engine.types import LoadSpec
+from runner_server.errors import GenerationFailed, RunnerFault, ShuttingDown, not_finite_advice
+
+logger = logging.getLogger(__name__)
+
+
+def stopping_fault() -> ShuttingDown:
+    """Return the fault of calls while the process stops."""
+    return ShuttingDown("the runner is stopping; use another")
+
+
+def exiting_fault() -> ShuttingDown:
+    """Return the fault of new calls once the engine is dead."""
+    return ShuttingDown("the engine has failed and the runner is exiting; use another")
+
+
+def step_fault(error: Exception) -> GenerationFailed:
+    """Return the fault of the requests of a batch whose step raised."""
+    return GenerationFailed(
+        f"MLX raised {type(error).__name__} in a step of this batch; the runner's log has the "
+        "traceback; the request may be retried"
+    )
+
+
+def not_finite_fault(length: int, dtype: str) -> GenerationFailed:
+    """Return the fault of a request whose logits are not finite.
+
+    Args:
+        length: Tokens of the sequence.
+        dtype: Format of the weights in memory.
+    """
+    return GenerationFailed(
+        f"the model's logits are not finite (NaN or infinity) after {length} "
+        f"tokens, so there is no next token; its weights are held as {dtype}: "
+        f"{not_finite_advice(dtype)}"
+    )
+
+
+def load_fault(spec: LoadSpec, error: Exception) -> RunnerFault:
+    """Log why a load failed, and drop the tracebacks, which keep arrays alive."""
+    if isinstance(error, RunnerFault):
+        fault = error
+        # Quoted, because a caller could forge log lines with line breaks.
+        logger.warning("load of %r failed: %s", spec.model, fault)
+    else:
+        logger.error("load of %r failed", spec.model, exc_info=error)
+        fault = GenerationFailed(
+            f"loading {spec.model!r} raised {type(error).__name__}; the runner's log has the "
+            "traceback"
+        )
+    fault.__cause__ = fault.__context__ = fault.__traceback__ = error.__traceback__ = None
+    return fault
