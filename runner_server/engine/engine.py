@@ -24,6 +24,7 @@ from runner_server.engine.commands import (
     Unload,
 )
 from runner_server.engine.generation_request import GenerationRequest, RequestStatus
+from runner_server.engine.output import call_on_loop
 from runner_server.engine.request_registry import RequestRegistry
 from runner_server.engine.thread import EngineThread
 from runner_server.engine.types import (
@@ -64,7 +65,7 @@ class Engine:
 
     def _run(self) -> None:
         self._engine_thread.run()
-        self._loop.call_soon_threadsafe(self._ended.set)
+        call_on_loop(self._loop, self._ended.set)
 
     @property
     def device(self) -> str:

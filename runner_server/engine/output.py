@@ -160,7 +160,7 @@ class WakeupCoalescer:
             if not is_new:
                 return
             self._is_notified = True
-        self._loop.call_soon_threadsafe(self._on_notified)
+        call_on_loop(self._loop, self._on_notified)
 
     def _on_notified(self) -> None:
         with self._lock:
@@ -182,6 +182,18 @@ class WakeupCoalescer:
         self._last_wakeup = self._loop.time()
         for channel in pending:
             channel.wake()
+
+
+def call_on_loop(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:
+    """Call a function on an event loop. No-op once the loop is closed.
+
+    A process that gives up on a hanging engine's thread closes the loop before the thread ends.
+    """
+    try:
+        loop.call_soon_threadsafe(call)
+    except RuntimeError:
+        if not loop.is_closed():
+            raise
 
 
 def _merge_seconds(streams: int) -> float:

@@ -36,7 +36,7 @@ from runner_server.engine.faults import (
     stopping_fault,
 )
 from runner_server.engine.generation_request import GenerationRequest, RequestStatus
-from runner_server.engine.output import OutputChannel, WakeupCoalescer
+from runner_server.engine.output import OutputChannel, WakeupCoalescer, call_on_loop
 from runner_server.engine.request_registry import RequestRegistry
 from runner_server.engine.scheduler import Scheduler
 from runner_server.engine.types import Event, LoadSpec, ModelInfo, NotFinite, Prefill
@@ -388,7 +388,7 @@ class EngineThread:
         self._fail(self._registry.die(text), fault)
         self._publish()
         self._registry.fail_commands(refusal)
-        self._loop.call_soon_threadsafe(self._on_death)
+        call_on_loop(self._loop, self._on_death)
         self._batch = self._model = None
         try:
             self._backend.close()

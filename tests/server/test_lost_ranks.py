@@ -15,8 +15,9 @@ from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.app import EXIT_ENGINE_DEAD, RunnerApp
 from runner_server.config import ServerConfig
 from runner_server.engine.backend import BackendLost
+from runner_server.engine.engine import Engine
 from runner_server.engine.generation_request import GenerationRequest, RequestStatus
-from runner_server.engine.types import MemoryCounters, Rank
+from runner_server.engine.types import CompletionSpec, LoadSpec, MemoryCounters, Rank
 from runner_server.errors import RunnerFault
 from support.fakes import DEADLINE_SECONDS, FakeBackend
 from support.harness import LIMITS, Server, eventually, failure
@@ -127,6 +128,27 @@ async def test_requests_of_a_lost_rank_are_failed_on_the_engine_thread(
     assert threads == ["engine"] * 6
     assert {request.status for request in requests} == {RequestStatus.FINISHED}
     assert not first.app.engine._registry._requests
+
+
+def test_an_engine_thread_that_outlives_the_event_loop_ends_quietly() -> None:
+    backend = FakeBackend()
+
+    async def lose() -> Engine:
+        engine = Engine(backend, max_queued=5, on_death=lambda: None)
+        engine.start()
+        load = engine.load(LoadSpec("m"))
+        await asyncio.wrap_future(load.future)
+        backend.step_gate.shut()
+        engine.submit(engine.model(), CompletionSpec((1,), 5))
+        await asyncio.to_thread(backend.step_gate.wait_arrival)
+        engine.lose("the engine has stood still")
+        assert await engine.wait_ended(0)
+        return engine
+
+    engine = asyncio.run(lose())
+    backend.step_gate.open()
+    engine._thread.join(DEADLINE_SECONDS)
+    assert backend.calls[-1] == ("close", "engine")
 
 
 async def test_a_lost_rank_ends_a_load(first: Server, other: FakeRanks) -> None:
