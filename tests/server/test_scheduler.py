@@ -1,4 +1,4 @@
-"""Who is seated next, and what must fit."""
+"""Who is admitted next, and what must fit."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ def _preempt(request: GenerationRequest) -> None:
     request.preempt()
 
 
-def _seat_all(scheduler: Scheduler, model: FakeModel) -> list[GenerationRequest]:
-    seated = []
+def _admit_all(scheduler: Scheduler, model: FakeModel) -> list[GenerationRequest]:
+    admitted = []
     while completion := scheduler.next(model):
-        seated.append(completion)
-    return seated
+        admitted.append(completion)
+    return admitted
 
 
 def test_in_order_as_many_as_there_are_places() -> None:
     scheduler, model = Scheduler(), _model(parallel=3)
     completions = _waiting(scheduler, *[10] * 5)
-    assert _seat_all(scheduler, model) == completions[:3]
+    assert _admit_all(scheduler, model) == completions[:3]
     assert not scheduler.has_next(model)
     assert scheduler.remove(completions[1])
     assert scheduler.has_next(model)
-    assert _seat_all(scheduler, model) == [completions[3]]
+    assert _admit_all(scheduler, model) == [completions[3]]
     assert list(scheduler.waiting) == completions[4:]
 
 
@@ -62,17 +62,17 @@ def test_a_batch_is_as_wide_as_its_longest_row() -> None:
     for budget, fitting in ((120, 2), (119, 1)):
         scheduler, model = Scheduler(), _model(budget_tokens=budget)
         completions = _waiting(scheduler, 60, 10)
-        assert _seat_all(scheduler, model) == completions[:fitting]
+        assert _admit_all(scheduler, model) == completions[:fitting]
 
 
 def test_nobody_overtakes_one_that_does_not_fit() -> None:
     scheduler, model = Scheduler(), _model(budget_tokens=100)
     first, large, small = _waiting(scheduler, 50, 60, 10)
-    assert _seat_all(scheduler, model) == [first]
+    assert _admit_all(scheduler, model) == [first]
     scheduler.remove(first)
-    assert _seat_all(scheduler, model) == [large]
+    assert _admit_all(scheduler, model) == [large]
     scheduler.remove(large)
-    assert _seat_all(scheduler, model) == [small]
+    assert _admit_all(scheduler, model) == [small]
 
 
 def test_one_that_is_set_aside_gives_its_place_and_keeps_what_it_holds() -> None:
@@ -84,16 +84,16 @@ def test_one_that_is_set_aside_gives_its_place_and_keeps_what_it_holds() -> None
         aside.on_token(Token(aside.id, 97))
     _preempt(aside)
     assert aside.length == 5
-    assert _seat_all(scheduler, model) == [fitting]
+    assert _admit_all(scheduler, model) == [fitting]
     scheduler.remove(fitting)
     assert not scheduler.has_next(model)
     scheduler.remove(large)
     (small,) = _waiting(scheduler, 50)
-    assert _seat_all(scheduler, model) == [small]
+    assert _admit_all(scheduler, model) == [small]
     scheduler.mark_resumable(aside.id)
     assert not scheduler.has_next(model)
     scheduler.remove(small)
-    assert _seat_all(scheduler, model) == [aside]
+    assert _admit_all(scheduler, model) == [aside]
 
 
 def test_one_that_returns_goes_before_those_that_wait() -> None:
@@ -128,7 +128,7 @@ def test_one_that_returns_to_an_empty_batch_always_may() -> None:
     """It holds its memory already; and nobody else could make room for it."""
     scheduler, model = Scheduler(), _model(budget_tokens=100)
     one, other = _waiting(scheduler, 50, 50)
-    _seat_all(scheduler, model)
+    _admit_all(scheduler, model)
     _preempt(one)
     _preempt(other)
     smaller = _model(budget_tokens=60)
@@ -154,7 +154,7 @@ def test_reading_on_after_the_end_is_nothing() -> None:
 def test_one_is_taken_out_wherever_it_is(where: str) -> None:
     scheduler, model = Scheduler(), _model()
     others = _waiting(scheduler, 10, 10)
-    _seat_all(scheduler, model)
+    _admit_all(scheduler, model)
     completion = _completion()
     if where != "nowhere":
         scheduler.waiting.append(completion)
@@ -175,7 +175,7 @@ def test_one_is_taken_out_wherever_it_is(where: str) -> None:
 def test_cleared_it_has_none() -> None:
     scheduler, model = Scheduler(), _model(parallel=3)
     completions = _waiting(scheduler, *[10] * 5)
-    _seat_all(scheduler, model)
+    _admit_all(scheduler, model)
     _preempt(completions[0])
     _preempt(completions[1])
     scheduler.mark_resumable(completions[1].id)
@@ -209,7 +209,7 @@ def test_the_memory_of_all_that_have_begun_fits(
             _preempt(running[number % len(running)])
         elif kind == "resume" and preempted:
             scheduler.mark_resumable(preempted[number % len(preempted)].id)
-        begun += [one for one in _seat_all(scheduler, model) if one not in begun]
+        begun += [one for one in _admit_all(scheduler, model) if one not in begun]
         _check(scheduler, model)
     assert begun == came[: len(begun)]
 
