@@ -1,1 +1,1 @@
-"""The parts of mlx_lm that this project uses, and how they are imported."""
+"""The names used from mlx_lm, and how mlx_lm is imported."""

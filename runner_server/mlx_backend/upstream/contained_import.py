@@ -1,4 +1,4 @@
-"""Keeps what a library does while it is imported from the process around it."""
+"""Shields the process from the side effects of importing a library."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ logger = logging.getLogger(__name__)
 
 
 class LibraryExitError(Exception):
-    """A library has asked the process to end."""
+    """A library called ``sys.exit`` during import."""
 
 
 @contextmanager
 def contained(what: str) -> Iterator[None]:
-    """Log what a library prints on standard output, and keep it from ending the process.
+    """Log the output of a library during import, and turn ``sys.exit`` into an exception.
 
-    mlx_lm's module for OLMo prints advice and calls ``sys.exit`` where a package is missing;
-    standard output is for the ready line, or for an estimate.
+    mlx_lm's module for OLMo prints advice and calls ``sys.exit`` where a package is missing.
+    Standard output is reserved for the ready line, or for an estimate.
 
     Args:
-        what: Whose code runs, for the message.
+        what: The library's name, for the log and the error.
 
     Raises:
-        LibraryExitError: It called ``sys.exit``; with what it had printed.
+        LibraryExitError: The library called ``sys.exit``. Includes the text that it printed.
     """
     printed = io.StringIO()
     try:

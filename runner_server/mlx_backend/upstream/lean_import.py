@@ -1,11 +1,10 @@
-"""Imports the part of mlx_lm that builds models, without what it has for other uses.
+"""Imports the model-building part of mlx_lm without the heavy dependencies.
 
-``mlx_lm.utils`` imports transformers for tokenizers and huggingface_hub for
-downloads, and so does the package's ``__init__``: 1.3 s of a start, for two
-functions that loading a model from a directory never calls. Here both modules are
-imported when one of those functions is called, and ``__init__`` runs when a name of
-the package itself is asked for. Nothing of mlx_lm is changed or left out:
-whoever imports its other modules gets all of them.
+``mlx_lm.utils`` imports transformers for tokenizers and huggingface_hub for downloads, and so does
+``mlx_lm/__init__.py``. That costs 1.3 s at startup, for two functions that are not called when a
+model is loaded from a directory. This module defers both imports to the first call of those
+functions, and defers ``__init__`` to the first access to a name of the package. mlx_lm itself is
+not changed: its other modules import as usual.
 """
 
 from __future__ import annotations
@@ -25,10 +24,25 @@ _HUB = "huggingface_hub"
 
 
 def import_lean(name: str) -> ModuleType:
-    """Imports a module of mlx_lm as ``importlib.import_module`` does, but lighter.
+    """Import a module of mlx_lm like ``importlib.import_module``, but faster.
+
+    For ``import_lean("mlx_lm.utils")``:
+
+    1. ``sys.modules`` gets a lazy ``mlx_lm``, whose ``__init__`` has not run, and placeholders for
+       ``mlx_lm.tokenizer_utils`` and ``huggingface_hub``, which define only the names that
+       ``mlx_lm.utils`` takes from them.
+    2. ``mlx_lm.utils`` is imported. Its ``from .tokenizer_utils import load`` finds the
+       placeholder, so transformers is not imported.
+    3. The placeholders are removed from ``sys.modules``. The lazy ``mlx_lm`` stays, and runs
+       ``__init__`` on the first access to, say, ``mlx_lm.generate``.
+    4. ``mlx_lm.utils`` keeps the placeholder's function. Each call imports the real module, if it
+       has not been imported yet, and calls the real function.
+
+    If step 2 raises ``ImportError``, because a release of mlx_lm takes other names from those
+    modules, mlx_lm is imported as usual. So is every module once the real ``__init__`` has run.
 
     Raises:
-        ImportError: It cannot be imported at all.
+        ImportError: The module cannot be imported as usual either.
     """
     if _PACKAGE in sys.modules and not _is_lazy(sys.modules[_PACKAGE]):
         return importlib.import_module(name)
@@ -36,17 +50,19 @@ def import_lean(name: str) -> ModuleType:
         with _stand_ins():
             return importlib.import_module(name)
     except ImportError:
-        # A release that takes other names from those modules; it starts slower.
+        # This release takes other names from the placeholders: import everything.
         _forget_package()
         return importlib.import_module(name)
 
 
 def forget_modules(package: str, kept: Collection[str]) -> None:
-    """Drop a package's modules, so that their memory comes back; they can be imported again.
+    """Drop a package's submodules from ``sys.modules`` to free their memory.
+
+    They can be imported again.
 
     Args:
-        package: The package, which stays itself.
-        kept: Names of modules that stay too.
+        package: The package, which stays imported.
+        kept: Names of submodules that stay imported too.
     """
     for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
         if name not in kept:
@@ -56,7 +72,7 @@ def forget_modules(package: str, kept: Collection[str]) -> None:
 
 @contextmanager
 def _stand_ins() -> Iterator[None]:
-    """While it is open, the modules that are not needed stand in ``sys.modules`` as shells."""
+    """Put placeholders for the unneeded modules into ``sys.modules`` while the context is open."""
     sys.modules.setdefault(_PACKAGE, _lazy_package(_PACKAGE))
     shells = {_TOKENIZERS: _tokenizers_shell(), _HUB: _hub_shell()}
     placed = {name: shell for name, shell in shells.items() if name not in sys.modules}
@@ -84,11 +100,11 @@ def _hub_shell() -> ModuleType:
 
 
 def _resource_shell() -> ModuleType:
-    """Return ``resource`` without its way to change limits.
+    """Return a copy of ``resource`` whose ``setrlimit`` does nothing.
 
-    ``mlx_lm.utils`` sets that of open files to 2,048, at most 4,096, when it is imported. That
-    raises where the process may not raise its limit (``ulimit -n 256``), and lowers it where it
-    was higher, for a server that has a file for each connection.
+    ``mlx_lm.utils`` sets the limit of open files to 2,048, at most 4,096, when it is imported. That
+    raises where the process may not raise the limit (``ulimit -n 256``), and lowers a higher limit
+    of a server that needs a file descriptor for each connection.
     """
     shell = ModuleType(resource.__name__)
     vars(shell).update(vars(resource), setrlimit=lambda *_limits: None)
@@ -96,7 +112,7 @@ def _resource_shell() -> ModuleType:
 
 
 def _deferred(module: str, name: str) -> Callable[..., Any]:
-    """A function whose module is imported when it is called."""
+    """Return a stand-in for a function of a module imported at the first call."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return getattr(importlib.import_module(module), name)(*args, **kwargs)
@@ -105,9 +121,9 @@ def _deferred(module: str, name: str) -> Callable[..., Any]:
 
 
 def _lazy_package(name: str) -> ModuleType:
-    """A package whose ``__init__`` runs when a name that it defines is asked for.
+    """Return a package whose ``__init__`` runs at the first access to one of its names.
 
-    ``importlib.util.LazyLoader`` would run it at the import of any submodule.
+    ``importlib.util.LazyLoader`` would run ``__init__`` at the import of any submodule.
     """
     spec = importlib.util.find_spec(name)
     if spec is None or spec.loader is None:

@@ -1,4 +1,4 @@
-"""Every name this project takes from mlx_lm, in one place. Tested with 0.32.2."""
+"""The only module with imports from mlx_lm. Tested with 0.32.2."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ get_classes = vars(_utils)["_get_classes"]
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """A model as mlx_lm built it, with lazy weights.
+    """A model built by mlx_lm, with lazy weights.
 
     Attributes:
         model: The model.
-        config: Its configuration, with what mlx_lm added about quantization.
-        arguments: The keys of a configuration that its classes take.
+        config: Its configuration, including mlx_lm's additions about quantization.
+        arguments: The configuration keys that the model's classes accept.
     """
 
     model: Any
@@ -46,11 +46,11 @@ class BuiltModel:
 
 
 class _Library:
-    """``mlx.core`` with another function for files.
+    """A proxy of ``mlx.core`` with another ``load``.
 
     Args:
-        library: What all other names are taken from.
-        load: In place of ``load``.
+        library: The module that provides all other names.
+        load: The replacement for ``load``.
     """
 
     def __init__(self, library: Any, load: Callable[[str], Mapping[str, Any]]) -> None:
@@ -67,13 +67,13 @@ def build_model(
     weight_files: Sequence[Path],
     load: Callable[[str], Mapping[str, Any]],
 ) -> BuiltModel:
-    """Call mlx_lm's ``load_model``, which leaves all weights lazy.
+    """Build a model with mlx_lm's ``load_model``, leaving the weights lazy.
 
     Args:
         path: The model's directory.
-        config: Its configuration, in place of the one that mlx_lm would read.
-        weight_files: Its weight files, in place of those that mlx_lm would find.
-        load: Returns the arrays of a weight file; mlx_lm calls it in place of ``mx.load``.
+        config: The configuration to use instead of the one in the directory.
+        weight_files: The weight files to use instead of those that mlx_lm would find.
+        load: Returns the arrays of a weight file; replaces ``mx.load``.
     """
     taken: set[str] = set()
     names = {
@@ -89,7 +89,7 @@ def build_model(
 
 @contextmanager
 def _replaced(names: Mapping[str, object]) -> Iterator[None]:
-    """Let mlx_lm's loading find other things under some names."""
+    """Replace some global names of ``mlx_lm.utils`` while the context is open."""
     space = vars(_utils)
     kept = {name: space[name] for name in names}
     space.update(names)
@@ -101,7 +101,7 @@ def _replaced(names: Mapping[str, object]) -> Iterator[None]:
 
 @contextmanager
 def _recorded_arguments(taken: set[str]) -> Iterator[None]:
-    """Note which keys the classes of arguments take that are made from a dictionary."""
+    """Record the keys accepted by each argument class built from a dictionary."""
     kept = vars(_base.BaseModelArgs)["from_dict"]
 
     def from_dict(cls: Any, params: Mapping[str, Any]) -> Any:
@@ -132,7 +132,7 @@ def _field_names(arguments: Any) -> set[str]:
 
 
 def default_end_ids(config: dict[str, Any]) -> list[int]:
-    """Return the end-of-text ids that mlx_lm has for a model whose own files name none."""
+    """Return mlx_lm's default end-of-text ids for a model whose files name none."""
     try:
         with contained("mlx_lm"):
             model_class, _ = get_classes(config)
