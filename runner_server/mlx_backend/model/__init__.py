@@ -1,1 +1,1 @@
-"""Checks and corrections of a model that mlx_lm has built."""
+"""Checks and corrections of models built by mlx_lm."""

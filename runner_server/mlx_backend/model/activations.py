@@ -1,4 +1,4 @@
-"""Whether a model computes the activation that its configuration names."""
+"""Comparison of a model's activation with the one named in the configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from runner_server.mlx_backend.upstream.names import BuiltModel
 
-# In this order: Gemma's first files name an activation in hidden_act that was never used.
+# In this order: early Gemma files name an activation in hidden_act that was never used.
 _KEYS = ("hidden_activation", "hidden_act", "activation_function")
 
 _SAME = {
@@ -25,10 +25,10 @@ _SAME = {
     "swiglu": "silu",
     "swish": "silu",
 }
-"""Names of transformers, by the function they stand for."""
+"""transformers' activation names, mapped to the function they stand for."""
 
 _GELUS = {"gelu": "gelu", "gelu_tanh": "gelu_approx"}
-"""Both kinds of GELU, by what ``mlx.nn`` calls them."""
+"""The two kinds of GELU, mapped to their names in ``mlx.nn``."""
 
 _IN_SOURCE = {
     "gelu": r"\bgelu\(|\b_?precise_gelu\b",
@@ -37,14 +37,14 @@ _IN_SOURCE = {
     "relu2": r"\brelu2\b|\brelu_squared\b",
     "silu": r"\bsilu\b|\b_?swiglu\b|\bSwiGLU\b",
 }
-"""How each is called in the modules of mlx_lm, which have it written into their layers."""
+"""How each activation is called in mlx_lm's modules, where it is hard-coded in the layers."""
 
 
 def ignored_activation(text: Mapping[str, Any], built: BuiltModel) -> Iterator[str]:
-    """Yield what is wrong if a model does not compute the activation it is said to have.
+    """Yield a problem if a model does not compute the activation named in the configuration.
 
     Args:
-        text: The part of its configuration that describes the language model.
+        text: The language model's part of the configuration.
         built: The model.
     """
     key = _key(text, built)
@@ -53,7 +53,7 @@ def ignored_activation(text: Mapping[str, Any], built: BuiltModel) -> Iterator[s
     name, source = text[key], written_in(built)
     wanted = _SAME.get(name) if isinstance(name, str) else None
     if wanted is None:
-        # Names of a type's own ("gegelu", "xielu") are those of its only activation.
+        # Type-specific names ("gegelu", "xielu") stand for that type's only activation.
         if not isinstance(name, str) or name not in source:
             yield f"{key} = {name!r} in config.json is not an activation that mlx_lm has here"
         return
@@ -63,18 +63,18 @@ def ignored_activation(text: Mapping[str, Any], built: BuiltModel) -> Iterator[s
 
 
 def written_in(built: BuiltModel) -> str:
-    """Return the source of the modules that a model's layers are written in."""
+    """Return the source of the modules defining a model's layers."""
     return "\n".join(map(inspect.getsource, _modules(built)))
 
 
 def use_named_gelu(text: Mapping[str, Any], built: BuiltModel) -> None:
-    """Have a model compute GELU exactly or by its approximation, as its configuration says.
+    """Make a model compute the configured kind of GELU, exact or approximate.
 
-    mlx_lm has one of the two written into the layers of a type: GPT-NeoX is said to have the
-    exact one, StarCoder2 and Gemma the approximation, and 0.32.2 computes the other.
+    mlx_lm hard-codes one of the two in each type's layers. GPT-NeoX is specified with the exact
+    one, StarCoder2 and Gemma with the approximation, and 0.32.2 computes the other.
 
     Args:
-        text: The part of its configuration that describes the language model.
+        text: The language model's part of the configuration.
         built: The model.
     """
     key = _key(text, built)
@@ -87,11 +87,11 @@ def use_named_gelu(text: Mapping[str, Any], built: BuiltModel) -> None:
 
 
 class _Gelu:
-    """``mlx.nn`` with one function under both names of GELU.
+    """A proxy of ``mlx.nn`` with the same function under both names of GELU.
 
     Args:
         plain: ``mlx.nn`` itself.
-        kind: One of ``_GELUS``.
+        kind: A key of ``_GELUS``.
     """
 
     def __init__(self, plain: ModuleType, kind: str) -> None:
@@ -103,14 +103,14 @@ class _Gelu:
 
 
 def _key(text: Mapping[str, Any], built: BuiltModel) -> str | None:
-    """Return the setting that names the activation, unless the model's class goes by it."""
+    """Return the key naming the activation; None if the model's class already applies the key."""
     key = next((key for key in _KEYS if text.get(key) is not None), None)
-    # Nemotron's class takes it, and does not look at it.
+    # Nemotron's class accepts the key and ignores it.
     is_read = key in built.arguments and re.search(rf"\.{key}\b", written_in(built))
     return None if is_read else key
 
 
 def _modules(built: BuiltModel) -> list[ModuleType]:
-    """Return the modules that the model's layers are written in."""
+    """Return the mlx_lm modules defining a model's layers."""
     names = {type(module).__module__ for module in built.model.modules()}
     return [sys.modules[name] for name in sorted(names) if name.startswith("mlx_lm.models.")]

@@ -1,4 +1,4 @@
-"""Changes the format of lazy weights; they are converted as they are read."""
+"""Casts lazy weights to another dtype. MLX converts each weight after reading."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _WIDE_EXPERTS = (
 
 
 class _WideSwitchLinear(SwitchLinear):  # type: ignore[misc]
-    """Experts whose weights are float32 in a model of 16 bits.
+    """An expert layer with float32 weights in a 16-bit model.
 
-    MLX's CPU backend has the gathered product in float32 only ("[GatherMM::eval] Currently only
-    supports float32"), and widens inputs where one of the two is float32.
+    MLX's CPU backend implements the gathered matrix product for float32 only ("[GatherMM::eval]
+    Currently only supports float32"), and widens the inputs if either one is float32.
     """
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
@@ -29,13 +29,14 @@ class _WideSwitchLinear(SwitchLinear):  # type: ignore[misc]
 
 
 def cast_weights(model: Module, dtype: mx.Dtype) -> None:
-    """Convert floating-point weights, but for those that must stay as wide as they are stored.
+    """Cast floating-point weights, respecting the model's list of exceptions.
 
-    Types of models say which (``cast_predicate``): router biases, decays of recurrent states.
+    Model classes name the exceptions (``cast_predicate``): router biases, decays of recurrent
+    states.
 
     Args:
-        model: With lazy weights, none of them quantized.
-        dtype: The format that is wanted.
+        model: A model with lazy weights, none of them quantized.
+        dtype: The dtype to cast to.
     """
     may_cast = getattr(model, "cast_predicate", None)
     if may_cast is None or dtype == mx.float32:
@@ -50,7 +51,7 @@ def cast_weights(model: Module, dtype: mx.Dtype) -> None:
 
 
 def widen_experts(model: Module) -> None:
-    """Hold experts of 16 bits as float32, for a device that cannot compute with them otherwise."""
+    """Hold 16-bit experts as float32, for devices without a 16-bit gathered product."""
     for _, module in model.named_modules():
         if type(module) is SwitchLinear and module["weight"].dtype != mx.float32:
             module.weight = module["weight"].astype(mx.float32)
@@ -58,7 +59,7 @@ def widen_experts(model: Module) -> None:
 
 
 def casting_notes(model: Module) -> list[str]:
-    """Return what is held in another format than was asked for, in words."""
+    """Return a note if some weights have another dtype than requested."""
     if not any(type(module) is _WideSwitchLinear for _, module in model.named_modules()):
         return []
     return [_WIDE_EXPERTS]

@@ -1,8 +1,9 @@
-"""Where a model cannot be computed as its files say.
+"""Finds differences between a model's files and the computation in mlx_lm.
 
-mlx_lm takes the settings that it knows by name, drops the others, and drops tensors that a class
-does not use. Where a setting changes numbers, or a tensor is a weight, the answers are another
-model's. Such a model is refused with what would be left out, unless the caller allows it.
+mlx_lm takes the settings that it knows by name, and drops the others; it also drops tensors that a
+class does not use. Where a dropped setting changes numbers, or a dropped tensor is a weight, the
+answers are another model's. Such a model is refused with a list of the differences, unless the
+caller allows them.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ Neutral = Callable[[Any, Mapping[str, Any]], bool]
 
 @dataclass(frozen=True)
 class Difference:
-    """Something that the files say and the model does not do.
+    """Something specified by a model's files and not computed by mlx_lm.
 
     Attributes:
-        text: What it is, in words.
-        harmless_tokens: Up to this length of a sequence it makes no difference; 0: it always does.
+        text: A description of the difference.
+        harmless_tokens: The longest sequence, in tokens, that the difference does not affect; 0 if
+            it affects all sequences.
     """
 
     text: str
@@ -40,10 +42,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Exactness:
-    """How far a model's answers are what its files say.
+    """The known differences between a built model and the model's files.
 
     Attributes:
-        differences: What is known to be left out.
+        differences: The known differences.
         length: The longest sequence that is exact, in tokens; None if all are.
     """
 
@@ -51,14 +53,14 @@ class Exactness:
 
     @property
     def length(self) -> int | None:
-        """The longest sequence for which nothing makes a difference; None without a limit."""
+        """The longest sequence not affected by any difference; None without a limit."""
         return min((each.harmless_tokens for each in self.differences), default=None)
 
     def require(self, path: object, *, allow: bool) -> None:
-        """Refuse a model with differences that no length avoids.
+        """Refuse a model with differences affecting sequences of every length.
 
         Raises:
-            ModelUnsupported: There are some, and they are not allowed.
+            ModelUnsupported: There are such differences, and they are not allowed.
         """
         always = [each.text for each in self.differences if not each.harmless_tokens]
         if always and not allow:
@@ -69,7 +71,7 @@ class Exactness:
             )
 
     def warnings(self, context_length: int) -> tuple[str, ...]:
-        """Return what is to be said of a model that is loaded with so long a context."""
+        """Return the warnings for a model loaded with a given context length."""
         return tuple(self._warning(each, context_length) for each in self.differences)
 
     @staticmethod
@@ -85,12 +87,12 @@ class Exactness:
 def compare(
     directory: ModelDirectory, built: BuiltModel, unused: Iterable[str]
 ) -> tuple[Difference, ...]:
-    """Compare what a model's files say with what was built from them.
+    """Compare a model's files with the built model.
 
     Args:
         directory: The model's files.
         built: The model.
-        unused: Names of stored tensors that nothing of it comes from.
+        unused: Names of stored tensors that the model does not use.
     """
     config, longest = directory.configuration.values, directory.configuration.context_length
     found = (
@@ -116,7 +118,7 @@ def _ignored_settings(config: Mapping[str, Any], built: BuiltModel) -> Iterator[
 
 
 def _unknown_layers(text: Mapping[str, Any], built: BuiltModel) -> Iterator[Difference]:
-    """Yield the kinds of layers that a class is told of and has not."""
+    """Yield kinds of layers listed in the configuration and missing from the model's class."""
     kinds = text.get("layer_types") if "layer_types" in built.arguments else None
     if "layer_types" in text and not _has_pattern(text, built):
         yield Difference(
@@ -132,7 +134,10 @@ def _unknown_layers(text: Mapping[str, Any], built: BuiltModel) -> Iterator[Diff
 
 
 def _has_pattern(text: Mapping[str, Any], built: BuiltModel) -> bool:
-    """Return whether a class that counts its layers has the kinds that its configuration lists."""
+    """Return whether the class builds the kinds of layers listed in the configuration.
+
+    Some classes take no list, and make every Nth layer global.
+    """
     kinds, every = text["layer_types"], text.get("sliding_window_pattern")
     if "layer_types" in built.arguments or "sliding_window_pattern" not in built.arguments:
         return True
@@ -143,7 +148,7 @@ def _has_pattern(text: Mapping[str, Any], built: BuiltModel) -> bool:
 
 
 def _limited_settings(text: Mapping[str, Any], built: BuiltModel) -> Iterator[Difference]:
-    """Yield what makes no difference in short sequences."""
+    """Yield differences without an effect on short sequences."""
     if window := _ignored_window(text, built):
         yield Difference(
             f"sliding_window = {window} in config.json has no effect in mlx_lm", window
@@ -157,14 +162,14 @@ def _limited_settings(text: Mapping[str, Any], built: BuiltModel) -> Iterator[Di
 
 
 def _known_faults(text: Mapping[str, Any]) -> Iterator[Difference]:
-    """Yield where mlx_lm 0.32.2 computes something else than transformers, found by comparing."""
+    """Yield known differences between mlx_lm 0.32.2 and transformers, found by comparison."""
     model_type = text.get("model_type")
     if model_type in ("deepseek_v2", "qwen2_moe") and text.get("norm_topk_prob"):
         yield Difference(
             f"norm_topk_prob in config.json has no effect in mlx_lm for {model_type!r} models"
         )
     if model_type == "bailing_moe" and text.get("num_experts_per_tok") == 1:
-        # Allowed or not: it would take the process with it.
+        # Not a Difference, which could be allowed: this one would end the process.
         raise ValueError("mlx_lm's routing of bailing_moe ends the process with one expert a token")
     if model_type == "jamba" and (text.get("num_experts") or 1) > 1:
         yield Difference(
@@ -174,7 +179,7 @@ def _known_faults(text: Mapping[str, Any]) -> Iterator[Difference]:
 
 
 def _ignored_window(text: Mapping[str, Any], built: BuiltModel) -> int:
-    """Return the window that attention should have and has not; 0 if there is none."""
+    """Return the attention window if configured and not applied; otherwise 0."""
     window = text.get("sliding_window")
     if not isinstance(window, int) or isinstance(window, bool) or window <= 0:
         return 0
@@ -190,7 +195,7 @@ def _ignored_window(text: Mapping[str, Any], built: BuiltModel) -> int:
 
 
 def _is_below_windows(text: Mapping[str, Any]) -> bool:
-    """Return whether windows begin behind the last layer."""
+    """Return whether the first layer with a window comes after the last layer."""
     first = text.get("max_window_layers", _MAX_WINDOW_LAYERS)
     layers = text.get("num_hidden_layers")
     has_first = text.get("model_type") in ("qwen2", "qwen3")
@@ -198,23 +203,23 @@ def _is_below_windows(text: Mapping[str, Any]) -> bool:
 
 
 def _has_window(built: BuiltModel) -> bool:
-    """Return whether a model that takes a window uses it: llama's class does for named layers."""
+    """Return whether a model applies an accepted window. Llama's class needs named layers."""
     inner = getattr(built.model, "model", built.model)
     kinds = getattr(inner, "layer_types", None)
     return not isinstance(kinds, list) or "sliding_attention" in kinds
 
 
 _MAX_WINDOW_LAYERS = 28
-"""Layers without a window of a Qwen model that does not say how many, as in transformers."""
+"""Default number of layers without a window in Qwen models, as in transformers."""
 
 _FROM_LENGTH = {
     "attention_chunk_size": "attention_chunk_size",
     "attn_temperature_tuning": "floor_scale",
 }
-"""Settings of Llama 4, and where the length stands from which they change numbers."""
+"""Llama 4's settings that only affect long sequences, mapped to the key with that length."""
 
 _WINDOW_OFF = frozenset(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"))
-"""Types that use their window only where ``use_sliding_window`` says so."""
+"""Model types that apply their window only if ``use_sliding_window`` is set."""
 
 
 def _is(*neutral: object) -> Neutral:
@@ -227,12 +232,12 @@ def _is_head_scale(value: Any, text: Mapping[str, Any]) -> bool:
 
 
 def _is_final_cap(value: Any, text: Mapping[str, Any]) -> bool:
-    # mlx_lm has this one written into nanochat's class.
+    # Hard-coded in mlx_lm's nanochat.
     return not value or (text.get("model_type") == "nanochat" and value == 15)
 
 
 def _is_interval(value: Any, text: Mapping[str, Any]) -> bool:
-    # mlx_lm has this one written into Llama 4's class.
+    # Hard-coded in mlx_lm's Llama 4.
     return not value or (str(text.get("model_type")).startswith("llama4") and value == 4)
 
 
@@ -275,13 +280,13 @@ _NUMBERS: dict[str, Neutral] = {
     "use_alibi": _is(0),
     "use_bidirectional_attention": _is(0),
 }
-"""Settings that change numbers, and whether a value of theirs changes none."""
+"""Settings that change numbers, with a predicate for values that have no effect."""
 
 _DROPPABLE = re.compile(
-    # Tables that are computed again.
+    # Tables that are recomputed.
     r"(inv_freq|cos_cached|sin_cached|position_ids|num_batches_tracked|embed_scale)$"
     r"|(^|\.)rope\.freqs$|\.(attn|attention)\.(bias|masked_bias)$"
-    # Layers that guess tokens ahead.
+    # Layers for multi-token prediction.
     r"|(^|\.)(mtp\w*|nextn\w*|eagle\w*)\."
     # Scales of 8-bit caches and activations, which are held in more bits here.
     r"|\.([qkv]|kv|prob|attn)_scale$|\.(input|activation)_scale\w*$|weight_shape$"
@@ -305,12 +310,12 @@ def _is_droppable(name: str, layers: object) -> bool:
     if _DROPPABLE.search(name) or is_beside_text(name):
         return True
     layer = _LAYER.search(name)
-    # Behind the last layer: some types keep those that guess tokens ahead there.
+    # After the last layer, some types store layers for multi-token prediction.
     return bool(layer and isinstance(layers, int) and int(layer[1]) >= layers)
 
 
 def _misread_types(directory: ModelDirectory, model: Module) -> Iterator[Difference]:
-    """Tell of 8-bit floats that stay the integers that MLX reads them as."""
+    """Yield 8-bit floats left as integers, the type in which MLX reads the file."""
     if not any(stored.tensor.dtype.startswith("F8") for stored in directory.tensors.values()):
         return
     for name, value in cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters())):
@@ -323,7 +328,7 @@ def _misread_types(directory: ModelDirectory, model: Module) -> Iterator[Differe
 
 
 def _whole_numbers(model: Module) -> Iterator[Difference]:
-    """Tell of weights that are stored as whole numbers, without scales to make sense of them."""
+    """Yield weights stored as integers without scales."""
     for path, module in model.named_modules():
         if any("scale" in name for name in module):
             continue

@@ -1,8 +1,8 @@
-"""Rotary embeddings of a built model: held against its configuration, and corrected.
+"""Checks and corrections of a model's rotary embeddings.
 
-mlx_lm 0.32.2 computes the frequencies of LongRoPE for long sequences only, and takes no
-``attention_factor`` and no ``truncate`` of YaRN. The formulas are those of
-``modeling_rope_utils.py`` of transformers.
+mlx_lm 0.32.2 computes LongRoPE frequencies for long sequences only, and ignores YaRN's
+``attention_factor`` and ``truncate``. The formulas are those of transformers'
+``modeling_rope_utils.py``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SHARES = frozenset(
         "rotary_pct",
     )
 )
-"""Names under which a class takes how much of a head is rotated."""
+"""Keys under which a class accepts the fraction of a head that is rotated."""
 
 _CLASSES = {
     "deepseek_yarn": ("Yarn",),
@@ -42,14 +42,14 @@ _CLASSES = {
     "telechat3-yarn": ("Yarn",),
     "yarn": ("Yarn",),
 }
-"""Parts of the names of classes that compute a kind of scaling; others have no class."""
+"""Parts of the class names that implement a kind of scaling; other kinds have no class."""
 
 
 def ignored_rope(text: Mapping[str, Any], built: BuiltModel) -> Iterator[str]:
-    """Yield the settings of rotary embeddings that a model does not use.
+    """Yield the rotary settings ignored by a model.
 
     Args:
-        text: The part of its configuration that describes the language model.
+        text: The language model's part of the configuration.
         built: The model.
     """
     taken = built.arguments
@@ -78,7 +78,7 @@ def ignored_rope(text: Mapping[str, Any], built: BuiltModel) -> Iterator[str]:
 
 
 def _ignored_kinds(text: Mapping[str, Any]) -> Iterator[str]:
-    """Yield parameters for kinds of attention that mlx_lm has no rotary embeddings for."""
+    """Yield parameters for kinds of attention without rotary embeddings in mlx_lm."""
     for kind, rope in (text.get("rope_parameters") or {}).items():
         if not isinstance(rope, Mapping) or kind == "full_attention":
             continue
@@ -89,7 +89,7 @@ def _ignored_kinds(text: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _lacking_kinds(text: Mapping[str, Any]) -> Iterator[str]:
-    """Yield parameters without a kind of attention, for a type that looks for them by kind."""
+    """Yield parameters without a kind of attention, for types with parameters by kind."""
     rope = text.get("rope_parameters") or {}
     if any(isinstance(value, Mapping) for value in rope.values()):
         return
@@ -99,7 +99,7 @@ def _lacking_kinds(text: Mapping[str, Any]) -> Iterator[str]:
 
 
 def exact_length(text: Mapping[str, Any]) -> int | None:
-    """Return the longest sequence for which short factors of LongRoPE count; None for others."""
+    """Return the longest sequence using LongRoPE's short factors; None for other kinds."""
     scaling = text.get("rope_scaling")
     if rope_kind(scaling) not in ("longrope", "su") or not isinstance(scaling, Mapping):
         return None
@@ -111,12 +111,12 @@ def exact_length(text: Mapping[str, Any]) -> int | None:
 def settle_rope(
     model: Module, text: Mapping[str, Any], taken: frozenset[str], context_length: int
 ) -> None:
-    """Correct the rotary embeddings of a model for the context that it is loaded with.
+    """Correct a model's rotary embeddings for the context length in force.
 
     Args:
         model: The model.
-        text: The part of its configuration that describes the language model.
-        taken: The keys of it that the model's classes take.
+        text: The language model's part of the configuration.
+        taken: The configuration keys that the model's classes accept.
         context_length: The longest sequence, in tokens.
     """
     scaling = text.get("rope_scaling")
@@ -134,11 +134,11 @@ def settle_rope(
 
 
 def _unused_share(text: Mapping[str, Any], taken: frozenset[str]) -> float | None:
-    """Return how much of a head is to be rotated, where a class does not go by it."""
+    """Return the configured fraction of a head to rotate, if ignored by the model's classes."""
     share: float | None
     if kinds := _kinds(text):
         shares = [each.get("partial_rotary_factor", 1) for each in kinds]
-        # A class that takes parameters by kind of attention takes the share of each.
+        # A class that takes parameters by kind of attention applies the fraction of each.
         share = None if "rope_parameters" in taken else min(shares)
     else:
         share = text.get("partial_rotary_factor", text.get("rotary_pct"))
@@ -146,13 +146,13 @@ def _unused_share(text: Mapping[str, Any], taken: frozenset[str]) -> float | Non
 
 
 def _kinds(text: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the parameters of each kind of attention; none where all have the same."""
+    """Return the parameters of each kind of attention; empty if common to every kind."""
     rope = text.get("rope_parameters") or {}
     return [each for each in rope.values() if isinstance(each, Mapping)]
 
 
 def _can_share(model: Module, text: Mapping[str, Any]) -> bool:
-    """Return whether all rotary embeddings can be told how much of a head they rotate."""
+    """Return whether :func:`settle_rope` can set the rotated fraction in every embedding."""
     if _kinds(text):
         return False
     ropes = [module for module in model.modules() if _is_rope(module)]
@@ -173,7 +173,7 @@ def _is_scaled(scaling: Mapping[str, Any], built: BuiltModel) -> bool:
     if not is_known and not re.search(rf"['\"]{re.escape(kind)}['\"]", written_in(built)):
         return False
     ropes = [module for module in built.model.modules() if _is_rope(module)]
-    if not ropes:  # computed in the layers themselves
+    if not ropes:  # computed by the layers themselves
         return True
     if kind == "linear":
         return any(not isinstance(rope, RoPE) or rope.scale != 1 for rope in ropes)
@@ -204,7 +204,7 @@ def _settle_yarn(rope: Any, scaling: Mapping[str, Any], text: Mapping[str, Any])
 
 
 def _yarn_frequencies(dims: int, scaling: Mapping[str, Any], base: float) -> mx.array:
-    """Return wavelengths over 2 pi, shape ``(dims / 2,)``, with bounds that are not rounded."""
+    """Return wavelengths over 2 pi, shape ``(dims / 2,)``, without rounding YaRN's bounds."""
     original = scaling["original_max_position_embeddings"]
 
     def dimension(rotations: float) -> float:
