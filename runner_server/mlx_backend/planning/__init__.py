@@ -1,1 +1,1 @@
-"""The memory plan of a load, made before weights are read."""
+"""The memory plan of a load, computed before any weights are read."""

@@ -1,8 +1,8 @@
-"""Memory that the arrays of a computation take while MLX evaluates it, without evaluating it.
+"""Computes the memory of intermediate arrays from a trace, without evaluation.
 
-A function is traced with ``mx.export_function``, which gives its primitives with the shapes
-and formats of their results and computes nothing. The primitives are then put in the order in
-which MLX evaluates them, and the bytes that live at each of them are added up.
+``mx.export_function`` traces a function: it reports the primitives with the shapes and dtypes of
+their results, and computes nothing. This module puts the primitives in MLX's evaluation order, and
+adds up the bytes that are live at each one.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _VIEWS = frozenset(
         *("Squeeze", "StopGradient", "Transpose", "View"),
     )
 )
-"""Primitives whose results lie in the memory of their first input."""
+"""Primitives whose results share the memory of their first input."""
 
 _RESHAPES = frozenset(("Contiguous", "Flatten", "Reshape", "Unflatten"))
-"""Views of an input that is contiguous, copies of one that is not."""
+"""Views of a contiguous input, copies of any other input."""
 
 _SCATTERED = frozenset(("AsStrided", "Broadcast", "BroadcastAxes", "Slice", "Split", "Transpose"))
-"""Views that are not contiguous any more."""
+"""Views that are not contiguous."""
 
 _UPDATES = frozenset(("DynamicSliceUpdate", "SliceUpdate"))
-"""Written into the memory of their first input, unless something else still needs that."""
+"""Primitives that write into the memory of their first input, unless another reader needs it."""
 
 _FRESH = frozenset(
     (
@@ -41,10 +41,10 @@ _FRESH = frozenset(
         *("Scatter", "ScatterAxis", "SegmentedMM", "Sort"),
     )
 )
-"""Primitives whose results are never written over an input. All others are element-wise."""
+"""Primitives that always allocate their results. All others are element-wise."""
 
 _WIDTH = 20
-"""How many arrays MLX has under way before it goes deeper (``MLX_BFS_MAX_WIDTH``)."""
+"""Number of pending arrays at which MLX goes depth first (``MLX_BFS_MAX_WIDTH``)."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class _Node:
 
 
 class _Trace:
-    """The primitives of a function, and the sizes of their results.
+    """The primitives of a function, and the sizes of the results.
 
     Attributes:
-        sizes: Bytes of each array by name.
-        nodes: The primitive that each array comes from; none for inputs and constants.
-        results: What the function returns.
+        sizes: Bytes of each array, by name.
+        nodes: The primitive that produces each array; inputs and constants have none.
+        results: Names of the arrays that the function returns.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class _Trace:
         self.results: list[str] = []
 
     def __call__(self, event: dict[str, Any]) -> None:
-        """Take what ``mx.export_function`` tells."""
+        """Record an event reported by ``mx.export_function``."""
         if event["type"] == "outputs":
             self.results = [name for name, _, _ in event["outputs"]]
         elif event["type"] == "primitive":
@@ -86,13 +86,13 @@ class _Trace:
 
 
 def transient_bytes(function: Callable[..., Sequence[mx.array]], inputs: Sequence[mx.array]) -> int:
-    """Return the most that the intermediate arrays of a computation take together.
+    """Return the peak memory of a computation's intermediate arrays.
 
-    Inputs and results are not counted, nor what is written into them in place.
+    Inputs and results are not counted, and neither are in-place writes into them.
 
     Args:
-        function: Returns the arrays that are evaluated.
-        inputs: What it is called with; need not be evaluated, and is not.
+        function: Returns the arrays to evaluate.
+        inputs: Arguments of the function. They are not evaluated.
     """
     trace = _Trace()
     with _exportable():
@@ -102,7 +102,7 @@ def transient_bytes(function: Callable[..., Sequence[mx.array]], inputs: Sequenc
 
 @contextmanager
 def _exportable() -> Iterator[None]:
-    """Replace the one operation that MLX cannot export by another that copies too."""
+    """Replace the one operation MLX cannot export with a different copy."""
     contiguous = mx.contiguous
     mx.contiguous = _copied
     try:
@@ -124,10 +124,10 @@ def _peak(trace: _Trace) -> int:
 
 
 class _Memory:
-    """The memory of a trace while its primitives are evaluated one after the other.
+    """The live memory of a trace as MLX evaluates one primitive after another.
 
-    Several arrays may lie in one buffer. A buffer is free when the last primitive that reads
-    any of them has been evaluated.
+    Several arrays may share a buffer. A buffer is freed when the last primitive that reads any of
+    those arrays has been evaluated.
     """
 
     def __init__(self, trace: _Trace, order: Sequence[_Node]) -> None:
@@ -143,7 +143,7 @@ class _Memory:
         self.peak = 0
 
     def evaluate(self, node: _Node) -> None:
-        """Give a primitive's results memory, and free what it read for the last time."""
+        """Allocate a primitive's results, then free the inputs read for the last time."""
         for index, name in enumerate(node.outputs):
             self._place(node, name, index)
         self.peak = max(self.peak, self._live)
@@ -166,7 +166,7 @@ class _Memory:
         self._users[self._buffer[name]] += 1
 
     def _source(self, node: _Node, name: str, index: int) -> str | None:
-        """Return the input in whose memory a result lies; None for memory of its own."""
+        """Return the input sharing memory with a result; None for a new buffer."""
         if not node.inputs:
             return None
         first = node.inputs[0]
@@ -182,7 +182,7 @@ class _Memory:
         return self._donor(node, name) if index == 0 else None
 
     def _donor(self, node: _Node, name: str) -> str | None:
-        """Return an input of the same size that nothing needs after an element-wise primitive."""
+        """Return an input of the same size with no reader after this element-wise primitive."""
         for candidate in node.inputs:
             buffer = self._buffer.get(candidate)
             if (
@@ -204,7 +204,7 @@ class _Memory:
             self._live -= self._bytes.pop(buffer, 0)
 
     def _result_buffers(self, order: Sequence[_Node]) -> set[str]:
-        """Return the arrays whose memory is that of a result, which is not counted."""
+        """Return the arrays sharing memory with a result, which is not counted."""
         kept = set(self._trace.results)
         for node in reversed(order):
             if node.kind in _UPDATES | _VIEWS | _RESHAPES and kept.intersection(node.outputs):
@@ -215,7 +215,8 @@ class _Memory:
 def _evaluation_order(trace: _Trace) -> Iterable[_Node]:
     """Yield primitives in the order of MLX's ``eval_impl`` (mlx/transforms.cpp, 0.32).
 
-    From the results down, breadth first with a limit on the width; then backwards.
+    MLX walks from the results to the inputs, breadth first up to a maximum width, and then
+    evaluates the tape backwards.
     """
     degree = _degrees(trace)
     tape: list[str] = []
@@ -242,7 +243,7 @@ def _evaluation_order(trace: _Trace) -> Iterable[_Node]:
 
 
 def _visit(trace: _Trace, name: str, degree: dict[str, int], tape: list[str]) -> None:
-    """Put an array on the tape when the last of its readers has asked for it."""
+    """Put an array on the tape at the visit of the last reader."""
     if name not in degree:
         return
     siblings = trace.nodes[name].outputs
@@ -259,7 +260,7 @@ def _inputs(trace: _Trace, name: str | None) -> Sequence[str]:
 
 
 def _degrees(trace: _Trace) -> dict[str, int]:
-    """Count how often each array is read; an array and its siblings count together."""
+    """Count the readers of each array; outputs of the same primitive share a count."""
     degree: dict[str, int] = {}
     todo: list[str | None] = [None]
     while todo:

@@ -1,4 +1,4 @@
-"""How much a model's caches take, asked of the model itself."""
+"""Determines the memory of a model's caches by running the model on lazy arrays."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _GROWTH_TOKENS = 64
 
 @dataclass(frozen=True)
 class CacheShape:
-    """How one cache grows with the sequence.
+    """Growth of one layer's cache with the sequence.
 
     Attributes:
-        token_bytes: What one token takes.
-        step: Tokens it grows by.
-        window: Tokens it holds at most; None for the whole sequence.
-        fixed_bytes: What it takes whatever the length: a recurrent state.
+        token_bytes: Bytes of one token.
+        step: Number of tokens by which the cache grows.
+        window: Maximum number of tokens held; None for the whole sequence.
+        fixed_bytes: Bytes that do not depend on the length: a recurrent state.
     """
 
     token_bytes: int = 0
@@ -32,7 +32,7 @@ class CacheShape:
     fixed_bytes: int = 0
 
     def held_bytes(self, tokens: int) -> int:
-        """Bytes for one sequence of ``tokens``."""
+        """Return the bytes of one sequence of ``tokens``."""
         held = -(-tokens // self.step) * self.step
         if self.window:
             held = min(held, self.window)
@@ -41,49 +41,49 @@ class CacheShape:
 
 @dataclass(frozen=True)
 class Probe:
-    """What one token through the unread model shows. Holds no arrays of it.
+    """The results of passing one token through the unread model. Holds no arrays.
 
     Attributes:
-        vocab_size: Token ids the output layer scores.
-        caches: The caches of its layers.
+        vocab_size: Number of token ids scored by the output layer.
+        caches: The shapes of the layers' caches.
     """
 
     vocab_size: int
     caches: tuple[CacheShape, ...]
 
     def kv_bytes(self, tokens: int) -> int:
-        """Bytes of all layers' caches for one sequence."""
+        """Return the bytes of the caches for one sequence, over every layer."""
         return sum(cache.held_bytes(tokens) for cache in self.caches)
 
     def largest_layer_bytes(self, tokens: int) -> int:
-        """Bytes of the largest layer's cache for one sequence."""
+        """Return the bytes of the largest layer's cache for one sequence."""
         return max((cache.held_bytes(tokens) for cache in self.caches), default=0)
 
     @property
     def step_bytes(self) -> int:
-        """Bytes by which the caches of one sequence grow at a time."""
+        """Bytes by which one sequence's caches grow at a time."""
         return sum(cache.step * cache.token_bytes for cache in self.caches)
 
 
 def probe(model: Module, prefill_chunk: int) -> Probe:
-    """Puts one token through a model without evaluating anything.
+    """Pass one token through a model without evaluating anything.
+
+    Lazy arrays know their shapes, so this takes no memory and reads no weights. They also keep
+    alive everything that they would be computed from, so none may outlive this call: a load would
+    keep each source tensor beside its converted copy.
 
     Args:
-        model: With lazy weights.
-        prefill_chunk: Most tokens of a prompt that are evaluated at once.
-
-    Lazy arrays know their shapes, so this costs no memory and reads no weights. They
-    also hold everything they would be computed from, so none may outlive this call: a
-    load would keep each source tensor beside its converted copy.
+        model: A model with lazy weights.
+        prefill_chunk: Maximum number of prompt tokens in one prefill chunk.
 
     Raises:
-        ModelUnsupported: It cannot be run on this device.
+        ModelUnsupported: The model cannot run on this device.
     """
     caches = make_prompt_cache(model)
     try:
         logits = model(mx.zeros((1, 1), dtype=mx.int32), cache=caches)
     except Exception as error:
-        # Some layers call Metal kernels, and have no other way.
+        # Some layers call Metal kernels and have no other implementation.
         raise ModelUnsupported(
             f"mlx_lm cannot run this kind of model on this device ({type(error).__name__}: {error})"
         ) from error
@@ -94,16 +94,19 @@ def probe(model: Module, prefill_chunk: int) -> Probe:
 
 
 def _is_own(cache: Any) -> bool:
-    """Whether a type of model brings it along: mlx_lm's have one of these."""
+    """Return whether the model's own module defines a cache's class.
+
+    mlx_lm's cache classes have one of these attributes.
+    """
     return not any(hasattr(cache, name) for name in ("keys", "caches", "cache"))
 
 
 def _with_growth(
     model: Module, caches: list[Any], shapes: list[CacheShape], own: list[int]
 ) -> list[CacheShape]:
-    """Measure how much caches of unknown kind grow for each token, if their sizes are all known.
+    """Measure the bytes per token of caches of unknown classes.
 
-    As if all of them kept growing so, which counts windows too high.
+    Growth is assumed to be linear, which overestimates windows.
     """
     before = {place: int(caches[place].nbytes) for place in own}
     model(mx.zeros((1, _GROWTH_TOKENS), dtype=mx.int32), cache=caches)
@@ -127,6 +130,6 @@ def _shapes(caches: list[Any], prefill_chunk: int) -> Iterator[CacheShape]:
             yield CacheShape(
                 token_bytes=(keys.nbytes + cache.values.nbytes) // keys.shape[2],
                 step=cache.step,
-                # A chunk of a prompt comes in before what has left the window goes.
+                # A chunk is appended before the tokens that left the window are dropped.
                 window=window + prefill_chunk if window else None,
             )

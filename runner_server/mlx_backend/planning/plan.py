@@ -1,7 +1,8 @@
-"""What a load decides before it reads any weights: limits, and the memory they need.
+"""Decides the limits of a load, and computes the memory needed, before any weights are read.
 
-The one formula for what a model takes: a load admits and limits by it, and the estimates of
-the client and of the ``Estimate`` rpc are its result (:mod:`runner_server.mlx_backend.estimating`).
+This is the only formula for a model's memory. A load uses it for admission and limits, and the
+estimates of the client and of the ``Estimate`` rpc are its result
+(:mod:`runner_server.mlx_backend.estimating`).
 """
 
 from __future__ import annotations
@@ -35,33 +36,35 @@ from runner_server.mlx_backend.planning.working_memory import (
 _MIB = 1 << 20
 
 PREFILL_CHUNK = {"cpu": 128, "gpu": 1024}
-"""Most tokens of a prompt that are evaluated at once: it bounds the memory that takes."""
+"""Maximum number of prompt tokens in one prefill chunk, which bounds the chunk's memory."""
 
 ROWS_TOGETHER = 4
-"""Chunks of prompts that may be evaluated as one, where their memory allows."""
+"""Maximum number of prefill chunks computed in one call, memory permitting."""
 
 _BUFFER_CACHE_BYTES = {"cpu": (4 * _MIB, 32 * _MIB), "gpu": (64 * _MIB, 1024 * _MIB)}
-"""Least and most that MLX keeps of freed buffers. On a CPU 32 MiB is MLX's own limit; more only
-grew the process in a soak, because the C heap reuses pieces of other sizes and MLX does not."""
+"""Minimum and maximum of the freed buffers that MLX keeps. On a CPU 32 MiB is MLX's own limit; more
+only grew the process in a soak test, because the C heap reuses blocks of other sizes and MLX does
+not."""
 
 _PREFIX_SHARE = 4
-"""The default prefix cache holds one sequence, or one part in so many of all sequences."""
+"""The default prefix cache holds one sequence, or a quarter of the memory of all sequences."""
 
 _READ_TOGETHER_BYTES = 64 * _MIB
-"""Sources that are there at once: of 32 MiB of weights, and up to twice as large."""
+"""Source tensors alive at the same time: those of 32 MiB of weights, up to twice as wide."""
 
 _TOGETHER_BYTES = 64 * _MIB
-"""Memory that prompts may take to be evaluated together, and a 32nd of the weights on top."""
+"""Memory for prefilling several prompts in one call; a 32nd of the weights is added."""
 
 _WORKING_SLACK = 1.15
-"""Measured peaks of MLX were up to 1.17 times the traced figure with ``set_memory_limit`` at it."""
+"""MLX's measured peaks were up to 1.17 times the traced bytes with ``set_memory_limit`` at that
+size."""
 
 _PROCESS_BYTES = 94 * _MIB
-"""Of a server with a tiny model: Python, gRPC, MLX and their heaps. 70 to 80 MiB for most types,
-15 more where MLX compiles kernels that are not in its cache yet."""
+"""A server with a tiny model: Python, gRPC, MLX and their heaps. 70 to 80 MiB for most types,
+15 more where MLX compiles kernels that are not cached yet."""
 
 _STREAM_BYTES = _MIB // 4
-"""Of the process, for each sequence: messages, token lists, thread stacks."""
+"""Process memory per sequence: messages, token lists, thread stacks."""
 
 _IMPORTED_BYTES = {"transformers": 75 * _MIB, "numpy": 20 * _MIB}
 """Memory of packages that only some models need: transformers for a tokenizer (it imports NumPy
@@ -70,18 +73,21 @@ itself), NumPy 2.4 (16 MiB) for mlx_lm's modules of plamo, dbrx and gpt_bigcode.
 
 @dataclass(frozen=True)
 class Plan:
-    """What a load has decided before it reads any weights; see ``ModelInfo``.
+    """The decisions of a load before reading weights; see ``ModelInfo``.
 
     Attributes:
-        dtype: The format of the weights; never AUTO.
+        dtype: The dtype of the weights; never AUTO.
         probe: The shapes of the model's caches.
-        need: The memory that it all takes.
-        kv_budget_bytes: The most for the KV caches of all running completions.
-        buffer_cache_bytes: The most that MLX keeps of freed buffers.
-        token_bytes: What each token of a chunk takes while it is evaluated.
-        pair_bytes: The same for each pair of it and a token that it sees.
-        parallel: Completions decoded together; 1 where the model does not take more.
-        warnings: Where the model's answers may differ from what its files say.
+        max_context_length: The longest sequence that the model supports, in tokens.
+        context_length: The longest sequence of this load, in tokens.
+        parallel: Maximum number of requests decoded together; 1 if the model does not support
+            batches.
+        need: The memory needed, by purpose.
+        kv_budget_bytes: Maximum for the KV caches of all running requests.
+        buffer_cache_bytes: Maximum of freed buffers that MLX keeps.
+        token_bytes: Working memory per token of a prefill chunk.
+        pair_bytes: Working memory per pair of a token and a token that it attends to.
+        warnings: Differences between the model's answers and what its files specify.
     """
 
     dtype: Dtype
@@ -97,30 +103,30 @@ class Plan:
     warnings: tuple[str, ...] = ()
 
     def chunk_bytes(self, tokens: int, before: int) -> float:
-        """What evaluating so many tokens of a prompt after so many others takes."""
+        """Return the working memory for prefilling ``tokens`` tokens after ``before`` others."""
         return tokens * (self.token_bytes + self.pair_bytes * (before + tokens))
 
     def kv_bytes(self, tokens: int) -> int:
-        """Bytes of KV cache for one sequence."""
+        """Return the bytes of KV cache for one sequence."""
         return self.probe.kv_bytes(tokens)
 
     @property
     def limit_bytes(self) -> int:
-        """The most that MLX may hold."""
+        """MLX's memory limit."""
         return self.need.mlx_bytes
 
     @property
     def share(self) -> float:
-        """For how many sequences of the whole context there is memory."""
+        """The number of sequences of the whole context within the KV budget."""
         return self.kv_budget_bytes / max(1, self.kv_bytes(self.context_length))
 
     def with_share(self, share: float) -> Plan:
-        """The same with memory for so many sequences, which may be fewer."""
+        """Return a plan with the KV budget lowered to at most ``share`` sequences."""
         budget = min(self.kv_budget_bytes, int(share * self.kv_bytes(self.context_length)))
         return replace(self, kv_budget_bytes=budget)
 
     def within(self, granted_bytes: int) -> Plan:
-        """The same with a default prefix cache that is no larger than there is memory for."""
+        """Return a plan with the default prefix cache cut to the granted memory."""
         if not self.need.has_default_prefix_cache:
             return self
         rest = max(0, granted_bytes - self.need.required_bytes)
@@ -128,7 +134,7 @@ class Plan:
         return replace(self, need=replace(self.need, prefix_cache_bytes=kept))
 
     def settled(self, spec: LoadSpec) -> LoadSpec:
-        """The same load with nothing left to choose."""
+        """Return the load with every automatic choice replaced by this plan's decision."""
         return replace(
             spec,
             dtype=self.dtype,
@@ -139,7 +145,7 @@ class Plan:
 
 
 def formats(dtype: Dtype) -> tuple[Dtype, ...]:
-    """The formats of weights to try, in order."""
+    """Return the dtypes to try, in order."""
     automatic = Dtype.FLOAT32 if device_kind() == "cpu" else Dtype.AS_STORED
     if dtype is Dtype.AUTO:
         return (automatic,)
@@ -151,18 +157,18 @@ def formats(dtype: Dtype) -> tuple[Dtype, ...]:
 def make_plan(
     spec: LoadSpec, model: Module, directory: ModelDirectory, exactness: Exactness
 ) -> Plan:
-    """Decide limits, and add up the memory that they take.
+    """Decide the limits of a load, and compute the memory needed.
 
     Args:
-        spec: What to load, in one of :func:`formats`.
-        model: With lazy weights, already in that format.
-        directory: Its files.
-        exactness: How far it can be computed as they say.
+        spec: The load, with one of the dtypes of :func:`formats`.
+        model: A model with lazy weights, already cast to that dtype.
+        directory: The model's files.
+        exactness: The known differences between the model and its files.
 
     Raises:
-        InvalidField: The context is longer than the model can handle, or than is exact.
+        InvalidField: The context is longer than the model supports, or than is exact.
         InsufficientMemory: ``memory_limit_bytes`` is too small for one sequence.
-        ModelUnsupported: It cannot be run.
+        ModelUnsupported: The model cannot run.
     """
     try:
         return _plan(spec, model, directory, exactness)
@@ -173,7 +179,7 @@ def make_plan(
 
 
 def alone_warning(model_type: str, why: str) -> str:
-    """Return what is said of a model whose completions run one after another."""
+    """Return the warning for a model whose requests run one after another."""
     return (
         f"completions run one after another, whatever `parallel` says: mlx_lm does not decode "
         f"several sequences of a {model_type!r} model together rightly ({why})"
@@ -204,7 +210,7 @@ def _plan(spec: LoadSpec, model: Module, directory: ModelDirectory, exactness: E
     transient = max(
         0,
         load_transient_bytes(model, directory) - held_later,
-        # It is read before the weights.
+        # The tokenizer is read before the weights.
         tokenizer.peak_bytes - tokenizer.held_bytes - held_later - need.weight_bytes,
     )
     need = replace(need, load_transient_bytes=transient)
@@ -228,11 +234,13 @@ def context_in_force(spec: LoadSpec, longest: int, exactness: Exactness) -> int:
 
     Args:
         spec: The load.
-        longest: What the model was made for.
-        exactness: Up to where it is computed as its files say; the default stays within.
+        longest: The longest sequence that the model supports.
+        exactness: The known differences; the default context stays below those that depend on
+            length.
 
     Raises:
-        InvalidField: The load asks for more than either, and does not allow that.
+        InvalidField: The requested context is longer than the model supports, or longer than is
+            exact without ``allow_inexact``.
     """
     exact = exactness.length or longest
     if spec.context_length is None:
@@ -251,7 +259,7 @@ def context_in_force(spec: LoadSpec, longest: int, exactness: Exactness) -> int:
 
 
 class _Sizes:
-    """The memory of one model for a number of sequences."""
+    """Memory of one model as a function of the number of sequences."""
 
     def __init__(self, spec: LoadSpec, context: int, model: Module, seen: Probe) -> None:
         self._spec = spec
@@ -267,15 +275,15 @@ class _Sizes:
         self.token_bytes = together / (rows * chunk)
         self.pair_bytes = max(0.0, alone / chunk - self.token_bytes) / context
         if spec.parallel > 1:
-            # Prompts share a call as far as there is room; see `BatchBudget`.
+            # Prompts are prefilled together if memory permits; see `BatchBudget`.
             alone = max(alone, min(together, _TOGETHER_BYTES + self.weight_bytes // 32))
         self._prefill_bytes = alone
 
     def working(self, rows: int) -> tuple[int, int]:
-        """Return the working memory, and how much of it are buffers kept for reuse."""
+        """Return the working memory, and the bytes of freed buffers included for reuse."""
         copied = rows * self._probe.largest_layer_bytes(self._context)
         if rows > 1:
-            # A row that is set aside is copied out of the batch.
+            # A preempted row is copied out of the batch.
             copied = max(copied, self._row_bytes)
         step = decode_bytes(self._model, rows, self._context)
         arrays = int(_WORKING_SLACK * max(self._prefill_bytes, step, copied))
@@ -285,7 +293,7 @@ class _Sizes:
         return arrays + buffers, buffers
 
     def rows_that_fit(self) -> int:
-        """Return for how many sequences the limit has room: all, where there is none."""
+        """Return the number of sequences within the limit; ``parallel`` without a limit."""
         low, high = 1, self._spec.parallel
         if self._spec.memory_limit_bytes is None or self._fits(high):
             return high
@@ -297,13 +305,13 @@ class _Sizes:
         return low
 
     def kv(self, rows: int, working: int) -> int:
-        """Return the memory for KV caches: of all sequences, or as much as the limit allows."""
+        """Return the KV budget: room for ``parallel`` sequences, or as much as the limit allows."""
         full = self._row_bytes * self._spec.parallel
         budget = full if self._spec.memory_limit_bytes is None else self._room - working
         return max(self._row_bytes * rows, min(full, budget))
 
     def prefix_cache(self, kv: int, working: int) -> int:
-        """Return the most for evaluated prompts."""
+        """Return the size limit of the prefix cache."""
         if self._spec.prefix_cache_bytes is not None:
             return self._spec.prefix_cache_bytes
         usual = max(self._row_bytes, self._row_bytes * self._spec.parallel // _PREFIX_SHARE)
@@ -339,7 +347,7 @@ class _Sizes:
 
 
 def process_bytes(parallel: int) -> int:
-    """Return what the process itself takes: interpreter, libraries, heap.
+    """Return the memory of the process itself: interpreter, libraries, heap.
 
     Call it when the model is built and the tokenizer read, with the packages that they import.
     """
@@ -348,12 +356,12 @@ def process_bytes(parallel: int) -> int:
 
 
 def load_transient_bytes(model: Module, directory: ModelDirectory) -> int:
-    """Return what reading the files takes beyond the weights that stay.
+    """Return the peak memory for reading weight files, beyond the final weights.
 
-    Weights are converted from sources that go when their copies are there: those of 32 MiB of
-    weights at the same time, or of one that is larger. A narrow source exists once more in 16
-    bits before it is widened, and a wide one is twice as large as its copy. A weight that has
-    shape and format of a stored tensor is that tensor.
+    Weights are converted from source tensors, which are freed once the copies exist. Alive at the
+    same time are the sources of 32 MiB of weights, or of a single larger one. A narrow source
+    exists once more in 16 bits before it is widened, and a wide one is twice as large as its copy.
+    A weight with the shape and dtype of a stored tensor is that tensor, and needs no copy.
     """
     tensors = [stored.tensor for stored in directory.tensors.values()]
     stored = Counter((tensor.shape, tensor.nbytes) for tensor in tensors)
@@ -369,16 +377,16 @@ def load_transient_bytes(model: Module, directory: ModelDirectory) -> int:
 
 
 def weight_bytes(model: Module) -> int:
-    """Return the bytes of a model's weights in their present format."""
+    """Return the bytes of a model's weights in their present dtype."""
     return sum(value.nbytes for value in arrays(model))
 
 
 def arrays(model: Module) -> list[mx.array]:
-    """Return all weights of a model."""
+    """Return the weights of a model."""
     named = cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))
     return [value for _, value in named]
 
 
 def device_kind() -> str:
-    """Return ``"gpu"`` or ``"cpu"``, where MLX computes by default."""
+    """Return the kind of MLX's default device, ``"gpu"`` or ``"cpu"``."""
     return "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"

@@ -1,11 +1,11 @@
-"""The memory that a tokenizer takes, told from its files.
+"""Estimates the memory of a tokenizer from the sizes of the model's files.
 
-Measured with tokenizers 0.23.3 on x86-64, in MiB; in use each takes 5 more, for the words that it
-has split:
+Measured with tokenizers 0.23.3 on x86-64, in MiB. A tokenizer in use takes 5 MiB more, for its
+cache of split words:
 
-| tokenizer | file | pieces | in memory, heap trimmed | while it is read |
+| tokenizer | file | vocabulary | in memory, heap trimmed | peak while reading |
 |---|---|---|---|---|
-| Llama 2 | 1.7 | 32,000 | 9 (295 bytes a piece) | 19 (218 bytes a text in the file) |
+| Llama 2 | 1.7 | 32,000 | 9 (295 bytes an entry) | 19 (218 bytes a string in the file) |
 | DeepSeek V3 | 7.5 | 128,000 | 37 (303) | 63 (251) |
 | Llama 3 | 8.7 | 128,000 | 41 (336) | 88 (223) |
 | GPT-4o | 9.3 | 200,000 | 45 (236) | 80 (209) |
@@ -20,18 +20,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PIECE_BYTES = 400
-"""Of memory for each piece of the vocabulary and each property of an added token."""
+"""Memory per vocabulary entry and per property of an added token."""
 
 _TEXT_BYTES = 300
-"""Of memory for each text of ``tokenizer.json`` while it is read: a piece is one, a merge one or
+"""Peak memory per string in ``tokenizer.json``. A vocabulary entry is one string; a merge is one or
 two, depending on the age of the file."""
 
 _OTHER_FILES = ("tokenizer.model", "vocab.json")
 _OTHER_FACTOR, _OTHER_PEAK_FACTOR = 20, 90
-"""Bytes for each byte of those: 0.5 MiB of Mistral v1 and v3 become 10 and 11 MiB, and 46."""
+"""Memory per byte of those files: 0.5 MiB of Mistral v1 and v3 become 10 and 11 MiB, with a peak of
+46 MiB."""
 
 _FEWEST_KEYS = 6
-"""If only one text in so many is a key, the vocabulary is a list, as Unigram has it."""
+"""Below one key in six strings, the vocabulary is a list, as in Unigram models."""
 
 _CHUNK_BYTES = 1 << 20
 
@@ -41,8 +42,8 @@ class TokenizerMemory:
     """The memory of a tokenizer.
 
     Attributes:
-        held_bytes: Once it is read and the heap is trimmed.
-        peak_bytes: While it is read, ``held_bytes`` included.
+        held_bytes: After reading, with the heap trimmed.
+        peak_bytes: While reading, including ``held_bytes``.
     """
 
     held_bytes: int
@@ -50,7 +51,7 @@ class TokenizerMemory:
 
 
 def tokenizer_memory(path: Path) -> TokenizerMemory:
-    """Return what the tokenizer of a model directory takes; nothing if it has none."""
+    """Return the memory of a model directory's tokenizer; 0 without one."""
     file = path / "tokenizer.json"
     if file.is_file():
         keys, texts = _count(file)
@@ -63,7 +64,7 @@ def tokenizer_memory(path: Path) -> TokenizerMemory:
 
 
 def _count(file: Path) -> tuple[int, int]:
-    """Return how many keys and how many texts a JSON file has, in 30 ms for 32 MiB."""
+    """Return the number of keys and of strings in a JSON file, in 30 ms for 32 MiB."""
     keys = quotes = 0
     with file.open("rb") as data:
         while chunk := data.read(_CHUNK_BYTES):

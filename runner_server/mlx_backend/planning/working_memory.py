@@ -1,4 +1,4 @@
-"""The working memory of a model: what a prefill chunk or a decode step takes while it is computed.
+"""Computes a model's working memory: the arrays of a prefill chunk or a decode step.
 
 The model is run on unevaluated arrays of the sizes in question, and
 :mod:`~runner_server.mlx_backend.planning.graph_memory` adds up the arrays that MLX would allocate.
@@ -27,7 +27,7 @@ from runner_server.mlx_backend.upstream.names import KVCache, RotatingKVCache, m
 logger = logging.getLogger(__name__)
 
 MAX_LOGPROBS = 20
-"""Most likely tokens that are told with each token; the protocol states it."""
+"""Maximum number of alternatives reported with each token, as the protocol specifies."""
 
 _GUESSED_VECTORS = 8
 
@@ -38,27 +38,27 @@ _KNOWN_ALONE = {
     "minimax_m3_vl": "its sparse attention counts padding when a text is longer than what it keeps",
     "recurrent_gemma": "it computes the first token of a text otherwise than all others",
 }
-"""Modules of mlx_lm whose rows go wrong in a batch where no trace sees it, and why.
+"""mlx_lm modules whose rows go wrong in a batch without a trace showing it, with the reason.
 
-A trial after the load sees afm7, but an estimate has none and would count all rows.
+The trial after a load finds afm7, but an estimate runs no trial and would count all rows.
 """
 
 
 class RowsApartError(Exception):
-    """Rows of a model cannot be decoded together; says why."""
+    """Rows of a model cannot be decoded together. The message gives the reason."""
 
 
 _FEW = 16
-"""Tokens after which every cache has all of its arrays."""
+"""Number of tokens after which every cache has all of its arrays."""
 
 
 def prefill_bytes(model: Module, chunk: int, tokens: int) -> int:
-    """Return what the last chunk of a prompt takes beside weights and caches.
+    """Return the working memory of a prompt's last chunk, beside weights and caches.
 
     Args:
-        model: With lazy weights.
-        chunk: Tokens of the chunk.
-        tokens: Tokens of the prompt, the chunk included.
+        model: A model with lazy weights.
+        chunk: Number of tokens in the chunk.
+        tokens: Number of tokens in the prompt, including the chunk.
     """
     chunk = min(chunk, tokens)
     caches = _filled(model, 1, tokens - chunk)
@@ -66,7 +66,7 @@ def prefill_bytes(model: Module, chunk: int, tokens: int) -> int:
 
 
 def batch_prefill_bytes(model: Module, rows: int, chunk: int) -> int:
-    """Return what the first chunks of several prompts take when they are evaluated together."""
+    """Return the working memory for prefilling the first chunks of several prompts together."""
     one_by_one = [make_prompt_cache(model) for _ in range(rows)]
     caches = one_by_one[0]
     if rows > 1:
@@ -75,18 +75,18 @@ def batch_prefill_bytes(model: Module, rows: int, chunk: int) -> int:
 
 
 def decode_bytes(model: Module, rows: int, tokens: int) -> int:
-    """Return what a decode step and its draw take beside weights and caches.
+    """Return the working memory of a decode step with sampling, beside weights and caches.
 
     Args:
-        model: With lazy weights.
-        rows: Sequences that are decoded together.
-        tokens: Tokens that each of them has.
+        model: A model with lazy weights.
+        rows: Number of sequences decoded together.
+        tokens: Number of tokens in each sequence.
     """
 
     def draw(logits: mx.array, inputs: mx.array) -> list[mx.array]:
         last = logits[:, -1, :]
-        # Everything that takes memory: the whole vocabulary in order, with penalties, bias and
-        # log probabilities. With `top_k` off the sampler would look at values first.
+        # The most expensive options: a sort of the whole vocabulary, penalties, bias and log
+        # probabilities. With `top_k` off the sampler would read values first.
         options = [_costly(last.shape[-1])] * rows
         changed = Penalties(options)(last, [[0]] * rows, inputs[:, -1], [1] * rows)
         drawn = Sampler(options, last.shape[-1])(changed, [0] * rows)
@@ -110,16 +110,17 @@ def _costly(vocab_size: int) -> Sampling:
 
 
 def require_batches(model: Module) -> None:
-    """Tell a model that cannot take several sequences at once.
+    """Raise an error for a model without support for several sequences at once.
 
-    With numbers of rows that no model has for its heads: where both are the same, masks of
-    rows are taken for masks of heads without an error, and the answer is wrong.
+    The trial runs with numbers of rows that no model has as its number of heads: where both are
+    equal, the model takes a mask of rows for a mask of heads without an error, and computes a wrong
+    answer.
 
     Args:
-        model: With lazy weights.
+        model: A model with lazy weights.
 
     Raises:
-        RowsApartError: It cannot.
+        RowsApartError: The model cannot decode several sequences at once.
     """
     name = type(model).__module__.rpartition(".")[2]
     if name in _KNOWN_ALONE:
@@ -136,7 +137,7 @@ def _evaluate_nothing(_logits: mx.array, _inputs: mx.array) -> list[mx.array]:
 
 
 def _filled(model: Module, rows: int, tokens: int) -> Caches:
-    """Return unevaluated caches of rows that have so many tokens each."""
+    """Return unevaluated caches of ``rows`` rows with ``tokens`` tokens each."""
     one = make_prompt_cache(model)
     if tokens > 0:
         few = min(tokens, _FEW)
@@ -158,10 +159,10 @@ def _leaves(caches: Sequence[Any]) -> Iterator[Any]:
 
 
 def _lengthen(cache: Any, tokens: int) -> None:
-    """Give a cache the size that it has after so many tokens.
+    """Resize a cache as if ``tokens`` tokens had passed through the model.
 
-    A recurrent state has its size from the first token on; running a model on all of a long
-    context would only build a large graph, of one operation a token for some of them.
+    A recurrent state has its final size from the first token. Running a model on a whole long
+    context would only build a large graph, with one operation per token for some models.
     """
     if type(cache) not in (KVCache, RotatingKVCache) or cache.keys is None:
         return
@@ -169,7 +170,7 @@ def _lengthen(cache: Any, tokens: int) -> None:
         columns = -(-tokens // cache.step) * cache.step
     else:
         columns = min(tokens, cache.max_size)
-        cache._idx = columns  # noqa: SLF001 - where it writes next
+        cache._idx = columns  # noqa: SLF001 - the index of its next write
     cache.keys, cache.values = (
         mx.zeros((*part.shape[:2], columns, part.shape[3]), dtype=part.dtype)
         for part in (cache.keys, cache.values)
@@ -187,11 +188,11 @@ def _traced(
     """Return the transient bytes of a forward pass.
 
     Args:
-        model: With lazy weights; they are replaced while it is traced and put back.
-        caches: Of all rows.
-        rows: How many there are.
-        chunk: Tokens of each.
-        evaluated: What is evaluated beside the caches, by logits and tokens.
+        model: A model with lazy weights, which are replaced during the trace and restored.
+        caches: The caches of all rows.
+        rows: Number of rows.
+        chunk: Number of tokens in each row.
+        evaluated: Returns the arrays to evaluate beside the caches, given logits and tokens.
     """
     weights = _named(model)
     held = list(_arrays(caches))
@@ -207,7 +208,7 @@ def _traced(
     try:
         return transient_bytes(forward, [tokens, *(value for _, value in weights), *held])
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        # Some models compute with values while they are run, or compile parts of themselves.
+        # Some models read values in their forward pass, or compile parts of themselves.
         logger.info("this model cannot be traced (%s): its arrays are estimated", error)
     finally:
         _put(model, weights, [value for _, value in weights])
@@ -216,11 +217,11 @@ def _traced(
 
 
 def _require_runs(model: Module, caches: Caches, tokens: mx.array) -> None:
-    """Refuse a model that fails on what it would be given.
+    """Raise an error if a model fails on the given tokens and caches.
 
     Raises:
-        RowsApartError: It raises where it is given several rows, of their own lengths.
-        ModelUnsupported: It raises where it is given one.
+        RowsApartError: The model fails on several rows of different lengths.
+        ModelUnsupported: The model fails on one row.
     """
     try:
         model(tokens, cache=caches)
@@ -233,7 +234,7 @@ def _require_runs(model: Module, caches: Caches, tokens: mx.array) -> None:
 
 
 def _guessed_bytes(model: Module, tokens: int) -> int:
-    """Return a generous guess: so many vectors of the widest layer for each token."""
+    """Return a generous guess: eight vectors of the widest layer for each token."""
     widest = max(
         (max(value.shape) for _, value in _named(model) if value.ndim > 1),
         default=0,
@@ -263,7 +264,7 @@ def _arrays(value: Any) -> Iterator[mx.array]:
 
 
 def _rebuilt(value: Any, replace: Callable[[mx.array], mx.array]) -> Any:
-    """Copy lists, tuples, dictionaries and cache objects with other arrays in them."""
+    """Copy nested lists, tuples, dictionaries and cache objects, replacing the arrays inside."""
     if isinstance(value, mx.array):
         return replace(value)
     if isinstance(value, (list, tuple)):
