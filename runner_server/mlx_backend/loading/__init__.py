@@ -1,1 +1,1 @@
-"""Loading: from a directory to a model that has been tried."""
+"""Loading of models: from a directory to a tested model in memory."""

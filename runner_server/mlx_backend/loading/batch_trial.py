@@ -1,9 +1,9 @@
-"""Whether rows of a loaded model can be decoded together, tried with its weights.
+"""Tests on the loaded weights whether rows of a model can be decoded together.
 
 mlx_lm's models are written for one sequence, and most of them happen to be right for several
-of different lengths. A trace before weights are read finds the models that raise
-(:func:`runner_server.mlx_backend.planning.working_memory.require_batches`). The trial finds the
-models that answer something else: it decodes rows together and alone, and compares their logits.
+sequences of different lengths. A trace before weights are read finds the models that raise
+(:func:`runner_server.mlx_backend.planning.working_memory.require_batches`). This trial finds the
+models that compute a wrong answer: it decodes rows together and alone, and compares the logits.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from runner_server.mlx_backend.stream_errors import recover
 logger = logging.getLogger(__name__)
 
 _LENGTHS = (5, 1, 2)
-"""Tokens of the prompts. The caches of the second are empty when it joins, those of the third
-are shorter than the window of most recurrent states."""
+"""Numbers of prompt tokens. The second row joins with empty caches, the third with fewer tokens
+than the window of most recurrent states."""
 
 
 _TOLERANCE = 0.01
-"""For float32 on a CPU; in standard deviations. Rounding made at most 7e-6 (OpenBLAS, models of
-100 M, trained and random), an offset that counts padding (afm7) 0.4."""
+"""Tolerance for float32 on a CPU, in standard deviations. Rounding made at most 7e-6 (OpenBLAS,
+models of 100 M, trained and random), an offset that counts padding (afm7) 0.4."""
 
 _TOLERANCE_16_BITS = 0.25
-"""For other formats, and for GPUs, which multiply float32 in fewer bits. On a CPU rounding makes
-next to nothing in 16 bits either; products of rows and of single ones may differ in each bit of
-bfloat16 on a GPU, and experts may be chosen otherwise."""
+"""Tolerance for other dtypes, and for GPUs, which multiply float32 with fewer bits. On a CPU
+rounding makes next to nothing in 16 bits either; on a GPU, batched and single products may differ
+in each bit of bfloat16, and select other experts."""
 
 
 def try_together(model: Module, pieces: CachePieces, vocab_size: int, rows: int) -> str | None:
-    """Tell why rows of a model are not to be decoded together; None if they may be.
+    """Return the reason against decoding rows of a model together; None without one.
 
-    Args: see :func:`deviation`.
+    See :func:`deviation` for the arguments.
     """
     try:
         found = deviation(model, pieces, vocab_size, rows)
-    except Exception as error:  # noqa: BLE001 - alone it has been tried
+    except Exception as error:  # noqa: BLE001 - one row alone works, so the batch is at fault
         recover()
         return f"{type(error).__name__}: {error}"
     if found <= _tolerance(model):
@@ -53,16 +53,16 @@ def try_together(model: Module, pieces: CachePieces, vocab_size: int, rows: int)
 
 
 def deviation(model: Module, pieces: CachePieces, vocab_size: int, rows: int) -> float:
-    """Decode a token of rows of different lengths together and alone, and compare the logits.
+    """Decode one token of several rows, together and alone, and compare the logits.
 
     Args:
-        model: The evaluated model.
-        pieces: Makes its caches.
-        vocab_size: Token ids its output layer scores.
-        rows: How many there may be, from 2; at most three are taken.
+        model: The model, with weights read.
+        pieces: Creates the model's caches.
+        vocab_size: Number of token ids scored by the output layer.
+        rows: Maximum number of rows, at least 2; the trial uses up to three.
 
     Returns:
-        The largest difference of two logits, in standard deviations of the row's logits.
+        The largest difference between two logits, in standard deviations of the row's logits.
     """
     prompts = _prompts(vocab_size)[:rows]
     caches = [pieces.new() for _ in prompts]
@@ -74,20 +74,20 @@ def deviation(model: Module, pieces: CachePieces, vocab_size: int, rows: int) ->
     if caches[2:]:
         extend(batch, caches[2:], len(caches))
     together = _logits(model, last, batch)
-    # Afterwards: a step changes the caches that it is given.
+    # After the batch, because a step modifies the caches it is given.
     alone = [_logits(model, [token], own) for token, own in zip(last, caches, strict=True)]
     return _largest(together, mx.concatenate(alone))
 
 
 def _tolerance(model: Module) -> float:
-    """Return the difference that rounding may make."""
+    """Return the largest deviation caused by rounding."""
     weights = cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))
     is_wide = all(weight.dtype == mx.float32 for _, weight in weights)
     return _TOLERANCE if is_wide and device_kind() == "cpu" else _TOLERANCE_16_BITS
 
 
 def _prompts(vocab_size: int) -> list[list[int]]:
-    """Return prompts of ids that lie all over the vocabulary."""
+    """Return prompts with ids spread over the whole vocabulary."""
     total = sum(_LENGTHS)
     ids = iter([(2 * place + 1) * vocab_size // (2 * total) for place in range(total)])
     return [[next(ids) for _ in range(length)] for length in _LENGTHS]
@@ -101,7 +101,7 @@ def _logits(model: Module, tokens: Sequence[int], caches: Caches) -> mx.array:
 
 
 def _largest(together: mx.array, alone: mx.array) -> float:
-    # Some types give -inf for tokens that they bar.
+    # Some types mask tokens with -inf.
     is_barred = mx.isinf(together) & mx.isinf(alone)
     difference = mx.where(is_barred, 0.0, mx.abs(together - alone))
     spread = mx.std(mx.where(is_barred, 0.0, alone), axis=-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""From a directory to a model with lazy weights: nothing of them is read."""
+"""Builds a model with lazy weights from a directory. No weights are read."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ _MX_DTYPES = {
 
 @dataclass(frozen=True)
 class Built:
-    """A model with lazy weights, in the format that is asked for, perhaps split.
+    """A model with lazy weights in the requested dtype, sharded if there are several ranks.
 
     Attributes:
         model: The model.
-        config: Its configuration, with what mlx_lm added about quantization.
-        spec: The load, with what the ranks agreed on.
-        exactness: How far it can be computed as its files say.
+        config: Its configuration, including mlx_lm's additions about quantization.
+        spec: The load, with the values that the ranks agreed on.
+        exactness: The known differences between the model and its files.
     """
 
     model: Module
@@ -61,10 +61,10 @@ class Built:
 
 
 def read_directory(located: Located) -> ModelDirectory:
-    """Read a model's files but for its weights.
+    """Read a model's files, except the weights.
 
     Raises:
-        ModelUnsupported: They cannot be used.
+        ModelUnsupported: The files cannot be used.
     """
     try:
         directory = read_model_directory(located.path)
@@ -76,7 +76,10 @@ def read_directory(located: Located) -> ModelDirectory:
 
 @contextmanager
 def before_weights(path: Path) -> Iterator[None]:
-    """Answer any error with the model's files: nothing else has been looked at yet."""
+    """Turn any unexpected error into ``ModelUnsupported``.
+
+    Before weights are read, the only input is the model's files, so they are at fault.
+    """
     try:
         yield
     except (RunnerFault, MemoryError):
@@ -91,22 +94,22 @@ def before_weights(path: Path) -> Iterator[None]:
 
 
 def _told(error: Exception) -> str:
-    """Return an error of mlx_lm in one line; some list every tensor."""
+    """Return a one-line message for an error of mlx_lm, cut because some list every tensor."""
     text = " ".join(str(error).split())
     text = text if len(text) <= _MAX_TOLD else f"{text[:_MAX_TOLD]}..."
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
 def build(directory: ModelDirectory, spec: LoadSpec, shard: Shard | None) -> Built:
-    """Build a model in the format that is asked for, perhaps split.
+    """Build a model in the requested dtype, sharded if there are several ranks.
 
     Args:
-        directory: Its files.
+        directory: The model's files.
         spec: The load.
-        shard: Leaves this rank's part of the model; None leaves all.
+        shard: Selects this rank's part of the model; None for the whole model.
 
     Raises:
-        ModelUnsupported: mlx_lm cannot build it, or not as its files say.
+        ModelUnsupported: mlx_lm cannot build the model, or computes it differently from its files.
         InvalidField: The context is longer than is exact.
     """
     unread, exactness = _build(directory)
@@ -128,7 +131,7 @@ def _build(directory: ModelDirectory) -> tuple[BuiltModel, Exactness]:
             path, directory.configuration.values, directory.weight_files, files.load
         )
         use_named_gelu(text_part(built.config), built)
-        # A model that computes with weights while it is built has read them.
+        # Some models evaluate weights while they are built; wait for those reads to end.
         files.settle()
         files.check()
         exactness = Exactness(compare(directory, built, files.unused()))
@@ -139,8 +142,8 @@ def _build(directory: ModelDirectory) -> tuple[BuiltModel, Exactness]:
             model=str(path),
         ) from error
     finally:
-        # Layers draw weights that nobody reads. What is left of it is a chain of unevaluated
-        # states, one a layer, that would grow with each load.
+        # Layers initialize weights from the random state, and mlx_lm replaces those weights. What
+        # remains is a chain of unevaluated states, one per layer, that would grow with each load.
         mx.eval(mx.random.state)
     files.attach(built.model)
     return built, exactness
@@ -149,10 +152,10 @@ def _build(directory: ModelDirectory) -> tuple[BuiltModel, Exactness]:
 def _converted(
     directory: ModelDirectory, built: BuiltModel, spec: LoadSpec, shard: Shard | None
 ) -> Module:
-    """Changes the format of what was built, and perhaps split."""
+    """Cast a built model to the requested dtype, sharded if there are several ranks."""
     if shard is None or spec.dtype is Dtype.AS_STORED or not built.config.get("quantization"):
         return _convert(built.model, spec.dtype)
-    # mlx_lm dequantizes whole layers only.
+    # mlx_lm dequantizes whole layers only: build the model anew, and shard it afterwards.
     built, _ = _build(directory)
     model = _convert(built.model, spec.dtype)
     shard.split(model, built.config, spec)
@@ -160,7 +163,7 @@ def _converted(
 
 
 def _convert(model: Module, dtype: Dtype) -> Module:
-    """Changes the format of lazy weights; they are converted as they are read."""
+    """Cast lazy weights to a dtype. MLX converts each weight after reading."""
     if dtype is not Dtype.AS_STORED:
         model = dequantize_model(model)
         cast_weights(model, _MX_DTYPES[dtype])

@@ -1,4 +1,4 @@
-"""Where a model lies: a directory, or a hub id in the local cache. Nothing is downloaded."""
+"""Resolves a model's name to a directory: a path, or a hub id in the local cache."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from runner_server.host.model_root import ModelRoot
 
 
 def find_model(model: str, root: ModelRoot | None) -> Located:
-    """Find a model, below the root if there is one.
+    """Find a model's directory, below the root if there is one. Downloads nothing.
 
     Raises:
-        ModelNotFound: It is neither a directory nor a hub id in the local cache, or outside of
-            the root.
+        ModelNotFound: The name is neither a directory nor a hub id in the local cache, or the
+            directory is outside the root.
     """
     return _find_below(root, model) if root else _find(model)
 
 
 def _find_below(root: ModelRoot, model: str) -> Located:
-    """Find a model, and tell nothing of what lies elsewhere: not even whether it exists."""
+    """Find a model below the root.
+
+    The error is the same for a missing model and for one outside the root, so it does not reveal
+    what exists elsewhere.
+    """
     fault = ModelNotFound(
         f"no model at {model!r}: this runner opens only directories below the one that it was "
         "started with as --model-root, and hub ids whose local cache is below it; links that lead "
@@ -29,7 +33,7 @@ def _find_below(root: ModelRoot, model: str) -> Located:
         located = _find(model)
         if root.has(located.path):
             return located
-    except (ModelNotFound, OSError, RuntimeError) as error:  # RuntimeError: links in a ring
+    except (ModelNotFound, OSError, RuntimeError) as error:  # RuntimeError: symlink loop
         raise fault from error
     raise fault
 

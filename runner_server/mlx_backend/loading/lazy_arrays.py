@@ -1,12 +1,12 @@
-"""Lazy MLX arrays of streams that Python reads.
+"""Lazy MLX arrays backed by Python streams.
 
-MLX makes them in one place: the members of an ``.npz`` archive, which it opens with Python's
-``zipfile``. Tensors are presented to it as such an archive.
+MLX creates such arrays in one case only: for the members of an ``.npz`` archive, which it opens
+with Python's ``zipfile``. This module presents tensors as such an archive.
 
-The threads on which MLX reads need Python's lock, so nothing may evaluate these arrays while it
-keeps that lock. Of some forty calls that evaluate, two do in 0.32.4, ``bytes(array)`` and
-``mx.save``, and no model of mlx_lm uses them. On CUDA MLX reads on the engine's thread and copies
-to the device. Neither CUDA nor Metal was measured.
+MLX's reader threads need the GIL, so no code may evaluate these arrays while holding it. Of some
+forty calls that evaluate, two hold it in 0.32.4, ``bytes(array)`` and ``mx.save``, and no model of
+mlx_lm uses them. On CUDA, MLX reads on the engine's thread and copies to the device. Neither CUDA
+nor Metal was measured.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _NUMPY_TYPES = {
     "BOOL": "|b1",
     "U8": "|u1",
     "I8": "|i1",
-    # MLX keeps 8-bit floats as the bytes they are.
+    # MLX holds 8-bit floats as raw bytes.
     "F8_E4M3": "|u1",
     "F8_E8M0": "|u1",
     "U16": "<u2",
     "I16": "<i2",
     "F16": "<f2",
-    # As MLX itself writes bfloat16, which NumPy does not have.
+    # As MLX itself writes bfloat16, which NumPy lacks.
     "BF16": "<V2",
     "U32": "<u4",
     "I32": "<i4",
@@ -44,19 +44,19 @@ _NUMPY_TYPES = {
     "I64": "<i8",
     "C64": "<c8",
 }
-"""Types as headers of ``.npy`` have them, by their names in safetensors: those that MLX has."""
+"""Safetensors dtypes mapped to the dtypes of ``.npy`` headers, for the dtypes that MLX supports."""
 
 
 class TensorStream:
-    """One tensor as a ``.npy`` stream, as far as MLX asks one.
+    """One tensor as a ``.npy`` stream, with the methods called by MLX.
 
     Args:
-        tensor: What it is.
-        fill: Called with the stream and memory for the whole tensor, on a thread of MLX; must
-            not raise.
+        tensor: The tensor's name, dtype, shape and position in the file.
+        fill: Called with the stream and a buffer for the whole tensor, on one of MLX's threads;
+            must not raise.
 
     Raises:
-        ValueError: MLX has no such arrays.
+        ValueError: MLX does not support the dtype or shape.
     """
 
     closed = False
@@ -88,14 +88,14 @@ class TensorStream:
 
 
 def lazy_arrays(path: str, streams: Sequence[TensorStream]) -> dict[str, mx.array]:
-    """Return arrays that read their streams when they are evaluated, by name.
+    """Return arrays by tensor name. Evaluating an array reads a stream.
 
     Args:
-        path: What MLX takes for the name of an archive.
+        path: The name that MLX sees as the archive's.
         streams: The tensors.
 
     Raises:
-        Exception: Of any kind: this release of MLX reads archives without Python.
+        Exception: Any kind, if this release of MLX reads archives without Python.
     """
     with _opening_archives():
         loaded = mx.load(_Archive(path, streams), format="npz")
@@ -108,7 +108,7 @@ def _npy_header(tensor: Tensor) -> bytes:
     """Return the header of a ``.npy`` file, version 1 of the format.
 
     Raises:
-        ValueError: MLX has no such arrays.
+        ValueError: MLX does not support the dtype or shape.
     """
     if tensor.dtype not in _NUMPY_TYPES:
         raise ValueError(f"{tensor.name} has the type {tensor.dtype}, which MLX does not have")
@@ -122,11 +122,11 @@ def _npy_header(tensor: Tensor) -> bytes:
 
 
 class _Archive(str):
-    """A weight file in the place of an ``.npz`` archive.
+    """A weight file posing as an ``.npz`` archive.
 
     Args:
         path: The file's name, which MLX takes for the archive's.
-        streams: Its tensors; their places are their names, because MLX changes some names.
+        streams: The file's tensors. The members are named by index, because MLX changes some names.
     """
 
     __slots__ = ("_streams",)
@@ -138,7 +138,7 @@ class _Archive(str):
         return archive
 
     def namelist(self) -> list[str]:
-        """See ``zipfile.ZipFile``, as do the methods that follow."""
+        """See ``zipfile.ZipFile``, also for the methods below."""
         return [str(i) for i in range(len(self._streams))]
 
     def open(self, name: str, **_options: object) -> TensorStream:
@@ -152,7 +152,7 @@ class _Archive(str):
 
 
 class _ZipFile(zipfile.ZipFile):
-    """``zipfile.ZipFile`` that takes an :class:`_Archive` for open, and opens all else."""
+    """A ``zipfile.ZipFile`` returning an :class:`_Archive` unopened, and opening other files."""
 
     def __new__(cls, file: object, *_args: object, **_options: object) -> Any:
         return file if isinstance(file, _Archive) else super().__new__(cls)
@@ -164,7 +164,7 @@ def _is_zipfile(file: Any) -> bool:
 
 @contextmanager
 def _opening_archives() -> Iterator[None]:
-    """Let what imports ``zipfile`` meanwhile open an :class:`_Archive` too."""
+    """Let code importing ``zipfile`` within this context open an :class:`_Archive`."""
     shell = ModuleType(zipfile.__name__)
     vars(shell).update(vars(zipfile), ZipFile=_ZipFile, is_zipfile=_is_zipfile)
     sys.modules[zipfile.__name__] = shell

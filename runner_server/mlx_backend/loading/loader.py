@@ -1,10 +1,10 @@
-"""From a directory to a model in memory, in steps that can be watched and cancelled.
+"""Loads a model into memory, reporting progress. A load can be cancelled between steps.
 
-1. Find the directory and read its configuration; refuse what needs code of its own.
-2. Build the model with lazy weights: nothing is read yet, all sizes are known.
-3. Choose the format of the weights, and refuse what does not fit.
-4. Read the weights, part by part, reporting progress.
-5. Generate a token, which compiles what has to be compiled.
+1. Find the directory and read its configuration; refuse a model that needs code of its own.
+2. Build the model with lazy weights: nothing is read yet, and all sizes are known.
+3. Choose the dtype of the weights, and refuse what does not fit in memory.
+4. Read the weights in order, reporting progress.
+5. Generate a token, which compiles the kernels, and test whether rows can be decoded together.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ class MlxModel:
     """A model in memory.
 
     Args:
-        model: The evaluated model.
-        codec: Its tokenizer.
-        info: What it is, and the limits in force.
-        plan: What was decided before it was read.
-        shard: The part of it that this rank has; None is all.
+        model: The model, with weights read.
+        codec: The model's tokenizer.
+        info: The model's description, and the limits in force.
+        plan: The plan made before reading the weights.
+        shard: This rank's part of the model; None for the whole model.
     """
 
     def __init__(
@@ -93,21 +93,21 @@ class MlxModel:
 
     @property
     def prompts(self) -> CacheUsage:
-        """How much the evaluated prompts that are kept take, and may take."""
+        """The size of the prefix cache, and the limit."""
         return self._prompts.usage
 
     def limit_prefix_cache(self, limit_bytes: int) -> None:
-        """Changes how much evaluated prompts may take; see ``LoadedModel.limit_prefix_cache``."""
+        """Change the size limit of the prefix cache; see ``LoadedModel.limit_prefix_cache``."""
         self._prompts.limit(limit_bytes)
 
     def new_batch(self) -> MlxBatch:
-        """An empty batch."""
+        """Return an empty batch."""
         return self._batch(self._prompts)
 
     def warm_up(self) -> None:
-        """Tries the model, which also compiles kernels before the first user waits.
+        """Generate a token, and set ``parallel`` to 1 if rows go wrong in a batch.
 
-        Rows that go wrong together run alone from then on.
+        This also compiles the kernels before the first user waits.
         """
         info = self.info
         batch = self._batch(PrefixCache(self._pieces, 0))
@@ -128,7 +128,7 @@ class MlxModel:
                 self.info.kv_budget_bytes, plan.need.working_bytes, plan.kv_bytes, plan.chunk_bytes
             )
             return MlxBatch(model, vocab_size, chunk, self._pieces, prompts, budget=budget)
-        # Ranks take the same steps only if none of them looks at its own memory.
+        # Ranks only take the same steps if none of them considers its own free memory.
         clock, agree = shard.partners.clock, shard.agree
         return MlxBatch(model, vocab_size, chunk, self._pieces, prompts, clock, agree)
 
@@ -140,21 +140,21 @@ def load(
     shard: Shard | None = None,
     admission: Admission = UNCHECKED,
 ) -> MlxModel:
-    """Loads a model; see ``Backend.load`` for arguments and errors.
+    """Load a model; see ``Backend.load``, also for the errors.
 
     Args:
-        spec: What to load.
-        report: Called with the progress.
-        root: Where models must lie; None is anywhere.
-        shard: Leaves this rank's part of the model; None leaves all.
-        admission: Decides whether there is memory for it.
+        spec: The load.
+        report: Called with the progress, 0 to 100.
+        root: The directory that models must be below; None for any place.
+        shard: Selects this rank's part of the model; None for the whole model.
+        admission: Decides whether there is enough memory.
     """
     mx.reset_peak_memory()
     located = find_model(spec.model, root)
     try:
         return _load(located, spec, report, shard, admission)
     except ModelUnsupported as fault:
-        # Not every place that raises it knows the directory.
+        # Most code that raises this error does not know the directory.
         fault.metadata.setdefault("model", str(located.path))
         raise
 
@@ -166,7 +166,8 @@ def _load(
     report(1)
     with before_weights(directory.path):
         codec, eos_token_ids = _codec(directory)
-        # Reading a tokenizer takes up to five times what stays: 260 MiB of Gemma 3's 356.
+        # Reading a tokenizer takes up to five times the memory that it needs later: 260 of Gemma
+        # 3's 356 MiB are freed.
         trim_heap()
         report(3)
         built, plan = _planned(directory, spec, shard, admission)
@@ -179,7 +180,7 @@ def _load(
     fit_threads(arrays(built.model))
     info = _describe(spec, located, built, plan, eos_token_ids)
     mx.set_cache_limit(plan.buffer_cache_bytes)
-    # Beyond it MLX waits for results before it allocates more.
+    # Above this limit MLX waits for results before it allocates more.
     mx.set_memory_limit(plan.limit_bytes)
     loaded = MlxModel(built.model, codec, info, plan, shard)
     loaded.warm_up()
@@ -198,20 +199,23 @@ def _load(
 
 
 def check_files(spec: LoadSpec, root: ModelRoot | None = None) -> None:
-    """Look whether a model is there and can be read; see ``Backend.check``."""
+    """Raise an error if a model's files are missing or unreadable; see ``Backend.check``."""
     read_directory(find_model(spec.model, root))
 
 
 def plan_load(path: Path, spec: LoadSpec) -> Plan:
-    """Decides as a load does, reads no weights and sets nothing aside; raises like :func:`load`.
+    """Return the plan of a load, without reading weights or reserving memory.
 
     Args:
         path: The model's directory.
-        spec: What to load.
+        spec: The load.
+
+    Raises:
+        RunnerFault: As for :func:`load`.
     """
     directory = read_directory(Located(path))
     with before_weights(path):
-        # What the process takes depends on it.
+        # The process's memory depends on whether transformers is imported.
         _codec(directory)
         return _planned(directory, spec, None, UNCHECKED)[1]
 
@@ -223,7 +227,7 @@ def _codec(directory: ModelDirectory) -> tuple[FastCodec, frozenset[int]]:
 def _planned(
     directory: ModelDirectory, spec: LoadSpec, shard: Shard | None, admission: Admission
 ) -> tuple[Built, Plan]:
-    """Build the model in the first format that there is memory for; no weights are read."""
+    """Build the model in the first dtype to fit in memory. No weights are read."""
     *preferred, last = formats(spec.dtype)
     for dtype in preferred:
         try:
@@ -238,11 +242,11 @@ def _planned(
 def _admitted(
     directory: ModelDirectory, spec: LoadSpec, shard: Shard | None, admission: Admission
 ) -> tuple[Built, Plan]:
-    """Build the model in one format, and ask for the memory that it needs."""
+    """Build the model in one dtype, and request the memory."""
     built = build(directory, spec, shard)
     plan = make_plan(built.spec, built.model, directory, built.exactness)
     granted = admission.admit(str(directory.path), plan.need, override=spec.memory_override)
-    # Built anew: some models keep arrays of what was run on them, unevaluated ones here.
+    # Built anew, because some models keep arrays of their last run: unevaluated ones in this case.
     return build(directory, spec, shard), plan.within(granted)
 
 
@@ -253,10 +257,10 @@ def _read(path: Path, model: Module, report: Report) -> None:
     except ModelUnsupported as fault:
         if fault.metadata:
             raise
-        # MLX does not name the file.
+        # MLX's error does not name the file.
         text = f"{fault}; the files of {path} were changed while they were read"
         raise ModelUnsupported(text, model=str(path)) from fault
-    # Those that are no parameters, such as the frequencies of rotary embeddings.
+    # Arrays that are not parameters, such as the frequencies of rotary embeddings.
     mx.eval([list(module.values()) for _, module in model.named_modules()])
     files.check()
 
@@ -289,7 +293,7 @@ def _describe(
 
 
 def _float_name(model: Module) -> str:
-    """The format most of the floating-point weights have."""
+    """Return the most common dtype of the floating-point weights."""
     sizes: Counter[str] = Counter()
     for value in arrays(model):
         if mx.issubdtype(value.dtype, mx.floating):

@@ -1,4 +1,4 @@
-"""Evaluates lazy weights: in order, a bounded part of them at the same time."""
+"""Evaluates lazy weights in order, a bounded number of bytes at a time."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from runner_server.mlx_backend.loading.weight_files import WeightFiles
 from runner_server.mlx_backend.stream_errors import drain
 
 _AT_ONCE_BYTES = 32 * 2**20
-"""Weights that are evaluated at the same time; a larger one is alone."""
+"""Weights evaluated at the same time; a larger weight is evaluated alone."""
 
 
 class _Progress:
-    """The share of the weights that is there, from two sides: evaluated, and read.
+    """The loaded share of the weights, from evaluated weights and bytes read.
 
     Args:
         report: Called with the share, one call at a time.
-        total_bytes: Of all weights.
+        total_bytes: Bytes of all weights.
     """
 
     def __init__(self, report: Callable[[float], None], total_bytes: int) -> None:
@@ -37,18 +37,18 @@ class _Progress:
         self._share = 0.0
 
     def begin(self, nbytes: int) -> None:
-        """Count a weight whose evaluation begins."""
+        """Count a weight at the start of evaluation."""
         with self._lock:
             self._begun_bytes += nbytes
 
     def note_read(self, nbytes: int) -> None:
-        """Count a piece of a file; called on the thread that has read it."""
+        """Count bytes read from a file. Called on the reader's thread."""
         with self._lock:
             self._read_bytes += nbytes
             self._tell()
 
     def note_done(self, nbytes: int) -> None:
-        """Count a weight that is evaluated."""
+        """Count an evaluated weight."""
         with self._lock:
             self._done_bytes += nbytes
             self._begun_bytes -= nbytes
@@ -56,7 +56,7 @@ class _Progress:
             self._tell()
 
     def _tell(self) -> None:
-        # A weight may be wider or narrower than its source: bytes read are only a guess.
+        # A weight may be wider or narrower than its source, so bytes read are only an estimate.
         reached = self._done_bytes + min(self._read_bytes, self._begun_bytes)
         self._share = max(self._share, reached / self._total_bytes)
         self._report(self._share)
@@ -65,13 +65,13 @@ class _Progress:
 def read_weights(
     weights: Sequence[mx.array], report: Callable[[float], None], files: WeightFiles
 ) -> None:
-    """Evaluates arrays, so that their files are read and their formats changed.
+    """Evaluate arrays, which reads their files and converts their dtypes.
 
     Args:
-        weights: Lazy arrays; must have been made on this thread.
-        report: Called with the share that is done after each array, and after each piece of a
-            file on the thread that has read it; what it raises ends the reading.
-        files: What the arrays come from.
+        weights: Lazy arrays, created on this thread.
+        report: Called with the share done, after each array on this thread and after each block of
+            a file on the thread that read it. An exception ends the reading.
+        files: The files behind the arrays.
 
     Raises:
         InsufficientMemory: Memory ran out.
@@ -86,7 +86,7 @@ def read_weights(
                 progress.note_done(value.nbytes)
             files.check()
         except BaseException:
-            # Reads that were begun have nothing to do any more.
+            # Pending reads can return without their bytes.
             files.stop()
             raise
 
@@ -94,7 +94,7 @@ def read_weights(
 def _evaluated(
     weights: Sequence[mx.array], progress: _Progress, total_bytes: int
 ) -> Generator[mx.array]:
-    """Yields arrays in their order once they are evaluated; those that follow have begun."""
+    """Yield arrays in order after evaluation, with the evaluation of the next ones under way."""
     begun: deque[mx.array] = deque()
     begun_bytes = 0
     try:
@@ -111,7 +111,7 @@ def _evaluated(
             _evaluate(mx.eval, begun[0], total_bytes)
             yield begun.popleft()
     finally:
-        # After a fault or a cancel: until it is read, an array holds its memory.
+        # After an error or a cancellation: an array holds its buffer until it has been read.
         with suppress(RuntimeError):
             mx.eval(list(begun))
         drain()
@@ -125,7 +125,7 @@ def _evaluate(how: Callable[[mx.array], object], value: mx.array, total_bytes: i
 
 
 def _fault(error: Exception, total_bytes: int) -> RunnerFault:
-    # MLX has no type of its own for it; its allocators say "[malloc] Unable to allocate".
+    # MLX has no exception type for this; its allocators say "[malloc] Unable to allocate".
     if isinstance(error, MemoryError) or "allocate" in str(error):
         available = free_memory().available_bytes
         return InsufficientMemory(

@@ -1,4 +1,4 @@
-"""What a loaded model is tried with before its first user: whether it answers, and in numbers."""
+"""Test of a loaded model: generating one token from finite logits."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _PROMPT = (0, 0)
 
 
 def warm_up(model: Module, batch: Batch, vocab_size: int, dtype: str) -> None:
-    """Generate a token, so that kernels are compiled before the first user waits.
+    """Generate a token, and compile the kernels before the first user waits.
 
     Args:
-        model: The evaluated model.
-        batch: An empty batch of it; closed afterwards.
-        vocab_size: Token ids its output layer scores.
-        dtype: The format of its weights, for the message.
+        model: The model, with weights read.
+        batch: An empty batch of the model; closed afterwards.
+        vocab_size: Number of token ids scored by the output layer.
+        dtype: The dtype of the weights, for the message.
 
     Raises:
-        ModelUnsupported: Its logits are NaN or infinite.
-        GenerationFailed: It raises.
+        ModelUnsupported: The logits are NaN or infinite.
+        GenerationFailed: The model raises.
     """
     try:
         has_answered = _gives_token(batch, Sampling(top_k=min(2, vocab_size)))
@@ -44,7 +44,7 @@ def warm_up(model: Module, batch: Batch, vocab_size: int, dtype: str) -> None:
 
 
 def _gives_token(batch: Batch, sampling: Sampling) -> bool:
-    """Generate one token; returns False where its logits are no numbers."""
+    """Generate one token. Return False if the logits are not finite."""
     batch.add(0, _PROMPT, sampling)
     while True:
         for event in batch.step():
@@ -62,7 +62,7 @@ def _not_finite(model: Module, dtype: str) -> ModelUnsupported:
 
 
 def _broken_weight(model: Module) -> str | None:
-    """Return the name of the first weight that holds NaN or infinity."""
+    """Return the name of the first weight containing NaN or infinity."""
     named = cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))
     for name, weight in named:
         is_floating = mx.issubdtype(weight.dtype, mx.floating)
@@ -77,6 +77,6 @@ def _advice(error: Exception) -> str:
         "the traceback"
     )
     if device_kind() == "cpu":
-        # Without g++ MLX does not fuse kernels; with one that fails it raises.
+        # Without g++ MLX does not fuse kernels; with a broken one it raises.
         advice += "; a g++ that does not work is a known cause: `mlx-runner doctor` tries it"
     return advice

@@ -1,10 +1,10 @@
-"""Weight files that this process reads itself, at the moment when MLX evaluates a tensor.
+"""Reads weight files in Python, when MLX evaluates a tensor.
 
-A read that fails inside MLX leaves its count of active tasks too high for the rest of the
-process, and a later step may wait indefinitely
-(:mod:`runner_server.mlx_backend.stream_errors`). MLX therefore gets a stream for each tensor whose
-reads always succeed: the stream records errors, and :meth:`WeightFiles.check` raises them on the
-engine's thread. The bytes are read straight into MLX's own memory.
+A read that fails inside MLX leaves MLX's count of active tasks too high for the rest of the
+process, and a later step may wait indefinitely (:mod:`runner_server.mlx_backend.stream_errors`).
+MLX therefore gets streams whose reads never fail, one for each tensor: a stream records errors, and
+:meth:`WeightFiles.check` raises them on the engine's thread. The bytes are read straight into MLX's
+own memory.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from runner_server.mlx_backend.loading.lazy_arrays import TensorStream, lazy_arr
 logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 8 * 2**20
-"""The most that is read without a look at whether the load goes on."""
+"""Maximum number of bytes read between two checks for a cancelled load."""
 
 _READERS = 4
-"""Threads that read the pieces of large tensors. MLX has as many of its own for small ones."""
+"""Threads that read the blocks of large tensors. MLX has as many of its own for small ones."""
 
 _MOST_OPEN = 64
-"""Files that stay open: a model may have hundreds, and a process may be allowed 256."""
+"""Files kept open. A model may have hundreds, and a process may be limited to 256."""
 
 _UNUSED_SECONDS, _UNUSED_POLL_SECONDS = 1.0, 0.001
 
@@ -48,7 +48,7 @@ OnRead = Callable[[int], object]
 
 
 class WeightFiles:
-    """Reads the tensors of one model when MLX evaluates them."""
+    """The weight files of one model, read tensor by tensor on evaluation."""
 
     def __init__(self) -> None:
         self._fault: BaseException | None = None
@@ -62,22 +62,22 @@ class WeightFiles:
         self._pool: ThreadPoolExecutor | None = None
 
     def attach(self, model: Module) -> None:
-        """Have a model carry what its lazy weights are read by; it goes with the model."""
+        """Attach this object to a model, to live as long as the lazy weights."""
         object.__setattr__(model, _ATTRIBUTE, self)
 
     @staticmethod
     def of(model: Module) -> WeightFiles:
-        """Return what was attached to a model."""
+        """Return the object attached to a model."""
         files: WeightFiles = vars(model)[_ATTRIBUTE]
         return files
 
     def load(self, path: str) -> dict[str, mx.array]:
-        """Return lazy arrays of a safetensors file's tensors; in place of ``mx.load``.
+        """Return lazy arrays for the tensors of a safetensors file; replaces ``mx.load``.
 
         Raises:
-            HeaderError: The file's header is not true.
+            HeaderError: The file's header is invalid.
             OSError: The file cannot be opened.
-            ValueError: It has a tensor that MLX cannot hold.
+            ValueError: The file has a tensor that MLX does not support.
         """
         file = _WeightFile(path, keep_open=len(self._open) < _MOST_OPEN)
         self._open.append(file)
@@ -98,11 +98,11 @@ class WeightFiles:
 
     @contextmanager
     def reading(self, on_read: OnRead) -> Iterator[None]:
-        """Read large tensors in parallel, and report what is read.
+        """Read large tensors with several threads, and report bytes read.
 
         Args:
-            on_read: Called with the bytes of each piece, on the thread that read it, one call
-                at a time; what it raises ends the reading and is raised by :meth:`check`.
+            on_read: Called with the size of each block, on the thread that read it, one call at a
+                time. An exception ends the reading, and :meth:`check` raises it.
         """
         self._on_read = on_read
         with ThreadPoolExecutor(_READERS, thread_name_prefix="weights") as pool:
@@ -115,11 +115,11 @@ class WeightFiles:
                 self._open.clear()
 
     def settle(self) -> None:
-        """Wait until MLX's reading threads have dropped the streams that they have read.
+        """Wait until MLX's reader threads have released finished streams.
 
-        They do it a moment after the arrays are there. In a process that ends just then, the
-        destructor of a stream cannot take Python's lock, and aborts (4 of 300 runs). It must run no
-        Python code, in which it could lose that lock: the files stay open until all are read.
+        They do so shortly after the arrays are ready. If the process ends in between, the
+        destructor of a stream cannot take the GIL, and aborts (4 of 300 runs). The destructor must
+        not run Python code, which could release the GIL: the files stay open until all are read.
         """
         give_up = time.monotonic() + _UNUSED_SECONDS
         while any(stream() for stream in self._read) and time.monotonic() < give_up:
@@ -127,27 +127,27 @@ class WeightFiles:
         self._read.clear()
 
     def unused(self) -> frozenset[str]:
-        """Return the names of tensors that were not read and that no array waits for.
+        """Return the names of tensors neither read yet nor referenced by an array.
 
-        To be called when nothing is left of what :meth:`load` returned but the model: an array
-        keeps the streams that it will be read from.
+        Call this when only the model is left of the arrays that :meth:`load` returned, because an
+        array keeps its streams alive.
         """
         gone = {name for name, stream in self._given.items() if stream() is None}
         return frozenset(gone - self._was_read)
 
     def stop(self) -> None:
-        """Have reads that are under way, and all that follow, return without their bytes."""
+        """Make pending and future reads return without their bytes."""
         self._is_stopped = True
 
     def check(self) -> None:
-        """Raise what went wrong: arrays that were read before this call are not to be used."""
-        # Kept here, it would keep its traceback and so the arrays of this call's callers.
+        """Raise the first error of a read. Arrays read before this call must not be used then."""
+        # An error kept here would keep its traceback, and with it the arrays of the callers.
         fault, self._fault = self._fault, None
         if fault is not None:
             raise fault
 
     def _fill(self, file: _WeightFile, stream: TensorStream, memory: memoryview) -> None:
-        """Read a tensor's bytes, on a thread of MLX; never raises."""
+        """Read a tensor's bytes, on one of MLX's threads. Never raises."""
         self._read.append(weakref.ref(stream))
         tensor = stream.tensor
         self._was_read.add(tensor.name)
@@ -172,7 +172,7 @@ class WeightFiles:
                 file.read(tensor, start, piece)
                 size = len(piece)
             self._tell(size)
-        except BaseException as error:  # noqa: BLE001 - raised by check, and not inside MLX
+        except BaseException as error:  # noqa: BLE001 - check() raises it, outside of MLX
             self._fail(error)
 
     def _tell(self, nbytes: int) -> None:
@@ -182,13 +182,13 @@ class WeightFiles:
             try:
                 self._on_read(nbytes)
             except BaseException:
-                # Still under the lock: it is not called again.
+                # Still under the lock, so that it is not called again.
                 self.stop()
                 raise
 
     def _fail(self, error: BaseException) -> None:
         self.stop()
-        # Tracebacks would hold the memory and the stream of what was being read.
+        # A traceback would keep the buffer and the stream of the read alive.
         for each in (error, error.__cause__, error.__context__):
             if each:
                 each.__traceback__ = None
@@ -197,11 +197,12 @@ class WeightFiles:
 
 
 class _WeightFile:
-    """A weight file, open until its last tensor is read or dropped, or else while it is read.
+    """A weight file, open until the last tensor is read or dropped, or only during reads.
 
     Args:
-        path: Where it is.
-        keep_open: Whether it stays open, so that it is read as it was even if it is replaced.
+        path: The file's path.
+        keep_open: Whether the file stays open, so that reads see its original content even if it is
+            replaced.
     """
 
     def __init__(self, path: str, *, keep_open: bool) -> None:
@@ -223,10 +224,10 @@ class _WeightFile:
             os.close(cast("int", self._kept))
 
     def read(self, tensor: Tensor, start: int, memory: memoryview) -> None:
-        """Fill memory with a tensor's bytes from ``start`` on.
+        """Fill a buffer with a tensor's bytes, beginning at ``start``.
 
         Raises:
-            ModelUnsupported: They cannot be read, or are no longer there.
+            ModelUnsupported: The bytes cannot be read, or no longer exist.
         """
         if self._kept is not None:
             self._read_from(self._kept, tensor, start, memory)
@@ -264,6 +265,6 @@ class _WeightFile:
 
 
 def _identity(number: int) -> tuple[int, ...]:
-    """Return what tells an open file from another one of its name, and from its later self."""
+    """Return the device, inode, size and mtime, to detect a replaced or modified file."""
     found = os.fstat(number)
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
