@@ -12,9 +12,9 @@ def row_array(values: Sequence[float], dtype: mx.Dtype = mx.float32) -> mx.array
     return mx.array(list(values), dtype=dtype)[:, None]
 
 
-def rows_of(places: Sequence[int], count: int) -> mx.array | None:
+def rows_of(indices: Sequence[int], count: int) -> mx.array | None:
     """An index of rows; None where it would take all ``count`` of them."""
-    return None if len(places) == count else mx.array(list(places), dtype=mx.int32)
+    return None if len(indices) == count else mx.array(list(indices), dtype=mx.int32)
 
 
 def copied(value: mx.array) -> mx.array:

@@ -32,7 +32,7 @@ from runner_server.mlx_backend.sampling.sampler import (
     Sampler,
     TokenLogprobs,
     are_finite,
-    likelihoods,
+    token_logprobs,
 )
 
 _STATE_STEPS = 64
@@ -52,10 +52,10 @@ class Row:
         sampling: How its tokens are drawn.
         tokens: Those that the model has been given.
         next_id: The one it is given next, if that is known.
-        is_news: Whether that one was generated and has not been reported.
+        is_unreported: Whether that one was generated and has not been reported.
         drawn: How many tokens were drawn.
         caches: Its caches while it is not decoded.
-        likelihood: How likely the next one was.
+        logprobs: How likely the next one was.
         is_finite: Whether the logits that the next one was drawn from are numbers, as far as
             that was read.
     """
@@ -64,15 +64,15 @@ class Row:
     sampling: Sampling
     tokens: list[int]
     next_id: int
-    is_news: bool = False
+    is_unreported: bool = False
     drawn: int = 0
     caches: Caches = field(default_factory=list)
-    likelihood: _Likelihood | None = None
+    logprobs: _RowLogprobs | None = None
     is_finite: bool = True
 
 
-class _Measured:
-    """The likelihoods of a step, read once for all rows.
+class _StepLogprobs:
+    """The token_logprobs of a step, read once for all rows.
 
     A part of an array would have to be computed, behind the step that was begun since.
     """
@@ -94,15 +94,15 @@ class _Measured:
 
 
 @dataclass(frozen=True)
-class _Likelihood:
+class _RowLogprobs:
     """Where the likelihood of a row's token stands."""
 
-    step: _Measured
-    place: int
+    step: _StepLogprobs
+    index: int
 
     def read(self, token_id: int, top: int) -> TokenLogprob:
-        pairs = zip(self.step.ids[self.place], self.step.values[self.place], strict=True)
-        return TokenLogprob(token_id, self.step.chosen[self.place], tuple(pairs)[:top])
+        pairs = zip(self.step.ids[self.index], self.step.values[self.index], strict=True)
+        return TokenLogprob(token_id, self.step.chosen[self.index], tuple(pairs)[:top])
 
 
 class DecodeBatch:
@@ -128,7 +128,7 @@ class DecodeBatch:
         # Of the logits that each of them was drawn from.
         self._finite = mx.array([], dtype=mx.bool_)
         self._steps = 0
-        self._arrange()
+        self._prepare()
 
     def join(self, rows: Sequence[Row], expected: int = 0) -> None:
         """Adds rows with the caches they bring.
@@ -154,12 +154,12 @@ class DecodeBatch:
         self._inputs = mx.concatenate([self._inputs, ids]) if self.rows else ids
         self._finite = mx.concatenate([self._finite, finite]) if self.rows else finite
         self.rows = [*self.rows, *rows]
-        self._arrange()
+        self._prepare()
 
     def leave(self, rows: Sequence[Row]) -> None:
         """Takes rows out, without their caches."""
         leaving = {id(row) for row in rows}
-        stay = _filled([id(row) not in leaving for row in self.rows])
+        stay = _fill_gaps([id(row) not in leaving for row in self.rows])
         if len(stay) < len(self.rows):
             self._keep(stay)
 
@@ -187,9 +187,9 @@ class DecodeBatch:
 
     def settle(self, row: Row) -> None:
         """Waits for the token that a row was given last, so that it can be left alone."""
-        place = self.rows.index(row)
-        row.next_id = cast("int", self._inputs[place].item())
-        row.is_finite = cast("bool", self._finite[place].item())
+        slot = self.rows.index(row)
+        row.next_id = cast("int", self._inputs[slot].item())
+        row.is_finite = cast("bool", self._finite[slot].item())
 
     def finish(self) -> None:
         """Waits for the step that was begun last."""
@@ -205,22 +205,22 @@ class DecodeBatch:
         drawn = [row.drawn for row in rows]
         changed = self._penalties(logits, [row.tokens for row in rows], inputs, drawn)
         tokens = self._sampler(changed, drawn)
-        self._take(tokens, are_finite(logits, tokens))
-        begun = self._measure(logits)
+        self._set_inputs(tokens, are_finite(logits, tokens))
+        logprobs = self._compute_logprobs(logits)
         mx.async_eval(
-            self._inputs, self._finite, [part for found in begun for part in _parts(found)]
+            self._inputs, self._finite, [part for found in logprobs for part in _arrays_of(found)]
         )
         self._steps += 1
         if self._steps % _STATE_STEPS == 0:
             mx.async_eval([cache.state for cache in self._caches])
-        news = self._report(_drawn(inputs, finite), begun)
-        first = [place for place, row in enumerate(rows) if row.drawn == 1 and row.is_news]
+        events = self._report(_read_drawn(inputs, finite), logprobs)
+        first = [slot for slot, row in enumerate(rows) if row.drawn == 1 and row.is_unreported]
         if first:
-            values = _drawn(self._inputs, self._finite)
-            news += [self._tell(rows[place], *values[place]) for place in first]
-        return news
+            values = _read_drawn(self._inputs, self._finite)
+            events += [self._event(rows[slot], *values[slot]) for slot in first]
+        return events
 
-    def _take(self, drawn: mx.array, finite: mx.array) -> None:
+    def _set_inputs(self, drawn: mx.array, finite: mx.array) -> None:
         """Makes drawn tokens the next inputs; a row without numbers is given token 0."""
         # Candidates that are NaN may have ids that the model does not have.
         drawn = mx.where(finite, drawn, 0)
@@ -231,79 +231,81 @@ class DecodeBatch:
         self._inputs, self._finite = drawn, finite
 
     def _report(
-        self, values: Sequence[tuple[int, bool]], begun: Sequence[_Likelihood | None]
+        self, values: Sequence[tuple[int, bool]], logprobs: Sequence[_RowLogprobs | None]
     ) -> list[Token | NotFinite]:
         """Tells what the tokens given to the model were, and turns to the next ones."""
-        news = []
-        for row, (value, is_finite), likelihood in zip(self.rows, values, begun, strict=True):
-            if row.is_news:
-                news.append(self._tell(row, value, is_finite))
+        events = []
+        for row, (value, is_finite), own in zip(self.rows, values, logprobs, strict=True):
+            if row.is_unreported:
+                events.append(self._event(row, value, is_finite))
             row.tokens.append(value)
-            row.likelihood, row.is_news = likelihood, True
+            row.logprobs, row.is_unreported = own, True
             row.drawn += 1
-        return news
+        return events
 
-    def _tell(self, row: Row, value: int, is_finite: bool) -> Token | NotFinite:
-        row.is_news = False
+    def _event(self, row: Row, value: int, is_finite: bool) -> Token | NotFinite:
+        row.is_unreported = False
         if not is_finite:
             row.is_finite = False
             return NotFinite(row.id)
-        if row.likelihood is None:
+        if row.logprobs is None:
             return Token(row.id, value)
-        return Token(row.id, value, row.likelihood.read(value, row.sampling.logprobs or 0))
+        return Token(row.id, value, row.logprobs.read(value, row.sampling.logprobs or 0))
 
-    def _measure(self, logits: mx.array) -> list[_Likelihood | None]:
+    def _compute_logprobs(self, logits: mx.array) -> list[_RowLogprobs | None]:
         """How likely the tokens just drawn are, for the rows that want to know."""
-        found: list[_Likelihood | None] = [None] * len(self.rows)
-        if not self._measured:
+        found: list[_RowLogprobs | None] = [None] * len(self.rows)
+        if not self._logprob_rows:
             return found
-        index = rows_of(self._measured, len(self.rows))
-        chosen = (logits, self._inputs) if index is None else (logits[index], self._inputs[index])
-        step = _Measured(likelihoods(*chosen, self._top))
-        for place, row in enumerate(self._measured):
-            found[row] = _Likelihood(step, place)
+        selection = rows_of(self._logprob_rows, len(self.rows))
+        tokens = self._inputs
+        if selection is not None:
+            logits, tokens = logits[selection], tokens[selection]
+        step = _StepLogprobs(token_logprobs(logits, tokens, self._top))
+        for index, slot in enumerate(self._logprob_rows):
+            found[slot] = _RowLogprobs(step, index)
         return found
 
-    def _caches_of(self, place: int) -> Caches:
-        return self._caches if len(self.rows) == 1 else extract(self._caches, place)
+    def _caches_of(self, slot: int) -> Caches:
+        return self._caches if len(self.rows) == 1 else extract(self._caches, slot)
 
-    def _keep(self, places: list[int]) -> None:
-        if len(places) == 1:
-            self._caches = self._caches_of(places[0])
-        elif places:
+    def _keep(self, slots: list[int]) -> None:
+        if len(slots) == 1:
+            self._caches = self._caches_of(slots[0])
+        elif slots:
             # What is being computed would keep rows from being written in place.
             self.finish()
-            keep(self._caches, places)
+            keep(self._caches, slots)
         else:
             self._caches = []
-        index = mx.array(places, dtype=mx.int32)
+        index = mx.array(slots, dtype=mx.int32)
         self._inputs, self._finite = self._inputs[index], self._finite[index]
-        self.rows = [self.rows[place] for place in places]
-        self._arrange()
+        self.rows = [self.rows[slot] for slot in slots]
+        self._prepare()
 
-    def _arrange(self) -> None:
+    def _prepare(self) -> None:
         """Prepares what depends on which rows there are."""
         options = [row.sampling for row in self.rows]
         self._sampler = Sampler(options, self._vocab_size)
         self._penalties = Penalties(options)
-        self._measured = [i for i, option in enumerate(options) if option.logprobs is not None]
-        self._top = max((options[i].logprobs or 0 for i in self._measured), default=0)
+        self._logprob_rows = [i for i, option in enumerate(options) if option.logprobs is not None]
+        self._top = max((options[i].logprobs or 0 for i in self._logprob_rows), default=0)
 
 
-def _drawn(inputs: mx.array, finite: mx.array) -> list[tuple[int, bool]]:
+def _read_drawn(inputs: mx.array, finite: mx.array) -> list[tuple[int, bool]]:
     """Waits for drawn tokens, and whether there were numbers to draw them from."""
     values, flags = cast("list[int]", inputs.tolist()), cast("list[bool]", finite.tolist())
     return list(zip(values, flags, strict=True))
 
 
-def _parts(found: _Likelihood | None) -> tuple[mx.array, ...]:
+def _arrays_of(found: _RowLogprobs | None) -> tuple[mx.array, ...]:
     if found is None:
         return ()
     arrays = found.step.arrays
     return arrays.chosen, arrays.ids, arrays.values
 
 
-def _filled(stays: Sequence[bool]) -> list[int]:
+def _fill_gaps(stays: Sequence[bool]) -> list[int]:
     """The places that stay, the last ones where others leave: as few as can be change place."""
-    places = [place for place, stay in enumerate(stays) if stay]
-    return [place if stays[place] else places.pop() for place in range(len(places))]
+    slots = [slot for slot, stay in enumerate(stays) if stay]
+    return [slot if stays[slot] else slots.pop() for slot in range(len(slots))]

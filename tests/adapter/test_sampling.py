@@ -18,8 +18,8 @@ mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the serv
 from runner_server.mlx_backend.sampling.sampler import (  # noqa: E402
     Sampler,
     largest,
-    likelihoods,
     negative_gumbel,
+    token_logprobs,
 )
 
 VOCAB = 50
@@ -359,7 +359,7 @@ def test_likelihoods_are_the_log_softmax(dtype: str, top: int) -> None:
     rows = mx.array(np.stack([_logits(seed, 3000) for seed in range(3)]))
     rows = rows.astype(getattr(mx, dtype))
     chosen = [7, 0, 2999]
-    found = likelihoods(rows, mx.array(chosen), top)
+    found = token_logprobs(rows, mx.array(chosen), top)
     exact = np.log(np.stack([_softmax(row) for row in np.array(rows.astype(mx.float32))]))
     np.testing.assert_allclose(np.array(found.chosen), exact[range(3), chosen], atol=1e-4)
     assert found.ids.shape == found.values.shape == (3, top)
@@ -372,6 +372,6 @@ def test_likelihoods_are_the_log_softmax(dtype: str, top: int) -> None:
 def test_no_likelihood_is_above_zero() -> None:
     """Of a certain token, whatever the rounding."""
     logits = mx.zeros((1, 100)).at[0, 5].add(40.0)
-    found = likelihoods(logits, mx.array([5]), 2)
+    found = token_logprobs(logits, mx.array([5]), 2)
     assert np.array(found.chosen).max() <= 0
     assert np.array(found.values).max() <= 0

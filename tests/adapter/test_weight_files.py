@@ -21,7 +21,7 @@ from support.safetensors_files import header_of, write_file, write_tensors
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
 from runner_server.mlx_backend.loading import lazy_arrays, weight_files  # noqa: E402
-from runner_server.mlx_backend.loading.weight_files import PIECE_BYTES, WeightFiles  # noqa: E402
+from runner_server.mlx_backend.loading.weight_files import BLOCK_BYTES, WeightFiles  # noqa: E402
 
 TYPES = [
     *(mx.float32, mx.float16, mx.bfloat16, mx.complex64, mx.bool_),
@@ -100,14 +100,14 @@ def test_nothing_is_read_before_it_is_evaluated(path: Path, reads: Reads) -> Non
 
 
 def test_large_tensors_are_read_in_pieces(path: Path, reads: Reads) -> None:
-    size = 5 * PIECE_BYTES // 2
+    size = 5 * BLOCK_BYTES // 2
     arrays = {"x": mx.arange(size // 4), "y": mx.arange(6)}
     mx.save_safetensors(str(path), arrays)
     told: list[int] = []
     files = WeightFiles()
     found = files.load(str(path))
     _read(files, found, told.append)
-    assert sorted(reads.sizes) == sorted(told) == [24, PIECE_BYTES // 2, PIECE_BYTES, PIECE_BYTES]
+    assert sorted(reads.sizes) == sorted(told) == [24, BLOCK_BYTES // 2, BLOCK_BYTES, BLOCK_BYTES]
     assert all(mx.array_equal(found[name], arrays[name]).item() for name in arrays)
 
 
@@ -126,7 +126,7 @@ def _failing(_file: int, _buffers: list[memoryview], _position: int) -> int:
     raise OSError(errno.EIO, "Input/output error")
 
 
-@pytest.mark.parametrize("elements", [10, PIECE_BYTES])
+@pytest.mark.parametrize("elements", [10, BLOCK_BYTES])
 def test_a_disk_that_fails(
     path: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch, elements: int
 ) -> None:
@@ -144,7 +144,7 @@ def test_a_disk_that_fails(
     files.check()  # told once
 
 
-@pytest.mark.parametrize("elements", [100, 3 * PIECE_BYTES])
+@pytest.mark.parametrize("elements", [100, 3 * BLOCK_BYTES])
 def test_a_file_that_shrinks(path: Path, elements: int) -> None:
     mx.save_safetensors(str(path), {"x": mx.ones(elements)})
     files = WeightFiles()

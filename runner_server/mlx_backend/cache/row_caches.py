@@ -58,21 +58,21 @@ def extend(batch: Caches, rows: Sequence[Caches], capacity: int) -> None:
             layer.extend(other)
 
 
-def keep(batch: Caches, places: Sequence[int]) -> None:
+def keep(batch: Caches, slots: Sequence[int]) -> None:
     """Leaves these rows in a batch, in this order; nothing is being computed from it."""
-    slots = [layer for layer in batch if isinstance(layer, SlotCache)]
-    for layers in _grouped(slots):
-        moved = [layer.moving(places) for layer in layers]
+    slot_caches = [layer for layer in batch if isinstance(layer, SlotCache)]
+    for layers in _grouped(slot_caches):
+        moved = [layer.copies_to_move(slots) for layer in layers]
         mx.eval(moved)
         for layer, rows in zip(layers, moved, strict=True):
-            layer.keep(places, rows)
-        if len(layers) < len(slots):
+            layer.keep(slots, rows)
+        if len(layers) < len(slot_caches):
             # The copies go before those of the next layers are made.
             del moved
             evaluate(layers)
     for layer in batch:
         if not isinstance(layer, SlotCache):
-            layer.filter(list(places))
+            layer.filter(list(slots))
 
 
 def compact(batch: Caches) -> None:
@@ -95,22 +95,22 @@ def _grouped(layers: Sequence[SlotCache]) -> Iterator[list[SlotCache]]:
         yield group
 
 
-def extract(batch: Caches, place: int) -> Caches:
+def extract(batch: Caches, slot: int) -> Caches:
     """Copies a row out of a batch."""
-    return [_extracted(layer, place) for layer in batch]
+    return [_extracted(layer, slot) for layer in batch]
 
 
-def _extracted(layer: Any, place: int) -> Any:
+def _extracted(layer: Any, slot: int) -> Any:
     # mlx_lm's batched cache fails where the layer has no attention, so that nothing is in it.
     if not isinstance(layer, SlotCache) and getattr(layer, "keys", layer) is None:
         return KVCache()
-    return layer.extract(place)
+    return layer.extract(slot)
 
 
-def view(batch: Caches, place: int) -> Caches:
+def view(batch: Caches, slot: int) -> Caches:
     """A row of a batch, to be read before the batch changes; copied only where it must be."""
     return [
-        layer.view(place) if isinstance(layer, SlotCache) else _extracted(layer, place)
+        layer.view(slot) if isinstance(layer, SlotCache) else _extracted(layer, slot)
         for layer in batch
     ]
 
@@ -141,7 +141,7 @@ def prefill(model: Module, rows: Sequence[Caches], chunks: Sequence[Sequence[int
     if any(padding):
         for cache in batch:
             cache.finalize()
-    evaluated = [extract(batch, place) for place in range(len(rows))]
+    evaluated = [extract(batch, slot) for slot in range(len(rows))]
     for caches in evaluated:
         evaluate(caches)
     return evaluated
@@ -276,13 +276,13 @@ def _level(caches: Sequence[Any]) -> None:
 
     mlx_lm would spread the shorter one over all places. The model takes zeros for missing tokens.
     """
-    for place in range(min(len(getattr(cache, "cache", ())) for cache in caches)):
-        tables = [cache for cache in caches if cache[place] is not None and cache[place].ndim == 2]
-        longest = max((cache[place].shape[1] for cache in tables), default=0)
+    for index in range(min(len(getattr(cache, "cache", ())) for cache in caches)):
+        tables = [cache for cache in caches if cache[index] is not None and cache[index].ndim == 2]
+        longest = max((cache[index].shape[1] for cache in tables), default=0)
         for cache in tables:
-            missing = longest - cache[place].shape[1]
+            missing = longest - cache[index].shape[1]
             if missing:
-                cache[place] = mx.pad(cache[place], [(0, 0), (missing, 0)])
+                cache[index] = mx.pad(cache[index], [(0, 0), (missing, 0)])
 
 
 def _joined(parts: Sequence[Pair | None]) -> Any:

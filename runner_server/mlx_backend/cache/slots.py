@@ -89,17 +89,17 @@ class SlotCache:
         if self._memory is None:
             self._memory = _empty((keys, values), rows, count)
         elif self._end + count > self._memory[0].shape[2]:
-            self._memory = self._moved(self._memory, rows, max(self._lengths), count)
+            self._memory = self._reallocated(self._memory, rows, max(self._lengths), count)
         begin = self._end
         self._end += count
         _write(self._memory, slice(0, rows), slice(begin, self._end), (keys, values))
         self._lengths = [length + count for length in self._lengths]
         self._offset = None
-        return self._held(self._memory)
+        return self._used(self._memory)
 
     def keys_and_values(self) -> Pair | None:
         """All keys and values, padded on the left; None before the first token."""
-        return self._held(self._memory) if self._memory else None
+        return self._used(self._memory) if self._memory else None
 
     def add(self, rows: Sequence[KVCache], capacity: int) -> None:
         """Copies rows into free slots.
@@ -119,7 +119,7 @@ class SlotCache:
                 self._memory = _empty(like, max(capacity, needed), longest + 1)
                 self._end = longest
         elif needed > self._memory[0].shape[0] or longest > self._end:
-            self._memory = self._moved(self._memory, max(capacity, needed), longest, 1)
+            self._memory = self._reallocated(self._memory, max(capacity, needed), longest, 1)
         self._lengths, self._offset = lengths, None
         if self._memory is None:
             return
@@ -128,51 +128,51 @@ class SlotCache:
             parts = _padded(row, self._memory, self._end)
             _write(self._memory, slice(slot, slot + 1), slice(0, self._end), parts)
 
-    def moving(self, places: Sequence[int]) -> Pair | None:
+    def copies_to_move(self, slots: Sequence[int]) -> Pair | None:
         """Copies the rows that :meth:`keep` puts elsewhere.
 
         To be evaluated before: while something is still to be computed from the memory, MLX
         does not write into it but into a copy of all of it.
 
         Args:
-            places: The slots of the rows that stay, in their new order.
+            slots: The slots of the rows that stay, in their new order.
         """
-        sources = [place for slot, place in enumerate(places) if slot != place]
+        sources = [source for target, source in enumerate(slots) if target != source]
         if self._memory is None or not sources:
             return None
         index = mx.array(sources, dtype=mx.int32)
         return self._memory[0][index], self._memory[1][index]
 
-    def keep(self, places: Sequence[int], moved: Pair | None) -> None:
+    def keep(self, slots: Sequence[int], moved: Pair | None) -> None:
         """Keeps the rows of these slots, the first in the first slot and so on.
 
         Args:
-            places: The slots of the rows that stay, in their new order.
-            moved: What :meth:`moving` gave for them.
+            slots: The slots of the rows that stay, in their new order.
+            moved: What :meth:`copies_to_move` gave for them.
         """
         if self._memory and moved:
             keys, values = moved
-            targets = [slot for slot, place in enumerate(places) if slot != place]
+            targets = [target for target, source in enumerate(slots) if target != source]
             for index, slot in enumerate(targets):
                 row = keys[index : index + 1], values[index : index + 1]
                 _write(self._memory, slice(slot, slot + 1), slice(None), row)
-        self._lengths = [self._lengths[place] for place in places]
+        self._lengths = [self._lengths[slot] for slot in slots]
         self._offset = None
 
-    def extract(self, place: int) -> KVCache:
+    def extract(self, slot: int) -> KVCache:
         """Copies a row."""
-        row = self.view(place)
+        row = self.view(slot)
         if row.keys is not None:
             row.state = (copied(row.keys), copied(row.values), row.offset)
         return row
 
-    def view(self, place: int) -> KVCache:
+    def view(self, slot: int) -> KVCache:
         """A row in the memory of the batch: right until that is written to, and not copied."""
         row = KVCache()
-        if self._memory and self._lengths[place]:
-            columns = slice(self._end - self._lengths[place], self._end)
-            keys, values = (part[place : place + 1, :, columns] for part in self._memory)
-            row.state = (keys, values, self._lengths[place])
+        if self._memory and self._lengths[slot]:
+            columns = slice(self._end - self._lengths[slot], self._end)
+            keys, values = (part[slot : slot + 1, :, columns] for part in self._memory)
+            row.state = (keys, values, self._lengths[slot])
         return row
 
     def compact(self) -> None:
@@ -180,21 +180,21 @@ class SlotCache:
         if self._memory is None:
             return
         rows, longest = len(self._lengths), max(self._lengths)
-        slots, _, columns, _ = self._memory[0].shape
-        if slots > rows or columns > _rounded(longest + 1):
-            self._memory = self._moved(self._memory, rows, longest, 1)
+        capacity, _, columns, _ = self._memory[0].shape
+        if capacity > rows or columns > _rounded(longest + 1):
+            self._memory = self._reallocated(self._memory, rows, longest, 1)
 
-    def _held(self, memory: Pair) -> Pair:
+    def _used(self, memory: Pair) -> Pair:
         rows, columns = len(self._lengths), slice(self._end - max(self._lengths), self._end)
         keys, values = memory
         return keys[:rows, :, columns], values[:rows, :, columns]
 
-    def _moved(self, memory: Pair, capacity: int, longest: int, more: int) -> Pair:
+    def _reallocated(self, memory: Pair, capacity: int, longest: int, more: int) -> Pair:
         """All rows in other memory: for so many, so long, and some tokens to come."""
         left = longest - max(self._lengths)
         right = _rounded(longest + more) - longest
         padding = [(0, capacity - len(self._lengths)), (0, 0), (left, right), (0, 0)]
-        keys, values = (mx.pad(part, padding) for part in self._held(memory))
+        keys, values = (mx.pad(part, padding) for part in self._used(memory))
         self._end = longest
         return keys, values
 

@@ -89,7 +89,7 @@ def _tolerance(model: Module) -> float:
 def _prompts(vocab_size: int) -> list[list[int]]:
     """Return prompts with ids spread over the whole vocabulary."""
     total = sum(_LENGTHS)
-    ids = iter([(2 * place + 1) * vocab_size // (2 * total) for place in range(total)])
+    ids = iter([(2 * index + 1) * vocab_size // (2 * total) for index in range(total)])
     return [[next(ids) for _ in range(length)] for length in _LENGTHS]
 
 

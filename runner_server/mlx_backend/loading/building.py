@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MAX_TOLD = 300
+_MAX_ERROR_CHARS = 300
 
 _MX_DTYPES = {
     Dtype.FLOAT32: mx.float32,
@@ -87,16 +87,16 @@ def before_weights(path: Path) -> Iterator[None]:
     except Exception as error:
         logger.exception("%s cannot be loaded", path)
         raise ModelUnsupported(
-            f"{path} cannot be loaded ({_told(error)}): its configuration says "
+            f"{path} cannot be loaded ({_one_line(error)}): its configuration says "
             "something that mlx_lm cannot compute; the runner's log has the traceback",
             model=str(path),
         ) from error
 
 
-def _told(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     """Return a one-line message for an error of mlx_lm, cut because some list every tensor."""
     text = " ".join(str(error).split())
-    text = text if len(text) <= _MAX_TOLD else f"{text[:_MAX_TOLD]}..."
+    text = text if len(text) <= _MAX_ERROR_CHARS else f"{text[:_MAX_ERROR_CHARS]}..."
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
@@ -137,7 +137,7 @@ def _build(directory: ModelDirectory) -> tuple[BuiltModel, Exactness]:
         exactness = Exactness(compare(directory, built, files.unused()))
     except Exception as error:
         raise ModelUnsupported(
-            f"{path} is not a model that mlx_lm can build ({_told(error)}); "
+            f"{path} is not a model that mlx_lm can build ({_one_line(error)}); "
             f"expected weights that fit config.json, whose model_type is {model_type!r}",
             model=str(path),
         ) from error

@@ -45,7 +45,7 @@ class _Progress:
         """Count bytes read from a file. Called on the reader's thread."""
         with self._lock:
             self._read_bytes += nbytes
-            self._tell()
+            self._update()
 
     def note_done(self, nbytes: int) -> None:
         """Count an evaluated weight."""
@@ -53,9 +53,9 @@ class _Progress:
             self._done_bytes += nbytes
             self._begun_bytes -= nbytes
             self._read_bytes = 0
-            self._tell()
+            self._update()
 
-    def _tell(self) -> None:
+    def _update(self) -> None:
         # A weight may be wider or narrower than its source, so bytes read are only an estimate.
         reached = self._done_bytes + min(self._read_bytes, self._begun_bytes)
         self._share = max(self._share, reached / self._total_bytes)

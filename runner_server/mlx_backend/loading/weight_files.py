@@ -31,7 +31,7 @@ from runner_server.mlx_backend.loading.lazy_arrays import TensorStream, lazy_arr
 
 logger = logging.getLogger(__name__)
 
-PIECE_BYTES = 8 * 2**20
+BLOCK_BYTES = 8 * 2**20
 """Maximum number of bytes read between two checks for a cancelled load."""
 
 _READERS = 4
@@ -151,31 +151,31 @@ class WeightFiles:
         self._read.append(weakref.ref(stream))
         tensor = stream.tensor
         self._was_read.add(tensor.name)
-        pieces = range(0, len(memory), PIECE_BYTES)
+        blocks = range(0, len(memory), BLOCK_BYTES)
         pool = self._pool
-        if pool is None or len(pieces) < 2:
-            for start in pieces:
-                self._fill_piece(file, tensor, memory, start)
+        if pool is None or len(blocks) < 2:
+            for start in blocks:
+                self._fill_block(file, tensor, memory, start)
             return
         try:
-            list(pool.map(self._fill_piece, repeat(file), repeat(tensor), repeat(memory), pieces))
+            list(pool.map(self._fill_block, repeat(file), repeat(tensor), repeat(memory), blocks))
         except RuntimeError as error:  # no thread can be started
             self._fail(error)
 
-    def _fill_piece(
+    def _fill_block(
         self, file: _WeightFile, tensor: Tensor, memory: memoryview, start: int
     ) -> None:
         if self._is_stopped:
             return
         try:
-            with memory[start : start + PIECE_BYTES] as piece:
-                file.read(tensor, start, piece)
-                size = len(piece)
-            self._tell(size)
+            with memory[start : start + BLOCK_BYTES] as block:
+                file.read(tensor, start, block)
+                size = len(block)
+            self._report_read(size)
         except BaseException as error:  # noqa: BLE001 - check() raises it, outside of MLX
             self._fail(error)
 
-    def _tell(self, nbytes: int) -> None:
+    def _report_read(self, nbytes: int) -> None:
         with self._lock:
             if self._on_read is None or self._is_stopped:
                 return

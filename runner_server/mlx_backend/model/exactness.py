@@ -143,7 +143,7 @@ def _has_pattern(text: Mapping[str, Any], built: BuiltModel) -> bool:
         return True
     if not isinstance(kinds, list) or not isinstance(every, int) or every < 1:
         return True
-    counted = [(place + 1) % every == 0 for place in range(len(kinds))]
+    counted = [(layer + 1) % every == 0 for layer in range(len(kinds))]
     return counted == [kind == "full_attention" for kind in kinds]
 
 

@@ -145,7 +145,7 @@ class _Memory:
     def evaluate(self, node: _Node) -> None:
         """Allocate a primitive's results, then free the inputs read for the last time."""
         for index, name in enumerate(node.outputs):
-            self._place(node, name, index)
+            self._allocate(node, name, index)
         self.peak = max(self.peak, self._live)
         for name in set(node.inputs):
             self._readers[name] -= 1
@@ -155,7 +155,7 @@ class _Memory:
             if not self._readers[name]:
                 self._drop(name)
 
-    def _place(self, node: _Node, name: str, index: int) -> None:
+    def _allocate(self, node: _Node, name: str, index: int) -> None:
         source = self._source(node, name, index)
         if source is None:
             self._buffer[name] = name

@@ -88,7 +88,7 @@ def probe(model: Module, prefill_chunk: int) -> Probe:
             f"mlx_lm cannot run this kind of model on this device ({type(error).__name__}: {error})"
         ) from error
     shapes = list(_shapes(caches, prefill_chunk))
-    if own := [place for place, cache in enumerate(caches) if _is_own(cache)]:
+    if own := [index for index, cache in enumerate(caches) if _is_own(cache)]:
         shapes = _with_growth(model, caches, shapes, own)
     return Probe(int(logits.shape[-1]), tuple(shapes))
 
@@ -108,12 +108,12 @@ def _with_growth(
 
     Growth is assumed to be linear, which overestimates windows.
     """
-    before = {place: int(caches[place].nbytes) for place in own}
+    before = {index: int(caches[index].nbytes) for index in own}
     model(mx.zeros((1, _GROWTH_TOKENS), dtype=mx.int32), cache=caches)
     grown = list(shapes)
-    for place in own:
-        more = int(caches[place].nbytes) - before[place]
-        grown[place] = CacheShape(token_bytes=-(-more // _GROWTH_TOKENS), fixed_bytes=before[place])
+    for index in own:
+        more = int(caches[index].nbytes) - before[index]
+        grown[index] = CacheShape(token_bytes=-(-more // _GROWTH_TOKENS), fixed_bytes=before[index])
     return grown
 
 

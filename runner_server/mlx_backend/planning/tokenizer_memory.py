@@ -19,10 +19,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-_PIECE_BYTES = 400
+_ENTRY_BYTES = 400
 """Memory per vocabulary entry and per property of an added token."""
 
-_TEXT_BYTES = 300
+_STRING_BYTES = 300
 """Peak memory per string in ``tokenizer.json``. A vocabulary entry is one string; a merge is one or
 two, depending on the age of the file."""
 
@@ -54,10 +54,10 @@ def tokenizer_memory(path: Path) -> TokenizerMemory:
     """Return the memory of a model directory's tokenizer; 0 without one."""
     file = path / "tokenizer.json"
     if file.is_file():
-        keys, texts = _count(file)
-        pieces = keys if keys * _FEWEST_KEYS > texts else texts
-        held = pieces * _PIECE_BYTES
-        return TokenizerMemory(held, max(held, texts * _TEXT_BYTES))
+        keys, strings = _count(file)
+        entries = keys if keys * _FEWEST_KEYS > strings else strings
+        held = entries * _ENTRY_BYTES
+        return TokenizerMemory(held, max(held, strings * _STRING_BYTES))
     others = (path / name for name in _OTHER_FILES)
     size = next((other.stat().st_size for other in others if other.is_file()), 0)
     return TokenizerMemory(size * _OTHER_FACTOR, size * _OTHER_PEAK_FACTOR)

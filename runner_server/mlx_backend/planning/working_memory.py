@@ -21,7 +21,7 @@ from runner_server.errors import ModelUnsupported
 from runner_server.mlx_backend.cache.row_caches import Caches, merge, side_by_side
 from runner_server.mlx_backend.planning.graph_memory import transient_bytes
 from runner_server.mlx_backend.sampling.penalties import Penalties
-from runner_server.mlx_backend.sampling.sampler import Sampler, likelihoods
+from runner_server.mlx_backend.sampling.sampler import Sampler, token_logprobs
 from runner_server.mlx_backend.upstream.names import KVCache, RotatingKVCache, make_prompt_cache
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def decode_bytes(model: Module, rows: int, tokens: int) -> int:
         options = [_costly(last.shape[-1])] * rows
         changed = Penalties(options)(last, [[0]] * rows, inputs[:, -1], [1] * rows)
         drawn = Sampler(options, last.shape[-1])(changed, [0] * rows)
-        found = likelihoods(last, drawn, min(MAX_LOGPROBS, last.shape[-1]))
+        found = token_logprobs(last, drawn, min(MAX_LOGPROBS, last.shape[-1]))
         return [drawn, found.chosen, found.ids, found.values]
 
     return _traced(model, _filled(model, rows, tokens - 1), rows, 1, draw)

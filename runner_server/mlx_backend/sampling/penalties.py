@@ -26,8 +26,8 @@ class Penalties:
 
     def __init__(self, rows: Sequence[Sampling]) -> None:
         self._bias = _bias([row.logit_bias for row in rows])
-        self._over_window = _Pass([_over_window(row) for row in rows])
-        self._over_output = _Pass([_over_output(row) for row in rows])
+        self._over_window = _WindowPenalties([_over_window(row) for row in rows])
+        self._over_output = _WindowPenalties([_over_output(row) for row in rows])
 
     def __call__(
         self,
@@ -45,11 +45,11 @@ class Penalties:
             drawn: How many tokens of each row were generated, the newest included.
         """
         if self._bias is not None:
-            places, ids, values = self._bias
-            logits = logits.astype(mx.float32).at[places, ids].add(values)
-        if self._over_window.places:
+            rows, ids, values = self._bias
+            logits = logits.astype(mx.float32).at[rows, ids].add(values)
+        if self._over_window.indices:
             logits = self._over_window(logits, histories, inputs)
-        if self._over_output.places:
+        if self._over_output.indices:
             generated = [
                 history[len(history) - max(0, count - 1) :]
                 for history, count in zip(histories, drawn, strict=True)
@@ -58,20 +58,20 @@ class Penalties:
         return logits
 
 
-class _Pass:
+class _WindowPenalties:
     """Penalties that look at one window of each row.
 
     Args:
         rows: The options of each row.
 
     Attributes:
-        places: The rows that have any.
+        indices: The rows that have any.
     """
 
     def __init__(self, rows: Sequence[Sampling]) -> None:
-        self.places = [place for place, row in enumerate(rows) if _penalizes(row)]
-        self._index = rows_of(self.places, len(rows))
-        chosen = [rows[place] for place in self.places]
+        self.indices = [index for index, row in enumerate(rows) if _penalizes(row)]
+        self._index = rows_of(self.indices, len(rows))
+        chosen = [rows[index] for index in self.indices]
         self._windows = [row.repeat_last_n for row in chosen]
         self._repeat = row_array([row.repeat_penalty for row in chosen])
         self._presence = row_array([row.presence_penalty for row in chosen])
@@ -86,10 +86,12 @@ class _Pass:
     ) -> mx.array:
         """Changes [rows, vocabulary]; ``has_newest`` says whose newest token counts, if not all."""
         windows = [
-            _window(histories[place], size)
-            for place, size in zip(self.places, self._windows, strict=True)
+            _window(histories[index], size)
+            for index, size in zip(self.indices, self._windows, strict=True)
         ]
-        weight = row_array([float(has_newest[place]) for place in self.places]) if has_newest else 1
+        weight = (
+            row_array([float(has_newest[index]) for index in self.indices]) if has_newest else 1
+        )
         if self._index is None:
             return self._penalize(logits, windows, inputs, weight)
         changed = self._penalize(logits[self._index], windows, inputs[self._index], weight)
@@ -135,11 +137,11 @@ def _penalizes(row: Sampling) -> bool:
 
 def _bias(rows: Sequence[tuple[tuple[int, float], ...]]) -> tuple[mx.array, ...] | None:
     """Row, token id and value of every biased logit; None if there is none."""
-    entries = [(place, *pair) for place, pairs in enumerate(rows) for pair in pairs]
+    entries = [(index, *pair) for index, pairs in enumerate(rows) for pair in pairs]
     if not entries:
         return None
-    places, ids, values = zip(*entries, strict=True)
-    return mx.array(places), mx.array(ids), mx.array(values, dtype=mx.float32)
+    indices, ids, values = zip(*entries, strict=True)
+    return mx.array(indices), mx.array(ids), mx.array(values, dtype=mx.float32)
 
 
 def _window(history: Sequence[int], size: int) -> Sequence[int]:

@@ -66,19 +66,19 @@ class Sampler:
 
     def __init__(self, rows: Sequence[Sampling], vocab_size: int) -> None:
         sources: dict[_Source, list[int]] = {}
-        for place, sampling in enumerate(rows):
-            sources.setdefault(_Source.of(sampling, vocab_size), []).append(place)
+        for index, sampling in enumerate(rows):
+            sources.setdefault(_Source.of(sampling, vocab_size), []).append(index)
         groups = [
-            (source, places[start : start + most])
-            for source, places in sources.items()
+            (source, indices[start : start + most])
+            for source, indices in sources.items()
             for most in [_rows_at_once(source, vocab_size)]
-            for start in range(0, len(places), most)
+            for start in range(0, len(indices), most)
         ]
         self._groups = [
-            (places, rows_of(places, len(rows)), _Draw([rows[i] for i in places], source))
-            for source, places in groups
+            (indices, rows_of(indices, len(rows)), _Draw([rows[i] for i in indices], source))
+            for source, indices in groups
         ]
-        order = [place for _, places in groups for place in places]
+        order = [index for _, indices in groups for index in indices]
         inverse = sorted(range(len(order)), key=order.__getitem__)
         self._inverse = mx.array(inverse) if len(groups) > 1 else None
 
@@ -93,11 +93,11 @@ class Sampler:
             [rows] token ids.
         """
         drawn: list[mx.array] = []
-        for places, index, draw in self._groups:
+        for indices, selection, draw in self._groups:
             # One group after the other: their arrays are not to be there at the same time.
             (given,) = mx.depends([logits], drawn[-1:]) if drawn else (logits,)
-            chosen = given if index is None else given[index]
-            drawn.append(draw(chosen, [positions[place] for place in places]))
+            chosen = given if selection is None else given[selection]
+            drawn.append(draw(chosen, [positions[index] for index in indices]))
         return drawn[0] if self._inverse is None else mx.concatenate(drawn)[self._inverse]
 
 
@@ -192,10 +192,10 @@ class _Draw:
 
     def _nucleus(self, logits: mx.array) -> tuple[mx.array, mx.array] | None:
         """The same as :meth:`_cut` for top-p alone, unless so many ids are too few."""
-        ids, likely = _in_order(*largest(logits, _NUCLEUS))
-        most = likely[:, -1:]
+        ids, top = _in_order(*largest(logits, _NUCLEUS))
+        most = top[:, -1:]
         total = mx.logsumexp(self._scale(logits, most), axis=-1, keepdims=True)
-        scores = self._scale(likely, most)
+        scores = self._scale(top, most)
         lowest = _lowest(scores, self._within_top_p(mx.exp(scores - total)))
         # Waits for the step; a sort of the whole vocabulary would take far longer.
         if not mx.all(lowest > scores[:, :1]).item():
@@ -335,7 +335,7 @@ class TokenLogprobs:
     values: mx.array
 
 
-def likelihoods(logits: mx.array, tokens: mx.array, top: int) -> TokenLogprobs:
+def token_logprobs(logits: mx.array, tokens: mx.array, top: int) -> TokenLogprobs:
     """Log probabilities of drawn tokens and of the ``top`` most likely ones.
 
     Args:

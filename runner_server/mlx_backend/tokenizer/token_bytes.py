@@ -42,8 +42,8 @@ def bytes_of_tokens(tokenizer: Any) -> BytesOf:
     falls_back = "ByteFallback" in kinds
 
     def read(id_: int) -> bytes | None:
-        piece = tokenizer.id_to_token(id_)
-        byte = _FALLBACK.fullmatch(piece or "") if falls_back else None
+        token = tokenizer.id_to_token(id_)
+        byte = _FALLBACK.fullmatch(token or "") if falls_back else None
         return bytes.fromhex(byte[1]) if byte else _by_repetition(tokenizer, id_)
 
     return lru_cache(_KEPT)(read)
@@ -69,13 +69,13 @@ def _is_by_token(steps: list[dict[str, Any]]) -> bool:
     return set(after) <= {"Fuse", "Strip"}
 
 
-def _in_alphabet(piece: str | None) -> bytes:
+def _in_alphabet(token: str | None) -> bytes:
     """The bytes of a byte-level token; ids that the tokenizer does not have are none."""
-    piece = piece or ""
-    if all(char in _BYTE_OF for char in piece):
-        return bytes(_BYTE_OF[char] for char in piece)
+    token = token or ""
+    if all(char in _BYTE_OF for char in token):
+        return bytes(_BYTE_OF[char] for char in token)
     # An added token may be written in other characters: they stand for themselves.
-    return piece.encode()
+    return token.encode()
 
 
 def _by_repetition(tokenizer: Any, id_: int) -> bytes | None:
