@@ -1,9 +1,8 @@
-"""The caches of mlx_lm's models: of one row, of a batch, and as pieces that can be kept.
+"""The caches of mlx_lm's models: for one row, for a batch, and as pieces for the prefix cache.
 
-A row's caches are a list, one for each layer. Those that hold a key and a value for
-every token can be cut at any token. All others (sliding windows, recurrent states)
-are only ever right at the very token they stand at, so they are kept and given back
-whole.
+A row's caches are a list with one cache per layer. A cache that holds a key and a value for every
+token can be cut at any token. All others (sliding windows, recurrent states) are only valid at the
+token they have reached, so the prefix cache stores and restores them whole.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ stays empty."""
 StateSnapshot = list[Any]
 
 _MOVED_BYTES = 32 << 20
-"""Memory of layers whose rows change place together. Each group is waited for."""
+"""Memory of the layers whose rows move in one evaluation, which bounds the memory of the copies."""
 
 
 def merge(rows: Sequence[Caches], capacity: int) -> Caches:
-    """Puts the caches of rows beside each other, to be decoded together.
+    """Merge the caches of rows into a batch.
 
     Args:
-        rows: Of each row, those of its layers.
-        capacity: Rows to make room for, if that is more.
+        rows: The caches of each row.
+        capacity: Number of slots to allocate, if larger than the number of rows.
     """
     return [
         SlotCache(layers, capacity) if _is_plain(layers[0]) else side_by_side(layers)
@@ -48,7 +47,7 @@ def merge(rows: Sequence[Caches], capacity: int) -> Caches:
 
 
 def extend(batch: Caches, rows: Sequence[Caches], capacity: int) -> None:
-    """Adds rows to a batch, and makes room for so many in all if there is none."""
+    """Add rows to a batch, allocating ``capacity`` slots if there are not enough."""
     for layer, added in zip(batch, zip(*rows, strict=True), strict=True):
         if isinstance(layer, SlotCache):
             layer.add(added, capacity)
@@ -59,7 +58,11 @@ def extend(batch: Caches, rows: Sequence[Caches], capacity: int) -> None:
 
 
 def keep(batch: Caches, slots: Sequence[int]) -> None:
-    """Leaves these rows in a batch, in this order; nothing is being computed from it."""
+    """Keep the rows in ``slots``, in this order, and remove the others.
+
+    Nothing may be pending that reads the batch: MLX would copy the whole memory instead of writing
+    in place.
+    """
     slot_caches = [layer for layer in batch if isinstance(layer, SlotCache)]
     for layers in _grouped(slot_caches):
         moved = [layer.copies_to_move(slots) for layer in layers]
@@ -67,7 +70,7 @@ def keep(batch: Caches, slots: Sequence[int]) -> None:
         for layer, rows in zip(layers, moved, strict=True):
             layer.keep(slots, rows)
         if len(layers) < len(slot_caches):
-            # The copies go before those of the next layers are made.
+            # Free these copies before making those of the next layers.
             del moved
             evaluate(layers)
     for layer in batch:
@@ -76,7 +79,7 @@ def keep(batch: Caches, slots: Sequence[int]) -> None:
 
 
 def compact(batch: Caches) -> None:
-    """Moves rows to memory that is no larger than they need, layer by layer."""
+    """Move rows to memory of the smallest size, layer by layer."""
     for layer in batch:
         if isinstance(layer, SlotCache):
             layer.compact()
@@ -84,7 +87,7 @@ def compact(batch: Caches) -> None:
 
 
 def _grouped(layers: Sequence[SlotCache]) -> Iterator[list[SlotCache]]:
-    """Yields layers that are moved together: as many as bound the memory of their copies."""
+    """Yield groups of layers whose rows move together, bounded by the memory of the copies."""
     group: list[SlotCache] = []
     for layer in layers:
         if group and sum(each.nbytes for each in (*group, layer)) > _MOVED_BYTES:
@@ -96,19 +99,19 @@ def _grouped(layers: Sequence[SlotCache]) -> Iterator[list[SlotCache]]:
 
 
 def extract(batch: Caches, slot: int) -> Caches:
-    """Copies a row out of a batch."""
+    """Copy a row out of a batch."""
     return [_extracted(layer, slot) for layer in batch]
 
 
 def _extracted(layer: Any, slot: int) -> Any:
-    # mlx_lm's batched cache fails where the layer has no attention, so that nothing is in it.
+    # mlx_lm's batched cache cannot extract from a layer without attention, which holds nothing.
     if not isinstance(layer, SlotCache) and getattr(layer, "keys", layer) is None:
         return KVCache()
     return layer.extract(slot)
 
 
 def view(batch: Caches, slot: int) -> Caches:
-    """A row of a batch, to be read before the batch changes; copied only where it must be."""
+    """Return a row of a batch, to be read before the batch changes. Copies only if necessary."""
     return [
         layer.view(slot) if isinstance(layer, SlotCache) else _extracted(layer, slot)
         for layer in batch
@@ -116,15 +119,15 @@ def view(batch: Caches, slot: int) -> Caches:
 
 
 def prefill(model: Module, rows: Sequence[Caches], chunks: Sequence[Sequence[int]]) -> list[Caches]:
-    """Evaluates tokens of several rows together.
+    """Run the model on one chunk of each row's prompt, in one call.
 
     Args:
-        model: The evaluated model.
-        rows: The caches of each; all as long, or there is one.
-        chunks: The tokens of each.
+        model: The model, with weights read.
+        rows: The caches of each row. Several rows must have the same length.
+        chunks: The next tokens of each row. Shorter chunks are padded on the right.
 
     Returns:
-        The caches of each, evaluated.
+        The caches of each row, evaluated.
     """
     if len(rows) == 1:
         model(mx.array([list(chunks[0])]), cache=rows[0])
@@ -148,19 +151,30 @@ def prefill(model: Module, rows: Sequence[Caches], chunks: Sequence[Sequence[int
 
 
 def evaluate(caches: Caches) -> None:
-    """Computes what the caches are to hold; waits for it."""
+    """Evaluate the caches' arrays, and wait for the result."""
     mx.eval([cache.state for cache in caches])
 
 
 @dataclass(frozen=True)
 class CachePieces:
-    """Cuts the caches of one model into pieces and puts them together again.
+    """Cuts the caches of one model into pieces for the prefix cache, and joins pieces again.
+
+    For example, a model with an attention layer and a sliding-window layer has ``cut_layers ==
+    (True, False)``. Once 100 tokens of a prompt have been prefilled:
+
+    1. ``segment(caches, 0, 60)`` and ``segment(caches, 60, 100)`` copy the attention layer's keys
+       and values of those tokens. The prefix cache stores a segment per node of its radix tree.
+    2. ``snapshot(caches)`` copies the window layer as it is after token 100.
+    3. For a later prompt with the same first 100 tokens, ``restore([first, second], snapshot)``
+       joins the segments and adds the window layer. Prefill continues at token 100.
+    4. A prompt that shares only the first 60 tokens can reuse nothing, unless a snapshot was taken
+       there: a window that has reached token 100 cannot be cut back to token 60.
 
     Attributes:
-        new: Makes empty caches.
-        cut_layers: For each layer, whether it can be cut at any token.
-        can_pad: Whether rows of unequal length may be evaluated together: recurrent layers
-            of several models take padding for text.
+        new: Creates empty caches.
+        cut_layers: For each layer, whether its cache can be cut at any token.
+        can_pad: Whether rows of unequal length may be prefilled together: recurrent layers of
+            several models process padding as if it were text.
     """
 
     new: Callable[[], Caches]
@@ -169,7 +183,7 @@ class CachePieces:
 
     @classmethod
     def of(cls, model: Module) -> CachePieces:
-        """Those of a model."""
+        """Return the cutter for a model's caches."""
         caches = make_prompt_cache(model)
         return cls(
             new=lambda: make_prompt_cache(model),
@@ -179,15 +193,15 @@ class CachePieces:
 
     @property
     def needs_snapshot(self) -> bool:
-        """Whether some layers cannot be cut."""
+        """Whether some layers cannot be cut, and need a snapshot."""
         return not all(self.cut_layers)
 
     def segment(self, caches: Caches, start: int, end: int) -> Segment:
-        """Copies what the cuttable layers hold for the tokens from ``start`` to ``end``."""
+        """Copy keys and values from token ``start`` to ``end``, in the layers to cut."""
         return self.cut(self._cuttable(caches), start, end)
 
     def snapshot(self, caches: Caches) -> StateSnapshot:
-        """Copies the other layers."""
+        """Copy the layers not covered by segments."""
         pairs = zip(caches, self.cut_layers, strict=True)
         kept = [copy.deepcopy(cache) for cache, cut in pairs if not cut]
         for cache in kept:
@@ -196,13 +210,13 @@ class CachePieces:
         return kept
 
     def cut(self, segment: Segment, start: int, end: int) -> Segment:
-        """Copies a part of a segment; nothing of the whole stays alive by it."""
+        """Copy a part of a segment, without keeping the whole segment alive."""
         parts = [pair and _cut_pair(pair, start, end) for pair in segment]
         mx.eval([pair for pair in parts if pair])
         return parts
 
     def restore(self, segments: Sequence[Segment], snapshot: StateSnapshot) -> Caches:
-        """Makes caches that hold these segments in order, and the snapshot."""
+        """Return caches made of the segments, in order, and the snapshot."""
         layers = iter(zip(*segments, strict=True))
         others = iter(snapshot)
         return [
@@ -210,20 +224,20 @@ class CachePieces:
         ]
 
     def token_bytes(self, caches: Caches) -> int:
-        """Bytes of one token in the layers that can be cut."""
+        """Return the bytes of one token in the layers to cut."""
         pairs = filter(None, self._cuttable(caches))
         return sum((keys.nbytes + values.nbytes) // keys.shape[2] for keys, values in pairs)
 
     def segment_bytes(self, segment: Segment) -> int:
-        """Bytes it holds."""
+        """Return the bytes of a segment."""
         return sum(keys.nbytes + values.nbytes for keys, values in filter(None, segment))
 
     def snapshot_bytes(self, snapshot: StateSnapshot) -> int:
-        """Bytes it holds."""
+        """Return the bytes of a snapshot."""
         return sum(int(cache.nbytes) for cache in snapshot)
 
     def is_finite(self, segment: Segment, snapshot: StateSnapshot | None) -> bool:
-        """Whether all that pieces hold are numbers."""
+        """Return whether a segment and a snapshot contain only finite numbers."""
         states = [cache.state for cache in snapshot or []]
         held = [part for _, part in cast("list[tuple[str, Any]]", tree_flatten([segment, states]))]
         numbers = [part for part in held if _is_floating(part)]
@@ -248,11 +262,11 @@ def _is_floating(value: Any) -> bool:
 
 
 def _compact(cache: Any) -> None:
-    """Puts copies in place of its arrays, which may be parts of larger ones."""
+    """Replace a cache's arrays, which may be views of larger ones, with copies."""
     if type(cache).state.fset:
         cache.state = tree_map(_copied, cache.state)
     else:
-        # Caches that a type brings along; what they hold are attributes.
+        # Caches defined by the model's own module, which hold their arrays as attributes.
         vars(cache).update({name: _copied(value) for name, value in vars(cache).items()})
 
 
@@ -261,20 +275,20 @@ def _copied(value: Any) -> Any:
 
 
 def _is_plain(cache: Any) -> bool:
-    """Whether it holds a key and a value for every token, and nothing else."""
+    """Return whether a cache holds a key and a value for every token, and nothing else."""
     return type(cache) is KVCache
 
 
 def side_by_side(layers: Sequence[Any]) -> Any:
-    """The caches of rows beside each other as mlx_lm has them; copied when a row comes or goes."""
+    """Merge rows' caches of one layer with mlx_lm's means, copying at every change."""
     _level(layers)
     return layers[0].merge(list(layers))
 
 
 def _level(caches: Sequence[Any]) -> None:
-    """Gives states that are the last few tokens (n-grams) one length: zeros before the first.
+    """Pad states made of the last few tokens (n-grams) to one length, with zeros on the left.
 
-    mlx_lm would spread the shorter one over all places. The model takes zeros for missing tokens.
+    mlx_lm would broadcast the shorter one. Models take zeros for missing tokens.
     """
     for index in range(min(len(getattr(cache, "cache", ())) for cache in caches)):
         tables = [cache for cache in caches if cache[index] is not None and cache[index].ndim == 2]

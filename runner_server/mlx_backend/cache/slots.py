@@ -1,7 +1,7 @@
-"""Keys and values of the rows of a batch, in memory in which rows come and go.
+"""Keys and values of a batch, in memory where rows join and leave without a copy of the rest.
 
-mlx_lm's batched cache is copied whole whenever a row comes or goes. Here a row that
-comes is written into a free slot, and the last row takes the slot of one that goes.
+mlx_lm's batched cache is copied whole whenever a row joins or leaves. In a :class:`SlotCache` a new
+row is written into a free slot, and the last row moves to the slot of a row that leaves.
 """
 
 from __future__ import annotations
@@ -18,18 +18,34 @@ Pair = tuple[mx.array, mx.array]
 """Keys and values, each (rows, heads, tokens, head size)."""
 
 _STEP = 256
-"""Tokens that the memory grows by, as mlx_lm's caches do."""
+"""Number of tokens by which the memory grows, as in mlx_lm's caches."""
 
 
 class SlotCache:
-    """One layer's keys and values, for models that ask of it what they ask of ``BatchKVCache``.
+    """One layer's keys and values, with the interface of ``BatchKVCache`` for models.
 
-    Rows end at the same column, so that a step writes one column for all; what lies to the
-    left of a short row is masked.
+    A row occupies one slot. All rows end at the same column, ``_end``, so that a decode step writes
+    one column for all of them. Columns to the left of a short row are masked.
+
+    For example, ``SlotCache([a, b], capacity=4)`` with 3 and 5 tokens allocates four slots of 256
+    columns:
+
+        column    0 1 2 3 4 5 6
+        slot 0    . . a a a          length 3
+        slot 1    b b b b b          length 5, _end = 5
+        slots 2 and 3 are free
+
+    1. ``update_and_fetch`` writes each row's next token to column 5, and ``_end`` becomes 6.
+    2. ``add([c], ...)`` with 2 tokens writes ``c`` to columns 4 and 5 of slot 2, and zeros to its
+       left.
+    3. ``keep([0, 2], ...)`` removes ``b``: slot 2 is copied to slot 1, and slot 2 becomes free. The
+       longest row is now ``a`` with 4 tokens, so models get columns 2 to 5.
+    4. Memory is only reallocated when the slots or the columns run out, or for a row longer than
+       ``_end``. Unused columns on the left are dropped then.
 
     Args:
         rows: The caches of the rows.
-        capacity: Rows to make room for, if that is more.
+        capacity: Number of slots to allocate, if larger than the number of rows.
     """
 
     def __init__(self, rows: Sequence[KVCache], capacity: int) -> None:
@@ -42,19 +58,19 @@ class SlotCache:
 
     @property
     def offset(self) -> mx.array:
-        """(rows,) Tokens that each row holds."""
+        """Number of tokens in each row, shape ``(rows,)``."""
         if self._offset is None:
             self._offset = mx.array(self._lengths, dtype=mx.int32)
         return self._offset
 
     @property
     def state(self) -> Pair | None:
-        """What there is to evaluate."""
+        """The arrays to evaluate."""
         return self._memory
 
     @property
     def keys(self) -> mx.array | None:
-        """All that is there; models whose layers are split among ranks put another in its place."""
+        """The memory of the keys. Models sharded by layers replace the array."""
         return self._memory[0] if self._memory else None
 
     @keys.setter
@@ -64,11 +80,11 @@ class SlotCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes taken, whether in use or not."""
+        """Bytes allocated, in use or not."""
         return sum(part.nbytes for part in self._memory or ())
 
     def make_mask(self, count: int, **kwargs: Any) -> mx.array:
-        """Which columns each of the next ``count`` tokens of each row sees."""
+        """Return which columns each of the next ``count`` tokens of each row attends to."""
         longest = max(self._lengths)
         padding = mx.array([longest - length for length in self._lengths], dtype=mx.int32)
         kwargs.pop("return_array", None)
@@ -76,14 +92,14 @@ class SlotCache:
         return mask
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Pair:
-        """Appends to every row.
+        """Append tokens to every row.
 
         Args:
-            keys: (rows, heads, tokens, head size).
+            keys: Shape (rows, heads, tokens, head size).
             values: As ``keys``.
 
         Returns:
-            All keys and values, padded on the left.
+            The keys and values of all rows, padded on the left.
         """
         rows, count = len(self._lengths), keys.shape[2]
         if self._memory is None:
@@ -98,15 +114,15 @@ class SlotCache:
         return self._used(self._memory)
 
     def keys_and_values(self) -> Pair | None:
-        """All keys and values, padded on the left; None before the first token."""
+        """Return keys and values, padded on the left; None before the first token."""
         return self._used(self._memory) if self._memory else None
 
     def add(self, rows: Sequence[KVCache], capacity: int) -> None:
-        """Copies rows into free slots.
+        """Copy rows into free slots.
 
         Args:
-            rows: Their caches.
-            capacity: Rows to make room for where memory is taken anyway.
+            rows: The caches of the rows.
+            capacity: Number of slots to allocate, if memory has to be reallocated.
         """
         present = len(self._lengths)
         needed = present + len(rows)
@@ -124,18 +140,18 @@ class SlotCache:
         if self._memory is None:
             return
         for slot, row in enumerate(rows, start=present):
-            # With all that lies to its left: nothing of an earlier row may be left there.
+            # Including the columns to the left: a previous row's values must not remain there.
             parts = _padded(row, self._memory, self._end)
             _write(self._memory, slice(slot, slot + 1), slice(0, self._end), parts)
 
     def copies_to_move(self, slots: Sequence[int]) -> Pair | None:
-        """Copies the rows that :meth:`keep` puts elsewhere.
+        """Copy the rows about to be moved to another slot by :meth:`keep`.
 
-        To be evaluated before: while something is still to be computed from the memory, MLX
-        does not write into it but into a copy of all of it.
+        Evaluate the copies before calling :meth:`keep`: while a computation that reads the memory
+        is pending, MLX writes to a copy of the whole memory instead of in place.
 
         Args:
-            slots: The slots of the rows that stay, in their new order.
+            slots: The slots of the rows to keep, in their new order.
         """
         sources = [source for target, source in enumerate(slots) if target != source]
         if self._memory is None or not sources:
@@ -144,11 +160,11 @@ class SlotCache:
         return self._memory[0][index], self._memory[1][index]
 
     def keep(self, slots: Sequence[int], moved: Pair | None) -> None:
-        """Keeps the rows of these slots, the first in the first slot and so on.
+        """Keep the rows in ``slots`` as slots 0, 1 and so on, and remove the others.
 
         Args:
-            slots: The slots of the rows that stay, in their new order.
-            moved: What :meth:`copies_to_move` gave for them.
+            slots: The slots of the rows to keep, in their new order.
+            moved: The result of :meth:`copies_to_move` for these slots.
         """
         if self._memory and moved:
             keys, values = moved
@@ -160,14 +176,14 @@ class SlotCache:
         self._offset = None
 
     def extract(self, slot: int) -> KVCache:
-        """Copies a row."""
+        """Copy a row out of the batch."""
         row = self.view(slot)
         if row.keys is not None:
             row.state = (copied(row.keys), copied(row.values), row.offset)
         return row
 
     def view(self, slot: int) -> KVCache:
-        """A row in the memory of the batch: right until that is written to, and not copied."""
+        """Return a row as a view of the batch's memory, valid until the next write."""
         row = KVCache()
         if self._memory and self._lengths[slot]:
             columns = slice(self._end - self._lengths[slot], self._end)
@@ -176,7 +192,7 @@ class SlotCache:
         return row
 
     def compact(self) -> None:
-        """Moves the rows to memory that is no larger than they need."""
+        """Move the rows to memory of the smallest size."""
         if self._memory is None:
             return
         rows, longest = len(self._lengths), max(self._lengths)
@@ -190,7 +206,7 @@ class SlotCache:
         return keys[:rows, :, columns], values[:rows, :, columns]
 
     def _reallocated(self, memory: Pair, capacity: int, longest: int, more: int) -> Pair:
-        """All rows in other memory: for so many, so long, and some tokens to come."""
+        """Copy the rows to ``capacity`` slots of ``longest`` columns, with room for ``more``."""
         left = longest - max(self._lengths)
         right = _rounded(longest + more) - longest
         padding = [(0, capacity - len(self._lengths)), (0, 0), (left, right), (0, 0)]
@@ -200,7 +216,7 @@ class SlotCache:
 
 
 def _empty(like: Pair, capacity: int, columns: int) -> Pair:
-    """Memory for keys and values like these."""
+    """Allocate memory for keys and values shaped like ``like``."""
     keys, values = (
         mx.zeros((capacity, part.shape[1], _rounded(columns), part.shape[3]), part.dtype)
         for part in like
@@ -209,7 +225,7 @@ def _empty(like: Pair, capacity: int, columns: int) -> Pair:
 
 
 def _padded(row: KVCache, memory: Pair, columns: int) -> Pair:
-    """A row's keys and values, padded on the left to so many columns."""
+    """Return a row's keys and values, padded on the left to ``columns`` columns."""
     if not row.offset:
         keys, values = (mx.zeros_like(part[:1, :, :columns]) for part in memory)
         return keys, values
@@ -219,7 +235,7 @@ def _padded(row: KVCache, memory: Pair, columns: int) -> Pair:
 
 
 def _write(memory: Pair, rows: slice, columns: slice, parts: Pair) -> None:
-    """Writes in place: the arrays of ``memory`` are others then, in the same memory."""
+    """Write in place. The arrays of ``memory`` are new objects in the same memory afterwards."""
     for whole, part in zip(memory, parts, strict=True):
         whole[rows, :, columns] = part
 
