@@ -1,6 +1,6 @@
-"""Changes logits before the draw: ``logit_bias``, then the three penalties.
+"""Applies ``logit_bias`` and the three penalties to logits before sampling.
 
-Only the logits of the tokens in question are touched, never the whole vocabulary.
+Only the logits of the tokens in question are changed, never the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _NONE = Sampling()
 
 
 class Penalties:
-    """Bias and penalties of the rows of a batch.
+    """The bias and penalties of the rows of a batch.
 
     Args:
-        rows: The options of each row.
+        rows: The sampling options of each row.
     """
 
     def __init__(self, rows: Sequence[Sampling]) -> None:
@@ -36,13 +36,13 @@ class Penalties:
         inputs: mx.array,
         drawn: Sequence[int],
     ) -> mx.array:
-        """Changes [rows, vocabulary].
+        """Return logits with bias and penalties applied, shape ``(rows, vocabulary)``.
 
         Args:
-            logits: As the model gave them.
-            histories: The tokens of each row before its newest one.
-            inputs: The newest token of each row, perhaps not evaluated yet; [rows].
-            drawn: How many tokens of each row were generated, the newest included.
+            logits: The model's logits, shape ``(rows, vocabulary)``.
+            histories: The tokens of each row, without the newest one.
+            inputs: The newest token of each row, shape ``(rows,)``. May not be evaluated yet.
+            drawn: Number of tokens generated in each row, including the newest one.
         """
         if self._bias is not None:
             rows, ids, values = self._bias
@@ -59,13 +59,13 @@ class Penalties:
 
 
 class _WindowPenalties:
-    """Penalties that look at one window of each row.
+    """Penalties over one window of each row's tokens.
 
     Args:
-        rows: The options of each row.
+        rows: The sampling options of each row.
 
     Attributes:
-        indices: The rows that have any.
+        indices: The indices of the rows with penalties.
     """
 
     def __init__(self, rows: Sequence[Sampling]) -> None:
@@ -84,7 +84,10 @@ class _WindowPenalties:
         inputs: mx.array,
         has_newest: Sequence[bool] = (),
     ) -> mx.array:
-        """Changes [rows, vocabulary]; ``has_newest`` says whose newest token counts, if not all."""
+        """Return penalized logits, shape ``(rows, vocabulary)``.
+
+        ``has_newest`` says for which rows the newest token is in the window; empty for all.
+        """
         windows = [
             _window(histories[index], size)
             for index, size in zip(self.indices, self._windows, strict=True)
@@ -117,14 +120,14 @@ class _WindowPenalties:
 
 
 def _over_window(row: Sampling) -> Sampling:
-    """What looks at the last ``repeat_last_n`` tokens, of prompt and output."""
+    """Return the options for the last ``repeat_last_n`` tokens of prompt and output."""
     if not row.counts_output_only:
         return row
     return replace(row, presence_penalty=0.0, frequency_penalty=0.0)
 
 
 def _over_output(row: Sampling) -> Sampling:
-    """What looks at all generated tokens."""
+    """Return the options for the whole output."""
     if not row.counts_output_only:
         return _NONE
     return replace(row, repeat_penalty=1.0, repeat_last_n=-1)
@@ -136,7 +139,7 @@ def _penalizes(row: Sampling) -> bool:
 
 
 def _bias(rows: Sequence[tuple[tuple[int, float], ...]]) -> tuple[mx.array, ...] | None:
-    """Row, token id and value of every biased logit; None if there is none."""
+    """Return row index, token id and value of every biased logit; None without any."""
     entries = [(index, *pair) for index, pairs in enumerate(rows) for pair in pairs]
     if not entries:
         return None
@@ -145,7 +148,7 @@ def _bias(rows: Sequence[tuple[tuple[int, float], ...]]) -> tuple[mx.array, ...]
 
 
 def _window(history: Sequence[int], size: int) -> Sequence[int]:
-    """What a window of ``size`` tokens holds beside the newest one; -1 = everything."""
+    """Return the tokens in a window of ``size`` besides the newest one; -1 means every token."""
     if size < 0:
         return history
     return history[-(size - 1) :] if size > 1 else ()
@@ -154,14 +157,14 @@ def _window(history: Sequence[int], size: int) -> Sequence[int]:
 def _count(
     windows: Sequence[Sequence[int]], newest: mx.array, weight: mx.array | int
 ) -> tuple[mx.array, mx.array]:
-    """The ids in each row's window and how often each occurs; both [rows, n].
+    """Return the ids in each row's window and the number of occurrences, both ``(rows, n)``.
 
-    An id may stand there more than once, each time with its whole count. The newest one counts
-    ``weight`` times; an id with a count of 0 is not in the window.
+    An id may appear more than once, each time with its full count. The newest token counts
+    ``weight`` times. An id with a count of 0 is not in the window.
     """
     seen = [Counter(window) for window in windows]
     width = max(map(len, seen))
-    # A row with fewer ids is filled up with one that it has; -1 stands for the newest.
+    # Rows with fewer ids are filled up with one of their own; -1 stands for the newest token.
     fillers = [next(iter(counter.items()), (-1, 0)) for counter in seen]
     padded = [
         [*counter.items(), *[filler] * (width - len(counter))]
@@ -172,7 +175,7 @@ def _count(
     ids, counts = ids.reshape(len(padded), width), counts.reshape(len(padded), width)
     ids = mx.where(ids < 0, newest, ids)
     same = ids == newest
-    # Columns of the newest id all hold the same count, of which one is enough.
+    # Columns of the newest id all hold the same count, so one is enough.
     before = mx.max(mx.concatenate([mx.where(same, counts, 0), mx.zeros(newest.shape)], 1), 1)
     return (
         mx.concatenate([ids, newest], axis=1),

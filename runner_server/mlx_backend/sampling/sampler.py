@@ -1,15 +1,14 @@
-"""Draws the next tokens of all rows together: top-k, temperature, top-p, min-p, keyed noise.
+"""Samples the next tokens of all rows: top-k, temperature, top-p, min-p, seeded noise.
 
-The whole vocabulary is looked at once, to find the candidates; everything after
-that works on those. How many there are follows from a row's own ``top_k`` and not
-from its neighbours', so a row is drawn alike alone and in a batch.
+One pass over the whole vocabulary finds the candidates, and all later steps work on those. The
+number of candidates follows from a row's own ``top_k`` and not from its neighbours', so a row draws
+the same tokens alone and in a batch.
 
-Every draw adds noise to the logits and takes the maximum, which draws from their
-softmax (Gumbel-max, https://arxiv.org/abs/1611.01144). The noise is a function of
-the request's seed, the token's position and the token's id: never MLX's global
-state, which is per thread and which an exception can poison, and never the place
-among the candidates, so that the rounding differences between a batch and a single
-row do not move it.
+Sampling adds noise to the logits and takes the maximum, which is a draw from their softmax
+(Gumbel-max, https://arxiv.org/abs/1611.01144). The noise is a function of the request's seed, the
+token's position and the token's id. It does not depend on MLX's global random state, which is per
+thread and which an exception can corrupt, nor on the index among the candidates, so rounding
+differences between a batch and a single row do not shift it.
 """
 
 from __future__ import annotations
@@ -25,20 +24,20 @@ from runner_server.engine.types import MAX_PARALLEL, Sampling
 from runner_server.mlx_backend.arrays import row_array, rows_of
 
 _CANDIDATES = (64, 256, 1024)
-"""How many are looked at for a ``top_k`` up to that; above, the whole vocabulary is."""
+"""Numbers of candidates, each for a ``top_k`` up to that number; above, the whole vocabulary."""
 
 _NUCLEUS = 1024
-"""How many are looked at first for a ``top_p`` without ``top_k``; mostly they are enough."""
+"""Number of candidates tried first for a ``top_p`` without ``top_k``; it usually suffices."""
 
 _IN_ORDER_BYTES = 4 << 20
-"""Logits that are put in order in one call, of the whole vocabulary. It takes seven times their
+"""Bytes of whole-vocabulary logits that are sorted in one call. Sorting takes seven times that
 memory: 130 MiB for 32 rows of 151,936."""
 
 _MIN_TOP_P = 1e-9
-"""Devices may take a number much smaller for 0, and then nothing would be kept."""
+"""Devices may flush a much smaller number to 0, and then nothing would be kept."""
 
 _MIN_TEMPERATURE = 1e-9
-"""Below it a quotient could leave float32; any two logits that differ are far apart by then."""
+"""Below this value a quotient could overflow float32; any two logits are far apart by then."""
 
 _LOW_64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -46,7 +45,7 @@ _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def _words(values: Iterable[int]) -> mx.array:
-    """Words of 64 bits, evaluated; from a list MLX reads no integer from 2^63 on."""
+    """Return evaluated 64-bit words. MLX reads no integer from 2^63 up from a list."""
     return mx.array(cast("Any", memoryview(array("Q", values))))
 
 
@@ -54,14 +53,14 @@ _WORD_GOLDEN, _WORD_1, _WORD_2 = _words([_GOLDEN]), _words([_MIX_1]), _words([_M
 
 
 class Sampler:
-    """Draws one token for each row of a batch.
+    """Samples one token for each row of a batch.
 
-    Rows are grouped by where their candidates come from; a batch whose rows ask for
-    about the same is one group, whatever else they ask for.
+    Rows are grouped by the source of their candidates. Rows with similar options form one group,
+    whatever their temperature, seed or penalties.
 
     Args:
-        rows: The options of each row.
-        vocab_size: Token ids there are.
+        rows: The sampling options of each row.
+        vocab_size: Number of token ids.
     """
 
     def __init__(self, rows: Sequence[Sampling], vocab_size: int) -> None:
@@ -83,18 +82,18 @@ class Sampler:
         self._inverse = mx.array(inverse) if len(groups) > 1 else None
 
     def __call__(self, logits: mx.array, positions: Sequence[int]) -> mx.array:
-        """Draws a token for each row.
+        """Sample a token for each row.
 
         Args:
-            logits: [rows, vocabulary].
-            positions: How many tokens of each row were drawn before.
+            logits: Shape ``(rows, vocabulary)``.
+            positions: Number of tokens already drawn in each row.
 
         Returns:
-            [rows] token ids.
+            Token ids, shape ``(rows,)``.
         """
         drawn: list[mx.array] = []
         for indices, selection, draw in self._groups:
-            # One group after the other: their arrays are not to be there at the same time.
+            # Evaluate one group after the other, so that their arrays do not coexist.
             (given,) = mx.depends([logits], drawn[-1:]) if drawn else (logits,)
             chosen = given if selection is None else given[selection]
             drawn.append(draw(chosen, [positions[index] for index in indices]))
@@ -103,11 +102,11 @@ class Sampler:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a row's candidates come from.
+    """The source of a row's candidates.
 
     Attributes:
-        count: 0 for the most likely token only; else so many of the most likely ones.
-        is_nucleus: Of the whole vocabulary, those that top-p leaves: mostly few.
+        count: Number of most likely tokens to consider; 0 for the most likely token only.
+        is_nucleus: Whether top-p alone selects from the whole vocabulary, and usually keeps few.
     """
 
     count: int
@@ -124,18 +123,18 @@ class _Source:
 
 
 def _rows_at_once(source: _Source, vocab_size: int) -> int:
-    """How many rows are drawn in one call: few where the whole vocabulary is put in order."""
+    """Return the number of rows sampled in one call: few if the whole vocabulary is sorted."""
     if source.count < vocab_size:
         return MAX_PARALLEL
     return max(1, _IN_ORDER_BYTES // (4 * vocab_size))
 
 
 class _Draw:
-    """Draws for rows whose candidates come from the same source.
+    """Samples for rows with the same source of candidates.
 
     Args:
-        rows: Their options.
-        source: Where the candidates come from.
+        rows: The sampling options of each row.
+        source: The source of the candidates.
     """
 
     def __init__(self, rows: Sequence[Sampling], source: _Source) -> None:
@@ -149,7 +148,7 @@ class _Draw:
         self._cuts_top_p = any(row.top_p < 1 for row in rows)
         self._cuts_min_p = any(row.min_p > 0 for row in rows)
         if self._cuts_k:
-            # Candidates are in order, the smallest first.
+            # Candidates are sorted, smallest first.
             least = row_array([count - (row.top_k or count) for row in rows])
             self._top_k = mx.arange(count) >= least
 
@@ -166,9 +165,9 @@ class _Draw:
         return mx.take_along_axis(ids, choice, axis=-1)[:, 0]
 
     def _candidates(self, logits: mx.array) -> tuple[mx.array, mx.array]:
-        """Ids that top-k and top-p leave, and their scores: logits over temperature.
+        """Return the ids left by top-k and top-p, and their scores: logits over temperature.
 
-        Scores are at most 0; those of ids that are left out after all are -inf.
+        Scores are at most 0. The score of an id that is excluded after all is -inf.
         """
         if self._count < logits.shape[-1]:
             return self._cut(*largest(logits, self._count))
@@ -176,7 +175,7 @@ class _Draw:
         return found or self._cut(mx.arange(logits.shape[-1], dtype=mx.uint32)[None], logits)
 
     def _cut(self, ids: mx.array, logits: mx.array) -> tuple[mx.array, mx.array]:
-        """Divides by the temperature and leaves out what top-k and top-p do."""
+        """Divide by the temperature, and exclude ids by top-k and top-p."""
         if not (self._cuts_k or self._cuts_top_p):
             return ids, self._scale(logits, mx.max(logits, axis=-1, keepdims=True))
         ids, logits = _in_order(ids, logits)
@@ -191,13 +190,13 @@ class _Draw:
         return ids, scores
 
     def _nucleus(self, logits: mx.array) -> tuple[mx.array, mx.array] | None:
-        """The same as :meth:`_cut` for top-p alone, unless so many ids are too few."""
+        """Return the same as :meth:`_cut` for top-p alone, or None with too few candidates."""
         ids, top = _in_order(*largest(logits, _NUCLEUS))
         most = top[:, -1:]
         total = mx.logsumexp(self._scale(logits, most), axis=-1, keepdims=True)
         scores = self._scale(top, most)
         lowest = _lowest(scores, self._within_top_p(mx.exp(scores - total)))
-        # Waits for the step; a sort of the whole vocabulary would take far longer.
+        # Waits for the step; sorting the whole vocabulary would take far longer.
         if not mx.all(lowest > scores[:, :1]).item():
             return None
         return ids, mx.where(scores < lowest, -mx.inf, scores)
@@ -206,18 +205,18 @@ class _Draw:
         return (logits - most) / self._temperature
 
     def _within_top_p(self, probs: mx.array) -> mx.array:
-        """Which ids top-p keeps; they are in order, the least likely first."""
-        # The last has nothing above it, so one always stays.
+        """Return which ids top-p keeps. The probabilities are sorted, smallest first."""
+        # Nothing lies above the last one, so at least one id stays.
         return mx.cumsum(probs, axis=-1, reverse=True) - probs < self._top_p
 
 
 def _lowest(scores: mx.array, kept: mx.array) -> mx.array:
-    """The lowest score that is kept: of equally likely ids all are to be kept, or none."""
+    """Return the lowest score kept: of equally likely ids either all are kept, or none."""
     return mx.min(mx.where(kept, scores, mx.inf), axis=-1, keepdims=True)
 
 
 def _in_order(ids: mx.array, scores: mx.array) -> tuple[mx.array, mx.array]:
-    """The smallest scores first."""
+    """Sort candidates by score, smallest first."""
     order = mx.argsort(scores, axis=-1)
     scores = mx.take_along_axis(scores, order, axis=-1)
     if len(ids) < len(order):  # all ids, in order
@@ -226,27 +225,27 @@ def _in_order(ids: mx.array, scores: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def _top_p(row: Sampling) -> float:
-    """Above any sum of probabilities, however it was rounded, where it is off."""
+    """Return the row's ``top_p``; if off, a value above any sum of probabilities with rounding."""
     return max(row.top_p, _MIN_TOP_P) if row.top_p < 1 else 2.0
 
 
 def largest(logits: mx.array, count: int) -> tuple[mx.array, mx.array]:
-    """The largest logits of each row and their ids, in no order.
+    """Return the ids and values of each row's largest logits, in no order.
 
-    The ``count`` largest lie in the ``count`` blocks with the largest maxima, so only
-    those are searched: a tenth of the time of a search through 151,936 of them.
+    The ``count`` largest lie in the ``count`` blocks with the largest maxima, so only those blocks
+    are searched: a tenth of the time of a search through 151,936 logits.
 
     Args:
-        logits: [rows, ids].
-        count: How many; all if there are no more.
+        logits: Shape ``(rows, ids)``.
+        count: Number of logits to return; all if there are no more.
 
     Returns:
-        Ids and logits; both [rows, count].
+        Ids and logits, both of shape ``(rows, count)``.
     """
     size = logits.shape[-1]
     if count >= size:
         return mx.broadcast_to(mx.arange(size), logits.shape), logits
-    # As many blocks as logits in the chosen ones, about: both are searched.
+    # About as many blocks as logits in the selected ones, because both are searched.
     block = 1 << ((size // count).bit_length() // 2)
     blocks = -(-size // block)
     if blocks <= 2 * count:
@@ -255,7 +254,7 @@ def largest(logits: mx.array, count: int) -> tuple[mx.array, mx.array]:
     if blocks * block > size:
         padding = [(0, 0), (0, blocks * block - size)]
         logits = mx.pad(logits, padding, constant_values=mx.array(-mx.inf, logits.dtype))
-    # A block is every blocks-th logit: maxima over rows of a table are the fast ones.
+    # A block is every blocks-th logit, because maxima over a table's rows are the fast ones.
     table = logits.reshape(-1, block, blocks)
     best = mx.argpartition(mx.max(table, axis=1), kth=-count, axis=-1)[:, None, -count:]
     ids = (best + mx.arange(0, block * blocks, blocks)[:, None]).flatten(1)
@@ -265,21 +264,22 @@ def largest(logits: mx.array, count: int) -> tuple[mx.array, mx.array]:
 
 
 def negative_gumbel(seeds: Sequence[int], positions: Sequence[int], ids: mx.array) -> mx.array:
-    """Noise for each id whose negative has a Gumbel distribution; float32, shaped as ``ids``.
+    """Return noise for each id; float32, shaped like ``ids``.
 
-    The bits are splitmix64's (https://prng.di.unimi.it/splitmix64.c): its output for
-    seed and position is the state of a generator whose outputs are numbered by id.
+    The negated noise has a Gumbel distribution. The bits are splitmix64's
+    (https://prng.di.unimi.it/splitmix64.c): its output for seed and position is the state of a
+    generator whose outputs are numbered by id.
 
     Args:
-        seeds: Of each row.
-        positions: Of each row.
-        ids: [rows, n] token ids; with one row they stand for all.
+        seeds: The seed of each row.
+        positions: The position of each row's next token.
+        ids: Token ids, shape ``(rows, n)``, or ``(1, n)`` for the same ids in all rows.
     """
     pairs = zip(seeds, positions, strict=True)
     states = (_splitmix(seed + (position + 1) * _GOLDEN) for seed, position in pairs)
     first = _words((state + _GOLDEN) & _LOW_64 for state in states)
     bits = _mix(first[:, None] + ids.astype(mx.uint64) * _WORD_GOLDEN)
-    # 23 bits and a half: float32 holds every such number, and none is 0 or 1.
+    # 23 bits plus one half: float32 represents every such number exactly, and none is 0 or 1.
     uniform = ((bits >> 41).astype(mx.float32) + 0.5) * 2.0**-23
     return mx.log(-mx.log(uniform))
 
@@ -292,28 +292,28 @@ def _splitmix(state: int) -> int:
 
 
 def _mix(state: mx.array) -> mx.array:
-    """The same as :func:`_splitmix`, of many states."""
+    """Return :func:`_splitmix` of an array of states."""
     state = (state ^ (state >> 30)) * _WORD_1
     state = (state ^ (state >> 27)) * _WORD_2
     return state ^ (state >> 31)
 
 
 def are_finite(logits: mx.array, drawn: mx.array) -> mx.array:
-    """Whether the logits of each row are numbers; some may be -inf, of tokens that are barred.
+    """Return whether each row's logits are finite; -inf is allowed for masked tokens.
 
-    A sum is NaN or infinite wherever one of them is, on every device, and half the work of the
-    search for the largest (1.3 ms for 16 x 151,936 on a CPU; 3.1 for ``max``, 33 for
-    ``logsumexp``). A row that draws a barred token has no other: its logits are all -inf.
+    A sum is NaN or infinite if any term is, on every device, and takes half the work of a search
+    for the maximum (1.3 ms for 16 x 151,936 on a CPU; 3.1 for ``max``, 33 for ``logsumexp``). A row
+    that draws a masked token has no other: its logits are all -inf.
 
     Args:
-        logits: [rows, vocabulary].
-        drawn: The token of each row; may be any number where the logits are not finite.
+        logits: Shape ``(rows, vocabulary)``.
+        drawn: The token of each row; any number if the logits are not finite.
 
     Returns:
-        [rows] booleans.
+        Booleans, shape ``(rows,)``.
     """
     if logits.dtype == mx.float16:
-        # The sum of many numbers leaves the range of float16 where none of them does.
+        # A sum can overflow float16 even though no term does.
         logits = logits.astype(mx.float32)
     bounded = mx.sum(logits, axis=-1) < mx.inf
     chosen = mx.take_along_axis(logits, mx.where(bounded, drawn, 0)[:, None], axis=-1)[:, 0]
@@ -322,12 +322,12 @@ def are_finite(logits: mx.array, drawn: mx.array) -> mx.array:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """How likely the drawn tokens of some rows were; arrays not yet evaluated.
+    """Log probabilities of the drawn tokens of some rows. The arrays may be unevaluated.
 
     Attributes:
-        chosen: Log probability of the drawn token; [rows].
-        ids: The most likely ids, most likely first; [rows, n].
-        values: Their log probabilities; [rows, n].
+        chosen: Log probability of the drawn token, shape ``(rows,)``.
+        ids: The most likely ids, most likely first, shape ``(rows, n)``.
+        values: Log probabilities of ``ids``, shape ``(rows, n)``.
     """
 
     chosen: mx.array
@@ -336,12 +336,12 @@ class TokenLogprobs:
 
 
 def token_logprobs(logits: mx.array, tokens: mx.array, top: int) -> TokenLogprobs:
-    """Log probabilities of drawn tokens and of the ``top`` most likely ones.
+    """Return the log probabilities of drawn tokens and of the ``top`` most likely ones.
 
     Args:
-        logits: As the model gave them; [rows, vocabulary].
-        tokens: [rows].
-        top: How many; 0 for none.
+        logits: The model's logits, shape ``(rows, vocabulary)``.
+        tokens: The drawn tokens, shape ``(rows,)``.
+        top: Number of alternatives; 0 for none.
     """
     logits = logits.astype(mx.float32)
     total = mx.logsumexp(logits, axis=-1, keepdims=True)
