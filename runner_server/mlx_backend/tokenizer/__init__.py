@@ -1,1 +1,1 @@
-"""Tokenizers, read from `tokenizer.json` or by transformers."""
+"""Tokenizers, read from ``tokenizer.json`` or with transformers."""

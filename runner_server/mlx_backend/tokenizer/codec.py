@@ -16,28 +16,28 @@ from runner_server.mlx_backend.tokenizer.transformers_tokenizer import read_with
 from runner_server.mlx_backend.upstream.names import default_end_ids
 
 _PART_CHARS = 1 << 17
-"""Of a very long text, what is split first to see whether the rest need be."""
+"""Characters of a very long text that are tokenized first, to decide whether to go on."""
 
 _SAMPLE = "A naïve text, 日本 😀:\n\tdef f(x): return 12.5  # \0 aaaa"
 _MAX_ID = 2**31 - 1
 
 _LONG = 256
-"""Tokens from which on decoding should not keep other threads from running."""
+"""Number of tokens above which decoding must not block other threads."""
 
 
 class FastCodec:
-    """Wraps the Rust tokenizer itself.
+    """A thread-safe wrapper of the Rust tokenizer.
 
-    The transformers object around it changes its state when it encodes and raises
-    "Already borrowed" between threads; the tokenizer does neither once truncation
-    and padding are off. So is BPE's dropout, which splits a text at random: it is for training.
+    The transformers object around a tokenizer changes its state when it encodes, and raises
+    "Already borrowed" between threads. The tokenizer itself does neither once truncation and
+    padding are off. BPE dropout is switched off too: it splits a text at random, for training.
 
-    A prompt gets what the tokenizer puts before a text, and nothing behind it: an
-    end-of-text token there would end what is to be continued. A text that begins with
-    those tokens already, or with the beginning-of-text token, gets nothing.
+    A prompt gets the tokens that the tokenizer puts before a text, and none after it: an
+    end-of-text token there would end the text to be continued. A text that already begins with
+    those tokens, or with the beginning-of-text token, is left as it is.
 
     Args:
-        tokenizer: A ``tokenizers.Tokenizer``; nobody else may hold it.
+        tokenizer: A ``tokenizers.Tokenizer``, not shared with other code.
         prefix: The tokens that a prompt begins with; see :func:`prompt_prefix`.
         bos_id: The beginning-of-text token, if the model has one.
     """
@@ -53,8 +53,8 @@ class FastCodec:
         self._bytes_of = bytes_of_tokens(tokenizer)
 
     def encode(self, text: str, *, as_prompt: bool) -> list[int]:
-        """Splits text into ids; see ``Codec.encode``."""
-        # Only the batch form lets other threads run meanwhile.
+        """Split text into ids; see ``Codec.encode``."""
+        # Only the batch form releases the GIL.
         with NO_PANICS:
             ids: list[int] = self._tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
         if not as_prompt or self._has_prefix(ids):
@@ -69,8 +69,8 @@ class FastCodec:
     def fewest_tokens(self, text: str, enough: int) -> int:
         """See ``Codec.fewest_tokens``.
 
-        A beginning of a text never has twice the tokens of the whole: what follows
-        changes how the last word of the beginning is split, and no more.
+        A prefix of a text never has more than twice the tokens of the whole text: what follows only
+        changes how the last word of the prefix is split.
         """
         size = _PART_CHARS
         while size < len(text):
@@ -81,12 +81,12 @@ class FastCodec:
         return 0
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Joins ids into text; see ``Codec.decode``."""
+        """Join ids into text; see ``Codec.decode``."""
         ids = list(ids)
         text: str
         with NO_PANICS:
             if len(ids) > _LONG:
-                # As above; a few tokens take less time than handing over to another thread.
+                # As above. A few tokens take less time than switching threads.
                 (text,) = self._tokenizer.decode_batch([ids], skip_special_tokens=False)
             else:
                 text = self._tokenizer.decode(ids, skip_special_tokens=False)
@@ -98,18 +98,17 @@ class FastCodec:
 
 
 def load_codec(path: Path, config: dict[str, Any]) -> tuple[FastCodec, frozenset[int]]:
-    """Reads the tokenizer of a model directory.
+    """Read the tokenizer of a model directory.
 
     Args:
         path: The directory.
-        config: The view of the model's configuration; its ``eos_token_id`` has the ids of
-            all files.
+        config: The model's configuration; its ``eos_token_id`` has the ids of all files.
 
     Returns:
-        The codec and all ids that end a text.
+        The codec, and the ids that end a text.
 
     Raises:
-        ModelUnsupported: There is no tokenizer, or it needs code of its own to run.
+        ModelUnsupported: The directory has no tokenizer, or one that needs code of its own to run.
     """
     ends = frozenset(config.get("eos_token_id") or default_end_ids(config))
     settings = read_settings(path)
@@ -128,7 +127,7 @@ def _ids_of(tokenizer: Any, token: str | None) -> list[int]:
 
 
 def _codec(tokenizer: Any, settings: TokenizerSettings, path: Path) -> FastCodec:
-    """Make the codec, and try it: some tokenizers can be read and not be used."""
+    """Create the codec, and test the tokenizer: some can be read but not used."""
     bos_id = next(iter(_ids_of(tokenizer, settings.bos_token)), None)
     try:
         codec = FastCodec(tokenizer, prompt_prefix(tokenizer, bos_id, settings.adds_bos), bos_id)
@@ -149,23 +148,23 @@ def _codec(tokenizer: Any, settings: TokenizerSettings, path: Path) -> FastCodec
 
 
 def prompt_prefix(tokenizer: Any, bos_id: int | None, adds_bos: bool | None) -> list[int]:
-    """Return the tokens that a prompt begins with.
+    """Return the tokens to put before a prompt.
 
-    They are what the tokenizer's post-processor puts before a text, with the
-    beginning-of-text token as ``add_bos_token`` has it. Of that setting transformers 5 looks
-    at neither value where there is a ``tokenizer.json``. Both are obeyed here, as by
-    transformers 4 for most classes and by llama.cpp: with true the real files of DeepSeek V3,
-    whose post-processor adds nothing, get the token that the model was trained with; with
-    false its author or user has switched off what the post-processor adds.
+    The tokenizer's post-processor puts these tokens before a text; ``add_bos_token`` adds or
+    removes the beginning-of-text token. transformers 5 ignores that setting where there is a
+    ``tokenizer.json``. Here both values are obeyed, as in transformers 4 for most classes and in
+    llama.cpp. With true, the real files of DeepSeek V3, whose post-processor adds nothing, get the
+    token that the model was trained with. With false, the model's author or user has switched off
+    the post-processor's token.
 
     Args:
         tokenizer: A ``tokenizers.Tokenizer``.
-        bos_id: Its beginning-of-text token.
+        bos_id: The beginning-of-text token.
         adds_bos: The setting ``add_bos_token``; None if it is not given.
     """
     with NO_PANICS:
         encoding = tokenizer.encode(_SAMPLE)
-    # The mask tells tokens that were put around a text from the text's own.
+    # The mask marks tokens that were added around the text.
     pairs = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
     prefix = [id_ for id_, _ in takewhile(lambda pair: pair[1], pairs)]
     if bos_id is None or adds_bos is None:
@@ -176,7 +175,7 @@ def prompt_prefix(tokenizer: Any, bos_id: int | None, adds_bos: bool | None) -> 
 
 
 def _require_vocabulary(tokenizer: Any, path: Path) -> None:
-    # Where there are no files, transformers may make a tokenizer of special tokens only.
+    # Without files, transformers may create a tokenizer that has only special tokens.
     if tokenizer.get_vocab_size() <= len(tokenizer.get_added_tokens_decoder()):
         raise ModelUnsupported(
             f"there is no tokenizer in {path}; expected tokenizer.json and tokenizer_config.json",

@@ -1,8 +1,8 @@
-"""Panics of the tokenizers library as errors like others.
+"""Turns panics of the tokenizers library into ordinary exceptions.
 
-What panics in Rust comes out of its Python binding as a ``BaseException``, made for ending
-the process. A tokenizer that a stranger wrote can panic for some text, and must end neither
-the engine's thread nor leave a call without an answer.
+The library's Python binding raises a Rust panic as a ``BaseException``, meant to end the process. A
+tokenizer from an untrusted source can panic for some text. This must neither end the engine's
+thread nor leave a call without an answer.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from __future__ import annotations
 from types import TracebackType
 
 _BINDING = "pyo3_runtime"
-"""The module that the exception says it is from; it cannot be imported."""
+"""The module name of the panic's class, which cannot be imported."""
 
 
 class PanicError(RuntimeError):
-    """The tokenizers library gave up in the middle of something."""
+    """The tokenizers library panicked."""
 
 
 class _NoPanics:
-    """Turns a panic inside a ``with`` block into a :class:`PanicError`; may be shared."""
+    """Context manager turning a panic into a :class:`PanicError`. Can be shared by threads."""
 
     def __enter__(self) -> None:
-        """Nothing: entering is to cost nothing."""
+        """Do nothing, to keep entering cheap."""
 
     def __exit__(
         self,
@@ -29,10 +29,10 @@ class _NoPanics:
         error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
-        """Raises what the panic is turned into."""
+        """Raise a :class:`PanicError` for a panic."""
         if kind is not None and kind.__module__ == _BINDING:
             raise PanicError(f"the tokenizer panicked: {error}") from error
 
 
 NO_PANICS = _NoPanics()
-"""``with NO_PANICS:`` around calls of the tokenizers library."""
+"""``with NO_PANICS:`` goes around calls of the tokenizers library."""

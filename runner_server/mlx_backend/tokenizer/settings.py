@@ -1,7 +1,7 @@
-"""What a model directory says about its tokenizer beside ``tokenizer.json``.
+"""Settings of a tokenizer from the files beside ``tokenizer.json``.
 
-Three files can hold it: ``tokenizer_config.json``, and the older ``special_tokens_map.json`` and
-``added_tokens.json``. None of them has to be there.
+They are read from ``tokenizer_config.json`` and the older ``special_tokens_map.json`` and
+``added_tokens.json``, all optional.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _PROPERTIES = ("lstrip", "normalized", "rstrip", "single_word", "special")
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """Settings of a tokenizer; its class is not one of them.
+    """Settings of a tokenizer, except the class.
 
     Attributes:
-        bos_token: The token of the role ``bos_token``, if a file names one.
-        eos_token: The same for ``eos_token``.
+        bos_token: The beginning-of-text token, if a file names one.
+        eos_token: The end-of-text token, if a file names one.
         adds_bos: The value of ``add_bos_token``; None if it is not given.
         splits_special_tokens: Whether special tokens in a text are split like other text.
         described: Tokens with their properties, by id.
@@ -56,10 +56,10 @@ class TokenizerSettings:
 
 
 def read_settings(path: Path) -> TokenizerSettings:
-    """Read the settings of a model directory.
+    """Read the tokenizer settings of a model directory.
 
     Raises:
-        ModelUnsupported: A file is not JSON, or what it says has another type.
+        ModelUnsupported: A file is not JSON, or a value has the wrong type.
     """
     config = _read(path / CONFIG_FILE)
     roles = _read(path / _MAP_FILE) | {key: config[key] for key in _ROLES if key in config}
@@ -82,7 +82,7 @@ def read_settings(path: Path) -> TokenizerSettings:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Return the object in a file; an empty one if there is no such file."""
+    """Return the JSON object in a file; empty if the file does not exist."""
     if not file.is_file():
         return {}
     try:
@@ -100,7 +100,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _text(token: Any) -> str | None:
-    """Return a token's text: it is written alone, or with its properties."""
+    """Return the text of a token, given alone or with properties."""
     text = token["content"] if isinstance(token, dict) and "content" in token else token
     if text is not None and not isinstance(text, str):
         raise TypeError(f"{text!r} is not a token")

@@ -1,4 +1,4 @@
-"""The bytes that a token stands for, as the tokenizer's decoder takes it."""
+"""Maps a token to bytes, as the tokenizer's decoder would write the token."""
 
 from __future__ import annotations
 
@@ -13,25 +13,35 @@ from runner_server.mlx_backend.tokenizer.panics import NO_PANICS
 BytesOf = Callable[[int], bytes | None]
 
 _KEPT = 4096
-"""Tokens whose bytes are remembered: those that are likely somewhere, in half a MiB."""
+"""Number of tokens whose bytes are cached: the likely ones, in half a MiB."""
 
 _PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
 _OTHERS = (byte for byte in range(256) if byte not in _PRINTABLE)
 _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
     chr(256 + i): byte for i, byte in enumerate(_OTHERS)
 }
-"""GPT-2's alphabet, in which byte-level vocabularies are written."""
+"""GPT-2's alphabet of byte-level vocabularies: one character for each byte."""
 
 _FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _BY_TOKEN = {"Replace", "ByteFallback", "Metaspace", "Strip", "Fuse"}
-"""Steps that decode each token for itself, but for what they do at the beginning of a text."""
+"""Decoder steps that process each token on its own, except at the beginning of a text."""
 
 
 def bytes_of_tokens(tokenizer: Any) -> BytesOf:
-    """Return what tells the bytes of a token; see ``Codec.token_bytes``.
+    """Return a function from token id to bytes; see ``Codec.token_bytes``.
+
+    The decoder's type decides how:
+
+    - ``ByteLevel`` (GPT-2, Llama 3): a token is written in an alphabet with one character for each
+      byte. ``Ġthe`` stands for 20 74 68 65 (" the"), ``Ã`` for C3, the first half of "é".
+    - ``ByteFallback`` and other steps that decode each token on its own (Llama 2): ``<0xC3>``
+      stands for C3. For any other token, the text of two copies is compared with that of three:
+      ``▁the`` decodes to "the the" and "the the the", so one more copy adds " the". The first copy
+      cannot be used, because it loses its space at the beginning of a text.
+    - Any other decoder: None, because a token's bytes may depend on its neighbours.
 
     Args:
-        tokenizer: A ``tokenizers.Tokenizer``, which must not be changed any more.
+        tokenizer: A ``tokenizers.Tokenizer``, which must not change afterwards.
     """
     steps = list(_steps(tokenizer.decoder))
     kinds = [step["type"] for step in steps]
@@ -64,22 +74,22 @@ def _is_by_token(steps: list[dict[str, Any]]) -> bool:
     kinds = [step["type"] for step in steps]
     if not set(kinds) <= _BY_TOKEN or any(step.get("stop") for step in steps):
         return False
-    # What comes after Fuse sees all tokens as one.
+    # Steps after Fuse see all tokens as one.
     after = kinds[kinds.index("Fuse") :] if "Fuse" in kinds else []
     return set(after) <= {"Fuse", "Strip"}
 
 
 def _in_alphabet(token: str | None) -> bytes:
-    """The bytes of a byte-level token; ids that the tokenizer does not have are none."""
+    """Return the bytes of a byte-level token; empty for an unknown id."""
     token = token or ""
     if all(char in _BYTE_OF for char in token):
         return bytes(_BYTE_OF[char] for char in token)
-    # An added token may be written in other characters: they stand for themselves.
+    # Added tokens may contain other characters, which stand for themselves.
     return token.encode()
 
 
 def _by_repetition(tokenizer: Any, id_: int) -> bytes | None:
-    """What a token adds behind others like it: at the beginning it may lose its space."""
+    """Return the bytes added by one more copy of a token, from two copies to three."""
     with NO_PANICS:
         two, three = (
             tokenizer.decode([id_] * count, skip_special_tokens=False) for count in (2, 3)

@@ -1,9 +1,9 @@
-"""The tokenizer of a model directory that has a ``tokenizer.json``.
+"""Reads the tokenizer of a model directory with a ``tokenizer.json``.
 
-The tokenizer is what that file says. The class that ``tokenizer_config.json`` names plays no
-part: transformers builds some classes anew from vocabulary and merges, and drops the file's
-normalizer and pre-tokenizer. With the real files of GPT-4o under a Llama configuration, 86 of
-457 texts became other tokens; with those of Llama 2, 85 of 421.
+Only that file defines the tokenizer. The class named in ``tokenizer_config.json`` is ignored:
+transformers rebuilds some classes from vocabulary and merges, and drops the file's normalizer and
+pre-tokenizer. With the real files of GPT-4o under a Llama configuration, 86 of 457 texts became
+other tokens; with those of Llama 2, 85 of 421.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ FILE = "tokenizer.json"
 
 
 def read_tokenizer_file(path: Path, settings: TokenizerSettings) -> Any:
-    """Read ``tokenizer.json``, and add the tokens that only the settings describe.
+    """Read ``tokenizer.json``, and add the tokens described only by the settings.
 
     Args:
         path: The model's directory.
-        settings: What the files beside it say.
+        settings: The settings from the other files.
 
     Returns:
         A ``tokenizers.Tokenizer``.
@@ -67,9 +67,9 @@ def _read(file: Path) -> Any:
 
 
 def _add_described(tokenizer: Any, described: Mapping[int, AddedToken], path: Path) -> None:
-    """Add tokens that are described with an id, and that the file does not treat as tokens.
+    """Add the tokens described with an id by the settings, and not treated as tokens by the file.
 
-    One that the file has under another id is left as the file has it.
+    A token that the file has under another id is left as it is.
     """
     added = tokenizer.get_added_tokens_decoder()
     missing = {
@@ -90,7 +90,7 @@ def _add_described(tokenizer: Any, described: Mapping[int, AddedToken], path: Pa
 
 
 def _check_named(tokenizer: Any, settings: TokenizerSettings, path: Path) -> None:
-    """Refuse a file without a token that this runner has to know; warn of any other."""
+    """Refuse a file without a token needed by this runner; warn of any other missing one."""
     needed = {settings.eos_token}
     if settings.adds_bos:
         needed.add(settings.bos_token)

@@ -1,8 +1,8 @@
-"""Tokenizers of directories without a ``tokenizer.json``, which transformers has to read.
+"""Reads tokenizers without a ``tokenizer.json``, with transformers in a child process.
 
-Importing transformers takes about a second and 40 to 75 MiB, which a process does not give back.
-So a short-lived process reads the tokenizer with it, and prints the tokenizer as the one file
-that describes it (:meth:`tokenizers.Tokenizer.to_str`).
+Importing transformers takes about a second and 40 to 75 MiB, which a process does not give back. A
+short-lived child therefore reads the tokenizer, and prints it in the format of ``tokenizer.json``
+(:meth:`tokenizers.Tokenizer.to_str`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _TIMEOUT_SECONDS = 120.0
 
 _SAMPLES = ("The quick fox", " a", "  two  spaces ", "naïve 日本 😀 ①", "12345\n\nx\ty", "\0", "")
-"""Texts that show how a tokenizer treats spaces, characters without a piece, and numbers."""
+"""Texts that show how a tokenizer treats spaces, characters outside its vocabulary, and numbers."""
 
 
 def read_with_transformers(
@@ -41,27 +41,29 @@ def read_with_transformers(
 
     Args:
         path: The model's directory.
-        settings: What its files say.
+        settings: The settings from the model's files.
 
     Returns:
-        A ``tokenizers.Tokenizer``, and the settings with what transformers knows beside them.
+        A ``tokenizers.Tokenizer``, and the settings with transformers' values for the special
+        tokens.
 
     Raises:
-        ModelUnsupported: It cannot be loaded, or has no form that needs no transformers.
+        ModelUnsupported: The tokenizer cannot be loaded, or has no form that works without
+            transformers.
     """
     answer = _ask_child(path) or _read(path)
     if problem := answer.get("problem"):
         raise ModelUnsupported(problem, model=str(path))
     with NO_PANICS:
         tokenizer = Tokenizer.from_str(answer["tokenizer"])
-    # The one setting that the file does not have.
+    # The one setting that the format does not include.
     tokenizer.encode_special_tokens = answer["encode_special_tokens"]
     named = {key: answer[key] for key in ("bos_token", "eos_token")}
     return tokenizer, replace(settings, **named)
 
 
 def _ask_child(path: Path) -> dict[str, Any] | None:
-    """Return what a process of its own has read; None if it gave no answer."""
+    """Return the answer of a child process; None if the child failed."""
     try:
         command = [interpreter(), "-P", "-m", __name__, str(path)]
         done = subprocess.run(
@@ -80,12 +82,12 @@ def _ask_child(path: Path) -> dict[str, Any] | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return the tokenizer in a form that JSON can hold, or the problem with it."""
+    """Return the tokenizer as a JSON object, or a problem."""
     try:
         with NO_PANICS:
             wrapper = _load_sentencepiece(path) or _load(path)
     except Exception as error:  # noqa: BLE001 - becomes the answer
-        # transformers may go on for a page.
+        # Some messages of transformers fill a page.
         problem = next(iter(str(error).strip().splitlines()), "")
         return {
             "problem": f"the tokenizer in {path} cannot be loaded ({type(error).__name__}: "
@@ -106,17 +108,16 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _load(path: Path) -> Any:
-    # Explicitly false: with None transformers asks on the terminal whether to
-    # run the directory's code.
+    # With None, transformers would ask on the terminal whether to run the directory's code.
     return load_tokenizer(path, {"trust_remote_code": False})
 
 
 def _load_sentencepiece(path: Path) -> Any:
-    """Return the conversion of a SentencePiece model whose ids are those of SentencePiece.
+    """Return a conversion of a SentencePiece model with the same ids as SentencePiece.
 
-    transformers has several, and which of them is right differs between its releases: the
-    generic class of 5.7 gets every text wrong, ``LlamaTokenizer`` loses a space in front
-    of a text in all of them.
+    transformers has several conversions, and which one is right differs between releases: the
+    generic class of 5.7 gets every text wrong, ``LlamaTokenizer`` loses a space in front of a text
+    in all of them.
 
     Returns:
         None if the directory has no such model, or no conversion is right.
@@ -134,7 +135,7 @@ def _load_sentencepiece(path: Path) -> Any:
 
 
 def _sentencepiece(file: Path) -> Any:
-    """Return the SentencePiece model in a file; None if there is none, or another thing."""
+    """Return the SentencePiece model in a file; None without one."""
     if not file.is_file():
         return None
     sentencepiece = importlib.import_module("sentencepiece")
@@ -145,13 +146,13 @@ def _sentencepiece(file: Path) -> Any:
 
 
 def _load_generic(path: Path) -> Any:
-    """Load with the class that takes the steps from the model's own settings."""
+    """Load with the generic class, which takes the steps from the model's own settings."""
     generic = importlib.import_module("transformers").TokenizersBackend
     return generic.from_pretrained(path, trust_remote_code=False, legacy=True)
 
 
 def _load_with_steps(path: Path) -> Any:
-    """Load with the class that is named, and with the steps of the published Llama 2 file."""
+    """Load with the named class, and use the steps of the published Llama 2 file."""
     wrapper = _load(path)
     tokenizer = wrapper.backend_tokenizer
     tokenizer.normalizer = normalizers.Sequence(
@@ -162,7 +163,7 @@ def _load_with_steps(path: Path) -> Any:
 
 
 def main() -> int:
-    """Read the tokenizer that the command line names, and print it; returns the exit code."""
+    """Print the tokenizer of the directory on the command line. Return the exit code."""
     print(json.dumps(_read(Path(sys.argv[1]))))  # noqa: T201 - its only output
     return 0
 
