@@ -1,8 +1,8 @@
-"""The decode step: rows whose next tokens are computed together.
+"""The decode step: computes the next tokens of several rows together.
 
-A step is begun before the tokens of the one before are read, so that the device
-always has work: :meth:`DecodeBatch.step` puts the tokens that are still being computed
-into the model, and only then waits for them.
+:meth:`DecodeBatch.step` launches a step before it reads the tokens of the previous one, so that the
+device always has work. The inputs of a step are the arrays that the previous step is still
+computing.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from runner_server.mlx_backend.sampling.sampler import (
 )
 
 _STATE_STEPS = 64
-"""Steps after which all of the caches' state is computed: where nothing uses a layer's
-offset, what it is to be would grow by one more addition with each step."""
+"""Number of steps after which the state of all caches is evaluated. Where nothing reads a layer's
+offset, the lazy offset would otherwise grow by one addition per step."""
 
 
 Agree = Callable[[mx.array], mx.array]
@@ -45,19 +45,19 @@ Agree = Callable[[mx.array], mx.array]
 
 @dataclass(eq=False)
 class Row:
-    """A row, while it is decoded and while it is not.
+    """A row of the batch, also during prefill and preemption.
 
     Attributes:
-        id: The engine's name for it.
-        sampling: How its tokens are drawn.
-        tokens: Those that the model has been given.
-        next_id: The one it is given next, if that is known.
-        is_unreported: Whether that one was generated and has not been reported.
-        drawn: How many tokens were drawn.
-        caches: Its caches while it is not decoded.
-        logprobs: How likely the next one was.
-        is_finite: Whether the logits that the next one was drawn from are numbers, as far as
-            that was read.
+        id: The engine's id of the row.
+        sampling: The sampling options.
+        tokens: The tokens that have passed through the model.
+        next_id: The next input token, if known.
+        is_unreported: Whether the next input token was generated and has not been reported.
+        drawn: Number of tokens drawn.
+        caches: The row's caches while it is not in the batch.
+        logprobs: Log probabilities of the next input token, if requested.
+        is_finite: Whether the logits that the next input token was drawn from are finite, as far as
+            they have been read.
     """
 
     id: int
@@ -72,9 +72,9 @@ class Row:
 
 
 class _StepLogprobs:
-    """The token_logprobs of a step, read once for all rows.
+    """The log probabilities of a step, read once and shared by the rows.
 
-    A part of an array would have to be computed, behind the step that was begun since.
+    Slicing an array would launch a computation that waits for the step launched in the meantime.
     """
 
     def __init__(self, arrays: TokenLogprobs) -> None:
@@ -95,7 +95,7 @@ class _StepLogprobs:
 
 @dataclass(frozen=True)
 class _RowLogprobs:
-    """Where the likelihood of a row's token stands."""
+    """A row's entry in the log probabilities of a step."""
 
     step: _StepLogprobs
     index: int
@@ -106,15 +106,29 @@ class _RowLogprobs:
 
 
 class DecodeBatch:
-    """Rows that are decoded together.
+    """Rows decoded together, one token a step.
+
+    A step is launched before the tokens of the previous one are read. For a row that joins with
+    ``p``, the last token of its prompt:
+
+    1. The first :meth:`step` launches ``model(p)``, which draws ``t1``. It waits for ``t1`` and
+       reports it, so that the first token is not delayed.
+    2. The second launches ``model(t1)``, which draws ``t2``, and reports nothing.
+    3. The third launches ``model(t2)``, with ``t2`` still being computed. Only then does it wait
+       for ``t2`` and report it.
+    4. Each further call launches ``t(n+1)`` and reports ``t(n)``. While the caller handles
+       ``t(n)``, the device computes ``t(n+1)``.
+
+    When the row leaves, the token that is being computed is dropped. A row that may come back keeps
+    it: :meth:`settle` stores it in ``next_id``.
 
     Args:
-        model: The evaluated model.
-        vocab_size: Token ids its output layer scores.
-        agree: Puts in place of drawn tokens those that all ranks are to take.
+        model: The model, with weights read.
+        vocab_size: Number of token ids scored by the output layer.
+        agree: Replaces drawn tokens with those that all ranks use.
 
     Attributes:
-        rows: In the order in which they stand in the batch.
+        rows: The rows in the order of their slots.
     """
 
     def __init__(self, model: Module, vocab_size: int, agree: Agree | None = None) -> None:
@@ -122,20 +136,20 @@ class DecodeBatch:
         self._agree = agree
         self._vocab_size = vocab_size
         self.rows: list[Row] = []
-        # A single row keeps caches of its own kind, which need no mask.
+        # A single row keeps its own caches, which need no mask.
         self._caches: Caches = []
         self._inputs = mx.array([], dtype=mx.uint32)
-        # Of the logits that each of them was drawn from.
+        # Whether the logits behind each input are finite.
         self._finite = mx.array([], dtype=mx.bool_)
         self._steps = 0
         self._prepare()
 
     def join(self, rows: Sequence[Row], expected: int = 0) -> None:
-        """Adds rows with the caches they bring.
+        """Add rows together with their caches.
 
         Args:
-            rows: To be decoded from now on.
-            expected: Rows to come: where memory is taken for these, it is taken for those too.
+            rows: The rows to add.
+            expected: Number of rows expected to join soon. A reallocation makes room for them.
         """
         if not rows:
             return
@@ -157,48 +171,48 @@ class DecodeBatch:
         self._prepare()
 
     def leave(self, rows: Sequence[Row]) -> None:
-        """Takes rows out, without their caches."""
+        """Remove rows without their caches."""
         leaving = {id(row) for row in rows}
         stay = _fill_gaps([id(row) not in leaving for row in self.rows])
         if len(stay) < len(self.rows):
             self._keep(stay)
 
     def leave_with_caches(self, row: Row) -> None:
-        """Takes a row out with a copy of its caches."""
+        """Remove a row, and store a copy of the caches in the row."""
         row.caches = self._caches_of(self.rows.index(row))
         evaluate(row.caches)
         self.leave([row])
 
     def caches_of(self, row: Row) -> Caches:
-        """The caches of a row, to be read before the batch changes."""
+        """Return the caches of a row, to be read before the batch changes."""
         if len(self.rows) == 1:
             return self._caches
         return view(self._caches, self.rows.index(row))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all caches, whether in use or not."""
+        """Bytes of the caches, in use or not."""
         return sum(int(cache.nbytes) for cache in self._caches)
 
     def compact(self) -> None:
-        """Gives back the memory of rows that have left."""
+        """Free the memory left by removed rows."""
         self.finish()
         compact(self._caches)
 
     def settle(self, row: Row) -> None:
-        """Waits for the token that a row was given last, so that it can be left alone."""
+        """Wait for a row's next input token, and store the id in the row before a preemption."""
         slot = self.rows.index(row)
         row.next_id = cast("int", self._inputs[slot].item())
         row.is_finite = cast("bool", self._finite[slot].item())
 
     def finish(self) -> None:
-        """Waits for the step that was begun last."""
+        """Wait for the step launched last."""
         mx.eval(self._inputs, self._finite)
 
     def step(self) -> list[Token | NotFinite]:
-        """Begins the next token of every row and reports those that were begun before.
+        """Launch the next step, then report the tokens of the previous one.
 
-        A row that has just joined has none of those; its first token is waited for.
+        A row that has just joined has no previous step: its first token is awaited and reported.
         """
         inputs, finite, rows = self._inputs, self._finite, self.rows
         logits = self._model(inputs[:, None], cache=self._caches)[:, -1, :]
@@ -221,8 +235,8 @@ class DecodeBatch:
         return events
 
     def _set_inputs(self, drawn: mx.array, finite: mx.array) -> None:
-        """Makes drawn tokens the next inputs; a row without numbers is given token 0."""
-        # Candidates that are NaN may have ids that the model does not have.
+        """Make drawn tokens the next inputs. A row with non-finite logits gets token 0."""
+        # NaN candidates may have ids outside the vocabulary.
         drawn = mx.where(finite, drawn, 0)
         if self._agree:
             agreed = self._agree(mx.concatenate([drawn, finite.astype(drawn.dtype)]))
@@ -233,7 +247,7 @@ class DecodeBatch:
     def _report(
         self, values: Sequence[tuple[int, bool]], logprobs: Sequence[_RowLogprobs | None]
     ) -> list[Token | NotFinite]:
-        """Tells what the tokens given to the model were, and turns to the next ones."""
+        """Report the tokens just read, and advance every row by one token."""
         events = []
         for row, (value, is_finite), own in zip(self.rows, values, logprobs, strict=True):
             if row.is_unreported:
@@ -253,7 +267,7 @@ class DecodeBatch:
         return Token(row.id, value, row.logprobs.read(value, row.sampling.logprobs or 0))
 
     def _compute_logprobs(self, logits: mx.array) -> list[_RowLogprobs | None]:
-        """How likely the tokens just drawn are, for the rows that want to know."""
+        """Compute log probabilities of the drawn tokens, for rows with ``logprobs``."""
         found: list[_RowLogprobs | None] = [None] * len(self.rows)
         if not self._logprob_rows:
             return found
@@ -273,7 +287,7 @@ class DecodeBatch:
         if len(slots) == 1:
             self._caches = self._caches_of(slots[0])
         elif slots:
-            # What is being computed would keep rows from being written in place.
+            # A pending step would keep MLX from writing to the memory in place.
             self.finish()
             keep(self._caches, slots)
         else:
@@ -284,7 +298,7 @@ class DecodeBatch:
         self._prepare()
 
     def _prepare(self) -> None:
-        """Prepares what depends on which rows there are."""
+        """Prepare the sampler and the penalties for the present rows."""
         options = [row.sampling for row in self.rows]
         self._sampler = Sampler(options, self._vocab_size)
         self._penalties = Penalties(options)
@@ -293,7 +307,7 @@ class DecodeBatch:
 
 
 def _read_drawn(inputs: mx.array, finite: mx.array) -> list[tuple[int, bool]]:
-    """Waits for drawn tokens, and whether there were numbers to draw them from."""
+    """Wait for drawn tokens. Return each id with a flag for finite logits."""
     values, flags = cast("list[int]", inputs.tolist()), cast("list[bool]", finite.tolist())
     return list(zip(values, flags, strict=True))
 
@@ -306,6 +320,9 @@ def _arrays_of(found: _RowLogprobs | None) -> tuple[mx.array, ...]:
 
 
 def _fill_gaps(stays: Sequence[bool]) -> list[int]:
-    """The places that stay, the last ones where others leave: as few as can be change place."""
+    """Return the slots to keep, with the last ones filling gaps to move few rows.
+
+    For example, if slot 1 of four leaves, the result is 0, 3, 2.
+    """
     slots = [slot for slot, stay in enumerate(stays) if stay]
     return [slot if stays[slot] else slots.pop() for slot in range(len(slots))]
