@@ -1,4 +1,4 @@
-"""The entrance of the adapter: opens MLX on the engine's thread and counts memory."""
+"""The entry point of the MLX backend: opens MLX on the engine's thread, loads, counts memory."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from runner_server.mlx_backend.sharding import Shard
 
 _ARCHITECTURES = "mlx_lm.models"
-"""Modules of models that are not loaded any more keep a fifth of a MiB each."""
+"""Each module of an unloaded model keeps a fifth of a MiB."""
 
 _LIBRARIES = ("libmlx", "tokenizers", "liblapack", "libblas")
 
 _ANY_LIMIT_BYTES = 1 << 40
-"""MLX tells its limit only when it is given another one."""
+"""MLX returns its memory limit only when another one is set."""
 
 
 class MlxBackend:
     """Implements ``runner_server.engine.backend.Backend`` with MLX.
 
     Args:
-        model_root: Where models must lie; None is anywhere.
-        shard: This rank's part of what is loaded; None is all.
-        admission: Decides whether there is memory for a load.
+        model_root: The directory that models must be below; None for no restriction.
+        shard: This rank's part of a model; None for the whole model.
+        admission: Decides whether there is enough memory for a load.
     """
 
     def __init__(
@@ -51,14 +51,14 @@ class MlxBackend:
         self._kept_modules: frozenset[str] = frozenset()
         self._mx: Any = None
         self._kernels: KernelFolder | None = None
-        # Not the model itself: it must go with the last reference of the engine's thread.
+        # Not the model itself, which must be freed with the engine thread's last reference.
         self._prompts: CacheUsage | None = None
 
     def open(self) -> str:
-        """Imports MLX and mlx_lm; returns the device's name."""
+        """Import MLX and mlx_lm. Return the device's name."""
         use_offline()
         settle_heap()
-        # Late, because it takes tenths of a second in which calls are answered.
+        # Imported late, because it takes tenths of a second, during which calls are answered.
         import mlx.core as mx  # noqa: PLC0415
 
         import runner_server.mlx_backend.loading.loader  # noqa: F401, PLC0415
@@ -66,7 +66,7 @@ class MlxBackend:
 
         self._kernels = private_kernels()
         info = mx.device_info()
-        # Metal only: what is not wired, the system may page out between two steps.
+        # Metal only: the system may page out memory that is not wired between two steps.
         if working_set := info.get("max_recommended_working_set_size"):
             mx.set_wired_limit(int(working_set))
         self._mx = mx
@@ -77,13 +77,13 @@ class MlxBackend:
         return f"{kind}: {info.get('device_name', 'unknown')}"
 
     def check(self, spec: LoadSpec) -> None:
-        """Looks at a model's files; see ``Backend.check``."""
+        """Check a model's files; see ``Backend.check``."""
         from runner_server.mlx_backend.loading.loader import check_files  # noqa: PLC0415 - as in open
 
         check_files(spec, self._model_root)
 
     def load(self, spec: LoadSpec, report: Callable[[int], None]) -> MlxModel:
-        """Loads a model; see ``Backend.load``."""
+        """Load a model; see ``Backend.load``."""
         from runner_server.mlx_backend.loading.loader import load  # noqa: PLC0415 - as in open
 
         model = load(spec, report, self._model_root, self._shard, self._admission)
@@ -92,7 +92,7 @@ class MlxBackend:
         return model
 
     def memory(self) -> MemoryCounters:
-        """What MLX holds; its counters may be read on any thread."""
+        """Return MLX's memory counters. Thread-safe."""
         mx = self._mx
         if mx is None:
             return MemoryCounters()
@@ -106,19 +106,19 @@ class MlxBackend:
         )
 
     def release(self, *, for_next: bool = False) -> None:
-        """Gives back what a model has held; see ``Backend.release``."""
+        """Free the memory of a model; see ``Backend.release``."""
         self._prompts = None
         forget_modules(_ARCHITECTURES, self._kept_modules)
         if self._mx is not None:
             self._mx.set_memory_limit(self._usual_limit_bytes)
         self.trim()
         drop_code(_LIBRARIES)
-        # Between two models, or after a gate, other schedulers are not to count on it.
+        # Kept between two models, and after a gate, so that other schedulers do not count on it.
         if not for_next:
             self._admission.release()
 
     def trim(self) -> None:
-        """Gives freed memory back: Python's cycles, MLX's cache, the C heap."""
+        """Return freed memory to the system: Python's cycles, MLX's cache, the C heap."""
         gc.collect()
         if self._mx is not None:
             self._mx.clear_cache()
@@ -126,8 +126,8 @@ class MlxBackend:
         trim_heap()
 
     def close(self) -> None:
-        """Ends MLX on this thread; without it the exit of the process may abort."""
-        if self._mx is None:  # it could not be imported
+        """Release MLX's streams on this thread, without which the process may abort at exit."""
+        if self._mx is None:  # MLX could not be imported
             return
         self._mx.synchronize()
         self._mx.clear_streams()
@@ -141,9 +141,9 @@ class MlxBackend:
 
 
 def use_offline() -> None:
-    """Sets the variables that transformers and tokenizers read when they are imported."""
-    # Nothing is ever downloaded; without this transformers may try.
+    """Set the environment variables read by transformers and tokenizers during import."""
+    # Without this, transformers may try to download.
     os.environ["HF_HUB_OFFLINE"] = "1"
-    # As mlx_lm has it where all of it is imported: no advice about PyTorch.
+    # Set by mlx_lm when all of it is imported: no advice about PyTorch.
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

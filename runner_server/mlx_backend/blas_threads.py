@@ -1,4 +1,4 @@
-"""How many threads multiply the matrices of a model on a CPU."""
+"""Chooses the number of threads for matrix products on a CPU."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import mlx.core as mx
 from runner_common.cores import usable_cores
 
 _SMALL_MATRIX = 128 * 1024
-"""Numbers in a matrix up to which one thread is faster than two that must meet: with it a
-decode step of 16 rows took 3.6 ms instead of 4.6 on a 2 M model (68,000 in a matrix); a
-20 M model (1,300,000) was faster with two. OpenBLAS 0.3.21, two cores."""
+"""Elements per matrix up to which one thread is faster than two that must synchronize: with one, a
+decode step of 16 rows took 3.6 ms instead of 4.6 on a 2 M model (68,000 per matrix); a 20 M model
+(1,300,000) was faster with two. OpenBLAS 0.3.21, two cores."""
 
 _CHOSEN_BY_USER = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "GOTO_NUM_THREADS")
 
 
 def fit_threads(weights: Iterable[mx.array]) -> None:
-    """Let OpenBLAS use one thread for a model of small matrices, and one a core for others.
+    """Set OpenBLAS to one thread for a model of small matrices, otherwise one per core.
 
-    Does nothing where another library is in use, or where the environment says how many.
+    Does nothing if another library is in use, or if the environment sets the number.
     """
     sizes = [value.size for value in weights if value.ndim > 1]
     is_small = sum(sizes) <= _SMALL_MATRIX * len(sizes)
@@ -29,9 +29,9 @@ def fit_threads(weights: Iterable[mx.array]) -> None:
 
 
 def limit_threads(count: int | None = None) -> None:
-    """Let OpenBLAS use a number of threads, by default one for each core that is usable.
+    """Set OpenBLAS's number of threads, by default one per usable core.
 
-    OpenBLAS itself knows CPU affinity and no CPU quotas.
+    OpenBLAS itself considers CPU affinity but not CPU quotas.
     """
     blas = ctypes.CDLL(None)
     if hasattr(blas, "openblas_set_num_threads") and not any(map(os.getenv, _CHOSEN_BY_USER)):

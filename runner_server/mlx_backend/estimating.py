@@ -1,7 +1,7 @@
-"""``python -m runner_server.mlx_backend.estimating JSON``: what a load would need, without loading.
+"""``python -m runner_server.mlx_backend.estimating JSON``: prints a load's memory need.
 
-Builds the model with unread weights, decides as a load does, prints one line of JSON and ends;
-see :mod:`runner_common.memory.need_query`.
+Builds the model with unread weights, makes the same decisions as a load, prints one line of JSON
+and exits; see :mod:`runner_common.memory.need_query`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from runner_server.mlx_backend.backend import use_offline
 
 
 def answer(request: NeedRequest) -> NeedAnswer:
-    """Return what the server's plan counts.
+    """Return the memory need from the server's plan.
 
     Raises:
-        RunnerFault: As a load would raise it.
+        RunnerFault: As for a load.
     """
     use_offline()
     from runner_server.mlx_backend.fusing import kernels_of_this_run  # noqa: PLC0415 - imports MLX
@@ -57,7 +57,7 @@ def _values(request: NeedRequest) -> dict[str, Any]:
     except RunnerFault as fault:
         violations = fault.violations if isinstance(fault, InvalidField) else []
         if isinstance(fault, ModelUnsupported):
-            # Not every place that raises it knows the directory; a load adds it likewise.
+            # Most code that raises this error does not know the directory; a load adds it too.
             fault.metadata.setdefault("model", request.path)
         return {
             "reason": pb.ErrorReason.Name(fault.reason).removeprefix("ERROR_REASON_"),
@@ -76,7 +76,7 @@ def _values(request: NeedRequest) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Answer the request on the command line; returns the exit code."""
+    """Answer the request on the command line. Return the exit code."""
     reset_inherited_signals()
     request = NeedRequest(**json.loads(sys.argv[1]))
     print(json.dumps(_values(request)), flush=True)  # noqa: T201 - its only output

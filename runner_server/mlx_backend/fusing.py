@@ -1,4 +1,4 @@
-"""Where MLX compiles fused kernels, or that it does not fuse."""
+"""Chooses the folder in which MLX compiles fused kernels, or disables fusing."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _VERSION: str = vars(mx)["__version__"]
 
 
 def private_kernels() -> KernelFolder | None:
-    """Have MLX compile in a folder of this user, or not at all.
+    """Have MLX compile in a folder of this user, or disable fusing.
 
     Returns:
-        The folder, in use; None where fusing is switched off, which is logged.
+        The folder, in use; None if fusing is disabled, which is logged.
     """
     try:
         kernels = open_kernels(_VERSION, check=_check)
@@ -42,13 +42,13 @@ def private_kernels() -> KernelFolder | None:
 
 @contextmanager
 def kernels_of_this_run(*, checks: bool) -> Iterator[Path]:
-    """Have MLX compile in a folder that begins empty and is removed at the end.
+    """Have MLX compile in an empty folder, which is removed at the end.
 
     Args:
-        checks: Whether to make sure that kernels can be compiled and loaded there.
+        checks: Whether to check that kernels can be compiled and loaded there.
 
     Yields:
-        Where its libraries will be.
+        The folder of compiled libraries.
 
     Raises:
         NoKernelFolderError: No folder can hold kernels.
@@ -64,11 +64,11 @@ def kernels_of_this_run(*, checks: bool) -> Iterator[Path]:
 
 
 def _accept(_folder: Path) -> None:
-    """Take any private folder."""
+    """Accept any private folder."""
 
 
 def _check(folder: Path) -> None:
-    """Check that MLX could load what it would compile in a folder."""
+    """Check whether MLX could load kernels compiled in a folder."""
     is_cpu = mx.default_device() == mx.Device(mx.cpu)
     # Without g++ MLX does not fuse on a CPU, and on a GPU it loads no libraries.
     if is_cpu and shutil.which("g++") and "MLX_DISABLE_COMPILE" not in os.environ:

@@ -1,9 +1,8 @@
-"""What MLX is and can do on this machine, as one JSON object on stdout.
+"""Describes MLX on this machine as one JSON object on stdout.
 
-``python -m runner_server.mlx_backend.probe [--gemm]`` is run as a child, by ``mlx-runner
-doctor`` for one, in the environment a runner would get: what it finds is what
-a runner would find. Every key is always there; what could not be told is null,
-with the reason in ``errors``.
+``python -m runner_server.mlx_backend.probe [--gemm]`` runs as a child, for example of ``mlx-runner
+doctor``, in the environment that a runner would get, so the results are those of a runner. Every
+key is always present. A value that could not be determined is null, with the reason in ``errors``.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ _GEMM_SECONDS = 0.5  # the reference BLAS takes longer than this for a single on
 
 
 def probe(*, gemm: bool = False) -> dict[str, Any]:
-    """Finds out about this process's MLX.
+    """Collect the properties of this process's MLX.
 
     Args:
-        gemm: Also measure float32 matrix multiplication, for half a second or more.
+        gemm: Whether to measure float32 matrix multiplication, for half a second or more.
     """
     errors: dict[str, str] = {}
     return {
@@ -74,11 +73,11 @@ def _device(errors: dict[str, str]) -> dict[str, Any] | None:
 
 
 def _kernels_compile(errors: dict[str, str]) -> bool:
-    """Return whether MLX builds and runs a fused kernel here, and does not only work without it.
+    """Return whether MLX builds and runs a fused kernel, rather than only working without one.
 
-    On the CPU it keeps what g++ built in a folder: an empty one makes sure that this
-    kernel is built, and shows it. Without g++ MLX runs the operations one by one, and
-    with a broken one a runner has it do so.
+    On the CPU, MLX keeps the libraries that g++ built in a folder. An empty folder ensures that
+    this kernel is built, and shows that it was. Without g++ MLX runs the operations one by one;
+    with a broken g++ a runner makes it do so.
     """
     try:
         with kernels_of_this_run(checks=True) as folder:
@@ -95,7 +94,7 @@ def _kernels_compile(errors: dict[str, str]) -> bool:
 
 
 def _gemm_gflops(errors: dict[str, str]) -> float | None:
-    """By the fastest multiplication of half a second; a slow BLAS gets a single one."""
+    """Measure the fastest multiplication within half a second; a slow BLAS gets a single one."""
     limit_threads()
     try:
         left = mx.random.normal((_GEMM_ROWS, _GEMM_DEPTH))
@@ -120,7 +119,7 @@ def _best_seconds(left: mx.array, right: mx.array) -> float:
 
 
 def main() -> int:
-    """Prints the probe's findings as one line of JSON."""
+    """Print the results as one line of JSON."""
     reset_inherited_signals()
     parser = argparse.ArgumentParser(
         prog="python -m runner_server.mlx_backend.probe", description=__doc__

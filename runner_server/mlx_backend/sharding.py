@@ -1,6 +1,6 @@
-"""A model split among processes by mlx_lm's own means, over ``mx.distributed``.
+"""Shards a model across processes with mlx_lm's own methods and ``mx.distributed``.
 
-Either each matrix is split (tensor parallel: ``Model.shard``), and each rank has some heads of
+Either each matrix is sharded (tensor parallel: ``Model.shard``), and each rank has some heads of
 each layer; or the layers are (``model.pipeline``), and each rank has some layers.
 """
 
@@ -21,24 +21,24 @@ from runner_server.errors import ModelUnsupported
 from runner_server.mlx_backend.upstream.names import KVCache, make_prompt_cache
 
 _SHARED_BYTES = 1024
-"""Room for what :meth:`Group.share` sends: an address and a secret."""
+"""Buffer size of :meth:`Group.share`, for an address and a secret."""
 
 _SPLIT_COUNTS = ("num_attention_heads", "num_key_value_heads")
-"""Numbers in config.json that the ranks must divide; mlx_lm rounds them down in silence."""
+"""Numbers in config.json that the group size must divide; mlx_lm silently rounds them down."""
 
 
 class Group:
-    """All ranks, as MLX connects them.
+    """The group of ranks, as connected by MLX.
 
     Args:
-        timeout_seconds: How long to wait for the others before the process is ended.
+        timeout_seconds: How long to wait for the other ranks before the process is ended.
 
     Raises:
-        RuntimeError: MLX cannot connect them; its settings in the environment say how.
+        RuntimeError: MLX cannot connect the ranks; its settings in the environment say how.
     """
 
     def __init__(self, timeout_seconds: float) -> None:
-        # MLX waits for ever, and holds Python's lock meanwhile: only a timer in C can end it.
+        # MLX waits indefinitely and holds the GIL meanwhile, so only a timer in C can end it.
         faulthandler.dump_traceback_later(timeout_seconds, exit=True)
         try:
             self.all = mx.distributed.init()
@@ -48,7 +48,7 @@ class Group:
         self.size = self.all.size()
 
     def share(self, value: object) -> Any:
-        """What rank 0 gives, on all ranks; other ranks' own values are of no account."""
+        """Return rank 0's value on every rank. Other ranks' values are ignored."""
         data = json.dumps(value).encode() if self.rank == 0 else b""
         numbers = mx.array([*data, *[0] * (_SHARED_BYTES - len(data))], dtype=mx.int32)
         summed = mx.distributed.all_sum(numbers, group=self.all)
@@ -56,28 +56,28 @@ class Group:
 
 
 def traits(*versions: str) -> list[str]:
-    """What must be the same on all ranks, so that they decide alike."""
+    """Return versions and device, which must match between ranks for equal decisions."""
     kind = "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
     return [*versions, f"mlx {importlib.metadata.version('mlx')}", kind]
 
 
 class Partners(Protocol):
-    """What a load and a batch need of the other ranks."""
+    """The interface to the other ranks, for a load and a batch."""
 
     def clock(self) -> float:
-        """Seconds that pass; the same on all ranks at the same place of the work."""
+        """Return elapsed seconds, equal on every rank at the same point of the work."""
         ...
 
     def begin_load(self, spec: LoadSpec) -> None:
-        """Has the others load; ``spec`` leaves nothing to choose."""
+        """Make the others load. ``spec`` leaves nothing to choose."""
         ...
 
     def finish_load(self, report: Callable[[int], None], kv_share: float) -> float:
-        """Waits until all have read their parts.
+        """Wait until every rank has read the weights.
 
         Args:
-            report: Called while it waits; what it raises ends the load.
-            kv_share: Sequences of the whole context that this rank has memory for.
+            report: Called while waiting; an exception ends the load.
+            kv_share: Number of sequences of the whole context that this rank has memory for.
 
         Returns:
             The smallest share of any rank.
@@ -90,8 +90,8 @@ class Shard:
 
     Args:
         group: All ranks.
-        partners: The others.
-        by_layers: Split the layers also where matrices could be.
+        partners: The other ranks.
+        by_layers: Whether to split the layers even where matrices could be sharded.
     """
 
     def __init__(self, group: Group, partners: Partners, *, by_layers: bool) -> None:
@@ -101,14 +101,14 @@ class Shard:
         self.partners = partners
 
     def split(self, model: Module, config: dict[str, Any], spec: LoadSpec) -> LoadSpec:
-        """Leaves this rank's part of a model with lazy weights.
+        """Reduce a model with lazy weights to this rank's part.
 
         Returns:
-            The load as it can be done: where layers are split, no evaluated prompts are kept,
-            because ranks with more layers would have room for fewer of them.
+            The load as it can be done. If layers are split the prefix cache is off, because ranks
+            with more layers would have room for fewer prompts.
 
         Raises:
-            ModelUnsupported: mlx_lm cannot split it, or not among so many.
+            ModelUnsupported: mlx_lm cannot shard the model, or not across this number of ranks.
         """
         has_shard = hasattr(model, "shard")
         inner = getattr(model, "model", None)
@@ -131,10 +131,10 @@ class Shard:
         )
 
     def agree(self, drawn: mx.array) -> mx.array:
-        """The tokens that rank 0 drew; not yet evaluated.
+        """Return the tokens drawn by rank 0, unevaluated.
 
-        The others' own tokens are multiplied by 0 and not left out: their model's last layers
-        must be computed, because rank 0 waits for those.
+        The other ranks' tokens are multiplied by 0 instead of left out: their last layers must be
+        computed, because rank 0 waits for them.
         """
         return mx.distributed.all_sum(drawn * self._is_first, group=self._group.all)
 
@@ -154,7 +154,7 @@ class Shard:
 
 
 def _require_plain_caches(model: Module) -> None:
-    """Refuses caches by which ranks with other layers would decide otherwise."""
+    """Refuse caches on which ranks with different layers would decide differently."""
     kinds = {type(cache).__name__ for cache in make_prompt_cache(model)} - {KVCache.__name__}
     if kinds:
         raise ValueError(f"its layers have caches of kind {', '.join(sorted(kinds))}")

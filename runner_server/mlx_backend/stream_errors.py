@@ -1,11 +1,11 @@
-"""MLX's own threads after an error: what they hold of it, and whether they can go on.
+"""Clears errors stored on MLX's threads, and checks whether MLX can go on.
 
-MLX 0.32 evaluates on a thread for each CPU stream. What raises there is stored and raised by
-whatever is called next. Where that is the one in ten calls that is counted as an active task, the
-count never comes down again, and from two on ``mx.eval`` may wait for a task that does not exist,
-indefinitely. (``CommandEncoder::dispatch`` counts, then calls ``enqueue``, which raises.)
+MLX 0.32 evaluates on a thread for each CPU stream. An error there is stored, and raised by the next
+call. One call in ten is counted as an active task. When such a call fails, the count never comes
+down again, and from a count of two on ``mx.eval`` may wait indefinitely for a task that does not
+exist. (``CommandEncoder::dispatch`` counts, then calls ``enqueue``, which raises.)
 
-Read in the source of 0.32 and tried: these raise on a stream's thread, and nothing else does.
+According to the source of 0.32 and to tests, only these raise on a stream's thread:
 
 - A read of a file: 300 failing ones left a count of 10. They no longer happen
   (:mod:`runner_server.mlx_backend.loading.weight_files`).
@@ -13,8 +13,8 @@ Read in the source of 0.32 and tried: these raise on a stream's thread, and noth
 - ``mx.distributed`` over sockets. A rank that fails ends all of them anyway.
 - The allocation of a kernel's small temporaries, when the C++ heap is exhausted.
 
-What raises while a graph is built or scheduled (a shape, a kernel that g++ cannot compile) raises
-in the call itself and leaves a count of 0; a large allocation that fails on a CPU ends the process.
+An error while a graph is built or scheduled (a shape, a kernel that g++ cannot compile) raises in
+the call itself and leaves a count of 0. A large allocation that fails on a CPU ends the process.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ import mlx.core as mx
 from runner_server.engine.backend import BackendLost
 
 _MOST_ERRORS = 100_000
-"""More tasks than are ever begun; MLX is asked until it has no error left."""
+"""More errors than MLX can have stored, as an upper bound for :func:`drain`."""
 
 _SCHEDULER = "_ZN3mlx4core9scheduler9schedulerEv"
-"""``mlx::core::scheduler::scheduler()``; the object it returns begins with the count."""
+"""``mlx::core::scheduler::scheduler()``. The object it returns begins with the count."""
 
 _HARMLESS_TASKS = 1
-"""MLX waits only where it counts more."""
+"""Highest count for which MLX does not wait."""
 
 
 def recover() -> None:
-    """Prepare MLX for other work after an error on this thread.
+    """Prepare MLX for further work after an error on this thread.
 
     Raises:
-        BackendLost: MLX may wait indefinitely from now on.
+        BackendLost: MLX may wait indefinitely from here.
     """
     drain()
     left = active_tasks()
-    # On a GPU, tasks that are under way count too.
+    # On a GPU, pending tasks count too.
     if left and left > _HARMLESS_TASKS and mx.default_device() == mx.Device(mx.cpu):
         raise BackendLost(
             f"errors inside MLX have left it a count of {left} tasks that do not exist, for which "
@@ -57,7 +57,7 @@ def recover() -> None:
 
 
 def drain() -> None:
-    """Wait for the CPU stream's thread, and have MLX raise here what was stored on it."""
+    """Wait for the CPU stream's thread, and discard the errors stored there."""
     for _ in range(_MOST_ERRORS):
         try:
             mx.synchronize(mx.default_stream(mx.cpu))
@@ -67,7 +67,7 @@ def drain() -> None:
 
 
 def active_tasks() -> int | None:
-    """MLX's count of active tasks; 0 after a :func:`drain`. None where it cannot be read."""
+    """Return MLX's count of active tasks, 0 after :func:`drain`; None if unreadable."""
     scheduler = _scheduler()
     return int(scheduler()[0]) if scheduler else None
 

@@ -193,7 +193,7 @@ class CachePieces:
 
     @property
     def needs_snapshot(self) -> bool:
-        """Whether some layers cannot be cut, and need a snapshot."""
+        """True if some layers cannot be cut, and need a snapshot."""
         return not all(self.cut_layers)
 
     def segment(self, caches: Caches, start: int, end: int) -> Segment:

@@ -1,1 +1,1 @@
-"""Sampling of the next token for all rows of a batch."""
+"""Sampling of the next token for each row of a batch."""

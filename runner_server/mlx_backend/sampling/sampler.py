@@ -1,4 +1,4 @@
-"""Samples the next tokens of all rows: top-k, temperature, top-p, min-p, seeded noise.
+"""Samples the next token of each row: top-k, temperature, top-p, min-p, seeded noise.
 
 One pass over the whole vocabulary finds the candidates, and all later steps work on those. The
 number of candidates follows from a row's own ``top_k`` and not from its neighbours', so a row draws
@@ -211,7 +211,7 @@ class _Draw:
 
 
 def _lowest(scores: mx.array, kept: mx.array) -> mx.array:
-    """Return the lowest score kept: of equally likely ids either all are kept, or none."""
+    """Return the lowest score kept. Equally likely ids are kept together, or not at all."""
     return mx.min(mx.where(kept, scores, mx.inf), axis=-1, keepdims=True)
 
 
