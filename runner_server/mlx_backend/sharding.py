@@ -125,9 +125,9 @@ class Shard:
             raise self._cannot(config, str(error)) from error
         raise self._cannot(
             config,
-            "mlx_lm splits the matrices of this kind, not its layers: leave out --pipeline"
+            "mlx_lm splits the matrices of this type, not its layers: leave out --pipeline"
             if has_shard
-            else "mlx_lm cannot split this kind: serve it without --distributed",
+            else "mlx_lm cannot split this type: serve it without --distributed",
         )
 
     def agree(self, drawn: mx.array) -> mx.array:

@@ -51,8 +51,8 @@ def recover() -> None:
     # On a GPU, pending tasks count too.
     if left and left > _HARMLESS_TASKS and mx.default_device() == mx.Device(mx.cpu):
         raise BackendLost(
-            f"errors inside MLX have left it a count of {left} tasks that do not exist, for which "
-            "a later step may wait indefinitely; start the runner again"
+            f"errors inside MLX left a count of {left} tasks that do not exist, so that a later "
+            "step may wait indefinitely; restart the runner"
         )
 
 

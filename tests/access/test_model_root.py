@@ -16,7 +16,7 @@ from runner_server.config import parse_args
 from runner_server.host.model_root import ModelRoot
 from support.harness import Server, failure, running
 
-RULE = "only directories below the one that it was started with as --model-root"
+RULE = "only directories below its --model-root"
 
 
 @pytest.fixture

@@ -200,7 +200,7 @@ def test_a_tensor_that_mlx_lm_drops_is_named(load: Load, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("type_", "named"),
-    [("jamba", "normalises the scores"), ("qwen2_moe", "norm_topk_prob"), ("gemma2", None)],
+    [("jamba", "normalizes the scores"), ("qwen2_moe", "norm_topk_prob"), ("gemma2", None)],
 )
 def test_what_mlx_lm_is_known_to_compute_otherwise_is_refused(
     load: Load, tmp_path: Path, type_: str, named: str | None
@@ -377,7 +377,7 @@ def test_parameters_for_a_kind_of_attention_are_used_or_named(
     ("settings", "named"),
     [
         ({"layer_types": ["linear_attention", "full_attention"]}, "layer_types has 'linear_atte"),
-        ({"layer_types": SLIDING["layer_types"]}, "config.json no sliding_window"),
+        ({"layer_types": SLIDING["layer_types"]}, "config.json has no sliding_window"),
     ],
 )
 def test_kinds_of_layers_that_a_class_has_not_are_named(
@@ -408,7 +408,7 @@ def test_weights_that_are_whole_numbers_are_refused(
     weights[name] = (weights[name] * 100).astype(getattr(mx, dtype))
     mx.eval(weights)
     mx.save_safetensors(str(path / "model.safetensors"), weights)
-    with pytest.raises(ModelUnsupported, match=rf"{name} is stored as \w+, and has no scales"):
+    with pytest.raises(ModelUnsupported, match=rf"{name} is stored as \w+, without scales"):
         load(path)
 
 
@@ -528,7 +528,7 @@ def test_a_setting_that_would_end_the_process_is_never_allowed(load: Load, tmp_p
     from tools.memory.models import write_model
 
     path = write_model(tmp_path, {**CONFIGS["bailing_moe"], "num_experts_per_tok": 1})
-    with pytest.raises(ModelUnsupported, match="one expert a token"):
+    with pytest.raises(ModelUnsupported, match="one expert per token"):
         load(path, allow_inexact=True)
 
 

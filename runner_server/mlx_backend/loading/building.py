@@ -87,7 +87,7 @@ def before_weights(path: Path) -> Iterator[None]:
     except Exception as error:
         logger.exception("%s cannot be loaded", path)
         raise ModelUnsupported(
-            f"{path} cannot be loaded ({_one_line(error)}): its configuration says "
+            f"{path} cannot be loaded ({_one_line(error)}): its configuration asks for "
             "something that mlx_lm cannot compute; the runner's log has the traceback",
             model=str(path),
         ) from error

@@ -24,9 +24,8 @@ def _find_below(root: ModelRoot, model: str) -> Located:
     what exists elsewhere.
     """
     fault = ModelNotFound(
-        f"no model at {model!r}: this runner opens only directories below the one that it was "
-        "started with as --model-root, and hub ids whose local cache is below it; links that lead "
-        "out of it count as outside",
+        f"no model at {model!r}: this runner opens only directories below its --model-root, and "
+        "hub ids whose local cache is below it; symlinks out of the root count as outside",
         model=model,
     )
     try:
@@ -42,6 +41,4 @@ def _find(model: str) -> Located:
     try:
         return locate(model)
     except ModelMissingError as error:
-        raise ModelNotFound(
-            f"{error}; nothing is downloaded by this process", model=model
-        ) from error
+        raise ModelNotFound(f"{error}; this process downloads nothing", model=model) from error

@@ -99,7 +99,7 @@ def lazy_arrays(path: str, streams: Sequence[TensorStream]) -> dict[str, mx.arra
     """
     with _opening_archives():
         loaded = mx.load(_Archive(path, streams), format="npz")
-    # What mx.load returns depends on the format.
+    # The type of mx.load's result depends on the format.
     found = cast("dict[str, mx.array]", loaded)
     return {stream.tensor.name: found[str(i)] for i, stream in enumerate(streams)}
 
@@ -111,7 +111,7 @@ def _npy_header(tensor: Tensor) -> bytes:
         ValueError: MLX does not support the dtype or shape.
     """
     if tensor.dtype not in _NUMPY_TYPES:
-        raise ValueError(f"{tensor.name} has the type {tensor.dtype}, which MLX does not have")
+        raise ValueError(f"{tensor.name} has the type {tensor.dtype}, which MLX does not support")
     if any(length > _MAX_DIMENSION for length in tensor.shape):
         raise ValueError(f"{tensor.name} has the shape {tensor.shape}, too long for MLX")
     shape = "".join(f"{length}, " for length in tensor.shape)

@@ -55,7 +55,7 @@ def ignored_activation(text: Mapping[str, Any], built: BuiltModel) -> Iterator[s
     if wanted is None:
         # Type-specific names ("gegelu", "xielu") stand for that type's only activation.
         if not isinstance(name, str) or name not in source:
-            yield f"{key} = {name!r} in config.json is not an activation that mlx_lm has here"
+            yield f"{key} = {name!r} in config.json is not an activation of this model in mlx_lm"
         return
     same = _GELUS if wanted in _GELUS else (wanted,)
     if not any(re.search(_IN_SOURCE[each], source) for each in same):

@@ -65,8 +65,8 @@ class Exactness:
         always = [each.text for each in self.differences if not each.harmless_tokens]
         if always and not allow:
             raise ModelUnsupported(
-                f"{path} cannot be computed as its files say: {'; '.join(always)}. To load it all "
-                "the same, with other answers than the model's, allow it (allow_inexact)",
+                f"{path} cannot be computed as its files say: {'; '.join(always)}. To load it "
+                "anyway, with answers that differ from the model's, set allow_inexact",
                 model=str(path),
             )
 
@@ -78,7 +78,7 @@ class Exactness:
     def _warning(difference: Difference, context_length: int) -> str:
         exact = difference.harmless_tokens
         if context_length <= exact:
-            return f"{difference.text}; no sequence here is long enough for a difference"
+            return f"{difference.text}; no sequence within this context length is affected"
         if exact:
             return f"{difference.text}: answers differ in sequences of more than {exact} tokens"
         return f"{difference.text}: answers differ from the model's"
@@ -127,10 +127,14 @@ def _unknown_layers(text: Mapping[str, Any], built: BuiltModel) -> Iterator[Diff
     source = written_in(built)
     for kind in sorted(set(kinds or ()) - {"full_attention"}):
         if kind not in source:
-            yield Difference(f"layer_types has {kind!r} in config.json, which mlx_lm has not here")
+            yield Difference(
+                f"layer_types has {kind!r} in config.json, which mlx_lm does not implement here"
+            )
     arguments = getattr(built.model, "args", None)
     if "sliding_attention" in (kinds or ()) and getattr(arguments, "sliding_window", 1) is None:
-        yield Difference("layer_types has 'sliding_attention', and config.json no sliding_window")
+        yield Difference(
+            "layer_types has 'sliding_attention', but config.json has no sliding_window"
+        )
 
 
 def _has_pattern(text: Mapping[str, Any], built: BuiltModel) -> bool:
@@ -158,7 +162,7 @@ def _limited_settings(text: Mapping[str, Any], built: BuiltModel) -> Iterator[Di
         if text.get(switch) and switch not in built.arguments and isinstance(length, int):
             yield Difference(f"{switch} in config.json has no effect in mlx_lm", length)
     if length := exact_length(text):
-        yield Difference("mlx_lm does not change from short_factor to long_factor", length)
+        yield Difference("mlx_lm does not switch from short_factor to long_factor", length)
 
 
 def _known_faults(text: Mapping[str, Any]) -> Iterator[Difference]:
@@ -170,10 +174,12 @@ def _known_faults(text: Mapping[str, Any]) -> Iterator[Difference]:
         )
     if model_type == "bailing_moe" and text.get("num_experts_per_tok") == 1:
         # Not a Difference, which could be allowed: this one would end the process.
-        raise ValueError("mlx_lm's routing of bailing_moe ends the process with one expert a token")
+        raise ValueError(
+            "mlx_lm's routing of bailing_moe ends the process with one expert per token"
+        )
     if model_type == "jamba" and (text.get("num_experts") or 1) > 1:
         yield Difference(
-            "mlx_lm normalises the scores of the chosen experts of a 'jamba' model, which is "
+            "mlx_lm normalizes the scores of the chosen experts of a 'jamba' model, which is "
             "trained with scores over all experts"
         )
 
@@ -336,5 +342,5 @@ def _whole_numbers(model: Module) -> Iterator[Difference]:
             value = module.get(name)
             if isinstance(value, mx.array) and not mx.issubdtype(value.dtype, mx.floating):
                 kind = str(value.dtype).removeprefix("mlx.core.")
-                yield Difference(f"{path}.{name} is stored as {kind}, and has no scales beside it")
+                yield Difference(f"{path}.{name} is stored as {kind}, without scales")
                 return

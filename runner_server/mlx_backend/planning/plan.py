@@ -182,7 +182,7 @@ def alone_warning(model_type: str, why: str) -> str:
     """Return the warning for a model whose requests run one after another."""
     return (
         f"completions run one after another, whatever `parallel` says: mlx_lm does not decode "
-        f"several sequences of a {model_type!r} model together rightly ({why})"
+        f"several sequences of a {model_type!r} model together correctly ({why})"
     )
 
 

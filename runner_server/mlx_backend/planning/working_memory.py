@@ -34,9 +34,9 @@ _GUESSED_VECTORS = 8
 _ODD_ROWS = (13, 17)
 
 _KNOWN_ALONE = {
-    "afm7": "its offset of keys is that of the longest row, padding included",
-    "minimax_m3_vl": "its sparse attention counts padding when a text is longer than what it keeps",
-    "recurrent_gemma": "it computes the first token of a text otherwise than all others",
+    "afm7": "its key offset is that of the longest row, padding included",
+    "minimax_m3_vl": "its sparse attention counts padding in texts with more tokens than it keeps",
+    "recurrent_gemma": "it computes the first token of a text differently from the others",
 }
 """mlx_lm modules whose rows go wrong in a batch without a trace showing it, with the reason.
 
@@ -127,7 +127,7 @@ def require_batches(model: Module) -> None:
         raise RowsApartError(_KNOWN_ALONE[name])
     kinds = {type(cache) for cache in make_prompt_cache(model)}
     if unmerged := sorted(kind.__name__ for kind in kinds if not hasattr(kind, "merge")):
-        raise RowsApartError(f"caches of kind {', '.join(unmerged)} cannot stand side by side")
+        raise RowsApartError(f"caches of kind {', '.join(unmerged)} cannot be batched")
     for rows in _ODD_ROWS:
         _require_runs(model, _filled(model, rows, 3), mx.zeros((rows, 1), dtype=mx.int32))
 
@@ -209,7 +209,7 @@ def _traced(
         return transient_bytes(forward, [tokens, *(value for _, value in weights), *held])
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         # Some models read values in their forward pass, or compile parts of themselves.
-        logger.info("this model cannot be traced (%s): its arrays are estimated", error)
+        logger.info("this model cannot be traced (%s): its working memory is estimated", error)
     finally:
         _put(model, weights, [value for _, value in weights])
     _require_runs(model, _rebuilt(caches, lambda array: array), tokens)

@@ -141,7 +141,7 @@ def _codec(tokenizer: Any, settings: TokenizerSettings, path: Path) -> FastCodec
         ) from error
     if max(ids, default=0) > _MAX_ID:
         raise ModelUnsupported(
-            f"the tokenizer in {path} makes token {max(ids)} of a text, which no vocabulary has",
+            f"the tokenizer in {path} produces token {max(ids)}, which no vocabulary has",
             model=str(path),
         )
     return codec

@@ -76,7 +76,7 @@ def read_settings(path: Path) -> TokenizerSettings:
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise ModelUnsupported(
             f"the special tokens that {path / CONFIG_FILE} and the files beside it describe cannot "
-            f"be used ({type(error).__name__}: {error}); expected texts, or objects with a content",
+            f"be used ({type(error).__name__}: {error}); expected strings or token objects",
             model=str(path),
         ) from error
 

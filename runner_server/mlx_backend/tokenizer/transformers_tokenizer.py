@@ -91,7 +91,7 @@ def _read(path: Path) -> dict[str, Any]:
         problem = next(iter(str(error).strip().splitlines()), "")
         return {
             "problem": f"the tokenizer in {path} cannot be loaded ({type(error).__name__}: "
-            f"{problem}); expected tokenizer.json, or the files of a kind that transformers knows"
+            f"{problem}); expected tokenizer.json, or files that transformers can read"
         }
     backend = getattr(wrapper, "backend_tokenizer", None)
     if backend is None:

@@ -32,7 +32,7 @@ def contained(what: str) -> Iterator[None]:
         with redirect_stdout(printed):
             yield
     except SystemExit as error:
-        said = f", after it had printed {text!r}" if (text := printed.getvalue().strip()) else ""
+        said = f", after printing {text!r}" if (text := printed.getvalue().strip()) else ""
         raise LibraryExitError(f"{what} ended with exit code {error.code}{said}") from error
     finally:
         if text := printed.getvalue().strip():
