@@ -1,5 +1,5 @@
-"""The process that hosts one MLX language model and serves it over gRPC."""
+"""Server process hosting one MLX language model over gRPC."""
 
 __version__ = "0.2.0"
-"""As in pyproject.toml. To ask importlib.metadata for it takes a sixth of the time in
-which a server is ready."""
+"""Same as in pyproject.toml. Reading it with importlib.metadata would take a sixth of the time
+until the server is ready."""

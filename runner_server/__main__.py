@@ -1,4 +1,4 @@
-"""``python -m runner_server``."""
+"""Entry point of ``python -m runner_server``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from runner_common.signals import end_on_stop_signals, reset_inherited_signals
 
 def main() -> int:
     """Run the server; return the exit code."""
-    # There is nothing to end in order yet.
+    # Nothing has been set up yet, so a stop signal can end the process at once.
     end_on_stop_signals(0)
     reset_inherited_signals()
     from runner_server.launch import run_server  # noqa: PLC0415 - takes a quarter of a second

@@ -1,4 +1,4 @@
-"""Puts the server together: engine, services, listening, signals, the end."""
+"""Assembly of the server: engine, services, listening address, signals and shutdown."""
 
 from __future__ import annotations
 
@@ -46,25 +46,25 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EXIT_ENGINE_DEAD = 70
-"""The engine could not recover; BSD's EX_SOFTWARE."""
+"""Exit code after an unrecoverable engine failure; BSD's EX_SOFTWARE."""
 
 EXIT_CANNOT_START = 1
-"""The address cannot be listened on, or the model of the command line not be loaded."""
+"""Exit code when the address cannot be bound or the model of the command line cannot be loaded."""
 
 _DRAIN_SECONDS = 5.0
 _STREAM_GRACE_SECONDS = 0.5
 
 _OPTIONS = (
-    # With it a second server would share the port without an error.
+    # With SO_REUSEPORT a second server would share the port without an error.
     ("grpc.so_reuseport", 0),
-    # Prompts of megabytes; the default is 4 MiB.
+    # Prompts can be megabytes; gRPC's default is 4 MiB.
     ("grpc.max_receive_message_length", 64 * 2**20),
-    # Calls that have come and were not yet taken. From 1,000 on gRPC by default cancels
-    # some at random, without a word; here the queue is what refuses, and says when to retry.
+    # Calls received but not accepted yet. By default gRPC silently cancels some at random above
+    # 1,000; here the engine's queue refuses requests, with a time to retry.
     ("grpc.server.max_pending_requests", 10_000),
     ("grpc.server.max_pending_requests_hard_limit", 20_000),
-    # Clients in every language may ping a silent stream. The default answers with
-    # "too many pings" and closes the connection.
+    # Clients in every language may ping a silent stream. By default gRPC answers "too many
+    # pings" and closes the connection.
     ("grpc.http2.min_ping_interval_without_data_ms", 5000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_ping_strikes", 0),
@@ -72,15 +72,15 @@ _OPTIONS = (
 
 
 class RunnerApp:
-    """One server with its engine, from start to end.
+    """One server with its engine, from start to shutdown.
+
+    Create it on the running event loop.
 
     Args:
-        config: What it is started with.
+        config: Options of the server.
         backend: The model library.
-        ranks: Other processes that hold parts of the model; None if this one holds all.
+        ranks: Other processes that hold parts of the model; None if this one holds all of it.
         admission: Decides whether there is memory for a load.
-
-    Must be created on the running event loop.
     """
 
     def __init__(
@@ -112,17 +112,17 @@ class RunnerApp:
         self._others: tuple[str, ...] = ()
 
     async def start(self, announce: Callable[[ReadyLine], None] | None = None) -> ReadyLine:
-        """Listens, answers calls and begins to import the model library.
+        """Listen, answer calls and start importing the model library.
 
         Args:
-            announce: Told where it listens, before the import takes its share of the time.
+            announce: Called with the address before the import competes for the CPU.
 
         Returns:
-            Where it listens.
+            The address as a ready line.
 
         Raises:
-            CannotListenError: The address is bad, in use, or open to other machines without
-                anything that asks who calls; or the TLS files cannot be used.
+            CannotListenError: The address is invalid, in use, or open to other machines without
+                authentication; or the TLS files cannot be used.
         """
         self._add_services()
         config = self._config
@@ -150,23 +150,23 @@ class RunnerApp:
         return ready
 
     async def run(self) -> int:
-        """Serves until it is asked to stop, or the engine dies; returns the exit code."""
+        """Serve until a stop is requested or the engine dies; return the exit code."""
         await self._stop.wait()
         await self.close()
         return self._exit_code
 
     def request_stop(self) -> None:
-        """Begins an orderly end."""
+        """Start an orderly shutdown."""
         self._stop.set()
 
     def exit_now(self, code: int) -> NoReturn:
-        """Ends the process without waiting for anything; leaves no socket's file behind."""
+        """End the process at once, removing only the file of a unix socket."""
         if self._ready and self._ready.network == "unix":
             Path(self._ready.address).unlink(missing_ok=True)
         os._exit(code)
 
     async def close(self) -> None:
-        """Refuses new work, ends streams, frees the model and closes the server."""
+        """Refuse new work, end streams, free the model and close the server."""
         await self._health.enter_graceful_shutdown()
         self.engine.stop()
         self._estimator.close()
@@ -190,7 +190,7 @@ class RunnerApp:
         except ImportError as error:
             advice = "pip install 'mlx-grpc-runner[metrics]'"
             raise CannotListenError(f"--metrics-listen needs {error.name}; {advice}") from error
-        except (OSError, ValueError) as error:  # ValueError: no name that DNS could have
+        except (OSError, ValueError) as error:  # ValueError: not a valid host name
             raise CannotListenError(f"--metrics-listen {host}:{port}: {error}") from error
         self._observers.append(self._metrics)
         logger.info("metrics on %s", address)
@@ -198,10 +198,10 @@ class RunnerApp:
             logger.warning("whoever reaches %s can read the metrics: nobody is asked", address)
 
     def _open_tracing(self) -> None:
-        # Before the first call, which is to have a span too.
+        # Before the first call, so that it gets a span too.
         self._tracing = open_tracing(__version__)
         if self._tracing:
-            # Before the log, whose lines name the span.
+            # Before the log, whose lines contain the span's id.
             self._observers.insert(0, self._tracing)
 
     def _add_services(self) -> None:
@@ -239,13 +239,13 @@ class RunnerApp:
         self._exit_code = EXIT_STALLED
 
     async def _load_first(self, spec: LoadSpec) -> None:
-        """Loads the model of the command line; without it the process is of no use."""
+        """Load the model of the command line; stop the process on failure."""
         try:
             await asyncio.wrap_future(self.engine.load(spec).future)
         except RunnerFault:
             if not self._stop.is_set():
-                # The reason was logged where it was found.
-                logger.error("cannot load %s: exiting", spec.model)  # noqa: TRY400 - no bug
+                # The engine has logged the reason.
+                logger.error("cannot load %s: exiting", spec.model)  # noqa: TRY400 - not a bug
                 self._exit_code = EXIT_CANNOT_START
                 self._stop.set()
 
@@ -256,7 +256,7 @@ class RunnerApp:
 
 
 def install_signals(app: RunnerApp) -> None:
-    """SIGINT and SIGTERM stop in order; a second one ends the process at once."""
+    """Shut down in order on SIGINT and SIGTERM; exit at once on a second signal."""
     loop = asyncio.get_running_loop()
     seen: list[int] = []
 
@@ -273,8 +273,8 @@ def install_signals(app: RunnerApp) -> None:
 
 def _announce(ready: ReadyLine) -> None:
     logger.info("listening on %s", ready.target)
-    # Not sys.stdout, which another in its place has while the engine's thread loads a model.
-    # What was closed at the start is None here, whatever file has its number now.
+    # sys.stdout is redirected while the engine thread loads a model. sys.__stdout__ is None if
+    # descriptor 1 was closed at start, even if another file has that number now.
     stdout = sys.__stdout__
     if stdout is None:
         logger.warning("stdout is closed, so that nobody reads the ready line; serving anyway")
@@ -292,10 +292,10 @@ async def serve(
     ranks: Ranks | None = None,
     admission: MachineAdmission | None = None,
 ) -> int:
-    """Runs a server until it is asked to stop; prints the ready line.
+    """Run a server until a stop is requested; print the ready line.
 
     Args:
-        config: What it is started with.
+        config: Options of the server.
         backend: The model library.
         ranks: Other processes that hold parts of the model.
         admission: Decides whether there is memory for a load.
@@ -316,7 +316,7 @@ async def serve(
         await app.close()
         return EXIT_CANNOT_START
     code = await app.run()
-    # All is closed. The end of Python would wait for a prompt that is being tokenized on
-    # another thread, and end a step that hangs inside MLX, which aborts the process.
+    # Everything is closed. Python's own exit would wait for a prompt being tokenized on another
+    # thread, and abort the process if it ends a step that hangs inside MLX.
     logging.shutdown()
     os._exit(code)

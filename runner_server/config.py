@@ -1,4 +1,4 @@
-"""What a server is started with, and its command line."""
+"""Server options and the command line."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ _MAX_PORT = 65535
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """What a server is started with.
+    """Options of a server.
 
     Attributes:
         listen: ``HOST:PORT`` (port 0 = any free one) or ``unix:/path``.
-        load: A model to load at once; None waits for a ``Load`` call.
-        max_queued: Completions that may wait for a place.
-        stall_seconds: How long the engine may stand still with work; 0 for any time.
-        exit_with_parent: End when the parent process does.
-        log_level: A level of Python's logging.
+        load: Model to load at start; None waits for a ``Load`` call.
+        max_queued: Most completions that may wait in the queue.
+        stall_seconds: Time without progress, with work to do, after which the process exits;
+            0 disables the check.
+        exit_with_parent: Exit when the parent process does.
+        log_level: Level of Python's logging.
         log_format: ``text`` or ``json``.
-        metrics_listen: Host and port that Prometheus may scrape; None opens none.
-        tls: The certificate; None does not encrypt.
-        token: What callers must send; None asks nobody who they are.
-        model_root: The directory, resolved, that models must lie below; None is anywhere.
-        distributed: Be one of several processes that hold the model together.
-        pipeline: Split its layers among them, not its matrices.
-        smg: Speak the worker protocol of the SMG gateway too.
+        metrics_listen: Host and port for Prometheus scrapes; None serves no metrics.
+        tls: Certificate and key; None does not encrypt.
+        token: Token required of callers; None requires none.
+        model_root: Resolved directory that contains every model that may be loaded; None
+            allows any directory.
+        distributed: Run as one of several processes that hold the model together.
+        pipeline: Split the model between layers rather than within each layer.
+        smg: Also serve the worker protocol of the SMG gateway.
     """
 
     listen: str = "127.0.0.1:0"
@@ -54,7 +56,7 @@ class ServerConfig:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> ServerConfig:
-    """Reads the command line; exits with a usage message if it is wrong."""
+    """Parse the command line; exit with a usage message if invalid."""
     parser = _parser()
     args = parser.parse_args(argv)
     if args.pipeline and not args.distributed:
@@ -107,7 +109,7 @@ def _token(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str | N
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="runner_server",
-        # `--token SECRET` must not be taken for the file's option, and then be told of.
+        # `--token SECRET` must not abbreviate --token-file and have the secret in an error message.
         allow_abbrev=False,
         description="Hosts one MLX language model and serves it over gRPC. Once it listens it "
         "prints one line on stdout: 1|1|tcp|HOST:PORT|grpc or 1|1|unix|PATH|grpc.",
@@ -153,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_company(parser: argparse.ArgumentParser) -> None:
-    """Where it is one of several: ranks of one model, workers of one gateway."""
+    """Add the options of one server among several: ranks of a model, workers of a gateway."""
     add = parser.add_argument
     add(
         "--distributed",
@@ -170,7 +172,7 @@ def _add_company(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_outside(parser: argparse.ArgumentParser) -> None:
-    """What is seen of it from outside: log and metrics."""
+    """Add the options of log and metrics."""
     add = parser.add_argument
     levels = ["DEBUG", "INFO", "WARNING", "ERROR"]
     add("--log-level", choices=levels, default="INFO", help="of the log on stderr")
@@ -233,7 +235,7 @@ def _directory(text: str) -> Path:
 
 
 def _at_least(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:
-    """Reads a number of a range that the protocol states as well."""
+    """Return a parser of integers from ``low`` to ``high``, a range stated in the protocol too."""
 
     def number(text: str) -> int:
         value = int(text)

@@ -1,9 +1,9 @@
-"""Every failure a caller can see, and the one table that puts it on the wire.
+"""Every failure a caller can see, and its mapping to a gRPC status.
 
-An exception of this module carries the message for a person and the numbers
-for a program. :func:`to_status` turns it into a ``google.rpc.Status`` with one
-``ErrorInfo``, and with ``BadRequest`` or ``RetryInfo`` where the table of the
-protocol asks for it. Nothing else reaches a client.
+An exception of this module carries a message for people and numbers for programs.
+:func:`to_status` turns it into a ``google.rpc.Status`` with one ``ErrorInfo``, and with
+``BadRequest`` or ``RetryInfo`` where the protocol requires them. No other exception reaches a
+client.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from mlxrunner.v1 import runner_pb2 as pb
 from runner_common.handshake import ERROR_DOMAIN
 
 _MAX_TEXT = 512
-"""Longest message, in bytes: the details are to stay under 2 KB."""
+"""Longest message, in bytes: the details must stay under 2 KB."""
 
 _MAX_VIOLATIONS = 4
 
 
 class RunnerFault(Exception):
-    """A failure with its place in the error table.
+    """Failure with its gRPC code and ``ErrorReason``.
 
     Args:
         message: What happened, the numbers, what to do.
@@ -41,7 +41,7 @@ class RunnerFault(Exception):
         self.metadata = {key: str(value) for key, value in metadata.items()}
 
     def details(self) -> list[Message]:
-        """The details besides ``ErrorInfo``."""
+        """Return the error details to send besides ``ErrorInfo``."""
         return []
 
 
@@ -49,7 +49,7 @@ class InvalidField(RunnerFault):
     """Fields of the request are missing or out of range.
 
     Args:
-        violations: Pairs of a field's path and what is wrong with it; at least one.
+        violations: Pairs of a field's path and a description of the problem; at least one.
     """
 
     code = grpc.StatusCode.INVALID_ARGUMENT
@@ -60,7 +60,7 @@ class InvalidField(RunnerFault):
         self.violations = violations
 
     def details(self) -> list[Message]:
-        """One ``BadRequest`` that names the fields."""
+        """Return one ``BadRequest`` naming the fields."""
         bad = error_details_pb2.BadRequest()
         for field, text in self.violations[:_MAX_VIOLATIONS]:
             bad.field_violations.add(field=_cut(field, 64), description=_cut(text, 128))
@@ -71,9 +71,9 @@ class PromptTooLong(RunnerFault):
     """The prompt does not fit the context.
 
     Args:
-        prompt_tokens: How many it has.
-        context_length: How many the context holds.
-        is_least: The prompt has at least so many, and was not split to the end.
+        prompt_tokens: Number of tokens in the prompt.
+        context_length: Number of tokens the context holds.
+        is_least: Whether ``prompt_tokens`` is a lower bound because tokenizing stopped early.
     """
 
     code = grpc.StatusCode.INVALID_ARGUMENT
@@ -90,14 +90,14 @@ class PromptTooLong(RunnerFault):
 
 
 class ModelNotFound(RunnerFault):
-    """There is no model at that place."""
+    """No model exists at the requested path or hub id."""
 
     code = grpc.StatusCode.NOT_FOUND
     reason = pb.ERROR_REASON_MODEL_NOT_FOUND
 
 
 class ModelUnsupported(RunnerFault):
-    """The files are no model this runner can load, or need code of their own."""
+    """The files are not a model this runner can load, or need custom code to run."""
 
     code = grpc.StatusCode.FAILED_PRECONDITION
     reason = pb.ERROR_REASON_MODEL_UNSUPPORTED
@@ -114,7 +114,7 @@ class ModelNotLoaded(RunnerFault):
 
 
 class Busy(RunnerFault):
-    """Another load or unload runs."""
+    """Another load or unload is running."""
 
     code = grpc.StatusCode.FAILED_PRECONDITION
     reason = pb.ERROR_REASON_BUSY
@@ -131,11 +131,11 @@ class InsufficientMemory(RunnerFault):
 
 
 class QueueFull(RunnerFault):
-    """Too many requests wait.
+    """The queue is full.
 
     Args:
-        queued: How many wait.
-        retry_seconds: When a place should be free again.
+        queued: Number of requests in the queue.
+        retry_seconds: Estimated time until the queue has a free slot.
     """
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -149,24 +149,24 @@ class QueueFull(RunnerFault):
         self.retry_seconds = retry_seconds
 
     def details(self) -> list[Message]:
-        """One ``RetryInfo``."""
+        """Return one ``RetryInfo``."""
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(round(self.retry_seconds * 1000))
         return [error_details_pb2.RetryInfo(retry_delay=delay)]
 
 
 class ShuttingDown(RunnerFault):
-    """The process stops, or the model of the call goes away."""
+    """The process is stopping, or the model of the call is being unloaded."""
 
     code = grpc.StatusCode.UNAVAILABLE
     reason = pb.ERROR_REASON_SHUTTING_DOWN
 
 
 class Unauthenticated(RunnerFault):
-    """The call has no right to be made.
+    """The call does not carry the server's token.
 
     Args:
-        has: What it has in the token's place, in words; never the token.
+        has: Description of the credential sent instead, never the token.
     """
 
     code = grpc.StatusCode.UNAUTHENTICATED
@@ -180,14 +180,14 @@ class Unauthenticated(RunnerFault):
 
 
 class GenerationFailed(RunnerFault):
-    """MLX raised."""
+    """MLX raised an error."""
 
     code = grpc.StatusCode.INTERNAL
     reason = pb.ERROR_REASON_GENERATION_FAILED
 
 
 def not_finite_advice(dtype: str) -> str:
-    """Return what to do about a model that gives NaN or infinity with weights held as ``dtype``."""
+    """Return advice for a model with NaN or infinite logits whose weights are held as ``dtype``."""
     broken = "its files are broken, or not for this kind of model"
     if dtype == "float32":
         return broken
@@ -195,12 +195,12 @@ def not_finite_advice(dtype: str) -> str:
 
 
 def reason_name(fault: RunnerFault) -> str:
-    """Its reason as callers see it."""
+    """Return a fault's reason as callers see it."""
     return pb.ErrorReason.Name(fault.reason).removeprefix("ERROR_REASON_")
 
 
 def to_status(fault: RunnerFault) -> status_pb2.Status:
-    """Puts a fault into the form that goes on the wire, under 2 KB."""
+    """Convert a fault to the status sent on the wire, under 2 KB."""
     info = error_details_pb2.ErrorInfo(
         domain=ERROR_DOMAIN,
         reason=reason_name(fault),
@@ -216,7 +216,7 @@ def to_status(fault: RunnerFault) -> status_pb2.Status:
 
 
 def _cut(text: str, limit: int) -> str:
-    """Shortens text to ``limit`` bytes of UTF-8, whole characters only."""
+    """Shorten text to at most ``limit`` bytes of UTF-8 without splitting a character."""
     data = text.encode(errors="replace")
     if len(data) <= limit:
         return data.decode()

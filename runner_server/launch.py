@@ -1,4 +1,4 @@
-"""From the command line to a server that runs."""
+"""Startup: from the command line to a running server."""
 
 from __future__ import annotations
 

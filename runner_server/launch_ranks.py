@@ -1,4 +1,4 @@
-"""From several processes that ``mlx.launch`` has started to one server and its followers."""
+"""Startup under ``mlx.launch``: one server and the followers of rank 0."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 JOIN_SECONDS = 120.0
-"""How long ranks wait for each other at the start: a large cluster's logins take a while."""
+"""How long ranks wait for each other at start: logging in to a large cluster takes a while."""
 
 
 def run(config: ServerConfig) -> int:
-    """Serves as rank 0, or follows it; returns the exit code."""
+    """Serve as rank 0, or follow rank 0; return the exit code."""
     if "MLX_RANK" not in os.environ:
         logger.error(
             "--distributed: MLX_RANK is not set; start all ranks with mlx.launch, for instance "
@@ -56,7 +56,7 @@ def run(config: ServerConfig) -> int:
 def _join() -> Group:
     rank = os.environ["MLX_RANK"]
     logger.info("rank %s waits for the others, at most %.0f s", rank, JOIN_SECONDS)
-    # MLX holds Python's lock while it waits: only what the system does by itself ends it.
+    # MLX holds the GIL while it waits, so only the default action of a signal can end it.
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     try:
@@ -85,7 +85,7 @@ def _lead(config: ServerConfig, group: Group) -> int:
     shard = Shard(group, partners, by_layers=config.pipeline)
     admission = MachineAdmission()
     backend = LeaderBackend(MlxBackend(_root(config), shard, admission), hub, partners)
-    # mlx.launch holds a pipe on it: when that ends, so does rank 0, and all others with it.
+    # mlx.launch holds the other end of this pipe. Rank 0 exits with it, and the others with rank 0.
     ends_with_launcher = _is_pipe(sys.stdin.fileno() if sys.stdin else 0)
     config = replace(config, exit_with_parent=config.exit_with_parent or ends_with_launcher)
     return asyncio.run(serve(config, backend, hub, admission))
@@ -100,17 +100,17 @@ def _follow(config: ServerConfig, group: Group) -> int:
     def work() -> None:
         codes.append(_followed(config, group, link, secret))
 
-    # Not on this thread: it has the signals, and MLX may wait for a long time.
+    # Not on the main thread, which handles signals: MLX may block for a long time.
     thread = threading.Thread(target=work, name="engine", daemon=True)
     thread.start()
     thread.join()
     logging.shutdown()
-    # As in `serve`: the end of Python could wait for what hangs inside MLX.
+    # As in `serve`: Python's own exit could wait for a call that hangs inside MLX.
     os._exit(*codes)
 
 
 def _followed(config: ServerConfig, group: Group, link: Link, secret: str) -> int:
-    """Follows rank 0 to the end; returns the exit code."""
+    """Follow rank 0 to the end; return the exit code."""
     from runner_server.mlx_backend.sharding import Shard  # noqa: PLC0415 - imports MLX
 
     inbox = Inbox(link, lambda: os._exit(EXIT_ENGINE_DEAD))
@@ -130,11 +130,11 @@ def _followed(config: ServerConfig, group: Group, link: Link, secret: str) -> in
 
 
 def _ask_rank_0_on_signals(link: Link) -> None:
-    """SIGINT and SIGTERM end all ranks in order; a second one ends this process at once."""
+    """Ask rank 0 to stop on SIGINT and SIGTERM; exit at once on a second signal."""
     seen: list[int] = []
 
     def ask() -> None:
-        # Where rank 0 is gone, this process ends anyway.
+        # If rank 0 has died, this process is ending anyway.
         with suppress(OSError):
             link.send("stop")
 
@@ -142,7 +142,7 @@ def _ask_rank_0_on_signals(link: Link) -> None:
         if seen:
             os._exit(128 + number)
         seen.append(number)
-        # Not in the handler, which may have interrupted another message.
+        # Not in the handler, which may have interrupted another send.
         threading.Thread(target=ask, daemon=True).start()
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -150,7 +150,7 @@ def _ask_rank_0_on_signals(link: Link) -> None:
 
 
 def _host_of_rank_0() -> str:
-    """The address of this machine, rank 0's, which ``mlx.launch`` has told all ranks."""
+    """Return the address of rank 0, this machine, as ``mlx.launch`` announced it to all ranks."""
     if file := os.environ.get("MLX_HOSTFILE"):
         hosts: Any = json.loads(Path(file).read_text().strip() or "[]")
         if hosts:
