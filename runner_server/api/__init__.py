@@ -1,1 +1,1 @@
-"""The service: requests parsed and checked once, results as messages."""
+"""The RPC services: request parsing and validation, results as messages."""

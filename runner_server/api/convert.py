@@ -1,4 +1,4 @@
-"""The engine's plain data as messages of the protocol."""
+"""Conversion of the engine's data to messages of the protocol."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _DONE_REASONS = {
 
 
 def duration(seconds: float) -> Duration:
-    """Seconds as a ``Duration``; never negative."""
+    """Convert seconds to a ``Duration``, clamped at 0."""
     value = Duration()
     value.FromNanoseconds(max(0, round(seconds * 1e9)))
     return value
 
 
 def model_message(info: ModelInfo) -> pb.Model:
-    """A loaded model."""
+    """Convert the description of a loaded model."""
     return pb.Model(
         name=info.name,
         path=info.path,
@@ -61,7 +61,7 @@ def model_message(info: ModelInfo) -> pb.Model:
 def memory_message(
     memory: MemoryCounters, process_bytes: int, limit_bytes: int = 0, device: str = ""
 ) -> pb.MemoryUsage:
-    """The memory of a process."""
+    """Convert the memory counters of a process."""
     return pb.MemoryUsage(
         active_bytes=memory.active_bytes,
         cache_bytes=memory.cache_bytes,
@@ -75,14 +75,17 @@ def memory_message(
 
 
 def _other_bytes(memory: MemoryCounters, process_bytes: int, device: str) -> int:
-    """What MLX does not hold of the resident set, of which CUDA's memory is no part."""
+    """Return the part of the resident set not held by MLX.
+
+    CUDA memory is not part of the resident set.
+    """
     if device.startswith("gpu") and sys.platform != "darwin":
         return process_bytes
     return max(0, process_bytes - memory.active_bytes - memory.cache_bytes)
 
 
 def rank_message(rank: Rank) -> pb.Rank:
-    """Another process that holds a part of the model."""
+    """Convert the description of a rank."""
     return pb.Rank(
         rank=rank.rank,
         host=rank.host,
@@ -93,7 +96,7 @@ def rank_message(rank: Rank) -> pb.Rank:
 
 
 def piece_message(piece: OutputDelta, texts: TokenTexts | None = None) -> pb.CompletionResponse:
-    """A piece of a stream; ``texts`` follows one whose tokens have log probabilities."""
+    """Convert a delta of a stream; ``texts`` decodes tokens with log probabilities."""
     message = pb.CompletionResponse(content=piece.text, token_ids=piece.token_ids)
     if texts:
         message.logprobs.extend(_logprob_message(entry, texts) for entry in piece.logprobs)
@@ -136,7 +139,7 @@ def _logprob_message(entry: TokenLogprob, texts: TokenTexts) -> pb.TokenLogprob:
 
 
 def estimate_message(estimated: Estimated) -> pb.EstimateResponse:
-    """What a load would need, and what is available for it."""
+    """Convert an estimate and the memory available for the load."""
     answer, decision = estimated.answer, estimated.decision
     need = answer.need
     return pb.EstimateResponse(

@@ -1,4 +1,4 @@
-"""What a load would need in memory, for the ``Estimate`` rpc: nothing is loaded for it."""
+"""Memory estimates for the ``Estimate`` rpc, without loading a model."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _THREADS = 2
-"""Threads of its own: estimates of several models wait for each other, for seconds, and texts
-that are to be tokenized must not wait behind them."""
+"""Size of a separate thread pool: estimates of several models wait for each other for seconds,
+and tokenization must not queue behind them."""
 
 
 @dataclass(frozen=True)
 class Estimated:
-    """What a load would need, and how that compares with what is available.
+    """Memory a load would need, compared with the available memory.
 
     Attributes:
         answer: The need, part by part.
-        decision: What a load would be told now.
-        parallel: Sequences that were counted.
-        notes: What could not be told.
+        decision: The decision a load would get now.
+        parallel: Number of sequences counted.
+        notes: What could not be determined.
     """
 
     answer: NeedAnswer
@@ -60,11 +60,11 @@ class Estimated:
 
 
 class Estimator:
-    """Asks a short-lived process what a model needs; see :mod:`runner_common.memory.need_query`.
+    """Asks a short-lived process for a model's need; see :mod:`runner_common.memory.need_query`.
 
     Args:
         admission: Decides whether there is memory for a load.
-        root: Where models must lie; None is anywhere.
+        root: Directory that models must be in; None allows any.
     """
 
     def __init__(self, admission: MachineAdmission, root: ModelRoot | None = None) -> None:
@@ -75,10 +75,10 @@ class Estimator:
         self._is_closed = False
 
     async def estimate(self, spec: LoadSpec) -> Estimated:
-        """Estimate a load, in about half a second where the answer is not cached.
+        """Estimate a load, in about half a second if the answer is not cached.
 
         Raises:
-            RunnerFault: As the load itself would raise it.
+            RunnerFault: The fault that the load itself would raise.
         """
         if self._is_closed:
             raise stopping_fault()
@@ -95,7 +95,7 @@ class Estimator:
             self._running.discard(running)
 
     def close(self) -> None:
-        """End the estimates under way, whose callers get :class:`ShuttingDown`."""
+        """Cancel running estimates; their callers get :class:`ShuttingDown`."""
         self._is_closed = True
         for running in self._running:
             running.cancel()
@@ -118,7 +118,7 @@ class Estimator:
         return replace(stored, notes=(*stored.notes, note))
 
     def _usual(self, path: Path, spec: LoadSpec) -> Estimated | None:
-        """Return the estimate for the usual format; None if it exceeds the limit asked for."""
+        """Return the estimate for the usual format; None if over the requested limit."""
         try:
             return self._estimate_as(path, spec, Dtype.AUTO)
         except InsufficientMemory:
@@ -145,7 +145,7 @@ def _asked(path: Path, spec: LoadSpec) -> NeedAnswer:
     except NeedRefusedError as refusal:
         raise _fault(refusal) from refusal
     except NeedUnknownError as error:
-        # Its traceback is for the log.
+        # The log gets the traceback, the caller does not.
         logger.error("no estimate of %r: %s", str(path), error)  # noqa: TRY400 - all there is
         raise GenerationFailed(
             "the process that counts what a model needs gave no answer; the runner's log says more"
@@ -153,7 +153,7 @@ def _asked(path: Path, spec: LoadSpec) -> NeedAnswer:
 
 
 def _fault(refusal: NeedRefusedError) -> RunnerFault:
-    """Return the fault that the load itself would raise."""
+    """Convert a refusal to the fault the load itself would raise."""
     if refusal.reason == "INVALID_FIELD":
         return InvalidField(refusal.violations)
     if refusal.reason == "INSUFFICIENT_MEMORY":

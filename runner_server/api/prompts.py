@@ -1,4 +1,4 @@
-"""Splits text into tokens beside the event loop, and no more of it than can be of use."""
+"""Tokenization off the event loop, stopping early on texts too long for the limit."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from runner_server.engine.backend import Codec, ModelHandle
 from runner_server.errors import PromptTooLong
 
 _LONG_TEXT_CHARS = 1 << 19
-"""From here on it is worth a look whether a text is too long before all of it is split."""
+"""Length from which checking a text against the limit before tokenizing all of it pays off."""
 
 
 async def encode_prompt(text: str, model: ModelHandle) -> list[int]:
-    """The tokens of a prompt.
+    """Return the tokens of a prompt.
 
     Raises:
-        PromptTooLong: It was clear from a part of it that it cannot fit the context.
+        PromptTooLong: A part of the prompt already has more tokens than the context holds.
     """
     most = model.info.context_length
     if fewest := await too_many(text, most, model.codec):
         raise PromptTooLong(fewest, most, is_least=True)
-    # On another thread: a prompt of megabytes must not delay other calls.
+    # In a worker thread: tokenizing megabytes must not delay other calls.
     return await asyncio.to_thread(model.codec.encode, text, as_prompt=True)
 
 
 async def too_many(text: str, most: int, codec: Codec) -> int:
-    """How many tokens a text has at least if that is more than ``most``; else 0.
+    """Return a lower bound of a text's token count if above ``most``; otherwise 0.
 
-    It takes as long and as much memory as the limit asks for, not as the text does.
+    Time and memory grow with the limit, not with the text.
     """
     if len(text) <= _LONG_TEXT_CHARS:
         return 0

@@ -1,4 +1,4 @@
-"""The service: messages in, checks, the engine, messages out. It knows no MLX."""
+"""``RunnerService`` on the engine: parse, validate, submit, convert; independent of MLX."""
 
 from __future__ import annotations
 
@@ -48,20 +48,20 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 _MAX_ANSWER_TOKENS = 1_000_000
-"""Token ids in one answer: at most three bytes each, so under gRPC's usual 4 MiB."""
+"""Token ids in one answer: at most three bytes each, so below gRPC's default limit of 4 MiB."""
 
 _MAX_ANSWER_BYTES = 4 * 2**20 - 1024
 _MAX_REQUEST_TOKENS = 4 * 2**20
-"""Token ids in one request: about as many as an answer has room for their text."""
+"""Token ids in one request: about as many as an answer can hold the text of."""
 
 
 class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
-    """Answers ``mlxrunner.v1.RunnerService`` from one engine.
+    """Implementation of ``mlxrunner.v1.RunnerService`` on one engine.
 
     Args:
         engine: The started engine.
         version: The version of the server.
-        estimator: Tells what a load would need.
+        estimator: Estimates the memory a load needs.
         ranks: Other processes that hold parts of the model.
     """
 
@@ -76,7 +76,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         self._runner_id = secrets.token_hex(8)
 
     async def Load(self, request: pb.LoadRequest, context: _Context) -> pb.LoadResponse:
-        """Loads a model."""
+        """Load a model."""
         started = time.monotonic()
         current_call().model = request.model
         info = await _outcome(self._engine.load(load_spec(request)))
@@ -85,14 +85,14 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         )
 
     async def Estimate(self, request: pb.EstimateRequest, context: _Context) -> pb.EstimateResponse:
-        """Estimates the memory that a load would need."""
+        """Estimate the memory a load would need."""
         self._engine.refuse_when_ending()
         current_call().model = request.model
         spec = load_spec(request)
         return estimate_message(await self._estimator.estimate(spec))
 
     async def Trim(self, request: pb.TrimRequest, context: _Context) -> pb.TrimResponse:
-        """Gives memory back that is not in use."""
+        """Release unused memory."""
         kept = trim_bytes(request)
         before = self._held_bytes()
         await asyncio.wrap_future(self._engine.trim(kept))
@@ -104,12 +104,12 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         return memory.active_bytes + memory.cache_bytes if is_gpu else resident_bytes()
 
     async def Unload(self, request: pb.UnloadRequest, context: _Context) -> pb.UnloadResponse:
-        """Unloads the model."""
+        """Unload the model."""
         freed = await _outcome(self._engine.unload())
         return pb.UnloadResponse(freed_bytes=freed)
 
     async def Status(self, request: pb.StatusRequest, context: _Context) -> pb.StatusResponse:
-        """Tells what the process does and holds."""
+        """Report the state and memory of the process."""
         snapshot = self._engine.state()
         memory = self._engine.memory()
         answer = pb.StatusResponse(
@@ -153,7 +153,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         request: pb.CompletionRequest,
         context: _Context,
     ) -> AsyncIterator[pb.CompletionResponse]:
-        """Streams a completion."""
+        """Stream a completion."""
         record = current_call()
         record.request_id = request.request_id
         model = self._engine.model()
@@ -165,16 +165,16 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         completion = self._engine.submit(model, spec)
         record.stats = completion.stats
         try:
-            # A proxy or a blocking client takes a queued stream without headers for dead.
+            # A proxy or a blocking client takes a queued stream without headers for a dead one.
             await context.send_initial_metadata(())
             async for piece in completion.stream.deltas():
                 yield piece_message(piece, texts)
         finally:
-            # A client that goes away, or whose deadline passes, ends up here too.
+            # Also reached when the client disconnects or its deadline passes.
             self._engine.cancel(completion)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:
-        """Splits text into token ids."""
+        """Split text into token ids."""
         model = self._engine.model()
         if fewest := await too_many(request.content, _MAX_ANSWER_TOKENS, model.codec):
             raise _too_many_tokens(f"at least {fewest}")
@@ -190,7 +190,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         request: pb.DetokenizeRequest,
         context: _Context,
     ) -> pb.DetokenizeResponse:
-        """Joins token ids into text."""
+        """Join token ids into text."""
         model = self._engine.model()
         count = len(request.token_ids)
         if count > _MAX_REQUEST_TOKENS:
@@ -219,7 +219,7 @@ async def _outcome(command: ModelCommand[_T]) -> _T:
 
 
 def _token_texts(model: ModelHandle, spec: CompletionSpec) -> TokenTexts | None:
-    """What tells the texts beside log probabilities, if some are asked for."""
+    """Return the decoder of the texts beside log probabilities; None if none were requested."""
     if spec.sampling.logprobs is None:
         return None
     return TokenTexts(model.codec, spec.prompt_ids, model.info.eos_token_ids)

@@ -1,6 +1,6 @@
-"""Checks requests against the ranges the protocol states, before anything is queued.
+"""Validation of requests against the ranges stated in the protocol, before queueing.
 
-Whatever could raise in a step of the batch is refused here, by the field's name.
+Anything that could raise inside a step of the batch is refused here, by the field's name.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MAX_INT32 = 2**31 - 1
 _MAX_INT64 = 2**63 - 1
 _MAX_MODEL_CHARS = 4096
 MAX_LOGPROBS = 20
-"""Most likely tokens reported for each place."""
+"""Most alternatives reported for each generated token."""
 
 _MAX_STOPS = 64
 _MAX_STOP_CHARS = 1024
@@ -48,10 +48,10 @@ _DTYPES = {
 
 
 def load_spec(request: pb.LoadRequest | pb.EstimateRequest) -> LoadSpec:
-    """Checks a load request, or one for an estimate of it.
+    """Validate a request to load a model or to estimate a load.
 
     Raises:
-        InvalidField: Something is missing or out of range.
+        InvalidField: A field is missing or out of range.
     """
     check = ViolationCollector()
     check.require("model", bool(request.model), "required: a directory or a hub id")
@@ -78,10 +78,10 @@ def load_spec(request: pb.LoadRequest | pb.EstimateRequest) -> LoadSpec:
 
 
 def trim_bytes(request: pb.TrimRequest) -> int:
-    """Checks a request to give memory back; returns what the prefix cache is reduced to.
+    """Validate a trim request; return the size to reduce the prefix cache to.
 
     Raises:
-        InvalidField: It is negative.
+        InvalidField: The size is negative.
     """
     check = ViolationCollector()
     _check_number(check, request, "prefix_cache_bytes", 0, _MAX_INT64)
@@ -90,10 +90,10 @@ def trim_bytes(request: pb.TrimRequest) -> int:
 
 
 def check_completion(request: pb.CompletionRequest, model: ModelInfo) -> Sampling:
-    """Checks everything of a completion but its prompt, and resolves the defaults.
+    """Validate everything of a completion except its prompt and resolve the defaults.
 
     Raises:
-        InvalidField: Something is missing or out of range.
+        InvalidField: A field is missing or out of range.
     """
     check = ViolationCollector()
     _check_input(check, request)
@@ -109,11 +109,11 @@ def check_completion(request: pb.CompletionRequest, model: ModelInfo) -> Samplin
 def completion_spec(
     request: pb.CompletionRequest, sampling: Sampling, model: ModelInfo, prompt_ids: Sequence[int]
 ) -> CompletionSpec:
-    """Fits a checked completion into the context.
+    """Fit a validated completion into the context.
 
     Raises:
         InvalidField: See :func:`fit`.
-        PromptTooLong: The same.
+        PromptTooLong: See :func:`fit`.
     """
     if request.WhichOneof("input") == "prompt_token_ids":
         room = fit(prompt_ids, model, ids_field="prompt_token_ids.ids")
@@ -132,18 +132,18 @@ def completion_spec(
 def fit(
     prompt_ids: Sequence[int], model: ModelInfo, *, ids_field: str = "", text_field: str = ""
 ) -> int:
-    """Fits a prompt into the context; returns the most tokens that may follow it.
+    """Fit a prompt into the context; return the room left for new tokens.
 
     Args:
         prompt_ids: The prompt's tokens.
-        model: The model it is for.
-        ids_field: The field that the caller sent them in.
-        text_field: Else, the field with the text that they were made of.
+        model: The model that will process them.
+        ids_field: Field the caller sent the tokens in, if any.
+        text_field: Otherwise, field with the text the tokens were made from.
 
     Raises:
-        InvalidField: The prompt has no tokens, or one that the model does not have:
-            a tokenizer may know more tokens than its model.
-        PromptTooLong: Prompt and one token do not fit.
+        InvalidField: The prompt is empty or has a token that the model lacks: a tokenizer may
+            know more tokens than its model.
+        PromptTooLong: The prompt and one new token do not fit.
     """
     if not prompt_ids:
         raise InvalidField([(text_field or ids_field, "the prompt has no tokens")])
@@ -159,17 +159,17 @@ def fit(
 
 
 def check_request_id(check: ViolationCollector, request_id: str) -> None:
-    """Checks the caller's name for a request."""
+    """Check the length of the caller's name for a request."""
     length = len(request_id)
     too_long = f"{length} characters; at most {_MAX_REQUEST_ID_CHARS}"
     check.require("request_id", length <= _MAX_REQUEST_ID_CHARS, too_long)
 
 
 def check_token_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
-    """Checks that ids are in the vocabulary.
+    """Check token ids against the vocabulary.
 
     Raises:
-        InvalidField: One is not; the message names the first.
+        InvalidField: At least one is not in it; the message names the first.
     """
     if not ids or (min(ids) >= 0 and max(ids) < vocab_size):
         return
@@ -211,14 +211,14 @@ def _check_number(
     *,
     above: bool = False,
 ) -> None:
-    """Checks a number if it is given."""
+    """Check the range of a field if set."""
     if message.HasField(field):
         check.number(_path(message, field), getattr(message, field), low, high, above=above)
 
 
 def _check_stops(check: ViolationCollector, stops: Sequence[str]) -> None:
     if len(stops) > _MAX_STOPS:
-        # A message has room for millions; to look at each would hold everybody up.
+        # A message can hold millions; checking each would block the event loop.
         check.require("options.stop", ok=False, text=f"{len(stops)}; at most {_MAX_STOPS}")
         return
     for i, stop in enumerate(stops):

@@ -1,4 +1,4 @@
-"""Collects what is wrong with a request, field by field; knows no message."""
+"""Collection of validation errors by field, independent of any message type."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ _MAX_BIAS = 100.0
 
 
 class ViolationCollector:
-    """Collects what is wrong with a request, so that one answer names it all."""
+    """Collector of a request's problems: one answer names every invalid field."""
 
     def __init__(self) -> None:
         self._violations: list[tuple[str, str]] = []
 
     def require(self, field: str, ok: bool, text: str) -> None:
-        """Notes ``text`` about a field unless it is ``ok``."""
+        """Record ``text`` as the problem of a field unless ``ok``."""
         if not ok:
             self._violations.append((field, text))
 
     def number(
         self, field: str, value: float, low: float, high: float, *, above: bool = False
     ) -> None:
-        """Checks a number; ``above`` leaves the lower end out of the range."""
+        """Check the range of a number; ``above`` excludes the lower bound."""
         if isinstance(value, float):
-            # What a client sends for 0.01 is the nearest 32-bit number, a little less.
+            # A client's 0.01 arrives as the nearest 32-bit number, slightly below 0.01.
             low, high = _float32(low), _float32(high)
         inside = math.isfinite(value) and low <= value <= high and not (above and value == low)
         bounds = f"{'above ' if above else ''}{_plain(low)} to {_plain(high)}"
         self.require(field, inside, f"{_plain(value)} is not in the range {bounds}")
 
     def bias(self, field: str, bias: Mapping[int, float], vocab_size: int) -> None:
-        """Checks what is to be added to the logits of tokens."""
+        """Check the logit biases of tokens."""
         if len(bias) > _MAX_BIASES:
             many = f"{len(bias)} entries; at most {_MAX_BIASES}"
             self.require(field, ok=False, text=many)
@@ -50,10 +50,10 @@ class ViolationCollector:
             )
 
     def finish(self) -> None:
-        """Ends the checks.
+        """Raise the collected violations, if any.
 
         Raises:
-            InvalidField: Something was wrong.
+            InvalidField: At least one check failed.
         """
         if self._violations:
             raise InvalidField(self._violations)
@@ -65,5 +65,5 @@ def _float32(value: float) -> float:
 
 
 def _plain(value: float) -> str:
-    """A number as people write it: no exponent for a whole one."""
+    """Format a number for people, without an exponent for integers."""
     return str(value) if isinstance(value, int) else f"{value:g}"

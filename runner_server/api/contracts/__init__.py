@@ -1,1 +1,1 @@
-"""Protocols of gateways, served by the same engine."""
+"""Gateway protocols, served by the same engine."""

@@ -1,4 +1,4 @@
-"""The worker protocol of the SMG gateway, ``mlx.grpc.engine.MlxEngine``, on the same engine.
+"""Worker protocol of the SMG gateway, ``mlx.grpc.engine.MlxEngine``, on the same engine.
 
-Its messages come with the extra ``smg``; nothing else of the server needs them.
+The extra ``smg`` installs its messages; the rest of the server does not need them.
 """

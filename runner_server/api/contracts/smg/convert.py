@@ -1,4 +1,4 @@
-"""The engine's plain data as messages of the gateway's protocol."""
+"""Conversion of the engine's data to messages of the gateway's protocol."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from runner_server.api.contracts.smg.validation import Message
 from runner_server.engine.types import FinishReason, GenerationStats, OutputDelta, TokenLogprob
 
 ABORTED = "abort"
-"""How a request ends that somebody aborted; other engines behind the gateway say so too."""
+"""Finish reason of an aborted request, the same as in other engines behind the gateway."""
 
 _FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 
 def chunk_message(piece: OutputDelta, sent: int, stats: GenerationStats) -> Message:
-    """New tokens of a stream.
+    """Return a chunk of new tokens.
 
     Args:
-        piece: The tokens.
-        sent: How many were sent before them.
-        stats: What the request has come to, for the counts of its prompt.
+        piece: The new tokens.
+        sent: Number of tokens sent before.
+        stats: Statistics of the request, for the counts of its prompt.
     """
     chunk = pb.GenerateStreamChunk(
         token_ids=piece.token_ids,
@@ -36,13 +36,13 @@ def chunk_message(piece: OutputDelta, sent: int, stats: GenerationStats) -> Mess
 def complete_message(
     last: OutputDelta | None, untold: Sequence[OutputDelta], count: int, stats: GenerationStats
 ) -> Message:
-    """The end of a request.
+    """Return the last message of a request.
 
     Args:
-        last: The last piece; without ``done`` in it somebody aborted the request.
-        untold: Pieces that no chunk has told of: all of a request that is not streamed.
-        count: How many tokens the caller gets in all.
-        stats: What the request has come to, for the counts of its prompt.
+        last: The last delta; without ``done`` in it the request was aborted.
+        untold: Deltas not sent in a chunk: all of them if the request is not streamed.
+        count: Number of tokens the caller gets in total.
+        stats: Statistics of the request, for the counts of its prompt.
     """
     done = last.done if last else None
     by_token = last and done and done.reason is FinishReason.STOP
@@ -59,7 +59,7 @@ def complete_message(
 
 
 def _logprobs(entries: Iterable[TokenLogprob]) -> Message | None:
-    """None where none were asked for."""
+    """Convert log probabilities; return None if there are none."""
     entries = list(entries)
     if not entries:
         return None

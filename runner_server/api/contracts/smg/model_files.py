@@ -1,4 +1,4 @@
-"""What a gateway wants to know of a model that only its files say: tokenizer, special tokens."""
+"""Tokenizer files and special tokens of a model, read from disk for the gateway."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runner_server.errors import GenerationFailed
 
 logger = logging.getLogger(__name__)
 
-# What the gateway's own list of tokenizer files has, less those for pictures and sound.
+# The gateway's own list of tokenizer files, without those for images and audio.
 _NAMES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -32,17 +32,17 @@ _PATTERNS = ("*.jinja", "*.model", "*.tiktoken")
 _MAX_TOKEN_ID = 2**31
 
 _MAX_FILES = 50
-"""The gateway refuses an archive with more."""
+"""The gateway refuses larger archives."""
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What ``config.json`` says beside what the engine knows.
+    """Values of ``config.json`` beyond those kept by the engine.
 
     Attributes:
-        architectures: The names of its classes in transformers.
-        bos_token_id: 0 where there is none, as the gateway's protocol has it.
-        pad_token_id: The same.
+        architectures: Names of the model's classes in transformers.
+        bos_token_id: 0 if there is none, as the gateway's protocol requires.
+        pad_token_id: 0 if there is none.
     """
 
     architectures: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ class SpecialTokens:
 
 
 def special_tokens(directory: Path) -> SpecialTokens:
-    """Reads ``config.json``; nothing is known if it is gone since the model was loaded."""
+    """Read ``config.json``; return defaults if the file has disappeared or is invalid."""
     try:
         config: dict[str, Any] = json.loads((directory / "config.json").read_bytes())
     except (OSError, ValueError) as error:
@@ -75,10 +75,10 @@ def _token_id(value: object) -> int:
 
 
 def tokenizer_archive(directory: Path) -> bytes:
-    """A ZIP archive of the tokenizer's files; the same bytes for the same files.
+    """Return a ZIP archive of the tokenizer's files, with equal bytes for equal files.
 
     Raises:
-        GenerationFailed: They cannot be read any more.
+        GenerationFailed: The files can no longer be read.
     """
     files = _files(directory)[:_MAX_FILES]
     if not files:
@@ -87,7 +87,7 @@ def tokenizer_archive(directory: Path) -> bytes:
     try:
         with zipfile.ZipFile(data, "w") as archive:
             for path in files:
-                # A ZipInfo of its own has a fixed date in it, not the file's.
+                # A new ZipInfo has a fixed date rather than the file's.
                 entry = zipfile.ZipInfo(path.name)
                 archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
     except OSError as error:

@@ -1,4 +1,7 @@
-"""Which running request an ``Abort`` means: its caller's name for it need not be its alone."""
+"""Names of running requests, for ``Abort``.
+
+Callers choose the names, which need not be unique.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,17 @@ from dataclasses import dataclass, field
 
 @dataclass
 class _Holders:
-    """The running requests of one name; ``is_shared`` stays until the last has ended."""
+    """Running requests of one name; ``is_shared`` stays set until the last one ends."""
 
     ends: list[Callable[[], None]] = field(default_factory=list)
     is_shared: bool = False
 
 
 class Names:
-    """The names of running requests. It belongs to the event loop.
+    """Names of running requests; used on the event loop only.
 
-    A name that two of them have, or had while one of them still runs, means neither: whoever
-    leaves says so by ending its own call, which always ends that request and no other.
+    A name shared by two requests, even if only one of them is still running, aborts neither.
+    A caller can always cancel its own call instead, which ends that request and no other.
     """
 
     def __init__(self) -> None:
@@ -27,11 +30,11 @@ class Names:
 
     @contextmanager
     def held(self, name: str, end: Callable[[], None]) -> Iterator[None]:
-        """Gives a request its name while it runs; an empty one is none.
+        """Register a running request under a name; ignore an empty name.
 
         Args:
-            name: The caller's name for it.
-            end: Ends it.
+            name: The caller's name for the request.
+            end: Ends the request.
         """
         if not name:
             yield
@@ -47,7 +50,7 @@ class Names:
                 del self._holders[name]
 
     def abort(self, name: str) -> None:
-        """Ends the request of that name; nothing happens if there is none, or not just one."""
+        """End the request of that name. No-op if the name is unknown or shared."""
         holders = self._holders.get(name)
         if holders and not holders.is_shared:
             for end in holders.ends:

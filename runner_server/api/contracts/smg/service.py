@@ -1,4 +1,4 @@
-"""The gateway's service: one method per rpc, all on the engine that ``RunnerService`` uses."""
+"""The gateway's service: one method per rpc, on the same engine as ``RunnerService``."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     _Context = grpc.aio.ServicerContext[Any, Any]
 
 _CHUNK_BYTES = 64 * 1024
-"""Of the tokenizer's archive in one message."""
+"""Bytes of the tokenizer's archive per message."""
 
 
 class SmgServicer(mlx_engine_pb2_grpc.MlxEngineServicer):  # type: ignore[misc] # has no types
-    """Answers ``mlx.grpc.engine.MlxEngine`` from one engine.
+    """Implementation of ``mlx.grpc.engine.MlxEngine`` on one engine.
 
     Args:
         engine: The started engine.
@@ -50,7 +50,7 @@ class SmgServicer(mlx_engine_pb2_grpc.MlxEngineServicer):  # type: ignore[misc] 
         self._names = Names()
 
     async def Generate(self, request: Message, context: _Context) -> AsyncIterator[Message]:
-        """Completes a prompt; with or without ``stream`` the last message is the complete one."""
+        """Complete a prompt; the last message is complete with or without ``stream``."""
         record = current_call()
         record.request_id = request.request_id
         model = self._engine.model()
@@ -61,33 +61,33 @@ class SmgServicer(mlx_engine_pb2_grpc.MlxEngineServicer):  # type: ignore[misc] 
         completion = self._engine.submit(model, spec)
         record.stats = completion.stats
         try:
-            # As for ``GenerationRequest``: also if it is queued.
+            # Sent at once, even if the request is queued; see ``RunnerServicer.Completion``.
             await context.send_initial_metadata(())
             with self._names.held(request.request_id, completion.stream.close):
                 async for message in _messages(completion, is_stream=request.stream):
                     yield message
         finally:
-            # A client that goes away, or whose deadline passes, ends up here too.
+            # Also reached when the client disconnects or its deadline passes.
             self._engine.cancel(completion)
 
     async def Abort(self, request: Message, context: _Context) -> Message:
-        """Ends requests by their names, as far as these are theirs alone."""
+        """Cancel requests by name, if no other request uses the name."""
         check_abort(request)
         for name in request.request_ids:
             self._names.abort(name)
         return pb.AbortResponse()
 
     async def HealthCheck(self, request: Message, context: _Context) -> Message:
-        """Tells that a model is loaded; fails as ``Generate`` would where none is.
+        """Report a loaded model as healthy; fail like ``Generate`` if none is loaded.
 
-        A gateway takes any answer for a worker that is ready, asks it for its model, and does
-        not ask again; one that fails it tries again later.
+        A gateway takes any answer for a ready worker, asks it for its model once and never
+        again. It retries a worker whose health check fails.
         """
         model = self._engine.model()
         return pb.HealthCheckResponse(healthy=True, message=f"serving {model.info.name}")
 
     async def GetModelInfo(self, request: Message, context: _Context) -> Message:
-        """Describes the loaded model; an id of 0 may mean that it has no such token."""
+        """Describe the loaded model; a special token id of 0 may mean none."""
         info = self._engine.model().info
         special = await asyncio.to_thread(special_tokens, Path(info.path))
         return pb.GetModelInfoResponse(
@@ -105,7 +105,7 @@ class SmgServicer(mlx_engine_pb2_grpc.MlxEngineServicer):  # type: ignore[misc] 
         )
 
     async def GetServerInfo(self, request: Message, context: _Context) -> Message:
-        """Tells how much it has to do."""
+        """Report the load of the server."""
         snapshot = self._engine.state()
         return pb.GetServerInfoResponse(
             server_type="mlx-grpc-runner",
@@ -114,7 +114,7 @@ class SmgServicer(mlx_engine_pb2_grpc.MlxEngineServicer):  # type: ignore[misc] 
         )
 
     async def GetTokenizer(self, request: Message, context: _Context) -> AsyncIterator[Message]:
-        """Streams the tokenizer's files, with the archive's SHA-256 beside the last part."""
+        """Stream an archive of the tokenizer files; the last chunk carries the SHA-256."""
         path = Path(self._engine.model().info.path)
         data = await asyncio.to_thread(tokenizer_archive, path)
         digest = await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
@@ -123,7 +123,7 @@ class SmgServicer(mlx_engine_pb2_grpc.MlxEngineServicer):  # type: ignore[misc] 
 
 
 def add_smg(server: grpc.aio.Server, engine: Engine) -> None:
-    """Has a server that is not started yet speak the gateway's protocol."""
+    """Add the gateway's service to a server not started yet."""
     mlx_engine_pb2_grpc.add_MlxEngineServicer_to_server(SmgServicer(engine), server)
 
 
@@ -142,7 +142,7 @@ async def _prompt_ids(request: Message, model: ModelHandle) -> Sequence[int]:
 
 
 async def _messages(completion: GenerationRequest, *, is_stream: bool) -> AsyncIterator[Message]:
-    """Chunks of new tokens if they are wanted, then the end with what no chunk had."""
+    """Yield chunks of new tokens if streaming, then the complete message with the rest."""
     count = 0
     last: OutputDelta | None = None
     held: list[OutputDelta] = []

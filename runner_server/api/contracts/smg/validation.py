@@ -1,6 +1,6 @@
-"""Checks requests of the gateway's protocol; whatever is not done as asked is refused by name.
+"""Validation of the gateway's requests; unsupported options are refused by name.
 
-Fields that cannot be unset have 0 for it: ``top_p``, ``repetition_penalty``.
+Fields without presence (``top_p``, ``repetition_penalty``) use 0 for unset.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from runner_server.api.validation import MAX_LOGPROBS, check_request_id, fit
 from runner_server.api.violations import ViolationCollector
 from runner_server.engine.types import CompletionSpec, ModelInfo, Sampling
 
-# The stubs have no types for mypy: the package brings no marker of any.
+# The stubs have no type information: the package ships no py.typed.
 Message = Any
 
 MAX_ABORTED = 1024
-"""Most requests that one ``Abort`` may name: to look for millions would hold everybody up."""
+"""Most requests one ``Abort`` may name: looking up millions would block the event loop."""
 
 _MAX_STOP_TOKEN_IDS = 1024
 _MAX_INT32 = 2**31 - 1
 
 _TEMPERATURE = 1.0
-"""Where none is given, as with OpenAI's API, which the gateway speaks to its own callers."""
+"""Default temperature, as in OpenAI's API, which the gateway offers to its own callers."""
 
 
 def check_generate(request: Message, model: ModelInfo) -> Sampling:
-    """Checks everything of a request but its prompt, and resolves the defaults.
+    """Validate everything of a request except its prompt and resolve the defaults.
 
     Raises:
-        InvalidField: Something is missing or out of range.
+        InvalidField: A field is missing or out of range.
     """
     check = ViolationCollector()
     _check_input(check, request)
@@ -46,11 +46,11 @@ def check_generate(request: Message, model: ModelInfo) -> Sampling:
 def generate_spec(
     request: Message, sampling: Sampling, model: ModelInfo, prompt_ids: Sequence[int]
 ) -> CompletionSpec:
-    """Fits a checked request into the context.
+    """Fit a validated request into the context.
 
     Raises:
         InvalidField: See ``validation.fit``.
-        PromptTooLong: The same.
+        PromptTooLong: See ``validation.fit``.
     """
     if request.WhichOneof("input") == "tokenized":
         room = fit(prompt_ids, model, ids_field="tokenized.input_ids")
@@ -68,7 +68,7 @@ def generate_spec(
 
 
 def check_abort(request: Message) -> None:
-    """Checks how many requests an ``Abort`` names.
+    """Check the number of requests named in an ``Abort``.
 
     Raises:
         InvalidField: Too many.
@@ -127,7 +127,7 @@ def _sampling(params: Message) -> Sampling:
         repeat_penalty=params.repetition_penalty or 1.0,
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
-        # As OpenAI's API and vLLM have it.
+        # As in OpenAI's API and vLLM.
         counts_output_only=True,
         seed=params.seed if params.HasField("seed") else secrets.randbits(63),
         logit_bias=tuple(params.logit_bias.items()),
