@@ -1,1 +1,1 @@
-"""Listening, TLS, authentication, and the interceptors around each RPC."""
+"""Listening, TLS, authentication and error translation."""

@@ -1,4 +1,4 @@
-"""Who may call: the token, and the addresses that may be listened on without one."""
+"""Authentication by token, and loopback addresses, which need none."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from runner_server.errors import Unauthenticated
 from runner_server.transport.interceptor import abort
 
 if TYPE_CHECKING:
-    # Calls of every service pass through here, so their types are open.
+    # Every service's calls pass through here, so the message types are open.
     _Handler = grpc.RpcMethodHandler[Any, Any]
     _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -27,19 +27,19 @@ _HEADER = "authorization"
 _SCHEME = "bearer "
 
 _MIN_TOKEN_CHARS = 16
-"""A shorter token could be guessed, however it is compared."""
+"""A shorter token could be guessed."""
 
 _TOKEN = re.compile(rf"[!-~]{{{_MIN_TOKEN_CHARS},}}")
 
 
 def read_token(file: Path | None, environment: MutableMapping[str, str] = os.environ) -> str | None:
-    """The token that callers must send; a file comes before the environment.
+    """Return the token required of callers; a file takes precedence over the environment.
 
-    The variable is removed in either case, so that no child of this process gets it.
+    The variable is removed in either case, so that child processes do not inherit the token.
 
     Raises:
-        ValueError: There is none where one was announced, or it cannot be used. The
-            message never has the token.
+        ValueError: The configured token is missing or unusable. The message never contains
+            the token.
         OSError: The file cannot be read.
     """
     given = environment.pop(TOKEN_VARIABLE, None)
@@ -58,10 +58,10 @@ def _checked(token: str, where: str) -> str:
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses every call without the token but health's, before anything of it is read.
+    """Refuses calls without the token, before reading a request; health checks are exempt.
 
     Args:
-        token: What callers must send as ``authorization: Bearer TOKEN``.
+        token: Token required of callers as ``authorization: Bearer TOKEN``.
     """
 
     def __init__(self, token: str) -> None:
@@ -74,21 +74,21 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
-        """Lets a call pass, or answers it itself."""
-        # Whoever probes whether calls are answered need not be able to make them.
+        """Pass an authenticated call on; answer any other with UNAUTHENTICATED."""
+        # A health probe does not need the right to make calls.
         if handler_call_details.method.startswith(f"/{health.SERVICE_NAME}/"):
             return await continuation(handler_call_details)
         sent = _bearer(handler_call_details)
         if sent is None:
             return self._no_token
-        # Takes as long however much of it is right.
+        # Constant time: the duration must not reveal how much of the token is right.
         if not hmac.compare_digest(sent, self._token):
             return self._other_token
         return await continuation(handler_call_details)
 
 
 def _bearer(details: grpc.HandlerCallDetails) -> bytes | None:
-    """The token of a call; None if it has none, or more than one."""
+    """Return the token of a call; None if absent or ambiguous."""
     found = [
         value if isinstance(value, bytes) else value.encode(errors="replace")
         for key, value in details.invocation_metadata or ()
@@ -105,15 +105,15 @@ def _refusal(has: str) -> _Handler:
     async def refuse(_requests: object, context: _Context) -> None:
         await abort(context, fault)
 
-    # Whatever the method's form is on the wire: this one reads no request first.
+    # Works for methods of any kind: this handler reads no request first.
     return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is an address of this machine alone, whatever name it is given by.
+    """Return whether a host name or address resolves to loopback addresses only.
 
     Raises:
-        OSError: There is no such host.
+        OSError: The host is unknown.
     """
     found = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
     return all(_is_loopback_address(str(entry[4][0])) for entry in found)

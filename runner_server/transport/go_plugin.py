@@ -1,6 +1,6 @@
-"""What hashicorp/go-plugin asks of its children beside their own service: to end.
+"""Shutdown rpc for servers started by hashicorp/go-plugin.
 
-Its ``Kill`` calls ``plugin.GRPCController/Shutdown``, waits two seconds and then kills:
+go-plugin's ``Kill`` calls ``plugin.GRPCController/Shutdown``, waits two seconds and then kills:
 https://github.com/hashicorp/go-plugin/blob/main/internal/plugin/grpc_controller.proto.
 """
 
@@ -13,17 +13,17 @@ from typing import Any
 import grpc
 
 _SPAWNED = "PLUGIN_PROTOCOL_VERSIONS"
-"""A variable that go-plugin gives to its children, and nobody else has."""
+"""A variable that go-plugin sets for its children and no other program sets."""
 
 
 def add_controller(server: grpc.aio.Server, on_shutdown: Callable[[], object]) -> None:
-    """Lets go-plugin end this process, if go-plugin started it.
+    """Add the shutdown rpc if go-plugin started this process.
 
-    Nobody else is to end a server by a call: other callers may share it.
+    Other servers do not have the rpc, because one caller must not end a server shared by many.
 
     Args:
-        server: Not started yet.
-        on_shutdown: Called when the host asks; should begin an orderly stop.
+        server: A server that has not started yet.
+        on_shutdown: Called when the host requests a shutdown; should begin an orderly stop.
     """
     if _SPAWNED not in os.environ:
         return

@@ -1,4 +1,4 @@
-"""The one place where a failure of a handler becomes a gRPC status."""
+"""Translation of handler failures to gRPC statuses."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Answers every exception of a handler from the error table.
 
-    Without it an unknown exception would reach the client as UNKNOWN with the
-    exception's text.
+    Otherwise an unexpected exception would reach the client as UNKNOWN with the exception's
+    text.
     """
 
     async def intercept_service(
@@ -44,9 +44,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
-        """Wraps the handlers of our services, which are unary or server-streaming."""
+        """Wrap handlers of this server's services, which are unary or server-streaming."""
         handler = await continuation(handler_call_details)
-        # Of the others, health's Watch is no async generator.
+        # Health and reflection are excluded: health's Watch is not an async generator.
         if handler is None or handler_call_details.method not in METHODS:
             return handler
         if handler.response_streaming:
@@ -58,13 +58,16 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
 @dataclass(frozen=True)
 class _Unreadable:
-    """Stands for a request that cannot be read, or not all of it; says why."""
+    """Placeholder for a request that cannot be read completely, with the reasons."""
 
     violations: Violations
 
 
 def _reader(read: Callable[[bytes], Any] | None) -> Callable[[bytes], object]:
-    """Reads requests; what it raised would reach the client as UNKNOWN with its text."""
+    """Return a deserializer returning an :class:`_Unreadable` instead of raising.
+
+    gRPC would send its exceptions to the client as UNKNOWN with their text.
+    """
 
     def read_or_tell(data: bytes) -> object:
         if read is None:
@@ -105,8 +108,8 @@ def _guard_stream(handler: _Handler) -> _Behaviour:
     async def call(request: object, context: _Context) -> AsyncIterator[object]:
         try:
             _require_readable(request)
-            # aclosing: a cancelled call must run the handler's `finally` now,
-            # not when the garbage collector comes by.
+            # aclosing: a cancelled call must run the handler's `finally` now, not at the next
+            # garbage collection.
             async with aclosing(inner(request, context)) as replies:
                 async for reply in replies:
                     yield reply
@@ -126,10 +129,10 @@ async def _abort(context: _Context, error: Exception) -> NoReturn:
 
 
 async def abort(context: _Context, fault: RunnerFault) -> NoReturn:
-    """Ends a call with a fault, beside the trailing metadata it has already."""
+    """End a call with a fault; keep the call's trailing metadata."""
     current_call().reason = reason_name(fault)
     status: Any = rpc_status.to_status(to_status(fault))
-    # abort_with_status would replace what the call has.
+    # abort_with_status would replace the trailing metadata.
     trailers = (*context.trailing_metadata(), *status.trailing_metadata)
     await context.abort(status.code, status.details, trailers)
     raise AssertionError("abort returned")

@@ -1,4 +1,4 @@
-"""Where a server listens: a port or a socket, and whether it may."""
+"""Listening addresses: ports, unix sockets and the authentication each requires."""
 
 from __future__ import annotations
 
@@ -28,17 +28,20 @@ class CannotListenError(Exception):
 def listen(
     server: grpc.aio.Server, place: str, *, tls: TlsFiles | None, has_token: bool
 ) -> ReadyLine:
-    """Makes a server listen.
+    """Bind a server to an address.
 
     Args:
-        server: Not started yet.
+        server: A server that has not started yet.
         place: ``HOST:PORT`` (port 0 = any free one) or ``unix:/path``.
-        tls: The certificate; None does not encrypt.
+        tls: Certificate and key; None does not encrypt.
         has_token: Whether callers must send a token.
 
+    Returns:
+        The bound address.
+
     Raises:
-        CannotListenError: The address is bad, in use, or open to other machines without
-            anything that asks who calls; or the certificate cannot be used.
+        CannotListenError: The address is invalid, in use, or open to other machines without
+            authentication; or the certificate cannot be used.
     """
     try:
         credentials = server_credentials(tls) if tls else None
@@ -48,7 +51,7 @@ def listen(
     if path != place:
         return _listen_on_socket(server, Path(path), place, credentials)
     host, separator, port = place.rpartition(":")
-    # gRPC would take a larger number's remainder, and all of "::1:80" for an address.
+    # gRPC would wrap a larger port number and accept "::1:80" as an address.
     is_port = port.isdecimal() and int(port) <= _MAX_PORT
     is_host = host and (":" not in host or (host[0], host[-1]) == ("[", "]"))
     if not (separator and is_host and is_port):
@@ -75,7 +78,7 @@ def _listen_on_socket(
 def _bind_socket(
     server: grpc.aio.Server, place: str, credentials: grpc.ServerCredentials | None
 ) -> None:
-    # The socket file would get the umask's mode: nobody else may call.
+    # The socket file's mode follows the umask: only this user may connect.
     mask = os.umask(0o177)
     try:
         _bind(server, place, "its directory must exist and be writable", credentials)
@@ -87,7 +90,7 @@ def _check_host(host: str, place: str, tls: TlsFiles | None, *, has_token: bool)
     try:
         if is_loopback(host):
             return
-    except (OSError, ValueError) as error:  # ValueError: no name that DNS could have
+    except (OSError, ValueError) as error:  # ValueError: not a valid host name
         raise CannotListenError(f"cannot listen on {place}: {_BIND_ADVICE}") from error
     if not (tls or has_token):
         raise CannotListenError(

@@ -1,4 +1,4 @@
-"""Server reflection under both of its names, for grpcurl and the like."""
+"""Server reflection, v1 and v1alpha, for grpcurl and similar tools."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ _V1 = "grpc.reflection.v1.ServerReflection"
 
 
 def add_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
-    """Makes a server describe some of its services, and reflection itself.
+    """Add reflection of some services, and of reflection itself, to a server.
 
     Args:
-        server: Not started yet.
-        services: Their full names.
+        server: A server that has not started yet.
+        services: Full names of the services.
     """
     names = (*services, reflection.SERVICE_NAME, _V1)
     pool: Any = _SymbolPool()
     servicer = reflection.aio.ReflectionServicer(names, pool=pool)
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)
-    # v1 differs from v1alpha in its name only, and grpcio-reflection serves just
-    # the latter.
+    # v1 differs from v1alpha only in its name, and grpcio-reflection serves only the latter.
     handler = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,
         request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
@@ -39,11 +38,11 @@ def add_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
 
 
 class _SymbolPool:
-    """The default descriptor pool, with methods, fields and comments as well.
+    """The default descriptor pool, extended by methods, fields and comments.
 
-    Python's finds messages, services and enums only, so that
-    ``grpcurl describe mlxrunner.v1.RunnerService.Load`` would fail; and generated code
-    keeps no comments, which here are the specification.
+    Python's pool finds only messages, services and enums, so that
+    ``grpcurl describe mlxrunner.v1.RunnerService.Load`` would fail. Generated code drops the
+    comments, which here are the specification.
     """
 
     def __init__(self) -> None:
@@ -73,7 +72,7 @@ class _SymbolPool:
 
 
 class _CommentedFile:
-    """What reflection asks of a file's descriptor, and the comments of its source."""
+    """File descriptor with the comments of the source, as reflection needs."""
 
     def __init__(self, file: FileDescriptor, comments: SourceCodeInfo | None) -> None:
         self._file = file

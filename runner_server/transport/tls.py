@@ -1,4 +1,4 @@
-"""TLS from files, read again when they change."""
+"""TLS from files, reread after changes."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import grpc
 logger = logging.getLogger(__name__)
 
 _Stamp = tuple[tuple[int, int, int] | None, ...]
-"""What changes with each file; None for one that is not there."""
+"""Identity of each file's content; None for a missing file."""
 
 
 class BadTlsFilesError(Exception):
-    """The files cannot be used; the message says which and why."""
+    """The TLS files cannot be used; the message says which and why."""
 
 
 @dataclass(frozen=True)
 class TlsFiles:
-    """Where a server's certificate lies.
+    """Paths of a server's TLS files.
 
     Attributes:
-        cert: Its certificate, and those between it and the authority, as PEM.
+        cert: The server's certificate and any intermediate certificates, as PEM.
         key: The certificate's private key, as PEM without a password.
-        client_ca: Authorities of clients; with it a client without a certificate of one
-            of them is refused.
+        client_ca: Authorities of client certificates, as PEM; if set, clients without a
+            certificate signed by one of them are refused.
     """
 
     cert: Path
@@ -37,13 +37,13 @@ class TlsFiles:
 
 
 def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
-    """Credentials that follow the files: each new connection gets what they hold then.
+    """Return credentials from the files, reread for each new connection.
 
-    Connections that are open stay as they were begun. While the files cannot be used, a
-    new certificate that lies beside the old key for instance, the last good ones serve.
+    Open connections are not affected. While the files cannot be used, for instance because a
+    new certificate is beside the old key, the last valid ones stay in use.
 
     Raises:
-        BadTlsFilesError: They cannot be used now.
+        BadTlsFilesError: The files cannot be used now.
     """
     source = _Source(files)
     return grpc.dynamic_ssl_server_credentials(
@@ -54,7 +54,7 @@ def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
 
 
 class _Source:
-    """The files, and what is known of them. gRPC asks on threads of its own."""
+    """Reader of the TLS files; gRPC threads call ``fetch``."""
 
     def __init__(self, files: TlsFiles) -> None:
         self._files = files
@@ -63,7 +63,7 @@ class _Source:
         self._bad: _Stamp | None = None
 
     def fetch(self) -> grpc.ServerCertificateConfiguration | None:
-        """What a new connection is to use; None leaves it as it is."""
+        """Return the configuration for a new connection; None keeps the current one."""
         with self._lock:
             stamp = self._stamp()
             if stamp in (self._good, self._bad):
@@ -79,10 +79,10 @@ class _Source:
         return configuration
 
     def read(self) -> grpc.ServerCertificateConfiguration:
-        """Reads and checks the files.
+        """Read and check the files.
 
         Raises:
-            BadTlsFilesError: They cannot be used, or change right now.
+            BadTlsFilesError: The files cannot be used, or changed while being read.
         """
         stamp = self._stamp()
         files = self._files
@@ -117,10 +117,10 @@ def _read(file: Path) -> bytes:
 
 
 def _check(files: TlsFiles) -> None:
-    """Checks what gRPC would only find out in a handshake, and then tell nobody."""
+    """Check the files now: gRPC would fail in a handshake, without reporting why."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        # A password, even a wrong one, keeps OpenSSL from asking the terminal for it.
+        # With any password given, even a wrong one, OpenSSL does not ask the terminal for it.
         context.load_cert_chain(files.cert, files.key, password="")
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         raise BadTlsFilesError(

@@ -1,4 +1,4 @@
-"""The file of a unix socket: whose it is, and when it may be replaced."""
+"""Files of unix sockets: detection of live servers and removal of stale files."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _LOCK_RETRY_SECONDS = 0.01
 
 
 class OccupiedError(Exception):
-    """Something is where the socket is to be; the message says what."""
+    """The socket's path is taken; the message says by what."""
 
 
 @contextmanager
 def socket_place(path: Path) -> Iterator[None]:
-    """Keep other servers from the place of a socket while this one binds it.
+    """Keep other servers from binding a socket's path while this one does.
 
-    Removes a socket that a killed server has left: gRPC would replace any, a live server's
-    too, without a word.
+    A socket left by a killed server is removed. gRPC would silently replace any socket, even
+    that of a live server.
 
     Raises:
-        OccupiedError: A server answers there, or it is no socket.
+        OccupiedError: A server answers there, or the path is not a socket.
     """
     with _locked(path.parent):
         _clear(path)
@@ -35,7 +35,7 @@ def socket_place(path: Path) -> Iterator[None]:
 
 
 def _clear(path: Path) -> None:
-    # A path that cannot be looked at: binding tells more.
+    # If the path cannot be examined, binding gives the better error.
     with suppress(OSError):
         mode = path.stat().st_mode
         if not stat.S_ISSOCK(mode):
@@ -55,9 +55,9 @@ def _clear(path: Path) -> None:
 
 
 def _is_dead(path: Path) -> bool:
-    """Return whether nobody listens on a socket."""
+    """Return whether no process listens on a socket."""
     with socket.socket(socket.AF_UNIX) as caller:
-        # A server whose queue of connections is full would keep it waiting.
+        # A server with a full backlog would block the connection attempt.
         caller.settimeout(0)
         try:
             caller.connect(str(path))
@@ -72,7 +72,7 @@ def _is_dead(path: Path) -> bool:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder, where its file system has locks."""
+    """Hold a lock on a folder, if the file system supports locks."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -86,7 +86,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _lock(descriptor: int) -> None:
-    """Lock a folder, or go on without after a while: it may be locked for another reason."""
+    """Lock a folder, or continue without after a while: other programs may hold the lock."""
     deadline = time.monotonic() + _LOCK_SECONDS
     while time.monotonic() < deadline:
         try:

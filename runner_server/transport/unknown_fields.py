@@ -1,7 +1,7 @@
-"""Names the fields of a request that this server's protocol does not have.
+"""Detection of request fields unknown to this server's protocol.
 
-Protobuf keeps such fields and says nothing. A client that is newer than the server would get
-an answer as if it had not asked for what they mean.
+Protobuf silently keeps unknown fields. A client newer than the server would get an answer as if
+it had not set them.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ _M = TypeVar("_M", bound=Message)
 Violations = list[tuple[str, str]]
 
 WHOLE = "request"
-"""Stands for the request itself where no field of it can be named."""
+"""Stands for the whole request if no field of it can be named."""
 
 _MAX_NAMED = 8
 _MAX_LISTED_BYTES = 256 << 10
-"""Unknown fields are listed all at once: 22 million of them, in the largest message that is
-taken, take 12 s and 2 GiB. Larger requests are measured first."""
+"""Unknown fields are listed at once: 22 million of them, in the largest message accepted, take
+12 s and 2 GiB. The unknown bytes of larger requests are measured first."""
 
 
 def read_known(read: Callable[[bytes], _M], data: bytes) -> tuple[_M, Violations]:
-    """Read a request, and tell which of its fields are not known.
+    """Parse a request and find unknown fields.
 
     Args:
-        read: Parses a request; what it raises is passed on.
-        data: The request as it came.
+        read: Parses a request; its exceptions are passed on.
+        data: The serialized request.
 
     Returns:
-        The request, and pairs of the message that has an unknown field and what it is.
+        The request, and pairs of a message's path and a description of an unknown field in it.
     """
     request = read(data)
     if len(data) <= _MAX_LISTED_BYTES:
@@ -59,10 +59,10 @@ def _named(request: Message) -> Violations:
 
 
 def _unknown(message: Message, path: str) -> Iterator[tuple[str, str]]:
-    # Of either of protobuf's implementations, which are alike.
+    # The C and the Python implementation of protobuf have the same interface here.
     descriptor = cast("Descriptor", message.DESCRIPTOR)
     found = UnknownFieldSet(message)
-    # A request may repeat one; each is named once.
+    # A request may repeat an unknown field; name each once.
     for number in dict.fromkeys(found[i].field_number for i in range(len(found))):
         yield path or WHOLE, _problem(descriptor, number)
     for field in _message_fields(descriptor):
@@ -84,7 +84,10 @@ def _problem(descriptor: Descriptor, number: int) -> str:
 
 @cache
 def _message_fields(descriptor: Descriptor) -> tuple[FieldDescriptor, ...]:
-    """Fields that hold messages. An entry of a map that has an unknown field is one itself."""
+    """Return the message-typed fields, without maps.
+
+    A map entry with an unknown field becomes an unknown field of the message itself.
+    """
     return tuple(
         field
         for field in descriptor.fields
