@@ -1,4 +1,4 @@
-"""One call as it is told to the outside: its log line, its metrics, its span."""
+"""Telemetry record of one RPC: the source of log line, metrics and span."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from runner_server.engine.types import GenerationStats
 
 ID_HEADER = "x-request-id"
-"""Names a call, in both directions."""
+"""Header with the id of a call, in both directions."""
 
 _TRACE_HEADER = "traceparent"
 
@@ -26,22 +26,22 @@ Headers = Sequence[tuple[str, str | bytes]]
 
 @dataclass(eq=False)
 class CallRecord:
-    """A call from its arrival to its end. It belongs to the event loop.
+    """A call from arrival to end. Used on the event loop only.
 
     Attributes:
-        method: The name of the rpc, without the service.
-        id: The caller's ``x-request-id``, or one drawn here.
-        headers: The metadata that came with it; a token may be in it.
-        trace_id: Of the caller's W3C trace context; empty without a valid one.
-        parent_id: The caller's span in it.
-        request_id: The name in the request itself, not checked yet.
-        model: The model it is about.
-        stats: What its completion has come to; any thread may ask.
-        started: When it came, in ``time.monotonic()`` seconds.
-        code: The name of its gRPC code; empty until it has ended.
-        reason: The ``ErrorReason`` it failed with.
-        seconds: How long it took.
-        span_id: Of the span that was recorded for it.
+        method: Name of the rpc, without the service.
+        id: The caller's ``x-request-id``, or a random one.
+        headers: Metadata sent with the call; may include a token.
+        trace_id: Trace id of the caller's W3C trace context; empty without a valid one.
+        parent_id: Span id of the caller in that context.
+        request_id: Name given in the request itself, not validated yet.
+        model: Name of the model the call is about.
+        stats: Returns the statistics of the call's completion; thread-safe.
+        started: Arrival time, in ``time.monotonic()`` seconds.
+        code: Name of the gRPC code; empty until the call has ended.
+        reason: ``ErrorReason`` of the failure, if any.
+        seconds: Duration of the call.
+        span_id: Id of the span recorded for the call.
     """
 
     method: str
@@ -60,13 +60,13 @@ class CallRecord:
 
     @classmethod
     def arrived(cls, method: str, headers: Headers) -> CallRecord:
-        """Makes the record of a call that has just come."""
+        """Create the record of a new call."""
         given = dict(headers)
         trace_id, parent_id = _trace(given.get(_TRACE_HEADER))
         return cls(method, _id(given.get(ID_HEADER)), headers, trace_id, parent_id)
 
     def end(self, code: str) -> None:
-        """Notes how and when it ended."""
+        """Record the outcome and duration of the call."""
         self.code, self.seconds = code, time.monotonic() - self.started
 
 
@@ -74,17 +74,17 @@ _current: ContextVar[CallRecord | None] = ContextVar("request", default=None)
 
 
 def enter(request: CallRecord) -> None:
-    """Makes a request the current one of this task."""
+    """Make a record the current one of this task."""
     _current.set(request)
 
 
 def current_call() -> CallRecord:
-    """The request that this task handles; outside of one, a record that nobody reads."""
+    """Return the record of the current task's call; outside of a call, an unused record."""
     return _current.get() or CallRecord("", "")
 
 
 def _id(given: str | bytes | None) -> str:
-    # Whatever stands in it goes into the log.
+    # The id goes into the log as is.
     if isinstance(given, str) and _ID.fullmatch(given):
         return given
     return secrets.token_hex(8)

@@ -1,4 +1,4 @@
-"""Where every call of the service is seen from its arrival to its end, and told once."""
+"""Interceptor that reports the start and end of each RPC to the observers exactly once."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
     _Behaviour = Callable[[Any, _Context], Any]
 
 _CLOCK_SLACK_SECONDS = 0.1
-"""How long before its deadline, by this side's clock, a call may be given up because of it."""
+"""Tolerance, by this side's clock, for a call given up just before its deadline."""
 
 
 class Observer(Protocol):
-    """Is told of calls, on the event loop; must not wait."""
+    """Receiver of call events, on the event loop; must not block."""
 
     def begun(self, request: CallRecord) -> None:
-        """A call has come."""
+        """Handle the arrival of a call."""
         ...
 
     def ended(self, request: CallRecord) -> None:
-        """It is over, in whatever way; every call that began ends once."""
+        """Handle the end of a call. Every call that began ends exactly once."""
         ...
 
 
 class TelemetryInterceptor(grpc.aio.ServerInterceptor):
-    """Tells observers of every call of our services; to be the first interceptor.
+    """Notifies observers of every call of this server's services; must be the first interceptor.
 
     Args:
-        observers: Told in this order; more may be added at any time.
+        observers: Notified in this order; may grow at any time.
     """
 
     def __init__(self, observers: Sequence[Observer]) -> None:
@@ -50,8 +50,8 @@ class TelemetryInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
-        """Begins the record of a call and has it ended with the call's task."""
-        # Only these: a caller could invent others without end, and each would be a label.
+        """Start the record of a call; the end of the call's task ends the record."""
+        # Known methods only: each name becomes a metric label, and callers could invent any number.
         method = METHODS.get(handler_call_details.method)
         task = asyncio.current_task()
         if method is None or task is None:
@@ -64,7 +64,7 @@ class TelemetryInterceptor(grpc.aio.ServerInterceptor):
             return None
         for observer in self._observers:
             observer.begun(call.request)
-        # Not the context's own callback: a caller may leave before there is a context.
+        # Not the context's callback: a caller may disconnect before the context exists.
         task.add_done_callback(lambda _task: self._end(call))
         return call.watch(handler)
 
@@ -75,7 +75,7 @@ class TelemetryInterceptor(grpc.aio.ServerInterceptor):
 
 
 class _Call:
-    """A call under way, and how to tell what became of it."""
+    """A running call and the outcome."""
 
     def __init__(self, request: CallRecord) -> None:
         self.request = request
@@ -83,7 +83,7 @@ class _Call:
         self._is_answered = False
 
     def watch(self, handler: _Handler) -> _Handler:
-        """The same handler, watched."""
+        """Return the handler, wrapped to observe the outcome."""
         kind = (
             f"{'stream' if handler.request_streaming else 'unary'}_"
             f"{'stream' if handler.response_streaming else 'unary'}"
@@ -95,13 +95,13 @@ class _Call:
         return watched
 
     def code(self) -> str:
-        """The name of the code it ended with."""
+        """Return the name of the gRPC code the call ended with."""
         code = self._context.code() if self._context else None
         if isinstance(code, grpc.StatusCode):
             return code.name
         if self._is_answered:
             return grpc.StatusCode.OK.name
-        # gRPC cancels the task in both cases and does not say which it is.
+        # gRPC cancels the task for both reasons without saying which.
         left = self._context.time_remaining() if self._context else None
         if left is not None and left < _CLOCK_SLACK_SECONDS:
             return grpc.StatusCode.DEADLINE_EXCEEDED.name

@@ -1,7 +1,7 @@
-"""Prometheus metrics: what is counted at the end of a request, and what is read when scraped.
+"""Prometheus metrics: counters updated when a call ends, and state read by each scrape.
 
-The library is imported by whoever opens them. They have a registry of their own, and
-nothing here runs for each token: counts of requests that go on are read from them.
+Imports prometheus_client, an optional dependency. The metrics have a registry of their own.
+Nothing here runs per token: scrapes read the counts of running requests.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OPERATION, PROVIDER = "text_completion", "mlx"
-"""Of OpenTelemetry's ``gen_ai.operation.name``, and our ``gen_ai.provider.name``."""
+"""Values of OpenTelemetry's ``gen_ai.operation.name`` and ``gen_ai.provider.name``."""
 
-# OpenTelemetry's boundaries of these three, with more below (small models) and above
-# (long prompts on slow machines): what is computed from theirs can be from these.
+# OpenTelemetry's bucket boundaries, extended downward (small models) and upward (long prompts on
+# slow machines), so that anything computed from the originals can be computed from these.
 _REQUEST_SECONDS = (
     0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92,
     163.84, 327.68, 655.36,
@@ -53,10 +53,10 @@ _OTEL_LABELS = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request
 
 
 class Metrics:
-    """Count requests and answer scrapes, as an observer of the telemetry interceptor.
+    """Metrics of calls and of the engine, as an observer of the telemetry interceptor.
 
     Args:
-        engine: Asked for its state by every scrape.
+        engine: Engine whose state each scrape reads.
         version: The version of the server.
     """
 
@@ -93,11 +93,11 @@ class Metrics:
         ProcessCollector(registry=registry)
 
     def begun(self, request: CallRecord) -> None:
-        """See ``Observer.begun``."""
+        """Start counting the tokens of a call; see ``Observer.begun``."""
         self._tokens.follow(request)
 
     def ended(self, request: CallRecord) -> None:
-        """See ``Observer.ended``."""
+        """Record the outcome of a call; see ``Observer.ended``."""
         stats = self._tokens.settle(request)
         self._requests.labels(request.method, request.code, request.reason).inc()
         if request.method not in GENERATING:
@@ -116,7 +116,7 @@ class Metrics:
             self._per_token.labels(*labels).observe(each)
 
     def listen(self, host: str, port: int) -> str:
-        """Answers scrapes on a thread of its own; returns the address.
+        """Answer scrapes on a separate thread; return the URL.
 
         Raises:
             OSError: The address cannot be listened on.
@@ -126,19 +126,19 @@ class Metrics:
         return f"http://{shown}:{self._server.server_port}/metrics"
 
     def close(self) -> None:
-        """Answers no more, in a moment; does not wait."""
+        """Stop answering scrapes soon, without waiting."""
         if self._server:
             threading.Thread(target=self._shut, args=(self._server,), daemon=True).start()
 
     @staticmethod
     def _shut(server: WSGIServer) -> None:
-        # Looks up from its waiting twice a second.
+        # Takes up to half a second: the server polls for shutdown twice a second.
         server.shutdown()
         server.server_close()
 
 
 class _Tokens(Collector):
-    """Tokens of all completions, those that go on included, per model."""
+    """Token counts per model, including completions still running."""
 
     _KINDS = (
         ("prompt", "Prompt tokens of completions that have got their first token."),
@@ -152,12 +152,12 @@ class _Tokens(Collector):
         self._ended: dict[str, tuple[int, ...]] = {}
 
     def follow(self, request: CallRecord) -> None:
-        """Counts a request from now on."""
+        """Count a call from now on."""
         with self._lock:
             self._live.add(request)
 
     def settle(self, request: CallRecord) -> GenerationStats | None:
-        """Counts it for the last time, and returns what it has come to."""
+        """Add a call's final counts to the totals; return the statistics, if any."""
         stats = request.stats() if request.stats else None
         with self._lock:
             self._live.discard(request)
@@ -166,7 +166,7 @@ class _Tokens(Collector):
         return stats
 
     def collect(self) -> Iterator[Metric]:
-        """Called by a scrape."""
+        """Yield the token counters for a scrape."""
         with self._lock:
             totals = dict(self._ended)
             for request in self._live:
@@ -188,14 +188,14 @@ def _add(totals: dict[str, tuple[int, ...]], model: str, stats: GenerationStats)
 
 
 class _State(Collector):
-    """What ``Status`` tells, read when it is asked for."""
+    """Engine state as reported by ``Status``, read at each scrape."""
 
     def __init__(self, engine: Engine, version: str) -> None:
         self._engine = engine
         self._version = version
 
     def collect(self) -> Iterator[Metric]:
-        """Called by a scrape."""
+        """Yield the gauges for a scrape."""
         now = self._engine.state()
         model = now.model
         yield _gauge("num_requests_running", "Completions that have begun.", now.running_count)

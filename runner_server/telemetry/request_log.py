@@ -1,4 +1,4 @@
-"""The log on stderr: one line for every request, as text or as JSON; never what was said."""
+"""The log on stderr: one line per call, as text or JSON, without prompts or outputs."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ logger = logging.getLogger(__name__)
 _TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 _ASKED_OFTEN = frozenset({"Status", "HealthCheck"})
-"""Their lines have the level DEBUG if they succeed: a load is watched with five a second."""
+"""Methods logged at DEBUG when they succeed: watching a load makes five calls a second."""
 
 _SUMMARIZED = frozenset({"method", "code", "duration_seconds"})
 
 _MAX_CHARS = 256
-"""Of a value that a caller chose."""
+"""Longest value chosen by a caller."""
 
 _PLAIN = re.compile(r"[!#-<>-~]+")
-"""A value that needs no quotes: visible, without ``"`` and ``=``."""
+"""A value that needs no quotes: printable ASCII without space, ``"`` and ``=``."""
 
 Fields = dict[str, str | int | float]
 
 
 class RequestLine:
-    """The line of a request that has ended.
+    """Log line of a finished call.
 
     Attributes:
         summary: Method, code and duration.
-        fields: All that is known, by name; nothing of prompt and output.
+        fields: Everything known about the call, by name, except prompt and output.
     """
 
     def __init__(self, request: CallRecord) -> None:
@@ -42,20 +42,20 @@ class RequestLine:
         self.fields = _fields(request)
 
     def __str__(self) -> str:
-        """The line as text."""
+        """Format the line as text."""
         shown = self.fields.items()
         parts = [f"{name}={_quoted(value)}" for name, value in shown if name not in _SUMMARIZED]
         return f"{self.summary} {' '.join(parts)}"
 
 
 class RequestLog:
-    """Writes the line of every request at its end."""
+    """Logs one line for every finished call."""
 
     def begun(self, request: CallRecord) -> None:
-        """Nothing: one line is enough."""
+        """Do nothing: one line at the end is enough."""
 
     def ended(self, request: CallRecord) -> None:
-        """Writes the line."""
+        """Log the line."""
         is_quiet = request.code == "OK" and request.method in _ASKED_OFTEN
         level = logging.DEBUG if is_quiet else logging.INFO
         if logger.isEnabledFor(level):
@@ -63,10 +63,10 @@ class RequestLog:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line; the fields of a request stand beside time and level."""
+    """Formats each record as a JSON object; a call's fields are added to time and level."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """See ``logging.Formatter``."""
+        """Format a record; see ``logging.Formatter``."""
         line = record.msg if isinstance(record.msg, RequestLine) else None
         entry: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
@@ -82,10 +82,10 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up_logging(level: str, style: str) -> None:
-    """Sends the log of this process to stderr.
+    """Send the log of this process to stderr.
 
     Args:
-        level: A level of Python's logging.
+        level: Level of Python's logging.
         style: ``text`` or ``json``.
     """
     handler = logging.StreamHandler(sys.stderr)
@@ -95,7 +95,7 @@ def set_up_logging(level: str, style: str) -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for gRPC's traceback of a message whose reader has gone, which its line tells."""
+    """Drop gRPC's traceback of an unsent message: the log line of the call reports the cause."""
     return not str(record.msg).startswith("ExecuteBatchError")
 
 

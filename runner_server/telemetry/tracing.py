@@ -1,4 +1,4 @@
-"""OpenTelemetry spans, where its API is installed. Nothing here needs it to be."""
+"""OpenTelemetry spans, recorded only if the API is installed and tracing is configured."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ _ERRORS = frozenset(
         "DATA_LOSS",
     }
 )
-"""Codes that are the server's fault, as OpenTelemetry's conventions for gRPC have it."""
+"""Codes that count as errors of the server, by OpenTelemetry's conventions for gRPC."""
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-"""The standard variables that say where spans go."""
+"""The standard variables with the destination of spans."""
 
 _FLUSH_SECONDS = 1.0
-"""How long the end of the process may wait for spans to be sent."""
+"""Longest wait at process exit for spans to be sent."""
 
 
 def open_tracing(version: str) -> Tracing | None:
-    """Begins to record spans if somebody wants them; else nothing is imported.
+    """Start recording spans if tracing is configured; otherwise import nothing.
 
-    Wanted are they where the environment names an endpoint, or where OpenTelemetry was
-    set up in this process before.
+    Tracing is configured if the environment names an endpoint, or if OpenTelemetry has already
+    been imported in this process.
     """
     endpoint = any(os.environ.get(name) for name in _ENDPOINTS)
     if not endpoint and "opentelemetry.trace" not in sys.modules:
@@ -57,7 +57,7 @@ def open_tracing(version: str) -> Tracing | None:
 
 
 def _exporting_provider() -> TracerProvider | None:
-    """A provider that sends spans as the OTEL_* variables say; None if there is one."""
+    """Return a provider configured by the OTEL_* variables; None if one is already set."""
     from opentelemetry import trace  # noqa: PLC0415 - may be missing, as the next two may
 
     if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
@@ -69,7 +69,7 @@ def _exporting_provider() -> TracerProvider | None:
     from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
     from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
 
-    # OTEL_SERVICE_NAME comes before this name.
+    # OTEL_SERVICE_NAME takes precedence over this name.
     named = {} if os.environ.get("OTEL_SERVICE_NAME") else {"service.name": "mlx-grpc-runner"}
     provider = TracerProvider(resource=Resource.create(named))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
@@ -77,14 +77,14 @@ def _exporting_provider() -> TracerProvider | None:
 
 
 class Tracing:
-    """Records a span for every request. An :class:`~runner_server.telemetry.interceptor.Observer`.
+    """Records a span for every call, as an ``Observer`` of the telemetry interceptor.
+
+    Creating an instance imports the OpenTelemetry API.
 
     Args:
         version: The version of the server.
-        provider: Where spans go. Default: the process's own, which records nothing
-            until somebody sets one up.
-
-    Making one imports the API.
+        provider: Destination of spans. Default: the process's own provider, which records
+            nothing until one is set up.
     """
 
     def __init__(self, version: str, provider: TracerProvider | None = None) -> None:
@@ -97,10 +97,10 @@ class Tracing:
         self._error = trace.StatusCode.ERROR
 
     def begun(self, request: CallRecord) -> None:
-        """Nothing: a span is made at the end, with the time it began."""
+        """Do nothing: the span is created at the end, with the call's start time."""
 
     def ended(self, request: CallRecord) -> None:
-        """Records the span, as a child of the caller's."""
+        """Record the span as a child of the caller's."""
         end = time.time_ns()
         span = self._tracer.start_span(
             FULL_NAMES[request.method],
@@ -122,10 +122,10 @@ class Tracing:
             span.set_attributes(_generation_attributes(request))
 
     def close(self) -> None:
-        """Sends what waits to be sent, as far as there is somebody to take it."""
+        """Send pending spans, waiting at most a second."""
         flush = getattr(self._provider, "force_flush", None)
         if flush:
-            # An exporter tries again for longer than the end of a process may take.
+            # An exporter may retry for longer than the exit of a process may take.
             thread = threading.Thread(target=flush, daemon=True)
             thread.start()
             thread.join(_FLUSH_SECONDS)
