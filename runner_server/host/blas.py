@@ -1,9 +1,8 @@
-"""Which library multiplies matrices on the CPU of this process.
+"""Detection of the BLAS library used on the CPU.
 
-MLX calls ``cblas_sgemm`` (mlx/backend/cpu/gemms/cblas.cpp). The dynamic linker is
-asked which library answers: that counts a library put in front by ``LD_PRELOAD``
-only if it was really loaded, and leaves out those that came with another package
-(NumPy's wheel brings an OpenBLAS of its own, which MLX does not see).
+MLX calls ``cblas_sgemm`` (mlx/backend/cpu/gemms/cblas.cpp). The dynamic linker says which library
+provides it, so a library in ``LD_PRELOAD`` counts only if it was really loaded, and libraries of
+other packages do not count (NumPy's wheel brings its own OpenBLAS, which MLX does not see).
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ REFERENCE = "reference BLAS of MLX"
 
 
 def blas_of(device: str) -> str:
-    """The name of the library, as ``StatusResponse.blas`` has it.
+    """Return the name of the library, as reported in ``StatusResponse.blas``.
 
     Args:
-        device: The engine's device; "" before MLX is imported, which gives "", as
-            does every device that is no CPU.
+        device: The engine's device. Any other device than a CPU gives "", and so does "", the
+            device before MLX is imported.
     """
     return _blas_in_use() if device.startswith("cpu") and _MLX in sys.modules else ""
 
@@ -44,8 +43,8 @@ def _blas_in_use() -> str:
 
 
 def blas_name(library: Path) -> str:
-    """What people call a BLAS library, by its file."""
-    # Debian's OpenBLAS is a libblas.so.3 too, in a folder of its name.
+    """Return the common name of a BLAS library."""
+    # Debian's OpenBLAS is also called libblas.so.3, in a folder with its name.
     real = library.resolve()
     words = f"{library.name} {real.name} {real.parent.name}".lower()
     family = next((name for word, name in _FAMILIES.items() if word in words), None)
@@ -70,7 +69,7 @@ class _SymbolInfo(ctypes.Structure):
 
 
 def _library_of(function: str) -> Path | None:
-    """The library whose function MLX calls: the linker looks everywhere, then beside MLX."""
+    """Return the library of a function called by MLX: the global scope first, then MLX's own."""
     for scope in (ctypes.CDLL(None), ctypes.CDLL(sys.modules[_MLX].__file__)):
         if hasattr(scope, function):
             address = ctypes.cast(getattr(scope, function), ctypes.c_void_p)

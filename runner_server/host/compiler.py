@@ -1,4 +1,4 @@
-"""Whether g++ compiles here, and what it compiles can be loaded."""
+"""Check of g++: whether compiling works and the result can be loaded."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ _SOURCE = """#include <cmath>
 extern "C" double mlx_runner_check(double x) { return std::exp(x); }
 """
 _OPTIONS = ("-std=c++17", "-O3", "-fPIC", "-shared")
-"""Those of MLX 0.32 (mlx/backend/cpu/jit_compiler.cpp)."""
+"""Options of MLX 0.32 (mlx/backend/cpu/jit_compiler.cpp)."""
 
 _TIMEOUT_SECONDS = 60.0
 
 _MIN_FREE_BYTES = 16 << 20
-"""A kernel takes 20 KiB, and while it is compiled a few hundred. A model needs dozens of them."""
+"""A kernel takes 20 KiB, and a few hundred while compiling. A model needs dozens of kernels."""
 
 
 def check_compiler(folder: Path) -> None:
-    """Load a library from a folder; compile it first if it is not there.
+    """Load a test library from a folder, compiling the library first if necessary.
 
     Args:
-        folder: Where MLX is to keep kernels.
+        folder: Folder in which MLX will store kernels.
 
     Raises:
         CompilerError: g++ failed.
-        OSError: What is compiled cannot be loaded from the folder, or has no room there.
+        OSError: The folder does not allow loading libraries, or its disk is full.
     """
     status = os.statvfs(folder)
     if status.f_flag & getattr(os, "ST_NOEXEC", 0):

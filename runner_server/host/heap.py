@@ -1,6 +1,6 @@
-"""The C heap of the process: how glibc keeps and returns its pages.
+"""Tuning of glibc's heap to return freed memory to the system.
 
-MLX's arrays on a CPU, gRPC's messages and the tokenizer all live in it. Other C libraries have
+MLX's CPU arrays, gRPC's messages and the tokenizer all live in the heap. Other C libraries have
 none of these calls and are left as they are.
 """
 
@@ -14,19 +14,19 @@ _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
 _MADV_DONTNEED = 4
 
 _MAP_FIELDS = 6
-"""Of a line of /proc/self/maps that names a file."""
+"""Number of fields in a line of /proc/self/maps that names a file."""
 
 _MAPPED_BYTES = 1 << 20
-"""Blocks from this size on are mapped by themselves and go back to the system when they are
-freed. glibc's own threshold grows to 32 MiB with the blocks it sees, after which freed arrays
-stay in the heap between others."""
+"""Blocks of at least this size are mapped separately and return to the system when freed. glibc's
+own threshold grows to 32 MiB with the blocks it sees, after which freed arrays stay in the heap
+between others."""
 
 _ARENAS = 2
-"""Heaps for threads. By default eight for each core, each of which keeps pages of its own."""
+"""Heaps for threads. The default is eight per core, each of which keeps free pages."""
 
 
 def settle_heap() -> None:
-    """Have glibc return large blocks at once and keep few arenas. To be called at the start."""
+    """Make glibc return large blocks at once and use few arenas. Call at startup."""
     mallopt = getattr(_libc(), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
@@ -41,14 +41,14 @@ def trim_heap() -> None:
 
 
 def drop_code(libraries: tuple[str, ...]) -> None:
-    """Let go of the pages of libraries' code that the process has touched.
+    """Release the resident pages of libraries' code.
 
-    They are the largest part of what a model leaves behind (9 MiB of libmlx.so after the first
-    one), although nothing of it is in use; the next call brings those back that it needs. Only
-    mappings that are executable and not writable: nothing in them was ever changed.
+    They are the largest part of what remains after a model is unloaded (9 MiB of libmlx.so after
+    the first one), although none of it is in use; the next call reads the pages it needs again.
+    Only executable, read-only mappings are released, whose pages never change.
 
     Args:
-        libraries: Beginnings of file names.
+        libraries: Prefixes of file names.
     """
     madvise = getattr(_libc(), "madvise", None)
     if madvise is None:

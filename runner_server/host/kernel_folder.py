@@ -1,9 +1,9 @@
-"""Folders for the kernels that MLX compiles and loads: this user's alone.
+"""Private folders for the kernels compiled and loaded by MLX.
 
-MLX takes a kernel from ``<TMPDIR>/mlx/<version>/cpu`` if a file of its name is there, whoever
-wrote it and whether it is complete (mlx/backend/cpu/compiled.cpp), and writes new ones there in
-place, without a lock. So each process gets a folder of its own, which begins with links to the
-kernels that earlier processes of this user have loaded.
+MLX takes a kernel from ``<TMPDIR>/mlx/<version>/cpu`` if a file of its name exists, no matter who
+wrote it and whether it is complete (mlx/backend/cpu/compiled.cpp), and writes new ones in place,
+without a lock. Each process therefore gets a folder of its own, which starts with links to the
+kernels loaded by earlier processes of the same user.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ _RUN, _NEW_RUN = "run-", "new-"
 _LIBRARIES = "lib*.so"
 
 _UNQUOTABLE = frozenset('"$`\\\n')
-"""MLX hands paths to a shell, between double quotes."""
+"""MLX passes paths to a shell, in double quotes."""
 
 _PTX_VARIABLE = "MLX_PTX_CACHE_DIR"
-"""Where MLX keeps the kernels of CUDA; by default below TMPDIR, with the same trust."""
+"""Folder of MLX's CUDA kernels; by default below TMPDIR, where MLX trusts any file too."""
 
 _NOWHERE = "/dev/null/mlx"
-"""A folder that cannot be made: MLX keeps no PTX then."""
+"""A folder that cannot be created, so that MLX stores no PTX."""
 
 
 class NoKernelFolderError(OSError):
-    """No folder of this user can hold kernels; says why for each that was tried."""
+    """No usable folder for kernels; the message says why for each one tried."""
 
 
 class KernelFolder:
-    """The kernels of this process, of which complete ones are kept for later processes.
+    """Kernels of this process; complete ones are kept for later processes.
 
-    ``keep`` and ``close`` must run on the thread that evaluates, while nothing is evaluated.
+    Call ``keep`` and ``close`` on the thread that evaluates, while nothing is being evaluated.
 
     Args:
-        base: A private folder that all processes of this user share.
+        base: Private folder shared by all processes of this user.
         version: MLX's version.
-        key: Names the kernels that can replace each other; None keeps none of them.
-        is_temporary: Whether to remove ``base`` at the end.
+        key: Name of the set of interchangeable kernels; None keeps no kernels.
+        is_temporary: Whether to remove ``base`` on ``close``.
 
     Attributes:
-        libraries: Where MLX looks for libraries while the folder is in use.
+        libraries: Folder in which MLX looks for libraries while this one is in use.
     """
 
     def __init__(
@@ -75,27 +75,27 @@ class KernelFolder:
             self._take_over(self._kept)
 
     def use(self) -> None:
-        """Have MLX compile here from now on.
+        """Make MLX compile in this folder from now on.
 
-        Only the environment of C changes, not ``os.environ``: temporary files of Python and
-        of child processes stay where they were.
+        Only the C environment changes, not ``os.environ``: temporary files of Python and of child
+        processes are not affected.
         """
         os.putenv("TMPDIR", str(self._run))
         if _PTX_VARIABLE not in os.environ:
             os.putenv(_PTX_VARIABLE, str((self._kept or self._run) / "ptx"))
 
     def keep(self) -> None:
-        """Keep new kernels for later processes, and drop those that could not be loaded."""
+        """Keep new kernels for later processes and delete any that could not be loaded."""
         if self._kept is None:
             return
         for file in self.libraries.glob(_LIBRARIES):
             if file.name not in self._known:
-                # Best effort: on a full disk the next process compiles it again.
+                # Best effort: if the disk is full, the next process compiles it again.
                 with contextlib.suppress(OSError):
                     self._keep(file, self._kept)
 
     def close(self) -> None:
-        """Keep what is new, and remove the folder."""
+        """Keep new kernels and remove the folder."""
         self.keep()
         for variable in ("TMPDIR", _PTX_VARIABLE):
             _restore(variable)
@@ -128,16 +128,16 @@ def open_kernels(
     keeps: bool = True,
     environ: Mapping[str, str] = os.environ,
 ) -> KernelFolder:
-    """Open a folder for kernels in the first place that is fit for it.
+    """Open a kernel folder in the first suitable location.
 
     Args:
         version: MLX's version.
-        check: Raises OSError if a folder is not fit for libraries that are executed.
-        keeps: Begin with the kernels of earlier processes, and keep new ones.
-        environ: Says where temporary and cached files go.
+        check: Raises OSError if a folder is unsuitable for libraries that are executed.
+        keeps: Whether to start with the kernels of earlier processes and keep new ones.
+        environ: Environment with the folders of temporary and cached files.
 
     Raises:
-        NoKernelFolderError: No place is fit.
+        NoKernelFolderError: No location is suitable.
     """
     key = _key(version) if keeps else None
     reasons = []
@@ -160,13 +160,13 @@ def open_kernels(
 
 
 def keep_nothing() -> None:
-    """Have MLX keep no kernels of a GPU, where no folder is fit for them."""
+    """Make MLX store no GPU kernels, for lack of a suitable folder."""
     if _PTX_VARIABLE not in os.environ:
         os.putenv(_PTX_VARIABLE, _NOWHERE)
 
 
 def _places(environ: Mapping[str, str]) -> Iterator[tuple[Path, bool]]:
-    """Yield the folders to try, and whether each is made for this process alone."""
+    """Yield the folders to try, each with whether only this process uses the folder."""
     name = f"{_PREFIX}{os.geteuid()}"
     if given := environ.get("TMPDIR"):
         yield Path(given).absolute() / name, False
@@ -178,7 +178,7 @@ def _places(environ: Mapping[str, str]) -> Iterator[tuple[Path, bool]]:
 
 
 def _key(version: str) -> str:
-    """Return a name that changes with whatever makes a kernel of another machine unusable."""
+    """Return the name of a set of interchangeable kernels."""
     compiler = shutil.which("g++")
     facts = [version, platform.machine(), *_cpu_features(), _c_library()]
     if compiler:
@@ -195,7 +195,7 @@ def _c_library() -> str:
 
 
 def _cpu_features() -> list[str]:
-    """Return those CPU features that MLX compiles for where they are there."""
+    """Return the CPU's features, limited to those MLX compiles for."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -205,17 +205,17 @@ def _cpu_features() -> list[str]:
 
 
 def _new_run(base: Path) -> tuple[Path, int]:
-    """Make a folder for this process, locked from the moment on when others can find it."""
+    """Create a folder for this process, locked before other processes can find it."""
     made = Path(tempfile.mkdtemp(prefix=_NEW_RUN, dir=base))
     lock = os.open(made / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    # File systems without locks: what a killed process leaves stays there.
+    # On file systems without locks the folders of killed processes stay.
     with contextlib.suppress(OSError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return made.rename(base / made.name.replace(_NEW_RUN, _RUN, 1)), lock
 
 
 def _remove_dead(base: Path) -> None:
-    """Remove the folders of processes that were killed."""
+    """Remove the folders of killed processes."""
     for run in base.glob(f"{_RUN}*"):
         with contextlib.suppress(OSError):
             lock = os.open(run / "lock", os.O_RDWR | os.O_CLOEXEC)
@@ -227,7 +227,7 @@ def _remove_dead(base: Path) -> None:
 
 
 def _is_loaded(library: Path) -> bool:
-    """Return whether this process has loaded a library, and so found it complete."""
+    """Return whether this process has loaded a library, a proof of completeness."""
     try:
         ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD)
     except OSError:
@@ -240,7 +240,7 @@ def _digest(file: Path) -> str:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Give a file a second name; copy it where the file system has one name only."""
+    """Hard-link a file, or copy if the file system has no hard links."""
     if target.exists():
         return
     try:

@@ -1,4 +1,4 @@
-"""Whether this machine has the memory that a load needs, and what is set aside for it."""
+"""Admission of loads by the machine's free memory, and this process's reservation."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 class MachineAdmission:
-    """Compares needs with the machine's free memory and with what other runners may take.
+    """Compares needs with free memory, less the memory other runners may still take.
 
-    By the same rules and the same reservations as the client's gate. Thread-safe.
+    Uses the same rules and reservations as the client's gate. Thread-safe.
 
     Args:
         book: The reservations of this machine.
@@ -46,13 +46,16 @@ class MachineAdmission:
         self._lock = threading.Lock()
         self._reservation: Reservation | None = None
         self._held_bytes = 0
-        # A wrong value is to be told of at the start, not at the first load.
+        # Report an invalid value at startup, not at the first load.
         Headroom.from_environ(os.environ, "cpu")
 
     def admit(self, model: str, need: MemoryNeed, *, override: bool) -> int:
-        """See :meth:`Admission.admit`. A refusal leaves no reservation of this process."""
+        """Reserve memory for a load; see :meth:`Admission.admit`.
+
+        A refusal leaves this process without a reservation.
+        """
         with self._lock, self._book.locked() as book:
-            # What a GPU held is back, whatever was reported last.
+            # The GPU memory of the previous model is free again, whatever was reported last.
             decision = self._decide(book, need.required_bytes, held_bytes=0)
             book.drop_owned_by(os.getpid())
             self._reservation = None
@@ -64,18 +67,15 @@ class MachineAdmission:
         return granted
 
     def compare(self, required_bytes: int) -> Decision:
-        """Compare a need with what a load could take now, and set nothing aside.
+        """Compare a need with the memory available to a load, without reserving any.
 
-        A model that is loaded here would be unloaded first, so its memory counts as free.
+        A loaded model would be unloaded first, so its memory counts as free.
         """
         with self._book.locked() as book:
             return self._decide(book, required_bytes, self._held_bytes)
 
     def spare_bytes(self) -> int:
-        """Return what is free beyond all that is kept free and that others may take.
-
-        Negative where memory is short.
-        """
+        """Return free memory beyond the headroom and other runners' claims; negative if short."""
         with self._book.locked() as book:
             free = self._measure()
             claimed = book.claimed_bytes({os.getpid()}, free)
@@ -83,21 +83,21 @@ class MachineAdmission:
         return free.available_bytes - headroom.total_bytes - claimed
 
     def note_held(self, held_bytes: int) -> None:
-        """Report what this process holds, where its resident set does not show it."""
+        """Report memory held outside the resident set of this process."""
         with self._lock:
             self._held_bytes = held_bytes
             if self._reservation:
                 self._reservation.update(held_bytes=held_bytes)
 
     def release(self) -> None:
-        """Give up what was set aside for this process."""
+        """Release the reservation of this process."""
         with self._lock, self._book.locked() as book:
             book.drop_owned_by(os.getpid())
             self._reservation = None
             self._held_bytes = 0
 
     def _decide(self, book: BookView, required_bytes: int, held_bytes: int) -> Decision:
-        """Compare; what this process holds already is a part of its need and counts as free."""
+        """Compare a need with free memory, counting memory held by this process as free."""
         free = _without_own(self._measure(), resident_bytes(), held_bytes)
         claimed = book.claimed_bytes({os.getpid()}, free)
         headroom = Headroom.from_environ(os.environ, free.device_kind)
@@ -105,13 +105,13 @@ class MachineAdmission:
 
 
 def _without_own(free: FreeMemory, resident: int, held: int) -> FreeMemory:
-    """Return what would be free if this process held nothing.
+    """Return the free memory as if this process held nothing.
 
     Args:
         free: The measurement.
-        resident: What this process holds of the system's memory.
-        held: What it holds of a GPU's own. Metal's figure is the limit of the working set,
-            whatever is held.
+        resident: System memory held by this process.
+        held: Memory of a discrete GPU held by this process. Metal's figure is the limit of
+            the working set, which does not depend on the memory held.
     """
 
     def without(available: int | None, own: int) -> int | None:

@@ -1,4 +1,4 @@
-"""The directory that models are confined to, if there is one."""
+"""Restriction of models to a directory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class ModelRoot:
-    """Tells what lies below a directory, after all symbolic links.
+    """Directory that must contain every model, with symbolic links resolved.
 
     Attributes:
         path: The directory, resolved.
@@ -18,14 +18,14 @@ class ModelRoot:
     path: Path
 
     def has(self, model: Path) -> bool:
-        """Whether a model's directory lies below, with all that links in it lead to.
+        """Return whether a model's directory, including link targets, is inside the root.
 
         Args:
-            model: The directory, resolved.
+            model: The model's directory, resolved.
 
         Raises:
-            OSError: It cannot be looked into.
-            RuntimeError: A link leads back to itself.
+            OSError: The directory cannot be read.
+            RuntimeError: A link refers to itself.
         """
         return model.is_relative_to(self.path) and all(
             _target(link).is_relative_to(self.path) for link in _links(model)
@@ -34,14 +34,14 @@ class ModelRoot:
 
 def _target(link: Path) -> Path:
     try:
-        # From Python 3.13 on only a strict one refuses links in a ring.
+        # Since Python 3.13 only strict resolution refuses circular links.
         return link.resolve(strict=True)
     except FileNotFoundError:
         return link.resolve()
 
 
 def _links(folder: Path) -> list[Path]:
-    # It does not enter the directories that links lead to.
+    # os.walk does not follow links to directories.
     entries = (
         Path(place, name)
         for place, folders, files in os.walk(folder)

@@ -1,11 +1,10 @@
-"""Ends the process when its parent does, however the parent ends.
+"""Exit of the process after the parent's end, however the parent ends.
 
-The sign is the end of file on stdin, a pipe whose writing end only the parent
-holds: the kernel closes it in every case. The parent's process id is looked at as
-well, because a fork of the parent may have kept the pipe open, or stdin may be no
-pipe (/dev/null, as a service's). Neither
-PR_SET_PDEATHSIG (it follows a thread, and macOS has none) nor ``getppid() == 1``
-(wrong under subreapers and when the parent is process 1) would do.
+The primary sign is the end of file on stdin, a pipe whose write end only the parent holds: the
+kernel closes it in every case. The parent's process id is polled as well, because a fork of the
+parent may have kept the pipe open, or stdin may not be a pipe (/dev/null, in a service). Neither
+PR_SET_PDEATHSIG (tied to a thread, and missing on macOS) nor ``getppid() == 1`` (wrong under
+subreapers and when the parent is process 1) would do.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 0.7
-"""After the parent's end: with the poll before it, and the time that the system takes to
-free the memory after it, it stays under the promised 2 s."""
+"""Grace time after the parent's end. With the polling interval before it and the time the system
+takes to free the memory after it, the total stays under the promised 2 s."""
 
 
 class OrphanGuard:
-    """Watches the parent from daemon threads.
+    """Watches the parent process from daemon threads.
 
     Args:
         on_orphaned: Called once, on one of the threads; should begin an orderly stop.
-            The process is ended if it is still there after a grace time.
+            A process still running after a grace time is ended.
     """
 
     def __init__(self, on_orphaned: Callable[[], object]) -> None:
@@ -40,7 +39,7 @@ class OrphanGuard:
         self._once = threading.Lock()
 
     def start(self) -> None:
-        """Starts to watch."""
+        """Start watching."""
         signs = [self._watch_parent]
         if _is_pipe(_stdin()):
             signs.append(self._watch_stdin)
@@ -74,7 +73,7 @@ def _stdin() -> int:
 
 
 def _is_pipe(descriptor: int) -> bool:
-    """Whether its end tells anything; what is closed counts as ended."""
+    """Return whether a descriptor's end of file is meaningful; a closed one counts as ended."""
     try:
         mode = os.fstat(descriptor).st_mode
     except OSError:

@@ -1,4 +1,4 @@
-"""Folders in which no other user can put or change a file."""
+"""Folders in which no other user can create or change files."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 
 
 class UntrustedFolderError(OSError):
-    """Another user could put files into a folder, or replace it."""
+    """Another user could write to a folder or replace the folder."""
 
 
 def private_folder(path: Path) -> Path:
-    """Make a folder that only this user may enter, or check that it is one.
+    """Create a folder private to this user, or check an existing one.
 
     Returns:
-        The same folder without symbolic links above it, so that what was checked is
-        what is used.
+        The folder with the symbolic links above it resolved, so that the checked path is the
+        one used.
 
     Raises:
-        UntrustedFolderError: The folder exists and is another user's, open to others, or
-            no folder; or another user can rename it.
-        OSError: It cannot be made.
+        UntrustedFolderError: The path exists and is another user's, open to others, or not a
+            folder; or another user can rename it.
+        OSError: The folder cannot be created.
     """
     nearest = next(above for above in path.absolute().parents if above.exists())
     _check_above(nearest.resolve(strict=True))
@@ -41,8 +41,8 @@ def private_folder(path: Path) -> Path:
 
 
 def _check_above(folder: Path) -> None:
-    """Check that nobody but root and this user can rename what lies in a real folder."""
-    # Whoever owns the root directory is root, perhaps of a container.
+    """Check that only root and this user can rename the entries of a resolved folder."""
+    # The owner of the root directory is root, perhaps of a container.
     trusted = {0, os.geteuid(), Path("/").stat().st_uid}
     for above in (folder, *folder.parents):
         status = above.stat()

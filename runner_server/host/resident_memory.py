@@ -1,4 +1,4 @@
-"""How much memory this process holds, where the system tells."""
+"""Resident memory of this process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
 
 
 def resident_bytes() -> int:
-    """The resident set of this process, in bytes; where there is no /proc, its peak."""
+    """Return the resident set of this process in bytes; the peak if the current size is unknown."""
     try:
         return int(psutil.Process().memory_info().rss)
     except (psutil.Error, OSError):
