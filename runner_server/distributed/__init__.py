@@ -1,6 +1,6 @@
-"""One model in several processes: rank 0 serves, the others follow it call by call.
+"""One model in several processes: rank 0 serves, and the other ranks repeat each call.
 
-Rank 0 tells the followers each call of the engine on the model library before it makes it
-itself, and each reading of its clock. So all ranks ask MLX for the same in the same order.
-Nothing here knows MLX; ``runner_server.mlx_backend.sharding`` does.
+Rank 0 sends the followers each call of the engine to the model library before making it, and each
+reading of its clock, so that all ranks make the same MLX calls in the same order. This package is
+independent of MLX; ``runner_server.mlx_backend.sharding`` is not.
 """

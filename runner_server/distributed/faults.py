@@ -1,4 +1,4 @@
-"""Faults of a load on another rank, over the link and back."""
+"""Transfer of load faults between ranks."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _KINDS = {
 
 
 def fault_values(error: Exception) -> tuple[str, str, dict[str, str]]:
-    """What is sent of a fault: kind, words, numbers."""
+    """Return the class name, message and metadata to send for an exception."""
     if isinstance(error, RunnerFault):
         return type(error).__name__, str(error), error.metadata
     return GenerationFailed.__name__, f"loading raised {type(error).__name__}: {error}", {}
 
 
 def fault_of(where: str, kind: str, text: str, metadata: dict[str, str]) -> RunnerFault:
-    """The fault that was sent.
+    """Rebuild a fault from the values sent by another rank.
 
     Args:
-        where: Which rank it is of, in words.
-        kind: The name of its class; any other than those of a load counts as a failure.
-        text: Its words.
-        metadata: Its numbers.
+        where: Name of the rank that failed.
+        kind: Class name of the fault; an unknown one becomes :class:`GenerationFailed`.
+        text: The fault's message.
+        metadata: The fault's numbers.
     """
     return _KINDS.get(kind, GenerationFailed)(f"{where}: {text}", **metadata)

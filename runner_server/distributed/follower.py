@@ -1,4 +1,4 @@
-"""A rank that follows rank 0: the same adapter, driven by what rank 0 says."""
+"""Follower ranks: the same model library, driven by rank 0's messages."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from runner_server.host.resident_memory import resident_bytes
 logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 5.0
-"""How long the end may take once rank 0 has asked for it, and is gone."""
+"""Longest wait for this rank's own end after rank 0 has sent ``close`` and disconnected."""
 
 
 class _AbortedError(Exception):
-    """Rank 0 has given a load up."""
+    """Rank 0 has cancelled a load."""
 
 
 class Inbox:
-    """What rank 0 says, read by a thread of its own.
+    """Messages of rank 0, read on a separate thread.
 
     Args:
         link: The connection to rank 0.
-        on_lost: Called once, on that thread, when rank 0 is gone; should end the process,
-            because what another thread waits for inside MLX may never come.
+        on_lost: Called once, on that thread, when rank 0 is lost; should end the process,
+            because another thread may be blocked inside MLX indefinitely.
     """
 
     def __init__(self, link: Link, on_lost: Callable[[], object]) -> None:
@@ -42,18 +42,18 @@ class Inbox:
         self._is_closing = False
 
     def start(self) -> None:
-        """Starts to read."""
+        """Start reading."""
         threading.Thread(target=self._read, name="rank 0", daemon=True).start()
 
     def get(self) -> list[Any]:
-        """Waits for the next message, without using the processor."""
+        """Block until the next message, without polling."""
         return self._messages.get()
 
     def expect(self, kind: str) -> list[Any]:
-        """The values of the next message, which must be of this kind.
+        """Return the values of the next message, which must be of the given kind.
 
         Raises:
-            RuntimeError: It is another: the ranks have come apart.
+            RuntimeError: The message is of another kind: the ranks are out of step.
         """
         found, *values = self.get()
         if found != kind:
@@ -62,7 +62,7 @@ class Inbox:
 
     @property
     def has_news(self) -> bool:
-        """Whether a message waits."""
+        """True if a message is waiting."""
         return not self._messages.empty()
 
     def _read(self) -> None:
@@ -80,14 +80,14 @@ class Inbox:
 
 
 class FollowerPartners:
-    """What a load and a batch on this rank share with rank 0; see ``Partners``.
+    """Coordination of a load and a batch on this rank with rank 0; see ``Partners``.
 
     Args:
         link: The connection to rank 0.
-        inbox: What rank 0 says.
+        inbox: Messages of rank 0.
 
     Attributes:
-        is_in_step: Whether all ranks work together: what fails here now ends them all.
+        is_in_step: Whether all ranks work together, so that a failure here ends all of them.
     """
 
     def __init__(self, link: Link, inbox: Inbox) -> None:
@@ -97,18 +97,18 @@ class FollowerPartners:
         self._has_answered = False
 
     def start_load(self) -> None:
-        """Notes that rank 0 wants an answer, and may give the load up before it has said go."""
+        """Start a load, which rank 0 may cancel until ``go`` and expects one answer to."""
         self.is_in_step = self._has_answered = False
 
     def clock(self) -> float:
-        """What rank 0's clock showed at this place."""
+        """Return rank 0's clock at the same point of execution."""
         return cast("float", self._inbox.expect("clock")[0])
 
     def begin_load(self, _spec: LoadSpec) -> None:
-        """Nothing: rank 0 has begun it."""
+        """Do nothing: rank 0 has begun the load."""
 
     def finish_load(self, _report: Callable[[int], None], kv_share: float) -> float:
-        """Tells that this rank has read its part, and waits for rank 0 to go on."""
+        """Report this rank's part as read and wait for rank 0 to go on."""
         self._link.send("loaded", kv_share)
         self._has_answered = True
         (kind, *_) = self._inbox.get()
@@ -118,25 +118,25 @@ class FollowerPartners:
         return kv_share
 
     def check_aborted(self, _progress: int) -> None:
-        """Ends a load that rank 0 has given up."""
+        """Stop a load cancelled by rank 0."""
         if not self.is_in_step and self._inbox.has_news:
             self._inbox.expect("abort")
             raise _AbortedError
 
     def fail_load(self, error: Exception) -> None:
-        """Tells that this rank has not loaded, unless rank 0 has its answer."""
+        """Report a failed load to rank 0, unless already answered."""
         if not self._has_answered:
             self._link.send("failed", *fault_values(error))
 
 
 class Follower:
-    """Does what rank 0 says until it says ``close``.
+    """Executes the calls of rank 0 until ``close``.
 
     Args:
         backend: The model library.
         link: The connection to rank 0.
-        inbox: What rank 0 says.
-        partners: Those that ``backend`` was made with.
+        inbox: Messages of rank 0.
+        partners: The partners that ``backend`` was created with.
     """
 
     def __init__(
@@ -160,15 +160,15 @@ class Follower:
             "limit_prefix_cache": lambda limit: self._require_model().limit_prefix_cache(limit),
             "release": self._release,
             "trim": self._backend.trim,
-            # Of a load that has failed here already.
+            # For a load that has already failed here.
             "abort": lambda: None,
         }
 
     def run(self) -> None:
-        """Follows; on the thread that opened the library.
+        """Follow rank 0. Call on the thread that opened the library.
 
         Raises:
-            Exception: Whatever MLX raised: this rank cannot go on.
+            Exception: Any MLX error: this rank cannot continue.
         """
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
         while True:
@@ -226,6 +226,6 @@ class Follower:
             try:
                 self._link.send("beat", asdict(memory), resident_bytes(), limit)
             except OSError:
-                # Rank 0 is gone: the thread that reads ends the process.
+                # Rank 0 is lost: the thread that reads ends the process.
                 return
             time.sleep(BEAT_SECONDS)

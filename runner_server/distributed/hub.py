@@ -1,4 +1,4 @@
-"""The other ranks as rank 0 sees them: who they are, what they answer, which one has gone."""
+"""Rank 0's connections to the other ranks: joining, answers, heartbeats and losses."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from runner_server.engine.types import MemoryCounters, Rank
 logger = logging.getLogger(__name__)
 
 _HELLO_SECONDS = 5.0
-"""How long one that connects may take to say who it is."""
+"""Longest wait for a new connection to introduce itself."""
 
 _LOST_SECONDS = 2.0
-"""How long after MLX raised it is waited for the sign that a rank has gone."""
+"""Longest wait, after an MLX error, for the news that another rank is lost."""
 
 
 @dataclass
@@ -33,11 +33,11 @@ class _Follower:
 
 
 class Hub:
-    """Connects rank 0 with all others.
+    """Connections of rank 0 to the other ranks.
 
     Args:
-        host: The address of this machine on which the others reach it.
-        size: How many ranks there are, this one included.
+        host: Address of this machine that the other ranks can reach.
+        size: Number of ranks, including this one.
 
     Raises:
         OSError: The address cannot be listened on.
@@ -58,19 +58,19 @@ class Hub:
 
     @property
     def address(self) -> list[Any]:
-        """Where followers connect, and what they say to be let in: host, port, secret."""
+        """Host, port and secret for followers to connect with."""
         return [*self._listener.getsockname()[:2], self._secret]
 
     def gather(self, traits: Sequence[str], timeout_seconds: float) -> None:
-        """Waits for all others.
+        """Wait for the other ranks to connect.
 
         Args:
-            traits: What must be the same on all ranks, such as versions.
-            timeout_seconds: How long.
+            traits: Properties that must be the same on all ranks, such as versions.
+            timeout_seconds: Longest wait for all ranks together.
 
         Raises:
-            TimeoutError: Some have not come.
-            ValueError: One differs in what must be the same.
+            TimeoutError: Some ranks did not connect.
+            ValueError: A rank has different traits.
         """
         deadline = time.monotonic() + timeout_seconds
         with self._listener:
@@ -107,9 +107,10 @@ class Hub:
         self._followers.append(_Follower(link, Rank(rank, host, pid, device)))
 
     def watch(self, on_lost: Callable[[str], object], on_stop: Callable[[], object]) -> None:
-        """Says whom to tell of a rank that is gone, in words, or that asks for a stop.
+        """Set the callbacks for a lost rank and for a rank asked to stop.
 
-        Both are called on threads of the hub, at most once for each rank.
+        They are called on the hub's threads: ``on_lost`` at most once, with a description of the
+        lost rank, and ``on_stop`` for each request.
         """
         with self._lock:
             self._on_lost, self._on_stop = on_lost, on_stop
@@ -119,14 +120,14 @@ class Hub:
 
     @property
     def others(self) -> list[Rank]:
-        """The other ranks, with the memory that they told of last."""
+        """The other ranks, with the memory last reported by each."""
         return [follower.rank for follower in self._followers]
 
     def tell(self, *message: object) -> None:
-        """Sends a message to all others.
+        """Send a message to every other rank.
 
         Raises:
-            BackendLost: One is gone.
+            BackendLost: A rank is lost.
         """
         line = encode(*message)
         for follower in self._followers:
@@ -138,10 +139,10 @@ class Hub:
             raise BackendLost(self._lost_text)
 
     def answer(self, place: int, timeout_seconds: float) -> list[Any] | None:
-        """The next answer of the follower at a place of :attr:`others`; None if none came.
+        """Return the next answer of the follower at an index of :attr:`others`; None on timeout.
 
         Raises:
-            BackendLost: A rank is gone.
+            BackendLost: A rank is lost.
         """
         try:
             return self._followers[place].answers.get(timeout=timeout_seconds)
@@ -151,10 +152,10 @@ class Hub:
             return None
 
     def lost(self, error: Exception) -> BackendLost:
-        """What an error of MLX on this rank means: mostly that another one is gone."""
+        """Return the meaning of an MLX error on this rank: usually the loss of another rank."""
         if self._lost.wait(_LOST_SECONDS):
             return BackendLost(self._lost_text)
-        # The others will be gone because of this, and not the other way round.
+        # This rank is the cause of the loss, not another one.
         self._is_closing = True
         self._close_links()
         return BackendLost(
@@ -162,7 +163,7 @@ class Hub:
         )
 
     def close(self) -> None:
-        """Tells the others to end."""
+        """End the other ranks."""
         if self._lost.is_set():
             return
         self._is_closing = True
@@ -206,7 +207,7 @@ class Hub:
             on_lost(self._lost_text)
 
     def _close_links(self) -> None:
-        """Ends the others: they follow nobody any more."""
+        """Close the connections, which ends the other ranks."""
         for follower in self._followers:
             follower.link.close()
 

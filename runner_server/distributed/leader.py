@@ -1,4 +1,4 @@
-"""Rank 0's model library: each call is told to the followers, and then made here."""
+"""Rank 0's model library: sends each call to the followers, then makes the call itself."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from runner_server.engine.types import (
 from runner_server.errors import RunnerFault
 
 _POLL_SECONDS = 0.1
-"""How often a load that waits for others looks whether it was cancelled."""
+"""Interval at which a load waiting for other ranks checks for cancellation."""
 
 _READ = 95
 """Progress of a load that has read its own part."""
 
 
 class _Phase(enum.Enum):
-    """How far a load is: on this rank alone, on all but each for itself, or in step."""
+    """Stage of a load: on this rank alone, on every rank independently, or in step."""
 
     ALONE = enum.auto()
     READING = enum.auto()
@@ -37,7 +37,7 @@ class _Phase(enum.Enum):
 
 
 class LeaderPartners:
-    """What a load and a batch on rank 0 share with the other ranks; see ``Partners``.
+    """Coordination of a load and a batch on rank 0 with the other ranks; see ``Partners``.
 
     Args:
         hub: The other ranks.
@@ -49,22 +49,22 @@ class LeaderPartners:
         self._phase = _Phase.ALONE
 
     def clock(self) -> float:
-        """Seconds that pass; all ranks read the same."""
+        """Return the current time in seconds, the same on every rank."""
         now = time.perf_counter()
         self._hub.tell("clock", now)
         return now
 
     def begin_load(self, spec: LoadSpec) -> None:
-        """Has the others load."""
+        """Start the load on the other ranks."""
         self._expected = set(range(len(self._hub.others)))
         self._phase = _Phase.READING
         self._hub.tell("load", asdict(spec) | {"dtype": spec.dtype.value})
 
     def finish_load(self, report: Callable[[int], None], kv_share: float) -> float:
-        """Waits until all have read their parts; see ``Partners.finish_load``.
+        """Wait for every rank to read its part; see ``Partners.finish_load``.
 
         Raises:
-            RunnerFault: One could not, and why.
+            RunnerFault: The fault of a rank that could not load.
         """
         shares = [kv_share]
         while self._expected:
@@ -84,15 +84,15 @@ class LeaderPartners:
         raise fault_of(f"rank {rank.rank} on {rank.host}", *values)
 
     def end_step(self) -> None:
-        """Notes that no rank waits in the middle of something that all do together."""
+        """Record the end of an operation shared by every rank."""
         if self._phase is _Phase.TOGETHER:
             self._phase = _Phase.ALONE
 
     def abort(self) -> bool:
-        """Has the others drop what they load; returns whether that could be done.
+        """Cancel the load on the other ranks; return whether cancelling was possible.
 
         Raises:
-            BackendLost: A rank is gone.
+            BackendLost: A rank is lost.
         """
         phase, self._phase = self._phase, _Phase.ALONE
         if phase is not _Phase.READING:
@@ -103,7 +103,7 @@ class LeaderPartners:
         return True
 
     def _answer(self, place: int) -> list[Any] | None:
-        """A follower's answer to the load, of which there is exactly one; None if none came yet."""
+        """Return a follower's answer to the load, exactly one per load; None if not there yet."""
         answer = self._hub.answer(place, _POLL_SECONDS)
         if answer:
             self._expected.discard(place)
@@ -111,12 +111,12 @@ class LeaderPartners:
 
 
 class LeaderBackend:
-    """Implements ``runner_server.engine.backend.Backend`` on rank 0.
+    """Implementation of ``runner_server.engine.backend.Backend`` on rank 0.
 
     Args:
         backend: The model library of this process.
         hub: The other ranks.
-        partners: Those that ``backend`` was made with.
+        partners: The partners that ``backend`` was created with.
     """
 
     def __init__(self, backend: Backend, hub: Hub, partners: LeaderPartners) -> None:
@@ -125,21 +125,21 @@ class LeaderBackend:
         self._partners = partners
 
     def open(self) -> str:
-        """Imports the library; see ``Backend.open``."""
+        """Import the library; see ``Backend.open``."""
         return self._backend.open()
 
     def check(self, spec: LoadSpec) -> None:
-        """Looks at the model's files on this rank; see ``Backend.check``."""
+        """Check the model's files on this rank; see ``Backend.check``."""
         self._backend.check(spec)
 
     def load(self, spec: LoadSpec, report: Callable[[int], None]) -> LoadedModel:
-        """Loads a part of a model on each rank; see ``Backend.load``."""
+        """Load a part of a model on each rank; see ``Backend.load``."""
 
         def report_or_stop(progress: int) -> None:
             try:
                 report(progress)
             except RunnerFault:
-                # Not in the middle of a warm-up: what was loaded can be dropped.
+                # Between the steps of a warm-up the other ranks can still drop the model.
                 self._partners.end_step()
                 raise
 
@@ -148,7 +148,7 @@ class LeaderBackend:
         except BackendLost:
             raise
         except Exception as error:
-            # In a warm-up the others may wait for this rank.
+            # During a warm-up the other ranks may be waiting for this one.
             if not self._partners.abort():
                 raise self._hub.lost(error) from error
             raise
@@ -156,21 +156,21 @@ class LeaderBackend:
         return LeaderModel(model, self._hub)
 
     def memory(self) -> MemoryCounters:
-        """What the library holds on this rank."""
+        """Return the memory held by the library on this rank."""
         return self._backend.memory()
 
     def release(self, *, for_next: bool = False) -> None:
-        """Gives back what a model has held, on all ranks."""
+        """Free the memory of a model on every rank."""
         self._hub.tell("release", for_next)
         self._backend.release(for_next=for_next)
 
     def trim(self) -> None:
-        """Gives freed memory back, on all ranks."""
+        """Return freed memory to the system on every rank."""
         self._hub.tell("trim")
         self._backend.trim()
 
     def close(self) -> None:
-        """Ends the other ranks and the use of the library here."""
+        """End the other ranks and close the library of this one."""
         self._hub.close()
         self._backend.close()
 
@@ -179,7 +179,7 @@ class LeaderModel:
     """A model in the memory of several processes.
 
     Args:
-        model: The part of this one.
+        model: The part in this process.
         hub: The other ranks.
     """
 
@@ -189,35 +189,35 @@ class LeaderModel:
 
     @property
     def info(self) -> ModelInfo:
-        """What it is; its bytes are those of this rank."""
+        """Description of the model; byte counts are those of this rank."""
         return self._model.info
 
     @property
     def codec(self) -> Codec:
-        """Its tokenizer."""
+        """Tokenizer of the model."""
         return self._model.codec
 
     @property
     def kv_bytes(self) -> Callable[[int], int]:
-        """See ``LoadedModel.kv_bytes``: on this rank."""
+        """See ``LoadedModel.kv_bytes``; the size on this rank."""
         return self._model.kv_bytes
 
     def limit_prefix_cache(self, limit_bytes: int) -> None:
-        """See ``LoadedModel.limit_prefix_cache``: the same on all ranks."""
+        """Limit the prefix cache of every rank; see ``LoadedModel.limit_prefix_cache``."""
         self._hub.tell("limit_prefix_cache", limit_bytes)
         self._model.limit_prefix_cache(limit_bytes)
 
     def new_batch(self) -> LeaderBatch:
-        """An empty batch on all ranks."""
+        """Return an empty batch on every rank."""
         self._hub.tell("new_batch")
         return LeaderBatch(self._model.new_batch(), self._hub)
 
 
 class LeaderBatch:
-    """Rows that all ranks evaluate together; see ``Batch``.
+    """Rows processed by every rank together; see ``Batch``.
 
-    Whatever raises in it ends all ranks: the others may wait for this one in the middle of
-    a step.
+    An exception in a batch ends all ranks, because the others may be waiting for this one in
+    the middle of a step.
 
     Args:
         batch: The batch of this rank.

@@ -1,4 +1,4 @@
-"""A connection between two ranks: lines of JSON, each a list that begins with its kind."""
+"""Connection between two ranks: lines of JSON, each a list starting with the message kind."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 BEAT_SECONDS = 1.0
-"""How often each side says that it is there."""
+"""Interval between heartbeats in each direction."""
 
 SILENCE_SECONDS = 15.0
-"""How long the other side may be silent. A process that ends is seen at once, because its
-machine closes the connection; this is for a machine that ends, or hangs."""
+"""Longest silence of the other side. The end of a process is noticed at once, because its machine
+closes the connection; this limit is for a machine that fails or hangs."""
 
 _MAX_LINE_BYTES = 256 * 2**20
 """More than the longest prompt takes."""
@@ -25,8 +25,8 @@ class Link:
     """One end of a connection. Any thread may send; one thread receives.
 
     Args:
-        connection: A connected socket, which belongs to the link from now on.
-        silence_seconds: After how long without a word the other side counts as gone.
+        connection: A connected socket, now owned by the link.
+        silence_seconds: Silence after which the other side counts as lost.
     """
 
     def __init__(self, connection: socket.socket, silence_seconds: float = SILENCE_SECONDS) -> None:
@@ -37,24 +37,24 @@ class Link:
         self._lock = threading.Lock()
 
     def send(self, *message: object) -> None:
-        """Sends a message.
+        """Send a message.
 
         Raises:
-            OSError: The other side is gone, or takes nothing any more.
+            OSError: The other side is lost or no longer reads.
         """
         self.send_line(encode(*message))
 
     def send_line(self, line: bytes) -> None:
-        """Sends what :func:`encode` made; raises like :meth:`send`."""
+        """Send a line made by :func:`encode`; raise like :meth:`send`."""
         with self._lock:
             self._socket.sendall(line)
 
     def receive(self) -> list[Any]:
-        """Waits for the next message.
+        """Wait for the next message.
 
         Raises:
-            OSError: The other side is gone, or has been silent for too long.
-            ValueError: What came is no message.
+            OSError: The other side is lost, or has been silent for too long.
+            ValueError: The line is not a message.
         """
         message = json.loads(self._line())
         if not (isinstance(message, list) and message):
@@ -62,7 +62,7 @@ class Link:
         return message
 
     def messages(self) -> Iterator[list[Any]]:
-        """Messages as they come; ends by what :meth:`receive` raises."""
+        """Yield messages until :meth:`receive` raises."""
         while True:
             yield self.receive()
 
@@ -81,20 +81,20 @@ class Link:
         return line
 
     def allow_silence(self, seconds: float) -> None:
-        """Changes how long the other side may be silent."""
+        """Set the longest silence of the other side."""
         self._socket.settimeout(seconds)
 
     def close(self) -> None:
-        """Closes it; whoever receives on either side is woken."""
+        """Close the connection, waking receivers on both sides."""
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:
-            # The other side was faster.
+            # The other side closed first.
             return
         finally:
             self._socket.close()
 
 
 def encode(*message: object) -> bytes:
-    """A message as it goes over a link."""
+    """Encode a message for a link."""
     return json.dumps(message, separators=(",", ":")).encode() + b"\n"
