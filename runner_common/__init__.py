@@ -1,1 +1,1 @@
-"""What client and server share: plain modules that import neither of them."""
+"""Code shared by client and server, importing neither."""

@@ -1,7 +1,7 @@
-"""``mlx-runner`` from its first line on.
+"""Entry point of ``mlx-runner``.
 
-Apart from the command line, because importing that takes a quarter of a second in which a
-container may be told to stop.
+Separate from the command line, whose import takes a quarter of a second, during which a container
+may be asked to stop.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from runner_common.signals import end_on_stop_signals
 
 def main() -> None:
     """Run the command line."""
-    # Others have the default actions, and SIGINT as KeyboardInterrupt.
+    # Other processes keep the default actions, including KeyboardInterrupt on SIGINT.
     if os.getpid() == 1:
         end_on_stop_signals()
     from runner_client.cli import main as command  # noqa: PLC0415 - for that

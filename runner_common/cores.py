@@ -1,4 +1,4 @@
-"""How many processor cores a process may use at once."""
+"""Number of processor cores available to this process."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """The cores of this process.
+    """Cores of this process.
 
     Attributes:
-        count: How many it may use at once, at least 1.
-        schedulable: Those that the scheduler may run it on, which a quota can make too many.
-        group: The control group whose CPU quota limits it further; empty if none does.
+        count: Cores usable at once, at least 1.
+        schedulable: Cores in the process's CPU affinity, possibly more than a quota allows.
+        group: Directory of the control group whose CPU quota is the limit; empty if none is.
     """
 
     count: int
@@ -29,14 +29,14 @@ class Cores:
 
 
 def usable_cores(root: Path = Path("/")) -> Cores:
-    """Return the smallest of CPU affinity and the CPU quotas of all control groups above.
+    """Return the smaller of CPU affinity and the CPU quotas of the process's control groups.
 
-    With more threads than a quota pays for, all of them stand still for the rest of each
-    period: with a quota of one core, two threads of OpenBLAS had half the speed of one.
-    A quota of a part of a core counts as a whole one.
+    With more threads than a quota allows, all of them are suspended for the rest of each
+    period: with a quota of one core, two threads of OpenBLAS ran at half the speed of one.
+    A quota of a fraction of a core counts as a whole one.
 
     Args:
-        root: The directory that holds ``proc`` and ``sys``; tests hand in a tree.
+        root: The directory that contains ``proc`` and ``sys``, for tests.
     """
     schedulable = _schedulable()
     count, group = min(_quotas(root), default=(schedulable, ""))
@@ -52,14 +52,14 @@ def _schedulable() -> int:
 
 
 def _quotas(root: Path) -> Iterator[tuple[int, str]]:
-    """Yield the cores that each control group with a quota allows, and its directory."""
+    """Yield the cores allowed by each control group with a quota, and the group's directory."""
     for directory, is_v2 in control_groups("cpu", root):
         if is_v2:
             figures = read_text(directory / "cpu.max").split()
         else:
             names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
             figures = [read_text(directory / name).strip() for name in names]
-        # No limit is "max" in version 2, and -1 in version 1.
+        # "max" in version 2 and -1 in version 1 mean no limit.
         if len(figures) == 2 and all(map(str.isdecimal, figures)) and int(figures[1]):
             quota, period = map(int, figures)
             yield max(1, -(-quota // period)), str(directory)

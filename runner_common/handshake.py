@@ -1,7 +1,6 @@
-"""The ready line a runner prints, and the names both sides use.
+"""The ready line of a runner, and names shared by client and server.
 
-The line is go-plugin's five-field form, so that a Go host can use
-hashicorp/go-plugin unchanged:
+The line has go-plugin's five fields, so that a Go host can use hashicorp/go-plugin unchanged:
 ``CORE-VERSION|APP-VERSION|NETWORK|ADDRESS|PROTOCOL``, for instance
 ``1|1|tcp|127.0.0.1:50051|grpc`` or ``1|1|unix|/run/runner.sock|grpc``.
 See https://github.com/hashicorp/go-plugin/blob/main/docs/internals.md.
@@ -16,13 +15,13 @@ ERROR_DOMAIN = "mlxrunner.v1"
 """The ``domain`` of every ``google.rpc.ErrorInfo``."""
 
 SERVICE_NAME = "mlxrunner.v1.RunnerService"
-"""The full name of the service, as health and reflection know it."""
+"""Full name of the service, as used by health and reflection."""
 
 HEALTH_SERVICES = ("", SERVICE_NAME, "plugin")
-"""Every name health is answered for; go-plugin asks for ``plugin``."""
+"""Service names accepted by health checks; go-plugin asks for ``plugin``."""
 
 TOKEN_VARIABLE = "MLX_RUNNER_TOKEN"  # noqa: S105 - its name
-"""The environment variable that tells a server which token its callers must send."""
+"""Environment variable with the token a server requires of its callers."""
 
 _CORE_VERSION = "1"
 _APP_VERSION = "1"
@@ -31,7 +30,7 @@ _PROTOCOL = "grpc"
 
 @dataclass(frozen=True)
 class ReadyLine:
-    """Where a runner listens.
+    """Address of a runner.
 
     Attributes:
         network: ``"tcp"`` or ``"unix"``.
@@ -43,7 +42,7 @@ class ReadyLine:
 
     @property
     def target(self) -> str:
-        """The address as a gRPC channel takes it (``unix:/path`` for a socket)."""
+        """The address as a gRPC target (``unix:/path`` for a socket)."""
         return self.address if self.network == "tcp" else f"unix:{self.address}"
 
     @property
@@ -52,17 +51,17 @@ class ReadyLine:
         return int(self.address.rpartition(":")[2]) if self.network == "tcp" else None
 
     def format(self) -> str:
-        """The line, without its newline."""
+        """Return the line, without a newline."""
         fields = (_CORE_VERSION, _APP_VERSION, self.network, self.address, _PROTOCOL)
         return "|".join(fields)
 
     @classmethod
     def parse(cls, line: str) -> ReadyLine:
-        """Reads a ready line.
+        """Parse a ready line.
 
         Raises:
-            ValueError: The line is no ready line of a version this package speaks;
-                the message quotes it.
+            ValueError: The line is not a ready line of a supported version; the message
+                quotes it.
         """
         fields = line.strip().split("|")
         known = len(fields) == 5 and fields[:2] == [_CORE_VERSION, _APP_VERSION]

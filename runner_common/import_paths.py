@@ -1,4 +1,4 @@
-"""What a child needs on PYTHONPATH to import the packages of its parent's checkout."""
+"""PYTHONPATH for child processes of a source checkout."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _PACKAGES = ("runner_server", "runner_common", "mlxrunner")
 
 
 def with_import_paths(environment: Mapping[str, str]) -> dict[str, str]:
-    """Adds to PYTHONPATH what a checkout has on ``sys.path`` and a child would miss.
+    """Return the environment with PYTHONPATH extended by the checkout's packages.
 
-    Installed packages are found anyway; putting their folder before the standard
-    library could hide parts of it.
+    Installed packages need no entry, and putting site-packages before the standard library
+    could hide parts of the latter.
     """
     places = dict.fromkeys(place for name in _PACKAGES for place in _places(name))
     extra = [
@@ -29,7 +29,7 @@ def with_import_paths(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _places(package: str) -> list[str]:
-    """The folders that a top-level package lies in, found without importing it."""
+    """Return the folders containing a top-level package, without importing the package."""
     spec = importlib.util.find_spec(package)
     locations = (spec.submodule_search_locations if spec else None) or ()
     return [str(Path(location).absolute().parent) for location in locations]

@@ -1,4 +1,4 @@
-"""The Python that child processes run in."""
+"""The Python interpreter for child processes."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import sys
 
 
 class NoInterpreterError(OSError):
-    """``sys.executable`` is no Python; the message says why."""
+    """``sys.executable`` is not a Python interpreter; the message says why."""
 
 
 def interpreter() -> str:
-    """Return the path of this process's Python.
+    """Return the path of this process's Python interpreter.
 
     Raises:
-        NoInterpreterError: Python is embedded in another program, or part of a frozen one,
-            which would start itself.
+        NoInterpreterError: Python is embedded in another program or part of a frozen one,
+            which would start another copy of the program.
     """
     if not sys.executable:
         raise NoInterpreterError("sys.executable is empty, as in an embedded Python")

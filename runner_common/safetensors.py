@@ -1,8 +1,8 @@
-"""Headers of safetensors files, read and checked without loading a tensor.
+"""Parsing and validation of safetensors headers, without loading tensors.
 
-The format is eight bytes of little-endian header length, that many bytes of JSON, then the
-tensors' bytes; see https://github.com/huggingface/safetensors#format. Reading a header costs
-milliseconds whatever the size of the file, and needs neither MLX nor huggingface_hub.
+The format is eight bytes of little-endian header length, the header as JSON, then the tensors'
+bytes; see https://github.com/huggingface/safetensors#format. Reading a header takes milliseconds
+for a file of any size, and needs neither MLX nor huggingface_hub.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _BITS = {
 
 
 class HeaderError(Exception):
-    """A file without a true header; the message names the file."""
+    """The header of a file is missing or inconsistent; the message names the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor as its file's header describes it.
+    """A tensor as described in a file's header.
 
     Attributes:
-        name: Its name in the checkpoint.
-        dtype: As the format writes it: ``"BF16"``, ``"U32"``, ...
-        shape: As stored; quantized weights are packed into fewer columns.
-        nbytes: Its size in the file.
-        position: Where its bytes begin, counted from the start of the file.
+        name: Name in the checkpoint.
+        dtype: Name of the format: ``"BF16"``, ``"U32"``, ...
+        shape: Shape as stored; quantized weights are packed into fewer columns.
+        nbytes: Size in the file.
+        position: Offset of the first byte from the start of the file.
     """
 
     name: str
@@ -59,10 +59,10 @@ class Tensor:
 
 
 def read_header(path: Path) -> tuple[Tensor, ...]:
-    """Return the tensors that a file's header describes, in the order of their bytes.
+    """Return the tensors described in a file's header, ordered by position.
 
     Raises:
-        HeaderError: The file cannot be read or is cut short, or its header is not true.
+        HeaderError: The file cannot be read or is truncated, or its header is inconsistent.
     """
     try:
         with path.open("rb") as file:
@@ -72,14 +72,14 @@ def read_header(path: Path) -> tuple[Tensor, ...]:
 
 
 def parse_header(file: BinaryIO, path: Path) -> tuple[Tensor, ...]:
-    """Return the tensors that the header of an open file describes; see :func:`read_header`.
+    """Return the tensors described in the header of an open file; see :func:`read_header`.
 
     Args:
         file: The file; its position changes.
-        path: Its name for messages.
+        path: Name of the file for messages.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
     """
     file_bytes = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -102,7 +102,7 @@ def parse_header(file: BinaryIO, path: Path) -> tuple[Tensor, ...]:
 def _checked(
     path: Path, header: dict[str, Any], data_position: int, file_bytes: int
 ) -> tuple[Tensor, ...]:
-    """Return the described tensors, once each has its own bytes inside the file."""
+    """Return the tensors after checking for overlaps and truncation."""
     described = sorted(
         (_described(path, name, entry, data_position) for name, entry in header.items()),
         key=_by_position,
@@ -121,12 +121,12 @@ def _checked(
 
 
 def _by_position(tensor: Tensor) -> tuple[int, int]:
-    # An empty tensor starts where its neighbour does, and overlaps nothing.
+    # An empty tensor starts at the same position as its neighbour and overlaps nothing.
     return tensor.position, tensor.nbytes
 
 
 def _described(path: Path, name: str, entry: object, data_position: int) -> Tensor:
-    """Return a header's entry as a tensor."""
+    """Convert a header entry to a tensor."""
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(end)]}:
             well_formed = dtype in _BITS and all(type(n) is int and n >= 0 for n in shape)

@@ -1,4 +1,4 @@
-"""Signals of a process from its first line on, whatever its parent left it."""
+"""Signal handling at process start, independent of the parent's settings."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ _STOPS = frozenset((signal.SIGINT, signal.SIGTERM))
 
 
 def reset_inherited_signals() -> None:
-    """Undo what a process inherits: blocked signals, and an ignored SIGCHLD.
+    """Reset inherited signal state: blocked signals and an ignored SIGCHLD.
 
-    With SIGCHLD ignored, a process never learns how its children ended: MLX takes g++ for
-    missing.
+    With SIGCHLD ignored, a process never learns the exit status of its children, and MLX
+    concludes that g++ is missing.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def end_on_stop_signals(code: int | None = None) -> None:
-    """Have SIGINT and SIGTERM end the process at once, until other handlers take their place.
+    """Make SIGINT and SIGTERM end the process at once, until replaced by other handlers.
 
-    The kernel ignores a signal without a handler that is sent to process 1 of a container.
+    The kernel drops signals without a handler that are sent to process 1 of a container.
 
     Args:
-        code: The exit code; None for the one that a shell would tell for the signal.
+        code: The exit code; None for the shell's code of the signal.
     """
 
     def end(number: int, _frame: object) -> None:
@@ -35,13 +35,13 @@ def end_on_stop_signals(code: int | None = None) -> None:
 
 
 def hold_stop_signals() -> None:
-    """Have SIGINT and SIGTERM wait for the program that this process becomes.
+    """Block SIGINT and SIGTERM until released by the program about to be exec'd.
 
-    A blocked signal stays pending over an exec, also that of process 1.
+    A blocked signal stays pending across exec, even in process 1.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
 
 
 def release_stop_signals() -> None:
-    """Deliver the signals that were held."""
+    """Unblock SIGINT and SIGTERM and deliver pending ones."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)

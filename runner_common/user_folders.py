@@ -1,4 +1,4 @@
-"""Folders of the user who runs the process."""
+"""Folders of the current user."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 
 
 def cache_folder(environ: Mapping[str, str]) -> Path | None:
-    """Return the folder for cached files, by the XDG base directory specification.
+    """Return the cache folder defined by the XDG base directory specification.
 
     Args:
-        environ: The environment that names it, with ``XDG_CACHE_HOME`` or ``HOME``.
+        environ: Environment with ``XDG_CACHE_HOME`` or ``HOME``.
 
     Returns:
-        An absolute path; None if the environment names none, as for a user id that has no home.
+        An absolute path; None if neither variable has one, as for a user without a home.
     """
     cache, home = Path(environ.get("XDG_CACHE_HOME", "")), Path(environ.get("HOME", ""))
-    # The specification says to ignore a relative path.
+    # The specification requires ignoring a relative path.
     folder = cache if cache.is_absolute() else home / ".cache"
     return folder if folder.is_absolute() else None

@@ -1,1 +1,1 @@
-"""Free memory of this machine, its control groups and its devices."""
+"""Free memory of this machine: system, control groups and devices."""

@@ -1,8 +1,7 @@
-"""Memory a control group still allows, over all of its ancestors (cgroup v1 and v2).
+"""Memory still available to a control group, considering every ancestor (cgroup v1 and v2).
 
-Inside a container the system's own figure is the host's: the group of the
-process, or any group above it, may allow far less. See
-https://docs.kernel.org/admin-guide/cgroup-v2.html and
+Inside a container the system's own figure is the host's, while the process's group or any group
+above it may allow far less. See https://docs.kernel.org/admin-guide/cgroup-v2.html and
 https://docs.kernel.org/admin-guide/cgroup-v1/memory.html.
 """
 
@@ -18,12 +17,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _NO_LIMIT_BYTES = 1 << 60
-"""v1 has no word for "no limit": it reports 2**63 rounded down to a page."""
+"""v1 reports no limit as 2**63 rounded down to a page."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """The names of files and statistics of one cgroup version."""
+    """File and statistics names of one cgroup version."""
 
     limits: tuple[str, ...]
     usage: str
@@ -32,8 +31,8 @@ class _Layout:
     slab: str
 
 
-# memory.high is not a hard limit, but a process above it is throttled until it
-# hardly moves, so a load must stay below it too.
+# memory.high is not a hard limit, but a process above it is throttled almost to a standstill, so
+# a load must stay below it too.
 _V2 = _Layout(
     ("memory.max", "memory.high"),
     "memory.current",
@@ -52,11 +51,11 @@ _V1 = _Layout(
 
 @dataclass(frozen=True, slots=True)
 class GroupLimit:
-    """What one control group still allows.
+    """Memory still available in one control group.
 
     Attributes:
         path: The group's directory.
-        available_bytes: The memory that its processes may still take together.
+        available_bytes: Memory that the group's processes may still take together.
     """
 
     path: str
@@ -64,27 +63,26 @@ class GroupLimit:
 
 
 def cgroup_available_bytes(root: Path = Path("/")) -> int | None:
-    """Return the least that this process's group or any group above it still allows.
+    """Return the least memory still available in this process's group and every ancestor.
 
     Args:
-        root: The directory that holds ``proc`` and ``sys``; tests hand in a tree.
+        root: The directory that contains ``proc`` and ``sys``, for tests.
 
     Returns:
-        Bytes, never negative; None where no group limits memory or nothing can be read.
+        Bytes, never negative; None if no group limits memory or nothing can be read.
     """
     return min((limit.available_bytes for limit in cgroup_limits(root)), default=None)
 
 
 def cgroup_limits(root: Path = Path("/")) -> tuple[GroupLimit, ...]:
-    """Return what each group that limits this process still allows, its own group first.
+    """Return the memory still available in each limiting group, the process's own group first.
 
-    A group's usage is counted without the file pages that the kernel drops before it
-    refuses memory, which are most of the usage after a model has been read: pages of a
-    file that was read twice lie in the active list and are dropped like the others, and
-    only those that processes have mapped are counted as used.
+    Usage excludes file pages that the kernel drops before it refuses memory. They are most of
+    the usage after a model has been read: the pages of a file read twice are in the active list
+    and are dropped like the others, and only pages mapped by processes count as used.
 
     Args:
-        root: The directory that holds ``proc`` and ``sys``; tests hand in a tree.
+        root: The directory that contains ``proc`` and ``sys``, for tests.
     """
     return tuple(
         GroupLimit(str(directory), available)
@@ -94,19 +92,19 @@ def cgroup_limits(root: Path = Path("/")) -> tuple[GroupLimit, ...]:
 
 
 def is_in_group(pid: int, path: str, root: Path = Path("/")) -> bool:
-    """Whether a process is in a group, or in one below it. True where that cannot be told.
+    """Return whether a process is in a group or a descendant; True if unknown.
 
     Args:
         pid: The process.
         path: The group's directory, as ``GroupLimit.path``.
-        root: The directory that holds ``proc`` and ``sys``; tests hand in a tree.
+        root: The directory that contains ``proc`` and ``sys``, for tests.
     """
     directories = [str(directory) for directory, _ in _groups(root, str(pid))]
     return not directories or path in directories
 
 
 def _groups(root: Path, process: str = "self") -> Iterator[tuple[Path, _Layout]]:
-    """Yield every group a process is in, leaf first, for each mounted hierarchy."""
+    """Yield every group of a process, leaf first, for each mounted hierarchy."""
     for directory, is_v2 in control_groups("memory", root, process):
         yield directory, _V2 if is_v2 else _V1
 
@@ -130,7 +128,7 @@ def _group_available(directory: Path, layout: _Layout) -> int | None:
 
 
 def _reclaimable(stat: dict[str, str], layout: _Layout) -> int:
-    """Return the bytes of a group that the kernel drops before it refuses memory."""
+    """Return the bytes of a group dropped by the kernel before refusing memory."""
 
     def figure(name: str) -> int:
         return _number(stat.get(name, "")) or 0
@@ -140,6 +138,6 @@ def _reclaimable(stat: dict[str, str], layout: _Layout) -> int:
 
 
 def _number(text: str) -> int | None:
-    """Return the number in the text; None for ``max`` and for an empty text."""
+    """Parse a number; return None for ``max`` and for an empty text."""
     text = text.strip()
     return int(text) if text.isdecimal() else None

@@ -1,4 +1,4 @@
-"""The control groups of a process and all those above it (cgroup v1 and v2)."""
+"""Control groups of a process, including ancestors (cgroup v1 and v2)."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
 def control_groups(
     controller: str, root: Path = Path("/"), process: str = "self"
 ) -> Iterator[tuple[Path, bool]]:
-    """Yield every group a process is in, leaf first, for each mounted hierarchy.
+    """Yield every group of a process, leaf first, for each mounted hierarchy.
 
-    Hybrid systems mount both versions, with the controller in one of them: the
-    other has none of its files.
+    Hybrid systems mount both versions, with the controller in one of them; the other has none
+    of the controller's files.
 
     Args:
         controller: ``"memory"`` or ``"cpu"``.
-        root: The directory that holds ``proc`` and ``sys``; tests hand in a tree.
-        process: A process id.
+        root: The directory that contains ``proc`` and ``sys``, for tests.
+        process: A process id, or ``"self"``.
 
     Yields:
-        The group's directory, and whether its files are those of version 2.
+        The group's directory, and whether the group is of version 2.
     """
     mounts = list(_mounts(root, controller))
     for line in read_text(root / f"proc/{process}/cgroup").splitlines():
@@ -38,7 +38,7 @@ def control_groups(
 
 
 def _mounts(root: Path, controller: str) -> Iterator[tuple[str, str, str]]:
-    """Mounted hierarchies as (kind, group shown at the mount point, mount point)."""
+    """Yield mounted hierarchies as (kind, group shown at the mount point, mount point)."""
     for line in read_text(root / "proc/self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
         fields, kind_and_options = before.split(), after.split()
@@ -50,10 +50,10 @@ def _mounts(root: Path, controller: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _upwards(mount_root: str, mount_point: str, group: str) -> Iterator[str]:
-    """Directories from the group up to the mount point.
+    """Yield the directories from the group up to the mount point.
 
-    ``/proc/self/cgroup`` can name the host's path while the mount shows only the
-    part below the container's own group: then the mount point is that group.
+    ``/proc/self/cgroup`` can name the host's path while the mount shows only the part below the
+    container's own group. The mount point is the group in that case.
     """
     path = PurePosixPath(group)
     inside = path.is_relative_to(mount_root) and ".." not in path.parts
@@ -65,7 +65,7 @@ def _upwards(mount_root: str, mount_point: str, group: str) -> Iterator[str]:
 
 
 def read_text(path: Path) -> str:
-    """Return a file's text; empty where it does not exist or may not be read."""
+    """Return a file's text; empty if the file is missing or unreadable."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

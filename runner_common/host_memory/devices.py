@@ -1,4 +1,4 @@
-"""The devices a model can run on, and the memory they have, without importing MLX."""
+"""Devices for running models and the memory of each, without importing MLX."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Backend = Literal["metal", "cuda", "cpu"]
 
 COMMAND_TIMEOUT_SECONDS = 5.0
-"""A wedged driver can hang ``nvidia-smi`` for ever; nothing here waits longer than this."""
+"""Longest wait for a command: a wedged driver can hang ``nvidia-smi`` indefinitely."""
 
 _CUDA_DISTRIBUTIONS = ("mlx-cuda-13", "mlx-cuda-12", "mlx-cuda")
 _MIB = 1024**2
@@ -27,18 +27,16 @@ _GIB = 1024**3
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """One device and its memory.
+    """Name, kind and memory of a device.
 
     Attributes:
-        name: What the maker calls it.
+        name: The manufacturer's name of the device.
         kind: ``"metal"``, ``"cuda"`` or ``"cpu"``.
-        total_bytes: Memory it has; for Metal and the CPU that of the machine.
-            None where it cannot be told.
-        free_bytes: Memory it would still give; for Metal the working-set limit.
-            None where it cannot be told.
-        reason: Why a figure is None, or an empty string.
-        device_id: What tells it from others of the same name; empty for Metal and the CPU,
-            whose memory is the system's.
+        total_bytes: Total memory; for Metal and the CPU the machine's. None if unknown.
+        free_bytes: Free memory; for Metal the working-set limit. None if unknown.
+        reason: Why a figure is unknown, or an empty string.
+        device_id: Unique id of the device; empty for Metal and the CPU, which use the
+            system's memory.
     """
 
     name: str
@@ -50,11 +48,11 @@ class DeviceInfo:
 
 
 def run_command(command: Sequence[str]) -> str:
-    """Runs a command and returns its standard output.
+    """Run a command; return the standard output.
 
     Raises:
-        OSError: The command is not there or may not be run.
-        subprocess.SubprocessError: It failed, or took more than
+        OSError: The command does not exist or may not be run.
+        subprocess.SubprocessError: The command failed or took longer than
             ``COMMAND_TIMEOUT_SECONDS``.
     """
     return subprocess.run(
@@ -69,7 +67,7 @@ def run_command(command: Sequence[str]) -> str:
 
 
 def is_installed(distribution: str) -> bool:
-    """Whether a distribution of that name is installed beside this package."""
+    """Return whether a distribution is installed in this environment."""
     from importlib import metadata  # noqa: PLC0415 - a server is ready sooner without it
 
     try:
@@ -84,24 +82,24 @@ def _system_memory() -> tuple[int, int]:
         memory = psutil.virtual_memory()
     except (psutil.Error, OSError):  # Linux without /proc
         page = os.sysconf("SC_PAGE_SIZE")
-        # What is free; more would be available, if the page cache could be told.
+        # Excludes the page cache, whose size is unknown without /proc.
         return os.sysconf("SC_PHYS_PAGES") * page, os.sysconf("SC_AVPHYS_PAGES") * page
     return memory.total, memory.available
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """Where the facts about this machine come from; tests hand in others.
+    """Sources of facts about this machine, replaceable in tests.
 
     Attributes:
-        root: The directory that holds ``proc`` and ``sys``.
+        root: The directory that contains ``proc`` and ``sys``.
         system: ``sys.platform`` of the machine.
         machine: ``platform.machine()`` of the machine.
         environ: Environment variables.
-        run: Runs a command, returns its output, raises ``OSError`` or
+        run: Runs a command and returns its output; raises ``OSError`` or
             ``subprocess.SubprocessError``.
-        installed: Whether a distribution is installed.
-        memory: Total and available bytes of the system.
+        installed: Returns whether a distribution is installed.
+        memory: Returns total and available bytes of the system.
     """
 
     root: Path = Path("/")
@@ -114,7 +112,7 @@ class Host:
 
 
 def installed_backend(host: Host | None = None) -> Backend:
-    """The backend that the installed MLX will use, told from what is installed."""
+    """Return the backend of the installed MLX distribution."""
     host = host or Host()
     if host.system == "darwin":
         return "metal" if host.machine == "arm64" else "cpu"
@@ -124,9 +122,9 @@ def installed_backend(host: Host | None = None) -> Backend:
 
 
 def device_infos(host: Host | None = None) -> tuple[DeviceInfo, ...]:
-    """The devices of the installed backend; a runner uses the first one.
+    """Return the devices of the installed backend; a runner uses the first one.
 
-    Never raises: a figure that cannot be told is None, with the reason beside it.
+    Never raises: an unknown figure is None, with the reason beside it.
     Not measured on Metal or CUDA.
     """
     host = host or Host()
@@ -158,7 +156,7 @@ def _metal_device(host: Host) -> DeviceInfo:
 
 
 def default_working_set_bytes(total_bytes: int) -> int:
-    """What macOS lets the GPU hold when ``iogpu.wired_limit_mb`` is 0.
+    """Return the GPU working-set limit of macOS when ``iogpu.wired_limit_mb`` is 0.
 
     Apple publishes no rule. Metal's ``recommendedMaxWorkingSetSize`` is reported as
     5,461 MiB of 8 GiB, 10,923 MiB of 16 GiB and 21,845 MiB of 32 GiB (two thirds:
@@ -193,7 +191,7 @@ def _cuda_device(index: str, uuid: str, free: str, total: str, name: str) -> Dev
 
 
 def _visible(rows: list[tuple[str, ...]], visible: str | None) -> list[tuple[str, ...]]:
-    """The rows CUDA shows, in its order: it stops at the first name it does not know."""
+    """Return the visible rows in CUDA's order; like CUDA, stop at the first unknown name."""
     if visible is None:
         return rows
     chosen: list[tuple[str, ...]] = []
@@ -206,7 +204,7 @@ def _visible(rows: list[tuple[str, ...]], visible: str | None) -> list[tuple[str
 
 
 def _ask(host: Host, command: Sequence[str]) -> tuple[str, str]:
-    """The command's output and an empty reason, or nothing and the reason."""
+    """Return a command's output and an empty reason, or an empty output and the reason."""
     try:
         return host.run(command).strip(), ""
     except FileNotFoundError:

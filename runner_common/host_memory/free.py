@@ -1,7 +1,7 @@
-"""How much memory a model may take now: the smallest of all limits that apply.
+"""Memory available to a model now: the smallest of several limits.
 
-The client's gate asks before it spawns a runner, the runner asks again before
-it loads. Reads files and asks the system's own tools; never imports MLX.
+The client's gate measures before starting a runner, and the runner before loading. Only files are
+read and the system's own tools run; MLX is never imported.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ Source = Literal["system", "cgroup", "device"]
 
 @dataclass(frozen=True, slots=True)
 class MemoryLimit:
-    """One of the limits that free memory is the smallest of.
+    """One of the limits on free memory.
 
     Attributes:
-        source: What limits.
-        available_bytes: What it still allows.
-        group: The control group's directory, for one of those.
-        device: The GPU with memory of its own, for one of those.
+        source: Kind of the limit.
+        available_bytes: Memory still available under the limit.
+        group: Directory of the control group, for a limit of one.
+        device: Id of the discrete GPU, for a limit of one.
     """
 
     source: Source
@@ -54,24 +54,22 @@ class MemoryLimit:
 
 @dataclass(frozen=True, slots=True)
 class FreeMemory:
-    """Free memory at one moment, and what limits it.
+    """Free memory at one moment, with every limit.
 
     Attributes:
         available_bytes: The smallest of the three figures below.
-        source: Which of them that is.
-        system_bytes: What the operating system says is available without swapping.
-        cgroup_bytes: What the control groups of this process still allow (Linux);
-            None where none limits it.
-        device_bytes: What the first device still allows: free memory of a CUDA
-            device, the working-set limit on macOS; None on the CPU, or where it
-            cannot be told.
+        source: Which of the three figures is the smallest.
+        system_bytes: Memory available without swapping, by the operating system.
+        cgroup_bytes: Memory still available in the control groups of this process (Linux);
+            None if none limits memory.
+        device_bytes: Memory still available on the first device: free memory of a CUDA
+            device, the working-set limit on macOS; None on the CPU or if unknown.
         device_name: Name of the first device.
         device_kind: ``"metal"``, ``"cuda"`` or ``"cpu"``.
-        reason: Why ``device_bytes`` is None although there is a device, or an
-            empty string.
-        device_id: What tells the first device from others of the same name; empty where
-            its memory is the system's, or cannot be told.
-        groups: What each control group still allows; ``cgroup_bytes`` is the smallest.
+        reason: Why ``device_bytes`` is None although there is a device, or an empty string.
+        device_id: Unique id of the first device; empty if it uses the system's memory or its
+            free memory is unknown.
+        groups: Memory still available in each control group; ``cgroup_bytes`` is the smallest.
     """
 
     available_bytes: int
@@ -87,7 +85,7 @@ class FreeMemory:
 
     @property
     def limits(self) -> tuple[MemoryLimit, ...]:
-        """All limits; ``available_bytes`` is the smallest of theirs."""
+        """Every limit; ``available_bytes`` is the smallest one's."""
         limits = [MemoryLimit("system", self.system_bytes)]
         limits += (
             MemoryLimit("cgroup", group.available_bytes, group=group.path) for group in self.groups
@@ -100,16 +98,16 @@ class FreeMemory:
 
 
 def free_memory(host: Host | None = None) -> FreeMemory:
-    """Measure the memory free for a model now.
+    """Measure the memory available to a model now.
 
-    Only the first device counts: a runner uses one. On macOS and on the CPU the
-    weights live in the system's memory; on CUDA they also pass through it while
-    they load, so that the system's figure limits there too.
+    Only the first device counts, because a runner uses one. On macOS and on the CPU the weights
+    are in the system's memory; on CUDA they pass through it during a load, so that the system's
+    figure is a limit there too.
 
-    Never raises for a tool or file that is missing: that figure is None.
+    A missing tool or file never raises: the figure is None.
 
     Args:
-        host: Where facts come from; this machine by default.
+        host: Sources of facts; this machine by default.
     """
     host = host or Host()
     device = device_infos(host)[0]

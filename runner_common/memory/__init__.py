@@ -1,1 +1,1 @@
-"""The memory that runners need, and what they reserve of the machine."""
+"""Memory needs of runners and reservations on this machine."""

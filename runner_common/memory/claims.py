@@ -1,4 +1,4 @@
-"""Arithmetic of the gate and of the server: a need against what is free and what is promised."""
+"""Comparison of a need with free memory and claims, shared by gate and server."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Whether a need fits now, with the numbers that the answer rests on.
+    """Outcome of comparing a need with available memory, with the numbers used.
 
     Attributes:
-        fits: Whether the need is at most what is available.
+        fits: Whether the need is at most the available memory.
         required_bytes: The need.
         available_bytes: Free memory less overhead and reservations, never negative.
-        overhead_bytes: Kept free: the device's minimum and the configured overhead.
-        reserved_bytes: What other runners may still take.
+        overhead_bytes: Memory kept free: the device's minimum and the configured overhead.
+        reserved_bytes: Memory other runners may still take.
         free: The measurement.
     """
 
@@ -38,7 +38,7 @@ class Decision:
 def decide(
     required_bytes: int, free: FreeMemory, headroom: Headroom, claimed_bytes: int
 ) -> Decision:
-    """Compare a need with free memory less what is kept free and what others may take."""
+    """Compare a need with free memory, less headroom and the claims of other runners."""
     rest = free.available_bytes - headroom.total_bytes - claimed_bytes
     return Decision(
         fits=required_bytes <= max(0, rest),
@@ -52,13 +52,12 @@ def decide(
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Memory that one process may still take.
+    """Memory one process may still take.
 
     Attributes:
         pid: The process.
-        claimed_bytes: How much.
-        device: The GPU with memory of its own that it is taken from; empty for the
-            system's memory.
+        claimed_bytes: Size of the claim.
+        device: Id of the discrete GPU with the memory; empty for the system's memory.
     """
 
     pid: int
@@ -67,10 +66,10 @@ class Claim:
 
 
 def claimed_of(free: FreeMemory, claims: Sequence[Claim]) -> tuple[int, int]:
-    """Return by how many bytes claims reduce what is free, and how many of them do.
+    """Return the reduction of free memory by claims in bytes, and the number of claims counted.
 
-    Each limit is reduced by those claims only that it bounds: another GPU's memory is not
-    this one's, and a runner in another control group takes nothing from this group.
+    Each limit is reduced only by the claims it bounds: another GPU's memory is not this one's,
+    and a runner in another control group takes nothing from this group.
     """
     limits = free.limits
     bounded = [[claim for claim in claims if _is_within(claim, limit)] for limit in limits]

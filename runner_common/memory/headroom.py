@@ -1,4 +1,4 @@
-"""Memory that is kept free beside every runner, from the same variables on both sides."""
+"""Memory kept free beside every runner, by the same variables on both sides."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ if TYPE_CHECKING:
     from runner_common.host_memory.free import Backend
 
 OVERHEAD_VARIABLE = "MLX_RUNNER_GPU_OVERHEAD"
-"""Bytes to keep free beside the minimum, for other users of the device."""
+"""Variable with bytes to keep free in addition to the minimum, for other users of the device."""
 
 MINIMUM_VARIABLE = "MLX_RUNNER_MEMORY_MINIMUM"
-"""Bytes to keep free in place of the device's own minimum."""
+"""Variable with bytes to keep free instead of the device's own minimum."""
 
 METAL_MINIMUM_BYTES = 512 * 1024**2
-"""Kept free on Metal for what no model's size tells: the figure of the original gate."""
+"""Minimum on Metal, for memory that no model's size accounts for; as in the original gate."""
 
 MINIMUM_BYTES = 457 * 1024**2
-"""The same on every other device."""
+"""Minimum on every other device."""
 
 
 class VariableError(ValueError):
     """An environment variable is not a number of bytes.
 
     Attributes:
-        variable: Its name.
+        variable: Name of the variable.
     """
 
     def __init__(self, variable: str, value: str) -> None:
@@ -40,10 +40,10 @@ class VariableError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Headroom:
-    """Memory that no runner may be promised.
+    """Memory not available to any runner.
 
     Attributes:
-        minimum_bytes: For what no model's size tells.
+        minimum_bytes: For memory that no model's size accounts for.
         overhead_bytes: For other users of the device.
     """
 
@@ -66,11 +66,11 @@ class Headroom:
 
     @property
     def total_bytes(self) -> int:
-        """Both figures together."""
+        """The sum of both figures."""
         return self.minimum_bytes + self.overhead_bytes
 
     def variables(self) -> dict[str, str]:
-        """Return the variables from which another process reads the same headroom."""
+        """Return environment variables giving another process the same headroom."""
         return {
             MINIMUM_VARIABLE: str(self.minimum_bytes),
             OVERHEAD_VARIABLE: str(self.overhead_bytes),
@@ -78,10 +78,10 @@ class Headroom:
 
 
 def variable_bytes(environ: Mapping[str, str], variable: str) -> int | None:
-    """Return the bytes that a variable names; None where it is unset or empty.
+    """Return the bytes given by a variable; None if unset or empty.
 
     Raises:
-        VariableError: It is not a number of bytes.
+        VariableError: The value is not a number of bytes.
     """
     text = environ.get(variable, "").strip()
     if not text:
@@ -92,4 +92,4 @@ def variable_bytes(environ: Mapping[str, str], variable: str) -> int | None:
 
 
 _DIGITS = 30
-"""Far beyond any memory; Python itself refuses to read a number of 5,000 digits."""
+"""Far beyond any memory; Python refuses to parse a number of 5,000 digits."""

@@ -1,4 +1,4 @@
-"""What a runner needs in memory, part by part."""
+"""Memory need of a runner, part by part."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class MemoryNeed:
-    """The most that a runner's process takes with one model, in bytes.
+    """Most memory taken by a runner's process with one model, in bytes.
 
     Attributes:
-        weight_bytes: The weights as they are held.
-        kv_bytes: KV caches and recurrent states of all sequences at their full length.
-        prefix_cache_bytes: The most that evaluated prompts may take.
+        weight_bytes: The weights as held in memory.
+        kv_bytes: KV caches and recurrent states of every sequence at full length.
+        prefix_cache_bytes: Largest size of the prefix cache.
         working_bytes: Arrays of a prefill chunk or a decode step, the copy of a layer's
             cache while it grows, the buffers that MLX keeps for reuse.
         process_bytes: Interpreter, libraries, tokenizer and heap.
-        load_transient_bytes: What reading the files takes beyond all of the above.
-        has_default_prefix_cache: Whether the size of the prefix cache is the default one,
-            which gives way where memory is short.
+        load_transient_bytes: Memory for reading the files, beyond all of the above.
+        has_default_prefix_cache: Whether the prefix cache has its default size, which is
+            reduced if memory is short.
     """
 
     weight_bytes: int
@@ -32,7 +32,7 @@ class MemoryNeed:
 
     @property
     def parts(self) -> dict[str, int]:
-        """The parts by name; their sum is ``total_bytes``."""
+        """The parts by name; ``total_bytes`` is the sum."""
         return {
             "weights": self.weight_bytes,
             "KV cache": self.kv_bytes,
@@ -49,14 +49,14 @@ class MemoryNeed:
 
     @property
     def required_bytes(self) -> int:
-        """The need without a prefix cache of the default size."""
+        """The need, without a prefix cache of the default size."""
         return self.total_bytes - self.has_default_prefix_cache * self.prefix_cache_bytes
 
     @property
     def mlx_bytes(self) -> int:
-        """The most that MLX holds while completions run: the limit in force."""
+        """Most memory held by MLX while completions run, the limit in force."""
         return self.weight_bytes + self.kv_bytes + self.prefix_cache_bytes + self.working_bytes
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields, for JSON."""
+        """Return the fields, for JSON."""
         return asdict(self)

@@ -1,9 +1,9 @@
-"""Asks a short-lived process what a model needs in memory.
+"""Query of a short-lived process for a model's memory need.
 
-The process builds the model with unread weights, just as a server does before it loads them,
-and prints what the server's own plan counts. Its answer is cached by the identity of the
-model's files, so that a model is built once; one such process runs at a time, so that many
-schedulers that start together do not fill the memory they ask about.
+The process builds the model with unread weights, as a server does before loading, and prints the
+need computed by the server's own plan. Answers are cached by the identity of the model's files, so
+that each model is built once. Only one such process runs at a time: many schedulers starting
+together must not fill the memory they ask about.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ _PACKAGE = "runner_server"
 
 @dataclass(frozen=True, slots=True)
 class NeedRequest:
-    """What a load would be asked for; see ``LoadRequest`` in the protocol.
+    """Options of a load; see ``LoadRequest`` in the protocol.
 
     Attributes:
         path: The model's directory.
         context_length: Longest sequence in tokens; None for the default.
         parallel: Sequences held at once.
         dtype: ``"auto"``, ``"as_stored"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
-        memory_limit_bytes: The most that MLX may hold; None for no limit.
-        prefix_cache_bytes: The most for evaluated prompts; None for the default.
-        allow_inexact: Plan it even if it cannot be computed exactly as its files say.
+        memory_limit_bytes: Most memory that MLX may hold; None for no limit.
+        prefix_cache_bytes: Largest size of the prefix cache; None for the default.
+        allow_inexact: Plan the model even if it cannot be computed exactly as its files say.
     """
 
     path: str
@@ -62,14 +62,14 @@ class NeedRequest:
 
 @dataclass(frozen=True, slots=True)
 class NeedAnswer:
-    """What the server's plan counts.
+    """Memory need computed by the server's plan.
 
     Attributes:
         need: The memory, part by part.
-        dtype: The format of the weights that was counted; never ``"auto"``.
+        dtype: The weight format counted; never ``"auto"``.
         context_length: Tokens of one sequence.
-        model_context_length: What the model was made for, in tokens.
-        parallel: Sequences that were counted; 1 where the model does not take more.
+        model_context_length: The model's own limit, in tokens.
+        parallel: Number of sequences counted; 1 if the model does not support more.
         notes: Where the model's answers may differ from what its files say.
     """
 
@@ -82,12 +82,13 @@ class NeedAnswer:
 
 
 class NeedRefusedError(Exception):
-    """A load of the model would be refused whatever memory there is.
+    """A load of the model would be refused with any amount of memory.
 
     Attributes:
-        reason: The reason of the protocol, for instance ``"MODEL_UNSUPPORTED"``.
-        metadata: Its numbers and names.
-        violations: Pairs of a field and what is wrong with it, for ``"INVALID_FIELD"``.
+        reason: The protocol's reason, for instance ``"MODEL_UNSUPPORTED"``.
+        metadata: Numbers and names of the refusal.
+        violations: Pairs of a field and a description of the problem, for
+            ``"INVALID_FIELD"``.
     """
 
     def __init__(
@@ -104,11 +105,11 @@ class NeedRefusedError(Exception):
 
 
 class NeedUnknownError(Exception):
-    """The process that was asked gave no answer: it crashed, or took too long."""
+    """The queried process crashed or took too long."""
 
 
 def can_ask() -> bool:
-    """Return whether there is a Python for the process, and the packages that it needs."""
+    """Return whether there is a Python interpreter with the packages the query needs."""
     try:
         interpreter()
     except NoInterpreterError:
@@ -117,11 +118,11 @@ def can_ask() -> bool:
 
 
 def ask_need(request: NeedRequest, environ: Mapping[str, str] = os.environ) -> NeedAnswer:
-    """Return what a server would count for a load.
+    """Return the memory a server would count for a load.
 
     Args:
         request: The load.
-        environ: The environment of the process; also says where answers are cached
+        environ: Environment of the process; also determines the cache folder
             (``XDG_CACHE_HOME``).
 
     Raises:
@@ -178,7 +179,7 @@ def _answer(values: dict[str, Any]) -> NeedAnswer:
 
 
 class _Cache:
-    """Where the answer to one request is kept."""
+    """Cache entry of one request."""
 
     def __init__(self, request: NeedRequest, environ: Mapping[str, str]) -> None:
         cache = cache_folder(environ)
@@ -186,7 +187,7 @@ class _Cache:
         self._name = f"{_identity(request)}.json"
 
     def read(self) -> NeedAnswer | None:
-        """Return the cached answer; None if there is none that can be read."""
+        """Return the cached answer; None if missing or unreadable."""
         if not self._folder:
             return None
         try:
@@ -195,7 +196,7 @@ class _Cache:
             return None
 
     def write(self, answer: NeedAnswer) -> None:
-        """Keep an answer, and drop the oldest where there are many. Failures cost time only."""
+        """Store the answer and delete the oldest entries beyond the limit; ignore failures."""
         if not self._folder:
             return
         with contextlib.suppress(OSError):
@@ -228,9 +229,9 @@ class _Cache:
 
 
 def _wait_for_lock(descriptor: int) -> None:
-    """Lock a file, or go on without after a minute: a stopped process must not hold up all."""
-    # Not on Windows, where clients work and runners do not.
-    import fcntl  # noqa: PLC0415 - for that
+    """Lock a file, or continue without after a minute: a stopped process must not block others."""
+    # Missing on Windows, which has clients but no runners.
+    import fcntl  # noqa: PLC0415 - see above
 
     deadline = time.monotonic() + _LOCK_SECONDS
     while time.monotonic() < deadline:
@@ -250,7 +251,7 @@ def _age(path: Path) -> float:
 
 
 def _identity(request: NeedRequest) -> str:
-    """Return a name for a request, the model's files and the code that answers."""
+    """Return a name for a request, the model's files and the answering code."""
     parts = [
         json.dumps(asdict(request), sort_keys=True),
         sys.version,
@@ -262,7 +263,7 @@ def _identity(request: NeedRequest) -> str:
 
 
 def _stamps(folder: Path) -> list[str]:
-    """Return name, size and time of change of the files in a directory."""
+    """Return stamps of the files in a directory."""
     with contextlib.suppress(OSError):
         files = sorted(folder.iterdir())[:_MAX_FILES]
         return [stamp for file in files for stamp in _stamp(file)]
@@ -270,7 +271,7 @@ def _stamps(folder: Path) -> list[str]:
 
 
 def _code_stamps() -> list[str]:
-    """Return size and time of change of each module that the formula may use."""
+    """Return stamps of each module with an effect on the answer."""
     specs = [util.find_spec(name) for name in (_PACKAGE, __package__.partition(".")[0])]
     folders = [
         Path(place) for spec in specs if spec for place in spec.submodule_search_locations or ()
@@ -287,8 +288,8 @@ def _stamp(file: Path) -> list[str]:
 
 
 def _version(name: str) -> str:
-    # Late: a server that is asked for no estimate is ready sooner without it.
-    from importlib import metadata  # noqa: PLC0415 - for that
+    # Imported late: a server that makes no estimate is ready sooner without it.
+    from importlib import metadata  # noqa: PLC0415 - see above
 
     try:
         return metadata.version(name)

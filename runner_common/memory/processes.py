@@ -1,4 +1,4 @@
-"""Identity and memory of other processes, from /proc where there is one, else by psutil."""
+"""Identity and memory of other processes, from /proc or psutil."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _STATE_FIELD, _START_FIELD = 0, 19
 """Fields 3 and 22 of /proc/PID/stat, counted after the command's name."""
 
 _CREATE_TOLERANCE_SECONDS = 2.0
-"""Between two readings of a start time that the system computes from the clock."""
+"""Tolerance between two readings of a start time that the system computes from the clock."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessIdentity:
-    """A process that its id alone does not tell from a later one with the same id.
+    """A process, distinguished from later processes with the same id.
 
     Attributes:
-        pid: Its process id.
-        started: When it started: ticks since the boot on Linux, seconds since 1970
-            elsewhere; 0 where that cannot be told.
+        pid: Process id.
+        started: Start time: ticks since boot on Linux, seconds since 1970 elsewhere; 0 if
+            unknown.
     """
 
     pid: int
@@ -36,15 +36,15 @@ class ProcessIdentity:
 
     @classmethod
     def of(cls, pid: int) -> ProcessIdentity:
-        """Return the identity of a process id's present owner."""
+        """Return the identity of the current owner of a process id."""
         return cls(pid, _started(pid) or 0.0)
 
     @property
     def is_alive(self) -> bool:
-        """Whether this process runs; a zombie does not."""
+        """True while this process runs; False for a zombie."""
         started = _started(self.pid)
         if started is None:
-            # Without a readable /proc only the id is left to go by.
+            # Without a readable /proc the id is the only evidence.
             return self.started == 0 and not _proc_is_there() and _takes_signals(self.pid)
         if _IS_LINUX:
             return started == self.started
@@ -52,7 +52,7 @@ class ProcessIdentity:
 
 
 def resident_bytes(pid: int) -> int:
-    """Return the resident set of a process; 0 where it cannot be told."""
+    """Return the resident set of a process; 0 if unknown."""
     with suppress(OSError, ValueError, IndexError):
         fields = (_PROC / str(pid) / "statm").read_text(encoding="ascii").split()
         return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -62,7 +62,7 @@ def resident_bytes(pid: int) -> int:
 
 
 def owner_uid(pid: int) -> int | None:
-    """Return the user that a process runs as; None where it cannot be told."""
+    """Return the user id of a process; None if unknown."""
     with suppress(psutil.Error, OSError):
         return psutil.Process(pid).uids().effective
     return None
@@ -70,10 +70,7 @@ def owner_uid(pid: int) -> int | None:
 
 @cache
 def machine_scope() -> str:
-    """Return a name for the set of processes that ids and start times of this one belong to.
-
-    It is another one after a reboot, and in another container.
-    """
+    """Return a name for the boot and container in which ids and start times are valid."""
     parts = []
     with suppress(OSError):
         parts.append((_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
@@ -83,7 +80,7 @@ def machine_scope() -> str:
 
 
 def _started(pid: int) -> float | None:
-    """When a process started; None if it has ended, or cannot be told."""
+    """Return the start time of a process; None if ended or unknown."""
     if _IS_LINUX:
         return _ticks(pid)
     with suppress(psutil.Error, OSError):
@@ -96,7 +93,7 @@ def _started(pid: int) -> float | None:
 def _ticks(pid: int) -> float | None:
     try:
         text = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
-        # The command's name stands in parentheses and may hold some itself.
+        # The command's name is in parentheses and may contain parentheses.
         fields = text.rpartition(")")[2].split()
         return None if fields[_STATE_FIELD] in _ENDED else float(int(fields[_START_FIELD]))
     except (OSError, ValueError, IndexError):

@@ -1,4 +1,4 @@
-"""Reservation records of all processes, and the lock under which decisions are made."""
+"""Reservation records of every process, and the lock under which decisions are made."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DIRECTORY_VARIABLE = "MLX_RUNNER_RUNTIME_DIR"
-"""Where the records are, in place of a directory below ``SHARED``."""
+"""Environment variable with the directory of the records; overrides ``SHARED``."""
 
 SHARED = Path("/tmp")  # noqa: S108 - the one place that all processes of a machine agree on
-"""Parent of all users' directories. Not TMPDIR, which differs between a user's sessions."""
+"""Parent of the users' directories. Not TMPDIR, which differs between a user's sessions."""
 
 LOCK_SECONDS = 10.0
-"""Longest wait for a process that is deciding. Measuring a GPU may take it 5 s; a process
-that was stopped while it decides would hold up the others indefinitely."""
+"""Longest wait for a process that is deciding. Measuring a GPU may take 5 s; a process stopped
+while deciding would block the others indefinitely."""
 
 _LOCK_RETRY_SECONDS = 0.002
 _NAME = "mlx-runner-"
@@ -51,13 +51,13 @@ def _uid() -> int:
 
 
 class RecordStore:
-    """The records in one directory. Safe across threads and processes.
+    """Records of one directory. Safe across threads and processes.
 
-    What cannot be written to the directory holds within this process only; the reason is
-    logged once.
+    If the directory cannot be written, records are visible within this process only, and the
+    reason is logged once.
 
     Args:
-        directory: Made if it is not there.
+        directory: Created if missing.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -67,7 +67,7 @@ class RecordStore:
         self._warned: set[str] = set()
 
     def write(self, name: str, record: Record) -> None:
-        """Write a record for all processes, or keep it for this one if that fails."""
+        """Write a record for every process, or, on failure, keep the record in this process."""
         try:
             with open_folder(self.directory) as folder:
                 folder.write(name, record)
@@ -84,7 +84,7 @@ class RecordStore:
             folder.remove(name)
 
     def read(self) -> dict[str, Record]:
-        """Read the records of processes that run by name, and remove those of dead ones."""
+        """Return the records of running processes by name; remove records of dead ones."""
         records: dict[str, Record] = {}
         try:
             with open_folder(self.directory) as folder:
@@ -99,7 +99,7 @@ class RecordStore:
         return records | {name: record for name, record in unwritten.items() if _runs(record)}
 
     def _other_users(self) -> Iterator[tuple[Path, int]]:
-        """Directories of other users, for the superuser alone."""
+        """Yield the directories of other users, for the superuser only."""
         if _uid() != 0 or self.directory != SHARED / f"{_NAME}0":
             return
         with suppress(OSError):
@@ -112,8 +112,8 @@ class RecordStore:
     def locked(self) -> Iterator[None]:
         """Keep other threads and processes from deciding while the block runs.
 
-        Waits for one that is deciding, at most about ``LOCK_SECONDS``, and then goes on with
-        a warning.
+        Waits for another decision for about ``LOCK_SECONDS`` at most, then continues with a
+        warning.
         """
         is_mine = self._thread_lock.acquire(timeout=LOCK_SECONDS)
         if not is_mine:
@@ -157,7 +157,7 @@ class RecordStore:
             self._warn_unshared(error)
 
     def forget_threads(self) -> None:
-        """Make a fork usable: threads that held the lock do not exist in it."""
+        """Replace the thread lock after a fork, whose holders do not exist in the child."""
         self._thread_lock = threading.Lock()
 
     def _warn_unshared(self, error: Exception) -> None:
@@ -168,7 +168,7 @@ class RecordStore:
 
 
 def _living(folder: RecordFolder) -> dict[str, Record]:
-    """Read the records of processes that run, and remove those of dead ones."""
+    """Return the records of running processes; remove records of dead ones."""
     records = folder.read()
     for name, record in records.items():
         if record.scope == machine_scope() and not record.owner.is_alive:
@@ -177,7 +177,7 @@ def _living(folder: RecordFolder) -> dict[str, Record]:
 
 
 def _others(folder: RecordFolder) -> dict[str, Record]:
-    """Read the records of another user, as far as they are about that user's processes."""
+    """Return another user's records about the same user's processes."""
     return {
         f"{folder.uid}/{name}": record
         for name, record in folder.read().items()

@@ -1,4 +1,4 @@
-"""Reservation records as files of a private directory that all processes of a user share."""
+"""Reservation records as files of a private directory shared by a user's processes."""
 
 from __future__ import annotations
 
@@ -30,29 +30,27 @@ _MAX_FILE_BYTES = 16 * 1024
 _MAX_FILES = 4096
 _MAX_BYTES = 1 << 60
 _LEFT_OVER_SECONDS = 60.0
-"""Age at which a temporary file belongs to a write that never ended."""
+"""Age of a temporary file whose write was certainly interrupted."""
 
 
 class FolderError(Exception):
-    """A directory cannot be used for reservations; the text says why."""
+    """A directory cannot be used for reservations; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Memory set aside for one runner.
+    """Memory reserved for one runner.
 
     Attributes:
-        need_bytes: What the runner may come to take in all.
-        model: Its model, for people.
-        pid: Process that the record belongs to: the runner, or the process that is
-            about to start it.
-        started: When that process started, as ``ProcessIdentity.started``.
-        scope: Where ``pid`` means something, as ``machine_scope``.
-        is_assigned: Whether ``pid`` is the runner itself, so that what it holds already
-            is a part of its need.
-        held_bytes: What the runner last reported to hold.
-        device: The GPU with memory of its own that the need is on; empty for the
-            system's memory.
+        need_bytes: Most memory the runner may take in total.
+        model: Name of the model, for people.
+        pid: Owner of the record: the runner, or the process about to start the runner.
+        started: Start time of the owner, as ``ProcessIdentity.started``.
+        scope: Machine and container in which ``pid`` is valid, as ``machine_scope``.
+        is_assigned: Whether the owner is the runner itself, so that the memory it already
+            holds is part of its need.
+        held_bytes: Memory last reported as held by the runner.
+        device: Id of the discrete GPU with the memory; empty for the system's memory.
     """
 
     need_bytes: int
@@ -66,11 +64,11 @@ class Record:
 
     @property
     def owner(self) -> ProcessIdentity:
-        """The process that the record belongs to."""
+        """The owning process."""
         return ProcessIdentity(self.pid, self.started)
 
     def owned_by(self, pid: int, *, is_assigned: bool) -> Record:
-        """Return the same record for another process of this machine."""
+        """Return the record with another process of this machine as owner."""
         owner = ProcessIdentity.of(pid)
         return replace(
             self,
@@ -82,12 +80,12 @@ class Record:
 
 
 def encode(record: Record) -> bytes:
-    """Return the content of a record's file."""
+    """Serialize a record."""
     return json.dumps({"version": VERSION, **asdict(record)}).encode()
 
 
 def decode(data: bytes) -> Record | None:
-    """Read a record; None for anything that this version did not write."""
+    """Parse a record; return None for anything not written by this version."""
     try:
         values = json.loads(data)
         if not isinstance(values, dict) or values.pop("version", None) != VERSION:
@@ -112,11 +110,11 @@ def _is_sound(record: Record) -> bool:
 
 
 class RecordFolder:
-    """An open directory of records. Made by ``open_folder``; safe across processes.
+    """An open directory of records, made by ``open_folder``. Safe across processes.
 
     Args:
-        descriptor: Of the directory.
-        uid: Its owner.
+        descriptor: File descriptor of the directory.
+        uid: Owner of the directory.
     """
 
     def __init__(self, descriptor: int, uid: int) -> None:
@@ -124,14 +122,14 @@ class RecordFolder:
         self.uid = uid
 
     def read(self) -> dict[str, Record]:
-        """Read all records by name, and ignore what is damaged or not one."""
+        """Read the records by name, ignoring damaged and foreign files."""
         with os.scandir(self._descriptor) as entries:
             names = [entry.name for entry in islice(entries, _MAX_FILES)]
         found = ((name, self._read(name)) for name in names if name.endswith(_SUFFIX))
         return {name.removesuffix(_SUFFIX): record for name, record in found if record}
 
     def _read(self, name: str) -> Record | None:
-        # Not to wait for the other end of a pipe that somebody put there.
+        # O_NONBLOCK: a pipe in the directory must not block the open.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             descriptor = os.open(name, flags, dir_fd=self._descriptor)
@@ -149,10 +147,10 @@ class RecordFolder:
         return decode(data) if len(data) <= _MAX_FILE_BYTES else None
 
     def write(self, name: str, record: Record) -> None:
-        """Write a record, new or in the place of an older one.
+        """Write a record, replacing an older one atomically.
 
         Raises:
-            OSError: It cannot be written.
+            OSError: The record cannot be written.
         """
         temporary = name + _TEMPORARY
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -164,12 +162,12 @@ class RecordFolder:
         )
 
     def remove(self, name: str) -> None:
-        """Remove a record, if it is there and can be removed."""
+        """Remove a record if possible."""
         with suppress(OSError):
             os.unlink(name + _SUFFIX, dir_fd=self._descriptor)
 
     def sweep(self) -> None:
-        """Remove the temporary files of writes that never ended."""
+        """Remove the temporary files of interrupted writes."""
         oldest = time.time() - _LEFT_OVER_SECONDS
         with os.scandir(self._descriptor) as entries:
             for entry in islice(entries, _MAX_FILES):
@@ -179,10 +177,10 @@ class RecordFolder:
                             os.unlink(entry.name, dir_fd=self._descriptor)
 
     def open_lock(self) -> int:
-        """Open the file whose lock guards decisions.
+        """Open the file whose lock serializes decisions.
 
         Raises:
-            OSError: It cannot be opened.
+            OSError: The file cannot be opened.
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         return os.open(LOCK_NAME, flags, 0o600, dir_fd=self._descriptor)
@@ -193,11 +191,11 @@ def open_folder(path: Path, uid: int | None = None) -> Iterator[RecordFolder]:
     """Open a directory of records.
 
     Args:
-        path: The directory. One of this user's own is made if it is not there.
-        uid: The user that it belongs to; this one by default.
+        path: The directory; created if missing and owned by this user.
+        uid: User who must own the directory; this one by default.
 
     Raises:
-        FolderError: It cannot be opened, or others may have written into it.
+        FolderError: The directory cannot be opened, or other users could have written to it.
     """
     if sys.platform == "win32":
         raise FolderError("this system has no file locks that reservations could use")
@@ -216,7 +214,7 @@ def _make(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir(mode=_DIRECTORY_MODE)
-        # The umask may have taken more from the mode.
+        # The umask may have cleared more bits.
         path.chmod(_DIRECTORY_MODE)
     except FileExistsError:
         return
@@ -242,7 +240,7 @@ def _check(path: Path, about: os.stat_result, uid: int) -> None:
 
 
 def try_lock(descriptor: int) -> bool:
-    """Take the lock of an open lock file if no other process has it."""
+    """Lock an open lock file unless another process holds the lock."""
     if sys.platform == "win32":
         return True
     try:
@@ -253,7 +251,7 @@ def try_lock(descriptor: int) -> bool:
 
 
 def unlock(descriptor: int) -> None:
-    """Give the lock up, also where a fork holds a copy of the descriptor, and close it."""
+    """Unlock and close a lock file, even if a forked process has a copy of the descriptor."""
     if sys.platform != "win32":
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)

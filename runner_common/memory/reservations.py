@@ -1,13 +1,13 @@
-"""Memory that runners of this machine may still take, known to all processes of a user.
+"""Reservations of memory for the runners of this machine, shared by the processes of a user.
 
-Each runner, and each load under way, has one record of what it may come to take in all.
-What it has taken already shows in the free memory, so a record claims the rest only. A
-record is as old as its process: that of a dead one claims nothing and is removed by the
-next reader.
+Each runner, and each load in progress, has one record of the most memory it may take in total.
+Memory it has already taken shows in the free memory, so a record claims only the rest. A record
+lives as long as its process: the record of a dead one claims nothing and is removed by the next
+reader.
 
-Records are files in a directory that only their user can enter. The superuser counts the
-records of all users; others see their own alone. Containers with a /tmp or processes of
-their own have records of their own.
+Records are files in a directory that only their user can enter. The superuser counts the records
+of all users; other users see only their own. Containers with a separate /tmp or process namespace
+have separate records.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ __all__ = [
 _MODEL_CHARACTERS = 1024
 _REWRITE_BYTES = 1024**2
 _REWRITE_SECONDS = 3600.0
-"""Age at which a record is written again: cleaners of /tmp remove files that look forgotten."""
+"""Age at which a record is rewritten: cleaners of /tmp remove files that look abandoned."""
 
 
 class Reservation:
-    """Memory set aside for one runner, until it is released or its process has ended.
+    """Memory reserved for one runner, until released or the process ends.
 
-    Made by ``BookView.add``. Thread-safe; nothing here waits for another process.
+    Made by ``BookView.add``. Thread-safe; no method waits for another process.
     """
 
     def __init__(self, store: RecordStore, name: str, record: Record) -> None:
@@ -70,34 +70,34 @@ class Reservation:
 
     @property
     def name(self) -> str:
-        """Its name in the book."""
+        """Name of the reservation in the book."""
         return self._name
 
     @property
     def need_bytes(self) -> int:
-        """What the runner may come to take in all."""
+        """Most memory the runner may take in total."""
         return self._record.need_bytes
 
     @property
     def is_open(self) -> bool:
-        """Whether it waits for a runner: not assigned, released or taken over."""
+        """True if a runner may still take the reservation over."""
         return not (self._is_over or self._record.is_assigned) and self._is_mine
 
     @property
     def is_assigned(self) -> bool:
-        """Whether it belongs to the runner itself."""
+        """True if the runner itself owns the reservation."""
         return self._record.is_assigned
 
     def assign(self, pid: int) -> None:
-        """Hand it to the process of the runner: from then on it lasts as long as that."""
+        """Assign the reservation to the runner's process, whose end then releases the memory."""
         with self._lock:
             self._replace(self._record.owned_by(pid, is_assigned=True))
 
     def update(self, *, need_bytes: int | None = None, held_bytes: int | None = None) -> None:
-        """Change what the runner may take, or report what it holds.
+        """Change the need of the runner, or report the memory held.
 
-        A small change of ``held_bytes`` alone is not written. Raise ``need_bytes`` only
-        while the book is locked, by a decision.
+        A small change of ``held_bytes`` alone is not written. Raise ``need_bytes`` only after a
+        decision, while the book is locked.
         """
         with self._lock:
             old = self._record
@@ -119,7 +119,7 @@ class Reservation:
             self._store.write(self._name, record)
 
     def release(self) -> None:
-        """End it. No-op once it is over."""
+        """End the reservation. No-op if already ended."""
         with self._lock:
             if not self._is_over and self._is_mine:
                 self._store.remove(self._name)
@@ -127,11 +127,11 @@ class Reservation:
 
     @property
     def _is_mine(self) -> bool:
-        """Whether this is no copy that a fork has made."""
+        """True in the process that made the object, False in a fork's copy."""
         return self._maker == os.getpid()
 
     def take_over(self, need_bytes: int) -> Reservation:
-        """Return another reservation in the place of this one, which is over then."""
+        """End this reservation and return a replacement."""
         with self._lock:
             self._is_over = True
             record = replace(self._record, need_bytes=need_bytes)
@@ -140,7 +140,7 @@ class Reservation:
 
 
 class BookView:
-    """The records at one moment, while no other process decides. Made by ``locked``."""
+    """Records at one moment, while no other process decides. Made by ``ReservationBook.locked``."""
 
     def __init__(self, store: RecordStore) -> None:
         self._store = store
@@ -152,13 +152,13 @@ class BookView:
         }
 
     def records(self) -> tuple[Record, ...]:
-        """Return the records of all processes that run."""
+        """Return the records of every running process."""
         return tuple(self._records.values())
 
     def claims(
         self, exclude: Collection[int] = (), without: Collection[str] = ()
     ) -> tuple[Claim, ...]:
-        """Return what each process may still take, those that take no more left out.
+        """Return the memory each process may still take, leaving out claims of zero.
 
         Args:
             exclude: Process ids whose records are not counted.
@@ -175,18 +175,18 @@ class BookView:
         return tuple(claim for claim in claims if claim.claimed_bytes)
 
     def _claimed(self, records: list[Record], device: str) -> int:
-        """Add up what the records of one process and device still claim."""
+        """Return the sum still claimed by the records of one process and device."""
         promised = sum(record.need_bytes for record in records if not record.is_assigned)
         own = [record for record in records if record.is_assigned]
         need = sum(record.need_bytes for record in own)
-        # The memory of a GPU does not show in the resident set.
+        # The memory of a discrete GPU is not part of the resident set.
         resident = 0 if device or not own else self._resident(own[0].pid)
         return promised + max(0, need - max(resident, sum(record.held_bytes for record in own)))
 
     def _resident(self, pid: int) -> int:
         """Return the lower of the resident sets before and after free memory was measured.
 
-        A process that grows or shrinks meanwhile is then never counted as less than it is.
+        The claim of a process that grows or shrinks in between is thus never underestimated.
         """
         now, earlier = resident_bytes(pid), self._earlier.get(pid)
         return now if earlier is None else min(now or earlier, earlier)
@@ -198,12 +198,12 @@ class BookView:
         *,
         without: Collection[str] = (),
     ) -> int:
-        """Return what other runners may still take.
+        """Return the memory other runners may still take.
 
         Args:
             exclude: Process ids whose records are not counted.
-            free: A measurement; then only that counts which is taken from the memory it
-                measures, and not what belongs to another GPU or control group.
+            free: A measurement; if given, only claims on the measured memory count, and not
+                those on another GPU or in another control group.
             without: Names of reservations that are not counted.
         """
         claims = self.claims(exclude, without)
@@ -214,13 +214,13 @@ class BookView:
     def add(
         self, need_bytes: int, model: str, pid: int | None = None, *, device: str = ""
     ) -> Reservation:
-        """Set memory aside.
+        """Reserve memory.
 
         Args:
-            need_bytes: What the runner may come to take in all.
-            model: Its model, for people.
-            pid: The runner. None for one that this process is about to start.
-            device: ``FreeMemory.device_id`` of the measurement that it was decided by.
+            need_bytes: Most memory the runner may take in total.
+            model: Name of the model, for people.
+            pid: The runner; None for a runner this process is about to start.
+            device: ``FreeMemory.device_id`` of the measurement used for the decision.
         """
         record = Record(need_bytes, model[:_MODEL_CHARACTERS], 0, 0.0, "", device=device)
         owner = os.getpid() if pid is None else pid
@@ -231,9 +231,9 @@ class BookView:
         return Reservation(self._store, name, record)
 
     def drop_owned_by(self, pid: int) -> None:
-        """Remove the records of a runner's process, also those that others assigned to it.
+        """Remove the records of a runner's process, including records assigned by other processes.
 
-        What the process has set aside for runners that it is about to start remains.
+        Reservations of the process for runners it is about to start remain.
         """
         for name, record in list(self._records.items()):
             if record.pid == pid and record.is_assigned:
@@ -242,7 +242,7 @@ class BookView:
 
 
 class _Shared:
-    """What all books of one directory in this process have in common."""
+    """State shared by the books of one directory in this process."""
 
     def __init__(self, directory: Path) -> None:
         self.store = RecordStore(directory)
@@ -262,37 +262,37 @@ if hasattr(os, "register_at_fork"):
 
 
 class ReservationBook:
-    """The reservations of this machine. Safe across threads and processes.
+    """Reservations of this machine. Safe across threads and processes.
 
-    Where the directory cannot be used, reservations hold within this process only, and a
-    warning tells why.
+    If the directory cannot be used, reservations are visible within this process only, and a
+    warning says why.
 
     Args:
-        directory: Where the records are; by default what ``MLX_RUNNER_RUNTIME_DIR`` says,
-            else a directory of this user's in ``/tmp``.
+        directory: Directory of the records. Default: ``MLX_RUNNER_RUNTIME_DIR``, or a
+            directory of this user in ``/tmp``.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = directory or default_directory()
-        # One for all books of this directory; setdefault is atomic.
+        # Shared by the books of this directory; setdefault is atomic.
         self._shared = _shared.setdefault(self.directory, _Shared(self.directory))
 
     @contextmanager
     def locked(self) -> Iterator[BookView]:
         """Keep other threads and processes from deciding while the block runs.
 
-        Waits for one that is deciding, at most about 10 s, and then goes on with a warning.
-        Not reentrant. Measure and decide in the block, nothing slower.
+        Waits for another decision for about 10 s at most, then continues with a warning.
+        Not reentrant. Do nothing slower in the block than measuring and deciding.
         """
         with self._shared.store.locked():
             yield BookView(self._shared.store)
 
     def offer(self, key: Hashable, reservation: Reservation) -> None:
-        """Put a reservation where a runner that this process starts may take it over."""
+        """Offer a reservation to a runner started by this process."""
         self._shared.offers.append((key, reservation))
 
     def offered(self, key: Hashable) -> Reservation | None:
-        """Return a reservation that may be taken over, if there is one."""
+        """Return a reservation offered under a key and still open; None if there is none."""
         offers = self._shared.offers
         offers[:] = [offer for offer in offers if offer[1].is_open]
         return next((reservation for found, reservation in offers if found == key), None)
