@@ -1,6 +1,6 @@
-"""The one reading of a model: its name, its directory, its files, its configuration.
+"""Reading of models: name, directory, files and configuration.
 
-Client and server use the same code, so that what the gate accepts is what the server loads.
+Client and server share this code, so that the server loads exactly what the gate accepts.
 """
 
 from runner_common.model_directory.configuration import DEFAULT_CONTEXT, Configuration, text_part

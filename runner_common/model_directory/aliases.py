@@ -1,4 +1,4 @@
-"""Settings that releases of transformers name differently, or leave out where they follow."""
+"""Settings with several names, and settings that transformers derives."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ _SAME = (
     ("block_dim", "hidden_size"),
     ("sliding_window_pattern", "_sliding_window_pattern"),
 )
-"""Names with one meaning: whichever is there stands for the others."""
+"""Names with the same meaning: the first one set provides the value of the others."""
 
 _FIXED: dict[str, dict[str, Any]] = {
     "apertus": {"mlp_bias": False, "post_norm": False, "qk_norm": True},
 }
-"""Settings that had one value in every model of a type, and are no longer written."""
+"""Settings that had one value in every model of a type and are no longer written."""
 
 _LAYER_NAMES = {
     "granitemoehybrid": {"linear_attention": "mamba", "full_attention": "attention"},
 }
-"""What transformers 5 calls the layers of a type, and mlx_lm its own way."""
+"""Names of layer types in transformers 5, and mlx_lm's names for them."""
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def with_aliases(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration in which every name has what any other name of the same says.
+    """Return a configuration with each setting under all of its names.
 
     Args:
-        config: ``config.json``, or the part of it about text; it is not changed.
+        config: ``config.json``, or its text part; not modified.
     """
     values = dict(config)
     for names in _SAME:
@@ -68,19 +68,19 @@ def _add_head_size(values: dict[str, Any]) -> None:
 
 
 def _add_pattern(values: dict[str, Any]) -> None:
-    """Say as "every Nth layer is global" what a list of layer types says."""
+    """Express a list of layer types as "every Nth layer is global"."""
     kinds = values.get("layer_types")
     if not isinstance(kinds, list) or set(kinds) - {_FULL, _SLIDING}:
         return
     if values.get("model_type") == "exaone4":
         values["sliding_window_pattern"] = _letters(kinds)
     elif kinds:
-        # The list counts where both are there: it is newer, and can say more.
+        # The list wins over an existing pattern: it is newer and more expressive.
         values["sliding_window_pattern"] = [*kinds, _FULL].index(_FULL) + 1
 
 
 def _letters(kinds: list[str]) -> str | None:
-    """Return layer types as EXAONE 4 wrote them first: a letter each; None for no windows."""
+    """Return layer types in EXAONE 4's original form, a letter each; None without windows."""
     if _SLIDING not in kinds:
         return None
     return "".join("L" if kind == _SLIDING else "G" for kind in kinds)

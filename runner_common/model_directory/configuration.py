@@ -1,8 +1,8 @@
-"""A model's configuration: checked, and brought into one form for mlx_lm.
+"""Validation of a model's configuration and normalization for mlx_lm.
 
-``config.json`` says the same things in different ways: transformers 5 writes ``rope_parameters``
-where transformers 4 wrote ``rope_theta`` and ``rope_scaling``, and mlx_lm takes what it finds by
-name and drops the rest without a word. The view that is made here has all of the names.
+``config.json`` has several forms: transformers 5 writes ``rope_parameters`` where transformers 4
+wrote ``rope_theta`` and ``rope_scaling``, and mlx_lm reads settings by name and silently drops the
+rest. The normalized configuration has each setting under all of its names.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from runner_common.model_directory.weight_files import StoredTensor
 DEFAULT_CONTEXT = 4096
 _MIN_CONTEXT, _MAX_CONTEXT = 2, 2**31 - 1
 _MAX_LAYERS = 2048
-"""More than ten times what the deepest models have. Each layer is built before its weights
-are looked for, so that a config.json with absurdly many would take indefinitely."""
+"""More than ten times the layers of the deepest models. Each layer is built before its weights are
+looked for, so that an absurd number in config.json would take indefinitely."""
 
 _MAX_TOKEN_ID = 2**31 - 1
 
@@ -33,19 +33,19 @@ _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length
 _LAYER_NAMES = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 CONFIG, _GENERATION = "config.json", "generation_config.json"
 _QUANTIZATION = "hf_quant_config.json"
-"""Where NVIDIA's ModelOpt says what ``quantization_config`` says elsewhere."""
+"""File of NVIDIA's ModelOpt in place of ``quantization_config`` in config.json."""
 
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """What a model's files say of it, beside its weights.
+    """Description of a model by its files other than the weights.
 
     Attributes:
-        values: The view for mlx_lm: ``config.json`` with the same thing under all of its names.
-        model_type: The name of its architecture.
-        eos_token_ids: The ids that end a text, by all files together.
-        context_length: The longest sequence that it is made for, in tokens.
-        notes: Where the files contradict each other, and what is done, in words.
+        values: Normalized ``config.json`` for mlx_lm, with each setting under all of its names.
+        model_type: Name of the architecture.
+        eos_token_ids: Token ids that end a text, from all files together.
+        context_length: Longest sequence the model is made for, in tokens.
+        notes: Contradictions between the files and how they were resolved.
     """
 
     values: dict[str, Any]
@@ -61,17 +61,17 @@ def read_configuration(
     tensors: Mapping[str, StoredTensor],
     indexed: frozenset[str],
 ) -> Configuration:
-    """Check and normalise a model's configuration.
+    """Validate and normalize a model's configuration.
 
     Args:
         directory: The model's directory.
-        stored: What its ``config.json`` says.
-        tensors: The tensors of its weight files.
-        indexed: The names of those that an index has in them.
+        stored: Content of its ``config.json``.
+        tensors: Tensors of its weight files.
+        indexed: Names of the tensors in the index, if any.
 
     Raises:
-        ModelUnusableError: A file cannot be read, asks to run code, or says what cannot be; the
-            message names the file and the key.
+        ModelUnusableError: A file cannot be read, asks to run code, or has an impossible value;
+            the message names the file and the key.
     """
     file = directory / CONFIG
     model_type = _model_type(file, stored)
@@ -89,7 +89,7 @@ def read_configuration(
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the part of a configuration that describes the language model."""
+    """Return the part of a configuration about the language model."""
     part = config.get("text_config")
     return part if isinstance(part, dict) and part else config
 
@@ -135,7 +135,7 @@ def _context_length(file: Path, values: Mapping[str, Any]) -> int:
 
 
 def _values(config: Mapping[str, Any], names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """Yield the names that are there and their values, in its part about text or beside it."""
+    """Yield the given names and values if set, the text part's first."""
     parts = [config] if text_part(config) is config else [text_part(config), config]
     for part in parts:
         yield from ((name, part[name]) for name in names if part.get(name) is not None)
@@ -146,7 +146,7 @@ def _is_count(value: object) -> TypeGuard[int]:
 
 
 def _eos_token_ids(directory: Path, file: Path, stored: Mapping[str, Any]) -> frozenset[int]:
-    """Return the ids of all files together: each tends to have some that others lack."""
+    """Return the union of the ids in every file: each file tends to lack some."""
     found = _ids(file, "eos_token_id", stored.get("eos_token_id"))
     if text_part(stored) is not stored:
         found |= _ids(file, "text_config.eos_token_id", text_part(stored).get("eos_token_id"))

@@ -1,4 +1,4 @@
-"""Refuses a model's directory whose files are not what reading them takes for granted."""
+"""Check of the files in a model's directory before any of them is opened."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from runner_common.model_directory.errors import ModelUnusableError
 from runner_common.units import format_bytes
 
 _MAX_TEXT_BYTES = 256 * 2**20
-"""Of a file that is read into memory whole; the largest tokenizers have a tenth of it."""
+"""Largest file read into memory whole; the largest tokenizers have a tenth of this."""
 
 _READ_WHOLE = frozenset({".jinja", ".json", ".model", ".txt"})
 _NEEDED = frozenset(("config.json", "generation_config.json", "tokenizer.json"))
-"""Files that would be missed in silence, or by an error that says something else."""
+"""Files whose absence would be silent, or cause a misleading error."""
 
 _TEMPLATES = "additional_chat_templates"
 
 
 def require_files(path: Path) -> None:
-    """Looks at what lies in a model's directory, and opens none of it.
+    """Check the entries of a model's directory without opening any.
 
-    A pipe would be waited for without end, and a device such as ``/dev/zero`` read until
-    all memory is taken; either may be behind a link.
+    Reading a pipe would block indefinitely, and reading a device such as ``/dev/zero`` would
+    fill the memory; either may be behind a link.
 
     Raises:
-        ModelUnusableError: Something is no file, or too large to be read whole.
+        ModelUnusableError: An entry is not a regular file, or too large to be read whole.
     """
     for entry in _entries(path):
         try:
             found = entry.stat()
-        except OSError as error:  # a link to nothing, or a ring
+        except OSError as error:  # a broken or circular link
             if entry.name in _NEEDED:
                 raise ModelUnusableError(
                     f"{entry} is a link to nothing: finish the download", str(path)

@@ -1,13 +1,13 @@
-"""Why a model's name or directory cannot be used."""
+"""Errors about a model's name or directory."""
 
 from __future__ import annotations
 
 
 class ModelDirectoryError(Exception):
-    """A model that cannot be used; the message names the file, and says what to do.
+    """A model cannot be used; the message names the file and says what to do.
 
     Args:
-        message: What is wrong.
+        message: Description of the problem.
         model: The model's name or directory.
     """
 
@@ -17,7 +17,7 @@ class ModelDirectoryError(Exception):
 
 
 class ModelMissingError(ModelDirectoryError):
-    """No directory and no hub id in the local cache has this name."""
+    """The name is neither a directory nor a hub id in the local cache."""
 
 
 class ModelUnusableError(ModelDirectoryError):

@@ -11,13 +11,13 @@ from runner_common.model_directory.errors import ModelUnusableError
 
 _LFS_MARK = b"version https://git-lfs.github.com/spec/"
 
-# transformers writes numbers that JSON does not have in this way.
+# transformers writes infinities and NaN, which JSON lacks, in this form.
 _TAG = "__float__"
 _TAGGED = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
 def is_lfs_pointer(file: Path) -> bool:
-    """Return whether a file is what Git leaves in place of one that Git LFS has not fetched.
+    """Return whether a file is a Git LFS pointer, left in place of a file not fetched yet.
 
     Raises:
         OSError: The file cannot be read.
@@ -36,7 +36,7 @@ def lfs_error(file: Path) -> ModelUnusableError:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file, which may begin with a UTF-8 mark.
+    """Return the JSON object in a file, which may begin with a byte order mark.
 
     Raises:
         ModelUnusableError: The file is missing, cannot be read, or has no JSON object.
@@ -47,16 +47,16 @@ def read_object(file: Path) -> dict[str, Any]:
         data = file.read_bytes()
         if data.startswith(_LFS_MARK):
             raise lfs_error(file)
-        # Of bytes: json takes a mark at their beginning for what it is.
+        # From bytes: json then handles a byte order mark.
         content = _untagged(json.loads(data))
-        # Half a pair of surrogates is in no message that can be sent.
+        # A lone surrogate could not be sent in any message; fail here.
         json.dumps(content, ensure_ascii=False).encode()
     except FileNotFoundError as error:
         raise ModelUnusableError(
             f"no {file.name} in {file.parent}: not a model directory, or not downloaded whole",
             str(file.parent),
         ) from error
-    # ValueError: no JSON, no Unicode, or a number of thousands of digits.
+    # ValueError: invalid JSON or Unicode, or a number of thousands of digits.
     except (OSError, ValueError, RecursionError) as error:
         raise ModelUnusableError(f"{file} cannot be read: {error}", str(file.parent)) from error
     if not isinstance(content, dict):

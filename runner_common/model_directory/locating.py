@@ -1,7 +1,7 @@
-"""From a model's name to its directory: a path, or a hub id in the local cache.
+"""Resolution of model names to directories: paths, or hub ids in the local cache.
 
-Follows the layout and the variables of huggingface_hub, which the base install does not have;
-see https://huggingface.co/docs/huggingface_hub/guides/manage-cache. Nothing is downloaded.
+Follows the layout and variables of huggingface_hub, which the base install does not include; see
+https://huggingface.co/docs/huggingface_hub/guides/manage-cache. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _TOKENIZER_FILES = ("*token*.json", "*.model", "vocab*", "*.tiktoken", "tekken.j
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """Where a model lies.
+    """Location of a model.
 
     Attributes:
-        path: Its directory, absolute, links resolved.
-        is_hub_id: Whether the name is a hub id, and no path.
-        note: What the user should know of the choice; empty if there was none.
+        path: The directory, absolute and with links resolved.
+        is_hub_id: Whether the name is a hub id rather than a path.
+        note: Message about the choice of a snapshot; empty if there was no choice.
     """
 
     path: Path
@@ -43,11 +43,11 @@ def locate(model: str, environ: Mapping[str, str] = os.environ) -> Located:
 
     Args:
         model: A directory, with ``~`` for a home, or a hub id: ``org/name`` or
-            ``org/name@revision``, a branch, a tag or a commit.
-        environ: The environment of the process that will load it.
+            ``org/name@revision``, the revision being a branch, a tag or a commit.
+        environ: Environment of the process that will load the model.
 
     Raises:
-        ModelMissingError: There is none; the message says what was tried.
+        ModelMissingError: The model was not found; the message lists the places searched.
     """
     path = _expanded(model, environ)
     kind = _kind(path) if model else None
@@ -69,13 +69,13 @@ def locate(model: str, environ: Mapping[str, str] = os.environ) -> Located:
 
 
 def _expanded(model: str, environ: Mapping[str, str]) -> Path:
-    """Return the path with ``~`` expanded as the other process would; unchanged for nobody's."""
+    """Expand ``~`` as the other process would; keep the name of an unknown user as is."""
     if model == "~" or model.startswith("~/"):
         home = environ.get("HOME") or str(Path.home())
         return Path(home + model[1:])
     try:
         return Path(model).expanduser()
-    except RuntimeError:  # no user has that name, and a directory may
+    except RuntimeError:  # an unknown user; the name may still be a directory's
         return Path(model)
 
 
@@ -84,7 +84,7 @@ def _kind(path: Path) -> Literal["directory", "file"] | None:
         if path.is_dir():
             return "directory"
         return "file" if path.exists() else None
-    # A name that is too long for the file system, or below a closed directory; or with a NUL.
+    # The name is too long for the file system, below an unreadable directory, or contains NUL.
     except (OSError, ValueError):
         return None
 
@@ -100,7 +100,7 @@ def _hub_cache(environ: Mapping[str, str]) -> Path:
 
 
 def _with_variables(path: str, environ: Mapping[str, str]) -> Path:
-    """Expand ``~``, then ``$NAME`` and ``${NAME}``, as ``os.path`` does for its own process."""
+    """Expand ``~``, then ``$NAME`` and ``${NAME}``, like ``os.path`` but from ``environ``."""
 
     def value(match: re.Match[str]) -> str:
         return environ.get(match[1].strip("{}"), match[0])
@@ -112,8 +112,8 @@ class _Repository:
     """A model's folder in the cache.
 
     Args:
-        model: The name that was asked for.
-        hub_id: It without a revision.
+        model: The requested name.
+        hub_id: The name without a revision.
         cache: The cache directory.
     """
 
@@ -124,10 +124,10 @@ class _Repository:
         self._folder = cache / f"models--{hub_id.replace('/', '--')}"
 
     def snapshot(self, revision: str | None) -> Located:
-        """Return the snapshot of a revision; without one, that of main or another whole one.
+        """Return a revision's snapshot; by default main's, or else another complete one.
 
         Raises:
-            ModelMissingError: The cache has none.
+            ModelMissingError: The cache has no such snapshot.
         """
         if _kind(self._folder) != "directory":
             raise self._missing(f"no {self._folder.name} in")
@@ -150,7 +150,7 @@ class _Repository:
         return Located(found.resolve(), is_hub_id=True, note=note)
 
     def _commit(self, revision: str) -> str | None:
-        """Return the commit that a branch, a tag or a commit names."""
+        """Return the commit of a branch, tag or commit name; None if unknown."""
         refs, snapshots = self._folder / "refs", self._folder / "snapshots"
         if not (_is_inside(revision, refs) and _is_inside(revision, snapshots)):
             return None
@@ -161,7 +161,7 @@ class _Repository:
         return commit if commit and _is_inside(commit, snapshots) else None
 
     def _complete(self) -> list[Path]:
-        """Return the snapshots that can be loaded, the newest first."""
+        """Return the complete snapshots, newest first."""
         try:
             found = [path for path in (self._folder / "snapshots").iterdir() if is_complete(path)]
             return sorted(found, key=lambda path: (-path.stat().st_mtime, path.name))
@@ -182,7 +182,7 @@ def _is_inside(name: str, folder: Path) -> bool:
 
 
 def is_complete(path: Path) -> bool:
-    """Return whether a directory has a configuration, a tokenizer and all of its weights."""
+    """Return whether a directory has a configuration, a tokenizer and every weight file."""
     try:
         require_files(path)
         has_tokenizer = any(

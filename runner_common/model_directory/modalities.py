@@ -1,4 +1,4 @@
-"""Tensors of a multimodal checkpoint that text does not pass through."""
+"""Tensors of a multimodal checkpoint outside the language model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _BESIDE_TEXT = re.compile(
 
 
 def is_beside_text(name: str) -> bool:
-    """Return whether a tensor belongs to the parts for images or sound.
+    """Return whether a tensor belongs to the image or audio parts of a model.
 
-    mlx_lm hosts the language model of such a checkpoint, and drops these.
+    mlx_lm runs only the language model of such a checkpoint and drops these tensors.
 
     Args:
         name: The tensor's name in the checkpoint.

@@ -1,8 +1,8 @@
-"""Whether a model's output layer is its embeddings, told from the tensors that are there.
+"""Tied or separate output layer, decided by the tensors in the files.
 
-``tie_word_embeddings`` has one default in mlx_lm, another in transformers 4 and again another in
-transformers 5, and files leave it out or contradict it. An output layer that is in the files and
-unlike the embeddings is meant to be used.
+``tie_word_embeddings`` has different defaults in mlx_lm, transformers 4 and transformers 5, and
+files omit or contradict it. An output layer that is in the files and differs from the embeddings is
+meant to be used.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ _EMBEDDINGS = re.compile(
 def with_output_head(
     config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], indexed: frozenset[str]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return a configuration that says what the tensors say, and what was contradicted.
+    """Return the configuration with ``tie_word_embeddings`` set by the tensors, and notes.
 
     Args:
-        config: ``config.json``; it is not changed.
-        tensors: The tensors of its weight files.
-        indexed: The names of those that an index has in them.
+        config: ``config.json``; not modified.
+        tensors: Tensors of the weight files.
+        indexed: Names of the tensors in the index, if any.
+
+    Returns:
+        The configuration, and a note if the files contradict it.
 
     Raises:
         OSError: A weight file cannot be read.
@@ -42,13 +45,13 @@ def with_output_head(
     if said and not any(said):
         return dict(config), ()
     if head is None:
-        # One that the index has and no file is missing, and not tied.
+        # An output layer in the index but in no file is missing rather than tied.
         if not said and any(_HEAD.fullmatch(name) for name in indexed):
             return _with_tied(config, tied=False), ()
         return (dict(config) if said else _with_tied(config, tied=True)), ()
     if _is_embeddings(head, tensors):
         if f"{head.removesuffix('.weight')}.scales" in tensors:
-            # mlx_lm drops the weight of a tied layer, and then has scales without a layer.
+            # mlx_lm drops the weight of a tied layer, which would leave scales without a layer.
             return _with_tied(config, tied=False), ()
         return (dict(config) if said else _with_tied(config, tied=True)), ()
     note = f"{_TIED} is true, but {head} differs from the embeddings: it is used"

@@ -1,4 +1,4 @@
-"""A model's directory as client and server see it."""
+"""A model's directory, read the same way by client and server."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from runner_common.model_directory.weight_files import (
 
 @dataclass(frozen=True, slots=True)
 class ModelDirectory:
-    """What a model's directory holds.
+    """Content of a model's directory.
 
     Attributes:
         path: The directory.
         weight_files: The files to load, in a fixed order.
-        tensors: Their tensors by name.
-        configuration: What the other files say.
-        notes: Files that were passed over, and contradictions, in words.
+        tensors: Tensors of the weight files by name.
+        configuration: Content of the other files.
+        notes: Files that are not loaded, and contradictions.
     """
 
     path: Path
@@ -47,7 +47,7 @@ def read_model_directory(path: Path) -> ModelDirectory:
     """
     try:
         require_files(path)
-        # First: without it, nothing else tells that this is a model's directory.
+        # First, because config.json is what makes a directory a model's.
         stored = read_object(path / CONFIG)
         choice = choose_weight_files(path)
         tensors = read_tensors(choice)
@@ -56,7 +56,7 @@ def read_model_directory(path: Path) -> ModelDirectory:
         raise
     except OSError as error:
         raise ModelUnusableError(f"{path} cannot be read: {error}", str(path)) from error
-    # Nothing but the model's files has been looked at.
+    # The code above reads the model's files only, so they are the cause of any error.
     except Exception as error:
         raise ModelUnusableError(
             f"{path} cannot be read: its files say what no model has "

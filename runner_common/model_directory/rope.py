@@ -1,7 +1,7 @@
-"""Rotary position embeddings: one meaning, written in two ways.
+"""Normalization of rotary position embeddings, which have two forms in files.
 
-transformers 5 writes one object, ``rope_parameters``, with ``rope_theta`` in it, and for models
-with two kinds of attention one such object for each kind; transformers 4 wrote ``rope_theta`` and
+transformers 5 writes one object, ``rope_parameters``, with ``rope_theta`` in it, and one such
+object per kind for models with two kinds of attention; transformers 4 wrote ``rope_theta`` and
 ``rope_scaling``. See ``modeling_rope_utils.py`` of transformers.
 """
 
@@ -17,30 +17,30 @@ _BESIDE = {
     "rope_theta": ("rope_theta", "rotary_emb_base"),
     "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
 }
-"""The names at the top of an older file that stand for a parameter of the object."""
+"""Top-level names in older files for parameters of the object."""
 
 _EXTENDING = frozenset(("yarn", "linear", "dynamic"))
-"""Kinds that make the context longer by their factor; the lengths of others count it already."""
+"""Kinds that extend the context by their factor; other kinds' lengths already include it."""
 
 _BY_KIND = ("gemma4", "laguna", "mellum", "spark2_5")
-"""Types whose ``rope_parameters`` are looked for by the kind of attention."""
+"""Prefixes of model types whose ``rope_parameters`` are keyed by the kind of attention."""
 
 _ALREADY_EXTENDED = ("gemma3", "gemma4")
-"""Types whose ``max_position_embeddings`` counts the factor already, as vLLM has it too."""
+"""Types whose ``max_position_embeddings`` already includes the factor, as vLLM assumes too."""
 
 
 def with_one_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration whose rotary embeddings stand under the older names as well.
+    """Return a configuration with the rotary embeddings in both forms.
 
     Args:
-        config: ``config.json``, or the part of it about text; it is not changed.
+        config: ``config.json``, or its text part; not modified.
     """
     values = dict(config)
     new = values.get("rope_parameters")
     if isinstance(new, dict) and new:
         full, sliding = _by_attention(new)
         if full is not new:
-            # A share at the top is that of all layers.
+            # A partial_rotary_factor at the top applies to all layers.
             full = {key: full[key] for key in full if key != "partial_rotary_factor"}
         _add_older_names(values, full)
         theta = (sliding or {}).get("rope_theta")
@@ -56,7 +56,7 @@ def with_one_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def has_rope_by_kind(config: Mapping[str, Any]) -> bool:
-    """Return whether a type has parameters for each kind of attention, in files of any age."""
+    """Return whether a model type has parameters per kind of attention, in files of any age."""
     return str(config.get("model_type", "")).startswith(_BY_KIND)
 
 
@@ -69,11 +69,11 @@ def rope_kind(scaling: object) -> str:
 
 
 def context_factor(config: Mapping[str, Any], longest: int) -> float:
-    """Return by what factor scaling makes the context longer than the configuration says.
+    """Return the factor by which scaling extends the configured context.
 
     Args:
-        config: The part of a view that describes the language model.
-        longest: Its ``max_position_embeddings``.
+        config: Text part of a normalized configuration.
+        longest: The configured ``max_position_embeddings``.
     """
     scaling = config.get("rope_scaling")
     if rope_kind(scaling) not in _EXTENDING or not isinstance(scaling, Mapping):
@@ -86,12 +86,12 @@ def context_factor(config: Mapping[str, Any], longest: int) -> float:
     original = scaling.get("original_max_position_embeddings")
     if not isinstance(original, int | float) or isinstance(original, bool) or original <= 0:
         return float(factor)
-    # Some files give the longer length, some the original one.
+    # Some files have the extended length there, some the original one.
     return max(1.0, original * factor / longest)
 
 
 def _by_attention(new: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
-    """Return the parameters of full attention, and those of sliding attention if they differ."""
+    """Return the parameters of full attention, and of sliding attention if separate."""
     full, sliding = new.get(FULL), new.get(SLIDING)
     if not isinstance(full, dict):
         return (sliding if isinstance(sliding, dict) else new), None
@@ -100,7 +100,7 @@ def _by_attention(new: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[st
 
 def _add_older_names(values: dict[str, Any], new: Mapping[str, Any]) -> None:
     for name, older in _BESIDE.items():
-        # transformers prefers the object's own where both are there.
+        # transformers prefers the object's value if both are set.
         if new.get(name) is not None:
             values.update(dict.fromkeys(older, new[name]))
     if rope_kind(new) not in _PLAIN and not values.get("rope_scaling"):
@@ -108,7 +108,7 @@ def _add_older_names(values: dict[str, Any], new: Mapping[str, Any]) -> None:
 
 
 def _add_newer_name(values: dict[str, Any]) -> None:
-    """Say in ``rope_parameters`` what the older names say: some types know nothing else."""
+    """Add ``rope_parameters`` with the values of the older names, the only form some types read."""
     new, scaling = values.get("rope_parameters"), values.get("rope_scaling")
     older = {name: values.get(name) for name in _BESIDE}
     said = {name: value for name, value in older.items() if value is not None}
@@ -121,11 +121,11 @@ def _add_newer_name(values: dict[str, Any]) -> None:
 
 
 def _scaling(scaling: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return a ``rope_scaling`` with both names of its kind, and the lengths that it implies."""
+    """Return a ``rope_scaling`` with both names of its kind and the implied lengths."""
     kind = rope_kind(scaling)
     if kind in _PLAIN and set(scaling) <= {"type", "rope_type", "rope_theta"}:
         return None
-    # mlx_lm takes a null for a value.
+    # mlx_lm would use a null as a value.
     found = {key: value for key, value in scaling.items() if value is not None}
     found["type"] = found["rope_type"] = kind
     original = config.get(_ORIGINAL)

@@ -1,7 +1,7 @@
-"""Finds settings whose values cannot be what they are used for.
+"""Detection of settings with unusable values.
 
-mlx_lm computes with what it finds: a text where a number belongs ends in an error that names no
-setting, and some values, such as a sliding window that is a text, pass without effect.
+mlx_lm computes with any value: a string in place of a number ends in an error that names no
+setting, and some values, such as a string for a sliding window, have no effect at all.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _MAX_COUNT = 2**31 - 1
 
 
 def wrong_setting(config: Mapping[str, Any]) -> str | None:
-    """Return the first setting that cannot be used, in words; None if all can.
+    """Return a description of the first unusable setting; None if there is none.
 
     Args:
-        config: ``config.json``; its part about text is looked at as well.
+        config: ``config.json``; its text part is checked as well.
     """
     text = config.get("text_config")
     parts = {"": config}
@@ -68,7 +68,7 @@ def _rope_problems(path: str, rope: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _contradictions(path: str, new: Mapping[str, Any], old: Mapping[str, Any]) -> Iterator[str]:
-    """Yield parameters with two values; transformers would take all from the older object."""
+    """Yield parameters with two values; transformers would use the older object alone."""
     for key in sorted(new.keys() & old.keys() - {"type", "rope_type"}):
         if new[key] != old[key]:
             yield f"{path}rope_parameters.{key} and {path}rope_scaling.{key} differ"
@@ -89,7 +89,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 def _is_finite(value: float) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # an int that no float can be
+    except OverflowError:  # an int beyond the range of floats
         return False
 
 
@@ -114,7 +114,7 @@ def _is_length(value: object) -> bool:
 
 
 def _each(is_fit: Check) -> Check:
-    """Accept a list of fitting values too: some types have one for each layer."""
+    """Accept a list of valid values too: some types have one per layer."""
     return lambda value: (
         all(item is None or is_fit(item) for item in value)
         if isinstance(value, list)
@@ -173,7 +173,7 @@ _SETTINGS: dict[str, _Kind] = {
     "use_sliding_window": ("true or false", _is_a(bool)),
     "vocab_size": _SIZE,
 }
-"""Settings of many types, and what their values have to be."""
+"""Settings of many model types, with checks of their values."""
 
 _ROPE: dict[str, _Kind] = {
     "attention_factor": _NUMBER,
@@ -192,7 +192,7 @@ _ROPE: dict[str, _Kind] = {
     "short_factor": _FACTORS,
     "type": _KIND,
 }
-"""The same of the objects that describe rotary embeddings."""
+"""Settings of the objects that describe rotary embeddings, with checks of their values."""
 
 _QUANTIZATION: dict[str, _Kind] = {"bits": _COUNT, "group_size": _COUNT}
 

@@ -1,8 +1,8 @@
-"""Which files of a model's directory are its weights, and what tensors they hold.
+"""Selection of a model's weight files, and their tensors.
 
-mlx_lm loads every ``model*.safetensors``, so that a file left over from another download takes
-part, and the order of the directory decides which one wins. Here the index decides, or names do,
-and what neither decides is refused.
+mlx_lm loads every ``model*.safetensors``: a file left over from another download is loaded too, and
+the directory order decides which tensor wins. Here the index decides, or the file names, and a
+selection that neither settles is refused.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _COMPARED_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class WeightChoice:
-    """The weight files of a model.
+    """Weight files of a model.
 
     Attributes:
         files: The files to load, in a fixed order.
-        notes: Other weight files that were passed over, and why, in words.
-        tensors: The names of the tensors that the index has in them; empty without an index.
+        notes: Other weight files, with the reasons they are not loaded.
+        tensors: Names of the tensors in the index; empty without an index.
     """
 
     files: tuple[Path, ...]
@@ -42,10 +42,10 @@ class WeightChoice:
 
 
 def choose_weight_files(directory: Path) -> WeightChoice:
-    """Decide which files are the model's weights: those that the index names, or else by name.
+    """Select the model's weight files, by the index or else by name.
 
     Raises:
-        ModelUnusableError: There are none, some are missing, or it is ambiguous which ones count.
+        ModelUnusableError: There are none, some are missing, or the selection is ambiguous.
     """
     indices = sorted(directory.glob("*.safetensors.index.json"))
     index = directory / _INDEX
@@ -67,7 +67,7 @@ def choose_weight_files(directory: Path) -> WeightChoice:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor, and the file that has it."""
+    """A tensor and the file containing the tensor."""
 
     file: Path
     tensor: Tensor
@@ -77,7 +77,7 @@ def read_tensors(choice: WeightChoice) -> dict[str, StoredTensor]:
     """Return the tensors of weight files by name, each from one file.
 
     Raises:
-        ModelUnusableError: A file is damaged, or a tensor is in two files with different bytes.
+        ModelUnusableError: A file is damaged, or two files have a tensor with different bytes.
     """
     found: dict[str, StoredTensor] = {}
     for file in choice.files:
@@ -115,10 +115,10 @@ def _bytes_at(file: BinaryIO, tensor: Tensor, start: int, size: int) -> bytes:
 
 
 def read_weight_header(file: Path) -> tuple[Tensor, ...]:
-    """Return the tensors of one weight file, in the order of their bytes.
+    """Return the tensors of one weight file, ordered by position.
 
     Raises:
-        ModelUnusableError: The file is cut short, is a Git LFS pointer, or its header is wrong.
+        ModelUnusableError: The file is truncated, is a Git LFS pointer, or its header is invalid.
     """
     try:
         return read_header(file)
@@ -129,10 +129,10 @@ def read_weight_header(file: Path) -> tuple[Tensor, ...]:
 
 
 def _indexed(index: Path) -> tuple[list[Path], frozenset[str]]:
-    """Return the files that an index names, sorted, and the names of their tensors.
+    """Return the files named in an index, sorted, and the names of the tensors.
 
     Raises:
-        ModelUnusableError: It has no map of tensors to files inside the directory.
+        ModelUnusableError: The index has no map of tensors to files inside the directory.
     """
     names: Any = read_object(index).get("weight_map")
     if not isinstance(names, dict) or not names:
@@ -159,7 +159,7 @@ def _is_there(file: Path) -> bool:
 
 
 def _safetensors(directory: Path) -> list[Path]:
-    """Return the files that may be weights of the model itself."""
+    """Return the candidates for weights of the model itself."""
     return sorted(
         file
         for file in directory.iterdir()
@@ -168,11 +168,11 @@ def _safetensors(directory: Path) -> list[Path]:
 
 
 def _chosen_by_name(directory: Path, problem: str) -> WeightChoice:
-    """Choose without an index, or with one that cannot be used.
+    """Select weight files without a usable index.
 
     Args:
         directory: The model's directory.
-        problem: What is wrong with the index; empty if there is none.
+        problem: Problem of the index; empty without an index.
     """
     files = _safetensors(directory)
     whole, parts = _shard_sets(files)
@@ -190,7 +190,7 @@ def _chosen_by_name(directory: Path, problem: str) -> WeightChoice:
 
 
 def _shard_sets(files: list[Path]) -> tuple[list[list[Path]], list[str]]:
-    """Return the whole sets of shards, and what incomplete sets lack, in words."""
+    """Return the complete sets of shards, and descriptions of missing shards."""
     sets: dict[tuple[str, int], dict[int, Path]] = defaultdict(dict)
     for file in files:
         if match := _SHARD.fullmatch(file.name):
@@ -207,7 +207,7 @@ def _shard_sets(files: list[Path]) -> tuple[list[list[Path]], list[str]]:
 
 
 def _without_overlap(files: list[Path]) -> list[Path]:
-    """Return all files if no two have the same tensor, or else the one that has every tensor.
+    """Return only ``model.safetensors`` if the other files merely repeat some of its tensors.
 
     ``model.safetensors`` beside ``model.fp16.safetensors`` is one model in two formats; with
     ``model-extra.safetensors`` it may be one model in two files.
@@ -246,7 +246,7 @@ def _no_choice(
 
 
 def _told_others(directory: Path) -> str:
-    """Tell of what could have been weights, in a bracket; empty if there is nothing."""
+    """Describe files that could have been weights, in parentheses; empty if there are none."""
     entries = sorted(directory.iterdir())
     if links := [file.name for file in entries if file.suffix == ".safetensors"]:
         return f" ({links[0]} is not a file, or a link to nothing: finish the download)"
