@@ -54,10 +54,10 @@ def test_it_describes_with_comments(run: Run, place: Place) -> None:
     """The comments come from the server itself: nobody needs the source at hand."""
     method = curl(run, place, "describe", f"{SERVICE}.Unload").stdout
     assert "// Ends running and queued completions (with SHUTTING_DOWN)" in method
-    assert "// - FAILED_PRECONDITION / BUSY: a load or another unload runs" in method
+    assert "// - FAILED_PRECONDITION / BUSY: a load or another unload is running" in method
     assert "rpc Unload (" in method
     message = curl(run, place, "describe", "mlxrunner.v1.StatusResponse").stdout
-    assert "  // Completions that wait for a place.\n  int32 queued_count = 9;" in message
+    assert "  // Completions waiting for a slot.\n  int32 queued_count = 9;" in message
     # Every field, every value and every method has its comment.
     for symbol in (SERVICE, "mlxrunner.v1.State", "mlxrunner.v1.CompletionOptions"):
         lines = [line.strip() for line in curl(run, place, "describe", symbol).stdout.splitlines()]
@@ -69,7 +69,7 @@ def test_it_describes_with_comments(run: Run, place: Place) -> None:
 @pytest.mark.parametrize("source", [("-protoset", PROTOSET), PROTO], ids=["protoset", "proto"])
 def test_it_describes_with_comments_without_a_server(run: Run, source: tuple[str, ...]) -> None:
     done = run("grpcurl", *source, "describe", "mlxrunner.v1.StatusResponse")
-    assert "  // Completions that wait for a place.\n" in done.stdout, done.stderr
+    assert "  // Completions waiting for a slot.\n" in done.stdout, done.stderr
 
 
 def test_status(run: Run, place: Place) -> None:

@@ -3,10 +3,10 @@
 isort:skip_file
 The API of mlx-grpc-runner and its reference.
 
-One process hosts at most one MLX language model. A scheduler spawns the
-process (or finds one that runs), loads a model, streams completions and
-stops it. These comments are the specification; every rpc ends with the
-errors it may answer.
+One process hosts at most one MLX language model. A client starts the process
+(or connects to a running one), loads a model, streams completions and stops
+it. These comments are the specification; every rpc ends with the errors it
+may return.
 
 Errors. Every error carries exactly one `google.rpc.ErrorInfo` in its
 details: `domain` is "mlxrunner.v1", `reason` is the name of an
@@ -14,24 +14,23 @@ details: `domain` is "mlxrunner.v1", `reason` is the name of an
 the numbers, with units in the key (`requiredBytes`, `promptTokens`).
 INVALID_FIELD adds `google.rpc.BadRequest`; QUEUE_FULL adds
 `google.rpc.RetryInfo`. Decide by the reason, never by the message. gRPC itself
-refuses a message of more than 64 MiB with RESOURCE_EXHAUSTED and an rpc that
-there is not with UNIMPLEMENTED, both without details.
+refuses a message of more than 64 MiB with RESOURCE_EXHAUSTED and an unknown
+rpc with UNIMPLEMENTED, both without details.
 
-A newer client. A request with a field that the server does not know, in whatever
-message of it, is refused by any rpc with INVALID_ARGUMENT / INVALID_FIELD, and
-so is an unknown value of an enum: an answer never passes over something that was
-asked for. Clients, for their part, pass over fields of answers that they do not
-know.
+Newer clients. Every rpc refuses a request that has a field unknown to the
+server, in any of its messages, or an unknown enum value, with
+INVALID_ARGUMENT / INVALID_FIELD, so that no part of a request is silently
+ignored. Clients ignore unknown fields of responses.
 
-Who may call. A server that was started with a token answers every call of this
-service and of reflection with UNAUTHENTICATED / UNAUTHENTICATED, `Status`
-included, unless the call's metadata has `authorization: Bearer TOKEN` with that
-token. Health needs none.
+Authentication. A server started with a token answers every call of this
+service and of reflection, including `Status`, with
+UNAUTHENTICATED / UNAUTHENTICATED unless the call's metadata has
+`authorization: Bearer TOKEN` with that token. Health checks need no token.
 
-A defect of the server itself is answered with INTERNAL / GENERATION_FAILED by
-any rpc; the log of the process says more.
+Any rpc may return INTERNAL / GENERATION_FAILED for a defect of the server
+itself; the log of the process has the details.
 
-Beside this service a server answers `grpc.health.v1.Health` (services "",
+Besides this service, a server provides `grpc.health.v1.Health` (services "",
 "mlxrunner.v1.RunnerService" and "plugin"; SERVING means that calls are
 answered, not that a model is loaded) and server reflection, v1 and v1alpha.
 """
@@ -63,27 +62,30 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """Never sent."""
     ERROR_REASON_INVALID_FIELD: _ErrorReason.ValueType  # 1
     """A field is missing or out of range. Code INVALID_ARGUMENT, with
-    `google.rpc.BadRequest` naming the first four fields at most. Correct the
-    request. The field `request` stands for the whole: its bytes are no message
-    of the rpc, or a string in it is no UTF-8. For a field that this server does not
-    know, its message is named (`options`, or `request`), and in the description its
-    number: upgrade the server, or do not set it.
+    `google.rpc.BadRequest` naming up to four of the fields. Correct the request.
+    The field name `request` means the request as a whole: its bytes are not a
+    message of the rpc, or a string in it is not UTF-8. For a field unknown to this
+    server, the path of the message that has it is named (`options`, or `request`),
+    with the field's number in the description: upgrade the server, or do not set
+    the field.
     """
     ERROR_REASON_PROMPT_TOO_LONG: _ErrorReason.ValueType  # 2
     """The prompt does not fit the context. Code INVALID_ARGUMENT. Metadata:
-    `promptTokens` (of a text of more than 524,288 characters perhaps only what
-    it has at least), `contextLength`.
+    `promptTokens` (for a text of more than 524,288 characters it may be a lower
+    bound), `contextLength`.
     """
     ERROR_REASON_MODEL_NOT_FOUND: _ErrorReason.ValueType  # 3
-    """There is no model at that place. Code NOT_FOUND. Metadata: `model`."""
+    """No model has that name. Code NOT_FOUND. Metadata: `model`."""
     ERROR_REASON_MODEL_UNSUPPORTED: _ErrorReason.ValueType  # 4
-    """The files there are no model this runner can load, or need to run code of
-    their own. Code FAILED_PRECONDITION. Metadata: `model`.
+    """The files are not a model this runner can load, or need custom code to run.
+    Code FAILED_PRECONDITION. Metadata: `model`.
     """
     ERROR_REASON_MODEL_NOT_LOADED: _ErrorReason.ValueType  # 5
-    """The call needs a loaded model and there is none. Code FAILED_PRECONDITION."""
+    """The call needs a model and none is loaded. Code FAILED_PRECONDITION. Call
+    `Load`.
+    """
     ERROR_REASON_BUSY: _ErrorReason.ValueType  # 6
-    """Another load or unload runs. Code FAILED_PRECONDITION. Wait and retry."""
+    """Another load or unload is running. Code FAILED_PRECONDITION. Wait and retry."""
     ERROR_REASON_INSUFFICIENT_MEMORY: _ErrorReason.ValueType  # 7
     """Weights or KV cache do not fit. Code RESOURCE_EXHAUSTED. Metadata:
     `requiredBytes`, `availableBytes`.
@@ -93,13 +95,13 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     Metadata: `queuedCount`.
     """
     ERROR_REASON_SHUTTING_DOWN: _ErrorReason.ValueType  # 9
-    """The process stops, or the model of the call is being unloaded. Code
+    """The process is stopping, or the model of the call is being unloaded. Code
     UNAVAILABLE. Use another runner.
     """
     ERROR_REASON_GENERATION_FAILED: _ErrorReason.ValueType  # 10
     """MLX raised an error. Code INTERNAL. The request may be retried."""
     ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 11
-    """The server wants a token, and the call has none or another one. Code
+    """The server requires a token, and the call has none or a different one. Code
     UNAUTHENTICATED. Send the server's token as `authorization: Bearer TOKEN`.
     """
 
@@ -112,27 +114,30 @@ ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0
 """Never sent."""
 ERROR_REASON_INVALID_FIELD: ErrorReason.ValueType  # 1
 """A field is missing or out of range. Code INVALID_ARGUMENT, with
-`google.rpc.BadRequest` naming the first four fields at most. Correct the
-request. The field `request` stands for the whole: its bytes are no message
-of the rpc, or a string in it is no UTF-8. For a field that this server does not
-know, its message is named (`options`, or `request`), and in the description its
-number: upgrade the server, or do not set it.
+`google.rpc.BadRequest` naming up to four of the fields. Correct the request.
+The field name `request` means the request as a whole: its bytes are not a
+message of the rpc, or a string in it is not UTF-8. For a field unknown to this
+server, the path of the message that has it is named (`options`, or `request`),
+with the field's number in the description: upgrade the server, or do not set
+the field.
 """
 ERROR_REASON_PROMPT_TOO_LONG: ErrorReason.ValueType  # 2
 """The prompt does not fit the context. Code INVALID_ARGUMENT. Metadata:
-`promptTokens` (of a text of more than 524,288 characters perhaps only what
-it has at least), `contextLength`.
+`promptTokens` (for a text of more than 524,288 characters it may be a lower
+bound), `contextLength`.
 """
 ERROR_REASON_MODEL_NOT_FOUND: ErrorReason.ValueType  # 3
-"""There is no model at that place. Code NOT_FOUND. Metadata: `model`."""
+"""No model has that name. Code NOT_FOUND. Metadata: `model`."""
 ERROR_REASON_MODEL_UNSUPPORTED: ErrorReason.ValueType  # 4
-"""The files there are no model this runner can load, or need to run code of
-their own. Code FAILED_PRECONDITION. Metadata: `model`.
+"""The files are not a model this runner can load, or need custom code to run.
+Code FAILED_PRECONDITION. Metadata: `model`.
 """
 ERROR_REASON_MODEL_NOT_LOADED: ErrorReason.ValueType  # 5
-"""The call needs a loaded model and there is none. Code FAILED_PRECONDITION."""
+"""The call needs a model and none is loaded. Code FAILED_PRECONDITION. Call
+`Load`.
+"""
 ERROR_REASON_BUSY: ErrorReason.ValueType  # 6
-"""Another load or unload runs. Code FAILED_PRECONDITION. Wait and retry."""
+"""Another load or unload is running. Code FAILED_PRECONDITION. Wait and retry."""
 ERROR_REASON_INSUFFICIENT_MEMORY: ErrorReason.ValueType  # 7
 """Weights or KV cache do not fit. Code RESOURCE_EXHAUSTED. Metadata:
 `requiredBytes`, `availableBytes`.
@@ -142,13 +147,13 @@ ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 8
 Metadata: `queuedCount`.
 """
 ERROR_REASON_SHUTTING_DOWN: ErrorReason.ValueType  # 9
-"""The process stops, or the model of the call is being unloaded. Code
+"""The process is stopping, or the model of the call is being unloaded. Code
 UNAVAILABLE. Use another runner.
 """
 ERROR_REASON_GENERATION_FAILED: ErrorReason.ValueType  # 10
 """MLX raised an error. Code INTERNAL. The request may be retried."""
 ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 11
-"""The server wants a token, and the call has none or another one. Code
+"""The server requires a token, and the call has none or a different one. Code
 UNAUTHENTICATED. Send the server's token as `authorization: Bearer TOKEN`.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
@@ -164,7 +169,7 @@ class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_State.ValueType
     STATE_IDLE: _State.ValueType  # 1
     """No model is loaded."""
     STATE_LOADING: _State.ValueType  # 2
-    """A load runs; see `progress`."""
+    """A load is running; see `progress`."""
     STATE_ACTIVE: _State.ValueType  # 3
     """A model is loaded and completions are answered."""
     STATE_FAILED: _State.ValueType  # 4
@@ -172,7 +177,7 @@ class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_State.ValueType
     `last_error`.
     """
     STATE_STOPPING: _State.ValueType  # 5
-    """The process was asked to stop and drains."""
+    """The process was asked to stop and is draining."""
 
 class State(_State, metaclass=_StateEnumTypeWrapper):
     """What the process is doing. New values may be added."""
@@ -182,7 +187,7 @@ STATE_UNSPECIFIED: State.ValueType  # 0
 STATE_IDLE: State.ValueType  # 1
 """No model is loaded."""
 STATE_LOADING: State.ValueType  # 2
-"""A load runs; see `progress`."""
+"""A load is running; see `progress`."""
 STATE_ACTIVE: State.ValueType  # 3
 """A model is loaded and completions are answered."""
 STATE_FAILED: State.ValueType  # 4
@@ -190,7 +195,7 @@ STATE_FAILED: State.ValueType  # 4
 `last_error`.
 """
 STATE_STOPPING: State.ValueType  # 5
-"""The process was asked to stop and drains."""
+"""The process was asked to stop and is draining."""
 Global___State: _TypeAlias = State  # noqa: Y015
 
 class _Dtype:
@@ -202,8 +207,9 @@ class _DtypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dtype.ValueType
     DTYPE_UNSPECIFIED: _Dtype.ValueType  # 0
     """The same as DTYPE_AUTO."""
     DTYPE_AUTO: _Dtype.ValueType  # 1
-    """As stored on Metal and CUDA. On a CPU float32, quantized weights dequantized:
-    the only fast format there. A model that does not fit as float32 is refused.
+    """As stored on Metal and CUDA. On a CPU float32, with quantized weights
+    dequantized: the only fast format there. A model that does not fit as float32
+    is refused.
     """
     DTYPE_AS_STORED: _Dtype.ValueType  # 2
     """As stored; quantized weights stay quantized."""
@@ -214,18 +220,19 @@ class _DtypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dtype.ValueType
     DTYPE_FLOAT16: _Dtype.ValueType  # 5
     """16-bit float; quantized weights are dequantized."""
     DTYPE_AUTO_OR_STORED: _Dtype.ValueType  # 6
-    """As DTYPE_AUTO where that fits, else as stored, which is many times slower on a
-    CPU. `Model.dtype_fallback` says whether it came to that.
+    """DTYPE_AUTO if that fits, otherwise as stored, which is many times slower on a
+    CPU. `Model.dtype_fallback` says whether that happened.
     """
 
 class Dtype(_Dtype, metaclass=_DtypeEnumTypeWrapper):
-    """In which number format the weights are held."""
+    """Number format of the weights in memory."""
 
 DTYPE_UNSPECIFIED: Dtype.ValueType  # 0
 """The same as DTYPE_AUTO."""
 DTYPE_AUTO: Dtype.ValueType  # 1
-"""As stored on Metal and CUDA. On a CPU float32, quantized weights dequantized:
-the only fast format there. A model that does not fit as float32 is refused.
+"""As stored on Metal and CUDA. On a CPU float32, with quantized weights
+dequantized: the only fast format there. A model that does not fit as float32
+is refused.
 """
 DTYPE_AS_STORED: Dtype.ValueType  # 2
 """As stored; quantized weights stay quantized."""
@@ -236,8 +243,8 @@ DTYPE_BFLOAT16: Dtype.ValueType  # 4
 DTYPE_FLOAT16: Dtype.ValueType  # 5
 """16-bit float; quantized weights are dequantized."""
 DTYPE_AUTO_OR_STORED: Dtype.ValueType  # 6
-"""As DTYPE_AUTO where that fits, else as stored, which is many times slower on a
-CPU. `Model.dtype_fallback` says whether it came to that.
+"""DTYPE_AUTO if that fits, otherwise as stored, which is many times slower on a
+CPU. `Model.dtype_fallback` says whether that happened.
 """
 Global___Dtype: _TypeAlias = Dtype  # noqa: Y015
 
@@ -248,7 +255,7 @@ class _DoneReason:
 class _DoneReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DoneReason.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     DONE_REASON_UNSPECIFIED: _DoneReason.ValueType  # 0
-    """The completion goes on."""
+    """The completion is still running."""
     DONE_REASON_STOP: _DoneReason.ValueType  # 1
     """The model ended the text, or a stop string was found (see `stop_match`)."""
     DONE_REASON_LENGTH: _DoneReason.ValueType  # 2
@@ -258,7 +265,7 @@ class DoneReason(_DoneReason, metaclass=_DoneReasonEnumTypeWrapper):
     """Why a completion ended. New values may be added."""
 
 DONE_REASON_UNSPECIFIED: DoneReason.ValueType  # 0
-"""The completion goes on."""
+"""The completion is still running."""
 DONE_REASON_STOP: DoneReason.ValueType  # 1
 """The model ended the text, or a stop string was found (see `stop_match`)."""
 DONE_REASON_LENGTH: DoneReason.ValueType  # 2
@@ -267,7 +274,7 @@ Global___DoneReason: _TypeAlias = DoneReason  # noqa: Y015
 
 @_typing.final
 class LoadRequest(_message.Message):
-    """Asks for a model to be loaded."""
+    """Requests a model to be loaded."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -286,42 +293,42 @@ class LoadRequest(_message.Message):
     characters.
     """
     context_length: _builtins.int
-    """The longest sequence, prompt and generated text together, in tokens. Range
-    2 to the model's own limit, or to the length up to which the model is
-    computed as its files say if that is less (see `allow_inexact`). Default: the
-    end of that range, at most 4,096.
+    """The longest sequence, prompt and generated text together, in tokens. Range:
+    2 to the model's own limit, or to the length up to which the model can be
+    computed as its files say if that is shorter (see `allow_inexact`). Default:
+    the end of that range, at most 4,096.
     """
     parallel: _builtins.int
-    """How many completions are decoded together, at most. Range 1 to 256. A model
-    that cannot be decoded rightly together with others runs them one after
-    another, and `Model.warnings` says so. Default: 4.
+    """The most completions decoded together. Range: 1 to 256. A model that gives
+    wrong results when decoded in a batch runs its completions one after another,
+    and `Model.warnings` says so. Default: 4.
     """
     dtype: Global___Dtype.ValueType
-    """In which format to hold the weights. Default: DTYPE_AUTO."""
+    """Number format of the weights in memory. Default: DTYPE_AUTO."""
     memory_limit_bytes: _builtins.int
     """The most memory that MLX may hold for the model, in bytes: weights, KV caches,
-    prefix cache, the arrays of a step and the buffers kept for reuse. Fewer
-    completions run together where it is less than `parallel` of them need. The
-    process itself (interpreter, libraries, tokenizer) is not part of it; it is
-    `EstimateResponse.process_bytes`. Where ranks hold the model together, the
-    limit is that of each of them. Range: more than 0. Default: what `Estimate`
-    counts.
+    prefix cache, the arrays of a step and the buffers kept for reuse. If this is
+    less than `parallel` completions need, fewer run together. The process itself
+    (interpreter, libraries, tokenizer) is not included; see
+    `EstimateResponse.process_bytes`. If several ranks hold the model, the limit
+    applies to each of them. Range: more than 0. Default: the amount that
+    `Estimate` counts.
     """
     prefix_cache_bytes: _builtins.int
-    """The most memory to keep evaluated prompts in, in bytes, so that a prompt
-    that begins like an earlier one skips what they share. 0 = keep none. It
-    counts against `memory_limit_bytes`. Default: the KV cache of one sequence of
-    `context_length`, or a quarter of that of `parallel` sequences if that is
-    more, and less where there is no memory for it.
+    """The largest size of the prefix cache, in bytes, which lets a prompt that
+    begins like an earlier one skip the prefill of the common part. 0 = no prefix
+    cache. Counts against `memory_limit_bytes`. Range: 0 or more. Default: the KV
+    cache of one sequence of `context_length`, or a quarter of that of `parallel`
+    sequences if that is more, and less if memory is short.
     """
     memory_override: _builtins.bool
     """Loads the model even if it does not fit by the server's estimate. The system
-    may then end the process when its memory fills up. Default: false.
+    may then kill the process when memory runs out. Default: false.
     """
     allow_inexact: _builtins.bool
-    """Loads a model that this server cannot compute exactly as its files say, and
-    tells the differences in `Model.warnings`: a setting or a tensor that would
-    go unused. Without it such a model is refused. Default: false.
+    """Loads a model even if this server cannot compute it exactly as its files say,
+    because a setting or a tensor would go unused, and lists the differences in
+    `Model.warnings`. Otherwise such a model is refused. Default: false.
     """
     def __init__(
         self,
@@ -360,7 +367,7 @@ Global___LoadRequest: _TypeAlias = LoadRequest  # noqa: Y015
 
 @_typing.final
 class LoadResponse(_message.Message):
-    """Answers a finished load."""
+    """The result of a load."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -368,11 +375,11 @@ class LoadResponse(_message.Message):
     LOAD_DURATION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def model(self) -> Global___Model:
-        """The model that is now loaded."""
+        """The loaded model."""
 
     @_builtins.property
     def load_duration(self) -> _duration_pb2.Duration:
-        """How long the load took."""
+        """Duration of the load."""
 
     def __init__(
         self,
@@ -416,11 +423,11 @@ class Model(_message.Message):
     force is `StatusResponse.context_length`.
     """
     vocab_size: _builtins.int
-    """How many token ids its output layer scores: valid ids are 0 to
+    """The number of token ids that its output layer scores: valid ids are 0 to
     vocab_size - 1.
     """
     weight_bytes: _builtins.int
-    """What the weights take in memory, in bytes."""
+    """The memory that the weights take, in bytes."""
     dtype: _builtins.str
     """The format of its floating-point weights in memory: "float32", "bfloat16"
     or "float16".
@@ -428,8 +435,8 @@ class Model(_message.Message):
     quantization_bits: _builtins.int
     """Bits per weight if the weights are held quantized; 0 if not."""
     dtype_fallback: _builtins.bool
-    """Whether DTYPE_AUTO_OR_STORED found no memory for float32 and holds the weights
-    as stored.
+    """Whether DTYPE_AUTO_OR_STORED had no memory for float32, so that the weights
+    are held as stored.
     """
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -437,8 +444,8 @@ class Model(_message.Message):
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Where its answers may differ from what its files say, in words, and what it
-        cannot do here; empty if nothing is known.
+        """Where its answers may differ from what its files say, and what it cannot do
+        here, as text; empty if nothing is known.
         """
 
     def __init__(
@@ -466,7 +473,7 @@ Global___Model: _TypeAlias = Model  # noqa: Y015
 
 @_typing.final
 class EstimateRequest(_message.Message):
-    """Asks what a load would need. All fields but the first are as in `LoadRequest`."""
+    """Requests an estimate of a load. All fields are those of `LoadRequest`."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -527,8 +534,8 @@ Global___EstimateRequest: _TypeAlias = EstimateRequest  # noqa: Y015
 
 @_typing.final
 class EstimateResponse(_message.Message):
-    """What a load would need, in bytes, and whether it fits now. `total_bytes` is the
-    sum of the six parts that come first, and the most that the process takes: its
+    """The memory a load would need, in bytes, and whether it fits now. `total_bytes`
+    is the sum of the first six parts and the most that the process takes: its
     peak, with every stream filling its context.
     """
 
@@ -551,50 +558,52 @@ class EstimateResponse(_message.Message):
     PARALLEL_FIELD_NUMBER: _builtins.int
     NOTES_FIELD_NUMBER: _builtins.int
     weight_bytes: _builtins.int
-    """The weights as they will be held."""
+    """The weights as held in memory."""
     kv_bytes: _builtins.int
     """The KV caches and recurrent states of `parallel` sequences of
-    `context_length`; with a `memory_limit_bytes` that is too small for all of
-    them, of as many as fit.
+    `context_length`, or of as many as fit `memory_limit_bytes` if that is too
+    small for all of them.
     """
     prefix_cache_bytes: _builtins.int
-    """The most that evaluated prompts may take."""
+    """The largest size of the prefix cache."""
     working_bytes: _builtins.int
     """The arrays of a prefill chunk or a decode step, the copy of a layer's cache
-    while it grows, the buffers that MLX keeps for reuse.
+    while it grows, and the buffers that MLX keeps for reuse.
     """
     process_bytes: _builtins.int
     """The process itself: interpreter, libraries, tokenizer, heap."""
     load_transient_bytes: _builtins.int
-    """What reading the files takes beyond all of the above."""
+    """Memory for reading the files, beyond all of the above."""
     total_bytes: _builtins.int
     """The sum of the six above."""
     required_bytes: _builtins.int
-    """What `Load` asks for: `total_bytes` without the prefix cache if its size is the
-    default, which is made smaller where memory is short.
+    """The memory that `Load` requires: `total_bytes`, without the prefix cache if
+    its size is the default, which is reduced if memory is short.
     """
     available_bytes: _builtins.int
-    """What may be taken now: free memory less `overhead_bytes` and `reserved_bytes`,
-    plus what the model that is loaded here would give back.
+    """The memory available now: free memory less `overhead_bytes` and
+    `reserved_bytes`, plus the memory that unloading the current model would free.
     """
     overhead_bytes: _builtins.int
-    """Kept free: the device's minimum and what MLX_RUNNER_GPU_OVERHEAD says."""
+    """Memory kept free: the device's minimum and MLX_RUNNER_GPU_OVERHEAD."""
     reserved_bytes: _builtins.int
-    """What other runners of this machine may still take, and loads under way."""
+    """Memory that other runners of this machine, and loads in progress, may still
+    take.
+    """
     fits: _builtins.bool
     """Whether `required_bytes` is at most `available_bytes`."""
     dtype: _builtins.str
-    """The number format of the weights that was counted: "float32", "bfloat16",
-    "float16" or "as_stored".
+    """The number format counted for the weights: "float32", "bfloat16", "float16" or
+    "as_stored".
     """
     context_length: _builtins.int
-    """Tokens of one sequence that were counted."""
+    """The length of a sequence that was counted, in tokens."""
     parallel: _builtins.int
-    """Sequences that were counted."""
+    """The number of sequences that was counted."""
     @_builtins.property
     def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What could not be told, and what `Model.warnings` will say, in words; empty if
-        there is nothing to say.
+        """What could not be determined, and what `Model.warnings` will say, as text;
+        empty if there is nothing to say.
         """
 
     def __init__(
@@ -627,14 +636,14 @@ Global___EstimateResponse: _TypeAlias = EstimateResponse  # noqa: Y015
 
 @_typing.final
 class TrimRequest(_message.Message):
-    """Asks for memory to be given back."""
+    """Requests memory to be released."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PREFIX_CACHE_BYTES_FIELD_NUMBER: _builtins.int
     prefix_cache_bytes: _builtins.int
-    """The size that the prefix cache is reduced to at least, in bytes. Range: 0 or
-    more. It may grow again afterwards, up to its limit. Default: 0.
+    """The prefix cache is reduced to this size or less, in bytes. It may grow again
+    afterwards, up to its limit. Range: 0 or more. Default: 0.
     """
     def __init__(
         self,
@@ -653,14 +662,14 @@ Global___TrimRequest: _TypeAlias = TrimRequest  # noqa: Y015
 
 @_typing.final
 class TrimResponse(_message.Message):
-    """Answers a trim."""
+    """The result of a trim."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     FREED_BYTES_FIELD_NUMBER: _builtins.int
     freed_bytes: _builtins.int
-    """By how much the resident set of the process (on a GPU: what MLX holds) became
-    smaller, in bytes.
+    """The decrease of the process's resident set (on a GPU: of the memory held by
+    MLX), in bytes.
     """
     def __init__(
         self,
@@ -677,7 +686,7 @@ Global___TrimResponse: _TypeAlias = TrimResponse  # noqa: Y015
 
 @_typing.final
 class UnloadRequest(_message.Message):
-    """Asks for the model to be unloaded."""
+    """Requests the model to be unloaded."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -694,13 +703,13 @@ Global___UnloadRequest: _TypeAlias = UnloadRequest  # noqa: Y015
 
 @_typing.final
 class UnloadResponse(_message.Message):
-    """Answers a finished unload."""
+    """The result of an unload."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     FREED_BYTES_FIELD_NUMBER: _builtins.int
     freed_bytes: _builtins.int
-    """How many bytes MLX gave back; 0 when nothing was loaded."""
+    """The memory released by MLX, in bytes; 0 when nothing was loaded."""
     def __init__(
         self,
         *,
@@ -716,7 +725,7 @@ Global___UnloadResponse: _TypeAlias = UnloadResponse  # noqa: Y015
 
 @_typing.final
 class StatusRequest(_message.Message):
-    """Asks what the process does and holds."""
+    """Requests the state of the process."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -733,7 +742,7 @@ Global___StatusRequest: _TypeAlias = StatusRequest  # noqa: Y015
 
 @_typing.final
 class StatusResponse(_message.Message):
-    """What the process does and holds."""
+    """The state and memory of the process."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -757,31 +766,31 @@ class StatusResponse(_message.Message):
     BLAS_FIELD_NUMBER: _builtins.int
     RANKS_FIELD_NUMBER: _builtins.int
     state: Global___State.ValueType
-    """What it is doing."""
+    """What the process is doing."""
     progress: _builtins.int
-    """Progress of the load that runs, 0 to 100; 100 when a model is loaded, 0
-    when none is.
+    """Progress of the running load, 0 to 100; 100 when a model is loaded, 0 when
+    none is.
     """
     context_length: _builtins.int
-    """The longest sequence that is accepted, prompt and generated text together,
-    in tokens; 0 when no model is loaded.
+    """The longest sequence accepted, prompt and generated text together, in tokens;
+    0 when no model is loaded.
     """
     memory: _builtins.int
     """Bytes MLX holds now: active and cache."""
     parallel: _builtins.int
-    """How many completions are decoded together; 0 when no model is loaded."""
+    """The most completions decoded together; 0 when no model is loaded."""
     running_count: _builtins.int
-    """Completions that have begun: in prefill, in decode, or set aside until their
-    readers have read on.
+    """Completions that have started: in prefill, in decode, or preempted because of
+    a slow reader.
     """
     queued_count: _builtins.int
-    """Completions that wait for a place."""
+    """Completions waiting for a slot."""
     step_count: _builtins.int
     """Engine steps since the process started."""
     runner_id: _builtins.str
-    """A random name of this process: a new one means that it was restarted."""
+    """A random id of this process: a new one means that it was restarted."""
     pid: _builtins.int
-    """Its process id, as the server's machine numbers it."""
+    """The process id on the server's machine."""
     device: _builtins.str
     """The device that computes ("cpu: AMD EPYC", "gpu: Apple M3 Max"); empty until
     MLX is imported.
@@ -789,7 +798,7 @@ class StatusResponse(_message.Message):
     server_version: _builtins.str
     """The version of the server."""
     last_error: _builtins.str
-    """The last load or step that failed, in words; empty when none did."""
+    """Description of the last failed load or step; empty if none failed."""
     blas: _builtins.str
     """The library that multiplies matrices on a CPU ("OpenBLAS
     (libopenblas.so.0)", "reference BLAS of MLX"); empty on other devices and
@@ -797,28 +806,28 @@ class StatusResponse(_message.Message):
     """
     @_builtins.property
     def memory_usage(self) -> Global___MemoryUsage:
-        """The same in parts."""
+        """Memory in detail."""
 
     @_builtins.property
     def model(self) -> Global___Model:
-        """The loaded model; unset when there is none."""
+        """The loaded model; unset when none is."""
 
     @_builtins.property
     def last_progress_age(self) -> _duration_pb2.Duration:
-        """How long ago the engine last moved (a part loaded, a step made); unset when
-        it has nothing to do. An age that grows while `running_count` is not 0 is a
-        step that hangs or a slow prefill.
+        """Time since the engine last made progress (loaded a part, ran a step); unset
+        when it has nothing to do. An age that grows while `running_count` is not 0
+        means a step that hangs or a slow prefill.
         """
 
     @_builtins.property
     def uptime_duration(self) -> _duration_pb2.Duration:
-        """How long the process has been up."""
+        """Time since the process started."""
 
     @_builtins.property
     def ranks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rank]:
-        """The processes that hold the model together, this one (rank 0) first; empty
-        for a process that holds all of it. `memory`, `memory_usage` and `model` are
-        of this process alone.
+        """The processes that hold the model together, this one (rank 0) first; empty if
+        this process holds all of it. `memory`, `memory_usage` and `model` describe
+        this process alone.
         """
 
     def __init__(
@@ -864,16 +873,16 @@ class Rank(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     MEMORY_USAGE_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
-    """Its number: 0 for the one that serves."""
+    """Number of the rank: 0 for the one that serves."""
     host: _builtins.str
-    """The name of its machine."""
+    """Name of its machine."""
     pid: _builtins.int
-    """Its process id there."""
+    """Process id on that machine."""
     device: _builtins.str
     """The device that computes, as `StatusResponse.device`."""
     @_builtins.property
     def memory_usage(self) -> Global___MemoryUsage:
-        """Its memory, at most two seconds old."""
+        """Memory of the process, at most two seconds old."""
 
     def __init__(
         self,
@@ -894,7 +903,7 @@ Global___Rank: _TypeAlias = Rank  # noqa: Y015
 
 @_typing.final
 class MemoryUsage(_message.Message):
-    """The memory of the process, in bytes."""
+    """Memory of a process, in bytes."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -908,31 +917,31 @@ class MemoryUsage(_message.Message):
     RESERVED_BYTES_FIELD_NUMBER: _builtins.int
     PREFIX_CACHE_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     active_bytes: _builtins.int
-    """Held by live arrays: weights, KV caches, what a step computes."""
+    """Held by live arrays: weights, KV caches, intermediate results of a step."""
     cache_bytes: _builtins.int
-    """Freed by arrays and kept by MLX for the next ones."""
+    """Freed by arrays and kept by MLX for reuse."""
     peak_bytes: _builtins.int
     """The highest `active_bytes` since the last load began."""
     process_bytes: _builtins.int
     """The resident set of the process, as the operating system counts it."""
     limit_bytes: _builtins.int
-    """The most that `active_bytes` and `cache_bytes` together may come to:
-    `LoadRequest.memory_limit_bytes`, or what `Estimate` counts; 0 when no model is
-    loaded.
+    """The most that `active_bytes` and `cache_bytes` may reach together:
+    `LoadRequest.memory_limit_bytes`, or the amount that `Estimate` counts; 0 when
+    no model is loaded.
     """
     prefix_cache_bytes: _builtins.int
-    """Of `active_bytes`: evaluated prompts kept for others that begin alike."""
+    """The part of `active_bytes` held by the prefix cache."""
     other_bytes: _builtins.int
-    """Of `process_bytes`: what MLX does not hold. Interpreter, libraries, tokenizer,
-    and pages that the heap has not given back. On CUDA all of `process_bytes`.
+    """The part of `process_bytes` not held by MLX: interpreter, libraries, tokenizer,
+    and pages that the heap has not returned. On CUDA, all of `process_bytes`.
     """
     reserved_bytes: _builtins.int
-    """The most the process may come to take, set aside for it on this machine: gates
-    and other runners count what it has not taken yet as taken. 0 when no model is
-    loaded.
+    """The most the process may take, reserved for it on this machine: the gates of
+    clients and other runners count the part not taken yet as taken. 0 when no
+    model is loaded.
     """
     prefix_cache_limit_bytes: _builtins.int
-    """The most `prefix_cache_bytes` may come to now; less than at the load after free
+    """The current limit of `prefix_cache_bytes`; lower than at the load after free
     memory has run short.
     """
     def __init__(
@@ -965,7 +974,7 @@ class TokenIds(_message.Message):
     IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Each from 0 to `Model.vocab_size` - 1."""
+        """Each in the range 0 to `Model.vocab_size` - 1."""
 
     def __init__(
         self,
@@ -982,7 +991,7 @@ Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
 
 @_typing.final
 class CompletionRequest(_message.Message):
-    """Asks for a completion."""
+    """Requests a completion."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -993,15 +1002,15 @@ class CompletionRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """Text. Special tokens written in it count as such; the model's
-    beginning-of-text token is put before it unless it is there already.
+    beginning-of-text token is prepended unless the text already begins with it.
     """
     logprobs: _builtins.int
-    """When set, each generated token comes with its log probability and with
-    those of this many most likely tokens. Range 0 to 20. Default: unset, none.
+    """If set, each generated token comes with its log probability and those of this
+    many most likely tokens. Range: 0 to 20. Default: unset, no log probabilities.
     """
     request_id: _builtins.str
-    """A name for the log lines of this request; it need not be unique. At most
-    128 characters. Default: empty.
+    """A name for the log lines of this request, not necessarily unique. At most 128
+    characters. Default: empty.
     """
     @_builtins.property
     def prompt_token_ids(self) -> Global___TokenIds:
@@ -1009,7 +1018,7 @@ class CompletionRequest(_message.Message):
 
     @_builtins.property
     def options(self) -> Global___CompletionOptions:
-        """How to complete it."""
+        """Sampling options and limits."""
 
     def __init__(
         self,
@@ -1037,8 +1046,8 @@ Global___CompletionRequest: _TypeAlias = CompletionRequest  # noqa: Y015
 
 @_typing.final
 class CompletionOptions(_message.Message):
-    """How tokens are chosen and when to stop. The order is: `logit_bias`, the three
-    penalties, `top_k`, `temperature`, `top_p`, `min_p`, draw. An option out of
+    """How tokens are sampled and when to stop. The order is: `logit_bias`, the three
+    penalties, `top_k`, `temperature`, `top_p`, `min_p`, sampling. An option out of
     its range is refused by name.
     """
 
@@ -1077,59 +1086,59 @@ class CompletionOptions(_message.Message):
     STOP_FIELD_NUMBER: _builtins.int
     LOGIT_BIAS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """Divides the logits before the draw; 0 always takes the most likely token.
-    Range 0 to 100. Default: 0.8.
+    """Divides the logits before sampling; 0 always takes the most likely token.
+    Range: 0 to 100. Default: 0.8.
     """
     top_p: _builtins.float
-    """Draws from the most likely tokens that together have this probability.
-    Range above 0 to 1; 1 = off. Default: 0.9.
+    """Samples from the most likely tokens whose probabilities add up to this value.
+    Range: above 0 to 1; 1 = off. Default: 0.9.
     """
     min_p: _builtins.float
-    """Leaves out tokens less likely than this share of the most likely one. Range
+    """Excludes tokens less likely than this fraction of the most likely one. Range:
     0 to 1; 0 = off. Default: 0.
     """
     top_k: _builtins.int
-    """Draws from this many most likely tokens. Range 0 to the size of the
+    """Samples from this many most likely tokens. Range: 0 to the size of the
     vocabulary; 0 = off. Default: 40, or the whole vocabulary if it is smaller.
     """
     repeat_last_n: _builtins.int
-    """How many of the last tokens, prompt and generated, the three penalties look
-    at. Those of OpenAI's API and of vLLM of the same names count generated tokens
-    alone, all of them: prompts make a difference here and not there. Range -1 to
-    2^31-1; 0 = none, -1 = all. Default: 64.
+    """The number of last tokens, of prompt and output, that the three penalties
+    consider. The penalties of the same names in OpenAI's API and vLLM count all
+    generated tokens and no others, so prompts matter here but not there. Range:
+    -1 to 2^31-1; 0 = none, -1 = all. Default: 64.
     """
     repeat_penalty: _builtins.float
-    """Divides positive and multiplies negative logits of tokens seen there. Range
-    0.01 to 100; 1 = off. Default: 1.
+    """Divides the positive and multiplies the negative logits of tokens among the
+    last `repeat_last_n`. Range: 0.01 to 100; 1 = off. Default: 1.
     """
     presence_penalty: _builtins.float
-    """Subtracted from the logits of tokens seen there, the prompt's included. Range
-    -100 to 100. Default: 0.
+    """Subtracted from the logits of tokens among the last `repeat_last_n`, which
+    include the prompt's. Range: -100 to 100. Default: 0.
     """
     frequency_penalty: _builtins.float
-    """Subtracted from the logits of tokens seen there, the prompt's included, once
-    each time they were seen. Range -100 to 100. Default: 0.
+    """Subtracted from the logits of tokens among the last `repeat_last_n`, which
+    include the prompt's, once per occurrence. Range: -100 to 100. Default: 0.
     """
     num_predict: _builtins.int
-    """The most tokens to generate. Range 1 to 2^31-1; the end of the context
-    bounds it too. Default: to the end of the context.
+    """The most tokens to generate; the end of the context is a limit too. Range: 1
+    to 2^31-1. Default: up to the end of the context.
     """
     seed: _builtins.int
-    """Makes the draws repeatable: the same seed, prompt and options give the same
-    text, alone or beside others. Any value. Default: random.
+    """Makes sampling repeatable: the same seed, prompt and options give the same
+    text, alone or in a batch. Any value. Default: random.
     """
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Ends the text before the first of these strings. At most 64, each of 1 to
-        1,024 characters. Text that may become one is held back until it is clear.
-        Default: none.
+        """Strings that end the text, which stops before the first match. At most 64,
+        each of 1 to 1,024 characters. Text that may turn out to begin a stop string is
+        held back until that is certain. Default: none.
         """
 
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
-        """Added to the logits of these token ids before anything else. Ids from 0 to
-        `Model.vocab_size` - 1, at most 1,024 of them; values -100 to 100. Default:
-        none.
+        """Values added to the logits of token ids before anything else. Ids from 0 to
+        `Model.vocab_size` - 1, at most 1,024 of them; values from -100 to 100.
+        Default: none.
         """
 
     def __init__(
@@ -1197,8 +1206,8 @@ Global___CompletionOptions: _TypeAlias = CompletionOptions  # noqa: Y015
 
 @_typing.final
 class CompletionResponse(_message.Message):
-    """A piece of a completion. While the prompt is evaluated a message may have
-    nothing but `prompt_progress`. A slow reader gets fewer, larger messages.
+    """A part of a completion. During prefill a message may have nothing but
+    `prompt_progress`. A slow reader gets fewer, larger messages.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1217,49 +1226,51 @@ class CompletionResponse(_message.Message):
     QUEUE_DURATION_FIELD_NUMBER: _builtins.int
     PROMPT_CACHED_COUNT_FIELD_NUMBER: _builtins.int
     content: _builtins.str
-    """The next piece of text, whole characters only. All pieces joined are the
-    text of all token ids, less the token that ended it and less the stop
-    string and what follows it.
+    """The next part of the text, whole characters only. All parts joined are the
+    text of all token ids, without the token that ended it, and without the stop
+    string and anything after it.
     """
     done: _builtins.bool
     """True in the last message, and only there."""
     done_reason: Global___DoneReason.ValueType
-    """Why it ended; set in the last message."""
+    """Why the completion ended; set in the last message."""
     stop_match: _builtins.str
-    """The stop string that ended it; set in the last message if one did."""
+    """The stop string that ended the text, if any; set in the last message."""
     prompt_eval_count: _builtins.int
-    """Tokens of the prompt. Set in the last message, as are all below."""
+    """Number of tokens in the prompt. Set in the last message, as are all fields
+    below.
+    """
     eval_count: _builtins.int
-    """Tokens generated: as many as all `token_ids` together."""
+    """Number of tokens generated: the number of all `token_ids` together."""
     prompt_cached_count: _builtins.int
-    """Of `prompt_eval_count`: tokens that an earlier prompt had evaluated already
-    and that were not evaluated again.
+    """The part of `prompt_eval_count` taken from the prefix cache instead of being
+    processed again.
     """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The tokens generated since the last message, the one that ended the text
-        included. Their text may come a message later.
+        """The tokens generated since the last message, including the one that ended the
+        text. Their text may come one message later.
         """
 
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
-        """One for each of `token_ids`, if asked for."""
+        """One entry for each of `token_ids`, if requested."""
 
     @_builtins.property
     def prompt_progress(self) -> Global___PromptProgress:
-        """How far the evaluation of the prompt is; unset after it."""
+        """Progress of the prefill; unset once it is complete."""
 
     @_builtins.property
     def prompt_eval_duration(self) -> _duration_pb2.Duration:
-        """From getting a place to the first token."""
+        """Time from getting a slot to the first token."""
 
     @_builtins.property
     def eval_duration(self) -> _duration_pb2.Duration:
-        """From the first token to the last."""
+        """Time from the first token to the last."""
 
     @_builtins.property
     def queue_duration(self) -> _duration_pb2.Duration:
-        """How long the request waited for a place."""
+        """Time the request waited for a slot."""
 
     def __init__(
         self,
@@ -1288,16 +1299,16 @@ Global___CompletionResponse: _TypeAlias = CompletionResponse  # noqa: Y015
 
 @_typing.final
 class PromptProgress(_message.Message):
-    """How far the evaluation of a prompt is."""
+    """Progress of a prefill."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     EVALUATED_COUNT_FIELD_NUMBER: _builtins.int
     TOTAL_COUNT_FIELD_NUMBER: _builtins.int
     evaluated_count: _builtins.int
-    """Tokens evaluated so far."""
+    """Number of prompt tokens processed so far."""
     total_count: _builtins.int
-    """Tokens of the prompt."""
+    """Number of tokens in the prompt."""
     def __init__(
         self,
         *,
@@ -1314,7 +1325,7 @@ Global___PromptProgress: _TypeAlias = PromptProgress  # noqa: Y015
 
 @_typing.final
 class TokenLogprob(_message.Message):
-    """A generated token, with its likelihood before `logit_bias`, penalties and
+    """A generated token, with its probability before `logit_bias`, penalties and
     sampling options.
     """
 
@@ -1326,24 +1337,25 @@ class TokenLogprob(_message.Message):
     TOP_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
-    """Its id."""
+    """Id of the token."""
     text: _builtins.str
-    """What it adds to the text: the texts of all entries joined are `content`, and
-    then the stop string, if one was found, and what its last token has behind it.
-    Whole characters only: one that is spread over several tokens is the text of the
-    token that completes it, and U+FFFD, for bytes that are no character, of the one
-    that makes it certain. Empty for a token that ends the text.
+    """The text this token adds. The texts of all entries joined are `content`,
+    followed by the stop string, if one was found, and any text of its last token
+    after it. Whole characters only: a character spread over several tokens is in
+    the text of the token that completes it, and U+FFFD, for bytes that are not a
+    character, in that of the token that makes this certain. Empty for a token that
+    ends the text.
     """
     logprob: _builtins.float
     """The natural logarithm of its probability; at most 0."""
     bytes: _builtins.bytes
-    """Its own bytes, which may be a part of a character: those of all entries joined
-    are the same text in UTF-8, from where the prompt ends. Empty for a token that
-    ends the text.
+    """The bytes of the token, possibly a part of a character. The bytes of all
+    entries joined are the same text in UTF-8, starting where the prompt ends.
+    Empty for a token that ends the text.
     """
     @_builtins.property
     def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopLogprob]:
-        """The most likely tokens at its place, most likely first."""
+        """The most likely tokens at this position, most likely first."""
 
     def __init__(
         self,
@@ -1373,13 +1385,13 @@ class TopLogprob(_message.Message):
     LOGPROB_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
-    """Its id."""
+    """Id of the token."""
     text: _builtins.str
-    """What it would have added to the text, as `TokenLogprob.text`."""
+    """The text it would have added, as `TokenLogprob.text`."""
     logprob: _builtins.float
     """The natural logarithm of its probability; at most 0."""
     bytes: _builtins.bytes
-    """Its own bytes, as `TokenLogprob.bytes`."""
+    """The bytes of the token, as `TokenLogprob.bytes`."""
     def __init__(
         self,
         *,
@@ -1398,7 +1410,7 @@ Global___TopLogprob: _TypeAlias = TopLogprob  # noqa: Y015
 
 @_typing.final
 class TokenizeRequest(_message.Message):
-    """Asks for text to be split."""
+    """Requests text to be split into tokens."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1407,10 +1419,11 @@ class TokenizeRequest(_message.Message):
     content: _builtins.str
     """The text. May be empty."""
     add_special_tokens: _builtins.bool
-    """Whether to add what a prompt of `Completion` gets: what the tokenizer puts
-    before a text (a beginning-of-text token, for instance), unless the text
-    begins with it, and nothing behind it. With false, `Detokenize` gives the
-    text back, up to what the tokenizer's own normalization changes.
+    """Whether to add the special tokens that a prompt of `Completion` gets: those
+    that the tokenizer puts before a text (a beginning-of-text token, for
+    instance), unless the text begins with them, and none after it. With false,
+    `Detokenize` gives the text back, except for changes by the tokenizer's own
+    normalization. Default: false.
     """
     def __init__(
         self,
@@ -1435,7 +1448,7 @@ class TokenizeResponse(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """In order."""
+        """The token ids, in order."""
 
     def __init__(
         self,
@@ -1452,14 +1465,14 @@ Global___TokenizeResponse: _TypeAlias = TokenizeResponse  # noqa: Y015
 
 @_typing.final
 class DetokenizeRequest(_message.Message):
-    """Asks for token ids to be joined."""
+    """Requests token ids to be joined into text."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """In order. May be empty; at most 4,194,304."""
+        """The token ids, in order. May be empty; at most 4,194,304."""
 
     def __init__(
         self,
@@ -1482,7 +1495,7 @@ class DetokenizeResponse(_message.Message):
 
     CONTENT_FIELD_NUMBER: _builtins.int
     content: _builtins.str
-    """The text; U+FFFD stands for bytes that are no whole character."""
+    """The text; U+FFFD stands for bytes that are not a whole character."""
     def __init__(
         self,
         *,

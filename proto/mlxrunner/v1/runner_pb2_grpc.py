@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class RunnerServiceStub(object):
-    """Hosts one MLX language model: loads it, completes text with it, tells what
-    it holds, and gives its memory back.
+    """Hosts one MLX language model: loads the model, generates text, reports the
+    state of the process and releases its memory.
     """
 
     def __init__(self, channel):
@@ -79,41 +79,40 @@ class RunnerServiceStub(object):
 
 
 class RunnerServiceServicer(object):
-    """Hosts one MLX language model: loads it, completes text with it, tells what
-    it holds, and gives its memory back.
+    """Hosts one MLX language model: loads the model, generates text, reports the
+    state of the process and releases its memory.
     """
 
     def Load(self, request, context):
-        """Loads a model into this process. The model becomes usable when the call
-        returns; `Status` shows the progress meanwhile. A model that is already
-        loaded is unloaded first (its running completions end with SHUTTING_DOWN),
-        unless the new one cannot be found or its files cannot be read.
-        Cancelling the call, or its deadline, cancels the load and frees what it
-        had read.
+        """Loads a model into this process. `Status` reports the progress, and the model
+        is usable once the call returns. A model that is already loaded is unloaded
+        first (its running completions end with SHUTTING_DOWN), unless the new one
+        cannot be found or its files cannot be read. Cancelling the call, or its
+        deadline, cancels the load and frees the memory used so far.
 
         Errors:
         - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range;
         correct the request.
-        - NOT_FOUND / MODEL_NOT_FOUND: no such directory, and no such hub id in the
-        local Hugging Face cache; nothing is downloaded. The same if this server is
-        limited to a directory and the model is not below it. Correct `model`.
-        - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the files are no loadable model,
-        or need code of their own to run; the message names the file. The same if
-        the model cannot be computed as its files say (the message names the
-        setting or the tensor; see `allow_inexact`), if its logits are not finite,
-        and if ranks are to hold it together and it cannot be split among so many.
-        Use another model.
-        - FAILED_PRECONDITION / BUSY: another load or an unload runs; wait for it,
-        or cancel it.
-        - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: what `Estimate` would count for
-        this request does not fit (`requiredBytes`, `availableBytes`), or one
+        - NOT_FOUND / MODEL_NOT_FOUND: the directory does not exist, and the local
+        Hugging Face cache has no such hub id; nothing is downloaded. Also returned
+        if this server is limited to a directory and the model is outside of it.
+        Correct `model`.
+        - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the files are not a loadable model,
+        or need custom code to run; the message names the file. Also returned if the
+        model cannot be computed as its files say (the message names the setting or
+        the tensor; see `allow_inexact`), if its logits are not finite, and if it
+        cannot be split among the given number of ranks. Use another model.
+        - FAILED_PRECONDITION / BUSY: another load or an unload is running; wait for
+        it, or cancel it.
+        - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the memory that `Estimate` counts
+        for this request does not fit (`requiredBytes`, `availableBytes`), or one
         sequence of `context_length` does not fit `memory_limit_bytes`; free memory,
-        or ask for less.
+        or request less.
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
-        - INTERNAL / GENERATION_FAILED: MLX raised while the model was warmed up;
-        the log of the process says more.
-        - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
-        has none or another one; send the right one.
+        - INTERNAL / GENERATION_FAILED: MLX raised an error while the model was warmed
+        up; the log of the process has the details.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+        has none or a different one; send the right one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -121,7 +120,7 @@ class RunnerServiceServicer(object):
 
     def Estimate(self, request, context):
         """Estimates the memory that `Load` would need for the same fields, part by part,
-        and compares the sum with what is available now. `Load` decides by the same
+        and compares the sum with the memory available now. `Load` decides by the same
         numbers. Nothing is loaded, no weights are read, and a loaded model keeps
         working. The first call for a model takes about half a second; the answer
         about its files is cached.
@@ -132,32 +131,33 @@ class RunnerServiceServicer(object):
         - NOT_FOUND / MODEL_NOT_FOUND: as for `Load`. Correct `model`.
         - FAILED_PRECONDITION / MODEL_UNSUPPORTED: as for `Load`. Use another model.
         - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: one sequence of `context_length`
-        does not fit `memory_limit_bytes` (`requiredBytes`, `availableBytes`); ask
-        for less. What does not fit the machine is no error: see `fits`.
+        does not fit `memory_limit_bytes` (`requiredBytes`, `availableBytes`);
+        request less. A need beyond the machine's memory is not an error: see
+        `fits`.
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
-        - INTERNAL / GENERATION_FAILED: the process that counts ended or took too
-        long; the log of the runner says more.
-        - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
-        has none or another one; send the right one.
+        - INTERNAL / GENERATION_FAILED: the process that computes the estimate crashed
+        or took too long; the log of the runner has the details.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+        has none or a different one; send the right one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Trim(self, request, context):
-        """Gives memory back without ending anything: entries of the prefix cache, least
+        """Releases memory without ending anything: entries of the prefix cache, least
         recently used first, then the buffers that MLX keeps for reuse and the free
-        pages of the heap. Returns when the memory is back. Running completions wait
-        for it, a fraction of a second.
+        pages of the heap. Returns once the memory is released. Running completions
+        pause for it, for a fraction of a second.
 
         Errors:
         - INVALID_ARGUMENT / INVALID_FIELD: a field is out of range; correct the
         request.
-        - FAILED_PRECONDITION / BUSY: a load or an unload runs; wait for it.
+        - FAILED_PRECONDITION / BUSY: a load or an unload is running; wait for it.
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which frees the
         memory too.
-        - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
-        has none or another one; send the right one.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+        has none or a different one; send the right one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -165,25 +165,25 @@ class RunnerServiceServicer(object):
 
     def Unload(self, request, context):
         """Ends running and queued completions (with SHUTTING_DOWN), frees weights and
-        caches and returns when the memory is back. The process stays and can load
-        again. Unloading when nothing is loaded succeeds and frees nothing.
+        caches, and returns once the memory is released. The process stays and can
+        load again. Unloading when nothing is loaded succeeds and frees nothing.
 
         Errors:
-        - FAILED_PRECONDITION / BUSY: a load or another unload runs; cancel the
+        - FAILED_PRECONDITION / BUSY: a load or another unload is running; cancel the
         load, or wait.
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which frees the
         memory too.
-        - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
-        has none or another one; send the right one.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+        has none or a different one; send the right one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Status(self, request, context):
-        """Tells what the process does and holds. It never waits for MLX: it answers
-        from the last snapshot while a load or a step runs, and
-        `last_progress_age` says how old that is.
+        """Reports the state and memory of the process. Never waits for MLX: during a
+        load or a step the answer comes from the last snapshot, and
+        `last_progress_age` is its age.
 
         Errors: none of its own.
         """
@@ -195,34 +195,36 @@ class RunnerServiceServicer(object):
         """Completes a prompt. Streams zero or more messages and then exactly one with
         `done = true`, which closes the stream. A stream that ends without it has
         failed, and its gRPC status says why. Completions run together, up to
-        `LoadRequest.parallel` of them and as far as there is memory for the KV
-        caches they may come to need (prompt and `num_predict`, each as long as the
-        longest); more wait in order. Headers are sent as soon as a completion is
-        accepted, also if it waits; one that is refused has none, only its status. A
-        reader that falls far behind is waited for: its completion is set aside and
-        gives its place to others. Cancelling the call, or its deadline, frees its
-        place within one step.
+        `LoadRequest.parallel` of them, if there is memory for the KV caches they may
+        need (prompt and `num_predict` tokens, each counted as long as the longest);
+        others wait in order of arrival. Headers are sent as soon as a completion is
+        accepted, even if it is queued; a refused one has no headers, only a status.
+        A completion whose reader falls far behind is preempted, which gives its slot
+        to others, and resumes when the reader catches up. Cancelling the call, or
+        its deadline, frees the slot within one step.
 
         Errors:
         - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range, a
-        token id is not in the vocabulary, the prompt is empty; correct the
+        token id is not in the vocabulary, or the prompt is empty; correct the
         request.
-        - INVALID_ARGUMENT / PROMPT_TOO_LONG: prompt and one new token do not fit
+        - INVALID_ARGUMENT / PROMPT_TOO_LONG: the prompt and one new token do not fit
         the context (`promptTokens`, `contextLength`); shorten the prompt, or load
         with a larger context.
-        - FAILED_PRECONDITION / MODEL_NOT_LOADED: call `Load` first.
-        - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: prompt and `num_predict` need
-        more KV cache than there is memory for, even alone (`requiredBytes`,
-        `availableBytes`); ask for fewer tokens, or load with more memory.
-        - RESOURCE_EXHAUSTED / QUEUE_FULL: too many requests wait; retry after
+        - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded; call `Load`
+        first.
+        - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the KV cache for the prompt and
+        `num_predict` tokens does not fit the memory even alone (`requiredBytes`,
+        `availableBytes`); request fewer tokens, or load with more memory.
+        - RESOURCE_EXHAUSTED / QUEUE_FULL: too many requests are waiting; retry after
         `RetryInfo.retry_delay`, or use another runner.
-        - UNAVAILABLE / SHUTTING_DOWN: the process stops (also because it failed), or
-        the model was unloaded or replaced; use another runner, or load again.
-        - INTERNAL / GENERATION_FAILED: MLX raised in a step of this request's
+        - UNAVAILABLE / SHUTTING_DOWN: the process is stopping (perhaps because it
+        failed), or the model was unloaded or replaced; use another runner, or load
+        again.
+        - INTERNAL / GENERATION_FAILED: MLX raised an error in a step of this request's
         batch; the runner recovers, and retrying is safe. Or the model's logits for
         this request were not finite; other requests are not affected.
-        - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
-        has none or another one; send the right one.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+        has none or a different one; send the right one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -230,15 +232,16 @@ class RunnerServiceServicer(object):
 
     def Tokenize(self, request, context):
         """Splits text into the model's token ids, as its `tokenizer.json` says. Runs
-        beside completions without delaying them.
+        alongside completions without delaying them.
 
         Errors:
         - INVALID_ARGUMENT / INVALID_FIELD: the text has more than 1,000,000 tokens
-        (the answer would pass gRPC's usual 4 MiB limit); split the text.
-        - FAILED_PRECONDITION / MODEL_NOT_LOADED: call `Load` first.
+        (the answer would exceed gRPC's default limit of 4 MiB); split the text.
+        - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded; call `Load`
+        first.
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
-        - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
-        has none or another one; send the right one.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+        has none or a different one; send the right one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -249,11 +252,12 @@ class RunnerServiceServicer(object):
 
         Errors:
         - INVALID_ARGUMENT / INVALID_FIELD: an id is not in the vocabulary, or the
-        text would pass gRPC's usual 4 MiB limit; correct or split the ids.
-        - FAILED_PRECONDITION / MODEL_NOT_LOADED: call `Load` first.
+        text would exceed gRPC's default limit of 4 MiB; correct or split the ids.
+        - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded; call `Load`
+        first.
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
-        - UNAUTHENTICATED / UNAUTHENTICATED: the server wants a token and the call
-        has none or another one; send the right one.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+        has none or a different one; send the right one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -311,8 +315,8 @@ def add_RunnerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RunnerService(object):
-    """Hosts one MLX language model: loads it, completes text with it, tells what
-    it holds, and gives its memory back.
+    """Hosts one MLX language model: loads the model, generates text, reports the
+    state of the process and releases its memory.
     """
 
     @staticmethod
