@@ -87,14 +87,14 @@ def parse_header(file: BinaryIO, path: Path) -> tuple[Tensor, ...]:
     if not 2 <= header_bytes <= min(_MAX_HEADER_BYTES, file_bytes - _LENGTH_BYTES):
         raise HeaderError(
             f"{path}: a header of {header_bytes} bytes in a file of {file_bytes}: "
-            "no safetensors file, or cut short; download it again"
+            "not a safetensors file, or cut short; download it again"
         )
     try:
         header = json.loads(file.read(header_bytes))
     except (ValueError, RecursionError) as error:
-        raise HeaderError(f"{path}: its header is no JSON: {error}") from error
+        raise HeaderError(f"{path}: its header is not JSON: {error}") from error
     if not isinstance(header, dict):
-        raise HeaderError(f"{path}: its header is no JSON object")
+        raise HeaderError(f"{path}: its header is not a JSON object")
     header.pop("__metadata__", None)
     return _checked(path, header, _LENGTH_BYTES + header_bytes, file_bytes)
 
@@ -133,6 +133,6 @@ def _described(path: Path, name: str, entry: object, data_position: int) -> Tens
             if well_formed and math.prod(shape) * _BITS[dtype] == (end - start) * 8 and start >= 0:
                 return Tensor(name, dtype, tuple(shape), end - start, data_position + start)
     raise HeaderError(
-        f"{path}: the header's entry for {name} is not true (dtype, shape and offsets do not "
+        f"{path}: the header's entry for {name} is inconsistent (dtype, shape and offsets do not "
         f"agree): {str(entry)[:200]}"
     )

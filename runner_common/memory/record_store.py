@@ -147,7 +147,7 @@ class RecordStore:
                 if time.monotonic() > deadline:
                     logger.warning(
                         "%s has been locked for %g s, by a process that is stopped or hangs; "
-                        "going on without it. Two loads may be promised the same memory",
+                        "going on without the lock, so two loads may be promised the same memory",
                         self.directory / LOCK_NAME,
                         LOCK_SECONDS,
                     )
@@ -164,7 +164,7 @@ class RecordStore:
         text = str(error)
         if text not in self._warned:
             self._warned.add(text)
-            logger.warning("reservations of memory hold within this process only: %s", text)
+            logger.warning("memory reservations are visible within this process only: %s", text)
 
 
 def _living(folder: RecordFolder) -> dict[str, Record]:

@@ -219,7 +219,7 @@ def _make(path: Path) -> None:
     except FileExistsError:
         return
     except OSError as error:
-        raise FolderError(f"cannot make {path}: {error.strerror or error}") from error
+        raise FolderError(f"cannot create {path}: {error.strerror or error}") from error
 
 
 def _open_directory(path: Path) -> int:

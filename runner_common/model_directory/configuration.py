@@ -130,7 +130,7 @@ def _require_depth(file: Path, stored: Mapping[str, Any]) -> None:
 def _context_length(file: Path, values: Mapping[str, Any]) -> int:
     key, found = next(_values(values, _CONTEXT_NAMES), ("", DEFAULT_CONTEXT))
     if not _is_count(found) or not _MIN_CONTEXT <= found <= _MAX_CONTEXT:
-        raise _error(file, f"{key} is {found!r}, which is not a number of tokens for a context")
+        raise _error(file, f"{key} is {found!r}, which is not a context length in tokens")
     return int(min(found * context_factor(text_part(values), found), _MAX_CONTEXT))
 
 
@@ -160,5 +160,5 @@ def _ids(file: Path, key: str, value: object) -> frozenset[int]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for id_ in ids:
         if not _is_count(id_) or not 0 <= id_ <= _MAX_TOKEN_ID:
-            raise _error(file, f"{key} has {id_!r}, which is not the id of a token")
+            raise _error(file, f"{key} has {id_!r}, which is not a token id")
     return frozenset(ids)

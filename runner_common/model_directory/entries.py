@@ -34,7 +34,7 @@ def require_files(path: Path) -> None:
         except OSError as error:  # a broken or circular link
             if entry.name in _NEEDED:
                 raise ModelUnusableError(
-                    f"{entry} is a link to nothing: finish the download", str(path)
+                    f"{entry} is a broken link: finish the download", str(path)
                 ) from error
             continue
         if stat.S_ISDIR(found.st_mode):

@@ -53,7 +53,7 @@ def read_object(file: Path) -> dict[str, Any]:
         json.dumps(content, ensure_ascii=False).encode()
     except FileNotFoundError as error:
         raise ModelUnusableError(
-            f"no {file.name} in {file.parent}: not a model directory, or not downloaded whole",
+            f"no {file.name} in {file.parent}: not a model directory, or an incomplete download",
             str(file.parent),
         ) from error
     # ValueError: invalid JSON or Unicode, or a number of thousands of digits.

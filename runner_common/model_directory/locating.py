@@ -140,13 +140,13 @@ class _Repository:
             return self._instead(others[0], path)
         if path and _kind(path) == "directory":
             return Located(path.resolve(), is_hub_id=True)
-        wanted = f"revision {revision}" if revision else f"refs/main ({commit or 'not there'})"
+        wanted = f"revision {revision}" if revision else f"refs/main ({commit or 'missing'})"
         has = f" (it has {', '.join(other.name for other in others)})" if others else ""
         raise self._missing(f"no snapshot of {wanted}{has} in")
 
     def _instead(self, found: Path, path: Path | None) -> Located:
         why = f"{path.name}, which refs/main names, is not complete" if path else "no refs/main"
-        note = f"{self._id}: {why} in {self._folder}; the complete snapshot {found.name} is used"
+        note = f"{self._id}: {why} in {self._folder}; using the complete snapshot {found.name}"
         return Located(found.resolve(), is_hub_id=True, note=note)
 
     def _commit(self, revision: str) -> str | None:

@@ -54,7 +54,7 @@ def with_output_head(
             # mlx_lm drops the weight of a tied layer, which would leave scales without a layer.
             return _with_tied(config, tied=False), ()
         return (dict(config) if said else _with_tied(config, tied=True)), ()
-    note = f"{_TIED} is true, but {head} differs from the embeddings: it is used"
+    note = f"{_TIED} is true, but {head} differs from the embeddings, so {head} is used"
     return _with_tied(config, tied=False), ((note,) if any(said) else ())
 
 

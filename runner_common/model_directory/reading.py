@@ -59,7 +59,7 @@ def read_model_directory(path: Path) -> ModelDirectory:
     # The code above reads the model's files only, so they are the cause of any error.
     except Exception as error:
         raise ModelUnusableError(
-            f"{path} cannot be read: its files say what no model has "
+            f"{path} cannot be read: its files have invalid contents "
             f"({type(error).__name__}: {error})",
             str(path),
         ) from error

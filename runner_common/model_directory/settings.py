@@ -139,7 +139,7 @@ _POSITIVE = ("a number above 0", _is_positive)
 _SHARE = ("a number above 0, at most 1", _is_share)
 _NUMBER = ("a number", _is_number)
 _OBJECT = ("an object", _is_a(dict))
-_KIND = ("a text", _is_a(str))
+_KIND = ("a string", _is_a(str))
 _FACTORS = (
     "a list of numbers",
     lambda value: isinstance(value, list) and all(map(_is_number, value)),
@@ -151,7 +151,7 @@ _SETTINGS: dict[str, _Kind] = {
     "intermediate_size": _COUNTS,
     "layer_norm_eps": _POSITIVE,
     "layer_norm_epsilon": _POSITIVE,
-    "layer_types": ("a list of texts", _is_list_of(str)),
+    "layer_types": ("a list of strings", _is_list_of(str)),
     "norm_eps": _POSITIVE,
     "num_attention_heads": ("a whole number above 0", _each(_is_size)),
     "num_experts_per_tok": _COUNTS,

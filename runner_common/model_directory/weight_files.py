@@ -61,7 +61,7 @@ def choose_weight_files(directory: Path) -> WeightChoice:
     if missing:
         return _chosen_by_name(directory, _told_missing(directory, index, missing))
     others = sorted(set(_safetensors(directory)) - set(named))
-    notes = _passed_over(others, f"{index.name} does not name it")
+    notes = _passed_over(others, f"{index.name} does not list it")
     return WeightChoice(tuple(named), notes, tensors)
 
 
@@ -136,7 +136,7 @@ def _indexed(index: Path) -> tuple[list[Path], frozenset[str]]:
     """
     names: Any = read_object(index).get("weight_map")
     if not isinstance(names, dict) or not names:
-        raise ModelUnusableError(f"{index}: no weight_map in it", str(index.parent))
+        raise ModelUnusableError(f"{index}: it has no weight_map", str(index.parent))
     for name in names.values():
         if not isinstance(name, str) or not _is_weight_file(name):
             raise ModelUnusableError(
@@ -236,7 +236,7 @@ def _no_choice(
         what = f"{lacking[0]}; finish the download, or copy the missing files"
     elif files:
         names = ", ".join(file.name for file in files[:3])
-        what = f"none of {names} is named as a model's only weights are, and no index names them"
+        what = f"no index lists {names}, and none has the name of a model's only weights"
     else:
         what = f"no *.safetensors in it{_told_others(directory)}"
     return ModelUnusableError(
@@ -249,7 +249,7 @@ def _told_others(directory: Path) -> str:
     """Describe files that could have been weights, in parentheses; empty if there are none."""
     entries = sorted(directory.iterdir())
     if links := [file.name for file in entries if file.suffix == ".safetensors"]:
-        return f" ({links[0]} is not a file, or a link to nothing: finish the download)"
+        return f" ({links[0]} is not a file, or a broken link: finish the download)"
     if others := [file.name for file in entries if file.suffix in _OTHER_FORMATS]:
         return f" (only {', '.join(others[:3])}: convert it with mlx_lm.convert)"
     return ""
@@ -257,9 +257,7 @@ def _told_others(directory: Path) -> str:
 
 def _told_missing(directory: Path, index: Path, missing: list[Path]) -> str:
     name = missing[0].relative_to(directory)
-    return (
-        f"{directory}: {index.name} names {len(missing)} file(s) that are not there, first {name}"
-    )
+    return f"{directory}: {index.name} lists {len(missing)} missing file(s), first {name}"
 
 
 def _passed_over(files: list[Path], why: str) -> tuple[str, ...]:

@@ -137,7 +137,7 @@ def test_a_directory_that_others_could_write_to_is_not_used(
     reservation.release()
     assert claimed(book) == 0
     (said,) = caplog.messages
-    assert said.startswith("reservations of memory hold within this process only: ")
+    assert said.startswith("memory reservations are visible within this process only: ")
     assert why in said
     assert not list(tmp_path.rglob("*.json"))
 

@@ -205,7 +205,7 @@ def test_a_stopped_process_does_not_hold_up_the_machine(
         began = time.monotonic()
         add(book, GIB)
         assert 0.5 <= time.monotonic() - began < 5
-        assert "going on without it" in caplog.text
+        assert "going on without the lock" in caplog.text
         os.kill(other.pid, signal.SIGCONT)
         assert line_of(other) == "done"
         began = time.monotonic()

@@ -322,7 +322,7 @@ def test_a_link_to_nothing_is_refused_by_name(tmp_path: Path, name: str) -> None
     path = write_model(tmp_path, EMBEDDINGS, PLAIN)
     (path / name).unlink(missing_ok=True)
     (path / name).symlink_to("../../blobs/gone")
-    with pytest.raises(ModelUnusableError, match=f"{name} is a link to nothing"):
+    with pytest.raises(ModelUnusableError, match=f"{name} is a broken link"):
         read_model_directory(path)
 
 

@@ -89,12 +89,12 @@ def test_a_stale_index_gives_way_to_the_one_file(tmp_path: Path) -> None:
         (tmp_path / file).unlink()
     write_tensors(tmp_path / "model.safetensors", ONE)
     assert chosen(tmp_path) == ["model.safetensors"]
-    assert any("not there" in note for note in choose_weight_files(tmp_path).notes)
+    assert any("missing" in note for note in choose_weight_files(tmp_path).notes)
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     (sharded(tmp_path) / SHARDS["b"]).unlink()
-    with pytest.raises(ModelUnusableError, match=r"1 file.*model-00002-of-00002"):
+    with pytest.raises(ModelUnusableError, match=r"1 missing file.*model-00002-of-00002"):
         chosen(tmp_path)
 
 
