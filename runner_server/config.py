@@ -111,18 +111,18 @@ def _parser() -> argparse.ArgumentParser:
         prog="runner_server",
         # `--token SECRET` must not abbreviate --token-file and have the secret in an error message.
         allow_abbrev=False,
-        description="Hosts one MLX language model and serves it over gRPC. Once it listens it "
+        description="Hosts one MLX language model and serves it over gRPC. Once listening, it "
         "prints one line on stdout: 1|1|tcp|HOST:PORT|grpc or 1|1|unix|PATH|grpc.",
     )
     add = parser.add_argument
     add("--listen", default="127.0.0.1:0", help="HOST:PORT or unix:/path (default %(default)s)")
-    add("--model", help="load this directory or cached hub id at once, or exit")
+    add("--model", help="directory or cached hub id to load at start; exit if that fails")
     add("--context-length", type=_at_least(2), help="longest sequence in tokens")
     add(
         "--parallel",
         type=_at_least(1, MAX_PARALLEL),
         default=4,
-        help="completions decoded together",
+        help="most completions decoded together (default %(default)s)",
     )
     add("--dtype", choices=[dtype.value for dtype in Dtype], default="auto", help="weight format")
     add(
@@ -133,20 +133,25 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--prefix-cache-bytes",
         type=_at_least(0),
-        help="most memory to keep evaluated prompts in, for others that begin alike; 0 keeps none",
+        help="largest size of the prefix cache, which shares prefill among prompts; 0 disables it",
     )
-    add("--max-queued", type=_at_least(1), default=128, help="completions that may wait")
+    add(
+        "--max-queued",
+        type=_at_least(1),
+        default=128,
+        help="most completions that may be queued (default %(default)s)",
+    )
     add(
         "--stall-seconds",
         type=_seconds,
         default=120.0,
-        help="exit with code 71 when the engine has work and stands still for so long; 0 never "
-        "does (default %(default)s)",
+        help="exit with code 71 if the engine has work but makes no progress for this long; 0 "
+        "disables the check (default %(default)s)",
     )
     add(
         "--exit-with-parent",
         action="store_true",
-        help="end within 2 s of the parent; give it a pipe as stdin that only the parent holds",
+        help="exit within 2 s of the parent; stdin should be a pipe that only the parent holds",
     )
     _add_company(parser)
     _add_access(parser)
@@ -160,56 +165,61 @@ def _add_company(parser: argparse.ArgumentParser) -> None:
     add(
         "--distributed",
         action="store_true",
-        help="be one of the processes that mlx.launch has started, which hold the model together; "
-        "the one of rank 0 serves",
+        help="run as one of the processes started by mlx.launch, which hold the model together; "
+        "rank 0 serves",
     )
     add(
         "--pipeline",
         action="store_true",
-        help="give each of them some layers, also where each could have a part of every layer",
+        help="give each process some of the layers, even if every layer could be split",
     )
-    add("--smg", action="store_true", help="be a worker of the SMG gateway too")
+    add("--smg", action="store_true", help="also serve the worker protocol of the SMG gateway")
 
 
 def _add_outside(parser: argparse.ArgumentParser) -> None:
     """Add the options of log and metrics."""
     add = parser.add_argument
     levels = ["DEBUG", "INFO", "WARNING", "ERROR"]
-    add("--log-level", choices=levels, default="INFO", help="of the log on stderr")
-    add("--log-format", choices=["text", "json"], default="text", help="of its lines")
+    add("--log-level", choices=levels, default="INFO", help="level of the log on stderr")
+    add("--log-format", choices=["text", "json"], default="text", help="format of the log")
     add(
         "--metrics-listen",
         type=_host_and_port,
         metavar="HOST:PORT",
-        help="answer Prometheus there, for instance 127.0.0.1:9464 (default: nowhere)",
+        help="serve Prometheus metrics there, for instance 127.0.0.1:9464 (default: no metrics)",
     )
 
 
 def _add_access(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group(
-        "who may call",
-        "Without these only loopback addresses and unix sockets may be listened on.",
+        "access",
+        "Without a token or TLS, the server listens only on loopback addresses and unix sockets.",
     ).add_argument
     add(
         "--token-file",
         type=Path,
         metavar="FILE",
         help="file with the token that every call must send as `authorization: Bearer TOKEN` "
-        f"(default: the environment variable {TOKEN_VARIABLE}; without it no token is asked for)",
+        f"(default: the environment variable {TOKEN_VARIABLE}; if unset, no token is needed)",
     )
-    add("--tls-cert", type=Path, metavar="FILE", help="certificate chain, PEM; may be changed")
-    add("--tls-key", type=Path, metavar="FILE", help="its private key, PEM without a password")
+    add("--tls-cert", type=Path, metavar="FILE", help="certificate chain, PEM; reread on changes")
+    add(
+        "--tls-key",
+        type=Path,
+        metavar="FILE",
+        help="private key of the certificate, PEM without a password",
+    )
     add(
         "--tls-client-ca",
         type=Path,
         metavar="FILE",
-        help="let only clients in that have a certificate of these authorities, PEM",
+        help="accept only clients with a certificate of one of these authorities, PEM",
     )
     add(
         "--model-root",
         type=_directory,
         metavar="DIR",
-        help="load only models below this directory, links followed",
+        help="load only models below this directory, after resolving links",
     )
 
 
@@ -223,14 +233,14 @@ def _host_and_port(text: str) -> tuple[str, int]:
 def _seconds(text: str) -> float:
     value = float(text)
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds from 0 on")
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds, 0 or more")
     return value
 
 
 def _directory(text: str) -> Path:
     path = Path(text)
     if not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is no directory")
+        raise argparse.ArgumentTypeError(f"{text} is not a directory")
     return path.resolve()
 
 

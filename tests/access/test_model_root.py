@@ -92,7 +92,7 @@ def test_the_option(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert parse_args([]).model_root is None
     with pytest.raises(SystemExit):
         parse_args(["--model-root", str(tmp_path / "none")])
-    assert "is no directory" in capsys.readouterr().err
+    assert "is not a directory" in capsys.readouterr().err
 
 
 @asynccontextmanager
