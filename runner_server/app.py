@@ -195,7 +195,7 @@ class RunnerApp:
         self._observers.append(self._metrics)
         logger.info("metrics on %s", address)
         if not is_loopback(host):
-            logger.warning("whoever reaches %s can read the metrics: nobody is asked", address)
+            logger.warning("%s serves metrics to other machines without authentication", address)
 
     def _open_tracing(self) -> None:
         # Before the first call, so that it gets a span too.
@@ -277,13 +277,13 @@ def _announce(ready: ReadyLine) -> None:
     # descriptor 1 was closed at start, even if another file has that number now.
     stdout = sys.__stdout__
     if stdout is None:
-        logger.warning("stdout is closed, so that nobody reads the ready line; serving anyway")
+        logger.warning("stdout is closed, so the ready line cannot be printed; serving anyway")
         return
     try:
         stdout.write(ready.format() + "\n")
         stdout.flush()
     except OSError as error:
-        logger.warning("nobody reads the ready line (stdout: %s); serving anyway", error)
+        logger.warning("the ready line cannot be printed (stdout: %s); serving anyway", error)
 
 
 async def serve(

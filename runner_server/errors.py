@@ -82,8 +82,8 @@ class PromptTooLong(RunnerFault):
     def __init__(self, prompt_tokens: int, context_length: int, *, is_least: bool = False) -> None:
         super().__init__(
             f"the prompt has {'at least ' * is_least}{prompt_tokens} tokens and the context holds "
-            f"{context_length}, one of which a new token needs; shorten the prompt or load with a "
-            "larger context_length",
+            f"{context_length}, including at least one new token; shorten the prompt or load with "
+            "a larger context_length",
             promptTokens=prompt_tokens,
             contextLength=context_length,
         )
@@ -120,7 +120,7 @@ class Busy(RunnerFault):
     reason = pb.ERROR_REASON_BUSY
 
     def __init__(self) -> None:
-        super().__init__("a load or unload is running; wait for it, or cancel the load's call")
+        super().__init__("a load or unload is running; wait for it, or cancel the call of the load")
 
 
 class InsufficientMemory(RunnerFault):
@@ -143,7 +143,7 @@ class QueueFull(RunnerFault):
 
     def __init__(self, queued: int, retry_seconds: float) -> None:
         super().__init__(
-            f"{queued} requests wait already; retry in {retry_seconds:.1f} s or use another runner",
+            f"{queued} requests are waiting; retry in {retry_seconds:.1f} s or use another runner",
             queuedCount=queued,
         )
         self.retry_seconds = retry_seconds
@@ -174,7 +174,7 @@ class Unauthenticated(RunnerFault):
 
     def __init__(self, has: str) -> None:
         super().__init__(
-            f"this runner wants a token and the call has {has}; send the runner's token in the "
+            f"this runner requires a token and the call has {has}; send the runner's token in the "
             "metadata, as `authorization: Bearer TOKEN`"
         )
 
@@ -188,10 +188,10 @@ class GenerationFailed(RunnerFault):
 
 def not_finite_advice(dtype: str) -> str:
     """Return advice for a model with NaN or infinite logits whose weights are held as ``dtype``."""
-    broken = "its files are broken, or not for this kind of model"
+    broken = "its files are damaged, or not meant for this kind of model"
     if dtype == "float32":
         return broken
-    return f"load it with dtype float32, or bfloat16 instead of float16; else {broken}"
+    return f"load it with dtype float32, or bfloat16 instead of float16; otherwise {broken}"
 
 
 def reason_name(fault: RunnerFault) -> str:

@@ -49,7 +49,7 @@ def run(config: ServerConfig) -> int:
         group = _join()
         return _lead(config, group) if group.rank == 0 else _follow(config, group)
     except (OSError, RuntimeError, ValueError) as error:
-        logger.error("the ranks cannot be joined: %s", error)  # noqa: TRY400 - the whole story
+        logger.error("cannot join the ranks: %s", error)  # noqa: TRY400 - the whole story
         return EXIT_CANNOT_START
 
 
@@ -68,8 +68,8 @@ def _join() -> Group:
             signal.signal(number, handler)
     if str(group.rank) != rank:
         raise RuntimeError(
-            f"MLX connects no other rank with this one, which is to be {rank}; is the backend that "
-            "mlx.launch was given a part of this MLX?"
+            f"MLX connected no other rank to this one, which should be rank {rank}; does this MLX "
+            "include the backend given to mlx.launch?"
         )
     return group
 
@@ -124,7 +124,7 @@ def _followed(config: ServerConfig, group: Group, link: Link, secret: str) -> in
         inbox.start()
         Follower(backend, link, inbox, partners).run()
     except Exception:
-        logger.critical("rank %d cannot go on, so all ranks end", group.rank, exc_info=True)
+        logger.critical("rank %d cannot continue, so all ranks exit", group.rank, exc_info=True)
         return EXIT_ENGINE_DEAD
     return 0
 

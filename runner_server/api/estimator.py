@@ -114,7 +114,7 @@ class Estimator:
             return usual
         stored = self._estimate_as(path, spec, Dtype.AS_STORED)
         usual_dtype = usual.answer.dtype if usual else Dtype.FLOAT32.value
-        note = f"there is no memory for {usual_dtype}: it would be held as stored"
+        note = f"there is too little memory for {usual_dtype}: it would be held as stored"
         return replace(stored, notes=(*stored.notes, note))
 
     def _usual(self, path: Path, spec: LoadSpec) -> Estimated | None:
@@ -148,7 +148,7 @@ def _asked(path: Path, spec: LoadSpec) -> NeedAnswer:
         # The log gets the traceback, the caller does not.
         logger.error("no estimate of %r: %s", str(path), error)  # noqa: TRY400 - all there is
         raise GenerationFailed(
-            "the process that counts what a model needs gave no answer; the runner's log says more"
+            "the process that estimates the memory gave no answer; see the runner's log"
         ) from error
 
 

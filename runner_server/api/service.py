@@ -200,13 +200,13 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         text = await asyncio.to_thread(model.codec.decode, request.token_ids)
         size = len(text.encode())
         if size > _MAX_ANSWER_BYTES:
-            problem = f"their text has {size} bytes; at most {_MAX_ANSWER_BYTES} fit an answer"
+            problem = f"their text has {size} bytes; an answer holds at most {_MAX_ANSWER_BYTES}"
             raise InvalidField([("token_ids", problem)])
         return pb.DetokenizeResponse(content=text)
 
 
 def _too_many_tokens(count: str) -> InvalidField:
-    text = f"{count} tokens; at most {_MAX_ANSWER_TOKENS} fit an answer; split the text"
+    text = f"{count} tokens; an answer holds at most {_MAX_ANSWER_TOKENS}; split the text"
     return InvalidField([("content", text)])
 
 

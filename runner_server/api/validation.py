@@ -153,7 +153,7 @@ def fit(
     if ids_field:
         check_token_ids(ids_field, prompt_ids, model.vocab_size)
     elif max(prompt_ids) >= model.vocab_size:
-        text = f"the tokenizer makes token {max(prompt_ids)} of it, which the model does not have"
+        text = f"the tokenizer produces token {max(prompt_ids)}, which the model does not have"
         raise InvalidField([(text_field, f"{text}: its ids are 0 to {model.vocab_size - 1}")])
     return room
 

@@ -57,7 +57,7 @@ class Inbox:
         """
         found, *values = self.get()
         if found != kind:
-            raise RuntimeError(f"rank 0 said {found!r} where this rank expects {kind!r}")
+            raise RuntimeError(f"rank 0 sent {found!r} where this rank expected {kind!r}")
         return values
 
     @property
@@ -75,7 +75,7 @@ class Inbox:
         except (OSError, ValueError) as error:
             if self._is_closing:
                 time.sleep(_CLOSE_SECONDS)
-            logger.critical("rank 0 is gone (%s); this rank ends", error)
+            logger.critical("rank 0 is lost (%s); this rank exits", error)
             self._on_lost()
 
 
@@ -189,7 +189,7 @@ class Follower:
             if self._partners.is_in_step:
                 raise
             if isinstance(error, _AbortedError):
-                logger.info("rank 0 has given the load of %r up", spec.model)
+                logger.info("rank 0 has cancelled the load of %r", spec.model)
             else:
                 logger.exception("this rank cannot load %r", spec.model)
             self._partners.fail_load(error)
@@ -199,7 +199,7 @@ class Follower:
 
     def _require_model(self) -> LoadedModel:
         if self._model is None:
-            raise RuntimeError("rank 0 works on a model, and none is loaded here")
+            raise RuntimeError("rank 0 uses a model, and none is loaded here")
         return self._model
 
     def _add(self, row: int, prompt_ids: list[int], sampling: dict[str, Any]) -> None:
@@ -208,7 +208,7 @@ class Follower:
 
     def _require_batch(self) -> Batch:
         if self._batch is None:
-            raise RuntimeError("rank 0 works on a batch that this rank does not have")
+            raise RuntimeError("rank 0 uses a batch that this rank does not have")
         return self._batch
 
     def _close_batch(self) -> None:

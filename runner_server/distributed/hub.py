@@ -81,7 +81,7 @@ class Hub:
                 except TimeoutError:
                     missing = self._size - 1 - len(self._followers)
                     raise TimeoutError(
-                        f"{missing} of {self._size} ranks did not come within "
+                        f"{missing} of {self._size} ranks did not connect within "
                         f"{timeout_seconds:.0f} s; their logs say why"
                     ) from None
                 self._admit(connection, list(traits))
@@ -159,7 +159,7 @@ class Hub:
         self._is_closing = True
         self._close_links()
         return BackendLost(
-            f"rank 0 failed ({type(error).__name__}: {error}), so that the other ranks wait in vain"
+            f"rank 0 failed ({type(error).__name__}: {error}), so the other ranks cannot continue"
         )
 
     def close(self) -> None:
@@ -170,7 +170,7 @@ class Hub:
         try:
             self.tell("close")
         except BackendLost:
-            logger.warning("%s, while all were told to end", self._lost_text)
+            logger.warning("%s, during the shutdown", self._lost_text)
         self._close_links()
 
     def _listen(self, follower: _Follower) -> None:
@@ -186,7 +186,7 @@ class Hub:
             self._lose(follower, error)
 
     def _ask_stop(self, rank: Rank) -> None:
-        logger.info("stopping, because rank %d on %s was asked to", rank.rank, rank.host)
+        logger.info("stopping, because rank %d on %s was asked to stop", rank.rank, rank.host)
         if self._on_stop:
             self._on_stop()
 
@@ -196,8 +196,9 @@ class Hub:
                 return
             rank = follower.rank
             self._lost_text = (
-                f"rank {rank.rank} (process {rank.pid} on {rank.host}) is gone: {error}; the model "
-                "is split among all ranks, so all end; its own log says more; use another runner"
+                f"rank {rank.rank} (process {rank.pid} on {rank.host}) is lost: {error}; the model "
+                "is split among all ranks, so all of them exit; its own log says more; use another "
+                "runner"
             )
             self._lost.set()
             on_lost = self._on_lost

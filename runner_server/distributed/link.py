@@ -58,7 +58,7 @@ class Link:
         """
         message = json.loads(self._line())
         if not (isinstance(message, list) and message):
-            raise ValueError(f"no message: {str(message)[:80]}")
+            raise ValueError(f"not a message: {str(message)[:80]}")
         return message
 
     def messages(self) -> Iterator[list[Any]]:
@@ -71,7 +71,7 @@ class Link:
         while (end := self._received.find(b"\n", searched)) < 0:
             searched = len(self._received)
             if searched > _MAX_LINE_BYTES:
-                raise ValueError(f"no message: {searched} bytes without an end")
+                raise ValueError(f"not a message: {searched} bytes without a line end")
             part = self._socket.recv(_PART_BYTES)
             if not part:
                 raise ConnectionResetError("the connection was closed")

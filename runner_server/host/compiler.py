@@ -67,6 +67,6 @@ def _compile(library: Path) -> None:
         )
     except subprocess.CalledProcessError as error:
         last = error.stdout.decode(errors="replace").strip().rpartition("\n")[2]
-        raise CompilerError(f"g++ ended with exit code {error.returncode}: {last}") from error
+        raise CompilerError(f"g++ failed with exit code {error.returncode}: {last}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise CompilerError(f"g++ does not run: {error}") from error
+        raise CompilerError(f"g++ cannot be run: {error}") from error

@@ -108,7 +108,7 @@ class KernelFolder:
                 _link(file, self.libraries / file.name)
                 self._known.add(file.name)
             else:
-                logger.info("the kernel %s is damaged; it is compiled again", file.name)
+                logger.info("the kernel %s is damaged and will be compiled again", file.name)
                 shutil.rmtree(file.parent, ignore_errors=True)
 
     def _keep(self, file: Path, kept: Path) -> None:

@@ -74,17 +74,17 @@ class Metrics:
         )  # fmt: skip
         self._first_token = Histogram(
             "gen_ai_server_time_to_first_token_seconds",
-            "Queue and prefill of completions that ended by themselves.",
+            "Queue and prefill time of completions that ran to their end.",
             _OTEL_LABELS, buckets=_FIRST_TOKEN_SECONDS, registry=registry,
         )  # fmt: skip
         self._per_token = Histogram(
             "gen_ai_server_time_per_output_token_seconds",
-            "Time per token after the first, of completions that ended by themselves.",
+            "Time per token after the first, of completions that ran to their end.",
             _OTEL_LABELS, buckets=_TOKEN_SECONDS, registry=registry,
         )  # fmt: skip
         self._queue = Histogram(
             "mlx_runner_request_queue_time_seconds",
-            "How long completions waited for a place, those that gave up included.",
+            "How long completions waited for a slot, cancelled ones included.",
             ("model_name",), buckets=_FIRST_TOKEN_SECONDS, registry=registry,
         )  # fmt: skip
         self._tokens = _Tokens()
@@ -141,8 +141,8 @@ class _Tokens(Collector):
     """Token counts per model, including completions still running."""
 
     _KINDS = (
-        ("prompt", "Prompt tokens of completions that have got their first token."),
-        ("prompt_cached", "Of those, tokens that were not evaluated again."),
+        ("prompt", "Prompt tokens of completions that have reached their first token."),
+        ("prompt_cached", "The part of the prompt tokens taken from the prefix cache."),
         ("generation", "Tokens generated."),
     )
 
@@ -198,20 +198,20 @@ class _State(Collector):
         """Yield the gauges for a scrape."""
         now = self._engine.state()
         model = now.model
-        yield _gauge("num_requests_running", "Completions that have begun.", now.running_count)
-        yield _gauge("num_requests_waiting", "Completions without a place.", now.queued_count)
+        yield _gauge("num_requests_running", "Completions that have started.", now.running_count)
+        yield _gauge("num_requests_waiting", "Completions waiting for a slot.", now.queued_count)
         yield CounterMetricFamily("mlx_runner_engine_steps", "Engine steps.", value=now.step_count)
         state = GaugeMetricFamily(
-            "mlx_runner_state", "1 for the state it is in, else 0.", labels=["state"]
+            "mlx_runner_state", "1 for the current state, 0 for the others.", labels=["state"]
         )
         for each in State:
             state.add_metric([each.value], each is now.state)
         yield state
-        yield _gauge("load_progress_ratio", "Of the load that runs, 0 to 1.", now.progress / 100)
+        yield _gauge("load_progress_ratio", "Progress of the load, 0 to 1.", now.progress / 100)
         if now.last_progress_age is not None:
             yield _gauge(
                 "last_progress_age_seconds",
-                "How long ago the engine moved; absent when it has nothing to do.",
+                "Time since the engine last made progress; absent when it has nothing to do.",
                 now.last_progress_age,
             )
         yield self._memory(model.limit_bytes if model else 0)
@@ -224,7 +224,7 @@ class _State(Collector):
     def _memory(self, limit_bytes: int) -> Metric:
         memory = self._engine.memory()
         family = GaugeMetricFamily(
-            "mlx_runner_memory_bytes", "Held by MLX and by the process.", labels=["kind"]
+            "mlx_runner_memory_bytes", "Memory held by MLX and by the process.", labels=["kind"]
         )
         kinds = {
             "active": memory.active_bytes,

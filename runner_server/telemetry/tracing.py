@@ -50,7 +50,7 @@ def open_tracing(version: str) -> Tracing | None:
         return Tracing(version, _exporting_provider() if endpoint else None)
     except ImportError as error:
         logger.warning(
-            "no spans are recorded, for %s is missing; pip install 'mlx-grpc-runner[otel]'",
+            "no spans are recorded because %s is missing; pip install 'mlx-grpc-runner[otel]'",
             error.name,
         )
         return None

@@ -51,8 +51,8 @@ def read_token(file: Path | None, environment: MutableMapping[str, str] = os.env
 def _checked(token: str, where: str) -> str:
     if not _TOKEN.fullmatch(token):
         raise ValueError(
-            f"the token in {where} has {len(token)} characters: it needs {_MIN_TOKEN_CHARS} or "
-            "more, visible ASCII alone and no space; `openssl rand -hex 32` makes a good one"
+            f"the token in {where} has {len(token)} characters: it must have {_MIN_TOKEN_CHARS} "
+            "or more, only visible ASCII without spaces; `openssl rand -hex 32` makes a good one"
         )
     return token
 
@@ -67,7 +67,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self, token: str) -> None:
         self._token = token.encode()
         self._no_token = _refusal("none")
-        self._other_token = _refusal("another one")
+        self._other_token = _refusal("a different one")
 
     async def intercept_service(
         self,

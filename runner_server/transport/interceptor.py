@@ -75,7 +75,7 @@ def _reader(read: Callable[[bytes], Any] | None) -> Callable[[bytes], object]:
         try:
             request, unknown = read_known(read, data)
         except DecodeError:
-            text = "its bytes are no message of this rpc: damaged, or a string in it is no UTF-8"
+            text = "its bytes are not a message of this rpc: damaged, or a string is not UTF-8"
             return _Unreadable([(WHOLE, text)])
         return _Unreadable(unknown) if unknown else request
 

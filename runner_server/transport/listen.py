@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_UNIX_PATH = 107 if sys.platform == "linux" else 103
 _MAX_PORT = 65535
-_BIND_ADVICE = "it is in use, no address of this machine, or unknown; port 0 takes a free port"
+_BIND_ADVICE = "it is in use, unknown or not of this machine; port 0 takes any free port"
 
 
 class CannotListenError(Exception):
@@ -94,21 +94,21 @@ def _check_host(host: str, place: str, tls: TlsFiles | None, *, has_token: bool)
         raise CannotListenError(f"cannot listen on {place}: {_BIND_ADVICE}") from error
     if not (tls or has_token):
         raise CannotListenError(
-            f"--listen {place} is open to other machines, and everybody there could load models "
-            f"and read what is completed. Set a token (--token-file FILE, or {TOKEN_VARIABLE}) and "
-            "encrypt (--tls-cert FILE --tls-key FILE), or let only clients with a certificate in "
-            "(and --tls-client-ca FILE); or listen on 127.0.0.1 or unix:/path"
+            f"--listen {place} is open to other machines, where anyone could load models and "
+            f"read completions. Set a token (--token-file FILE, or {TOKEN_VARIABLE}) and "
+            "encrypt (--tls-cert FILE --tls-key FILE), or accept only clients with a certificate "
+            "(add --tls-client-ca FILE); or listen on 127.0.0.1 or unix:/path"
         )
     if not tls:
         logger.warning(
-            "%s is open to other machines without TLS: the token and all text travel in clear, and "
-            "who sees the token can use it; --tls-cert and --tls-key encrypt",
+            "%s is open to other machines without TLS: the token and all text are sent in the "
+            "clear, and anyone who sees the token can use it; --tls-cert and --tls-key encrypt",
             place,
         )
     elif not (has_token or tls.client_ca):
         logger.warning(
-            "%s is open to other machines and nobody is asked who they are: TLS alone only "
-            "encrypts; a token or --tls-client-ca asks",
+            "%s is open to other machines without authentication: TLS alone only encrypts; "
+            "set a token or --tls-client-ca",
             place,
         )
 

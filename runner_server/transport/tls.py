@@ -73,7 +73,7 @@ class _Source:
             except BadTlsFilesError as error:
                 self._bad = stamp
                 # The message is the whole story.
-                logger.error("%s; new connections use what was there before", error)  # noqa: TRY400
+                logger.error("%s; new connections use the previous files", error)  # noqa: TRY400
                 return None
         logger.info("the TLS files have changed: new connections use the new ones")
         return configuration
@@ -90,7 +90,7 @@ class _Source:
         client_ca = _read(files.client_ca) if files.client_ca else None
         _check(files)
         if self._stamp() != stamp:
-            raise BadTlsFilesError("the TLS files change while they are read")
+            raise BadTlsFilesError("the TLS files changed while being read")
         self._good = stamp
         return grpc.ssl_server_certificate_configuration([(key, cert)], client_ca)
 
@@ -124,8 +124,8 @@ def _check(files: TlsFiles) -> None:
         context.load_cert_chain(files.cert, files.key, password="")
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         raise BadTlsFilesError(
-            f"{files.cert} and {files.key} are no certificate with its private key, as PEM without "
-            f"a password: {error}"
+            f"{files.cert} and {files.key} are not a certificate and its private key, as PEM "
+            f"without a password: {error}"
         ) from error
     if files.client_ca:
         try:

@@ -50,7 +50,7 @@ def _clear(path: Path) -> None:
             path.unlink()
         except OSError as error:
             raise OccupiedError(
-                f"{path} is a socket that nobody listens on, and cannot be removed: {error}"
+                f"{path} is a socket that no process listens on, and cannot be removed: {error}"
             ) from error
 
 

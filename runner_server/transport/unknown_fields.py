@@ -50,7 +50,7 @@ def read_known(read: Callable[[bytes], _M], data: bytes) -> tuple[_M, Violations
         return request, []
     if unknown <= _MAX_LISTED_BYTES:
         return request, _named(read(data))
-    text = f"{unknown} bytes of it are in fields that mlx-grpc-runner {__version__} does not know"
+    text = f"{unknown} bytes of it are in fields unknown to mlx-grpc-runner {__version__}"
     return request, [(WHOLE, f"{text}; leave them out")]
 
 
@@ -75,9 +75,9 @@ def _problem(descriptor: Descriptor, number: int) -> str:
     field = f"field {number} of {descriptor.name}"
     known = descriptor.fields_by_number.get(number)
     if known:
-        return f"{field} ({known.name}) is in another form than mlx-grpc-runner {__version__} knows"
+        return f"{field} ({known.name}) has another wire type than in mlx-grpc-runner {__version__}"
     return (
-        f"{field} is not known to mlx-grpc-runner {__version__}; a newer client sent it: upgrade "
+        f"{field} is unknown to mlx-grpc-runner {__version__}; a newer client sent it: upgrade "
         "the server or leave it out"
     )
 

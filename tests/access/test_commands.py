@@ -41,9 +41,9 @@ async def test_status_with_the_token(start_server: StartServer, token_file: Path
     assert (await ask("status", address, **{TOKEN_VARIABLE: TOKEN})).exit_code == 0
     refused = await ask("status", address)
     assert (refused.exit_code, refused.stdout) == (1, "")
-    assert "wants a token and the call has none" in refused.stderr
+    assert "requires a token and the call has none" in refused.stderr
     wrong = await ask("status", address, **{TOKEN_VARIABLE: TOKEN + "x"})
-    assert "another one" in wrong.stderr
+    assert "a different one" in wrong.stderr
     assert TOKEN not in wrong.stderr
 
 

@@ -269,10 +269,10 @@ def put_folder(place: Path) -> None:
 BAD: dict[str, tuple[str, Callable[[Pair], object]]] = {
     "none": ("cannot be read: No such file", lambda pair: pair.cert.unlink()),
     "no key": ("cannot be read: No such file", lambda pair: pair.key.unlink()),
-    "empty": ("no certificate with its private key", lambda pair: pair.cert.write_text("")),
-    "not text": ("no certificate with", lambda pair: pair.cert.write_bytes(bytes(range(256)))),
+    "empty": ("not a certificate and its private key", lambda pair: pair.cert.write_text("")),
+    "not text": ("not a certificate", lambda pair: pair.cert.write_bytes(bytes(range(256)))),
     "folder": ("Is a directory", lambda pair: put_folder(pair.key)),
-    "swapped": ("no certificate with", lambda pair: shutil.copy(pair.cert, pair.key)),
+    "swapped": ("not a certificate", lambda pair: shutil.copy(pair.cert, pair.key)),
 }
 
 

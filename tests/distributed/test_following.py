@@ -207,7 +207,7 @@ def test_rank_0_hears_of_a_follower_that_is_gone(pair: Pair) -> None:
     pair.hub.watch(told.put, lambda: None)
     pair.link.close()
     text = told.get(timeout=DEADLINE_SECONDS)
-    assert "rank 1 (process 4711 on there) is gone" in text
+    assert "rank 1 (process 4711 on there) is lost" in text
     with pytest.raises(BackendLost, match="rank 1"):
         pair.hub.tell("step")
     again: list[str] = []
@@ -265,5 +265,5 @@ def test_a_rank_with_other_versions_is_refused() -> None:
 
 
 def test_a_rank_that_does_not_come_is_not_waited_for_for_ever() -> None:
-    with pytest.raises(TimeoutError, match="1 of 2 ranks did not come"):
+    with pytest.raises(TimeoutError, match="1 of 2 ranks did not connect"):
         Hub("127.0.0.1", 2).gather(TRAITS, 0.05)

@@ -186,7 +186,9 @@ async def test_the_stored_format_where_float32_does_not_fit(
     answer = await estimate(server, tmp_path, dtype=pb.DTYPE_AUTO_OR_STORED)
     assert (answer.dtype, answer.fits) == ("as_stored", True)
     assert answer.weight_bytes == STORED.weight_bytes
-    assert list(answer.notes) == ["there is no memory for float32: it would be held as stored"]
+    assert list(answer.notes) == [
+        "there is too little memory for float32: it would be held as stored"
+    ]
     plain = await estimate(server, tmp_path, dtype=pb.DTYPE_AUTO)
     assert (plain.dtype, plain.fits, list(plain.notes)) == ("float32", False, [])
     assert [request.dtype for request in counter.requests] == ["auto", "auto", "as_stored", "auto"]

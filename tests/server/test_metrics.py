@@ -246,7 +246,7 @@ async def test_an_open_address_is_warned_of(
     )
     with caplog.at_level(logging.WARNING):
         await start_server(metrics_listen=("192.0.2.1", 0))
-    assert "nobody is asked" in caplog.text
+    assert "without authentication" in caplog.text
 
 
 async def test_every_metric_is_in_the_documents(scraped: Server) -> None:

@@ -55,7 +55,7 @@ def special_tokens(directory: Path) -> SpecialTokens:
     try:
         config: dict[str, Any] = json.loads((directory / "config.json").read_bytes())
     except (OSError, ValueError) as error:
-        logger.warning("nothing of %s/config.json can be told: %s", directory, error)
+        logger.warning("cannot read the special tokens in %s/config.json: %s", directory, error)
         return SpecialTokens()
     return SpecialTokens(
         architectures=_names(config.get("architectures")),
@@ -97,8 +97,8 @@ def tokenizer_archive(directory: Path) -> bytes:
 
 def _gone(directory: Path, problem: str) -> GenerationFailed:
     return GenerationFailed(
-        f"the tokenizer's files in {directory} cannot be read ({problem}); they were there when "
-        "the model was loaded: put them back, or load it from where they are"
+        f"the tokenizer's files in {directory} cannot be read ({problem}); they existed when "
+        "the model was loaded: restore them, or load the model from where they are now"
     )
 
 
