@@ -19,9 +19,9 @@ def with_import_paths(environment: Mapping[str, str]) -> dict[str, str]:
     Installed packages need no entry, and putting site-packages before the standard library
     could hide parts of the latter.
     """
-    places = dict.fromkeys(place for name in _PACKAGES for place in _places(name))
+    folders = dict.fromkeys(folder for name in _PACKAGES for folder in _places(name))
     extra = [
-        place for place in places if Path(place).name not in ("site-packages", "dist-packages")
+        folder for folder in folders if Path(folder).name not in ("site-packages", "dist-packages")
     ]
     given = environment.get("PYTHONPATH")
     path = os.pathsep.join([*extra, given] if given else extra)

@@ -153,13 +153,13 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="exit within 2 s of the parent; stdin should be a pipe that only the parent holds",
     )
-    _add_company(parser)
-    _add_access(parser)
-    _add_outside(parser)
+    _add_cluster_options(parser)
+    _add_access_options(parser)
+    _add_telemetry_options(parser)
     return parser
 
 
-def _add_company(parser: argparse.ArgumentParser) -> None:
+def _add_cluster_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of one server among several: ranks of a model, workers of a gateway."""
     add = parser.add_argument
     add(
@@ -176,7 +176,7 @@ def _add_company(parser: argparse.ArgumentParser) -> None:
     add("--smg", action="store_true", help="also serve the worker protocol of the SMG gateway")
 
 
-def _add_outside(parser: argparse.ArgumentParser) -> None:
+def _add_telemetry_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of log and metrics."""
     add = parser.add_argument
     levels = ["DEBUG", "INFO", "WARNING", "ERROR"]
@@ -190,7 +190,7 @@ def _add_outside(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_access(parser: argparse.ArgumentParser) -> None:
+def _add_access_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group(
         "access",
         "Without a token or TLS, the server listens only on loopback addresses and unix sockets.",

@@ -98,7 +98,7 @@ def _follow(config: ServerConfig, group: Group) -> int:
     codes: list[int] = []
 
     def work() -> None:
-        codes.append(_followed(config, group, link, secret))
+        codes.append(_follow_to_end(config, group, link, secret))
 
     # Not on the main thread, which handles signals: MLX may block for a long time.
     thread = threading.Thread(target=work, name="engine", daemon=True)
@@ -109,7 +109,7 @@ def _follow(config: ServerConfig, group: Group) -> int:
     os._exit(*codes)
 
 
-def _followed(config: ServerConfig, group: Group, link: Link, secret: str) -> int:
+def _follow_to_end(config: ServerConfig, group: Group, link: Link, secret: str) -> int:
     """Follow rank 0 to the end; return the exit code."""
     from runner_server.mlx_backend.sharding import Shard  # noqa: PLC0415 - imports MLX
 

@@ -274,7 +274,7 @@ def _code_stamps() -> list[str]:
     """Return stamps of each module with an effect on the answer."""
     specs = [util.find_spec(name) for name in (_PACKAGE, __package__.partition(".")[0])]
     folders = [
-        Path(place) for spec in specs if spec for place in spec.submodule_search_locations or ()
+        Path(folder) for spec in specs if spec for folder in spec.submodule_search_locations or ()
     ]
     files = sorted(file for folder in folders for file in folder.rglob("*.py"))
     return [stamp for file in files for stamp in _stamp(file)]

@@ -51,14 +51,14 @@ def _unfit(path: str, part: Mapping[str, Any], kinds: Mapping[str, _Kind]) -> It
     for key, (expected, is_fit) in kinds.items():
         value = part.get(key)
         if value is not None and not is_fit(value):
-            yield f"{path}{key} is {_told(value)}; expected {expected}"
+            yield f"{path}{key} is {_shown(value)}; expected {expected}"
 
 
 def _rope_problems(path: str, rope: Mapping[str, Any]) -> Iterator[str]:
     nested = {key: value for key, value in rope.items() if isinstance(value, dict)}
     for kind in (FULL, SLIDING):
         if rope.get(kind) is not None and kind not in nested:
-            yield f"{path}.{kind} is {_told(rope[kind])}; expected an object"
+            yield f"{path}.{kind} is {_shown(rope[kind])}; expected an object"
     for key, value in nested.items():
         yield from _rope_problems(f"{path}.{key}", value)
     yield from _unfit(f"{path}.", rope, _ROPE)
@@ -77,7 +77,7 @@ def _contradictions(path: str, new: Mapping[str, Any], old: Mapping[str, Any]) -
         yield f"{path}rope_parameters and {path}rope_scaling name two kinds: {', '.join(kinds)}"
 
 
-def _told(value: object) -> str:
+def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
 

@@ -59,9 +59,9 @@ def choose_weight_files(directory: Path) -> WeightChoice:
         return _chosen_by_name(directory, str(error))
     missing = [file for file in named if not _is_there(file)]
     if missing:
-        return _chosen_by_name(directory, _told_missing(directory, index, missing))
+        return _chosen_by_name(directory, _describe_missing(directory, index, missing))
     others = sorted(set(_safetensors(directory)) - set(named))
-    notes = _passed_over(others, f"{index.name} does not list it")
+    notes = _unused_notes(others, f"{index.name} does not list it")
     return WeightChoice(tuple(named), notes, tensors)
 
 
@@ -185,7 +185,7 @@ def _chosen_by_name(directory: Path, problem: str) -> WeightChoice:
         raise _no_choice(directory, files, candidates, parts, problem)
     chosen = _without_overlap(candidates[0])
     others = sorted(set(files) - set(chosen))
-    notes = _passed_over(others, f"it does not belong to {chosen[0].name}")
+    notes = _unused_notes(others, f"it does not belong to {chosen[0].name}")
     return WeightChoice(tuple(chosen), (*([f"{problem}; not used"] if problem else []), *notes))
 
 
@@ -238,14 +238,14 @@ def _no_choice(
         names = ", ".join(file.name for file in files[:3])
         what = f"no index lists {names}, and none has the name of a model's only weights"
     else:
-        what = f"no *.safetensors in it{_told_others(directory)}"
+        what = f"no *.safetensors in it{_describe_others(directory)}"
     return ModelUnusableError(
         f"{directory}: {problem.removeprefix(f'{directory}: ')}{'; ' if problem else ''}{what}",
         str(directory),
     )
 
 
-def _told_others(directory: Path) -> str:
+def _describe_others(directory: Path) -> str:
     """Describe files that could have been weights, in parentheses; empty if there are none."""
     entries = sorted(directory.iterdir())
     if links := [file.name for file in entries if file.suffix == ".safetensors"]:
@@ -255,12 +255,12 @@ def _told_others(directory: Path) -> str:
     return ""
 
 
-def _told_missing(directory: Path, index: Path, missing: list[Path]) -> str:
+def _describe_missing(directory: Path, index: Path, missing: list[Path]) -> str:
     name = missing[0].relative_to(directory)
     return f"{directory}: {index.name} lists {len(missing)} missing file(s), first {name}"
 
 
-def _passed_over(files: list[Path], why: str) -> tuple[str, ...]:
+def _unused_notes(files: list[Path], why: str) -> tuple[str, ...]:
     return tuple(f"{file.name} is not loaded: {why}" for file in files)
 
 

@@ -132,8 +132,8 @@ def _logprob_message(entry: TokenLogprob, texts: TokenTexts) -> pb.TokenLogprob:
         bytes=own.data,
         logprob=entry.logprob,
         top=[
-            pb.TopLogprob(token_id=id_, text=told.text, bytes=told.data, logprob=logprob)
-            for (id_, logprob), told in zip(entry.top, others, strict=True)
+            pb.TopLogprob(token_id=id_, text=shown.text, bytes=shown.data, logprob=logprob)
+            for (id_, logprob), shown in zip(entry.top, others, strict=True)
         ],
     )
 

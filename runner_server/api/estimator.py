@@ -125,12 +125,12 @@ class Estimator:
             return None
 
     def _estimate_as(self, path: Path, spec: LoadSpec, dtype: Dtype) -> Estimated:
-        answer = _asked(path, replace(spec, dtype=dtype))
+        answer = _query_need(path, replace(spec, dtype=dtype))
         decision = self._admission.compare(answer.need.required_bytes)
         return Estimated(answer, decision, answer.parallel, answer.notes)
 
 
-def _asked(path: Path, spec: LoadSpec) -> NeedAnswer:
+def _query_need(path: Path, spec: LoadSpec) -> NeedAnswer:
     request = NeedRequest(
         path=str(path),
         context_length=spec.context_length,

@@ -138,14 +138,14 @@ class Hub:
         if self._lost.is_set():
             raise BackendLost(self._lost_text)
 
-    def answer(self, place: int, timeout_seconds: float) -> list[Any] | None:
+    def answer(self, index: int, timeout_seconds: float) -> list[Any] | None:
         """Return the next answer of the follower at an index of :attr:`others`; None on timeout.
 
         Raises:
             BackendLost: A rank is lost.
         """
         try:
-            return self._followers[place].answers.get(timeout=timeout_seconds)
+            return self._followers[index].answers.get(timeout=timeout_seconds)
         except queue.Empty:
             if self._lost.is_set():
                 raise BackendLost(self._lost_text) from None

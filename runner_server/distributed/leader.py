@@ -69,18 +69,18 @@ class LeaderPartners:
         shares = [kv_share]
         while self._expected:
             report(_READ)
-            place = min(self._expected)
-            if answer := self._answer(place):
-                shares.append(self._share(place, answer))
+            index = min(self._expected)
+            if answer := self._answer(index):
+                shares.append(self._share(index, answer))
         self._phase = _Phase.TOGETHER
         self._hub.tell("go")
         return min(shares)
 
-    def _share(self, place: int, answer: list[Any]) -> float:
+    def _share(self, index: int, answer: list[Any]) -> float:
         kind, *values = answer
         if kind == "loaded":
             return float(values[0])
-        rank = self._hub.others[place]
+        rank = self._hub.others[index]
         raise fault_of(f"rank {rank.rank} on {rank.host}", *values)
 
     def end_step(self) -> None:
@@ -102,11 +102,11 @@ class LeaderPartners:
             self._answer(min(self._expected))
         return True
 
-    def _answer(self, place: int) -> list[Any] | None:
+    def _answer(self, index: int) -> list[Any] | None:
         """Return a follower's answer to the load, exactly one per load; None if not there yet."""
-        answer = self._hub.answer(place, _POLL_SECONDS)
+        answer = self._hub.answer(index, _POLL_SECONDS)
         if answer:
-            self._expected.discard(place)
+            self._expected.discard(index)
         return answer
 
 
@@ -230,36 +230,36 @@ class LeaderBatch:
 
     def add(self, row: int, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         """See ``Batch.add``."""
-        with self._told("add", row, list(prompt_ids), asdict(sampling)):
+        with self._sent_to_followers("add", row, list(prompt_ids), asdict(sampling)):
             self._batch.add(row, prompt_ids, sampling)
 
     def remove(self, rows: Collection[int]) -> None:
         """See ``Batch.remove``."""
-        with self._told("remove", list(rows)):
+        with self._sent_to_followers("remove", list(rows)):
             self._batch.remove(rows)
 
     def preempt(self, row: int) -> None:
         """See ``Batch.preempt``."""
-        with self._told("preempt", row):
+        with self._sent_to_followers("preempt", row):
             self._batch.preempt(row)
 
     def resume(self, row: int) -> None:
         """See ``Batch.resume``."""
-        with self._told("resume", row):
+        with self._sent_to_followers("resume", row):
             self._batch.resume(row)
 
     def step(self) -> list[Event]:
         """See ``Batch.step``."""
-        with self._told("step"):
+        with self._sent_to_followers("step"):
             return self._batch.step()
 
     def close(self) -> None:
         """See ``Batch.close``."""
-        with self._told("close_batch"):
+        with self._sent_to_followers("close_batch"):
             self._batch.close()
 
     @contextmanager
-    def _told(self, *message: object) -> Iterator[None]:
+    def _sent_to_followers(self, *message: object) -> Iterator[None]:
         self._hub.tell(*message)
         try:
             yield

@@ -115,9 +115,9 @@ class KernelFolder:
         if not _is_loaded(file):
             file.unlink()
             return
-        place = kept / _digest(file)
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _link(file, place / file.name)
+        target = kept / _digest(file)
+        target.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _link(file, target / file.name)
         self._known.add(file.name)
 
 
@@ -141,10 +141,10 @@ def open_kernels(
     """
     key = _key(version) if keeps else None
     reasons = []
-    for place, is_temporary in _places(environ):
+    for path, is_temporary in _candidates(environ):
         folder = None
         try:
-            folder = KernelFolder(private_folder(place), version, key, is_temporary=is_temporary)
+            folder = KernelFolder(private_folder(path), version, key, is_temporary=is_temporary)
             check(folder.libraries)
         except OSError as error:
             reasons.append(str(error))
@@ -165,7 +165,7 @@ def keep_nothing() -> None:
         os.putenv(_PTX_VARIABLE, _NOWHERE)
 
 
-def _places(environ: Mapping[str, str]) -> Iterator[tuple[Path, bool]]:
+def _candidates(environ: Mapping[str, str]) -> Iterator[tuple[Path, bool]]:
     """Yield the folders to try, each with whether only this process uses the folder."""
     name = f"{_PREFIX}{os.geteuid()}"
     if given := environ.get("TMPDIR"):

@@ -43,8 +43,8 @@ def _target(link: Path) -> Path:
 def _links(folder: Path) -> list[Path]:
     # os.walk does not follow links to directories.
     entries = (
-        Path(place, name)
-        for place, folders, files in os.walk(folder)
+        Path(parent, name)
+        for parent, folders, files in os.walk(folder)
         for name in (*folders, *files)
     )
     return [entry for entry in entries if entry.is_symlink()]

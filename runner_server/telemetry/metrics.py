@@ -172,12 +172,12 @@ class _Tokens(Collector):
             for request in self._live:
                 if request.stats:
                     _add(totals, request.model, request.stats())
-        for place, (kind, meaning) in enumerate(self._KINDS):
+        for index, (kind, meaning) in enumerate(self._KINDS):
             family = CounterMetricFamily(
                 f"mlx_runner_{kind}_tokens", meaning, labels=["model_name"]
             )
             for model, counts in totals.items():
-                family.add_metric([model], counts[place])
+                family.add_metric([model], counts[index])
             yield family
 
 

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 _TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
-_ASKED_OFTEN = frozenset({"Status", "HealthCheck"})
+_FREQUENT_METHODS = frozenset({"Status", "HealthCheck"})
 """Methods logged at DEBUG when they succeed: watching a load makes five calls a second."""
 
 _SUMMARIZED = frozenset({"method", "code", "duration_seconds"})
@@ -56,7 +56,7 @@ class RequestLog:
 
     def ended(self, request: CallRecord) -> None:
         """Log the line."""
-        is_quiet = request.code == "OK" and request.method in _ASKED_OFTEN
+        is_quiet = request.code == "OK" and request.method in _FREQUENT_METHODS
         level = logging.DEBUG if is_quiet else logging.INFO
         if logger.isEnabledFor(level):
             logger.log(level, RequestLine(request))
@@ -91,10 +91,10 @@ def set_up_logging(level: str, style: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if style == "json" else logging.Formatter(_TEXT_FORMAT))
     logging.basicConfig(level=level, handlers=[handler])
-    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_not_redundant)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
+def _is_not_redundant(record: logging.LogRecord) -> bool:
     """Drop gRPC's traceback of an unsent message: the log line of the call reports the cause."""
     return not str(record.msg).startswith("ExecuteBatchError")
 

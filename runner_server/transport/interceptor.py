@@ -69,7 +69,7 @@ def _reader(read: Callable[[bytes], Any] | None) -> Callable[[bytes], object]:
     gRPC would send its exceptions to the client as UNKNOWN with their text.
     """
 
-    def read_or_tell(data: bytes) -> object:
+    def read_safely(data: bytes) -> object:
         if read is None:
             return data
         try:
@@ -79,7 +79,7 @@ def _reader(read: Callable[[bytes], Any] | None) -> Callable[[bytes], object]:
             return _Unreadable([(WHOLE, text)])
         return _Unreadable(unknown) if unknown else request
 
-    return read_or_tell
+    return read_safely
 
 
 def _require_readable(request: object) -> None:

@@ -26,13 +26,13 @@ class CannotListenError(Exception):
 
 
 def listen(
-    server: grpc.aio.Server, place: str, *, tls: TlsFiles | None, has_token: bool
+    server: grpc.aio.Server, address: str, *, tls: TlsFiles | None, has_token: bool
 ) -> ReadyLine:
     """Bind a server to an address.
 
     Args:
         server: A server that has not started yet.
-        place: ``HOST:PORT`` (port 0 = any free one) or ``unix:/path``.
+        address: ``HOST:PORT`` (port 0 = any free one) or ``unix:/path``.
         tls: Certificate and key; None does not encrypt.
         has_token: Whether callers must send a token.
 
@@ -47,54 +47,54 @@ def listen(
         credentials = server_credentials(tls) if tls else None
     except BadTlsFilesError as error:
         raise CannotListenError(str(error)) from error
-    path = place.removeprefix("unix:")
-    if path != place:
-        return _listen_on_socket(server, Path(path), place, credentials)
-    host, separator, port = place.rpartition(":")
+    path = address.removeprefix("unix:")
+    if path != address:
+        return _listen_on_socket(server, Path(path), address, credentials)
+    host, separator, port = address.rpartition(":")
     # gRPC would wrap a larger port number and accept "::1:80" as an address.
     is_port = port.isdecimal() and int(port) <= _MAX_PORT
     is_host = host and (":" not in host or (host[0], host[-1]) == ("[", "]"))
     if not (separator and is_host and is_port):
         raise CannotListenError(
-            f"--listen {place!r}: expected HOST:PORT or [IPV6]:PORT, the port 0 to {_MAX_PORT}, or "
-            "unix:/path"
+            f"--listen {address!r}: expected HOST:PORT or [IPV6]:PORT, the port 0 to {_MAX_PORT}, "
+            "or unix:/path"
         )
-    _check_host(host, place, tls, has_token=has_token)
-    return ReadyLine("tcp", f"{host}:{_bind(server, place, _BIND_ADVICE, credentials)}")
+    _check_host(host, address, tls, has_token=has_token)
+    return ReadyLine("tcp", f"{host}:{_bind(server, address, _BIND_ADVICE, credentials)}")
 
 
 def _listen_on_socket(
-    server: grpc.aio.Server, path: Path, place: str, credentials: grpc.ServerCredentials | None
+    server: grpc.aio.Server, path: Path, address: str, credentials: grpc.ServerCredentials | None
 ) -> ReadyLine:
     _check_length(path)
     try:
         with socket_place(path):
-            _bind_socket(server, place, credentials)
+            _bind_socket(server, address, credentials)
     except OccupiedError as error:
         raise CannotListenError(str(error)) from error
-    return ReadyLine("unix", place.removeprefix("unix:"))
+    return ReadyLine("unix", address.removeprefix("unix:"))
 
 
 def _bind_socket(
-    server: grpc.aio.Server, place: str, credentials: grpc.ServerCredentials | None
+    server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None
 ) -> None:
     # The socket file's mode follows the umask: only this user may connect.
     mask = os.umask(0o177)
     try:
-        _bind(server, place, "its directory must exist and be writable", credentials)
+        _bind(server, address, "its directory must exist and be writable", credentials)
     finally:
         os.umask(mask)
 
 
-def _check_host(host: str, place: str, tls: TlsFiles | None, *, has_token: bool) -> None:
+def _check_host(host: str, address: str, tls: TlsFiles | None, *, has_token: bool) -> None:
     try:
         if is_loopback(host):
             return
     except (OSError, ValueError) as error:  # ValueError: not a valid host name
-        raise CannotListenError(f"cannot listen on {place}: {_BIND_ADVICE}") from error
+        raise CannotListenError(f"cannot listen on {address}: {_BIND_ADVICE}") from error
     if not (tls or has_token):
         raise CannotListenError(
-            f"--listen {place} is open to other machines, where anyone could load models and "
+            f"--listen {address} is open to other machines, where anyone could load models and "
             f"read completions. Set a token (--token-file FILE, or {TOKEN_VARIABLE}) and "
             "encrypt (--tls-cert FILE --tls-key FILE), or accept only clients with a certificate "
             "(add --tls-client-ca FILE); or listen on 127.0.0.1 or unix:/path"
@@ -103,28 +103,28 @@ def _check_host(host: str, place: str, tls: TlsFiles | None, *, has_token: bool)
         logger.warning(
             "%s is open to other machines without TLS: the token and all text are sent in the "
             "clear, and anyone who sees the token can use it; --tls-cert and --tls-key encrypt",
-            place,
+            address,
         )
     elif not (has_token or tls.client_ca):
         logger.warning(
             "%s is open to other machines without authentication: TLS alone only encrypts; "
             "set a token or --tls-client-ca",
-            place,
+            address,
         )
 
 
 def _bind(
     server: grpc.aio.Server,
-    place: str,
+    address: str,
     advice: str,
     credentials: grpc.ServerCredentials | None,
 ) -> int:
     try:
         if credentials:
-            return server.add_secure_port(place, credentials)
-        return server.add_insecure_port(place)
+            return server.add_secure_port(address, credentials)
+        return server.add_insecure_port(address)
     except RuntimeError as error:
-        raise CannotListenError(f"cannot listen on {place}: {advice}") from error
+        raise CannotListenError(f"cannot listen on {address}: {advice}") from error
 
 
 def _check_length(path: Path) -> None:

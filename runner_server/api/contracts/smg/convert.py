@@ -34,25 +34,25 @@ def chunk_message(piece: OutputDelta, sent: int, stats: GenerationStats) -> Mess
 
 
 def complete_message(
-    last: OutputDelta | None, untold: Sequence[OutputDelta], count: int, stats: GenerationStats
+    last: OutputDelta | None, unsent: Sequence[OutputDelta], count: int, stats: GenerationStats
 ) -> Message:
     """Return the last message of a request.
 
     Args:
         last: The last delta; without ``done`` in it the request was aborted.
-        untold: Deltas not sent in a chunk: all of them if the request is not streamed.
+        unsent: Deltas not sent in a chunk: all of them if the request is not streamed.
         count: Number of tokens the caller gets in total.
         stats: Statistics of the request, for the counts of its prompt.
     """
     done = last.done if last else None
     by_token = last and done and done.reason is FinishReason.STOP
     complete = pb.GenerateComplete(
-        output_ids=[token_id for piece in untold for token_id in piece.token_ids],
+        output_ids=[token_id for piece in unsent for token_id in piece.token_ids],
         finish_reason=_FINISH_REASONS[done.reason] if done else ABORTED,
         prompt_tokens=stats.prompt_count,
         completion_tokens=count,
         cached_tokens=stats.cached_count,
-        output_logprobs=_logprobs(entry for piece in untold for entry in piece.logprobs),
+        output_logprobs=_logprobs(entry for piece in unsent for entry in piece.logprobs),
         matched_stop_token_id=last.token_ids[-1] if last and by_token else None,
     )
     return pb.GenerateResponse(complete=complete)

@@ -82,7 +82,7 @@ def tokenizer_archive(directory: Path) -> bytes:
     """
     files = _files(directory)[:_MAX_FILES]
     if not files:
-        raise _gone(directory, "there are none")
+        raise _unreadable(directory, "there are none")
     data = io.BytesIO()
     try:
         with zipfile.ZipFile(data, "w") as archive:
@@ -91,11 +91,11 @@ def tokenizer_archive(directory: Path) -> bytes:
                 entry = zipfile.ZipInfo(path.name)
                 archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
     except OSError as error:
-        raise _gone(directory, str(error)) from error
+        raise _unreadable(directory, str(error)) from error
     return data.getvalue()
 
 
-def _gone(directory: Path, problem: str) -> GenerationFailed:
+def _unreadable(directory: Path, problem: str) -> GenerationFailed:
     return GenerationFailed(
         f"the tokenizer's files in {directory} cannot be read ({problem}); they existed when "
         "the model was loaded: restore them, or load the model from where they are now"
