@@ -20,19 +20,20 @@ from runner_common.memory.reservations import DIRECTORY_VARIABLE
 from support.fakes import FakeBackend
 from support.harness import Server, StartServer, running
 
-# What an example takes says nothing on a busy machine.
+# The duration of a single example means nothing on a busy machine.
 settings.register_profile("project", deadline=None)
 settings.load_profile("project")
 
 _runtime_directory = tempfile.TemporaryDirectory(prefix="mlx-runner-tests-")
-"""Reservations of this session and its children: sessions side by side share no memory book."""
+"""Reservations of this session and its children, apart from those of parallel sessions."""
 
 
 def pytest_configure() -> None:
-    """Lets children be interrupted: a suite started in the background ignores SIGINT.
+    """Restore SIGINT and clear variables which children would inherit.
 
-    They would inherit that from it, and tests of Ctrl-C wait in vain. Nor are they to
-    inherit a token, and ask for it, or what is kept free on this machine.
+    A suite started in the background ignores SIGINT. Its children would inherit that, and tests
+    of Ctrl-C would wait in vain. An inherited token would make servers require it, and inherited
+    headroom variables would change how much memory is kept free.
     """
     for variable in (TOKEN_VARIABLE, OVERHEAD_VARIABLE, MINIMUM_VARIABLE):
         os.environ.pop(variable, None)
@@ -42,14 +43,14 @@ def pytest_configure() -> None:
 
 
 def pytest_unconfigure() -> None:
-    """Removes the reservations of this session."""
+    """Remove the reservations of this session."""
     os.environ.pop(DIRECTORY_VARIABLE, None)
     _runtime_directory.cleanup()
 
 
 @pytest.fixture
 def socket_dir() -> Iterator[Path]:
-    """A fresh directory with a short path: a socket's path has little room."""
+    """A fresh directory, with a path short enough for a Unix socket."""
     path = Path(tempfile.mkdtemp(prefix="mr-"))
     yield path
     shutil.rmtree(path)
@@ -57,7 +58,7 @@ def socket_dir() -> Iterator[Path]:
 
 @pytest.fixture
 async def start_server(socket_dir: Path) -> AsyncIterator[StartServer]:
-    """Starts servers on a fake model library."""
+    """Start servers on a fake model library."""
     async with AsyncExitStack() as stack:
 
         async def start(backend: FakeBackend | None = None, **config: Any) -> Server:
@@ -78,14 +79,14 @@ async def server(start_server: StartServer) -> Server:
 
 @pytest.fixture
 async def loaded(server: Server) -> Server:
-    """A server with the fake model loaded, four places."""
+    """A server with the fake model loaded and four slots."""
     await server.load()
     return server
 
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Builds small models, each only once; arguments as ``models.build_model``."""
+    """Build small models, each once; takes the arguments of ``models.build_model``."""
     pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
     from support.models import build_model
 

@@ -1,4 +1,4 @@
-"""Certificates made on the spot: authorities, servers, clients, expired ones."""
+"""Certificates generated for tests: authorities, servers, clients, expired ones."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _SIGNS_CERTIFICATES = x509.KeyUsage(
 
 @dataclass(frozen=True)
 class Pair:
-    """A certificate and its private key, as files."""
+    """A certificate and the matching private key, as files."""
 
     cert: Path
     key: Path
 
 
 class Authority:
-    """Signs certificates for ``localhost`` and writes them into a folder."""
+    """Certificate authority for ``localhost``, with files in one folder."""
 
     def __init__(self, folder: Path, name: str = "authority") -> None:
         self._folder = folder
@@ -50,12 +50,12 @@ class Authority:
         self.file.write_bytes(_pem(own.sign(self._key, hashes.SHA256())))
 
     def sign(self, name: str, *, days: int = 1, password: bytes | None = None) -> Pair:
-        """Makes a certificate.
+        """Issue a certificate.
 
         Args:
-            name: Of its files; one that exists is written over.
-            days: How long it is good from now on; a negative one has expired.
-            password: What its key is encrypted with.
+            name: Stem of the file names; existing files are overwritten.
+            days: Validity in days from now; negative for an expired certificate.
+            password: Encrypts the private key.
         """
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
@@ -88,7 +88,7 @@ class Authority:
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - 3 * _DAY)
             .not_valid_after(now + days * _DAY)
-            # Python 3.13 asks for these.
+            # Python 3.13 requires these two extensions.
             .add_extension(
                 x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
             )

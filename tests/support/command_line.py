@@ -1,4 +1,4 @@
-"""Runs ``mlx-runner`` inside the test, with both of its outputs apart."""
+"""``mlx-runner`` run inside the test process, with stdout and stderr captured separately."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 def invoke(
     *arguments: str, given: str | bytes | None = None, environment: dict[str, str] | None = None
 ) -> Result:
-    """Runs a command.
+    """Run a command.
 
     Args:
-        arguments: The command and what follows it.
-        given: Its standard input.
-        environment: Variables beside those of this process.
+        arguments: The subcommand and its arguments.
+        given: Standard input.
+        environment: Variables added to those of this process.
     """
-    # Up to click 8.1 the outputs are one unless they are told apart.
+    # click 8.1 and older mix stderr into stdout by default.
     has_one = "mix_stderr" in inspect.signature(CliRunner).parameters
     settings: dict[str, Any] = {"mix_stderr": False} if has_one else {}
     return CliRunner(**settings).invoke(main, arguments, input=given, env=environment)

@@ -1,4 +1,4 @@
-"""Control groups of a test's own (version 1 or 2), where this machine allows making them."""
+"""Control groups (version 1 or 2) for tests, on machines where a process may create one."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _ENTER = 'echo $$ > "$0" && exec "$@"'
 
 
 class ControlGroup:
-    """A group of processes whose memory, or CPU time, is limited together.
+    """Control group with a limit on memory or CPU time.
 
     Args:
-        directory: Of the group, which exists.
-        is_v2: Which version's files it has.
+        directory: Directory of the group; must exist.
+        is_v2: Whether the group belongs to version 2.
     """
 
     def __init__(self, directory: Path, *, is_v2: bool) -> None:
@@ -31,12 +31,12 @@ class ControlGroup:
         self._is_v2 = is_v2
 
     def limit(self, limit_bytes: int) -> None:
-        """Sets the limit."""
+        """Set the memory limit."""
         name = "memory.max" if self._is_v2 else "memory.limit_in_bytes"
         (self.directory / name).write_text(str(limit_bytes))
 
     def limit_cpu(self, cores: float) -> None:
-        """Sets a CPU quota."""
+        """Set the CPU quota."""
         quota = str(round(cores * 100_000))
         if self._is_v2:
             (self.directory / "cpu.max").write_text(f"{quota} 100000")
@@ -45,18 +45,18 @@ class ControlGroup:
             (self.directory / "cpu.cfs_quota_us").write_text(quota)
 
     def command(self, *arguments: str) -> list[str]:
-        """A command line that runs in the group."""
+        """Return a command line for running ``arguments`` in the group."""
         return ["sh", "-c", _ENTER, str(self.directory / "cgroup.procs"), *arguments]
 
     @property
     def used_bytes(self) -> int:
-        """What its processes hold, with the pages of files that they have read."""
+        """Memory charged to the group, page cache included."""
         name = "memory.current" if self._is_v2 else "memory.usage_in_bytes"
         return int((self.directory / name).read_text())
 
     @property
     def held_bytes(self) -> int:
-        """What its processes hold, without the pages of files that the kernel can drop."""
+        """Memory charged to the group, without file pages which the kernel can drop."""
         names = ("active_file", "inactive_file", "file_mapped")
         if not self._is_v2:
             names = ("total_active_file", "total_inactive_file", "total_mapped_file")
@@ -64,25 +64,25 @@ class ControlGroup:
         return self.used_bytes - active - inactive + mapped
 
     def statistics(self) -> dict[str, int]:
-        """The figures of memory.stat."""
+        """Return the figures of memory.stat."""
         lines = (self.directory / "memory.stat").read_text().splitlines()
         return {name: int(value) for name, value in map(str.split, lines)}
 
     @property
     def oom_kills(self) -> int:
-        """How many of its processes the kernel has killed for want of memory."""
+        """Number of processes in the group killed by the kernel for lack of memory."""
         name = "memory.events" if self._is_v2 else "memory.oom_control"
         lines = (self.directory / name).read_text().splitlines()
         return int(dict(map(str.split, lines))["oom_kill"])
 
     def kill(self) -> None:
-        """Ends the processes that a failed test has left in it, stopped ones too."""
+        """Kill the processes left in the group by a failed test, stopped ones included."""
         for pid in map(int, (self.directory / "cgroup.procs").read_text().split()):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def remove(self) -> None:
-        """Removes it as soon as its last process is gone."""
+        """Remove the group once the last process is gone."""
         deadline = time.monotonic() + _GONE_SECONDS
         while True:
             try:
@@ -97,10 +97,10 @@ class ControlGroup:
 
 @contextlib.contextmanager
 def control_group(limit_bytes: int | None = None) -> Iterator[ControlGroup]:
-    """Makes a group, which is to be empty at the end of the block.
+    """Make a group, which must be empty at the end of the block.
 
     Args:
-        limit_bytes: What it may hold; by default it has no limit.
+        limit_bytes: Memory limit; None sets none.
     """
     with _made("memory") as group:
         if limit_bytes is not None:
@@ -110,7 +110,7 @@ def control_group(limit_bytes: int | None = None) -> Iterator[ControlGroup]:
 
 @contextlib.contextmanager
 def cpu_group(cores: float) -> Iterator[ControlGroup]:
-    """Makes a group with a CPU quota, which is to be empty at the end of the block."""
+    """Make a group with a CPU quota, which must be empty at the end of the block."""
     with _made("cpu") as group:
         group.limit_cpu(cores)
         yield group
@@ -134,7 +134,7 @@ def _made(controller: str) -> Iterator[ControlGroup]:
 
 @functools.cache
 def why_not() -> str:
-    """Why no group can be made here; empty if one can."""
+    """Return the reason why memory groups cannot be made here, or an empty string."""
     try:
         with control_group(1 << 30) as group:
             _ = group.used_bytes, group.oom_kills, group.held_bytes
@@ -145,7 +145,7 @@ def why_not() -> str:
 
 @functools.cache
 def why_no_cpu_group() -> str:
-    """Why no CPU quota can be set here; empty if one can."""
+    """Return the reason why CPU quotas cannot be set here, or an empty string."""
     try:
         with cpu_group(1):
             pass
@@ -163,7 +163,10 @@ needs_cpu_group = pytest.mark.skipif(
 
 
 def write_uncached(path: Path, size: int) -> Path:
-    """Writes a file whose pages are not in memory: they are counted where it is read."""
+    """Write a file and drop its pages from the page cache.
+
+    The kernel charges the pages to the group of the process that reads them next.
+    """
     with path.open("wb") as file:
         for _ in range(size >> 20):
             file.write(os.urandom(1 << 20))

@@ -1,4 +1,4 @@
-"""Empty environments, in which the packages are installed."""
+"""Fresh virtual environments in which the packages are installed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ LOWEST: tuple[str, ...] = ("--constraint", str(ROOT / "tests/floor.txt"))
 
 
 def told(command: list[str | Path], cwd: Path, timeout: float = 600) -> str:
-    """What a command says that must succeed, far from the checkout.
+    """Run a command, which must succeed, outside the checkout and return its output.
 
     Args:
         command: Program and arguments.
-        cwd: The folder it runs in.
-        timeout: How long it may take, in seconds.
+        cwd: Working directory.
+        timeout: Time limit, in seconds.
     """
-    # Nothing of this process may be found by it: neither its packages nor its settings.
+    # The command must not find the packages or settings of this process.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     done = subprocess.run(
         command,
@@ -40,30 +40,30 @@ def told(command: list[str | Path], cwd: Path, timeout: float = 600) -> str:
 
 @dataclass(frozen=True)
 class Environment:
-    """A Python of its own, and an empty folder.
+    """Virtual environment for installed packages.
 
     Attributes:
-        folder: Where the environment is.
-        python: Its interpreter.
+        folder: Root of the environment, and working directory of commands.
+        python: Interpreter of the environment.
     """
 
     folder: Path
 
     @property
     def python(self) -> Path:
-        """Its interpreter."""
+        """Interpreter of the environment."""
         return self.folder / "bin/python"
 
     def install(self, *what: str) -> None:
-        """Installs packages with pip."""
+        """Install packages with pip."""
         told([self.python, "-m", "pip", "install", "--quiet", *what], self.folder)
 
     def run(self, *arguments: str | Path, timeout: float = 120) -> str:
-        """What its interpreter says, run in its folder; it must exit with 0."""
+        """Run the interpreter, which must exit with 0, and return the output."""
         return told([self.python, "-W", "error", *arguments], self.folder, timeout)
 
     def versions(self) -> dict[str, str]:
-        """What is installed, by its canonical name."""
+        """Return the installed versions by canonical name."""
         code = (
             "import importlib.metadata as m;[print(d.name, d.version) for d in m.distributions()]"
         )

@@ -1,4 +1,4 @@
-"""A child process that is a fake runner: what process tests start in the server's place."""
+"""Fake runners in child processes, started by process tests instead of the server."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ with fake_runner() as runner:
 
 
 def use_fake_child(monkeypatch: pytest.MonkeyPatch, behaviour: str = "pass") -> None:
-    """Lets processes start a fake runner.
+    """Make runner processes start a fake runner.
 
     Args:
-        monkeypatch: Undoes it.
-        behaviour: Python statements that see ``runner``, a ``FakeRunner``.
+        monkeypatch: Restores the command of the server after the test.
+        behaviour: Python statements that configure ``runner``, a ``FakeRunner``.
     """
     lines = "\n".join(f"    {line}" for line in behaviour.splitlines())
     use_script(monkeypatch, _SCRIPT.format(behaviour=lines))
 
 
 def use_script(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """Lets processes start a script of the test's own.
+    """Make runner processes start ``script``.
 
-    Estimates are made from the headers: nobody can build the model of ``write_model``.
+    Estimates come from the file headers, since the model of ``write_model`` cannot be built.
     """
     monkeypatch.setattr("runner_client.memory.estimation.can_ask", lambda: False)
     command = [sys.executable, "-c", script]
@@ -62,7 +62,7 @@ def use_script(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
 
 
 def write_model(path: Path, weight_bytes: int = 4096, dtype: str = "F32") -> Path:
-    """Writes the files that an estimate reads; no model that MLX could load."""
+    """Write the files which an estimate reads; MLX cannot load the model."""
     path.mkdir()
     config = {
         "model_type": "llama",
@@ -84,7 +84,7 @@ def write_model(path: Path, weight_bytes: int = 4096, dtype: str = "F32") -> Pat
 
 
 def is_gone(pid: int) -> bool:
-    """Whether a process has ended; one that nobody reaped has."""
+    """Return whether a process has ended; a zombie has."""
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -92,7 +92,7 @@ def is_gone(pid: int) -> bool:
 
 
 def wait_until(is_true: Callable[[], bool], seconds: float = 10.0) -> float:
-    """Waits for something that happens elsewhere; returns how long it took, in seconds."""
+    """Wait by polling until ``is_true`` returns True; return the seconds waited."""
     begin = time.monotonic()
     while not is_true():
         assert time.monotonic() - begin < seconds, "it did not happen in time"
@@ -101,5 +101,5 @@ def wait_until(is_true: Callable[[], bool], seconds: float = 10.0) -> float:
 
 
 def open_files() -> int:
-    """How many files this process holds open."""
+    """Return the number of file descriptors held by this process."""
     return len(os.listdir("/dev/fd"))  # noqa: PTH208 - Path.iterdir keeps one more open

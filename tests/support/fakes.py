@@ -1,4 +1,4 @@
-"""A model library in plain Python that a test can watch, stop and break."""
+"""A fake model library in plain Python, for tests to observe, pause and break."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ WEIGHT_BYTES = 1 << 20
 ROW_BYTES = 1 << 10
 TOKEN_BYTES = 100
 DEADLINE_SECONDS = 20.0
-"""How long anything in a test may take; reached only by a bug."""
+"""Time limit for any wait in a test; only a bug reaches it."""
 
 _LETTERS = b"abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789."
 
 
 class Gate:
-    """A point where a thread stops until the test lets it pass; open at first."""
+    """Gate at which a thread waits for a permit from the test; open at first."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -43,24 +43,24 @@ class Gate:
         self._passed = 0
 
     def shut(self) -> None:
-        """From now on every arrival needs a permit."""
+        """Require a permit for every arrival."""
         with self._changed:
             self._permits = 0
 
     def allow(self, count: int = 1) -> None:
-        """Lets ``count`` arrivals pass."""
+        """Let ``count`` arrivals pass."""
         with self._changed:
             self._permits = (self._permits or 0) + count
             self._changed.notify_all()
 
     def open(self) -> None:
-        """Lets everybody pass from now on."""
+        """Let every arrival pass without a permit."""
         with self._changed:
             self._permits = None
             self._changed.notify_all()
 
     def pass_through(self) -> None:
-        """Called by the watched thread."""
+        """Wait for a permit; called by the watched thread."""
         with self._changed:
             self._waiting += 1
             self._changed.notify_all()
@@ -73,7 +73,7 @@ class Gate:
         assert free, "nobody opened the gate"
 
     def wait_arrival(self) -> None:
-        """Returns when a thread stands before the shut gate."""
+        """Wait until a thread is blocked at the shut gate."""
         with self._changed:
             stands = self._changed.wait_for(
                 lambda: self._waiting > 0 and self._permits == 0, DEADLINE_SECONDS
@@ -81,21 +81,21 @@ class Gate:
         assert stands, "nobody came to the gate"
 
     def wait_passed(self, count: int) -> None:
-        """Returns when ``count`` arrivals have passed, over its whole life."""
+        """Wait until ``count`` arrivals have passed in total."""
         with self._changed:
             done = self._changed.wait_for(lambda: self._passed >= count, DEADLINE_SECONDS)
         assert done, f"only {self._passed} of {count} have passed"
 
 
 class ByteCodec:
-    """Each byte of the UTF-8 text is one id; ids above 255 are special and have no text."""
+    """Codec with one id per UTF-8 byte; ids above 255 are special and have no text."""
 
     def encode(self, text: str, *, as_prompt: bool) -> list[int]:
         """See ``Codec.encode``: a prompt begins with ``BOS``."""
         return [BOS] * as_prompt + list(text.encode())
 
     def fewest_tokens(self, _text: str, _enough: int) -> int:
-        """See ``Codec.fewest_tokens``: splitting is cheap, so nothing is known before."""
+        """See ``Codec.fewest_tokens``: always 0, since encoding is cheap."""
         return 0
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -111,7 +111,7 @@ Reply = Callable[[Sequence[int], Sampling], Iterator[int]]
 
 
 def endless(prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
-    """Letters that follow from prompt, seed and position; never ends."""
+    """Yield letters derived from prompt, seed and position, without end."""
     state = hashlib.sha256(repr((list(prompt_ids), sampling.seed)).encode()).digest()
     position = 0
     while True:
@@ -121,7 +121,7 @@ def endless(prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
 
 
 def says(text: str | bytes) -> Reply:
-    """A reply that is this text and then the end of the text."""
+    """Return a reply which generates ``text`` and then the end-of-text token."""
     data = text.encode() if isinstance(text, str) else text
     return lambda _ids, _sampling: iter([*data, EOS])
 
@@ -135,7 +135,7 @@ class _Row:
 
 
 class FakeBatch:
-    """Rows that are evaluated in chunks and then say what the backend's reply says."""
+    """Batch whose rows are prefilled in chunks and then generate the backend's reply."""
 
     def __init__(self, backend: FakeBackend) -> None:
         self._backend = backend
@@ -198,7 +198,7 @@ class FakeBatch:
 
 
 class FakeModel:
-    """A model that holds nothing but its description."""
+    """Model without weights, consisting of a description."""
 
     def __init__(self, backend: FakeBackend, info: ModelInfo) -> None:
         self._backend = backend
@@ -222,24 +222,25 @@ class FakeModel:
 
 @dataclass
 class FakeBackend:
-    """Implements ``runner_server.engine.backend.Backend``.
+    """Fake implementation of ``runner_server.engine.backend.Backend``.
 
     Attributes:
-        reply: What rows say.
-        failures: Raised by the next steps, one each.
-        remove_failures: Raised when rows are removed next, one each time.
-        kv_budget_bytes: Of the models it loads; a token takes ``TOKEN_BYTES`` of it.
-        codec: The tokenizer of its models.
-        load_error: Raised by the next load, once, halfway.
-        check_error: Raised by the next look at a model's files, once.
+        reply: Produces the tokens that a row generates.
+        failures: Raised by the next steps, one per step.
+        remove_failures: Raised by the next removals of rows, one per call.
+        kv_budget_bytes: KV budget of loaded models; a token takes ``TOKEN_BYTES``.
+        codec: Tokenizer of loaded models.
+        load_error: Raised once by the next load, at 40 % progress.
+        check_error: Raised once by the next ``check``.
         open_error: Raised by ``open``.
         step_gate: Passed by every step.
-        load_gate: Passed by a load before each of its six reports of progress.
-        steps: How many steps were begun.
-        preemptions: How often a row was preempted.
-        batches: All batches there were.
-        calls: Names of the calls, each with the thread it came on.
-        prefix_cache_limits: What evaluated prompts were limited to, in order.
+        load_gate: Passed by a load before each of its six progress reports.
+        steps: Number of steps begun.
+        preemptions: Number of times a row was preempted.
+        batches: Every batch made until now.
+        calls: Names of the calls, each with the name of the calling thread.
+        prefix_cache_limits: Byte limits of the prefix cache, in the order they were set.
+        weight_bytes: Weights held now.
     """
 
     reply: Reply = endless
@@ -303,7 +304,7 @@ class FakeBackend:
         self._note("close")
 
     def open_gates(self) -> None:
-        """Lets every thread go on."""
+        """Let every thread continue."""
         self.step_gate.open()
         self.load_gate.open()
 
@@ -328,7 +329,7 @@ _INFO = ModelInfo(
 
 
 def model_info(spec: LoadSpec | None = None) -> ModelInfo:
-    """The description of the model that the fake loads."""
+    """Return the description of the model loaded for ``spec``."""
     if spec is None:
         return _INFO
     return replace(

@@ -1,4 +1,4 @@
-"""Runners in real child processes whose steps go wrong when a request says so."""
+"""Runners in real child processes whose steps fail when a request asks for a failure."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TESTS = Path(__file__).parents[1]
 BREAK = "break"
-"""The id of a request whose step goes wrong."""
+"""Id of a request whose step fails."""
 
 LONG = Options(num_predict=100_000, temperature=0)
 
@@ -66,33 +66,35 @@ sys.exit(asyncio.run(serve(parse_args(), FakeBackend())))
 
 
 def breaking(what: str) -> str:
-    """Code that has the engine's thread do something in the step of a request named ``BREAK``."""
+    """Return code which runs ``what`` in every step with a request whose id is ``BREAK``."""
     return _HOOK.format(name=BREAK, what=textwrap.indent(textwrap.dedent(what).strip(), " " * 8))
 
 
 def hooked(folder: Path, code: str) -> dict[str, str]:
-    """Variables with which a Python process runs code before anything else."""
+    """Return environment variables with which a Python process runs ``code`` at startup."""
     (folder / "sitecustomize.py").write_text(code)
     return {"PYTHONPATH": str(folder)}
 
 
 def fake_engine(setup: str = "") -> list[str]:
-    """The command of the real server with a fake model library; its options may follow.
+    """Return the command of the real server with a fake model library.
+
+    Options of the server may be appended.
 
     Args:
-        setup: Code that it runs before it serves.
+        setup: Code to run before serving.
     """
     return [sys.executable, "-c", _FAKE_ENGINE.format(tests=str(TESTS), setup=setup)]
 
 
 def use_fake_engine(monkeypatch: pytest.MonkeyPatch, setup: str = "") -> None:
-    """Lets processes start the real server with a fake model library.
+    """Make runner processes start the real server with a fake model library.
 
-    Estimates are made from the headers: only the fake library can host these models.
+    Estimates come from the file headers, since only the fake library can host these models.
 
     Args:
-        monkeypatch: Undoes it.
-        setup: Code that the child runs before it serves.
+        monkeypatch: Restores the command of the server after the test.
+        setup: Code that the child runs before serving.
     """
     monkeypatch.setattr("runner_client.memory.estimation.can_ask", lambda: False)
     command = [*fake_engine(setup), "--exit-with-parent", "--listen"]
@@ -102,7 +104,7 @@ def use_fake_engine(monkeypatch: pytest.MonkeyPatch, setup: str = "") -> None:
 
 
 def end_of(call: Callable[[], object]) -> Exception | None:
-    """What a call raised of this library's; None if it succeeded."""
+    """Return the library error raised by a call, or None if the call succeeded."""
     try:
         call()
     except errors.RunnerError as error:
@@ -112,18 +114,18 @@ def end_of(call: Callable[[], object]) -> Exception | None:
 
 @contextmanager
 def in_threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads for calls that block; those of a child that is ended end with it."""
+    """Yield a thread pool for blocking calls; ending the child ends the calls."""
     with ThreadPoolExecutor(count) as pool:
         yield pool
 
 
 def pid_of(runner: RunnerProcess) -> int:
-    """The id of a child that was started."""
+    """Return the process id of a started child."""
     assert runner.pid is not None
     return runner.pid
 
 
 def held(pid: int) -> tuple[int, int, int]:
-    """Resident bytes, open descriptors and threads of a process."""
+    """Return the resident bytes, open descriptors and threads of a process."""
     process = psutil.Process(pid)
     return process.memory_info().rss, process.num_fds(), process.num_threads()

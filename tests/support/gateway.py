@@ -1,4 +1,4 @@
-"""The SMG gateway as a process of its own, in front of runners that are processes too."""
+"""The SMG gateway as a child process, in front of runners in child processes."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _DEADLINE_SECONDS = 60.0
 
 @dataclass
 class Fleet:
-    """A gateway and the runners behind it.
+    """A gateway and the runners it serves.
 
     Attributes:
-        port: Where the gateway answers.
-        runners: In the order they were named to it.
-        log: What the gateway wrote.
+        port: Port that the gateway listens on.
+        runners: The runners, in the order given to the gateway.
+        log: Output of the gateway.
     """
 
     port: int
@@ -41,7 +41,7 @@ class Fleet:
     log: Path
 
     def workers(self) -> list[dict[str, Any]]:
-        """The workers as the gateway sees them."""
+        """Return the gateway's view of the workers."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/workers", timeout=5) as answer:
             workers: list[dict[str, Any]] = json.load(answer)["workers"]
         return workers
@@ -49,19 +49,19 @@ class Fleet:
 
 @contextmanager
 def fleet(directory: Path, count: int, *, alone: Sequence[str] = ()) -> Iterator[Fleet]:
-    """Runs a gateway in front of runners with the demo model.
+    """Run a gateway in front of runners with the demo model.
 
     Args:
-        directory: For their logs.
-        count: How many runners.
-        alone: A command that runs the gateway's, see :func:`without`.
+        directory: Directory for the logs.
+        count: Number of runners.
+        alone: Prefix of the gateway's command, see :func:`without`.
     """
     with ExitStack() as stack:
         runners = [
             stack.enter_context(running(directory, "--smg", "--model", str(DEMO)))
             for _ in range(count)
         ]
-        # A gateway that finds a runner without its model tries again only after half a minute.
+        # The gateway retries a runner without a model only after half a minute.
         for child in runners:
             child.wait_for(partial(_is_loaded, child))
         port, metrics_port = _free_port(), _free_port()
@@ -77,7 +77,7 @@ def fleet(directory: Path, count: int, *, alone: Sequence[str] = ()) -> Iterator
 
 
 def without(path: Path) -> list[str]:
-    """A command for Linux that runs another which finds nothing in a directory."""
+    """Return a command prefix (Linux only) which hides the contents of a directory."""
     hide = f'mount -t tmpfs none {shlex.quote(str(path))} && exec "$@"'
     return ["unshare", "--map-root-user", "--mount", "sh", "-c", hide, "sh"]
 
@@ -87,7 +87,7 @@ def wait_for(
     process: subprocess.Popen[bytes] | None = None,
     log: Path = Path(),
 ) -> None:
-    """Waits for a condition that nothing announces, as long as a process lives."""
+    """Wait for a condition by polling, as long as ``process`` lives."""
     end = time.monotonic() + _DEADLINE_SECONDS
     while not condition():
         if process:
@@ -98,7 +98,7 @@ def wait_for(
 
 @contextmanager
 def _process(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    # What would send its calls elsewhere than to this machine.
+    # A proxy would send the gateway's calls to another machine.
     names = ("http_proxy", "https_proxy", "all_proxy")
     kept = {name: value for name, value in os.environ.items() if name.lower() not in names}
     with log.open("wb") as output:
@@ -117,7 +117,7 @@ def _is_loaded(child: Child) -> bool:
 
 
 def _is_complete(found: Fleet) -> bool:
-    """Whether it knows all runners, and can split text for their model."""
+    """Return whether the gateway knows every runner and can tokenize for the model."""
     try:
         workers = found.workers()
         with urllib.request.urlopen(
@@ -131,7 +131,7 @@ def _is_complete(found: Fleet) -> bool:
 
 
 def _free_port() -> int:
-    """A port nothing listens on: the gateway cannot choose one itself."""
+    """Return an unused port, since the gateway cannot choose one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

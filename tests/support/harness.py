@@ -1,4 +1,4 @@
-"""A real server in process, reached over its socket, and what tests ask of it."""
+"""A real server in process, reached over a socket, and helpers for calls."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ CompletionCall = grpc.aio.UnaryStreamCall[pb.CompletionRequest, pb.CompletionRes
 _numbers = itertools.count(1)
 
 LIMITS = [("grpc.max_receive_message_length", 4 * 2**20)]
-"""What a client in any language has by default."""
+"""The default limit of gRPC clients in every language."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a failed call told.
+    """Decoded status of a failed call.
 
     Attributes:
-        detail_bytes: Size of the details as they went over the wire.
+        detail_bytes: Serialized size of the status with details.
     """
 
     code: grpc.StatusCode
@@ -56,7 +56,7 @@ class Problem:
 
 
 def problem_of(error: grpc.RpcError) -> Problem:
-    """Reads the details of an error and checks what all errors must have."""
+    """Decode an error and check the parts required of every error."""
     assert isinstance(error, grpc.aio.AioRpcError)
     status: Any = rpc_status.from_call(error)  # type: ignore[arg-type]  # reads the same attributes
     assert status is not None, f"no details: {error}"
@@ -84,7 +84,7 @@ def problem_of(error: grpc.RpcError) -> Problem:
 
 
 async def failure(call: Awaitable[object] | grpc.aio.Call) -> Problem:
-    """Awaits a call that must fail and tells how; a stream is read to its end."""
+    """Await a call, which must fail, and return the decoded error; read a stream to the end."""
     try:
         if isinstance(call, grpc.aio.UnaryStreamCall):
             async for _ in call:
@@ -100,7 +100,7 @@ async def failure(call: Awaitable[object] | grpc.aio.Call) -> Problem:
 async def eventually(
     condition: Callable[[], bool | Awaitable[bool]], within: float = DEADLINE_SECONDS
 ) -> None:
-    """Waits for a condition that nothing announces."""
+    """Wait for a condition by polling."""
     async with asyncio.timeout(within):
         while True:
             met = condition()
@@ -111,10 +111,10 @@ async def eventually(
 
 @dataclass
 class Server:
-    """A running server and a client of it.
+    """A running server and a connected client.
 
     Attributes:
-        backend: The model library behind it.
+        backend: Model library of the server.
     """
 
     app: RunnerApp
@@ -123,15 +123,15 @@ class Server:
     ready: ReadyLine
 
     def __post_init__(self) -> None:
-        """Makes the stub."""
+        """Create the stub."""
         self.stub = runner_pb2_grpc.RunnerServiceStub(self.channel)
 
     async def load(self, model: str = "fake", **fields: Any) -> pb.LoadResponse:
-        """Loads a model."""
+        """Load a model."""
         return await self.stub.Load(pb.LoadRequest(model=model, **fields))
 
     async def status(self) -> pb.StatusResponse:
-        """Asks for the status."""
+        """Request the status."""
         return await self.stub.Status(pb.StatusRequest(), timeout=DEADLINE_SECONDS)
 
     def start(
@@ -142,31 +142,31 @@ class Server:
         timeout: float | None = DEADLINE_SECONDS,
         **options: Any,
     ) -> CompletionCall:
-        """Begins a completion."""
+        """Start a completion."""
         request = pb.CompletionRequest(
             prompt=prompt, logprobs=logprobs, options=pb.CompletionOptions(**options)
         )
         return self.stub.Completion(request, timeout=timeout)
 
     async def complete(self, prompt: str = "hello", **kwargs: Any) -> list[pb.CompletionResponse]:
-        """All messages of a completion."""
+        """Run a completion and return the messages."""
         return [message async for message in self.start(prompt, **kwargs)]
 
     async def text(self, prompt: str = "hello", **kwargs: Any) -> str:
-        """The text of a completion."""
+        """Run a completion and return the text."""
         return joined(await self.complete(prompt, **kwargs))
 
     async def thread(self, work: Callable[[], _T]) -> _T:
-        """Runs what blocks beside the loop."""
+        """Run blocking work outside the event loop."""
         return await asyncio.to_thread(work)
 
     async def settled(self) -> None:
-        """Waits until no completion is left."""
+        """Wait until no completion is left."""
         await eventually(lambda: not self.app.engine._registry._requests)
         await eventually(lambda: not any(batch.rows for batch in self.backend.batches))
 
     async def health(self, service: str = "") -> int:
-        """The health of a service, as a number of its enum."""
+        """Return the health of a service as an enum number."""
         request = health_pb2.HealthCheckRequest(service=service)
         check: Any = self.channel.unary_unary(
             "/grpc.health.v1.Health/Check",
@@ -177,7 +177,7 @@ class Server:
         return int(answer.status)
 
     async def watch_health(self, service: str = "") -> AsyncIterator[int]:
-        """The health of a service, each time it changes."""
+        """Yield the health of a service on every change."""
         request = health_pb2.HealthCheckRequest(service=service)
         watch: Any = self.channel.unary_stream(
             "/grpc.health.v1.Health/Watch",
@@ -188,7 +188,7 @@ class Server:
             yield int(answer.status)
 
     def assert_nothing_left(self) -> None:
-        """Checks that no completion left anything behind."""
+        """Check for anything left behind by completions."""
         registry, engine_thread = self.app.engine._registry, self.app.engine._engine_thread
         assert not registry._requests
         assert not engine_thread._scheduler.admitted
@@ -197,30 +197,30 @@ class Server:
 
 
 class StartServer(Protocol):
-    """Starts one more server."""
+    """Factory of servers for one test."""
 
     async def __call__(self, backend: FakeBackend | None = None, **config: Any) -> Server:
-        """Starts it with a configuration; it is closed after the test."""
+        """Start a server, which is closed after the test."""
         ...
 
 
 def joined(messages: list[pb.CompletionResponse]) -> str:
-    """The text of a stream."""
+    """Return the text of a stream."""
     return "".join(message.content for message in messages)
 
 
 def tokens(messages: list[pb.CompletionResponse]) -> list[int]:
-    """The token ids of a stream."""
+    """Return the token ids of a stream."""
     return [id_ for message in messages for id_ in message.token_ids]
 
 
 def count_rounds(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """Counts the rounds of the engine's loop from now on."""
+    """Start counting the rounds of the engine loop; return a function for the count."""
     return count_calls(monkeypatch, EngineThread, "_advance")
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> Callable[[], int]:
-    """Counts the calls of a method without arguments from now on."""
+    """Start counting calls of a method without arguments; return a function for the count."""
     calls = 0
     method = getattr(owner, name)
 
@@ -237,7 +237,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> Call
 async def running(
     directory: Path, backend: Backend, admission: MachineAdmission | None = None, **config: Any
 ) -> AsyncIterator[tuple[RunnerApp, grpc.aio.Channel, ReadyLine]]:
-    """Runs a server on a socket in a directory."""
+    """Run a server on a socket in ``directory``."""
     config.setdefault("listen", f"unix:{directory}/s{next(_numbers)}")
     app = RunnerApp(ServerConfig(**config), backend, admission=admission)
     ready = await app.start()

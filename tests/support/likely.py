@@ -1,4 +1,4 @@
-"""Whether two rows were computed alike, where near-ties may make their tokens differ."""
+"""Comparison of log probabilities where near-ties may make tokens differ."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from runner_server.engine.types import TokenLogprob
 def assert_alike(
     some: Sequence[TokenLogprob], others: Sequence[TokenLogprob], tolerance: float = 2e-3
 ) -> None:
-    """Compares likelihoods up to the first token that differs.
+    """Compare log probabilities up to the first differing token.
 
-    Random weights make near-ties, which rounding decides: a batch's is not that of a
-    single row. Until then every likelihood must be the same.
+    Random weights make near-ties, which rounding decides, and a batch rounds differently from a
+    single row. Up to the first such token, the log probabilities must agree.
     """
     for a, b in zip(some, others, strict=False):
         values, same = dict(a.top), dict(b.top)
@@ -24,7 +24,7 @@ def assert_alike(
         for id_ in common:
             assert values[id_] == pytest.approx(same[id_], abs=tolerance)
         if a.token_id != b.token_id:
-            # They were as likely as each other, or else it was no near-tie.
+            # Tokens may differ only in a near-tie.
             assert values[a.token_id] == pytest.approx(same[b.token_id], abs=tolerance)
             return
         assert a.logprob == pytest.approx(b.logprob, abs=tolerance)

@@ -1,4 +1,4 @@
-"""What errors have left inside MLX: its count of active tasks, which must be 0 when all is done."""
+"""Checks of MLX's count of active tasks, which must return to 0 after errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def assert_no_tasks_left() -> None:
-    """Wait for MLX, and check that it waits for no task that does not exist."""
+    """Synchronize MLX and check for tasks which are counted but do not exist."""
     mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
     from runner_server.mlx_backend.stream_errors import active_tasks
 
@@ -39,19 +39,19 @@ EngineThread._load = counted
 
 
 class CountedLoads:
-    """A child's count of active tasks after each of its loads.
+    """Record of a child's active tasks after every load.
 
     Args:
-        folder: Where it is written.
+        folder: Folder for the record.
     """
 
     def __init__(self, folder: Path) -> None:
         self._log = folder / "active_tasks"
         self.code = _COUNT_AFTER_LOADS.format(log=str(self._log))
-        """What the child is to run first; see ``faulty.hooked``."""
+        """Code for the child to run first; see ``faulty.hooked``."""
 
     def assert_no_tasks_left(self, loads: int = 1) -> None:
-        """Check at least so many loads, and forget them."""
+        """Check the record of ``loads`` or more loads, and clear the record."""
         counts = self._log.read_text().split()
         self._log.unlink()
         if "None" in counts:

@@ -1,4 +1,4 @@
-"""Builds small models of the usual shapes on the spot: real files, random weights."""
+"""Small models of common architectures: real files with random weights."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "time_step_rank": 4,
         "max_position_embeddings": 2048,
     },
-    # Its recurrent layers take padding for text.
+    # The recurrent layers treat padding as text.
     "mamba": {
         "model_type": "mamba",
         "vocab_size": VOCAB_SIZE,
@@ -71,7 +71,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "time_step_rank": 4,
         "max_position_embeddings": 2048,
     },
-    # A short convolution and full attention by turns.
+    # Short convolutions alternate with full attention.
     "lfm2": {
         "model_type": "lfm2",
         "vocab_size": VOCAB_SIZE,
@@ -95,7 +95,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def build_tokenizer(path: Path) -> None:
-    """Writes a byte-level BPE tokenizer that covers every text."""
+    """Write a byte-level BPE tokenizer covering every text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -123,15 +123,15 @@ def build_model(
     shards: int = 1,
     **overrides: Any,
 ) -> Path:
-    """Writes a model directory and returns it.
+    """Write a model directory and return the path.
 
     Args:
-        path: Where; made if it is not there.
+        path: Directory, created if missing.
         shape: A key of ``CONFIGS``.
-        seed: Of the random weights.
-        dtype: Of the stored weights.
-        quantize_bits: 4 or 8 for a quantized model.
-        shards: How many safetensors files to write.
+        seed: Seed of the random weights.
+        dtype: Dtype of the stored weights.
+        quantize_bits: Bits per weight of a quantized model; None does not quantize.
+        shards: Number of safetensors files.
         overrides: Changes to the configuration.
     """
     import mlx.core as mx
@@ -144,7 +144,7 @@ def build_model(
     mx.random.seed(seed)
     model_class, args_class = _get_classes(config)
     model: Module = model_class(args_class.from_dict(config))
-    # Wider than the initialisation, so that the likeliest token is a clear one.
+    # Scaled up from the initialization, so that the most likely token is clear.
     model.update(tree_map(lambda p: p * 3 if p.ndim > 1 else p, model.parameters()))
     model.set_dtype(getattr(mx, dtype))
     if quantize_bits:

@@ -1,8 +1,8 @@
-"""Requests that nobody sends in good faith, made from the descriptors of their messages.
+"""Hypothesis strategies for hostile requests, built from the protocol's descriptors.
 
-They are made as bytes and not as messages, because a client in another language can
-send what protobuf's Python classes refuse to hold: text that is no UTF-8, numbers wider
-than their field, both sides of a oneof. A new field or message is covered by itself.
+Requests are bytes rather than messages, because a client in another language can send values
+that protobuf's Python classes reject: text that is not UTF-8, numbers wider than the field, both
+members of a oneof. New fields and messages are covered automatically.
 """
 
 from __future__ import annotations
@@ -63,25 +63,25 @@ TEXTS = (
 NO_UTF8 = (
     b"\xed\xa0\x80",  # a lone high surrogate
     b"\xed\xb0\x80 low",
-    b"\xed\xa0\xbd\xed\xb8\x80",  # a pair, each by itself, as CESU-8 has it
+    b"\xed\xa0\xbd\xed\xb8\x80",  # a surrogate pair, encoded separately as in CESU-8
     b"\xff\xfe",
-    b"\xc0\x80",  # NUL in two bytes, as Java writes it
+    b"\xc0\x80",  # NUL in two bytes, as in Java's modified UTF-8
     b"cut \xf0\x9f\x98",
     b"\xf4\x90\x80\x80",  # beyond the last code point
 )
 NO_MESSAGE = (
     b"\xff",
     b"\x00",
-    b"\x0a\x7f",  # longer than what follows
+    b"\x0a\x7f",  # a length beyond the end of the data
     b"\x0a\xff\xff\xff\xff\x0f",
-    b"\xfb\x7f" * 200,  # groups in groups that never end
-    b"\x07",  # a wire type that there is not
+    b"\xfb\x7f" * 200,  # nested groups that never end
+    b"\x07",  # an unknown wire type
     b"\x80" * 12,
 )
 
 
 def varint(value: int) -> bytes:
-    """A number as the wire has it; a negative one takes ten bytes."""
+    """Encode an integer as a varint; a negative one takes ten bytes."""
     value &= _MAX_UINT64
     out = bytearray()
     while value > 0x7F:
@@ -92,7 +92,7 @@ def varint(value: int) -> bytes:
 
 
 def record(field: int, kind: int, payload: bytes) -> bytes:
-    """One field with its tag."""
+    """Encode one field, tag included."""
     length = varint(len(payload)) if kind == _BYTES else b""
     return varint(field << 3 | kind) + length + payload
 
@@ -100,7 +100,7 @@ def record(field: int, kind: int, payload: bytes) -> bytes:
 _integers = (st.sampled_from(INTEGERS) | st.integers(-3, 600)).map(varint)
 _floats = st.sampled_from(FLOATS) | st.floats(width=32) | st.floats(0, 1, width=32)
 _utf8 = st.sampled_from(TEXTS).map(str.encode) | st.text(max_size=60).map(str.encode)
-# Rarely: one text that is none spoils the whole request.
+# Mostly valid, since a single invalid text spoils the whole request.
 _texts = st.one_of(*[_utf8] * 6, st.sampled_from(NO_UTF8))
 
 _SCALARS: dict[int, tuple[int, st.SearchStrategy[bytes]]] = {
@@ -122,11 +122,11 @@ _SCALARS: dict[int, tuple[int, st.SearchStrategy[bytes]]] = {
     _Field.TYPE_STRING: (_BYTES, _texts),
     _Field.TYPE_BYTES: (_BYTES, st.binary(max_size=60)),
 }
-"""How each type goes over the wire; a field of a type that is not here is an error."""
+"""Wire type and payloads of each scalar type; a field of any other type is an error."""
 
 
 def _one(field: FieldDescriptor, depth: int) -> st.SearchStrategy[bytes]:
-    """A field that is set once, or several times if it is repeated."""
+    """Generate a field once, or several times if repeated."""
     if field.message_type:
         inside = messages(field.message_type, depth + 1)
         kind, payloads = _BYTES, inside
@@ -149,7 +149,7 @@ def _repeat(data: bytes, count: int) -> bytes:
 
 @cache
 def messages(descriptor: Descriptor, depth: int = 0) -> st.SearchStrategy[bytes]:
-    """Bytes of a message in which a few fields are set, to anything."""
+    """Generate the bytes of a message with a few fields set to arbitrary values."""
     if depth > _MAX_DEPTH or not descriptor.fields:
         return st.just(b"")
     fields = [_one(field, depth) for field in descriptor.fields for _ in range(_size(field))]
@@ -157,7 +157,7 @@ def messages(descriptor: Descriptor, depth: int = 0) -> st.SearchStrategy[bytes]
 
 
 def _size(field: FieldDescriptor, depth: int = 0) -> int:
-    """How many fields there are in it, so that each is about as likely as the others."""
+    """Count the leaf fields below ``field``, the weight for drawing each about equally often."""
     inside = field.message_type
     if not inside or not inside.fields or depth > _MAX_DEPTH:
         return 1
@@ -165,14 +165,14 @@ def _size(field: FieldDescriptor, depth: int = 0) -> int:
 
 
 def damaged(sound: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
-    """Bytes of a message that were cut or have something behind them that is none."""
+    """Generate the bytes of a message, truncated or followed by garbage."""
     cut = st.tuples(sound, st.integers(1, 20)).map(lambda pair: pair[0][: -pair[1]])
     tail = st.sampled_from(NO_MESSAGE) | st.binary(min_size=1, max_size=12)
     return cut | st.tuples(sound, tail).map(b"".join)
 
 
 METHODS = tuple(pb.DESCRIPTOR.services_by_name["RunnerService"].methods)
-"""All rpcs, as the protocol describes them."""
+"""Descriptors of every rpc."""
 
 _SOUND = {
     "Completion": pb.CompletionRequest(
@@ -181,13 +181,16 @@ _SOUND = {
     "Load": pb.LoadRequest(model="fake").SerializeToString(),
     "Estimate": pb.EstimateRequest(model="fake").SerializeToString(),
 }
-"""What is put before the fields of a request, so that not every one lacks something."""
+"""Valid fields put before generated ones, so that not every request lacks a required field."""
 
 Call = tuple[str, bytes]
 
 
 def calls(accept: Callable[[str], bool]) -> st.SearchStrategy[Call]:
-    """Names of rpcs and what to send to them; two in three are fields on a sound request."""
+    """Generate pairs of an rpc and a request.
+
+    Requests are generated fields, alone or after valid ones, or such bytes damaged.
+    """
     return st.one_of(
         [
             _calls_of(method.name, method.input_type)

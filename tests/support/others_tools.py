@@ -1,4 +1,4 @@
-"""What the tests of tests/tools share: programs of others, and where they are pointed at."""
+"""External gRPC tools for tests/tools, and the servers to call with each."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ BIN = ROOT / "tests" / "tools" / "bin"
 NAMES = ("grpcurl", "ghz", "grpc_health_probe")
 SERVICE = "mlxrunner.v1.RunnerService"
 PROTOSET = "proto/mlxrunner/v1/runner.protoset"
-TOKEN = "correct-horse-battery-staple"  # noqa: S105 - of a test
+TOKEN = "correct-horse-battery-staple"  # noqa: S105 - used in tests only
 
 Done = subprocess.CompletedProcess[str]
 
 
 class Run(Protocol):
-    """Runs a program in the root of the repository, with the tools on its path."""
+    """Callable for running a program in the repository root, with the tools on PATH."""
 
     def __call__(self, name: str, *args: str, **env: str) -> Done:
-        """Both outputs and the exit code; ``env`` is put beside this process's own."""
+        """Run a program; return both outputs and the exit code. ``env`` extends the environment."""
         ...
 
 
 @dataclass(frozen=True)
 class Place:
-    """A server, and how the tools are told where it is.
+    """A server, and the arguments with which each tool reaches the server.
 
     Attributes:
-        options: What grpcurl needs to reach it.
-        address: As grpcurl takes it, after its options.
-        target: As the others take it.
-        env: Has the token, if it wants one.
-        metrics: The address of its metrics, ``HOST:PORT``.
+        options: Connection options of grpcurl.
+        address: Address for grpcurl, after the options.
+        target: Address for the other tools.
+        env: Holds the token, if the server requires one.
+        metrics: Address of the metrics, ``HOST:PORT``.
     """
 
     child: Child

@@ -1,4 +1,4 @@
-"""gRPC by hand over HTTP/2: a second implementation that shares nothing with grpcio."""
+"""gRPC by hand over HTTP/2, sharing no code with grpcio."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from h2.events import (
 
 _TIMEOUT_SECONDS = 20.0
 _PREFIX_BYTES = 5
-"""Before each message: whether it is compressed, and its length in four bytes."""
+"""Prefix of each message: a compression flag, and the length in four bytes."""
 
 
 @dataclass
 class Answer:
-    """What came back for a call.
+    """Response to a call.
 
     Attributes:
-        headers: Headers and trailers together.
-        data: The messages, each behind its prefix.
+        headers: Headers and trailers, merged.
+        data: The messages, each with its prefix.
         is_over: Whether the stream has ended.
-        is_trailers_only: Whether no headers came before the status.
+        is_trailers_only: Whether the status came without headers before it.
     """
 
     headers: dict[str, str] = field(default_factory=dict)
@@ -42,16 +42,16 @@ class Answer:
 
     @property
     def message(self) -> bytes:
-        """The first message, as protobuf has it; empty if there is none."""
+        """Encoded message of a unary response; empty if none came."""
         return self.data[_PREFIX_BYTES:]
 
     @property
     def status(self) -> int:
-        """The number of the gRPC status; -1 if none came."""
+        """Number of the gRPC status; -1 if none came."""
         return int(self.headers.get("grpc-status", -1))
 
     def take(self, event: Event) -> None:
-        """Takes note of what has come."""
+        """Record an event of the connection."""
         match event:
             case ResponseReceived() | TrailersReceived():
                 is_first = not self.headers
@@ -72,18 +72,18 @@ def call(
     tls: ssl.SSLContext | None = None,
     is_last: bool = True,
 ) -> Answer:
-    """Makes a call over a connection of its own, and blocks.
+    """Make a blocking call over a new connection.
 
     Args:
-        port: On the loopback address.
+        port: Port on the loopback address.
         method: ``package.Service/Method``.
-        message: The request, as protobuf has it.
-        headers: More headers; the names are lower case.
-        tls: Encrypts; None does not.
-        is_last: Whether the end of the requests is told.
+        message: The encoded request.
+        headers: Additional headers, with lower-case names.
+        tls: TLS context; None sends plain text.
+        is_last: Whether to end the stream of requests.
 
     Raises:
-        OSError: The connection failed, or TLS did.
+        OSError: The connection or the TLS handshake failed.
     """
     with socket.create_connection(("127.0.0.1", port), _TIMEOUT_SECONDS) as plain:
         if tls is None:
@@ -106,7 +106,7 @@ def _exchange(
     stream = connection.get_next_available_stream_id()
     about = [(":method", "POST"), (":scheme", "http"), (":path", f"/{method}")]
     about += [(":authority", "localhost"), ("te", "trailers"), ("content-type", "application/grpc")]
-    # Bytes go as they are: nothing checks that they may stand in a header.
+    # Bytes bypass the check for characters that a header may not contain.
     given = [
         (name.encode(), value) if isinstance(value, bytes) else (name, value)
         for name, value in headers

@@ -1,4 +1,4 @@
-"""Real ranks for tests: processes that hold a model together over loopback, without a launcher."""
+"""Distributed ranks as local processes, started without a launcher."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ THREE_HEADS = {
     "num_attention_heads": 6,
     "num_key_value_heads": 3,
 }
-"""What a configuration needs so that three ranks can divide its heads."""
+"""Settings with which three ranks can divide the heads of a model."""
 
 
 class Ranks:
-    """Rank 0 with its client, and those that follow it.
+    """Rank 0 with a client, and the follower ranks.
 
     Attributes:
         first: Rank 0.
-        followers: The processes of the others, by rank from 1 on.
+        followers: Processes of ranks 1 and up, in order.
     """
 
     def __init__(
@@ -58,20 +58,20 @@ class Ranks:
 
     @property
     def processes(self) -> list[subprocess.Popen[Any]]:
-        """All of them, rank 0 first."""
+        """Processes of every rank, rank 0 first."""
         return [self.first.process, *self.followers]
 
     def wait(self, timeout_seconds: float = DEADLINE_SECONDS) -> list[int]:
-        """Waits until all have ended; returns their exit codes, rank 0's first."""
+        """Wait until every rank has ended; return the exit codes, rank 0 first."""
         end = time.monotonic() + timeout_seconds
         return [process.wait(max(0.01, end - time.monotonic())) for process in self.processes]
 
     def log(self) -> str:
-        """What all wrote."""
+        """Return the joined logs of every rank."""
         return "\n".join(path.read_text() for path in self.logs)
 
     def close(self) -> None:
-        """Ends by their ids those that are still there."""
+        """Kill the ranks still running."""
         self.first.close()
         self._kill_followers()
 
@@ -86,7 +86,7 @@ class Ranks:
 def ranks(
     folder: Path, size: int, *args: str, follower_args: Sequence[str] = ()
 ) -> Iterator[Ranks]:
-    """Starts ranks and ends them; ``follower_args`` are for all but rank 0."""
+    """Run ranks for the duration of a block; ``follower_args`` go to ranks 1 and up."""
     with ExitStack() as stack:
         started = Ranks(folder, size, *args, follower_args=follower_args)
         stack.callback(started.close)
@@ -94,7 +94,7 @@ def ranks(
 
 
 def completion(prompt: str | Sequence[int], **options: Any) -> pb.CompletionRequest:
-    """A request for a completion."""
+    """Return a completion request."""
     logprobs = options.pop("logprobs", None)
     request = pb.CompletionRequest(options=pb.CompletionOptions(**options), logprobs=logprobs)
     if isinstance(prompt, str):
@@ -105,7 +105,7 @@ def completion(prompt: str | Sequence[int], **options: Any) -> pb.CompletionRequ
 
 
 def failure_of(call: Any) -> Any:
-    """How a call ends that cannot succeed."""
+    """Return the error of a call, which must fail."""
     try:
         if isinstance(call, grpc.Future):
             call.result()
@@ -118,7 +118,7 @@ def failure_of(call: Any) -> Any:
 
 
 def problem_of(error: Any) -> tuple[str, str]:
-    """An error's reason, from its details, and its words."""
+    """Return the reason and the message of an error, read from the status details."""
     status = rpc_status.from_call(error)
     assert status is not None, error
     info = error_details_pb2.ErrorInfo()
@@ -138,7 +138,7 @@ def _follower(log: Path, rank: int, *args: str, **env: str) -> subprocess.Popen[
 
 
 def _hostfile(folder: Path, size: int) -> Path:
-    """Where MLX's ring meets: free ports of this machine."""
+    """Write the host file of MLX's ring, with free local ports."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(size)]
         addresses = [[f"127.0.0.1:{each.getsockname()[1]}"] for each in sockets]

@@ -1,4 +1,4 @@
-"""Processes of their own that share a book of reservations with the test."""
+"""Reservations made by the test, and by child processes on the same book."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ with ReservationBook(Path(sys.argv[1])).locked() as view:
 print("ready", flush=True)
 sys.stdin.readline()
 """
-"""Sets memory aside in the directory of its first argument until it reads a line."""
+"""Script for reserving memory in the directory of the first argument until a line is read."""
 
 
 def add(book: ReservationBook, size: int, pid: int | None = None) -> Reservation:
-    """Sets memory aside."""
+    """Reserve ``size`` bytes."""
     with book.locked() as view:
         return view.add(size, "some/model", pid)
 
 
 def claimed(book: ReservationBook, exclude: tuple[int, ...] = ()) -> int:
-    """What all others may still take."""
+    """Return the bytes which other runners may still take."""
     with book.locked() as view:
         return view.claimed_bytes(exclude)
 
 
 def files(book: ReservationBook) -> list[Path]:
-    """The records that are written down."""
+    """Return the record files of a book, sorted by name."""
     return sorted(book.directory.glob("*.json"))
 
 
 @contextmanager
 def script(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """Runs code in another process, which is gone afterwards."""
+    """Run code in a child process, killed at the end of the block."""
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdin=subprocess.PIPE,
@@ -61,13 +61,13 @@ def script(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
 
 
 def line_of(process: subprocess.Popen[str]) -> str:
-    """The next line that the process prints."""
+    """Read the next line printed by a process."""
     assert process.stdout is not None
     return process.stdout.readline().strip()
 
 
 def tell(process: subprocess.Popen[str]) -> None:
-    """Sends the process a line."""
+    """Send an empty line to a process."""
     assert process.stdin is not None
     process.stdin.write("\n")
     process.stdin.flush()

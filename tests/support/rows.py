@@ -1,4 +1,4 @@
-"""Drives batches of a real model without a server."""
+"""Batches of a real model, driven without a server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Row:
     """One row of a batch.
 
     Attributes:
-        late: The step before which it is added.
+        late: Step before which the row is added.
     """
 
     prompt: Sequence[int]
@@ -30,7 +30,7 @@ class Row:
 
 
 def run_rows(batch: Batch, rows: Sequence[Row]) -> list[list[int]]:
-    """Runs rows to their ends and returns their tokens."""
+    """Run rows until each has ``count`` tokens; return the tokens of each."""
     waiting = dict(enumerate(rows))
     active: dict[int, Row] = {}
     for step in range(MAX_STEPS):
@@ -63,7 +63,7 @@ def _step(batch: Batch, active: dict[int, Row]) -> None:
 
 
 def alone(model: LoadedModel, row: Row) -> list[int]:
-    """The tokens of a row in a batch of its own."""
+    """Run a row in a batch without others and return the tokens."""
     batch = model.new_batch()
     try:
         return run_rows(batch, [Row(row.prompt, row.count, row.sampling)])[0]

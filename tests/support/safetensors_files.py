@@ -1,4 +1,4 @@
-"""Writes model directories by hand: headers tell the truth or lie, data is sparse."""
+"""Handwritten model directories: headers are true or false, data is sparse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def header_of(shapes: Shapes) -> dict[str, Any]:
-    """A true header."""
+    """Return a true header."""
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     offset = 0
     for name, (dtype, shape) in shapes.items():
@@ -30,7 +30,7 @@ def header_of(shapes: Shapes) -> dict[str, Any]:
 
 
 def write_file(path: Path, header: dict[str, Any] | bytes, data_bytes: int) -> Path:
-    """Writes a file with that header and so many bytes of data, without filling them."""
+    """Write a file with ``header`` and ``data_bytes`` of sparse data."""
     encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
@@ -39,14 +39,14 @@ def write_file(path: Path, header: dict[str, Any] | bytes, data_bytes: int) -> P
 
 
 def write_tensors(path: Path, shapes: Shapes) -> Path:
-    """Writes a true file."""
+    """Write a file with a true header."""
     header = header_of(shapes)
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     return write_file(path, header, max(ends, default=0))
 
 
 def write_model(path: Path, shapes: Shapes, config: dict[str, Any]) -> Path:
-    """Writes a model directory with one file of tensors."""
+    """Write a model directory with one weight file."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(config))
     write_tensors(path / "model.safetensors", shapes)
@@ -54,7 +54,7 @@ def write_model(path: Path, shapes: Shapes, config: dict[str, Any]) -> Path:
 
 
 def attention(prefix: str, layers: int, hidden: int, kv_rows: int, dtype: str = "BF16") -> Shapes:
-    """The key and value projections of a stack of layers."""
+    """Return the key and value projections of a stack of layers."""
     return {
         f"{prefix}layers.{layer}.self_attn.{kind}_proj.weight": (dtype, (kv_rows, hidden))
         for layer in range(layers)

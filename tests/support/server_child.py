@@ -1,4 +1,4 @@
-"""Real server processes for tests: each with its client, each ended by its id."""
+"""Real server processes for tests, each with a client."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ COMPUTE = (
 
 
 class Child:
-    """A server process, its client, and what it wrote."""
+    """A server process with a client and a log file."""
 
     def __init__(self, log: Path, *args: str, code: str | None = None, **env: str) -> None:
         how = ["-c", code] if code else ["-m", "runner_server"]
@@ -71,20 +71,20 @@ class Child:
         self.channel = grpc.insecure_channel(
             self.ready.target, options=[("grpc.enable_http_proxy", 0)]
         )
-        # A call that nobody holds is cancelled.
+        # Dropping the last reference to a call cancels it.
         self.calls: list[object] = []
         self.stub = runner_pb2_grpc.RunnerServiceStub(self.channel)
 
     def status(self) -> pb.StatusResponse:
-        """Asks for the status."""
+        """Request the status."""
         return self.stub.Status(pb.StatusRequest(), timeout=DEADLINE_SECONDS)
 
     def load(self, model: Path) -> None:
-        """Loads a model."""
+        """Load a model."""
         self.stub.Load(pb.LoadRequest(model=str(model)), timeout=DEADLINE_SECONDS)
 
     def complete(self, count: int) -> Iterator[pb.CompletionResponse]:
-        """Begins a completion that does not end by itself."""
+        """Start a completion of ``count`` tokens, with the end-of-text token banned."""
         options = pb.CompletionOptions(num_predict=count, logit_bias={0: -100})
         request = pb.CompletionRequest(prompt="def", options=options)
         call = self.stub.Completion(request, timeout=DEADLINE_SECONDS)
@@ -92,18 +92,18 @@ class Child:
         return call
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Waits for a condition that nothing announces."""
+        """Wait for a condition by polling."""
         end = time.monotonic() + DEADLINE_SECONDS
         while not condition():
             assert time.monotonic() < end, self.log.read_text()
             time.sleep(0.005)
 
     def wait(self, timeout: float = DEADLINE_SECONDS) -> int:
-        """Waits for the end; returns the exit code."""
+        """Wait for the process to end and return the exit code."""
         return self.process.wait(timeout)
 
     def close(self) -> None:
-        """Ends the process by its id if it is still there."""
+        """Close the channel and the pipes, and kill the process if still running."""
         self.channel.close()
         if self.process.poll() is None:
             self.process.kill()

@@ -1,4 +1,4 @@
-"""Small tokenizers of the usual kinds, made with the tokenizers library on the spot."""
+"""Small tokenizers of common kinds, built with the tokenizers library."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _CORPUS = ["The quick brown fox, the lazy dog: naïve café 日本語 12 345 you
 
 
 def byte_level() -> Tokenizer:
-    """As GPT-2 and Llama 3 have it."""
+    """Return a byte-level tokenizer, as in GPT-2 and Llama 3."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -37,7 +37,10 @@ def byte_level() -> Tokenizer:
 
 
 def digits_apart() -> Tokenizer:
-    """Byte-level, with a step that the class GPT2Tokenizer drops when it builds its own."""
+    """Return a byte-level tokenizer with a step lost on conversion to GPT2Tokenizer.
+
+    The class builds a pre-tokenizer of its own, without the splitting of digits.
+    """
     tokenizer = byte_level()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -49,7 +52,7 @@ def digits_apart() -> Tokenizer:
 
 
 def qwen() -> Tokenizer:
-    """As Qwen 2 and 3 have it."""
+    """Return a tokenizer as in Qwen 2 and 3."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -60,7 +63,7 @@ def qwen() -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     _trained(tokenizer, [], pre_tokenizers.ByteLevel.alphabet())
-    # As the real ones: beyond the vocabulary, some of them not special.
+    # As in the real models: beyond the vocabulary, and not all of them special.
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     tokenizer.add_tokens([AddedToken("<tool_call>", normalized=False)])
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
@@ -68,7 +71,7 @@ def qwen() -> Tokenizer:
 
 
 def gemma() -> Tokenizer:
-    """As Gemma has it: spaces are letters, unknown letters are bytes, and BOS."""
+    """Return a tokenizer as in Gemma: spaces are letters, unknown letters are bytes, BOS."""
     tokenizer = _byte_fallback(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"])
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
@@ -76,7 +79,7 @@ def gemma() -> Tokenizer:
 
 
 def llama2() -> Tokenizer:
-    """As Llama 2 has it: the same with a space in front of every text."""
+    """Return a tokenizer as in Llama 2: like Gemma's, with a space before every text."""
     tokenizer = _byte_fallback(["<unk>", "<s>", "</s>"])
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -93,7 +96,7 @@ def llama2() -> Tokenizer:
 
 
 def around(tokenizer: Tokenizer, template: str) -> Tokenizer:
-    """Puts special tokens around every text, as a template of the library says."""
+    """Put special tokens around every text by a template; return the tokenizer."""
     special = [(text, tokenizer.token_to_id(text)) for text in template.split() if text != "$A"]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=template, pair=f"{template} $B", special_tokens=[*dict.fromkeys(special)]
@@ -111,16 +114,16 @@ KINDS: dict[str, Make] = {
 
 
 def write_tokenizer(path: Path, tokenizer: Tokenizer, settings: dict[str, Any] | None) -> None:
-    """Writes tokenizer.json, and tokenizer_config.json unless there are to be no settings."""
+    """Write tokenizer.json, and tokenizer_config.json unless ``settings`` is None."""
     tokenizer.save(str(path / "tokenizer.json"))
     if settings is not None:
         (path / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def write_large_tokenizer(path: Path, pieces: int = 262_144) -> None:
-    """Writes a tokenizer.json with the size and the kind of Gemma 3's: 32 MiB, two merges a piece.
+    """Write a tokenizer.json like Gemma 3's: 32 MiB, two merges per piece.
 
-    Each of its pieces but single letters is two ways the sum of others.
+    Nearly every piece has three letters and is the sum of two others in two ways.
     """
     letters = [chr(0x4E00 + i) for i in range(64)]
     words = [*letters, *(a + b for a in letters for b in letters)]
@@ -135,7 +138,7 @@ def write_large_tokenizer(path: Path, pieces: int = 262_144) -> None:
     file = json.loads(gemma().to_str())
     model = {**file["model"], "vocab": vocabulary, "merges": [pair.split(" ") for pair in merges]}
     file |= {"model": model, "added_tokens": [_added(t, i) for i, t in enumerate(special[:4])]}
-    # As large as with an indent, and written ten times as fast.
+    # As large as indented JSON, and written ten times as fast.
     text = json.dumps(file, ensure_ascii=False, separators=(",\n        ", ": "))
     (path / "tokenizer.json").write_text(text)
     settings = {"tokenizer_class": "GemmaTokenizer", "bos_token": "<bos>", "eos_token": "<eos>"}
@@ -152,7 +155,7 @@ def _added(text: str, id_: int) -> dict[str, Any]:
 
 
 def leave_to_transformers(path: Path) -> None:
-    """Replaces a byte-level tokenizer.json by the files that only transformers reads."""
+    """Replace a byte-level tokenizer.json by files only transformers reads."""
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     tokenizer.model.save(str(path))
     (path / "tokenizer.json").unlink()
@@ -162,7 +165,7 @@ def leave_to_transformers(path: Path) -> None:
 
 
 def described(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The ``added_tokens_decoder`` that transformers writes."""
+    """Return ``added_tokens_decoder`` in the form written by transformers."""
     names = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     found = tokenizer.get_added_tokens_decoder()
     return {

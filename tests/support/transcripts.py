@@ -1,4 +1,4 @@
-"""Console transcripts in documents: read, played again, and compared."""
+"""Console transcripts in documents: parsing, and comparison with real output."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 _BLOCK = re.compile(r"^```console\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _PROMPT = "$ "
 
-# What differs from run to run, and from machine to machine.
+# Text that varies between runs and between machines.
 _VARIES = [
     r'"(?:device|blas)": "[^"]*"',
     r"(?<![^\n])(?:device|BLAS) .*",
@@ -21,16 +21,16 @@ _SPLIT = re.compile("|".join(f"({kind})" for kind in _VARIES))
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and what the document says that it prints."""
+    """A command and the documented output."""
 
     command: str
     output: str
 
 
 def blocks(document: str) -> list[list[Step]]:
-    """The steps of each block of a document.
+    """Return the steps of each console block of a document.
 
-    A command begins with ``$ `` and goes on after a backslash at the end of a line.
+    A command begins with ``$ `` and continues after a backslash at the end of a line.
     """
     return [_steps(block) for block in _BLOCK.findall(document)]
 
@@ -43,10 +43,10 @@ def _steps(block: str) -> list[Step]:
 
 
 def differs(expected: str, printed: str) -> str:
-    """Why an output is not what a document says; empty if it is.
+    """Compare an output with a document; return a description of the difference, or "".
 
-    Numbers (not exit codes), durations and ids may be others, spaces more or fewer, and a line
-    ``...`` stands for any lines or none.
+    Numbers (except exit codes), durations and ids may differ, as may the amount of white space.
+    A line ``...`` stands for any number of lines.
     """
     pattern = ""
     for line in expected.splitlines():

@@ -1,4 +1,4 @@
-"""Judges how calls end: well, or from the error table; nothing else passes."""
+"""Checks of call outcomes: either success or an error from the error table."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from support.harness import problem_of
 from support.nasty import METHODS, Call
 
 ANSWER_SECONDS = 20.0
-"""How long any answer may take on a busy machine."""
+"""Time limit for any answer on a busy machine."""
 
 TOO_LARGE = "MESSAGE_TOO_LARGE"
-"""What gRPC itself refuses, before this server sees it; it carries no details."""
+"""Reason for messages which gRPC refuses before the server sees them, without details."""
 
 _TELLTALES = ("Traceback", 'File "', "<class", "Error(", "Exception", " object at 0x")
 _METHODS = {method.name: method for method in METHODS}
@@ -39,16 +39,16 @@ def _name(fault: type[RunnerFault]) -> str:
 
 
 CODES = {_name(fault): fault.code for fault in _faults(RunnerFault)}
-"""The error table: the code of each reason."""
+"""Status code of each reason in the error table."""
 
 
 @dataclass
 class Caller:
-    """Sends bytes to rpcs and judges the answers.
+    """Client for sending raw bytes to rpcs and checking the answers.
 
     Attributes:
-        endings: How many calls ended how.
-        slowest_seconds: The longest any of them took.
+        endings: Number of calls by outcome.
+        slowest_seconds: Duration of the slowest call.
     """
 
     channel: grpc.aio.Channel
@@ -56,7 +56,7 @@ class Caller:
     slowest_seconds: float = 0.0
 
     async def send(self, call: Call) -> str:
-        """Makes a call and returns ``OK`` or the reason of its error."""
+        """Make a call; return ``OK`` or the reason of the error."""
         name, data = call
         began = time.perf_counter()
         try:
@@ -81,7 +81,7 @@ class Caller:
 
 
 def reason_of(error: grpc.aio.AioRpcError) -> str:
-    """The reason of an error, which must be one of the table."""
+    """Return the reason of an error, which must be in the error table."""
     text = error.details() or ""
     if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
         return TOO_LARGE
@@ -96,7 +96,7 @@ def reason_of(error: grpc.aio.AioRpcError) -> str:
 
 
 def check_answers(name: str, answers: list[Message]) -> None:
-    """Checks what every good answer has."""
+    """Check the properties of every successful answer."""
     if name != "Completion":
         return
     parts = [answer for answer in answers if isinstance(answer, pb.CompletionResponse)]
