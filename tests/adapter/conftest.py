@@ -1,4 +1,4 @@
-"""Real models in this process; without mlx these tests are skipped, and say so."""
+"""Fixtures with real models in this process; tests are skipped without mlx."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEMO = Path(__file__).parents[2] / "runner_server/demo/model"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks every test of this folder."""
+    """Mark every test of this folder with ``mlx``."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.mlx)
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def backend() -> Iterator[MlxBackend]:
-    """MLX, opened on the thread of the tests."""
+    """The MLX backend, opened on the thread of the tests."""
     backend = MlxBackend()
     backend.open()
     yield backend
@@ -35,7 +35,7 @@ def backend() -> Iterator[MlxBackend]:
 
 @pytest.fixture(scope="session")
 def load(backend: MlxBackend) -> Load:
-    """Loads a model from a directory; other arguments as ``LoadSpec``."""
+    """Load a model from a directory; further arguments go to ``LoadSpec``."""
 
     def load_(path: Path | str, **spec: Any) -> LoadedModel:
         return backend.load(LoadSpec(str(path), **spec), lambda _progress: None)
@@ -45,13 +45,13 @@ def load(backend: MlxBackend) -> Load:
 
 @pytest.fixture(scope="session")
 def tiny(load: Load, model_dir: Callable[..., Path]) -> LoadedModel:
-    """A small Llama with random weights in float32, eight places."""
+    """A small Llama with random float32 weights and eight slots."""
     return load(model_dir(), parallel=8)
 
 
 @pytest.fixture(scope="session")
 def trained(load: Load) -> LoadedModel:
-    """The demo model, whose weights are trained: its likeliest tokens are clear."""
+    """The demo model, with trained weights and so without near-ties."""
     if not (DEMO / "model.safetensors").is_file():
         pytest.skip("the demo model is not in this checkout")
     return load(DEMO, parallel=8)
@@ -59,6 +59,6 @@ def trained(load: Load) -> LoadedModel:
 
 @pytest.fixture(autouse=True)
 def mlx_is_left_idle() -> Iterator[None]:
-    """After each test, failing loads among them, MLX counts no task that it would wait for."""
+    """Check after each test that MLX counts no active tasks, which would block later work."""
     yield
     assert_no_tasks_left()

@@ -1,4 +1,4 @@
-"""Rows in a batch get the tokens they would get alone."""
+"""Rows generate the same tokens in a batch as alone."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _KNOWN: dict[str, list[int]] = {}
 
 
 def _alone(model: LoadedModel, rows: list[Row]) -> list[list[int]]:
-    """What each row gets in a batch of its own; computed once."""
+    """Return the tokens of each row run alone, from a cache if known."""
     for row in rows:
         key = repr((row.prompt, row.count, row.sampling))
         if key not in _KNOWN:
@@ -118,7 +118,7 @@ def test_removing_rows_leaves_the_others_alone(trained: LoadedModel) -> None:
 def test_batched_logits_are_those_alone(
     load: Callable[..., LoadedModel], model_dir: Callable[..., Path], shape: str
 ) -> None:
-    """Random weights make near-ties, so likelihoods are compared, up to the first difference."""
+    """Random weights make near-ties, so log probabilities are compared."""
     model = load(model_dir(shape), parallel=8)
     draw = random.Random(5)  # noqa: S311 - prompts
     prompts = [[draw.randrange(500) for _ in range(n)] for n in (1, 2, 30, 33, 64, 150, 5, 90)]
@@ -199,7 +199,7 @@ def test_temperature_zero_is_what_mlx_lms_batches_say(trained: LoadedModel, arri
 
 
 def _run_with_pauses(batch: Batch, rows: list[Row], aside: dict[int, int]) -> None:
-    """Runs rows, each set aside after every token for its number of steps."""
+    """Run rows; preempt row ``i`` for ``aside[i]`` steps after each of its tokens."""
     for id_, row in enumerate(rows):
         batch.add(id_, row.prompt, row.sampling)
     live, waits = set(range(len(rows))), dict[int, int]()
@@ -245,7 +245,7 @@ def test_rows_set_aside_at_every_step_go_on_where_they_were(
 def test_a_row_set_aside_keeps_its_likelihoods(
     load: Callable[..., LoadedModel], model_dir: Callable[..., Path], shape: str, among: int
 ) -> None:
-    """Whatever its caches are: with a window of 32 some have turned over, some have not."""
+    """Covers every kind of cache; windows of 32 tokens have wrapped in some rows only."""
     model = load(model_dir(shape), parallel=8)
     draw = random.Random(7)  # noqa: S311 - prompts
     lengths = (40, 1, 20, 90, 31)[:among]
@@ -291,7 +291,7 @@ def test_a_row_that_is_removed_while_it_is_set_aside(trained: LoadedModel, other
 
 @pytest.mark.parametrize("options", [{}, {"logit_bias": ((7, 50.0),), "repeat_penalty": 1.5}])
 def test_logprobs_are_the_models_own(tiny: LoadedModel, options: dict[str, Any]) -> None:
-    """Before bias and penalties: log-softmax of the raw logits."""
+    """Log probabilities are the log-softmax of the raw logits, before bias and penalties."""
     prompt = tiny.codec.encode("The quick brown", as_prompt=True)
     row = Row(prompt, 6, Sampling(seed=2, logprobs=20, **options))
     _together(tiny, [row])
@@ -310,7 +310,7 @@ def test_logprobs_are_the_models_own(tiny: LoadedModel, options: dict[str, Any])
 
 
 def test_the_gateways_penalties_leave_the_prompt_alone(trained: LoadedModel) -> None:
-    """A penalty of 100 is a bias of -100 on what was generated, and on nothing else."""
+    """A penalty of 100 equals a bias of -100 on generated tokens only."""
     penalty = replace(GREEDY, presence_penalty=100.0, counts_output_only=True)
     prompt = trained.codec.encode("def main(self):\n    self.", as_prompt=True)
     ids = alone(trained, Row(prompt, 12, penalty))
@@ -380,7 +380,7 @@ _NEIGHBOURS = [
 def test_in_half_precision_a_row_does_not_depend_on_what_its_neighbours_ask_for(
     load: Callable[..., LoadedModel], model_dir: Callable[..., Path], sampling: Sampling
 ) -> None:
-    """Some of them need float32, and near-ties would be decided otherwise."""
+    """Some options need float32, which would decide near-ties differently."""
     model = load(model_dir(dtype="bfloat16"), dtype=Dtype.AS_STORED, parallel=4)
     assert model.info.dtype == "bfloat16"
     seen = []
@@ -400,7 +400,7 @@ def test_prompts_evaluated_together_are_those_alone(
     shape: str,
     lengths: tuple[int, ...],
 ) -> None:
-    """Some recurrent layers take padding for text: those rows must be as long as each other."""
+    """Some recurrent layers treat padding as text; only rows of equal length prefill together."""
     module: Any = importlib.import_module("runner_server.mlx_backend.batch")
 
     together: list[int] = []
@@ -416,10 +416,10 @@ def test_prompts_evaluated_together_are_those_alone(
     draw = random.Random(7)  # noqa: S311 - prompts
     prompts = [[draw.randrange(2, 500) for _ in range(n)] for n in lengths]
     batch: Any = model.new_batch()
-    # On a busy machine a slice of real time may have room for one prompt only.
+    # On a busy machine a slice of real time may be too short for a second prompt.
     ticks = itertools.count()
     batch._clock = lambda: next(ticks) / 1000
-    run_rows(batch, [Row([5] * 100, 1)])  # it finds its pace
+    run_rows(batch, [Row([5] * 100, 1)])  # calibrates the cost model
     together.clear()
     rows = [Row(prompt, 6, sampling) for prompt in prompts]
     run_rows(batch, rows)

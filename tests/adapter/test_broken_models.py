@@ -1,4 +1,4 @@
-"""Directories that are no model, or want to run code: refused in words, nothing is left."""
+"""Directories without a usable model, or with code to run: a clear error, and nothing left."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Break = Callable[[Path], object]
 
 @pytest.fixture
 def copy(model_dir: Build, tmp_path: Path) -> Path:
-    """A sound model of its own for each test."""
+    """A copy of a sound model for each test."""
     return Path(shutil.copytree(model_dir(), tmp_path / "model"))
 
 
@@ -111,7 +111,7 @@ def test_a_broken_model_is_refused_in_words(
     del fault
     backend.release()
     assert mx.get_active_memory() <= before + 4096
-    # The library still works.
+    # MLX still works.
     assert len(alone(tiny, Row([1, 2, 3], 3))) == 3
 
 
@@ -154,7 +154,7 @@ def test_code_beside_the_model_never_runs(load: Load, copy: Path, damage: Break)
     damage(copy)
     fault = _fault(load, copy)
     assert not (copy / "RAN").exists()
-    # A tokenizer of a known kind may be used in its place; code may not.
+    # A tokenizer of a known kind may replace the custom class; its code may not run.
     assert fault is None or isinstance(fault, ModelUnsupported)
     assert damage is _own_tokenizer or fault is not None
 

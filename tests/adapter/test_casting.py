@@ -1,4 +1,4 @@
-"""Weights in other formats than they are stored in, and those that must stay as they are."""
+"""Casting of weights to other dtypes, and the weights exempt from casting."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_float32_needs_no_exception(tmp_path: Path, load: Load) -> None:
 
 @pytest.mark.parametrize("dtype", [Dtype.BFLOAT16, Dtype.FLOAT16])
 def test_what_must_stay_wide_is_not_cast(tmp_path: Path, load: Load, dtype: Dtype) -> None:
-    """Router biases are compared with each other: 8 bits of them choose other experts."""
+    """With 8 bits of precision, router biases would select other experts."""
     path = write_model(tmp_path, scaled("glm4_moe"))
     model = load(path, dtype=dtype)
     formats = _formats(model)

@@ -1,4 +1,4 @@
-"""The tokenizer: exact inverses, from any thread, whatever its files ask for."""
+"""The tokenizer: encode and decode are exact inverses on any thread."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TEXTS = [
 
 @pytest.fixture
 def copy(model_dir: Build, tmp_path: Path) -> Path:
-    """A model of its own for each test."""
+    """A copy of a model for each test."""
     return Path(shutil.copytree(model_dir(), tmp_path / "model"))
 
 
@@ -88,7 +88,7 @@ def _with_bos(path: Path) -> None:
         "special_tokens": special,
     }
     _change(path, "tokenizer.json", post_processor=processor)
-    _change(path, "tokenizer_config.json", bos_token="<user>")  # noqa: S106 - no password
+    _change(path, "tokenizer_config.json", bos_token="<user>")  # noqa: S106 - not a password
 
 
 def test_a_prompt_begins_with_bos_once(load: Load, copy: Path) -> None:
@@ -169,7 +169,7 @@ def test_other_threads_run_while_a_long_text_is_split_and_joined(trained: Loaded
 
 
 def _watched(work: Callable[[], object]) -> tuple[float, float]:
-    """How long work took on another thread, and the longest that this one stood still."""
+    """Return the duration of work on another thread, and the longest pause of this thread."""
     thread = threading.Thread(target=work)
     begin = last = time.perf_counter()
     longest_gap = 0.0

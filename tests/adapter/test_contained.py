@@ -1,4 +1,4 @@
-"""Code of a library that ends the process, or writes where the ready line is expected."""
+"""Library code which exits the process on import, or prints where the ready line is expected."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Load = Callable[..., LoadedModel]
 
 @pytest.fixture
 def olmo_dir(model_dir: Build, tmp_path: Path) -> Path:
-    """A model whose module of mlx_lm calls ``sys.exit`` when it is imported."""
+    """A model whose mlx_lm module calls ``sys.exit`` on import."""
     path = Path(shutil.copytree(model_dir(), tmp_path / "m"))
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"model_type": "olmo"}))

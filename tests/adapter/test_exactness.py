@@ -1,4 +1,4 @@
-"""What a model's files say is computed, or the model is refused by name."""
+"""Models are computed exactly as configured, or refused with the setting named."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ROPES: dict[str, dict[str, Any]] = {
 
 
 def changed(source: Path, target: Path, *drop: str, **settings: Any) -> Path:
-    """A copy of a model with another configuration."""
+    """Copy a model and change the configuration."""
     shutil.copytree(source, target)
     config = json.loads((target / "config.json").read_text()) | settings
     kept = {key: value for key, value in config.items() if key not in drop}
@@ -242,7 +242,7 @@ def test_small_floats_that_would_be_read_as_integers_are_refused(
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     header.pop("__metadata__", None)
-    # Every byte of it stays: four times as many numbers in the type of 8 bits.
+    # A quarter of the bytes: the same number of elements in an 8-bit type.
     name = "model.layers.0.mlp.up_proj.weight"
     start, _ = header[name]["data_offsets"]
     rows, columns = header[name]["shape"]
@@ -300,7 +300,7 @@ def test_short_sequences_take_the_short_factors(
 
 
 def yarn_frequencies(scaling: Mapping[str, Any], base: float, dims: int) -> list[float]:
-    """``_compute_yarn_parameters`` of transformers, as wavelengths over 2 pi."""
+    """Reimplement ``_compute_yarn_parameters`` of transformers, as wavelengths over 2 pi."""
 
     def dimension(rotations: float) -> float:
         original = scaling["original_max_position_embeddings"]
@@ -536,7 +536,7 @@ def test_a_setting_that_would_end_the_process_is_never_allowed(load: Load, tmp_p
 def test_rotary_embeddings_of_a_class_that_takes_their_share_are_left(
     load: Load, tmp_path: Path, type_: str
 ) -> None:
-    """Sliding layers of these rotate whole heads, or a share of their own."""
+    """Sliding layers of these types rotate whole heads, or a different share."""
     from mlx_lm.utils import load_model
 
     from tools.memory.catalog import CONFIGS

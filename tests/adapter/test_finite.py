@@ -1,4 +1,4 @@
-"""Logits that are NaN or infinite end their row, or the load, and nothing else."""
+"""NaN or infinite logits end the affected row, or the load, and nothing else."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Build = Callable[..., Path]
 Load = Callable[..., LoadedModel]
 
 POISON = 300
-"""A token whose embedding holds NaN; the output layer is another, so others do not notice."""
+"""Token with NaN in its embedding; the output layer is separate, so other tokens are unaffected."""
 
 BEGINNING = [1 + i % 90 for i in range(70)]
 MIB = 1 << 20
@@ -56,7 +56,7 @@ def _poison(weights: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def poisoned_dir(model_dir: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama that is sound but for one token."""
+    """A Llama with NaN in the embedding of one token."""
     sound = model_dir(tie_word_embeddings=False)
     return _changed(Path(shutil.copytree(sound, tmp_path_factory.mktemp("m") / "m")), _poison)
 
@@ -67,7 +67,7 @@ def poisoned(load: Load, poisoned_dir: Path) -> LoadedModel:
 
 
 def _run(batch: Batch, rows: Sequence[Row]) -> list[int]:
-    """Runs rows to their ends; returns which of them failed."""
+    """Run rows to completion; return the rows that failed."""
     failed: list[int] = []
     active = dict(enumerate(rows))
     for id_, row in active.items():
@@ -101,7 +101,7 @@ def test_a_row_whose_logits_are_no_numbers_is_told_of(
 
 
 def test_neighbours_do_not_notice(poisoned: LoadedModel) -> None:
-    """Bit by bit: the row leaves when its first token would have been there, as one that ends."""
+    """Results are equal bit by bit, since the broken row leaves like a row of one token."""
     likely = replace(GREEDY, logprobs=5)
 
     def neighbours() -> list[Row]:
@@ -132,14 +132,14 @@ def test_nothing_that_a_broken_row_evaluated_is_kept(
     for _ in range(2):
         assert _run(model.new_batch(), [Row(broken, 2)]) == [0]
         assert model._prompts.match(broken).common <= len(BEGINNING)
-    # What it shared with a sound one is of use to others still.
+    # The beginning shared with a sound prompt stays cached.
     assert model._prompts.match([*BEGINNING, 9]).common == len(BEGINNING)
 
 
 def test_a_row_that_ends_before_it_is_seen_to_be_broken_leaves_nothing(
     poisoned: LoadedModel,
 ) -> None:
-    """The last token's keys are evaluated ahead of the report that its successor is missing."""
+    """The keys of the last token are computed before its successor is known to be invalid."""
     model: Any = poisoned
     prompt = [90, 91, 92]
     forced = replace(GREEDY, logit_bias=((POISON, 1000.0),))
@@ -156,12 +156,12 @@ def test_what_counts_as_numbers(dtype: str, place: int) -> None:
     values = [1.0, float("nan"), float("inf"), float("-inf")]
     logits = mx.array([row(value) for value in values]).astype(getattr(mx, dtype))
     drawn = mx.array([place, 2**31, 2**31, (place + 1) % 2000], dtype=mx.uint32)
-    # Of the last, a token is barred.
+    # A single -inf, as in the last row, only bars a token.
     assert are_finite(logits, drawn).tolist() == [True, False, False, True]
 
 
 def _bar_all(weights: dict[str, Any]) -> None:
-    """Have all logits overflow to -inf behind one token, and be finite behind all others."""
+    """Make every logit after ``POISON`` overflow to -inf, and keep logits after others finite."""
     for name in [name for name in weights if "o_proj" in name or "down_proj" in name]:
         weights[name] = mx.zeros_like(weights[name])
     (embedding,) = (weights[name] for name in weights if "embed" in name)
@@ -186,7 +186,7 @@ def test_a_row_of_which_all_tokens_are_barred_is_told_of(
 
 @pytest.fixture
 async def server(socket_dir: Path) -> AsyncIterator[Server]:
-    """A server with MLX on a thread of its own."""
+    """A server with MLX on the engine thread."""
     backend: Any = MlxBackend()
     async with running(socket_dir, backend) as (app, channel, ready):
         yield Server(app, backend, channel, ready)
@@ -194,7 +194,7 @@ async def server(socket_dir: Path) -> AsyncIterator[Server]:
 
 async def test_the_caller_is_told_why(server: Server, poisoned_dir: Path) -> None:
     await server.load(str(poisoned_dir))
-    # Neither the end of the text nor the broken token is drawn.
+    # Neither the end of text nor the broken token is sampled.
     beside = server.start(num_predict=30, logit_bias={0: -100.0, POISON: -100.0})
     request = pb.CompletionRequest(prompt_token_ids=pb.TokenIds(ids=[1, POISON, 3]))
     problem = await failure(server.stub.Completion(request))

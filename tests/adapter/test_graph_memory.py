@@ -1,4 +1,4 @@
-"""The memory that a computation takes, told without computing it."""
+"""Prediction of a computation's memory from its graph, without evaluation."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_views_take_nothing_and_copies_do() -> None:
     def views(x: Any) -> list[Any]:
         return [mx.sum(x[:256].T.reshape(2, -1, 128)) + mx.sum(x[None].squeeze(0))]
 
-    # The transposed half is copied into another shape.
+    # Reshaping the transposed half copies it.
     assert transient_bytes(views, [square()]) == pytest.approx(MIB // 2, abs=64)
 
 
@@ -74,7 +74,7 @@ def test_nothing_is_evaluated() -> None:
 
 
 def measured_prefill(model: Any, tokens: int, limit: int) -> int:
-    """What MLX takes beside weights and caches with its limit at the traced figure."""
+    """Return MLX's peak beside weights and caches, with the memory limit at the traced figure."""
     caches = make_prompt_cache(model)
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -96,7 +96,7 @@ def test_a_prefill_takes_what_was_traced(model_dir: Build, shape: str) -> None:
     traced = prefill_bytes(model, 384, 384)
     measured = measured_prefill(model, 384, traced)
     assert traced > MIB
-    # MLX allocates some operations ahead; a plan counts buffers kept for reuse on top.
+    # MLX allocates some operations ahead; a plan adds the buffers kept for reuse.
     assert 0.4 * traced <= measured <= 2 * traced
 
 

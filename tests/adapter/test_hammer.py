@@ -1,6 +1,6 @@
-"""Reads that fail, many of them, and steps after that: MLX must not be left waiting.
+"""Many failing reads followed by many steps, after which MLX must not hang.
 
-With ``HAMMER=1`` 5,000 reads fail and 1,000,000 steps follow, in a quarter of an hour.
+With ``HAMMER=1``, 5,000 reads fail and 1,000,000 steps follow, which takes 15 minutes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,12 @@ STEPS = 1_000_000 if IS_WHOLE else 20_000
 
 
 class Disk:
-    """``os.preadv`` that fails from the n-th read on: by an error, or as if the file had shrunk."""
+    """Replacement of ``os.preadv`` which fails from the n-th read on.
+
+    Attributes:
+        good_reads: Number of reads left to succeed.
+        shrinks: Whether a read fails as if the file had shrunk, rather than by EIO.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.good_reads = 0
@@ -65,7 +70,7 @@ def test_failing_reads_leave_nothing_inside_mlx(
 
 
 def _steps(count: int) -> None:
-    """Decode steps as far as MLX sees them: one is begun before the one before is read."""
+    """Run decode-like steps: each is begun before the result of the last one is read."""
     weight = mx.random.normal((16, 16))
     state = mx.zeros((1, 16))
     for step in range(count):

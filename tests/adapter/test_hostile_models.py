@@ -1,6 +1,6 @@
-"""Model directories made to do harm: nothing of theirs runs, hangs or ends the process.
+"""Malicious model directories: no code runs, no load hangs, the process survives.
 
-`test_broken_models` has those that are merely broken, and the first canaries.
+`test_broken_models` covers directories that are merely broken, and the first canaries.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ Load = Callable[..., LoadedModel]
 Change = Callable[[Path], object]
 
 QUICK_SECONDS = 60.0
-"""Nothing here may hang; importing transformers alone takes many seconds on a busy machine."""
+"""Time limit for a load; importing transformers alone takes many seconds on a busy machine."""
 
 
 @pytest.fixture
 def copy(model_dir: Build, tmp_path: Path) -> Path:
-    """A sound model of its own for each test."""
+    """A copy of a sound model for each test."""
     return Path(shutil.copytree(model_dir(), tmp_path / "model"))
 
 
 @pytest.fixture
 async def real(socket_dir: Path) -> AsyncIterator[Server]:
-    """A server with MLX on a thread of its own."""
+    """A server with MLX on the engine thread."""
     backend: Any = MlxBackend()
     async with running(socket_dir, backend) as (app, channel, ready):
         yield Server(app, backend, channel, ready)
@@ -73,7 +73,7 @@ raise SystemExit("the model's own code ran")
 
 
 class Pickled:
-    """Code that runs when it is unpickled."""
+    """Object which runs code when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -138,7 +138,7 @@ HARMLESS = {
     "tool parser module",
     "tool parser module elsewhere",
 }
-"""The runner never looks at what is asked for, and the model is a known one without it."""
+"""Cases which load: the runner ignores the request for code, and the model is a known one."""
 
 
 @pytest.mark.parametrize("case", CODE)
@@ -146,7 +146,7 @@ def test_nothing_that_comes_with_a_model_runs(
     load: Load, copy: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     (copy / "canary.py").write_text(CANARY)
-    # Where an import would find it, as when the server is started in that directory.
+    # An import would find it, as in a server started in that directory.
     monkeypatch.syspath_prepend(str(copy))
     CODE[case](copy)
     fault = _fault(load, copy)
@@ -160,7 +160,7 @@ def test_nothing_that_comes_with_a_model_runs(
 def test_links_that_leave_the_directory_are_followed(
     load: Load, model_dir: Build, tmp_path: Path
 ) -> None:
-    """The Hugging Face cache is made of them; `--model-root` is what forbids them."""
+    """The Hugging Face cache consists of such links; only `--model-root` forbids them."""
     model = tmp_path / "snapshot"
     model.mkdir()
     for file in model_dir().iterdir():
@@ -190,7 +190,7 @@ ODD_FILES: dict[str, Callable[[Path], object]] = {
     "a terabyte of zeros": _sparse,
 }
 MISSING = {"a ring", "a directory", "nothing"}
-"""The same as no such file; a tokenizer can do without its settings."""
+"""Kinds treated as a missing file; a tokenizer does not need settings."""
 
 READ_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
 
@@ -198,7 +198,7 @@ READ_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "model.s
 @pytest.mark.parametrize("name", READ_FILES)
 @pytest.mark.parametrize("kind", ODD_FILES)
 def test_files_that_are_none(load: Load, copy: Path, name: str, kind: str) -> None:
-    """Reading them would never end, or take all memory."""
+    """Reading such files would never end, or exhaust memory."""
     (copy / name).unlink()
     ODD_FILES[kind](copy / name)
     fault = _fault(load, copy)
@@ -298,7 +298,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 async def test_a_tokenizer_that_fails_is_refused_and_the_process_lives(
     real: Server, copy: Path, model_dir: Build, case: str
 ) -> None:
-    """A panic of Rust is no ``Exception`` in Python: it would end the engine's thread."""
+    """A Rust panic is not an ``Exception`` in Python: uncaught, one would end the engine thread."""
     _edit(copy / "tokenizer.json", **REFUSED[case])
     problem = await failure(real.load(str(copy)))
     assert problem.reason == "MODEL_UNSUPPORTED"
@@ -311,7 +311,7 @@ async def test_a_tokenizer_that_fails_is_refused_and_the_process_lives(
 async def test_a_regex_that_takes_exponential_time_gives_up(
     real: Server, copy: Path, regex: str
 ) -> None:
-    """Oniguruma counts its retries; then it panics, which is to be an error like others."""
+    """Oniguruma limits retries and then panics, which must become an ordinary error."""
     _edit(copy / "tokenizer.json", **_split_by(regex))
     await real.load(str(copy))
     text = "a" * 60 + "!" + "x" * 60
@@ -327,7 +327,7 @@ async def test_a_regex_that_takes_exponential_time_gives_up(
 
 
 async def test_ids_that_a_tokenizer_makes_up(real: Server, copy: Path) -> None:
-    """A template may put any number before a text, also one that is no id of the protocol."""
+    """A template may put any number before a text, even one outside the protocol's id range."""
     special = {"id": "A", "ids": [2**32 - 1], "tokens": ["<eos>"]}
     single = [{"SpecialToken": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     pair = [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}]

@@ -1,4 +1,4 @@
-"""What the KV cache is thought to take, against what it takes."""
+"""The planned size of the KV cache, compared with the real one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Build = Callable[..., Path]
 
 
 def held_bytes(batch: Any) -> int:
-    """What the caches of a batch's rows take."""
+    """Return the bytes held by the caches of a batch's rows."""
     rows = [prompt.row.caches for prompt in batch._prefilling.values()]
     return sum(cache.nbytes for caches in (*rows, batch._decoding._caches) for cache in caches)
 
@@ -48,7 +48,7 @@ def test_the_estimate_covers_the_real_cache(
     batch.close()
     seen = probe(model._model, PREFILL_CHUNK[device_kind()])
     assert most <= seen.kv_bytes(context) * rows
-    # Caches grow by 256 tokens, so a short one is not met exactly.
+    # Caches grow by 256 tokens, so short contexts are overestimated.
     assert seen.kv_bytes(context) * rows <= most + rows * seen.kv_bytes(256)
 
 
@@ -92,7 +92,7 @@ def test_a_row_removed_while_its_prompt_is_evaluated(load: Load, model_dir: Buil
 
 
 def test_caches_that_a_type_brings_along_are_seen_to_grow(tmp_path: Path) -> None:
-    """deepseek_v41's have neither keys nor a fixed size; they were counted as of one token."""
+    """Caches of deepseek_v41 have neither keys nor a fixed size; once counted as one token."""
     path = write_model(tmp_path, scaled("deepseek_v41"))
     model, _ = load_model(path)
     seen = probe(model, 128)

@@ -1,4 +1,4 @@
-"""mlx_lm without what only its other uses need: what is imported, and that nothing is lost."""
+"""The lean import of mlx_lm: heavy dependencies stay out, and stay available on demand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def _python(code: str, *args: str) -> str:
-    """What a fresh interpreter prints."""
+    """Run code in a fresh interpreter and return the output."""
     done = subprocess.run(
         [sys.executable, "-c", code, *args],
         cwd=ROOT,
@@ -115,7 +115,7 @@ except ModuleNotFoundError as error:
 
 
 def test_mlx_lm_uses_the_deferred_names_as_is_assumed() -> None:
-    """The class in annotations only, the functions to call them: else a shell would not do."""
+    """A shell suffices because the class occurs in annotations only, the functions in calls."""
     spec = importlib.util.find_spec("mlx_lm")
     assert spec
     assert spec.origin

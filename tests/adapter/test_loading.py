@@ -1,4 +1,4 @@
-"""Models that can be loaded: shapes, formats, places, limits and memory."""
+"""Loading of models: architectures, dtypes, slots, limits and memory."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_format_that_is_asked_for(
 
 @ON_CPU
 def _limit_for_stored(load: Load, path: Path) -> int:
-    """A limit that the weights fit as stored, and not as float32."""
+    """Return a limit between the memory needed as stored and as float32."""
     stored = _required(load, path, dtype=Dtype.AS_STORED, context_length=16, parallel=1)
     wide = _required(load, path, dtype=Dtype.FLOAT32, context_length=16, parallel=1)
     assert stored < wide
@@ -132,7 +132,7 @@ def test_weight_bytes_are_what_mlx_holds(
     before = mx.get_active_memory()
     model = load(path)
     grown = mx.get_active_memory() - before
-    # Rotary frequencies and the like come on top.
+    # Rotary frequencies and similar arrays are not counted as weights.
     assert model.info.weight_bytes <= grown <= model.info.weight_bytes + 64 * 1024
     del model
     backend.release()
@@ -150,7 +150,7 @@ def test_insufficient_memory_tells_both_numbers(load: Load, model_dir: Build) ->
     assert fault.metadata["availableBytes"] == "100000"
     assert int(fault.metadata["requiredBytes"]) > 100_000
     assert "context_length" in str(fault)
-    caught._excinfo = None  # its frames hold the lazy model
+    caught._excinfo = None  # the traceback's frames hold the lazy model
     del fault, caught
     gc.collect()
     assert mx.get_active_memory() <= before + 64 * 1024
@@ -162,7 +162,7 @@ def test_one_sequence_of_the_whole_context_must_fit(load: Load, model_dir: Build
     # Two layers, keys and values, two heads of sixteen, float32.
     kv_per_token = 2 * 2 * 2 * 16 * 4
     assert _required(load, path, context_length=2048, parallel=1) - one >= 1792 * kv_per_token
-    # With a limit, fewer run together where there is no memory for all.
+    # With a limit, fewer sequences run together if memory is short.
     limited = load(path, context_length=256, parallel=5, memory_limit_bytes=one + 2**20).info
     assert 256 * kv_per_token <= limited.kv_budget_bytes <= 5 * 256 * kv_per_token
 
@@ -224,7 +224,7 @@ def test_a_load_ended_by_its_report_frees_what_it_read(
 
 
 def _hub(cache: Path, name: str, model: Path) -> None:
-    """Lays a model into a Hugging Face cache as its library does."""
+    """Place a model in a Hugging Face cache as huggingface_hub would."""
     folder = cache / f"models--{name.replace('/', '--')}"
     commit = "0" * 40
     snapshot = folder / "snapshots" / commit
@@ -248,7 +248,7 @@ def test_a_hub_id_of_the_local_cache(
 
 
 def _count(path: Path) -> int:
-    """Weights of a model in float32, from its file's header."""
+    """Return the number of weights in a float32 model, from the file header."""
     data = (path / "model.safetensors").read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])

@@ -1,4 +1,4 @@
-"""Weights in hundreds of files, in a process that may open few."""
+"""Weights in hundreds of files, with a low limit on open files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A part of ``make models``: one type of each kind, against mlx_lm's own generation."""
+"""A subset of ``make models``: one type of each kind, compared with mlx_lm's generation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Directories without a tokenizer.json: transformers reads them, in a process of its own."""
+"""Tokenizers without a tokenizer.json, read by transformers in a child process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _codec(path: Path) -> Any:
 
 
 def _sentencepiece(path: Path, **settings: Any) -> Any:
-    """Writes a directory as Llama 2 and Mistral first had it; returns its vocabulary."""
+    """Write a directory like the first Llama 2 and Mistral; return the SentencePiece model."""
     data = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(_CORPUS),

@@ -1,4 +1,4 @@
-"""What bias and penalties do to logits, against the protocol's own words."""
+"""Logit bias and penalties, compared with a reference written after the protocol."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _logits(rows: int, seed: int = 5) -> Any:
 
 
 def _reference(logits: Any, tokens: Sequence[int], s: Sampling, drawn: int = 1) -> Any:
-    """Bias and penalties as the protocol states them, or those of the gateway's path."""
+    """Compute bias and penalties as the protocol states, or as the gateway's path does."""
     out = logits.astype(np.float64).copy()
     for id_, value in s.logit_bias:
         out[id_] += value
@@ -47,7 +47,7 @@ def _changed(
     rows: Sequence[Sampling],
     drawn: Sequence[int] | None = None,
 ) -> Any:
-    """What becomes of the logits of rows whose texts so far are these."""
+    """Apply bias and penalties to the logits of rows with these token histories."""
     newest = mx.array([text[-1] for text in texts], dtype=mx.int32)
     counts = drawn or [1] * len(rows)
     out = Penalties(rows)(mx.array(logits), [text[:-1] for text in texts], newest, counts)
@@ -97,7 +97,7 @@ def test_bias_and_penalties(sampling: Sampling, length: int) -> None:
 
 @pytest.mark.parametrize("lengths", [[1, 700], [64, 1, 65, 2], [3] * 4])
 def test_rows_of_every_kind_together(lengths: list[int]) -> None:
-    """Windows of different sizes, rows without any, rows filled up to the widest."""
+    """Rows have windows of different sizes or none, and are padded to the widest."""
     rows = [*PENALTIES, *reversed(PENALTIES)]
     texts = [_text(lengths[i % len(lengths)], seed=i) for i in range(len(rows))]
     _assert_as_stated(texts, rows)
@@ -110,12 +110,12 @@ def test_rows_of_every_kind_together(lengths: list[int]) -> None:
 )
 @pytest.mark.parametrize("window", [-1, 0, 1, 2, 3, 4, 64])
 def test_the_newest_token_counts(history: list[int], newest: int, window: int) -> None:
-    """It is known to the device only, and may or may not stand in the window before it."""
+    """The newest token is known only on the device, and may occur in the window before."""
     each = Sampling(repeat_penalty=1.5, presence_penalty=0.7, frequency_penalty=0.4)
     row = replace(each, repeat_last_n=window)
     wide = Sampling(frequency_penalty=0.2, repeat_last_n=-1)
     _assert_as_stated([[*history, newest]], [row])
-    # A row that knows more ids has the others filled up.
+    # A row with more known ids makes the others padded.
     _assert_as_stated([[*history, newest], list(range(40))], [row, wide])
     _assert_as_stated([list(range(40)), [*history, newest], [7]], [wide, row, row])
 
@@ -142,7 +142,7 @@ def test_any_rows_together(rows: list[tuple[list[int], Sampling, int]]) -> None:
 
 @pytest.mark.parametrize("drawn", [0, 1, 2, 100, 199])
 def test_the_gateways_penalties_count_generated_tokens_alone(drawn: int) -> None:
-    """All of them: more than the 64 of the repeat penalty, which counts the prompt too."""
+    """The count extends beyond the 64 tokens of the repeat penalty, which includes the prompt."""
     each = Sampling(presence_penalty=0.7, frequency_penalty=0.4, counts_output_only=True)
     rows = [each, replace(each, repeat_penalty=1.5), replace(each, repeat_last_n=0)]
     rows += [replace(each, counts_output_only=False), Sampling()]
@@ -158,7 +158,7 @@ def test_before_the_first_generated_token_they_change_nothing() -> None:
 
 
 def test_a_newest_token_that_is_not_computed_yet() -> None:
-    """The next step is begun before the token of this one is read."""
+    """The next step begins before the token of the current one is read."""
     newest = mx.argmax(mx.array([[0.0, 3.0, 1.0], [5.0, 0.0, 0.0]]), axis=-1)
     rows = [Sampling(frequency_penalty=1.0), Sampling(frequency_penalty=1.0)]
     out = Penalties(rows)(mx.zeros((2, 3)), [[1, 1, 2], [1]], newest.astype(mx.int32), [1, 1])
@@ -186,14 +186,14 @@ def test_a_row_without_options_keeps_its_logits(dtype: str, other: Sampling) -> 
 
 
 def test_without_options_nothing_is_done() -> None:
-    """Not even a change of format, which would cost a pass over the vocabulary."""
+    """The dtype stays too, as a cast would cost a pass over the vocabulary."""
     logits = mx.zeros((2, VOCAB), dtype=mx.bfloat16)
     plain = [Sampling(), Sampling(repeat_penalty=2.0, repeat_last_n=0)]
     assert Penalties(plain)(logits, [[1], [2, 3]], mx.array([0, 0]), [1, 1]) is logits
 
 
 def test_the_logits_of_the_model_stay_as_they_are() -> None:
-    """Log probabilities are those before bias and penalties."""
+    """Log probabilities are taken before bias and penalties."""
     before = _logits(2)
     logits = mx.array(before)
     rows = [Sampling(repeat_penalty=2.0), Sampling(logit_bias=((0, 9.0),), repeat_penalty=2.0)]
@@ -206,7 +206,7 @@ def test_the_logits_of_the_model_stay_as_they_are() -> None:
 
 
 def test_a_bias_and_a_penalty_on_one_token_in_order() -> None:
-    """The bias comes first, so that a penalty divides what it has made positive."""
+    """The bias comes first, so a penalty divides a logit made positive by the bias."""
     row = Sampling(logit_bias=((2, 5.0),), repeat_penalty=2.0)
     out = _changed(np.full((1, VOCAB), -1.0, np.float32), [[2]], [row])
     assert out[0, 2] == pytest.approx(2.0)

@@ -1,4 +1,4 @@
-"""What a load decides before it reads weights."""
+"""The plan of a load, made before weights are read."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_model_that_takes_no_batch_is_planned_for_one_sequence(
 
 
 def test_layers_without_attention_are_kept_and_batched(tmp_path: Path, load: Load) -> None:
-    """Their caches stay empty: prefix cache and batch once failed on them, twice, for good."""
+    """Empty caches of such layers once made the prefix cache and the batch fail repeatedly."""
     path = write_model(tmp_path, scaled("nemotron-nas"))
     prompts = [[1 + i % 200 for i in range(40 + 3 * row)] for row in range(3)]
     alone = [
@@ -99,7 +99,7 @@ def test_the_worst_options_stay_within_the_limit(load: Load, model_dir: Build) -
         logprobs=20,
     )
     mx.clear_cache()
-    # Other models of this session are not part of the limit.
+    # Other models of this session do not count towards the limit.
     others = mx.get_active_memory() - model.info.weight_bytes
     usual = mx.set_memory_limit(others + model.info.limit_bytes)
     mx.reset_peak_memory()

@@ -1,4 +1,4 @@
-"""Prompts that begin alike share their beginning, and nobody can tell from what is said."""
+"""Prompts with a common beginning share KV caches, without changing the output."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from runner_server.mlx_backend.batch import MlxBatch  # noqa: E402
 
 SHAPES = ["llama", "gemma3", "lfm2", "mamba2"]
 CUTTABLE = {"llama"}
-"""Its caches can be cut anywhere; of the others a beginning is kept at stops only."""
+"""Shapes whose caches can be cut anywhere; others keep a beginning at snapshots only."""
 
 CHUNK = 64
 PACE = 2000.0
@@ -35,11 +35,11 @@ LIKELY = replace(GREEDY, logprobs=8)
 
 
 class Counting:
-    """A model that counts the tokens it is given; its clock goes by them.
+    """Model which counts input tokens, and derives a clock from the count.
 
     Attributes:
-        tokens: Given so far, over all rows.
-        failures: Raised by the next calls, one each.
+        tokens: Number of tokens processed, over all rows.
+        failures: Raised by the next calls, one per call.
     """
 
     def __init__(self, model: Any) -> None:
@@ -48,20 +48,20 @@ class Counting:
         self.failures: list[Exception] = []
 
     def __call__(self, inputs: Any, cache: Any) -> Any:
-        """Calls the model."""
+        """Call the model."""
         if self.failures:
             raise self.failures.pop(0)
         self.tokens += inputs.size
         return self._model(inputs, cache=cache)
 
     def clock(self) -> float:
-        """Seconds, at a known pace."""
+        """Return the time in seconds, at ``PACE`` tokens per second."""
         return self.tokens / PACE
 
 
 @dataclass
 class Said:
-    """What came of a row."""
+    """Results of a row."""
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -69,12 +69,12 @@ class Said:
 
     @property
     def cached(self) -> int:
-        """Tokens of its prompt that were known."""
+        """Number of prompt tokens taken from the prefix cache."""
         return self.progress[-1].cached
 
 
 class Bench:
-    """A model, a tree of its prompts, and a batch that is driven by hand."""
+    """A model with a prefix cache and a batch stepped by the test."""
 
     def __init__(self, model: Any, budget: int = PLENTY) -> None:
         self.counting: Any = Counting(model._model)
@@ -85,19 +85,19 @@ class Bench:
         self.renew()
 
     def renew(self) -> None:
-        """Begins a new batch on the same tree."""
+        """Start a new batch on the same prefix cache."""
         self.batch = MlxBatch(
             self.counting, self.vocab_size, CHUNK, self.pieces, self.tree, self.counting.clock
         )
 
     def add(self, row: int, prompt: Sequence[int], sampling: Sampling = GREEDY) -> Said:
-        """Begins a row."""
+        """Start a row."""
         self.batch.add(row, prompt, sampling)
         self.said[row] = Said()
         return self.said[row]
 
     def step(self) -> None:
-        """Makes a step and checks what must hold after each."""
+        """Make a step and check the invariants."""
         for event in self.batch.step():
             said = self.said[event.row]
             if isinstance(event, Prefill):
@@ -117,7 +117,7 @@ class Bench:
         said.progress.append(event)
 
     def run(self, prompt: Sequence[int], count: int, sampling: Sampling = GREEDY) -> Said:
-        """A row from its beginning to its end, in the batch as it is."""
+        """Run a row from start to end in the current batch."""
         row = len(self.said)
         said = self.add(row, prompt, sampling)
         for _ in range(MAX_STEPS):
@@ -128,7 +128,7 @@ class Bench:
         raise AssertionError("the row does not end")
 
     def evaluated(self, prompt: Sequence[int], count: int = 1) -> tuple[int, Said]:
-        """Like :meth:`run`; also how many tokens the model was given for it."""
+        """Run a row; return the number of tokens the model processed, and the results."""
         before = self.counting.tokens
         said = self.run(prompt, count)
         return self.counting.tokens - before, said
@@ -139,7 +139,7 @@ Benches = Callable[..., Bench]
 
 @pytest.fixture(scope="module")
 def bench(load: Callable[..., Any], model_dir: Callable[..., Path]) -> Benches:
-    """Makes benches for a shape; each begins with an empty tree."""
+    """Make benches for a shape, each with an empty prefix cache."""
     models: dict[str, Any] = {}
 
     def make(shape: str, budget: int = PLENTY, **changes: Any) -> Bench:
@@ -161,7 +161,7 @@ def _assert_said_alike(some: Said, other: Said) -> None:
     assert_alike(some.logprobs, other.logprobs)
 
 
-# -- what is evaluated and what is not -------------------------------------------
+# -- prefill and reuse -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -172,7 +172,7 @@ def test_the_same_prompt_again_is_not_evaluated(bench: Benches, shape: str, leng
     first = table.run(prompt, 6, LIKELY)
     assert first.cached == 0
     second = table.run(prompt, 6, LIKELY)
-    # The last token is always evaluated: its logits are what the first draw needs.
+    # The last token is always prefilled, since sampling needs its logits.
     assert second.cached == length - 1
     _assert_said_alike(second, first)
     assert table.evaluated(prompt) == (1, table.said[2])
@@ -194,7 +194,7 @@ def test_a_shared_beginning_is_evaluated_once(bench: Benches, shape: str, length
     if shape in CUTTABLE:
         assert cached == [0, length, length, length, length]
     else:
-        # The second shows where they part; there a stop is made for the others.
+        # The second prompt shows where they diverge; a snapshot is taken there for the others.
         assert cached == [0, 0, length, length, length]
     plain = bench(shape, budget=0)
     for i, said in enumerate(list(table.said.values())):
@@ -248,7 +248,7 @@ def test_without_a_budget_nothing_is_kept(bench: Benches, shape: str) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_two_with_the_same_prompt_that_come_together(bench: Benches, shape: str) -> None:
-    """What one has evaluated the other takes over, while both are under way."""
+    """One row takes over the prefill of the other while both are running."""
     table = bench(shape)
     prompt = _random(600, 8)
     rows = [table.add(row, prompt, LIKELY) for row in range(2)]
@@ -293,7 +293,7 @@ def test_a_prefill_cancelled_before_it_began_leaves_nothing(bench: Benches, shap
 def test_what_a_cancelled_row_was_given_is_kept(
     bench: Benches, shape: str, neighbours: int, aside: bool
 ) -> None:
-    """Neither more, which would be wrong, nor less."""
+    """Exactly the tokens given to the row are kept; more would be wrong."""
     table = bench(shape)
     for row in range(1, 1 + neighbours):
         table.add(row, _random(20 * row, 40 + row))
@@ -334,7 +334,7 @@ def test_a_step_that_fails_costs_what_is_kept_nothing(bench: Benches, shape: str
 
 
 ONE_HEAD = {"num_key_value_heads": 1}
-"""Then a part of the keys is a stretch of memory, of which a copy is easily none."""
+"""With one head, a slice of the keys is contiguous, so a copy may turn out to be a view."""
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ ONE_HEAD = {"num_key_value_heads": 1}
     ids=["llama", "one head", "gemma3", "lfm2", "mamba2"],
 )
 def test_the_bytes_stay_at_the_budget(bench: Benches, shape: str, changes: dict[str, int]) -> None:
-    """What is kept, by its own count and by MLX's."""
+    """The cache keeps to its budget, by its own count and by MLX's."""
     budget = 400_000
     table = bench(shape, budget, **changes)
     table.run(_random(100, 1), 2)
@@ -359,7 +359,7 @@ def test_the_bytes_stay_at_the_budget(bench: Benches, shape: str, changes: dict[
     assert max(held) <= budget
     assert min(held[100:]) > budget * 0.6
     assert len(table.tree) < 200
-    # What is kept is bytes of its own, not a view of something larger.
+    # Entries own their memory; none is a view of a larger array.
     assert max(beside) <= 60_000
 
 
@@ -381,7 +381,7 @@ def test_what_is_kept_counts_and_is_gone_with_the_model(model_dir: Callable[...,
     assert counters.prefix_cache_bytes >= 5 * 199 * 2 * 2 * 2 * 16 * 4
     assert counters.prefix_cache_bytes <= model.info.prefix_cache_bytes
     kept = counters.active_bytes - empty.active_bytes
-    # MLX hands out buffers that it has, up to some pages larger than asked for.
+    # MLX reuses buffers which may be some pages larger than requested.
     arrays = 4 * len(cast("Any", model)._prompts)
     assert kept == pytest.approx(counters.prefix_cache_bytes, abs=arrays * 4096)
     batch.close()
@@ -391,12 +391,12 @@ def test_what_is_kept_counts_and_is_gone_with_the_model(model_dir: Callable[...,
     assert mx.get_active_memory() <= before + 50_000
 
 
-# -- anything at any time --------------------------------------------------------
+# -- random schedules ------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A request: a beginning that others share, an end of its own, and its fate."""
+    """A request: a shared beginning, a separate end, and the events during its run."""
 
     shared: int
     length: int
@@ -431,11 +431,12 @@ def _prompt(asked: Asked) -> list[int]:
 
 
 class Crowd:
-    """Drives requests through one batch, each as it is to come and to go.
+    """Runs requests in one batch, each with scheduled arrival, preemption and cancellation.
 
     Args:
-        table: Where.
-        sampling: Of the row of each request.
+        table: Bench to run on.
+        asked: The requests.
+        sampling: Sampling options of each request.
     """
 
     def __init__(self, table: Bench, asked: Sequence[Asked], sampling: list[Sampling]) -> None:
@@ -447,7 +448,7 @@ class Crowd:
         self._paused: set[int] = set()
 
     def run(self) -> None:
-        """Until all have ended."""
+        """Run until every request has ended."""
         for step in range(MAX_STEPS):
             for row, asked in enumerate(self._asked):
                 if asked.late == step:
@@ -472,7 +473,7 @@ class Crowd:
         self._aside.discard(row)
 
     def _pass(self, row: int, step: int) -> None:
-        """Has what happens to a row happen."""
+        """Apply the cancellation, preemption or resumption due for a row."""
         asked, said = self._asked[row], self._table.said[row]
         if asked.cancelled is not None and step == asked.late + asked.cancelled:
             self._end(row)
@@ -507,7 +508,7 @@ _ALONE: dict[tuple[str, tuple[int, ...]], Said] = {}
 
 
 def _alone(bench: Benches, shape: str, prompt: tuple[int, ...]) -> Said:
-    """What a prompt gets by itself, with nothing known before; computed once."""
+    """Return the results of a prompt run alone without a prefix cache, memoized."""
     key = shape, prompt
     if key not in _ALONE:
         _ALONE[key] = bench(shape, budget=0).run(prompt, 10, LIKELY)
@@ -532,7 +533,7 @@ _TEXTS: dict[tuple[tuple[int, ...], int], list[int]] = {}
 def test_whoever_comes_and_goes_texts_are_those_alone(
     trained: Any, asked: list[Asked], budget: int, options: int
 ) -> None:
-    """Trained weights have no near-ties: every token is the same, sampled ones too."""
+    """Trained weights have no near-ties, so even sampled tokens are equal."""
     table = Bench(trained, budget)
     chosen = [(options + row) % len(OPTIONS) for row in range(len(asked))]
     Crowd(table, asked, [OPTIONS[i] for i in chosen]).run()
@@ -552,7 +553,7 @@ def test_whoever_comes_and_goes_texts_are_those_alone(
 
 @pytest.fixture(scope="module")
 def narrow(load: Callable[..., Any], model_dir: Callable[..., Path]) -> Any:
-    """So small that thousands of tokens are nothing."""
+    """A model so small that thousands of tokens are cheap."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16, "head_dim": 8}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     path = model_dir("llama", **sizes, **heads, max_position_embeddings=8192)
@@ -565,7 +566,7 @@ ARRIVALS = 6
 
 @pytest.mark.parametrize("keeps", [0, PLENTY], ids=["no cache", "cache"])
 def test_no_stream_waits_long_while_long_prompts_keep_arriving(narrow: Any, keeps: int) -> None:
-    """By a clock that goes with the tokens the model is given."""
+    """Time is measured by the tokens processed."""
     table = Bench(narrow, keeps)
     streams = [table.add(row, _random(30, row)) for row in range(STREAMS)]
     while any(len(said.ids) < 3 for said in streams):
@@ -582,7 +583,7 @@ def test_no_stream_waits_long_while_long_prompts_keep_arriving(narrow: Any, keep
             arrived[row] = clock()
         table.step()
         counts = [len(said.ids) for said in streams]
-        # Every one of them gets its token in every step.
+        # Every stream gets a token in every step.
         assert all(count == before + 1 for count, before in zip(counts, made, strict=True))
         gaps.append(clock() - last)
         last, made = clock(), counts
@@ -592,7 +593,7 @@ def test_no_stream_waits_long_while_long_prompts_keep_arriving(narrow: Any, keep
                 table.batch.remove([row])
     rows = STREAMS + ARRIVALS
     assert max(gaps) <= MIN_SECONDS + (16 + 2 * rows) / PACE
-    # They overlap, and are served: one after the other, at more than half the pace.
+    # The long prompts overlap and finish in order, at more than half the pace.
     assert list(first) == sorted(first)
     assert max(first.values()) - arrived[10] < 2 * ARRIVALS * 4000 / PACE
 
@@ -612,7 +613,7 @@ def test_a_long_prompt_is_served_while_shorter_ones_keep_arriving(narrow: Any, l
         if long.ids:
             break
         table.batch.remove([newest])
-        # Half of the time is its own; decoding takes a part of it.
+        # The long prompt gets half of the time; decoding takes a part of that.
         assert table.counting.clock() - began < 4 * 4000 / PACE
     assert long.ids
 
@@ -630,5 +631,5 @@ def test_a_newcomer_with_a_short_prompt_begins_while_long_ones_are_evaluated(
     said = table.add(2, _random(length, 2))
     while not said.ids:
         table.step()
-    # Its own part twice, and the slices it came in the middle of.
+    # Twice its own prefill, plus the slices in progress on arrival.
     assert table.counting.clock() - began <= 2 * length / PACE + 2 * MAX_SECONDS

@@ -1,4 +1,4 @@
-"""How lazy weights are read: in order, so many bytes at the same time, and nothing after an end."""
+"""Reading of lazy weights: in order, with bounded bytes in flight, and none after an error."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ LIMIT = 100
 
 
 class Library:
-    """Stands for MLX: notes what was begun and what was waited for.
+    """Stand-in for MLX which records evaluations begun and awaited.
 
     Args:
-        fails_at: Which array cannot be read, and with what.
+        fails_at: Errors by the name of the array that raises them.
     """
 
     def __init__(self, fails_at: dict[int, Exception] | None = None) -> None:
@@ -36,7 +36,7 @@ class Library:
         self.most_count = 0
 
     def async_eval(self, array: Any) -> None:
-        """Begins an array."""
+        """Begin the evaluation of an array."""
         if error := self.fails_at.get(array.name):
             raise error
         self.flying.append(array)
@@ -44,7 +44,7 @@ class Library:
         self.most_count = max(self.most_count, len(self.flying))
 
     def eval(self, arrays: Any) -> None:
-        """Waits for arrays."""
+        """Wait for arrays."""
         for array in arrays if isinstance(arrays, list) else [arrays]:
             self.flying.remove(array)
 
@@ -126,7 +126,7 @@ def test_real_arrays_are_right_however_many_are_read_at_once(
 
 
 class StoppedError(Exception):
-    """What a report raises to end a load."""
+    """Raised by a progress report to end a load."""
 
 
 def _lazy(path: Path, **arrays: Any) -> tuple[WeightFiles, list[Any]]:
@@ -166,7 +166,7 @@ def test_a_report_ends_the_reading_of_one_weight(tmp_path: Path, at: float) -> N
 
 
 def test_a_conversion_keeps_its_progress_within_bounds(tmp_path: Path) -> None:
-    """A source may be wider or narrower than what is made of it."""
+    """A source may be wider or narrower than the converted weight."""
     arrays = {"wide": mx.ones((4, 2**20)), "narrow": mx.ones((4, 2**20), dtype=mx.bfloat16)}
     files, weights = _lazy(tmp_path / "x.safetensors", **arrays)
     shares: list[float] = []

@@ -1,4 +1,4 @@
-"""What the sampler does with logits, against straightforward NumPy."""
+"""The sampler, compared with straightforward NumPy."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _logits(seed: int = 0, vocab: int = VOCAB) -> Any:
 
 
 def _peaked(seed: int, vocab: int = LARGE, likely: int = 300) -> Any:
-    """A large vocabulary in which few ids have nearly all of the probability."""
+    """Make logits of a large vocabulary with nearly the whole probability on few ids."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(-20, 1, vocab).astype(np.float32)
     logits[rng.choice(vocab, likely, replace=False)] = rng.normal(0, 1.5, likely)
@@ -43,12 +43,12 @@ def _peaked(seed: int, vocab: int = LARGE, likely: int = 300) -> Any:
 
 
 def _flat(seed: int, vocab: int = LARGE) -> Any:
-    """A large vocabulary in which many thousand ids are likely."""
+    """Make logits of a large vocabulary with many thousand likely ids."""
     return np.random.default_rng(seed).normal(0, 0.3, vocab).astype(np.float32)
 
 
 def _half(logits: Any) -> Any:
-    """As a model in bfloat16 gives them: most values occur often."""
+    """Round logits to bfloat16, in which most values occur often."""
     return np.array(mx.array(logits).astype(mx.bfloat16).astype(mx.float32))
 
 
@@ -58,7 +58,7 @@ def _softmax(logits: Any) -> Any:
 
 
 def _support(logits: Any, **options: Any) -> set[int]:
-    """The tokens that may be drawn, as the protocol orders the options."""
+    """Return the tokens which may be sampled, applying the options in the protocol's order."""
     o = {**OPEN, **options}
     kept = np.argsort(-logits)
     if o["top_k"]:
@@ -74,7 +74,7 @@ def _support(logits: Any, **options: Any) -> set[int]:
 def _draw(
     logits: Sequence[Any], options: Sequence[Sampling], positions: int = 1
 ) -> list[tuple[int, ...]]:
-    """The tokens of each row at the first ``positions``."""
+    """Sample the tokens of each row at the first ``positions``."""
     rows = mx.array(np.stack(logits))
     sampler = Sampler(options, rows.shape[-1])
     steps = [np.array(sampler(rows, [at] * len(options))) for at in range(positions)]
@@ -82,7 +82,7 @@ def _draw(
 
 
 def _draws(logits: Any, count: int = DRAWS, **options: Any) -> Any:
-    """Draws with many seeds, at some positions each."""
+    """Sample with many seeds, at several positions each."""
     rows = [Sampling(**{**OPEN, **options, "seed": 11 + i}) for i in range(min(count, ROWS))]
     drawn = _draw([logits] * len(rows), rows, max(1, count // ROWS))
     return np.array(drawn).flatten()
@@ -117,20 +117,20 @@ def test_only_the_support_is_drawn(options: dict[str, Any], seed: int) -> None:
 
 @pytest.mark.parametrize("top_k", [1, 2, 63, 64, 65, 256, 257, 1024, 1025, 2999, 3000])
 def test_top_k_leaves_as_many_as_it_says(top_k: int) -> None:
-    """Whatever the number of candidates that are looked at for it."""
+    """The values of top_k cross the sizes of the candidate groups."""
     logits = np.random.default_rng(top_k).permutation(3000).astype(np.float32) / 1e5
     sampling = Sampling(temperature=1.0, top_p=1.0, top_k=top_k)
     rows = [replace(sampling, seed=seed) for seed in range(40)]
     drawn = set(itertools.chain(*_draw([logits] * 40, rows, 5)))
     best = np.argsort(-logits)
     assert drawn <= set(best[:top_k].tolist())
-    # Nearly all are alike, so the last of them come up as well.
+    # The probabilities are nearly equal, so the last candidates come up as well.
     assert drawn & set(best[-(-top_k // 2) - 1 : top_k].tolist())
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"top_k": 8, "temperature": 1.7}])
 def test_draws_follow_the_softmax(options: dict[str, Any]) -> None:
-    """Pearson's chi-square with fixed seeds; the bound is its 99.99 % quantile, about."""
+    """Pearson's chi-square with fixed seeds; the bound is about the 99.99 % quantile."""
     logits = _logits(3, 12)
     support = sorted(_support(logits, **options))
     probs = _softmax(logits[support] / options.get("temperature", 1.0))
@@ -185,7 +185,7 @@ NEIGHBOURS = [
     Sampling(seed=10, top_k=40, top_p=1.0, min_p=0.1),
     Sampling(seed=2),
 ]
-"""Every group of candidates, each cut alone and with others."""
+"""Options for every group of candidates, with single and combined cuts."""
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
@@ -214,13 +214,13 @@ def test_rows_at_different_positions() -> None:
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("top_p", [0.5, 0.95])
 def test_top_p_alone_in_a_large_vocabulary(top_p: float, half: bool) -> None:
-    """Some hundred candidates are enough for it, unless a neighbour needs all."""
+    """Some hundred candidates suffice for top_p, unless a neighbour needs the whole vocabulary."""
     peaked, flat = _peaked(1), _flat(2)
     if half:
         peaked, flat = _half(peaked), _half(flat)
     rows = [Sampling(temperature=1.0, top_k=0, top_p=top_p, seed=seed) for seed in range(3)]
     few = [_draw([peaked], [row], 8)[0] for row in rows]
-    # The flat one has the whole vocabulary sorted, for all three.
+    # The flat row forces a sort of the whole vocabulary for all three.
     together = _draw([peaked, flat, peaked], rows, 8)
     assert [together[0], together[2]] == [few[0], few[2]]
     assert together[1] == _draw([flat], [rows[1]], 8)[0]
@@ -239,7 +239,7 @@ OTHERS = [
 @pytest.mark.parametrize("kind", [_peaked, _flat])
 @pytest.mark.parametrize("other", OTHERS, ids=["top_p", "top_k", "min_p"])
 def test_top_p_among_equally_likely_ids_cuts_alike(kind: Any, other: Sampling) -> None:
-    """A model in half precision has many of them, and the cut may come among them."""
+    """In half precision many ids are equally likely, and the cut may fall between two."""
     logits = np.round(kind(3, 20_000))
     row = Sampling(temperature=1.0, top_k=0, top_p=0.7, seed=4)
     alone = _draw([logits], [row], 40)[0]
@@ -248,7 +248,7 @@ def test_top_p_among_equally_likely_ids_cuts_alike(kind: Any, other: Sampling) -
 
 @pytest.mark.parametrize("other", OTHERS, ids=["top_p", "top_k", "min_p"])
 def test_without_top_p_every_id_may_come_whatever_a_neighbour_wants(other: Sampling) -> None:
-    """Not only the candidates that the neighbour's ``top_p`` needs."""
+    """Sampling is not limited to the candidates of the neighbour's ``top_p``."""
     row = Sampling(**OPEN, seed=1)
     logits = _flat(1, 20_000)
     alone = _draw([logits], [row], 40)[0]
@@ -285,7 +285,7 @@ def test_the_largest_are_found(shape: tuple[int, int, int], count: int) -> None:
 
 
 def test_the_largest_among_many_alike_are_different_ids() -> None:
-    """A bfloat16 row of a large vocabulary; also one in which some are impossible."""
+    """Covers bfloat16 rows of a large vocabulary, also with impossible ids."""
     flat = _flat(6)
     for logits in (np.round(flat), np.where(flat > 0, -np.inf, flat), np.zeros(LARGE)):
         row = mx.array(logits.astype(np.float32))[None].astype(mx.bfloat16)
@@ -297,7 +297,7 @@ def test_the_largest_among_many_alike_are_different_ids() -> None:
 
 
 def test_a_banned_token_is_never_drawn() -> None:
-    """A logit of minus infinity, with every kind of cut."""
+    """A logit of minus infinity bars a token under every kind of cut."""
     logits = _logits(9)
     logits[::2] = -np.inf
     rows = [replace(s, top_k=min(s.top_k, VOCAB)) for s in NEIGHBOURS]
@@ -320,7 +320,7 @@ def test_noise_is_that_of_the_id_wherever_it_stands() -> None:
 
 
 def test_noise_is_gumbels() -> None:
-    """Mean and variance of the distribution, and no number that is not one."""
+    """The noise has the mean and variance of the distribution, and is finite."""
     noise = np.array(negative_gumbel([3], [0], mx.arange(LARGE)[None]))
     assert np.isfinite(noise).all()
     assert -noise.mean() == pytest.approx(np.euler_gamma, abs=0.02)
@@ -331,7 +331,7 @@ def test_noise_differs_by_seed_and_by_position() -> None:
     seeds, positions = zip(*itertools.product(SEEDS, range(100)), strict=True)
     noise = np.array(negative_gumbel(seeds, positions, mx.arange(4)[None]))
     assert len({tuple(row) for row in noise.tolist()}) == len(SEEDS) * 100
-    # Nor does any of it say something about another: no correlation from row to row.
+    # Rows are uncorrelated.
     wide = np.array(negative_gumbel(seeds[:200:2], positions[:200:2], mx.arange(2000)[None]))
     correlation = np.corrcoef(wide) - np.eye(len(wide))
     assert np.abs(correlation).max() < 0.15
@@ -370,7 +370,7 @@ def test_likelihoods_are_the_log_softmax(dtype: str, top: int) -> None:
 
 
 def test_no_likelihood_is_above_zero() -> None:
-    """Of a certain token, whatever the rounding."""
+    """The log probability of a certain token is at most 0 despite rounding."""
     logits = mx.zeros((1, 100)).at[0, 5].add(40.0)
     found = token_logprobs(logits, mx.array([5]), 2)
     assert np.array(found.chosen).max() <= 0

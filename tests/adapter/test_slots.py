@@ -1,4 +1,4 @@
-"""The batch's keys and values: rows come, go and grow, and each keeps its own."""
+"""Keys and values of the batch stay correct while rows are added, removed and extended."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _moves = st.lists(
 
 
 def fresh(length: int, name: int) -> Any:
-    """A row's cache in which each number tells the row and the token."""
+    """Make a row's cache whose values identify the row and the token."""
     row = KVCache()
     if length:
         row.update_and_fetch(*content(name, 0, length))
@@ -35,14 +35,14 @@ def fresh(length: int, name: int) -> Any:
 
 
 def content(name: int, start: int, end: int) -> tuple[Any, Any]:
-    """What row ``name`` holds for some of its tokens: (1, heads, tokens, size)."""
+    """Return keys and values of row ``name`` for a range of tokens: (1, heads, tokens, size)."""
     tokens = mx.arange(start, end, dtype=mx.float32)[None, None, :, None] + 1000 * (name + 1)
     keys = mx.broadcast_to(tokens, (1, HEADS, end - start, SIZE))
     return keys, -keys
 
 
 def check(cache: SlotCache, rows: list[tuple[int, int]]) -> None:
-    """Each row ends where all end, and holds what was put into it."""
+    """Check that rows are aligned at the end and hold the expected content."""
     assert cache.offset.tolist() == [length for _, length in rows]
     if not any(length for _, length in rows):
         return
@@ -93,7 +93,7 @@ def test_rows_come_grow_and_go(first: list[int], moves: list[tuple[str, Any]]) -
 
 
 def test_what_a_row_left_behind_is_never_seen_by_the_next() -> None:
-    """Zero times NaN is NaN: a broken row must not reach the one that gets its slot."""
+    """Zero times NaN is NaN, so a broken row must not leak into the next row of the slot."""
     broken = KVCache()
     broken.update_and_fetch(*(mx.full((1, HEADS, 200, SIZE), mx.nan) for _ in range(2)))
     cache = SlotCache([fresh(100, 0), fresh(5, 1), broken], 0)
@@ -101,7 +101,7 @@ def test_what_a_row_left_behind_is_never_seen_by_the_next() -> None:
     cache.add([fresh(7, 2)], 0)
     check(cache, [(0, 100), (1, 5), (2, 7)])
     keep([cache], [2, 1])
-    # The longest row shows all columns again.
+    # The longest row exposes all columns again.
     cache.add([fresh(200, 3)], 0)
     check(cache, [(2, 7), (1, 5), (3, 200)])
 
@@ -117,7 +117,7 @@ def test_rows_that_come_and_go_take_no_memory_beside_their_own() -> None:
     mx.eval(cache.state)
     cache.add([fresh(1000, 9)], 0)
     mx.eval(cache.state)
-    # The whole has eight of them.
+    # The cache has room for eight rows.
     assert mx.get_peak_memory() - before <= 3 * row
     assert mx.get_active_memory() - before <= row / 10
 

@@ -1,4 +1,4 @@
-"""MLX after an error on one of its threads."""
+"""Recovery of MLX after an error on one of the stream threads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from runner_server.engine.backend import LoadedModel
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
 
-# In processes of their own: what an error leaves inside MLX is not repaired by anything.
+# Run in child processes, because nothing repairs MLX's state after such an error.
 FORGET = """
 import mlx.core as mx
 from runner_server.mlx_backend.stream_errors import drain

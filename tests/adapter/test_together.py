@@ -1,4 +1,4 @@
-"""Models whose rows go wrong together run alone, and say so; all others may not notice."""
+"""Models with wrong results in a batch run one row at a time, with a warning; others batch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from runner_server.mlx_backend.planning import working_memory  # noqa: E402
 Load = Callable[..., LoadedModel]
 
 ROUNDING = 1e-4
-"""Standard deviations of logits that rounding may make in float32."""
+"""Difference that float32 rounding may make, in standard deviations of the logits."""
 
 
 def _deviation(model: Any) -> float:
@@ -43,7 +43,7 @@ def test_rounding_is_far_from_the_tolerance(trained: LoadedModel, tiny: LoadedMo
 def test_a_model_that_counts_padding_runs_alone(
     tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """afm7's offset of keys is that of the longest row: no error, other tokens."""
+    """In afm7, keys take the offset of the longest row: different tokens, without an error."""
     monkeypatch.delitem(working_memory._KNOWN_ALONE, "afm7")
     model = load(write_model(tmp_path, scaled("afm7")), parallel=4)
     assert model.info.parallel == 1
@@ -70,7 +70,7 @@ def test_a_model_that_raises_in_a_batch_runs_alone(
 def test_short_prompts_join_where_states_are_the_last_tokens(
     tmp_path: Path, load: Load, lengths: tuple[int, ...]
 ) -> None:
-    """N-gram contexts of one to three tokens were spread over those of longer ones."""
+    """N-gram contexts of one to three tokens once overwrote the contexts of longer rows."""
     config = scaled("longcat_flash_ngram", emb_neighbor_num=5)
     model = load(write_model(tmp_path, config), parallel=4, prefix_cache_bytes=0)
     assert model.info.parallel == 4
@@ -90,7 +90,7 @@ def test_a_trial_leaves_no_trace(trained: LoadedModel) -> None:
 
 @pytest.fixture
 async def server(socket_dir: Path) -> AsyncIterator[Server]:
-    """A server with MLX on a thread of its own."""
+    """A server with MLX on the engine thread."""
     backend: Any = MlxBackend()
     async with running(socket_dir, backend) as (app, channel, ready):
         yield Server(app, backend, channel, ready)
@@ -100,7 +100,7 @@ async def server(socket_dir: Path) -> AsyncIterator[Server]:
 async def test_eight_at_once_are_answered_one_after_another(
     server: Server, tmp_path: Path, model_type: str
 ) -> None:
-    """Some ended the process with exit code 70, some were refused."""
+    """Some of these types once ended the process with exit code 70, others were refused."""
     path = write_model(tmp_path, scaled(model_type))
     loaded = await server.stub.Load(pb.LoadRequest(model=str(path), parallel=8))
     assert any("one after another" in text for text in loaded.model.warnings)
@@ -119,7 +119,7 @@ async def test_eight_at_once_are_answered_one_after_another(
 def test_a_model_without_kernels_for_this_device_is_refused_in_words(
     tmp_path: Path, load: Load
 ) -> None:
-    """It raised, and the answer said that a retry may help."""
+    """The load once raised an error whose answer suggested a retry."""
     path = write_model(tmp_path, {**scaled("llama"), "model_type": "bitnet"})
     with pytest.raises(ModelUnsupported, match=r"cannot run .* on this device .*Metal"):
         load(path)

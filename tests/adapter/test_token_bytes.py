@@ -1,4 +1,4 @@
-"""The bytes of tokens: joined they are what the tokenizer's decoder makes of all of them."""
+"""Bytes of single tokens, which joined equal the tokenizer's decoded text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _words(decoder: Any, pieces: list[str] = PIECES) -> Any:
 
 
 def _byte_level() -> Any:
-    """All bytes, words with parts of characters, and added tokens, one of them in no alphabet."""
+    """Make a tokenizer of every byte, words with partial characters, and added tokens."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     tokenizer = _words(parts.ByteLevel(), [*alphabet, "Ġthe", "æĹ", "¥æľ", "ðŁĺ"])
     tokenizer.add_special_tokens(["<|end|>", "<用户>", "<s>"])
@@ -57,7 +57,7 @@ def test_joined_they_are_the_text(kind: str) -> None:
     bytes_of = bytes_of_tokens(tokenizer)
     size = tokenizer.get_vocab_size()
     anchor = tokenizer.token_to_id("a")
-    draw = random.Random(3)  # noqa: S311 - no secret
+    draw = random.Random(3)  # noqa: S311 - not a secret
     for _ in range(3000):
         ids = [anchor, *draw.choices(range(size), k=draw.randrange(1, 9))]
         data = [bytes_of(id_) for id_ in ids]
@@ -76,7 +76,7 @@ def test_each_byte_has_a_token_that_is_it(kind: str) -> None:
 
 
 def test_ids_that_the_tokenizer_does_not_have_are_no_text() -> None:
-    """A model's output layer is often larger than its vocabulary."""
+    """The output layer of a model is often larger than the vocabulary."""
     for make in KINDS.values():
         tokenizer = make()
         missing = tokenizer.get_vocab_size() + 5
@@ -123,7 +123,7 @@ def test_of_loaded_models(tiny: LoadedModel, trained: LoadedModel) -> None:
 
 
 def _is_sound(data: bytes) -> bool:
-    """Whether it is UTF-8 but for a character that is not whole yet."""
+    """Return whether data is UTF-8, apart from an incomplete character at the end."""
     try:
         codecs.utf_8_decode(data)
     except UnicodeDecodeError:
@@ -136,7 +136,7 @@ def test_alternatives_are_what_the_stream_would_show(kind: str) -> None:
     tokenizer = KINDS[kind]()
     codec, size = FastCodec(tokenizer, [], None), tokenizer.get_vocab_size()
     prompt = [tokenizer.token_to_id("a")]
-    draw = random.Random(4)  # noqa: S311 - no secret
+    draw = random.Random(4)  # noqa: S311 - not a secret
     for _ in range(200):
         ids = draw.choices(range(size), k=6)
         texts, stream = TokenTexts(codec, prompt, frozenset()), StreamDecoder(codec.decode, prompt)
@@ -146,7 +146,7 @@ def test_alternatives_are_what_the_stream_would_show(kind: str) -> None:
             for (other, _), told in zip(top, others, strict=True):
                 instead = StreamDecoder(codec.decode, prompt)
                 shown = [instead.push(before) for before in [*ids[:place], other]][-1]
-                # A decoder with byte fallback takes all of a broken run of bytes for broken.
+                # A byte-fallback decoder replaces every byte of an invalid run.
                 data = b"".join(codec.token_bytes(id_) or b"" for id_ in [*ids[:place], other])
                 if kind == "byte level" or _is_sound(data):
                     assert told.text.rstrip("\ufffd") == shown.rstrip("\ufffd"), ids

@@ -1,4 +1,4 @@
-"""The tokenizer is what tokenizer.json says, whatever stands beside it."""
+"""The tokenizer follows tokenizer.json, regardless of the other files."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ TYPES = ["gemma3_text", "llama", "nobodys", "qwen2", "qwen3", "starcoder2"]
 
 @pytest.fixture(autouse=True)
 def no_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is a tokenizer.json, transformers is not asked."""
+    """Fail a test in which transformers is asked to read a tokenizer."""
 
     def forbidden(*_arguments: object) -> None:
         raise AssertionError("transformers is to read a tokenizer.json")
@@ -71,7 +71,7 @@ def _codec(path: Path, **config: Any) -> codec_module.FastCodec:
 
 
 def _prompt(tmp_path: Path, tokenizer: Tokenizer, text: str, **settings: Any) -> list[int]:
-    """The ids of a prompt for such files."""
+    """Write a tokenizer with settings and return the ids of a prompt."""
     write_tokenizer(tmp_path, tokenizer, settings)
     return _codec(tmp_path).encode(text, as_prompt=True)
 
@@ -125,7 +125,7 @@ def test_special_tokens_are_split_where_the_settings_say_so(tmp_path: Path) -> N
     assert _codec(tmp_path).encode("a</s>", as_prompt=False) == file.encode("a</s>").ids
 
 
-# -- what a prompt begins with ---------------------------------------------------
+# -- beginning of a prompt -------------------------------------------------------
 
 ENDS = ("</s>", 1)
 BEGINS = ("<s>", 0)
@@ -187,7 +187,7 @@ def test_add_bos_token_is_obeyed(tmp_path: Path, text: str, *, in_file: bool) ->
 
 
 def test_a_text_that_is_complete_gets_nothing_twice(tmp_path: Path) -> None:
-    # As GLM has it: two tokens, and no beginning-of-text token is named.
+    # As in GLM: two tokens in front, and no beginning-of-text token is named.
     tokenizer = around(tokenizer_files.byte_level(), "<unk> <s> $A")
     plain = tokenizer.encode("<unk><s>hello", add_special_tokens=False).ids
     assert plain[:2] == [2, 0]
@@ -196,7 +196,7 @@ def test_a_text_that_is_complete_gets_nothing_twice(tmp_path: Path) -> None:
     assert _prompt(tmp_path, tokenizer, "<unk>hello") == [2, 0, *plain[:1], *plain[2:]]
 
 
-# -- special tokens that are described beside the file ---------------------------
+# -- special tokens described in other files -------------------------------------
 
 
 def test_without_any_settings_the_file_is_enough(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_one_that_is_not_needed_is_told(
 
 
 def test_reading_a_large_file_takes_what_the_library_takes(tmp_path: Path) -> None:
-    """A file like Gemma 3's: 1.2 to 1.4 s of CPU, where transformers needed 9.4."""
+    """A file like Gemma 3's takes 1.2 to 1.4 s of CPU; transformers took 9.4 s."""
     tokenizer_files.write_large_tokenizer(tmp_path)
     library, whole = (
         min(_cpu_seconds(work) for _ in range(2))
@@ -314,7 +314,7 @@ def _cpu_seconds(work: Callable[[], object]) -> float:
     return time.process_time() - begin
 
 
-# -- files that cannot be used ---------------------------------------------------
+# -- unusable files --------------------------------------------------------------
 
 BROKEN: dict[str, tuple[str, str]] = {
     "the tokenizer is not JSON": ("tokenizer.json", "{"),

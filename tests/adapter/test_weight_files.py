@@ -1,4 +1,4 @@
-"""Weights that this process reads itself: what MLX gets, when it is read, and what goes wrong."""
+"""Weight files read by this process: values, the time of reading, and read errors."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def path(tmp_path: Path) -> Path:
 
 
 class Reads:
-    """``os.preadv`` as it was called; ``answer`` may change what it does.
+    """Records calls of ``os.preadv``; ``answer`` replaces the implementation.
 
     Args:
-        monkeypatch: Undoes it.
+        monkeypatch: Restores ``os.preadv`` after the test.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def _failing(_file: int, _buffers: list[memoryview], _position: int) -> int:
 def test_a_disk_that_fails(
     path: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch, elements: int
 ) -> None:
-    # What went wrong keeps no stream, for which the end of the reading would wait.
+    # A failed read must not keep a stream open, for which the end of reading would wait.
     monkeypatch.setattr(weight_files, "_UNUSED_SECONDS", 3600)
     mx.save_safetensors(str(path), {"layer.x": mx.ones(elements)})
     files = WeightFiles()
@@ -141,7 +141,7 @@ def test_a_disk_that_fails(
     for part in (str(path), "layer.x", "Input/output error", "byte"):
         assert part in str(caught.value)
     assert caught.value.metadata == {"model": str(path.parent)}
-    files.check()  # told once
+    files.check()  # reported once only
 
 
 @pytest.mark.parametrize("elements", [100, 3 * BLOCK_BYTES])
@@ -177,7 +177,7 @@ def test_what_is_raised_while_it_is_read_ends_it(path: Path, reads: Reads) -> No
     found = files.load(str(path))
     with pytest.raises(StoppedError):
         _read(files, found, stop)
-    assert len(reads.sizes) <= 4 * 2  # those that had begun on MLX's threads
+    assert len(reads.sizes) <= 4 * 2  # reads already begun on MLX's threads
 
 
 def test_a_directory_is_no_file(path: Path) -> None:
@@ -276,7 +276,7 @@ if hasattr(mx.array, "__index__"):  # not in MLX 0.32.2
 
 
 def test_calls_that_evaluate_let_python_go_on(path: Path) -> None:
-    """In a process of its own: one that keeps Python's lock would never come back."""
+    """Runs in a child process, because a call that keeps the GIL would never return."""
     mx.save_safetensors(str(path), {str(i): mx.ones(8) for i in range(len(CALLS))})
     done = subprocess.run(
         [sys.executable, "-c", EVALUATE, str(path), *CALLS],

@@ -1,4 +1,4 @@
-"""Real models behind a real server: what no fake can show."""
+"""Real models behind a real server, for behaviour beyond the reach of the fake."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOLERANCE_BYTES = 4096
 
 @pytest.fixture
 async def real(socket_dir: Path) -> AsyncIterator[Server]:
-    """A server with MLX on a thread of its own."""
+    """A server with MLX on the engine thread."""
     backend: Any = MlxBackend()
     async with running(socket_dir, backend) as (app, channel, ready):
         yield Server(app, backend, channel, ready)
@@ -53,7 +53,7 @@ async def test_models_one_after_another_give_everything_back(
 
 
 async def test_log_probabilities_joined_are_the_content(real: Server, model_dir: Build) -> None:
-    """Random weights make bytes that are no characters, and such that become some."""
+    """Random weights generate invalid bytes, and bytes which join to characters."""
     await real.load(str(model_dir()))
     for seed in range(6):
         messages = await real.complete("日本", logprobs=3, num_predict=60, seed=seed, top_k=0)
@@ -87,7 +87,7 @@ async def test_a_broken_model_leaves_nothing_and_the_server_works(
 async def test_a_load_that_fails_late_leaves_nothing(
     real: Server, model_dir: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After all weights were read: the traceback held them, for as long as the answer took."""
+    """The traceback once held the weights until the error had been answered."""
     await real.stub.Unload(UNLOAD)
     before = _held()
 
@@ -160,7 +160,7 @@ async def test_a_step_that_raises_is_survived(
 async def test_text_and_tokens_agree_with_the_tokenizer(real: Server, model_dir: Build) -> None:
     await real.load(str(model_dir()))
     for seed in range(4):
-        # Random weights write any bytes at all.
+        # Random weights generate arbitrary bytes.
         messages = await real.complete("naïve 日本", seed=seed, temperature=2.0, num_predict=60)
         ids = [id_ for id_ in tokens(messages) if id_ != 0]
         answer = await real.stub.Detokenize(pb.DetokenizeRequest(token_ids=ids))
@@ -205,7 +205,7 @@ async def test_unload_in_the_middle_of_real_work(real: Server, model_dir: Build)
     await real.load(str(model_dir()), parallel=2)
     calls = [real.start("x" * 50, num_predict=2000, logit_bias={0: -100}) for _ in range(4)]
     await anext(aiter(calls[0]))
-    # One that came after the unload would hear that no model is loaded.
+    # A request arriving after the unload would fail because no model is loaded.
     await eventually(lambda: len(real.app.engine._registry._requests) == 4)
     await real.stub.Unload(UNLOAD)
     for call in calls[1:]:
