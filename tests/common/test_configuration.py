@@ -1,4 +1,4 @@
-"""One view of a configuration, whoever wrote it."""
+"""Configurations of different transformers releases, read into one form."""
 
 from __future__ import annotations
 

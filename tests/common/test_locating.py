@@ -1,4 +1,4 @@
-"""From a model's name to its directory, by the rules of the hub's cache."""
+"""Locating a model's directory by name, by the rules of the hub cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COMMIT, OTHER = "a" * 40, "b" * 40
 
 
 def snapshot(hub: Path, commit: str = COMMIT, *, ref: str | None = "main", name: str = "n") -> Path:
-    """A complete snapshot, and a ref that names it."""
+    """Write a complete snapshot, and a ref to the commit if ``ref`` is given."""
     folder = hub / f"models--org--{name}"
     path = write_model(folder / "snapshots" / commit, {"a": ("F32", (2,))}, {"model_type": "x"})
     (path / "tokenizer.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""Headers of weight files: true ones give the tensors, others an error that names the file."""
+"""Headers of weight files: valid ones yield tensors, others an error naming the file."""
 
 from __future__ import annotations
 

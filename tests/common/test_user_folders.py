@@ -1,4 +1,4 @@
-"""Which folder a user's cached files are kept in, by the environment."""
+"""The user's cache folder, chosen by environment variables."""
 
 from __future__ import annotations
 

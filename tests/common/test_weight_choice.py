@@ -1,4 +1,4 @@
-"""Which files of a directory are the model's weights."""
+"""Choice of the weight files in a model directory."""
 
 from __future__ import annotations
 

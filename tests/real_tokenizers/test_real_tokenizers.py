@@ -1,4 +1,4 @@
-"""Tokenizers of real models, held to the tokenizers library alone and to SentencePiece."""
+"""Tokenizers of real models, compared with the tokenizers library and with SentencePiece."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PLAIN_TEXTS = plain_texts()
 CONFIG = {"model_type": "llama", "eos_token_id": 1}
 
 PREFIXES = {"llama2": [1], "llama3_1": [128_000], "gemma3": [2], "deepseek_v3": [0]}
-"""What a prompt begins with; the other files put nothing before a text."""
+"""Ids put before a prompt; the other tokenizers put none."""
 
 CLASSES = ["GPT2Tokenizer", "LlamaTokenizer", "Qwen2Tokenizer", "GemmaTokenizer"]
 
@@ -43,19 +43,19 @@ def _directory(name: str) -> Path:
 
 @pytest.fixture(scope="module", params=NPM)
 def name(request: pytest.FixtureRequest) -> str:
-    """The name of a tokenizer that has a tokenizer.json."""
+    """The name of a tokenizer with a tokenizer.json."""
     return str(request.param)
 
 
 @pytest.fixture(scope="module")
 def file(name: str) -> Any:
-    """That file, read by the library alone."""
+    """The tokenizer as read by the tokenizers library."""
     return Tokenizer.from_file(str(_directory(name) / "tokenizer.json"))
 
 
 @pytest.fixture(scope="module")
 def codec(name: str) -> FastCodec:
-    """The tokenizer as the runner reads it."""
+    """The tokenizer as read by the runner."""
     return load_codec(_directory(name), CONFIG)[0]
 
 
@@ -89,12 +89,12 @@ def test_the_class_that_is_named_changes_nothing(
 
 
 def test_detokenize_is_the_inverse(name: str, codec: FastCodec) -> None:
-    """Up to what the file's own normalizer changes, which no decoder can know."""
+    """Text is restored up to the changes of the normalizer, which no decoder can undo."""
     changed = {"qwen3": lambda text: unicodedata.normalize("NFC", text)}
     expected: Callable[[str], str] = changed.get(name, lambda text: text)
     for text in PLAIN_TEXTS:
         if name in ("gemma3", "llama2") and "▁" in text:
-            continue  # their letter for a space
+            continue  # stands for a space in these tokenizers
         assert codec.decode(codec.encode(text, as_prompt=False)) == expected(text), text
 
 
@@ -113,7 +113,7 @@ def _stream(codec: FastCodec, prompt: Sequence[int], ids: Sequence[int]) -> str:
 
 
 def _shown(codec: FastCodec, ids: Sequence[int], at: int, whole: str) -> int:
-    """How much of a text is the prompt's: up to three tokens may have begun a character."""
+    """Return the length of the prompt's text; up to 3 tokens may have begun a character."""
     texts = [codec.decode(ids[: max(0, at - begun)]) for begun in range(4)]
     return max(_common(whole, text) for text in texts)
 
