@@ -74,14 +74,16 @@ def _together(model: LoadedModel, rows: list[Row]) -> list[list[int]]:
 
 @pytest.mark.parametrize("spacing", [0, 1, 3])
 @pytest.mark.parametrize("samplings", [[GREEDY] * 8, MIXED], ids=["greedy", "mixed"])
-def test_batched_is_alone(trained: LoadedModel, samplings: list[Sampling], spacing: int) -> None:
+def test_rows_generate_the_same_tokens_batched_as_alone(
+    trained: LoadedModel, samplings: list[Sampling], spacing: int
+) -> None:
     rows = _rows(trained, samplings, 24)
     for i, row in enumerate(rows):
         row.late = i * spacing
     assert _together(trained, rows) == _alone(trained, rows)
 
 
-def test_a_row_that_arrives_at_each_step(trained: LoadedModel) -> None:
+def test_a_row_may_join_at_any_step(trained: LoadedModel) -> None:
     long = trained.codec.encode(PROMPTS[0], as_prompt=True)
     other = trained.codec.encode(PROMPTS[7], as_prompt=True)
     expected = [alone(trained, Row(long, 30)), alone(trained, Row(other, 5))]
@@ -90,7 +92,7 @@ def test_a_row_that_arrives_at_each_step(trained: LoadedModel) -> None:
         assert _together(trained, rows) == expected
 
 
-def test_removing_rows_leaves_the_others_alone(trained: LoadedModel) -> None:
+def test_removing_rows_does_not_change_the_others(trained: LoadedModel) -> None:
     draw = random.Random(2)  # noqa: S311 - chooses rows
     keep = Row(trained.codec.encode(PROMPTS[1], as_prompt=True), 40)
     expected = alone(trained, keep)
@@ -115,7 +117,7 @@ def test_removing_rows_leaves_the_others_alone(trained: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen3", "gemma3", "lfm2", "mamba2"])
-def test_batched_logits_are_those_alone(
+def test_batched_log_probabilities_match_those_alone(
     load: Callable[..., LoadedModel], model_dir: Callable[..., Path], shape: str
 ) -> None:
     """Random weights make near-ties, so log probabilities are compared."""
@@ -132,7 +134,7 @@ def test_batched_logits_are_those_alone(
         assert_alike(row.logprobs, single.logprobs)
 
 
-def test_same_seed_same_text(tiny: LoadedModel) -> None:
+def test_the_same_seed_gives_the_same_text(tiny: LoadedModel) -> None:
     prompt = tiny.codec.encode("seeded", as_prompt=True)
     row = Row(prompt, 25, Sampling(seed=-9, temperature=1.5, top_p=1.0, top_k=0))
     first = alone(tiny, row)
@@ -154,7 +156,9 @@ backend.close()
 """
 
 
-def test_same_seed_same_text_in_another_process_and_in_a_batch(trained: LoadedModel) -> None:
+def test_the_same_seed_gives_the_same_text_in_another_process_and_in_a_batch(
+    trained: LoadedModel,
+) -> None:
     sampling = Sampling(seed=21)
     rows = _rows(trained, [sampling, *MIXED[1:]], 20)
     together = _together(trained, rows)[0]
@@ -170,7 +174,7 @@ def test_same_seed_same_text_in_another_process_and_in_a_batch(trained: LoadedMo
     assert child.stdout.strip() == str(together)
 
 
-def test_temperature_zero_is_mlx_lms_own_greedy(trained: LoadedModel) -> None:
+def test_temperature_zero_matches_greedy_decoding_of_mlx_lm(trained: LoadedModel) -> None:
     from mlx_lm.generate import generate_step
 
     model: Any = trained
@@ -181,7 +185,7 @@ def test_temperature_zero_is_mlx_lms_own_greedy(trained: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("arrive", ["together", "one by one"])
-def test_temperature_zero_is_what_mlx_lms_batches_say(trained: LoadedModel, arrive: str) -> None:
+def test_temperature_zero_matches_batches_of_mlx_lm(trained: LoadedModel, arrive: str) -> None:
     from mlx_lm.generate import BatchGenerator
 
     model: Any = trained
@@ -223,7 +227,7 @@ def _run_with_pauses(batch: Batch, rows: list[Row], aside: dict[int, int]) -> No
     batch.close()
 
 
-def test_a_lone_row_set_aside_at_every_step_goes_on_where_it_was(trained: LoadedModel) -> None:
+def test_a_lone_row_preempted_at_every_step_continues_correctly(trained: LoadedModel) -> None:
     rows = _rows(trained, MIXED, 16)
     for row, ids in zip(rows, _alone(trained, rows), strict=True):
         _run_with_pauses(trained.new_batch(), [row], {0: 0})
@@ -231,9 +235,7 @@ def test_a_lone_row_set_aside_at_every_step_goes_on_where_it_was(trained: Loaded
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
-def test_rows_set_aside_at_every_step_go_on_where_they_were(
-    trained: LoadedModel, steps: int
-) -> None:
+def test_rows_preempted_at_every_step_continue_correctly(trained: LoadedModel, steps: int) -> None:
     rows = _rows(trained, MIXED, 16)
     expected = _alone(trained, rows)
     _run_with_pauses(trained.new_batch(), rows, {0: steps, 3: steps + 1, 4: 0, 6: steps, 7: steps})
@@ -242,7 +244,7 @@ def test_rows_set_aside_at_every_step_go_on_where_they_were(
 
 @pytest.mark.parametrize("shape", ["llama", "gemma3", "lfm2", "mamba2"])
 @pytest.mark.parametrize("among", [1, 5])
-def test_a_row_set_aside_keeps_its_likelihoods(
+def test_a_preempted_row_keeps_its_log_probabilities(
     load: Callable[..., LoadedModel], model_dir: Callable[..., Path], shape: str, among: int
 ) -> None:
     """Covers every kind of cache; windows of 32 tokens have wrapped in some rows only."""
@@ -262,7 +264,7 @@ def test_a_row_set_aside_keeps_its_likelihoods(
 
 
 @pytest.mark.parametrize("others", [0, 2])
-def test_a_row_that_is_removed_while_it_is_set_aside(trained: LoadedModel, others: int) -> None:
+def test_a_preempted_row_can_be_removed(trained: LoadedModel, others: int) -> None:
     keep = _rows(trained, MIXED, 20)[:others]
     expected = _alone(trained, keep)
     batch: Any = trained.new_batch()
@@ -290,7 +292,9 @@ def test_a_row_that_is_removed_while_it_is_set_aside(trained: LoadedModel, other
 
 
 @pytest.mark.parametrize("options", [{}, {"logit_bias": ((7, 50.0),), "repeat_penalty": 1.5}])
-def test_logprobs_are_the_models_own(tiny: LoadedModel, options: dict[str, Any]) -> None:
+def test_log_probabilities_come_from_the_raw_logits(
+    tiny: LoadedModel, options: dict[str, Any]
+) -> None:
     """Log probabilities are the log-softmax of the raw logits, before bias and penalties."""
     prompt = tiny.codec.encode("The quick brown", as_prompt=True)
     row = Row(prompt, 6, Sampling(seed=2, logprobs=20, **options))
@@ -309,7 +313,7 @@ def test_logprobs_are_the_models_own(tiny: LoadedModel, options: dict[str, Any])
         np.testing.assert_allclose(values, -np.sort(-at)[:20], atol=1e-3)
 
 
-def test_the_gateways_penalties_leave_the_prompt_alone(trained: LoadedModel) -> None:
+def test_output_only_penalties_ignore_the_prompt(trained: LoadedModel) -> None:
     """A penalty of 100 equals a bias of -100 on generated tokens only."""
     penalty = replace(GREEDY, presence_penalty=100.0, counts_output_only=True)
     prompt = trained.codec.encode("def main(self):\n    self.", as_prompt=True)
@@ -322,7 +326,7 @@ def test_the_gateways_penalties_leave_the_prompt_alone(trained: LoadedModel) -> 
         assert alone(trained, row) == [id_]
 
 
-def test_a_bias_of_minus_hundred_bans(tiny: LoadedModel) -> None:
+def test_a_bias_of_minus_100_bans_a_token(tiny: LoadedModel) -> None:
     prompt = tiny.codec.encode("The", as_prompt=True)
     free = set(alone(tiny, Row(prompt, 20)))
     banned = replace(GREEDY, logit_bias=tuple((id_, -100.0) for id_ in free))
@@ -331,7 +335,7 @@ def test_a_bias_of_minus_hundred_bans(tiny: LoadedModel) -> None:
     assert alone(tiny, Row(prompt, 5, forced)) == [42] * 5
 
 
-def test_the_outermost_options_do_not_raise(tiny: LoadedModel) -> None:
+def test_extreme_options_do_not_raise(tiny: LoadedModel) -> None:
     vocab = tiny.info.vocab_size
     samplings = [
         Sampling(top_k=vocab, temperature=100.0, top_p=1.0),
@@ -346,7 +350,7 @@ def test_the_outermost_options_do_not_raise(tiny: LoadedModel) -> None:
         assert all(0 <= id_ < vocab for id_ in ids)
 
 
-def test_progress_of_a_long_prompt(tiny: LoadedModel) -> None:
+def test_a_long_prompt_reports_progress(tiny: LoadedModel) -> None:
     prompt = [i % 500 for i in range(700)]
     row = Row(prompt, 2)
     _together(tiny, [row])
@@ -377,7 +381,7 @@ _NEIGHBOURS = [
     ],
     ids=["greedy", "logprobs", "top_k", "top_p", "penalty"],
 )
-def test_in_half_precision_a_row_does_not_depend_on_what_its_neighbours_ask_for(
+def test_half_precision_rows_do_not_depend_on_their_neighbours_options(
     load: Callable[..., LoadedModel], model_dir: Callable[..., Path], sampling: Sampling
 ) -> None:
     """Some options need float32, which would decide near-ties differently."""
@@ -393,7 +397,7 @@ def test_in_half_precision_a_row_does_not_depend_on_what_its_neighbours_ask_for(
 
 @pytest.mark.parametrize("shape", ["llama", "gemma3", "mamba", "mamba2", "lfm2"])
 @pytest.mark.parametrize("lengths", [(40, 40, 40), (40, 33, 25), (40, 3, 39)])
-def test_prompts_evaluated_together_are_those_alone(
+def test_prompts_prefilled_together_match_those_alone(
     load: Callable[..., LoadedModel],
     model_dir: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,

@@ -97,7 +97,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_model_is_refused_in_words(
+def test_a_broken_model_is_refused_with_a_clear_error(
     load: Load, backend: MlxBackend, copy: Path, tiny: LoadedModel, case: str
 ) -> None:
     damage, named = BROKEN[case]
@@ -115,7 +115,7 @@ def test_a_broken_model_is_refused_in_words(
     assert len(alone(tiny, Row([1, 2, 3], 3))) == 3
 
 
-def test_a_tokenizer_that_transformers_would_make_up_is_none(
+def test_a_tokenizer_made_up_by_transformers_is_refused(
     load: Load, model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = Path(shutil.copytree(model_dir("qwen3"), tmp_path / "model"))
@@ -149,7 +149,7 @@ def _own_config(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [_own_architecture, _own_tokenizer, _own_config])
-def test_code_beside_the_model_never_runs(load: Load, copy: Path, damage: Break) -> None:
+def test_code_in_the_model_directory_never_runs(load: Load, copy: Path, damage: Break) -> None:
     (copy / "canary.py").write_text(CANARY)
     damage(copy)
     fault = _fault(load, copy)
@@ -159,7 +159,7 @@ def test_code_beside_the_model_never_runs(load: Load, copy: Path, damage: Break)
     assert damage is _own_tokenizer or fault is not None
 
 
-def test_no_code_wanted_is_no_fault(load: Load, copy: Path) -> None:
+def test_a_null_model_file_setting_is_accepted(load: Load, copy: Path) -> None:
     _config(copy, model_file=None)
     assert _fault(load, copy) is None
 
@@ -184,17 +184,17 @@ NOWHERE = [
 
 
 @pytest.mark.parametrize("model", NOWHERE, ids=range(len(NOWHERE)))
-def test_a_model_that_is_nowhere(load: Load, model: str) -> None:
+def test_a_missing_model_is_reported_as_not_found(load: Load, model: str) -> None:
     fault = _fault(load, model)
     assert isinstance(fault, ModelNotFound), repr(fault)
     assert fault.metadata == {"model": model}
 
 
-def test_a_file_is_no_model(load: Load, copy: Path) -> None:
+def test_a_file_is_not_a_model(load: Load, copy: Path) -> None:
     assert isinstance(_fault(load, copy / "config.json"), ModelNotFound)
 
 
-def test_an_empty_directory_is_no_model(load: Load, tmp_path: Path) -> None:
+def test_an_empty_directory_is_not_a_model(load: Load, tmp_path: Path) -> None:
     fault = _fault(load, tmp_path)
     assert isinstance(fault, ModelUnsupported)
     assert "config.json" in str(fault)

@@ -36,7 +36,7 @@ def _formats(model: LoadedModel) -> dict[str, str]:
 @ON_CPU
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss"])
 @pytest.mark.parametrize("stored", ["bfloat16", "float16"])
-def test_experts_of_16_bits_are_computed_on_a_cpu(
+def test_16_bit_experts_are_held_as_float32_on_a_cpu(
     tmp_path: Path, load: Load, model_type: str, stored: str
 ) -> None:
     path = write_model(tmp_path, scaled(model_type), dtype=stored)
@@ -50,7 +50,7 @@ def test_experts_of_16_bits_are_computed_on_a_cpu(
     assert [len(ids) for ids in together] == [6, 6, 6]
 
 
-def test_float32_needs_no_exception(tmp_path: Path, load: Load) -> None:
+def test_float32_experts_need_no_special_case(tmp_path: Path, load: Load) -> None:
     path = write_model(tmp_path, scaled("qwen3_moe"), dtype="bfloat16")
     model = load(path)
     assert model.info.warnings == ()
@@ -59,7 +59,7 @@ def test_float32_needs_no_exception(tmp_path: Path, load: Load) -> None:
 
 
 @pytest.mark.parametrize("dtype", [Dtype.BFLOAT16, Dtype.FLOAT16])
-def test_what_must_stay_wide_is_not_cast(tmp_path: Path, load: Load, dtype: Dtype) -> None:
+def test_precision_sensitive_weights_are_not_cast(tmp_path: Path, load: Load, dtype: Dtype) -> None:
     """With 8 bits of precision, router biases would select other experts."""
     path = write_model(tmp_path, scaled("glm4_moe"))
     model = load(path, dtype=dtype)
@@ -71,7 +71,7 @@ def test_what_must_stay_wide_is_not_cast(tmp_path: Path, load: Load, dtype: Dtyp
     assert len(alone(model, ROWS[0])) == 6
 
 
-def test_what_must_stay_wide_is_as_it_was_stored(tmp_path: Path, load: Load) -> None:
+def test_precision_sensitive_weights_keep_the_stored_dtype(tmp_path: Path, load: Load) -> None:
     path = write_model(tmp_path, scaled("qwen3_next"), dtype="bfloat16")
     stored = _formats(load(path, dtype=Dtype.AS_STORED))
     cast = _formats(load(path, dtype=Dtype.BFLOAT16))

@@ -48,11 +48,11 @@ def test_decode_is_the_inverse_of_encode(tiny: LoadedModel, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_the_demo_model_too(trained: LoadedModel, text: str) -> None:
+def test_decode_is_the_inverse_of_encode_in_the_demo_model(trained: LoadedModel, text: str) -> None:
     assert trained.codec.decode(trained.codec.encode(text, as_prompt=False)) == text
 
 
-def test_truncation_and_padding_of_the_file_are_off(load: Load, copy: Path) -> None:
+def test_truncation_and_padding_in_the_file_are_ignored(load: Load, copy: Path) -> None:
     truncation = {
         "direction": "Right",
         "max_length": 4,
@@ -101,13 +101,15 @@ def test_a_prompt_begins_with_bos_once(load: Load, copy: Path) -> None:
     assert codec.encode("", as_prompt=True) == [1]
 
 
-def test_every_end_of_text_ends_it(load: Load, copy: Path) -> None:
+def test_every_end_of_text_id_is_known(load: Load, copy: Path) -> None:
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5, 9]}))
     model = load(copy)
     assert {0, 5, 9} <= model.info.eos_token_ids
 
 
-def test_ids_beyond_the_tokenizer_but_in_the_vocabulary(load: Load, model_dir: Build) -> None:
+def test_ids_beyond_the_tokenizer_have_no_text_and_can_be_sampled(
+    load: Load, model_dir: Build
+) -> None:
     model = load(model_dir(vocab_size=640))
     assert model.info.vocab_size == 640
     assert model.codec.decode([600, *model.codec.encode("ok", as_prompt=False), 639]) == "ok"
@@ -115,7 +117,7 @@ def test_ids_beyond_the_tokenizer_but_in_the_vocabulary(load: Load, model_dir: B
     assert alone(model, Row([1], 3, biased)) == [639] * 3
 
 
-def test_many_threads_at_once(tiny: LoadedModel) -> None:
+def test_many_threads_may_use_the_codec_at_once(tiny: LoadedModel) -> None:
     expected = [tiny.codec.encode(text, as_prompt=True) for text in TEXTS]
     wrong: list[object] = []
 
@@ -138,7 +140,9 @@ def test_many_threads_at_once(tiny: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_options_of_rows_mix_in_half_precision(load: Load, model_dir: Build, dtype: str) -> None:
+def test_rows_with_different_options_mix_in_half_precision(
+    load: Load, model_dir: Build, dtype: str
+) -> None:
     from runner_server.engine.types import Dtype
     from support.rows import run_rows
 
@@ -156,7 +160,7 @@ def test_options_of_rows_mix_in_half_precision(load: Load, model_dir: Build, dty
     assert all(entry.logprob <= 0 for row in rows for entry in row.logprobs)
 
 
-def test_other_threads_run_while_a_long_text_is_split_and_joined(trained: LoadedModel) -> None:
+def test_other_threads_run_while_a_long_text_is_encoded_and_decoded(trained: LoadedModel) -> None:
     text = "def read_lines(path):\n    return [line for line in open(path)]\n" * 8000
     ids = trained.codec.encode(text, as_prompt=False)
     works: list[Callable[[], object]] = [

@@ -31,7 +31,7 @@ def olmo_dir(model_dir: Build, tmp_path: Path) -> Path:
     return path
 
 
-def test_a_module_that_ends_the_process_is_refused(
+def test_a_model_whose_module_exits_on_import_is_refused(
     load: Load, olmo_dir: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for _ in range(2):
@@ -40,7 +40,7 @@ def test_a_module_that_ends_the_process_is_refused(
     assert capfd.readouterr().out == ""
 
 
-def test_an_estimate_of_it_is_an_answer(olmo_dir: Path) -> None:
+def test_an_estimate_for_such_a_model_reports_the_refusal(olmo_dir: Path) -> None:
     request = json.dumps(asdict(NeedRequest(str(olmo_dir))))
     done = subprocess.run(
         [sys.executable, "-m", "runner_server.mlx_backend.estimating", request],

@@ -65,7 +65,7 @@ def answer(model: LoadedModel, prompt: list[int] = PROMPT) -> list[TokenLogprob]
 
 @pytest.mark.parametrize("kind", ROPES)
 @pytest.mark.parametrize("type_", ["llama", "mistral", "qwen3"])
-def test_rope_parameters_mean_what_the_older_names_mean(
+def test_rope_parameters_have_the_same_effect_as_the_older_names(
     load: Load, model_dir: Build, tmp_path: Path, type_: str, kind: str
 ) -> None:
     source, rope = model_dir("qwen3" if type_ == "qwen3" else "llama"), ROPES[kind]
@@ -92,7 +92,7 @@ def test_rope_parameters_mean_what_the_older_names_mean(
         ({"query_pre_attn_scalar": 17}, "query_pre_attn_scalar"),
     ],
 )
-def test_a_setting_that_would_go_unused_is_refused_by_name(
+def test_an_unsupported_setting_is_refused_by_name(
     load: Load, model_dir: Build, tmp_path: Path, settings: dict[str, Any], named: str
 ) -> None:
     path = changed(model_dir(), tmp_path / "m", **settings)
@@ -117,13 +117,15 @@ def test_a_setting_that_would_go_unused_is_refused_by_name(
         {"attention_dropout": 0.1, "initializer_range": 0.02, "pretraining_tp": 1},
     ],
 )
-def test_a_neutral_value_is_not_mentioned(
+def test_a_neutral_value_causes_no_warning(
     load: Load, model_dir: Build, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     assert load(changed(model_dir(), tmp_path / "m", **settings)).info.warnings == ()
 
 
-def test_an_ignored_window_bounds_the_context(load: Load, model_dir: Build, tmp_path: Path) -> None:
+def test_an_unsupported_window_limits_the_context(
+    load: Load, model_dir: Build, tmp_path: Path
+) -> None:
     path = changed(model_dir(), tmp_path / "m", model_type="mistral", sliding_window=64)
     info = load(path).info
     assert info.context_length == 64
@@ -139,7 +141,7 @@ def test_an_ignored_window_bounds_the_context(load: Load, model_dir: Build, tmp_
     assert any("more than 64 tokens" in warning for warning in longer.warnings)
 
 
-def test_windows_of_named_layers_are_used(load: Load, model_dir: Build, tmp_path: Path) -> None:
+def test_windows_of_listed_layers_are_used(load: Load, model_dir: Build, tmp_path: Path) -> None:
     kinds = ["full_attention", "sliding_attention"]
     path = changed(model_dir(), tmp_path / "m", layer_types=kinds, sliding_window=16)
     model = load(path)
@@ -147,7 +149,7 @@ def test_windows_of_named_layers_are_used(load: Load, model_dir: Build, tmp_path
 
 
 @pytest.mark.parametrize("said", [True, None])
-def test_an_output_layer_of_its_own_is_used(
+def test_a_separate_output_layer_is_used(
     load: Load, model_dir: Build, tmp_path: Path, said: bool | None
 ) -> None:
     right = load(model_dir(tie_word_embeddings=False))
@@ -173,7 +175,7 @@ def add_tensor(path: Path, name: str, dtype: Any = None) -> None:
         "lm_head.weight",
     ],
 )
-def test_a_tensor_that_is_of_no_use_may_be_dropped(
+def test_a_redundant_tensor_may_be_dropped(
     load: Load, model_dir: Build, tmp_path: Path, name: str
 ) -> None:
     path = changed(model_dir(), tmp_path / "m")
@@ -187,7 +189,7 @@ def test_a_tensor_that_is_of_no_use_may_be_dropped(
     assert load(path).info.warnings == ()
 
 
-def test_a_tensor_that_mlx_lm_drops_is_named(load: Load, tmp_path: Path) -> None:
+def test_a_tensor_dropped_by_mlx_lm_is_refused_by_name(load: Load, tmp_path: Path) -> None:
     from tools.memory.catalog import CONFIGS
     from tools.memory.models import write_model
 
@@ -202,7 +204,7 @@ def test_a_tensor_that_mlx_lm_drops_is_named(load: Load, tmp_path: Path) -> None
     ("type_", "named"),
     [("jamba", "normalizes the scores"), ("qwen2_moe", "norm_topk_prob"), ("gemma2", None)],
 )
-def test_what_mlx_lm_is_known_to_compute_otherwise_is_refused(
+def test_a_type_computed_differently_by_mlx_lm_is_refused(
     load: Load, tmp_path: Path, type_: str, named: str | None
 ) -> None:
     from tools.memory.catalog import CONFIGS
@@ -218,7 +220,7 @@ def test_what_mlx_lm_is_known_to_compute_otherwise_is_refused(
 
 
 @pytest.mark.parametrize(("named", "computed"), [("gelu", "gelu_pytorch_tanh")])
-def test_the_named_kind_of_gelu_is_computed(
+def test_the_configured_kind_of_gelu_is_computed(
     load: Load, tmp_path: Path, named: str, computed: str
 ) -> None:
     from tools.memory.catalog import CONFIGS
@@ -233,7 +235,7 @@ def test_the_named_kind_of_gelu_is_computed(
     assert answers[named] != answers[computed]
 
 
-def test_small_floats_that_would_be_read_as_integers_are_refused(
+def test_8_bit_floats_that_would_be_read_as_integers_are_refused(
     load: Load, model_dir: Build, tmp_path: Path
 ) -> None:
     path = changed(model_dir(), tmp_path / "m")
@@ -283,7 +285,7 @@ def rope_of(model: LoadedModel) -> Any:
     return inner._model.model.layers[0].self_attn.rope
 
 
-def test_short_sequences_take_the_short_factors(
+def test_short_contexts_use_the_short_rope_factors(
     load: Load, model_dir: Build, tmp_path: Path
 ) -> None:
     path = changed(model_dir(), tmp_path / "m", rope_scaling=LONG, max_position_embeddings=256)
@@ -320,7 +322,7 @@ def yarn_frequencies(scaling: Mapping[str, Any], base: float, dims: int) -> list
 
 @pytest.mark.parametrize("truncate", [True, False, None])
 @pytest.mark.parametrize("attention_factor", [1.3, None])
-def test_yarn_takes_all_of_its_settings(
+def test_yarn_uses_all_of_its_settings(
     load: Load, model_dir: Build, tmp_path: Path, truncate: bool | None, attention_factor: float
 ) -> None:
     scaling = {**ROPES["yarn"], "original_max_position_embeddings": 256, "truncate": truncate}
@@ -332,7 +334,7 @@ def test_yarn_takes_all_of_its_settings(
     assert found.mscale == pytest.approx(attention_factor or 0.1 * math.log(4) + 1)
 
 
-def test_nothing_is_corrected_without_scaling(load: Load, model_dir: Build) -> None:
+def test_rope_is_unchanged_without_scaling(load: Load, model_dir: Build) -> None:
     model: Any = load(model_dir())
     settle_rope(model._model, {"rope_scaling": None, "head_dim": 16}, frozenset(), 100)
     assert (rope_of(model).dims, rope_of(model).scale) == (16, 1.0)
@@ -357,7 +359,7 @@ SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_wind
         ),
     ],
 )
-def test_parameters_for_a_kind_of_attention_are_used_or_named(
+def test_rope_parameters_per_attention_kind_are_used_or_refused_by_name(
     load: Load,
     model_dir: Build,
     tmp_path: Path,
@@ -380,7 +382,7 @@ def test_parameters_for_a_kind_of_attention_are_used_or_named(
         ({"layer_types": SLIDING["layer_types"]}, "config.json has no sliding_window"),
     ],
 )
-def test_kinds_of_layers_that_a_class_has_not_are_named(
+def test_layer_kinds_unknown_to_a_class_are_refused_by_name(
     load: Load, model_dir: Build, tmp_path: Path, settings: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(ModelUnsupported, match=named):
@@ -388,7 +390,7 @@ def test_kinds_of_layers_that_a_class_has_not_are_named(
 
 
 @pytest.mark.parametrize(("first", "longest"), [(0, 64), (1, 64), (2, 2048), (None, 2048)])
-def test_windows_begin_at_a_layer(
+def test_sliding_windows_begin_at_max_window_layers(
     load: Load, model_dir: Build, tmp_path: Path, first: int | None, longest: int
 ) -> None:
     settings = {"use_sliding_window": True, "sliding_window": 64}
@@ -399,7 +401,7 @@ def test_windows_begin_at_a_layer(
 
 
 @pytest.mark.parametrize("dtype", ["int64", "int8", "uint8", "uint32", "bool_"])
-def test_weights_that_are_whole_numbers_are_refused(
+def test_integer_weights_without_scales_are_refused(
     load: Load, model_dir: Build, tmp_path: Path, dtype: str
 ) -> None:
     path = changed(model_dir(), tmp_path / "m")
@@ -412,7 +414,9 @@ def test_weights_that_are_whole_numbers_are_refused(
         load(path)
 
 
-def test_a_multiplier_that_is_a_text_is_named(load: Load, model_dir: Build, tmp_path: Path) -> None:
+def test_a_multiplier_given_as_text_is_refused_by_name(
+    load: Load, model_dir: Build, tmp_path: Path
+) -> None:
     path = changed(model_dir(), tmp_path / "m", attention_multiplier="0.25")
     with pytest.raises(ModelUnsupported, match=r"attention_multiplier = '0.25'"):
         load(path)
@@ -421,7 +425,7 @@ def test_a_multiplier_that_is_a_text_is_named(load: Load, model_dir: Build, tmp_
 @pytest.mark.parametrize(
     "type_", ["qwen3_5", "granitemoehybrid", "olmo_hybrid", "lfm2", "gpt_neox"]
 )
-def test_types_that_know_only_the_newer_name_obey_the_older_ones(
+def test_types_with_only_the_newer_rope_name_follow_the_older_ones(
     load: Load, tmp_path: Path, type_: str
 ) -> None:
     from tools.memory.catalog import CONFIGS
@@ -451,7 +455,7 @@ def test_types_that_know_only_the_newer_name_obey_the_older_ones(
         ("olmo_hybrid", ROPES["llama3"]),
     ],
 )
-def test_scaling_that_a_class_does_not_compute_is_refused(
+def test_rope_scaling_unsupported_by_a_class_is_refused(
     load: Load, tmp_path: Path, type_: str, rope: dict[str, Any]
 ) -> None:
     from tools.memory.catalog import CONFIGS
@@ -462,7 +466,7 @@ def test_scaling_that_a_class_does_not_compute_is_refused(
         load(path)
 
 
-def test_a_type_that_has_parameters_by_kind_is_refused_without_kinds(
+def test_a_type_with_rope_parameters_per_kind_is_refused_without_kinds(
     load: Load, tmp_path: Path
 ) -> None:
     from tools.memory.catalog import CONFIGS
@@ -478,7 +482,7 @@ def test_a_type_that_has_parameters_by_kind_is_refused_without_kinds(
 
 
 @pytest.mark.parametrize("type_", ["cohere2", "gemma3_text"])
-def test_kinds_of_layers_that_do_not_repeat_are_refused_where_a_class_counts(
+def test_irregular_layer_kinds_are_refused_where_a_class_assumes_a_period(
     load: Load, tmp_path: Path, type_: str
 ) -> None:
     from tools.memory.catalog import CONFIGS
@@ -493,7 +497,9 @@ def test_kinds_of_layers_that_do_not_repeat_are_refused_where_a_class_counts(
         load(odd)
 
 
-def test_a_share_of_the_head_is_used_or_named(load: Load, tmp_path: Path) -> None:
+def test_an_unsupported_partial_rotary_factor_is_refused_by_name(
+    load: Load, tmp_path: Path
+) -> None:
     from tools.memory.catalog import CONFIGS
     from tools.memory.models import write_model
 
@@ -509,7 +515,7 @@ def test_a_share_of_the_head_is_used_or_named(load: Load, tmp_path: Path) -> Non
         ("nemotron", {"hidden_act": "relu2"}, None),
     ],
 )
-def test_a_function_that_a_class_has_not_is_named(
+def test_an_activation_unknown_to_a_class_is_refused_by_name(
     load: Load, tmp_path: Path, type_: str, settings: dict[str, Any], named: str | None
 ) -> None:
     from tools.memory.catalog import CONFIGS
@@ -523,7 +529,9 @@ def test_a_function_that_a_class_has_not_is_named(
         load(path)
 
 
-def test_a_setting_that_would_end_the_process_is_never_allowed(load: Load, tmp_path: Path) -> None:
+def test_a_setting_that_would_crash_the_process_is_never_allowed(
+    load: Load, tmp_path: Path
+) -> None:
     from tools.memory.catalog import CONFIGS
     from tools.memory.models import write_model
 
@@ -533,7 +541,7 @@ def test_a_setting_that_would_end_the_process_is_never_allowed(load: Load, tmp_p
 
 
 @pytest.mark.parametrize("type_", ["laguna", "mellum", "spark2_5", "glm4", "gemma4_text", "phi"])
-def test_rotary_embeddings_of_a_class_that_takes_their_share_are_left(
+def test_rotary_embeddings_with_a_share_set_by_the_class_are_unchanged(
     load: Load, tmp_path: Path, type_: str
 ) -> None:
     """Sliding layers of these types rotate whole heads, or a different share."""

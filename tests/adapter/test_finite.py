@@ -92,15 +92,13 @@ def _run(batch: Batch, rows: Sequence[Row]) -> list[int]:
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
-def test_a_row_whose_logits_are_no_numbers_is_told_of(
-    poisoned: LoadedModel, sampling: Sampling
-) -> None:
+def test_a_row_with_nan_logits_is_reported(poisoned: LoadedModel, sampling: Sampling) -> None:
     row = Row([1, 2, POISON, 3], 8, sampling)
     assert _run(poisoned.new_batch(), [row]) == [0]
     assert row.ids == []
 
 
-def test_neighbours_do_not_notice(poisoned: LoadedModel) -> None:
+def test_neighbours_of_a_broken_row_are_unaffected(poisoned: LoadedModel) -> None:
     """Results are equal bit by bit, since the broken row leaves like a row of one token."""
     likely = replace(GREEDY, logprobs=5)
 
@@ -113,7 +111,7 @@ def test_neighbours_do_not_notice(poisoned: LoadedModel) -> None:
     assert [(row.ids, row.logprobs) for row in broken] == [(row.ids, row.logprobs) for row in sound]
 
 
-def test_a_token_that_was_generated_breaks_the_next_one(poisoned: LoadedModel) -> None:
+def test_a_generated_token_can_break_the_next_step(poisoned: LoadedModel) -> None:
     forced = replace(GREEDY, logit_bias=((POISON, 1000.0),))
     row = Row([1, 2, 3], 8, forced)
     assert _run(poisoned.new_batch(), [row, Row([3, 2, 1], 8)]) == [0]
@@ -121,7 +119,7 @@ def test_a_token_that_was_generated_breaks_the_next_one(poisoned: LoadedModel) -
 
 
 @pytest.mark.parametrize("shape", ["llama", "gemma3", "mamba2"])
-def test_nothing_that_a_broken_row_evaluated_is_kept(
+def test_the_prefix_cache_keeps_nothing_from_a_broken_row(
     load: Load, model_dir: Build, tmp_path: Path, shape: str
 ) -> None:
     sound = model_dir(shape, tie_word_embeddings=False)
@@ -136,7 +134,7 @@ def test_nothing_that_a_broken_row_evaluated_is_kept(
     assert model._prompts.match([*BEGINNING, 9]).common == len(BEGINNING)
 
 
-def test_a_row_that_ends_before_it_is_seen_to_be_broken_leaves_nothing(
+def test_a_row_that_ends_before_its_failure_is_seen_leaves_nothing(
     poisoned: LoadedModel,
 ) -> None:
     """The keys of the last token are computed before its successor is known to be invalid."""
@@ -149,7 +147,7 @@ def test_a_row_that_ends_before_it_is_seen_to_be_broken_leaves_nothing(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("place", [0, 7, 1999])
-def test_what_counts_as_numbers(dtype: str, place: int) -> None:
+def test_are_finite_rejects_nan_and_infinity_but_not_banned_tokens(dtype: str, place: int) -> None:
     def row(value: float) -> list[float]:
         return [*[200.0] * place, value, *[200.0] * (1999 - place)]
 
@@ -172,7 +170,7 @@ def _bar_all(weights: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_row_of_which_all_tokens_are_barred_is_told_of(
+def test_a_row_with_every_token_banned_is_reported(
     load: Load, model_dir: Build, tmp_path: Path, dtype: str
 ) -> None:
     sound = model_dir(tie_word_embeddings=False, dtype=dtype)
@@ -192,7 +190,7 @@ async def server(socket_dir: Path) -> AsyncIterator[Server]:
         yield Server(app, backend, channel, ready)
 
 
-async def test_the_caller_is_told_why(server: Server, poisoned_dir: Path) -> None:
+async def test_the_caller_gets_the_reason(server: Server, poisoned_dir: Path) -> None:
     await server.load(str(poisoned_dir))
     # Neither the end of text nor the broken token is sampled.
     beside = server.start(num_predict=30, logit_bias={0: -100.0, POISON: -100.0})
@@ -210,7 +208,7 @@ async def test_the_caller_is_told_why(server: Server, poisoned_dir: Path) -> Non
     assert status.running_count == status.queued_count == 0
 
 
-def test_a_broken_weight_is_named_at_the_load(load: Load, model_dir: Build, tmp_path: Path) -> None:
+def test_a_non_finite_weight_is_named_at_load(load: Load, model_dir: Build, tmp_path: Path) -> None:
     path = Path(shutil.copytree(model_dir(), tmp_path / "m"))
 
     def change(weights: dict[str, Any]) -> None:
@@ -220,7 +218,7 @@ def test_a_broken_weight_is_named_at_the_load(load: Load, model_dir: Build, tmp_
         load(_changed(path, change))
 
 
-def test_an_overflow_of_float16_is_refused_and_another_format_works(
+def test_a_float16_overflow_is_refused_and_other_dtypes_work(
     load: Load, model_dir: Build, tmp_path: Path
 ) -> None:
     path = Path(shutil.copytree(model_dir(), tmp_path / "m"))

@@ -39,11 +39,11 @@ def test_a_chain_holds_two_arrays_at_a_time() -> None:
     assert transient_bytes(chain, [square()]) == 2 * MIB
 
 
-def test_an_elementwise_result_takes_the_place_of_its_input() -> None:
+def test_an_elementwise_result_reuses_the_buffer_of_its_input() -> None:
     assert transient_bytes(lambda x: [mx.sum(mx.exp(mx.abs(x @ x)))], [square()]) == MIB
 
 
-def test_what_is_needed_later_stays() -> None:
+def test_an_array_needed_later_is_held() -> None:
     def residual(x: Any) -> list[Any]:
         y = x @ x
         return [mx.sum(y + (y @ x) @ x)]
@@ -51,7 +51,7 @@ def test_what_is_needed_later_stays() -> None:
     assert transient_bytes(residual, [square()]) == 3 * MIB
 
 
-def test_views_take_nothing_and_copies_do() -> None:
+def test_views_take_no_memory_and_copies_do() -> None:
     def views(x: Any) -> list[Any]:
         return [mx.sum(x[:256].T.reshape(2, -1, 128)) + mx.sum(x[None].squeeze(0))]
 
@@ -59,7 +59,7 @@ def test_views_take_nothing_and_copies_do() -> None:
     assert transient_bytes(views, [square()]) == pytest.approx(MIB // 2, abs=64)
 
 
-def test_results_are_not_counted_nor_what_is_written_into_inputs() -> None:
+def test_results_and_writes_into_inputs_are_not_counted() -> None:
     def update(x: Any, row: Any) -> list[Any]:
         x[3:4] = row
         return [x, x @ x]
@@ -67,7 +67,7 @@ def test_results_are_not_counted_nor_what_is_written_into_inputs() -> None:
     assert transient_bytes(update, [square(), mx.zeros((1, 512))]) == 0
 
 
-def test_nothing_is_evaluated() -> None:
+def test_tracing_evaluates_nothing() -> None:
     before = mx.get_active_memory()
     assert transient_bytes(lambda x: [x @ x], [mx.zeros((20_000, 20_000))]) == 0
     assert mx.get_active_memory() - before < MIB
@@ -90,7 +90,7 @@ def measured_prefill(model: Any, tokens: int, limit: int) -> int:
 
 
 @pytest.mark.parametrize("shape", WIDE)
-def test_a_prefill_takes_what_was_traced(model_dir: Build, shape: str) -> None:
+def test_a_prefill_takes_about_the_traced_memory(model_dir: Build, shape: str) -> None:
     model: Any = load_model(model_dir(shape, **WIDE[shape]))[0]
     mx.eval(model.parameters())
     traced = prefill_bytes(model, 384, 384)
@@ -115,12 +115,12 @@ def test_tracing_a_model_reads_nothing_and_changes_nothing(model_dir: Build, sha
     assert bool(mx.all(mx.isfinite(logits)).item())
 
 
-def test_a_longer_context_takes_more(model_dir: Build) -> None:
+def test_a_longer_context_takes_more_memory(model_dir: Build) -> None:
     model: Any = load_model(model_dir(), lazy=True)[0]
     assert prefill_bytes(model, 128, 2048) > 2 * prefill_bytes(model, 128, 512)
 
 
-def test_rows_that_draw_from_a_large_vocabulary_do_so_one_after_the_other(
+def test_rows_sample_one_by_one_from_a_large_vocabulary(
     model_dir: Build,
 ) -> None:
     model: Any = load_model(model_dir("qwen3", vocab_size=151_936), lazy=True)[0]

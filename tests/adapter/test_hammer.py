@@ -53,7 +53,7 @@ class Disk:
 
 
 @pytest.mark.timeout(1800 if IS_WHOLE else 180)
-def test_failing_reads_leave_nothing_inside_mlx(
+def test_failing_reads_leave_no_active_tasks_in_mlx(
     backend: MlxBackend, load: Load, model_dir: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = model_dir(num_hidden_layers=1)

@@ -142,7 +142,7 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("case", CODE)
-def test_nothing_that_comes_with_a_model_runs(
+def test_code_in_a_model_directory_never_runs(
     load: Load, copy: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     (copy / "canary.py").write_text(CANARY)
@@ -197,7 +197,7 @@ READ_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "model.s
 
 @pytest.mark.parametrize("name", READ_FILES)
 @pytest.mark.parametrize("kind", ODD_FILES)
-def test_files_that_are_none(load: Load, copy: Path, name: str, kind: str) -> None:
+def test_special_files_are_refused(load: Load, copy: Path, name: str, kind: str) -> None:
     """Reading such files would never end, or exhaust memory."""
     (copy / name).unlink()
     ODD_FILES[kind](copy / name)
@@ -210,14 +210,14 @@ def test_files_that_are_none(load: Load, copy: Path, name: str, kind: str) -> No
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "generation_config.json", "merges.txt"])
-def test_files_that_are_none_among_the_others(load: Load, copy: Path, name: str) -> None:
+def test_special_files_among_optional_files_are_refused(load: Load, copy: Path, name: str) -> None:
     os.mkfifo(copy / name)
     fault = _fault(load, copy)
     assert isinstance(fault, ModelUnsupported)
     assert name in str(fault)
 
 
-def test_a_template_that_is_none_in_the_directory_of_templates(load: Load, copy: Path) -> None:
+def test_a_special_file_among_the_chat_templates_is_refused(load: Load, copy: Path) -> None:
     folder = copy / "additional_chat_templates"
     folder.mkdir()
     os.mkfifo(folder / "tool.jinja")
@@ -240,7 +240,7 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("with_transformers", [False, True])
 @pytest.mark.parametrize("case", TEMPLATES)
-def test_chat_templates_are_never_looked_at(
+def test_chat_templates_are_never_compiled(
     load: Load, copy: Path, monkeypatch: pytest.MonkeyPatch, case: str, with_transformers: bool
 ) -> None:
     jinja2 = pytest.importorskip("jinja2", reason="jinja2 is not installed")
@@ -295,7 +295,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-async def test_a_tokenizer_that_fails_is_refused_and_the_process_lives(
+async def test_a_failing_tokenizer_is_refused_and_the_process_survives(
     real: Server, copy: Path, model_dir: Build, case: str
 ) -> None:
     """A Rust panic is not an ``Exception`` in Python: uncaught, one would end the engine thread."""
@@ -308,9 +308,7 @@ async def test_a_tokenizer_that_fails_is_refused_and_the_process_lives(
 
 
 @pytest.mark.parametrize("regex", ["(a+)+$", "(a|aa)+$", "(x+x+)+y"])
-async def test_a_regex_that_takes_exponential_time_gives_up(
-    real: Server, copy: Path, regex: str
-) -> None:
+async def test_a_regex_with_exponential_time_gives_up(real: Server, copy: Path, regex: str) -> None:
     """Oniguruma limits retries and then panics, which must become an ordinary error."""
     _edit(copy / "tokenizer.json", **_split_by(regex))
     await real.load(str(copy))
@@ -326,7 +324,7 @@ async def test_a_regex_that_takes_exponential_time_gives_up(
     assert await real.text("b", num_predict=3, logit_bias={0: -100})
 
 
-async def test_ids_that_a_tokenizer_makes_up(real: Server, copy: Path) -> None:
+async def test_a_tokenizer_with_out_of_range_ids_is_refused(real: Server, copy: Path) -> None:
     """A template may put any number before a text, even one outside the protocol's id range."""
     special = {"id": "A", "ids": [2**32 - 1], "tokens": ["<eos>"]}
     single = [{"SpecialToken": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]

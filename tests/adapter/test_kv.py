@@ -52,7 +52,7 @@ def test_the_estimate_covers_the_real_cache(
     assert seen.kv_bytes(context) * rows <= most + rows * seen.kv_bytes(256)
 
 
-def test_a_row_that_ends_gives_its_cache_back(load: Load, model_dir: Build) -> None:
+def test_removing_a_row_frees_its_cache(load: Load, model_dir: Build) -> None:
     model = load(model_dir(), parallel=8, prefix_cache_bytes=0)
     batch: Any = model.new_batch()
     mx.clear_cache()
@@ -73,7 +73,7 @@ def test_a_row_that_ends_gives_its_cache_back(load: Load, model_dir: Build) -> N
     assert mx.get_active_memory() <= before + 64 * 1024
 
 
-def test_a_row_removed_while_its_prompt_is_evaluated(load: Load, model_dir: Build) -> None:
+def test_removing_a_row_during_prefill_frees_its_cache(load: Load, model_dir: Build) -> None:
     model = load(model_dir(), parallel=8, prefix_cache_bytes=0)
     batch: Any = model.new_batch()
     before = mx.get_active_memory()
@@ -91,7 +91,7 @@ def test_a_row_removed_while_its_prompt_is_evaluated(load: Load, model_dir: Buil
     assert mx.get_active_memory() <= before + 64 * 1024
 
 
-def test_caches_that_a_type_brings_along_are_seen_to_grow(tmp_path: Path) -> None:
+def test_the_estimate_covers_caches_defined_by_a_model_type(tmp_path: Path) -> None:
     """Caches of deepseek_v41 have neither keys nor a fixed size; once counted as one token."""
     path = write_model(tmp_path, scaled("deepseek_v41"))
     model, _ = load_model(path)

@@ -73,7 +73,7 @@ print(mlx_lm.generate(model, tokenizer, "hello", max_tokens=3) is not None)
 """
 
 
-def test_all_of_mlx_lm_is_there_for_whoever_asks(model_dir: Build) -> None:
+def test_the_rest_of_mlx_lm_remains_importable(model_dir: Build) -> None:
     assert _python(_AFTERWARDS, str(model_dir())) == "True\n"
 
 
@@ -84,7 +84,7 @@ print(names.load_model is mlx_lm.utils.load_model)
 """
 
 
-def test_mlx_lm_may_be_imported_before() -> None:
+def test_mlx_lm_may_be_imported_first() -> None:
     assert _python(_BEFORE) == "True\n"
 
 
@@ -99,11 +99,11 @@ print("transformers" in sys.modules, names.load_model is mlx_lm.utils.load_model
 """
 
 
-def test_a_release_that_takes_other_names_is_imported_whole() -> None:
+def test_a_release_that_needs_other_names_is_imported_whole() -> None:
     assert _python(_OTHER_RELEASE) == "True True\n"
 
 
-def test_what_is_not_mlx_lm_is_an_import_error() -> None:
+def test_a_missing_module_raises_an_import_error() -> None:
     code = """
 from runner_server.mlx_backend.upstream.lean_import import import_lean
 try:
@@ -114,7 +114,7 @@ except ModuleNotFoundError as error:
     assert _python(code) == "mlx_lm.no_such_module\n"
 
 
-def test_mlx_lm_uses_the_deferred_names_as_is_assumed() -> None:
+def test_mlx_lm_uses_the_deferred_names_as_assumed() -> None:
     """A shell suffices because the class occurs in annotations only, the functions in calls."""
     spec = importlib.util.find_spec("mlx_lm")
     assert spec

@@ -41,7 +41,9 @@ ON_CPU = pytest.mark.skipif(
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("dtype", [Dtype.AUTO, Dtype.AS_STORED])
-def test_kinds_of_models(load: Load, model_dir: Build, kind: dict[str, Any], dtype: Dtype) -> None:
+def test_every_kind_of_model_loads_and_generates(
+    load: Load, model_dir: Build, kind: dict[str, Any], dtype: Dtype
+) -> None:
     path = model_dir(**kind)
     model = load(path, dtype=dtype, parallel=2)
     info = model.info
@@ -62,7 +64,9 @@ def test_auto_on_a_cpu_is_float32(load: Load, model_dir: Build, kind: dict[str, 
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_as_stored_keeps_the_format(load: Load, model_dir: Build, kind: dict[str, Any]) -> None:
+def test_as_stored_keeps_the_stored_dtype(
+    load: Load, model_dir: Build, kind: dict[str, Any]
+) -> None:
     info = load(model_dir(**kind), dtype=Dtype.AS_STORED).info
     assert info.dtype == kind.get("dtype", "float32")
     assert info.quantization_bits == kind.get("quantize_bits", 0)
@@ -70,7 +74,7 @@ def test_as_stored_keeps_the_format(load: Load, model_dir: Build, kind: dict[str
 
 @pytest.mark.parametrize("dtype", [Dtype.FLOAT32, Dtype.BFLOAT16, Dtype.FLOAT16])
 @pytest.mark.parametrize("kind", [{}, {"quantize_bits": 4, "dtype": "bfloat16"}], ids=str)
-def test_a_format_that_is_asked_for(
+def test_a_requested_dtype_is_used(
     load: Load, model_dir: Build, dtype: Dtype, kind: dict[str, Any]
 ) -> None:
     info = load(model_dir(**kind), dtype=dtype).info
@@ -94,7 +98,7 @@ def test_auto_is_refused_where_float32_does_not_fit(load: Load, model_dir: Build
         load(path, context_length=16, parallel=1, memory_limit_bytes=limit)
 
 
-def test_auto_or_stored_keeps_the_stored_format_where_float32_does_not_fit(
+def test_auto_or_stored_keeps_the_stored_dtype_where_float32_does_not_fit(
     load: Load, model_dir: Build
 ) -> None:
     path = model_dir(quantize_bits=4, dtype="bfloat16")
@@ -114,7 +118,7 @@ def _required(load: Load, path: Path, **spec: Any) -> int:
 
 
 @pytest.mark.parametrize("bits", [3, 4, 5, 6, 8])
-def test_the_size_of_dequantized_weights_is_known_before(
+def test_the_size_of_dequantized_weights_is_planned_exactly(
     load: Load, model_dir: Build, bits: int
 ) -> None:
     path = model_dir(quantize_bits=bits, dtype="float32")
@@ -124,7 +128,7 @@ def test_the_size_of_dequantized_weights_is_known_before(
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_weight_bytes_are_what_mlx_holds(
+def test_weight_bytes_match_the_memory_held_by_mlx(
     backend: MlxBackend, load: Load, model_dir: Build, kind: dict[str, Any]
 ) -> None:
     path = model_dir(**kind)
@@ -140,7 +144,9 @@ def test_weight_bytes_are_what_mlx_holds(
     assert mx.get_cache_memory() == 0
 
 
-def test_insufficient_memory_tells_both_numbers(load: Load, model_dir: Build) -> None:
+def test_insufficient_memory_reports_required_and_available_bytes(
+    load: Load, model_dir: Build
+) -> None:
     gc.collect()
     before = mx.get_active_memory()
     with pytest.raises(InsufficientMemory) as caught:
@@ -167,7 +173,7 @@ def test_one_sequence_of_the_whole_context_must_fit(load: Load, model_dir: Build
     assert 256 * kv_per_token <= limited.kv_budget_bytes <= 5 * 256 * kv_per_token
 
 
-def test_what_the_model_may_take_adds_up_to_the_limit(load: Load, model_dir: Build) -> None:
+def test_the_parts_of_the_plan_add_up_to_the_limit(load: Load, model_dir: Build) -> None:
     path = model_dir()
     options: dict[str, Any] = {"context_length": 256, "parallel": 4}
     one = 256 * 2 * 2 * 2 * 16 * 4
@@ -183,19 +189,19 @@ def test_what_the_model_may_take_adds_up_to_the_limit(load: Load, model_dir: Bui
         load(path, **options, memory_limit_bytes=ample.limit_bytes, prefix_cache_bytes=6 * one)
 
 
-def test_a_context_beyond_the_models_own_is_refused(load: Load, model_dir: Build) -> None:
+def test_a_context_beyond_the_models_maximum_is_refused(load: Load, model_dir: Build) -> None:
     with pytest.raises(InvalidField) as caught:
         load(model_dir(), context_length=2049)
     assert caught.value.violations[0][0] == "context_length"
     assert load(model_dir(), context_length=2048).info.context_length == 2048
 
 
-def test_a_long_model_gets_a_modest_context(load: Load, model_dir: Build) -> None:
+def test_a_long_context_model_gets_a_modest_default(load: Load, model_dir: Build) -> None:
     info = load(model_dir(max_position_embeddings=100_000)).info
     assert (info.context_length, info.max_context_length) == (4096, 100_000)
 
 
-def test_progress_rises_from_nothing_to_all(backend: MlxBackend, model_dir: Build) -> None:
+def test_progress_rises_to_100(backend: MlxBackend, model_dir: Build) -> None:
     seen: list[int] = []
     backend.load(LoadSpec(str(model_dir("qwen3"))), seen.append)
     assert seen == sorted(seen)
@@ -204,7 +210,7 @@ def test_progress_rises_from_nothing_to_all(backend: MlxBackend, model_dir: Buil
 
 
 @pytest.mark.parametrize("at", [0, 5, 50])
-def test_a_load_ended_by_its_report_frees_what_it_read(
+def test_a_load_aborted_by_its_progress_report_frees_its_memory(
     backend: MlxBackend, model_dir: Build, at: int
 ) -> None:
     class StoppedError(Exception):
@@ -234,7 +240,7 @@ def _hub(cache: Path, name: str, model: Path) -> None:
     (folder / "refs/main").write_text(commit)
 
 
-def test_a_hub_id_of_the_local_cache(
+def test_a_hub_id_is_loaded_from_the_local_cache(
     load: Load, model_dir: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _hub(tmp_path, "org/some-model", model_dir())

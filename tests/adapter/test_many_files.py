@@ -26,7 +26,9 @@ backend.close()
 """
 
 
-def test_hundreds_of_files_are_loaded_where_few_may_be_open(model_dir: Callable[..., Path]) -> None:
+def test_hundreds_of_files_load_with_a_low_limit_on_open_files(
+    model_dir: Callable[..., Path],
+) -> None:
     path = model_dir(num_hidden_layers=34, shards=300)
     done = subprocess.run(
         [
@@ -49,9 +51,7 @@ def test_hundreds_of_files_are_loaded_where_few_may_be_open(model_dir: Callable[
     assert int(done.stdout) > 0
 
 
-def test_a_file_beyond_those_that_stay_open_must_be_the_same_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reopened_file_must_be_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import mlx.core as mx
 
     from runner_server.errors import ModelUnsupported

@@ -50,7 +50,7 @@ def _sentencepiece(path: Path, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-def test_ids_are_those_of_sentencepiece(tmp_path: Path, *, legacy: bool) -> None:
+def test_ids_match_sentencepiece(tmp_path: Path, *, legacy: bool) -> None:
     theirs = _sentencepiece(tmp_path, add_bos_token=True, legacy=legacy)
     codec = _codec(tmp_path)
     for text in TEXTS:
@@ -71,7 +71,7 @@ def test_vocabulary_and_merges_are_read(tmp_path: Path) -> None:
         assert codec.encode(text, as_prompt=False) == file.encode(text).ids, text
 
 
-def test_transformers_stays_out_of_the_process(
+def test_transformers_is_not_imported_by_the_loading_process(
     model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
     for file in model_dir().iterdir():

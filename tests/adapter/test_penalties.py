@@ -91,12 +91,12 @@ def _text(length: int, seed: int = 6) -> list[int]:
 
 @pytest.mark.parametrize("sampling", PENALTIES, ids=range(len(PENALTIES)))
 @pytest.mark.parametrize("length", [1, 2, 40, 64, 65, 700])
-def test_bias_and_penalties(sampling: Sampling, length: int) -> None:
+def test_bias_and_penalties_match_the_reference(sampling: Sampling, length: int) -> None:
     _assert_as_stated([_text(length)], [sampling])
 
 
 @pytest.mark.parametrize("lengths", [[1, 700], [64, 1, 65, 2], [3] * 4])
-def test_rows_of_every_kind_together(lengths: list[int]) -> None:
+def test_rows_with_different_penalties_match_the_reference_together(lengths: list[int]) -> None:
     """Rows have windows of different sizes or none, and are padded to the widest."""
     rows = [*PENALTIES, *reversed(PENALTIES)]
     texts = [_text(lengths[i % len(lengths)], seed=i) for i in range(len(rows))]
@@ -134,14 +134,14 @@ OPTIONS = st.builds(
 
 @given(rows=st.lists(st.tuples(TEXTS, OPTIONS, st.integers(0, 12)), min_size=1, max_size=5))
 @settings(max_examples=200, deadline=None)
-def test_any_rows_together(rows: list[tuple[list[int], Sampling, int]]) -> None:
+def test_any_rows_match_the_reference_together(rows: list[tuple[list[int], Sampling, int]]) -> None:
     texts, options, drawn = zip(*rows, strict=True)
     counts = [min(count, len(text)) for count, text in zip(drawn, texts, strict=True)]
     _assert_as_stated(texts, options, counts)
 
 
 @pytest.mark.parametrize("drawn", [0, 1, 2, 100, 199])
-def test_the_gateways_penalties_count_generated_tokens_alone(drawn: int) -> None:
+def test_output_only_penalties_count_generated_tokens_only(drawn: int) -> None:
     """The count extends beyond the 64 tokens of the repeat penalty, which includes the prompt."""
     each = Sampling(presence_penalty=0.7, frequency_penalty=0.4, counts_output_only=True)
     rows = [each, replace(each, repeat_penalty=1.5), replace(each, repeat_last_n=0)]
@@ -151,13 +151,13 @@ def test_the_gateways_penalties_count_generated_tokens_alone(drawn: int) -> None
         _assert_as_stated([_text(200)], [row], [drawn])
 
 
-def test_before_the_first_generated_token_they_change_nothing() -> None:
+def test_output_only_penalties_have_no_effect_before_the_first_generated_token() -> None:
     row = Sampling(presence_penalty=2.0, frequency_penalty=1.0, counts_output_only=True)
     logits = _logits(1)
     np.testing.assert_array_equal(_changed(logits, [[1, 2, 2]], [row], [0]), logits)
 
 
-def test_a_newest_token_that_is_not_computed_yet() -> None:
+def test_the_newest_token_may_be_unevaluated() -> None:
     """The next step begins before the token of the current one is read."""
     newest = mx.argmax(mx.array([[0.0, 3.0, 1.0], [5.0, 0.0, 0.0]]), axis=-1)
     rows = [Sampling(frequency_penalty=1.0), Sampling(frequency_penalty=1.0)]
@@ -166,7 +166,7 @@ def test_a_newest_token_that_is_not_computed_yet() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_token_seen_often_is_counted_in_half_precision_too(dtype: str) -> None:
+def test_frequent_tokens_are_counted_correctly_in_half_precision(dtype: str) -> None:
     """bfloat16 cannot count past 256."""
     logits = mx.zeros((1, VOCAB), dtype=getattr(mx, dtype))
     row = Sampling(frequency_penalty=0.01, repeat_last_n=-1)
@@ -185,14 +185,14 @@ def test_a_row_without_options_keeps_its_logits(dtype: str, other: Sampling) -> 
     assert (changed[1] != exact[1]).sum() == 1
 
 
-def test_without_options_nothing_is_done() -> None:
+def test_without_options_the_same_logits_are_returned() -> None:
     """The dtype stays too, as a cast would cost a pass over the vocabulary."""
     logits = mx.zeros((2, VOCAB), dtype=mx.bfloat16)
     plain = [Sampling(), Sampling(repeat_penalty=2.0, repeat_last_n=0)]
     assert Penalties(plain)(logits, [[1], [2, 3]], mx.array([0, 0]), [1, 1]) is logits
 
 
-def test_the_logits_of_the_model_stay_as_they_are() -> None:
+def test_the_input_logits_are_not_modified() -> None:
     """Log probabilities are taken before bias and penalties."""
     before = _logits(2)
     logits = mx.array(before)
@@ -205,14 +205,14 @@ def test_the_logits_of_the_model_stay_as_they_are() -> None:
     np.testing.assert_array_equal(np.array(one), before)
 
 
-def test_a_bias_and_a_penalty_on_one_token_in_order() -> None:
+def test_the_bias_is_applied_before_the_penalty() -> None:
     """The bias comes first, so a penalty divides a logit made positive by the bias."""
     row = Sampling(logit_bias=((2, 5.0),), repeat_penalty=2.0)
     out = _changed(np.full((1, VOCAB), -1.0, np.float32), [[2]], [row])
     assert out[0, 2] == pytest.approx(2.0)
 
 
-def test_a_bias_for_every_id_of_every_row() -> None:
+def test_a_bias_may_cover_every_id_of_every_row() -> None:
     rows = [Sampling(logit_bias=tuple((i, float(i - n)) for i in range(VOCAB))) for n in range(8)]
     logits = _logits(8)
     expected = logits + np.arange(VOCAB)[None] - np.arange(8)[:, None]

@@ -35,7 +35,7 @@ def test_a_plan_reads_no_weights(model_dir: Build) -> None:
     assert plan.limit_bytes == plan.need.mlx_bytes
 
 
-def test_a_plan_is_what_a_load_finds(load: Load, model_dir: Build) -> None:
+def test_a_plan_matches_the_load(load: Load, model_dir: Build) -> None:
     path = model_dir(quantize_bits=4, dtype="bfloat16")
     for dtype in (Dtype.AUTO, Dtype.AS_STORED):
         plan = plan_load(path, LoadSpec(str(path), parallel=2, dtype=dtype))
@@ -47,7 +47,7 @@ def test_a_plan_is_what_a_load_finds(load: Load, model_dir: Build) -> None:
         )
 
 
-def test_files_in_the_format_of_the_weights_need_no_room_to_load(model_dir: Build) -> None:
+def test_weights_stored_in_the_target_dtype_need_no_extra_memory_to_load(model_dir: Build) -> None:
     plain = plan_load(model_dir(), LoadSpec(str(model_dir()), parallel=1, context_length=16))
     assert plain.need.load_transient_bytes == 0
 
@@ -61,7 +61,7 @@ def test_recurrent_states_are_counted(tmp_path: Path, model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "internlm3", "llama4"])
-def test_a_model_that_takes_no_batch_is_planned_for_one_sequence(
+def test_a_model_that_cannot_batch_is_planned_for_one_sequence(
     tmp_path: Path, model_type: str
 ) -> None:
     path = write_model(tmp_path, scaled(model_type))
@@ -73,7 +73,9 @@ def test_a_model_that_takes_no_batch_is_planned_for_one_sequence(
     assert one.warnings == ()
 
 
-def test_layers_without_attention_are_kept_and_batched(tmp_path: Path, load: Load) -> None:
+def test_layers_without_attention_work_with_batch_and_prefix_cache(
+    tmp_path: Path, load: Load
+) -> None:
     """Empty caches of such layers once made the prefix cache and the batch fail repeatedly."""
     path = write_model(tmp_path, scaled("nemotron-nas"))
     prompts = [[1 + i % 200 for i in range(40 + 3 * row)] for row in range(3)]
@@ -87,7 +89,7 @@ def test_layers_without_attention_are_kept_and_batched(tmp_path: Path, load: Loa
         assert together == alone
 
 
-def test_the_worst_options_stay_within_the_limit(load: Load, model_dir: Build) -> None:
+def test_the_costliest_options_stay_within_the_limit(load: Load, model_dir: Build) -> None:
     path = model_dir("qwen3", vocab_size=50_000)
     model = load(path, parallel=8, context_length=64, prefix_cache_bytes=0)
     costly = Sampling(
@@ -110,7 +112,7 @@ def test_the_worst_options_stay_within_the_limit(load: Load, model_dir: Build) -
     assert mx.get_peak_memory() - others <= model.info.limit_bytes
 
 
-def test_a_model_that_is_gone_leaves_no_modules(tmp_path: Path) -> None:
+def test_an_unloaded_model_leaves_no_modules(tmp_path: Path) -> None:
     path = write_model(tmp_path, scaled("phi3"))
     sys.modules.pop("mlx_lm.models.phi3", None)
     backend = MlxBackend()
@@ -124,7 +126,7 @@ def test_a_model_that_is_gone_leaves_no_modules(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["BPE", "merges of old", "Unigram"])
-def test_a_tokenizer_counts_by_its_pieces(tmp_path: Path, kind: str) -> None:
+def test_tokenizer_memory_is_estimated_per_vocabulary_entry(tmp_path: Path, kind: str) -> None:
     words = [f"w{i}" for i in range(30_000)]
     merges: list[Any] = [["w", word] for word in words]
     models: dict[str, dict[str, Any]] = {
@@ -142,7 +144,7 @@ def test_a_tokenizer_counts_by_its_pieces(tmp_path: Path, kind: str) -> None:
     assert memory.peak_bytes == pytest.approx(max(texts * 300, 30_000 * 400), rel=0.01)
 
 
-def test_a_type_that_no_trace_finds_is_planned_alone(tmp_path: Path) -> None:
+def test_a_type_known_not_to_batch_is_planned_for_one_sequence(tmp_path: Path) -> None:
     from tools.memory.catalog import CONFIGS
     from tools.memory.models import write_model
 

@@ -166,7 +166,7 @@ def _assert_said_alike(some: Said, other: Said) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("length", [2, 31, 200])
-def test_the_same_prompt_again_is_not_evaluated(bench: Benches, shape: str, length: int) -> None:
+def test_a_repeated_prompt_is_not_prefilled_again(bench: Benches, shape: str, length: int) -> None:
     prompt = _random(length, 1)
     table = bench(shape)
     first = table.run(prompt, 6, LIKELY)
@@ -179,7 +179,7 @@ def test_the_same_prompt_again_is_not_evaluated(bench: Benches, shape: str, leng
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_prompt_of_one_token(bench: Benches, shape: str) -> None:
+def test_a_prompt_of_one_token_reuses_nothing(bench: Benches, shape: str) -> None:
     table = bench(shape)
     assert [table.run([7], 5).ids for _ in range(3)].count(table.said[0].ids) == 3
     assert {said.cached for said in table.said.values()} == {0}
@@ -187,7 +187,7 @@ def test_a_prompt_of_one_token(bench: Benches, shape: str) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("length", [40, 128, 150])
-def test_a_shared_beginning_is_evaluated_once(bench: Benches, shape: str, length: int) -> None:
+def test_a_shared_prefix_is_prefilled_once(bench: Benches, shape: str, length: int) -> None:
     system = _random(length, 2)
     table = bench(shape)
     cached = [table.run(system + _random(20 + i, 10 + i), 4, LIKELY).cached for i in range(5)]
@@ -203,7 +203,7 @@ def test_a_shared_beginning_is_evaluated_once(bench: Benches, shape: str, length
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("turns", [4])
-def test_a_conversation_evaluates_only_what_is_new(bench: Benches, shape: str, turns: int) -> None:
+def test_a_conversation_prefills_only_new_tokens(bench: Benches, shape: str, turns: int) -> None:
     table, plain = bench(shape), bench(shape, budget=0)
     history = _random(70, 3)
     known = 0
@@ -217,7 +217,9 @@ def test_a_conversation_evaluates_only_what_is_new(bench: Benches, shape: str, t
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("length", [1, 2, 60, 64, 65, 149])
-def test_a_prompt_that_another_one_begins_with(bench: Benches, shape: str, length: int) -> None:
+def test_a_prefix_of_an_earlier_prompt_reuses_caches_that_can_be_cut(
+    bench: Benches, shape: str, length: int
+) -> None:
     longer = _random(150, 4)
     table = bench(shape)
     table.run(longer, 3)
@@ -227,7 +229,7 @@ def test_a_prompt_that_another_one_begins_with(bench: Benches, shape: str, lengt
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_prompt_that_parts_inside_what_was_generated(bench: Benches, shape: str) -> None:
+def test_a_prompt_may_diverge_inside_generated_text(bench: Benches, shape: str) -> None:
     table, plain = bench(shape), bench(shape, budget=0)
     prompt = _random(50, 5)
     answer = table.run(prompt, 20).ids
@@ -247,7 +249,7 @@ def test_without_a_budget_nothing_is_kept(bench: Benches, shape: str) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_two_with_the_same_prompt_that_come_together(bench: Benches, shape: str) -> None:
+def test_concurrent_rows_with_the_same_prompt_share_the_prefill(bench: Benches, shape: str) -> None:
     """One row takes over the prefill of the other while both are running."""
     table = bench(shape)
     prompt = _random(600, 8)
@@ -266,7 +268,7 @@ def test_two_with_the_same_prompt_that_come_together(bench: Benches, shape: str)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_what_a_cancelled_prefill_had_evaluated_is_kept(bench: Benches, shape: str) -> None:
+def test_the_finished_part_of_a_cancelled_prefill_is_kept(bench: Benches, shape: str) -> None:
     table = bench(shape)
     prompt = _random(1900, 9)
     cancelled = table.add(0, prompt)
@@ -290,7 +292,7 @@ def test_a_prefill_cancelled_before_it_began_leaves_nothing(bench: Benches, shap
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("neighbours", [0, 2])
 @pytest.mark.parametrize("aside", [False, True], ids=["decoding", "set aside"])
-def test_what_a_cancelled_row_was_given_is_kept(
+def test_the_tokens_of_a_cancelled_row_are_kept(
     bench: Benches, shape: str, neighbours: int, aside: bool
 ) -> None:
     """Exactly the tokens given to the row are kept; more would be wrong."""
@@ -311,7 +313,7 @@ def test_what_a_cancelled_row_was_given_is_kept(
 
 
 @pytest.mark.parametrize("shape", ["llama", "gemma3", "lfm2"])
-def test_a_step_that_fails_costs_what_is_kept_nothing(bench: Benches, shape: str) -> None:
+def test_a_failing_step_does_not_damage_the_prefix_cache(bench: Benches, shape: str) -> None:
     table = bench(shape)
     prompt = _random(150, 13)
     first = table.run(prompt, 5, LIKELY)
@@ -342,7 +344,9 @@ ONE_HEAD = {"num_key_value_heads": 1}
     [("llama", {}), ("llama", ONE_HEAD), ("gemma3", {}), ("lfm2", {}), ("mamba2", {})],
     ids=["llama", "one head", "gemma3", "lfm2", "mamba2"],
 )
-def test_the_bytes_stay_at_the_budget(bench: Benches, shape: str, changes: dict[str, int]) -> None:
+def test_the_prefix_cache_stays_within_its_budget(
+    bench: Benches, shape: str, changes: dict[str, int]
+) -> None:
     """The cache keeps to its budget, by its own count and by MLX's."""
     budget = 400_000
     table = bench(shape, budget, **changes)
@@ -363,7 +367,9 @@ def test_the_bytes_stay_at_the_budget(bench: Benches, shape: str, changes: dict[
     assert max(beside) <= 60_000
 
 
-def test_what_is_kept_counts_and_is_gone_with_the_model(model_dir: Callable[..., Path]) -> None:
+def test_the_prefix_cache_is_counted_and_freed_with_the_model(
+    model_dir: Callable[..., Path],
+) -> None:
     backend = MlxBackend()
     backend.open()
     backend.release()
@@ -493,7 +499,7 @@ class Crowd:
 )
 @given(asked=st.lists(ASKED, min_size=1, max_size=8), budget=BUDGETS)
 @ANYTHING
-def test_whoever_comes_and_goes_likelihoods_are_those_alone(
+def test_log_probabilities_do_not_depend_on_other_requests(
     bench: Benches, shape: str, asked: list[Asked], budget: int
 ) -> None:
     table = bench(shape, budget)
@@ -530,7 +536,7 @@ _TEXTS: dict[tuple[tuple[int, ...], int], list[int]] = {}
 )
 @given(asked=st.lists(ASKED, min_size=1, max_size=8), budget=BUDGETS, options=st.integers(0, 4))
 @settings(ANYTHING, max_examples=6)
-def test_whoever_comes_and_goes_texts_are_those_alone(
+def test_texts_do_not_depend_on_other_requests(
     trained: Any, asked: list[Asked], budget: int, options: int
 ) -> None:
     """Trained weights have no near-ties, so even sampled tokens are equal."""
@@ -619,9 +625,7 @@ def test_a_long_prompt_is_served_while_shorter_ones_keep_arriving(narrow: Any, l
 
 
 @pytest.mark.parametrize("length", [1, 20, 200])
-def test_a_newcomer_with_a_short_prompt_begins_while_long_ones_are_evaluated(
-    narrow: Any, length: int
-) -> None:
+def test_a_short_prompt_starts_while_long_ones_are_prefilled(narrow: Any, length: int) -> None:
     table = Bench(narrow, 0)
     table.add(0, _random(4000, 0))
     table.add(1, _random(4000, 1))

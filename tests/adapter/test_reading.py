@@ -65,7 +65,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     return library
 
 
-def test_small_ones_are_read_together_within_the_limit(library: Library) -> None:
+def test_small_weights_are_read_together_within_the_limit(library: Library) -> None:
     shares: list[float] = []
     _read(_weights(*[30] * 10), shares.append)
     assert shares == pytest.approx([i / 10 for i in range(1, 11)])
@@ -73,12 +73,12 @@ def test_small_ones_are_read_together_within_the_limit(library: Library) -> None
     assert library.flying == []
 
 
-def test_one_beyond_the_limit_is_read_alone(library: Library) -> None:
+def test_a_weight_beyond_the_limit_is_read_alone(library: Library) -> None:
     _read(_weights(10, 500, 10, 500, 500), lambda _share: None)
     assert (library.most_count, library.most_bytes) == (1, 500)
 
 
-def test_the_end_by_a_report_waits_for_what_was_begun(library: Library) -> None:
+def test_an_abort_by_a_report_waits_for_reads_in_flight(library: Library) -> None:
     def report(share: float) -> None:
         assert library.flying
         if share > 0.2:
@@ -97,7 +97,7 @@ def test_the_end_by_a_report_waits_for_what_was_begun(library: Library) -> None:
         (RuntimeError("[read] unexpected end"), ModelUnsupported),
     ],
 )
-def test_what_fails_is_told_and_nothing_is_left(
+def test_a_failed_read_is_reported_and_leaves_nothing_in_flight(
     library: Library, error: Exception, fault: type[Exception]
 ) -> None:
     library.fails_at = {2: error}
@@ -107,15 +107,13 @@ def test_what_fails_is_told_and_nothing_is_left(
     assert library.flying == []
 
 
-def test_no_weights_are_no_fault(library: Library) -> None:
+def test_reading_no_weights_succeeds(library: Library) -> None:
     _read([], lambda _share: None)
     assert library.most_count == 0
 
 
 @pytest.mark.parametrize("limit", [0, 2**10, 2**30])
-def test_real_arrays_are_right_however_many_are_read_at_once(
-    monkeypatch: pytest.MonkeyPatch, limit: int
-) -> None:
+def test_arrays_are_correct_for_any_limit(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     monkeypatch.setattr(reading, "_AT_ONCE_BYTES", limit)
     weights = [(mx.arange(100) + i).astype(mx.float32) for i in range(20)]
     shares: list[float] = []
@@ -151,7 +149,7 @@ def test_progress_is_reported_within_one_weight(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at", [0.2, 0.9])
-def test_a_report_ends_the_reading_of_one_weight(tmp_path: Path, at: float) -> None:
+def test_a_report_can_abort_within_one_weight(tmp_path: Path, at: float) -> None:
     files, weights = _lazy(tmp_path / "x.safetensors", x=mx.ones((16, 2**20)))
     shares: list[float] = []
 
@@ -165,7 +163,7 @@ def test_a_report_ends_the_reading_of_one_weight(tmp_path: Path, at: float) -> N
     assert sum(share > at for share in shares) == 1
 
 
-def test_a_conversion_keeps_its_progress_within_bounds(tmp_path: Path) -> None:
+def test_progress_of_a_conversion_stays_within_bounds(tmp_path: Path) -> None:
     """A source may be wider or narrower than the converted weight."""
     arrays = {"wide": mx.ones((4, 2**20)), "narrow": mx.ones((4, 2**20), dtype=mx.bfloat16)}
     files, weights = _lazy(tmp_path / "x.safetensors", **arrays)
@@ -177,7 +175,7 @@ def test_a_conversion_keeps_its_progress_within_bounds(tmp_path: Path) -> None:
     assert all(mx.array_equal(value, mx.ones((4, 2**20))).item() for value in converted)
 
 
-def test_a_file_that_cannot_be_read_harms_nothing_that_comes_later(tmp_path: Path) -> None:
+def test_an_unreadable_file_does_not_affect_later_work(tmp_path: Path) -> None:
     for i in range(200):
         path = tmp_path / f"{i % 4}.safetensors"
         arrays = {str(name): mx.ones((8, 1024)) for name in range(30)}

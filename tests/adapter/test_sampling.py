@@ -106,7 +106,7 @@ CASES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", CASES, ids=str)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_only_the_support_is_drawn(options: dict[str, Any], seed: int) -> None:
+def test_only_allowed_tokens_are_sampled(options: dict[str, Any], seed: int) -> None:
     logits = _logits(seed)
     expected = _support(logits, **options)
     drawn = {int(id_) for id_ in _draws(logits, 1000, **options)}
@@ -116,7 +116,7 @@ def test_only_the_support_is_drawn(options: dict[str, Any], seed: int) -> None:
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 63, 64, 65, 256, 257, 1024, 1025, 2999, 3000])
-def test_top_k_leaves_as_many_as_it_says(top_k: int) -> None:
+def test_top_k_keeps_exactly_k_tokens(top_k: int) -> None:
     """The values of top_k cross the sizes of the candidate groups."""
     logits = np.random.default_rng(top_k).permutation(3000).astype(np.float32) / 1e5
     sampling = Sampling(temperature=1.0, top_p=1.0, top_k=top_k)
@@ -129,7 +129,7 @@ def test_top_k_leaves_as_many_as_it_says(top_k: int) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"top_k": 8, "temperature": 1.7}])
-def test_draws_follow_the_softmax(options: dict[str, Any]) -> None:
+def test_samples_follow_the_softmax(options: dict[str, Any]) -> None:
     """Pearson's chi-square with fixed seeds; the bound is about the 99.99 % quantile."""
     logits = _logits(3, 12)
     support = sorted(_support(logits, **options))
@@ -142,7 +142,7 @@ def test_draws_follow_the_softmax(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("along", ["positions", "seeds"])
-def test_draws_follow_the_softmax_along_one_text_and_from_one_to_the_next(along: str) -> None:
+def test_samples_follow_the_softmax_across_positions_and_seeds(along: str) -> None:
     logits = _logits(3, 12)
     sampling = Sampling(**OPEN, seed=1)
     if along == "positions":
@@ -165,7 +165,7 @@ def test_a_tiny_temperature_is_greedy(temperature: float, options: dict[str, Any
         assert drawn == {int(logits.argmax())}
 
 
-def test_top_p_of_everything_and_no_top_p_draw_the_same() -> None:
+def test_top_k_of_the_whole_vocabulary_equals_no_top_k() -> None:
     logits = _logits(4)
     assert (_draws(logits, 200) == _draws(logits, 200, top_k=VOCAB)).all()
     assert (_draws(logits, 200) == _draws(logits, 200, top_k=VOCAB - 1)).mean() > 0.95
@@ -190,7 +190,7 @@ NEIGHBOURS = [
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("vocab", [VOCAB, 3000])
-def test_a_row_is_drawn_alike_whatever_its_neighbours_want(vocab: int, half: bool) -> None:
+def test_sampling_of_a_row_does_not_depend_on_its_neighbours(vocab: int, half: bool) -> None:
     logits = [_logits(seed, vocab) for seed in range(len(NEIGHBOURS))]
     if half:
         logits = [_half(row) for row in logits]
@@ -203,7 +203,7 @@ def test_a_row_is_drawn_alike_whatever_its_neighbours_want(vocab: int, half: boo
         assert together == [alone[i] for i in places]
 
 
-def test_rows_at_different_positions() -> None:
+def test_rows_may_be_at_different_positions() -> None:
     logits = mx.array(np.stack([_logits(1)] * 3))
     options = [Sampling(**OPEN, seed=5)] * 3
     text = _draw([_logits(1)], [options[0]], 30)[0]
@@ -213,7 +213,7 @@ def test_rows_at_different_positions() -> None:
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("top_p", [0.5, 0.95])
-def test_top_p_alone_in_a_large_vocabulary(top_p: float, half: bool) -> None:
+def test_top_p_alone_is_correct_in_a_large_vocabulary(top_p: float, half: bool) -> None:
     """Some hundred candidates suffice for top_p, unless a neighbour needs the whole vocabulary."""
     peaked, flat = _peaked(1), _flat(2)
     if half:
@@ -238,7 +238,7 @@ OTHERS = [
 
 @pytest.mark.parametrize("kind", [_peaked, _flat])
 @pytest.mark.parametrize("other", OTHERS, ids=["top_p", "top_k", "min_p"])
-def test_top_p_among_equally_likely_ids_cuts_alike(kind: Any, other: Sampling) -> None:
+def test_top_p_cuts_equally_likely_ids_consistently(kind: Any, other: Sampling) -> None:
     """In half precision many ids are equally likely, and the cut may fall between two."""
     logits = np.round(kind(3, 20_000))
     row = Sampling(temperature=1.0, top_k=0, top_p=0.7, seed=4)
@@ -247,7 +247,7 @@ def test_top_p_among_equally_likely_ids_cuts_alike(kind: Any, other: Sampling) -
 
 
 @pytest.mark.parametrize("other", OTHERS, ids=["top_p", "top_k", "min_p"])
-def test_without_top_p_every_id_may_come_whatever_a_neighbour_wants(other: Sampling) -> None:
+def test_without_top_p_every_id_may_be_sampled_beside_any_neighbour(other: Sampling) -> None:
     """Sampling is not limited to the candidates of the neighbour's ``top_p``."""
     row = Sampling(**OPEN, seed=1)
     logits = _flat(1, 20_000)
@@ -273,7 +273,7 @@ def test_top_p_alone_follows_the_softmax_in_a_large_vocabulary(top_p: float) -> 
 
 @pytest.mark.parametrize("shape", [(1, 50, 5), (3, 3000, 64), (2, 32_000, 64), (2, LARGE, 64)])
 @pytest.mark.parametrize("count", [0, 20, 1024])
-def test_the_largest_are_found(shape: tuple[int, int, int], count: int) -> None:
+def test_largest_finds_the_largest_logits(shape: tuple[int, int, int], count: int) -> None:
     rows, size, default = shape
     count = min(count or default, size - 1)
     logits = np.random.default_rng(size).normal(0, 2, (rows, size)).astype(np.float32)
@@ -284,7 +284,7 @@ def test_the_largest_are_found(shape: tuple[int, int, int], count: int) -> None:
     assert all(len(set(row)) == count for row in ids.tolist())
 
 
-def test_the_largest_among_many_alike_are_different_ids() -> None:
+def test_largest_returns_distinct_ids_among_equal_logits() -> None:
     """Covers bfloat16 rows of a large vocabulary, also with impossible ids."""
     flat = _flat(6)
     for logits in (np.round(flat), np.where(flat > 0, -np.inf, flat), np.zeros(LARGE)):
@@ -296,7 +296,7 @@ def test_the_largest_among_many_alike_are_different_ids() -> None:
         np.testing.assert_array_equal(np.sort(np.array(values.astype(mx.float32))[0]), exact)
 
 
-def test_a_banned_token_is_never_drawn() -> None:
+def test_a_banned_token_is_never_sampled() -> None:
     """A logit of minus infinity bars a token under every kind of cut."""
     logits = _logits(9)
     logits[::2] = -np.inf
@@ -305,7 +305,7 @@ def test_a_banned_token_is_never_drawn() -> None:
         assert all(id_ % 2 for id_ in drawn)
 
 
-def test_noise_is_that_of_the_id_wherever_it_stands() -> None:
+def test_noise_depends_on_the_id_and_not_on_its_index() -> None:
     ids = np.arange(1000)
     straight = np.array(negative_gumbel([7], [3], mx.array(ids)[None]))[0]
     order = np.random.default_rng(1).permutation(1000)
@@ -319,7 +319,7 @@ def test_noise_is_that_of_the_id_wherever_it_stands() -> None:
         np.testing.assert_array_equal(np.array(again)[0], straight)
 
 
-def test_noise_is_gumbels() -> None:
+def test_noise_has_a_gumbel_distribution() -> None:
     """The noise has the mean and variance of the distribution, and is finite."""
     noise = np.array(negative_gumbel([3], [0], mx.arange(LARGE)[None]))
     assert np.isfinite(noise).all()
@@ -338,7 +338,7 @@ def test_noise_differs_by_seed_and_by_position() -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_every_seed_draws_and_draws_the_same_again(seed: int) -> None:
+def test_every_seed_is_reproducible(seed: int) -> None:
     logits = _logits(8)
     row = Sampling(**OPEN, seed=seed)
     first = _draw([logits], [row], 40)[0]
@@ -346,7 +346,7 @@ def test_every_seed_draws_and_draws_the_same_again(seed: int) -> None:
     assert _draw([_logits(2), logits], [Sampling(), row], 40)[1] == first
 
 
-def test_positions_far_along() -> None:
+def test_sampling_works_at_late_positions() -> None:
     logits = mx.array(_logits(8))[None]
     sampler = Sampler([Sampling(**OPEN, seed=2**63 - 1)], VOCAB)
     drawn = {int(np.array(sampler(logits, [2**31 - 1 - at]))[0]) for at in range(50)}
@@ -355,7 +355,7 @@ def test_positions_far_along() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("top", [0, 1, 20])
-def test_likelihoods_are_the_log_softmax(dtype: str, top: int) -> None:
+def test_log_probabilities_are_the_log_softmax(dtype: str, top: int) -> None:
     rows = mx.array(np.stack([_logits(seed, 3000) for seed in range(3)]))
     rows = rows.astype(getattr(mx, dtype))
     chosen = [7, 0, 2999]
@@ -369,7 +369,7 @@ def test_likelihoods_are_the_log_softmax(dtype: str, top: int) -> None:
     assert (np.diff(values, axis=1) <= 0).all()
 
 
-def test_no_likelihood_is_above_zero() -> None:
+def test_no_log_probability_is_above_zero() -> None:
     """The log probability of a certain token is at most 0 despite rounding."""
     logits = mx.zeros((1, 100)).at[0, 5].add(40.0)
     found = token_logprobs(logits, mx.array([5]), 2)

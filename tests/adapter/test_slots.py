@@ -66,7 +66,9 @@ def check(cache: SlotCache, rows: list[tuple[int, int]]) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(first=st.lists(st.integers(0, 300), min_size=2, max_size=4), moves=_moves)
-def test_rows_come_grow_and_go(first: list[int], moves: list[tuple[str, Any]]) -> None:
+def test_rows_are_added_extended_and_removed(
+    first: list[int], moves: list[tuple[str, Any]]
+) -> None:
     rows = list(enumerate(first))
     names = iter(range(len(first), 100))
     cache = SlotCache([fresh(length, name) for name, length in rows], 3)
@@ -92,7 +94,7 @@ def test_rows_come_grow_and_go(first: list[int], moves: list[tuple[str, Any]]) -
         check(cache, rows)
 
 
-def test_what_a_row_left_behind_is_never_seen_by_the_next() -> None:
+def test_a_row_never_sees_the_content_of_its_slots_previous_row() -> None:
     """Zero times NaN is NaN, so a broken row must not leak into the next row of the slot."""
     broken = KVCache()
     broken.update_and_fetch(*(mx.full((1, HEADS, 200, SIZE), mx.nan) for _ in range(2)))
@@ -106,7 +108,7 @@ def test_what_a_row_left_behind_is_never_seen_by_the_next() -> None:
     check(cache, [(2, 7), (1, 5), (3, 200)])
 
 
-def test_rows_that_come_and_go_take_no_memory_beside_their_own() -> None:
+def test_adding_and_removing_rows_copies_no_other_rows() -> None:
     cache = SlotCache([fresh(2000, name) for name in range(8)], 0)
     mx.eval(cache.state)
     mx.clear_cache()
@@ -122,7 +124,7 @@ def test_rows_that_come_and_go_take_no_memory_beside_their_own() -> None:
     assert mx.get_active_memory() - before <= row / 10
 
 
-def test_a_step_writes_into_what_is_there() -> None:
+def test_a_step_writes_into_the_existing_buffer() -> None:
     cache = SlotCache([fresh(2000, name) for name in range(8)], 0)
     mx.eval(cache.state)
     before = mx.get_active_memory()
@@ -133,7 +135,7 @@ def test_a_step_writes_into_what_is_there() -> None:
     assert mx.get_peak_memory() - before < cache.nbytes / 2
 
 
-def test_where_memory_is_taken_it_is_taken_for_those_to_come() -> None:
+def test_the_buffer_is_allocated_for_the_given_capacity() -> None:
     cache = SlotCache([fresh(10, 0), fresh(20, 1)], 6)
     taken = cache.nbytes
     cache.add([fresh(30, name) for name in range(2, 6)], 0)

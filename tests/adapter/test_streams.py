@@ -65,11 +65,11 @@ def _run(code: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_an_error_that_was_stored_is_not_raised_later() -> None:
+def test_a_drained_error_is_not_raised_later() -> None:
     assert "drained" in _run(FORGET)
 
 
-def test_a_count_that_makes_mlx_wait_ends_the_engine() -> None:
+def test_a_stale_task_count_ends_the_engine() -> None:
     found = _run(COUNT_UP)
     if "skip" in found:
         pytest.skip("this MLX does not show its count of active tasks")
@@ -77,7 +77,7 @@ def test_a_count_that_makes_mlx_wait_ends_the_engine() -> None:
 
 
 @pytest.mark.parametrize("is_alone", [True, False])
-def test_a_step_that_fails_is_followed_by_a_drain(
+def test_a_failing_step_recovers_mlx_in_a_single_process(
     tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, is_alone: bool
 ) -> None:
     drained: list[bool] = []

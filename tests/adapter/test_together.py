@@ -33,7 +33,7 @@ def _deviation(model: Any) -> float:
     return batch_trial.deviation(model._model, model._pieces, model.info.vocab_size, 3)
 
 
-def test_rounding_is_far_from_the_tolerance(trained: LoadedModel, tiny: LoadedModel) -> None:
+def test_rounding_stays_far_below_the_tolerance(trained: LoadedModel, tiny: LoadedModel) -> None:
     assert _deviation(trained) < ROUNDING
     assert _deviation(tiny) < ROUNDING
     assert trained.info.parallel == tiny.info.parallel == 8
@@ -67,7 +67,7 @@ def test_a_model_that_raises_in_a_batch_runs_alone(
 
 
 @pytest.mark.parametrize("lengths", [(1, 2, 3, 9), (9, 1, 2, 3), (2, 1)])
-def test_short_prompts_join_where_states_are_the_last_tokens(
+def test_short_prompts_batch_where_states_hold_the_last_tokens(
     tmp_path: Path, load: Load, lengths: tuple[int, ...]
 ) -> None:
     """N-gram contexts of one to three tokens once overwrote the contexts of longer rows."""
@@ -81,7 +81,7 @@ def test_short_prompts_join_where_states_are_the_last_tokens(
     assert run_rows(model.new_batch(), rows) == [alone(model, row) for row in rows]
 
 
-def test_a_trial_leaves_no_trace(trained: LoadedModel) -> None:
+def test_the_batch_trial_leaves_no_memory_in_use(trained: LoadedModel) -> None:
     model: Any = trained
     before = mx.get_active_memory()
     assert batch_trial.try_together(model._model, CachePieces.of(model._model), 2048, 4) is None
@@ -97,7 +97,7 @@ async def server(socket_dir: Path) -> AsyncIterator[Server]:
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "llama4", "recurrent_gemma", "deepseek_v41"])
-async def test_eight_at_once_are_answered_one_after_another(
+async def test_concurrent_requests_are_served_one_after_another(
     server: Server, tmp_path: Path, model_type: str
 ) -> None:
     """Some of these types once ended the process with exit code 70, others were refused."""
@@ -116,7 +116,7 @@ async def test_eight_at_once_are_answered_one_after_another(
 
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="Metal runs its kernels")
-def test_a_model_without_kernels_for_this_device_is_refused_in_words(
+def test_a_model_without_kernels_for_this_device_is_refused_with_a_clear_error(
     tmp_path: Path, load: Load
 ) -> None:
     """The load once raised an error whose answer suggested a retry."""

@@ -52,7 +52,7 @@ KINDS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_joined_they_are_the_text(kind: str) -> None:
+def test_joined_token_bytes_equal_the_decoded_text(kind: str) -> None:
     tokenizer = KINDS[kind]()
     bytes_of = bytes_of_tokens(tokenizer)
     size = tokenizer.get_vocab_size()
@@ -69,13 +69,13 @@ def test_joined_they_are_the_text(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["byte level", "gemma", "llama"])
-def test_each_byte_has_a_token_that_is_it(kind: str) -> None:
+def test_every_byte_has_a_token(kind: str) -> None:
     tokenizer = KINDS[kind]()
     found = {bytes_of_tokens(tokenizer)(id_) for id_ in range(tokenizer.get_vocab_size())}
     assert {bytes([byte]) for byte in range(256)} <= found
 
 
-def test_ids_that_the_tokenizer_does_not_have_are_no_text() -> None:
+def test_unknown_ids_have_no_bytes() -> None:
     """The output layer of a model is often larger than the vocabulary."""
     for make in KINDS.values():
         tokenizer = make()
@@ -84,7 +84,7 @@ def test_ids_that_the_tokenizer_does_not_have_are_no_text() -> None:
         assert bytes_of_tokens(tokenizer)(missing) == b""
 
 
-def test_what_looks_like_a_byte_is_one_only_where_the_decoder_takes_it_for_one() -> None:
+def test_byte_tokens_are_literal_text_without_byte_fallback() -> None:
     tokenizer = _words(parts.Metaspace())
     assert bytes_of_tokens(tokenizer)(PIECES.index("<0x41>")) == b"<0x41>"
 
@@ -101,21 +101,23 @@ def test_what_looks_like_a_byte_is_one_only_where_the_decoder_takes_it_for_one()
     ],
     ids=repr,
 )
-def test_a_decoder_that_looks_at_neighbours_tells_nothing(decoder: Any) -> None:
+def test_bytes_are_unknown_for_context_dependent_decoders(decoder: Any) -> None:
     tokenizer = _words(decoder) if decoder is not None else _words(parts.Fuse())
     if decoder is None:
         tokenizer.decoder = None
     assert bytes_of_tokens(tokenizer)(PIECES.index("a")) is None
 
 
-def test_a_word_keeps_the_space_that_it_would_lose_at_the_beginning() -> None:
+def test_a_word_keeps_the_leading_space_that_the_decoder_strips() -> None:
     for kind in ("llama", "gemma"):
         bytes_of = bytes_of_tokens(KINDS[kind]())
         assert bytes_of(PIECES.index("▁the")) == b" the"
         assert bytes_of(PIECES.index("▁")) == b" "
 
 
-def test_of_loaded_models(tiny: LoadedModel, trained: LoadedModel) -> None:
+def test_token_bytes_of_loaded_models_join_to_the_text(
+    tiny: LoadedModel, trained: LoadedModel
+) -> None:
     for model in (tiny, trained):
         text = "naïve 日本 😀 def f(x):\n\t<eos>"
         ids = model.codec.encode(text, as_prompt=False)
@@ -132,7 +134,7 @@ def _is_sound(data: bytes) -> bool:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_alternatives_are_what_the_stream_would_show(kind: str) -> None:
+def test_alternatives_have_the_text_that_the_stream_would_show(kind: str) -> None:
     tokenizer = KINDS[kind]()
     codec, size = FastCodec(tokenizer, [], None), tokenizer.get_vocab_size()
     prompt = [tokenizer.token_to_id("a")]

@@ -78,7 +78,7 @@ def _prompt(tmp_path: Path, tokenizer: Tokenizer, text: str, **settings: Any) ->
 
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_ids_are_the_files_whatever_class_is_named(tmp_path: Path, kind: str, name: str) -> None:
+def test_ids_follow_the_file_whichever_class_is_named(tmp_path: Path, kind: str, name: str) -> None:
     file = KINDS[kind]()
     settings = NAMED[kind] | ({"tokenizer_class": name} if name else {})
     write_tokenizer(tmp_path, file, settings | {"add_prefix_space": True, "legacy": True})
@@ -91,7 +91,7 @@ def test_ids_are_the_files_whatever_class_is_named(tmp_path: Path, kind: str, na
 
 @pytest.mark.parametrize("model_type", TYPES)
 @pytest.mark.parametrize("name", ["tekken.json", "vocab.json", "tokenizer.model", "merges.txt"])
-def test_no_model_type_nor_file_beside_it_changes_that(
+def test_ids_do_not_depend_on_the_model_type_or_other_files(
     tmp_path: Path, model_type: str, name: str
 ) -> None:
     file = tokenizer_files.digits_apart()
@@ -102,14 +102,14 @@ def test_no_model_type_nor_file_beside_it_changes_that(
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_space_in_front_is_kept(tmp_path: Path, text: str) -> None:
+def test_a_leading_space_is_kept(tmp_path: Path, text: str) -> None:
     write_tokenizer(tmp_path, tokenizer_files.llama2(), {"tokenizer_class": "LlamaTokenizer"})
     codec = _codec(tmp_path)
     if "<s>" not in text and "<unk>" not in text:
         assert codec.decode(codec.encode(text, as_prompt=False)) == text
 
 
-def test_a_dropout_of_merges_is_for_training(tmp_path: Path) -> None:
+def test_merge_dropout_is_disabled(tmp_path: Path) -> None:
     file = tokenizer_files.byte_level()
     ids = file.encode("The quick brown fox").ids
     file.model.dropout = 1.0
@@ -118,7 +118,7 @@ def test_a_dropout_of_merges_is_for_training(tmp_path: Path) -> None:
     assert _codec(tmp_path).encode("The quick brown fox", as_prompt=True) == ids
 
 
-def test_special_tokens_are_split_where_the_settings_say_so(tmp_path: Path) -> None:
+def test_split_special_tokens_is_obeyed(tmp_path: Path) -> None:
     file = tokenizer_files.byte_level()
     write_tokenizer(tmp_path, file, NAMED["byte level"] | {"split_special_tokens": True})
     file.encode_special_tokens = True
@@ -153,7 +153,7 @@ PROCESSORS: dict[str, tuple[Callable[[Tokenizer], Any], list[int]]] = {
 
 
 @pytest.mark.parametrize("case", PROCESSORS)
-def test_a_prompt_gets_what_is_put_before_a_text_and_nothing_behind(
+def test_a_prompt_gets_the_special_tokens_before_a_text_and_none_after(
     tmp_path: Path, case: str
 ) -> None:
     tokenizer = tokenizer_files.byte_level()
@@ -186,7 +186,7 @@ def test_add_bos_token_is_obeyed(tmp_path: Path, text: str, *, in_file: bool) ->
         assert _prompt(tmp_path, tokenizer, text, **settings) == expected, settings
 
 
-def test_a_text_that_is_complete_gets_nothing_twice(tmp_path: Path) -> None:
+def test_a_text_with_a_complete_beginning_gets_no_second_one(tmp_path: Path) -> None:
     # As in GLM: two tokens in front, and no beginning-of-text token is named.
     tokenizer = around(tokenizer_files.byte_level(), "<unk> <s> $A")
     plain = tokenizer.encode("<unk><s>hello", add_special_tokens=False).ids
@@ -199,7 +199,7 @@ def test_a_text_that_is_complete_gets_nothing_twice(tmp_path: Path) -> None:
 # -- special tokens described in other files -------------------------------------
 
 
-def test_without_any_settings_the_file_is_enough(tmp_path: Path) -> None:
+def test_tokenizer_json_suffices_without_settings(tmp_path: Path) -> None:
     file = tokenizer_files.gemma()
     write_tokenizer(tmp_path, file, None)
     codec, ends = load_codec(tmp_path, {"model_type": "llama"})
@@ -209,14 +209,14 @@ def test_without_any_settings_the_file_is_enough(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["text", "object"])
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
-def test_roles_of_either_file_count(tmp_path: Path, name: str, form: str) -> None:
+def test_token_roles_are_read_from_either_file(tmp_path: Path, name: str, form: str) -> None:
     write_tokenizer(tmp_path, tokenizer_files.byte_level(), None)
     token = "</s>" if form == "text" else {"__type": "AddedToken", "content": "</s>"}
     (tmp_path / name).write_text(json.dumps({"eos_token": token}))
     assert load_codec(tmp_path, {"model_type": "llama", "eos_token_id": [7, 9]})[1] == {1, 7, 9}
 
 
-def test_a_described_token_that_the_file_lacks_is_added(tmp_path: Path) -> None:
+def test_a_described_token_missing_from_the_file_is_added(tmp_path: Path) -> None:
     whole = tokenizer_files.byte_level()
     whole.add_special_tokens(["<turn>", AddedToken("<end>", rstrip=True)])
     last = whole.get_vocab_size() - 1
@@ -229,7 +229,7 @@ def test_a_described_token_that_the_file_lacks_is_added(tmp_path: Path) -> None:
     assert codec.decode([last]) == "<end>"
 
 
-def test_tokens_of_the_older_file_are_added(tmp_path: Path) -> None:
+def test_tokens_of_added_tokens_json_are_added(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, tokenizer_files.byte_level(), {})
     last = tokenizer_files.byte_level().get_vocab_size()
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<b>": last + 1, "<a>": last}))
@@ -246,7 +246,7 @@ def test_a_described_word_of_the_vocabulary_becomes_a_token(tmp_path: Path) -> N
     assert id_ in _codec(tmp_path).encode(f"x{word}x", as_prompt=False)
 
 
-def test_a_token_that_the_file_has_under_another_id_stays(tmp_path: Path) -> None:
+def test_a_token_keeps_its_id_in_the_file(tmp_path: Path) -> None:
     moved = {"5": {"content": "</s>", "special": True}}
     write_tokenizer(
         tmp_path,
@@ -266,7 +266,7 @@ LACKING: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", LACKING)
-def test_a_token_that_would_be_lost_is_refused_by_name(tmp_path: Path, case: str) -> None:
+def test_a_required_token_without_an_id_is_refused_by_name(tmp_path: Path, case: str) -> None:
     write_tokenizer(tmp_path, tokenizer_files.byte_level(), LACKING[case])
     with pytest.raises(ModelUnsupported, match="<extra>") as caught:
         _codec(tmp_path)
@@ -283,7 +283,7 @@ def test_a_token_that_would_be_lost_is_refused_by_name(tmp_path: Path, case: str
     ],
     ids=str,
 )
-def test_one_that_is_not_needed_is_told(
+def test_an_optional_token_without_an_id_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: dict[str, Any]
 ) -> None:
     file = tokenizer_files.byte_level()
@@ -295,7 +295,7 @@ def test_one_that_is_not_needed_is_told(
 # -- large files -----------------------------------------------------------------
 
 
-def test_reading_a_large_file_takes_what_the_library_takes(tmp_path: Path) -> None:
+def test_reading_a_large_file_takes_as_long_as_the_library_alone(tmp_path: Path) -> None:
     """A file like Gemma 3's takes 1.2 to 1.4 s of CPU; transformers took 9.4 s."""
     tokenizer_files.write_large_tokenizer(tmp_path)
     library, whole = (
@@ -333,7 +333,7 @@ BROKEN: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_files_that_cannot_be_used_are_refused_by_name(tmp_path: Path, case: str) -> None:
+def test_unusable_files_are_refused_by_name(tmp_path: Path, case: str) -> None:
     name, text = BROKEN[case]
     write_tokenizer(tmp_path, tokenizer_files.byte_level(), {})
     (tmp_path / name).write_bytes(text.encode(errors="surrogatepass"))
@@ -341,7 +341,7 @@ def test_files_that_cannot_be_used_are_refused_by_name(tmp_path: Path, case: str
         _codec(tmp_path)
 
 
-def test_a_file_may_begin_with_a_mark(tmp_path: Path) -> None:
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, tokenizer_files.byte_level(), {})
     plain = _codec(tmp_path).encode("a b", as_prompt=True)
     file = tmp_path / "tokenizer.json"
@@ -353,7 +353,7 @@ def test_a_file_may_begin_with_a_mark(tmp_path: Path) -> None:
     "name",
     ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"],
 )
-def test_a_pointer_of_git_lfs_is_called_that(tmp_path: Path, name: str) -> None:
+def test_a_git_lfs_pointer_is_recognized(tmp_path: Path, name: str) -> None:
     write_tokenizer(tmp_path, tokenizer_files.byte_level(), {})
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
     (tmp_path / name).write_text(pointer)
@@ -361,7 +361,7 @@ def test_a_pointer_of_git_lfs_is_called_that(tmp_path: Path, name: str) -> None:
         _codec(tmp_path)
 
 
-def test_the_ends_that_mlx_lm_knows_for_a_model_type_are_the_last_resort(tmp_path: Path) -> None:
+def test_end_tokens_known_to_mlx_lm_are_the_fallback(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, tokenizer_files.byte_level(), {"eos_token": "</s>"})
     config = {"model_type": "muse_spark"}
     assert load_codec(tmp_path, config)[1] == {1, 200001, 200008}

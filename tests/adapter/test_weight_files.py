@@ -64,7 +64,7 @@ def _read(files: WeightFiles, arrays: object, on_read: Callable[[int], object] =
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_each_type_is_what_mlx_reads(path: Path, dtype: Any) -> None:
+def test_every_dtype_matches_mlx_load(path: Path, dtype: Any) -> None:
     random = (mx.random.normal((37, 53)) * 100).astype(dtype)
     arrays = {"x": random, "one": mx.array(1).astype(dtype), "line": mx.arange(5).astype(dtype)}
     mx.save_safetensors(str(path), arrays | {"none": mx.zeros((0, 4), dtype=dtype)})
@@ -76,20 +76,20 @@ def test_each_type_is_what_mlx_reads(path: Path, dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E8M0"])
-def test_small_floats_are_bytes(path: Path, dtype: str) -> None:
+def test_8_bit_floats_are_read_as_bytes(path: Path, dtype: str) -> None:
     header = {"x": {"dtype": dtype, "shape": [4], "data_offsets": [0, 4]}}
     write_file(path, header, 4)
     assert WeightFiles().load(str(path))["x"].dtype == mx.uint8
 
 
 @pytest.mark.parametrize("name", ["x.npy", "a/b", "", "ü 日本 😀", "0", "a" * 5000])
-def test_names_stay_as_they_are(path: Path, name: str) -> None:
+def test_any_tensor_name_is_preserved(path: Path, name: str) -> None:
     write_tensors(path, {name: ("F32", (2,)), "1": ("F32", (3,))})
     found = WeightFiles().load(str(path))
     assert {key: value.shape for key, value in found.items()} == {name: (2,), "1": (3,)}
 
 
-def test_nothing_is_read_before_it_is_evaluated(path: Path, reads: Reads) -> None:
+def test_tensors_are_read_on_evaluation(path: Path, reads: Reads) -> None:
     write_tensors(path, {"wide": ("F32", (1 << 18, 1 << 18)), "small": ("F32", (3,))})
     before = mx.get_active_memory()
     arrays = WeightFiles().load(str(path))
@@ -99,7 +99,7 @@ def test_nothing_is_read_before_it_is_evaluated(path: Path, reads: Reads) -> Non
     assert reads.sizes == [12]
 
 
-def test_large_tensors_are_read_in_pieces(path: Path, reads: Reads) -> None:
+def test_large_tensors_are_read_in_chunks(path: Path, reads: Reads) -> None:
     size = 5 * BLOCK_BYTES // 2
     arrays = {"x": mx.arange(size // 4), "y": mx.arange(6)}
     mx.save_safetensors(str(path), arrays)
@@ -111,7 +111,7 @@ def test_large_tensors_are_read_in_pieces(path: Path, reads: Reads) -> None:
     assert all(mx.array_equal(found[name], arrays[name]).item() for name in arrays)
 
 
-def test_reads_that_stop_short_go_on(path: Path, reads: Reads) -> None:
+def test_short_reads_are_continued(path: Path, reads: Reads) -> None:
     values = mx.arange(1000)
     mx.save_safetensors(str(path), {"x": values})
     reads.answer = lambda file, buffers, at: reads.preadv(file, [buffers[0][:999]], at)
@@ -127,7 +127,7 @@ def _failing(_file: int, _buffers: list[memoryview], _position: int) -> int:
 
 
 @pytest.mark.parametrize("elements", [10, BLOCK_BYTES])
-def test_a_disk_that_fails(
+def test_a_disk_error_is_reported(
     path: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch, elements: int
 ) -> None:
     # A failed read must not keep a stream open, for which the end of reading would wait.
@@ -145,7 +145,7 @@ def test_a_disk_that_fails(
 
 
 @pytest.mark.parametrize("elements", [100, 3 * BLOCK_BYTES])
-def test_a_file_that_shrinks(path: Path, elements: int) -> None:
+def test_a_shrinking_file_is_reported(path: Path, elements: int) -> None:
     mx.save_safetensors(str(path), {"x": mx.ones(elements)})
     files = WeightFiles()
     found = files.load(str(path))
@@ -155,7 +155,7 @@ def test_a_file_that_shrinks(path: Path, elements: int) -> None:
         _read(files, found)
 
 
-def test_a_file_that_is_replaced_is_read_as_it_was(path: Path) -> None:
+def test_a_replaced_file_is_read_from_the_open_descriptor(path: Path) -> None:
     mx.save_safetensors(str(path), {"x": mx.ones(100)})
     files = WeightFiles()
     found = files.load(str(path))
@@ -165,7 +165,7 @@ def test_a_file_that_is_replaced_is_read_as_it_was(path: Path) -> None:
     assert found["x"].sum().item() == 100
 
 
-def test_what_is_raised_while_it_is_read_ends_it(path: Path, reads: Reads) -> None:
+def test_an_exception_in_the_callback_ends_the_reading(path: Path, reads: Reads) -> None:
     class StoppedError(Exception):
         pass
 
@@ -180,21 +180,21 @@ def test_what_is_raised_while_it_is_read_ends_it(path: Path, reads: Reads) -> No
     assert len(reads.sizes) <= 4 * 2  # reads already begun on MLX's threads
 
 
-def test_a_directory_is_no_file(path: Path) -> None:
+def test_a_directory_is_not_a_weight_file(path: Path) -> None:
     path.mkdir()
     with pytest.raises(OSError, match="directory"):
         WeightFiles().load(str(path))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read(path: Path) -> None:
+def test_an_unreadable_file_raises_permission_error(path: Path) -> None:
     write_tensors(path, {"x": ("F32", (2,))})
     path.chmod(0)
     with pytest.raises(PermissionError, match=r"model\.safetensors"):
         WeightFiles().load(str(path))
 
 
-def test_a_header_that_lies(path: Path) -> None:
+def test_a_false_header_is_refused(path: Path) -> None:
     header = header_of({"x": ("F32", (2,))})
     write_file(path, header, 7)
     with pytest.raises(HeaderError, match="cut short"):
@@ -204,7 +204,9 @@ def test_a_header_that_lies(path: Path) -> None:
 @pytest.mark.parametrize(
     ("dtype", "shape", "size"), [("F64", [1], 8), ("F8_E5M2", [1], 1), ("F32", [0, 2**31], 0)]
 )
-def test_tensors_that_mlx_cannot_hold(path: Path, dtype: str, shape: list[int], size: int) -> None:
+def test_tensors_unsupported_by_mlx_are_refused(
+    path: Path, dtype: str, shape: list[int], size: int
+) -> None:
     write_file(path, {"odd": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}, size)
     with pytest.raises(ValueError, match="odd"):
         WeightFiles().load(str(path))
@@ -214,7 +216,7 @@ def _open_count() -> int:
     return psutil.Process().num_fds()
 
 
-def test_the_file_is_closed_when_all_is_read(path: Path) -> None:
+def test_the_file_is_closed_after_the_last_read(path: Path) -> None:
     before = _open_count()
     mx.save_safetensors(str(path), {"x": mx.ones(3), "y": mx.ones(3)})
     files = WeightFiles()
@@ -231,7 +233,7 @@ def test_the_file_is_closed_when_its_arrays_are_dropped(path: Path) -> None:
     assert _open_count() == before
 
 
-def test_an_mlx_that_opens_archives_without_python_reads_the_file_itself(
+def test_mlx_reads_the_file_if_it_opens_archives_without_python(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def unknown(*_args: object) -> Any:
@@ -243,7 +245,7 @@ def test_an_mlx_that_opens_archives_without_python_reads_the_file_itself(
     assert "may make it hang" in caplog.text
 
 
-def test_others_may_use_zipfile_meanwhile(tmp_path: Path) -> None:
+def test_other_threads_may_use_zipfile_meanwhile(tmp_path: Path) -> None:
     with lazy_arrays._opening_archives():
         import zipfile as found  # as another thread may do just then
 
@@ -275,7 +277,7 @@ if hasattr(mx.array, "__index__"):  # not in MLX 0.32.2
     CALLS.append("[0, 1][x[0].astype(mx.int32)]")
 
 
-def test_calls_that_evaluate_let_python_go_on(path: Path) -> None:
+def test_calls_that_evaluate_release_the_gil(path: Path) -> None:
     """Runs in a child process, because a call that keeps the GIL would never return."""
     mx.save_safetensors(str(path), {str(i): mx.ones(8) for i in range(len(CALLS))})
     done = subprocess.run(
@@ -300,7 +302,7 @@ with files.reading(bool):
 """
 
 
-def test_a_process_may_end_at_once_after_it_has_read(path: Path) -> None:
+def test_a_process_may_exit_right_after_reading(path: Path) -> None:
     mx.save_safetensors(str(path), {str(i): mx.ones(8) for i in range(20)})
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     for _ in range(5):

@@ -37,9 +37,7 @@ def _held() -> int:
     return int(mx.get_active_memory() + mx.get_cache_memory())
 
 
-async def test_models_one_after_another_give_everything_back(
-    real: Server, model_dir: Build
-) -> None:
+async def test_unloading_frees_the_memory_of_each_model(real: Server, model_dir: Build) -> None:
     await real.stub.Unload(UNLOAD)
     before = _held()
     for kind in ({}, {"shape": "gemma3"}, {"quantize_bits": 4, "dtype": "bfloat16"}):
@@ -52,7 +50,9 @@ async def test_models_one_after_another_give_everything_back(
         assert (await real.status()).memory == _held()
 
 
-async def test_log_probabilities_joined_are_the_content(real: Server, model_dir: Build) -> None:
+async def test_joined_log_probability_texts_equal_the_content(
+    real: Server, model_dir: Build
+) -> None:
     """Random weights generate invalid bytes, and bytes which join to characters."""
     await real.load(str(model_dir()))
     for seed in range(6):
@@ -67,7 +67,7 @@ async def test_log_probabilities_joined_are_the_content(real: Server, model_dir:
 
 
 @pytest.mark.parametrize("broken", ["config.json", "model.safetensors", "tokenizer.json"])
-async def test_a_broken_model_leaves_nothing_and_the_server_works(
+async def test_a_broken_model_leaves_no_memory_in_use_and_the_server_works(
     real: Server, model_dir: Build, tmp_path: Path, broken: str
 ) -> None:
     await real.stub.Unload(UNLOAD)
@@ -84,7 +84,7 @@ async def test_a_broken_model_leaves_nothing_and_the_server_works(
     assert len(tokens(await real.complete(num_predict=4, logit_bias={0: -100}))) == 4
 
 
-async def test_a_load_that_fails_late_leaves_nothing(
+async def test_a_load_that_fails_late_frees_its_memory(
     real: Server, model_dir: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The traceback once held the weights until the error had been answered."""
@@ -102,14 +102,14 @@ async def test_a_load_that_fails_late_leaves_nothing(
     assert _held() <= before + TOLERANCE_BYTES
 
 
-async def test_not_enough_memory(real: Server, model_dir: Build) -> None:
+async def test_a_load_beyond_the_memory_limit_is_refused(real: Server, model_dir: Build) -> None:
     problem = await failure(real.load(str(model_dir()), memory_limit_bytes=1000))
     assert problem.reason == "INSUFFICIENT_MEMORY"
     assert problem.metadata["availableBytes"] == "1000"
     assert int(problem.metadata["requiredBytes"]) > 400_000
 
 
-async def test_a_cancelled_load_gives_its_memory_back(
+async def test_a_cancelled_load_frees_its_memory(
     real: Server, model_dir: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await real.stub.Unload(UNLOAD)
@@ -138,7 +138,7 @@ async def test_a_cancelled_load_gives_its_memory_back(
     assert await real.text(num_predict=3)
 
 
-async def test_a_step_that_raises_is_survived(
+async def test_the_server_survives_a_failing_step(
     real: Server, model_dir: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await real.load(str(model_dir()), parallel=2)
@@ -167,7 +167,7 @@ async def test_text_and_tokens_agree_with_the_tokenizer(real: Server, model_dir:
         assert joined(messages) == answer.content
 
 
-async def test_the_context_is_enforced(real: Server, model_dir: Build) -> None:
+async def test_the_context_length_is_enforced(real: Server, model_dir: Build) -> None:
     await real.load(str(model_dir()), context_length=24)
     prompt = pb.TokenIds(ids=[5] * 20)
     options = pb.CompletionOptions(num_predict=100, logit_bias={0: -100})
@@ -178,7 +178,7 @@ async def test_the_context_is_enforced(real: Server, model_dir: Build) -> None:
     assert (await failure(real.stub.Completion(request))).reason == "PROMPT_TOO_LONG"
 
 
-async def test_stop_penalties_and_bias_are_each_rows_own(real: Server, model_dir: Build) -> None:
+async def test_stop_penalties_and_bias_apply_per_row(real: Server, model_dir: Build) -> None:
     await real.load(str(model_dir()), parallel=8)
     kinds: list[dict[str, Any]] = [
         {"temperature": 0.0},
@@ -199,7 +199,9 @@ async def test_stop_penalties_and_bias_are_each_rows_own(real: Server, model_dir
     assert together[4].startswith(together[5])
 
 
-async def test_unload_in_the_middle_of_real_work(real: Server, model_dir: Build) -> None:
+async def test_unload_ends_running_requests_and_frees_their_memory(
+    real: Server, model_dir: Build
+) -> None:
     await real.stub.Unload(UNLOAD)
     before = _held()
     await real.load(str(model_dir()), parallel=2)

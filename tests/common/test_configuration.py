@@ -28,7 +28,7 @@ def read(path: Path, config: dict[str, Any], shapes: Shapes = EMBEDDINGS) -> Con
 
 @pytest.mark.parametrize("place", [None, "text_config"])
 @pytest.mark.parametrize("kind", ["default", "llama3", "yarn", "linear"])
-def test_rope_parameters_stand_under_the_older_names(
+def test_rope_parameters_are_copied_to_the_older_names(
     tmp_path: Path, kind: str, place: str | None
 ) -> None:
     rope = {"rope_type": kind, "rope_theta": 5e5, "factor": 4.0, "beta_fast": None}
@@ -46,7 +46,7 @@ def test_rope_parameters_stand_under_the_older_names(
         assert "beta_fast" not in scaling
 
 
-def test_parameters_by_attention_stand_under_the_older_names(tmp_path: Path) -> None:
+def test_rope_parameters_per_attention_kind_are_copied_to_the_older_names(tmp_path: Path) -> None:
     rope = {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -71,20 +71,20 @@ def test_parameters_by_attention_stand_under_the_older_names(tmp_path: Path) -> 
         (None, 64),
     ],
 )
-def test_scaling_makes_the_context_longer(
+def test_rope_scaling_determines_the_context_length(
     tmp_path: Path, scaling: dict[str, Any] | None, longest: int
 ) -> None:
     assert read(tmp_path, {"rope_scaling": scaling}).context_length == longest
 
 
-def test_the_context_of_gemma_counts_its_factor_already(tmp_path: Path) -> None:
+def test_the_context_of_gemma_already_includes_the_factor(tmp_path: Path) -> None:
     text = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "model_type": "gemma3_text"}
     assert read(tmp_path, {"model_type": "gemma3", "text_config": text}).context_length == 64
 
 
 @pytest.mark.parametrize("said", [True, False, None])
 @pytest.mark.parametrize("in_text", [True, False])
-def test_an_output_layer_unlike_the_embeddings_is_used(
+def test_an_output_layer_different_from_the_embeddings_is_used(
     tmp_path: Path, said: bool | None, in_text: bool
 ) -> None:
     tied = {} if said is None else {"tie_word_embeddings": said}
@@ -100,7 +100,7 @@ def test_an_output_layer_unlike_the_embeddings_is_used(
 
 
 @pytest.mark.parametrize("shapes", [EMBEDDINGS, {**EMBEDDINGS, **HEAD}])
-def test_an_output_layer_that_is_the_embeddings_is_tied(tmp_path: Path, shapes: Shapes) -> None:
+def test_an_output_layer_equal_to_the_embeddings_is_tied(tmp_path: Path, shapes: Shapes) -> None:
     assert read(tmp_path, {}, shapes).values["tie_word_embeddings"] is True
     assert (
         read(tmp_path, {"tie_word_embeddings": False}, shapes).values["tie_word_embeddings"]
@@ -108,7 +108,7 @@ def test_an_output_layer_that_is_the_embeddings_is_tied(tmp_path: Path, shapes: 
     )
 
 
-def test_the_ids_that_end_a_text_are_those_of_all_files(tmp_path: Path) -> None:
+def test_end_of_text_ids_are_merged_from_all_files(tmp_path: Path) -> None:
     config = {"eos_token_id": 1, "text_config": {"eos_token_id": [2, 3]}}
     path = write_model(tmp_path, EMBEDDINGS, {**PLAIN, **config})
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
@@ -119,7 +119,7 @@ def test_the_ids_that_end_a_text_are_those_of_all_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [True, "</s>", 1.5, -1, 2**40, [2, "x"], [[2]], {"a": 1}])
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
-def test_an_id_that_is_none_is_refused_by_name(tmp_path: Path, file: str, value: object) -> None:
+def test_an_invalid_token_id_is_refused_by_name(tmp_path: Path, file: str, value: object) -> None:
     wrong = {"eos_token_id": value}
     path = write_model(tmp_path, EMBEDDINGS, {**PLAIN, **(wrong if file[0] == "c" else {})})
     if file[0] == "g":
@@ -130,7 +130,7 @@ def test_an_id_that_is_none_is_refused_by_name(tmp_path: Path, file: str, value:
 
 @pytest.mark.parametrize("content", [b"[1]", b"null", b"{", b'{"a": "\xff"}', b"[" * 100_000])
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
-def test_a_file_that_is_no_object_is_refused_by_name(
+def test_a_file_without_a_json_object_is_refused_by_name(
     tmp_path: Path, file: str, content: bytes
 ) -> None:
     path = write_model(tmp_path, EMBEDDINGS, PLAIN)
@@ -139,7 +139,7 @@ def test_a_file_that_is_no_object_is_refused_by_name(
         read_model_directory(path)
 
 
-def test_a_mark_and_tagged_numbers_are_read(tmp_path: Path) -> None:
+def test_a_byte_order_mark_and_tagged_numbers_are_read(tmp_path: Path) -> None:
     path = write_model(tmp_path, EMBEDDINGS, PLAIN)
     text = json.dumps({**PLAIN, "limit": {"__float__": "Infinity"}})
     (path / "config.json").write_bytes(b"\xef\xbb\xbf" + text.encode())
@@ -158,17 +158,19 @@ def test_a_mark_and_tagged_numbers_are_read(tmp_path: Path) -> None:
         ({"max_position_embeddings": True}, "context"),
     ],
 )
-def test_what_cannot_be_is_refused(tmp_path: Path, config: dict[str, Any], says: str) -> None:
+def test_an_impossible_setting_is_refused(
+    tmp_path: Path, config: dict[str, Any], says: str
+) -> None:
     with pytest.raises(ModelUnusableError, match=rf"config\.json: .*{says}"):
         read(tmp_path, config)
 
 
-def test_a_directory_without_a_configuration_is_called_that(tmp_path: Path) -> None:
+def test_a_missing_configuration_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ModelUnusableError, match=r"no config\.json in"):
         read_model_directory(tmp_path)
 
 
-def test_a_file_of_modelopt_says_how_weights_are_quantized(tmp_path: Path) -> None:
+def test_quantization_is_read_from_a_modelopt_file(tmp_path: Path) -> None:
     path = write_model(tmp_path, EMBEDDINGS, PLAIN)
     (path / "hf_quant_config.json").write_bytes(b'\xef\xbb\xbf{"quant_method": "modelopt"}')
     values = read_model_directory(path).configuration.values
@@ -201,7 +203,7 @@ def test_a_file_of_modelopt_says_how_weights_are_quantized(tmp_path: Path) -> No
         ),
     ],
 )
-def test_settings_stand_under_all_of_their_names(
+def test_settings_are_copied_to_all_of_their_names(
     tmp_path: Path, config: dict[str, Any], filled: dict[str, Any]
 ) -> None:
     values = read(tmp_path, config).values
@@ -276,7 +278,7 @@ def test_settings_stand_under_all_of_their_names(
         ({"model_type": "mamba2", "expand": "a", "hidden_size": "b"}, "hidden_size"),
     ],
 )
-def test_a_value_that_cannot_be_used_is_refused_by_name(
+def test_an_unusable_value_is_refused_by_name(
     tmp_path: Path, settings: dict[str, Any], named: str, place: str | None
 ) -> None:
     with pytest.raises(ModelUnusableError, match=f"config.json: ({place}.)?{named}"):
@@ -298,7 +300,7 @@ def test_a_value_that_cannot_be_used_is_refused_by_name(
         {"model_type": "mamba2", "expand": 2},
     ],
 )
-def test_values_that_occur_are_not_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_values_found_in_real_models_are_accepted(tmp_path: Path, settings: dict[str, Any]) -> None:
     assert read(tmp_path, settings).context_length >= 64
 
 
@@ -318,7 +320,7 @@ def test_any_json_is_read_or_refused(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
-def test_a_link_to_nothing_is_refused_by_name(tmp_path: Path, name: str) -> None:
+def test_a_dangling_link_is_refused_by_name(tmp_path: Path, name: str) -> None:
     path = write_model(tmp_path, EMBEDDINGS, PLAIN)
     (path / name).unlink(missing_ok=True)
     (path / name).symlink_to("../../blobs/gone")
@@ -337,7 +339,7 @@ def test_a_quantized_output_layer_is_used_with_its_scales(tmp_path: Path) -> Non
     )
 
 
-def test_an_output_layer_that_only_the_index_has_is_missing(tmp_path: Path) -> None:
+def test_an_output_layer_only_in_the_index_is_not_tied(tmp_path: Path) -> None:
     path = write_model(tmp_path, EMBEDDINGS, PLAIN)
     names = [*EMBEDDINGS, *HEAD]
     index = {"weight_map": dict.fromkeys(names, "model.safetensors")}

@@ -28,7 +28,7 @@ def snapshot(hub: Path, commit: str = COMMIT, *, ref: str | None = "main", name:
 @pytest.mark.parametrize(
     "name", ["plain", "with space", "trap[12]", "名前", "~tilde", "a@b", "$HOME"]
 )
-def test_a_directory_is_taken_as_it_is(
+def test_a_directory_path_is_used_as_given(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / name).mkdir()
@@ -38,7 +38,7 @@ def test_a_directory_is_taken_as_it_is(
         assert (located.path, located.is_hub_id) == ((tmp_path / name).resolve(), False)
 
 
-def test_a_home_is_that_of_the_process_that_loads(tmp_path: Path) -> None:
+def test_the_home_directory_comes_from_the_given_environment(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     assert locate("~/model", {"HOME": str(tmp_path)}).path == (tmp_path / "model").resolve()
 
@@ -71,7 +71,7 @@ def test_a_hub_id_is_found_in_the_cache(
     assert (located.path, located.is_hub_id, located.note) == (path, True, "")
 
 
-def test_the_hub_itself_finds_it_in_the_same_place(tmp_path: Path) -> None:
+def test_huggingface_hub_finds_the_same_directory(tmp_path: Path) -> None:
     hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
     path = snapshot(tmp_path)
     found = hub.snapshot_download("org/n", cache_dir=tmp_path, local_files_only=True)
@@ -87,13 +87,13 @@ def test_a_revision_is_a_ref_or_a_commit(tmp_path: Path, ref: str) -> None:
         assert locate(f"org/n@{revision}", environ).path == older
 
 
-def test_a_ref_may_end_in_white_space(tmp_path: Path) -> None:
+def test_a_ref_may_end_in_whitespace(tmp_path: Path) -> None:
     path = snapshot(tmp_path)
     (tmp_path / "models--org--n" / "refs" / "main").write_text(f"{COMMIT} \r\n")
     assert locate("org/n", {"HF_HUB_CACHE": str(tmp_path)}).path == path
 
 
-def test_a_filtered_download_is_a_model(tmp_path: Path) -> None:
+def test_a_filtered_download_counts_as_complete(tmp_path: Path) -> None:
     path = snapshot(tmp_path)
     listed = tmp_path / "models--org--n" / "trees" / f"{COMMIT}.json"
     listed.parent.mkdir()
@@ -101,7 +101,7 @@ def test_a_filtered_download_is_a_model(tmp_path: Path) -> None:
     assert locate("org/n", {"HF_HUB_CACHE": str(tmp_path)}).path == path
 
 
-def test_another_complete_snapshot_stands_in_for_one_that_is_not(tmp_path: Path) -> None:
+def test_another_complete_snapshot_replaces_an_incomplete_one(tmp_path: Path) -> None:
     other = snapshot(tmp_path, OTHER, ref=None)
     partial = snapshot(tmp_path)
     (partial / "model.safetensors").unlink()
@@ -112,7 +112,7 @@ def test_another_complete_snapshot_stands_in_for_one_that_is_not(tmp_path: Path)
 
 
 @pytest.mark.parametrize("lost", ["tokenizer.json", "model.safetensors", "config.json"])
-def test_a_snapshot_that_lacks_a_file_is_not_complete(tmp_path: Path, lost: str) -> None:
+def test_a_snapshot_without_a_required_file_is_incomplete(tmp_path: Path, lost: str) -> None:
     path, other = snapshot(tmp_path), snapshot(tmp_path, OTHER, ref=None)
     (path / lost).unlink()
     assert locate("org/n", {"HF_HUB_CACHE": str(tmp_path)}).path == other
@@ -121,14 +121,14 @@ def test_a_snapshot_that_lacks_a_file_is_not_complete(tmp_path: Path, lost: str)
 
 
 @pytest.mark.parametrize("ref", ["../../../elsewhere", "{}/elsewhere"])
-def test_a_ref_leads_nowhere_else(tmp_path: Path, ref: str) -> None:
+def test_a_ref_cannot_leave_the_snapshots(tmp_path: Path, ref: str) -> None:
     path = snapshot(tmp_path / "hub")
     snapshot(tmp_path / "other").rename(tmp_path / "elsewhere")
     (path.parents[1] / "refs" / "main").write_text(ref.format(tmp_path))
     assert locate("org/n", {"HF_HUB_CACHE": str(tmp_path / "hub")}).path == path
 
 
-def test_without_a_main_the_newest_complete_snapshot_is_used(tmp_path: Path) -> None:
+def test_without_refs_main_the_newest_complete_snapshot_is_used(tmp_path: Path) -> None:
     older, newer = snapshot(tmp_path, ref=None), snapshot(tmp_path, OTHER, ref="v1")
     os.utime(older, (1, 1))
     located = locate("org/n", {"HF_HUB_CACHE": str(tmp_path)})
@@ -136,28 +136,28 @@ def test_without_a_main_the_newest_complete_snapshot_is_used(tmp_path: Path) -> 
     assert "no refs/main" in located.note
 
 
-def test_a_revision_that_is_asked_for_is_never_replaced(tmp_path: Path) -> None:
+def test_a_requested_revision_is_never_replaced(tmp_path: Path) -> None:
     snapshot(tmp_path)
     with pytest.raises(ModelMissingError, match=f"revision v2.*{COMMIT}"):
         locate("org/n@v2", {"HF_HUB_CACHE": str(tmp_path)})
 
 
 @pytest.mark.parametrize("revision", ["../../other", "..", "/etc"])
-def test_a_revision_leads_nowhere_else(tmp_path: Path, revision: str) -> None:
+def test_a_revision_cannot_leave_the_snapshots(tmp_path: Path, revision: str) -> None:
     snapshot(tmp_path)
     (tmp_path / "models--org--n" / "other").mkdir()
     with pytest.raises(ModelMissingError):
         locate(f"org/n@{revision}", {"HF_HUB_CACHE": str(tmp_path)})
 
 
-def test_an_unknown_hub_id_says_where_it_looked_and_what_to_do(tmp_path: Path) -> None:
+def test_the_error_for_an_unknown_hub_id_names_the_cache_and_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ModelMissingError, match="hf download org/name") as caught:
         locate("org/name", {"HF_HUB_CACHE": str(tmp_path)})
     assert str(tmp_path) in str(caught.value)
     assert caught.value.model == "org/name"
 
 
-def test_a_commit_without_files_is_named(tmp_path: Path) -> None:
+def test_the_error_for_a_commit_without_files_names_the_commit(tmp_path: Path) -> None:
     path = snapshot(tmp_path)
     for file in path.iterdir():
         file.unlink()
@@ -166,7 +166,7 @@ def test_a_commit_without_files_is_named(tmp_path: Path) -> None:
         locate("org/n", {"HF_HUB_CACHE": str(tmp_path)})
 
 
-def test_a_file_is_not_a_directory(tmp_path: Path) -> None:
+def test_a_file_is_refused_as_a_model(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.touch()
     with pytest.raises(ModelMissingError, match="is a file"):
@@ -177,6 +177,6 @@ def test_a_file_is_not_a_directory(tmp_path: Path) -> None:
     "model",
     ["", "/no/such/place", "../no/such", "a/b/c", "x" * 5000, "a\0b", "~nobody-here", "~nobody/x"],
 )
-def test_anything_else_is_not_found(tmp_path: Path, model: str) -> None:
+def test_any_other_name_is_not_found(tmp_path: Path, model: str) -> None:
     with pytest.raises(ModelMissingError):
         locate(model, {"HF_HUB_CACHE": str(tmp_path)})

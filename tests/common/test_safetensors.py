@@ -19,12 +19,12 @@ def test_header_gives_name_type_shape_and_size(tmp_path: Path) -> None:
     )
 
 
-def test_nothing_but_the_header_is_read(tmp_path: Path) -> None:
+def test_only_the_header_is_read(tmp_path: Path) -> None:
     path = write_tensors(tmp_path / "m.safetensors", {"a": ("F32", (1 << 18, 1 << 18))})
     assert read_header(path)[0].nbytes == 1 << 38  # a sparse file of 256 GiB
 
 
-def test_empty_tensors_overlap_nothing(tmp_path: Path) -> None:
+def test_empty_tensors_do_not_overlap(tmp_path: Path) -> None:
     shapes = {"a": ("F32", (2,)), "none": ("F32", (0, 7)), "b": ("F32", (2,))}
     path = write_tensors(tmp_path / "m.safetensors", shapes)
     assert {tensor.name for tensor in read_header(path)} == set(shapes)
@@ -54,7 +54,7 @@ def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[
         (b"[" * 100_000, 0, "not JSON"),
     ],
 )
-def test_header_that_lies_is_refused_by_name(
+def test_a_false_header_is_refused_by_name(
     tmp_path: Path, header: dict[str, Any] | bytes, data_bytes: int, says: str
 ) -> None:
     path = write_file(tmp_path / "bad.safetensors", header, data_bytes)
@@ -67,7 +67,7 @@ def test_header_that_lies_is_refused_by_name(
     "content",
     [b"", b"\x01\x02", b"\x00" * 8, (1 << 40).to_bytes(8, "little") + b"{}", b"\xff" * 64],
 )
-def test_header_length_that_lies_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+def test_a_false_header_length_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
     with pytest.raises(HeaderError, match=r"bad\.safetensors.*download it again"):

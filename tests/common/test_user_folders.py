@@ -21,9 +21,7 @@ from runner_common.user_folders import cache_folder
         ({}, None),
     ],
 )
-def test_a_path_that_is_not_absolute_is_ignored(
-    environ: dict[str, str], folder: Path | None
-) -> None:
+def test_only_absolute_paths_are_used(environ: dict[str, str], folder: Path | None) -> None:
     assert cache_folder(environ) == folder
 
 

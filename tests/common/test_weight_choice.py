@@ -32,7 +32,7 @@ def chosen(directory: Path) -> list[str]:
     return [str(file.relative_to(directory)) for file in choice.files]
 
 
-def test_an_index_names_the_files(tmp_path: Path) -> None:
+def test_the_index_determines_the_files(tmp_path: Path) -> None:
     assert chosen(sharded(tmp_path)) == [*SHARDS.values()]
     assert not choose_weight_files(tmp_path).notes
 
@@ -53,21 +53,21 @@ def test_an_index_may_use_any_names_and_folders(tmp_path: Path, names: tuple[str
         "consolidated.safetensors",
     ],
 )
-def test_a_file_beside_those_of_the_index_takes_no_part(tmp_path: Path, extra: str) -> None:
+def test_a_file_outside_the_index_is_ignored(tmp_path: Path, extra: str) -> None:
     write_tensors(sharded(tmp_path) / extra, {**ONE, "stranger": ("F32", (3,))})
     assert chosen(tmp_path) == [*SHARDS.values()]
     assert any(extra in note for note in choose_weight_files(tmp_path).notes)
 
 
 @pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', "{"])
-def test_a_broken_index_gives_way_to_the_one_file(tmp_path: Path, index: str) -> None:
+def test_a_broken_index_is_ignored_beside_a_single_file(tmp_path: Path, index: str) -> None:
     write_tensors(tmp_path / "model.safetensors", ONE)
     (tmp_path / INDEX).write_text(index)
     assert chosen(tmp_path) == ["model.safetensors"]
     assert any(INDEX in note for note in choose_weight_files(tmp_path).notes)
 
 
-def test_an_index_may_begin_with_a_mark(tmp_path: Path) -> None:
+def test_an_index_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     sharded(tmp_path)
     write_tensors(tmp_path / "model.safetensors", ONE)
     (tmp_path / INDEX).write_bytes(b"\xef\xbb\xbf" + (tmp_path / INDEX).read_bytes())
@@ -77,13 +77,13 @@ def test_an_index_may_begin_with_a_mark(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["/etc/x.safetensors", "../x.safetensors", "p/../../x", "x.bin", "", 3, ["x"]]
 )
-def test_an_index_names_only_files_of_its_directory(tmp_path: Path, name: object) -> None:
+def test_an_index_may_name_only_files_in_its_directory(tmp_path: Path, name: object) -> None:
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(ModelUnusableError, match=r"not a \*.safetensors of this"):
         chosen(tmp_path)
 
 
-def test_a_stale_index_gives_way_to_the_one_file(tmp_path: Path) -> None:
+def test_a_stale_index_is_ignored_beside_a_single_file(tmp_path: Path) -> None:
     sharded(tmp_path)
     for file in SHARDS.values():
         (tmp_path / file).unlink()
@@ -98,13 +98,13 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         chosen(tmp_path)
 
 
-def test_shards_without_an_index_are_a_set(tmp_path: Path) -> None:
+def test_shards_without_an_index_form_a_set(tmp_path: Path) -> None:
     sharded(tmp_path, index=False)
     write_tensors(tmp_path / "model-00003-of-00003.safetensors", {"stranger": ("F32", (3,))})
     assert chosen(tmp_path) == [*SHARDS.values()]
 
 
-def test_a_set_without_an_index_and_a_shard_short_is_refused(tmp_path: Path) -> None:
+def test_an_incomplete_set_without_an_index_is_refused(tmp_path: Path) -> None:
     (sharded(tmp_path, index=False) / SHARDS["a"]).unlink()
     with pytest.raises(ModelUnusableError, match=r"model-00001-of-00002\.safetensors is missing"):
         chosen(tmp_path)
@@ -116,13 +116,13 @@ def test_two_models_without_an_index_are_refused(tmp_path: Path) -> None:
         chosen(tmp_path)
 
 
-def test_a_format_beside_the_whole_file_takes_no_part(tmp_path: Path) -> None:
+def test_another_dtype_beside_the_whole_file_is_ignored(tmp_path: Path) -> None:
     write_tensors(tmp_path / "model.safetensors", {**ONE, **TWO})
     write_tensors(tmp_path / "model.fp16.safetensors", {"a": ("F16", (2,))})
     assert chosen(tmp_path) == ["model.safetensors"]
 
 
-def test_parts_with_other_tensors_are_one_model(tmp_path: Path) -> None:
+def test_files_with_different_tensors_form_one_model(tmp_path: Path) -> None:
     write_tensors(tmp_path / "model.safetensors", ONE)
     write_tensors(tmp_path / "model-extra.safetensors", TWO)
     assert chosen(tmp_path) == ["model-extra.safetensors", "model.safetensors"]
@@ -146,14 +146,14 @@ def test_a_tensor_in_two_files_is_refused_if_its_bytes_differ(tmp_path: Path) ->
         chosen(tmp_path)
 
 
-def test_a_pointer_of_git_lfs_is_called_that(tmp_path: Path) -> None:
+def test_a_git_lfs_pointer_is_recognized(tmp_path: Path) -> None:
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
     (tmp_path / "model.safetensors").write_text(pointer)
     with pytest.raises(ModelUnusableError, match=r"model\.safetensors is a Git LFS pointer"):
         chosen(tmp_path)
 
 
-def test_other_formats_are_pointed_at_the_converter(tmp_path: Path) -> None:
+def test_the_error_for_other_formats_names_the_converter(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(ModelUnusableError, match=r"pytorch_model\.bin.*mlx_lm\.convert"):
         chosen(tmp_path)

@@ -59,14 +59,14 @@ def codec(name: str) -> FastCodec:
     return load_codec(_directory(name), CONFIG)[0]
 
 
-def test_ids_and_texts_are_the_files(file: Any, codec: FastCodec) -> None:
+def test_ids_and_texts_match_the_tokenizers_library(file: Any, codec: FastCodec) -> None:
     for text in TEXTS:
         ids = file.encode(text, add_special_tokens=False).ids
         assert codec.encode(text, as_prompt=False) == ids, text
         assert codec.decode(ids) == file.decode(ids, skip_special_tokens=False), text
 
 
-def test_a_prompt_begins_as_the_files_say(name: str, codec: FastCodec) -> None:
+def test_a_prompt_begins_with_the_prefix_of_the_files(name: str, codec: FastCodec) -> None:
     prefix = PREFIXES.get(name, [])
     for text in TEXTS:
         ids = codec.encode(text, as_prompt=False)
@@ -75,7 +75,7 @@ def test_a_prompt_begins_as_the_files_say(name: str, codec: FastCodec) -> None:
 
 
 @pytest.mark.parametrize("class_name", CLASSES)
-def test_the_class_that_is_named_changes_nothing(
+def test_the_named_class_has_no_effect(
     name: str, file: Any, tmp_path: Path, class_name: str
 ) -> None:
     path = Path(shutil.copytree(_directory(name), tmp_path / "model"))
@@ -88,7 +88,7 @@ def test_the_class_that_is_named_changes_nothing(
         assert codec.encode(text, as_prompt=False) == ids, text
 
 
-def test_detokenize_is_the_inverse(name: str, codec: FastCodec) -> None:
+def test_detokenize_inverts_tokenize(name: str, codec: FastCodec) -> None:
     """Text is restored up to the changes of the normalizer, which no decoder can undo."""
     changed = {"qwen3": lambda text: unicodedata.normalize("NFC", text)}
     expected: Callable[[str], str] = changed.get(name, lambda text: text)
@@ -98,7 +98,7 @@ def test_detokenize_is_the_inverse(name: str, codec: FastCodec) -> None:
         assert codec.decode(codec.encode(text, as_prompt=False)) == expected(text), text
 
 
-def test_streams_after_a_prompt_that_ends_after_any_token(codec: FastCodec) -> None:
+def test_streams_are_correct_after_a_prompt_of_any_length(codec: FastCodec) -> None:
     for text in TEXTS:
         ids = codec.encode(f"x{text[:80]}", as_prompt=False)
         whole = codec.decode(ids)
@@ -123,7 +123,7 @@ def _common(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
-def test_the_largest_is_read_in_two_seconds_of_cpu() -> None:
+def test_the_largest_tokenizer_is_read_in_two_seconds_of_cpu() -> None:
     path = _directory("gemma3")
     times = []
     for _ in range(2):
@@ -134,7 +134,7 @@ def test_the_largest_is_read_in_two_seconds_of_cpu() -> None:
 
 
 @pytest.mark.parametrize("model", MISTRAL_MODELS)
-def test_ids_and_texts_are_those_of_sentencepiece(model: str, tmp_path: Path) -> None:
+def test_ids_and_texts_match_sentencepiece(model: str, tmp_path: Path) -> None:
     path = Path(shutil.copytree(_directory(model), tmp_path / "model"))
     settings = {
         "tokenizer_class": "LlamaTokenizer",
