@@ -52,16 +52,16 @@ def _rows(model: LoadedModel, samplings: list[Sampling], count: int) -> list[Row
     return [Row(p, count + i, s) for i, (p, s) in enumerate(zip(prompts, samplings, strict=True))]
 
 
-_KNOWN: dict[str, list[int]] = {}
+_CACHE: dict[str, list[int]] = {}
 
 
 def _alone(model: LoadedModel, rows: list[Row]) -> list[list[int]]:
     """Return the tokens of each row run alone, from a cache if known."""
     for row in rows:
         key = repr((row.prompt, row.count, row.sampling))
-        if key not in _KNOWN:
-            _KNOWN[key] = alone(model, row)
-    return [_KNOWN[repr((row.prompt, row.count, row.sampling))] for row in rows]
+        if key not in _CACHE:
+            _CACHE[key] = alone(model, row)
+    return [_CACHE[repr((row.prompt, row.count, row.sampling))] for row in rows]
 
 
 def _together(model: LoadedModel, rows: list[Row]) -> list[list[int]]:
@@ -192,18 +192,18 @@ def test_temperature_zero_matches_batches_of_mlx_lm(trained: LoadedModel, arrive
     rows = _rows(trained, [GREEDY] * 8, 30)
     generator: Any = BatchGenerator(model._model, completion_batch_size=8)
     uids = generator.insert([list(row.prompt) for row in rows], [row.count for row in rows])
-    said: dict[int, list[int]] = {uid: [] for uid in uids}
-    while any(len(said[uid]) < row.count for uid, row in zip(uids, rows, strict=True)):
+    generated: dict[int, list[int]] = {uid: [] for uid in uids}
+    while any(len(generated[uid]) < row.count for uid, row in zip(uids, rows, strict=True)):
         for response in generator.next()[1]:
-            said[response.uid].append(int(response.token))
+            generated[response.uid].append(int(response.token))
     generator.close()
     for i, row in enumerate(rows):
         row.late = i * 2 if arrive == "one by one" else 0
-    assert _together(trained, rows) == [said[uid] for uid in uids]
+    assert _together(trained, rows) == [generated[uid] for uid in uids]
 
 
-def _run_with_pauses(batch: Batch, rows: list[Row], aside: dict[int, int]) -> None:
-    """Run rows; preempt row ``i`` for ``aside[i]`` steps after each of its tokens."""
+def _run_with_preemptions(batch: Batch, rows: list[Row], preempt_steps: dict[int, int]) -> None:
+    """Run rows; preempt row ``i`` for ``preempt_steps[i]`` steps after each of its tokens."""
     for id_, row in enumerate(rows):
         batch.add(id_, row.prompt, row.sampling)
     live, waits = set(range(len(rows))), dict[int, int]()
@@ -214,15 +214,15 @@ def _run_with_pauses(batch: Batch, rows: list[Row], aside: dict[int, int]) -> No
         tokens = [event for event in batch.step() if isinstance(event, Token)]
         for event in tokens:
             row = rows[event.row]
-            assert event.row not in waits, "a token of a row that is set aside"
+            assert event.row not in waits, "a token of a preempted row"
             row.ids.append(event.token_id)
             row.logprobs += [event.logprob] if event.logprob else []
             if len(row.ids) == row.count:
                 batch.remove([event.row])
                 live.discard(event.row)
-            elif event.row in aside:
+            elif event.row in preempt_steps:
                 batch.preempt(event.row)
-                waits[event.row] = aside[event.row]
+                waits[event.row] = preempt_steps[event.row]
         waits = {id_: left - 1 for id_, left in waits.items()}
     batch.close()
 
@@ -230,7 +230,7 @@ def _run_with_pauses(batch: Batch, rows: list[Row], aside: dict[int, int]) -> No
 def test_a_lone_row_preempted_at_every_step_continues_correctly(trained: LoadedModel) -> None:
     rows = _rows(trained, MIXED, 16)
     for row, ids in zip(rows, _alone(trained, rows), strict=True):
-        _run_with_pauses(trained.new_batch(), [row], {0: 0})
+        _run_with_preemptions(trained.new_batch(), [row], {0: 0})
         assert row.ids == ids
 
 
@@ -238,7 +238,9 @@ def test_a_lone_row_preempted_at_every_step_continues_correctly(trained: LoadedM
 def test_rows_preempted_at_every_step_continue_correctly(trained: LoadedModel, steps: int) -> None:
     rows = _rows(trained, MIXED, 16)
     expected = _alone(trained, rows)
-    _run_with_pauses(trained.new_batch(), rows, {0: steps, 3: steps + 1, 4: 0, 6: steps, 7: steps})
+    _run_with_preemptions(
+        trained.new_batch(), rows, {0: steps, 3: steps + 1, 4: 0, 6: steps, 7: steps}
+    )
     assert [row.ids for row in rows] == expected
 
 
@@ -254,7 +256,7 @@ def test_a_preempted_row_keeps_its_log_probabilities(
     prompts = [[draw.randrange(1, 500) for _ in range(n)] for n in lengths]
     sampling = replace(GREEDY, logprobs=20)
     rows = [Row(prompt, 16, sampling) for prompt in prompts]
-    _run_with_pauses(model.new_batch(), rows, dict.fromkeys(range(0, among, 2), 2))
+    _run_with_preemptions(model.new_batch(), rows, dict.fromkeys(range(0, among, 2), 2))
     for row in rows:
         single = Row(row.prompt, 16, sampling)
         _together(model, [single])
@@ -270,25 +272,25 @@ def test_a_preempted_row_can_be_removed(trained: LoadedModel, others: int) -> No
     batch: Any = trained.new_batch()
     for id_, row in enumerate([*keep, Row(keep[0].prompt if keep else [1, 2], 20)]):
         batch.add(id_, row.prompt, row.sampling)
-    said: list[list[int]] = [[] for _ in keep]
+    generated: list[list[int]] = [[] for _ in keep]
     while True:
         tokens = [event for event in batch.step() if isinstance(event, Token)]
         for event in tokens:
             if event.row < others:
-                said[event.row].append(event.token_id)
+                generated[event.row].append(event.token_id)
         if any(event.row == others for event in tokens):
             break
     batch.preempt(others)
     batch.remove([others])
     assert not batch._preempted
-    while any(len(ids) < 20 for ids in said):
+    while any(len(ids) < 20 for ids in generated):
         events = batch.step()
         assert all(event.row != others for event in events)
         for event in events:
             if isinstance(event, Token):
-                said[event.row].append(event.token_id)
+                generated[event.row].append(event.token_id)
     batch.close()
-    assert [ids[:20] for ids in said] == [ids[:20] for ids in expected]
+    assert [ids[:20] for ids in generated] == [ids[:20] for ids in expected]
 
 
 @pytest.mark.parametrize("options", [{}, {"logit_bias": ((7, 50.0),), "repeat_penalty": 1.5}])

@@ -148,17 +148,17 @@ def test_windows_of_listed_layers_are_used(load: Load, model_dir: Build, tmp_pat
     assert (model.info.context_length, model.info.warnings) == (2048, ())
 
 
-@pytest.mark.parametrize("said", [True, None])
+@pytest.mark.parametrize("declared", [True, None])
 def test_a_separate_output_layer_is_used(
-    load: Load, model_dir: Build, tmp_path: Path, said: bool | None
+    load: Load, model_dir: Build, tmp_path: Path, declared: bool | None
 ) -> None:
     right = load(model_dir(tie_word_embeddings=False))
     path = changed(model_dir(tie_word_embeddings=False), tmp_path / "m", "tie_word_embeddings")
-    if said is not None:
-        path = changed(path, tmp_path / "n", tie_word_embeddings=said)
+    if declared is not None:
+        path = changed(path, tmp_path / "n", tie_word_embeddings=declared)
     model = load(path)
     assert_alike(answer(model), answer(right), tolerance=1e-6)
-    assert any("lm_head.weight" in text for text in model.info.warnings) == (said is True)
+    assert any("lm_head.weight" in text for text in model.info.warnings) == (declared is True)
 
 
 def add_tensor(path: Path, name: str, dtype: Any = None) -> None:

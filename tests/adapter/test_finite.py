@@ -100,10 +100,10 @@ def test_a_row_with_nan_logits_is_reported(poisoned: LoadedModel, sampling: Samp
 
 def test_neighbours_of_a_broken_row_are_unaffected(poisoned: LoadedModel) -> None:
     """Results are equal bit by bit, since the broken row leaves like a row of one token."""
-    likely = replace(GREEDY, logprobs=5)
+    with_logprobs = replace(GREEDY, logprobs=5)
 
     def neighbours() -> list[Row]:
-        return [Row([5 + row, 6, 7, 8 + row], 12, likely) for row in range(3)]
+        return [Row([5 + row, 6, 7, 8 + row], 12, with_logprobs) for row in range(3)]
 
     broken, sound = neighbours(), neighbours()
     assert _run(poisoned.new_batch(), [*broken, Row([4, POISON, 2, 1], 1)]) == [3]
@@ -146,14 +146,14 @@ def test_a_row_that_ends_before_its_failure_is_seen_leaves_nothing(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("place", [0, 7, 1999])
-def test_are_finite_rejects_nan_and_infinity_but_not_banned_tokens(dtype: str, place: int) -> None:
+@pytest.mark.parametrize("index", [0, 7, 1999])
+def test_are_finite_rejects_nan_and_infinity_but_not_banned_tokens(dtype: str, index: int) -> None:
     def row(value: float) -> list[float]:
-        return [*[200.0] * place, value, *[200.0] * (1999 - place)]
+        return [*[200.0] * index, value, *[200.0] * (1999 - index)]
 
     values = [1.0, float("nan"), float("inf"), float("-inf")]
     logits = mx.array([row(value) for value in values]).astype(getattr(mx, dtype))
-    drawn = mx.array([place, 2**31, 2**31, (place + 1) % 2000], dtype=mx.uint32)
+    drawn = mx.array([index, 2**31, 2**31, (index + 1) % 2000], dtype=mx.uint32)
     # A single -inf, as in the last row, only bars a token.
     assert are_finite(logits, drawn).tolist() == [True, False, False, True]
 

@@ -41,7 +41,7 @@ def _reference(logits: Any, tokens: Sequence[int], s: Sampling, drawn: int = 1) 
     return out
 
 
-def _changed(
+def _penalized(
     logits: Any,
     texts: Sequence[Sequence[int]],
     rows: Sequence[Sampling],
@@ -54,7 +54,7 @@ def _changed(
     return np.array(out.astype(mx.float32))
 
 
-def _assert_as_stated(
+def _assert_matches_reference(
     texts: Sequence[Sequence[int]],
     rows: Sequence[Sampling],
     drawn: Sequence[int] | None = None,
@@ -62,7 +62,7 @@ def _assert_as_stated(
     logits = _logits(len(rows))
     counts = drawn or [1] * len(rows)
     expected = [_reference(*parts) for parts in zip(logits, texts, rows, counts, strict=True)]
-    changed = _changed(logits, texts, rows, drawn)
+    changed = _penalized(logits, texts, rows, drawn)
     np.testing.assert_allclose(changed, expected, rtol=1e-5, atol=1e-4)
 
 
@@ -92,7 +92,7 @@ def _text(length: int, seed: int = 6) -> list[int]:
 @pytest.mark.parametrize("sampling", PENALTIES, ids=range(len(PENALTIES)))
 @pytest.mark.parametrize("length", [1, 2, 40, 64, 65, 700])
 def test_bias_and_penalties_match_the_reference(sampling: Sampling, length: int) -> None:
-    _assert_as_stated([_text(length)], [sampling])
+    _assert_matches_reference([_text(length)], [sampling])
 
 
 @pytest.mark.parametrize("lengths", [[1, 700], [64, 1, 65, 2], [3] * 4])
@@ -100,7 +100,7 @@ def test_rows_with_different_penalties_match_the_reference_together(lengths: lis
     """Rows have windows of different sizes or none, and are padded to the widest."""
     rows = [*PENALTIES, *reversed(PENALTIES)]
     texts = [_text(lengths[i % len(lengths)], seed=i) for i in range(len(rows))]
-    _assert_as_stated(texts, rows)
+    _assert_matches_reference(texts, rows)
 
 
 @pytest.mark.parametrize(
@@ -114,10 +114,10 @@ def test_the_newest_token_counts(history: list[int], newest: int, window: int) -
     each = Sampling(repeat_penalty=1.5, presence_penalty=0.7, frequency_penalty=0.4)
     row = replace(each, repeat_last_n=window)
     wide = Sampling(frequency_penalty=0.2, repeat_last_n=-1)
-    _assert_as_stated([[*history, newest]], [row])
+    _assert_matches_reference([[*history, newest]], [row])
     # A row with more known ids makes the others padded.
-    _assert_as_stated([[*history, newest], list(range(40))], [row, wide])
-    _assert_as_stated([list(range(40)), [*history, newest], [7]], [wide, row, row])
+    _assert_matches_reference([[*history, newest], list(range(40))], [row, wide])
+    _assert_matches_reference([list(range(40)), [*history, newest], [7]], [wide, row, row])
 
 
 TEXTS = st.lists(st.integers(0, 5), min_size=1, max_size=12)
@@ -137,7 +137,7 @@ OPTIONS = st.builds(
 def test_any_rows_match_the_reference_together(rows: list[tuple[list[int], Sampling, int]]) -> None:
     texts, options, drawn = zip(*rows, strict=True)
     counts = [min(count, len(text)) for count, text in zip(drawn, texts, strict=True)]
-    _assert_as_stated(texts, options, counts)
+    _assert_matches_reference(texts, options, counts)
 
 
 @pytest.mark.parametrize("drawn", [0, 1, 2, 100, 199])
@@ -146,15 +146,15 @@ def test_output_only_penalties_count_generated_tokens_only(drawn: int) -> None:
     each = Sampling(presence_penalty=0.7, frequency_penalty=0.4, counts_output_only=True)
     rows = [each, replace(each, repeat_penalty=1.5), replace(each, repeat_last_n=0)]
     rows += [replace(each, counts_output_only=False), Sampling()]
-    _assert_as_stated([_text(200)] * 5, rows, [drawn] * 5)
+    _assert_matches_reference([_text(200)] * 5, rows, [drawn] * 5)
     for row in rows:
-        _assert_as_stated([_text(200)], [row], [drawn])
+        _assert_matches_reference([_text(200)], [row], [drawn])
 
 
 def test_output_only_penalties_have_no_effect_before_the_first_generated_token() -> None:
     row = Sampling(presence_penalty=2.0, frequency_penalty=1.0, counts_output_only=True)
     logits = _logits(1)
-    np.testing.assert_array_equal(_changed(logits, [[1, 2, 2]], [row], [0]), logits)
+    np.testing.assert_array_equal(_penalized(logits, [[1, 2, 2]], [row], [0]), logits)
 
 
 def test_the_newest_token_may_be_unevaluated() -> None:
@@ -170,7 +170,7 @@ def test_frequent_tokens_are_counted_correctly_in_half_precision(dtype: str) -> 
     """bfloat16 cannot count past 256."""
     logits = mx.zeros((1, VOCAB), dtype=getattr(mx, dtype))
     row = Sampling(frequency_penalty=0.01, repeat_last_n=-1)
-    assert _changed(logits, [[4] * 1000], [row])[0, 4] == pytest.approx(-10.0, rel=0.001)
+    assert _penalized(logits, [[4] * 1000], [row])[0, 4] == pytest.approx(-10.0, rel=0.001)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -179,7 +179,7 @@ def test_a_row_without_options_keeps_its_logits(dtype: str, other: Sampling) -> 
     logits = mx.array(_logits(3)).astype(getattr(mx, dtype))
     exact = np.array(logits.astype(mx.float32))
     plain = Sampling(repeat_last_n=0, repeat_penalty=3.0)
-    changed = _changed(logits, [[3, 3]] * 3, [Sampling(), other, plain])
+    changed = _penalized(logits, [[3, 3]] * 3, [Sampling(), other, plain])
     np.testing.assert_array_equal(changed[0], exact[0])
     np.testing.assert_array_equal(changed[2], exact[2])
     assert (changed[1] != exact[1]).sum() == 1
@@ -208,7 +208,7 @@ def test_the_input_logits_are_not_modified() -> None:
 def test_the_bias_is_applied_before_the_penalty() -> None:
     """The bias comes first, so a penalty divides a logit made positive by the bias."""
     row = Sampling(logit_bias=((2, 5.0),), repeat_penalty=2.0)
-    out = _changed(np.full((1, VOCAB), -1.0, np.float32), [[2]], [row])
+    out = _penalized(np.full((1, VOCAB), -1.0, np.float32), [[2]], [row])
     assert out[0, 2] == pytest.approx(2.0)
 
 
@@ -216,4 +216,4 @@ def test_a_bias_may_cover_every_id_of_every_row() -> None:
     rows = [Sampling(logit_bias=tuple((i, float(i - n)) for i in range(VOCAB))) for n in range(8)]
     logits = _logits(8)
     expected = logits + np.arange(VOCAB)[None] - np.arange(8)[:, None]
-    np.testing.assert_allclose(_changed(logits, [[1]] * 8, rows), expected, rtol=1e-5)
+    np.testing.assert_allclose(_penalized(logits, [[1]] * 8, rows), expected, rtol=1e-5)

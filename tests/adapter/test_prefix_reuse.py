@@ -31,10 +31,10 @@ CHUNK = 64
 PACE = 2000.0
 PLENTY = 1 << 28
 MAX_STEPS = 3000
-LIKELY = replace(GREEDY, logprobs=8)
+WITH_LOGPROBS = replace(GREEDY, logprobs=8)
 
 
-class Counting:
+class CountingModel:
     """Model which counts input tokens, and derives a clock from the count.
 
     Attributes:
@@ -60,7 +60,7 @@ class Counting:
 
 
 @dataclass
-class Said:
+class Result:
     """Results of a row."""
 
     ids: list[int] = field(default_factory=list)
@@ -77,68 +77,68 @@ class Bench:
     """A model with a prefix cache and a batch stepped by the test."""
 
     def __init__(self, model: Any, budget: int = PLENTY) -> None:
-        self.counting: Any = Counting(model._model)
+        self.counting: Any = CountingModel(model._model)
         self.vocab_size = model.info.vocab_size
         self.pieces = model._pieces
-        self.tree: Any = PrefixCache(self.pieces, budget)
-        self.said: dict[int, Said] = {}
+        self.cache: Any = PrefixCache(self.pieces, budget)
+        self.results: dict[int, Result] = {}
         self.renew()
 
     def renew(self) -> None:
         """Start a new batch on the same prefix cache."""
         self.batch = MlxBatch(
-            self.counting, self.vocab_size, CHUNK, self.pieces, self.tree, self.counting.clock
+            self.counting, self.vocab_size, CHUNK, self.pieces, self.cache, self.counting.clock
         )
 
-    def add(self, row: int, prompt: Sequence[int], sampling: Sampling = GREEDY) -> Said:
+    def add(self, row: int, prompt: Sequence[int], sampling: Sampling = GREEDY) -> Result:
         """Start a row."""
         self.batch.add(row, prompt, sampling)
-        self.said[row] = Said()
-        return self.said[row]
+        self.results[row] = Result()
+        return self.results[row]
 
     def step(self) -> None:
         """Make a step and check the invariants."""
         for event in self.batch.step():
-            said = self.said[event.row]
+            result = self.results[event.row]
             if isinstance(event, Prefill):
-                self._note(said, event)
+                self._note(result, event)
                 continue
             assert isinstance(event, Token)
-            said.ids.append(event.token_id)
+            result.ids.append(event.token_id)
             if event.logprob:
-                said.logprobs.append(event.logprob)
-        assert self.tree.nbytes <= self.tree.usage.limit_bytes
+                result.logprobs.append(event.logprob)
+        assert self.cache.nbytes <= self.cache.usage.limit_bytes
 
-    def _note(self, said: Said, event: Prefill) -> None:
-        last = said.progress[-1] if said.progress else Prefill(event.row, 0, event.total)
-        assert not said.ids, "progress after a token"
+    def _note(self, result: Result, event: Prefill) -> None:
+        last = result.progress[-1] if result.progress else Prefill(event.row, 0, event.total)
+        assert not result.ids, "progress after a token"
         assert last.prefilled <= event.prefilled < event.total
         assert last.cached <= event.cached <= event.prefilled
-        said.progress.append(event)
+        result.progress.append(event)
 
-    def run(self, prompt: Sequence[int], count: int, sampling: Sampling = GREEDY) -> Said:
+    def run(self, prompt: Sequence[int], count: int, sampling: Sampling = GREEDY) -> Result:
         """Run a row from start to end in the current batch."""
-        row = len(self.said)
-        said = self.add(row, prompt, sampling)
+        row = len(self.results)
+        result = self.add(row, prompt, sampling)
         for _ in range(MAX_STEPS):
             self.step()
-            if len(said.ids) >= count:
+            if len(result.ids) >= count:
                 self.batch.remove([row])
-                return said
+                return result
         raise AssertionError("the row does not end")
 
-    def evaluated(self, prompt: Sequence[int], count: int = 1) -> tuple[int, Said]:
+    def run_counting(self, prompt: Sequence[int], count: int = 1) -> tuple[int, Result]:
         """Run a row; return the number of tokens the model processed, and the results."""
         before = self.counting.tokens
-        said = self.run(prompt, count)
-        return self.counting.tokens - before, said
+        result = self.run(prompt, count)
+        return self.counting.tokens - before, result
 
 
-Benches = Callable[..., Bench]
+MakeBench = Callable[..., Bench]
 
 
 @pytest.fixture(scope="module")
-def bench(load: Callable[..., Any], model_dir: Callable[..., Path]) -> Benches:
+def make_bench(load: Callable[..., Any], model_dir: Callable[..., Path]) -> MakeBench:
     """Make benches for a shape, each with an empty prefix cache."""
     models: dict[str, Any] = {}
 
@@ -156,7 +156,7 @@ def _random(length: int, seed: int) -> list[int]:
     return [draw.randrange(1, 500) for _ in range(length)]
 
 
-def _assert_said_alike(some: Said, other: Said) -> None:
+def _assert_results_close(some: Result, other: Result) -> None:
     assert len(some.logprobs) == len(other.logprobs)
     assert_alike(some.logprobs, other.logprobs)
 
@@ -166,170 +166,184 @@ def _assert_said_alike(some: Said, other: Said) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("length", [2, 31, 200])
-def test_a_repeated_prompt_is_not_prefilled_again(bench: Benches, shape: str, length: int) -> None:
+def test_a_repeated_prompt_is_not_prefilled_again(
+    make_bench: MakeBench, shape: str, length: int
+) -> None:
     prompt = _random(length, 1)
-    table = bench(shape)
-    first = table.run(prompt, 6, LIKELY)
+    bench = make_bench(shape)
+    first = bench.run(prompt, 6, WITH_LOGPROBS)
     assert first.cached == 0
-    second = table.run(prompt, 6, LIKELY)
+    second = bench.run(prompt, 6, WITH_LOGPROBS)
     # The last token is always prefilled, since sampling needs its logits.
     assert second.cached == length - 1
-    _assert_said_alike(second, first)
-    assert table.evaluated(prompt) == (1, table.said[2])
+    _assert_results_close(second, first)
+    assert bench.run_counting(prompt) == (1, bench.results[2])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_prompt_of_one_token_reuses_nothing(bench: Benches, shape: str) -> None:
-    table = bench(shape)
-    assert [table.run([7], 5).ids for _ in range(3)].count(table.said[0].ids) == 3
-    assert {said.cached for said in table.said.values()} == {0}
+def test_a_prompt_of_one_token_reuses_nothing(make_bench: MakeBench, shape: str) -> None:
+    bench = make_bench(shape)
+    assert [bench.run([7], 5).ids for _ in range(3)].count(bench.results[0].ids) == 3
+    assert {result.cached for result in bench.results.values()} == {0}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("length", [40, 128, 150])
-def test_a_shared_prefix_is_prefilled_once(bench: Benches, shape: str, length: int) -> None:
+def test_a_shared_prefix_is_prefilled_once(make_bench: MakeBench, shape: str, length: int) -> None:
     system = _random(length, 2)
-    table = bench(shape)
-    cached = [table.run(system + _random(20 + i, 10 + i), 4, LIKELY).cached for i in range(5)]
+    bench = make_bench(shape)
+    cached = [
+        bench.run(system + _random(20 + i, 10 + i), 4, WITH_LOGPROBS).cached for i in range(5)
+    ]
     if shape in CUTTABLE:
         assert cached == [0, length, length, length, length]
     else:
         # The second prompt shows where they diverge; a snapshot is taken there for the others.
         assert cached == [0, 0, length, length, length]
-    plain = bench(shape, budget=0)
-    for i, said in enumerate(list(table.said.values())):
-        _assert_said_alike(said, plain.run(system + _random(20 + i, 10 + i), 4, LIKELY))
+    plain = make_bench(shape, budget=0)
+    for i, result in enumerate(list(bench.results.values())):
+        _assert_results_close(result, plain.run(system + _random(20 + i, 10 + i), 4, WITH_LOGPROBS))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("turns", [4])
-def test_a_conversation_prefills_only_new_tokens(bench: Benches, shape: str, turns: int) -> None:
-    table, plain = bench(shape), bench(shape, budget=0)
+def test_a_conversation_prefills_only_new_tokens(
+    make_bench: MakeBench, shape: str, turns: int
+) -> None:
+    bench, plain = make_bench(shape), make_bench(shape, budget=0)
     history = _random(70, 3)
     known = 0
     for turn in range(turns):
-        said = table.run(history, 9, LIKELY)
-        assert said.cached == known
-        _assert_said_alike(said, plain.run(history, 9, LIKELY))
+        result = bench.run(history, 9, WITH_LOGPROBS)
+        assert result.cached == known
+        _assert_results_close(result, plain.run(history, 9, WITH_LOGPROBS))
         known = len(history) + 9
-        history = [*history, *said.ids, *_random(12, 30 + turn)]
+        history = [*history, *result.ids, *_random(12, 30 + turn)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("length", [1, 2, 60, 64, 65, 149])
 def test_a_prefix_of_an_earlier_prompt_reuses_caches_that_can_be_cut(
-    bench: Benches, shape: str, length: int
+    make_bench: MakeBench, shape: str, length: int
 ) -> None:
     longer = _random(150, 4)
-    table = bench(shape)
-    table.run(longer, 3)
-    said = table.run(longer[:length], 5, LIKELY)
-    assert said.cached == (length - 1 if shape in CUTTABLE else 0)
-    _assert_said_alike(said, bench(shape, budget=0).run(longer[:length], 5, LIKELY))
+    bench = make_bench(shape)
+    bench.run(longer, 3)
+    result = bench.run(longer[:length], 5, WITH_LOGPROBS)
+    assert result.cached == (length - 1 if shape in CUTTABLE else 0)
+    _assert_results_close(
+        result, make_bench(shape, budget=0).run(longer[:length], 5, WITH_LOGPROBS)
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_prompt_may_diverge_inside_generated_text(bench: Benches, shape: str) -> None:
-    table, plain = bench(shape), bench(shape, budget=0)
+def test_a_prompt_may_diverge_inside_generated_text(make_bench: MakeBench, shape: str) -> None:
+    bench, plain = make_bench(shape), make_bench(shape, budget=0)
     prompt = _random(50, 5)
-    answer = table.run(prompt, 20).ids
+    answer = bench.run(prompt, 20).ids
     other = [*prompt, *answer[:10], *_random(30, 6)]
     for _ in range(3):
-        said = table.run(other, 5, LIKELY)
-        _assert_said_alike(said, plain.run(other, 5, LIKELY))
-    assert said.cached == len(other) - 1
+        result = bench.run(other, 5, WITH_LOGPROBS)
+        _assert_results_close(result, plain.run(other, 5, WITH_LOGPROBS))
+    assert result.cached == len(other) - 1
 
 
 @pytest.mark.parametrize("shape", ["llama", "gemma3", "lfm2"])
-def test_without_a_budget_nothing_is_kept(bench: Benches, shape: str) -> None:
-    table = bench(shape, budget=0)
+def test_without_a_budget_nothing_is_kept(make_bench: MakeBench, shape: str) -> None:
+    bench = make_bench(shape, budget=0)
     prompt = _random(100, 7)
-    assert {table.run(prompt, 3).cached for _ in range(3)} == {0}
-    assert table.tree.nbytes == len(table.tree) == 0
+    assert {bench.run(prompt, 3).cached for _ in range(3)} == {0}
+    assert bench.cache.nbytes == len(bench.cache) == 0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_concurrent_rows_with_the_same_prompt_share_the_prefill(bench: Benches, shape: str) -> None:
+def test_concurrent_rows_with_the_same_prompt_share_the_prefill(
+    make_bench: MakeBench, shape: str
+) -> None:
     """One row takes over the prefill of the other while both are running."""
-    table = bench(shape)
+    bench = make_bench(shape)
     prompt = _random(600, 8)
-    rows = [table.add(row, prompt, LIKELY) for row in range(2)]
-    while any(len(said.ids) < 5 for said in rows):
-        table.step()
-    assert sorted(said.cached for said in rows) == [0, 599]
-    assert table.counting.tokens < 600 + 30
-    table.batch.remove([0, 1])
-    alone = bench(shape, budget=0).run(prompt, 5, LIKELY)
-    for said in rows:
-        assert_alike(said.logprobs, alone.logprobs)
+    rows = [bench.add(row, prompt, WITH_LOGPROBS) for row in range(2)]
+    while any(len(result.ids) < 5 for result in rows):
+        bench.step()
+    assert sorted(result.cached for result in rows) == [0, 599]
+    assert bench.counting.tokens < 600 + 30
+    bench.batch.remove([0, 1])
+    alone = make_bench(shape, budget=0).run(prompt, 5, WITH_LOGPROBS)
+    for result in rows:
+        assert_alike(result.logprobs, alone.logprobs)
 
 
 # -- ends of every kind ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_finished_part_of_a_cancelled_prefill_is_kept(bench: Benches, shape: str) -> None:
-    table = bench(shape)
+def test_the_finished_part_of_a_cancelled_prefill_is_kept(
+    make_bench: MakeBench, shape: str
+) -> None:
+    bench = make_bench(shape)
     prompt = _random(1900, 9)
-    cancelled = table.add(0, prompt)
-    table.step()
+    cancelled = bench.add(0, prompt)
+    bench.step()
     reached = cancelled.progress[-1].prefilled
     assert 200 < reached < 1899
-    table.batch.remove([0])
-    said = table.run(prompt, 4, LIKELY)
-    assert said.cached == reached
-    _assert_said_alike(said, bench(shape, budget=0).run(prompt, 4, LIKELY))
+    bench.batch.remove([0])
+    result = bench.run(prompt, 4, WITH_LOGPROBS)
+    assert result.cached == reached
+    _assert_results_close(result, make_bench(shape, budget=0).run(prompt, 4, WITH_LOGPROBS))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_prefill_cancelled_before_it_began_leaves_nothing(bench: Benches, shape: str) -> None:
-    table = bench(shape)
-    table.add(0, _random(100, 9))
-    table.batch.remove([0])
-    assert len(table.tree) == 0
+def test_a_prefill_cancelled_before_it_began_leaves_nothing(
+    make_bench: MakeBench, shape: str
+) -> None:
+    bench = make_bench(shape)
+    bench.add(0, _random(100, 9))
+    bench.batch.remove([0])
+    assert len(bench.cache) == 0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("neighbours", [0, 2])
-@pytest.mark.parametrize("aside", [False, True], ids=["decoding", "set aside"])
+@pytest.mark.parametrize("is_preempted", [False, True], ids=["decoding", "set aside"])
 def test_the_tokens_of_a_cancelled_row_are_kept(
-    bench: Benches, shape: str, neighbours: int, aside: bool
+    make_bench: MakeBench, shape: str, neighbours: int, is_preempted: bool
 ) -> None:
     """Exactly the tokens given to the row are kept; more would be wrong."""
-    table = bench(shape)
+    bench = make_bench(shape)
     for row in range(1, 1 + neighbours):
-        table.add(row, _random(20 * row, 40 + row))
-    said = table.add(0, _random(45, 11))
-    while len(said.ids) < 7:
-        table.step()
-    if aside:
-        table.batch.preempt(0)
-    table.batch.remove([0])
-    history = [*_random(45, 11), *said.ids]
+        bench.add(row, _random(20 * row, 40 + row))
+    result = bench.add(0, _random(45, 11))
+    while len(result.ids) < 7:
+        bench.step()
+    if is_preempted:
+        bench.batch.preempt(0)
+    bench.batch.remove([0])
+    history = [*_random(45, 11), *result.ids]
     going_on = [*history, *_random(5, 12)]
-    again = table.run(going_on, 6, LIKELY)
+    again = bench.run(going_on, 6, WITH_LOGPROBS)
     assert again.cached == len(history)
-    _assert_said_alike(again, bench(shape, budget=0).run(going_on, 6, LIKELY))
+    _assert_results_close(again, make_bench(shape, budget=0).run(going_on, 6, WITH_LOGPROBS))
 
 
 @pytest.mark.parametrize("shape", ["llama", "gemma3", "lfm2"])
-def test_a_failing_step_does_not_damage_the_prefix_cache(bench: Benches, shape: str) -> None:
-    table = bench(shape)
+def test_a_failing_step_does_not_damage_the_prefix_cache(make_bench: MakeBench, shape: str) -> None:
+    bench = make_bench(shape)
     prompt = _random(150, 13)
-    first = table.run(prompt, 5, LIKELY)
-    kept = table.tree.nbytes
-    table.add(5, _random(90, 14))
-    table.add(6, prompt)
+    first = bench.run(prompt, 5, WITH_LOGPROBS)
+    kept = bench.cache.nbytes
+    bench.add(5, _random(90, 14))
+    bench.add(6, prompt)
     for _ in range(2):
-        table.counting.failures.append(RuntimeError("out of memory"))
+        bench.counting.failures.append(RuntimeError("out of memory"))
         with pytest.raises(RuntimeError):
-            table.step()
-    table.batch.close()
-    table.renew()
-    assert table.tree.nbytes == kept
-    again = table.run(prompt, 5, LIKELY)
+            bench.step()
+    bench.batch.close()
+    bench.renew()
+    assert bench.cache.nbytes == kept
+    again = bench.run(prompt, 5, WITH_LOGPROBS)
     assert again.cached == 149
-    _assert_said_alike(again, first)
+    _assert_results_close(again, first)
 
 
 # -- memory ----------------------------------------------------------------------
@@ -345,24 +359,24 @@ ONE_HEAD = {"num_key_value_heads": 1}
     ids=["llama", "one head", "gemma3", "lfm2", "mamba2"],
 )
 def test_the_prefix_cache_stays_within_its_budget(
-    bench: Benches, shape: str, changes: dict[str, int]
+    make_bench: MakeBench, shape: str, changes: dict[str, int]
 ) -> None:
     """The cache keeps to its budget, by its own count and by MLX's."""
     budget = 400_000
-    table = bench(shape, budget, **changes)
-    table.run(_random(100, 1), 2)
+    bench = make_bench(shape, budget, **changes)
+    bench.run(_random(100, 1), 2)
     mx.clear_cache()
-    before = mx.get_active_memory() - table.tree.nbytes
+    before = mx.get_active_memory() - bench.cache.nbytes
     held: list[int] = []
     beside: list[int] = []
     for i in range(200):
-        table.run(_random(40, 100 + i), 2)
-        held.append(table.tree.nbytes)
-        beside.append(mx.get_active_memory() - before - table.tree.nbytes)
-        table.said.clear()
+        bench.run(_random(40, 100 + i), 2)
+        held.append(bench.cache.nbytes)
+        beside.append(mx.get_active_memory() - before - bench.cache.nbytes)
+        bench.results.clear()
     assert max(held) <= budget
     assert min(held[100:]) > budget * 0.6
-    assert len(table.tree) < 200
+    assert len(bench.cache) < 200
     # Entries own their memory; none is a view of a larger array.
     assert max(beside) <= 60_000
 
@@ -401,7 +415,7 @@ def test_the_prefix_cache_is_counted_and_freed_with_the_model(
 
 
 @dataclass(frozen=True)
-class Asked:
+class ScriptedRequest:
     """A request: a shared beginning, a separate end, and the events during its run."""
 
     shared: int
@@ -410,18 +424,18 @@ class Asked:
     count: int
     late: int
     cancelled: int | None
-    aside: int | None
+    preempted: int | None
 
 
-ASKED = st.builds(
-    Asked,
+REQUESTS = st.builds(
+    ScriptedRequest,
     shared=st.integers(0, 2),
     length=st.sampled_from([0, 1, 30, 64, 100, 150]),
     own=st.sampled_from([0, 1, 1, 2, 3]),
     count=st.integers(1, 10),
     late=st.integers(0, 12),
     cancelled=st.none() | st.integers(0, 9),
-    aside=st.none() | st.integers(1, 4),
+    preempted=st.none() | st.integers(1, 4),
 )
 BUDGETS = st.sampled_from([0, 30_000, 200_000, PLENTY])
 ANYTHING = settings(
@@ -431,39 +445,41 @@ ANYTHING = settings(
 )
 
 
-def _prompt(asked: Asked) -> list[int]:
-    beginning = _random(150, 1000 + asked.shared)[: asked.length]
-    return [*beginning, *_random(1 + asked.own * 9, 2000 + asked.own)]
+def _prompt(request: ScriptedRequest) -> list[int]:
+    beginning = _random(150, 1000 + request.shared)[: request.length]
+    return [*beginning, *_random(1 + request.own * 9, 2000 + request.own)]
 
 
-class Crowd:
+class Schedule:
     """Runs requests in one batch, each with scheduled arrival, preemption and cancellation.
 
     Args:
-        table: Bench to run on.
-        asked: The requests.
+        bench: Bench to run on.
+        requests: The requests, by row.
         sampling: Sampling options of each request.
     """
 
-    def __init__(self, table: Bench, asked: Sequence[Asked], sampling: list[Sampling]) -> None:
-        self._table = table
-        self._asked = asked
+    def __init__(
+        self, bench: Bench, requests: Sequence[ScriptedRequest], sampling: list[Sampling]
+    ) -> None:
+        self._bench = bench
+        self._requests = requests
         self._sampling = sampling
         self._live: set[int] = set()
-        self._aside: set[int] = set()
-        self._paused: set[int] = set()
+        self._preempted: set[int] = set()
+        self._was_preempted: set[int] = set()
 
     def run(self) -> None:
         """Run until every request has ended."""
         for step in range(MAX_STEPS):
-            for row, asked in enumerate(self._asked):
-                if asked.late == step:
-                    self._table.add(row, _prompt(asked), self._sampling[row])
+            for row, request in enumerate(self._requests):
+                if request.late == step:
+                    self._bench.add(row, _prompt(request), self._sampling[row])
                     self._live.add(row)
             for row in list(self._live):
                 self._pass(row, step)
-            if self._live - self._aside:
-                self._table.step()
+            if self._live - self._preempted:
+                self._bench.step()
             elif not self._live and step > 12:
                 return
             for row in [row for row in self._live if self._has_ended(row)]:
@@ -471,53 +487,54 @@ class Crowd:
         raise AssertionError("the rows do not end")
 
     def _has_ended(self, row: int) -> bool:
-        return len(self._table.said[row].ids) >= self._asked[row].count
+        return len(self._bench.results[row].ids) >= self._requests[row].count
 
     def _end(self, row: int) -> None:
-        self._table.batch.remove([row])
+        self._bench.batch.remove([row])
         self._live.discard(row)
-        self._aside.discard(row)
+        self._preempted.discard(row)
 
     def _pass(self, row: int, step: int) -> None:
         """Apply the cancellation, preemption or resumption due for a row."""
-        asked, said = self._asked[row], self._table.said[row]
-        if asked.cancelled is not None and step == asked.late + asked.cancelled:
+        request, result = self._requests[row], self._bench.results[row]
+        if request.cancelled is not None and step == request.late + request.cancelled:
             self._end(row)
-        elif row in self._aside:
-            self._table.batch.resume(row)
-            self._aside.discard(row)
-        elif asked.aside == len(said.ids) and row not in self._paused:
-            self._table.batch.preempt(row)
-            self._aside.add(row)
-            self._paused.add(row)
+        elif row in self._preempted:
+            self._bench.batch.resume(row)
+            self._preempted.discard(row)
+        elif request.preempted == len(result.ids) and row not in self._was_preempted:
+            self._bench.batch.preempt(row)
+            self._preempted.add(row)
+            self._was_preempted.add(row)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, "qwen3"])
 @example(
-    asked=[Asked(0, 100, own, 6, 0, None, 2 if own == 1 else None) for own in range(4)] * 2,
+    requests=[ScriptedRequest(0, 100, own, 6, 0, None, 2 if own == 1 else None) for own in range(4)]
+    * 2,
     budget=PLENTY,
 )
-@given(asked=st.lists(ASKED, min_size=1, max_size=8), budget=BUDGETS)
+@given(requests=st.lists(REQUESTS, min_size=1, max_size=8), budget=BUDGETS)
 @ANYTHING
 def test_log_probabilities_do_not_depend_on_other_requests(
-    bench: Benches, shape: str, asked: list[Asked], budget: int
+    make_bench: MakeBench, shape: str, requests: list[ScriptedRequest], budget: int
 ) -> None:
-    table = bench(shape, budget)
-    Crowd(table, asked, [LIKELY] * len(asked)).run()
-    for row, each in enumerate(asked):
-        said, alone = table.said[row], _alone(bench, shape, tuple(_prompt(each)))
-        assert len(said.logprobs) <= 10
-        assert_alike(said.logprobs, alone.logprobs)
+    bench = make_bench(shape, budget)
+    Schedule(bench, requests, [WITH_LOGPROBS] * len(requests)).run()
+    for row, each in enumerate(requests):
+        result, alone = bench.results[row], _alone(make_bench, shape, tuple(_prompt(each)))
+        assert len(result.logprobs) <= 10
+        assert_alike(result.logprobs, alone.logprobs)
 
 
-_ALONE: dict[tuple[str, tuple[int, ...]], Said] = {}
+_ALONE: dict[tuple[str, tuple[int, ...]], Result] = {}
 
 
-def _alone(bench: Benches, shape: str, prompt: tuple[int, ...]) -> Said:
+def _alone(make_bench: MakeBench, shape: str, prompt: tuple[int, ...]) -> Result:
     """Return the results of a prompt run alone without a prefix cache, memoized."""
     key = shape, prompt
     if key not in _ALONE:
-        _ALONE[key] = bench(shape, budget=0).run(prompt, 10, LIKELY)
+        _ALONE[key] = make_bench(shape, budget=0).run(prompt, 10, WITH_LOGPROBS)
     return _ALONE[key]
 
 
@@ -532,23 +549,27 @@ _TEXTS: dict[tuple[tuple[int, ...], int], list[int]] = {}
 
 
 @example(
-    asked=[Asked(0, 100, own, 8, own, None, 2) for own in range(4)] * 2, budget=PLENTY, options=1
+    requests=[ScriptedRequest(0, 100, own, 8, own, None, 2) for own in range(4)] * 2,
+    budget=PLENTY,
+    options=1,
 )
-@given(asked=st.lists(ASKED, min_size=1, max_size=8), budget=BUDGETS, options=st.integers(0, 4))
+@given(
+    requests=st.lists(REQUESTS, min_size=1, max_size=8), budget=BUDGETS, options=st.integers(0, 4)
+)
 @settings(ANYTHING, max_examples=6)
 def test_texts_do_not_depend_on_other_requests(
-    trained: Any, asked: list[Asked], budget: int, options: int
+    trained: Any, requests: list[ScriptedRequest], budget: int, options: int
 ) -> None:
     """Trained weights have no near-ties, so even sampled tokens are equal."""
-    table = Bench(trained, budget)
-    chosen = [(options + row) % len(OPTIONS) for row in range(len(asked))]
-    Crowd(table, asked, [OPTIONS[i] for i in chosen]).run()
-    for row, (each, option) in enumerate(zip(asked, chosen, strict=True)):
+    bench = Bench(trained, budget)
+    chosen = [(options + row) % len(OPTIONS) for row in range(len(requests))]
+    Schedule(bench, requests, [OPTIONS[i] for i in chosen]).run()
+    for row, (each, option) in enumerate(zip(requests, chosen, strict=True)):
         prompt = tuple(_prompt(each))
         if (prompt, option) not in _TEXTS:
             plain = Bench(trained, budget=0)
             _TEXTS[prompt, option] = plain.run(prompt, 10, OPTIONS[option]).ids
-        ids = table.said[row].ids
+        ids = bench.results[row].ids
         assert ids == _TEXTS[prompt, option][: len(ids)]
         if each.cancelled is None:
             assert len(ids) == each.count
@@ -573,30 +594,30 @@ ARRIVALS = 6
 @pytest.mark.parametrize("keeps", [0, PLENTY], ids=["no cache", "cache"])
 def test_no_stream_waits_long_while_long_prompts_keep_arriving(narrow: Any, keeps: int) -> None:
     """Time is measured by the tokens processed."""
-    table = Bench(narrow, keeps)
-    streams = [table.add(row, _random(30, row)) for row in range(STREAMS)]
-    while any(len(said.ids) < 3 for said in streams):
-        table.step()
+    bench = Bench(narrow, keeps)
+    streams = [bench.add(row, _random(30, row)) for row in range(STREAMS)]
+    while any(len(result.ids) < 3 for result in streams):
+        bench.step()
     arrived: dict[int, float] = {}
     first: dict[int, float] = {}
     gaps: list[float] = []
-    clock = table.counting.clock
-    last, made = clock(), [len(said.ids) for said in streams]
+    clock = bench.counting.clock
+    last, made = clock(), [len(result.ids) for result in streams]
     while len(first) < ARRIVALS:
         if len(arrived) < ARRIVALS and clock() > len(arrived) * 0.6:
             row = 10 + len(arrived)
-            table.add(row, _random(4000, row))
+            bench.add(row, _random(4000, row))
             arrived[row] = clock()
-        table.step()
-        counts = [len(said.ids) for said in streams]
+        bench.step()
+        counts = [len(result.ids) for result in streams]
         # Every stream gets a token in every step.
         assert all(count == before + 1 for count, before in zip(counts, made, strict=True))
         gaps.append(clock() - last)
         last, made = clock(), counts
         for row in arrived.keys() - first.keys():
-            if table.said[row].ids:
+            if bench.results[row].ids:
                 first[row] = clock()
-                table.batch.remove([row])
+                bench.batch.remove([row])
     rows = STREAMS + ARRIVALS
     assert max(gaps) <= MIN_SECONDS + (16 + 2 * rows) / PACE
     # The long prompts overlap and finish in order, at more than half the pace.
@@ -606,34 +627,34 @@ def test_no_stream_waits_long_while_long_prompts_keep_arriving(narrow: Any, keep
 
 @pytest.mark.parametrize("length", [120, 700])
 def test_a_long_prompt_is_served_while_shorter_ones_keep_arriving(narrow: Any, length: int) -> None:
-    table = Bench(narrow, 0)
-    stream = table.add(0, _random(30, 0))
+    bench = Bench(narrow, 0)
+    stream = bench.add(0, _random(30, 0))
     while not stream.ids:
-        table.step()
-    long = table.add(1, _random(4000, 1))
-    began = table.counting.clock()
+        bench.step()
+    long = bench.add(1, _random(4000, 1))
+    began = bench.counting.clock()
     for newest in range(2, 10_000):
-        short = table.add(newest, _random(length, newest))
+        short = bench.add(newest, _random(length, newest))
         while not short.ids and not long.ids:
-            table.step()
+            bench.step()
         if long.ids:
             break
-        table.batch.remove([newest])
+        bench.batch.remove([newest])
         # The long prompt gets half of the time; decoding takes a part of that.
-        assert table.counting.clock() - began < 4 * 4000 / PACE
+        assert bench.counting.clock() - began < 4 * 4000 / PACE
     assert long.ids
 
 
 @pytest.mark.parametrize("length", [1, 20, 200])
 def test_a_short_prompt_starts_while_long_ones_are_prefilled(narrow: Any, length: int) -> None:
-    table = Bench(narrow, 0)
-    table.add(0, _random(4000, 0))
-    table.add(1, _random(4000, 1))
+    bench = Bench(narrow, 0)
+    bench.add(0, _random(4000, 0))
+    bench.add(1, _random(4000, 1))
     for _ in range(3):
-        table.step()
-    began = table.counting.clock()
-    said = table.add(2, _random(length, 2))
-    while not said.ids:
-        table.step()
+        bench.step()
+    began = bench.counting.clock()
+    result = bench.add(2, _random(length, 2))
+    while not result.ids:
+        bench.step()
     # Twice its own prefill, plus the slices in progress on arrival.
-    assert table.counting.clock() - began <= 2 * length / PACE + 2 * MAX_SECONDS
+    assert bench.counting.clock() - began <= 2 * length / PACE + 2 * MAX_SECONDS

@@ -31,7 +31,7 @@ class Library:
 
     def __init__(self, fails_at: dict[int, Exception] | None = None) -> None:
         self.fails_at = fails_at or {}
-        self.flying: list[Any] = []
+        self.in_flight: list[Any] = []
         self.most_bytes = 0
         self.most_count = 0
 
@@ -39,14 +39,14 @@ class Library:
         """Begin the evaluation of an array."""
         if error := self.fails_at.get(array.name):
             raise error
-        self.flying.append(array)
-        self.most_bytes = max(self.most_bytes, sum(item.nbytes for item in self.flying))
-        self.most_count = max(self.most_count, len(self.flying))
+        self.in_flight.append(array)
+        self.most_bytes = max(self.most_bytes, sum(item.nbytes for item in self.in_flight))
+        self.most_count = max(self.most_count, len(self.in_flight))
 
     def eval(self, arrays: Any) -> None:
         """Wait for arrays."""
         for array in arrays if isinstance(arrays, list) else [arrays]:
-            self.flying.remove(array)
+            self.in_flight.remove(array)
 
 
 def _read(weights: list[Any], report: Callable[[float], None]) -> None:
@@ -70,7 +70,7 @@ def test_small_weights_are_read_together_within_the_limit(library: Library) -> N
     _read(_weights(*[30] * 10), shares.append)
     assert shares == pytest.approx([i / 10 for i in range(1, 11)])
     assert (library.most_count, library.most_bytes) == (3, 90)
-    assert library.flying == []
+    assert library.in_flight == []
 
 
 def test_a_weight_beyond_the_limit_is_read_alone(library: Library) -> None:
@@ -80,13 +80,13 @@ def test_a_weight_beyond_the_limit_is_read_alone(library: Library) -> None:
 
 def test_an_abort_by_a_report_waits_for_reads_in_flight(library: Library) -> None:
     def report(share: float) -> None:
-        assert library.flying
+        assert library.in_flight
         if share > 0.2:
             raise StoppedError
 
     with pytest.raises(StoppedError):
         _read(_weights(*[30] * 10), report)
-    assert library.flying == []
+    assert library.in_flight == []
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_failed_read_is_reported_and_leaves_nothing_in_flight(
     with pytest.raises(fault) as caught:
         _read(_weights(*[30] * 10), lambda _share: None)
     assert caught.value.__cause__ is error
-    assert library.flying == []
+    assert library.in_flight == []
 
 
 def test_reading_no_weights_succeeds(library: Library) -> None:

@@ -198,9 +198,9 @@ def test_sampling_of_a_row_does_not_depend_on_its_neighbours(vocab: int, half: b
     alone = [_draw([row], [sampling], 25)[0] for row, sampling in zip(logits, rows, strict=True)]
     rng = np.random.default_rng(vocab)
     for size in (2, 3, 5, 8, 12, 12):
-        places = rng.permutation(len(rows))[:size]
-        together = _draw([logits[i] for i in places], [rows[i] for i in places], 25)
-        assert together == [alone[i] for i in places]
+        order = rng.permutation(len(rows))[:size]
+        together = _draw([logits[i] for i in order], [rows[i] for i in order], 25)
+        assert together == [alone[i] for i in order]
 
 
 def test_rows_may_be_at_different_positions() -> None:

@@ -51,14 +51,14 @@ def check(cache: SlotCache, rows: list[tuple[int, int]]) -> None:
     keys, values = held
     assert keys.shape == (len(rows), HEADS, max(length for _, length in rows), SIZE)
     assert mx.isfinite(keys).all()
-    for place, (name, length) in enumerate(rows):
+    for slot, (name, length) in enumerate(rows):
         begin = keys.shape[2] - length
         expected, negative = content(name, 0, length)
-        assert mx.array_equal(keys[place : place + 1, :, begin:], expected)
-        assert mx.array_equal(values[place : place + 1, :, begin:], negative)
-        mask = cache.make_mask(1)[place, 0, 0].tolist()
+        assert mx.array_equal(keys[slot : slot + 1, :, begin:], expected)
+        assert mx.array_equal(values[slot : slot + 1, :, begin:], negative)
+        mask = cache.make_mask(1)[slot, 0, 0].tolist()
         assert mask == [False] * begin + [True] * (length + 1)
-        alone = cache.extract(place)
+        alone = cache.extract(slot)
         assert alone.offset == length
         if length:
             assert mx.array_equal(alone.keys, expected)
@@ -86,11 +86,11 @@ def test_rows_are_added_extended_and_removed(
                 mx.eval(cache.state)
         elif len(rows) > 2:
             gone = value % len(rows)
-            places = [*range(len(rows) - 1)]
-            if gone < len(places):
-                places[gone] = len(places)
-            rows = [rows[place] for place in places]
-            keep([cache], places)
+            slots = [*range(len(rows) - 1)]
+            if gone < len(slots):
+                slots[gone] = len(slots)
+            rows = [rows[slot] for slot in slots]
+            keep([cache], slots)
         check(cache, rows)
 
 

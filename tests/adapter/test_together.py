@@ -75,7 +75,7 @@ def test_short_prompts_batch_where_states_hold_the_last_tokens(
     model = load(write_model(tmp_path, config), parallel=4, prefix_cache_bytes=0)
     assert model.info.parallel == 4
     rows = [
-        Row([7 + 3 * place + row for place in range(length)], 12, late=row // 2)
+        Row([7 + 3 * position + row for position in range(length)], 12, late=row // 2)
         for row, length in enumerate(lengths)
     ]
     assert run_rows(model.new_batch(), rows) == [alone(model, row) for row in rows]

@@ -142,13 +142,13 @@ def test_alternatives_have_the_text_that_the_stream_would_show(kind: str) -> Non
     for _ in range(200):
         ids = draw.choices(range(size), k=6)
         texts, stream = TokenTexts(codec, prompt, frozenset()), StreamDecoder(codec.decode, prompt)
-        for place, id_ in enumerate(ids):
+        for position, id_ in enumerate(ids):
             top = tuple((other, -1.0) for other in draw.choices(range(size), k=5) if other != id_)
             _, others = texts.read(TokenLogprob(id_, -1.0, top, stream.push(id_)))
-            for (other, _), told in zip(top, others, strict=True):
+            for (other, _), alternative in zip(top, others, strict=True):
                 instead = StreamDecoder(codec.decode, prompt)
-                shown = [instead.push(before) for before in [*ids[:place], other]][-1]
+                shown = [instead.push(before) for before in [*ids[:position], other]][-1]
                 # A byte-fallback decoder replaces every byte of an invalid run.
-                data = b"".join(codec.token_bytes(id_) or b"" for id_ in [*ids[:place], other])
+                data = b"".join(codec.token_bytes(id_) or b"" for id_ in [*ids[:position], other])
                 if kind == "byte level" or _is_sound(data):
-                    assert told.text.rstrip("\ufffd") == shown.rstrip("\ufffd"), ids
+                    assert alternative.text.rstrip("\ufffd") == shown.rstrip("\ufffd"), ids

