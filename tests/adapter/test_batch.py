@@ -17,8 +17,8 @@ import pytest
 
 from runner_server.engine.backend import Batch, LoadedModel
 from runner_server.engine.types import Dtype, Sampling, Token
-from support.likely import assert_alike
-from support.rows import GREEDY, Row, alone, run_rows
+from support.logprobs import assert_logprobs_close
+from support.rows import GREEDY, Row, run_alone, run_rows
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
@@ -60,7 +60,7 @@ def _alone(model: LoadedModel, rows: list[Row]) -> list[list[int]]:
     for row in rows:
         key = repr((row.prompt, row.count, row.sampling))
         if key not in _CACHE:
-            _CACHE[key] = alone(model, row)
+            _CACHE[key] = run_alone(model, row)
     return [_CACHE[repr((row.prompt, row.count, row.sampling))] for row in rows]
 
 
@@ -86,7 +86,7 @@ def test_rows_generate_the_same_tokens_batched_as_alone(
 def test_a_row_may_join_at_any_step(trained: LoadedModel) -> None:
     long = trained.codec.encode(PROMPTS[0], as_prompt=True)
     other = trained.codec.encode(PROMPTS[7], as_prompt=True)
-    expected = [alone(trained, Row(long, 30)), alone(trained, Row(other, 5))]
+    expected = [run_alone(trained, Row(long, 30)), run_alone(trained, Row(other, 5))]
     for late in range(0, 12, 2):
         rows = [Row(long, 30), Row(other, 5, late=late)]
         assert _together(trained, rows) == expected
@@ -95,7 +95,7 @@ def test_a_row_may_join_at_any_step(trained: LoadedModel) -> None:
 def test_removing_rows_does_not_change_the_others(trained: LoadedModel) -> None:
     draw = random.Random(2)  # noqa: S311 - chooses rows
     keep = Row(trained.codec.encode(PROMPTS[1], as_prompt=True), 40)
-    expected = alone(trained, keep)
+    expected = run_alone(trained, keep)
     batch = trained.new_batch()
     batch.add(0, keep.prompt, keep.sampling)
     ids: list[int] = []
@@ -131,27 +131,27 @@ def test_batched_log_probabilities_match_those_alone(
         single = Row(row.prompt, 12, sampling)
         _together(model, [single])
         assert len(row.logprobs) == len(single.logprobs) == 12
-        assert_alike(row.logprobs, single.logprobs)
+        assert_logprobs_close(row.logprobs, single.logprobs)
 
 
 def test_the_same_seed_gives_the_same_text(tiny: LoadedModel) -> None:
     prompt = tiny.codec.encode("seeded", as_prompt=True)
     row = Row(prompt, 25, Sampling(seed=-9, temperature=1.5, top_p=1.0, top_k=0))
-    first = alone(tiny, row)
-    assert alone(tiny, row) == first
-    assert alone(tiny, replace(row, sampling=replace(row.sampling, seed=9))) != first
+    first = run_alone(tiny, row)
+    assert run_alone(tiny, row) == first
+    assert run_alone(tiny, replace(row, sampling=replace(row.sampling, seed=9))) != first
 
 
 _CHILD = """
 import sys
-from support.rows import Row, alone
+from support.rows import Row, run_alone
 from runner_server.mlx_backend import MlxBackend
 from runner_server.engine.types import LoadSpec, Sampling
 backend = MlxBackend()
 backend.open()
 model = backend.load(LoadSpec(sys.argv[1], parallel=2), lambda _: None)
 prompt = model.codec.encode("def main(", as_prompt=True)
-print(alone(model, Row(prompt, 20, Sampling(seed=21))))
+print(run_alone(model, Row(prompt, 20, Sampling(seed=21))))
 backend.close()
 """
 
@@ -181,7 +181,7 @@ def test_temperature_zero_matches_greedy_decoding_of_mlx_lm(trained: LoadedModel
     prompt = trained.codec.encode(PROMPTS[3], as_prompt=True)
     steps = generate_step(mx.array(prompt), model._model, max_tokens=30)
     expected = [int(token) for token, _ in steps]
-    assert alone(trained, Row(prompt, 30)) == expected
+    assert run_alone(trained, Row(prompt, 30)) == expected
 
 
 @pytest.mark.parametrize("arrive", ["together", "one by one"])
@@ -262,7 +262,7 @@ def test_a_preempted_row_keeps_its_log_probabilities(
         _together(model, [single])
         assert [entry.token_id for entry in row.logprobs] == row.ids
         assert len(row.logprobs) == 16
-        assert_alike(row.logprobs, single.logprobs)
+        assert_logprobs_close(row.logprobs, single.logprobs)
 
 
 @pytest.mark.parametrize("others", [0, 2])
@@ -319,22 +319,22 @@ def test_output_only_penalties_ignore_the_prompt(trained: LoadedModel) -> None:
     """A penalty of 100 equals a bias of -100 on generated tokens only."""
     penalty = replace(GREEDY, presence_penalty=100.0, counts_output_only=True)
     prompt = trained.codec.encode("def main(self):\n    self.", as_prompt=True)
-    ids = alone(trained, Row(prompt, 12, penalty))
-    assert ids[0] == alone(trained, Row(prompt, 1))[0]
+    ids = run_alone(trained, Row(prompt, 12, penalty))
+    assert ids[0] == run_alone(trained, Row(prompt, 1))[0]
     assert set(ids) & set(prompt)
     for count, id_ in enumerate(ids):
         bias = tuple((seen, -100.0) for seen in sorted(set(ids[:count])))
         row = Row([*prompt, *ids[:count]], 1, replace(GREEDY, logit_bias=bias))
-        assert alone(trained, row) == [id_]
+        assert run_alone(trained, row) == [id_]
 
 
 def test_a_bias_of_minus_100_bans_a_token(tiny: LoadedModel) -> None:
     prompt = tiny.codec.encode("The", as_prompt=True)
-    free = set(alone(tiny, Row(prompt, 20)))
+    free = set(run_alone(tiny, Row(prompt, 20)))
     banned = replace(GREEDY, logit_bias=tuple((id_, -100.0) for id_ in free))
-    assert not free & set(alone(tiny, Row(prompt, 20, banned)))
+    assert not free & set(run_alone(tiny, Row(prompt, 20, banned)))
     forced = replace(GREEDY, logit_bias=((42, 100.0),))
-    assert alone(tiny, Row(prompt, 5, forced)) == [42] * 5
+    assert run_alone(tiny, Row(prompt, 5, forced)) == [42] * 5
 
 
 def test_extreme_options_do_not_raise(tiny: LoadedModel) -> None:
@@ -435,4 +435,4 @@ def test_prompts_prefilled_together_match_those_alone(
     for row in rows:
         single = Row(row.prompt, 6, sampling)
         _together(model, [single])
-        assert_alike(row.logprobs, single.logprobs)
+        assert_logprobs_close(row.logprobs, single.logprobs)

@@ -13,7 +13,7 @@ import pytest
 from runner_server.engine.backend import LoadedModel
 from runner_server.errors import ModelNotFound, ModelUnsupported, RunnerFault
 from runner_server.mlx_backend import MlxBackend
-from support.rows import Row, alone
+from support.rows import Row, run_alone
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
@@ -112,7 +112,7 @@ def test_a_broken_model_is_refused_with_a_clear_error(
     backend.release()
     assert mx.get_active_memory() <= before + 4096
     # MLX still works.
-    assert len(alone(tiny, Row([1, 2, 3], 3))) == 3
+    assert len(run_alone(tiny, Row([1, 2, 3], 3))) == 3
 
 
 def test_a_tokenizer_made_up_by_transformers_is_refused(

@@ -10,7 +10,7 @@ import pytest
 
 from runner_server.engine.backend import LoadedModel
 from runner_server.engine.types import Dtype, LoadSpec
-from support.rows import Row, alone, run_rows
+from support.rows import Row, run_alone, run_rows
 from tools.memory.models import scaled, write_model
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
@@ -55,7 +55,7 @@ def test_float32_experts_need_no_special_case(tmp_path: Path, load: Load) -> Non
     model = load(path)
     assert model.info.warnings == ()
     assert set(_formats(model).values()) == {"float32"}
-    assert len(alone(model, ROWS[0])) == 6
+    assert len(run_alone(model, ROWS[0])) == 6
 
 
 @pytest.mark.parametrize("dtype", [Dtype.BFLOAT16, Dtype.FLOAT16])
@@ -68,7 +68,7 @@ def test_precision_sensitive_weights_are_not_cast(tmp_path: Path, load: Load, dt
     assert wide
     assert {formats[name] for name in wide} == {"float32"}
     assert formats["model.embed_tokens.weight"] == dtype.value
-    assert len(alone(model, ROWS[0])) == 6
+    assert len(run_alone(model, ROWS[0])) == 6
 
 
 def test_precision_sensitive_weights_keep_the_stored_dtype(tmp_path: Path, load: Load) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from runner_server.engine.backend import LoadedModel
 from runner_server.engine.types import Sampling
-from support.rows import GREEDY, Row, alone
+from support.rows import GREEDY, Row, run_alone
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
@@ -114,7 +114,7 @@ def test_ids_beyond_the_tokenizer_have_no_text_and_can_be_sampled(
     assert model.info.vocab_size == 640
     assert model.codec.decode([600, *model.codec.encode("ok", as_prompt=False), 639]) == "ok"
     biased = Sampling(temperature=0, logit_bias=((639, 100.0),), logprobs=2)
-    assert alone(model, Row([1], 3, biased)) == [639] * 3
+    assert run_alone(model, Row([1], 3, biased)) == [639] * 3
 
 
 def test_many_threads_may_use_the_codec_at_once(tiny: LoadedModel) -> None:

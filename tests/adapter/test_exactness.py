@@ -13,7 +13,7 @@ import pytest
 
 from runner_server.engine.backend import LoadedModel
 from runner_server.errors import InvalidField, ModelUnsupported
-from support.likely import assert_alike
+from support.logprobs import assert_logprobs_close
 from support.rows import GREEDY, Row, run_rows
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
@@ -74,7 +74,7 @@ def test_rope_parameters_have_the_same_effect_as_the_older_names(
     old = changed(source, tmp_path / "old", model_type=type_, **older)
     new = changed(source, tmp_path / "new", "rope_theta", model_type=type_, rope_parameters=rope)
     right = answer(load(old))
-    assert_alike(answer(load(new)), right, tolerance=1e-6)
+    assert_logprobs_close(answer(load(new)), right, tolerance=1e-6)
     plain = answer(load(changed(source, tmp_path / "plain", model_type=type_)))
     assert abs(plain[0].logprob - right[0].logprob) > 1e-3
 
@@ -157,7 +157,7 @@ def test_a_separate_output_layer_is_used(
     if declared is not None:
         path = changed(path, tmp_path / "n", tie_word_embeddings=declared)
     model = load(path)
-    assert_alike(answer(model), answer(right), tolerance=1e-6)
+    assert_logprobs_close(answer(model), answer(right), tolerance=1e-6)
     assert any("lm_head.weight" in text for text in model.info.warnings) == (declared is True)
 
 
@@ -442,7 +442,7 @@ def test_types_with_only_the_newer_rope_name_follow_the_older_ones(
         path = write_model(tmp_path / "built", config)
         (path / "config.json").write_text(json.dumps(whole))
         answers.append(answer(load(path), [i % 40 + 1 for i in range(60)]))
-    assert_alike(answers[0], answers[1], tolerance=1e-6)
+    assert_logprobs_close(answers[0], answers[1], tolerance=1e-6)
     assert answers[0][0].logprob != answers[2][0].logprob
 
 

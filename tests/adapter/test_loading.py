@@ -14,7 +14,7 @@ from runner_server.engine.backend import LoadedModel
 from runner_server.engine.types import Dtype, LoadSpec
 from runner_server.errors import InsufficientMemory, InvalidField, ModelNotFound
 from runner_server.mlx_backend import MlxBackend
-from support.rows import GREEDY, Row, alone
+from support.rows import GREEDY, Row, run_alone
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
@@ -53,7 +53,7 @@ def test_every_kind_of_model_loads_and_generates(
     assert info.eos_token_ids == {0}
     prompt = model.codec.encode("Hello 日本 😀", as_prompt=True)
     assert model.codec.decode(prompt) == "Hello 日本 😀"
-    assert len(alone(model, Row(prompt, 5, GREEDY))) == 5
+    assert len(run_alone(model, Row(prompt, 5, GREEDY))) == 5
 
 
 @ON_CPU

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from runner_server.engine.prefill_policy import MAX_SECONDS, MIN_SECONDS
 from runner_server.engine.prefix_cache import PrefixCache
 from runner_server.engine.types import LoadSpec, Prefill, Sampling, Token, TokenLogprob
-from support.likely import assert_alike
+from support.logprobs import assert_logprobs_close
 from support.rows import GREEDY
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
@@ -158,7 +158,7 @@ def _random(length: int, seed: int) -> list[int]:
 
 def _assert_results_close(some: Result, other: Result) -> None:
     assert len(some.logprobs) == len(other.logprobs)
-    assert_alike(some.logprobs, other.logprobs)
+    assert_logprobs_close(some.logprobs, other.logprobs)
 
 
 # -- prefill and reuse -----------------------------------------------------------
@@ -271,7 +271,7 @@ def test_concurrent_rows_with_the_same_prompt_share_the_prefill(
     bench.batch.remove([0, 1])
     alone = make_bench(shape, budget=0).run(prompt, 5, WITH_LOGPROBS)
     for result in rows:
-        assert_alike(result.logprobs, alone.logprobs)
+        assert_logprobs_close(result.logprobs, alone.logprobs)
 
 
 # -- ends of every kind ----------------------------------------------------------
@@ -524,7 +524,7 @@ def test_log_probabilities_do_not_depend_on_other_requests(
     for row, each in enumerate(requests):
         result, alone = bench.results[row], _alone(make_bench, shape, tuple(_prompt(each)))
         assert len(result.logprobs) <= 10
-        assert_alike(result.logprobs, alone.logprobs)
+        assert_logprobs_close(result.logprobs, alone.logprobs)
 
 
 _ALONE: dict[tuple[str, tuple[int, ...]], Result] = {}

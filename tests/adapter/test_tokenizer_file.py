@@ -19,7 +19,7 @@ import support.tokenizer_files as tokenizer_files
 from runner_server.errors import ModelUnsupported
 from runner_server.mlx_backend.tokenizer import codec as codec_module
 from runner_server.mlx_backend.tokenizer.codec import load_codec
-from support.tokenizer_files import KINDS, around, described, write_tokenizer
+from support.tokenizer_files import KINDS, added_tokens_decoder, with_template, write_tokenizer
 
 TEXTS = [
     "",
@@ -132,20 +132,23 @@ BEGINS = ("<s>", 0)
 PROCESSORS: dict[str, tuple[Callable[[Tokenizer], Any], list[int]]] = {
     "none": (lambda _: None, []),
     "byte level": (lambda _: processors.ByteLevel(trim_offsets=False), []),
-    "template": (lambda t: around(t, "<s> $A").post_processor, [0]),
-    "template, several": (lambda t: around(t, "<unk> <s> $A </s> <s>").post_processor, [2, 0]),
-    "template, behind only": (lambda t: around(t, "$A </s>").post_processor, []),
+    "template": (lambda t: with_template(t, "<s> $A").post_processor, [0]),
+    "template, several": (
+        lambda t: with_template(t, "<unk> <s> $A </s> <s>").post_processor,
+        [2, 0],
+    ),
+    "template, behind only": (lambda t: with_template(t, "$A </s>").post_processor, []),
     "bert": (lambda _: processors.BertProcessing(ENDS, BEGINS), [0]),
     "roberta": (lambda _: processors.RobertaProcessing(ENDS, BEGINS), [0]),
     "sequence": (
         lambda t: processors.Sequence(
-            [processors.ByteLevel(), around(t, "<s> $A </s>").post_processor]
+            [processors.ByteLevel(), with_template(t, "<s> $A </s>").post_processor]
         ),
         [0],
     ),
     "sequence, the other way": (
         lambda t: processors.Sequence(
-            [processors.BertProcessing(ENDS, BEGINS), around(t, "<unk> $A").post_processor]
+            [processors.BertProcessing(ENDS, BEGINS), with_template(t, "<unk> $A").post_processor]
         ),
         [2, 0],
     ),
@@ -172,7 +175,7 @@ def test_a_prompt_gets_the_special_tokens_before_a_text_and_none_after(
 def test_add_bos_token_is_obeyed(tmp_path: Path, text: str, *, in_file: bool) -> None:
     tokenizer = tokenizer_files.byte_level()
     if in_file:
-        around(tokenizer, "<s> $A </s>")
+        with_template(tokenizer, "<s> $A </s>")
     plain = tokenizer.encode(text, add_special_tokens=False).ids
     with_bos = plain if text.startswith("<s>") else [0, *plain]
     names = NAMED["byte level"]
@@ -188,7 +191,7 @@ def test_add_bos_token_is_obeyed(tmp_path: Path, text: str, *, in_file: bool) ->
 
 def test_a_text_with_a_complete_beginning_gets_no_second_one(tmp_path: Path) -> None:
     # As in GLM: two tokens in front, and no beginning-of-text token is named.
-    tokenizer = around(tokenizer_files.byte_level(), "<unk> <s> $A")
+    tokenizer = with_template(tokenizer_files.byte_level(), "<unk> <s> $A")
     plain = tokenizer.encode("<unk><s>hello", add_special_tokens=False).ids
     assert plain[:2] == [2, 0]
     assert _prompt(tmp_path, tokenizer, "<unk><s>hello") == plain
@@ -220,7 +223,7 @@ def test_a_described_token_missing_from_the_file_is_added(tmp_path: Path) -> Non
     whole = tokenizer_files.byte_level()
     whole.add_special_tokens(["<turn>", AddedToken("<end>", rstrip=True)])
     last = whole.get_vocab_size() - 1
-    settings = {"eos_token": "<end>", "added_tokens_decoder": described(whole)}
+    settings = {"eos_token": "<end>", "added_tokens_decoder": added_tokens_decoder(whole)}
     write_tokenizer(tmp_path, tokenizer_files.byte_level(), settings)
     codec, ends = load_codec(tmp_path, {"model_type": "llama", "eos_token_id": [7]})
     assert ends == {7, last}

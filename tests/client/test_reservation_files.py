@@ -16,7 +16,7 @@ from runner_common.memory import record_store
 from runner_common.memory.processes import machine_scope
 from runner_common.memory.records import RecordFolder, encode
 from runner_common.memory.reservations import ReservationBook
-from support.reserving import add, claimed, files, line_of, script
+from support.reservations import add_reservation, claimed_bytes, read_line, record_files, run_script
 
 MIB = 2**20
 GIB = 2**30
@@ -29,13 +29,13 @@ def book(tmp_path: Path) -> ReservationBook:
 
 
 def test_records_of_another_boot_or_container_are_left_alone(book: ReservationBook) -> None:
-    add(book, GIB)
-    (path,) = files(book)
+    add_reservation(book, GIB)
+    (path,) = record_files(book)
     record = json.loads(path.read_text())
     assert record["scope"] == machine_scope()
     path.write_text(json.dumps({**record, "scope": "another", "pid": 2**30}))
-    assert claimed(book) == 0
-    assert files(book) == [path]
+    assert claimed_bytes(book) == 0
+    assert record_files(book) == [path]
 
 
 ODD: dict[str, bytes | dict[str, object]] = {
@@ -64,38 +64,38 @@ ODD: dict[str, bytes | dict[str, object]] = {
 def test_a_file_that_is_no_record_is_ignored(
     book: ReservationBook, odd: bytes | dict[str, object]
 ) -> None:
-    add(book, GIB)
-    (path,) = files(book)
+    add_reservation(book, GIB)
+    (path,) = record_files(book)
     if isinstance(odd, bytes):
         data = odd
     else:
         data = json.dumps({**json.loads(path.read_text()), **odd}).encode()
     (book.directory / "odd.json").write_bytes(data)
-    assert claimed(book) == GIB
+    assert claimed_bytes(book) == GIB
     assert (book.directory / "odd.json").read_bytes() == data
 
 
 def test_what_is_no_file_is_ignored_and_not_waited_for(book: ReservationBook) -> None:
-    kept = add(book, GIB)
-    (path,) = files(book)
+    kept = add_reservation(book, GIB)
+    (path,) = record_files(book)
     (book.directory / "link.json").symlink_to(path)
     (book.directory / "folder.json").mkdir()
     os.mkfifo(book.directory / "pipe.json")
     (book.directory / "notes.txt").write_text("hello")
     began = time.monotonic()
-    assert claimed(book) == GIB
+    assert claimed_bytes(book) == GIB
     assert time.monotonic() - began < 5
     kept.release()
-    assert claimed(book) == 0
+    assert claimed_bytes(book) == 0
 
 
 def test_writes_that_never_ended_are_swept_up(book: ReservationBook) -> None:
-    add(book, GIB)
+    add_reservation(book, GIB)
     fresh, old = book.directory / "a.new", book.directory / "b.new"
     for path in (fresh, old):
         path.write_text("{")
     os.utime(old, (0, 0))
-    assert claimed(book) == GIB
+    assert claimed_bytes(book) == GIB
     assert fresh.exists()
     assert not old.exists()
 
@@ -131,11 +131,11 @@ def test_a_directory_that_others_could_write_to_is_not_used(
 ) -> None:
     make(tmp_path / "book")
     book = ReservationBook(tmp_path / "book")
-    reservation = add(book, GIB)
+    reservation = add_reservation(book, GIB)
     # Of this process they are known all the same.
-    assert claimed(ReservationBook(tmp_path / "book")) == GIB
+    assert claimed_bytes(ReservationBook(tmp_path / "book")) == GIB
     reservation.release()
-    assert claimed(book) == 0
+    assert claimed_bytes(book) == 0
     (said,) = caplog.messages
     assert said.startswith("memory reservations are visible within this process only: ")
     assert why in said
@@ -150,16 +150,16 @@ def test_a_disk_that_is_full_keeps_reservations_in_the_process(
 
     with monkeypatch.context() as patch:
         patch.setattr(RecordFolder, "write", full)
-        reservation = add(book, GIB)
-        assert claimed(book) == GIB
+        reservation = add_reservation(book, GIB)
+        assert claimed_bytes(book) == GIB
         assert "No space left on device" in caplog.text
     # Written with its next change.
-    assert files(book) == []
+    assert record_files(book) == []
     reservation.update(need_bytes=2 * GIB)
-    assert claimed(book) == 2 * GIB
-    assert len(files(book)) == 1
+    assert claimed_bytes(book) == 2 * GIB
+    assert len(record_files(book)) == 1
     reservation.release()
-    assert claimed(book) == 0
+    assert claimed_bytes(book) == 0
 
 
 OWN = """
@@ -192,23 +192,23 @@ def test_the_superuser_counts_the_runners_of_all_users(
     monkeypatch.setattr(record_store, "SHARED", socket_dir)
     monkeypatch.delenv("MLX_RUNNER_RUNTIME_DIR")
     mine = ReservationBook()
-    reservation = add(mine, MIB)
-    with script(OWN, socket_dir, GIB) as other:
+    reservation = add_reservation(mine, MIB)
+    with run_script(OWN, socket_dir, GIB) as other:
         # Of the superuser's runners another user sees nothing.
-        assert line_of(other) == "0 mlx-runner-12345"
-        assert claimed(mine) == GIB + MIB
+        assert read_line(other) == "0 mlx-runner-12345"
+        assert claimed_bytes(mine) == GIB + MIB
         # About the processes of others a user says nothing.
         (theirs,) = (socket_dir / "mlx-runner-12345").glob("*.json")
         with mine.locked() as view:
             lie = next(record for record in view.records() if record.pid == os.getpid())
         theirs.write_bytes(encode(lie))
         os.chown(theirs, 12345, 12345)
-        assert claimed(mine) == MIB
+        assert claimed_bytes(mine) == MIB
     # Nor is a directory counted that belongs to someone else than it says.
     (socket_dir / "mlx-runner-12345").rename(socket_dir / "mlx-runner-54321")
-    assert claimed(mine) == MIB
+    assert claimed_bytes(mine) == MIB
     reservation.release()
-    assert claimed(mine) == 0
+    assert claimed_bytes(mine) == 0
 
 
 def test_a_warning_of_one_reason_is_logged_once(
@@ -217,5 +217,5 @@ def test_a_warning_of_one_reason_is_logged_once(
     caplog.set_level(logging.WARNING)
     (tmp_path / "book").touch()
     for _ in range(3):
-        claimed(ReservationBook(tmp_path / "book"))
+        claimed_bytes(ReservationBook(tmp_path / "book"))
     assert len(caplog.messages) == 1

@@ -16,7 +16,15 @@ from runner_common.memory import claims, record_store
 from runner_common.memory.claims import Claim, claimed_of
 from runner_common.memory.reservations import ReservationBook
 from support.fake_child import wait_until
-from support.reserving import RESERVE, add, claimed, files, line_of, script, tell
+from support.reservations import (
+    RESERVE,
+    add_reservation,
+    claimed_bytes,
+    read_line,
+    record_files,
+    run_script,
+    send_line,
+)
 
 MIB = 2**20
 GIB = 2**30
@@ -28,49 +36,49 @@ def book(tmp_path: Path) -> ReservationBook:
 
 
 def test_a_need_is_claimed_until_it_is_released(book: ReservationBook) -> None:
-    first, second = add(book, GIB), add(book, 2 * GIB)
-    assert claimed(book) == 3 * GIB
-    assert claimed(book, (os.getpid(),)) == 0
+    first, second = add_reservation(book, GIB), add_reservation(book, 2 * GIB)
+    assert claimed_bytes(book) == 3 * GIB
+    assert claimed_bytes(book, (os.getpid(),)) == 0
     first.update(need_bytes=MIB)
-    assert claimed(book) == 2 * GIB + MIB
+    assert claimed_bytes(book) == 2 * GIB + MIB
     first.release()
     first.release()
     first.update(need_bytes=5 * GIB)
     second.release()
-    assert claimed(book) == 0
-    assert files(book) == []
+    assert claimed_bytes(book) == 0
+    assert record_files(book) == []
 
 
 def test_other_processes_know_of_it_and_of_theirs(book: ReservationBook) -> None:
-    with script(RESERVE, book.directory, GIB) as other:
-        assert line_of(other) == "ready"
-        assert claimed(book) == GIB
-        assert claimed(book, (other.pid,)) == 0
-        (path,) = files(book)
+    with run_script(RESERVE, book.directory, GIB) as other:
+        assert read_line(other) == "ready"
+        assert claimed_bytes(book) == GIB
+        assert claimed_bytes(book, (other.pid,)) == 0
+        (path,) = record_files(book)
         assert path.stat().st_mode & 0o777 == 0o600
         assert book.directory.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("is_reaped", [True, False], ids=["reaped", "a zombie"])
 def test_a_dead_process_claims_nothing(book: ReservationBook, is_reaped: bool) -> None:
-    with script(RESERVE, book.directory, GIB) as other:
-        assert line_of(other) == "ready"
+    with run_script(RESERVE, book.directory, GIB) as other:
+        assert read_line(other) == "ready"
         os.kill(other.pid, signal.SIGKILL)
         if is_reaped:
             other.wait()
         else:
             os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
-        assert claimed(book) == 0
-        assert files(book) == []
+        assert claimed_bytes(book) == 0
+        assert record_files(book) == []
 
 
 def test_a_process_id_that_was_given_away_again_claims_nothing(book: ReservationBook) -> None:
-    add(book, GIB)
-    (path,) = files(book)
+    add_reservation(book, GIB)
+    (path,) = record_files(book)
     record = json.loads(path.read_text())
     path.write_text(json.dumps({**record, "started": record["started"] - 100}))
-    assert claimed(book) == 0
-    assert files(book) == []
+    assert claimed_bytes(book) == 0
+    assert record_files(book) == []
 
 
 GROW = """
@@ -84,65 +92,65 @@ while sys.stdin.readline():
 
 
 def test_a_claim_shrinks_by_what_its_runner_takes(book: ReservationBook) -> None:
-    reservation = add(book, 256 * MIB)
-    with script(GROW) as runner:
-        assert line_of(runner) == "ready"
+    reservation = add_reservation(book, 256 * MIB)
+    with run_script(GROW) as runner:
+        assert read_line(runner) == "ready"
         reservation.assign(runner.pid)
-        before = claimed(book)
+        before = claimed_bytes(book)
         assert 200 * MIB < before < 256 * MIB
         for number in (1, 2, 3):
-            tell(runner)
-            assert line_of(runner) == "grown"
-            assert claimed(book) == pytest.approx(before - number * 64 * MIB, abs=2 * MIB)
+            send_line(runner)
+            assert read_line(runner) == "grown"
+            assert claimed_bytes(book) == pytest.approx(before - number * 64 * MIB, abs=2 * MIB)
         for _ in range(2):
-            tell(runner)
-            assert line_of(runner) == "grown"
+            send_line(runner)
+            assert read_line(runner) == "grown"
         # It has taken more than it said: that claims nothing, and is nobody's credit.
-        assert claimed(book) == 0
-        add(book, MIB)
-        assert claimed(book) == MIB
+        assert claimed_bytes(book) == 0
+        add_reservation(book, MIB)
+        assert claimed_bytes(book) == MIB
 
 
 def test_a_runner_has_all_of_its_memory_once(book: ReservationBook) -> None:
-    with script(GROW) as runner:
-        assert line_of(runner) == "ready"
-        alone = add(book, 128 * MIB, runner.pid)
-        one = claimed(book)
-        add(book, 128 * MIB, runner.pid)
-        assert claimed(book) == pytest.approx(one + 128 * MIB, abs=MIB)
+    with run_script(GROW) as runner:
+        assert read_line(runner) == "ready"
+        alone = add_reservation(book, 128 * MIB, runner.pid)
+        one = claimed_bytes(book)
+        add_reservation(book, 128 * MIB, runner.pid)
+        assert claimed_bytes(book) == pytest.approx(one + 128 * MIB, abs=MIB)
         # It replaces what others have set aside for it by what it has decided itself.
         with book.locked() as view:
             view.drop_owned_by(runner.pid)
             view.add(192 * MIB, "some/model", runner.pid)
-        assert claimed(book) == pytest.approx(one + 64 * MIB, abs=MIB)
+        assert claimed_bytes(book) == pytest.approx(one + 64 * MIB, abs=MIB)
         alone.release()
-        assert len(files(book)) == 1
+        assert len(record_files(book)) == 1
 
 
 def test_what_a_gpu_holds_is_what_the_runner_reports(book: ReservationBook) -> None:
-    with script(GROW) as runner:
-        assert line_of(runner) == "ready"
+    with run_script(GROW) as runner:
+        assert read_line(runner) == "ready"
         with book.locked() as view:
             reservation = view.add(GIB, "some/model", runner.pid, device="GPU-a")
-        assert claimed(book) == GIB
+        assert claimed_bytes(book) == GIB
         reservation.update(held_bytes=GIB // 4)
-        assert claimed(book) == GIB - GIB // 4
+        assert claimed_bytes(book) == GIB - GIB // 4
         # Too little to be worth a write.
         reservation.update(held_bytes=GIB // 4 + 1000)
-        assert claimed(book) == GIB - GIB // 4
+        assert claimed_bytes(book) == GIB - GIB // 4
 
 
 def test_a_record_that_a_cleaner_removed_is_written_again(
     book: ReservationBook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reservation = add(book, GIB)
-    files(book)[0].unlink()
+    reservation = add_reservation(book, GIB)
+    record_files(book)[0].unlink()
     reservation.update(held_bytes=1)
-    assert files(book) == []
+    assert record_files(book) == []
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 4000)
     reservation.update(held_bytes=1)
-    assert claimed(book) == GIB
+    assert claimed_bytes(book) == GIB
 
 
 def _free(**figures: Any) -> FreeMemory:
@@ -200,25 +208,25 @@ def test_a_stopped_process_does_not_hold_up_the_machine(
     book: ReservationBook, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(record_store, "LOCK_SECONDS", 0.5)
-    with script(HOLD_LOCK, book.directory) as other:
-        assert line_of(other) == "locked"
+    with run_script(HOLD_LOCK, book.directory) as other:
+        assert read_line(other) == "locked"
         began = time.monotonic()
-        add(book, GIB)
+        add_reservation(book, GIB)
         assert 0.5 <= time.monotonic() - began < 5
         assert "going on without the lock" in caplog.text
         os.kill(other.pid, signal.SIGCONT)
-        assert line_of(other) == "done"
+        assert read_line(other) == "done"
         began = time.monotonic()
-        assert claimed(book) == GIB
+        assert claimed_bytes(book) == GIB
         assert time.monotonic() - began < 0.5
 
 
 def test_a_killed_process_gives_the_lock_back_at_once(book: ReservationBook) -> None:
-    with script(HOLD_LOCK, book.directory) as other:
-        assert line_of(other) == "locked"
+    with run_script(HOLD_LOCK, book.directory) as other:
+        assert read_line(other) == "locked"
         os.kill(other.pid, signal.SIGKILL)
         began = time.monotonic()
-        assert claimed(book) == 0
+        assert claimed_bytes(book) == 0
         assert time.monotonic() - began < 5
 
 
@@ -246,9 +254,9 @@ sys.stdin.readline()
 
 
 def test_a_fork_neither_releases_nor_blocks(book: ReservationBook) -> None:
-    with script(FORK, book.directory, GIB) as other:
-        assert line_of(other) == "0"
-        assert claimed(book) == GIB
+    with run_script(FORK, book.directory, GIB) as other:
+        assert read_line(other) == "0"
+        assert claimed_bytes(book) == GIB
 
 
 RACE = """
@@ -289,30 +297,30 @@ def test_processes_that_race_never_exceed_the_budget(book: ReservationBook, tmp_
     witness.write_bytes(bytes(16))
     arguments = (book.directory, witness, 3, 10, 300)
     with (
-        script(RACE, *arguments) as one,
-        script(RACE, *arguments) as two,
-        script(RACE, *arguments) as three,
-        script(RACE, *arguments) as four,
-        script(RACE, *arguments) as five,
+        run_script(RACE, *arguments) as one,
+        run_script(RACE, *arguments) as two,
+        run_script(RACE, *arguments) as three,
+        run_script(RACE, *arguments) as four,
+        run_script(RACE, *arguments) as five,
     ):
-        admitted = [int(line_of(process)) for process in (one, two, three, four, five)]
+        admitted = [int(read_line(process)) for process in (one, two, three, four, five)]
     held, most = (int.from_bytes(witness.read_bytes()[at : at + 8], "little") for at in (0, 8))
     assert held == 0
     # Three of five fit, and not one more.
     assert most == 9
     assert sum(admitted) > 300
-    assert files(book) == []
+    assert record_files(book) == []
 
 
 def test_readers_and_writers_of_many_processes(book: ReservationBook) -> None:
     """A reader sees every record whole while others come and go."""
-    kept = add(book, GIB)
-    with script(CHURN, book.directory) as other:
+    kept = add_reservation(book, GIB)
+    with run_script(CHURN, book.directory) as other:
         while other.poll() is None:
             with book.locked() as view:
                 assert GIB <= view.claimed_bytes() <= GIB + 7
         assert other.returncode == 0
-    wait_until(lambda: claimed(book) == GIB)
+    wait_until(lambda: claimed_bytes(book) == GIB)
     kept.release()
 
 

@@ -16,11 +16,11 @@ from runner_common.handshake import SERVICE_NAME
 from runner_server import __version__
 from runner_server.transport.unknown_fields import read_known
 from support.harness import Problem, Server, failure
-from support.nasty import METHODS, record, varint
+from support.hostile_requests import METHODS, encode_field, encode_varint
 
 NEW = 97
 VARINT, BYTES, FIXED32 = 0, 2, 5
-UNKNOWN = record(NEW, VARINT, varint(1))
+UNKNOWN = encode_field(NEW, VARINT, encode_varint(1))
 COMPLETION = pb.CompletionRequest(
     prompt="x", options=pb.CompletionOptions(num_predict=1)
 ).SerializeToString()
@@ -41,7 +41,7 @@ def _inside(descriptor: Descriptor, path: str, data: bytes) -> bytes:
         return data
     field = descriptor.fields_by_name[first]
     assert field.message_type
-    return record(field.number, BYTES, _inside(field.message_type, rest, data))
+    return encode_field(field.number, BYTES, _inside(field.message_type, rest, data))
 
 
 async def refusal(server: Server, method: str, data: bytes) -> Problem:
@@ -83,8 +83,8 @@ async def test_nothing_is_done_for_it(loaded: Server) -> None:
 
 
 async def test_several_are_named_each_once(loaded: Server) -> None:
-    data = (UNKNOWN + record(98, FIXED32, bytes(4))) * 1000
-    options = record(3, BYTES, record(500, BYTES, b"text"))
+    data = (UNKNOWN + encode_field(98, FIXED32, bytes(4))) * 1000
+    options = encode_field(3, BYTES, encode_field(500, BYTES, b"text"))
     problem = await refusal(loaded, "Completion", COMPLETION + options + data)
     assert [f"field {number} of " in problem.message for number in (97, 98, 500)] == [True] * 3
     assert problem.message.count("is unknown") == 3
@@ -93,11 +93,17 @@ async def test_several_are_named_each_once(loaded: Server) -> None:
 @pytest.mark.parametrize(
     ("data", "field", "name"),
     [
-        (record(4, BYTES, b"\x05"), "request", "logprobs"),
-        (record(3, BYTES, record(1, VARINT, varint(1))), "options", "temperature"),
+        (encode_field(4, BYTES, b"\x05"), "request", "logprobs"),
+        (
+            encode_field(3, BYTES, encode_field(1, VARINT, encode_varint(1))),
+            "options",
+            "temperature",
+        ),
         # An entry of a map.
         (
-            record(3, BYTES, record(12, BYTES, record(1, VARINT, b"\5") + UNKNOWN)),
+            encode_field(
+                3, BYTES, encode_field(12, BYTES, encode_field(1, VARINT, b"\5") + UNKNOWN)
+            ),
             "options",
             "bias",
         ),
@@ -116,7 +122,9 @@ async def test_a_known_field_in_an_unknown_form(
 
 @pytest.mark.parametrize("method", ["Load", "Estimate"])
 async def test_a_value_that_an_enum_does_not_have(server: Server, method: str) -> None:
-    data = pb.LoadRequest(model="x").SerializeToString() + record(4, VARINT, varint(NEW))
+    data = pb.LoadRequest(model="x").SerializeToString() + encode_field(
+        4, VARINT, encode_varint(NEW)
+    )
     problem = await refusal(server, method, data)
     assert problem.reason == "INVALID_FIELD"
     assert problem.violations.keys() == {"dtype"}

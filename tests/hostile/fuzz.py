@@ -5,7 +5,7 @@
     python tests/hostile/fuzz.py wire FILE        once more what was found
 
 The first byte of an input chooses the rpc and the others are what is sent to it. One
-input in four is mutated byte by byte by libFuzzer; the others get fields from `nasty`
+input in four is mutated byte by byte by libFuzzer; the others get fields from `hostile_requests`
 put behind them, which to protobuf is the same as setting them.
 """
 
@@ -32,7 +32,7 @@ from hypothesis import given, seed, settings
 with redirect_stderr(StringIO()), atheris.instrument_imports(include=["runner_server"]):
     from hostile.fuzz_targets import Parsing, Target, Wire
 
-from support.nasty import METHODS, Call, calls
+from support.hostile_requests import METHODS, Call, calls
 
 _SEEDS = 1500
 _MAX_BYTES = 20_000

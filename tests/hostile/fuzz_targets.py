@@ -18,10 +18,10 @@ from runner_server.api import convert, validation
 from runner_server.engine.token_text import TokenTexts
 from runner_server.engine.types import FinishReason, GenerationResult, OutputDelta, TokenLogprob
 from runner_server.errors import RunnerFault, to_status
+from support.call_outcomes import ANSWER_SECONDS, Caller
 from support.fakes import VOCAB_SIZE, ByteCodec, FakeBackend, model_info
 from support.harness import Server, joined, running
-from support.nasty import METHODS, Call
-from support.verdicts import ANSWER_SECONDS, Caller
+from support.hostile_requests import METHODS, Call
 
 _CONTEXT_LENGTH = 128
 _CALLS_BETWEEN_STREAMS = 10

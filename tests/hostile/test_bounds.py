@@ -8,10 +8,10 @@ import grpc
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
+from support.call_outcomes import TOO_LARGE, Caller
 from support.fakes import VOCAB_SIZE, ByteCodec, FakeBackend
 from support.harness import Server, StartServer, failure
-from support.nasty import METHODS, record
-from support.verdicts import TOO_LARGE, Caller
+from support.hostile_requests import METHODS, encode_field
 
 MOST_IDS = 4 * 2**20
 WITHOUT_TEXT = VOCAB_SIZE - 1
@@ -44,7 +44,7 @@ async def test_a_message_over_the_limit_is_grpcs_own_refusal(loaded: Server) -> 
     caller = Caller(loaded.channel)
     most = 64 * 2**20
     assert await caller.send(("Tokenize", b"\x0a" + b"x" * most)) == TOO_LARGE
-    filler = record(9999, 2, b"x" * (most - 9))
+    filler = encode_field(9999, 2, b"x" * (most - 9))
     assert len(filler) <= most
     # This one it sees.
     assert await caller.send(("Tokenize", filler)) == "INVALID_FIELD"

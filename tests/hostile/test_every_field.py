@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, Phase, event, given, seed, settings
 from hypothesis import strategies as st
 
 from mlxrunner.v1 import runner_pb2 as pb
+from support.call_outcomes import CODES, Caller
 from support.harness import Server, StartServer, joined
-from support.nasty import METHODS, Call, calls
-from support.verdicts import CODES, Caller
+from support.hostile_requests import METHODS, Call, calls
 
 CONTEXT_LENGTH = 512
 LIFECYCLE = {"Load", "Unload"}

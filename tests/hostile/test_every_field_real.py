@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from hostile.conftest import CONTEXT_LENGTH, NEIGHBOUR
 from mlxrunner.v1 import runner_pb2 as pb
+from support.call_outcomes import Caller
 from support.harness import Server, eventually, running
-from support.nasty import Call, calls
-from support.verdicts import Caller
+from support.hostile_requests import Call, calls
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 

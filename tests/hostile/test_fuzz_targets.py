@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, seed, settings
 
 from hostile.fuzz_targets import Parsing, Target, Wire
-from support.nasty import Call, calls
+from support.hostile_requests import Call, calls
 
 
 @pytest.mark.filterwarnings("ignore:Generating overly large repr")

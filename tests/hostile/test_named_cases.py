@@ -17,9 +17,9 @@ from google.protobuf.message import Message
 
 from hostile.conftest import CONTEXT_LENGTH, DEMO
 from mlxrunner.v1 import runner_pb2 as pb
+from support.call_outcomes import Caller
 from support.harness import Server, failure
-from support.nasty import NO_UTF8, TEXTS, record, varint
-from support.verdicts import Caller
+from support.hostile_requests import INVALID_UTF8, TEXTS, encode_field, encode_varint
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 pytestmark = [pytest.mark.mlx, pytest.mark.asyncio(loop_scope="module")]
@@ -96,13 +96,13 @@ def _texts(descriptor: Descriptor, data: bytes) -> Iterator[bytes]:
     """A message for each of its string fields, with this in it."""
     for field in descriptor.fields:
         if field.type == FieldDescriptor.TYPE_STRING:
-            yield record(field.number, 2, data)
+            yield encode_field(field.number, 2, data)
         elif field.message_type and not field.message_type.GetOptions().map_entry:
             inside = _texts(field.message_type, data)
-            yield from (record(field.number, 2, message) for message in inside)
+            yield from (encode_field(field.number, 2, message) for message in inside)
 
 
-@pytest.mark.parametrize("data", NO_UTF8)
+@pytest.mark.parametrize("data", INVALID_UTF8)
 async def test_lone_surrogates_and_other_bytes_that_are_no_text(
     target: Server, data: bytes
 ) -> None:
@@ -166,7 +166,7 @@ async def test_nan_and_infinity_in_every_float(target: Server, value: float) -> 
     signalling = struct.pack("<I", 0x7F800001)
     for field in FLOATS:
         number = pb.CompletionOptions.DESCRIPTOR.fields_by_name[field].number
-        part = record(3, 2, record(number, 5, signalling))
+        part = encode_field(3, 2, encode_field(number, 5, signalling))
         data = completion().SerializeToString() + part
         assert await Caller(target.channel).send(("Completion", data)) == "INVALID_FIELD"
 
@@ -213,7 +213,7 @@ async def test_a_billion_in_every_number_of_a_load(real: Server) -> None:
     for field, expected in LOAD_BILLION_ENDINGS.items():
         number = pb.LoadRequest.DESCRIPTOR.fields_by_name[field].number
         data = pb.LoadRequest(model=str(DEMO)).SerializeToString()
-        call = ("Load", data + record(number, 0, varint(BILLION)))
+        call = ("Load", data + encode_field(number, 0, encode_varint(BILLION)))
         assert await caller.send(call) == expected, field
     await real.load(str(DEMO), context_length=CONTEXT_LENGTH)
 
@@ -223,7 +223,7 @@ async def test_a_billion_in_every_number_of_an_estimate(target: Server) -> None:
     for field, expected in LOAD_BILLION_ENDINGS.items():
         number = pb.EstimateRequest.DESCRIPTOR.fields_by_name[field].number
         data = pb.EstimateRequest(model=str(DEMO)).SerializeToString()
-        call = ("Estimate", data + record(number, 0, varint(BILLION)))
+        call = ("Estimate", data + encode_field(number, 0, encode_varint(BILLION)))
         assert await Caller(target.channel).send(call) == expected, field
 
 

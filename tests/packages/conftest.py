@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from support.environments import ROOT, Environment, told
+from support.environments import ROOT, Environment, checked_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 def packages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The wheel and the sdist: the sdist of a clean copy, and the wheel of that sdist."""
     folder = tmp_path_factory.mktemp("packages")
-    listed = told(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], ROOT)
+    listed = checked_output(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], ROOT
+    )
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file():
             (folder / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / "copy" / name)
-    told([sys.executable, "-m", "build", "--outdir", folder / "dist"], folder / "copy")
+    checked_output([sys.executable, "-m", "build", "--outdir", folder / "dist"], folder / "copy")
     (wheel,) = (folder / "dist").glob("*.whl")
     (sdist,) = (folder / "dist").glob("*.tar.gz")
     return wheel, sdist

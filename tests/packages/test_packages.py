@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from support.environments import LOWEST, NEWEST, ROOT, Environment, told
+from support.environments import LOWEST, NEWEST, ROOT, Environment, checked_output
 
 Packages = tuple[Path, Path]
 NewEnvironment = Callable[[], Environment]
@@ -78,7 +78,7 @@ def test_the_sdist_holds_what_its_tests_need(packages: Packages) -> None:
 
 
 def test_an_index_would_take_them(packages: Packages) -> None:
-    said = told(["twine", "check", "--strict", *packages], packages[0].parent)
+    said = checked_output(["twine", "check", "--strict", *packages], packages[0].parent)
     assert said.count("PASSED") == 2
 
 
@@ -101,7 +101,9 @@ def test_the_server(
     environment.install(f"{packages[0]}[cpu,metrics]", *how)
     assert environment.run("-c", SERVER).splitlines()[-2:] == ["8", "0"]
     command = environment.folder / "bin/mlx-runner"
-    assert "is gone and reaped (exit code 0)" in told([command, "demo"], environment.folder)
+    assert "is gone and reaped (exit code 0)" in checked_output(
+        [command, "demo"], environment.folder
+    )
     if how is LOWEST:
         _assert_floors(environment, "server", "metrics")
 

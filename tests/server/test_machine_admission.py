@@ -21,7 +21,7 @@ from runner_common.memory.reservations import ReservationBook
 from runner_server.errors import InsufficientMemory
 from runner_server.host.machine_admission import MachineAdmission
 from support.harness import StartServer
-from support.reserving import RESERVE, add, files, line_of, script
+from support.reservations import RESERVE, add_reservation, read_line, record_files, run_script
 
 GIB = 2**30
 NEED = MemoryNeed(8 * GIB, 4 * GIB, 2 * GIB, GIB, GIB, 0, has_default_prefix_cache=True)
@@ -77,8 +77,8 @@ def own(book: ReservationBook) -> list[Record]:
 @contextmanager
 def another(book: ReservationBook, size: int) -> Iterator[subprocess.Popen[str]]:
     """A process that may come to take so much."""
-    with script(RESERVE, book.directory, size) as process:
-        assert line_of(process) == "ready"
+    with run_script(RESERVE, book.directory, size) as process:
+        assert read_line(process) == "ready"
         yield process
 
 
@@ -140,12 +140,12 @@ def test_others_reservations_count_until_they_end(book: ReservationBook) -> None
 
 def test_the_record_of_this_process_is_replaced(book: ReservationBook) -> None:
     """Also one that a gate made before it started the process."""
-    add(book, 30 * GIB, pid=ME)
+    add_reservation(book, 30 * GIB, pid=ME)
     machine = admission(book, free(16 * GIB))
     assert machine.admit("a", NEED, override=False) == 16 * GIB
     assert machine.admit("b", NEED, override=False) == 16 * GIB
     assert [record.model for record in own(book)] == ["b"]
-    assert len(files(book)) == 1
+    assert len(record_files(book)) == 1
 
 
 def test_a_refusal_gives_up_what_was_set_aside_before(book: ReservationBook) -> None:
@@ -162,7 +162,7 @@ def test_release_gives_it_up(book: ReservationBook) -> None:
     machine.release()
     machine.release()
     assert not own(book)
-    assert not files(book)
+    assert not record_files(book)
 
 
 def test_what_this_process_holds_counts_as_free(
@@ -241,7 +241,7 @@ def test_what_is_to_spare(book: ReservationBook, monkeypatch: pytest.MonkeyPatch
 
 def test_a_comparison_sets_nothing_aside(book: ReservationBook) -> None:
     assert admission(book, free(16 * GIB)).compare(GIB).fits
-    assert not files(book)
+    assert not record_files(book)
 
 
 @pytest.mark.parametrize("variable", [MINIMUM_VARIABLE, OVERHEAD_VARIABLE])

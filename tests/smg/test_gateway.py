@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from support.gateway import DEMO, Fleet, fleet, wait_for, without
+from support.gateway import DEMO, Fleet, fleet, hiding, wait_for
 from support.server_child import Child
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
@@ -259,7 +259,7 @@ def test_a_runner_is_killed_while_thirty_two_run(tmp_path: Path) -> None:
 
 def test_a_gateway_on_another_machine(tmp_path: Path) -> None:
     """It does not find the model's directory and asks the runner for the tokenizer."""
-    alone = without(DEMO)
+    alone = hiding(DEMO)
     if not shutil.which("unshare") or subprocess.run([*alone, "true"], check=False).returncode:
         pytest.skip("a directory cannot be hidden from one process here (unshare, Linux)")
     with fleet(tmp_path, 1, alone=alone) as found, client(found) as ai:

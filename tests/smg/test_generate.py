@@ -12,7 +12,7 @@ from runner_server.engine.types import Sampling
 from runner_server.telemetry.methods import SMG_SERVICE_NAME
 from support.fakes import DEADLINE_SECONDS, EOS, VOCAB_SIZE, FakeBackend, says
 from support.harness import Server, StartServer, failure
-from support.nasty import record
+from support.hostile_requests import encode_field
 
 pytest.importorskip("smg_grpc_proto", reason="smg-grpc-proto is not installed (the extra smg)")
 
@@ -284,9 +284,9 @@ async def test_a_full_queue_is_told_as_everywhere(start_server: StartServer) -> 
 @pytest.mark.parametrize(
     ("place", "data"),
     [
-        ("request", record(97, 0, b"\1")),
-        ("sampling_params", record(4, 2, record(97, 0, b"\1"))),
-        ("tokenized", record(2, 2, record(2, 0, b"\5") + record(97, 0, b"\1"))),
+        ("request", encode_field(97, 0, b"\1")),
+        ("sampling_params", encode_field(4, 2, encode_field(97, 0, b"\1"))),
+        ("tokenized", encode_field(2, 2, encode_field(2, 0, b"\5") + encode_field(97, 0, b"\1"))),
     ],
 )
 async def test_a_field_that_the_protocol_does_not_have_is_refused(

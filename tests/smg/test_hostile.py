@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from runner_server.telemetry.methods import SMG_SERVICE_NAME
+from support.call_outcomes import ANSWER_SECONDS, reason_of
 from support.harness import Server, StartServer, running
-from support.nasty import damaged, messages
-from support.verdicts import ANSWER_SECONDS, reason_of
+from support.hostile_requests import damaged, messages
 
 pytest.importorskip("smg_grpc_proto", reason="smg-grpc-proto is not installed (the extra smg)")
 

@@ -102,7 +102,7 @@ def control_group(limit_bytes: int | None = None) -> Iterator[ControlGroup]:
     Args:
         limit_bytes: Memory limit; None sets none.
     """
-    with _made("memory") as group:
+    with _new_group("memory") as group:
         if limit_bytes is not None:
             group.limit(limit_bytes)
         yield group
@@ -111,13 +111,13 @@ def control_group(limit_bytes: int | None = None) -> Iterator[ControlGroup]:
 @contextlib.contextmanager
 def cpu_group(cores: float) -> Iterator[ControlGroup]:
     """Make a group with a CPU quota, which must be empty at the end of the block."""
-    with _made("cpu") as group:
+    with _new_group("cpu") as group:
         group.limit_cpu(cores)
         yield group
 
 
 @contextlib.contextmanager
-def _made(controller: str) -> Iterator[ControlGroup]:
+def _new_group(controller: str) -> Iterator[ControlGroup]:
     is_v2 = not (_ROOT / controller).is_dir()
     parent = _ROOT if is_v2 else _ROOT / controller
     directory = parent / f"mlx-test-{secrets.token_hex(4)}"
@@ -133,7 +133,7 @@ def _made(controller: str) -> Iterator[ControlGroup]:
 
 
 @functools.cache
-def why_not() -> str:
+def memory_group_problem() -> str:
     """Return the reason why memory groups cannot be made here, or an empty string."""
     try:
         with control_group(1 << 30) as group:
@@ -144,7 +144,7 @@ def why_not() -> str:
 
 
 @functools.cache
-def why_no_cpu_group() -> str:
+def cpu_group_problem() -> str:
     """Return the reason why CPU quotas cannot be set here, or an empty string."""
     try:
         with cpu_group(1):
@@ -154,11 +154,13 @@ def why_no_cpu_group() -> str:
     return ""
 
 
-needs_control_group = pytest.mark.skipif(bool(why_not()), reason=why_not() or "they can")
+needs_control_group = pytest.mark.skipif(
+    bool(memory_group_problem()), reason=memory_group_problem() or "they can"
+)
 
 
 needs_cpu_group = pytest.mark.skipif(
-    bool(why_no_cpu_group()), reason=why_no_cpu_group() or "they can"
+    bool(cpu_group_problem()), reason=cpu_group_problem() or "they can"
 )
 
 

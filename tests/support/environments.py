@@ -14,7 +14,7 @@ NEWEST: tuple[str, ...] = ("--upgrade", "--upgrade-strategy", "eager")
 LOWEST: tuple[str, ...] = ("--constraint", str(ROOT / "tests/floor.txt"))
 
 
-def told(command: list[str | Path], cwd: Path, timeout: float = 600) -> str:
+def checked_output(command: list[str | Path], cwd: Path, timeout: float = 600) -> str:
     """Run a command, which must succeed, outside the checkout and return its output.
 
     Args:
@@ -56,11 +56,11 @@ class Environment:
 
     def install(self, *what: str) -> None:
         """Install packages with pip."""
-        told([self.python, "-m", "pip", "install", "--quiet", *what], self.folder)
+        checked_output([self.python, "-m", "pip", "install", "--quiet", *what], self.folder)
 
     def run(self, *arguments: str | Path, timeout: float = 120) -> str:
         """Run the interpreter, which must exit with 0, and return the output."""
-        return told([self.python, "-W", "error", *arguments], self.folder, timeout)
+        return checked_output([self.python, "-W", "error", *arguments], self.folder, timeout)
 
     def versions(self) -> dict[str, str]:
         """Return the installed versions by canonical name."""

@@ -95,7 +95,7 @@ def wait_until(is_true: Callable[[], bool], seconds: float = 10.0) -> float:
     """Wait by polling until ``is_true`` returns True; return the seconds waited."""
     begin = time.monotonic()
     while not is_true():
-        assert time.monotonic() - begin < seconds, "it did not happen in time"
+        assert time.monotonic() - begin < seconds, "the condition was not met in time"
         time.sleep(0.01)
     return time.monotonic() - begin
 

@@ -76,7 +76,7 @@ def fleet(directory: Path, count: int, *, alone: Sequence[str] = ()) -> Iterator
         yield found
 
 
-def without(path: Path) -> list[str]:
+def hiding(path: Path) -> list[str]:
     """Return a command prefix (Linux only) which hides the contents of a directory."""
     hide = f'mount -t tmpfs none {shlex.quote(str(path))} && exec "$@"'
     return ["unshare", "--map-root-user", "--mount", "sh", "-c", hide, "sh"]
@@ -92,7 +92,9 @@ def wait_for(
     while not condition():
         if process:
             assert process.poll() is None, log.read_text()
-        assert time.monotonic() < end, log.read_text() if process else "it did not come"
+        assert time.monotonic() < end, (
+            log.read_text() if process else "the condition was not met in time"
+        )
         time.sleep(0.02)
 
 

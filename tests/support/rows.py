@@ -62,7 +62,7 @@ def _step(batch: Batch, active: dict[int, Row]) -> None:
         del active[id_]
 
 
-def alone(model: LoadedModel, row: Row) -> list[int]:
+def run_alone(model: LoadedModel, row: Row) -> list[int]:
     """Run a row in a batch without others and return the tokens."""
     batch = model.new_batch()
     try:

@@ -75,7 +75,7 @@ def gemma() -> Tokenizer:
     tokenizer = _byte_fallback(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"])
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    return around(tokenizer, "<bos> $A")
+    return with_template(tokenizer, "<bos> $A")
 
 
 def llama2() -> Tokenizer:
@@ -92,10 +92,10 @@ def llama2() -> Tokenizer:
             decoders.Strip(" ", 1, 0),
         ]
     )
-    return around(tokenizer, "<s> $A")
+    return with_template(tokenizer, "<s> $A")
 
 
-def around(tokenizer: Tokenizer, template: str) -> Tokenizer:
+def with_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
     """Put special tokens around every text by a template; return the tokenizer."""
     special = [(text, tokenizer.token_to_id(text)) for text in template.split() if text != "$A"]
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -164,7 +164,7 @@ def leave_to_transformers(path: Path) -> None:
     file.write_text(json.dumps(settings))
 
 
-def described(tokenizer: Tokenizer) -> dict[str, Any]:
+def added_tokens_decoder(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return ``added_tokens_decoder`` in the form written by transformers."""
     names = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     found = tokenizer.get_added_tokens_decoder()

@@ -27,7 +27,7 @@ class Step:
     output: str
 
 
-def blocks(document: str) -> list[list[Step]]:
+def console_blocks(document: str) -> list[list[Step]]:
     """Return the steps of each console block of a document.
 
     A command begins with ``$ `` and continues after a backslash at the end of a line.
@@ -42,7 +42,7 @@ def _steps(block: str) -> list[Step]:
     return [Step(command, output.strip("\n")) for command, output in found]
 
 
-def differs(expected: str, printed: str) -> str:
+def difference(expected: str, printed: str) -> str:
     """Compare an output with a document; return a description of the difference, or "".
 
     Numbers (except exit codes), durations and ids may differ, as may the amount of white space.

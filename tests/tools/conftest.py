@@ -12,7 +12,7 @@ from contextlib import ExitStack
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
-from support.others_tools import BIN, NAMES, ROOT, TOKEN, Done, Place, Run
+from support.external_tools import BIN, NAMES, ROOT, TOKEN, Done, Run, ToolTarget
 from support.server_child import DEADLINE_SECONDS, Child, running
 
 
@@ -41,7 +41,7 @@ def run() -> Run:
 
 
 @pytest.fixture(scope="session")
-def places(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Place]]:
+def places(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ToolTarget]]:
     """A server on a port, one on a unix socket, and one on a port that wants a token."""
     assert run
     logs = tmp_path_factory.mktemp("logs")
@@ -68,13 +68,15 @@ def places(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[
         assert found
         at, behind = tcp.ready.target, guarded.ready.target
         yield {
-            "tcp": Place(tcp, ("-plaintext",), at, at, metrics=found[1]),
-            "unix": Place(unix, ("-plaintext", "-unix"), unix.ready.address, unix.ready.target),
-            "token": Place(guarded, ("-plaintext", *header), behind, behind, {"TOKEN": TOKEN}),
+            "tcp": ToolTarget(tcp, ("-plaintext",), at, at, metrics=found[1]),
+            "unix": ToolTarget(
+                unix, ("-plaintext", "-unix"), unix.ready.address, unix.ready.target
+            ),
+            "token": ToolTarget(guarded, ("-plaintext", *header), behind, behind, {"TOKEN": TOKEN}),
         }
 
 
 @pytest.fixture(params=["tcp", "unix", "token"])
-def place(request: pytest.FixtureRequest, places: dict[str, Place]) -> Place:
+def place(request: pytest.FixtureRequest, places: dict[str, ToolTarget]) -> ToolTarget:
     """Each of them."""
     return places[request.param]

@@ -15,18 +15,20 @@ import grpc
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
-from support.others_tools import BIN, NAMES, ROOT, Place, Run
+from support.external_tools import BIN, NAMES, ROOT, Run, ToolTarget
 from support.server_child import BREAK_STEPS, DEADLINE_SECONDS, Child, running
-from support.transcripts import Step, blocks, differs
+from support.transcripts import Step, console_blocks, difference
 
 DOCUMENT = (ROOT / "docs" / "debugging.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = blocks(DOCUMENT)
+BLOCKS = console_blocks(DOCUMENT)
 HANGS = BREAK_STEPS.format(what="import threading; threading.Event().wait()")
 
 
 @pytest.fixture(scope="session")
-def stuck(places: dict[str, Place], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
+def stuck(
+    places: dict[str, ToolTarget], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Child]:
     """A runner of one place whose step does not return, with a completion and one that waits."""
     assert places
     logs = tmp_path_factory.mktemp("stuck")
@@ -41,7 +43,7 @@ def stuck(places: dict[str, Place], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def stand_ins(
-    places: dict[str, Place], stuck: Child, tmp_path_factory: pytest.TempPathFactory
+    places: dict[str, ToolTarget], stuck: Child, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, str]]:
     """What the document's addresses and files are here."""
     own = tmp_path_factory.mktemp("own")
@@ -114,16 +116,18 @@ def test_it_prints_that(block: list[Step], stand_ins: dict[str, str]) -> None:
         # A line of the log may come after the answer that it is about.
         while "/var/log" in step.command and not printed and time.monotonic() < end:
             printed = play(step.command, block[:number], stand_ins)
-        assert not differs(step.output, printed), step.command
+        assert not difference(step.output, printed), step.command
 
 
 def test_what_readme_shows(run: Run, tmp_path: Path) -> None:
     """On a server that has done nothing yet."""
     assert run
-    steps = [s for block in blocks(README) for s in block if s.command.startswith("grpcurl")]
+    steps = [
+        s for block in console_blocks(README) for s in block if s.command.startswith("grpcurl")
+    ]
     assert len(steps) == 2
     with running(tmp_path, "--model", str(ROOT / "runner_server/demo/model")) as child:
         child.wait_for(lambda: child.status().state == pb.STATE_ACTIVE)
         for step in steps:
             printed = play(step.command, [], {"127.0.0.1:50051": child.ready.target})
-            assert not differs(step.output, printed), step.command
+            assert not difference(step.output, printed), step.command

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from support.others_tools import PROTOSET, SERVICE, Place, Run
+from support.external_tools import PROTOSET, SERVICE, Run, ToolTarget
 
 COMPLETION = {"prompt": "def main(", "options": {"num_predict": 8, "temperature": 0}}
 
 
-def report(run: Run, place: Place, method: str, *args: str) -> dict[str, Any]:
+def report(run: Run, place: ToolTarget, method: str, *args: str) -> dict[str, Any]:
     call = ("--insecure", "--call", f"{SERVICE}.{method}", "--format=json", "--timeout=60s")
     done = run("ghz", *call, *args, place.target)
     assert done.returncode == 0, done.stderr
@@ -36,13 +36,13 @@ def assert_all_well(found: dict[str, Any], count: int) -> None:
 @pytest.mark.parametrize("where", ["tcp", "unix"])
 @pytest.mark.parametrize(("method", "request_"), [("Status", {}), ("Completion", COMPLETION)])
 def test_all_calls_are_answered(
-    run: Run, places: dict[str, Place], where: str, method: str, request_: dict[str, Any]
+    run: Run, places: dict[str, ToolTarget], where: str, method: str, request_: dict[str, Any]
 ) -> None:
     load = ("--total=40", "--concurrency=8", "--data", json.dumps(request_))
     assert_all_well(report(run, places[where], method, *load), 40)
 
 
-def test_with_a_token_from_a_file(run: Run, places: dict[str, Place], tmp_path: Path) -> None:
+def test_with_a_token_from_a_file(run: Run, places: dict[str, ToolTarget], tmp_path: Path) -> None:
     """With the set of descriptors, because ghz sends no metadata of a file to reflection."""
     guarded, metadata = places["token"], tmp_path / "metadata.json"
     metadata.write_text(json.dumps({"authorization": f"Bearer {guarded.env['TOKEN']}"}))
@@ -50,7 +50,7 @@ def test_with_a_token_from_a_file(run: Run, places: dict[str, Place], tmp_path: 
     assert_all_well(report(run, guarded, "Status", *load, f"--metadata-file={metadata}"), 10)
 
 
-def test_calls_that_fail_are_told_apart(run: Run, places: dict[str, Place]) -> None:
+def test_calls_that_fail_are_told_apart(run: Run, places: dict[str, ToolTarget]) -> None:
     load = ("--total=6", "--concurrency=2", "--data", '{"prompt": ""}')
     found = report(run, places["tcp"], "Completion", *load)
     assert found["statusCodeDistribution"] == {"InvalidArgument": 6}

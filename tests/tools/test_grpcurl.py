@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from support.others_tools import PROTOSET, SERVICE, Done, Place, Run
+from support.external_tools import PROTOSET, SERVICE, Done, Run, ToolTarget
 
 PROTO = ("-import-path", "proto", "-proto", "mlxrunner/v1/runner.proto")
 ERROR_EXIT = 64
 """grpcurl adds the gRPC code to it."""
 
 
-def curl(run: Run, place: Place, *words: str, options: tuple[str, ...] = ()) -> Done:
+def curl(run: Run, place: ToolTarget, *words: str, options: tuple[str, ...] = ()) -> Done:
     return run("grpcurl", *place.options, *options, place.address, *words, **place.env)
 
 
@@ -29,12 +29,12 @@ def answers(done: Done) -> list[dict[str, Any]]:
     return found
 
 
-def call(run: Run, place: Place, method: str, request: dict[str, Any], *more: str) -> Done:
+def call(run: Run, place: ToolTarget, method: str, request: dict[str, Any], *more: str) -> Done:
     options = (*more, "-d", json.dumps(request))
     return curl(run, place, f"{SERVICE}/{method}", options=options)
 
 
-def test_it_lists_services_and_methods(run: Run, place: Place) -> None:
+def test_it_lists_services_and_methods(run: Run, place: ToolTarget) -> None:
     services = curl(run, place, "list").stdout.split()
     assert {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection"} <= {*services}
     methods = (
@@ -50,7 +50,7 @@ def test_it_lists_services_and_methods(run: Run, place: Place) -> None:
     assert curl(run, place, "list", SERVICE).stdout.split() == [f"{SERVICE}.{m}" for m in methods]
 
 
-def test_it_describes_with_comments(run: Run, place: Place) -> None:
+def test_it_describes_with_comments(run: Run, place: ToolTarget) -> None:
     """The comments come from the server itself: nobody needs the source at hand."""
     method = curl(run, place, "describe", f"{SERVICE}.Unload").stdout
     assert "// Ends running and queued completions (with SHUTTING_DOWN)" in method
@@ -72,14 +72,14 @@ def test_it_describes_with_comments_without_a_server(run: Run, source: tuple[str
     assert "  // Completions waiting for a slot.\n" in done.stdout, done.stderr
 
 
-def test_status(run: Run, place: Place) -> None:
+def test_status(run: Run, place: ToolTarget) -> None:
     (status,) = answers(curl(run, place, f"{SERVICE}/Status"))
     assert status["state"] == "STATE_ACTIVE"
     assert status["model"]["architecture"] == "llama"
     assert int(status["pid"]) == place.child.process.pid
 
 
-def test_text_becomes_tokens_and_text_again(run: Run, place: Place) -> None:
+def test_text_becomes_tokens_and_text_again(run: Run, place: ToolTarget) -> None:
     text = "def grüße(name): # 🚀"
     (tokens,) = answers(call(run, place, "Tokenize", {"content": text}))
     assert len(tokens["token_ids"]) > 5
@@ -87,7 +87,7 @@ def test_text_becomes_tokens_and_text_again(run: Run, place: Place) -> None:
     assert back["content"] == text
 
 
-def test_a_completion_is_streamed(run: Run, place: Place) -> None:
+def test_a_completion_is_streamed(run: Run, place: ToolTarget) -> None:
     options = {"num_predict": 24, "temperature": 0}
     request = {"prompt": "def read_lines(path):", "options": options}
     *pieces, last = answers(call(run, place, "Completion", request))
@@ -100,7 +100,7 @@ def test_a_completion_is_streamed(run: Run, place: Place) -> None:
     assert "".join(m.get("content", "") for m in (*pieces, last)).startswith("\n    ")
 
 
-def test_the_details_of_an_error_are_readable(run: Run, place: Place) -> None:
+def test_the_details_of_an_error_are_readable(run: Run, place: ToolTarget) -> None:
     request = {"prompt": "x", "options": {"top_k": -1}}
     done = call(run, place, "Completion", request, "-format-error")
     assert done.returncode == ERROR_EXIT + 3
@@ -113,7 +113,7 @@ def test_the_details_of_an_error_are_readable(run: Run, place: Place) -> None:
     assert "@value" not in done.stderr
 
 
-def test_numbers_of_an_error_are_readable(run: Run, place: Place) -> None:
+def test_numbers_of_an_error_are_readable(run: Run, place: ToolTarget) -> None:
     done = call(run, place, "Completion", {"prompt": "x " * 2000}, "-format-error")
     (info,) = json.loads(done.stderr)["details"]
     assert info["reason"] == "PROMPT_TOO_LONG"
@@ -121,7 +121,7 @@ def test_numbers_of_an_error_are_readable(run: Run, place: Place) -> None:
     assert int(info["metadata"]["promptTokens"]) > 1024
 
 
-def test_a_source_of_ones_own_hides_the_details(run: Run, place: Place) -> None:
+def test_a_source_of_ones_own_hides_the_details(run: Run, place: ToolTarget) -> None:
     """What docs/debugging.md warns of: the types of the details are then not known."""
     alone = call(run, place, "Completion", {"prompt": ""}, *PROTO)
     assert '"@value"' in alone.stderr
@@ -130,7 +130,7 @@ def test_a_source_of_ones_own_hides_the_details(run: Run, place: Place) -> None:
     assert "@value" not in both.stderr
 
 
-def test_without_the_token_everything_is_refused(run: Run, places: dict[str, Place]) -> None:
+def test_without_the_token_everything_is_refused(run: Run, places: dict[str, ToolTarget]) -> None:
     guarded = places["token"]
     bare = ("grpcurl", "-plaintext", "-protoset", PROTOSET)
     for method in ("Status", "Completion"):
@@ -142,7 +142,7 @@ def test_without_the_token_everything_is_refused(run: Run, places: dict[str, Pla
     assert "Unauthenticated" in listed.stderr
 
 
-def test_the_token_is_no_argument(places: dict[str, Place]) -> None:
+def test_the_token_is_no_argument(places: dict[str, ToolTarget]) -> None:
     """Every user of the machine sees arguments; grpcurl takes it from its environment."""
     guarded = places["token"]
     assert "${TOKEN}" in " ".join(guarded.options)

@@ -10,7 +10,7 @@ import pytest
 
 from runner_common.handshake import HEALTH_SERVICES
 from support.certificates import Authority
-from support.others_tools import ROOT, Place, Run
+from support.external_tools import ROOT, Run, ToolTarget
 from support.server_child import BREAK_STEPS, running
 
 WAIT = ("-connect-timeout=10s", "-rpc-timeout=10s")
@@ -20,14 +20,14 @@ DRAINS_LONG = HANGS.replace("_DRAIN_SECONDS = 0.3", "_DRAIN_SECONDS = 20")
 
 
 @pytest.mark.parametrize("service", HEALTH_SERVICES)
-def test_it_serves(run: Run, place: Place, service: str) -> None:
+def test_it_serves(run: Run, place: ToolTarget, service: str) -> None:
     """Without a token too: a probe needs to know no secrets."""
     done = run("grpc_health_probe", f"-addr={place.target}", f"-service={service}", *WAIT)
     assert done.returncode == 0, done.stderr
     assert "status: SERVING" in done.stdout + done.stderr
 
 
-def test_a_service_that_there_is_not(run: Run, place: Place) -> None:
+def test_a_service_that_there_is_not(run: Run, place: ToolTarget) -> None:
     done = run("grpc_health_probe", f"-addr={place.target}", "-service=nobody", *WAIT)
     assert done.returncode == NO_ANSWER
     assert "NotFound" in done.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from support.transcripts import Step, blocks, differs
+from support.transcripts import Step, console_blocks, difference
 
 DOCUMENT = """
 Text.
@@ -27,7 +27,7 @@ $ not a transcript
 
 def test_commands_and_what_they_print() -> None:
     steps = [Step("first | second \\\n    and more", '{\n  "count": 1\n}'), Step("silent", "")]
-    assert blocks(DOCUMENT) == [steps]
+    assert console_blocks(DOCUMENT) == [steps]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_commands_and_what_they_print() -> None:
     ],
 )
 def test_the_same(expected: str, printed: str) -> None:
-    assert not differs(expected, printed)
+    assert not difference(expected, printed)
 
 
 @pytest.mark.parametrize(
@@ -64,4 +64,4 @@ def test_the_same(expected: str, printed: str) -> None:
     ],
 )
 def test_another(expected: str, printed: str) -> None:
-    assert differs(expected, printed)
+    assert difference(expected, printed)

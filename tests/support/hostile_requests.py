@@ -60,7 +60,7 @@ TEXTS = (
     " " * 5000,
     "word " * 40_000,
 )
-NO_UTF8 = (
+INVALID_UTF8 = (
     b"\xed\xa0\x80",  # a lone high surrogate
     b"\xed\xb0\x80 low",
     b"\xed\xa0\xbd\xed\xb8\x80",  # a surrogate pair, encoded separately as in CESU-8
@@ -69,7 +69,7 @@ NO_UTF8 = (
     b"cut \xf0\x9f\x98",
     b"\xf4\x90\x80\x80",  # beyond the last code point
 )
-NO_MESSAGE = (
+MALFORMED = (
     b"\xff",
     b"\x00",
     b"\x0a\x7f",  # a length beyond the end of the data
@@ -80,7 +80,7 @@ NO_MESSAGE = (
 )
 
 
-def varint(value: int) -> bytes:
+def encode_varint(value: int) -> bytes:
     """Encode an integer as a varint; a negative one takes ten bytes."""
     value &= _MAX_UINT64
     out = bytearray()
@@ -91,17 +91,17 @@ def varint(value: int) -> bytes:
     return bytes(out)
 
 
-def record(field: int, kind: int, payload: bytes) -> bytes:
+def encode_field(field: int, kind: int, payload: bytes) -> bytes:
     """Encode one field, tag included."""
-    length = varint(len(payload)) if kind == _BYTES else b""
-    return varint(field << 3 | kind) + length + payload
+    length = encode_varint(len(payload)) if kind == _BYTES else b""
+    return encode_varint(field << 3 | kind) + length + payload
 
 
-_integers = (st.sampled_from(INTEGERS) | st.integers(-3, 600)).map(varint)
+_integers = (st.sampled_from(INTEGERS) | st.integers(-3, 600)).map(encode_varint)
 _floats = st.sampled_from(FLOATS) | st.floats(width=32) | st.floats(0, 1, width=32)
 _utf8 = st.sampled_from(TEXTS).map(str.encode) | st.text(max_size=60).map(str.encode)
 # Mostly valid, since a single invalid text spoils the whole request.
-_texts = st.one_of(*[_utf8] * 6, st.sampled_from(NO_UTF8))
+_texts = st.one_of(*[_utf8] * 6, st.sampled_from(INVALID_UTF8))
 
 _SCALARS: dict[int, tuple[int, st.SearchStrategy[bytes]]] = {
     **dict.fromkeys(
@@ -132,7 +132,7 @@ def _one(field: FieldDescriptor, depth: int) -> st.SearchStrategy[bytes]:
         kind, payloads = _BYTES, inside
     else:
         kind, payloads = _SCALARS[field.type]
-    once = payloads.map(lambda payload: record(field.number, kind, payload))
+    once = payloads.map(lambda payload: encode_field(field.number, kind, payload))
     if not field.is_repeated:
         return once
     several = st.lists(once, max_size=5).map(b"".join)
@@ -140,7 +140,7 @@ def _one(field: FieldDescriptor, depth: int) -> st.SearchStrategy[bytes]:
     if kind == _BYTES:
         return several | many
     packed = st.lists(payloads, max_size=40).map(b"".join)
-    return several | many | packed.map(lambda data: record(field.number, _BYTES, data))
+    return several | many | packed.map(lambda data: encode_field(field.number, _BYTES, data))
 
 
 def _repeat(data: bytes, count: int) -> bytes:
@@ -167,7 +167,7 @@ def _size(field: FieldDescriptor, depth: int = 0) -> int:
 def damaged(sound: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
     """Generate the bytes of a message, truncated or followed by garbage."""
     cut = st.tuples(sound, st.integers(1, 20)).map(lambda pair: pair[0][: -pair[1]])
-    tail = st.sampled_from(NO_MESSAGE) | st.binary(min_size=1, max_size=12)
+    tail = st.sampled_from(MALFORMED) | st.binary(min_size=1, max_size=12)
     return cut | st.tuples(sound, tail).map(b"".join)
 
 

@@ -16,7 +16,7 @@ from mlxrunner.v1 import runner_pb2 as pb
 from runner_common.handshake import SERVICE_NAME
 from runner_server.errors import RunnerFault
 from support.harness import problem_of
-from support.nasty import METHODS, Call
+from support.hostile_requests import METHODS, Call
 
 ANSWER_SECONDS = 20.0
 """Time limit for any answer on a busy machine."""

@@ -9,7 +9,7 @@ import pytest
 from runner_server.engine.types import TokenLogprob
 
 
-def assert_alike(
+def assert_logprobs_close(
     some: Sequence[TokenLogprob], others: Sequence[TokenLogprob], tolerance: float = 2e-3
 ) -> None:
     """Compare log probabilities up to the first differing token.

@@ -26,25 +26,25 @@ sys.stdin.readline()
 """Script for reserving memory in the directory of the first argument until a line is read."""
 
 
-def add(book: ReservationBook, size: int, pid: int | None = None) -> Reservation:
+def add_reservation(book: ReservationBook, size: int, pid: int | None = None) -> Reservation:
     """Reserve ``size`` bytes."""
     with book.locked() as view:
         return view.add(size, "some/model", pid)
 
 
-def claimed(book: ReservationBook, exclude: tuple[int, ...] = ()) -> int:
+def claimed_bytes(book: ReservationBook, exclude: tuple[int, ...] = ()) -> int:
     """Return the bytes which other runners may still take."""
     with book.locked() as view:
         return view.claimed_bytes(exclude)
 
 
-def files(book: ReservationBook) -> list[Path]:
+def record_files(book: ReservationBook) -> list[Path]:
     """Return the record files of a book, sorted by name."""
     return sorted(book.directory.glob("*.json"))
 
 
 @contextmanager
-def script(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+def run_script(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
     """Run code in a child process, killed at the end of the block."""
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
@@ -60,13 +60,13 @@ def script(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def line_of(process: subprocess.Popen[str]) -> str:
+def read_line(process: subprocess.Popen[str]) -> str:
     """Read the next line printed by a process."""
     assert process.stdout is not None
     return process.stdout.readline().strip()
 
 
-def tell(process: subprocess.Popen[str]) -> None:
+def send_line(process: subprocess.Popen[str]) -> None:
     """Send an empty line to a process."""
     assert process.stdin is not None
     process.stdin.write("\n")

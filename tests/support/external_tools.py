@@ -28,7 +28,7 @@ class Run(Protocol):
 
 
 @dataclass(frozen=True)
-class Place:
+class ToolTarget:
     """A server, and the arguments with which each tool reaches the server.
 
     Attributes:
