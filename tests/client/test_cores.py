@@ -104,8 +104,8 @@ def test_a_real_quota_counts() -> None:
 
 def limit(monkeypatch: pytest.MonkeyPatch, cores: Cores) -> None:
     """Have the client find these cores."""
-    for module in ("_blas", "_blas_choice", "doctor"):
-        monkeypatch.setattr(f"runner_client.{module}.usable_cores", lambda: cores)
+    for module in ("blas", "blas_choice", "doctor"):
+        monkeypatch.setattr(f"runner_client.host.{module}.usable_cores", lambda: cores)
 
 
 def test_mkl_is_held_within_a_quota(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -266,5 +266,5 @@ def test_cuda_of_the_user_stands(tmp_path: Path, variable: str) -> None:
 
 def test_packages_are_found_without_importing_them() -> None:
     (folder,) = package_folders("runner_client")
-    assert (folder / "environment.py").is_file()
+    assert (folder / "host/environment.py").is_file()
     assert package_folders("no_such_package_anywhere") == ()

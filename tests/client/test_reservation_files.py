@@ -165,7 +165,7 @@ def test_a_disk_that_is_full_keeps_reservations_in_the_process(
 OWN = """
 import os, sys
 from pathlib import Path
-from runner_common import record_store
+from runner_common.memory import record_store
 from runner_common.memory.processes import machine_scope
 from runner_common.memory.reservations import ReservationBook
 
