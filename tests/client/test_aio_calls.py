@@ -22,12 +22,12 @@ def runner() -> Iterator[FakeRunner]:
         yield fake
 
 
-async def in_thread(event: object) -> bool:
-    """Waits for an event that a server thread sets."""
+async def wait_in_thread(event: object) -> bool:
+    """Wait in a worker thread for an event from a server thread."""
     return await asyncio.to_thread(event.wait, 10)  # type: ignore[attr-defined]  # an Event
 
 
-async def test_a_completion_streams_its_pieces(runner: FakeRunner) -> None:
+async def test_a_completion_streams_its_chunks(runner: FakeRunner) -> None:
     async with AsyncRunnerClient(runner.address) as client:
         chunks = [chunk async for chunk in client.completion("Hi")]
     assert [chunk.content for chunk in chunks] == ["Hello", " world", ""]
@@ -41,11 +41,11 @@ async def test_a_finished_completion_is_not_cancelled(runner: FakeRunner) -> Non
         assert not runner.cancelled.is_set()
 
 
-async def test_a_stream_that_does_not_end_after_its_last_message(runner: FakeRunner) -> None:
+async def test_a_stream_left_open_after_its_last_message_is_cancelled(runner: FakeRunner) -> None:
     runner.ends_after_done = False
     async with AsyncRunnerClient(runner.address) as client:
         assert (await client.complete("Hi")).content == "Hello world"
-        assert await in_thread(runner.cancelled)
+        assert await wait_in_thread(runner.cancelled)
 
 
 async def test_over_a_unix_socket() -> None:
@@ -54,7 +54,7 @@ async def test_over_a_unix_socket() -> None:
             assert (await client.complete("Hi")).content == "Hello world"
 
 
-async def test_the_request_carries_what_was_asked_for(runner: FakeRunner) -> None:
+async def test_the_request_carries_all_arguments(runner: FakeRunner) -> None:
     async with AsyncRunnerClient(runner.address) as client:
         await client.complete([1, 2], options=Options(num_predict=3), logprobs=2, request_id="me")
     sent = pb.CompletionRequest(logprobs=2, request_id="me")
@@ -68,7 +68,7 @@ async def test_leaving_the_block_cancels_on_the_server(runner: FakeRunner) -> No
     async with AsyncRunnerClient(runner.address) as client:
         async with client.completion("Hi") as stream:
             await anext(stream)
-        assert await in_thread(runner.cancelled)
+        assert await wait_in_thread(runner.cancelled)
 
 
 async def test_dropping_the_stream_cancels_on_the_server(runner: FakeRunner) -> None:
@@ -77,7 +77,7 @@ async def test_dropping_the_stream_cancels_on_the_server(runner: FakeRunner) -> 
         async for _ in client.completion("Hi"):
             break
         gc.collect()
-        assert await in_thread(runner.cancelled)
+        assert await wait_in_thread(runner.cancelled)
 
 
 async def test_cancelling_the_reader_cancels_on_the_server(runner: FakeRunner) -> None:
@@ -86,23 +86,23 @@ async def test_cancelling_the_reader_cancels_on_the_server(runner: FakeRunner) -
         stream = client.completion("Hi")
         await anext(stream)
         reader = asyncio.create_task(anext(stream))
-        await asyncio.sleep(0)  # the reader begins to wait
+        await asyncio.sleep(0)  # let the reader start waiting
         reader.cancel()
         with pytest.raises(asyncio.CancelledError):
             await reader
-        assert await in_thread(runner.cancelled)
+        assert await wait_in_thread(runner.cancelled)
 
 
-async def test_a_callers_own_timeout_stays_a_timeout(runner: FakeRunner) -> None:
+async def test_a_timeout_of_the_caller_raises_timeout_error(runner: FakeRunner) -> None:
     runner.stall_after = 0
     async with AsyncRunnerClient(runner.address) as client:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
                 await client.complete("Hi")
-        assert await in_thread(runner.cancelled)
+        assert await wait_in_thread(runner.cancelled)
 
 
-async def test_reading_on_after_a_cancel_is_an_incomplete_stream(runner: FakeRunner) -> None:
+async def test_reading_after_a_cancel_raises_incomplete_stream(runner: FakeRunner) -> None:
     runner.stall_after = 0
     async with AsyncRunnerClient(runner.address) as client:
         stream = client.completion("Hi")
@@ -118,7 +118,7 @@ async def test_a_stream_without_its_last_message_is_incomplete(runner: FakeRunne
             await client.complete("Hi")
 
 
-async def test_a_failure_in_the_middle_comes_after_the_text(runner: FakeRunner) -> None:
+async def test_a_failure_mid_stream_is_raised_after_the_text(runner: FakeRunner) -> None:
     runner.failure, runner.fail_after = Failure("GENERATION_FAILED"), 1
     async with AsyncRunnerClient(runner.address) as client:
         stream = client.completion("Hi")
@@ -127,25 +127,25 @@ async def test_a_failure_in_the_middle_comes_after_the_text(runner: FakeRunner) 
             await anext(stream)
 
 
-async def test_no_first_token_is_a_timeout(runner: FakeRunner) -> None:
+async def test_a_missing_first_token_times_out(runner: FakeRunner) -> None:
     runner.stall_after = 0
     timeouts = Timeouts(first_token_seconds=1.0)
     async with AsyncRunnerClient(runner.address, timeouts=timeouts) as client:
-        # The time must suffice for the request to arrive: only then is it cancelled there.
+        # The limit must leave time for the request to arrive; only then can it be cancelled.
         await client.status()
         with pytest.raises(errors.RunnerTimeoutError) as caught:
             await client.complete("Hi")
-        assert await in_thread(runner.cancelled)
+        assert await wait_in_thread(runner.cancelled)
     assert (caught.value.phase, caught.value.timeout_seconds) == ("first_token", 1.0)
 
 
-async def test_a_silent_stream_is_a_timeout(runner: FakeRunner) -> None:
+async def test_a_silent_stream_times_out(runner: FakeRunner) -> None:
     runner.stall_after = 1
     timeouts = Timeouts(idle_seconds=0.2)
     async with AsyncRunnerClient(runner.address, timeouts=timeouts) as client:
         with pytest.raises(errors.RunnerTimeoutError) as caught:
             await client.complete("Hi")
-        assert await in_thread(runner.cancelled)
+        assert await wait_in_thread(runner.cancelled)
     assert (caught.value.phase, caught.value.timeout_seconds) == ("idle", 0.2)
 
 
@@ -156,7 +156,7 @@ async def test_without_limits_nothing_times_out(runner: FakeRunner) -> None:
         assert (await client.complete("Hi")).content == "Hello world"
 
 
-async def test_a_call_that_is_not_answered_times_out() -> None:
+async def test_an_unanswered_call_times_out() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         async with AsyncRunnerClient(address, timeouts=Timeouts(call_seconds=0.2)) as client:
@@ -165,7 +165,7 @@ async def test_a_call_that_is_not_answered_times_out() -> None:
     assert (caught.value.phase, caught.value.timeout_seconds) == ("call", 0.2)
 
 
-async def test_a_runner_that_is_not_there_is_unavailable() -> None:
+async def test_a_missing_runner_is_unavailable() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
     async with AsyncRunnerClient(address) as client:
@@ -175,7 +175,7 @@ async def test_a_runner_that_is_not_there_is_unavailable() -> None:
             await client.complete("Hi")
 
 
-async def test_the_other_calls(runner: FakeRunner) -> None:
+async def test_the_other_rpcs_return_their_results(runner: FakeRunner) -> None:
     async with AsyncRunnerClient(runner.address) as client:
         assert await client.detokenize(await client.tokenize("h\u00e9")) == "h\u00e9"
         assert (await client.status()).state is State.ACTIVE
@@ -193,7 +193,7 @@ async def test_the_other_calls(runner: FakeRunner) -> None:
             await client.embedding("x")
 
 
-async def test_load_shows_its_progress(runner: FakeRunner) -> None:
+async def test_load_reports_its_progress(runner: FakeRunner) -> None:
     runner.load_seconds = 1.0
     seen: list[Status] = []
     async with AsyncRunnerClient(runner.address) as client:
@@ -221,12 +221,12 @@ async def test_load_shows_its_progress(runner: FakeRunner) -> None:
     ]
 
 
-async def test_a_load_that_stands_still_is_given_up_and_cancelled(runner: FakeRunner) -> None:
+async def test_a_stalled_load_times_out_and_is_cancelled(runner: FakeRunner) -> None:
     runner.load_seconds = math.inf
     async with AsyncRunnerClient(runner.address, timeouts=Timeouts(load_seconds=0.5)) as client:
         with pytest.raises(errors.RunnerTimeoutError) as caught:
             await client.load("org/name")
-        assert await in_thread(runner.cancelled)
+        assert await wait_in_thread(runner.cancelled)
     assert caught.value.phase == "load"
 
 
@@ -239,7 +239,7 @@ async def test_cancelling_the_task_cancels_the_load(runner: FakeRunner) -> None:
         load.cancel()
         with pytest.raises(asyncio.CancelledError):
             await load
-        assert await in_thread(runner.cancelled)
+        assert await wait_in_thread(runner.cancelled)
 
 
 async def test_a_failing_load_leaves_no_task_behind(runner: FakeRunner) -> None:
@@ -250,7 +250,7 @@ async def test_a_failing_load_leaves_no_task_behind(runner: FakeRunner) -> None:
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-async def test_a_closed_client_says_so(runner: FakeRunner) -> None:
+async def test_calls_on_a_closed_client_raise(runner: FakeRunner) -> None:
     client = AsyncRunnerClient(runner.address)
     await client.close()
     await client.close()
@@ -285,7 +285,7 @@ async def test_many_tasks_share_a_client(runner: FakeRunner) -> None:
     assert {completion.content for completion in completions} == {"Hello world"}
 
 
-def test_a_client_may_be_made_outside_a_loop(runner: FakeRunner) -> None:
+def test_a_client_can_be_created_outside_an_event_loop(runner: FakeRunner) -> None:
     client = AsyncRunnerClient(runner.address)
 
     async def use() -> str:

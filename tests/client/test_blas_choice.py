@@ -1,4 +1,4 @@
-"""What doctor remembers of its measurement, and how little a start believes it."""
+"""The BLAS choice stored by doctor, and the checks before a start uses the choice."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = "processor : 0\nmodel name : Some CPU\ncpu family : 25\nmodel : 17\nflags 
 
 
 class Machine:
-    """A root folder with two libraries, and a cache folder."""
+    """Root folder with two BLAS libraries and a cache folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -35,21 +35,21 @@ class Machine:
         return path
 
     def set_cpu(self, text: str) -> None:
-        """What the system says of the processor."""
+        """Write ``/proc/cpuinfo``."""
         (self.root / "proc").mkdir(exist_ok=True)
         (self.root / "proc/cpuinfo").write_text(text)
 
     def remember(self, blas: Blas | None) -> None:
-        """Writes a choice down."""
-        place = remember(self.environment, Choice(blas), self.libraries, root=self.root)
-        assert place == self.file
+        """Store a choice in the cache file."""
+        path = remember(self.environment, Choice(blas), self.libraries, root=self.root)
+        assert path == self.file
 
     def recall(self) -> Choice | None:
-        """Reads it again."""
+        """Read the stored choice."""
         return recall(self.environment, self.libraries, root=self.root)
 
     def write(self, change: Callable[[dict[str, Any]], object]) -> None:
-        """Changes what is written down."""
+        """Apply a change to the stored record."""
         record = json.loads(self.file.read_text())
         change(record)
         self.file.write_text(json.dumps(record))
@@ -60,11 +60,11 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-def test_nothing_is_remembered_at_first(machine: Machine) -> None:
+def test_without_a_file_there_is_no_choice(machine: Machine) -> None:
     assert machine.recall() is None
 
 
-def test_every_choice_is_remembered(machine: Machine) -> None:
+def test_every_choice_is_stored_and_read_back(machine: Machine) -> None:
     plain = Blas("OpenBLAS", machine.openblas.path)
     for blas in (machine.openblas, plain, machine.mkl, None):
         machine.remember(blas)
@@ -72,7 +72,7 @@ def test_every_choice_is_remembered(machine: Machine) -> None:
     assert list(machine.file.parent.iterdir()) == [machine.file]
 
 
-def test_the_file_is_for_its_owner(machine: Machine) -> None:
+def test_only_the_owner_can_read_the_file(machine: Machine) -> None:
     machine.remember(machine.mkl)
     assert machine.file.stat().st_mode & 0o077 == 0
     assert machine.file.parent.stat().st_mode & 0o077 == 0
@@ -109,7 +109,7 @@ def _install(machine: Machine) -> None:
 @pytest.mark.parametrize(
     "change", [_grow, _touch, _other_cpu, _other_generation, _arm_cpu, _uninstall, _install]
 )
-def test_what_has_changed_is_to_be_measured_again(
+def test_a_changed_machine_invalidates_the_choice(
     machine: Machine, change: Callable[[Machine], None]
 ) -> None:
     machine.remember(machine.openblas)
@@ -117,7 +117,7 @@ def test_what_has_changed_is_to_be_measured_again(
     assert machine.recall() is None
 
 
-def test_other_kernels_for_the_cpu_are_to_be_measured_again(machine: Machine) -> None:
+def test_other_kernels_for_the_cpu_invalidate_the_choice(machine: Machine) -> None:
     machine.remember(machine.openblas)
     machine.libraries = (Blas("OpenBLAS", machine.openblas.path, {"CORE": "NEWER"}), machine.mkl)
     assert machine.recall() is None
@@ -139,7 +139,7 @@ def test_other_kernels_for_the_cpu_are_to_be_measured_again(machine: Machine) ->
         7,
     ],
 )
-def test_a_choice_that_was_not_found_here_counts_for_nothing(
+def test_a_choice_that_is_not_an_installed_library_is_ignored(
     machine: Machine, choice: object
 ) -> None:
     machine.remember(machine.openblas)
@@ -149,7 +149,7 @@ def test_a_choice_that_was_not_found_here_counts_for_nothing(
     assert machine.recall() is None
 
 
-def test_a_file_without_a_choice_counts_for_nothing(machine: Machine) -> None:
+def test_a_file_without_a_choice_is_ignored(machine: Machine) -> None:
     machine.remember(machine.openblas)
     machine.write(lambda record: record.pop("choice"))
     assert machine.recall() is None
@@ -170,25 +170,25 @@ def test_a_file_without_a_choice_counts_for_nothing(machine: Machine) -> None:
     ],
     ids=["empty", "cut", "null", "list", "bare", "binary", "deep", "number", "huge"],
 )
-def test_a_file_that_is_no_record_counts_for_nothing(machine: Machine, content: bytes) -> None:
+def test_a_file_that_is_not_a_record_is_ignored(machine: Machine, content: bytes) -> None:
     machine.file.parent.mkdir(parents=True)
     machine.file.write_bytes(content)
     assert machine.recall() is None
 
 
-def test_a_record_in_a_file_too_large_is_not_read(machine: Machine) -> None:
+def test_an_oversized_file_is_not_read(machine: Machine) -> None:
     machine.remember(machine.openblas)
     with machine.file.open("a") as file:
         file.write(" " * 65_536)
     assert machine.recall() is None
 
 
-def test_a_folder_or_a_pipe_in_its_place_counts_for_nothing(machine: Machine) -> None:
+def test_a_folder_or_a_pipe_instead_of_the_file_is_ignored(machine: Machine) -> None:
     machine.file.mkdir(parents=True)
     assert machine.recall() is None
     machine.file.rmdir()
     os.mkfifo(machine.file)
-    # Nobody writes into it: reading would wait for ever.
+    # Without a writer, reading the pipe would block indefinitely.
     seen: list[Choice | None] = []
     reader = threading.Thread(target=lambda: seen.append(machine.recall()), daemon=True)
     reader.start()
@@ -196,14 +196,14 @@ def test_a_folder_or_a_pipe_in_its_place_counts_for_nothing(machine: Machine) ->
     assert seen == [None]
 
 
-def test_a_corrupt_file_is_written_anew(machine: Machine) -> None:
+def test_a_corrupt_file_is_replaced(machine: Machine) -> None:
     machine.file.parent.mkdir(parents=True)
     machine.file.write_bytes(b"{")
     machine.remember(machine.mkl)
     assert machine.recall() == Choice(machine.mkl)
 
 
-def test_a_cache_that_is_no_folder_is_an_error(machine: Machine) -> None:
+def test_a_cache_path_that_is_a_file_is_an_error(machine: Machine) -> None:
     (machine.root / "cache").touch()
     with pytest.raises(OSError, match="cache"):
         machine.remember(None)
@@ -220,17 +220,19 @@ def test_a_cache_that_is_no_folder_is_an_error(machine: Machine) -> None:
         ({}, None),
     ],
 )
-def test_where_it_is_kept(environment: dict[str, str], expected: str | None) -> None:
+def test_the_path_follows_xdg_cache_home_and_home(
+    environment: dict[str, str], expected: str | None
+) -> None:
     assert cache_file(environment) == (expected and Path(expected))
 
 
-def test_nowhere_to_keep_it(machine: Machine) -> None:
+def test_without_a_cache_folder_storing_raises_and_reading_finds_nothing(machine: Machine) -> None:
     with pytest.raises(OSError, match="neither XDG_CACHE_HOME nor HOME"):
         remember({}, Choice(None), machine.libraries)
     assert recall({}, machine.libraries) is None
 
 
-def test_a_start_takes_what_was_remembered_and_else_the_first(
+def test_a_start_uses_the_stored_choice_or_the_first_library(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runner_client.host.blas_choice.installed_blas", lambda: machine.libraries)
@@ -244,7 +246,7 @@ def test_a_start_takes_what_was_remembered_and_else_the_first(
     assert choose_blas(machine.environment) is None
 
 
-def test_a_library_that_vanishes_meanwhile_fails_no_start(machine: Machine) -> None:
+def test_a_removed_library_invalidates_the_choice(machine: Machine) -> None:
     machine.remember(machine.mkl)
     machine.libraries[0].path.unlink()
     assert machine.recall() is None

@@ -1,4 +1,4 @@
-"""Which BLAS is chosen of those that were measured."""
+"""The choice among measured BLAS libraries."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ MKL = Blas("MKL", Path("/venv/lib/libmkl_rt.so.3"))
 
 
 class Probe:
-    """Gives the figures told for what is preloaded and the kernels; the first one first."""
+    """Probe with scripted figures, in order, for each preloaded library and kernel."""
 
     def __init__(self, figures: Mapping[str, list[float]]) -> None:
         self.figures = {name: list(values) for name, values in figures.items()}
         self.asked: list[str] = []
 
     def __call__(self, environment: Mapping[str, str]) -> ProbeResult:
-        """Measures."""
+        """Record the configuration and return the next figure."""
         library = Path(environment.get("LD_PRELOAD", "stock")).name
         name = " ".join(filter(None, (library, environment.get("OPENBLAS_CORETYPE"))))
         self.asked.append(name)
@@ -43,18 +43,18 @@ FIGURES = {
 
 
 def chosen(**changes: list[float]) -> Blas | None:
-    """What is chosen, with the figures of one library changed."""
+    """Return the chosen BLAS, with the figures of some configurations replaced."""
     names = {"haswell": "libopenblas.so.0 HASWELL", "plain": "libopenblas.so.0"}
     names |= {"mkl": "libmkl_rt.so.3", "stock": "stock"}
     figures = {**FIGURES, **{names[key]: values for key, values in changes.items()}}
     return measure((OPENBLAS, MKL), {}, Probe(figures))[0].blas
 
 
-def test_all_are_measured_and_those_close_to_the_fastest_twice() -> None:
+def test_every_variant_is_measured_and_the_fastest_ones_twice() -> None:
     probe = Probe(FIGURES)
     measured = measure((OPENBLAS, MKL), {"A": "b"}, probe)
-    assert [one.blas for one in measured] == [OPENBLAS, PLAIN, MKL, None]
-    assert [one.gflops for one in measured] == [201.0, 121.0, 90.0, 3.0]
+    assert [each.blas for each in measured] == [OPENBLAS, PLAIN, MKL, None]
+    assert [each.gflops for each in measured] == [201.0, 121.0, 90.0, 3.0]
     once = ["libopenblas.so.0 HASWELL", "libopenblas.so.0", "libmkl_rt.so.3", "stock"]
     assert probe.asked == [*once, *once[:2]]
 
@@ -66,23 +66,23 @@ def test_the_fastest_is_chosen() -> None:
     assert chosen(stock=[1000, 1000]) is None
 
 
-def test_one_slow_moment_does_not_decide() -> None:
+def test_one_slow_measurement_does_not_decide() -> None:
     assert chosen(haswell=[110, 200], plain=[120, 120]) == OPENBLAS
     assert chosen(haswell=[200, 110], plain=[120, 120]) == OPENBLAS
 
 
-def test_a_close_call_goes_to_the_first() -> None:
+def test_a_near_tie_goes_to_the_first() -> None:
     assert chosen(plain=[210, 215]) == OPENBLAS
     assert chosen(plain=[210, 250]) == PLAIN
 
 
-def test_one_that_kills_the_process_is_not_chosen() -> None:
+def test_a_library_that_crashes_the_probe_is_not_chosen() -> None:
     assert chosen(haswell=[-1]) == PLAIN
-    # Nothing could be measured: the first that works.
+    # Without any figure, the first variant that does not crash the probe is chosen.
     assert chosen(haswell=[-1], plain=[0], mkl=[0], stock=[0]) == PLAIN
 
 
-def test_figures_that_are_missing_leave_the_order() -> None:
+def test_missing_figures_keep_the_order() -> None:
     assert chosen(haswell=[0], plain=[0], mkl=[0], stock=[0]) == OPENBLAS
 
 
@@ -101,7 +101,7 @@ def test_without_a_library_mlx_is_measured_once() -> None:
         ({"LD_PRELOAD": "/opt/libmkl_rt.so.3", "OPENBLAS_CORETYPE": "HASWELL"}, 1),
     ],
 )
-def test_what_the_user_has_set_stands(environment: dict[str, str], count: int) -> None:
+def test_variables_set_by_the_user_are_kept(environment: dict[str, str], count: int) -> None:
     settings: list[Mapping[str, str]] = []
 
     def probe(setting: Mapping[str, str]) -> ProbeResult:
@@ -112,7 +112,7 @@ def test_what_the_user_has_set_stands(environment: dict[str, str], count: int) -
     assert all(setting.items() >= environment.items() for setting in settings)
 
 
-def test_the_table_has_a_line_for_each() -> None:
+def test_the_table_has_a_line_for_each_variant() -> None:
     probe = Probe({**FIGURES, "libmkl_rt.so.3": [-1.0]})
     assert table(measure((OPENBLAS, MKL), {}, probe)) == [
         "OpenBLAS, HASWELL kernels    201.0 GFLOP/s  /usr/lib/libopenblas.so.0",

@@ -1,4 +1,4 @@
-"""A child process, from spawn to reaped, with small scripts in the server's place."""
+"""A child process from spawn to reap, with small scripts in place of the server."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def test_the_ready_line_gives_the_address(spawn: Spawn) -> None:
     assert not child.has_exited
 
 
-def test_a_first_line_that_is_no_ready_line_is_quoted(spawn: Spawn) -> None:
+def test_an_invalid_ready_line_is_quoted_in_the_error(spawn: Spawn) -> None:
     child = spawn("print('Loading checkpoint...', flush=True)\n" + READY + UNTIL_STDIN_ENDS)
     with pytest.raises(errors.RunnerUnavailableError, match=r"Loading checkpoint\.\.\."):
         child.wait_ready(10)
 
 
-def test_an_exit_before_ready_is_told_at_once_with_stderr(spawn: Spawn) -> None:
+def test_an_exit_before_the_ready_line_is_raised_at_once_with_stderr(spawn: Spawn) -> None:
     begin = time.monotonic()
     child = spawn("import sys; sys.exit('libmlx.so: cannot open shared object file')")
     with pytest.raises(errors.RunnerExitedError, match="cannot open shared object") as caught:
@@ -71,7 +71,7 @@ def test_an_exit_before_ready_is_told_at_once_with_stderr(spawn: Spawn) -> None:
     assert caught.value.stderr_tail == ("libmlx.so: cannot open shared object file",)
 
 
-def test_a_child_that_says_nothing_times_out(spawn: Spawn) -> None:
+def test_a_child_without_a_ready_line_times_out(spawn: Spawn) -> None:
     child = spawn(FOREVER)
     with pytest.raises(errors.RunnerTimeoutError) as caught:
         child.wait_ready(0.05)
@@ -79,14 +79,14 @@ def test_a_child_that_says_nothing_times_out(spawn: Spawn) -> None:
     assert caught.value.timeout_seconds == 0.05
 
 
-def test_a_program_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_program_is_named_in_the_error(tmp_path: Path) -> None:
     child = Child([str(tmp_path / "python")], environment={})
     with pytest.raises(errors.RunnerUnavailableError, match=r"cannot start .*python"):
         child.start()
     child.close(0.01)
 
 
-def test_megabytes_without_a_newline_do_not_stop_it(spawn: Spawn) -> None:
+def test_megabytes_without_a_newline_do_not_block_the_child(spawn: Spawn) -> None:
     noise = "import sys; sys.stderr.write('x' * 10_000_000); sys.stderr.flush()\n"
     child = spawn(noise + READY + UNTIL_STDIN_ENDS)
     assert child.wait_ready(30).port == 5
@@ -94,7 +94,7 @@ def test_megabytes_without_a_newline_do_not_stop_it(spawn: Spawn) -> None:
     assert sum(map(len, child.stderr_tail)) <= 16 * 1024
 
 
-def test_megabytes_on_stdout_after_the_ready_line_do_not_stop_it(spawn: Spawn) -> None:
+def test_megabytes_on_stdout_after_the_ready_line_do_not_block_the_child(spawn: Spawn) -> None:
     noise = "import sys; print('x\\n' * 1_000_000, flush=True); print('end', file=sys.stderr)\n"
     child = spawn(READY + noise)
     child.wait_ready(10)
@@ -116,7 +116,7 @@ def test_every_line_goes_to_the_log(spawn: Spawn, caplog: pytest.LogCaptureFixtu
     assert lines() == [f"[{child.pid}] one", f"[{child.pid}] two"]
 
 
-def test_the_stderr_of_another_child_is_never_blamed(spawn: Spawn) -> None:
+def test_an_error_quotes_only_the_stderr_of_its_own_child(spawn: Spawn) -> None:
     first = spawn("import sys; sys.exit('the first one failed')")
     wait_for(lambda: first.has_exited)
     second = spawn("import sys; sys.exit(3)")
@@ -127,7 +127,7 @@ def test_the_stderr_of_another_child_is_never_blamed(spawn: Spawn) -> None:
     assert "nothing to its standard error" in str(caught.value)
 
 
-def test_close_asks_before_it_kills(spawn: Spawn) -> None:
+def test_close_sends_sigint_before_it_kills(spawn: Spawn) -> None:
     polite = "import signal, sys; signal.signal(signal.SIGINT, lambda *_: sys.exit(0))\n"
     child = spawn(polite + READY + UNTIL_STDIN_ENDS)
     child.wait_ready(10)
@@ -135,7 +135,7 @@ def test_close_asks_before_it_kills(spawn: Spawn) -> None:
     assert child.exit_error().exit_code == 0
 
 
-def test_a_child_that_ignores_the_request_is_killed_after_the_grace(spawn: Spawn) -> None:
+def test_a_child_that_ignores_sigint_is_killed_after_the_grace_time(spawn: Spawn) -> None:
     rude = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
     child = spawn(rude + READY + FOREVER)
     child.wait_ready(10)
@@ -146,10 +146,10 @@ def test_a_child_that_ignores_the_request_is_killed_after_the_grace(spawn: Spawn
 
 
 @pytest.mark.parametrize("how", ["ignored", "taken"])
-def test_an_exit_code_that_cannot_be_learned_is_not_made_up(
+def test_an_unavailable_exit_code_is_reported_as_unknown(
     spawn: Spawn, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """With SIGCHLD ignored the system tells nobody; a host may wait for all its children too."""
+    """The kernel drops the code if SIGCHLD is ignored; a host may also reap any child itself."""
     if how == "ignored":
         before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     else:
@@ -160,7 +160,7 @@ def test_an_exit_code_that_cannot_be_learned_is_not_made_up(
         child.wait_ready(10)
         os.kill(child.pid or 0, signal.SIGKILL)
         assert child.wait_exit(10)
-        # A signal for it could meet another process.
+        # The pid may be another process's by now: close must not signal it.
         child.close(grace_seconds=60)
     finally:
         signal.signal(signal.SIGCHLD, before)
@@ -170,7 +170,7 @@ def test_an_exit_code_that_cannot_be_learned_is_not_made_up(
     assert "exit code is unknown" in error.exit_reason
 
 
-def test_an_interrupt_while_it_closes_kills_at_once(spawn: Spawn) -> None:
+def test_an_interrupt_during_close_kills_at_once(spawn: Spawn) -> None:
     rude = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
     child = spawn(rude + READY + FOREVER)
     child.wait_ready(10)
@@ -228,7 +228,7 @@ def test_close_ends_the_wait_for_the_ready_line(spawn: Spawn) -> None:
     assert "closed" in str(caught[0])
 
 
-def test_it_outlives_the_thread_that_spawned_it(spawn: Spawn) -> None:
+def test_a_child_outlives_the_thread_that_spawned_it(spawn: Spawn) -> None:
     children: list[Child] = []
     thread = threading.Thread(target=lambda: children.append(spawn(READY + UNTIL_STDIN_ENDS)))
     thread.start()
@@ -237,13 +237,13 @@ def test_it_outlives_the_thread_that_spawned_it(spawn: Spawn) -> None:
     assert not children[0].wait_exit(0.3)
 
 
-def test_it_is_in_a_session_of_its_own(spawn: Spawn) -> None:
+def test_a_child_runs_in_its_own_session(spawn: Spawn) -> None:
     child = spawn("import os, sys; sys.exit(f'{os.getsid(0) == os.getpid()}')")
     wait_for(lambda: child.has_exited)
     assert child.stderr_tail == ("True",)
 
 
-def test_callbacks_run_once_when_it_is_gone(spawn: Spawn) -> None:
+def test_exit_callbacks_run_once(spawn: Spawn) -> None:
     calls: list[str] = []
     child = spawn(READY + UNTIL_STDIN_ENDS)
     child.on_exit(lambda: calls.append("before"))
@@ -253,7 +253,7 @@ def test_callbacks_run_once_when_it_is_gone(spawn: Spawn) -> None:
     assert calls == ["before", "after"]
 
 
-def test_a_lost_connection_is_explained_by_the_death(spawn: Spawn) -> None:
+def test_a_lost_connection_is_explained_by_the_exit(spawn: Spawn) -> None:
     child = spawn(READY + FOREVER)
     child.wait_ready(10)
     child.kill()
@@ -263,20 +263,20 @@ def test_a_lost_connection_is_explained_by_the_death(spawn: Spawn) -> None:
     assert "OOM" in error.exit_reason
 
 
-def test_other_errors_are_not_explained_by_the_death(spawn: Spawn) -> None:
+def test_other_errors_are_not_explained_by_the_exit(spawn: Spawn) -> None:
     child = spawn("pass")
     wait_for(lambda: child.has_exited)
     error = errors.QueueFullError("full")
     assert child.explain(error) is error
 
 
-def test_a_child_that_lives_explains_nothing(spawn: Spawn) -> None:
+def test_a_running_child_leaves_errors_unchanged(spawn: Spawn) -> None:
     child = spawn(READY + UNTIL_STDIN_ENDS)
     error = errors.RunnerUnavailableError("refused")
     assert child.explain(error) is error
 
 
-def test_a_grandchild_that_holds_the_pipes_does_not_hide_the_death(spawn: Spawn) -> None:
+def test_a_grandchild_that_holds_the_pipes_does_not_hide_the_exit(spawn: Spawn) -> None:
     script = (
         "import subprocess, sys\n"
         "held = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(3)'])\n"
@@ -289,7 +289,7 @@ def test_a_grandchild_that_holds_the_pipes_does_not_hide_the_death(spawn: Spawn)
     assert time.monotonic() - begin < 3
 
 
-def test_a_forgotten_child_ends_by_itself(spawn: Spawn) -> None:
+def test_an_abandoned_child_exits(spawn: Spawn) -> None:
     child = spawn(READY + UNTIL_STDIN_ENDS)
     child.wait_ready(10)
     child.abandon()
@@ -310,11 +310,11 @@ def test_a_forgotten_child_ends_by_itself(spawn: Spawn) -> None:
         (-200, "killed by a signal (signal 200)"),
     ],
 )
-def test_exit_in_words(code: int, words: str) -> None:
+def test_exit_codes_are_described(code: int, words: str) -> None:
     assert exit_in_words(code) == words
 
 
-def test_lines_are_cut_where_they_end() -> None:
+def test_lines_are_split_at_newlines() -> None:
     splitter = LineSplitter()
     assert splitter.feed(b"one\ntw") == ["one"]
     assert splitter.feed(b"o\r\n\nthree") == ["two", ""]
@@ -329,7 +329,7 @@ def test_a_line_keeps_its_first_4_kib() -> None:
     assert splitter.feed(b"y\nnext\n") == ["x" * 4096, "next"]
 
 
-def test_bytes_that_are_no_utf8_are_replaced() -> None:
+def test_invalid_utf8_is_replaced() -> None:
     assert LineSplitter().feed(b"a\xffb\n") == ["a\ufffdb"]
 
 

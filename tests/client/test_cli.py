@@ -1,4 +1,4 @@
-"""What every command does alike: help, exit codes, how errors look."""
+"""Behaviour common to every command: help, exit codes and error output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.command_line import invoke
 COMMANDS = ("serve", "run", "status", "tokenize", "trim", "estimate", "doctor", "demo")
 
 
-def test_help_lists_every_command_with_a_line_about_it() -> None:
+def test_help_lists_every_command_with_a_description() -> None:
     result = invoke("--help")
     assert result.exit_code == 0
     lines = [line.split() for line in result.output.splitlines()]
@@ -28,7 +28,7 @@ def test_help_lists_every_command_with_a_line_about_it() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_a_command_tells_the_exit_codes(name: str) -> None:
+def test_the_help_of_a_command_lists_the_exit_codes(name: str) -> None:
     result = invoke(name, "--help")
     assert result.exit_code == 0
     words = " ".join(result.output.split())
@@ -36,7 +36,7 @@ def test_help_of_a_command_tells_the_exit_codes(name: str) -> None:
     assert "130 interrupted" in words
 
 
-def test_nothing_of_the_server_is_imported() -> None:
+def test_the_command_line_does_not_import_the_server() -> None:
     script = (
         "import sys; from runner_client.cli import demo, main; demo.demo_model(); "
         "assert not {'mlx', 'mlx_lm', 'runner_server'} & set(sys.modules)"
@@ -48,7 +48,7 @@ def _with_paths() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
-def test_version() -> None:
+def test_version_names_the_program() -> None:
     result = invoke("--version")
     assert result.exit_code == 0
     assert "mlx-runner" in result.output
@@ -88,7 +88,7 @@ def test_version() -> None:
         ["run", "model", "hi", "--prefix-cache", "much"],
     ],
 )
-def test_wrong_usage_is_told_before_anything_starts(arguments: list[str]) -> None:
+def test_usage_errors_are_reported_before_anything_starts(arguments: list[str]) -> None:
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -104,7 +104,7 @@ def _failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Any:
     return invoke("fail")
 
 
-def test_an_error_of_the_library_is_a_line_on_standard_error(
+def test_a_library_error_is_one_line_on_standard_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     result = _failing(monkeypatch, RunnerError("needs 9 GiB, 4 GiB are free; ask for less"))
@@ -113,25 +113,25 @@ def test_an_error_of_the_library_is_a_line_on_standard_error(
     assert result.stderr == "error: needs 9 GiB, 4 GiB are free; ask for less\n"
 
 
-def test_an_interrupt_ends_with_the_code_of_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     result = _failing(monkeypatch, KeyboardInterrupt())
     assert result.exit_code == 130
     assert result.stderr == "\ninterrupted\n"
 
 
-def test_a_reader_that_has_gone_is_no_news(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_pipe_exits_without_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     result = _failing(monkeypatch, BrokenPipeError(errno.EPIPE, "Broken pipe"))
     assert result.exit_code == 1
     assert result.output == ""
 
 
-def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     result = _failing(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
     assert result.exit_code == 1
     assert result.stderr == "error: [Errno 28] No space left on device\n"
 
 
-def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_exceptions_propagate(monkeypatch: pytest.MonkeyPatch) -> None:
     result = _failing(monkeypatch, ZeroDivisionError())
     assert isinstance(result.exception, ZeroDivisionError)
 
@@ -149,17 +149,17 @@ def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
         ("16 B", 16),
     ],
 )
-def test_sizes(given: str, expected: int) -> None:
+def test_sizes_are_parsed(given: str, expected: int) -> None:
     assert size(given) == expected
 
 
 @pytest.mark.parametrize("given", ["", "0", "-1", "G", "1 X", "1e9", "nan", "8iB8"])
-def test_no_sizes(given: str) -> None:
+def test_invalid_sizes_are_rejected(given: str) -> None:
     with pytest.raises(click.BadParameter, match="is no size"):
         size(given)
 
 
-def test_a_size_may_be_nothing_where_that_means_off() -> None:
+def test_a_size_may_be_zero_where_that_means_off() -> None:
     assert size_or_zero("0") == 0
     assert size_or_zero("8GiB") == 8 * 2**30
     with pytest.raises(click.BadParameter, match="is no size"):

@@ -1,4 +1,4 @@
-"""The commands that call a runner which is there already: status, trim, estimate, tokenize."""
+"""Commands on a running runner: status, trim, estimate and tokenize."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def fake() -> Iterator[FakeRunner]:
         yield runner
 
 
-def test_status_in_rows(fake: FakeRunner) -> None:
+def test_status_prints_rows(fake: FakeRunner) -> None:
     result = invoke("status", fake.address)
     assert result.exit_code == 0, result.output
     rows = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
@@ -52,7 +52,7 @@ def test_status_as_json_is_one_object(fake: FakeRunner) -> None:
     assert result.stderr == ""
 
 
-def test_nobody_there() -> None:
+def test_a_closed_port_is_reported() -> None:
     result = invoke("status", CLOSED_PORT)
     assert result.exit_code == 1
     assert result.stdout == ""
@@ -60,7 +60,7 @@ def test_nobody_there() -> None:
     assert CLOSED_PORT in result.stderr
 
 
-def test_memory_in_words() -> None:
+def test_memory_figures_are_described_in_one_line() -> None:
     memory = MemoryUsage(2**31, 2**30, 2**31, 2**32, 2**33, 2**29, 2**28, 2**34, 2**32)
     assert memory_text(memory) == (
         "active 2.0 GiB, of it prefix cache 512.0 MiB of 4.0 GiB, cache 1.0 GiB, peak 2.0 GiB, "
@@ -71,7 +71,7 @@ def test_memory_in_words() -> None:
     )
 
 
-def test_status_of_a_busy_runner_in_words() -> None:
+def test_status_rows_describe_a_busy_runner() -> None:
     memory = MemoryUsage(2**31, 2**30, 2**31, 2**32, 2**33, 2**29)
     status = Status(
         state=State.ACTIVE,
@@ -112,7 +112,7 @@ def test_status_of_a_busy_runner_in_words() -> None:
     ]
 
 
-def test_trim(fake: FakeRunner) -> None:
+def test_trim_prints_the_freed_bytes(fake: FakeRunner) -> None:
     fake.prefix_cache_bytes = 3 * 2**20
     result = invoke("trim", fake.address, "--prefix-cache", "2MiB")
     assert (result.exit_code, result.stdout) == (0, "1.0 MiB given back\n")
@@ -121,7 +121,7 @@ def test_trim(fake: FakeRunner) -> None:
     assert asked == [True, False]
 
 
-def test_an_estimate_by_a_runner(fake: FakeRunner) -> None:
+def test_estimate_asks_a_running_runner(fake: FakeRunner) -> None:
     result = invoke("estimate", "org/name", "--address", fake.address, "--context-length", "64")
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines() == [
@@ -142,7 +142,7 @@ def test_an_estimate_by_a_runner(fake: FakeRunner) -> None:
     ]
 
 
-def test_an_estimate_by_a_runner_of_what_does_not_fit(fake: FakeRunner) -> None:
+def test_estimate_exits_with_3_if_the_runner_lacks_memory(fake: FakeRunner) -> None:
     fake.available_bytes = 2**29
     arguments = ("estimate", "org/name", "--address", fake.address)
     result = invoke(*arguments)
@@ -159,7 +159,7 @@ def test_an_estimate_by_a_runner_of_what_does_not_fit(fake: FakeRunner) -> None:
     assert "note            it would be held as stored" in stored.stdout
 
 
-def test_tokenize_and_back(fake: FakeRunner) -> None:
+def test_tokenize_and_detokenize_are_inverses(fake: FakeRunner) -> None:
     ids = invoke("tokenize", "--address", fake.address, "héllo")
     assert ids.stdout == "104 233 108 108 111\n"
     back = invoke("tokenize", "--address", fake.address, "--detokenize", "104, 233,108 108 111")
@@ -178,18 +178,18 @@ def test_standard_input_must_be_utf8(fake: FakeRunner) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["hi"], ["--detokenize", "104 105"]])
-def test_tokenize_as_json_has_both_sides(fake: FakeRunner, arguments: list[str]) -> None:
+def test_tokenize_as_json_has_text_and_ids(fake: FakeRunner, arguments: list[str]) -> None:
     result = invoke("tokenize", "--address", fake.address, "--json", *arguments)
     assert json.loads(result.stdout) == {"content": "hi", "token_ids": [104, 105]}
 
 
-def test_special_tokens_are_asked_for(fake: FakeRunner) -> None:
+def test_special_tokens_are_added_on_request(fake: FakeRunner) -> None:
     invoke("tokenize", "--address", fake.address, "--add-special-tokens", "a")
     invoke("tokenize", "--address", fake.address, "a")
     assert [request.add_special_tokens for request in fake.requests] == [True, False]  # type: ignore[attr-defined]  # a list of messages of all kinds
 
 
-def test_a_refusal_of_the_runner_is_told(fake: FakeRunner) -> None:
+def test_a_refusal_by_the_runner_is_reported(fake: FakeRunner) -> None:
     fake.failure = Failure("MODEL_NOT_LOADED", "no model is loaded; call Load first")
     result = invoke("tokenize", "--address", fake.address, "--json", "a")
     assert result.exit_code == 1

@@ -1,4 +1,4 @@
-"""The commands that look at this machine: serve, estimate and doctor; and how a load is shown."""
+"""Commands about this machine (serve, estimate, doctor), and the progress bar of a load."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GIB = 2**30
 
 @pytest.fixture
 def become(monkeypatch: pytest.MonkeyPatch) -> Mock:
-    """Takes the command line and the environment that ``serve`` would turn into."""
+    """Capture the command line and environment of the program started by ``serve``."""
     taken = Mock()
     monkeypatch.setattr(serve, "_become", taken)
     return taken
@@ -44,13 +44,13 @@ def _arguments(become: Mock) -> list[str]:
     return line[line.index("runner_server") + 1 :]
 
 
-def test_serve_waits_for_a_load(become: Mock) -> None:
+def test_serve_without_a_model_passes_only_the_address(become: Mock) -> None:
     result = invoke("serve", "--listen", "unix:/run/s")
     assert result.exit_code == 0, result.stderr
     assert _arguments(become) == ["--listen", "unix:/run/s"]
 
 
-def test_serve_hands_every_option_on(become: Mock) -> None:
+def test_serve_forwards_every_option(become: Mock) -> None:
     given = ["--model", "m", "--context-length", "512", "--parallel", "2", "--dtype", "float16"]
     result = invoke("serve", *given, "--memory-limit", "2GiB", "--prefix-cache", "1GiB")
     assert result.exit_code == 0, result.stderr
@@ -62,12 +62,12 @@ def test_serve_hands_every_option_on(become: Mock) -> None:
     ]
 
 
-def test_serve_without_a_prefix_cache(become: Mock) -> None:
+def test_serve_forwards_a_prefix_cache_of_zero(become: Mock) -> None:
     assert invoke("serve", "--model", "m", "--prefix-cache", "0").exit_code == 0
     assert _arguments(become)[-2:] == ["--prefix-cache-bytes", "0"]
 
 
-def test_serve_keeps_the_environment_and_puts_a_blas_in_front(
+def test_serve_preloads_the_chosen_blas(
     become: Mock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     library = tmp_path / "libfastblas.so"
@@ -79,7 +79,7 @@ def test_serve_keeps_the_environment_and_puts_a_blas_in_front(
     assert become.call_args.args[1].items() >= {"FROM": "child_environment"}.items()
 
 
-def test_serve_without_its_packages(become: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_reports_missing_packages(become: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = NotSupportedError("this Python has no mlx: pip install 'mlx-grpc-runner[cpu]'")
     monkeypatch.setattr(serve, "server_program", Mock(side_effect=missing))
     result = invoke("serve")
@@ -90,7 +90,7 @@ def test_serve_without_its_packages(become: Mock, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def large_model(tmp_path: Path) -> str:
-    """A GiB of weights as stored, two as float32; nothing of it is on the disk."""
+    """Write a sparse model file: 1 GiB of weights as stored, 2 GiB as float32."""
     shapes = {
         "model.embed_tokens.weight": ("BF16", (2**14, 2**15)),
         **attention("model.", layers=1, hidden=64, kv_rows=32),
@@ -101,9 +101,9 @@ def large_model(tmp_path: Path) -> str:
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Sets how many GiB are free, by the control group, on a machine without a GPU."""
+    """Return a setter of the free GiB, limited by a control group, on a machine without a GPU."""
     monkeypatch.setattr("runner_client.memory.estimation.installed_backend", lambda: "cpu")
-    # Nobody can build that model; its headers can be read.
+    # The model cannot be built, so its need is counted from the headers.
     monkeypatch.setattr("runner_client.memory.estimation.can_ask", lambda: False)
 
     def set_free(gib: float) -> None:
@@ -120,7 +120,7 @@ def _rows(text: str) -> dict[str, str]:
     return {name: " ".join(rest.split()) for name, rest in pairs}
 
 
-def test_estimate_of_what_fits(large_model: str, free: Callable[[float], None]) -> None:
+def test_estimate_of_a_model_that_fits(large_model: str, free: Callable[[float], None]) -> None:
     free(8)
     result = invoke("estimate", large_model)
     assert result.exit_code == 0, result.stderr
@@ -135,7 +135,7 @@ def test_estimate_of_what_fits(large_model: str, free: Callable[[float], None]) 
     assert rows["fits"].startswith("yes, ")
 
 
-def test_estimate_of_what_fits_only_as_stored(
+def test_estimate_of_a_model_that_fits_only_as_stored(
     large_model: str, free: Callable[[float], None]
 ) -> None:
     free(4)
@@ -146,7 +146,7 @@ def test_estimate_of_what_fits_only_as_stored(
     assert invoke("estimate", large_model, "--dtype", "float32").exit_code == 3
 
 
-def test_estimate_of_what_falls_back_to_the_stored_format(
+def test_estimate_falls_back_to_the_stored_format(
     large_model: str, free: Callable[[float], None]
 ) -> None:
     free(4)
@@ -161,7 +161,7 @@ def test_estimate_of_what_falls_back_to_the_stored_format(
     assert roomy["held"] == "as float32, on cpu"
 
 
-def test_estimate_tells_what_other_runners_may_still_take(
+def test_estimate_shows_the_memory_reserved_by_other_runners(
     large_model: str, free: Callable[[float], None]
 ) -> None:
     free(8)
@@ -175,7 +175,9 @@ def test_estimate_tells_what_other_runners_may_still_take(
     assert rows["available"] == "5.0 GiB"
 
 
-def test_estimate_of_what_does_not_fit(large_model: str, free: Callable[[float], None]) -> None:
+def test_estimate_of_a_model_that_does_not_fit(
+    large_model: str, free: Callable[[float], None]
+) -> None:
     free(1.5)
     result = invoke("estimate", large_model)
     assert result.exit_code == 3
@@ -203,7 +205,7 @@ def test_estimate_for_another_machine_is_not_compared(
     assert report["fits"] is None
 
 
-def test_estimate_of_nothing(tmp_path: Path) -> None:
+def test_estimate_of_a_missing_model(tmp_path: Path) -> None:
     result = invoke("estimate", str(tmp_path / "none"))
     assert result.exit_code == 1
     assert result.stdout == ""
@@ -218,7 +220,7 @@ BAD = Finding("MLX", "error", "failed:\nno such file", "install it again")
 @pytest.mark.parametrize(
     ("findings", "code"), [((GOOD,), 0), ((GOOD, SLOW), 0), ((GOOD, SLOW, BAD), 1)]
 )
-def test_doctor_ends_by_the_worst_finding(
+def test_doctor_exits_by_the_worst_finding(
     monkeypatch: pytest.MonkeyPatch, findings: tuple[Finding, ...], code: int
 ) -> None:
     monkeypatch.setattr(examination, "examine", lambda: findings)
@@ -243,10 +245,10 @@ def test_doctor_puts_advice_below_its_finding(monkeypatch: pytest.MonkeyPatch) -
 
 
 class Terminal(io.StringIO):
-    """A place for text that says it is a terminal."""
+    """Text stream posing as a terminal."""
 
     def isatty(self) -> bool:
-        """It says so."""
+        """Return True."""
         return True
 
 
@@ -268,7 +270,7 @@ def _show_load(stream: io.StringIO, error: Exception | None = None) -> str:
     return stream.getvalue()
 
 
-def test_a_load_on_a_terminal_is_a_bar() -> None:
+def test_a_load_on_a_terminal_shows_a_bar() -> None:
     shown = _show_load(Terminal())
     assert "loading m" in shown
     assert "50%" in shown
@@ -276,7 +278,7 @@ def test_a_load_on_a_terminal_is_a_bar() -> None:
     assert "100%" in shown
 
 
-def test_a_load_that_is_piped_is_a_line_now_and_then() -> None:
+def test_a_load_without_a_terminal_prints_a_few_lines() -> None:
     assert _show_load(io.StringIO()).splitlines() == [
         "loading m",
         "loading m: 12 %",

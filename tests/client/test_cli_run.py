@@ -1,4 +1,4 @@
-"""The commands that start a runner, with a fake one in its place: run, tokenize, demo."""
+"""Commands with a runner of their own (run, tokenize, demo), on a fake runner."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class FakeProcess(RunnerClient):
-    """The part of RunnerProcess that the commands use, on top of the fake runner."""
+    """Subset of RunnerProcess used by the commands, on top of the fake runner."""
 
     completion_failure: Failure | None = None
     estimate: Any = None
@@ -46,19 +46,19 @@ class FakeProcess(RunnerClient):
         self.exit_code: int | None = None
 
     def load(self) -> None:  # type: ignore[override]  # a process loads its own model
-        """Nothing is to be started."""
+        """Start nothing: the fake runner is already up."""
 
     def wait_until_running(self, on_progress: Callable[[Status], None]) -> LoadResult:
-        """Loads."""
+        """Load the model into the fake runner."""
         return super().load(self.model, on_progress=on_progress)
 
     def completion(self, *args: Any, **kwargs: Any) -> CompletionStream:
-        """Fails if it is to."""
+        """Stream a completion, which fails with ``completion_failure`` if one is set."""
         self.fake.failure = self.completion_failure
         return super().completion(*args, **kwargs)
 
     def close(self) -> None:
-        """Is seen to be closed."""
+        """Record the exit and close the client."""
         self.has_exited, self.exit_code = True, 0
         super().close()
 
@@ -71,7 +71,7 @@ def fake() -> Iterator[FakeRunner]:
 
 @pytest.fixture
 def started(fake: FakeRunner, monkeypatch: pytest.MonkeyPatch) -> list[FakeProcess]:
-    """The processes that commands have started."""
+    """Return the processes started by commands."""
     processes: list[FakeProcess] = []
 
     def start(model: str, **settings: object) -> FakeProcess:
@@ -83,7 +83,7 @@ def started(fake: FakeRunner, monkeypatch: pytest.MonkeyPatch) -> list[FakeProce
     return processes
 
 
-def test_the_text_goes_out_and_the_numbers_beside_it(started: list[FakeProcess]) -> None:
+def test_text_goes_to_stdout_and_figures_to_stderr(started: list[FakeProcess]) -> None:
     result = invoke("run", "a/model", "Hi")
     assert result.exit_code == 0, result.output
     assert result.stdout == "Hello wörld\n"
@@ -92,7 +92,7 @@ def test_the_text_goes_out_and_the_numbers_beside_it(started: list[FakeProcess])
     assert started[0].has_exited
 
 
-def test_a_model_held_as_stored_for_lack_of_memory_is_told(
+def test_a_fallback_to_the_stored_format_is_reported(
     fake: FakeRunner, started: list[FakeProcess]
 ) -> None:
     assert "held" not in invoke("run", "m", "Hi").stderr
@@ -141,13 +141,15 @@ def test_options_not_given_are_left_to_the_server(
     assert options.ListFields() == []
 
 
-def test_the_prompt_from_standard_input(fake: FakeRunner, started: list[FakeProcess]) -> None:
+def test_a_dash_reads_the_prompt_from_standard_input(
+    fake: FakeRunner, started: list[FakeProcess]
+) -> None:
     assert invoke("run", "m", "-", given="line\nläst").exit_code == 0
     assert len(started) == 1
     assert fake.requests[-1].prompt == "line\nläst"  # type: ignore[attr-defined]  # a completion's
 
 
-def test_what_was_evaluated_before_is_no_part_of_the_rate() -> None:
+def test_cached_prompt_tokens_do_not_count_in_the_rate() -> None:
     completion = Completion("", (), (), DoneReason.STOP, None, 1200, 0.5, 2, 0.1, 0.0, 1000)
     rows = dict(completion_rows(completion))
     assert rows["prompt"] == "1,200 tokens (1,000 evaluated before), 400.0 tokens/s"
@@ -167,7 +169,7 @@ def test_json_is_one_object_and_nothing_else(fake: FakeRunner, started: list[Fak
 
 
 @pytest.mark.parametrize("more", [(), ("--json",)])
-def test_a_failure_in_the_middle_ends_the_runner(
+def test_a_failure_mid_stream_ends_the_runner(
     monkeypatch: pytest.MonkeyPatch,
     fake: FakeRunner,
     started: list[FakeProcess],
@@ -191,7 +193,7 @@ def test_a_failure_in_the_middle_ends_the_runner(
         RunnerTimeoutError("no ready line within 60 s", phase="start"),
     ],
 )
-def test_a_runner_that_does_not_start(
+def test_a_failed_start_is_reported(
     monkeypatch: pytest.MonkeyPatch, started: list[FakeProcess], error: Exception
 ) -> None:
     monkeypatch.setattr(FakeProcess, "load", Mock(side_effect=error))
@@ -201,7 +203,7 @@ def test_a_runner_that_does_not_start(
     assert started[0].has_exited
 
 
-def test_an_interrupt_while_it_streams_stops_the_runner(
+def test_an_interrupt_while_streaming_stops_the_runner(
     monkeypatch: pytest.MonkeyPatch, started: list[FakeProcess]
 ) -> None:
     monkeypatch.setattr(run, "show_text", Mock(side_effect=KeyboardInterrupt))
@@ -211,7 +213,7 @@ def test_an_interrupt_while_it_streams_stops_the_runner(
     assert started[0].has_exited
 
 
-def test_tokenize_with_a_model_starts_one(started: list[FakeProcess]) -> None:
+def test_tokenize_with_a_model_starts_a_runner(started: list[FakeProcess]) -> None:
     result = invoke("tokenize", "--model", "m", "ab")
     assert result.exit_code == 0, result.output
     assert result.stdout == "97 98\n"
@@ -219,7 +221,7 @@ def test_tokenize_with_a_model_starts_one(started: list[FakeProcess]) -> None:
     assert started[0].has_exited
 
 
-def test_demo_tells_the_whole_life(
+def test_demo_reports_every_phase(
     monkeypatch: pytest.MonkeyPatch, started: list[FakeProcess]
 ) -> None:
     monkeypatch.setattr(psutil, "pid_exists", {os.getpid(): False}.__getitem__)
@@ -233,7 +235,7 @@ def test_demo_tells_the_whole_life(
     assert started[0].has_exited
 
 
-def test_demo_owns_up_to_a_process_that_stays(started: list[FakeProcess]) -> None:
+def test_demo_reports_a_process_that_does_not_exit(started: list[FakeProcess]) -> None:
     result = invoke("demo")
     assert result.exit_code == 1
     assert f"process {os.getpid()} is still there" in result.stderr
@@ -255,7 +257,7 @@ def test_the_demo_model_is_found_without_importing_the_server() -> None:
     assert importlib.util.find_spec("runner_server") is not None
 
 
-def test_demo_tells_what_would_be_faster(
+def test_demo_suggests_packages_that_would_be_faster(
     monkeypatch: pytest.MonkeyPatch,
     started: list[FakeProcess],  # noqa: ARG001 - puts the fake in place
 ) -> None:

@@ -37,7 +37,7 @@ def test_an_empty_address_is_refused() -> None:
         RunnerClient("")
 
 
-def test_a_completion_streams_its_pieces(client: RunnerClient) -> None:
+def test_a_completion_streams_its_chunks(client: RunnerClient) -> None:
     chunks = list(client.completion("Hi"))
     assert [chunk.content for chunk in chunks] == ["Hello", " world", ""]
     assert [chunk.done for chunk in chunks] == [False, False, True]
@@ -46,14 +46,14 @@ def test_a_completion_streams_its_pieces(client: RunnerClient) -> None:
     assert chunks[0].done_reason is None
 
 
-def test_complete_joins_them(client: RunnerClient) -> None:
+def test_complete_joins_the_chunks(client: RunnerClient) -> None:
     completion = client.complete("Hi")
     assert completion.content == "Hello world"
     assert completion.token_ids == (0, 1)
     assert completion.done_reason is DoneReason.STOP
 
 
-def test_the_request_carries_what_was_asked_for(client: RunnerClient, runner: FakeRunner) -> None:
+def test_the_request_carries_all_arguments(client: RunnerClient, runner: FakeRunner) -> None:
     options = Options(temperature=0, top_k=0, seed=7, stop=("\n",), logit_bias={3: -1.5})
     client.complete("Hi", options=options, logprobs=0, request_id="me")
     expected = pb.CompletionRequest(prompt="Hi", logprobs=0, request_id="me")
@@ -65,7 +65,7 @@ def test_the_request_carries_what_was_asked_for(client: RunnerClient, runner: Fa
     assert runner.requests == [expected]
 
 
-def test_options_left_out_are_unset(client: RunnerClient, runner: FakeRunner) -> None:
+def test_omitted_options_are_unset(client: RunnerClient, runner: FakeRunner) -> None:
     client.complete([1, 2, 3])
     sent = runner.requests[0]
     assert isinstance(sent, pb.CompletionRequest)
@@ -93,7 +93,7 @@ def test_dropping_the_stream_cancels_on_the_server(
     assert runner.cancelled.wait(10)
 
 
-def test_reading_on_after_a_cancel_is_an_incomplete_stream(
+def test_reading_after_a_cancel_raises_incomplete_stream(
     client: RunnerClient, runner: FakeRunner
 ) -> None:
     runner.stall_after = 0
@@ -103,14 +103,14 @@ def test_reading_on_after_a_cancel_is_an_incomplete_stream(
         next(stream)
 
 
-def test_a_stream_that_is_done_stays_done(client: RunnerClient) -> None:
+def test_a_finished_stream_stays_finished(client: RunnerClient) -> None:
     stream = client.completion("Hi")
     list(stream)
     stream.cancel()
     assert list(stream) == []
 
 
-def test_a_stream_that_does_not_end_after_its_last_message(
+def test_a_stream_left_open_after_its_last_message_is_cancelled(
     client: RunnerClient, runner: FakeRunner
 ) -> None:
     runner.ends_after_done = False
@@ -128,7 +128,7 @@ def test_a_stream_without_its_last_message_is_incomplete(
         next(stream)
 
 
-def test_a_failure_in_the_middle_comes_after_the_text(
+def test_a_failure_mid_stream_is_raised_after_the_text(
     client: RunnerClient, runner: FakeRunner
 ) -> None:
     runner.failure, runner.fail_after = Failure("GENERATION_FAILED"), 1
@@ -138,11 +138,11 @@ def test_a_failure_in_the_middle_comes_after_the_text(
         next(stream)
 
 
-def test_no_first_token_is_a_timeout(runner: FakeRunner) -> None:
+def test_a_missing_first_token_times_out(runner: FakeRunner) -> None:
     runner.stall_after = 0
     timeouts = Timeouts(first_token_seconds=1.0, idle_seconds=60)
     with RunnerClient(runner.address, timeouts=timeouts) as client:
-        # The time must suffice for the request to arrive: only then is it cancelled there.
+        # The limit must leave time for the request to arrive; only then can it be cancelled.
         client.status()
         with pytest.raises(errors.RunnerTimeoutError, match="first_token_seconds") as caught:
             client.complete("Hi")
@@ -150,7 +150,7 @@ def test_no_first_token_is_a_timeout(runner: FakeRunner) -> None:
     assert runner.cancelled.wait(10)
 
 
-def test_progress_messages_do_not_put_off_the_first_token(runner: FakeRunner) -> None:
+def test_progress_messages_do_not_extend_the_first_token_limit(runner: FakeRunner) -> None:
     runner.progress_messages, runner.piece_delay_seconds = 1_000_000, 0.01
     timeouts = Timeouts(first_token_seconds=0.3, idle_seconds=60)
     with RunnerClient(runner.address, timeouts=timeouts) as client:
@@ -169,7 +169,7 @@ def test_progress_messages_keep_a_stream_from_being_idle(runner: FakeRunner) -> 
     assert chunks[-1].done
 
 
-def test_a_silent_stream_is_a_timeout(runner: FakeRunner) -> None:
+def test_a_silent_stream_times_out(runner: FakeRunner) -> None:
     with RunnerClient(runner.address, timeouts=Timeouts(idle_seconds=0.2)) as client:
         runner.stall_after = 1
         stream = client.completion("Hi")
@@ -184,11 +184,11 @@ def test_a_slow_reader_is_not_idle(runner: FakeRunner) -> None:
     with RunnerClient(runner.address, timeouts=Timeouts(idle_seconds=0.1)) as client:
         stream = client.completion("Hi")
         next(stream)
-        time.sleep(0.3)  # the reader's own time, which no limit counts
+        time.sleep(0.3)  # time spent in the reader does not count as idle
         assert [chunk.content for chunk in stream] == [" world", ""]
 
 
-def test_a_call_that_is_not_answered_times_out() -> None:
+def test_an_unanswered_call_times_out() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         client = RunnerClient(address, timeouts=Timeouts(call_seconds=0.2))
@@ -197,7 +197,7 @@ def test_a_call_that_is_not_answered_times_out() -> None:
     assert (caught.value.phase, caught.value.timeout_seconds) == ("call", 0.2)
 
 
-def test_a_runner_that_is_not_there_is_unavailable() -> None:
+def test_a_missing_runner_is_unavailable() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
     with RunnerClient(address) as client:
@@ -206,7 +206,7 @@ def test_a_runner_that_is_not_there_is_unavailable() -> None:
                 call()
 
 
-def test_a_dead_proxy_changes_nothing(runner: FakeRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxy_variables_are_ignored(runner: FakeRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "https_proxy", "grpc_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
@@ -215,13 +215,13 @@ def test_a_dead_proxy_changes_nothing(runner: FakeRunner, monkeypatch: pytest.Mo
         assert client.complete("Hi").content == "Hello world"
 
 
-def test_tokens_and_text_are_inverses(client: RunnerClient, runner: FakeRunner) -> None:
+def test_tokenize_and_detokenize_are_inverses(client: RunnerClient, runner: FakeRunner) -> None:
     assert client.detokenize(client.tokenize("h\u00e9\U0001f600")) == "h\u00e9\U0001f600"
     client.tokenize("x", add_special_tokens=True)
     assert runner.requests[-1] == pb.TokenizeRequest(content="x", add_special_tokens=True)
 
 
-def test_status_health_and_ping(client: RunnerClient) -> None:
+def test_status_health_and_ping_are_answered(client: RunnerClient) -> None:
     status = client.status()
     assert (status.state, status.progress) == (State.ACTIVE, 100)
     assert status.model is not None
@@ -232,7 +232,7 @@ def test_status_health_and_ping(client: RunnerClient) -> None:
     assert 0 < client.ping() < 5
 
 
-def test_unload_then_no_model(client: RunnerClient) -> None:
+def test_a_completion_after_unload_finds_no_model(client: RunnerClient) -> None:
     assert client.unload() == 0
     assert client.status().model is None
     with pytest.raises(errors.ModelNotLoadedError):
@@ -247,13 +247,13 @@ def test_load_sends_its_arguments(client: RunnerClient, runner: FakeRunner) -> N
     assert runner.requests == [pb.LoadRequest(model="org/name", dtype=pb.DTYPE_BFLOAT16, **fields)]
 
 
-def test_a_dtype_that_is_none_is_refused(client: RunnerClient) -> None:
+def test_an_unknown_dtype_is_refused(client: RunnerClient) -> None:
     for call in (client.load, client.estimate):
         with pytest.raises(ValueError, match="int3"):
             call("org/name", dtype="int3")  # type: ignore[arg-type]  # the point
 
 
-def test_load_shows_its_progress(client: RunnerClient, runner: FakeRunner) -> None:
+def test_load_reports_its_progress(client: RunnerClient, runner: FakeRunner) -> None:
     runner.load_seconds = 1.0
     seen: list[Status] = []
     client.load("org/name", on_progress=seen.append)
@@ -263,13 +263,13 @@ def test_load_shows_its_progress(client: RunnerClient, runner: FakeRunner) -> No
     assert progress == sorted(progress)
 
 
-def test_a_load_that_moves_has_no_limit(runner: FakeRunner) -> None:
+def test_a_load_that_makes_progress_has_no_time_limit(runner: FakeRunner) -> None:
     runner.load_seconds = 1.5
     with RunnerClient(runner.address, timeouts=Timeouts(load_seconds=0.7)) as client:
         assert client.load("org/name").model.name == "org/name"
 
 
-def test_a_load_that_stands_still_is_given_up_and_cancelled(runner: FakeRunner) -> None:
+def test_a_stalled_load_times_out_and_is_cancelled(runner: FakeRunner) -> None:
     runner.load_seconds = math.inf
     with RunnerClient(runner.address, timeouts=Timeouts(load_seconds=0.5)) as client:
         with pytest.raises(errors.RunnerTimeoutError, match="not moved") as caught:
@@ -278,7 +278,7 @@ def test_a_load_that_stands_still_is_given_up_and_cancelled(runner: FakeRunner) 
         assert runner.cancelled.wait(10)
 
 
-def test_an_error_of_the_callback_cancels_the_load(
+def test_an_exception_in_the_callback_cancels_the_load(
     client: RunnerClient, runner: FakeRunner
 ) -> None:
     runner.load_seconds = math.inf
@@ -296,7 +296,7 @@ def test_embeddings_are_not_supported(client: RunnerClient) -> None:
         client.embedding("Hi")
 
 
-def test_a_closed_client_says_so(client: RunnerClient) -> None:
+def test_calls_on_a_closed_client_raise(client: RunnerClient) -> None:
     client.close()
     client.close()
     calls = (client.status, lambda: client.completion("Hi"), lambda: client.load("org/name"))
@@ -346,12 +346,12 @@ def test_many_threads_share_a_client(client: RunnerClient) -> None:
     assert contents == ["Hello world"] * 80
 
 
-def test_large_answers_pass(client: RunnerClient, runner: FakeRunner) -> None:
+def test_large_responses_are_received(client: RunnerClient, runner: FakeRunner) -> None:
     runner.pieces = ["x" * 8 * 2**20]
     assert len(client.complete("Hi").content) == 8 * 2**20
 
 
-def test_large_prompts_pass(runner: FakeRunner, client: RunnerClient) -> None:
+def test_large_prompts_are_sent(runner: FakeRunner, client: RunnerClient) -> None:
     client.complete("x" * 3 * 2**20)
     assert len(runner.requests) == 1
 
@@ -371,7 +371,7 @@ UNAVAILABLE = Failure("", code=grpc.StatusCode.UNAVAILABLE)
         (lambda client: client.load("x"), 1),
     ],
 )
-def test_only_calls_that_read_are_retried(
+def test_only_read_only_calls_are_retried(
     call: Callable[[RunnerClient], object], attempts: int
 ) -> None:
     with fake_runner(failure=UNAVAILABLE) as runner, RunnerClient(runner.address) as client:

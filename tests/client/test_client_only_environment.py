@@ -1,4 +1,4 @@
-"""The base install: an environment with the client and its dependencies, and nothing of MLX."""
+"""The base install: the client and the base dependencies, in an environment without MLX."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ except NotSupportedError as error:
 
 
 def base_distributions() -> set[str]:
-    """The names of what ``pip install mlx-grpc-runner`` brings."""
+    """Return the names of the dependencies installed by ``pip install mlx-grpc-runner``."""
     wanted = ["mlx-grpc-runner"]
     found: set[str] = set()
     while wanted:
@@ -46,13 +46,13 @@ def base_distributions() -> set[str]:
 
 @pytest.fixture
 def base_python(tmp_path: Path) -> Path:
-    """A Python whose packages are those of the base install, linked from this one's."""
+    """Create an environment with the packages of the base install, linked to this one's."""
     venv.create(tmp_path / "env", with_pip=False, symlinks=True)
     (packages,) = (tmp_path / "env").glob("lib/python*/site-packages")
     for name in ("mlx-grpc-runner", *base_distributions()):
         distribution = importlib.metadata.distribution(name)
         for top in {file.parts[0] for file in distribution.files or ()}:
-            # Not its own packages, nor the file that makes a checkout importable.
+            # Skip this project's own packages and the .pth file of an editable install.
             wanted = name != "mlx-grpc-runner" or top.endswith(".dist-info")
             if wanted and top != ".." and not (packages / top).exists():
                 (packages / top).symlink_to(Path(str(distribution.locate_file(top))))
@@ -62,7 +62,9 @@ def base_python(tmp_path: Path) -> Path:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links the packages of this environment")
-def test_the_base_install_talks_and_says_what_it_lacks(base_python: Path, tmp_path: Path) -> None:
+def test_the_base_install_works_and_names_the_missing_extra(
+    base_python: Path, tmp_path: Path
+) -> None:
     script = SCRIPT.replace("MODEL", repr(str(ROOT / "runner_server/demo/model")))
     done = subprocess.run(
         [str(base_python), "-I", "-W", "error", "-c", script],

@@ -1,4 +1,4 @@
-"""What the client refuses by itself, before anything is sent."""
+"""Requests refused by the client before anything is sent."""
 
 from __future__ import annotations
 
@@ -26,20 +26,22 @@ LONE_SURROGATE = "\ud800"
         lambda client: client.detokenize([TOO_LARGE]),
     ],
 )
-def test_what_cannot_be_sent_is_an_invalid_request(call: Callable[[RunnerClient], object]) -> None:
+def test_values_that_cannot_be_encoded_are_invalid_requests(
+    call: Callable[[RunnerClient], object],
+) -> None:
     refused = pytest.raises(InvalidRequestError, match="cannot be sent")
     with RunnerClient("127.0.0.1:1") as client, refused:
         call(client)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:65536", "dns:///localhost:99999"])
-async def test_a_port_that_is_none_is_refused(address: str) -> None:
+async def test_a_port_above_65535_is_refused(address: str) -> None:
     with pytest.raises(ValueError, match="at most 65535"):
         RunnerClient(address)
     with pytest.raises(ValueError, match="at most 65535"):
         AsyncRunnerClient(address)
 
 
-def test_one_stop_string_is_not_taken_for_its_letters() -> None:
+def test_a_plain_string_as_stop_is_refused() -> None:
     with pytest.raises(TypeError, match=r"write stop=\('return',\)"):
-        Options(stop="return")  # type: ignore[arg-type]  # the slip it is about
+        Options(stop="return")  # type: ignore[arg-type]  # the mistake under test

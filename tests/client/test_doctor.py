@@ -1,4 +1,4 @@
-"""What the doctor finds: every part that can be missing is a finding with advice."""
+"""The findings of ``doctor``, with advice about each missing part."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Probe = Callable[[Mapping[str, str]], ProbeResult]
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Linux CPU with everything installed; tests take parts away."""
+    """Fake a Linux CPU machine with everything installed; tests remove parts."""
     device = DeviceInfo("Some CPU", "cpu", 64 * 1024**3, 40 * 1024**3)
     free = FreeMemory(8 * 1024**3, "cgroup", 40 * 1024**3, 8 * 1024**3, None, "Some CPU", "cpu")
     monkeypatch.setattr(doctor, "installed_backend", lambda: "cpu")
@@ -61,7 +61,7 @@ def probing(facts: Mapping[str, Any] = FACTS, stock: Mapping[str, Any] = STOCK) 
 
 
 def found(probe: Probe | None = None, missing: tuple[str, ...] = ()) -> dict[str, Finding]:
-    """The findings by name, on a machine without some packages."""
+    """Return the findings by name, with some packages missing."""
     findings = examine(
         environ={},
         probe=probe or probing(),
@@ -71,7 +71,7 @@ def found(probe: Probe | None = None, missing: tuple[str, ...] = ()) -> dict[str
     return {finding.name: finding for finding in findings}
 
 
-def test_healthy_machine_has_only_good_findings() -> None:
+def test_a_healthy_machine_has_only_good_findings() -> None:
     findings = found()
     assert {finding.status for finding in findings.values()} == {"ok"}
     assert {finding.advice for finding in findings.values()} == {""}
@@ -81,7 +81,7 @@ def test_healthy_machine_has_only_good_findings() -> None:
     }  # fmt: skip
 
 
-def test_blas_is_compared_with_mlx_alone() -> None:
+def test_the_blas_is_compared_with_mlx_alone() -> None:
     blas, *rows = found()["BLAS"].value.splitlines()
     assert blas == (
         "OpenBLAS (libopenblas.so.0): 200.0 GFLOP/s in float32, 50 times the 4.0 of MLX's own"
@@ -92,7 +92,7 @@ def test_blas_is_compared_with_mlx_alone() -> None:
     ]
 
 
-def test_the_fastest_blas_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_blas_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "installed_blas", lambda: (OPENBLAS, MKL))
     figures = {str(OPENBLAS.path): 200.0, str(MKL.path): 300.0, "": 4.0}
 
@@ -107,7 +107,9 @@ def test_the_fastest_blas_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None
     assert found(probe)["BLAS choice"].value == "MLX's own, remembered in /cache/blas.json"
 
 
-def test_the_choice_is_really_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_choice_is_written_to_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     library = Blas("OpenBLAS", tmp_path / "libopenblas.so.0")
     library.path.touch()
     monkeypatch.setattr(doctor, "installed_blas", lambda: (library,))
@@ -124,7 +126,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(monkeypatch: pytest.MonkeyP
     assert "--blas PATH" in choice.advice
 
 
-def test_blas_that_crashes_is_shown_and_not_chosen() -> None:
+def test_a_crashing_blas_is_shown_and_not_chosen() -> None:
     def probe(environment: Mapping[str, str]) -> ProbeResult:
         if environment.get("LD_PRELOAD"):
             return ProbeResult(failure="the probe ended with exit code -4:")
@@ -140,7 +142,7 @@ def test_blas_that_crashes_is_shown_and_not_chosen() -> None:
 
 
 @pytest.mark.parametrize(("gflops", "status"), [(200.0, "ok"), (4.0, "warning")])
-def test_blas_that_the_user_has_preloaded_stands(gflops: float, status: str) -> None:
+def test_a_blas_preloaded_by_the_user_is_kept(gflops: float, status: str) -> None:
     findings = {
         finding.name: finding
         for finding in examine(
@@ -156,14 +158,14 @@ def test_blas_that_the_user_has_preloaded_stands(gflops: float, status: str) -> 
     assert "BLAS choice" not in findings
 
 
-def test_memory_names_every_limit_and_the_one_that_binds() -> None:
+def test_memory_names_every_limit_and_the_smallest() -> None:
     memory = found()["free memory"]
     assert memory.value == (
         "8.0 GiB, limited by cgroup (system 40.0 GiB, cgroup 8.0 GiB, device no limit)"
     )
 
 
-def test_missing_blas_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_blas_has_advice_to_install_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "installed_blas", lambda: ())
     blas = found(probing(STOCK))["BLAS"]
     assert blas.value == "reference BLAS of MLX: 4.0 GFLOP/s in float32"
@@ -172,26 +174,26 @@ def test_missing_blas_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> N
     assert "pip install mkl intel-openmp" in blas.advice
 
 
-def test_fast_blas_of_mlx_itself_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fast_blas_of_mlx_itself_is_ok(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "installed_blas", lambda: ())
     assert found(probing(FACTS, FACTS))["BLAS"].status == "ok"
 
 
-def test_blas_without_effect_is_a_warning() -> None:
+def test_a_blas_without_effect_is_a_warning() -> None:
     blas = found(probing(STOCK, STOCK))["BLAS"]
     assert blas.status == "warning"
     assert blas.value.startswith("reference BLAS of MLX: 4.0 GFLOP/s in float32, 1 times")
 
 
-def test_blas_that_helps_a_slow_machine_is_fine() -> None:
+def test_a_blas_that_helps_a_slow_machine_is_ok() -> None:
     assert found(probing({**FACTS, "gemm_gflops": 12.0}))["BLAS"].status == "ok"
 
 
-def test_blas_as_fast_as_a_fast_one_of_mlx_is_fine() -> None:
+def test_a_blas_as_fast_as_a_fast_one_of_mlx_is_ok() -> None:
     assert found(probing(FACTS, {**FACTS, "gemm_gflops": 190.0}))["BLAS"].status == "ok"
 
 
-def test_unmeasured_blas_is_a_warning() -> None:
+def test_an_unmeasured_blas_is_a_warning() -> None:
     unmeasured = {**FACTS, "gemm_gflops": None}
     findings = found(probing(unmeasured, unmeasured))
     assert findings["BLAS"].status == "warning"
@@ -200,8 +202,8 @@ def test_unmeasured_blas_is_a_warning() -> None:
 
 
 @pytest.mark.parametrize("compiler", [None, "/usr/bin/g++"])
-def test_kernels_that_do_not_compile(compiler: str | None) -> None:
-    """A runner works all the same."""
+def test_kernels_that_do_not_compile_are_a_warning(compiler: str | None) -> None:
+    """Fusing is optional, so this is a warning and not an error."""
     facts = {
         **FACTS,
         "compiler": compiler,
@@ -222,13 +224,13 @@ def test_cuda_kernels_that_do_not_compile_need_headers(monkeypatch: pytest.Monke
     assert not {"BLAS", "BLAS choice", "weights"} & set(findings)
 
 
-def test_backend_other_than_the_installed_one_is_a_warning() -> None:
+def test_a_backend_other_than_the_installed_one_is_a_warning() -> None:
     mlx = found(probing({**FACTS, "backend": "metal"}))["MLX"]
     assert mlx.status == "warning"
     assert "cpu, cuda12 and cuda13" in mlx.advice
 
 
-def test_failed_probe_is_a_finding_with_its_last_words() -> None:
+def test_a_failed_probe_is_a_finding_with_its_last_lines() -> None:
     mlx = found(lambda _environment: ProbeResult(failure="exit code 1:\nImportError: libmlx"))[
         "MLX"
     ]
@@ -236,7 +238,7 @@ def test_failed_probe_is_a_finding_with_its_last_words() -> None:
     assert "ImportError: libmlx" in mlx.value
 
 
-def test_missing_server_extra_is_said_and_nothing_is_probed() -> None:
+def test_a_missing_server_extra_is_reported_without_a_probe() -> None:
     def never(_environment: Mapping[str, str]) -> ProbeResult:
         pytest.fail("probed without MLX")
 
@@ -247,11 +249,11 @@ def test_missing_server_extra_is_said_and_nothing_is_probed() -> None:
     assert "MLX" not in findings
 
 
-def test_missing_base_package_is_an_error() -> None:
+def test_a_missing_base_package_is_an_error() -> None:
     assert found(missing=("protobuf",))["protobuf"].status == "error"
 
 
-def test_device_without_figures_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_without_figures_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     device = DeviceInfo("unknown", "cuda", None, None, "nvidia-smi is not installed")
     monkeypatch.setattr(doctor, "device_infos", lambda: (device,))
     finding = found()["device 0"]
@@ -259,7 +261,7 @@ def test_device_without_figures_gives_the_reason(monkeypatch: pytest.MonkeyPatch
     assert "unknown of unknown" in finding.value
 
 
-def test_probe_that_fails_reports_the_end_of_its_stderr() -> None:
+def test_a_failing_probe_reports_the_end_of_its_stderr() -> None:
     script = "import sys; [print('line', n, file=sys.stderr) for n in range(99)]; sys.exit(3)"
     result = run_probe({}, arguments=("-c", script))
     assert result.failure.splitlines()[0] == "the probe ended with exit code 3:"
@@ -268,16 +270,16 @@ def test_probe_that_fails_reports_the_end_of_its_stderr() -> None:
 
 
 @pytest.mark.parametrize("output", ["", "no json", "[1]"])
-def test_probe_that_prints_no_object_has_failed(output: str) -> None:
+def test_a_probe_without_a_json_object_has_failed(output: str) -> None:
     assert run_probe({}, arguments=("-c", f"print({output!r})")).failure
 
 
-def test_probe_gets_the_environment() -> None:
+def test_the_probe_gets_the_environment() -> None:
     script = "import json, os; print(json.dumps({'seen': os.environ['MARK']}))"
     assert run_probe({"MARK": "here"}, arguments=("-c", script)).facts == {"seen": "here"}
 
 
-def test_probe_that_hangs_is_ended() -> None:
+def test_a_hanging_probe_is_killed() -> None:
     script = "import threading; threading.Event().wait()"
     result = run_probe({}, arguments=("-c", script), timeout_seconds=0.3)
     assert "timed out after 0.3 seconds" in result.failure

@@ -1,4 +1,4 @@
-"""The environment of a runner: library paths, CUDA headers, and the BLAS in front."""
+"""The environment of a runner: library paths, CUDA headers and the preloaded BLAS."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def touch(path: Path) -> Path:
     return path
 
 
-def cpu(root: Path, flags: str) -> None:
+def write_cpuinfo(root: Path, flags: str) -> None:
     (root / "proc").mkdir(parents=True, exist_ok=True)
     (root / "proc/cpuinfo").write_text(f"processor : 0\n{flags}\nprocessor : 1\n{flags}")
 
 
-def nowhere(_package: str) -> tuple[Path, ...]:
+def no_folders(_package: str) -> tuple[Path, ...]:
     return ()
 
 
-def packages(root: Path) -> Callable[[str], tuple[Path, ...]]:
+def folders_below(root: Path) -> Callable[[str], tuple[Path, ...]]:
     return lambda package: (root / package,) if (root / package).is_dir() else ()
 
 
@@ -44,9 +44,9 @@ def openblas(tmp_path: Path) -> Blas:
     return Blas("OpenBLAS", touch(tmp_path / "libopenblas.so.0"), {"OPENBLAS_CORETYPE": "SKYLAKEX"})
 
 
-def test_openblas_of_the_system_is_found(tmp_path: Path) -> None:
+def test_the_systems_openblas_is_found(tmp_path: Path) -> None:
     path = touch(tmp_path / DEBIAN)
-    cpu(tmp_path, AVX512)
+    write_cpuinfo(tmp_path, AVX512)
     found = find_blas(root=tmp_path, prefix=tmp_path / "venv")
     assert found == Blas("OpenBLAS", path, {"OPENBLAS_CORETYPE": "SKYLAKEX"})
 
@@ -61,11 +61,11 @@ def test_openblas_of_the_system_is_found(tmp_path: Path) -> None:
     ],
 )
 def test_openblas_kernels_follow_the_cpu(tmp_path: Path, flags: str, env: dict[str, str]) -> None:
-    cpu(tmp_path, flags)
+    write_cpuinfo(tmp_path, flags)
     assert blas_at(touch(tmp_path / DEBIAN), root=tmp_path).env == env
 
 
-def test_threaded_openblas_goes_before_the_plain_one(tmp_path: Path) -> None:
+def test_threaded_openblas_is_preferred_to_the_plain_one(tmp_path: Path) -> None:
     touch(tmp_path / "usr/lib64/libopenblas.so.0")
     threaded = touch(tmp_path / "usr/lib64/libopenblasp.so.0")
     found = find_blas(root=tmp_path, prefix=tmp_path / "venv")
@@ -86,7 +86,7 @@ def test_mkl_needs_its_openmp_and_comes_second(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["my venv", "a:b"])
-def test_path_that_cannot_be_preloaded_is_passed_over(tmp_path: Path, folder: str) -> None:
+def test_a_path_that_cannot_be_preloaded_is_skipped(tmp_path: Path, folder: str) -> None:
     prefix = tmp_path / folder
     path = touch(prefix / "lib/libopenblas.so.0")
     assert find_blas(root=tmp_path, prefix=prefix) is None
@@ -94,7 +94,7 @@ def test_path_that_cannot_be_preloaded_is_passed_over(tmp_path: Path, folder: st
         blas_at(path)
 
 
-def test_nothing_installed_is_none(tmp_path: Path) -> None:
+def test_without_a_library_none_is_found(tmp_path: Path) -> None:
     assert find_blas(root=tmp_path, prefix=tmp_path) is None
     assert installed_blas(root=tmp_path, prefix=tmp_path) == ()
 
@@ -111,12 +111,12 @@ def test_every_library_is_found_once(tmp_path: Path) -> None:
     assert found[0] == find_blas(root=tmp_path, prefix=prefix)
 
 
-def test_variants_are_with_the_variables_and_without(openblas: Blas) -> None:
+def test_each_library_has_variants_with_and_without_its_variables(openblas: Blas) -> None:
     mkl = Blas("MKL", Path("/opt/libmkl_rt.so.3"))
     assert variants((openblas, mkl)) == (openblas, Blas("OpenBLAS", openblas.path), mkl)
 
 
-def test_flags_are_those_of_the_first_processor(tmp_path: Path) -> None:
+def test_the_flags_of_the_first_processor_count(tmp_path: Path) -> None:
     (tmp_path / "proc").mkdir()
     text = f"processor : 0\n{AVX2}\nprocessor : 1\n{AVX512}"
     (tmp_path / "proc/cpuinfo").write_text(text)
@@ -124,7 +124,7 @@ def test_flags_are_those_of_the_first_processor(tmp_path: Path) -> None:
     assert env == {"OPENBLAS_CORETYPE": "HASWELL"}
 
 
-def test_blas_is_preloaded_with_its_variables(openblas: Blas) -> None:
+def test_the_blas_is_preloaded_with_its_variables(openblas: Blas) -> None:
     environment = in_front({"HOME": "/h"}, openblas)
     assert environment == {
         "HOME": "/h",
@@ -134,7 +134,7 @@ def test_blas_is_preloaded_with_its_variables(openblas: Blas) -> None:
     }
 
 
-def test_blas_goes_after_what_the_user_preloads(openblas: Blas) -> None:
+def test_the_blas_comes_after_the_users_preloads(openblas: Blas) -> None:
     environment = in_front({"LD_PRELOAD": "/lib/libjemalloc.so.2"}, openblas)
     assert environment["LD_PRELOAD"] == f"/lib/libjemalloc.so.2:{openblas.path}"
 
@@ -142,22 +142,22 @@ def test_blas_goes_after_what_the_user_preloads(openblas: Blas) -> None:
 @pytest.mark.parametrize(
     "preloaded", ["/opt/libmkl_rt.so.2", "libfoo.so libOpenBLAS.so", "libblis.so"]
 )
-def test_blas_of_the_user_stands(openblas: Blas, preloaded: str) -> None:
+def test_a_blas_preloaded_by_the_user_is_kept(openblas: Blas, preloaded: str) -> None:
     assert in_front({"LD_PRELOAD": preloaded}, openblas) == {"LD_PRELOAD": preloaded}
 
 
-def test_variables_of_the_user_stand(openblas: Blas) -> None:
+def test_variables_set_by_the_user_are_kept(openblas: Blas) -> None:
     environment = in_front({"OPENBLAS_CORETYPE": "ZEN", "OPENBLAS_NUM_THREADS": "1"}, openblas)
     assert environment["OPENBLAS_CORETYPE"] == "ZEN"
     assert environment["OPENBLAS_NUM_THREADS"] == "1"
 
 
-def test_linux_cpu_gets_the_blas(openblas: Blas) -> None:
+def test_a_linux_cpu_gets_the_blas(openblas: Blas) -> None:
     environment = child_environment(
         {"A": "b"},
         backend="cpu",
         system="linux",
-        folders=nowhere,
+        folders=no_folders,
         find=lambda _environment: openblas,
     )
     assert environment["LD_PRELOAD"] == str(openblas.path)
@@ -168,45 +168,49 @@ def test_linux_cpu_gets_the_blas(openblas: Blas) -> None:
     ("backend", "system", "blas"),
     [("cuda", "linux", "auto"), ("metal", "darwin", "auto"), ("cpu", "linux", "off")],
 )
-def test_nobody_else_does(openblas: Blas, backend: str, system: str, blas: str) -> None:
+def test_other_backends_and_blas_off_get_no_blas(
+    openblas: Blas, backend: str, system: str, blas: str
+) -> None:
     environment = child_environment(
         {"A": "b"},
         backend=backend,  # type: ignore[arg-type]  # a parametrized literal
         blas=blas,
         system=system,
-        folders=nowhere,
+        folders=no_folders,
         find=lambda _environment: openblas,
     )
     assert environment == {"A": "b"}
 
 
-def test_blas_is_looked_for_with_the_cache_of_the_runner(openblas: Blas) -> None:
+def test_the_choice_comes_from_the_runners_cache_folder(openblas: Blas) -> None:
     asked: list[Mapping[str, str]] = []
 
     def find(environment: Mapping[str, str]) -> Blas:
         asked.append(environment)
         return openblas
 
-    child_environment({"HOME": "/h"}, backend="cpu", system="linux", folders=nowhere, find=find)
+    child_environment({"HOME": "/h"}, backend="cpu", system="linux", folders=no_folders, find=find)
     assert asked == [{"HOME": "/h"}]
 
 
-def test_blas_can_be_named(tmp_path: Path) -> None:
+def test_the_blas_can_be_named_by_path(tmp_path: Path) -> None:
     path = touch(tmp_path / "libfast.so")
     environment = child_environment(
-        {}, backend="cpu", blas=str(path), system="linux", folders=nowhere, find=no_blas
+        {}, backend="cpu", blas=str(path), system="linux", folders=no_folders, find=no_blas
     )
     assert environment == {"LD_PRELOAD": str(path)}
     with pytest.raises(InvalidRequestError, match="no BLAS library at"):
         child_environment(
-            {}, backend="cpu", blas=str(tmp_path / "no.so"), system="linux", folders=nowhere
+            {}, backend="cpu", blas=str(tmp_path / "no.so"), system="linux", folders=no_folders
         )
 
 
-def test_base_is_not_changed(tmp_path: Path) -> None:
+def test_the_base_environment_is_not_modified(tmp_path: Path) -> None:
     (tmp_path / "mlx/lib").mkdir(parents=True)
     base = {"LD_LIBRARY_PATH": "/own"}
-    child_environment(base, backend="cpu", system="linux", folders=packages(tmp_path), find=no_blas)
+    child_environment(
+        base, backend="cpu", system="linux", folders=folders_below(tmp_path), find=no_blas
+    )
     assert base == {"LD_LIBRARY_PATH": "/own"}
 
 
@@ -217,7 +221,7 @@ def test_library_folders_come_before_the_users(tmp_path: Path) -> None:
         {"LD_LIBRARY_PATH": "/own::/other"},
         backend="cuda",
         system="linux",
-        folders=packages(tmp_path),
+        folders=folders_below(tmp_path),
     )
     expected = ["mlx/lib", "nvidia/cublas/lib", "nvidia/cudnn/lib"]
     assert environment["LD_LIBRARY_PATH"].split(":") == [
@@ -227,44 +231,46 @@ def test_library_folders_come_before_the_users(tmp_path: Path) -> None:
     ]
 
 
-def test_library_folder_is_not_repeated(tmp_path: Path) -> None:
+def test_library_folders_are_not_repeated(tmp_path: Path) -> None:
     (tmp_path / "mlx/lib").mkdir(parents=True)
     first = child_environment(
-        {}, backend="cpu", system="linux", folders=packages(tmp_path), find=no_blas
+        {}, backend="cpu", system="linux", folders=folders_below(tmp_path), find=no_blas
     )
     second = child_environment(
-        first, backend="cpu", system="linux", folders=packages(tmp_path), find=no_blas
+        first, backend="cpu", system="linux", folders=folders_below(tmp_path), find=no_blas
     )
     assert first == second == {"LD_LIBRARY_PATH": str(tmp_path / "mlx/lib")}
 
 
-def test_nvidia_folders_are_for_cuda_alone(tmp_path: Path) -> None:
+def test_nvidia_folders_are_for_cuda_only(tmp_path: Path) -> None:
     (tmp_path / "nvidia/cublas/lib").mkdir(parents=True)
     environment = child_environment(
-        {}, backend="cpu", system="linux", folders=packages(tmp_path), find=no_blas
+        {}, backend="cpu", system="linux", folders=folders_below(tmp_path), find=no_blas
     )
     assert environment == {}
 
 
 @pytest.mark.parametrize("part", ["cu13", "cuda_runtime"])
-def test_cuda_headers_of_the_package_are_named(tmp_path: Path, part: str) -> None:
+def test_cuda_home_names_the_packages_headers(tmp_path: Path, part: str) -> None:
     touch(tmp_path / "nvidia" / part / "include/cuda_runtime.h")
-    environment = child_environment({}, backend="cuda", system="linux", folders=packages(tmp_path))
+    environment = child_environment(
+        {}, backend="cuda", system="linux", folders=folders_below(tmp_path)
+    )
     home = str(tmp_path / "nvidia" / part)
     assert (environment["CUDA_HOME"], environment["CUDA_PATH"]) == (home, home)
 
 
 @pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH"])
-def test_cuda_of_the_user_stands(tmp_path: Path, variable: str) -> None:
+def test_cuda_home_set_by_the_user_is_kept(tmp_path: Path, variable: str) -> None:
     touch(tmp_path / "nvidia/cu13/include/cuda_runtime.h")
     environment = child_environment(
-        {variable: "/own/cuda"}, backend="cuda", system="linux", folders=packages(tmp_path)
+        {variable: "/own/cuda"}, backend="cuda", system="linux", folders=folders_below(tmp_path)
     )
     cuda = {name: value for name, value in environment.items() if name.startswith("CUDA")}
     assert cuda == {variable: "/own/cuda"}
 
 
-def test_packages_are_found_without_importing_them() -> None:
+def test_package_folders_are_found_without_an_import() -> None:
     (folder,) = package_folders("runner_client")
     assert (folder / "host/environment.py").is_file()
     assert package_folders("no_such_package_anywhere") == ()

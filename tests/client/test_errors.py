@@ -1,4 +1,4 @@
-"""The exception tree: as drawn, and what its members carry."""
+"""The exception tree: the drawing in the docstring, and the attributes of each class."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ CLASSES = {
 }
 
 
-def drawn() -> dict[str, str]:
-    """The tree of the module's docstring: each class and the one it hangs from."""
+def parents_in_docstring() -> dict[str, str]:
+    """Return the tree in the module's docstring as parents by class name."""
     parents: dict[str, str] = {}
     path = [(-1, "Exception")]
     for line in (errors.__doc__ or "").splitlines():
@@ -33,8 +33,10 @@ def drawn() -> dict[str, str]:
     return parents
 
 
-def test_the_tree_is_as_drawn() -> None:
-    assert drawn() == {name: kind.__bases__[0].__name__ for name, kind in CLASSES.items()}
+def test_the_tree_matches_its_docstring() -> None:
+    assert parents_in_docstring() == {
+        name: kind.__bases__[0].__name__ for name, kind in CLASSES.items()
+    }
 
 
 @pytest.mark.parametrize("kind", CLASSES.values())
@@ -43,12 +45,12 @@ def test_every_member_has_reason_code_and_metadata(kind: type[errors.RunnerError
     assert str(plain) == "what happened"
     assert (plain.reason, plain.code, plain.metadata) == (None, None, {})
     code = grpc.StatusCode.INTERNAL
-    told = kind("what happened", reason="BUSY", code=code, metadata={"a": "1"})
-    assert (told.reason, told.code, told.metadata) == ("BUSY", code, {"a": "1"})
+    full = kind("what happened", reason="BUSY", code=code, metadata={"a": "1"})
+    assert (full.reason, full.code, full.metadata) == ("BUSY", code, {"a": "1"})
 
 
 @pytest.mark.parametrize("kind", CLASSES.values())
-def test_every_member_survives_a_process_boundary(kind: type[errors.RunnerError]) -> None:
+def test_every_member_can_be_pickled(kind: type[errors.RunnerError]) -> None:
     error = kind("what happened", reason="BUSY", metadata={"a": "1"})
     copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
     assert type(copy) is kind
@@ -61,7 +63,7 @@ def test_every_member_is_documented(kind: type[errors.RunnerError]) -> None:
     assert "__doc__" in vars(kind)
 
 
-def test_their_own_attributes() -> None:
+def test_subclasses_have_their_own_attributes() -> None:
     invalid = errors.InvalidRequestError("x", field_violations=[("a", "b")])
     assert invalid.field_violations == (("a", "b"),)
     long = errors.PromptTooLongError("x", prompt_tokens=3, context_length=2)

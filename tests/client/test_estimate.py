@@ -1,4 +1,4 @@
-"""What a model needs, from headers and configuration alone: without the server's packages."""
+"""The estimate from headers and configuration alone, without the server's packages."""
 
 from __future__ import annotations
 
@@ -34,28 +34,28 @@ def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runner_client.memory.estimation.can_ask", lambda: False)
 
 
-def of(
+def estimate_of(
     path: Path, shapes: Shapes = PLAIN, /, *, config: Any = None, **kwargs: Any
 ) -> MemoryEstimate:
-    """The estimate of a model of those tensors; CPU and one completion unless said otherwise."""
+    """Return the estimate of a model of these tensors, by default for the CPU and one sequence."""
     model = write_model(path / "model", shapes, {**CONFIG, **(config or {})})
     return estimate(str(model), **{"backend": "cpu", "parallel": 1, **kwargs})
 
 
-def test_prefix_cache_that_is_asked_for_is_a_visible_part(tmp_path: Path) -> None:
-    plain = of(tmp_path, prefix_cache_bytes=0)
+def test_a_requested_prefix_cache_is_a_visible_part(tmp_path: Path) -> None:
+    plain = estimate_of(tmp_path, prefix_cache_bytes=0)
     (tmp_path / "asked").mkdir()
-    asked = of(tmp_path / "asked", prefix_cache_bytes=10**9)
+    asked = estimate_of(tmp_path / "asked", prefix_cache_bytes=10**9)
     assert asked.parts["prefix cache"] == 10**9
     assert asked.total_bytes == plain.total_bytes + 10**9 == asked.required_bytes
     assert asked.parts == {**plain.parts, "prefix cache": 10**9}
 
 
 @pytest.mark.parametrize(("parallel", "sequences"), [(1, 1), (4, 1), (8, 2)])
-def test_default_prefix_cache_is_counted_and_not_required(
+def test_a_default_prefix_cache_is_counted_but_not_required(
     tmp_path: Path, parallel: int, sequences: int
 ) -> None:
-    need = of(tmp_path, parallel=parallel)
+    need = estimate_of(tmp_path, parallel=parallel)
     assert need.prefix_cache_bytes == sequences * need.kv_bytes // parallel
     assert need.has_default_prefix_cache
     assert need.required_bytes == need.total_bytes - need.prefix_cache_bytes
@@ -64,12 +64,12 @@ def test_default_prefix_cache_is_counted_and_not_required(
 @pytest.mark.parametrize("wrong", [-1, 2**63])
 def test_prefix_cache_out_of_range_is_refused_by_name(tmp_path: Path, wrong: int) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        of(tmp_path, prefix_cache_bytes=wrong)
+        estimate_of(tmp_path, prefix_cache_bytes=wrong)
     assert [field for field, _ in caught.value.field_violations] == ["prefix_cache_bytes"]
 
 
-def test_total_is_the_sum_of_the_visible_parts(tmp_path: Path) -> None:
-    need = of(tmp_path)
+def test_the_total_is_the_sum_of_the_visible_parts(tmp_path: Path) -> None:
+    need = estimate_of(tmp_path)
     parts = (
         *(need.weight_bytes, need.kv_bytes, need.prefix_cache_bytes),
         *(need.working_bytes, need.process_bytes, need.load_transient_bytes),
@@ -92,30 +92,32 @@ def test_total_is_the_sum_of_the_visible_parts(tmp_path: Path) -> None:
 def test_weights_and_kv_have_the_resolved_type(
     tmp_path: Path, dtype: str, backend: str, resolved: str, item_bytes: int
 ) -> None:
-    need = of(tmp_path, dtype=dtype, backend=backend, context_length=256)
+    need = estimate_of(tmp_path, dtype=dtype, backend=backend, context_length=256)
     assert need.dtype == resolved
     assert need.file_bytes == 2 * PLAIN_COUNT
     assert need.weight_bytes == item_bytes * PLAIN_COUNT
     assert need.kv_bytes == LAYERS * 2 * KV_ROWS * 256 * item_bytes
 
 
-def test_conversion_needs_sources_beside_their_copies(tmp_path: Path) -> None:
-    """Of a small model all are read at the same time; of a large one up to 64 MiB, or one."""
-    assert of(tmp_path).load_transient_bytes == 2 * PLAIN_COUNT
+def test_a_conversion_counts_sources_beside_their_copies(tmp_path: Path) -> None:
+    """Every source of a small model counts; of a large one, 64 MiB or the largest tensor."""
+    assert estimate_of(tmp_path).load_transient_bytes == 2 * PLAIN_COUNT
     many: Shapes = {f"model.layers.{i}.mlp.up_proj.weight": ("BF16", (1024, 8192)) for i in (0, 1)}
-    need = of(tmp_path, {**many, "model.embed_tokens.weight": ("BF16", (5000, 8192))})
+    need = estimate_of(tmp_path, {**many, "model.embed_tokens.weight": ("BF16", (5000, 8192))})
     assert need.load_transient_bytes == 5000 * 8192 * 2
-    need = of(tmp_path, {f"model.layers.{i}.w.weight": ("BF16", (1024, 8192)) for i in range(6)})
+    need = estimate_of(
+        tmp_path, {f"model.layers.{i}.w.weight": ("BF16", (1024, 8192)) for i in range(6)}
+    )
     assert need.load_transient_bytes == 64 * 2**20
-    assert of(tmp_path, dtype="as_stored").load_transient_bytes == 0
+    assert estimate_of(tmp_path, dtype="as_stored").load_transient_bytes == 0
 
 
-def test_experts_that_are_stacked_count_as_one_source(tmp_path: Path) -> None:
+def test_stacked_experts_count_as_one_source(tmp_path: Path) -> None:
     experts: Shapes = {
         f"model.layers.0.mlp.experts.{number}.up_proj.weight": ("BF16", (50, HIDDEN))
         for number in range(8)
     }
-    need = of(tmp_path, {**PLAIN, **experts}, dtype="as_stored")
+    need = estimate_of(tmp_path, {**PLAIN, **experts}, dtype="as_stored")
     assert need.load_transient_bytes == 8 * 50 * HIDDEN * 2
 
 
@@ -130,33 +132,35 @@ def quantized(bits: int, group_size: int, columns: int = 256, rows: int = 10) ->
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_packed_weights_expand_to_what_they_stand_for(
+def test_packed_weights_count_at_their_unpacked_size(
     tmp_path: Path, bits: int, group_size: int
 ) -> None:
     config = {"quantization": {"bits": bits, "group_size": group_size}}
-    need = of(tmp_path, quantized(bits, group_size), config=config)
+    need = estimate_of(tmp_path, quantized(bits, group_size), config=config)
     assert need.weight_bytes == 10 * 256 * 4
     assert need.file_bytes == 10 * 256 * bits // 8 + 2 * 10 * (256 // group_size) * 2
 
 
-def test_layer_quantized_otherwise_is_declared_by_name(tmp_path: Path) -> None:
+def test_a_layer_may_declare_its_own_quantization(tmp_path: Path) -> None:
     quantization = {
         "bits": 4,
         "group_size": 64,
         "model.layers.0.mlp.up_proj": {"bits": 8, "group_size": 32},
     }
-    need = of(tmp_path, quantized(8, 32), config={"quantization": quantization})
+    need = estimate_of(tmp_path, quantized(8, 32), config={"quantization": quantization})
     assert need.weight_bytes == 10 * 256 * 4
 
 
-def test_undeclared_packing_is_never_counted_too_small(tmp_path: Path) -> None:
-    need = of(tmp_path, quantized(8, 64), config={"quantization": {"bits": 4, "group_size": 32}})
+def test_undeclared_packing_is_never_underestimated(tmp_path: Path) -> None:
+    need = estimate_of(
+        tmp_path, quantized(8, 64), config={"quantization": {"bits": 4, "group_size": 32}}
+    )
     assert need.weight_bytes >= 10 * 256 * 4
 
 
 def test_packed_weights_stay_packed_as_stored(tmp_path: Path) -> None:
     config = {"quantization": {"bits": 4, "group_size": 64}}
-    need = of(tmp_path, quantized(4, 64), config=config, backend="metal")
+    need = estimate_of(tmp_path, quantized(4, 64), config=config, backend="metal")
     assert need.weight_bytes == need.file_bytes
     assert need.load_transient_bytes == 0
 
@@ -170,42 +174,47 @@ def test_packed_weights_stay_packed_as_stored(tmp_path: Path) -> None:
     ],
     ids=["awq", "mxfp4 blocks", "fp8"],
 )
-def test_foreign_packings_expand_too(
+def test_other_packings_count_at_their_unpacked_size_too(
     tmp_path: Path, shapes: Shapes, quantization: dict[str, Any], count: int
 ) -> None:
-    need = of(tmp_path, shapes, config={"quantization_config": quantization})
+    need = estimate_of(tmp_path, shapes, config={"quantization_config": quantization})
     assert need.weight_bytes == count * 4
 
 
-def test_what_the_text_model_drops_is_not_held(tmp_path: Path) -> None:
+def test_tensors_dropped_by_the_text_model_do_not_count(tmp_path: Path) -> None:
     dropped: Shapes = {
         "vision_tower.encoder.layers.0.fc.weight": ("BF16", (500, 500)),
         "model.visual.blocks.0.fc.weight": ("BF16", (500, 500)),
     }
-    need = of(tmp_path, {**PLAIN, **dropped})
+    need = estimate_of(tmp_path, {**PLAIN, **dropped})
     assert need.weight_bytes == 4 * PLAIN_COUNT
     assert need.file_bytes > 2 * PLAIN_COUNT
 
 
-def test_integers_are_kept_as_they_are(tmp_path: Path) -> None:
-    assert of(tmp_path, {"ids": ("I64", (5,))}).weight_bytes == 40
+def test_integer_tensors_keep_their_size(tmp_path: Path) -> None:
+    assert estimate_of(tmp_path, {"ids": ("I64", (5,))}).weight_bytes == 40
 
 
 @pytest.mark.parametrize(("tokens", "held"), [(2, 256), (256, 256), (257, 512), (1000, 1024)])
 def test_kv_is_allocated_in_steps(tmp_path: Path, tokens: int, held: int) -> None:
-    need = of(tmp_path, context_length=tokens)
+    need = estimate_of(tmp_path, context_length=tokens)
     assert need.kv_bytes == LAYERS * 2 * KV_ROWS * held * 4
 
 
 def test_every_parallel_sequence_has_its_own_kv(tmp_path: Path) -> None:
-    one, four = of(tmp_path, context_length=300), of(tmp_path, context_length=300, parallel=4)
+    one, four = (
+        estimate_of(tmp_path, context_length=300),
+        estimate_of(tmp_path, context_length=300, parallel=4),
+    )
     assert four.kv_bytes == 4 * one.kv_bytes
     assert four.weight_bytes == one.weight_bytes
 
 
 @pytest.mark.parametrize(("longest", "assumed"), [(2048, 2048), (131072, 4096), (None, 4096)])
-def test_context_is_what_a_runner_uses(tmp_path: Path, longest: Any, assumed: int) -> None:
-    need = of(tmp_path, config={"max_position_embeddings": longest})
+def test_the_default_context_length_is_the_runners(
+    tmp_path: Path, longest: Any, assumed: int
+) -> None:
+    need = estimate_of(tmp_path, config={"max_position_embeddings": longest})
     assert need.context_length == assumed
     assert need.model_context_length == (longest if isinstance(longest, int) else assumed)
 
@@ -224,7 +233,7 @@ def kv_tokens(need: MemoryEstimate) -> int:
           "layer_types": ["sliding_attention", "full_attention", "full_attention"]},
          512 + 2048 + 2048),
         ({"model_type": "gpt_oss", "sliding_window": 128}, 128 + 2048 + 128),
-        # mlx_lm keeps everything for these, whatever their configuration says.
+        # mlx_lm caches the full context for these, whatever their configuration says.
         ({"model_type": "mistral", "sliding_window": 512}, 3 * 2048),
         ({"model_type": "gemma2", "sliding_window": 512,
           "layer_types": ["sliding_attention"] * 3}, 3 * 2048),
@@ -234,45 +243,47 @@ def kv_tokens(need: MemoryEstimate) -> int:
 def test_sliding_layers_hold_their_window(
     tmp_path: Path, config: dict[str, Any], held: int
 ) -> None:
-    assert kv_tokens(of(tmp_path, config=config, context_length=2048)) == held
+    assert kv_tokens(estimate_of(tmp_path, config=config, context_length=2048)) == held
 
 
-def test_window_longer_than_the_context_changes_nothing(tmp_path: Path) -> None:
+def test_a_window_longer_than_the_context_changes_nothing(tmp_path: Path) -> None:
     config = {"model_type": "gemma3_text", "sliding_window": 4096}
-    assert kv_tokens(of(tmp_path, config=config, context_length=1000)) == 3 * 1024
+    assert kv_tokens(estimate_of(tmp_path, config=config, context_length=1000)) == 3 * 1024
 
 
-def test_nested_text_configuration_counts(tmp_path: Path) -> None:
+def test_a_nested_text_configuration_counts(tmp_path: Path) -> None:
     nested = {
         "model_type": "gemma3_text",
         "sliding_window": 512,
         "sliding_window_pattern": 3,
         "max_position_embeddings": 1024,
     }
-    need = of(tmp_path, config={"model_type": "gemma3", "text_config": nested})
+    need = estimate_of(tmp_path, config={"model_type": "gemma3", "text_config": nested})
     assert need.context_length == 1024
     assert kv_tokens(need) == 512 + 512 + 1024
 
 
-def test_configuration_tells_where_projections_are_fused(tmp_path: Path) -> None:
-    need = of(tmp_path, EMBEDDING, context_length=256)
+def test_fused_projections_are_sized_by_the_configuration(tmp_path: Path) -> None:
+    need = estimate_of(tmp_path, EMBEDDING, context_length=256)
     assert need.kv_bytes == LAYERS * 2 * (2 * 64 // 4) * 256 * 4
-    explicit = of(tmp_path, EMBEDDING, config={"head_dim": 100}, context_length=256)
+    explicit = estimate_of(tmp_path, EMBEDDING, config={"head_dim": 100}, context_length=256)
     assert explicit.kv_bytes == LAYERS * 2 * (2 * 100) * 256 * 4
 
 
-def test_projections_are_trusted_before_the_configuration(tmp_path: Path) -> None:
-    need = of(tmp_path, config={"num_key_value_heads": 99}, context_length=256)
+def test_projection_shapes_override_the_configuration(tmp_path: Path) -> None:
+    need = estimate_of(tmp_path, config={"num_key_value_heads": 99}, context_length=256)
     assert need.kv_bytes == LAYERS * 2 * KV_ROWS * 256 * 4
 
 
 def test_vision_layers_have_no_cache(tmp_path: Path) -> None:
     shapes = {**PLAIN, **attention("vision_tower.encoder.", 9, HIDDEN, 500)}
-    assert of(tmp_path, shapes, context_length=256).kv_bytes == LAYERS * 2 * KV_ROWS * 256 * 4
+    assert (
+        estimate_of(tmp_path, shapes, context_length=256).kv_bytes == LAYERS * 2 * KV_ROWS * 256 * 4
+    )
 
 
-def test_layers_that_share_a_cache_have_none(tmp_path: Path) -> None:
-    need = of(tmp_path, config={"num_kv_shared_layers": 1}, context_length=256)
+def test_layers_that_share_a_cache_have_none_of_their_own(tmp_path: Path) -> None:
+    need = estimate_of(tmp_path, config={"num_kv_shared_layers": 1}, context_length=256)
     assert kv_tokens(need) == (LAYERS - 1) * 256
 
 
@@ -289,41 +300,41 @@ def test_latent_attention_caches_what_mlx_lm_caches(
         "qk_nope_head_dim": 128,
         "v_head_dim": 128,
     }
-    need = of(tmp_path, EMBEDDING, config=config, context_length=256)
+    need = estimate_of(tmp_path, EMBEDDING, config=config, context_length=256)
     assert need.kv_bytes == LAYERS * per_token * 256 * 4
 
 
-def test_unknown_cache_is_said(tmp_path: Path) -> None:
+def test_an_unknown_kv_cache_is_noted(tmp_path: Path) -> None:
     model = write_model(tmp_path / "odd", EMBEDDING, {"model_type": "mamba"})
     need = estimate(str(model), backend="cpu")
     assert need.kv_bytes == 0
     assert need.notes[1:] == ("KV cache not counted: config.json does not tell its size",)
-    assert len(of(tmp_path).notes) == 1
+    assert len(estimate_of(tmp_path).notes) == 1
 
 
 @pytest.mark.parametrize("backend", ["cpu", "metal"])
-def test_what_it_is_counted_from_is_said(tmp_path: Path, backend: str) -> None:
-    assert of(tmp_path, backend=backend).notes[0].startswith("counted from the headers")
+def test_the_source_of_the_estimate_is_noted(tmp_path: Path, backend: str) -> None:
+    assert estimate_of(tmp_path, backend=backend).notes[0].startswith("counted from the headers")
 
 
 def test_working_memory_is_a_twentieth_and_at_least_64_mib(tmp_path: Path) -> None:
-    assert of(tmp_path).working_bytes == WORKING_MINIMUM_BYTES == 64 * 1024**2
-    large = of(tmp_path, {**PLAIN, "big": ("F32", (1 << 30,))})
+    assert estimate_of(tmp_path).working_bytes == WORKING_MINIMUM_BYTES == 64 * 1024**2
+    large = estimate_of(tmp_path, {**PLAIN, "big": ("F32", (1 << 30,))})
     assert large.working_bytes == (large.weight_bytes + large.kv_bytes) // 20
     assert large.process_bytes == PROCESS_BYTES
 
 
 def test_arguments_out_of_range_are_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequestError, match="context_length: 1 is not in the range 2 to"):
-        of(tmp_path, context_length=1)
+        estimate_of(tmp_path, context_length=1)
     with pytest.raises(InvalidRequestError, match="parallel: 0 is not in the range 1 to 256"):
-        of(tmp_path, parallel=0)
+        estimate_of(tmp_path, parallel=0)
     config = {"max_position_embeddings": 1024}
     with pytest.raises(InvalidRequestError, match="1,025 is not in the range 2 to 1,024"):
-        of(tmp_path, config=config, context_length=1025)
+        estimate_of(tmp_path, config=config, context_length=1025)
 
 
-def test_missing_model_is_not_found(tmp_path: Path) -> None:
+def test_a_missing_model_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError):
         estimate(str(tmp_path / "nothing"))
 
@@ -340,5 +351,5 @@ def test_missing_model_is_not_found(tmp_path: Path) -> None:
         (5 * 1024**4, "5.0 TiB"),
     ],
 )
-def test_bytes_read_well(count: int, text: str) -> None:
+def test_bytes_are_formatted_with_units(count: int, text: str) -> None:
     assert format_bytes(count) == text

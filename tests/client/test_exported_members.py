@@ -1,4 +1,4 @@
-"""The public names: pinned, so that none goes by accident."""
+"""The public names, pinned against accidental removal."""
 
 from __future__ import annotations
 
@@ -108,11 +108,11 @@ def test_every_error_and_every_result_is_public() -> None:
                 assert name in PUBLIC
 
 
-def test_the_version_is_the_packages() -> None:
+def test_the_version_has_at_least_three_parts() -> None:
     assert runner_client.__version__.count(".") >= 2
 
 
-def test_it_works_without_mlx_and_without_the_server() -> None:
+def test_the_client_works_without_mlx_and_without_the_server() -> None:
     path = f"{ROOT}:{ROOT / 'proto'}"
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", WITHOUT_MLX],
@@ -138,7 +138,7 @@ def test_no_module_imports_the_server_or_mlx() -> None:
 
 
 def _parameters(owner: type) -> dict[str, dict[str, inspect.Parameter]]:
-    """The parameters of its public methods."""
+    """Return the parameters of the public methods of a class, by method name."""
     return {
         name: dict(inspect.signature(member).parameters)
         for name, member in inspect.getmembers(owner, inspect.isfunction)
@@ -146,6 +146,6 @@ def _parameters(owner: type) -> dict[str, dict[str, inspect.Parameter]]:
     }
 
 
-def test_sync_and_asyncio_are_mirror_images() -> None:
+def test_sync_and_asyncio_have_the_same_signatures() -> None:
     assert _parameters(runner_client.RunnerClient) == _parameters(runner_client.AsyncRunnerClient)
     assert _parameters(runner_client.RunnerProcess) == _parameters(runner_client.AsyncRunnerProcess)

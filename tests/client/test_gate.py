@@ -1,4 +1,4 @@
-"""The memory gate: need against free memory, with the numbers in every refusal."""
+"""The memory gate: the need against free memory, with the figures in every refusal."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _no_other_runners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def need(total_bytes: int) -> MemoryEstimate:
-    """An estimate that needs so much, most of it weights."""
+    """Return an estimate of ``total_bytes``, three quarters of them weights."""
     return MemoryEstimate(
         model="org/name",
         path="/models/name",
@@ -70,14 +70,14 @@ def free(available_bytes: int, **overrides: Any) -> FreeMemory:
 
 
 def gate(*measured: int, **kwargs: Any) -> MemoryGate:
-    """A gate that measures these figures one after the other, then the last for ever."""
-    figures = _then_the_last(measured)
+    """Return a gate that measures these figures in turn and then repeats the last."""
+    figures = _repeat_last(measured)
     settings = {"minimum_bytes": 0, "settle_seconds": 0.0, "environ": {}, **kwargs}
     settings.setdefault("reservations", ReservationBook())
     return MemoryGate(measure=lambda: free(next(figures)), **settings)
 
 
-def _then_the_last(figures: Iterable[int]) -> Iterator[int]:
+def _repeat_last(figures: Iterable[int]) -> Iterator[int]:
     figure = 0
     for figure in figures:
         yield figure
@@ -85,14 +85,14 @@ def _then_the_last(figures: Iterable[int]) -> Iterator[int]:
         yield figure
 
 
-def test_need_up_to_what_is_free_is_let_through() -> None:
+def test_a_need_up_to_the_free_memory_is_admitted() -> None:
     decision = gate(10 * GIB).check(need(10 * GIB))
     assert decision.fits
     assert not decision.overridden
     assert (decision.required_bytes, decision.available_bytes) == (10 * GIB, 10 * GIB)
 
 
-def test_a_prefix_cache_that_is_too_large_is_named() -> None:
+def test_an_oversized_prefix_cache_is_named() -> None:
     asked = replace(need(2 * GIB), prefix_cache_bytes=9 * GIB)
     with pytest.raises(InsufficientMemoryError) as caught:
         gate(10 * GIB).check(asked)
@@ -103,14 +103,14 @@ def test_a_prefix_cache_that_is_too_large_is_named() -> None:
     assert "prefix" not in str(caught.value)
 
 
-def test_one_byte_more_is_refused() -> None:
+def test_one_byte_too_many_is_refused() -> None:
     with pytest.raises(InsufficientMemoryError) as caught:
         gate(10 * GIB).check(need(10 * GIB + 1))
     assert caught.value.required_bytes == 10 * GIB + 1
     assert caught.value.available_bytes == 10 * GIB
 
 
-def test_minimum_and_overhead_are_kept_back() -> None:
+def test_minimum_and_overhead_are_kept_free() -> None:
     narrow = gate(10 * GIB, minimum_bytes=1 * GIB, overhead_bytes=2 * GIB)
     assert narrow.check(need(7 * GIB)).overhead_bytes == 3 * GIB
     with pytest.raises(InsufficientMemoryError) as caught:
@@ -118,13 +118,13 @@ def test_minimum_and_overhead_are_kept_back() -> None:
     assert caught.value.overhead_bytes == 3 * GIB
 
 
-def test_overhead_above_what_is_free_leaves_nothing() -> None:
+def test_an_overhead_above_the_free_memory_leaves_nothing() -> None:
     with pytest.raises(InsufficientMemoryError) as caught:
         gate(1 * GIB, overhead_bytes=2 * GIB).check(need(1))
     assert caught.value.available_bytes == 0
 
 
-def test_overhead_comes_from_the_environment() -> None:
+def test_the_overhead_comes_from_the_environment() -> None:
     limited = gate(10 * GIB, environ={OVERHEAD_VARIABLE: f" {4 * GIB}\n"})
     assert limited.check(need(6 * GIB)).overhead_bytes == 4 * GIB
     explicit = gate(10 * GIB, environ={OVERHEAD_VARIABLE: "broken"}, overhead_bytes=0)
@@ -139,7 +139,7 @@ def test_the_minimum_comes_from_the_environment_too() -> None:
 
 @pytest.mark.parametrize("text", ["4GB", "-1", "1.5", "0x10", "²", "9" * 5000])
 @pytest.mark.parametrize("variable", [OVERHEAD_VARIABLE, MINIMUM_VARIABLE])
-def test_overhead_that_is_no_number_names_the_variable(variable: str, text: str) -> None:
+def test_an_invalid_overhead_names_the_variable(variable: str, text: str) -> None:
     with pytest.raises(InvalidRequestError, match=variable) as caught:
         gate(GIB, minimum_bytes=None, environ={variable: text})
     assert [field for field, _ in caught.value.field_violations] == [variable]
@@ -149,7 +149,7 @@ def test_overhead_that_is_no_number_names_the_variable(variable: str, text: str)
     ("kind", "minimum"),
     [("metal", METAL_MINIMUM_BYTES), ("cuda", MINIMUM_BYTES), ("cpu", MINIMUM_BYTES)],
 )
-def test_minimum_depends_on_the_device(kind: str, minimum: int) -> None:
+def test_the_minimum_depends_on_the_device(kind: str, minimum: int) -> None:
     measured = MemoryGate(
         measure=lambda: free(GIB, device_kind=kind), environ={}, reservations=ReservationBook()
     )
@@ -165,7 +165,7 @@ def test_memory_is_measured_twice_and_no_more() -> None:
         gate(1 * GIB, 2 * GIB, 10 * GIB).check(need(9 * GIB))
 
 
-def test_require_full_decides_the_error() -> None:
+def test_require_full_selects_the_error() -> None:
     with pytest.raises(LoadRequiresFullError):
         gate(GIB).check(need(2 * GIB), require_full=True)
     with pytest.raises(InsufficientMemoryError) as caught:
@@ -173,14 +173,14 @@ def test_require_full_decides_the_error() -> None:
     assert type(caught.value) is InsufficientMemoryError
 
 
-def test_override_goes_on_and_says_so() -> None:
+def test_an_override_admits_and_is_recorded() -> None:
     decision = gate(GIB).check(need(2 * GIB), override=True)
     assert decision.overridden
     assert not decision.fits
     assert not gate(GIB).check(need(1), override=True).overridden
 
 
-def test_refusal_names_need_free_overhead_and_largest_part() -> None:
+def test_a_refusal_names_need_free_overhead_and_largest_part() -> None:
     with pytest.raises(InsufficientMemoryError) as caught:
         gate(6 * GIB, overhead_bytes=GIB // 2).check(need(8 * GIB))
     assert str(caught.value) == (
@@ -191,7 +191,7 @@ def test_refusal_names_need_free_overhead_and_largest_part() -> None:
     )
 
 
-def test_reservation_is_not_free_for_others_until_it_ends() -> None:
+def test_reserved_memory_is_not_available_to_others() -> None:
     shared = gate(10 * GIB)
     with shared.reserve(need(6 * GIB)):
         with pytest.raises(
@@ -202,27 +202,27 @@ def test_reservation_is_not_free_for_others_until_it_ends() -> None:
     assert shared.check(need(10 * GIB)).reserved_bytes == 0
 
 
-def test_reservation_ends_with_a_failing_start() -> None:
+def test_a_failing_start_ends_its_reservation() -> None:
     shared = gate(10 * GIB)
     with pytest.raises(RuntimeError), shared.reserve(need(6 * GIB)):
         raise RuntimeError
     assert shared.check(need(10 * GIB)).fits
 
 
-def test_refused_need_reserves_nothing() -> None:
+def test_a_refused_need_reserves_nothing() -> None:
     shared = gate(10 * GIB)
     with pytest.raises(InsufficientMemoryError), shared.reserve(need(11 * GIB)):
         pytest.fail("the block ran")
     assert shared.check(need(10 * GIB)).reserved_bytes == 0
 
 
-def test_override_reserves_all_the_same() -> None:
+def test_an_overridden_need_is_reserved_too() -> None:
     shared = gate(10 * GIB)
     with shared.reserve(need(11 * GIB), override=True), pytest.raises(InsufficientMemoryError):
         shared.check(need(1))
 
 
-def test_threads_never_share_the_same_memory() -> None:
+def test_concurrent_threads_never_overcommit() -> None:
     shared = gate(10 * GIB)
     begin, inside = threading.Barrier(8), threading.Barrier(3)
     refused: list[InsufficientMemoryError] = []
@@ -233,7 +233,7 @@ def test_threads_never_share_the_same_memory() -> None:
         try:
             with shared.reserve(need(3 * GIB)):
                 entered.append(number)
-                # Three fit: none of them leaves before all are in.
+                # Three fit; none leaves before all three have entered.
                 inside.wait(timeout=30)
                 done.wait(timeout=30)
         except InsufficientMemoryError as error:
@@ -250,7 +250,7 @@ def test_threads_never_share_the_same_memory() -> None:
     assert (len(entered), len(refused)) == (3, 5)
 
 
-def test_default_gate_measures_this_machine() -> None:
+def test_the_default_gate_measures_this_machine() -> None:
     assert MemoryGate().check(need(1)).free.available_bytes > 0
 
 
@@ -265,12 +265,12 @@ def test_a_refusal_counts_the_runners_that_reserved() -> None:
                 gate(10 * GIB).check(need(4 * GIB))
             child.communicate(b"\n")
         assert caught.value.available_bytes is not None
-        # Less what the process itself holds already.
+        # The claim of the assigned runner shrinks by the memory of its process.
         assert 3 * GIB < caught.value.available_bytes < 3 * GIB + 2**25
         assert "Stop another runner or process" in str(caught.value)
 
 
-def test_what_is_assigned_outlives_the_block_and_ends_with_its_process() -> None:
+def test_an_assigned_reservation_lasts_until_its_process_ends() -> None:
     shared = gate(10 * GIB)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
         with shared.reserve(need(6 * GIB)) as admission:
@@ -280,19 +280,19 @@ def test_what_is_assigned_outlives_the_block_and_ends_with_its_process() -> None
     assert shared.check(need(1)).reserved_bytes == 0
 
 
-def test_a_default_prefix_cache_is_not_asked_for_and_set_aside_as_far_as_it_fits() -> None:
+def test_a_default_prefix_cache_is_not_required_and_reserved_only_if_it_fits() -> None:
     asked = replace(need(8 * GIB), prefix_cache_bytes=4 * GIB, has_default_prefix_cache=True)
-    for free_bytes, set_aside in ((8 * GIB, 8 * GIB), (10 * GIB, 10 * GIB), (99 * GIB, 12 * GIB)):
+    for free_bytes, reserved in ((8 * GIB, 8 * GIB), (10 * GIB, 10 * GIB), (99 * GIB, 12 * GIB)):
         shared = gate(free_bytes)
         with shared.reserve(asked) as admission:
             assert admission.required_bytes == 8 * GIB
-            assert shared.check(need(0)).reserved_bytes == set_aside
+            assert shared.check(need(0)).reserved_bytes == reserved
     with pytest.raises(InsufficientMemoryError) as caught:
         gate(7 * GIB).check(asked)
     assert "prefix" not in str(caught.value)
 
 
-def test_a_check_sets_nothing_aside() -> None:
+def test_a_check_reserves_nothing() -> None:
     shared = gate(10 * GIB)
     decision = shared.check(need(8 * GIB))
     assert type(decision) is GateDecision
@@ -306,17 +306,17 @@ def test_two_blocks_for_one_model_are_two_runners() -> None:
         assert shared.check(need(0)).reserved_bytes == 8 * GIB
 
 
-def test_one_that_starts_in_a_block_takes_its_reservation_over() -> None:
+def test_a_runner_started_in_the_block_takes_over_its_reservation() -> None:
     shared, starting = gate(10 * GIB), gate(10 * GIB)
     with shared.reserve(need(6 * GIB)) as outer:
         admission = starting.admit(need(6 * GIB))
         assert admission.reserved_bytes == 0
         assert shared.check(need(0)).reserved_bytes == 6 * GIB
-        # One more of the same is one more runner.
+        # Another start of the same model needs memory of its own.
         with pytest.raises(InsufficientMemoryError):
             starting.admit(need(6 * GIB))
         assert outer.reservation is not admission.reservation
-    # It belongs to the one that took it over, whom the end of the block is nothing to.
+    # The started runner owns the reservation now; leaving the block does not release it.
     assert shared.check(need(0)).reserved_bytes == 6 * GIB
     admission.reservation.release()
     assert shared.check(need(0)).reserved_bytes == 0

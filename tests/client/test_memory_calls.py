@@ -63,7 +63,7 @@ def test_memory_usage_has_every_field_of_the_answer(monkeypatch: pytest.MonkeyPa
         assert asdict(client.status().memory_usage) == numbers
 
 
-def test_a_failed_estimate_is_an_error_of_the_table(
+def test_a_failed_estimate_raises_the_error_of_its_reason(
     client: RunnerClient, runner: FakeRunner
 ) -> None:
     runner.failure = Failure("MODEL_NOT_FOUND", metadata={"model": "org/name"})
@@ -72,14 +72,14 @@ def test_a_failed_estimate_is_an_error_of_the_table(
 
 
 @pytest.mark.parametrize("fields", [{"context_length": 2**31}, {"memory_limit_bytes": 2**63}])
-def test_numbers_that_cannot_be_sent(client: RunnerClient, fields: dict[str, Any]) -> None:
+def test_numbers_out_of_range_are_refused(client: RunnerClient, fields: dict[str, Any]) -> None:
     with pytest.raises(errors.InvalidRequestError, match="cannot be sent"):
         client.estimate("org/name", **fields)
     with pytest.raises(errors.InvalidRequestError, match="cannot be sent"):
         client.trim(prefix_cache_bytes=2**63)
 
 
-def test_trim_tells_what_came_back(client: RunnerClient, runner: FakeRunner) -> None:
+def test_trim_returns_the_freed_bytes(client: RunnerClient, runner: FakeRunner) -> None:
     runner.prefix_cache_bytes = 100
     assert client.trim(prefix_cache_bytes=70) == 30
     assert client.status().memory_usage.prefix_cache_bytes == 70
@@ -87,7 +87,7 @@ def test_trim_tells_what_came_back(client: RunnerClient, runner: FakeRunner) -> 
     assert runner.requests == [pb.TrimRequest(prefix_cache_bytes=70), pb.TrimRequest()]
 
 
-def test_trim_beside_a_load(client: RunnerClient, runner: FakeRunner) -> None:
+def test_trim_during_a_load_is_refused(client: RunnerClient, runner: FakeRunner) -> None:
     runner.failure = Failure("BUSY")
     with pytest.raises(errors.BusyError):
         client.trim()

@@ -1,4 +1,4 @@
-"""What a client asks and is told of the prefix cache, and of the BLAS."""
+"""The prefix cache in loads and answers, and the name of the BLAS in the status."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def client(runner: FakeRunner) -> Iterator[RunnerClient]:
 
 
 @pytest.mark.parametrize("size", [10**12, 0, None])
-def test_none_at_all_is_not_the_same_as_the_default(
+def test_a_prefix_cache_of_zero_differs_from_the_default(
     client: RunnerClient, runner: FakeRunner, size: int | None
 ) -> None:
     client.load("org/name", prefix_cache_bytes=size)
@@ -33,7 +33,9 @@ def test_none_at_all_is_not_the_same_as_the_default(
     assert asked.HasField("prefix_cache_bytes") == (size is not None)
 
 
-def test_what_was_evaluated_before_is_told(client: RunnerClient, runner: FakeRunner) -> None:
+def test_the_count_of_cached_prompt_tokens_is_returned(
+    client: RunnerClient, runner: FakeRunner
+) -> None:
     runner.prompt_cached_count = 5
     chunks = list(client.completion("Hi"))
     assert [chunk.prompt_cached_count for chunk in chunks] == [0, 0, 5]

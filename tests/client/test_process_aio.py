@@ -1,4 +1,4 @@
-"""AsyncRunnerProcess with a fake runner as its child."""
+"""AsyncRunnerProcess with a fake runner as the child."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def kill(runner: AsyncRunnerProcess) -> None:
 
 
 @pytest.mark.usefixtures("fake_child")
-async def test_as_a_context_manager_it_is_ready_inside_and_gone_outside(model: str) -> None:
+async def test_the_context_manager_starts_and_stops_the_child(model: str) -> None:
     async with AsyncRunnerProcess(model) as runner:
         pid = runner.pid
         assert pid is not None
@@ -55,7 +55,7 @@ async def test_as_a_context_manager_it_is_ready_inside_and_gone_outside(model: s
 
 
 @pytest.mark.usefixtures("fake_child")
-async def test_step_by_step(model: str) -> None:
+async def test_load_wait_and_close_can_be_called_separately(model: str) -> None:
     runner = AsyncRunnerProcess(model, context_length=64)
     try:
         assert (await runner.load()).context_length == 64
@@ -69,7 +69,7 @@ async def test_step_by_step(model: str) -> None:
         await runner.close()
 
 
-async def test_before_the_start_calls_say_what_to_do(model: str) -> None:
+async def test_calls_before_the_start_say_what_to_do(model: str) -> None:
     runner = AsyncRunnerProcess(model)
     with pytest.raises(errors.RunnerUnavailableError, match=r"call load\(\) first"):
         await runner.status()
@@ -78,9 +78,7 @@ async def test_before_the_start_calls_say_what_to_do(model: str) -> None:
     await runner.close()
 
 
-async def test_progress_is_shown_while_it_loads(
-    model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_load_reports_its_progress(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use_fake_child(monkeypatch, "runner.load_seconds = 1.0")
     seen: list[Status] = []
     runner = AsyncRunnerProcess(model)
@@ -92,9 +90,7 @@ async def test_progress_is_shown_while_it_loads(
     assert State.LOADING in {status.state for status in seen}
 
 
-async def test_a_load_that_stands_still_is_given_up(
-    model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_stalled_load_times_out(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use_fake_child(monkeypatch, "runner.load_seconds = math.inf")
     runner = AsyncRunnerProcess(model, timeouts=Timeouts(load_seconds=0.5))
     with pytest.raises(errors.RunnerTimeoutError, match="not moved"):
@@ -130,7 +126,7 @@ async def test_a_killed_child_ends_every_pending_call(
             await runner.status()
 
 
-async def test_a_child_that_dies_while_it_loads_is_told_at_once(
+async def test_a_child_that_dies_while_loading_is_reported_at_once(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_fake_child(monkeypatch, SLOW_LOAD)
@@ -144,7 +140,9 @@ async def test_a_child_that_dies_while_it_loads_is_told_at_once(
     await runner.close()
 
 
-async def test_it_exits_before_it_is_ready(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_exit_before_the_ready_line_is_reported(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     use_script(monkeypatch, "import sys; sys.exit('no such device')")
     runner = AsyncRunnerProcess(model)
     with pytest.raises(errors.RunnerExitedError, match="no such device"):
@@ -152,7 +150,7 @@ async def test_it_exits_before_it_is_ready(model: str, monkeypatch: pytest.Monke
     assert runner.has_exited
 
 
-async def test_it_says_ready_and_does_not_serve(
+async def test_a_ready_child_that_does_not_serve_times_out(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ready = "print('1|1|tcp|127.0.0.1:1|grpc', flush=True); import time; time.sleep(600)"
@@ -187,7 +185,7 @@ async def test_cancelling_the_load_ends_the_child(
     assert runner.has_exited
 
 
-async def test_waiting_may_be_given_up_and_taken_up_again(
+async def test_a_cancelled_wait_can_be_repeated(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_fake_child(monkeypatch, "runner.load_seconds = 1.0")
@@ -232,7 +230,7 @@ async def test_cancelling_the_close_kills_and_reaps(
 
 
 @pytest.mark.usefixtures("fake_child")
-async def test_restart_gives_another_process(model: str) -> None:
+async def test_restart_starts_a_new_process(model: str) -> None:
     policy = RestartPolicy(max_restarts=1)
     async with AsyncRunnerProcess(model, restart_policy=policy) as runner:
         first = runner.pid
@@ -246,7 +244,7 @@ async def test_restart_gives_another_process(model: str) -> None:
             await runner.restart()
 
 
-def test_a_child_that_dies_after_its_loop_is_no_problem(
+def test_a_child_may_die_after_its_event_loop_has_closed(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_fake_child(monkeypatch)

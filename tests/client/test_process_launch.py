@@ -1,4 +1,4 @@
-"""What RunnerProcess checks before it starts a child, and how it starts one."""
+"""The checks of RunnerProcess before a start, and the start of the child."""
 
 from __future__ import annotations
 
@@ -43,31 +43,31 @@ def free(available_bytes: int) -> Callable[[], FreeMemory]:
     )
 
 
-def load_told(runner: RunnerProcess) -> str:
-    """The load request that a closed fake child was sent."""
+def load_request_of(runner: RunnerProcess) -> str:
+    """Return the load request of a closed fake child, as printed to stderr on exit."""
     assert runner._child is not None
     return runner._child.stderr_tail[0]
 
 
 @pytest.mark.usefixtures("fake_child")
-def test_the_load_names_what_the_gate_counted(model: str) -> None:
+def test_the_load_request_matches_the_gates_estimate(model: str) -> None:
     with RunnerProcess(model, dtype="bfloat16") as runner:
         pass
     expected = pb.LoadRequest(model=model, context_length=128, parallel=4, dtype=pb.DTYPE_BFLOAT16)
-    assert load_told(runner) == repr(str(expected))
+    assert load_request_of(runner) == repr(str(expected))
 
 
 @pytest.mark.usefixtures("fake_child")
 @pytest.mark.parametrize("asked", [None, 0, 2**20])
-def test_the_prefix_cache_is_counted_and_asked_for(model: str, asked: int | None) -> None:
+def test_the_prefix_cache_is_estimated_and_requested(model: str, asked: int | None) -> None:
     with RunnerProcess(model, prefix_cache_bytes=asked) as runner:
         assert runner.estimate is not None
         assert runner.estimate.has_default_prefix_cache == (asked is None)
         if asked is not None:
             assert runner.estimate.prefix_cache_bytes == asked
-    told = load_told(runner)
-    assert (f"prefix_cache_bytes: {asked}" in told) == (asked is not None)
-    assert ("prefix_cache_bytes" in told) == (asked is not None)
+    request = load_request_of(runner)
+    assert (f"prefix_cache_bytes: {asked}" in request) == (asked is not None)
+    assert ("prefix_cache_bytes" in request) == (asked is not None)
 
 
 @pytest.mark.usefixtures("fake_child")
@@ -93,7 +93,7 @@ def test_the_blas_can_be_chosen(model: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.usefixtures("fake_child")
-def test_close_in_the_gate_starts_nothing(model: str) -> None:
+def test_a_close_during_the_gate_starts_nothing(model: str) -> None:
     def close_first() -> FreeMemory:
         runner.close()
         return free(2**40)()
@@ -118,12 +118,12 @@ def test_a_model_that_does_not_fit_starts_nothing(model: str) -> None:
         assert forced.complete("Hi").content == "Hello world"
 
 
-def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_model_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(errors.ModelNotFoundError):
         RunnerProcess(str(tmp_path / "none")).load()
 
 
-def test_a_platform_without_mlx(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_platform_without_mlx_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "system", lambda: "Windows")
     monkeypatch.setattr(platform, "machine", lambda: "AMD64")
     with pytest.raises(errors.UnsupportedPlatformError, match="Windows AMD64"):
@@ -131,7 +131,7 @@ def test_a_platform_without_mlx(model: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("missing", ["runner_server", "mlx", "mlx_lm"])
-def test_a_python_without_the_server(
+def test_a_python_without_the_servers_packages_is_refused(
     model: str, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     find = importlib.util.find_spec
@@ -142,7 +142,7 @@ def test_a_python_without_the_server(
         RunnerProcess(model).load()
 
 
-def test_a_python_that_does_not_know_its_executable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_python_without_a_known_executable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr("sys.executable", "")
     with pytest.raises(errors.RunnerUnavailableError, match=r"sys\.executable"):
@@ -151,7 +151,7 @@ def test_a_python_that_does_not_know_its_executable(monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def frozen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """What a frozen program has written down about its starts, if any."""
+    """Pose as a frozen program; return the log file of program starts."""
     program, starts = tmp_path / "MyApp", tmp_path / "starts"
     program.write_text(f'#!/bin/sh\necho "$@" >>{starts}\n')
     program.chmod(0o755)
@@ -177,7 +177,9 @@ def test_a_frozen_program_estimates_and_probes_without_starting_itself(
 
 
 @pytest.mark.usefixtures("fake_child")
-def test_the_environment_of_the_child(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_child_gets_the_environment_and_the_working_directory(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     use_script(
         monkeypatch,
         "import os, sys; sys.exit(os.environ['MINE'] + os.environ['THEIRS'] + os.getcwd())",
@@ -189,25 +191,25 @@ def test_the_environment_of_the_child(model: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("fake_child")
-def test_a_place_to_listen_that_is_none(model: str) -> None:
+def test_an_unknown_kind_of_address_is_refused(model: str) -> None:
     with pytest.raises(ValueError, match="pigeon"):
         RunnerProcess(model, listen="pigeon").load()  # type: ignore[arg-type]  # the point
 
 
-def test_a_socket_lies_in_a_private_folder_with_a_short_path(
+def test_the_socket_is_in_a_private_folder_with_a_short_path(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     deep = tmp_path / ("x" * 100)
     deep.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(deep))
-    place = command.ListenPlace.make("unix")
-    assert place.folder is not None
-    assert place.folder.stat().st_mode & 0o777 == 0o700
-    assert len(place.argument.removeprefix("unix:")) <= 103
+    socket = command.ListenPlace.make("unix")
+    assert socket.folder is not None
+    assert socket.folder.stat().st_mode & 0o777 == 0o700
+    assert len(socket.argument.removeprefix("unix:")) <= 103
     assert list(deep.iterdir()) == []
-    place.remove()
-    place.remove()
-    assert not place.folder.exists()
+    socket.remove()
+    socket.remove()
+    assert not socket.folder.exists()
 
 
 def test_import_paths_of_a_checkout_come_first() -> None:
@@ -226,7 +228,7 @@ def test_installed_packages_are_not_put_first(monkeypatch: pytest.MonkeyPatch) -
 def test_each_child_gets_a_new_token(
     model: str, monkeypatch: pytest.MonkeyPatch, given: dict[str, str]
 ) -> None:
-    """In its environment, which no other user of the machine can read; never in argv."""
+    """The token is in the environment, which other users cannot read, and never in argv."""
     use_fake_child(
         monkeypatch,
         "import os, sys\n"
@@ -240,11 +242,11 @@ def test_each_child_gets_a_new_token(
         with runner:
             seen.append(runner.token)
         assert runner._child is not None
-        told, argv, *_ = runner._child.stderr_tail
-        assert told == seen[-1]
-        assert told not in argv
-        assert len(told) >= 43
-        assert told not in repr(runner) + repr(vars(runner))
+        token, argv, *_ = runner._child.stderr_tail
+        assert token == seen[-1]
+        assert token not in argv
+        assert len(token) >= 43
+        assert token not in repr(runner) + repr(vars(runner))
     assert len(set(seen)) == 2
 
 

@@ -1,4 +1,4 @@
-"""What RunnerProcess asks of the memory: reservations, headroom, and the format of the weights."""
+"""Memory in RunnerProcess: reservations, headroom, and the format of the weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def fake_child(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def free(available_bytes: int) -> Callable[[], FreeMemory]:
-    """A machine with so much free memory."""
+    """Return a measurement of this much free memory."""
     return lambda: FreeMemory(
         available_bytes=available_bytes,
         source="system",
@@ -43,19 +43,19 @@ def free(available_bytes: int) -> Callable[[], FreeMemory]:
     )
 
 
-def load_told(runner: RunnerProcess) -> str:
-    """The load request that a closed fake child was sent."""
+def load_request_of(runner: RunnerProcess) -> str:
+    """Return the load request of a closed fake child, as printed to stderr on exit."""
     assert runner._child is not None
     return runner._child.stderr_tail[0]
 
 
 def reserved(gate: MemoryGate, need: MemoryEstimate) -> int:
-    """What a gate counts for runners that may still take memory."""
+    """Return the memory counted by a gate as reserved by runners."""
     return gate.check(need, override=True).reserved_bytes
 
 
 @pytest.mark.usefixtures("fake_child")
-def test_the_gate_sets_the_memory_aside_as_long_as_the_runner_lives(model: str) -> None:
+def test_the_memory_is_reserved_while_the_runner_lives(model: str) -> None:
     gate = MemoryGate(measure=free(2**30), settle_seconds=0)
     runner = RunnerProcess(model, gate=gate, prefix_cache_bytes=0)
     try:
@@ -71,7 +71,7 @@ def test_the_gate_sets_the_memory_aside_as_long_as_the_runner_lives(model: str) 
 
 
 @pytest.mark.usefixtures("fake_child")
-def test_a_close_gives_the_memory_back_to_the_gate(model: str) -> None:
+def test_a_close_releases_the_reservation(model: str) -> None:
     gate = MemoryGate(measure=free(2**30), settle_seconds=0)
     runner = RunnerProcess(model, gate=gate)
     need = runner.load()
@@ -80,7 +80,7 @@ def test_a_close_gives_the_memory_back_to_the_gate(model: str) -> None:
 
 
 @pytest.mark.usefixtures("fake_child")
-def test_a_death_gives_the_memory_back_to_the_gate(model: str) -> None:
+def test_a_death_releases_the_reservation(model: str) -> None:
     gate = MemoryGate(measure=free(2**30), settle_seconds=0)
     with RunnerProcess(model, gate=gate) as runner:
         assert runner.pid is not None
@@ -89,35 +89,35 @@ def test_a_death_gives_the_memory_back_to_the_gate(model: str) -> None:
         wait_until(lambda: runner.has_exited)
         assert runner.estimate is not None
         assert reserved(gate, runner.estimate) == 0
-        wait_until(lambda: not files_of(gate))
+        wait_until(lambda: not reservation_files(gate))
 
 
-def files_of(gate: MemoryGate) -> list[Path]:
-    """The reservations that are written down."""
+def reservation_files(gate: MemoryGate) -> list[Path]:
+    """Return the files of a gate's reservations."""
     return list(gate.book().directory.glob("*.json"))
 
 
-def test_a_failed_start_gives_the_memory_back_to_the_gate(
+def test_a_failed_start_releases_the_reservation(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_script(monkeypatch, "import sys; sys.exit('no such device')")
     gate = MemoryGate(measure=free(2**30), settle_seconds=0)
     with pytest.raises(errors.RunnerExitedError):
         RunnerProcess(model, gate=gate).load()
-    assert files_of(gate) == []
+    assert reservation_files(gate) == []
     monkeypatch.setattr(
         "runner_client.process.launch.server_command", lambda _listen: ["/no/such/file"]
     )
     with pytest.raises(errors.RunnerUnavailableError):
         RunnerProcess(model, gate=gate).load()
-    assert files_of(gate) == []
+    assert reservation_files(gate) == []
 
 
 @pytest.mark.usefixtures("fake_child")
-def test_who_reserves_around_the_start_needs_the_memory_once(model: str) -> None:
-    """As the documentation once advised."""
+def test_a_reservation_around_the_start_is_not_counted_twice(model: str) -> None:
+    """The documentation once advised to reserve around the start."""
     need = estimate(model, prefix_cache_bytes=0)
-    gate = room_for(need)
+    gate = gate_for(need)
     assert 2 * need.total_bytes > gate.check(need).available_bytes
     with gate.reserve(need):
         runner = RunnerProcess(model, gate=gate, prefix_cache_bytes=0)
@@ -130,7 +130,7 @@ def test_who_reserves_around_the_start_needs_the_memory_once(model: str) -> None
 
 
 @pytest.mark.usefixtures("fake_child")
-def test_gates_of_other_processes_know_of_it(model: str) -> None:
+def test_other_processes_see_the_reservation(model: str) -> None:
     gate = MemoryGate(measure=free(2**30), settle_seconds=0)
     with RunnerProcess(model, gate=gate) as runner:
         assert runner.estimate is not None
@@ -146,7 +146,7 @@ def test_gates_of_other_processes_know_of_it(model: str) -> None:
 
 
 @pytest.mark.usefixtures("fake_child")
-def test_the_overhead_is_that_of_the_childs_environment(model: str) -> None:
+def test_the_overhead_comes_from_the_childs_environment(model: str) -> None:
     gate = MemoryGate(measure=free(2**30), settle_seconds=0)
     env = {OVERHEAD_VARIABLE: str(2**30), MINIMUM_VARIABLE: "7"}
     with pytest.raises(errors.InsufficientMemoryError) as caught:
@@ -157,7 +157,7 @@ def test_the_overhead_is_that_of_the_childs_environment(model: str) -> None:
 
 
 @pytest.mark.parametrize("numbers", [None, (5, 6)])
-def test_the_child_keeps_free_what_the_gate_keeps_free(
+def test_the_child_gets_the_headroom_of_the_gate(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, numbers: tuple[int, int] | None
 ) -> None:
     names = (MINIMUM_VARIABLE, OVERHEAD_VARIABLE, DIRECTORY_VARIABLE)
@@ -179,21 +179,21 @@ def test_the_child_keeps_free_what_the_gate_keeps_free(
 
 @pytest.fixture
 def half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A GiB as stored, two as float32, on a machine without a GPU."""
+    """Write a model of 1 GiB as stored, 2 GiB as float32, for a machine without a GPU."""
     use_fake_child(monkeypatch)
     monkeypatch.setattr("runner_client.memory.estimation.installed_backend", lambda: "cpu")
     return str(write_model(tmp_path / "half", weight_bytes=2**30, dtype="F16"))
 
 
-def room_for(need: MemoryEstimate) -> MemoryGate:
-    """A gate that lets just this through."""
+def gate_for(need: MemoryEstimate) -> MemoryGate:
+    """Return a gate with just enough free memory for this need."""
     free_bytes = need.required_bytes + MINIMUM_BYTES
     return MemoryGate(measure=free(free_bytes), settle_seconds=0)
 
 
 @pytest.mark.parametrize("require_full", [False, True])
 def test_auto_is_refused_where_it_fits_only_as_stored(half: str, require_full: bool) -> None:
-    gate = room_for(estimate(half, dtype="as_stored"))
+    gate = gate_for(estimate(half, dtype="as_stored"))
     kind = errors.LoadRequiresFullError if require_full else errors.InsufficientMemoryError
     runner = RunnerProcess(half, gate=gate, require_full=require_full)
     with pytest.raises(errors.InsufficientMemoryError) as caught:
@@ -206,7 +206,7 @@ def test_auto_is_refused_where_it_fits_only_as_stored(half: str, require_full: b
 
 
 @pytest.mark.usefixtures("fake_child")
-def test_a_need_that_is_the_same_as_stored_has_no_such_advice(model: str) -> None:
+def test_a_model_stored_as_float32_gets_no_advice_on_dtype(model: str) -> None:
     gate = MemoryGate(measure=free(2**20), settle_seconds=0)
     with pytest.raises(errors.InsufficientMemoryError) as caught:
         RunnerProcess(model, gate=gate).load()
@@ -216,26 +216,26 @@ def test_a_need_that_is_the_same_as_stored_has_no_such_advice(model: str) -> Non
 def test_auto_or_stored_is_float32_where_it_fits(
     half: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    gate = room_for(estimate(half, dtype="float32"))
+    gate = gate_for(estimate(half, dtype="float32"))
     with RunnerProcess(half, gate=gate, dtype="auto_or_stored") as runner:
         assert runner.estimate is not None
         assert runner.estimate.dtype == "float32"
-    assert "dtype: DTYPE_AUTO_OR_STORED" in load_told(runner)
+    assert "dtype: DTYPE_AUTO_OR_STORED" in load_request_of(runner)
     assert "as it is stored" not in caplog.text
 
 
-def test_auto_or_stored_falls_back_and_says_so(half: str, caplog: pytest.LogCaptureFixture) -> None:
-    gate = room_for(estimate(half, dtype="as_stored"))
+def test_auto_or_stored_falls_back_and_logs_it(half: str, caplog: pytest.LogCaptureFixture) -> None:
+    gate = gate_for(estimate(half, dtype="as_stored"))
     with RunnerProcess(half, gate=gate, dtype="auto_or_stored") as runner:
         assert runner.estimate is not None
         assert runner.estimate.dtype == "as_stored"
-    told = load_told(runner)
+    told = load_request_of(runner)
     assert "dtype: DTYPE_AUTO_OR_STORED" in told
     assert "memory_override" not in told
     assert "It is loaded as it is stored" in caplog.text
 
 
-def test_a_fallback_that_the_server_chose_is_told(
+def test_a_fallback_by_the_server_is_logged(
     half: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     use_fake_child(monkeypatch, "runner.dtype_fallback = True")
@@ -252,8 +252,8 @@ def test_a_fallback_that_the_server_chose_is_told(
     assert "held as stored, which is slow on a CPU: there is no memory" in caplog.text
 
 
-def test_auto_or_stored_does_not_fall_back_where_all_of_it_is_required(half: str) -> None:
-    gate = room_for(estimate(half, dtype="as_stored"))
+def test_auto_or_stored_does_not_fall_back_with_require_full(half: str) -> None:
+    gate = gate_for(estimate(half, dtype="as_stored"))
     runner = RunnerProcess(half, gate=gate, dtype="auto_or_stored", require_full=True)
     with pytest.raises(errors.LoadRequiresFullError) as caught:
         runner.load()
@@ -269,42 +269,42 @@ def test_auto_or_stored_that_does_not_fit_at_all_names_the_smallest_need(half: s
 
 @pytest.mark.usefixtures("fake_child")
 @pytest.mark.parametrize("free_bytes", [2**20, 2**28], ids=["less than the need", "kept back"])
-def test_an_overridden_gate_has_the_server_go_on(model: str, free_bytes: int) -> None:
+def test_an_overridden_gate_overrides_the_server_too(model: str, free_bytes: int) -> None:
     gate = MemoryGate(measure=free(free_bytes), minimum_bytes=2**28, settle_seconds=0)
     with RunnerProcess(model, gate=gate, dtype="bfloat16", memory_override=True) as runner:
         pass
-    told = load_told(runner)
+    told = load_request_of(runner)
     assert "memory_override: true" in told
     assert "memory_limit_bytes" not in told
 
 
 @pytest.mark.usefixtures("fake_child")
-def test_an_override_that_was_not_needed_is_not_told(model: str) -> None:
+def test_an_unneeded_override_is_not_sent(model: str) -> None:
     gate = MemoryGate(measure=free(2**40))
     with RunnerProcess(model, gate=gate, memory_override=True) as runner:
         pass
-    assert "memory_override" not in load_told(runner)
+    assert "memory_override" not in load_request_of(runner)
 
 
 @pytest.mark.parametrize("fits_as_stored", [True, False])
-def test_auto_or_stored_is_as_stored_rather_than_overridden_in_float32(
+def test_auto_or_stored_prefers_the_stored_format_to_an_override(
     half: str, fits_as_stored: bool
 ) -> None:
-    gate = room_for(estimate(half, dtype="as_stored"))
+    gate = gate_for(estimate(half, dtype="as_stored"))
     if not fits_as_stored:
         gate = MemoryGate(measure=free(2**30), settle_seconds=0)
     runner = RunnerProcess(half, gate=gate, dtype="auto_or_stored", memory_override=True)
     with runner:
         assert runner.estimate is not None
         assert runner.estimate.dtype == "as_stored"
-    assert ("memory_override: true" in load_told(runner)) == (not fits_as_stored)
+    assert ("memory_override: true" in load_request_of(runner)) == (not fits_as_stored)
 
 
-def test_auto_is_float32_also_where_it_is_overridden(half: str) -> None:
-    gate = room_for(estimate(half, dtype="as_stored"))
+def test_auto_stays_float32_when_overridden(half: str) -> None:
+    gate = gate_for(estimate(half, dtype="as_stored"))
     with RunnerProcess(half, gate=gate, memory_override=True) as runner:
         assert runner.estimate is not None
         assert runner.estimate.dtype == "float32"
-    told = load_told(runner)
+    told = load_request_of(runner)
     assert "dtype: DTYPE_AUTO\\n" in told
     assert "memory_override: true" in told

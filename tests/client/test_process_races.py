@@ -1,4 +1,4 @@
-"""A start or a close that another thread or task overtakes: the newer child is not its own."""
+"""Starts and closes overtaken by another thread or task leave the newer child alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OVERTAKEN = [
     ("enter", "wait_until_serving", "before"),
     ("enter", "finish_load", "before"),
 ]
-"""How a child is started, and before or after which step another thread restarts it."""
+"""How a child is started, and the step before or after which another thread restarts it."""
 
 LIMIT_SECONDS = 30
 
@@ -33,8 +33,8 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(write_model(tmp_path / "tiny"))
 
 
-def elsewhere(act: Callable[[], object]) -> None:
-    """Does something in another thread, and waits for it."""
+def run_in_thread(act: Callable[[], object]) -> None:
+    """Run a function in another thread and wait for the result."""
     with ThreadPoolExecutor(1) as pool:
         pool.submit(act).result(LIMIT_SECONDS)
 
@@ -46,18 +46,18 @@ def overtake(
     act: Callable[[], object],
     when: str = "after",
 ) -> None:
-    """Has another thread act before or after the first call of a method."""
+    """Patch a method to have another thread act before or after the first call."""
     original = getattr(owner, step)
     acts = [act]
 
     def overtaken(*args: Any) -> object:
-        # Taken out first: to act calls the method again.
+        # Popped first, because the action calls the method again.
         now = acts.pop() if acts else None
         if now and when == "before":
-            elsewhere(now)
+            run_in_thread(now)
         result: object = original(*args)
         if now and when == "after":
-            elsewhere(now)
+            run_in_thread(now)
         return result
 
     monkeypatch.setattr(owner, step, overtaken)
@@ -69,7 +69,7 @@ def overtake_task(
     act: Callable[[], Awaitable[object]],
     when: str = "before",
 ) -> None:
-    """The same for a task, and a method of the client."""
+    """Patch a method of the asyncio client to have another task act around the first call."""
     original = getattr(_AsyncChildClient, step)
     acts = [act]
 
@@ -164,7 +164,7 @@ def test_an_overtaken_close_leaves_the_newer_child_alone(
         need = runner.load()
         overtake(monkeypatch, Child, "close", start_anew)
         runner.close()
-        # That of the newer one, less what it has taken already.
+        # The reservation of the newer child, minus the memory that it already holds.
         assert need.total_bytes / 2 < gate.check(need, override=True).reserved_bytes
         runner.wait_until_running()
         assert runner.complete("Hi").content == "Hello world"
@@ -195,14 +195,16 @@ async def test_an_overtaken_close_leaves_the_newer_child_alone_in_asyncio(
         await runner.close()
 
 
-def test_entering_again_leaves_the_first_alone(model: str) -> None:
+def test_entering_again_is_refused_and_leaves_the_first_running(model: str) -> None:
     with RunnerProcess(model) as runner:
         with pytest.raises(errors.RunnerUnavailableError, match="started already"):
             runner.__enter__()
         assert runner.complete("Hi").content == "Hello world"
 
 
-async def test_entering_again_leaves_the_first_alone_in_asyncio(model: str) -> None:
+async def test_entering_again_is_refused_and_leaves_the_first_running_in_asyncio(
+    model: str,
+) -> None:
     async with AsyncRunnerProcess(model) as runner:
         with pytest.raises(errors.RunnerUnavailableError, match="started already"):
             await runner.__aenter__()

@@ -1,4 +1,4 @@
-"""RunnerProcess with a fake runner as its child."""
+"""RunnerProcess with a fake runner as the child."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def fake_child(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fake_child")
-def test_as_a_context_manager_it_is_ready_inside_and_gone_outside(model: str) -> None:
+def test_the_context_manager_starts_and_stops_the_child(model: str) -> None:
     runner = RunnerProcess(model)
     assert (runner.pid, runner.port, runner.address) == (None, None, None)
     assert (runner.context_length, runner.memory_size) == (0, 0)
@@ -68,7 +68,7 @@ def test_as_a_context_manager_it_is_ready_inside_and_gone_outside(model: str) ->
 
 
 @pytest.mark.usefixtures("fake_child")
-def test_step_by_step(model: str) -> None:
+def test_load_wait_and_close_can_be_called_separately(model: str) -> None:
     runner = RunnerProcess(model, context_length=64, parallel=2)
     try:
         need = runner.load()
@@ -82,7 +82,7 @@ def test_step_by_step(model: str) -> None:
         runner.close()
 
 
-def test_before_the_start_calls_say_what_to_do(model: str) -> None:
+def test_calls_before_the_start_say_what_to_do(model: str) -> None:
     runner = RunnerProcess(model)
     for call in (runner.status, runner.ping, runner.wait_until_running):
         with pytest.raises(errors.RunnerUnavailableError, match=r"call load\(\) first"):
@@ -91,7 +91,7 @@ def test_before_the_start_calls_say_what_to_do(model: str) -> None:
 
 
 @pytest.mark.usefixtures("fake_child")
-def test_a_second_load_leaves_the_first_alone(model: str) -> None:
+def test_a_second_load_is_refused_and_leaves_the_first_running(model: str) -> None:
     with RunnerProcess(model) as runner:
         with pytest.raises(errors.RunnerUnavailableError, match="started already"):
             runner.load()
@@ -99,7 +99,7 @@ def test_a_second_load_leaves_the_first_alone(model: str) -> None:
 
 
 @pytest.mark.usefixtures("fake_child")
-def test_it_can_load_again_after_close(model: str) -> None:
+def test_a_runner_can_load_again_after_close(model: str) -> None:
     runner = RunnerProcess(model)
     with runner:
         first = runner.pid
@@ -108,7 +108,7 @@ def test_it_can_load_again_after_close(model: str) -> None:
         assert runner.complete("Hi").content == "Hello world"
 
 
-def test_progress_is_shown_while_it_loads(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_load_reports_its_progress(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use_fake_child(monkeypatch, "runner.load_seconds = 1.0")
     seen: list[Status] = []
     runner = RunnerProcess(model)
@@ -120,7 +120,7 @@ def test_progress_is_shown_while_it_loads(model: str, monkeypatch: pytest.Monkey
     assert State.LOADING in {status.state for status in seen}
 
 
-def test_a_load_that_stands_still_is_given_up(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stalled_load_times_out(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use_fake_child(monkeypatch, "runner.load_seconds = math.inf")
     runner = RunnerProcess(model, timeouts=Timeouts(load_seconds=0.5))
     with pytest.raises(errors.RunnerTimeoutError, match="not moved"):
@@ -136,7 +136,7 @@ def test_a_failing_load_ends_the_child(model: str, monkeypatch: pytest.MonkeyPat
     assert runner.has_exited
 
 
-def test_a_child_that_dies_while_it_loads_is_told_at_once(
+def test_a_child_that_dies_while_loading_is_reported_at_once(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_fake_child(monkeypatch, SLOW_LOAD)
@@ -185,7 +185,9 @@ def test_a_killed_child_ends_every_pending_call(
     assert "last words" in ends[0][1]
 
 
-def test_it_exits_before_it_is_ready(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exit_before_the_ready_line_is_reported(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     use_script(monkeypatch, "import sys; sys.exit('no such device')")
     runner = RunnerProcess(model)
     with pytest.raises(errors.RunnerExitedError, match="no such device") as caught:
@@ -194,7 +196,9 @@ def test_it_exits_before_it_is_ready(model: str, monkeypatch: pytest.MonkeyPatch
     assert runner.has_exited
 
 
-def test_it_never_gets_ready(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_that_never_gets_ready_times_out(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     use_script(monkeypatch, "import time; time.sleep(600)")
     runner = RunnerProcess(model, timeouts=Timeouts(start_seconds=0.3, close_seconds=5))
     with pytest.raises(errors.RunnerTimeoutError) as caught:
@@ -203,7 +207,9 @@ def test_it_never_gets_ready(model: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert runner.has_exited
 
 
-def test_it_says_ready_and_does_not_serve(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ready_child_that_does_not_serve_times_out(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ready = "print('1|1|tcp|127.0.0.1:1|grpc', flush=True); import time; time.sleep(600)"
     use_script(monkeypatch, ready)
     runner = RunnerProcess(model, timeouts=Timeouts(start_seconds=4, close_seconds=5))
@@ -243,19 +249,19 @@ def test_close_from_another_thread_ends_a_start(
 
 
 @pytest.mark.usefixtures("fake_child")
-def test_an_exception_inside_ends_the_child(model: str) -> None:
+def test_an_exception_in_the_block_ends_the_child(model: str) -> None:
     runner = RunnerProcess(model)
     with pytest.raises(KeyboardInterrupt), runner:
         raise KeyboardInterrupt
     assert runner.has_exited
 
 
-def test_an_interrupt_while_it_loads_ends_the_child(
+def test_an_interrupt_while_loading_ends_the_child(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_fake_child(monkeypatch, SLOW_LOAD)
     runner = RunnerProcess(model)
-    # Python drops an interrupt that strikes while a channel of an earlier test is collected.
+    # Python drops an interrupt that arrives while a channel of an earlier test is collected.
     gc.collect()
 
     def interrupt() -> None:
@@ -271,7 +277,7 @@ def test_an_interrupt_while_it_loads_ends_the_child(
 
 
 @pytest.mark.usefixtures("fake_child")
-def test_restart_gives_another_process(model: str) -> None:
+def test_restart_starts_a_new_process(model: str) -> None:
     with RunnerProcess(model, restart_policy=RestartPolicy(max_restarts=2)) as runner:
         pids = [runner.pid]
         for _ in range(2):
@@ -288,7 +294,7 @@ def test_restart_gives_another_process(model: str) -> None:
 
 
 @pytest.mark.usefixtures("fake_child")
-def test_a_forgotten_process_ends_by_itself(model: str) -> None:
+def test_the_child_of_a_discarded_runner_exits(model: str) -> None:
     runner = RunnerProcess(model)
     runner.load()
     runner.wait_until_running()
@@ -301,7 +307,9 @@ def test_a_forgotten_process_ends_by_itself(model: str) -> None:
 
 
 @pytest.mark.usefixtures("fake_child")
-def test_nothing_is_left_open(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_descriptors_or_threads_are_left_open(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("runner_client.rpc.watchdog._LINGER_SECONDS", 0.05)
     with RunnerProcess(model):
         pass
@@ -317,7 +325,7 @@ def test_nothing_is_left_open(model: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("fake_child")
-def test_the_estimate_is_compared_with_the_peak(
+def test_a_load_logs_its_estimate_beside_the_peak(
     model: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "runner_client")

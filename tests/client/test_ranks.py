@@ -1,4 +1,4 @@
-"""The processes that hold a model together, as the client tells of them."""
+"""The ranks of a distributed model in the client's status."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ def test_a_status_names_the_ranks() -> None:
     )
 
 
-def test_a_process_that_holds_a_model_alone_has_none() -> None:
+def test_a_single_process_has_no_ranks() -> None:
     assert status(pb.StatusResponse()).ranks == ()

@@ -1,4 +1,4 @@
-"""The files of reservations: odd ones, directories of others, users, a full disk."""
+"""Reservation files: invalid records, unsafe directories, other users and a full disk."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ ODD: dict[str, bytes | dict[str, object]] = {
 
 
 @pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
-def test_a_file_that_is_no_record_is_ignored(
+def test_a_file_that_is_not_a_record_is_ignored(
     book: ReservationBook, odd: bytes | dict[str, object]
 ) -> None:
     add_reservation(book, GIB)
@@ -75,7 +75,7 @@ def test_a_file_that_is_no_record_is_ignored(
     assert (book.directory / "odd.json").read_bytes() == data
 
 
-def test_what_is_no_file_is_ignored_and_not_waited_for(book: ReservationBook) -> None:
+def test_anything_but_a_regular_file_is_ignored_without_blocking(book: ReservationBook) -> None:
     kept = add_reservation(book, GIB)
     (path,) = record_files(book)
     (book.directory / "link.json").symlink_to(path)
@@ -89,7 +89,7 @@ def test_what_is_no_file_is_ignored_and_not_waited_for(book: ReservationBook) ->
     assert claimed_bytes(book) == 0
 
 
-def test_writes_that_never_ended_are_swept_up(book: ReservationBook) -> None:
+def test_unfinished_writes_are_removed(book: ReservationBook) -> None:
     add_reservation(book, GIB)
     fresh, old = book.directory / "a.new", book.directory / "b.new"
     for path in (fresh, old):
@@ -132,7 +132,7 @@ def test_a_directory_that_others_could_write_to_is_not_used(
     make(tmp_path / "book")
     book = ReservationBook(tmp_path / "book")
     reservation = add_reservation(book, GIB)
-    # Of this process they are known all the same.
+    # Within this process the reservations still count.
     assert claimed_bytes(ReservationBook(tmp_path / "book")) == GIB
     reservation.release()
     assert claimed_bytes(book) == 0
@@ -142,7 +142,7 @@ def test_a_directory_that_others_could_write_to_is_not_used(
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_a_disk_that_is_full_keeps_reservations_in_the_process(
+def test_a_full_disk_keeps_reservations_within_the_process(
     book: ReservationBook, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(*_: object) -> None:
@@ -153,7 +153,7 @@ def test_a_disk_that_is_full_keeps_reservations_in_the_process(
         reservation = add_reservation(book, GIB)
         assert claimed_bytes(book) == GIB
         assert "No space left on device" in caplog.text
-    # Written with its next change.
+    # The next change writes the record.
     assert record_files(book) == []
     reservation.update(need_bytes=2 * GIB)
     assert claimed_bytes(book) == 2 * GIB
@@ -169,7 +169,7 @@ from runner_common.memory import record_store
 from runner_common.memory.processes import machine_scope
 from runner_common.memory.reservations import ReservationBook
 
-# Only the superuser may be able to start this Python, and to look at what it was.
+# Look up the scope, which is cached, while root may still read it.
 machine_scope()
 os.setgroups([])
 os.setresgid(12345, 12345, 12345)
@@ -194,24 +194,24 @@ def test_the_superuser_counts_the_runners_of_all_users(
     mine = ReservationBook()
     reservation = add_reservation(mine, MIB)
     with run_script(OWN, socket_dir, GIB) as other:
-        # Of the superuser's runners another user sees nothing.
+        # Another user does not see the superuser's reservations.
         assert read_line(other) == "0 mlx-runner-12345"
         assert claimed_bytes(mine) == GIB + MIB
-        # About the processes of others a user says nothing.
+        # A user's record about another user's process does not count.
         (theirs,) = (socket_dir / "mlx-runner-12345").glob("*.json")
         with mine.locked() as view:
             lie = next(record for record in view.records() if record.pid == os.getpid())
         theirs.write_bytes(encode(lie))
         os.chown(theirs, 12345, 12345)
         assert claimed_bytes(mine) == MIB
-    # Nor is a directory counted that belongs to someone else than it says.
+    # Nor does a directory whose owner is not the user in its name.
     (socket_dir / "mlx-runner-12345").rename(socket_dir / "mlx-runner-54321")
     assert claimed_bytes(mine) == MIB
     reservation.release()
     assert claimed_bytes(mine) == 0
 
 
-def test_a_warning_of_one_reason_is_logged_once(
+def test_a_repeated_warning_is_logged_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)

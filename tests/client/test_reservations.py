@@ -1,4 +1,4 @@
-"""Reservations of memory: one book for all processes."""
+"""Memory reservations, shared by every process of a machine."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_need_is_claimed_until_it_is_released(book: ReservationBook) -> None:
     assert record_files(book) == []
 
 
-def test_other_processes_know_of_it_and_of_theirs(book: ReservationBook) -> None:
+def test_processes_see_the_reservations_of_others(book: ReservationBook) -> None:
     with run_script(RESERVE, book.directory, GIB) as other:
         assert read_line(other) == "ready"
         assert claimed_bytes(book) == GIB
@@ -72,7 +72,7 @@ def test_a_dead_process_claims_nothing(book: ReservationBook, is_reaped: bool) -
         assert record_files(book) == []
 
 
-def test_a_process_id_that_was_given_away_again_claims_nothing(book: ReservationBook) -> None:
+def test_a_reused_process_id_claims_nothing(book: ReservationBook) -> None:
     add_reservation(book, GIB)
     (path,) = record_files(book)
     record = json.loads(path.read_text())
@@ -91,7 +91,7 @@ while sys.stdin.readline():
 """
 
 
-def test_a_claim_shrinks_by_what_its_runner_takes(book: ReservationBook) -> None:
+def test_a_claim_shrinks_by_the_memory_its_runner_holds(book: ReservationBook) -> None:
     reservation = add_reservation(book, 256 * MIB)
     with run_script(GROW) as runner:
         assert read_line(runner) == "ready"
@@ -105,20 +105,20 @@ def test_a_claim_shrinks_by_what_its_runner_takes(book: ReservationBook) -> None
         for _ in range(2):
             send_line(runner)
             assert read_line(runner) == "grown"
-        # It has taken more than it said: that claims nothing, and is nobody's credit.
+        # A runner above its reservation claims nothing, and does not offset other claims.
         assert claimed_bytes(book) == 0
         add_reservation(book, MIB)
         assert claimed_bytes(book) == MIB
 
 
-def test_a_runner_has_all_of_its_memory_once(book: ReservationBook) -> None:
+def test_the_memory_of_a_runner_is_subtracted_once(book: ReservationBook) -> None:
     with run_script(GROW) as runner:
         assert read_line(runner) == "ready"
         alone = add_reservation(book, 128 * MIB, runner.pid)
         one = claimed_bytes(book)
         add_reservation(book, 128 * MIB, runner.pid)
         assert claimed_bytes(book) == pytest.approx(one + 128 * MIB, abs=MIB)
-        # It replaces what others have set aside for it by what it has decided itself.
+        # The runner replaces the reservations made on its behalf by its own.
         with book.locked() as view:
             view.drop_owned_by(runner.pid)
             view.add(192 * MIB, "some/model", runner.pid)
@@ -127,7 +127,7 @@ def test_a_runner_has_all_of_its_memory_once(book: ReservationBook) -> None:
         assert len(record_files(book)) == 1
 
 
-def test_what_a_gpu_holds_is_what_the_runner_reports(book: ReservationBook) -> None:
+def test_memory_held_on_a_gpu_is_reported_by_the_runner(book: ReservationBook) -> None:
     with run_script(GROW) as runner:
         assert read_line(runner) == "ready"
         with book.locked() as view:
@@ -140,7 +140,7 @@ def test_what_a_gpu_holds_is_what_the_runner_reports(book: ReservationBook) -> N
         assert claimed_bytes(book) == GIB - GIB // 4
 
 
-def test_a_record_that_a_cleaner_removed_is_written_again(
+def test_a_deleted_record_is_written_again(
     book: ReservationBook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reservation = add_reservation(book, GIB)
@@ -166,7 +166,7 @@ def _free(**figures: Any) -> FreeMemory:
     return FreeMemory(**{**values, **figures})
 
 
-def test_a_claim_counts_against_the_memory_that_it_is_taken_from(
+def test_a_claim_counts_against_the_memory_it_is_taken_from(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     groups = {1: ("/a", "/a/b"), 2: ("/a",), 3: ("/c",)}
@@ -176,17 +176,17 @@ def test_a_claim_counts_against_the_memory_that_it_is_taken_from(
     within = (GroupLimit("/a/b", 2 * GIB), GroupLimit("/a", 4 * GIB))
     # 2 - 1 of /a/b is less than 4 - 2 of /a and 20 - 3 of the machine.
     assert claimed_of(_free(cgroup_bytes=2 * GIB, groups=within), three) == (GIB, 1)
-    # 3 - 2 of /a is less than 2.5 - 1 of /a/b: of the 2.5 that are free 1 is left.
+    # 3 - 2 of /a is less than 2.5 - 1 of /a/b: 1 of the free 2.5 is left.
     tight = (GroupLimit("/a/b", 5 * GIB // 2), GroupLimit("/a", 3 * GIB))
     free_bytes = 5 * GIB // 2
     assert claimed_of(_free(groups=tight, cgroup_bytes=free_bytes), three) == (3 * GIB // 2, 2)
 
 
-def test_a_claim_on_one_gpu_is_none_on_another() -> None:
+def test_a_claim_on_one_gpu_does_not_count_on_another() -> None:
     gpus = [Claim(1, GIB, "GPU-a"), Claim(2, 2 * GIB, "GPU-b"), Claim(3, 3 * GIB)]
     on_a = _free(device_bytes=8 * GIB, device_id="GPU-a", device_kind="cuda")
     assert claimed_of(on_a, gpus) == (GIB, 1)
-    # The memory of the machine is the smaller then: 5 - 3 against 8 - 1.
+    # The machine's memory is the tighter limit here: 5 - 3 against 8 - 1.
     small = _free(system_bytes=5 * GIB, device_bytes=8 * GIB, device_id="GPU-a", device_kind="cuda")
     assert claimed_of(small, gpus) == (3 * GIB, 1)
 
@@ -204,7 +204,7 @@ sys.stdin.readline()
 """
 
 
-def test_a_stopped_process_does_not_hold_up_the_machine(
+def test_a_stopped_lock_holder_does_not_block_others_for_long(
     book: ReservationBook, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(record_store, "LOCK_SECONDS", 0.5)
@@ -221,7 +221,7 @@ def test_a_stopped_process_does_not_hold_up_the_machine(
         assert time.monotonic() - began < 0.5
 
 
-def test_a_killed_process_gives_the_lock_back_at_once(book: ReservationBook) -> None:
+def test_a_killed_lock_holder_frees_the_lock_at_once(book: ReservationBook) -> None:
     with run_script(HOLD_LOCK, book.directory) as other:
         assert read_line(other) == "locked"
         os.kill(other.pid, signal.SIGKILL)
@@ -240,7 +240,7 @@ with book.locked() as view:
     reservation = view.add(int(sys.argv[2]), "some/model")
     child = os.fork()
     if child == 0:
-        # Neither is the lock that of this process, nor the reservation.
+        # The fork owns neither the lock nor the reservation.
         reservation.release()
         os._exit(0)
     os.waitpid(child, 0)
@@ -271,7 +271,7 @@ file = open(witness, "r+b")
 seen = mmap.mmap(file.fileno(), 16)
 
 def count(change):
-    # Kept apart from the book: what is held at this moment, and the most that ever was.
+    # Apart from the book, keep the bytes reserved now and their maximum.
     fcntl.lockf(file, fcntl.LOCK_EX)
     held, most = struct.unpack("qq", seen[:16])
     seen[:16] = struct.pack("qq", held + change, max(most, held + change))
@@ -306,14 +306,13 @@ def test_processes_that_race_never_exceed_the_budget(book: ReservationBook, tmp_
         admitted = [int(read_line(process)) for process in (one, two, three, four, five)]
     held, most = (int.from_bytes(witness.read_bytes()[at : at + 8], "little") for at in (0, 8))
     assert held == 0
-    # Three of five fit, and not one more.
+    # Three of the five fit, never four.
     assert most == 9
     assert sum(admitted) > 300
     assert record_files(book) == []
 
 
-def test_readers_and_writers_of_many_processes(book: ReservationBook) -> None:
-    """A reader sees every record whole while others come and go."""
+def test_readers_see_whole_records_while_others_come_and_go(book: ReservationBook) -> None:
     kept = add_reservation(book, GIB)
     with run_script(CHURN, book.directory) as other:
         while other.poll() is None:

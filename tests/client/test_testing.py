@@ -1,4 +1,4 @@
-"""The fake runner that users get for their own tests."""
+"""The fake runner for users' own tests."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from runner_client import RunnerClient, State, errors, testing
 from runner_client.testing import Failure, fake_runner
 
 
-def test_the_codes_are_those_of_the_proto() -> None:
-    """The proto writes each reason's code into its comment."""
+def test_the_codes_match_the_proto() -> None:
+    """The comment of each reason in the proto names its code."""
     proto = Path(__file__).parents[2] / "proto/mlxrunner/v1/runner.proto"
     text = proto.read_text().partition("enum ErrorReason {")[2].partition("\n}")[0]
-    told: dict[str, str] = {}
+    documented: dict[str, str] = {}
     for comment, name in re.findall(r"((?: *//.*\n)+) *ERROR_REASON_(\w+) =", text):
         if code := re.search(r"Code ([A-Z_]+)", re.sub(r"\n *//", "", comment)):
-            told[name] = code[1]
-    assert told == {reason: code.name for reason, code in testing._CODES.items()}
+            documented[name] = code[1]
+    assert documented == {reason: code.name for reason, code in testing._CODES.items()}
 
 
-def test_the_example_of_the_docstring() -> None:
+def test_the_example_of_the_docstring_works() -> None:
     with fake_runner(pieces=("Hello", " world")) as runner:
         with RunnerClient(runner.address) as client:
             assert client.complete("Hi").content == "Hello world"
@@ -34,7 +34,7 @@ def test_the_example_of_the_docstring() -> None:
         assert runner.requests[0].prompt == "Hi"
 
 
-def test_a_full_queue_with_its_delay() -> None:
+def test_a_full_queue_reports_its_retry_delay() -> None:
     failure = Failure("QUEUE_FULL", retry_delay_seconds=2)
     with fake_runner(failure=failure) as runner, RunnerClient(runner.address) as client:
         with pytest.raises(errors.QueueFullError) as caught:
@@ -44,7 +44,7 @@ def test_a_full_queue_with_its_delay() -> None:
         assert client.complete("Hi").content == "Hello world"
 
 
-def test_nothing_loaded_until_a_load() -> None:
+def test_a_fake_may_start_without_a_model() -> None:
     with fake_runner() as runner, RunnerClient(runner.address) as client:
         runner.model = None
         assert client.status().state is State.IDLE
@@ -53,7 +53,7 @@ def test_nothing_loaded_until_a_load() -> None:
         assert client.load("org/name").model == client.status().model
 
 
-def test_what_does_not_fit_is_refused_unless_it_is_overridden() -> None:
+def test_a_model_that_does_not_fit_is_refused_unless_overridden() -> None:
     with fake_runner() as runner, RunnerClient(runner.address) as client:
         runner.model, runner.available_bytes = None, runner.model_bytes - 1
         assert not client.estimate("org/name").fits
@@ -66,7 +66,7 @@ def test_what_does_not_fit_is_refused_unless_it_is_overridden() -> None:
         assert client.load("org/name", dtype="bfloat16")
 
 
-def test_what_fits_only_as_stored() -> None:
+def test_a_model_that_fits_only_as_stored_falls_back() -> None:
     with fake_runner() as runner, RunnerClient(runner.address) as client:
         runner.available_bytes = runner.model_bytes - 1
         estimate = client.estimate("org/name", dtype="auto_or_stored")
@@ -79,7 +79,7 @@ def test_what_fits_only_as_stored() -> None:
         assert not client.load("org/name", dtype="auto_or_stored").model.dtype_fallback
 
 
-def test_a_trim_beside_a_load_is_refused() -> None:
+def test_a_trim_during_a_load_is_refused() -> None:
     with fake_runner() as runner, RunnerClient(runner.address) as client:
         runner.load_seconds = 30.0
         load = threading.Thread(target=_load_until_closed, args=(client,))
@@ -97,7 +97,7 @@ def _load_until_closed(client: RunnerClient) -> None:
         client.load("org/name")
 
 
-def test_several_fakes_at_once() -> None:
+def test_several_fakes_run_side_by_side() -> None:
     with fake_runner(pieces="ab") as one, fake_runner(pieces="cd", listen="unix") as two:
         assert one.address != two.address
         with RunnerClient(one.address) as first, RunnerClient(two.address) as second:
@@ -111,7 +111,7 @@ def test_a_finished_completion_is_not_cancelled() -> None:
         assert not runner.cancelled.is_set()
 
 
-def test_it_ends_its_calls_its_threads_and_its_socket() -> None:
+def test_leaving_the_block_ends_calls_threads_and_socket() -> None:
     before = threading.active_count()
     with fake_runner(listen="unix") as runner:
         runner.stall_after = 1
@@ -128,7 +128,7 @@ def test_it_ends_its_calls_its_threads_and_its_socket() -> None:
     assert threading.active_count() <= before + 1
 
 
-def test_log_probabilities_are_told_if_they_are_asked_for() -> None:
+def test_log_probabilities_are_returned_on_request() -> None:
     with fake_runner(pieces=("é", "!")) as runner, RunnerClient(runner.address) as client:
         entries = client.complete("Hi", logprobs=3).logprobs
         assert [(entry.token_id, entry.text) for entry in entries] == [(0, "é"), (1, "!")]
@@ -136,7 +136,7 @@ def test_log_probabilities_are_told_if_they_are_asked_for() -> None:
         assert not client.complete("Hi").logprobs
 
 
-def test_headers_come_before_the_first_piece() -> None:
+def test_headers_come_before_the_first_chunk() -> None:
     with fake_runner() as runner, grpc.insecure_channel(runner.address) as channel:
         runner.stall_after = 0
         call = runner_pb2_grpc.RunnerServiceStub(channel).Completion(pb.CompletionRequest())

@@ -1,4 +1,4 @@
-"""Every row of the error table, through a real call, sync and async."""
+"""Every row of the error table, raised by real calls, sync and async."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from runner_client import AsyncRunnerClient, RunnerClient, errors
 from runner_client.rpc import translate
 from runner_client.testing import Failure, fake_runner
 
-# The class differs from row to row, and with it the attributes.
+# Any, because each row's class has attributes of its own.
 ErrorOf = Callable[[Failure], Any]
 
 BY_REASON = [
@@ -112,7 +112,7 @@ def test_an_unknown_reason_is_kept_and_the_code_decides(
     assert str(error) == "said why"
 
 
-def test_a_reason_of_another_domain_is_not_ours() -> None:
+def test_a_reason_of_another_domain_is_ignored() -> None:
     code = grpc.StatusCode.UNAVAILABLE
     error = sync_error(Failure("BUSY", "a proxy", code=code, domain="proxy.example"))
     assert type(error) is errors.RunnerUnavailableError
@@ -155,14 +155,14 @@ def test_the_model_is_read(error_of: ErrorOf) -> None:
 
 
 @pytest.mark.parametrize("number", ["", "many", "-1", "1.5"])
-def test_a_number_that_is_none_is_left_out(number: str) -> None:
+def test_an_invalid_number_is_left_out(number: str) -> None:
     error = sync_error(Failure("INSUFFICIENT_MEMORY", metadata={"requiredBytes": number}))
     assert isinstance(error, errors.InsufficientMemoryError)
     assert error.required_bytes is None
     assert error.metadata == {"requiredBytes": number}
 
 
-def test_details_that_are_no_protobuf_are_left_out() -> None:
+def test_details_that_cannot_be_decoded_are_left_out() -> None:
     class Strange(grpc.RpcError):
         def code(self) -> grpc.StatusCode:
             return grpc.StatusCode.INTERNAL

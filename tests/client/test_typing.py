@@ -1,4 +1,4 @@
-"""What a type checker sees of the library; running it is a smoke test."""
+"""The types of the public API, for type checkers; running these tests is a smoke test."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def runner() -> Iterator[FakeRunner]:
         yield assert_type(fake, FakeRunner)
 
 
-def test_the_sync_client(runner: FakeRunner) -> None:
+def test_the_sync_client_has_precise_types(runner: FakeRunner) -> None:
     with RunnerClient(runner.address) as client:
         assert_type(client, RunnerClient)
         assert_type(client.load("m", dtype="float32"), LoadResult)
@@ -61,7 +61,7 @@ def test_the_sync_client(runner: FakeRunner) -> None:
             assert_type(chunk.done_reason, DoneReason | None)
 
 
-async def test_the_async_client(runner: FakeRunner) -> None:
+async def test_the_async_client_has_precise_types(runner: FakeRunner) -> None:
     async with AsyncRunnerClient(runner.address) as client:
         assert_type(client, AsyncRunnerClient)
         assert_type(await client.load("m", dtype="float32"), LoadResult)
@@ -79,7 +79,7 @@ async def test_the_async_client(runner: FakeRunner) -> None:
         assert_type(await client.unload(), int)
 
 
-def test_a_process() -> None:
+def test_a_process_has_precise_types() -> None:
     runner = RunnerProcess("model")
     assert_type(runner.pid, int | None)
     assert_type(runner.address, str | None)
@@ -92,7 +92,7 @@ def test_a_process() -> None:
 if TYPE_CHECKING:
 
     def sync_process(runner: RunnerProcess) -> None:
-        """What needs a model to run."""
+        """Check the types of calls on a running process; never executed."""
         assert_type(runner.load(), MemoryEstimate)
         assert_type(runner.wait_until_running(), LoadResult)
         assert_type(runner.restart(), LoadResult)
@@ -101,7 +101,7 @@ if TYPE_CHECKING:
         assert_type(runner.trim(), int)
 
     async def async_process(runner: AsyncRunnerProcess) -> None:
-        """The same in asyncio."""
+        """Check the types of asyncio calls on a running process; never executed."""
         assert_type(await runner.load(), MemoryEstimate)
         assert_type(await runner.wait_until_running(), LoadResult)
         assert_type(runner.completion("x"), AsyncCompletionStream)

@@ -1,4 +1,4 @@
-"""The rules of streams' and loads' time limits, with a clock of the test's own."""
+"""The time limits of streams and loads, with explicit clock readings."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def test_after_the_first_token_only_the_idle_limit_runs() -> None:
     assert stream.deadline(5000.0) == 5010.0
 
 
-def test_no_limit_is_for_ever() -> None:
+def test_without_limits_the_deadline_is_infinite() -> None:
     stream = timer(first=None, idle=None)
     assert stream.deadline(0.0) == math.inf
     stream.received(TEXT)
     assert stream.deadline(0.0) == math.inf
 
 
-def test_the_error_says_which_limit_it_was() -> None:
+def test_the_error_names_the_limit() -> None:
     stream = timer()
     stream.deadline(1000.0)
     assert stream.expired(1100.0).phase == "first_token"
@@ -80,7 +80,7 @@ def status(progress: int, age: float | None = None) -> Status:
     return dataclasses.replace(made, last_progress_age_seconds=age)
 
 
-def test_a_load_moves_when_its_progress_does() -> None:
+def test_rising_progress_counts_as_movement() -> None:
     watch = LoadWatch(10.0, now=0.0)
     for second in range(100):
         watch.observe(status(progress=second), now=float(second))
@@ -88,7 +88,7 @@ def test_a_load_moves_when_its_progress_does() -> None:
         watch.observe(status(progress=99), now=109.0)
 
 
-def test_a_load_moves_when_the_engine_says_so() -> None:
+def test_a_recent_engine_step_counts_as_movement() -> None:
     watch = LoadWatch(10.0, now=0.0)
     for second in range(100):
         watch.observe(status(progress=50, age=0.5), now=float(second))
@@ -97,7 +97,7 @@ def test_a_load_moves_when_the_engine_says_so() -> None:
         watch.observe(status(progress=50, age=12.0), now=110.0)
 
 
-def test_a_load_moves_when_its_state_changes() -> None:
+def test_a_change_of_state_counts_as_movement() -> None:
     watch = LoadWatch(10.0, now=0.0)
     watch.observe(status(progress=0), now=0.0)
     idle = dataclasses.replace(status(progress=0), state=State.IDLE)
@@ -105,14 +105,14 @@ def test_a_load_moves_when_its_state_changes() -> None:
     watch.observe(idle, now=18.0)
 
 
-def test_a_status_that_cannot_be_had_is_no_movement() -> None:
+def test_an_unavailable_status_does_not_count_as_movement() -> None:
     watch = LoadWatch(10.0, now=0.0)
     watch.observe(None, now=9.0)
     with pytest.raises(errors.RunnerTimeoutError):
         watch.observe(None, now=10.0)
 
 
-def test_a_load_without_a_limit_may_stand_still() -> None:
+def test_a_load_without_a_limit_never_times_out() -> None:
     LoadWatch(None, now=0.0).observe(None, now=1e9)
 
 
@@ -137,13 +137,13 @@ def test_a_disarmed_deadline_is_forgotten() -> None:
     assert called == []
 
 
-def test_a_deadline_that_never_comes_needs_no_thread() -> None:
+def test_an_infinite_deadline_needs_no_thread() -> None:
     before = threading.active_count()
     Watchdog().arm(1, math.inf, lambda: None)
     assert threading.active_count() == before
 
 
-def test_the_watchdog_ends_by_itself_and_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_idle_watchdog_thread_ends_and_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runner_client.rpc.watchdog._LINGER_SECONDS", 0.05)
     watchdog = Watchdog()
     for _ in range(2):
@@ -158,7 +158,7 @@ def test_the_watchdog_ends_by_itself_and_starts_again(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Timeouts)])
 @pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan])
-def test_a_timeout_that_makes_no_sense_is_refused(name: str, value: float) -> None:
+def test_an_invalid_timeout_is_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=name):
         Timeouts(**{name: value})
 
