@@ -1,4 +1,4 @@
-"""The estimate of the client is the plan of the server: asked once, and cached."""
+"""The client's estimate is the plan of the server, computed in a child process and cached."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Build = Callable[..., Path]
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
-    """Counts the processes that are asked; answers are cached for this test alone."""
+    """Record the processes started for estimates, with a cache folder of this test alone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     commands: list[Any] = []
     run = subprocess.run
@@ -44,7 +44,7 @@ def copy_of(model: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("options", [{}, {"parallel": 16, "context_length": 300}])
-def test_it_is_the_servers_own_plan(
+def test_the_estimate_equals_the_servers_plan(
     model_dir: Build, asked: list[Any], options: dict[str, Any]
 ) -> None:
     path = model_dir()
@@ -56,7 +56,7 @@ def test_it_is_the_servers_own_plan(
     assert (found.notes, len(asked)) == ((), 1)
 
 
-def test_an_answer_is_asked_for_once_until_a_file_changes(
+def test_an_estimate_is_cached_until_a_file_changes(
     model_dir: Build, asked: list[Any], tmp_path: Path
 ) -> None:
     path = copy_of(model_dir(), tmp_path / "model")
@@ -70,9 +70,7 @@ def test_an_answer_is_asked_for_once_until_a_file_changes(
     assert len(asked) == 3
 
 
-def test_a_damaged_cache_costs_time_only(
-    model_dir: Build, asked: list[Any], tmp_path: Path
-) -> None:
+def test_a_damaged_cache_is_ignored(model_dir: Build, asked: list[Any], tmp_path: Path) -> None:
     first = estimate(str(model_dir()))
     for file in (tmp_path / "cache/mlx-runner/estimates").glob("*.json"):
         file.write_text("{")
@@ -81,7 +79,7 @@ def test_a_damaged_cache_costs_time_only(
 
 
 @pytest.mark.usefixtures("asked")
-def test_what_a_load_would_refuse_is_refused(model_dir: Build, tmp_path: Path) -> None:
+def test_an_estimate_refuses_whatever_a_load_would_refuse(model_dir: Build, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         estimate(str(model_dir()), context_length=4096)
     assert caught.value.field_violations[0][0] == "context_length"
@@ -91,7 +89,7 @@ def test_what_a_load_would_refuse_is_refused(model_dir: Build, tmp_path: Path) -
         estimate(str(path))
 
 
-def test_a_process_that_gives_no_answer_leaves_the_headers(
+def test_without_an_answer_of_the_process_the_headers_are_used(
     model_dir: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Several runners behind one channel: gRPC's own load balancing with our health (scaling.md)."""
+"""Client-side load balancing of gRPC over several runners, by health (docs/scaling.md)."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ CONFIG = {
 
 @pytest.fixture
 async def three(start_server: StartServer) -> list[Server]:
-    """Three servers on ports."""
+    """Start three servers on TCP ports."""
     return [await start_server(listen="127.0.0.1:0") for _ in range(3)]
 
 
 class Balanced:
-    """One channel to several servers."""
+    """A channel to several servers."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._stub = runner_pb2_grpc.RunnerServiceStub(channel)
 
-    async def asked(self, count: int) -> Counter[str]:
-        """How many of so many calls each server got."""
+    async def calls_by_server(self, count: int) -> Counter[str]:
+        """Make ``count`` calls and return the number of calls answered by each server."""
         calls = [
             self._stub.Status(pb.StatusRequest(), timeout=DEADLINE_SECONDS) for _ in range(count)
         ]
         return Counter([answer.runner_id for answer in await asyncio.gather(*calls)])
 
-    async def reaches(self, count: int) -> bool:
-        """Whether calls go to so many servers."""
-        return len(await self.asked(2 * count + 2)) == count
+    async def reaches_servers(self, count: int) -> bool:
+        """Return whether calls go to exactly ``count`` servers."""
+        return len(await self.calls_by_server(2 * count + 2)) == count
 
 
 @asynccontextmanager
@@ -57,48 +57,48 @@ async def balanced(servers: list[Server], config: object = CONFIG) -> AsyncItera
 
 
 async def drain(server: Server) -> None:
-    """As at the beginning of its end: it is there, and takes no new work."""
+    """Report NOT_SERVING, as a server does when a shutdown begins."""
     await server.app._health.set(SERVICE_NAME, health_pb2.HealthCheckResponse.NOT_SERVING)
 
 
-async def test_calls_go_around(three: list[Server]) -> None:
+async def test_calls_are_spread_evenly(three: list[Server]) -> None:
     async with balanced(three) as channel:
-        await eventually(lambda: channel.reaches(3))
-        assert sorted((await channel.asked(30)).values()) == [10, 10, 10]
+        await eventually(lambda: channel.reaches_servers(3))
+        assert sorted((await channel.calls_by_server(30)).values()) == [10, 10, 10]
 
 
-async def test_one_that_is_stopping_gets_none(three: list[Server]) -> None:
+async def test_a_stopping_server_gets_no_calls(three: list[Server]) -> None:
     async with balanced(three) as channel:
-        await eventually(lambda: channel.reaches(3))
+        await eventually(lambda: channel.reaches_servers(3))
         await drain(three[0])
-        await eventually(lambda: channel.reaches(2))
+        await eventually(lambda: channel.reaches_servers(2))
         gone = (await three[0].status()).runner_id
-        assert gone not in await channel.asked(20)
+        assert gone not in await channel.calls_by_server(20)
 
 
-async def test_without_health_it_would(three: list[Server]) -> None:
+async def test_without_health_checks_a_stopping_server_gets_calls(three: list[Server]) -> None:
     config: dict[str, object] = {"loadBalancingConfig": [{"round_robin": {}}]}
     async with balanced(three, config) as channel:
-        await eventually(lambda: channel.reaches(3))
+        await eventually(lambda: channel.reaches_servers(3))
         await drain(three[0])
-        assert (await three[0].status()).runner_id in await channel.asked(20)
+        assert (await three[0].status()).runner_id in await channel.calls_by_server(20)
 
 
-async def test_one_that_is_gone_gets_none_and_no_call_fails(three: list[Server]) -> None:
+async def test_a_stopped_server_gets_no_calls_and_none_fail(three: list[Server]) -> None:
     async with balanced(three) as channel:
-        await eventually(lambda: channel.reaches(3))
+        await eventually(lambda: channel.reaches_servers(3))
         await three[0].app.close()
         for _ in range(20):
-            assert sum((await channel.asked(4)).values()) == 4
-        assert await channel.reaches(2)
+            assert sum((await channel.calls_by_server(4)).values()) == 4
+        assert await channel.reaches_servers(2)
 
 
-async def test_one_that_comes_back_gets_its_share(
+async def test_a_restarted_server_gets_calls_again(
     three: list[Server], start_server: StartServer
 ) -> None:
     async with balanced(three) as channel:
-        await eventually(lambda: channel.reaches(3))
+        await eventually(lambda: channel.reaches_servers(3))
         await three[0].app.close()
-        await eventually(lambda: channel.reaches(2))
+        await eventually(lambda: channel.reaches_servers(2))
         await start_server(listen=three[0].ready.address)
-        await eventually(lambda: channel.reaches(3))
+        await eventually(lambda: channel.reaches_servers(3))

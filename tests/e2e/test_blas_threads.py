@@ -1,4 +1,4 @@
-"""OpenBLAS in a runner: as many threads as a model has use for, and none that spin."""
+"""OpenBLAS in a runner: a thread count that suits the model, and no spinning threads."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ print(json.dumps([threads, blas.openblas_get_num_procs(), os.environ["OPENBLAS_T
 
 @pytest.fixture
 def openblas() -> dict[str, str]:
-    """The environment of a runner with OpenBLAS in front."""
+    """Return the environment of a runner with OpenBLAS preloaded."""
     blas = find_blas()
     if blas is None or blas.name != "OpenBLAS":
         pytest.skip("no OpenBLAS is installed: apt-get install libopenblas0-pthread")
@@ -61,7 +61,7 @@ def _threads(
     return threads, cores, timeout
 
 
-def test_one_thread_for_small_matrices_and_all_for_others(
+def test_a_small_model_uses_one_thread_and_a_large_one_all(
     openblas: dict[str, str], model_dir: Callable[..., Path]
 ) -> None:
     large = model_dir(hidden_size=512, intermediate_size=1024, vocab_size=4096)
@@ -72,7 +72,7 @@ def test_one_thread_for_small_matrices_and_all_for_others(
 
 @needs_cpu_group
 @pytest.mark.skipif(usable_cores().count < 2, reason="a quota of one core limits nothing here")
-def test_a_cpu_quota_leaves_one_thread_a_core(
+def test_a_cpu_quota_of_one_core_leaves_one_thread(
     openblas: dict[str, str], model_dir: Callable[..., Path]
 ) -> None:
     large = model_dir(hidden_size=512, intermediate_size=1024, vocab_size=4096)
@@ -82,7 +82,7 @@ def test_a_cpu_quota_leaves_one_thread_a_core(
     assert threads == [1]
 
 
-def test_what_the_user_says_stands(openblas: dict[str, str]) -> None:
+def test_variables_set_by_the_user_are_kept(openblas: dict[str, str]) -> None:
     environment = {**openblas, "OPENBLAS_NUM_THREADS": "2", "OPENBLAS_THREAD_TIMEOUT": "20"}
     threads, _, timeout = _threads(environment, DEMO)
     assert threads == [2]

@@ -1,4 +1,4 @@
-"""``mlx-runner`` as people run it: real processes, the embedded model, pipes, a terminal."""
+"""``mlx-runner`` in real processes: the embedded model, pipes and a terminal."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ pytestmark = [pytest.mark.mlx, pytest.mark.timeout(120)]
 COMMAND = Path(sysconfig.get_path("scripts")) / "mlx-runner"
 MODEL = str(demo_model())
 GONE_SECONDS = 10.0
-"""How long a process may take to be gone; far above what it takes."""
+"""Limit on the time until a process is gone; far above the usual."""
 
 FULL = {"MLX_RUNNER_GPU_OVERHEAD": str(2**50)}
-"""Makes every machine too small."""
+"""Environment in which every machine has too little memory."""
 
 LONG = ("run", MODEL, "import os\nimport sys\n", "--temperature", "0", "--context-length", "1024")
-"""Some seconds of text."""
+"""Command that generates text for some seconds."""
 
-# What a terminal is, for a command that this test sends keys to.
+# Runs a command in a pseudo-terminal, to which the test sends keys.
 IN_A_TERMINAL = (
     sys.executable,
     "-c",
@@ -65,7 +65,7 @@ def _run(
 
 @dataclass
 class Running:
-    """A command that runs."""
+    """Command in progress, with its pipes."""
 
     process: subprocess.Popen[bytes]
     stdin: IO[bytes]
@@ -73,12 +73,12 @@ class Running:
     stderr: IO[bytes]
 
     def finish(self) -> tuple[int, str, str]:
-        """Waits for its end: the exit code, and the rest of what it printed."""
+        """Wait for the exit; return the exit code and the rest of stdout and stderr."""
         out, err = self.process.communicate(timeout=60)
         return self.process.returncode, out.decode(), err.decode()
 
     def runner(self) -> psutil.Process:
-        """The runner that it has started."""
+        """Return the runner process started by the command."""
         found = [
             process
             for process in psutil.Process(self.process.pid).children(recursive=True)
@@ -112,7 +112,7 @@ def _running(
 
 
 def _read_until(stream: IO[bytes], wanted: bytes) -> bytes:
-    """Reads until something appears; a stream that ends before fails the test."""
+    """Read until ``wanted`` appears; fail if the stream ends first."""
     seen = b""
     while wanted not in seen:
         data = os.read(stream.fileno(), 4096)
@@ -126,7 +126,7 @@ def _assert_gone(runner: psutil.Process) -> None:
     assert not runner.is_running()
 
 
-def test_demo() -> None:
+def test_demo_completes_and_leaves_no_process() -> None:
     result = _run("demo")
     assert result.returncode == 0, result.stderr
     assert result.stderr.splitlines()[0] == "loading the demo model"
@@ -164,7 +164,7 @@ def test_run_reads_the_prompt_from_standard_input_and_stops_at_a_string() -> Non
     assert "e" not in record["content"]
 
 
-def test_text_comes_while_it_is_generated_and_a_dead_runner_is_told() -> None:
+def test_text_is_streamed_and_a_dead_runner_is_reported() -> None:
     with _running([COMMAND, *LONG]) as command:
         assert os.read(command.stdout.fileno(), 1)
         runner = command.runner()
@@ -209,7 +209,7 @@ def test_a_killed_command_leaves_no_runner() -> None:
         _assert_gone(runner)
 
 
-def test_a_reader_that_goes_away_ends_it_quietly() -> None:
+def test_a_closed_pipe_ends_the_command_quietly() -> None:
     with _running([COMMAND, *LONG]) as command:
         assert os.read(command.stdout.fileno(), 1)
         runner = command.runner()
@@ -220,7 +220,7 @@ def test_a_reader_that_goes_away_ends_it_quietly() -> None:
     _assert_gone(runner)
 
 
-def test_the_demo_in_a_terminal_has_a_bar_and_no_colour_if_none_is_wanted() -> None:
+def test_demo_in_a_terminal_has_a_bar_and_obeys_no_color() -> None:
     with _running([*IN_A_TERMINAL, COMMAND, "demo"], {"NO_COLOR": "1"}) as command:
         code, out, _ = command.finish()
     assert code == 0, out
@@ -242,7 +242,7 @@ def test_the_demo_in_a_terminal_has_a_bar_and_no_colour_if_none_is_wanted() -> N
     ],
     ids=["gone", "no config", "bad config", "bad weights", "no tokenizer"],
 )
-def test_a_model_that_cannot_be_used(tmp_path: Path, break_model: object, says: str) -> None:
+def test_a_broken_model_is_reported(tmp_path: Path, break_model: object, says: str) -> None:
     model = tmp_path / "model"
     shutil.copytree(MODEL, model)
     assert callable(break_model)
@@ -254,7 +254,7 @@ def test_a_model_that_cannot_be_used(tmp_path: Path, break_model: object, says: 
     assert "Traceback" not in result.stderr
 
 
-def test_a_machine_that_is_too_small() -> None:
+def test_too_little_memory_is_reported() -> None:
     result = _run("run", MODEL, "hi", environment=FULL)
     assert result.returncode == 1
     assert re.fullmatch(r"error: .* requires [\d.]+ MiB, .*\n", result.stderr)
@@ -264,7 +264,7 @@ def test_a_machine_that_is_too_small() -> None:
     assert json.loads(_run("estimate", MODEL, "--json", environment=FULL).stdout)["fits"] is False
 
 
-def test_a_gate_that_is_overridden() -> None:
+def test_the_gate_can_be_overridden() -> None:
     arguments = ("run", MODEL, "hi", "--num-predict", "2", "--memory-override")
     assert _run(*arguments, environment=FULL).returncode == 0
 
@@ -284,14 +284,14 @@ def test_estimate_shows_parts_that_add_up() -> None:
     }
 
 
-def test_tokenize_and_back() -> None:
+def test_tokenize_and_detokenize_are_inverses() -> None:
     text = "def naïve(self):\n    return '😀'"
     record = json.loads(_run("tokenize", "--model", MODEL, "--json", text).stdout)
     ids = " ".join(map(str, record["token_ids"]))
     assert _run("tokenize", "--model", MODEL, "--detokenize", "-", given=ids).stdout == text + "\n"
 
 
-def test_serve_is_the_server(tmp_path: Path) -> None:
+def test_serve_runs_the_server(tmp_path: Path) -> None:
     address = f"unix:{tmp_path / 's'}"
     arguments = ("serve", "--model", MODEL, "--listen", address, "--parallel", "2")
     with _running([COMMAND, *arguments, "--context-length", "256"]) as server:
@@ -308,7 +308,7 @@ def test_serve_is_the_server(tmp_path: Path) -> None:
     assert _run("status", address).returncode == 1
 
 
-def test_doctor() -> None:
+def test_doctor_reports_its_findings_as_json() -> None:
     result = _run("doctor", "--json")
     report = json.loads(result.stdout)
     assert result.returncode == (0 if report["ok"] else 1)

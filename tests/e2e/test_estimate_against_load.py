@@ -1,4 +1,4 @@
-"""The estimate against what the server's own load takes: weights, transient, KV cache."""
+"""The estimate against the memory of real loads: weights, transients and KV cache."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def active_bytes() -> int:
 @pytest.mark.parametrize("bits", [None, 4, 8], ids=["bf16", "4-bit", "8-bit"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", ["as_stored", "float32", "bfloat16"])
-def test_weights_and_peak(model_dir: ModelDir, shape: str, bits: int | None, dtype: DType) -> None:
+def test_the_estimate_covers_weights_and_peak(
+    model_dir: ModelDir, shape: str, bits: int | None, dtype: DType
+) -> None:
     path = model_dir(shape, dtype="bfloat16", quantize_bits=bits, **SIZES, **SHAPES[shape])
     need = estimate(str(path), context_length=256, parallel=1, dtype=dtype)
     before = active_bytes()
@@ -58,13 +60,13 @@ def test_weights_and_peak(model_dir: ModelDir, shape: str, bits: int | None, dty
     grown = active_bytes() - before
     assert model.info.weight_bytes == pytest.approx(need.weight_bytes, rel=0.01)
     assert grown == pytest.approx(need.weight_bytes, rel=0.03)
-    # The peak includes one warm-up completion, so that nothing of the need is left out.
+    # The peak includes one warm-up completion, so it covers every part of the need.
     peak = mx.get_peak_memory() - before
     assert grown <= peak <= need.total_bytes
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_transient_of_a_conversion(model_dir: ModelDir, shape: str) -> None:
+def test_the_estimate_covers_the_transient_of_a_conversion(model_dir: ModelDir, shape: str) -> None:
     path = model_dir(shape, dtype="bfloat16", **SIZES, **SHAPES[shape])
     need = estimate(str(path), dtype="float32", parallel=1)
     before = active_bytes()
@@ -72,16 +74,18 @@ def test_transient_of_a_conversion(model_dir: ModelDir, shape: str) -> None:
     model = load(spec, lambda _progress: None)
     peak = mx.get_peak_memory() - before
     assert model.info.weight_bytes == need.weight_bytes
-    # The warm-up's own arrays are the rest: a token's activations and its KV cache.
+    # The rest belongs to the warm-up: the activations and KV cache of one token.
     kv_bytes = estimate(str(path), dtype="float32", context_length=2, parallel=1).kv_bytes
     transient = load_transient_bytes(model._model, read_model_directory(path))
     assert peak - need.weight_bytes <= transient + kv_bytes + MIB
-    # It is counted as far as what is taken later leaves no room for it.
+    # The estimate adds the part of it that later allocations do not cover.
     assert transient <= need.need.mlx_bytes - need.weight_bytes + need.load_transient_bytes
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kv_cache_of_a_full_context(model_dir: ModelDir, shape: str) -> None:
+def test_the_estimate_matches_the_kv_cache_of_a_full_context(
+    model_dir: ModelDir, shape: str
+) -> None:
     path = model_dir(shape, dtype="float32", **SIZES, **SHAPES[shape])
     need = estimate(str(path), dtype="float32", context_length=CONTEXT, parallel=1)
     spec = LoadSpec(str(path), context_length=CONTEXT, parallel=1, dtype=Dtype.FLOAT32)
@@ -89,16 +93,16 @@ def test_kv_cache_of_a_full_context(model_dir: ModelDir, shape: str) -> None:
     caches = make_prompt_cache(model._model)
     before = active_bytes()
     mx.eval(model._model(mx.zeros((1, CONTEXT - 2), dtype=mx.int32), cache=caches))
-    for _ in range(2):  # a rotating cache takes its final size when it decodes
+    for _ in range(2):  # a rotating cache reaches its final size in decode
         mx.eval(model._model(mx.zeros((1, 1), dtype=mx.int32), cache=caches))
     held = sum(cache.nbytes for cache in caches)
     if shape == "gemma3":
-        # A chunk of a prompt comes into a window before what leaves it goes.
+        # A window takes in a prompt chunk before it drops the oldest tokens.
         assert held <= need.kv_bytes <= 1.25 * held
     else:
         assert held == need.kv_bytes
     assert active_bytes() - before == pytest.approx(held, rel=0.02)
 
 
-def test_both_sides_know_the_same_types() -> None:
+def test_client_and_server_have_the_same_dtypes() -> None:
     assert set(get_args(DType)) == {dtype.value for dtype in Dtype}

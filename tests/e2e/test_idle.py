@@ -1,4 +1,4 @@
-"""A runner that has nothing to do takes no processor."""
+"""CPU time of an idle runner."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ MOST_OF_A_CORE = 0.01
 
 
 def _cpu_seconds(child: Child) -> float:
-    """What all threads of the process have taken since its start."""
+    """Return the CPU seconds used by the threads of the process since the start."""
     times = psutil.Process(child.process.pid).cpu_times()
     return times.user + times.system
 
 
 def _idle_share(child: Child) -> float:
-    """Of one core, in the quietest of some windows; the time is what is measured.
+    """Return the share of one core used in the quietest of some windows.
 
-    In the first one the server gives memory back, once: 30 ms on a busy machine.
+    In the first window the server frees memory once: 30 ms on a busy machine.
     """
     return min(_share(child) for _ in range(WINDOWS))
 
@@ -42,7 +42,7 @@ def _share(child: Child) -> float:
 
 
 def _watch_health(child: Child) -> None:
-    """As a host does: a stream that stays open."""
+    """Open a health stream and leave the stream open, as hosts do."""
     watch = child.channel.unary_stream(
         "/grpc.health.v1.Health/Watch",
         request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
@@ -53,11 +53,11 @@ def _watch_health(child: Child) -> None:
     next(call)
 
 
-def test_after_a_completion_it_takes_no_processor(tmp_path: Path, model_dir: Build) -> None:
+def test_a_runner_is_idle_after_completions(tmp_path: Path, model_dir: Build) -> None:
     with running(tmp_path) as child:
         child.load(model_dir())
         _watch_health(child)
-        # The last one is cancelled in the middle.
+        # The last completion is cancelled midway.
         for count in (20, 20, 1500):
             call = child.complete(count)
             read = 0
@@ -66,11 +66,11 @@ def test_after_a_completion_it_takes_no_processor(tmp_path: Path, model_dir: Bui
         call.cancel()  # type: ignore[attr-defined]  # it is a call
         child.wait_for(lambda: not child.status().running_count)
         assert _idle_share(child) < MOST_OF_A_CORE
-        # It had not gone to sleep for good.
+        # The engine still wakes up for new work.
         assert next(child.complete(5))
 
 
-def test_without_a_model_it_takes_no_processor(tmp_path: Path) -> None:
+def test_a_runner_without_a_model_is_idle(tmp_path: Path) -> None:
     with running(tmp_path) as child:
         child.wait_for(lambda: bool(child.status().device))
         assert _idle_share(child) < MOST_OF_A_CORE

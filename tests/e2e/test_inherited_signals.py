@@ -1,4 +1,4 @@
-"""Signals that a parent has blocked or ignored, and those that come before a server is there."""
+"""Signals blocked or ignored by a parent, and signals during the start of a server."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ import os, time
 os.write(1, b"importing\\n")
 time.sleep(600)
 """
-"""In place of grpc."""
+"""Stands in for the package grpc."""
 
 WAITING_START = """
 import os, sys
@@ -36,7 +36,7 @@ if "runner_server" in sys.orig_argv:
     os.write(1, b"starting\\n")
     os.read(0, 1)
 """
-"""Run by Python before its first own line."""
+"""Run by Python, as ``sitecustomize``, before the program's first line."""
 
 
 def _can_be_process_1() -> bool:
@@ -57,7 +57,7 @@ def started(
     hook: Path,
     front: Sequence[str] = (),
 ) -> Iterator[subprocess.Popen[str]]:
-    """A process that has got as far as its first line of output."""
+    """Start a process and wait for the first line of output."""
     path = os.pathsep.join(map(str, (hook, ROOT, ROOT / "proto")))
     process = subprocess.Popen(
         [*front, sys.executable, *arguments],
@@ -77,14 +77,14 @@ def started(
 
 @pytest.fixture
 def slow_import(tmp_path: Path) -> Path:
-    """A folder whose grpc takes ten minutes to import."""
+    """Return a folder with a package grpc that takes ten minutes to import."""
     (tmp_path / "grpc").mkdir()
     (tmp_path / "grpc/__init__.py").write_text(SLOW_IMPORT)
     return tmp_path
 
 
 @pytest.mark.parametrize("number", STOPS)
-def test_a_server_that_still_imports_ends_at_once(
+def test_a_signal_during_the_imports_ends_the_server_at_once(
     slow_import: Path, number: signal.Signals
 ) -> None:
     with started(SERVER, slow_import) as process:
@@ -95,10 +95,10 @@ def test_a_server_that_still_imports_ends_at_once(
 @needs_namespaces
 @pytest.mark.parametrize("number", STOPS)
 @pytest.mark.parametrize("arguments", [SERVER, COMMAND], ids=["server", "command"])
-def test_process_1_that_still_imports_ends_at_once(
+def test_a_signal_during_the_imports_ends_process_1_at_once(
     slow_import: Path, number: signal.Signals, arguments: tuple[str, ...]
 ) -> None:
-    """The kernel ignores what process 1 of a container has no handler for."""
+    """The kernel ignores signals for which process 1 of a container has no handler."""
     with started(arguments, slow_import, AS_PROCESS_1) as unshare:
         (first,) = psutil.Process(unshare.pid).children()
         first.send_signal(number)
@@ -106,7 +106,7 @@ def test_process_1_that_still_imports_ends_at_once(
 
 
 @pytest.mark.parametrize("number", STOPS)
-def test_a_signal_while_the_command_becomes_the_server_is_not_lost(
+def test_a_signal_while_serve_execs_the_server_is_not_lost(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(WAITING_START)
@@ -120,7 +120,7 @@ def test_a_signal_while_the_command_becomes_the_server_is_not_lost(
 
 @pytest.fixture
 def blocked_stops() -> Iterator[None]:
-    """Both signals blocked on this thread, which its children inherit."""
+    """Block both signals on this thread, for children to inherit."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     yield
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -138,7 +138,7 @@ def test_a_server_started_with_blocked_signals_stops(
 
 @pytest.fixture
 def own_kernels(tmp_path: Path) -> dict[str, str]:
-    """Variables of a runner that has no kernels yet."""
+    """Return variables of a runner without compiled kernels."""
     (tmp_path / "tmp").mkdir()
     return {"TMPDIR": str(tmp_path / "tmp")}
 
@@ -152,11 +152,11 @@ def test_a_host_that_blocks_signals_can_stop_its_child(model_dir: Callable[..., 
 
 
 @pytest.mark.mlx
-@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
-def test_a_host_that_ignores_the_end_of_children_gets_a_runner_that_does_not(
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_a_host_that_ignores_sigchld_gets_a_runner_that_does_not(
     model_dir: Callable[..., Path], tmp_path: Path, own_kernels: dict[str, str]
 ) -> None:
-    """MLX has to learn how g++ ended."""
+    """MLX needs the exit status of g++."""
     mx = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:

@@ -1,4 +1,4 @@
-"""Where a runner's kernels come from: no other user's files, no half-written ones."""
+"""The kernels of a runner: no files of other users, and none cut short."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.server_child import DEADLINE_SECONDS, Child, running
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 pytestmark = [
     pytest.mark.mlx,
-    pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed"),
     pytest.mark.skipif(
         mx.default_device() != mx.Device(mx.cpu), reason="only MLX on the CPU compiles with g++"
     ),
@@ -34,20 +34,20 @@ __attribute__((constructor)) static void run() { std::ofstream("MARK") << "run";
 
 
 @pytest.fixture
-def places(tmp_path: Path) -> dict[str, str]:
-    """Variables that leave a server no other place than these for its kernels."""
+def folders(tmp_path: Path) -> dict[str, str]:
+    """Return an environment with kernel folders below ``tmp_path`` only."""
     for name in ("log", "tmp", "cache"):
         (tmp_path / name).mkdir()
     return {"TMPDIR": str(tmp_path / "tmp"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
 
 
 def kernels_below(folder: Path) -> list[Path]:
-    """Fused kernels that are kept in a folder."""
+    """Return the fused kernels below a folder."""
     return [file for file in folder.rglob("lib*.so") if "check" not in file.name]
 
 
 def answer(child: Child) -> list[int]:
-    """Three greedy tokens."""
+    """Generate three greedy tokens."""
     options = pb.CompletionOptions(num_predict=3, temperature=0, logit_bias={0: -100})
     request = pb.CompletionRequest(prompt="def", options=options)
     call = child.stub.Completion(request, timeout=DEADLINE_SECONDS)
@@ -56,24 +56,24 @@ def answer(child: Child) -> list[int]:
 
 @contextmanager
 def serving(
-    folder: Path, places: dict[str, str], code: str | None = None, **env: str
+    folder: Path, folders: dict[str, str], code: str | None = None, **env: str
 ) -> Iterator[Child]:
-    """A server with these places for its kernels."""
-    variables = {**places, **env}
+    """Run a server with these folders for kernels."""
+    variables = {**folders, **env}
     with running(folder / "log", "--listen", "127.0.0.1:0", code=code, **variables) as child:
         yield child
 
 
-def test_kernels_of_a_killed_server_are_there_for_the_next(
-    tmp_path: Path, places: dict[str, str], model_dir: Build
+def test_kernels_of_a_killed_server_are_reused(
+    tmp_path: Path, folders: dict[str, str], model_dir: Build
 ) -> None:
-    with serving(tmp_path, places) as child:
+    with serving(tmp_path, folders) as child:
         child.load(model_dir())
         child.process.kill()
         child.wait()
     kept = {file.stat().st_ino for file in kernels_below(tmp_path / "tmp")}
     assert kept
-    with serving(tmp_path, places) as child:
+    with serving(tmp_path, folders) as child:
         child.load(model_dir())
         child.process.terminate()
         assert child.wait() == 0
@@ -82,12 +82,12 @@ def test_kernels_of_a_killed_server_are_there_for_the_next(
     assert not list((tmp_path / "tmp").rglob("*.cpp"))
 
 
-def test_a_kernel_cut_short_is_compiled_again(
-    tmp_path: Path, places: dict[str, str], model_dir: Build
+def test_a_truncated_kernel_is_compiled_again(
+    tmp_path: Path, folders: dict[str, str], model_dir: Build
 ) -> None:
     answers = []
     for _ in range(2):
-        with serving(tmp_path, places) as child:
+        with serving(tmp_path, folders) as child:
             child.load(model_dir())
             answers.append(answer(child))
             child.process.terminate()
@@ -100,10 +100,10 @@ def test_a_kernel_cut_short_is_compiled_again(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 def test_another_users_kernels_are_not_executed(
-    tmp_path: Path, places: dict[str, str], model_dir: Build
+    tmp_path: Path, folders: dict[str, str], model_dir: Build
 ) -> None:
     shared, own = tmp_path / "tmp", tmp_path / "cache"
-    with serving(tmp_path, places) as child:
+    with serving(tmp_path, folders) as child:
         child.load(model_dir())
         child.process.terminate()
         child.wait()
@@ -112,7 +112,7 @@ def test_another_users_kernels_are_not_executed(
     source.write_text(PLANTED.replace("MARK", str(tmp_path / "mark")))
     compiler = shutil.which("g++") or "g++"
     subprocess.run([compiler, "-shared", "-fPIC", source, "-o", planted], check=True)
-    # Where MLX alone would look, and where this project's folder would be.
+    # Plant files where MLX alone would look, and in this project's own folder.
     mlx = shared / "mlx" / VERSION / "cpu"
     mlx.mkdir(parents=True)
     for file in (*(mlx / name for name in names), *kernels_below(shared)):
@@ -120,7 +120,7 @@ def test_another_users_kernels_are_not_executed(
         shutil.copy(planted, file)
     for file in shared.rglob("*"):
         os.chown(file, OTHER_USER, OTHER_USER)
-    with serving(tmp_path, places) as child:
+    with serving(tmp_path, folders) as child:
         child.load(model_dir())
         assert len(answer(child)) == 3
     assert not (tmp_path / "mark").exists()
@@ -146,16 +146,16 @@ os.execvp("unshare", ["unshare", "--mount", "sh", "-c", {mounts!r}, {folder!r},
 
 @pytest.mark.parametrize("is_everywhere", [False, True])
 def test_a_folder_mounted_noexec_is_not_used(
-    tmp_path: Path, places: dict[str, str], model_dir: Build, is_everywhere: bool
+    tmp_path: Path, folders: dict[str, str], model_dir: Build, is_everywhere: bool
 ) -> None:
-    """Where no other place is left, kernels are not fused, and the log says why."""
+    """Without another folder, kernels are not fused and the log says why."""
     folder = tmp_path if is_everywhere else tmp_path / "tmp"
     model = model_dir()
     if not _can_mount(folder):
         pytest.skip("mount namespaces are not allowed here")
     code = SERVER.format(mounts=IN_NOEXEC, folder=str(folder))
     # The log lies below the folder, but was opened before the mount.
-    with serving(tmp_path, places, code, TMPDIR=str(folder)) as child:
+    with serving(tmp_path, folders, code, TMPDIR=str(folder)) as child:
         child.load(model)
         assert len(answer(child)) == 3
         child.process.terminate()
@@ -168,14 +168,14 @@ def test_a_folder_mounted_noexec_is_not_used(
 
 
 def test_a_broken_compiler_switches_fusing_off(
-    tmp_path: Path, places: dict[str, str], model_dir: Build
+    tmp_path: Path, folders: dict[str, str], model_dir: Build
 ) -> None:
     (tmp_path / "bin").mkdir()
     gxx = tmp_path / "bin/g++"
     gxx.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "no cc1plus"\nexit 1\n')
     gxx.chmod(0o755)
     path = os.pathsep.join((str(gxx.parent), os.environ["PATH"]))
-    with serving(tmp_path, places, PATH=path) as child:
+    with serving(tmp_path, folders, PATH=path) as child:
         child.load(model_dir())
         assert len(answer(child)) == 3
         assert "not fused" in child.log.read_text()

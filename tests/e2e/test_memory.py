@@ -1,4 +1,4 @@
-"""What a runner's process takes and gives back, measured from outside."""
+"""Memory taken and released by the process of a runner, measured from outside."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SWAPPED = (
 
 
 def process_bytes(pid: int | None, name: str = "VmRSS") -> int:
-    """A figure of /proc: the resident set, or with VmHWM the highest it ever was."""
+    """Return the resident set from /proc, or the peak of the resident set with VmHWM."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
@@ -49,7 +49,7 @@ def process_bytes(pid: int | None, name: str = "VmRSS") -> int:
 
 
 def wait_below(pid: int | None, limit: int, seconds: float) -> None:
-    """Returns when the resident set is at most ``limit``: the promise is a time."""
+    """Wait until the resident set is at most ``limit``; fail after ``seconds``."""
     end = time.monotonic() + seconds
     while process_bytes(pid) > limit:
         assert time.monotonic() < end, f"{process_bytes(pid) / MIB:.0f} of {limit / MIB:.0f} MiB"
@@ -57,14 +57,14 @@ def wait_below(pid: int | None, limit: int, seconds: float) -> None:
 
 
 async def fill(runner: AsyncRunnerProcess, streams: int, tokens: int, seed: int = 1) -> None:
-    """Lets streams with different prompts generate tokens together."""
+    """Generate tokens in concurrent streams with different prompts."""
     options = Options(num_predict=tokens, logit_bias={0: -100.0})
     prompts = [[1 + (seed + 7 * row + i) % 400 for i in range(64)] for row in range(streams)]
     await asyncio.gather(*(runner.complete(prompt, options=options) for prompt in prompts))
 
 
 @pytest.mark.parametrize("prefix_cache_bytes", [0, None, 24 * MIB], ids=["off", "default", "fixed"])
-async def test_the_estimate_holds_and_an_idle_runner_gives_its_heap_back(
+async def test_the_estimate_holds_and_an_idle_runner_frees_its_heap(
     model_dir: Build, prefix_cache_bytes: int | None
 ) -> None:
     async with AsyncRunnerProcess(
@@ -86,7 +86,7 @@ async def test_the_estimate_holds_and_an_idle_runner_gives_its_heap_back(
 
 
 async def test_the_estimate_counts_a_large_tokenizer(model_dir: Build, tmp_path: Path) -> None:
-    """While it is read it takes 360 MiB, and 100 afterwards."""
+    """Reading the tokenizer takes 360 MiB, of which 100 MiB remain."""
     path = Path(shutil.copytree(model_dir(**WIDE), tmp_path / "model"))
     write_large_tokenizer(path)
     async with AsyncRunnerProcess(str(path), parallel=2, context_length=512) as runner:
@@ -99,8 +99,8 @@ async def test_the_estimate_counts_a_large_tokenizer(model_dir: Build, tmp_path:
         assert loaded <= estimate.total_bytes - estimate.load_transient_bytes
 
 
-async def test_a_limit_holds_whatever_runs(model_dir: Build) -> None:
-    """Fewer run together where the limit leaves less; what MLX holds stays within it."""
+async def test_the_memory_limit_holds_under_load(model_dir: Build) -> None:
+    """A lower limit runs fewer requests at once; the memory of MLX stays within the limit."""
     path = model_dir(**WIDE)
     with RunnerProcess(str(path), parallel=8, context_length=512) as full:
         limit = full.status().memory_usage.limit_bytes
@@ -124,7 +124,7 @@ def child(tmp_path: Path) -> Iterator[Child]:
         yield child
 
 
-def test_after_sixty_models_the_process_is_as_it_was(child: Child, tmp_path: Path) -> None:
+def test_sixty_loads_leave_no_memory_behind(child: Child, tmp_path: Path) -> None:
     models = [write_model(tmp_path / name, scaled(name)) for name in SWAPPED]
     fresh = process_bytes(child.process.pid)
     for round_ in range(60):
@@ -135,8 +135,8 @@ def test_after_sixty_models_the_process_is_as_it_was(child: Child, tmp_path: Pat
             wait_below(child.process.pid, fresh + 16 * MIB, IDLE_SECONDS)
 
 
-def test_the_server_keeps_free_what_the_gate_keeps_free(model_dir: Build, tmp_path: Path) -> None:
-    """Other languages have no gate: ``Load`` refuses by the same numbers."""
+def test_the_server_keeps_the_headroom_of_the_gate(model_dir: Build, tmp_path: Path) -> None:
+    """Clients in other languages have no gate: ``Load`` refuses by the same numbers."""
     request = pb.LoadRequest(model=str(model_dir()), context_length=64, parallel=1)
     with running(tmp_path, MLX_RUNNER_GPU_OVERHEAD=str(1 << 50)) as child:
         about = pb.EstimateRequest(model=request.model, context_length=64, parallel=1)
@@ -151,7 +151,7 @@ def test_the_server_keeps_free_what_the_gate_keeps_free(model_dir: Build, tmp_pa
         assert child.status().memory_usage.reserved_bytes >= estimate.required_bytes
 
 
-def test_no_format_is_chosen_in_silence(model_dir: Build) -> None:
+def test_the_format_of_weights_never_changes_silently(model_dir: Build) -> None:
     with pytest.raises(LoadRequiresFullError, match="auto_or_stored"):
         RunnerProcess(
             str(model_dir(quantize_bits=4, dtype="bfloat16")),

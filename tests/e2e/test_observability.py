@@ -1,4 +1,4 @@
-"""A real process from outside: scraped over HTTP, its log read as JSON, its spans collected."""
+"""Observability of a real process: metrics over HTTP, a JSON log and exported spans."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Build = Callable[..., Path]
 
 @pytest.fixture
 def spans() -> Iterator[tuple[str, queue.Queue[Any]]]:
-    """Takes what a server exports; its address, and the spans."""
+    """Run a collector of spans; yield the address of the collector and a queue of spans."""
     found: queue.Queue[Any] = queue.Queue()
 
     class Collector(BaseHTTPRequestHandler):
@@ -47,7 +47,7 @@ def spans() -> Iterator[tuple[str, queue.Queue[Any]]]:
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
-            """The test's output is not the place."""
+            """Keep requests out of the test's output."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
@@ -65,7 +65,7 @@ def _scrape(address: str) -> str:
     return text
 
 
-def test_a_process_is_seen_from_outside(
+def test_metrics_log_and_spans_of_a_process_agree(
     tmp_path: Path, model_dir: Build, spans: tuple[str, queue.Queue[Any]]
 ) -> None:
     endpoint, exported = spans
@@ -75,10 +75,10 @@ def test_a_process_is_seen_from_outside(
         assert list(child.complete(5))[-1].eval_count == 5
         address = re.search(r"metrics on (http://127.0.0.1:\d+/metrics)", child.log.read_text())
         assert address
-        # It is counted once the caller has its last message, one figure after the other.
+        # Metrics are updated one by one once the caller has the last message.
         child.wait_for(lambda: "time_to_first_token_seconds_bucket" in _scrape(address[1]))
         scraped = _scrape(address[1])
-        # This one is cut off by the end: its line and its span are not lost.
+        # The shutdown interrupts this request; its log line and span must not be lost.
         next(child.complete(10_000))
         child.process.send_signal(signal.SIGINT)
         assert child.wait() == 0, child.log.read_text()
@@ -91,7 +91,7 @@ def test_a_process_is_seen_from_outside(
     line, cut = [entry for entry in log if entry.get("method") == "Completion"]
     assert (line["code"], line["generated_tokens"], line["finish_reason"]) == ("OK", 5, "length")
     assert (cut["code"], cut["reason"]) == ("UNAVAILABLE", "SHUTTING_DOWN")
-    # What was not sent yet is sent before the end.
+    # Pending spans are sent before the exit.
     sent = [exported.get(timeout=DEADLINE_SECONDS) for _ in range(3)]
     names = [span.name.rpartition("/")[2] for _, span in sent]
     assert sorted(names) == ["Completion", "Completion", "Load"]

@@ -1,4 +1,4 @@
-"""What go-plugin's ``Kill`` asks of a server process: to end, and only its own child."""
+"""go-plugin's ``Kill`` ends the host's own server, and no other."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def _shut_down(child: Child) -> None:
     assert shutdown(b"", timeout=DEADLINE_SECONDS) == b""
 
 
-def test_go_plugin_ends_the_server_that_it_started(tmp_path: Path) -> None:
+def test_go_plugin_can_end_the_server_it_started(tmp_path: Path) -> None:
     with running(tmp_path, PLUGIN_PROTOCOL_VERSIONS="1") as child:
         _shut_down(child)
         assert child.wait() == 0
 
 
-def test_nobody_ends_another_server_by_a_call(tmp_path: Path) -> None:
+def test_no_other_server_can_be_ended_by_a_call(tmp_path: Path) -> None:
     with running(tmp_path) as child:
         with pytest.raises(grpc.RpcError) as caught:
             _shut_down(child)

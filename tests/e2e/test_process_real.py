@@ -43,7 +43,7 @@ from runner_client import Options, RunnerProcess
 
 runner = RunnerProcess({model!r}, context_length=32_000)
 runner.load()
-# A sibling, made while the pipe to the child is open, that outlives us.
+# A sibling that outlives this process, started while the pipe to the child is open.
 sibling = {sibling}
 {until}
 print(runner.pid, sibling, flush=True)
@@ -70,14 +70,14 @@ EngineThread._load = waiting
 """
 NOTHING_FREE = """
 import dataclasses
-from mlxrunner import hostmemory
+from runner_common.host_memory import free
 
-measure = hostmemory.free_memory
-hostmemory.free_memory = lambda: dataclasses.replace(
+measure = free.free_memory
+free.free_memory = lambda: dataclasses.replace(
     measure(), source="system", available_bytes=1, system_bytes=1
 )
 """
-"""Has a server find no memory free."""
+"""Makes a server measure no free memory."""
 
 WAIT = "runner.wait_until_running()\n"
 GENERATE = "stream = runner.completion('x', options=Options(num_predict=100_000))\nnext(stream)\n"
@@ -86,18 +86,18 @@ READ_ON = "for _ in stream: pass"
 
 @pytest.fixture(scope="module")
 def model(model_dir: Callable[..., Path]) -> str:
-    """With room for a completion that takes a minute."""
+    """Build a model with room for a completion of a minute."""
     return str(model_dir(max_position_embeddings=32_000))
 
 
 @pytest.fixture(scope="module")
 def running(model: str) -> Iterator[RunnerProcess]:
-    """One runner that several tests share."""
+    """Run one runner, shared by several tests."""
     with RunnerProcess(model, context_length=512, parallel=2) as runner:
         yield runner
 
 
-def test_what_is_known_of_it(running: RunnerProcess, model: str) -> None:
+def test_the_properties_agree_with_the_status(running: RunnerProcess, model: str) -> None:
     status = running.status()
     assert status.state is State.ACTIVE
     assert status.pid == running.pid
@@ -111,7 +111,7 @@ def test_what_is_known_of_it(running: RunnerProcess, model: str) -> None:
     assert running.ping() < 1
 
 
-def test_a_completion(running: RunnerProcess) -> None:
+def test_the_figures_of_a_completion_agree(running: RunnerProcess) -> None:
     options = Options(num_predict=12, temperature=0)
     completion = running.complete("The quick", options=options, logprobs=2)
     assert completion.done_reason in (DoneReason.LENGTH, DoneReason.STOP)
@@ -123,24 +123,24 @@ def test_a_completion(running: RunnerProcess) -> None:
     assert "".join(chunk.content for chunk in stream) == completion.content
 
 
-def test_tokens_and_text_are_inverses(running: RunnerProcess) -> None:
+def test_tokenize_and_detokenize_are_inverses(running: RunnerProcess) -> None:
     text = "na\u00efve \u65e5\u672c\u8a9e \U0001f600"
     assert running.detokenize(running.tokenize(text)) == text
 
 
-def test_a_wrong_request_names_its_field(running: RunnerProcess) -> None:
+def test_an_invalid_request_names_its_field(running: RunnerProcess) -> None:
     with pytest.raises(errors.InvalidRequestError) as caught:
         running.complete("Hi", options=Options(temperature=-1))
     assert [field for field, _ in caught.value.field_violations] == ["options.temperature"]
 
 
-def test_a_prompt_that_is_too_long_tells_its_numbers(running: RunnerProcess) -> None:
+def test_a_prompt_that_is_too_long_reports_its_length(running: RunnerProcess) -> None:
     with pytest.raises(errors.PromptTooLongError) as caught:
         running.complete([1] * 600)
     assert (caught.value.prompt_tokens, caught.value.context_length) == (600, 512)
 
 
-def test_another_client_may_call_it(running: RunnerProcess) -> None:
+def test_another_client_with_the_token_may_call(running: RunnerProcess) -> None:
     assert running.address is not None
     with RunnerClient(running.address, token=running.token) as client:
         assert client.is_serving("mlxrunner.v1.RunnerService")
@@ -148,8 +148,8 @@ def test_another_client_may_call_it(running: RunnerProcess) -> None:
 
 
 @pytest.mark.parametrize("token", [None, "x" * 43])
-def test_another_user_of_the_machine_may_not(running: RunnerProcess, token: str | None) -> None:
-    """Who finds the port, but was not given the token."""
+def test_a_client_without_the_token_is_refused(running: RunnerProcess, token: str | None) -> None:
+    """Another user may find the port, but does not have the token."""
     assert running.address is not None
     with RunnerClient(running.address, token=token) as client:
         assert client.is_serving()
@@ -167,7 +167,7 @@ def test_another_user_of_the_machine_may_not(running: RunnerProcess, token: str 
     assert running.status().state is State.ACTIVE
 
 
-def test_its_token_is_where_no_other_user_can_look(running: RunnerProcess) -> None:
+def test_the_token_is_hidden_from_other_users(running: RunnerProcess) -> None:
     assert running.token
     assert len(running.token) >= 43
     child = psutil.Process(running.pid)
@@ -178,7 +178,7 @@ def test_its_token_is_where_no_other_user_can_look(running: RunnerProcess) -> No
     assert running.token not in known
 
 
-def test_leaving_a_stream_frees_its_place(model: str) -> None:
+def test_leaving_a_stream_frees_its_slot(model: str) -> None:
     with RunnerProcess(model, context_length=32_000, parallel=1) as runner:
         for _ in runner.completion("x", options=LONG):
             break
@@ -196,7 +196,7 @@ def test_over_a_unix_socket(model: str) -> None:
     assert not path.parent.exists()
 
 
-def test_it_stops_in_order(model: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_close_stops_the_server_in_order(model: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "runner_client")
     with RunnerProcess(model) as runner:
         pass
@@ -205,7 +205,7 @@ def test_it_stops_in_order(model: str, caplog: pytest.LogCaptureFixture) -> None
     assert "stopping on SIGINT" in caplog.text
 
 
-def test_killed_in_a_stream_it_tells_in_less_than_a_second(model: str) -> None:
+def test_a_kill_mid_stream_is_reported_within_a_second(model: str) -> None:
     with RunnerProcess(model, context_length=32_000) as runner:
         stream = runner.completion("x", options=LONG)
         next(stream)
@@ -219,7 +219,7 @@ def test_killed_in_a_stream_it_tells_in_less_than_a_second(model: str) -> None:
     assert any("listening on" in line for line in caught.value.stderr_tail)
 
 
-async def test_the_same_in_asyncio(model: str) -> None:
+async def test_a_kill_mid_stream_is_reported_within_a_second_in_asyncio(model: str) -> None:
     async with AsyncRunnerProcess(model, context_length=32_000) as runner:
         stream = runner.completion("x", options=LONG)
         await anext(stream)
@@ -232,7 +232,7 @@ async def test_the_same_in_asyncio(model: str) -> None:
         assert time.monotonic() - begin < 1
 
 
-async def test_many_streams_in_asyncio(model: str) -> None:
+async def test_concurrent_streams_in_asyncio_get_equal_tokens(model: str) -> None:
     options = Options(num_predict=16, temperature=0)
     async with AsyncRunnerProcess(model, parallel=4) as runner:
         completions = await asyncio.gather(
@@ -242,10 +242,10 @@ async def test_many_streams_in_asyncio(model: str) -> None:
         assert runner.context_length > 0
 
 
-def test_close_while_it_loads(model: str, tmp_path: Path) -> None:
+def test_close_ends_a_load(model: str, tmp_path: Path) -> None:
     seen: list[Status] = []
     ends: list[BaseException] = []
-    # Its load ends only with it, however late the one is that waits for it.
+    # The load ends only with the runner, however late the waiting thread starts.
     runner = RunnerProcess(model, env=hooked(tmp_path, LOADS_WHEN_STOPPED))
     runner.load()
 
@@ -276,7 +276,7 @@ def test_an_overridden_gate_overrides_the_server_too(model: str, tmp_path: Path)
         assert runner.complete("Hi", options=Options(num_predict=1)).eval_count == 1
 
 
-def test_restart_after_a_crash(model: str) -> None:
+def test_restart_after_a_crash_starts_a_new_runner(model: str) -> None:
     with RunnerProcess(model) as runner:
         first, runner_id = runner.pid, runner.status().runner_id
         assert first is not None
@@ -291,7 +291,7 @@ def test_restart_after_a_crash(model: str) -> None:
     assert codes == [None, -signal.SIGKILL, 0]
 
 
-def test_it_outlives_the_thread_that_started_it(model: str) -> None:
+def test_a_child_outlives_the_thread_that_started_it(model: str) -> None:
     runner = RunnerProcess(model)
     thread = threading.Thread(target=runner.load)
     thread.start()
@@ -307,7 +307,7 @@ def test_it_outlives_the_thread_that_started_it(model: str) -> None:
 def parent(
     model: str, until: str, then: str = "", sibling: str = SPAWNED
 ) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A program that has a runner; gives its process and the runner's id."""
+    """Start a program with a runner; yield the program and the pid of the runner."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "proto")])}
     script = PARENT.format(model=model, until=until, then=then, sibling=sibling)
     process = subprocess.Popen(
@@ -330,7 +330,7 @@ def parent(
     [(WAIT, ""), ("", ""), (WAIT + GENERATE, READ_ON)],
     ids=["idle", "loading", "generating"],
 )
-def test_a_killed_parent_takes_the_child_along(model: str, until: str, then: str) -> None:
+def test_a_killed_parent_ends_its_child(model: str, until: str, then: str) -> None:
     with parent(model, until, then) as (process, child):
         assert not is_gone(child)
         process.kill()
@@ -338,14 +338,14 @@ def test_a_killed_parent_takes_the_child_along(model: str, until: str, then: str
         assert wait_until(lambda: is_gone(child)) < 2
 
 
-def test_a_fork_that_holds_the_pipe_does_not_keep_the_child(model: str) -> None:
+def test_a_fork_that_holds_the_pipe_does_not_keep_the_child_alive(model: str) -> None:
     with parent(model, WAIT, sibling=FORKED) as (process, child):
         process.kill()
         process.wait()
         assert wait_until(lambda: is_gone(child)) < 2
 
 
-def test_an_interrupted_parent_takes_the_child_along(model: str) -> None:
+def test_an_interrupted_parent_ends_its_child(model: str) -> None:
     with parent(model, WAIT) as (process, child):
         process.send_signal(signal.SIGINT)
         process.wait(20)
@@ -353,7 +353,7 @@ def test_an_interrupted_parent_takes_the_child_along(model: str) -> None:
 
 
 def test_a_host_that_ignores_interrupts_can_stop_its_child(model: str) -> None:
-    """As one does that a shell has started in the background; its child inherits it."""
+    """A shell starts background jobs with SIGINT ignored, and children inherit this."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with RunnerProcess(model) as runner:
@@ -363,7 +363,7 @@ def test_a_host_that_ignores_interrupts_can_stop_its_child(model: str) -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_model_that_is_none_starts_no_child(tmp_path: Path, model: str) -> None:
+def test_an_unsupported_model_starts_no_child(tmp_path: Path, model: str) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in Path(model).iterdir():

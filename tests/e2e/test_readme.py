@@ -1,4 +1,4 @@
-"""What README shows works as it is written there."""
+"""README: the examples run, the error table is complete."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ ERRORS = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
-def test_there_are_examples() -> None:
+def test_the_readme_has_two_python_examples() -> None:
     assert len(BLOCKS) == 2
 
 
-def test_it_is_short() -> None:
+def test_the_readme_is_short() -> None:
     assert len(README.split()) <= 900
 
 

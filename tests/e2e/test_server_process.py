@@ -1,4 +1,4 @@
-"""The server as a process of its own, with a real model: start, signals, orphans, the end."""
+"""The server as a real process with a real model: start, signals, orphans and exit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROMISED_SECONDS = 2.0
 
 
 def _at_once(_child: Child, _model: Path) -> None:
-    """While the engine's thread still imports MLX."""
+    """Do nothing: the engine thread is still importing MLX."""
 
 
 def _idle(child: Child, _model: Path) -> None:
@@ -53,11 +53,11 @@ PHASES = [_at_once, _idle, _loading, _decoding]
 
 @pytest.fixture(scope="session")
 def deep(model_dir: Build) -> Path:
-    """A model of many small parts, whose load can be seen."""
+    """Build a model of many small layers, with a load long enough to observe."""
     return model_dir("llama", num_hidden_layers=60)
 
 
-def test_the_ready_line_is_first_and_alone(tmp_path: Path, model_dir: Build) -> None:
+def test_stdout_has_the_ready_line_and_nothing_else(tmp_path: Path, model_dir: Build) -> None:
     with running(tmp_path) as child:
         assert child.line.startswith("1|1|tcp|127.0.0.1:")
         assert child.line.endswith("|grpc\n")
@@ -82,7 +82,7 @@ sys.exit(main())
 """
 
 
-def test_it_answers_while_the_model_library_is_still_imported(tmp_path: Path) -> None:
+def test_a_server_answers_while_it_still_imports_mlx(tmp_path: Path) -> None:
     with running(tmp_path, code=_BLOCKED_IMPORT) as child:
         health: Any = health_pb2_grpc.HealthStub(child.channel)
         for service in HEALTH_SERVICES:
@@ -114,7 +114,7 @@ def test_nothing_slow_is_imported_before_the_ready_line() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_signal_ends_it_in_order(
+def test_a_signal_stops_the_server_in_order(
     tmp_path: Path, socket_dir: Path, deep: Path, phase: Phase, number: signal.Signals
 ) -> None:
     path = socket_dir / "s"
@@ -129,7 +129,7 @@ def test_a_signal_ends_it_in_order(
         assert "Traceback" not in log
 
 
-def test_a_stream_ends_with_a_reason(tmp_path: Path, deep: Path) -> None:
+def test_a_signal_ends_streams_with_a_reason(tmp_path: Path, deep: Path) -> None:
     with running(tmp_path) as child:
         child.load(deep)
         call = child.complete(1000)
@@ -142,7 +142,7 @@ def test_a_stream_ends_with_a_reason(tmp_path: Path, deep: Path) -> None:
         assert child.wait() == 0
 
 
-def test_a_second_signal_ends_it_at_once(tmp_path: Path, model_dir: Build) -> None:
+def test_a_second_signal_ends_the_server_at_once(tmp_path: Path, model_dir: Build) -> None:
     code = BREAK_STEPS.format(what="import threading; threading.Event().wait()").replace(
         "_DRAIN_SECONDS = 0.3", "_DRAIN_SECONDS = 60"
     )
@@ -156,8 +156,8 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path, model_dir: Build) -> No
         assert time.monotonic() - started < PROMISED_SECONDS
 
 
-def test_a_step_that_hangs_does_not_hold_the_process(tmp_path: Path, model_dir: Build) -> None:
-    """Nor does it abort: Python's end would end the thread within MLX."""
+def test_a_hanging_step_does_not_block_the_exit(tmp_path: Path, model_dir: Build) -> None:
+    """The exit must not abort either, while a thread is still inside MLX."""
     code = BREAK_STEPS.format(what=COMPUTE)
     for _ in range(4):
         with running(tmp_path, code=code) as child:
@@ -167,7 +167,7 @@ def test_a_step_that_hangs_does_not_hold_the_process(tmp_path: Path, model_dir: 
             assert "did not end" in child.log.read_text()
 
 
-def test_a_dead_engine_ends_the_process_with_its_code(tmp_path: Path, model_dir: Build) -> None:
+def test_a_dead_engine_ends_the_process_with_code_70(tmp_path: Path, model_dir: Build) -> None:
     code = BREAK_STEPS.format(what="raise RuntimeError('broken on purpose')")
     for _ in range(2):
         with running(tmp_path, code=code) as child:
@@ -185,7 +185,7 @@ def _hang(child: Child, model: Path) -> None:
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_without_its_parent_it_is_gone(tmp_path: Path, deep: Path, phase: Phase) -> None:
+def test_a_server_exits_when_its_stdin_closes(tmp_path: Path, deep: Path, phase: Phase) -> None:
     code = SLOW_LOAD if phase is _loading else None
     with running(tmp_path, "--exit-with-parent", code=code) as child:
         phase(child, deep)
@@ -207,7 +207,7 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize("stdin", ["PIPE", "DEVNULL"])
-def test_it_goes_with_a_killed_parent(tmp_path: Path, stdin: str) -> None:
+def test_a_server_exits_with_a_killed_parent(tmp_path: Path, stdin: str) -> None:
     with (tmp_path / "log").open("wb") as log:
         parent = subprocess.Popen(
             [sys.executable, "-c", _PARENT.replace("STDIN", stdin)],
@@ -222,14 +222,14 @@ def test_it_goes_with_a_killed_parent(tmp_path: Path, stdin: str) -> None:
         assert stub.Status(pb.StatusRequest(), timeout=DEADLINE_SECONDS).pid == pid
     parent.kill()
     started = time.monotonic()
-    # Its end closes the pipe that it shared with its parent.
+    # The server's exit closes the pipe that it shared with its parent.
     assert parent.stdout.read() == b""
     assert time.monotonic() - started < PROMISED_SECONDS
     parent.stdout.close()
     parent.wait()
 
 
-def test_without_the_option_it_outlives_its_stdin(tmp_path: Path) -> None:
+def test_without_the_option_a_server_outlives_its_stdin(tmp_path: Path) -> None:
     with running(tmp_path) as child:
         assert child.process.stdin
         child.process.stdin.close()
@@ -237,7 +237,7 @@ def test_without_the_option_it_outlives_its_stdin(tmp_path: Path) -> None:
         assert child.status().state == pb.STATE_IDLE
 
 
-def test_it_never_aborts_at_its_end(tmp_path: Path, model_dir: Build) -> None:
+def test_the_exit_never_aborts(tmp_path: Path, model_dir: Build) -> None:
     for _ in range(5):
         with running(tmp_path, "--model", str(model_dir())) as child:
             child.wait_for(lambda c=child: c.status().state == pb.STATE_ACTIVE)  # type: ignore[misc]
@@ -246,7 +246,7 @@ def test_it_never_aborts_at_its_end(tmp_path: Path, model_dir: Build) -> None:
             assert child.wait() == 0, child.log.read_text()
 
 
-def test_a_second_server_on_the_port_says_so_and_fails(tmp_path: Path) -> None:
+def test_a_second_server_on_the_same_port_fails_with_a_message(tmp_path: Path) -> None:
     with running(tmp_path) as child:
         second = subprocess.run(
             [sys.executable, "-m", "runner_server", "--listen", child.ready.address],
@@ -262,7 +262,7 @@ def test_a_second_server_on_the_port_says_so_and_fails(tmp_path: Path) -> None:
         assert child.status().pid == child.process.pid
 
 
-def test_without_the_model_of_its_command_line_it_exits(tmp_path: Path) -> None:
+def test_a_server_exits_if_the_model_of_its_command_line_is_missing(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "runner_server", "--model", "/nowhere/at/all"],
         cwd=tmp_path,
@@ -277,14 +277,14 @@ def test_without_the_model_of_its_command_line_it_exits(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_proxy_in_the_environment_is_nothing_to_it(tmp_path: Path, model_dir: Build) -> None:
+def test_proxy_variables_are_ignored(tmp_path: Path, model_dir: Build) -> None:
     proxy = "http://127.0.0.1:9"
     with running(tmp_path, http_proxy=proxy, https_proxy=proxy, grpc_proxy=proxy) as child:
         child.load(model_dir())
         assert list(child.complete(2))[-1].eval_count == 2
 
 
-def test_memory_comes_back_with_unload(tmp_path: Path, deep: Path) -> None:
+def test_unload_frees_the_memory(tmp_path: Path, deep: Path) -> None:
     with running(tmp_path) as child:
         for _ in range(2):
             child.load(deep)

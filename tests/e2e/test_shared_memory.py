@@ -1,7 +1,7 @@
-"""Several runners in one control group: whoever passes the gate is never killed for memory.
+"""Several runners in one control group: no runner admitted by the gate is OOM-killed.
 
-Every client is a process of its own inside the group, whose limit is set once all of them
-stand before the gate: then there is room for so many runners and not for one more.
+Each client is a separate process in the group. The group's limit is set once every client is
+ready to load, so that a known number of runners fits and not one more.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MINIMUM_BYTES = 64 * MIB
 USUAL = {"context_length": 256, "parallel": 24}
 SHORT = {"context_length": 64, "parallel": 2, "prefix_cache_bytes": 0}
 KEPT = {"prefix_cache_bytes": 96 * MIB}
-"""As much for evaluated prompts as for running ones; it fills as they end."""
+"""A prefix cache as large as the KV caches of running requests; it fills as these end."""
 
 HEAVY = {
     "hidden_size": 1024,
@@ -48,17 +48,17 @@ from runner_client.testing import fake_runner
 
 settings = json.loads(sys.argv[1])
 runner = RunnerProcess(settings.pop("model"), **settings)
-# What the client itself takes, it has taken before the limit is set.
+# Allocate the client's own memory before the limit is set.
 with fake_runner() as fake, RunnerClient(fake.address) as client:
     client.complete("x")
 
-def told():
+def next_line():
     return sys.stdin.readline().strip()
 
 numbers = itertools.count()
 
 def fill(_):
-    # No two alike, and all of the context: evaluated or generated.
+    # Distinct prompts that fill the context, by prefill and decode.
     count, number = settings["context_length"], next(numbers)
     prompt = [3 + (number * 7 + at) % 400 for at in range(count - 16)]
     options = Options(num_predict=16, temperature=0, logit_bias={0: -100})
@@ -69,7 +69,7 @@ def stop_while_it_loads(grown):
     process = psutil.Process(runner.pid)
     begun, deadline = process.memory_info().rss, time.monotonic() + 30
     while process.memory_info().rss < begun + grown:
-        assert time.monotonic() < deadline, "it does not load"
+        assert time.monotonic() < deadline, "the load makes no progress"
         time.sleep(0.0005)
     os.kill(runner.pid, signal.SIGSTOP)
 
@@ -80,7 +80,7 @@ def act(command):
             runner.wait_until_running()
         except InsufficientMemoryError as error:
             runner.close()
-            raise RuntimeError(f"passed the gate, and was refused then: {error}") from error
+            raise RuntimeError(f"passed the gate and was refused afterwards: {error}") from error
     elif command == "half":
         runner.load()
         stop_while_it_loads(64 << 20)
@@ -93,7 +93,7 @@ def act(command):
         assert counts == {settings["context_length"]}, counts
     elif command == "read twice":
         for _ in range(2):
-            with open(told(), "rb", buffering=0) as file:
+            with open(next_line(), "rb", buffering=0) as file:
                 while file.read(1 << 20):
                     pass
     elif command == "has fallen back":
@@ -104,7 +104,7 @@ def act(command):
         assert runner.exit_code == 0, runner.exit_code
 
 print("ready", flush=True)
-while command := told():
+while command := next_line():
     try:
         act(command)
     except InsufficientMemoryError as error:
@@ -135,23 +135,23 @@ class Client:
         )
 
     def tell(self, command: str) -> None:
-        """Has it do something."""
+        """Send a command to the client."""
         assert self.process.stdin is not None
         self.process.stdin.write(command + "\n")
         self.process.stdin.flush()
 
     def answer(self) -> str:
-        """What came of it."""
+        """Read the result of a command."""
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
     def ask(self, command: str) -> str:
-        """Has it do something, and waits for what comes of it."""
+        """Send a command to the client and wait for the result."""
         self.tell(command)
         return self.answer()
 
     def end(self) -> None:
-        """Ends it; its runner goes with it."""
+        """End the client, and the runner with the client."""
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):
@@ -167,7 +167,7 @@ class Client:
 def clients(
     group: ControlGroup, model: Path, count: int, **settings: object
 ) -> Iterator[list[Client]]:
-    """Clients that stand before the gate."""
+    """Start clients, ready to load."""
     found = [Client(group, model, **settings) for _ in range(count)]
     try:
         assert [client.answer() for client in found] == ["ready"] * count
@@ -178,23 +178,23 @@ def clients(
 
 
 def need_of(model: Path, **settings: object) -> MemoryEstimate:
-    """What one runner needs; the answer is cached for the clients."""
+    """Return the need of one runner, which also caches the answer for the clients."""
     return estimate(str(model), **(USUAL | settings))  # type: ignore[arg-type]  # checked by estimate
 
 
 def give_room(group: ControlGroup, need: MemoryEstimate, runners: float) -> None:
-    """Limits the group to what it holds and what so many runners need."""
+    """Limit the group to the memory in use plus the need of ``runners`` runners."""
     group.limit(group.held_bytes + MINIMUM_BYTES + int(runners * need.required_bytes))
 
 
 def close_all(found: list[Client]) -> None:
-    """Closes the runners, which end well."""
+    """Close the runners, and check that each exits with 0."""
     assert [client.ask("close") for client in found] == ["done"] * len(found)
 
 
 @pytest.fixture(scope="module")
 def much_kv(model_dir: Callable[..., Path]) -> Path:
-    """With 16 KiB of keys and values for each token: 96 MiB for all sequences."""
+    """Build a model with 16 KiB of KV cache per token: 96 MiB for 24 sequences."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 8, "intermediate_size": 32}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 32}
     return model_dir(**sizes, **heads)
@@ -202,17 +202,17 @@ def much_kv(model_dir: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def heavy(model_dir: Callable[..., Path]) -> Path:
-    """With 166 MiB of weights."""
+    """Build a model with 166 MiB of weights."""
     return model_dir(**HEAVY)
 
 
-def test_of_eight_clients_those_that_fit_pass_and_none_is_killed(much_kv: Path) -> None:
+def test_of_eight_clients_three_fit_and_none_is_killed(much_kv: Path) -> None:
     need = need_of(much_kv, **KEPT)
     with (
         control_group() as group,
         clients(group, much_kv, 8, **KEPT) as found,
     ):
-        # Pages of libraries count in each runner's need and are there once: some 55 MiB each.
+        # Library pages count in each runner's need but are shared: some 55 MiB each.
         give_room(group, need, 3.3)
         for client in found:
             client.tell("load")
@@ -228,13 +228,13 @@ def test_of_eight_clients_those_that_fit_pass_and_none_is_killed(much_kv: Path) 
         assert [client.answer() for client in admitted] == ["done"] * 3
         assert group.oom_kills == 0
         close_all(admitted)
-        # What they had is there for one of those that were refused.
+        # One of the refused clients fits into the memory that they freed.
         waiting = next(client for client in found if client not in admitted)
         assert waiting.ask("load") == "done"
         close_all([waiting])
 
 
-def test_what_an_idle_runner_may_still_take_is_not_promised_again(much_kv: Path) -> None:
+def test_memory_reserved_by_an_idle_runner_is_not_given_to_others(much_kv: Path) -> None:
     need = need_of(much_kv, **KEPT)
     with (
         control_group() as group,
@@ -242,7 +242,7 @@ def test_what_an_idle_runner_may_still_take_is_not_promised_again(much_kv: Path)
     ):
         give_room(group, need, 1.7)
         assert first.ask("load") == "done"
-        # There is memory for it now, but not when the first one has filled its contexts.
+        # Memory is free now, but not once the first runner has filled its contexts.
         assert second.ask("load").startswith("refused:")
         assert first.ask("fill") == "done"
         assert second.ask("load").startswith("refused:")
@@ -254,8 +254,8 @@ def test_what_an_idle_runner_may_still_take_is_not_promised_again(much_kv: Path)
         assert group.oom_kills == 0
 
 
-def test_one_that_fits_is_admitted_while_another_loads(heavy: Path) -> None:
-    """What the other has read already is not counted a second time."""
+def test_a_second_runner_is_admitted_while_the_first_loads(heavy: Path) -> None:
+    """Weights that the first runner has already read are not counted twice."""
     need = need_of(heavy, **SHORT)
     with (
         control_group() as group,
@@ -271,7 +271,7 @@ def test_one_that_fits_is_admitted_while_another_loads(heavy: Path) -> None:
         assert group.oom_kills == 0
 
 
-def test_a_file_that_was_read_twice_is_in_no_ones_way(heavy: Path, tmp_path: Path) -> None:
+def test_cached_pages_of_a_file_do_not_block_a_runner(heavy: Path, tmp_path: Path) -> None:
     need = need_of(heavy, **SHORT)
     with (
         control_group() as group,
@@ -289,7 +289,7 @@ def test_a_file_that_was_read_twice_is_in_no_ones_way(heavy: Path, tmp_path: Pat
         assert group.oom_kills == 0
 
 
-def test_a_model_falls_back_to_the_stored_format_only_if_it_may(
+def test_a_model_falls_back_to_the_stored_format_only_if_allowed(
     model_dir: Callable[..., Path],
 ) -> None:
     half = model_dir(**HEAVY, dtype="bfloat16")
@@ -312,7 +312,7 @@ def test_a_model_falls_back_to_the_stored_format_only_if_it_may(
 
 
 def test_default_prefix_caches_do_not_overcommit(much_kv: Path) -> None:
-    """Six runners with what is left for their prefix caches, each fed with many prompts."""
+    """Six runners share the remaining memory for prefix caches and get many prompts each."""
     need = need_of(much_kv)
     assert need.has_default_prefix_cache
     with control_group() as group, clients(group, much_kv, 6) as found:
