@@ -1,7 +1,7 @@
-"""Fault 7: what lies on the disk is broken, or changes while it is read.
+"""Fault 7: broken model files, changes during a load, and read errors.
 
-The same and more cases against the adapter alone: tests/adapter/test_broken_models.py. Here
-a real child refuses each with a typed error that names the file, and is usable afterwards.
+tests/adapter/test_broken_models.py has these and more cases without a process. Here a real child
+refuses each with a typed error that names the file, and works afterwards.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PROMISED_SECONDS = 5.0
 SECOND = "model-00002-of-00003.safetensors"
 
 
-def _config(**changes: object) -> Break:
+def _change_config(**changes: object) -> Break:
     def change(path: Path) -> None:
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps(config | changes))
@@ -45,7 +45,7 @@ def _remove(name: str) -> Break:
     return lambda path: (path / name).unlink()
 
 
-def _cut(path: Path) -> None:
+def _truncate(path: Path) -> None:
     file = path / SECOND
     data = file.read_bytes()
     file.write_bytes(data[: len(data) - 1000])
@@ -54,8 +54,8 @@ def _cut(path: Path) -> None:
 Entries = dict[str, dict[str, Any]]
 
 
-def _header(change: Callable[[Entries], object]) -> Break:
-    """Rewrites the header of a shard; the data stays as it is."""
+def _change_header(change: Callable[[Entries], object]) -> Break:
+    """Return a change to the header of a shard; the data stays."""
 
     def apply(path: Path) -> None:
         file = path / SECOND
@@ -69,28 +69,28 @@ def _header(change: Callable[[Entries], object]) -> Break:
     return apply
 
 
-def _longer(entries: Entries) -> None:
-    """The last tensor ends behind the file, and its shape agrees."""
+def _extend_last_tensor(entries: Entries) -> None:
+    """Extend the last tensor beyond the end of the file, with a matching shape."""
     entry = max(entries.values(), key=lambda each: each["data_offsets"][0])
     first, last = entry["data_offsets"]
     entry["data_offsets"] = [first, last + 10**9]
     entry["shape"] = [(last + 10**9 - first) // 4]
 
 
-def _behind(entries: Entries) -> None:
-    """Every tensor lies where the file has ended; its length is right."""
+def _move_tensors_beyond_end(entries: Entries) -> None:
+    """Move every tensor beyond the end of the file, with the right length."""
     for entry in entries.values():
         first, last = entry["data_offsets"]
         entry["data_offsets"] = [first + 10**12, last + 10**12]
 
 
-def _shape(entries: Entries) -> None:
-    """A shape that its length does not hold."""
+def _mismatch_shapes(entries: Entries) -> None:
+    """Give every tensor a shape too large for the length of the data."""
     for entry in entries.values():
         entry["shape"] = [2**40, 2**20]
 
 
-def _lie(length: int) -> Break:
+def _claim_header_length(length: int) -> Break:
     def apply(path: Path) -> None:
         file = path / SECOND
         file.write_bytes(struct.pack("<Q", length) + file.read_bytes()[8:])
@@ -98,8 +98,8 @@ def _lie(length: int) -> Break:
     return apply
 
 
-def _folder(name: str) -> Break:
-    """A directory in place of a file: not even root can read it as one."""
+def _replace_with_folder(name: str) -> Break:
+    """Return a change of a file to a directory, which not even root can read."""
 
     def apply(path: Path) -> None:
         (path / name).unlink()
@@ -110,36 +110,39 @@ def _folder(name: str) -> Break:
 
 DAMAGE: dict[str, tuple[Break, str]] = {
     "a shard is missing": (_remove(SECOND), SECOND),
-    "a shard is cut off": (_cut, SECOND),
-    "a length behind the end": (_header(_longer), SECOND),
-    "tensors behind the end": (_header(_behind), SECOND),
-    "a shape of another length": (_header(_shape), SECOND),
-    "a header longer than the file": (_lie(2**40), SECOND),
-    "a header of 2**63 bytes": (_lie(2**63), SECOND),
-    "a header of nothing": (_lie(0), SECOND),
-    "great width": (_config(hidden_size=2 * 10**9), "config.json"),
-    "absurd width": (_config(hidden_size=10**12), "config.json"),
-    "absurd vocabulary": (_config(vocab_size=10**12), "config.json"),
-    "absurd depth": (_config(num_hidden_layers=10**9), "config.json"),
-    "absurd heads": (_config(num_attention_heads=10**9, num_key_value_heads=10**9), "config.json"),
-    "negative depth": (_config(num_hidden_layers=-1), "config.json"),
-    "absurd depth of a part": (
-        _config(num_hidden_layers=None, text_config={"num_hidden_layers": 10**9}),
+    "a shard is truncated": (_truncate, SECOND),
+    "a tensor longer than the file": (_change_header(_extend_last_tensor), SECOND),
+    "tensors beyond the end": (_change_header(_move_tensors_beyond_end), SECOND),
+    "a shape of another size": (_change_header(_mismatch_shapes), SECOND),
+    "a header longer than the file": (_claim_header_length(2**40), SECOND),
+    "a header of 2**63 bytes": (_claim_header_length(2**63), SECOND),
+    "a header of 0 bytes": (_claim_header_length(0), SECOND),
+    "great width": (_change_config(hidden_size=2 * 10**9), "config.json"),
+    "absurd width": (_change_config(hidden_size=10**12), "config.json"),
+    "absurd vocabulary": (_change_config(vocab_size=10**12), "config.json"),
+    "absurd depth": (_change_config(num_hidden_layers=10**9), "config.json"),
+    "absurd heads": (
+        _change_config(num_attention_heads=10**9, num_key_value_heads=10**9),
+        "config.json",
+    ),
+    "negative depth": (_change_config(num_hidden_layers=-1), "config.json"),
+    "absurd depth of the text model": (
+        _change_config(num_hidden_layers=None, text_config={"num_hidden_layers": 10**9}),
         "config.json",
     ),
     "numbers of a million digits": (
         lambda path: (path / "config.json").write_text('{"model_type": ' + "9" * 10**6 + "}"),
         "config.json",
     ),
-    "a config nested for ever": (
+    "a deeply nested config": (
         lambda path: (path / "config.json").write_text("[" * 10**6),
         "config.json",
     ),
-    "absurd context": (_config(max_position_embeddings=10**30), "config.json"),
+    "absurd context": (_change_config(max_position_embeddings=10**30), "config.json"),
     "no tokenizer": (_remove("tokenizer.json"), "tokenizer"),
-    "config.json cannot be read": (_folder("config.json"), "config.json"),
-    "a shard cannot be read": (_folder(SECOND), SECOND),
-    "tokenizer.json cannot be read": (_folder("tokenizer.json"), "tokenizer"),
+    "config.json cannot be read": (_replace_with_folder("config.json"), "config.json"),
+    "a shard cannot be read": (_replace_with_folder(SECOND), SECOND),
+    "tokenizer.json cannot be read": (_replace_with_folder("tokenizer.json"), "tokenizer"),
 }
 
 
@@ -169,12 +172,12 @@ def copy(sound: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def client(runner: RunnerProcess) -> RunnerClient:
-    """Its own client: the process itself loads one model only."""
+    """Return the client of the runner; the runner itself loads only one model."""
     return runner._client
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_the_server_names_the_file_and_goes_on(
+def test_the_server_names_the_file_and_keeps_working(
     runner: RunnerProcess,
     client: RunnerClient,
     loads: CountedLoads,
@@ -199,7 +202,7 @@ def test_the_server_names_the_file_and_goes_on(
 
 @pytest.mark.parametrize("case", DAMAGE)
 def test_the_gate_names_the_file_or_lets_the_server_judge(copy: Path, case: str) -> None:
-    """It reads headers only; whatever it finds is of the tree, and quickly."""
+    """The gate reads only headers; any error is typed, and comes quickly."""
     damage, named = DAMAGE[case]
     damage(copy)
     began = time.monotonic()
@@ -213,35 +216,35 @@ def test_the_gate_names_the_file_or_lets_the_server_judge(copy: Path, case: str)
 
 WAIT_BEFORE_READING = """
 import os, time
-from runner_server.engine.request_registry import Ledger
-note_progress = Ledger.note_progress
+from runner_server.engine.request_registry import RequestRegistry
+note_progress = RequestRegistry.note_progress
 
 def wait(self, progress):
     note_progress(self, progress)
-    # All sizes are known then, and no weight is read.
+    # At 5 %, all sizes are known and no weight has been read.
     while progress == 5 and not os.path.exists({go!r}):
         time.sleep(0.01)
 
-Ledger.note_progress = wait
+RequestRegistry.note_progress = wait
 """
 
 
-def _cut_off(file: Path) -> None:
+def _truncate_to_4_kib(file: Path) -> None:
     with file.open("r+b") as stream:
         stream.truncate(4096)
 
 
-def _replace(file: Path) -> None:
-    """As a download that is begun again does it."""
+def _replace_with_empty_file(file: Path) -> None:
+    """Replace the file with an empty one, as a restarted download does."""
     file.unlink()
     file.write_bytes(b"")
 
 
-@pytest.mark.parametrize("change", [_cut_off, _replace])
-def test_a_model_that_changes_while_it_is_read(
+@pytest.mark.parametrize("change", [_truncate_to_4_kib, _replace_with_empty_file])
+def test_a_shard_that_changes_during_a_load_is_read_or_named(
     sound: Path, copy: Path, tmp_path: Path, change: Break
 ) -> None:
-    """Its sizes are known and its data is not yet read when a shard changes."""
+    """The shard changes when the sizes are known but the data has not been read."""
     (tmp_path / "hook").mkdir()
     go, loads = tmp_path / "go", CountedLoads(tmp_path)
     env = hooked(tmp_path / "hook", WAIT_BEFORE_READING.format(go=str(go)) + loads.code)
@@ -254,8 +257,8 @@ def test_a_model_that_changes_while_it_is_read(
         change(copy / SECOND)
         go.touch()
         error = load.result(20)
-        # A file that is open may be gone from its folder and be read all the same.
-        if change is _cut_off or error:
+        # An open file can still be read after its removal from the folder.
+        if change is _truncate_to_4_kib or error:
             assert isinstance(error, errors.ModelUnsupportedError), error
             assert SECOND in str(error)
         client.load(str(sound))
@@ -279,7 +282,9 @@ os.preadv = failing
 """
 
 
-def test_a_disk_that_fails_while_it_is_read(sound: Path, tmp_path: Path) -> None:
+def test_read_errors_name_the_file_and_the_server_keeps_working(
+    sound: Path, tmp_path: Path
+) -> None:
     (tmp_path / "hook").mkdir()
     broken, loads = tmp_path / "broken", CountedLoads(tmp_path)
     env = hooked(tmp_path / "hook", FAILING_READS.format(broken=str(broken)) + loads.code)

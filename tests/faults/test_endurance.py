@@ -1,6 +1,6 @@
-"""Fault 6: again and again; memory, descriptors and threads stay as they are.
+"""Fault 6: repeated loads and starts leak no memory, descriptors or threads.
 
-``FAULT_CYCLES`` says how many: by default 50 of models and 6 of processes, which take longer.
+``FAULT_CYCLES`` is the number of cycles: by default 50 loads and 6 processes, which take longer.
 ``--log-cli-level=INFO`` shows the figures.
 """
 
@@ -27,13 +27,13 @@ WARM_UP = 10
 SHORT = Options(num_predict=8, temperature=0, logit_bias={0: -100})
 MIB = 2**20
 PROMISED_BYTES_A_CYCLE = 20 * 2**10
-"""A twentieth of the model; layers whose random weights nobody evaluates cost twice that."""
+"""A twentieth of the model; layers left with unevaluated random weights cost twice that."""
 PROMISED_THREADS_A_CYCLE = 0.2
-"""Pools (asyncio's, gRPC's) start a thread when a task finds all others busy, up to their size:
-one more after 60 cycles on a busy machine. A leak grows with each cycle."""
+"""The thread pools of asyncio and gRPC grow, up to their size, when all threads are busy: by one
+after 60 cycles on a busy machine. A leak grows with each cycle."""
 
 
-def test_models_come_and_go_in_one_process(
+def test_repeated_loads_in_one_process_do_not_leak(
     model: str,
 ) -> None:
     with RunnerProcess(model) as runner:
@@ -54,7 +54,7 @@ def test_models_come_and_go_in_one_process(
     assert last[2] - first[2] < MODEL_CYCLES * PROMISED_THREADS_A_CYCLE, seen
 
 
-def test_processes_come_and_go(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_processes_do_not_leak(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runner_client.rpc.watchdog._LINGER_SECONDS", 0.05)
     me = psutil.Process()
     pids: list[int] = []

@@ -1,8 +1,8 @@
-"""Fault 1: a step that raises, once and twice in a row.
+"""Fault 1: steps raising once, and twice in a row.
 
-That the queue is served afterwards and that two in a row end everything is shown in
-tests/server/test_failing_steps.py with a fake library; here is how long it takes, and the
-same with MLX in a child and the client's errors.
+tests/server/test_failing_steps.py shows with a fake model library that the queue is served
+afterwards and that two failures in a row end the process. Here: how long that takes, and the
+same with MLX in a child and with the client's errors.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ RAISE_IN_A_BATCH = breaking(
     raise RuntimeError('broken on purpose')
     """
 )
-"""Not before three streams run and two requests wait."""
+"""Raises once three streams run and two requests wait."""
 
 
-async def test_three_streams_end_in_time_and_two_that_wait_are_served(server: Server) -> None:
+async def test_a_failed_step_ends_its_streams_in_time_and_the_queue_is_served(
+    server: Server,
+) -> None:
     await server.load(parallel=3)
     gate = server.backend.step_gate
     gate.shut()
@@ -60,14 +62,16 @@ async def test_three_streams_end_in_time_and_two_that_wait_are_served(server: Se
 
 @pytest.fixture(scope="module")
 def breakable(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunnerProcess]:
-    """A real runner whose step raises as soon as its batch is full and two wait."""
+    """Run a real runner whose step raises once the batch is full and two requests wait."""
     env = hooked(tmp_path_factory.mktemp("hook"), RAISE_IN_A_BATCH)
     with RunnerProcess(model, parallel=3, env=env) as runner:
         yield runner
 
 
 @pytest.mark.mlx
-def test_the_same_with_mlx_in_a_child(breakable: RunnerProcess) -> None:
+def test_a_failed_step_of_mlx_ends_its_streams_in_time_and_the_queue_is_served(
+    breakable: RunnerProcess,
+) -> None:
     ends: list[float] = []
 
     def stream() -> Exception | None:
@@ -78,7 +82,7 @@ def test_the_same_with_mlx_in_a_child(breakable: RunnerProcess) -> None:
 
     with in_threads(5) as pool:
         streams = [pool.submit(stream) for _ in range(3)]
-        _until(breakable, running=3)
+        _wait_until_running(breakable, running=3)
         waiting = [pool.submit(breakable.complete, f"def {i}", options=SHORT) for i in range(2)]
         failed = [call.result(30) for call in streams]
         assert [call.result(30).eval_count for call in waiting] == [4, 4]
@@ -90,14 +94,14 @@ def test_the_same_with_mlx_in_a_child(breakable: RunnerProcess) -> None:
     assert breakable.complete("def", options=SHORT).eval_count == 4
 
 
-def _until(runner: RunnerProcess, running: int) -> None:
+def _wait_until_running(runner: RunnerProcess, running: int) -> None:
     deadline = time.monotonic() + 30
     while runner.status().running_count != running:
         assert time.monotonic() < deadline
 
 
 @pytest.mark.mlx
-def test_twice_in_a_row_the_client_tells_why(model: str, tmp_path: Path) -> None:
+def test_two_failed_steps_in_a_row_are_explained_by_the_client(model: str, tmp_path: Path) -> None:
     env = hooked(tmp_path, RAISE)
     with RunnerProcess(model, env=env, timeouts=Timeouts(close_seconds=20)) as runner:
         assert runner.address is not None
@@ -113,7 +117,7 @@ def test_twice_in_a_row_the_client_tells_why(model: str, tmp_path: Path) -> None
         with pytest.raises(errors.RunnerExitedError, match="exit code 70") as caught:
             runner.complete("def", options=SHORT)
         assert caught.value.exit_code == 70
-        # The traceback of what MLX raised, and the engine's last words.
+        # The traceback of MLX's error, and the engine's last line.
         assert any("broken on purpose" in line for line in caught.value.stderr_tail)
         assert any("the engine is dead" in line for line in caught.value.stderr_tail)
         assert caught.value.__cause__ is not None

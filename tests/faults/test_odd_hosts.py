@@ -1,6 +1,6 @@
-"""Fault 8: clocks that jump, and hosts that lack what others have.
+"""Fault 8: jumping clocks, and hosts without /proc, a temporary folder, stdout or UTF-8.
 
-What control groups allow, and that none limits: tests/mlxrunner/test_hostmemory.py.
+Hosts with and without control groups: tests/common/test_host_memory.py.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ time.time_ns = lambda: int(time.time() * 1e9)
 
 
 @pytest.mark.mlx
-def test_a_clock_that_jumps_is_nothing_to_it(model: str, tmp_path: Path) -> None:
-    """With every look at it, by up to ten years: spans come from another clock.
+def test_a_jumping_clock_changes_nothing(model: str, tmp_path: Path) -> None:
+    """Each reading of the wall clock jumps by up to ten years; spans use the monotonic clock.
 
-    The caller's own clock is gRPC's: it makes deadlines from it, at the start of a call.
+    The caller's clock does not jump: gRPC makes deadlines from it at the start of a call.
     """
     limits = Timeouts(
         start_seconds=30,
@@ -62,7 +62,7 @@ def test_a_clock_that_jumps_is_nothing_to_it(model: str, tmp_path: Path) -> None
 
 
 @pytest.mark.mlx
-def test_without_proc_it_measures_what_it_can(
+def test_without_proc_a_runner_still_measures_memory(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(psutil, "PROCFS_PATH", "/nowhere")
@@ -75,14 +75,14 @@ def test_without_proc_it_measures_what_it_can(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /proc")
-def test_without_proc_and_cgroups_the_free_memory_is_the_systems(
+def test_without_proc_and_cgroups_the_system_limits_the_free_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usual = free_memory().system_bytes
     monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
     free = free_memory(Host(root=tmp_path))
     assert (free.source, free.cgroup_bytes) == ("system", None)
-    # What the page cache holds cannot be told then.
+    # The size of the page cache is unknown then.
     assert 0 < free.available_bytes < usual * 1.2
 
 
@@ -97,7 +97,7 @@ def _can_hide_proc() -> bool:
 
 @pytest.mark.mlx
 @pytest.mark.skipif(not _can_hide_proc(), reason="mount namespaces are not allowed here")
-def test_with_proc_truly_gone(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_runner_works_with_an_empty_proc(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     server = [sys.executable, "-P", "-m", "runner_server", "--exit-with-parent", "--listen"]
     monkeypatch.setattr(
         "runner_client.process.launch.server_command", lambda listen: [*HIDE_PROC, *server, listen]
@@ -119,17 +119,17 @@ tempfile.gettempdir = none
 
 @pytest.mark.mlx
 @pytest.mark.parametrize("code", ["", NO_TEMPORARY], ids=["TMPDIR", "none at all"])
-def test_without_a_temporary_directory_it_runs(model: str, tmp_path: Path, code: str) -> None:
-    """MLX compiles kernels there; a file in its place is as bad as one that is read-only."""
+def test_a_runner_works_without_a_temporary_directory(
+    model: str, tmp_path: Path, code: str
+) -> None:
+    """MLX compiles kernels there. A file instead of the folder fails like a read-only folder."""
     (tmp_path / "no-folder").touch()
     env = {**hooked(tmp_path, code), "TMPDIR": str(tmp_path / "no-folder")}
     with RunnerProcess(model, env=env) as runner:
         assert runner.complete("def", options=SHORT).eval_count == 3
 
 
-def test_without_a_place_for_a_socket_the_error_says_so(
-    stub: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_read_only_socket_folder_is_reported(stub: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def read_only(**_: object) -> str:
         raise OSError(30, "Read-only file system")
 
@@ -145,7 +145,7 @@ def test_without_a_place_for_a_socket_the_error_says_so(
 
 @contextmanager
 def started(path: Path, stdout: int | None, *front: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A server on a socket, whose standard output is nobody's."""
+    """Run a server on a unix socket, with an unusable standard output."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "proto")])}
     command = [*front, *fake_engine(), "--listen", f"unix:{path}"]
     process = subprocess.Popen(
@@ -159,9 +159,9 @@ def started(path: Path, stdout: int | None, *front: str) -> Iterator[subprocess.
         process.communicate()
 
 
-@pytest.mark.parametrize("how", ["closed", "full", "a pipe that nobody reads"])
-def test_without_stdout_it_serves(socket_dir: Path, how: str) -> None:
-    """The ready line is for a parent; one who named the address may have no use for it."""
+@pytest.mark.parametrize("how", ["closed", "full", "a pipe without a reader"])
+def test_a_server_works_without_stdout(socket_dir: Path, how: str) -> None:
+    """The ready line tells a parent the address, which this caller has chosen itself."""
     path, pipe = socket_dir / "s", os.pipe()
     with Path("/dev/full").open("wb") as full:
         out = {"closed": None, "full": full.fileno()}.get(how, pipe[1])
@@ -201,7 +201,7 @@ print("well")
 
 @pytest.mark.mlx
 @pytest.mark.parametrize("variables", [{"LANG": "C"}, {"LC_ALL": "POSIX"}], ids=str)
-def test_the_locale_c_changes_no_text(
+def test_the_c_locale_changes_no_text(
     model: str, tmp_path: Path, variables: dict[str, str]
 ) -> None:
     path = Path(shutil.copytree(model, tmp_path / "mod\u00e8le \u6a21\u578b"))

@@ -1,7 +1,7 @@
-"""Fault 4: a parent that dies, wherever it stands in the tree of processes.
+"""Fault 4: the death of a parent, in any phase and anywhere in the process tree.
 
-Killed while the child is idle, loads or generates, with a fork that keeps the pipe open, and
-interrupted: tests/e2e/test_process_real.py. Here are the other phases and other places.
+tests/e2e/test_process_real.py kills parents of children that idle, load or generate, with a fork
+that keeps the pipe open, and interrupts them. Here: the other phases and process trees.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ ROOT = Path(__file__).parents[2]
 PROMISED_SECONDS = 2.0
 STARTED_SECONDS = 8.0
 POLLED_SECONDS = 1.2
-"""In which the child has looked for its parent twice."""
+"""Time in which the child checks for its parent twice."""
 
 PARENT = """
 import os, sys, threading, time
-from runner_client import Options, RunnerProcess, _child
+from runner_client import Options, RunnerProcess
+from runner_client.process.child import Child
 
-def tell(*words):
+def report(*words):
     print(*words, flush=True)
 
 def live_on(runner, seconds={polled}):
-    # For longer than the child needs to look for its parent.
+    # For longer than the child needs to check for its parent.
     since = runner.status().uptime_seconds
     while runner.status().uptime_seconds < since + seconds:
         pass
@@ -50,9 +51,9 @@ time.sleep(600)
 
 SPAWNED = """
 def wait_ready(child, seconds):
-    tell(child.pid)
+    report(child.pid)
     time.sleep(600)
-_child.Child.wait_ready = wait_ready
+Child.wait_ready = wait_ready
 runner.load()
 """
 
@@ -61,7 +62,7 @@ runner.load()
 runner.wait_until_running()
 stream = runner.completion([7] * 30_000, options=Options(num_predict=9))
 assert next(stream).prompt_progress
-tell(runner.pid)
+report(runner.pid)
 for _ in stream: pass
 """
 
@@ -70,7 +71,7 @@ runner.load()
 runner.wait_until_running()
 stream = runner.completion("x", request_id={name!r})
 while not runner.status().running_count: pass
-tell(runner.pid)
+report(runner.pid)
 for _ in stream: pass
 """
 
@@ -80,7 +81,7 @@ thread.start()
 thread.join()
 runner.wait_until_running()
 live_on(runner)
-tell(runner.pid)
+report(runner.pid)
 """
 
 TWO = """
@@ -96,35 +97,35 @@ runner.wait_until_running()
 os.kill(runner.pid, 9)
 runner._child.wait_exit(9)
 live_on(other, 0)
-tell(first, runner.pid, other.pid)
+report(first, runner.pid, other.pid)
 """
 
 RUNS = """
 runner.load()
 runner.wait_until_running()
-tell(runner.pid)
+report(runner.pid)
 """
 
 LIVES = """
 runner.load()
 runner.wait_until_running()
 live_on(runner)
-tell(runner.pid)
+report(runner.pid)
 """
 
 FORK_HOLDS_THE_PIPE = RUNS.replace(
-    "tell(", "fork = os.fork() or (time.sleep(60), os._exit(0))\ntell(fork, "
+    "report(", "fork = os.fork() or (time.sleep(60), os._exit(0))\nreport(fork, "
 )
 
 ORPHANED = """
 runner.load()
 runner.wait_until_running()
 begin = os.getppid()
-tell(runner.pid, os.getpid())
+report(runner.pid, os.getpid())
 while os.getppid() == begin:
     time.sleep(0.01)
 live_on(runner)
-tell("lives")
+report("lives")
 """
 
 REAPER = """
@@ -138,7 +139,7 @@ while True:
     except ChildProcessError:
         break
 """
-"""Starts a parent, inherits whom it leaves behind, and goes when all are gone."""
+"""Starts a parent, adopts the orphans of that parent, and exits after the last one."""
 
 MIDDLE = """
 import subprocess, sys, time
@@ -154,7 +155,7 @@ def script(model: str, body: str) -> str:
 
 @contextmanager
 def tree(*command: str, path: str = "") -> Iterator[subprocess.Popen[str]]:
-    """Starts processes, and in the end kills by their ids whoever is left of them."""
+    """Start a process tree, and kill the rest of the tree by pid afterwards."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "proto"), *([path] if path else [])])
     environment = {**os.environ, "PYTHONPATH": paths}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as top:
@@ -169,90 +170,90 @@ def tree(*command: str, path: str = "") -> Iterator[subprocess.Popen[str]]:
                     process.kill()
 
 
-def told(process: subprocess.Popen[str]) -> list[int]:
-    """The ids in the next line that a script prints."""
+def read_pids(process: subprocess.Popen[str]) -> list[int]:
+    """Read the pids in the next line of a script's output."""
     assert process.stdout is not None
     return [int(word) for word in process.stdout.readline().split()]
 
 
-def end(pid: int) -> None:
+def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
     ("body", "seconds"),
-    # A process that is not yet ready looks for its parent as soon as it has come that far.
+    # A child that is not yet ready first checks for its parent when its start is complete.
     [(SPAWNED, STARTED_SECONDS), (PREFILL, PROMISED_SECONDS), (IN_A_THREAD, PROMISED_SECONDS)],
     ids=["spawn", "prefill", "thread"],
 )
-def test_a_killed_parent_takes_the_child_along(model: str, body: str, seconds: float) -> None:
+def test_a_killed_parent_ends_its_child(model: str, body: str, seconds: float) -> None:
     with tree(sys.executable, "-c", script(model, body)) as parent:
-        (child,) = told(parent)
+        (child,) = read_pids(parent)
         assert not is_gone(child)
-        end(parent.pid)
+        kill(parent.pid)
         parent.wait()
         assert wait_until(lambda: is_gone(child)) < seconds
 
 
-def test_a_step_that_hangs_does_not_keep_it(model: str, tmp_path: Path) -> None:
+def test_a_hanging_step_does_not_keep_the_child_alive(model: str, tmp_path: Path) -> None:
     hang = hooked(tmp_path, breaking("import threading; threading.Event().wait()"))
     command = [sys.executable, "-c", script(model, STUCK)]
     with tree(*command, path=hang["PYTHONPATH"]) as parent:
-        (child,) = told(parent)
-        end(parent.pid)
+        (child,) = read_pids(parent)
+        kill(parent.pid)
         parent.wait()
         assert wait_until(lambda: is_gone(child)) < PROMISED_SECONDS
 
 
-def test_siblings_outlive_each_other_and_not_their_parent(model: str) -> None:
+def test_siblings_outlive_each_other_but_not_their_parent(model: str) -> None:
     with tree(sys.executable, "-c", script(model, TWO)) as parent:
-        closed, killed, other = told(parent)
+        closed, killed, other = read_pids(parent)
         assert is_gone(closed)
         assert is_gone(killed)
         assert not is_gone(other)
-        end(parent.pid)
+        kill(parent.pid)
         parent.wait()
         assert wait_until(lambda: is_gone(other)) < PROMISED_SECONDS
 
 
-def test_children_of_another_parent_live_on(model: str) -> None:
+def test_children_of_another_parent_keep_running(model: str) -> None:
     both = [sys.executable, "-c", script(model, RUNS)]
     with tree(*both) as one, tree(*both) as two:
-        (first,), (second,) = told(one), told(two)
-        end(one.pid)
+        (first,), (second,) = read_pids(one), read_pids(two)
+        kill(one.pid)
         one.wait()
         assert wait_until(lambda: is_gone(first)) < PROMISED_SECONDS
         assert not is_gone(second)
-        end(two.pid)
+        kill(two.pid)
         two.wait()
         assert wait_until(lambda: is_gone(second)) < PROMISED_SECONDS
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="subreapers are Linux's")
-def test_under_a_subreaper_the_child_goes_too(model: str) -> None:
-    """It never gets the parent 1, and a fork keeps its stdin open: only the id is left."""
+def test_under_a_subreaper_the_child_ends_too(model: str) -> None:
+    """Only the parent's pid changes: the new parent is not 1, and a fork keeps stdin open."""
     with tree(sys.executable, "-c", REAPER, script(model, FORK_HOLDS_THE_PIPE)) as reaper:
-        fork, child = told(reaper)
+        fork, child = read_pids(reaper)
         (parent,) = psutil.Process(reaper.pid).children()
-        end(parent.pid)
+        kill(parent.pid)
         assert wait_until(lambda: is_gone(child)) < PROMISED_SECONDS
         assert psutil.Process(fork).ppid() == reaper.pid
-        end(fork)
+        kill(fork)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="subreapers are Linux's")
-def test_a_parent_that_is_orphaned_itself_keeps_its_child(model: str) -> None:
-    """As under ``nohup``, or a service manager: the parent's parent is nobody's business."""
+def test_an_orphaned_parent_keeps_its_child(model: str) -> None:
+    """Under ``nohup`` or a service manager, the parent's own parent may end at any time."""
     with tree(sys.executable, "-c", MIDDLE, script(model, ORPHANED)) as middle:
-        child, parent = told(middle)
+        child, parent = read_pids(middle)
         try:
-            end(middle.pid)
+            kill(middle.pid)
             middle.wait()
             assert middle.stdout is not None
             assert middle.stdout.readline() == "lives\n"
             assert not is_gone(child)
         finally:
-            end(parent)
+            kill(parent)
         assert wait_until(lambda: is_gone(child)) < PROMISED_SECONDS
 
 
@@ -266,12 +267,12 @@ def _can_unshare() -> bool:
 
 @pytest.mark.skipif(not _can_unshare(), reason="unshare --pid --fork is not allowed here")
 def test_a_parent_that_is_process_1_keeps_its_child(model: str) -> None:
-    """As in a container, where ``getppid() == 1`` is no sign of anything."""
+    """In a container, ``getppid() == 1`` also holds for a living parent."""
     with tree("unshare", "--pid", "--fork", sys.executable, "-c", script(model, LIVES)) as top:
-        # It has lived on for long enough to look for its parent.
-        assert len(told(top)) == 1
+        # The child has run long enough to check for its parent.
+        assert len(read_pids(top)) == 1
         (parent,) = psutil.Process(top.pid).children()
         (child,) = parent.children()
         assert "runner_server" in child.cmdline()
-        end(parent.pid)
+        kill(parent.pid)
         assert wait_until(lambda: is_gone(child.pid)) < PROMISED_SECONDS

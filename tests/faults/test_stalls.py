@@ -1,7 +1,7 @@
-"""Fault 3: a step that never returns, and what only looks like one.
+"""Fault 3: hanging steps, and slow work mistaken for a hang.
 
-That Status answers meanwhile, and that its age is of this work and not of an idle hour, is
-shown in tests/server/test_status_while_blocked.py. Here is the client's watchdog.
+tests/server/test_status_while_blocked.py shows that Status answers meanwhile, with the age of the
+current work rather than of an idle hour. Here: the watchdogs of the client and the server.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def slow(self):
     return at_once(self)
 fakes.FakeBatch.step = slow
 """
-"""Eight tokens of a prompt, or one generated token, in a tenth of a second."""
+"""Makes a step take 0.1 s: eight tokens of a prompt, or one generated token."""
 
 
 def status(age: float | None, steps: int, state: pb.State.ValueType = pb.STATE_ACTIVE) -> Status:
@@ -57,7 +57,7 @@ def status(age: float | None, steps: int, state: pb.State.ValueType = pb.STATE_A
     return dataclasses.replace(made, last_progress_age_seconds=age)
 
 
-def test_it_acts_when_work_is_active_and_nothing_moves() -> None:
+def test_active_work_without_a_step_is_a_stall() -> None:
     watch = StallDetector(10.0)
     assert watch.observe(status(9.9, steps=5)) is None
     assert watch.observe(status(12.0, steps=5)) is None
@@ -66,21 +66,21 @@ def test_it_acts_when_work_is_active_and_nothing_moves() -> None:
     assert "14.5 s" in stall
 
 
-def test_it_never_acts_without_work() -> None:
+def test_an_engine_without_work_never_stalls() -> None:
     watch = StallDetector(10.0)
     for _ in range(100):
         assert watch.observe(status(None, steps=5)) is None
 
 
-def test_it_never_acts_while_steps_are_made() -> None:
-    """Each of them as slow as the limit and slower."""
+def test_slow_steps_are_never_a_stall() -> None:
+    """Each step takes longer than the limit."""
     watch = StallDetector(10.0)
     for steps in range(100):
         assert watch.observe(status(15.0, steps)) is None
 
 
-def test_one_look_is_no_proof() -> None:
-    """A process that was stopped in a debugger and goes on looks like this once."""
+def test_a_single_old_status_is_not_a_stall() -> None:
+    """A process continued in a debugger looks like this once."""
     watch = StallDetector(10.0)
     assert watch.observe(status(3600.0, steps=5)) is None
     assert watch.observe(status(0.1, steps=6)) is None
@@ -90,13 +90,15 @@ def test_one_look_is_no_proof() -> None:
 @pytest.mark.parametrize(
     "state", [pb.STATE_LOADING, pb.STATE_STOPPING, pb.STATE_FAILED, pb.STATE_IDLE]
 )
-def test_it_leaves_all_but_completions_to_others(state: pb.State.ValueType) -> None:
+def test_only_an_active_engine_can_stall(state: pb.State.ValueType) -> None:
     watch = StallDetector(10.0)
     for _ in range(5):
         assert watch.observe(status(999.0, 5, state)) is None
 
 
-def test_a_stuck_step_ends_the_child_in_words(stub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stuck_step_ends_the_child_with_a_reason(
+    stub: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     use_fake_engine(monkeypatch, HANG)
     with RunnerProcess(stub, timeouts=GUARDED) as runner, in_threads(1) as pool:
         began = time.monotonic()
@@ -115,7 +117,9 @@ def test_a_stuck_step_ends_the_child_in_words(stub: str, monkeypatch: pytest.Mon
     assert "OOM" not in str(error)
 
 
-async def test_the_same_in_asyncio(stub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stuck_step_ends_the_child_in_asyncio(
+    stub: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     use_fake_engine(monkeypatch, HANG)
     async with AsyncRunnerProcess(stub, timeouts=GUARDED) as runner:
         with pytest.raises(errors.RunnerExitedError, match="had not moved for"):
@@ -124,7 +128,7 @@ async def test_the_same_in_asyncio(stub: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.mlx
-def test_a_stuck_step_of_mlx_too(model: str, tmp_path: Path) -> None:
+def test_a_stuck_step_of_mlx_ends_the_child(model: str, tmp_path: Path) -> None:
     env = hooked(tmp_path, HANG)
     with RunnerProcess(model, env=env, timeouts=GUARDED) as runner:
         assert runner.complete("def", options=SHORT).content
@@ -136,10 +140,10 @@ def test_a_stuck_step_of_mlx_too(model: str, tmp_path: Path) -> None:
         assert runner.complete("def", options=SHORT).content
 
 
-def test_a_slow_prompt_and_slow_tokens_are_let_go_on(
+def test_a_slow_prompt_and_slow_tokens_do_not_end_the_child(
     stub: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each takes longer than the limit, and moves."""
+    """Prefill and decode each take longer than the limit, but keep making steps."""
     use_fake_engine(monkeypatch, SLOW_STEPS)
     with RunnerProcess(stub, context_length=128, timeouts=GUARDED) as runner:
         began = time.monotonic()
@@ -150,7 +154,7 @@ def test_a_slow_prompt_and_slow_tokens_are_let_go_on(
         assert not runner.has_exited
 
 
-def test_a_child_without_work_is_let_be(stub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_idle_child_is_not_killed(stub: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use_fake_engine(monkeypatch)
     with RunnerProcess(stub, timeouts=Timeouts(stall_seconds=0.2)) as runner:
         runner.complete("x", options=SHORT)
@@ -160,7 +164,7 @@ def test_a_child_without_work_is_let_be(stub: str, monkeypatch: pytest.MonkeyPat
         assert runner.complete("x", options=SHORT).eval_count == 3
 
 
-def test_a_child_that_was_stopped_and_goes_on_is_let_be(
+def test_a_child_that_was_stopped_and_continued_is_not_killed(
     stub: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_fake_engine(monkeypatch, SLOW_STEPS)
@@ -174,8 +178,10 @@ def test_a_child_that_was_stopped_and_goes_on_is_let_be(
         assert call.result(20).eval_count == 12
 
 
-def test_without_the_option_nobody_is_killed(stub: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stream's own limits end the wait; the child is left for its owner to judge."""
+def test_without_the_option_a_stuck_child_is_not_killed(
+    stub: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream's own limit ends the wait, and the child keeps running."""
     use_fake_engine(monkeypatch, HANG)
     with RunnerProcess(stub, timeouts=Timeouts(first_token_seconds=0.5)) as runner:
         with pytest.raises(errors.RunnerTimeoutError) as caught:
@@ -188,8 +194,8 @@ def test_without_the_option_nobody_is_killed(stub: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.mlx
-def test_a_server_notices_by_itself(tmp_path: Path) -> None:
-    """Also one of MLX's own threads that hangs; the step waits for it inside C."""
+def test_a_server_ends_after_its_own_stall(tmp_path: Path) -> None:
+    """A hang in one of MLX's own threads looks the same: the step does not return."""
     hang = breaking("import time\nwhile True: time.sleep(60)")
     with server(tmp_path, "--stall-seconds", "0.5", **hooked(tmp_path, hang)) as child:
         child.load(DEMO)

@@ -1,6 +1,6 @@
-"""Fault 5: a stop in every phase, under load, and asked for more than once.
+"""Fault 5: stop signals in every phase, under load, and more than once.
 
-While it starts, idles, loads and decodes: tests/e2e/test_server_process.py, with both signals.
+tests/e2e/test_server_process.py stops servers that start, idle, load and decode.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from support.server_child import DEADLINE_SECONDS, Child, running
 pytestmark = pytest.mark.mlx
 
 GRACE_SECONDS = 5.5
-"""The most the server drains; the client's grace is longer."""
+"""Upper bound of the server's drain time; the client's grace time is longer."""
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 CONTEXT = 32_000
@@ -33,21 +33,21 @@ def _load(child: Child, model: str, parallel: int = 4) -> None:
     child.stub.Load(request, timeout=DEADLINE_SECONDS)
 
 
-def _ended(child: Child, path: Path, began: float) -> None:
+def _assert_stopped_in_time(child: Child, path: Path, began: float) -> None:
     assert child.wait() == 0, child.log.read_text()
     assert time.monotonic() - began < GRACE_SECONDS
-    _gone(child, path)
+    _assert_gone(child, path)
 
 
-def _gone(child: Child, path: Path) -> None:
-    """Its memory is the system's again when its id is nobody's; so is its address."""
+def _assert_gone(child: Child, path: Path) -> None:
+    """Check for the end of the process, which frees the memory, and of the socket."""
     assert not psutil.pid_exists(child.process.pid)
     assert not path.exists()
     assert "Traceback" not in child.log.read_text()
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_while_a_prompt_is_evaluated(
+def test_a_stop_interrupts_prefill(
     tmp_path: Path, socket_dir: Path, model: str, number: signal.Signals
 ) -> None:
     path = socket_dir / "s"
@@ -61,11 +61,11 @@ def test_while_a_prompt_is_evaluated(
         child.process.send_signal(number)
         with pytest.raises(grpc.RpcError, match="stopping"):
             list(call)
-        _ended(child, path, began)
+        _assert_stopped_in_time(child, path, began)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_with_sixteen_streams_and_more_that_wait(
+def test_a_stop_ends_sixteen_streams_and_queued_requests(
     tmp_path: Path, socket_dir: Path, model: str, number: signal.Signals
 ) -> None:
     path = socket_dir / "s"
@@ -79,36 +79,36 @@ def test_with_sixteen_streams_and_more_that_wait(
             with pytest.raises(grpc.RpcError) as caught:
                 list(call)
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-        _ended(child, path, began)
+        _assert_stopped_in_time(child, path, began)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_with_a_reader_that_has_stopped_reading(
+def test_a_stop_does_not_wait_for_a_reader_that_stopped_reading(
     tmp_path: Path, socket_dir: Path, model: str, number: signal.Signals
 ) -> None:
     path = socket_dir / "s"
     with running(tmp_path, "--listen", f"unix:{path}") as child:
         _load(child, model)
-        # Log probabilities fill what the connection takes, and then what waits before it.
+        # Log probabilities fill the connection's window, then the request's output channel.
         options = pb.CompletionOptions(num_predict=CONTEXT - 10, logit_bias={0: -100})
         request = pb.CompletionRequest(prompt="def", options=options, logprobs=20)
         with grpc.insecure_channel(child.ready.target, options=SMALL_WINDOW) as channel:
             stub = runner_pb2_grpc.RunnerServiceStub(channel)
             call = stub.Completion(request, timeout=DEADLINE_SECONDS)
             next(call)
-            # Its row is set aside: the engine has nothing to do.
+            # The request is preempted: the engine has nothing to do.
             child.wait_for(lambda: not child.status().HasField("last_progress_age"))
             assert child.status().running_count == 1
             began = time.monotonic()
             child.process.send_signal(number)
-            _ended(child, path, began)
+            _assert_stopped_in_time(child, path, began)
 
 
 @pytest.mark.parametrize("numbers", [SIGNALS, SIGNALS[::-1], [signal.SIGTERM] * 2])
-def test_asked_twice_it_goes_at_once(
+def test_a_second_stop_ends_the_server_at_once(
     tmp_path: Path, socket_dir: Path, model: str, numbers: list[signal.Signals]
 ) -> None:
-    """The second signal means "now": 128 and its number, as a shell tells it."""
+    """The second signal means "now": exit code 128 plus the signal's number, as in a shell."""
     path = socket_dir / "s"
     with running(tmp_path, "--listen", f"unix:{path}") as child:
         _load(child, model)
@@ -117,8 +117,8 @@ def test_asked_twice_it_goes_at_once(
         began = time.monotonic()
         for number in numbers:
             os.kill(child.process.pid, number)
-        # The first may be all that it had to see.
+        # The shutdown may be complete before the second signal arrives.
         assert child.wait() in (0, *(128 + number for number in numbers))
         assert time.monotonic() - began < 1
         assert calls
-        _gone(child, path)
+        _assert_gone(child, path)

@@ -1,4 +1,4 @@
-"""Fault 2: the process ends in the middle of a step; the client says how, and what it knows."""
+"""Fault 2: the death of a process mid-step, as reported by the client."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.faulty import BREAK, breaking, end_of, hooked, in_threads, pid_of, 
 PROMISED_SECONDS = 1.0
 SHORT = Options(num_predict=3, temperature=0, logit_bias={0: -100})
 
-# The last words are written as C++ does, past Python's buffers.
+# The last line is written past Python's buffers, as C++ does.
 DEATHS = {
     "abort": (
         "import os; os.write(2, b'libc++abi: terminating: [METAL] timed out\\n'); os.abort()",
@@ -42,13 +42,13 @@ DEATHS = {
         "listening on",
     ),
     "sys.exit in a step": ("import sys; sys.exit(3)", 70, "exit code 70", "SystemExit: 3"),
-    "exit without a word": ("import os; os._exit(5)", 5, "exit code 5", "listening on"),
+    "exit without a message": ("import os; os._exit(5)", 5, "exit code 5", "listening on"),
 }
 
 
 @pytest.mark.mlx
 @pytest.mark.parametrize("death", DEATHS)
-def test_the_client_says_how_it_ended(model: str, tmp_path: Path, death: str) -> None:
+def test_the_client_reports_how_a_child_died(model: str, tmp_path: Path, death: str) -> None:
     what, code, words, last_line = DEATHS[death]
     with RunnerProcess(model, env=hooked(tmp_path, breaking(what))) as runner:
         known = runner.status().memory_usage.process_bytes
@@ -59,7 +59,7 @@ def test_the_client_says_how_it_ended(model: str, tmp_path: Path, death: str) ->
         assert time.monotonic() - began < PROMISED_SECONDS + 1 * (code == 70)
         error = end_of(lambda: runner.complete("def", options=SHORT))
     assert isinstance(error, errors.RunnerExitedError)
-    # An orderly end answers its calls first.
+    # An orderly exit answers its calls first.
     assert isinstance(first, errors.GenerationFailedError if code == 70 else type(error))
     assert error.exit_code == runner.exit_code == code
     assert words in error.exit_reason
@@ -69,7 +69,9 @@ def test_the_client_says_how_it_ended(model: str, tmp_path: Path, death: str) ->
     assert "MiB when last asked" in str(error)
 
 
-async def test_the_same_in_asyncio(stub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_client_reports_how_a_child_died_in_asyncio(
+    stub: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     use_fake_engine(monkeypatch, breaking("import os; os.abort()"))
     async with AsyncRunnerProcess(stub) as runner:
         known = (await runner.status()).memory_usage.process_bytes
@@ -78,7 +80,7 @@ async def test_the_same_in_asyncio(stub: str, monkeypatch: pytest.MonkeyPatch) -
     assert caught.value.last_memory_bytes == known > 2**20
 
 
-def test_a_death_before_any_status_knows_no_memory(
+def test_a_death_before_any_status_reports_no_memory(
     stub: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_fake_engine(monkeypatch, "import os; os.abort()")
@@ -88,7 +90,7 @@ def test_a_death_before_any_status_knows_no_memory(
     assert "when last asked" not in str(caught.value)
 
 
-def test_a_death_while_it_loads_knows_what_it_held(
+def test_a_death_during_a_load_reports_the_last_memory(
     stub: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = "from support.fakes import FakeBackend; FakeBackend.load = lambda *_: time.sleep(600)"
@@ -109,10 +111,10 @@ def test_a_death_while_it_loads_knows_what_it_held(
         runner.close()
 
 
-def test_the_last_lines_are_those_of_this_process_only(
+def test_the_last_lines_are_only_those_of_the_dead_child(
     stub: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two siblings, and of the one after it."""
+    """The lines of a sibling and of the previous child do not appear."""
     use_fake_engine(
         monkeypatch,
         "import os; print('I am', os.getpid(), file=sys.stderr, flush=True)\n"
@@ -135,16 +137,14 @@ def test_the_last_lines_are_those_of_this_process_only(
 
 
 SYS_EXIT_IN_A_HANDLER = """
-import support.fakes as fakes
+from support import fakes
 def leave(self, text, *, as_prompt):
     sys.exit(3)
 fakes.ByteCodec.encode = leave
 """
 
 
-def test_a_sys_exit_in_a_handler_ends_it_in_words(
-    stub: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sys_exit_in_a_handler_is_reported(stub: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use_fake_engine(monkeypatch, SYS_EXIT_IN_A_HANDLER)
     with RunnerProcess(stub) as runner:
         began = time.monotonic()
@@ -156,7 +156,7 @@ def test_a_sys_exit_in_a_handler_ends_it_in_words(
         assert "exit code 3" in str(error)
 
 
-def test_a_child_that_close_has_to_kill_is_no_oom_kill(
+def test_a_child_killed_by_close_is_not_blamed_on_the_oom_killer(
     stub: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deaf = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
