@@ -160,8 +160,12 @@ def test_a_right_answer_is_right(wanted: Json, answer: Json) -> None:
             changed(COMPLETED, "messages", 1, "promptEvalDuration", to="59s"),
             "expected at least 60, got '59s'",
         ),
-        (COMPLETION, changed(COMPLETED, "messages", 0, "nonsense", to=1), "no CompletionResponse"),
-        (COMPLETION, changed(COMPLETED, "messages", 0, to="text"), "no CompletionResponse"),
+        (
+            COMPLETION,
+            changed(COMPLETED, "messages", 0, "nonsense", to=1),
+            "not a CompletionResponse",
+        ),
+        (COMPLETION, changed(COMPLETED, "messages", 0, to="text"), "not a CompletionResponse"),
         (COMPLETION, changed(COMPLETED, "messages", to=[]), "messages: expected at least 2"),
         (COMPLETION, changed(COMPLETED, "details", to={"reason": "BUSY"}), "expected no details"),
         (COMPLETION, {"broken": "no such thing"}, "could not do it: no such thing"),
@@ -235,7 +239,7 @@ def test_a_call_is_known_by_the_step_that_began_it() -> None:
     wanted = scenario(steps, {}, {"last": {"state": "STATE_IDLE"}})
     assert problems(wanted, [{}, {"code": "OK", "messages": [{"state": "STATE_IDLE"}]}]) == []
     found = problems(wanted, [{}, {"code": "OK", "messages": [{"content": "a"}]}])
-    assert "step 1, finish a: a message is no StatusResponse" in found.pop()
+    assert "step 1, finish a: a message is not a StatusResponse" in found.pop()
 
 
 def test_pings_are_counted_by_the_server() -> None:
@@ -268,7 +272,7 @@ def test_lines_are_read() -> None:
     with pytest.raises(ValueError, match="two lines for 'a'"):
         read_output(f"{line}\n{line}")
     for wrong in ("hello", "[]", '{"scenario": "a"}'):
-        with pytest.raises(ValueError, match="a line that is no result"):
+        with pytest.raises(ValueError, match="a line that is not a result"):
             read_output(wrong)
 
 

@@ -1,23 +1,22 @@
-"""Holds the outcome of a step against what its scenario expects.
+"""Compare the outcome of a step with the expectation of its scenario.
 
-Keys of an expectation, one for each step; all but ``code`` may be left out:
+Keys of an expectation, one for each step; each may be left out:
 
-- ``code``: the status, OK if left out; ``reason`` of its details, none if left out;
-  ``metadata``, ``violations`` (the names of fields) and ``retry_seconds`` of them;
-  ``message_has``: a part of its message.
-- ``messages``: how many there were; ``last``: fields of the last one.
-- ``text``: the content of all messages (or how long it is), ``text_lacks``: what is not
-  in it; ``token_ids``: those of all messages.
-- ``logprobs``: how many alternatives each token has; what is told of them must fit.
-- ``same_as``, ``differs_from``: another step whose text and tokens are the same, or not.
-- ``statuses``, of a step that watched them: fields of the ``last`` one and of one
-  ``seen`` on the way; their progress must never fall.
-- ``pings``: how many the server saw that came out of silence.
+- ``code``: the status code, by default OK; ``message_has``: a part of the status message.
+- ``reason``: the reason in the error details, by default no details at all; with it ``metadata``,
+  ``violations`` (names of fields) and ``retry_seconds``.
+- ``messages``: the number of messages; ``last``: fields of the last one.
+- ``text``: the content of all messages, or its length; ``text_lacks``: a string that must not
+  occur in the content; ``token_ids``: the token ids of all messages.
+- ``logprobs``: the number of alternatives for each token; the probabilities must be consistent.
+- ``same_as``, ``differs_from``: the index of a step whose text and tokens are the same, or not.
+- ``statuses``, for a step with ``watch_status``: fields of the ``last`` one and of one ``seen``
+  on the way; their progress must never fall.
+- ``pings``: the number of pings out of silence that reached the server.
 
-A value is met by its equal; ``{"at_least": N}`` and ``{"above": N}`` by numbers; an
-object by one whose fields of those names meet its values. Every completion that
-succeeds must also keep the rules of ``runner.proto`` (one message with ``done``, the
-last; as many tokens as it says).
+A value matches its equal. ``{"at_least": N}`` and ``{"above": N}`` match numbers. An object matches
+one with matching values for these fields. Every successful completion must also keep the rules of
+``runner.proto``: ``done`` in the last message alone, and as many tokens as ``eval_count`` says.
 """
 
 from __future__ import annotations
@@ -35,16 +34,16 @@ _NUMBERS: dict[str, Callable[[float, float], bool]] = {
     "above": lambda found, bound: found > bound,
 }
 _ROUNDING = 1e-3
-"""Of the sum of probabilities that came as 32-bit logarithms."""
+"""Tolerance for the sum of probabilities that arrive as 32-bit logarithms."""
 
 
 def check(expected: Json, outcomes: Sequence[Outcome], pings: int) -> Iterator[str]:
-    """Tells what is wrong with the last of some outcomes.
+    """Yield the problems of the last outcome.
 
     Args:
-        expected: The expectation of its step.
-        outcomes: Of the steps up to it.
-        pings: What the server saw of pings out of silence.
+        expected: The expectation of that step.
+        outcomes: The outcomes of the steps up to and including that step.
+        pings: The number of pings out of silence that reached the server.
     """
     outcome = outcomes[-1]
     if outcome.step["op"] == "start":
@@ -119,18 +118,18 @@ def _check_statuses(expected: Json, outcome: Outcome) -> Iterator[str]:
 
 
 def _check_stream(outcome: Outcome) -> Iterator[str]:
-    """The rules of every completion."""
+    """Check the rules for every completion."""
     done = [message["done"] for message in outcome.messages]
     if outcome.code != "OK":
         if any(done):
-            yield "it failed and has a message with done"
+            yield "the call failed, but has a message with done"
         return
     if sum(done) != 1 or not done[-1]:
         yield f"expected done in the last message alone, got {done}"
         return
     counted, count = outcome.messages[-1]["eval_count"], len(outcome.token_ids)
     if counted != count:
-        yield f"eval_count is {counted} and {count} token ids came"
+        yield f"eval_count is {counted}, but {count} token ids came"
 
 
 def _check_logprobs(count: int | None, outcome: Outcome) -> Iterator[str]:
@@ -139,7 +138,7 @@ def _check_logprobs(count: int | None, outcome: Outcome) -> Iterator[str]:
     wanted = [] if count is None else outcome.token_ids
     if ids != wanted:
         yield f"expected log probabilities of {wanted}, got of {ids}"
-    # Behind a stop string they go on.
+    # Log probabilities continue after a stop string, the text does not.
     joined = "".join(each["text"] for each in logprobs)
     if wanted and not joined.startswith(outcome.text):
         yield f"expected the texts of tokens to be {outcome.text!r}, got {joined!r}"
@@ -168,7 +167,7 @@ def _compare(key: str, other: Outcome, outcome: Outcome) -> Iterator[str]:
 
 
 def _differences(expected: Any, found: Any, where: str) -> Iterator[str]:
-    """Where a value does not meet what is expected of it."""
+    """Yield the differences between a value and an expectation."""
     if isinstance(expected, dict) and expected.keys() & _NUMBERS.keys():
         for bound, value in expected.items():
             number = _number(found)
@@ -182,7 +181,7 @@ def _differences(expected: Any, found: Any, where: str) -> Iterator[str]:
 
 
 def _number(value: Any) -> float | None:
-    """A number, also as proto3 JSON writes those of 64 bits and durations."""
+    """Return a number, which proto3 JSON may write as a string; a duration in seconds."""
     try:
         return float(str(value).removesuffix("s"))
     except ValueError:

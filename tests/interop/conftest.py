@@ -1,4 +1,4 @@
-"""Fixtures: every client that a selected test asks for, built and run once."""
+"""Fixtures: each client of the selected tests, built and run once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RUNS = pytest.StashKey[dict[str, Run]]()
 
 @pytest.fixture(scope="session")
 def folder() -> Iterator[Path]:
-    """A fresh directory with a short path: a socket's path has little room."""
+    """Create a directory with a short path, because paths of sockets are limited."""
     path = Path(tempfile.mkdtemp(prefix="mr-"))
     yield path
     shutil.rmtree(path)
@@ -27,7 +27,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def servers(folder: Path) -> Iterator[dict[str, Server]]:
-    """The servers that clients share."""
+    """Start the servers shared by the clients."""
     with shared_servers(folder) as started:
         yield started
 
@@ -36,7 +36,7 @@ def servers(folder: Path) -> Iterator[dict[str, Server]]:
 def runs(
     request: pytest.FixtureRequest, servers: dict[str, Server], folder: Path
 ) -> dict[str, Run]:
-    """What the clients did that selected tests ask for, by language, side by side."""
+    """Run the clients of the selected tests concurrently; return the runs by language."""
     wanted = [each for each in _selected(request.session) if not each.missing()]
     for each in wanted:
         (folder / each.name).mkdir()
@@ -50,21 +50,22 @@ def _selected(session: pytest.Session) -> list[Language]:
     asked = {
         item.callspec.params["language"]
         for item in session.items
-        if isinstance(item, pytest.Function) and item.originalname == "test_scenario"
+        if isinstance(item, pytest.Function)
+        and item.originalname == "test_the_client_meets_the_expectations_of_a_scenario"
     }
     return [each for each in LANGUAGES if each in asked]
 
 
 @pytest.fixture
 def need() -> Callable[[Language], None]:
-    """Skips a test whose language is not installed; in CI it fails instead."""
+    """Return a function that skips a test without its toolchain, or fails in CI."""
 
     def need(language: Language) -> None:
         if not (missing := language.missing()):
             return
         reason = f"no {' and no '.join(missing)} on PATH"
         if os.environ.get("CI"):
-            pytest.fail(f"{language.name}: {reason}, and CI is to have it", pytrace=False)
+            pytest.fail(f"{language.name}: {reason}, which CI must have", pytrace=False)
         pytest.skip(reason)
 
     return need
@@ -73,7 +74,7 @@ def need() -> Callable[[Language], None]:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """Tells how long builds and clients took."""
+    """Print the durations of builds and clients."""
     for name, run in config.stash.get(_RUNS, {}).items():
         terminalreporter.line(
             f"{name}: built in {run.build_seconds:.0f} s, ran for {run.run_seconds:.0f} s"

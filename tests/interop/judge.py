@@ -1,4 +1,4 @@
-"""Judges what clients printed; every complaint says which step, what was expected, what came."""
+"""Judge the output of clients; every problem names the step, the expectation and the result."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from interop.outcome import Json, Outcome, outcome_of
 
 
 def read_output(text: str) -> dict[str, list[Json]]:
-    """Reads the lines that a client printed: results by scenario.
+    """Parse the output of a client into results by scenario.
 
     Raises:
-        ValueError: A line is none of the contract's; the message quotes it.
+        ValueError: A line breaks the contract; the message quotes the line.
     """
     results: dict[str, list[Json]] = {}
     for line in text.splitlines():
@@ -22,7 +22,7 @@ def read_output(text: str) -> dict[str, list[Json]]:
             each = json.loads(line)
             name, steps = each["scenario"], list(each["results"])
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"it printed a line that is no result: {line[:200]!r}") from error
+            raise ValueError(f"it printed a line that is not a result: {line[:200]!r}") from error
         if name in results:
             raise ValueError(f"it printed two lines for {name!r}")
         results[name] = steps
@@ -30,12 +30,12 @@ def read_output(text: str) -> dict[str, list[Json]]:
 
 
 def problems(scenario: Json, results: Sequence[Json] | None, pings: int = 0) -> list[str]:
-    """What is wrong with a client's line for a scenario; nothing if all is well.
+    """Return the problems in a client's results for a scenario.
 
     Args:
-        scenario: As the file has it.
-        results: Of its steps; None if the client printed no line.
-        pings: What the server saw of them.
+        scenario: The scenario, as in the file.
+        results: The results of the steps; None if the client printed no line.
+        pings: The number of pings out of silence that reached the server.
     """
     if results is None:
         return ["it printed no line for this scenario"]
@@ -54,11 +54,11 @@ def problems(scenario: Json, results: Sequence[Json] | None, pings: int = 0) -> 
 
 
 def disagreements(scenario: Json, results: Mapping[str, Sequence[Json]]) -> list[str]:
-    """Where clients got other completions than each other; nothing if all got the same.
+    """Return the steps in which clients got different completions.
 
     Args:
-        scenario: As the file has it.
-        results: Of its steps, by language.
+        scenario: The scenario, as in the file.
+        results: The results of the steps, by language.
     """
     found = []
     for number, step in enumerate(scenario["steps"]):
@@ -68,6 +68,6 @@ def disagreements(scenario: Json, results: Mapping[str, Sequence[Json]]) -> list
             if outcome.is_completion and outcome.messages:
                 groups[outcome.text, tuple(outcome.token_ids)].append(language)
         if len(groups) > 1:
-            said = "; ".join(f"{', '.join(who)}: {text!r}" for (text, _), who in groups.items())
-            found.append(f"step {number}: not the same in all languages: {said}")
+            texts = "; ".join(f"{', '.join(who)}: {text!r}" for (text, _), who in groups.items())
+            found.append(f"step {number}: not the same in all languages: {texts}")
     return found

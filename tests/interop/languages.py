@@ -1,4 +1,4 @@
-"""The clients of the suite: what each needs, how it is built, and how it is run."""
+"""The clients of the suite: their toolchains, builds and runs."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ SCENARIOS: list[Json] = json.loads((Path(__file__).parent / "scenarios.json").re
 _BUILD_SECONDS = 1200.0
 _RUN_SECONDS = 300.0
 _LAST_CHARS = 3000
-# Each of the builders takes all the cores there are.
+# Each build uses all cores.
 _building = threading.Lock()
 
 
 class Failed(Exception):
-    """A client could not be built, or did not keep to the contract."""
+    """A client that cannot be built, or that breaks the contract."""
 
 
 @dataclass(frozen=True)
@@ -38,26 +38,26 @@ class Language:
     """A client in one language.
 
     Attributes:
-        name: Of its folder.
+        name: The name of the client's folder.
     """
 
     name: str
 
     @property
     def folder(self) -> Path:
-        """Where it lives."""
+        """The folder of the client."""
         return CLIENTS / self.name
 
     def missing(self) -> list[str]:
-        """The commands it needs that are not there."""
+        """Return the required commands that are not installed."""
         needs = (self.folder / "needs").read_text().split()
         return [command for command in needs if not shutil.which(command, path=_path())]
 
     def build(self) -> float:
-        """Builds the client and the example of its language, once; returns how long it took.
+        """Build the client and the example in this language once; return the duration in seconds.
 
         Raises:
-            Failed: It cannot be built.
+            Failed: The build failed.
         """
         with _building:
             return _built(self)
@@ -74,15 +74,15 @@ def _built(language: Language) -> float:
 
 @dataclass
 class Run:
-    """What a client did.
+    """The run of a client.
 
     Attributes:
-        language: Whose.
-        build_seconds: How long its build took.
-        run_seconds: How long all scenarios took.
-        results: By scenario.
-        pings: What its server saw of pings out of silence.
-        error: Why there are no results; empty if there are.
+        language: The client's language.
+        build_seconds: The duration of the build.
+        run_seconds: The duration of all scenarios.
+        results: The results, by scenario.
+        pings: The number of pings out of silence that reached the client's server.
+        error: The reason why there are no results; empty if there are.
     """
 
     language: Language
@@ -94,12 +94,12 @@ class Run:
 
 
 def run_client(language: Language, shared: dict[str, Server], folder: Path) -> Run:
-    """Builds a client and runs all scenarios.
+    """Build a client and run all scenarios.
 
     Args:
-        language: Whose.
-        shared: The servers that all clients share.
-        folder: A new one, for the files of this client.
+        language: The client's language.
+        shared: The servers shared by all clients.
+        folder: A new folder for the files of this client.
     """
     outcome = Run(language)
     try:
@@ -125,10 +125,10 @@ def _call_client(language: Language, servers: dict[str, Server], folder: Path) -
 
 
 def run(command: list[str], what: str, limit_seconds: float, folder: Path) -> str:
-    """Runs a program; returns what it printed.
+    """Run a program and return the output.
 
     Raises:
-        Failed: It failed, or took too long; the message has the end of what it wrote.
+        Failed: The program failed or took too long; the message has the end of the output.
     """
     try:
         done = subprocess.run(
@@ -150,7 +150,7 @@ def run(command: list[str], what: str, limit_seconds: float, folder: Path) -> st
 
 
 def _path() -> str:
-    """PATH with the commands of this environment first."""
+    """Return PATH with the commands of this environment first."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 

@@ -1,4 +1,4 @@
-"""What a step of a scenario came to, as a client tells it, and with typed messages."""
+"""The outcome of a step, as reported by a client, with typed messages."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _ANSWERS: dict[str, type[Message]] = {
 
 @dataclass
 class Outcome:
-    """What a step came to, typed.
+    """The typed outcome of a step.
 
     Attributes:
         step: The step of the scenario.
         call: The step that made the call, which may be an earlier one.
-        code: Its status; None for a step that has none.
-        message: What the status says.
-        details: Of a failure.
-        messages: As plain data with the names of the protocol, and all fields.
-        statuses: The same, of a step that watched them.
+        code: The status code; None for a step without one.
+        message: The status message.
+        details: The details of a failure.
+        messages: Plain data with the protocol's field names, including default values.
+        statuses: The same for the statuses of a step with ``watch_status``.
     """
 
     step: Json
@@ -51,28 +51,28 @@ class Outcome:
 
     @property
     def text(self) -> str:
-        """The content of all messages."""
+        """The joined content of the messages."""
         return "".join(message.get("content", "") for message in self.messages)
 
     @property
     def token_ids(self) -> list[int]:
-        """The token ids of all messages."""
+        """The token ids of every message, in order."""
         return [each for message in self.messages for each in message.get("token_ids", ())]
 
     @property
     def is_completion(self) -> bool:
-        """Whether it is of a completion."""
+        """Whether the call is a completion."""
         return bool(self.call.get("rpc") == "Completion")
 
 
 def outcome_of(scenario: Json, step: Json, result: Json) -> Outcome:
-    """A result with its messages typed.
+    """Convert a result of a client to an outcome with typed messages.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The result breaks the contract.
     """
     if not isinstance(result, dict) or not isinstance(result.get("details", {}), dict):
-        raise ValueError(f"not a result of the contract: {result!r}")  # noqa: TRY004 - one kind of complaint
+        raise ValueError(f"not a result of the contract: {result!r}")  # noqa: TRY004 - one kind of error for every breach
     if "broken" in result:
         raise ValueError(f"the client could not do it: {result['broken']}")
     call = step
@@ -95,7 +95,7 @@ def _typed(rpc: str, message: Json) -> Json:
     try:
         json_format.ParseDict(message, answer)
     except (json_format.ParseError, TypeError, AttributeError) as error:
-        raise ValueError(f"a message is no {answer.DESCRIPTOR.name}: {error}") from error
+        raise ValueError(f"a message is not a {answer.DESCRIPTOR.name}: {error}") from error
     return json_format.MessageToDict(
         answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )

@@ -1,4 +1,4 @@
-"""A TCP relay in front of a server that counts the pings which come out of silence."""
+"""TCP relay in front of a server, with a count of pings out of silence."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _HEADER_BYTES = 9
 _PING, _ACK = 0x6, 0x1
 _ANSWERS = frozenset({0x4, 0x8})
-"""Settings and window updates."""
+"""SETTINGS and WINDOW_UPDATE frames."""
 
 SILENCE_SECONDS = 5.0
 
 
 class Pings:
-    """Counts a connection's pings that had nothing before them for a while.
+    """Counter of a connection's pings after a silence of ``SILENCE_SECONDS``.
 
-    Clients ping for other reasons too (to measure a round trip), but then beside data.
+    Clients also ping to measure round trips, but then next to data.
     """
 
     def __init__(self) -> None:
@@ -29,25 +29,25 @@ class Pings:
         self._last = 0.0
 
     def feed(self, data: bytes, now: float) -> None:
-        """Takes what the client sent.
+        """Count the pings in the next bytes from the client.
 
         Args:
             data: The bytes, cut anywhere.
-            now: When they came, in seconds.
+            now: The time of arrival, in seconds.
         """
         self._buffer += data
         while self._drop() and len(self._buffer) >= _HEADER_BYTES:
             length, kind, flags = int.from_bytes(self._buffer[:3]), *self._buffer[3:5]
             self._skip = _HEADER_BYTES + length
             if kind in _ANSWERS or (kind == _PING and flags & _ACK):
-                # It breaks no silence: grpcio sends what it owes the server with its next ping.
+                # These do not end a silence: grpcio sends pending ones with its next ping.
                 continue
             if kind == _PING:
                 self.count += now - self._last >= SILENCE_SECONDS
             self._last = now
 
     def _drop(self) -> bool:
-        """Lets go of what was read; returns whether a frame begins after it."""
+        """Drop the bytes already read; return whether a frame begins at the next byte."""
         dropped = min(self._skip, len(self._buffer))
         del self._buffer[:dropped]
         self._skip -= dropped
@@ -55,13 +55,13 @@ class Pings:
 
 
 class Relay:
-    """Listens on a loopback port and passes everything on to another.
+    """Relay from a loopback port to the server's port.
 
     Args:
-        port: Where the server listens, on 127.0.0.1.
+        port: The server's port on 127.0.0.1.
 
     Attributes:
-        address: Where clients may connect.
+        address: The address for clients.
     """
 
     def __init__(self, port: int) -> None:
@@ -73,12 +73,12 @@ class Relay:
 
     @property
     def pings(self) -> int:
-        """The most pings out of silence that one connection has sent."""
+        """The highest number of pings out of silence on one connection."""
         return max((pings.count for pings in self._connections), default=0)
 
     def close(self) -> None:
-        """Takes no more connections; those that are open end with their clients."""
-        # A close alone would not wake the thread.
+        """Stop accepting connections; open ones end with the clients."""
+        # close() alone would not wake the thread.
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()

@@ -1,4 +1,4 @@
-"""The servers that scenarios ask for: real processes, each ended by its id."""
+"""The servers of the scenarios: real processes, each ended by pid."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEMO_MODEL = ROOT / "runner_server/demo/model"
 _START_SECONDS = 120.0
 _STOP_SECONDS = 20.0
 
-# A load is watched every 20 ms, and the demo model's takes hardly longer than that.
+# Clients poll the status every 20 ms, and the demo model loads in little more than that.
 _SLOW_LOAD = """
 import time
 from runner_server.engine.request_registry import RequestRegistry
@@ -36,8 +36,8 @@ def slow(self, progress):
 RequestRegistry.note_progress = slow
 """
 
-# Requests say by their id how their steps are to be. A slow one goes on for longer than clients
-# wait for its end, unless it is cancelled: it has 1,022 steps.
+# The request id selects the speed of the steps. A slow request has 1,022 steps and, unless it is
+# cancelled, lasts longer than clients wait for its end.
 _SLOW_STEPS = (
     NAMED_REQUESTS
     + """
@@ -62,12 +62,12 @@ EngineThread._step = slow
 
 @dataclass(frozen=True)
 class Server:
-    """A server as a client is told of it.
+    """A server, as described to a client.
 
     Attributes:
-        address: Where it listens.
-        token: What it asks its callers for; None asks for nothing.
-        relay: What clients connect to instead, and which counts their pings.
+        address: The address of the server.
+        token: The token that callers need; None if they need none.
+        relay: The relay that clients connect to instead, which counts pings; None without.
     """
 
     address: str
@@ -75,21 +75,21 @@ class Server:
     relay: Relay | None = None
 
     def entry(self) -> dict[str, str]:
-        """Its object in a client's SERVERS."""
+        """Return the server's entry in SERVERS."""
         entry = {"address": self.relay.address if self.relay else self.address}
         return entry | ({"token": self.token} if self.token else {})
 
 
 class _Child:
-    """A server process; its log is a file that ``folder`` gets.
+    """A server process, with a log file in ``folder``.
 
     Args:
-        folder: For files of all servers.
-        name: Of this one.
-        options: Of its command line.
-        listen: Where it listens.
-        hook: Code that it runs before anything else.
-        token: What callers must send.
+        folder: The folder for files of all servers.
+        name: The name of this server, for files.
+        options: More command-line options.
+        listen: The address to listen on.
+        hook: Code to run before anything else.
+        token: The token that callers must send.
     """
 
     def __init__(
@@ -123,10 +123,10 @@ class _Child:
         self._is_loading = "--model" in options
 
     def ready(self) -> Server:
-        """Waits until it answers, and has loaded what it was told to load.
+        """Wait until the server answers, and has loaded the model of the command line if any.
 
         Raises:
-            AssertionError: It does not.
+            AssertionError: The server did not start, or did not load in time.
         """
         assert self._process.stdout
         line = self._process.stdout.readline().decode()
@@ -136,12 +136,12 @@ class _Child:
         with RunnerClient(address, token=self._token) as client:
             end = time.monotonic() + _START_SECONDS
             while client.status().state is not wanted:
-                assert time.monotonic() < end, f"it does not load:\n{self._log.read_text()}"
+                assert time.monotonic() < end, f"the server did not load:\n{self._log.read_text()}"
                 time.sleep(0.05)
         return Server(address, token=self._token)
 
     def close(self) -> None:
-        """Asks it to stop, and kills it if it does not."""
+        """Stop the server, with SIGKILL after a grace time."""
         self._process.terminate()
         try:
             self._process.wait(_STOP_SECONDS)
@@ -155,7 +155,7 @@ class _Child:
 
 @contextmanager
 def shared_servers(folder: Path) -> Iterator[dict[str, Server]]:
-    """Those that clients may use at the same time: nothing they do there is seen by others."""
+    """Start the servers for concurrent clients, which have no effect on each other there."""
     load = ("--model", str(DEMO_MODEL))
     with ExitStack() as stack:
 
@@ -174,7 +174,7 @@ def shared_servers(folder: Path) -> Iterator[dict[str, Server]]:
 
 @contextmanager
 def own_servers(folder: Path) -> Iterator[dict[str, Server]]:
-    """Those that each client has for itself: it loads there, or fills the queue."""
+    """Start the servers of a single client, for loads and a full queue."""
     load = ("--model", str(DEMO_MODEL), "--parallel", "1", "--max-queued", "1")
     with (
         closing(_Child(folder, "empty", hook=_SLOW_LOAD)) as empty,

@@ -1,4 +1,4 @@
-"""Every scenario by a client in every language, on real servers."""
+"""Every scenario with a client in every language, on real servers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from interop.judge import disagreements, problems
 from interop.languages import LANGUAGES, SCENARIOS, Json, Language, Run
 
-# Builds and runs are waited for by the first test.
+# The first test waits for builds and runs.
 pytestmark = pytest.mark.timeout(3600)
 
 
@@ -20,7 +20,7 @@ def test_there_is_a_client_in_each_language() -> None:
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda each: each["name"])
 @pytest.mark.parametrize("language", LANGUAGES, ids=lambda each: each.name)
-def test_scenario(
+def test_the_client_meets_the_expectations_of_a_scenario(
     need: Callable[[Language], None],
     language: Language,
     scenario: Json,
@@ -37,7 +37,7 @@ def test_scenario(
     [each for each in SCENARIOS if each.get("same_in_all_languages")],
     ids=lambda each: each["name"],
 )
-def test_the_same_in_all_languages(runs: dict[str, Run], scenario: Json) -> None:
+def test_all_languages_get_the_same_completions(runs: dict[str, Run], scenario: Json) -> None:
     name = scenario["name"]
     sound = {who: run.results[name] for who, run in runs.items() if not _problems(run, scenario)}
     if len(sound) < 2:

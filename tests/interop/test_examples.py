@@ -1,4 +1,4 @@
-"""What people copy runs, on the same server everywhere to the same text."""
+"""The examples in every language run, and print the same text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from interop.languages import EXAMPLES, Failed, Language, run
 from interop.servers import DEMO_MODEL, ROOT, Server
 from runner_client import Options, RunnerClient
 
-# A build may come first.
+# The first test of a language builds its example.
 pytestmark = pytest.mark.timeout(1800)
 
 PROMPT, OPTIONS = "def fibonacci(n):", Options(temperature=0, num_predict=64)
@@ -27,23 +27,23 @@ SOURCES = {".go", ".java", ".js", ".py", ".rs"}
 _SECONDS = 120.0
 _GONE_SECONDS = 10.0
 _MARK = "MLX_RUNNER_TEST"
-"""A variable by which the processes of a test are known."""
+"""Environment variable that marks the processes of a test."""
 _LANGUAGES = [Language(each.parent.name) for each in sorted(EXAMPLES.glob("*/run"))]
 
 
 @pytest.fixture(scope="module")
 def expected(servers: dict[str, Server]) -> str:
-    """What the Python client gets."""
+    """Return the completion of the Python client."""
     with RunnerClient(servers["plain"].address) as client:
         return client.complete(PROMPT, options=OPTIONS).content
 
 
-def test_there_is_one_in_each_language() -> None:
+def test_there_is_an_example_in_each_language() -> None:
     assert {each.name for each in _LANGUAGES} == SPAWN | CALL
 
 
 @pytest.mark.parametrize("language", _LANGUAGES, ids=lambda each: each.name)
-def test_it_prints_the_completion(
+def test_the_example_prints_the_completion(
     need: Callable[[Language], None],
     language: Language,
     servers: dict[str, Server],
@@ -55,13 +55,13 @@ def test_it_prints_the_completion(
     language.build()
     where = str(DEMO_MODEL) if language.name in SPAWN else servers["plain"].address
     monkeypatch.setenv(_MARK, str(tmp_path))
-    text = run([_run(language), where], f"example in {language.name}", _SECONDS, tmp_path)
-    assert _marked(tmp_path) == [], "it ended before its runner did"
+    text = run([_run_script(language), where], f"example in {language.name}", _SECONDS, tmp_path)
+    assert _marked_processes(tmp_path) == [], "the example ended before its runner"
     assert text.rstrip() == expected.rstrip() != ""
 
 
 @pytest.mark.parametrize("language", _LANGUAGES, ids=lambda each: each.name)
-def test_it_tells_why_it_failed(
+def test_the_example_prints_the_reason_of_a_failure(
     need: Callable[[Language], None],
     language: Language,
     servers: dict[str, Server],
@@ -77,8 +77,8 @@ def test_it_tells_why_it_failed(
         reason = "ModelNotFoundError"
     monkeypatch.setenv(_MARK, str(tmp_path))
     with pytest.raises(Failed, match=f"(?s)ended with 1:.*{reason}"):
-        run([_run(language), where], f"example in {language.name}", _SECONDS, tmp_path)
-    assert psutil.wait_procs(_marked(tmp_path), _GONE_SECONDS)[1] == []
+        run([_run_script(language), where], f"example in {language.name}", _SECONDS, tmp_path)
+    assert psutil.wait_procs(_marked_processes(tmp_path), _GONE_SECONDS)[1] == []
 
 
 def test_the_snippet_for_node_runs(
@@ -90,7 +90,7 @@ def test_the_snippet_for_node_runs(
     (snippet,) = re.findall(
         r"^```js\n(.*?)^```", (ROOT / "docs/languages.md").read_text(), re.MULTILINE | re.DOTALL
     )
-    # Of a long prompt there are messages without content.
+    # A long prompt causes progress messages without content.
     snippet = snippet.replace('"def read_lines(path):"', '"qz ".repeat(300)')
     snippet = snippet.replace("127.0.0.1:50051", servers["plain"].address)
     script = tmp_path / "snippet.mjs"
@@ -99,22 +99,22 @@ def test_the_snippet_for_node_runs(
     assert run(["node", str(script)], "the snippet for Node", _SECONDS, tmp_path).strip()
 
 
-def test_it_is_short() -> None:
+def test_the_examples_are_short() -> None:
     lines = {
         path.relative_to(ROOT): len(path.read_text().splitlines())
-        for path in _files()
+        for path in _source_files()
         if path.suffix in SOURCES
     }
     assert {path.parts[1] for path in lines} == SPAWN | CALL
     assert {path: count for path, count in lines.items() if count > MOST_LINES} == {}
 
 
-def _run(language: Language) -> str:
+def _run_script(language: Language) -> str:
     return str(EXAMPLES / language.name / "run")
 
 
-def _marked(folder: Path) -> list[psutil.Process]:
-    """Processes that the example of a test has left."""
+def _marked_processes(folder: Path) -> list[psutil.Process]:
+    """Return the processes left by the example of a test."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
@@ -123,8 +123,8 @@ def _marked(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def _files() -> list[Path]:
-    """The files of examples, without what was built."""
+def _source_files() -> list[Path]:
+    """Return the files of examples, without build outputs."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "examples"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return [ROOT / name for name in sorted(set(found.stdout.splitlines()))]

@@ -16,7 +16,7 @@ from mlxrunner.v1 import runner_pb2_grpc
 
 
 class Call:
-    """A call that has begun."""
+    """A call in progress."""
 
     def __init__(self, session: Session, step: Json) -> None:
         method: Any = getattr(session.stub, step["rpc"])
@@ -36,12 +36,12 @@ class Call:
             yield await self.handle
 
     async def read_until(self, count: int) -> None:
-        """Reads until there are so many messages."""
+        """Read until ``count`` messages have arrived."""
         while len(self._messages) < count:
             self._messages.append(await anext(self._answers))
 
     async def finish(self) -> Json:
-        """Reads to the end."""
+        """Read the call to the end."""
         try:
             async for message in self._answers:
                 self._messages.append(message)
@@ -50,13 +50,13 @@ class Call:
         return shared.success(self._messages)
 
     async def cancel(self) -> Json:
-        """Cancels it; what waits for it is then told of an asyncio cancellation."""
+        """Cancel the call and return the end; reading on would raise ``CancelledError``."""
         self.handle.cancel()
         return shared.failure(await _Ended.of(self.handle), self._messages)
 
 
 class _Ended:
-    """The end of a call, as an error has it."""
+    """The end of a call, with the interface of an ``RpcError``."""
 
     def __init__(self, code: grpc.StatusCode, details: str, trailers: Any) -> None:
         self.code = lambda: code
@@ -65,12 +65,12 @@ class _Ended:
 
     @classmethod
     async def of(cls, call: Any) -> _Ended:
-        """Waits for a call to end."""
+        """Wait for the end of a call."""
         return cls(await call.code(), await call.details(), await call.trailing_metadata())
 
 
 class Session:
-    """One scenario on a channel of its own."""
+    """One scenario on a separate channel."""
 
     def __init__(self, channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...]) -> None:
         self.stub: Any = runner_pb2_grpc.RunnerServiceStub(channel)
@@ -78,10 +78,10 @@ class Session:
         self._calls: dict[str, Call] = {}
 
     async def run(self, step: Json) -> Json:
-        """Does a step."""
+        """Perform a step."""
         try:
             result: Json = await getattr(self, f"_{step['op']}")(step)
-        except Exception as error:  # noqa: BLE001 - the judge tells of it
+        except Exception as error:  # noqa: BLE001 - reported to the judge
             return shared.broken(error)
         return result
 
@@ -123,14 +123,14 @@ class Session:
 
 
 async def main() -> None:
-    """Runs the scenarios."""
+    """Run the scenarios."""
     scenarios, servers = shared.arguments()
     for scenario in scenarios:
         server = servers[scenario["server"]]
         options = shared.channel_options(scenario)
         async with grpc.aio.insecure_channel(server["address"], options) as channel:
             session = Session(channel, shared.metadata_of(scenario, server))
-            shared.tell(scenario, [await session.run(step) for step in scenario["steps"]])
+            shared.print_results(scenario, [await session.run(step) for step in scenario["steps"]])
 
 
 if __name__ == "__main__":

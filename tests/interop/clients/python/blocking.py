@@ -16,7 +16,7 @@ from mlxrunner.v1 import runner_pb2_grpc
 
 
 class Call:
-    """A call that has begun."""
+    """A call in progress."""
 
     def __init__(self, session: Session, step: Json) -> None:
         method: Any = getattr(session.stub, step["rpc"])
@@ -33,12 +33,12 @@ class Call:
         yield self.handle.result()
 
     def read_until(self, count: int) -> None:
-        """Reads until there are so many messages."""
+        """Read until ``count`` messages have arrived."""
         while len(self._messages) < count:
             self._messages.append(next(self._answers))
 
     def finish(self) -> Json:
-        """Reads to the end."""
+        """Read the call to the end."""
         try:
             self._messages.extend(self._answers)
         except grpc.RpcError as error:
@@ -47,7 +47,7 @@ class Call:
 
 
 class Session:
-    """One scenario on a channel of its own."""
+    """One scenario on a separate channel."""
 
     def __init__(self, channel: grpc.Channel, metadata: tuple[tuple[str, str], ...]) -> None:
         self.stub = runner_pb2_grpc.RunnerServiceStub(channel)
@@ -55,10 +55,10 @@ class Session:
         self._calls: dict[str, Call] = {}
 
     def run(self, step: Json) -> Json:
-        """Does a step."""
+        """Perform a step."""
         try:
             result: Json = getattr(self, f"_{step['op']}")(step)
-        except Exception as error:  # noqa: BLE001 - the judge tells of it
+        except Exception as error:  # noqa: BLE001 - reported to the judge
             return shared.broken(error)
         return result
 
@@ -102,14 +102,14 @@ class Session:
 
 
 def main() -> None:
-    """Runs the scenarios."""
+    """Run the scenarios."""
     scenarios, servers = shared.arguments()
     for scenario in scenarios:
         server = servers[scenario["server"]]
         options = shared.channel_options(scenario)
         with grpc.insecure_channel(server["address"], options) as channel:
             session = Session(channel, shared.metadata_of(scenario, server))
-            shared.tell(scenario, [session.run(step) for step in scenario["steps"]])
+            shared.print_results(scenario, [session.run(step) for step in scenario["steps"]])
 
 
 if __name__ == "__main__":

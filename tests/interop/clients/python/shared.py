@@ -1,4 +1,4 @@
-"""What both Python clients do alike: scenarios in, typed messages, results out."""
+"""Shared parts of both Python clients: scenarios, requests and results."""
 
 from __future__ import annotations
 
@@ -23,62 +23,62 @@ UNTIL_STATUS_SECONDS = 20.0
 
 
 def arguments() -> tuple[list[Json], dict[str, Json]]:
-    """Scenarios and servers, from the files of the command line."""
+    """Read scenarios and servers from the files named on the command line."""
     scenarios, servers = (json.loads(Path(name).read_text()) for name in sys.argv[1:3])
     return scenarios, servers
 
 
 def channel_options(scenario: Json) -> list[tuple[str, int]]:
-    """Options of the channel that a scenario wants."""
+    """Return the channel options of a scenario."""
     options = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", -1)]
     if seconds := scenario.get("keepalive_seconds"):
         options += [
             ("grpc.keepalive_time_ms", int(1000 * seconds)),
-            # Without it two pings are sent, and no more until there is data.
+            # By default gRPC stops after two pings without data.
             ("grpc.http2.max_pings_without_data", 0),
         ]
     return options
 
 
 def metadata_of(scenario: Json, server: Json) -> tuple[tuple[str, str], ...]:
-    """Metadata of every call of a scenario."""
+    """Return the metadata for every call of a scenario."""
     token = scenario.get("token", server.get("token"))
     return (("authorization", f"Bearer {token}"),) if token else ()
 
 
 def request_of(step: Json) -> Any:
-    """The request of a step."""
+    """Return the request of a step as a message."""
     request: Message = getattr(pb, f"{step['rpc']}Request")()
-    return json_format.ParseDict(_repeated(step["request"]), request)
+    return json_format.ParseDict(_with_repeats(step["request"]), request)
 
 
-def _repeated(value: Any) -> Any:
+def _with_repeats(value: Any) -> Any:
     if isinstance(value, list):
-        return [_repeated(each) for each in value]
+        return [_with_repeats(each) for each in value]
     if not isinstance(value, dict):
         return value
     if "$repeat" in value:
         return value["$repeat"] * value["count"]
-    return {key: _repeated(each) for key, each in value.items()}
+    return {key: _with_repeats(each) for key, each in value.items()}
 
 
 def has_fields(status: Message, fields: Json) -> bool:
-    """Whether a status has these values."""
+    """Return whether a status has these values."""
     return all(getattr(status, name) == value for name, value in fields.items())
 
 
 def plain(messages: list[Any]) -> list[Json]:
-    """Messages as JSON has them."""
+    """Convert messages to JSON objects."""
     return [json_format.MessageToDict(each, preserving_proto_field_name=True) for each in messages]
 
 
 def success(messages: list[Any]) -> Json:
-    """The result of a call that was answered."""
+    """Return the result of a successful call."""
     return {"code": "OK", "messages": plain(messages)}
 
 
 def failure(error: Any, messages: list[Any]) -> Json:
-    """The result of a call that failed, with the messages that came before."""
+    """Return the result of a failed call, with the messages received before."""
     result = {
         "code": error.code().name,
         "message": error.details() or "",
@@ -107,11 +107,11 @@ def _details(error: grpc.Call) -> Json:
     return found
 
 
-def tell(scenario: Json, results: list[Json]) -> None:
-    """Prints the line of a scenario."""
-    print(json.dumps({"scenario": scenario["name"], "results": results}), flush=True)  # noqa: T201 - what a client is for
+def print_results(scenario: Json, results: list[Json]) -> None:
+    """Print the line of a scenario."""
+    print(json.dumps({"scenario": scenario["name"], "results": results}), flush=True)  # noqa: T201 - the client's output
 
 
 def broken(error: Exception) -> Json:
-    """The result of a step that this client could not do."""
+    """Return the result of a step that failed in the client itself."""
     return {"broken": f"{type(error).__name__}: {error}"}
