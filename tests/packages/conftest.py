@@ -1,4 +1,4 @@
-"""The packages, built once, and empty environments to install them in."""
+"""Fixtures: the built packages, and new environments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The wheel and the sdist: the sdist of a clean copy, and the wheel of that sdist."""
+    """Build the sdist from a clean copy, and the wheel from the sdist; return wheel and sdist."""
     folder = tmp_path_factory.mktemp("packages")
     listed = checked_output(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], ROOT
@@ -35,7 +35,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def new_environment(tmp_path: Path) -> Callable[[], Environment]:
-    """Makes an environment with nothing but pip in it."""
+    """Return a factory of environments with only pip."""
 
     def make() -> Environment:
         venv.create(tmp_path / "env", with_pip=True)

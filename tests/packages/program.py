@@ -1,4 +1,4 @@
-"""What a user writes, for type checkers: strict, and with the stubs and the library alone."""
+"""A user's program for strict type checkers, with the stubs and the library."""
 
 from collections.abc import Iterable
 from typing import assert_type

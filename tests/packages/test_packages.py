@@ -1,4 +1,4 @@
-"""The wheel and the sdist, installed in empty environments: `make packages`."""
+"""The wheel and the sdist, installed in new environments: `make packages`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
 """
 
 
-def test_what_the_wheel_holds(packages: Packages) -> None:
+def test_the_wheel_has_the_packages_the_stubs_and_the_demo_model(packages: Packages) -> None:
     names = zipfile.ZipFile(packages[0]).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {
@@ -70,31 +70,31 @@ def test_what_the_wheel_holds(packages: Packages) -> None:
     assert packages[0].stat().st_size < 8 * 2**20
 
 
-def test_the_sdist_holds_what_its_tests_need(packages: Packages) -> None:
+def test_the_sdist_has_the_files_for_its_tests(packages: Packages) -> None:
     with tarfile.open(packages[1]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     assert {"Makefile", "README.md", "LICENSE", "proto/mlxrunner/v1/runner.proto"} <= names
     assert {"tests/conftest.py", "tests/floor.txt", ".ci/run", "docs/architecture.md"} <= names
 
 
-def test_an_index_would_take_them(packages: Packages) -> None:
+def test_the_packages_pass_the_checks_of_an_index(packages: Packages) -> None:
     said = checked_output(["twine", "check", "--strict", *packages], packages[0].parent)
     assert said.count("PASSED") == 2
 
 
 @pytest.mark.parametrize("how", [LOWEST, NEWEST], ids=["lowest", "newest"])
-def test_the_client_alone(
+def test_the_client_works_alone(
     packages: Packages, new_environment: NewEnvironment, how: tuple[str, ...]
 ) -> None:
     environment = new_environment()
     environment.install(str(packages[0]), *how)
     assert environment.run("-c", CLIENT) == "Hello world\n"
     if how is LOWEST:
-        _assert_floors(environment, "")
+        _assert_lowest_versions(environment, "")
 
 
 @pytest.mark.parametrize("how", [LOWEST, NEWEST], ids=["lowest", "newest"])
-def test_the_server(
+def test_the_server_works(
     packages: Packages, new_environment: NewEnvironment, how: tuple[str, ...]
 ) -> None:
     environment = new_environment()
@@ -105,10 +105,12 @@ def test_the_server(
         [command, "demo"], environment.folder
     )
     if how is LOWEST:
-        _assert_floors(environment, "server", "metrics")
+        _assert_lowest_versions(environment, "server", "metrics")
 
 
-def test_type_checkers_know_everything(packages: Packages, new_environment: NewEnvironment) -> None:
+def test_strict_type_checkers_find_no_errors(
+    packages: Packages, new_environment: NewEnvironment
+) -> None:
     environment = new_environment()
     environment.install(
         str(packages[0]), "mypy", "pyright[nodejs]", "types-grpcio", "types-protobuf"
@@ -127,8 +129,8 @@ def test_type_checkers_know_everything(packages: Packages, new_environment: NewE
     assert "0 errors, 0 warnings" in said, said
 
 
-def _assert_floors(environment: Environment, *extras: str) -> None:
-    """The lowest versions that the metadata allows are what was installed."""
+def _assert_lowest_versions(environment: Environment, *extras: str) -> None:
+    """Check that the installed versions are the lowest in the metadata."""
     installed = environment.versions()
     lines = environment.run(
         "-c", "import importlib.metadata as m; print(*m.requires('mlx-grpc-runner'), sep='\\n')"

@@ -1,4 +1,4 @@
-"""The tools as they were built, and the servers they are pointed at."""
+"""Fixtures: the tools, and the servers to call with them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from support.server_child import DEADLINE_SECONDS, Child, running
 
 @pytest.fixture(scope="session")
 def run() -> Run:
-    """Skips where the tools are not there."""
+    """Return a function that runs a tool; skip if the tools are not built, or fail in CI."""
     pytest.importorskip("mlx_lm", reason="starts real runners: needs the server extra")
     refuse = pytest.fail if os.environ.get("CI") else pytest.skip
     if shutil.which("go") is None:
         refuse("no go on PATH")
     if not all((BIN / name).exists() for name in NAMES):
-        refuse(f"{', '.join(NAMES)} are not built: `make tools` does it")
+        refuse(f"{', '.join(NAMES)} are not built: run `make tools`")
 
     def call(name: str, *args: str, **env: str) -> Done:
         return subprocess.run(
@@ -42,7 +42,7 @@ def run() -> Run:
 
 @pytest.fixture(scope="session")
 def places(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ToolTarget]]:
-    """A server on a port, one on a unix socket, and one on a port that wants a token."""
+    """Start three servers: on a port, on a unix socket, and on a port with a token."""
     assert run
     logs = tmp_path_factory.mktemp("logs")
     with ExitStack() as stack:
@@ -78,5 +78,5 @@ def places(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[
 
 @pytest.fixture(params=["tcp", "unix", "token"])
 def place(request: pytest.FixtureRequest, places: dict[str, ToolTarget]) -> ToolTarget:
-    """Each of them."""
+    """Return each of the three servers in turn."""
     return places[request.param]

@@ -1,4 +1,4 @@
-"""Every command that docs/debugging.md shows prints what is written there, README's likewise."""
+"""The commands in docs/debugging.md and README, and the output shown there."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HANGS = BREAK_STEPS.format(what="import threading; threading.Event().wait()")
 def stuck(
     places: dict[str, ToolTarget], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Child]:
-    """A runner of one place whose step does not return, with a completion and one that waits."""
+    """Start a runner with one slot and a hanging step; one request runs, another waits."""
     assert places
     logs = tmp_path_factory.mktemp("stuck")
     with running(logs, "--parallel", "1", code=HANGS) as child:
@@ -45,22 +45,22 @@ def stuck(
 def stand_ins(
     places: dict[str, ToolTarget], stuck: Child, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, str]]:
-    """What the document's addresses and files are here."""
+    """Return the real addresses and files by the names in the document."""
     own = tmp_path_factory.mktemp("own")
     token = own / "token"
     token.write_text(places["token"].env["TOKEN"])
-    # Status shows what has been done, the log what has failed.
+    # The document shows a status after some work, and a log with a failure.
     seen = places["tcp"].child
     assert list(seen.complete(20))
     with pytest.raises(grpc.RpcError):
         list(seen.stub.Completion(pb.CompletionRequest(), timeout=DEADLINE_SECONDS))
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
         yield {
             "127.0.0.1:50051": places["tcp"].target,
             "/run/mlx/runner.sock": places["unix"].address,
             "127.0.0.1:50052": places["token"].target,
-            "127.0.0.1:50053": f"127.0.0.1:{nobody.getsockname()[1]}",
+            "127.0.0.1:50053": f"127.0.0.1:{unused.getsockname()[1]}",
             "127.0.0.1:50054": stuck.ready.target,
             "127.0.0.1:9464": places["tcp"].metrics,
             "/run/mlx/token": str(token),
@@ -70,14 +70,14 @@ def stand_ins(
         }
 
 
-def play(command: str, before: list[Step], stand_ins: dict[str, str]) -> str:
-    """What a command prints, after the exports of its block."""
+def run_command(command: str, before: list[Step], stand_ins: dict[str, str]) -> str:
+    """Run a command after the exports of the block; return the output."""
     script = "\n".join([*(s.command for s in before if s.command.startswith("export")), command])
     for name, real in stand_ins.items():
         script = script.replace(name, real)
     path = os.pathsep.join([str(BIN), str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
-        ["bash", "-c", script],  # noqa: S607 - whichever there is
+        ["bash", "-c", script],  # noqa: S607 - the user's bash
         cwd=ROOT,
         env=os.environ | {"PATH": path},
         stdout=subprocess.PIPE,
@@ -92,13 +92,13 @@ def play(command: str, before: list[Step], stand_ins: dict[str, str]) -> str:
     return printed
 
 
-def test_there_are_transcripts() -> None:
+def test_the_document_has_transcripts_of_every_server() -> None:
     assert sum(len(block) for block in BLOCKS) > 15
     for address in ("127.0.0.1:50051", "/run/mlx/runner.sock", "127.0.0.1:50052"):
         assert any(address in step.command for block in BLOCKS for step in block)
 
 
-def test_the_versions_are_those_that_are_tested() -> None:
+def test_the_documented_versions_are_the_tested_ones() -> None:
     found = re.findall(r"^go install (\S+)@(\S+)", DOCUMENT, re.MULTILINE)
     assert len(found) == len(NAMES)
     pins = "\n".join((BIN.parent / name / "go.mod").read_text() for name in NAMES)
@@ -109,18 +109,20 @@ def test_the_versions_are_those_that_are_tested() -> None:
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block[-1].command[:40])
-def test_it_prints_that(block: list[Step], stand_ins: dict[str, str]) -> None:
+def test_the_commands_print_the_documented_output(
+    block: list[Step], stand_ins: dict[str, str]
+) -> None:
     for number, step in enumerate(block):
-        printed = play(step.command, block[:number], stand_ins)
+        printed = run_command(step.command, block[:number], stand_ins)
         end = time.monotonic() + DEADLINE_SECONDS
-        # A line of the log may come after the answer that it is about.
+        # A log line may be written after the response of its call.
         while "/var/log" in step.command and not printed and time.monotonic() < end:
-            printed = play(step.command, block[:number], stand_ins)
+            printed = run_command(step.command, block[:number], stand_ins)
         assert not difference(step.output, printed), step.command
 
 
-def test_what_readme_shows(run: Run, tmp_path: Path) -> None:
-    """On a server that has done nothing yet."""
+def test_the_commands_of_the_readme_print_the_documented_output(run: Run, tmp_path: Path) -> None:
+    """README shows the output of a new server."""
     assert run
     steps = [
         s for block in console_blocks(README) for s in block if s.command.startswith("grpcurl")
@@ -129,5 +131,5 @@ def test_what_readme_shows(run: Run, tmp_path: Path) -> None:
     with running(tmp_path, "--model", str(ROOT / "runner_server/demo/model")) as child:
         child.wait_for(lambda: child.status().state == pb.STATE_ACTIVE)
         for step in steps:
-            printed = play(step.command, [], {"127.0.0.1:50051": child.ready.target})
+            printed = run_command(step.command, [], {"127.0.0.1:50051": child.ready.target})
             assert not difference(step.output, printed), step.command

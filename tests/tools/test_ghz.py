@@ -1,4 +1,4 @@
-"""ghz against a real server: every call is answered, and the report says how fast."""
+"""ghz against a real server: the answers, and the latencies in the run_ghz."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from support.external_tools import PROTOSET, SERVICE, Run, ToolTarget
 COMPLETION = {"prompt": "def main(", "options": {"num_predict": 8, "temperature": 0}}
 
 
-def report(run: Run, place: ToolTarget, method: str, *args: str) -> dict[str, Any]:
+def run_ghz(run: Run, place: ToolTarget, method: str, *args: str) -> dict[str, Any]:
     call = ("--insecure", "--call", f"{SERVICE}.{method}", "--format=json", "--timeout=60s")
     done = run("ghz", *call, *args, place.target)
     assert done.returncode == 0, done.stderr
@@ -21,7 +21,7 @@ def report(run: Run, place: ToolTarget, method: str, *args: str) -> dict[str, An
     return found
 
 
-def assert_all_well(found: dict[str, Any], count: int) -> None:
+def assert_all_ok(found: dict[str, Any], count: int) -> None:
     assert found["count"] == count
     assert found["statusCodeDistribution"] == {"OK": count}, found["errorDistribution"]
     assert found["rps"] > 0
@@ -35,22 +35,24 @@ def assert_all_well(found: dict[str, Any], count: int) -> None:
 
 @pytest.mark.parametrize("where", ["tcp", "unix"])
 @pytest.mark.parametrize(("method", "request_"), [("Status", {}), ("Completion", COMPLETION)])
-def test_all_calls_are_answered(
+def test_every_call_is_answered(
     run: Run, places: dict[str, ToolTarget], where: str, method: str, request_: dict[str, Any]
 ) -> None:
     load = ("--total=40", "--concurrency=8", "--data", json.dumps(request_))
-    assert_all_well(report(run, places[where], method, *load), 40)
+    assert_all_ok(run_ghz(run, places[where], method, *load), 40)
 
 
-def test_with_a_token_from_a_file(run: Run, places: dict[str, ToolTarget], tmp_path: Path) -> None:
-    """With the set of descriptors, because ghz sends no metadata of a file to reflection."""
+def test_the_token_may_come_from_a_file(
+    run: Run, places: dict[str, ToolTarget], tmp_path: Path
+) -> None:
+    """The call uses the protoset, because ghz sends no metadata from a file to reflection."""
     guarded, metadata = places["token"], tmp_path / "metadata.json"
     metadata.write_text(json.dumps({"authorization": f"Bearer {guarded.env['TOKEN']}"}))
     load = ("--total=10", "--concurrency=2", f"--protoset={PROTOSET}")
-    assert_all_well(report(run, guarded, "Status", *load, f"--metadata-file={metadata}"), 10)
+    assert_all_ok(run_ghz(run, guarded, "Status", *load, f"--metadata-file={metadata}"), 10)
 
 
-def test_calls_that_fail_are_told_apart(run: Run, places: dict[str, ToolTarget]) -> None:
+def test_failed_calls_are_counted_by_code(run: Run, places: dict[str, ToolTarget]) -> None:
     load = ("--total=6", "--concurrency=2", "--data", '{"prompt": ""}')
-    found = report(run, places["tcp"], "Completion", *load)
+    found = run_ghz(run, places["tcp"], "Completion", *load)
     assert found["statusCodeDistribution"] == {"InvalidArgument": 6}

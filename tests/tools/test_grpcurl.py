@@ -11,15 +11,15 @@ from support.external_tools import PROTOSET, SERVICE, Done, Run, ToolTarget
 
 PROTO = ("-import-path", "proto", "-proto", "mlxrunner/v1/runner.proto")
 ERROR_EXIT = 64
-"""grpcurl adds the gRPC code to it."""
+"""Base of grpcurl's exit codes, to which it adds the gRPC code."""
 
 
-def curl(run: Run, place: ToolTarget, *words: str, options: tuple[str, ...] = ()) -> Done:
+def run_grpcurl(run: Run, place: ToolTarget, *words: str, options: tuple[str, ...] = ()) -> Done:
     return run("grpcurl", *place.options, *options, place.address, *words, **place.env)
 
 
-def answers(done: Done) -> list[dict[str, Any]]:
-    """The messages that it printed, one JSON object after the other."""
+def parse_answers(done: Done) -> list[dict[str, Any]]:
+    """Parse the printed messages, a sequence of JSON objects."""
     assert done.returncode == 0, done.stderr
     decoder, text, found = json.JSONDecoder(), done.stdout.strip(), []
     while text:
@@ -29,13 +29,15 @@ def answers(done: Done) -> list[dict[str, Any]]:
     return found
 
 
-def call(run: Run, place: ToolTarget, method: str, request: dict[str, Any], *more: str) -> Done:
+def call_method(
+    run: Run, place: ToolTarget, method: str, request: dict[str, Any], *more: str
+) -> Done:
     options = (*more, "-d", json.dumps(request))
-    return curl(run, place, f"{SERVICE}/{method}", options=options)
+    return run_grpcurl(run, place, f"{SERVICE}/{method}", options=options)
 
 
-def test_it_lists_services_and_methods(run: Run, place: ToolTarget) -> None:
-    services = curl(run, place, "list").stdout.split()
+def test_services_and_methods_are_listed(run: Run, place: ToolTarget) -> None:
+    services = run_grpcurl(run, place, "list").stdout.split()
     assert {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection"} <= {*services}
     methods = (
         "Completion",
@@ -47,50 +49,56 @@ def test_it_lists_services_and_methods(run: Run, place: ToolTarget) -> None:
         "Trim",
         "Unload",
     )
-    assert curl(run, place, "list", SERVICE).stdout.split() == [f"{SERVICE}.{m}" for m in methods]
+    assert run_grpcurl(run, place, "list", SERVICE).stdout.split() == [
+        f"{SERVICE}.{m}" for m in methods
+    ]
 
 
-def test_it_describes_with_comments(run: Run, place: ToolTarget) -> None:
-    """The comments come from the server itself: nobody needs the source at hand."""
-    method = curl(run, place, "describe", f"{SERVICE}.Unload").stdout
+def test_descriptions_have_comments(run: Run, place: ToolTarget) -> None:
+    """The comments come from the server itself, without the source at hand."""
+    method = run_grpcurl(run, place, "describe", f"{SERVICE}.Unload").stdout
     assert "// Ends running and queued completions (with SHUTTING_DOWN)" in method
     assert "// - FAILED_PRECONDITION / BUSY: a load or another unload is running" in method
     assert "rpc Unload (" in method
-    message = curl(run, place, "describe", "mlxrunner.v1.StatusResponse").stdout
-    assert "  // Completions waiting for a slot.\n  int32 queued_count = 9;" in message
+    message = run_grpcurl(run, place, "describe", "mlxrunner.v1.StatusResponse").stdout
+    assert "  // Completions that wait for a place.\n  int32 queued_count = 9;" in message
     # Every field, every value and every method has its comment.
     for symbol in (SERVICE, "mlxrunner.v1.State", "mlxrunner.v1.CompletionOptions"):
-        lines = [line.strip() for line in curl(run, place, "describe", symbol).stdout.splitlines()]
+        lines = [
+            line.strip() for line in run_grpcurl(run, place, "describe", symbol).stdout.splitlines()
+        ]
         named = [i for i, line in enumerate(lines) if line.endswith(";")]
         assert len(named) > 5
         assert all(lines[i - 1].startswith("//") for i in named)
 
 
 @pytest.mark.parametrize("source", [("-protoset", PROTOSET), PROTO], ids=["protoset", "proto"])
-def test_it_describes_with_comments_without_a_server(run: Run, source: tuple[str, ...]) -> None:
+def test_descriptions_without_a_server_have_comments(run: Run, source: tuple[str, ...]) -> None:
     done = run("grpcurl", *source, "describe", "mlxrunner.v1.StatusResponse")
     assert "  // Completions waiting for a slot.\n" in done.stdout, done.stderr
 
 
-def test_status(run: Run, place: ToolTarget) -> None:
-    (status,) = answers(curl(run, place, f"{SERVICE}/Status"))
+def test_the_status_is_readable(run: Run, place: ToolTarget) -> None:
+    (status,) = parse_answers(run_grpcurl(run, place, f"{SERVICE}/Status"))
     assert status["state"] == "STATE_ACTIVE"
     assert status["model"]["architecture"] == "llama"
     assert int(status["pid"]) == place.child.process.pid
 
 
-def test_text_becomes_tokens_and_text_again(run: Run, place: ToolTarget) -> None:
+def test_tokenize_and_detokenize_are_inverses(run: Run, place: ToolTarget) -> None:
     text = "def grüße(name): # 🚀"
-    (tokens,) = answers(call(run, place, "Tokenize", {"content": text}))
+    (tokens,) = parse_answers(call_method(run, place, "Tokenize", {"content": text}))
     assert len(tokens["token_ids"]) > 5
-    (back,) = answers(call(run, place, "Detokenize", {"token_ids": tokens["token_ids"]}))
+    (back,) = parse_answers(
+        call_method(run, place, "Detokenize", {"token_ids": tokens["token_ids"]})
+    )
     assert back["content"] == text
 
 
 def test_a_completion_is_streamed(run: Run, place: ToolTarget) -> None:
     options = {"num_predict": 24, "temperature": 0}
     request = {"prompt": "def read_lines(path):", "options": options}
-    *pieces, last = answers(call(run, place, "Completion", request))
+    *pieces, last = parse_answers(call_method(run, place, "Completion", request))
     assert pieces
     assert not any(piece.get("done") for piece in pieces)
     assert last["done"] is True
@@ -102,7 +110,7 @@ def test_a_completion_is_streamed(run: Run, place: ToolTarget) -> None:
 
 def test_the_details_of_an_error_are_readable(run: Run, place: ToolTarget) -> None:
     request = {"prompt": "x", "options": {"top_k": -1}}
-    done = call(run, place, "Completion", request, "-format-error")
+    done = call_method(run, place, "Completion", request, "-format-error")
     assert done.returncode == ERROR_EXIT + 3
     error = json.loads(done.stderr)
     assert error["code"] == 3
@@ -113,24 +121,24 @@ def test_the_details_of_an_error_are_readable(run: Run, place: ToolTarget) -> No
     assert "@value" not in done.stderr
 
 
-def test_numbers_of_an_error_are_readable(run: Run, place: ToolTarget) -> None:
-    done = call(run, place, "Completion", {"prompt": "x " * 2000}, "-format-error")
+def test_the_numbers_of_an_error_are_readable(run: Run, place: ToolTarget) -> None:
+    done = call_method(run, place, "Completion", {"prompt": "x " * 2000}, "-format-error")
     (info,) = json.loads(done.stderr)["details"]
     assert info["reason"] == "PROMPT_TOO_LONG"
     assert info["metadata"]["contextLength"] == "1024"
     assert int(info["metadata"]["promptTokens"]) > 1024
 
 
-def test_a_source_of_ones_own_hides_the_details(run: Run, place: ToolTarget) -> None:
-    """What docs/debugging.md warns of: the types of the details are then not known."""
-    alone = call(run, place, "Completion", {"prompt": ""}, *PROTO)
+def test_a_proto_file_without_reflection_hides_the_details(run: Run, place: ToolTarget) -> None:
+    """As docs/debugging.md warns, grpcurl then does not know the types of the details."""
+    alone = call_method(run, place, "Completion", {"prompt": ""}, *PROTO)
     assert '"@value"' in alone.stderr
-    both = call(run, place, "Completion", {"prompt": ""}, *PROTO, "-use-reflection")
+    both = call_method(run, place, "Completion", {"prompt": ""}, *PROTO, "-use-reflection")
     assert '"reason": "INVALID_FIELD"' in both.stderr
     assert "@value" not in both.stderr
 
 
-def test_without_the_token_everything_is_refused(run: Run, places: dict[str, ToolTarget]) -> None:
+def test_without_the_token_every_call_is_refused(run: Run, places: dict[str, ToolTarget]) -> None:
     guarded = places["token"]
     bare = ("grpcurl", "-plaintext", "-protoset", PROTOSET)
     for method in ("Status", "Completion"):
@@ -142,8 +150,8 @@ def test_without_the_token_everything_is_refused(run: Run, places: dict[str, Too
     assert "Unauthenticated" in listed.stderr
 
 
-def test_the_token_is_no_argument(places: dict[str, ToolTarget]) -> None:
-    """Every user of the machine sees arguments; grpcurl takes it from its environment."""
+def test_the_token_is_not_an_argument(places: dict[str, ToolTarget]) -> None:
+    """Every user of the machine sees arguments; grpcurl expands the token from a variable."""
     guarded = places["token"]
     assert "${TOKEN}" in " ".join(guarded.options)
     assert not any(guarded.env["TOKEN"] in option for option in guarded.options)

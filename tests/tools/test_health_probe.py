@@ -1,4 +1,4 @@
-"""grpc_health_probe against a real server, and against none."""
+"""grpc_health_probe against real servers, and without a server."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ DRAINS_LONG = HANGS.replace("_DRAIN_SECONDS = 0.3", "_DRAIN_SECONDS = 20")
 
 
 @pytest.mark.parametrize("service", HEALTH_SERVICES)
-def test_it_serves(run: Run, place: ToolTarget, service: str) -> None:
-    """Without a token too: a probe needs to know no secrets."""
+def test_every_service_is_serving(run: Run, place: ToolTarget, service: str) -> None:
+    """Health needs no token, so probes need no secrets."""
     done = run("grpc_health_probe", f"-addr={place.target}", f"-service={service}", *WAIT)
     assert done.returncode == 0, done.stderr
     assert "status: SERVING" in done.stdout + done.stderr
 
 
-def test_a_service_that_there_is_not(run: Run, place: ToolTarget) -> None:
-    done = run("grpc_health_probe", f"-addr={place.target}", "-service=nobody", *WAIT)
+def test_an_unknown_service_is_not_found(run: Run, place: ToolTarget) -> None:
+    done = run("grpc_health_probe", f"-addr={place.target}", "-service=unknown", *WAIT)
     assert done.returncode == NO_ANSWER
     assert "NotFound" in done.stderr
 
 
-def test_nobody_listens(run: Run) -> None:
+def test_a_closed_port_cannot_be_connected(run: Run) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         host, port = taken.getsockname()
@@ -42,16 +42,16 @@ def test_nobody_listens(run: Run) -> None:
     assert "failed to connect" in done.stderr
 
 
-def test_a_process_that_is_stopped(run: Run, tmp_path: Path) -> None:
+def test_a_suspended_process_times_out(run: Run, tmp_path: Path) -> None:
     with running(tmp_path) as child:
         child.process.send_signal(signal.SIGSTOP)
         done = run("grpc_health_probe", f"-addr={child.ready.target}", "-rpc-timeout=500ms")
-    # The kernel takes the connection, and nobody speaks on it.
+    # The kernel accepts the connection, but the process does not answer.
     assert done.returncode == CANNOT_CONNECT, done.stderr
     assert "timeout" in done.stderr
 
 
-def test_a_runner_that_drains(run: Run, tmp_path: Path) -> None:
+def test_a_draining_runner_is_not_serving(run: Run, tmp_path: Path) -> None:
     with running(tmp_path, code=DRAINS_LONG) as child:
         child.load(ROOT / "runner_server/demo/model")
         child.complete(5)
@@ -61,7 +61,7 @@ def test_a_runner_that_drains(run: Run, tmp_path: Path) -> None:
         child.wait_for(lambda: run(*probe).returncode == NOT_SERVING)
 
 
-def test_over_tls(run: Run, tmp_path: Path) -> None:
+def test_the_probe_works_over_tls(run: Run, tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     pair = authority.sign("server")
     (logs := tmp_path / "logs").mkdir()

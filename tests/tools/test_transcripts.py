@@ -1,4 +1,4 @@
-"""What counts as the same transcript, and what does not."""
+"""The comparison of transcripts with real output."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ $ not a transcript
 """
 
 
-def test_commands_and_what_they_print() -> None:
+def test_commands_and_outputs_are_parsed() -> None:
     steps = [Step("first | second \\\n    and more", '{\n  "count": 1\n}'), Step("silent", "")]
     assert console_blocks(DOCUMENT) == [steps]
 
@@ -45,7 +45,7 @@ def test_commands_and_what_they_print() -> None:
         ("first\n...\nlast", "first\n2\n3\nlast\n"),
     ],
 )
-def test_the_same(expected: str, printed: str) -> None:
+def test_outputs_that_vary_from_run_to_run_are_equal(expected: str, printed: str) -> None:
     assert not difference(expected, printed)
 
 
@@ -63,5 +63,5 @@ def test_the_same(expected: str, printed: str) -> None:
         ("exit code 0 OK", "exit code OK\n"),
     ],
 )
-def test_another(expected: str, printed: str) -> None:
+def test_other_outputs_differ(expected: str, printed: str) -> None:
     assert difference(expected, printed)
