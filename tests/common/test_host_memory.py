@@ -1,4 +1,4 @@
-"""Free memory: the smallest of the system, the control groups and the device."""
+"""Free memory: the minimum of system, control groups and device."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ V2_MOUNT = "30 23 0:26 {root} /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate\
 NO_LIMIT = str(2**63 - 4096)
 
 
-def write(root: Path, files: dict[str, str]) -> None:
+def write_files(root: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def v2_group(path: str, limit: str, usage: int, **statistics: int) -> dict[str, 
 
 
 def v1_group(path: str, limit: str, usage: int, **statistics: int) -> dict[str, str]:
-    """A group whose own figures, without those of the groups below it, are 3 and 5."""
+    """Return the files of a group with 3 and 5 bytes of cached files, without child groups."""
     folder = f"sys/fs/cgroup/memory{path}"
     own = {"inactive_file": 3, "active_file": 5}
     return {
@@ -68,9 +68,9 @@ def process_in(group: str, mounts: str) -> dict[str, str]:
 
 
 def test_v2_takes_the_tightest_ancestor(tmp_path: Path) -> None:
-    write(tmp_path, process_in("0::/user/job\n", V2_MOUNT.format(root="/")))
-    write(tmp_path, v2_group("/user/job", "max", 300))
-    write(tmp_path, v2_group("/user", "1000", 600))
+    write_files(tmp_path, process_in("0::/user/job\n", V2_MOUNT.format(root="/")))
+    write_files(tmp_path, v2_group("/user/job", "max", 300))
+    write_files(tmp_path, v2_group("/user", "1000", 600))
     assert cgroup_available_bytes(tmp_path) == 400
 
 
@@ -78,21 +78,21 @@ def test_v2_takes_the_tightest_ancestor(tmp_path: Path) -> None:
     ("statistics", "available"),
     [
         ({"inactive_file": 700}, 800),
-        # A file that was read twice.
+        # A file read twice.
         ({"active_file": 700}, 800),
         ({"inactive_file": 300, "active_file": 400, "file_mapped": 50}, 750),
-        # Of shared memory, which is mapped too and no file.
+        # Shared memory, which is mapped but is not a file.
         ({"inactive_file": 10, "file_mapped": 600}, 100),
         ({"slab_reclaimable": 200, "slab_unreclaimable": 90}, 300),
         ({"inactive_file": 10, "file_mapped": 600, "slab_reclaimable": 200}, 300),
         ({"inactive_file": 5000}, 1000),
     ],
 )
-def test_v2_pages_that_the_kernel_drops_are_free(
+def test_v2_reclaimable_pages_are_free(
     tmp_path: Path, statistics: dict[str, int], available: int
 ) -> None:
-    write(tmp_path, process_in("0::/job\n", V2_MOUNT.format(root="/")))
-    write(tmp_path, v2_group("/job", "1000", 900, **statistics))
+    write_files(tmp_path, process_in("0::/job\n", V2_MOUNT.format(root="/")))
+    write_files(tmp_path, v2_group("/job", "1000", 900, **statistics))
     assert cgroup_available_bytes(tmp_path) == available
 
 
@@ -106,56 +106,56 @@ def test_v2_pages_that_the_kernel_drops_are_free(
             750,
         ),
         ({"total_inactive_file": 10, "total_mapped_file": 600}, 100),
-        # Of the group alone: those of its children count too.
+        # Without the prefix, the figure excludes child groups and does not count.
         ({"mapped_file": 600, "total_active_file": 100}, 200),
     ],
 )
-def test_v1_pages_that_the_kernel_drops_are_free(
+def test_v1_reclaimable_pages_are_free(
     tmp_path: Path, statistics: dict[str, int], available: int
 ) -> None:
-    write(tmp_path, process_in("4:memory:/job\n", V1_MOUNT.format(root="/")))
-    write(tmp_path, v1_group("/job", "1000", 900, **statistics))
+    write_files(tmp_path, process_in("4:memory:/job\n", V1_MOUNT.format(root="/")))
+    write_files(tmp_path, v1_group("/job", "1000", 900, **statistics))
     assert cgroup_available_bytes(tmp_path) == available
 
 
-def test_v2_throttling_limit_counts_as_a_limit(tmp_path: Path) -> None:
-    write(tmp_path, process_in("0::/job\n", V2_MOUNT.format(root="/")))
-    write(tmp_path, v2_group("/job", "1000", 100))
-    write(tmp_path, {"sys/fs/cgroup/job/memory.high": "500\n"})
+def test_v2_memory_high_counts_as_a_limit(tmp_path: Path) -> None:
+    write_files(tmp_path, process_in("0::/job\n", V2_MOUNT.format(root="/")))
+    write_files(tmp_path, v2_group("/job", "1000", 100))
+    write_files(tmp_path, {"sys/fs/cgroup/job/memory.high": "500\n"})
     assert cgroup_available_bytes(tmp_path) == 400
 
 
 def test_v1_takes_the_tightest_ancestor(tmp_path: Path) -> None:
-    write(tmp_path, process_in("4:memory:/docker/abc\n1:cpu:/x\n", V1_MOUNT.format(root="/")))
-    write(tmp_path, v1_group("/docker/abc", "2000", 500, total_inactive_file=100))
-    write(tmp_path, v1_group("/docker", NO_LIMIT, 5000))
-    write(tmp_path, v1_group("", "9000", 8000))
+    write_files(tmp_path, process_in("4:memory:/docker/abc\n1:cpu:/x\n", V1_MOUNT.format(root="/")))
+    write_files(tmp_path, v1_group("/docker/abc", "2000", 500, total_inactive_file=100))
+    write_files(tmp_path, v1_group("/docker", NO_LIMIT, 5000))
+    write_files(tmp_path, v1_group("", "9000", 8000))
     assert cgroup_available_bytes(tmp_path) == 1000
 
 
-def test_huge_v1_limit_is_no_limit(tmp_path: Path) -> None:
-    write(tmp_path, process_in("4:memory:/a\n", V1_MOUNT.format(root="/")))
-    write(tmp_path, v1_group("/a", NO_LIMIT, 500))
+def test_a_huge_v1_limit_is_not_a_limit(tmp_path: Path) -> None:
+    write_files(tmp_path, process_in("4:memory:/a\n", V1_MOUNT.format(root="/")))
+    write_files(tmp_path, v1_group("/a", NO_LIMIT, 500))
     assert cgroup_available_bytes(tmp_path) is None
 
 
-def test_group_named_by_the_hosts_path_is_the_mount_point(tmp_path: Path) -> None:
-    write(tmp_path, process_in("4:memory:/docker/abc\n", V1_MOUNT.format(root="/docker/abc")))
-    write(tmp_path, v1_group("", "2000", 500))
+def test_a_group_with_the_hosts_path_is_the_mount_point(tmp_path: Path) -> None:
+    write_files(tmp_path, process_in("4:memory:/docker/abc\n", V1_MOUNT.format(root="/docker/abc")))
+    write_files(tmp_path, v1_group("", "2000", 500))
     assert cgroup_available_bytes(tmp_path) == 1500
 
 
-def test_group_outside_the_namespace_is_the_mount_point(tmp_path: Path) -> None:
-    write(tmp_path, process_in("0::/../other\n", V2_MOUNT.format(root="/")))
-    write(tmp_path, v2_group("", "2000", 500))
+def test_a_group_outside_the_namespace_is_the_mount_point(tmp_path: Path) -> None:
+    write_files(tmp_path, process_in("0::/../other\n", V2_MOUNT.format(root="/")))
+    write_files(tmp_path, v2_group("", "2000", 500))
     assert cgroup_available_bytes(tmp_path) == 1500
 
 
-def test_each_group_that_limits_is_told(tmp_path: Path) -> None:
-    write(tmp_path, process_in("0::/user/job\n", V2_MOUNT.format(root="/")))
-    write(tmp_path, v2_group("/user/job", "1000", 300))
-    write(tmp_path, v2_group("/user", "2000", 600))
-    write(tmp_path, v2_group("", "max", 600))
+def test_each_group_with_a_limit_is_returned(tmp_path: Path) -> None:
+    write_files(tmp_path, process_in("0::/user/job\n", V2_MOUNT.format(root="/")))
+    write_files(tmp_path, v2_group("/user/job", "1000", 300))
+    write_files(tmp_path, v2_group("/user", "2000", 600))
+    write_files(tmp_path, v2_group("", "max", 600))
     folder = tmp_path / "sys/fs/cgroup"
     assert cgroup_limits(tmp_path) == (
         GroupLimit(f"{folder}/user/job", 700),
@@ -163,27 +163,27 @@ def test_each_group_that_limits_is_told(tmp_path: Path) -> None:
     )
 
 
-def test_processes_are_in_their_group_and_those_above_it(tmp_path: Path) -> None:
-    write(tmp_path, process_in("0::/user/job\n", V2_MOUNT.format(root="/")))
-    write(tmp_path, {"proc/7/cgroup": "0::/user/other\n"})
+def test_a_process_is_in_its_group_and_all_parents(tmp_path: Path) -> None:
+    write_files(tmp_path, process_in("0::/user/job\n", V2_MOUNT.format(root="/")))
+    write_files(tmp_path, {"proc/7/cgroup": "0::/user/other\n"})
     folder = tmp_path / "sys/fs/cgroup"
     assert is_in_group(7, f"{folder}/user", tmp_path)
     assert not is_in_group(7, f"{folder}/user/job", tmp_path)
-    # One that has ended, or may not be looked at.
+    # A process that has ended, or cannot be inspected, counts as a member.
     assert is_in_group(8, f"{folder}/user/job", tmp_path)
 
 
-def test_hybrid_mounts_use_the_one_with_the_memory_controller(tmp_path: Path) -> None:
+def test_a_hybrid_mount_uses_the_hierarchy_with_the_memory_controller(tmp_path: Path) -> None:
     unified = "41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n"
-    write(tmp_path, process_in("4:memory:/a\n0::/a\n", V1_MOUNT.format(root="/") + unified))
-    write(tmp_path, v1_group("/a", "2000", 500))
-    write(tmp_path, {"sys/fs/cgroup/unified/a/cgroup.procs": "1\n"})
+    write_files(tmp_path, process_in("4:memory:/a\n0::/a\n", V1_MOUNT.format(root="/") + unified))
+    write_files(tmp_path, v1_group("/a", "2000", 500))
+    write_files(tmp_path, {"sys/fs/cgroup/unified/a/cgroup.procs": "1\n"})
     assert cgroup_available_bytes(tmp_path) == 1500
 
 
-def test_usage_above_the_limit_leaves_nothing(tmp_path: Path) -> None:
-    write(tmp_path, process_in("0::/job\n", V2_MOUNT.format(root="/")))
-    write(tmp_path, v2_group("/job", "1000", 1200))
+def test_a_usage_above_the_limit_leaves_nothing(tmp_path: Path) -> None:
+    write_files(tmp_path, process_in("0::/job\n", V2_MOUNT.format(root="/")))
+    write_files(tmp_path, v2_group("/job", "1000", 1200))
     assert cgroup_available_bytes(tmp_path) == 0
 
 
@@ -200,13 +200,13 @@ def test_usage_above_the_limit_leaves_nothing(tmp_path: Path) -> None:
         },
     ],
 )
-def test_missing_and_odd_files_are_no_limit(tmp_path: Path, files: dict[str, str]) -> None:
-    write(tmp_path, files)
+def test_missing_and_invalid_files_are_not_a_limit(tmp_path: Path, files: dict[str, str]) -> None:
+    write_files(tmp_path, files)
     assert cgroup_available_bytes(tmp_path) is None
 
 
 def answering(answers: dict[str, str]) -> Callable[[Sequence[str]], str]:
-    """A command runner that knows the answers, by the command's name or last argument."""
+    """Return a command runner with these answers, by command name or last argument."""
 
     def run(command: Sequence[str]) -> str:
         for key in (command[-1], command[0]):
@@ -238,17 +238,17 @@ def cuda_host(tmp_path: Path, output: str, **overrides: object) -> Host:
 TWO_GPUS = "0, GPU-aaaa, 20000, 24576, NVIDIA A\n1, GPU-bbbb, 70000, 81559, NVIDIA B, 80GB\n"
 
 
-def test_cpu_has_the_systems_memory(tmp_path: Path) -> None:
-    write(tmp_path, {"proc/cpuinfo": "processor : 0\nmodel name : Some CPU\n"})
+def test_a_cpu_has_the_systems_memory(tmp_path: Path) -> None:
+    write_files(tmp_path, {"proc/cpuinfo": "processor : 0\nmodel name : Some CPU\n"})
     free = free_memory(host(tmp_path))
     assert (free.available_bytes, free.source, free.device_kind) == (40 * GIB, "system", "cpu")
     assert (free.cgroup_bytes, free.device_bytes) == (None, None)
     assert free.device_name == "Some CPU"
 
 
-def test_cgroup_binds_when_it_is_the_smallest(tmp_path: Path) -> None:
-    write(tmp_path, process_in("0::/job\n", V2_MOUNT.format(root="/")))
-    write(tmp_path, v2_group("/job", str(8 * GIB), 2 * GIB))
+def test_a_control_group_binds_if_it_is_the_smallest(tmp_path: Path) -> None:
+    write_files(tmp_path, process_in("0::/job\n", V2_MOUNT.format(root="/")))
+    write_files(tmp_path, v2_group("/job", str(8 * GIB), 2 * GIB))
     free = free_memory(host(tmp_path))
     assert (free.available_bytes, free.source) == (6 * GIB, "cgroup")
     assert free.system_bytes == 40 * GIB
@@ -256,7 +256,7 @@ def test_cgroup_binds_when_it_is_the_smallest(tmp_path: Path) -> None:
     assert min(limit.available_bytes for limit in free.limits) == free.available_bytes
 
 
-def test_first_cuda_device_binds_when_it_is_the_smallest(tmp_path: Path) -> None:
+def test_the_first_cuda_device_binds_if_it_is_the_smallest(tmp_path: Path) -> None:
     free = free_memory(cuda_host(tmp_path, TWO_GPUS))
     assert (free.available_bytes, free.source) == (20000 * MIB, "device")
     assert (free.device_name, free.device_kind) == ("NVIDIA A", "cuda")
@@ -264,7 +264,7 @@ def test_first_cuda_device_binds_when_it_is_the_smallest(tmp_path: Path) -> None
     assert free.limits[-1] == MemoryLimit("device", 20000 * MIB, device="GPU-aaaa")
 
 
-def test_cuda_devices_with_a_comma_in_the_name(tmp_path: Path) -> None:
+def test_a_cuda_device_may_have_a_comma_in_its_name(tmp_path: Path) -> None:
     first, second = device_infos(cuda_host(tmp_path, TWO_GPUS))
     assert (first.free_bytes, first.total_bytes) == (20000 * MIB, 24576 * MIB)
     assert second.name == "NVIDIA B, 80GB"
@@ -281,7 +281,7 @@ def test_cuda_devices_with_a_comma_in_the_name(tmp_path: Path) -> None:
         ("-1", ["unknown"]),
     ],
 )
-def test_visible_devices_are_the_ones_cuda_shows(
+def test_cuda_visible_devices_selects_the_devices(
     tmp_path: Path, visible: str, names: list[str]
 ) -> None:
     infos = device_infos(
@@ -290,7 +290,7 @@ def test_visible_devices_are_the_ones_cuda_shows(
     assert [info.name for info in infos] == names
 
 
-def test_figure_that_nvidia_smi_withholds_is_unknown(tmp_path: Path) -> None:
+def test_a_figure_that_nvidia_smi_withholds_is_unknown(tmp_path: Path) -> None:
     (info,) = device_infos(cuda_host(tmp_path, "0, GPU-a, [N/A], 24576, NVIDIA A\n"))
     assert (info.free_bytes, info.total_bytes) == (None, 24576 * MIB)
     assert "[N/A]" in info.reason
@@ -305,7 +305,7 @@ def test_figure_that_nvidia_smi_withholds_is_unknown(tmp_path: Path) -> None:
         (PermissionError("no"), "failed"),
     ],
 )
-def test_failing_tool_is_an_unknown_with_a_reason(
+def test_a_failing_tool_gives_an_unknown_figure_with_a_reason(
     tmp_path: Path, error: Exception, reason: str
 ) -> None:
     def run(_command: Sequence[str]) -> str:
@@ -317,7 +317,7 @@ def test_failing_tool_is_an_unknown_with_a_reason(
     assert reason in free.reason
 
 
-def mac(tmp_path: Path, limit: str, total: int) -> Host:
+def mac_host(tmp_path: Path, limit: str, total: int) -> Host:
     answers = {"iogpu.wired_limit_mb": limit, "machdep.cpu.brand_string": "Apple M2 Max\n"}
     return host(
         tmp_path,
@@ -328,8 +328,8 @@ def mac(tmp_path: Path, limit: str, total: int) -> Host:
     )
 
 
-def test_wired_limit_set_by_hand_is_the_metal_limit(tmp_path: Path) -> None:
-    free = free_memory(mac(tmp_path, "26624\n", 32 * GIB))
+def test_a_wired_limit_set_by_the_user_is_the_metal_limit(tmp_path: Path) -> None:
+    free = free_memory(mac_host(tmp_path, "26624\n", 32 * GIB))
     assert (free.device_bytes, free.source) == (26624 * MIB, "device")
     assert (free.device_name, free.device_kind) == ("Apple M2 Max", "metal")
 
@@ -338,18 +338,20 @@ def test_wired_limit_set_by_hand_is_the_metal_limit(tmp_path: Path) -> None:
     ("total", "limit"),
     [(16 * GIB, 16 * GIB * 2 // 3), (32 * GIB, 32 * GIB * 2 // 3), (64 * GIB, 48 * GIB)],
 )
-def test_default_metal_limit_depends_on_the_memory(tmp_path: Path, total: int, limit: int) -> None:
-    assert free_memory(mac(tmp_path, "0\n", total)).device_bytes == limit
+def test_the_default_metal_limit_depends_on_the_memory(
+    tmp_path: Path, total: int, limit: int
+) -> None:
+    assert free_memory(mac_host(tmp_path, "0\n", total)).device_bytes == limit
 
 
-def test_default_metal_limits_are_the_reported_ones() -> None:
-    # recommendedMaxWorkingSetSize as llama.cpp printed it on these machines.
+def test_the_default_metal_limits_match_reported_ones() -> None:
+    # recommendedMaxWorkingSetSize, as printed by llama.cpp on these machines.
     assert default_working_set_bytes(8 * GIB) // MIB == 5461
     assert default_working_set_bytes(16 * GIB) // MIB == 10922
     assert default_working_set_bytes(32 * GIB) // MIB == 21845
 
 
-def test_mac_without_sysctl_still_has_a_limit(tmp_path: Path) -> None:
+def test_a_mac_without_sysctl_still_has_a_limit(tmp_path: Path) -> None:
     (info,) = device_infos(
         host(tmp_path, system="darwin", machine="arm64", memory=lambda: (16 * GIB, 9 * GIB))
     )
@@ -367,7 +369,7 @@ def test_mac_without_sysctl_still_has_a_limit(tmp_path: Path) -> None:
         ("linux", "aarch64", ("mlx-cuda-13",), "cuda"),
     ],
 )
-def test_backend_is_told_from_what_is_installed(
+def test_the_backend_depends_on_the_installed_packages(
     tmp_path: Path, system: str, machine: str, packages: tuple[str, ...], backend: str
 ) -> None:
     here = host(tmp_path, system=system, machine=machine, installed=lambda name: name in packages)
@@ -380,7 +382,7 @@ def test_this_machine_has_memory() -> None:
     assert device_infos()[0].kind == free.device_kind
 
 
-def test_commands_report_their_failure() -> None:
+def test_a_failing_command_raises() -> None:
     with pytest.raises(subprocess.CalledProcessError):
         run_command(["sh", "-c", "exit 3"])
     assert run_command(["echo", "hello"]) == "hello\n"
