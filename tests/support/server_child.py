@@ -35,12 +35,12 @@ sys.exit(main())
 
 SLOW_LOAD = """
 import sys, time
-from runner_server.engine.request_registry import Ledger
-note_progress = Ledger.note_progress
+from runner_server.engine.request_registry import RequestRegistry
+note_progress = RequestRegistry.note_progress
 def slow(self, progress):
     note_progress(self, progress)
     time.sleep(0.01)
-Ledger.note_progress = slow
+RequestRegistry.note_progress = slow
 from runner_server.__main__ import main
 sys.exit(main())
 """
