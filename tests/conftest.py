@@ -19,6 +19,7 @@ from runner_common.memory.headroom import MINIMUM_VARIABLE, OVERHEAD_VARIABLE
 from runner_common.memory.reservations import DIRECTORY_VARIABLE
 from support.fakes import FakeBackend
 from support.harness import Server, StartServer, running
+from support.user_home import replace_home
 
 # The duration of a single example means nothing on a busy machine.
 settings.register_profile("project", deadline=None)
@@ -26,6 +27,9 @@ settings.load_profile("project")
 
 _runtime_directory = tempfile.TemporaryDirectory(prefix="mlx-runner-tests-")
 """Reservations of this session and its children, apart from those of parallel sessions."""
+
+_home = tempfile.TemporaryDirectory(prefix="mlx-runner-home-", ignore_cleanup_errors=True)
+"""Home of this session and its children, with the caches that its tests share."""
 
 
 def pytest_configure() -> None:
@@ -38,14 +42,16 @@ def pytest_configure() -> None:
     for variable in (TOKEN_VARIABLE, OVERHEAD_VARIABLE, MINIMUM_VARIABLE):
         os.environ.pop(variable, None)
     os.environ[DIRECTORY_VARIABLE] = _runtime_directory.name
+    replace_home(Path(_home.name))
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure() -> None:
-    """Remove the reservations of this session."""
+    """Remove the reservations and the home of this session."""
     os.environ.pop(DIRECTORY_VARIABLE, None)
     _runtime_directory.cleanup()
+    _home.cleanup()
 
 
 @pytest.fixture

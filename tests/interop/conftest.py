@@ -13,8 +13,17 @@ import pytest
 
 from interop.languages import LANGUAGES, Language, Run, run_client
 from interop.servers import Server, shared_servers
+from support.user_home import toolchain_variables
 
 _RUNS = pytest.StashKey[dict[str, Run]]()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _user_toolchains() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in toolchain_variables().items():
+            patch.setenv(name, value)
+        yield
 
 
 @pytest.fixture(scope="session")

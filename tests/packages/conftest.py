@@ -11,9 +11,18 @@ from typing import TYPE_CHECKING
 import pytest
 
 from support.environments import ROOT, Environment, checked_output
+from support.user_home import toolchain_variables
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _user_toolchains() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in toolchain_variables().items():
+            patch.setenv(name, value)
+        yield
 
 
 @pytest.fixture(scope="session")
