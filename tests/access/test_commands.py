@@ -1,4 +1,4 @@
-"""The commands that call a server which asks who calls, and the one that starts such a server."""
+"""Commands calling a server with a token or TLS, and ``serve``, which starts one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from support.harness import StartServer, running
 TOKEN = "correct-horse-battery-staple"  # noqa: S105 - of a test
 
 
-async def ask(*arguments: object, **environment: str) -> Result:
+async def run_command(*arguments: object, **environment: str) -> Result:
     return await asyncio.to_thread(
         invoke, *map(str, arguments), environment={TOKEN_VARIABLE: "", **environment}
     )
@@ -34,27 +34,27 @@ def token_file(tmp_path: Path) -> Path:
     return file
 
 
-async def test_status_with_the_token(start_server: StartServer, token_file: Path) -> None:
+async def test_status_sends_the_token(start_server: StartServer, token_file: Path) -> None:
     server = await start_server(listen="127.0.0.1:0", token=TOKEN)
     address = server.ready.target
-    assert (await ask("status", address, "--token-file", token_file)).exit_code == 0
-    assert (await ask("status", address, **{TOKEN_VARIABLE: TOKEN})).exit_code == 0
-    refused = await ask("status", address)
+    assert (await run_command("status", address, "--token-file", token_file)).exit_code == 0
+    assert (await run_command("status", address, **{TOKEN_VARIABLE: TOKEN})).exit_code == 0
+    refused = await run_command("status", address)
     assert (refused.exit_code, refused.stdout) == (1, "")
     assert "requires a token and the call has none" in refused.stderr
-    wrong = await ask("status", address, **{TOKEN_VARIABLE: TOKEN + "x"})
+    wrong = await run_command("status", address, **{TOKEN_VARIABLE: TOKEN + "x"})
     assert "a different one" in wrong.stderr
     assert TOKEN not in wrong.stderr
 
 
-async def test_tokenize_with_the_token(start_server: StartServer, token_file: Path) -> None:
+async def test_tokenize_sends_the_token(start_server: StartServer, token_file: Path) -> None:
     server = await start_server(token=TOKEN)
     where = ("--address", server.ready.target, "--token-file", token_file)
-    # Past the token, where there is no model.
-    assert "no model is loaded" in (await ask("tokenize", *where, "x")).stderr
+    # The call gets past the token check to the missing model.
+    assert "no model is loaded" in (await run_command("tokenize", *where, "x")).stderr
 
 
-async def test_mutual_tls(socket_dir: Path, tmp_path: Path) -> None:
+async def test_status_over_mutual_tls(socket_dir: Path, tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     pair, own = authority.sign("server"), authority.sign("client")
     files = TlsFiles(pair.cert, pair.key, authority.file)
@@ -62,9 +62,9 @@ async def test_mutual_tls(socket_dir: Path, tmp_path: Path) -> None:
     async with parts as (_, _, ready):
         trust = ("--tls-ca", authority.file)
         mine = ("--tls-cert", own.cert, "--tls-key", own.key)
-        assert (await ask("status", ready.target, *trust, *mine)).exit_code == 0
-        assert (await ask("status", ready.target, *trust)).exit_code == 1
-        assert (await ask("status", ready.target)).exit_code == 1
+        assert (await run_command("status", ready.target, *trust, *mine)).exit_code == 0
+        assert (await run_command("status", ready.target, *trust)).exit_code == 1
+        assert (await run_command("status", ready.target)).exit_code == 1
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ async def test_mutual_tls(socket_dir: Path, tmp_path: Path) -> None:
         ["tokenize", "--model", "m", "--token-file", "FILE", "x"],
     ],
 )
-def test_wrong_usage(arguments: list[str], token_file: Path, tmp_path: Path) -> None:
+def test_wrong_usage_exits_with_2(arguments: list[str], token_file: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.write_text("")
     places = {"FILE": str(token_file), "EMPTY": str(empty)}
@@ -87,7 +87,7 @@ def test_wrong_usage(arguments: list[str], token_file: Path, tmp_path: Path) -> 
     assert TOKEN not in result.output
 
 
-def test_serve_passes_on_who_may_call(
+def test_serve_passes_on_token_and_tls_files(
     token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     became: list[tuple[list[str], dict[str, str]]] = []

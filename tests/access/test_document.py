@@ -1,4 +1,4 @@
-"""docs/security.md names tests that are there."""
+"""Tests named in docs/security.md exist."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ TESTS = Path(__file__).parents[1]
 DOCUMENT = (TESTS.parent / "docs" / "security.md").read_text(encoding="utf-8")
 
 
-def test_every_test_that_is_named_exists() -> None:
+def test_every_named_test_exists() -> None:
     files = {file.name: file.read_text(encoding="utf-8") for file in TESTS.rglob("test_*.py")}
     functions = set(re.findall(r"def (test_\w+)\(", "\n".join(files.values())))
     named = set(re.findall(r"\btest_\w+(?:\.py)?", DOCUMENT))

@@ -1,4 +1,4 @@
-"""Which addresses may be listened on without anything that asks who calls."""
+"""Addresses a server may listen on without a token or client certificates."""
 
 from __future__ import annotations
 
@@ -30,20 +30,18 @@ async def listening(folder: Path, listen: str, **config: Any) -> AsyncIterator[s
 
 
 @pytest.mark.parametrize("listen", OPEN)
-async def test_an_address_that_others_reach_is_refused_in_words(
-    socket_dir: Path, listen: str
-) -> None:
+async def test_an_address_open_to_other_machines_is_refused(socket_dir: Path, listen: str) -> None:
     with pytest.raises(CannotListenError, match="open to other machines") as caught:
         async with listening(socket_dir, listen):
             pass
-    # What to do: all of it.
+    # The message lists every remedy.
     for way in ("--token-file", "MLX_RUNNER_TOKEN", "--tls-cert", "--tls-client-ca", "127.0.0.1"):
         assert way in str(caught.value)
     assert listen in str(caught.value)
 
 
-def named(*addresses: str) -> Callable[..., list[Any]]:
-    """The resolver of a machine where every name has these addresses."""
+def resolver_of(*addresses: str) -> Callable[..., list[Any]]:
+    """Return a ``getaddrinfo`` resolving every name to these addresses."""
     return lambda *_args, **_kwargs: [(0, 0, 0, "", (address, 0)) for address in addresses]
 
 
@@ -57,10 +55,10 @@ def named(*addresses: str) -> Callable[..., list[Any]]:
         (["::1", "fe80::1%1"], False),
     ],
 )
-async def test_a_name_is_what_it_resolves_to(
+async def test_a_name_counts_as_the_addresses_it_resolves_to(
     socket_dir: Path, monkeypatch: pytest.MonkeyPatch, addresses: list[str], *, is_local: bool
 ) -> None:
-    monkeypatch.setattr("runner_server.transport.auth.socket.getaddrinfo", named(*addresses))
+    monkeypatch.setattr("runner_server.transport.auth.socket.getaddrinfo", resolver_of(*addresses))
     assert is_loopback("some.host") is is_local
     if not is_local:
         with pytest.raises(CannotListenError, match="open to other machines"):
@@ -69,7 +67,7 @@ async def test_a_name_is_what_it_resolves_to(
 
 
 @pytest.mark.parametrize("host", LOOPBACK)
-def test_loopback(host: str) -> None:
+def test_loopback_addresses_are_recognized(host: str) -> None:
     if ":" in host and not socket.has_ipv6:
         pytest.skip("this Python has no IPv6")
     assert is_loopback(host)
@@ -80,7 +78,7 @@ def test_loopback(host: str) -> None:
     [
         "no.such.host.invalid:0",
         "a..b:0",
-        # gRPC would take these for addresses of its own kinds, and listen.
+        # gRPC would accept these as addresses of its own schemes and listen on them.
         "ipv4:0.0.0.0:0",
         "ipv6:[::]:0",
         "unix-abstract:name:0",
@@ -90,7 +88,7 @@ def test_loopback(host: str) -> None:
         ":::0",
     ],
 )
-async def test_what_is_no_host_is_refused(socket_dir: Path, listen: str) -> None:
+async def test_an_invalid_host_is_refused(socket_dir: Path, listen: str) -> None:
     with pytest.raises(CannotListenError, match=r"cannot listen on|expected HOST:PORT"):
         async with listening(socket_dir, listen, token=TOKEN):
             pass
@@ -98,12 +96,12 @@ async def test_what_is_no_host_is_refused(socket_dir: Path, listen: str) -> None
 
 @pytest.fixture
 def reachable(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A loopback address that is taken for one that other machines reach."""
+    """A loopback address, taken by the server for one reachable from other machines."""
     monkeypatch.setattr("runner_server.transport.listen.is_loopback", lambda _host: False)
     return "127.0.0.1:0"
 
 
-async def test_a_token_opens_it_with_a_warning(
+async def test_a_token_permits_other_machines_with_a_warning(
     socket_dir: Path, reachable: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with listening(socket_dir, reachable, token=TOKEN):
@@ -112,7 +110,7 @@ async def test_a_token_opens_it_with_a_warning(
     assert TOKEN not in caplog.text
 
 
-async def test_tls_alone_opens_it_with_a_warning(
+async def test_tls_alone_permits_other_machines_with_a_warning(
     socket_dir: Path, reachable: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     pair = Authority(socket_dir).sign("server")
@@ -122,7 +120,7 @@ async def test_tls_alone_opens_it_with_a_warning(
 
 
 @pytest.mark.parametrize("config", ["token", "client_ca"])
-async def test_tls_with_more_opens_it_in_silence(
+async def test_tls_with_a_token_or_client_ca_gives_no_warning(
     socket_dir: Path, reachable: str, caplog: pytest.LogCaptureFixture, config: str
 ) -> None:
     authority = Authority(socket_dir)
@@ -134,7 +132,7 @@ async def test_tls_with_more_opens_it_in_silence(
     assert "open to other machines" not in caplog.text
 
 
-async def test_by_default_nobody_else_reaches_it(
+async def test_other_machines_and_users_cannot_connect_by_default(
     start_server: StartServer, socket_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = await start_server(listen="127.0.0.1:0")

@@ -1,4 +1,4 @@
-"""What Load may open when the server is confined to a directory."""
+"""Models Load may open when the server is confined to a directory."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def place(tmp_path: Path, root: Path) -> Callable[[str], Path]:
-    """Makes a directory with a file, below the root (``root/...``) or beside it."""
+def make_folder(tmp_path: Path, root: Path) -> Callable[[str], Path]:
+    """Factory of directories with one file, below the root (``root/...``) or outside."""
 
     def make(name: str) -> Path:
         folder = tmp_path / name
@@ -40,53 +40,63 @@ def place(tmp_path: Path, root: Path) -> Callable[[str], Path]:
     return make
 
 
-Place = Callable[[str], Path]
+MakeFolder = Callable[[str], Path]
 
 
-def has(root: Path, model: Path) -> bool:
+def root_has(root: Path, model: Path) -> bool:
     return ModelRoot(root).has(model.resolve())
 
 
-def test_inside(root: Path, place: Place) -> None:
-    assert has(root, place("root/model"))
-    assert has(root, place("root/org/name"))
-    assert has(root, root)
+def test_directories_below_the_root_are_inside(root: Path, make_folder: MakeFolder) -> None:
+    assert root_has(root, make_folder("root/model"))
+    assert root_has(root, make_folder("root/org/name"))
+    assert root_has(root, root)
 
 
-def test_outside(root: Path, tmp_path: Path, place: Place) -> None:
-    assert not has(root, place("other/model"))
-    # Its name only begins like the root's.
-    assert not has(root, place("root-of-another"))
-    assert not has(root, tmp_path)
-    assert not has(root, root / ".." / "other" / "model")
+def test_directories_beside_the_root_are_outside(
+    root: Path, tmp_path: Path, make_folder: MakeFolder
+) -> None:
+    assert not root_has(root, make_folder("other/model"))
+    # Only the beginning of the name is the root's.
+    assert not root_has(root, make_folder("root-of-another"))
+    assert not root_has(root, tmp_path)
+    assert not root_has(root, root / ".." / "other" / "model")
 
 
-def test_links(root: Path, place: Place) -> None:
-    inside, outside = place("root/model"), place("other/model")
+def test_links_count_where_they_lead(root: Path, make_folder: MakeFolder) -> None:
+    inside, outside = make_folder("root/model"), make_folder("other/model")
     (root / "in").symlink_to(inside)
     (root / "out").symlink_to(outside)
     (outside / "back").symlink_to(inside)
-    assert has(root, root / "in")
-    assert not has(root, root / "out")
-    assert has(root, outside / "back")
+    assert root_has(root, root / "in")
+    assert not root_has(root, root / "out")
+    assert root_has(root, outside / "back")
 
 
-def test_links_inside_the_model(root: Path, place: Place) -> None:
-    """As the Hugging Face cache has them: files that lead to blobs."""
-    model, blobs, outside = place("root/m/snapshots/1"), place("root/m/blobs"), place("other")
+def test_a_model_with_a_link_out_of_the_root_is_outside(
+    root: Path, make_folder: MakeFolder
+) -> None:
+    """Follow the links of a model, which lead to blobs in the Hugging Face cache."""
+    model, blobs, outside = (
+        make_folder("root/m/snapshots/1"),
+        make_folder("root/m/blobs"),
+        make_folder("other"),
+    )
     link = model / "model.safetensors"
     link.symlink_to(os.path.relpath(blobs / "config.json", model))
-    assert has(root, model)
+    assert root_has(root, model)
     link.unlink()
     link.symlink_to(outside / "config.json")
-    assert not has(root, model)
+    assert not root_has(root, model)
     link.unlink()
     (model / "templates").mkdir()
     (model / "templates" / "deep").symlink_to(outside)
-    assert not has(root, model)
+    assert not root_has(root, model)
 
 
-def test_the_option(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_option_takes_an_existing_directory(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "link").symlink_to(root)
     assert parse_args(["--model-root", str(tmp_path / "link")]).model_root == root.resolve()
     assert parse_args([]).model_root is None
@@ -97,7 +107,7 @@ def test_the_option(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 @asynccontextmanager
 async def confined(socket_dir: Path, root: Path) -> AsyncIterator[Server]:
-    """A server with MLX that opens only what lies below."""
+    """Run a server with MLX, confined to models below ``root``."""
     pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
     from runner_server.mlx_backend import MlxBackend
 
@@ -107,7 +117,7 @@ async def confined(socket_dir: Path, root: Path) -> AsyncIterator[Server]:
 
 
 @pytest.mark.mlx
-async def test_over_the_wire(
+async def test_load_opens_only_models_below_the_root(
     socket_dir: Path,
     root: Path,
     tmp_path: Path,
@@ -149,14 +159,14 @@ async def test_over_the_wire(
             assert problem.metadata == {"model": model}
             assert RULE in problem.message
             answers.add(problem.message.replace(repr(model), ""))
-        # The same words for what is there and what is not: nothing can be found out.
+        # The message does not reveal whether a path outside the root exists.
         assert len(answers) == 1
         for model in (str(root / "link-in"), "root/../root/good"):
             assert (await server.load(model)).model.path == str(good.resolve())
 
 
 @pytest.mark.mlx
-async def test_a_hub_id_is_opened_where_the_cache_lies_below(
+async def test_a_hub_id_is_opened_if_the_cache_is_below_the_root(
     socket_dir: Path,
     tmp_path: Path,
     root: Path,

@@ -1,4 +1,4 @@
-"""What no log line, argument and status may ever have: tokens, prompts and outputs."""
+"""Tokens, prompts and outputs appear in no log line, command line or status."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ PROMPT = "my secret diary: the treasure lies under the old oak"
 STOP = "never-in-a-log-stop-string"
 
 
-def pieces(text: str, length: int = 12) -> list[str]:
-    """All parts of a text that are long enough not to be there by chance."""
+def substrings(text: str, length: int = 12) -> list[str]:
+    """Return the substrings of a length unlikely to occur in a log by chance."""
     return [text[i : i + length] for i in range(max(1, len(text) - length))]
 
 
 def assert_hidden(text: str, log: str) -> None:
-    assert not [piece for piece in pieces(text) if piece in log or repr(piece)[1:-1] in log]
+    assert not [part for part in substrings(text) if part in log or repr(part)[1:-1] in log]
 
 
 @pytest.fixture(scope="module")
 def child(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
-    """A real server that logs all it can."""
+    """A real server logging at DEBUG."""
     pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
     folder = tmp_path_factory.mktemp("logs")
     with running(folder, "--log-level", "DEBUG", **{TOKEN_VARIABLE: TOKEN}) as started:
@@ -47,7 +47,7 @@ def test_a_real_server_logs_no_text_and_no_token(
     model = str(model_dir())
     with RunnerClient(child.ready.target, token=TOKEN) as client:
         client.load(model, context_length=256)
-        # Tokens that are letters, so that there is something to be found.
+        # A temperature of 1 draws tokens with letters, so that the output can be searched for.
         options = Options(num_predict=60, temperature=1, seed=5, stop=(STOP,))
         output = client.complete(PROMPT, options=options, logprobs=2, request_id="visible").content
         assert len(output.strip()) > 12
@@ -82,7 +82,7 @@ def test_a_real_server_logs_no_text_and_no_token(
 async def test_failures_log_no_text(
     start_server: StartServer, caplog: pytest.LogCaptureFixture, token: str | None
 ) -> None:
-    """A step that raises, a defect of the server, and calls that may not be made."""
+    """Search the log after a failed step and after unauthenticated calls."""
     caplog.set_level(logging.DEBUG)
     server = await start_server(token=token)
     metadata = [("authorization", f"Bearer {token}")] if token else []
@@ -90,13 +90,13 @@ async def test_failures_log_no_text(
     request = pb.CompletionRequest(prompt=PROMPT, options=pb.CompletionOptions(stop=[STOP]))
     server.backend.failures.append(RuntimeError("broken"))
     assert (await failure(server.stub.Completion(request, metadata=metadata))).reason
-    await refuse_strangers(server, request, token)
+    await assert_strangers_refused(server, request, token)
     assert "step failed" in caplog.text
     for secret in (PROMPT, STOP, TOKEN):
         assert_hidden(secret, caplog.text)
 
 
-async def refuse_strangers(
+async def assert_strangers_refused(
     server: Server, request: pb.CompletionRequest, token: str | None
 ) -> None:
     if token is None:

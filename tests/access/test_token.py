@@ -1,4 +1,4 @@
-"""The token over the wire: wrong, missing and right, by three implementations of gRPC."""
+"""Tokens over the wire: wrong, missing and right, by three implementations of gRPC."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ REFUSED = [
 
 @pytest.fixture
 async def guarded(start_server: StartServer) -> Server:
-    """A server on a port that wants the token."""
+    """A server on a TCP port, requiring the token."""
     return await start_server(listen="127.0.0.1:0", token=TOKEN)
 
 
@@ -59,14 +59,16 @@ def port_of(server: Server) -> int:
     return server.ready.port or 0
 
 
-async def plain(server: Server, method: str, *values: str, **kwargs: Any) -> plain_http2.Answer:
+async def call_by_hand(
+    server: Server, method: str, *values: str, **kwargs: Any
+) -> plain_http2.Answer:
     return await asyncio.to_thread(
         plain_http2.call, port_of(server), method, headers=metadata(values), **kwargs
     )
 
 
 @pytest.mark.parametrize("values", REFUSED)
-async def test_every_call_is_refused(guarded: Server, values: tuple[str, ...]) -> None:
+async def test_every_method_refuses_a_wrong_token(guarded: Server, values: tuple[str, ...]) -> None:
     stub, sent = guarded.stub, metadata(values)
     calls: list[Any] = [
         stub.Load(pb.LoadRequest(model="m"), metadata=sent),
@@ -97,8 +99,10 @@ async def test_with_the_token_everything_works(guarded: Server, scheme: str) -> 
 
 
 @pytest.mark.parametrize("values", REFUSED)
-async def test_by_hand_over_http2(guarded: Server, values: tuple[str, ...]) -> None:
-    answer = await plain(guarded, STATUS, *values)
+async def test_a_wrong_token_over_plain_http2_is_refused(
+    guarded: Server, values: tuple[str, ...]
+) -> None:
+    answer = await call_by_hand(guarded, STATUS, *values)
     assert (answer.headers[":status"], answer.status) == ("200", UNAUTHENTICATED.value[0])
     packed = answer.headers["grpc-status-details-bin"]
     details = status_pb2.Status.FromString(base64.b64decode(packed + "=="))
@@ -110,28 +114,28 @@ async def test_by_hand_over_http2(guarded: Server, values: tuple[str, ...]) -> N
 @pytest.mark.parametrize(
     "value", [b"Bearer \xff\xfe", b"\x80", b"Bearer \x01", b"Bearer " + b"x" * 4000]
 )
-async def test_bytes_that_no_library_would_send(guarded: Server, value: bytes) -> None:
+async def test_malformed_header_bytes_are_refused(guarded: Server, value: bytes) -> None:
     headers = [("authorization", value)]
     answer = await asyncio.to_thread(plain_http2.call, port_of(guarded), STATUS, headers=headers)
     assert answer.status == UNAUTHENTICATED.value[0]
 
 
-async def test_by_hand_over_http2_with_the_token(guarded: Server) -> None:
-    answer = await plain(guarded, STATUS, RIGHT)
+async def test_the_token_over_plain_http2_is_accepted(guarded: Server) -> None:
+    answer = await call_by_hand(guarded, STATUS, RIGHT)
     assert answer.status == 0
     assert pb.StatusResponse.FromString(answer.message).pid
 
 
-async def test_a_call_is_refused_before_its_request_has_come(guarded: Server) -> None:
-    """Who may not call cannot make the server read megabytes first."""
-    answer = await plain(guarded, STATUS, is_last=False)
+async def test_a_call_is_refused_before_its_request_arrives(guarded: Server) -> None:
+    """Refuse before reading the request; strangers cannot make the server read megabytes."""
+    answer = await call_by_hand(guarded, STATUS, is_last=False)
     assert answer.status == UNAUTHENTICATED.value[0]
 
 
-async def test_a_method_that_is_not_there_is_refused_alike(guarded: Server) -> None:
+async def test_an_unknown_method_is_refused_alike(guarded: Server) -> None:
     for method in ("mlxrunner.v1.RunnerService/Secret", "nobody.Here/Call"):
-        assert (await plain(guarded, method)).status == UNAUTHENTICATED.value[0]
-        answer = await plain(guarded, method, RIGHT)
+        assert (await call_by_hand(guarded, method)).status == UNAUTHENTICATED.value[0]
+        answer = await call_by_hand(guarded, method, RIGHT)
         assert answer.status == grpc.StatusCode.UNIMPLEMENTED.value[0]
 
 
@@ -139,7 +143,7 @@ async def test_a_method_that_is_not_there_is_refused_alike(guarded: Server) -> N
 @pytest.mark.parametrize(
     ("values", "code"), [((), 80), (("Bearer wrong-horse-battery-staple",), 80), ((RIGHT,), 0)]
 )
-async def test_by_grpcurl(guarded: Server, values: tuple[str, ...], code: int) -> None:
+async def test_grpcurl_needs_the_token(guarded: Server, values: tuple[str, ...], code: int) -> None:
     headers = [part for value in values for part in ("-H", f"authorization: {value}")]
     proto = Path(__file__).parents[2] / "proto"
     how = ["-import-path", str(proto), "-proto", "mlxrunner/v1/runner.proto", "-plaintext"]
@@ -158,9 +162,9 @@ async def test_health_needs_no_token(guarded: Server, service: str) -> None:
     assert await anext(watch) == health_pb2.HealthCheckResponse.SERVING
 
 
-async def test_a_name_that_only_begins_like_healths_is_no_way_in(guarded: Server) -> None:
+async def test_a_method_that_only_resembles_health_needs_the_token(guarded: Server) -> None:
     for method in ("grpc.health.v1.HealthX/Check", "grpc.health.v1.Health"):
-        assert (await plain(guarded, method)).status == UNAUTHENTICATED.value[0]
+        assert (await call_by_hand(guarded, method)).status == UNAUTHENTICATED.value[0]
 
 
 @pytest.mark.parametrize("version", ["grpc.reflection.v1", "grpc.reflection.v1alpha"])
@@ -179,7 +183,7 @@ async def test_reflection_needs_the_token(guarded: Server, version: str) -> None
 
 
 @pytest.mark.parametrize("token", [None, "wrong-horse-battery-staple"])
-async def test_both_clients_tell_it_by_their_error(guarded: Server, token: str | None) -> None:
+async def test_both_clients_raise_authentication_error(guarded: Server, token: str | None) -> None:
     async with AsyncRunnerClient(guarded.ready.target, token=token) as client:
         with pytest.raises(AuthenticationError, match="authorization: Bearer") as caught:
             await client.status()
@@ -202,7 +206,7 @@ async def test_both_clients_tell_it_by_their_error(guarded: Server, token: str |
     await asyncio.to_thread(blocking)
 
 
-async def test_both_clients_send_it_with_every_call(guarded: Server) -> None:
+async def test_both_clients_send_the_token_with_every_call(guarded: Server) -> None:
     async with AsyncRunnerClient(guarded.ready.target, token=TOKEN) as client:
         await client.load("m")
         assert (await client.complete("hello")).content
@@ -219,7 +223,7 @@ async def test_both_clients_send_it_with_every_call(guarded: Server) -> None:
     await asyncio.to_thread(blocking)
 
 
-async def test_without_one_nobody_is_asked(server: Server) -> None:
+async def test_a_server_without_a_token_ignores_the_header(server: Server) -> None:
     for values in ((), ("Bearer anything",)):
         assert (await server.stub.Status(pb.StatusRequest(), metadata=metadata(values))).pid
 
@@ -241,18 +245,20 @@ async def test_the_token_is_compared_in_constant_time(
 
 
 @pytest.mark.parametrize("token", ["", "a\nb", "a b", "tökën", "a\x00b"])
-def test_a_token_that_cannot_be_sent_is_no_clients(token: str) -> None:
+def test_a_client_refuses_a_token_that_cannot_be_sent(token: str) -> None:
     with pytest.raises(ValueError, match="visible ASCII") as caught:
         RunnerClient("127.0.0.1:1", token=token)
     assert not token or token not in str(caught.value)
 
 
-def test_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_token_comes_from_a_file_or_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "token"
     file.write_text("from-a-file-0123456789\n")
     monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
     assert parse_args([]).token == TOKEN
-    # It was removed, so that no child of the server gets it.
+    # Reading the variable removes it, so that children of the server do not inherit the token.
     assert parse_args([]).token is None
     monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
     assert parse_args(["--token-file", str(file)]).token == "from-a-file-0123456789"  # noqa: S105 - of a test
@@ -262,7 +268,7 @@ def test_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     "content", ["", " \n", "short", "two\nlines-of-a-token", "some words of a token", "tökën" * 5]
 )
-def test_a_token_that_cannot_be_used_ends_the_start(
+def test_an_unusable_token_ends_the_start(
     content: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -280,7 +286,9 @@ def test_a_token_that_cannot_be_used_ends_the_start(
     assert not content.strip() or content.strip() not in said
 
 
-def test_the_token_is_no_argument(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_token_cannot_be_an_argument(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for argv in (["--token", TOKEN], [f"--token={TOKEN}"]):
         with pytest.raises(SystemExit):
             parse_args(argv)
