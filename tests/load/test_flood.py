@@ -1,4 +1,4 @@
-"""Two hundred connections, a thousand requests in the queue, and then as before."""
+"""Flood a server with 200 connections and 1,000 queued requests; afterwards nothing is left."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ PARALLEL = 8
 TOKENS = 6
 
 RETRY_FACTOR = 4.0
-"""The delay that a full queue tells may be this much longer than the queue really takes."""
+"""Most times the delay answered by a full queue may exceed the time the queue takes to drain."""
 
 MOST_TRIES = 4
-"""A client that comes back when it was told to is served within so many tries."""
+"""Most tries of a client that waits for the answered delay before each new one."""
 
 _FILL_SECONDS = 60.0
-"""How long a thousand calls may take to arrive; reached only by a bug."""
+"""Most seconds for a thousand calls to arrive; only a bug reaches this."""
 
 FULL_QUEUE_BYTES = 128 * 2**20
 """Most that 200 connections and 1,208 calls may take, both ends in this one process."""
 
 GROWTH_BYTES = 48 * 2**20
-"""Most that floods may leave behind, as the heap breathes by some 20 MiB here."""
+"""Most that floods may leave behind; the heap varies by some 20 MiB here."""
 
 GROWTH_OBJECTS = 1800
-"""The same in Python objects, which breathe less: half of one for each request."""
+"""The same limit in Python objects, which vary less: half an object per request."""
 
 
 @asynccontextmanager
 async def connected(server: Server, count: int) -> AsyncIterator[list[grpc.aio.Channel]]:
-    """Channels, each with a connection of its own that is up."""
+    """Open channels, each with its own established connection."""
     options = [*LIMITS, ("grpc.use_local_subchannel_pool", 1)]
     async with AsyncExitStack() as stack:
         channels = [
@@ -59,7 +59,7 @@ async def connected(server: Server, count: int) -> AsyncIterator[list[grpc.aio.C
         yield channels
 
 
-def ask(
+def start_completion(
     channel: grpc.aio.Channel, number: int
 ) -> grpc.aio.UnaryStreamCall[pb.CompletionRequest, pb.CompletionResponse]:
     options = pb.CompletionOptions(num_predict=TOKENS, seed=number)
@@ -67,8 +67,8 @@ def ask(
     return runner_pb2_grpc.RunnerServiceStub(channel).Completion(request, timeout=60)
 
 
-async def is_whole(call: grpc.aio.Call) -> bool:
-    """Reads a stream; whether it ended with its last message."""
+async def ends_whole(call: grpc.aio.Call) -> bool:
+    """Read a stream and return whether the final message arrived."""
     assert isinstance(call, grpc.aio.UnaryStreamCall)
     messages = [message async for message in call]
     return bool(messages[-1].done and messages[-1].eval_count == TOKENS)
@@ -76,13 +76,13 @@ async def is_whole(call: grpc.aio.Call) -> bool:
 
 @dataclass
 class Flood:
-    """What one came to.
+    """Outcome of one flood.
 
     Attributes:
-        refused: What those heard that came when the queue was full.
-        whole: Of those before them, how many streams ended with their last message.
-        drain_seconds: From the first step to the last of them.
-        full_bytes: What the process held with a full queue.
+        refused: The errors of the calls sent while the queue was full.
+        whole: How many of the earlier streams ended with their final message.
+        drain_seconds: From the first step to the last stream's end.
+        full_bytes: The resident set of the process with a full queue.
     """
 
     refused: list[Problem]
@@ -92,25 +92,25 @@ class Flood:
 
 
 async def flood(server: Server, channels: list[grpc.aio.Channel]) -> Flood:
-    """Fills the queue while no step is made, is refused once for each connection, and drains."""
+    """Fill the queue while steps are held, get one refusal per connection, then drain."""
     gate = server.backend.step_gate
     gate.shut()
-    calls = [ask(channels[i % len(channels)], i) for i in range(PARALLEL + QUEUED)]
+    calls = [start_completion(channels[i % len(channels)], i) for i in range(PARALLEL + QUEUED)]
 
     def all_wait() -> bool:
         assert [repr(call) for call in calls if call.done()] == []
-        return live(server) == len(calls)
+        return registered_count(server) == len(calls)
 
     await eventually(all_wait, within=_FILL_SECONDS)
-    refused = await asyncio.gather(*(failure(ask(channel, 0)) for channel in channels))
+    refused = await asyncio.gather(*(failure(start_completion(channel, 0)) for channel in channels))
     full_bytes = resident_bytes()
     begin = time.monotonic()
     gate.open()
-    whole = await asyncio.gather(*(is_whole(call) for call in calls))
+    whole = await asyncio.gather(*(ends_whole(call) for call in calls))
     return Flood(list(refused), sum(whole), time.monotonic() - begin, full_bytes)
 
 
-def live(server: Server) -> int:
+def registered_count(server: Server) -> int:
     return len(server.app.engine._registry._requests)
 
 
@@ -124,23 +124,23 @@ def object_count() -> int:
 
 
 async def full_batch_steps(server: Server) -> int:
-    """How many steps a full batch takes: a speed without a clock."""
+    """Return the number of steps of a full batch: a speed measured without a clock."""
     gate, before = server.backend.step_gate, server.backend.steps
     gate.shut()
     calls = [server.start("0", num_predict=20)]
     await server.thread(gate.wait_arrival)
     calls += [server.start(str(i), num_predict=20) for i in range(1, PARALLEL)]
-    await eventually(lambda: live(server) == PARALLEL)
+    await eventually(lambda: registered_count(server) == PARALLEL)
     gate.open()
     for call in calls:
         assert [message async for message in call][-1].eval_count == 20
     return server.backend.steps - before
 
 
-async def test_a_full_queue_is_bounded_says_when_to_come_and_leaves_nothing(
+async def test_a_full_queue_is_bounded_answers_a_delay_and_leaves_nothing(
     start_server: StartServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # gRPC's readers in one process write tracebacks when two wake up for one event, and pytest
+    # When two of gRPC's readers in one process wake for one event, they log tracebacks, and pytest
     # keeps each of them.
     caplog.set_level(logging.CRITICAL, logger="asyncio")
     server = await start_server(max_queued=QUEUED)
@@ -160,9 +160,8 @@ async def test_a_full_queue_is_bounded_says_when_to_come_and_leaves_nothing(
     assert first.full_bytes - before < FULL_QUEUE_BYTES
     for each in floods:
         assert_refused(each)
-    # The first flood came to a server that had not measured yet. One of the others may have
-    # been held up.
-    assert statistics.median(map(told_too_long, floods[1:])) <= RETRY_FACTOR
+    # The first flood met a server without measurements. One of the others may have been held up.
+    assert statistics.median(map(delay_factor, floods[1:])) <= RETRY_FACTOR
     await server.settled()
     server.assert_nothing_left()
     assert await full_batch_steps(server) == steps
@@ -178,13 +177,13 @@ def assert_refused(flood: Flood) -> None:
         assert QUEUED <= int(problem.metadata["queuedCount"]) <= QUEUED + PARALLEL
 
 
-def told_too_long(flood: Flood) -> float:
-    """The longest delay told, in times of what the queue really took."""
+def delay_factor(flood: Flood) -> float:
+    """Return the longest answered delay as a multiple of the real drain time."""
     return max(problem.retry_seconds or 0.0 for problem in flood.refused) / flood.drain_seconds
 
 
-async def test_calls_that_come_all_at_once_are_all_taken(start_server: StartServer) -> None:
-    """Of more than a thousand that it has not yet taken gRPC would cancel some, at random."""
+async def test_a_burst_of_calls_is_accepted_whole(start_server: StartServer) -> None:
+    """Take 2,500 calls; by default gRPC cancels some of more than 1,000, at random."""
     server = await start_server()
     async with connected(server, 20) as channels:
         stubs = [runner_pb2_grpc.RunnerServiceStub(channel) for channel in channels]
@@ -192,35 +191,35 @@ async def test_calls_that_come_all_at_once_are_all_taken(start_server: StartServ
         assert len({answer.runner_id for answer in await asyncio.gather(*asked)}) == 1
 
 
-async def test_who_comes_back_when_told_is_served(start_server: StartServer) -> None:
+async def test_a_client_that_waits_for_the_delay_is_served(start_server: StartServer) -> None:
     server = await start_server(max_queued=QUEUED)
     await server.load(parallel=PARALLEL)
     async with connected(server, CONNECTIONS) as channels:
         await flood(server, channels)
         gate = server.backend.step_gate
         gate.shut()
-        calls = [ask(channels[i % CONNECTIONS], i) for i in range(PARALLEL + QUEUED)]
-        await eventually(lambda: live(server) == len(calls))
+        calls = [start_completion(channels[i % CONNECTIONS], i) for i in range(PARALLEL + QUEUED)]
+        await eventually(lambda: registered_count(server) == len(calls))
         told = asyncio.Barrier(CONNECTIONS + 1)
-        tries = asyncio.gather(*(come_back(channel, told) for channel in channels))
+        tries = asyncio.gather(*(tries_until_served(channel, told) for channel in channels))
         await told.wait()
         gate.open()
-        assert all(await asyncio.gather(*(is_whole(call) for call in calls)))
+        assert all(await asyncio.gather(*(ends_whole(call) for call in calls)))
         assert max(await tries) <= MOST_TRIES
 
 
-async def come_back(channel: grpc.aio.Channel, told: asyncio.Barrier) -> int:
-    """Asks, waits as long as it is told to, and asks again; how often it had to ask."""
-    problem = await failure(ask(channel, 1))
+async def tries_until_served(channel: grpc.aio.Channel, told: asyncio.Barrier) -> int:
+    """Return the number of tries until served, each after the delay answered before."""
+    problem = await failure(start_completion(channel, 1))
     await told.wait()
     for tries in range(2, MOST_TRIES + 1):
         assert problem.reason == "QUEUE_FULL"
         assert problem.retry_seconds is not None
         assert problem.retry_seconds < DEADLINE_SECONDS
-        # What is waited for is the time itself.
+        # The delay itself is under test, so the sleep must be real.
         await asyncio.sleep(problem.retry_seconds)
         try:
-            assert await is_whole(ask(channel, tries))
+            assert await ends_whole(start_completion(channel, tries))
         except grpc.aio.AioRpcError as error:
             problem = problem_of(error)
         else:

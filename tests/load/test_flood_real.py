@@ -1,4 +1,4 @@
-"""The same with MLX in a process of its own: connections, queue, memory, and then as before."""
+"""Flood a server process with MLX; connections, queue, memory and speed return to normal."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ REQUESTS = 300
 TOKENS = 12
 
 RETRY_FACTOR = 4.0
-"""The delay that a full queue tells may be this much longer than the queue really takes."""
+"""Most times the delay answered by a full queue may exceed the time the queue takes to drain."""
 
 GROWTH_BYTES = 24 * 2**20
-"""Most that a flood may leave behind once another one has been there before it."""
+"""Most that the second flood may leave behind."""
 
 MORE_DESCRIPTORS = 4
 """Most that may stay open after all connections are closed."""
@@ -40,7 +40,7 @@ OPTIONS = [*LIMITS, ("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_p
 
 @pytest.fixture
 def child(tmp_path: Path) -> Iterator[Child]:
-    """A server with the demo model and no prefix cache, so that each prompt costs the same."""
+    """A server with the demo model and no prefix cache: each prompt costs the same."""
     args = ["--model", str(MODEL), "--parallel", str(PARALLEL), "--max-queued", str(QUEUED)]
     with running(tmp_path, *args, "--prefix-cache-bytes", "0") as server:
         server.wait_for(lambda: server.status().state == pb.STATE_ACTIVE)
@@ -48,7 +48,7 @@ def child(tmp_path: Path) -> Iterator[Child]:
 
 
 def greedy_steps(child: Child) -> int:
-    """How many steps a completion alone takes: a speed without a clock."""
+    """Return the number of steps of a lone completion: a speed measured without a clock."""
     before = child.status().step_count
     options = pb.CompletionOptions(num_predict=40, temperature=0, logit_bias={0: -100, 1: -100})
     request = pb.CompletionRequest(prompt="def add(a, b):", options=options)
@@ -58,10 +58,10 @@ def greedy_steps(child: Child) -> int:
 
 
 async def flood(target: str) -> float:
-    """Sends more than the queue holds over many connections.
+    """Send more than the queue holds over many connections.
 
     Returns:
-        How long it took until the last of those that were taken on had ended.
+        Seconds until the last accepted completion ended.
     """
     channels = [grpc.aio.insecure_channel(target, options=OPTIONS) for _ in range(CONNECTIONS)]
     try:
@@ -74,7 +74,7 @@ async def flood(target: str) -> float:
     finally:
         await asyncio.gather(*(channel.close() for channel in channels))
     delays = [delay for delay in ends if delay is not None]
-    # What had places or waited is done; the rest was told when to come.
+    # Running and queued requests finish; the others are refused with a delay.
     assert REQUESTS - len(delays) >= PARALLEL + QUEUED
     assert delays
     assert all(0 < delay <= max(0.1, RETRY_FACTOR * seconds) for delay in delays)
@@ -82,7 +82,7 @@ async def flood(target: str) -> float:
 
 
 async def outcome(channel: grpc.aio.Channel, number: int) -> float | None:
-    """None for a whole completion, the delay for one that the queue had no room for."""
+    """Return None for a whole completion, or the delay of a refused one."""
     options = pb.CompletionOptions(
         num_predict=TOKENS, temperature=0.8, seed=number, logit_bias={0: -100, 1: -100}
     )

@@ -1,4 +1,4 @@
-"""What goes into the delay that a full queue tells: the time of places, and no other."""
+"""The delay answered by a full queue depends only on the time requests occupy slots."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ LITTLE_AHEAD: list[tuple[str, Any]] = [
 
 
 class Clock:
-    """The time of the engine, which a test may put forward."""
+    """Clock of the engine, which a test can put forward."""
 
     ahead_seconds = 0.0
 
     def monotonic(self) -> float:
-        """As in ``time``."""
+        """Return the monotonic time plus ``ahead_seconds``."""
         return time.monotonic() + self.ahead_seconds
 
 
-async def test_the_time_a_reader_stops_is_not_the_pace_of_the_server(
+async def test_the_time_a_reader_stops_does_not_lengthen_the_delay(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
@@ -44,17 +44,17 @@ async def test_the_time_a_reader_stops_is_not_the_pace_of_the_server(
         messages = aiter(runner_pb2_grpc.RunnerServiceStub(channel).Completion(request))
         first = await anext(messages)
         await eventually(lambda: server.backend.preemptions > 0)
-        # Its place is free, and others are served meanwhile.
+        # The slot is free, and other requests are served meanwhile.
         await server.complete(num_predict=1)
         clock.ahead_seconds = 500
         rest = [message async for message in messages]
     assert len(tokens([first, *rest])) == 3000
     assert rest[-1].eval_duration.ToSeconds() >= 500
-    assert await told_delay(server) < 10
+    assert await answered_delay(server) < 10
 
 
-async def told_delay(server: Server) -> float:
-    """What is told when one runs and the queue is full."""
+async def answered_delay(server: Server) -> float:
+    """Return the delay answered while one request runs and the queue is full."""
     server.app.engine._registry._max_queued = 1
     server.backend.step_gate.shut()
     calls = [server.start(str(i), num_predict=1) for i in range(2)]

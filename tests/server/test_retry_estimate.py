@@ -20,7 +20,7 @@ def _estimate(seconds: float, late: int = 0, before: int = 500) -> float:
     return estimate.seconds(QUEUED, PARALLEL)
 
 
-def test_one_batch_that_was_held_up_says_little() -> None:
+def test_one_delayed_batch_weighs_little() -> None:
     """Its rows end together, late: that is one observation, not eight."""
     assert _estimate(0.01) == pytest.approx(1.25)
     # That batch alone would say 50 s.
