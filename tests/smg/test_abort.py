@@ -1,4 +1,4 @@
-"""Abort, and how a request ends that nobody reads: never another one with the same name."""
+"""Abort and disconnects end one request, never another with the same name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Message = Any
 
 @pytest.fixture
 async def server(start_server: StartServer) -> Server:
-    """A loaded server whose completions do not end."""
+    """A loaded server with endless completions."""
     server = await start_server(FakeBackend(), smg=True)
     await server.load(context_length=100_000)
     return server
@@ -32,7 +32,7 @@ def stub(server: Server) -> Any:
 
 
 class Reader:
-    """A request that has got its first tokens."""
+    """Reader of a request; counts the tokens seen."""
 
     def __init__(self, server: Server, name: str, *, max_tokens: int = 90_000) -> None:
         request = pb.GenerateRequest(
@@ -46,20 +46,20 @@ class Reader:
         self.seen = 0
 
     async def next(self) -> Message:
-        """The next message."""
+        """Return the next message."""
         message = await anext(self._messages)
         self.seen += len(message.chunk.token_ids)
         return message
 
     async def last(self) -> Message:
-        """The last message, once it has come."""
+        """Read to the end and return the final message."""
         while True:
             message = await self.next()
             if message.HasField("complete"):
                 return message.complete
 
 
-async def reader(server: Server, name: str) -> Reader:
+async def started_reader(server: Server, name: str) -> Reader:
     reading = Reader(server, name)
     await reading.next()
     return reading
@@ -69,8 +69,8 @@ async def abort(server: Server, *names: str) -> None:
     await stub(server).Abort(pb.AbortRequest(request_ids=names), timeout=DEADLINE_SECONDS)
 
 
-async def test_it_ends_the_request_of_that_name_alone(server: Server) -> None:
-    one, other = await reader(server, "one"), await reader(server, "other")
+async def test_abort_ends_only_the_request_of_that_name(server: Server) -> None:
+    one, other = await started_reader(server, "one"), await started_reader(server, "other")
     await abort(server, "nobody", "one")
     end = await one.last()
     assert (end.finish_reason, end.completion_tokens) == ("abort", one.seen)
@@ -81,7 +81,7 @@ async def test_it_ends_the_request_of_that_name_alone(server: Server) -> None:
     server.assert_nothing_left()
 
 
-async def test_a_request_that_is_not_streamed_gets_what_there_was(server: Server) -> None:
+async def test_an_aborted_request_without_stream_gets_its_output_so_far(server: Server) -> None:
     gate = server.backend.step_gate
     gate.shut()
     request = pb.GenerateRequest(request_id="one", text="x")
@@ -95,8 +95,8 @@ async def test_a_request_that_is_not_streamed_gets_what_there_was(server: Server
     await server.settled()
 
 
-async def test_an_empty_name_is_none(server: Server) -> None:
-    first, second = await reader(server, ""), await reader(server, "")
+async def test_an_empty_name_aborts_nothing(server: Server) -> None:
+    first, second = await started_reader(server, ""), await started_reader(server, "")
     await abort(server, "")
     for reading in (first, second):
         assert (await reading.next()).chunk.token_ids
@@ -104,12 +104,12 @@ async def test_an_empty_name_is_none(server: Server) -> None:
     await server.settled()
 
 
-async def test_a_name_of_two_means_neither(server: Server) -> None:
-    first, second = await reader(server, "same"), await reader(server, "same")
+async def test_a_name_of_two_requests_aborts_neither(server: Server) -> None:
+    first, second = await started_reader(server, "same"), await started_reader(server, "same")
     await abort(server, "same")
     assert (await first.next()).chunk.token_ids
     first.call.cancel()
-    # Nor does it mean the one that is left: the other's caller may have sent it late.
+    # Nor does it abort the remaining one: the other's caller may have sent the abort late.
     await abort(server, "same")
     assert (await second.next()).chunk.token_ids
     second.call.cancel()
@@ -117,8 +117,8 @@ async def test_a_name_of_two_means_neither(server: Server) -> None:
     server.assert_nothing_left()
 
 
-async def test_the_end_of_one_is_not_the_end_of_its_namesake(server: Server) -> None:
-    long = await reader(server, "same")
+async def test_the_end_of_a_request_leaves_its_namesake_running(server: Server) -> None:
+    long = await started_reader(server, "same")
     short = Reader(server, "same", max_tokens=3)
     assert (await short.last()).finish_reason == "length"
     assert (await long.next()).chunk.token_ids
@@ -126,16 +126,16 @@ async def test_the_end_of_one_is_not_the_end_of_its_namesake(server: Server) -> 
     await server.settled()
 
 
-async def test_a_name_is_free_again_at_the_end(server: Server) -> None:
+async def test_a_name_can_be_reused_after_the_end(server: Server) -> None:
     for _ in range(2):
-        reading = await reader(server, "again")
+        reading = await started_reader(server, "again")
         await abort(server, "again")
         assert (await reading.last()).finish_reason == "abort"
     await server.settled()
 
 
-async def test_a_caller_that_leaves_leaves_nothing(server: Server) -> None:
-    reading = await reader(server, "one")
+async def test_a_disconnected_caller_leaves_nothing(server: Server) -> None:
+    reading = await started_reader(server, "one")
     reading.call.cancel()
     await server.settled()
     server.assert_nothing_left()
@@ -146,7 +146,7 @@ async def test_too_many_names_are_refused(server: Server) -> None:
     assert list(problem.violations) == ["request_ids"]
 
 
-def test_names_are_forgotten() -> None:
+def test_names_are_dropped_at_the_end() -> None:
     names = Names()
     with names.held("a", lambda: None), names.held("", lambda: None):
         assert names._holders.keys() == {"a"}

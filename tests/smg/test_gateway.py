@@ -46,7 +46,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 
 def client(found: Fleet) -> Any:
-    """OpenAI's client of a gateway; what fails is not tried again by it."""
+    """Return an OpenAI client of a gateway, without retries of failed requests."""
     url = f"http://127.0.0.1:{found.port}/v1"
     return openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=DEADLINE_SECONDS)
 
@@ -69,17 +69,17 @@ def text_of(chunks: Any) -> str:
     return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
 
 
-def generated(child: Child) -> list[int]:
-    """How many tokens each request had that has ended."""
+def generated_counts(child: Child) -> list[int]:
+    """Return the token count of each finished request."""
     found = re.findall(r" Generate .* generated_tokens=(\d+)", child.log.read_text())
     return [int(count) for count in found]
 
 
-def finished(child: Child) -> int:
-    return len(generated(child))
+def finished_count(child: Child) -> int:
+    return len(generated_counts(child))
 
 
-def test_both_runners_are_found_and_told_what_they_are(two: Fleet, ai: Any) -> None:
+def test_the_gateway_finds_both_runners_and_their_properties(two: Fleet, ai: Any) -> None:
     assert [model.id for model in ai.models.list()] == ["model"]
     workers = two.workers()
     addresses = {f"grpc://{child.ready.address}" for child in two.runners}
@@ -90,12 +90,12 @@ def test_both_runners_are_found_and_told_what_they_are(two: Fleet, ai: Any) -> N
         assert worker["labels"]["eos_token_ids"] == "[0,1]"  # noqa: S105 - no secret
 
 
-def test_a_chat_has_the_models_own_template(ai: Any, two: Fleet) -> None:
+def test_a_chat_uses_the_models_template(ai: Any, two: Fleet) -> None:
     answer = chat(ai, temperature=0)
     choice = answer.choices[0]
     assert (choice.message.role, choice.finish_reason) == ("assistant", "length")
     assert answer.usage.completion_tokens == 12
-    # The same prompt, put together here and asked for in our own protocol.
+    # The same prompt, put together here and sent over our own protocol.
     prompt = "<|user|>\nTell me a story.<|end|>\n<|assistant|>\n"
     options = pb.CompletionOptions(num_predict=12, temperature=0)
     request = pb.CompletionRequest(prompt=prompt, options=options)
@@ -104,15 +104,15 @@ def test_a_chat_has_the_models_own_template(ai: Any, two: Fleet) -> None:
     assert messages[-1].prompt_eval_count == answer.usage.prompt_tokens
 
 
-def test_both_do_their_part(two: Fleet, ai: Any) -> None:
-    before = [finished(child) for child in two.runners]
+def test_requests_are_spread_over_both_runners(two: Fleet, ai: Any) -> None:
+    before = [finished_count(child) for child in two.runners]
     for _ in range(4):
         chat(ai, 2)
-    wait_for(lambda: sum(finished(child) for child in two.runners) == sum(before) + 4)
-    assert [finished(child) for child in two.runners] == [count + 2 for count in before]
+    wait_for(lambda: sum(finished_count(child) for child in two.runners) == sum(before) + 4)
+    assert [finished_count(child) for child in two.runners] == [count + 2 for count in before]
 
 
-def test_a_stream_says_the_same(ai: Any) -> None:
+def test_a_stream_has_the_same_text(ai: Any) -> None:
     whole = chat(ai, 30, temperature=0).choices[0].message.content
     chunks = list(chat(ai, 30, temperature=0, stream=True, stream_options={"include_usage": True}))
     assert text_of(chunks) == whole
@@ -122,16 +122,16 @@ def test_a_stream_says_the_same(ai: Any) -> None:
     assert chunks[-1].usage.completion_tokens == 30
 
 
-def test_the_same_seed_says_the_same_on_either(ai: Any) -> None:
+def test_a_seed_gives_the_same_text_on_either_runner(ai: Any) -> None:
     said = [chat(ai, seed=7, temperature=1.0).choices[0].message.content for _ in range(2)]
     other = chat(ai, seed=8, temperature=1.0).choices[0].message.content
     assert said[0] == said[1] != other
 
 
-def test_tokens_that_were_not_evaluated_again_are_told(ai: Any) -> None:
+def test_tokens_from_the_prefix_cache_are_reported(ai: Any) -> None:
     asked = [chat(ai, 2, content="A prompt that nobody else has.") for _ in range(3)]
     cached = [answer.usage.prompt_tokens_details.cached_tokens for answer in asked]
-    # One runner after the other; then the first has it. The beginning of every chat is alike.
+    # One runner after the other; then the first has the prompt. Every chat begins alike.
     common = len(_tokenizer().encode("<|user|>\n").ids)
     assert max(cached[:2]) <= common
     assert cached[2] == asked[2].usage.prompt_tokens - 1
@@ -142,7 +142,7 @@ def _tokenizer() -> Any:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_logprobs(ai: Any, *, stream: bool) -> None:
+def test_logprobs_are_those_of_greedy_tokens(ai: Any, *, stream: bool) -> None:
     answer = chat(ai, 4, temperature=0, logprobs=True, top_logprobs=3, stream=stream)
     choices = [c for chunk in answer for c in chunk.choices] if stream else answer.choices
     entries = [entry for choice in choices if choice.logprobs for entry in choice.logprobs.content]
@@ -151,12 +151,12 @@ def test_logprobs(ai: Any, *, stream: bool) -> None:
         likeliest = [top.logprob for top in entry.top_logprobs]
         assert len(likeliest) == 3
         assert likeliest == sorted(likeliest, reverse=True)
-        # Without temperature the likeliest is what was drawn.
+        # Without temperature the likeliest token is drawn.
         assert entry.logprob == pytest.approx(likeliest[0])
         assert entry.token == entry.top_logprobs[0].token
 
 
-def test_a_stop_token_ends_it(ai: Any) -> None:
+def test_a_stop_token_ends_the_answer(ai: Any) -> None:
     whole = chat(ai, 12, temperature=0, logprobs=True, top_logprobs=0).choices[0]
     third = whole.logprobs.content[2].token
     (token_id,) = _tokenizer().encode(third, add_special_tokens=False).ids
@@ -177,32 +177,34 @@ def test_a_stop_token_ends_it(ai: Any) -> None:
         ({"extra_body": {"top_k": 99999}}, "sampling_params.top_k"),
     ],
 )
-def test_what_is_not_done_is_refused_by_name(ai: Any, options: Any, name: str) -> None:
-    """The first three by the gateway, which knows no field for them; the others by the runner."""
+def test_an_unsupported_option_is_refused_by_name(ai: Any, options: Any, name: str) -> None:
+    """Refuse three in the gateway, which has no field for these, and the others in the runner."""
     with pytest.raises(openai.BadRequestError) as caught:
         chat(ai, **options)
     assert name in str(caught.value)
 
 
-def test_a_prompt_that_is_too_long(ai: Any) -> None:
+def test_a_prompt_longer_than_the_context_is_refused(ai: Any) -> None:
     with pytest.raises(openai.BadRequestError, match="1024"):
         chat(ai, content="word " * 2000)
 
 
-def test_a_client_that_leaves_frees_its_place(two: Fleet, ai: Any) -> None:
-    before = [finished(child) for child in two.runners]
+def test_a_disconnected_client_frees_its_slot(two: Fleet, ai: Any) -> None:
+    before = [finished_count(child) for child in two.runners]
     stream = chat(ai, 900, stream=True, extra_body={"ignore_eos": True})
     next(iter(stream))
     stream.close()
-    # The gateway says Abort and ends its call; whichever comes first.
-    wait_for(lambda: sum(finished(child) for child in two.runners) == sum(before) + 1)
-    new = [generated(child)[count:] for child, count in zip(two.runners, before, strict=True)]
+    # The gateway sends Abort and also ends its call.
+    wait_for(lambda: sum(finished_count(child) for child in two.runners) == sum(before) + 1)
+    new = [
+        generated_counts(child)[count:] for child, count in zip(two.runners, before, strict=True)
+    ]
     assert max(new)[0] < 900
     assert [child.status().running_count for child in two.runners] == [0, 0]
 
 
-def test_thirty_two_at_once(two: Fleet, ai: Any) -> None:
-    before = [finished(child) for child in two.runners]
+def test_thirty_two_requests_at_once_are_served(two: Fleet, ai: Any) -> None:
+    before = [finished_count(child) for child in two.runners]
 
     def one(number: int) -> tuple[str, int]:
         options: dict[str, Any] = {"seed": number, "extra_body": {"ignore_eos": True}}
@@ -215,19 +217,21 @@ def test_thirty_two_at_once(two: Fleet, ai: Any) -> None:
 
     with ThreadPoolExecutor(32) as pool:
         assert list(pool.map(one, range(32))) == [("length", 20)] * 32
-    wait_for(lambda: sum(finished(child) for child in two.runners) == sum(before) + 32)
-    assert all(finished(child) > count for child, count in zip(two.runners, before, strict=True))
+    wait_for(lambda: sum(finished_count(child) for child in two.runners) == sum(before) + 32)
+    assert all(
+        finished_count(child) > count for child, count in zip(two.runners, before, strict=True)
+    )
 
 
-def test_a_runner_is_killed_while_thirty_two_run(tmp_path: Path) -> None:
-    """Streams that it had begun end with an error; all else is done by the other."""
+def test_a_killed_runner_costs_only_its_own_streams(tmp_path: Path) -> None:
+    """Streams on the killed runner end with an error; the other runner does the rest."""
     with fleet(tmp_path, 2) as found, client(found) as ai:
         begun = threading.Barrier(5)
         killed = threading.Event()
         doomed, survivor = found.runners
 
         def stream(_number: int) -> str:
-            """One that has begun when the runner dies; round robin, so that each has two."""
+            """Read a stream that has begun when the runner dies; round robin gives two to each."""
             chunks = iter(chat(ai, 900, stream=True, extra_body={"ignore_eos": True}))
             while not text_of([next(chunks)]):
                 pass
@@ -253,12 +257,12 @@ def test_a_runner_is_killed_while_thirty_two_run(tmp_path: Path) -> None:
             assert ends == ["APIError", "APIError", "length", "length"]
             assert {future.result(DEADLINE_SECONDS) for future in others} == {"length"}
         assert survivor.status().running_count == 0
-        # The gateway goes on with the one that is left.
+        # The gateway goes on with the remaining runner.
         assert chat(ai, 3).usage.completion_tokens == 3
 
 
-def test_a_gateway_on_another_machine(tmp_path: Path) -> None:
-    """It does not find the model's directory and asks the runner for the tokenizer."""
+def test_a_gateway_on_another_machine_gets_the_tokenizer(tmp_path: Path) -> None:
+    """Without the model's directory the gateway asks the runner for the tokenizer."""
     alone = hiding(DEMO)
     if not shutil.which("unshare") or subprocess.run([*alone, "true"], check=False).returncode:
         pytest.skip("a directory cannot be hidden from one process here (unshare, Linux)")
@@ -269,7 +273,7 @@ def test_a_gateway_on_another_machine(tmp_path: Path) -> None:
     assert "GetTokenizer OK" in found.runners[0].log.read_text()
 
 
-def test_the_tokenizer_comes_over_the_wire(two: Fleet, tmp_path: Path) -> None:
+def test_the_tokenizer_can_be_fetched(two: Fleet, tmp_path: Path) -> None:
     stub = mlx_engine_pb2_grpc.MlxEngineStub(two.runners[0].channel)
     parts = list(stub.GetTokenizer(common_pb2.GetTokenizerRequest(), timeout=DEADLINE_SECONDS))
     data = b"".join(part.data for part in parts)

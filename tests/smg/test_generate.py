@@ -1,4 +1,4 @@
-"""Generate of the gateway's protocol: what comes back, and what the engine is asked for."""
+"""Generate of the gateway's protocol: the answers, and the sampling the engine receives."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from smg_grpc_proto import mlx_engine_pb2_grpc
 Message = Any
 
 
-class Asked:
-    """A reply that keeps what it was asked for and says a text."""
+class RecordingReply:
+    """Reply with a fixed text that records each request's sampling."""
 
     def __init__(self, text: str = "some text") -> None:
         self.samplings: list[Sampling] = []
@@ -36,13 +36,13 @@ class Asked:
         return self._says(prompt_ids, sampling)
 
 
-async def started(start_server: StartServer, **backend: Any) -> Server:
+async def loaded_server(start_server: StartServer, **backend: Any) -> Server:
     server = await start_server(FakeBackend(**backend), smg=True)
     await server.load()
     return server
 
 
-def begin(server: Server, *, stream: bool = False, name: str = "", **sampling: Any) -> Any:
+def start_generate(server: Server, *, stream: bool = False, name: str = "", **sampling: Any) -> Any:
     stub = mlx_engine_pb2_grpc.MlxEngineStub(server.channel)
     request = pb.GenerateRequest(
         request_id=name,
@@ -54,7 +54,7 @@ def begin(server: Server, *, stream: bool = False, name: str = "", **sampling: A
 
 
 async def generate(server: Server, **kwargs: Any) -> list[Message]:
-    return [message async for message in begin(server, **kwargs)]
+    return [message async for message in start_generate(server, **kwargs)]
 
 
 async def complete(server: Server, **kwargs: Any) -> Message:
@@ -62,8 +62,8 @@ async def complete(server: Server, **kwargs: Any) -> Message:
     return message.complete
 
 
-async def test_one_message_has_all_of_it(start_server: StartServer) -> None:
-    server = await started(start_server, reply=says("hi!"))
+async def test_one_message_has_the_whole_answer(start_server: StartServer) -> None:
+    server = await loaded_server(start_server, reply=says("hi!"))
     whole = await complete(server)
     assert list(whole.output_ids) == [*b"hi!", EOS]
     assert whole.finish_reason == "stop"
@@ -73,7 +73,7 @@ async def test_one_message_has_all_of_it(start_server: StartServer) -> None:
 
 
 async def test_a_stream_has_new_tokens_in_each_chunk(start_server: StartServer) -> None:
-    server = await started(start_server, reply=says("a longer text"))
+    server = await loaded_server(start_server, reply=says("a longer text"))
     *chunks, last = [message for message in await generate(server, stream=True)]  # noqa: C416
     counts, seen = [], 0
     for message in chunks:
@@ -88,40 +88,42 @@ async def test_a_stream_has_new_tokens_in_each_chunk(start_server: StartServer) 
     assert last.complete.matched_stop_token_id == EOS
 
 
-async def test_max_tokens(start_server: StartServer) -> None:
-    whole = await complete(await started(start_server), max_tokens=7)
+async def test_max_tokens_ends_the_answer(start_server: StartServer) -> None:
+    whole = await complete(await loaded_server(start_server), max_tokens=7)
     assert len(whole.output_ids) == whole.completion_tokens == 7
     assert whole.finish_reason == "length"
     assert not whole.HasField("matched_stop_token_id")
 
 
-async def test_without_max_tokens_the_context_is_the_end(start_server: StartServer) -> None:
+async def test_without_max_tokens_the_context_length_ends_the_answer(
+    start_server: StartServer,
+) -> None:
     server = await start_server(FakeBackend(), smg=True)
     await server.load(context_length=50)
     assert (await complete(server)).completion_tokens == 45
 
 
-async def test_a_stop_token_ends_it(start_server: StartServer) -> None:
-    server = await started(start_server, reply=says("one, two"))
+async def test_a_stop_token_ends_the_answer(start_server: StartServer) -> None:
+    server = await loaded_server(start_server, reply=says("one, two"))
     whole = await complete(server, stop_token_ids=[ord("!"), ord(",")])
     assert bytes(whole.output_ids) == b"one,"
     assert whole.finish_reason == "stop"
     assert whole.matched_stop_token_id == ord(",")
 
 
-async def test_the_models_own_end_can_be_ignored(start_server: StartServer) -> None:
+async def test_the_models_eos_can_be_ignored(start_server: StartServer) -> None:
     def reply(_ids: Sequence[int], _sampling: Sampling) -> Iterator[int]:
         return iter([*b"ab", EOS, *b"cd", ord("."), *b"ef"])
 
-    server = await started(start_server, reply=reply)
+    server = await loaded_server(start_server, reply=reply)
     whole = await complete(server, ignore_eos=True, stop_token_ids=[ord(".")])
     assert list(whole.output_ids) == [*b"ab", EOS, *b"cd", ord(".")]
     assert list((await complete(server)).output_ids) == [*b"ab", EOS]
 
 
-async def test_what_is_not_given_is_off(start_server: StartServer) -> None:
-    asked = Asked()
-    await complete(await started(start_server, reply=asked))
+async def test_omitted_parameters_are_off(start_server: StartServer) -> None:
+    asked = RecordingReply()
+    await complete(await loaded_server(start_server, reply=asked))
     (sampling,) = asked.samplings
     assert (sampling.temperature, sampling.top_p, sampling.min_p) == (1.0, 1.0, 0.0)
     assert (sampling.top_k, sampling.repeat_penalty) == (0, 1.0)
@@ -151,21 +153,21 @@ async def test_what_is_not_given_is_off(start_server: StartServer) -> None:
 async def test_every_parameter_reaches_the_engine(
     start_server: StartServer, given: dict[str, Any], name: str, value: object
 ) -> None:
-    asked = Asked()
-    await complete(await started(start_server, reply=asked), **given)
+    asked = RecordingReply()
+    await complete(await loaded_server(start_server, reply=asked), **given)
     assert getattr(asked.samplings[0], name) == value
 
 
-async def test_without_a_seed_two_are_not_alike(start_server: StartServer) -> None:
-    asked = Asked()
-    server = await started(start_server, reply=asked)
+async def test_without_a_seed_each_request_gets_its_own(start_server: StartServer) -> None:
+    asked = RecordingReply()
+    server = await loaded_server(start_server, reply=asked)
     await complete(server)
     await complete(server)
     assert asked.samplings[0].seed != asked.samplings[1].seed
 
 
-def test_no_parameter_is_left_out() -> None:
-    """A field that a later version brings must be honoured or refused, not overlooked."""
+def test_every_field_of_the_protocol_is_known() -> None:
+    """Fail when a later version adds a field, to be honoured or refused."""
     known = {
         "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty",
         "presence_penalty", "logit_bias", "max_tokens", "stop_token_ids", "ignore_eos", "logprobs",
@@ -199,11 +201,11 @@ def test_no_parameter_is_left_out() -> None:
         ("logprobs", {"logprobs": 21}),
     ],
 )
-async def test_what_cannot_be_done_is_refused_by_name(
+async def test_a_parameter_out_of_range_is_refused_by_name(
     start_server: StartServer, field: str, given: dict[str, Any]
 ) -> None:
-    server = await started(start_server)
-    problem = await failure(begin(server, **given))
+    server = await loaded_server(start_server)
+    problem = await failure(start_generate(server, **given))
     assert problem.code is grpc.StatusCode.INVALID_ARGUMENT
     assert list(problem.violations) == [f"sampling_params.{field}"]
     server.assert_nothing_left()
@@ -219,37 +221,35 @@ async def test_what_cannot_be_done_is_refused_by_name(
         ("request_id", {"text": "x", "request_id": "x" * 129}),
     ],
 )
-async def test_a_prompt_that_cannot_be_used(
+async def test_an_invalid_prompt_is_refused_by_name(
     start_server: StartServer, field: str, request_: dict[str, Any]
 ) -> None:
-    server = await started(start_server)
+    server = await loaded_server(start_server)
     stub = mlx_engine_pb2_grpc.MlxEngineStub(server.channel)
     problem = await failure(stub.Generate(pb.GenerateRequest(**request_)))
     assert problem.reason == "INVALID_FIELD"
     assert list(problem.violations) == [field]
 
 
-async def test_a_prompt_that_is_too_long(start_server: StartServer) -> None:
+async def test_a_prompt_longer_than_the_context_is_refused(start_server: StartServer) -> None:
     server = await start_server(FakeBackend(), smg=True)
     await server.load(context_length=5)
-    problem = await failure(begin(server))
+    problem = await failure(start_generate(server))
     assert (problem.reason, problem.metadata["promptTokens"]) == ("PROMPT_TOO_LONG", "5")
 
 
-async def test_text_is_split_as_a_prompt(start_server: StartServer) -> None:
-    server = await started(start_server, reply=says("yes"))
+async def test_text_is_tokenized_as_a_prompt(start_server: StartServer) -> None:
+    server = await loaded_server(start_server, reply=says("yes"))
     stub = mlx_engine_pb2_grpc.MlxEngineStub(server.channel)
     answers = [message async for message in stub.Generate(pb.GenerateRequest(text="hello"))]
-    # With the token that a prompt begins with.
+    # A prompt begins with one special token.
     assert answers[-1].complete.prompt_tokens == 6
     assert bytes(answers[-1].complete.output_ids[:-1]) == b"yes"
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_logprobs_stand_beside_their_tokens(
-    start_server: StartServer, *, stream: bool
-) -> None:
-    server = await started(start_server, reply=says("abc"))
+async def test_logprobs_match_their_tokens(start_server: StartServer, *, stream: bool) -> None:
+    server = await loaded_server(start_server, reply=says("abc"))
     messages = await generate(server, stream=stream, logprobs=2)
     parts = [message.chunk if stream else message.complete for message in messages]
     found = [part.output_logprobs for part in parts if part.HasField("output_logprobs")]
@@ -259,21 +259,21 @@ async def test_logprobs_stand_beside_their_tokens(
     assert [(list(top.token_ids), list(top.values)) for top in tops] == [([0, 1], [-1.0, -2.0])] * 4
 
 
-async def test_logprobs_without_the_likeliest(start_server: StartServer) -> None:
-    server = await started(start_server, reply=says("a"))
+async def test_logprobs_of_zero_omit_the_likeliest_tokens(start_server: StartServer) -> None:
+    server = await loaded_server(start_server, reply=says("a"))
     logprobs = (await complete(server, logprobs=0)).output_logprobs
     assert list(logprobs.token_logprobs) == [-0.5, -0.5]
     assert [list(top.token_ids) for top in logprobs.top_logprobs] == [[], []]
 
 
-async def test_a_full_queue_is_told_as_everywhere(start_server: StartServer) -> None:
+async def test_a_full_queue_is_refused_with_a_delay(start_server: StartServer) -> None:
     backend = FakeBackend()
     server = await start_server(backend, smg=True, max_queued=1)
     await server.load(parallel=1)
     backend.step_gate.shut()
-    running = [begin(server, stream=True, max_tokens=2) for _ in range(2)]
+    running = [start_generate(server, stream=True, max_tokens=2) for _ in range(2)]
     await server.thread(backend.step_gate.wait_arrival)
-    problem = await failure(begin(server))
+    problem = await failure(start_generate(server))
     assert (problem.code, problem.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
     assert problem.retry_seconds
     backend.step_gate.open()
@@ -289,11 +289,11 @@ async def test_a_full_queue_is_told_as_everywhere(start_server: StartServer) -> 
         ("tokenized", encode_field(2, 2, encode_field(2, 0, b"\5") + encode_field(97, 0, b"\1"))),
     ],
 )
-async def test_a_field_that_the_protocol_does_not_have_is_refused(
+async def test_an_unknown_field_is_refused(
     start_server: StartServer, place: str, data: bytes
 ) -> None:
-    """A newer gateway would take the answer for one that heeds it."""
-    server = await started(start_server)
+    """Refuse unknown fields: a newer gateway would assume they were honoured."""
+    server = await loaded_server(start_server)
     generate: Any = server.channel.unary_stream(f"/{SMG_SERVICE_NAME}/Generate")
     problem = await failure(generate(data))
     assert problem.reason == "INVALID_FIELD"
@@ -302,12 +302,12 @@ async def test_a_field_that_the_protocol_does_not_have_is_refused(
     server.assert_nothing_left()
 
 
-async def test_a_queued_request_has_headers(start_server: StartServer) -> None:
+async def test_a_queued_request_gets_headers(start_server: StartServer) -> None:
     backend = FakeBackend()
     server = await start_server(backend, smg=True)
     await server.load(parallel=1)
     backend.step_gate.shut()
-    calls = [begin(server, max_tokens=1) for _ in range(2)]
+    calls = [start_generate(server, max_tokens=1) for _ in range(2)]
     for call in calls:
         await call.initial_metadata()
     assert backend.steps == 0

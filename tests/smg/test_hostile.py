@@ -1,4 +1,4 @@
-"""Any bytes to the gateway's rpcs: an answer of the table, and nobody else notices."""
+"""Arbitrary bytes to the gateway's rpcs: answers from the error table, no harm to neighbours."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")
 SOUND = pb.GenerateRequest(
     text="hi", sampling_params=pb.SamplingParams(max_tokens=8)
 ).SerializeToString()
-"""Put before the fields of a request, so that not every one lacks something."""
+"""Valid fields, put before generated ones; some requests then lack nothing."""
 
 _fields = messages(pb.GenerateRequest.DESCRIPTOR)
 requests = st.one_of(_fields, _fields.map(lambda data: SOUND + data), damaged(_fields))
@@ -43,7 +43,7 @@ def hostile(examples: int) -> settings:
 
 
 async def send(server: Server, data: bytes) -> str:
-    """Sends a request and judges its answer."""
+    """Send a request, check the answer and return the reason of an error, or OK."""
     read = pb.GenerateResponse.FromString
     generate: Any = server.channel.unary_stream(
         f"/{SMG_SERVICE_NAME}/Generate", response_deserializer=read
@@ -59,7 +59,7 @@ async def send(server: Server, data: bytes) -> str:
     return "OK"
 
 
-async def check(server: Server, batch: list[bytes]) -> None:
+async def assert_neighbour_unharmed(server: Server, batch: list[bytes]) -> None:
     options = {"seed": 7, "num_predict": 30}
     alone = await server.text("neighbour", **options)
     beside, *endings = await asyncio.gather(
@@ -73,7 +73,7 @@ async def check(server: Server, batch: list[bytes]) -> None:
 
 @pytest.fixture
 async def target(start_server: StartServer) -> AsyncIterator[Server]:
-    """A server on the fake model library; whatever was sent, nothing is left behind."""
+    """A server on the fake model library, checked to be empty after the test."""
     server = await start_server(smg=True)
     await server.load(context_length=CONTEXT_LENGTH)
     yield server
@@ -83,8 +83,10 @@ async def target(start_server: StartServer) -> AsyncIterator[Server]:
 
 @hostile(100)
 @given(batch=st.lists(requests, min_size=1, max_size=6))
-async def test_an_answer_of_the_table(target: Server, batch: list[bytes]) -> None:
-    await check(target, batch)
+async def test_any_request_is_answered_from_the_error_table(
+    target: Server, batch: list[bytes]
+) -> None:
+    await assert_neighbour_unharmed(target, batch)
 
 
 @hostile(60)
@@ -115,7 +117,7 @@ async def real(model_dir: Callable[..., Path], socket_dir: Path) -> AsyncIterato
 @pytest.mark.mlx
 @hostile(25)
 @given(batch=st.lists(requests, min_size=1, max_size=6))
-async def test_an_answer_of_the_table_with_real_arithmetic(
+async def test_any_request_is_answered_from_the_error_table_with_mlx(
     real: Server, batch: list[bytes]
 ) -> None:
-    await check(real, batch)
+    await assert_neighbour_unharmed(real, batch)

@@ -1,4 +1,4 @@
-"""The rest of the gateway's protocol, and what it shares with our own: token, log, metrics."""
+"""Other rpcs of the gateway's protocol, and the features shared with ours: token, log, metrics."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def stub(server: Server) -> Any:
     return mlx_engine_pb2_grpc.MlxEngineStub(server.channel)
 
 
-def test_the_names_are_those_of_the_protocol() -> None:
-    """They are written down where the stubs may be missing."""
+def test_method_names_match_the_protocol() -> None:
+    """Compare the names written down in the telemetry with the stubs, an optional package."""
     service = pb.DESCRIPTOR.services_by_name["MlxEngine"]
     assert service.full_name == SMG_SERVICE_NAME
     paths = {path for path in METHODS if path.startswith(f"/{SMG_SERVICE_NAME}/")}
@@ -63,7 +63,7 @@ def test_the_names_are_those_of_the_protocol() -> None:
     assert len(set(METHODS.values())) == len(METHODS)
 
 
-async def test_without_a_model_it_is_not_healthy(server: Server) -> None:
+async def test_without_a_model_every_rpc_fails(server: Server) -> None:
     for call in (
         stub(server).HealthCheck(pb.HealthCheckRequest()),
         stub(server).GetModelInfo(pb.GetModelInfoRequest()),
@@ -75,13 +75,13 @@ async def test_without_a_model_it_is_not_healthy(server: Server) -> None:
         assert problem.reason == "MODEL_NOT_LOADED"
 
 
-async def test_with_a_model_it_is(server: Server) -> None:
+async def test_with_a_model_the_server_is_healthy(server: Server) -> None:
     await server.load()
     answer = await stub(server).HealthCheck(pb.HealthCheckRequest())
     assert (answer.healthy, answer.message) == (True, "serving fake")
 
 
-async def test_model_info(server: Server) -> None:
+async def test_model_info_describes_the_loaded_model(server: Server) -> None:
     await server.load(context_length=1000)
     info = await stub(server).GetModelInfo(pb.GetModelInfoRequest())
     assert (info.served_model_name, info.model_path) == ("fake", "/models/fake")
@@ -117,7 +117,7 @@ def test_the_tokenizer_comes_in_parts_with_its_hash() -> None:
     assert [part.sha256 for part in parts] == ["", "", digest]
 
 
-def test_the_archive_has_what_a_gateway_needs_and_nothing_else(tmp_path: Path) -> None:
+def test_the_archive_has_only_the_files_a_gateway_needs(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "config.json", "a.jinja", "model.safetensors", "secret.txt"):
         (tmp_path / name).write_text(name)
     (tmp_path / "dir.model").mkdir()
@@ -130,7 +130,7 @@ def test_the_archive_has_what_a_gateway_needs_and_nothing_else(tmp_path: Path) -
     assert tokenizer_archive(tmp_path) == data
 
 
-def test_a_tokenizer_that_is_gone_is_told(tmp_path: Path) -> None:
+def test_a_missing_tokenizer_is_reported(tmp_path: Path) -> None:
     with pytest.raises(GenerationFailed, match="put them back"):
         tokenizer_archive(tmp_path)
 
@@ -144,7 +144,9 @@ def test_a_tokenizer_that_is_gone_is_told(tmp_path: Path) -> None:
         ({"architectures": ["A", 3]}, SpecialTokens(("A",))),
     ],
 )
-def test_special_tokens(tmp_path: Path, config: dict[str, Any], expected: SpecialTokens) -> None:
+def test_special_tokens_come_from_the_config(
+    tmp_path: Path, config: dict[str, Any], expected: SpecialTokens
+) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert special_tokens(tmp_path) == expected
 
@@ -153,9 +155,7 @@ def test_special_tokens_of_the_demo_model() -> None:
     assert special_tokens(DEMO) == SpecialTokens(("LlamaForCausalLM",), 0, 0)
 
 
-async def test_calls_are_told_of_as_our_own(
-    server: Server, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_calls_are_logged_like_ours(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, request_log.__name__)
     await server.load()
     await stub(server).HealthCheck(pb.HealthCheckRequest())
@@ -163,20 +163,20 @@ async def test_calls_are_told_of_as_our_own(
     call = stub(server).Generate(request, metadata=(("x-request-id", "theirs"),))
     assert [message async for message in call]
 
-    def told() -> list[dict[str, Any]]:
+    def logged() -> list[dict[str, Any]]:
         lines = [record.msg for record in caplog.records if isinstance(record.msg, RequestLine)]
         return [line.fields for line in lines if line.fields["method"] != "Load"]
 
-    await eventually(lambda: bool(told()))
-    # Health checks that succeed are too many to be told at this level.
-    (fields,) = told()
+    await eventually(lambda: bool(logged()))
+    # Successful health checks are too frequent for this level.
+    (fields,) = logged()
     assert (fields["method"], fields["code"], fields["model"]) == ("Generate", "OK", "fake")
     assert (fields["id"], fields["request_id"]) == ("theirs", "mine")
     assert (fields["prompt_tokens"], fields["generated_tokens"]) == (6, 10)
     assert fields["finish_reason"] == "stop"
 
 
-async def test_they_are_counted(start_server: StartServer) -> None:
+async def test_calls_are_counted(start_server: StartServer) -> None:
     pytest.importorskip("prometheus_client", reason="prometheus-client is not installed")
     server = await start_server(smg=True, metrics_listen=("127.0.0.1", 0))
     await server.load()
@@ -200,7 +200,7 @@ async def test_they_are_counted(start_server: StartServer) -> None:
     assert registry.get_sample_value(name, labels) == 1
 
 
-async def test_the_token_is_asked_for_here_too(start_server: StartServer) -> None:
+async def test_the_token_is_required(start_server: StartServer) -> None:
     server = await start_server(smg=True, token=TOKEN)
     problem = await failure(stub(server).HealthCheck(pb.HealthCheckRequest()))
     assert problem.code is grpc.StatusCode.UNAUTHENTICATED
@@ -210,14 +210,14 @@ async def test_the_token_is_asked_for_here_too(start_server: StartServer) -> Non
     assert answer.healthy
 
 
-async def test_damaged_bytes_are_a_bad_request(server: Server) -> None:
+async def test_damaged_bytes_are_an_invalid_argument(server: Server) -> None:
     await server.load()
     call: Any = server.channel.unary_stream(f"/{SMG_SERVICE_NAME}/Generate")
     problem = await failure(call(b"\xff\xff\xff", timeout=DEADLINE_SECONDS))
     assert (problem.code, problem.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
 
 
-async def test_health_and_reflection_name_it(server: Server) -> None:
+async def test_health_and_reflection_list_the_service(server: Server) -> None:
     assert await server.health(SMG_SERVICE_NAME) == 1
     reflect: Any = server.channel.stream_stream(
         "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
@@ -234,14 +234,14 @@ async def test_health_and_reflection_name_it(server: Server) -> None:
     assert files.file_descriptor_response.file_descriptor_proto
 
 
-async def test_a_server_that_is_not_asked_to_speaks_it_not(start_server: StartServer) -> None:
+async def test_the_service_is_off_by_default(start_server: StartServer) -> None:
     server = await start_server()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub(server).HealthCheck(pb.HealthCheckRequest())
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-def test_the_option() -> None:
+def test_the_option_turns_the_service_on() -> None:
     assert parse_args(["--smg"]).smg
     assert not parse_args([]).smg
     assert "--smg" in invoke("serve", "--help").stdout
@@ -256,7 +256,7 @@ sys.exit(main())
 """
 
 
-def test_without_its_package_it_does_not_start() -> None:
+def test_the_server_does_not_start_without_the_stubs() -> None:
     done = subprocess.run(
         [sys.executable, "-c", _WITHOUT_STUBS],
         capture_output=True,
