@@ -1,4 +1,4 @@
-"""A real model beside which anything may be asked: a neighbour checks that it hears nothing."""
+"""A real model under hostile requests, with a neighbour stream checked for interference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NEIGHBOUR: dict[str, Any] = {"seed": 11, "num_predict": 40, "logit_bias": {0: -1
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def real() -> AsyncIterator[Server]:
-    """One server with the trained demo model; it must survive all cases."""
+    """One server with the trained demo model, which must survive all cases."""
     if not (DEMO / "model.safetensors").is_file():
         pytest.skip("the demo model is not in this checkout")
     from runner_server.mlx_backend import MlxBackend
@@ -40,13 +40,13 @@ async def real() -> AsyncIterator[Server]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def alone(real: Server) -> str:
-    """What the neighbour says when there is nobody else."""
+    """The neighbour's text without other requests."""
     return await real.text("def main", **NEIGHBOUR)
 
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def target(real: Server, alone: str) -> AsyncIterator[Server]:
-    """The server beside a neighbour: a seeded stream that must come out as it does alone."""
+    """The server beside a neighbour: a seeded stream, compared with the one decoded alone."""
     call = real.start("def main", **NEIGHBOUR)
     messages = [await anext(aiter(call))]
     before = await real.status()

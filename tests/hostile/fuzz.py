@@ -1,12 +1,12 @@
 """Coverage-guided fuzzing of requests: `make fuzz`.
 
-    python tests/hostile/fuzz.py parsing 100000   bytes to a request, its checks, its error
-    python tests/hostile/fuzz.py wire 100000      the same through gRPC to a server in process
-    python tests/hostile/fuzz.py wire FILE        once more what was found
+        python tests/hostile/fuzz.py parsing 100000   decode a request, validate, build its error
+        python tests/hostile/fuzz.py wire 100000      the same through gRPC to a server in process
+        python tests/hostile/fuzz.py wire FILE        replay a recorded finding
 
-The first byte of an input chooses the rpc and the others are what is sent to it. One
-input in four is mutated byte by byte by libFuzzer; the others get fields from `hostile_requests`
-put behind them, which to protobuf is the same as setting them.
+The first byte of an input chooses the rpc, the others are the request. libFuzzer mutates one
+input in four byte by byte; the others get fields from `hostile_requests` appended, which protobuf reads
+as setting them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 from hypothesis import given, seed, settings
 
-# It names every module on stderr.
+# Atheris prints every instrumented module on stderr.
 with redirect_stderr(StringIO()), atheris.instrument_imports(include=["runner_server"]):
     from hostile.fuzz_targets import Parsing, Target, Wire
 
@@ -44,7 +44,7 @@ _CLASSES = [GetMessageClass(method.input_type) for method in METHODS]
 
 
 def _pool() -> list[bytes]:
-    """Inputs to begin with, the same each time."""
+    """Return initial inputs, the same in each run."""
     names = [method.name for method in METHODS]
     found: list[bytes] = []
 
@@ -84,7 +84,7 @@ def _is_message(data: bytes) -> bool:
 
 
 class _Counter:
-    """Runs a target so many times, counts how the calls end, and ends the process."""
+    """Run a target a fixed number of times, count the outcomes, and end the process."""
 
     def __init__(self, target: Target, runs: int, folder: Path) -> None:
         self._target = target
@@ -112,12 +112,12 @@ class _Counter:
             sys.stdout.write(f"{count:>9}  {ending}\n")
         sys.stdout.flush()
         shutil.rmtree(self._folder)
-        # libFuzzer would go on, and Python's end would wait for the server's threads.
+        # libFuzzer would go on, and the interpreter's exit would wait for the server's threads.
         os._exit(0)
 
 
 def main() -> None:
-    """Fuzzes until it has made as many requests as asked for, or found something."""
+    """Fuzz until the given number of requests is made or a failure is found."""
     kind, what = sys.argv[1:]
     target = _TARGETS[kind]()
     pool = _pool()

@@ -1,4 +1,4 @@
-"""What fuzzing drives: one request in, how it ended out. What may not happen raises."""
+"""Targets of fuzzing: take one request, return the outcome, raise on a violated property."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ _NEIGHBOUR: dict[str, Any] = {"seed": 5, "num_predict": 100}
 
 
 class Target(Protocol):
-    """What requests are sent to."""
+    """Receiver of fuzzed requests."""
 
     def send(self, call: Call) -> str:
-        """Sends one and returns how it ended."""
+        """Send one request and return the outcome."""
         ...
 
     def close(self) -> str:
-        """Ends it; returns what there is to say about the whole."""
+        """End the target and return a summary of the run."""
         ...
 
 
 class Parsing:
-    """The way of a request up to the engine, without gRPC: thousands a second."""
+    """Decode and validate a request as far as the engine, without gRPC: thousands a second."""
 
     def __init__(self) -> None:
         self._codec = ByteCodec()
@@ -100,9 +100,9 @@ class Parsing:
 
 
 class Wire:
-    """A real server with the fake model library, on a thread of its own, and a neighbour.
+    """A real server with the fake model library, in its own thread, and a neighbour stream.
 
-    The neighbour reads a seeded stream again and again, which must always be the same.
+    The neighbour reads a seeded stream again and again, whose text must always be the same.
     """
 
     def __init__(self) -> None:
@@ -149,7 +149,7 @@ class Wire:
         return ending
 
     async def _change_model(self, call: Call) -> str:
-        """These end streams by design: the neighbour reads to its end before."""
+        """Let the neighbour finish first: loads and unloads end streams by design."""
         await self._check_neighbour()
         ending = await self._caller.send(call)
         await self._server.load(context_length=_CONTEXT_LENGTH)

@@ -1,4 +1,4 @@
-"""Requests as large as a message may be: refused before they cost much."""
+"""Requests as large as a message may be are refused at little cost."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ MOST_IDS = 4 * 2**20
 WITHOUT_TEXT = VOCAB_SIZE - 1
 
 
-async def test_too_many_biases_are_not_looked_at_one_by_one(loaded: Server) -> None:
+async def test_too_many_biases_are_refused_by_their_count(loaded: Server) -> None:
     problem = await failure(loaded.start(logit_bias=dict.fromkeys(range(100_000), 1e9)))
     assert problem.violations == {"options.logit_bias": "100000 entries; at most 1024"}
 
 
-async def test_too_many_stop_strings_are_not_looked_at_one_by_one(loaded: Server) -> None:
+async def test_too_many_stop_strings_are_refused_by_their_count(loaded: Server) -> None:
     problem = await failure(loaded.start(stop=[""] * 100_000))
     assert problem.violations == {"options.stop": "100000; at most 64"}
 
 
-async def test_ids_that_no_answer_can_hold(loaded: Server) -> None:
-    """Their text may be empty, so it does not bound them."""
+async def test_too_many_ids_to_detokenize_are_refused(loaded: Server) -> None:
+    """Limit the number of ids: their text may be empty and sets no bound."""
     ids = [WITHOUT_TEXT] * MOST_IDS
     request = pb.DetokenizeRequest(token_ids=ids)
     assert not (await loaded.stub.Detokenize(request)).content
@@ -39,25 +39,25 @@ async def test_ids_that_no_answer_can_hold(loaded: Server) -> None:
     assert str(MOST_IDS) in problem.message
 
 
-async def test_a_message_over_the_limit_is_grpcs_own_refusal(loaded: Server) -> None:
-    """The one error without details: the server never sees the message."""
+async def test_grpc_refuses_a_message_over_the_limit(loaded: Server) -> None:
+    """Expect the one error without details: the server never sees the message."""
     caller = Caller(loaded.channel)
     most = 64 * 2**20
     assert await caller.send(("Tokenize", b"\x0a" + b"x" * most)) == TOO_LARGE
     filler = encode_field(9999, 2, b"x" * (most - 9))
     assert len(filler) <= most
-    # This one it sees.
+    # The server sees this one.
     assert await caller.send(("Tokenize", filler)) == "INVALID_FIELD"
 
 
 @pytest.mark.parametrize("name", [method.name for method in METHODS])
-async def test_bytes_that_are_no_message(loaded: Server, name: str) -> None:
+async def test_bytes_that_are_not_a_message_are_refused(loaded: Server, name: str) -> None:
     caller = Caller(loaded.channel)
     assert await caller.send((name, b"\xff\xff")) == "INVALID_FIELD"
 
 
-async def test_an_rpc_that_there_is_not(loaded: Server) -> None:
-    """Also gRPC's own; its code alone tells."""
+async def test_an_unknown_rpc_is_unimplemented(loaded: Server) -> None:
+    """Expect the code alone, as the error is gRPC's own."""
     call: Any = loaded.channel.unary_unary("/mlxrunner.v1.RunnerService/Forget")
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call(b"")
@@ -65,7 +65,7 @@ async def test_an_rpc_that_there_is_not(loaded: Server) -> None:
 
 
 class CountingCodec(ByteCodec):
-    """Knows without splitting a text that it is too long."""
+    """Codec with a lower bound of tokens beyond any limit; counts the texts tokenized."""
 
     def __init__(self) -> None:
         self.split = 0
@@ -81,7 +81,7 @@ class CountingCodec(ByteCodec):
         return enough + 1
 
 
-async def test_a_text_that_must_be_too_long_is_not_split(start_server: StartServer) -> None:
+async def test_a_text_that_must_be_too_long_is_not_tokenized(start_server: StartServer) -> None:
     codec = CountingCodec()
     server = await start_server(FakeBackend(codec=codec))
     await server.load()

@@ -1,4 +1,4 @@
-"""Any value in any field of any request: an answer of the table, and nobody else notices."""
+"""Any value in any field of any request: answers from the error table, no harm to neighbours."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from support.hostile_requests import METHODS, Call, calls
 
 CONTEXT_LENGTH = 512
 LIFECYCLE = {"Load", "Unload"}
-"""These end running streams by design."""
+"""Rpcs that end running streams by design."""
 
 _ROUNDS = 20
 
@@ -36,7 +36,7 @@ hostile = settings(
 
 @pytest.fixture
 async def target(start_server: StartServer) -> AsyncIterator[Server]:
-    """A server with a model; whatever a test did, it is idle and healthy afterwards."""
+    """A server with a model, checked to be idle and healthy after the test."""
     server = await start_server()
     await server.load(context_length=CONTEXT_LENGTH)
     yield server
@@ -50,7 +50,7 @@ async def target(start_server: StartServer) -> AsyncIterator[Server]:
 
 @asynccontextmanager
 async def neighbour(server: Server) -> AsyncIterator[None]:
-    """A seeded stream that runs meanwhile and must be what it is alone."""
+    """Run a seeded stream meanwhile and compare its text with the one decoded alone."""
     options = {"seed": 7, "num_predict": 100}
     alone = await server.text("neighbour", **options)
     call = server.start("neighbour", **options)
@@ -62,73 +62,75 @@ async def neighbour(server: Server) -> AsyncIterator[None]:
 
 @hostile
 @given(batch=st.lists(calls(lambda name: name not in LIFECYCLE), min_size=1, max_size=6))
-async def test_an_answer_of_the_table_and_no_harm_to_a_neighbour(
+async def test_any_request_is_answered_from_the_error_table_beside_a_neighbour(
     target: Server, batch: list[Call]
 ) -> None:
     caller = Caller(target.channel)
     async with neighbour(target):
         await asyncio.gather(*(caller.send(call) for call in batch))
-    _tell(caller)
+    _report_endings(caller)
     assert (await target.status()).state == pb.STATE_ACTIVE
 
 
 @hostile
 @given(batch=st.lists(calls(lambda name: name in LIFECYCLE), min_size=1, max_size=4))
-async def test_loads_and_unloads_end_from_the_table_too(target: Server, batch: list[Call]) -> None:
+async def test_loads_and_unloads_are_answered_from_the_error_table(
+    target: Server, batch: list[Call]
+) -> None:
     caller = Caller(target.channel)
     await asyncio.gather(*(caller.send(call) for call in batch))
-    _tell(caller)
-    # Whatever came of it, the process can load again.
+    _report_endings(caller)
+    # Whatever the calls did, the process can load again.
     await target.load(context_length=CONTEXT_LENGTH)
     assert (await target.status()).state == pb.STATE_ACTIVE
 
 
-def _tell(caller: Caller) -> None:
-    """Counts for ``--hypothesis-show-statistics``."""
+def _report_endings(caller: Caller) -> None:
+    """Report the outcomes to ``--hypothesis-show-statistics``."""
     for ending in caller.endings:
         event(ending)
 
 
-Way = tuple[FieldDescriptor, ...]
+FieldPath = tuple[FieldDescriptor, ...]
 
 
-def _ways() -> list[tuple[str, Way]]:
-    """Every field of every request, by the fields that lead to it; maps count as one field."""
-    found: list[tuple[str, Way]] = []
-    waiting: list[tuple[str, Way]] = [
+def _field_paths() -> list[tuple[str, FieldPath]]:
+    """Return each request field as the path of fields leading there; a map is one field."""
+    found: list[tuple[str, FieldPath]] = []
+    waiting: list[tuple[str, FieldPath]] = [
         (method.name, (field,)) for method in METHODS for field in method.input_type.fields
     ]
     while waiting:
-        name, way = waiting.pop()
-        found.append((name, way))
-        inside = way[-1].message_type
+        name, path = waiting.pop()
+        found.append((name, path))
+        inside = path[-1].message_type
         if inside and not inside.GetOptions().map_entry:
-            waiting += [(name, (*way, field)) for field in inside.fields]
+            waiting += [(name, (*path, field)) for field in inside.fields]
     return found
 
 
-def _is_set(part: Message, way: Way) -> bool:
-    first, *rest = way
+def _is_set(part: Message, path: FieldPath) -> bool:
+    first, *rest = path
     if first not in [field for field, _ in part.ListFields()]:
         return False
     return not rest or _is_set(getattr(part, first.name), tuple(rest))
 
 
-def test_every_field_is_reached() -> None:
-    """A property that never sets a field says nothing about it.
+def test_the_generator_sets_every_field() -> None:
+    """Check the generator itself: a property proves nothing about a field it never sets.
 
-    A seed does not fix what is drawn: Hypothesis draws constants of the modules too that
-    happen to be imported. One round in several misses a field, and never all of them do.
+    A seed does not fix the values: Hypothesis also draws constants from the modules that happen
+    to be imported. One round in several misses a field; 20 together miss none.
     """
-    missing = set(_ways())
+    missing = set(_field_paths())
     for number in range(_ROUNDS):
         if missing:
-            _look(number, missing)
-    assert not [".".join([name, *(field.name for field in way)]) for name, way in missing]
+            _remove_set_fields(number, missing)
+    assert not [".".join([name, *(field.name for field in path)]) for name, path in missing]
 
 
-def _look(number: int, missing: set[tuple[str, Way]]) -> None:
-    """Makes calls from a seed, and removes the fields that they set."""
+def _remove_set_fields(number: int, missing: set[tuple[str, FieldPath]]) -> None:
+    """Generate calls from a seed and remove the fields they set from ``missing``."""
     classes = {method.name: GetMessageClass(method.input_type) for method in METHODS}
 
     @seed(number)
@@ -141,13 +143,13 @@ def _look(number: int, missing: set[tuple[str, Way]]) -> None:
         except DecodeError:
             return
         missing.difference_update(
-            [(of, way) for of, way in missing if of == name and _is_set(request, way)]
+            [(of, path) for of, path in missing if of == name and _is_set(request, path)]
         )
 
     look()
 
 
-def test_the_table_is_whole() -> None:
+def test_the_table_has_every_reason() -> None:
     reasons = {
         name.removeprefix("ERROR_REASON_") for name in pb.ErrorReason.DESCRIPTOR.values_by_name
     }

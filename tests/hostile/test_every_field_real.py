@@ -1,4 +1,4 @@
-"""The same as ``test_every_field`` against real MLX: fewer requests, real arithmetic."""
+"""The property of ``test_every_field`` with MLX: fewer requests, real arithmetic."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ VOCAB_SIZE = 512
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(batch=st.lists(calls(lambda name: name not in {"Load", "Unload"}), min_size=2, max_size=8))
-async def test_an_answer_of_the_table_and_no_harm_to_a_neighbour(
+async def test_any_request_is_answered_from_the_error_table_beside_a_neighbour(
     real: Server, alone: str, batch: list[Call]
 ) -> None:
     caller = Caller(real.channel)
@@ -53,7 +53,7 @@ async def test_an_answer_of_the_table_and_no_harm_to_a_neighbour(
 
 @pytest.fixture
 async def small(model_dir: Callable[..., Path], socket_dir: Path) -> AsyncIterator[Server]:
-    """A model whose whole vocabulary fits ``logit_bias``."""
+    """A server with a model whose whole vocabulary fits ``logit_bias``."""
     backend: Any = MlxBackend()
     async with running(socket_dir, backend) as (app, channel, ready):
         server = Server(app, backend, channel, ready)
@@ -64,8 +64,8 @@ async def small(model_dir: Callable[..., Path], socket_dir: Path) -> AsyncIterat
 
 @pytest.mark.asyncio(loop_scope="function")
 @pytest.mark.parametrize("value", [-100.0, 100.0, -0.0, 1.4e-45])
-async def test_a_bias_for_the_whole_vocabulary(small: Server, value: float) -> None:
-    """The same for every token changes nothing; all but one leaves that one."""
+async def test_equal_biases_for_all_tokens_change_nothing(small: Server, value: float) -> None:
+    """Compare equal biases for all tokens with none, and a different one for one token."""
     options: dict[str, Any] = {"temperature": 0.0, "num_predict": 12}
     whole = dict.fromkeys(range(VOCAB_SIZE), value)
     plain = await small.text("def", **options)

@@ -1,4 +1,4 @@
-"""What `make fuzz` drives, with a hundred requests each and without its fuzzer."""
+"""The targets of `make fuzz`, with a hundred generated requests each and without the fuzzer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.hostile_requests import Call, calls
 
 @pytest.mark.filterwarnings("ignore:Generating overly large repr")
 @pytest.mark.parametrize("kind", [Parsing, Wire])
-def test_targets_take_whatever_comes(kind: type[Target]) -> None:
+def test_a_target_accepts_any_request(kind: type[Target]) -> None:
     target = kind()
 
     @seed(1)

@@ -1,4 +1,4 @@
-"""What a caller writes into a request stays one line of the log, and no terminal obeys it."""
+"""Text of a caller stays in one log line and has no control characters for a terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _assert_plain(lines: list[str]) -> None:
 
 
 @pytest.mark.parametrize("error", [ModelNotFound("nothing there", model="x"), ValueError("broken")])
-async def test_the_name_of_a_model(
+async def test_the_name_of_a_model_cannot_forge_a_line(
     server: Server, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     caplog.set_level(logging.DEBUG, "runner_server")
@@ -29,7 +29,9 @@ async def test_the_name_of_a_model(
     _assert_plain([record.getMessage() for record in caplog.records])
 
 
-async def test_a_request_id(loaded: Server, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_request_id_cannot_forge_a_line(
+    loaded: Server, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.DEBUG, "runner_server")
     options = pb.CompletionOptions(num_predict=2)
     request = pb.CompletionRequest(prompt=FORGED, request_id=FORGED, options=options)

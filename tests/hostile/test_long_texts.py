@@ -1,4 +1,4 @@
-"""A text that is far too long is known to be so from its beginning, and never wrongly."""
+"""A lower bound of a text's tokens, computed from its beginning, is never too high."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def codec() -> codec_module.FastCodec:
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a text of a few thousand characters is a very long one."""
+    """Shrink the parts, so a text of a few thousand characters is a very long one."""
     monkeypatch.setattr(codec_module, "_PART_CHARS", PART_CHARS)
 
 
@@ -45,21 +45,21 @@ units = st.text(min_size=1, max_size=12) | st.sampled_from(["a", " ", "\n    ", 
     parts=st.lists(st.tuples(units, st.integers(1, 2000)), min_size=1, max_size=4),
     enough=st.integers(1, 800),
 )
-def test_never_more_than_there_are(
+def test_the_bound_never_exceeds_the_token_count(
     codec: codec_module.FastCodec, parts: list[tuple[str, int]], enough: int
 ) -> None:
     text = "".join(unit * count for unit, count in parts)[:12_000]
     tokens = len(codec.encode(text, as_prompt=True))
     fewest = codec.fewest_tokens(text, enough)
     assert fewest <= tokens
-    # Where it says nothing, the beginnings that were split were not long enough.
+    # A bound of 0 means that the tokenized beginnings were not long enough.
     if not fewest:
         half = codec.encode(text[: len(text) // 2], as_prompt=False)
         assert len(text) <= PART_CHARS or len(half) <= 4 * enough + PART_CHARS
 
 
 @pytest.mark.parametrize("unit", ["x", " ", "😀", "def f(x):\n", "<|end|>"])
-def test_only_the_beginning_is_split(
+def test_only_the_beginning_is_tokenized(
     codec: codec_module.FastCodec, monkeypatch: pytest.MonkeyPatch, unit: str
 ) -> None:
     seen: list[int] = []
@@ -74,6 +74,6 @@ def test_only_the_beginning_is_split(
     assert sum(seen) <= 2 * PART_CHARS
 
 
-def test_a_text_that_fits_is_split_once_and_whole(codec: codec_module.FastCodec) -> None:
+def test_a_text_that_may_fit_has_no_bound(codec: codec_module.FastCodec) -> None:
     assert codec.fewest_tokens("x" * PART_CHARS, 1) == 0
     assert codec.fewest_tokens("x" * 3 * PART_CHARS, 10_000) == 0

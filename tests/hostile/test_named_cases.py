@@ -1,7 +1,7 @@
-"""What attackers and broken clients are known to send, against real MLX.
+"""Requests known from attackers and broken clients, sent to a server with MLX.
 
-Several of these end other servers: a segfault for a token id out of range, a thread that
-dies of an empty prompt, a batch that fails for one row's `top_k`.
+Several of them bring other servers down: a segfault for a token id out of range, a thread killed
+by an empty prompt, a batch that fails because of one row's `top_k`.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ MEGABYTE = 10**6
 BILLION = 10**9
 
 
-async def ending(target: Server, request: Message) -> str:
-    """How a call with this request ends; the rpc follows from its type."""
+async def outcome(target: Server, request: Message) -> str:
+    """Return the outcome of a call with this request; the rpc follows from its type."""
     name = request.DESCRIPTOR.name.removesuffix("Request")
     return await Caller(target.channel).send((name, request.SerializeToString()))
 
 
 def completion(prompt: str = "def", **options: Any) -> pb.CompletionRequest:
-    """A request for a few tokens."""
+    """Return a request for a few tokens."""
     chosen: dict[str, Any] = {"num_predict": 4} | options
     return pb.CompletionRequest(prompt=prompt, options=pb.CompletionOptions(**chosen))
 
 
-async def test_empty_prompts(target: Server) -> None:
+async def test_empty_prompts_are_refused(target: Server) -> None:
     empty = pb.CompletionRequest(prompt_token_ids=pb.TokenIds())
     for request in (completion(""), empty, pb.CompletionRequest()):
-        assert await ending(target, request) == "INVALID_FIELD"
-    assert await ending(target, pb.TokenizeRequest()) == "OK"
-    assert await ending(target, pb.DetokenizeRequest()) == "OK"
+        assert await outcome(target, request) == "INVALID_FIELD"
+    assert await outcome(target, pb.TokenizeRequest()) == "OK"
+    assert await outcome(target, pb.DetokenizeRequest()) == "OK"
 
 
 @pytest.mark.parametrize("unit", ["x", " ", "\0", "😀", "\u202eש", "def f(x):\n", "<|end|>"])
-async def test_a_prompt_of_ten_megabytes(target: Server, unit: str) -> None:
-    """Splitting all of it would take six seconds and two gigabytes."""
+async def test_a_prompt_of_ten_megabytes_is_too_long(target: Server, unit: str) -> None:
+    """Refuse from the beginning alone: tokenizing all would take six seconds and two gigabytes."""
     problem = await failure(target.start(unit * (10 * MEGABYTE // len(unit.encode()))))
     assert problem.reason == "PROMPT_TOO_LONG"
-    # What its beginning has at least, not the millions of the whole.
+    # A lower bound from the beginning, not the millions of the whole text.
     assert CONTEXT_LENGTH < int(problem.metadata["promptTokens"]) < MEGABYTE / 2
 
 
-async def test_ten_megabytes_in_every_text(target: Server) -> None:
+async def test_ten_megabytes_in_any_text_are_refused(target: Server) -> None:
     text = "x" * (10 * MEGABYTE)
     requests: list[Message] = [
         pb.LoadRequest(model=text),
@@ -66,34 +66,34 @@ async def test_ten_megabytes_in_every_text(target: Server) -> None:
         completion(stop=[text]),
         pb.TokenizeRequest(content=text),
     ]
-    endings = [await ending(target, request) for request in requests]
-    assert endings == ["INVALID_FIELD"] * len(requests)
+    outcomes = [await outcome(target, request) for request in requests]
+    assert outcomes == ["INVALID_FIELD"] * len(requests)
 
 
-async def test_all_special_tokens(target: Server) -> None:
+async def test_special_tokens_are_accepted_anywhere(target: Server) -> None:
     texts = ["<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>"]
-    assert await ending(target, completion("".join(texts))) == "OK"
-    assert await ending(target, completion(texts[0] * (CONTEXT_LENGTH - 1))) == "OK"
+    assert await outcome(target, completion("".join(texts))) == "OK"
+    assert await outcome(target, completion(texts[0] * (CONTEXT_LENGTH - 1))) == "OK"
     ids = pb.TokenIds(ids=list(range(len(texts))) * 3)
     options = pb.CompletionOptions(num_predict=4)
     request = pb.CompletionRequest(prompt_token_ids=ids, options=options, logprobs=20)
-    assert await ending(target, request) == "OK"
-    assert await ending(target, completion(stop=texts, logit_bias={0: 100.0})) == "OK"
+    assert await outcome(target, request) == "OK"
+    assert await outcome(target, completion(stop=texts, logit_bias={0: 100.0})) == "OK"
 
 
 @pytest.mark.parametrize("id_", [-1, 2048, MEGABYTE, BILLION, 2**31 - 1, -(2**31)])
-async def test_ids_that_the_model_does_not_have(target: Server, id_: int) -> None:
+async def test_token_ids_outside_the_vocabulary_are_refused(target: Server, id_: int) -> None:
     requests: list[Message] = [
         pb.CompletionRequest(prompt_token_ids=pb.TokenIds(ids=[5, id_])),
         pb.DetokenizeRequest(token_ids=[5, id_]),
         completion(logit_bias={id_: 1.0}),
     ]
-    endings = [await ending(target, request) for request in requests]
-    assert endings == ["INVALID_FIELD"] * len(requests)
+    outcomes = [await outcome(target, request) for request in requests]
+    assert outcomes == ["INVALID_FIELD"] * len(requests)
 
 
 def _texts(descriptor: Descriptor, data: bytes) -> Iterator[bytes]:
-    """A message for each of its string fields, with this in it."""
+    """Yield one message for each string field of the type, holding ``data``."""
     for field in descriptor.fields:
         if field.type == FieldDescriptor.TYPE_STRING:
             yield encode_field(field.number, 2, data)
@@ -103,7 +103,7 @@ def _texts(descriptor: Descriptor, data: bytes) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("data", INVALID_UTF8)
-async def test_lone_surrogates_and_other_bytes_that_are_no_text(
+async def test_lone_surrogates_and_other_invalid_utf8_are_refused(
     target: Server, data: bytes
 ) -> None:
     caller, count = Caller(target.channel), 0
@@ -119,33 +119,33 @@ async def test_lone_surrogates_and_other_bytes_that_are_no_text(
     assert count == 6
 
 
-async def test_nul_right_to_left_and_their_like_come_back_from_tokens(target: Server) -> None:
+async def test_odd_characters_survive_tokenizing(target: Server) -> None:
     for text in TEXTS:
         answer = await target.stub.Tokenize(pb.TokenizeRequest(content=text))
         request = pb.DetokenizeRequest(token_ids=answer.token_ids)
         assert (await target.stub.Detokenize(request)).content == text
 
 
-async def test_nul_right_to_left_and_their_like_in_every_text(target: Server) -> None:
+async def test_odd_characters_are_accepted_in_every_text(target: Server) -> None:
     texts = [text for text in TEXTS if 0 < len(text) < 30]
     assert len(texts) > 8
     requests: list[Message] = []
     for text in texts:
         requests += [completion(text), completion(stop=[text]), completion()]
         requests[-1].MergeFrom(pb.CompletionRequest(request_id=text))
-    endings = await asyncio.gather(*(ending(target, request) for request in requests))
-    assert endings == ["OK"] * len(requests)
+    outcomes = await asyncio.gather(*(outcome(target, request) for request in requests))
+    assert outcomes == ["OK"] * len(requests)
 
 
-async def test_a_hundred_thousand_stop_strings(target: Server) -> None:
+async def test_a_hundred_thousand_stop_strings_are_refused(target: Server) -> None:
     request = completion(stop=[f"stop {i}" for i in range(100_000)])
-    assert await ending(target, request) == "INVALID_FIELD"
+    assert await outcome(target, request) == "INVALID_FIELD"
     longest = completion(stop=["a" * 1023 + chr(0x4E00 + i) for i in range(64)])
-    assert await ending(target, longest) == "OK"
+    assert await outcome(target, longest) == "OK"
 
 
-async def test_a_stop_string_of_a_megabyte(target: Server) -> None:
-    assert await ending(target, completion(stop=["s" * MEGABYTE])) == "INVALID_FIELD"
+async def test_a_stop_string_of_a_megabyte_is_refused(target: Server) -> None:
+    assert await outcome(target, completion(stop=["s" * MEGABYTE])) == "INVALID_FIELD"
 
 
 FLOATS = [
@@ -156,13 +156,13 @@ FLOATS = [
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-async def test_nan_and_infinity_in_every_float(target: Server, value: float) -> None:
+async def test_nan_and_infinity_are_refused_in_every_float(target: Server, value: float) -> None:
     assert len(FLOATS) == 6
     for field in FLOATS:
         options: dict[str, Any] = {field: value}
-        assert await ending(target, completion(**options)) == "INVALID_FIELD"
-    assert await ending(target, completion(logit_bias={5: value})) == "INVALID_FIELD"
-    # The other bits of a number that is none.
+        assert await outcome(target, completion(**options)) == "INVALID_FIELD"
+    assert await outcome(target, completion(logit_bias={5: value})) == "INVALID_FIELD"
+    # A NaN with other bits.
     signalling = struct.pack("<I", 0x7F800001)
     for field in FLOATS:
         number = pb.CompletionOptions.DESCRIPTOR.fields_by_name[field].number
@@ -188,14 +188,14 @@ def _numbers(message: Message) -> set[str]:
     }
 
 
-async def test_a_billion_in_every_number(target: Server) -> None:
+async def test_a_billion_in_any_number_of_a_completion_does_no_harm(target: Server) -> None:
     in_options = {f"options.{name}" for name in _numbers(pb.CompletionOptions())}
     assert in_options | _numbers(pb.CompletionRequest()) == BILLION_ENDINGS.keys()
     for field, expected in BILLION_ENDINGS.items():
         request = completion()
         part = request.options if "." in field else request
         setattr(part, field.removeprefix("options."), BILLION)
-        assert await ending(target, request) == expected, field
+        assert await outcome(target, request) == expected, field
 
 
 LOAD_BILLION_ENDINGS = {
@@ -207,7 +207,7 @@ LOAD_BILLION_ENDINGS = {
 }
 
 
-async def test_a_billion_in_every_number_of_a_load(real: Server) -> None:
+async def test_a_billion_in_any_number_of_a_load_does_no_harm(real: Server) -> None:
     assert {*_numbers(pb.LoadRequest()), "dtype"} == LOAD_BILLION_ENDINGS.keys()
     caller = Caller(real.channel)
     for field, expected in LOAD_BILLION_ENDINGS.items():
@@ -218,7 +218,7 @@ async def test_a_billion_in_every_number_of_a_load(real: Server) -> None:
     await real.load(str(DEMO), context_length=CONTEXT_LENGTH)
 
 
-async def test_a_billion_in_every_number_of_an_estimate(target: Server) -> None:
+async def test_a_billion_in_any_number_of_an_estimate_does_no_harm(target: Server) -> None:
     assert {*_numbers(pb.EstimateRequest()), "dtype"} == LOAD_BILLION_ENDINGS.keys()
     for field, expected in LOAD_BILLION_ENDINGS.items():
         number = pb.EstimateRequest.DESCRIPTOR.fields_by_name[field].number
@@ -227,14 +227,14 @@ async def test_a_billion_in_every_number_of_an_estimate(target: Server) -> None:
         assert await Caller(target.channel).send(call) == expected, field
 
 
-async def test_a_billion_in_a_trim(target: Server) -> None:
+async def test_a_trim_to_a_negative_size_is_refused(target: Server) -> None:
     for size in (BILLION, 2**63 - 1):
-        assert await ending(target, pb.TrimRequest(prefix_cache_bytes=size)) == "OK"
-    assert await ending(target, pb.TrimRequest(prefix_cache_bytes=-BILLION)) == "INVALID_FIELD"
+        assert await outcome(target, pb.TrimRequest(prefix_cache_bytes=size)) == "OK"
+    assert await outcome(target, pb.TrimRequest(prefix_cache_bytes=-BILLION)) == "INVALID_FIELD"
 
 
-async def test_extremes_that_are_allowed_together(target: Server) -> None:
-    """Each is in its range; none may raise in a step that others share."""
+async def test_allowed_extremes_together_do_no_harm(target: Server) -> None:
+    """Send values in range at once; none may raise in a shared step."""
     tiny, huge = 1.4e-45, 100.0
     cases: list[dict[str, Any]] = [
         {"temperature": tiny, "top_p": tiny, "min_p": 1.0, "top_k": 1},
@@ -246,12 +246,12 @@ async def test_extremes_that_are_allowed_together(target: Server) -> None:
         {"logit_bias": {0: huge, 2047: -huge}, "temperature": 0.0},
     ]
     requests = [completion("def f(", num_predict=20, **case) for case in cases]
-    endings = await asyncio.gather(*(ending(target, request) for request in requests))
-    assert endings == ["OK"] * len(cases)
+    outcomes = await asyncio.gather(*(outcome(target, request) for request in requests))
+    assert outcomes == ["OK"] * len(cases)
 
 
-async def test_a_bias_for_the_whole_vocabulary(target: Server) -> None:
+async def test_too_many_biases_are_refused(target: Server) -> None:
     whole = completion(logit_bias=dict.fromkeys(range(2048), 0.5))
-    assert await ending(target, whole) == "INVALID_FIELD"
+    assert await outcome(target, whole) == "INVALID_FIELD"
     large = completion(logit_bias=dict.fromkeys(range(151_936), 0.5))
-    assert await ending(target, large) == "INVALID_FIELD"
+    assert await outcome(target, large) == "INVALID_FIELD"
