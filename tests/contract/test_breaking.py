@@ -1,4 +1,4 @@
-"""The promise that proto/baseline.txtpb keeps: what breaks it is reported."""
+"""Breaking changes of the protocol are reported against proto/baseline.txtpb."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BREAKS = 100
-"""The exit code of buf."""
+"""Exit code of buf for breaking changes."""
 
 
-def check(tmp_path: Path, old: str = "", new: str = "") -> subprocess.CompletedProcess[str]:
-    """Asks buf about a copy of the protocol in which a text was replaced."""
+def buf_breaking(tmp_path: Path, old: str = "", new: str = "") -> subprocess.CompletedProcess[str]:
+    """Run buf's check on a copy of the protocol with one text replaced."""
     shutil.copytree(ROOT / "proto", tmp_path / "proto", ignore=shutil.ignore_patterns("*.py*"))
     shutil.copy(ROOT / "buf.yaml", tmp_path)
     proto = tmp_path / "proto/mlxrunner/v1/runner.proto"
@@ -33,8 +33,8 @@ def check(tmp_path: Path, old: str = "", new: str = "") -> subprocess.CompletedP
     )
 
 
-def test_the_protocol_keeps_its_promise(tmp_path: Path) -> None:
-    done = check(tmp_path)
+def test_the_protocol_does_not_break_the_baseline(tmp_path: Path) -> None:
+    done = buf_breaking(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -55,13 +55,15 @@ def test_the_protocol_keeps_its_promise(tmp_path: Path) -> None:
     ],
     ids=["removed", "reserved", "type", "name", "enum value", "streaming", "rpc"],
 )
-def test_what_breaks_users_is_reported(tmp_path: Path, old: str, new: str, report: str) -> None:
-    done = check(tmp_path, old, new)
+def test_a_breaking_change_is_reported(tmp_path: Path, old: str, new: str, report: str) -> None:
+    done = buf_breaking(tmp_path, old, new)
     assert done.returncode == BREAKS, done.stdout + done.stderr
     assert report in done.stdout
 
 
-def test_an_addition_breaks_nobody(tmp_path: Path) -> None:
+def test_an_addition_is_not_breaking(tmp_path: Path) -> None:
     field = "  int32 queued_count = 9;\n"
-    done = check(tmp_path, field, f"{field}  // Something new.\n  int32 something_new = 9999;\n")
+    done = buf_breaking(
+        tmp_path, field, f"{field}  // Something new.\n  int32 something_new = 9999;\n"
+    )
     assert done.returncode == 0, done.stdout + done.stderr

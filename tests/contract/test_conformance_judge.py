@@ -1,4 +1,4 @@
-"""The judge of ``make interop`` finds what is wrong with an answer; a right one it lets pass."""
+"""The judge of ``make interop`` accepts right answers and finds the fault of wrong ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def scenario(steps: list[Json], *expect: Json) -> Json:
     return {"name": "s", "server": "plain", "steps": steps, "expect": list(expect)}
 
 
-def piece(content: str, *ids: int, **more: Any) -> Json:
+def message(content: str, *ids: int, **more: Any) -> Json:
     token = {"text": content, "bytes": b64encode(content.encode()).decode(), "logprob": -0.5}
     logprobs = [{"token_id": each, "top": [{"token_id": each} | token]} | token for each in ids]
     return {"content": content, "tokenIds": list(ids), "logprobs": logprobs} | more
@@ -62,8 +62,8 @@ COMPLETION = scenario(
 COMPLETED = {
     "code": "OK",
     "messages": [
-        piece("a ", 5),
-        piece(
+        message("a ", 5),
+        message(
             "fox",
             6,
             done=True,
@@ -122,17 +122,17 @@ SOUND = [(COMPLETION, COMPLETED), (REFUSAL, REFUSED), (LOAD, LOADED)]
 
 
 def changed(answer: Json, *path: str | int, to: Any) -> Json:
-    """An answer with one place of it changed."""
+    """Return a copy of an answer with one value replaced."""
     answer = copy.deepcopy(answer)
-    place: Any = answer
+    part: Any = answer
     for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = to
+        part = part[key]
+    part[path[-1]] = to
     return answer
 
 
 @pytest.mark.parametrize(("wanted", "answer"), SOUND)
-def test_a_right_answer_is_right(wanted: Json, answer: Json) -> None:
+def test_a_right_answer_has_no_problems(wanted: Json, answer: Json) -> None:
     assert problems(wanted, [answer]) == []
 
 
@@ -200,21 +200,21 @@ def test_a_wrong_answer_is_found(wanted: Json, answer: Json, complaint: str) -> 
     assert complaint in found
 
 
-def test_probabilities_are_no_more_than_one() -> None:
+def test_probabilities_above_one_are_found() -> None:
     wanted = scenario([call("Completion")], {"logprobs": 2})
     first = {"token_id": 5, "text": "a", "logprob": -0.5}
     token: Json = first | {"top": [first, first | {"token_id": 6}]}
-    answer = {"code": "OK", "messages": [piece("a", 5, done=True, evalCount=1, logprobs=[token])]}
+    answer = {"code": "OK", "messages": [message("a", 5, done=True, evalCount=1, logprobs=[token])]}
     assert "logarithms of probabilities" in problems(wanted, [answer]).pop()
     token["top"][1]["logprob"] = -1.0
     assert problems(wanted, [answer]) == []
 
 
-def test_completions_of_a_scenario_are_compared() -> None:
+def test_completions_of_a_scenario_are_compared_with_each_other() -> None:
     steps = [call("Completion"), call("Completion")]
     same = scenario(steps, {"logprobs": 1}, {"logprobs": 1, "same_as": 0})
     other = scenario(steps, {"logprobs": 1}, {"logprobs": 1, "differs_from": 0})
-    another = changed(COMPLETED, "messages", 0, to=piece("the ", 5))
+    another = changed(COMPLETED, "messages", 0, to=message("the ", 5))
     assert problems(same, [COMPLETED, COMPLETED]) == []
     assert (
         "expected the same text as 'a fox', got 'the fox'"
@@ -224,7 +224,7 @@ def test_completions_of_a_scenario_are_compared() -> None:
     assert "expected another text" in problems(other, [COMPLETED, COMPLETED]).pop()
 
 
-def test_a_status_that_was_waited_for_must_have_come() -> None:
+def test_an_awaited_status_must_arrive() -> None:
     wanted = scenario([{"op": "until_status", "fields": {"queued_count": 1}}], {})
     come, not_come = ({"code": "OK", "messages": [{"queuedCount": each}]} for each in (1, 0))
     assert problems(wanted, [come]) == []
@@ -234,7 +234,7 @@ def test_a_status_that_was_waited_for_must_have_come() -> None:
     assert "got None" in problems(wanted, [{"code": "OK", "messages": []}]).pop()
 
 
-def test_a_call_is_known_by_the_step_that_began_it() -> None:
+def test_a_finish_step_is_judged_by_the_call_it_finishes() -> None:
     steps = [{"op": "start", "as": "a", "rpc": "Status"}, {"op": "finish", "of": "a"}]
     wanted = scenario(steps, {}, {"last": {"state": "STATE_IDLE"}})
     assert problems(wanted, [{}, {"code": "OK", "messages": [{"state": "STATE_IDLE"}]}]) == []
@@ -242,7 +242,7 @@ def test_a_call_is_known_by_the_step_that_began_it() -> None:
     assert "step 1, finish a: a message is not a StatusResponse" in found.pop()
 
 
-def test_pings_are_counted_by_the_server() -> None:
+def test_missing_pings_are_found() -> None:
     wanted = scenario([call("Status")], {"pings": {"at_least": 5}})
     answer = {"code": "OK", "messages": [{}]}
     assert problems(wanted, [answer], pings=5) == []
@@ -258,7 +258,7 @@ def test_every_step_must_have_a_result() -> None:
     assert "not a result" in problems(COMPLETION, ["text"]).pop()  # type: ignore[list-item]  # a wrong one
 
 
-def test_languages_are_held_against_each_other() -> None:
+def test_disagreements_between_languages_are_found() -> None:
     another = changed(COMPLETED, "messages", 0, "content", to="the ")
     assert disagreements(COMPLETION, {"go": [COMPLETED], "rust": [COMPLETED]}) == []
     assert disagreements(COMPLETION, {"go": [COMPLETED], "rust": [another], "node": [another]}) == [
@@ -266,7 +266,7 @@ def test_languages_are_held_against_each_other() -> None:
     ]
 
 
-def test_lines_are_read() -> None:
+def test_output_lines_are_parsed() -> None:
     line = '{"scenario": "a", "results": [{}]}'
     assert read_output(f"{line}\n") == {"a": [{}]}
     with pytest.raises(ValueError, match="two lines for 'a'"):
@@ -276,7 +276,7 @@ def test_lines_are_read() -> None:
             read_output(wrong)
 
 
-def test_scenarios_expect_only_what_is_judged() -> None:
+def test_scenarios_expect_only_known_keys() -> None:
     names = [each["name"] for each in SCENARIOS]
     assert len(set(names)) == len(names)
     for each in SCENARIOS:
@@ -288,7 +288,7 @@ def frame(kind: int, flags: int = 0, payload: bytes = b"8 bytes.") -> bytes:
     return len(payload).to_bytes(3) + bytes([kind, flags]) + bytes(4) + payload
 
 
-def test_pings_that_come_out_of_silence_are_counted() -> None:
+def test_only_pings_after_silence_are_counted() -> None:
     ping, acknowledgement, data = frame(6), frame(6, 1), frame(0, payload=b"x" * 300)
     pings = Pings()
     now = 100.0

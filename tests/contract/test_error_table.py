@@ -25,8 +25,8 @@ Code = grpc.StatusCode
 MAX_DETAIL_BYTES = 2048
 
 
-def check(problem: Problem, code: grpc.StatusCode, reason: str, *keys: str) -> None:
-    """Checks what every row of the table has."""
+def assert_in_table(problem: Problem, code: grpc.StatusCode, reason: str, *keys: str) -> None:
+    """Check the properties common to every row of the table."""
     assert (problem.code, problem.reason) == (code, reason)
     assert set(problem.metadata) == set(keys)
     assert problem.message
@@ -37,17 +37,21 @@ def check(problem: Problem, code: grpc.StatusCode, reason: str, *keys: str) -> N
     assert problem.kinds == ("ErrorInfo", *extra.get(reason, ()))
 
 
-async def test_invalid_field(loaded: Server) -> None:
+async def test_an_invalid_field_names_every_violation(loaded: Server) -> None:
     problem = await failure(loaded.start(temperature=-1.0, top_k=-1))
-    check(problem, Code.INVALID_ARGUMENT, "INVALID_FIELD")
+    assert_in_table(problem, Code.INVALID_ARGUMENT, "INVALID_FIELD")
     assert set(problem.violations) == {"options.temperature", "options.top_k"}
 
 
 @pytest.mark.parametrize("count", [16, 17, 100])
-async def test_prompt_too_long(server: Server, count: int) -> None:
+async def test_a_prompt_too_long_is_refused_with_its_token_count(
+    server: Server, count: int
+) -> None:
     await server.load(context_length=16)
     problem = await failure(server.start("x" * (count - 1)))
-    check(problem, Code.INVALID_ARGUMENT, "PROMPT_TOO_LONG", "promptTokens", "contextLength")
+    assert_in_table(
+        problem, Code.INVALID_ARGUMENT, "PROMPT_TOO_LONG", "promptTokens", "contextLength"
+    )
     assert problem.metadata == {"promptTokens": str(count), "contextLength": "16"}
     assert str(count) in problem.message
     assert await server.text("x" * 14)
@@ -65,20 +69,20 @@ LOAD_FAULTS = [
 
 
 @pytest.mark.parametrize(("fault", "code", "keys"), LOAD_FAULTS)
-async def test_faults_of_a_load(
+async def test_a_fault_of_a_load_has_its_row(
     server: Server, fault: RunnerFault, code: grpc.StatusCode, keys: tuple[str, ...]
 ) -> None:
     server.backend.load_error = fault
     problem = await failure(server.load())
     reason = pb.ErrorReason.Name(fault.reason).removeprefix("ERROR_REASON_")
-    check(problem, code, reason, *keys)
+    assert_in_table(problem, code, reason, *keys)
     assert problem.metadata == fault.metadata
     assert problem.message == str(fault)
     await server.load()
 
 
 @pytest.mark.parametrize(("fault", "code", "keys"), LOAD_FAULTS)
-async def test_faults_of_an_estimate(
+async def test_a_fault_of_an_estimate_has_its_row(
     server: Server,
     monkeypatch: pytest.MonkeyPatch,
     fault: RunnerFault,
@@ -91,43 +95,43 @@ async def test_faults_of_an_estimate(
     monkeypatch.setattr(server.app._estimator, "estimate", fail)
     problem = await failure(server.stub.Estimate(pb.EstimateRequest(model="x")))
     reason = pb.ErrorReason.Name(fault.reason).removeprefix("ERROR_REASON_")
-    check(problem, code, reason, *keys)
+    assert_in_table(problem, code, reason, *keys)
 
 
 @pytest.mark.parametrize("field", ["completion", "tokenize", "detokenize"])
-async def test_model_not_loaded(server: Server, field: str) -> None:
+async def test_calls_without_a_model_are_refused(server: Server, field: str) -> None:
     calls: dict[str, Callable[[], Any]] = {
         "completion": server.start,
         "tokenize": lambda: server.stub.Tokenize(pb.TokenizeRequest(content="x")),
         "detokenize": lambda: server.stub.Detokenize(pb.DetokenizeRequest(token_ids=[1])),
     }
-    check(await failure(calls[field]()), Code.FAILED_PRECONDITION, "MODEL_NOT_LOADED")
+    assert_in_table(await failure(calls[field]()), Code.FAILED_PRECONDITION, "MODEL_NOT_LOADED")
 
 
-async def test_busy(server: Server) -> None:
+async def test_a_load_in_progress_makes_the_server_busy(server: Server) -> None:
     server.backend.load_gate.shut()
     load = asyncio.ensure_future(server.load())
     await server.thread(server.backend.load_gate.wait_arrival)
     for call in (server.load(), server.stub.Trim(pb.TrimRequest())):
-        check(await failure(call), Code.FAILED_PRECONDITION, "BUSY")
+        assert_in_table(await failure(call), Code.FAILED_PRECONDITION, "BUSY")
     server.backend.load_gate.open()
     await load
 
 
-async def test_queue_full(start_server: StartServer) -> None:
+async def test_a_full_queue_refuses_with_a_delay(start_server: StartServer) -> None:
     server = await start_server(max_queued=1)
     await server.load(parallel=1)
     server.backend.step_gate.shut()
     calls = [server.start(), server.start()]
     await eventually(lambda: len(server.app.engine._registry._requests) == 2)
     problem = await failure(server.start())
-    check(problem, Code.RESOURCE_EXHAUSTED, "QUEUE_FULL", "queuedCount")
+    assert_in_table(problem, Code.RESOURCE_EXHAUSTED, "QUEUE_FULL", "queuedCount")
     assert problem.retry_seconds
     for call in calls:
         call.cancel()
 
 
-async def test_shutting_down(loaded: Server) -> None:
+async def test_a_stopping_server_refuses_every_call(loaded: Server) -> None:
     loaded.backend.step_gate.shut()
     running = loaded.start()
     await loaded.thread(loaded.backend.step_gate.wait_arrival)
@@ -142,23 +146,23 @@ async def test_shutting_down(loaded: Server) -> None:
         loaded.stub.Detokenize(pb.DetokenizeRequest(token_ids=[1])),
     ]
     for call in calls:
-        check(await failure(call), Code.UNAVAILABLE, "SHUTTING_DOWN")
+        assert_in_table(await failure(call), Code.UNAVAILABLE, "SHUTTING_DOWN")
     assert (await loaded.status()).state == pb.STATE_STOPPING
     loaded.backend.step_gate.open()
-    check(await failure(running), Code.UNAVAILABLE, "SHUTTING_DOWN")
+    assert_in_table(await failure(running), Code.UNAVAILABLE, "SHUTTING_DOWN")
 
 
-async def test_generation_failed(loaded: Server) -> None:
+async def test_a_failed_step_hides_its_exception(loaded: Server) -> None:
     loaded.backend.failures.append(RuntimeError("/secret"))
     problem = await failure(loaded.start())
-    check(problem, Code.INTERNAL, "GENERATION_FAILED")
+    assert_in_table(problem, Code.INTERNAL, "GENERATION_FAILED")
     assert "/secret" not in problem.message
 
 
 @pytest.mark.parametrize(
     "rpc", ["Load", "Estimate", "Trim", "Unload", "Status", "Completion", "Tokenize"]
 )
-async def test_an_unexpected_exception_tells_nothing(
+async def test_an_unexpected_exception_is_not_revealed(
     loaded: Server, monkeypatch: pytest.MonkeyPatch, rpc: str
 ) -> None:
     def broken(*_args: object, **_kwargs: object) -> None:
@@ -176,12 +180,12 @@ async def test_an_unexpected_exception_tells_nothing(
         "Tokenize": lambda: loaded.stub.Tokenize(pb.TokenizeRequest(content="x")),
     }
     problem = await failure(calls[rpc]())
-    check(problem, Code.INTERNAL, "GENERATION_FAILED")
+    assert_in_table(problem, Code.INTERNAL, "GENERATION_FAILED")
     assert "hunter2" not in problem.message
     assert "ZeroDivisionError" not in problem.message
 
 
-async def test_an_unexpected_exception_in_the_middle_of_a_stream(
+async def test_an_unexpected_exception_in_a_stream_is_not_revealed(
     loaded: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_args: object) -> None:
@@ -189,7 +193,7 @@ async def test_an_unexpected_exception_in_the_middle_of_a_stream(
 
     monkeypatch.setattr("runner_server.api.service.piece_message", broken)
     problem = await failure(loaded.start())
-    check(problem, Code.INTERNAL, "GENERATION_FAILED")
+    assert_in_table(problem, Code.INTERNAL, "GENERATION_FAILED")
     assert "hunter2" not in problem.message
     await loaded.settled()
     loaded.assert_nothing_left()
@@ -215,13 +219,13 @@ async def test_details_stay_under_two_kilobytes(server: Server, fault: RunnerFau
     assert problem.detail_bytes < MAX_DETAIL_BYTES
 
 
-async def test_a_request_with_thousands_of_faults_is_answered_briefly(loaded: Server) -> None:
+async def test_thousands_of_violations_are_answered_briefly(loaded: Server) -> None:
     bias = {i + 10_000: 1e9 for i in range(5000)}
     problem = await failure(loaded.start(logit_bias=bias, stop=[""] * 5000))
-    check(problem, Code.INVALID_ARGUMENT, "INVALID_FIELD")
+    assert_in_table(problem, Code.INVALID_ARGUMENT, "INVALID_FIELD")
 
 
-async def test_status_has_no_errors_of_its_own(start_server: StartServer) -> None:
+async def test_status_answers_even_when_the_backend_fails(start_server: StartServer) -> None:
     backend = FakeBackend(open_error=ImportError("no library"))
     server = await start_server(backend)
     await failure(server.load())

@@ -1,4 +1,4 @@
-"""The services beside the runner's own: health, and reflection under both names."""
+"""The services beside the runner's: health, and reflection under both names."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 REFLECTIONS = ["grpc.reflection.v1", "grpc.reflection.v1alpha"]
 
 
-def test_the_names_are_those_go_plugin_and_we_ask_for() -> None:
+def test_health_knows_the_names_used_by_clients_and_go_plugin() -> None:
     assert set(HEALTH_SERVICES) == {"", "mlxrunner.v1.RunnerService", "plugin"}
 
 
 @pytest.mark.parametrize("service", HEALTH_SERVICES)
-async def test_serving_without_a_model(server: Server, service: str) -> None:
+async def test_health_is_serving_without_a_model(server: Server, service: str) -> None:
     assert await server.health(service) == SERVING
 
 
@@ -36,7 +36,7 @@ async def test_an_unknown_service_is_not_found(server: Server) -> None:
 
 
 @pytest.mark.parametrize("service", HEALTH_SERVICES)
-async def test_watch_tells_of_the_drain(start_server: StartServer, service: str) -> None:
+async def test_watch_reports_the_drain(start_server: StartServer, service: str) -> None:
     server = await start_server()
     watch = server.watch_health(service)
     assert await anext(watch) == SERVING
@@ -52,7 +52,7 @@ async def test_watch_tells_of_the_drain(start_server: StartServer, service: str)
         [message async for message in call]
 
 
-async def _ask(
+async def _reflect(
     server: Server, version: str, *requests: reflection_pb2.ServerReflectionRequest
 ) -> list[reflection_pb2.ServerReflectionResponse]:
     ask: Any = server.channel.stream_stream(
@@ -63,7 +63,7 @@ async def _ask(
     return [answer async for answer in ask(iter(requests), timeout=10)]
 
 
-def _files(answer: reflection_pb2.ServerReflectionResponse) -> Sequence[Any]:
+def _files_in(answer: reflection_pb2.ServerReflectionResponse) -> Sequence[Any]:
     data = answer.file_descriptor_response.file_descriptor_proto
     assert data, answer
     return [descriptor_pb2.FileDescriptorProto.FromString(part) for part in data]
@@ -72,7 +72,7 @@ def _files(answer: reflection_pb2.ServerReflectionResponse) -> Sequence[Any]:
 @pytest.mark.parametrize("version", REFLECTIONS)
 async def test_reflection_lists_every_service(server: Server, version: str) -> None:
     request = reflection_pb2.ServerReflectionRequest(list_services="*")
-    (answer,) = await _ask(server, version, request)
+    (answer,) = await _reflect(server, version, request)
     names = {service.name for service in answer.list_services_response.service}
     assert names == {
         SERVICE_NAME,
@@ -93,18 +93,18 @@ DETAILS = ["google.rpc.ErrorInfo", "google.rpc.BadRequest", "google.rpc.RetryInf
 
 @pytest.mark.parametrize("version", REFLECTIONS)
 @pytest.mark.parametrize("symbol", SYMBOLS)
-async def test_reflection_describes(server: Server, version: str, symbol: str) -> None:
+async def test_reflection_describes_a_symbol(server: Server, version: str, symbol: str) -> None:
     request = reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol)
-    (answer,) = await _ask(server, version, request)
-    assert "mlxrunner/v1/runner.proto" in {file.name for file in _files(answer)}
+    (answer,) = await _reflect(server, version, request)
+    assert "mlxrunner/v1/runner.proto" in {file.name for file in _files_in(answer)}
 
 
 @pytest.mark.parametrize("symbol", DETAILS)
 async def test_reflection_describes_the_details_of_errors(server: Server, symbol: str) -> None:
-    """Without it grpcurl shows them as bytes."""
+    """Describe the details' types, which grpcurl otherwise shows as bytes."""
     request = reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol)
-    (answer,) = await _ask(server, "grpc.reflection.v1", request)
-    assert "google/rpc/error_details.proto" in {file.name for file in _files(answer)}
+    (answer,) = await _reflect(server, "grpc.reflection.v1", request)
+    assert "google/rpc/error_details.proto" in {file.name for file in _files_in(answer)}
 
 
 @pytest.mark.parametrize("version", REFLECTIONS)
@@ -116,31 +116,31 @@ async def test_reflection_describes_the_details_of_errors(server: Server, symbol
     ],
     ids=["symbol", "file"],
 )
-async def test_reflection_tells_the_comments(
+async def test_reflection_includes_comments(
     server: Server, version: str, request_: reflection_pb2.ServerReflectionRequest
 ) -> None:
-    """They are the specification, and generated code does not keep them."""
-    (answer,) = await _ask(server, version, request_)
-    file = next(file for file in _files(answer) if file.package == "mlxrunner.v1")
-    comments = [place.leading_comments for place in file.source_code_info.location]
+    """Check for comments, the specification, which generated code drops."""
+    (answer,) = await _reflect(server, version, request_)
+    file = next(file for file in _files_in(answer) if file.package == "mlxrunner.v1")
+    comments = [location.leading_comments for location in file.source_code_info.location]
     assert any(text.startswith(" Loads a model into this process.") for text in comments)
     assert any(" Bytes MLX holds now: active and cache." in text for text in comments)
 
 
 @pytest.mark.parametrize("version", REFLECTIONS)
-async def test_reflection_knows_the_file_by_its_name(server: Server, version: str) -> None:
+async def test_reflection_finds_the_file_by_name(server: Server, version: str) -> None:
     name = "mlxrunner/v1/runner.proto"
     request = reflection_pb2.ServerReflectionRequest(file_by_filename=name)
-    (answer,) = await _ask(server, version, request)
-    file = next(file for file in _files(answer) if file.name == name)
+    (answer,) = await _reflect(server, version, request)
+    file = next(file for file in _files_in(answer) if file.name == name)
     assert [service.name for service in file.service] == ["RunnerService"]
 
 
 @pytest.mark.parametrize("version", REFLECTIONS)
-async def test_reflection_refuses_what_is_not_there(server: Server, version: str) -> None:
+async def test_reflection_refuses_unknown_names(server: Server, version: str) -> None:
     requests = [
         reflection_pb2.ServerReflectionRequest(file_containing_symbol="nobody.Nothing"),
         reflection_pb2.ServerReflectionRequest(file_by_filename="/etc/passwd"),
     ]
-    for answer in await _ask(server, version, *requests):
+    for answer in await _reflect(server, version, *requests):
         assert answer.error_response.error_code == grpc.StatusCode.NOT_FOUND.value[0]

@@ -1,4 +1,4 @@
-"""What is built beside the sources is in no sdist: its builder reads the first .gitignore only."""
+"""The first .gitignore covers the others: the sdist builder reads no other one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def ignored_below() -> list[str]:
-    """A file for each pattern of the other .gitignore files."""
+def paths_ignored_below() -> list[str]:
+    """Return a path for each pattern of the other .gitignore files."""
     files = [*ROOT.glob("examples/**/.gitignore"), *ROOT.glob("tests/**/.gitignore")]
     own = [file for file in files if not {"target", "node_modules"} & {*file.parts}]
     return [
@@ -24,8 +24,8 @@ def ignored_below() -> list[str]:
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git on PATH")
-def test_the_first_list_has_all(tmp_path: Path) -> None:
-    paths = ignored_below()
+def test_the_first_gitignore_covers_all_others(tmp_path: Path) -> None:
+    paths = paths_ignored_below()
     assert len(paths) > 5
     shutil.copy(ROOT / ".gitignore", tmp_path)
     git = ["git", "-C", str(tmp_path)]

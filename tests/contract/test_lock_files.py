@@ -1,4 +1,4 @@
-"""Lock files of clients in other languages name packages, not where someone got them from."""
+"""Lock files of clients in other languages name no registry."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ NPM = list(chain.from_iterable(folder.glob("package-lock.json") for folder in FO
 CARGO = list(chain.from_iterable(folder.glob("Cargo.toml") for folder in FOLDERS))
 
 
-def test_both_kinds_are_there() -> None:
+def test_there_are_lock_files_to_check() -> None:
     assert NPM
     assert CARGO
 
 
 @pytest.mark.parametrize("lock", NPM, ids=lambda path: path.parent.name)
-def test_npm_locks_versions_alone(lock: Path) -> None:
+def test_npm_locks_name_no_registry(lock: Path) -> None:
     packages = json.loads(lock.read_text())["packages"]
     assert [name for name, package in packages.items() if "resolved" in package] == []
     assert [name for name, package in packages.items() if name and "integrity" not in package] == []
 
 
 @pytest.mark.parametrize("manifest", CARGO, ids=lambda path: path.parent.name)
-def test_cargo_writes_its_lock_for_itself(manifest: Path) -> None:
-    # Cargo.lock says of each package which registry it came from.
+def test_cargo_locks_are_ignored(manifest: Path) -> None:
+    # Cargo.lock names the registry of each package.
     ignored = (manifest.parent / ".gitignore").read_text().split()
     assert {"Cargo.lock", "/Cargo.lock"} & set(ignored)

@@ -1,4 +1,4 @@
-"""The protocol's own rules, and that stubs and error table follow it."""
+"""Rules of the protocol file, and its agreement with the stubs and the error table."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ RPC = re.compile(r"((?:^  //.*\n)+)  rpc (\w+)\(", re.MULTILINE)
 ROW = re.compile(r"^- ([A-Z_]+) / ([A-Z_]+): ", re.MULTILINE)
 
 
-def _rpcs() -> dict[str, str]:
-    """The comment of each rpc, without its slashes."""
+def _rpc_comments() -> dict[str, str]:
+    """Return the comment of each rpc, without slashes."""
     found = RPC.findall(TEXT)
     return {name: re.sub(r"^  // ?", "", text, flags=re.MULTILINE) for text, name in found}
 
 
 def test_every_rpc_has_a_comment() -> None:
     service = pb.DESCRIPTOR.services_by_name["RunnerService"]
-    assert set(_rpcs()) == {method.name for method in service.methods}
+    assert set(_rpc_comments()) == {method.name for method in service.methods}
 
 
-@pytest.mark.parametrize("name", _rpcs())
-def test_every_rpc_ends_with_its_errors(name: str) -> None:
-    _, found, rows = _rpcs()[name].partition("\nErrors:")
+@pytest.mark.parametrize("name", _rpc_comments())
+def test_every_rpc_comment_ends_with_its_errors(name: str) -> None:
+    _, found, rows = _rpc_comments()[name].partition("\nErrors:")
     assert found
     if name == "Status":
         assert rows.strip() == "none of its own."
@@ -50,32 +50,32 @@ def test_every_rpc_ends_with_its_errors(name: str) -> None:
     table = {(f.code.name, pb.ErrorReason.Name(f.reason)) for f in FAULTS}
     for code, reason in entries:
         assert (code, f"ERROR_REASON_{reason}") in table
-    # What the caller does stands in every row.
+    # Every row advises the caller.
     for row in re.split(r"^- ", rows, flags=re.MULTILINE)[1:]:
         assert len(row.split()) > 5
 
 
-def test_every_reason_is_in_the_servers_table_and_the_other_way_round() -> None:
+def test_the_servers_table_has_exactly_the_reasons_of_the_protocol() -> None:
     used = {pb.ErrorReason.Name(f.reason).removeprefix("ERROR_REASON_") for f in FAULTS}
     assert used == REASONS - {"UNSPECIFIED"}
 
 
-def test_every_reason_is_told_of_by_an_rpc() -> None:
-    told = {reason for text in _rpcs().values() for _, reason in ROW.findall(text)}
-    assert told == REASONS - {"UNSPECIFIED"}
+def test_every_reason_is_listed_by_an_rpc() -> None:
+    listed = {reason for text in _rpc_comments().values() for _, reason in ROW.findall(text)}
+    assert listed == REASONS - {"UNSPECIFIED"}
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_the_code_of_a_reason_is_the_one_in_its_comment(fault: type[errors.RunnerFault]) -> None:
+def test_the_comment_of_a_reason_names_its_code(fault: type[errors.RunnerFault]) -> None:
     name = pb.ErrorReason.Name(fault.reason)
     match = re.search(rf"((?:^  //.*\n)+)  {name} = ", TEXT, re.MULTILINE)
     assert match
     comment = re.sub(r"\s+", " ", match[1].replace("//", ""))
-    # INTERNAL needs no more words than that MLX raised.
+    # For INTERNAL the comment needs no more words.
     assert f"Code {fault.code.name}" in comment
 
 
-def test_no_unsigned_numbers_and_unspecified_first() -> None:
+def test_numbers_are_signed_and_enums_begin_unspecified() -> None:
     assert not re.search(r"\buint(32|64)\b|\bfixed(32|64)\b", TEXT)
     for enum in pb.DESCRIPTOR.enum_types_by_name.values():
         assert enum.values[0].name.endswith("_UNSPECIFIED")
@@ -97,7 +97,7 @@ def test_spans_are_durations() -> None:
                 assert field.message_type.full_name == "google.protobuf.Duration"
 
 
-def test_the_stubs_are_those_of_the_pinned_generator() -> None:
+def test_the_stubs_come_from_the_pinned_generator() -> None:
     makefile = (ROOT / "Makefile").read_text()
     tools = re.search(r"grpcio-tools==([\d.]+)", makefile)
     assert tools
@@ -112,8 +112,8 @@ def test_the_stubs_are_those_of_the_pinned_generator() -> None:
     assert gencode[1] == runtime[1]
 
 
-def test_the_stubs_are_those_of_the_proto(tmp_path: Path) -> None:
-    """Compiled again with buf, the file says what the stubs were generated from."""
+def test_the_stubs_match_the_proto(tmp_path: Path) -> None:
+    """Compile the file again with buf and compare with the descriptor in the stubs."""
     buf = Path(sys.executable).parent / "buf"
     if not buf.exists():
         pytest.skip("buf is not installed (the dev group)")

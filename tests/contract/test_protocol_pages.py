@@ -1,4 +1,4 @@
-"""The site's page of the protocol has everything that the protocol has."""
+"""The site's page of the protocol is complete."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def test_every_rpc_lists_its_errors(page: str) -> None:
         assert f"#proto-{method.input_type.name.lower()})" in section
 
 
-def test_links_lead_somewhere(page: str) -> None:
+def test_links_have_targets(page: str) -> None:
     targets = set(re.findall(r"^\(([\w-]+)\)=$", page, re.MULTILINE))
     assert set(re.findall(r"\]\(#([\w-]+)\)", page)) <= targets
 
 
-def test_a_map_and_a_list_say_what_they_hold(page: str) -> None:
+def test_maps_lists_and_optional_fields_show_their_types(page: str) -> None:
     options = _section(page, "CompletionOptions")
     assert "| `logit_bias` | map of int32 to float |" in options
     assert "| `stop` | repeated string |" in options

@@ -1,4 +1,4 @@
-"""Every range of the protocol, at its bounds and beyond them, over the wire."""
+"""Every range of the protocol, at its bounds and beyond, over the wire."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.harness import Server, failure, tokens
 NAN, INF = float("nan"), float("inf")
 MAX_INT32, MIN_INT32 = 2**31 - 1, -(2**31)
 TINY = 1.4e-45
-"""The smallest 32-bit float above 0."""
+"""Smallest 32-bit float above 0."""
 
 INSIDE: dict[str, list[Any]] = {
     "temperature": [0, -0.0, TINY, 0.8, 100],
@@ -73,14 +73,14 @@ def _cases(table: dict[str, list[Any]]) -> list[Any]:
     ]
 
 
-def test_every_option_is_tried() -> None:
+def test_every_option_has_cases() -> None:
     fields = {field.name for field in pb.CompletionOptions.DESCRIPTOR.fields}
     assert set(INSIDE) == fields
     assert set(OUTSIDE) == fields - {"seed"}
 
 
 @pytest.mark.parametrize(("field", "value"), _cases(INSIDE))
-async def test_inside(loaded: Server, field: str, value: object) -> None:
+async def test_an_option_in_range_is_accepted(loaded: Server, field: str, value: object) -> None:
     options: dict[str, Any] = {"num_predict": 2, field: value}
     if field == "num_predict":
         loaded.backend.reply = lambda _ids, _sampling: iter([65, 256])
@@ -90,7 +90,7 @@ async def test_inside(loaded: Server, field: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(("field", "value"), _cases(OUTSIDE))
-async def test_outside(loaded: Server, field: str, value: Any) -> None:
+async def test_an_option_out_of_range_is_refused(loaded: Server, field: str, value: Any) -> None:
     problem = await failure(loaded.start(**{field: value}))
     assert (problem.code, problem.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
     assert problem.violations
@@ -100,13 +100,13 @@ async def test_outside(loaded: Server, field: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 20])
-async def test_logprobs_inside(loaded: Server, count: int) -> None:
+async def test_logprobs_in_range_are_accepted(loaded: Server, count: int) -> None:
     messages = await loaded.complete(logprobs=count, num_predict=1)
     assert len(messages[-1].logprobs[0].top) == count
 
 
 @pytest.mark.parametrize("count", [-1, 21, MAX_INT32])
-async def test_logprobs_outside(loaded: Server, count: int) -> None:
+async def test_logprobs_out_of_range_are_refused(loaded: Server, count: int) -> None:
     assert set((await failure(loaded.start(logprobs=count))).violations) == {"logprobs"}
 
 
@@ -131,13 +131,15 @@ BAD_INPUTS: list[tuple[pb.CompletionRequest, str]] = [
 
 
 @pytest.mark.parametrize(("request_", "field"), BAD_INPUTS)
-async def test_bad_input(loaded: Server, request_: pb.CompletionRequest, field: str) -> None:
+async def test_an_invalid_input_is_refused_by_name(
+    loaded: Server, request_: pb.CompletionRequest, field: str
+) -> None:
     problem = await failure(loaded.stub.Completion(request_))
     assert problem.reason == "INVALID_FIELD"
     assert set(problem.violations) == {field}
 
 
-async def test_one_answer_names_every_fault(loaded: Server) -> None:
+async def test_one_answer_names_every_violation(loaded: Server) -> None:
     request = pb.CompletionRequest(
         logprobs=50,
         request_id="r" * 200,
@@ -150,14 +152,14 @@ async def test_one_answer_names_every_fault(loaded: Server) -> None:
     assert len(problem.violations) >= 4
 
 
-async def test_a_longest_request_id_is_fine(loaded: Server) -> None:
+async def test_the_longest_request_id_is_accepted(loaded: Server) -> None:
     options = pb.CompletionOptions(num_predict=1)
     request = pb.CompletionRequest(prompt="x", request_id="r" * 128, options=options)
     assert [m async for m in loaded.stub.Completion(request)][-1].done
 
 
 @pytest.mark.parametrize("ids", [[-1], [VOCAB_SIZE], [0, MAX_INT32]])
-async def test_detokenize_outside(loaded: Server, ids: list[int]) -> None:
+async def test_token_ids_out_of_range_are_refused(loaded: Server, ids: list[int]) -> None:
     call = loaded.stub.Detokenize(pb.DetokenizeRequest(token_ids=ids))
     assert set((await failure(call)).violations) == {f"token_ids[{len(ids) - 1}]"}
 
@@ -183,7 +185,7 @@ LOAD_INSIDE: list[tuple[dict[str, Any], LoadSpec]] = [
 
 
 @pytest.mark.parametrize(("fields", "spec"), LOAD_INSIDE)
-def test_load_inside(fields: dict[str, Any], spec: LoadSpec) -> None:
+def test_a_load_in_range_is_accepted(fields: dict[str, Any], spec: LoadSpec) -> None:
     assert load_spec(pb.LoadRequest(model="m", **fields)) == spec
 
 
@@ -209,29 +211,33 @@ LOAD_OUTSIDE: list[tuple[str, Callable[[], pb.LoadRequest]]] = [
 
 
 @pytest.mark.parametrize("size", [0, 2**63 - 1])
-def test_prefix_cache_on_the_command_line(size: int) -> None:
+def test_a_prefix_cache_size_on_the_command_line_is_accepted(size: int) -> None:
     config = parse_args(["--model", "m", "--prefix-cache-bytes", str(size)])
     assert config.load == LoadSpec("m", prefix_cache_bytes=size)
 
 
 @pytest.mark.parametrize("size", ["-1", str(2**63), "1GiB"])
-def test_no_prefix_cache_on_the_command_line(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_prefix_cache_size_on_the_command_line_is_refused(
+    size: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         parse_args(["--model", "m", "--prefix-cache-bytes", size])
     assert "--prefix-cache-bytes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("field", "make"), LOAD_OUTSIDE)
-async def test_load_outside(loaded: Server, field: str, make: Callable[[], pb.LoadRequest]) -> None:
+async def test_a_load_out_of_range_is_refused(
+    loaded: Server, field: str, make: Callable[[], pb.LoadRequest]
+) -> None:
     problem = await failure(loaded.stub.Load(make()))
     assert (problem.code, problem.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
     assert set(problem.violations) == {field}
-    # A refused load leaves the model alone.
+    # A refused load keeps the loaded model.
     assert (await loaded.status()).model.name == "fake"
 
 
 def _as_estimate(request: pb.LoadRequest) -> pb.EstimateRequest:
-    """The same fields; both messages give them the same numbers."""
+    """Copy the fields, whose numbers are the same in both messages."""
     return pb.EstimateRequest.FromString(request.SerializeToString())
 
 
@@ -242,14 +248,14 @@ def test_an_estimate_has_the_fields_of_a_load() -> None:
 
 
 @pytest.mark.parametrize(("fields", "spec"), LOAD_INSIDE)
-def test_estimate_inside(fields: dict[str, Any], spec: LoadSpec) -> None:
+def test_an_estimate_in_range_is_accepted(fields: dict[str, Any], spec: LoadSpec) -> None:
     load = pb.LoadRequest(model="m", **fields)
     load.ClearField("memory_override")
     assert load_spec(_as_estimate(load)) == replace(spec, memory_override=False)
 
 
 @pytest.mark.parametrize(("field", "make"), LOAD_OUTSIDE)
-async def test_estimate_outside(
+async def test_an_estimate_out_of_range_is_refused(
     loaded: Server, field: str, make: Callable[[], pb.LoadRequest]
 ) -> None:
     problem = await failure(loaded.stub.Estimate(_as_estimate(make())))
@@ -258,12 +264,12 @@ async def test_estimate_outside(
 
 
 @pytest.mark.parametrize(("size", "kept"), [(None, 0), (0, 0), (1, 1), (2**63 - 1, 2**63 - 1)])
-def test_trim_inside(size: int | None, kept: int) -> None:
+def test_a_trim_in_range_is_accepted(size: int | None, kept: int) -> None:
     assert trim_bytes(pb.TrimRequest(prefix_cache_bytes=size)) == kept
 
 
 @pytest.mark.parametrize("size", [-1, -(2**63)])
-async def test_trim_outside(loaded: Server, size: int) -> None:
+async def test_a_trim_out_of_range_is_refused(loaded: Server, size: int) -> None:
     problem = await failure(loaded.stub.Trim(pb.TrimRequest(prefix_cache_bytes=size)))
     assert (problem.code, problem.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
     assert set(problem.violations) == {"prefix_cache_bytes"}

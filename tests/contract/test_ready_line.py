@@ -1,4 +1,4 @@
-"""Where a server listens, and the line that tells it."""
+"""Listening addresses, and the ready line with the chosen one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.fakes import FakeBackend
 from support.harness import Server, StartServer, running
 
 
-async def test_a_free_port_is_taken_and_told(start_server: StartServer) -> None:
+async def test_the_ready_line_has_the_chosen_port(start_server: StartServer) -> None:
     server = await start_server(listen="127.0.0.1:0")
     fields = server.ready.format().split("|")
     assert fields[:3] == ["1", "1", "tcp"]
@@ -27,7 +27,9 @@ async def test_a_free_port_is_taken_and_told(start_server: StartServer) -> None:
     assert (await server.status()).pid
 
 
-async def test_a_socket_is_told_with_its_path(start_server: StartServer, socket_dir: Path) -> None:
+async def test_the_ready_line_has_the_socket_path(
+    start_server: StartServer, socket_dir: Path
+) -> None:
     path = socket_dir / "r.sock"
     server = await start_server(listen=f"unix:{path}")
     assert server.ready.format() == f"1|1|unix|{path}|grpc"
@@ -45,7 +47,9 @@ async def test_a_socket_is_told_with_its_path(start_server: StartServer, socket_
         (ReadyLine("unix", "/a b/c"), "1|1|unix|/a b/c|grpc", "unix:/a b/c", None),
     ],
 )
-def test_format_and_parse(ready: ReadyLine, line: str, target: str, port: int | None) -> None:
+def test_a_ready_line_is_formatted_and_parsed(
+    ready: ReadyLine, line: str, target: str, port: int | None
+) -> None:
     assert ready.format() == line
     assert ReadyLine.parse(line + "\n") == ready
     assert (ready.target, ready.port) == (target, port)
@@ -66,12 +70,12 @@ def test_format_and_parse(ready: ReadyLine, line: str, target: str, port: int | 
         "1|1|tcp|127.0.0.1:5|grpc|cert",
     ],
 )
-def test_what_is_no_ready_line(line: str) -> None:
+def test_another_line_is_not_parsed(line: str) -> None:
     with pytest.raises(ValueError, match="not a ready line"):
         ReadyLine.parse(line)
 
 
-async def _refused(listen: str) -> str:
+async def _refusal(listen: str) -> str:
     app = RunnerApp(ServerConfig(listen=listen), FakeBackend())
     with pytest.raises(CannotListenError) as caught:
         await app.start()
@@ -81,22 +85,22 @@ async def _refused(listen: str) -> str:
 
 async def test_a_second_server_on_a_port_fails(start_server: StartServer) -> None:
     first = await start_server(listen="127.0.0.1:0")
-    assert first.ready.address in await _refused(first.ready.address)
+    assert first.ready.address in await _refusal(first.ready.address)
     assert (await first.status()).pid
 
 
-async def test_a_second_server_on_a_socket_fails_and_the_first_lives(server: Server) -> None:
-    assert "exists already" in await _refused(server.ready.target)
+async def test_a_second_server_on_a_socket_fails_and_the_first_goes_on(server: Server) -> None:
+    assert "exists already" in await _refusal(server.ready.target)
     assert (await server.status()).pid
     async with grpc.aio.insecure_channel(server.ready.target) as channel:
         fresh = Server(server.app, server.backend, channel, server.ready)
         assert (await fresh.status()).runner_id == (await server.status()).runner_id
 
 
-async def test_a_file_in_the_place_of_the_socket_is_left_alone(socket_dir: Path) -> None:
+async def test_a_file_at_the_socket_path_is_left_alone(socket_dir: Path) -> None:
     file = socket_dir / "file"
     file.write_text("mine")
-    assert "is a file" in await _refused(f"unix:{file}")
+    assert "is a file" in await _refusal(f"unix:{file}")
     assert file.read_text() == "mine"
 
 
@@ -116,27 +120,27 @@ async def test_a_file_in_the_place_of_the_socket_is_left_alone(socket_dir: Path)
         "unix:/" + "x" * 120,
     ],
 )
-async def test_what_cannot_be_listened_on(listen: str) -> None:
-    message = await _refused(listen)
+async def test_an_unusable_address_is_refused(listen: str) -> None:
+    message = await _refusal(listen)
     assert listen.removeprefix("unix:") in message
 
 
-async def test_the_longest_path_that_fits(socket_dir: Path) -> None:
+async def test_a_socket_path_may_have_107_bytes(socket_dir: Path) -> None:
     room = 107 - len(str(socket_dir)) - 1
     path = socket_dir / ("s" * room)
     async with running(socket_dir, FakeBackend(), listen=f"unix:{path}") as (_, _, ready):
         assert ready.address == str(path)
-    assert "108 bytes" in await _refused(f"unix:{path}s")
+    assert "108 bytes" in await _refusal(f"unix:{path}s")
 
 
-async def test_the_socket_is_gone_after_the_end(socket_dir: Path) -> None:
+async def test_the_socket_is_removed_at_the_end(socket_dir: Path) -> None:
     path = socket_dir / "gone"
     async with running(socket_dir, FakeBackend(), listen=f"unix:{path}"):
         assert path.exists()
     assert not path.exists()
 
 
-def test_the_command_line() -> None:
+def test_the_command_line_becomes_the_config() -> None:
     assert parse_args([]) == ServerConfig()
     config = parse_args(["--model", "m", "--parallel", "2", "--listen", "unix:/s"])
     assert config.load

@@ -22,7 +22,7 @@ ENTRY_POINT = ROOT / "runner_common" / "console.py"
 
 
 def modules(package: str) -> Iterator[tuple[Path, str]]:
-    """Yield each module's file and the names of the modules that it imports, lazily or not."""
+    """Yield the file and an imported name for each import of a package, lazy ones included."""
     root = ROOT / "proto" if package == "mlxrunner" else ROOT
     for file in sorted((root / package).rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -35,7 +35,7 @@ def modules(package: str) -> Iterator[tuple[Path, str]]:
 
 
 def room(package: str, parts: tuple[str, ...], rooms: tuple[str, ...]) -> int:
-    """Return the depth of a room; -1 for what is above all rooms."""
+    """Return the depth of a room; -1 for a module above all rooms."""
     assert parts[0] == package
     name = parts[1].removesuffix(".py")
     return rooms.index(name) if name in rooms else -1

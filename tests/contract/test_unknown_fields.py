@@ -1,4 +1,4 @@
-"""Fields of a newer protocol: refused by name, never answered as if nothing had been asked."""
+"""Fields of a newer protocol are refused by name, never ignored."""
 
 from __future__ import annotations
 
@@ -26,46 +26,46 @@ COMPLETION = pb.CompletionRequest(
 ).SerializeToString()
 
 
-def _places(descriptor: Descriptor, way: tuple[FieldDescriptor, ...] = ()) -> Iterator[str]:
-    """The paths of all messages in a request; the request's own is empty."""
-    yield ".".join(field.name for field in way)
+def _message_paths(descriptor: Descriptor, path: tuple[FieldDescriptor, ...] = ()) -> Iterator[str]:
+    """Yield the paths of all messages in a request; the request's path is empty."""
+    yield ".".join(field.name for field in path)
     for field in descriptor.fields:
         if field.message_type and not field.message_type.GetOptions().map_entry:
-            yield from _places(field.message_type, (*way, field))
+            yield from _message_paths(field.message_type, (*path, field))
 
 
-def _inside(descriptor: Descriptor, path: str, data: bytes) -> bytes:
-    """A request in whose message at a path is something."""
+def _request_with(descriptor: Descriptor, path: str, data: bytes) -> bytes:
+    """Return a request holding ``data`` in the message at a path."""
     first, _, rest = path.partition(".")
     if not first:
         return data
     field = descriptor.fields_by_name[first]
     assert field.message_type
-    return encode_field(field.number, BYTES, _inside(field.message_type, rest, data))
+    return encode_field(field.number, BYTES, _request_with(field.message_type, rest, data))
 
 
-async def refusal(server: Server, method: str, data: bytes) -> Problem:
+async def refusal_of(server: Server, method: str, data: bytes) -> Problem:
     make = server.channel.unary_stream if method == "Completion" else server.channel.unary_unary
     return await failure(make(f"/{SERVICE_NAME}/{method}")(data))  # type: ignore[arg-type]
 
 
-PLACES = [
-    (method.name, path, _inside(method.input_type, path, UNKNOWN))
+PATHS = [
+    (method.name, path, _request_with(method.input_type, path, UNKNOWN))
     for method in METHODS
-    for path in _places(method.input_type)
+    for path in _message_paths(method.input_type)
 ]
 
 
-def test_messages_in_requests_are_among_them() -> None:
-    paths = {path for name, path, _ in PLACES if name == "Completion"}
+def test_the_cases_include_nested_messages() -> None:
+    paths = {path for name, path, _ in PATHS if name == "Completion"}
     assert paths == {"", "options", "prompt_token_ids"}
 
 
-@pytest.mark.parametrize(("method", "path", "data"), PLACES)
-async def test_every_message_of_every_request(
+@pytest.mark.parametrize(("method", "path", "data"), PATHS)
+async def test_an_unknown_field_is_refused_in_every_message(
     loaded: Server, method: str, path: str, data: bytes
 ) -> None:
-    problem = await refusal(loaded, method, data)
+    problem = await refusal_of(loaded, method, data)
     assert (problem.code, problem.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
     assert problem.violations.keys() == {path or "request"}
     (text,) = problem.violations.values()
@@ -75,17 +75,17 @@ async def test_every_message_of_every_request(
     assert text in problem.message
 
 
-async def test_nothing_is_done_for_it(loaded: Server) -> None:
-    await refusal(loaded, "Unload", UNKNOWN)
-    await refusal(loaded, "Completion", COMPLETION + UNKNOWN)
+async def test_a_refused_request_has_no_effect(loaded: Server) -> None:
+    await refusal_of(loaded, "Unload", UNKNOWN)
+    await refusal_of(loaded, "Completion", COMPLETION + UNKNOWN)
     assert (await loaded.status()).state == pb.STATE_ACTIVE
     assert loaded.backend.steps == 0
 
 
-async def test_several_are_named_each_once(loaded: Server) -> None:
+async def test_several_unknown_fields_are_each_named_once(loaded: Server) -> None:
     data = (UNKNOWN + encode_field(98, FIXED32, bytes(4))) * 1000
     options = encode_field(3, BYTES, encode_field(500, BYTES, b"text"))
-    problem = await refusal(loaded, "Completion", COMPLETION + options + data)
+    problem = await refusal_of(loaded, "Completion", COMPLETION + options + data)
     assert [f"field {number} of " in problem.message for number in (97, 98, 500)] == [True] * 3
     assert problem.message.count("is unknown") == 3
 
@@ -110,28 +110,28 @@ async def test_several_are_named_each_once(loaded: Server) -> None:
     ],
     ids=["number as bytes", "float as integer", "map entry"],
 )
-async def test_a_known_field_in_an_unknown_form(
+async def test_a_known_field_with_another_wire_type_is_refused(
     loaded: Server, data: bytes, field: str, name: str
 ) -> None:
-    """Protobuf takes it for a field that it does not know."""
-    problem = await refusal(loaded, "Completion", COMPLETION + data)
+    """Send a wire type protobuf does not expect and so files under unknown fields."""
+    problem = await refusal_of(loaded, "Completion", COMPLETION + data)
     assert problem.violations.keys() == {field}
     assert name in problem.message
     assert "another wire type" in problem.message
 
 
 @pytest.mark.parametrize("method", ["Load", "Estimate"])
-async def test_a_value_that_an_enum_does_not_have(server: Server, method: str) -> None:
+async def test_an_unknown_enum_value_is_refused(server: Server, method: str) -> None:
     data = pb.LoadRequest(model="x").SerializeToString() + encode_field(
         4, VARINT, encode_varint(NEW)
     )
-    problem = await refusal(server, method, data)
+    problem = await refusal_of(server, method, data)
     assert problem.reason == "INVALID_FIELD"
     assert problem.violations.keys() == {"dtype"}
     assert str(NEW) in problem.violations["dtype"]
 
 
-def test_no_enum_of_a_request_is_overlooked() -> None:
+def test_every_enum_of_a_request_is_checked() -> None:
     enums = {
         f"{method.name}.{field.name}"
         for method in METHODS
@@ -141,18 +141,18 @@ def test_no_enum_of_a_request_is_overlooked() -> None:
     assert enums == {"Load.dtype", "Estimate.dtype"}
 
 
-async def test_one_behind_a_long_prompt_is_named_too(loaded: Server) -> None:
+async def test_an_unknown_field_after_a_long_prompt_is_named(loaded: Server) -> None:
     data = pb.CompletionRequest(prompt="x" * 300_000).SerializeToString()
-    problem = await refusal(loaded, "Completion", data + UNKNOWN)
+    problem = await refusal_of(loaded, "Completion", data + UNKNOWN)
     assert problem.violations.keys() == {"request"}
     assert f"field {NEW} of CompletionRequest" in problem.message
-    # Without it the prompt is read, and too long.
-    assert (await refusal(loaded, "Completion", data)).reason == "PROMPT_TOO_LONG"
+    # Without the unknown field the prompt is read, and found too long.
+    assert (await refusal_of(loaded, "Completion", data)).reason == "PROMPT_TOO_LONG"
 
 
-async def test_megabytes_of_them_are_not_listed(loaded: Server) -> None:
-    """To list them all would take seconds, in which nobody else is served."""
-    problem = await refusal(loaded, "Status", UNKNOWN * 1_000_000)
+async def test_megabytes_of_unknown_fields_are_not_listed(loaded: Server) -> None:
+    """Report only the size: listing every field would take seconds and block other callers."""
+    problem = await refusal_of(loaded, "Status", UNKNOWN * 1_000_000)
     assert problem.violations == {
         "request": f"3000000 bytes of it are in fields unknown to mlx-grpc-runner {__version__}; "
         "leave them out"
@@ -170,7 +170,7 @@ async def test_megabytes_of_them_are_not_listed(loaded: Server) -> None:
     ],
     ids=["text", "ids", "empty"],
 )
-def test_what_is_known_is_read_unchanged(message: Message) -> None:
+def test_known_fields_are_read_unchanged(message: Message) -> None:
     read, unknown = read_known(type(message).FromString, message.SerializeToString())
     assert read == message
     assert not unknown
@@ -179,7 +179,7 @@ def test_what_is_known_is_read_unchanged(message: Message) -> None:
 async def test_a_newer_client_gets_the_typed_error(
     loaded: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its stubs would have the field; here the request is read from the bytes they make."""
+    """Imitate newer stubs: parse the request from bytes with the new field."""
 
     def newer(*_args: object, **_kwargs: object) -> pb.CompletionRequest:
         return pb.CompletionRequest.FromString(COMPLETION + UNKNOWN)

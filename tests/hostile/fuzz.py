@@ -5,8 +5,8 @@
         python tests/hostile/fuzz.py wire FILE        replay a recorded finding
 
 The first byte of an input chooses the rpc, the others are the request. libFuzzer mutates one
-input in four byte by byte; the others get fields from `hostile_requests` appended, which protobuf reads
-as setting them.
+input in four byte by byte; the others get fields from `hostile_requests` appended, which
+protobuf reads as setting them.
 """
 
 from __future__ import annotations
