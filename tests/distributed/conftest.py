@@ -1,4 +1,4 @@
-"""Ranks that hold a model together, and the same model in one process to compare with."""
+"""Ranks sharing one model, and a single process to compare with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from support.server_child import Child, running
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
-    """A server that holds a whole model."""
+    """A server for whole models."""
     pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
     with running(tmp_path_factory.mktemp("alone"), OMP_NUM_THREADS="1") as child:
         yield child
@@ -29,5 +29,5 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 
 @pytest.fixture(scope="session")
 def deep(model_dir: Callable[..., Path]) -> Path:
-    """A model of many small parts, whose load and prompts take a while."""
+    """A model of 60 small layers, whose load and prompts take a while."""
     return model_dir("llama", num_hidden_layers=60)

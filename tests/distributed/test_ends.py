@@ -1,4 +1,4 @@
-"""Ranks end together: the death of one, a stop, the launcher's end. None is left behind."""
+"""Ranks end together after the death of one, a signal or the launcher's end."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)"
 pytestmark = pytest.mark.mlx
 
 PROMISED_SECONDS = 5.0
-"""From a death to the end of all, on a machine with something else to do as well."""
+"""From a death to the end of all ranks, on a machine with other work to do."""
 
 PROMPT = [7 * i % 2000 + 5 for i in range(900)]
 
 
 def idle(started: Ranks, _model: Path) -> grpc.Call | None:
-    """Nothing is loaded."""
+    """Leave the ranks without a model."""
     started.first.status()
     return None
 
 
 def loading(started: Ranks, model: Path) -> grpc.Call:
-    """In the middle of a load."""
+    """Start a load and return in the middle."""
     first = started.first
     call = first.stub.Load.future(pb.LoadRequest(model=str(model)), timeout=DEADLINE_SECONDS)
     first.wait_for(lambda: first.status().progress > 1)
@@ -38,7 +38,7 @@ def loading(started: Ranks, model: Path) -> grpc.Call:
 
 
 def prefill(started: Ranks, _model: Path) -> grpc.Call:
-    """In the middle of a prompt."""
+    """Start a completion and return in the middle of the prompt."""
     started.first.load(DEMO)
     request = completion(PROMPT, num_predict=100)
     call = started.first.stub.Completion(request, timeout=DEADLINE_SECONDS)
@@ -47,7 +47,7 @@ def prefill(started: Ranks, _model: Path) -> grpc.Call:
 
 
 def decode(started: Ranks, _model: Path) -> grpc.Call:
-    """In the middle of a text."""
+    """Start a completion and return after the first tokens."""
     started.first.load(DEMO)
     call = started.first.complete(900)
     while not next(call).token_ids:
@@ -70,7 +70,7 @@ Phase = Callable[[Ranks, Path], grpc.Call | None]
         (3, 2, idle),
     ],
 )
-def test_the_death_of_one_ends_all(
+def test_the_death_of_one_rank_ends_all(
     tmp_path: Path, deep: Path, size: int, victim: int, phase: Phase
 ) -> None:
     with ranks(tmp_path, size) as started:
@@ -80,7 +80,7 @@ def test_the_death_of_one_ends_all(
         if call is not None:
             error = failure_of(call)
             assert error.code() == grpc.StatusCode.UNAVAILABLE
-            # Where rank 0 itself is gone, the connection is all there is to tell.
+            # After the death of rank 0 the caller sees only the broken connection.
             if victim:
                 reason, text = problem_of(error)
                 assert reason == "SHUTTING_DOWN", started.log()
@@ -93,7 +93,7 @@ def test_the_death_of_one_ends_all(
 
 
 @pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGTERM), (1, signal.SIGINT)])
-def test_a_signal_to_any_ends_all_in_order(
+def test_a_signal_to_any_rank_stops_all_in_order(
     tmp_path: Path, rank: int, number: signal.Signals
 ) -> None:
     with ranks(tmp_path, 2) as started:
@@ -103,7 +103,7 @@ def test_a_signal_to_any_ends_all_in_order(
         assert started.wait() == [0, 0], started.log()
 
 
-def test_all_end_with_the_launcher(tmp_path: Path) -> None:
+def test_the_launchers_end_stops_all_ranks(tmp_path: Path) -> None:
     with ranks(tmp_path, 2) as started:
         pipe = started.first.process.stdin
         assert pipe

@@ -1,4 +1,4 @@
-"""What ranks generate together is what one process generates."""
+"""Ranks together generate the same tokens as one process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.mlx
 Build = Callable[..., Path]
 
 LONG = [7 * i % 2000 + 10 for i in range(300)]
-"""A prompt of several chunks."""
+"""Prompt of several chunks."""
 
 REQUESTS = {
     "greedy": completion("def main(", temperature=0, num_predict=32),
@@ -29,40 +29,42 @@ REQUESTS = {
 
 
 def tokens(messages: Iterable[pb.CompletionResponse]) -> list[int]:
-    """The token ids of a stream that ends as it should."""
+    """Return the token ids of a stream, which must end with ``done``."""
     seen = list(messages)
     assert seen[-1].done
     return [id_ for message in seen for id_ in message.token_ids]
 
 
 def generated(server: Child, requests: Iterable[pb.CompletionRequest]) -> list[list[int]]:
-    """What a server generates for each, one after the other."""
+    """Return the tokens generated for each request, one after the other."""
     complete = server.stub.Completion
     return [tokens(complete(request, timeout=DEADLINE_SECONDS)) for request in requests]
 
 
 @pytest.fixture(scope="module")
 def expected(alone: Child) -> dict[str, list[int]]:
-    """What one process generates for each of the requests."""
+    """Tokens of one process for each request."""
     alone.load(DEMO)
     return dict(zip(REQUESTS, generated(alone, REQUESTS.values()), strict=True))
 
 
 @pytest.fixture(scope="module")
 def pair(two: Ranks) -> Child:
-    """Two ranks with the demo model, asked through the first."""
+    """Two ranks with the demo model, reached through the first."""
     two.first.load(DEMO)
     return two.first
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_two_ranks_generate_what_one_process_does(
+def test_two_ranks_generate_the_same_as_one_process(
     pair: Child, expected: dict[str, list[int]], name: str
 ) -> None:
     assert generated(pair, [REQUESTS[name]]) == [expected[name]]
 
 
-def test_streams_come_and_go_together(pair: Child, expected: dict[str, list[int]]) -> None:
+def test_overlapping_streams_generate_the_same_as_one_process(
+    pair: Child, expected: dict[str, list[int]]
+) -> None:
     calls = {"greedy": pair.stub.Completion(REQUESTS["greedy"], timeout=DEADLINE_SECONDS)}
     begun = [next(calls["greedy"]) for _ in range(2)]
     gone = pair.complete(400)
@@ -78,14 +80,14 @@ def test_streams_come_and_go_together(pair: Child, expected: dict[str, list[int]
     pair.wait_for(lambda: pair.status().running_count == 0)
 
 
-def test_ranks_keep_evaluated_prompts_alike(pair: Child, expected: dict[str, list[int]]) -> None:
+def test_ranks_reuse_cached_prompts_alike(pair: Child, expected: dict[str, list[int]]) -> None:
     generated(pair, [REQUESTS["long"]])
     *_, last = pair.stub.Completion(REQUESTS["long"], timeout=DEADLINE_SECONDS)
     assert last.prompt_cached_count == len(LONG) - 1
     assert generated(pair, [REQUESTS["long"]]) == [expected["long"]]
 
 
-def test_log_probabilities_are_those_of_one_process(alone: Child, pair: Child) -> None:
+def test_log_probabilities_match_one_process(alone: Child, pair: Child) -> None:
     request = completion("def", temperature=0, num_predict=8, logprobs=3)
     found = [
         [entry for message in server.stub.Completion(request) for entry in message.logprobs]
@@ -96,7 +98,9 @@ def test_log_probabilities_are_those_of_one_process(alone: Child, pair: Child) -
     assert [e.top[1].token_id for e in found[0]] == [e.top[1].token_id for e in found[1]]
 
 
-def test_each_rank_holds_a_part(alone: Child, pair: Child, expected: dict[str, list[int]]) -> None:
+def test_each_rank_holds_a_part_of_the_weights(
+    alone: Child, pair: Child, expected: dict[str, list[int]]
+) -> None:
     assert expected
     whole, status = alone.status(), pair.status()
     assert [rank.rank for rank in status.ranks] == [0, 1]
@@ -111,7 +115,7 @@ def test_each_rank_holds_a_part(alone: Child, pair: Child, expected: dict[str, l
 
 
 QUANTIZABLE = {**THREE_HEADS, "hidden_size": 192, "intermediate_size": 384, "head_dim": 32}
-"""Whole groups of 32 weights for each of three ranks."""
+"""Sizes with whole groups of 32 weights for each of three ranks."""
 
 SHORT = [
     completion("def main(", temperature=0, num_predict=8),
@@ -130,7 +134,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     ("quantize_bits", "dtype"),
     [(None, pb.DTYPE_AUTO), (4, pb.DTYPE_AS_STORED), (4, pb.DTYPE_FLOAT32)],
 )
-def test_three_ranks_generate_what_one_process_does(
+def test_three_ranks_generate_the_same_as_one_process(
     alone: Child,
     three: Ranks,
     model_dir: Build,
@@ -145,8 +149,8 @@ def test_three_ranks_generate_what_one_process_does(
     assert [tokens(call) for call in calls] == generated(alone, SHORT)
 
 
-def test_three_ranks_share_out_layers(alone: Child, model_dir: Build, tmp_path: Path) -> None:
-    # Four layers, of which one rank gets two.
+def test_three_ranks_split_layers(alone: Child, model_dir: Build, tmp_path: Path) -> None:
+    # Four layers: one rank gets two.
     model = model_dir("llama", model_type="qwen2", num_hidden_layers=4)
     alone.load(model)
     with ranks(tmp_path, 3, "--pipeline") as three:

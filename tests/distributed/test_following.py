@@ -1,4 +1,4 @@
-"""Rank 0 and a follower in one process, on a fake model library: who says what, who is gone."""
+"""The protocol between rank 0 and a follower, in one process with a fake model library."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRAITS = ["runner 1", "cpu"]
 
 
 class SplitBackend(FakeBackend):
-    """Loads as the adapter does, and draws what the clock says."""
+    """Load with partners as the MLX backend does, and record the agreed values."""
 
     def __init__(self, partners: Any, share: float) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class SplitBackend(FakeBackend):
 
 @dataclass
 class Pair:
-    """Both ranks, and what became of the follower."""
+    """Rank 0, rank 1 and the outcome of the follower's loop."""
 
     hub: Hub
     leader: LeaderBackend
@@ -64,7 +64,7 @@ class Pair:
 
 
 def connected(hub: Hub, traits: list[str] = TRAITS, rank: int = 1) -> Link:
-    """A follower's end of a connection, with its hello said."""
+    """Connect as a follower, send the hello and return the link."""
     host, port, secret = hub.address
     link = Link(socket.create_connection((host, port), timeout=DEADLINE_SECONDS))
     link.send("hello", secret, rank, "there", 4711, "cpu: fake", traits)
@@ -73,7 +73,7 @@ def connected(hub: Hub, traits: list[str] = TRAITS, rank: int = 1) -> Link:
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
-    """Rank 0 and rank 1."""
+    """Rank 0 and rank 1, connected, with the follower's loop running."""
     hub = Hub("127.0.0.1", 2)
     link = connected(hub)
     hub.gather(TRAITS, DEADLINE_SECONDS)
@@ -104,10 +104,10 @@ def pair() -> Iterator[Pair]:
 
 
 def ignore(_progress: int) -> None:
-    """Nobody watches the load."""
+    """Ignore the progress of a load."""
 
 
-def test_a_follower_does_what_rank_0_does(pair: Pair) -> None:
+def test_a_follower_repeats_the_calls_of_rank_0(pair: Pair) -> None:
     spec = LoadSpec("m", context_length=64, dtype=Dtype.FLOAT32, prefix_cache_bytes=9)
     batch = pair.leader.load(spec, ignore).new_batch()
     sampling = Sampling(seed=2**64 - 1, logit_bias=((5, -1.5),), logprobs=2)
@@ -133,7 +133,7 @@ def test_a_follower_does_what_rank_0_does(pair: Pair) -> None:
     assert pair.first.shares == [2.5]
 
 
-def test_what_a_follower_cannot_load_is_raised_with_its_name(pair: Pair) -> None:
+def test_a_followers_load_error_is_raised_with_its_name(pair: Pair) -> None:
     pair.second.load_error = InsufficientMemory("too little", requiredBytes=5, availableBytes=4)
     with pytest.raises(InsufficientMemory, match="rank 1 on there: too little") as raised:
         pair.leader.load(LoadSpec("m"), ignore)
@@ -141,14 +141,14 @@ def test_what_a_follower_cannot_load_is_raised_with_its_name(pair: Pair) -> None
     assert pair.leader.load(LoadSpec("m"), ignore)
 
 
-def test_what_rank_0_cannot_load_the_others_drop(pair: Pair) -> None:
+def test_a_load_error_of_rank_0_makes_followers_drop_the_load(pair: Pair) -> None:
     pair.first.load_error = ModelNotFound("gone")
     with pytest.raises(ModelNotFound, match="gone"):
         pair.leader.load(LoadSpec("m"), ignore)
     assert pair.leader.load(LoadSpec("m"), ignore)
 
 
-def test_a_load_is_given_up_while_it_waits_for_others(pair: Pair) -> None:
+def test_a_load_can_be_cancelled_while_waiting_for_followers(pair: Pair) -> None:
     pair.second.load_gate.shut()
 
     def cancelled(progress: int) -> None:
@@ -162,7 +162,7 @@ def test_a_load_is_given_up_while_it_waits_for_others(pair: Pair) -> None:
     assert pair.first.shares == [2.5]
 
 
-def test_a_load_is_given_up_at_its_end(pair: Pair) -> None:
+def test_a_load_can_be_cancelled_at_its_end(pair: Pair) -> None:
     def cancelled(progress: int) -> None:
         if progress == 100 and pair.first.seen:
             raise ShuttingDown("the load was cancelled")
@@ -175,7 +175,7 @@ def test_a_load_is_given_up_at_its_end(pair: Pair) -> None:
     assert not pair.lost.is_set()
 
 
-def test_a_warm_up_that_fails_on_rank_0_ends_all(
+def test_a_failed_warm_up_on_rank_0_ends_all_ranks(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub_module, "_LOST_SECONDS", 0.05)
@@ -185,14 +185,14 @@ def test_a_warm_up_that_fails_on_rank_0_ends_all(
     assert pair.lost.wait(DEADLINE_SECONDS)
 
 
-def test_a_warm_up_that_fails_on_a_follower_ends_it(pair: Pair) -> None:
+def test_a_failed_warm_up_on_a_follower_ends_its_loop(pair: Pair) -> None:
     pair.second.warm_up_error = RuntimeError("no g++")
     pair.leader.load(LoadSpec("m"), ignore)
     error = pair.ended.get(timeout=DEADLINE_SECONDS)
     assert isinstance(error, RuntimeError)
 
 
-def test_a_step_that_fails_ends_all(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_step_ends_all_ranks(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_module, "_LOST_SECONDS", 0.05)
     batch = pair.leader.load(LoadSpec("m"), ignore).new_batch()
     batch.add(1, [1], Sampling())
@@ -202,7 +202,7 @@ def test_a_step_that_fails_ends_all(pair: Pair, monkeypatch: pytest.MonkeyPatch)
     assert pair.lost.wait(DEADLINE_SECONDS)
 
 
-def test_rank_0_hears_of_a_follower_that_is_gone(pair: Pair) -> None:
+def test_rank_0_reports_a_lost_follower(pair: Pair) -> None:
     told: queue.SimpleQueue[str] = queue.SimpleQueue()
     pair.hub.watch(told.put, lambda: None)
     pair.link.close()
@@ -215,7 +215,7 @@ def test_rank_0_hears_of_a_follower_that_is_gone(pair: Pair) -> None:
     assert again == [text]
 
 
-def test_a_follower_that_is_silent_counts_as_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_follower_counts_as_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_module, "SILENCE_SECONDS", 0.2)
     hub = Hub("127.0.0.1", 2)
     link = connected(hub)
@@ -226,14 +226,14 @@ def test_a_follower_that_is_silent_counts_as_gone(monkeypatch: pytest.MonkeyPatc
     link.close()
 
 
-def test_a_follower_may_ask_for_a_stop(pair: Pair) -> None:
+def test_a_follower_can_request_a_stop(pair: Pair) -> None:
     asked = threading.Event()
     pair.hub.watch(lambda _why: None, asked.set)
     pair.link.send("stop")
     assert asked.wait(DEADLINE_SECONDS)
 
 
-def test_rank_0_knows_what_a_follower_holds(pair: Pair) -> None:
+def test_rank_0_knows_each_follower(pair: Pair) -> None:
     pair.leader.load(LoadSpec("m"), ignore)
     pair.link.send("beat", {"active_bytes": 5, "prefix_cache_bytes": 2}, 77, 99)
     pair.link.send("mark")
@@ -242,7 +242,7 @@ def test_rank_0_knows_what_a_follower_holds(pair: Pair) -> None:
     assert (other.rank, other.host, other.pid, other.device) == (1, "there", 4711, "cpu: fake")
 
 
-def test_only_ranks_are_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_without_the_secret_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_module, "_HELLO_SECONDS", 0.2)
     hub = Hub("127.0.0.1", 2)
     host, port, _ = hub.address
@@ -264,6 +264,6 @@ def test_a_rank_with_other_versions_is_refused() -> None:
     link.close()
 
 
-def test_a_rank_that_does_not_come_is_not_waited_for_for_ever() -> None:
+def test_waiting_for_a_missing_rank_times_out() -> None:
     with pytest.raises(TimeoutError, match="1 of 2 ranks did not connect"):
         Hub("127.0.0.1", 2).gather(TRAITS, 0.05)

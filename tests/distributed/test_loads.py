@@ -1,4 +1,4 @@
-"""Loads of ranks: what cannot be split, what only one rank cannot load, what is given up."""
+"""Loads across ranks: models without a split, failures of one rank, cancelled loads."""
 
 from __future__ import annotations
 
@@ -24,18 +24,20 @@ Build = Callable[..., Path]
 
 
 def load_failure(first: Child, model: Path, **fields: Any) -> tuple[str, str]:
-    """Reason and words of a load that cannot succeed."""
+    """Return the reason and message of a failing load."""
     request = pb.LoadRequest(model=str(model), **fields)
     return problem_of(failure_of(first.stub.Load.future(request, timeout=DEADLINE_SECONDS)))
 
 
-def answers(first: Child) -> bool:
-    """Whether the ranks load a model and generate together."""
+def can_generate(first: Child) -> bool:
+    """Return whether the ranks load a model and generate together."""
     first.load(DEMO)
     return [message.eval_count for message in first.complete(5)][-1] == 5
 
 
-def test_ranks_go_on_after_loads_that_fail(two: Ranks, model_dir: Build, tmp_path: Path) -> None:
+def test_ranks_keep_working_after_failed_loads(
+    two: Ranks, model_dir: Build, tmp_path: Path
+) -> None:
     first = two.first
     reason, text = load_failure(first, model_dir("mamba"))
     assert reason == "MODEL_UNSUPPORTED"
@@ -46,28 +48,28 @@ def test_ranks_go_on_after_loads_that_fail(two: Ranks, model_dir: Build, tmp_pat
     assert load_failure(first, tmp_path / "nothing")[0] == "MODEL_NOT_FOUND"
     assert load_failure(first, DEMO, memory_limit_bytes=2**20)[0] == "INSUFFICIENT_MEMORY"
     assert first.status().state == pb.STATE_IDLE
-    assert answers(first)
+    assert can_generate(first)
 
 
-def _reads(status: pb.StatusResponse) -> bool:
-    """Whether a load is beyond its beginning; the model before it has a progress too."""
+def _is_reading(status: pb.StatusResponse) -> bool:
+    """Return whether a load is past its beginning; the previous model has a progress, too."""
     return status.state == pb.STATE_LOADING and status.progress > 3
 
 
-def test_ranks_go_on_after_a_load_that_is_given_up(two: Ranks, deep: Path) -> None:
+def test_ranks_keep_working_after_a_cancelled_load(two: Ranks, deep: Path) -> None:
     first = two.first
     request = pb.LoadRequest(model=str(deep))
     call = first.stub.Load.future(request, timeout=DEADLINE_SECONDS)
-    first.wait_for(lambda: _reads(first.status()))
+    first.wait_for(lambda: _is_reading(first.status()))
     call.cancel()
     first.wait_for(lambda: first.status().state == pb.STATE_IDLE)
-    assert answers(first)
+    assert can_generate(first)
     first.stub.Unload(pb.UnloadRequest(), timeout=DEADLINE_SECONDS)
     assert first.status().state == pb.STATE_IDLE
-    assert answers(first)
+    assert can_generate(first)
 
 
-def test_what_one_rank_cannot_load_is_told_with_its_name(tmp_path: Path) -> None:
+def test_a_load_error_of_one_rank_names_the_rank(tmp_path: Path) -> None:
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     with ranks(tmp_path, 2, follower_args=["--model-root", str(theirs)]) as started:
@@ -81,7 +83,7 @@ def test_what_one_rank_cannot_load_is_told_with_its_name(tmp_path: Path) -> None
 
 
 def shard(size: int, *, by_layers: bool) -> Any:
-    """A rank's part, which no other rank is asked about."""
+    """Return a rank's part; no other rank is contacted."""
     from runner_server.mlx_backend.sharding import Shard
 
     group: Any = SimpleNamespace(rank=0, size=size, all=None)
@@ -89,7 +91,7 @@ def shard(size: int, *, by_layers: bool) -> Any:
     return Shard(group, partners, by_layers=by_layers)
 
 
-def test_what_has_no_layers_to_share_out_is_refused() -> None:
+def test_a_model_without_layers_to_split_is_refused() -> None:
     model: Any = SimpleNamespace(shard=None, model=SimpleNamespace())
     with pytest.raises(ModelUnsupported, match=r"'x'.*among 2.*leave out --pipeline"):
         shard(2, by_layers=True).split(model, {"model_type": "x"}, LoadSpec("x"))
@@ -104,7 +106,7 @@ def test_fewer_layers_than_ranks_are_refused() -> None:
         shard(3, by_layers=False).split(model, {"model_type": "x"}, LoadSpec("x"))
 
 
-def test_layers_of_unlike_kinds_are_not_shared_out() -> None:
+def test_layers_with_unlike_caches_are_not_split() -> None:
     from runner_server.mlx_backend.upstream.names import RotatingKVCache
 
     cache = RotatingKVCache(max_size=8)

@@ -1,4 +1,4 @@
-"""Ranks as people start them: with mlx.launch, or wrongly."""
+"""Starting ranks with mlx.launch, and wrong ways to start."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BIN = Path(sys.executable).parent
 
 
 def free_ports(count: int) -> int:
-    """The first of some ports in a row that nobody listens on."""
+    """Return the first of ``count`` consecutive free ports."""
     for first in range(32_500, 60_000, 100):
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             for port in range(first, first + count):
@@ -62,18 +62,18 @@ def test_mlx_launch_starts_ranks_that_end_together(tmp_path: Path) -> None:
             request = completion("def", temperature=0, num_predict=5)
             assert [message.eval_count for message in stub.Completion(request)][-1] == 5
         os.kill(pids[0], signal.SIGTERM)
-        # The ready line was the only one.
+        # stdout has the ready line and nothing after.
         out, _ = launcher.communicate(timeout=DEADLINE_SECONDS)
         assert (out, launcher.returncode) == (b"", 0), log.read_text()
         assert not any(map(psutil.pid_exists, pids))
     finally:
-        # The ranks end with it.
+        # The ranks end with the launcher.
         launcher.kill()
         launcher.communicate()
 
 
 def wait_for_model(stub: runner_pb2_grpc.RunnerServiceStub) -> list[int]:
-    """Waits until ranks have loaded; returns their process ids."""
+    """Wait for the ranks' model and return their process ids."""
     end = time.monotonic() + DEADLINE_SECONDS
     while time.monotonic() < end:
         status = stub.Status(pb.StatusRequest(), wait_for_ready=True, timeout=DEADLINE_SECONDS)
@@ -83,7 +83,9 @@ def wait_for_model(stub: runner_pb2_grpc.RunnerServiceStub) -> list[int]:
     raise AssertionError("the model was not loaded")
 
 
-def test_without_a_launcher_it_says_how_to_start_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_launcher_the_error_says_how_to_start_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("MLX_RANK", raising=False)
     command = [sys.executable, "-m", "runner_server", "--distributed"]
     done = subprocess.run(
@@ -93,7 +95,7 @@ def test_without_a_launcher_it_says_how_to_start_ranks(monkeypatch: pytest.Monke
     assert "start all ranks with mlx.launch" in done.stderr
 
 
-def test_a_pipeline_is_one_of_several(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pipeline_needs_several_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_args(["--pipeline"])
     assert "--pipeline needs --distributed" in capsys.readouterr().err
@@ -103,7 +105,7 @@ def test_a_pipeline_is_one_of_several(capsys: pytest.CaptureFixture[str]) -> Non
     assert (config.distributed, config.pipeline) == (False, False)
 
 
-def test_serve_passes_both_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_passes_both_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[list[str]] = []
     monkeypatch.setattr(serve, "_become", lambda line, _environment: lines.append(line))
     result = CliRunner().invoke(serve.command, ["--distributed", "--pipeline", "--blas", "off"])
@@ -121,7 +123,7 @@ HOSTS: list[tuple[Callable[[Path], dict[str, str]], str]] = [
 
 
 @pytest.mark.parametrize(("environment", "host"), HOSTS)
-def test_the_launcher_says_where_rank_0_is(
+def test_the_host_of_rank_0_comes_from_the_launcher(
     environment: Callable[[Path], dict[str, str]],
     host: str,
     tmp_path: Path,
