@@ -1,4 +1,4 @@
-"""Completions begin as far as there is memory for the KV cache they may come to need."""
+"""Requests are admitted while KV memory lasts for the longest outcome of each."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from support.harness import (
 
 PROMPT = "0123456"
 PROMPT_TOKENS = 8
-"""With the token that prompts begin with."""
+"""Tokens of the prompt, with the one every prompt begins with."""
 
 
 async def _server(start: StartServer, *, tokens_: int, parallel: int = 4, **config: Any) -> Server:
-    """A server whose KV caches may hold so many tokens."""
+    """Start a server with KV memory for ``tokens_`` tokens."""
     server = await start(FakeBackend(kv_budget_bytes=tokens_ * TOKEN_BYTES), **config)
     await server.load(parallel=parallel)
     return server
 
 
 def _start(server: Server, length: int, **options: Any) -> CompletionCall:
-    """A completion that may come to have so many tokens, prompt and answer."""
+    """Start a completion of at most ``length`` tokens, prompt and answer."""
     return server.start(PROMPT, num_predict=length - PROMPT_TOKENS, **options)
 
 
 async def _start_all(server: Server, *lengths: int) -> list[CompletionCall]:
-    """Begins completions in this order, while the engine's first step is held."""
+    """Start completions in this order while the engine's first step is held."""
     live = server.app.engine._registry._requests
     calls = []
     for length in lengths:
@@ -50,7 +50,7 @@ async def _start_all(server: Server, *lengths: int) -> list[CompletionCall]:
 
 
 async def _hold(server: Server) -> None:
-    """Lets one more step pass, in which the engine looks at what has come."""
+    """Let one more step pass, in which the engine admits new requests."""
     gate = server.backend.step_gate
     await server.thread(gate.wait_arrival)
     passed = gate._passed
@@ -69,7 +69,7 @@ async def test_those_over_the_budget_wait_and_are_served_later(start_server: Sta
     calls = await _start_all(server, 50, 50, 50, 20)
     await _hold(server)
     status = await server.status()
-    # Two of fifty fit; the small one, which would fit too, waits for its turn.
+    # Two of fifty fit; the small one would fit too, but keeps its place in the queue.
     assert (status.running_count, status.queued_count) == (2, 2)
     assert len(server.backend.batches[-1].rows) == 2
     server.backend.step_gate.open()
@@ -122,7 +122,7 @@ async def test_one_that_can_never_fit_is_refused_with_both_numbers(
     assert problem.reason == "INSUFFICIENT_MEMORY"
     assert problem.metadata["requiredBytes"] == str(101 * TOKEN_BYTES)
     assert problem.metadata["availableBytes"] == str(100 * TOKEN_BYTES)
-    # For a person: the numbers, and what to do.
+    # The message gives the numbers and advice.
     assert "101 tokens" in problem.message
     assert "num_predict" in problem.message
     server.assert_nothing_left()
@@ -134,7 +134,7 @@ async def test_it_is_refused_at_once_whoever_waits(start_server: StartServer) ->
     gate = server.backend.step_gate
     gate.shut()
     calls = await _start_all(server, 100, 100)
-    # No step is made meanwhile.
+    # The engine makes no step meanwhile.
     assert (await failure(_start(server, 101))).reason == "INSUFFICIENT_MEMORY"
     await _hold(server)
     status = await server.status()
@@ -157,7 +157,7 @@ async def test_without_num_predict_the_context_is_the_need(start_server: StartSe
 async def test_the_queue_is_bounded_whatever_its_members_wait_for(
     start_server: StartServer,
 ) -> None:
-    """Memory lets one run where there are four places; the rest wait, and not for ever more."""
+    """Memory for one request at a time fills the queue even with four slots."""
     server = await _server(start_server, tokens_=100, max_queued=3)
     server.backend.step_gate.shut()
     calls = await _start_all(server, *[100] * 7)
@@ -171,7 +171,7 @@ async def test_the_queue_is_bounded_whatever_its_members_wait_for(
 
 @pytest.mark.parametrize("place", [0, 1, 2])
 async def test_one_that_is_cancelled_makes_room(start_server: StartServer, place: int) -> None:
-    """Whether it runs or waits; one that waits at the head holds up those behind it."""
+    """Cancel a running or a queued request; one at the head of the queue blocks the others."""
     server = await _server(start_server, tokens_=100)
     server.backend.step_gate.shut()
     calls = await _start_all(server, 60, 100, 100, 40)
@@ -198,7 +198,7 @@ async def test_an_unload_ends_those_that_wait_for_memory(start_server: StartServ
     assert {problem.reason for problem in problems} == {"SHUTTING_DOWN"}
     await unload
     server.assert_nothing_left()
-    # A model that takes less per token, or more memory: everything fits.
+    # With three times the memory everything fits.
     server.backend.kv_budget_bytes = 300 * TOKEN_BYTES
     await server.load(parallel=4)
     assert await asyncio.gather(*(_length(_start(server, 100)) for _ in range(3))) == [92] * 3
@@ -220,14 +220,14 @@ async def test_a_step_that_fails_lets_those_that_wait_for_memory_begin(
 async def test_while_nothing_fits_the_engine_sleeps(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One is set aside with all the memory; the others wait, and nobody looks again and again."""
+    """Preempt a request holding the entire KV budget: the engine sleeps instead of polling."""
     server = await _server(start_server, tokens_=100)
     gate, scheduler = server.backend.step_gate, server.app.engine._engine_thread._scheduler
     gate.shut()
     (first,) = await _start_all(server, 100)
     await _hold(server)
     (completion,) = scheduler.running
-    # Its reader is behind: the engine is told so at the next step, and later that it is not.
+    # The engine notices the slow reader at its next step, and later that the reader caught up.
     monkeypatch.setattr(type(completion.stream), "is_full", property(lambda _stream: True))
     resumes: list[Any] = []
     monkeypatch.setattr(completion.stream, "on_drained", resumes.append)

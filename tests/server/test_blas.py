@@ -1,4 +1,4 @@
-"""The name of the library that multiplies matrices."""
+"""Name of the library for matrix products."""
 
 from __future__ import annotations
 

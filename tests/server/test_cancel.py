@@ -1,4 +1,4 @@
-"""A completion that nobody reads any more ends in every phase and leaves nothing."""
+"""A completion without a reader ends in every phase and leaves nothing."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def test_while_the_prompt_is_evaluated(loaded: Server) -> None:
     assert (await anext(aiter(call))).HasField("prompt_progress")
     await loaded.thread(gate.wait_arrival)
     call.cancel()
-    # It takes effect within the step that runs.
+    # The cancel arrives during a step and takes effect after it.
     await eventually(lambda: loaded.app.engine._commands.qsize() == 1)
     gate.allow()
     await loaded.settled()
@@ -76,7 +76,7 @@ async def test_while_tokens_come(loaded: Server) -> None:
 
 
 async def test_in_the_same_step_as_its_end(loaded: Server) -> None:
-    """The engine ends the row in a step while the cancel of it already waits."""
+    """Let the engine finish the row in a step while a cancel is already queued."""
     gate = loaded.backend.step_gate
     for _ in range(50):
         gate.shut()
@@ -132,7 +132,7 @@ async def test_others_in_the_batch_do_not_notice(loaded: Server) -> None:
 
 
 async def test_a_thousand_cancels_leave_nothing(server: Server) -> None:
-    """In every phase at random, against a fixed seed; tasks and rows are counted."""
+    """Cancel in every phase, at random from a fixed seed; count tasks and rows afterwards."""
     await server.load(parallel=4)
     draw = random.Random(1)  # noqa: S311 - chooses phases
     before = len(asyncio.all_tasks())

@@ -1,4 +1,4 @@
-"""Everything at once, in random order from fixed seeds: nothing hangs, nothing is left."""
+"""Every operation at once, in random order from fixed seeds: nothing hangs or is left."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXPECTED = {
 
 
 class Visitor:
-    """A client that does one thing after another."""
+    """Client making one random call after another."""
 
     def __init__(self, server: Server, seed: int) -> None:
         self.server = server
@@ -32,7 +32,7 @@ class Visitor:
         self.ended: list[str] = []
 
     async def run(self, count: int) -> None:
-        """Does ``count`` things; only documented errors may come of them."""
+        """Make ``count`` calls and record their outcomes."""
         things: list[tuple[Callable[[], Awaitable[object]], int]] = [
             (self._complete, 10),
             (self._cancel, 6),

@@ -1,4 +1,4 @@
-"""What the engine tells of a prefix cache and of memory, in the protocol's messages."""
+"""The engine's counters of prefix cache and memory in the protocol's messages."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ async def test_status_tells_what_is_kept(server: Server, monkeypatch: pytest.Mon
     [
         ("cpu: EPYC", "linux", 100, 70),
         ("gpu: Apple M4", "darwin", 100, 70),
-        # A GPU's own memory is no part of the resident set.
+        # A GPU's own memory is not part of the resident set.
         ("gpu: NVIDIA H100", "linux", 100, 100),
-        # Pages that were allocated and never written are in no resident set.
+        # Allocated pages that were never written are in no resident set.
         ("cpu: EPYC", "linux", 25, 0),
         ("", "linux", 100, 70),
     ],

@@ -1,4 +1,4 @@
-"""The end of a server: what it refuses, what it ends, and in which order."""
+"""The end of a server: calls refused, streams and loads ended, and the order of both."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def test_a_stop_ends_streams_and_frees_the_model(start_server: StartServer
     watch = server.watch_health()
     while await anext(watch) != NOT_SERVING:
         pass
-    # The step still runs: new work is refused at once, Status answers.
+    # The step still runs: new work is refused at once, and Status answers.
     await eventually(lambda: server.app.engine._registry.is_stopping)
     assert (await failure(server.start())).reason == "SHUTTING_DOWN"
     assert (await failure(server.load())).reason == "SHUTTING_DOWN"

@@ -1,4 +1,4 @@
-"""Estimate over the wire: what a load would need, with nothing loaded for it."""
+"""Estimate over the wire: the memory a load would need, computed without loading."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def free(available_bytes: int) -> FreeMemory:
 
 @dataclass
 class Counter:
-    """Stands in for the process that counts what a model needs.
+    """Stand-in for the process computing the needs of a model.
 
     Attributes:
-        requests: What it was asked, in order.
-        errors: What it raises for a format, instead of an answer.
+        requests: The questions received, in order.
+        errors: Errors raised instead of an answer, by format.
         gate: Passed by every question.
     """
 
@@ -80,7 +80,7 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
 
 @pytest.fixture
 def has(start_server: StartServer, tmp_path: Path) -> Callable[[int], Any]:
-    """Starts a server on a machine with so much memory, of which this process holds none."""
+    """Factory of servers on a machine with a given free memory, not counting this process."""
 
     def start(available_bytes: int) -> Any:
         book = ReservationBook(tmp_path / "book")
@@ -211,7 +211,7 @@ async def test_the_stored_format_where_float32_exceeds_the_limit_asked_for(
 async def test_no_note_where_the_stored_format_is_the_usual_one(
     has: Callable[[int], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on Metal and CUDA."""
+    """Give no note on Metal and CUDA, where weights are kept as stored anyway."""
     usual = NeedAnswer(NEED, "as_stored", 4096, 32768, 4)
     monkeypatch.setattr("runner_server.api.estimator.ask_need", lambda *_: usual)
     answer = await estimate(await has(GIB), tmp_path, dtype=pb.DTYPE_AUTO_OR_STORED)
@@ -247,7 +247,7 @@ async def test_a_process_that_counts_and_crashes(
 async def test_a_loaded_model_keeps_answering(
     loaded: Server, counter: Counter, tmp_path: Path
 ) -> None:
-    """Many estimates that take long hold up neither steps nor tokenizers."""
+    """Run many slow estimates: steps and tokenizers are not held up."""
     counter.gate.shut()
     calls = [asyncio.ensure_future(estimate(loaded, tmp_path)) for _ in range(40)]
     await loaded.thread(counter.gate.wait_arrival)
@@ -295,7 +295,7 @@ async def test_an_estimate_under_way_ends_when_the_runner_stops(
     counter.gate.shut()
     calls = [asyncio.ensure_future(failure(estimate(server, tmp_path))) for _ in range(4)]
     await server.thread(counter.gate.wait_arrival)
-    # All of them: one that has not come yet is cut off by gRPC, as by any server that stops.
+    # Wait for all: gRPC itself cuts off a call that has not arrived when the server stops.
     await eventually(lambda: len(server.app._estimator._running) == len(calls))
     await server.app.close()
     assert {(await call).reason for call in calls} == {"SHUTTING_DOWN"}
@@ -304,7 +304,7 @@ async def test_an_estimate_under_way_ends_when_the_runner_stops(
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test asks anew: its answers are kept in a directory of its own."""
+    """An answer cache of this test alone, so every estimate is computed anew."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 

@@ -1,4 +1,4 @@
-"""A step that raises ends its own batch; a second one in a row ends the process."""
+"""A failed step ends the requests of the batch; two in a row end the process."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ async def test_only_its_batch_fails_and_the_queue_is_served(server: Server) -> N
     status = await server.status()
     assert status.state == pb.STATE_ACTIVE
     assert "RuntimeError" in status.last_error
-    # A new batch: rows of the old one that the library had split off are lost.
+    # The failed batch is replaced: the library may have lost rows that it had split off.
     assert len(server.backend.batches) == 2
     assert server.backend.batches[0].closed
     server.assert_nothing_left()
@@ -89,7 +89,7 @@ async def test_two_in_a_row_end_everything(start_server: StartServer) -> None:
     assert await anext(watch) == NOT_SERVING
     assert await asyncio.wait_for(run, 20) == 70
     assert server.backend.steps == 2
-    # What the library holds is given back before the process ends, or its exit may abort.
+    # The backend closes before the process ends, or the exit may abort.
     assert server.backend.calls[-1] == ("close", "engine")
 
 

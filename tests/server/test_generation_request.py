@@ -1,4 +1,4 @@
-"""The status of a request, and the transitions that each status allows."""
+"""The status of a request, and the transitions legal in each."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ LEGAL = {
 
 
 def _request(status: RequestStatus = WAITING, max_tokens: int = 100) -> GenerationRequest:
-    """A request that has reached a status."""
+    """Return a request in the given status."""
     request = GenerationRequest(CompletionSpec((1, 2), max_tokens), ByteCodec(), frozenset({EOS}))
     for name in PATHS[status]:
         TRANSITIONS[name](request)

@@ -1,4 +1,4 @@
-"""Headers come when a completion is accepted; one that is refused has a status alone."""
+"""An accepted completion gets headers at once; a refused one gets only a status."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def _by_hand(server: Server, data: bytes) -> plain_http2.Answer:
 
 @pytest.fixture
 async def full(start_server: StartServer) -> Server:
-    """A server that stands still, with one place that is taken and one request that waits."""
+    """A server with one slot and a queue of one, held before the first step."""
     server = await start_server(
         FakeBackend(kv_budget_bytes=100_000), listen="127.0.0.1:0", max_queued=1
     )
@@ -40,7 +40,7 @@ async def full(start_server: StartServer) -> Server:
 async def test_a_queued_completion_has_headers(full: Server) -> None:
     running, queued = full.start(num_predict=1), full.start(num_predict=1)
     await full.thread(full.backend.step_gate.wait_arrival)
-    # Neither has a token, and the engine does nothing.
+    # Neither has a token, and the engine makes no step.
     for call in (running, queued):
         await call.initial_metadata()
     await eventually(lambda: len(full.app.engine._registry._requests) == 2)

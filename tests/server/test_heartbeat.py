@@ -1,4 +1,4 @@
-"""Progress of the engine as other threads see it."""
+"""Progress of the engine, as seen by other threads."""
 
 from __future__ import annotations
 

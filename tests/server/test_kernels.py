@@ -1,4 +1,4 @@
-"""Folders for compiled kernels: what is kept for later processes, and what is not."""
+"""Folders for compiled kernels: reuse by later processes, and removal."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there i
 
 @pytest.fixture
 def environ(tmp_path: Path) -> dict[str, str]:
-    """Two places that are fit for kernels."""
+    """Two folders fit for kernels."""
     (tmp_path / "tmp").mkdir()
     return {"TMPDIR": str(tmp_path / "tmp"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
 
 
 @pytest.fixture
 def opened(environ: dict[str, str]) -> Iterator[KernelFolder]:
-    """A folder with a library in it that was compiled and loaded."""
+    """A folder with one compiled and loaded library."""
     folder = open_kernels(VERSION, check=check_compiler, environ=environ)
     yield folder
     folder.close()
 
 
 def accept(_folder: Path) -> None:
-    """Is content with any folder."""
+    """Accept any folder."""
 
 
 def again(environ: Mapping[str, str]) -> list[str]:
-    """The libraries that a process begins with."""
+    """Return the libraries a new process starts with."""
     folder = open_kernels(VERSION, check=accept, environ=environ)
     found = [file.name for file in folder.libraries.iterdir()]
     folder.close()
@@ -49,7 +49,7 @@ def again(environ: Mapping[str, str]) -> list[str]:
 
 
 def c_variable(name: str) -> str | None:
-    """A variable as MLX sees it."""
+    """Return an environment variable as seen by C code."""
     getenv = ctypes.CDLL(None).getenv
     getenv.restype = ctypes.c_char_p
     found = getenv(name.encode())
@@ -80,7 +80,7 @@ def test_a_kernel_cut_short_is_compiled_again(
 ) -> None:
     open_kernels(VERSION, check=check_compiler, environ=environ).close()
     (kept,) = tmp_path.rglob(CHECK_LIBRARY)
-    # In another file: this process has mapped the old one, and dies of the bus error at its end.
+    # In another file: this process has mapped the old one, and would die of a bus error at exit.
     part = kept.read_bytes()[:size]
     kept.unlink()
     kept.write_bytes(part)
@@ -94,7 +94,7 @@ def test_a_kernel_cut_short_is_compiled_again(
 def test_a_kernel_that_could_not_be_loaded_is_dropped(
     opened: KernelFolder, environ: dict[str, str]
 ) -> None:
-    """As the linker leaves it when it is killed: MLX would try it again and again."""
+    """Drop the output of a killed linker, which MLX would try to load each time."""
     half = opened.libraries / "libhalf.so"
     half.write_bytes((opened.libraries / CHECK_LIBRARY).read_bytes()[:5000])
     opened.keep()
@@ -121,7 +121,7 @@ def test_kernels_of_another_version_are_not_taken(environ: dict[str, str]) -> No
 
 
 def test_mlx_alone_is_told_of_the_folder(environ: dict[str, str]) -> None:
-    """Temporary files of Python and of children stay where they were."""
+    """Leave the folder of temporary files of Python and of children as before."""
     before, python = c_variable("TMPDIR"), os.environ.get("TMPDIR")
     folder = open_kernels(VERSION, check=accept, environ=environ)
     folder.use()
@@ -172,7 +172,7 @@ def test_folders_of_killed_processes_are_removed_and_others_are_not(
 
 
 def place_of(environ: Mapping[str, str]) -> Path:
-    """The folder that all processes share in these circumstances."""
+    """Return the folder shared by the processes with this environment."""
     folder = open_kernels(VERSION, check=accept, environ=environ)
     place = folder.libraries.parents[3]
     folder.close()
@@ -191,7 +191,7 @@ def test_a_folder_of_temporary_files_that_was_named_goes_first(
 def test_without_a_home_the_folder_of_temporary_files_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As for a user id of a container's own choice."""
+    """Run without HOME, like an arbitrary user id in a container."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert place_of({}) == tmp_path.resolve() / f"mlx-runner-kernels-{os.geteuid()}"
     assert place_of({"HOME": str(tmp_path)}) == tmp_path.resolve() / ".cache/mlx-runner/kernels"
@@ -276,7 +276,7 @@ def test_a_folder_mounted_noexec_is_refused_before_anything_is_compiled(
 def test_a_full_disk_is_refused_before_anything_is_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else MLX raises with the first kernel for which there is no room."""
+    """Refuse early; otherwise MLX raises at the first kernel without room."""
     full = SimpleNamespace(f_flag=0, f_bavail=10, f_frsize=4096)
     monkeypatch.setattr(os, "statvfs", lambda _: full)
     with pytest.raises(OSError, match="has 40960 bytes free; at least"):

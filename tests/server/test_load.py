@@ -1,4 +1,4 @@
-"""Load, Unload and what Status tells meanwhile."""
+"""Load and Unload, and the Status meanwhile."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ async def test_a_cancelled_load_stops_and_a_new_one_works(server: Server, how: s
     await eventually(lambda: _is_cancelled(server))
     gate.open()
     await _idle(server)
-    # It stopped at its next report: the gate was passed for it and no more.
+    # The load stopped at its next report, and passed the gate for that one only.
     assert gate._passed == 3
     status = await server.status()
     assert (status.state, status.progress, status.memory) == (pb.STATE_IDLE, 0, 0)
@@ -108,7 +108,7 @@ async def test_a_cancelled_load_stops_and_a_new_one_works(server: Server, how: s
 
 
 async def test_a_load_cancelled_before_its_turn_does_nothing(loaded: Server) -> None:
-    """The engine is in a step; the load has not begun when its caller goes away."""
+    """Cancel a load while the engine is in a step and has not begun to load."""
     loaded.backend.step_gate.shut()
     call = loaded.start("x", num_predict=2)
     await loaded.thread(loaded.backend.step_gate.wait_arrival)
@@ -165,7 +165,7 @@ async def test_a_load_replaces_the_model_and_ends_its_streams(loaded: Server) ->
     call = loaded.start(num_predict=4000)
     await loaded.thread(gate.wait_arrival)
     load = asyncio.ensure_future(loaded.load("other"))
-    # It has been asked for, and waits for the step.
+    # The load is requested, and waits for the step.
     await eventually(lambda: loaded.app.engine.state().state is State.LOADING)
     gate.open()
     await load

@@ -1,4 +1,4 @@
-"""A server that holds a part of a model: what it tells of the other ranks, and their end."""
+"""A server with a part of a model: the status of other ranks, and the loss of one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OTHER = Rank(1, "there", 4711, "cpu: fake", MemoryCounters(5, 6, 7, 1), 8, 9)
 
 
 class FakeRanks:
-    """One other rank."""
+    """Ranks with one other rank."""
 
     others: Sequence[Rank] = (OTHER,)
     on_lost: Callable[[str], object]
@@ -39,13 +39,13 @@ class FakeRanks:
 
 @pytest.fixture
 def other() -> FakeRanks:
-    """The other rank."""
+    """The ranks watched by the server."""
     return FakeRanks()
 
 
 @pytest.fixture
 async def first(socket_dir: Path, other: FakeRanks) -> AsyncIterator[Server]:
-    """Rank 0, with a model."""
+    """Rank 0 with a model."""
     backend = FakeBackend()
     app = RunnerApp(ServerConfig(listen=f"unix:{socket_dir}/s"), backend, other)
     ready = await app.start()
@@ -55,7 +55,7 @@ async def first(socket_dir: Path, other: FakeRanks) -> AsyncIterator[Server]:
         yield server
     backend.open_gates()
     await app.close()
-    # A lost rank's engine is not waited for; this one does not hang, and needs the loop.
+    # ``close`` does not wait for a lost rank's engine; this one does not hang, and needs the loop.
     await asyncio.to_thread(app.engine._thread.join)
 
 
@@ -117,7 +117,7 @@ async def test_requests_of_a_lost_rank_are_failed_on_the_engine_thread(
     await first.thread(lambda: other.on_lost("rank 1 is gone"))
     for problem in await asyncio.gather(*map(failure, calls)):
         assert problem.message == "rank 1 is gone"
-    # Its thread still hangs in the step.
+    # The engine thread still hangs in the step.
     assert not threads
     assert RequestStatus.FINISHED not in {request.status for request in requests}
     status = await first.status()

@@ -1,4 +1,4 @@
-"""Whether a load fits the machine, by what is free and by what others may still take."""
+"""Loads are admitted by free memory, less the reservations of other processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from support.reservations import RESERVE, add_reservation, read_line, record_fil
 
 GIB = 2**30
 NEED = MemoryNeed(8 * GIB, 4 * GIB, 2 * GIB, GIB, GIB, 0, has_default_prefix_cache=True)
-"""16 GiB in all, 14 GiB without its prefix cache."""
+"""16 GiB in total, 14 GiB without the prefix cache."""
 
 EXACT = replace(NEED, has_default_prefix_cache=False)
 ME = os.getpid()
@@ -33,13 +33,13 @@ ME = os.getpid()
 
 @pytest.fixture
 def book(tmp_path: Path) -> ReservationBook:
-    """Reservations that no other test sees."""
+    """Reservations of this test alone."""
     return ReservationBook(tmp_path / "book")
 
 
 @pytest.fixture(autouse=True)
 def resident(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """What this process holds, and nothing that is kept free."""
+    """Bytes held by this process; nothing is kept free."""
     held = {"bytes": 0}
     monkeypatch.setenv(MINIMUM_VARIABLE, "0")
     monkeypatch.setattr(
@@ -69,14 +69,14 @@ def admission(book: ReservationBook, measured: FreeMemory) -> MachineAdmission:
 
 
 def own(book: ReservationBook) -> list[Record]:
-    """The records of this process."""
+    """Return the records of this process."""
     with book.locked() as view:
         return [record for record in view.records() if record.pid == ME]
 
 
 @contextmanager
 def another(book: ReservationBook, size: int) -> Iterator[subprocess.Popen[str]]:
-    """A process that may come to take so much."""
+    """Run a process with a reservation of ``size`` bytes."""
     with run_script(RESERVE, book.directory, size) as process:
         assert read_line(process) == "ready"
         yield process
@@ -139,7 +139,7 @@ def test_others_reservations_count_until_they_end(book: ReservationBook) -> None
 
 
 def test_the_record_of_this_process_is_replaced(book: ReservationBook) -> None:
-    """Also one that a gate made before it started the process."""
+    """Replace any own record, including one made by a gate before the process started."""
     add_reservation(book, 30 * GIB, pid=ME)
     machine = admission(book, free(16 * GIB))
     assert machine.admit("a", NEED, override=False) == 16 * GIB
@@ -195,10 +195,10 @@ def test_what_it_holds_of_a_gpu_counts_as_free_once_it_is_reported(
     assert machine.compare(1).available_bytes == 0
     machine.note_held(20 * GIB)
     assert machine.compare(1).available_bytes == 20 * GIB
-    # The system's memory, through which weights pass, is the next limit.
+    # The next limit is the system's memory, through which the weights pass.
     machine.note_held(80 * GIB)
     assert machine.compare(1).available_bytes == 65 * GIB
-    # A load is decided when the old model is gone, and a report of it may be late.
+    # A load is decided after the old model is gone, whose last report may be late.
     with pytest.raises(InsufficientMemory):
         machine.admit("m", NEED, override=False)
     machine.release()
@@ -230,7 +230,7 @@ def test_nothing_is_noted_without_a_reservation(book: ReservationBook) -> None:
 
 
 def test_what_is_to_spare(book: ReservationBook, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this process has set aside does not count: it is its own."""
+    """Subtract only the reservations of other processes."""
     machine = admission(book, free(16 * GIB))
     machine.admit("m", NEED, override=False)
     assert machine.spare_bytes() == 16 * GIB
@@ -256,7 +256,7 @@ def test_a_variable_that_is_no_number_is_told_of_at_the_start(
 async def test_a_load_keeps_what_the_gate_set_aside_until_it_has_its_own(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dropped too early, it was promised to the next one that asked in between."""
+    """Keep the gate's reservation until the load has one; otherwise another process may take it."""
     server = await start_server()
     asked: list[bool] = []
     release = server.backend.release

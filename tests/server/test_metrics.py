@@ -1,4 +1,4 @@
-"""What Prometheus gets: names, counts and when they are read."""
+"""Prometheus metrics: names, counts and the time of reading."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 @pytest.fixture
 async def scraped(start_server: StartServer) -> Server:
-    """A loaded server that answers scrapes."""
+    """A loaded server with metrics."""
     server = await start_server(metrics_listen=LOOPBACK)
     await server.load()
     return server
@@ -58,12 +58,12 @@ def _samples(server: Server) -> Samples:
 
 
 async def samples(server: Server) -> Samples:
-    """Scrapes; over HTTP, so beside the loop."""
+    """Scrape over HTTP, in a thread beside the event loop."""
     return await server.thread(lambda: _samples(server))
 
 
 def value(found: Samples, name: str, **labels: str) -> float:
-    """The one sample of a name that has these labels, whatever else it has."""
+    """Return the only sample of a name with these labels, and possibly others."""
     (sample,) = [
         each
         for (its_name, its_labels), each in found.items()
@@ -94,7 +94,7 @@ async def test_completions_are_counted_and_timed(scraped: Server) -> None:
     }
     prefix = "gen_ai_server"
     assert value(found, f"{prefix}_time_to_first_token_seconds_count", **named) == 4
-    # A completion of one token has no second one to take time.
+    # A completion of one token has no time between tokens.
     assert value(found, f"{prefix}_time_per_output_token_seconds_count", **named) == 3
     assert value(found, f"{prefix}_request_duration_seconds_count", error_type="", **named) == 4
     refused = value(found, f"{prefix}_request_duration_seconds_count", error_type="INVALID_FIELD")
@@ -143,7 +143,7 @@ async def test_tokens_of_a_completion_that_goes_on_are_counted(scraped: Server) 
 
 
 async def test_counters_never_go_back(scraped: Server) -> None:
-    """A request passes from those that go on to those that have ended between two scrapes."""
+    """Move requests from running to finished between two scrapes."""
     seen: list[float] = []
     done = threading.Event()
 
@@ -238,7 +238,7 @@ async def test_an_open_address_is_warned_of(
     start_server: StartServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = start_http_server
-    # Listens on loopback whatever it is told.
+    # The stand-in listens on loopback instead of the open address.
     monkeypatch.setattr(
         metrics,
         "start_http_server",

@@ -1,4 +1,4 @@
-"""What a chunk is thought to take, on machines whose law is known."""
+"""Estimates of the time of a prefill chunk, on machines of known cost."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_constant_part_is_told_from_the_rest(constant: float, per_token: flo
     if share < 0.5:
         assert cost.tokens_within(constant + 500 * per_token) == pytest.approx(500, rel=0.02)
     else:
-        # Where hardly anything depends on the tokens, many fit; by how much, nobody knows.
+        # If hardly any time depends on the tokens, many fit; the exact number is unknown.
         assert (cost.tokens_within(1.5 * (constant + 109 * per_token)) or 0) > 200
 
 
@@ -40,7 +40,7 @@ def test_what_has_no_time_for_the_constant_part_has_none_for_tokens() -> None:
 
 
 def test_a_prompt_whose_later_chunks_are_slower_does_not_look_like_a_constant() -> None:
-    """Chunks shrink as tokens get slower; a line through these would promise far too much."""
+    """Chunks shrink as tokens get slower; a line fitted through them would allow far too many."""
     cost = PrefillCostModel()
     per_token = 0.0005
     worst = 1.0

@@ -1,4 +1,4 @@
-"""How prompts share the time between decode steps, on a machine of a known pace."""
+"""Division of the time between decode steps among prompts, on machines of known pace."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ MAX_CHUNK = 128
 
 
 class Machine:
-    """Evaluates prompts, at ``pace`` tokens a second, as a batch does it.
+    """Prefill at ``pace`` tokens a second, driven as the batch drives the policy.
 
     Attributes:
         remaining: Tokens left of each prompt, in order of arrival.
-        seconds: What the last slice took.
-        chunks: What was evaluated in it: prompt and tokens.
+        seconds: Duration of the last slice.
+        chunks: Chunks of the last slice: prompt and tokens.
     """
 
     def __init__(self, pace: float, max_chunk: int = MAX_CHUNK) -> None:
@@ -27,7 +27,7 @@ class Machine:
         self.chunks: list[tuple[int, int]] = []
 
     def slice(self, decode_seconds: float = DECODE_SECONDS, decoding: int = 4) -> None:
-        """What happens between two decode steps."""
+        """Run the prefill between two decode steps."""
         self.policy.begin_slice(decode_seconds, decoding, len(self.remaining))
         self.seconds, self.chunks = 0.0, []
         while turn := self.policy.next(self.remaining):
@@ -42,7 +42,7 @@ class Machine:
                 del self.remaining[row]
 
     def warm(self) -> None:
-        """Lets it find its pace."""
+        """Let the policy measure the pace."""
         self.remaining[-1] = 2000
         while self.remaining:
             self.slice()
@@ -57,10 +57,10 @@ def test_running_streams_wait_no_longer_than_a_slice(pace: float) -> None:
     while machine.remaining:
         machine.slice()
         slices += 1
-        # No machine can do less than a grain of tokens.
-        # The last chunk of a prompt may be half as long again.
+        # No machine can do less than the smallest chunk, and the last chunk of a prompt may be half
+        # as long again.
         assert machine.seconds <= 1.5 * max(MIN_SECONDS, MIN_CHUNK / pace)
-    # The time is used: no more than half of each slice is left over.
+    # The time is used: at most half of each slice remains.
     assert slices <= 2 * 5800 / max(pace * MIN_SECONDS, MIN_CHUNK) + 4
 
 
@@ -93,7 +93,7 @@ def test_no_chunk_is_larger_than_it_may_be(max_chunk: int) -> None:
 
 @pytest.mark.parametrize("max_chunk", [128, 1024])
 def test_a_lone_prompt_gets_whole_chunks(max_chunk: int) -> None:
-    """Nothing is decoded, so nobody waits but for a newcomer or a cancel."""
+    """Without decoding only a newcomer or a cancel waits for the chunk."""
     machine = Machine(20_000, max_chunk)
     machine.warm()
     machine.remaining = {0: 10_000}
@@ -106,7 +106,7 @@ def test_a_lone_prompt_gets_whole_chunks(max_chunk: int) -> None:
         assert machine.seconds <= MAX_SECONDS * 1.1
     assert slices <= 3
     whole = sum(count == max_chunk for count in counts)
-    # All but the last two parts of a prompt and what is left of a slice.
+    # Except the last two chunks of a prompt and the rest of a slice.
     assert whole >= len(counts) - 2 * slices - 2
 
 
@@ -124,7 +124,7 @@ def test_a_slow_decode_step_gives_prompts_twice_the_time_it_takes() -> None:
 def test_a_long_prompt_is_not_put_off_by_short_ones(
     pace: float, max_chunk: int, length: int
 ) -> None:
-    """Half of the time is its own, however many shorter ones come after it."""
+    """Give a long prompt half of the time, however many shorter ones arrive later."""
     machine = Machine(pace, max_chunk)
     machine.warm()
     machine.remaining = {0: 4000}
@@ -138,7 +138,7 @@ def test_a_long_prompt_is_not_put_off_by_short_ones(
         total += machine.seconds
         slices += 1
         share = (4000 - machine.remaining.get(0, 0)) / pace
-        # Up to a slice of its own it may be behind.
+        # The prompt may be behind by up to one slice.
         assert share >= total / 3 - 4 * max(MIN_SECONDS, MIN_CHUNK / pace), f"after {slices} slices"
 
 
@@ -178,7 +178,7 @@ def test_many_small_prompts_begin_in_one_slice() -> None:
 
 
 def test_prompts_that_need_no_evaluation_cost_no_time() -> None:
-    """Of one token, or known from earlier ones: nothing is left of them."""
+    """Take prompts of one token or found in the prefix cache: none of their tokens remain."""
     machine = Machine(1000)
     machine.warm()
     machine.remaining = {0: 4000, 1: 0, 2: 0}
@@ -193,7 +193,7 @@ def test_without_prompts_there_is_no_turn() -> None:
 
 
 def test_many_newcomers_are_not_held_up_by_one_stream() -> None:
-    """Else a batch that could be large is decoded small for long."""
+    """Let the batch grow soon instead of decoding a small one for long."""
     machine = Machine(5000, max_chunk=1024)
     machine.warm()
     machine.remaining = dict.fromkeys(range(15), 1000)
@@ -206,13 +206,13 @@ def test_one_newcomer_does_not_hold_up_many_streams() -> None:
     machine.warm()
     machine.remaining = {0: 4000}
     machine.slice(decode_seconds=0.04, decoding=15)
-    # Never less than two decode steps: below that a chunk takes as long anyway.
+    # Never less than two decode steps: below that, a chunk takes as long anyway.
     assert machine.seconds <= 0.08 * 1.001
 
 
 @pytest.mark.parametrize("length", [65, 129, 130, 200, 255])
 def test_no_small_rest_is_left_over(length: int) -> None:
-    """A chunk of two tokens would take as long as one of sixty."""
+    """Avoid a last chunk of two tokens, which would take as long as one of sixty."""
     machine = Machine(50_000, max_chunk=128)
     machine.warm()
     machine.remaining = {0: length}

@@ -1,6 +1,6 @@
-"""What the tree of prompts gives back, what it holds, and what it lets go of first.
+"""The radix tree of the prefix cache: matches, contents and eviction.
 
-Its pieces here are the tokens themselves, so that every answer can be checked.
+Segments here are the tokens themselves, so every match can be checked.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PLENTY = 1 << 30
 
 
 class TokenPieces:
-    """Segments are tuples of tokens; a snapshot is all tokens before it."""
+    """Operations on segments of tokens; a snapshot is the tuple of all tokens before it."""
 
     def __init__(self, *, needs_snapshot: bool) -> None:
         self._needs_snapshot = needs_snapshot
@@ -54,7 +54,7 @@ def _tree(budget: int = PLENTY, *, snapshots: bool = False) -> Tree:
 
 
 def _offer(tree: Tree, tokens: Sequence[int], *, snapshots: bool = False) -> list[int]:
-    """Offers a run; returns how many tokens were copied, each time some were."""
+    """Offer a run; return the numbers of tokens copied, one for each copy."""
     run = tuple(tokens)
     copied: list[int] = []
 
@@ -68,7 +68,7 @@ def _offer(tree: Tree, tokens: Sequence[int], *, snapshots: bool = False) -> lis
 
 
 def _take(tree: Tree, tokens: Sequence[int], *, snapshots: bool = False) -> int:
-    """How many tokens are known, after a check of what is given for them."""
+    """Return the number of cached tokens, after checking the segments and snapshot."""
     usable = tree.match(tokens).usable
     count, segments, snapshot = tree.lookup(tokens)
     assert count == usable
@@ -86,7 +86,7 @@ def _nodes(tree: Tree) -> Iterator[Any]:
 
 
 def _check(tree: Tree, budget: int) -> None:
-    """Whether the tree's own books agree with what hangs in it."""
+    """Compare the tree's counters and order of use with its nodes."""
     nodes = list(_nodes(tree))
     held = sum(TOKEN_BYTES * len(node.segment) for node in nodes)
     held += sum(SNAPSHOT_BYTES for node in nodes if node.snapshot is not None)
@@ -157,7 +157,7 @@ def test_it_is_never_over_its_budget_and_never_gives_what_was_not_offered(
 
 
 def _run(name: int, length: int = 10) -> Tokens:
-    """A run that has nothing in common with those of other names."""
+    """Return a run without a common prefix with runs of other names."""
     return tuple(1000 * name + i for i in range(length))
 
 
@@ -193,7 +193,7 @@ def test_a_look_is_no_use() -> None:
 
 @pytest.mark.parametrize("snapshots", [False, True])
 def test_a_shared_beginning_outlives_what_follows_it(snapshots: bool) -> None:
-    """The system prompt of many requests, with room for two of them."""
+    """Send many requests with one system prompt, with room for two of them."""
     system = _run(0, 50)
     tree = _tree(70 * TOKEN_BYTES + 4 * SNAPSHOT_BYTES, snapshots=snapshots)
     _offer(tree, system, snapshots=snapshots)
@@ -206,7 +206,7 @@ def test_a_shared_beginning_outlives_what_follows_it(snapshots: bool) -> None:
 
 
 def test_a_long_run_loses_its_end_before_its_beginning() -> None:
-    """As a prompt that is offered chunk by chunk."""
+    """Offer a prompt chunk by chunk, as prefill does."""
     tree = _tree(40 * TOKEN_BYTES)
     for end in (10, 20, 30, 40):
         _offer(tree, _run(1, 40)[:end])
@@ -240,13 +240,13 @@ def test_with_no_budget_nothing_is_kept() -> None:
 
 
 def test_what_is_too_large_for_the_budget_costs_nothing_else() -> None:
-    """It cannot be kept, so there is no reason to drop anything for it."""
+    """Evict nothing for a run over the budget, which cannot be kept anyway."""
     tree = _tree(30 * TOKEN_BYTES)
     _offer(tree, _run(1))
     _offer(tree, _run(2))
     _offer(tree, _run(3, 31))
     assert [_take(tree, _run(name, 31)) for name in (1, 2, 3)] == [10, 10, 0]
-    # One that continues what is known has less room: that is not to be dropped for it.
+    # A continuation of a cached run has less room, as that run is not evicted for it.
     _offer(tree, _run(1, 31))
     assert [_take(tree, _run(name, 31)) for name in (1, 2)] == [10, 10]
     _check(tree, 30 * TOKEN_BYTES)
@@ -266,7 +266,7 @@ def test_a_beginning_is_of_use_only_where_a_snapshot_was_taken() -> None:
     assert tree.match(system + second) == Match(usable=0, common=40)
     assert tree.match((system + first)[:49]) == Match(usable=0, common=49)
     assert _take(tree, system + first + second, snapshots=True) == 50
-    # The second prompt stops where it leaves the first; later ones begin there.
+    # The second prompt stops where it leaves the first; later ones start from there.
     assert not _offer(tree, system, snapshots=True)
     _offer(tree, system + second, snapshots=True)
     assert tree.match(system + _run(3)) == Match(usable=40, common=40)
@@ -290,7 +290,7 @@ def test_a_snapshot_is_taken_once() -> None:
 
 
 def test_what_raises_while_it_is_copied_leaves_the_tree_whole() -> None:
-    """The library fails; what was kept stays right."""
+    """Raise as the library may; entries made before stay correct."""
 
     def broken(_start: int, _end: int) -> Tokens:
         raise MemoryError

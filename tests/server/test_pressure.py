@@ -1,4 +1,4 @@
-"""The prefix cache gives way where the machine's memory runs short, and grows back."""
+"""The prefix cache shrinks when the machine runs short of memory, and grows back."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ MODEL = replace(model_info(), prefix_cache_bytes=MOST)
 
 @dataclass
 class FakeEngine:
-    """Holds evaluated prompts, and follows what it is told at once.
+    """Engine with a prefix cache, whose limit takes effect at once.
 
     Attributes:
-        held: What they take.
-        limit: What they may take.
-        limits: What it was told, in order.
-        trims: What it was told to reduce them to, in order.
+        held: Bytes of the cache.
+        limit: Limit of the cache in bytes.
+        limits: Limits set, in order.
+        trims: Sizes asked for by trims, in order.
         is_busy: Whether trims are refused.
     """
 
@@ -71,12 +71,12 @@ class FakeEngine:
 
 @dataclass
 class FakeAdmission:
-    """Tells of so much memory to spare.
+    """Admission with a fixed amount of spare memory.
 
     Attributes:
-        spare: How much.
-        asked: How often it was asked.
-        noted: What it was told to be held.
+        spare: The spare memory in bytes.
+        asked: Number of questions.
+        noted: Bytes reported as held, in order.
     """
 
     spare: int = 1 << 40
@@ -95,19 +95,19 @@ class FakeAdmission:
 
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measures every few milliseconds."""
+    """Measure every 2 ms."""
     monkeypatch.setattr(memory_pressure, "_CPU_SECONDS", 0.002)
     monkeypatch.setattr(memory_pressure, "_GPU_SECONDS", 0.002)
 
 
 @asynccontextmanager
 async def watched(engine: FakeEngine, admission: FakeAdmission) -> AsyncIterator[Callable[[], Any]]:
-    """Watches; yields what waits until it has looked at least once more."""
+    """Run the watch; yield a coroutine function, which waits for a new measurement."""
     stand_ins: list[Any] = [engine, admission]
     task = asyncio.create_task(PressureWatch(*stand_ins).run())
 
     async def looked() -> None:
-        # The answer to a first question may have been acted on before the change.
+        # The first measurement may have been taken before the change.
         target = admission.asked + 2
         await eventually(lambda: admission.asked >= target or task.done())
         assert not task.done()
@@ -130,7 +130,7 @@ async def test_the_limit_goes_down_when_memory_is_short_and_up_again() -> None:
     async with watched(engine, admission) as looked:
         await eventually(lambda: bool(engine.limits))
         assert engine.limits[0] == 30 * MIB
-        # What was dropped goes back at once.
+        # Freed memory goes back to the system at once.
         assert engine.trims[0] == 30 * MIB
         admission.spare = 10 * MIB
         await looked()
@@ -156,7 +156,7 @@ async def test_it_never_goes_below_nothing_or_above_the_size_of_the_load() -> No
 
 
 async def test_room_for_more_is_limited_by_what_is_to_spare() -> None:
-    """Before it is taken: a cache that has room grows into memory that others need."""
+    """Lower the limit in advance: a cache with room grows into memory others need."""
     engine, admission = FakeEngine(held=10 * MIB), FakeAdmission(spare=5 * MIB)
     async with watched(engine, admission) as looked:
         await looked()
@@ -207,7 +207,7 @@ async def test_what_a_gpu_holds_is_reported() -> None:
 
 
 async def test_in_a_server(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole way: a machine that fills up, Status, and memory that comes back."""
+    """Use up the memory of a machine, free the memory again, and read Status."""
     monkeypatch.setenv(MINIMUM_VARIABLE, "0")
     size = 0
 

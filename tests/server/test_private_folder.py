@@ -1,4 +1,4 @@
-"""Folders that no other user can change, and those that are refused."""
+"""Folders no other user can change, and folders refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
 
 @needs_root
 def test_nothing_is_made_below_a_folder_of_another_user(tmp_path: Path) -> None:
-    """Root with another user's HOME would leave folders there that its owner cannot use."""
+    """As root with another user's HOME, folders made there would be useless to their owner."""
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
     os.chown(home, OTHER_USER, OTHER_USER)
@@ -64,7 +64,7 @@ def test_a_link_is_refused_wherever_it_leads(tmp_path: Path) -> None:
 
 
 def test_a_link_above_is_resolved_once(tmp_path: Path) -> None:
-    """What was checked is used, wherever the link leads later."""
+    """Return the checked path, wherever the link leads later."""
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     assert private_folder(tmp_path / "link" / "own") == (tmp_path / "real/own").resolve()

@@ -1,4 +1,4 @@
-"""The probe prints what MLX is and can do here, as one JSON object."""
+"""The probe prints the facts about MLX on this machine as one JSON object."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_probe_without_gemm_measures_nothing() -> None:
 @pytest.mark.skipif(find_blas() is None, reason="no fast BLAS is installed")
 def test_blas_in_front_is_named_and_faster(tmp_path: Path) -> None:
     plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    plain["XDG_CACHE_HOME"] = str(tmp_path)  # nothing is remembered there
+    plain["XDG_CACHE_HOME"] = str(tmp_path)  # an empty cache of measurements
     stock = run_probe(child_environment(plain, backend="cpu", blas="off"))
     if stock.facts["backend"] != "cpu":
         pytest.skip("MLX does not run on the CPU here")
@@ -46,13 +46,13 @@ def test_blas_in_front_is_named_and_faster(tmp_path: Path) -> None:
     fast = run_probe(fast_environment)
     assert stock.facts["blas"] == "reference BLAS of MLX"
     assert Path(fast_environment["LD_PRELOAD"]).name in fast.facts["blas"]
-    # 30 times and more where nothing else runs; a busy machine gets less of it.
+    # On an idle machine the factor is 30 or more; a busy one gets less.
     assert fast.facts["gemm_gflops"] > 2 * stock.facts["gemm_gflops"]
 
 
 @pytest.mark.skipif(find_blas() is None, reason="no fast BLAS is installed")
 def test_blas_that_is_not_there_is_not_named(tmp_path: Path) -> None:
-    """What LD_PRELOAD says is not what is loaded."""
+    """Name the loaded library, whatever LD_PRELOAD says."""
     gone = tmp_path / "libopenblas.so.0"
     environment = {**os.environ, "LD_PRELOAD": str(gone)}
     result = run_probe(environment, arguments=("-P", "-m", "runner_server.mlx_backend.probe"))

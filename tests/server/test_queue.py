@@ -1,4 +1,4 @@
-"""The queue: its order, its end, and what a full one answers."""
+"""The queue: order, slots, and the refusal of a full one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def test_the_retry_delay_follows_the_measured_pace(start_server: StartServ
     calls = [server.start(num_predict=1) for _ in range(5)]
     await eventually(lambda: len(server.app.engine._registry._requests) == 5)
     problem = await failure(server.start())
-    # The first guess of one second a completion has given way to what they took.
+    # Measurements have replaced the first guess of one second per completion.
     assert problem.retry_seconds is not None
     assert problem.retry_seconds < 2
     server.backend.step_gate.open()

@@ -1,4 +1,4 @@
-"""One line for every request, however it ends, and nothing of what was said in it."""
+"""One log line for every request, however it ends, without any text of the request."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Fields = dict[str, str | int | float]
 
 @pytest.fixture
 def lines(caplog: pytest.LogCaptureFixture) -> Lines:
-    """The lines so far; Load's and Status's are left out."""
+    """Return a function for the logged lines, except of Load and Status."""
     caplog.set_level(logging.DEBUG, request_log.__name__)
 
     def get() -> list[RequestLine]:
@@ -42,13 +42,13 @@ async def _read(call: CompletionCall) -> list[pb.CompletionResponse]:
 
 
 async def _id_sent_back(call: grpc.aio.Call) -> str:
-    # No dict of it: older gRPC has a mapping there whose iterator gives pairs.
+    # Not ``dict``: in older gRPC the metadata is a mapping whose iterator gives pairs.
     (found,) = [text for name, text in await call.trailing_metadata() if name == "x-request-id"]
     return str(found)
 
 
 async def only(lines: Lines) -> Fields:
-    """The fields of the one line there is; the server writes it a moment after the answer."""
+    """Return the fields of the only line, which the server writes a moment after the answer."""
     await eventually(lambda: bool(lines()))
     (line,) = lines()
     return line.fields
@@ -154,7 +154,7 @@ async def test_every_request_has_exactly_one_line(loaded: Server, lines: Lines) 
     await eventually(lambda: lines()[-1].fields["method"] == "Tokenize")
     completions = [line.fields for line in lines() if line.fields["method"] == "Completion"]
     assert len({fields["id"] for fields in completions}) == len(completions)
-    # One that was cancelled before the server saw it has none.
+    # A request cancelled before the server saw it has no line.
     assert count - count // 3 <= len(completions) <= count
     assert {fields["code"] for fields in completions} <= {"OK", "CANCELLED"}
 
@@ -188,7 +188,7 @@ async def test_status_is_told_at_debug_only(
 
     await eventually(lambda: "Status" in levels())
     assert levels()["Status"] == "DEBUG"
-    # One that fails is news.
+    # A failed one is logged at INFO.
     failed = CallRecord("Status", "id")
     failed.end("UNAUTHENTICATED")
     RequestLog().ended(failed)

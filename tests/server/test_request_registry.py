@@ -1,4 +1,4 @@
-"""The book that two threads share, where only one at a time can show it."""
+"""The request registry, driven by a single thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The delay that a full queue tells its callers."""
+"""Retry delay of a full queue."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ QUEUED = 1000
 
 
 def _estimate(seconds: float, late: int = 0, before: int = 500) -> float:
-    """The delay after some requests of ``seconds`` each, and then some of 0.4 s."""
+    """Return the delay after ``before`` requests of ``seconds`` and ``late`` requests of 0.4 s."""
     estimate = RetryEstimate()
     for _ in range(before):
         estimate.record(seconds, PARALLEL)
@@ -21,9 +21,9 @@ def _estimate(seconds: float, late: int = 0, before: int = 500) -> float:
 
 
 def test_one_delayed_batch_weighs_little() -> None:
-    """Its rows end together, late: that is one observation, not eight."""
+    """Count late rows ending together as one observation instead of eight."""
     assert _estimate(0.01) == pytest.approx(1.25)
-    # That batch alone would say 50 s.
+    # The late batch alone would give 50 s.
     assert _estimate(0.01, late=PARALLEL) < 50 / 4
 
 

@@ -1,4 +1,8 @@
+<<<<<<< HEAD:tests/server/test_scheduler.py
 """Who is admitted next, and what must fit."""
+=======
+"""The scheduler: order of admission, and memory of the admitted requests."""
+>>>>>>> 323b394 (Reword the prose of the server tests):tests/server/test_seats.py
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ def _model(*, parallel: int = 4, budget_tokens: int = PLENTY) -> FakeModel:
 
 
 def _completion(length: int = 10) -> GenerationRequest:
-    """One whose prompt and answer have so many tokens together."""
+    """Return a request of ``length`` tokens, prompt and answer together."""
     return GenerationRequest(CompletionSpec((1,), length - 1), ByteCodec(), frozenset())
 
 
@@ -33,7 +37,7 @@ def _waiting(scheduler: Scheduler, *lengths: int) -> list[GenerationRequest]:
 
 
 def _preempt(request: GenerationRequest) -> None:
-    """Preempts a request, which has got a token before."""
+    """Preempt a request, after a first token if necessary."""
     if request.status is RequestStatus.PREFILLING:
         request.on_token(Token(request.id, 97))
     request.preempt()
@@ -58,7 +62,7 @@ def test_in_order_as_many_as_there_are_places() -> None:
 
 
 def test_a_batch_is_as_wide_as_its_longest_row() -> None:
-    """Sixty and ten tokens side by side take twice sixty."""
+    """Reserve twice sixty for rows of sixty and ten tokens side by side."""
     for budget, fitting in ((120, 2), (119, 1)):
         scheduler, model = Scheduler(), _model(budget_tokens=budget)
         completions = _waiting(scheduler, 60, 10)
@@ -76,7 +80,7 @@ def test_nobody_overtakes_one_that_does_not_fit() -> None:
 
 
 def test_one_that_is_set_aside_gives_its_place_and_keeps_what_it_holds() -> None:
-    """It does not grow meanwhile; what it may come to need counts again when it returns."""
+    """Count a preempted request by the present length, and by the longest outcome on return."""
     scheduler, model = Scheduler(), _model(parallel=2, budget_tokens=100)
     aside, fitting, large = _waiting(scheduler, 60, 95, 96)
     scheduler.next(model)
@@ -125,7 +129,7 @@ def test_one_that_returns_needs_room_beside_those_that_run() -> None:
 
 
 def test_one_that_returns_to_an_empty_batch_always_may() -> None:
-    """It holds its memory already; and nobody else could make room for it."""
+    """Resume into an empty batch: the caches are held already, and no other row can make room."""
     scheduler, model = Scheduler(), _model(budget_tokens=100)
     one, other = _waiting(scheduler, 50, 50)
     _admit_all(scheduler, model)
@@ -163,8 +167,13 @@ def test_one_is_taken_out_wherever_it_is(where: str) -> None:
     if where in ("preempted", "resumable"):
         _preempt(completion)
     if where == "resumable":
+<<<<<<< HEAD:tests/server/test_scheduler.py
         scheduler.mark_resumable(completion.id)
     # It is told whether there is something to be freed.
+=======
+        scheduler.mark_resumable(completion)
+    # ``remove`` returns whether the request held memory.
+>>>>>>> 323b394 (Reword the prose of the server tests):tests/server/test_seats.py
     holds = where in ("running", "preempted", "resumable")
     assert scheduler.remove(completion) is holds
     assert not scheduler.remove(completion)
@@ -218,10 +227,10 @@ def _check(scheduler: Scheduler, model: FakeModel) -> None:
     running = [one.max_length for one in scheduler.running]
     aside = [one.length for one in scheduler.preempted]
     need = len(running) * max(running, default=0) + sum(aside)
-    # One that returns when nobody runs may: the readers of the others must not hold it up.
+    # A lone resumed request may exceed the budget: slow readers of others must not block it.
     alone = running[0] if len(running) == 1 else 0
     assert need * TOKEN_BYTES <= model.info.kv_budget_bytes + alone * TOKEN_BYTES
     assert len(running) <= model.info.parallel
-    # Nobody waits for nothing: with none that runs or is set aside there is room.
+    # The queue never waits without a reason: with none admitted there is room.
     assert scheduler.admitted or not scheduler.waiting
     assert scheduler.running or not scheduler.resumable

@@ -1,4 +1,4 @@
-"""A slow reader gets fewer and larger messages, and takes nobody else's time."""
+"""A slow reader gets fewer and larger messages and costs other requests no time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from support.harness import (
 
 UNLOAD = pb.UnloadRequest()
 SMALL_WINDOW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16 << 10)]
-"""Of a client that takes little ahead of what it reads; others take megabytes."""
+"""Options of a client that buffers little ahead of its reader; others buffer megabytes."""
 
 DONE = GenerationResult(FinishReason.STOP, "", 1, 2, 0.0, 0.0, 0.0)
 
@@ -82,7 +82,7 @@ async def test_a_reader_that_sleeps_costs_nobody_else_time(server: Server) -> No
     slow = server.start("slow", num_predict=3000, logprobs=20)
     messages = aiter(slow)
     await anext(messages)
-    # The other one runs from start to end while nobody reads the first.
+    # The other request runs from start to end while the first one has no reader.
     assert len(tokens(await server.complete("quick", num_predict=2000))) == 2000
     await server.settled()
     rest = [message async for message in messages]
@@ -91,7 +91,7 @@ async def test_a_reader_that_sleeps_costs_nobody_else_time(server: Server) -> No
 
 
 async def test_no_message_passes_four_mebibytes(server: Server) -> None:
-    """The channel has a default client's limit, so a larger one would fail the call."""
+    """Stay below a default client's limit, which the channel has."""
     await server.load(context_length=4096)
     server.backend.reply = says("日" * 1300)
     call = server.start("x", logprobs=20)
@@ -102,7 +102,7 @@ async def test_no_message_passes_four_mebibytes(server: Server) -> None:
 
 
 async def test_long_token_texts_with_logprobs_stay_under_the_limit() -> None:
-    """Vocabularies have tokens of some hundred bytes; 20 of them come with each token."""
+    """Use tokens of some hundred bytes, as in real vocabularies, with 20 alternatives each."""
 
     class Long(ByteCodec):
         def token_bytes(self, _token_id: int) -> bytes:
@@ -157,14 +157,14 @@ async def test_a_done_message_is_never_merged_away(loaded: Server) -> None:
 
 @pytest.fixture
 async def stopping(server: Server) -> AsyncIterator[Server]:
-    """Another client of the same server, whose readers are soon behind."""
+    """Another client of the same server, whose readers soon fall behind."""
     options = [*LIMITS, *SMALL_WINDOW]
     async with grpc.aio.insecure_channel(server.ready.target, options=options) as channel:
         yield Server(server.app, server.backend, channel, server.ready)
 
 
 async def _stopped(client: Server, prompt: str = "slow", **options: float) -> CompletionCall:
-    """A completion whose reader stops, and that is set aside for good."""
+    """Start a completion, stop reading, and wait until the request stays preempted."""
     engine = client.app.engine
     before = set(engine._registry._requests)
     call = client.start(prompt, logprobs=20, **{"num_predict": 1500, **options})
@@ -177,7 +177,7 @@ async def _stopped(client: Server, prompt: str = "slow", **options: float) -> Co
             completion = engine._engine_thread._scheduler.admitted.get(id_)
             if not completion or completion.status is not RequestStatus.PREEMPTED:
                 return False
-            # It was told that there is something, and does not take it.
+            # The reader was woken, and has not taken the output.
             if not completion.stream._ready.is_set():
                 return False
         return True
@@ -191,7 +191,7 @@ def _aside(server: Server) -> int:
 
 
 async def _together(server: Server, count: int, length: int) -> tuple[list[str], int]:
-    """The texts of completions that begin at once, and the steps that they took."""
+    """Run completions at once; return their texts and the number of steps."""
     backend = server.backend
     before, gate = backend.steps, backend.step_gate
     gate.shut()
@@ -221,8 +221,8 @@ async def test_a_stopped_reader_among_eight_costs_the_others_nothing(
     assert texts == expected
     # The same rate: as many tokens in each step, in as many steps.
     assert steps_beside_it == steps
-    # Nor does its own stream grow: one token with its twenty others, which count twice, past
-    # the bound.
+    # The stopped stream does not grow either: it exceeds the bound by one token with its twenty
+    # alternatives, which count twice.
     assert completion.stream._queued_texts == held <= _MAX_QUEUED_TEXTS + 43
     messages = [message async for message in call]
     assert joined(messages) == slow_text
@@ -240,7 +240,7 @@ async def test_it_is_waited_for_again_and_again(server: Server, stopping: Server
     messages = aiter(call)
     while server.backend.preemptions < times + 3:
         read += len((await anext(messages)).token_ids)
-        # Whatever could be sent on is, and then it is set aside or goes on.
+        # The transport sends all it can, and the request is preempted again or goes on.
         await server.status()
     rest = [message async for message in messages]
     assert read + len(tokens(rest)) == rest[-1].eval_count == 1500
@@ -269,7 +269,7 @@ async def test_one_that_reads_on_goes_before_those_that_have_not_begun(
     waiting = server.start("waiting", num_predict=5)
     await eventually(lambda: len(server.app.engine._registry._requests) == 3)
     reading = asyncio.ensure_future(_read(slow))
-    # Its reader has read on when it is to be resumed; it needs a place for that.
+    # The reader has caught up once the request is resumable; it then needs a slot.
     passed = gate._passed
     while not scheduler.resumable:
         gate.allow()
@@ -327,7 +327,7 @@ async def test_an_unload_ends_it(server: Server, stopping: Server) -> None:
 
 
 async def test_a_step_that_fails_ends_it_too(server: Server, stopping: Server) -> None:
-    """Its row was in that batch, whose caches cannot be trusted any more."""
+    """Fail the preempted row with its batch, whose caches can no longer be trusted."""
     await server.load(parallel=2)
     call = await _stopped(stopping)
     server.backend.failures.append(RuntimeError())
@@ -353,7 +353,7 @@ async def test_while_all_are_waited_for_the_engine_sleeps(
 
 
 async def test_a_fast_reader_is_never_waited_for(server: Server) -> None:
-    """Three times the bound, read as it comes."""
+    """Generate three times the bound, read as it arrives."""
     await server.load(parallel=2, context_length=4 * _MAX_QUEUED_TEXTS)
     gate = server.backend.step_gate
     gate.shut()

@@ -1,4 +1,4 @@
-"""A unix socket's file: a dead server's is replaced, a live one's is not."""
+"""The file of a unix socket: a dead server's is replaced, a live one's is not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def place(socket_dir: Path) -> Path:
 
 @pytest.fixture
 def live(place: Path) -> Iterator[socket.socket]:
-    """A socket that somebody listens on, though nobody accepts."""
+    """A listening socket without an accept loop."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(place))
         listener.listen(0)
@@ -35,7 +35,7 @@ def live(place: Path) -> Iterator[socket.socket]:
 
 
 def leave_dead(place: Path, kind: socket.SocketKind = socket.SOCK_STREAM) -> None:
-    """Leaves the file of a socket that nobody has open."""
+    """Leave the file of a closed socket."""
     with socket.socket(socket.AF_UNIX, kind) as dead:
         dead.bind(str(place))
 
@@ -143,7 +143,7 @@ def test_one_of_two_waits_while_the_other_binds(place: Path) -> None:
 
 
 def start(place: Path) -> subprocess.Popen[str]:
-    """A server with a fake model library."""
+    """Start a server with a fake model library."""
     path = os.pathsep.join((str(ROOT), str(ROOT / "proto")))
     return subprocess.Popen(
         [*fake_engine(), "--listen", f"unix:{place}"],
@@ -161,7 +161,7 @@ def first_line(server: subprocess.Popen[str]) -> str:
 
 
 def test_after_a_kill_one_of_many_servers_starts(place: Path) -> None:
-    """All at once, as a supervisor and its operator may."""
+    """Start four at once, as a supervisor and its operator may."""
     killed = start(place)
     assert first_line(killed)
     killed.send_signal(signal.SIGKILL)

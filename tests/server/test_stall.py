@@ -1,4 +1,4 @@
-"""A server that notices by itself that its engine stands still."""
+"""A server notices when its engine stands still, and ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.harness import Server, StartServer, failure
 
 
 class Looked:
-    """A watch on an engine that is said to be in some state, with a processor of its own."""
+    """Watchdog of an engine and a processor clock, both set by the test."""
 
     def __init__(self) -> None:
         self.state: Any = SimpleNamespace(
@@ -29,7 +29,7 @@ class Looked:
         return SimpleNamespace(device="cpu: fake", state=lambda: self.state)
 
     def look(self, now: float, age: float | None, cpu: float = 0.0, steps: int = 1) -> bool:
-        """Looks at an engine that has not moved for so long."""
+        """Check an engine without progress for ``age`` seconds."""
         self.state.last_progress_age, self.state.step_count = age, steps
         self.cpu_seconds = cpu
         return self.watch.look(now)
@@ -58,14 +58,14 @@ def test_a_slow_step_takes_processor_time_on_a_cpu() -> None:
     slow = [Looked(), Looked()]
     for now in range(0, 100, 2):
         assert not slow[0].look(now, 11 + now, cpu=1.5 * now)
-    # A GPU computes without it.
+    # A GPU computes without processor time.
     slow[1].engine.device = "gpu: fake"
     assert not slow[1].look(0, 11, cpu=0)
     assert slow[1].look(2, 13, cpu=3)
 
 
 async def hanging(start_server: StartServer, **config: Any) -> tuple[Server, asyncio.Future[int]]:
-    """A server whose engine is in a step that does not end."""
+    """Start a server whose engine hangs in a step."""
     server = await start_server(**config)
     run = asyncio.ensure_future(server.app.run())
     await server.load()

@@ -36,7 +36,7 @@ async def test_status_answers_and_its_age_grows(loaded: Server) -> None:
 async def test_the_age_of_new_work_is_not_that_of_the_idle_time(
     loaded: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else a watchdog would kill a healthy runner at its first request after an idle hour."""
+    """Protect a healthy runner from a watchdog at the first request after an idle hour."""
     now = time.monotonic
     monkeypatch.setattr("runner_server.engine.heartbeat.time.monotonic", lambda: now() + 3600)
     loaded.backend.step_gate.shut()

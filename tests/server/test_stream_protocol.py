@@ -1,4 +1,4 @@
-"""What every stream of a completion keeps to."""
+"""Rules for every stream of a completion."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ async def test_without_a_seed_each_text_is_another(loaded: Server) -> None:
 async def _one_step_each(
     server: Server, call: CompletionCall
 ) -> AsyncIterator[pb.CompletionResponse]:
-    """Lets the engine make one step after each message."""
+    """Let the engine make one step after each message."""
     server.backend.step_gate.allow()
     async for message in call:
         yield message

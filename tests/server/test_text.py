@@ -34,7 +34,7 @@ HARD = [
 
 
 def _sentencepiece() -> Any:
-    """A tokenizer as Llama 2 and Gemma have it: pieces, and bytes for what has none."""
+    """Return a tokenizer like Llama 2's and Gemma's: pieces, with bytes as the fallback."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces += ["▁", "a", "b", "▁a", "日", "x", "c"]
     vocab = [(piece, 0.0 if i < 3 else -float(i)) for i, piece in enumerate(pieces)]
@@ -79,7 +79,7 @@ KINDS: dict[str, tuple[Decode, Callable[[bytes], list[int]]]] = {
 
 
 def _byte_level_id(byte: int) -> int:
-    """The id of one byte: GPT-2's table maps it to a printable character."""
+    """Return the id of one byte, which GPT-2's table maps to a printable character."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     char = chr(byte) if byte in printable else chr(256 + _unprintable(byte, printable))
     return int(BYTE_LEVEL.token_to_id(char))
@@ -95,7 +95,7 @@ def _stream(decode: Decode, ids: Sequence[int], prompt: Sequence[int] = ()) -> l
 
 
 def _common(one: str, other: str) -> int:
-    """How many characters two texts begin with together."""
+    """Return the length of the common prefix of two texts."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
@@ -116,10 +116,10 @@ def test_valid_text_arrives_whole(kind: str, text: str) -> None:
 @example(text="\x00\x00日", prompt="\ufeff")
 def test_any_text_after_any_prompt(kind: str, text: str, prompt: str) -> None:
     decode, encode = KINDS[kind]
-    # The decoder takes a space off the very beginning, which is never the answer's.
+    # The decoder strips a space at the very beginning, which never belongs to the answer.
     prompt_ids = encode(b"x" + prompt.encode())
     pieces = _stream(decode, encode(text.encode()), prompt_ids)
-    # Only a text that has the replacement character itself may show one.
+    # The replacement character appears only if the text itself has it.
     assert "".join(pieces) == text
 
 
@@ -136,8 +136,8 @@ def test_any_bytes_are_what_the_decoder_says(kind: str, data: bytes) -> None:
 @example(data="日本語".encode() + b"\xffa")
 @example(data=b"\xff" + "日本語".encode() * 9)
 def test_byte_fallback_never_takes_back_nor_loses(data: bytes) -> None:
-    # Such a decoder turns a whole run of bytes into replacement characters as soon as one
-    # of them is wrong, so what was shown may be better than its last word.
+    # A decoder with byte fallback turns a whole run of bytes into replacement characters as soon as
+    # one of them is wrong, so the streamed text may be better than its final result.
     decode, encode = KINDS["byte_fallback"]
     ids = [*encode(data), SENTENCEPIECE.token_to_id("x")]
     shown = "".join(_stream(decode, ids))
@@ -178,7 +178,7 @@ TEXT = st.text("aé漢字😀🎉\u0301 \n", max_size=40) | st.text(max_size=40)
 @example(text="漢ab漢", cut=7)
 def test_a_prompt_that_ends_anywhere(kind: str, text: str, cut: int) -> None:
     decode, encode = KINDS[kind]
-    # The decoder takes a space off the very beginning, which is never the answer's.
+    # The decoder strips a space at the very beginning, which never belongs to the answer.
     data = b"x" + text.encode()
     at = min(cut + 1, len(data))
     whole = len(data[:at].decode(errors="ignore"))
@@ -272,7 +272,7 @@ def test_a_stop_is_the_first_in_the_text_however_it_is_cut(
 
 
 def _may_become_a_stop(text: str, stops: list[str]) -> int:
-    """How many characters at the end begin a stop."""
+    """Return how many characters at the end begin a stop string."""
     beginnings = [stop[:n] for stop in stops for n in range(1, len(stop))]
     return max((len(part) for part in beginnings if text.endswith(part)), default=0)
 

@@ -41,7 +41,7 @@ async def test_text_before_a_stop_string(loaded: Server) -> None:
     assert joined(messages) == "one two"
     last = messages[-1]
     assert (last.done_reason, last.stop_match) == (pb.DONE_REASON_STOP, "\nUser:")
-    # The tokens up to the one that completed the string were generated and are told.
+    # The tokens up to the one that completed the stop string are generated and reported.
     assert last.eval_count == len(tokens(messages)) == len("one two\nUser:")
 
 
@@ -49,7 +49,7 @@ async def test_the_row_ends_with_the_stop_string(loaded: Server) -> None:
     loaded.backend.reply = says("abcSTOP" + "x" * 500)
     await loaded.complete(stop=["STOP"])
     await loaded.settled()
-    # One step evaluates the prompt, seven give the tokens.
+    # One step for the prompt, seven for the tokens.
     assert loaded.backend.steps == 1 + len("abcSTOP")
     loaded.assert_nothing_left()
 

@@ -1,4 +1,4 @@
-"""What log probabilities tell of tokens: joined they are the content, in text and in bytes."""
+"""Texts and bytes of log probabilities, joined, are the content."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def _texts(entries: list[pb.TokenLogprob]) -> tuple[str, bytes]:
 
 @pytest.mark.parametrize("text", HARD)
 async def test_joined_they_are_the_content(loaded: Server, text: str) -> None:
-    """A token of the fake tokenizer is a byte, most of them parts of characters."""
+    """Use the fake tokenizer, where a token is a byte, mostly a part of a character."""
     loaded.backend.reply = says(text)
     messages = await loaded.complete(logprobs=0)
     entries = _entries(messages)
     assert joined(messages) == text
     assert _texts(entries) == (text, text.encode())
     assert [entry.bytes for entry in entries[:-1]] == [bytes([byte]) for byte in text.encode()]
-    # The token that ends the text is told of, and adds nothing.
+    # The token that ends the text is reported and adds nothing.
     assert (entries[-1].token_id, entries[-1].text, entries[-1].bytes) == (EOS, "", b"")
 
 
@@ -62,7 +62,7 @@ async def test_behind_a_stop_string_they_go_on(loaded: Server) -> None:
 
 
 async def test_a_prompt_that_ends_within_a_character(loaded: Server) -> None:
-    """The text is the character; the token has the last of its bytes."""
+    """Give the whole character as text, and its last byte as the token's bytes."""
     data = "😀".encode()
     loaded.backend.reply = says(data[3:] + "é".encode())
     request = pb.CompletionRequest(prompt_token_ids=pb.TokenIds(ids=[BOS, *data[:3]]), logprobs=1)
@@ -76,7 +76,7 @@ TOP = (*b"a\x80\xe6\x97", EOS, 300)
 
 
 def _read(prompt: bytes, text: bytes) -> list[list[str]]:
-    """What alternatives at each place would add."""
+    """Return the texts of the alternatives at each position."""
     codec, ids = ByteCodec(), list(prompt)
     texts, decoder = TokenTexts(codec, ids, frozenset({EOS})), StreamDecoder(codec.decode, ids)
     top = tuple((id_, -1.0) for id_ in TOP)
@@ -87,7 +87,7 @@ def _read(prompt: bytes, text: bytes) -> list[list[str]]:
 def test_alternatives_are_what_would_have_come() -> None:
     first, second, third, fourth = _read(b"x", "日b".encode())
     assert first == ["a", "\ufffd", "", "\ufffd", "", ""]
-    # Behind the first byte of a character; an end adds nothing.
+    # After the first byte of a character; an end token adds nothing.
     assert second == ["\ufffda", "", "\ufffd", "", "", ""]
     assert third == ["\ufffda", "旀", "\ufffd", "旗", "", ""]
     assert fourth == first
@@ -101,7 +101,7 @@ def test_alternatives_behind_a_prompt_that_ends_within_a_character() -> None:
 @given(text=st.text(max_size=20).map(str.encode), data=st.binary(max_size=6))
 @example(text="日".encode(), data=b"\xf0\x9f")
 def test_an_alternative_is_what_the_stream_would_show(text: bytes, data: bytes) -> None:
-    """Each id in each place, against the decoder that makes the content."""
+    """Compare each id at each position with the decoder of the content."""
     codec, ids = ByteCodec(), [*text, *data]
     texts, decoder = TokenTexts(codec, [120], frozenset()), StreamDecoder(codec.decode, [120])
     for place, id_ in enumerate(ids):
@@ -111,12 +111,12 @@ def test_an_alternative_is_what_the_stream_would_show(text: bytes, data: bytes) 
             instead = StreamDecoder(codec.decode, [120])
             for before in ids[:place]:
                 instead.push(before)
-            # It may hold U+FFFD back, in case they become a character.
+            # The decoder may hold U+FFFD back, in case it becomes a character.
             assert told.text.rstrip(REPLACEMENT) == instead.push(other).rstrip(REPLACEMENT)
 
 
 class Spelled:
-    """A tokenizer whose decoder looks at neighbours: it joins words by spaces, but for dots."""
+    """Tokenizer whose decoder looks at neighbours: words joined by spaces, except before dots."""
 
     words: Sequence[str] = ("<s>", "one", "two", ".")
 
@@ -154,7 +154,7 @@ async def test_the_same_token_is_told_alike_as_an_alternative(loaded: Server) ->
 
 
 async def test_pieces_that_are_merged_keep_their_order(loaded: Server) -> None:
-    """A slow reader gets many tokens in a message; what is told follows the text all the same."""
+    """Merge many tokens into one message for a slow reader; the entries keep their order."""
     text = "日本語😀" * 100
     loaded.backend.reply = says(text)
     call = loaded.start(logprobs=3)

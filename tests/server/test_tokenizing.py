@@ -1,4 +1,4 @@
-"""A tokenizer that knows more than its model, and one that takes its time."""
+"""A tokenizer with more tokens than the model, and a slow tokenizer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from support.fakes import DEADLINE_SECONDS, VOCAB_SIZE, ByteCodec, FakeBackend
 from support.harness import StartServer, eventually, failure
 
 BUSY_CALLS = 40
-"""More than asyncio has worker threads by default."""
+"""More calls than asyncio has worker threads by default."""
 
 
 class WideCodec(ByteCodec):
-    """Has a token that the model has no row for, as after an added special token."""
+    """Codec with a token beyond the model's rows, like an added special token."""
 
     def encode(self, text: str, *, as_prompt: bool) -> list[int]:
         """See ``Codec.encode``."""
@@ -24,7 +24,7 @@ class WideCodec(ByteCodec):
 
 
 class BlockedCodec(ByteCodec):
-    """Splits text when the test lets it."""
+    """Codec blocked until released by the test."""
 
     def __init__(self) -> None:
         self.arrived = threading.Semaphore(0)

@@ -1,4 +1,4 @@
-"""Spans: one for every call, under the caller's, and none where nobody asked for them."""
+"""One span for each call, below the caller's span; none unless tracing is set up."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ Spans = Callable[[], list[ReadableSpan]]
 
 @pytest.fixture
 def exporter() -> InMemorySpanExporter:
-    """Keeps what is exported."""
+    """Exporter keeping the spans in memory."""
     return InMemorySpanExporter()
 
 
 @pytest.fixture
 def provider(exporter: InMemorySpanExporter) -> TracerProvider:
-    """Records every span."""
+    """Provider recording every span."""
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     return provider
@@ -47,7 +47,7 @@ def provider(exporter: InMemorySpanExporter) -> TracerProvider:
 async def traced(
     start_server: StartServer, provider: TracerProvider, monkeypatch: pytest.MonkeyPatch
 ) -> Server:
-    """A loaded server that records spans."""
+    """A loaded server with tracing."""
     made = tracing.Tracing("1", provider)
     monkeypatch.setattr("runner_server.app.open_tracing", lambda _version: made)
     server = await start_server()
@@ -56,7 +56,7 @@ async def traced(
 
 
 async def ended(exporter: InMemorySpanExporter, method: str) -> ReadableSpan:
-    """The one span of a method; it ends a moment after the answer."""
+    """Return the only span of a method, which ends a moment after the answer."""
 
     def found() -> list[ReadableSpan]:
         spans = exporter.get_finished_spans()
@@ -114,7 +114,7 @@ async def test_it_is_a_child_of_the_callers(
     assert f"span_id={span.context.span_id:016x}" in caplog.text
 
 
-# gRPC itself refuses some of the calls with headers of more than 8 KiB, by chance.
+# By chance gRPC itself refuses some calls with headers of more than 8 KiB.
 @pytest.mark.parametrize("bad", ["00-xyz", TRACEPARENT.replace("0af7", "0AF7"), "00--", "x" * 4000])
 async def test_an_invalid_parent_is_ignored(
     traced: Server, exporter: InMemorySpanExporter, bad: str

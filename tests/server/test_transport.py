@@ -1,4 +1,4 @@
-"""What the server's gRPC options are for."""
+"""The effects of the server's gRPC options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PINGS = [
     ("grpc.http2.max_pings_without_data", 0),
 ]
 SILENT_SECONDS = 6.5
-"""A default server closes the connection within six pings; a second is their shortest pace."""
+"""A default server closes the connection within six pings, sent at most once a second."""
 
 
 async def test_a_silent_stream_may_be_pinged(loaded: Server) -> None:
@@ -25,7 +25,7 @@ async def test_a_silent_stream_may_be_pinged(loaded: Server) -> None:
         loaded.backend.step_gate.shut()
         call = client.start(num_predict=3)
         await loaded.thread(loaded.backend.step_gate.wait_arrival)
-        # The time itself is what is tested.
+        # The silence itself is under test, so the sleep must be real.
         await asyncio.sleep(SILENT_SECONDS)
         loaded.backend.step_gate.open()
         assert [message async for message in call][-1].eval_count == 3

@@ -1,4 +1,4 @@
-"""Trim: memory that is not in use goes back, and nothing ends for it."""
+"""Trim returns unused memory to the system and ends no request."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def trim(server: Server, **fields: Any) -> int:
 
 @pytest.fixture
 async def keeping(start_server: StartServer) -> Server:
-    """A server whose model may keep evaluated prompts."""
+    """A server whose model has a prefix cache."""
     server = await start_server()
     await server.load(prefix_cache_bytes=LIMIT_BYTES)
     server.backend.calls.clear()
@@ -162,7 +162,7 @@ async def test_one_whose_caller_has_gone(keeping: Server) -> None:
 def child(
     model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Child]:
-    """A process of its own, with a model whose keys and values are large beside its weights."""
+    """A server process with a model whose KV caches are large compared with the weights."""
     model = model_dir(num_key_value_heads=4, head_dim=512)
     options = ("--parallel", "1", "--context-length", "300", "--prefix-cache-bytes", str(2**26))
     logs = tmp_path_factory.mktemp("logs")
@@ -178,7 +178,7 @@ def _complete(child: Child, ids: list[int], count: int = 1) -> list[int]:
 
 
 def _fill(child: Child) -> pb.MemoryUsage:
-    """Completes prompts that have nothing in common, each of most of the context."""
+    """Complete prompts without a common prefix, each most of the context long."""
     for first in range(4):
         assert _complete(child, [(first + 7 * i) % 500 for i in range(256)])
     return child.status().memory_usage
@@ -197,7 +197,7 @@ def test_a_filled_prefix_cache_is_gone_and_the_process_smaller(child: Child) -> 
     least = before.prefix_cache_bytes // 2
     assert freed > least
     assert after.process_bytes < before.process_bytes - least
-    # It still answers, and keeps prompts again.
+    # The server still answers, and caches prompts again.
     assert _complete(child, [5, 6, 7], count=9) == said
     assert _fill(child).prefix_cache_bytes > 2**24
 
