@@ -49,7 +49,7 @@ async def _start_all(server: Server, *lengths: int) -> list[CompletionCall]:
     return calls
 
 
-async def _hold(server: Server) -> None:
+async def _pass_one_step(server: Server) -> None:
     """Let one more step pass, in which the engine admits new requests."""
     gate = server.backend.step_gate
     await server.thread(gate.wait_arrival)
@@ -63,11 +63,13 @@ async def _length(call: CompletionCall) -> int:
     return len(tokens([message async for message in call]))
 
 
-async def test_those_over_the_budget_wait_and_are_served_later(start_server: StartServer) -> None:
+async def test_requests_over_the_budget_wait_and_are_served_later(
+    start_server: StartServer,
+) -> None:
     server = await _server(start_server, tokens_=100)
     server.backend.step_gate.shut()
     calls = await _start_all(server, 50, 50, 50, 20)
-    await _hold(server)
+    await _pass_one_step(server)
     status = await server.status()
     # Two of fifty fit; the small one would fit too, but keeps its place in the queue.
     assert (status.running_count, status.queued_count) == (2, 2)
@@ -78,17 +80,17 @@ async def test_those_over_the_budget_wait_and_are_served_later(start_server: Sta
     server.assert_nothing_left()
 
 
-async def test_a_batch_is_as_wide_as_its_longest_row(start_server: StartServer) -> None:
+async def test_every_row_counts_as_long_as_the_longest(start_server: StartServer) -> None:
     server = await _server(start_server, tokens_=100)
     server.backend.step_gate.shut()
     calls = await _start_all(server, 60, 20)
-    await _hold(server)
+    await _pass_one_step(server)
     assert (await server.status()).running_count == 1
     server.backend.step_gate.open()
     assert await asyncio.gather(*map(_length, calls)) == [52, 12]
 
 
-async def test_they_begin_in_the_order_they_came(
+async def test_requests_are_admitted_in_order_of_arrival(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = await _server(start_server, tokens_=60, parallel=8)
@@ -113,7 +115,7 @@ async def test_they_begin_in_the_order_they_came(
     assert 3 <= most <= 5
 
 
-async def test_one_that_can_never_fit_is_refused_with_both_numbers(
+async def test_a_request_that_can_never_fit_is_refused_with_both_numbers(
     start_server: StartServer,
 ) -> None:
     server = await _server(start_server, tokens_=100)
@@ -129,32 +131,34 @@ async def test_one_that_can_never_fit_is_refused_with_both_numbers(
     assert await _length(_start(server, 100)) == 92
 
 
-async def test_it_is_refused_at_once_whoever_waits(start_server: StartServer) -> None:
+async def test_a_request_that_can_never_fit_is_refused_at_once(start_server: StartServer) -> None:
     server = await _server(start_server, tokens_=100)
     gate = server.backend.step_gate
     gate.shut()
     calls = await _start_all(server, 100, 100)
     # The engine makes no step meanwhile.
     assert (await failure(_start(server, 101))).reason == "INSUFFICIENT_MEMORY"
-    await _hold(server)
+    await _pass_one_step(server)
     status = await server.status()
     assert (status.running_count, status.queued_count) == (1, 1)
     gate.open()
     assert await asyncio.gather(*map(_length, calls)) == [92, 92]
 
 
-async def test_without_num_predict_the_context_is_the_need(start_server: StartServer) -> None:
+async def test_without_num_predict_a_request_counts_as_the_whole_context(
+    start_server: StartServer,
+) -> None:
     server = await _server(start_server, tokens_=4096)
     server.backend.step_gate.shut()
     calls = [server.start(PROMPT), server.start(PROMPT)]
     await eventually(lambda: len(server.app.engine._registry._requests) == 2)
-    await _hold(server)
+    await _pass_one_step(server)
     assert (await server.status()).running_count == 1
     server.backend.step_gate.open()
     assert await asyncio.gather(*map(_length, calls)) == [4096 - PROMPT_TOKENS] * 2
 
 
-async def test_the_queue_is_bounded_whatever_its_members_wait_for(
+async def test_a_queue_for_memory_is_bounded_too(
     start_server: StartServer,
 ) -> None:
     """Memory for one request at a time fills the queue even with four slots."""
@@ -169,16 +173,16 @@ async def test_the_queue_is_bounded_whatever_its_members_wait_for(
     assert await asyncio.gather(*map(_length, calls)) == [92] * 7
 
 
-@pytest.mark.parametrize("place", [0, 1, 2])
-async def test_one_that_is_cancelled_makes_room(start_server: StartServer, place: int) -> None:
+@pytest.mark.parametrize("index", [0, 1, 2])
+async def test_a_cancelled_request_makes_room(start_server: StartServer, index: int) -> None:
     """Cancel a running or a queued request; one at the head of the queue blocks the others."""
     server = await _server(start_server, tokens_=100)
     server.backend.step_gate.shut()
     calls = await _start_all(server, 60, 100, 100, 40)
-    await _hold(server)
-    cancelled = calls.pop(place)
+    await _pass_one_step(server)
+    cancelled = calls.pop(index)
     lengths = [52, 92, 92, 32]
-    del lengths[place]
+    del lengths[index]
     cancelled.cancel()
     await eventually(lambda: not server.app.engine._commands.empty())
     server.backend.step_gate.open()
@@ -187,7 +191,7 @@ async def test_one_that_is_cancelled_makes_room(start_server: StartServer, place
     server.assert_nothing_left()
 
 
-async def test_an_unload_ends_those_that_wait_for_memory(start_server: StartServer) -> None:
+async def test_an_unload_ends_requests_that_wait_for_memory(start_server: StartServer) -> None:
     server = await _server(start_server, tokens_=100)
     server.backend.step_gate.shut()
     calls = await _start_all(server, 100, 100, 100)
@@ -204,20 +208,20 @@ async def test_an_unload_ends_those_that_wait_for_memory(start_server: StartServ
     assert await asyncio.gather(*(_length(_start(server, 100)) for _ in range(3))) == [92] * 3
 
 
-async def test_a_step_that_fails_lets_those_that_wait_for_memory_begin(
+async def test_a_failed_step_admits_requests_that_wait_for_memory(
     start_server: StartServer,
 ) -> None:
     server = await _server(start_server, tokens_=100)
     server.backend.step_gate.shut()
     calls = await _start_all(server, 100, 100, 100)
-    await _hold(server)
+    await _pass_one_step(server)
     server.backend.failures.append(RuntimeError())
     server.backend.step_gate.open()
     assert (await failure(calls[0])).reason == "GENERATION_FAILED"
     assert await asyncio.gather(*map(_length, calls[1:])) == [92, 92]
 
 
-async def test_while_nothing_fits_the_engine_sleeps(
+async def test_the_engine_sleeps_while_nothing_fits(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Preempt a request holding the entire KV budget: the engine sleeps instead of polling."""
@@ -225,7 +229,7 @@ async def test_while_nothing_fits_the_engine_sleeps(
     gate, scheduler = server.backend.step_gate, server.app.engine._engine_thread._scheduler
     gate.shut()
     (first,) = await _start_all(server, 100)
-    await _hold(server)
+    await _pass_one_step(server)
     (completion,) = scheduler.running
     # The engine notices the slow reader at its next step, and later that the reader caught up.
     monkeypatch.setattr(type(completion.stream), "is_full", property(lambda _stream: True))

@@ -29,11 +29,11 @@ from support.harness import Server
         ("/usr/lib/x86_64-linux-gnu/libblas.so.3.11", "BLAS (libblas.so.3.11)"),
     ],
 )
-def test_names(library: str, name: str) -> None:
+def test_the_name_comes_from_the_path_of_the_library(library: str, name: str) -> None:
     assert blas.blas_name(Path(library)) == name
 
 
-def test_a_link_has_the_name_of_what_it_leads_to(tmp_path: Path) -> None:
+def test_a_link_is_named_after_its_target(tmp_path: Path) -> None:
     real = tmp_path / "libopenblasp-r0.3.21.so"
     real.touch()
     link = tmp_path / "libblas.so.3"
@@ -42,17 +42,17 @@ def test_a_link_has_the_name_of_what_it_leads_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("device", ["", "gpu: Apple M3 Max"])
-def test_no_cpu_no_blas(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_cpu_has_a_blas(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blas, "_blas_in_use", lambda: pytest.fail("looked at"))
     assert blas.blas_of(device) == ""
 
 
-def test_nothing_before_mlx_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_is_empty_before_mlx_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "mlx.core", raising=False)
     assert blas.blas_of("cpu: EPYC") == ""
 
 
-async def test_status_has_it(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_status_names_the_blas(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     await server.load()
     monkeypatch.setattr("runner_server.api.service.blas_of", "the BLAS of {}".format)
     assert (await server.status()).blas == "the BLAS of cpu: fake"

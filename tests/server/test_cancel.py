@@ -14,7 +14,7 @@ from support.harness import Server, eventually, joined
 LONG_PROMPT = "p" * (PREFILL_CHUNK * 40)
 
 
-async def _counts(server: Server, running: int, queued: int) -> None:
+async def _wait_for_counts(server: Server, running: int, queued: int) -> None:
     async def reached() -> bool:
         status = await server.status()
         return (status.running_count, status.queued_count) == (running, queued)
@@ -22,11 +22,11 @@ async def _counts(server: Server, running: int, queued: int) -> None:
     await eventually(reached)
 
 
-async def test_while_queued(server: Server) -> None:
+async def test_a_cancel_while_queued(server: Server) -> None:
     await server.load(parallel=1)
     server.backend.step_gate.shut()
     first, second = server.start("first", num_predict=3000), server.start("second")
-    await _counts(server, running=1, queued=1)
+    await _wait_for_counts(server, running=1, queued=1)
     second.cancel()
 
     async def gone() -> bool:
@@ -41,7 +41,7 @@ async def test_while_queued(server: Server) -> None:
     server.assert_nothing_left()
 
 
-async def test_while_the_prompt_is_evaluated(loaded: Server) -> None:
+async def test_a_cancel_during_prefill_takes_effect_after_the_step(loaded: Server) -> None:
     gate = loaded.backend.step_gate
     gate.shut()
     call = loaded.start(LONG_PROMPT)
@@ -57,7 +57,7 @@ async def test_while_the_prompt_is_evaluated(loaded: Server) -> None:
     assert loaded.backend.steps == 3
 
 
-async def test_while_tokens_come(loaded: Server) -> None:
+async def test_a_cancel_during_decode_takes_effect_after_the_step(loaded: Server) -> None:
     gate = loaded.backend.step_gate
     gate.shut()
     call = loaded.start("x")
@@ -75,7 +75,7 @@ async def test_while_tokens_come(loaded: Server) -> None:
     loaded.assert_nothing_left()
 
 
-async def test_in_the_same_step_as_its_end(loaded: Server) -> None:
+async def test_a_cancel_in_the_step_of_the_end_is_harmless(loaded: Server) -> None:
     """Let the engine finish the row in a step while a cancel is already queued."""
     gate = loaded.backend.step_gate
     for _ in range(50):
@@ -92,7 +92,7 @@ async def test_in_the_same_step_as_its_end(loaded: Server) -> None:
     assert await loaded.text(num_predict=2)
 
 
-async def test_after_its_end_nothing_happens(loaded: Server) -> None:
+async def test_a_cancel_after_the_end_does_nothing(loaded: Server) -> None:
     loaded.backend.reply = says("done")
     call = loaded.start()
     assert joined([message async for message in call]) == "done"
@@ -100,7 +100,7 @@ async def test_after_its_end_nothing_happens(loaded: Server) -> None:
     assert await loaded.text() == "done"
 
 
-async def test_a_deadline_ends_it_like_a_cancel(loaded: Server) -> None:
+async def test_a_deadline_ends_a_request_like_a_cancel(loaded: Server) -> None:
     loaded.backend.step_gate.shut()
     call = loaded.start("x", timeout=0.05)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -111,7 +111,7 @@ async def test_a_deadline_ends_it_like_a_cancel(loaded: Server) -> None:
     loaded.assert_nothing_left()
 
 
-async def test_a_lost_connection_ends_it(loaded: Server) -> None:
+async def test_a_lost_connection_ends_its_requests(loaded: Server) -> None:
     async with grpc.aio.insecure_channel(loaded.ready.target) as channel:
         other = Server(loaded.app, loaded.backend, channel, loaded.ready)
         await anext(aiter(other.start("x", num_predict=4000)))
@@ -119,7 +119,7 @@ async def test_a_lost_connection_ends_it(loaded: Server) -> None:
     loaded.assert_nothing_left()
 
 
-async def test_others_in_the_batch_do_not_notice(loaded: Server) -> None:
+async def test_a_cancel_does_not_change_other_rows(loaded: Server) -> None:
     alone = await loaded.text("keep", seed=5, num_predict=60)
     keep = loaded.start("keep", seed=5, num_predict=60)
     for i in range(10):

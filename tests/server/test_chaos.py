@@ -82,7 +82,9 @@ class Visitor:
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-async def test_chaos(start_server: StartServer, seed: int) -> None:
+async def test_random_calls_from_many_clients_leave_nothing(
+    start_server: StartServer, seed: int
+) -> None:
     server = await start_server(max_queued=4)
     tasks = len(asyncio.all_tasks())
     await server.load()

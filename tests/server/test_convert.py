@@ -11,13 +11,15 @@ from runner_server.engine.types import FinishReason, GenerationResult, MemoryCou
 from support.harness import Server
 
 
-def test_the_last_message_tells_what_was_not_evaluated_again() -> None:
+def test_the_last_message_counts_cached_tokens() -> None:
     done = GenerationResult(FinishReason.STOP, "", 9, 3, 0.0, 0.0, 0.0, cached_count=5)
     message = piece_message(OutputDelta(done=done))
     assert (message.prompt_eval_count, message.prompt_cached_count) == (9, 5)
 
 
-async def test_status_tells_what_is_kept(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_status_has_the_bytes_of_the_prefix_cache(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counters = MemoryCounters(active_bytes=2**40, cache_bytes=1, prefix_cache_bytes=2**33)
     monkeypatch.setattr(server.backend, "memory", lambda: counters)
     status = await server.status()
@@ -37,7 +39,7 @@ async def test_status_tells_what_is_kept(server: Server, monkeypatch: pytest.Mon
         ("", "linux", 100, 70),
     ],
 )
-def test_what_mlx_does_not_hold(
+def test_other_bytes_are_the_resident_set_outside_mlx(
     monkeypatch: pytest.MonkeyPatch, device: str, system: str, process: int, other: int
 ) -> None:
     monkeypatch.setattr(sys, "platform", system)
@@ -45,7 +47,7 @@ def test_what_mlx_does_not_hold(
     assert message.other_bytes == other
 
 
-async def test_status_tells_the_limits_in_force(
+async def test_status_has_the_limits_in_force(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await server.load(prefix_cache_bytes=50)

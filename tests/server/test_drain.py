@@ -58,7 +58,7 @@ async def test_a_stop_ends_a_load(start_server: StartServer) -> None:
     assert server.backend.weight_bytes == 0
 
 
-async def test_a_load_that_has_not_begun_ends_too(start_server: StartServer) -> None:
+async def test_a_stop_ends_a_load_that_has_not_begun(start_server: StartServer) -> None:
     server = await start_server()
     run = asyncio.ensure_future(server.app.run())
     await server.load()
@@ -105,7 +105,7 @@ async def test_the_model_of_the_command_line_is_loaded(start_server: StartServer
     assert (status.model.name, status.parallel) == ("first", 2)
 
 
-async def test_a_first_model_that_fails_leaves_a_server_that_tells_why(
+async def test_a_failed_first_model_leaves_a_server_that_says_why(
     start_server: StartServer,
 ) -> None:
     backend = FakeBackend(load_error=ValueError("bad"))
@@ -116,7 +116,7 @@ async def test_a_first_model_that_fails_leaves_a_server_that_tells_why(
     assert await server.text(num_predict=2)
 
 
-async def test_stopping_while_the_first_model_loads(start_server: StartServer) -> None:
+async def test_a_stop_ends_the_load_of_the_first_model(start_server: StartServer) -> None:
     backend = FakeBackend()
     backend.load_gate.shut()
     server: Server = await start_server(backend, load=LoadSpec("first"))

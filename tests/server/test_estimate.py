@@ -45,7 +45,7 @@ def free(available_bytes: int) -> FreeMemory:
 
 
 @dataclass
-class Counter:
+class FakeNeedProcess:
     """Stand-in for the process computing the needs of a model.
 
     Attributes:
@@ -72,14 +72,14 @@ class Counter:
 
 
 @pytest.fixture
-def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
-    counter = Counter()
+def counter(monkeypatch: pytest.MonkeyPatch) -> FakeNeedProcess:
+    counter = FakeNeedProcess()
     monkeypatch.setattr("runner_server.api.estimator.ask_need", counter.ask)
     return counter
 
 
 @pytest.fixture
-def has(start_server: StartServer, tmp_path: Path) -> Callable[[int], Any]:
+def start_with_memory(start_server: StartServer, tmp_path: Path) -> Callable[[int], Any]:
     """Factory of servers on a machine with a given free memory, not counting this process."""
 
     def start(available_bytes: int) -> Any:
@@ -91,7 +91,7 @@ def has(start_server: StartServer, tmp_path: Path) -> Callable[[int], Any]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_kept_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def keep_nothing_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MINIMUM_VARIABLE, "0")
     monkeypatch.setattr("runner_server.host.machine_admission.resident_bytes", lambda: 0)
 
@@ -101,12 +101,17 @@ async def estimate(server: Server, model: Path | str, **fields: Any) -> pb.Estim
     return await server.stub.Estimate(request, timeout=60)
 
 
-async def test_parts_add_up(
-    has: Callable[[int], Any], counter: Counter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_the_parts_add_up_to_the_total(
+    start_with_memory: Callable[[int], Any],
+    counter: FakeNeedProcess,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(MINIMUM_VARIABLE, str(GIB))
     monkeypatch.setenv(OVERHEAD_VARIABLE, str(2 * GIB))
-    answer = await estimate(await has(32 * GIB), tmp_path, context_length=100, parallel=3)
+    answer = await estimate(
+        await start_with_memory(32 * GIB), tmp_path, context_length=100, parallel=3
+    )
     parts = [getattr(answer, part) for part in PARTS]
     assert parts == list(NEED.parts.values())
     assert answer.total_bytes == sum(parts)
@@ -119,7 +124,9 @@ async def test_parts_add_up(
     assert counter.requests == [asked]
 
 
-async def test_every_field_is_asked_for(server: Server, counter: Counter, tmp_path: Path) -> None:
+async def test_every_field_reaches_the_process(
+    server: Server, counter: FakeNeedProcess, tmp_path: Path
+) -> None:
     await estimate(
         server,
         tmp_path,
@@ -132,17 +139,17 @@ async def test_every_field_is_asked_for(server: Server, counter: Counter, tmp_pa
 
 
 @pytest.mark.usefixtures("counter")
-async def test_it_fits_to_the_last_byte_and_no_further(
-    has: Callable[[int], Any], tmp_path: Path
+async def test_a_model_fits_to_the_last_byte(
+    start_with_memory: Callable[[int], Any], tmp_path: Path
 ) -> None:
-    exact = await estimate(await has(NEED.required_bytes), tmp_path)
+    exact = await estimate(await start_with_memory(NEED.required_bytes), tmp_path)
     assert (exact.fits, exact.available_bytes) == (True, NEED.required_bytes)
-    short = await estimate(await has(NEED.required_bytes - 1), tmp_path)
+    short = await estimate(await start_with_memory(NEED.required_bytes - 1), tmp_path)
     assert (short.fits, short.required_bytes) == (False, NEED.required_bytes)
 
 
 @pytest.mark.usefixtures("counter")
-async def test_what_is_kept_free_does_not_fit_it(
+async def test_memory_kept_free_is_not_available(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(MINIMUM_VARIABLE, str(2**60))
@@ -151,7 +158,7 @@ async def test_what_is_kept_free_does_not_fit_it(
     assert answer.overhead_bytes == 2**60
 
 
-async def test_a_model_that_is_not_there(server: Server, counter: Counter) -> None:
+async def test_a_missing_model_is_not_found(server: Server, counter: FakeNeedProcess) -> None:
     for model in ("/no/such/place", "org/not-in-the-cache"):
         problem = await failure(estimate(server, model))
         assert (problem.code, problem.reason) == (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND")
@@ -159,8 +166,8 @@ async def test_a_model_that_is_not_there(server: Server, counter: Counter) -> No
     assert not counter.requests
 
 
-async def test_models_outside_the_root_are_not_looked_at(
-    start_server: StartServer, counter: Counter, tmp_path: Path
+async def test_models_outside_the_root_are_not_found(
+    start_server: StartServer, counter: FakeNeedProcess, tmp_path: Path
 ) -> None:
     root, outside = tmp_path / "root", tmp_path / "outside"
     (root / "model").mkdir(parents=True)
@@ -177,12 +184,14 @@ async def test_models_outside_the_root_are_not_looked_at(
     assert (await estimate(server, root / "model")).total_bytes
 
 
-async def test_the_stored_format_where_float32_does_not_fit(
-    has: Callable[[int], Any], counter: Counter, tmp_path: Path
+async def test_the_stored_format_is_used_if_float32_does_not_fit(
+    start_with_memory: Callable[[int], Any], counter: FakeNeedProcess, tmp_path: Path
 ) -> None:
-    roomy = await estimate(await has(32 * GIB), tmp_path, dtype=pb.DTYPE_AUTO_OR_STORED)
+    roomy = await estimate(
+        await start_with_memory(32 * GIB), tmp_path, dtype=pb.DTYPE_AUTO_OR_STORED
+    )
     assert (roomy.dtype, roomy.fits, list(roomy.notes)) == ("float32", True, [])
-    server = await has(8 * GIB)
+    server = await start_with_memory(8 * GIB)
     answer = await estimate(server, tmp_path, dtype=pb.DTYPE_AUTO_OR_STORED)
     assert (answer.dtype, answer.fits) == ("as_stored", True)
     assert answer.weight_bytes == STORED.weight_bytes
@@ -194,12 +203,12 @@ async def test_the_stored_format_where_float32_does_not_fit(
     assert [request.dtype for request in counter.requests] == ["auto", "auto", "as_stored", "auto"]
 
 
-async def test_the_stored_format_where_float32_exceeds_the_limit_asked_for(
-    has: Callable[[int], Any], counter: Counter, tmp_path: Path
+async def test_the_stored_format_is_used_if_float32_exceeds_the_requested_limit(
+    start_with_memory: Callable[[int], Any], counter: FakeNeedProcess, tmp_path: Path
 ) -> None:
     numbers = {"requiredBytes": "9", "availableBytes": "7"}
     counter.errors["auto"] = NeedRefusedError("INSUFFICIENT_MEMORY", "too large", numbers, [])
-    server = await has(32 * GIB)
+    server = await start_with_memory(32 * GIB)
     limit = {"memory_limit_bytes": 7}
     answer = await estimate(server, tmp_path, dtype=pb.DTYPE_AUTO_OR_STORED, **limit)
     assert (answer.dtype, answer.fits, len(answer.notes)) == ("as_stored", True, 1)
@@ -208,18 +217,18 @@ async def test_the_stored_format_where_float32_exceeds_the_limit_asked_for(
     assert (problem.reason, problem.metadata) == ("INSUFFICIENT_MEMORY", numbers)
 
 
-async def test_no_note_where_the_stored_format_is_the_usual_one(
-    has: Callable[[int], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_there_is_no_note_if_the_stored_format_is_the_default(
+    start_with_memory: Callable[[int], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Give no note on Metal and CUDA, where weights are kept as stored anyway."""
     usual = NeedAnswer(NEED, "as_stored", 4096, 32768, 4)
     monkeypatch.setattr("runner_server.api.estimator.ask_need", lambda *_: usual)
-    answer = await estimate(await has(GIB), tmp_path, dtype=pb.DTYPE_AUTO_OR_STORED)
+    answer = await estimate(await start_with_memory(GIB), tmp_path, dtype=pb.DTYPE_AUTO_OR_STORED)
     assert (answer.fits, answer.dtype, list(answer.notes)) == (False, "as_stored", [])
 
 
-async def test_refusals_are_those_of_a_load(
-    server: Server, counter: Counter, tmp_path: Path
+async def test_refusals_are_the_same_as_for_a_load(
+    server: Server, counter: FakeNeedProcess, tmp_path: Path
 ) -> None:
     where = {"model": str(tmp_path)}
     counter.errors["auto"] = NeedRefusedError("MODEL_UNSUPPORTED", "no config.json", where, [])
@@ -232,8 +241,8 @@ async def test_refusals_are_those_of_a_load(
     assert (await failure(estimate(server, tmp_path))).violations == dict(violations)
 
 
-async def test_a_process_that_counts_and_crashes(
-    server: Server, counter: Counter, tmp_path: Path, caplog: pytest.LogCaptureFixture
+async def test_a_crashed_estimate_hides_its_traceback(
+    server: Server, counter: FakeNeedProcess, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     counter.errors["auto"] = NeedUnknownError("ended with exit code 1: Traceback /secret/file.py")
     problem = await failure(estimate(server, tmp_path))
@@ -244,8 +253,8 @@ async def test_a_process_that_counts_and_crashes(
     assert (await server.status()).last_error == ""
 
 
-async def test_a_loaded_model_keeps_answering(
-    loaded: Server, counter: Counter, tmp_path: Path
+async def test_estimates_do_not_hold_up_a_loaded_model(
+    loaded: Server, counter: FakeNeedProcess, tmp_path: Path
 ) -> None:
     """Run many slow estimates: steps and tokenizers are not held up."""
     counter.gate.shut()
@@ -263,10 +272,10 @@ async def test_a_loaded_model_keeps_answering(
     assert [name for name in names if name != "trim"] == ["open", "release", "load"]
 
 
-async def test_nothing_is_loaded_or_set_aside(
-    has: Callable[[int], Any], counter: Counter, tmp_path: Path
+async def test_an_estimate_loads_and_reserves_nothing(
+    start_with_memory: Callable[[int], Any], counter: FakeNeedProcess, tmp_path: Path
 ) -> None:
-    server = await has(32 * GIB)
+    server = await start_with_memory(32 * GIB)
     assert (await estimate(server, tmp_path)).fits
     assert counter.requests
     status = await server.status()
@@ -280,8 +289,8 @@ async def test_nothing_is_loaded_or_set_aside(
         assert not view.records()
 
 
-async def test_refused_while_the_runner_stops(
-    loaded: Server, counter: Counter, tmp_path: Path
+async def test_an_estimate_is_refused_while_the_runner_stops(
+    loaded: Server, counter: FakeNeedProcess, tmp_path: Path
 ) -> None:
     loaded.app.engine.stop()
     problem = await failure(estimate(loaded, tmp_path))
@@ -289,8 +298,8 @@ async def test_refused_while_the_runner_stops(
     assert not counter.requests
 
 
-async def test_an_estimate_under_way_ends_when_the_runner_stops(
-    server: Server, counter: Counter, tmp_path: Path
+async def test_a_running_estimate_ends_when_the_runner_stops(
+    server: Server, counter: FakeNeedProcess, tmp_path: Path
 ) -> None:
     counter.gate.shut()
     calls = [asyncio.ensure_future(failure(estimate(server, tmp_path))) for _ in range(4)]
@@ -310,7 +319,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.mlx
 @pytest.mark.usefixtures("own_cache")
-async def test_a_load_takes_what_was_estimated(
+async def test_a_load_reserves_the_estimate(
     socket_dir: Path, model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from runner_server.mlx_backend import MlxBackend
@@ -345,7 +354,7 @@ async def test_a_load_takes_what_was_estimated(
 
 @pytest.mark.mlx
 @pytest.mark.usefixtures("own_cache")
-async def test_real_refusals(
+async def test_mlx_refuses_models_that_cannot_be_loaded(
     server: Server, model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
     empty = tmp_path / "empty"
@@ -363,7 +372,7 @@ async def test_real_refusals(
 @pytest.mark.mlx
 @pytest.mark.usefixtures("own_cache")
 @pytest.mark.skipif(os.uname().sysname != "Linux", reason="as stored is the usual format there")
-async def test_a_quantized_model_that_fits_only_as_stored(
+async def test_a_quantized_model_may_fit_only_as_stored(
     start_server: StartServer, model_dir: Callable[..., Path]
 ) -> None:
     model = model_dir(quantize_bits=4, hidden_size=256, intermediate_size=512)

@@ -25,7 +25,7 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-async def test_only_its_batch_fails_and_the_queue_is_served(server: Server) -> None:
+async def test_a_failed_step_costs_its_batch_and_the_queue_is_served(server: Server) -> None:
     await server.load(parallel=2)
     gate = server.backend.step_gate
     gate.shut()
@@ -36,7 +36,7 @@ async def test_only_its_batch_fails_and_the_queue_is_served(server: Server) -> N
     await server.thread(gate.wait_arrival)
     server.backend.failures.append(RuntimeError("[metal] secret path /home"))
     gate.open()
-    ends = await asyncio.gather(*(_end(call) for call in calls))
+    ends = await asyncio.gather(*(_outcome(call) for call in calls))
     problems = [end for end in ends if isinstance(end, Problem)]
     assert len(problems) == 2
     assert [end for end in ends if isinstance(end, int)] == [4, 4, 4]
@@ -53,7 +53,7 @@ async def test_only_its_batch_fails_and_the_queue_is_served(server: Server) -> N
     server.assert_nothing_left()
 
 
-async def test_failures_that_are_not_in_a_row_are_survived(loaded: Server) -> None:
+async def test_failed_steps_that_are_not_in_a_row_are_survived(loaded: Server) -> None:
     for _ in range(5):
         loaded.backend.failures.append(RuntimeError())
         assert (await failure(loaded.start())).reason == "GENERATION_FAILED"
@@ -61,7 +61,7 @@ async def test_failures_that_are_not_in_a_row_are_survived(loaded: Server) -> No
     assert (await loaded.status()).state == pb.STATE_ACTIVE
 
 
-async def test_an_error_in_adding_a_row_is_a_failed_step(
+async def test_an_error_while_adding_a_row_is_a_failed_step(
     loaded: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_args: object) -> None:
@@ -73,7 +73,7 @@ async def test_an_error_in_adding_a_row_is_a_failed_step(
     assert await loaded.text(num_predict=2)
 
 
-async def test_two_in_a_row_end_everything(start_server: StartServer) -> None:
+async def test_two_failed_steps_in_a_row_end_the_process(start_server: StartServer) -> None:
     server = await start_server()
     run = asyncio.ensure_future(server.app.run())
     await server.load(parallel=2)
@@ -109,7 +109,7 @@ async def test_a_dead_engine_answers_with_a_typed_error(start_server: StartServe
         await eventually(partial(_is_not_serving, server, name))
 
 
-async def test_without_its_library_the_process_ends(
+async def test_the_process_ends_if_its_library_cannot_be_opened(
     start_server: StartServer,
 ) -> None:
     backend = FakeBackend(open_error=ImportError("no mlx here"))
@@ -118,13 +118,13 @@ async def test_without_its_library_the_process_ends(
     assert "no mlx here" in server.app.engine.state().last_error
 
 
-async def test_a_load_that_waits_ends_when_the_engine_dies(start_server: StartServer) -> None:
+async def test_a_waiting_load_ends_when_the_engine_dies(start_server: StartServer) -> None:
     backend = FakeBackend(open_error=ImportError("no mlx here"))
     server = await start_server(backend)
     assert (await failure(server.load())).reason == "SHUTTING_DOWN"
 
 
-async def _end(call: CompletionCall) -> int | Problem:
+async def _outcome(call: CompletionCall) -> int | Problem:
     try:
         return [message async for message in call][-1].eval_count
     except grpc.aio.AioRpcError as error:
@@ -135,7 +135,7 @@ async def _is_not_serving(server: Server, name: str) -> bool:
     return await server.health(name) == NOT_SERVING
 
 
-async def test_a_cancel_that_fails_costs_its_batch_only(start_server: StartServer) -> None:
+async def test_a_failed_cancel_costs_only_its_batch(start_server: StartServer) -> None:
     server = await start_server()
     await server.load()
     server.backend.step_gate.shut()

@@ -21,7 +21,7 @@ def _request(prompt: str = "x", **options: Any) -> pb.CompletionRequest:
     return pb.CompletionRequest(prompt=prompt, options=pb.CompletionOptions(**options))
 
 
-async def _by_hand(server: Server, data: bytes) -> plain_http2.Answer:
+async def _call_by_hand(server: Server, data: bytes) -> plain_http2.Answer:
     port = int(server.ready.address.rpartition(":")[2])
     return await asyncio.to_thread(plain_http2.call, port, COMPLETION, data)
 
@@ -50,9 +50,9 @@ async def test_a_queued_completion_has_headers(full: Server) -> None:
         assert [message async for message in call][-1].eval_count == 1
 
 
-async def test_one_that_is_accepted_has_them_before_its_status(full: Server) -> None:
+async def test_an_accepted_completion_has_headers_before_its_status(full: Server) -> None:
     full.backend.step_gate.open()
-    answer = await _by_hand(full, _request(num_predict=1).SerializeToString())
+    answer = await _call_by_hand(full, _request(num_predict=1).SerializeToString())
     assert (answer.status, answer.is_trailers_only) == (0, False)
 
 
@@ -68,32 +68,32 @@ async def test_one_that_is_accepted_has_them_before_its_status(full: Server) -> 
     ],
     ids=["prompt", "option", "too long", "unknown field", "no message", "no memory"],
 )
-async def test_one_that_is_refused_has_only_its_status(
+async def test_a_refused_completion_has_only_a_status(
     full: Server, data: bytes, code: grpc.StatusCode
 ) -> None:
-    answer = await _by_hand(full, data)
+    answer = await _call_by_hand(full, data)
     assert (answer.status, answer.is_trailers_only) == (code.value[0], True)
 
 
-async def test_a_full_queue_too(full: Server) -> None:
+async def test_a_full_queue_answers_with_only_a_status(full: Server) -> None:
     calls = [full.start(num_predict=1) for _ in range(2)]
     for call in calls:
         await call.initial_metadata()
-    answer = await _by_hand(full, _request(num_predict=1).SerializeToString())
+    answer = await _call_by_hand(full, _request(num_predict=1).SerializeToString())
     assert answer.status == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
     assert answer.is_trailers_only
     for call in calls:
         call.cancel()
 
 
-async def test_no_model_too(start_server: StartServer) -> None:
+async def test_a_missing_model_answers_with_only_a_status(start_server: StartServer) -> None:
     server = await start_server(listen="127.0.0.1:0")
-    answer = await _by_hand(server, _request().SerializeToString())
+    answer = await _call_by_hand(server, _request().SerializeToString())
     assert answer.status == grpc.StatusCode.FAILED_PRECONDITION.value[0]
     assert answer.is_trailers_only
 
 
-async def test_one_that_has_headers_can_still_fail(full: Server) -> None:
+async def test_a_completion_with_headers_can_still_fail(full: Server) -> None:
     running, queued = full.start(num_predict=1), full.start(num_predict=1)
     for call in (running, queued):
         await call.initial_metadata()

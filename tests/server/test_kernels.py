@@ -40,7 +40,7 @@ def accept(_folder: Path) -> None:
     """Accept any folder."""
 
 
-def again(environ: Mapping[str, str]) -> list[str]:
+def libraries_at_start(environ: Mapping[str, str]) -> list[str]:
     """Return the libraries a new process starts with."""
     folder = open_kernels(VERSION, check=accept, environ=environ)
     found = [file.name for file in folder.libraries.iterdir()]
@@ -57,12 +57,12 @@ def c_variable(name: str) -> str | None:
 
 
 @needs_compiler
-def test_a_kernel_is_there_for_the_next_process(
+def test_the_next_process_finds_a_kept_kernel(
     opened: KernelFolder, environ: dict[str, str]
 ) -> None:
-    assert again(environ) == []
+    assert libraries_at_start(environ) == []
     opened.keep()
-    assert again(environ) == [CHECK_LIBRARY]
+    assert libraries_at_start(environ) == [CHECK_LIBRARY]
 
 
 @needs_compiler
@@ -70,7 +70,7 @@ def test_closing_keeps_kernels_and_removes_the_folder(environ: dict[str, str]) -
     folder = open_kernels(VERSION, check=check_compiler, environ=environ)
     folder.close()
     assert not folder.libraries.exists()
-    assert again(environ) == [CHECK_LIBRARY]
+    assert libraries_at_start(environ) == [CHECK_LIBRARY]
 
 
 @needs_compiler
@@ -84,10 +84,10 @@ def test_a_kernel_cut_short_is_compiled_again(
     part = kept.read_bytes()[:size]
     kept.unlink()
     kept.write_bytes(part)
-    assert again(environ) == []
+    assert libraries_at_start(environ) == []
     assert not kept.exists()
     open_kernels(VERSION, check=check_compiler, environ=environ).close()
-    assert again(environ) == [CHECK_LIBRARY]
+    assert libraries_at_start(environ) == [CHECK_LIBRARY]
 
 
 @needs_compiler
@@ -99,7 +99,7 @@ def test_a_kernel_that_could_not_be_loaded_is_dropped(
     half.write_bytes((opened.libraries / CHECK_LIBRARY).read_bytes()[:5000])
     opened.keep()
     assert not half.exists()
-    assert again(environ) == [CHECK_LIBRARY]
+    assert libraries_at_start(environ) == [CHECK_LIBRARY]
 
 
 @needs_compiler
@@ -111,16 +111,16 @@ def test_without_hard_links_kernels_are_copied(
 
     monkeypatch.setattr(Path, "hardlink_to", refuse)
     open_kernels(VERSION, check=check_compiler, environ=environ).close()
-    assert again(environ) == [CHECK_LIBRARY]
+    assert libraries_at_start(environ) == [CHECK_LIBRARY]
 
 
 @needs_compiler
-def test_kernels_of_another_version_are_not_taken(environ: dict[str, str]) -> None:
+def test_kernels_of_another_version_are_not_used(environ: dict[str, str]) -> None:
     open_kernels("0.1", check=check_compiler, environ=environ).close()
-    assert again(environ) == []
+    assert libraries_at_start(environ) == []
 
 
-def test_mlx_alone_is_told_of_the_folder(environ: dict[str, str]) -> None:
+def test_only_mlx_sees_the_folder(environ: dict[str, str]) -> None:
     """Leave the folder of temporary files of Python and of children as before."""
     before, python = c_variable("TMPDIR"), os.environ.get("TMPDIR")
     folder = open_kernels(VERSION, check=accept, environ=environ)
@@ -133,12 +133,12 @@ def test_mlx_alone_is_told_of_the_folder(environ: dict[str, str]) -> None:
     assert c_variable("MLX_PTX_CACHE_DIR") == os.environ.get("MLX_PTX_CACHE_DIR")
 
 
-def test_what_is_kept_for_one_run_only_is_removed(environ: dict[str, str], tmp_path: Path) -> None:
+def test_kernels_of_one_run_only_are_removed(environ: dict[str, str], tmp_path: Path) -> None:
     folder = open_kernels(VERSION, check=accept, environ=environ, keeps=False)
     (folder.libraries / "libx.so").touch()
     folder.close()
     assert not list(tmp_path.rglob("*.so"))
-    assert again(environ) == []
+    assert libraries_at_start(environ) == []
 
 
 KILLED = """
@@ -149,7 +149,7 @@ sys.stdin.read()
 """
 
 
-def test_folders_of_killed_processes_are_removed_and_others_are_not(
+def test_only_folders_of_dead_processes_are_removed(
     environ: dict[str, str],
 ) -> None:
     paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -163,58 +163,56 @@ def test_folders_of_killed_processes_are_removed_and_others_are_not(
     with child:
         assert child.stdout
         libraries = Path(child.stdout.readline().strip())
-        again(environ)
+        libraries_at_start(environ)
         assert libraries.is_dir()
         child.send_signal(signal.SIGKILL)
         child.wait()
-    again(environ)
+    libraries_at_start(environ)
     assert not libraries.exists()
 
 
-def place_of(environ: Mapping[str, str]) -> Path:
+def shared_folder(environ: Mapping[str, str]) -> Path:
     """Return the folder shared by the processes with this environment."""
     folder = open_kernels(VERSION, check=accept, environ=environ)
-    place = folder.libraries.parents[3]
+    shared = folder.libraries.parents[3]
     folder.close()
-    return place
+    return shared
 
 
-def test_a_folder_of_temporary_files_that_was_named_goes_first(
-    environ: dict[str, str], tmp_path: Path
-) -> None:
+def test_tmpdir_comes_before_the_cache_folder(environ: dict[str, str], tmp_path: Path) -> None:
     name = f"mlx-runner-kernels-{os.geteuid()}"
-    assert place_of(environ) == tmp_path.resolve() / "tmp" / name
+    assert shared_folder(environ) == tmp_path.resolve() / "tmp" / name
     del environ["TMPDIR"]
-    assert place_of(environ) == tmp_path.resolve() / "cache/mlx-runner/kernels"
+    assert shared_folder(environ) == tmp_path.resolve() / "cache/mlx-runner/kernels"
 
 
-def test_without_a_home_the_folder_of_temporary_files_is_taken(
+def test_without_a_home_the_folder_of_temporary_files_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Run without HOME, like an arbitrary user id in a container."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert place_of({}) == tmp_path.resolve() / f"mlx-runner-kernels-{os.geteuid()}"
-    assert place_of({"HOME": str(tmp_path)}) == tmp_path.resolve() / ".cache/mlx-runner/kernels"
+    assert shared_folder({}) == tmp_path.resolve() / f"mlx-runner-kernels-{os.geteuid()}"
+    assert (
+        shared_folder({"HOME": str(tmp_path)}) == tmp_path.resolve() / ".cache/mlx-runner/kernels"
+    )
 
 
-def test_the_next_place_is_taken_where_one_is_not_fit(
-    environ: dict[str, str], tmp_path: Path
-) -> None:
+def test_an_unfit_folder_is_skipped(environ: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "tmp" / f"mlx-runner-kernels-{os.geteuid()}").mkdir(mode=0o755)
-    assert place_of(environ) == tmp_path.resolve() / "cache/mlx-runner/kernels"
+    assert shared_folder(environ) == tmp_path.resolve() / "cache/mlx-runner/kernels"
 
 
 @pytest.mark.parametrize("character", ['"', "$", "`", "\\"])
-def test_a_path_that_a_shell_would_interpret_is_not_taken(
+def test_a_path_that_a_shell_would_interpret_is_skipped(
     environ: dict[str, str], tmp_path: Path, character: str
 ) -> None:
     odd = tmp_path / f"a{character}b"
     odd.mkdir()
     environ["TMPDIR"] = str(odd)
-    assert place_of(environ) == tmp_path.resolve() / "cache/mlx-runner/kernels"
+    assert shared_folder(environ) == tmp_path.resolve() / "cache/mlx-runner/kernels"
 
 
-def test_a_folder_of_its_own_is_the_last_resort(
+def test_a_new_private_folder_is_the_last_resort(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
@@ -229,7 +227,7 @@ def test_a_folder_of_its_own_is_the_last_resort(
     assert not base.exists()
 
 
-def test_where_no_place_is_fit_each_is_named(
+def test_without_any_fit_folder_the_error_names_each(
     environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(folder: Path) -> None:
@@ -243,7 +241,7 @@ def test_where_no_place_is_fit_each_is_named(
     assert not list(tmp_path.rglob("run-*"))
 
 
-def test_a_broken_compiler_is_not_tried_in_every_place(
+def test_a_broken_compiler_is_tried_once(
     environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "g++").write_text(f"#!/bin/sh\necho x >>{tmp_path}/runs\necho 'no cc1plus'\nexit 3")
@@ -256,7 +254,7 @@ def test_a_broken_compiler_is_not_tried_in_every_place(
 
 
 @needs_compiler
-def test_what_cannot_be_loaded_is_found_out(tmp_path: Path) -> None:
+def test_a_library_that_cannot_be_loaded_is_an_error(tmp_path: Path) -> None:
     (tmp_path / CHECK_LIBRARY).write_bytes(b"no library")
     with pytest.raises(OSError, match=CHECK_LIBRARY):
         check_compiler(tmp_path)

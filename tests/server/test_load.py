@@ -16,7 +16,7 @@ from support.harness import Server, StartServer, eventually, failure, tokens
 UNLOAD = pb.UnloadRequest()
 
 
-async def test_what_load_answers(server: Server) -> None:
+async def test_load_answers_with_the_model_and_status_has_it(server: Server) -> None:
     answer = await server.load("some-model", context_length=100, parallel=3)
     model = answer.model
     assert (model.name, model.architecture, model.dtype) == ("some-model", "fake", "float32")
@@ -30,7 +30,7 @@ async def test_what_load_answers(server: Server) -> None:
     assert status.memory_usage.limit_bytes == 1 << 30
 
 
-async def test_an_idle_server_says_so(server: Server) -> None:
+async def test_status_of_a_server_without_a_model(server: Server) -> None:
     await eventually(lambda: bool(server.app.engine.device))
     status = await server.status()
     assert (status.state, status.progress, status.step_count) == (pb.STATE_IDLE, 0, 0)
@@ -69,7 +69,7 @@ async def test_progress_shows_while_loading(server: Server) -> None:
     assert (await server.status()).progress == 100
 
 
-async def test_the_state_is_loading_as_soon_as_it_is_asked(server: Server) -> None:
+async def test_the_state_is_loading_as_soon_as_a_load_is_requested(server: Server) -> None:
     server.backend.load_gate.shut()
     load = asyncio.ensure_future(server.load())
     await server.thread(server.backend.load_gate.wait_arrival)
@@ -98,7 +98,7 @@ async def test_a_cancelled_load_stops_and_a_new_one_works(server: Server, how: s
             await load
     await eventually(lambda: _is_cancelled(server))
     gate.open()
-    await _idle(server)
+    await _wait_until_idle(server)
     # The load stopped at its next report, and passed the gate for that one only.
     assert gate._passed == 3
     status = await server.status()
@@ -107,7 +107,7 @@ async def test_a_cancelled_load_stops_and_a_new_one_works(server: Server, how: s
     assert await server.text(num_predict=3)
 
 
-async def test_a_load_cancelled_before_its_turn_does_nothing(loaded: Server) -> None:
+async def test_a_load_cancelled_before_it_begins_does_nothing(loaded: Server) -> None:
     """Cancel a load while the engine is in a step and has not begun to load."""
     loaded.backend.step_gate.shut()
     call = loaded.start("x", num_predict=2)
@@ -169,13 +169,13 @@ async def test_a_load_replaces_the_model_and_ends_its_streams(loaded: Server) ->
     await eventually(lambda: loaded.app.engine.state().state is State.LOADING)
     gate.open()
     await load
-    assert (await failure(_rest(call))).reason == "SHUTTING_DOWN"
+    assert (await failure(_read_on(call))).reason == "SHUTTING_DOWN"
     assert (await loaded.status()).model.name == "other"
     assert len(tokens(await loaded.complete(num_predict=3))) == 3
     assert all(batch.closed for batch in loaded.backend.batches[:-1])
 
 
-async def test_a_failed_load_leaves_no_model_and_tells_why(loaded: Server) -> None:
+async def test_a_failed_load_leaves_no_model_and_status_says_why(loaded: Server) -> None:
     loaded.backend.load_error = ValueError("secret of the host")
     problem = await failure(loaded.load("broken"))
     assert (problem.code, problem.reason) == (grpc.StatusCode.INTERNAL, "GENERATION_FAILED")
@@ -187,7 +187,7 @@ async def test_a_failed_load_leaves_no_model_and_tells_why(loaded: Server) -> No
     assert await loaded.text(num_predict=2)
 
 
-async def test_a_model_that_is_not_there_does_not_cost_the_loaded_one(loaded: Server) -> None:
+async def test_a_missing_model_leaves_the_loaded_one_running(loaded: Server) -> None:
     call = loaded.start(num_predict=4000)
     await call.read()
     loaded.backend.check_error = ModelNotFound("no such model")
@@ -201,7 +201,7 @@ async def test_a_model_that_is_not_there_does_not_cost_the_loaded_one(loaded: Se
     assert await loaded.text(num_predict=2)
 
 
-async def test_all_of_the_library_happens_on_one_thread(start_server: StartServer) -> None:
+async def test_every_call_of_the_library_is_on_the_engine_thread(start_server: StartServer) -> None:
     server = await start_server()
     await server.load()
     await server.complete(num_predict=2)
@@ -213,12 +213,12 @@ async def test_all_of_the_library_happens_on_one_thread(start_server: StartServe
     assert {thread for _, thread in server.backend.calls} == {"engine"}
 
 
-async def _rest(call: object) -> None:
+async def _read_on(call: object) -> None:
     async for _ in call:  # type: ignore[attr-defined]  # a call
         pass
 
 
-async def _idle(server: Server) -> None:
+async def _wait_until_idle(server: Server) -> None:
     async def reached() -> bool:
         return (await server.status()).state == pb.STATE_IDLE
 

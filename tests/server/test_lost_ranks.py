@@ -75,11 +75,11 @@ async def test_status_names_all_ranks(first: Server) -> None:
     assert other == pb.Rank(rank=1, host="there", pid=4711, device="cpu: fake", memory_usage=usage)
 
 
-async def test_a_server_with_the_whole_model_names_none(server: Server) -> None:
+async def test_a_server_with_the_whole_model_names_no_ranks(server: Server) -> None:
     assert not (await server.status()).ranks
 
 
-async def test_a_lost_rank_ends_all_calls_though_a_step_hangs(
+async def test_a_lost_rank_ends_all_calls_even_while_a_step_hangs(
     first: Server, other: FakeRanks
 ) -> None:
     first.backend.step_gate.shut()
@@ -163,7 +163,7 @@ async def test_a_lost_rank_ends_a_load(first: Server, other: FakeRanks) -> None:
     assert (await first.status()).state == pb.STATE_FAILED
 
 
-async def test_a_step_that_finds_a_rank_lost_says_so(first: Server) -> None:
+async def test_a_step_that_finds_a_rank_lost_ends_the_process(first: Server) -> None:
     first.backend.failures.append(BackendLost("rank 1 is gone"))
     problem = await failure(first.start())
     assert (problem.reason, problem.message) == ("SHUTTING_DOWN", "rank 1 is gone")
@@ -177,7 +177,7 @@ async def test_a_load_that_finds_a_rank_lost_ends_the_process(first: Server) -> 
     assert await first.app.run() == EXIT_ENGINE_DEAD
 
 
-async def test_a_rank_that_asks_for_a_stop_stops_all(first: Server, other: FakeRanks) -> None:
+async def test_a_stop_requested_by_a_rank_stops_the_server(first: Server, other: FakeRanks) -> None:
     await first.thread(other.on_stop)
     async with asyncio.timeout(DEADLINE_SECONDS):
         assert await first.app.run() == 0

@@ -68,68 +68,68 @@ def admission(book: ReservationBook, measured: FreeMemory) -> MachineAdmission:
     return MachineAdmission(book, measure=lambda: measured)
 
 
-def own(book: ReservationBook) -> list[Record]:
+def own_records(book: ReservationBook) -> list[Record]:
     """Return the records of this process."""
     with book.locked() as view:
         return [record for record in view.records() if record.pid == ME]
 
 
 @contextmanager
-def another(book: ReservationBook, size: int) -> Iterator[subprocess.Popen[str]]:
+def other_process(book: ReservationBook, size: int) -> Iterator[subprocess.Popen[str]]:
     """Run a process with a reservation of ``size`` bytes."""
     with run_script(RESERVE, book.directory, size) as process:
         assert read_line(process) == "ready"
         yield process
 
 
-def test_what_fits_is_set_aside(book: ReservationBook) -> None:
+def test_a_load_that_fits_is_reserved(book: ReservationBook) -> None:
     granted = admission(book, free(16 * GIB)).admit("m", NEED, override=False)
     assert granted == NEED.total_bytes
-    (record,) = own(book)
+    (record,) = own_records(book)
     assert (record.need_bytes, record.model, record.is_assigned) == (granted, "m", True)
 
 
-def test_a_default_prefix_cache_shrinks_to_what_is_there(book: ReservationBook) -> None:
+def test_a_default_prefix_cache_shrinks_to_the_available_memory(book: ReservationBook) -> None:
     granted = admission(book, free(15 * GIB)).admit("m", NEED, override=False)
     assert granted == 15 * GIB
-    assert own(book)[0].need_bytes == granted
+    assert own_records(book)[0].need_bytes == granted
     assert admission(book, free(14 * GIB)).admit("m", NEED, override=False) == 14 * GIB
 
 
-def test_a_prefix_cache_that_was_asked_for_does_not(book: ReservationBook) -> None:
+def test_a_requested_prefix_cache_does_not_shrink(book: ReservationBook) -> None:
     with pytest.raises(InsufficientMemory):
         admission(book, free(16 * GIB - 1)).admit("m", EXACT, override=False)
     assert admission(book, free(16 * GIB)).admit("m", EXACT, override=False) == 16 * GIB
 
 
-def test_a_refusal_has_the_numbers_and_sets_nothing_aside(
+def test_a_refusal_has_the_numbers_and_reserves_nothing(
     book: ReservationBook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(MINIMUM_VARIABLE, str(2 * GIB))
     monkeypatch.setenv(OVERHEAD_VARIABLE, str(GIB))
-    with another(book, 4 * GIB), pytest.raises(InsufficientMemory) as caught:
+    with other_process(book, 4 * GIB), pytest.raises(InsufficientMemory) as caught:
         admission(book, free(20 * GIB)).admit("m", NEED, override=False)
     assert caught.value.metadata == {
         "requiredBytes": str(14 * GIB),
         "availableBytes": str(13 * GIB),
     }
-    told = (
+    expected = (
         "the model needs 14.0 GiB, most of it weights (8.0 GiB), and 13.0 GiB are available: "
         "20.0 GiB free, less 3.0 GiB kept free and 4.0 GiB that other runners may still take"
     )
-    assert str(caught.value).startswith(told)
-    assert not own(book)
+    assert str(caught.value).startswith(expected)
+    assert not own_records(book)
 
 
-def test_an_override_takes_what_it_needs(book: ReservationBook) -> None:
+def test_an_override_reserves_its_need(book: ReservationBook) -> None:
     granted = admission(book, free(GIB)).admit("m", NEED, override=True)
     assert granted == NEED.required_bytes
-    assert own(book)[0].need_bytes == granted
+    assert own_records(book)[0].need_bytes == granted
 
 
-def test_others_reservations_count_until_they_end(book: ReservationBook) -> None:
+def test_reservations_of_other_processes_count_until_they_end(book: ReservationBook) -> None:
     machine = admission(book, free(16 * GIB))
-    with another(book, 3 * GIB):
+    with other_process(book, 3 * GIB):
         with pytest.raises(InsufficientMemory):
             machine.admit("m", NEED, override=False)
         decision = machine.compare(NEED.required_bytes)
@@ -144,28 +144,28 @@ def test_the_record_of_this_process_is_replaced(book: ReservationBook) -> None:
     machine = admission(book, free(16 * GIB))
     assert machine.admit("a", NEED, override=False) == 16 * GIB
     assert machine.admit("b", NEED, override=False) == 16 * GIB
-    assert [record.model for record in own(book)] == ["b"]
+    assert [record.model for record in own_records(book)] == ["b"]
     assert len(record_files(book)) == 1
 
 
-def test_a_refusal_gives_up_what_was_set_aside_before(book: ReservationBook) -> None:
+def test_a_refusal_drops_the_earlier_reservation(book: ReservationBook) -> None:
     machine = admission(book, free(16 * GIB))
     machine.admit("a", NEED, override=False)
     with pytest.raises(InsufficientMemory):
         machine.admit("b", replace(NEED, kv_bytes=99 * GIB), override=False)
-    assert not own(book)
+    assert not own_records(book)
 
 
-def test_release_gives_it_up(book: ReservationBook) -> None:
+def test_release_drops_the_reservation(book: ReservationBook) -> None:
     machine = admission(book, free(16 * GIB))
     machine.admit("m", NEED, override=False)
     machine.release()
     machine.release()
-    assert not own(book)
+    assert not own_records(book)
     assert not record_files(book)
 
 
-def test_what_this_process_holds_counts_as_free(
+def test_memory_held_by_this_process_counts_as_free(
     book: ReservationBook, resident: dict[str, int]
 ) -> None:
     resident["bytes"] = 5 * GIB
@@ -176,7 +176,7 @@ def test_what_this_process_holds_counts_as_free(
     assert machine.admit("m", NEED, override=False) == 14 * GIB
 
 
-def test_what_it_holds_is_within_every_limit_of_the_system(
+def test_memory_held_by_this_process_is_within_every_limit(
     book: ReservationBook, resident: dict[str, int]
 ) -> None:
     resident["bytes"] = GIB
@@ -187,7 +187,7 @@ def test_what_it_holds_is_within_every_limit_of_the_system(
     assert admission(book, measured).compare(1).available_bytes == 7 * GIB
 
 
-def test_what_it_holds_of_a_gpu_counts_as_free_once_it_is_reported(
+def test_gpu_memory_held_counts_as_free_once_reported(
     book: ReservationBook, resident: dict[str, int]
 ) -> None:
     resident["bytes"] = GIB
@@ -205,7 +205,7 @@ def test_what_it_holds_of_a_gpu_counts_as_free_once_it_is_reported(
     assert machine.compare(1).available_bytes == 0
 
 
-def test_the_working_set_of_metal_does_not_depend_on_what_is_held(
+def test_the_working_set_of_metal_does_not_depend_on_held_memory(
     book: ReservationBook, resident: dict[str, int]
 ) -> None:
     resident["bytes"] = 4 * GIB
@@ -219,33 +219,35 @@ def test_a_reservation_names_its_gpu(book: ReservationBook) -> None:
     machine = admission(book, on_gpu(40 * GIB, device_id="GPU-1"))
     machine.admit("m", NEED, override=False)
     machine.note_held(3 * GIB)
-    (record,) = own(book)
+    (record,) = own_records(book)
     assert (record.device, record.held_bytes) == ("GPU-1", 3 * GIB)
 
 
-def test_nothing_is_noted_without_a_reservation(book: ReservationBook) -> None:
+def test_held_memory_is_not_noted_without_a_reservation(book: ReservationBook) -> None:
     machine = admission(book, free(16 * GIB))
     machine.note_held(GIB)
-    assert not own(book)
+    assert not own_records(book)
 
 
-def test_what_is_to_spare(book: ReservationBook, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spare_memory_excludes_reservations_of_others(
+    book: ReservationBook, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Subtract only the reservations of other processes."""
     machine = admission(book, free(16 * GIB))
     machine.admit("m", NEED, override=False)
     assert machine.spare_bytes() == 16 * GIB
     monkeypatch.setenv(MINIMUM_VARIABLE, str(3 * GIB))
-    with another(book, 15 * GIB):
+    with other_process(book, 15 * GIB):
         assert machine.spare_bytes() == -2 * GIB
 
 
-def test_a_comparison_sets_nothing_aside(book: ReservationBook) -> None:
+def test_a_comparison_reserves_nothing(book: ReservationBook) -> None:
     assert admission(book, free(16 * GIB)).compare(GIB).fits
     assert not record_files(book)
 
 
 @pytest.mark.parametrize("variable", [MINIMUM_VARIABLE, OVERHEAD_VARIABLE])
-def test_a_variable_that_is_no_number_is_told_of_at_the_start(
+def test_a_variable_that_is_not_a_number_fails_at_the_start(
     book: ReservationBook, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     monkeypatch.setenv(variable, "much")
@@ -253,7 +255,7 @@ def test_a_variable_that_is_no_number_is_told_of_at_the_start(
         admission(book, free(GIB))
 
 
-async def test_a_load_keeps_what_the_gate_set_aside_until_it_has_its_own(
+async def test_a_load_keeps_the_gates_reservation_until_it_has_its_own(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Keep the gate's reservation until the load has one; otherwise another process may take it."""

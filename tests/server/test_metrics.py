@@ -101,7 +101,7 @@ async def test_completions_are_counted_and_timed(scraped: Server) -> None:
     assert refused == 1
 
 
-async def test_the_state_is_that_of_the_scrape(scraped: Server) -> None:
+async def test_gauges_have_the_state_at_the_scrape(scraped: Server) -> None:
     idle = await samples(scraped)
     assert not [name for name, _ in idle if name == "mlx_runner_last_progress_age_seconds"]
     scraped.backend.step_gate.shut()
@@ -126,7 +126,7 @@ async def test_the_state_is_that_of_the_scrape(scraped: Server) -> None:
     scraped.backend.step_gate.open()
 
 
-async def test_tokens_of_a_completion_that_goes_on_are_counted(scraped: Server) -> None:
+async def test_tokens_of_a_running_completion_are_counted(scraped: Server) -> None:
     scraped.backend.step_gate.shut()
     scraped.backend.step_gate.allow(4)
     call = scraped.start()
@@ -166,7 +166,7 @@ async def test_counters_never_go_back(scraped: Server) -> None:
     assert value(last, "mlx_runner_generation_tokens_total") == 800
 
 
-async def test_an_invented_method_is_no_label(start_server: StartServer) -> None:
+async def test_an_unknown_method_does_not_become_a_label(start_server: StartServer) -> None:
     server = await start_server(metrics_listen=LOOPBACK, token="x" * 32)
     for name in ("Invented", "Status"):
         call: Any = server.channel.unary_unary(f"/mlxrunner.v1.RunnerService/{name}")
@@ -180,7 +180,7 @@ async def test_without_the_option_nothing_is_counted(loaded: Server) -> None:
     assert "Metrics" not in {type(each).__name__ for each in loaded.app._observers}
 
 
-async def test_two_servers_in_a_process_have_metrics_of_their_own(
+async def test_two_servers_in_a_process_have_separate_metrics(
     scraped: Server, start_server: StartServer
 ) -> None:
     other = await start_server(metrics_listen=LOOPBACK)
@@ -190,26 +190,28 @@ async def test_two_servers_in_a_process_have_metrics_of_their_own(
     assert not [each for each, _ in await samples(other) if each == name]
 
 
-async def test_a_port_in_use_is_told_before_the_ready_line(socket_dir: Path) -> None:
+async def test_a_port_in_use_fails_before_the_ready_line(socket_dir: Path) -> None:
     announced: list[object] = []
     with socket.socket() as taken:
         taken.bind(LOOPBACK)
         taken.listen()
-        place = taken.getsockname()
-        with pytest.raises(CannotListenError, match=rf"--metrics-listen 127.0.0.1:{place[1]}"):
-            async with running(socket_dir, FakeBackend(), metrics_listen=place):
+        taken_address = taken.getsockname()
+        with pytest.raises(
+            CannotListenError, match=rf"--metrics-listen 127.0.0.1:{taken_address[1]}"
+        ):
+            async with running(socket_dir, FakeBackend(), metrics_listen=taken_address):
                 announced.append("not reached")
     assert not announced
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "x" * 99])
-async def test_an_unknown_host_is_told(socket_dir: Path, host: str) -> None:
+async def test_an_unknown_host_is_reported(socket_dir: Path, host: str) -> None:
     with pytest.raises(CannotListenError, match=f"--metrics-listen {host}:0"):
         async with running(socket_dir, FakeBackend(), metrics_listen=(host, 0)):
             pass
 
 
-async def test_without_the_library_it_says_what_to_install(
+async def test_without_the_library_the_error_says_what_to_install(
     socket_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "runner_server.telemetry.metrics")
@@ -223,7 +225,7 @@ async def test_without_the_library_it_says_what_to_install(
     ("given", "read"),
     [("127.0.0.1:9464", ("127.0.0.1", 9464)), ("[::1]:0", ("::1", 0)), ("box:1", ("box", 1))],
 )
-def test_the_option_is_read(given: str, read: tuple[str, int]) -> None:
+def test_the_option_is_parsed(given: str, read: tuple[str, int]) -> None:
     assert parse_args(["--metrics-listen", given]).metrics_listen == read
 
 
@@ -234,7 +236,7 @@ def test_a_bad_option_is_refused(given: str, capsys: pytest.CaptureFixture[str])
     assert "expected HOST:PORT" in capsys.readouterr().err
 
 
-async def test_an_open_address_is_warned_of(
+async def test_an_open_address_gives_a_warning(
     start_server: StartServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = start_http_server
@@ -249,7 +251,7 @@ async def test_an_open_address_is_warned_of(
     assert "without authentication" in caplog.text
 
 
-async def test_every_metric_is_in_the_documents(scraped: Server) -> None:
+async def test_every_metric_is_documented(scraped: Server) -> None:
     await scraped.complete(num_predict=2)
     scraped.backend.step_gate.shut()
     call = scraped.start()
@@ -263,5 +265,7 @@ async def test_every_metric_is_in_the_documents(scraped: Server) -> None:
         if not name.endswith("_created") and not name.startswith("process_")
     }
     table = (ROOT / "docs/observability.md").read_text()
-    told = dict(re.findall(r"^\| `((?:mlx_runner|gen_ai)_\w+)` \| (\w+) ", table, re.MULTILINE))
-    assert shown == told
+    documented = dict(
+        re.findall(r"^\| `((?:mlx_runner|gen_ai)_\w+)` \| (\w+) ", table, re.MULTILINE)
+    )
+    assert shown == documented

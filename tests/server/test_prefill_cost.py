@@ -7,7 +7,7 @@ import pytest
 from runner_server.engine.prefill_cost import PrefillCostModel
 
 
-def test_nothing_is_known_before_the_first_chunk() -> None:
+def test_there_is_no_estimate_before_the_first_chunk() -> None:
     assert PrefillCostModel().tokens_within(1.0) is None
 
 
@@ -20,7 +20,7 @@ def test_one_size_of_chunk_gives_a_plain_rate() -> None:
 
 @pytest.mark.parametrize("constant", [0.0, 0.005, 0.03])
 @pytest.mark.parametrize("per_token", [1e-5, 0.001])
-def test_the_constant_part_is_told_from_the_rest(constant: float, per_token: float) -> None:
+def test_the_constant_part_is_separated_from_the_rest(constant: float, per_token: float) -> None:
     cost = PrefillCostModel()
     for tokens in (32, 64, 256, 128, 64):
         cost.record(tokens, constant + tokens * per_token)
@@ -32,14 +32,14 @@ def test_the_constant_part_is_told_from_the_rest(constant: float, per_token: flo
         assert (cost.tokens_within(1.5 * (constant + 109 * per_token)) or 0) > 200
 
 
-def test_what_has_no_time_for_the_constant_part_has_none_for_tokens() -> None:
+def test_without_time_for_the_constant_part_no_tokens_fit() -> None:
     cost = PrefillCostModel()
     for tokens in (32, 256, 32, 256):
         cost.record(tokens, 0.05 + tokens * 0.001)
     assert cost.tokens_within(0.01) == 0
 
 
-def test_a_prompt_whose_later_chunks_are_slower_does_not_look_like_a_constant() -> None:
+def test_slower_later_chunks_are_not_taken_for_a_constant_part() -> None:
     """Chunks shrink as tokens get slower; a line fitted through them would allow far too many."""
     cost = PrefillCostModel()
     per_token = 0.0005

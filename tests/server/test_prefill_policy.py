@@ -30,10 +30,10 @@ class Machine:
         """Run the prefill between two decode steps."""
         self.policy.begin_slice(decode_seconds, decoding, len(self.remaining))
         self.seconds, self.chunks = 0.0, []
-        while turn := self.policy.next(self.remaining):
-            row, count = turn
+        while chunk := self.policy.next(self.remaining):
+            row, count = chunk
             assert 0 <= count <= self.remaining[row]
-            self.chunks.append(turn)
+            self.chunks.append(chunk)
             self.remaining[row] -= count
             if count:
                 self.seconds += count / self.pace
@@ -64,7 +64,7 @@ def test_running_streams_wait_no_longer_than_a_slice(pace: float) -> None:
     assert slices <= 2 * 5800 / max(pace * MIN_SECONDS, MIN_CHUNK) + 4
 
 
-def test_a_machine_that_gets_slower_is_noticed() -> None:
+def test_a_slower_machine_gets_smaller_chunks() -> None:
     machine = Machine(30_000)
     machine.warm()
     machine.pace = 3000
@@ -75,7 +75,7 @@ def test_a_machine_that_gets_slower_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("pace", [100, 3000, 500_000])
-def test_the_first_chunk_of_all_is_a_small_one(pace: float) -> None:
+def test_the_very_first_chunk_is_small(pace: float) -> None:
     machine = Machine(pace)
     machine.remaining = {0: 4000}
     machine.slice()
@@ -83,7 +83,7 @@ def test_the_first_chunk_of_all_is_a_small_one(pace: float) -> None:
 
 
 @pytest.mark.parametrize("max_chunk", [64, 128, 1024])
-def test_no_chunk_is_larger_than_it_may_be(max_chunk: int) -> None:
+def test_no_chunk_exceeds_the_maximum(max_chunk: int) -> None:
     machine = Machine(500_000, max_chunk)
     machine.remaining = {0: 10_000, 1: 5000}
     while machine.remaining:
@@ -110,7 +110,7 @@ def test_a_lone_prompt_gets_whole_chunks(max_chunk: int) -> None:
     assert whole >= len(counts) - 2 * slices - 2
 
 
-def test_a_slow_decode_step_gives_prompts_twice_the_time_it_takes() -> None:
+def test_a_slow_decode_step_gives_prefill_twice_its_time() -> None:
     machine = Machine(5000)
     machine.warm()
     machine.remaining = {0: 10_000}
@@ -121,9 +121,7 @@ def test_a_slow_decode_step_gives_prompts_twice_the_time_it_takes() -> None:
 @pytest.mark.parametrize("pace", [300, 1000, 3000, 10_000, 100_000])
 @pytest.mark.parametrize("max_chunk", [128, 1024])
 @pytest.mark.parametrize("length", [100, 500, 1500])
-def test_a_long_prompt_is_not_put_off_by_short_ones(
-    pace: float, max_chunk: int, length: int
-) -> None:
+def test_short_prompts_do_not_starve_a_long_one(pace: float, max_chunk: int, length: int) -> None:
     """Give a long prompt half of the time, however many shorter ones arrive later."""
     machine = Machine(pace, max_chunk)
     machine.warm()
@@ -157,7 +155,7 @@ def test_a_short_prompt_does_not_wait_for_long_ones(pace: float, max_chunk: int)
     assert total <= 3 * 100 / pace + 2 * max(MIN_SECONDS, MIN_CHUNK / pace)
 
 
-def test_among_equals_the_one_that_came_first_is_first() -> None:
+def test_equal_prompts_finish_in_order_of_arrival() -> None:
     machine = Machine(10_000)
     machine.warm()
     machine.remaining = dict.fromkeys(range(5), 1000)
@@ -169,7 +167,7 @@ def test_among_equals_the_one_that_came_first_is_first() -> None:
     assert ended == [0, 1, 2, 3, 4]
 
 
-def test_many_small_prompts_begin_in_one_slice() -> None:
+def test_many_small_prompts_finish_in_one_slice() -> None:
     machine = Machine(20_000)
     machine.warm()
     machine.remaining = dict.fromkeys(range(8), 20)
@@ -177,7 +175,7 @@ def test_many_small_prompts_begin_in_one_slice() -> None:
     assert not machine.remaining
 
 
-def test_prompts_that_need_no_evaluation_cost_no_time() -> None:
+def test_prompts_without_remaining_tokens_cost_no_time() -> None:
     """Take prompts of one token or found in the prefix cache: none of their tokens remain."""
     machine = Machine(1000)
     machine.warm()
@@ -186,13 +184,13 @@ def test_prompts_that_need_no_evaluation_cost_no_time() -> None:
     assert set(machine.remaining) == {0}
 
 
-def test_without_prompts_there_is_no_turn() -> None:
+def test_without_prompts_there_are_no_chunks() -> None:
     machine = Machine(1000)
     machine.slice()
     assert machine.chunks == []
 
 
-def test_many_newcomers_are_not_held_up_by_one_stream() -> None:
+def test_many_new_prompts_are_not_held_up_by_one_stream() -> None:
     """Let the batch grow soon instead of decoding a small one for long."""
     machine = Machine(5000, max_chunk=1024)
     machine.warm()
@@ -201,7 +199,7 @@ def test_many_newcomers_are_not_held_up_by_one_stream() -> None:
     assert 0.2 <= machine.seconds <= MAX_SECONDS * 1.001
 
 
-def test_one_newcomer_does_not_hold_up_many_streams() -> None:
+def test_one_new_prompt_does_not_hold_up_many_streams() -> None:
     machine = Machine(5000, max_chunk=1024)
     machine.warm()
     machine.remaining = {0: 4000}
@@ -211,7 +209,7 @@ def test_one_newcomer_does_not_hold_up_many_streams() -> None:
 
 
 @pytest.mark.parametrize("length", [65, 129, 130, 200, 255])
-def test_no_small_rest_is_left_over(length: int) -> None:
+def test_no_small_last_chunk_remains(length: int) -> None:
     """Avoid a last chunk of two tokens, which would take as long as one of sixty."""
     machine = Machine(50_000, max_chunk=128)
     machine.warm()

@@ -21,7 +21,7 @@ SNAPSHOT_BYTES = 10
 PLENTY = 1 << 30
 
 
-class TokenPieces:
+class TokenSegments:
     """Operations on segments of tokens; a snapshot is the tuple of all tokens before it."""
 
     def __init__(self, *, needs_snapshot: bool) -> None:
@@ -50,7 +50,7 @@ Tree = PrefixCache[Tokens, Tokens]
 
 
 def _tree(budget: int = PLENTY, *, snapshots: bool = False) -> Tree:
-    return PrefixCache(TokenPieces(needs_snapshot=snapshots), budget)
+    return PrefixCache(TokenSegments(needs_snapshot=snapshots), budget)
 
 
 def _offer(tree: Tree, tokens: Sequence[int], *, snapshots: bool = False) -> list[int]:
@@ -91,7 +91,7 @@ def _check(tree: Tree, budget: int) -> None:
     held = sum(TOKEN_BYTES * len(node.segment) for node in nodes)
     held += sum(SNAPSHOT_BYTES for node in nodes if node.snapshot is not None)
     assert tree.nbytes == held <= budget
-    order = {node: place for place, node in enumerate(tree._lru)}
+    order = {node: position for position, node in enumerate(tree._lru)}
     assert set(order) == set(nodes)
     assert len(tree) == len(nodes)
     for node in nodes:
@@ -116,7 +116,7 @@ OPERATIONS = st.lists(st.tuples(st.sampled_from(["offer", "take", "match"]), RUN
 @pytest.mark.parametrize("snapshots", [False, True])
 @given(operations=OPERATIONS)
 @settings(max_examples=150, deadline=None)
-def test_with_room_for_all_everything_offered_is_known(
+def test_everything_offered_is_found_while_there_is_room(
     operations: list[tuple[str, Tokens]], snapshots: bool
 ) -> None:
     tree = _tree(snapshots=snapshots)
@@ -139,7 +139,7 @@ def test_with_room_for_all_everything_offered_is_known(
 @pytest.mark.parametrize("snapshots", [False, True])
 @given(operations=OPERATIONS, budget=st.integers(0, 160))
 @settings(max_examples=150, deadline=None)
-def test_it_is_never_over_its_budget_and_never_gives_what_was_not_offered(
+def test_the_tree_stays_in_its_budget_and_returns_only_offered_tokens(
     operations: list[tuple[str, Tokens]], budget: int, snapshots: bool
 ) -> None:
     tree = _tree(budget, snapshots=snapshots)
@@ -161,7 +161,7 @@ def _run(name: int, length: int = 10) -> Tokens:
     return tuple(1000 * name + i for i in range(length))
 
 
-def test_what_was_not_used_for_longest_goes_first() -> None:
+def test_the_least_recently_used_entry_is_evicted_first() -> None:
     tree = _tree(3 * 10 * TOKEN_BYTES)
     for name in (1, 2, 3):
         _offer(tree, _run(name))
@@ -170,7 +170,7 @@ def test_what_was_not_used_for_longest_goes_first() -> None:
 
 
 @pytest.mark.parametrize("hit", ["whole", "part", "offer"])
-def test_a_use_keeps_it(hit: str) -> None:
+def test_a_used_entry_is_kept(hit: str) -> None:
     tree = _tree(3 * 10 * TOKEN_BYTES)
     for name in (1, 2, 3):
         _offer(tree, _run(name))
@@ -182,7 +182,7 @@ def test_a_use_keeps_it(hit: str) -> None:
     assert [_take(tree, _run(name)) for name in (1, 2, 3, 4)] == [10, 0, 10, 10]
 
 
-def test_a_look_is_no_use() -> None:
+def test_a_match_does_not_count_as_a_use() -> None:
     tree = _tree(2 * 10 * TOKEN_BYTES)
     _offer(tree, _run(1))
     _offer(tree, _run(2))
@@ -192,7 +192,7 @@ def test_a_look_is_no_use() -> None:
 
 
 @pytest.mark.parametrize("snapshots", [False, True])
-def test_a_shared_beginning_outlives_what_follows_it(snapshots: bool) -> None:
+def test_a_shared_prefix_outlives_its_continuations(snapshots: bool) -> None:
     """Send many requests with one system prompt, with room for two of them."""
     system = _run(0, 50)
     tree = _tree(70 * TOKEN_BYTES + 4 * SNAPSHOT_BYTES, snapshots=snapshots)
@@ -205,7 +205,7 @@ def test_a_shared_beginning_outlives_what_follows_it(snapshots: bool) -> None:
     _check(tree, 70 * TOKEN_BYTES + 4 * SNAPSHOT_BYTES)
 
 
-def test_a_long_run_loses_its_end_before_its_beginning() -> None:
+def test_a_long_run_is_evicted_from_its_end() -> None:
     """Offer a prompt chunk by chunk, as prefill does."""
     tree = _tree(40 * TOKEN_BYTES)
     for end in (10, 20, 30, 40):
@@ -217,7 +217,7 @@ def test_a_long_run_loses_its_end_before_its_beginning() -> None:
     assert known == [30, 20, 10]
 
 
-def test_a_run_that_goes_on_where_another_turns_off() -> None:
+def test_a_run_that_diverges_shares_the_common_prefix() -> None:
     tree = _tree()
     assert _offer(tree, (1, 2, 3, 4)) == [4]
     assert _offer(tree, (1, 2, 8, 9)) == [2]
@@ -231,7 +231,7 @@ def test_a_run_that_goes_on_where_another_turns_off() -> None:
     ]
 
 
-def test_with_no_budget_nothing_is_kept() -> None:
+def test_without_a_budget_nothing_is_kept() -> None:
     tree = _tree(0)
     assert not tree.is_enabled
     _offer(tree, (1, 2, 3))
@@ -239,7 +239,7 @@ def test_with_no_budget_nothing_is_kept() -> None:
     assert _tree(1).is_enabled
 
 
-def test_what_is_too_large_for_the_budget_costs_nothing_else() -> None:
+def test_a_run_over_the_budget_evicts_nothing() -> None:
     """Evict nothing for a run over the budget, which cannot be kept anyway."""
     tree = _tree(30 * TOKEN_BYTES)
     _offer(tree, _run(1))
@@ -252,14 +252,14 @@ def test_what_is_too_large_for_the_budget_costs_nothing_else() -> None:
     _check(tree, 30 * TOKEN_BYTES)
 
 
-def test_a_snapshot_that_is_too_large_costs_nothing_else() -> None:
+def test_a_snapshot_over_the_budget_evicts_nothing() -> None:
     tree = _tree(9, snapshots=True)
     _offer(tree, (1,), snapshots=False)
     _offer(tree, (2,), snapshots=True)
     assert tree.match((1,)).common == 1
 
 
-def test_a_beginning_is_of_use_only_where_a_snapshot_was_taken() -> None:
+def test_a_prefix_is_usable_only_at_a_snapshot() -> None:
     tree = _tree(snapshots=True)
     system, first, second = _run(0, 40), _run(1), _run(2)
     _offer(tree, system + first, snapshots=True)
@@ -289,7 +289,7 @@ def test_a_snapshot_is_taken_once() -> None:
     assert tree.nbytes == 2 * TOKEN_BYTES + SNAPSHOT_BYTES
 
 
-def test_what_raises_while_it_is_copied_leaves_the_tree_whole() -> None:
+def test_an_error_while_copying_leaves_the_tree_intact() -> None:
     """Raise as the library may; entries made before stay correct."""
 
     def broken(_start: int, _end: int) -> Tokens:
@@ -304,7 +304,7 @@ def test_what_raises_while_it_is_copied_leaves_the_tree_whole() -> None:
     assert _take(tree, (1, 2, 3, 4)) == 3
 
 
-def test_a_prompt_that_failed_takes_its_own_part_with_it() -> None:
+def test_forgetting_a_prompt_keeps_the_prefix_of_others() -> None:
     tree = _tree()
     for run in ((1, 2, 3, 4), (1, 2, 5, 6), (1, 2, 5, 6, 7)):
         _offer(tree, run)
@@ -313,14 +313,14 @@ def test_a_prompt_that_failed_takes_its_own_part_with_it() -> None:
     assert _take(tree, (1, 2, 5, 6)) == 2
 
 
-def test_a_prompt_that_failed_leaves_the_longer_one_it_begins() -> None:
+def test_forgetting_a_prompt_keeps_its_continuations() -> None:
     tree = _tree()
     _offer(tree, (1, 2, 3, 4))
     tree.forget((1, 2), lambda _segment, _snapshot: True)
     assert _take(tree, (1, 2, 3, 4)) == 4
 
 
-def test_a_broken_piece_goes_with_all_that_continues_it() -> None:
+def test_forgetting_drops_a_broken_segment_with_its_continuations() -> None:
     tree = _tree()
     for run in ((1, 2, 3), (1, 2, 9, 4), (1, 2, 9, 5)):
         _offer(tree, run)

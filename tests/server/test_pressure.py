@@ -94,7 +94,7 @@ class FakeAdmission:
 
 
 @pytest.fixture(autouse=True)
-def often(monkeypatch: pytest.MonkeyPatch) -> None:
+def measure_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure every 2 ms."""
     monkeypatch.setattr(memory_pressure, "_CPU_SECONDS", 0.002)
     monkeypatch.setattr(memory_pressure, "_GPU_SECONDS", 0.002)
@@ -106,13 +106,13 @@ async def watched(engine: FakeEngine, admission: FakeAdmission) -> AsyncIterator
     stand_ins: list[Any] = [engine, admission]
     task = asyncio.create_task(PressureWatch(*stand_ins).run())
 
-    async def looked() -> None:
+    async def measured() -> None:
         # The first measurement may have been taken before the change.
         target = admission.asked + 2
         await eventually(lambda: admission.asked >= target or task.done())
         assert not task.done()
 
-    yield looked
+    yield measured
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -120,56 +120,56 @@ async def watched(engine: FakeEngine, admission: FakeAdmission) -> AsyncIterator
 
 async def test_nothing_happens_while_there_is_memory() -> None:
     engine, admission = FakeEngine(held=50 * MIB), FakeAdmission()
-    async with watched(engine, admission) as looked:
-        await looked()
+    async with watched(engine, admission) as measured:
+        await measured()
     assert (engine.limits, engine.trims) == ([], [])
 
 
 async def test_the_limit_goes_down_when_memory_is_short_and_up_again() -> None:
     engine, admission = FakeEngine(held=50 * MIB), FakeAdmission(spare=-20 * MIB)
-    async with watched(engine, admission) as looked:
+    async with watched(engine, admission) as measured:
         await eventually(lambda: bool(engine.limits))
         assert engine.limits[0] == 30 * MIB
         # Freed memory goes back to the system at once.
         assert engine.trims[0] == 30 * MIB
         admission.spare = 10 * MIB
-        await looked()
+        await measured()
         assert engine.limit == engine.held + 10 * MIB
         admission.spare = 1 << 40
-        await looked()
+        await measured()
         assert engine.limit == MOST
-        await looked()
+        await measured()
     assert engine.limits[-1] == MOST
     assert max(engine.limits) == MOST
     assert engine.limits.count(MOST) == 1
 
 
-async def test_it_never_goes_below_nothing_or_above_the_size_of_the_load() -> None:
+async def test_the_limit_stays_between_zero_and_the_size_of_the_load() -> None:
     engine, admission = FakeEngine(held=50 * MIB), FakeAdmission(spare=-(1 << 40))
-    async with watched(engine, admission) as looked:
-        await looked()
+    async with watched(engine, admission) as measured:
+        await measured()
         assert (engine.limit, engine.held) == (0, 0)
         admission.spare = MOST + 1
-        await looked()
+        await measured()
     assert engine.limit == MOST
     assert all(0 <= limit <= MOST for limit in engine.limits)
 
 
-async def test_room_for_more_is_limited_by_what_is_to_spare() -> None:
+async def test_room_to_grow_is_limited_by_the_spare_memory() -> None:
     """Lower the limit in advance: a cache with room grows into memory others need."""
     engine, admission = FakeEngine(held=10 * MIB), FakeAdmission(spare=5 * MIB)
-    async with watched(engine, admission) as looked:
-        await looked()
+    async with watched(engine, admission) as measured:
+        await measured()
     assert engine.limits == [15 * MIB]
     assert not engine.trims
 
 
 async def test_small_changes_are_left_alone() -> None:
     engine, admission = FakeEngine(held=10 * MIB, limit=15 * MIB), FakeAdmission(spare=5 * MIB - 9)
-    async with watched(engine, admission) as looked:
-        await looked()
+    async with watched(engine, admission) as measured:
+        await measured()
         admission.spare = 5 * MIB + 9
-        await looked()
+        await measured()
     assert not engine.limits
 
 
@@ -188,25 +188,27 @@ async def test_nothing_is_measured_without_a_prefix_cache(model: ModelInfo | Non
     assert (admission.asked, engine.limits, admission.noted) == (0, [], [])
 
 
-async def test_a_load_that_has_begun_meanwhile_does_not_end_the_watch() -> None:
+async def test_a_trim_refused_by_a_load_does_not_end_the_watch() -> None:
     engine = FakeEngine(held=50 * MIB, is_busy=True)
     admission = FakeAdmission(spare=-20 * MIB)
-    async with watched(engine, admission) as looked:
+    async with watched(engine, admission) as measured:
         await eventually(lambda: bool(engine.limits))
         engine.is_busy = False
         engine.held, admission.spare = 50 * MIB, -30 * MIB
-        await looked()
+        await measured()
         assert engine.trims
 
 
-async def test_what_a_gpu_holds_is_reported() -> None:
+async def test_memory_held_on_a_gpu_is_reported() -> None:
     engine, admission = FakeEngine(device="gpu: fake", held=MIB), FakeAdmission()
-    async with watched(engine, admission) as looked:
-        await looked()
+    async with watched(engine, admission) as measured:
+        await measured()
     assert set(admission.noted) == {8 * MIB}
 
 
-async def test_in_a_server(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_limit_follows_free_memory_in_a_server(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Use up the memory of a machine, free the memory again, and read Status."""
     monkeypatch.setenv(MINIMUM_VARIABLE, "0")
     size = 0

@@ -23,7 +23,7 @@ def test_a_new_folder_is_for_this_user_alone(tmp_path: Path) -> None:
     assert private_folder(tmp_path / "new") == folder
 
 
-def test_folders_above_are_made_too(tmp_path: Path) -> None:
+def test_missing_parents_are_created(tmp_path: Path) -> None:
     assert private_folder(tmp_path / "a/b/c").is_dir()
 
 
@@ -37,7 +37,7 @@ def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
 
 
 @needs_root
-def test_nothing_is_made_below_a_folder_of_another_user(tmp_path: Path) -> None:
+def test_nothing_is_created_below_a_folder_of_another_user(tmp_path: Path) -> None:
     """As root with another user's HOME, folders made there would be useless to their owner."""
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
@@ -56,7 +56,7 @@ def test_a_folder_that_others_may_enter_is_refused(tmp_path: Path, mode: int) ->
         private_folder(folder)
 
 
-def test_a_link_is_refused_wherever_it_leads(tmp_path: Path) -> None:
+def test_a_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with pytest.raises(UntrustedFolderError, match="is a link"):
@@ -79,7 +79,7 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("mode", "is_safe"), [(0o1777, True), (0o777, False), (0o775, False)])
-def test_others_may_write_above_only_where_it_is_sticky(
+def test_others_may_write_to_a_parent_only_if_it_is_sticky(
     tmp_path: Path, mode: int, is_safe: bool
 ) -> None:
     shared = tmp_path / "shared"

@@ -20,7 +20,7 @@ KEYS = {
 }  # fmt: skip
 
 
-def test_probe_says_everything_in_one_object() -> None:
+def test_the_probe_prints_every_fact_in_one_object() -> None:
     result = run_probe(os.environ)
     assert result.failure == ""
     assert set(result.facts) == KEYS
@@ -29,14 +29,14 @@ def test_probe_says_everything_in_one_object() -> None:
     assert result.facts["gemm_gflops"] > 0.1
 
 
-def test_probe_without_gemm_measures_nothing() -> None:
+def test_the_probe_measures_nothing_unless_asked() -> None:
     result = run_probe(os.environ, arguments=("-P", "-m", "runner_server.mlx_backend.probe"))
     assert result.failure == ""
     assert result.facts["gemm_gflops"] is None
 
 
 @pytest.mark.skipif(find_blas() is None, reason="no fast BLAS is installed")
-def test_blas_in_front_is_named_and_faster(tmp_path: Path) -> None:
+def test_a_preloaded_blas_is_named_and_faster(tmp_path: Path) -> None:
     plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     plain["XDG_CACHE_HOME"] = str(tmp_path)  # an empty cache of measurements
     stock = run_probe(child_environment(plain, backend="cpu", blas="off"))
@@ -51,7 +51,7 @@ def test_blas_in_front_is_named_and_faster(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(find_blas() is None, reason="no fast BLAS is installed")
-def test_blas_that_is_not_there_is_not_named(tmp_path: Path) -> None:
+def test_a_missing_blas_is_not_named(tmp_path: Path) -> None:
     """Name the loaded library, whatever LD_PRELOAD says."""
     gone = tmp_path / "libopenblas.so.0"
     environment = {**os.environ, "LD_PRELOAD": str(gone)}
@@ -62,7 +62,7 @@ def test_blas_that_is_not_there_is_not_named(tmp_path: Path) -> None:
     assert not (result.facts["blas"] or "").startswith("OpenBLAS (libopenblas.so.0)")
 
 
-def test_missing_compiler_is_found_out(tmp_path: os.PathLike[str]) -> None:
+def test_a_missing_compiler_is_reported(tmp_path: os.PathLike[str]) -> None:
     result = run_probe(
         {**os.environ, "PATH": str(tmp_path)},
         arguments=("-P", "-m", "runner_server.mlx_backend.probe"),

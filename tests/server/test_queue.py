@@ -11,7 +11,7 @@ import pytest
 from support.harness import Server, StartServer, eventually, failure, joined
 
 
-async def test_a_full_queue_says_when_to_come_again(start_server: StartServer) -> None:
+async def test_a_full_queue_answers_a_retry_delay(start_server: StartServer) -> None:
     server = await start_server(max_queued=3)
     await server.load(parallel=2)
     server.backend.step_gate.shut()
@@ -30,7 +30,7 @@ async def test_a_full_queue_says_when_to_come_again(start_server: StartServer) -
     assert await server.text(num_predict=2)
 
 
-async def test_the_retry_delay_follows_the_measured_pace(start_server: StartServer) -> None:
+async def test_the_retry_delay_follows_measurements(start_server: StartServer) -> None:
     server = await start_server(max_queued=4)
     await server.load(parallel=1)
     for _ in range(30):
@@ -47,13 +47,13 @@ async def test_the_retry_delay_follows_the_measured_pace(start_server: StartServ
         assert [message async for message in call][-1].done
 
 
-async def test_first_come_first_served(server: Server) -> None:
+async def test_requests_are_served_in_order_of_arrival(server: Server) -> None:
     await server.load(parallel=1)
     server.backend.step_gate.shut()
     calls = []
     for i in range(6):
         calls.append(server.start(f"{i}", num_predict=1))
-        await eventually(partial(_has, server, i + 1))
+        await eventually(partial(_is_registered_count, server, i + 1))
     order: list[int] = []
     engine = server.app.engine
     admitted = [c.id for c in engine._registry._requests.values()]
@@ -66,7 +66,7 @@ async def test_first_come_first_served(server: Server) -> None:
 
 
 @pytest.mark.parametrize("parallel", [1, 3, 8])
-async def test_never_more_rows_than_places(server: Server, parallel: int) -> None:
+async def test_there_are_never_more_rows_than_slots(server: Server, parallel: int) -> None:
     await server.load(parallel=parallel)
     server.backend.step_gate.shut()
     calls = [server.start(str(i), num_predict=5, seed=i) for i in range(2 * parallel + 1)]
@@ -79,8 +79,10 @@ async def test_never_more_rows_than_places(server: Server, parallel: int) -> Non
         passed = server.backend.step_gate._passed
         server.backend.step_gate.allow()
         await server.thread(partial(server.backend.step_gate.wait_passed, passed + 1))
-        await eventually(lambda: server.backend.step_gate._waiting > 0 or not _live(server))
-        finished = not _live(server)
+        await eventually(
+            lambda: server.backend.step_gate._waiting > 0 or not _registered_count(server)
+        )
+        finished = not _registered_count(server)
     assert most == parallel
     texts = [joined([message async for message in call]) for call in calls]
     assert len(set(texts)) == len(calls)
@@ -101,9 +103,9 @@ async def test_queue_duration_is_the_time_in_the_queue(server: Server) -> None:
     assert ends[0].queue_duration.ToNanoseconds() < ends[1].queue_duration.ToNanoseconds()
 
 
-def _has(server: Server, count: int) -> bool:
-    return _live(server) == count
+def _is_registered_count(server: Server, count: int) -> bool:
+    return _registered_count(server) == count
 
 
-def _live(server: Server) -> int:
+def _registered_count(server: Server) -> int:
     return len(server.app.engine._registry._requests)

@@ -47,20 +47,22 @@ async def _id_sent_back(call: grpc.aio.Call) -> str:
     return str(found)
 
 
-async def only(lines: Lines) -> Fields:
+async def only_line(lines: Lines) -> Fields:
     """Return the fields of the only line, which the server writes a moment after the answer."""
     await eventually(lambda: bool(lines()))
     (line,) = lines()
     return line.fields
 
 
-async def test_a_completion_tells_counts_and_durations(loaded: Server, lines: Lines) -> None:
+async def test_the_line_of_a_completion_has_counts_and_durations(
+    loaded: Server, lines: Lines
+) -> None:
     request = pb.CompletionRequest(
         prompt="hello", options=pb.CompletionOptions(num_predict=3), request_id="mine"
     )
     async for _ in loaded.stub.Completion(request):
         pass
-    fields = await only(lines)
+    fields = await only_line(lines)
     durations = {name: fields.pop(name) for name in list(fields) if name.endswith("_seconds")}
     id_ = fields.pop("id")
     assert isinstance(id_, str)
@@ -94,7 +96,7 @@ async def test_a_refused_request_has_its_line(
     loaded: Server, lines: Lines, request_: pb.CompletionRequest, reason: str
 ) -> None:
     assert (await failure(loaded.stub.Completion(request_))).reason == reason
-    fields = await only(lines)
+    fields = await only_line(lines)
     assert (fields["code"], fields["reason"]) == ("INVALID_ARGUMENT", reason)
     assert "prompt_tokens" not in fields
     assert len(str(fields.get("request_id", ""))) <= 256
@@ -103,13 +105,13 @@ async def test_a_refused_request_has_its_line(
 async def test_a_failed_request_has_its_line(loaded: Server, lines: Lines) -> None:
     loaded.backend.failures.append(RuntimeError("broken"))
     assert (await failure(loaded.start())).reason == "GENERATION_FAILED"
-    fields = await only(lines)
+    fields = await only_line(lines)
     assert (fields["code"], fields["reason"]) == ("INTERNAL", "GENERATION_FAILED")
     assert (fields["prompt_tokens"], fields["generated_tokens"]) == (6, 0)
     assert "finish_reason" not in fields
 
 
-async def test_a_cancelled_request_tells_how_far_it_came(loaded: Server, lines: Lines) -> None:
+async def test_the_line_of_a_cancelled_request_has_its_counts(loaded: Server, lines: Lines) -> None:
     loaded.backend.step_gate.shut()
     loaded.backend.step_gate.allow(3)
     call = loaded.start()
@@ -118,12 +120,14 @@ async def test_a_cancelled_request_tells_how_far_it_came(loaded: Server, lines: 
             break
     await loaded.thread(loaded.backend.step_gate.wait_arrival)
     call.cancel()
-    fields = await only(lines)
+    fields = await only_line(lines)
     assert (fields["code"], fields["generated_tokens"]) == ("CANCELLED", 2)
     assert "reason" not in fields
 
 
-async def test_a_request_that_only_waited_says_so(loaded: Server, lines: Lines) -> None:
+async def test_the_line_of_a_request_that_only_waited_has_no_prefill(
+    loaded: Server, lines: Lines
+) -> None:
     loaded.backend.step_gate.shut()
     calls = [loaded.start(str(i)) for i in range(4)]
     await eventually(lambda: len(loaded.app.engine._registry._requests) == 4)
@@ -132,7 +136,7 @@ async def test_a_request_that_only_waited_says_so(loaded: Server, lines: Lines) 
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await anext(aiter(call))
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    fields = await only(lines)
+    fields = await only_line(lines)
     assert fields["code"] == "DEADLINE_EXCEEDED"
     assert float(fields["queue_seconds"]) == pytest.approx(0.3, abs=0.25)
     assert "prefill_seconds" not in fields
@@ -145,7 +149,7 @@ async def test_every_request_has_exactly_one_line(loaded: Server, lines: Lines) 
     calls = [loaded.start(str(i), num_predict=1 + i % 5) for i in range(count)]
     for call in calls[::3]:
         call.cancel()
-    rest = [call for place, call in enumerate(calls) if place % 3]
+    rest = [call for index, call in enumerate(calls) if index % 3]
     for messages in await asyncio.gather(*(_read(call) for call in rest)):
         assert messages[-1].done
     await eventually(lambda: len(lines()) >= count - count // 3)
@@ -165,19 +169,19 @@ async def test_a_call_without_the_token_has_its_line(
     server = await start_server(token="x" * 32)
     problem = await failure(server.stub.Unload(pb.UnloadRequest()))
     assert problem.reason == "UNAUTHENTICATED"
-    fields = await only(lines)
+    fields = await only_line(lines)
     assert (fields["method"], fields["code"]) == ("Unload", "UNAUTHENTICATED")
     assert fields["reason"] == "UNAUTHENTICATED"
 
 
-async def test_a_method_that_does_not_exist_is_nobodys(loaded: Server, lines: Lines) -> None:
+async def test_an_unknown_method_has_no_line(loaded: Server, lines: Lines) -> None:
     call: Any = loaded.channel.unary_unary("/mlxrunner.v1.RunnerService/Invented")
     with pytest.raises(grpc.aio.AioRpcError):
         await call(b"")
     assert not lines()
 
 
-async def test_status_is_told_at_debug_only(
+async def test_status_is_logged_at_debug_unless_it_fails(
     loaded: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, request_log.__name__)
@@ -196,7 +200,7 @@ async def test_status_is_told_at_debug_only(
 
 
 @pytest.mark.parametrize("bad", [False, True])
-async def test_the_id_comes_back(loaded: Server, lines: Lines, *, bad: bool) -> None:
+async def test_the_callers_id_is_sent_back(loaded: Server, lines: Lines, *, bad: bool) -> None:
     prompt = "" if bad else "x"
     request = pb.CompletionRequest(prompt=prompt, options=pb.CompletionOptions(num_predict=1))
     call = loaded.stub.Completion(request, metadata=(("x-request-id", "abc/1"),))
@@ -205,7 +209,7 @@ async def test_the_id_comes_back(loaded: Server, lines: Lines, *, bad: bool) -> 
     else:
         assert [message async for message in call][-1].done
     assert await _id_sent_back(call) == "abc/1"
-    assert (await only(lines))["id"] == "abc/1"
+    assert (await only_line(lines))["id"] == "abc/1"
 
 
 @pytest.mark.parametrize("given", ["", "two words", "x" * 129, "a\tb"])
@@ -218,7 +222,7 @@ async def test_a_bad_id_is_replaced(loaded: Server, given: str) -> None:
 async def test_the_trace_of_the_caller_is_in_the_line(loaded: Server, lines: Lines) -> None:
     request = pb.TokenizeRequest(content="x")
     await loaded.stub.Tokenize(request, metadata=(("traceparent", TRACEPARENT),))
-    fields = await only(lines)
+    fields = await only_line(lines)
     assert (fields["trace_id"], fields["parent_id"]) == (TRACE_ID, PARENT_ID)
 
 
@@ -241,12 +245,12 @@ def test_an_invalid_trace_is_ignored(given: str | bytes) -> None:
     assert (request.trace_id, request.parent_id) == ("", "")
 
 
-def test_a_trace_of_a_later_version_is_read() -> None:
+def test_a_trace_of_a_later_version_is_accepted() -> None:
     request = CallRecord.arrived("Status", (("traceparent", f"01{TRACEPARENT[2:]}-more"),))
     assert request.trace_id == TRACE_ID
 
 
-async def test_nothing_that_was_said_is_in_it(
+async def test_no_text_of_a_request_is_logged(
     start_server: StartServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -289,7 +293,7 @@ def test_json_lines_have_one_object_each() -> None:
     assert "ValueError: two\nlines" in json.loads(shown)["exception"]
 
 
-def test_a_request_that_nobody_would_read_is_not_put_together(
+def test_a_disabled_level_formats_no_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(request_log.logger, "isEnabledFor", lambda _level: False)

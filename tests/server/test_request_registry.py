@@ -14,7 +14,7 @@ from runner_server.engine.types import LoadSpec, State
 from runner_server.errors import Busy, ShuttingDown
 
 
-def test_a_load_given_up_at_the_end_does_no_harm() -> None:
+def test_a_cancelled_load_can_be_failed_without_harm() -> None:
     registry = RequestRegistry(max_queued=1)
     load = Load(LoadSpec("m"))
     registry.begin_command(load)
@@ -23,7 +23,7 @@ def test_a_load_given_up_at_the_end_does_no_harm() -> None:
     assert load.future.cancelled()
 
 
-def test_one_load_or_unload_at_a_time() -> None:
+def test_only_one_load_or_unload_runs_at_a_time() -> None:
     registry = RequestRegistry(max_queued=1)
     registry.begin_command(Load(LoadSpec("m")))
     assert registry.state().state is State.LOADING

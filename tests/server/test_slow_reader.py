@@ -38,7 +38,7 @@ SMALL_WINDOW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16 <
 DONE = GenerationResult(FinishReason.STOP, "", 1, 2, 0.0, 0.0, 0.0)
 
 
-async def test_waiting_pieces_become_one_message() -> None:
+async def test_waiting_deltas_become_one_message() -> None:
     stream = OutputChannel()
     stream.put(OutputDelta(prefill=(3, 9)))
     stream.put(OutputDelta(prefill=(9, 9)))
@@ -57,7 +57,7 @@ async def test_only_the_newest_progress_counts() -> None:
     assert merge([OutputDelta(prefill=(3, 9)), OutputDelta(prefill=(6, 9))]).prefill == (6, 9)
 
 
-async def test_what_came_before_a_failure_is_delivered_first() -> None:
+async def test_output_before_a_failure_is_delivered_first() -> None:
     stream = OutputChannel()
     stream.put(OutputDelta("a", (1,)))
     stream.fail(ShuttingDown("gone"))
@@ -77,7 +77,7 @@ async def test_the_first_failure_stays() -> None:
         await anext(stream.deltas())
 
 
-async def test_a_reader_that_sleeps_costs_nobody_else_time(server: Server) -> None:
+async def test_a_sleeping_reader_costs_other_requests_no_time(server: Server) -> None:
     await server.load(parallel=2)
     slow = server.start("slow", num_predict=3000, logprobs=20)
     messages = aiter(slow)
@@ -90,7 +90,7 @@ async def test_a_reader_that_sleeps_costs_nobody_else_time(server: Server) -> No
     assert len(rest) < 1500
 
 
-async def test_no_message_passes_four_mebibytes(server: Server) -> None:
+async def test_no_message_exceeds_the_clients_limit(server: Server) -> None:
     """Stay below a default client's limit, which the channel has."""
     await server.load(context_length=4096)
     server.backend.reply = says("日" * 1300)
@@ -118,7 +118,7 @@ async def test_long_token_texts_with_logprobs_stay_under_the_limit() -> None:
     assert max(sizes) < 4 * 2**20
 
 
-async def test_the_loop_is_woken_at_most_once_a_step_for_all(
+async def test_the_event_loop_is_woken_at_most_once_per_step(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await server.load(parallel=8)
@@ -129,7 +129,7 @@ async def test_the_loop_is_woken_at_most_once_a_step_for_all(
     assert 0 < wakes() <= server.backend.steps
 
 
-async def test_only_readers_with_a_first_or_last_piece_are_woken_at_once() -> None:
+async def test_only_readers_of_first_or_last_output_are_woken_at_once() -> None:
     publisher = WakeupCoalescer(asyncio.get_running_loop())
     publisher._last_wakeup = asyncio.get_running_loop().time() + 3600
     running, first = OutputChannel(), OutputChannel()
@@ -156,14 +156,14 @@ async def test_a_done_message_is_never_merged_away(loaded: Server) -> None:
 
 
 @pytest.fixture
-async def stopping(server: Server) -> AsyncIterator[Server]:
+async def stopping_client(server: Server) -> AsyncIterator[Server]:
     """Another client of the same server, whose readers soon fall behind."""
     options = [*LIMITS, *SMALL_WINDOW]
     async with grpc.aio.insecure_channel(server.ready.target, options=options) as channel:
         yield Server(server.app, server.backend, channel, server.ready)
 
 
-async def _stopped(client: Server, prompt: str = "slow", **options: float) -> CompletionCall:
+async def _start_stopped(client: Server, prompt: str = "slow", **options: float) -> CompletionCall:
     """Start a completion, stop reading, and wait until the request stays preempted."""
     engine = client.app.engine
     before = set(engine._registry._requests)
@@ -186,18 +186,18 @@ async def _stopped(client: Server, prompt: str = "slow", **options: float) -> Co
     return call
 
 
-def _aside(server: Server) -> int:
+def _preempted_count(server: Server) -> int:
     return len(server.app.engine._engine_thread._scheduler.preempted)
 
 
-async def _together(server: Server, count: int, length: int) -> tuple[list[str], int]:
+async def _run_together(server: Server, count: int, length: int) -> tuple[list[str], int]:
     """Run completions at once; return their texts and the number of steps."""
     backend = server.backend
     before, gate = backend.steps, backend.step_gate
     gate.shut()
     calls = [server.start(f"other {i}", num_predict=length, seed=i) for i in range(count)]
     live = server.app.engine._registry._requests
-    await eventually(lambda: len(live) == count + _aside(server))
+    await eventually(lambda: len(live) == count + _preempted_count(server))
     await server.thread(gate.wait_arrival)
     gate.open()
     texts = await asyncio.gather(*(_read(call) for call in calls))
@@ -208,16 +208,16 @@ async def _read(call: CompletionCall) -> str:
     return joined([message async for message in call])
 
 
-async def test_a_stopped_reader_among_eight_costs_the_others_nothing(
-    server: Server, stopping: Server
+async def test_a_stopped_reader_costs_seven_others_nothing(
+    server: Server, stopping_client: Server
 ) -> None:
     await server.load(parallel=8)
-    expected, steps = await _together(server, 7, 300)
+    expected, steps = await _run_together(server, 7, 300)
     slow_text = await server.text("slow", logprobs=20, num_predict=1500, seed=5)
-    call = await _stopped(stopping, seed=5)
+    call = await _start_stopped(stopping_client, seed=5)
     (completion,) = server.app.engine._engine_thread._scheduler.preempted
     held = completion.stream._queued_texts
-    texts, steps_beside_it = await _together(server, 7, 300)
+    texts, steps_beside_it = await _run_together(server, 7, 300)
     assert texts == expected
     # The same rate: as many tokens in each step, in as many steps.
     assert steps_beside_it == steps
@@ -232,9 +232,11 @@ async def test_a_stopped_reader_among_eight_costs_the_others_nothing(
     server.assert_nothing_left()
 
 
-async def test_it_is_waited_for_again_and_again(server: Server, stopping: Server) -> None:
+async def test_a_request_can_be_preempted_repeatedly(
+    server: Server, stopping_client: Server
+) -> None:
     await server.load(parallel=2)
-    call = await _stopped(stopping)
+    call = await _start_stopped(stopping_client)
     times = server.backend.preemptions
     read = 0
     messages = aiter(call)
@@ -246,22 +248,24 @@ async def test_it_is_waited_for_again_and_again(server: Server, stopping: Server
     assert read + len(tokens(rest)) == rest[-1].eval_count == 1500
 
 
-async def test_its_place_is_free_for_others(server: Server, stopping: Server) -> None:
+async def test_a_preempted_requests_slot_serves_others(
+    server: Server, stopping_client: Server
+) -> None:
     await server.load(parallel=1)
-    call = await _stopped(stopping)
+    call = await _start_stopped(stopping_client)
     assert len(tokens(await server.complete("quick", num_predict=500))) == 500
     assert len(tokens(await server.complete("quick too", num_predict=500))) == 500
-    assert _aside(server) == 1
+    assert _preempted_count(server) == 1
     status = await server.status()
     assert (status.running_count, status.queued_count) == (1, 0)
     assert len(await _read(call)) == 1500
 
 
-async def test_one_that_reads_on_goes_before_those_that_have_not_begun(
-    server: Server, stopping: Server
+async def test_a_resumable_request_goes_before_waiting_ones(
+    server: Server, stopping_client: Server
 ) -> None:
     await server.load(parallel=1)
-    slow = await _stopped(stopping)
+    slow = await _start_stopped(stopping_client)
     gate, scheduler = server.backend.step_gate, server.app.engine._engine_thread._scheduler
     gate.shut()
     first = server.start("first", num_predict=1000)
@@ -300,36 +304,38 @@ async def test_one_that_reads_on_goes_before_those_that_have_not_begun(
 
 
 @pytest.mark.parametrize("how", ["cancel", "deadline"])
-async def test_a_cancelled_one_leaves_nothing(
-    server: Server, stopping: Server, how: str, caplog: pytest.LogCaptureFixture
+async def test_a_cancelled_preempted_request_leaves_nothing(
+    server: Server, stopping_client: Server, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     set_up_logging("INFO", "text")
     await server.load(parallel=2)
     if how == "cancel":
-        call = await _stopped(stopping)
+        call = await _start_stopped(stopping_client)
         call.cancel()
     else:
-        call = await _stopped(stopping, timeout=3)
+        call = await _start_stopped(stopping_client, timeout=3)
     await server.settled()
-    await eventually(lambda: not _aside(server))
+    await eventually(lambda: not _preempted_count(server))
     assert await server.text("next", num_predict=3)
     await server.settled()
     server.assert_nothing_left()
     assert "ExecuteBatchError" not in caplog.text
 
 
-async def test_an_unload_ends_it(server: Server, stopping: Server) -> None:
+async def test_an_unload_ends_a_preempted_request(server: Server, stopping_client: Server) -> None:
     await server.load(parallel=2)
-    call = await _stopped(stopping)
+    call = await _start_stopped(stopping_client)
     await server.stub.Unload(UNLOAD)
     server.assert_nothing_left()
     assert (await failure(call)).reason == "SHUTTING_DOWN"
 
 
-async def test_a_step_that_fails_ends_it_too(server: Server, stopping: Server) -> None:
+async def test_a_failed_step_ends_a_preempted_request(
+    server: Server, stopping_client: Server
+) -> None:
     """Fail the preempted row with its batch, whose caches can no longer be trusted."""
     await server.load(parallel=2)
-    call = await _stopped(stopping)
+    call = await _start_stopped(stopping_client)
     server.backend.failures.append(RuntimeError())
     assert (await failure(server.start())).reason == "GENERATION_FAILED"
     assert (await failure(call)).reason == "GENERATION_FAILED"
@@ -337,11 +343,11 @@ async def test_a_step_that_fails_ends_it_too(server: Server, stopping: Server) -
     server.assert_nothing_left()
 
 
-async def test_while_all_are_waited_for_the_engine_sleeps(
-    server: Server, stopping: Server, monkeypatch: pytest.MonkeyPatch
+async def test_the_engine_sleeps_while_all_requests_are_preempted(
+    server: Server, stopping_client: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await server.load(parallel=2)
-    calls = [await _stopped(stopping, f"slow {i}") for i in range(3)]
+    calls = [await _start_stopped(stopping_client, f"slow {i}") for i in range(3)]
     rounds = count_rounds(monkeypatch)
     steps = server.backend.steps
     for _ in range(30):
@@ -352,7 +358,7 @@ async def test_while_all_are_waited_for_the_engine_sleeps(
     assert [len(text) for text in await asyncio.gather(*map(_read, calls))] == [1500] * 3
 
 
-async def test_a_fast_reader_is_never_waited_for(server: Server) -> None:
+async def test_a_fast_readers_request_is_never_preempted(server: Server) -> None:
     """Generate three times the bound, read as it arrives."""
     await server.load(parallel=2, context_length=4 * _MAX_QUEUED_TEXTS)
     gate = server.backend.step_gate

@@ -13,7 +13,7 @@ from runner_server.engine.stall_watchdog import EXIT_STALLED, StallWatchdog
 from support.harness import Server, StartServer, failure
 
 
-class Looked:
+class WatchedEngine:
     """Watchdog of an engine and a processor clock, both set by the test."""
 
     def __init__(self) -> None:
@@ -35,27 +35,27 @@ class Looked:
         return self.watch.look(now)
 
 
-def test_two_looks_must_agree() -> None:
-    looked = Looked()
-    assert not looked.look(0, 11)
-    assert looked.look(2, 13)
-    assert "stood still for 13 s with 2 running" in looked.told[0]
+def test_an_engine_is_stalled_after_two_checks() -> None:
+    watched = WatchedEngine()
+    assert not watched.look(0, 11)
+    assert watched.look(2, 13)
+    assert "stood still for 13 s with 2 running" in watched.told[0]
 
 
 @pytest.mark.parametrize("age", [None, 3.0])
-def test_an_engine_that_moves_or_has_nothing_to_do_is_let_be(age: float | None) -> None:
-    looked = Looked()
-    assert not any([looked.look(0, 11), looked.look(2, age), looked.look(4, 12)])
-    assert looked.told == []
+def test_an_engine_that_advances_or_is_idle_is_left_alone(age: float | None) -> None:
+    watched = WatchedEngine()
+    assert not any([watched.look(0, 11), watched.look(2, age), watched.look(4, 12)])
+    assert watched.told == []
 
 
-def test_a_step_in_between_counts_as_movement() -> None:
-    looked = Looked()
-    assert not any([looked.look(0, 11), looked.look(2, 11, steps=2)])
+def test_a_step_between_checks_counts_as_progress() -> None:
+    watched = WatchedEngine()
+    assert not any([watched.look(0, 11), watched.look(2, 11, steps=2)])
 
 
-def test_a_slow_step_takes_processor_time_on_a_cpu() -> None:
-    slow = [Looked(), Looked()]
+def test_a_step_that_uses_processor_time_is_only_slow_on_a_cpu() -> None:
+    slow = [WatchedEngine(), WatchedEngine()]
     for now in range(0, 100, 2):
         assert not slow[0].look(now, 11 + now, cpu=1.5 * now)
     # A GPU computes without processor time.
@@ -82,7 +82,7 @@ async def test_calls_end_and_the_process_exits_with_its_own_code(
     assert await run == EXIT_STALLED == 71
 
 
-async def test_status_says_so(start_server: StartServer) -> None:
+async def test_status_reports_the_stall(start_server: StartServer) -> None:
     server, run = await hanging(start_server, stall_seconds=0.2)
     seen: list[pb.StatusResponse] = []
     lose = server.app.engine.lose
@@ -97,7 +97,7 @@ async def test_status_says_so(start_server: StartServer) -> None:
     assert "stood still" in seen[0].last_error
 
 
-async def test_zero_never_does(start_server: StartServer) -> None:
+async def test_zero_turns_the_watchdog_off(start_server: StartServer) -> None:
     server, run = await hanging(start_server, stall_seconds=0)
     call = server.start()
     await server.thread(server.backend.step_gate.wait_arrival)

@@ -13,7 +13,7 @@ from support.fakes import ROW_BYTES, WEIGHT_BYTES
 from support.harness import Server, eventually
 
 
-async def test_status_answers_and_its_age_grows(loaded: Server) -> None:
+async def test_status_answers_with_a_growing_age(loaded: Server) -> None:
     loaded.backend.step_gate.shut()
     calls = [loaded.start(str(i), num_predict=2) for i in range(6)]
     await loaded.thread(loaded.backend.step_gate.wait_arrival)
@@ -33,7 +33,7 @@ async def test_status_answers_and_its_age_grows(loaded: Server) -> None:
     assert not (await loaded.status()).HasField("last_progress_age")
 
 
-async def test_the_age_of_new_work_is_not_that_of_the_idle_time(
+async def test_the_age_of_new_work_excludes_idle_time(
     loaded: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Protect a healthy runner from a watchdog at the first request after an idle hour."""

@@ -13,14 +13,14 @@ from support.harness import CompletionCall, Server, joined, tokens
 
 
 @pytest.mark.parametrize("num_predict", [1, 2, 7, 300])
-async def test_exactly_one_done_and_it_is_last(loaded: Server, num_predict: int) -> None:
+async def test_exactly_the_last_message_is_done(loaded: Server, num_predict: int) -> None:
     messages = await loaded.complete(num_predict=num_predict)
     assert [message.done for message in messages] == [False] * (len(messages) - 1) + [True]
     assert messages[-1].eval_count == len(tokens(messages)) == num_predict
     assert messages[-1].done_reason == pb.DONE_REASON_LENGTH
 
 
-async def test_the_last_message_alone_has_the_counts(loaded: Server) -> None:
+async def test_only_the_last_message_has_counts(loaded: Server) -> None:
     messages = await loaded.complete("hello", num_predict=5)
     for message in messages[:-1]:
         assert message.done_reason == pb.DONE_REASON_UNSPECIFIED
@@ -51,7 +51,7 @@ async def test_an_empty_answer_is_one_token(loaded: Server) -> None:
     assert messages[-1].done_reason == pb.DONE_REASON_STOP
 
 
-async def test_progress_of_a_long_prompt(loaded: Server) -> None:
+async def test_a_long_prompt_reports_progress(loaded: Server) -> None:
     prompt = "x" * (5 * PREFILL_CHUNK + 3)
     loaded.backend.step_gate.shut()
     call = loaded.start(prompt, num_predict=1)
@@ -74,7 +74,7 @@ async def test_the_end_of_the_context_ends_a_text(server: Server) -> None:
     assert messages[-1].done_reason == pb.DONE_REASON_LENGTH
 
 
-async def test_a_prompt_that_leaves_one_place(server: Server) -> None:
+async def test_a_prompt_one_token_short_of_the_context_gets_one_token(server: Server) -> None:
     await server.load(context_length=6)
     messages = await server.complete("hello"[:4])
     assert messages[-1].eval_count == 1
@@ -95,7 +95,7 @@ async def test_token_ids_are_used_as_they_are(loaded: Server) -> None:
     assert messages[-1].prompt_eval_count == 3
 
 
-async def test_logprobs_come_one_for_each_token(loaded: Server) -> None:
+async def test_there_is_one_logprob_for_each_token(loaded: Server) -> None:
     messages = await loaded.complete(num_predict=50, logprobs=2)
     entries = [entry for message in messages for entry in message.logprobs]
     assert [entry.token_id for entry in entries] == tokens(messages)
@@ -107,19 +107,19 @@ async def test_logprobs_come_one_for_each_token(loaded: Server) -> None:
         assert [top.token_id for top in entry.top] == [0, 1]
 
 
-async def test_logprobs_zero_gives_the_token_alone(loaded: Server) -> None:
+async def test_logprobs_of_zero_have_no_alternatives(loaded: Server) -> None:
     messages = await loaded.complete(num_predict=3, logprobs=0)
     entries = [entry for message in messages for entry in message.logprobs]
     assert len(entries) == 3
     assert not any(entry.top for entry in entries)
 
 
-async def test_without_logprobs_there_are_none(loaded: Server) -> None:
+async def test_logprobs_are_off_by_default(loaded: Server) -> None:
     messages = await loaded.complete(num_predict=3)
     assert not any(message.logprobs for message in messages)
 
 
-async def test_same_seed_same_text_alone_and_beside_others(loaded: Server) -> None:
+async def test_a_seed_gives_the_same_text_alone_and_beside_others(loaded: Server) -> None:
     alone = await loaded.text("abc", seed=7, num_predict=40)
     calls = [loaded.start("abc", seed=seed, num_predict=40) for seed in (7, 8, 9)]
     texts = ["".join([message.content async for message in call]) for call in calls]
@@ -127,7 +127,7 @@ async def test_same_seed_same_text_alone_and_beside_others(loaded: Server) -> No
     assert len(set(texts)) == 3
 
 
-async def test_without_a_seed_each_text_is_another(loaded: Server) -> None:
+async def test_without_a_seed_texts_differ(loaded: Server) -> None:
     assert len({await loaded.text(num_predict=40) for _ in range(3)}) == 3
 
 

@@ -114,7 +114,7 @@ def test_valid_text_arrives_whole(kind: str, text: str) -> None:
 @example(text="日本語", prompt="日😀🎉")
 @example(text="😀" * 20, prompt="😀" * 12)
 @example(text="\x00\x00日", prompt="\ufeff")
-def test_any_text_after_any_prompt(kind: str, text: str, prompt: str) -> None:
+def test_any_text_after_any_prompt_arrives_whole(kind: str, text: str, prompt: str) -> None:
     decode, encode = KINDS[kind]
     # The decoder strips a space at the very beginning, which never belongs to the answer.
     prompt_ids = encode(b"x" + prompt.encode())
@@ -126,7 +126,7 @@ def test_any_text_after_any_prompt(kind: str, text: str, prompt: str) -> None:
 @pytest.mark.parametrize("kind", ["bytes", "byte_level"])
 @given(data=st.binary(max_size=80))
 @example(data=b"\xf0\x9f\x98\xf0\x9f\x98\x80\xe6\x97a\xff\xff\xff\xff\xffb")
-def test_any_bytes_are_what_the_decoder_says(kind: str, data: bytes) -> None:
+def test_any_bytes_stream_as_the_decoder_decodes_them(kind: str, data: bytes) -> None:
     decode, encode = KINDS[kind]
     ids = encode(data)
     assert "".join(_stream(decode, ids)) == decode(ids)
@@ -135,7 +135,7 @@ def test_any_bytes_are_what_the_decoder_says(kind: str, data: bytes) -> None:
 @given(data=st.binary(max_size=60))
 @example(data="日本語".encode() + b"\xffa")
 @example(data=b"\xff" + "日本語".encode() * 9)
-def test_byte_fallback_never_takes_back_nor_loses(data: bytes) -> None:
+def test_byte_fallback_loses_no_characters(data: bytes) -> None:
     # A decoder with byte fallback turns a whole run of bytes into replacement characters as soon as
     # one of them is wrong, so the streamed text may be better than its final result.
     decode, encode = KINDS["byte_fallback"]
@@ -176,7 +176,7 @@ TEXT = st.text("aé漢字😀🎉\u0301 \n", max_size=40) | st.text(max_size=40)
 @given(text=TEXT.filter(lambda text: REPLACEMENT not in text), cut=st.integers(0, 200))
 @example(text="😀" * 12, cut=41)
 @example(text="漢ab漢", cut=7)
-def test_a_prompt_that_ends_anywhere(kind: str, text: str, cut: int) -> None:
+def test_a_prompt_may_end_within_a_character(kind: str, text: str, cut: int) -> None:
     decode, encode = KINDS[kind]
     # The decoder strips a space at the very beginning, which never belongs to the answer.
     data = b"x" + text.encode()
@@ -189,7 +189,7 @@ def test_a_prompt_that_ends_anywhere(kind: str, text: str, cut: int) -> None:
 @given(data=st.binary(max_size=60), cut=st.integers(0, 60))
 @example(data=b"\xf0\x9f\xff\xe6\xe6\xbc\xa2", cut=1)
 @example(data=b"\xff" * 30 + "漢".encode(), cut=32)
-def test_a_prompt_of_any_bytes_that_ends_anywhere(kind: str, data: bytes, cut: int) -> None:
+def test_a_prompt_of_any_bytes_may_end_anywhere(kind: str, data: bytes, cut: int) -> None:
     decode, encode = KINDS[kind]
     prompt, ids = encode(data[:cut]), encode(data[cut:])
     whole = decode([*prompt, *ids])
@@ -212,7 +212,7 @@ def test_byte_fallback_loses_nothing_after_any_prompt(data: bytes, cut: int) -> 
 @settings(max_examples=60)
 @given(text=TEXT)
 @example(text="naïve café 日本語 12 345 😀😀😀😀😀😀 日本語日本語日本語日本語日本語")
-def test_a_prompt_that_ends_after_any_token(kind: str, text: str) -> None:
+def test_a_prompt_may_end_after_any_token(kind: str, text: str) -> None:
     tokenizer = TRAINED[kind]
     ids = tokenizer.encode(f"x{text}", add_special_tokens=False).ids
 
@@ -227,7 +227,7 @@ def test_a_prompt_that_ends_after_any_token(kind: str, text: str) -> None:
         assert "".join(_stream(decode, ids[at:], ids[:at])) == whole[shown:], at
 
 
-def test_a_long_text_costs_the_same_for_each_token() -> None:
+def test_the_cost_of_a_token_does_not_grow_with_the_text() -> None:
     longest = 0
 
     def decode(ids: Sequence[int]) -> str:
@@ -246,7 +246,7 @@ STOPS = st.lists(st.text("abc", min_size=1, max_size=4), max_size=4)
 @given(pieces=st.lists(st.text("abc", max_size=5), max_size=8), stops=STOPS)
 @example(pieces=["aa", "ab"], stops=["aab"])
 @example(pieces=["ab", "ab", "c"], stops=["ababc", "b"])
-def test_a_stop_is_the_first_in_the_text_however_it_is_cut(
+def test_the_first_stop_is_found_however_the_text_is_split(
     pieces: list[str], stops: list[str]
 ) -> None:
     matcher = StopMatcher(stops)
@@ -262,11 +262,11 @@ def test_a_stop_is_the_first_in_the_text_however_it_is_cut(
     else:
         shown += matcher.flush()
     full = "".join(pieces)
-    places = [full.find(stop) for stop in stops if stop in full]
-    if places:
+    starts = [full.find(stop) for stop in stops if stop in full]
+    if starts:
         assert match in stops
         assert full.startswith(shown + match)
-        assert len(shown) <= max(places)
+        assert len(shown) <= max(starts)
     else:
         assert (shown, match) == (full, None)
 
@@ -277,7 +277,7 @@ def _may_become_a_stop(text: str, stops: list[str]) -> int:
     return max((len(part) for part in beginnings if text.endswith(part)), default=0)
 
 
-def test_what_cannot_become_a_stop_is_shown_at_once() -> None:
+def test_text_that_cannot_become_a_stop_is_shown_at_once() -> None:
     matcher = StopMatcher(["\n\n", "END"])
     assert matcher.feed("a\n") == ("a", None)
     assert matcher.feed("b") == ("\nb", None)
@@ -287,6 +287,6 @@ def test_what_cannot_become_a_stop_is_shown_at_once() -> None:
     assert matcher.flush() == ""
 
 
-def test_of_two_stops_at_one_place_the_first_given_counts() -> None:
+def test_of_two_stops_at_one_position_the_first_given_counts() -> None:
     assert StopMatcher(["ab", "abc"]).feed("xabcd") == ("x", "ab")
     assert StopMatcher(["abc", "ab"]).feed("xabcd") == ("x", "abc")

@@ -30,12 +30,12 @@ async def test_a_character_cut_off_by_the_limit_is_one_replacement(loaded: Serve
     assert await loaded.text(num_predict=3) == "a\ufffd"
 
 
-async def test_bytes_that_are_no_text(loaded: Server) -> None:
+async def test_invalid_bytes_are_replaced(loaded: Server) -> None:
     loaded.backend.reply = says(b"a\xff\xfeb\xf0\x9fc")
     assert await loaded.text() == b"a\xff\xfeb\xf0\x9fc".decode(errors="replace")
 
 
-async def test_text_before_a_stop_string(loaded: Server) -> None:
+async def test_text_ends_before_the_stop_string(loaded: Server) -> None:
     loaded.backend.reply = says("one two\nUser: three")
     messages = await loaded.complete(stop=["\nUser:"])
     assert joined(messages) == "one two"
@@ -66,7 +66,7 @@ async def test_the_row_ends_with_the_stop_string(loaded: Server) -> None:
         ("a\n\nb", ["\n\n", "\n"], "a", "\n"),
     ],
 )
-async def test_several_and_overlapping_stops(
+async def test_the_first_of_several_overlapping_stops_counts(
     loaded: Server, text: str, stops: list[str], shown: str, match: str
 ) -> None:
     loaded.backend.reply = says(text)
@@ -74,14 +74,14 @@ async def test_several_and_overlapping_stops(
     assert (joined(messages), messages[-1].stop_match) == (shown, match)
 
 
-async def test_what_looked_like_a_stop_is_shown_at_the_end(loaded: Server) -> None:
+async def test_a_partial_stop_is_shown_at_the_end(loaded: Server) -> None:
     loaded.backend.reply = says("the ST")
     messages = await loaded.complete(stop=["STOP"])
     assert (joined(messages), messages[-1].stop_match) == ("the ST", "")
     assert messages[-1].done_reason == pb.DONE_REASON_STOP
 
 
-async def test_what_looked_like_a_stop_is_shown_at_the_limit(loaded: Server) -> None:
+async def test_a_partial_stop_is_shown_at_the_limit(loaded: Server) -> None:
     loaded.backend.reply = says("the STOP")
     messages = await loaded.complete(stop=["STOP"], num_predict=6)
     assert joined(messages) == "the ST"
@@ -95,12 +95,12 @@ async def test_a_stop_in_the_very_last_token_counts(loaded: Server) -> None:
     assert messages[-1].done_reason == pb.DONE_REASON_STOP
 
 
-async def test_a_stop_is_not_looked_for_in_the_prompt(loaded: Server) -> None:
+async def test_a_stop_does_not_match_in_the_prompt(loaded: Server) -> None:
     loaded.backend.reply = says("P tail")
     assert await loaded.text("say STO", stop=["STOP"]) == "P tail"
 
 
-async def test_held_text_is_not_sent_early(loaded: Server) -> None:
+async def test_a_partial_stop_is_not_sent_early(loaded: Server) -> None:
     loaded.backend.reply = says("abSTxx")
     loaded.backend.step_gate.shut()
     call = aiter(loaded.start(stop=["STOP"]))

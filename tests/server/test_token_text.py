@@ -27,7 +27,7 @@ def _texts(entries: list[pb.TokenLogprob]) -> tuple[str, bytes]:
 
 
 @pytest.mark.parametrize("text", HARD)
-async def test_joined_they_are_the_content(loaded: Server, text: str) -> None:
+async def test_joined_texts_are_the_content(loaded: Server, text: str) -> None:
     """Use the fake tokenizer, where a token is a byte, mostly a part of a character."""
     loaded.backend.reply = says(text)
     messages = await loaded.complete(logprobs=0)
@@ -40,28 +40,28 @@ async def test_joined_they_are_the_content(loaded: Server, text: str) -> None:
 
 
 @pytest.mark.parametrize("data", [b"a\xffb", b"\xf0\x9f", b"x\xe6\x97", b"\xe6a\xe6\x97\xa5\x80"])
-async def test_bytes_that_are_no_character_come_as_they_are(loaded: Server, data: bytes) -> None:
+async def test_invalid_bytes_are_reported_unchanged(loaded: Server, data: bytes) -> None:
     loaded.backend.reply = says(data)
     messages = await loaded.complete(logprobs=0)
     assert joined(messages) == data.decode(errors="replace")
     assert _texts(_entries(messages)) == (joined(messages), data)
 
 
-async def test_a_text_that_ends_within_a_character(loaded: Server) -> None:
+async def test_a_text_may_end_within_a_character(loaded: Server) -> None:
     loaded.backend.reply = says("日")
     messages = await loaded.complete(logprobs=1, num_predict=2)
     assert joined(messages) == "\ufffd"
     assert [(e.text, e.bytes) for e in _entries(messages)] == [("", b"\xe6"), ("\ufffd", b"\x97")]
 
 
-async def test_behind_a_stop_string_they_go_on(loaded: Server) -> None:
+async def test_the_entries_include_the_stop_string(loaded: Server) -> None:
     loaded.backend.reply = says("one, two. three")
     messages = await loaded.complete(logprobs=0, stop=["two."])
     assert joined(messages) == "one, "
     assert _texts(_entries(messages)) == ("one, two.", b"one, two.")
 
 
-async def test_a_prompt_that_ends_within_a_character(loaded: Server) -> None:
+async def test_a_prompt_may_end_within_a_character(loaded: Server) -> None:
     """Give the whole character as text, and its last byte as the token's bytes."""
     data = "😀".encode()
     loaded.backend.reply = says(data[3:] + "é".encode())
@@ -84,7 +84,7 @@ def _read(prompt: bytes, text: bytes) -> list[list[str]]:
     return [[told.text for told in others] for _, others in read]
 
 
-def test_alternatives_are_what_would_have_come() -> None:
+def test_alternatives_have_the_text_they_would_add() -> None:
     first, second, third, fourth = _read(b"x", "日b".encode())
     assert first == ["a", "\ufffd", "", "\ufffd", "", ""]
     # After the first byte of a character; an end token adds nothing.
@@ -93,23 +93,23 @@ def test_alternatives_are_what_would_have_come() -> None:
     assert fourth == first
 
 
-def test_alternatives_behind_a_prompt_that_ends_within_a_character() -> None:
+def test_alternatives_complete_a_character_of_the_prompt() -> None:
     ((*told,),) = _read("x日".encode()[:-1], b"\xa5")
     assert told[1] == "旀"
 
 
 @given(text=st.text(max_size=20).map(str.encode), data=st.binary(max_size=6))
 @example(text="日".encode(), data=b"\xf0\x9f")
-def test_an_alternative_is_what_the_stream_would_show(text: bytes, data: bytes) -> None:
+def test_an_alternative_has_the_text_the_stream_would_show(text: bytes, data: bytes) -> None:
     """Compare each id at each position with the decoder of the content."""
     codec, ids = ByteCodec(), [*text, *data]
     texts, decoder = TokenTexts(codec, [120], frozenset()), StreamDecoder(codec.decode, [120])
-    for place, id_ in enumerate(ids):
+    for index, id_ in enumerate(ids):
         top = tuple((other, -1.0) for other in {0, 97, 0x80, 0xA5, 0xE6, 0xF0, 0xFF} - {id_})
         _, others = texts.read(TokenLogprob(id_, -1.0, top, decoder.push(id_)))
         for (other, _), told in zip(top, others, strict=True):
             instead = StreamDecoder(codec.decode, [120])
-            for before in ids[:place]:
+            for before in ids[:index]:
                 instead.push(before)
             # The decoder may hold U+FFFD back, in case it becomes a character.
             assert told.text.rstrip(REPLACEMENT) == instead.push(other).rstrip(REPLACEMENT)
@@ -129,7 +129,7 @@ class Spelled:
         return
 
 
-def test_where_bytes_depend_on_neighbours_they_are_those_of_the_text() -> None:
+def test_bytes_that_depend_on_neighbours_come_from_the_text() -> None:
     codec = Spelled()
     texts, decoder = TokenTexts(codec, [0], frozenset()), StreamDecoder(codec.decode, [0])
     top = tuple((id_, -1.0) for id_ in range(1, 4))
@@ -141,7 +141,7 @@ def test_where_bytes_depend_on_neighbours_they_are_those_of_the_text() -> None:
         assert [other.data for other in others] == [b" one", b" two", b"."]
 
 
-async def test_the_same_token_is_told_alike_as_an_alternative(loaded: Server) -> None:
+async def test_a_token_has_the_same_text_as_an_alternative(loaded: Server) -> None:
     def reply(_ids: Sequence[int], _sampling: Sampling) -> Iterator[int]:
         return iter([0xE6, 0, 1, EOS])
 
@@ -153,7 +153,7 @@ async def test_the_same_token_is_told_alike_as_an_alternative(loaded: Server) ->
     assert [top.text for top in second.top] == ["\0", "\1"]
 
 
-async def test_pieces_that_are_merged_keep_their_order(loaded: Server) -> None:
+async def test_merged_deltas_keep_their_order(loaded: Server) -> None:
     """Merge many tokens into one message for a slow reader; the entries keep their order."""
     text = "日本語😀" * 100
     loaded.backend.reply = says(text)

@@ -12,26 +12,26 @@ TEXTS = ["", "plain", "日本語 😀👩‍🔬 e\u0301", "\0\x7f\n\t", " leadi
 
 
 @pytest.mark.parametrize("text", TEXTS)
-async def test_round_trip(loaded: Server, text: str) -> None:
+async def test_detokenize_inverts_tokenize(loaded: Server, text: str) -> None:
     answer = await loaded.stub.Tokenize(pb.TokenizeRequest(content=text))
     assert list(answer.token_ids) == [*text.encode()]
     request = pb.DetokenizeRequest(token_ids=answer.token_ids)
     assert (await loaded.stub.Detokenize(request)).content == text
 
 
-async def test_what_a_prompt_gets(loaded: Server) -> None:
+async def test_special_tokens_are_those_of_a_prompt(loaded: Server) -> None:
     request = pb.TokenizeRequest(content="x", add_special_tokens=True)
     ids = (await loaded.stub.Tokenize(request)).token_ids
     assert list(ids) == [BOS, ord("x")]
     assert (await loaded.complete("x", num_predict=1))[-1].prompt_eval_count == len(ids)
 
 
-async def test_bytes_that_are_no_character(loaded: Server) -> None:
+async def test_invalid_bytes_are_replaced(loaded: Server) -> None:
     request = pb.DetokenizeRequest(token_ids=[0x61, 0xFF, 0x62])
     assert (await loaded.stub.Detokenize(request)).content == "a\ufffdb"
 
 
-async def test_a_million_tokens_fit_an_answer_and_no_more(loaded: Server) -> None:
+async def test_an_answer_holds_a_million_tokens_at_most(loaded: Server) -> None:
     request = pb.TokenizeRequest(content="é" * 500_000)
     assert len((await loaded.stub.Tokenize(request)).token_ids) == 1_000_000
     problem = await failure(loaded.stub.Tokenize(pb.TokenizeRequest(content="x" * 1_000_001)))
@@ -49,7 +49,7 @@ async def test_text_beyond_four_mebibytes_is_refused(loaded: Server) -> None:
     assert set(problem.violations) == {"token_ids"}
 
 
-async def test_without_a_model_neither_works(server: Server) -> None:
+async def test_both_need_a_model(server: Server) -> None:
     for call in (
         server.stub.Tokenize(pb.TokenizeRequest(content="x")),
         server.stub.Detokenize(pb.DetokenizeRequest(token_ids=[1])),

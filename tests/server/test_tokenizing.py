@@ -41,7 +41,7 @@ class BlockedCodec(ByteCodec):
         return super().decode(ids)
 
 
-async def test_a_token_that_the_model_does_not_have_is_refused(start_server: StartServer) -> None:
+async def test_a_token_outside_the_model_is_refused(start_server: StartServer) -> None:
     server = await start_server(FakeBackend(codec=WideCodec()))
     await server.load()
     problem = await failure(server.start("a <pad> b", repeat_penalty=1.1))

@@ -55,7 +55,7 @@ async def traced(
     return server
 
 
-async def ended(exporter: InMemorySpanExporter, method: str) -> ReadableSpan:
+async def finished_span(exporter: InMemorySpanExporter, method: str) -> ReadableSpan:
     """Return the only span of a method, which ends a moment after the answer."""
 
     def found() -> list[ReadableSpan]:
@@ -75,7 +75,7 @@ async def test_a_completion_has_a_server_span(
     call = traced.stub.Completion(request, metadata=(("x-request-id", "abc"),))
     async for _ in call:
         pass
-    span = await ended(exporter, "Completion")
+    span = await finished_span(exporter, "Completion")
     assert span.kind is SpanKind.SERVER
     assert span.parent is None
     assert span.status.status_code is StatusCode.UNSET
@@ -100,13 +100,13 @@ async def test_a_completion_has_a_server_span(
     assert sum(float(str(each)) for each in times) * 1e9 <= span.end_time - span.start_time + 1e6
 
 
-async def test_it_is_a_child_of_the_callers(
+async def test_the_span_is_a_child_of_the_callers_span(
     traced: Server, exporter: InMemorySpanExporter, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     request = pb.TokenizeRequest(content="x")
     await traced.stub.Tokenize(request, metadata=(("traceparent", TRACEPARENT),))
-    span = await ended(exporter, "Tokenize")
+    span = await finished_span(exporter, "Tokenize")
     assert span.parent
     assert span.context
     assert f"00-{span.parent.trace_id:032x}-{span.parent.span_id:016x}-01" == TRACEPARENT
@@ -121,25 +121,25 @@ async def test_an_invalid_parent_is_ignored(
 ) -> None:
     request = pb.TokenizeRequest(content="x")
     await traced.stub.Tokenize(request, metadata=(("traceparent", bad),))
-    assert (await ended(exporter, "Tokenize")).parent is None
+    assert (await finished_span(exporter, "Tokenize")).parent is None
 
 
 async def test_only_the_servers_faults_are_errors(
     traced: Server, exporter: InMemorySpanExporter
 ) -> None:
     assert (await failure(traced.start(""))).reason == "INVALID_FIELD"
-    span = await ended(exporter, "Completion")
+    span = await finished_span(exporter, "Completion")
     assert span.status.status_code is StatusCode.UNSET
     assert (span.attributes or {})["error.type"] == "INVALID_FIELD"
     exporter.clear()
     traced.backend.failures.append(RuntimeError("broken"))
     assert (await failure(traced.start())).reason == "GENERATION_FAILED"
-    span = await ended(exporter, "Completion")
+    span = await finished_span(exporter, "Completion")
     assert span.status.status_code is StatusCode.ERROR
     assert (span.attributes or {})["rpc.response.status_code"] == "INTERNAL"
 
 
-async def test_both_clients_pass_their_context_on(
+async def test_both_clients_pass_on_their_context(
     traced: Server, provider: TracerProvider, exporter: InMemorySpanExporter
 ) -> None:
     tracer, address = provider.get_tracer("test"), traced.ready.target
@@ -154,7 +154,7 @@ async def test_both_clients_pass_their_context_on(
         async with AsyncRunnerClient(address) as client:
             await client.tokenize("x")
     for method, caller in (("Completion", "sync"), ("Status", "sync"), ("Tokenize", "async")):
-        span = await ended(exporter, method)
+        span = await finished_span(exporter, method)
         (parent,) = [each for each in exporter.get_finished_spans() if each.name == caller]
         assert span.parent
         assert parent.context
@@ -179,14 +179,14 @@ print(tops & {"opentelemetry", "prometheus_client"})
 """
 
 
-def test_nothing_of_it_is_imported_unasked() -> None:
+def test_opentelemetry_is_not_imported_unless_needed() -> None:
     done = subprocess.run(
         [sys.executable, "-c", CLIENT], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.stdout == "set()\n", done.stderr
 
 
-def test_an_endpoint_without_the_library_is_told(
+def test_an_endpoint_without_the_library_gives_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")

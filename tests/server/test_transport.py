@@ -50,7 +50,7 @@ async def test_other_calls_are_answered_while_a_long_prompt_is_tokenized(loaded:
     assert answered >= 1
 
 
-async def test_a_thousand_calls_on_one_connection(loaded: Server) -> None:
+async def test_a_connection_carries_a_thousand_calls(loaded: Server) -> None:
     for _ in range(20):
         answers = await asyncio.gather(*(loaded.status() for _ in range(50)))
         assert len({answer.runner_id for answer in answers}) == 1

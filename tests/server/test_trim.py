@@ -24,7 +24,7 @@ async def trim(server: Server, **fields: Any) -> int:
 
 
 @pytest.fixture
-async def keeping(start_server: StartServer) -> Server:
+async def caching(start_server: StartServer) -> Server:
     """A server whose model has a prefix cache."""
     server = await start_server()
     await server.load(prefix_cache_bytes=LIMIT_BYTES)
@@ -36,105 +36,105 @@ def trims(server: Server) -> int:
     return [name for name, _ in server.backend.calls].count("trim")
 
 
-def assert_is(problem: Problem, code: grpc.StatusCode, reason: str) -> None:
+def assert_problem(problem: Problem, code: grpc.StatusCode, reason: str) -> None:
     assert (problem.code, problem.reason) == (code, reason)
 
 
-async def test_prompts_are_reduced_and_their_limit_restored(keeping: Server) -> None:
-    assert await trim(keeping) >= 0
-    assert keeping.backend.prefix_cache_limits == [0, LIMIT_BYTES]
-    await trim(keeping, prefix_cache_bytes=30)
-    assert keeping.backend.prefix_cache_limits[2:] == [30, LIMIT_BYTES]
-    assert trims(keeping) == 2
-    assert {thread for _, thread in keeping.backend.calls} == {"engine"}
+async def test_the_prefix_cache_shrinks_and_its_limit_is_restored(caching: Server) -> None:
+    assert await trim(caching) >= 0
+    assert caching.backend.prefix_cache_limits == [0, LIMIT_BYTES]
+    await trim(caching, prefix_cache_bytes=30)
+    assert caching.backend.prefix_cache_limits[2:] == [30, LIMIT_BYTES]
+    assert trims(caching) == 2
+    assert {thread for _, thread in caching.backend.calls} == {"engine"}
 
 
-async def test_a_size_above_the_limit_does_not_raise_it(keeping: Server) -> None:
-    await trim(keeping, prefix_cache_bytes=2**63 - 1)
-    assert keeping.backend.prefix_cache_limits == [LIMIT_BYTES, LIMIT_BYTES]
+async def test_a_size_above_the_limit_does_not_raise_it(caching: Server) -> None:
+    await trim(caching, prefix_cache_bytes=2**63 - 1)
+    assert caching.backend.prefix_cache_limits == [LIMIT_BYTES, LIMIT_BYTES]
 
 
-async def test_a_limit_lowered_for_lack_of_memory_stays(keeping: Server) -> None:
-    keeping.app.engine.limit_prefix_cache(40)
-    await trim(keeping)
-    assert keeping.backend.prefix_cache_limits == [40, 0, 40]
-    await keeping.load(prefix_cache_bytes=LIMIT_BYTES)
-    await trim(keeping)
-    assert keeping.backend.prefix_cache_limits[3:] == [0, LIMIT_BYTES]
+async def test_a_limit_lowered_under_memory_pressure_stays(caching: Server) -> None:
+    caching.app.engine.limit_prefix_cache(40)
+    await trim(caching)
+    assert caching.backend.prefix_cache_limits == [40, 0, 40]
+    await caching.load(prefix_cache_bytes=LIMIT_BYTES)
+    await trim(caching)
+    assert caching.backend.prefix_cache_limits[3:] == [0, LIMIT_BYTES]
 
 
-async def test_without_a_model(server: Server) -> None:
+async def test_trim_works_without_a_model(server: Server) -> None:
     assert await trim(server) >= 0
     assert trims(server) == 1
     assert not server.backend.prefix_cache_limits
 
 
 @pytest.mark.parametrize("size", [-1, -(2**63)])
-async def test_a_negative_size_is_refused(keeping: Server, size: int) -> None:
-    problem = await failure(trim(keeping, prefix_cache_bytes=size))
-    assert_is(problem, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
+async def test_a_negative_size_is_refused(caching: Server, size: int) -> None:
+    problem = await failure(trim(caching, prefix_cache_bytes=size))
+    assert_problem(problem, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
     assert set(problem.violations) == {"prefix_cache_bytes"}
-    assert not trims(keeping)
+    assert not trims(caching)
 
 
-async def test_running_completions_go_on(keeping: Server) -> None:
-    alone = await keeping.text(seed=7, num_predict=50)
-    gate = keeping.backend.step_gate
+async def test_a_trim_does_not_change_running_completions(caching: Server) -> None:
+    alone = await caching.text(seed=7, num_predict=50)
+    gate = caching.backend.step_gate
     gate.shut()
-    call = keeping.start(seed=7, num_predict=50)
-    await keeping.thread(gate.wait_arrival)
-    waiting = asyncio.ensure_future(trim(keeping))
-    await eventually(lambda: keeping.app.engine._commands.qsize() == 1)
+    call = caching.start(seed=7, num_predict=50)
+    await caching.thread(gate.wait_arrival)
+    waiting = asyncio.ensure_future(trim(caching))
+    await eventually(lambda: caching.app.engine._commands.qsize() == 1)
     assert not waiting.done()
     gate.open()
     await waiting
     assert joined([message async for message in call]) == alone
 
 
-async def test_busy_while_a_load_runs(server: Server) -> None:
+async def test_a_trim_during_a_load_is_refused(server: Server) -> None:
     gate = server.backend.load_gate
     gate.shut()
     load = asyncio.ensure_future(server.load())
     await server.thread(gate.wait_arrival)
-    assert_is(await failure(trim(server)), grpc.StatusCode.FAILED_PRECONDITION, "BUSY")
+    assert_problem(await failure(trim(server)), grpc.StatusCode.FAILED_PRECONDITION, "BUSY")
     gate.open()
     await load
     await trim(server)
 
 
-async def test_refused_while_the_runner_stops(keeping: Server) -> None:
-    keeping.app.engine.stop()
-    assert_is(await failure(trim(keeping)), grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+async def test_a_trim_is_refused_while_the_runner_stops(caching: Server) -> None:
+    caching.app.engine.stop()
+    assert_problem(await failure(trim(caching)), grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
 
 
-async def test_none_is_left_hanging_when_the_runner_stops(keeping: Server) -> None:
-    gate = keeping.backend.step_gate
+async def test_waiting_trims_end_when_the_runner_stops(caching: Server) -> None:
+    gate = caching.backend.step_gate
     gate.shut()
-    call = keeping.start()
-    await keeping.thread(gate.wait_arrival)
-    waiting = [asyncio.ensure_future(failure(trim(keeping))) for _ in range(3)]
-    await eventually(lambda: keeping.app.engine._commands.qsize() == 3)
-    keeping.app.engine.stop()
+    call = caching.start()
+    await caching.thread(gate.wait_arrival)
+    waiting = [asyncio.ensure_future(failure(trim(caching))) for _ in range(3)]
+    await eventually(lambda: caching.app.engine._commands.qsize() == 3)
+    caching.app.engine.stop()
     gate.open()
     for each in waiting:
-        assert_is(await each, grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+        assert_problem(await each, grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
     assert (await failure(call)).reason == "SHUTTING_DOWN"
 
 
 @pytest.mark.parametrize("how", ["dies", "is lost"])
-async def test_none_is_left_hanging_when_the_engine_ends(keeping: Server, how: str) -> None:
-    gate = keeping.backend.step_gate
+async def test_a_waiting_trim_ends_with_the_engine(caching: Server, how: str) -> None:
+    gate = caching.backend.step_gate
     gate.shut()
-    call = keeping.start()
-    await keeping.thread(gate.wait_arrival)
-    waiting = asyncio.ensure_future(failure(trim(keeping)))
-    await eventually(lambda: keeping.app.engine._commands.qsize() == 1)
+    call = caching.start()
+    await caching.thread(gate.wait_arrival)
+    waiting = asyncio.ensure_future(failure(trim(caching)))
+    await eventually(lambda: caching.app.engine._commands.qsize() == 1)
     if how == "dies":
-        keeping.backend.trim = _broken  # type: ignore[method-assign]  # the point
+        caching.backend.trim = _broken  # type: ignore[method-assign]  # the point
         gate.open()
     else:
-        keeping.app.engine.lose("a rank is gone")
-    assert_is(await waiting, grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+        caching.app.engine.lose("a rank is gone")
+    assert_problem(await waiting, grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
     gate.open()
     await failure(call)
 
@@ -143,19 +143,19 @@ def _broken() -> None:
     raise MemoryError
 
 
-async def test_one_whose_caller_has_gone(keeping: Server) -> None:
-    gate = keeping.backend.step_gate
+async def test_a_trim_without_its_caller_leaves_nothing(caching: Server) -> None:
+    gate = caching.backend.step_gate
     gate.shut()
-    call = keeping.start(num_predict=2)
-    await keeping.thread(gate.wait_arrival)
-    waiting = keeping.stub.Trim(pb.TrimRequest())
-    await eventually(lambda: keeping.app.engine._commands.qsize() == 1)
+    call = caching.start(num_predict=2)
+    await caching.thread(gate.wait_arrival)
+    waiting = caching.stub.Trim(pb.TrimRequest())
+    await eventually(lambda: caching.app.engine._commands.qsize() == 1)
     waiting.cancel()
     gate.open()
     assert [message async for message in call][-1].done
-    await trim(keeping)
-    await eventually(lambda: not keeping.app.engine._registry._trims)
-    assert (await keeping.status()).state == pb.STATE_ACTIVE
+    await trim(caching)
+    await eventually(lambda: not caching.app.engine._registry._trims)
+    assert (await caching.status()).state == pb.STATE_ACTIVE
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def _fill(child: Child) -> pb.MemoryUsage:
 
 
 @pytest.mark.mlx
-def test_a_filled_prefix_cache_is_gone_and_the_process_smaller(child: Child) -> None:
+def test_a_trim_empties_the_prefix_cache_and_shrinks_the_process(child: Child) -> None:
     said = _complete(child, [5, 6, 7], count=9)
     before = _fill(child)
     assert before.prefix_cache_bytes > 2**24
@@ -203,7 +203,7 @@ def test_a_filled_prefix_cache_is_gone_and_the_process_smaller(child: Child) -> 
 
 
 @pytest.mark.mlx
-def test_part_of_a_prefix_cache_may_stay(child: Child) -> None:
+def test_a_trim_can_keep_part_of_the_prefix_cache(child: Child) -> None:
     kept = _fill(child).prefix_cache_bytes // 2
     child.stub.Trim(pb.TrimRequest(prefix_cache_bytes=kept), timeout=30)
     assert 0 < child.status().memory_usage.prefix_cache_bytes <= kept
