@@ -81,8 +81,8 @@ async def test_status_over_mutual_tls(socket_dir: Path, tmp_path: Path) -> None:
 def test_wrong_usage_exits_with_2(arguments: list[str], token_file: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.write_text("")
-    places = {"FILE": str(token_file), "EMPTY": str(empty)}
-    result = invoke(*(places.get(argument, argument) for argument in arguments))
+    files = {"FILE": str(token_file), "EMPTY": str(empty)}
+    result = invoke(*(files.get(argument, argument) for argument in arguments))
     assert result.exit_code == 2, result.output
     assert TOKEN not in result.output
 

@@ -203,10 +203,10 @@ def test_a_failed_step_ends_all_ranks(pair: Pair, monkeypatch: pytest.MonkeyPatc
 
 
 def test_rank_0_reports_a_lost_follower(pair: Pair) -> None:
-    told: queue.SimpleQueue[str] = queue.SimpleQueue()
-    pair.hub.watch(told.put, lambda: None)
+    lost: queue.SimpleQueue[str] = queue.SimpleQueue()
+    pair.hub.watch(lost.put, lambda: None)
     pair.link.close()
-    text = told.get(timeout=DEADLINE_SECONDS)
+    text = lost.get(timeout=DEADLINE_SECONDS)
     assert "rank 1 (process 4711 on there) is lost" in text
     with pytest.raises(BackendLost, match="rank 1"):
         pair.hub.tell("step")
@@ -220,9 +220,9 @@ def test_a_silent_follower_counts_as_lost(monkeypatch: pytest.MonkeyPatch) -> No
     hub = Hub("127.0.0.1", 2)
     link = connected(hub)
     hub.gather(TRAITS, DEADLINE_SECONDS)
-    told: queue.SimpleQueue[str] = queue.SimpleQueue()
-    hub.watch(told.put, lambda: None)
-    assert "timed out" in told.get(timeout=DEADLINE_SECONDS)
+    lost: queue.SimpleQueue[str] = queue.SimpleQueue()
+    hub.watch(lost.put, lambda: None)
+    assert "timed out" in lost.get(timeout=DEADLINE_SECONDS)
     link.close()
 
 

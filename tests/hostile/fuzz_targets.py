@@ -94,9 +94,9 @@ class Parsing:
         assert 1 <= spec.max_tokens <= self._info.context_length - len(spec.prompt_ids)
         top = tuple((i, -1.0) for i in range(sampling.logprobs or 0))
         done = GenerationResult(FinishReason.STOP, (*spec.stop, "")[0], len(ids), 1, 0.0, 0.0, 0.0)
-        piece = OutputDelta("text", (ids[-1],), (TokenLogprob(ids[-1], -1.0, top),), done=done)
+        delta = OutputDelta("text", (ids[-1],), (TokenLogprob(ids[-1], -1.0, top),), done=done)
         texts = TokenTexts(self._codec, spec.prompt_ids, self._info.eos_token_ids)
-        assert convert.piece_message(piece, texts).ByteSize()
+        assert convert.piece_message(delta, texts).ByteSize()
 
 
 class Wire:

@@ -200,18 +200,18 @@ async def test_a_client_that_waits_for_the_delay_is_served(start_server: StartSe
         gate.shut()
         calls = [start_completion(channels[i % CONNECTIONS], i) for i in range(PARALLEL + QUEUED)]
         await eventually(lambda: registered_count(server) == len(calls))
-        told = asyncio.Barrier(CONNECTIONS + 1)
-        tries = asyncio.gather(*(tries_until_served(channel, told) for channel in channels))
-        await told.wait()
+        all_refused = asyncio.Barrier(CONNECTIONS + 1)
+        tries = asyncio.gather(*(tries_until_served(channel, all_refused) for channel in channels))
+        await all_refused.wait()
         gate.open()
         assert all(await asyncio.gather(*(ends_whole(call) for call in calls)))
         assert max(await tries) <= MOST_TRIES
 
 
-async def tries_until_served(channel: grpc.aio.Channel, told: asyncio.Barrier) -> int:
+async def tries_until_served(channel: grpc.aio.Channel, all_refused: asyncio.Barrier) -> int:
     """Return the number of tries until served, each after the delay answered before."""
     problem = await failure(start_completion(channel, 1))
-    await told.wait()
+    await all_refused.wait()
     for tries in range(2, MOST_TRIES + 1):
         assert problem.reason == "QUEUE_FULL"
         assert problem.retry_seconds is not None

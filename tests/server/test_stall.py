@@ -22,8 +22,8 @@ class WatchedEngine:
         )
         self.engine = self._engine()
         self.cpu_seconds = 0.0
-        self.told: list[str] = []
-        self.watch = StallWatchdog(self.engine, 10.0, self.told.append, lambda: self.cpu_seconds)
+        self.reports: list[str] = []
+        self.watch = StallWatchdog(self.engine, 10.0, self.reports.append, lambda: self.cpu_seconds)
 
     def _engine(self) -> Any:
         return SimpleNamespace(device="cpu: fake", state=lambda: self.state)
@@ -39,14 +39,14 @@ def test_an_engine_is_stalled_after_two_checks() -> None:
     watched = WatchedEngine()
     assert not watched.look(0, 11)
     assert watched.look(2, 13)
-    assert "stood still for 13 s with 2 running" in watched.told[0]
+    assert "stood still for 13 s with 2 running" in watched.reports[0]
 
 
 @pytest.mark.parametrize("age", [None, 3.0])
 def test_an_engine_that_advances_or_is_idle_is_left_alone(age: float | None) -> None:
     watched = WatchedEngine()
     assert not any([watched.look(0, 11), watched.look(2, age), watched.look(4, 12)])
-    assert watched.told == []
+    assert watched.reports == []
 
 
 def test_a_step_between_checks_counts_as_progress() -> None:

@@ -68,8 +68,8 @@ async def test_a_prompt_may_end_within_a_character(loaded: Server) -> None:
     request = pb.CompletionRequest(prompt_token_ids=pb.TokenIds(ids=[BOS, *data[:3]]), logprobs=1)
     messages = [message async for message in loaded.stub.Completion(request)]
     assert joined(messages) == "😀é"
-    told = [(entry.text, entry.bytes) for entry in _entries(messages)]
-    assert told == [("😀", data[3:]), ("", b"\xc3"), ("é", b"\xa9"), ("", b"")]
+    reported = [(entry.text, entry.bytes) for entry in _entries(messages)]
+    assert reported == [("😀", data[3:]), ("", b"\xc3"), ("é", b"\xa9"), ("", b"")]
 
 
 TOP = (*b"a\x80\xe6\x97", EOS, 300)
@@ -81,7 +81,7 @@ def _read(prompt: bytes, text: bytes) -> list[list[str]]:
     texts, decoder = TokenTexts(codec, ids, frozenset({EOS})), StreamDecoder(codec.decode, ids)
     top = tuple((id_, -1.0) for id_ in TOP)
     read = [texts.read(TokenLogprob(byte, -1.0, top, decoder.push(byte))) for byte in text]
-    return [[told.text for told in others] for _, others in read]
+    return [[reported.text for reported in others] for _, others in read]
 
 
 def test_alternatives_have_the_text_they_would_add() -> None:
@@ -94,8 +94,8 @@ def test_alternatives_have_the_text_they_would_add() -> None:
 
 
 def test_alternatives_complete_a_character_of_the_prompt() -> None:
-    ((*told,),) = _read("x日".encode()[:-1], b"\xa5")
-    assert told[1] == "旀"
+    ((*reported,),) = _read("x日".encode()[:-1], b"\xa5")
+    assert reported[1] == "旀"
 
 
 @given(text=st.text(max_size=20).map(str.encode), data=st.binary(max_size=6))
@@ -107,12 +107,12 @@ def test_an_alternative_has_the_text_the_stream_would_show(text: bytes, data: by
     for index, id_ in enumerate(ids):
         top = tuple((other, -1.0) for other in {0, 97, 0x80, 0xA5, 0xE6, 0xF0, 0xFF} - {id_})
         _, others = texts.read(TokenLogprob(id_, -1.0, top, decoder.push(id_)))
-        for (other, _), told in zip(top, others, strict=True):
+        for (other, _), reported in zip(top, others, strict=True):
             instead = StreamDecoder(codec.decode, [120])
             for before in ids[:index]:
                 instead.push(before)
             # The decoder may hold U+FFFD back, in case it becomes a character.
-            assert told.text.rstrip(REPLACEMENT) == instead.push(other).rstrip(REPLACEMENT)
+            assert reported.text.rstrip(REPLACEMENT) == instead.push(other).rstrip(REPLACEMENT)
 
 
 class Spelled:
@@ -133,9 +133,9 @@ def test_bytes_that_depend_on_neighbours_come_from_the_text() -> None:
     codec = Spelled()
     texts, decoder = TokenTexts(codec, [0], frozenset()), StreamDecoder(codec.decode, [0])
     top = tuple((id_, -1.0) for id_ in range(1, 4))
-    told = [texts.read(TokenLogprob(id_, -1.0, top, decoder.push(id_))) for id_ in [1, 2, 3, 1]]
-    assert b"".join(own.data for own, _ in told) == b" one two. one"
-    for own, others in told:
+    reported = [texts.read(TokenLogprob(id_, -1.0, top, decoder.push(id_))) for id_ in [1, 2, 3, 1]]
+    assert b"".join(own.data for own, _ in reported) == b" one two. one"
+    for own, others in reported:
         assert own.data == own.text.encode()
         assert [other.text for other in others] == [" one", " two", "."]
         assert [other.data for other in others] == [b" one", b" two", b"."]

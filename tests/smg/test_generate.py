@@ -282,7 +282,7 @@ async def test_a_full_queue_is_refused_with_a_delay(start_server: StartServer) -
 
 
 @pytest.mark.parametrize(
-    ("place", "data"),
+    ("path", "data"),
     [
         ("request", encode_field(97, 0, b"\1")),
         ("sampling_params", encode_field(4, 2, encode_field(97, 0, b"\1"))),
@@ -290,15 +290,15 @@ async def test_a_full_queue_is_refused_with_a_delay(start_server: StartServer) -
     ],
 )
 async def test_an_unknown_field_is_refused(
-    start_server: StartServer, place: str, data: bytes
+    start_server: StartServer, path: str, data: bytes
 ) -> None:
     """Refuse unknown fields: a newer gateway would assume they were honoured."""
     server = await loaded_server(start_server)
     generate: Any = server.channel.unary_stream(f"/{SMG_SERVICE_NAME}/Generate")
     problem = await failure(generate(data))
     assert problem.reason == "INVALID_FIELD"
-    assert problem.violations.keys() == {place}
-    assert "field 97 of " in problem.violations[place]
+    assert problem.violations.keys() == {path}
+    assert "field 97 of " in problem.violations[path]
     server.assert_nothing_left()
 
 
