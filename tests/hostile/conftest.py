@@ -22,7 +22,7 @@ NEIGHBOUR: dict[str, Any] = {"seed": 11, "num_predict": 40, "logit_bias": {0: -1
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def real() -> AsyncIterator[Server]:
-    """One server with the trained demo model, which must survive all cases."""
+    """One server with the trained demo model, which must survive every case."""
     if not (DEMO / "model.safetensors").is_file():
         pytest.skip("the demo model is not in this checkout")
     from runner_server.mlx_backend import MlxBackend

@@ -100,7 +100,7 @@ class Parsing:
 
 
 class Wire:
-    """A real server with the fake model library, in its own thread, and a neighbour stream.
+    """A real server with the fake model library, in a separate thread, and a neighbour stream.
 
     The neighbour reads a seeded stream again and again, whose text must always be the same.
     """

@@ -117,7 +117,7 @@ def _is_set(part: Message, path: FieldPath) -> bool:
 
 
 def test_the_generator_sets_every_field() -> None:
-    """Check the generator itself: a property proves nothing about a field it never sets.
+    """Check the generator itself: a property proves nothing about a field left unset.
 
     A seed does not fix the values: Hypothesis also draws constants from the modules that happen
     to be imported. One round in several misses a field; 20 together miss none.
@@ -130,7 +130,7 @@ def test_the_generator_sets_every_field() -> None:
 
 
 def _remove_set_fields(number: int, missing: set[tuple[str, FieldPath]]) -> None:
-    """Generate calls from a seed and remove the fields they set from ``missing``."""
+    """Generate calls from a seed and remove the fields set by the calls from ``missing``."""
     classes = {method.name: GetMessageClass(method.input_type) for method in METHODS}
 
     @seed(number)

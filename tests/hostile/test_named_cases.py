@@ -29,7 +29,7 @@ BILLION = 10**9
 
 
 async def outcome(target: Server, request: Message) -> str:
-    """Return the outcome of a call with this request; the rpc follows from its type."""
+    """Return the outcome of a call with this request; the rpc follows from the type."""
     name = request.DESCRIPTOR.name.removesuffix("Request")
     return await Caller(target.channel).send((name, request.SerializeToString()))
 
@@ -50,7 +50,7 @@ async def test_empty_prompts_are_refused(target: Server) -> None:
 
 @pytest.mark.parametrize("unit", ["x", " ", "\0", "😀", "\u202eש", "def f(x):\n", "<|end|>"])
 async def test_a_prompt_of_ten_megabytes_is_too_long(target: Server, unit: str) -> None:
-    """Refuse from the beginning alone: tokenizing all would take six seconds and two gigabytes."""
+    """Refuse from the beginning alone: the whole text would take six seconds and two gigabytes."""
     problem = await failure(target.start(unit * (10 * MEGABYTE // len(unit.encode()))))
     assert problem.reason == "PROMPT_TOO_LONG"
     # A lower bound from the beginning, not the millions of the whole text.
