@@ -1,9 +1,9 @@
-"""The client of mlx-grpc-runner: gates, spawns, calls and stops runners.
+"""Client library of mlx-grpc-runner: check memory, then spawn, call and stop runners.
 
-``RunnerProcess`` (and ``AsyncRunnerProcess``) hosts a model in a child process;
-``RunnerClient`` (and ``AsyncRunnerClient``) calls a runner anywhere. ``errors``
-draws the tree of exceptions; ``estimate`` counts what a model needs; ``testing`` has
-a fake runner for your own tests.
+``RunnerProcess`` and ``AsyncRunnerProcess`` host a model in a child process.
+``RunnerClient`` and ``AsyncRunnerClient`` call a runner at any address. ``errors``
+documents the exception tree, ``memory.estimation`` computes the memory that a model needs,
+and ``testing`` has a fake runner for your own tests.
 """
 
 from importlib.metadata import version

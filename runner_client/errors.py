@@ -1,4 +1,4 @@
-"""The exceptions of this library: one tree, and no other exception for a failed call.
+"""Exceptions of this library: one tree, and no other exception for a failed call.
 
 ::
 
@@ -16,20 +16,20 @@
     ├── QueueFullError                   QUEUE_FULL         retry after retry_delay_seconds
     ├── ShuttingDownError                SHUTTING_DOWN      use another runner, or load again
     ├── GenerationFailedError            GENERATION_FAILED  retrying is safe
-    ├── RunnerTimeoutError               DEADLINE_EXCEEDED  phase says which wait it was
+    ├── RunnerTimeoutError               DEADLINE_EXCEEDED  ``phase`` names the timeout
     ├── RunnerUnavailableError           UNAVAILABLE        the runner cannot be reached
-    │   └── RunnerExitedError            (child process)    start it again, if you like
+    │   └── RunnerExitedError            (child process)    restart it if you like
     ├── IncompleteStreamError            (client)           the text is cut; retrying is safe
-    └── NotSupportedError                UNIMPLEMENTED      never works here
+    └── NotSupportedError                UNIMPLEMENTED      retrying never helps
         └── UnsupportedPlatformError     (client)           use another machine
 
-The middle column is the ``reason`` of the server's ``google.rpc.ErrorInfo``, or
-the gRPC code where the server gives no reason, or who raises it. A reason that
-this version does not know becomes the class of its gRPC code, and a code
-without a class ``RunnerError`` itself.
+The middle column holds the ``reason`` of the server's ``google.rpc.ErrorInfo``. If the
+server gives no reason, it holds the gRPC status code, or in parentheses the part of this
+library that raises the exception. A reason unknown to this version maps to the class of
+its gRPC code, and a code without a class maps to ``RunnerError``.
 
-``grpc.RpcError`` never escapes this library. It is the ``__cause__`` of an
-exception that stands for a failed call.
+``grpc.RpcError`` never escapes this library; it is the ``__cause__`` of the exception
+raised for a failed call.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ if TYPE_CHECKING:
     import grpc
 
 TimeoutPhase = Literal["call", "start", "load", "first_token", "idle"]
-"""Which wait ran out: see ``RunnerTimeoutError.phase``."""
+"""The timeout that expired; see ``RunnerTimeoutError.phase``."""
 
 
 class RunnerError(Exception):
-    """The root of the tree: a call, or a runner, failed.
+    """A call or a runner failed: the root of the exception tree.
 
     Attributes:
-        reason: The server's reason, for instance ``"QUEUE_FULL"``; None when the
-            server gave none or the client itself found the failure.
-        code: The gRPC status code; None when no call failed.
-        metadata: The server's numbers and names, as strings, with units in the
-            key (``requiredBytes``).
+        reason: The server's reason, for instance ``"QUEUE_FULL"``; None if the server
+            gave none or the client itself found the failure.
+        code: The gRPC status code; None if no call failed.
+        metadata: Details from the server as strings, with units in the key
+            (``requiredBytes``).
     """
 
     def __init__(
@@ -71,10 +71,10 @@ class RunnerError(Exception):
 
 
 class InvalidRequestError(RunnerError):
-    """A field of the request is missing or out of range. Correct it; do not retry.
+    """A field of the request is missing or out of range. Correct the request; do not retry.
 
     Attributes:
-        field_violations: Pairs of a field's path and what is wrong with it.
+        field_violations: Pairs of a field's path and a description of the problem.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class InvalidRequestError(RunnerError):
 
 
 class PromptTooLongError(InvalidRequestError):
-    """Prompt and one new token do not fit the context. Shorten it, or load with more.
+    """Prompt plus one new token exceed the context. Shorten the prompt, or load more context.
 
     Attributes:
         prompt_tokens: The length of the prompt, in tokens.
@@ -121,10 +121,10 @@ class PromptTooLongError(InvalidRequestError):
 
 
 class ModelError(RunnerError):
-    """Something is wrong with the model, or there is none.
+    """Missing, unsupported or unloaded model: base class of the three errors below.
 
     Attributes:
-        model: The model as it was asked for; None when the call named none.
+        model: The model as requested; None if the call named none.
     """
 
     def __init__(
@@ -141,37 +141,37 @@ class ModelError(RunnerError):
 
 
 class ModelNotFoundError(ModelError):
-    """There is no such directory, nor such a hub id in the local cache."""
+    """The model is neither a directory nor a hub id in the local cache."""
 
 
 class ModelUnsupportedError(ModelError):
-    """The files are no model this runner can load, or need code of their own to run."""
+    """Model files are not loadable by this runner, or need custom code to run."""
 
 
 class ModelNotLoadedError(ModelError):
-    """The call needs a loaded model and there is none. Load one, then retry."""
+    """No model is loaded, but the call needs one. Load a model, then retry."""
 
 
 class AuthenticationError(RunnerError):
-    """The runner wants a token, and the call had none or another one.
+    """The call has a missing or wrong token.
 
-    Give the client its token; ``RunnerProcess.token`` is that of a child.
+    Pass the runner's token to the client. For a child process it is ``RunnerProcess.token``.
     """
 
 
 class BusyError(RunnerError):
-    """Another load or unload runs. Wait for it and retry, or cancel it."""
+    """Another load or unload is running. Wait and retry, or cancel the other call."""
 
 
 class InsufficientMemoryError(RunnerError):
-    """Weights and KV cache do not fit. Free memory, or ask for less.
+    """Weights and KV cache do not fit into memory. Free memory, or ask for less.
 
-    The server raises it for a load, and the memory gate before a process starts.
+    Raised by the server for a load, and by the memory gate before a process starts.
 
     Attributes:
-        required_bytes: What the model needs.
-        available_bytes: What it may take; the gate's overhead is already off.
-        overhead_bytes: What the gate kept back; None when the server refused.
+        required_bytes: Memory that the model needs.
+        available_bytes: Memory that the model may use, after the gate's overhead.
+        overhead_bytes: Memory that the gate kept free; None if the server refused.
     """
 
     def __init__(
@@ -192,15 +192,14 @@ class InsufficientMemoryError(RunnerError):
 
 
 class LoadRequiresFullError(InsufficientMemoryError):
-    """The model does not fit its device whole, and ``require_full`` asked for that."""
+    """The model does not fit the device as a whole, as ``require_full`` demands."""
 
 
 class QueueFullError(RunnerError):
-    """Too many requests wait. Retry after the delay, or use another runner.
+    """The request queue is full. Retry after the delay, or use another runner.
 
     Attributes:
-        retry_delay_seconds: How long to wait before a retry; None if the server
-            did not say.
+        retry_delay_seconds: Time to wait before a retry; None if the server gave none.
     """
 
     def __init__(
@@ -217,7 +216,7 @@ class QueueFullError(RunnerError):
 
 
 class ShuttingDownError(RunnerError):
-    """The runner stops, or the model of the call is being unloaded. Use another runner."""
+    """The runner is stopping, or the model of the call is being unloaded. Use another runner."""
 
 
 class GenerationFailedError(RunnerError):
@@ -225,13 +224,13 @@ class GenerationFailedError(RunnerError):
 
 
 class RunnerTimeoutError(RunnerError):
-    """A wait ran out. Retry, raise the timeout, or look at the runner's log.
+    """A timeout expired. Retry, raise the timeout, or read the runner's log.
 
     Attributes:
-        phase: Which wait: ``"call"`` (a unary call's deadline), ``"start"`` (the
-            ready line), ``"load"`` (a load that does not move), ``"first_token"``
-            or ``"idle"`` (a stream).
-        timeout_seconds: How long was waited.
+        phase: The timeout that expired: ``"call"`` (deadline of a unary call), ``"start"``
+            (wait for the ready line), ``"load"`` (a load without progress),
+            ``"first_token"`` or ``"idle"`` (waits of a stream).
+        timeout_seconds: The timeout, in seconds.
     """
 
     def __init__(
@@ -254,17 +253,16 @@ class RunnerUnavailableError(RunnerError):
 
 
 class RunnerExitedError(RunnerUnavailableError):
-    """The child process is gone; every call that was pending in it ends with this.
+    """The child process has exited; raised by every pending call.
 
     Attributes:
-        exit_code: As ``subprocess`` gives it: negative is the number of the
-            signal that ended the process; None if it was never started, and where the
-            system does not tell, because this process ignores SIGCHLD.
-        exit_reason: The same in words ("exit code 1", "killed by SIGKILL ...").
-        stderr_tail: The last lines that this process, and no other, wrote to
-            its standard error.
-        last_memory_bytes: What the process held (its resident set) when its status
-            was last seen; None if it never was.
+        exit_code: The exit code as ``subprocess`` reports it: a negative value is the
+            number of the signal that killed the process. None if the process was never
+            started, or if its exit code is unknown because this process ignores SIGCHLD.
+        exit_reason: The exit code in words ("exit code 1", "killed by SIGKILL ...").
+        stderr_tail: The last lines that this process, and no other, wrote to stderr.
+        last_memory_bytes: The resident set of the process when its status was last
+            read; None if it never was.
     """
 
     def __init__(
@@ -287,15 +285,15 @@ class RunnerExitedError(RunnerUnavailableError):
 
 
 class IncompleteStreamError(RunnerError):
-    """A completion's stream ended in good order but without its last message.
+    """A completion's stream ended without an error, but before the last message.
 
-    What was received is a part of the text. The call had no effect beyond it:
+    The chunks already received are part of the text. The call had no other effect, so
     retrying is safe.
     """
 
 
 class NotSupportedError(RunnerError):
-    """What was asked for does not exist here: retrying never helps."""
+    """The requested feature or call does not exist here. Retrying never helps."""
 
 
 class UnsupportedPlatformError(NotSupportedError):

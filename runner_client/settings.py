@@ -1,4 +1,4 @@
-"""How a client waits, encrypts, and starts its runner again: frozen dataclasses."""
+"""Settings of a client as frozen dataclasses: timeouts, TLS files and the restart policy."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ _CLOSE_BYTES_PER_SECOND = 4 * _GIB
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """How long to wait for what, in seconds. None waits for ever.
+    """Timeouts of a client, in seconds. None waits indefinitely.
 
     Raises:
         ValueError: A value is not above 0.
     """
 
     start_seconds: float | None = 60.0
-    """From the start of a child to its ready line and its first health answer."""
+    """From the start of a child to its ready line and first health response."""
     load_seconds: float | None = 300.0
-    """How long a load may stand still. A load that moves has no limit."""
+    """The longest time that a load may go without progress. A load that makes progress has no
+    limit."""
     first_token_seconds: float | None = 600.0
-    """From the call of a completion to its first token: queue and prompt."""
+    """From the call of a completion to its first token, queueing and prefill included."""
     idle_seconds: float | None = 60.0
     """Between two messages of a stream, progress messages included."""
     call_seconds: float = 30.0
     """The deadline of every other call."""
     close_seconds: float = 7.0
-    """From the request to stop to the kill; large models get more. The server itself
+    """From the request to stop until the child is killed; large models get more. The server
     drains for up to 5.5 s."""
     stall_seconds: float | None = None
-    """How long a child's engine may have completions to work on and not move before the
-    child is killed. None never kills. A step lasts tenths of a second, and seconds
-    where kernels are compiled first; a slow prompt moves with every step."""
+    """The longest time that a child's engine may have completions to work on and make no
+    progress before the child is killed. None never kills. A step takes tenths of a second, or
+    seconds if kernels are compiled first; a slow prompt makes progress with every step."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -46,24 +47,25 @@ class Timeouts:
                 raise ValueError(f"{field.name} must be above 0 (or None: no limit), not {value}")
 
     def close_grace_seconds(self, model_bytes: int) -> float:
-        """The grace time of a child that holds this much: a second more per 4 GiB.
+        """Return the grace time for a child with ``model_bytes``: one more second per 4 GiB.
 
-        Freeing takes time in proportion, and on macOS killing a process that still
-        holds wired memory can strand that memory until a reboot.
+        Freeing memory takes time in proportion to its size. On macOS, killing a process that
+        still holds wired memory can strand that memory until a reboot.
         """
         return self.close_seconds + model_bytes / _CLOSE_BYTES_PER_SECOND
 
 
 @dataclass(frozen=True, slots=True)
 class TlsFiles:
-    """What a client encrypts with: files in PEM, read when the client is made.
+    """PEM files for an encrypted connection, read when the client is created.
 
     Raises:
-        ValueError: One of ``cert`` and ``key`` is missing.
+        ValueError: Only one of ``cert`` and ``key`` is given.
     """
 
     ca: str | PathLike[str] | None = None
-    """Authorities that the server's certificate must come from. None: those gRPC knows."""
+    """Certificate authorities to trust for the server's certificate. None trusts gRPC's default
+    roots."""
     cert: str | PathLike[str] | None = None
     """The client's own certificate, if the server asks for one."""
     key: str | PathLike[str] | None = None
@@ -76,25 +78,25 @@ class TlsFiles:
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
-    """How often a child may be started again; ``RunnerProcess.restart`` asks it.
+    """Limit on the restarts of a child; checked by ``RunnerProcess.restart``.
 
     Raises:
-        ValueError: A value is out of its range.
+        ValueError: A value is out of range.
     """
 
     max_restarts: int = 3
-    """The most restarts within the window; 0 allows none."""
+    """The maximum number of restarts within the window; 0 allows none."""
     window_seconds: float = 600.0
-    """How long a restart counts."""
+    """The time for which a restart counts."""
 
     def __post_init__(self) -> None:
         if self.max_restarts < 0 or not self.window_seconds > 0:
             raise ValueError("max_restarts must be at least 0 and window_seconds above 0")
 
     def recent(self, restarts: tuple[float, ...], now: float) -> tuple[float, ...]:
-        """Those of the past restarts (their times, in seconds) that still count."""
+        """Return the restart times, in seconds, within the window before ``now``."""
         return tuple(time for time in restarts if now - time < self.window_seconds)
 
     def allows(self, restarts: tuple[float, ...], now: float) -> bool:
-        """Whether one more restart is within the bounds."""
+        """Return whether the policy allows one more restart."""
         return len(self.recent(restarts, now)) < self.max_restarts

@@ -1,8 +1,7 @@
-"""What the library takes and gives: frozen dataclasses, with no protobuf in them.
+"""Parameters and results of the library as frozen dataclasses without protobuf.
 
-The proto file is the reference of what each field means. Here spans are float
-seconds, an absent value is None, and an enum value that a newer server sends
-becomes ``UNKNOWN``.
+The proto file documents each field in detail. Here durations are float seconds, a missing
+value is None, and an enum value that only a newer server knows becomes ``UNKNOWN``.
 """
 
 from __future__ import annotations
@@ -22,72 +21,77 @@ if TYPE_CHECKING:
 Dtype = Literal["auto", "auto_or_stored", "as_stored", "float32", "bfloat16", "float16"]
 """The number format of the weights in memory.
 
-``"auto"`` is float32 on a CPU, the only fast format there, and as stored elsewhere.
-``"auto_or_stored"`` is the same where that fits, else as stored, which is many times slower
-on a CPU; ``Model.dtype_fallback`` says whether it came to that.
-"""
+``"auto"`` is float32 on a CPU, the only fast format there, and as stored on other devices.
+``"auto_or_stored"`` is ``"auto"`` if that fits into memory and otherwise as stored, which
+is many times slower on a CPU; ``Model.dtype_fallback`` reports the fallback. The other
+values name the format; quantized weights stay quantized only with ``"as_stored"``."""
 
 
 class State(StrEnum):
-    """What a runner is doing."""
+    """State of a runner."""
 
     UNKNOWN = "unknown"
-    """A state this version does not know."""
+    """A state unknown to this version."""
     IDLE = "idle"
     """No model is loaded."""
     LOADING = "loading"
-    """A load runs."""
+    """A load is running."""
     ACTIVE = "active"
-    """A model is loaded and completions are answered."""
+    """A model is loaded and the runner accepts completions."""
     FAILED = "failed"
     """The engine is dead; the process is about to exit."""
     STOPPING = "stopping"
-    """The process was asked to stop and drains."""
+    """The process was asked to stop and is draining."""
 
 
 class DoneReason(StrEnum):
-    """Why a completion ended."""
+    """Reason why a completion ended."""
 
     UNKNOWN = "unknown"
-    """A reason this version does not know."""
+    """A reason unknown to this version."""
     STOP = "stop"
-    """The model ended the text, or a stop string was found."""
+    """The model ended the text, or a stop string matched."""
     LENGTH = "length"
     """``num_predict`` tokens were generated, or the context is full."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How tokens are chosen and when to stop. None is the server's default."""
+    """Sampling and stop options of a completion. None selects the server's default."""
 
     temperature: float | None = None
-    """0 takes the most likely token. 0 to 100; default 0.8."""
+    """Sampling temperature; 0 always takes the most likely token. 0 to 100; default 0.8."""
     top_p: float | None = None
-    """Above 0 to 1; 1 is off; default 0.9."""
+    """Sample from the most likely tokens that together have this probability. Above 0 to 1; 1 is
+    off; default 0.9."""
     min_p: float | None = None
-    """0 to 1; 0 is off; default 0."""
+    """Drop tokens less likely than this fraction of the most likely one. 0 to 1; 0 is off;
+    default 0."""
     top_k: int | None = None
-    """0 to the size of the vocabulary; 0 is off; default 40."""
+    """Sample from this many most likely tokens. 0 to the size of the vocabulary; 0 is off;
+    default 40."""
     repeat_last_n: int | None = None
-    """How many of the last tokens, prompt and generated, the penalties look at; -1 is all;
-    default 64."""
+    """How many of the last tokens, prompt and generated, the penalties consider; -1 is all, 0 is
+    none; default 64."""
     repeat_penalty: float | None = None
-    """0.01 to 100; 1 is off; default 1."""
+    """Divide positive and multiply negative logits of repeated tokens. 0.01 to 100; 1 is off;
+    default 1."""
     presence_penalty: float | None = None
-    """-100 to 100; default 0."""
+    """Subtracted once from the logits of repeated tokens. -100 to 100; default 0."""
     frequency_penalty: float | None = None
-    """-100 to 100; default 0."""
+    """Subtracted from the logits of repeated tokens for each occurrence. -100 to 100; default 0."""
     num_predict: int | None = None
-    """The most tokens to generate; default: to the end of the context."""
+    """The maximum number of tokens to generate; default: up to the end of the context."""
     seed: int | None = None
-    """The same seed gives the same text; default: random."""
+    """Seed of the random numbers: equal seeds, prompts and options give equal texts; default:
+    random."""
     stop: tuple[str, ...] = ()
-    """The text ends before the first of these strings."""
+    """Strings that end the text; the text stops before the first match."""
     logit_bias: Mapping[int, float] | None = None
-    """Added to the logits of these token ids."""
+    """Values added to the logits, by token id."""
 
     def __post_init__(self) -> None:
-        # A string is a sequence of strings too: each of its letters would end the text.
+        # A string is a sequence of strings too: each of its characters would end the text.
         stop: object = self.stop
         if isinstance(stop, str):
             raise TypeError(f"stop is a sequence of strings: write stop=({stop!r},)")
@@ -100,287 +104,282 @@ class Model:
     name: str
     """The directory's name, or the hub id."""
     path: str
-    """The directory it was read from, as the server names it."""
+    """The directory of the model, as the server names it."""
     architecture: str
     """``model_type`` of its config.json."""
     context_length: int
-    """The model's own limit on a sequence, in tokens."""
+    """The model's own limit on a sequence, in tokens. ``Status.context_length`` is the limit in
+    force."""
     vocab_size: int
-    """Valid token ids are 0 to vocab_size - 1."""
+    """The number of token ids; valid ids are 0 to vocab_size - 1."""
     weight_bytes: int
-    """What the weights take in memory."""
+    """Memory taken by the weights."""
     dtype: str
-    """The format of its floating-point weights: float32, bfloat16 or float16."""
+    """The format of the floating-point weights: float32, bfloat16 or float16."""
     quantization_bits: int
-    """Bits per weight; 0 if the weights are not held quantized."""
+    """Bits per weight; 0 if the weights are not quantized in memory."""
     eos_token_ids: tuple[int, ...]
     """The token ids that end a text."""
     dtype_fallback: bool = False
-    """Whether ``"auto_or_stored"`` found no memory for float32 and holds the weights as
-    stored."""
+    """Whether ``"auto_or_stored"`` had no memory for float32 and kept the weights as stored."""
     warnings: tuple[str, ...] = ()
-    """Where its answers may differ from what its files say."""
+    """Ways in which the output may deviate from the model's files, and known limitations."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """A finished load."""
+    """Result of a load."""
 
     model: Model
-    """The model that is now loaded."""
+    """The loaded model."""
     load_seconds: float
-    """How long the server took."""
+    """Duration of the load on the server."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryUsage:
-    """The memory of a runner, in bytes."""
+    """Memory of a runner, in bytes."""
 
     active_bytes: int
-    """Held by live arrays: weights, KV caches, what a step computes."""
+    """Memory of live arrays: weights, KV caches and the working memory of a step."""
     cache_bytes: int
-    """Freed, and kept by MLX for the next arrays."""
+    """Freed buffers that MLX keeps for reuse."""
     peak_bytes: int
     """The highest ``active_bytes`` since the last load began."""
     process_bytes: int
     """The resident set of the process."""
     limit_bytes: int
-    """The most that ``active_bytes`` and ``cache_bytes`` together may come to; 0 when no
-    model is loaded."""
+    """The upper limit of ``active_bytes`` plus ``cache_bytes``; 0 if no model is loaded."""
     prefix_cache_bytes: int = 0
-    """Of ``active_bytes``: evaluated prompts kept for others that begin alike."""
+    """The part of ``active_bytes`` held by the prefix cache."""
     other_bytes: int = 0
-    """Of ``process_bytes``: what MLX does not hold. Interpreter, libraries, tokenizer, and
-    pages that the heap has not given back; on CUDA all of ``process_bytes``."""
+    """The part of ``process_bytes`` outside of MLX: interpreter, libraries, tokenizer, and pages
+    that the heap has not returned. On CUDA all of ``process_bytes``."""
     reserved_bytes: int = 0
-    """The most the process may come to take, set aside for it on its machine; 0 when no
-    model is loaded."""
+    """Memory reserved for the process on its machine, its upper limit; 0 if no model is loaded."""
     prefix_cache_limit_bytes: int = 0
-    """The most ``prefix_cache_bytes`` may come to now; less than at the load after free
-    memory has run short."""
+    """The current upper limit of ``prefix_cache_bytes``; below the limit set at load time if free
+    memory has run short since."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadEstimate:
-    """What a load would need on a runner's machine, in bytes, and whether it fits now.
+    """Memory needed by a load on a runner's machine, in bytes, and whether the load fits now.
 
-    The six parts come first; ``total_bytes`` is their sum, and an upper bound for the peak
-    of the whole process, with every sequence at its full length.
+    The six parts come first. ``total_bytes`` is their sum and an upper bound on the peak
+    memory of the whole process, with every sequence at full length.
     """
 
     weight_bytes: int
-    """The weights as they will be held."""
+    """The weights in the format in which they would be held."""
     kv_bytes: int
-    """KV caches and recurrent states of ``parallel`` sequences of ``context_length``; with
-    a memory limit that is too small for all of them, of as many as fit."""
+    """KV caches and recurrent states of ``parallel`` sequences of ``context_length`` tokens. If
+    the memory limit is too small for all of them, of as many as fit."""
     prefix_cache_bytes: int
-    """The most that evaluated prompts may take."""
+    """The upper limit of the prefix cache."""
     working_bytes: int
-    """Arrays of a prefill chunk or a decode step, the copy of a layer's cache while it
-    grows, the buffers that MLX keeps for reuse."""
+    """Working memory: arrays of a prefill chunk or a decode step, the copy of a layer's cache
+    while it grows, and the buffers that MLX keeps for reuse."""
     process_bytes: int
-    """The process itself: interpreter, libraries, tokenizer, heap."""
+    """The process without the model: interpreter, libraries, tokenizer, heap."""
     load_transient_bytes: int
-    """What reading the files takes beyond all of the above."""
+    """Memory needed only while the files are read, on top of the other parts."""
     total_bytes: int
     """The sum of the six parts."""
     required_bytes: int
-    """What a load asks for: the total, without a prefix cache of the default size, which
-    is made smaller where memory is short."""
+    """Memory that a load asks for: the total, except for a prefix cache of the default size,
+    which shrinks if memory is short."""
     available_bytes: int
-    """What may be taken now: free memory less ``overhead_bytes`` and ``reserved_bytes``,
-    plus what the model that is loaded there would give back."""
+    """Memory available now: free memory less ``overhead_bytes`` and ``reserved_bytes``, plus the
+    memory that unloading the current model would free."""
     overhead_bytes: int
-    """Kept free: the device's minimum and the configured overhead."""
+    """Memory kept free: the device's minimum plus the configured overhead."""
     reserved_bytes: int
-    """What other runners of that machine may still take, and loads under way."""
+    """Memory that other runners and pending loads on that machine may still use."""
     fits: bool
     """Whether ``required_bytes`` is at most ``available_bytes``."""
     dtype: str
-    """The format of the weights that was counted: ``"float32"``, ``"bfloat16"``,
-    ``"float16"`` or ``"as_stored"``."""
+    """The assumed format of the weights: ``"float32"``, ``"bfloat16"``, ``"float16"`` or
+    ``"as_stored"``."""
     context_length: int
-    """Tokens of one sequence that were counted."""
+    """The assumed length of a sequence, in tokens."""
     parallel: int
-    """Sequences that were counted."""
+    """The assumed number of sequences."""
     notes: tuple[str, ...] = ()
-    """What could not be told, in words; empty if everything could."""
+    """Caveats of the estimate, and warnings that the loaded model would have; empty if none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """One of the processes that hold a model together."""
+    """One of several processes holding a model together."""
 
     rank: int
-    """Its number: 0 for the one that serves."""
+    """Number of the rank; rank 0 serves."""
     host: str
-    """The name of its machine."""
+    """Name of the rank's machine."""
     pid: int
-    """Its process id there."""
+    """Process id on that machine."""
     device: str
-    """The device that computes, as ``Status.device``."""
+    """The device used for computation, as in ``Status.device``."""
     memory_usage: MemoryUsage
-    """Its memory, at most two seconds old."""
+    """Memory of the process, at most two seconds old."""
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What a runner does and holds."""
+    """Snapshot of a runner: state, model, memory and queue."""
 
     state: State
-    """What it is doing."""
+    """The current state."""
     progress: int
-    """Of the load that runs, 0 to 100; 100 when a model is loaded."""
+    """Progress of the running load, 0 to 100; 100 if a model is loaded."""
     context_length: int
-    """The longest sequence accepted, in tokens; 0 without a model."""
+    """The longest sequence that is accepted, in tokens; 0 without a model."""
     memory_bytes: int
-    """What MLX holds: active and cache."""
+    """Memory held by MLX, active and cached."""
     memory_usage: MemoryUsage
-    """The same in parts."""
+    """A breakdown of the memory."""
     model: Model | None
-    """The loaded model."""
+    """The loaded model; None without one."""
     parallel: int
-    """How many completions are decoded together."""
+    """The maximum number of completions decoded together; 0 without a model."""
     running_count: int
-    """Completions in prefill or decode."""
+    """Completions in prefill or decode, or preempted because of a slow reader."""
     queued_count: int
-    """Completions that wait for a place."""
+    """Completions waiting in the queue."""
     step_count: int
     """Engine steps since the process started."""
     last_progress_age_seconds: float | None
-    """How long ago the engine last moved; None when it has nothing to do."""
+    """Time since the engine last made progress; None if it is idle."""
     uptime_seconds: float
-    """How long the process has been up."""
+    """Time since the process started."""
     runner_id: str
-    """Random per process: a new one means that it was restarted."""
+    """Random id of the process; a new id means that the runner was restarted."""
     pid: int
-    """Its process id, as the server's machine numbers it."""
+    """Process id on the server's machine."""
     device: str
-    """The device that computes ("cpu: ...", "gpu: ..."); empty until MLX is imported."""
+    """The device used for computation ("cpu: ...", "gpu: ..."); empty until MLX is imported."""
     server_version: str
-    """The version of the server."""
+    """Version of the server."""
     last_error: str
-    """The last load or step that failed, in words; empty when none did."""
+    """Message of the last load or step that failed; empty if none did."""
     blas: str = ""
-    """The library that multiplies matrices on a CPU; empty on other devices and until
-    MLX is imported."""
+    """The BLAS library used on a CPU; empty on other devices and until MLX is imported."""
     ranks: tuple[Rank, ...] = ()
-    """The processes that hold the model together, rank 0 first; empty for one that holds it
-    alone. What else stands here is of rank 0."""
+    """The processes that together hold the model, rank 0 first; empty if one process holds all of
+    it. All other attributes describe rank 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """A device that a runner computes on."""
+    """A device used by a runner."""
 
     kind: str
     """``"cpu"`` or ``"gpu"``."""
     name: str
-    """As the system calls it."""
+    """Name of the device, as the system reports it."""
     memory_bytes: int
-    """What this runner's MLX holds there."""
+    """Memory that MLX holds on the device for this runner."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptProgress:
-    """How far the evaluation of a prompt is."""
+    """Progress of a completion's prefill."""
 
     evaluated_count: int
-    """Tokens evaluated so far."""
+    """Prefilled tokens."""
     total_count: int
     """Tokens of the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class TopLogprob:
-    """A likely token."""
+    """One of the most likely tokens at a position."""
 
     token_id: int
-    """Its id."""
+    """Token id."""
     text: str
-    """What it would have added to the text, as ``TokenLogprob.text``."""
+    """Text that the token would have added, as in ``TokenLogprob.text``."""
     logprob: float
-    """The natural logarithm of its probability; at most 0."""
+    """Natural logarithm of the probability; at most 0."""
     bytes: builtins.bytes = b""
-    """Its own bytes, which may be a part of a character."""
+    """The token's bytes; may hold part of a character."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A generated token, with its likelihood before any sampling option."""
+    """A generated token with the log probability before any sampling option."""
 
     token_id: int
-    """Its id."""
+    """Token id."""
     text: str
-    """What it adds to the text: all entries joined give the content, and then the stop string
-    that was found and what its last token has behind it. Whole characters only: one that is
-    spread over several tokens is the text of the one that completes it. Empty for a token that
-    ends the text."""
+    """Text that the token adds. The texts of all entries joined are the content, then the matched
+    stop string and the rest of its last token. Whole characters only: a character spread over
+    several tokens belongs to the one that completes it. Empty for a token that ends the text."""
     logprob: float
-    """The natural logarithm of its probability; at most 0."""
+    """Natural logarithm of the probability; at most 0."""
     top: tuple[TopLogprob, ...]
-    """The most likely tokens at its place, most likely first."""
+    """The most likely tokens at this position, most likely first."""
     bytes: builtins.bytes = b""
-    """Its own bytes, which may be a part of a character: all entries joined are the same text in
-    UTF-8, from where the prompt ends."""
+    """The token's bytes, which may hold part of a character. The bytes of all entries joined are
+    the UTF-8 text that follows the prompt. Empty for a token that ends the text."""
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionChunk:
-    """A piece of a completion. The counts and spans are set in the last one only."""
+    """Part of a streamed completion. Counts and durations are set in the last chunk only."""
 
     content: str = ""
-    """The next piece of text, whole characters only."""
+    """The next part of the text, whole characters only."""
     token_ids: tuple[int, ...] = ()
-    """The tokens generated since the last chunk; their text may come a chunk later."""
+    """Tokens generated since the previous chunk; their text may follow in the next one."""
     logprobs: tuple[TokenLogprob, ...] = ()
-    """One for each of ``token_ids``, if asked for."""
+    """One entry for each of ``token_ids``, if requested."""
     done: bool = False
-    """True in the last chunk, and only there."""
+    """True in the last chunk only."""
     done_reason: DoneReason | None = None
-    """Why it ended; None before the last chunk."""
+    """Why the completion ended; None before the last chunk."""
     stop_match: str | None = None
-    """The stop string that ended it, if one did."""
+    """The stop string that ended the text, if any."""
     prompt_progress: PromptProgress | None = None
-    """How far the evaluation of the prompt is; None after it."""
+    """Progress of the prefill; None once the prefill is complete."""
     prompt_eval_count: int = 0
     """Tokens of the prompt."""
     prompt_eval_seconds: float = 0.0
-    """From the start of the prompt's evaluation to the first token."""
+    """From the start of the prefill to the first token."""
     eval_count: int = 0
-    """Tokens generated."""
+    """Generated tokens."""
     eval_seconds: float = 0.0
     """From the first token to the last."""
     queue_seconds: float = 0.0
-    """How long the request waited for a place."""
+    """Time that the request waited in the queue."""
     prompt_cached_count: int = 0
-    """Of ``prompt_eval_count``: tokens that were not evaluated again."""
+    """The part of ``prompt_eval_count`` taken from the prefix cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A finished completion: all chunks of a stream joined."""
+    """A finished completion: the joined chunks of a stream."""
 
     content: str
     """The whole text."""
     token_ids: tuple[int, ...]
-    """All generated tokens, the one that ended the text included."""
+    """All generated tokens, including the one that ended the text."""
     logprobs: tuple[TokenLogprob, ...]
-    """One for each of ``token_ids``, if asked for."""
+    """One entry for each of ``token_ids``, if requested."""
     done_reason: DoneReason
-    """Why it ended."""
+    """Why the completion ended."""
     stop_match: str | None
-    """The stop string that ended it, if one did."""
+    """The stop string that ended the text, if any."""
     prompt_eval_count: int
     """Tokens of the prompt."""
     prompt_eval_seconds: float
-    """From the start of the prompt's evaluation to the first token."""
+    """From the start of the prefill to the first token."""
     eval_count: int
-    """Tokens generated."""
+    """Generated tokens."""
     eval_seconds: float
     """From the first token to the last."""
     queue_seconds: float
-    """How long the request waited for a place."""
+    """Time that the request waited in the queue."""
     prompt_cached_count: int = 0
-    """Of ``prompt_eval_count``: tokens that an earlier prompt had evaluated already and
-    that were not evaluated again."""
+    """The part of ``prompt_eval_count`` taken from the prefix cache."""
