@@ -1,1 +1,1 @@
-"""Clients for a runner that is running: calls, streams and channels."""
+"""Clients for a running runner: calls, streams and channels."""

@@ -1,4 +1,4 @@
-"""What a client shows a server, and how it knows that it is the right one."""
+"""Access to a server: the caller's token and the TLS credentials."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ Metadata = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Access:
-    """What is sent with every call, and with what connections are encrypted."""
+    """Headers of every call and the credentials of a channel."""
 
     metadata: Metadata | None = field(repr=False)
     """Headers of every call."""
     credentials: grpc.ChannelCredentials | None
-    """None does not encrypt."""
+    """None for an unencrypted channel."""
 
     @classmethod
     def of(cls, token: str | None, tls: TlsFiles | None) -> Access:
-        """Checks a token and reads the files.
+        """Validate a token and read the certificate files.
 
         Raises:
-            ValueError: The token cannot be sent; the message does not have it.
+            ValueError: The token cannot be sent; the message does not contain it.
             OSError: A file cannot be read.
         """
         if token is None:

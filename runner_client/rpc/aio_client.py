@@ -1,4 +1,4 @@
-"""The asyncio client of any runner, local or remote."""
+"""Asyncio client of a local or remote runner."""
 
 from __future__ import annotations
 
@@ -50,25 +50,23 @@ _Response = TypeVar("_Response")
 
 
 class AsyncRunnerClient(ClientBase):
-    """Calls a runner at an address, in asyncio.
+    """Asyncio client for a runner at a known address.
 
-    It belongs to the event loop of its first call, and only tasks of that loop may
-    use it, as many at the same time as they like. It does not survive a fork: gRPC
-    does not. Make a client after the fork, or spawn instead.
+    A client belongs to the event loop of its first call; any number of its tasks may share it.
+    A client does not survive a fork, because gRPC does not: create it after the fork, or spawn.
 
-    Nothing is dialled before the first call. Calls that only read are retried a
-    little when the runner cannot be reached; no other call ever is. Cancelling a
-    task cancels its call, and ``asyncio.CancelledError`` stays what it is.
+    The first call opens the connection. ``status``, ``estimate``, ``tokenize`` and
+    ``detokenize`` are retried up to twice if the runner is unreachable, other calls never.
+    Cancelling a task cancels its call and raises ``asyncio.CancelledError`` as usual.
 
     Args:
         address: ``HOST:PORT`` or ``unix:/path``.
-        token: What the server asks of its callers, sent with every call. Without TLS
-            it goes over the wire in clear.
-        tls: Encrypts, and says whom to trust. Default: the connection is not encrypted.
-        timeouts: How long to wait for what.
+        token: The server's token, sent with every call; without TLS in plain text.
+        tls: Certificates for an encrypted connection. Default: no encryption.
+        timeouts: How long to wait for each kind of answer.
 
     Raises:
-        ValueError: The address is empty, or the token cannot be sent.
+        ValueError: The address is invalid, or the token cannot be sent.
         OSError: A file of ``tls`` cannot be read.
     """
 
@@ -83,8 +81,8 @@ class AsyncRunnerClient(ClientBase):
         super().__init__(address, timeouts, token, tls)
         self._streams: weakref.WeakSet[CompletionCall] = weakref.WeakSet()
 
-    # A channel takes the event loop that runs when it is made, so all three are
-    # made by the first call.
+    # The channel, stub and health method are created by the first call, because a channel binds
+    # to the running event loop.
 
     @cached_property
     def _channel(self) -> grpc.aio.Channel:
@@ -113,13 +111,35 @@ class AsyncRunnerClient(ClientBase):
         allow_inexact: bool = False,
         on_progress: Callable[[Status], None] | None = None,
     ) -> LoadResult:
-        """Loads a model and returns when it can be used.
+        """Load a model and wait for the load to finish.
 
-        Arguments, limits and errors are those of ``RunnerClient.load``. Cancelling
-        the task cancels the load.
+        The load is cancelled if it makes no progress for ``Timeouts.load_seconds``, or if an
+        exception (an interrupt, an error in ``on_progress``) ends this method early.
+
+        Args:
+            model: A directory on the server's machine, or a hub id in its local cache.
+            context_length: The longest sequence, in tokens. Default: the model's own limit, at
+                most 4,096.
+            parallel: The maximum number of completions decoded together. Default: 4.
+            dtype: The number format of the weights in memory.
+            memory_limit_bytes: The upper limit of MLX's memory. Default: the estimated need.
+            prefix_cache_bytes: The upper limit of the prefix cache, within that memory; 0
+                disables the cache. Default: the KV cache of one sequence, or a quarter of that
+                of all sequences if larger; less if memory is short.
+            memory_override: Load the model even if it does not fit by the runner's estimate.
+                The system may then kill the process when memory runs out.
+            allow_inexact: Load the model even if it cannot be computed exactly as its files
+                specify; ``Model.warnings`` lists the differences.
+            on_progress: Called with a status about every 0.2 s.
 
         Raises:
-            RunnerError: The model was not loaded; the class says why.
+            InvalidRequestError: An argument is out of range.
+            ModelNotFoundError: The model does not exist.
+            ModelUnsupportedError: The model cannot be loaded.
+            InsufficientMemoryError: The model does not fit into memory.
+            BusyError: Another load or an unload is running.
+            RunnerTimeoutError: The load made no progress for too long (phase ``"load"``).
+            RunnerError: The call failed for another reason.
         """
         request = messages.load_request(
             model,
@@ -136,7 +156,7 @@ class AsyncRunnerClient(ClientBase):
             return await self._finish_load(reply, on_progress)
         finally:
             reply.cancel()
-            # Waits until the call is gone, and takes note of its error.
+            # Wait for the call to end, and retrieve its exception so that asyncio does not log it.
             await asyncio.gather(reply, return_exceptions=True)
 
     def _start_load(self, request: pb.LoadRequest) -> asyncio.Task[pb.LoadResponse]:
@@ -158,7 +178,7 @@ class AsyncRunnerClient(ClientBase):
         try:
             status = await self._status(STATUS_SECONDS)
         except RunnerError:
-            # The load itself says what is wrong, unless nothing answers at all.
+            # The load itself reports failures, unless nothing answers at all.
             status = None
         watch.observe(status, time.monotonic())
         if status is not None and on_progress is not None:
@@ -175,15 +195,18 @@ class AsyncRunnerClient(ClientBase):
         prefix_cache_bytes: int | None = None,
         allow_inexact: bool = False,
     ) -> LoadEstimate:
-        """Ask what a load would need in memory, and whether it fits now.
+        """Estimate the memory needed by a load, and whether the model fits now.
 
-        Nothing is loaded, and a loaded model keeps working. The first call for a model
-        takes about half a second; ``Timeouts.call_seconds`` is its limit too.
-
-        Arguments and errors are those of ``RunnerClient.estimate``.
+        A model too large for the machine is not an error, and a loaded model keeps working. The
+        first call for a model takes about half a second; ``Timeouts.call_seconds`` applies. The
+        arguments are those of ``load``, but ``memory_limit_bytes`` defaults to no limit.
 
         Raises:
-            RunnerError: There is no estimate; the class says why.
+            InvalidRequestError: An argument is out of range.
+            ModelNotFoundError: The model does not exist.
+            ModelUnsupportedError: The model cannot be loaded.
+            InsufficientMemoryError: One sequence does not fit ``memory_limit_bytes``.
+            RunnerError: The call failed for another reason.
         """
         request = messages.estimate_request(
             model,
@@ -197,35 +220,34 @@ class AsyncRunnerClient(ClientBase):
         return messages.load_estimate(await self._call(self._stub.Estimate, request))
 
     async def trim(self, *, prefix_cache_bytes: int | None = None) -> int:
-        """Have the runner give memory back without ending anything; return the bytes.
+        """Free memory without ending a completion, and return the bytes freed.
 
-        Entries of the prefix cache go first, then what MLX and the heap keep of freed
-        memory. Running completions wait for it, a fraction of a second, and it waits for
-        the step that they are in; ``Timeouts.call_seconds`` is its limit.
+        The runner evicts entries of the prefix cache first, then frees buffers that MLX and the
+        heap keep for reuse. The trim waits for the current step and delays running completions
+        by a fraction of a second; ``Timeouts.call_seconds`` applies.
 
         Args:
-            prefix_cache_bytes: The size that the prefix cache is reduced to at least; it
-                may grow again afterwards. Default: 0.
+            prefix_cache_bytes: The size of the prefix cache to keep; it may grow again. Default: 0.
 
         Raises:
             InvalidRequestError: The size is negative.
-            BusyError: A load or an unload runs.
-            RunnerError: The call failed in another way.
+            BusyError: A load or an unload is running.
+            RunnerError: The call failed for another reason.
         """
         request = messages.trim_request(prefix_cache_bytes)
         return (await self._call(self._stub.Trim, request)).freed_bytes
 
     async def unload(self) -> int:
-        """Ends all completions, frees the model, and returns how many bytes came back.
+        """End running and queued completions, free the model, and return the bytes freed.
 
         Raises:
-            BusyError: A load or another unload runs.
-            RunnerError: The call failed in another way.
+            BusyError: A load or another unload is running.
+            RunnerError: The call failed for another reason.
         """
         return (await self._call(self._stub.Unload, pb.UnloadRequest())).freed_bytes
 
     async def status(self) -> Status:
-        """Asks what the runner does and holds. It answers during a load too.
+        """Return the runner's current state, model and memory. Works during a load, too.
 
         Raises:
             RunnerError: The call failed.
@@ -237,20 +259,16 @@ class AsyncRunnerClient(ClientBase):
         return messages.status(reply)
 
     async def ping(self) -> float:
-        """Asks for a status and returns how long the answer took, in seconds.
-
-        Raises:
-            RunnerError: The call failed.
-        """
+        """Request a status and return the round-trip time, in seconds. Raises like ``status``."""
         begin = time.monotonic()
         await self.status()
         return time.monotonic() - begin
 
     async def is_serving(self, service: str = "") -> bool:
-        """Asks ``grpc.health.v1`` whether calls are answered (not: a model is loaded).
+        """Return whether ``grpc.health.v1`` reports SERVING, which does not require a model.
 
         Args:
-            service: A full service name; "" is the server as a whole.
+            service: A full service name; "" is the whole server.
 
         Raises:
             RunnerError: The call failed, or the service is unknown.
@@ -265,13 +283,21 @@ class AsyncRunnerClient(ClientBase):
         logprobs: int | None = None,
         request_id: str = "",
     ) -> AsyncCompletionStream:
-        """Starts a completion and returns the stream of its chunks; nothing to await.
+        """Start a completion and return the stream of chunks without waiting.
 
-        Arguments and limits are those of ``RunnerClient.completion``.
+        Reading raises ``RunnerTimeoutError`` after ``Timeouts.first_token_seconds`` without a
+        token, or ``Timeouts.idle_seconds`` without any message.
+
+        Args:
+            prompt: Text, or token ids, which are used unchanged.
+            options: Sampling and stop options.
+            logprobs: The number of most likely tokens, 0 to 20, to report with the log
+                probability of each token. Default: no log probabilities.
+            request_id: A name for the request in the server's log.
 
         Raises:
-            RunnerUnavailableError: The client is closed. All other failures come
-                from reading the stream.
+            InvalidRequestError: An argument cannot be sent.
+            RunnerUnavailableError: The client is closed. Reading raises all other errors.
         """
         request = messages.completion_request(
             prompt, options=options, logprobs=logprobs, request_id=request_id
@@ -291,48 +317,47 @@ class AsyncRunnerClient(ClientBase):
         logprobs: int | None = None,
         request_id: str = "",
     ) -> Completion:
-        """Waits for a whole completion.
-
-        Arguments, limits and errors are those of ``RunnerClient.complete``.
+        """Run a completion to the end, with the arguments and timeouts of ``completion``.
 
         Raises:
-            RunnerError: The completion failed; the class says how.
+            InvalidRequestError: An argument is out of range.
+            PromptTooLongError: The prompt does not fit the context.
+            ModelNotLoadedError: No model is loaded.
+            QueueFullError: Too many requests are waiting.
+            RunnerTimeoutError: No token, or no message, arrived in time.
+            RunnerError: The completion failed for another reason.
         """
         stream = self.completion(prompt, options=options, logprobs=logprobs, request_id=request_id)
         async with stream:
             return messages.join_chunks([chunk async for chunk in stream])
 
     async def tokenize(self, content: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Splits text into the model's token ids.
+        """Split text into the model's token ids.
 
         Args:
             content: The text.
-            add_special_tokens: Whether to add what a completion's prompt gets.
+            add_special_tokens: Whether to add the special tokens that a completion's prompt gets.
 
         Raises:
             ModelNotLoadedError: No model is loaded.
-            RunnerError: The call failed in another way.
+            RunnerError: The call failed for another reason.
         """
         request = messages.tokenize_request(content, add_special_tokens=add_special_tokens)
         return list((await self._call(self._stub.Tokenize, request)).token_ids)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
-        """Joins token ids into text: the inverse of ``tokenize``.
+        """Join token ids into text: the inverse of ``tokenize``.
 
         Raises:
             InvalidRequestError: An id is not in the vocabulary.
             ModelNotLoadedError: No model is loaded.
-            RunnerError: The call failed in another way.
+            RunnerError: The call failed for another reason.
         """
         request = messages.detokenize_request(token_ids)
         return (await self._call(self._stub.Detokenize, request)).content
 
     async def embedding(self, content: str) -> NoReturn:  # noqa: ARG002 - the interface has it
-        """Always raises: the runner completes text only.
-
-        Raises:
-            NotSupportedError: Always.
-        """
+        """Raise ``NotSupportedError``: the runner only completes text."""
         raise embedding_error()
 
     async def _call(
@@ -356,9 +381,9 @@ class AsyncRunnerClient(ClientBase):
         return self._translated(error, timeout_seconds)
 
     async def close(self) -> None:
-        """Closes the connection; pending calls end with ``RunnerUnavailableError``."""
+        """Close the connection. Pending calls raise ``RunnerUnavailableError``."""
         self._is_closed = True
-        # Channels of older grpcio (1.80, for one) do not know of a stream that is read.
+        # Older grpcio (1.80, for one) does not end a stream that is being read on close.
         for call in list(self._streams):
             call.cancel()
         await self._channel.close()

@@ -1,4 +1,4 @@
-"""The stream of a completion, as an async iterator."""
+"""Stream of a completion as an async iterator."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 
 class AsyncCompletionStream:
-    """The chunks of one completion: an async iterator and a context manager.
+    """Chunks of one completion: an async iterator and a context manager.
 
-    The call is under way as soon as the stream exists. Leaving the ``async with``
-    block, ``cancel()``, cancelling the task that reads, or dropping the stream
-    cancels it on the server, unless the last chunk (``done``) was read. A stream
-    that ends without it raises ``IncompleteStreamError``; every failure is a
-    ``RunnerError``.
+    The request is sent when the stream is created. Leaving the ``async with`` block, calling
+    ``cancel()`` or dropping the stream cancels the completion on the server, unless the last
+    chunk (``done``) was read. A stream that ends before its last chunk raises
+    ``IncompleteStreamError``; every failure is a ``RunnerError``.
 
-    It belongs to the event loop of its client; one task reads.
+    A stream belongs to the event loop of its client. Only one task may read, and cancelling
+    that task cancels the completion.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class AsyncCompletionStream:
         return self
 
     async def __anext__(self) -> CompletionChunk:
-        """Waits for the next chunk.
+        """Return the next chunk.
 
         Raises:
-            RunnerError: The completion failed; the class says how.
-            StopAsyncIteration: The chunk before was the last.
+            RunnerError: The completion failed; the class gives the reason.
+            StopAsyncIteration: The previous chunk was the last.
         """
         if self._is_done:
             await self._read_end()
@@ -72,7 +72,7 @@ class AsyncCompletionStream:
             async with asyncio.timeout_at(None if deadline == math.inf else deadline):
                 message = await self._call.read()
         except TimeoutError:
-            # The timeout has cancelled the read, and with it the call.
+            # The timeout cancelled the read, and with it the call.
             raise self._timer.expired(loop.time()) from None
         except (grpc.RpcError, grpc.aio.UsageError, asyncio.CancelledError) as error:
             raise_if_cancelled(error)
@@ -82,26 +82,26 @@ class AsyncCompletionStream:
         return message
 
     async def _read_end(self) -> None:
-        """Lets the call end well: dropped before, it would look cancelled to the server."""
+        """Let the call end, because a call dropped earlier looks cancelled to the server."""
         try:
             async with asyncio.timeout(END_SECONDS):
                 await self._call.read()
         except (TimeoutError, grpc.RpcError, grpc.aio.UsageError, asyncio.CancelledError) as error:
-            # The text is whole, whatever comes now.
+            # The text is complete, so later errors do not matter.
             raise_if_cancelled(error)
 
     async def _error(self, error: BaseException) -> RunnerError:
         return cancelled_stream() if self._is_cancelled else await self._failure(error)
 
     def cancel(self) -> None:
-        """Cancels the completion, if it still runs. Returns at once."""
+        """Cancel the completion unless already finished. Returns at once."""
         if not self._is_done:
             self._is_cancelled = True
             self._call.cancel()
 
     def __del__(self) -> None:
-        # gRPC's own call is kept alive by its channel until it ends. A loop that
-        # is closed has no calls left.
+        # The channel keeps gRPC's own call alive until it ends. A closed event loop has no calls
+        # left.
         with contextlib.suppress(RuntimeError):
             self.cancel()
 
@@ -118,10 +118,10 @@ class AsyncCompletionStream:
 
 
 def raise_if_cancelled(error: BaseException) -> None:
-    """Raises a ``CancelledError`` again that is meant for the task that runs.
+    """Reraise a ``CancelledError`` meant for the current task.
 
-    gRPC raises one as well when the call was cut off under the task: the channel
-    was closed, or the stream cancelled by another task.
+    gRPC also raises ``CancelledError`` if the call was ended elsewhere: the channel was closed,
+    or another task cancelled the stream.
     """
     task = asyncio.current_task()
     if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():

@@ -1,4 +1,4 @@
-"""What the sync and the asyncio client share: address, timeouts, and what an error means."""
+"""Code shared by the sync and the asyncio client: address, timeouts and error translation."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from runner_client.rpc.translate import translate
 from runner_client.types import Timeouts, TlsFiles
 
 POLL_SECONDS = 0.2
-"""How often a load's progress is looked at."""
+"""Interval between status requests during a load."""
 
 STATUS_SECONDS = 2.0
-"""The deadline of such a look; a server that does not answer it does not move."""
+"""Deadline of such a status request; a server that misses it makes no progress."""
 
 LOAD_SECONDS = 24 * 3600.0
-"""The deadline of a load, in case nobody watches it. While it moves it has no other."""
+"""Deadline of a load in case no client watches its progress. A watched load is only limited by
+``Timeouts.load_seconds``."""
 
 END_SECONDS = 1.0
-"""How long a stream's end is waited for after its last message."""
+"""How long to wait for the end of a stream after its last message."""
 
 
 _MAX_PORT = 65535
 
 
 class ClientBase:
-    """The parts of a client that do no input or output."""
+    """Base of the clients: everything except I/O."""
 
     def __init__(
         self,
@@ -45,7 +46,7 @@ class ClientBase:
         if not address:
             raise ValueError("the address of the runner is empty; give HOST:PORT or unix:/path")
         port = address.rpartition(":")[2]
-        # gRPC would call the port of the number's remainder.
+        # gRPC would truncate a larger number to 16 bits.
         if port.isdecimal() and int(port) > _MAX_PORT:
             raise ValueError(f"{address}: a port is at most {_MAX_PORT}")
         self._address = address
@@ -58,21 +59,21 @@ class ClientBase:
 
     @property
     def address(self) -> str:
-        """Where the runner is called, as gRPC takes it."""
+        """The runner's address, as passed to gRPC."""
         return self._address
 
     @property
     def timeouts(self) -> Timeouts:
-        """How long this client waits for what."""
+        """The timeouts of this client."""
         return self._timeouts
 
     def _translated(
         self, error: BaseException, timeout_seconds: float | None = None
     ) -> RunnerError:
-        """The exception that stands for what gRPC raised.
+        """Return the exception of this library for an error raised by gRPC.
 
-        Anything but ``grpc.RpcError`` comes from a call that this side cut off, or
-        from a channel that is closed; a bug of this library is raised again.
+        Errors other than ``grpc.RpcError`` come from a call that this side ended, or from a closed
+        channel. Anything else is a bug in this library and raised unchanged.
         """
         code = error.code() if isinstance(error, grpc.RpcError) else grpc.StatusCode.CANCELLED
         if self._is_closed and code is grpc.StatusCode.CANCELLED:
@@ -85,17 +86,17 @@ class ClientBase:
 
 
 def incomplete_stream() -> IncompleteStreamError:
-    """The error of a stream that ended without its last message."""
+    """Return the error for a stream ended without a last message."""
     return IncompleteStreamError(
         "the completion's stream ended without its last message: the text is cut; retry it"
     )
 
 
 def cancelled_stream() -> IncompleteStreamError:
-    """The error of reading on in a stream that this side cancelled."""
+    """Return the error for reading a cancelled stream."""
     return IncompleteStreamError("this completion was cancelled by its reader: the text is cut")
 
 
 def embedding_error() -> NotSupportedError:
-    """What the interface that this client follows answers to an embedding."""
+    """Return the error for an embedding, a call offered for API compatibility only."""
     return NotSupportedError("embeddings are not supported: the runner completes text only")

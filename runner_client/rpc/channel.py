@@ -1,4 +1,4 @@
-"""How channels to a runner are opened: every gRPC option of the client, in one place."""
+"""Channels to a runner, with every gRPC option of the client in one place."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import grpc
 from runner_common.handshake import SERVICE_NAME
 
 _MAX_RECEIVE_BYTES = 64 * 2**20
-"""A server keeps answers under gRPC's usual 4 MiB; another's may be larger."""
+"""This server keeps responses below gRPC's default of 4 MiB; those of other servers may be
+larger."""
 
 _RETRIED_METHODS = ("Status", "Estimate", "Tokenize", "Detokenize")
-"""Never Completion: gRPC would replay one whose first header has not come, and the
+"""Never Completion: gRPC would replay a call that has not received its headers yet, and the
 model would do the work twice. Never Load, Unload and Trim: they change the runner."""
 
 _SERVICE_CONFIG = {
@@ -35,30 +36,30 @@ _OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.enable_http_proxy", 0),
     ("grpc.max_receive_message_length", _MAX_RECEIVE_BYTES),
     ("grpc.max_send_message_length", -1),
-    # By default a failed first connection backs off for up to 20 s.
+    # By default, a failed first connection backs off for up to 20 s.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
-    # Channels share connections, and their back-off, through a global pool. A new
-    # child may listen on the port of one that died.
+    # Channels share connections and their backoff through a global pool, but a new child may
+    # listen on the port of a dead one.
     ("grpc.use_local_subchannel_pool", 1),
-    # Otherwise a name's DNS TXT record could replace the service config.
+    # Otherwise, a DNS TXT record could replace the service config.
     ("grpc.service_config_disable_resolution", 1),
     ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
 )
-# Keepalive stays off, as gRPC has it: a default server ends a stream that is
-# silent while the client pings ("Too many pings").
+# Keepalive stays off, as is gRPC's default: by default a server ends a silent stream whose
+# client sends pings ("Too many pings").
 
 
 def open_channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
-    """Opens a channel; nothing is dialled before the first call."""
+    """Create a channel; the first call opens the connection."""
     if credentials is not None:
         return grpc.secure_channel(address, credentials, _secure_options(address))
     return grpc.insecure_channel(address, _OPTIONS)
 
 
 def open_aio_channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
-    """The same for asyncio; to be called in the event loop that will use it."""
+    """Create an asyncio channel, bound to the running event loop."""
     if credentials is not None:
         return grpc.aio.secure_channel(address, credentials, _secure_options(address))
     return grpc.aio.insecure_channel(address, _OPTIONS)
@@ -67,5 +68,5 @@ def open_aio_channel(address: str, credentials: grpc.ChannelCredentials | None) 
 def _secure_options(address: str) -> tuple[tuple[str, int | str], ...]:
     if not address.startswith("unix:"):
         return _OPTIONS
-    # The path of a socket is in no certificate.
+    # Certificates do not contain socket paths.
     return (*_OPTIONS, ("grpc.ssl_target_name_override", "localhost"))

@@ -1,8 +1,8 @@
-"""The one method of grpc.health.v1 that the client calls, without its package.
+"""The health check of grpc.health.v1, without the grpcio-health-checking package.
 
-The base install has no grpcio-health-checking. ``HealthCheckRequest`` is a string
-in field 1 and ``HealthCheckResponse`` an enum in field 1, which on the wire are
-protobuf's own ``StringValue`` and ``Int32Value``.
+The base installation does not include that package. ``HealthCheckRequest`` is a string in
+field 1 and ``HealthCheckResponse`` an enum in field 1. On the wire these equal protobuf's
+own ``StringValue`` and ``Int32Value``.
 See https://github.com/grpc/grpc/blob/master/doc/health-checking.md.
 """
 
@@ -16,10 +16,10 @@ _SERVING = 1
 
 
 def request(service: str) -> StringValue:
-    """Asks for a service by its full name; "" is the whole server."""
+    """Return the request for a service by full name; "" is the whole server."""
     return StringValue(value=service)
 
 
 def is_serving(response: Int32Value) -> bool:
-    """Whether the answer is SERVING."""
+    """Return whether the response is SERVING."""
     return response.value == _SERVING

@@ -1,4 +1,4 @@
-"""Between the messages of the proto and the dataclasses of ``types``."""
+"""Conversion between the proto messages and the dataclasses of ``types``."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ def load_request(
     memory_override: bool = False,
     allow_inexact: bool = False,
 ) -> pb.LoadRequest:
-    """Builds the request of a load.
+    """Build the request of a load.
 
     Raises:
         InvalidRequestError: A value cannot be sent.
-        ValueError: ``dtype`` is none of the known ones.
+        ValueError: ``dtype`` is unknown.
     """
     number = _dtype(dtype)
     with _sendable():
@@ -122,7 +122,7 @@ def completion_request(
     logprobs: int | None = None,
     request_id: str = "",
 ) -> pb.CompletionRequest:
-    """Builds the request of a completion, of text or of token ids.
+    """Build the request of a completion from text or token ids.
 
     Raises:
         InvalidRequestError: A value cannot be sent.
@@ -139,13 +139,13 @@ def completion_request(
 
 
 def tokenize_request(content: str, *, add_special_tokens: bool) -> pb.TokenizeRequest:
-    """Builds the request of a split; raises like ``completion_request``."""
+    """Build the request to tokenize a text; raises like ``completion_request``."""
     with _sendable():
         return pb.TokenizeRequest(content=content, add_special_tokens=add_special_tokens)
 
 
 def detokenize_request(token_ids: Sequence[int]) -> pb.DetokenizeRequest:
-    """Builds the request of a join; raises like ``completion_request``."""
+    """Build the request to join token ids; raises like ``completion_request``."""
     with _sendable():
         return pb.DetokenizeRequest(token_ids=token_ids)
 
@@ -158,7 +158,7 @@ def _dtype(dtype: Dtype) -> pb.Dtype.ValueType:
 
 @contextmanager
 def _sendable() -> Iterator[None]:
-    """Turns protobuf's refusals into the library's: a number too large, a lone surrogate."""
+    """Translate errors of protobuf, such as integer overflow or lone surrogates."""
     try:
         yield
     except ValueError as error:
@@ -186,7 +186,7 @@ def _options(options: Options) -> pb.CompletionOptions:
 
 
 def load_result(message: pb.LoadResponse) -> LoadResult:
-    """The answer of a load."""
+    """Convert the response of a load."""
     return LoadResult(_model(message.model), _seconds(message.load_duration))
 
 
@@ -207,7 +207,7 @@ def _model(message: pb.Model) -> Model:
 
 
 def load_estimate(message: pb.EstimateResponse) -> LoadEstimate:
-    """The answer of an estimate."""
+    """Convert the response of an estimate."""
     return LoadEstimate(
         weight_bytes=message.weight_bytes,
         kv_bytes=message.kv_bytes,
@@ -229,7 +229,7 @@ def load_estimate(message: pb.EstimateResponse) -> LoadEstimate:
 
 
 def status(message: pb.StatusResponse) -> Status:
-    """The answer of a status call."""
+    """Convert the response of a status call."""
     age = message.last_progress_age
     return Status(
         state=_STATES.get(message.state, State.UNKNOWN),
@@ -279,7 +279,7 @@ def _memory_usage(message: pb.MemoryUsage) -> MemoryUsage:
 
 
 def completion_chunk(message: pb.CompletionResponse) -> CompletionChunk:
-    """A message of a completion's stream."""
+    """Convert a message of a completion's stream."""
     chunk = CompletionChunk(
         content=message.content,
         token_ids=tuple(message.token_ids),
@@ -322,7 +322,7 @@ def _token_logprob(message: pb.TokenLogprob) -> TokenLogprob:
 
 
 def join_chunks(chunks: Sequence[CompletionChunk]) -> Completion:
-    """Joins the chunks of a finished stream; the last one has ``done`` set."""
+    """Join the chunks of a finished stream; the last chunk has ``done`` set."""
     last = chunks[-1]
     return Completion(
         content="".join(chunk.content for chunk in chunks),

@@ -1,4 +1,4 @@
-"""The stream of a completion, as a sync iterator."""
+"""Stream of a completion as a sync iterator."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from runner_client.types import CompletionChunk, Timeouts
 
     class _Call(Protocol):
-        """What a stream needs of gRPC's call."""
+        """The part of gRPC's call object used by a stream."""
 
         def __iter__(self) -> Iterator[pb.CompletionResponse]: ...
         def __next__(self) -> pb.CompletionResponse: ...
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 
 class CompletionStream:
-    """The chunks of one completion: an iterator and a context manager.
+    """Chunks of one completion: an iterator and a context manager.
 
-    The call is under way as soon as the stream exists. Leaving the ``with`` block,
-    ``cancel()``, or dropping the stream cancels it on the server, unless the last
-    chunk (``done``) was read. A stream that ends without it raises
+    The request is sent when the stream is created. Leaving the ``with`` block, calling
+    ``cancel()`` or dropping the stream cancels the completion on the server, unless the last
+    chunk (``done``) was read. A stream that ends before its last chunk raises
     ``IncompleteStreamError``; every failure is a ``RunnerError``.
 
-    One thread reads; ``cancel()`` may be called from any.
+    Only one thread may read; ``cancel()`` may be called from any thread.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class CompletionStream:
         return self
 
     def __next__(self) -> CompletionChunk:
-        """Waits for the next chunk.
+        """Return the next chunk.
 
         Raises:
-            RunnerError: The completion failed; the class says how.
-            StopIteration: The chunk before was the last.
+            RunnerError: The completion failed; the class gives the reason.
+            StopIteration: The previous chunk was the last.
         """
         if self._is_done:
             self._read_end()
@@ -87,9 +87,9 @@ class CompletionStream:
             self._watchdog.disarm(id(self))
 
     def _read_end(self) -> None:
-        """Lets the call end well: dropped before, it would look cancelled to the server."""
+        """Let the call end, because a call dropped earlier looks cancelled to the server."""
         self._watchdog.arm(id(self), time.monotonic() + END_SECONDS, self._expire)
-        # The text is whole, whatever comes now.
+        # The text is complete, so later errors do not matter.
         with contextlib.suppress(grpc.RpcError, ValueError):
             next(self._call, None)
         self._watchdog.disarm(id(self))
@@ -104,7 +104,7 @@ class CompletionStream:
         self._call.cancel()
 
     def cancel(self) -> None:
-        """Cancels the completion, if it still runs. Returns at once."""
+        """Cancel the completion unless already finished. Returns at once."""
         if not self._is_done:
             self._is_cancelled = True
             self._call.cancel()

@@ -1,4 +1,4 @@
-"""The caller's OpenTelemetry context, sent on with every call."""
+"""Propagation of the caller's OpenTelemetry context with every call."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ if TYPE_CHECKING:
 
 
 def with_trace(metadata: Metadata | None) -> Metadata | None:
-    """Adds the headers of the current context, as the program's propagators write them."""
-    # A program that has not imported it has no context, and need not wait for the import.
+    """Return ``metadata`` plus the headers of the current trace context."""
+    # Only a program that has imported opentelemetry has a context; others skip the slow import.
     if "opentelemetry.context" not in sys.modules:
         return metadata
-    from opentelemetry import propagate  # noqa: PLC0415 - need not be installed
+    from opentelemetry import propagate  # noqa: PLC0415 - optional dependency
 
     carrier: dict[str, str] = {}
     propagate.inject(carrier)
-    # gRPC takes lower case only.
+    # gRPC requires lower case.
     found = tuple((name.lower(), value) for name, value in carrier.items())
     return (*(metadata or ()), *found) or None

@@ -1,7 +1,7 @@
-"""From a gRPC error to the exception tree of ``errors``: one table, sync and async.
+"""Translation of gRPC errors to the exceptions in ``errors``, for both clients.
 
-The reason in ``google.rpc.ErrorInfo`` decides. Without one that this version
-knows, the gRPC code does.
+The reason in ``google.rpc.ErrorInfo`` selects the class. Without a known reason, the gRPC
+code does.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _BY_CODE: dict[grpc.StatusCode, type[errors.RunnerError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequestError,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.RunnerTimeoutError,
     grpc.StatusCode.UNAVAILABLE: errors.RunnerUnavailableError,
-    # A call that its caller cancelled never gets here: the channel was closed
-    # under it, or the server gave it up.
+    # Calls cancelled by their caller never get here: the channel was closed, or the server gave
+    # up the call.
     grpc.StatusCode.CANCELLED: errors.RunnerUnavailableError,
     grpc.StatusCode.UNIMPLEMENTED: errors.NotSupportedError,
-    # From a proxy before the runner, for instance.
+    # From a proxy in front of the runner, for instance.
     grpc.StatusCode.UNAUTHENTICATED: errors.AuthenticationError,
 }
 
@@ -54,7 +54,7 @@ _EXPLANATIONS = {
 
 @dataclass
 class _Details:
-    """What a server says about an error, beside code and message."""
+    """Details of a server's error, apart from code and message."""
 
     reason: str | None = None
     metadata: dict[str, str] = field(default_factory=dict)
@@ -65,11 +65,11 @@ class _Details:
 def translate(
     error: grpc.RpcError, *, address: str, timeout_seconds: float | None = None
 ) -> errors.RunnerError:
-    """Gives the exception that stands for a failed call.
+    """Return the exception for a failed call.
 
     Args:
-        error: What gRPC raised, from a sync or an aio call.
-        address: Where the runner was called, for the message.
+        error: The error raised by gRPC, from a sync or an asyncio call.
+        address: The runner's address, for the message.
         timeout_seconds: The deadline of the call, for ``RunnerTimeoutError``.
     """
     details = _read_details(error)
@@ -94,7 +94,7 @@ def _message(error: grpc.RpcError, address: str, *, from_runner: bool) -> str:
 def _fields(
     kind: type[errors.RunnerError], details: _Details, timeout_seconds: float | None
 ) -> dict[str, Any]:
-    """The attributes that ``kind`` has beyond those of every error."""
+    """Return the attributes specific to ``kind``."""
     numbers = details.metadata
     fields: dict[str, Any] = {}
     if issubclass(kind, errors.InvalidRequestError):
@@ -124,12 +124,12 @@ def _read_details(error: grpc.RpcError) -> _Details:
         status.ParseFromString(_packed_details(error))
         return _unpack(status)
     except DecodeError:
-        # Not ours, then: something between us and the runner answered.
+        # Not our details: something between client and runner answered.
         return _Details()
 
 
 def _packed_details(error: grpc.RpcError) -> bytes:
-    # A sync error has pairs here, an aio error a Metadata; both iterate as pairs.
+    # A sync error has pairs here, an asyncio error a Metadata object; both iterate as pairs.
     trailers: Any = error.trailing_metadata() or ()
     return next((bytes(value) for key, value in trailers if key == _DETAILS_KEY), b"")
 

@@ -1,7 +1,7 @@
-"""How long to wait for a stream's next message and for a load, without any clock of its own.
+"""Timeouts for the next message of a stream and for the progress of a load, without a clock.
 
-Times are ``time.monotonic()`` seconds that the caller passes in, so that the
-sync and the async client share the rules.
+Callers pass the time as ``time.monotonic()`` seconds, so that the sync and the asyncio client
+share the rules.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class StreamTimer:
-    """Says until when a stream's next message must have come.
+    """Deadline of a stream's next message.
 
-    Until the first token the first-token limit runs, from the first wait on. From
-    the first message on, whatever it holds, the idle limit runs too. The time that
-    the reader spends between two reads is never counted.
+    The first-token timeout runs from the first wait until the first token. The idle timeout
+    applies in addition once any message has arrived. Time that the reader spends between two
+    reads does not count against the idle timeout.
     """
 
     def __init__(self, timeouts: Timeouts) -> None:
@@ -30,7 +30,7 @@ class StreamTimer:
         self._has_token = False
 
     def deadline(self, now: float) -> float:
-        """Until when a wait that begins now may last; infinity if for ever."""
+        """Return the deadline of a wait beginning now; infinity if unlimited."""
         idle = now + _limit(self._timeouts.idle_seconds) if self._has_message else math.inf
         return idle if self._has_token else min(idle, self._first_token_limit(now))
 
@@ -40,19 +40,19 @@ class StreamTimer:
         return self._first_token_by
 
     def received(self, chunk: CompletionChunk) -> None:
-        """Takes note of a message."""
+        """Record a received message."""
         self._has_message = True
         self._has_token = self._has_token or bool(chunk.content or chunk.token_ids)
 
     def expired(self, now: float) -> RunnerTimeoutError:
-        """The error of a wait that lasted too long and ends now."""
+        """Return the error for a wait ending now without a message."""
         if self._has_token or now < self._first_token_limit(now):
             return _stream_error("idle", "no message", self._timeouts.idle_seconds)
         return _stream_error("first_token", "no token", self._timeouts.first_token_seconds)
 
 
 class LoadWatch:
-    """Tells a load that moves from one that stands still."""
+    """Detector for a load without progress."""
 
     def __init__(self, timeout_seconds: float | None, now: float) -> None:
         self._timeout_seconds = timeout_seconds
@@ -60,10 +60,10 @@ class LoadWatch:
         self._seen: tuple[object, ...] | None = None
 
     def observe(self, status: Status | None, now: float) -> None:
-        """Takes note of a status; None if it could not be had.
+        """Record a status; None if the request failed.
 
         Raises:
-            RunnerTimeoutError: Nothing has moved for too long.
+            RunnerTimeoutError: The load made no progress for too long.
         """
         if status is not None:
             self._note(status, now)

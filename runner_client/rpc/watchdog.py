@@ -1,4 +1,4 @@
-"""Cancels reads that last too long: a sync gRPC stream's read takes no timeout."""
+"""Cancellation of overdue reads: reading a sync gRPC stream takes no timeout."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _LINGER_SECONDS = 5.0
-"""How long the thread sleeps at most, and stays when there is nothing to watch."""
+"""The longest sleep of the thread, and how long it stays idle before it exits."""
 
 
 class Watchdog:
-    """Calls back when a deadline passes. One thread watches all streams of a client.
+    """Timer thread for the deadlines of a client's streams.
 
-    The thread starts with the first deadline and ends by itself. Arming costs a
-    lock and a dictionary entry, so that it can be done for every message.
+    The thread starts with the first deadline and exits when idle. Arming a deadline costs a lock
+    and a dictionary entry, which is cheap enough to do for every message.
     """
 
     def __init__(self) -> None:
@@ -28,11 +28,11 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def arm(self, key: int, deadline: float, expire: Callable[[], None]) -> None:
-        """Calls ``expire`` once, on the watchdog's thread, unless disarmed by then.
+        """Call ``expire`` once at the deadline, on the watchdog's thread, unless disarmed first.
 
         Args:
-            key: Names this deadline; a second one with the same key replaces it.
-            deadline: As ``time.monotonic()`` counts; infinity is never.
+            key: Identifies the deadline; a second deadline with the same key replaces the first.
+            deadline: In ``time.monotonic()`` seconds; infinity never expires.
             expire: Must neither block nor raise.
         """
         if deadline == math.inf:
@@ -48,7 +48,7 @@ class Watchdog:
                 self._condition.notify()
 
     def disarm(self, key: int) -> None:
-        """Forgets a deadline, if it is still there."""
+        """Remove a deadline if still armed."""
         with self._condition:
             self._armed.pop(key, None)
 
