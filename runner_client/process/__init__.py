@@ -1,1 +1,1 @@
-"""Runners as child processes: spawn, supervise, call, stop."""
+"""Runners as child processes: spawn, supervise, call and stop."""

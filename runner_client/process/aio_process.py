@@ -1,4 +1,4 @@
-"""A runner in a child process of one's own, in asyncio."""
+"""Asyncio runner in a child process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class _AsyncChildClient(AsyncRunnerClient):
-    """A client that knows when its runner is dead."""
+    """Client of a child, aware of the child's exit."""
 
     def __init__(self, address: str, token: str, child: Child, timeouts: Timeouts) -> None:
         super().__init__(address, token=token, timeouts=timeouts)
@@ -41,12 +41,12 @@ class _AsyncChildClient(AsyncRunnerClient):
         self._loop = asyncio.get_running_loop()
         self._closing: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
-        # A dead child's connections are closed by the system; this ends those too
-        # that another process holds open.
+        # The system closes a dead child's connections, except for those that another process holds
+        # open. Closing the client ends the calls on these too.
         child.on_exit(self._close_soon)
 
     def _close_soon(self) -> None:
-        # A loop that is closed has no calls left.
+        # A closed event loop has no calls left.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._begin_close)
 
@@ -54,7 +54,7 @@ class _AsyncChildClient(AsyncRunnerClient):
         self._closing = self._loop.create_task(self.close())
 
     async def wait_until_serving(self, deadline: float) -> None:
-        """Asks for the health until it is good."""
+        """Poll the health service until the child reports SERVING."""
         while not await self._is_healthy():
             if self._child.has_exited:
                 raise self._child.gone_error()
@@ -71,7 +71,7 @@ class _AsyncChildClient(AsyncRunnerClient):
             return False
 
     def start_watchdog(self) -> None:
-        """Kills the child when its engine stands still, if ``Timeouts`` say so."""
+        """Kill the child if the engine stalls for ``Timeouts.stall_seconds``, unless None."""
         if self.timeouts.stall_seconds is not None:
             watch = StallDetector(self.timeouts.stall_seconds)
             self._watching = self._loop.create_task(self._watch_engine(watch))
@@ -84,19 +84,19 @@ class _AsyncChildClient(AsyncRunnerClient):
                     self._child.kill(stall)
 
     async def close(self) -> None:
-        """Closes the connection; see ``AsyncRunnerClient.close``."""
+        """Close the connection; see ``AsyncRunnerClient.close``."""
         if self._watching is not None:
             self._watching.cancel()
         await super().close()
 
     def start_load(self, request: pb.LoadRequest) -> LoadReply:
-        """Begins a load."""
+        """Start a load."""
         return self._start_load(request)
 
     async def finish_load(
         self, reply: LoadReply, on_progress: Callable[[Status], None] | None
     ) -> LoadResult:
-        """Waits for a load that ``start_load`` began."""
+        """Wait for a load started by ``start_load``."""
         return await self._finish_load(reply, on_progress)
 
     async def _status(self, timeout_seconds: float) -> Status:
@@ -106,7 +106,7 @@ class _AsyncChildClient(AsyncRunnerClient):
 
     @property
     def is_gone(self) -> bool:
-        """Whether the child has exited."""
+        """True once the child has exited."""
         return self._child.has_exited
 
     async def _failure(
@@ -115,77 +115,91 @@ class _AsyncChildClient(AsyncRunnerClient):
         failure = await super()._failure(error, timeout_seconds)
         if not isinstance(failure, RunnerUnavailableError):
             return failure
-        # It may wait a little for the news that the child is dead.
+        # ``explain`` may block until the child's exit is known.
         return await asyncio.to_thread(self._child.explain, failure)
 
 
 class AsyncRunnerProcess(ProcessBase):
-    """Gates, spawns, loads, calls and stops a runner of one's own, in asyncio.
+    """A runner in a child process: check memory, then spawn, load, call and stop, in asyncio.
 
-    As an async context manager it is ready inside and gone outside::
+    As an async context manager, it loads the model on entry and stops the child on exit::
 
         async with AsyncRunnerProcess("org/model") as runner:
             async for chunk in runner.completion("Once upon a time"):
                 print(chunk.content, end="")
 
-    It belongs to the event loop that ``load`` runs in, and tasks of that loop may
-    share it. What would block the loop (reading the model's headers, spawning,
-    reaping) runs in threads. Cancelling a task that loads or enters ends the child;
-    cancelling one that closes kills it. All else is as ``RunnerProcess`` has it.
+    Without the context manager, call ``load()``, which checks memory and spawns the child, then
+    ``wait_until_running()``, and always ``close()`` in the end. The child requires a new random
+    token, so additional clients need it: ``RunnerClient(runner.address, token=runner.token)``.
+
+    A runner belongs to the event loop that runs ``load``; tasks on that loop may share it.
+    Blocking work (reading the model's headers, spawning, reaping) runs in threads. Cancelling
+    a task in ``load`` or on entry stops the child, and cancelling one in ``close`` kills it.
+    Calls that are pending when the runner is closed raise ``RunnerUnavailableError``; if the
+    child dies, they raise ``RunnerExitedError``.
+
+    If this process dies in any way, the child exits within 2 s; a fork that outlives this process
+    delays that by half a second. A runner does not survive a fork, because gRPC does not: a
+    forked copy of this process must not use it.
 
     Args:
         model: A directory, or a hub id in the local Hugging Face cache.
-        context_length: The longest sequence, in tokens. Default: the model's own
-            limit, at most 4,096.
-        parallel: How many completions are decoded together. Default: 4.
-        dtype: In which format to hold the weights. ``"auto"`` is float32 on a CPU, and a
-            model that does not fit so is refused; ``"auto_or_stored"`` is held as stored
-            then, which is many times slower, and ``Model.dtype_fallback`` says so.
-        prefix_cache_bytes: The most to keep evaluated prompts in, for others that begin
-            alike; part of what the gate counts. 0 keeps none. Default: one sequence, or a
-            quarter of all of them; less where memory is short, so that the gate does not
-            insist on it.
-        require_full: Whether a model that does not fit raises
-            ``LoadRequiresFullError`` rather than ``InsufficientMemoryError``, also where
-            ``"auto_or_stored"`` would have fitted as stored.
-        memory_override: Starts it even if the gate says that it does not fit, and has
-            the server load it too. With ``"auto_or_stored"`` it is then held as stored.
-        allow_inexact: Starts a model that cannot be computed exactly as its files say;
-            ``Model.warnings`` names the differences.
-        gate: Decides whether it fits, and keeps what the model may take set aside until
-            the child has ended. Default: a ``MemoryGate`` for the child's environment.
-        timeouts: How long to wait for what.
+        context_length: The longest sequence, in tokens. Default: the model's own limit, at most
+            4,096.
+        parallel: The maximum number of completions decoded together. Default: 4.
+        dtype: The number format of the weights in memory. ``"auto"`` is float32 on a CPU and
+            refuses a model that does not fit; ``"auto_or_stored"`` then keeps the weights as
+            stored, many times slower, and sets ``Model.dtype_fallback``.
+        prefix_cache_bytes: The upper limit of the prefix cache, part of the memory that the gate
+            checks; 0 disables the cache. Default: the KV cache of one sequence, or a quarter of
+            that of all sequences if larger; less if memory is short, so the gate does not insist.
+        require_full: Raise ``LoadRequiresFullError`` instead of ``InsufficientMemoryError`` if the
+            model does not fit, and never fall back to the stored format.
+        memory_override: Start and load the model even if it does not fit, as stored if ``dtype``
+            is ``"auto_or_stored"``.
+        allow_inexact: Load the model even if it cannot be computed exactly as its files specify;
+            ``Model.warnings`` lists the differences.
+        gate: Checks memory and keeps the model's memory reserved until the child exits. Default:
+            a ``MemoryGate`` for the child's environment.
+        timeouts: How long to wait for the child and for each kind of call.
         restart_policy: How often ``restart`` may be called.
-        listen: ``"tcp"``, a loopback port that the child picks, or ``"unix"``, a
-            socket in a new folder that nobody else may enter.
-        blas: Which BLAS library goes in front of MLX's own on a Linux CPU: ``"auto"`` (the
-            one ``mlx-runner doctor`` found fastest, else OpenBLAS before MKL), ``"off"``, or
-            the path of one. A library that ``LD_PRELOAD`` names already stands.
-        env: Variables for the child, beside those of this process; the gate reads its own
-            from them too.
-        log: Takes the lines that the child prints. Default: ``runner_client.child``.
+        listen: ``"tcp"``, a loopback port chosen by the child, or ``"unix"``, a socket in a new
+            folder that only this user may enter.
+        blas: The BLAS library to preload before MLX's own on a Linux CPU: ``"auto"`` (the fastest
+            found by ``mlx-runner doctor``, otherwise OpenBLAS before MKL), ``"off"``, or a path.
+            A library already in ``LD_PRELOAD`` takes precedence.
+        env: Environment variables for the child, in addition to those of this process; the gate
+            reads them too.
+        log: Logger for the child's output. Default: ``runner_client.child``.
     """
 
     _running: tuple[_AsyncChildClient, LoadReply] | None = None
 
     async def load(self) -> MemoryEstimate:
-        """Decides whether the model fits, spawns the child and begins the load.
+        """Check memory, spawn the child and start the load.
 
-        Returns as soon as the child answers calls and has begun to load;
-        ``wait_until_running`` waits for the rest. Leaves nothing behind if it raises.
+        Returns once the child answers calls and the load has started; ``wait_until_running``
+        waits for the model. An error leaves no child and no reservation behind.
 
         Returns:
-            What the gate counted.
+            The estimate that the gate checked.
 
         Raises:
-            RunnerError: It was not started; ``RunnerProcess.load`` lists why.
+            UnsupportedPlatformError: MLX does not run here.
+            NotSupportedError: The server's packages are not installed.
+            ModelNotFoundError: The model does not exist.
+            ModelUnsupportedError: The model's files are damaged or incomplete.
+            InsufficientMemoryError: The model does not fit into memory.
+            RunnerTimeoutError: The child did not become ready in time (phase ``"start"``).
+            RunnerExitedError: The child exited.
+            RunnerUnavailableError: The runner was closed meanwhile, or was started before.
         """
         async with self._new_life() as life:
             return await self._load(life)
 
     @contextlib.asynccontextmanager
     async def _new_life(self) -> AsyncIterator[int]:
-        """Begins a life, and ends it, if it is not over, if the block raises."""
+        """Begin a life, and end the same life if the block raises."""
         life = self._begin_life()
         try:
             yield life
@@ -195,7 +209,7 @@ class AsyncRunnerProcess(ProcessBase):
 
     async def _load(self, life: int) -> MemoryEstimate:
         begin = time.monotonic()
-        # The thread cannot be cancelled, but it gives up when its life is over.
+        # The thread cannot be cancelled, but gives up once its life is over.
         plan, child, ready = await asyncio.to_thread(self._start_child, life)
         client = _AsyncChildClient(ready.target, plan.token, child, self.timeouts)
         await client.wait_until_serving(begin + start_limit(self.timeouts))
@@ -207,16 +221,16 @@ class AsyncRunnerProcess(ProcessBase):
     async def wait_until_running(
         self, on_progress: Callable[[Status], None] | None = None
     ) -> LoadResult:
-        """Waits until the load that ``load`` began is done.
+        """Wait for the load started by ``load``.
 
         Args:
             on_progress: Called with a status about every 0.2 s.
 
         Raises:
-            RunnerExitedError: The child ended; raised at once.
-            RunnerTimeoutError: Nothing moved for ``Timeouts.load_seconds``. The load
-                goes on: wait again, or close.
-            RunnerError: The load failed in another way.
+            RunnerExitedError: The child exited; raised at once.
+            RunnerTimeoutError: The load made no progress for ``Timeouts.load_seconds``. The load
+                keeps running: wait again, or close.
+            RunnerError: The load failed for another reason.
         """
         client, reply = self._require_running()
         result = await client.finish_load(reply, on_progress)
@@ -224,7 +238,7 @@ class AsyncRunnerProcess(ProcessBase):
         return result
 
     async def status(self) -> Status:
-        """Asks what the runner does and holds; properties show it afterwards.
+        """Return the runner's current status, and update the properties of this object.
 
         Raises:
             RunnerError: The call failed.
@@ -233,11 +247,7 @@ class AsyncRunnerProcess(ProcessBase):
         return status
 
     async def ping(self) -> float:
-        """Asks for a status; returns how long the answer took, in seconds.
-
-        Raises:
-            RunnerError: The call failed.
-        """
+        """Request a status and return the round-trip time, in seconds. Raises like ``status``."""
         begin = time.monotonic()
         await self.status()
         return time.monotonic() - begin
@@ -250,10 +260,11 @@ class AsyncRunnerProcess(ProcessBase):
         logprobs: int | None = None,
         request_id: str = "",
     ) -> AsyncCompletionStream:
-        """Starts a completion, nothing to await: see ``AsyncRunnerClient.completion``.
+        """Start a completion; see ``AsyncRunnerClient.completion``.
 
         Raises:
-            RunnerUnavailableError: The runner was not started, or is gone.
+            InvalidRequestError: An argument cannot be sent.
+            RunnerUnavailableError: The runner was not started, or has exited.
         """
         return self._client.completion(
             prompt, options=options, logprobs=logprobs, request_id=request_id
@@ -267,17 +278,17 @@ class AsyncRunnerProcess(ProcessBase):
         logprobs: int | None = None,
         request_id: str = "",
     ) -> Completion:
-        """Waits for a whole completion: see ``RunnerClient.complete``.
+        """Run a completion to the end; see ``AsyncRunnerClient.complete``.
 
         Raises:
-            RunnerError: The completion failed; the class says how.
+            RunnerError: The completion failed; the class gives the reason.
         """
         return await self._client.complete(
             prompt, options=options, logprobs=logprobs, request_id=request_id
         )
 
     async def tokenize(self, content: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Splits text into token ids: see ``RunnerClient.tokenize``.
+        """Split text into token ids; see ``AsyncRunnerClient.tokenize``.
 
         Raises:
             RunnerError: The call failed.
@@ -285,7 +296,7 @@ class AsyncRunnerProcess(ProcessBase):
         return await self._client.tokenize(content, add_special_tokens=add_special_tokens)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
-        """Joins token ids into text: see ``RunnerClient.detokenize``.
+        """Join token ids into text; see ``AsyncRunnerClient.detokenize``.
 
         Raises:
             RunnerError: The call failed.
@@ -293,7 +304,7 @@ class AsyncRunnerProcess(ProcessBase):
         return await self._client.detokenize(token_ids)
 
     async def trim(self, *, prefix_cache_bytes: int | None = None) -> int:
-        """Have the runner give memory back; return the bytes: see ``RunnerClient.trim``.
+        """Free memory and return the bytes freed; see ``AsyncRunnerClient.trim``.
 
         Raises:
             RunnerError: The call failed.
@@ -301,19 +312,15 @@ class AsyncRunnerProcess(ProcessBase):
         return await self._client.trim(prefix_cache_bytes=prefix_cache_bytes)
 
     async def embedding(self, content: str) -> NoReturn:  # noqa: ARG002 - the interface has it
-        """Always raises: the runner completes text only.
-
-        Raises:
-            NotSupportedError: Always.
-        """
+        """Raise ``NotSupportedError``: the runner only completes text."""
         raise embedding_error()
 
     async def restart(self, on_progress: Callable[[Status], None] | None = None) -> LoadResult:
-        """Ends the child if it still runs, starts another, and waits until it runs.
+        """Stop the child if still running, start another, and wait until the model is loaded.
 
         Raises:
-            RunnerUnavailableError: The restart policy allows no more.
-            RunnerError: What ``load`` and ``wait_until_running`` raise.
+            RunnerUnavailableError: The restart policy allows no more restarts.
+            RunnerError: ``load`` or ``wait_until_running`` failed.
         """
         self._count_restart()
         await self.close()
@@ -321,11 +328,11 @@ class AsyncRunnerProcess(ProcessBase):
         return await self.wait_until_running(on_progress)
 
     async def close(self) -> None:
-        """Asks the child to stop, kills it after the grace time, and reaps it.
+        """Ask the child to stop, or kill it after the grace time, and wait for the exit.
 
-        The grace time is ``Timeouts.close_seconds`` and a second more per 4 GiB
-        held. May be called in any phase, and again; ``load`` may follow. If its task
-        is cancelled it kills at once, and still reaps.
+        The grace time is ``Timeouts.close_seconds`` plus one second per 4 GiB of memory held.
+        May be called at any time and repeatedly; ``load`` may follow. Cancelling this task kills
+        the child at once and still reaps it.
         """
         await self._close()
 
@@ -345,11 +352,11 @@ class AsyncRunnerProcess(ProcessBase):
             await self._close_client()
 
     async def _close_client(self) -> None:
-        # It may be that of a newer child, which runs.
+        # The client may belong to a newer child, which is running.
         if self._running is not None and self._running[0].is_gone:
             client, reply = self._running
             await client.close()
-            # Takes note of its error, if nobody waited for it.
+            # Retrieve the exception, in case the caller never waited for the load.
             await asyncio.gather(reply, return_exceptions=True)
 
     @property

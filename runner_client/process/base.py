@@ -1,7 +1,7 @@
-"""What RunnerProcess and AsyncRunnerProcess share: everything but the calls.
+"""Code shared by RunnerProcess and AsyncRunnerProcess: everything but the calls.
 
-``ProcessBase`` knows the child in every phase. Its methods block and are safe
-across threads; the asyncio class runs them in threads.
+``ProcessBase`` owns the child at every stage. Its methods block and are thread-safe; the
+asyncio class runs them in threads.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HEALTH_SECONDS = 0.05
-"""How long to wait between two questions for the health of a new child."""
+"""Interval between health checks of a new child."""
 
 
 @dataclass(frozen=True)
 class Ending:
-    """What one close has to end, and never a child that comes later."""
+    """The objects released by one ``close``, and none of a later child."""
 
     life: int
     child: Child | None
@@ -49,11 +49,11 @@ class Ending:
 
 
 class ProcessBase:
-    """The child, and what is known of it.
+    """Owner of the child process and of the last known status.
 
-    One child after another may belong to it. The life of each has a number: it begins
-    with a start and ends with a close. A start that fails ends its own life only: by
-    then another thread may have closed it and started the next.
+    A runner may own one child after another. Each child's life has a number, and lasts from a
+    start to a close. A failed start only ends its own life: another thread may already have
+    closed it and started the next.
     """
 
     def __init__(
@@ -108,88 +108,88 @@ class ProcessBase:
 
     @property
     def timeouts(self) -> Timeouts:
-        """How long this process is waited for, and its calls."""
+        """The timeouts for the child and for calls."""
         return self._timeouts
 
     @property
     def pid(self) -> int | None:
-        """The child's process id; None before it is started. Kept after its end."""
+        """The child's process id; None before the start. Kept after the exit."""
         return self._child.pid if self._child else None
 
     @property
     def port(self) -> int | None:
-        """The TCP port it listens on; None before it is ready, or for a unix socket."""
+        """The child's TCP port; None until the child is ready, or with a unix socket."""
         return self._ready.port if self._ready else None
 
     @property
     def address(self) -> str | None:
-        """Where it listens, as gRPC takes it; None before it is ready."""
+        """The child's address, as passed to gRPC; None until the child is ready."""
         return self._ready.target if self._ready else None
 
     @property
     def token(self) -> str | None:
-        """What the child asks of its callers: give it to clients of your own.
+        """The token required by the child, for use by additional clients.
 
-        Each child gets a new one, so that other users of the machine cannot call it.
-        None before the gate has let the model through.
+        Each child gets a new one, so that other users of the machine cannot call it. None until
+        the gate has admitted the model.
         """
         return self._plan.token if self._plan else None
 
     @property
     def has_exited(self) -> bool:
-        """Whether the child was started and is gone."""
+        """True once a started child has exited."""
         return self._child is not None and self._child.has_exited
 
     @property
     def exit_code(self) -> int | None:
-        """The child's exit code, negative for a signal's number.
+        """The child's exit code; a negative value is the number of a signal.
 
-        None while it lives, and if something else in this process has taken it.
+        None while the child runs, and if other code in this process has reaped it.
         """
         return self._child.exit_code if self._child else None
 
     @property
     def model_path(self) -> str:
-        """The directory of the model; before the gate has found it, as it was given."""
+        """The model's directory; before the gate has run, the ``model`` argument."""
         return self._plan.estimate.path if self._plan else self._launch.model
 
     @property
     def estimate(self) -> MemoryEstimate | None:
-        """What the gate counted; None before ``load``."""
+        """The estimate checked by the gate; None before ``load``."""
         return self._plan.estimate if self._plan else None
 
     @property
     def context_length(self) -> int:
-        """The longest sequence accepted, in tokens, as of the last status; 0 before."""
+        """The longest accepted sequence, in tokens, as of the last status; 0 without one."""
         return self._status.context_length if self._status else 0
 
     @property
     def memory_size(self) -> int:
-        """What MLX holds, in bytes, as of the last status; before, the weights' estimate."""
+        """Memory held by MLX, in bytes, as of the last status; at first the estimated weights."""
         if self._status is not None:
             return self._status.memory_bytes
         return self._plan.estimate.weight_bytes if self._plan else 0
 
     def vram_by_gpu(self, device_id: int = 0) -> int:
-        """What MLX holds on a GPU, in bytes, as of the last status.
+        """Return the memory held by MLX on a GPU, in bytes, as of the last status.
 
         Args:
-            device_id: Counted from 0. MLX uses the first only; others hold nothing,
-                and so does a CPU.
+            device_id: Index of the GPU. MLX uses the first one only, so the result is 0 for
+                others, and for all of them if MLX computes on a CPU.
         """
         devices = [device for device in self.device_infos if device.kind == "gpu"]
         return devices[device_id].memory_bytes if 0 <= device_id < len(devices) else 0
 
     @property
     def device_infos(self) -> tuple[DeviceInfo, ...]:
-        """The devices it computes on, as of the last status; empty before."""
+        """The devices used by the runner, as of the last status; empty without one."""
         if self._status is None or not self._status.device:
             return ()
         kind, _, name = self._status.device.partition(": ")
         return (DeviceInfo(kind, name, self._status.memory_bytes),)
 
     def _begin_life(self) -> int:
-        """Begins a life, which is over when it is closed; returns its number."""
+        """Begin a life, to be ended by ``close``, and return the number."""
         with self._lock:
             if self._is_started:
                 raise RunnerUnavailableError("this runner was started already; close it first")
@@ -199,10 +199,10 @@ class ProcessBase:
 
     @contextlib.contextmanager
     def _in_life(self, life: int) -> Iterator[None]:
-        """Keeps a life from being closed while the block runs.
+        """Keep a life from being closed while the block runs.
 
         Raises:
-            RunnerUnavailableError: It was closed; the block does not run.
+            RunnerUnavailableError: The life is already closed; the block does not run.
         """
         with self._lock:
             if self._life != life:
@@ -210,7 +210,7 @@ class ProcessBase:
             yield
 
     def _start_child(self, life: int) -> tuple[Plan, Child, ReadyLine]:
-        """Checks, estimates, gates, spawns, and waits for the ready line."""
+        """Estimate, admit, spawn, and wait for the ready line."""
         plan = self._launch.plan()
         child = self._adopt(plan, life)
         reservation = plan.admission.reservation
@@ -225,7 +225,7 @@ class ProcessBase:
         return plan, child, ready
 
     def _adopt(self, plan: Plan, life: int) -> Child:
-        """Makes the child known before it is started, so that ``close`` finds it."""
+        """Register the child before the start, where ``close`` finds it."""
         with contextlib.ExitStack() as undo:
             undo.callback(plan.admission.reservation.release)
             with self._in_life(life):
@@ -234,12 +234,12 @@ class ProcessBase:
                 self._child = child = plan.child(place)
                 self._plan, self._place = plan, place
                 undo.pop_all()
-        # Who forgets to close leaves no child behind.
+        # A runner that is dropped without a close leaves no child behind.
         weakref.finalize(self, child.abandon)
         return child
 
     def _begin_close(self, life: int | None) -> Ending | None:
-        """Ends a life, any if None; returns None if it is over already."""
+        """End a life, or the current one if None; return None if already over."""
         with self._lock:
             if life is not None and self._life != life:
                 return None
@@ -247,7 +247,7 @@ class ProcessBase:
             return Ending(self._life, self._child, self._place, self._plan)
 
     def _close_child(self, ending: Ending) -> None:
-        """Ends the child in any phase, and returns when it is reaped."""
+        """Stop the child at any stage, and return once the child is reaped."""
         try:
             if ending.child is not None:
                 ending.child.close(self.timeouts.close_grace_seconds(self.memory_size))
@@ -255,7 +255,7 @@ class ProcessBase:
             if ending.place is not None:
                 ending.place.remove()
             if ending.plan is not None:
-                # Of a child that was never started; the end of another has released it.
+                # For a child that was never started; the exit of a started one releases it earlier.
                 ending.plan.admission.reservation.release()
             with self._lock:
                 if self._life == ending.life:
@@ -272,7 +272,7 @@ class ProcessBase:
         self._restarts = (*policy.recent(self._restarts, now), now)
 
     def _note_loaded(self, status: Status) -> None:
-        """Take note of it, and log how far the estimate was from what the load took."""
+        """Record the status, and log the estimate's deviation from the measured peak."""
         self._status = status
         if self._plan is None:
             return
@@ -295,12 +295,12 @@ class ProcessBase:
 
 
 def start_limit(timeouts: Timeouts) -> float:
-    """How long a child may take to serve, in seconds; infinity if for ever."""
+    """Return the time limit for a child to serve, in seconds; infinity if unlimited."""
     return math.inf if timeouts.start_seconds is None else timeouts.start_seconds
 
 
 def not_serving(address: str, timeouts: Timeouts) -> RunnerTimeoutError:
-    """The error of a child that printed its ready line and then did not serve."""
+    """Return the error for a child with a ready line but without a healthy server."""
     return RunnerTimeoutError(
         f"the runner at {address} did not report that it serves within "
         f"{start_limit(timeouts):g} s. Look at its log, or raise Timeouts.start_seconds",
@@ -310,5 +310,5 @@ def not_serving(address: str, timeouts: Timeouts) -> RunnerTimeoutError:
 
 
 def not_started() -> RunnerUnavailableError:
-    """The error of calling a runner before it was started."""
+    """Return the error for calling a runner before the start."""
     return RunnerUnavailableError("the runner was not started: call load() first")

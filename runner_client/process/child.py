@@ -1,4 +1,4 @@
-"""One child process, from its spawn to the moment it is reaped."""
+"""One child process, from spawning to reaping."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 child_logger = logging.getLogger("runner_client.child")
-"""Where the lines of children go, unless the caller names another logger."""
+"""Default logger for the output of children."""
 
 _DRAIN_SECONDS = 0.3
-"""How long the output of a dead child is waited for; a process that it started
-itself may hold the pipes open for ever."""
+"""How long to wait for the output of a dead child; a process that it started may keep the pipes
+open indefinitely."""
 
 _EXIT_SECONDS = 0.5
 """How long a lost connection waits to learn whether the child is dead."""
 
 
 class Child:
-    """A process that prints a ready line and then serves. Safe across threads.
+    """Child process with a ready line and captured output. Thread-safe.
 
-    Its standard input is a pipe that is never written to: when this process dies,
-    however it dies, the pipe closes and the child ends itself.
+    Standard input is a pipe that is never written to. When this process dies in any way, the
+    pipe closes and the child exits.
 
     Args:
-        command: Program and arguments; no shell.
-        environment: The whole environment.
-        log: Takes every line the child prints.
+        command: Program and arguments, run without a shell.
+        environment: The complete environment.
+        log: Logger for every line of the child's output.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Child:
         self._is_reaped = False
         self._is_closing = False
         self._killed_because = ""
-        # What the process held, and when, in time.monotonic() seconds.
+        # Resident set at the last status, and its time in time.monotonic() seconds.
         self._memory: tuple[int, float] | None = None
         self._ended = 0.0
         self._ready: concurrent.futures.Future[ReadyLine] = concurrent.futures.Future()
@@ -76,32 +76,32 @@ class Child:
 
     @property
     def pid(self) -> int | None:
-        """Its process id; None before the start."""
+        """The process id; None before the start."""
         return self._process.pid if self._process else None
 
     @property
     def has_exited(self) -> bool:
-        """Whether it was started and is gone, and reaped."""
+        """True once a started process has exited and is reaped."""
         return self._exited.is_set()
 
     @property
     def exit_code(self) -> int | None:
-        """Its exit code, negative for a signal's number.
+        """The exit code; a negative value is the number of a signal.
 
-        None while it lives, and if something else in this process has taken it.
+        None while the process runs, and if other code in this process has reaped it.
         """
         return self._exit_code if self.has_exited else None
 
     @property
     def stderr_tail(self) -> tuple[str, ...]:
-        """The last lines it wrote to its standard error."""
+        """The last lines written to standard error."""
         return self._tail.lines()
 
     def start(self) -> None:
-        """Spawns the process.
+        """Spawn the process.
 
         Raises:
-            RunnerUnavailableError: It was closed before, or cannot be spawned.
+            RunnerUnavailableError: The child is already closed, or cannot be spawned.
         """
         with self._lock:
             if self._is_closing:
@@ -118,8 +118,8 @@ class Child:
         ).start()
 
     def _spawn(self) -> subprocess.Popen[bytes]:
-        # A session of its own keeps the terminal's Ctrl-C from it: the parent
-        # decides. No preexec_fn: gRPC and fork do not mix.
+        # A new session keeps the terminal's Ctrl-C from the child: the parent decides. No
+        # preexec_fn: gRPC and fork do not mix.
         return subprocess.Popen(
             self._command,
             env=self._environment,
@@ -132,7 +132,7 @@ class Child:
         )
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
-        # All three are pipes: _spawn asks for them.
+        # All three are pipes, as requested in _spawn.
         stdin, stdout, stderr = cast(
             "tuple[IO[bytes], IO[bytes], IO[bytes]]",
             (process.stdin, process.stdout, process.stderr),
@@ -149,16 +149,16 @@ class Child:
         self._note_exit()
 
     def _reap(self, process: subprocess.Popen[bytes]) -> None:
-        """Wait for the end of the process, and for how it ended.
+        """Wait for the process to exit, and record the exit code.
 
-        Not by ``Popen``, which takes an exit code that it cannot learn for 0.
+        ``Popen`` is not used for this, because it reports an unknown exit code as 0.
         """
-        # Where SIGCHLD is ignored, or another wait was faster, nothing is left to learn.
+        # The exit code is lost if SIGCHLD is ignored or other code reaped the child first.
         with contextlib.suppress(ChildProcessError):
             self._exit_code = os.waitstatus_to_exitcode(os.waitpid(process.pid, 0)[1])
         self._is_reaped = True
         self._ended = time.monotonic()
-        # So that Popen does not wait as well.
+        # Keep Popen from waiting too.
         process.returncode = self._exit_code or 0
 
     def _note_exit(self) -> None:
@@ -189,7 +189,7 @@ class Child:
         self._log.info("[%s] %s", self.pid, line)
 
     def _settle(self, outcome: ReadyLine | RunnerError) -> None:
-        """Ends the wait for the ready line; the first outcome counts."""
+        """End the wait for the ready line; only the first outcome counts."""
         with self._lock:
             if self._ready.done():
                 return
@@ -199,12 +199,12 @@ class Child:
                 self._ready.set_result(outcome)
 
     def wait_ready(self, timeout_seconds: float | None) -> ReadyLine:
-        """Waits for the ready line.
+        """Wait for the ready line.
 
         Raises:
-            RunnerExitedError: The child ended before.
-            RunnerTimeoutError: It printed nothing for too long (phase ``"start"``).
-            RunnerUnavailableError: It printed something else, or was closed.
+            RunnerExitedError: The child exited first.
+            RunnerTimeoutError: The child printed nothing in time (phase ``"start"``).
+            RunnerUnavailableError: The child printed something else, or was closed.
         """
         try:
             return self._ready.result(timeout_seconds)
@@ -217,7 +217,7 @@ class Child:
             ) from None
 
     def on_exit(self, callback: Callable[[], None]) -> None:
-        """Calls back once when the child is gone; at once if it is. Must not raise."""
+        """Call ``callback`` once the child has exited, or now if already so. Must not raise."""
         with self._lock:
             if not self._exited.is_set():
                 self._on_exit.append(callback)
@@ -225,27 +225,27 @@ class Child:
         callback()
 
     def explain(self, error: RunnerError) -> RunnerError:
-        """The better error if a connection was lost because the child is dead.
+        """Return the exit error instead of ``error`` if the child's death closed the connection.
 
-        May wait half a second for the news.
+        May wait half a second for the exit to be noticed.
         """
         is_lost = isinstance(error, RunnerUnavailableError) and not self._is_closing
         return self.exit_error() if is_lost and self._exited.wait(_EXIT_SECONDS) else error
 
     def wait_exit(self, timeout_seconds: float) -> bool:
-        """Waits for the child to be gone; returns whether it is."""
+        """Wait for the child to exit; return False on timeout."""
         return self._exited.wait(timeout_seconds)
 
     def gone_error(self) -> RunnerUnavailableError:
-        """The error of waiting for a child that is gone, dead or closed."""
+        """Return the error for waiting on a dead or closed child."""
         return _closed() if self._is_closing else self.exit_error()
 
     def note_memory(self, process_bytes: int) -> None:
-        """Takes note of what the process holds, as a status has just told."""
+        """Record the resident set reported by a status."""
         self._memory = process_bytes, time.monotonic()
 
     def exit_error(self) -> RunnerExitedError:
-        """The error of a child that is gone."""
+        """Return the error for an exited child."""
         memory, reason = self._memory, self._in_words()
         return RunnerExitedError(
             f"the runner (pid {self.pid}) is gone: {reason}{self._last_memory()}"
@@ -280,10 +280,10 @@ class Child:
         return ". The last lines it wrote:\n  " + "\n  ".join(lines[-10:])
 
     def close(self, grace_seconds: float) -> None:
-        """Asks the process to stop, kills it after the grace time, and reaps it.
+        """Ask the process to stop, or kill it after the grace time, and wait for the exit.
 
-        May be called in any phase, from any thread, and again. An exception that
-        arrives while it waits (an interrupt) kills at once.
+        May be called at any time, from any thread, and repeatedly. An exception during the wait
+        (an interrupt) kills the process at once.
         """
         with self._lock:
             is_first, self._is_closing = not self._is_closing, True
@@ -292,7 +292,7 @@ class Child:
         if process is None:
             return
         try:
-            # A second signal means "now" to the server, so only one is sent.
+            # The server takes a second signal as "stop now", so only one is sent.
             if is_first:
                 self._send(signal.SIGINT)
             if not self._exited.wait(grace_seconds):
@@ -303,22 +303,25 @@ class Child:
             self._exited.wait()
 
     def kill(self, because: str = "") -> None:
-        """Kills the process, if it runs. Returns at once.
+        """Kill the process if running. Returns at once.
 
         Args:
-            because: What its error is to tell.
+            because: The reason to give in the error.
         """
         self._killed_because = self._killed_because or because
         self._send(signal.SIGKILL)
 
     def _send(self, number: signal.Signals) -> None:
-        """Send a signal, unless the process id may be another process's by now."""
+        """Send a signal, unless the process is reaped and the id may be reused."""
         if self._process and not self._is_reaped:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process.pid, number)
 
     def abandon(self) -> None:
-        """Lets the child end itself: what happens when its owner is forgotten."""
+        """Close standard input, so that the child exits.
+
+        Called when the owner is garbage collected without a close.
+        """
         if self._process and self._process.stdin:
             self._process.stdin.close()
 
@@ -332,14 +335,14 @@ _EXIT_WORDS = {
     70: "its engine failed twice in a row, or could not go on",
     71: "its engine had work and stood still",
 }
-"""Meanings of the exit codes that a server chooses itself: see docs/reliability.md."""
+"""Meanings of the exit codes that a server chooses itself; see docs/reliability.md."""
 
 
 def exit_in_words(code: int) -> str:
-    """Says how a process ended.
+    """Describe how a process ended.
 
     Args:
-        code: As ``subprocess`` gives it: negative is a signal's number.
+        code: As reported by ``subprocess``: a negative value is the number of a signal.
     """
     if code >= 0:
         words = _EXIT_WORDS.get(code)

@@ -1,4 +1,4 @@
-"""From a model's name to a child that is told to load it: check, estimate, gate, start."""
+"""Start of a child: check the platform, estimate, admit, and build the command."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Launch:
-    """What a child is to be: everything its start depends on."""
+    """Parameters of a child's start."""
 
     model: str
     context_length: int | None
@@ -57,22 +57,22 @@ class Launch:
     log: logging.Logger | None
 
     def environ(self) -> dict[str, str]:
-        """Return the environment that the child begins with: this process's and ``env``."""
+        """Return the child's environment: a copy of this process's, updated with ``env``."""
         return {**os.environ, **(self.env or {})}
 
     def plan(self) -> Plan:
         """Decide whether the model may be started, without starting anything.
 
-        ``"auto"`` is float32 on a CPU, and refused where that does not fit.
-        ``"auto_or_stored"`` is held as stored then, and an override applies to that: it is
-        for what does not fit in any other way, and asks for the smallest. With
-        ``require_full`` nothing falls back, so that a scheduler evicts another runner.
+        ``"auto"`` is float32 on a CPU and refused if that does not fit. ``"auto_or_stored"`` then
+        falls back to the stored format. An override applies after the fallback, to the smallest
+        need, because it is for models that fit in no other way. With ``require_full`` nothing
+        falls back, so that a scheduler evicts another runner.
 
         Raises:
             UnsupportedPlatformError: MLX does not run here.
-            ModelNotFoundError: There is no such model.
-            ModelUnsupportedError: Its files are damaged or incomplete.
-            InsufficientMemoryError: It does not fit.
+            ModelNotFoundError: The model does not exist.
+            ModelUnsupportedError: The model's files are damaged or incomplete.
+            InsufficientMemoryError: The model does not fit into memory.
         """
         check_platform()
         need = self._estimate(self.dtype)
@@ -109,7 +109,7 @@ class Launch:
 
 
 def _with_advice(error: InsufficientMemoryError, stored: MemoryEstimate) -> InsufficientMemoryError:
-    """Return the same refusal with the ways out that a need for float32 leaves."""
+    """Return the same refusal with the alternatives to float32 appended."""
     if stored.required_bytes >= (error.required_bytes or 0):
         return error
     return type(error)(
@@ -124,24 +124,24 @@ def _with_advice(error: InsufficientMemoryError, stored: MemoryEstimate) -> Insu
 
 @dataclass(frozen=True)
 class Plan:
-    """A launch that the gate let through."""
+    """A launch admitted by the gate."""
 
     launch: Launch
     estimate: MemoryEstimate
     admission: Admission
-    """The decision, and the memory that is set aside for the child as long as it lives."""
+    """The gate's decision, and the memory reserved for the child until its exit."""
     directory: Path
-    """Where the reservations of this machine are."""
+    """The directory of this machine's reservations."""
     token: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
-    """What the child asks of its callers."""
+    """The token that the child requires from its callers."""
 
     def load_request(self) -> pb.LoadRequest:
-        """Build the request to load what the gate counted.
+        """Build the request to load the model with the estimated settings.
 
-        The server compares the need with free memory by itself, and refuses by that; a
-        caller who has overridden the gate has overridden the server too.
+        The server compares the need with free memory again and refuses on its own; an override
+        of the gate therefore applies to the server too.
         """
-        # The server names a model of the hub by its id.
+        # Given a hub id, the server uses it as the model's name.
         is_hub_id = find_model(self.launch.model, self.launch.environ()).is_hub_id
         return load_request(
             self.launch.model if is_hub_id else self.estimate.path,
@@ -154,12 +154,12 @@ class Plan:
         )
 
     def child(self, place: ListenPlace) -> Child:
-        """Make the child, not yet started.
+        """Create the child, not yet started.
 
         Raises:
-            InvalidRequestError: ``blas`` is a path where no file is.
+            InvalidRequestError: ``blas`` is a path without a file.
             NotSupportedError: The server's packages are not installed.
-            RunnerUnavailableError: There is no Python to start it with.
+            RunnerUnavailableError: No Python interpreter is available for the child.
         """
         environment = child_environment(
             self.launch.environ(), backend=self.estimate.backend, blas=self.launch.blas
@@ -171,7 +171,7 @@ class Plan:
         )
 
     def _variables(self) -> dict[str, str]:
-        """Return what the child has to know of the gate, and its token.
+        """Return the environment variables for the gate's settings and the token.
 
         The token is not on the command line, which every user of the machine can read.
         """

@@ -1,4 +1,4 @@
-"""What a child prints: cut into lines, handed on, and its end kept."""
+"""Output of a child: split into lines, forwarded, with the last lines kept."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _TAIL_BYTES = 16 * 1024
 
 
 class LineSplitter:
-    """Cuts bytes into lines. What a line has beyond 4 KiB is dropped."""
+    """Splitter of bytes into lines. Bytes of a line beyond 4 KiB are dropped."""
 
     def __init__(self) -> None:
         self._line = bytearray()
 
     def feed(self, data: bytes) -> list[str]:
-        """Takes the next bytes and gives the lines that end in them."""
+        """Add bytes and return the lines completed."""
         *ended, rest = data.split(b"\n")
         lines = []
         for part in ended:
@@ -33,7 +33,7 @@ class LineSplitter:
         return lines
 
     def flush(self) -> list[str]:
-        """Gives the last line if it was not ended."""
+        """Return the last line if unterminated."""
         return [self._take()] if self._line else []
 
     def _append(self, part: bytes) -> None:
@@ -46,34 +46,34 @@ class LineSplitter:
 
 
 class Tail:
-    """The last lines: at most 50, together at most 16 KiB. Threads may share it."""
+    """The last lines: at most 50, together at most 16 KiB. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._lines: deque[str] = deque(maxlen=_TAIL_LINES)
 
     def append(self, line: str) -> None:
-        """Adds a line at the end."""
+        """Append a line."""
         with self._lock:
             self._lines.append(line)
             while sum(map(len, self._lines)) > _TAIL_BYTES:
                 self._lines.popleft()
 
     def lines(self) -> tuple[str, ...]:
-        """The lines kept, oldest first."""
+        """Return the kept lines, oldest first."""
         with self._lock:
             return tuple(self._lines)
 
 
 def drain(stream: IO[bytes], on_line: Callable[[str], None], name: str) -> threading.Thread:
-    """Reads a pipe to its end in a thread of its own, and closes it.
+    """Read a pipe to the end in a new thread, then close the pipe.
 
-    A pipe that nobody reads stops its writer after 64 KiB (16 on macOS).
+    A full pipe blocks its writer: after 64 KiB, or 16 KiB on macOS.
 
     Args:
         stream: The pipe, unbuffered.
         on_line: Called with each line, on the thread.
-        name: The thread's.
+        name: The name of the thread.
     """
     thread = threading.Thread(target=_read_all, args=(stream, on_line), name=name, daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""A runner in a child process of one's own, sync."""
+"""Sync runner in a child process."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 
 
 class _ChildClient(RunnerClient):
-    """A client that knows when its runner is dead."""
+    """Client of a child, aware of the child's exit."""
 
     def __init__(self, address: str, token: str, child: Child, timeouts: Timeouts) -> None:
         super().__init__(address, token=token, timeouts=timeouts)
         self._child = child
-        # A dead child's connections are closed by the system; this ends those too
-        # that another process holds open.
+        # The system closes a dead child's connections, except for those that another process holds
+        # open. Closing the client ends the calls on these too.
         child.on_exit(self.close)
 
     def wait_until_serving(self, deadline: float) -> None:
-        """Asks for the health until it is good."""
+        """Poll the health service until the child reports SERVING."""
         while not self._is_healthy():
             if self._child.wait_exit(HEALTH_SECONDS):
                 raise self._child.gone_error()
@@ -58,7 +58,7 @@ class _ChildClient(RunnerClient):
             return False
 
     def start_watchdog(self) -> None:
-        """Kills the child when its engine stands still, if ``Timeouts`` say so."""
+        """Kill the child if the engine stalls for ``Timeouts.stall_seconds``, unless None."""
         if self.timeouts.stall_seconds is not None:
             watch = StallDetector(self.timeouts.stall_seconds)
             threading.Thread(
@@ -72,13 +72,13 @@ class _ChildClient(RunnerClient):
                     self._child.kill(stall)
 
     def start_load(self, request: pb.LoadRequest) -> LoadCall:
-        """Begins a load."""
+        """Start a load."""
         return self._start_load(request)
 
     def finish_load(
         self, call: LoadCall, on_progress: Callable[[Status], None] | None
     ) -> LoadResult:
-        """Waits for a load that ``start_load`` began."""
+        """Wait for a load started by ``start_load``."""
         return self._finish_load(call, on_progress)
 
     def _status(self, timeout_seconds: float) -> Status:
@@ -88,7 +88,7 @@ class _ChildClient(RunnerClient):
 
     @property
     def is_gone(self) -> bool:
-        """Whether the child has exited."""
+        """True once the child has exited."""
         return self._child.has_exited
 
     def _failure(self, error: Exception, timeout_seconds: float | None = None) -> RunnerError:
@@ -96,86 +96,84 @@ class _ChildClient(RunnerClient):
 
 
 class RunnerProcess(ProcessBase):
-    """Gates, spawns, loads, calls and stops a runner of one's own.
+    """A runner in a child process: check memory, then spawn, load, call and stop.
 
-    As a context manager it is ready inside and gone outside::
+    As a context manager, it loads the model on entry and stops the child on exit::
 
         with RunnerProcess("org/model") as runner:
             for chunk in runner.completion("Once upon a time"):
                 print(chunk.content, end="")
 
-    Step by step it is ``load()``, which decides and starts, then
-    ``wait_until_running()``, and ``close()`` in the end, in every case. The child asks
-    its callers for a token that is new each time: ``RunnerClient(runner.address,
-    token=runner.token)`` is one more of them.
+    Without the context manager, call ``load()``, which checks memory and spawns the child, then
+    ``wait_until_running()``, and always ``close()`` in the end. The child requires a new random
+    token, so additional clients need it: ``RunnerClient(runner.address, token=runner.token)``.
 
-    Threads may share it, and ``close()`` may be called from any of them in any
-    phase; calls that run then end with ``RunnerUnavailableError``. When the child
-    dies they end with ``RunnerExitedError``. The thread that starts it may end. It
-    does not survive a fork: gRPC does not, and a forked copy of this process must
-    not touch it. If this process dies, however it dies, the child is gone within
-    2 s; a fork that outlives it delays that by half a second.
+    Thread-safe: threads may share a runner, and ``close()`` may be called from any thread at any
+    time. Calls that are pending then raise ``RunnerUnavailableError``; if the child dies, they
+    raise ``RunnerExitedError``. The thread that started the child may exit.
+
+    If this process dies in any way, the child exits within 2 s; a fork that outlives this process
+    delays that by half a second. A runner does not survive a fork, because gRPC does not: a
+    forked copy of this process must not use it.
 
     Args:
         model: A directory, or a hub id in the local Hugging Face cache.
-        context_length: The longest sequence, in tokens. Default: the model's own
-            limit, at most 4,096.
-        parallel: How many completions are decoded together. Default: 4.
-        dtype: In which format to hold the weights. ``"auto"`` is float32 on a CPU, and a
-            model that does not fit so is refused; ``"auto_or_stored"`` is held as stored
-            then, which is many times slower, and ``Model.dtype_fallback`` says so.
-        prefix_cache_bytes: The most to keep evaluated prompts in, for others that begin
-            alike; part of what the gate counts. 0 keeps none. Default: one sequence, or a
-            quarter of all of them; less where memory is short, so that the gate does not
-            insist on it.
-        require_full: Whether a model that does not fit raises
-            ``LoadRequiresFullError`` rather than ``InsufficientMemoryError``, also where
-            ``"auto_or_stored"`` would have fitted as stored.
-        memory_override: Starts it even if the gate says that it does not fit, and has
-            the server load it too. With ``"auto_or_stored"`` it is then held as stored.
-        allow_inexact: Starts a model that cannot be computed exactly as its files say;
-            ``Model.warnings`` names the differences.
-        gate: Decides whether it fits, and keeps what the model may take set aside until
-            the child has ended. Default: a ``MemoryGate`` for the child's environment.
-        timeouts: How long to wait for what.
+        context_length: The longest sequence, in tokens. Default: the model's own limit, at most
+            4,096.
+        parallel: The maximum number of completions decoded together. Default: 4.
+        dtype: The number format of the weights in memory. ``"auto"`` is float32 on a CPU and
+            refuses a model that does not fit; ``"auto_or_stored"`` then keeps the weights as
+            stored, many times slower, and sets ``Model.dtype_fallback``.
+        prefix_cache_bytes: The upper limit of the prefix cache, part of the memory that the gate
+            checks; 0 disables the cache. Default: the KV cache of one sequence, or a quarter of
+            that of all sequences if larger; less if memory is short, so the gate does not insist.
+        require_full: Raise ``LoadRequiresFullError`` instead of ``InsufficientMemoryError`` if the
+            model does not fit, and never fall back to the stored format.
+        memory_override: Start and load the model even if it does not fit, as stored if ``dtype``
+            is ``"auto_or_stored"``.
+        allow_inexact: Load the model even if it cannot be computed exactly as its files specify;
+            ``Model.warnings`` lists the differences.
+        gate: Checks memory and keeps the model's memory reserved until the child exits. Default:
+            a ``MemoryGate`` for the child's environment.
+        timeouts: How long to wait for the child and for each kind of call.
         restart_policy: How often ``restart`` may be called.
-        listen: ``"tcp"``, a loopback port that the child picks, or ``"unix"``, a
-            socket in a new folder that nobody else may enter.
-        blas: Which BLAS library goes in front of MLX's own on a Linux CPU: ``"auto"`` (the
-            one ``mlx-runner doctor`` found fastest, else OpenBLAS before MKL), ``"off"``, or
-            the path of one. A library that ``LD_PRELOAD`` names already stands.
-        env: Variables for the child, beside those of this process; the gate reads its own
-            from them too.
-        log: Takes the lines that the child prints. Default: ``runner_client.child``.
+        listen: ``"tcp"``, a loopback port chosen by the child, or ``"unix"``, a socket in a new
+            folder that only this user may enter.
+        blas: The BLAS library to preload before MLX's own on a Linux CPU: ``"auto"`` (the fastest
+            found by ``mlx-runner doctor``, otherwise OpenBLAS before MKL), ``"off"``, or a path.
+            A library already in ``LD_PRELOAD`` takes precedence.
+        env: Environment variables for the child, in addition to those of this process; the gate
+            reads them too.
+        log: Logger for the child's output. Default: ``runner_client.child``.
     """
 
     _running: tuple[_ChildClient, LoadCall] | None = None
 
     def load(self) -> MemoryEstimate:
-        """Decides whether the model fits, spawns the child and begins the load.
+        """Check memory, spawn the child and start the load.
 
-        Returns as soon as the child answers calls and has begun to load;
-        ``wait_until_running`` waits for the rest. Leaves nothing behind if it raises.
+        Returns once the child answers calls and the load has started; ``wait_until_running``
+        waits for the model. An error leaves no child and no reservation behind.
 
         Returns:
-            What the gate counted.
+            The estimate that the gate checked.
 
         Raises:
             UnsupportedPlatformError: MLX does not run here.
             NotSupportedError: The server's packages are not installed.
-            ModelNotFoundError: There is no such model.
-            ModelUnsupportedError: Its files are damaged or incomplete.
-            InsufficientMemoryError: It does not fit.
-            RunnerTimeoutError: The child did not get ready (phase ``"start"``).
-            RunnerExitedError: The child ended.
-            RunnerUnavailableError: It was closed meanwhile, or started before.
+            ModelNotFoundError: The model does not exist.
+            ModelUnsupportedError: The model's files are damaged or incomplete.
+            InsufficientMemoryError: The model does not fit into memory.
+            RunnerTimeoutError: The child did not become ready in time (phase ``"start"``).
+            RunnerExitedError: The child exited.
+            RunnerUnavailableError: The runner was closed meanwhile, or was started before.
         """
         with self._new_life() as life:
             return self._load(life)
 
     @contextlib.contextmanager
     def _new_life(self) -> Iterator[int]:
-        """Begins a life, and ends it, if it is not over, if the block raises."""
+        """Begin a life, and end the same life if the block raises."""
         life = self._begin_life()
         try:
             yield life
@@ -194,16 +192,16 @@ class RunnerProcess(ProcessBase):
         return plan.estimate
 
     def wait_until_running(self, on_progress: Callable[[Status], None] | None = None) -> LoadResult:
-        """Waits until the load that ``load`` began is done.
+        """Wait for the load started by ``load``.
 
         Args:
             on_progress: Called with a status about every 0.2 s.
 
         Raises:
-            RunnerExitedError: The child ended; raised at once.
-            RunnerTimeoutError: Nothing moved for ``Timeouts.load_seconds``. The load
-                goes on: wait again, or close.
-            RunnerError: The load failed in another way.
+            RunnerExitedError: The child exited; raised at once.
+            RunnerTimeoutError: The load made no progress for ``Timeouts.load_seconds``. The load
+                keeps running: wait again, or close.
+            RunnerError: The load failed for another reason.
         """
         client, call = self._require_running()
         result = client.finish_load(call, on_progress)
@@ -211,7 +209,7 @@ class RunnerProcess(ProcessBase):
         return result
 
     def status(self) -> Status:
-        """Asks what the runner does and holds; properties show it afterwards.
+        """Return the runner's current status, and update the properties of this object.
 
         Raises:
             RunnerError: The call failed.
@@ -220,11 +218,7 @@ class RunnerProcess(ProcessBase):
         return status
 
     def ping(self) -> float:
-        """Asks for a status; returns how long the answer took, in seconds.
-
-        Raises:
-            RunnerError: The call failed.
-        """
+        """Request a status and return the round-trip time, in seconds. Raises like ``status``."""
         begin = time.monotonic()
         self.status()
         return time.monotonic() - begin
@@ -237,10 +231,11 @@ class RunnerProcess(ProcessBase):
         logprobs: int | None = None,
         request_id: str = "",
     ) -> CompletionStream:
-        """Starts a completion: see ``RunnerClient.completion``.
+        """Start a completion; see ``RunnerClient.completion``.
 
         Raises:
-            RunnerUnavailableError: The runner was not started, or is gone.
+            InvalidRequestError: An argument cannot be sent.
+            RunnerUnavailableError: The runner was not started, or has exited.
         """
         return self._client.completion(
             prompt, options=options, logprobs=logprobs, request_id=request_id
@@ -254,17 +249,17 @@ class RunnerProcess(ProcessBase):
         logprobs: int | None = None,
         request_id: str = "",
     ) -> Completion:
-        """Waits for a whole completion: see ``RunnerClient.complete``.
+        """Run a completion to the end; see ``RunnerClient.complete``.
 
         Raises:
-            RunnerError: The completion failed; the class says how.
+            RunnerError: The completion failed; the class gives the reason.
         """
         return self._client.complete(
             prompt, options=options, logprobs=logprobs, request_id=request_id
         )
 
     def tokenize(self, content: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Splits text into token ids: see ``RunnerClient.tokenize``.
+        """Split text into token ids; see ``RunnerClient.tokenize``.
 
         Raises:
             RunnerError: The call failed.
@@ -272,7 +267,7 @@ class RunnerProcess(ProcessBase):
         return self._client.tokenize(content, add_special_tokens=add_special_tokens)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
-        """Joins token ids into text: see ``RunnerClient.detokenize``.
+        """Join token ids into text; see ``RunnerClient.detokenize``.
 
         Raises:
             RunnerError: The call failed.
@@ -280,7 +275,7 @@ class RunnerProcess(ProcessBase):
         return self._client.detokenize(token_ids)
 
     def trim(self, *, prefix_cache_bytes: int | None = None) -> int:
-        """Have the runner give memory back; return the bytes: see ``RunnerClient.trim``.
+        """Free memory and return the bytes freed; see ``RunnerClient.trim``.
 
         Raises:
             RunnerError: The call failed.
@@ -288,19 +283,15 @@ class RunnerProcess(ProcessBase):
         return self._client.trim(prefix_cache_bytes=prefix_cache_bytes)
 
     def embedding(self, content: str) -> NoReturn:  # noqa: ARG002 - the interface has it
-        """Always raises: the runner completes text only.
-
-        Raises:
-            NotSupportedError: Always.
-        """
+        """Raise ``NotSupportedError``: the runner only completes text."""
         raise embedding_error()
 
     def restart(self, on_progress: Callable[[Status], None] | None = None) -> LoadResult:
-        """Ends the child if it still runs, starts another, and waits until it runs.
+        """Stop the child if still running, start another, and wait until the model is loaded.
 
         Raises:
-            RunnerUnavailableError: The restart policy allows no more.
-            RunnerError: What ``load`` and ``wait_until_running`` raise.
+            RunnerUnavailableError: The restart policy allows no more restarts.
+            RunnerError: ``load`` or ``wait_until_running`` failed.
         """
         self._count_restart()
         self.close()
@@ -308,11 +299,11 @@ class RunnerProcess(ProcessBase):
         return self.wait_until_running(on_progress)
 
     def close(self) -> None:
-        """Asks the child to stop, kills it after the grace time, and reaps it.
+        """Ask the child to stop, or kill it after the grace time, and wait for the exit.
 
-        The grace time is ``Timeouts.close_seconds`` and a second more per 4 GiB
-        held. May be called in any phase, from any thread, and again; ``load`` may
-        follow. An interrupt while it waits kills at once.
+        The grace time is ``Timeouts.close_seconds`` plus one second per 4 GiB of memory held.
+        May be called at any time, from any thread, and repeatedly; ``load`` may follow. An
+        interrupt during the wait kills the child at once.
         """
         self._close()
 
@@ -323,7 +314,7 @@ class RunnerProcess(ProcessBase):
         try:
             self._close_child(ending)
         finally:
-            # It may be that of a newer child, which runs.
+            # The client may belong to a newer child, which is running.
             running = self._running
             if running is not None and running[0].is_gone:
                 running[0].close()

@@ -1,4 +1,4 @@
-"""Tells an engine that stands still from one that is slow, and from one without work."""
+"""Detection of a stalled engine, as opposed to a slow or an idle one."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _MAX_LOOK_SECONDS = 5.0
 
 
 class StallDetector:
-    """Judges by what the engine tells of itself; a status that cannot be had is no proof.
+    """Detector of a stalled engine, based on consecutive statuses.
 
-    The engine makes a step for every slice of a prompt and for every token, and tells
-    no age while it has nothing to do or only readers that are behind. A load has a
-    limit of its own (``Timeouts.load_seconds``).
+    The engine makes a step for every chunk of a prompt and for every token, and reports no age
+    while idle or while only slow readers hold it up. A failed status call is not evidence of a
+    stall. Loads have their own limit (``Timeouts.load_seconds``).
 
     Args:
-        limit_seconds: How old the last movement may be.
+        limit_seconds: The maximum age of the last progress.
     """
 
     def __init__(self, limit_seconds: float) -> None:
@@ -30,16 +30,15 @@ class StallDetector:
 
     @property
     def look_seconds(self) -> float:
-        """How often to look."""
+        """The interval between two observations."""
         return min(_MAX_LOOK_SECONDS, self.limit_seconds / _LOOKS_PER_LIMIT)
 
     def observe(self, status: Status) -> str | None:
-        """Takes note of a status.
+        """Record a status.
 
         Returns:
-            In words, that the engine stands still; None if it does not. Two looks must
-            agree: a process that was stopped for a while and goes on looks like one that
-            stands still, once.
+            A description of the stall; None if there is none. Two consecutive observations must
+            agree, because a process that was suspended and resumed looks stalled once.
         """
         age = status.last_progress_age_seconds
         if status.state is not State.ACTIVE or age is None or age < self.limit_seconds:
