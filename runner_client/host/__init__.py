@@ -1,1 +1,1 @@
-"""The machine as a client sees it: environment of a child, BLAS libraries, doctor."""
+"""The client's machine: environment of a child, BLAS libraries, doctor."""

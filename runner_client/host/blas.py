@@ -1,8 +1,8 @@
-"""A fast BLAS for MLX on a Linux CPU, found among what is installed.
+"""Discovery of a fast BLAS for MLX on a Linux CPU.
 
-The CPU wheel of MLX carries the reference BLAS. A fast library put in front of
-it by ``LD_PRELOAD`` takes its place. Measured with mlx 0.32.4 on two cores of an
-AMD EPYC with AVX-512, other work running beside, float32 512 x 4096 times 4096 x 1024:
+The CPU wheel of MLX bundles the reference BLAS. A fast library preloaded with ``LD_PRELOAD``
+replaces it. Measured with mlx 0.32.4 on two cores of an AMD EPYC with AVX-512 under some
+other load, float32, 512 x 4096 times 4096 x 1024:
 
 ======================================  =========
 setting                                 GFLOP/s
@@ -13,11 +13,11 @@ OpenBLAS 0.3.21, ``SKYLAKEX``             190-200
 MKL 2026.2                                 70-105
 ======================================  =========
 
-Another machine of the same name gave 357 with and without ``SKYLAKEX``, 226 with
-``HASWELL``, 190 with MKL and 2.7 without any of them: only measuring tells.
-MKL chooses its slowest kernels on AMD; on Intel it comes close to OpenBLAS. So
-OpenBLAS goes first, and MKL, which needs no administrator, when there is no other:
-unless ``mlx-runner doctor`` has measured which is fastest here (``_blas_choice``).
+Another machine of the same name reached 357 with and without ``SKYLAKEX``, 226 with
+``HASWELL``, 190 with MKL and 2.7 with MLX's own, so only a measurement can tell. MKL chooses
+its slowest kernels on AMD; on Intel it comes close to OpenBLAS. OpenBLAS is therefore
+preferred, and MKL, which needs no administrator to install, is the fallback, unless
+``mlx-runner doctor`` has measured the fastest library on this machine (``blas_choice``).
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ PRELOAD = "LD_PRELOAD"
 CORETYPE = "OPENBLAS_CORETYPE"
 
 _QUIET_THREADS = {"OPENBLAS_THREAD_TIMEOUT": "4"}
-"""Its threads wait for work by spinning, 2^26 cycles long unless told otherwise, and take
-the processor from MLX's own two: on two cores a decode step of 16 rows took 5.7 ms with
-that and 4.4 ms without (2 M model), one row of a 100 M model 39 and 30 ms."""
+"""OpenBLAS threads wait for work by spinning, for 2^26 cycles by default, and take the processor
+from MLX's own two threads. On two cores a decode step of 16 rows took 5.7 ms with the default
+and 4.4 ms with this setting (2 M model), one row of a 100 M model 39 and 30 ms."""
 
 _BLAS_WORDS = ("blas", "mkl", "blis", "nvpl")
 
-# Fedora's plain libopenblas.so.0 has one thread; its threaded builds end in p and o.
+# Fedora's plain libopenblas.so.0 is single-threaded; its threaded builds end in p and o.
 _OPENBLAS = ("libopenblasp.so.0", "libopenblaso.so.0", "libopenblas.so.0")
 _SYSTEM_FOLDERS = (
     "usr/local/lib",
@@ -59,12 +59,12 @@ _AVX512 = frozenset(("avx512f", "avx512dq", "avx512bw", "avx512vl"))
 
 @dataclass(frozen=True, slots=True)
 class Blas:
-    """A BLAS library to be put in front of MLX's own.
+    """A BLAS library to preload before MLX's own.
 
     Attributes:
         name: ``"OpenBLAS"``, ``"MKL"``, or the file's name.
         path: The shared library.
-        env: Variables it should have, unless the user has set them.
+        env: Environment variables for the library, unless the user has set them.
     """
 
     name: str
@@ -73,19 +73,19 @@ class Blas:
 
 
 def find_blas(*, root: Path = Path("/"), prefix: Path = Path(sys.prefix)) -> Blas | None:
-    """The BLAS to put in front on a Linux CPU; None if none is installed.
+    """Return the BLAS preferred by default on a Linux CPU; None if none is installed.
 
     Args:
-        root: The directory that holds ``usr`` and ``proc``.
-        prefix: The Python environment, where pip and conda put MKL and OpenBLAS.
+        root: The directory that contains ``usr`` and ``proc``.
+        prefix: The Python environment, where pip and conda install MKL and OpenBLAS.
     """
     return next(iter(installed_blas(root=root, prefix=prefix)), None)
 
 
 def installed_blas(*, root: Path = Path("/"), prefix: Path = Path(sys.prefix)) -> tuple[Blas, ...]:
-    """Every BLAS that could be put in front, the one that goes first by default first.
+    """Return every BLAS suitable for preloading, in the default order of preference.
 
-    A library that several paths lead to comes once. Arguments are ``find_blas``'s.
+    A library reachable by several paths is listed once. The arguments are those of ``find_blas``.
     """
     folders = (prefix / "lib", *(root / folder for folder in _SYSTEM_FOLDERS))
     paths: dict[Path, Path] = {}
@@ -96,7 +96,7 @@ def installed_blas(*, root: Path = Path("/"), prefix: Path = Path(sys.prefix)) -
 
 
 def variants(libraries: Iterable[Blas]) -> tuple[Blas, ...]:
-    """Each of the libraries, and once more without its variables if it has any."""
+    """Return each library, with and without variables."""
     return tuple(
         variant
         for blas in libraries
@@ -105,10 +105,10 @@ def variants(libraries: Iterable[Blas]) -> tuple[Blas, ...]:
 
 
 def blas_at(path: Path, *, root: Path = Path("/")) -> Blas:
-    """The BLAS in that file.
+    """Return the BLAS at a path.
 
     Raises:
-        InvalidRequestError: There is no such file, or its path cannot be preloaded.
+        InvalidRequestError: The file does not exist, or its path cannot be preloaded.
     """
     path = path.expanduser().absolute()
     if not _can_be_preloaded(path):
@@ -129,15 +129,15 @@ def blas_at(path: Path, *, root: Path = Path("/")) -> Blas:
 
 
 def has_blas_in_front(environment: Mapping[str, str]) -> bool:
-    """Whether a BLAS is preloaded already."""
+    """Return whether a BLAS is already preloaded."""
     preloaded = environment.get(PRELOAD, "").lower()
     return any(word in preloaded for word in _BLAS_WORDS)
 
 
 def in_front(environment: Mapping[str, str], blas: Blas) -> dict[str, str]:
-    """The environment with the BLAS preloaded, after what is preloaded already.
+    """Return the environment with the BLAS preloaded after other preloaded libraries.
 
-    Unchanged where a BLAS is preloaded already: the user's choice stands.
+    A BLAS that is already preloaded is the user's choice and leaves the environment unchanged.
     """
     preloaded = environment.get(PRELOAD, "")
     if has_blas_in_front(environment):
@@ -148,9 +148,9 @@ def in_front(environment: Mapping[str, str], blas: Blas) -> dict[str, str]:
 
 
 def _limited_threads() -> dict[str, str]:
-    """Return the variable that keeps MKL and others within a CPU quota.
+    """Return the variable to keep MKL and others within a CPU quota.
 
-    OpenBLAS is told by the runner, which knows how many threads a model has use for.
+    OpenBLAS is limited by the runner, which knows how many threads a model can use.
     """
     cores = usable_cores()
     return {"OMP_NUM_THREADS": str(cores.count)} if cores.count < cores.schedulable else {}
@@ -166,17 +166,16 @@ def _openblas(folders: tuple[Path, ...]) -> Iterator[Path]:
 
 
 def _mkl(folder: Path) -> Iterator[Path]:
-    # Without Intel's OpenMP beside it MKL ends the process at the first call.
+    # Without Intel's OpenMP beside it, MKL ends the process at the first call.
     if (folder / "libiomp5.so").is_file():
         yield from sorted(folder.glob("libmkl_rt.so*"), reverse=True)
 
 
 def _openblas_core(root: Path) -> str | None:
-    """The kernels OpenBLAS should use, by what the CPU can do.
+    """Return the kernels for OpenBLAS to use, by the CPU's features.
 
-    A build older than the CPU falls back to slower ones (0.3.21 of Debian 12 to
-    half the speed on the CPU above). A build that knows the CPU chooses float32
-    kernels of the same family by itself.
+    A build older than the CPU falls back to slower kernels (0.3.21 of Debian 12 to half the speed
+    on the CPU above). A build that knows the CPU chooses float32 kernels of the same family.
     """
     flags = _cpu_flags(root)
     if flags >= _AVX512:
@@ -189,10 +188,10 @@ def _cpu_flags(root: Path) -> frozenset[str]:
 
 
 def cpu_facts(root: Path = Path("/")) -> dict[str, str]:
-    """What the system says of its first processor, by name; empty if it does not say."""
+    """Return the fields of the first processor in /proc/cpuinfo; empty if unavailable."""
     try:
         with (root / "proc/cpuinfo").open(encoding="utf-8", errors="replace") as lines:
-            # One block for each processor, and an empty line after it.
+            # One block for each processor, followed by an empty line.
             block = tuple(itertools.takewhile(str.strip, lines))
     except OSError:
         return {}

@@ -1,8 +1,8 @@
-"""The BLAS that ``mlx-runner doctor`` found fastest on this machine, and its memory of that.
+"""The fastest BLAS measured by ``mlx-runner doctor`` on this machine, stored between runs.
 
-A start reads one small file and believes it only as far as it may: what it names
-must be one of the libraries found now, unchanged, on the same CPU. Else it counts
-for nothing, and the order of ``find_blas`` holds.
+A start reads one small file and does not trust it further than necessary: the stored choice
+must be one of the libraries found now, unchanged and on the same CPU. Otherwise it is ignored
+and the order of ``find_blas`` applies.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ if TYPE_CHECKING:
 _FORMAT = 1
 _MOST_BYTES = 64 * 1024
 
-# x86 names the model, on virtual machines sometimes with the maker's name only, and
-# numbers it; arm64 has numbers of its own.
+# x86 has a model name, on some virtual machines just the vendor, and numbers; arm64 has
+# numbers of its own.
 _CPU_FACTS = ("model name", "cpu family", "model", "CPU implementer", "CPU part")
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What was measured to be the fastest.
+    """The library measured to be the fastest.
 
     Attributes:
-        blas: The library to put in front; None for MLX's own.
+        blas: The library to preload; None for MLX's own.
     """
 
     blas: Blas | None
 
 
 def choose_blas(environment: Mapping[str, str]) -> Blas | None:
-    """The BLAS to put in front on this Linux CPU: the fastest by measurement, else by rule.
+    """Return the BLAS to preload on this Linux CPU: the fastest measured, or the preferred one.
 
     Args:
-        environment: Of the runner; says where the cache folder of its user is.
+        environment: The runner's environment, which names the user's cache folder.
     """
     libraries = installed_blas()
     choice = recall(environment, libraries)
@@ -60,23 +60,23 @@ def remember(
     *,
     root: Path = Path("/"),
 ) -> Path:
-    """Writes the choice down for the starts to come; returns where.
+    """Store the choice for later starts, and return the path of the file.
 
     Args:
-        environment: Says where the cache folder is.
+        environment: The environment that names the cache folder.
         choice: One of ``libraries``, or MLX's own.
-        libraries: All that it was chosen from.
-        root: The directory that holds ``proc``.
+        libraries: The libraries to choose from.
+        root: The directory that contains ``proc``.
 
     Raises:
-        OSError: The file cannot be written, or there is no cache folder.
+        OSError: The file cannot be written, or no cache folder is known.
     """
     place = cache_file(environment)
     if place is None:
         raise FileNotFoundError("neither XDG_CACHE_HOME nor HOME names a folder")
     place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     record = {**_key(libraries, root), "choice": _plain(choice.blas)}
-    # Another process may read it, or write it too: it is there as a whole or not at all.
+    # Another process may read or write the file, so it is replaced atomically.
     with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False) as file:
         written = Path(file.name)
         try:
@@ -92,28 +92,28 @@ def remember(
 def recall(
     environment: Mapping[str, str], libraries: Sequence[Blas], *, root: Path = Path("/")
 ) -> Choice | None:
-    """The choice written down; None if there is none that holds here and now.
+    """Return the stored choice; None if absent or not valid here and now.
 
-    Arguments are ``remember``'s; ``libraries`` are those found now.
+    The arguments are those of ``remember``; ``libraries`` are the ones found now.
     """
     place = cache_file(environment)
     record = _read(place) if place else {}
     choice = record.pop("choice", None)
     if not record or record != _key(libraries, root):
         return None
-    # Of what the file says nothing is used: it only points at one of these.
+    # The file's content is never used directly: it only selects one of these.
     known = (None, *variants(libraries))
     return next((Choice(blas) for blas in known if _plain(blas) == choice), None)
 
 
 def cache_file(environment: Mapping[str, str]) -> Path | None:
-    """Return where the choice is kept; None if the environment names no folder for it."""
+    """Return the path of the stored choice; None if the environment names no cache folder."""
     folder = cache_folder(environment)
     return folder / "mlx-runner" / "blas.json" if folder else None
 
 
 def _read(place: Path) -> dict[str, Any]:
-    """The object in a file; empty if it is no small regular file with one in it."""
+    """Return the object in a JSON file; empty unless this is a small regular file with one."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         if place.is_file() and place.stat().st_size <= _MOST_BYTES:
             record = json.loads(place.read_text(encoding="utf-8"))
@@ -122,7 +122,7 @@ def _read(place: Path) -> dict[str, Any]:
 
 
 def _key(libraries: Sequence[Blas], root: Path) -> dict[str, Any]:
-    """Return what must not have changed: the CPU, the cores, and all libraries found."""
+    """Return the facts under which a choice is valid: the CPU, the cores and the libraries."""
     facts = cpu_facts(root)
     return {
         "format": _FORMAT,
@@ -133,7 +133,7 @@ def _key(libraries: Sequence[Blas], root: Path) -> dict[str, Any]:
 
 
 def _identity(path: Path) -> list[Any]:
-    """Changes with the file; of one that has just gone, no other is the same."""
+    """Return the identity of a file, which differs for any other version of the file."""
     try:
         status = path.stat()
     except OSError:

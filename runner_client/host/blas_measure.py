@@ -1,4 +1,4 @@
-"""Measures every BLAS that a runner could get on this Linux CPU, each in a process of its own."""
+"""Measurement of every BLAS available to a runner on this Linux CPU, each in a new process."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ if TYPE_CHECKING:
     from runner_client.host.probe import ProbeResult
 
 _AS_FAST = 0.9
-"""Of the fastest: the best of two measurements may still differ by that much."""
+"""Fraction of the fastest speed that counts as equal: the best of two measurements may still vary
+by this much."""
 
 _CLOSE = 0.5
-"""Of the fastest: what other work on the machine can cost a measurement."""
+"""Fraction of the fastest speed worth a second measurement: other load on the machine can cost
+this much."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What MLX does with one BLAS in front.
+    """Speed of MLX with one BLAS preloaded.
 
     Attributes:
-        name: What to call it.
+        name: The name to display.
         blas: The library; None for MLX's own.
-        environment: What was measured in.
-        result: What the probe found in that environment.
+        environment: The environment of the measurement.
+        result: The result of the probe in that environment.
     """
 
     name: str
@@ -38,7 +40,7 @@ class Measurement:
 
     @property
     def gflops(self) -> float:
-        """Float32 matrix multiplication, in 10^9 operations a second; 0 if not measured."""
+        """Speed of a float32 matrix product, in 10^9 operations a second; 0 if not measured."""
         return float(self.result.facts.get("gemm_gflops") or 0.0)
 
 
@@ -47,20 +49,20 @@ def measure(
     environment: Mapping[str, str],
     probe: Callable[[Mapping[str, str]], ProbeResult],
 ) -> tuple[Measurement, ...]:
-    """Measures MLX with each library in front, with and without its variables, and alone.
+    """Measure MLX with each library preloaded, with and without variables, and alone.
 
-    What the user has preloaded or set stands; settings that come to the same then are
-    one. Those that come close to the fastest are measured twice, the better figure
-    counts: other work on the machine must not decide. Takes one to five seconds for each.
+    Libraries and variables set by the user stay in place; settings that become identical are
+    measured once. Settings close to the fastest are measured twice, and the better result counts,
+    so that other load on the machine does not decide. Takes one to five seconds each.
 
     Args:
-        libraries: Those found.
-        environment: Of a runner without any of them.
-        probe: Asks MLX in a child process with an environment.
+        libraries: The libraries found.
+        environment: The environment of a runner without any of them.
+        probe: Queries MLX in a child process with a given environment.
 
     Returns:
-        The one to choose, then the others by speed. Chosen is the fastest, or the first
-        of ``libraries`` that is as fast but for what two measurements differ by.
+        The chosen measurement, then the others by speed. The choice is the first of ``libraries``
+        that is as fast as the fastest, within the variation between two measurements.
     """
     measured = [
         Measurement(_name(blas, setting), blas, setting, probe(setting))
@@ -77,7 +79,7 @@ def measure(
 def _settings(
     libraries: Sequence[Blas], environment: Mapping[str, str]
 ) -> Iterable[tuple[Blas | None, dict[str, str]]]:
-    """Each library, and None, with the environment that it makes; no environment twice."""
+    """Return each library, and None, with the resulting environment; no environment twice."""
     settings: dict[frozenset[tuple[str, str]], tuple[Blas | None, dict[str, str]]] = {}
     for blas in (*variants(libraries), None):
         setting = in_front(environment, blas) if blas else dict(environment)
@@ -106,7 +108,7 @@ def _name(blas: Blas | None, setting: Mapping[str, str]) -> str:
 
 
 def table(measured: Sequence[Measurement]) -> list[str]:
-    """A line for each measurement: name, figure, and file or failure."""
+    """Return a line for each measurement: name, speed, and path or failure."""
     width = max(len(one.name) for one in measured)
     return [f"{one.name:<{width}}  {_figure(one)}  {_remark(one)}".rstrip() for one in measured]
 

@@ -1,4 +1,4 @@
-"""How the server is started: its command line, where it listens, what Python finds."""
+"""Start of the server: command line, listen address and required packages."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 Listen = Literal["tcp", "unix"]
 
 _PLATFORMS = {("Darwin", "arm64"), ("Linux", "x86_64"), ("Linux", "aarch64")}
-"""Where PyPI has MLX with a backend. Its Windows wheels need one that no extra of
-MLX brings."""
+"""Platforms for which PyPI has MLX with a backend. The Windows wheels need a backend that no
+extra of MLX installs."""
 
 _SERVER_PACKAGES = (
     *("runner_server", "mlx", "mlx_lm"),
@@ -33,15 +33,15 @@ _SERVER_PACKAGES = (
 )
 
 _SOCKET_PATH_BYTES = 103
-"""The longest path of a unix socket: 103 on macOS, 107 on Linux."""
+"""The maximum length of a unix socket's path: 103 on macOS, 107 on Linux."""
 
 
 def check_platform() -> None:
-    """Refuses a machine that MLX does not run on.
+    """Refuse a machine not supported by MLX.
 
     Raises:
-        UnsupportedPlatformError: It is neither macOS on Apple silicon nor Linux on
-            x86-64 or arm64.
+        UnsupportedPlatformError: The machine is neither macOS on Apple silicon nor Linux on x86-64
+            or arm64.
     """
     here = (platform.system(), platform.machine())
     if here not in _PLATFORMS:
@@ -53,14 +53,14 @@ def check_platform() -> None:
 
 
 def server_program(listen: str) -> list[str]:
-    """The command line of a server, which outlives the process that starts it.
+    """Return the command line of a server independent of this process.
 
     Args:
         listen: ``HOST:PORT`` or ``unix:/path``.
 
     Raises:
         NotSupportedError: The server's packages are not installed.
-        RunnerUnavailableError: There is no Python to start: this one is embedded or frozen.
+        RunnerUnavailableError: No Python interpreter to run: this one is embedded or frozen.
     """
     try:
         python = interpreter()
@@ -76,31 +76,34 @@ def server_program(listen: str) -> list[str]:
             f"pip install 'mlx-grpc-runner[cpu]' on Linux (or [cuda12], [cuda13]), "
             f"'mlx-grpc-runner[server]' on macOS"
         )
-    # -P: a file named like a module in the current directory is not imported.
+    # -P: do not import a file of the current directory that is named like a module.
     return [python, "-P", "-m", "runner_server", "--listen", listen]
 
 
 def server_command(listen: str) -> list[str]:
-    """The command line of a server that ends with this process; raises like ``server_program``."""
+    """Return the command line of a server tied to the lifetime of this process.
+
+    Raises like ``server_program``.
+    """
     return [*server_program(listen), "--exit-with-parent"]
 
 
 @dataclass(frozen=True)
 class ListenPlace:
-    """Where a child is told to listen."""
+    """Listen address of a child."""
 
     argument: str
     """The value of ``--listen``."""
     folder: Path | None
-    """The socket's own folder, which nobody else may enter; None for TCP."""
+    """The socket's own folder, accessible to this user only; None for TCP."""
 
     @classmethod
     def make(cls, listen: Listen) -> ListenPlace:
-        """Chooses a place: a port that the child picks, or a socket in a new folder.
+        """Choose an address: a port picked by the child, or a socket in a new folder.
 
         Raises:
-            ValueError: ``listen`` is neither.
-            RunnerUnavailableError: There is nowhere to make a folder.
+            ValueError: ``listen`` is neither "tcp" nor "unix".
+            RunnerUnavailableError: The folder cannot be created.
         """
         if listen == "tcp":
             return cls("127.0.0.1:0", None)
@@ -116,13 +119,13 @@ class ListenPlace:
         return cls(f"unix:{folder / 's'}", folder)
 
     def remove(self) -> None:
-        """Removes the socket and its folder."""
+        """Remove the socket's folder."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _private_folder() -> Path:
-    # A socket file gets the umask's mode, but a folder of mkdtemp is 0700.
+    # A socket's mode depends on the umask, but a folder of mkdtemp has mode 0700.
     folder = Path(tempfile.mkdtemp(prefix="mlxr-"))
     if len(os.fsencode(folder / "s")) > _SOCKET_PATH_BYTES:
         folder.rmdir()

@@ -1,8 +1,8 @@
-"""What this machine has for a runner, what it measures, and what to do about it.
+"""Diagnosis of this machine for a runner: findings, measurements and advice.
 
-The findings as data; ``mlx-runner doctor`` prints them. MLX is asked in a child
-process with the environment a runner would get, so that a machine on which it
-crashes gives a finding too.
+This module returns findings as data; ``mlx-runner doctor`` prints them. MLX is queried in a
+child process with the environment of a runner, so that a machine on which MLX crashes yields
+a finding too.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ _INSTALL_COMPILER = "install a C++ compiler that MLX can call as g++: apt-get in
 
 
 def missing() -> tuple[str, ...]:
-    """What would make a Linux CPU faster and is not there, with the command that mends it.
+    """Return advice on software missing for full speed on a Linux CPU, with install commands.
 
-    Looks only; ``examine`` measures.
+    Does not measure anything; ``examine`` does.
     """
     if sys.platform != "linux" or installed_backend() != "cpu":
         return ()
@@ -78,14 +78,14 @@ def missing() -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing looked at.
+    """One result of the diagnosis.
 
     Attributes:
-        name: What was looked at.
-        status: ``"ok"``, ``"warning"`` (works, but slower or less than it could)
-            or ``"error"`` (no runner starts here).
-        value: What was found.
-        advice: What to do about it; empty where nothing is to be done.
+        name: The subject.
+        status: ``"ok"``, ``"warning"`` (works, but slower or with less than possible) or
+            ``"error"`` (runners cannot start here).
+        value: The result.
+        advice: A way to fix the problem; empty if there is nothing to do.
     """
 
     name: str
@@ -100,16 +100,15 @@ def examine(
     probe: Callable[[Mapping[str, str]], ProbeResult] = run_probe,
     version: Callable[[str], str | None] | None = None,
 ) -> tuple[Finding, ...]:
-    """Looks at everything a runner depends on; never raises.
+    """Check everything a runner depends on; never raises.
 
-    Takes some seconds for MLX, and on a Linux CPU for every BLAS that is found. Which
-    of them is fastest is remembered, for every start from then on. Figures are of this
-    moment: on a busy machine they are lower.
+    Takes some seconds for MLX and, on a Linux CPU, for every BLAS found. The fastest BLAS is
+    stored and used by all later starts. Speeds are lower on a busy machine.
 
     Args:
-        environ: The environment a runner would be started from.
-        probe: Asks MLX in a child process with that environment.
-        version: The version of an installed distribution, or None.
+        environ: The environment from which a runner would be started.
+        probe: Queries MLX in a child process with a given environment.
+        version: Returns the version of an installed distribution, or None.
     """
     version = version or _version
     backend = installed_backend()
@@ -208,7 +207,7 @@ def _mlx(
     backend: Backend,
     probe: Callable[[Mapping[str, str]], ProbeResult],
 ) -> list[Finding]:
-    """What MLX says of itself, in the environment a runner would get."""
+    """Return the findings about MLX in the environment of a runner."""
     environment = child_environment(environ, backend=backend, blas="off")
     libraries = installed_blas() if backend == "cpu" else ()
     measured = measure(libraries, environment, probe)
@@ -249,7 +248,7 @@ def _kernels(facts: Mapping[str, Any]) -> Finding:
     reason = str(facts.get("errors", {}).get("kernels_compile", "failed for no known reason"))
     if facts.get("backend") != "cpu":
         return Finding("kernel compilation", "error", reason, _CUDA_HEADERS)
-    # A runner works without g++, and with a broken one, only slower.
+    # A runner works without g++ or with a broken one, only slower.
     advice = f"{compiler} does not work; {_INSTALL_COMPILER}" if compiler else _INSTALL_COMPILER
     return Finding("kernel compilation", "warning", reason, advice)
 
@@ -261,14 +260,14 @@ _CUDA_HEADERS = (
 
 
 def _blas(measured: Sequence[Measurement]) -> Finding:
-    """The BLAS a runner gets, which is the fastest found, measured against MLX's own."""
+    """Return the finding about the fastest BLAS, compared with MLX's own."""
     best = measured[0]
     own = next(one for one in measured if one.blas is None)
     rows = table(measured) if len(measured) > 1 else []
     if not best.gflops:
         value = "\n".join(("speed not measured", *rows))
         return Finding("BLAS", "warning", value, _INSTALL_BLAS)
-    # The library that MLX really calls: one that is in front may have no effect.
+    # The library that MLX calls: a preloaded one may have no effect.
     name = best.result.facts.get("blas") or best.name
     text = f"{name}: {best.gflops:.1f} GFLOP/s in float32"
     if best.blas and own.gflops:
@@ -280,7 +279,7 @@ def _blas(measured: Sequence[Measurement]) -> Finding:
 
 
 def _preloaded(one: Measurement) -> Finding:
-    """The BLAS that the user has put in front: it stands, and nothing else is tried."""
+    """Return the finding about a BLAS preloaded by the user; no other library is tried."""
     name = one.result.facts.get("blas") or "unknown"
     value = f"{name}, by LD_PRELOAD: {one.gflops:.1f} GFLOP/s in float32"
     if one.gflops >= _FAST_GFLOPS:
@@ -292,7 +291,7 @@ def _preloaded(one: Measurement) -> Finding:
 def _remembered(
     environ: Mapping[str, str], best: Measurement, libraries: Sequence[Blas]
 ) -> Finding:
-    """Writes the fastest down, so that every start from now on uses it."""
+    """Store the fastest BLAS for later starts."""
     try:
         place = remember(environ, Choice(best.blas), libraries)
     except OSError as error:

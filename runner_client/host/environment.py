@@ -1,7 +1,6 @@
-"""The environment of a runner process: what MLX needs to find, and a fast BLAS.
+"""Environment of a runner process: library paths for MLX, and a fast BLAS.
 
-The parent prepares it, because a process cannot change what it preloads after
-its start.
+The parent prepares the environment, because a process cannot preload libraries once it runs.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _SYSTEM_CUDA = Path("/usr/local/cuda")
 
 
 def package_folders(package: str) -> tuple[Path, ...]:
-    """Where a top-level package lies, without importing it; empty if it is not installed."""
+    """Return the folders of a top-level package without an import; empty if not installed."""
     spec = importlib.util.find_spec(package)
     return tuple(Path(place) for place in (spec and spec.submodule_search_locations) or ())
 
@@ -41,28 +40,28 @@ def child_environment(
     folders: Callable[[str], tuple[Path, ...]] = package_folders,
     find: Callable[[Mapping[str, str]], Blas | None] = choose_blas,
 ) -> dict[str, str]:
-    """The environment to start a runner with.
+    """Return the environment to start a runner with.
 
-    * Linux: ``LD_LIBRARY_PATH`` begins with the library folders of MLX and, for
-      CUDA, of NVIDIA's packages; on Windows ``PATH`` does.
-    * CUDA: ``CUDA_HOME`` and ``CUDA_PATH`` name the headers MLX compiles kernels
-      with, unless one of them is set.
-    * Linux CPU: ``LD_PRELOAD`` ends with a fast BLAS, where one is installed and
-      none is preloaded yet: the one that ``mlx-runner doctor`` has found fastest here,
-      or if it has not measured yet OpenBLAS before MKL.
+    * Linux: ``LD_LIBRARY_PATH`` begins with the library folders of MLX and, for CUDA, of
+      NVIDIA's packages; on Windows ``PATH`` does.
+    * CUDA: ``CUDA_HOME`` and ``CUDA_PATH`` name the headers for MLX's kernel compiler, unless
+      one of them is set.
+    * Linux CPU: ``LD_PRELOAD`` ends with a fast BLAS if one is installed and none is preloaded:
+      the fastest found by ``mlx-runner doctor`` on this machine, or without a measurement
+      OpenBLAS before MKL.
 
-    Everything else of ``base`` is kept. Not measured on CUDA or Windows.
+    Everything else in ``base`` is kept. Not measured on CUDA or Windows.
 
     Args:
         base: The environment to start from, usually ``os.environ``.
-        backend: What MLX runs on.
+        backend: The backend of MLX.
         blas: ``"auto"``, ``"off"``, or the path of a shared library.
         system: ``sys.platform`` of the machine.
-        folders: Where a package lies.
-        find: Finds the BLAS for ``"auto"``, for a runner of that environment.
+        folders: Returns the folders of a package.
+        find: Returns the BLAS for ``"auto"``, given the runner's environment.
 
     Raises:
-        InvalidRequestError: ``blas`` is the path of no file.
+        InvalidRequestError: ``blas`` is a path without a file.
     """
     environment = dict(base)
     if variable := _LIBRARY_PATHS.get(system):
@@ -78,7 +77,7 @@ def child_environment(
 def _library_folders(backend: Backend, folders: Callable[[str], tuple[Path, ...]]) -> list[Path]:
     found = [folder / "lib" for folder in folders("mlx")]
     if backend == "cuda":
-        # nvidia/<part>/lib up to CUDA 12, nvidia/cu13/lib since; bin on Windows.
+        # nvidia/<part>/lib up to CUDA 12, nvidia/cu13/lib since CUDA 13; bin on Windows.
         for folder in folders("nvidia"):
             found += sorted((*folder.glob("*/lib"), *folder.glob("*/bin")))
     return [folder for folder in found if folder.is_dir()]
@@ -94,11 +93,11 @@ def _prepend(environment: dict[str, str], variable: str, found: list[Path]) -> N
 def _point_at_cuda_headers(
     environment: dict[str, str], folders: Callable[[str], tuple[Path, ...]]
 ) -> None:
-    """Sets what MLX's JIT compiler reads: CUDA_HOME, then CUDA_PATH, then /usr/local/cuda.
+    """Set CUDA_HOME and CUDA_PATH for MLX's JIT compiler, which tries /usr/local/cuda last.
 
-    It searches ``include`` below them (mlx/backend/cuda/jit_module.cpp). It finds
-    NVIDIA's packages by itself only where they lie beside its own, and only in
-    the layout it was built for (ml-explore/mlx#3995).
+    The compiler searches ``include`` below each (mlx/backend/cuda/jit_module.cpp). It finds
+    NVIDIA's packages only if they are installed next to MLX, and only in the layout it was built
+    for (ml-explore/mlx#3995).
     """
     if environment.get("CUDA_HOME") or environment.get("CUDA_PATH"):
         return

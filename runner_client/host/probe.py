@@ -1,4 +1,4 @@
-"""Run ``runner_server.mlx_backend.probe`` as a child, in the environment of a runner."""
+"""Run ``runner_server.mlx_backend.probe`` in a child with the environment of a runner."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _PROBE = ("-P", "-m", "runner_server.mlx_backend.probe", "--gemm")
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """What a probe child printed, or why it printed nothing.
+    """Output of a probe, or the reason for a failure.
 
     Attributes:
-        facts: The JSON object of ``runner_server.mlx_backend.probe``; empty if it failed.
-        failure: Why, with the last lines of its stderr; empty if it did not fail.
+        facts: The JSON object of ``runner_server.mlx_backend.probe``; empty on failure.
+        failure: The reason, with the last lines of stderr; empty on success.
     """
 
     facts: Mapping[str, Any] = field(default_factory=dict)
