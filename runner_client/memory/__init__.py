@@ -1,1 +1,1 @@
-"""Memory of a runner: the estimate, and the gate that admits it."""
+"""Memory of a runner: estimates, and the gate for new runners."""

@@ -1,4 +1,4 @@
-"""What a runner needs in memory for a model, part by part, without loading it."""
+"""Estimate of a runner's memory for a model, without a load."""
 
 from __future__ import annotations
 
@@ -27,36 +27,37 @@ if TYPE_CHECKING:
 DType = Literal["auto", "auto_or_stored", "float32", "bfloat16", "float16", "as_stored"]
 
 DEFAULT_PARALLEL = 4
-"""How many completions a runner decodes together when it is not told."""
+"""How many completions a runner decodes together by default."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """What a runner needs with a model, every part visible.
+    """Memory needed by a runner with a model, broken down into parts.
 
-    ``total_bytes`` is an upper bound for the whole process: its peak with every sequence at its
-    full length was 0.7 to 1.0 of it where it was measured (docs/memory.md).
+    ``total_bytes`` is an upper bound for the whole process. Measured peaks with every sequence at
+    full length were 0.7 to 1.0 of it (docs/memory.md).
 
     Attributes:
-        model: The model as asked for.
-        path: Its directory.
+        model: The model as requested.
+        path: The model's directory.
         backend: ``"cpu"``, ``"metal"`` or ``"cuda"``.
-        dtype: What the weights are converted to, or ``"as_stored"``.
-        context_length: Tokens of one sequence that were assumed.
-        model_context_length: What the model was made for, in tokens.
-        parallel: Sequences held at once.
-        file_bytes: The tensors as stored. No part of the need: a comparison.
+        dtype: The format that the weights are converted to, or ``"as_stored"``.
+        context_length: The assumed length of a sequence, in tokens.
+        model_context_length: The model's own limit, in tokens.
+        parallel: The assumed number of sequences.
+        file_bytes: The tensors as stored; for comparison, not part of the need.
         weight_bytes: The weights as held after the load.
         kv_bytes: KV caches and recurrent states of ``parallel`` sequences of
             ``context_length`` tokens.
-        working_bytes: Arrays of a prefill chunk or a decode step, the copy of a layer's
-            cache while it grows, the buffers that MLX keeps for reuse.
+        working_bytes: Working memory: arrays of a prefill chunk or a decode step, the copy of a
+            layer's cache while it grows, and the buffers that MLX keeps for reuse.
         process_bytes: Interpreter, libraries, tokenizer and heap.
-        load_transient_bytes: What reading the files takes beyond all of the above.
-        prefix_cache_bytes: The most that evaluated prompts may take.
-        has_default_prefix_cache: Whether that is the default, which a runner makes smaller
-            where memory is short; ``required_bytes`` does not count it.
-        notes: What could not be told, and what ``Model.warnings`` will say, in words.
+        load_transient_bytes: Memory needed only while the files are read, on top of the other
+            parts.
+        prefix_cache_bytes: The upper limit of the prefix cache.
+        has_default_prefix_cache: Whether the prefix cache has its default size, which a runner
+            shrinks if memory is short; ``required_bytes`` then excludes it.
+        notes: Caveats of the estimate, and warnings that the loaded model would have.
     """
 
     model: str
@@ -96,7 +97,7 @@ class MemoryEstimate:
 
     @property
     def required_bytes(self) -> int:
-        """What the gate asks for: the total without a prefix cache of the default size."""
+        """Memory required by the gate: the total without a prefix cache of the default size."""
         return self.need.required_bytes
 
     @property
@@ -116,36 +117,37 @@ def estimate(
     allow_inexact: bool = False,
     env: Mapping[str, str] | None = None,
 ) -> MemoryEstimate:
-    """Estimate the memory of a runner that hosts the model.
+    """Estimate the memory of a runner with a model.
 
     A short-lived process of the server's package builds the model with unread weights and
-    counts what the server itself counts before a load; the answer is cached by the identity of
-    the model's files. Where that package is not installed, or for another backend than the
-    installed one, the headers of the files are all there is to go by, and ``notes`` says so.
+    computes the need as the server does before a load. The result is cached by the identity of
+    the model's files. If that package is not installed, or for a backend other than the installed
+    one, the estimate only uses the headers of the files, and ``notes`` says so.
 
-    ``dtype="auto"`` is float32 on the CPU, where it is the only fast type and packed
-    weights are expanded to it, and ``"as_stored"`` elsewhere. ``"auto_or_stored"`` is
-    estimated as ``"auto"``. Not measured on Metal or CUDA.
+    ``dtype="auto"`` is float32 on the CPU, the only fast format there, with quantized weights
+    dequantized, and ``"as_stored"`` on other backends. ``"auto_or_stored"`` is estimated as
+    ``"auto"``. Not measured on Metal or CUDA.
 
     Args:
         model: A directory, or a hub id in the local Hugging Face cache.
-        context_length: Tokens of one sequence; by default what a runner uses:
-            the model's own length, at most 4,096.
-        parallel: Sequences held at once; by default as many as a runner takes.
-        dtype: What the weights are converted to.
-        backend: Where the model runs; by default what the installed MLX uses.
-        prefix_cache_bytes: The most to keep evaluated prompts in; by default one sequence, or a
-            quarter of all of them.
-        allow_inexact: Estimate a model that cannot be computed exactly as its files say;
-            ``notes`` names the differences.
-        env: The environment that the runner will have; by default this process's.
+        context_length: The length of a sequence, in tokens. Default: the model's own limit, at
+            most 4,096, as in a runner.
+        parallel: The number of sequences held at once. Default: 4, as in a runner.
+        dtype: The format that the weights are converted to.
+        backend: The backend that the model runs on. Default: that of the installed MLX.
+        prefix_cache_bytes: The upper limit of the prefix cache. Default: the KV cache of one
+            sequence, or a quarter of that of all sequences if larger.
+        allow_inexact: Estimate a model that cannot be computed exactly as its files specify;
+            ``notes`` lists the differences.
+        env: The runner's environment. Default: that of this process.
 
     Raises:
-        ModelNotFoundError: There is no such model on this machine.
-        ModelUnsupportedError: Its files are incomplete or damaged, or mlx_lm cannot build it.
-        InvalidRequestError: ``context_length`` is less than 2 or more than the model can
-            handle, ``parallel`` is not 1 to 256, or ``prefix_cache_bytes`` is negative or
-            no 64-bit number.
+        ModelNotFoundError: The model does not exist on this machine.
+        ModelUnsupportedError: The model's files are incomplete or damaged, or mlx_lm cannot
+            build it.
+        InvalidRequestError: ``context_length`` is less than 2 or more than the model supports,
+            ``parallel`` is not in 1 to 256, or ``prefix_cache_bytes`` is not a 64-bit number of
+            0 or more.
     """
     _require("context_length", context_length, 2, 2**31 - 1)
     _require("parallel", parallel, 1, 256)
@@ -181,7 +183,7 @@ def estimate(
 def _answer(
     request: NeedRequest, is_installed: bool, environ: Mapping[str, str]
 ) -> tuple[NeedAnswer, tuple[str, ...]]:
-    """Return what the server counts, or else what the headers tell."""
+    """Return the server's plan, or a fallback computed from the headers."""
     if not is_installed:
         why = "this machine's MLX does not run on that backend"
     elif not can_ask():
@@ -200,7 +202,7 @@ def _answer(
 
 
 def _refused(refusal: NeedRefusedError) -> RunnerError:
-    """Return the error that a load of the model would raise."""
+    """Return the error for a refused estimate, as raised by a load of the model."""
     text, reason, numbers = str(refusal), refusal.reason, refusal.metadata
     if reason == "INVALID_FIELD":
         return InvalidRequestError(text, field_violations=refusal.violations, reason=reason)

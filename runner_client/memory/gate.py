@@ -1,4 +1,4 @@
-"""The memory gate: does a model fit, decided before a process is started for it."""
+"""Memory gate: the decision whether a model fits, made before a process starts."""
 
 from __future__ import annotations
 
@@ -50,22 +50,22 @@ __all__ = [
 ]
 
 SETTLE_SECONDS = 1.0
-"""Wait before the second measurement: a runner just stopped frees its memory late."""
+"""Wait before the second measurement: a stopped runner frees its memory with a delay."""
 
 
 @dataclass(frozen=True, slots=True)
 class GateDecision(Decision):
-    """One decision, with the numbers it rests on.
+    """A decision of the gate and the underlying numbers.
 
     Attributes:
-        fits: Whether the need is at most what is available.
+        fits: Whether the need is at most the available memory.
         required_bytes: The need.
         available_bytes: Free memory less overhead and reservations, never negative.
-        overhead_bytes: Kept free: the device's minimum and the configured overhead.
-        reserved_bytes: What other runners of this machine may still take.
-        free: The measurement.
-        reserved_count: How many runners that is, loads under way included.
-        overridden: It does not fit and the caller goes on all the same.
+        overhead_bytes: Memory kept free: the device's minimum plus the configured overhead.
+        reserved_bytes: Memory that other runners on this machine may still use.
+        free: The measurement of free memory.
+        reserved_count: The number of those runners, including loads in progress.
+        overridden: Whether the model does not fit and the caller overrode the gate.
     """
 
     reserved_count: int = 0
@@ -73,11 +73,11 @@ class GateDecision(Decision):
 
 
 class Admission(GateDecision):
-    """The decision on a model that was let through, with the memory set aside for it.
+    """A positive or overridden decision, with the memory reserved for the model.
 
     Attributes:
-        headroom: What is kept free, for the environment of the runner.
-        reservation: What is set aside.
+        headroom: Memory kept free, to be passed on in the runner's environment.
+        reservation: The reserved memory.
     """
 
     __slots__ = ("headroom", "reservation")
@@ -86,14 +86,14 @@ class Admission(GateDecision):
 
     @classmethod
     def of(cls, decision: GateDecision, headroom: Headroom, reservation: Reservation) -> Admission:
-        """Join a decision with the memory that was set aside by it."""
+        """Combine a decision with a reservation."""
         admission = cls(*_values(decision))
         object.__setattr__(admission, "headroom", headroom)
         object.__setattr__(admission, "reservation", reservation)
         return admission
 
     def assign(self, pid: int) -> None:
-        """Hand the memory to the runner that was started: it stays set aside until that ends.
+        """Hand the reservation over to a started runner; released when the runner exits.
 
         Args:
             pid: The runner's process id.
@@ -102,31 +102,30 @@ class Admission(GateDecision):
 
 
 class MemoryGate:
-    """Compares what a model needs with what is free and what other runners may still take.
+    """Admission control for models: compares the need with the available memory.
 
-    A model is let through if its need is at most the free memory of the first device, less
-    an overhead, less what other runners of this machine may still come to take. Free memory
-    is measured absolutely at each check, and once more after a short wait before a refusal.
+    A model is admitted if its need is at most the free memory of the first device, less an
+    overhead, less the memory that other runners on this machine may still use. Free memory is
+    measured anew at each check, and again after a short wait before a refusal.
 
-    ``RunnerProcess`` asks a gate by itself and keeps the model's need set aside as long as
-    its runner lives. ``reserve`` is for those who start runners by other means.
+    ``RunnerProcess`` consults a gate on its own and keeps the model's need reserved for the
+    lifetime of the runner. Use ``reserve`` if you start runners by other means.
 
-    Safe to share between threads. The gates of all processes of a user know of each other's
-    reservations, and those of the superuser of all users'; a container with a ``/tmp`` or
-    processes of its own has reservations of its own.
+    Thread-safe. All processes of a user share their reservations, and the superuser sees those of
+    all users. A container with its own ``/tmp`` or its own processes has separate reservations.
 
     Args:
-        minimum_bytes: Kept free for what no model's size tells. By default what the
-            environment variable ``MLX_RUNNER_MEMORY_MINIMUM`` says, in bytes, or 512 MiB on
-            Metal and 457 MiB elsewhere.
-        overhead_bytes: Kept free on top. By default what the environment variable
-            ``MLX_RUNNER_GPU_OVERHEAD`` says, in bytes, or nothing.
-        measure: Measures free memory; tests hand in a fake.
+        minimum_bytes: Memory kept free for needs that no model's size predicts. Default: the
+            environment variable ``MLX_RUNNER_MEMORY_MINIMUM``, in bytes, or 512 MiB on Metal and
+            457 MiB on other devices.
+        overhead_bytes: Additional memory kept free. Default: the environment variable
+            ``MLX_RUNNER_GPU_OVERHEAD``, in bytes, or 0.
+        measure: Measures free memory; tests pass a fake.
         settle_seconds: Wait before the second measurement.
-        environ: Where the variables are looked up. ``RunnerProcess`` looks them up in the
-            environment of its child.
-        reservations: The reservations of this machine. By default those in the directory
-            that ``MLX_RUNNER_RUNTIME_DIR`` names, or in one of this user's in ``/tmp``.
+        environ: The environment to read the variables from. ``RunnerProcess`` passes that of its
+            child.
+        reservations: The reservations of this machine. Default: those in the directory
+            ``MLX_RUNNER_RUNTIME_DIR``, or in a directory of this user in ``/tmp``.
 
     Raises:
         InvalidRequestError: One of the variables is not a number of bytes.
@@ -153,16 +152,16 @@ class MemoryGate:
     def check(
         self, estimate: MemoryEstimate, *, require_full: bool = False, override: bool = False
     ) -> GateDecision:
-        """Let a model through, or refuse it. May wait a second before it refuses.
+        """Decide whether a model fits, without reserving memory; a refusal may take a second.
 
         Args:
-            estimate: What the model needs.
-            require_full: Refuse with ``LoadRequiresFullError``, by which a scheduler
-                knows that it should evict a runner, or try elsewhere.
-            override: Go on although it does not fit; the decision says so.
+            estimate: The memory that the model needs.
+            require_full: Refuse with ``LoadRequiresFullError``, which tells a scheduler to evict a
+                runner or to use another device.
+            override: Return a decision even if the model does not fit; ``overridden`` is then True.
 
         Raises:
-            InsufficientMemoryError: It does not fit.
+            InsufficientMemoryError: The model does not fit into memory.
         """
         asked = _Asked(estimate, self._environ, override, sets_aside=False)
         decision = self._settled(asked)
@@ -174,20 +173,20 @@ class MemoryGate:
     def reserve(
         self, estimate: MemoryEstimate, *, require_full: bool = False, override: bool = False
     ) -> Iterator[Admission]:
-        """Like ``check``, and keep the need set aside while a runner is started in the block.
+        """Admit a model and keep memory reserved while the block starts a runner.
 
-        For runners that ``RunnerProcess`` does not start::
+        For runners not started by ``RunnerProcess``::
 
             with gate.reserve(estimate(model)) as admission:
                 process = subprocess.Popen(...)
                 admission.assign(process.pid)
 
-        What is assigned stays set aside until that process ends; the rest is given up at
-        the end of the block. A ``RunnerProcess`` that is started in the block with the same
-        need takes the reservation over instead of counting it a second time.
+        An assigned reservation lasts until that process exits; an unassigned one is released at the
+        end of the block. A ``RunnerProcess`` started in the block with the same need takes the
+        reservation over, so that it is not counted twice. The arguments are those of ``check``.
 
         Raises:
-            InsufficientMemoryError: It does not fit; the block does not run.
+            InsufficientMemoryError: The model does not fit; the block does not run.
         """
         asked = _Asked(estimate, self._environ, override)
         admission = self._admit(asked, require_full=require_full)
@@ -207,18 +206,18 @@ class MemoryGate:
         override: bool = False,
         environ: Mapping[str, str] | None = None,
     ) -> Admission:
-        """Like ``reserve`` without a block: the caller assigns or releases the reservation.
+        """Admit a model; the caller must assign or release the reservation.
 
-        Takes over what ``reserve`` has set aside in this process for the same need.
+        Takes over a reservation made by ``reserve`` in this process for the same need.
 
         Args:
-            estimate: What the model needs.
+            estimate: The memory that the model needs.
             require_full: Refuse with ``LoadRequiresFullError``.
-            override: Go on although it does not fit.
-            environ: The environment of the runner, if it is not that of this gate.
+            override: Admit the model even if it does not fit.
+            environ: The runner's environment, if different from this gate's.
 
         Raises:
-            InsufficientMemoryError: It does not fit.
+            InsufficientMemoryError: The model does not fit into memory.
             InvalidRequestError: A variable is not a number of bytes.
         """
         environ = self._environ if environ is None else environ
@@ -232,19 +231,20 @@ class MemoryGate:
         raise _refusal(asked.estimate, decision, require_full=require_full)
 
     def book(self, environ: Mapping[str, str] | None = None) -> ReservationBook:
-        """Return the reservations that this gate counts.
+        """Return the reservations counted by this gate.
 
         Args:
-            environ: Where their directory is looked up, if this gate was not given any.
+            environ: The environment that names their directory, if this gate was created without
+                ``reservations``.
         """
         environ = self._environ if environ is None else environ
         return self._book or ReservationBook(default_directory(environ))
 
     def _settled(self, asked: _Asked) -> GateDecision:
-        """Decide, and once more after a wait if the answer is no.
+        """Decide, and decide again after a wait if the model does not fit.
 
         Returns:
-            An ``Admission`` if the need was to be set aside and the answer is yes.
+            An ``Admission`` if a reservation was requested and the model is admitted.
         """
         decision = self._decide(replace(asked, override=False))
         if decision.fits:
@@ -254,7 +254,7 @@ class MemoryGate:
         return self._decide(asked)
 
     def _decide(self, asked: _Asked) -> GateDecision:
-        """Measure and decide while no other process does."""
+        """Measure and decide under the lock shared by other processes."""
         book = self.book(asked.environ)
         with book.locked() as view:
             offered = book.offered(asked.offer_key) if asked.takes_over else None
@@ -270,7 +270,7 @@ class MemoryGate:
             return decision
 
     def _headroom(self, environ: Mapping[str, str], device_kind: Backend) -> Headroom:
-        """Return what is kept free: the numbers given, else those of the environment."""
+        """Return the memory to keep free, as given to this gate or set in the environment."""
         given = {
             MINIMUM_VARIABLE: self._minimum_bytes,
             OVERHEAD_VARIABLE: self._overhead_bytes,
@@ -286,7 +286,7 @@ class MemoryGate:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A question to the gate."""
+    """A request to the gate."""
 
     estimate: MemoryEstimate
     environ: Mapping[str, str]
@@ -296,14 +296,14 @@ class _Asked:
 
     @property
     def offer_key(self) -> tuple[str, int]:
-        """What a runner that is started in a ``reserve`` block has in common with it."""
+        """Identity shared by a ``reserve`` block and a runner started in the block."""
         return self.estimate.path, self.estimate.total_bytes
 
 
 def _set_aside(
     asked: _Asked, decision: GateDecision, view: BookView, offered: Reservation | None
 ) -> Reservation:
-    """Reserve all of the need, and a default prefix cache as far as there is memory for it."""
+    """Reserve the need, and as much of a default prefix cache as memory allows."""
     need = asked.estimate
     size = min(need.total_bytes, max(need.required_bytes, decision.available_bytes))
     if offered is None:
@@ -325,7 +325,7 @@ def _gate_decision(decision: Decision, count: int, *, overridden: bool) -> GateD
 
 
 def _values(decision: Decision) -> list[Any]:
-    """Return the fields of a decision in their order."""
+    """Return the values of a decision's fields, in order."""
     return [getattr(decision, field.name) for field in fields(decision)]
 
 

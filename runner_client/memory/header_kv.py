@@ -1,7 +1,7 @@
-"""How large a model's KV cache grows, by the cache classes of mlx_lm 0.32.
+"""Size of a model's KV cache, after the cache classes of mlx_lm 0.32.
 
-``mlx_lm.models.cache``: ``KVCache`` grows in steps of 256 tokens;
-``RotatingKVCache`` likewise, up to the window of a layer with sliding attention.
+``mlx_lm.models.cache``: ``KVCache`` grows in steps of 256 tokens; ``RotatingKVCache`` does too,
+up to the window of a layer with sliding attention.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ STEP_TOKENS = 256
 
 _PROJECTION = re.compile(r"^(?P<stack>.*?)layers\.(?P<layer>\d+)\..*\b(?P<kind>[kv])_proj\.weight$")
 
-# Where mlx_lm gives layers with sliding attention a rotating cache: by a list of
-# layer types, or by "every Nth layer is global" with these defaults (window, N).
-# Other architectures may have windows too, but mlx_lm keeps the whole context.
+# Layers with sliding attention get a rotating cache in mlx_lm by a list of layer types, or by
+# "every Nth layer is global" with these defaults (window, N). Other architectures may have
+# windows too, but mlx_lm keeps the whole context.
 _BY_TYPE = frozenset(
     (
         *("llama", "mistral", "ministral3", "gpt_oss", "olmo3", "afmoe"),
@@ -41,14 +41,14 @@ class KVLayer:
 
     Attributes:
         elements_per_token: Numbers in the keys and values of one token.
-        window: Tokens it holds at most; None for the whole context.
+        window: The maximum number of tokens held; None for the whole context.
     """
 
     elements_per_token: int
     window: int | None = None
 
     def elements(self, context_length: int) -> int:
-        """Numbers allocated for one sequence of that many tokens."""
+        """Return the count of numbers allocated for a sequence of ``context_length`` tokens."""
         tokens = -(-context_length // STEP_TOKENS) * STEP_TOKENS
         return self.elements_per_token * (
             tokens if self.window is None else min(tokens, self.window)
@@ -56,16 +56,16 @@ class KVLayer:
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the language model; multimodal configurations nest them."""
+    """Return the settings of the language model, which multimodal configurations nest."""
     nested = config.get("text_config")
     return {**config, **nested} if isinstance(nested, dict) else dict(config)
 
 
 def kv_layers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[KVLayer, ...]:
-    """The caches that one sequence needs, one for each layer that has one.
+    """Return the caches of one sequence, one for each layer with a cache.
 
-    The projections' shapes are trusted before the configuration, which leaves out
-    what equals an architecture's defaults. Empty if neither tells.
+    The shapes of the projections take precedence over the configuration, which omits values equal
+    to an architecture's defaults. Empty if neither gives the size.
     """
     text = text_config(config)
     layers = _integer(text, "num_hidden_layers", "n_layers", "n_layer", "num_layers") or 0
@@ -81,7 +81,7 @@ def kv_layers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple
 
 
 def _latent_elements(text: Mapping[str, Any], layers: int) -> dict[int, int]:
-    """Multi-head latent attention: one compressed vector and one rotary key a token."""
+    """Return the elements of multi-head latent attention: a compressed vector and a rotary key."""
     rank, rotary = _integer(text, "kv_lora_rank"), _integer(text, "qk_rope_head_dim") or 0
     if not rank:
         return {}
@@ -94,13 +94,13 @@ def _latent_elements(text: Mapping[str, Any], layers: int) -> dict[int, int]:
 
 
 def _projected_elements(tensors: Mapping[str, Tensor]) -> dict[int, int]:
-    """Rows of each layer's key and value projections, in the largest stack of layers."""
+    """Return the rows of each layer's key and value projections, in the largest stack of layers."""
     stacks: dict[str, dict[int, dict[str, int]]] = defaultdict(lambda: defaultdict(dict))
     for name, tensor in tensors.items():
         match = _PROJECTION.match(name)
         if match and tensor.shape:
             stacks[match["stack"]][int(match["layer"])][match["kind"]] = tensor.shape[0]
-    # The text stack comes with others in multimodal and draft-head checkpoints.
+    # Multimodal and draft-head checkpoints contain other stacks beside the text stack.
     stack = max(stacks.values(), key=len, default={})
     # A layer without its own values caches the keys twice.
     return {
@@ -109,7 +109,7 @@ def _projected_elements(tensors: Mapping[str, Tensor]) -> dict[int, int]:
 
 
 def _configured_elements(text: Mapping[str, Any]) -> int:
-    """2 x KV heads x head size, by the configuration."""
+    """Return 2 x KV heads x head size, from the configuration."""
     heads = _integer(text, "num_attention_heads", "n_heads", "n_head") or 0
     kv_heads = _integer(text, "num_key_value_heads", "num_kv_heads") or heads
     hidden = _integer(text, "hidden_size", "n_embd", "d_model") or 0
@@ -133,7 +133,7 @@ def _window(text: Mapping[str, Any], layer: int) -> int | None:
 
 
 def _integer(settings: Mapping[str, Any], *names: str) -> int | None:
-    """The first of the named settings that is a positive integer."""
+    """Return the first of the named settings with a positive integer."""
     for name in names:
         value = settings.get(name)
         if type(value) is int and value > 0:

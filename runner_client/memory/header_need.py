@@ -1,6 +1,6 @@
-"""What a model needs, counted from its files' headers alone.
+"""Memory need of a model, computed from the headers of the files.
 
-For machines without the server's packages, and for other backends than the installed one. The
+For machines without the server's packages, and for backends other than the installed one. The
 server's own plan (:mod:`runner_common.memory.need_query`) is exact where this module can only
 guess: recurrent states, windows and latent caches of many architectures, the arrays of a step.
 """
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 
 WORKING_SHARE = 0.05
 WORKING_MINIMUM_BYTES = 64 * 1024**2
-"""A twentieth of weights and caches, and at least this, for the arrays of a step."""
+"""Working memory of a step: a twentieth of weights and caches, but at least this much."""
 
 PROCESS_BYTES = 160 * 1024**2
-"""Interpreter and libraries, transformers included: a tokenizer may need it."""
+"""Interpreter and libraries, including transformers, which a tokenizer may need."""
 
 PREFIX_SHARE = 4
-"""The default prefix cache holds one sequence, or one part in so many of all."""
+"""The default prefix cache holds one sequence, or one in ``PREFIX_SHARE`` of all sequences."""
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def need_from_headers(request: NeedRequest) -> tuple[NeedAnswer, tuple[str, ...]]:
-    """Return the need, and what could not be told.
+    """Return the need and notes on unknown parts.
 
     Raises:
         ModelUnsupportedError: The files are incomplete or damaged.
-        InvalidRequestError: The context is longer than the model can handle.
+        InvalidRequestError: The context is longer than the model supports.
     """
     directory = read_model(Path(request.path))
     config, longest = directory.configuration.values, directory.configuration.context_length

@@ -1,4 +1,4 @@
-"""What a checkpoint's tensors become in memory, told from their headers alone."""
+"""In-memory size of a checkpoint's tensors, computed from the headers."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _F8 = frozenset(("F8_E4M3", "F8_E5M2", "F8_E8M0"))
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
-# What belongs to a packed weight, and goes when it is expanded.
+# Companions of a packed weight, which disappear when it is dequantized.
 _COMPANIONS = (".scales", ".biases", ".qzeros", ".g_idx", "_scales")
 _PACKED = (".weight", ".qweight", "_blocks")
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Bytes of a model's weights.
+    """Sizes of a model's weights.
 
     Attributes:
-        held_bytes: What stays in memory after the load.
-        transient_bytes: What the load needs on top at its widest moment.
-        stored_item_bytes: Size of one number of the floating type most weights
-            (or, for packed ones, their scales) are stored in.
+        held_bytes: Memory held after the load.
+        transient_bytes: Additional memory needed at the peak of the load.
+        stored_item_bytes: Size of one number in the most common floating-point type of the
+            stored weights, or of the scales of packed ones.
     """
 
     held_bytes: int
@@ -41,24 +41,24 @@ class Weights:
 
 
 def hosted_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that mlx_lm keeps: those of the language model."""
+    """Return the tensors of the language model, the only ones kept by mlx_lm."""
     return {name: tensor for name, tensor in tensors.items() if not is_beside_text(name)}
 
 
 _READ_TOGETHER_BYTES = 64 * 2**20
-"""Most of the sources that are there at once: they may be twice as wide as the weights."""
+"""The upper limit of source tensors in memory at once; they may be twice as wide as the weights."""
 
 
 def weigh(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], item_bytes: int | None
 ) -> Weights:
-    """Adds up a model's tensors.
+    """Add up the sizes of a model's tensors.
 
     Args:
         tensors: The tensors that are kept, by name.
         config: The model's ``config.json``.
-        item_bytes: Bytes of one number after conversion of everything to one
-            floating type, packed weights included; None to keep all as stored.
+        item_bytes: Bytes of one number after the conversion of all weights, packed ones included,
+            to one floating-point type; None to keep them as stored.
     """
     held = {t.name: _held_bytes(t, tensors, config, item_bytes) for t in tensors.values()}
     return Weights(
@@ -75,7 +75,7 @@ def _held_bytes(
     item_bytes: int | None,
 ) -> int:
     if item_bytes is None:
-        # mlx_lm expands 8-bit floats that no MLX format matches to 16 bits.
+        # mlx_lm expands 8-bit floats that match no MLX format to 16 bits.
         return tensor.nbytes * 2 if tensor.dtype in _F8 else tensor.nbytes
     if tensor.dtype in _FLOATS or tensor.dtype in _F8:
         return 0 if _is_companion(tensor.name, tensors) else tensor.size * item_bytes
@@ -96,7 +96,7 @@ def _is_companion(name: str, tensors: Mapping[str, Tensor]) -> bool:
 def _packed_elements(
     tensor: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> int | None:
-    """How many numbers a packed weight stands for; None if it is not packed."""
+    """Return how many numbers a packed weight represents; None if not packed."""
     name = tensor.name
     quantization = _quantization(config)
     if name.endswith(".qweight"):  # AWQ and GPTQ
@@ -118,11 +118,10 @@ def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _mlx_elements(weight: Tensor, scales: Tensor, declared: Mapping[str, Any]) -> int:
-    """Numbers in a weight packed by MLX: one scale stands for ``group_size`` of them.
+    """Return the count of numbers in a weight packed by MLX, with one scale per group.
 
-    The two shapes give bits times group size only. Where the declared pair does
-    not match them (a layer quantized differently under another name), the pair
-    with the most numbers is taken.
+    The two shapes only give bits times ``group_size``. If the declared pair does not match them (a
+    layer quantized differently under another name), the pair with the most numbers is used.
     """
     product = weight.nbytes * 8 // scales.size
     bits, group_size = declared.get("bits"), declared.get("group_size")
@@ -133,13 +132,12 @@ def _mlx_elements(weight: Tensor, scales: Tensor, declared: Mapping[str, Any]) -
 
 
 def _transient_bytes(kept: Iterable[Tensor], held: Mapping[str, int]) -> int:
-    """The widest moment of a load, beyond what stays.
+    """Return the additional memory at the peak of a load.
 
-    Tensors are converted from sources that go when their copies are there. Some are
-    read at the same time: those of 32 MiB of weights, or one that is larger. An
-    expanded packed weight exists once more in 16 bits in between. Experts stored
-    one by one are stacked into one tensor first, so that all of a layer's count as
-    one.
+    Tensors are converted from sources that are freed once their copies exist. Some are read at
+    the same time: those of 32 MiB of weights, or a single larger one. A dequantized weight also
+    exists in 16 bits in between. Experts stored one by one are first stacked into one tensor, so
+    those of a layer count as one.
     """
     sources: Counter[str] = Counter()
     for tensor in kept:

@@ -1,4 +1,4 @@
-"""The model that a name means, with errors of the client's tree."""
+"""Location and reading of a model, with the errors of this library."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 
 
 def find_model(model: str, environ: Mapping[str, str] = os.environ) -> Located:
-    """Find the directory of a model; never download.
+    """Return the location of a model; never download.
 
     Args:
         model: A directory, or a hub id in the local Hugging Face cache.
-        environ: The environment of the process that will load it.
+        environ: The environment of the process that will load the model.
 
     Raises:
-        ModelNotFoundError: There is neither; the message says what was tried.
+        ModelNotFoundError: The model is neither; the message lists the paths that were tried.
     """
     with _translated():
         return locate(model, environ)
 
 
 def read_model(path: Path) -> ModelDirectory:
-    """Read a model's configuration and the headers of its weights.
+    """Read a model's configuration and the headers of the weight files.
 
     Raises:
         ModelUnsupportedError: The directory is incomplete, damaged or ambiguous.
