@@ -1,7 +1,7 @@
-"""A fake runner for the tests of programs that use this library.
+"""Fake runner for the tests of programs using this library.
 
-It is a real gRPC server in this process, without a model: it needs no MLX, starts
-in milliseconds, and answers what the test tells it to::
+The fake is a real gRPC server in this process, but without a model. It does not need MLX,
+starts in milliseconds, and gives the answers configured by the test::
 
     with fake_runner(pieces=("Hello", " world")) as runner:
         with RunnerClient(runner.address) as client:
@@ -12,7 +12,7 @@ in milliseconds, and answers what the test tells it to::
         ...
 """
 
-# ruff: noqa: N802 - the methods of the service have the proto's names
+# ruff: noqa: N802 - gRPC methods are named as in the proto
 from __future__ import annotations
 
 import math
@@ -69,25 +69,25 @@ _MAX_CALLS = 32
 
 @dataclass(frozen=True)
 class Failure:
-    """How a call is to fail."""
+    """Description of an error for a call to end with."""
 
     reason: str
     """A value of the proto's ``ErrorReason`` without its prefix; "" sends no details."""
     message: str = "the test asked for this failure"
     """The text of the status."""
     code: grpc.StatusCode | None = None
-    """The gRPC code. Default: the one that the proto gives the reason."""
+    """The gRPC code. Default: the reason's code in the proto."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """``ErrorInfo.metadata``."""
     field_violations: Sequence[tuple[str, str]] = ()
-    """Fields and what is wrong with them; sent as ``BadRequest``."""
+    """Pairs of a field and a description of the problem; sent as ``BadRequest``."""
     retry_delay_seconds: float | None = None
     """Sent as ``RetryInfo``."""
     domain: str = ERROR_DOMAIN
     """``ErrorInfo.domain``."""
 
     def abort(self, context: grpc.ServicerContext) -> NoReturn:
-        """Ends a call with this failure."""
+        """End a call with this failure."""
         code = self.code or _CODES.get(self.reason, grpc.StatusCode.UNKNOWN)
         status = status_pb2.Status(code=code.value[0], message=self.message)
         for detail in self._details():
@@ -115,51 +115,51 @@ class Failure:
 
 @dataclass(eq=False)
 class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
-    """What the fake runner does; may be changed between calls. Made by ``fake_runner``."""
+    """Behaviour of a fake runner; may be changed between calls. Created by ``fake_runner``."""
 
     pieces: Sequence[str] = ("Hello", " world")
     """The text of every completion; each piece is one chunk and one token."""
     failure: Failure | None = None
-    """Ends every call but Status and health."""
+    """The error for every call except Status and health."""
     fail_after: int = 0
     """How many pieces a completion sends before it fails."""
     stall_after: int | None = None
-    """After how many pieces a completion falls silent until the client gives up."""
+    """How many pieces a completion sends before it goes silent until the client gives up."""
     piece_delay_seconds: float = 0.0
-    """Waits before each piece and each progress message."""
+    """Delay before each piece and each progress message."""
     progress_messages: int = 0
-    """How many messages with nothing but prompt progress come first."""
+    """How many messages with only prompt progress precede the text."""
     is_complete: bool = True
     """Whether the last message (``done``) is sent."""
     ends_after_done: bool = True
-    """Whether the stream ends after its last message, as the proto has it."""
+    """Whether the stream ends after its last message, as the proto specifies."""
     load_seconds: float = 0.0
-    """How long a load takes; infinity is one that never moves."""
+    """Duration of a load; infinity for a load without progress."""
     prompt_cached_count: int = 0
-    """How many tokens of every prompt are told to have been evaluated before."""
+    """The number of tokens of every prompt reported as taken from the prefix cache."""
     prefix_cache_bytes: int = 0
-    """How much is told to be kept of evaluated prompts; a trim reduces it."""
+    """The reported size of the prefix cache; a trim reduces it."""
     model_bytes: int = 2**30
-    """What every model is told to need as float32; as stored and in 16 bits it is half."""
+    """The reported need of every model as float32; as stored and in 16 bits it is half."""
     available_bytes: int = 2**40
-    """How much memory is told to be available; a load that needs more is refused."""
+    """The reported available memory; a load that needs more is refused."""
     dtype_fallback: bool = False
-    """Whether the model is told to be held as stored for lack of memory."""
+    """Whether the model is reported as held as stored for lack of memory."""
     blas: str = ""
-    """The library that is told to multiply matrices."""
+    """The reported BLAS library."""
     model: str | None = "fake"
     """The loaded model; None until a Load."""
     address: str = ""
-    """Where it listens, as gRPC takes it."""
+    """The address of the server, as passed to gRPC."""
     requests: list[Message] = field(default_factory=list)
-    """Every request received but those of Status and health, as protobuf messages."""
+    """Every request received except Status and health, as protobuf messages."""
     cancelled: threading.Event = field(default_factory=threading.Event)
-    """Set when a client has cancelled a load or a completion."""
+    """Set once a client has cancelled a load or a completion."""
     _load_began: float | None = None
     _is_stored: bool = False
 
     def Load(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> pb.LoadResponse:
-        """Takes ``load_seconds``, then holds the model that was asked for."""
+        """Take ``load_seconds``, then report the requested model as loaded."""
         self._receive(request, context)
         need = self._need(request)
         if not (need.fits or request.memory_override):
@@ -177,12 +177,12 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     def Estimate(
         self, request: pb.EstimateRequest, context: grpc.ServicerContext
     ) -> pb.EstimateResponse:
-        """Compares ``model_bytes`` with ``available_bytes``."""
+        """Compare ``model_bytes`` with ``available_bytes``."""
         self._receive(request, context)
         return self._need(request)
 
     def Trim(self, request: pb.TrimRequest, context: grpc.ServicerContext) -> pb.TrimResponse:
-        """Reduces ``prefix_cache_bytes``."""
+        """Reduce ``prefix_cache_bytes``."""
         self._receive(request, context)
         if self._load_began is not None:
             Failure("BUSY", "a load is running; wait for it").abort(context)
@@ -191,13 +191,13 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         return pb.TrimResponse(freed_bytes=freed)
 
     def Unload(self, request: pb.UnloadRequest, context: grpc.ServicerContext) -> pb.UnloadResponse:
-        """Forgets the model."""
+        """Unload the model."""
         self._receive(request, context)
         self.model = None
         return pb.UnloadResponse()
 
     def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusResponse:  # noqa: ARG002 - gRPC's signature
-        """Tells whether a model is loaded, or how far its load is."""
+        """Report whether a model is loaded, or the progress of a load."""
         began = self._load_began
         memory = pb.MemoryUsage(prefix_cache_bytes=self.prefix_cache_bytes)
         status = pb.StatusResponse(
@@ -216,12 +216,12 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     def Completion(
         self, request: pb.CompletionRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.CompletionResponse]:
-        """Sends the progress, the pieces and the last message."""
+        """Send the progress, the pieces and the last message."""
         self.requests.append(request)
         self._need_model(context)
         if not self.progress_messages:
             self._fail_if_told(context, sent=0)
-        # As the runner does, once a completion is accepted.
+        # Like the runner, send headers once the completion is accepted.
         context.send_initial_metadata(())
         call = _Call(context, self.cancelled)
         for number in range(self.progress_messages):
@@ -249,7 +249,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     def Tokenize(
         self, request: pb.TokenizeRequest, context: grpc.ServicerContext
     ) -> pb.TokenizeResponse:
-        """A token for each character: its code point."""
+        """Return the code points of the characters as token ids."""
         self._receive(request, context)
         self._need_model(context)
         return pb.TokenizeResponse(token_ids=map(ord, request.content))
@@ -257,13 +257,13 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     def Detokenize(
         self, request: pb.DetokenizeRequest, context: grpc.ServicerContext
     ) -> pb.DetokenizeResponse:
-        """The inverse of ``Tokenize``."""
+        """Return the text of code points: the inverse of ``Tokenize``."""
         self._receive(request, context)
         self._need_model(context)
         return pb.DetokenizeResponse(content="".join(map(chr, request.token_ids)))
 
     def _need(self, request: pb.LoadRequest | pb.EstimateRequest) -> pb.EstimateResponse:
-        """Return what a load would need: its weights, and nothing else."""
+        """Return the need of a load: the weights alone."""
         is_usual = request.dtype in _USUAL_DTYPES
         is_short = self.model_bytes > self.available_bytes
         is_fallback = request.dtype == pb.DTYPE_AUTO_OR_STORED and is_short
@@ -307,14 +307,14 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
 
 
 def _logprobs(request: pb.CompletionRequest, number: int, piece: str) -> list[pb.TokenLogprob]:
-    """Return what is told of a token if it was asked for: that no other was possible."""
+    """Return the log probability of a token if requested: 0, without alternatives."""
     if not request.HasField("logprobs"):
         return []
     return [pb.TokenLogprob(token_id=number, text=piece, bytes=piece.encode())]
 
 
 class _Call:
-    """Knows when the client has cancelled a call."""
+    """Watcher for the cancellation of a call by the client."""
 
     def __init__(self, context: grpc.ServicerContext, cancelled: threading.Event) -> None:
         self.is_over = False
@@ -330,7 +330,7 @@ class _Call:
         self._ended.set()
 
     def wait(self, seconds: float) -> None:
-        """Waits; ends the call if the client cancels it meanwhile."""
+        """Wait, but end the call if cancelled by the client meanwhile."""
         if self._ended.wait(None if seconds == math.inf else seconds):
             self._context.abort(grpc.StatusCode.CANCELLED, "the client gave up")
 
@@ -342,16 +342,15 @@ def fake_runner(
     failure: Failure | None = None,
     listen: Literal["tcp", "unix"] = "tcp",
 ) -> Iterator[FakeRunner]:
-    """Runs a fake runner on the loopback address, or on a unix socket.
+    """Run a fake runner on the loopback address, or on a unix socket.
 
     Args:
         pieces: The text of every completion, in chunks.
-        failure: Ends every call, if given.
-        listen: Where; either place is free again afterwards.
+        failure: The error for every call, if given.
+        listen: The kind of address, which is released afterwards.
 
     Yields:
-        The runner: its ``address``, what it received, and everything else it can
-        be told to do.
+        The runner, with its ``address``, the received ``requests`` and settings to change.
     """
     runner = FakeRunner(pieces=pieces, failure=failure)
     with ExitStack() as stack:
@@ -371,7 +370,7 @@ def fake_runner(
 
 
 def _health_handler() -> grpc.GenericRpcHandler:
-    """Answers SERVING; the messages are those of ``_health``."""
+    """Return a health service that answers SERVING, with the messages of ``rpc.health``."""
     check = grpc.unary_unary_rpc_method_handler(
         lambda request, context: Int32Value(value=1),  # noqa: ARG005 - gRPC's signature
         request_deserializer=StringValue.FromString,

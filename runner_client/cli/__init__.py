@@ -23,11 +23,11 @@ __all__ = ["main"]
 @click.version_option(package_name="mlx-grpc-runner")
 @click.pass_context
 def main(ctx: click.Context) -> None:
-    """Host MLX language models in processes of their own, and talk to them over gRPC."""
+    """Run MLX language models in separate processes, called over gRPC."""
     if os.environ.get("NO_COLOR"):
         ctx.color = False
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show a character is no reason to fail.
+        # Replace characters that the terminal cannot show instead of failing.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 

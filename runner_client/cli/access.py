@@ -1,4 +1,4 @@
-"""The options of commands that call a running server, which may ask who calls."""
+"""Token and TLS options for the commands calling a running server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Credentials(TypedDict):
-    """The values of ``access_options``."""
+    """Values of ``access_options``."""
 
     token_file: str | None
     tls_ca: str | None
@@ -41,7 +41,10 @@ _ACCESS = (
 
 
 def access_options(command: FC) -> FC:
-    """Adds the options; there is none for the token itself: others can read a command line."""
+    """Add the token and TLS options.
+
+    The token itself is not an option, because other users can read a command line.
+    """
     for option in reversed(_ACCESS):
         command = option(command)
     return command
@@ -55,10 +58,10 @@ def open_client(
     tls_cert: str | None,
     tls_key: str | None,
 ) -> RunnerClient:
-    """A client with what the options say.
+    """Create a client from the values of the options.
 
     Raises:
-        click.UsageError: They do not fit together, or the token cannot be sent.
+        click.UsageError: The options contradict each other, or the token cannot be sent.
         OSError: A file cannot be read.
     """
     if tls_cert and not tls_ca:

@@ -1,4 +1,4 @@
-"""``mlx-runner demo``: the whole life of a runner, with the model that comes with it."""
+"""``mlx-runner demo``: the life of a runner from start to stop, with the bundled model."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
     from runner_client.types import LoadResult, Status
 
 PROMPT = "def read_lines(path):"
-"""What the demo model completes: it has read Python's standard library."""
+"""Prompt for the demo model, which is trained on Python's standard library."""
 
 OPTIONS = Options(temperature=0, num_predict=128, stop=("\n\n\n",))
-"""The likeliest text, the same on every run, up to the end of the function."""
+"""Greedy decoding up to the end of the function: the same text on every run."""
 
 
 @click.command(
     "demo", short_help="Start, use and stop a runner with the embedded model.", epilog=EXIT_CODES
 )
 def command() -> None:
-    """Start a runner with the embedded demo model, let it write, and stop it.
+    """Start a runner with the bundled demo model, stream a completion, and stop the runner.
 
-    Shows what every use does: decide whether the model fits, start a process, load, stream a
-    completion, stop the process, and have its memory back.
+    Shows the steps of every use: check that the model fits, start a process, load, stream a
+    completion, stop the process and get its memory back.
     """
     model = demo_model()
     before = free_memory().available_bytes
@@ -60,10 +60,10 @@ def command() -> None:
 
 
 def demo_model() -> Path:
-    """The directory of the model that comes with the server, found without importing it.
+    """Return the directory of the model bundled with the server, without importing the server.
 
     Raises:
-        Failure: It is not there.
+        Failure: The model is missing.
     """
     for place in package_folders("runner_server"):
         model = place / "demo" / "model"
@@ -91,7 +91,11 @@ def _start_rows(
 
 
 def _stopped(runner: RunnerProcess, status: Status) -> str:
-    """What is left of the process: nothing, or this says so."""
+    """Describe the end of the process.
+
+    Raises:
+        Failure: The process still exists.
+    """
     if not runner.has_exited or psutil.pid_exists(status.pid):
         raise Failure(f"process {status.pid} is still there after it was stopped")
     held = format_bytes(status.memory_usage.process_bytes)
@@ -102,7 +106,7 @@ def _stopped(runner: RunnerProcess, status: Status) -> str:
 
 
 def _free(before: int, during: int, after: int) -> str:
-    """Other processes take and give memory too, so that these are no exact sums."""
+    """Describe free memory over time; inexact, because other processes count too."""
     return (
         f"{format_bytes(before)} before, {format_bytes(during)} with the runner, "
         f"{format_bytes(after)} now (other processes count too)"

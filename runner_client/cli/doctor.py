@@ -1,4 +1,4 @@
-"""``mlx-runner doctor``: what this machine has for a runner, and what to do about the rest."""
+"""``mlx-runner doctor``: check this machine for a runner, and advise on problems."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _COLORS = {"ok": "green", "warning": "yellow", "error": "red"}
 )
 @json_option
 def command(*, as_json: bool) -> None:
-    """Check what a runner depends on, and say what to do about what is missing.
+    """Check everything a runner depends on, and advise on problems.
 
-    Takes some seconds: MLX is started in a process of its own and measured, on a Linux CPU with
-    each BLAS library that is found. The fastest is remembered, and every runner started from then
-    on gets it (serve --blas says otherwise).
+    Takes some seconds: MLX is started in a separate process and measured, on a Linux CPU with each
+    BLAS library found. The fastest is remembered and used by every runner started later (serve
+    --blas overrides it).
     """
     if is_terminal():
         click.echo("examining this machine ...", err=True)
@@ -49,7 +49,7 @@ def command(*, as_json: bool) -> None:
 
 
 def _lines(findings: Sequence[Finding]) -> Iterator[str]:
-    """A line for each finding, and the advice below it."""
+    """Yield a line for each finding, followed by any advice."""
     width = max((len(finding.name) for finding in findings), default=0)
     indent = " " * len("warning  ")
     for finding in findings:

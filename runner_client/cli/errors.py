@@ -1,4 +1,4 @@
-"""What a failure looks like to the person, or the script, that ran the command."""
+"""Presentation of failures to the users of the command line, people or scripts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from typing import IO, Any
 
 EXIT_INTERRUPTED = 130
-"""As a shell reports a process that Ctrl-C ended: 128 + SIGINT."""
+"""Exit code that a shell reports for a process ended by Ctrl-C: 128 + SIGINT."""
 
 EXIT_CODES = (
     "Exit codes: 0 success, 1 failure (one line, or the runner's own last lines, on standard "
@@ -22,35 +22,35 @@ EXIT_CODES = (
 
 
 class Failure(click.ClickException):
-    """Ends the command with ``error: ...`` on standard error and exit code 1."""
+    """Error printed as ``error: ...`` on standard error, with exit code 1."""
 
     exit_code: ClassVar[int] = 1
 
     def show(self, file: IO[Any] | None = None) -> None:
-        """Prints the message."""
+        """Print the message."""
         click.echo(f"error: {self.format_message()}", file=file, err=file is None)
 
 
 class Commands(click.Group):
-    """A group whose commands fail in words: the library's errors are written for people."""
+    """Command group with messages instead of tracebacks for errors of the library."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
-        """The commands in the order a newcomer meets them, not the alphabet's."""
+        """Return the commands in the order useful to a newcomer, not sorted by name."""
         return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> object:
-        """Runs a command.
+        """Run a command.
 
         Raises:
             Failure: The command failed in a way that the library foresees.
-            click.exceptions.Exit: It was interrupted.
+            click.exceptions.Exit: The command was interrupted.
         """
         try:
             return super().invoke(ctx)
         except RunnerError as error:
             raise Failure(str(error)) from error
         except OSError as error:
-            # click ends quietly when the reader of a pipe has gone.
+            # click exits quietly if the reader of a pipe is gone.
             if error.errno == errno.EPIPE:
                 raise
             raise Failure(str(error)) from error

@@ -1,4 +1,4 @@
-"""``mlx-runner estimate``: what a model needs, what is free, and whether it fits."""
+"""``mlx-runner estimate``: memory needed by a model, free memory, and whether the model fits."""
 
 from __future__ import annotations
 
@@ -66,10 +66,11 @@ def command(
     as_json: bool,
     **credentials: Unpack[Credentials],
 ) -> None:
-    """Tell what MODEL needs in memory, part by part, and whether it fits now.
+    """Estimate the memory that MODEL needs, part by part, and whether it fits now.
 
     MODEL is a directory, or a hub id (org/name) in the local Hugging Face cache. No weights are
-    read, and no runner is started. With --address a runner tells it, of a MODEL on its machine.
+    read, and no runner is started. With --address, a running runner estimates for its own
+    machine, and MODEL is one of that machine.
     """
     if address is None:
         if any(credentials.values()):
@@ -101,7 +102,10 @@ def command(
 
 
 def _count(need_as: Callable[..., MemoryEstimate], dtype: Dtype, *, as_json: bool) -> bool:
-    """Count here, and show it; returns whether it fits, as far as that is known."""
+    """Estimate on this machine and print the result; return False if the model does not fit.
+
+    The result is True if the model fits, or if that cannot be compared here.
+    """
     need = need_as(dtype=dtype)
     decision = _decide(need)
     if decision is not None and not decision.fits and dtype in ("auto", "auto_or_stored"):
@@ -115,13 +119,13 @@ def _count(need_as: Callable[..., MemoryEstimate], dtype: Dtype, *, as_json: boo
 
 
 def _decide(need: MemoryEstimate) -> GateDecision | None:
-    """What the gate would say; None if the need is that of another kind of machine."""
+    """Return the gate's decision; None if the estimate is for another kind of machine."""
     decision = MemoryGate().check(need, override=True)
     return decision if decision.free.device_kind == need.backend else None
 
 
 def _with_way_out(need: MemoryEstimate, stored: MemoryEstimate) -> MemoryEstimate:
-    """Return a need for float32 that does not fit, with a note of what would fit."""
+    """Add a note on the stored format, if fitting, to an estimate too large as float32."""
     decision = _decide(stored)
     if decision is None or not decision.fits:
         return need
@@ -135,7 +139,7 @@ def _with_way_out(need: MemoryEstimate, stored: MemoryEstimate) -> MemoryEstimat
 def _as_stored_if_that_fits(
     need: MemoryEstimate, decision: GateDecision, stored: MemoryEstimate
 ) -> tuple[MemoryEstimate, GateDecision]:
-    """Return what a runner does with "auto_or_stored" where float32 is too large."""
+    """Return the estimate and decision for ``"auto_or_stored"`` if float32 is too large."""
     stored_decision = _decide(stored)
     if stored_decision is None or not stored_decision.fits:
         return need, decision
@@ -250,7 +254,7 @@ def _not_compared(need: MemoryEstimate) -> list[Row]:
 
 
 def _limits(free: FreeMemory) -> str:
-    """Which limit binds, and what the others would allow."""
+    """Describe which limit applies, and the values of the others."""
     figures = {
         "system": free.system_bytes,
         "cgroup": free.cgroup_bytes,

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and the values they take."""
+"""Arguments and options shared by several commands, and their value types."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _MAX_INT32 = 2**31 - 1
 
 
 def size(value: str) -> int:
-    """Bytes of ``512MiB``, ``8G`` (the same as 8GiB), ``8GB`` (10^9 each) or ``1000``.
+    """Parse a size: ``512MiB``, ``8G`` (equal to 8GiB), ``8GB`` (10^9 bytes each) or ``1000``.
 
     Raises:
-        click.BadParameter: It is no size, or 0.
+        click.BadParameter: The value is not a size, or is 0.
     """
     match = _SIZE.fullmatch(value.strip())
     count = _bytes(*match.groups()) if match else 0
@@ -34,10 +34,10 @@ def size(value: str) -> int:
 
 
 def size_or_zero(value: str) -> int:
-    """The same, and 0 for nothing at all.
+    """Parse a size like ``size``, but accept 0.
 
     Raises:
-        click.BadParameter: It is no size.
+        click.BadParameter: The value is not a size.
     """
     return 0 if value.strip() == "0" else size(value)
 
@@ -48,22 +48,22 @@ def _bytes(number: str, prefix: str, unit: str | None) -> int:
 
 
 def text(value: str) -> str:
-    """An argument as text that can be sent.
+    """Validate an argument as text for the runner.
 
     Raises:
-        click.BadParameter: It has bytes that are no characters.
+        click.BadParameter: The argument contains bytes that are not characters.
     """
-    # Those arrive as lone surrogates.
+    # Such bytes arrive as lone surrogates.
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise click.BadParameter("it has bytes that are no characters")
     return value
 
 
 def text_or_stdin(value: str) -> str:
-    """The same; ``-`` reads standard input instead, as UTF-8.
+    """Return an argument as text; ``-`` reads standard input as UTF-8 instead.
 
     Raises:
-        click.BadParameter: It is not UTF-8.
+        click.BadParameter: The input is not valid text.
     """
     if value != "-":
         return text(value)
@@ -74,7 +74,7 @@ def text_or_stdin(value: str) -> str:
 
 
 def integer(low: int, high: int = _MAX_INT32) -> Callable[[str], int]:
-    """A type of whole numbers in a range that would only crowd the help text."""
+    """Return a parser for whole numbers in a range too wide to show in the help text."""
 
     def integer(value: str) -> int:
         try:
@@ -122,7 +122,7 @@ json_option = click.option(
 
 
 def parallel_option(default: int) -> Callable[[FC], FC]:
-    """How many completions at once, with a command's own default."""
+    """Return the option for the number of completions decoded together."""
     return click.option(
         "--parallel",
         type=click.IntRange(1, 256),
@@ -133,7 +133,7 @@ def parallel_option(default: int) -> Callable[[FC], FC]:
 
 
 class Sampling(TypedDict):
-    """The values of ``sampling_options``, by the names of ``types.Options``."""
+    """Values of ``sampling_options``, by the names of ``types.Options``."""
 
     temperature: float | None
     top_p: float | None
@@ -209,7 +209,7 @@ _SAMPLING = (
 
 
 def sampling_options(command: FC) -> FC:
-    """Adds the options of a completion, in the proto's ranges."""
+    """Add the options of a completion, with the ranges of the proto."""
     for option in reversed(_SAMPLING):
         command = option(command)
     return command

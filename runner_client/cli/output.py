@@ -1,4 +1,4 @@
-"""How the commands print: aligned rows, one JSON object, progress, rates."""
+"""Output of the commands: aligned rows, JSON, progress and rates."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from runner_client.types import Completion, Model, Status
 
 Row = tuple[str, str]
-"""A name and what is to be said of it."""
+"""A name and its value."""
 
 _LINE_EVERY_PERCENT = 10
 _COMPLETE = 100
 
 
 def print_json(value: object) -> None:
-    """Prints one JSON object on standard output."""
+    """Print one JSON object to standard output."""
     click.echo(json.dumps(_plain(value), ensure_ascii=False))
 
 
@@ -35,7 +35,7 @@ def _plain(value: object) -> object:
 
 
 def print_rows(rows: Iterable[Row], *, err: bool = False) -> None:
-    """Prints rows with their second column aligned."""
+    """Print rows with an aligned second column."""
     rows = list(rows)
     width = max((len(name) for name, _ in rows), default=0)
     for name, text in rows:
@@ -43,7 +43,7 @@ def print_rows(rows: Iterable[Row], *, err: bool = False) -> None:
 
 
 def model_rows(model: Model) -> list[Row]:
-    """Return what a user should know of a loaded model: how it is held, and its warnings."""
+    """Return the rows about a loaded model's format and warnings."""
     rows = [("warning", text) for text in model.warnings]
     if not model.dtype_fallback:
         return rows
@@ -51,11 +51,11 @@ def model_rows(model: Model) -> list[Row]:
 
 
 def completion_rows(completion: Completion) -> list[Row]:
-    """What a completion cost, in tokens and tokens a second."""
+    """Return the rows about the tokens and rates of a completion."""
     cached = completion.prompt_cached_count
     kept = f" ({cached:,} evaluated before)" if cached else ""
     prompt_rate = _rate(completion.prompt_eval_count - cached, completion.prompt_eval_seconds)
-    # The span goes from the first token to the last: the first took none of it.
+    # The time runs from the first token to the last, so the first token does not count.
     rate = _rate(completion.eval_count - 1, completion.eval_seconds)
     ending = f"ended by {completion.done_reason}"
     if completion.stop_match:
@@ -75,15 +75,15 @@ def _rate(count: int, seconds: float) -> str:
 
 
 def is_terminal() -> bool:
-    """Whether standard error is a terminal that can redraw a line."""
+    """Return whether standard error is a terminal able to redraw a line."""
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class LoadProgress:
-    """Shows a load on standard error: a bar on a terminal, else a line now and then.
+    """Progress of a load on standard error: a bar on a terminal, otherwise occasional lines.
 
     Args:
-        name: What is loaded.
+        name: The name of the model.
     """
 
     def __init__(self, name: str) -> None:
@@ -96,7 +96,7 @@ class LoadProgress:
             )
 
     def __call__(self, status: Status) -> None:
-        """Takes note of a status of the runner."""
+        """Show the progress given by a status of the runner."""
         self._show(status.progress)
 
     def _show(self, percent: int) -> None:

@@ -1,4 +1,4 @@
-"""``mlx-runner run``: one completion in a runner of its own."""
+"""``mlx-runner run``: one completion in a temporary runner."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def command(
     as_json: bool,
     **sampling: Unpack[Sampling],
 ) -> None:
-    """Complete PROMPT with MODEL, in a runner that is started for it and stopped after it.
+    """Complete PROMPT with MODEL, in a runner started for this and stopped afterwards.
 
     MODEL is a directory, or a hub id (org/name) in the local Hugging Face cache; nothing is
-    downloaded. PROMPT is used as it is, without a chat template; - reads it from standard input.
-    The text goes to standard output as it is generated, everything else to standard error.
+    downloaded. PROMPT is used as is, without a chat template; - reads it from standard input. The
+    text goes to standard output as it is generated, everything else to standard error.
     """
     if not prompt:
         raise click.BadArgumentUsage("PROMPT is empty")
@@ -84,5 +84,5 @@ def command(
 
 
 def _record(load: LoadResult, completion: Completion) -> dict[str, object]:
-    """What ``--json`` prints: the fields of ``Completion``, and of the load before it."""
+    """Return the output of ``--json``: the fields of ``Completion`` and ``LoadResult``."""
     return {**asdict(load), **asdict(completion)}

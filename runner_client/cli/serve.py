@@ -1,4 +1,4 @@
-"""``mlx-runner serve``: a server in the foreground, in the environment that MLX needs."""
+"""``mlx-runner serve``: a server in the foreground, with the environment for MLX."""
 
 from __future__ import annotations
 
@@ -116,11 +116,12 @@ def command(
 ) -> None:
     """Run a server in the foreground until Ctrl-C.
 
-    Once it listens it prints one line on standard output, 1|1|tcp|HOST:PORT|grpc; its log goes to
-    standard error. This command becomes the server: signals reach it, its exit code is yours.
+    Once the server listens, it prints one line on standard output, 1|1|tcp|HOST:PORT|grpc; its log
+    goes to standard error. This command becomes the server: it receives the signals, and its exit
+    code is that of the server.
     """
     check_platform()
-    # Without --exit-with-parent: what a person starts outlives its shell if they want it to.
+    # No --exit-with-parent: a server started by hand may outlive its shell.
     line = server_program(listen)
     if model is None:
         _refuse_model_options(ctx)
@@ -142,7 +143,7 @@ def _given(name: str, value: int | str | None) -> list[str]:
 
 
 def _refuse_model_options(ctx: click.Context) -> None:
-    """A Load call brings its own; on the command line they would be ignored in silence."""
+    """Refuse options that need --model, because a Load call would override each of them."""
     for name in _FOR_A_MODEL:
         source = ctx.get_parameter_source(name)
         if source is click.core.ParameterSource.COMMANDLINE:
@@ -152,9 +153,9 @@ def _refuse_model_options(ctx: click.Context) -> None:
 def _become(line: list[str], environment: dict[str, str]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    # The server takes them as soon as it can.
+    # The server handles the signals as soon as it is able to.
     hold_stop_signals()
     try:
-        os.execve(line[0], line, environment)  # noqa: S606 - no shell is the point
+        os.execve(line[0], line, environment)  # noqa: S606 - a shell is not wanted
     finally:
         release_stop_signals()

@@ -1,4 +1,4 @@
-"""A runner of the command's own: gated, spawned, loaded with progress, and stopped."""
+"""Temporary runner of a command: checked, spawned, loaded with progress, and stopped."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @contextmanager
 def loaded(runner: RunnerProcess, name: str) -> Iterator[LoadResult]:
-    """Starts a runner, waits for its model with progress shown, and stops it in the end.
+    """Start a runner, show the progress of the load, and stop the runner in the end.
 
     Args:
-        runner: Not yet started.
-        name: What the person calls its model.
+        runner: The runner, not yet started.
+        name: The model as named by the user.
 
     Raises:
-        RunnerError: It does not fit, or did not start or load.
+        RunnerError: The model does not fit, or the runner did not start or load.
     """
     try:
         runner.load()
@@ -40,7 +40,7 @@ def loaded(runner: RunnerProcess, name: str) -> Iterator[LoadResult]:
 
 
 def streamed(stream: CompletionStream, show: Callable[[str], None]) -> Completion:
-    """Reads a stream to its end and shows each piece of text as it comes.
+    """Read a stream to the end, and show each text on arrival.
 
     Raises:
         RunnerError: The completion failed.
@@ -53,16 +53,16 @@ def streamed(stream: CompletionStream, show: Callable[[str], None]) -> Completio
                     show(chunk.content)
                 chunks.append(chunk)
     except RunnerError:
-        # What is told next begins on a line of its own.
+        # The error message starts on a new line.
         show("\n")
         raise
     return join_chunks(chunks)
 
 
 def show_text(content: str) -> None:
-    """Prints a piece of text at once."""
+    """Print text without buffering or a newline."""
     click.echo(content, nl=False)
 
 
 def show_nothing(content: str) -> None:
-    """For a command whose output is one JSON object."""
+    """Ignore the text, for a command with JSON output."""

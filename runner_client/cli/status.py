@@ -1,4 +1,4 @@
-"""``mlx-runner status``: what a runner does and holds."""
+"""``mlx-runner status``: state, work and memory of a runner."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @access_options
 @json_option
 def command(address: str, *, as_json: bool, **credentials: Unpack[Credentials]) -> None:
-    """Show what the runner at ADDRESS (HOST:PORT or unix:/path) does and holds."""
+    """Show state, work and memory of the runner at ADDRESS (HOST:PORT or unix:/path)."""
     if not address:
         raise click.BadArgumentUsage("ADDRESS is empty; give HOST:PORT or unix:/path")
     with open_client(address, **credentials) as client:
@@ -35,7 +35,7 @@ def command(address: str, *, as_json: bool, **credentials: Unpack[Credentials]) 
 
 
 def status_rows(status: Status) -> list[Row]:
-    """A status as rows for people."""
+    """Return a status as rows."""
     rows = [("state", _state(status))]
     if status.model is not None:
         rows += [("model", _model(status.model)), ("context", _context(status))]
@@ -53,7 +53,7 @@ def status_rows(status: Status) -> list[Row]:
 
 
 def memory_text(memory: MemoryUsage) -> str:
-    """The memory of a runner in parts."""
+    """Describe the memory of a runner, part by part."""
     has_model = bool(memory.limit_bytes)
     parts = [
         f"active {format_bytes(memory.active_bytes)}",

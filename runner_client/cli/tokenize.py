@@ -1,4 +1,4 @@
-"""``mlx-runner tokenize``: text to token ids and back, by a model's own tokenizer."""
+"""``mlx-runner tokenize``: text to token ids and back, with a model's own tokenizer."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def command(
     as_json: bool,
     **credentials: Unpack[Credentials],
 ) -> None:
-    """Split TEXT into token ids, or join them again.
+    """Split TEXT into token ids, or join token ids into text.
 
-    One of --address and --model says whose tokenizer is asked. Ids are printed, and with
-    --detokenize read, as numbers with spaces or commas between them. TEXT - reads standard input.
+    Give either --address or --model to select the tokenizer. Ids are printed, and with
+    --detokenize read, as numbers separated by spaces or commas. TEXT - reads standard input.
     """
     if bool(address) == bool(model):
         raise click.UsageError("give one of --address (a running runner) and --model")

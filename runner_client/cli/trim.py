@@ -1,4 +1,4 @@
-"""``mlx-runner trim``: a runner gives memory back that it does not need."""
+"""``mlx-runner trim``: have a runner free unneeded memory."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 def command(
     address: str, *, prefix_cache: int | None, as_json: bool, **credentials: Unpack[Credentials]
 ) -> None:
-    """Have the runner at ADDRESS (HOST:PORT or unix:/path) give memory back.
+    """Have the runner at ADDRESS (HOST:PORT or unix:/path) free memory.
 
-    It drops evaluated prompts, then what it keeps of freed memory. Nothing ends: its model stays,
-    and completions go on.
+    The runner evicts entries of the prefix cache, then frees buffers kept for reuse. The model
+    stays loaded, and completions continue.
     """
     if not address:
         raise click.BadArgumentUsage("ADDRESS is empty; give HOST:PORT or unix:/path")
