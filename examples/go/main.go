@@ -1,4 +1,4 @@
-// Spawn starts a runner with hashicorp/go-plugin, streams a completion from it and ends it.
+// Spawn starts a runner with hashicorp/go-plugin, streams a completion and stops the runner.
 package main
 
 import (
@@ -13,13 +13,13 @@ import (
 	"example.com/mlxrunner/runnerpb"
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/go-plugin"
-	_ "google.golang.org/genproto/googleapis/rpc/errdetails" // what Details() returns
+	_ "google.golang.org/genproto/googleapis/rpc/errdetails" // the types returned by Details()
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 )
 
 func main() {
-	// go-plugin hands on its stdin. The end of this one ends the runner, also when we are killed.
+	// go-plugin passes its stdin on. The runner exits when this pipe closes, even if we are killed.
 	stdin, hold, err := os.Pipe()
 	check(err)
 	os.Stdin = stdin
@@ -33,7 +33,7 @@ func main() {
 		Logger:           hclog.NewNullLogger(),
 		Stderr:           os.Stderr, // the runner's log
 	})
-	defer func() { hold.Close(); runner.Kill() }() // returns when the process is gone
+	defer func() { hold.Close(); runner.Kill() }() // returns once the process has exited
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	defer cancel()
 	ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+token)
@@ -43,7 +43,7 @@ func main() {
 	options := &runnerpb.CompletionOptions{Temperature: new(float32(0)), NumPredict: new(int32(64))}
 	stream := must(client.Completion(ctx, &runnerpb.CompletionRequest{Input: prompt, Options: options}))
 	for done := false; !done; {
-		chunk := must(stream.Recv()) // an io.EOF before `done` is a failure
+		chunk := must(stream.Recv()) // io.EOF before `done` is a failure
 		fmt.Print(chunk.GetContent())
 		done = chunk.GetDone()
 	}
@@ -51,9 +51,9 @@ func main() {
 
 func must[T any](value T, err error) T { check(err); return value }
 
-// check ends the program, and so the pipe that the runner lives by.
+// check exits on an error, which closes the pipe and so stops the runner.
 func check(err error) {
 	if err != nil {
-		log.Fatal(err, status.Convert(err).Details()) // with the ErrorInfo that names the reason
+		log.Fatal(err, status.Convert(err).Details()) // includes the ErrorInfo with the reason
 	}
 }

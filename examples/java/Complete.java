@@ -12,11 +12,11 @@ import io.mlxrunner.v1.RunnerServiceGrpc;
 import io.mlxrunner.v1.StatusRequest;
 import java.util.concurrent.TimeUnit;
 
-/** Asks a running server what it holds, and streams a completion from it: Complete ADDRESS. */
+/** Prints the status of a running server, and streams a completion from it: Complete ADDRESS. */
 public class Complete {
     public static void main(String[] arguments) throws Exception {
         ManagedChannel channel = Grpc.newChannelBuilder(arguments[0], InsecureChannelCredentials.create())
-                .keepAliveTime(30, TimeUnit.SECONDS) // A server may evaluate a long prompt in silence.
+                .keepAliveTime(30, TimeUnit.SECONDS) // The prefill of a long prompt may be silent.
                 .build();
         try {
             complete(RunnerServiceGrpc.newBlockingStub(channel));
@@ -36,13 +36,13 @@ public class Complete {
                 .setPrompt("def fibonacci(n):")
                 .setOptions(CompletionOptions.newBuilder().setTemperature(0).setNumPredict(64))
                 .build();
-        // A loop that is left before `done` must cancel: run it in a `Context.CancellableContext`.
+        // To leave this loop before `done`, run it in a `Context.CancellableContext` and cancel that.
         var pieces = runner.withDeadlineAfter(60, TimeUnit.SECONDS).completion(request);
         pieces.forEachRemaining(piece -> System.out.print(piece.getContent()));
         System.out.flush();
     }
 
-    /** Why the runner refused: a name of `ErrorReason`. Without one, gRPC itself failed. */
+    /** Returns the name of the runner's `ErrorReason`; absent if gRPC itself failed. */
     private static String reason(StatusRuntimeException failure) throws InvalidProtocolBufferException {
         for (Any detail : StatusProto.fromThrowable(failure).getDetailsList()) {
             if (detail.is(ErrorInfo.class)) {

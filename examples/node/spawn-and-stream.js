@@ -16,7 +16,7 @@ const protocol = loadSync(['mlxrunner/v1/runner.proto', 'google_rpc.proto'], {
 });
 const { RunnerService } = grpc.loadPackageDefinition(protocol).mlxrunner.v1;
 
-/** The `google.rpc.ErrorInfo` of a failed call: `reason` says what to do about it. */
+/** Returns the `google.rpc.ErrorInfo` of a failed call; its `reason` identifies the error. */
 function errorInfo(error) {
   const [bytes] = error.metadata?.get('grpc-status-details-bin') ?? [];
   const details = bytes ? protocol['google.rpc.Status'].deserialize(bytes).details : [];
@@ -27,7 +27,7 @@ const [model, prompt = 'def fibonacci(n):'] = process.argv.slice(2);
 const token = randomBytes(16).toString('hex');
 const child = spawn(
   process.env.MLX_RUNNER_PYTHON ?? 'python3',
-  // The pipe that is its stdin closes with this process, however it ends: the runner ends too.
+  // The runner's stdin is a pipe that closes when this process ends in any way; the runner then exits.
   ['-m', 'runner_server', '--listen', '127.0.0.1:0', '--exit-with-parent'],
   { stdio: ['pipe', 'pipe', 'inherit'], env: { ...process.env, MLX_RUNNER_TOKEN: token } },
 );
@@ -41,7 +41,7 @@ const metadata = new grpc.Metadata();
 metadata.set('authorization', `Bearer ${token}`);
 const options = { 'grpc.enable_http_proxy': 0 };
 const runner = new RunnerService(address, grpc.credentials.createInsecure(), options);
-const deadline = Date.now() + 300_000; // The runner sets none of its own.
+const deadline = Date.now() + 300_000; // The runner sets no deadline itself.
 try {
   await promisify(runner.Load.bind(runner))({ model }, metadata, { deadline });
   const request = { prompt, options: { temperature: 0, num_predict: 64 } };

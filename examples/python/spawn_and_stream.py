@@ -1,4 +1,4 @@
-"""Starts a runner, streams a completion from it, and gets its memory back."""
+"""Start a runner, stream a completion from the model, and free the memory."""
 
 import sys
 
@@ -6,11 +6,11 @@ from runner_client import InsufficientMemoryError, Options, RunnerError, RunnerP
 
 
 def main(model: str) -> int:
-    """Completes a prompt with a model; returns an exit code."""
+    """Complete a prompt with a model; return an exit code."""
     options = Options(temperature=0, num_predict=64)
     try:
-        # Decides whether the model fits, spawns the server, waits for the load; at the
-        # end of the block the process is gone, whatever happened.
+        # Check that the model fits, spawn the server and wait for the load. The process is
+        # always gone at the end of the block.
         with RunnerProcess(model) as runner:
             for chunk in runner.completion("def fibonacci(n):", options=options):
                 print(chunk.content, end="", flush=True)
@@ -18,7 +18,7 @@ def main(model: str) -> int:
         print(f"{error.required_bytes} bytes needed, {error.available_bytes} free", file=sys.stderr)
         return 1
     except RunnerError as error:
-        # Its class says what it is, also where the client itself found it and no runner was asked.
+        # The class names the failure, including those found by the client without a runner.
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0

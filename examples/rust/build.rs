@@ -1,4 +1,4 @@
-//! Generates the client from the protocol; protox stands in for protoc.
+//! Generates the client from the protocol, with protox instead of protoc.
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=../../proto/mlxrunner/v1/runner.proto");
     let files = protox::compile(["mlxrunner/v1/runner.proto"], ["../../proto"])?;

@@ -16,7 +16,7 @@ mod proto {
 async fn main() {
     let address = std::env::args().nth(1).expect("usage: run ADDRESS");
     if let Err(status) = complete(address).await {
-        // Decide by the reason; the message is for people.
+        // Handle errors by reason; messages are for humans.
         let details = status.get_error_details();
         let reason = details
             .error_info()
