@@ -19,7 +19,7 @@
     ├── RunnerTimeoutError               DEADLINE_EXCEEDED  ``phase`` names the timeout
     ├── RunnerUnavailableError           UNAVAILABLE        the runner cannot be reached
     │   └── RunnerExitedError            (child process)    restart it if you like
-    ├── IncompleteStreamError            (client)           the text is cut; retrying is safe
+    ├── IncompleteStreamError            (client)           the text is incomplete; retrying is safe
     └── NotSupportedError                UNIMPLEMENTED      retrying never helps
         └── UnsupportedPlatformError     (client)           use another machine
 

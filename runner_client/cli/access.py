@@ -30,13 +30,11 @@ _ACCESS = (
     click.option(
         "--token-file",
         type=_FILE,
-        help=f"File with the runner's token.  [default: {TOKEN_VARIABLE}, else none]",
+        help=f"File with the runner's token.  [default: {TOKEN_VARIABLE} if set]",
     ),
-    click.option(
-        "--tls-ca", type=_FILE, help="Encrypt, and trust a runner with a certificate of it."
-    ),
-    click.option("--tls-cert", type=_FILE, help="Own certificate, if the runner asks for one."),
-    click.option("--tls-key", type=_FILE, help="Its private key."),
+    click.option("--tls-ca", type=_FILE, help="Encrypt; CA certificates to trust the runner by."),
+    click.option("--tls-cert", type=_FILE, help="Client certificate, if the runner asks for one."),
+    click.option("--tls-key", type=_FILE, help="Private key of --tls-cert."),
 )
 
 

@@ -71,7 +71,7 @@ def demo_model() -> Path:
             return model
     raise Failure(
         "the demo model is missing: this installation of mlx-grpc-runner has no "
-        "runner_server/demo/model; install it again"
+        "runner_server/demo/model; reinstall it"
     )
 
 
@@ -85,7 +85,7 @@ def _start_rows(
         ("load", f"{load.load_seconds:.2f} s"),
     ]
     if need is not None:
-        fits = f"needs {format_bytes(need.total_bytes)}, {format_bytes(free_bytes)} are free"
+        fits = f"needs {format_bytes(need.total_bytes)}, {format_bytes(free_bytes)} free"
         rows.insert(1, ("gate", fits))
     return [*rows, *model_rows(model)]
 
@@ -97,11 +97,11 @@ def _stopped(runner: RunnerProcess, status: Status) -> str:
         Failure: The process still exists.
     """
     if not runner.has_exited or psutil.pid_exists(status.pid):
-        raise Failure(f"process {status.pid} is still there after it was stopped")
+        raise Failure(f"process {status.pid} still exists after the stop")
     held = format_bytes(status.memory_usage.process_bytes)
     return (
-        f"process {status.pid} is gone and reaped (exit code {runner.exit_code}), and the {held} "
-        "it held are back"
+        f"process {status.pid} has exited and is reaped (exit code {runner.exit_code}), and its "
+        f"{held} are free again"
     )
 
 
@@ -109,5 +109,5 @@ def _free(before: int, during: int, after: int) -> str:
     """Describe free memory over time; inexact, because other processes count too."""
     return (
         f"{format_bytes(before)} before, {format_bytes(during)} with the runner, "
-        f"{format_bytes(after)} now (other processes count too)"
+        f"{format_bytes(after)} now (including changes of other processes)"
     )

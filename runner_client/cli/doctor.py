@@ -23,9 +23,9 @@ _COLORS = {"ok": "green", "warning": "yellow", "error": "red"}
 
 @click.command(
     "doctor",
-    short_help="Check what this machine has for a runner, and measure it.",
-    epilog="Exit codes: 0 success (no error, though maybe warnings), 1 an error: no runner starts "
-    "here, 2 wrong usage, 130 interrupted.",
+    short_help="Check and measure this machine for a runner.",
+    epilog="Exit codes: 0 success (no error, though maybe warnings), 1 an error: a runner cannot "
+    "start here, 2 wrong usage, 130 interrupted.",
 )
 @json_option
 def command(*, as_json: bool) -> None:

@@ -36,7 +36,7 @@ _LIMITS = {"system": "the system", "cgroup": "the control group", "device": "the
 
 @click.command(
     "estimate",
-    short_help="Tell what a model needs in memory, and whether it fits.",
+    short_help="Estimate the memory of a model, and whether it fits.",
     epilog="Exit codes: 0 success (it fits, or was not compared), 1 failure (one line on standard "
     "error), 2 wrong usage, 3 it does not fit, 130 interrupted.",
 )
@@ -47,10 +47,10 @@ _LIMITS = {"system": "the system", "cgroup": "the control group", "device": "the
 @click.option(
     "--backend",
     type=click.Choice(get_args(Backend)),
-    help="What it is to run on; free memory is compared only with that of this machine's.  "
+    help="Backend to run on; free memory is only compared for that of this machine.  "
     "[default: this machine's]",
 )
-@click.option("--address", help="Ask the runner there, for its machine: HOST:PORT or unix:/path.")
+@click.option("--address", help="Ask the runner at this address: HOST:PORT or unix:/path.")
 @access_options
 @allow_inexact_option
 @json_option
@@ -86,7 +86,7 @@ def command(
         fits = _count(need_as, dtype, as_json=as_json)
     else:
         if backend:
-            raise click.UsageError("--backend has no meaning with --address")
+            raise click.UsageError("--backend cannot be used with --address")
         with open_client(address, **credentials) as client:
             answer = client.estimate(
                 model,
@@ -130,8 +130,8 @@ def _with_way_out(need: MemoryEstimate, stored: MemoryEstimate) -> MemoryEstimat
     if decision is None or not decision.fits:
         return need
     note = (
-        f"as stored it needs {format_bytes(stored.required_bytes)}, which fits: --dtype "
-        "auto_or_stored or as_stored, many times slower on a CPU"
+        f"as stored it needs {format_bytes(stored.required_bytes)}, which fits: use --dtype "
+        "auto_or_stored or as_stored, but it is many times slower on a CPU"
     )
     return replace(need, notes=(*need.notes, note))
 
@@ -185,7 +185,7 @@ def _show_answer(model: str, answer: LoadEstimate, *, as_json: bool) -> None:
         ("held", _held(answer)),
         ("context", _context(answer)),
         *_part_rows(parts, answer),
-        ("kept back", _figure(answer.overhead_bytes)),
+        ("kept free", _figure(answer.overhead_bytes)),
         ("reserved", f"{_figure(answer.reserved_bytes)}  that other runners may still take"),
         ("available", _figure(answer.available_bytes)),
         ("fits", _verdict(answer)),
@@ -220,7 +220,7 @@ def _part_rows(parts: dict[str, int], need: MemoryEstimate | LoadEstimate) -> li
 
 
 def _at_least(need: MemoryEstimate | LoadEstimate) -> str:
-    return f"{_figure(need.required_bytes)}  the prefix cache gives way where memory is short"
+    return f"{_figure(need.required_bytes)}  the prefix cache shrinks if memory is short"
 
 
 def _verdict(decision: GateDecision | LoadEstimate) -> str:
@@ -228,7 +228,7 @@ def _verdict(decision: GateDecision | LoadEstimate) -> str:
     return (
         f"yes, {format_bytes(spare)} to spare"
         if decision.fits
-        else f"no, {format_bytes(-spare)} too little; lower --context-length or --parallel, choose "
+        else f"no, {format_bytes(-spare)} short; lower --context-length or --parallel, choose "
         "a smaller --dtype or model, or stop another process"
     )
 
@@ -236,7 +236,7 @@ def _verdict(decision: GateDecision | LoadEstimate) -> str:
 def _decision_rows(decision: GateDecision) -> list[Row]:
     return [
         ("free", f"{_figure(decision.free.available_bytes)}  {_limits(decision.free)}"),
-        ("kept back", _figure(decision.overhead_bytes)),
+        ("kept free", _figure(decision.overhead_bytes)),
         *([("reserved", _reserved(decision))] if decision.reserved_bytes else []),
         ("available", _figure(decision.available_bytes)),
         ("fits", _verdict(decision)),

@@ -29,7 +29,7 @@ def size(value: str) -> int:
     match = _SIZE.fullmatch(value.strip())
     count = _bytes(*match.groups()) if match else 0
     if count < 1:
-        raise click.BadParameter(f"{value!r} is no size; write 8GiB, 512MiB or a number of bytes")
+        raise click.BadParameter(f"{value!r} is not a size; use 8GiB, 512MiB or a number of bytes")
     return count
 
 
@@ -55,7 +55,7 @@ def text(value: str) -> str:
     """
     # Such bytes arrive as lone surrogates.
     if any("\ud800" <= character <= "\udfff" for character in value):
-        raise click.BadParameter("it has bytes that are no characters")
+        raise click.BadParameter("it contains bytes that are not text")
     return value
 
 
@@ -99,22 +99,22 @@ dtype_option = click.option(
     type=click.Choice(get_args(Dtype)),
     default="auto",
     show_default=True,
-    help="Number format of the weights in memory. auto: float32 on a CPU, elsewhere as stored. "
-    "auto_or_stored: the same where that fits, else as stored, which is slow on a CPU.",
+    help="Number format of the weights in memory. auto: float32 on a CPU, otherwise as stored. "
+    "auto_or_stored: like auto if that fits, otherwise as stored, which is slow on a CPU.",
 )
 prefix_cache_option = click.option(
     "--prefix-cache",
     type=size_or_zero,
     metavar="SIZE",
-    help="Most memory to keep evaluated prompts in, so that one that begins like an earlier one "
-    "skips what they share; 0 keeps none.  [default: one sequence, or a quarter of all; less where "
+    help="Upper limit of the prefix cache, which spares a prompt the prefill of the beginning it "
+    "shares with an earlier one; 0 is off.  [default: one sequence, or a quarter of all; less if "
     "memory is short]",
 )
 allow_inexact_option = click.option(
     "--allow-inexact",
     is_flag=True,
-    help="Take the model even if it cannot be computed exactly as its files say; the differences "
-    "are told.",
+    help="Accept a model that cannot be computed exactly as its files specify; the differences "
+    "are printed.",
 )
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output."
@@ -128,7 +128,7 @@ def parallel_option(default: int) -> Callable[[FC], FC]:
         type=click.IntRange(1, 256),
         default=default,
         show_default=True,
-        help="Completions decoded together.",
+        help="Maximum number of completions decoded together.",
     )
 
 
@@ -152,22 +152,22 @@ _SAMPLING = (
     click.option(
         "--temperature",
         type=click.FloatRange(0, 100),
-        help="0 takes the most likely token.  [default: 0.8]",
+        help="Sampling temperature; 0 takes the most likely token.  [default: 0.8]",
     ),
     click.option(
         "--top-p",
         type=click.FloatRange(0, 1, min_open=True),
-        help="Draw from the tokens that together have this probability.  [default: 0.9]",
+        help="Sample from the tokens that together have this probability.  [default: 0.9]",
     ),
     click.option(
         "--top-k",
         type=integer(0),
-        help="Draw from this many tokens; 0 is off.  [default: 40]",
+        help="Sample from this many most likely tokens; 0 is off.  [default: 40]",
     ),
     click.option(
         "--min-p",
         type=click.FloatRange(0, 1),
-        help="Leave out tokens less likely than this share of the likeliest.  [default: 0]",
+        help="Drop tokens less likely than this fraction of the likeliest.  [default: 0]",
     ),
     click.option(
         "--seed",
@@ -177,33 +177,33 @@ _SAMPLING = (
     click.option(
         "--num-predict",
         type=integer(1),
-        help="Most tokens to generate.  [default: to the end of the context]",
+        help="Maximum number of tokens to generate.  [default: to the end of the context]",
     ),
     click.option(
         "--stop",
         type=text,
         multiple=True,
-        help="End the text before this string; may be given again.",
+        help="End the text before this string; may be repeated.",
     ),
     click.option(
         "--repeat-penalty",
         type=click.FloatRange(0, 100, min_open=True),
-        help="Makes tokens seen before less likely; 1 is off.  [default: 1]",
+        help="Make repeated tokens less likely; 1 is off.  [default: 1]",
     ),
     click.option(
         "--repeat-last-n",
         type=integer(-1),
-        help="How many tokens the penalties look back; -1 is all.  [default: 64]",
+        help="How many of the last tokens the penalties consider; -1 is all.  [default: 64]",
     ),
     click.option(
         "--presence-penalty",
         type=click.FloatRange(-100, 100),
-        help="Off the logits of tokens seen.  [default: 0]",
+        help="Subtracted once from the logits of repeated tokens.  [default: 0]",
     ),
     click.option(
         "--frequency-penalty",
         type=click.FloatRange(-100, 100),
-        help="The same, once for each time.  [default: 0]",
+        help="Subtracted for each occurrence of repeated tokens.  [default: 0]",
     ),
 )
 

@@ -47,13 +47,13 @@ def model_rows(model: Model) -> list[Row]:
     rows = [("warning", text) for text in model.warnings]
     if not model.dtype_fallback:
         return rows
-    return [("held", "as stored, which is slow on a CPU: there is no memory for float32"), *rows]
+    return [("held", "as stored, which is slow on a CPU: not enough memory for float32"), *rows]
 
 
 def completion_rows(completion: Completion) -> list[Row]:
     """Return the rows about the tokens and rates of a completion."""
     cached = completion.prompt_cached_count
-    kept = f" ({cached:,} evaluated before)" if cached else ""
+    kept = f" ({cached:,} from the prefix cache)" if cached else ""
     prompt_rate = _rate(completion.prompt_eval_count - cached, completion.prompt_eval_seconds)
     # The time runs from the first token to the last, so the first token does not count.
     rate = _rate(completion.eval_count - 1, completion.eval_seconds)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    "run", short_help="Complete a prompt with a model, in a runner of its own.", epilog=EXIT_CODES
+    "run", short_help="Complete a prompt with a model, in a temporary runner.", epilog=EXIT_CODES
 )
 @click.argument("model")
 @click.argument("prompt", type=text_or_stdin)
@@ -38,9 +38,7 @@ if TYPE_CHECKING:
 @context_length_option
 @dtype_option
 @prefix_cache_option
-@click.option(
-    "--memory-override", is_flag=True, help="Start it even if the gate says that it does not fit."
-)
+@click.option("--memory-override", is_flag=True, help="Start the model even if it does not fit.")
 @allow_inexact_option
 @json_option
 def command(

@@ -37,47 +37,53 @@ _FOR_A_MODEL = ("context_length", "parallel", "dtype", "memory_limit", "prefix_c
     "engine died, 130 interrupted twice.",
 )
 @click.option(
-    "--model", help="Load it at once, or exit; without it the server waits for a Load call."
+    "--model", help="Model to load at the start; without it the server waits for a Load call."
 )
 @click.option(
     "--listen",
     default="127.0.0.1:0",
     show_default=True,
-    help="HOST:PORT or unix:/path; port 0 takes a free one. An address that other machines reach "
-    "needs a token or TLS.",
+    help="HOST:PORT or unix:/path; port 0 picks a free one. An address reachable from other "
+    "machines needs a token or TLS.",
 )
 @click.option(
     "--token-file",
     type=_FILE,
-    help=f"File with the token that every call must send.  [default: {TOKEN_VARIABLE}, else none]",
+    help=f"File with the token that every call must send.  [default: {TOKEN_VARIABLE} if set]",
 )
-@click.option("--tls-cert", type=_FILE, help="Certificate chain, PEM; may be changed.")
-@click.option("--tls-key", type=_FILE, help="Its private key, PEM without a password.")
-@click.option("--tls-client-ca", type=_FILE, help="Let only clients with a certificate of it in.")
+@click.option("--tls-cert", type=_FILE, help="Certificate chain, PEM; reloaded when it changes.")
+@click.option("--tls-key", type=_FILE, help="Private key of --tls-cert, PEM without a password.")
+@click.option(
+    "--tls-client-ca", type=_FILE, help="CA certificates; clients must have one signed by them."
+)
 @click.option(
     "--model-root",
     type=click.Path(exists=True, file_okay=False),
     metavar="DIR",
-    help="Load only models below this directory, links followed.",
+    help="Only load models below this directory; links are resolved.",
 )
 @click.option(
     "--metrics-listen",
     metavar="HOST:PORT",
-    help="Answer Prometheus there, for instance 127.0.0.1:9464.  [default: nowhere]",
+    help="Address for Prometheus metrics, such as 127.0.0.1:9464.  [default: none]",
 )
 @click.option(
     "--log-format",
     type=click.Choice(["text", "json"]),
-    help="Of the log on standard error.  [default: text]",
+    help="Format of the log on standard error.  [default: text]",
 )
 @click.option(
     "--distributed",
     is_flag=True,
-    help="Be one of the processes that mlx.launch has started, which hold the model together.",
+    help="Hold the model together with the other processes started by mlx.launch.",
 )
-@click.option("--pipeline", is_flag=True, help="Give each of them some layers of the model.")
 @click.option(
-    "--smg", is_flag=True, help="Be a worker of the SMG gateway too; needs the extra smg."
+    "--pipeline",
+    is_flag=True,
+    help="With --distributed, give each process some layers of the model.",
+)
+@click.option(
+    "--smg", is_flag=True, help="Also serve as a worker of the SMG gateway; needs the extra smg."
 )
 @context_length_option
 @parallel_option(DEFAULT_PARALLEL)
@@ -86,7 +92,7 @@ _FOR_A_MODEL = ("context_length", "parallel", "dtype", "memory_limit", "prefix_c
     "--memory-limit",
     type=size,
     metavar="SIZE",
-    help="Most memory for weights and KV cache, for instance 8GiB.  [default: what is free]",
+    help="Upper limit of MLX's memory, such as 8GiB.  [default: the estimated need]",
 )
 @prefix_cache_option
 @click.option(
@@ -94,7 +100,7 @@ _FOR_A_MODEL = ("context_length", "parallel", "dtype", "memory_limit", "prefix_c
     default="auto",
     show_default=True,
     metavar="auto|off|PATH",
-    help="Which BLAS library goes in front of MLX's own on a Linux CPU, where that is slow.",
+    help="BLAS library to preload before MLX's own, which is slow on a Linux CPU.",
 )
 @click.pass_context
 def command(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from runner_client.types import MemoryUsage, Model, Rank, Status
 
 
-@click.command("status", short_help="Show what a runner does and holds.", epilog=EXIT_CODES)
+@click.command("status", short_help="Show state, work and memory of a runner.", epilog=EXIT_CODES)
 @click.argument("address")
 @access_options
 @json_option
@@ -42,7 +42,7 @@ def status_rows(status: Status) -> list[Row]:
     rows += [
         ("work", _work(status)),
         ("memory", memory_text(status.memory_usage)),
-        ("device", status.device or "not known before MLX is imported"),
+        ("device", status.device or "unknown until MLX is imported"),
         *([("BLAS", status.blas)] if status.blas else []),
         ("runner", _runner(status)),
         *((f"rank {rank.rank}", _rank(rank)) for rank in status.ranks),
@@ -55,14 +55,14 @@ def status_rows(status: Status) -> list[Row]:
 def memory_text(memory: MemoryUsage) -> str:
     """Describe the memory of a runner, part by part."""
     has_model = bool(memory.limit_bytes)
+    prefix_cache = f" (prefix cache {_prefix_cache(memory)})" if has_model else ""
+    outside = f" (outside MLX {format_bytes(memory.other_bytes)})"
     parts = [
-        f"active {format_bytes(memory.active_bytes)}",
-        *([f"of it prefix cache {_prefix_cache(memory)}"] if has_model else []),
+        f"active {format_bytes(memory.active_bytes)}{prefix_cache}",
         f"cache {format_bytes(memory.cache_bytes)}",
         f"peak {format_bytes(memory.peak_bytes)}",
         *([f"limit {format_bytes(memory.limit_bytes)}"] if has_model else []),
-        f"process {format_bytes(memory.process_bytes)}",
-        f"of it outside MLX {format_bytes(memory.other_bytes)}",
+        f"process {format_bytes(memory.process_bytes)}{outside}",
         *([f"reserved {format_bytes(memory.reserved_bytes)}"] if memory.reserved_bytes else []),
     ]
     return ", ".join(parts)
@@ -93,7 +93,7 @@ def _work(status: Status) -> str:
         f"{status.step_count:,} steps since the start"
     )
     age = status.last_progress_age_seconds
-    return work if age is None else f"{work}; moved {age:.1f} s ago"
+    return work if age is None else f"{work}; last progress {age:.1f} s ago"
 
 
 def _runner(status: Status) -> str:

@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    "tokenize", short_help="Split text into token ids, or join them again.", epilog=EXIT_CODES
+    "tokenize", short_help="Split text into token ids, or join ids into text.", epilog=EXIT_CODES
 )
 @click.argument("content", metavar="TEXT", type=text_or_stdin)
-@click.option("--address", help="Ask the runner there: HOST:PORT or unix:/path.")
-@click.option("--model", help="Start a runner for this model (it is loaded whole), and stop it.")
+@click.option("--address", help="Use the runner at this address: HOST:PORT or unix:/path.")
+@click.option("--model", help="Start a runner, load the whole model, and stop the runner.")
 @click.option("--detokenize", is_flag=True, help="TEXT is token ids; join them into text.")
 @click.option(
     "--add-special-tokens",
     is_flag=True,
-    help="Add what a prompt gets, for instance a beginning-of-text token.",
+    help="Add the special tokens of a prompt, such as a beginning-of-text token.",
 )
 @access_options
 @json_option
@@ -55,7 +55,7 @@ def command(
     if model and any(credentials.values()):
         raise click.UsageError("--token-file and --tls-... need --address")
     if detokenize and add_special_tokens:
-        raise click.UsageError("--add-special-tokens has no meaning with --detokenize")
+        raise click.UsageError("--add-special-tokens cannot be used with --detokenize")
     ids = _ids(content) if detokenize else []
     with _tokenizer(address, model, credentials) as client:
         if detokenize:
@@ -85,10 +85,10 @@ def _ids(content: str) -> list[int]:
     words = content.replace(",", " ").split()
     wrong = [word for word in words if not (word.isascii() and word.isdecimal())]
     if wrong:
-        raise click.BadArgumentUsage(f"{wrong[0]!r} is no token id; TEXT must be whole numbers")
+        raise click.BadArgumentUsage(f"{wrong[0]!r} is not a token id; TEXT must be whole numbers")
     ids = list(map(int, words))
     if max(ids, default=0) > _MAX_ID:
-        raise click.BadArgumentUsage(f"{max(ids)} is no token id: it is above {_MAX_ID:,}")
+        raise click.BadArgumentUsage(f"{max(ids)} is not a token id: it is above {_MAX_ID:,}")
     return ids
 
 

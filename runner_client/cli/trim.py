@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from typing import Unpack
 
 
-@click.command("trim", short_help="Have a runner give memory back.", epilog=EXIT_CODES)
+@click.command("trim", short_help="Have a runner free memory.", epilog=EXIT_CODES)
 @click.argument("address")
 @click.option(
     "--prefix-cache",
     type=size_or_zero,
     metavar="SIZE",
-    help="Reduce the prefix cache to this at least; it may grow again.  [default: 0]",
+    help="Shrink the prefix cache to this size; it may grow again.  [default: 0]",
 )
 @access_options
 @json_option
@@ -41,4 +41,4 @@ def command(
     if as_json:
         print_json({"freed_bytes": freed})
     else:
-        click.echo(f"{format_bytes(freed)} given back")
+        click.echo(f"{format_bytes(freed)} freed")

@@ -113,8 +113,8 @@ def blas_at(path: Path, *, root: Path = Path("/")) -> Blas:
     path = path.expanduser().absolute()
     if not _can_be_preloaded(path):
         raise InvalidRequestError(
-            f"{path} cannot be preloaded: LD_PRELOAD has no way to write a blank or a colon in a "
-            "path; link to it from another folder",
+            f"{path} cannot be preloaded: LD_PRELOAD cannot express a blank or a colon in a "
+            "path; link to the file from another folder",
             field_violations=[("blas", "a blank or a colon in the path")],
         )
     if not path.is_file():

@@ -48,7 +48,7 @@ def check_platform() -> None:
         raise UnsupportedPlatformError(
             f"a runner needs MLX, which does not run on {here[0]} {here[1]}; use macOS on Apple "
             f"silicon (with an arm64 Python) or Linux on x86-64 or arm64 (on Windows: WSL 2). "
-            f"A client of a runner elsewhere works here"
+            f"A client of a runner on another machine works here"
         )
 
 
@@ -67,7 +67,7 @@ def server_program(listen: str) -> list[str]:
     except NoInterpreterError as error:
         raise RunnerUnavailableError(
             f"cannot start a runner: {error}; start `python -m runner_server` yourself, with a "
-            "Python that has mlx-grpc-runner, and use RunnerClient"
+            "Python that has mlx-grpc-runner installed, and use RunnerClient"
         ) from error
     missing = [name for name in _SERVER_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
@@ -113,8 +113,8 @@ class ListenPlace:
             folder = _private_folder()
         except OSError as error:
             raise RunnerUnavailableError(
-                f"cannot make a folder for the runner's socket ({error}); set TMPDIR to a folder "
-                'that can be written, or use listen="tcp"'
+                f"cannot create a folder for the runner's socket ({error}); set TMPDIR to a "
+                'writable folder, or use listen="tcp"'
             ) from error
         return cls(f"unix:{folder / 's'}", folder)
 

@@ -48,15 +48,15 @@ _SERVER_PACKAGES = (
 )
 _INSTALL_SERVER = (
     "pip install 'mlx-grpc-runner[cpu]' on Linux (or [cuda12], [cuda13]), "
-    "'mlx-grpc-runner[server]' on macOS; a client of a runner elsewhere needs none of it"
+    "'mlx-grpc-runner[server]' on macOS; not needed by a client of a runner on another machine"
 )
 _INSTALL_BLAS = (
-    "install a fast BLAS: apt-get install libopenblas0-pthread (Debian, Ubuntu), or without an "
-    "administrator pip install mkl intel-openmp; it is found by itself"
+    "install a fast BLAS: apt-get install libopenblas0-pthread (Debian, Ubuntu), or without "
+    "administrator rights pip install mkl intel-openmp; it is found automatically"
 )
 _CPU_WEIGHTS = (
     "held as float32 where memory allows, quantized ones dequantized: no other format is fast on "
-    "a CPU (--dtype as_stored keeps them as they are)"
+    "a CPU (--dtype as_stored keeps the stored format)"
 )
 _INSTALL_COMPILER = "install a C++ compiler that MLX can call as g++: apt-get install g++"
 
@@ -140,7 +140,7 @@ def _platform() -> Finding:
 def _cores(cores: Cores) -> Finding:
     value = str(cores.count)
     if cores.group:
-        value += f" of {cores.schedulable}, by the CPU quota of {cores.group}"
+        value += f" of {cores.schedulable}, limited by the CPU quota of {cores.group}"
     return Finding("processor cores", "ok", value)
 
 
@@ -234,7 +234,7 @@ def _agreement(value: str, seen: str, expected: Backend) -> Finding:
     if seen == expected:
         return Finding("MLX", "ok", value)
     advice = (
-        f"the packages installed are for {expected}: check the driver, and that exactly one of the "
+        f"the installed packages are for {expected}: check the driver, and that exactly one of the "
         "extras cpu, cuda12 and cuda13 is installed"
     )
     return Finding("MLX", "warning", value, advice)
@@ -245,7 +245,7 @@ def _kernels(facts: Mapping[str, Any]) -> Finding:
     if facts.get("kernels_compile"):
         how = f" with {compiler}" if facts.get("backend") == "cpu" else ""
         return Finding("kernel compilation", "ok", f"works{how}")
-    reason = str(facts.get("errors", {}).get("kernels_compile", "failed for no known reason"))
+    reason = str(facts.get("errors", {}).get("kernels_compile", "failed for an unknown reason"))
     if facts.get("backend") != "cpu":
         return Finding("kernel compilation", "error", reason, _CUDA_HEADERS)
     # A runner works without g++ or with a broken one, only slower.
@@ -281,10 +281,10 @@ def _blas(measured: Sequence[Measurement]) -> Finding:
 def _preloaded(one: Measurement) -> Finding:
     """Return the finding about a BLAS preloaded by the user; no other library is tried."""
     name = one.result.facts.get("blas") or "unknown"
-    value = f"{name}, by LD_PRELOAD: {one.gflops:.1f} GFLOP/s in float32"
+    value = f"{name}, from LD_PRELOAD: {one.gflops:.1f} GFLOP/s in float32"
     if one.gflops >= _FAST_GFLOPS:
         return Finding("BLAS", "ok", value)
-    advice = "unset LD_PRELOAD: the fastest BLAS that is installed is then found and put in front"
+    advice = "unset LD_PRELOAD: the fastest installed BLAS is then found and preloaded"
     return Finding("BLAS", "warning", value, advice)
 
 
@@ -295,6 +295,6 @@ def _remembered(
     try:
         place = remember(environ, Choice(best.blas), libraries)
     except OSError as error:
-        advice = "give a runner its BLAS by hand (mlx-runner serve --blas PATH), or mend the folder"
+        advice = "choose a BLAS by hand (mlx-runner serve --blas PATH), or fix the folder"
         return Finding("BLAS choice", "warning", f"not remembered: {error}", advice)
     return Finding("BLAS choice", "ok", f"{best.name}, remembered in {place}")

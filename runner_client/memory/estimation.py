@@ -198,7 +198,7 @@ def _answer(
         else:
             return answer, answer.notes
     answer, notes = need_from_headers(request)
-    return answer, (f"counted from the headers of the files: {why}", *notes)
+    return answer, (f"computed from the headers of the files: {why}", *notes)
 
 
 def _refused(refusal: NeedRefusedError) -> RunnerError:

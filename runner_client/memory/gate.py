@@ -343,8 +343,8 @@ def _refusal(
 
 _LIMITED_BY = {
     "system": "the system's memory",
-    "cgroup": "the control group's limit",
-    "device": "the device's limit",
+    "cgroup": "the control group",
+    "device": "the device",
 }
 
 
@@ -359,8 +359,8 @@ def _refusal_text(estimate: MemoryEstimate, decision: GateDecision) -> str:
     return (
         f"{estimate.model} requires {format_bytes(decision.required_bytes)}, most of it "
         f"{part} ({format_bytes(part_bytes)}), but only {format_bytes(decision.available_bytes)} "
-        f"are available: {format_bytes(decision.free.available_bytes)} free by "
-        f"{_LIMITED_BY[decision.free.source]} on {decision.free.device_name}, less "
+        f"are available: {format_bytes(decision.free.available_bytes)} free on "
+        f"{decision.free.device_name} (limited by {_LIMITED_BY[decision.free.source]}), less "
         f"{format_bytes(decision.overhead_bytes)} overhead{_reserved_text(decision)}. Stop another "
         f"{'runner or process' if decision.reserved_bytes else 'process'}, "
         f"lower {smaller_cache}context_length ({estimate.context_length}) or parallel "

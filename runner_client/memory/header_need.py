@@ -61,7 +61,7 @@ def need_from_headers(request: NeedRequest) -> tuple[NeedAnswer, tuple[str, ...]
         load_transient_bytes=weights.transient_bytes,
         has_default_prefix_cache=kept is None,
     )
-    unknown = () if layers else ("KV cache not counted: config.json does not tell its size",)
+    unknown = () if layers else ("KV cache not counted: config.json does not specify its size",)
     answer = NeedAnswer(need, request.dtype, context, longest, request.parallel)
     return answer, (*unknown, *directory.notes)
 

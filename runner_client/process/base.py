@@ -192,7 +192,7 @@ class ProcessBase:
         """Begin a life, to be ended by ``close``, and return the number."""
         with self._lock:
             if self._is_started:
-                raise RunnerUnavailableError("this runner was started already; close it first")
+                raise RunnerUnavailableError("this runner is already started; close it first")
             self._is_started = True
             self._child = self._place = self._ready = self._plan = self._status = None
             return self._life
@@ -266,8 +266,8 @@ class ProcessBase:
         policy = self._restart_policy
         if not policy.allows(self._restarts, now):
             raise RunnerUnavailableError(
-                f"the runner was restarted {policy.max_restarts} times within "
-                f"{policy.window_seconds:g} s; not again. The log of the runner says why it ends"
+                f"the runner was already restarted {policy.max_restarts} times within "
+                f"{policy.window_seconds:g} s. Its log says why it exited"
             )
         self._restarts = (*policy.recent(self._restarts, now), now)
 
@@ -279,7 +279,7 @@ class ProcessBase:
         need = self._plan.estimate
         if status.model and status.model.dtype_fallback:
             logger.warning(
-                "%s is held as stored, which is slow on a CPU: there is no memory for float32",
+                "%s is held as stored, which is slow on a CPU: not enough memory for float32",
                 need.path,
             )
         counted = need.weight_bytes + need.load_transient_bytes
@@ -302,7 +302,7 @@ def start_limit(timeouts: Timeouts) -> float:
 def not_serving(address: str, timeouts: Timeouts) -> RunnerTimeoutError:
     """Return the error for a child with a ready line but without a healthy server."""
     return RunnerTimeoutError(
-        f"the runner at {address} did not report that it serves within "
+        f"the runner at {address} did not report SERVING within "
         f"{start_limit(timeouts):g} s. Look at its log, or raise Timeouts.start_seconds",
         phase="start",
         timeout_seconds=timeouts.start_seconds,

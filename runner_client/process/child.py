@@ -179,8 +179,8 @@ class Child:
         except ValueError as error:
             self._settle(
                 RunnerUnavailableError(
-                    f"the first line that the runner (pid {self.pid}) printed is {error}. Its "
-                    f"standard output is for the ready line alone; is {self._command[0]} a runner?"
+                    f"the first line printed by the runner (pid {self.pid}) is {error}. Standard "
+                    f"output is only for the ready line; is {self._command[0]} a runner?"
                 )
             )
 
@@ -271,7 +271,7 @@ class Child:
             return ""
         held, seen = self._memory
         before = max(0.0, self._ended - seen)
-        return f". It held {format_bytes(held)} when last asked, {before:.1f} s before"
+        return f". It held {format_bytes(held)} at its last status, {before:.1f} s earlier"
 
     def _last_lines(self) -> str:
         lines = [line for line in self.stderr_tail if line.strip()]
@@ -332,8 +332,8 @@ _UNKNOWN_EXIT = (
 )
 
 _EXIT_WORDS = {
-    70: "its engine failed twice in a row, or could not go on",
-    71: "its engine had work and stood still",
+    70: "its engine failed twice in a row, or could not continue",
+    71: "its engine had work but stalled",
 }
 """Meanings of the exit codes that a server chooses itself; see docs/reliability.md."""
 

@@ -85,7 +85,7 @@ class Launch:
             stored = self._estimate("as_stored")
             if not falls_back:
                 raise _with_advice(error, stored) from None
-            logger.warning("%s. It is loaded as it is stored if that fits", error)
+            logger.warning("%s. Loading it as stored if that fits", error)
         return self._gated(stored, override=self.memory_override)
 
     def _estimate(self, dtype: DType) -> MemoryEstimate:
@@ -113,9 +113,9 @@ def _with_advice(error: InsufficientMemoryError, stored: MemoryEstimate) -> Insu
     if stored.required_bytes >= (error.required_bytes or 0):
         return error
     return type(error)(
-        f"{error}. As stored it would need {format_bytes(stored.required_bytes)}: dtype "
-        '"as_stored", or "auto_or_stored" to choose by what is free, which is many times slower '
-        "on a CPU; to hold it as float32, evict another runner",
+        f"{error}. As stored it would need {format_bytes(stored.required_bytes)}, but be many "
+        'times slower on a CPU: use dtype "as_stored", or "auto_or_stored" to fall back only if '
+        "memory is short. To hold it as float32, evict another runner",
         required_bytes=error.required_bytes,
         available_bytes=error.available_bytes,
         overhead_bytes=error.overhead_bytes,

@@ -48,6 +48,6 @@ class StallDetector:
         if before != status.step_count:
             return None
         return (
-            f"its engine had {status.running_count} completions and had not moved for {age:.1f} s "
-            f"(Timeouts.stall_seconds is {self.limit_seconds:g})"
+            f"its engine had {status.running_count} completions and made no progress for "
+            f"{age:.1f} s (Timeouts.stall_seconds is {self.limit_seconds:g})"
         )

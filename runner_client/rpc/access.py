@@ -38,7 +38,7 @@ class Access:
         if token is None:
             return cls(None, _credentials(tls))
         if not _TOKEN.fullmatch(token):
-            raise ValueError("a token is visible ASCII without spaces; this one is empty or is not")
+            raise ValueError("a token must be visible ASCII without spaces, and not empty")
         return cls((("authorization", f"Bearer {token}"),), _credentials(tls))
 
 

@@ -88,13 +88,15 @@ class ClientBase:
 def incomplete_stream() -> IncompleteStreamError:
     """Return the error for a stream ended without a last message."""
     return IncompleteStreamError(
-        "the completion's stream ended without its last message: the text is cut; retry it"
+        "the completion's stream ended without its last message: the text is incomplete; retry it"
     )
 
 
 def cancelled_stream() -> IncompleteStreamError:
     """Return the error for reading a cancelled stream."""
-    return IncompleteStreamError("this completion was cancelled by its reader: the text is cut")
+    return IncompleteStreamError(
+        "this completion was cancelled by its reader: the text is incomplete"
+    )
 
 
 def embedding_error() -> NotSupportedError:

@@ -163,8 +163,8 @@ def _sendable() -> Iterator[None]:
         yield
     except ValueError as error:
         raise InvalidRequestError(
-            f"the request cannot be sent: {error}; counts and token ids are 32-bit numbers, and "
-            "text has no lone surrogates"
+            f"the request cannot be sent: {error}; counts and token ids must fit 32 bits, "
+            "and text must not contain lone surrogates"
         ) from error
 
 

@@ -70,9 +70,9 @@ class LoadWatch:
         still_seconds = now - self._moved_at
         if still_seconds >= _limit(self._timeout_seconds):
             raise RunnerTimeoutError(
-                f"the load has not moved for {still_seconds:.0f} s (at "
-                f"{self._seen[1] if self._seen else 0} %); it was given up. Look at the runner's "
-                f"log, or raise Timeouts.load_seconds",
+                f"the load made no progress for {still_seconds:.0f} s (at "
+                f"{self._seen[1] if self._seen else 0} %). Look at the runner's log, or raise "
+                f"Timeouts.load_seconds",
                 phase="load",
                 timeout_seconds=self._timeout_seconds,
             )

@@ -301,7 +301,7 @@ def test_an_abandoned_child_exits(spawn: Spawn) -> None:
     ("code", "words"),
     [
         (0, "exit code 0"),
-        (70, "exit code 70 (its engine failed twice in a row, or could not go on)"),
+        (70, "exit code 70 (its engine failed twice in a row, or could not continue)"),
         (-11, "killed by SIGSEGV (signal 11)"),
         (
             -9,

@@ -155,12 +155,12 @@ def test_sizes_are_parsed(given: str, expected: int) -> None:
 
 @pytest.mark.parametrize("given", ["", "0", "-1", "G", "1 X", "1e9", "nan", "8iB8"])
 def test_invalid_sizes_are_rejected(given: str) -> None:
-    with pytest.raises(click.BadParameter, match="is no size"):
+    with pytest.raises(click.BadParameter, match="is not a size"):
         size(given)
 
 
 def test_a_size_may_be_zero_where_that_means_off() -> None:
     assert size_or_zero("0") == 0
     assert size_or_zero("8GiB") == 8 * 2**30
-    with pytest.raises(click.BadParameter, match="is no size"):
+    with pytest.raises(click.BadParameter, match="is not a size"):
         size_or_zero("-1")

@@ -63,11 +63,11 @@ def test_a_closed_port_is_reported() -> None:
 def test_memory_figures_are_described_in_one_line() -> None:
     memory = MemoryUsage(2**31, 2**30, 2**31, 2**32, 2**33, 2**29, 2**28, 2**34, 2**32)
     assert memory_text(memory) == (
-        "active 2.0 GiB, of it prefix cache 512.0 MiB of 4.0 GiB, cache 1.0 GiB, peak 2.0 GiB, "
-        "limit 8.0 GiB, process 4.0 GiB, of it outside MLX 256.0 MiB, reserved 16.0 GiB"
+        "active 2.0 GiB (prefix cache 512.0 MiB of 4.0 GiB), cache 1.0 GiB, peak 2.0 GiB, "
+        "limit 8.0 GiB, process 4.0 GiB (outside MLX 256.0 MiB), reserved 16.0 GiB"
     )
     assert memory_text(MemoryUsage(0, 2**30, 2**31, 2**32, 0, other_bytes=2**31)) == (
-        "active 0 B, cache 1.0 GiB, peak 2.0 GiB, process 4.0 GiB, of it outside MLX 2.0 GiB"
+        "active 0 B, cache 1.0 GiB, peak 2.0 GiB, process 4.0 GiB (outside MLX 2.0 GiB)"
     )
 
 
@@ -98,7 +98,7 @@ def test_status_rows_describe_a_busy_runner() -> None:
         ("state", "active"),
         ("model", "qwen (qwen3, 4-bit, bfloat16, 2.0 GiB)"),
         ("context", "4,096 tokens, 4 completions together"),
-        ("work", "2 running, 1 queued, 12,345 steps since the start; moved 0.2 s ago"),
+        ("work", "2 running, 1 queued, 12,345 steps since the start; last progress 0.2 s ago"),
         (
             "memory",
             memory_text(memory),
@@ -115,7 +115,7 @@ def test_status_rows_describe_a_busy_runner() -> None:
 def test_trim_prints_the_freed_bytes(fake: FakeRunner) -> None:
     fake.prefix_cache_bytes = 3 * 2**20
     result = invoke("trim", fake.address, "--prefix-cache", "2MiB")
-    assert (result.exit_code, result.stdout) == (0, "1.0 MiB given back\n")
+    assert (result.exit_code, result.stdout) == (0, "1.0 MiB freed\n")
     assert json.loads(invoke("trim", fake.address, "--json").stdout) == {"freed_bytes": 2**21}
     asked = [request.HasField("prefix_cache_bytes") for request in fake.requests]
     assert asked == [True, False]
@@ -135,7 +135,7 @@ def test_estimate_asks_a_running_runner(fake: FakeRunner) -> None:
         "process                0 B",
         "load transient         0 B",
         "needed             1.0 GiB",
-        "kept back              0 B",
+        "kept free              0 B",
         "reserved               0 B  that other runners may still take",
         "available          1.0 TiB",
         "fits            yes, 1023.0 GiB to spare",
@@ -147,7 +147,7 @@ def test_estimate_exits_with_3_if_the_runner_lacks_memory(fake: FakeRunner) -> N
     arguments = ("estimate", "org/name", "--address", fake.address)
     result = invoke(*arguments)
     assert result.exit_code == 3
-    assert "no, 512.0 MiB too little" in result.stdout
+    assert "no, 512.0 MiB short" in result.stdout
     as_json = invoke(*arguments, "--json")
     assert as_json.exit_code == 3
     report = json.loads(as_json.stdout)

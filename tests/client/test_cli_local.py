@@ -130,7 +130,7 @@ def test_estimate_of_a_model_that_fits(large_model: str, free: Callable[[float],
     assert rows["files"] == "1.0 GiB"
     assert rows["weights"] == "2.0 GiB"
     assert rows["free"] == "8.0 GiB limited by the control group (the system 64.0 GiB)"
-    assert rows["kept back"] == "1.0 GiB"
+    assert rows["kept free"] == "1.0 GiB"
     assert rows["available"] == "7.0 GiB"
     assert rows["fits"].startswith("yes, ")
 
@@ -142,7 +142,7 @@ def test_estimate_of_a_model_that_fits_only_as_stored(
     result = invoke("estimate", large_model)
     assert result.exit_code == 3
     assert _rows(result.stdout)["held"] == "as float32, on cpu"
-    assert "which fits: --dtype auto_or_stored or as_stored" in result.stdout
+    assert "which fits: use --dtype auto_or_stored or as_stored" in result.stdout
     assert invoke("estimate", large_model, "--dtype", "float32").exit_code == 3
 
 
@@ -182,7 +182,7 @@ def test_estimate_of_a_model_that_does_not_fit(
     result = invoke("estimate", large_model)
     assert result.exit_code == 3
     assert _rows(result.stdout)["held"] == "as float32, on cpu"
-    assert "too little; lower --context-length" in result.stdout
+    assert "short; lower --context-length" in result.stdout
     as_json = invoke("estimate", large_model, "--json")
     assert as_json.exit_code == 3
     report = json.loads(as_json.stdout)

@@ -152,7 +152,7 @@ def test_a_dash_reads_the_prompt_from_standard_input(
 def test_cached_prompt_tokens_do_not_count_in_the_rate() -> None:
     completion = Completion("", (), (), DoneReason.STOP, None, 1200, 0.5, 2, 0.1, 0.0, 1000)
     rows = dict(completion_rows(completion))
-    assert rows["prompt"] == "1,200 tokens (1,000 evaluated before), 400.0 tokens/s"
+    assert rows["prompt"] == "1,200 tokens (1,000 from the prefix cache), 400.0 tokens/s"
 
 
 def test_json_is_one_object_and_nothing_else(fake: FakeRunner, started: list[FakeProcess]) -> None:
@@ -228,7 +228,7 @@ def test_demo_reports_every_phase(
     result = invoke("demo")
     assert result.exit_code == 0, result.output
     assert f"{demo.PROMPT}Hello wörld\n" in result.stdout
-    assert "is gone and reaped (exit code 0)" in result.stdout
+    assert "has exited and is reaped (exit code 0)" in result.stdout
     for word in ("model", "runner", "load", "prompt", "generated", "memory", "stopped", "free"):
         assert any(line.startswith(word) for line in result.stdout.splitlines()), word
     assert started[0].model == str(demo.demo_model())
@@ -238,7 +238,7 @@ def test_demo_reports_every_phase(
 def test_demo_reports_a_process_that_does_not_exit(started: list[FakeProcess]) -> None:
     result = invoke("demo")
     assert result.exit_code == 1
-    assert f"process {os.getpid()} is still there" in result.stderr
+    assert f"process {os.getpid()} still exists" in result.stderr
     assert len(started) == 1
 
 

@@ -272,7 +272,7 @@ def test_a_load_that_makes_progress_has_no_time_limit(runner: FakeRunner) -> Non
 def test_a_stalled_load_times_out_and_is_cancelled(runner: FakeRunner) -> None:
     runner.load_seconds = math.inf
     with RunnerClient(runner.address, timeouts=Timeouts(load_seconds=0.5)) as client:
-        with pytest.raises(errors.RunnerTimeoutError, match="not moved") as caught:
+        with pytest.raises(errors.RunnerTimeoutError, match="no progress") as caught:
             client.load("org/name")
         assert (caught.value.phase, caught.value.timeout_seconds) == ("load", 0.5)
         assert runner.cancelled.wait(10)

@@ -153,7 +153,7 @@ def test_a_blas_preloaded_by_the_user_is_kept(gflops: float, status: str) -> Non
     }
     blas = findings["BLAS"]
     assert blas.status == status
-    assert blas.value == f"MKL (libmkl_rt.so.2), by LD_PRELOAD: {gflops} GFLOP/s in float32"
+    assert blas.value == f"MKL (libmkl_rt.so.2), from LD_PRELOAD: {gflops} GFLOP/s in float32"
     assert ("unset LD_PRELOAD" in blas.advice) == (status == "warning")
     assert "BLAS choice" not in findings
 

@@ -308,13 +308,13 @@ def test_an_unknown_kv_cache_is_noted(tmp_path: Path) -> None:
     model = write_model(tmp_path / "odd", EMBEDDING, {"model_type": "mamba"})
     need = estimate(str(model), backend="cpu")
     assert need.kv_bytes == 0
-    assert need.notes[1:] == ("KV cache not counted: config.json does not tell its size",)
+    assert need.notes[1:] == ("KV cache not counted: config.json does not specify its size",)
     assert len(estimate_of(tmp_path).notes) == 1
 
 
 @pytest.mark.parametrize("backend", ["cpu", "metal"])
 def test_the_source_of_the_estimate_is_noted(tmp_path: Path, backend: str) -> None:
-    assert estimate_of(tmp_path, backend=backend).notes[0].startswith("counted from the headers")
+    assert estimate_of(tmp_path, backend=backend).notes[0].startswith("computed from the headers")
 
 
 def test_working_memory_is_a_twentieth_and_at_least_64_mib(tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_a_refusal_names_need_free_overhead_and_largest_part() -> None:
         gate(6 * GIB, overhead_bytes=GIB // 2).check(need(8 * GIB))
     assert str(caught.value) == (
         "org/name requires 8.0 GiB, most of it weights (6.0 GiB), but only 5.5 GiB are available: "
-        "6.0 GiB free by the control group's limit on Some CPU, less 512.0 MiB overhead. Stop "
+        "6.0 GiB free on Some CPU (limited by the control group), less 512.0 MiB overhead. Stop "
         "another process, lower context_length (4096) or parallel (2), use a smaller model, or "
         "override the gate"
     )

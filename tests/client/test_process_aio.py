@@ -61,7 +61,7 @@ async def test_load_wait_and_close_can_be_called_separately(model: str) -> None:
         assert (await runner.load()).context_length == 64
         results = await asyncio.gather(*(runner.wait_until_running() for _ in range(3)))
         assert {result.model.path for result in results} == {model}
-        with pytest.raises(errors.RunnerUnavailableError, match="started already"):
+        with pytest.raises(errors.RunnerUnavailableError, match="already started"):
             await runner.load()
         assert (await runner.complete("Hi")).content == "Hello world"
     finally:
@@ -93,7 +93,7 @@ async def test_a_load_reports_its_progress(model: str, monkeypatch: pytest.Monke
 async def test_a_stalled_load_times_out(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use_fake_child(monkeypatch, "runner.load_seconds = math.inf")
     runner = AsyncRunnerProcess(model, timeouts=Timeouts(load_seconds=0.5))
-    with pytest.raises(errors.RunnerTimeoutError, match="not moved"):
+    with pytest.raises(errors.RunnerTimeoutError, match="no progress"):
         await runner.__aenter__()
     assert runner.has_exited
 
@@ -156,7 +156,7 @@ async def test_a_ready_child_that_does_not_serve_times_out(
     ready = "print('1|1|tcp|127.0.0.1:1|grpc', flush=True); import time; time.sleep(600)"
     use_script(monkeypatch, ready)
     runner = AsyncRunnerProcess(model, timeouts=Timeouts(start_seconds=4))
-    with pytest.raises(errors.RunnerTimeoutError, match="did not report that it serves"):
+    with pytest.raises(errors.RunnerTimeoutError, match="did not report SERVING"):
         await runner.load()
     assert runner.has_exited
 

@@ -197,7 +197,7 @@ async def test_an_overtaken_close_leaves_the_newer_child_alone_in_asyncio(
 
 def test_entering_again_is_refused_and_leaves_the_first_running(model: str) -> None:
     with RunnerProcess(model) as runner:
-        with pytest.raises(errors.RunnerUnavailableError, match="started already"):
+        with pytest.raises(errors.RunnerUnavailableError, match="already started"):
             runner.__enter__()
         assert runner.complete("Hi").content == "Hello world"
 
@@ -206,6 +206,6 @@ async def test_entering_again_is_refused_and_leaves_the_first_running_in_asyncio
     model: str,
 ) -> None:
     async with AsyncRunnerProcess(model) as runner:
-        with pytest.raises(errors.RunnerUnavailableError, match="started already"):
+        with pytest.raises(errors.RunnerUnavailableError, match="already started"):
             await runner.__aenter__()
         assert (await runner.complete("Hi")).content == "Hello world"

@@ -93,7 +93,7 @@ def test_calls_before_the_start_say_what_to_do(model: str) -> None:
 @pytest.mark.usefixtures("fake_child")
 def test_a_second_load_is_refused_and_leaves_the_first_running(model: str) -> None:
     with RunnerProcess(model) as runner:
-        with pytest.raises(errors.RunnerUnavailableError, match="started already"):
+        with pytest.raises(errors.RunnerUnavailableError, match="already started"):
             runner.load()
         assert runner.complete("Hi").content == "Hello world"
 
@@ -123,7 +123,7 @@ def test_a_load_reports_its_progress(model: str, monkeypatch: pytest.MonkeyPatch
 def test_a_stalled_load_times_out(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use_fake_child(monkeypatch, "runner.load_seconds = math.inf")
     runner = RunnerProcess(model, timeouts=Timeouts(load_seconds=0.5))
-    with pytest.raises(errors.RunnerTimeoutError, match="not moved"):
+    with pytest.raises(errors.RunnerTimeoutError, match="no progress"):
         runner.__enter__()
     assert runner.has_exited
 
@@ -213,7 +213,7 @@ def test_a_ready_child_that_does_not_serve_times_out(
     ready = "print('1|1|tcp|127.0.0.1:1|grpc', flush=True); import time; time.sleep(600)"
     use_script(monkeypatch, ready)
     runner = RunnerProcess(model, timeouts=Timeouts(start_seconds=4, close_seconds=5))
-    with pytest.raises(errors.RunnerTimeoutError, match="did not report that it serves") as caught:
+    with pytest.raises(errors.RunnerTimeoutError, match="did not report SERVING") as caught:
         runner.load()
     assert caught.value.phase == "start"
     assert runner.has_exited

@@ -138,7 +138,7 @@ def test_demo_completes_and_leaves_no_process() -> None:
     assert text.isprintable() or "\n" in text
     assert re.search(r"^generated +[1-9]\d* tokens, [\d.,]+ tokens/s", facts, re.MULTILINE)
     assert re.search(r"^memory +active [\d.]+ MiB", facts, re.MULTILINE)
-    stopped = re.search(r"^stopped +process (\d+) is gone", facts, re.MULTILINE)
+    stopped = re.search(r"^stopped +process (\d+) has exited", facts, re.MULTILINE)
     assert stopped
     assert not psutil.pid_exists(int(stopped[1]))
 
@@ -260,7 +260,7 @@ def test_too_little_memory_is_reported() -> None:
     assert re.fullmatch(r"error: .* requires [\d.]+ MiB, .*\n", result.stderr)
     estimate = _run("estimate", MODEL, environment=FULL)
     assert estimate.returncode == 3
-    assert re.search(r"^fits +no, [\d.]+ MiB too little", estimate.stdout, re.MULTILINE)
+    assert re.search(r"^fits +no, [\d.]+ MiB short", estimate.stdout, re.MULTILINE)
     assert json.loads(_run("estimate", MODEL, "--json", environment=FULL).stdout)["fits"] is False
 
 

@@ -66,7 +66,7 @@ def test_the_client_reports_how_a_child_died(model: str, tmp_path: Path, death: 
     assert words in str(error)
     assert any(last_line in line for line in error.stderr_tail), error.stderr_tail
     assert error.last_memory_bytes == known > 2**20
-    assert "MiB when last asked" in str(error)
+    assert "MiB at its last status" in str(error)
 
 
 async def test_the_client_reports_how_a_child_died_in_asyncio(
@@ -87,7 +87,7 @@ def test_a_death_before_any_status_reports_no_memory(
     with pytest.raises(errors.RunnerExitedError, match="SIGABRT") as caught:
         RunnerProcess(stub).load()
     assert caught.value.last_memory_bytes is None
-    assert "when last asked" not in str(caught.value)
+    assert "at its last status" not in str(caught.value)
 
 
 def test_a_death_during_a_load_reports_the_last_memory(

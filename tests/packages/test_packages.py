@@ -101,7 +101,7 @@ def test_the_server_works(
     environment.install(f"{packages[0]}[cpu,metrics]", *how)
     assert environment.run("-c", SERVER).splitlines()[-2:] == ["8", "0"]
     command = environment.folder / "bin/mlx-runner"
-    assert "is gone and reaped (exit code 0)" in checked_output(
+    assert "has exited and is reaped (exit code 0)" in checked_output(
         [command, "demo"], environment.folder
     )
     if how is LOWEST:

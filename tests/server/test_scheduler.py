@@ -90,7 +90,7 @@ def test_a_preempted_request_frees_its_slot_and_keeps_its_memory() -> None:
     scheduler.remove(large)
     (small,) = _waiting(scheduler, 50)
     assert _admit_all(scheduler, model) == [small]
-    scheduler.mark_resumable(preempted)
+    scheduler.mark_resumable(preempted.id)
     assert not scheduler.has_next(model)
     scheduler.remove(small)
     assert _admit_all(scheduler, model) == [preempted]
@@ -103,8 +103,8 @@ def test_resumable_requests_go_before_waiting_ones() -> None:
     _preempt(first)
     scheduler.next(model)
     _preempt(second)
-    scheduler.mark_resumable(second)
-    scheduler.mark_resumable(first)
+    scheduler.mark_resumable(second.id)
+    scheduler.mark_resumable(first.id)
     for expected in (second, first, third):
         assert scheduler.next(model) is expected
         assert scheduler.next(model) is None
@@ -117,7 +117,7 @@ def test_a_resumable_request_needs_room_beside_running_ones() -> None:
     scheduler.next(model)
     _preempt(preempted)
     assert scheduler.next(model) is small
-    scheduler.mark_resumable(preempted)
+    scheduler.mark_resumable(preempted.id)
     # Side by side they would take twice sixty.
     assert not scheduler.has_next(model)
     scheduler.remove(small)
@@ -132,22 +132,22 @@ def test_a_request_can_always_resume_into_an_empty_batch() -> None:
     _preempt(one)
     _preempt(other)
     smaller = _model(budget_tokens=60)
-    scheduler.mark_resumable(one)
+    scheduler.mark_resumable(one.id)
     assert scheduler.next(smaller) is one
 
 
 def test_only_a_preempted_request_becomes_resumable() -> None:
     scheduler, model = Scheduler(), _model()
     (completion,) = _waiting(scheduler, 10)
-    scheduler.mark_resumable(completion)
+    scheduler.mark_resumable(completion.id)
     assert not scheduler.resumable
     scheduler.next(model)
-    scheduler.mark_resumable(completion)
+    scheduler.mark_resumable(completion.id)
     assert scheduler.running == [completion]
     _preempt(completion)
     scheduler.remove(completion)
     completion.cancel()
-    scheduler.mark_resumable(completion)
+    scheduler.mark_resumable(completion.id)
     assert not scheduler.resumable
 
 
@@ -164,7 +164,7 @@ def test_a_request_is_removed_in_any_status(where: str) -> None:
     if where in ("preempted", "resumable"):
         _preempt(completion)
     if where == "resumable":
-        scheduler.mark_resumable(completion)
+        scheduler.mark_resumable(completion.id)
     # ``remove`` returns whether the request held memory.
     holds = where in ("running", "preempted", "resumable")
     assert scheduler.remove(completion) is holds
@@ -179,7 +179,7 @@ def test_a_cleared_scheduler_is_empty() -> None:
     _admit_all(scheduler, model)
     _preempt(completions[0])
     _preempt(completions[1])
-    scheduler.mark_resumable(completions[1])
+    scheduler.mark_resumable(completions[1].id)
     assert len(scheduler.admitted) == 3
     scheduler.clear()
     assert not scheduler.admitted
@@ -209,7 +209,7 @@ def test_the_memory_of_admitted_requests_fits(
         elif kind == "preempt" and running:
             _preempt(running[number % len(running)])
         elif kind == "resume" and preempted:
-            scheduler.mark_resumable(preempted[number % len(preempted)])
+            scheduler.mark_resumable(preempted[number % len(preempted)].id)
         begun += [one for one in _admit_all(scheduler, model) if one not in begun]
         _check(scheduler, model)
     assert begun == came[: len(begun)]
