@@ -59,7 +59,7 @@ def test_a_model_is_loaded_without_heavy_imports(model_dir: Build, kind: dict[st
 
 _AFTERWARDS = """
 import sys
-from runner_server.mlx_backend import names
+from runner_server.mlx_backend.upstream import names
 import mlx_lm.utils
 assert "transformers" not in sys.modules
 import huggingface_hub, mlx_lm
@@ -79,7 +79,7 @@ def test_the_rest_of_mlx_lm_remains_importable(model_dir: Build) -> None:
 
 _BEFORE = """
 import mlx_lm
-from runner_server.mlx_backend import names
+from runner_server.mlx_backend.upstream import names
 print(names.load_model is mlx_lm.utils.load_model)
 """
 
@@ -91,9 +91,9 @@ def test_mlx_lm_may_be_imported_first() -> None:
 _OTHER_RELEASE = """
 import sys
 from types import ModuleType
-from runner_server.mlx_backend import _lean
-_lean._tokenizers_shell = lambda: ModuleType("mlx_lm.tokenizer_utils")
-from runner_server.mlx_backend import names
+from runner_server.mlx_backend.upstream import lean_import
+lean_import._tokenizers_shell = lambda: ModuleType("mlx_lm.tokenizer_utils")
+from runner_server.mlx_backend.upstream import names
 import mlx_lm
 print("transformers" in sys.modules, names.load_model is mlx_lm.utils.load_model)
 """
