@@ -83,7 +83,7 @@ def test_a_failing_step_recovers_mlx_in_a_single_process(
     drained: list[bool] = []
     monkeypatch.setattr("runner_server.mlx_backend.batch.recover", lambda: drained.append(True))
     failing: Any = tiny.new_batch()
-    failing._is_alone = is_alone
+    failing._is_single_rank = is_alone
     failing._prefill = _raise
     with pytest.raises(RuntimeError, match="in a step"):
         failing.step()
