@@ -349,7 +349,7 @@ class _Sizes:
 def process_bytes(parallel: int) -> int:
     """Return the memory of the process itself: interpreter, libraries, heap.
 
-    Call it when the model is built and the tokenizer read, with the packages that they import.
+    Call this after building the model and reading the tokenizer, which import those packages.
     """
     imported = (size for name, size in _IMPORTED_BYTES.items() if name in sys.modules)
     return _PROCESS_BYTES + parallel * _STREAM_BYTES + max(imported, default=0)
