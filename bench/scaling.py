@@ -25,7 +25,8 @@ from bench.models import ensure_model
 from bench.paths import CACHE
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
-from runner_common.handshake import SERVICE_NAME, ReadyLine
+from runner_common.contract import SERVICE_NAME
+from runner_common.handshake import ReadyLine
 
 RUNNERS = 2
 PROMPT = "The quick brown fox jumps over the lazy dog and goes on with what it had to do."

@@ -31,26 +31,12 @@ from google.rpc import error_details_pb2, status_pb2
 
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
-from runner_common.handshake import ERROR_DOMAIN
+from runner_common.contract import CODES, DEFAULT_CONTEXT_LENGTH, DEFAULT_PARALLEL, ERROR_DOMAIN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from google.protobuf.message import Message
-
-_CODES = {
-    "INVALID_FIELD": grpc.StatusCode.INVALID_ARGUMENT,
-    "PROMPT_TOO_LONG": grpc.StatusCode.INVALID_ARGUMENT,
-    "MODEL_NOT_FOUND": grpc.StatusCode.NOT_FOUND,
-    "MODEL_UNSUPPORTED": grpc.StatusCode.FAILED_PRECONDITION,
-    "MODEL_NOT_LOADED": grpc.StatusCode.FAILED_PRECONDITION,
-    "BUSY": grpc.StatusCode.FAILED_PRECONDITION,
-    "INSUFFICIENT_MEMORY": grpc.StatusCode.RESOURCE_EXHAUSTED,
-    "QUEUE_FULL": grpc.StatusCode.RESOURCE_EXHAUSTED,
-    "SHUTTING_DOWN": grpc.StatusCode.UNAVAILABLE,
-    "GENERATION_FAILED": grpc.StatusCode.INTERNAL,
-    "UNAUTHENTICATED": grpc.StatusCode.UNAUTHENTICATED,
-}
 
 _USUAL_DTYPES = (
     pb.DTYPE_UNSPECIFIED,
@@ -88,7 +74,7 @@ class Failure:
 
     def abort(self, context: grpc.ServicerContext) -> NoReturn:
         """End a call with this failure."""
-        code = self.code or _CODES.get(self.reason, grpc.StatusCode.UNKNOWN)
+        code = self.code or grpc.StatusCode[CODES.get(self.reason, "UNKNOWN")]
         status = status_pb2.Status(code=code.value[0], message=self.message)
         for detail in self._details():
             status.details.add().Pack(detail)
@@ -276,8 +262,8 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
             available_bytes=self.available_bytes,
             fits=size <= self.available_bytes,
             dtype=dtype,
-            context_length=request.context_length or 4096,
-            parallel=request.parallel or 4,
+            context_length=request.context_length or DEFAULT_CONTEXT_LENGTH,
+            parallel=request.parallel or DEFAULT_PARALLEL,
             notes=["it would be held as stored"] if is_fallback else [],
         )
 

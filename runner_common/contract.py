@@ -1,4 +1,4 @@
-"""The contract of ``mlxrunner.v1`` that both sides share: error table, limits and defaults.
+"""The contract of ``mlxrunner.v1`` that both sides share: names, error table, limits and defaults.
 
 The faults of the server, the exceptions of the client, the fake runner and docs/errors.md follow
 :data:`ERRORS`. The protocol itself is ``proto/mlxrunner/v1/runner.proto``.
@@ -7,6 +7,21 @@ The faults of the server, the exceptions of the client, the fake runner and docs
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+ERROR_DOMAIN = "mlxrunner.v1"
+"""The ``domain`` of every ``google.rpc.ErrorInfo``."""
+
+SERVICE_NAME = "mlxrunner.v1.RunnerService"
+"""Full name of the service, as used by health and reflection."""
+
+HEALTH_SERVICES = ("", SERVICE_NAME, "plugin")
+"""Service names accepted by health checks; go-plugin asks for ``plugin``."""
+
+TOKEN_VARIABLE = "MLX_RUNNER_TOKEN"  # noqa: S105 - its name
+"""Environment variable with the token a server requires of its callers."""
+
+DEFAULT_CONTEXT_LENGTH = 4096
+"""Longest context, in tokens, that ``Load`` chooses by itself."""
 
 DEFAULT_PARALLEL = 4
 """Requests that a runner decodes together unless ``Load`` asks for another number."""

@@ -1,4 +1,4 @@
-"""The ready line of a runner, and names shared by client and server.
+"""The ready line of a runner.
 
 The line has go-plugin's five fields, so that a Go host can use hashicorp/go-plugin unchanged:
 ``CORE-VERSION|APP-VERSION|NETWORK|ADDRESS|PROTOCOL``, for instance
@@ -10,18 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
-
-ERROR_DOMAIN = "mlxrunner.v1"
-"""The ``domain`` of every ``google.rpc.ErrorInfo``."""
-
-SERVICE_NAME = "mlxrunner.v1.RunnerService"
-"""Full name of the service, as used by health and reflection."""
-
-HEALTH_SERVICES = ("", SERVICE_NAME, "plugin")
-"""Service names accepted by health checks; go-plugin asks for ``plugin``."""
-
-TOKEN_VARIABLE = "MLX_RUNNER_TOKEN"  # noqa: S105 - its name
-"""Environment variable with the token a server requires of its callers."""
 
 _CORE_VERSION = "1"
 _APP_VERSION = "1"

@@ -16,7 +16,8 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from mlxrunner.v1 import runner_pb2_grpc
-from runner_common.handshake import HEALTH_SERVICES, SERVICE_NAME, ReadyLine
+from runner_common.contract import HEALTH_SERVICES, MAX_REQUEST_BYTES, SERVICE_NAME
+from runner_common.handshake import ReadyLine
 from runner_server import __version__
 from runner_server.api.estimator import Estimator
 from runner_server.api.service import RunnerServicer
@@ -58,7 +59,7 @@ _OPTIONS = (
     # With SO_REUSEPORT a second server would share the port without an error.
     ("grpc.so_reuseport", 0),
     # Prompts can be megabytes; gRPC's default is 4 MiB.
-    ("grpc.max_receive_message_length", 64 * 2**20),
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     # Calls received but not accepted yet. By default gRPC silently cancels some at random above
     # 1,000; here the engine's queue refuses requests, with a time to retry.
     ("grpc.server.max_pending_requests", 10_000),

@@ -8,12 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runner_common.handshake import TOKEN_VARIABLE
-from runner_server.engine.types import MAX_PARALLEL, Dtype, LoadSpec
+from runner_common.contract import MAX_PARALLEL, MAX_PORT, TOKEN_VARIABLE
+from runner_server.engine.types import Dtype, LoadSpec
 from runner_server.transport.auth import read_token
 from runner_server.transport.tls import TlsFiles
-
-_MAX_PORT = 65535
 
 
 @dataclass(frozen=True)
@@ -225,8 +223,8 @@ def _add_access_options(parser: argparse.ArgumentParser) -> None:
 
 def _host_and_port(text: str) -> tuple[str, int]:
     host, separator, port = text.rpartition(":")
-    if not (separator and host and port.isdecimal() and int(port) <= _MAX_PORT):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected HOST:PORT, the port 0 to {_MAX_PORT}")
+    if not (separator and host and port.isdecimal() and int(port) <= MAX_PORT):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected HOST:PORT, the port 0 to {MAX_PORT}")
     return host.strip("[]"), int(port)
 
 

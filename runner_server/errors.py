@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_common.handshake import ERROR_DOMAIN
+from runner_common.contract import CODES, ERROR_DOMAIN
 
 _MAX_TEXT = 512
 """Longest message, in bytes: the details must stay under 2 KB."""
@@ -33,8 +33,14 @@ class RunnerFault(Exception):
         metadata: The numbers for programs: lowerCamelCase keys, units in the key.
     """
 
-    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
-    reason: ClassVar[pb.ErrorReason.ValueType] = pb.ERROR_REASON_GENERATION_FAILED
+    code: ClassVar[grpc.StatusCode]
+    reason: ClassVar[pb.ErrorReason.ValueType]
+
+    def __init_subclass__(cls, *, reason: str) -> None:
+        """Take the gRPC code of a reason from the contract."""
+        super().__init_subclass__()
+        cls.code = grpc.StatusCode[CODES[reason]]
+        cls.reason = pb.ErrorReason.Value(f"ERROR_REASON_{reason}")
 
     def __init__(self, message: str, **metadata: str | int) -> None:
         super().__init__(message)
@@ -45,15 +51,12 @@ class RunnerFault(Exception):
         return []
 
 
-class InvalidField(RunnerFault):
+class InvalidField(RunnerFault, reason="INVALID_FIELD"):
     """Fields of the request are missing or out of range.
 
     Args:
         violations: Pairs of a field's path and a description of the problem; at least one.
     """
-
-    code = grpc.StatusCode.INVALID_ARGUMENT
-    reason = pb.ERROR_REASON_INVALID_FIELD
 
     def __init__(self, violations: Sequence[tuple[str, str]]) -> None:
         super().__init__("; ".join(f"{field}: {text}" for field, text in violations))
@@ -67,7 +70,7 @@ class InvalidField(RunnerFault):
         return [bad]
 
 
-class PromptTooLong(RunnerFault):
+class PromptTooLong(RunnerFault, reason="PROMPT_TOO_LONG"):
     """The prompt does not fit the context.
 
     Args:
@@ -75,9 +78,6 @@ class PromptTooLong(RunnerFault):
         context_length: Number of tokens the context holds.
         is_least: Whether ``prompt_tokens`` is a lower bound because tokenizing stopped early.
     """
-
-    code = grpc.StatusCode.INVALID_ARGUMENT
-    reason = pb.ERROR_REASON_PROMPT_TOO_LONG
 
     def __init__(self, prompt_tokens: int, context_length: int, *, is_least: bool = False) -> None:
         super().__init__(
@@ -89,57 +89,39 @@ class PromptTooLong(RunnerFault):
         )
 
 
-class ModelNotFound(RunnerFault):
+class ModelNotFound(RunnerFault, reason="MODEL_NOT_FOUND"):
     """No model exists at the requested path or hub id."""
 
-    code = grpc.StatusCode.NOT_FOUND
-    reason = pb.ERROR_REASON_MODEL_NOT_FOUND
 
-
-class ModelUnsupported(RunnerFault):
+class ModelUnsupported(RunnerFault, reason="MODEL_UNSUPPORTED"):
     """The files are not a model this runner can load, or need custom code to run."""
 
-    code = grpc.StatusCode.FAILED_PRECONDITION
-    reason = pb.ERROR_REASON_MODEL_UNSUPPORTED
 
-
-class ModelNotLoaded(RunnerFault):
+class ModelNotLoaded(RunnerFault, reason="MODEL_NOT_LOADED"):
     """The call needs a model and none is loaded."""
-
-    code = grpc.StatusCode.FAILED_PRECONDITION
-    reason = pb.ERROR_REASON_MODEL_NOT_LOADED
 
     def __init__(self) -> None:
         super().__init__("no model is loaded; call Load first")
 
 
-class Busy(RunnerFault):
+class Busy(RunnerFault, reason="BUSY"):
     """Another load or unload is running."""
-
-    code = grpc.StatusCode.FAILED_PRECONDITION
-    reason = pb.ERROR_REASON_BUSY
 
     def __init__(self) -> None:
         super().__init__("a load or unload is running; wait for it, or cancel the call of the load")
 
 
-class InsufficientMemory(RunnerFault):
+class InsufficientMemory(RunnerFault, reason="INSUFFICIENT_MEMORY"):
     """Weights or KV cache do not fit."""
 
-    code = grpc.StatusCode.RESOURCE_EXHAUSTED
-    reason = pb.ERROR_REASON_INSUFFICIENT_MEMORY
 
-
-class QueueFull(RunnerFault):
+class QueueFull(RunnerFault, reason="QUEUE_FULL"):
     """The queue is full.
 
     Args:
         queued: Number of requests in the queue.
         retry_seconds: Estimated time until the queue has a free slot.
     """
-
-    code = grpc.StatusCode.RESOURCE_EXHAUSTED
-    reason = pb.ERROR_REASON_QUEUE_FULL
 
     def __init__(self, queued: int, retry_seconds: float) -> None:
         super().__init__(
@@ -155,22 +137,16 @@ class QueueFull(RunnerFault):
         return [error_details_pb2.RetryInfo(retry_delay=delay)]
 
 
-class ShuttingDown(RunnerFault):
+class ShuttingDown(RunnerFault, reason="SHUTTING_DOWN"):
     """The process is stopping, or the model of the call is being unloaded."""
 
-    code = grpc.StatusCode.UNAVAILABLE
-    reason = pb.ERROR_REASON_SHUTTING_DOWN
 
-
-class Unauthenticated(RunnerFault):
+class Unauthenticated(RunnerFault, reason="UNAUTHENTICATED"):
     """The call does not carry the server's token.
 
     Args:
         has: Description of the credential sent instead, never the token.
     """
-
-    code = grpc.StatusCode.UNAUTHENTICATED
-    reason = pb.ERROR_REASON_UNAUTHENTICATED
 
     def __init__(self, has: str) -> None:
         super().__init__(
@@ -179,11 +155,8 @@ class Unauthenticated(RunnerFault):
         )
 
 
-class GenerationFailed(RunnerFault):
+class GenerationFailed(RunnerFault, reason="GENERATION_FAILED"):
     """MLX raised an error."""
-
-    code = grpc.StatusCode.INTERNAL
-    reason = pb.ERROR_REASON_GENERATION_FAILED
 
 
 def not_finite_advice(dtype: str) -> str:

@@ -9,7 +9,7 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from runner_common.handshake import ERROR_DOMAIN
+from runner_common.contract import ERROR_DOMAIN
 from soak.records import Ending, Order
 
 MAX_RETRY_SECONDS = 60.0

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from runner_common.handshake import TOKEN_VARIABLE
+from runner_common.contract import TOKEN_VARIABLE
 from runner_common.memory.headroom import MINIMUM_VARIABLE, OVERHEAD_VARIABLE
 from runner_common.memory.reservations import DIRECTORY_VARIABLE
 from support.fakes import FakeBackend

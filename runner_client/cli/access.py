@@ -10,7 +10,7 @@ import click
 
 from runner_client.rpc.client import RunnerClient
 from runner_client.types import TlsFiles
-from runner_common.handshake import TOKEN_VARIABLE
+from runner_common.contract import TOKEN_VARIABLE
 
 if TYPE_CHECKING:
     from click.decorators import FC

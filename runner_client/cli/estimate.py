@@ -17,8 +17,9 @@ from runner_client.cli.options import (
     parallel_option,
 )
 from runner_client.cli.output import Row, print_json, print_rows
-from runner_client.memory.estimation import DEFAULT_PARALLEL, MemoryEstimate, estimate
+from runner_client.memory.estimation import MemoryEstimate, estimate
 from runner_client.memory.gate import GateDecision, MemoryGate
+from runner_common.contract import DEFAULT_PARALLEL
 from runner_common.host_memory.free import Backend
 from runner_common.units import format_bytes
 

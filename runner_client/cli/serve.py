@@ -17,8 +17,7 @@ from runner_client.cli.options import (
 )
 from runner_client.host.command import check_platform, server_program
 from runner_client.host.environment import child_environment
-from runner_client.memory.estimation import DEFAULT_PARALLEL
-from runner_common.handshake import TOKEN_VARIABLE
+from runner_common.contract import DEFAULT_PARALLEL, TOKEN_VARIABLE
 from runner_common.host_memory.free import installed_backend
 from runner_common.import_paths import with_import_paths
 from runner_common.signals import hold_stop_signals, release_stop_signals

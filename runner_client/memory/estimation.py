@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from runner_client.errors import InvalidRequestError, ModelUnsupportedError, RunnerError
 from runner_client.memory.header_need import need_from_headers
 from runner_client.memory.model import find_model, read_model
+from runner_common.contract import DEFAULT_PARALLEL
 from runner_common.host_memory.free import Backend, installed_backend
 from runner_common.import_paths import with_import_paths
 from runner_common.memory.need import MemoryNeed
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 DType = Literal["auto", "auto_or_stored", "float32", "bfloat16", "float16", "as_stored"]
-
-DEFAULT_PARALLEL = 4
-"""How many completions a runner decodes together by default."""
 
 
 @dataclass(frozen=True, slots=True)

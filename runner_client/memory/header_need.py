@@ -14,9 +14,9 @@ from runner_client.errors import InvalidRequestError
 from runner_client.memory.header_kv import kv_layers
 from runner_client.memory.header_weights import hosted_tensors, weigh
 from runner_client.memory.model import read_model
+from runner_common.contract import DEFAULT_CONTEXT_LENGTH
 from runner_common.memory.need import MemoryNeed
 from runner_common.memory.need_query import NeedAnswer
-from runner_common.model_directory import DEFAULT_CONTEXT
 
 if TYPE_CHECKING:
     from runner_common.memory.need_query import NeedRequest
@@ -72,7 +72,7 @@ def _working_bytes(held_bytes: int) -> int:
 
 def _context_length(asked: int | None, longest: int) -> int:
     if asked is None:
-        return min(longest, DEFAULT_CONTEXT)
+        return min(longest, DEFAULT_CONTEXT_LENGTH)
     if asked > longest:
         text = f"{asked:,} is not in the range 2 to {longest:,}"
         raise InvalidRequestError(

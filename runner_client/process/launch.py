@@ -16,12 +16,12 @@ from runner_client.host.command import (
     server_command,
 )
 from runner_client.host.environment import child_environment
-from runner_client.memory.estimation import DEFAULT_PARALLEL, estimate
+from runner_client.memory.estimation import estimate
 from runner_client.memory.gate import MemoryGate
 from runner_client.memory.model import find_model
 from runner_client.process.child import Child
 from runner_client.rpc.messages import load_request
-from runner_common.handshake import TOKEN_VARIABLE
+from runner_common.contract import DEFAULT_PARALLEL, TOKEN_VARIABLE
 from runner_common.import_paths import with_import_paths
 from runner_common.memory.reservations import DIRECTORY_VARIABLE
 from runner_common.units import format_bytes

@@ -15,6 +15,7 @@ from runner_client.errors import (
 from runner_client.rpc.access import Access
 from runner_client.rpc.translate import translate
 from runner_client.types import Timeouts, TlsFiles
+from runner_common.contract import MAX_PORT
 
 POLL_SECONDS = 0.2
 """Interval between status requests during a load."""
@@ -28,9 +29,6 @@ LOAD_SECONDS = 24 * 3600.0
 
 END_SECONDS = 1.0
 """How long to wait for the end of a stream after its last message."""
-
-
-_MAX_PORT = 65535
 
 
 class ClientBase:
@@ -47,8 +45,8 @@ class ClientBase:
             raise ValueError("the address of the runner is empty; give HOST:PORT or unix:/path")
         port = address.rpartition(":")[2]
         # gRPC would truncate a larger number to 16 bits.
-        if port.isdecimal() and int(port) > _MAX_PORT:
-            raise ValueError(f"{address}: a port is at most {_MAX_PORT}")
+        if port.isdecimal() and int(port) > MAX_PORT:
+            raise ValueError(f"{address}: a port is at most {MAX_PORT}")
         self._address = address
         self._timeouts = timeouts or Timeouts()
         self._access = Access.of(token, tls)

@@ -6,11 +6,7 @@ import json
 
 import grpc
 
-from runner_common.handshake import SERVICE_NAME
-
-_MAX_RECEIVE_BYTES = 64 * 2**20
-"""This server keeps responses below gRPC's default of 4 MiB; those of other servers may be
-larger."""
+from runner_common.contract import MAX_REQUEST_BYTES, SERVICE_NAME
 
 _RETRIED_METHODS = ("Status", "Estimate", "Tokenize", "Detokenize")
 """Never Completion: gRPC would replay a call that has not received its headers yet, and the
@@ -34,7 +30,7 @@ _SERVICE_CONFIG = {
 _OPTIONS: tuple[tuple[str, int | str], ...] = (
     # http_proxy would capture calls to the loopback address.
     ("grpc.enable_http_proxy", 0),
-    ("grpc.max_receive_message_length", _MAX_RECEIVE_BYTES),
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     ("grpc.max_send_message_length", -1),
     # By default, a failed first connection backs off for up to 20 s.
     ("grpc.initial_reconnect_backoff_ms", 100),

@@ -14,22 +14,12 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from runner_client import errors
-from runner_common.handshake import ERROR_DOMAIN
+from runner_common.contract import ERROR_DOMAIN, ERRORS
 
 _DETAILS_KEY = "grpc-status-details-bin"
 
 _BY_REASON: dict[str, type[errors.RunnerError]] = {
-    "INVALID_FIELD": errors.InvalidRequestError,
-    "PROMPT_TOO_LONG": errors.PromptTooLongError,
-    "MODEL_NOT_FOUND": errors.ModelNotFoundError,
-    "MODEL_UNSUPPORTED": errors.ModelUnsupportedError,
-    "MODEL_NOT_LOADED": errors.ModelNotLoadedError,
-    "BUSY": errors.BusyError,
-    "INSUFFICIENT_MEMORY": errors.InsufficientMemoryError,
-    "QUEUE_FULL": errors.QueueFullError,
-    "SHUTTING_DOWN": errors.ShuttingDownError,
-    "GENERATION_FAILED": errors.GenerationFailedError,
-    "UNAUTHENTICATED": errors.AuthenticationError,
+    rule.reason: getattr(errors, rule.exception) for rule in ERRORS
 }
 
 _BY_CODE: dict[grpc.StatusCode, type[errors.RunnerError]] = {

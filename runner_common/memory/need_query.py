@@ -21,6 +21,7 @@ from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runner_common.contract import DEFAULT_PARALLEL
 from runner_common.interpreter import NoInterpreterError, interpreter
 from runner_common.memory.need import MemoryNeed
 from runner_common.user_folders import cache_folder
@@ -53,7 +54,7 @@ class NeedRequest:
 
     path: str
     context_length: int | None = None
-    parallel: int = 4
+    parallel: int = DEFAULT_PARALLEL
     dtype: str = "auto"
     memory_limit_bytes: int | None = None
     prefix_cache_bytes: int | None = None

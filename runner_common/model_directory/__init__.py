@@ -3,7 +3,7 @@
 Client and server share this code, so that the server loads exactly what the gate accepts.
 """
 
-from runner_common.model_directory.configuration import DEFAULT_CONTEXT, Configuration, text_part
+from runner_common.model_directory.configuration import Configuration, text_part
 from runner_common.model_directory.errors import (
     ModelDirectoryError,
     ModelMissingError,
@@ -17,7 +17,6 @@ from runner_common.model_directory.rope import has_rope_by_kind, rope_kind
 from runner_common.model_directory.weight_files import StoredTensor
 
 __all__ = [
-    "DEFAULT_CONTEXT",
     "Configuration",
     "Located",
     "ModelDirectory",

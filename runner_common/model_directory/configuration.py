@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from runner_common.contract import DEFAULT_CONTEXT_LENGTH
 from runner_common.model_directory.aliases import with_aliases
 from runner_common.model_directory.errors import ModelUnusableError
 from runner_common.model_directory.json_files import read_object
@@ -21,7 +22,6 @@ from runner_common.model_directory.rope import context_factor, with_one_rope
 from runner_common.model_directory.settings import wrong_setting
 from runner_common.model_directory.weight_files import StoredTensor
 
-DEFAULT_CONTEXT = 4096
 _MIN_CONTEXT, _MAX_CONTEXT = 2, 2**31 - 1
 _MAX_LAYERS = 2048
 """More than ten times the layers of the deepest models. Each layer is built before its weights are
@@ -128,7 +128,7 @@ def _require_depth(file: Path, stored: Mapping[str, Any]) -> None:
 
 
 def _context_length(file: Path, values: Mapping[str, Any]) -> int:
-    key, found = next(_values(values, _CONTEXT_NAMES), ("", DEFAULT_CONTEXT))
+    key, found = next(_values(values, _CONTEXT_NAMES), ("", DEFAULT_CONTEXT_LENGTH))
     if not _is_count(found) or not _MIN_CONTEXT <= found <= _MAX_CONTEXT:
         raise _error(file, f"{key} is {found!r}, which is not a context length in tokens")
     return int(min(found * context_factor(text_part(values), found), _MAX_CONTEXT))

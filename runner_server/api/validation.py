@@ -13,15 +13,9 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from mlxrunner.v1 import runner_pb2 as pb
+from runner_common.contract import MAX_PARALLEL
 from runner_server.api.violations import ViolationCollector
-from runner_server.engine.types import (
-    MAX_PARALLEL,
-    CompletionSpec,
-    Dtype,
-    LoadSpec,
-    ModelInfo,
-    Sampling,
-)
+from runner_server.engine.types import CompletionSpec, Dtype, LoadSpec, ModelInfo, Sampling
 from runner_server.errors import InvalidField, PromptTooLong
 
 _T = TypeVar("_T")

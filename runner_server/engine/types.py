@@ -8,8 +8,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-MAX_PARALLEL = 256
-"""Most requests decoded together, as the protocol documents."""
+from runner_common.contract import DEFAULT_PARALLEL
 
 
 class State(enum.Enum):
@@ -58,7 +57,7 @@ class LoadSpec:
 
     model: str
     context_length: int | None = None
-    parallel: int = 4
+    parallel: int = DEFAULT_PARALLEL
     dtype: Dtype = Dtype.AUTO
     memory_limit_bytes: int | None = None
     prefix_cache_bytes: int | None = None

@@ -10,9 +10,10 @@ from itertools import islice
 
 from mlx.nn.layers.base import Module
 
+from runner_common.contract import MAX_PARALLEL
 from runner_server.engine.prefill_policy import PrefillPolicy
 from runner_server.engine.prefix_cache import PrefixCache
-from runner_server.engine.types import MAX_PARALLEL, Event, Prefill, Sampling
+from runner_server.engine.types import Event, Prefill, Sampling
 from runner_server.mlx_backend.cache.row_caches import (
     CachePieces,
     Caches,

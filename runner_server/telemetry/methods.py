@@ -6,7 +6,7 @@ Health and reflection are excluded because they answer with codes of their own.
 from __future__ import annotations
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_common.handshake import SERVICE_NAME
+from runner_common.contract import SERVICE_NAME
 
 SMG_SERVICE_NAME = "mlx.grpc.engine.MlxEngine"
 """Service added by ``--smg``; its stubs are in another package, which may be missing."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from grpc_health.v1 import health
 
-from runner_common.handshake import TOKEN_VARIABLE
+from runner_common.contract import TOKEN_VARIABLE
 from runner_server.errors import Unauthenticated
 from runner_server.transport.interceptor import abort
 

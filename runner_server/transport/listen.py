@@ -9,7 +9,8 @@ from pathlib import Path
 
 import grpc
 
-from runner_common.handshake import TOKEN_VARIABLE, ReadyLine
+from runner_common.contract import MAX_PORT, TOKEN_VARIABLE
+from runner_common.handshake import ReadyLine
 from runner_server.transport.auth import is_loopback
 from runner_server.transport.tls import BadTlsFilesError, TlsFiles, server_credentials
 from runner_server.transport.unix_socket import OccupiedError, socket_place
@@ -17,7 +18,6 @@ from runner_server.transport.unix_socket import OccupiedError, socket_place
 logger = logging.getLogger(__name__)
 
 _MAX_UNIX_PATH = 107 if sys.platform == "linux" else 103
-_MAX_PORT = 65535
 _BIND_ADVICE = "it is in use, unknown or not of this machine; port 0 takes any free port"
 
 
@@ -52,11 +52,11 @@ def listen(
         return _listen_on_socket(server, Path(path), address, credentials)
     host, separator, port = address.rpartition(":")
     # gRPC would wrap a larger port number and accept "::1:80" as an address.
-    is_port = port.isdecimal() and int(port) <= _MAX_PORT
+    is_port = port.isdecimal() and int(port) <= MAX_PORT
     is_host = host and (":" not in host or (host[0], host[-1]) == ("[", "]"))
     if not (separator and is_host and is_port):
         raise CannotListenError(
-            f"--listen {address!r}: expected HOST:PORT or [IPV6]:PORT, the port 0 to {_MAX_PORT}, "
+            f"--listen {address!r}: expected HOST:PORT or [IPV6]:PORT, the port 0 to {MAX_PORT}, "
             "or unix:/path"
         )
     _check_host(host, address, tls, has_token=has_token)

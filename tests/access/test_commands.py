@@ -10,7 +10,7 @@ import pytest
 from click.testing import Result
 
 from runner_client.cli import serve
-from runner_common.handshake import TOKEN_VARIABLE
+from runner_common.contract import TOKEN_VARIABLE
 from runner_server.config import parse_args
 from runner_server.transport.tls import TlsFiles
 from support.certificates import Authority

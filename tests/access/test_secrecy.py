@@ -13,7 +13,7 @@ import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_client import Options, RunnerClient, errors
-from runner_common.handshake import TOKEN_VARIABLE
+from runner_common.contract import TOKEN_VARIABLE
 from support.harness import Server, StartServer, failure
 from support.server_child import Child, running
 

@@ -20,7 +20,7 @@ import support.plain_http2 as plain_http2
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
 from runner_client import AsyncRunnerClient, AuthenticationError, RunnerClient
-from runner_common.handshake import ERROR_DOMAIN, HEALTH_SERVICES, TOKEN_VARIABLE
+from runner_common.contract import ERROR_DOMAIN, HEALTH_SERVICES, TOKEN_VARIABLE
 from runner_server.config import ServerConfig, parse_args
 from support.harness import Server, StartServer, failure
 

@@ -15,7 +15,7 @@ from runner_client import AsyncRunnerProcess, MemoryGate, RunnerProcess, errors
 from runner_client.host import command
 from runner_client.host.probe import run_probe
 from runner_common import import_paths
-from runner_common.handshake import TOKEN_VARIABLE
+from runner_common.contract import TOKEN_VARIABLE
 from runner_common.host_memory.free import FreeMemory
 from runner_common.memory.need_query import NeedRequest, NeedUnknownError, ask_need, can_ask
 from support.fake_child import use_fake_child, use_script, write_model

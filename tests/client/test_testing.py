@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from pathlib import Path
 
@@ -11,19 +10,8 @@ import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
-from runner_client import RunnerClient, State, errors, testing
+from runner_client import RunnerClient, State, errors
 from runner_client.testing import Failure, fake_runner
-
-
-def test_the_codes_match_the_proto() -> None:
-    """The comment of each reason in the proto names its code."""
-    proto = Path(__file__).parents[2] / "proto/mlxrunner/v1/runner.proto"
-    text = proto.read_text().partition("enum ErrorReason {")[2].partition("\n}")[0]
-    documented: dict[str, str] = {}
-    for comment, name in re.findall(r"((?: *//.*\n)+) *ERROR_REASON_(\w+) =", text):
-        if code := re.search(r"Code ([A-Z_]+)", re.sub(r"\n *//", "", comment)):
-            documented[name] = code[1]
-    assert documented == {reason: code.name for reason, code in testing._CODES.items()}
 
 
 def test_the_example_of_the_docstring_works() -> None:

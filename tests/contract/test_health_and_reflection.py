@@ -12,7 +12,7 @@ from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from runner_common.handshake import HEALTH_SERVICES, SERVICE_NAME
+from runner_common.contract import HEALTH_SERVICES, SERVICE_NAME
 from support.harness import Server, StartServer
 
 SERVING = health_pb2.HealthCheckResponse.SERVING

@@ -18,11 +18,7 @@ ROOT = Path(__file__).parents[2]
 PROTO_DIR = ROOT / "proto/mlxrunner/v1"
 TEXT = (PROTO_DIR / "runner.proto").read_text()
 REASONS = {name.removeprefix("ERROR_REASON_") for name in pb.ErrorReason.keys()}  # noqa: SIM118
-FAULTS = [
-    value
-    for value in vars(errors).values()
-    if isinstance(value, type) and issubclass(value, errors.RunnerFault)
-]
+FAULTS = errors.RunnerFault.__subclasses__()
 RPC = re.compile(r"((?:^  //.*\n)+)  rpc (\w+)\(", re.MULTILINE)
 ROW = re.compile(r"^- ([A-Z_]+) / ([A-Z_]+): ", re.MULTILINE)
 

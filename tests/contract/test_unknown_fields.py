@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_client import AsyncRunnerClient, InvalidRequestError
 from runner_client.rpc import messages
-from runner_common.handshake import SERVICE_NAME
+from runner_common.contract import SERVICE_NAME
 from runner_server import __version__
 from runner_server.transport.unknown_fields import read_known
 from support.harness import Problem, Server, failure

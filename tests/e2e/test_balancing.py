@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2
 
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
-from runner_common.handshake import SERVICE_NAME
+from runner_common.contract import SERVICE_NAME
 from support.fakes import DEADLINE_SECONDS
 from support.harness import Server, StartServer, eventually
 

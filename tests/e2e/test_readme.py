@@ -9,14 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mlxrunner.v1 import runner_pb2 as pb
-from runner_client import errors
-
 pytest.importorskip("mlx_lm", reason="starts real runners: needs the server extra")
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ERRORS = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
@@ -40,10 +36,3 @@ def test_the_examples_run(block: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout) > 50
-
-
-def test_the_error_table_is_complete() -> None:
-    rows = re.findall(r"^\| [A-Z_]+ \| ([A-Z_]+) \|.*\| `(\w+)` \|$", ERRORS, re.MULTILINE)
-    reasons = {name.removeprefix("ERROR_REASON_") for name in pb.ErrorReason.keys()[1:]}
-    assert {reason for reason, _ in rows} == reasons
-    assert all(issubclass(getattr(errors, name), errors.RunnerError) for _, name in rows)

@@ -17,7 +17,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
-from runner_common.handshake import HEALTH_SERVICES, ReadyLine
+from runner_common.contract import HEALTH_SERVICES
+from runner_common.handshake import ReadyLine
 from support.server_child import BREAK_STEPS, COMPUTE, DEADLINE_SECONDS, SLOW_LOAD, Child, running
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")

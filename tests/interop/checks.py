@@ -27,7 +27,7 @@ from itertools import pairwise
 from typing import Any
 
 from interop.outcome import Json, Outcome
-from runner_common.handshake import ERROR_DOMAIN
+from runner_common.contract import ERROR_DOMAIN
 
 _NUMBERS: dict[str, Callable[[float, float], bool]] = {
     "at_least": lambda found, bound: found >= bound,

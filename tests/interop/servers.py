@@ -14,7 +14,8 @@ from pathlib import Path
 
 from interop.pings import Relay
 from runner_client import RunnerClient, State
-from runner_common.handshake import TOKEN_VARIABLE, ReadyLine
+from runner_common.contract import TOKEN_VARIABLE
+from runner_common.handshake import ReadyLine
 from support.faulty import NAMED_REQUESTS, hooked
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ import pytest
 
 import support.plain_http2 as plain_http2
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_common.handshake import SERVICE_NAME
+from runner_common.contract import SERVICE_NAME
 from support.fakes import FakeBackend
 from support.harness import Server, StartServer, eventually, failure
 

@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_common.handshake import SERVICE_NAME
+from runner_common.contract import SERVICE_NAME
 from runner_server.errors import RunnerFault
 from support.harness import problem_of
 from support.hostile_requests import METHODS, Call

@@ -18,7 +18,8 @@ from grpc_status import rpc_status
 
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
-from runner_common.handshake import ERROR_DOMAIN, ReadyLine
+from runner_common.contract import ERROR_DOMAIN
+from runner_common.handshake import ReadyLine
 from runner_server.app import RunnerApp
 from runner_server.config import ServerConfig
 from runner_server.engine.backend import Backend

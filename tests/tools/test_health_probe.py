@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runner_common.handshake import HEALTH_SERVICES
+from runner_common.contract import HEALTH_SERVICES
 from support.certificates import Authority
 from support.external_tools import ROOT, Run, ToolTarget
 from support.server_child import BREAK_STEPS, running

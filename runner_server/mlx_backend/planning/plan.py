@@ -16,8 +16,9 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 
+from runner_common.contract import DEFAULT_CONTEXT_LENGTH
 from runner_common.memory.need import MemoryNeed
-from runner_common.model_directory import DEFAULT_CONTEXT, ModelDirectory
+from runner_common.model_directory import ModelDirectory
 from runner_common.units import format_bytes
 from runner_server.engine.types import Dtype, LoadSpec
 from runner_server.errors import InsufficientMemory, InvalidField
@@ -59,7 +60,7 @@ _WORKING_SLACK = 1.15
 """MLX's measured peaks were up to 1.17 times the traced bytes with ``set_memory_limit`` at that
 size."""
 
-_PROCESS_BYTES = 94 * _MIB
+_PROCESS_BYTES = 96 * _MIB
 """A server with a tiny model: Python, gRPC, MLX and their heaps. 70 to 80 MiB for most types,
 15 more where MLX compiles kernels that are not cached yet."""
 
@@ -244,7 +245,7 @@ def context_in_force(spec: LoadSpec, longest: int, exactness: Exactness) -> int:
     """
     exact = exactness.length or longest
     if spec.context_length is None:
-        return min(longest, exact, DEFAULT_CONTEXT)
+        return min(longest, exact, DEFAULT_CONTEXT_LENGTH)
     if spec.context_length > longest:
         text = f"{spec.context_length} is more than the {longest} tokens this model can handle"
         raise InvalidField([("context_length", text)])

@@ -20,7 +20,8 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from runner_server.engine.types import MAX_PARALLEL, Sampling
+from runner_common.contract import MAX_PARALLEL
+from runner_server.engine.types import Sampling
 from runner_server.mlx_backend.arrays import row_array, rows_of
 
 _CANDIDATES = (64, 256, 1024)
