@@ -22,7 +22,7 @@ import sys
 from runner_server.mlx_backend.batch import MlxBatch
 step = MlxBatch.step
 def broken(self):
-    if any(self._prompts) or any(row.id for row in self._decoding.rows):
+    if any(self._prefilling) or any(row.id for row in self._decoding.rows):
         {what}
     return step(self)
 MlxBatch.step = broken

@@ -61,7 +61,7 @@ def test_descriptions_have_comments(run: Run, place: ToolTarget) -> None:
     assert "// - FAILED_PRECONDITION / BUSY: a load or another unload is running" in method
     assert "rpc Unload (" in method
     message = run_grpcurl(run, place, "describe", "mlxrunner.v1.StatusResponse").stdout
-    assert "  // Completions that wait for a place.\n  int32 queued_count = 9;" in message
+    assert "  // Completions waiting for a slot.\n  int32 queued_count = 9;" in message
     # Every field, every value and every method has its comment.
     for symbol in (SERVICE, "mlxrunner.v1.State", "mlxrunner.v1.CompletionOptions"):
         lines = [
