@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_server.engine import thread
+from runner_server.engine import faults
 from runner_server.mlx_backend import MlxBackend
 from support.harness import Server, eventually, failure, joined, running, tokens
 
@@ -96,7 +96,7 @@ async def test_a_load_that_fails_late_frees_its_memory(
 
     monkeypatch.setattr(loader.MlxModel, "warm_up", broken)
     # pytest keeps log records, and with them the traceback.
-    monkeypatch.setattr(thread.logger, "disabled", True)
+    monkeypatch.setattr(faults.logger, "disabled", True)
     problem = await failure(real.load(str(model_dir())))
     assert problem.reason == "GENERATION_FAILED"
     assert _held() <= before + TOLERANCE_BYTES
