@@ -53,6 +53,10 @@ lint: $(VENV)/.installed-dev ## Check style, types and the protocol's rules
 prose: $(VENV)/.installed-dev ## Measure the prose of docstrings and comments in PATHS; ARGS=--show lists the findings
 	@$(BIN)/python -m tools.prose $(or $(PATHS),$(PROSE)) $(ARGS)
 
+.PHONY: commits
+commits: $(VENV)/.installed-dev ## Check the messages of new commits
+	@$(BIN)/python -m tools.commits $(BASE)
+
 .PHONY: format
 format: $(VENV)/.installed-dev ## Rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
