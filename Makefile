@@ -42,10 +42,11 @@ test: $(VENV)/.installed-dev ## Set everything up and run the tests
 	@$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: lint
-lint: $(VENV)/.installed-dev ## Check style, types and the protocol's rules
+lint: $(VENV)/.installed-dev ## Check style, types, prose and the protocol's rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tools.prose $(PROSE)
 	$(BIN)/buf lint
 	$(BIN)/buf breaking --against $(BASELINE)
 
