@@ -136,4 +136,4 @@ def test_doctor_names_the_quota(monkeypatch: pytest.MonkeyPatch) -> None:
     patch_cores(monkeypatch, Cores(1, 8, "/sys/fs/cgroup/docker/1"))
     findings = {finding.name: finding for finding in examine(version=lambda _: None)}
     value = findings["processor cores"].value
-    assert value == "1 of 8, by the CPU quota of /sys/fs/cgroup/docker/1"
+    assert value == "1 of 8, limited by the CPU quota of /sys/fs/cgroup/docker/1"
