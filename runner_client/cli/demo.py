@@ -65,8 +65,8 @@ def demo_model() -> Path:
     Raises:
         Failure: The model is missing.
     """
-    for place in package_folders("runner_server"):
-        model = place / "demo" / "model"
+    for folder in package_folders("runner_server"):
+        model = folder / "demo" / "model"
         if (model / "config.json").is_file():
             return model
     raise Failure(

@@ -71,22 +71,22 @@ def remember(
     Raises:
         OSError: The file cannot be written, or no cache folder is known.
     """
-    place = cache_file(environment)
-    if place is None:
+    path = cache_file(environment)
+    if path is None:
         raise FileNotFoundError("neither XDG_CACHE_HOME nor HOME names a folder")
-    place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     record = {**_key(libraries, root), "choice": _plain(choice.blas)}
     # Another process may read or write the file, so it is replaced atomically.
-    with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False) as file:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         written = Path(file.name)
         try:
             json.dump(record, file, indent=2)
             file.close()
-            written.replace(place)
+            written.replace(path)
         except BaseException:
             written.unlink(missing_ok=True)
             raise
-    return place
+    return path
 
 
 def recall(
@@ -96,8 +96,8 @@ def recall(
 
     The arguments are those of ``remember``; ``libraries`` are the ones found now.
     """
-    place = cache_file(environment)
-    record = _read(place) if place else {}
+    path = cache_file(environment)
+    record = _read(path) if path else {}
     choice = record.pop("choice", None)
     if not record or record != _key(libraries, root):
         return None
@@ -112,11 +112,11 @@ def cache_file(environment: Mapping[str, str]) -> Path | None:
     return folder / "mlx-runner" / "blas.json" if folder else None
 
 
-def _read(place: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; empty unless this is a small regular file with one."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        if place.is_file() and place.stat().st_size <= _MOST_BYTES:
-            record = json.loads(place.read_text(encoding="utf-8"))
+        if path.is_file() and path.stat().st_size <= _MOST_BYTES:
+            record = json.loads(path.read_text(encoding="utf-8"))
             return record if isinstance(record, dict) else {}
     return {}
 

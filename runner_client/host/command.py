@@ -89,7 +89,7 @@ def server_command(listen: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class ListenPlace:
+class ListenAddress:
     """Listen address of a child."""
 
     argument: str
@@ -98,7 +98,7 @@ class ListenPlace:
     """The socket's own folder, accessible to this user only; None for TCP."""
 
     @classmethod
-    def make(cls, listen: Listen) -> ListenPlace:
+    def make(cls, listen: Listen) -> ListenAddress:
         """Choose an address: a port picked by the child, or a socket in a new folder.
 
         Raises:

@@ -293,8 +293,8 @@ def _remembered(
 ) -> Finding:
     """Store the fastest BLAS for later starts."""
     try:
-        place = remember(environ, Choice(best.blas), libraries)
+        path = remember(environ, Choice(best.blas), libraries)
     except OSError as error:
         advice = "choose a BLAS by hand (mlx-runner serve --blas PATH), or fix the folder"
         return Finding("BLAS choice", "warning", f"not remembered: {error}", advice)
-    return Finding("BLAS choice", "ok", f"{best.name}, remembered in {place}")
+    return Finding("BLAS choice", "ok", f"{best.name}, remembered in {path}")

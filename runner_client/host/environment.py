@@ -28,7 +28,7 @@ _SYSTEM_CUDA = Path("/usr/local/cuda")
 def package_folders(package: str) -> tuple[Path, ...]:
     """Return the folders of a top-level package without an import; empty if not installed."""
     spec = importlib.util.find_spec(package)
-    return tuple(Path(place) for place in (spec and spec.submodule_search_locations) or ())
+    return tuple(Path(folder) for folder in (spec and spec.submodule_search_locations) or ())
 
 
 def child_environment(
@@ -84,7 +84,7 @@ def _library_folders(backend: Backend, folders: Callable[[str], tuple[Path, ...]
 
 
 def _prepend(environment: dict[str, str], variable: str, found: list[Path]) -> None:
-    present = [place for place in environment.get(variable, "").split(os.pathsep) if place]
+    present = [folder for folder in environment.get(variable, "").split(os.pathsep) if folder]
     wanted = [str(folder) for folder in found if str(folder) not in present]
     if wanted:
         environment[variable] = os.pathsep.join([*wanted, *present])

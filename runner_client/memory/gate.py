@@ -163,7 +163,7 @@ class MemoryGate:
         Raises:
             InsufficientMemoryError: The model does not fit into memory.
         """
-        asked = _Asked(estimate, self._environ, override, sets_aside=False)
+        asked = _Asked(estimate, self._environ, override, reserves=False)
         decision = self._settled(asked)
         if decision.fits or override:
             return decision
@@ -264,8 +264,8 @@ class MemoryGate:
             claimed_bytes, count = claimed_of(free, view.claims(without=without))
             found = decide(asked.estimate.required_bytes, free, headroom, claimed_bytes)
             decision = _gate_decision(found, count, overridden=asked.override and not found.fits)
-            if asked.sets_aside and (decision.fits or asked.override):
-                reservation = _set_aside(asked, decision, view, offered)
+            if asked.reserves and (decision.fits or asked.override):
+                reservation = _reserve(asked, decision, view, offered)
                 return Admission.of(decision, headroom, reservation)
             return decision
 
@@ -291,7 +291,7 @@ class _Asked:
     estimate: MemoryEstimate
     environ: Mapping[str, str]
     override: bool
-    sets_aside: bool = True
+    reserves: bool = True
     takes_over: bool = False
 
     @property
@@ -300,7 +300,7 @@ class _Asked:
         return self.estimate.path, self.estimate.total_bytes
 
 
-def _set_aside(
+def _reserve(
     asked: _Asked, decision: GateDecision, view: BookView, offered: Reservation | None
 ) -> Reservation:
     """Reserve the need, and as much of a default prefix cache as memory allows."""

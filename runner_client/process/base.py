@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from runner_client.errors import RunnerTimeoutError, RunnerUnavailableError
-from runner_client.host.command import ListenPlace
+from runner_client.host.command import ListenAddress
 from runner_client.process.launch import Launch
 from runner_client.types import DeviceInfo, RestartPolicy, Timeouts
 from runner_common.units import format_bytes
@@ -44,7 +44,7 @@ class Ending:
 
     life: int
     child: Child | None
-    place: ListenPlace | None
+    listen_address: ListenAddress | None
     plan: Plan | None
 
 
@@ -97,7 +97,7 @@ class ProcessBase:
         self._life = 0
         self._is_started = False
         self._child: Child | None = None
-        self._place: ListenPlace | None = None
+        self._listen_address: ListenAddress | None = None
         self._ready: ReadyLine | None = None
         self._plan: Plan | None = None
         self._status: Status | None = None
@@ -194,7 +194,7 @@ class ProcessBase:
             if self._is_started:
                 raise RunnerUnavailableError("this runner is already started; close it first")
             self._is_started = True
-            self._child = self._place = self._ready = self._plan = self._status = None
+            self._child = self._listen_address = self._ready = self._plan = self._status = None
             return self._life
 
     @contextlib.contextmanager
@@ -229,10 +229,10 @@ class ProcessBase:
         with contextlib.ExitStack() as undo:
             undo.callback(plan.admission.reservation.release)
             with self._in_life(life):
-                place = ListenPlace.make(self._launch.listen)
-                undo.callback(place.remove)
-                self._child = child = plan.child(place)
-                self._plan, self._place = plan, place
+                listen_address = ListenAddress.make(self._launch.listen)
+                undo.callback(listen_address.remove)
+                self._child = child = plan.child(listen_address)
+                self._plan, self._listen_address = plan, listen_address
                 undo.pop_all()
         # A runner that is dropped without a close leaves no child behind.
         weakref.finalize(self, child.abandon)
@@ -244,7 +244,7 @@ class ProcessBase:
             if life is not None and self._life != life:
                 return None
             self._life += 1
-            return Ending(self._life, self._child, self._place, self._plan)
+            return Ending(self._life, self._child, self._listen_address, self._plan)
 
     def _close_child(self, ending: Ending) -> None:
         """Stop the child at any stage, and return once the child is reaped."""
@@ -252,8 +252,8 @@ class ProcessBase:
             if ending.child is not None:
                 ending.child.close(self.timeouts.close_grace_seconds(self.memory_size))
         finally:
-            if ending.place is not None:
-                ending.place.remove()
+            if ending.listen_address is not None:
+                ending.listen_address.remove()
             if ending.plan is not None:
                 # For a child that was never started; the exit of a started one releases it earlier.
                 ending.plan.admission.reservation.release()

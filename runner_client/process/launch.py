@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from runner_client.errors import InsufficientMemoryError
 from runner_client.host.command import (
-    ListenPlace,
+    ListenAddress,
     check_platform,
     server_command,
 )
@@ -153,7 +153,7 @@ class Plan:
             allow_inexact=self.launch.allow_inexact,
         )
 
-    def child(self, place: ListenPlace) -> Child:
+    def child(self, listen_address: ListenAddress) -> Child:
         """Create the child, not yet started.
 
         Raises:
@@ -165,7 +165,7 @@ class Plan:
             self.launch.environ(), backend=self.estimate.backend, blas=self.launch.blas
         )
         return Child(
-            server_command(place.argument),
+            server_command(listen_address.argument),
             environment={**with_import_paths(environment), **self._variables()},
             log=self.launch.log,
         )

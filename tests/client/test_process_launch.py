@@ -202,7 +202,7 @@ def test_the_socket_is_in_a_private_folder_with_a_short_path(
     deep = tmp_path / ("x" * 100)
     deep.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(deep))
-    socket = command.ListenPlace.make("unix")
+    socket = command.ListenAddress.make("unix")
     assert socket.folder is not None
     assert socket.folder.stat().st_mode & 0o777 == 0o700
     assert len(socket.argument.removeprefix("unix:")) <= 103
