@@ -131,7 +131,7 @@ def test_the_archive_has_only_the_files_a_gateway_needs(tmp_path: Path) -> None:
 
 
 def test_a_missing_tokenizer_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(GenerationFailed, match="put them back"):
+    with pytest.raises(GenerationFailed, match="restore them"):
         tokenizer_archive(tmp_path)
 
 
