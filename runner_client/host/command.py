@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from runner_client.errors import (
     NotSupportedError,
@@ -17,9 +17,6 @@ from runner_client.errors import (
     UnsupportedPlatformError,
 )
 from runner_common.interpreter import NoInterpreterError, interpreter
-
-if TYPE_CHECKING:
-    pass
 
 Listen = Literal["tcp", "unix"]
 
