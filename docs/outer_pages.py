@@ -1,4 +1,4 @@
-"""Pages of the site that are files outside of docs/, and links that lead to them."""
+"""Pages of the site that show files outside of docs/, and links to them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 
 _OUTER = re.compile(r"^% is (\S+)\n")
-"""The first line of a page that is another file."""
+"""First line of a page that shows another file."""
 
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#]+)")
 _OTHER_PAGES = {"proto/mlxrunner/v1/runner.proto": "protocol.md", "examples": "languages.md"}
 
 
 def replace(_app: Sphinx, page: str, source: list[str]) -> None:
-    """Puts another file's text in the place of the line that names it, and mends all links.
+    """Replace the line that names another file with its text, and adjust all links.
 
     Args:
-        page: The name of the page.
-        source: Its text, which is changed.
+        page: Name of the page.
+        source: List with the text of the page, which is modified in place.
     """
     text, folder = source[0], (HERE / page).parent
     outer = _OUTER.match(text)
@@ -35,13 +35,13 @@ def replace(_app: Sphinx, page: str, source: list[str]) -> None:
 
 
 def _target(folder: Path, link: str, here: Path) -> str:
-    """Return a link of a file in ``folder`` as a page in ``here`` has it."""
+    """Return the link of a file in ``folder``, relative to ``here``."""
     path = os.path.relpath(folder / link, ROOT)
     return os.path.relpath(HERE / _pages().get(path, os.path.relpath(folder / link, HERE)), here)
 
 
 def _pages() -> dict[str, str]:
-    """The page that stands for a file, by the file's path."""
+    """Return the page that shows each file, by the file's path."""
     outer = {
         os.path.relpath(HERE / found[1], ROOT): page.name
         for page in HERE.glob("*.md")
