@@ -31,6 +31,6 @@ napoleon_use_ivar = True
 
 
 def setup(app: Sphinx) -> None:
-    """Adds the pages that lie elsewhere, or are made of the protocol."""
+    """Add the pages of files outside of docs/, and the page generated from the protocol."""
     protocol_pages.write(HERE / "protocol.md")
     app.connect("source-read", outer_pages.replace)
