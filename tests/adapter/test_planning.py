@@ -153,7 +153,7 @@ def test_a_type_known_not_to_batch_is_planned_for_one_sequence(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("imported", "more_mib"), [((), 0), (("numpy",), 20), (("numpy", "transformers"), 75)]
+    ("imported", "more_mib"), [((), 0), (("numpy",), 12), (("numpy", "transformers"), 75)]
 )
 def test_packages_that_a_model_imports_are_counted(
     imported: tuple[str, ...], more_mib: int, monkeypatch: pytest.MonkeyPatch

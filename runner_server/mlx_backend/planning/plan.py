@@ -67,9 +67,10 @@ _PROCESS_BYTES = 96 * _MIB
 _STREAM_BYTES = _MIB // 4
 """Process memory per sequence: messages, token lists, thread stacks."""
 
-_IMPORTED_BYTES = {"transformers": 75 * _MIB, "numpy": 20 * _MIB}
+_IMPORTED_BYTES = {"transformers": 75 * _MIB, "numpy": 12 * _MIB}
 """Memory of packages that only some models need: transformers for a tokenizer (it imports NumPy
-itself), NumPy 2.4 (16 MiB) for mlx_lm's modules of plamo, dbrx and gpt_bigcode."""
+itself), NumPy for mlx_lm's modules of plamo, dbrx and gpt_bigcode. NumPy 2.4 takes 16 MiB, of which
+``_PROCESS_BYTES`` covers a part."""
 
 
 @dataclass(frozen=True)
