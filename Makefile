@@ -26,6 +26,8 @@ SMG_PACKAGES += $(if $(filter server,$(EXTRA)),mlx,'mlx[$(EXTRA)]')
 
 PARITY_VENV := .venv-parity
 
+# Folders of `make test-fast`.
+FAST_TESTS := tests/contract tests/common tests/tooling tests/bench tests/soak tests/server
 # Packages whose docstrings and comments `make prose` measures.
 PROSE := runner_common runner_server runner_client bench soak tools tests
 
@@ -40,6 +42,10 @@ run: $(VENV)/.installed ## Set everything up and run the demo
 .PHONY: test
 test: $(VENV)/.installed-dev ## Set everything up and run the tests
 	@$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: test-fast
+test-fast: $(VENV)/.installed-dev ## Run the tests that need no model and no child process, in under a minute
+	@$(BIN)/python -m pytest -q -m "not mlx and not slow" $(FAST_TESTS) $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.installed-dev ## Check style, types, prose and the protocol's rules

@@ -33,6 +33,7 @@ with open(sys.argv[1], "rb") as file:
 """
 
 
+@pytest.mark.slow
 @needs_control_group
 def test_a_file_read_twice_counts_as_free_memory(tmp_path: Path) -> None:
     file = write_uncached(tmp_path / "weights", 200 * MIB)

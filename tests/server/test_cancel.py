@@ -131,6 +131,7 @@ async def test_a_cancel_does_not_change_other_rows(loaded: Server) -> None:
     loaded.assert_nothing_left()
 
 
+@pytest.mark.slow
 async def test_a_thousand_cancels_leave_nothing(server: Server) -> None:
     """Cancel in every phase, at random from a fixed seed; count tasks and rows afterwards."""
     await server.load(parallel=4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import grpc
+import pytest
 
 from support.fakes import CONTEXT_LENGTH
 from support.harness import Server, failure
@@ -19,6 +20,7 @@ SILENT_SECONDS = 6.5
 """A default server closes the connection within six pings, sent at most once a second."""
 
 
+@pytest.mark.slow
 async def test_a_silent_stream_may_be_pinged(loaded: Server) -> None:
     async with grpc.aio.insecure_channel(loaded.ready.target, options=PINGS) as channel:
         client = Server(loaded.app, loaded.backend, channel, loaded.ready)

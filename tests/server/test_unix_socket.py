@@ -160,6 +160,7 @@ def first_line(server: subprocess.Popen[str]) -> str:
     return server.stdout.readline().strip()
 
 
+@pytest.mark.slow
 def test_after_a_kill_one_of_many_servers_starts(path: Path) -> None:
     """Start four at once, as a supervisor and its operator may."""
     killed = start_server(path)
