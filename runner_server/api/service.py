@@ -27,11 +27,11 @@ from runner_server.api.estimator import Estimator
 from runner_server.api.prompts import encode_prompt, too_many
 from runner_server.api.validation import (
     check_completion,
-    check_token_ids,
     completion_spec,
     load_spec,
     trim_bytes,
 )
+from runner_server.api.violations import check_token_ids
 from runner_server.engine.backend import ModelHandle, Ranks
 from runner_server.engine.commands import ModelCommand
 from runner_server.engine.engine import Engine

@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_common.contract import MAX_PARALLEL
-from runner_server.api.violations import ViolationCollector
+from runner_server.api.violations import ViolationCollector, check_token_ids
 from runner_server.engine.types import CompletionSpec, Dtype, LoadSpec, ModelInfo, Sampling
 from runner_server.errors import InvalidField, PromptTooLong
 
@@ -157,18 +157,6 @@ def check_request_id(check: ViolationCollector, request_id: str) -> None:
     length = len(request_id)
     too_long = f"{length} characters; at most {_MAX_REQUEST_ID_CHARS}"
     check.require("request_id", length <= _MAX_REQUEST_ID_CHARS, too_long)
-
-
-def check_token_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
-    """Check token ids against the vocabulary.
-
-    Raises:
-        InvalidField: At least one is not in it; the message names the first.
-    """
-    if not ids or (min(ids) >= 0 and max(ids) < vocab_size):
-        return
-    at, bad = next((i, id_) for i, id_ in enumerate(ids) if not 0 <= id_ < vocab_size)
-    raise InvalidField([(f"{field}[{at}]", f"{bad} is not a token id: 0 to {vocab_size - 1}")])
 
 
 def _check_input(check: ViolationCollector, request: pb.CompletionRequest) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from runner_server.errors import InvalidField
 
@@ -57,6 +57,18 @@ class ViolationCollector:
         """
         if self._violations:
             raise InvalidField(self._violations)
+
+
+def check_token_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
+    """Check token ids against the vocabulary.
+
+    Raises:
+        InvalidField: At least one is not in it; the message names the first.
+    """
+    if not ids or (min(ids) >= 0 and max(ids) < vocab_size):
+        return
+    at, bad = next((i, id_) for i, id_ in enumerate(ids) if not 0 <= id_ < vocab_size)
+    raise InvalidField([(f"{field}[{at}]", f"{bad} is not a token id: 0 to {vocab_size - 1}")])
 
 
 def _float32(value: float) -> float:

@@ -15,6 +15,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.api import convert, validation
+from runner_server.api.violations import check_token_ids
 from runner_server.engine.token_text import TokenTexts
 from runner_server.engine.types import FinishReason, GenerationResult, OutputDelta, TokenLogprob
 from runner_server.errors import RunnerFault, to_status
@@ -81,7 +82,7 @@ class Parsing:
             case pb.TokenizeRequest():
                 self._codec.encode(request.content, as_prompt=request.add_special_tokens)
             case pb.DetokenizeRequest():
-                validation.check_token_ids("token_ids", request.token_ids, VOCAB_SIZE)
+                check_token_ids("token_ids", request.token_ids, VOCAB_SIZE)
                 self._codec.decode(request.token_ids)
 
     def _check_completion(self, request: pb.CompletionRequest) -> None:
