@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from runner_server.engine.backend import Codec, ModelHandle
 from runner_server.errors import PromptTooLong
@@ -11,17 +13,33 @@ _LONG_TEXT_CHARS = 1 << 19
 """Length from which checking a text against the limit before tokenizing all of it pays off."""
 
 
-async def encode_prompt(text: str, model: ModelHandle) -> list[int]:
-    """Return the tokens of a prompt.
+@dataclass(frozen=True)
+class Prompt:
+    """Prompt of a request, not tokenized yet.
+
+    Attributes:
+        field: Path of the request's field that holds the prompt, named in errors.
+        content: The text, or token ids. The ids are the message's own container: a message can
+            hold millions, which are copied only once their number is checked.
+    """
+
+    field: str
+    content: str | Sequence[int]
+
+
+async def encode_prompt(prompt: Prompt, model: ModelHandle) -> Sequence[int]:
+    """Return the token ids of a prompt; tokenize a text, return ids as given.
 
     Raises:
-        PromptTooLong: A part of the prompt already has more tokens than the context holds.
+        PromptTooLong: A part of the text already has more tokens than the context holds.
     """
+    if not isinstance(prompt.content, str):
+        return prompt.content
     most = model.info.context_length
-    if fewest := await too_many(text, most, model.codec):
+    if fewest := await too_many(prompt.content, most, model.codec):
         raise PromptTooLong(fewest, most, is_least=True)
     # In a worker thread: tokenizing megabytes must not delay other calls.
-    return await asyncio.to_thread(model.codec.encode, text, as_prompt=True)
+    return await asyncio.to_thread(model.codec.encode, prompt.content, as_prompt=True)
 
 
 async def too_many(text: str, most: int, codec: Codec) -> int:

@@ -1,4 +1,4 @@
-"""``RunnerService`` on the engine: parse, validate, submit, convert; independent of MLX."""
+"""``RunnerService`` on the engine: parse, generate, encode; independent of MLX."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
@@ -24,13 +24,9 @@ from runner_server.api.convert import (
     rank_message,
 )
 from runner_server.api.estimator import Estimator
-from runner_server.api.prompts import encode_prompt, too_many
-from runner_server.api.validation import (
-    check_completion,
-    completion_spec,
-    load_spec,
-    trim_bytes,
-)
+from runner_server.api.generation import generate, model_for_call
+from runner_server.api.prompts import too_many
+from runner_server.api.validation import completion_draft, load_spec, trim_bytes
 from runner_server.api.violations import check_token_ids
 from runner_server.engine.backend import ModelHandle, Ranks
 from runner_server.engine.commands import ModelCommand
@@ -154,24 +150,12 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         context: _Context,
     ) -> AsyncIterator[pb.CompletionResponse]:
         """Stream a completion."""
-        record = current_call()
-        record.request_id = request.request_id
-        model = self._engine.model()
-        record.model = model.info.name
-        sampling = check_completion(request, model.info)
-        prompt_ids = await _prompt_ids(request, model)
-        spec = completion_spec(request, sampling, model.info, prompt_ids)
-        texts = _token_texts(model, spec)
-        completion = self._engine.submit(model, spec)
-        record.stats = completion.stats
-        try:
-            # A proxy or a blocking client takes a queued stream without headers for a dead one.
-            await context.send_initial_metadata(())
-            async for piece in completion.stream.deltas():
+        model = model_for_call(self._engine, request.request_id)
+        draft = completion_draft(request, model.info)
+        async with generate(self._engine, model, draft, context) as generation:
+            texts = _token_texts(model, generation.spec)
+            async for piece in generation.stream.deltas():
                 yield piece_message(piece, texts)
-        finally:
-            # Also reached when the client disconnects or its deadline passes.
-            self._engine.cancel(completion)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:
         """Split text into token ids."""
@@ -223,9 +207,3 @@ def _token_texts(model: ModelHandle, spec: CompletionSpec) -> TokenTexts | None:
     if spec.sampling.logprobs is None:
         return None
     return TokenTexts(model.codec, spec.prompt_ids, model.info.eos_token_ids)
-
-
-async def _prompt_ids(request: pb.CompletionRequest, model: ModelHandle) -> Sequence[int]:
-    if request.WhichOneof("input") == "prompt_token_ids":
-        return request.prompt_token_ids.ids
-    return await encode_prompt(request.prompt, model)

@@ -14,9 +14,10 @@ from google.protobuf.message import Message
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_common.contract import MAX_PARALLEL
-from runner_server.api.violations import ViolationCollector, check_token_ids
-from runner_server.engine.types import CompletionSpec, Dtype, LoadSpec, ModelInfo, Sampling
-from runner_server.errors import InvalidField, PromptTooLong
+from runner_server.api.generation import GenerationDraft
+from runner_server.api.prompts import Prompt
+from runner_server.api.violations import ViolationCollector
+from runner_server.engine.types import Dtype, LoadSpec, ModelInfo, Sampling
 
 _T = TypeVar("_T")
 
@@ -83,73 +84,28 @@ def trim_bytes(request: pb.TrimRequest) -> int:
     return request.prefix_cache_bytes
 
 
-def check_completion(request: pb.CompletionRequest, model: ModelInfo) -> Sampling:
-    """Validate everything of a completion except its prompt and resolve the defaults.
+def completion_draft(request: pb.CompletionRequest, model: ModelInfo) -> GenerationDraft:
+    """Validate a completion except the tokens of the prompt; resolve the defaults.
 
     Raises:
         InvalidField: A field is missing or out of range.
     """
     check = ViolationCollector()
-    _check_input(check, request)
-    _check_numbers(check, request.options, model)
-    _check_stops(check, request.options.stop)
-    check.bias("options.logit_bias", request.options.logit_bias, model.vocab_size)
+    options = request.options
+    prompt = _prompt(check, request)
+    _check_numbers(check, options, model)
+    _check_stops(check, options.stop)
+    check.bias("options.logit_bias", options.logit_bias, model.vocab_size)
     _check_number(check, request, "logprobs", 0, min(MAX_LOGPROBS, model.vocab_size))
     check_request_id(check, request.request_id)
     check.finish()
-    return _sampling(request, model)
-
-
-def completion_spec(
-    request: pb.CompletionRequest, sampling: Sampling, model: ModelInfo, prompt_ids: Sequence[int]
-) -> CompletionSpec:
-    """Fit a validated completion into the context.
-
-    Raises:
-        InvalidField: See :func:`fit`.
-        PromptTooLong: See :func:`fit`.
-    """
-    if request.WhichOneof("input") == "prompt_token_ids":
-        room = fit(prompt_ids, model, ids_field="prompt_token_ids.ids")
-    else:
-        room = fit(prompt_ids, model, text_field="prompt")
-    options = request.options
-    wanted = options.num_predict if options.HasField("num_predict") else room
-    return CompletionSpec(
-        prompt_ids=tuple(prompt_ids),
-        max_tokens=min(wanted, room),
-        sampling=sampling,
+    return GenerationDraft(
+        prompt=prompt,
+        max_tokens=_given(options, "num_predict", int, model.context_length),
+        sampling=_sampling(request, model),
         stop=tuple(options.stop),
+        request_id=request.request_id,
     )
-
-
-def fit(
-    prompt_ids: Sequence[int], model: ModelInfo, *, ids_field: str = "", text_field: str = ""
-) -> int:
-    """Fit a prompt into the context; return the room left for new tokens.
-
-    Args:
-        prompt_ids: The prompt's tokens.
-        model: The model that will process them.
-        ids_field: Field the caller sent the tokens in, if any.
-        text_field: Otherwise, field with the text the tokens were made from.
-
-    Raises:
-        InvalidField: The prompt is empty or has a token that the model lacks: a tokenizer may
-            know more tokens than its model.
-        PromptTooLong: The prompt and one new token do not fit.
-    """
-    if not prompt_ids:
-        raise InvalidField([(text_field or ids_field, "the prompt has no tokens")])
-    room = model.context_length - len(prompt_ids)
-    if room < 1:
-        raise PromptTooLong(len(prompt_ids), model.context_length)
-    if ids_field:
-        check_token_ids(ids_field, prompt_ids, model.vocab_size)
-    elif max(prompt_ids) >= model.vocab_size:
-        text = f"the tokenizer produces token {max(prompt_ids)}, which the model does not have"
-        raise InvalidField([(text_field, f"{text}: its ids are 0 to {model.vocab_size - 1}")])
-    return room
 
 
 def check_request_id(check: ViolationCollector, request_id: str) -> None:
@@ -159,15 +115,19 @@ def check_request_id(check: ViolationCollector, request_id: str) -> None:
     check.require("request_id", length <= _MAX_REQUEST_ID_CHARS, too_long)
 
 
-def _check_input(check: ViolationCollector, request: pb.CompletionRequest) -> None:
+def _prompt(check: ViolationCollector, request: pb.CompletionRequest) -> Prompt:
+    """Return the prompt; record a missing or empty prompt as a violation."""
     match request.WhichOneof("input"):
         case "prompt":
             check.require("prompt", bool(request.prompt), "the prompt is empty")
+            return Prompt("prompt", request.prompt)
         case "prompt_token_ids":
             ids = request.prompt_token_ids.ids
             check.require("prompt_token_ids", bool(ids), "the prompt is empty")
+            return Prompt("prompt_token_ids.ids", ids)
         case _:
             check.require("input", ok=False, text="required: prompt or prompt_token_ids")
+            return Prompt("input", "")
 
 
 def _check_numbers(

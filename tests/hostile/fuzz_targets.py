@@ -86,14 +86,14 @@ class Parsing:
                 self._codec.decode(request.token_ids)
 
     def _check_completion(self, request: pb.CompletionRequest) -> None:
-        sampling = validation.check_completion(request, self._info)
+        draft = validation.completion_draft(request, self._info)
         if request.WhichOneof("input") == "prompt":
             ids = self._codec.encode(request.prompt, as_prompt=True)
         else:
             ids = list(request.prompt_token_ids.ids)
-        spec = validation.completion_spec(request, sampling, self._info, ids)
+        spec = draft.fit(ids, self._info)
         assert 1 <= spec.max_tokens <= self._info.context_length - len(spec.prompt_ids)
-        top = tuple((i, -1.0) for i in range(sampling.logprobs or 0))
+        top = tuple((i, -1.0) for i in range(spec.sampling.logprobs or 0))
         done = GenerationResult(FinishReason.STOP, (*spec.stop, "")[0], len(ids), 1, 0.0, 0.0, 0.0)
         delta = OutputDelta("text", (ids[-1],), (TokenLogprob(ids[-1], -1.0, top),), done=done)
         texts = TokenTexts(self._codec, spec.prompt_ids, self._info.eos_token_ids)

@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_server.api.validation import check_completion, completion_spec
+from runner_server.api.validation import completion_draft
 from runner_server.engine.types import ModelInfo
 from runner_server.errors import RunnerFault
 from soak.drive import OVERLOAD, Pace
@@ -42,10 +42,10 @@ def _orders(count: int, seed: int = 0) -> list[Order]:
 def _refusal(request: pb.CompletionRequest) -> str:
     """Return the reason given by the server's validation; empty for a valid request."""
     try:
-        sampling = check_completion(request, MODEL)
+        draft = completion_draft(request, MODEL)
         # An upper bound of the tokens that the demo model's tokenizer makes of this text.
         ids = list(request.prompt_token_ids.ids) or [7] * (len(request.prompt) // 2)
-        completion_spec(request, sampling, MODEL, ids)
+        draft.fit(ids, MODEL)
     except RunnerFault as fault:
         return pb.ErrorReason.Name(fault.reason).removeprefix("ERROR_REASON_")
     return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +17,11 @@ from smg_grpc_proto.generated import common_pb2
 from runner_server.api.contracts.smg.convert import chunk_message, complete_message
 from runner_server.api.contracts.smg.model_files import special_tokens, tokenizer_archive
 from runner_server.api.contracts.smg.names import Names
-from runner_server.api.contracts.smg.validation import (
-    Message,
-    check_abort,
-    check_generate,
-    generate_spec,
-)
-from runner_server.api.prompts import encode_prompt
-from runner_server.engine.backend import ModelHandle
+from runner_server.api.contracts.smg.validation import Message, check_abort, generate_draft
+from runner_server.api.generation import generate, model_for_call
 from runner_server.engine.engine import Engine
 from runner_server.engine.generation_request import GenerationRequest
 from runner_server.engine.types import OutputDelta
-from runner_server.telemetry.call_record import current_call
 
 if TYPE_CHECKING:
     _Context = grpc.aio.ServicerContext[Any, Any]
@@ -51,24 +44,12 @@ class SmgServicer(mlx_engine_pb2_grpc.MlxEngineServicer):  # type: ignore[misc] 
 
     async def Generate(self, request: Message, context: _Context) -> AsyncIterator[Message]:
         """Complete a prompt; the last message is complete with or without ``stream``."""
-        record = current_call()
-        record.request_id = request.request_id
-        model = self._engine.model()
-        record.model = model.info.name
-        sampling = check_generate(request, model.info)
-        prompt_ids = await _prompt_ids(request, model)
-        spec = generate_spec(request, sampling, model.info, prompt_ids)
-        completion = self._engine.submit(model, spec)
-        record.stats = completion.stats
-        try:
-            # Sent at once, even if the request is queued; see ``RunnerServicer.Completion``.
-            await context.send_initial_metadata(())
-            with self._names.held(request.request_id, completion.stream.close):
-                async for message in _messages(completion, is_stream=request.stream):
+        model = model_for_call(self._engine, request.request_id)
+        draft = generate_draft(request, model.info)
+        async with generate(self._engine, model, draft, context) as generation:
+            with self._names.held(draft.request_id, generation.stream.close):
+                async for message in _messages(generation, is_stream=request.stream):
                     yield message
-        finally:
-            # Also reached when the client disconnects or its deadline passes.
-            self._engine.cancel(completion)
 
     async def Abort(self, request: Message, context: _Context) -> Message:
         """Cancel requests by name, if no other request uses the name."""
@@ -132,13 +113,6 @@ def _parts(data: bytes, digest: str) -> Iterator[Message]:
         part = data[at : at + _CHUNK_BYTES]
         is_last = at + _CHUNK_BYTES >= len(data)
         yield common_pb2.GetTokenizerChunk(data=part, sha256=digest if is_last else "")
-
-
-async def _prompt_ids(request: Message, model: ModelHandle) -> Sequence[int]:
-    if request.WhichOneof("input") == "tokenized":
-        ids: Sequence[int] = request.tokenized.input_ids
-        return ids
-    return await encode_prompt(request.text, model)
 
 
 async def _messages(completion: GenerationRequest, *, is_stream: bool) -> AsyncIterator[Message]:

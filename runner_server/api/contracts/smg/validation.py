@@ -9,9 +9,11 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from runner_server.api.validation import MAX_LOGPROBS, check_request_id, fit
+from runner_server.api.generation import GenerationDraft
+from runner_server.api.prompts import Prompt
+from runner_server.api.validation import MAX_LOGPROBS, check_request_id
 from runner_server.api.violations import ViolationCollector
-from runner_server.engine.types import CompletionSpec, ModelInfo, Sampling
+from runner_server.engine.types import ModelInfo, Sampling
 
 # The stubs have no type information: the package ships no py.typed.
 Message = Any
@@ -26,44 +28,27 @@ _TEMPERATURE = 1.0
 """Default temperature, as in OpenAI's API, which the gateway offers to its own callers."""
 
 
-def check_generate(request: Message, model: ModelInfo) -> Sampling:
-    """Validate everything of a request except its prompt and resolve the defaults.
+def generate_draft(request: Message, model: ModelInfo) -> GenerationDraft:
+    """Validate a request except the tokens of the prompt; resolve the defaults.
 
     Raises:
         InvalidField: A field is missing or out of range.
     """
     check = ViolationCollector()
-    _check_input(check, request)
-    check_request_id(check, request.request_id)
     params = request.sampling_params
+    prompt = _prompt(check, request)
+    check_request_id(check, request.request_id)
     _check_numbers(check, params, model)
     check.bias("sampling_params.logit_bias", params.logit_bias, model.vocab_size)
     _check_stops(check, params.stop_token_ids, model.vocab_size)
     check.finish()
-    return _sampling(params)
-
-
-def generate_spec(
-    request: Message, sampling: Sampling, model: ModelInfo, prompt_ids: Sequence[int]
-) -> CompletionSpec:
-    """Fit a validated request into the context.
-
-    Raises:
-        InvalidField: See ``validation.fit``.
-        PromptTooLong: See ``validation.fit``.
-    """
-    if request.WhichOneof("input") == "tokenized":
-        room = fit(prompt_ids, model, ids_field="tokenized.input_ids")
-    else:
-        room = fit(prompt_ids, model, text_field="text")
-    params = request.sampling_params
-    wanted = params.max_tokens if params.HasField("max_tokens") else room
-    return CompletionSpec(
-        prompt_ids=tuple(prompt_ids),
-        max_tokens=min(wanted, room),
-        sampling=sampling,
+    return GenerationDraft(
+        prompt=prompt,
+        max_tokens=params.max_tokens if params.HasField("max_tokens") else model.context_length,
+        sampling=_sampling(params),
         stop_token_ids=frozenset(params.stop_token_ids),
         ignore_eos=params.ignore_eos,
+        request_id=request.request_id,
     )
 
 
@@ -79,16 +64,19 @@ def check_abort(request: Message) -> None:
     check.finish()
 
 
-def _check_input(check: ViolationCollector, request: Message) -> None:
+def _prompt(check: ViolationCollector, request: Message) -> Prompt:
+    """Return the prompt; record a missing or empty prompt as a violation."""
     match request.WhichOneof("input"):
         case "tokenized":
-            check.require(
-                "tokenized.input_ids", bool(request.tokenized.input_ids), "the prompt is empty"
-            )
+            ids = request.tokenized.input_ids
+            check.require("tokenized.input_ids", bool(ids), "the prompt is empty")
+            return Prompt("tokenized.input_ids", ids)
         case "text":
             check.require("text", bool(request.text), "the prompt is empty")
+            return Prompt("text", request.text)
         case _:
             check.require("input", ok=False, text="required: tokenized or text")
+            return Prompt("input", "")
 
 
 def _check_numbers(check: ViolationCollector, params: Message, model: ModelInfo) -> None:

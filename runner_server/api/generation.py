@@ -1,0 +1,131 @@
+"""Entrance of a generation, shared by the protocols.
+
+A service parses its request into a :class:`GenerationDraft`, enters :func:`generate`, and encodes
+the deltas of the running request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from runner_server.api.prompts import Prompt, encode_prompt
+from runner_server.api.violations import check_token_ids
+from runner_server.engine.backend import ModelHandle
+from runner_server.engine.engine import Engine
+from runner_server.engine.generation_request import GenerationRequest
+from runner_server.engine.types import CompletionSpec, ModelInfo, Sampling
+from runner_server.errors import InvalidField, PromptTooLong
+from runner_server.telemetry.call_record import current_call
+
+if TYPE_CHECKING:
+    import grpc
+
+
+@dataclass(frozen=True)
+class GenerationDraft:
+    """A parsed and validated request, with defaults resolved and the prompt not tokenized yet.
+
+    Attributes:
+        prompt: The prompt, not empty.
+        max_tokens: Most tokens to generate, as far as the context has room for them.
+        sampling: Sampling options.
+        stop: See :class:`CompletionSpec`.
+        stop_token_ids: See :class:`CompletionSpec`.
+        ignore_eos: See :class:`CompletionSpec`.
+        request_id: The caller's name for the request; may be empty.
+    """
+
+    prompt: Prompt
+    max_tokens: int
+    sampling: Sampling
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    request_id: str = ""
+
+    def fit(self, prompt_ids: Sequence[int], model: ModelInfo) -> CompletionSpec:
+        """Fit the request into the context.
+
+        Args:
+            prompt_ids: The token ids of the prompt.
+            model: The model that the request was validated for.
+
+        Raises:
+            InvalidField: The prompt has no tokens, or a token that the model lacks: a tokenizer
+                may know more tokens than its model.
+            PromptTooLong: The prompt and one new token do not fit.
+        """
+        if not prompt_ids:
+            raise InvalidField([(self.prompt.field, "the prompt has no tokens")])
+        room = model.context_length - len(prompt_ids)
+        if room < 1:
+            raise PromptTooLong(len(prompt_ids), model.context_length)
+        _check_vocabulary(self.prompt, prompt_ids, model.vocab_size)
+        return CompletionSpec(
+            prompt_ids=tuple(prompt_ids),
+            max_tokens=min(self.max_tokens, room),
+            sampling=self.sampling,
+            stop=self.stop,
+            stop_token_ids=self.stop_token_ids,
+            ignore_eos=self.ignore_eos,
+        )
+
+
+def model_for_call(engine: Engine, request_id: str) -> ModelHandle:
+    """Return the loaded model; record the names of model and request for telemetry.
+
+    Raises:
+        ModelNotLoaded: No model is loaded.
+        ShuttingDown: The engine is stopping or dead.
+    """
+    record = current_call()
+    record.request_id = request_id
+    model = engine.model()
+    record.model = model.info.name
+    return model
+
+
+@asynccontextmanager
+async def generate(
+    engine: Engine,
+    model: ModelHandle,
+    draft: GenerationDraft,
+    context: grpc.aio.ServicerContext[Any, Any],
+) -> AsyncIterator[GenerationRequest]:
+    """Submit a request; cancel the request at exit unless finished.
+
+    A context manager and not an iterator of deltas: the service reads the request's output channel
+    directly, without a generator in between that each delta passes.
+
+    Args:
+        engine: The engine with the model.
+        model: The model that the request was validated for.
+        draft: The validated request.
+        context: The call; its initial metadata is sent as soon as the request is queued.
+
+    Raises:
+        InvalidField: See :meth:`GenerationDraft.fit`.
+        PromptTooLong: The prompt does not fit into the model's context.
+        RunnerFault: See :meth:`Engine.submit`.
+    """
+    prompt_ids = await encode_prompt(draft.prompt, model)
+    request = engine.submit(model, draft.fit(prompt_ids, model.info))
+    current_call().stats = request.stats
+    try:
+        # A proxy or a blocking client takes a queued stream without headers for a dead one.
+        await context.send_initial_metadata(())
+        yield request
+    finally:
+        # Also reached when the client disconnects or its deadline passes.
+        engine.cancel(request)
+
+
+def _check_vocabulary(prompt: Prompt, ids: Sequence[int], vocab_size: int) -> None:
+    if not isinstance(prompt.content, str):
+        check_token_ids(prompt.field, ids, vocab_size)
+    elif max(ids) >= vocab_size:
+        text = f"the tokenizer produces token {max(ids)}, which the model does not have"
+        raise InvalidField([(prompt.field, f"{text}: its ids are 0 to {vocab_size - 1}")])
