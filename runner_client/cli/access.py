@@ -8,12 +8,40 @@ from typing import TYPE_CHECKING, TypedDict
 
 import click
 
+from runner_client.rpc.address import ADDRESS_FORMS, parse_address
 from runner_client.rpc.client import RunnerClient
 from runner_client.types import TlsFiles
 from runner_common.contract import TOKEN_VARIABLE
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from click.decorators import FC
+
+
+def runner_address(value: str) -> str:
+    """Check the address of a runner together with the other arguments.
+
+    Raises:
+        click.BadParameter: The value is not an address.
+    """
+    try:
+        return parse_address(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+address_argument = click.argument("address", type=runner_address)
+
+
+def address_option(purpose: str) -> Callable[[FC], FC]:
+    """Return the option for a runner, in a command that can do without one."""
+    return click.option(
+        "--address",
+        type=runner_address,
+        metavar="ADDRESS",
+        help=f"{purpose}: {ADDRESS_FORMS}.",
+    )
 
 
 class Credentials(TypedDict):

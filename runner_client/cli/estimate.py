@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, get_args
 
 import click
 
-from runner_client.cli.access import Credentials, access_options, open_client
+from runner_client.cli.access import Credentials, access_options, address_option, open_client
 from runner_client.cli.options import (
     allow_inexact_option,
     context_length_option,
@@ -51,7 +51,7 @@ _LIMITS = {"system": "the system", "cgroup": "the control group", "device": "the
     help="Backend to run on; free memory is only compared for that of this machine.  "
     "[default: this machine's]",
 )
-@click.option("--address", help="Ask the runner at this address: HOST:PORT or unix:/path.")
+@address_option("Ask the runner at this address")
 @access_options
 @allow_inexact_option
 @json_option

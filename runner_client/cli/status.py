@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from runner_client.cli.access import Credentials, access_options, open_client
+from runner_client.cli.access import Credentials, access_options, address_argument, open_client
 from runner_client.cli.errors import EXIT_CODES
 from runner_client.cli.options import json_option
 from runner_client.cli.output import Row, print_json, print_rows
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 
 @click.command("status", short_help="Show state, work and memory of a runner.", epilog=EXIT_CODES)
-@click.argument("address")
+@address_argument
 @access_options
 @json_option
 def command(address: str, *, as_json: bool, **credentials: Unpack[Credentials]) -> None:
-    """Show state, work and memory of the runner at ADDRESS (HOST:PORT or unix:/path)."""
-    if not address:
-        raise click.BadArgumentUsage("ADDRESS is empty; give HOST:PORT or unix:/path")
+    """Show state, work and memory of the runner at ADDRESS.
+
+    ADDRESS is HOST:PORT, [IPV6]:PORT or unix:/path.
+    """
     with open_client(address, **credentials) as client:
         status = client.status()
     if as_json:

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from runner_client.cli.access import Credentials, access_options, open_client
+from runner_client.cli.access import (
+    Credentials,
+    access_options,
+    address_option,
+    open_client,
+    runner_address,
+)
 from runner_client.cli.errors import EXIT_CODES
 from runner_client.cli.options import json_option, text_or_stdin
 from runner_client.cli.output import print_json
@@ -24,8 +30,8 @@ if TYPE_CHECKING:
 @click.command(
     "tokenize", short_help="Split text into token ids, or join ids into text.", epilog=EXIT_CODES
 )
-@click.argument("content", metavar="TEXT", type=text_or_stdin)
-@click.option("--address", help="Use the runner at this address: HOST:PORT or unix:/path.")
+@click.argument("words", metavar="[ADDRESS] TEXT", nargs=-1, required=True)
+@address_option("Another way to give ADDRESS")
 @click.option("--model", help="Start a runner, load the whole model, and stop the runner.")
 @click.option("--detokenize", is_flag=True, help="TEXT is token ids; join them into text.")
 @click.option(
@@ -36,7 +42,7 @@ if TYPE_CHECKING:
 @access_options
 @json_option
 def command(
-    content: str,
+    words: tuple[str, ...],
     *,
     address: str | None,
     model: str | None,
@@ -47,15 +53,16 @@ def command(
 ) -> None:
     """Split TEXT into token ids, or join token ids into text.
 
-    Give either --address or --model to select the tokenizer. Ids are printed, and with
-    --detokenize read, as numbers separated by spaces or commas. TEXT - reads standard input.
+    Give ADDRESS (HOST:PORT, [IPV6]:PORT or unix:/path) to use the tokenizer of a running runner,
+    or --model. Ids are printed, and with --detokenize read, as numbers separated by spaces or
+    commas. TEXT - reads standard input.
     """
-    if bool(address) == bool(model):
-        raise click.UsageError("give one of --address (a running runner) and --model")
+    address, given = _address_and_text(words, address, model)
     if model and any(credentials.values()):
-        raise click.UsageError("--token-file and --tls-... need --address")
+        raise click.UsageError("--token-file and --tls-... need ADDRESS")
     if detokenize and add_special_tokens:
         raise click.UsageError("--add-special-tokens cannot be used with --detokenize")
+    content = text_or_stdin(given)
     ids = _ids(content) if detokenize else []
     with _tokenizer(address, model, credentials) as client:
         if detokenize:
@@ -66,6 +73,22 @@ def command(
         print_json({"content": content, "token_ids": ids})
     else:
         click.echo(content if detokenize else " ".join(map(str, ids)))
+
+
+def _address_and_text(
+    words: tuple[str, ...], address: str | None, model: str | None
+) -> tuple[str | None, str]:
+    """Return the address, which may be the first of two words, and the text.
+
+    Raises:
+        click.UsageError: There is not exactly one of address and model, or not one text.
+    """
+    *first, content = words
+    if len(first) > 1:
+        raise click.UsageError("too many arguments: quote TEXT if it has spaces")
+    if len(first) + bool(address) + bool(model) != 1:
+        raise click.UsageError("give one of ADDRESS (a running runner) and --model, then TEXT")
+    return (runner_address(first[0]) if first else address), content
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from runner_client.cli.access import Credentials, access_options, open_client
+from runner_client.cli.access import Credentials, access_options, address_argument, open_client
 from runner_client.cli.errors import EXIT_CODES
 from runner_client.cli.options import json_option, size_or_zero
 from runner_client.cli.output import print_json
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command("trim", short_help="Have a runner free memory.", epilog=EXIT_CODES)
-@click.argument("address")
+@address_argument
 @click.option(
     "--prefix-cache",
     type=size_or_zero,
@@ -29,13 +29,11 @@ if TYPE_CHECKING:
 def command(
     address: str, *, prefix_cache: int | None, as_json: bool, **credentials: Unpack[Credentials]
 ) -> None:
-    """Have the runner at ADDRESS (HOST:PORT or unix:/path) free memory.
+    """Have the runner at ADDRESS free memory.
 
-    The runner evicts entries of the prefix cache, then frees buffers kept for reuse. The model
-    stays loaded, and completions continue.
+    ADDRESS is HOST:PORT, [IPV6]:PORT or unix:/path. The runner evicts entries of the prefix cache,
+    then frees buffers kept for reuse. The model stays loaded, and completions continue.
     """
-    if not address:
-        raise click.BadArgumentUsage("ADDRESS is empty; give HOST:PORT or unix:/path")
     with open_client(address, **credentials) as client:
         freed = client.trim(prefix_cache_bytes=prefix_cache)
     if as_json:

@@ -60,7 +60,7 @@ class AsyncRunnerClient(ClientBase):
     Cancelling a task cancels its call and raises ``asyncio.CancelledError`` as usual.
 
     Args:
-        address: ``HOST:PORT`` or ``unix:/path``.
+        address: ``HOST:PORT``, ``[IPV6]:PORT`` or ``unix:/path``.
         token: The server's token, sent with every call; without TLS in plain text.
         tls: Certificates for an encrypted connection. Default: no encryption.
         timeouts: How long to wait for each kind of answer.

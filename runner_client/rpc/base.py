@@ -13,9 +13,9 @@ from runner_client.errors import (
     RunnerUnavailableError,
 )
 from runner_client.rpc.access import Access
+from runner_client.rpc.address import parse_address
 from runner_client.rpc.translate import translate
 from runner_client.types import Timeouts, TlsFiles
-from runner_common.contract import MAX_PORT
 
 POLL_SECONDS = 0.2
 """Interval between status requests during a load."""
@@ -41,13 +41,7 @@ class ClientBase:
         token: str | None,
         tls: TlsFiles | None,
     ) -> None:
-        if not address:
-            raise ValueError("the address of the runner is empty; give HOST:PORT or unix:/path")
-        port = address.rpartition(":")[2]
-        # gRPC would truncate a larger number to 16 bits.
-        if port.isdecimal() and int(port) > MAX_PORT:
-            raise ValueError(f"{address}: a port is at most {MAX_PORT}")
-        self._address = address
+        self._address = parse_address(address)
         self._timeouts = timeouts or Timeouts()
         self._access = Access.of(token, tls)
         self._is_closed = False

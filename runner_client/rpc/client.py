@@ -57,7 +57,7 @@ class RunnerClient(ClientBase):
     ``detokenize`` are retried up to twice if the runner is unreachable, other calls never.
 
     Args:
-        address: ``HOST:PORT`` or ``unix:/path``.
+        address: ``HOST:PORT``, ``[IPV6]:PORT`` or ``unix:/path``.
         token: The server's token, sent with every call; without TLS in plain text.
         tls: Certificates for an encrypted connection. Default: no encryption.
         timeouts: How long to wait for each kind of answer.

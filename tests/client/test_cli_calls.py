@@ -166,6 +166,12 @@ def test_tokenize_and_detokenize_are_inverses(fake: FakeRunner) -> None:
     assert back.stdout == "héllo\n"
 
 
+def test_tokenize_takes_the_address_as_first_argument_or_as_an_option(fake: FakeRunner) -> None:
+    assert invoke("tokenize", fake.address, "hi").stdout == "104 105\n"
+    assert invoke("tokenize", fake.address, "-", given="hi").stdout == "104 105\n"
+    assert invoke("tokenize", "--address", fake.address, "hi").stdout == "104 105\n"
+
+
 def test_tokenize_reads_standard_input(fake: FakeRunner) -> None:
     result = invoke("tokenize", "--address", fake.address, "-", given="a\n")
     assert result.stdout == "97 10\n"

@@ -36,9 +36,9 @@ def test_values_that_cannot_be_encoded_are_invalid_requests(
 
 @pytest.mark.parametrize("address", ["127.0.0.1:65536", "dns:///localhost:99999"])
 async def test_a_port_above_65535_is_refused(address: str) -> None:
-    with pytest.raises(ValueError, match="at most 65535"):
+    with pytest.raises(ValueError, match=r"the port is \d+, but at most 65535"):
         RunnerClient(address)
-    with pytest.raises(ValueError, match="at most 65535"):
+    with pytest.raises(ValueError, match=r"the port is \d+, but at most 65535"):
         AsyncRunnerClient(address)
 
 
