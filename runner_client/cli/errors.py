@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 import click
 
-from runner_client.errors import RunnerError
+from runner_client.cli.flags import message_with_flags
+from runner_client.errors import (
+    InsufficientMemoryError,
+    InvalidRequestError,
+    PromptTooLongError,
+    RunnerError,
+)
 
 if TYPE_CHECKING:
     from typing import IO, Any
@@ -15,9 +21,12 @@ if TYPE_CHECKING:
 EXIT_INTERRUPTED = 130
 """Exit code that a shell reports for a process ended by Ctrl-C: 128 + SIGINT."""
 
+EXIT_TOO_LARGE = 3
+"""Exit code for a model that does not fit into memory."""
+
 EXIT_CODES = (
     "Exit codes: 0 success, 1 failure (one line, or the runner's own last lines, on standard "
-    "error), 2 wrong usage, 130 interrupted."
+    "error), 2 wrong usage, 3 the model does not fit into memory, 130 interrupted."
 )
 
 
@@ -29,6 +38,18 @@ class Failure(click.ClickException):
     def show(self, file: IO[Any] | None = None) -> None:
         """Print the message."""
         click.echo(f"error: {self.format_message()}", file=file, err=file is None)
+
+
+class Refusal(Failure):
+    """Error of an option or argument that the runner, not the command line, found."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class TooLarge(Failure):
+    """Error of a model that does not fit into memory."""
+
+    exit_code: ClassVar[int] = EXIT_TOO_LARGE
 
 
 class Commands(click.Group):
@@ -48,7 +69,8 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except RunnerError as error:
-            raise Failure(str(error)) from error
+            command = self.commands.get(ctx.invoked_subcommand or "")
+            raise _failure_kind(error)(message_with_flags(error, command)) from error
         except OSError as error:
             # click exits quietly if the reader of a pipe is gone.
             if error.errno == errno.EPIPE:
@@ -57,3 +79,13 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("\ninterrupted", err=True)
             raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
+
+
+def _failure_kind(error: RunnerError) -> type[Failure]:
+    """Return the class with the exit code for an error of the library."""
+    if isinstance(error, InsufficientMemoryError):
+        return TooLarge
+    # A prompt is too long for a model, not for the command.
+    if isinstance(error, InvalidRequestError) and not isinstance(error, PromptTooLongError):
+        return Refusal
+    return Failure

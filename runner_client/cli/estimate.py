@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, get_args
 import click
 
 from runner_client.cli.access import Credentials, access_options, address_option, open_client
+from runner_client.cli.errors import EXIT_CODES, EXIT_TOO_LARGE
 from runner_client.cli.options import (
     allow_inexact_option,
     context_length_option,
@@ -30,16 +31,13 @@ if TYPE_CHECKING:
     from runner_client.types import Dtype, LoadEstimate
     from runner_common.host_memory.free import FreeMemory
 
-EXIT_TOO_LARGE = 3
-
 _LIMITS = {"system": "the system", "cgroup": "the control group", "device": "the device"}
 
 
 @click.command(
     "estimate",
     short_help="Estimate the memory of a model, and whether it fits.",
-    epilog="Exit codes: 0 success (it fits, or was not compared), 1 failure (one line on standard "
-    "error), 2 wrong usage, 3 it does not fit, 130 interrupted.",
+    epilog=EXIT_CODES,
 )
 @click.argument("model")
 @context_length_option
@@ -71,7 +69,8 @@ def command(
 
     MODEL is a directory, or a hub id (org/name) in the local Hugging Face cache. No weights are
     read, and no runner is started. With --address, a running runner estimates for its own
-    machine, and MODEL is one of that machine.
+    machine, and MODEL is one of that machine. A model that
+    cannot be compared with this machine's free memory counts as fitting.
     """
     if address is None:
         if any(credentials.values()):

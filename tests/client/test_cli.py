@@ -11,9 +11,18 @@ from typing import Any
 import click
 import pytest
 
-from runner_client.cli import main
+from runner_client.cli import main, run, status
+from runner_client.cli.errors import EXIT_CODES
+from runner_client.cli.flags import message_with_flags
 from runner_client.cli.options import size, size_or_zero
-from runner_client.errors import RunnerError
+from runner_client.errors import (
+    InsufficientMemoryError,
+    InvalidRequestError,
+    LoadRequiresFullError,
+    PromptTooLongError,
+    RunnerError,
+    RunnerUnavailableError,
+)
 from support.command_line import invoke
 
 COMMANDS = ("serve", "run", "status", "tokenize", "trim", "estimate", "doctor", "demo")
@@ -34,6 +43,12 @@ def test_the_help_of_a_command_lists_the_exit_codes(name: str) -> None:
     words = " ".join(result.output.split())
     assert "0 success" in words
     assert "130 interrupted" in words
+
+
+def test_serve_and_doctor_alone_have_other_exit_codes() -> None:
+    for name in ("", *COMMANDS):
+        words = " ".join(invoke(*name.split(), "--help").output.split())
+        assert (" ".join(EXIT_CODES.split()) in words) is (name not in {"serve", "doctor"}), name
 
 
 def test_the_command_line_does_not_import_the_server() -> None:
@@ -117,6 +132,51 @@ def test_a_library_error_is_one_line_on_standard_error(
     assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr == "error: needs 9 GiB, 4 GiB are free; ask for less\n"
+
+
+def _violation(field: str, text: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{field}: {text}", field_violations=[(field, text)])
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InsufficientMemoryError("the model needs 9.0 GiB"), 3),
+        (LoadRequiresFullError("the model needs 9.0 GiB"), 3),
+        (_violation("prompt", "the prompt has no tokens"), 2),
+        (PromptTooLongError("the prompt has 9 tokens"), 1),
+        (RunnerUnavailableError("cannot reach the runner"), 1),
+    ],
+)
+def test_each_kind_of_error_has_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch, error: RunnerError, code: int
+) -> None:
+    result = _failing(monkeypatch, error)
+    assert (result.exit_code, result.stderr) == (code, f"error: {error}\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (_violation("context_length", "99 is too much"), "--context-length: 99 is too much"),
+        (_violation("options.top_k", "-2; at least 0"), "--top-k: -2; at least 0"),
+        (_violation("prompt_token_ids.ids[3]", "7"), "prompt_token_ids.ids[3]: 7"),
+        (_violation("model", "no model"), "MODEL: no model"),
+        (
+            RunnerError("lower prefix_cache_bytes or context_length, for a dtype"),
+            "lower --prefix-cache or --context-length, for a dtype",
+        ),
+        (RunnerError("no model at /context_length/a.context_length"), None),
+    ],
+)
+def test_errors_name_options_rather_than_fields(error: RunnerError, says: str | None) -> None:
+    assert message_with_flags(error, run.command) == (says or str(error))
+
+
+def test_errors_name_only_options_of_the_command() -> None:
+    error = _violation("context_length", "99 is too much")
+    assert message_with_flags(error, None) == message_with_flags(error, status.command)
+    assert message_with_flags(error, None) == "context_length: 99 is too much"
 
 
 def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,18 +187,18 @@ def test_a_failure_mid_stream_ends_the_runner(
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "code"),
     [
-        InsufficientMemoryError("needs 9.0 GiB, 4.0 GiB are free"),
-        RunnerTimeoutError("no ready line within 60 s", phase="start"),
+        (InsufficientMemoryError("needs 9.0 GiB, 4.0 GiB are free"), 3),
+        (RunnerTimeoutError("no ready line within 60 s", phase="start"), 1),
     ],
 )
 def test_a_failed_start_is_reported(
-    monkeypatch: pytest.MonkeyPatch, started: list[FakeProcess], error: Exception
+    monkeypatch: pytest.MonkeyPatch, started: list[FakeProcess], error: Exception, code: int
 ) -> None:
     monkeypatch.setattr(FakeProcess, "load", Mock(side_effect=error))
     result = invoke("run", "m", "Hi")
-    assert result.exit_code == 1
+    assert result.exit_code == code
     assert result.stderr == f"error: {error}\n"
     assert started[0].has_exited
 
