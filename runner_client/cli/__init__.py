@@ -8,7 +8,18 @@ import sys
 
 import click
 
-from runner_client.cli import demo, doctor, estimate, run, serve, status, tokenize, trim
+from runner_client.cli import (
+    demo,
+    doctor,
+    estimate,
+    load,
+    run,
+    serve,
+    status,
+    tokenize,
+    trim,
+    unload,
+)
 from runner_client.cli.errors import EXIT_CODES, Commands
 
 __all__ = ["main"]
@@ -32,5 +43,5 @@ def main(ctx: click.Context) -> None:
             stream.reconfigure(errors="replace")
 
 
-for module in (demo, doctor, estimate, run, serve, status, tokenize, trim):
+for module in (demo, doctor, estimate, run, serve, load, unload, status, tokenize, trim):
     main.add_command(module.command)

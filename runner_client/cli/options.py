@@ -11,7 +11,7 @@ import click
 from runner_client.types import Dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from click.decorators import FC
 
@@ -110,6 +110,15 @@ prefix_cache_option = click.option(
     "shares with an earlier one; 0 is off.  [default: one sequence, or a quarter of all; less if "
     "memory is short]",
 )
+memory_limit_option = click.option(
+    "--memory-limit",
+    type=size,
+    metavar="SIZE",
+    help="Upper limit of MLX's memory, such as 8GiB.  [default: the estimated need]",
+)
+memory_override_option = click.option(
+    "--memory-override", is_flag=True, help="Load the model even if it does not fit."
+)
 allow_inexact_option = click.option(
     "--allow-inexact",
     is_flag=True,
@@ -119,6 +128,18 @@ allow_inexact_option = click.option(
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output."
 )
+
+
+def refuse_options(ctx: click.Context, names: Iterable[str], reason: str) -> None:
+    """Refuse options given on the command line that have no effect together with the others.
+
+    Raises:
+        click.UsageError: One of them was given; the message is its name and the reason.
+    """
+    for name in names:
+        source = ctx.get_parameter_source(name)
+        if source is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')} {reason}")
 
 
 def parallel_option(default: int) -> Callable[[FC], FC]:

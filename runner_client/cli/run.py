@@ -1,4 +1,4 @@
-"""``mlx-runner run``: one completion in a temporary runner."""
+"""``mlx-runner run``: one completion, in a temporary runner or a running one."""
 
 from __future__ import annotations
 
@@ -7,14 +7,23 @@ from typing import TYPE_CHECKING
 
 import click
 
+from runner_client.cli.access import (
+    Credentials,
+    access_options,
+    address_option,
+    open_client,
+)
 from runner_client.cli.errors import EXIT_CODES
 from runner_client.cli.options import (
     allow_inexact_option,
     context_length_option,
     dtype_option,
     json_option,
+    memory_override_option,
     prefix_cache_option,
+    refuse_options,
     sampling_options,
+    text,
     text_or_stdin,
 )
 from runner_client.cli.output import completion_rows, model_rows, print_json, print_rows
@@ -26,25 +35,35 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from runner_client.cli.options import Sampling
+    from runner_client.rpc.client import RunnerClient
     from runner_client.types import Completion, Dtype, LoadResult
 
 
-@click.command(
-    "run", short_help="Complete a prompt with a model, in a temporary runner.", epilog=EXIT_CODES
-)
-@click.argument("model")
-@click.argument("prompt", type=text_or_stdin)
+_LOAD_OPTIONS = ("context_length", "dtype", "prefix_cache", "memory_override", "allow_inexact")
+
+
+@click.command("run", short_help="Complete a prompt with a model.", epilog=EXIT_CODES)
+@click.argument("words", metavar="[MODEL] PROMPT", nargs=-1, required=True)
+@address_option("Ask this runner and its loaded model")
+@access_options
 @sampling_options
 @context_length_option
 @dtype_option
 @prefix_cache_option
-@click.option("--memory-override", is_flag=True, help="Start the model even if it does not fit.")
+@memory_override_option
 @allow_inexact_option
 @json_option
+@click.pass_context
 def command(
-    model: str,
-    prompt: str,
+    ctx: click.Context,
+    /,
     *,
+    words: tuple[str, ...],
+    address: str | None,
+    token_file: str | None,
+    tls_ca: str | None,
+    tls_cert: str | None,
+    tls_key: str | None,
     context_length: int | None,
     dtype: Dtype,
     prefix_cache: int | None,
@@ -56,11 +75,30 @@ def command(
     """Complete PROMPT with MODEL, in a runner started for this and stopped afterwards.
 
     MODEL is a directory, or a hub id (org/name) in the local Hugging Face cache; nothing is
-    downloaded. PROMPT is used as is, without a chat template; - reads it from standard input. The
-    text goes to standard output as it is generated, everything else to standard error.
+    downloaded. With --address instead of MODEL, a running runner completes PROMPT with its own
+    model. PROMPT is used as is, without a chat template; - reads it from standard input. The text
+    goes to standard output as it is generated, everything else to standard error.
     """
+    credentials: Credentials = {
+        "token_file": token_file,
+        "tls_ca": tls_ca,
+        "tls_cert": tls_cert,
+        "tls_key": tls_key,
+    }
+    model, given = _model_and_prompt(words, address)
+    if address:
+        refuse_options(ctx, _LOAD_OPTIONS, "cannot be used with --address: see load")
+    elif any(credentials.values()):
+        raise click.UsageError("--token-file and --tls-... need --address")
+    prompt = text_or_stdin(given)
     if not prompt:
         raise click.BadArgumentUsage("PROMPT is empty")
+    options = Options(**sampling)
+    if address:
+        with open_client(address, **credentials) as client:
+            completion = _streamed(client, prompt, options, as_json=as_json)
+        _show(None, completion, as_json=as_json)
+        return
     runner = RunnerProcess(
         model,
         context_length=context_length,
@@ -71,16 +109,38 @@ def command(
         allow_inexact=allow_inexact,
     )
     with loaded(runner, model) as load:
-        stream = runner.completion(prompt, options=Options(**sampling))
-        completion = streamed(stream, show_nothing if as_json else show_text)
+        completion = _streamed(runner, prompt, options, as_json=as_json)
+    _show(load, completion, as_json=as_json)
+
+
+def _model_and_prompt(words: tuple[str, ...], address: str | None) -> tuple[str, str]:
+    """Return the model, empty with an address, and the prompt.
+
+    Raises:
+        click.UsageError: There is not exactly one of address and model, or not one prompt.
+    """
+    *first, prompt = words
+    if len(first) > 1:
+        raise click.UsageError("too many arguments: quote PROMPT if it has spaces")
+    if len(first) + bool(address) != 1:
+        raise click.UsageError("give one of MODEL and --address, then PROMPT")
+    return text(first[0]) if first else "", prompt
+
+
+def _streamed(
+    client: RunnerClient | RunnerProcess, prompt: str, options: Options, *, as_json: bool
+) -> Completion:
+    stream = client.completion(prompt, options=options)
+    return streamed(stream, show_nothing if as_json else show_text)
+
+
+def _show(load: LoadResult | None, completion: Completion, *, as_json: bool) -> None:
+    """Print the fields of ``LoadResult`` and ``Completion`` as JSON, or end the text."""
     if as_json:
-        print_json(_record(load, completion))
+        print_json({**(asdict(load) if load else {}), **asdict(completion)})
         return
     click.echo()
-    rows = [*completion_rows(completion), ("load", f"{load.load_seconds:.2f} s")]
-    print_rows([*rows, *model_rows(load.model)], err=True)
-
-
-def _record(load: LoadResult, completion: Completion) -> dict[str, object]:
-    """Return the output of ``--json``: the fields of ``Completion`` and ``LoadResult``."""
-    return {**asdict(load), **asdict(completion)}
+    rows = completion_rows(completion)
+    if load:
+        rows += [("load", f"{load.load_seconds:.2f} s"), *model_rows(load.model)]
+    print_rows(rows, err=True)

@@ -11,9 +11,10 @@ import click
 from runner_client.cli.options import (
     context_length_option,
     dtype_option,
+    memory_limit_option,
     parallel_option,
     prefix_cache_option,
-    size,
+    refuse_options,
 )
 from runner_client.host.command import check_platform, server_program
 from runner_client.host.environment import child_environment
@@ -87,12 +88,7 @@ _FOR_A_MODEL = ("context_length", "parallel", "dtype", "memory_limit", "prefix_c
 @context_length_option
 @parallel_option(DEFAULT_PARALLEL)
 @dtype_option
-@click.option(
-    "--memory-limit",
-    type=size,
-    metavar="SIZE",
-    help="Upper limit of MLX's memory, such as 8GiB.  [default: the estimated need]",
-)
+@memory_limit_option
 @prefix_cache_option
 @click.option(
     "--blas",
@@ -129,7 +125,8 @@ def command(
     # No --exit-with-parent: a server started by hand may outlive its shell.
     line = server_program(listen)
     if model is None:
-        _refuse_model_options(ctx)
+        # A Load call would override each of them.
+        refuse_options(ctx, _FOR_A_MODEL, "needs --model")
     else:
         line += ["--model", model, "--parallel", str(parallel), "--dtype", dtype]
         line += _given("--context-length", context_length)
@@ -145,14 +142,6 @@ def command(
 
 def _given(name: str, value: int | str | None) -> list[str]:
     return [] if value is None else [name, str(value)]
-
-
-def _refuse_model_options(ctx: click.Context) -> None:
-    """Refuse options that need --model, because a Load call would override each of them."""
-    for name in _FOR_A_MODEL:
-        source = ctx.get_parameter_source(name)
-        if source is click.core.ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--{name.replace('_', '-')} needs --model")
 
 
 def _become(line: list[str], environment: dict[str, str]) -> None:

@@ -53,8 +53,9 @@ def streamed(stream: CompletionStream, show: Callable[[str], None]) -> Completio
                     show(chunk.content)
                 chunks.append(chunk)
     except RunnerError:
-        # The error message starts on a new line.
-        show("\n")
+        if any(chunk.content for chunk in chunks):
+            # The error message starts on a new line.
+            show("\n")
         raise
     return join_chunks(chunks)
 

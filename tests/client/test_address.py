@@ -81,6 +81,9 @@ async def test_both_clients_refuse_a_mistake() -> None:
     [
         ("status", "localhost"),
         ("trim", "localhost"),
+        ("load", "localhost", "model"),
+        ("unload", "localhost"),
+        ("run", "--address", "localhost", "prompt"),
         ("estimate", "model", "--address", "localhost"),
         ("tokenize", "localhost", "text"),
         ("tokenize", "--address", "localhost", "text"),

@@ -25,7 +25,10 @@ from runner_client.errors import (
 )
 from support.command_line import invoke
 
-COMMANDS = ("serve", "run", "status", "tokenize", "trim", "estimate", "doctor", "demo")
+COMMANDS = (
+    *("demo", "doctor", "estimate", "run", "serve"),
+    *("load", "unload", "status", "tokenize", "trim"),
+)
 
 
 def test_help_lists_every_command_with_a_description() -> None:
@@ -90,6 +93,17 @@ def test_version_names_the_program() -> None:
         ["run", "model", ""],
         ["run", "model", "hi", "--dtype", "int8"],
         ["run", "model", "caf\udce9"],
+        ["run", "model", "more", "words"],
+        ["run", "hi"],
+        ["run", "model", "hi", "--address", "a:1"],
+        ["run", "model", "hi", "--token-file", __file__],
+        ["run", "hi", "--address", "a:1", "--context-length", "99"],
+        ["run", "", "--address", "a:1"],
+        ["load", "a:1"],
+        ["load", "a:1", ""],
+        ["load", "a", "model"],
+        ["load", "a:1", "model", "--memory-limit", "0"],
+        ["unload", "a"],
         ["tokenize", "text"],
         ["tokenize", "text", "--address", "a:1", "--model", "m"],
         ["tokenize", "one", "--detokenize", "--address", "a:1"],
@@ -161,7 +175,6 @@ def test_each_kind_of_error_has_an_exit_code(
         (_violation("context_length", "99 is too much"), "--context-length: 99 is too much"),
         (_violation("options.top_k", "-2; at least 0"), "--top-k: -2; at least 0"),
         (_violation("prompt_token_ids.ids[3]", "7"), "prompt_token_ids.ids[3]: 7"),
-        (_violation("model", "no model"), "MODEL: no model"),
         (
             RunnerError("lower prefix_cache_bytes or context_length, for a dtype"),
             "lower --prefix-cache or --context-length, for a dtype",

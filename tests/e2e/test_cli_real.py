@@ -303,6 +303,10 @@ def test_serve_runs_the_server(tmp_path: Path) -> None:
         assert (status["context_length"], status["parallel"]) == (256, 2)
         ids = _run("tokenize", "--address", address, "import os").stdout
         assert _run("tokenize", "--address", address, "--detokenize", ids).stdout == "import os\n"
+        assert _run("run", "--address", address, "import os", "--num-predict", "2").stdout
+        assert _run("load", address, MODEL, "--context-length", "128").returncode == 0
+        assert json.loads(_run("status", address, "--json").stdout)["context_length"] == 128
+        assert "MiB freed" in _run("unload", address).stdout
         server.process.send_signal(signal.SIGINT)
         code, out, _ = server.finish()
     assert (code, out) == (0, "")

@@ -1,0 +1,92 @@
+"""``mlx-runner load``: load a model into a running runner."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from runner_client.cli.access import Credentials, access_options, address_argument, open_client
+from runner_client.cli.errors import EXIT_CODES
+from runner_client.cli.options import (
+    allow_inexact_option,
+    context_length_option,
+    dtype_option,
+    json_option,
+    memory_limit_option,
+    memory_override_option,
+    parallel_option,
+    prefix_cache_option,
+    text,
+)
+from runner_client.cli.output import LoadProgress, Row, model_rows, print_json, print_rows
+from runner_common.contract import DEFAULT_PARALLEL
+from runner_common.units import format_bytes
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from runner_client.types import Dtype, LoadResult
+
+
+@click.command("load", short_help="Load a model into a running runner.", epilog=EXIT_CODES)
+@address_argument
+@click.argument("model", type=text)
+@context_length_option
+@parallel_option(DEFAULT_PARALLEL)
+@dtype_option
+@memory_limit_option
+@prefix_cache_option
+@memory_override_option
+@allow_inexact_option
+@access_options
+@json_option
+def command(
+    address: str,
+    model: str,
+    *,
+    context_length: int | None,
+    parallel: int,
+    dtype: Dtype,
+    memory_limit: int | None,
+    prefix_cache: int | None,
+    memory_override: bool,
+    allow_inexact: bool,
+    as_json: bool,
+    **credentials: Unpack[Credentials],
+) -> None:
+    """Load MODEL into the runner at ADDRESS, in place of the model loaded there.
+
+    ADDRESS is HOST:PORT, [IPV6]:PORT or unix:/path. MODEL is a directory on the runner's machine,
+    or a hub id (org/name) in its local cache. The runner ends running completions first. Ctrl-C
+    cancels the load.
+    """
+    if not model:
+        raise click.BadArgumentUsage("MODEL is empty")
+    with open_client(address, **credentials) as client, LoadProgress(model) as progress:
+        result = client.load(
+            model,
+            context_length=context_length,
+            parallel=parallel,
+            dtype=dtype,
+            memory_limit_bytes=memory_limit,
+            prefix_cache_bytes=prefix_cache,
+            memory_override=memory_override,
+            allow_inexact=allow_inexact,
+            on_progress=progress,
+        )
+    if as_json:
+        print_json(asdict(result))
+    else:
+        print_rows(_rows(result))
+
+
+def _rows(result: LoadResult) -> list[Row]:
+    model = result.model
+    parts = (model.architecture, model.dtype, format_bytes(model.weight_bytes))
+    return [
+        ("model", f"{model.name} ({', '.join(part for part in parts if part)})"),
+        ("load", f"{result.load_seconds:.2f} s"),
+        *model_rows(model),
+    ]
