@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import errno
+import sys
 from typing import TYPE_CHECKING, ClassVar
 
 import click
 
 from runner_client.cli.flags import message_with_flags
+from runner_client.cli.output import is_terminal
 from runner_client.errors import (
     InsufficientMemoryError,
     InvalidRequestError,
     PromptTooLongError,
     RunnerError,
 )
+from runner_common.signals import EXIT_INTERRUPTED, SHOW_CURSOR, Interrupted
 
 if TYPE_CHECKING:
     from typing import IO, Any
-
-EXIT_INTERRUPTED = 130
-"""Exit code that a shell reports for a process ended by Ctrl-C: 128 + SIGINT."""
 
 EXIT_TOO_LARGE = 3
 """Exit code for a model that does not fit into memory."""
@@ -76,7 +76,10 @@ class Commands(click.Group):
             if error.errno == errno.EPIPE:
                 raise
             raise Failure(str(error)) from error
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Interrupted):
+            if is_terminal():
+                # Not by click, which removes escape sequences where colors are off.
+                sys.stderr.write(SHOW_CURSOR)
             click.echo("\ninterrupted", err=True)
             raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
 
