@@ -95,18 +95,18 @@ def rank_message(rank: Rank) -> pb.Rank:
     )
 
 
-def piece_message(piece: OutputDelta, texts: TokenTexts | None = None) -> pb.CompletionResponse:
+def delta_message(delta: OutputDelta, texts: TokenTexts | None = None) -> pb.CompletionResponse:
     """Convert a delta of a stream; ``texts`` decodes tokens with log probabilities."""
-    message = pb.CompletionResponse(content=piece.text, token_ids=piece.token_ids)
+    message = pb.CompletionResponse(content=delta.text, token_ids=delta.token_ids)
     if texts:
-        message.logprobs.extend(_logprob_message(entry, texts) for entry in piece.logprobs)
-    if piece.prefill:
-        evaluated, total = piece.prefill
+        message.logprobs.extend(_logprob_message(entry, texts) for entry in delta.logprobs)
+    if delta.prefill:
+        evaluated, total = delta.prefill
         message.prompt_progress.CopyFrom(
             pb.PromptProgress(evaluated_count=evaluated, total_count=total)
         )
-    if piece.done:
-        message.MergeFrom(_done_message(piece.done))
+    if delta.done:
+        message.MergeFrom(_done_message(delta.done))
     return message
 
 

@@ -16,11 +16,11 @@ from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
 from runner_server.api.convert import (
     STATES,
+    delta_message,
     duration,
     estimate_message,
     memory_message,
     model_message,
-    piece_message,
     rank_message,
 )
 from runner_server.api.estimator import Estimator
@@ -154,8 +154,8 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         draft = completion_draft(request, model.info)
         async with generate(self._engine, model, draft, context) as generation:
             texts = _token_texts(model, generation.spec)
-            async for piece in generation.stream.deltas():
-                yield piece_message(piece, texts)
+            async for delta in generation.stream.deltas():
+                yield delta_message(delta, texts)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:
         """Split text into token ids."""

@@ -54,7 +54,7 @@ class OutputChannel:
 
     @property
     def is_full(self) -> bool:
-        """True if the reader is too far behind and the request should be preempted."""
+        """True if the reader is so far behind that backpressure should preempt the request."""
         return self._queued_texts > _MAX_QUEUED_TEXTS
 
     def put(self, delta: OutputDelta) -> None:

@@ -191,7 +191,7 @@ async def test_an_unexpected_exception_in_a_stream_is_not_revealed(
     def broken(*_args: object) -> None:
         raise ZeroDivisionError("hunter2")
 
-    monkeypatch.setattr("runner_server.api.service.piece_message", broken)
+    monkeypatch.setattr("runner_server.api.service.delta_message", broken)
     problem = await failure(loaded.start())
     assert_in_table(problem, Code.INTERNAL, "GENERATION_FAILED")
     assert "hunter2" not in problem.message

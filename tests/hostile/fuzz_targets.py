@@ -97,7 +97,7 @@ class Parsing:
         done = GenerationResult(FinishReason.STOP, (*spec.stop, "")[0], len(ids), 1, 0.0, 0.0, 0.0)
         delta = OutputDelta("text", (ids[-1],), (TokenLogprob(ids[-1], -1.0, top),), done=done)
         texts = TokenTexts(self._codec, spec.prompt_ids, self._info.eos_token_ids)
-        assert convert.piece_message(delta, texts).ByteSize()
+        assert convert.delta_message(delta, texts).ByteSize()
 
 
 class Wire:

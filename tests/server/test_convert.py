@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
-from runner_server.api.convert import memory_message, piece_message
+from runner_server.api.convert import delta_message, memory_message
 from runner_server.engine.types import FinishReason, GenerationResult, MemoryCounters, OutputDelta
 from support.harness import Server
 
 
 def test_the_last_message_counts_cached_tokens() -> None:
     done = GenerationResult(FinishReason.STOP, "", 9, 3, 0.0, 0.0, 0.0, cached_count=5)
-    message = piece_message(OutputDelta(done=done))
+    message = delta_message(OutputDelta(done=done))
     assert (message.prompt_eval_count, message.prompt_cached_count) == (9, 5)
 
 

@@ -91,7 +91,10 @@ async def test_there_are_never_more_rows_than_slots(server: Server, parallel: in
 async def test_queue_duration_is_the_time_in_the_queue(server: Server) -> None:
     await server.load(parallel=1)
     server.backend.step_gate.shut()
-    first, second = server.start("a", num_predict=2), server.start("b", num_predict=2)
+    # Worker threads tokenize: of two prompts sent together, either could be first.
+    first = server.start("a", num_predict=2)
+    await eventually(lambda: len(server.app.engine._registry._requests) == 1)
+    second = server.start("b", num_predict=2)
     await eventually(lambda: len(server.app.engine._registry._requests) == 2)
     queued = time.monotonic()
     await server.thread(server.backend.step_gate.wait_arrival)

@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_server.api.convert import piece_message
+from runner_server.api.convert import delta_message
 from runner_server.engine.generation_request import RequestStatus
 from runner_server.engine.output import _MAX_QUEUED_TEXTS, OutputChannel, WakeupCoalescer, merge
 from runner_server.engine.token_text import TokenTexts
@@ -114,7 +114,7 @@ async def test_long_token_texts_with_logprobs_stay_under_the_limit() -> None:
         stream.put(OutputDelta(" " * 512, (1,), (entry,)))
     stream.put(OutputDelta("", (2,), (entry,), done=DONE))
     stream.wake()
-    sizes = [piece_message(piece, texts).ByteSize() async for piece in stream.deltas()]
+    sizes = [delta_message(piece, texts).ByteSize() async for piece in stream.deltas()]
     assert max(sizes) < 4 * 2**20
 
 

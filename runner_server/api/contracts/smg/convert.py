@@ -15,20 +15,20 @@ ABORTED = "abort"
 _FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 
-def chunk_message(piece: OutputDelta, sent: int, stats: GenerationStats) -> Message:
+def chunk_message(delta: OutputDelta, sent: int, stats: GenerationStats) -> Message:
     """Return a chunk of new tokens.
 
     Args:
-        piece: The new tokens.
+        delta: The new tokens.
         sent: Number of tokens sent before.
         stats: Statistics of the request, for the counts of its prompt.
     """
     chunk = pb.GenerateStreamChunk(
-        token_ids=piece.token_ids,
+        token_ids=delta.token_ids,
         prompt_tokens=stats.prompt_count,
-        completion_tokens=sent + len(piece.token_ids),
+        completion_tokens=sent + len(delta.token_ids),
         cached_tokens=stats.cached_count,
-        output_logprobs=_logprobs(piece.logprobs),
+        output_logprobs=_logprobs(delta.logprobs),
     )
     return pb.GenerateResponse(chunk=chunk)
 
@@ -47,12 +47,12 @@ def complete_message(
     done = last.done if last else None
     by_token = last and done and done.reason is FinishReason.STOP
     complete = pb.GenerateComplete(
-        output_ids=[token_id for piece in unsent for token_id in piece.token_ids],
+        output_ids=[token_id for delta in unsent for token_id in delta.token_ids],
         finish_reason=_FINISH_REASONS[done.reason] if done else ABORTED,
         prompt_tokens=stats.prompt_count,
         completion_tokens=count,
         cached_tokens=stats.cached_count,
-        output_logprobs=_logprobs(entry for piece in unsent for entry in piece.logprobs),
+        output_logprobs=_logprobs(entry for delta in unsent for entry in delta.logprobs),
         matched_stop_token_id=last.token_ids[-1] if last and by_token else None,
     )
     return pb.GenerateResponse(complete=complete)

@@ -120,11 +120,11 @@ async def _messages(completion: GenerationRequest, *, is_stream: bool) -> AsyncI
     count = 0
     last: OutputDelta | None = None
     held: list[OutputDelta] = []
-    async for piece in completion.stream.deltas():
-        if is_stream and piece.token_ids:
-            yield chunk_message(piece, count, completion.stats())
-        count += len(piece.token_ids)
-        last = piece
+    async for delta in completion.stream.deltas():
+        if is_stream and delta.token_ids:
+            yield chunk_message(delta, count, completion.stats())
+        count += len(delta.token_ids)
+        last = delta
         if not is_stream:
-            held.append(piece)
+            held.append(delta)
     yield complete_message(last, held, count, completion.stats())
