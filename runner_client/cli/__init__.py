@@ -35,7 +35,7 @@ __all__ = ["main"]
 @click.pass_context
 def main(ctx: click.Context) -> None:
     """Run MLX language models in separate processes, called over gRPC."""
-    if os.environ.get("NO_COLOR"):
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         ctx.color = False
     for stream in (sys.stdout, sys.stderr):
         # Replace characters that the terminal cannot show instead of failing.

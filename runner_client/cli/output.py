@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import unicodedata
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -23,6 +24,11 @@ Row = tuple[str, str]
 
 _LINE_EVERY_PERCENT = 10
 _COMPLETE = 100
+
+_BAR_COLUMNS = 36
+_LEAST_BAR_COLUMNS = 10
+_AROUND_BAR_COLUMNS = len("  []  100%")
+_USUAL_COLUMNS = 80
 
 
 def print_json(value: object) -> None:
@@ -91,9 +97,8 @@ class LoadProgress:
         self._percent = 0
         self._bar: ProgressBar[int] | None = None
         if is_terminal():
-            self._bar = click.progressbar(
-                length=_COMPLETE, label=self._label, file=sys.stderr, show_eta=False
-            )
+            self._bar = click.progressbar(length=_COMPLETE, file=sys.stderr, show_eta=False)
+            self._fit()
 
     def __call__(self, status: Status) -> None:
         """Show the progress given by a status of the runner."""
@@ -101,6 +106,7 @@ class LoadProgress:
 
     def _show(self, percent: int) -> None:
         if self._bar is not None:
+            self._fit()
             self._bar.update(percent - self._percent)
         elif percent < self._percent + _LINE_EVERY_PERCENT:
             return
@@ -108,11 +114,29 @@ class LoadProgress:
             click.echo(f"{self._label}: {percent} %", err=True)
         self._percent = percent
 
+    def _fit(self) -> None:
+        """Fit label and bar into one line of the terminal, which may have been resized."""
+        if self._bar is None:
+            return
+        # A character in the last column would wrap on some terminals.
+        room = max(0, _columns() - 1 - _AROUND_BAR_COLUMNS)
+        label = _shortened(self._label, room - _LEAST_BAR_COLUMNS)
+        width = min(_BAR_COLUMNS, room - _cells(label))
+        if (label, width) != (self._bar.label, self._bar.width):
+            self._bar.label, self._bar.width = label, width
+            # Blanks up to the length of a longer line before would wrap.
+            self._bar.max_width = None
+
     def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.__enter__()
-        else:
+        if self._bar is None:
             click.echo(self._label, err=True)
+            return self
+        try:
+            self._bar.__enter__()
+        except BaseException:
+            # Interrupted with the cursor hidden.
+            self._bar.render_finish()
+            raise
         return self
 
     def __exit__(
@@ -125,3 +149,31 @@ class LoadProgress:
             self._show(_COMPLETE)
         if self._bar is not None:
             self._bar.__exit__(kind, error, traceback)
+
+
+def _columns() -> int:
+    """Return the width of the terminal on standard error; standard output may be a file."""
+    given = os.environ.get("COLUMNS", "")
+    if given.isascii() and given.isdecimal() and int(given):
+        return int(given)
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or _USUAL_COLUMNS
+    except (OSError, ValueError):
+        return _USUAL_COLUMNS
+
+
+def _cells(text: str) -> int:
+    """Return the columns that a text takes: two for each wide character of East Asia."""
+    return sum(2 if unicodedata.east_asian_width(each) in "WF" else 1 for each in text)
+
+
+def _shortened(label: str, columns: int) -> str:
+    """Return a label that fits; of a long one, the first word and the end of the rest."""
+    label = "".join(each if each.isprintable() else "?" for each in label)
+    if _cells(label) <= columns:
+        return label
+    verb, _, name = label.partition(" ")
+    verb += " \u2026"
+    while name and _cells(verb + name) > columns:
+        name = name[1:]
+    return verb + name if name else ""

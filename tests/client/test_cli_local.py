@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import unicodedata
 from typing import TYPE_CHECKING
 from unittest.mock import Mock
 
@@ -244,6 +245,16 @@ def test_doctor_puts_advice_below_its_finding(monkeypatch: pytest.MonkeyPatch) -
     ]
 
 
+@pytest.mark.parametrize("variable", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {}])
+def test_colors_are_off_where_the_terminal_or_the_user_says_so(
+    monkeypatch: pytest.MonkeyPatch, variable: dict[str, str]
+) -> None:
+    monkeypatch.setattr(examination, "examine", lambda: (GOOD,))
+    environment = {"NO_COLOR": "", "TERM": "xterm", **variable}
+    result = invoke("doctor", environment=environment, color=True)
+    assert ("\x1b[32m" in result.stdout) is not bool(variable)
+
+
 class Terminal(io.StringIO):
     """Text stream posing as a terminal."""
 
@@ -258,11 +269,11 @@ def _status(progress: int) -> Status:
     return Status(State.LOADING, progress, 0, *settings)
 
 
-def _show_load(stream: io.StringIO, error: Exception | None = None) -> str:
+def _show_load(stream: io.StringIO, error: Exception | None = None, name: str = "m") -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stderr", stream)
         patch.setenv("TERM", "xterm")
-        with LoadProgress("m") as progress:
+        with LoadProgress(name) as progress:
             for percent in (0, 3, 12, 14, 12, 50, 50, 99):
                 progress(_status(percent))
             if error is not None:
@@ -276,6 +287,52 @@ def test_a_load_on_a_terminal_shows_a_bar() -> None:
     assert "50%" in shown
     assert shown.rstrip("\n").endswith("\x1b[?25h")
     assert "100%" in shown
+
+
+LONG_NAMES = ("/models/" + "long-name/" * 20 + "end", "org/" + "模型" * 40, "m\n\x1b[2J" * 30)
+
+
+@pytest.mark.parametrize("name", LONG_NAMES, ids=["path", "wide", "control"])
+@pytest.mark.parametrize("columns", [20, 40, 80, 200])
+def test_the_bar_stays_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, name: str, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    shown = _show_load(Terminal(), name=name)
+    assert shown.count("\n") == 1
+    lines = [line for line in click.unstyle(shown).rstrip("\n").split("\r") if line]
+    assert len(lines) > 3
+    widths = {
+        sum(2 if unicodedata.east_asian_width(each) in "WF" else 1 for each in line)
+        for line in lines
+    }
+    assert max(widths) < columns
+    assert all("[" in line and "%" in line for line in lines)
+    assert ("end  [" in shown) is (name is LONG_NAMES[0] and columns > 20)
+
+
+def test_the_bar_follows_a_terminal_that_becomes_narrower(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with LoadProgress("model-" * 12) as progress:
+        before = len(stream.getvalue())
+        monkeypatch.setenv("COLUMNS", "60")
+        progress(_status(50))
+        progress(_status(99))
+    drawn = click.unstyle(stream.getvalue()[before:]).rstrip("\n")
+    assert max(map(len, drawn.split("\r"))) < 60
+
+
+def test_an_interrupt_while_the_bar_appears_shows_the_cursor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream = Terminal()
+    monkeypatch.setattr(stream, "flush", Mock(side_effect=[KeyboardInterrupt, None, None]))
+    with pytest.raises(KeyboardInterrupt):
+        _show_load(stream)
+    assert stream.getvalue().endswith("\x1b[?25h\n")
 
 
 def test_a_load_without_a_terminal_prints_a_few_lines() -> None:
