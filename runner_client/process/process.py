@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mlxrunner.v1 import runner_pb2 as pb
     from runner_client.memory.estimation import MemoryEstimate
     from runner_client.process.child import Child
-    from runner_client.rpc.client import LoadCall
+    from runner_client.rpc.calls import LoadCall
     from runner_client.rpc.stream import CompletionStream
     from runner_client.types import Completion, LoadResult, Options, Status, Timeouts
 
@@ -91,7 +91,7 @@ class _ChildClient(RunnerClient):
         """True once the child has exited."""
         return self._child.has_exited
 
-    def _failure(self, error: Exception, timeout_seconds: float | None = None) -> RunnerError:
+    def _failure(self, error: BaseException, timeout_seconds: float | None = None) -> RunnerError:
         return self._child.explain(super()._failure(error, timeout_seconds))
 
 

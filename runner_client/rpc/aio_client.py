@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-import weakref
-from functools import cached_property
-from typing import TYPE_CHECKING, NoReturn, Self, TypeVar
-
-import grpc
-from google.protobuf.wrappers_pb2 import Int32Value, StringValue
+from typing import TYPE_CHECKING, NoReturn, Self
 
 from mlxrunner.v1 import runner_pb2 as pb
-from mlxrunner.v1 import runner_pb2_grpc
 from runner_client.errors import RunnerError
 from runner_client.rpc import health, messages
-from runner_client.rpc.aio_stream import AsyncCompletionStream, raise_if_cancelled
-from runner_client.rpc.base import (
-    LOAD_SECONDS,
-    POLL_SECONDS,
-    STATUS_SECONDS,
-    ClientBase,
-    embedding_error,
-)
-from runner_client.rpc.channel import open_aio_channel
-from runner_client.rpc.trace import with_trace
+from runner_client.rpc.aio_calls import ClientCalls
+from runner_client.rpc.base import STATUS_SECONDS, embedding_error
 from runner_client.rpc.waits import LoadWatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
-    from mlxrunner.v1.runner_pb2_grpc import RunnerServiceAsyncStub
+    from runner_client.rpc.aio_calls import LoadCall
+    from runner_client.rpc.aio_stream import AsyncCompletionStream
     from runner_client.types import (
         Completion,
         Dtype,
@@ -43,13 +29,8 @@ if TYPE_CHECKING:
         TlsFiles,
     )
 
-    CompletionCall = grpc.aio.UnaryStreamCall[pb.CompletionRequest, pb.CompletionResponse]
 
-_Request = TypeVar("_Request")
-_Response = TypeVar("_Response")
-
-
-class AsyncRunnerClient(ClientBase):
+class AsyncRunnerClient(ClientCalls):
     """Asyncio client for a runner at a known address.
 
     A client belongs to the event loop of its first call; any number of its tasks may share it.
@@ -79,24 +60,6 @@ class AsyncRunnerClient(ClientBase):
         timeouts: Timeouts | None = None,
     ) -> None:
         super().__init__(address, timeouts, token, tls)
-        self._streams: weakref.WeakSet[CompletionCall] = weakref.WeakSet()
-
-    # The channel, stub and health method are created by the first call, because a channel binds
-    # to the running event loop.
-
-    @cached_property
-    def _channel(self) -> grpc.aio.Channel:
-        return open_aio_channel(self.address, self._access.credentials)
-
-    @cached_property
-    def _stub(self) -> RunnerServiceAsyncStub:
-        return runner_pb2_grpc.RunnerServiceStub(self._channel)
-
-    @cached_property
-    def _health(self) -> grpc.aio.UnaryUnaryMultiCallable[StringValue, Int32Value]:
-        return self._channel.unary_unary(
-            health.METHOD, StringValue.SerializeToString, Int32Value.FromString
-        )
 
     async def load(
         self,
@@ -151,26 +114,19 @@ class AsyncRunnerClient(ClientBase):
             memory_override=memory_override,
             allow_inexact=allow_inexact,
         )
-        reply = self._start_load(request)
+        call = self._start_load(request)
         try:
-            return await self._finish_load(reply, on_progress)
+            return await self._finish_load(call, on_progress)
         finally:
-            reply.cancel()
-            # Wait for the call to end, and retrieve its exception so that asyncio does not log it.
-            await asyncio.gather(reply, return_exceptions=True)
-
-    def _start_load(self, request: pb.LoadRequest) -> asyncio.Task[pb.LoadResponse]:
-        return asyncio.create_task(self._call(self._stub.Load, request, LOAD_SECONDS))
+            await self._end_load(call)
 
     async def _finish_load(
-        self,
-        reply: asyncio.Task[pb.LoadResponse],
-        on_progress: Callable[[Status], None] | None,
+        self, call: LoadCall, on_progress: Callable[[Status], None] | None
     ) -> LoadResult:
         watch = LoadWatch(self.timeouts.load_seconds, time.monotonic())
-        while not (await asyncio.wait((reply,), timeout=POLL_SECONDS))[0]:
+        while (reply := await self._poll_load(call)) is None:
             await self._watch_load(watch, on_progress)
-        return messages.load_result(reply.result())
+        return messages.load_result(reply)
 
     async def _watch_load(
         self, watch: LoadWatch, on_progress: Callable[[Status], None] | None
@@ -302,12 +258,7 @@ class AsyncRunnerClient(ClientBase):
         request = messages.completion_request(
             prompt, options=options, logprobs=logprobs, request_id=request_id
         )
-        try:
-            call = self._stub.Completion(request, metadata=with_trace(self._access.metadata))
-        except grpc.aio.UsageError as error:
-            raise self._translated(error) from error
-        self._streams.add(call)
-        return AsyncCompletionStream(call, timeouts=self.timeouts, failure=self._failure)
+        return self._start_stream(request)
 
     async def complete(
         self,
@@ -360,33 +311,9 @@ class AsyncRunnerClient(ClientBase):
         """Raise ``NotSupportedError``: the runner only completes text."""
         raise embedding_error()
 
-    async def _call(
-        self,
-        method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response],
-        request: _Request,
-        timeout_seconds: float | None = None,
-    ) -> _Response:
-        timeout = timeout_seconds or self.timeouts.call_seconds
-        try:
-            return await method(
-                request, timeout=timeout, metadata=with_trace(self._access.metadata)
-            )
-        except (grpc.RpcError, grpc.aio.UsageError, asyncio.CancelledError) as error:
-            raise_if_cancelled(error)
-            raise await self._failure(error, timeout) from error
-
-    async def _failure(
-        self, error: BaseException, timeout_seconds: float | None = None
-    ) -> RunnerError:
-        return self._translated(error, timeout_seconds)
-
     async def close(self) -> None:
         """Close the connection. Pending calls raise ``RunnerUnavailableError``."""
-        self._is_closed = True
-        # Older grpcio (1.80, for one) does not end a stream that is being read on close.
-        for call in list(self._streams):
-            call.cancel()
-        await self._channel.close()
+        await self._disconnect()
 
     async def __aenter__(self) -> Self:
         return self

@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, NoReturn, Self, TypeVar
-
-import grpc
-from google.protobuf.wrappers_pb2 import Int32Value, StringValue
+from typing import TYPE_CHECKING, NoReturn, Self
 
 from mlxrunner.v1 import runner_pb2 as pb
-from mlxrunner.v1 import runner_pb2_grpc
 from runner_client.errors import RunnerError
 from runner_client.rpc import health, messages
-from runner_client.rpc.base import (
-    LOAD_SECONDS,
-    POLL_SECONDS,
-    STATUS_SECONDS,
-    ClientBase,
-    embedding_error,
-)
-from runner_client.rpc.channel import open_channel
-from runner_client.rpc.stream import CompletionStream
-from runner_client.rpc.trace import with_trace
+from runner_client.rpc.base import STATUS_SECONDS, embedding_error
+from runner_client.rpc.calls import ClientCalls
 from runner_client.rpc.waits import LoadWatch
-from runner_client.rpc.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
+    from runner_client.rpc.calls import LoadCall
+    from runner_client.rpc.stream import CompletionStream
     from runner_client.types import (
         Completion,
         Dtype,
@@ -40,13 +29,8 @@ if TYPE_CHECKING:
         TlsFiles,
     )
 
-    LoadCall = grpc.Future[pb.LoadResponse]
 
-_Request = TypeVar("_Request")
-_Response = TypeVar("_Response")
-
-
-class RunnerClient(ClientBase):
+class RunnerClient(ClientCalls):
     """Client for a runner at a known address.
 
     Thread-safe: threads may share a client, and ``close()`` ends the calls of all of them. In
@@ -76,12 +60,6 @@ class RunnerClient(ClientBase):
         timeouts: Timeouts | None = None,
     ) -> None:
         super().__init__(address, timeouts, token, tls)
-        self._channel = open_channel(address, self._access.credentials)
-        self._stub = runner_pb2_grpc.RunnerServiceStub(self._channel)
-        self._health = self._channel.unary_unary(
-            health.METHOD, StringValue.SerializeToString, Int32Value.FromString
-        )
-        self._watchdog = Watchdog()
 
     def load(
         self,
@@ -140,27 +118,15 @@ class RunnerClient(ClientBase):
         try:
             return self._finish_load(call, on_progress)
         finally:
-            call.cancel()
-
-    def _start_load(self, request: pb.LoadRequest) -> LoadCall:
-        try:
-            return self._stub.Load.future(
-                request, timeout=LOAD_SECONDS, metadata=with_trace(self._access.metadata)
-            )
-        except ValueError as error:
-            raise self._failure(error) from error
+            self._end_load(call)
 
     def _finish_load(
         self, call: LoadCall, on_progress: Callable[[Status], None] | None
     ) -> LoadResult:
         watch = LoadWatch(self.timeouts.load_seconds, time.monotonic())
-        while True:
-            try:
-                return messages.load_result(call.result(timeout=POLL_SECONDS))
-            except grpc.FutureTimeoutError:
-                self._watch_load(watch, on_progress)
-            except (grpc.RpcError, grpc.FutureCancelledError, ValueError) as error:
-                raise self._failure(error) from error
+        while (reply := self._poll_load(call)) is None:
+            self._watch_load(watch, on_progress)
+        return messages.load_result(reply)
 
     def _watch_load(self, watch: LoadWatch, on_progress: Callable[[Status], None] | None) -> None:
         try:
@@ -289,13 +255,7 @@ class RunnerClient(ClientBase):
         request = messages.completion_request(
             prompt, options=options, logprobs=logprobs, request_id=request_id
         )
-        try:
-            call = self._stub.Completion(request, metadata=with_trace(self._access.metadata))
-        except ValueError as error:
-            raise self._failure(error) from error
-        return CompletionStream(
-            call, timeouts=self.timeouts, watchdog=self._watchdog, failure=self._failure
-        )
+        return self._start_stream(request)
 
     def complete(
         self,
@@ -348,25 +308,9 @@ class RunnerClient(ClientBase):
         """Raise ``NotSupportedError``: the runner only completes text."""
         raise embedding_error()
 
-    def _call(
-        self,
-        method: grpc.UnaryUnaryMultiCallable[_Request, _Response],
-        request: _Request,
-        timeout_seconds: float | None = None,
-    ) -> _Response:
-        timeout = timeout_seconds or self.timeouts.call_seconds
-        try:
-            return method(request, timeout=timeout, metadata=with_trace(self._access.metadata))
-        except (grpc.RpcError, ValueError) as error:
-            raise self._failure(error, timeout) from error
-
-    def _failure(self, error: Exception, timeout_seconds: float | None = None) -> RunnerError:
-        return self._translated(error, timeout_seconds)
-
     def close(self) -> None:
         """Close the connection. Pending calls raise ``RunnerUnavailableError``."""
-        self._is_closed = True
-        self._channel.close()
+        self._disconnect()
 
     def __enter__(self) -> Self:
         return self
