@@ -48,13 +48,18 @@ test-fast: $(VENV)/.installed-dev ## Run the tests that need no model and no chi
 	@$(BIN)/python -m pytest -q -m "not mlx and not slow" $(FAST_TESTS) $(ARGS)
 
 .PHONY: lint
-lint: $(VENV)/.installed-dev ## Check style, types, prose and the protocol's rules
+lint: $(VENV)/.installed-dev ## Check style, types, prose, generated code and the protocol's rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tools.async_to_sync --check
 	$(BIN)/python -m tools.prose $(PROSE)
 	$(BIN)/buf lint
 	$(BIN)/buf breaking --against $(BASELINE)
+
+.PHONY: sync
+sync: $(VENV)/.installed-dev ## Generate the sync client from the asyncio client
+	@$(BIN)/python -m tools.async_to_sync
 
 .PHONY: prose
 prose: $(VENV)/.installed-dev ## Measure the prose of docstrings and comments in PATHS; ARGS=--show lists the findings
