@@ -58,7 +58,7 @@ lint: $(VENV)/.installed-dev ## Check style, types, prose, generated code and th
 	$(BIN)/buf breaking --against $(BASELINE)
 
 .PHONY: sync
-sync: $(VENV)/.installed-dev ## Generate the sync client from the asyncio client
+sync: $(VENV)/.installed-dev ## Generate the sync client and runner from the asyncio ones
 	@$(BIN)/python -m tools.async_to_sync
 
 .PHONY: prose

@@ -1,9 +1,9 @@
 """Generate the sync side of the client from the asyncio side: ``python -m tools.async_to_sync``.
 
 Works on tokens, so that comments, docstrings and their layout are kept: ``async`` and ``await``
-disappear, names and words follow the tables below, and ruff formats the result. Whatever only one
-side needs (deadlines, waiting, cancellation) is in modules written by hand for both, with the
-same names on both sides.
+disappear, names and words follow the tables below, and ruff formats the result. What truly
+differs (deadlines, waiting, cancellation) is in modules written by hand for both sides, with the
+same names.
 
 ``--check`` writes nothing and exits with 1 if a generated file is stale.
 """
@@ -26,11 +26,15 @@ ROOT = Path(__file__).parents[1]
 
 NAMES = {
     "AsyncCompletionStream": "CompletionStream",
+    "AsyncIterator": "Iterator",
     "AsyncRunnerClient": "RunnerClient",
+    "AsyncRunnerProcess": "RunnerProcess",
     "__aenter__": "__enter__",
     "__aexit__": "__exit__",
     "aio_calls": "calls",
     "aio_stream": "stream",
+    "aio_supervision": "supervision",
+    "asynccontextmanager": "contextmanager",
 }
 """Names of the asyncio side and their counterparts, in code, strings and comments."""
 
@@ -85,6 +89,37 @@ PAIRS = (
             ),
             "\n    Cancelling a task cancels its call and raises ``asyncio.CancelledError`` as "
             "usual.": "",
+        },
+    ),
+    Pair(
+        "runner_client/process/aio_process.py",
+        "runner_client/process/process.py",
+        {
+            "Asyncio runner in": "Sync runner in",
+            "call and stop, in asyncio.": "call and stop.",
+            "As an async context manager": "As a context manager",
+            "A runner belongs to the event loop that runs ``load``; tasks on that loop may share "
+            "it.\n"
+            "    Blocking work (reading the model's headers, spawning, reaping) runs in threads. "
+            "Cancelling\n"
+            "    a task in ``load`` or on entry stops the child, and cancelling one in ``close`` "
+            "kills it.\n"
+            "    Calls that are pending when the runner is closed raise "
+            "``RunnerUnavailableError``; if the\n"
+            "    child dies, they raise ``RunnerExitedError``.\n": (
+                "Thread-safe: threads may share a runner, and ``close()`` may be called from any "
+                "thread at any\n"
+                "    time. Calls that are pending then raise ``RunnerUnavailableError``; if the "
+                "child dies, they\n"
+                "    raise ``RunnerExitedError``. The thread that started the child may exit.\n"
+            ),
+            "May be called at any time and repeatedly; ``load`` may follow. Cancelling this task "
+            "kills\n"
+            "        the child at once and still reaps it.\n": (
+                "May be called at any time, from any thread, and repeatedly; ``load`` may follow. "
+                "An\n"
+                "        interrupt during the wait kills the child at once.\n"
+            ),
         },
     ),
 )

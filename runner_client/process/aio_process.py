@@ -2,121 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 from typing import TYPE_CHECKING, NoReturn, Self
 
-from runner_client.errors import RunnerError, RunnerExitedError, RunnerUnavailableError
-from runner_client.process.base import (
-    HEALTH_SECONDS,
-    ProcessBase,
-    not_serving,
-    not_started,
-    start_limit,
-)
-from runner_client.process.stall import StallDetector
-from runner_client.rpc.aio_client import AsyncRunnerClient
-from runner_client.rpc.base import STATUS_SECONDS, embedding_error
+from runner_client.process.aio_supervision import ChildClient, close_blocking, start_blocking
+from runner_client.process.base import ProcessBase, not_started, start_limit
+from runner_client.rpc.base import embedding_error
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
     from types import TracebackType
 
-    from mlxrunner.v1 import runner_pb2 as pb
     from runner_client.memory.estimation import MemoryEstimate
-    from runner_client.process.child import Child
+    from runner_client.rpc.aio_calls import LoadCall
     from runner_client.rpc.aio_stream import AsyncCompletionStream
-    from runner_client.types import Completion, LoadResult, Options, Status, Timeouts
-
-    LoadReply = asyncio.Task[pb.LoadResponse]
-
-
-class _AsyncChildClient(AsyncRunnerClient):
-    """Client of a child, aware of the child's exit."""
-
-    def __init__(self, address: str, token: str, child: Child, timeouts: Timeouts) -> None:
-        super().__init__(address, token=token, timeouts=timeouts)
-        self._child = child
-        self._loop = asyncio.get_running_loop()
-        self._closing: asyncio.Task[None] | None = None
-        self._watching: asyncio.Task[None] | None = None
-        # The system closes a dead child's connections, except for those that another process holds
-        # open. Closing the client ends the calls on these too.
-        child.on_exit(self._close_soon)
-
-    def _close_soon(self) -> None:
-        # A closed event loop has no calls left.
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._begin_close)
-
-    def _begin_close(self) -> None:
-        self._closing = self._loop.create_task(self.close())
-
-    async def wait_until_serving(self, deadline: float) -> None:
-        """Poll the health service until the child reports SERVING."""
-        while not await self._is_healthy():
-            if self._child.has_exited:
-                raise self._child.gone_error()
-            if time.monotonic() > deadline:
-                raise not_serving(self.address, self.timeouts)
-            await asyncio.sleep(HEALTH_SECONDS)
-
-    async def _is_healthy(self) -> bool:
-        try:
-            return await self.is_serving()
-        except RunnerExitedError:
-            raise
-        except RunnerError:
-            return False
-
-    def start_watchdog(self) -> None:
-        """Kill the child if the engine stalls for ``Timeouts.stall_seconds``, unless None."""
-        if self.timeouts.stall_seconds is not None:
-            watch = StallDetector(self.timeouts.stall_seconds)
-            self._watching = self._loop.create_task(self._watch_engine(watch))
-
-    async def _watch_engine(self, watch: StallDetector) -> None:
-        while not self._child.has_exited:
-            await asyncio.sleep(watch.look_seconds)
-            with contextlib.suppress(RunnerError):
-                if stall := watch.observe(await self._status(STATUS_SECONDS)):
-                    self._child.kill(stall)
-
-    async def close(self) -> None:
-        """Close the connection; see ``AsyncRunnerClient.close``."""
-        if self._watching is not None:
-            self._watching.cancel()
-        await super().close()
-
-    def start_load(self, request: pb.LoadRequest) -> LoadReply:
-        """Start a load."""
-        return self._start_load(request)
-
-    async def finish_load(
-        self, reply: LoadReply, on_progress: Callable[[Status], None] | None
-    ) -> LoadResult:
-        """Wait for a load started by ``start_load``."""
-        return await self._finish_load(reply, on_progress)
-
-    async def _status(self, timeout_seconds: float) -> Status:
-        status = await super()._status(timeout_seconds)
-        self._child.note_memory(status.memory_usage.process_bytes)
-        return status
-
-    @property
-    def is_gone(self) -> bool:
-        """True once the child has exited."""
-        return self._child.has_exited
-
-    async def _failure(
-        self, error: BaseException, timeout_seconds: float | None = None
-    ) -> RunnerError:
-        failure = await super()._failure(error, timeout_seconds)
-        if not isinstance(failure, RunnerUnavailableError):
-            return failure
-        # ``explain`` may block until the child's exit is known.
-        return await asyncio.to_thread(self._child.explain, failure)
+    from runner_client.types import Completion, LoadResult, Options, Status
 
 
 class AsyncRunnerProcess(ProcessBase):
@@ -173,7 +74,7 @@ class AsyncRunnerProcess(ProcessBase):
         log: Logger for the child's output. Default: ``runner_client.child``.
     """
 
-    _running: tuple[_AsyncChildClient, LoadReply] | None = None
+    _running: tuple[ChildClient, LoadCall] | None = None
 
     async def load(self) -> MemoryEstimate:
         """Check memory, spawn the child and start the load.
@@ -209,9 +110,8 @@ class AsyncRunnerProcess(ProcessBase):
 
     async def _load(self, life: int) -> MemoryEstimate:
         begin = time.monotonic()
-        # The thread cannot be cancelled, but gives up once its life is over.
-        plan, child, ready = await asyncio.to_thread(self._start_child, life)
-        client = _AsyncChildClient(ready.target, plan.token, child, self.timeouts)
+        plan, child, ready = await start_blocking(self._start_child, life)
+        client = ChildClient(ready.target, plan.token, child, self.timeouts)
         await client.wait_until_serving(begin + start_limit(self.timeouts))
         with self._in_life(life):
             self._running = client, client.start_load(plan.load_request())
@@ -232,8 +132,8 @@ class AsyncRunnerProcess(ProcessBase):
                 keeps running: wait again, or close.
             RunnerError: The load failed for another reason.
         """
-        client, reply = self._require_running()
-        result = await client.finish_load(reply, on_progress)
+        client, call = self._require_running()
+        result = await client.finish_load(call, on_progress)
         self._note_loaded(await client.status())
         return result
 
@@ -340,30 +240,20 @@ class AsyncRunnerProcess(ProcessBase):
         ending = self._begin_close(life)
         if ending is None:
             return
-        closing = asyncio.create_task(asyncio.to_thread(self._close_child, ending))
         try:
-            await asyncio.shield(closing)
-        except asyncio.CancelledError:
-            if ending.child is not None:
-                ending.child.kill()
-            await closing
-            raise
+            await close_blocking(self._close_child, ending)
         finally:
-            await self._close_client()
-
-    async def _close_client(self) -> None:
-        # The client may belong to a newer child, which is running.
-        if self._running is not None and self._running[0].is_gone:
-            client, reply = self._running
-            await client.close()
-            # Retrieve the exception, in case the caller never waited for the load.
-            await asyncio.gather(reply, return_exceptions=True)
+            # The client may belong to a newer child, which is running.
+            running = self._running
+            if running is not None and running[0].is_gone:
+                client, call = running
+                await client.end(call)
 
     @property
-    def _client(self) -> _AsyncChildClient:
+    def _client(self) -> ChildClient:
         return self._require_running()[0]
 
-    def _require_running(self) -> tuple[_AsyncChildClient, LoadReply]:
+    def _require_running(self) -> tuple[ChildClient, LoadCall]:
         if self._running is None:
             raise not_started()
         return self._running

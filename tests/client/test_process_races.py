@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from runner_client import AsyncRunnerProcess, MemoryGate, RunnerProcess, errors
-from runner_client.process.aio_process import _AsyncChildClient
+from runner_client.process.aio_supervision import ChildClient as AsyncChildClient
 from runner_client.process.child import Child
-from runner_client.process.process import _ChildClient
+from runner_client.process.supervision import ChildClient
 from support.fake_child import is_gone, use_fake_child, write_model
 
 OVERTAKEN = [
@@ -70,7 +70,7 @@ def overtake_task(
     when: str = "before",
 ) -> None:
     """Patch a method of the asyncio client to have another task act around the first call."""
-    original = getattr(_AsyncChildClient, step)
+    original = getattr(AsyncChildClient, step)
     acts = [act]
 
     async def overtaken(*args: Any) -> object:
@@ -82,7 +82,7 @@ def overtake_task(
             await asyncio.gather(now())
         return result
 
-    monkeypatch.setattr(_AsyncChildClient, step, overtaken)
+    monkeypatch.setattr(AsyncChildClient, step, overtaken)
 
 
 @pytest.mark.parametrize(("start", "step", "when"), OVERTAKEN)
@@ -96,7 +96,7 @@ def test_an_overtaken_start_leaves_the_newer_child_alone(
         overtaken.append(runner.pid)
         runner.restart()
 
-    overtake(monkeypatch, _ChildClient, step, restart, when)
+    overtake(monkeypatch, ChildClient, step, restart, when)
     try:
         with pytest.raises(errors.RunnerUnavailableError):
             _ = runner.load() if start == "load" else runner.__enter__()
