@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import subprocess
 import sys
@@ -149,3 +150,8 @@ def _parameters(owner: type) -> dict[str, dict[str, inspect.Parameter]]:
 def test_sync_and_asyncio_have_the_same_signatures() -> None:
     assert _parameters(runner_client.RunnerClient) == _parameters(runner_client.AsyncRunnerClient)
     assert _parameters(runner_client.RunnerProcess) == _parameters(runner_client.AsyncRunnerProcess)
+
+
+def test_the_public_modules_keep_their_names() -> None:
+    for module, name in (("estimate", "estimate"), ("gate", "MemoryGate")):
+        assert getattr(importlib.import_module(f"runner_client.{module}"), name)
