@@ -31,7 +31,7 @@ MAX_PARALLEL = 256
 MAX_PORT = 65_535
 
 MAX_REQUEST_BYTES = 64 * 2**20
-"""Largest message that a runner accepts, and a client with long prompts may receive."""
+"""Largest message that a runner accepts. A client accepts the same in responses."""
 
 
 @dataclass(frozen=True, slots=True)

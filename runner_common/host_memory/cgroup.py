@@ -62,18 +62,6 @@ class GroupLimit:
     available_bytes: int
 
 
-def cgroup_available_bytes(root: Path = Path("/")) -> int | None:
-    """Return the least memory still available in this process's group and every ancestor.
-
-    Args:
-        root: The directory that contains ``proc`` and ``sys``, for tests.
-
-    Returns:
-        Bytes, never negative; None if no group limits memory or nothing can be read.
-    """
-    return min((limit.available_bytes for limit in cgroup_limits(root)), default=None)
-
-
 def cgroup_limits(root: Path = Path("/")) -> tuple[GroupLimit, ...]:
     """Return the memory still available in each limiting group, the process's own group first.
 

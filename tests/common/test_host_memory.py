@@ -11,7 +11,6 @@ import pytest
 
 from runner_common.host_memory.cgroup import (
     GroupLimit,
-    cgroup_available_bytes,
     cgroup_limits,
     is_in_group,
 )
@@ -26,6 +25,11 @@ from runner_common.host_memory.free import (
 
 MIB = 1024**2
 GIB = 1024**3
+
+
+def cgroup_available_bytes(root: Path) -> int | None:
+    return min((limit.available_bytes for limit in cgroup_limits(root)), default=None)
+
 
 V1_MOUNT = "35 31 0:32 {root} /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
 V2_MOUNT = "30 23 0:26 {root} /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate\n"

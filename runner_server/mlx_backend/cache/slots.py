@@ -113,10 +113,6 @@ class SlotCache:
         self._offset = None
         return self._used(self._memory)
 
-    def keys_and_values(self) -> Pair | None:
-        """Return keys and values, padded on the left; None before the first token."""
-        return self._used(self._memory) if self._memory else None
-
     def add(self, rows: Sequence[KVCache], capacity: int) -> None:
         """Copy rows into free slots.
 
