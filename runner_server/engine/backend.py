@@ -151,7 +151,7 @@ class Backend(Protocol):
         ...
 
     def check(self, spec: LoadSpec) -> None:
-        """Check in milliseconds whether the files of a model exist and can be read.
+        """Check in milliseconds whether the files of a model exist and allow the load.
 
         The loaded model is not touched.
 

@@ -109,6 +109,23 @@ async def test_a_load_beyond_the_memory_limit_is_refused(real: Server, model_dir
     assert int(problem.metadata["requiredBytes"]) > 400_000
 
 
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        ({"model": "/nowhere"}, "MODEL_NOT_FOUND"),
+        ({"context_length": 1 << 20}, "INVALID_FIELD"),
+    ],
+)
+async def test_a_load_that_its_files_rule_out_keeps_the_loaded_model(
+    real: Server, model_dir: Build, request_: dict[str, Any], reason: str
+) -> None:
+    path = str(model_dir())
+    await real.load(path)
+    problem = await failure(real.load(**{"model": path, **request_}))
+    assert problem.reason == reason
+    assert await real.text("still there", num_predict=2, temperature=0)
+
+
 async def test_a_cancelled_load_frees_its_memory(
     real: Server, model_dir: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:

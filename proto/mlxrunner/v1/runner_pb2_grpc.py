@@ -87,8 +87,9 @@ class RunnerServiceServicer(object):
         """Loads a model into this process. `Status` reports the progress, and the model
         is usable once the call returns. A model that is already loaded is unloaded
         first (its running completions end with SHUTTING_DOWN), unless the new one
-        cannot be found or its files cannot be read. Cancelling the call, or its
-        deadline, cancels the load and frees the memory used so far.
+        cannot be found, its files cannot be read, or `context_length` is more than
+        they allow. Cancelling the call, or its deadline, cancels the load and frees
+        the memory used so far.
 
         Errors:
         - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range;

@@ -71,8 +71,9 @@ class RunnerServiceStub:
     """Loads a model into this process. `Status` reports the progress, and the model
     is usable once the call returns. A model that is already loaded is unloaded
     first (its running completions end with SHUTTING_DOWN), unless the new one
-    cannot be found or its files cannot be read. Cancelling the call, or its
-    deadline, cancels the load and frees the memory used so far.
+    cannot be found, its files cannot be read, or `context_length` is more than
+    they allow. Cancelling the call, or its deadline, cancels the load and frees
+    the memory used so far.
 
     Errors:
     - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range;
@@ -227,8 +228,9 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
     """Loads a model into this process. `Status` reports the progress, and the model
     is usable once the call returns. A model that is already loaded is unloaded
     first (its running completions end with SHUTTING_DOWN), unless the new one
-    cannot be found or its files cannot be read. Cancelling the call, or its
-    deadline, cancels the load and frees the memory used so far.
+    cannot be found, its files cannot be read, or `context_length` is more than
+    they allow. Cancelling the call, or its deadline, cancels the load and frees
+    the memory used so far.
 
     Errors:
     - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range;
@@ -386,8 +388,9 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
         """Loads a model into this process. `Status` reports the progress, and the model
         is usable once the call returns. A model that is already loaded is unloaded
         first (its running completions end with SHUTTING_DOWN), unless the new one
-        cannot be found or its files cannot be read. Cancelling the call, or its
-        deadline, cancels the load and frees the memory used so far.
+        cannot be found, its files cannot be read, or `context_length` is more than
+        they allow. Cancelling the call, or its deadline, cancels the load and frees
+        the memory used so far.
 
         Errors:
         - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range;

@@ -47,6 +47,7 @@ from runner_server.mlx_backend.planning.plan import (
     device_kind,
     formats,
     make_plan,
+    require_context,
     weight_bytes,
 )
 from runner_server.mlx_backend.tokenizer.codec import FastCodec, load_codec
@@ -199,8 +200,10 @@ def _load(
 
 
 def check_files(spec: LoadSpec, root: ModelRoot | None = None) -> None:
-    """Raise an error if a model's files are missing or unreadable; see ``Backend.check``."""
-    read_directory(find_model(spec.model, root))
+    """Raise an error if the files of a model rule a load out; see ``Backend.check``."""
+    directory = read_directory(find_model(spec.model, root))
+    if spec.context_length is not None:
+        require_context(spec.context_length, directory.configuration.context_length)
 
 
 def plan_load(path: Path, spec: LoadSpec) -> Plan:

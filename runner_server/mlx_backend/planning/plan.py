@@ -231,6 +231,13 @@ def _plan(spec: LoadSpec, model: Module, directory: ModelDirectory, exactness: E
     )
 
 
+def require_context(context_length: int, longest: int) -> None:
+    """Raise :class:`InvalidField` if a context is longer than the model supports."""
+    if context_length > longest:
+        text = f"{context_length} is more than the {longest} tokens this model can handle"
+        raise InvalidField([("context_length", text)])
+
+
 def context_in_force(spec: LoadSpec, longest: int, exactness: Exactness) -> int:
     """Return the longest sequence of a load, in tokens.
 
@@ -247,9 +254,7 @@ def context_in_force(spec: LoadSpec, longest: int, exactness: Exactness) -> int:
     exact = exactness.length or longest
     if spec.context_length is None:
         return min(longest, exact, DEFAULT_CONTEXT_LENGTH)
-    if spec.context_length > longest:
-        text = f"{spec.context_length} is more than the {longest} tokens this model can handle"
-        raise InvalidField([("context_length", text)])
+    require_context(spec.context_length, longest)
     if spec.context_length > exact and not spec.allow_inexact:
         causes = "; ".join(each.text for each in exactness.differences)
         text = (
