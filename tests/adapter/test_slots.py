@@ -46,8 +46,9 @@ def check(cache: SlotCache, rows: list[tuple[int, int]]) -> None:
     assert cache.offset.tolist() == [length for _, length in rows]
     if not any(length for _, length in rows):
         return
-    assert cache._memory
-    keys, values = cache._used(cache._memory)
+    held = cache.keys_and_values()
+    assert held
+    keys, values = held
     assert keys.shape == (len(rows), HEADS, max(length for _, length in rows), SIZE)
     assert mx.isfinite(keys).all()
     for slot, (name, length) in enumerate(rows):

@@ -113,6 +113,14 @@ class SlotCache:
         self._offset = None
         return self._used(self._memory)
 
+    def keys_and_values(self) -> Pair | None:
+        """Return keys and values, padded on the left; None before the first token.
+
+        Part of the interface of mlx_lm's caches: afm7 and gemma3n call it for layers that share
+        the cache of another layer.
+        """
+        return self._used(self._memory) if self._memory else None
+
     def add(self, rows: Sequence[KVCache], capacity: int) -> None:
         """Copy rows into free slots.
 
