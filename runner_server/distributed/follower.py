@@ -8,11 +8,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
 from runner_server.distributed.faults import fault_values
 from runner_server.distributed.link import BEAT_SECONDS, Link
-from runner_server.engine.backend import Backend, Batch, LoadedModel
+from runner_server.distributed.work_values import item_of
+from runner_server.engine.backend import Backend, Executor, LoadedModel
 from runner_server.engine.types import Dtype, LoadSpec, Sampling
 from runner_server.host.resident_memory import resident_bytes
 
@@ -80,7 +81,7 @@ class Inbox:
 
 
 class FollowerPartners:
-    """Coordination of a load and a batch on this rank with rank 0; see ``Partners``.
+    """Coordination of a load on this rank with rank 0; see ``Partners``.
 
     Args:
         link: The connection to rank 0.
@@ -99,10 +100,6 @@ class FollowerPartners:
     def start_load(self) -> None:
         """Start a load, which rank 0 may cancel until ``go`` and expects one answer to."""
         self.is_in_step = self._has_answered = False
-
-    def clock(self) -> float:
-        """Return rank 0's clock at the same point of execution."""
-        return cast("float", self._inbox.expect("clock")[0])
 
     def begin_load(self, _spec: LoadSpec) -> None:
         """Do nothing: rank 0 has begun the load."""
@@ -147,16 +144,15 @@ class Follower:
         self._link = link
         self._inbox = inbox
         self._model: LoadedModel | None = None
-        self._batch: Batch | None = None
+        self._executor: Executor | None = None
         self._calls: dict[str, Callable[..., object]] = {
             "load": self._load,
-            "new_batch": self._new_batch,
+            "new_executor": self._new_executor,
             "add": self._add,
-            "remove": lambda rows: self._require_batch().remove(rows),
-            "preempt": lambda row: self._require_batch().preempt(row),
-            "resume": lambda row: self._require_batch().resume(row),
-            "step": lambda: self._require_batch().step(),
-            "close_batch": self._close_batch,
+            "run": lambda values: self._require_executor().run(item_of(values)),
+            "preempt": lambda row: self._require_executor().preempt(row),
+            "remove": lambda rows: self._require_executor().remove(rows),
+            "close_executor": self._close_executor,
             "limit_prefix_cache": lambda limit: self._require_model().limit_prefix_cache(limit),
             "release": self._release,
             "trim": self._backend.trim,
@@ -176,7 +172,7 @@ class Follower:
             if kind == "close":
                 break
             self._calls[kind](*values)
-        self._model = self._batch = None
+        self._model = self._executor = None
         self._backend.release()
         self._backend.close()
 
@@ -194,8 +190,8 @@ class Follower:
                 logger.exception("this rank cannot load %r", spec.model)
             self._partners.fail_load(error)
 
-    def _new_batch(self) -> None:
-        self._batch = self._require_model().new_batch()
+    def _new_executor(self) -> None:
+        self._executor = self._require_model().new_executor()
 
     def _require_model(self) -> LoadedModel:
         if self._model is None:
@@ -204,16 +200,16 @@ class Follower:
 
     def _add(self, row: int, prompt_ids: list[int], sampling: dict[str, Any]) -> None:
         bias = tuple((id_, value) for id_, value in sampling.pop("logit_bias"))
-        self._require_batch().add(row, prompt_ids, Sampling(**sampling, logit_bias=bias))
+        self._require_executor().add(row, prompt_ids, Sampling(**sampling, logit_bias=bias))
 
-    def _require_batch(self) -> Batch:
-        if self._batch is None:
-            raise RuntimeError("rank 0 uses a batch that this rank does not have")
-        return self._batch
+    def _require_executor(self) -> Executor:
+        if self._executor is None:
+            raise RuntimeError("rank 0 uses an executor that this rank does not have")
+        return self._executor
 
-    def _close_batch(self) -> None:
-        self._require_batch().close()
-        self._batch = None
+    def _close_executor(self) -> None:
+        self._require_executor().close()
+        self._executor = None
 
     def _release(self, for_next: bool) -> None:
         self._model = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,14 +10,12 @@ from typing import Any
 
 from runner_server.distributed.faults import fault_of
 from runner_server.distributed.hub import Hub
-from runner_server.engine.backend import Backend, BackendLost, Batch, Codec, LoadedModel
-from runner_server.engine.types import (
-    Event,
-    LoadSpec,
-    MemoryCounters,
-    ModelInfo,
-    Sampling,
-)
+from runner_server.distributed.work_values import item_values
+from runner_server.engine.backend import Backend, BackendLost, Codec, Executor, LoadedModel
+from runner_server.engine.prefill_queue import PrefillLimits
+from runner_server.engine.prefix_cache import Match
+from runner_server.engine.types import LoadSpec, MemoryCounters, ModelInfo, Sampling
+from runner_server.engine.work import WorkItem, WorkReport
 from runner_server.errors import RunnerFault
 
 _POLL_SECONDS = 0.1
@@ -37,7 +34,7 @@ class _Phase(enum.Enum):
 
 
 class LeaderPartners:
-    """Coordination of a load and a batch on rank 0 with the other ranks; see ``Partners``.
+    """Coordination of a load on rank 0 with the other ranks; see ``Partners``.
 
     Args:
         hub: The other ranks.
@@ -47,12 +44,6 @@ class LeaderPartners:
         self._hub = hub
         self._expected: set[int] = set()
         self._phase = _Phase.ALONE
-
-    def clock(self) -> float:
-        """Return the current time in seconds, the same on every rank."""
-        now = time.perf_counter()
-        self._hub.tell("clock", now)
-        return now
 
     def begin_load(self, spec: LoadSpec) -> None:
         """Start the load on the other ranks."""
@@ -207,56 +198,60 @@ class LeaderModel:
         self._hub.tell("limit_prefix_cache", limit_bytes)
         self._model.limit_prefix_cache(limit_bytes)
 
-    def new_batch(self) -> LeaderBatch:
-        """Return an empty batch on every rank."""
-        self._hub.tell("new_batch")
-        return LeaderBatch(self._model.new_batch(), self._hub)
+    @property
+    def prefill_limits(self) -> PrefillLimits:
+        """See ``LoadedModel.prefill_limits``; the limits of this rank."""
+        return self._model.prefill_limits
+
+    def new_executor(self) -> LeaderExecutor:
+        """Return an executor without rows on every rank."""
+        self._hub.tell("new_executor")
+        return LeaderExecutor(self._model.new_executor(), self._hub)
 
 
-class LeaderBatch:
-    """Rows processed by every rank together; see ``Batch``.
+class LeaderExecutor:
+    """Rows processed by every rank together; see ``Executor``.
 
-    An exception in a batch ends all ranks, because the others may be waiting for this one in
-    the middle of a step.
+    An exception ends all ranks, because the others may be waiting for this one in the middle of a
+    work item.
 
     Args:
-        batch: The batch of this rank.
+        executor: The executor of this rank.
         hub: The other ranks.
     """
 
-    def __init__(self, batch: Batch, hub: Hub) -> None:
-        self._batch = batch
+    def __init__(self, executor: Executor, hub: Hub) -> None:
+        self._executor = executor
         self._hub = hub
 
     def add(self, row: int, prompt_ids: Sequence[int], sampling: Sampling) -> None:
-        """See ``Batch.add``."""
+        """See ``Executor.add``."""
         with self._sent_to_followers("add", row, list(prompt_ids), asdict(sampling)):
-            self._batch.add(row, prompt_ids, sampling)
+            self._executor.add(row, prompt_ids, sampling)
 
-    def remove(self, rows: Collection[int]) -> None:
-        """See ``Batch.remove``."""
-        with self._sent_to_followers("remove", list(rows)):
-            self._batch.remove(rows)
+    def find_prefix(self, prompt_ids: Sequence[int]) -> Match:
+        """Look a prompt up on this rank; see ``Executor.find_prefix``."""
+        return self._executor.find_prefix(prompt_ids)
+
+    def run(self, item: WorkItem) -> WorkReport:
+        """Run a work item on every rank; see ``Executor.run``."""
+        with self._sent_to_followers("run", item_values(item)):
+            return self._executor.run(item)
 
     def preempt(self, row: int) -> None:
-        """See ``Batch.preempt``."""
+        """See ``Executor.preempt``."""
         with self._sent_to_followers("preempt", row):
-            self._batch.preempt(row)
+            self._executor.preempt(row)
 
-    def resume(self, row: int) -> None:
-        """See ``Batch.resume``."""
-        with self._sent_to_followers("resume", row):
-            self._batch.resume(row)
-
-    def step(self) -> list[Event]:
-        """See ``Batch.step``."""
-        with self._sent_to_followers("step"):
-            return self._batch.step()
+    def remove(self, rows: Collection[int]) -> None:
+        """See ``Executor.remove``."""
+        with self._sent_to_followers("remove", list(rows)):
+            self._executor.remove(rows)
 
     def close(self) -> None:
-        """See ``Batch.close``."""
-        with self._sent_to_followers("close_batch"):
-            self._batch.close()
+        """See ``Executor.close``."""
+        with self._sent_to_followers("close_executor"):
+            self._executor.close()
 
     @contextmanager
     def _sent_to_followers(self, *message: object) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 ``runner_server.mlx_backend`` implements the interface with MLX, the tests with plain Python.
 Except for :meth:`Backend.memory` and the codec, everything is called on the engine's thread only.
-Every call on a batch may raise :class:`BackendLost`.
+Every call on an executor may raise :class:`BackendLost`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,10 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from runner_server.engine.types import (
-    Event,
-    LoadSpec,
-    MemoryCounters,
-    ModelInfo,
-    Rank,
-    Sampling,
-)
+from runner_server.engine.prefill_queue import PrefillLimits
+from runner_server.engine.prefix_cache import Match
+from runner_server.engine.types import LoadSpec, MemoryCounters, ModelInfo, Rank, Sampling
+from runner_server.engine.work import WorkItem, WorkReport
 
 
 class BackendLost(Exception):
@@ -53,35 +49,34 @@ class Codec(Protocol):
         ...
 
 
-class Batch(Protocol):
-    """Rows prefilled and decoded together."""
+class Executor(Protocol):
+    """Rows of one batch, and the work that the scheduler plans for them."""
 
     def add(self, row: int, prompt_ids: Sequence[int], sampling: Sampling) -> None:
-        """Add a row; the following steps prefill the prompt."""
+        """Add a row; work items prefill the prompt and let the row join the batch."""
         ...
 
-    def remove(self, rows: Collection[int]) -> None:
-        """Remove rows, preempted ones included, and free their memory."""
+    def find_prefix(self, prompt_ids: Sequence[int]) -> Match:
+        """Return the length of the longest prefix of a prompt in the prefix cache."""
         ...
 
-    def preempt(self, row: int) -> None:
-        """Exclude a row with at least one token from the steps; keep the KV cache."""
-        ...
+    def run(self, item: WorkItem) -> WorkReport:
+        """Run a work item.
 
-    def resume(self, row: int) -> None:
-        """Continue a preempted row."""
-        ...
-
-    def step(self) -> list[Event]:
-        """Prefill prompts for a slice of time, then make one decode step.
-
-        The batch must have a row that is not preempted. The caller removes a row that is
-        reported as :class:`NotFinite`.
+        The caller removes a row that is reported as :class:`NotFinite`.
         """
         ...
 
+    def preempt(self, row: int) -> None:
+        """Take a row out of the batch; it keeps its KV cache, and may join again."""
+        ...
+
+    def remove(self, rows: Collection[int]) -> None:
+        """Remove rows, in the batch or not, and free their memory."""
+        ...
+
     def close(self) -> None:
-        """Free everything; the batch cannot be used again."""
+        """Free everything; the executor cannot be used again."""
         ...
 
 
@@ -107,8 +102,13 @@ class LoadedModel(Protocol):
         """Change the byte budget of the prefix cache, evicting entries to meet the budget."""
         ...
 
-    def new_batch(self) -> Batch:
-        """Return an empty batch."""
+    @property
+    def prefill_limits(self) -> PrefillLimits:
+        """Limits of prefill chunks; keeps no weights alive."""
+        ...
+
+    def new_executor(self) -> Executor:
+        """Return an executor without rows."""
         ...
 
 

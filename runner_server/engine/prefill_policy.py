@@ -46,6 +46,7 @@ class PrefillPolicy:
 
     def __init__(self, max_chunk: int) -> None:
         self._max_chunk = max_chunk
+        self._min_chunk = min(MIN_CHUNK, max_chunk)
         self._cost = PrefillCostModel()
         self._slice = self._left = 0.0
         self._is_first = True
@@ -97,11 +98,11 @@ class PrefillPolicy:
         fitting = self._fitting_chunk(self._left)
         if self._is_first and row != oldest and remaining[oldest] > fitting:
             fitting = self._fitting_chunk(self._left / 2)
-        if not self._is_first and fitting < min(remaining[row], MIN_CHUNK):
+        if not self._is_first and fitting < min(remaining[row], self._min_chunk):
             return None
         self._is_first = False
         self._serves_oldest = row == oldest
-        return row, self._cut(remaining[row], max(MIN_CHUNK, fitting))
+        return row, self._cut(remaining[row], max(self._min_chunk, fitting))
 
     @property
     def token_capacity(self) -> int:
@@ -119,7 +120,7 @@ class PrefillPolicy:
         """Return the tokens to prefill in a given time, at most ``max_chunk``."""
         tokens = self._cost.tokens_within(seconds)
         if tokens is None:
-            return MIN_CHUNK
+            return self._min_chunk
         return min(self._max_chunk, tokens // _GRAIN * _GRAIN)
 
     def _cut(self, tokens: int, fitting: int) -> int:

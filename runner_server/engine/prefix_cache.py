@@ -130,6 +130,8 @@ class PrefixCache(Generic[S, T]):
 
     def match(self, tokens: Sequence[int]) -> Match:
         """Return the length of the cached prefix of a prompt without touching its nodes."""
+        if not self._lru:
+            return Match(0, 0)
         path = self._walk(array("i", tokens))
         common = sum(length for _, length in path)
         if not self._ops.needs_snapshot:

@@ -1,19 +1,27 @@
-"""Admission and preemption: which requests hold a slot of the batch."""
+"""The scheduler: admission, preemption, and the next work item of the engine.
+
+The scheduler decides, and the executor of the backend runs what it decides. Nothing here uses MLX
+or reads a clock: times come with the report of each item.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from contextlib import suppress
 
-from runner_server.engine.backend import LoadedModel
+from runner_server.engine.backend import Executor, LoadedModel
+from runner_server.engine.batch_planner import BatchPlanner
 from runner_server.engine.generation_request import GenerationRequest, RequestStatus
+from runner_server.engine.types import Event
+from runner_server.engine.work import WorkItem, WorkReport
 
 
 class Scheduler:
-    """The requests on the engine's thread, in the order of admission.
+    """The requests on the engine's thread, and the order of their work.
 
     Admission is first come, first served: a request that does not fit is not overtaken.
-    Preempted requests whose readers have caught up go before those that wait.
+    Preempted requests whose readers have caught up go before those that wait. Prompts of admitted
+    requests and decode steps take turns as :class:`BatchPlanner` says.
 
     Attributes:
         waiting: Requests that are WAITING, in order of arrival.
@@ -25,6 +33,11 @@ class Scheduler:
         self.waiting: deque[GenerationRequest] = deque()
         self.admitted: dict[int, GenerationRequest] = {}
         self.resumable: deque[GenerationRequest] = deque()
+        self._planner: BatchPlanner | None = None
+
+    def start_batch(self, model: LoadedModel, executor: Executor) -> None:
+        """Plan for a new executor, without rows yet."""
+        self._planner = BatchPlanner(model.prefill_limits, executor.find_prefix)
 
     @property
     def running(self) -> list[GenerationRequest]:
@@ -56,25 +69,48 @@ class Scheduler:
         if request not in self.resumable:
             self.resumable.append(request)
 
-    def next(self, model: LoadedModel) -> GenerationRequest | None:
-        """Admit or resume the next request if a slot and memory are free.
+    def admit(self, model: LoadedModel) -> list[GenerationRequest]:
+        """Admit and resume requests while slots and memory are free.
 
         Returns:
-            The request, now PREFILLING or DECODING; None if no request can run.
+            The admitted requests, now PREFILLING, for the caller to add to the executor. Resumed
+            ones have their rows there already.
         """
-        if not self.has_next(model):
-            return None
-        if self.resumable:
-            request = self.resumable.popleft()
-            request.resume()
-        else:
-            request = self.waiting.popleft()
-            request.admit()
-            self.admitted[request.id] = request
-        return request
+        admitted = []
+        while self.has_next(model):
+            if self.resumable:
+                request = self.resumable.popleft()
+                request.resume()
+                self._batch.resume(request.id)
+            else:
+                request = self.waiting.popleft()
+                request.admit()
+                self.admitted[request.id] = request
+                self._batch.add(request.id, request.spec.prompt_ids)
+                admitted.append(request)
+        return admitted
+
+    def next_item(self) -> WorkItem | None:
+        """Return the next work item, to be run and recorded; see :class:`BatchPlanner`."""
+        return self._batch.next_item()
+
+    def record(self, item: WorkItem, report: WorkReport) -> list[Event]:
+        """Record the result of a work item; return the events for the requests."""
+        return self._batch.record(item, report)
+
+    def slow_readers(self) -> list[GenerationRequest]:
+        """Return the DECODING requests to preempt, because their readers are too far behind."""
+        decoding = RequestStatus.DECODING
+        full = [each for each in self.admitted.values() if each.stream.is_full]
+        return [each for each in full if each.status is decoding]
+
+    def preempt(self, request: GenerationRequest) -> None:
+        """Give a request's slot to others until it is marked resumable."""
+        request.preempt()
+        self._batch.remove(request.id)
 
     def has_next(self, model: LoadedModel) -> bool:
-        """Return True if :meth:`next` would return a request."""
+        """Return True if :meth:`admit` would admit or resume a request."""
         queue = self.resumable or self.waiting
         if not queue:
             return False
@@ -86,13 +122,22 @@ class Scheduler:
         queue = self.resumable if self.admitted.pop(request.id, None) else self.waiting
         with suppress(ValueError):
             queue.remove(request)
+        if self._planner:
+            self._planner.remove(request.id)
         return queue is self.resumable
 
     def clear(self) -> None:
-        """Take every request out."""
+        """Take every request out, and drop every reference to the executor."""
         self.waiting.clear()
         self.admitted.clear()
         self.resumable.clear()
+        self._planner = None
+
+    @property
+    def _batch(self) -> BatchPlanner:
+        if self._planner is None:
+            raise RuntimeError("no batch has been started")
+        return self._planner
 
     def _fits(
         self, request: GenerationRequest, running: list[GenerationRequest], model: LoadedModel

@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TypeVar, assert_never
 
-from runner_server.engine.backend import Backend, BackendLost, Batch, LoadedModel, ModelHandle
+from runner_server.engine.backend import Backend, BackendLost, Executor, LoadedModel, ModelHandle
 from runner_server.engine.commands import (
     Cancel,
     Command,
@@ -40,6 +40,7 @@ from runner_server.engine.output import OutputChannel, WakeupCoalescer, call_on_
 from runner_server.engine.request_registry import RequestRegistry
 from runner_server.engine.scheduler import Scheduler
 from runner_server.engine.types import Event, LoadSpec, ModelInfo, NotFinite, Prefill
+from runner_server.engine.work import WorkItem
 from runner_server.errors import GenerationFailed, RunnerFault, ShuttingDown
 
 _T = TypeVar("_T")
@@ -54,7 +55,7 @@ _MAX_FAILED_STEPS = 2
 
 
 class EngineThread:
-    """The engine's loop: take commands, admit, step, publish.
+    """The engine's loop: take commands, ask the scheduler, run a work item, publish.
 
     Args:
         backend: The model library.
@@ -82,7 +83,7 @@ class EngineThread:
         self._on_death = on_death
         # The only references to the model: its memory must be freed when they go.
         self._model: LoadedModel | None = None
-        self._batch: Batch | None = None
+        self._executor: Executor | None = None
         self._scheduler = Scheduler()
         self._wakeups = WakeupCoalescer(loop)
         self._updated: list[OutputChannel] = []
@@ -186,62 +187,55 @@ class EngineThread:
         holds_memory = self._scheduler.remove(request)
         request.cancel()
         if holds_memory:
-            self._guarded(lambda _model, batch: batch.remove([request.id]))
+            self._guarded(lambda _model, executor: executor.remove([request.id]))
 
     # -- requests -------------------------------------------------------------
 
     def _advance(self) -> None:
-        """Admit requests and make one step."""
-        self._guarded(self._admit_and_step)
+        """Admit requests and run the next work item."""
+        self._guarded(self._admit_and_run)
 
-    def _guarded(self, work: Callable[[LoadedModel, Batch], None]) -> None:
-        """Work on the batch; on an exception, fail the requests and begin a new batch."""
-        model, batch = self._model, self._batch
-        if not (model and batch):
+    def _guarded(self, work: Callable[[LoadedModel, Executor], None]) -> None:
+        """Work on the rows; on an exception, fail the requests and begin a new batch."""
+        model, executor = self._model, self._executor
+        if not (model and executor):
             return
         try:
-            work(model, batch)
+            work(model, executor)
         except BackendLost:
             raise
         except Exception as error:  # noqa: BLE001 - after any exception the rows are lost
             self._recover(error)
-            batch.close()
-            self._batch = model.new_batch()
+            executor.close()
+            self._start_batch(model)
 
-    def _admit_and_step(self, model: LoadedModel, batch: Batch) -> None:
-        self._admit(model, batch)
-        if self._scheduler.has_running:
-            self._step(batch)
-            self._failed_steps = 0
+    def _start_batch(self, model: LoadedModel) -> None:
+        self._executor = model.new_executor()
+        self._scheduler.start_batch(model, self._executor)
 
-    def _admit(self, model: LoadedModel, batch: Batch) -> None:
-        while request := self._scheduler.next(model):
-            if request.status is RequestStatus.DECODING:
-                batch.resume(request.id)
-                continue
+    def _admit_and_run(self, model: LoadedModel, executor: Executor) -> None:
+        for request in self._scheduler.admit(model):
             # Progress, so that Status does not show the age of the idle time before.
             self._registry.heartbeat.beat()
-            batch.add(request.id, request.spec.prompt_ids, request.spec.sampling)
+            executor.add(request.id, request.spec.prompt_ids, request.spec.sampling)
+        if item := self._scheduler.next_item():
+            self._run(item, executor)
+            self._failed_steps = 0
 
-    def _step(self, batch: Batch) -> None:
+    def _run(self, item: WorkItem, executor: Executor) -> None:
         self._has_stepped = True
-        events = batch.step()
+        report = executor.run(item)
         self._registry.heartbeat.step()
+        events = self._scheduler.record(item, report)
         ended = [row for event in events if (row := self._on_event(event)) is not None]
         if ended:
             # Before the removal, which copies their KV caches into the prefix cache.
             self._publish()
-            batch.remove(ended)
-        self._preempt_slow_readers(batch)
-
-    def _preempt_slow_readers(self, batch: Batch) -> None:
-        decoding = RequestStatus.DECODING
-        requests = self._scheduler.admitted.values()
-        for request in [each for each in requests if each.stream.is_full]:
-            if request.status is decoding:
-                batch.preempt(request.id)
-                request.preempt()
-                request.stream.on_drained(partial(self._commands.put, Resume(request.id)))
+            executor.remove(ended)
+        for request in self._scheduler.slow_readers():
+            executor.preempt(request.id)
+            self._scheduler.preempt(request)
+            request.stream.on_drained(partial(self._commands.put, Resume(request.id)))
 
     def _on_event(self, event: Event) -> int | None:
         """Pass an event to the request; return the row if the request has finished."""
@@ -327,7 +321,7 @@ class EngineThread:
             report(0)
             self._model = self._backend.load(spec, report)
             self._prefix_cache_bytes = self._model.info.prefix_cache_bytes
-            self._batch = self._model.new_batch()
+            self._start_batch(self._model)
             report(100)
         except BackendLost:
             raise
@@ -364,9 +358,10 @@ class EngineThread:
         self._publish()
 
     def _free_model(self, *, for_next: bool = False) -> None:
-        if self._batch:
-            self._batch.close()
-        self._batch = self._model = None
+        if self._executor:
+            self._executor.close()
+        self._scheduler.clear()
+        self._executor = self._model = None
         self._backend.release(for_next=for_next)
 
     # -- the end -----------------------------------------------------------------
@@ -389,7 +384,8 @@ class EngineThread:
         self._publish()
         self._registry.fail_commands(refusal)
         call_on_loop(self._loop, self._on_death)
-        self._batch = self._model = None
+        self._scheduler.clear()
+        self._executor = self._model = None
         try:
             self._backend.close()
         except Exception:

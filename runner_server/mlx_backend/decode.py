@@ -1,8 +1,7 @@
 """The decode step: computes the next tokens of several rows together.
 
-:meth:`DecodeBatch.step` launches a step before it reads the tokens of the previous one, so that the
-device always has work. The inputs of a step are the arrays that the previous step is still
-computing.
+:meth:`DecodeBatch.step` launches a step before it collects the previous one, so that the device
+always has work. The inputs of a step are the arrays that the step in flight is still computing.
 """
 
 from __future__ import annotations
@@ -50,8 +49,10 @@ class Row:
     Attributes:
         id: The engine's id of the row.
         sampling: The sampling options.
+        prompt_ids: The whole prompt. The last token is left to the first decode step.
+        next_id: The next input token once the prompt is prefilled, while the row is not in the
+            batch.
         tokens: The tokens that have passed through the model.
-        next_id: The next input token, if known.
         is_unreported: Whether the next input token was generated and has not been reported.
         drawn: Number of tokens drawn.
         caches: The row's caches while it is not in the batch.
@@ -62,13 +63,57 @@ class Row:
 
     id: int
     sampling: Sampling
-    tokens: list[int]
+    prompt_ids: Sequence[int]
     next_id: int
+    tokens: list[int] = field(default_factory=list)
     is_unreported: bool = False
     drawn: int = 0
     caches: Caches = field(default_factory=list)
     logprobs: _RowLogprobs | None = None
     is_finite: bool = True
+
+
+@dataclass(frozen=True)
+class InFlightStep:
+    """The tokens drawn by the step launched last; MLX may still be computing them.
+
+    They are the inputs of the next step. The slot of a row that has just joined holds its next
+    input token, which no step has drawn.
+
+    Attributes:
+        tokens: Token ids by slot, shape (rows,), uint32.
+        finite: Whether the logits behind each token are finite, shape (rows,), bool.
+    """
+
+    tokens: mx.array
+    finite: mx.array
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> InFlightStep:
+        """Return the next input tokens of rows that join."""
+        ids = mx.array([row.next_id for row in rows], dtype=mx.uint32)
+        return cls(ids, mx.array([row.is_finite for row in rows], dtype=mx.bool_))
+
+    def followed_by(self, other: InFlightStep) -> InFlightStep:
+        """Return the slots of this step, then those of another."""
+        return InFlightStep(
+            mx.concatenate([self.tokens, other.tokens]), mx.concatenate([self.finite, other.finite])
+        )
+
+    def kept(self, slots: Sequence[int]) -> InFlightStep:
+        """Return some slots, in the order given."""
+        index = mx.array(list(slots), dtype=mx.int32)
+        return InFlightStep(self.tokens[index], self.finite[index])
+
+    def wait(self) -> None:
+        """Wait until the tokens are computed."""
+        mx.eval(self.tokens, self.finite)
+
+    def read(self) -> list[tuple[int, bool]]:
+        """Wait for the tokens. Return each id with a flag for finite logits."""
+        ids = cast("list[int]", self.tokens.tolist())
+        flags = cast("list[bool]", self.finite.tolist())
+        return list(zip(ids, flags, strict=True))
 
 
 class _StepLogprobs:
@@ -108,15 +153,16 @@ class _RowLogprobs:
 class DecodeBatch:
     """Rows decoded together, one token a step.
 
-    A step is launched before the tokens of the previous one are read. For a row that joins with
-    ``p``, the last token of its prompt:
+    One step is in flight between two calls: :meth:`step` launches the next one with the tokens in
+    flight as inputs, and then collects them. For a row that joins with ``p``, the last token of its
+    prompt:
 
     1. The first :meth:`step` launches ``model(p)``, which draws ``t1``. It waits for ``t1`` and
        reports it, so that the first token is not delayed.
     2. The second launches ``model(t1)``, which draws ``t2``, and reports nothing.
-    3. The third launches ``model(t2)``, with ``t2`` still being computed. Only then does it wait
-       for ``t2`` and report it.
-    4. Each further call launches ``t(n+1)`` and reports ``t(n)``. While the caller handles
+    3. The third launches ``model(t2)``, with ``t2`` still in flight. Only then does it collect
+       ``t2`` and report it.
+    4. Each further call launches ``t(n+1)`` and collects ``t(n)``. While the caller handles
        ``t(n)``, the device computes ``t(n+1)``.
 
     When the row leaves, the token that is being computed is dropped. A row that may come back keeps
@@ -138,9 +184,7 @@ class DecodeBatch:
         self.rows: list[Row] = []
         # A single row keeps its own caches, which need no mask.
         self._caches: Caches = []
-        self._inputs = mx.array([], dtype=mx.uint32)
-        # Whether the logits behind each input are finite.
-        self._finite = mx.array([], dtype=mx.bool_)
+        self._in_flight = InFlightStep.of([])
         self._steps = 0
         self._prepare()
 
@@ -163,10 +207,8 @@ class DecodeBatch:
             self._caches = merge([self._caches, *brought] if self.rows else brought, capacity)
         for row in rows:
             row.caches = []
-        ids = mx.array([row.next_id for row in rows], dtype=mx.uint32)
-        finite = mx.array([row.is_finite for row in rows])
-        self._inputs = mx.concatenate([self._inputs, ids]) if self.rows else ids
-        self._finite = mx.concatenate([self._finite, finite]) if self.rows else finite
+        known = InFlightStep.of(rows)
+        self._in_flight = self._in_flight.followed_by(known) if self.rows else known
         self.rows = [*self.rows, *rows]
         self._prepare()
 
@@ -202,60 +244,74 @@ class DecodeBatch:
     def settle(self, row: Row) -> None:
         """Wait for a row's next input token, and store the id in the row before a preemption."""
         slot = self.rows.index(row)
-        row.next_id = cast("int", self._inputs[slot].item())
-        row.is_finite = cast("bool", self._finite[slot].item())
+        row.next_id, row.is_finite = self._in_flight.kept([slot]).read()[0]
 
     def finish(self) -> None:
-        """Wait for the step launched last."""
-        mx.eval(self._inputs, self._finite)
+        """Wait for the step in flight."""
+        self._in_flight.wait()
 
     def step(self) -> list[Token | NotFinite]:
-        """Launch the next step, then report the tokens of the previous one.
+        """Launch the next step, then collect the tokens of the previous one.
 
         A row that has just joined has no previous step: its first token is awaited and reported.
         """
-        inputs, finite, rows = self._inputs, self._finite, self.rows
+        previous = self._in_flight
+        self._in_flight, logprobs = self._launch(previous.tokens)
+        events = self._collect(previous, logprobs)
+        return [*events, *self._collect_first()]
+
+    def _launch(self, inputs: mx.array) -> tuple[InFlightStep, list[_RowLogprobs | None]]:
+        """Launch a step. Return its tokens, and the log probabilities of each row's token."""
+        rows = self.rows
         logits = self._model(inputs[:, None], cache=self._caches)[:, -1, :]
         drawn = [row.drawn for row in rows]
         changed = self._penalties(logits, [row.tokens for row in rows], inputs, drawn)
         tokens = self._sampler(changed, drawn)
-        self._set_inputs(tokens, are_finite(logits, tokens))
-        logprobs = self._compute_logprobs(logits)
-        mx.async_eval(
-            self._inputs, self._finite, [part for found in logprobs for part in _arrays_of(found)]
-        )
+        step = self._settled(tokens, are_finite(logits, tokens))
+        logprobs = self._compute_logprobs(logits, step.tokens)
+        parts = [part for found in logprobs for part in _arrays_of(found)]
+        mx.async_eval(step.tokens, step.finite, parts)
         self._steps += 1
         if self._steps % _STATE_STEPS == 0:
             mx.async_eval([cache.state for cache in self._caches])
-        events = self._report(_read_drawn(inputs, finite), logprobs)
-        first = [slot for slot, row in enumerate(rows) if row.drawn == 1 and row.is_unreported]
-        if first:
-            values = _read_drawn(self._inputs, self._finite)
-            events += [self._event(rows[slot], *values[slot]) for slot in first]
-        return events
+        return step, logprobs
 
-    def _set_inputs(self, drawn: mx.array, finite: mx.array) -> None:
-        """Make drawn tokens the next inputs. A row with non-finite logits gets token 0."""
+    def _settled(self, drawn: mx.array, finite: mx.array) -> InFlightStep:
+        """Return the tokens that all ranks use. A row with non-finite logits gets token 0."""
         # NaN candidates may have ids outside the vocabulary.
         drawn = mx.where(finite, drawn, 0)
         if self._agree:
             agreed = self._agree(mx.concatenate([drawn, finite.astype(drawn.dtype)]))
             drawn, flags = mx.split(agreed, 2)
             finite = flags > 0
-        self._inputs, self._finite = drawn, finite
+        return InFlightStep(drawn, finite)
 
-    def _report(
-        self, values: Sequence[tuple[int, bool]], logprobs: Sequence[_RowLogprobs | None]
+    def _collect(
+        self, step: InFlightStep, logprobs: Sequence[_RowLogprobs | None]
     ) -> list[Token | NotFinite]:
-        """Report the tokens just read, and advance every row by one token."""
+        """Report the tokens of a step, and advance every row by one token.
+
+        Args:
+            step: The step before the one in flight.
+            logprobs: Log probabilities of the tokens in flight.
+        """
         events = []
-        for row, (value, is_finite), own in zip(self.rows, values, logprobs, strict=True):
+        for row, (value, is_finite), own in zip(self.rows, step.read(), logprobs, strict=True):
             if row.is_unreported:
                 events.append(self._event(row, value, is_finite))
             row.tokens.append(value)
             row.logprobs, row.is_unreported = own, True
             row.drawn += 1
         return events
+
+    def _collect_first(self) -> list[Token | NotFinite]:
+        """Wait for the step in flight if it draws the first token of a row, and report these."""
+        rows = enumerate(self.rows)
+        first = [slot for slot, row in rows if row.drawn == 1 and row.is_unreported]
+        if not first:
+            return []
+        values = self._in_flight.read()
+        return [self._event(self.rows[slot], *values[slot]) for slot in first]
 
     def _event(self, row: Row, value: int, is_finite: bool) -> Token | NotFinite:
         row.is_unreported = False
@@ -266,13 +322,12 @@ class DecodeBatch:
             return Token(row.id, value)
         return Token(row.id, value, row.logprobs.read(value, row.sampling.logprobs or 0))
 
-    def _compute_logprobs(self, logits: mx.array) -> list[_RowLogprobs | None]:
+    def _compute_logprobs(self, logits: mx.array, tokens: mx.array) -> list[_RowLogprobs | None]:
         """Compute log probabilities of the drawn tokens, for rows with ``logprobs``."""
         found: list[_RowLogprobs | None] = [None] * len(self.rows)
         if not self._logprob_rows:
             return found
         selection = rows_of(self._logprob_rows, len(self.rows))
-        tokens = self._inputs
         if selection is not None:
             logits, tokens = logits[selection], tokens[selection]
         step = _StepLogprobs(token_logprobs(logits, tokens, self._top))
@@ -292,8 +347,7 @@ class DecodeBatch:
             keep(self._caches, slots)
         else:
             self._caches = []
-        index = mx.array(slots, dtype=mx.int32)
-        self._inputs, self._finite = self._inputs[index], self._finite[index]
+        self._in_flight = self._in_flight.kept(slots)
         self.rows = [self.rows[slot] for slot in slots]
         self._prepare()
 
@@ -304,12 +358,6 @@ class DecodeBatch:
         self._penalties = Penalties(options)
         self._logprob_rows = [i for i, option in enumerate(options) if option.logprobs is not None]
         self._top = max((options[i].logprobs or 0 for i in self._logprob_rows), default=0)
-
-
-def _read_drawn(inputs: mx.array, finite: mx.array) -> list[tuple[int, bool]]:
-    """Wait for drawn tokens. Return each id with a flag for finite logits."""
-    values, flags = cast("list[int]", inputs.tolist()), cast("list[bool]", finite.tolist())
-    return list(zip(values, flags, strict=True))
 
 
 def _arrays_of(found: _RowLogprobs | None) -> tuple[mx.array, ...]:

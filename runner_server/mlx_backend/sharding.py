@@ -62,11 +62,7 @@ def traits(*versions: str) -> list[str]:
 
 
 class Partners(Protocol):
-    """The interface to the other ranks, for a load and a batch."""
-
-    def clock(self) -> float:
-        """Return elapsed seconds, equal on every rank at the same point of the work."""
-        ...
+    """The interface to the other ranks, for a load."""
 
     def begin_load(self, spec: LoadSpec) -> None:
         """Make the others load. ``spec`` leaves nothing to choose."""

@@ -86,7 +86,7 @@ async def test_every_method_refuses_a_wrong_token(guarded: Server, values: tuple
         assert problem.metadata == {}
         assert problem.kinds == ("ErrorInfo",)
         assert TOKEN not in problem.message
-    assert not guarded.backend.batches
+    assert not guarded.backend.executors
     assert (await guarded.stub.Status(pb.StatusRequest(), metadata=metadata([RIGHT]))).pid
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -12,6 +12,9 @@ from runner_server.engine.backend import LoadedModel
 from runner_server.engine.types import LoadSpec
 from runner_server.mlx_backend import MlxBackend
 from support.mlx_tasks import assert_no_tasks_left
+
+if TYPE_CHECKING:
+    from support.prefix_bench import Bench, MakeBench
 
 Load = Callable[..., LoadedModel]
 DEMO = Path(__file__).parents[2] / "runner_server/demo/model"
@@ -55,6 +58,23 @@ def trained(load: Load) -> LoadedModel:
     if not (DEMO / "model.safetensors").is_file():
         pytest.skip("the demo model is not in this checkout")
     return load(DEMO, parallel=8)
+
+
+@pytest.fixture(scope="module")
+def make_bench(load: Load, model_dir: Callable[..., Path]) -> MakeBench:
+    """Make benches for a shape, each with an empty prefix cache."""
+    # Needs MLX, without which the tests of this folder are skipped.
+    from support.prefix_bench import PLENTY, Bench
+
+    models: dict[str, LoadedModel] = {}
+
+    def make(shape: str, budget: int = PLENTY, **changes: Any) -> Bench:
+        key = f"{shape} {changes}"
+        if key not in models:
+            models[key] = load(model_dir(shape, **changes), parallel=8, prefix_cache_bytes=0)
+        return Bench(models[key], budget)
+
+    return make
 
 
 @pytest.fixture(autouse=True)

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runner_server.engine.backend import Batch, LoadedModel
+from runner_server.engine.backend import LoadedModel
 from runner_server.engine.types import Dtype, Sampling, Token
 from support.logprobs import assert_logprobs_close
 from support.rows import GREEDY, Row, run_alone, run_rows
+from tools.local_batch import LocalBatch
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
@@ -65,7 +66,7 @@ def _alone(model: LoadedModel, rows: list[Row]) -> list[list[int]]:
 
 
 def _together(model: LoadedModel, rows: list[Row]) -> list[list[int]]:
-    batch = model.new_batch()
+    batch = LocalBatch.of(model)
     try:
         return run_rows(batch, rows)
     finally:
@@ -96,7 +97,7 @@ def test_removing_rows_does_not_change_the_others(trained: LoadedModel) -> None:
     draw = random.Random(2)  # noqa: S311 - chooses rows
     keep = Row(trained.codec.encode(PROMPTS[1], as_prompt=True), 40)
     expected = run_alone(trained, keep)
-    batch = trained.new_batch()
+    batch = LocalBatch.of(trained)
     batch.add(0, keep.prompt, keep.sampling)
     ids: list[int] = []
     live: set[int] = set()
@@ -202,7 +203,9 @@ def test_temperature_zero_matches_batches_of_mlx_lm(trained: LoadedModel, arrive
     assert _together(trained, rows) == [generated[uid] for uid in uids]
 
 
-def _run_with_preemptions(batch: Batch, rows: list[Row], preempt_steps: dict[int, int]) -> None:
+def _run_with_preemptions(
+    batch: LocalBatch, rows: list[Row], preempt_steps: dict[int, int]
+) -> None:
     """Run rows; preempt row ``i`` for ``preempt_steps[i]`` steps after each of its tokens."""
     for id_, row in enumerate(rows):
         batch.add(id_, row.prompt, row.sampling)
@@ -230,7 +233,7 @@ def _run_with_preemptions(batch: Batch, rows: list[Row], preempt_steps: dict[int
 def test_a_lone_row_preempted_at_every_step_continues_correctly(trained: LoadedModel) -> None:
     rows = _rows(trained, MIXED, 16)
     for row, ids in zip(rows, _alone(trained, rows), strict=True):
-        _run_with_preemptions(trained.new_batch(), [row], {0: 0})
+        _run_with_preemptions(LocalBatch.of(trained), [row], {0: 0})
         assert row.ids == ids
 
 
@@ -239,7 +242,7 @@ def test_rows_preempted_at_every_step_continue_correctly(trained: LoadedModel, s
     rows = _rows(trained, MIXED, 16)
     expected = _alone(trained, rows)
     _run_with_preemptions(
-        trained.new_batch(), rows, {0: steps, 3: steps + 1, 4: 0, 6: steps, 7: steps}
+        LocalBatch.of(trained), rows, {0: steps, 3: steps + 1, 4: 0, 6: steps, 7: steps}
     )
     assert [row.ids for row in rows] == expected
 
@@ -256,7 +259,7 @@ def test_a_preempted_row_keeps_its_log_probabilities(
     prompts = [[draw.randrange(1, 500) for _ in range(n)] for n in lengths]
     sampling = replace(GREEDY, logprobs=20)
     rows = [Row(prompt, 16, sampling) for prompt in prompts]
-    _run_with_preemptions(model.new_batch(), rows, dict.fromkeys(range(0, among, 2), 2))
+    _run_with_preemptions(LocalBatch.of(model), rows, dict.fromkeys(range(0, among, 2), 2))
     for row in rows:
         single = Row(row.prompt, 16, sampling)
         _together(model, [single])
@@ -269,7 +272,7 @@ def test_a_preempted_row_keeps_its_log_probabilities(
 def test_a_preempted_row_can_be_removed(trained: LoadedModel, others: int) -> None:
     keep = _rows(trained, MIXED, 20)[:others]
     expected = _alone(trained, keep)
-    batch: Any = trained.new_batch()
+    batch: Any = LocalBatch.of(trained)
     for id_, row in enumerate([*keep, Row(keep[0].prompt if keep else [1, 2], 20)]):
         batch.add(id_, row.prompt, row.sampling)
     generated: list[list[int]] = [[] for _ in keep]
@@ -282,7 +285,7 @@ def test_a_preempted_row_can_be_removed(trained: LoadedModel, others: int) -> No
             break
     batch.preempt(others)
     batch.remove([others])
-    assert not batch._preempted
+    assert not batch.executor._outside
     while any(len(ids) < 20 for ids in generated):
         events = batch.step()
         assert all(event.row != others for event in events)
@@ -407,7 +410,7 @@ def test_prompts_prefilled_together_match_those_alone(
     lengths: tuple[int, ...],
 ) -> None:
     """Some recurrent layers treat padding as text; only rows of equal length prefill together."""
-    module: Any = importlib.import_module("runner_server.mlx_backend.batch")
+    module: Any = importlib.import_module("runner_server.mlx_backend.executor")
 
     together: list[int] = []
     prefill = module.prefill
@@ -421,7 +424,7 @@ def test_prompts_prefilled_together_match_those_alone(
     sampling = replace(GREEDY, logprobs=20)
     draw = random.Random(7)  # noqa: S311 - prompts
     prompts = [[draw.randrange(2, 500) for _ in range(n)] for n in lengths]
-    batch: Any = model.new_batch()
+    batch: Any = LocalBatch.of(model)
     # On a busy machine a slice of real time may be too short for a second prompt.
     ticks = itertools.count()
     batch._clock = lambda: next(ticks) / 1000

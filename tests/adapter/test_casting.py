@@ -11,6 +11,7 @@ import pytest
 from runner_server.engine.backend import LoadedModel
 from runner_server.engine.types import Dtype, LoadSpec
 from support.rows import Row, run_alone, run_rows
+from tools.local_batch import LocalBatch
 from tools.memory.models import scaled, write_model
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
@@ -46,7 +47,7 @@ def test_16_bit_experts_are_held_as_float32_on_a_cpu(
     assert plan.warnings == model.info.warnings
     assert model.info.weight_bytes == plan.need.weight_bytes
     assert set(_formats(model).values()) == {stored, "float32"}
-    together = run_rows(model.new_batch(), [Row(row.prompt, row.count) for row in ROWS])
+    together = run_rows(LocalBatch.of(model), [Row(row.prompt, row.count) for row in ROWS])
     assert [len(ids) for ids in together] == [6, 6, 6]
 
 

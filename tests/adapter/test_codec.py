@@ -15,6 +15,7 @@ import pytest
 from runner_server.engine.backend import LoadedModel
 from runner_server.engine.types import Sampling
 from support.rows import GREEDY, Row, run_alone
+from tools.local_batch import LocalBatch
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
@@ -154,7 +155,7 @@ def test_rows_with_different_options_mix_in_half_precision(
         Sampling(temperature=0, logit_bias=((3, 2.0),)),
     ]
     rows = [Row([1, 2, 3 + i], 10, sampling, late=i) for i, sampling in enumerate(samplings)]
-    batch = model.new_batch()
+    batch = LocalBatch.of(model)
     assert [len(ids) for ids in run_rows(batch, rows)] == [10] * 4
     batch.close()
     assert all(entry.logprob <= 0 for row in rows for entry in row.logprobs)

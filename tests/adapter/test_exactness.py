@@ -15,6 +15,7 @@ from runner_server.engine.backend import LoadedModel
 from runner_server.errors import InvalidField, ModelUnsupported
 from support.logprobs import assert_logprobs_close
 from support.rows import GREEDY, Row, run_rows
+from tools.local_batch import LocalBatch
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
@@ -57,7 +58,7 @@ def changed(source: Path, target: Path, *drop: str, **settings: Any) -> Path:
 
 def answer(model: LoadedModel, prompt: list[int] = PROMPT) -> list[TokenLogprob]:
     row = Row(prompt, 4, GREEDY.__class__(temperature=0, logprobs=20))
-    batch = model.new_batch()
+    batch = LocalBatch.of(model)
     run_rows(batch, [row])
     batch.close()
     return row.logprobs

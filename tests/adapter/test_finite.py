@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_server.engine.backend import Batch, LoadedModel
+from runner_server.engine.backend import LoadedModel
 from runner_server.engine.types import Dtype, NotFinite, Sampling, Token
 from runner_server.errors import ModelUnsupported
 from runner_server.mlx_backend import MlxBackend
 from support.harness import Problem, Server, failure, running, tokens
 from support.rows import GREEDY, Row
+from tools.local_batch import LocalBatch
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
@@ -66,7 +67,7 @@ def poisoned(load: Load, poisoned_dir: Path) -> LoadedModel:
     return load(poisoned_dir, parallel=8, prefix_cache_bytes=8 * MIB)
 
 
-def _run(batch: Batch, rows: Sequence[Row]) -> list[int]:
+def _run(batch: LocalBatch, rows: Sequence[Row]) -> list[int]:
     """Run rows to completion; return the rows that failed."""
     failed: list[int] = []
     active = dict(enumerate(rows))
@@ -94,7 +95,7 @@ def _run(batch: Batch, rows: Sequence[Row]) -> list[int]:
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 def test_a_row_with_nan_logits_is_reported(poisoned: LoadedModel, sampling: Sampling) -> None:
     row = Row([1, 2, POISON, 3], 8, sampling)
-    assert _run(poisoned.new_batch(), [row]) == [0]
+    assert _run(LocalBatch.of(poisoned), [row]) == [0]
     assert row.ids == []
 
 
@@ -106,15 +107,15 @@ def test_neighbours_of_a_broken_row_are_unaffected(poisoned: LoadedModel) -> Non
         return [Row([5 + row, 6, 7, 8 + row], 12, with_logprobs) for row in range(3)]
 
     broken, sound = neighbours(), neighbours()
-    assert _run(poisoned.new_batch(), [*broken, Row([4, POISON, 2, 1], 1)]) == [3]
-    assert _run(poisoned.new_batch(), [*sound, Row([4, 3, 2, 1], 1)]) == []
+    assert _run(LocalBatch.of(poisoned), [*broken, Row([4, POISON, 2, 1], 1)]) == [3]
+    assert _run(LocalBatch.of(poisoned), [*sound, Row([4, 3, 2, 1], 1)]) == []
     assert [(row.ids, row.logprobs) for row in broken] == [(row.ids, row.logprobs) for row in sound]
 
 
 def test_a_generated_token_can_break_the_next_step(poisoned: LoadedModel) -> None:
     forced = replace(GREEDY, logit_bias=((POISON, 1000.0),))
     row = Row([1, 2, 3], 8, forced)
-    assert _run(poisoned.new_batch(), [row, Row([3, 2, 1], 8)]) == [0]
+    assert _run(LocalBatch.of(poisoned), [row, Row([3, 2, 1], 8)]) == [0]
     assert row.ids == [POISON]
 
 
@@ -125,10 +126,10 @@ def test_the_prefix_cache_keeps_nothing_from_a_broken_row(
     sound = model_dir(shape, tie_word_embeddings=False)
     path = _changed(Path(shutil.copytree(sound, tmp_path / "m")), _poison)
     model: Any = load(path, prefix_cache_bytes=8 * MIB)
-    assert _run(model.new_batch(), [Row([*BEGINNING, 200, 201], 2)]) == []
+    assert _run(LocalBatch.of(model), [Row([*BEGINNING, 200, 201], 2)]) == []
     broken = [*BEGINNING, *[POISON] * 40, 7, 8]
     for _ in range(2):
-        assert _run(model.new_batch(), [Row(broken, 2)]) == [0]
+        assert _run(LocalBatch.of(model), [Row(broken, 2)]) == [0]
         assert model._prompts.match(broken).common <= len(BEGINNING)
     # The beginning shared with a sound prompt stays cached.
     assert model._prompts.match([*BEGINNING, 9]).common == len(BEGINNING)
@@ -141,7 +142,7 @@ def test_a_row_that_ends_before_its_failure_is_seen_leaves_nothing(
     model: Any = poisoned
     prompt = [90, 91, 92]
     forced = replace(GREEDY, logit_bias=((POISON, 1000.0),))
-    assert _run(model.new_batch(), [Row(prompt, 1, forced)]) == []
+    assert _run(LocalBatch.of(model), [Row(prompt, 1, forced)]) == []
     assert model._prompts.match([*prompt, POISON]).common <= len(prompt)
 
 
@@ -178,7 +179,7 @@ def test_a_row_with_every_token_banned_is_reported(
     model = load(path, parallel=8, dtype=Dtype.AS_STORED)
     samplings = SAMPLINGS.values()
     rows = [Row([1, POISON], 4, sampling) for sampling in samplings]
-    assert _run(model.new_batch(), [*rows, Row([1, 2], 4)]) == [*range(len(rows))]
+    assert _run(LocalBatch.of(model), [*rows, Row([1, 2], 4)]) == [*range(len(rows))]
     assert not any(row.ids for row in rows)
 
 
@@ -230,4 +231,4 @@ def test_a_float16_overflow_is_refused_and_other_dtypes_work(
     with pytest.raises(ModelUnsupported, match=r"held as float16.*load it with dtype float32"):
         load(path, dtype=Dtype.FLOAT16)
     for dtype in (Dtype.FLOAT32, Dtype.BFLOAT16):
-        assert _run(load(path, dtype=dtype).new_batch(), [Row([1, 2, 3], 3)]) == []
+        assert _run(LocalBatch.of(load(path, dtype=dtype)), [Row([1, 2, 3], 3)]) == []

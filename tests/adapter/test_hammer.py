@@ -21,6 +21,7 @@ from runner_server.errors import ModelUnsupported  # noqa: E402
 from runner_server.mlx_backend import MlxBackend  # noqa: E402
 from support.mlx_tasks import assert_no_tasks_left  # noqa: E402
 from support.rows import Row, run_rows  # noqa: E402
+from tools.local_batch import LocalBatch  # noqa: E402
 
 Load = Callable[..., LoadedModel]
 Build = Callable[..., Path]
@@ -66,7 +67,7 @@ def test_failing_reads_leave_no_active_tasks_in_mlx(
     monkeypatch.undo()
     _steps(STEPS)
     assert_no_tasks_left()
-    assert run_rows(load(path).new_batch(), [Row([1, 2, 3], 5)])[0]
+    assert run_rows(LocalBatch.of(load(path)), [Row([1, 2, 3], 5)])[0]
 
 
 def _steps(count: int) -> None:

@@ -11,6 +11,7 @@ import pytest
 from runner_server.engine.backend import LoadedModel
 from runner_server.engine.types import Token
 from support.rows import GREEDY
+from tools.local_batch import LocalBatch
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
@@ -25,8 +26,9 @@ Build = Callable[..., Path]
 
 def held_bytes(batch: Any) -> int:
     """Return the bytes held by the caches of a batch's rows."""
-    rows = [prompt.row.caches for prompt in batch._prefilling.values()]
-    return sum(cache.nbytes for caches in (*rows, batch._decoding._caches) for cache in caches)
+    executor = batch.executor
+    rows = [row.caches for row in executor._outside.values()]
+    return sum(cache.nbytes for caches in (*rows, executor._decoding._caches) for cache in caches)
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen3", "gemma3"])
@@ -37,7 +39,7 @@ def test_the_estimate_covers_the_real_cache(
 ) -> None:
     context = prompt_tokens + 20
     model: Any = load(model_dir(shape), parallel=rows, context_length=context)
-    batch = model.new_batch()
+    batch = LocalBatch.of(model)
     for row in range(rows):
         batch.add(row, [1 + i % 500 for i in range(prompt_tokens)], GREEDY)
     made = 0
@@ -54,12 +56,12 @@ def test_the_estimate_covers_the_real_cache(
 
 def test_removing_a_row_frees_its_cache(load: Load, model_dir: Build) -> None:
     model = load(model_dir(), parallel=8, prefix_cache_bytes=0)
-    batch: Any = model.new_batch()
+    batch: Any = LocalBatch.of(model)
     mx.clear_cache()
     before = mx.get_active_memory()
     for row in range(4):
         batch.add(row, [1] * 300, GREEDY)
-    while len(batch._decoding.rows) < 4:
+    while len(batch.executor._decoding.rows) < 4:
         batch.step()
     batch.step()
     held = mx.get_active_memory() - before
@@ -75,7 +77,7 @@ def test_removing_a_row_frees_its_cache(load: Load, model_dir: Build) -> None:
 
 def test_removing_a_row_during_prefill_frees_its_cache(load: Load, model_dir: Build) -> None:
     model = load(model_dir(), parallel=8, prefix_cache_bytes=0)
-    batch: Any = model.new_batch()
+    batch: Any = LocalBatch.of(model)
     before = mx.get_active_memory()
     batch.add(0, [1] * 1500, GREEDY)
     batch.step()

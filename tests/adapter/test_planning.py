@@ -19,6 +19,7 @@ from runner_server.mlx_backend.loading.loader import plan_load  # noqa: E402
 from runner_server.mlx_backend.planning.plan import process_bytes  # noqa: E402
 from runner_server.mlx_backend.planning.tokenizer_memory import tokenizer_memory  # noqa: E402
 from support.rows import GREEDY, Row, run_rows  # noqa: E402
+from tools.local_batch import LocalBatch  # noqa: E402
 from tools.memory.models import scaled, write_model  # noqa: E402
 
 Load = Callable[..., LoadedModel]
@@ -80,12 +81,12 @@ def test_layers_without_attention_work_with_batch_and_prefix_cache(
     path = write_model(tmp_path, scaled("nemotron-nas"))
     prompts = [[1 + i % 200 for i in range(40 + 3 * row)] for row in range(3)]
     alone = [
-        run_rows(load(path, parallel=1, prefix_cache_bytes=0).new_batch(), [Row(prompt, 8)])[0]
+        run_rows(LocalBatch.of(load(path, parallel=1, prefix_cache_bytes=0)), [Row(prompt, 8)])[0]
         for prompt in prompts
     ]
     model = load(path, parallel=4, prefix_cache_bytes=8 * MIB)
     for _ in range(2):
-        together = run_rows(model.new_batch(), [Row(prompt, 8) for prompt in prompts])
+        together = run_rows(LocalBatch.of(model), [Row(prompt, 8) for prompt in prompts])
         assert together == alone
 
 
@@ -106,7 +107,7 @@ def test_the_costliest_options_stay_within_the_limit(load: Load, model_dir: Buil
     usual = mx.set_memory_limit(others + model.info.limit_bytes)
     mx.reset_peak_memory()
     try:
-        run_rows(model.new_batch(), [Row([1, 2, 3 + row], 30, costly) for row in range(8)])
+        run_rows(LocalBatch.of(model), [Row([1, 2, 3 + row], 30, costly) for row in range(8)])
     finally:
         mx.set_memory_limit(usual)
     assert mx.get_peak_memory() - others <= model.info.limit_bytes
@@ -122,7 +123,7 @@ def test_an_unloaded_model_leaves_no_modules(tmp_path: Path) -> None:
     backend.release()
     assert "mlx_lm.models.phi3" not in sys.modules
     again = backend.load(LoadSpec(str(path)), lambda _progress: None)
-    assert run_rows(again.new_batch(), [Row([1, 2], 3, GREEDY)])
+    assert run_rows(LocalBatch.of(again), [Row([1, 2], 3, GREEDY)])
 
 
 @pytest.mark.parametrize("kind", ["BPE", "merges of old", "Unigram"])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from runner_server.engine.backend import LoadedModel
+from runner_server.engine.work import DecodeItem
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
@@ -81,15 +82,15 @@ def test_a_failing_step_recovers_mlx_in_a_single_process(
     tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, is_alone: bool
 ) -> None:
     drained: list[bool] = []
-    monkeypatch.setattr("runner_server.mlx_backend.batch.recover", lambda: drained.append(True))
-    failing: Any = tiny.new_batch()
+    monkeypatch.setattr("runner_server.mlx_backend.executor.recover", lambda: drained.append(True))
+    failing: Any = tiny.new_executor()
     failing._is_single_rank = is_alone
-    failing._prefill = _raise
+    failing._decode = _raise
     with pytest.raises(RuntimeError, match="in a step"):
-        failing.step()
+        failing.run(DecodeItem())
     failing.close()
     assert drained == [True] * is_alone
 
 
-def _raise() -> None:
+def _raise(*_item: object) -> None:
     raise RuntimeError("in a step")

@@ -15,6 +15,7 @@ from runner_server.errors import ModelUnsupported
 from runner_server.mlx_backend import MlxBackend
 from support.harness import Server, running, tokens
 from support.rows import Row, run_alone, run_rows
+from tools.local_batch import LocalBatch
 from tools.memory.models import scaled, write_model
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
@@ -78,7 +79,7 @@ def test_short_prompts_batch_where_states_hold_the_last_tokens(
         Row([7 + 3 * position + row for position in range(length)], 12, late=row // 2)
         for row, length in enumerate(lengths)
     ]
-    assert run_rows(model.new_batch(), rows) == [run_alone(model, row) for row in rows]
+    assert run_rows(LocalBatch.of(model), rows) == [run_alone(model, row) for row in rows]
 
 
 def test_the_batch_trial_leaves_no_memory_in_use(trained: LoadedModel) -> None:

@@ -12,12 +12,13 @@ import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.engine import faults
+from runner_server.engine.work import WorkItem
 from runner_server.mlx_backend import MlxBackend
 from support.harness import Server, eventually, failure, joined, running, tokens
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
-from runner_server.mlx_backend.batch import MlxBatch  # noqa: E402
+from runner_server.mlx_backend.executor import MlxExecutor  # noqa: E402
 from runner_server.mlx_backend.loading import loader  # noqa: E402
 
 Build = Callable[..., Path]
@@ -160,16 +161,16 @@ async def test_the_server_survives_a_failing_step(
 ) -> None:
     await real.load(str(model_dir()), parallel=2)
     expected = await real.text(temperature=0.0, num_predict=10)
-    step, left = MlxBatch.step, [1]
+    run, left = MlxExecutor.run, [1]
 
-    def broken(batch: MlxBatch) -> Any:
-        events = step(batch)
+    def broken(executor: MlxExecutor, item: WorkItem) -> Any:
+        report = run(executor, item)
         if left:
             left.pop()
             raise RuntimeError("in a step")
-        return events
+        return report
 
-    monkeypatch.setattr(MlxBatch, "step", broken)
+    monkeypatch.setattr(MlxExecutor, "run", broken)
     assert (await failure(real.start())).reason == "GENERATION_FAILED"
     assert await real.text(temperature=0.0, num_predict=10) == expected
 

@@ -20,6 +20,7 @@ from runner_server.engine.backend import BackendLost
 from runner_server.engine.types import Dtype, LoadSpec, Sampling, Token
 from runner_server.errors import InsufficientMemory, ModelNotFound, ShuttingDown
 from support.fakes import DEADLINE_SECONDS, FakeBackend, FakeModel
+from tools.local_batch import LocalBatch
 
 TRAITS = ["runner 1", "cpu"]
 
@@ -33,7 +34,7 @@ class SplitBackend(FakeBackend):
         self.share = share
         self.specs: list[LoadSpec] = []
         self.shares: list[float] = []
-        self.seen: list[object] = []
+        self.load_count = 0
         self.warm_up_error: Exception | None = None
 
     def load(self, spec: LoadSpec, report: Callable[[int], None]) -> FakeModel:
@@ -42,7 +43,7 @@ class SplitBackend(FakeBackend):
         self.partners.begin_load(spec)
         model = super().load(spec, report)
         self.shares.append(self.partners.finish_load(report, self.share))
-        self.seen.append(self.partners.clock())
+        self.load_count += 1
         if self.warm_up_error:
             raise self.warm_up_error
         report(100)
@@ -109,7 +110,7 @@ def ignore(_progress: int) -> None:
 
 def test_a_follower_repeats_the_calls_of_rank_0(pair: Pair) -> None:
     spec = LoadSpec("m", context_length=64, dtype=Dtype.FLOAT32, prefix_cache_bytes=9)
-    batch = pair.leader.load(spec, ignore).new_batch()
+    batch = LocalBatch.of(pair.leader.load(spec, ignore))
     sampling = Sampling(seed=2**64 - 1, logit_bias=((5, -1.5),), logprobs=2)
     batch.add(7, (1, 2, 3), sampling)
     batch.add(8, [4], Sampling())
@@ -122,14 +123,14 @@ def test_a_follower_repeats_the_calls_of_rank_0(pair: Pair) -> None:
     pair.hub.close()
     assert pair.ended.get(timeout=DEADLINE_SECONDS) == "closed"
     assert pair.second.specs == [spec]
-    assert pair.second.steps == pair.first.steps == 4
+    assert pair.second.items == pair.first.items
+    assert pair.second.steps == pair.first.steps == len(pair.first.items)
     assert pair.second.preemptions == 1
-    (theirs,), (ours,) = pair.second.batches, pair.first.batches
+    (theirs,), (ours,) = pair.second.executors, pair.first.executors
     assert theirs.rows.keys() == ours.rows.keys() == {7}
     assert [next(theirs.rows[7].tokens) for _ in range(9)] == [
         next(ours.rows[7].tokens) for _ in range(9)
     ]
-    assert pair.second.seen == pair.first.seen
     assert pair.first.shares == [2.5]
 
 
@@ -164,13 +165,13 @@ def test_a_load_can_be_cancelled_while_waiting_for_followers(pair: Pair) -> None
 
 def test_a_load_can_be_cancelled_at_its_end(pair: Pair) -> None:
     def cancelled(progress: int) -> None:
-        if progress == 100 and pair.first.seen:
+        if progress == 100 and pair.first.load_count:
             raise ShuttingDown("the load was cancelled")
 
     with pytest.raises(ShuttingDown):
         pair.leader.load(LoadSpec("m"), cancelled)
     pair.leader.release()
-    pair.first.seen.clear()
+    pair.first.load_count = 0
     assert pair.leader.load(LoadSpec("m"), ignore)
     assert not pair.lost.is_set()
 
@@ -194,7 +195,7 @@ def test_a_failed_warm_up_on_a_follower_ends_its_loop(pair: Pair) -> None:
 
 def test_a_failed_step_ends_all_ranks(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_module, "_LOST_SECONDS", 0.05)
-    batch = pair.leader.load(LoadSpec("m"), ignore).new_batch()
+    batch = LocalBatch.of(pair.leader.load(LoadSpec("m"), ignore))
     batch.add(1, [1], Sampling())
     pair.first.failures.append(ValueError("broken"))
     with pytest.raises(BackendLost, match="ValueError: broken"):

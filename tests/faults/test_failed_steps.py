@@ -25,7 +25,7 @@ RAISE = breaking("raise RuntimeError('broken on purpose')")
 RAISE_IN_A_BATCH = breaking(
     """
     if len(self._scheduler.running) < 3 or len(self._scheduler.waiting) < 2:
-        return step(self, batch)
+        return run(self, item, executor)
     raise RuntimeError('broken on purpose')
     """
 )

@@ -43,13 +43,13 @@ HANG = breaking("import threading; threading.Event().wait()")
 SLOW_STEPS = """
 import time
 from support import fakes
-at_once = fakes.FakeBatch.step
-def slow(self):
+at_once = fakes.FakeExecutor.run
+def slow(self, item):
     time.sleep(0.1)
-    return at_once(self)
-fakes.FakeBatch.step = slow
+    return at_once(self, item)
+fakes.FakeExecutor.run = slow
 """
-"""Makes a step take 0.1 s: eight tokens of a prompt, or one generated token."""
+"""Makes a work item take 0.1 s: eight tokens of a prompt, or one generated token."""
 
 
 def status(age: float | None, steps: int, state: pb.State.ValueType = pb.STATE_ACTIVE) -> Status:

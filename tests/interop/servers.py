@@ -44,19 +44,19 @@ _SLOW_STEPS = (
     + """
 import time
 from runner_server.engine.thread import EngineThread
-step = EngineThread._step
+run = EngineThread._run
 silenced = set()
 
-def slow(self, batch):
+def slow(self, item, executor):
     for completion in self._scheduler.running:
         if completion.name == "slow":
             time.sleep(0.05)
         if completion.name == "silent" and completion.id not in silenced:
             silenced.add(completion.id)
             time.sleep(60)
-    return step(self, batch)
+    return run(self, item, executor)
 
-EngineThread._step = slow
+EngineThread._run = slow
 """
 )
 

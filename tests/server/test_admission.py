@@ -73,7 +73,7 @@ async def test_requests_over_the_budget_wait_and_are_served_later(
     status = await server.status()
     # Two of fifty fit; the small one would fit too, but keeps its place in the queue.
     assert (status.running_count, status.queued_count) == (2, 2)
-    assert len(server.backend.batches[-1].rows) == 2
+    assert len(server.backend.executors[-1].rows) == 2
     server.backend.step_gate.open()
     assert await asyncio.gather(*map(_length, calls)) == [42, 42, 42, 12]
     await server.settled()
@@ -94,18 +94,18 @@ async def test_requests_are_admitted_in_order_of_arrival(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = await _server(start_server, tokens_=60, parallel=8)
-    batch: Any = server.backend.batches[-1]
+    executor: Any = server.backend.executors[-1]
     begun: list[int] = []
     most = 0
-    add = batch.add
+    add = executor.add
 
     def adding(row: int, *rest: Any) -> None:
         nonlocal most
         add(row, *rest)
         begun.append(row)
-        most = max(most, len(batch.rows))
+        most = max(most, len(executor.rows))
 
-    monkeypatch.setattr(batch, "add", adding)
+    monkeypatch.setattr(executor, "add", adding)
     server.backend.step_gate.shut()
     calls = await _start_all(server, *[60, 10, 30, 20, 60, 12, 12, 12, 9, 9] * 2)
     order = list(server.app.engine._registry._requests)

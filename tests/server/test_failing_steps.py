@@ -48,8 +48,8 @@ async def test_a_failed_step_costs_its_batch_and_the_queue_is_served(server: Ser
     assert status.state == pb.STATE_ACTIVE
     assert "RuntimeError" in status.last_error
     # The failed batch is replaced: the library may have lost rows that it had split off.
-    assert len(server.backend.batches) == 2
-    assert server.backend.batches[0].closed
+    assert len(server.backend.executors) == 2
+    assert server.backend.executors[0].closed
     server.assert_nothing_left()
 
 
@@ -67,8 +67,8 @@ async def test_an_error_while_adding_a_row_is_a_failed_step(
     def broken(*_args: object) -> None:
         raise ValueError
 
-    batch = loaded.backend.batches[-1]
-    monkeypatch.setattr(batch, "add", broken)
+    executor = loaded.backend.executors[-1]
+    monkeypatch.setattr(executor, "add", broken)
     assert (await failure(loaded.start())).reason == "GENERATION_FAILED"
     assert await loaded.text(num_predict=2)
 

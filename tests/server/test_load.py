@@ -172,7 +172,7 @@ async def test_a_load_replaces_the_model_and_ends_its_streams(loaded: Server) ->
     assert (await failure(_read_on(call))).reason == "SHUTTING_DOWN"
     assert (await loaded.status()).model.name == "other"
     assert len(tokens(await loaded.complete(num_predict=3))) == 3
-    assert all(batch.closed for batch in loaded.backend.batches[:-1])
+    assert all(executor.closed for executor in loaded.backend.executors[:-1])
 
 
 async def test_a_failed_load_leaves_no_model_and_status_says_why(loaded: Server) -> None:

@@ -75,7 +75,7 @@ async def test_there_are_never_more_rows_than_slots(server: Server, parallel: in
     finished = False
     while not finished:
         await server.thread(server.backend.step_gate.wait_arrival)
-        most = max(most, len(server.backend.batches[-1].rows))
+        most = max(most, len(server.backend.executors[-1].rows))
         passed = server.backend.step_gate._passed
         server.backend.step_gate.allow()
         await server.thread(partial(server.backend.step_gate.wait_passed, passed + 1))

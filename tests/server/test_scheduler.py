@@ -39,15 +39,22 @@ def _preempt(request: GenerationRequest) -> None:
     request.preempt()
 
 
+def _scheduler(model: FakeModel) -> Scheduler:
+    scheduler = Scheduler()
+    scheduler.start_batch(model, model.new_executor())
+    return scheduler
+
+
 def _admit_all(scheduler: Scheduler, model: FakeModel) -> list[GenerationRequest]:
-    admitted = []
-    while completion := scheduler.next(model):
-        admitted.append(completion)
-    return admitted
+    """Admit and resume what fits; return the requests that have become running."""
+    before = scheduler.running
+    scheduler.admit(model)
+    return [one for one in scheduler.running if one not in before]
 
 
 def test_requests_are_admitted_in_order_while_there_are_slots() -> None:
-    scheduler, model = Scheduler(), _model(parallel=3)
+    model = _model(parallel=3)
+    scheduler = _scheduler(model)
     completions = _waiting(scheduler, *[10] * 5)
     assert _admit_all(scheduler, model) == completions[:3]
     assert not scheduler.has_next(model)
@@ -60,13 +67,15 @@ def test_requests_are_admitted_in_order_while_there_are_slots() -> None:
 def test_every_row_counts_as_long_as_the_longest() -> None:
     """Reserve twice sixty for rows of sixty and ten tokens side by side."""
     for budget, fitting in ((120, 2), (119, 1)):
-        scheduler, model = Scheduler(), _model(budget_tokens=budget)
+        model = _model(budget_tokens=budget)
+        scheduler = _scheduler(model)
         completions = _waiting(scheduler, 60, 10)
         assert _admit_all(scheduler, model) == completions[:fitting]
 
 
 def test_no_request_overtakes_one_that_does_not_fit() -> None:
-    scheduler, model = Scheduler(), _model(budget_tokens=100)
+    model = _model(budget_tokens=100)
+    scheduler = _scheduler(model)
     first, large, small = _waiting(scheduler, 50, 60, 10)
     assert _admit_all(scheduler, model) == [first]
     scheduler.remove(first)
@@ -77,9 +86,10 @@ def test_no_request_overtakes_one_that_does_not_fit() -> None:
 
 def test_a_preempted_request_frees_its_slot_and_keeps_its_memory() -> None:
     """Count a preempted request by the present length, and by the longest outcome on return."""
-    scheduler, model = Scheduler(), _model(parallel=2, budget_tokens=100)
+    model = _model(parallel=2, budget_tokens=100)
+    scheduler = _scheduler(model)
     preempted, fitting, large = _waiting(scheduler, 60, 95, 96)
-    scheduler.next(model)
+    scheduler.admit(model)
     for _ in range(4):
         preempted.on_token(Token(preempted.id, 97))
     _preempt(preempted)
@@ -97,51 +107,55 @@ def test_a_preempted_request_frees_its_slot_and_keeps_its_memory() -> None:
 
 
 def test_resumable_requests_go_before_waiting_ones() -> None:
-    scheduler, model = Scheduler(), _model(parallel=1)
+    model = _model(parallel=1)
+    scheduler = _scheduler(model)
     first, second, third = _waiting(scheduler, 10, 10, 10)
-    scheduler.next(model)
+    scheduler.admit(model)
     _preempt(first)
-    scheduler.next(model)
+    scheduler.admit(model)
     _preempt(second)
     scheduler.mark_resumable(second.id)
     scheduler.mark_resumable(first.id)
     for expected in (second, first, third):
-        assert scheduler.next(model) is expected
-        assert scheduler.next(model) is None
+        assert _admit_all(scheduler, model) == [expected]
+        assert not _admit_all(scheduler, model)
         scheduler.remove(expected)
 
 
 def test_a_resumable_request_needs_room_beside_running_ones() -> None:
-    scheduler, model = Scheduler(), _model(parallel=2, budget_tokens=110)
+    model = _model(parallel=2, budget_tokens=110)
+    scheduler = _scheduler(model)
     preempted, small = _waiting(scheduler, 60, 40)
-    scheduler.next(model)
+    scheduler.admit(model)
     _preempt(preempted)
-    assert scheduler.next(model) is small
+    assert _admit_all(scheduler, model) == [small]
     scheduler.mark_resumable(preempted.id)
     # Side by side they would take twice sixty.
     assert not scheduler.has_next(model)
     scheduler.remove(small)
-    assert scheduler.next(model) is preempted
+    assert _admit_all(scheduler, model) == [preempted]
 
 
 def test_a_request_can_always_resume_into_an_empty_batch() -> None:
     """Resume into an empty batch: the caches are held already, and no other row can make room."""
-    scheduler, model = Scheduler(), _model(budget_tokens=100)
+    model = _model(budget_tokens=100)
+    scheduler = _scheduler(model)
     one, other = _waiting(scheduler, 50, 50)
     _admit_all(scheduler, model)
     _preempt(one)
     _preempt(other)
     smaller = _model(budget_tokens=60)
     scheduler.mark_resumable(one.id)
-    assert scheduler.next(smaller) is one
+    assert _admit_all(scheduler, smaller) == [one]
 
 
 def test_only_a_preempted_request_becomes_resumable() -> None:
-    scheduler, model = Scheduler(), _model()
+    model = _model()
+    scheduler = _scheduler(model)
     (completion,) = _waiting(scheduler, 10)
     scheduler.mark_resumable(completion.id)
     assert not scheduler.resumable
-    scheduler.next(model)
+    scheduler.admit(model)
     scheduler.mark_resumable(completion.id)
     assert scheduler.running == [completion]
     _preempt(completion)
@@ -153,14 +167,15 @@ def test_only_a_preempted_request_becomes_resumable() -> None:
 
 @pytest.mark.parametrize("where", ["waiting", "running", "preempted", "resumable", "nowhere"])
 def test_a_request_is_removed_in_any_status(where: str) -> None:
-    scheduler, model = Scheduler(), _model()
+    model = _model()
+    scheduler = _scheduler(model)
     others = _waiting(scheduler, 10, 10)
     _admit_all(scheduler, model)
     completion = _request()
     if where != "nowhere":
         scheduler.waiting.append(completion)
     if where in ("running", "preempted", "resumable"):
-        scheduler.next(model)
+        scheduler.admit(model)
     if where in ("preempted", "resumable"):
         _preempt(completion)
     if where == "resumable":
@@ -174,7 +189,8 @@ def test_a_request_is_removed_in_any_status(where: str) -> None:
 
 
 def test_a_cleared_scheduler_is_empty() -> None:
-    scheduler, model = Scheduler(), _model(parallel=3)
+    model = _model(parallel=3)
+    scheduler = _scheduler(model)
     completions = _waiting(scheduler, *[10] * 5)
     _admit_all(scheduler, model)
     _preempt(completions[0])
@@ -197,7 +213,8 @@ OPERATIONS = st.lists(
 def test_the_memory_of_admitted_requests_fits(
     operations: list[tuple[str, int]], parallel: int, budget: int
 ) -> None:
-    scheduler, model = Scheduler(), _model(parallel=parallel, budget_tokens=budget)
+    model = _model(parallel=parallel, budget_tokens=budget)
+    scheduler = _scheduler(model)
     came: list[GenerationRequest] = []
     begun: list[GenerationRequest] = []
     for kind, number in operations:

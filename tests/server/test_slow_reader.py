@@ -283,8 +283,8 @@ async def test_a_resumable_request_goes_before_waiting_ones(
     assert len(scheduler.running) == 1
     order: list[str] = []
     names = {scheduler.resumable[0].id: "slow", scheduler.waiting[0].id: "waiting"}
-    batch: Any = server.backend.batches[-1]
-    add, resume = batch.add, batch.resume
+    planner: Any = scheduler._planner
+    add, resume = planner.add, planner.resume
 
     def adding(row: int, *rest: object) -> None:
         order.append(names[row])
@@ -294,7 +294,7 @@ async def test_a_resumable_request_goes_before_waiting_ones(
         order.append(names[row])
         resume(row)
 
-    batch.add, batch.resume = adding, resuming
+    planner.add, planner.resume = adding, resuming
     gate.open()
     assert len(await _read(first)) == 1000
     assert len(await _read(waiting)) == 5

@@ -8,22 +8,26 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from runner_server.engine.backend import Codec
+from runner_server.engine.prefill_queue import PrefillLimits
+from runner_server.engine.prefix_cache import Match
 from runner_server.engine.types import (
-    Event,
     LoadSpec,
     MemoryCounters,
     ModelInfo,
-    Prefill,
     Sampling,
     Token,
     TokenLogprob,
 )
+from runner_server.engine.work import PrefillItem, WorkItem, WorkReport
 
 EOS = 256
 BOS = 257
 VOCAB_SIZE = 512
 CONTEXT_LENGTH = 4096
 PREFILL_CHUNK = 8
+ITEM_SECONDS = 0.01
+"""Time that a work item claims to take: three chunks fill a slice between decode steps."""
+
 WEIGHT_BYTES = 1 << 20
 ROW_BYTES = 1 << 10
 TOKEN_BYTES = 100
@@ -128,67 +132,65 @@ def says(text: str | bytes) -> Reply:
 
 @dataclass
 class _Row:
-    total: int
     tokens: Iterator[int]
     logprobs: int | None
-    prefilled: int = 0
 
 
-class FakeBatch:
-    """Batch whose rows are prefilled in chunks and then generate the backend's reply."""
+class FakeExecutor:
+    """Executor whose rows generate the backend's reply, one token in every decode step."""
 
     def __init__(self, backend: FakeBackend) -> None:
         self._backend = backend
         self.rows: dict[int, _Row] = {}
-        self.preempted: set[int] = set()
+        self.decoding: list[int] = []
         self.closed = False
 
     def add(self, row: int, prompt_ids: Sequence[int], sampling: Sampling) -> None:
-        """See ``Batch.add``."""
+        """See ``Executor.add``."""
         assert prompt_ids, "an empty prompt must not get here"
         assert row not in self.rows
-        tokens = self._backend.reply(prompt_ids, sampling)
-        self.rows[row] = _Row(len(prompt_ids), tokens, sampling.logprobs)
+        self.rows[row] = _Row(self._backend.reply(prompt_ids, sampling), sampling.logprobs)
+
+    def find_prefix(self, _prompt_ids: Sequence[int]) -> Match:
+        """See ``Executor.find_prefix``: no prompt is cached."""
+        return Match(0, 0)
+
+    def run(self, item: WorkItem) -> WorkReport:
+        """See ``Executor.run``; an item takes ``ITEM_SECONDS``."""
+        assert not self.closed
+        self._backend.step_gate.pass_through()
+        self._backend.steps += 1
+        self._backend.items.append(item)
+        if self._backend.failures:
+            raise self._backend.failures.pop(0)
+        if isinstance(item, PrefillItem):
+            assert all(chunk.row in self.rows for chunk in item.chunks)
+            return WorkReport(ITEM_SECONDS)
+        self.decoding += item.joining
+        assert self.decoding, "a step without rows"
+        return WorkReport(ITEM_SECONDS, events=tuple(map(self._next_token, self.decoding)))
+
+    def preempt(self, row: int) -> None:
+        """See ``Executor.preempt``."""
+        self.decoding.remove(row)
+        self._backend.preemptions += 1
 
     def remove(self, rows: Collection[int]) -> None:
-        """See ``Batch.remove``."""
+        """See ``Executor.remove``."""
         if self._backend.remove_failures:
             raise self._backend.remove_failures.pop(0)
         for row in rows:
             del self.rows[row]
-            self.preempted.discard(row)
-
-    def preempt(self, row: int) -> None:
-        """See ``Batch.preempt``."""
-        assert row in self.rows
-        assert row not in self.preempted
-        self.preempted.add(row)
-        self._backend.preemptions += 1
-
-    def resume(self, row: int) -> None:
-        """See ``Batch.resume``."""
-        self.preempted.remove(row)
-
-    def step(self) -> list[Event]:
-        """See ``Batch.step``."""
-        assert not self.closed
-        assert self.rows.keys() - self.preempted, "a step without rows"
-        self._backend.step_gate.pass_through()
-        self._backend.steps += 1
-        if self._backend.failures:
-            raise self._backend.failures.pop(0)
-        active = [(id_, row) for id_, row in self.rows.items() if id_ not in self.preempted]
-        return [self._advance(id_, row) for id_, row in active]
+            if row in self.decoding:
+                self.decoding.remove(row)
 
     def close(self) -> None:
-        """See ``Batch.close``."""
+        """See ``Executor.close``."""
         self.rows.clear()
         self.closed = True
 
-    def _advance(self, id_: int, row: _Row) -> Event:
-        if row.prefilled < row.total:
-            row.prefilled = min(row.total, row.prefilled + PREFILL_CHUNK)
-            return Prefill(id_, row.prefilled, row.total)
+    def _next_token(self, id_: int) -> Token:
+        row = self.rows[id_]
         token = next(row.tokens)
         logprob = None
         if row.logprobs is not None:
@@ -213,11 +215,16 @@ class FakeModel:
         """See ``LoadedModel.limit_prefix_cache``."""
         self._backend.prefix_cache_limits.append(limit_bytes)
 
-    def new_batch(self) -> FakeBatch:
-        """See ``LoadedModel.new_batch``."""
-        batch = FakeBatch(self._backend)
-        self._backend.batches.append(batch)
-        return batch
+    @property
+    def prefill_limits(self) -> PrefillLimits:
+        """See ``LoadedModel.prefill_limits``: prompts run alone, in chunks of ``PREFILL_CHUNK``."""
+        return PrefillLimits(max_chunk=PREFILL_CHUNK, max_tokens=PREFILL_CHUNK)
+
+    def new_executor(self) -> FakeExecutor:
+        """See ``LoadedModel.new_executor``."""
+        executor = FakeExecutor(self._backend)
+        self._backend.executors.append(executor)
+        return executor
 
 
 @dataclass
@@ -226,18 +233,19 @@ class FakeBackend:
 
     Attributes:
         reply: Produces the tokens that a row generates.
-        failures: Raised by the next steps, one per step.
+        failures: Raised by the next work items, one per item.
         remove_failures: Raised by the next removals of rows, one per call.
         kv_budget_bytes: KV budget of loaded models; a token takes ``TOKEN_BYTES``.
         codec: Tokenizer of loaded models.
         load_error: Raised once by the next load, at 40 % progress.
         check_error: Raised once by the next ``check``.
         open_error: Raised by ``open``.
-        step_gate: Passed by every step.
+        step_gate: Passed by every work item.
         load_gate: Passed by a load before each of its six progress reports.
-        steps: Number of steps begun.
+        steps: Number of work items begun.
         preemptions: Number of times a row was preempted.
-        batches: Every batch made until now.
+        executors: Every executor made until now.
+        items: Every work item begun.
         calls: Names of the calls, each with the name of the calling thread.
         prefix_cache_limits: Byte limits of the prefix cache, in the order they were set.
         weight_bytes: Weights held now.
@@ -255,7 +263,8 @@ class FakeBackend:
     load_gate: Gate = field(default_factory=Gate)
     steps: int = 0
     preemptions: int = 0
-    batches: list[FakeBatch] = field(default_factory=list)
+    executors: list[FakeExecutor] = field(default_factory=list)
+    items: list[WorkItem] = field(default_factory=list)
     calls: list[tuple[str, str]] = field(default_factory=list)
     prefix_cache_limits: list[int] = field(default_factory=list)
     weight_bytes: int = 0
@@ -287,7 +296,7 @@ class FakeBackend:
 
     def memory(self) -> MemoryCounters:
         """See ``Backend.memory``."""
-        rows = sum(len(batch.rows) for batch in self.batches)
+        rows = sum(len(executor.rows) for executor in self.executors)
         return MemoryCounters(self.weight_bytes + rows * ROW_BYTES, 0, WEIGHT_BYTES)
 
     def release(self, *, for_next: bool = False) -> None:  # noqa: ARG002 - nothing is set aside

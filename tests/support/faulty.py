@@ -42,14 +42,14 @@ _HOOK = (
     NAMED_REQUESTS
     + """
 from runner_server.engine.thread import EngineThread
-step = EngineThread._step
+run = EngineThread._run
 
-def broken(self, batch):
+def broken(self, item, executor):
     if any(each.name == {name!r} for each in self._scheduler.running):
 {what}
-    return step(self, batch)
+    return run(self, item, executor)
 
-EngineThread._step = broken
+EngineThread._run = broken
 """
 )
 

@@ -164,7 +164,7 @@ class Server:
     async def settled(self) -> None:
         """Wait until no completion is left."""
         await eventually(lambda: not self.app.engine._registry._requests)
-        await eventually(lambda: not any(batch.rows for batch in self.backend.batches))
+        await eventually(lambda: not any(executor.rows for executor in self.backend.executors))
 
     async def health(self, service: str = "") -> int:
         """Return the health of a service as an enum number."""
@@ -194,7 +194,7 @@ class Server:
         assert not registry._requests
         assert not engine_thread._scheduler.admitted
         assert not engine_thread._scheduler.waiting
-        assert not any(batch.rows for batch in self.backend.batches)
+        assert not any(executor.rows for executor in self.backend.executors)
 
 
 class StartServer(Protocol):

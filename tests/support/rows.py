@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from runner_server.engine.backend import Batch, LoadedModel
+from runner_server.engine.backend import LoadedModel
 from runner_server.engine.types import Prefill, Sampling, Token, TokenLogprob
+from tools.local_batch import LocalBatch
 
 GREEDY = Sampling(temperature=0)
 MAX_STEPS = 5000
@@ -29,7 +30,7 @@ class Row:
     progress: list[tuple[int, int]] = field(default_factory=list)
 
 
-def run_rows(batch: Batch, rows: Sequence[Row]) -> list[list[int]]:
+def run_rows(batch: LocalBatch, rows: Sequence[Row]) -> list[list[int]]:
     """Run rows until each has ``count`` tokens; return the tokens of each."""
     waiting = dict(enumerate(rows))
     active: dict[int, Row] = {}
@@ -44,7 +45,7 @@ def run_rows(batch: Batch, rows: Sequence[Row]) -> list[list[int]]:
     raise AssertionError("the rows do not end")
 
 
-def _step(batch: Batch, active: dict[int, Row]) -> None:
+def _step(batch: LocalBatch, active: dict[int, Row]) -> None:
     for event in batch.step():
         row = active[event.row]
         if isinstance(event, Prefill):
@@ -64,7 +65,7 @@ def _step(batch: Batch, active: dict[int, Row]) -> None:
 
 def run_alone(model: LoadedModel, row: Row) -> list[int]:
     """Run a row in a batch without others and return the tokens."""
-    batch = model.new_batch()
+    batch = LocalBatch.of(model)
     try:
         return run_rows(batch, [Row(row.prompt, row.count, row.sampling)])[0]
     finally:

@@ -19,13 +19,14 @@ from runner_common.handshake import ReadyLine
 DEADLINE_SECONDS = 30.0
 BREAK_STEPS = """
 import sys
-from runner_server.mlx_backend.batch import MlxBatch
-step = MlxBatch.step
-def broken(self):
-    if any(self._prefilling) or any(row.id for row in self._decoding.rows):
+from runner_server.mlx_backend.executor import MlxExecutor
+run = MlxExecutor.run
+def broken(self, item):
+    # Row 0 is the one of the warm-up.
+    if any(self._outside) or any(row.id for row in self._decoding.rows):
         {what}
-    return step(self)
-MlxBatch.step = broken
+    return run(self, item)
+MlxExecutor.run = broken
 import runner_server.app
 runner_server.app._DRAIN_SECONDS = 0.3
 from runner_server.__main__ import main

@@ -13,6 +13,7 @@ from runner_server.engine.backend import LoadedModel
 from runner_server.engine.types import Dtype, LoadSpec
 from runner_server.errors import RunnerFault
 from runner_server.mlx_backend import MlxBackend
+from tools.local_batch import LocalBatch
 from tools.memory.models import NotWrittenError, scaled, write_model
 from tools.models.generate import Row, generate_in_batch, generate_with_mlx_lm, mlx_lm_model
 from tools.models.likeness import TOLERANCE, difference
@@ -151,8 +152,8 @@ class Checker:
         cached = 0
         for prompt in prompts:
             some, other = Row(prompt), Row(prompt)
-            generate_in_batch(kept.new_batch(), [some])
-            generate_in_batch(plain.new_batch(), [other])
+            generate_in_batch(LocalBatch.of(kept), [some])
+            generate_in_batch(LocalBatch.of(plain), [other])
             cached += some.cached
             if wrong := difference(some.tokens, other.tokens, tolerance):
                 return f"{wrong} with {some.cached} tokens cached"
@@ -190,13 +191,13 @@ def _rows() -> list[Row]:
 def _compare_batch(model: LoadedModel, tolerance: float = TOLERANCE) -> str:
     """Compare four rows in a batch with each row alone."""
     if model.info.parallel == 1:
-        generate_in_batch(model.new_batch(), [Row(_prompt(_LONG))])
+        generate_in_batch(LocalBatch.of(model), [Row(_prompt(_LONG))])
         return ALONE
     rows = _rows()
-    generate_in_batch(model.new_batch(), rows)
+    generate_in_batch(LocalBatch.of(model), rows)
     for row in rows:
         own = Row(row.prompt)
-        generate_in_batch(model.new_batch(), [own])
+        generate_in_batch(LocalBatch.of(model), [own])
         if wrong := difference(row.tokens, own.tokens, tolerance):
             return f"row of {len(row.prompt)} tokens: {wrong}"
     return RIGHT
@@ -205,7 +206,7 @@ def _compare_batch(model: LoadedModel, tolerance: float = TOLERANCE) -> str:
 def _compare_with_mlx_lm(model: LoadedModel, reference: Any, tolerance: float) -> str:
     for length in (1, 3, 40, _LONG):
         row = Row(_prompt(length))
-        generate_in_batch(model.new_batch(), [row])
+        generate_in_batch(LocalBatch.of(model), [row])
         if wrong := difference(row.tokens, generate_with_mlx_lm(reference, row.prompt), tolerance):
             return f"prompt of {length} tokens: {wrong}"
     return RIGHT

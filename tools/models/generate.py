@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from runner_server.engine.backend import Batch
 from runner_server.engine.types import NotFinite, Prefill, Sampling, TokenLogprob
+from tools.local_batch import LocalBatch
 
 COUNT = 10
 """Number of tokens to generate."""
@@ -37,7 +37,7 @@ class Row:
     cached: int = 0
 
 
-def generate_in_batch(batch: Batch, rows: Sequence[Row]) -> None:
+def generate_in_batch(batch: LocalBatch, rows: Sequence[Row]) -> None:
     """Generate for ``rows`` in one batch that rows join and leave at different steps."""
     waiting, active, step = dict(enumerate(rows)), dict[int, Row](), 0
     while waiting or active:
@@ -50,7 +50,7 @@ def generate_in_batch(batch: Batch, rows: Sequence[Row]) -> None:
         step += 1
 
 
-def _step(batch: Batch, active: dict[int, Row]) -> list[int]:
+def _step(batch: LocalBatch, active: dict[int, Row]) -> list[int]:
     """Run one step and return the rows that have finished."""
     ended = []
     for event in batch.step():

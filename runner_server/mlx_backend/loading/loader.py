@@ -25,14 +25,15 @@ from runner_common.model_directory import (
 )
 from runner_common.units import format_bytes
 from runner_server.engine.admission import UNCHECKED, Admission
+from runner_server.engine.prefill_queue import PrefillLimits
 from runner_server.engine.prefix_cache import CacheUsage, PrefixCache
 from runner_server.engine.types import Dtype, LoadSpec, ModelInfo
 from runner_server.errors import InsufficientMemory, ModelUnsupported
 from runner_server.host.heap import trim_heap
 from runner_server.host.model_root import ModelRoot
-from runner_server.mlx_backend.batch import BatchBudget, MlxBatch, MlxPrefixCache
 from runner_server.mlx_backend.blas_threads import fit_threads
 from runner_server.mlx_backend.cache.row_caches import CachePieces
+from runner_server.mlx_backend.executor import BatchBudget, MlxExecutor, MlxPrefixCache
 from runner_server.mlx_backend.loading.batch_trial import try_together
 from runner_server.mlx_backend.loading.building import Built, before_weights, build, read_directory
 from runner_server.mlx_backend.loading.finding import find_model
@@ -41,6 +42,7 @@ from runner_server.mlx_backend.loading.trial import warm_up
 from runner_server.mlx_backend.loading.weight_files import WeightFiles
 from runner_server.mlx_backend.planning.plan import (
     PREFILL_CHUNK,
+    ROWS_TOGETHER,
     Plan,
     alone_warning,
     arrays,
@@ -101,9 +103,21 @@ class MlxModel:
         """Change the size limit of the prefix cache; see ``LoadedModel.limit_prefix_cache``."""
         self._prompts.limit(limit_bytes)
 
-    def new_batch(self) -> MlxBatch:
-        """Return an empty batch."""
-        return self._batch(self._prompts)
+    @property
+    def prefill_limits(self) -> PrefillLimits:
+        """See ``LoadedModel.prefill_limits``."""
+        chunk = PREFILL_CHUNK[device_kind()]
+        return PrefillLimits(
+            max_chunk=chunk,
+            max_tokens=ROWS_TOGETHER * chunk,
+            can_pad=self._pieces.can_pad,
+            needs_snapshot=self._pieces.needs_snapshot,
+            max_prompts=self._budget.max_prompts_together,
+        )
+
+    def new_executor(self) -> MlxExecutor:
+        """Return an executor without rows."""
+        return self._executor(self._prompts)
 
     def warm_up(self) -> None:
         """Generate a token, and set ``parallel`` to 1 if rows go wrong in a batch.
@@ -111,8 +125,8 @@ class MlxModel:
         This also compiles the kernels before the first user waits.
         """
         info = self.info
-        batch = self._batch(PrefixCache(self._pieces, 0))
-        warm_up(self._model, batch, info.vocab_size, info.dtype)
+        executor = self._executor(PrefixCache(self._pieces, 0))
+        warm_up(self._model, executor, info.vocab_size, info.dtype)
         if info.parallel == 1 or self._shard:
             return
         if why := try_together(self._model, self._pieces, info.vocab_size, info.parallel):
@@ -120,18 +134,23 @@ class MlxModel:
             logger.warning("%s: %s", info.path, warning)
             self.info = replace(info, parallel=1, warnings=(*info.warnings, warning))
 
-    def _batch(self, prompts: MlxPrefixCache) -> MlxBatch:
-        chunk = PREFILL_CHUNK[device_kind()]
-        model, vocab_size, shard = self._model, self.info.vocab_size, self._shard
-        if shard is None:
-            plan = self._plan
-            budget = BatchBudget(
-                self.info.kv_budget_bytes, plan.need.working_bytes, plan.kv_bytes, plan.chunk_bytes
-            )
-            return MlxBatch(model, vocab_size, chunk, self._pieces, prompts, budget=budget)
-        # Ranks only take the same steps if none of them considers its own free memory.
-        clock, agree = shard.partners.clock, shard.agree
-        return MlxBatch(model, vocab_size, chunk, self._pieces, prompts, clock, agree)
+    def _executor(self, prompts: MlxPrefixCache) -> MlxExecutor:
+        agree = self._shard.agree if self._shard else None
+        return MlxExecutor(
+            self._model,
+            self.info.vocab_size,
+            self._pieces,
+            prompts,
+            agree=agree,
+            budget=self._budget,
+        )
+
+    @property
+    def _budget(self) -> BatchBudget:
+        plan = self._plan
+        return BatchBudget(
+            self.info.kv_budget_bytes, plan.need.working_bytes, plan.kv_bytes, plan.chunk_bytes
+        )
 
 
 def load(

@@ -9,8 +9,9 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 
-from runner_server.engine.backend import Batch
-from runner_server.engine.types import NotFinite, Sampling, Token
+from runner_server.engine.backend import Executor
+from runner_server.engine.types import Sampling, Token
+from runner_server.engine.work import DecodeItem, PrefillItem, PromptChunk
 from runner_server.errors import GenerationFailed, ModelUnsupported, not_finite_advice
 from runner_server.mlx_backend.planning.plan import device_kind
 
@@ -19,12 +20,12 @@ logger = logging.getLogger(__name__)
 _PROMPT = (0, 0)
 
 
-def warm_up(model: Module, batch: Batch, vocab_size: int, dtype: str) -> None:
+def warm_up(model: Module, executor: Executor, vocab_size: int, dtype: str) -> None:
     """Generate a token, and compile the kernels before the first user waits.
 
     Args:
         model: The model, with weights read.
-        batch: An empty batch of the model; closed afterwards.
+        executor: An executor of the model without rows; closed afterwards.
         vocab_size: Number of token ids scored by the output layer.
         dtype: The dtype of the weights, for the message.
 
@@ -33,23 +34,23 @@ def warm_up(model: Module, batch: Batch, vocab_size: int, dtype: str) -> None:
         GenerationFailed: The model raises.
     """
     try:
-        has_answered = _gives_token(batch, Sampling(top_k=min(2, vocab_size)))
+        has_answered = _gives_token(executor, Sampling(top_k=min(2, vocab_size)))
     except Exception as error:
         logger.exception("warm-up failed")
         raise GenerationFailed(_advice(error)) from error
     finally:
-        batch.close()
+        executor.close()
     if not has_answered:
         raise _not_finite(model, dtype)
 
 
-def _gives_token(batch: Batch, sampling: Sampling) -> bool:
+def _gives_token(executor: Executor, sampling: Sampling) -> bool:
     """Generate one token. Return False if the logits are not finite."""
-    batch.add(0, _PROMPT, sampling)
-    while True:
-        for event in batch.step():
-            if isinstance(event, (Token, NotFinite)):
-                return isinstance(event, Token)
+    executor.add(0, _PROMPT, sampling)
+    chunk = PromptChunk(0, restored=0, count=len(_PROMPT) - 1, is_stored=False)
+    executor.run(PrefillItem((chunk,)))
+    (event,) = executor.run(DecodeItem(joining=(0,))).events
+    return isinstance(event, Token)
 
 
 def _not_finite(model: Module, dtype: str) -> ModelUnsupported:

@@ -1,0 +1,244 @@
+"""Execution of work items on mlx_lm's models and caches. Nothing is decided here."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import assert_never
+
+from mlx.nn.layers.base import Module
+
+from runner_common.contract import MAX_PARALLEL
+from runner_server.engine.prefix_cache import Match, PrefixCache
+from runner_server.engine.types import Sampling
+from runner_server.engine.work import DecodeItem, PrefillItem, PromptChunk, WorkItem, WorkReport
+from runner_server.mlx_backend.cache.row_caches import (
+    CachePieces,
+    Caches,
+    Segment,
+    StateSnapshot,
+    prefill,
+)
+from runner_server.mlx_backend.decode import Agree, DecodeBatch, Row
+from runner_server.mlx_backend.stream_errors import recover
+
+MlxPrefixCache = PrefixCache[Segment, StateSnapshot]
+
+
+@dataclass(frozen=True)
+class BatchBudget:
+    """Memory of a batch beside the weights.
+
+    Attributes:
+        budget_bytes: The most for the caches of all rows.
+        working_bytes: The most for the working memory of a chunk or a step.
+        row_bytes: Bytes of the caches of one row, by its tokens.
+        chunk_bytes: Bytes of working memory of a chunk, by its tokens and the tokens before.
+    """
+
+    budget_bytes: float = math.inf
+    working_bytes: float = math.inf
+    row_bytes: Callable[[int], int] = field(default=lambda _: 0)
+    chunk_bytes: Callable[[int, int], float] = field(default=lambda _tokens, _before: 0.0)
+
+    def max_prompts_together(self, length: int, before: int) -> int:
+        """Return the most prompts to prefill in one call.
+
+        Args:
+            length: Tokens to prefill of each.
+            before: Tokens of each that are prefilled already.
+        """
+        # The caches are copied into a batch, grow there, and are copied out again.
+        copies = 3 * self.row_bytes(before + length)
+        cost = self.chunk_bytes(length, before) + copies
+        return int(min(MAX_PARALLEL, self.working_bytes / max(cost, 1)))
+
+
+class MlxExecutor:
+    """Prefills prompts and decodes rows together, as the work items say.
+
+    Args:
+        model: The model, with its weights in memory.
+        vocab_size: Token ids that the output layer scores.
+        pieces: Segments and snapshots of the model's caches.
+        prefix_cache: Prefilled prompts; outlives the executor.
+        clock: A monotonic clock in seconds.
+        agree: See :class:`DecodeBatch`.
+        budget: The memory of the batch; None = unlimited.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        vocab_size: int,
+        pieces: CachePieces,
+        prefix_cache: MlxPrefixCache,
+        clock: Callable[[], float] = time.perf_counter,
+        agree: Agree | None = None,
+        budget: BatchBudget | None = None,
+    ) -> None:
+        self._model = model
+        self._pieces = pieces
+        self._prefix_cache = prefix_cache
+        self._budget = budget or BatchBudget()
+        self._clock = clock
+        # Rows with caches of their own: in prefill, prefilled, or preempted.
+        self._outside: dict[int, Row] = {}
+        self._decoding = DecodeBatch(model, vocab_size, agree)
+        self._is_single_rank = agree is None
+
+    def add(self, row: int, prompt_ids: Sequence[int], sampling: Sampling) -> None:
+        """Add a row; see ``Executor.add``."""
+        self._outside[row] = Row(
+            row, sampling, prompt_ids, prompt_ids[-1], caches=self._pieces.new()
+        )
+
+    def find_prefix(self, prompt_ids: Sequence[int]) -> Match:
+        """Look a prompt up in the prefix cache; see ``Executor.find_prefix``."""
+        return self._prefix_cache.match(prompt_ids)
+
+    def run(self, item: WorkItem) -> WorkReport:
+        """Run a work item; see ``Executor.run``."""
+        try:
+            match item:
+                case PrefillItem(chunks):
+                    return self._prefill(chunks)
+                case DecodeItem(joining, expected):
+                    return self._decode(joining, expected)
+                case _:
+                    assert_never(item)
+        except Exception:
+            # With several ranks, MLX might wait for ranks that do not make the step.
+            if self._is_single_rank:
+                recover()
+            raise
+
+    def preempt(self, row: int) -> None:
+        """Take a row out of the batch with its caches; see ``Executor.preempt``."""
+        (leaving,) = (each for each in self._decoding.rows if each.id == row)
+        self._decoding.settle(leaving)
+        self._decoding.leave_with_caches(leaving)
+        self._outside[row] = leaving
+        self._compact_to_fit(0)
+
+    def remove(self, rows: Collection[int]) -> None:
+        """Remove rows and cache their prefixes; see ``Executor.remove``."""
+        decoded = [row for row in self._decoding.rows if row.id in rows]
+        for row in decoded if self._prefix_cache.is_enabled else ():
+            # Reading the caches waits for the step under way anyway.
+            self._decoding.settle(row)
+            self._cache_prefix(row, self._decoding.caches_of(row))
+        self._decoding.leave(decoded)
+        for row in [self._outside.pop(id_) for id_ in rows if id_ in self._outside]:
+            self._cache_prefix(row, row.caches)
+
+    def close(self) -> None:
+        """Free everything; see ``Executor.close``."""
+        self._outside.clear()
+        self._decoding.leave(self._decoding.rows)
+
+    # -- decode ------------------------------------------------------------------
+
+    def _decode(self, joining: Sequence[int], expected: int) -> WorkReport:
+        rows = [self._outside.pop(id_) for id_ in joining]
+        self._decoding.join(rows, expected=self._affordable(rows, expected))
+        began = self._clock()
+        events = self._decoding.step()
+        return WorkReport(self._clock() - began, events=tuple(events))
+
+    def _affordable(self, joining: Sequence[Row], expected: int) -> int:
+        """Return for how many expected rows the memory suffices, at the length of the longest."""
+        rows = [*self._decoding.rows, *joining]
+        one = self._budget.row_bytes(1 + max((len(row.tokens) for row in rows), default=0))
+        left = self._budget.budget_bytes - self._outside_bytes() - one * len(rows)
+        return expected if left >= expected * one else max(0, int(left / one))
+
+    # -- prefill -----------------------------------------------------------------
+
+    def _prefill(self, chunks: Sequence[PromptChunk]) -> WorkReport:
+        waited = self._finish_decoding()
+        for chunk in chunks:
+            if chunk.restored:
+                self._restore(self._outside[chunk.row], chunk.restored)
+        if not any(chunk.count for chunk in chunks):
+            return WorkReport(0.0, waited)
+        rows = [self._outside[chunk.row] for chunk in chunks]
+        ids = [
+            list(row.prompt_ids[len(row.tokens) : len(row.tokens) + chunk.count])
+            for row, chunk in zip(rows, chunks, strict=True)
+        ]
+        longest = len(rows[0].tokens) + max(map(len, ids))
+        self._compact_to_fit(len(rows) * self._budget.row_bytes(longest))
+        began = self._clock()
+        caches = prefill(self._model, [row.caches for row in rows], ids)
+        seconds = self._clock() - began
+        for row, chunk, tokens, own in zip(rows, chunks, ids, caches, strict=True):
+            row.caches = own
+            row.tokens += tokens
+            if chunk.is_stored:
+                self._cache_prefix(row, row.caches)
+        return WorkReport(seconds, waited)
+
+    def _finish_decoding(self) -> float:
+        """Wait for the decode step under way, which prefill would wait for anyway.
+
+        Returns:
+            The seconds waited, which count as decoding and not as prefill.
+        """
+        if not self._decoding.rows:
+            return 0.0
+        began = self._clock()
+        self._decoding.finish()
+        return self._clock() - began
+
+    def _restore(self, row: Row, count: int) -> None:
+        """Give a row the caches of a prefix in the prefix cache.
+
+        Raises:
+            RuntimeError: The prefix cache holds another length than the item says.
+        """
+        found, segments, snapshot = self._prefix_cache.lookup(row.prompt_ids[:-1])
+        if found != count:
+            raise RuntimeError(f"{found} tokens of a prompt are cached, and not {count}")
+        row.caches = self._pieces.restore(segments, snapshot or [])
+        row.tokens = list(row.prompt_ids[:count])
+
+    # -- memory ------------------------------------------------------------------
+
+    def _outside_bytes(self) -> int:
+        """Return the bytes of caches outside the decode batch."""
+        return sum(self._budget.row_bytes(len(row.tokens)) for row in self._outside.values())
+
+    def _compact_to_fit(self, more_bytes: int) -> None:
+        """Compact the decode batch if ``more_bytes`` would exceed the budget."""
+        held = self._decoding.nbytes + self._outside_bytes() + more_bytes
+        if held > self._budget.budget_bytes and self._decoding.rows:
+            self._decoding.compact()
+
+    def _cache_prefix(self, row: Row, caches: Caches) -> None:
+        """Insert the tokens and caches of a row into the prefix cache."""
+        if not (self._prefix_cache.is_enabled and row.tokens):
+            return
+        if not row.is_finite:
+            # Each rank sees a part of the values, and all must keep the same prompts.
+            is_sound = self._pieces.is_finite if self._is_single_rank else _never
+            self._prefix_cache.forget(row.tokens, is_sound)
+            return
+        snapshot = None
+        if self._pieces.needs_snapshot:
+
+            def snapshot() -> StateSnapshot:
+                return self._pieces.snapshot(caches)
+
+        self._prefix_cache.insert(
+            row.tokens,
+            lambda start, end: self._pieces.segment(caches, start, end),
+            snapshot,
+            token_bytes=self._pieces.token_bytes(caches),
+        )
+
+
+def _never(_segment: Segment, _snapshot: StateSnapshot | None) -> bool:
+    return False
