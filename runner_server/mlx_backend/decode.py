@@ -26,13 +26,13 @@ from runner_server.mlx_backend.cache.row_caches import (
     merge,
     view,
 )
-from runner_server.mlx_backend.sampling.penalties import Penalties
-from runner_server.mlx_backend.sampling.sampler import (
-    Sampler,
+from runner_server.mlx_backend.sampling.logprobs import (
     TokenLogprobs,
     are_finite,
     token_logprobs,
 )
+from runner_server.mlx_backend.sampling.penalties import Penalties
+from runner_server.mlx_backend.sampling.sampler import Sampler
 
 _STATE_STEPS = 64
 """Number of steps after which the state of all caches is evaluated. Where nothing reads a layer's

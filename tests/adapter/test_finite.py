@@ -21,7 +21,7 @@ from tools.local_batch import LocalBatch
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
-from runner_server.mlx_backend.sampling.sampler import are_finite  # noqa: E402
+from runner_server.mlx_backend.sampling.logprobs import are_finite  # noqa: E402
 
 Build = Callable[..., Path]
 Load = Callable[..., LoadedModel]

@@ -15,12 +15,10 @@ from runner_server.engine.types import Sampling
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
-from runner_server.mlx_backend.sampling.sampler import (  # noqa: E402
-    Sampler,
-    largest,
-    negative_gumbel,
-    token_logprobs,
-)
+from runner_server.mlx_backend.sampling.logprobs import token_logprobs  # noqa: E402
+from runner_server.mlx_backend.sampling.noise import negative_gumbel  # noqa: E402
+from runner_server.mlx_backend.sampling.sampler import Sampler  # noqa: E402
+from runner_server.mlx_backend.sampling.selection import largest  # noqa: E402
 
 VOCAB = 50
 LARGE = 151_936

@@ -20,8 +20,9 @@ from runner_server.engine.types import Sampling
 from runner_server.errors import ModelUnsupported
 from runner_server.mlx_backend.cache.row_caches import Caches, merge, side_by_side
 from runner_server.mlx_backend.planning.graph_memory import transient_bytes
+from runner_server.mlx_backend.sampling.logprobs import token_logprobs
 from runner_server.mlx_backend.sampling.penalties import Penalties
-from runner_server.mlx_backend.sampling.sampler import Sampler, token_logprobs
+from runner_server.mlx_backend.sampling.sampler import Sampler
 from runner_server.mlx_backend.upstream.names import KVCache, RotatingKVCache, make_prompt_cache
 
 logger = logging.getLogger(__name__)

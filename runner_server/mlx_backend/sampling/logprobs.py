@@ -1,0 +1,70 @@
+"""Log probabilities of drawn tokens, and the check that logits are finite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from runner_server.mlx_backend.sampling.selection import largest
+
+
+def are_finite(logits: mx.array, drawn: mx.array) -> mx.array:
+    """Return whether each row's logits are finite; -inf is allowed for masked tokens.
+
+    A sum is NaN or infinite if any term is, on every device, and takes half the work of a search
+    for the maximum (1.3 ms for 16 x 151,936 on a CPU; 3.1 for ``max``, 33 for ``logsumexp``). A row
+    that draws a masked token has no other: its logits are all -inf.
+
+    Args:
+        logits: Shape ``(rows, vocabulary)``.
+        drawn: The token of each row; any number if the logits are not finite.
+
+    Returns:
+        Booleans, shape ``(rows,)``.
+    """
+    if logits.dtype == mx.float16:
+        # A sum can overflow float16 even though no term does.
+        logits = logits.astype(mx.float32)
+    bounded = mx.sum(logits, axis=-1) < mx.inf
+    chosen = mx.take_along_axis(logits, mx.where(bounded, drawn, 0)[:, None], axis=-1)[:, 0]
+    return bounded & (chosen > -mx.inf)
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log probabilities of the drawn tokens of some rows. The arrays may be unevaluated.
+
+    Attributes:
+        chosen: Log probability of the drawn token, shape ``(rows,)``.
+        ids: The most likely ids, most likely first, shape ``(rows, n)``.
+        values: Log probabilities of ``ids``, shape ``(rows, n)``.
+    """
+
+    chosen: mx.array
+    ids: mx.array
+    values: mx.array
+
+
+def token_logprobs(logits: mx.array, tokens: mx.array, top: int) -> TokenLogprobs:
+    """Return the log probabilities of drawn tokens and of the ``top`` most likely ones.
+
+    Args:
+        logits: The model's logits, shape ``(rows, vocabulary)``.
+        tokens: The drawn tokens, shape ``(rows,)``.
+        top: Number of alternatives; 0 for none.
+    """
+    logits = logits.astype(mx.float32)
+    total = mx.logsumexp(logits, axis=-1, keepdims=True)
+    chosen = mx.take_along_axis(logits, tokens[:, None].astype(mx.int32), axis=-1) - total
+    if not top:
+        nothing = mx.zeros((logits.shape[0], 0))
+        return TokenLogprobs(mx.minimum(chosen[:, 0], 0.0), nothing.astype(mx.int32), nothing)
+    ids, values = largest(logits, top)
+    order = mx.argsort(-values, axis=-1)
+    values = mx.take_along_axis(values, order, axis=-1) - total
+    return TokenLogprobs(
+        mx.minimum(chosen[:, 0], 0.0),
+        mx.take_along_axis(ids, order, axis=-1),
+        mx.minimum(values, 0.0),
+    )
