@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 from runner_server import __version__
 from runner_server.app import EXIT_CANNOT_START, EXIT_ENGINE_DEAD, serve
 from runner_server.config import ServerConfig
-from runner_server.distributed.follower import Follower, FollowerPartners, Inbox
+from runner_server.distributed.follower import Follower, FollowerPartners, LeaderChannel
 from runner_server.distributed.hub import Hub
 from runner_server.distributed.leader import LeaderBackend, LeaderPartners
 from runner_server.distributed.link import Link
+from runner_server.distributed.messages import AskStop, Hello
 from runner_server.host.machine_admission import MachineAdmission
 from runner_server.host.model_root import ModelRoot
 from runner_server.mlx_backend import MlxBackend
@@ -113,16 +114,15 @@ def _follow_to_end(config: ServerConfig, group: Group, link: Link, secret: str) 
     """Follow rank 0 to the end; return the exit code."""
     from runner_server.mlx_backend.sharding import Shard  # noqa: PLC0415 - imports MLX
 
-    inbox = Inbox(link, lambda: os._exit(EXIT_ENGINE_DEAD))
-    partners = FollowerPartners(link, inbox)
-    shard = Shard(group, partners, by_layers=config.pipeline)
+    channel = LeaderChannel(link, lambda: os._exit(EXIT_ENGINE_DEAD))
+    shard = Shard(group, FollowerPartners(channel), by_layers=config.pipeline)
     backend = MlxBackend(_root(config), shard, MachineAdmission())
     try:
         device = backend.open()
-        here = (socket.gethostname(), os.getpid(), device)
-        link.send("hello", secret, group.rank, *here, _traits())
-        inbox.start()
-        Follower(backend, link, inbox, partners).run()
+        host, pid = socket.gethostname(), os.getpid()
+        link.send(Hello(secret, group.rank, host, pid, device, tuple(_traits())))
+        channel.start()
+        Follower(backend, channel).run()
     except Exception:
         logger.critical("rank %d cannot continue, so all ranks exit", group.rank, exc_info=True)
         return EXIT_ENGINE_DEAD
@@ -136,7 +136,7 @@ def _ask_rank_0_on_signals(link: Link) -> None:
     def ask() -> None:
         # If rank 0 has died, this process is ending anyway.
         with suppress(OSError):
-            link.send("stop")
+            link.send(AskStop())
 
     def on_signal(number: int, _frame: object) -> None:
         if seen:

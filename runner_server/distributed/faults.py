@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from runner_server.distributed.messages import LoadFailed
 from runner_server.errors import (
     GenerationFailed,
     InsufficientMemory,
@@ -16,20 +17,20 @@ _KINDS = {
 }
 
 
-def fault_values(error: Exception) -> tuple[str, str, dict[str, str]]:
-    """Return the class name, message and metadata to send for an exception."""
+def failure_of(error: Exception) -> LoadFailed:
+    """Return the message that reports an exception."""
     if isinstance(error, RunnerFault):
-        return type(error).__name__, str(error), error.metadata
-    return GenerationFailed.__name__, f"loading raised {type(error).__name__}: {error}", {}
+        return LoadFailed(type(error).__name__, str(error), error.metadata)
+    text = f"loading raised {type(error).__name__}: {error}"
+    return LoadFailed(GenerationFailed.__name__, text, {})
 
 
-def fault_of(where: str, kind: str, text: str, metadata: dict[str, str]) -> RunnerFault:
-    """Rebuild a fault from the values sent by another rank.
+def fault_of(where: str, failure: LoadFailed) -> RunnerFault:
+    """Rebuild the fault of another rank.
 
     Args:
         where: Name of the rank that failed.
-        kind: Class name of the fault; an unknown one becomes :class:`GenerationFailed`.
-        text: The fault's message.
-        metadata: The fault's numbers.
+        failure: The message; a fault of an unknown class becomes :class:`GenerationFailed`.
     """
-    return _KINDS.get(kind, GenerationFailed)(f"{where}: {text}", **metadata)
+    kind = _KINDS.get(failure.kind, GenerationFailed)
+    return kind(f"{where}: {failure.text}", **failure.metadata)

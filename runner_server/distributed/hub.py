@@ -12,9 +12,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from runner_server.distributed.link import BEAT_SECONDS, SILENCE_SECONDS, Link, encode
+from runner_server.distributed.link import BEAT_SECONDS, SILENCE_SECONDS, Link
+from runner_server.distributed.messages import (
+    AskStop,
+    Beat,
+    Close,
+    FromLeader,
+    Hello,
+    LoadFailed,
+    LoadRead,
+    Memory,
+    Message,
+    encode,
+)
 from runner_server.engine.backend import BackendLost
-from runner_server.engine.types import MemoryCounters, Rank
+from runner_server.engine.types import Rank
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +41,7 @@ _LOST_SECONDS = 2.0
 class _Follower:
     link: Link
     rank: Rank
-    answers: queue.SimpleQueue[list[Any]] = field(default_factory=queue.SimpleQueue)
+    answers: queue.SimpleQueue[LoadRead | LoadFailed] = field(default_factory=queue.SimpleQueue)
 
 
 class Hub:
@@ -93,18 +105,24 @@ class Hub:
     def _admit(self, connection: socket.socket, traits: list[str]) -> None:
         link = Link(connection, _HELLO_SECONDS)
         try:
-            _, secret, rank, host, pid, device, theirs = link.receive()
+            hello = link.receive()
         except (OSError, ValueError):
             link.close()
             return
-        if not secrets.compare_digest(str(secret), self._secret):
+        if not (isinstance(hello, Hello) and self._knows(hello.secret)):
             link.close()
             return
-        if theirs != traits:
+        if (theirs := list(hello.traits)) != traits:
             link.close()
-            raise ValueError(f"rank {rank} on {host} has {theirs} and rank 0 has {traits}")
+            raise ValueError(
+                f"rank {hello.rank} on {hello.host} has {theirs} and rank 0 has {traits}"
+            )
         link.allow_silence(SILENCE_SECONDS)
-        self._followers.append(_Follower(link, Rank(rank, host, pid, device)))
+        rank = Rank(hello.rank, hello.host, hello.pid, hello.device)
+        self._followers.append(_Follower(link, rank))
+
+    def _knows(self, secret: object) -> bool:
+        return secrets.compare_digest(str(secret).encode(), self._secret.encode())
 
     def watch(self, on_lost: Callable[[str], object], on_stop: Callable[[], object]) -> None:
         """Set the callbacks for a lost rank and for a rank asked to stop.
@@ -123,13 +141,13 @@ class Hub:
         """The other ranks, with the memory last reported by each."""
         return [follower.rank for follower in self._followers]
 
-    def tell(self, *message: object) -> None:
+    def tell(self, message: FromLeader) -> None:
         """Send a message to every other rank.
 
         Raises:
             BackendLost: A rank is lost.
         """
-        line = encode(*message)
+        line = encode(message)
         for follower in self._followers:
             try:
                 follower.link.send_line(line)
@@ -138,8 +156,12 @@ class Hub:
         if self._lost.is_set():
             raise BackendLost(self._lost_text)
 
-    def answer(self, index: int, timeout_seconds: float) -> list[Any] | None:
-        """Return the next answer of the follower at an index of :attr:`others`; None on timeout.
+    def answer(self, index: int, timeout_seconds: float) -> LoadRead | LoadFailed | None:
+        """Return a follower's answer to a load; None on timeout.
+
+        Args:
+            index: The follower's index in :attr:`others`.
+            timeout_seconds: Longest wait.
 
         Raises:
             BackendLost: A rank is lost.
@@ -168,22 +190,28 @@ class Hub:
             return
         self._is_closing = True
         try:
-            self.tell("close")
+            self.tell(Close())
         except BackendLost:
             logger.warning("%s, during the shutdown", self._lost_text)
         self._close_links()
 
     def _listen(self, follower: _Follower) -> None:
         try:
-            for kind, *values in follower.link.messages():
-                if kind == "beat":
-                    follower.rank = _with_memory(follower.rank, *values)
-                elif kind == "stop":
-                    self._ask_stop(follower.rank)
-                else:
-                    follower.answers.put([kind, *values])
+            for message in follower.link.messages():
+                self._handle(follower, message)
         except (OSError, ValueError) as error:
             self._lose(follower, error)
+
+    def _handle(self, follower: _Follower, message: Message) -> None:
+        match message:
+            case Memory():
+                follower.rank = _with_memory(follower.rank, message)
+            case AskStop():
+                self._ask_stop(follower.rank)
+            case LoadRead() | LoadFailed():
+                follower.answers.put(message)
+            case _:
+                raise ValueError(f"a follower does not send {message}")
 
     def _ask_stop(self, rank: Rank) -> None:
         logger.info("stopping, because rank %d on %s was asked to stop", rank.rank, rank.host)
@@ -216,12 +244,15 @@ class Hub:
         while not (self._is_closing or self._lost.wait(BEAT_SECONDS)):
             for follower in self._followers:
                 try:
-                    follower.link.send("beat")
+                    follower.link.send(Beat())
                 except OSError as error:
                     self._lose(follower, error)
 
 
-def _with_memory(rank: Rank, counters: dict[str, int], process: int, limit: int) -> Rank:
+def _with_memory(rank: Rank, message: Memory) -> Rank:
     return replace(
-        rank, memory=MemoryCounters(**counters), process_bytes=process, limit_bytes=limit
+        rank,
+        memory=message.counters,
+        process_bytes=message.process_bytes,
+        limit_bytes=message.limit_bytes,
     )

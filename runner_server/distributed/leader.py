@@ -5,17 +5,15 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from typing import Any
 
+from runner_server.distributed import messages as msg
 from runner_server.distributed.faults import fault_of
 from runner_server.distributed.hub import Hub
-from runner_server.distributed.work_values import item_values
 from runner_server.engine.backend import Backend, BackendLost, Codec, Executor, LoadedModel
 from runner_server.engine.prefill_queue import PrefillLimits
 from runner_server.engine.prefix_cache import Match
 from runner_server.engine.types import LoadSpec, MemoryCounters, ModelInfo, Sampling
-from runner_server.engine.work import WorkItem, WorkReport
+from runner_server.engine.work import PrefillItem, WorkItem, WorkReport
 from runner_server.errors import RunnerFault
 
 _POLL_SECONDS = 0.1
@@ -49,7 +47,7 @@ class LeaderPartners:
         """Start the load on the other ranks."""
         self._expected = set(range(len(self._hub.others)))
         self._phase = _Phase.READING
-        self._hub.tell("load", asdict(spec) | {"dtype": spec.dtype.value})
+        self._hub.tell(msg.StartLoad(spec))
 
     def finish_load(self, report: Callable[[int], None], kv_share: float) -> float:
         """Wait for every rank to read its part; see ``Partners.finish_load``.
@@ -64,15 +62,14 @@ class LeaderPartners:
             if answer := self._answer(index):
                 shares.append(self._share(index, answer))
         self._phase = _Phase.TOGETHER
-        self._hub.tell("go")
+        self._hub.tell(msg.FinishLoad())
         return min(shares)
 
-    def _share(self, index: int, answer: list[Any]) -> float:
-        kind, *values = answer
-        if kind == "loaded":
-            return float(values[0])
+    def _share(self, index: int, answer: msg.LoadRead | msg.LoadFailed) -> float:
+        if isinstance(answer, msg.LoadRead):
+            return answer.kv_share
         rank = self._hub.others[index]
-        raise fault_of(f"rank {rank.rank} on {rank.host}", *values)
+        raise fault_of(f"rank {rank.rank} on {rank.host}", answer)
 
     def end_step(self) -> None:
         """Record the end of an operation shared by every rank."""
@@ -88,12 +85,12 @@ class LeaderPartners:
         phase, self._phase = self._phase, _Phase.ALONE
         if phase is not _Phase.READING:
             return phase is _Phase.ALONE
-        self._hub.tell("abort")
+        self._hub.tell(msg.AbortLoad())
         while self._expected:
             self._answer(min(self._expected))
         return True
 
-    def _answer(self, index: int) -> list[Any] | None:
+    def _answer(self, index: int) -> msg.LoadRead | msg.LoadFailed | None:
         """Return a follower's answer to the load, exactly one per load; None if not there yet."""
         answer = self._hub.answer(index, _POLL_SECONDS)
         if answer:
@@ -152,12 +149,12 @@ class LeaderBackend:
 
     def release(self, *, for_next: bool = False) -> None:
         """Free the memory of a model on every rank."""
-        self._hub.tell("release", for_next)
+        self._hub.tell(msg.Release(for_next))
         self._backend.release(for_next=for_next)
 
     def trim(self) -> None:
         """Return freed memory to the system on every rank."""
-        self._hub.tell("trim")
+        self._hub.tell(msg.Trim())
         self._backend.trim()
 
     def close(self) -> None:
@@ -195,7 +192,7 @@ class LeaderModel:
 
     def limit_prefix_cache(self, limit_bytes: int) -> None:
         """Limit the prefix cache of every rank; see ``LoadedModel.limit_prefix_cache``."""
-        self._hub.tell("limit_prefix_cache", limit_bytes)
+        self._hub.tell(msg.LimitPrefixCache(limit_bytes))
         self._model.limit_prefix_cache(limit_bytes)
 
     @property
@@ -205,7 +202,7 @@ class LeaderModel:
 
     def new_executor(self) -> LeaderExecutor:
         """Return an executor without rows on every rank."""
-        self._hub.tell("new_executor")
+        self._hub.tell(msg.NewExecutor())
         return LeaderExecutor(self._model.new_executor(), self._hub)
 
 
@@ -226,7 +223,7 @@ class LeaderExecutor:
 
     def add(self, row: int, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         """See ``Executor.add``."""
-        with self._sent_to_followers("add", row, list(prompt_ids), asdict(sampling)):
+        with self._sent_to_followers(msg.AddRow(row, tuple(prompt_ids), sampling)):
             self._executor.add(row, prompt_ids, sampling)
 
     def find_prefix(self, prompt_ids: Sequence[int]) -> Match:
@@ -235,30 +232,36 @@ class LeaderExecutor:
 
     def run(self, item: WorkItem) -> WorkReport:
         """Run a work item on every rank; see ``Executor.run``."""
-        with self._sent_to_followers("run", item_values(item)):
+        with self._sent_to_followers(_message_of(item)):
             return self._executor.run(item)
 
     def preempt(self, row: int) -> None:
         """See ``Executor.preempt``."""
-        with self._sent_to_followers("preempt", row):
+        with self._sent_to_followers(msg.PreemptRow(row)):
             self._executor.preempt(row)
 
     def remove(self, rows: Collection[int]) -> None:
         """See ``Executor.remove``."""
-        with self._sent_to_followers("remove", list(rows)):
+        with self._sent_to_followers(msg.RemoveRows(tuple(rows))):
             self._executor.remove(rows)
 
     def close(self) -> None:
         """See ``Executor.close``."""
-        with self._sent_to_followers("close_executor"):
+        with self._sent_to_followers(msg.CloseExecutor()):
             self._executor.close()
 
     @contextmanager
-    def _sent_to_followers(self, *message: object) -> Iterator[None]:
-        self._hub.tell(*message)
+    def _sent_to_followers(self, message: msg.FromLeader) -> Iterator[None]:
+        self._hub.tell(message)
         try:
             yield
         except BackendLost:
             raise
         except Exception as error:
             raise self._hub.lost(error) from error
+
+
+def _message_of(item: WorkItem) -> msg.FromLeader:
+    if isinstance(item, PrefillItem):
+        return msg.RunPrefill(item.chunks)
+    return msg.RunDecode(item.joining, item.expected)

@@ -1,12 +1,12 @@
-"""Connection between two ranks: lines of JSON, each a list starting with the message kind."""
+"""Connection between two ranks, which sends and receives messages as lines."""
 
 from __future__ import annotations
 
-import json
 import socket
 import threading
 from collections.abc import Iterator
-from typing import Any
+
+from runner_server.distributed.messages import Message, decode, encode
 
 BEAT_SECONDS = 1.0
 """Interval between heartbeats in each direction."""
@@ -36,32 +36,29 @@ class Link:
         self._received = bytearray()
         self._lock = threading.Lock()
 
-    def send(self, *message: object) -> None:
+    def send(self, message: Message) -> None:
         """Send a message.
 
         Raises:
             OSError: The other side is lost or no longer reads.
         """
-        self.send_line(encode(*message))
+        self.send_line(encode(message))
 
     def send_line(self, line: bytes) -> None:
-        """Send a line made by :func:`encode`; raise like :meth:`send`."""
+        """Send an encoded message; raise like :meth:`send`."""
         with self._lock:
             self._socket.sendall(line)
 
-    def receive(self) -> list[Any]:
+    def receive(self) -> Message:
         """Wait for the next message.
 
         Raises:
             OSError: The other side is lost, or has been silent for too long.
             ValueError: The line is not a message.
         """
-        message = json.loads(self._line())
-        if not (isinstance(message, list) and message):
-            raise ValueError(f"not a message: {str(message)[:80]}")
-        return message
+        return decode(self._line())
 
-    def messages(self) -> Iterator[list[Any]]:
+    def messages(self) -> Iterator[Message]:
         """Yield messages until :meth:`receive` raises."""
         while True:
             yield self.receive()
@@ -93,8 +90,3 @@ class Link:
             return
         finally:
             self._socket.close()
-
-
-def encode(*message: object) -> bytes:
-    """Encode a message for a link."""
-    return json.dumps(message, separators=(",", ":")).encode() + b"\n"

@@ -129,6 +129,15 @@ class WakeupCoalescer:
 
     :meth:`publish` belongs to the engine's thread, the rest to the event loop.
 
+    For example, with 8 streams and steps of 5 ms, the last wakeup at 0 ms:
+
+    1. At 5 ms the first step publishes 8 channels, and one call on the event loop sets a timer for
+       20 ms.
+    2. The steps at 10 and 15 ms add to the same pending channels and call nothing.
+    3. At 12 ms a ninth stream publishes its first delta as urgent: one more call wakes that reader
+       at once, and leaves the timer.
+    4. At 20 ms the timer wakes the 8 readers. Each takes one delta with the tokens of 3 steps.
+
     Args:
         loop: The event loop of the readers.
     """

@@ -3,6 +3,15 @@
 Between two decode steps prompts get a slice of time. Half of it belongs to the prompt with the
 fewest remaining tokens, so that a short prompt does not wait for a long one, and half to the
 prompt that arrived first, so that a long prompt is not postponed indefinitely.
+
+For example, on a machine that prefills 2,000 tokens a second, with streams whose decode step takes
+5 ms, prompt 0 of 4,000 tokens and prompt 1 of 40 tokens arrive:
+
+1. A slice of 30 ms is about 60 tokens. Prompt 1 is the shortest: its 40 tokens run, and prompt 0
+   is 20 ms behind.
+2. 10 ms are left, which fit fewer than 32 tokens, so the slice is over and a decode step runs.
+3. Prompt 0 has the next slices of 48 tokens each. If more short prompts arrive, they and prompt 0
+   take turns, because it is never more than a slice behind them.
 """
 
 from __future__ import annotations

@@ -25,6 +25,11 @@ class StreamDecoder:
     decoded again with each new one, because a byte-level token may hold a part of a character and
     some decoders treat the first token of a text differently.
 
+    For example, if token 2 is the byte C3 and token 3 the byte A9, which make ``é`` together:
+    ``push(1)`` returns ``"caf"``; ``push(2)`` returns ``""``, because ``decode([1, 2])`` ends with
+    U+FFFD, which may still become a character; ``push(3)`` returns ``"é"``. If the text ended after
+    token 2, ``flush()`` would return the U+FFFD.
+
     A decoder with byte fallback (Llama 2, Gemma) decodes a run of bytes as a unit: while its last
     character is incomplete, or one of its bytes is invalid, the whole run becomes replacement
     characters. Text already returned then stays, and the rest waits for the end of the run.
@@ -142,7 +147,10 @@ def _pending(text: str) -> int:
 class StopMatcher:
     """Finds the first stop string in a stream of text.
 
-    Matching is on text, so the model's split of a stop string into tokens does not matter.
+    Matching is on text, so the model's split of a stop string into tokens does not matter. For
+    example, with the stop string ``"END"``: ``feed("the E")`` shows ``"the "`` and holds ``"E"``
+    back; then ``feed("nd")`` shows ``"End"``, while ``feed("ND of")`` shows nothing and returns the
+    stop string.
 
     Args:
         stops: Strings that end the text; not empty.

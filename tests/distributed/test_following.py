@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from runner_server.distributed import hub as hub_module
-from runner_server.distributed.follower import Follower, FollowerPartners, Inbox
+from runner_server.distributed.follower import Follower, FollowerPartners, LeaderChannel
 from runner_server.distributed.hub import Hub
 from runner_server.distributed.leader import LeaderBackend, LeaderPartners
 from runner_server.distributed.link import Link
+from runner_server.distributed.messages import AskStop, Hello, LoadRead, Memory, Trim, encode
 from runner_server.engine.backend import BackendLost
-from runner_server.engine.types import Dtype, LoadSpec, Sampling, Token
+from runner_server.engine.types import Dtype, LoadSpec, MemoryCounters, Sampling, Token
 from runner_server.errors import InsufficientMemory, ModelNotFound, ShuttingDown
 from support.fakes import DEADLINE_SECONDS, FakeBackend, FakeModel
 from tools.local_batch import LocalBatch
@@ -68,7 +69,7 @@ def connected(hub: Hub, traits: list[str] = TRAITS, rank: int = 1) -> Link:
     """Connect as a follower, send the hello and return the link."""
     host, port, secret = hub.address
     link = Link(socket.create_connection((host, port), timeout=DEADLINE_SECONDS))
-    link.send("hello", secret, rank, "there", 4711, "cpu: fake", traits)
+    link.send(Hello(secret, rank, "there", 4711, "cpu: fake", tuple(traits)))
     return link
 
 
@@ -82,10 +83,9 @@ def pair() -> Iterator[Pair]:
     first = SplitBackend(leader_partners, 3.0)
     ended: queue.SimpleQueue[object] = queue.SimpleQueue()
     lost = threading.Event()
-    inbox = Inbox(link, lost.set)
-    partners = FollowerPartners(link, inbox)
-    second = SplitBackend(partners, 2.5)
-    follower = Follower(second, link, inbox, partners)
+    channel = LeaderChannel(link, lost.set)
+    second = SplitBackend(FollowerPartners(channel), 2.5)
+    follower = Follower(second, channel)
 
     def follow() -> None:
         try:
@@ -95,7 +95,7 @@ def pair() -> Iterator[Pair]:
             ended.put(error)
 
     thread = threading.Thread(target=follow, daemon=True)
-    inbox.start()
+    channel.start()
     thread.start()
     leader = LeaderBackend(first, hub, leader_partners)
     yield Pair(hub, leader, first, second, link, thread, ended, lost)
@@ -210,7 +210,7 @@ def test_rank_0_reports_a_lost_follower(pair: Pair) -> None:
     text = lost.get(timeout=DEADLINE_SECONDS)
     assert "rank 1 (process 4711 on there) is lost" in text
     with pytest.raises(BackendLost, match="rank 1"):
-        pair.hub.tell("step")
+        pair.hub.tell(Trim())
     again: list[str] = []
     pair.hub.watch(again.append, lambda: None)
     assert again == [text]
@@ -230,15 +230,15 @@ def test_a_silent_follower_counts_as_lost(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_follower_can_request_a_stop(pair: Pair) -> None:
     asked = threading.Event()
     pair.hub.watch(lambda _why: None, asked.set)
-    pair.link.send("stop")
+    pair.link.send(AskStop())
     assert asked.wait(DEADLINE_SECONDS)
 
 
 def test_rank_0_knows_each_follower(pair: Pair) -> None:
     pair.leader.load(LoadSpec("m"), ignore)
-    pair.link.send("beat", {"active_bytes": 5, "prefix_cache_bytes": 2}, 77, 99)
-    pair.link.send("mark")
-    assert pair.hub.answer(0, DEADLINE_SECONDS) == ["mark"]
+    pair.link.send(Memory(MemoryCounters(5, prefix_cache_bytes=2), 77, 99))
+    pair.link.send(LoadRead(1.5))
+    assert pair.hub.answer(0, DEADLINE_SECONDS) == LoadRead(1.5)
     (other,) = pair.hub.others
     assert (other.rank, other.host, other.pid, other.device) == (1, "there", 4711, "cpu: fake")
 
@@ -248,7 +248,7 @@ def test_a_connection_without_the_secret_is_rejected(monkeypatch: pytest.MonkeyP
     hub = Hub("127.0.0.1", 2)
     host, port, _ = hub.address
     with socket.create_connection((host, port)) as stranger, socket.create_connection((host, port)):
-        stranger.sendall(b'["hello","guess",1,"there",1,"cpu",[]]\n')
+        stranger.sendall(encode(Hello("guess", 1, "there", 1, "cpu", ())))
         link = connected(hub)
         hub.gather(TRAITS, DEADLINE_SECONDS)
         assert [rank.rank for rank in hub.others] == [1]
