@@ -24,8 +24,8 @@ from runner_server.api.service import RunnerServicer
 from runner_server.config import ServerConfig
 from runner_server.engine.backend import Backend, Ranks
 from runner_server.engine.engine import Engine
-from runner_server.engine.memory_pressure import PressureWatch
-from runner_server.engine.stall_watchdog import EXIT_STALLED, StallWatchdog
+from runner_server.engine.health.memory_pressure import PressureWatch
+from runner_server.engine.health.stall_watchdog import EXIT_STALLED, StallWatchdog
 from runner_server.engine.types import LoadSpec
 from runner_server.errors import RunnerFault
 from runner_server.host.machine_admission import MachineAdmission

@@ -8,7 +8,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.api.estimator import Estimated
-from runner_server.engine.token_text import TokenTexts
+from runner_server.engine.output.token_text import TokenTexts
 from runner_server.engine.types import (
     FinishReason,
     GenerationResult,

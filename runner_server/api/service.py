@@ -31,7 +31,7 @@ from runner_server.api.violations import check_token_ids
 from runner_server.engine.backend import ModelHandle, Ranks
 from runner_server.engine.commands import ModelCommand
 from runner_server.engine.engine import Engine
-from runner_server.engine.token_text import TokenTexts
+from runner_server.engine.output.token_text import TokenTexts
 from runner_server.engine.types import CompletionSpec
 from runner_server.errors import InvalidField
 from runner_server.host.blas import blas_of

@@ -8,8 +8,8 @@ import time
 from dataclasses import replace
 
 from runner_server.engine.backend import Codec
-from runner_server.engine.output import OutputChannel
-from runner_server.engine.text import StopMatcher, StreamDecoder
+from runner_server.engine.output.channel import OutputChannel
+from runner_server.engine.output.text import StopMatcher, StreamDecoder
 from runner_server.engine.types import (
     CompletionSpec,
     FinishReason,

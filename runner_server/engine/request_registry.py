@@ -16,8 +16,8 @@ from runner_server.engine.backend import ModelHandle
 from runner_server.engine.commands import Load, ModelCommand
 from runner_server.engine.faults import exiting_fault, stopping_fault
 from runner_server.engine.generation_request import GenerationRequest, RequestStatus
-from runner_server.engine.heartbeat import Heartbeat
-from runner_server.engine.retry_estimate import RetryEstimate
+from runner_server.engine.health.heartbeat import Heartbeat
+from runner_server.engine.health.retry_estimate import RetryEstimate
 from runner_server.engine.types import EngineState, State
 from runner_server.errors import (
     Busy,

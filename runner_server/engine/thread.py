@@ -36,7 +36,8 @@ from runner_server.engine.faults import (
     stopping_fault,
 )
 from runner_server.engine.generation_request import GenerationRequest, RequestStatus
-from runner_server.engine.output import OutputChannel, WakeupCoalescer, call_on_loop
+from runner_server.engine.output.channel import OutputChannel
+from runner_server.engine.output.wakeups import WakeupCoalescer, call_on_loop
 from runner_server.engine.request_registry import RequestRegistry
 from runner_server.engine.scheduler import Scheduler
 from runner_server.engine.types import Event, LoadSpec, ModelInfo, NotFinite, Prefill

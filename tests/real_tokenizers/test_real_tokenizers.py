@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from real_tokenizers.fetch import CACHE, MISTRAL_MODELS, NPM
 from real_tokenizers.hard_texts import hard_texts, plain_texts
-from runner_server.engine.text import StreamDecoder
+from runner_server.engine.output.text import StreamDecoder
 from runner_server.mlx_backend.tokenizer.codec import FastCodec, load_codec
 
 sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")

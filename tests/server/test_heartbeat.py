@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from runner_server.engine.heartbeat import Heartbeat
+from runner_server.engine.health.heartbeat import Heartbeat
 
 
 @pytest.mark.parametrize(

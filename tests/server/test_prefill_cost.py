@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runner_server.engine.prefill_cost import PrefillCostModel
+from runner_server.engine.prefill_policy import PrefillCostModel
 
 
 def test_there_is_no_estimate_before_the_first_chunk() -> None:

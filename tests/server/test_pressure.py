@@ -14,8 +14,8 @@ import pytest
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_common.host_memory.free import FreeMemory
 from runner_common.memory.headroom import MINIMUM_VARIABLE
-from runner_server.engine import memory_pressure
-from runner_server.engine.memory_pressure import PressureWatch
+from runner_server.engine.health import memory_pressure
+from runner_server.engine.health.memory_pressure import PressureWatch
 from runner_server.engine.types import EngineState, MemoryCounters, ModelInfo, State
 from runner_server.errors import Busy
 from runner_server.host.machine_admission import MachineAdmission

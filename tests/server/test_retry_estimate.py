@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runner_server.engine.retry_estimate import RetryEstimate
+from runner_server.engine.health.retry_estimate import RetryEstimate
 
 PARALLEL = 8
 QUEUED = 1000

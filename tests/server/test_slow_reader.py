@@ -13,8 +13,9 @@ import pytest
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.api.convert import delta_message
 from runner_server.engine.generation_request import RequestStatus
-from runner_server.engine.output import _MAX_QUEUED_TEXTS, OutputChannel, WakeupCoalescer, merge
-from runner_server.engine.token_text import TokenTexts
+from runner_server.engine.output.channel import _MAX_QUEUED_TEXTS, OutputChannel, merge
+from runner_server.engine.output.token_text import TokenTexts
+from runner_server.engine.output.wakeups import WakeupCoalescer
 from runner_server.engine.types import FinishReason, GenerationResult, OutputDelta, TokenLogprob
 from runner_server.errors import ShuttingDown
 from runner_server.telemetry.request_log import set_up_logging

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_server.engine.stall_watchdog import EXIT_STALLED, StallWatchdog
+from runner_server.engine.health.stall_watchdog import EXIT_STALLED, StallWatchdog
 from support.harness import Server, StartServer, failure
 
 

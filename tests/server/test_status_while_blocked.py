@@ -38,7 +38,9 @@ async def test_the_age_of_new_work_excludes_idle_time(
 ) -> None:
     """Protect a healthy runner from a watchdog at the first request after an idle hour."""
     now = time.monotonic
-    monkeypatch.setattr("runner_server.engine.heartbeat.time.monotonic", lambda: now() + 3600)
+    monkeypatch.setattr(
+        "runner_server.engine.health.heartbeat.time.monotonic", lambda: now() + 3600
+    )
     loaded.backend.step_gate.shut()
     call = loaded.start(num_predict=1)
     await loaded.thread(loaded.backend.step_gate.wait_arrival)

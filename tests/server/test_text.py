@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from runner_server.engine.text import REPLACEMENT, StopMatcher, StreamDecoder
+from runner_server.engine.output.text import REPLACEMENT, StopMatcher, StreamDecoder
 from support.fakes import ByteCodec
 
 pytest.importorskip("tokenizers", reason="no tokenizers (the server extra)")

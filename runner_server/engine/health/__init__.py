@@ -1,0 +1,1 @@
+"""Signs that the engine works: heartbeat, stalls, memory pressure, waiting time."""

@@ -1,0 +1,1 @@
+"""From generated tokens to the reader: text, stop strings, output channels, wakeups."""
