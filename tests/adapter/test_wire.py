@@ -145,7 +145,7 @@ async def test_a_cancelled_load_frees_its_memory(
     load = real.stub.Load(pb.LoadRequest(model=str(model_dir())))
     await reached.wait()
     assert _held() > before + 400_000
-    command = real.app.engine._registry._model_command
+    command = real.view.model_command
     assert command
     load.cancel()
     await asyncio.to_thread(command.cancelled.wait)
@@ -226,7 +226,7 @@ async def test_unload_ends_running_requests_and_frees_their_memory(
     calls = [real.start("x" * 50, num_predict=2000, logit_bias={0: -100}) for _ in range(4)]
     await anext(aiter(calls[0]))
     # A request arriving after the unload would fail because no model is loaded.
-    await eventually(lambda: len(real.app.engine._registry._requests) == 4)
+    await eventually(lambda: real.view.request_count == 4)
     await real.stub.Unload(UNLOAD)
     for call in calls[1:]:
         assert (await failure(call)).reason == "SHUTTING_DOWN"

@@ -123,7 +123,7 @@ async def test_a_full_queue_refuses_with_a_delay(start_server: StartServer) -> N
     await server.load(parallel=1)
     server.backend.step_gate.shut()
     calls = [server.start(), server.start()]
-    await eventually(lambda: len(server.app.engine._registry._requests) == 2)
+    await eventually(lambda: server.view.request_count == 2)
     problem = await failure(server.start())
     assert_in_table(problem, Code.RESOURCE_EXHAUSTED, "QUEUE_FULL", "queuedCount")
     assert problem.retry_seconds

@@ -19,8 +19,9 @@ from runner_server.distributed.link import Link
 from runner_server.distributed.messages import AskStop, Hello, LoadRead, Memory, Trim, encode
 from runner_server.engine.backend import BackendLost
 from runner_server.engine.types import Dtype, LoadSpec, MemoryCounters, Sampling, Token
+from runner_server.engine.work import WorkItem, WorkReport
 from runner_server.errors import InsufficientMemory, ModelNotFound, ShuttingDown
-from support.fakes import DEADLINE_SECONDS, FakeBackend, FakeModel
+from support.fakes import DEADLINE_SECONDS, FakeBackend, FakeExecutor, FakeModel
 from tools.local_batch import LocalBatch
 
 TRAITS = ["runner 1", "cpu"]
@@ -108,7 +109,17 @@ def ignore(_progress: int) -> None:
     """Ignore the progress of a load."""
 
 
-def test_a_follower_repeats_the_calls_of_rank_0(pair: Pair) -> None:
+def test_a_follower_repeats_the_calls_of_rank_0(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items: dict[FakeExecutor, list[WorkItem]] = {}
+    run = FakeExecutor.run
+
+    def noting(executor: FakeExecutor, item: WorkItem) -> WorkReport:
+        items.setdefault(executor, []).append(item)
+        return run(executor, item)
+
+    monkeypatch.setattr(FakeExecutor, "run", noting)
     spec = LoadSpec("m", context_length=64, dtype=Dtype.FLOAT32, prefix_cache_bytes=9)
     batch = LocalBatch.of(pair.leader.load(spec, ignore))
     sampling = Sampling(seed=2**64 - 1, logit_bias=((5, -1.5),), logprobs=2)
@@ -123,10 +134,10 @@ def test_a_follower_repeats_the_calls_of_rank_0(pair: Pair) -> None:
     pair.hub.close()
     assert pair.ended.get(timeout=DEADLINE_SECONDS) == "closed"
     assert pair.second.specs == [spec]
-    assert pair.second.items == pair.first.items
-    assert pair.second.steps == pair.first.steps == len(pair.first.items)
     assert pair.second.preemptions == 1
     (theirs,), (ours,) = pair.second.executors, pair.first.executors
+    assert items[theirs] == items[ours]
+    assert pair.second.steps == pair.first.steps == len(items[ours])
     assert theirs.rows.keys() == ours.rows.keys() == {7}
     assert [next(theirs.rows[7].tokens) for _ in range(9)] == [
         next(ours.rows[7].tokens) for _ in range(9)

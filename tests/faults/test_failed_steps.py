@@ -39,11 +39,11 @@ async def test_a_failed_step_ends_its_streams_in_time_and_the_queue_is_served(
     gate = server.backend.step_gate
     gate.shut()
     streams = [server.start(f"stream {i}") for i in range(3)]
-    await eventually(lambda: len(server.app.engine._registry._requests) == 3)
+    await eventually(lambda: server.view.request_count == 3)
     gate.allow(4)
     await server.thread(lambda: gate.wait_passed(4))
     waiting = [server.start(f"waits {i}", num_predict=4) for i in range(2)]
-    await eventually(lambda: len(server.app.engine._registry._requests) == 5)
+    await eventually(lambda: server.view.request_count == 5)
     await server.thread(gate.wait_arrival)
     server.backend.failures.append(RuntimeError("broken on purpose"))
     began = time.monotonic()

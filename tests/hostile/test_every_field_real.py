@@ -48,7 +48,7 @@ async def test_any_request_is_answered_from_the_error_table_beside_a_neighbour(
     assert text == alone
     status = await real.status()
     assert (status.state, status.last_error) == (pb.STATE_ACTIVE, "")
-    await eventually(lambda: not real.app.engine._registry._requests)
+    await eventually(lambda: not real.view.requests)
 
 
 @pytest.fixture

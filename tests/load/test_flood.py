@@ -111,7 +111,7 @@ async def flood(server: Server, channels: list[grpc.aio.Channel]) -> Flood:
 
 
 def registered_count(server: Server) -> int:
-    return len(server.app.engine._registry._requests)
+    return server.view.request_count
 
 
 def resident_bytes() -> int:

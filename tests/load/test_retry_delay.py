@@ -58,7 +58,7 @@ async def answered_delay(server: Server) -> float:
     server.app.engine._registry._max_queued = 1
     server.backend.step_gate.shut()
     calls = [server.start(str(i), num_predict=1) for i in range(2)]
-    await eventually(lambda: len(server.app.engine._registry._requests) == 2)
+    await eventually(lambda: server.view.request_count == 2)
     problem = await failure(server.start())
     server.backend.step_gate.open()
     for call in calls:

@@ -40,12 +40,11 @@ def _start(server: Server, length: int, **options: Any) -> CompletionCall:
 
 async def _start_all(server: Server, *lengths: int) -> list[CompletionCall]:
     """Start completions in this order while the engine's first step is held."""
-    live = server.app.engine._registry._requests
     calls = []
     for length in lengths:
-        count = len(live)
+        count = server.view.request_count
         calls.append(_start(server, length))
-        await eventually(lambda: len(live) == count + 1)  # noqa: B023 - awaited at once
+        await eventually(lambda: server.view.request_count == count + 1)  # noqa: B023 - awaited
     return calls
 
 
@@ -108,7 +107,7 @@ async def test_requests_are_admitted_in_order_of_arrival(
     monkeypatch.setattr(executor, "add", adding)
     server.backend.step_gate.shut()
     calls = await _start_all(server, *[60, 10, 30, 20, 60, 12, 12, 12, 9, 9] * 2)
-    order = list(server.app.engine._registry._requests)
+    order = [request.id for request in server.view.requests]
     server.backend.step_gate.open()
     await asyncio.gather(*map(_length, calls))
     assert begun == order
@@ -151,7 +150,7 @@ async def test_without_num_predict_a_request_counts_as_the_whole_context(
     server = await _server(start_server, tokens_=4096)
     server.backend.step_gate.shut()
     calls = [server.start(PROMPT), server.start(PROMPT)]
-    await eventually(lambda: len(server.app.engine._registry._requests) == 2)
+    await eventually(lambda: server.view.request_count == 2)
     await _pass_one_step(server)
     assert (await server.status()).running_count == 1
     server.backend.step_gate.open()
@@ -184,7 +183,7 @@ async def test_a_cancelled_request_makes_room(start_server: StartServer, index: 
     lengths = [52, 92, 92, 32]
     del lengths[index]
     cancelled.cancel()
-    await eventually(lambda: not server.app.engine._commands.empty())
+    await eventually(lambda: server.view.command_count > 0)
     server.backend.step_gate.open()
     assert await asyncio.gather(*map(_length, calls)) == lengths
     await server.settled()
@@ -196,7 +195,7 @@ async def test_an_unload_ends_requests_that_wait_for_memory(start_server: StartS
     server.backend.step_gate.shut()
     calls = await _start_all(server, 100, 100, 100)
     unload = asyncio.ensure_future(server.stub.Unload(pb.UnloadRequest()))
-    await eventually(lambda: server.app.engine._registry._model_command is not None)
+    await eventually(lambda: server.view.model_command is not None)
     server.backend.step_gate.open()
     problems = await asyncio.gather(*map(failure, calls))
     assert {problem.reason for problem in problems} == {"SHUTTING_DOWN"}
@@ -226,18 +225,18 @@ async def test_the_engine_sleeps_while_nothing_fits(
 ) -> None:
     """Preempt a request holding the entire KV budget: the engine sleeps instead of polling."""
     server = await _server(start_server, tokens_=100)
-    gate, scheduler = server.backend.step_gate, server.app.engine._engine_thread._scheduler
+    gate = server.backend.step_gate
     gate.shut()
     (first,) = await _start_all(server, 100)
     await _pass_one_step(server)
-    (completion,) = scheduler.running
+    (completion,) = server.view.running
     # The engine notices the slow reader at its next step, and later that the reader caught up.
     monkeypatch.setattr(type(completion.stream), "is_full", property(lambda _stream: True))
     resumes: list[Any] = []
     monkeypatch.setattr(completion.stream, "on_drained", resumes.append)
     others = await _start_all(server, 100, 100, 60)
     gate.open()
-    await eventually(lambda: len(scheduler.preempted) == 1 and len(scheduler.waiting) == 3)
+    await eventually(lambda: len(server.view.preempted) == 1 and len(server.view.waiting) == 3)
     rounds = count_rounds(monkeypatch)
     steps = server.backend.steps
     for _ in range(30):

@@ -50,7 +50,7 @@ async def test_a_cancel_during_prefill_takes_effect_after_the_step(loaded: Serve
     await loaded.thread(gate.wait_arrival)
     call.cancel()
     # The cancel arrives during a step and takes effect after it.
-    await eventually(lambda: loaded.app.engine._commands.qsize() == 1)
+    await eventually(lambda: loaded.view.command_count == 1)
     gate.allow()
     await loaded.settled()
     loaded.assert_nothing_left()
@@ -68,7 +68,7 @@ async def test_a_cancel_during_decode_takes_effect_after_the_step(loaded: Server
     await loaded.thread(gate.wait_arrival)
     steps = loaded.backend.steps
     call.cancel()
-    await eventually(lambda: loaded.app.engine._commands.qsize() == 1)
+    await eventually(lambda: loaded.view.command_count == 1)
     gate.allow()
     await loaded.settled()
     assert loaded.backend.steps == steps + 1
@@ -84,10 +84,10 @@ async def test_a_cancel_in_the_step_of_the_end_is_harmless(loaded: Server) -> No
         gate.allow(1)  # the prompt
         await loaded.thread(gate.wait_arrival)
         call.cancel()
-        await eventually(lambda: loaded.app.engine._commands.qsize() == 1)
+        await eventually(lambda: loaded.view.command_count == 1)
         gate.open()
         await loaded.settled()
-        await eventually(loaded.app.engine._commands.empty)
+        await eventually(lambda: not loaded.view.command_count)
     loaded.assert_nothing_left()
     assert await loaded.text(num_predict=2)
 
@@ -153,7 +153,7 @@ async def test_a_thousand_cancels_leave_nothing(server: Server) -> None:
         for _ in range(50):
             await asyncio.gather(*(one() for _ in range(20)))
     await server.settled()
-    await eventually(server.app.engine._commands.empty)
+    await eventually(lambda: not server.view.command_count)
     server.assert_nothing_left()
     await eventually(lambda: len(asyncio.all_tasks()) <= before)
     status = await server.status()
@@ -165,8 +165,7 @@ async def test_a_thousand_cancels_leave_nothing(server: Server) -> None:
 async def test_an_idle_engine_makes_no_steps(loaded: Server) -> None:
     await loaded.complete(num_predict=3)
     steps = (await loaded.status()).step_count
-    commands = loaded.app.engine._commands
     for _ in range(20):
         await loaded.status()
-    assert commands.empty()
+    assert not loaded.view.command_count
     assert (await loaded.status()).step_count == steps == loaded.backend.steps

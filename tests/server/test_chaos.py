@@ -94,9 +94,9 @@ async def test_random_calls_from_many_clients_leave_nothing(
     ended = {reason for visitor in visitors for reason in visitor.ended}
     assert ended <= EXPECTED | {"OK"}
     assert "OK" in ended
-    await eventually(lambda: server.app.engine._registry._model_command is None)
+    await eventually(lambda: server.view.model_command is None)
     await server.settled()
-    await eventually(server.app.engine._commands.empty)
+    await eventually(lambda: not server.view.command_count)
     await eventually(lambda: len(asyncio.all_tasks()) <= tasks)
     server.assert_nothing_left()
     await server.load()

@@ -23,14 +23,14 @@ async def test_a_stop_ends_streams_and_frees_the_model(start_server: StartServer
     await server.load(parallel=1)
     server.backend.step_gate.shut()
     calls = [server.start(str(i)) for i in range(3)]
-    await eventually(lambda: len(server.app.engine._registry._requests) == 3)
+    await eventually(lambda: server.view.request_count == 3)
     await server.thread(server.backend.step_gate.wait_arrival)
     server.app.request_stop()
     watch = server.watch_health()
     while await anext(watch) != NOT_SERVING:
         pass
     # The step still runs: new work is refused at once, and Status answers.
-    await eventually(lambda: server.app.engine._registry.is_stopping)
+    await eventually(lambda: server.view.is_stopping)
     assert (await failure(server.start())).reason == "SHUTTING_DOWN"
     assert (await failure(server.load())).reason == "SHUTTING_DOWN"
     assert (await server.status()).state == pb.STATE_STOPPING
@@ -51,7 +51,7 @@ async def test_a_stop_ends_a_load(start_server: StartServer) -> None:
     load = server.stub.Load(pb.LoadRequest(model="fake"))
     await server.thread(server.backend.load_gate.wait_arrival)
     server.app.request_stop()
-    await eventually(lambda: server.app.engine._registry.is_stopping)
+    await eventually(lambda: server.view.is_stopping)
     server.backend.load_gate.open()
     assert (await failure(load)).reason == "SHUTTING_DOWN"
     assert await asyncio.wait_for(run, 20) == 0
@@ -66,9 +66,9 @@ async def test_a_stop_ends_a_load_that_has_not_begun(start_server: StartServer) 
     call = server.start()
     await server.thread(server.backend.step_gate.wait_arrival)
     load = server.stub.Load(pb.LoadRequest(model="other"))
-    await eventually(lambda: server.app.engine._registry._model_command is not None)
+    await eventually(lambda: server.view.model_command is not None)
     server.app.request_stop()
-    await eventually(lambda: server.app.engine._registry.is_stopping)
+    await eventually(lambda: server.view.is_stopping)
     server.backend.step_gate.open()
     assert (await failure(load)).reason == "SHUTTING_DOWN"
     assert (await failure(call)).reason == "SHUTTING_DOWN"
@@ -123,6 +123,6 @@ async def test_a_stop_ends_the_load_of_the_first_model(start_server: StartServer
     run = asyncio.ensure_future(server.app.run())
     await server.thread(backend.load_gate.wait_arrival)
     server.app.request_stop()
-    await eventually(lambda: server.app.engine._registry.is_stopping)
+    await eventually(lambda: server.view.is_stopping)
     backend.load_gate.open()
     assert await asyncio.wait_for(run, 20) == 0

@@ -30,7 +30,7 @@ async def test_a_failed_step_costs_its_batch_and_the_queue_is_served(server: Ser
     gate = server.backend.step_gate
     gate.shut()
     calls = [server.start(f"prompt {i}", num_predict=4) for i in range(5)]
-    await eventually(lambda: len(server.app.engine._registry._requests) == 5)
+    await eventually(lambda: server.view.request_count == 5)
     gate.allow()
     await server.thread(lambda: gate.wait_passed(1))
     await server.thread(gate.wait_arrival)
@@ -81,7 +81,7 @@ async def test_two_failed_steps_in_a_row_end_the_process(start_server: StartServ
     assert await anext(watch) == SERVING
     server.backend.step_gate.shut()
     calls = [server.start(f"prompt {i}") for i in range(6)]
-    await eventually(lambda: len(server.app.engine._registry._requests) == 6)
+    await eventually(lambda: server.view.request_count == 6)
     server.backend.failures += [RuntimeError("first"), RuntimeError("second")]
     server.backend.step_gate.open()
     problems = await asyncio.gather(*(failure(call) for call in calls))
@@ -140,12 +140,12 @@ async def test_a_failed_cancel_costs_only_its_batch(start_server: StartServer) -
     await server.load()
     server.backend.step_gate.shut()
     cancelled, neighbour = server.start("one"), server.start("two")
-    await eventually(lambda: len(server.app.engine._registry._requests) == 2)
+    await eventually(lambda: server.view.request_count == 2)
     server.backend.step_gate.allow(2)
     await eventually(lambda: server.backend.steps == 2)
     server.backend.remove_failures.append(RuntimeError("cannot filter"))
     cancelled.cancel()
-    await eventually(lambda: not server.app.engine._engine_thread._commands.empty())
+    await eventually(lambda: server.view.command_count > 0)
     server.backend.step_gate.open()
     assert (await failure(neighbour)).reason == "GENERATION_FAILED"
     assert (await server.complete("three", num_predict=3))[-1].done

@@ -43,7 +43,7 @@ async def test_a_queued_completion_has_headers(full: Server) -> None:
     # Neither has a token, and the engine makes no step.
     for call in (running, queued):
         await call.initial_metadata()
-    await eventually(lambda: len(full.app.engine._registry._requests) == 2)
+    await eventually(lambda: full.view.request_count == 2)
     assert full.backend.steps == 0
     full.backend.step_gate.open()
     for call in (running, queued):

@@ -113,7 +113,7 @@ async def test_a_load_cancelled_before_it_begins_does_nothing(loaded: Server) ->
     call = loaded.start("x", num_predict=2)
     await loaded.thread(loaded.backend.step_gate.wait_arrival)
     load = loaded.stub.Load(pb.LoadRequest(model="other"))
-    await eventually(lambda: loaded.app.engine._commands.qsize() == 1)
+    await eventually(lambda: loaded.view.command_count == 1)
     load.cancel()
     await eventually(lambda: _is_cancelled(loaded))
     loaded.backend.step_gate.open()
@@ -148,9 +148,9 @@ async def test_unload_ends_running_and_queued_streams(server: Server) -> None:
     await server.load(parallel=1)
     server.backend.step_gate.shut()
     calls = [server.start("x" * (i + 1)) for i in range(3)]
-    await eventually(lambda: len(server.app.engine._registry._requests) == 3)
+    await eventually(lambda: server.view.request_count == 3)
     unload = asyncio.ensure_future(server.stub.Unload(UNLOAD))
-    await eventually(lambda: server.app.engine._registry._model_command is not None)
+    await eventually(lambda: server.view.model_command is not None)
     server.backend.step_gate.open()
     for call in calls:
         problem = await failure(call)
@@ -226,5 +226,5 @@ async def _wait_until_idle(server: Server) -> None:
 
 
 def _is_cancelled(server: Server) -> bool:
-    command = server.app.engine._registry._model_command
+    command = server.view.model_command
     return command is None or command.cancelled.is_set()

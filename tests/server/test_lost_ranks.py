@@ -112,8 +112,8 @@ async def test_requests_of_a_lost_rank_are_failed_on_the_engine_thread(
     first.backend.step_gate.shut()
     calls = [first.start(f"number {i}", num_predict=50) for i in range(6)]
     await first.thread(first.backend.step_gate.wait_arrival)
-    await eventually(lambda: len(first.app.engine._registry._requests) == 6)
-    requests = list(first.app.engine._registry._requests.values())
+    await eventually(lambda: first.view.request_count == 6)
+    requests = list(first.view.requests)
     await first.thread(lambda: other.on_lost("rank 1 is gone"))
     for problem in await asyncio.gather(*map(failure, calls)):
         assert problem.message == "rank 1 is gone"
@@ -127,7 +127,7 @@ async def test_requests_of_a_lost_rank_are_failed_on_the_engine_thread(
     await first.thread(first.app.engine._thread.join)
     assert threads == ["engine"] * 6
     assert {request.status for request in requests} == {RequestStatus.FINISHED}
-    assert not first.app.engine._registry._requests
+    assert not first.view.requests
 
 
 def test_an_engine_thread_that_outlives_the_event_loop_ends_quietly() -> None:

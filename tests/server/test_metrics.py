@@ -106,7 +106,7 @@ async def test_gauges_have_the_state_at_the_scrape(scraped: Server) -> None:
     assert not [name for name, _ in idle if name == "mlx_runner_last_progress_age_seconds"]
     scraped.backend.step_gate.shut()
     calls = [scraped.start(str(i)) for i in range(6)]
-    await eventually(lambda: len(scraped.app.engine._registry._requests) == 6)
+    await eventually(lambda: scraped.view.request_count == 6)
     await scraped.thread(scraped.backend.step_gate.wait_arrival)
     busy = [await samples(scraped) for _ in range(2)]
     state = scraped.app.engine.state()

@@ -16,7 +16,7 @@ async def test_a_full_queue_answers_a_retry_delay(start_server: StartServer) -> 
     await server.load(parallel=2)
     server.backend.step_gate.shut()
     calls = [server.start(str(i), num_predict=2) for i in range(5)]
-    await eventually(lambda: len(server.app.engine._registry._requests) == 5)
+    await eventually(lambda: server.view.request_count == 5)
     await server.thread(server.backend.step_gate.wait_arrival)
     problem = await failure(server.start("one too many"))
     assert (problem.code, problem.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
@@ -37,7 +37,7 @@ async def test_the_retry_delay_follows_measurements(start_server: StartServer) -
         await server.complete(num_predict=1)
     server.backend.step_gate.shut()
     calls = [server.start(num_predict=1) for _ in range(5)]
-    await eventually(lambda: len(server.app.engine._registry._requests) == 5)
+    await eventually(lambda: server.view.request_count == 5)
     problem = await failure(server.start())
     # Measurements have replaced the first guess of one second per completion.
     assert problem.retry_seconds is not None
@@ -55,8 +55,7 @@ async def test_requests_are_served_in_order_of_arrival(server: Server) -> None:
         calls.append(server.start(f"{i}", num_predict=1))
         await eventually(partial(_is_registered_count, server, i + 1))
     order: list[int] = []
-    engine = server.app.engine
-    admitted = [c.id for c in engine._registry._requests.values()]
+    admitted = [request.id for request in server.view.requests]
     server.backend.step_gate.open()
     for i, call in enumerate(calls):
         assert [message async for message in call][-1].done
@@ -70,7 +69,7 @@ async def test_there_are_never_more_rows_than_slots(server: Server, parallel: in
     await server.load(parallel=parallel)
     server.backend.step_gate.shut()
     calls = [server.start(str(i), num_predict=5, seed=i) for i in range(2 * parallel + 1)]
-    await eventually(lambda: len(server.app.engine._registry._requests) == len(calls))
+    await eventually(lambda: server.view.request_count == len(calls))
     most = 0
     finished = False
     while not finished:
@@ -93,9 +92,9 @@ async def test_queue_duration_is_the_time_in_the_queue(server: Server) -> None:
     server.backend.step_gate.shut()
     # Worker threads tokenize: of two prompts sent together, either could be first.
     first = server.start("a", num_predict=2)
-    await eventually(lambda: len(server.app.engine._registry._requests) == 1)
+    await eventually(lambda: server.view.request_count == 1)
     second = server.start("b", num_predict=2)
-    await eventually(lambda: len(server.app.engine._registry._requests) == 2)
+    await eventually(lambda: server.view.request_count == 2)
     queued = time.monotonic()
     await server.thread(server.backend.step_gate.wait_arrival)
     await server.status()
@@ -111,4 +110,4 @@ def _is_registered_count(server: Server, count: int) -> bool:
 
 
 def _registered_count(server: Server) -> int:
-    return len(server.app.engine._registry._requests)
+    return server.view.request_count

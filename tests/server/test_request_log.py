@@ -130,7 +130,7 @@ async def test_the_line_of_a_request_that_only_waited_has_no_prefill(
 ) -> None:
     loaded.backend.step_gate.shut()
     calls = [loaded.start(str(i)) for i in range(4)]
-    await eventually(lambda: len(loaded.app.engine._registry._requests) == 4)
+    await eventually(lambda: loaded.view.request_count == 4)
     fields = None
     call = loaded.start(timeout=0.3)
     with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from functools import partial
-from typing import Any
 
 import grpc
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.api.convert import delta_message
-from runner_server.engine.generation_request import RequestStatus
+from runner_server.engine.generation_request import GenerationRequest, RequestStatus
 from runner_server.engine.output.channel import _MAX_QUEUED_TEXTS, OutputChannel, merge
 from runner_server.engine.output.token_text import TokenTexts
 from runner_server.engine.output.wakeups import WakeupCoalescer
@@ -166,20 +165,18 @@ async def stopping_client(server: Server) -> AsyncIterator[Server]:
 
 async def _start_stopped(client: Server, prompt: str = "slow", **options: float) -> CompletionCall:
     """Start a completion, stop reading, and wait until the request stays preempted."""
-    engine = client.app.engine
-    before = set(engine._registry._requests)
+    before = set(client.view.requests)
     call = client.start(prompt, logprobs=20, **{"num_predict": 1500, **options})
-    await eventually(lambda: len(engine._registry._requests) > len(before))
-    (id_,) = set(engine._registry._requests) - before
+    await eventually(lambda: client.view.request_count > len(before))
+    (request,) = set(client.view.requests) - before
 
     async def stands_still() -> bool:
         for _ in range(10):
             await client.status()
-            completion = engine._engine_thread._scheduler.admitted.get(id_)
-            if not completion or completion.status is not RequestStatus.PREEMPTED:
+            if request.status is not RequestStatus.PREEMPTED:
                 return False
             # The reader was woken, and has not taken the output.
-            if not completion.stream._ready.is_set():
+            if not request.stream._ready.is_set():
                 return False
         return True
 
@@ -188,7 +185,7 @@ async def _start_stopped(client: Server, prompt: str = "slow", **options: float)
 
 
 def _preempted_count(server: Server) -> int:
-    return len(server.app.engine._engine_thread._scheduler.preempted)
+    return len(server.view.preempted)
 
 
 async def _run_together(server: Server, count: int, length: int) -> tuple[list[str], int]:
@@ -197,8 +194,7 @@ async def _run_together(server: Server, count: int, length: int) -> tuple[list[s
     before, gate = backend.steps, backend.step_gate
     gate.shut()
     calls = [server.start(f"other {i}", num_predict=length, seed=i) for i in range(count)]
-    live = server.app.engine._registry._requests
-    await eventually(lambda: len(live) == count + _preempted_count(server))
+    await eventually(lambda: server.view.request_count == count + _preempted_count(server))
     await server.thread(gate.wait_arrival)
     gate.open()
     texts = await asyncio.gather(*(_read(call) for call in calls))
@@ -216,7 +212,7 @@ async def test_a_stopped_reader_costs_seven_others_nothing(
     expected, steps = await _run_together(server, 7, 300)
     slow_text = await server.text("slow", logprobs=20, num_predict=1500, seed=5)
     call = await _start_stopped(stopping_client, seed=5)
-    (completion,) = server.app.engine._engine_thread._scheduler.preempted
+    (completion,) = server.view.preempted
     held = completion.stream._queued_texts
     texts, steps_beside_it = await _run_together(server, 7, 300)
     assert texts == expected
@@ -263,39 +259,39 @@ async def test_a_preempted_requests_slot_serves_others(
 
 
 async def test_a_resumable_request_goes_before_waiting_ones(
-    server: Server, stopping_client: Server
+    server: Server, stopping_client: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await server.load(parallel=1)
     slow = await _start_stopped(stopping_client)
-    gate, scheduler = server.backend.step_gate, server.app.engine._engine_thread._scheduler
+    gate = server.backend.step_gate
     gate.shut()
     first = server.start("first", num_predict=1000)
     await server.thread(gate.wait_arrival)
     waiting = server.start("waiting", num_predict=5)
-    await eventually(lambda: len(server.app.engine._registry._requests) == 3)
+    await eventually(lambda: server.view.request_count == 3)
     reading = asyncio.ensure_future(_read(slow))
     # The reader has caught up once the request is resumable; it then needs a slot.
     passed = gate._passed
-    while not scheduler.resumable:
+    while not server.view.resumable:
         gate.allow()
         passed += 1
         await server.thread(partial(gate.wait_passed, passed))
         await server.thread(gate.wait_arrival)
-    assert len(scheduler.running) == 1
+    assert len(server.view.running) == 1
     order: list[str] = []
-    names = {scheduler.resumable[0].id: "slow", scheduler.waiting[0].id: "waiting"}
-    planner: Any = scheduler._planner
-    add, resume = planner.add, planner.resume
+    names = {server.view.resumable[0]: "slow", server.view.waiting[0]: "waiting"}
+    admit, resume = GenerationRequest.admit, GenerationRequest.resume
 
-    def adding(row: int, *rest: object) -> None:
-        order.append(names[row])
-        add(row, *rest)
+    def admitting(request: GenerationRequest) -> None:
+        order.append(names[request])
+        admit(request)
 
-    def resuming(row: int) -> None:
-        order.append(names[row])
-        resume(row)
+    def resuming(request: GenerationRequest) -> None:
+        order.append(names[request])
+        resume(request)
 
-    planner.add, planner.resume = adding, resuming
+    monkeypatch.setattr(GenerationRequest, "admit", admitting)
+    monkeypatch.setattr(GenerationRequest, "resume", resuming)
     gate.open()
     assert len(await _read(first)) == 1000
     assert len(await _read(waiting)) == 5
@@ -371,7 +367,7 @@ async def test_a_fast_readers_request_is_never_preempted(server: Server) -> None
         read += 200
         gate.allow(200)
         await server.thread(partial(gate.wait_passed, min(read, 3 * _MAX_QUEUED_TEXTS)))
-        completions = server.app.engine._engine_thread._scheduler.running
+        completions = server.view.running
         await eventually(lambda: all(c.stream._queued_texts < 300 for c in completions))  # noqa: B023 - awaited
     assert len(await reading) == 3 * _MAX_QUEUED_TEXTS
     assert server.backend.preemptions == 0

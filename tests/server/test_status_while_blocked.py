@@ -17,7 +17,7 @@ async def test_status_answers_with_a_growing_age(loaded: Server) -> None:
     loaded.backend.step_gate.shut()
     calls = [loaded.start(str(i), num_predict=2) for i in range(6)]
     await loaded.thread(loaded.backend.step_gate.wait_arrival)
-    await eventually(lambda: len(loaded.app.engine._registry._requests) == 6)
+    await eventually(lambda: loaded.view.request_count == 6)
     first = await loaded.status()
     assert first.state == pb.STATE_ACTIVE
     assert first.running_count + first.queued_count == 6

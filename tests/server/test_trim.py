@@ -84,7 +84,7 @@ async def test_a_trim_does_not_change_running_completions(caching: Server) -> No
     call = caching.start(seed=7, num_predict=50)
     await caching.thread(gate.wait_arrival)
     waiting = asyncio.ensure_future(trim(caching))
-    await eventually(lambda: caching.app.engine._commands.qsize() == 1)
+    await eventually(lambda: caching.view.command_count == 1)
     assert not waiting.done()
     gate.open()
     await waiting
@@ -113,7 +113,7 @@ async def test_waiting_trims_end_when_the_runner_stops(caching: Server) -> None:
     call = caching.start()
     await caching.thread(gate.wait_arrival)
     waiting = [asyncio.ensure_future(failure(trim(caching))) for _ in range(3)]
-    await eventually(lambda: caching.app.engine._commands.qsize() == 3)
+    await eventually(lambda: caching.view.command_count == 3)
     caching.app.engine.stop()
     gate.open()
     for each in waiting:
@@ -128,7 +128,7 @@ async def test_a_waiting_trim_ends_with_the_engine(caching: Server, how: str) ->
     call = caching.start()
     await caching.thread(gate.wait_arrival)
     waiting = asyncio.ensure_future(failure(trim(caching)))
-    await eventually(lambda: caching.app.engine._commands.qsize() == 1)
+    await eventually(lambda: caching.view.command_count == 1)
     if how == "dies":
         caching.backend.trim = _broken  # type: ignore[method-assign]  # the point
         gate.open()
@@ -149,12 +149,12 @@ async def test_a_trim_without_its_caller_leaves_nothing(caching: Server) -> None
     call = caching.start(num_predict=2)
     await caching.thread(gate.wait_arrival)
     waiting = caching.stub.Trim(pb.TrimRequest())
-    await eventually(lambda: caching.app.engine._commands.qsize() == 1)
+    await eventually(lambda: caching.view.command_count == 1)
     waiting.cancel()
     gate.open()
     assert [message async for message in call][-1].done
     await trim(caching)
-    await eventually(lambda: not caching.app.engine._registry._trims)
+    await eventually(lambda: not caching.view.trim_count)
     assert (await caching.status()).state == pb.STATE_ACTIVE
 
 

@@ -91,7 +91,7 @@ async def test_a_full_queue_gives_a_retry_delay(start_server: StartServer) -> No
     await server.load(parallel=1)
     server.backend.step_gate.shut()
     calls = [server.start(str(i)) for i in range(2)]
-    await eventually(lambda: len(server.app.engine._registry._requests) == 2)
+    await eventually(lambda: server.view.request_count == 2)
     outcome = await _follow(server, _order())
     assert (outcome.ending, outcome.problem) == (Ending.REFUSED, "")
     assert outcome.retry_seconds

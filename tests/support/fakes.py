@@ -160,7 +160,6 @@ class FakeExecutor:
         assert not self.closed
         self._backend.step_gate.pass_through()
         self._backend.steps += 1
-        self._backend.items.append(item)
         if self._backend.failures:
             raise self._backend.failures.pop(0)
         if isinstance(item, PrefillItem):
@@ -245,7 +244,6 @@ class FakeBackend:
         steps: Number of work items begun.
         preemptions: Number of times a row was preempted.
         executors: Every executor made until now.
-        items: Every work item begun.
         calls: Names of the calls, each with the name of the calling thread.
         prefix_cache_limits: Byte limits of the prefix cache, in the order they were set.
         weight_bytes: Weights held now.
@@ -264,7 +262,6 @@ class FakeBackend:
     steps: int = 0
     preemptions: int = 0
     executors: list[FakeExecutor] = field(default_factory=list)
-    items: list[WorkItem] = field(default_factory=list)
     calls: list[tuple[str, str]] = field(default_factory=list)
     prefix_cache_limits: list[int] = field(default_factory=list)
     weight_bytes: int = 0

@@ -25,6 +25,7 @@ from runner_server.config import ServerConfig
 from runner_server.engine.backend import Backend
 from runner_server.engine.thread import EngineThread
 from runner_server.host.machine_admission import MachineAdmission
+from support.engine_view import EngineView
 from support.fakes import DEADLINE_SECONDS, FakeBackend
 
 _T = TypeVar("_T")
@@ -127,6 +128,11 @@ class Server:
         """Create the stub."""
         self.stub = runner_pb2_grpc.RunnerServiceStub(self.channel)
 
+    @property
+    def view(self) -> EngineView:
+        """What the engine holds at this moment."""
+        return EngineView.of(self.app.engine)
+
     async def load(self, model: str = "fake", **fields: Any) -> pb.LoadResponse:
         """Load a model."""
         return await self.stub.Load(pb.LoadRequest(model=model, **fields))
@@ -163,7 +169,7 @@ class Server:
 
     async def settled(self) -> None:
         """Wait until no completion is left."""
-        await eventually(lambda: not self.app.engine._registry._requests)
+        await eventually(lambda: not self.view.requests)
         await eventually(lambda: not any(executor.rows for executor in self.backend.executors))
 
     async def health(self, service: str = "") -> int:
@@ -190,10 +196,10 @@ class Server:
 
     def assert_nothing_left(self) -> None:
         """Check for anything left behind by completions."""
-        registry, engine_thread = self.app.engine._registry, self.app.engine._engine_thread
-        assert not registry._requests
-        assert not engine_thread._scheduler.admitted
-        assert not engine_thread._scheduler.waiting
+        view = self.view
+        assert not view.requests
+        assert not view.admitted
+        assert not view.waiting
         assert not any(executor.rows for executor in self.backend.executors)
 
 
