@@ -12,6 +12,9 @@ BIN := $(VENV)/bin
 PROTO_VENV := .venv-proto
 PROTO_TOOLS := grpcio-tools==1.76.0 mypy-protobuf==5.1.0 protobuf==6.33.6
 PROTO_DIR := proto/mlxrunner/v1
+# The stubs for Go are a module, whose go.mod pins the generators. Without go they stay as they are.
+GO_DIR := proto/go
+GO_PLUGINS = $(if $(shell command -v go),$(PROTO_VENV)/.installed-go)
 # The protocol as it was promised; what breaks its users fails `make lint`.
 BASELINE := proto/baseline.txtpb
 # Programs of others that the tests of tests/tools drive, each as its go.mod pins it.
@@ -76,17 +79,21 @@ format: $(VENV)/.installed-dev ## Rewrite the code in the project's style
 	$(BIN)/buf format -w
 
 .PHONY: proto
-proto: $(PROTO_VENV)/.installed ## Generate the stubs from the protocol
+proto: $(PROTO_VENV)/.installed $(GO_PLUGINS) ## Generate the stubs from the protocol
 	$(call generate,proto)
+	@$(if $(GO_PLUGINS),$(call generate_go,$(GO_DIR)),echo "no go on PATH: its stubs are not generated" >&2)
 
 .PHONY: check-proto
-check-proto: $(PROTO_VENV)/.installed ## Fail if the committed stubs are stale
+check-proto: $(PROTO_VENV)/.installed $(GO_PLUGINS) ## Fail if the committed stubs are stale
 	@out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; \
+	stale() { echo "stale stubs: run 'make proto' and commit the result" >&2; exit 1; }; \
 	$(call generate,"$$out"); \
 	for file in runner_pb2.py runner_pb2.pyi runner_pb2_grpc.py runner_pb2_grpc.pyi runner.protoset; do \
-	  cmp "$$out/mlxrunner/v1/$$file" "$(PROTO_DIR)/$$file" \
-	    || { echo "stale stubs: run 'make proto' and commit the result" >&2; exit 1; }; \
-	done; echo "the stubs are those of runner.proto"
+	  cmp "$$out/mlxrunner/v1/$$file" "$(PROTO_DIR)/$$file" || stale; \
+	done; \
+	$(if $(GO_PLUGINS),$(call generate_go,"$$out"); diff -r "$$out/runnerpb" $(GO_DIR)/runnerpb || stale,\
+	  echo "no go on PATH: its stubs are not checked" >&2; test -z "$${CI:-}"); \
+	echo "the stubs are those of runner.proto"
 
 .PHONY: proto-baseline
 proto-baseline: $(VENV)/.installed-dev ## Promise the protocol as it is now: only on purpose, it ends the last promise
@@ -230,6 +237,10 @@ $(PROTO_VENV)/.installed: Makefile
 	$(PROTO_VENV)/bin/pip install --quiet $(PROTO_TOOLS)
 	@touch $@
 
+$(PROTO_VENV)/.installed-go: $(GO_DIR)/go.mod $(GO_DIR)/go.sum $(PROTO_VENV)/.installed
+	cd $(GO_DIR) && go build -trimpath -o $(CURDIR)/$(PROTO_VENV)/bin/ tool
+	@touch $@
+
 # $(call generate,DIRECTORY): protoc finds the mypy plugins on PATH. The set of descriptors keeps
 # the comments, for reflection.
 generate = PATH="$(PROTO_VENV)/bin:$$PATH" $(PROTO_VENV)/bin/python -m grpc_tools.protoc \
@@ -237,3 +248,9 @@ generate = PATH="$(PROTO_VENV)/bin:$$PATH" $(PROTO_VENV)/bin/python -m grpc_tool
 	  --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) \
 	  --include_imports --include_source_info --descriptor_set_out=$(1)/mlxrunner/v1/runner.protoset \
 	  mlxrunner/v1/runner.proto
+
+# $(call generate_go,DIRECTORY)
+generate_go = PATH="$(PROTO_VENV)/bin:$$PATH" $(PROTO_VENV)/bin/python -m grpc_tools.protoc \
+	  --proto_path=proto --go_out=$(1) --go_opt='$(GO_OPTIONS)' \
+	  --go-grpc_out=$(1) --go-grpc_opt='$(GO_OPTIONS)' mlxrunner/v1/runner.proto
+GO_OPTIONS := module=example.com/mlxrunner,Mmlxrunner/v1/runner.proto=example.com/mlxrunner/runnerpb;runnerpb

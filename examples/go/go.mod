@@ -23,5 +23,5 @@ require (
 	google.golang.org/protobuf v1.36.12 // indirect
 )
 
-// Where the stubs of this example are generated.
-replace example.com/mlxrunner => ../../tests/interop/clients/go
+// The stubs of this checkout. Copy the folder, or give the path to yours.
+replace example.com/mlxrunner => ../../proto/go

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 from collections.abc import Callable
 from contextlib import suppress
@@ -79,24 +78,6 @@ def test_the_example_prints_the_reason_of_a_failure(
     with pytest.raises(Failed, match=f"(?s)ended with 1:.*{reason}"):
         run([_run_script(language), where], f"example in {language.name}", _SECONDS, tmp_path)
     assert psutil.wait_procs(_marked_processes(tmp_path), _GONE_SECONDS)[1] == []
-
-
-def test_the_snippet_for_node_runs(
-    need: Callable[[Language], None], servers: dict[str, Server], tmp_path: Path
-) -> None:
-    node = Language("node")
-    need(node)
-    node.build()
-    (snippet,) = re.findall(
-        r"^```js\n(.*?)^```", (ROOT / "docs/languages.md").read_text(), re.MULTILINE | re.DOTALL
-    )
-    # A long prompt causes progress messages without content.
-    snippet = snippet.replace('"def read_lines(path):"', '"qz ".repeat(300)')
-    snippet = snippet.replace("127.0.0.1:50051", servers["plain"].address)
-    script = tmp_path / "snippet.mjs"
-    script.write_text(snippet.replace('["proto"]', f'["{ROOT}/proto"]'))
-    (tmp_path / "node_modules").symlink_to(EXAMPLES / "node/node_modules")
-    assert run(["node", str(script)], "the snippet for Node", _SECONDS, tmp_path).strip()
 
 
 def test_the_examples_are_short() -> None:

@@ -1,0 +1,88 @@
+"""The lines of README and docs/languages.md, put into a program of their own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from interop.languages import EXAMPLES, Language, run
+from interop.servers import ROOT, Server
+
+pytestmark = pytest.mark.timeout(1800)
+
+_BUILD_SECONDS = 900.0
+_SECONDS = 120.0
+_ADDRESS = "127.0.0.1:50051"
+_STUBS = "example.com/mlxrunner"
+_GO_PROGRAM = """
+package main
+
+import (
+	"context"
+	"fmt"
+	"log"
+
+	"example.com/mlxrunner/runnerpb"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+)
+
+func check(err error) {
+	if err != nil {
+		log.Fatal(err)
+	}
+}
+
+func main() {
+	ctx := context.Background()
+"""
+
+
+@pytest.mark.parametrize("language", [Language("go")], ids=["go"])
+def test_the_snippet_for_go_runs_in_a_module_of_its_own(
+    need: Callable[[Language], None],
+    language: Language,
+    servers: dict[str, Server],
+    tmp_path: Path,
+) -> None:
+    need(language)
+    snippet = _snippet("README.md", "go").replace(_ADDRESS, servers["plain"].address)
+    (tmp_path / "main.go").write_text(f"{_GO_PROGRAM}{snippet}}}\n")
+    stubs = (f"-require={_STUBS}@v0.0.0", f"-replace={_STUBS}={ROOT}/proto/go")
+    for arguments in (
+        ("mod", "init", "example.com/you"),
+        ("mod", "edit", *stubs),
+        ("mod", "tidy"),
+        ("build", "-o", "snippet"),
+    ):
+        run(["go", *arguments], f"go {arguments[0]}", _BUILD_SECONDS, tmp_path)
+    assert run(["./snippet"], "snippet for Go", _SECONDS, tmp_path).strip()
+
+
+@pytest.mark.parametrize("language", [Language("node")], ids=["node"])
+def test_the_snippet_for_node_runs(
+    need: Callable[[Language], None],
+    language: Language,
+    servers: dict[str, Server],
+    tmp_path: Path,
+) -> None:
+    need(language)
+    language.build()
+    # A long prompt causes progress messages without content.
+    snippet = _snippet("docs/languages.md", "js")
+    snippet = snippet.replace('"def read_lines(path):"', '"qz ".repeat(300)')
+    snippet = snippet.replace(_ADDRESS, servers["plain"].address)
+    script = tmp_path / "snippet.mjs"
+    script.write_text(snippet.replace('["proto"]', f'["{ROOT}/proto"]'))
+    (tmp_path / "node_modules").symlink_to(EXAMPLES / "node/node_modules")
+    assert run(["node", str(script)], "the snippet for Node", _SECONDS, tmp_path).strip()
+
+
+def _snippet(page: str, language: str) -> str:
+    """Return the only block of a page in a language."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    (found,) = re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return str(found)
