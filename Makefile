@@ -93,7 +93,15 @@ check-proto: $(PROTO_VENV)/.installed $(GO_PLUGINS) ## Fail if the committed stu
 	done; \
 	$(if $(GO_PLUGINS),$(call generate_go,"$$out"); diff -r "$$out/runnerpb" $(GO_DIR)/runnerpb || stale,\
 	  echo "no go on PATH: its stubs are not checked" >&2; test -z "$${CI:-}"); \
+	$(PROTOC) --proto_path=third_party --descriptor_set_out="$$out/all" $(PROTOS); \
 	echo "the stubs are those of runner.proto"
+
+.PHONY: third-party
+third-party: $(VENV)/.installed ## Copy the messages of google.rpc from googleapis-common-protos
+	@source=$$($(BIN)/python -c 'import importlib.util as u; print(*u.find_spec("google.rpc").submodule_search_locations)'); \
+	cp "$$source/status.proto" "$$source/error_details.proto" third_party/google/rpc/; \
+	version=$$($(BIN)/python -c 'from importlib import metadata; print(metadata.version("googleapis-common-protos"))'); \
+	sed -i.bak -E "s/(googleapis-common-protos) [0-9.]+[0-9]/\1 $$version/" third_party/README.md; rm third_party/README.md.bak
 
 .PHONY: proto-baseline
 proto-baseline: $(VENV)/.installed-dev ## Promise the protocol as it is now: only on purpose, it ends the last promise
@@ -243,14 +251,14 @@ $(PROTO_VENV)/.installed-go: $(GO_DIR)/go.mod $(GO_DIR)/go.sum $(PROTO_VENV)/.in
 
 # $(call generate,DIRECTORY): protoc finds the mypy plugins on PATH. The set of descriptors keeps
 # the comments, for reflection.
-generate = PATH="$(PROTO_VENV)/bin:$$PATH" $(PROTO_VENV)/bin/python -m grpc_tools.protoc \
-	  --proto_path=proto --python_out=$(1) --grpc_python_out=$(1) \
+PROTOC := PATH="$(PROTO_VENV)/bin:$$PATH" $(PROTO_VENV)/bin/python -m grpc_tools.protoc --proto_path=proto
+PROTOS := mlxrunner/v1/runner.proto google/rpc/status.proto google/rpc/error_details.proto
+generate = $(PROTOC) --python_out=$(1) --grpc_python_out=$(1) \
 	  --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) \
 	  --include_imports --include_source_info --descriptor_set_out=$(1)/mlxrunner/v1/runner.protoset \
 	  mlxrunner/v1/runner.proto
 
 # $(call generate_go,DIRECTORY)
-generate_go = PATH="$(PROTO_VENV)/bin:$$PATH" $(PROTO_VENV)/bin/python -m grpc_tools.protoc \
-	  --proto_path=proto --go_out=$(1) --go_opt='$(GO_OPTIONS)' \
+generate_go = $(PROTOC) --go_out=$(1) --go_opt='$(GO_OPTIONS)' \
 	  --go-grpc_out=$(1) --go-grpc_opt='$(GO_OPTIONS)' mlxrunner/v1/runner.proto
 GO_OPTIONS := module=example.com/mlxrunner,Mmlxrunner/v1/runner.proto=example.com/mlxrunner/runnerpb;runnerpb

@@ -10,9 +10,10 @@ import grpc from '@grpc/grpc-js';
 import { loadSync } from '@grpc/proto-loader';
 
 const here = (path) => fileURLToPath(new URL(path, import.meta.url));
-const protocol = loadSync(['mlxrunner/v1/runner.proto', 'google_rpc.proto'], {
+const files = ['mlxrunner/v1/runner.proto', 'google/rpc/status.proto', 'google/rpc/error_details.proto'];
+const protocol = loadSync(files, {
   keepCase: true, defaults: true, enums: String, longs: Number, json: true,
-  includeDirs: [here('.'), here('../../proto')],
+  includeDirs: [here('../../proto'), here('../../third_party')],
 });
 const { RunnerService } = grpc.loadPackageDefinition(protocol).mlxrunner.v1;
 

@@ -75,6 +75,7 @@ def test_the_sdist_has_the_files_for_its_tests(packages: Packages) -> None:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     assert {"Makefile", "README.md", "LICENSE", "proto/mlxrunner/v1/runner.proto"} <= names
     assert {"tests/conftest.py", "tests/floor.txt", ".ci/run", "docs/architecture.md"} <= names
+    assert {"proto/go/go.mod", "third_party/google/rpc/status.proto"} <= names
 
 
 def test_the_packages_pass_the_checks_of_an_index(packages: Packages) -> None:

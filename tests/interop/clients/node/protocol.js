@@ -4,12 +4,14 @@ import { fileURLToPath } from 'node:url';
 import grpc from '@grpc/grpc-js';
 import { loadSync } from '@grpc/proto-loader';
 
-const includeDirs = ['proto', 'examples/node'].map((path) =>
+const includeDirs = ['proto', 'third_party'].map((path) =>
   fileURLToPath(new URL(`../../../../${path}`, import.meta.url)),
 );
 
+const files = ['mlxrunner/v1/runner.proto', 'google/rpc/status.proto', 'google/rpc/error_details.proto'];
+
 /** Messages become objects close to proto3 JSON; an `Any` is opened, its type is `@type`. */
-const definition = loadSync(['mlxrunner/v1/runner.proto', 'google_rpc.proto'], {
+const definition = loadSync(files, {
   keepCase: true,
   defaults: true,
   enums: String,
