@@ -157,8 +157,8 @@ fuzz: $(VENV)/.installed-fuzz ## Send RUNS (default 100000) mutated requests, gu
 	@PYTHONPATH=tests $(BIN)/python tests/hostile/fuzz.py wire $(or $(RUNS),100000)
 
 .PHONY: interop
-interop: $(VENV)/.installed-dev $(PROTO_VENV)/.installed tools ## Build clients and examples in every language and the tools of others, and run them on real servers
-	@$(BIN)/python -m pytest tests/interop tests/tools $(ARGS)
+interop: $(VENV)/.installed-dev $(if $(LANGUAGES),,tools) ## Run clients and examples in every language, and the tools of others, on real servers; LANGUAGES="go rust" takes only these
+	@$(BIN)/python -m pytest tests/interop $(if $(LANGUAGES),--languages "$(LANGUAGES)",tests/tools) $(ARGS)
 
 .PHONY: packages
 packages: $(VENV)/.installed-packages ## Build wheel and sdist, and try them in empty environments

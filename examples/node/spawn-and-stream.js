@@ -10,8 +10,7 @@ import grpc from '@grpc/grpc-js';
 import { loadSync } from '@grpc/proto-loader';
 
 const here = (path) => fileURLToPath(new URL(path, import.meta.url));
-const files = ['mlxrunner/v1/runner.proto', 'google/rpc/status.proto', 'google/rpc/error_details.proto'];
-const protocol = loadSync(files, {
+const protocol = loadSync(['mlxrunner/v1/runner.proto', 'google/rpc/status.proto', 'google/rpc/error_details.proto'], {
   keepCase: true, defaults: true, enums: String, longs: Number, json: true,
   includeDirs: [here('../../proto'), here('../../third_party')],
 });

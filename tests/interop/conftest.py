@@ -15,7 +15,36 @@ from interop.languages import LANGUAGES, Language, Run, run_client
 from interop.servers import Server, shared_servers
 from support.user_home import toolchain_variables
 
+_OPTION = "--languages"
 _RUNS = pytest.StashKey[dict[str, Run]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that selects languages."""
+    parser.addoption(_OPTION, default="", help="take only these languages, separated by blanks")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the tests of languages that were not asked for.
+
+    Raises:
+        UsageError: A name is not that of a language.
+    """
+    wanted = str(config.getoption(_OPTION)).replace(",", " ").split()
+    if unknown := set(wanted) - {each.name for each in LANGUAGES}:
+        names = ", ".join(each.name for each in LANGUAGES)
+        raise pytest.UsageError(f"{_OPTION}: no {', '.join(sorted(unknown))}; there are {names}")
+    others = [item for item in items if wanted and _language(item) not in {None, *wanted}]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
+
+
+def _language(item: pytest.Item) -> str | None:
+    """Return the language of a test; None for a test of all languages."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    language = parameters.get("language")
+    return language.name if isinstance(language, Language) else None
 
 
 @pytest.fixture(scope="session", autouse=True)

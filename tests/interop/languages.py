@@ -54,7 +54,7 @@ class Language:
         return [command for command in needs if not shutil.which(command, path=_path())]
 
     def build(self) -> float:
-        """Build the client and the example in this language once; return the duration in seconds.
+        """Build the client in this language once; return the duration in seconds.
 
         Raises:
             Failed: The build failed.

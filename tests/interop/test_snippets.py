@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from interop.languages import EXAMPLES, Language, run
+from interop.languages import Language, run
 from interop.servers import ROOT, Server
 
 pytestmark = pytest.mark.timeout(1800)
@@ -77,7 +77,7 @@ def test_the_snippet_for_node_runs(
     snippet = snippet.replace(_ADDRESS, servers["plain"].address)
     script = tmp_path / "snippet.mjs"
     script.write_text(snippet.replace('["proto"]', f'["{ROOT}/proto"]'))
-    (tmp_path / "node_modules").symlink_to(EXAMPLES / "node/node_modules")
+    (tmp_path / "node_modules").symlink_to(language.folder / "node_modules")
     assert run(["node", str(script)], "the snippet for Node", _SECONDS, tmp_path).strip()
 
 

@@ -45,7 +45,7 @@ async fn complete(address: String) -> Result<(), Status> {
         }),
         ..Default::default()
     });
-    request.set_timeout(std::time::Duration::from_secs(60));
+    request.set_timeout(std::time::Duration::from_secs(300));
     let mut stream = client.completion(request).await?.into_inner();
     while let Some(piece) = stream.message().await? {
         print!("{}", piece.content);

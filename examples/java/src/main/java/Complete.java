@@ -14,6 +14,9 @@ import java.util.concurrent.TimeUnit;
 
 /** Prints the status of a running server, and streams a completion from it: Complete ADDRESS. */
 public class Complete {
+    // The server has no deadline of its own. The first call includes the start of gRPC in a cold JVM.
+    private static final long DEADLINE_SECONDS = 300;
+
     public static void main(String[] arguments) throws Exception {
         ManagedChannel channel = Grpc.newChannelBuilder(arguments[0], InsecureChannelCredentials.create())
                 .keepAliveTime(30, TimeUnit.SECONDS) // The prefill of a long prompt may be silent.
@@ -29,7 +32,8 @@ public class Complete {
     }
 
     private static void complete(RunnerServiceGrpc.RunnerServiceBlockingStub runner) {
-        var status = runner.withDeadlineAfter(5, TimeUnit.SECONDS).status(StatusRequest.getDefaultInstance());
+        var status = runner.withDeadlineAfter(DEADLINE_SECONDS, TimeUnit.SECONDS)
+                .status(StatusRequest.getDefaultInstance());
         System.err.printf("%s %s, %d MiB%n", status.getState(), status.getModel().getName(), status.getMemory() >> 20);
 
         var request = CompletionRequest.newBuilder()
@@ -37,7 +41,7 @@ public class Complete {
                 .setOptions(CompletionOptions.newBuilder().setTemperature(0).setNumPredict(64))
                 .build();
         // To leave this loop before `done`, run it in a `Context.CancellableContext` and cancel that.
-        var pieces = runner.withDeadlineAfter(60, TimeUnit.SECONDS).completion(request);
+        var pieces = runner.withDeadlineAfter(DEADLINE_SECONDS, TimeUnit.SECONDS).completion(request);
         pieces.forEachRemaining(piece -> System.out.print(piece.getContent()));
         System.out.flush();
     }
