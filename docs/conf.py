@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from importlib import metadata
 from pathlib import Path
 
 from sphinx.application import Sphinx
@@ -13,13 +12,18 @@ sys.path.insert(0, str(HERE))
 
 import outer_pages  # noqa: E402 - found through the path above
 import protocol_pages  # noqa: E402 - the same
+import site_tables  # noqa: E402 - the same
+from project import Project  # noqa: E402 - the same
 
-project = "mlx-grpc-runner"
-release = metadata.version(project)
+facts = Project.read()
+project, release, copyright = facts.name, facts.version, facts.copyright  # noqa: A001 - Sphinx's
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 html_theme = "furo"
+html_theme_options = facts.theme_options()
 html_title = f"{project} {release}"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 exclude_patterns = ["_build"]
 
 # Links within a page, as GitHub makes them.
@@ -31,6 +35,7 @@ napoleon_use_ivar = True
 
 
 def setup(app: Sphinx) -> None:
-    """Add the pages of files outside of docs/, and the page generated from the protocol."""
+    """Add the pages of files outside of docs/ and the protocol's page; fit tables to the screen."""
     protocol_pages.write(HERE / "protocol.md")
     app.connect("source-read", outer_pages.replace)
+    app.connect("doctree-resolved", site_tables.fit)
