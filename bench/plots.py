@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
 
+from bench import svg
 from bench.measures import arrival, growth, prefix
 from bench.results import Case, Results
 
 _COLORS = {"direct": "#888888", "ours": "#d6422b", "mlx-lm server": "#2b6cb0", "SMG": "#2f8f4e"}
 _MARKERS = {"direct": "s", "ours": "o", "mlx-lm server": "^", "SMG": "D"}
-_DPI = 110
+_PANE_INCHES = 3.2
 
 
 def draw(results: Results, folder: Path) -> list[str]:
     """Draw a plot of every measure that has results and return the file names."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
+    svg.use()
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [
         *(_throughput(results, model, folder) for model in results.models("greedy")),
@@ -36,31 +36,33 @@ def _throughput(results: Results, model: str, folder: Path) -> str:
     for pane, measure in zip(panes, ("greedy", "sampled"), strict=True):
         _lines(pane, results, measure, model, "rate")
         pane.set(title=f"{model}, {measure}", xlabel="streams", ylabel="tokens per second", ylim=0)
-    return _save(figure, panes, folder, f"throughput-{model}.png")
+    return _save(figure, panes, folder, f"throughput-{model}.svg")
 
 
 def _timeline(results: Results, folder: Path) -> str:
     """Plot each message of the running stream as a tick, so that a gap shows a stall."""
     if not results.timelines:
         return ""
-    figure, (pane,) = _panes(1, width=9)
+    figure, (pane,) = _panes(1)
     names = [name for name in _COLORS if name in results.timelines][::-1]
     for row, name in enumerate(names):
         times = results.timelines[name]
-        pane.plot(times, [row] * len(times), "|", color=_COLORS[name], markersize=18)
+        # One line with gaps, which is a small path in the file, instead of markers.
+        ticks = [x for time in times for x in (time, time, math.nan)]
+        pane.plot(ticks, [row - 0.2, row + 0.2, math.nan] * len(times), color=_COLORS[name])
         first = results.values("arrival", arrival.MODEL, name, "ttft_seconds", arrival.LONG_TOKENS)
         if first:
-            pane.plot(first[-1], row + 0.36, "v", color="black", markersize=6)
-    pane.axvline(0, color="black", linewidth=1)
+            pane.plot(first[-1], row + 0.36, "v", color=svg.INK, markersize=6)
+    pane.axvline(0, color=svg.INK, linewidth=1)
     pane.set(
-        title=f"A {arrival.LONG_TOKENS:,}-token prompt arrives at 0; triangle: its first token",
-        xlabel="seconds; each tick is a message of the running stream",
+        title=f"a {arrival.LONG_TOKENS:,}-token prompt arrives at 0\ntriangle: its first token",
+        xlabel="seconds\neach tick is a message of the running stream",
         yticks=range(len(names)),
         yticklabels=names,
         xlim=(-0.5, None),
         ylim=(-0.6, len(names) - 0.4),
     )
-    return _save(figure, [], folder, "arrival.png")
+    return _save(figure, [], folder, "arrival.svg")
 
 
 def _prompt_length(results: Results, folder: Path) -> str:
@@ -75,7 +77,7 @@ def _prompt_length(results: Results, folder: Path) -> str:
     )
     pane.set_xticks(growth.LENGTHS, labels=[f"{length:,}" for length in growth.LENGTHS])
     pane.minorticks_off()
-    return _save(figure, [pane], folder, "prompt-length.png")
+    return _save(figure, [pane], folder, "prompt-length.svg")
 
 
 def _prefix(results: Results, folder: Path) -> str:
@@ -93,14 +95,14 @@ def _prefix(results: Results, folder: Path) -> str:
         )
         pane.bar_label(bars, fmt="%.0f")
     pane.set(
-        title=f"{prefix.PROMPT_TOKENS:,}-token prompt; "
+        title=f"{prefix.PROMPT_TOKENS:,}-token prompt\n"
         f"shared: all but {prefix.FRESH_TOKENS} tokens seen",
         xticks=range(len(names)),
         xticklabels=names,
-        ylabel="milliseconds to the first token",
+        ylabel="ms to the first token",
     )
     pane.margins(y=0.25)
-    return _save(figure, [pane], folder, "prefix.png") if names else _drop(figure)
+    return _save(figure, [pane], folder, "prefix.svg") if names else _drop(figure)
 
 
 def _cache_entries(results: Results, folder: Path) -> str:
@@ -109,7 +111,7 @@ def _cache_entries(results: Results, folder: Path) -> str:
     for pane, (kind, title) in zip(panes, words.items(), strict=True):
         _lines(pane, results, "cache-entries", growth.MODEL, f"{kind}_ttft_seconds")
         pane.set(title=title, xlabel="earlier prompts", ylabel="seconds to first token", ylim=0)
-    return _save(figure, panes, folder, "cache-entries.png")
+    return _save(figure, panes, folder, "cache-entries.svg")
 
 
 def _lines(pane: Any, results: Results, measure: str, model: str, metric: str) -> None:
@@ -131,11 +133,13 @@ def _lines(pane: Any, results: Results, measure: str, model: str, metric: str) -
         pane.fill_between(cases, lows, highs, color=_COLORS[name], alpha=0.15, linewidth=0)
 
 
-def _panes(count: int, width: float = 5.0) -> tuple[Any, list[Any]]:
+def _panes(count: int) -> tuple[Any, list[Any]]:
+    """Return a figure with panes one below the other, as a phone needs them."""
     from matplotlib import pyplot as plt
 
-    figure, panes = plt.subplots(1, count, figsize=(width * count, 3.8), squeeze=False)
-    return figure, list(panes[0])
+    size = (svg.WIDTH_INCHES, _PANE_INCHES * count)
+    figure, panes = plt.subplots(count, 1, figsize=size, squeeze=False)
+    return figure, [row[0] for row in panes]
 
 
 def _save(figure: Any, with_legend: list[Any], folder: Path, name: str) -> str:
@@ -143,11 +147,11 @@ def _save(figure: Any, with_legend: list[Any], folder: Path, name: str) -> str:
     if with_legend and not any(pane.has_data() for pane in with_legend):
         return _drop(figure)
     for pane in with_legend:
-        pane.grid(alpha=0.3)
+        pane.grid()
         if pane.has_data():
-            pane.legend(frameon=False, fontsize=8)
+            pane.legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(folder / name, dpi=_DPI)
+    svg.save(figure, folder / name)
     _drop(figure)
     return name
 

@@ -107,7 +107,7 @@ def _throughput(results: Results, plots: Sequence[str], folder: str) -> str:
                 waits = tables.by_case(results, measure, model, "ttft_seconds")
                 parts += [f"Tokens per second, {measure}, by number of streams:", rates]
                 parts += [f"Time to first token, {measure}, by number of streams:", waits]
-        name = f"throughput-{model}.png"
+        name = f"throughput-{model}.svg"
         parts += [f"![{model}]({folder}/{name})"] if name in plots else []
     return "\n\n".join(parts) if len(parts) > 1 else ""
 

@@ -116,14 +116,14 @@ SECTIONS = (
             "prefix",
             lambda results: tables.by_case(results, "prefix", prefix.MODEL, "ttft_seconds"),
         ),
-        "prefix.png",
+        "prefix.svg",
     ),
     Section(
         "A long prompt arrives",
         f"{arrival.MODEL}: a prompt of {arrival.LONG_TOKENS:,} tokens arrives while one stream "
         "is running.",
         _if_measured("arrival", _arrival),
-        "arrival.png",
+        "arrival.svg",
     ),
     Section(
         "Health during prefill",
@@ -159,13 +159,13 @@ SECTIONS = (
             "prompt-length",
             lambda results: tables.by_case(results, "prompt-length", growth.MODEL, "ttft_seconds"),
         ),
-        "prompt-length.png",
+        "prompt-length.svg",
     ),
     Section(
         "Growth with the prefix cache",
         f"{growth.MODEL}: time to first token after a number of other prompts of 64 tokens. The "
         f"unrelated prompt has 256 tokens, the other one {prefix.PROMPT_TOKENS:,}.",
         _if_measured("cache-entries", _cache_entries),
-        "cache-entries.png",
+        "cache-entries.svg",
     ),
 )

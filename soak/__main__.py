@@ -86,7 +86,7 @@ def _show(run: Run, folder: Path) -> int:
     checks = judge(run)
     write(run, checks, folder / "soak.json")
     if can_draw():
-        draw(run, folder / "soak.png")
+        draw(run, folder / "soak.svg")
     else:
         logger.info("no plot: matplotlib is not installed (the bench group)")
     sys.stdout.write(table(run, checks) + "\n")

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench import svg
 from soak.records import Sample
 from soak.session import Run
 from soak.stats import MIB, WARM_UP_SHARE
 
-_DPI = 110
+_PANE_INCHES = 2.2
 _LATENCY = "Status, ms"
 
 _PANES: dict[str, dict[str, Callable[[Sample], float]]] = {
@@ -42,22 +43,21 @@ def can_draw() -> bool:
 
 def draw(run: Run, path: Path) -> None:
     """Plot the samples of a run."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panes = plt.subplots(len(_PANES), 1, figsize=(9, 11), sharex=True)
+    svg.use()
+    size = (svg.WIDTH_INCHES, _PANE_INCHES * len(_PANES))
+    figure, panes = plt.subplots(len(_PANES), 1, figsize=size, sharex=True)
     minutes = [sample.seconds / 60 for sample in run.samples]
     for pane, (unit, lines) in zip(panes, _PANES.items(), strict=True):
         series = {name: [value(sample) for sample in run.samples] for name, value in lines.items()}
         _lines(pane, minutes, unit, series, is_log=unit == _LATENCY)
     for pane in panes:
-        pane.axvspan(0, WARM_UP_SHARE * run.settings.seconds / 60, color="black", alpha=0.05)
-    panes[0].set(title="one runner at twice its capacity; grey: warm-up, not judged")
+        pane.axvspan(0, WARM_UP_SHARE * run.settings.seconds / 60, color=svg.INK, alpha=0.08)
+    panes[0].set(title="one runner at twice its capacity\ngrey: warm-up, not judged")
     panes[-1].set(xlabel="minutes")
     figure.tight_layout()
-    figure.savefig(path, dpi=_DPI)
+    svg.save(figure, path)
     plt.close(figure)
 
 
@@ -76,8 +76,8 @@ def _lines(
         pane.set(yscale="log")
     else:
         pane.set(ylim=(0, None))
-    pane.grid(alpha=0.3)
+    pane.grid()
     if len(series) > 1:
         # Above the pane, clear of the lines.
         legend_position = {"loc": "lower right", "bbox_to_anchor": (1, 0.96)}
-        pane.legend(frameon=False, fontsize=8, ncols=len(series), **legend_position)
+        pane.legend(frameon=False, ncols=2, **legend_position)

@@ -125,13 +125,13 @@ def test_status_is_judged_by_its_slowest_hundredth() -> None:
 def test_the_report_names_machine_figures_and_failures() -> None:
     results = _greedy(ours=1300.0, direct=1000.0)
     results.fail("SMG", "start", "the environment is missing")
-    report = render(results, ["throughput-demo.png"], "../bench/results", 3)
+    report = render(results, ["throughput-demo.svg"], "../bench/results", 3)
     for words in (
         "A CPU, 2 cores, 8 GiB, An OS, Python 3.11.0",
         "FastBLAS (libfast.so), 200 GFLOP/s",
         "Nothing here was measured on Metal or CUDA",
         "| ours | 1,300 |",
-        "(../bench/results/throughput-demo.png)",
+        "(../bench/results/throughput-demo.svg)",
         "- SMG, start: the environment is missing",
     ):
         assert words in report

@@ -45,13 +45,13 @@ def test_a_full_run_writes_the_report_with_working_links(root: Path) -> None:
     folder = root / "bench" / "results"
     program._write(_results(), folder, 3, full=True)
     report = (root / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    assert "(../bench/results/throughput-demo.png)" in report
-    assert (folder / "throughput-demo.png").stat().st_size > 0
+    assert "(../bench/results/throughput-demo.svg)" in report
+    assert (folder / "throughput-demo.svg").stat().st_size > 0
     assert Results.read(folder / "results.json").series == _results().series
 
 
 def test_a_partial_run_does_not_touch_the_report(root: Path) -> None:
     folder = root / "bench" / ".scratch"
     program._write(_results(), folder, 3, full=False)
-    assert "(./throughput-demo.png)" in (folder / "benchmarks.md").read_text(encoding="utf-8")
+    assert "(./throughput-demo.svg)" in (folder / "benchmarks.md").read_text(encoding="utf-8")
     assert not (root / "docs" / "benchmarks.md").exists()
