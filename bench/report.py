@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bench import tables
+from bench import summary, tables
 from bench.measures.throughput import GREEDY, PLANS, SAMPLED
 from bench.results import Results
 from bench.sections import SECTIONS, Section
@@ -51,11 +51,13 @@ def render(results: Results, plots: Sequence[str], folder: str, rounds: int) -> 
         folder: Link target of the folder with figures and plots.
         rounds: Number of rounds that were measured.
     """
+    judged = evaluate(results)
     parts = [
         _INTRODUCTION.format(data=f"{folder}/results.json", rounds=rounds),
+        "## Summary\n\n" + summary.render(results, judged),
+        "## Models\n\n" + summary.models(),
         "## Machine\n\n" + _machine(results.about),
-        "## Targets\n\nEvaluated on the figures of this run.\n\n"
-        + tables.verdicts(evaluate(results)),
+        "## Targets\n\nEvaluated on the figures of this run.\n\n" + tables.verdicts(judged),
     ]
     parts.append(_throughput(results, plots, folder))
     parts += [_section(section, results, plots, folder) for section in SECTIONS]

@@ -80,13 +80,24 @@ def latencies(results: Results, model: str) -> str:
 
 
 def verdicts(judged: Sequence[Verdict]) -> str:
-    """Format the table of targets."""
-    words = {True: "met", False: "**missed**", None: "not measured"}
+    """Format the table of targets, with a sentence about each missed one."""
     rows = [
-        [verdict.target.what, _bound(verdict.target), _reached(verdict), words[verdict.met]]
+        [verdict.target.what, _bound(verdict.target), _reached(verdict), _outcome(verdict)]
         for verdict in judged
     ]
-    return markdown(["target", "bound", "reached", ""], rows)
+    return markdown(["target", "bound", "reached", "outcome"], rows)
+
+
+def _outcome(verdict: Verdict) -> str:
+    if verdict.met is None or verdict.reading is None:
+        return "not measured"
+    if verdict.met:
+        return "met"
+    reading, limit = verdict.reading, verdict.target.limit
+    percent = figure(abs(reading.value / limit - 1) * 100)
+    place = "within" if verdict.is_within_spread else "outside"
+    low, high = (_with_unit(verdict.target, value) for value in (reading.low, reading.high))
+    return f"**Missed** by {percent} %, {place} the spread of the rounds ({low} to {high})."
 
 
 def _bound(target: Target) -> str:

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench.contenders import OURS, PEERS
 from bench.measures import arrival, prefix, quantized, start
 from bench.models import DEMO
 from bench.results import Case, Results
-from bench.stats import percentile
+from bench.stats import percentile, summarize
 
 _SMALL = ("llama-1m", DEMO)
 _LARGE_VOCABULARY = "qwen3-20m"
 _STATUS_P99_SECONDS = 0.010
 
-Figure = Callable[[Results], float | None]
+
+@dataclass(frozen=True)
+class Reading:
+    """A figure, and what the extremes of the rounds would make of it.
+
+    Attributes:
+        value: The figure, from the medians.
+        low: Lowest figure from the extremes.
+        high: Highest figure from the extremes.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+Figure = Callable[[Results], Reading | None]
 
 
 @dataclass(frozen=True)
@@ -40,67 +56,84 @@ class Target:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Outcome of a target; ``figure`` and ``met`` are None if not measured."""
+    """Outcome of a target; ``reading``, ``figure`` and ``met`` are None if not measured."""
 
     target: Target
-    figure: float | None
-    met: bool | None
+    reading: Reading | None
+
+    @property
+    def figure(self) -> float | None:
+        """The figure compared with the bound."""
+        return self.reading.value if self.reading else None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the figure keeps the bound."""
+        return None if self.figure is None else self._keeps(self.figure)
+
+    @property
+    def is_within_spread(self) -> bool:
+        """Whether the bound lies between the figures from the extremes of the rounds."""
+        return bool(self.reading and self.reading.low <= self.target.limit <= self.reading.high)
+
+    def _keeps(self, figure: float) -> bool:
+        limit = self.target.limit
+        return figure <= limit if self.target.at_most else figure >= limit
 
 
 def evaluate(results: Results) -> list[Verdict]:
     """Evaluate every target."""
-    return [_judge(target, target.figure(results)) for target in TARGETS]
+    return [Verdict(target, target.figure(results)) for target in TARGETS]
 
 
-def _judge(target: Target, figure: float | None) -> Verdict:
-    if figure is None:
-        return Verdict(target, None, None)
-    met = figure <= target.limit if target.at_most else figure >= target.limit
-    return Verdict(target, figure, met)
+def ratio(over: Sequence[float], under: Sequence[float]) -> Reading | None:
+    """Return the ratio of two series, or None if one of them was not measured."""
+    if not over or not under:
+        return None
+    top, bottom = summarize(over), summarize(under)
+    if not bottom.low:
+        return None
+    return Reading(top.median / bottom.median, top.low / bottom.high, top.high / bottom.low)
 
 
-def _median(
-    results: Results, measure: str, model: str, contender: str, metric: str, case: Case
-) -> float | None:
-    values = results.values(measure, model, contender, metric, case)
-    return statistics.median(values) if values else None
-
-
-def _ratio(over: float | None, under: float | None) -> float | None:
-    return over / under if over is not None and under else None
+def best_peer(
+    results: Results, measure: str, model: str, metric: str, case: Case, *, lowest: bool
+) -> list[float]:
+    """Return the series of the peer with the best median, empty if none was measured."""
+    found = [results.values(measure, model, peer, metric, case) for peer in PEERS]
+    measured = [values for values in found if values]
+    return (min if lowest else max)(measured, key=statistics.median, default=[])
 
 
 def _against(other: str, measure: str, model: str, metric: str, case: Case) -> Figure:
     """Return the ratio of ours to another contender."""
-    return lambda results: _ratio(
-        _median(results, measure, model, OURS, metric, case),
-        _median(results, measure, model, other, metric, case),
+    return lambda results: ratio(
+        results.values(measure, model, OURS, metric, case),
+        results.values(measure, model, other, metric, case),
     )
 
 
 def _against_best(measure: str, model: str, metric: str, case: Case, *, lowest: bool) -> Figure:
     """Return the ratio of ours to the best peer."""
-
-    def figure(results: Results) -> float | None:
-        ours = _median(results, measure, model, OURS, metric, case)
-        peers = [_median(results, measure, model, peer, metric, case) for peer in PEERS]
-        measured = [value for value in peers if value is not None]
-        best = (min if lowest else max)(measured, default=None)
-        return _ratio(ours, best)
-
-    return figure
-
-
-def _sampled_over_greedy(model: str) -> Figure:
-    return lambda results: _ratio(
-        _median(results, "sampled", model, OURS, "rate", 16),
-        _median(results, "greedy", model, OURS, "rate", 16),
+    return lambda results: ratio(
+        results.values(measure, model, OURS, metric, case),
+        best_peer(results, measure, model, metric, case, lowest=lowest),
     )
 
 
-def _status_p99(results: Results) -> float | None:
+def _sampled_over_greedy(model: str) -> Figure:
+    return lambda results: ratio(
+        results.values("sampled", model, OURS, "rate", 16),
+        results.values("greedy", model, OURS, "rate", 16),
+    )
+
+
+def _status_p99(results: Results) -> Reading | None:
     values = results.values("health", arrival.MODEL, OURS, "latency_seconds", "Status")
-    return percentile(values, 99) if values else None
+    if not values:
+        return None
+    slowest = percentile(values, 99)
+    return Reading(slowest, slowest, slowest)
 
 
 def _of_throughput(model: str) -> list[Target]:

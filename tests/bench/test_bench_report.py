@@ -102,6 +102,32 @@ def test_a_missed_target_has_a_figure() -> None:
     assert _judged(results, "demo: greedy / best peer") == (1.2, False)
 
 
+@pytest.mark.parametrize(
+    ("ours", "sentence"),
+    [
+        ([1.2], "**Missed** by 7.69 %, outside the spread of the rounds (1.2 to 1.2)."),
+        ([1.1, 1.2, 1.4], "**Missed** by 7.69 %, within the spread of the rounds (1.1 to 1.4)."),
+    ],
+)
+def test_a_missed_target_has_a_sentence(ours: list[float], sentence: str) -> None:
+    results = _results(
+        ("greedy", "demo", "ours", "rate", 16, ours),
+        ("greedy", "demo", "SMG", "rate", 16, [1.0]),
+    )
+    assert f"| demo: greedy / best peer, 16 streams | at least 1.3 | 1.2 | {sentence} |" in (
+        tables.verdicts(evaluate(results))
+    )
+
+
+def test_the_report_begins_with_a_summary_and_the_models() -> None:
+    report = render(_greedy(ours=130.0, direct=100.0, server=80.0, smg=65.0), [], ".", 3)
+    assert "2 of 2 targets were met" in report
+    assert "| demo | greedy | 130 | 1.30 | 1.62 |" in report
+    assert "| qwen3-20m | qwen3 | 2 x 128 | 151,936 | float32 | random |" in report
+    heads = [line for line in report.splitlines() if line.startswith("## ")]
+    assert heads[:4] == ["## Summary", "## Models", "## Machine", "## Targets"]
+
+
 def test_an_unmeasured_target_is_neither_met_nor_missed() -> None:
     assert _judged(_greedy(ours=120.0), "demo: greedy / best peer") == (0.0, None)
     assert all(verdict.met is None for verdict in evaluate(_results()))
