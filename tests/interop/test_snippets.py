@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from interop.languages import Language, run
+from interop.languages import Failed, Language, run
 from interop.servers import ROOT, Server
 
 pytestmark = pytest.mark.timeout(1800)
@@ -16,6 +18,7 @@ pytestmark = pytest.mark.timeout(1800)
 _BUILD_SECONDS = 900.0
 _SECONDS = 120.0
 _ADDRESS = "127.0.0.1:50051"
+_CPP_TOOLS = ("protoc", "grpc_cpp_plugin", "g++", "pkg-config")
 _STUBS = "example.com/mlxrunner"
 _GO_PROGRAM = """
 package main
@@ -79,6 +82,37 @@ def test_the_snippet_for_node_runs(
     script.write_text(snippet.replace('["proto"]', f'["{ROOT}/proto"]'))
     (tmp_path / "node_modules").symlink_to(language.folder / "node_modules")
     assert run(["node", str(script)], "the snippet for Node", _SECONDS, tmp_path).strip()
+
+
+@pytest.mark.parametrize("language", [Language("cpp")], ids=["cpp"])
+@pytest.mark.parametrize("place", ["plain", "unix"])
+def test_the_program_for_cpp_runs(
+    servers: dict[str, Server], cpp_client: str, language: Language, place: str, tmp_path: Path
+) -> None:
+    what = f"program for {language.name}"
+    assert run([cpp_client, servers[place].address, "def f(x):"], what, _SECONDS, tmp_path).strip()
+    with pytest.raises(Failed, match=r"(?s)ended with 1:.*UNAUTHENTICATED: "):
+        run([cpp_client, servers["token"].address, "x"], what, _SECONDS, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def cpp_client(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Build the program of the page with the commands of the page; return its path."""
+    tools = {tool: shutil.which(tool) for tool in _CPP_TOOLS}
+    if missing := [tool for tool, path in tools.items() if not path]:
+        pytest.skip(f"no {' and no '.join(missing)} on PATH")
+    if subprocess.run([str(tools["pkg-config"]), "--exists", "grpc++"], check=False).returncode:
+        pytest.skip("no gRPC for C++ (libgrpc++-dev)")
+    folder = tmp_path_factory.mktemp("cpp")
+    for name in ("proto", "third_party"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "client.cc").write_text(_snippet("docs/languages.md", "cpp"))
+    page = (ROOT / "docs/languages.md").read_text(encoding="utf-8")
+    section = page[page.index("A C++ client") :]
+    (commands,) = re.findall(r"^```console\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    script = re.sub(r"^\$ ", "", commands, flags=re.MULTILINE)
+    run(["bash", "-ec", script], "build of the program for C++", _BUILD_SECONDS, folder)
+    return str(folder / "client")
 
 
 def _snippet(page: str, language: str) -> str:
