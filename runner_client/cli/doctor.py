@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from runner_client.cli.options import json_option
-from runner_client.cli.output import is_terminal, print_json
+from runner_client.cli.output import StepLine, print_json
 from runner_client.host import doctor
 
 if TYPE_CHECKING:
@@ -33,11 +33,10 @@ def command(*, as_json: bool) -> None:
 
     Takes some seconds: MLX is started in a separate process and measured, on a Linux CPU with each
     BLAS library found. The fastest is remembered and used by every runner started later (serve
-    --blas overrides it).
+    --blas overrides it). A warning says so if other processes kept the machine busy meanwhile.
     """
-    if is_terminal():
-        click.echo("examining this machine ...", err=True)
-    findings = doctor.examine()
+    with StepLine() as progress:
+        findings = doctor.examine(progress=progress)
     is_fine = all(finding.status != "error" for finding in findings)
     if as_json:
         print_json({"ok": is_fine, "findings": [asdict(finding) for finding in findings]})

@@ -30,6 +30,8 @@ _LEAST_BAR_COLUMNS = 10
 _AROUND_BAR_COLUMNS = len("  []  100%")
 _USUAL_COLUMNS = 80
 
+_CLEAR_TO_END = "\x1b[K"
+
 
 def print_json(value: object) -> None:
     """Print one JSON object to standard output."""
@@ -83,6 +85,26 @@ def _rate(count: int, seconds: float) -> str:
 def is_terminal() -> bool:
     """Return whether standard error is a terminal able to redraw a line."""
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+class StepLine:
+    """The current step of a command: one line on standard error, if it is a terminal."""
+
+    def __init__(self) -> None:
+        self._is_shown = is_terminal()
+
+    def __call__(self, step: str) -> None:
+        """Show a step in place of the one before."""
+        if self._is_shown:
+            text = _shortened(f"{step} ...", _columns() - 1)
+            click.echo(f"\r{text}{_CLEAR_TO_END}", nl=False, err=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._is_shown:
+            click.echo(f"\r{_CLEAR_TO_END}", nl=False, err=True)
 
 
 class LoadProgress:

@@ -48,6 +48,7 @@ def measure(
     libraries: Sequence[Blas],
     environment: Mapping[str, str],
     probe: Callable[[Mapping[str, str]], ProbeResult],
+    progress: Callable[[str], None] = lambda _step: None,
 ) -> tuple[Measurement, ...]:
     """Measure MLX with each library preloaded, with and without variables, and alone.
 
@@ -59,18 +60,24 @@ def measure(
         libraries: The libraries found.
         environment: The environment of a runner without any of them.
         probe: Queries MLX in a child process with a given environment.
+        progress: Called with a description of each measurement before it.
 
     Returns:
         The chosen measurement, then the others by speed. The choice is the first of ``libraries``
         that is as fast as the fastest, within the variation between two measurements.
     """
-    measured = [
-        Measurement(_name(blas, setting), blas, setting, probe(setting))
-        for blas, setting in _settings(libraries, environment)
-    ]
+    settings = tuple(_settings(libraries, environment))
+    measured = []
+    for number, (blas, setting) in enumerate(settings, 1):
+        name = _name(blas, setting)
+        progress(f"measuring {name} ({number} of {len(settings)})")
+        measured.append(Measurement(name, blas, setting, probe(setting)))
     if len(measured) > 1:
         close = _CLOSE * max(one.gflops for one in measured)
-        measured = [_better_of_two(one, probe) if one.gflops > close else one for one in measured]
+        for index, one in enumerate(measured):
+            if one.gflops > close:
+                progress(f"measuring {one.name} again")
+                measured[index] = _better_of_two(one, probe)
     chosen = _chosen(measured)
     others = sorted(measured, key=lambda one: one.gflops, reverse=True)
     return (chosen, *(one for one in others if one is not chosen))

@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +21,7 @@ from runner_client.host.blas_choice import Choice, remember
 from runner_client.host.blas_measure import measure, table
 from runner_client.host.command import check_platform
 from runner_client.host.environment import child_environment, find_blas, package_folders
+from runner_client.host.machine_load import OtherLoad, cpu_clock
 from runner_client.host.probe import ProbeResult, run_probe
 from runner_common.cores import usable_cores
 from runner_common.host_memory.free import FreeMemory, device_infos, free_memory, installed_backend
@@ -58,6 +59,10 @@ _CPU_WEIGHTS = (
     "held as float32 where memory allows, quantized ones dequantized: no other format is fast on "
     "a CPU (--dtype as_stored keeps the stored format)"
 )
+_BUSY = (
+    "the speeds are too low, and another BLAS may be faster: run mlx-runner doctor again when the "
+    "machine has nothing else to do"
+)
 _INSTALL_COMPILER = "install a C++ compiler that MLX can call as g++: apt-get install g++"
 
 
@@ -86,12 +91,15 @@ class Finding:
             ``"error"`` (runners cannot start here).
         value: The result.
         advice: A way to fix the problem; empty if there is nothing to do.
+        facts: The numbers and names in ``value``, for programs; the unit is in the key
+            (``free_bytes``), and an unknown number is None.
     """
 
     name: str
     status: Level
     value: str
     advice: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def examine(
@@ -99,17 +107,20 @@ def examine(
     environ: Mapping[str, str] = os.environ,
     probe: Callable[[Mapping[str, str]], ProbeResult] = run_probe,
     version: Callable[[str], str | None] | None = None,
+    progress: Callable[[str], None] = lambda _step: None,
 ) -> tuple[Finding, ...]:
     """Check everything a runner depends on; never raises.
 
     Takes some seconds for MLX and, on a Linux CPU, for every BLAS found. The fastest BLAS is
-    stored and used by all later starts. Speeds are lower on a busy machine.
+    stored and used by all later starts. Speeds are lower on a busy machine, which is a finding.
 
     Args:
         environ: The environment from which a runner would be started.
         probe: Queries MLX in a child process with a given environment.
         version: Returns the version of an installed distribution, or None.
+        progress: Called with a description of each step before it.
     """
+    progress("examining this machine")
     version = version or _version
     backend = installed_backend()
     findings = [
@@ -121,12 +132,13 @@ def examine(
         *_memory(free_memory()),
     ]
     if all(version(name) for name in ("mlx", "mlx-lm")):
-        findings += _mlx(environ, backend, probe)
+        findings += _mlx(environ, backend, probe, progress)
     return tuple(findings)
 
 
 def _python() -> Finding:
-    return Finding("Python", "ok", f"{platform.python_version()} ({sys.executable})")
+    facts = {"version": platform.python_version(), "executable": sys.executable}
+    return Finding("Python", "ok", f"{facts['version']} ({sys.executable})", facts=facts)
 
 
 def _platform() -> Finding:
@@ -141,12 +153,14 @@ def _cores(cores: Cores) -> Finding:
     value = str(cores.count)
     if cores.group:
         value += f" of {cores.schedulable}, limited by the CPU quota of {cores.group}"
-    return Finding("processor cores", "ok", value)
+    return Finding("processor cores", "ok", value, facts=asdict(cores))
 
 
 def _packages(version: Callable[[str], str | None]) -> list[Finding]:
     findings = [
-        Finding(name, "ok", found) if (found := version(name)) else _broken_install(name)
+        Finding(name, "ok", found, facts={"version": found})
+        if (found := version(name))
+        else _broken_install(name)
         for name in ("grpcio", "protobuf")
     ]
     server = {name: version(name) for name in _SERVER_PACKAGES}
@@ -157,7 +171,7 @@ def _packages(version: Callable[[str], str | None]) -> list[Finding]:
         text = f"not installed: {', '.join(missing)}"
         return [*findings, Finding("server extra", "error", text, _INSTALL_SERVER)]
     text = ", ".join(f"{name} {installed}" for name, installed in server.items())
-    return [*findings, Finding("server extra", "ok", text)]
+    return [*findings, Finding("server extra", "ok", text, facts=server)]
 
 
 def _broken_install(name: str) -> Finding:
@@ -179,6 +193,7 @@ def _devices() -> list[Finding]:
             f"{device.kind}: {device.name}, {_size(device.free_bytes)} of "
             f"{_size(device.total_bytes)} free",
             device.reason,
+            asdict(device),
         )
         for number, device in enumerate(device_infos())
     ]
@@ -195,7 +210,9 @@ def _memory(free: FreeMemory) -> list[Finding]:
         for name, figure in figures.items()
     )
     value = f"{_size(free.available_bytes)}, limited by {free.source} ({text})"
-    return [Finding("free memory", "ok", value)]
+    facts = {f"{name}_bytes": figure for name, figure in figures.items()}
+    facts |= {"available_bytes": free.available_bytes}
+    return [Finding("free memory", "ok", value, facts=facts | {"source": free.source})]
 
 
 def _size(count: int | None) -> str:
@@ -206,11 +223,14 @@ def _mlx(
     environ: Mapping[str, str],
     backend: Backend,
     probe: Callable[[Mapping[str, str]], ProbeResult],
+    progress: Callable[[str], None],
 ) -> list[Finding]:
     """Return the findings about MLX in the environment of a runner."""
     environment = child_environment(environ, backend=backend, blas="off")
     libraries = installed_blas() if backend == "cpu" else ()
-    measured = measure(libraries, environment, probe)
+    before = cpu_clock()
+    measured = measure(libraries, environment, probe, progress)
+    load = OtherLoad.between(before, cpu_clock())
     result = measured[0].result
     if result.failure:
         advice = "MLX cannot run here: see the lines above; reinstall the server extra"
@@ -219,25 +239,35 @@ def _mlx(
     device = facts.get("device") or {}
     name = device.get("device_name") or device.get("architecture") or "unknown device"
     value = f"{facts.get('mlx_version')} on {facts.get('backend')} ({name})"
-    findings = [_agreement(value, str(facts.get("backend")), backend), _kernels(facts)]
+    names = {"version": facts.get("mlx_version"), "backend": facts.get("backend"), "device": name}
+    findings = [_agreement(value, names, backend), _kernels(facts)]
     if backend == "cpu":
         is_chosen_by_user = has_blas_in_front(environ)
         finding = _preloaded(measured[0]) if is_chosen_by_user else _blas(measured)
         findings.append(finding)
         if libraries and measured[0].gflops and not is_chosen_by_user:
             findings.append(_remembered(environ, measured[0], libraries))
+        findings.append(_other_load(load))
         findings.append(Finding("weights", "ok", _CPU_WEIGHTS))
     return findings
 
 
-def _agreement(value: str, seen: str, expected: Backend) -> Finding:
-    if seen == expected:
-        return Finding("MLX", "ok", value)
+def _other_load(load: OtherLoad) -> Finding:
+    value = f"{load.busy_cores:.1f} of {load.cores} cores busy with other processes"
+    facts = {"busy_cores": round(load.busy_cores, 3), "cores": load.cores}
+    if load.disturbs(usable_cores().count):
+        return Finding("other load", "warning", value, _BUSY, facts)
+    return Finding("other load", "ok", value, facts=facts)
+
+
+def _agreement(value: str, facts: Mapping[str, Any], expected: Backend) -> Finding:
+    if facts["backend"] == expected:
+        return Finding("MLX", "ok", value, facts=facts)
     advice = (
         f"the installed packages are for {expected}: check the driver, and that exactly one of the "
         "extras cpu, cuda12 and cuda13 is installed"
     )
-    return Finding("MLX", "warning", value, advice)
+    return Finding("MLX", "warning", value, advice, facts)
 
 
 def _kernels(facts: Mapping[str, Any]) -> Finding:
@@ -264,9 +294,10 @@ def _blas(measured: Sequence[Measurement]) -> Finding:
     best = measured[0]
     own = next(one for one in measured if one.blas is None)
     rows = table(measured) if len(measured) > 1 else []
+    facts = {"measured": [_speed(one) for one in measured]}
     if not best.gflops:
         value = "\n".join(("speed not measured", *rows))
-        return Finding("BLAS", "warning", value, _INSTALL_BLAS)
+        return Finding("BLAS", "warning", value, _INSTALL_BLAS, facts)
     # The library that MLX calls: a preloaded one may have no effect.
     name = best.result.facts.get("blas") or best.name
     text = f"{name}: {best.gflops:.1f} GFLOP/s in float32"
@@ -275,17 +306,24 @@ def _blas(measured: Sequence[Measurement]) -> Finding:
     gains = best.blas is not None and best.gflops >= _FAST_RATIO * own.gflops
     is_fast = gains or best.gflops >= _FAST_GFLOPS
     status: Level = "ok" if is_fast else "warning"
-    return Finding("BLAS", status, "\n".join((text, *rows)), "" if is_fast else _INSTALL_BLAS)
+    advice = "" if is_fast else _INSTALL_BLAS
+    return Finding("BLAS", status, "\n".join((text, *rows)), advice, facts)
+
+
+def _speed(one: Measurement) -> dict[str, Any]:
+    path = str(one.blas.path) if one.blas else None
+    return {"name": one.name, "path": path, "gflops": one.gflops or None}
 
 
 def _preloaded(one: Measurement) -> Finding:
     """Return the finding about a BLAS preloaded by the user; no other library is tried."""
     name = one.result.facts.get("blas") or "unknown"
     value = f"{name}, from LD_PRELOAD: {one.gflops:.1f} GFLOP/s in float32"
+    facts = {"measured": [_speed(one) | {"name": name}]}
     if one.gflops >= _FAST_GFLOPS:
-        return Finding("BLAS", "ok", value)
+        return Finding("BLAS", "ok", value, facts=facts)
     advice = "unset LD_PRELOAD: the fastest installed BLAS is then found and preloaded"
-    return Finding("BLAS", "warning", value, advice)
+    return Finding("BLAS", "warning", value, advice, facts)
 
 
 def _remembered(

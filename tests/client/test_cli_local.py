@@ -13,7 +13,7 @@ import click
 import pytest
 
 from runner_client.cli import estimate, serve
-from runner_client.cli.output import LoadProgress
+from runner_client.cli.output import LoadProgress, StepLine
 from runner_client.errors import NotSupportedError, RunnerError
 from runner_client.host import doctor as examination
 from runner_client.host.doctor import Finding
@@ -224,7 +224,7 @@ BAD = Finding("MLX", "error", "failed:\nno such file", "install it again")
 def test_doctor_exits_by_the_worst_finding(
     monkeypatch: pytest.MonkeyPatch, findings: tuple[Finding, ...], code: int
 ) -> None:
-    monkeypatch.setattr(examination, "examine", lambda: findings)
+    monkeypatch.setattr(examination, "examine", lambda **_: findings)
     assert invoke("doctor").exit_code == code
     result = invoke("doctor", "--json")
     assert result.exit_code == code
@@ -234,7 +234,7 @@ def test_doctor_exits_by_the_worst_finding(
 
 
 def test_doctor_puts_advice_below_its_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examination, "examine", lambda: (GOOD, SLOW, BAD))
+    monkeypatch.setattr(examination, "examine", lambda **_: (GOOD, SLOW, BAD))
     assert invoke("doctor").stdout.splitlines() == [
         "ok       Python  3.11.7",
         "warning  BLAS    3.6 GFLOP/s",
@@ -245,11 +245,41 @@ def test_doctor_puts_advice_below_its_finding(monkeypatch: pytest.MonkeyPatch) -
     ]
 
 
+def test_doctor_prints_numbers_as_json_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    finding = Finding("free memory", "ok", "2.0 KiB", facts={"available_bytes": 2048})
+    monkeypatch.setattr(examination, "examine", lambda **_: (finding,))
+    (printed,) = json.loads(invoke("doctor", "--json").stdout)["findings"]
+    assert printed["facts"] == {"available_bytes": 2048}
+
+
+def test_steps_take_one_line_of_a_terminal_and_leave_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "30")
+    with StepLine() as progress:
+        progress("first")
+        progress("measuring a library with a long name")
+    shown = [part.removesuffix("\x1b[K") for part in stream.getvalue().split("\r")[1:]]
+    assert shown[0] == "first ..."
+    assert len(shown[1]) <= 29
+    assert shown[1].startswith("measuring")
+    assert shown[2] == ""
+
+
+def test_steps_are_silent_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with StepLine() as progress:
+        progress("first")
+    assert stream.getvalue() == ""
+
+
 @pytest.mark.parametrize("variable", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {}])
 def test_colors_are_off_where_the_terminal_or_the_user_says_so(
     monkeypatch: pytest.MonkeyPatch, variable: dict[str, str]
 ) -> None:
-    monkeypatch.setattr(examination, "examine", lambda: (GOOD,))
+    monkeypatch.setattr(examination, "examine", lambda **_: (GOOD,))
     environment = {"NO_COLOR": "", "TERM": "xterm", **variable}
     result = invoke("doctor", environment=environment, color=True)
     assert ("\x1b[32m" in result.stdout) is not bool(variable)

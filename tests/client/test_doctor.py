@@ -13,7 +13,9 @@ from runner_client.host import blas_choice, doctor
 from runner_client.host.blas import Blas
 from runner_client.host.blas_choice import Choice
 from runner_client.host.doctor import Finding, examine
+from runner_client.host.machine_load import CpuClock, OtherLoad, cpu_clock
 from runner_client.host.probe import ProbeResult, run_probe
+from runner_common.cores import Cores
 from runner_common.host_memory.free import DeviceInfo, FreeMemory
 
 FACTS: dict[str, Any] = {
@@ -45,6 +47,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "remember", _remember)
     monkeypatch.setattr(doctor, "package_folders", lambda _package: (Path("/here"),))
     monkeypatch.setattr(doctor, "child_environment", _environment)
+    monkeypatch.setattr(doctor, "cpu_clock", lambda: CpuClock(0.0, 0.0, 0.0, 2))
+    monkeypatch.setattr(doctor, "usable_cores", lambda: Cores(2, 2))
 
 
 def _remember(_environ: Mapping[str, str], choice: Choice, libraries: Sequence[Blas]) -> Path:
@@ -77,7 +81,8 @@ def test_a_healthy_machine_has_only_good_findings() -> None:
     assert {finding.advice for finding in findings.values()} == {""}
     assert set(findings) == {
         "Python", "platform", "processor cores", "grpcio", "protobuf", "server extra", "device 0",
-        "free memory", "MLX", "kernel compilation", "BLAS", "BLAS choice", "weights",
+        "free memory", "MLX", "kernel compilation", "BLAS", "BLAS choice", "other load",
+        "weights",
     }  # fmt: skip
 
 
@@ -163,6 +168,65 @@ def test_memory_names_every_limit_and_the_smallest() -> None:
     assert memory.value == (
         "8.0 GiB, limited by cgroup (system 40.0 GiB, cgroup 8.0 GiB, device no limit)"
     )
+
+
+def test_numbers_are_facts_for_programs() -> None:
+    findings = found()
+    assert findings["processor cores"].facts == {"count": 2, "schedulable": 2, "group": ""}
+    assert findings["grpcio"].facts == {"version": "1.2.3"}
+    assert findings["device 0"].facts["free_bytes"] == 40 * 1024**3
+    assert findings["free memory"].facts == {
+        "system_bytes": 40 * 1024**3,
+        "cgroup_bytes": 8 * 1024**3,
+        "device_bytes": None,
+        "available_bytes": 8 * 1024**3,
+        "source": "cgroup",
+    }
+    assert findings["MLX"].facts == {"version": "0.32.4", "backend": "cpu", "device": "Some CPU"}
+    assert findings["BLAS"].facts["measured"] == [
+        {"name": "OpenBLAS", "path": "/usr/lib/libopenblas.so.0", "gflops": 200.0},
+        {"name": "MLX's own", "path": None, "gflops": 4.0},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("busy", "own", "status"), [(20.0, 19.0, "ok"), (20.0, 10.0, "warning"), (3.0, 4.0, "ok")]
+)
+def test_a_measurement_under_load_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, busy: float, own: float, status: str
+) -> None:
+    clocks = iter([CpuClock(100.0, 50.0, 5.0, 2), CpuClock(110.0, 50.0 + busy, 5.0 + own, 2)])
+    monkeypatch.setattr(doctor, "cpu_clock", lambda: next(clocks))
+    load = found()["other load"]
+    others = max(0.0, busy - own) / 10
+    assert (load.status, load.facts) == (status, {"busy_cores": others, "cores": 2})
+    assert load.value == f"{others:.1f} of 2 cores busy with other processes"
+    assert ("run mlx-runner doctor again" in load.advice) is (status == "warning")
+
+
+def test_load_on_cores_beyond_a_quota_does_not_disturb() -> None:
+    assert not OtherLoad(busy_cores=30.0, cores=64).disturbs(2)
+    assert OtherLoad(busy_cores=63.0, cores=64).disturbs(2)
+
+
+def test_the_clock_counts_this_process_among_the_busy_time() -> None:
+    before = cpu_clock()
+    while cpu_clock().own_seconds < before.own_seconds + 0.1:
+        pass
+    after = cpu_clock()
+    assert after.wall_seconds > before.wall_seconds
+    assert after.busy_seconds > before.busy_seconds
+
+
+def test_each_step_is_told_before_it() -> None:
+    steps: list[str] = []
+    examine(environ={}, probe=probing(), version=lambda _name: "1.2.3", progress=steps.append)
+    assert steps == [
+        "examining this machine",
+        "measuring OpenBLAS (1 of 2)",
+        "measuring MLX's own (2 of 2)",
+        "measuring OpenBLAS again",
+    ]
 
 
 def test_a_missing_blas_has_advice_to_install_one(monkeypatch: pytest.MonkeyPatch) -> None:
