@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -45,6 +46,16 @@ def pytest_configure() -> None:
     replace_home(Path(_home.name))
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Leave objects that exist before the first test out of garbage collections.
+
+    The tests and all that they import are 190,000 objects in a run of everything. A collection of
+    these takes 0.1 s, and every load of a model does one.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:
