@@ -29,6 +29,11 @@ SMG_PACKAGES += $(if $(filter server,$(EXTRA)),mlx,'mlx[$(EXTRA)]')
 
 PARITY_VENV := .venv-parity
 
+# Processes that run the tests, `make test JOBS=1` for one. One more than cores, because tests
+# also wait; at most four, because each holds models.
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 3 ? n + 1 : 4)))
+IN_PARALLEL = $(if $(filter 1,$(JOBS)),,--numprocesses $(JOBS) --dist worksteal)
+
 # Folders of `make test-fast`.
 FAST_TESTS := tests/contract tests/common tests/tooling tests/bench tests/soak tests/server
 # Packages whose docstrings and comments `make prose` measures.
@@ -44,11 +49,11 @@ run: $(VENV)/.installed ## Set everything up and run the demo
 
 .PHONY: test
 test: $(VENV)/.installed-dev ## Set everything up and run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(IN_PARALLEL) $(ARGS)
 
 .PHONY: test-fast
 test-fast: $(VENV)/.installed-dev ## Run the tests that need no model and no child process, in under a minute
-	@$(BIN)/python -m pytest -q -m "not mlx and not slow" $(FAST_TESTS) $(ARGS)
+	@$(BIN)/python -m pytest -q -m "not mlx and not slow" $(IN_PARALLEL) $(FAST_TESTS) $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.installed-dev ## Check style, types, prose, generated code and the protocol's rules
@@ -119,7 +124,7 @@ test-floor: ## Run the tests with the lowest versions that pyproject.toml allows
 	$(PYTHON) -m venv --clear .venv-floor
 	.venv-floor/bin/pip install --quiet --upgrade pip
 	.venv-floor/bin/pip install --quiet --editable '.[$(EXTRA)]' --group dev --constraint tests/floor.txt
-	.venv-floor/bin/python -m pytest $(ARGS)
+	.venv-floor/bin/python -m pytest $(IN_PARALLEL) $(ARGS)
 
 .PHONY: bench
 bench: $(VENV)/.installed-bench $(SMG_VENV)/.installed ## Benchmark this runner against its peers, in half an hour
