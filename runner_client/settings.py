@@ -1,16 +1,66 @@
-"""Settings of a client as frozen dataclasses: timeouts, TLS files and the restart policy."""
+"""Settings of loads and clients: load options, timeouts, TLS files and the restart policy."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 if TYPE_CHECKING:
     from os import PathLike
 
 _GIB = 2**30
 _CLOSE_BYTES_PER_SECOND = 4 * _GIB
+
+Dtype = Literal["auto", "auto_or_stored", "as_stored", "float32", "bfloat16", "float16"]
+"""The number format of the weights in memory.
+
+``"auto"`` is float32 on a CPU, the only fast format there, and as stored on other devices.
+``"auto_or_stored"`` is ``"auto"`` if that fits into memory and otherwise as stored, which
+is many times slower on a CPU; ``Model.dtype_fallback`` reports the fallback. The other
+values name the format; quantized weights stay quantized only with ``"as_stored"``."""
+
+
+class LoadKeywords(TypedDict, total=False):
+    """The fields of ``LoadOptions`` as keywords of the calls that load or estimate a model."""
+
+    context_length: int | None
+    parallel: int | None
+    dtype: Dtype
+    memory_limit_bytes: int | None
+    prefix_cache_bytes: int | None
+    memory_override: bool
+    allow_inexact: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """Options of a load, and of its estimate. None selects the server's default."""
+
+    context_length: int | None = None
+    """The longest sequence, in tokens. Default: the model's own limit, at most 4,096."""
+    parallel: int | None = None
+    """The maximum number of completions decoded together. Default: 4."""
+    dtype: Dtype = "auto"
+    """The number format of the weights in memory. ``"auto"`` refuses a model that does not fit;
+    ``"auto_or_stored"`` then keeps the weights as stored."""
+    memory_limit_bytes: int | None = None
+    """The upper limit of MLX's memory. Default: the estimated need, or no limit for an estimate."""
+    prefix_cache_bytes: int | None = None
+    """The upper limit of the prefix cache, within that memory; 0 disables the cache. Default: the
+    KV cache of one sequence, or a quarter of that of all sequences if larger; less if memory is
+    short."""
+    memory_override: bool = False
+    """Load the model even if it does not fit by the estimate. The system may then kill the process
+    when memory runs out. Without effect on an estimate."""
+    allow_inexact: bool = False
+    """Load the model even if it cannot be computed exactly as its files specify;
+    ``Model.warnings`` lists the differences."""
+
+    @classmethod
+    def of(cls, options: LoadOptions | None, keywords: LoadKeywords) -> LoadOptions:
+        """Combine the options and keywords of a call; the keywords take precedence."""
+        return replace(options or cls(), **keywords)
 
 
 @dataclass(frozen=True, slots=True)

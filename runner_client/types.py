@@ -8,23 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from runner_client.settings import RestartPolicy as RestartPolicy  # noqa: PLC0414 - users have it from here
+from runner_client.settings import Dtype as Dtype  # noqa: PLC0414 - users have it from here
+from runner_client.settings import LoadKeywords as LoadKeywords  # noqa: PLC0414 - the same
+from runner_client.settings import LoadOptions as LoadOptions  # noqa: PLC0414 - the same
+from runner_client.settings import RestartPolicy as RestartPolicy  # noqa: PLC0414 - the same
 from runner_client.settings import Timeouts as Timeouts  # noqa: PLC0414 - the same
 from runner_client.settings import TlsFiles as TlsFiles  # noqa: PLC0414 - the same
 
 if TYPE_CHECKING:
     import builtins
     from collections.abc import Mapping
-
-Dtype = Literal["auto", "auto_or_stored", "as_stored", "float32", "bfloat16", "float16"]
-"""The number format of the weights in memory.
-
-``"auto"`` is float32 on a CPU, the only fast format there, and as stored on other devices.
-``"auto_or_stored"`` is ``"auto"`` if that fits into memory and otherwise as stored, which
-is many times slower on a CPU; ``Model.dtype_fallback`` reports the fallback. The other
-values name the format; quantized weights stay quantized only with ``"as_stored"``."""
 
 
 class State(StrEnum):

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Unpack, cast
 
-from runner_client.errors import InvalidRequestError, ModelUnsupportedError, RunnerError
+from runner_client.errors import (
+    InsufficientMemoryError,
+    InvalidRequestError,
+    ModelUnsupportedError,
+    RunnerError,
+)
 from runner_client.memory.header_need import need_from_headers
 from runner_client.memory.model import find_model, read_model
-from runner_common.contract import DEFAULT_PARALLEL
+from runner_client.types import LoadOptions
+from runner_common.contract import DEFAULT_PARALLEL, MAX_PARALLEL
 from runner_common.host_memory.free import Backend, installed_backend
 from runner_common.import_paths import with_import_paths
 from runner_common.memory.need import MemoryNeed
@@ -25,7 +31,7 @@ from runner_common.memory.need_query import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-DType = Literal["auto", "auto_or_stored", "float32", "bfloat16", "float16", "as_stored"]
+    from runner_client.types import Dtype, LoadKeywords
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +67,7 @@ class MemoryEstimate:
     model: str
     path: str
     backend: Backend
-    dtype: DType
+    dtype: Dtype
     context_length: int
     model_context_length: int
     parallel: int
@@ -107,13 +113,10 @@ class MemoryEstimate:
 def estimate(
     model: str,
     *,
-    context_length: int | None = None,
-    parallel: int = DEFAULT_PARALLEL,
-    dtype: DType = "auto",
+    options: LoadOptions | None = None,
     backend: Backend | None = None,
-    prefix_cache_bytes: int | None = None,
-    allow_inexact: bool = False,
     env: Mapping[str, str] | None = None,
+    **keywords: Unpack[LoadKeywords],
 ) -> MemoryEstimate:
     """Estimate the memory of a runner with a model.
 
@@ -128,28 +131,24 @@ def estimate(
 
     Args:
         model: A directory, or a hub id in the local Hugging Face cache.
-        context_length: The length of a sequence, in tokens. Default: the model's own limit, at
-            most 4,096, as in a runner.
-        parallel: The number of sequences held at once. Default: 4, as in a runner.
-        dtype: The format that the weights are converted to.
+        options: Options of the load.
         backend: The backend that the model runs on. Default: that of the installed MLX.
-        prefix_cache_bytes: The upper limit of the prefix cache. Default: the KV cache of one
-            sequence, or a quarter of that of all sequences if larger.
-        allow_inexact: Estimate a model that cannot be computed exactly as its files specify;
-            ``notes`` lists the differences.
         env: The runner's environment. Default: that of this process.
+        keywords: Fields of ``LoadOptions``, in place of those of ``options``.
 
     Raises:
         ModelNotFoundError: The model does not exist on this machine.
         ModelUnsupportedError: The model's files are incomplete or damaged, or mlx_lm cannot
             build it.
         InvalidRequestError: ``context_length`` is less than 2 or more than the model supports,
-            ``parallel`` is not in 1 to 256, or ``prefix_cache_bytes`` is not a 64-bit number of
-            0 or more.
+            ``parallel`` is not in 1 to 256, or a size is not a 64-bit number.
+        InsufficientMemoryError: One sequence does not fit ``memory_limit_bytes``.
     """
-    _require("context_length", context_length, 2, 2**31 - 1)
-    _require("parallel", parallel, 1, 256)
-    _require("prefix_cache_bytes", prefix_cache_bytes, 0, 2**63 - 1)
+    load = LoadOptions.of(options, keywords)
+    _require("context_length", load.context_length, 2, 2**31 - 1)
+    _require("parallel", load.parallel, 1, MAX_PARALLEL)
+    _require("memory_limit_bytes", load.memory_limit_bytes, 1, 2**63 - 1)
+    _require("prefix_cache_bytes", load.prefix_cache_bytes, 0, 2**63 - 1)
     environ = os.environ if env is None else env
     located = find_model(model, environ)
     directory = read_model(located.path)
@@ -157,18 +156,19 @@ def estimate(
     backend = backend or installed
     request = NeedRequest(
         path=str(located.path),
-        context_length=context_length,
-        parallel=parallel,
-        dtype=_resolved(dtype, backend),
-        prefix_cache_bytes=prefix_cache_bytes,
-        allow_inexact=allow_inexact,
+        context_length=load.context_length,
+        parallel=DEFAULT_PARALLEL if load.parallel is None else load.parallel,
+        dtype=_resolved(load.dtype, backend),
+        memory_limit_bytes=load.memory_limit_bytes,
+        prefix_cache_bytes=load.prefix_cache_bytes,
+        allow_inexact=load.allow_inexact,
     )
     answer, notes = _answer(request, installed == backend, environ)
     return MemoryEstimate(
         model=model,
         path=request.path,
         backend=backend,
-        dtype=cast("DType", answer.dtype),
+        dtype=cast("Dtype", answer.dtype),
         context_length=answer.context_length,
         model_context_length=answer.model_context_length,
         parallel=answer.parallel,
@@ -207,6 +207,14 @@ def _refused(refusal: NeedRefusedError) -> RunnerError:
     if reason == "MODEL_UNSUPPORTED":
         model = numbers.get("model")
         return ModelUnsupportedError(text, model=model, reason=reason, metadata=numbers)
+    if reason == "INSUFFICIENT_MEMORY":
+        return InsufficientMemoryError(
+            text,
+            required_bytes=int(numbers["requiredBytes"]),
+            available_bytes=int(numbers["availableBytes"]),
+            reason=reason,
+            metadata=numbers,
+        )
     return RunnerError(text, reason=reason, metadata=numbers)
 
 
@@ -216,7 +224,7 @@ def _require(name: str, value: int | None, low: int, high: int) -> None:
         raise InvalidRequestError(f"{name}: {text}", field_violations=[(name, text)])
 
 
-def _resolved(dtype: DType, backend: Backend) -> str:
+def _resolved(dtype: Dtype, backend: Backend) -> str:
     if dtype not in ("auto", "auto_or_stored"):
         return dtype
     return "float32" if backend == "cpu" else "as_stored"

@@ -45,21 +45,10 @@ class AsyncRunnerProcess(ProcessBase):
 
     Args:
         model: A directory, or a hub id in the local Hugging Face cache.
-        context_length: The longest sequence, in tokens. Default: the model's own limit, at most
-            4,096.
-        parallel: The maximum number of completions decoded together. Default: 4.
-        dtype: The number format of the weights in memory. ``"auto"`` is float32 on a CPU and
-            refuses a model that does not fit; ``"auto_or_stored"`` then keeps the weights as
-            stored, many times slower, and sets ``Model.dtype_fallback``.
-        prefix_cache_bytes: The upper limit of the prefix cache, part of the memory that the gate
-            checks; 0 disables the cache. Default: the KV cache of one sequence, or a quarter of
-            that of all sequences if larger; less if memory is short, so the gate does not insist.
+        options: Options of the load and of the gate's estimate. ``memory_override`` overrides the
+            gate, too, and holds the model as stored if ``dtype`` is ``"auto_or_stored"``.
         require_full: Raise ``LoadRequiresFullError`` instead of ``InsufficientMemoryError`` if the
             model does not fit, and never fall back to the stored format.
-        memory_override: Start and load the model even if it does not fit, as stored if ``dtype``
-            is ``"auto_or_stored"``.
-        allow_inexact: Load the model even if it cannot be computed exactly as its files specify;
-            ``Model.warnings`` lists the differences.
         gate: Checks memory and keeps the model's memory reserved until the child exits. Default:
             a ``MemoryGate`` for the child's environment.
         timeouts: How long to wait for the child and for each kind of call.
@@ -72,6 +61,7 @@ class AsyncRunnerProcess(ProcessBase):
         env: Environment variables for the child, in addition to those of this process; the gate
             reads them too.
         log: Logger for the child's output. Default: ``runner_client.child``.
+        keywords: Fields of ``LoadOptions``, in place of those of ``options``.
     """
 
     _running: tuple[ChildClient, LoadCall] | None = None

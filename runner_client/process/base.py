@@ -13,12 +13,12 @@ import threading
 import time
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from runner_client.errors import RunnerTimeoutError, RunnerUnavailableError
 from runner_client.host.command import ListenAddress
 from runner_client.process.launch import Launch
-from runner_client.types import DeviceInfo, RestartPolicy, Timeouts
+from runner_client.types import DeviceInfo, LoadOptions, RestartPolicy, Timeouts
 from runner_common.units import format_bytes
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from runner_client.memory.gate import MemoryGate
     from runner_client.process.child import Child
     from runner_client.process.launch import Plan
-    from runner_client.types import Dtype, Status
+    from runner_client.types import LoadKeywords, Status
     from runner_common.handshake import ReadyLine
 
 logger = logging.getLogger(__name__)
@@ -60,13 +60,8 @@ class ProcessBase:
         self,
         model: str,
         *,
-        context_length: int | None = None,
-        parallel: int | None = None,
-        dtype: Dtype = "auto",
-        prefix_cache_bytes: int | None = None,
+        options: LoadOptions | None = None,
         require_full: bool = False,
-        memory_override: bool = False,
-        allow_inexact: bool = False,
         gate: MemoryGate | None = None,
         timeouts: Timeouts | None = None,
         restart_policy: RestartPolicy | None = None,
@@ -74,16 +69,12 @@ class ProcessBase:
         blas: str = "auto",
         env: Mapping[str, str] | None = None,
         log: logging.Logger | None = None,
+        **keywords: Unpack[LoadKeywords],
     ) -> None:
         self._launch = Launch(
             model=model,
-            context_length=context_length,
-            parallel=parallel,
-            dtype=dtype,
-            prefix_cache_bytes=prefix_cache_bytes,
+            options=LoadOptions.of(options, keywords),
             require_full=require_full,
-            memory_override=memory_override,
-            allow_inexact=allow_inexact,
             gate=gate,
             listen=listen,
             blas=blas,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from runner_client.memory.gate import MemoryGate
 from runner_client.memory.model import find_model
 from runner_client.process.child import Child
 from runner_client.rpc.messages import load_request
-from runner_common.contract import DEFAULT_PARALLEL, TOKEN_VARIABLE
+from runner_common.contract import TOKEN_VARIABLE
 from runner_common.import_paths import with_import_paths
 from runner_common.memory.reservations import DIRECTORY_VARIABLE
 from runner_common.units import format_bytes
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
     from mlxrunner.v1 import runner_pb2 as pb
     from runner_client.host.command import Listen
-    from runner_client.memory.estimation import DType, MemoryEstimate
+    from runner_client.memory.estimation import MemoryEstimate
     from runner_client.memory.gate import Admission
-    from runner_client.types import Dtype
+    from runner_client.types import LoadOptions
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +43,8 @@ class Launch:
     """Parameters of a child's start."""
 
     model: str
-    context_length: int | None
-    parallel: int | None
-    dtype: Dtype
-    prefix_cache_bytes: int | None
+    options: LoadOptions
     require_full: bool
-    memory_override: bool
-    allow_inexact: bool
     gate: MemoryGate | None
     listen: Listen
     blas: str
@@ -75,29 +70,21 @@ class Launch:
             InsufficientMemoryError: The model does not fit into memory.
         """
         check_platform()
-        need = self._estimate(self.dtype)
-        if self.dtype not in ("auto", "auto_or_stored") or need.dtype == "as_stored":
-            return self._gated(need, override=self.memory_override)
-        falls_back = self.dtype == "auto_or_stored" and not self.require_full
+        options = self.options
+        falls_back = options.dtype == "auto_or_stored" and not self.require_full
         try:
-            return self._gated(need, override=self.memory_override and not falls_back)
+            need = estimate(self.model, options=options, env=self.environ())
+            falls_back = falls_back and need.dtype != "as_stored"
+            return self._gated(need, override=options.memory_override and not falls_back)
         except InsufficientMemoryError as error:
-            stored = self._estimate("as_stored")
+            if options.dtype not in ("auto", "auto_or_stored"):
+                raise
+            as_stored = replace(options, dtype="as_stored")
+            stored = estimate(self.model, options=as_stored, env=self.environ())
             if not falls_back:
                 raise _with_advice(error, stored) from None
             logger.warning("%s. Loading it as stored if that fits", error)
-        return self._gated(stored, override=self.memory_override)
-
-    def _estimate(self, dtype: DType) -> MemoryEstimate:
-        return estimate(
-            self.model,
-            context_length=self.context_length,
-            parallel=DEFAULT_PARALLEL if self.parallel is None else self.parallel,
-            dtype=dtype,
-            prefix_cache_bytes=self.prefix_cache_bytes,
-            allow_inexact=self.allow_inexact,
-            env=self.environ(),
-        )
+        return self._gated(stored, override=options.memory_override)
 
     def _gated(self, need: MemoryEstimate, *, override: bool) -> Plan:
         environ = self.environ()
@@ -143,15 +130,13 @@ class Plan:
         """
         # Given a hub id, the server uses it as the model's name.
         is_hub_id = find_model(self.launch.model, self.launch.environ()).is_hub_id
-        return load_request(
-            self.launch.model if is_hub_id else self.estimate.path,
+        options = replace(
+            self.launch.options,
             context_length=self.estimate.context_length,
             parallel=self.estimate.parallel,
-            dtype=self.launch.dtype,
-            prefix_cache_bytes=self.launch.prefix_cache_bytes,
             memory_override=self.admission.overridden,
-            allow_inexact=self.launch.allow_inexact,
         )
+        return load_request(self.launch.model if is_hub_id else self.estimate.path, options)
 
     def child(self, listen_address: ListenAddress) -> Child:
         """Create the child, not yet started.

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, NoReturn, Self
+from typing import TYPE_CHECKING, NoReturn, Self, Unpack
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_client.errors import RunnerError
@@ -12,6 +12,7 @@ from runner_client.rpc import health, messages
 from runner_client.rpc.base import STATUS_SECONDS, embedding_error
 from runner_client.rpc.calls import ClientCalls
 from runner_client.rpc.waits import LoadWatch
+from runner_client.types import LoadOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from runner_client.rpc.stream import CompletionStream
     from runner_client.types import (
         Completion,
-        Dtype,
         LoadEstimate,
+        LoadKeywords,
         LoadResult,
         Options,
         Status,
@@ -66,14 +67,9 @@ class RunnerClient(ClientCalls):
         self,
         model: str,
         *,
-        context_length: int | None = None,
-        parallel: int | None = None,
-        dtype: Dtype = "auto",
-        memory_limit_bytes: int | None = None,
-        prefix_cache_bytes: int | None = None,
-        memory_override: bool = False,
-        allow_inexact: bool = False,
+        options: LoadOptions | None = None,
         on_progress: Callable[[Status], None] | None = None,
+        **keywords: Unpack[LoadKeywords],
     ) -> LoadResult:
         """Load a model and wait for the load to finish.
 
@@ -82,19 +78,9 @@ class RunnerClient(ClientCalls):
 
         Args:
             model: A directory on the server's machine, or a hub id in its local cache.
-            context_length: The longest sequence, in tokens. Default: the model's own limit, at
-                most 4,096.
-            parallel: The maximum number of completions decoded together. Default: 4.
-            dtype: The number format of the weights in memory.
-            memory_limit_bytes: The upper limit of MLX's memory. Default: the estimated need.
-            prefix_cache_bytes: The upper limit of the prefix cache, within that memory; 0
-                disables the cache. Default: the KV cache of one sequence, or a quarter of that
-                of all sequences if larger; less if memory is short.
-            memory_override: Load the model even if it does not fit by the runner's estimate.
-                The system may then kill the process when memory runs out.
-            allow_inexact: Load the model even if it cannot be computed exactly as its files
-                specify; ``Model.warnings`` lists the differences.
+            options: Options of the load.
             on_progress: Called with a status about every 0.2 s.
+            keywords: Fields of ``LoadOptions``, in place of those of ``options``.
 
         Raises:
             InvalidRequestError: An argument is out of range.
@@ -105,16 +91,7 @@ class RunnerClient(ClientCalls):
             RunnerTimeoutError: The load made no progress for too long (phase ``"load"``).
             RunnerError: The call failed for another reason.
         """
-        request = messages.load_request(
-            model,
-            context_length=context_length,
-            parallel=parallel,
-            dtype=dtype,
-            memory_limit_bytes=memory_limit_bytes,
-            prefix_cache_bytes=prefix_cache_bytes,
-            memory_override=memory_override,
-            allow_inexact=allow_inexact,
-        )
+        request = messages.load_request(model, LoadOptions.of(options, keywords))
         call = self._start_load(request)
         try:
             return self._finish_load(call, on_progress)
@@ -140,21 +117,13 @@ class RunnerClient(ClientCalls):
             on_progress(status)
 
     def estimate(
-        self,
-        model: str,
-        *,
-        context_length: int | None = None,
-        parallel: int | None = None,
-        dtype: Dtype = "auto",
-        memory_limit_bytes: int | None = None,
-        prefix_cache_bytes: int | None = None,
-        allow_inexact: bool = False,
+        self, model: str, *, options: LoadOptions | None = None, **keywords: Unpack[LoadKeywords]
     ) -> LoadEstimate:
         """Estimate the memory needed by a load, and whether the model fits now.
 
         A model too large for the machine is not an error, and a loaded model keeps working. The
         first call for a model takes about half a second; ``Timeouts.call_seconds`` applies. The
-        arguments are those of ``load``, but ``memory_limit_bytes`` defaults to no limit.
+        arguments are those of ``load``.
 
         Raises:
             InvalidRequestError: An argument is out of range.
@@ -163,15 +132,7 @@ class RunnerClient(ClientCalls):
             InsufficientMemoryError: One sequence does not fit ``memory_limit_bytes``.
             RunnerError: The call failed for another reason.
         """
-        request = messages.estimate_request(
-            model,
-            context_length=context_length,
-            parallel=parallel,
-            dtype=dtype,
-            memory_limit_bytes=memory_limit_bytes,
-            prefix_cache_bytes=prefix_cache_bytes,
-            allow_inexact=allow_inexact,
-        )
+        request = messages.estimate_request(model, LoadOptions.of(options, keywords))
         return messages.load_estimate(self._call(self._stub.Estimate, request))
 
     def trim(self, *, prefix_cache_bytes: int | None = None) -> int:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from google.protobuf.duration_pb2 import Duration
 
-    from runner_client.types import Dtype
+    from runner_client.types import Dtype, LoadOptions
 
 _DTYPES = {
     "auto": pb.DTYPE_AUTO,
@@ -54,58 +54,39 @@ _DONE_REASONS = {
 }
 
 
-def load_request(
-    model: str,
-    *,
-    context_length: int | None = None,
-    parallel: int | None = None,
-    dtype: Dtype = "auto",
-    memory_limit_bytes: int | None = None,
-    prefix_cache_bytes: int | None = None,
-    memory_override: bool = False,
-    allow_inexact: bool = False,
-) -> pb.LoadRequest:
+def load_request(model: str, options: LoadOptions) -> pb.LoadRequest:
     """Build the request of a load.
 
     Raises:
         InvalidRequestError: A value cannot be sent.
-        ValueError: ``dtype`` is unknown.
+        ValueError: The number format is unknown.
     """
-    number = _dtype(dtype)
+    dtype = _dtype(options.dtype)
     with _sendable():
         return pb.LoadRequest(
             model=model,
-            context_length=context_length,
-            parallel=parallel,
-            dtype=number,
-            memory_limit_bytes=memory_limit_bytes,
-            prefix_cache_bytes=prefix_cache_bytes,
-            memory_override=memory_override,
-            allow_inexact=allow_inexact,
+            context_length=options.context_length,
+            parallel=options.parallel,
+            dtype=dtype,
+            memory_limit_bytes=options.memory_limit_bytes,
+            prefix_cache_bytes=options.prefix_cache_bytes,
+            memory_override=options.memory_override,
+            allow_inexact=options.allow_inexact,
         )
 
 
-def estimate_request(
-    model: str,
-    *,
-    context_length: int | None = None,
-    parallel: int | None = None,
-    dtype: Dtype = "auto",
-    memory_limit_bytes: int | None = None,
-    prefix_cache_bytes: int | None = None,
-    allow_inexact: bool = False,
-) -> pb.EstimateRequest:
+def estimate_request(model: str, options: LoadOptions) -> pb.EstimateRequest:
     """Build the request of an estimate; raises like ``load_request``."""
-    number = _dtype(dtype)
+    dtype = _dtype(options.dtype)
     with _sendable():
         return pb.EstimateRequest(
             model=model,
-            context_length=context_length,
-            parallel=parallel,
-            dtype=number,
-            memory_limit_bytes=memory_limit_bytes,
-            prefix_cache_bytes=prefix_cache_bytes,
-            allow_inexact=allow_inexact,
+            context_length=options.context_length,
+            parallel=options.parallel,
+            dtype=dtype,
+            memory_limit_bytes=options.memory_limit_bytes,
+            prefix_cache_bytes=options.prefix_cache_bytes,
+            allow_inexact=options.allow_inexact,
         )
 
 

@@ -31,6 +31,8 @@ PUBLIC = [
     "InsufficientMemoryError",
     "InvalidRequestError",
     "LoadEstimate",
+    "LoadKeywords",
+    "LoadOptions",
     "LoadRequiresFullError",
     "LoadResult",
     "MemoryEstimate",

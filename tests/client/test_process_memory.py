@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runner_client import MemoryGate, RunnerProcess, errors
+from runner_client import LoadOptions, MemoryGate, RunnerProcess, errors
 from runner_client.memory.estimation import MemoryEstimate, estimate
 from runner_client.memory.gate import MINIMUM_BYTES, MINIMUM_VARIABLE, OVERHEAD_VARIABLE
 from runner_common.host_memory.free import FreeMemory
@@ -308,3 +308,33 @@ def test_auto_stays_float32_when_overridden(half: str) -> None:
     told = load_request_of(runner)
     assert "dtype: DTYPE_AUTO\\n" in told
     assert "memory_override: true" in told
+
+
+@pytest.mark.usefixtures("fake_child")
+def test_every_load_option_reaches_the_child(model: str) -> None:
+    options = LoadOptions(memory_limit_bytes=2**40, prefix_cache_bytes=0, allow_inexact=True)
+    with RunnerProcess(model, options=options, parallel=2, context_length=64) as runner:
+        pass
+    told = load_request_of(runner)
+    for field in (
+        *("memory_limit_bytes: 1099511627776", "prefix_cache_bytes: 0", "allow_inexact: true"),
+        *("parallel: 2", "context_length: 64"),
+    ):
+        assert field in told
+
+
+def test_auto_or_stored_falls_back_where_the_limit_is_below_float32(
+    half: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def limited(model: str, *, options: LoadOptions, env: dict[str, str]) -> MemoryEstimate:
+        if options.dtype != "as_stored":
+            raise errors.InsufficientMemoryError("over the limit", required_bytes=2**40)
+        return estimate(model, options=options, env=env)
+
+    monkeypatch.setattr("runner_client.process.launch.estimate", limited)
+    gate = MemoryGate(measure=free(2**40))
+    with RunnerProcess(half, gate=gate, dtype="auto_or_stored") as runner:
+        assert runner.estimate is not None
+        assert runner.estimate.dtype == "as_stored"
+    with pytest.raises(errors.InsufficientMemoryError, match="over the limit"):
+        RunnerProcess(half, gate=gate).load()

@@ -13,7 +13,11 @@ import pytest
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 pytestmark = pytest.mark.mlx
 
-from runner_client.errors import InvalidRequestError, ModelUnsupportedError  # noqa: E402
+from runner_client.errors import (  # noqa: E402
+    InsufficientMemoryError,
+    InvalidRequestError,
+    ModelUnsupportedError,
+)
 from runner_client.memory.estimation import estimate  # noqa: E402
 from runner_server.engine.types import LoadSpec  # noqa: E402
 from runner_server.mlx_backend.loading.loader import plan_load  # noqa: E402
@@ -83,6 +87,10 @@ def test_an_estimate_refuses_whatever_a_load_would_refuse(model_dir: Build, tmp_
     with pytest.raises(InvalidRequestError) as caught:
         estimate(str(model_dir()), context_length=4096)
     assert caught.value.field_violations[0][0] == "context_length"
+    with pytest.raises(InsufficientMemoryError, match="memory_limit_bytes") as short:
+        estimate(str(model_dir()), memory_limit_bytes=1000)
+    assert short.value.available_bytes == 1000
+    assert (short.value.required_bytes or 0) > 1000
     path = copy_of(model_dir(), tmp_path / "model")
     (path / "config.json").write_text('{"model_type": "no_such_kind"}')
     with pytest.raises(ModelUnsupportedError, match="no_such_kind"):

@@ -9,7 +9,8 @@ from typing import Any, get_args
 
 import pytest
 
-from runner_client.memory.estimation import DType, estimate
+from runner_client.memory.estimation import estimate
+from runner_client.types import Dtype as ClientDtype
 from runner_common.model_directory import read_model_directory
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
@@ -50,7 +51,7 @@ def active_bytes() -> int:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", ["as_stored", "float32", "bfloat16"])
 def test_the_estimate_covers_weights_and_peak(
-    model_dir: ModelDir, shape: str, bits: int | None, dtype: DType
+    model_dir: ModelDir, shape: str, bits: int | None, dtype: ClientDtype
 ) -> None:
     path = model_dir(shape, dtype="bfloat16", quantize_bits=bits, **SIZES, **SHAPES[shape])
     need = estimate(str(path), context_length=256, parallel=1, dtype=dtype)
@@ -105,4 +106,4 @@ def test_the_estimate_matches_the_kv_cache_of_a_full_context(
 
 
 def test_client_and_server_have_the_same_dtypes() -> None:
-    assert set(get_args(DType)) == {dtype.value for dtype in Dtype}
+    assert set(get_args(ClientDtype)) == {dtype.value for dtype in Dtype}
