@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from functools import partial
 from typing import TYPE_CHECKING, get_args
 
 import click
@@ -11,24 +10,19 @@ import click
 from runner_client.cli.access import Credentials, access_options, address_option, open_client
 from runner_client.cli.errors import EXIT_CODES, EXIT_TOO_LARGE
 from runner_client.cli.options import (
-    allow_inexact_option,
-    context_length_option,
-    dtype_option,
     json_option,
-    parallel_option,
+    load_options,
 )
 from runner_client.cli.output import Row, print_json, print_rows
 from runner_client.memory.estimation import MemoryEstimate, estimate
 from runner_client.memory.gate import GateDecision, MemoryGate
-from runner_common.contract import DEFAULT_PARALLEL
 from runner_common.host_memory.free import Backend
 from runner_common.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Unpack
 
-    from runner_client.types import Dtype, LoadEstimate
+    from runner_client.types import LoadEstimate, LoadOptions
     from runner_common.host_memory.free import FreeMemory
 
 _LIMITS = {"system": "the system", "cgroup": "the control group", "device": "the device"}
@@ -40,9 +34,7 @@ _LIMITS = {"system": "the system", "cgroup": "the control group", "device": "the
     epilog=EXIT_CODES,
 )
 @click.argument("model")
-@context_length_option
-@parallel_option(DEFAULT_PARALLEL)
-@dtype_option
+@load_options("context_length", "parallel", "dtype", "allow_inexact")
 @click.option(
     "--backend",
     type=click.Choice(get_args(Backend)),
@@ -51,17 +43,13 @@ _LIMITS = {"system": "the system", "cgroup": "the control group", "device": "the
 )
 @address_option("Ask the runner at this address")
 @access_options
-@allow_inexact_option
 @json_option
 def command(
     model: str,
     *,
     address: str | None,
-    context_length: int | None,
-    parallel: int,
-    dtype: Dtype,
+    load: LoadOptions,
     backend: Backend | None,
-    allow_inexact: bool,
     as_json: bool,
     **credentials: Unpack[Credentials],
 ) -> None:
@@ -75,42 +63,28 @@ def command(
     if address is None:
         if any(credentials.values()):
             raise click.UsageError("--token-file and --tls-... need --address")
-        need_as = partial(
-            estimate,
-            model,
-            context_length=context_length,
-            parallel=parallel,
-            backend=backend,
-            allow_inexact=allow_inexact,
-        )
-        fits = _count(need_as, dtype, as_json=as_json)
+        fits = _count(model, load, backend, as_json=as_json)
     else:
         if backend:
             raise click.UsageError("--backend cannot be used with --address")
         with open_client(address, **credentials) as client:
-            answer = client.estimate(
-                model,
-                context_length=context_length,
-                parallel=parallel,
-                dtype=dtype,
-                allow_inexact=allow_inexact,
-            )
+            answer = client.estimate(model, options=load)
         _show_answer(model, answer, as_json=as_json)
         fits = answer.fits
     if not fits:
         raise click.exceptions.Exit(EXIT_TOO_LARGE)
 
 
-def _count(need_as: Callable[..., MemoryEstimate], dtype: Dtype, *, as_json: bool) -> bool:
+def _count(model: str, load: LoadOptions, backend: Backend | None, *, as_json: bool) -> bool:
     """Estimate on this machine and print the result; return False if the model does not fit.
 
     The result is True if the model fits, or if that cannot be compared here.
     """
-    need = need_as(dtype=dtype)
+    need = estimate(model, options=load, backend=backend)
     decision = _decide(need)
-    if decision is not None and not decision.fits and dtype in ("auto", "auto_or_stored"):
-        stored = need_as(dtype="as_stored")
-        if dtype == "auto":
+    if decision is not None and not decision.fits and load.dtype in ("auto", "auto_or_stored"):
+        stored = estimate(model, options=load, backend=backend, dtype="as_stored")
+        if load.dtype == "auto":
             need = _with_way_out(need, stored)
         else:
             need, decision = _as_stored_if_that_fits(need, decision, stored)

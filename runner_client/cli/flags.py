@@ -14,13 +14,6 @@ if TYPE_CHECKING:
 
     from runner_client.errors import RunnerError
 
-_OTHER_NAMES = {
-    "memory_limit": ("memory_limit_bytes",),
-    "prefix_cache": ("prefix_cache_bytes",),
-    "words": (),
-}
-"""Fields set by a parameter of another name; a field has the parameter's name by default."""
-
 
 def message_with_flags(error: RunnerError, command: click.Command | None) -> str:
     """Return the message of an error, with a command's options in place of fields.
@@ -50,11 +43,11 @@ def _parameter(field: str) -> str:
 
 def _flags(command: click.Command) -> Mapping[str, str]:
     """Return the options and arguments of a command by the fields that they set."""
+    # Several words on a command line are not one field.
     return {
-        field: _spelling(parameter)
+        parameter.name: _spelling(parameter)
         for parameter in command.params
-        if parameter.name
-        for field in _OTHER_NAMES.get(parameter.name, (parameter.name,))
+        if parameter.name and parameter.nargs == 1
     }
 
 

@@ -10,49 +10,30 @@ import click
 from runner_client.cli.access import Credentials, access_options, address_argument, open_client
 from runner_client.cli.errors import EXIT_CODES
 from runner_client.cli.options import (
-    allow_inexact_option,
-    context_length_option,
-    dtype_option,
     json_option,
-    memory_limit_option,
-    memory_override_option,
-    parallel_option,
-    prefix_cache_option,
+    load_options,
     text,
 )
 from runner_client.cli.output import LoadProgress, Row, model_rows, print_json, print_rows
-from runner_common.contract import DEFAULT_PARALLEL
 from runner_common.units import format_bytes
 
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from runner_client.types import Dtype, LoadResult
+    from runner_client.types import LoadOptions, LoadResult
 
 
 @click.command("load", short_help="Load a model into a running runner.", epilog=EXIT_CODES)
 @address_argument
 @click.argument("model", type=text)
-@context_length_option
-@parallel_option(DEFAULT_PARALLEL)
-@dtype_option
-@memory_limit_option
-@prefix_cache_option
-@memory_override_option
-@allow_inexact_option
+@load_options()
 @access_options
 @json_option
 def command(
     address: str,
     model: str,
     *,
-    context_length: int | None,
-    parallel: int,
-    dtype: Dtype,
-    memory_limit: int | None,
-    prefix_cache: int | None,
-    memory_override: bool,
-    allow_inexact: bool,
+    load: LoadOptions,
     as_json: bool,
     **credentials: Unpack[Credentials],
 ) -> None:
@@ -65,17 +46,7 @@ def command(
     if not model:
         raise click.BadArgumentUsage("MODEL is empty")
     with open_client(address, **credentials) as client, LoadProgress(model) as progress:
-        result = client.load(
-            model,
-            context_length=context_length,
-            parallel=parallel,
-            dtype=dtype,
-            memory_limit_bytes=memory_limit,
-            prefix_cache_bytes=prefix_cache,
-            memory_override=memory_override,
-            allow_inexact=allow_inexact,
-            on_progress=progress,
-        )
+        result = client.load(model, options=load, on_progress=progress)
     if as_json:
         print_json(asdict(result))
     else:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
-from typing import TYPE_CHECKING, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, get_args
 
 import click
+from click.core import ParameterSource
 
-from runner_client.types import Dtype
+from runner_client.types import Dtype, LoadOptions
+from runner_common.contract import DEFAULT_PARALLEL, MAX_PARALLEL
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Collection
 
     from click.decorators import FC
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _MAX_INT32 = 2**31 - 1
+
+_Result = TypeVar("_Result")
 
 
 def size(value: str) -> int:
@@ -88,69 +93,93 @@ def integer(low: int, high: int = _MAX_INT32) -> Callable[[str], int]:
     return integer
 
 
-context_length_option = click.option(
-    "--context-length",
-    type=integer(1),
-    help="Longest sequence, prompt and text together, in tokens.  [default: the model's own "
-    "limit, at most 4096]",
-)
-dtype_option = click.option(
-    "--dtype",
-    type=click.Choice(get_args(Dtype)),
-    default="auto",
-    show_default=True,
-    help="Number format of the weights in memory. auto: float32 on a CPU, otherwise as stored. "
-    "auto_or_stored: like auto if that fits, otherwise as stored, which is slow on a CPU.",
-)
-prefix_cache_option = click.option(
-    "--prefix-cache",
-    type=size_or_zero,
-    metavar="SIZE",
-    help="Upper limit of the prefix cache, which spares a prompt the prefill of the beginning it "
-    "shares with an earlier one; 0 is off.  [default: one sequence, or a quarter of all; less if "
-    "memory is short]",
-)
-memory_limit_option = click.option(
-    "--memory-limit",
-    type=size,
-    metavar="SIZE",
-    help="Upper limit of MLX's memory, such as 8GiB.  [default: the estimated need]",
-)
-memory_override_option = click.option(
-    "--memory-override", is_flag=True, help="Load the model even if it does not fit."
-)
-allow_inexact_option = click.option(
-    "--allow-inexact",
-    is_flag=True,
-    help="Accept a model that cannot be computed exactly as its files specify; the differences "
-    "are printed.",
-)
+_LOAD = {
+    "context_length": click.option(
+        "--context-length",
+        type=integer(1),
+        help="Longest sequence, prompt and text together, in tokens.  [default: the model's own "
+        "limit, at most 4096]",
+    ),
+    "parallel": click.option(
+        "--parallel",
+        type=click.IntRange(1, MAX_PARALLEL),
+        default=DEFAULT_PARALLEL,
+        show_default=True,
+        help="Maximum number of completions decoded together.",
+    ),
+    "dtype": click.option(
+        "--dtype",
+        type=click.Choice(get_args(Dtype)),
+        default="auto",
+        show_default=True,
+        help="Number format of the weights in memory. auto: float32 on a CPU, otherwise as stored. "
+        "auto_or_stored: like auto if that fits, otherwise as stored, which is slow on a CPU.",
+    ),
+    "memory_limit_bytes": click.option(
+        "--memory-limit",
+        "memory_limit_bytes",
+        type=size,
+        metavar="SIZE",
+        help="Upper limit of MLX's memory, such as 8GiB.  [default: the estimated need]",
+    ),
+    "prefix_cache_bytes": click.option(
+        "--prefix-cache",
+        "prefix_cache_bytes",
+        type=size_or_zero,
+        metavar="SIZE",
+        help="Upper limit of the prefix cache, which spares a prompt the prefill of the beginning "
+        "it shares with an earlier one; 0 is off.  [default: one sequence, or a quarter of all; "
+        "less if memory is short]",
+    ),
+    "memory_override": click.option(
+        "--memory-override", is_flag=True, help="Load the model even if it does not fit."
+    ),
+    "allow_inexact": click.option(
+        "--allow-inexact",
+        is_flag=True,
+        help="Accept a model that cannot be computed exactly as its files specify; the "
+        "differences are printed.",
+    ),
+}
+"""Options of a load, by the fields of ``types.LoadOptions``."""
+
+
+def load_options(*names: str) -> Callable[[Callable[..., _Result]], Callable[..., _Result]]:
+    """Add options of a load, which the command gets as one ``LoadOptions`` named ``load``.
+
+    Args:
+        names: Fields of ``LoadOptions``, in the order of the help text. Default: all.
+    """
+    fields = names or tuple(_LOAD)
+
+    def decorate(command: Callable[..., _Result]) -> Callable[..., _Result]:
+        @functools.wraps(command)
+        def with_options(**values: Any) -> _Result:  # noqa: ANN401 - of all options
+            given = {name: values.pop(name) for name in fields}
+            return command(**values, load=LoadOptions(**given))
+
+        for name in reversed(fields):
+            with_options = _LOAD[name](with_options)
+        return with_options
+
+    return decorate
+
+
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output."
 )
 
 
-def refuse_options(ctx: click.Context, names: Iterable[str], reason: str) -> None:
+def refuse_options(ctx: click.Context, names: Collection[str], reason: str) -> None:
     """Refuse options given on the command line that have no effect together with the others.
 
     Raises:
         click.UsageError: One of them was given; the message is its name and the reason.
     """
-    for name in names:
-        source = ctx.get_parameter_source(name)
-        if source is click.core.ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--{name.replace('_', '-')} {reason}")
-
-
-def parallel_option(default: int) -> Callable[[FC], FC]:
-    """Return the option for the number of completions decoded together."""
-    return click.option(
-        "--parallel",
-        type=click.IntRange(1, 256),
-        default=default,
-        show_default=True,
-        help="Maximum number of completions decoded together.",
-    )
+    for parameter in ctx.command.params:
+        name = parameter.name or ""
+        if name in names and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{parameter.opts[0]} {reason}")
 
 
 class Sampling(TypedDict):

@@ -15,12 +15,8 @@ from runner_client.cli.access import (
 )
 from runner_client.cli.errors import EXIT_CODES
 from runner_client.cli.options import (
-    allow_inexact_option,
-    context_length_option,
-    dtype_option,
     json_option,
-    memory_override_option,
-    prefix_cache_option,
+    load_options,
     refuse_options,
     sampling_options,
     text,
@@ -36,10 +32,13 @@ if TYPE_CHECKING:
 
     from runner_client.cli.options import Sampling
     from runner_client.rpc.client import RunnerClient
-    from runner_client.types import Completion, Dtype, LoadResult
+    from runner_client.types import Completion, LoadOptions, LoadResult
 
 
-_LOAD_OPTIONS = ("context_length", "dtype", "prefix_cache", "memory_override", "allow_inexact")
+_LOAD_OPTIONS = (
+    *("context_length", "dtype", "prefix_cache_bytes"),
+    *("memory_override", "allow_inexact"),
+)
 
 
 @click.command("run", short_help="Complete a prompt with a model.", epilog=EXIT_CODES)
@@ -47,11 +46,7 @@ _LOAD_OPTIONS = ("context_length", "dtype", "prefix_cache", "memory_override", "
 @address_option("Ask this runner and its loaded model")
 @access_options
 @sampling_options
-@context_length_option
-@dtype_option
-@prefix_cache_option
-@memory_override_option
-@allow_inexact_option
+@load_options(*_LOAD_OPTIONS)
 @json_option
 @click.pass_context
 def command(
@@ -64,11 +59,7 @@ def command(
     tls_ca: str | None,
     tls_cert: str | None,
     tls_key: str | None,
-    context_length: int | None,
-    dtype: Dtype,
-    prefix_cache: int | None,
-    memory_override: bool,
-    allow_inexact: bool,
+    load: LoadOptions,
     as_json: bool,
     **sampling: Unpack[Sampling],
 ) -> None:
@@ -99,18 +90,10 @@ def command(
             completion = _streamed(client, prompt, options, as_json=as_json)
         _show(None, completion, as_json=as_json)
         return
-    runner = RunnerProcess(
-        model,
-        context_length=context_length,
-        parallel=1,
-        dtype=dtype,
-        prefix_cache_bytes=prefix_cache,
-        memory_override=memory_override,
-        allow_inexact=allow_inexact,
-    )
-    with loaded(runner, model) as load:
+    runner = RunnerProcess(model, options=load, parallel=1)
+    with loaded(runner, model) as result:
         completion = _streamed(runner, prompt, options, as_json=as_json)
-    _show(load, completion, as_json=as_json)
+    _show(result, completion, as_json=as_json)
 
 
 def _model_and_prompt(words: tuple[str, ...], address: str | None) -> tuple[str, str]:

@@ -8,26 +8,22 @@ from typing import TYPE_CHECKING
 
 import click
 
-from runner_client.cli.options import (
-    context_length_option,
-    dtype_option,
-    memory_limit_option,
-    parallel_option,
-    prefix_cache_option,
-    refuse_options,
-)
+from runner_client.cli.options import load_options, refuse_options
 from runner_client.host.command import check_platform, server_program
 from runner_client.host.environment import child_environment
-from runner_common.contract import DEFAULT_PARALLEL, TOKEN_VARIABLE
+from runner_common.contract import TOKEN_VARIABLE
 from runner_common.host_memory.free import installed_backend
 from runner_common.import_paths import with_import_paths
 from runner_common.signals import hold_stop_signals, release_stop_signals
 
 if TYPE_CHECKING:
-    from runner_client.types import Dtype
+    from runner_client.types import LoadOptions
 
 _FILE = click.Path(exists=True, dir_okay=False)
-_FOR_A_MODEL = ("context_length", "parallel", "dtype", "memory_limit", "prefix_cache")
+_FOR_A_MODEL = (
+    *("context_length", "parallel", "dtype"),
+    *("memory_limit_bytes", "prefix_cache_bytes"),
+)
 
 
 @click.command(
@@ -85,11 +81,7 @@ _FOR_A_MODEL = ("context_length", "parallel", "dtype", "memory_limit", "prefix_c
 @click.option(
     "--smg", is_flag=True, help="Also serve as a worker of the SMG gateway; needs the extra smg."
 )
-@context_length_option
-@parallel_option(DEFAULT_PARALLEL)
-@dtype_option
-@memory_limit_option
-@prefix_cache_option
+@load_options(*_FOR_A_MODEL)
 @click.option(
     "--blas",
     default="auto",
@@ -104,11 +96,7 @@ def command(
     *,
     model: str | None,
     listen: str,
-    context_length: int | None,
-    parallel: int,
-    dtype: Dtype,
-    memory_limit: int | None,
-    prefix_cache: int | None,
+    load: LoadOptions,
     blas: str,
     distributed: bool,
     pipeline: bool,
@@ -128,10 +116,10 @@ def command(
         # A Load call would override each of them.
         refuse_options(ctx, _FOR_A_MODEL, "needs --model")
     else:
-        line += ["--model", model, "--parallel", str(parallel), "--dtype", dtype]
-        line += _given("--context-length", context_length)
-        line += _given("--memory-limit-bytes", memory_limit)
-        line += _given("--prefix-cache-bytes", prefix_cache)
+        line += ["--model", model, "--parallel", str(load.parallel), "--dtype", load.dtype]
+        line += _given("--context-length", load.context_length)
+        line += _given("--memory-limit-bytes", load.memory_limit_bytes)
+        line += _given("--prefix-cache-bytes", load.prefix_cache_bytes)
     switches = {"--distributed": distributed, "--pipeline": pipeline, "--smg": smg}
     line += [name for name, is_on in switches.items() if is_on]
     for name, value in others.items():

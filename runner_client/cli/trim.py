@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @address_argument
 @click.option(
     "--prefix-cache",
+    "prefix_cache_bytes",
     type=size_or_zero,
     metavar="SIZE",
     help="Shrink the prefix cache to this size; it may grow again.  [default: 0]",
@@ -27,7 +28,11 @@ if TYPE_CHECKING:
 @access_options
 @json_option
 def command(
-    address: str, *, prefix_cache: int | None, as_json: bool, **credentials: Unpack[Credentials]
+    address: str,
+    *,
+    prefix_cache_bytes: int | None,
+    as_json: bool,
+    **credentials: Unpack[Credentials],
 ) -> None:
     """Have the runner at ADDRESS free memory.
 
@@ -35,7 +40,7 @@ def command(
     then frees buffers kept for reuse. The model stays loaded, and completions continue.
     """
     with open_client(address, **credentials) as client:
-        freed = client.trim(prefix_cache_bytes=prefix_cache)
+        freed = client.trim(prefix_cache_bytes=prefix_cache_bytes)
     if as_json:
         print_json({"freed_bytes": freed})
     else:

@@ -19,7 +19,7 @@ from runner_client.cli.output import completion_rows
 from runner_client.errors import InsufficientMemoryError, RunnerTimeoutError
 from runner_client.host import doctor
 from runner_client.testing import Failure, fake_runner
-from runner_client.types import Completion, DoneReason
+from runner_client.types import Completion, DoneReason, LoadOptions
 from support.command_line import invoke
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def test_a_fallback_to_the_stored_format_is_reported(
     fake.dtype_fallback = True
     result = invoke("run", "m", "Hi", "--dtype", "auto_or_stored")
     assert "held       as stored, which is slow on a CPU" in result.stderr
-    assert started[-1].settings["dtype"] == "auto_or_stored"
+    assert started[-1].settings["options"] == LoadOptions(dtype="auto_or_stored")
     assert json.loads(invoke("run", "m", "Hi", "--json").stdout)["model"]["dtype_fallback"]
 
 
@@ -122,14 +122,10 @@ def test_every_option_reaches_the_runner(fake: FakeRunner, started: list[FakePro
     for name, value in {**floats, **integers}.items():
         assert getattr(options, name) == value, name
     assert list(options.stop) == ["\n\n", "-"]
-    assert started[0].settings == {
-        "context_length": 99,
-        "parallel": 1,
-        "dtype": "bfloat16",
-        "prefix_cache_bytes": 64 * 2**20,
-        "memory_override": False,
-        "allow_inexact": True,
-    }
+    load = LoadOptions(
+        context_length=99, dtype="bfloat16", prefix_cache_bytes=64 * 2**20, allow_inexact=True
+    )
+    assert started[0].settings == {"options": load, "parallel": 1}
 
 
 def test_options_not_given_are_left_to_the_server(
