@@ -1,6 +1,30 @@
-"""Formatting of numbers for people."""
+"""Sizes in bytes, as people write and read them."""
 
 from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+SIZE_FORMS = "8GiB, 512MiB or a number of bytes"
+"""Forms of a size in help and error messages."""
+
+# No more digits than a number of bytes can have: Python refuses to convert thousands of them.
+_SIZE = re.compile(r"([0-9]{1,30})(\.[0-9]{1,30})?\s*([KMGT]?)(i?B)?", re.IGNORECASE)
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def parse_bytes(text: str) -> int:
+    """Parse a size: ``8GiB``, ``8G`` (the same), ``8GB`` (10^9 bytes each) or ``1000``.
+
+    Raises:
+        ValueError: The text is not a size.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or (match[2] and not match[3]):
+        raise ValueError(f"{text[:40]!r} is not a size; use {SIZE_FORMS}")
+    whole, fraction, prefix, unit = match.groups(default="")
+    base = 1000 if prefix and unit.upper() == "B" else 1024
+    return int(Fraction(whole + fraction) * base ** _POWERS[prefix.upper()])
 
 
 def format_bytes(count: int) -> str:

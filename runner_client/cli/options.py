@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 import sys
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, get_args
 
@@ -12,44 +11,40 @@ from click.core import ParameterSource
 
 from runner_client.types import Dtype, LoadOptions
 from runner_common.contract import DEFAULT_PARALLEL, MAX_PARALLEL
+from runner_common.units import parse_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
     from click.decorators import FC
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?", re.IGNORECASE)
-_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _MAX_INT32 = 2**31 - 1
 
 _Result = TypeVar("_Result")
 
 
 def size(value: str) -> int:
-    """Parse a size: ``512MiB``, ``8G`` (equal to 8GiB), ``8GB`` (10^9 bytes each) or ``1000``.
+    """Parse a size above 0; see ``parse_bytes``.
 
     Raises:
         click.BadParameter: The value is not a size, or is 0.
     """
-    match = _SIZE.fullmatch(value.strip())
-    count = _bytes(*match.groups()) if match else 0
-    if count < 1:
-        raise click.BadParameter(f"{value!r} is not a size; use 8GiB, 512MiB or a number of bytes")
+    count = size_or_zero(value)
+    if not count:
+        raise click.BadParameter("the size must be above 0")
     return count
 
 
 def size_or_zero(value: str) -> int:
-    """Parse a size like ``size``, but accept 0.
+    """Parse a size; see ``parse_bytes``.
 
     Raises:
         click.BadParameter: The value is not a size.
     """
-    return 0 if value.strip() == "0" else size(value)
-
-
-def _bytes(number: str, prefix: str, unit: str | None) -> int:
-    base = 1000 if prefix and (unit or "").upper() == "B" else 1024
-    return int(float(number) * base ** _POWERS[prefix.upper()])
+    try:
+        return parse_bytes(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 def text(value: str) -> str:

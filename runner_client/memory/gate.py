@@ -116,10 +116,10 @@ class MemoryGate:
 
     Args:
         minimum_bytes: Memory kept free for needs that no model's size predicts. Default: the
-            environment variable ``MLX_RUNNER_MEMORY_MINIMUM``, in bytes, or 512 MiB on Metal and
+            environment variable ``MLX_RUNNER_MEMORY_MINIMUM``, or 512 MiB on Metal and
             457 MiB on other devices.
         overhead_bytes: Additional memory kept free. Default: the environment variable
-            ``MLX_RUNNER_GPU_OVERHEAD``, in bytes, or 0.
+            ``MLX_RUNNER_GPU_OVERHEAD``, or 0.
         measure: Measures free memory; tests pass a fake.
         settle_seconds: Wait before the second measurement.
         environ: The environment to read the variables from. ``RunnerProcess`` passes that of its
@@ -128,7 +128,7 @@ class MemoryGate:
             ``MLX_RUNNER_RUNTIME_DIR``, or in a directory of this user in ``/tmp``.
 
     Raises:
-        InvalidRequestError: One of the variables is not a number of bytes.
+        InvalidRequestError: One of the variables is not a size, such as ``8GiB``.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class MemoryGate:
 
         Raises:
             InsufficientMemoryError: The model does not fit into memory.
-            InvalidRequestError: A variable is not a number of bytes.
+            InvalidRequestError: A variable is not a size.
         """
         environ = self._environ if environ is None else environ
         asked = _Asked(estimate, environ, override, takes_over=True)
@@ -280,7 +280,7 @@ class MemoryGate:
             return Headroom.from_environ({**environ, **known}, device_kind)
         except VariableError as error:
             raise InvalidRequestError(
-                str(error), field_violations=[(error.variable, "must be a whole number of bytes")]
+                str(error), field_violations=[(error.variable, "must be a size")]
             ) from error
 
 

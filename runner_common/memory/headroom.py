@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from runner_common.units import SIZE_FORMS, parse_bytes
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from runner_common.host_memory.free import Backend
 
 OVERHEAD_VARIABLE = "MLX_RUNNER_GPU_OVERHEAD"
-"""Variable with bytes to keep free in addition to the minimum, for other users of the device."""
+"""Variable with the size to keep free in addition to the minimum, for other users of the device."""
 
 MINIMUM_VARIABLE = "MLX_RUNNER_MEMORY_MINIMUM"
-"""Variable with bytes to keep free instead of the device's own minimum."""
+"""Variable with the size to keep free instead of the device's own minimum."""
 
 METAL_MINIMUM_BYTES = 512 * 1024**2
 """Minimum on Metal, for memory that no model's size accounts for; as in the original gate."""
@@ -24,17 +26,14 @@ MINIMUM_BYTES = 457 * 1024**2
 
 
 class VariableError(ValueError):
-    """An environment variable is not a number of bytes.
+    """An environment variable is not a size.
 
     Attributes:
         variable: Name of the variable.
     """
 
     def __init__(self, variable: str, value: str) -> None:
-        super().__init__(
-            f"{variable} is {value!r}; it must be a number of bytes, for instance "
-            "1073741824 for 1 GiB"
-        )
+        super().__init__(f"{variable} is {value[:40]!r}; it must be a size: {SIZE_FORMS}")
         self.variable = variable
 
 
@@ -55,7 +54,7 @@ class Headroom:
         """Read both figures from the environment; the minimum defaults to the device's.
 
         Raises:
-            VariableError: A variable is not a number of bytes.
+            VariableError: A variable is not a size.
         """
         usual = METAL_MINIMUM_BYTES if device_kind == "metal" else MINIMUM_BYTES
         minimum = variable_bytes(environ, MINIMUM_VARIABLE)
@@ -81,15 +80,12 @@ def variable_bytes(environ: Mapping[str, str], variable: str) -> int | None:
     """Return the bytes given by a variable; None if unset or empty.
 
     Raises:
-        VariableError: The value is not a number of bytes.
+        VariableError: The value is not a size.
     """
     text = environ.get(variable, "").strip()
     if not text:
         return None
-    if not (text.isascii() and text.isdecimal() and len(text) <= _DIGITS):
-        raise VariableError(variable, text)
-    return int(text)
-
-
-_DIGITS = 30
-"""Far beyond any memory; Python refuses to parse a number of 5,000 digits."""
+    try:
+        return parse_bytes(text)
+    except ValueError:
+        raise VariableError(variable, text) from None

@@ -33,7 +33,7 @@ class MachineAdmission:
 
     Raises:
         VariableError: ``MLX_RUNNER_GPU_OVERHEAD`` or ``MLX_RUNNER_MEMORY_MINIMUM`` is not a
-            number of bytes.
+            size.
     """
 
     def __init__(

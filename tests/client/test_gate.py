@@ -125,8 +125,9 @@ def test_an_overhead_above_the_free_memory_leaves_nothing() -> None:
 
 
 def test_the_overhead_comes_from_the_environment() -> None:
-    limited = gate(10 * GIB, environ={OVERHEAD_VARIABLE: f" {4 * GIB}\n"})
-    assert limited.check(need(6 * GIB)).overhead_bytes == 4 * GIB
+    for size in (f" {4 * GIB}\n", "4GiB"):
+        limited = gate(10 * GIB, environ={OVERHEAD_VARIABLE: size})
+        assert limited.check(need(6 * GIB)).overhead_bytes == 4 * GIB
     explicit = gate(10 * GIB, environ={OVERHEAD_VARIABLE: "broken"}, overhead_bytes=0)
     assert explicit.check(need(10 * GIB)).overhead_bytes == 0
 
@@ -137,7 +138,7 @@ def test_the_minimum_comes_from_the_environment_too() -> None:
     assert gate(10 * GIB, environ=environ).check(need(1)).overhead_bytes == GIB
 
 
-@pytest.mark.parametrize("text", ["4GB", "-1", "1.5", "0x10", "²", "9" * 5000])
+@pytest.mark.parametrize("text", ["4 apples", "-1", "1.5", "0x10", "²", "9" * 5000])
 @pytest.mark.parametrize("variable", [OVERHEAD_VARIABLE, MINIMUM_VARIABLE])
 def test_an_invalid_overhead_names_the_variable(variable: str, text: str) -> None:
     with pytest.raises(InvalidRequestError, match=variable) as caught:
