@@ -38,9 +38,7 @@ def _section(name: str, command: click.Command) -> str:
     usage = " ".join(["mlx-runner", name, *["[OPTIONS]"] * bool(options), *words])
     parts = [f"## {name}\n", f"```text\n{usage}\n```\n", f"{_cleaned(command.help)}\n"]
     if options:
-        rows = [
-            f"| {_spelling(each)} | {_cleaned(each.help)}{_default(each)} |" for each in options
-        ]
+        rows = [f"| {_spelling(each)} | {_meaning(each)} |" for each in options]
         parts.append("\n".join(["| option | meaning |", "|---|---|", *rows, ""]))
     return "\n".join([*parts, f"{_cleaned(command.epilog)}\n"])
 
@@ -53,12 +51,15 @@ def _spelling(option: click.Option) -> str:
     return f"`{'`, `'.join(option.opts)}`"
 
 
-def _default(option: click.Option) -> str:
+def _meaning(option: click.Option) -> str:
     kind = option.type
     choices = (
-        f"  One of {', '.join(map(str, kind.choices))}." if isinstance(kind, click.Choice) else ""
+        f" One of {', '.join(map(str, kind.choices))}." if isinstance(kind, click.Choice) else ""
     )
-    return choices + (f"  [default: {option.default}]" if option.show_default else "")
+    effect, mark, default = _cleaned(option.help).partition("  [default: ")
+    if option.show_default:
+        mark, default = "  [default: ", f"{option.default}]"
+    return f"{effect}{choices}{mark}{default}"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from runner_client.types import Dtype, LoadOptions
 from runner_common.contract import DEFAULT_PARALLEL, MAX_PARALLEL
+from runner_common.server_options import SERVER_OPTIONS
 from runner_common.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -88,43 +89,35 @@ def integer(low: int, high: int = _MAX_INT32) -> Callable[[str], int]:
     return integer
 
 
+_HELP = {option.name: option.help_text for option in SERVER_OPTIONS}
+
 _LOAD = {
     "context_length": click.option(
-        "--context-length",
-        type=integer(1),
-        help="Longest sequence, prompt and text together, in tokens.  [default: the model's own "
-        "limit, at most 4096]",
+        "--context-length", type=integer(1), metavar="N", help=_HELP["context_length"]
     ),
     "parallel": click.option(
         "--parallel",
         type=click.IntRange(1, MAX_PARALLEL),
+        metavar="N",
         default=DEFAULT_PARALLEL,
-        show_default=True,
-        help="Maximum number of completions decoded together.",
+        help=_HELP["parallel"],
     ),
     "dtype": click.option(
-        "--dtype",
-        type=click.Choice(get_args(Dtype)),
-        default="auto",
-        show_default=True,
-        help="Number format of the weights in memory. auto: float32 on a CPU, otherwise as stored. "
-        "auto_or_stored: like auto if that fits, otherwise as stored, which is slow on a CPU.",
+        "--dtype", type=click.Choice(get_args(Dtype)), default="auto", help=_HELP["dtype"]
     ),
     "memory_limit_bytes": click.option(
         "--memory-limit",
         "memory_limit_bytes",
         type=size,
         metavar="SIZE",
-        help="Upper limit of MLX's memory, such as 8GiB.  [default: the estimated need]",
+        help=_HELP["memory_limit"],
     ),
     "prefix_cache_bytes": click.option(
         "--prefix-cache",
         "prefix_cache_bytes",
         type=size_or_zero,
         metavar="SIZE",
-        help="Upper limit of the prefix cache, which spares a prompt the prefill of the beginning "
-        "it shares with an earlier one; 0 is off.  [default: one sequence, or a quarter of all; "
-        "less if memory is short]",
+        help=_HELP["prefix_cache"],
     ),
     "memory_override": click.option(
         "--memory-override", is_flag=True, help="Load the model even if it does not fit."

@@ -49,11 +49,8 @@ def check_platform() -> None:
         )
 
 
-def server_program(listen: str) -> list[str]:
-    """Return the command line of a server independent of this process.
-
-    Args:
-        listen: ``HOST:PORT`` or ``unix:/path``.
+def server_program() -> list[str]:
+    """Return the command of the server, without options.
 
     Raises:
         NotSupportedError: The server's packages are not installed.
@@ -74,15 +71,18 @@ def server_program(listen: str) -> list[str]:
             f"'mlx-grpc-runner[server]' on macOS"
         )
     # -P: do not import a file of the current directory that is named like a module.
-    return [python, "-P", "-m", "runner_server", "--listen", listen]
+    return [python, "-P", "-m", "runner_server"]
 
 
 def server_command(listen: str) -> list[str]:
     """Return the command line of a server tied to the lifetime of this process.
 
+    Args:
+        listen: ``HOST:PORT`` or ``unix:/path``.
+
     Raises like ``server_program``.
     """
-    return [*server_program(listen), "--exit-with-parent"]
+    return [*server_program(), "--listen", listen, "--exit-with-parent"]
 
 
 @dataclass(frozen=True)

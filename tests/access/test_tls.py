@@ -327,7 +327,7 @@ async def test_the_error_names_the_unusable_file(socket_dir: Path, pair: Pair) -
 
 @pytest.mark.parametrize(
     "argv",
-    [["--tls-cert", "a"], ["--tls-key", "a"], ["--tls-client-ca", "a"]],
+    [["--tls-cert", __file__], ["--tls-key", __file__], ["--tls-client-ca", __file__]],
 )
 def test_certificate_and_key_options_need_each_other(
     argv: list[str], capsys: pytest.CaptureFixture[str]
@@ -337,10 +337,14 @@ def test_certificate_and_key_options_need_each_other(
     assert "--tls-cert" in capsys.readouterr().err
 
 
-def test_the_options_become_tls_files() -> None:
-    argv = ["--tls-cert", "a", "--tls-key", "b", "--tls-client-ca", "c"]
-    assert parse_args(argv).tls == tls.TlsFiles(Path("a"), Path("b"), Path("c"))
+def test_the_options_become_tls_files(pair: Pair, tmp_path: Path) -> None:
+    cert, key = str(pair.cert), str(pair.key)
+    argv = ["--tls-cert", cert, "--tls-key", key, "--tls-client-ca", cert]
+    assert parse_args(argv).tls == tls.TlsFiles(pair.cert, pair.key, pair.cert)
     assert parse_args([]).tls is None
+    for wrong in (tmp_path, tmp_path / "none"):
+        with pytest.raises(SystemExit):
+            parse_args(["--tls-cert", str(wrong), "--tls-key", key])
 
 
 def test_a_client_certificate_needs_its_key(tmp_path: Path) -> None:

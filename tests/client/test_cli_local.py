@@ -21,12 +21,15 @@ from runner_client.memory.gate import MemoryGate
 from runner_client.types import MemoryUsage, State, Status
 from runner_common.host_memory.free import FreeMemory
 from runner_common.memory.reservations import ReservationBook
+from runner_common.server_options import SERVER_OPTIONS
 from support.command_line import invoke
 from support.safetensors_files import attention, write_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from runner_common.server_options import ServerOption
 
 GIB = 2**30
 
@@ -52,20 +55,35 @@ def test_serve_without_a_model_passes_only_the_address(become: Mock) -> None:
 
 
 def test_serve_forwards_every_option(become: Mock) -> None:
-    given = ["--model", "m", "--context-length", "512", "--parallel", "2", "--dtype", "float16"]
-    result = invoke("serve", *given, "--memory-limit", "2GiB", "--prefix-cache", "1GiB")
+    samples = {"--listen": "unix:/s", "--model": "m", "--metrics-listen": "[::1]:0"}
+    samples |= {"ADDRESS": "a:1", "N": "3", "SIZE": "2GiB", "SECONDS": "1.5", "DIR": "/"}
+    samples["FILE"] = __file__
+    given: list[str] = []
+    for option in SERVER_OPTIONS:
+        given.append(option.flag)
+        if not option.is_switch:
+            choice = option.choices[-1] if option.choices else None
+            given.append(choice or samples.get(option.flag) or samples[option.metavar])
+    result = invoke("serve", *given)
     assert result.exit_code == 0, result.stderr
-    assert _arguments(become) == [
-        *("--listen", "127.0.0.1:0"),
-        *("--model", "m", "--parallel", "2", "--dtype", "float16"),
-        *("--context-length", "512", "--memory-limit-bytes", str(2 * GIB)),
-        *("--prefix-cache-bytes", str(GIB)),
-    ]
+    assert _arguments(become) == given
+
+
+def test_serve_accepts_the_long_names_of_sizes(become: Mock) -> None:
+    result = invoke("serve", "--model", "m", "--memory-limit-bytes", "8GiB")
+    assert result.exit_code == 0, result.stderr
+    assert _arguments(become) == ["--model", "m", "--memory-limit", "8GiB"]
+
+
+@pytest.mark.parametrize("option", SERVER_OPTIONS, ids=lambda option: option.name)
+def test_serve_shows_the_help_of_the_server(option: ServerOption) -> None:
+    words = " ".join(invoke("serve", "--help").stdout.split())
+    assert " ".join(option.help_text.split()) in words
 
 
 def test_serve_forwards_a_prefix_cache_of_zero(become: Mock) -> None:
     assert invoke("serve", "--model", "m", "--prefix-cache", "0").exit_code == 0
-    assert _arguments(become)[-2:] == ["--prefix-cache-bytes", "0"]
+    assert _arguments(become)[-2:] == ["--prefix-cache", "0"]
 
 
 def test_serve_preloads_the_chosen_blas(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import pytest
 
@@ -17,6 +17,8 @@ from runner_client import (
 )
 from runner_client.memory.estimation import estimate
 from runner_client.testing import fake_runner
+from runner_client.types import Dtype
+from runner_common.server_options import SERVER_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -43,6 +45,11 @@ def runner() -> Iterator[FakeRunner]:
 
 def test_keywords_and_options_have_the_same_fields() -> None:
     assert get_type_hints(LoadKeywords) == get_type_hints(LoadOptions)
+
+
+def test_the_server_has_an_option_for_each_dtype() -> None:
+    choices = next(option.choices for option in SERVER_OPTIONS if option.name == "dtype")
+    assert choices == get_args(Dtype)
 
 
 def test_options_and_keywords_send_the_same_load(runner: FakeRunner) -> None:

@@ -11,6 +11,7 @@ import pytest
 from runner_common.handshake import ReadyLine
 from runner_server.app import RunnerApp
 from runner_server.config import ServerConfig, parse_args
+from runner_server.engine.types import LoadSpec
 from runner_server.transport.listen import CannotListenError
 from support.fakes import FakeBackend
 from support.harness import Server, StartServer, running
@@ -142,6 +143,10 @@ async def test_the_socket_is_removed_at_the_end(socket_dir: Path) -> None:
 
 def test_the_command_line_becomes_the_config() -> None:
     assert parse_args([]) == ServerConfig()
+    sizes = ["--memory-limit", "8GiB", "--prefix-cache-bytes", "512MiB"]
+    assert parse_args(["--model", "m", *sizes]).load == LoadSpec(
+        "m", memory_limit_bytes=8 * 2**30, prefix_cache_bytes=512 * 2**20
+    )
     config = parse_args(["--model", "m", "--parallel", "2", "--listen", "unix:/s"])
     assert config.load
     assert (config.load.model, config.load.parallel, config.listen) == ("m", 2, "unix:/s")
@@ -156,6 +161,9 @@ def test_the_command_line_becomes_the_config() -> None:
         ["--context-length", "1", "--model", "m"],
         ["--max-queued", "-1"],
         ["--dtype", "int3"],
+        ["--dtype", "float32"],
+        ["--prefix-cache", "0"],
+        ["--pipeline"],
         ["stray"],
     ],
 )

@@ -32,7 +32,7 @@ def stuck(
     """Start a runner with one slot and a hanging step; one request runs, another waits."""
     assert places
     logs = tmp_path_factory.mktemp("stuck")
-    with running(logs, "--parallel", "1", code=HANGS) as child:
+    with running(logs, code=HANGS) as child:
         child.load(ROOT / "runner_server/demo/model")
         for _ in range(2):
             child.complete(5)

@@ -1,0 +1,280 @@
+"""Options of the server's command line.
+
+``python -m runner_server`` parses its arguments by this table, and ``mlx-runner serve`` offers the
+same options and passes them on.
+"""
+
+from __future__ import annotations
+
+import math
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runner_common.contract import DEFAULT_PARALLEL, MAX_PARALLEL, MAX_PORT, TOKEN_VARIABLE
+from runner_common.units import parse_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+_MAX_INT32 = 2**31 - 1
+_MAX_INT64 = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOption:
+    """One option of the server.
+
+    Attributes:
+        flags: Spellings, the usual one first.
+        help: Effect, as full sentences.
+        metavar: Placeholder of the value in the help text; empty for a switch and for choices.
+        read: Converts the text of a value, or raises ValueError with the problem.
+        choices: The only values; empty if there are others.
+        default: The value if the option is not given; None if there is none.
+        needs: Flag of another option without which this one has no effect.
+    """
+
+    flags: tuple[str, ...]
+    help: str
+    metavar: str = ""
+    read: Callable[[str], object] = str
+    choices: tuple[str, ...] = ()
+    default: str | float | bool | None = None
+    needs: str = ""
+
+    @property
+    def flag(self) -> str:
+        """The usual spelling."""
+        return self.flags[0]
+
+    @property
+    def name(self) -> str:
+        """The usual spelling as a Python name."""
+        return self.flag.removeprefix("--").replace("-", "_")
+
+    @property
+    def is_switch(self) -> bool:
+        """True for an option without a value."""
+        return self.default is False
+
+    @property
+    def help_text(self) -> str:
+        """The effect and the default."""
+        has_default = not self.is_switch and self.default is not None
+        return f"{self.help}  [default: {self.default}]" if has_default else self.help
+
+
+def misuse(given: Collection[str]) -> str | None:
+    """Describe an option without an effect together with the others; None if there is none.
+
+    Args:
+        given: Names of the options on the command line.
+    """
+    named = [option for option in SERVER_OPTIONS if option.name in given]
+    flags = {flag for option in named for flag in option.flags}
+    wrong = (option for option in named if option.needs and option.needs not in flags)
+    return next((f"{option.flag} needs {option.needs}" for option in wrong), None)
+
+
+def _integer(low: int, high: int = _MAX_INT32) -> Callable[[str], int]:
+    """Return a parser of integers from ``low`` to ``high``, a range stated in the protocol too."""
+    return lambda text: _in_range(_whole(text), low, high)
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text[:40]!r} is not a whole number") from None
+
+
+def _in_range(number: int, low: int, high: int) -> int:
+    if not low <= number <= high:
+        raise ValueError(f"{number} is not in the range {low} to {high}")
+    return number
+
+
+def _size(low: int) -> Callable[[str], int]:
+    return lambda text: _in_range(parse_bytes(text), low, _MAX_INT64)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{text[:40]!r} is not a number of seconds, 0 or more")
+    return value
+
+
+def _host_and_port(text: str) -> tuple[str, int]:
+    host, separator, port = text.rpartition(":")
+    if not (separator and host and port.isdecimal() and int(port) <= MAX_PORT):
+        raise ValueError(f"{text!r}: expected HOST:PORT, the port 0 to {MAX_PORT}")
+    return host.strip("[]"), int(port)
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    try:
+        is_directory = stat.S_ISDIR(path.stat().st_mode)
+    except OSError as error:
+        raise ValueError(f"{text}: {error.strerror}") from error
+    if is_directory:
+        raise ValueError(f"{text} is a directory")
+    return path
+
+
+def _directory(text: str) -> Path:
+    path = Path(text)
+    if not path.is_dir():
+        raise ValueError(f"{text} is not a directory")
+    return path.resolve()
+
+
+SERVER_OPTIONS = (
+    ServerOption(
+        ("--listen",),
+        "HOST:PORT or unix:/path; port 0 picks a free one. An address reachable from other "
+        "machines needs a token or TLS.",
+        metavar="ADDRESS",
+        default="127.0.0.1:0",
+    ),
+    ServerOption(
+        ("--model",),
+        "Directory or cached hub id of a model to load at the start, which fails if the load "
+        "does. Without it the server waits for a Load call.",
+        metavar="MODEL",
+    ),
+    ServerOption(
+        ("--context-length",),
+        "Longest sequence, prompt and text together, in tokens.  [default: the model's own limit, "
+        "at most 4096]",
+        metavar="N",
+        read=_integer(2),
+        needs="--model",
+    ),
+    ServerOption(
+        ("--parallel",),
+        "Maximum number of completions decoded together.",
+        metavar="N",
+        read=_integer(1, MAX_PARALLEL),
+        default=DEFAULT_PARALLEL,
+        needs="--model",
+    ),
+    ServerOption(
+        ("--dtype",),
+        "Number format of the weights in memory. auto: float32 on a CPU, otherwise as stored. "
+        "auto_or_stored: like auto if that fits, otherwise as stored, which is slow on a CPU.",
+        choices=("auto", "auto_or_stored", "as_stored", "float32", "bfloat16", "float16"),
+        default="auto",
+        needs="--model",
+    ),
+    ServerOption(
+        ("--memory-limit", "--memory-limit-bytes"),
+        "Upper limit of MLX's memory, such as 8GiB.  [default: the estimated need]",
+        metavar="SIZE",
+        read=_size(1),
+        needs="--model",
+    ),
+    ServerOption(
+        ("--prefix-cache", "--prefix-cache-bytes"),
+        "Upper limit of the prefix cache, which spares a prompt the prefill of the beginning it "
+        "shares with an earlier one; 0 is off.  [default: one sequence, or a quarter of all; less "
+        "if memory is short]",
+        metavar="SIZE",
+        read=_size(0),
+        needs="--model",
+    ),
+    ServerOption(
+        ("--max-queued",),
+        "Maximum number of completions that wait in the queue.",
+        metavar="N",
+        read=_integer(1),
+        default=128,
+    ),
+    ServerOption(
+        ("--stall-seconds",),
+        "Exit with code 71 if the engine has work but makes no progress for this long; 0 is off.",
+        metavar="SECONDS",
+        read=_seconds,
+        default=120.0,
+    ),
+    ServerOption(
+        ("--exit-with-parent",),
+        "Exit within 2 s of the parent process; stdin should be a pipe that only the parent holds.",
+        default=False,
+    ),
+    ServerOption(
+        ("--token-file",),
+        "File with the token that every call must send as `authorization: Bearer TOKEN`.  "
+        f"[default: {TOKEN_VARIABLE} if set]",
+        metavar="FILE",
+        read=_file,
+    ),
+    ServerOption(
+        ("--tls-cert",),
+        "Certificate chain, PEM; reloaded when it changes.",
+        metavar="FILE",
+        read=_file,
+        needs="--tls-key",
+    ),
+    ServerOption(
+        ("--tls-key",),
+        "Private key of --tls-cert, PEM without a password.",
+        metavar="FILE",
+        read=_file,
+        needs="--tls-cert",
+    ),
+    ServerOption(
+        ("--tls-client-ca",),
+        "CA certificates, PEM; clients must have a certificate signed by one of them.",
+        metavar="FILE",
+        read=_file,
+        needs="--tls-cert",
+    ),
+    ServerOption(
+        ("--model-root",),
+        "Only load models below this directory; links are resolved.",
+        metavar="DIR",
+        read=_directory,
+    ),
+    ServerOption(
+        ("--metrics-listen",),
+        "Address for Prometheus metrics, such as 127.0.0.1:9464.  [default: none]",
+        metavar="HOST:PORT",
+        read=_host_and_port,
+    ),
+    ServerOption(
+        ("--log-level",),
+        "Level of the log on standard error.",
+        choices=("DEBUG", "INFO", "WARNING", "ERROR"),
+        default="INFO",
+    ),
+    ServerOption(
+        ("--log-format",),
+        "Format of the log on standard error.",
+        choices=("text", "json"),
+        default="text",
+    ),
+    ServerOption(
+        ("--distributed",),
+        "Hold the model together with the other processes started by mlx.launch; rank 0 serves.",
+        default=False,
+    ),
+    ServerOption(
+        ("--pipeline",),
+        "Give each process some layers of the model, even if every layer could be split.",
+        default=False,
+        needs="--distributed",
+    ),
+    ServerOption(
+        ("--smg",),
+        "Also serve as a worker of the SMG gateway; needs the extra smg.",
+        default=False,
+    ),
+)
+"""All options, in the order of the help texts."""
