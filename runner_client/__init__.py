@@ -35,8 +35,10 @@ from runner_client.memory.gate import GateDecision, MemoryGate
 from runner_client.process.aio_process import AsyncRunnerProcess
 from runner_client.process.process import RunnerProcess
 from runner_client.rpc.aio_client import AsyncRunnerClient
+from runner_client.rpc.aio_load import AsyncPendingLoad
 from runner_client.rpc.aio_stream import AsyncCompletionStream
 from runner_client.rpc.client import RunnerClient
+from runner_client.rpc.load import PendingLoad
 from runner_client.rpc.stream import CompletionStream
 from runner_client.types import (
     Completion,
@@ -65,6 +67,7 @@ __version__ = version("mlx-grpc-runner")
 
 __all__ = [
     "AsyncCompletionStream",
+    "AsyncPendingLoad",
     "AsyncRunnerClient",
     "AsyncRunnerProcess",
     "AuthenticationError",
@@ -94,6 +97,7 @@ __all__ = [
     "ModelUnsupportedError",
     "NotSupportedError",
     "Options",
+    "PendingLoad",
     "PromptProgress",
     "PromptTooLongError",
     "QueueFullError",

@@ -27,11 +27,14 @@ ROOT = Path(__file__).parents[1]
 NAMES = {
     "AsyncCompletionStream": "CompletionStream",
     "AsyncIterator": "Iterator",
+    "AsyncPendingLoad": "PendingLoad",
     "AsyncRunnerClient": "RunnerClient",
     "AsyncRunnerProcess": "RunnerProcess",
     "__aenter__": "__enter__",
     "__aexit__": "__exit__",
     "aio_calls": "calls",
+    "aio_client": "client",
+    "aio_load": "load",
     "aio_stream": "stream",
     "aio_supervision": "supervision",
     "asynccontextmanager": "contextmanager",
@@ -71,6 +74,11 @@ class Pair:
 
 
 PAIRS = (
+    Pair(
+        "runner_client/rpc/aio_load.py",
+        "runner_client/rpc/load.py",
+        {"an asyncio client": "a sync client"},
+    ),
     Pair(
         "runner_client/rpc/aio_client.py",
         "runner_client/rpc/client.py",

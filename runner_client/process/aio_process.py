@@ -6,8 +6,9 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, NoReturn, Self
 
-from runner_client.process.aio_supervision import ChildClient, close_blocking, start_blocking
+from runner_client.process.aio_supervision import Supervisor, close_blocking, start_blocking
 from runner_client.process.base import ProcessBase, not_started, start_limit
+from runner_client.rpc.aio_client import AsyncRunnerClient
 from runner_client.rpc.base import embedding_error
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from runner_client.memory.estimation import MemoryEstimate
-    from runner_client.rpc.aio_calls import LoadCall
+    from runner_client.rpc.aio_load import AsyncPendingLoad
     from runner_client.rpc.aio_stream import AsyncCompletionStream
     from runner_client.types import Completion, LoadResult, Options, Status
 
@@ -64,7 +65,18 @@ class AsyncRunnerProcess(ProcessBase):
         keywords: Fields of ``LoadOptions``, in place of those of ``options``.
     """
 
-    _running: tuple[ChildClient, LoadCall] | None = None
+    _running: tuple[Supervisor, AsyncPendingLoad] | None = None
+
+    @property
+    def client(self) -> AsyncRunnerClient:
+        """The client of the child, for every call; each start makes a new one.
+
+        ``completion``, ``complete``, ``tokenize`` and others are on this object, too.
+
+        Raises:
+            RunnerUnavailableError: The runner was not started.
+        """
+        return self._require_running()[0].client
 
     async def load(self) -> MemoryEstimate:
         """Check memory, spawn the child and start the load.
@@ -101,11 +113,14 @@ class AsyncRunnerProcess(ProcessBase):
     async def _load(self, life: int) -> MemoryEstimate:
         begin = time.monotonic()
         plan, child, ready = await start_blocking(self._start_child, life)
-        client = ChildClient(ready.target, plan.token, child, self.timeouts)
-        await client.wait_until_serving(begin + start_limit(self.timeouts))
+        client = AsyncRunnerClient(
+            ready.target, token=plan.token, timeouts=self.timeouts, peer=child
+        )
+        supervisor = Supervisor(child, client)
+        await supervisor.wait_until_serving(begin + start_limit(self.timeouts))
         with self._in_life(life):
-            self._running = client, client.start_load(plan.load_request())
-        client.start_watchdog()
+            self._running = supervisor, client.start_load(plan.model, options=plan.options)
+        supervisor.start_watchdog()
         return plan.estimate
 
     async def wait_until_running(
@@ -122,9 +137,9 @@ class AsyncRunnerProcess(ProcessBase):
                 keeps running: wait again, or close.
             RunnerError: The load failed for another reason.
         """
-        client, call = self._require_running()
-        result = await client.finish_load(call, on_progress)
-        self._note_loaded(await client.status())
+        supervisor, load = self._require_running()
+        result = await load.wait(on_progress)
+        self._note_loaded(await supervisor.client.status())
         return result
 
     async def status(self) -> Status:
@@ -133,7 +148,7 @@ class AsyncRunnerProcess(ProcessBase):
         Raises:
             RunnerError: The call failed.
         """
-        status = self._status = await self._client.status()
+        status = self._status = await self.client.status()
         return status
 
     async def ping(self) -> float:
@@ -156,7 +171,7 @@ class AsyncRunnerProcess(ProcessBase):
             InvalidRequestError: An argument cannot be sent.
             RunnerUnavailableError: The runner was not started, or has exited.
         """
-        return self._client.completion(
+        return self.client.completion(
             prompt, options=options, logprobs=logprobs, request_id=request_id
         )
 
@@ -173,7 +188,7 @@ class AsyncRunnerProcess(ProcessBase):
         Raises:
             RunnerError: The completion failed; the class gives the reason.
         """
-        return await self._client.complete(
+        return await self.client.complete(
             prompt, options=options, logprobs=logprobs, request_id=request_id
         )
 
@@ -183,7 +198,7 @@ class AsyncRunnerProcess(ProcessBase):
         Raises:
             RunnerError: The call failed.
         """
-        return await self._client.tokenize(content, add_special_tokens=add_special_tokens)
+        return await self.client.tokenize(content, add_special_tokens=add_special_tokens)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Join token ids into text; see ``AsyncRunnerClient.detokenize``.
@@ -191,7 +206,7 @@ class AsyncRunnerProcess(ProcessBase):
         Raises:
             RunnerError: The call failed.
         """
-        return await self._client.detokenize(token_ids)
+        return await self.client.detokenize(token_ids)
 
     async def trim(self, *, prefix_cache_bytes: int | None = None) -> int:
         """Free memory and return the bytes freed; see ``AsyncRunnerClient.trim``.
@@ -199,7 +214,7 @@ class AsyncRunnerProcess(ProcessBase):
         Raises:
             RunnerError: The call failed.
         """
-        return await self._client.trim(prefix_cache_bytes=prefix_cache_bytes)
+        return await self.client.trim(prefix_cache_bytes=prefix_cache_bytes)
 
     async def embedding(self, content: str) -> NoReturn:  # noqa: ARG002 - the interface has it
         """Raise ``NotSupportedError``: the runner only completes text."""
@@ -235,15 +250,11 @@ class AsyncRunnerProcess(ProcessBase):
         finally:
             # The client may belong to a newer child, which is running.
             running = self._running
-            if running is not None and running[0].is_gone:
-                client, call = running
-                await client.end(call)
+            if running is not None and running[0].child.has_exited:
+                supervisor, load = running
+                await supervisor.end(load)
 
-    @property
-    def _client(self) -> ChildClient:
-        return self._require_running()[0]
-
-    def _require_running(self) -> tuple[ChildClient, LoadCall]:
+    def _require_running(self) -> tuple[Supervisor, AsyncPendingLoad]:
         if self._running is None:
             raise not_started()
         return self._running

@@ -20,7 +20,6 @@ from runner_client.memory.estimation import estimate
 from runner_client.memory.gate import MemoryGate
 from runner_client.memory.model import find_model
 from runner_client.process.child import Child
-from runner_client.rpc.messages import load_request
 from runner_common.contract import TOKEN_VARIABLE
 from runner_common.import_paths import with_import_paths
 from runner_common.memory.reservations import DIRECTORY_VARIABLE
@@ -29,7 +28,6 @@ from runner_common.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mlxrunner.v1 import runner_pb2 as pb
     from runner_client.host.command import Listen
     from runner_client.memory.estimation import MemoryEstimate
     from runner_client.memory.gate import Admission
@@ -122,21 +120,25 @@ class Plan:
     token: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
     """The token that the child requires from its callers."""
 
-    def load_request(self) -> pb.LoadRequest:
-        """Build the request to load the model with the estimated settings.
+    @property
+    def model(self) -> str:
+        """The model to load: the hub id, which the server uses as the name, or the directory."""
+        is_hub_id = find_model(self.launch.model, self.launch.environ()).is_hub_id
+        return self.launch.model if is_hub_id else self.estimate.path
+
+    @property
+    def options(self) -> LoadOptions:
+        """The options of the load, as estimated.
 
         The server compares the need with free memory again and refuses on its own; an override
         of the gate therefore applies to the server too.
         """
-        # Given a hub id, the server uses it as the model's name.
-        is_hub_id = find_model(self.launch.model, self.launch.environ()).is_hub_id
-        options = replace(
+        return replace(
             self.launch.options,
             context_length=self.estimate.context_length,
             parallel=self.estimate.parallel,
             memory_override=self.admission.overridden,
         )
-        return load_request(self.launch.model if is_hub_id else self.estimate.path, options)
 
     def child(self, listen_address: ListenAddress) -> Child:
         """Create the child, not yet started.

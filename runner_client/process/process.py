@@ -8,15 +8,16 @@ import time
 from typing import TYPE_CHECKING, NoReturn, Self
 
 from runner_client.process.base import ProcessBase, not_started, start_limit
-from runner_client.process.supervision import ChildClient, close_blocking, start_blocking
+from runner_client.process.supervision import Supervisor, close_blocking, start_blocking
 from runner_client.rpc.base import embedding_error
+from runner_client.rpc.client import RunnerClient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
     from runner_client.memory.estimation import MemoryEstimate
-    from runner_client.rpc.calls import LoadCall
+    from runner_client.rpc.load import PendingLoad
     from runner_client.rpc.stream import CompletionStream
     from runner_client.types import Completion, LoadResult, Options, Status
 
@@ -63,7 +64,18 @@ class RunnerProcess(ProcessBase):
         keywords: Fields of ``LoadOptions``, in place of those of ``options``.
     """
 
-    _running: tuple[ChildClient, LoadCall] | None = None
+    _running: tuple[Supervisor, PendingLoad] | None = None
+
+    @property
+    def client(self) -> RunnerClient:
+        """The client of the child, for every call; each start makes a new one.
+
+        ``completion``, ``complete``, ``tokenize`` and others are on this object, too.
+
+        Raises:
+            RunnerUnavailableError: The runner was not started.
+        """
+        return self._require_running()[0].client
 
     def load(self) -> MemoryEstimate:
         """Check memory, spawn the child and start the load.
@@ -100,11 +112,12 @@ class RunnerProcess(ProcessBase):
     def _load(self, life: int) -> MemoryEstimate:
         begin = time.monotonic()
         plan, child, ready = start_blocking(self._start_child, life)
-        client = ChildClient(ready.target, plan.token, child, self.timeouts)
-        client.wait_until_serving(begin + start_limit(self.timeouts))
+        client = RunnerClient(ready.target, token=plan.token, timeouts=self.timeouts, peer=child)
+        supervisor = Supervisor(child, client)
+        supervisor.wait_until_serving(begin + start_limit(self.timeouts))
         with self._in_life(life):
-            self._running = client, client.start_load(plan.load_request())
-        client.start_watchdog()
+            self._running = supervisor, client.start_load(plan.model, options=plan.options)
+        supervisor.start_watchdog()
         return plan.estimate
 
     def wait_until_running(self, on_progress: Callable[[Status], None] | None = None) -> LoadResult:
@@ -119,9 +132,9 @@ class RunnerProcess(ProcessBase):
                 keeps running: wait again, or close.
             RunnerError: The load failed for another reason.
         """
-        client, call = self._require_running()
-        result = client.finish_load(call, on_progress)
-        self._note_loaded(client.status())
+        supervisor, load = self._require_running()
+        result = load.wait(on_progress)
+        self._note_loaded(supervisor.client.status())
         return result
 
     def status(self) -> Status:
@@ -130,7 +143,7 @@ class RunnerProcess(ProcessBase):
         Raises:
             RunnerError: The call failed.
         """
-        status = self._status = self._client.status()
+        status = self._status = self.client.status()
         return status
 
     def ping(self) -> float:
@@ -153,7 +166,7 @@ class RunnerProcess(ProcessBase):
             InvalidRequestError: An argument cannot be sent.
             RunnerUnavailableError: The runner was not started, or has exited.
         """
-        return self._client.completion(
+        return self.client.completion(
             prompt, options=options, logprobs=logprobs, request_id=request_id
         )
 
@@ -170,7 +183,7 @@ class RunnerProcess(ProcessBase):
         Raises:
             RunnerError: The completion failed; the class gives the reason.
         """
-        return self._client.complete(
+        return self.client.complete(
             prompt, options=options, logprobs=logprobs, request_id=request_id
         )
 
@@ -180,7 +193,7 @@ class RunnerProcess(ProcessBase):
         Raises:
             RunnerError: The call failed.
         """
-        return self._client.tokenize(content, add_special_tokens=add_special_tokens)
+        return self.client.tokenize(content, add_special_tokens=add_special_tokens)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Join token ids into text; see ``RunnerClient.detokenize``.
@@ -188,7 +201,7 @@ class RunnerProcess(ProcessBase):
         Raises:
             RunnerError: The call failed.
         """
-        return self._client.detokenize(token_ids)
+        return self.client.detokenize(token_ids)
 
     def trim(self, *, prefix_cache_bytes: int | None = None) -> int:
         """Free memory and return the bytes freed; see ``RunnerClient.trim``.
@@ -196,7 +209,7 @@ class RunnerProcess(ProcessBase):
         Raises:
             RunnerError: The call failed.
         """
-        return self._client.trim(prefix_cache_bytes=prefix_cache_bytes)
+        return self.client.trim(prefix_cache_bytes=prefix_cache_bytes)
 
     def embedding(self, content: str) -> NoReturn:  # noqa: ARG002 - the interface has it
         """Raise ``NotSupportedError``: the runner only completes text."""
@@ -232,15 +245,11 @@ class RunnerProcess(ProcessBase):
         finally:
             # The client may belong to a newer child, which is running.
             running = self._running
-            if running is not None and running[0].is_gone:
-                client, call = running
-                client.end(call)
+            if running is not None and running[0].child.has_exited:
+                supervisor, load = running
+                supervisor.end(load)
 
-    @property
-    def _client(self) -> ChildClient:
-        return self._require_running()[0]
-
-    def _require_running(self) -> tuple[ChildClient, LoadCall]:
+    def _require_running(self) -> tuple[Supervisor, PendingLoad]:
         if self._running is None:
             raise not_started()
         return self._running

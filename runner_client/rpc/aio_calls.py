@@ -14,9 +14,10 @@ import grpc
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from mlxrunner.v1 import runner_pb2_grpc
+from runner_client.errors import RunnerUnavailableError
 from runner_client.rpc import health
 from runner_client.rpc.aio_stream import AsyncCompletionStream, raise_if_cancelled
-from runner_client.rpc.base import LOAD_SECONDS, POLL_SECONDS, ClientBase
+from runner_client.rpc.base import LOAD_SECONDS, POLL_SECONDS, ConnectionBase
 from runner_client.rpc.channel import open_aio_channel
 from runner_client.rpc.trace import with_trace
 
@@ -24,17 +25,35 @@ if TYPE_CHECKING:
     from mlxrunner.v1 import runner_pb2 as pb
     from mlxrunner.v1.runner_pb2_grpc import RunnerServiceAsyncStub
     from runner_client.errors import RunnerError
+    from runner_client.rpc.base import Peer
     from runner_client.types import Timeouts, TlsFiles
 
     CompletionCall = grpc.aio.UnaryStreamCall[pb.CompletionRequest, pb.CompletionResponse]
-    LoadCall = asyncio.Task[pb.LoadResponse]
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
 
-class ClientCalls(ClientBase):
-    """Base of the asyncio client: a channel and the ways to call it."""
+class LoadCall:
+    """Call of a load."""
+
+    def __init__(self, reply: asyncio.Task[pb.LoadResponse]) -> None:
+        self._reply = reply
+
+    async def poll(self) -> pb.LoadResponse | None:
+        """Wait up to ``POLL_SECONDS`` for the reply; return None if the load is still running."""
+        done, _ = await asyncio.wait((self._reply,), timeout=POLL_SECONDS)
+        return self._reply.result() if done else None
+
+    async def cancel(self) -> None:
+        """Cancel the load unless already finished."""
+        self._reply.cancel()
+        # Wait for the call to end, and retrieve its exception so that asyncio does not log it.
+        await asyncio.gather(self._reply, return_exceptions=True)
+
+
+class Connection(ConnectionBase):
+    """Connection of the asyncio client: a channel and the ways to call it."""
 
     def __init__(
         self,
@@ -42,8 +61,9 @@ class ClientCalls(ClientBase):
         timeouts: Timeouts | None,
         token: str | None,
         tls: TlsFiles | None,
+        peer: Peer | None,
     ) -> None:
-        super().__init__(address, timeouts, token, tls)
+        super().__init__(address, timeouts, token, tls, peer)
         self._streams: weakref.WeakSet[CompletionCall] = weakref.WeakSet()
 
     # The channel, stub and health method are created by the first call, because a channel binds
@@ -51,29 +71,34 @@ class ClientCalls(ClientBase):
 
     @cached_property
     def _channel(self) -> grpc.aio.Channel:
-        return open_aio_channel(self.address, self._access.credentials)
+        return open_aio_channel(self.address, self.access.credentials)
 
     @cached_property
-    def _stub(self) -> RunnerServiceAsyncStub:
+    def stub(self) -> RunnerServiceAsyncStub:
+        """The methods of the runner."""
         return runner_pb2_grpc.RunnerServiceStub(self._channel)
 
     @cached_property
-    def _health(self) -> grpc.aio.UnaryUnaryMultiCallable[StringValue, Int32Value]:
+    def health(self) -> grpc.aio.UnaryUnaryMultiCallable[StringValue, Int32Value]:
+        """The method of the health service."""
         return self._channel.unary_unary(
             health.METHOD, StringValue.SerializeToString, Int32Value.FromString
         )
 
-    async def _call(
+    async def call(
         self,
         method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response],
         request: _Request,
         timeout_seconds: float | None = None,
     ) -> _Response:
+        """Call a method and wait for the response.
+
+        Raises:
+            RunnerError: The call failed.
+        """
         timeout = timeout_seconds or self.timeouts.call_seconds
         try:
-            return await method(
-                request, timeout=timeout, metadata=with_trace(self._access.metadata)
-            )
+            return await method(request, timeout=timeout, metadata=with_trace(self.access.metadata))
         except (grpc.RpcError, grpc.aio.UsageError, asyncio.CancelledError) as error:
             raise_if_cancelled(error)
             raise await self._failure(error, timeout) from error
@@ -81,32 +106,28 @@ class ClientCalls(ClientBase):
     async def _failure(
         self, error: BaseException, timeout_seconds: float | None = None
     ) -> RunnerError:
-        return self._translated(error, timeout_seconds)
+        failure = self.translated(error, timeout_seconds)
+        if self.peer is None or not isinstance(failure, RunnerUnavailableError):
+            return failure
+        # The peer may block until the process's exit is known.
+        return await asyncio.to_thread(self.peer.explain, failure)
 
-    def _start_load(self, request: pb.LoadRequest) -> LoadCall:
-        return asyncio.create_task(self._call(self._stub.Load, request, LOAD_SECONDS))
+    def start_load(self, request: pb.LoadRequest) -> LoadCall:
+        """Start a load."""
+        return LoadCall(asyncio.create_task(self.call(self.stub.Load, request, LOAD_SECONDS)))
 
-    async def _poll_load(self, call: LoadCall) -> pb.LoadResponse | None:
-        """Wait up to ``POLL_SECONDS`` for the reply; return None if the load is still running."""
-        done, _ = await asyncio.wait((call,), timeout=POLL_SECONDS)
-        return call.result() if done else None
-
-    async def _end_load(self, call: LoadCall) -> None:
-        """Cancel a load unless already finished."""
-        call.cancel()
-        # Wait for the call to end, and retrieve its exception so that asyncio does not log it.
-        await asyncio.gather(call, return_exceptions=True)
-
-    def _start_stream(self, request: pb.CompletionRequest) -> AsyncCompletionStream:
+    def start_stream(self, request: pb.CompletionRequest) -> AsyncCompletionStream:
+        """Start a completion."""
         try:
-            call = self._stub.Completion(request, metadata=with_trace(self._access.metadata))
+            call = self.stub.Completion(request, metadata=with_trace(self.access.metadata))
         except grpc.aio.UsageError as error:
-            raise self._translated(error) from error
+            raise self.translated(error) from error
         self._streams.add(call)
         return AsyncCompletionStream(call, timeouts=self.timeouts, failure=self._failure)
 
-    async def _disconnect(self) -> None:
-        self._is_closed = True
+    async def close(self) -> None:
+        """Close the channel, which ends all calls."""
+        self.is_closed = True
         # Older grpcio (1.80, for one) does not end a stream that is being read on close.
         for call in list(self._streams):
             call.cancel()

@@ -6,19 +6,18 @@ import time
 from typing import TYPE_CHECKING, NoReturn, Self, Unpack
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_client.errors import RunnerError
 from runner_client.rpc import health, messages
-from runner_client.rpc.aio_calls import ClientCalls
-from runner_client.rpc.base import STATUS_SECONDS, embedding_error
-from runner_client.rpc.waits import LoadWatch
+from runner_client.rpc.aio_calls import Connection
+from runner_client.rpc.aio_load import AsyncPendingLoad
+from runner_client.rpc.base import embedding_error
 from runner_client.types import LoadOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
-    from runner_client.rpc.aio_calls import LoadCall
     from runner_client.rpc.aio_stream import AsyncCompletionStream
+    from runner_client.rpc.base import Peer
     from runner_client.types import (
         Completion,
         LoadEstimate,
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     )
 
 
-class AsyncRunnerClient(ClientCalls):
+class AsyncRunnerClient:
     """Asyncio client for a runner at a known address.
 
     A client belongs to the event loop of its first call; any number of its tasks may share it.
@@ -46,6 +45,7 @@ class AsyncRunnerClient(ClientCalls):
         token: The server's token, sent with every call; without TLS in plain text.
         tls: Certificates for an encrypted connection. Default: no encryption.
         timeouts: How long to wait for each kind of answer.
+        peer: The process at the address, given by its owner, such as ``AsyncRunnerProcess``.
 
     Raises:
         ValueError: The address is invalid, or the token cannot be sent.
@@ -59,8 +59,22 @@ class AsyncRunnerClient(ClientCalls):
         token: str | None = None,
         tls: TlsFiles | None = None,
         timeouts: Timeouts | None = None,
+        peer: Peer | None = None,
     ) -> None:
-        super().__init__(address, timeouts, token, tls)
+        self._connection = Connection(address, timeouts, token, tls, peer)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.address!r})"
+
+    @property
+    def address(self) -> str:
+        """The runner's address, as passed to gRPC."""
+        return self._connection.address
+
+    @property
+    def timeouts(self) -> Timeouts:
+        """The timeouts of this client."""
+        return self._connection.timeouts
 
     async def load(
         self,
@@ -90,32 +104,23 @@ class AsyncRunnerClient(ClientCalls):
             RunnerTimeoutError: The load made no progress for too long (phase ``"load"``).
             RunnerError: The call failed for another reason.
         """
-        request = messages.load_request(model, LoadOptions.of(options, keywords))
-        call = self._start_load(request)
+        load = self.start_load(model, options=options, **keywords)
         try:
-            return await self._finish_load(call, on_progress)
+            return await load.wait(on_progress)
         finally:
-            await self._end_load(call)
+            await load.cancel()
 
-    async def _finish_load(
-        self, call: LoadCall, on_progress: Callable[[Status], None] | None
-    ) -> LoadResult:
-        watch = LoadWatch(self.timeouts.load_seconds, time.monotonic())
-        while (reply := await self._poll_load(call)) is None:
-            await self._watch_load(watch, on_progress)
-        return messages.load_result(reply)
+    def start_load(
+        self, model: str, *, options: LoadOptions | None = None, **keywords: Unpack[LoadKeywords]
+    ) -> AsyncPendingLoad:
+        """Start a load and return without waiting. The arguments are those of ``load``.
 
-    async def _watch_load(
-        self, watch: LoadWatch, on_progress: Callable[[Status], None] | None
-    ) -> None:
-        try:
-            status = await self._status(STATUS_SECONDS)
-        except RunnerError:
-            # The load itself reports failures, unless nothing answers at all.
-            status = None
-        watch.observe(status, time.monotonic())
-        if status is not None and on_progress is not None:
-            on_progress(status)
+        Raises:
+            InvalidRequestError: An argument cannot be sent.
+            RunnerUnavailableError: The client is closed.
+        """
+        request = messages.load_request(model, LoadOptions.of(options, keywords))
+        return AsyncPendingLoad(self, self._connection.start_load(request))
 
     async def estimate(
         self, model: str, *, options: LoadOptions | None = None, **keywords: Unpack[LoadKeywords]
@@ -134,7 +139,9 @@ class AsyncRunnerClient(ClientCalls):
             RunnerError: The call failed for another reason.
         """
         request = messages.estimate_request(model, LoadOptions.of(options, keywords))
-        return messages.load_estimate(await self._call(self._stub.Estimate, request))
+        return messages.load_estimate(
+            await self._connection.call(self._connection.stub.Estimate, request)
+        )
 
     async def trim(self, *, prefix_cache_bytes: int | None = None) -> int:
         """Free memory without ending a completion, and return the bytes freed.
@@ -152,7 +159,7 @@ class AsyncRunnerClient(ClientCalls):
             RunnerError: The call failed for another reason.
         """
         request = messages.trim_request(prefix_cache_bytes)
-        return (await self._call(self._stub.Trim, request)).freed_bytes
+        return (await self._connection.call(self._connection.stub.Trim, request)).freed_bytes
 
     async def unload(self) -> int:
         """End running and queued completions, free the model, and return the bytes freed.
@@ -161,19 +168,24 @@ class AsyncRunnerClient(ClientCalls):
             BusyError: A load or another unload is running.
             RunnerError: The call failed for another reason.
         """
-        return (await self._call(self._stub.Unload, pb.UnloadRequest())).freed_bytes
+        return (
+            await self._connection.call(self._connection.stub.Unload, pb.UnloadRequest())
+        ).freed_bytes
 
-    async def status(self) -> Status:
+    async def status(self, *, timeout_seconds: float | None = None) -> Status:
         """Return the runner's current state, model and memory. Works during a load, too.
+
+        Args:
+            timeout_seconds: The deadline of this call. Default: ``Timeouts.call_seconds``.
 
         Raises:
             RunnerError: The call failed.
         """
-        return await self._status(self.timeouts.call_seconds)
-
-    async def _status(self, timeout_seconds: float) -> Status:
-        reply = await self._call(self._stub.Status, pb.StatusRequest(), timeout_seconds)
-        return messages.status(reply)
+        request = pb.StatusRequest()
+        reply = await self._connection.call(self._connection.stub.Status, request, timeout_seconds)
+        status = messages.status(reply)
+        self._connection.note_status(status)
+        return status
 
     async def ping(self) -> float:
         """Request a status and return the round-trip time, in seconds. Raises like ``status``."""
@@ -190,7 +202,9 @@ class AsyncRunnerClient(ClientCalls):
         Raises:
             RunnerError: The call failed, or the service is unknown.
         """
-        return health.is_serving(await self._call(self._health, health.request(service)))
+        return health.is_serving(
+            await self._connection.call(self._connection.health, health.request(service))
+        )
 
     def completion(
         self,
@@ -219,7 +233,7 @@ class AsyncRunnerClient(ClientCalls):
         request = messages.completion_request(
             prompt, options=options, logprobs=logprobs, request_id=request_id
         )
-        return self._start_stream(request)
+        return self._connection.start_stream(request)
 
     async def complete(
         self,
@@ -255,7 +269,9 @@ class AsyncRunnerClient(ClientCalls):
             RunnerError: The call failed for another reason.
         """
         request = messages.tokenize_request(content, add_special_tokens=add_special_tokens)
-        return list((await self._call(self._stub.Tokenize, request)).token_ids)
+        return list(
+            (await self._connection.call(self._connection.stub.Tokenize, request)).token_ids
+        )
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Join token ids into text: the inverse of ``tokenize``.
@@ -266,7 +282,7 @@ class AsyncRunnerClient(ClientCalls):
             RunnerError: The call failed for another reason.
         """
         request = messages.detokenize_request(token_ids)
-        return (await self._call(self._stub.Detokenize, request)).content
+        return (await self._connection.call(self._connection.stub.Detokenize, request)).content
 
     async def embedding(self, content: str) -> NoReturn:  # noqa: ARG002 - the interface has it
         """Raise ``NotSupportedError``: the runner only completes text."""
@@ -274,7 +290,7 @@ class AsyncRunnerClient(ClientCalls):
 
     async def close(self) -> None:
         """Close the connection. Pending calls raise ``RunnerUnavailableError``."""
-        await self._disconnect()
+        await self._connection.close()
 
     async def __aenter__(self) -> Self:
         return self

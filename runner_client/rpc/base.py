@@ -1,8 +1,9 @@
-"""Code shared by the sync and the asyncio client: address, timeouts and error translation."""
+"""Code shared by both connections: address, timeouts, error translation and the peer."""
 
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING, Protocol
 
 import grpc
 
@@ -15,7 +16,10 @@ from runner_client.errors import (
 from runner_client.rpc.access import Access
 from runner_client.rpc.address import parse_address
 from runner_client.rpc.translate import translate
-from runner_client.types import Timeouts, TlsFiles
+from runner_client.types import Timeouts
+
+if TYPE_CHECKING:
+    from runner_client.types import Status, TlsFiles
 
 POLL_SECONDS = 0.2
 """Interval between status requests during a load."""
@@ -31,8 +35,18 @@ END_SECONDS = 1.0
 """How long to wait for the end of a stream after its last message."""
 
 
-class ClientBase:
-    """Base of the clients: everything except I/O."""
+class Peer(Protocol):
+    """The process behind an address, where the owner of the client also owns the process."""
+
+    def explain(self, error: RunnerError) -> RunnerError:
+        """Return the error to raise in place of ``error``. May block for half a second."""
+
+    def note_memory(self, process_bytes: int) -> None:
+        """Record the resident set reported by a status."""
+
+
+class ConnectionBase:
+    """Base of the connections: everything except I/O."""
 
     def __init__(
         self,
@@ -40,40 +54,32 @@ class ClientBase:
         timeouts: Timeouts | None,
         token: str | None,
         tls: TlsFiles | None,
+        peer: Peer | None,
     ) -> None:
-        self._address = parse_address(address)
-        self._timeouts = timeouts or Timeouts()
-        self._access = Access.of(token, tls)
-        self._is_closed = False
+        self.address = parse_address(address)
+        self.timeouts = timeouts or Timeouts()
+        self.access = Access.of(token, tls)
+        self.peer = peer
+        self.is_closed = False
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._address!r})"
+    def note_status(self, status: Status) -> None:
+        """Tell the peer what a status reports."""
+        if self.peer is not None:
+            self.peer.note_memory(status.memory_usage.process_bytes)
 
-    @property
-    def address(self) -> str:
-        """The runner's address, as passed to gRPC."""
-        return self._address
-
-    @property
-    def timeouts(self) -> Timeouts:
-        """The timeouts of this client."""
-        return self._timeouts
-
-    def _translated(
-        self, error: BaseException, timeout_seconds: float | None = None
-    ) -> RunnerError:
+    def translated(self, error: BaseException, timeout_seconds: float | None = None) -> RunnerError:
         """Return the exception of this library for an error raised by gRPC.
 
         Errors other than ``grpc.RpcError`` come from a call that this side ended, or from a closed
         channel. Anything else is a bug in this library and raised unchanged.
         """
         code = error.code() if isinstance(error, grpc.RpcError) else grpc.StatusCode.CANCELLED
-        if self._is_closed and code is grpc.StatusCode.CANCELLED:
-            return RunnerUnavailableError(f"the client of the runner at {self._address} is closed")
+        if self.is_closed and code is grpc.StatusCode.CANCELLED:
+            return RunnerUnavailableError(f"the client of the runner at {self.address} is closed")
         if isinstance(error, grpc.RpcError):
-            return translate(error, address=self._address, timeout_seconds=timeout_seconds)
+            return translate(error, address=self.address, timeout_seconds=timeout_seconds)
         if isinstance(error, grpc.FutureCancelledError | asyncio.CancelledError):
-            return RunnerUnavailableError(f"a call to the runner at {self._address} was cut off")
+            return RunnerUnavailableError(f"a call to the runner at {self.address} was cut off")
         raise error
 
 

@@ -12,25 +12,51 @@ from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from mlxrunner.v1 import runner_pb2_grpc
 from runner_client.rpc import health
-from runner_client.rpc.base import LOAD_SECONDS, POLL_SECONDS, ClientBase
+from runner_client.rpc.base import LOAD_SECONDS, POLL_SECONDS, ConnectionBase
 from runner_client.rpc.channel import open_channel
 from runner_client.rpc.stream import CompletionStream
 from runner_client.rpc.trace import with_trace
 from runner_client.rpc.watchdog import Watchdog
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mlxrunner.v1 import runner_pb2 as pb
     from runner_client.errors import RunnerError
+    from runner_client.rpc.base import Peer
     from runner_client.types import Timeouts, TlsFiles
-
-    LoadCall = grpc.Future[pb.LoadResponse]
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
 
-class ClientCalls(ClientBase):
-    """Base of the sync client: a channel and the ways to call it. Thread-safe."""
+class LoadCall:
+    """Call of a load."""
+
+    def __init__(
+        self,
+        reply: grpc.Future[pb.LoadResponse],
+        failure: Callable[[BaseException], RunnerError],
+    ) -> None:
+        self._reply = reply
+        self._failure = failure
+
+    def poll(self) -> pb.LoadResponse | None:
+        """Wait up to ``POLL_SECONDS`` for the reply; return None if the load is still running."""
+        try:
+            return self._reply.result(timeout=POLL_SECONDS)
+        except grpc.FutureTimeoutError:
+            return None
+        except (grpc.RpcError, grpc.FutureCancelledError, ValueError) as error:
+            raise self._failure(error) from error
+
+    def cancel(self) -> None:
+        """Cancel the load unless already finished."""
+        self._reply.cancel()
+
+
+class Connection(ConnectionBase):
+    """Connection of the sync client: a channel and the ways to call it. Thread-safe."""
 
     def __init__(
         self,
@@ -38,60 +64,58 @@ class ClientCalls(ClientBase):
         timeouts: Timeouts | None,
         token: str | None,
         tls: TlsFiles | None,
+        peer: Peer | None,
     ) -> None:
-        super().__init__(address, timeouts, token, tls)
-        self._channel = open_channel(address, self._access.credentials)
-        self._stub = runner_pb2_grpc.RunnerServiceStub(self._channel)
-        self._health = self._channel.unary_unary(
+        super().__init__(address, timeouts, token, tls, peer)
+        self._channel = open_channel(address, self.access.credentials)
+        self.stub = runner_pb2_grpc.RunnerServiceStub(self._channel)
+        self.health = self._channel.unary_unary(
             health.METHOD, StringValue.SerializeToString, Int32Value.FromString
         )
         self._watchdog = Watchdog()
 
-    def _call(
+    def call(
         self,
         method: grpc.UnaryUnaryMultiCallable[_Request, _Response],
         request: _Request,
         timeout_seconds: float | None = None,
     ) -> _Response:
+        """Call a method and wait for the response.
+
+        Raises:
+            RunnerError: The call failed.
+        """
         timeout = timeout_seconds or self.timeouts.call_seconds
         try:
-            return method(request, timeout=timeout, metadata=with_trace(self._access.metadata))
+            return method(request, timeout=timeout, metadata=with_trace(self.access.metadata))
         except (grpc.RpcError, ValueError) as error:
             raise self._failure(error, timeout) from error
 
     def _failure(self, error: BaseException, timeout_seconds: float | None = None) -> RunnerError:
-        return self._translated(error, timeout_seconds)
+        failure = self.translated(error, timeout_seconds)
+        return failure if self.peer is None else self.peer.explain(failure)
 
-    def _start_load(self, request: pb.LoadRequest) -> LoadCall:
+    def start_load(self, request: pb.LoadRequest) -> LoadCall:
+        """Start a load."""
         try:
-            return self._stub.Load.future(
-                request, timeout=LOAD_SECONDS, metadata=with_trace(self._access.metadata)
+            reply = self.stub.Load.future(
+                request, timeout=LOAD_SECONDS, metadata=with_trace(self.access.metadata)
             )
         except ValueError as error:
             raise self._failure(error) from error
+        return LoadCall(reply, self._failure)
 
-    def _poll_load(self, call: LoadCall) -> pb.LoadResponse | None:
-        """Wait up to ``POLL_SECONDS`` for the reply; return None if the load is still running."""
+    def start_stream(self, request: pb.CompletionRequest) -> CompletionStream:
+        """Start a completion."""
         try:
-            return call.result(timeout=POLL_SECONDS)
-        except grpc.FutureTimeoutError:
-            return None
-        except (grpc.RpcError, grpc.FutureCancelledError, ValueError) as error:
-            raise self._failure(error) from error
-
-    def _end_load(self, call: LoadCall) -> None:
-        """Cancel a load unless already finished."""
-        call.cancel()
-
-    def _start_stream(self, request: pb.CompletionRequest) -> CompletionStream:
-        try:
-            call = self._stub.Completion(request, metadata=with_trace(self._access.metadata))
+            call = self.stub.Completion(request, metadata=with_trace(self.access.metadata))
         except ValueError as error:
             raise self._failure(error) from error
         return CompletionStream(
             call, timeouts=self.timeouts, watchdog=self._watchdog, failure=self._failure
         )
 
-    def _disconnect(self) -> None:
-        self._is_closed = True
+    def close(self) -> None:
+        """Close the channel, which ends all calls."""
+        self.is_closed = True
         self._channel.close()

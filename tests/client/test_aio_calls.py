@@ -175,6 +175,18 @@ async def test_a_missing_runner_is_unavailable() -> None:
             await client.complete("Hi")
 
 
+async def test_a_started_load_goes_on_after_a_timeout(runner: FakeRunner) -> None:
+    runner.load_seconds = math.inf
+    async with AsyncRunnerClient(runner.address, timeouts=Timeouts(load_seconds=0.5)) as client:
+        load = client.start_load("org/name")
+        for _ in range(2):
+            with pytest.raises(errors.RunnerTimeoutError, match="no progress"):
+                await load.wait()
+        assert not runner.cancelled.is_set()
+        await load.cancel()
+        assert await asyncio.to_thread(runner.cancelled.wait, 10)
+
+
 async def test_the_other_rpcs_return_their_results(runner: FakeRunner) -> None:
     async with AsyncRunnerClient(runner.address) as client:
         assert await client.detokenize(await client.tokenize("h\u00e9")) == "h\u00e9"

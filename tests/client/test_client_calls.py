@@ -278,6 +278,19 @@ def test_a_stalled_load_times_out_and_is_cancelled(runner: FakeRunner) -> None:
         assert runner.cancelled.wait(10)
 
 
+def test_a_started_load_goes_on_after_a_timeout(runner: FakeRunner) -> None:
+    runner.load_seconds = math.inf
+    with RunnerClient(runner.address, timeouts=Timeouts(load_seconds=0.5)) as client:
+        load = client.start_load("org/name", parallel=2)
+        for _ in range(2):
+            with pytest.raises(errors.RunnerTimeoutError, match="no progress"):
+                load.wait()
+        assert not runner.cancelled.is_set()
+        load.cancel()
+        assert runner.cancelled.wait(10)
+    assert runner.requests == [pb.LoadRequest(model="org/name", dtype=pb.DTYPE_AUTO, parallel=2)]
+
+
 def test_an_exception_in_the_callback_cancels_the_load(
     client: RunnerClient, runner: FakeRunner
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 PUBLIC = [
     "AsyncCompletionStream",
+    "AsyncPendingLoad",
     "AsyncRunnerClient",
     "AsyncRunnerProcess",
     "AuthenticationError",
@@ -45,6 +47,7 @@ PUBLIC = [
     "ModelUnsupportedError",
     "NotSupportedError",
     "Options",
+    "PendingLoad",
     "PromptProgress",
     "PromptTooLongError",
     "QueueFullError",
@@ -109,6 +112,18 @@ def test_every_error_and_every_result_is_public() -> None:
         for name, member in vars(module).items():
             if inspect.isclass(member) and member.__module__ == module.__name__:
                 assert name in PUBLIC
+
+
+def test_no_class_overrides_privates_of_another_module() -> None:
+    for info in pkgutil.walk_packages(runner_client.__path__, "runner_client."):
+        module = importlib.import_module(info.name)
+        for owner in vars(module).values():
+            if not inspect.isclass(owner) or owner.__module__ != module.__name__:
+                continue
+            private = {name for name in vars(owner) if name[0] == "_" and name[:2] != "__"}
+            for base in owner.__mro__[1:]:
+                if base.__module__.startswith("runner_") and base.__module__ != module.__name__:
+                    assert not private & vars(base).keys(), f"{owner} overrides those of {base}"
 
 
 def test_the_version_has_at_least_three_parts() -> None:

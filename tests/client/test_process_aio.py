@@ -230,6 +230,24 @@ async def test_cancelling_the_close_kills_and_reaps(
 
 
 @pytest.mark.usefixtures("fake_child")
+async def test_a_process_has_a_client_for_every_call(model: str) -> None:
+    runner = AsyncRunnerProcess(model)
+    with pytest.raises(errors.RunnerUnavailableError, match=r"call load\(\) first"):
+        _ = runner.client
+    async with runner:
+        first = runner.client
+        assert first is runner.client
+        assert (await first.complete("Hi")).content == "Hello world"
+        assert (await first.unload()) == 0
+        assert (await first.load(model)).model.path == model
+        await runner.restart()
+        assert runner.client is not first
+        assert (await runner.client.status()).pid == runner.pid
+        with pytest.raises(errors.RunnerUnavailableError):
+            await first.status()
+
+
+@pytest.mark.usefixtures("fake_child")
 async def test_restart_starts_a_new_process(model: str) -> None:
     policy = RestartPolicy(max_restarts=1)
     async with AsyncRunnerProcess(model, restart_policy=policy) as runner:

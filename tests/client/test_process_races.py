@@ -11,18 +11,24 @@ from typing import Any
 import pytest
 
 from runner_client import AsyncRunnerProcess, MemoryGate, RunnerProcess, errors
-from runner_client.process.aio_supervision import ChildClient as AsyncChildClient
+from runner_client.process.aio_supervision import Supervisor as AsyncSupervisor
 from runner_client.process.child import Child
-from runner_client.process.supervision import ChildClient
+from runner_client.process.supervision import Supervisor
+from runner_client.rpc.aio_load import AsyncPendingLoad
+from runner_client.rpc.load import PendingLoad
 from support.fake_child import is_gone, use_fake_child, write_model
 
 OVERTAKEN = [
     ("load", "wait_until_serving", "before"),
     ("load", "wait_until_serving", "after"),
     ("enter", "wait_until_serving", "before"),
-    ("enter", "finish_load", "before"),
+    ("enter", "wait", "before"),
 ]
 """How a child is started, and the step before or after which another thread restarts it."""
+
+OWNERS = {"wait_until_serving": Supervisor, "wait": PendingLoad}
+ASYNC_OWNERS = {"wait_until_serving": AsyncSupervisor, "wait": AsyncPendingLoad}
+"""Classes with the steps as methods."""
 
 LIMIT_SECONDS = 30
 
@@ -69,8 +75,9 @@ def overtake_task(
     act: Callable[[], Awaitable[object]],
     when: str = "before",
 ) -> None:
-    """Patch a method of the asyncio client to have another task act around the first call."""
-    original = getattr(AsyncChildClient, step)
+    """Patch a step of asyncio to have another task act around the first call."""
+    owner = ASYNC_OWNERS[step]
+    original = getattr(owner, step)
     acts = [act]
 
     async def overtaken(*args: Any) -> object:
@@ -82,7 +89,7 @@ def overtake_task(
             await asyncio.gather(now())
         return result
 
-    monkeypatch.setattr(AsyncChildClient, step, overtaken)
+    monkeypatch.setattr(owner, step, overtaken)
 
 
 @pytest.mark.parametrize(("start", "step", "when"), OVERTAKEN)
@@ -96,7 +103,7 @@ def test_an_overtaken_start_leaves_the_newer_child_alone(
         overtaken.append(runner.pid)
         runner.restart()
 
-    overtake(monkeypatch, ChildClient, step, restart, when)
+    overtake(monkeypatch, OWNERS[step], step, restart, when)
     try:
         with pytest.raises(errors.RunnerUnavailableError):
             _ = runner.load() if start == "load" else runner.__enter__()

@@ -277,6 +277,24 @@ def test_an_interrupt_while_loading_ends_the_child(
 
 
 @pytest.mark.usefixtures("fake_child")
+def test_a_process_has_a_client_for_every_call(model: str) -> None:
+    runner = RunnerProcess(model)
+    with pytest.raises(errors.RunnerUnavailableError, match=r"call load\(\) first"):
+        _ = runner.client
+    with runner:
+        first = runner.client
+        assert first is runner.client
+        assert (first.complete("Hi")).content == "Hello world"
+        assert (first.unload()) == 0
+        assert (first.load(model)).model.path == model
+        runner.restart()
+        assert runner.client is not first
+        assert (runner.client.status()).pid == runner.pid
+        with pytest.raises(errors.RunnerUnavailableError):
+            first.status()
+
+
+@pytest.mark.usefixtures("fake_child")
 def test_restart_starts_a_new_process(model: str) -> None:
     with RunnerProcess(model, restart_policy=RestartPolicy(max_restarts=2)) as runner:
         pids = [runner.pid]

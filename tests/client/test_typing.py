@@ -9,6 +9,7 @@ import pytest
 
 from runner_client import (
     AsyncCompletionStream,
+    AsyncPendingLoad,
     AsyncRunnerClient,
     AsyncRunnerProcess,
     Completion,
@@ -19,6 +20,7 @@ from runner_client import (
     LoadResult,
     MemoryEstimate,
     Model,
+    PendingLoad,
     RunnerClient,
     RunnerProcess,
     State,
@@ -93,6 +95,8 @@ if TYPE_CHECKING:
 
     def sync_process(runner: RunnerProcess) -> None:
         """Check the types of calls on a running process; never executed."""
+        assert_type(runner.client, RunnerClient)
+        assert_type(runner.client.start_load("m", parallel=2), PendingLoad)
         assert_type(runner.load(), MemoryEstimate)
         assert_type(runner.wait_until_running(), LoadResult)
         assert_type(runner.restart(), LoadResult)
@@ -102,6 +106,8 @@ if TYPE_CHECKING:
 
     async def async_process(runner: AsyncRunnerProcess) -> None:
         """Check the types of asyncio calls on a running process; never executed."""
+        assert_type(runner.client, AsyncRunnerClient)
+        assert_type(runner.client.start_load("m"), AsyncPendingLoad)
         assert_type(await runner.load(), MemoryEstimate)
         assert_type(await runner.wait_until_running(), LoadResult)
         assert_type(runner.completion("x"), AsyncCompletionStream)

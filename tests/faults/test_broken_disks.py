@@ -173,7 +173,7 @@ def copy(sound: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def client(runner: RunnerProcess) -> RunnerClient:
     """Return the client of the runner; the runner itself loads only one model."""
-    return runner._client
+    return runner.client
 
 
 @pytest.mark.parametrize("case", DAMAGE)
@@ -250,7 +250,7 @@ def test_a_shard_that_changes_during_a_load_is_read_or_named(
     env = hooked(tmp_path / "hook", WAIT_BEFORE_READING.format(go=str(go)) + loads.code)
     go.touch()
     with RunnerProcess(str(copy), env=env) as runner, in_threads(1) as pool:
-        client = runner._client
+        client = runner.client
         go.unlink()
         load = pool.submit(end_of, lambda: client.load(str(copy)))
         wait_until(lambda: client.status().progress == 5)
@@ -289,7 +289,7 @@ def test_read_errors_name_the_file_and_the_server_keeps_working(
     broken, loads = tmp_path / "broken", CountedLoads(tmp_path)
     env = hooked(tmp_path / "hook", FAILING_READS.format(broken=str(broken)) + loads.code)
     with RunnerProcess(str(sound), env=env) as runner:
-        client = runner._client
+        client = runner.client
         broken.touch()
         for _ in range(20):
             error = end_of(lambda: client.load(str(sound)))

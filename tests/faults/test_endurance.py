@@ -37,7 +37,7 @@ def test_repeated_loads_in_one_process_do_not_leak(
     model: str,
 ) -> None:
     with RunnerProcess(model) as runner:
-        client, pid = runner._client, pid_of(runner)
+        client, pid = runner.client, pid_of(runner)
         seen: list[tuple[int, int, int]] = []
         for _ in range(WARM_UP + MODEL_CYCLES):
             assert client.complete("def", options=SHORT).eval_count == 8

@@ -190,7 +190,7 @@ with RunnerProcess(path) as runner:
     done = runner.complete(text, options=Options(num_predict=3, temperature=0))
     assert done.eval_count == 3
     try:
-        runner._client.load(path + "/nichts\u00df")
+        runner.client.load(path + "/nichts\u00df")
     except errors.ModelNotFoundError as error:
         assert error.model == path + "/nichts\u00df", ascii(error.model)
     else:
