@@ -202,8 +202,7 @@ class RunnerApp:
         # Before the first call, so that it gets a span too.
         self._tracing = open_tracing(__version__)
         if self._tracing:
-            # Before the log, whose lines contain the span's id.
-            self._observers.insert(0, self._tracing)
+            self._observers.append(self._tracing)
 
     def _add_services(self) -> None:
         servicer = RunnerServicer(self.engine, __version__, self._estimator, self._ranks)

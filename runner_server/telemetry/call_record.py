@@ -1,4 +1,4 @@
-"""Telemetry record of one RPC: the source of log line, metrics and span."""
+"""Telemetry record of one RPC and its summary: the source of log line, metrics and span."""
 
 from __future__ import annotations
 
@@ -24,23 +24,52 @@ _TRACE = re.compile(r"(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2
 Headers = Sequence[tuple[str, str | bytes]]
 
 
+@dataclass(frozen=True, slots=True)
+class CallSummary:
+    """A call that has ended.
+
+    Attributes:
+        method: Name of the rpc, without the service.
+        id: The caller's ``x-request-id``, or a random one.
+        code: Name of the gRPC code.
+        seconds: Duration of the call.
+        reason: ``ErrorReason`` of the failure, if any.
+        request_id: Name given in the request itself, not validated.
+        model: Name of the model the call is about.
+        stats: Statistics of the call's completion, if any.
+        trace_id: Trace id of the call; empty without one.
+        parent_id: Span id of the caller in that trace.
+        span_id: Id of the span recorded for the call.
+    """
+
+    method: str
+    id: str
+    code: str
+    seconds: float
+    reason: str = ""
+    request_id: str = ""
+    model: str = ""
+    stats: GenerationStats | None = None
+    trace_id: str = ""
+    parent_id: str = ""
+    span_id: str = ""
+
+
 @dataclass(eq=False)
 class CallRecord:
-    """A call from arrival to end. Used on the event loop only.
+    """A call in progress, filled by each layer that handles it. Used on the event loop only.
 
     Attributes:
         method: Name of the rpc, without the service.
         id: The caller's ``x-request-id``, or a random one.
         headers: Metadata sent with the call; may include a token.
-        trace_id: Trace id of the caller's W3C trace context; empty without a valid one.
+        trace_id: Trace id of the caller's W3C trace context, or of the span; empty without one.
         parent_id: Span id of the caller in that context.
         request_id: Name given in the request itself, not validated yet.
         model: Name of the model the call is about.
         stats: Returns the statistics of the call's completion; thread-safe.
         started: Arrival time, in ``time.monotonic()`` seconds.
-        code: Name of the gRPC code; empty until the call has ended.
         reason: ``ErrorReason`` of the failure, if any.
-        seconds: Duration of the call.
         span_id: Id of the span recorded for the call.
     """
 
@@ -53,9 +82,7 @@ class CallRecord:
     model: str = ""
     stats: Callable[[], GenerationStats] | None = None
     started: float = field(default_factory=time.monotonic)
-    code: str = ""
     reason: str = ""
-    seconds: float = 0.0
     span_id: str = ""
 
     @classmethod
@@ -65,9 +92,25 @@ class CallRecord:
         trace_id, parent_id = _trace(given.get(_TRACE_HEADER))
         return cls(method, _id(given.get(ID_HEADER)), headers, trace_id, parent_id)
 
-    def end(self, code: str) -> None:
-        """Record the outcome and duration of the call."""
-        self.code, self.seconds = code, time.monotonic() - self.started
+    def end(self, code: str) -> CallSummary:
+        """Return the summary of the call, which ends now.
+
+        Args:
+            code: Name of the gRPC code.
+        """
+        return CallSummary(
+            method=self.method,
+            id=self.id,
+            code=code,
+            seconds=time.monotonic() - self.started,
+            reason=self.reason,
+            request_id=self.request_id,
+            model=self.model,
+            stats=self.stats() if self.stats else None,
+            trace_id=self.trace_id,
+            parent_id=self.parent_id,
+            span_id=self.span_id,
+        )
 
 
 _current: ContextVar[CallRecord | None] = ContextVar("request", default=None)

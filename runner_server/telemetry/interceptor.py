@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 
-from runner_server.telemetry.call_record import ID_HEADER, CallRecord, enter
+from runner_server.telemetry.call_record import ID_HEADER, CallRecord, CallSummary, enter
 from runner_server.telemetry.methods import METHODS
 
 if TYPE_CHECKING:
@@ -26,12 +26,12 @@ _CLOCK_SLACK_SECONDS = 0.1
 class Observer(Protocol):
     """Receiver of call events, on the event loop; must not block."""
 
-    def begun(self, request: CallRecord) -> None:
-        """Handle the arrival of a call."""
-        ...
+    def observe(self, call: CallRecord) -> Callable[[CallSummary], None]:
+        """Handle the arrival of a call, and return the handler of its end.
 
-    def ended(self, request: CallRecord) -> None:
-        """Handle the end of a call. Every call that began ends exactly once."""
+        Every call ends exactly once. All observers get the same summary, which none of them can
+        change, so their order does not matter.
+        """
         ...
 
 
@@ -39,7 +39,7 @@ class TelemetryInterceptor(grpc.aio.ServerInterceptor):
     """Notifies observers of every call of this server's services; must be the first interceptor.
 
     Args:
-        observers: Notified in this order; may grow at any time.
+        observers: Notified of calls; may grow at any time.
     """
 
     def __init__(self, observers: Sequence[Observer]) -> None:
@@ -57,28 +57,29 @@ class TelemetryInterceptor(grpc.aio.ServerInterceptor):
         if method is None or task is None:
             return await continuation(handler_call_details)
         headers = handler_call_details.invocation_metadata or ()
-        call = _Call(CallRecord.arrived(method, headers))
-        enter(call.request)
+        record = CallRecord.arrived(method, headers)
+        enter(record)
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        for observer in self._observers:
-            observer.begun(call.request)
+        call = _Call(record)
+        handlers = [observer.observe(record) for observer in self._observers]
         # Not the context's callback: a caller may disconnect before the context exists.
-        task.add_done_callback(lambda _task: self._end(call))
+        task.add_done_callback(lambda _task: _end(call, handlers))
         return call.watch(handler)
 
-    def _end(self, call: _Call) -> None:
-        call.request.end(call.code())
-        for observer in self._observers:
-            observer.ended(call.request)
+
+def _end(call: _Call, handlers: Sequence[Callable[[CallSummary], None]]) -> None:
+    summary = call.record.end(call.code())
+    for handle in handlers:
+        handle(summary)
 
 
 class _Call:
     """A running call and the outcome."""
 
-    def __init__(self, request: CallRecord) -> None:
-        self.request = request
+    def __init__(self, record: CallRecord) -> None:
+        self.record = record
         self._context: _Context | None = None
         self._is_answered = False
 
@@ -128,4 +129,4 @@ class _Call:
 
     def _open(self, context: _Context) -> None:
         self._context = context
-        context.set_trailing_metadata(((ID_HEADER, self.request.id),))
+        context.set_trailing_metadata(((ID_HEADER, self.record.id),))

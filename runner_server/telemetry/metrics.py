@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from prometheus_client import (
@@ -24,7 +25,7 @@ from prometheus_client.registry import Collector
 from runner_server.engine.engine import Engine
 from runner_server.engine.types import GenerationStats, State
 from runner_server.host.resident_memory import resident_bytes
-from runner_server.telemetry.call_record import CallRecord
+from runner_server.telemetry.call_record import CallRecord, CallSummary
 from runner_server.telemetry.methods import GENERATING
 
 if TYPE_CHECKING:
@@ -92,22 +93,24 @@ class Metrics:
         registry.register(_State(engine, version))
         ProcessCollector(registry=registry)
 
-    def begun(self, request: CallRecord) -> None:
-        """Start counting the tokens of a call; see ``Observer.begun``."""
-        self._tokens.follow(request)
+    def observe(self, call: CallRecord) -> Callable[[CallSummary], None]:
+        """Start counting the tokens of a call; see ``Observer.observe``."""
+        self._tokens.follow(call)
+        return partial(self._end, call)
 
-    def ended(self, request: CallRecord) -> None:
-        """Record the outcome of a call; see ``Observer.ended``."""
-        stats = self._tokens.settle(request)
-        self._requests.labels(request.method, request.code, request.reason).inc()
-        if request.method not in GENERATING:
+    def _end(self, record: CallRecord, call: CallSummary) -> None:
+        self._tokens.settle(record, call)
+        self._requests.labels(call.method, call.code, call.reason).inc()
+        if call.method not in GENERATING:
             return
-        labels = (OPERATION, PROVIDER, request.model)
-        error = "" if request.code == "OK" else request.reason or request.code
-        self._duration.labels(*labels, error).observe(request.seconds)
-        if stats is None:
-            return
-        self._queue.labels(request.model).observe(stats.queue_seconds)
+        labels = (OPERATION, PROVIDER, call.model)
+        error = "" if call.code == "OK" else call.reason or call.code
+        self._duration.labels(*labels, error).observe(call.seconds)
+        if call.stats:
+            self._observe_stats(labels, call.stats)
+
+    def _observe_stats(self, labels: tuple[str, str, str], stats: GenerationStats) -> None:
+        self._queue.labels(labels[-1]).observe(stats.queue_seconds)
         if stats.reason and stats.prompt_seconds is not None:
             first = stats.queue_seconds + stats.prompt_seconds
             self._first_token.labels(*labels).observe(first)
@@ -151,27 +154,25 @@ class _Tokens(Collector):
         self._live: set[CallRecord] = set()
         self._ended: dict[str, tuple[int, ...]] = {}
 
-    def follow(self, request: CallRecord) -> None:
+    def follow(self, call: CallRecord) -> None:
         """Count a call from now on."""
         with self._lock:
-            self._live.add(request)
+            self._live.add(call)
 
-    def settle(self, request: CallRecord) -> GenerationStats | None:
-        """Add a call's final counts to the totals; return the statistics, if any."""
-        stats = request.stats() if request.stats else None
+    def settle(self, record: CallRecord, call: CallSummary) -> None:
+        """Add a call's final counts to the totals, in the same step as it stops being live."""
         with self._lock:
-            self._live.discard(request)
-            if stats:
-                _add(self._ended, request.model, stats)
-        return stats
+            self._live.discard(record)
+            if call.stats:
+                _add(self._ended, call.model, call.stats)
 
     def collect(self) -> Iterator[Metric]:
         """Yield the token counters for a scrape."""
         with self._lock:
             totals = dict(self._ended)
-            for request in self._live:
-                if request.stats:
-                    _add(totals, request.model, request.stats())
+            for call in self._live:
+                if call.stats:
+                    _add(totals, call.model, call.stats())
         for index, (kind, meaning) in enumerate(self._KINDS):
             family = CounterMetricFamily(
                 f"mlx_runner_{kind}_tokens", meaning, labels=["model_name"]

@@ -6,10 +6,11 @@ import json
 import logging
 import re
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from runner_server.telemetry.call_record import CallRecord
+from runner_server.telemetry.call_record import CallRecord, CallSummary
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +38,9 @@ class RequestLine:
         fields: Everything known about the call, by name, except prompt and output.
     """
 
-    def __init__(self, request: CallRecord) -> None:
-        self.summary = f"{request.method} {request.code} in {request.seconds:.3f} s"
-        self.fields = _fields(request)
+    def __init__(self, call: CallSummary) -> None:
+        self.summary = f"{call.method} {call.code} in {call.seconds:.3f} s"
+        self.fields = _fields(call)
 
     def __str__(self) -> str:
         """Format the line as text."""
@@ -51,15 +52,16 @@ class RequestLine:
 class RequestLog:
     """Logs one line for every finished call."""
 
-    def begun(self, request: CallRecord) -> None:
-        """Do nothing: one line at the end is enough."""
+    def observe(self, call: CallRecord) -> Callable[[CallSummary], None]:  # noqa: ARG002 - the interface has it
+        """Log nothing yet; see ``Observer.observe``."""
+        return self.log
 
-    def ended(self, request: CallRecord) -> None:
-        """Log the line."""
-        is_quiet = request.code == "OK" and request.method in _FREQUENT_METHODS
+    def log(self, call: CallSummary) -> None:
+        """Log the line of a call."""
+        is_quiet = call.code == "OK" and call.method in _FREQUENT_METHODS
         level = logging.DEBUG if is_quiet else logging.INFO
         if logger.isEnabledFor(level):
-            logger.log(level, RequestLine(request))
+            logger.log(level, RequestLine(call))
 
 
 class JsonFormatter(logging.Formatter):
@@ -99,21 +101,20 @@ def _is_not_redundant(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("ExecuteBatchError")
 
 
-def _fields(request: CallRecord) -> Fields:
+def _fields(call: CallSummary) -> Fields:
     known: dict[str, str | int | float | None] = {
-        "id": request.id,
-        "request_id": request.request_id[:_MAX_CHARS],
-        "method": request.method,
-        "model": request.model[:_MAX_CHARS],
-        "code": request.code,
-        "reason": request.reason,
-        "duration_seconds": request.seconds,
-        "trace_id": request.trace_id,
-        "parent_id": request.parent_id,
-        "span_id": request.span_id,
+        "id": call.id,
+        "request_id": call.request_id[:_MAX_CHARS],
+        "method": call.method,
+        "model": call.model[:_MAX_CHARS],
+        "code": call.code,
+        "reason": call.reason,
+        "duration_seconds": call.seconds,
+        "trace_id": call.trace_id,
+        "parent_id": call.parent_id,
+        "span_id": call.span_id,
     }
-    if request.stats:
-        stats = request.stats()
+    if stats := call.stats:
         known |= {
             "finish_reason": stats.reason.value if stats.reason else None,
             "prompt_tokens": stats.prompt_count,

@@ -7,9 +7,12 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
-from runner_server.telemetry.call_record import CallRecord
+from runner_server.engine.types import GenerationStats
+from runner_server.telemetry.call_record import CallRecord, CallSummary
 from runner_server.telemetry.methods import FULL_NAMES, GENERATING
 
 if TYPE_CHECKING:
@@ -96,30 +99,28 @@ class Tracing:
         self._kind = trace.SpanKind.SERVER
         self._error = trace.StatusCode.ERROR
 
-    def begun(self, request: CallRecord) -> None:
-        """Do nothing: the span is created at the end, with the call's start time."""
-
-    def ended(self, request: CallRecord) -> None:
-        """Record the span as a child of the caller's."""
-        end = time.time_ns()
+    def observe(self, call: CallRecord) -> Callable[[CallSummary], None]:
+        """Start a span as a child of the caller's, and put its ids into the record."""
+        begin = time.time_ns()
         span = self._tracer.start_span(
-            FULL_NAMES[request.method],
-            self._extract({key: text for key, text in request.headers if isinstance(text, str)}),
+            FULL_NAMES[call.method],
+            self._extract({key: text for key, text in call.headers if isinstance(text, str)}),
             self._kind,
-            _rpc_attributes(request),
-            start_time=end - round(request.seconds * 1e9),
+            _arrival_attributes(call),
+            start_time=begin,
         )
         if span.is_recording():
-            self._describe(span, request)
-            request.span_id = f"{span.get_span_context().span_id:016x}"
-            request.trace_id = f"{span.get_span_context().trace_id:032x}"
-        span.end(end)
+            call.span_id = f"{span.get_span_context().span_id:016x}"
+            call.trace_id = f"{span.get_span_context().trace_id:032x}"
+        return partial(self._end, span, begin)
 
-    def _describe(self, span: Span, request: CallRecord) -> None:
-        if request.code in _ERRORS:
-            span.set_status(self._error, request.reason or None)
-        if request.method in GENERATING:
-            span.set_attributes(_generation_attributes(request))
+    def _end(self, span: Span, begin: int, call: CallSummary) -> None:
+        if span.is_recording():
+            span.set_attributes(_outcome_attributes(call))
+            if call.code in _ERRORS:
+                span.set_status(self._error, call.reason or None)
+        # A wall clock may be set during the call.
+        span.end(begin + round(call.seconds * 1e9))
 
     def close(self) -> None:
         """Send pending spans, waiting at most a second."""
@@ -131,30 +132,33 @@ class Tracing:
             thread.join(_FLUSH_SECONDS)
 
 
-def _rpc_attributes(request: CallRecord) -> dict[str, AttributeValue]:
+def _arrival_attributes(call: CallRecord) -> dict[str, AttributeValue]:
     attributes: dict[str, AttributeValue] = {
         "rpc.system.name": "grpc",
-        "rpc.method": FULL_NAMES[request.method],
-        "rpc.response.status_code": request.code,
-        "mlx_runner.id": request.id,
+        "rpc.method": FULL_NAMES[call.method],
+        "mlx_runner.id": call.id,
     }
-    if request.code != "OK":
-        attributes["error.type"] = request.reason or request.code
-    if request.method in GENERATING:
+    if call.method in GENERATING:
         attributes["gen_ai.operation.name"] = "text_completion"
         attributes["gen_ai.provider.name"] = "mlx"
-        attributes["gen_ai.request.model"] = request.model
     return attributes
 
 
-def _generation_attributes(request: CallRecord) -> dict[str, AttributeValue]:
-    attributes: dict[str, AttributeValue] = {}
-    if request.request_id:
-        attributes["mlx_runner.request_id"] = request.request_id
-    stats = request.stats() if request.stats else None
-    if stats is None:
-        return attributes
-    attributes |= {
+def _outcome_attributes(call: CallSummary) -> dict[str, AttributeValue]:
+    attributes: dict[str, AttributeValue] = {"rpc.response.status_code": call.code}
+    if call.code != "OK":
+        attributes["error.type"] = call.reason or call.code
+    if call.method in GENERATING:
+        attributes["gen_ai.request.model"] = call.model
+        if call.request_id:
+            attributes["mlx_runner.request_id"] = call.request_id
+    if call.stats:
+        attributes |= _generation_attributes(call.stats)
+    return attributes
+
+
+def _generation_attributes(stats: GenerationStats) -> dict[str, AttributeValue]:
+    attributes: dict[str, AttributeValue] = {
         "gen_ai.usage.input_tokens": stats.prompt_count,
         "gen_ai.usage.cache_read.input_tokens": stats.cached_count,
         "gen_ai.usage.output_tokens": stats.eval_count,

@@ -193,9 +193,7 @@ async def test_status_is_logged_at_debug_unless_it_fails(
     await eventually(lambda: "Status" in levels())
     assert levels()["Status"] == "DEBUG"
     # A failed one is logged at INFO.
-    failed = CallRecord("Status", "id")
-    failed.end("UNAUTHENTICATED")
-    RequestLog().ended(failed)
+    RequestLog().log(CallRecord("Status", "id").end("UNAUTHENTICATED"))
     assert levels()["Status"] == "INFO"
 
 
@@ -267,9 +265,8 @@ async def test_no_text_of_a_request_is_logged(
 
 
 def test_a_value_cannot_forge_a_line() -> None:
-    request = CallRecord("Completion", "id", request_id='a\nINFO "x"=\x1b[2J\u2028', model="a b")
-    request.end("OK")
-    text = str(RequestLine(request))
+    call = CallRecord("Completion", "id", request_id='a\nINFO "x"=\x1b[2J\u2028', model="a b")
+    text = str(RequestLine(call.end("OK")))
     assert "\n" not in text
     assert "\x1b" not in text
     assert text.isascii()
@@ -278,9 +275,8 @@ def test_a_value_cannot_forge_a_line() -> None:
 
 
 def test_json_lines_have_one_object_each() -> None:
-    request = CallRecord("Tokenize", "id")
-    request.end("OK")
-    record = logging.LogRecord("a", logging.INFO, "", 0, RequestLine(request), None, None)
+    line = RequestLine(CallRecord("Tokenize", "id").end("OK"))
+    record = logging.LogRecord("a", logging.INFO, "", 0, line, None, None)
     entry = json.loads(JsonFormatter().format(record))
     assert entry["message"].startswith("Tokenize OK in 0.")
     assert entry["time"].endswith("+00:00")
@@ -298,4 +294,4 @@ def test_a_disabled_level_formats_no_line(
 ) -> None:
     monkeypatch.setattr(request_log.logger, "isEnabledFor", lambda _level: False)
     monkeypatch.setattr(request_log, "RequestLine", None)
-    RequestLog().ended(CallRecord("Completion", "id"))
+    RequestLog().log(CallRecord("Completion", "id").end("OK"))
