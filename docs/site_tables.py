@@ -9,9 +9,12 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from docutils import nodes
-from sphinx.application import Sphinx
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 _LONG_WORD = re.compile(r"\S{13}")
 _BREAKS = re.compile(r"(?<=[_/.:])(?=\w)")

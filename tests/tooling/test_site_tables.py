@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
-pytest.importorskip("sphinx", reason="no sphinx (make docs installs it)")
-
 from docutils import nodes
 from docutils.core import publish_doctree
 
