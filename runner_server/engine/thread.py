@@ -41,7 +41,7 @@ from runner_server.engine.output.wakeups import WakeupCoalescer, call_on_loop
 from runner_server.engine.request_registry import RequestRegistry
 from runner_server.engine.scheduler import Scheduler
 from runner_server.engine.types import Event, LoadSpec, ModelInfo, NotFinite, Prefill
-from runner_server.engine.work import WorkItem
+from runner_server.engine.work import DecodeItem, WorkItem
 from runner_server.errors import GenerationFailed, RunnerFault, ShuttingDown
 
 _T = TypeVar("_T")
@@ -52,7 +52,8 @@ _TRIM_AFTER_SECONDS = 1.0
 """Idle time after which the engine returns freed memory to the system."""
 
 _MAX_FAILED_STEPS = 2
-"""Failed steps in a row after which the engine gives up: it cannot recover in this process."""
+"""Failed steps after which the engine gives up, without a decode step that succeeded in between: it
+cannot recover in this process."""
 
 
 class EngineThread:
@@ -221,7 +222,10 @@ class EngineThread:
             executor.add(request.id, request.spec.prompt_ids, request.spec.sampling)
         if item := self._scheduler.next_item():
             self._run(item, executor)
-            self._failed_steps = 0
+            if isinstance(item, DecodeItem):
+                self._preempt_slow_readers(executor)
+                # Not after prefill, which may succeed each time before a decode step that fails.
+                self._failed_steps = 0
 
     def _run(self, item: WorkItem, executor: Executor) -> None:
         self._has_stepped = True
@@ -233,6 +237,8 @@ class EngineThread:
             # Before the removal, which copies their KV caches into the prefix cache.
             self._publish()
             executor.remove(ended)
+
+    def _preempt_slow_readers(self, executor: Executor) -> None:
         for request in self._scheduler.slow_readers():
             executor.preempt(request.id)
             self._scheduler.preempt(request)

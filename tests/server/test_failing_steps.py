@@ -10,7 +10,8 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from mlxrunner.v1 import runner_pb2 as pb
-from support.fakes import FakeBackend
+from runner_server.engine.work import DecodeItem, WorkItem, WorkReport
+from support.fakes import FakeBackend, FakeExecutor
 from support.harness import (
     CompletionCall,
     Problem,
@@ -91,6 +92,26 @@ async def test_two_failed_steps_in_a_row_end_the_process(start_server: StartServ
     assert server.backend.steps == 2
     # The backend closes before the process ends, or the exit may abort.
     assert server.backend.calls[-1] == ("close", "engine")
+
+
+async def test_decode_steps_that_fail_after_each_prefill_end_the_process(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = await start_server()
+    run = asyncio.ensure_future(server.app.run())
+    await server.load(parallel=2)
+    run_item = FakeExecutor.run
+
+    def broken(executor: FakeExecutor, item: WorkItem) -> WorkReport:
+        if isinstance(item, DecodeItem):
+            raise RuntimeError("every decode step fails")  # noqa: TRY004 - as MLX does
+        return run_item(executor, item)
+
+    monkeypatch.setattr(FakeExecutor, "run", broken)
+    for _ in range(2):
+        assert (await failure(server.start())).reason == "GENERATION_FAILED"
+    assert await asyncio.wait_for(run, 20) == 70
+    assert server.backend.steps == 2
 
 
 async def test_a_dead_engine_answers_with_a_typed_error(start_server: StartServer) -> None:
