@@ -19,6 +19,7 @@ from runner_common.contract import TOKEN_VARIABLE
 from runner_common.host_memory.free import FreeMemory
 from runner_common.memory.need_query import NeedRequest, NeedUnknownError, ask_need, can_ask
 from support.fake_child import use_fake_child, use_script, write_model
+from support.process_view import ProcessView
 
 
 @pytest.fixture
@@ -45,8 +46,7 @@ def free(available_bytes: int) -> Callable[[], FreeMemory]:
 
 def load_request_of(runner: RunnerProcess) -> str:
     """Return the load request of a closed fake child, as printed to stderr on exit."""
-    assert runner._child is not None
-    return runner._child.stderr_tail[0]
+    return ProcessView.of(runner).stderr_tail[0]
 
 
 @pytest.mark.usefixtures("fake_child")
@@ -241,8 +241,7 @@ def test_each_child_gets_a_new_token(
     for _ in range(2):
         with runner:
             seen.append(runner.token)
-        assert runner._child is not None
-        token, argv, *_ = runner._child.stderr_tail
+        token, argv, *_ = ProcessView.of(runner).stderr_tail
         assert token == seen[-1]
         assert token not in argv
         assert len(token) >= 43

@@ -18,6 +18,7 @@ from runner_client.memory.gate import MINIMUM_BYTES, MINIMUM_VARIABLE, OVERHEAD_
 from runner_common.host_memory.free import FreeMemory
 from runner_common.memory.reservations import DIRECTORY_VARIABLE, ReservationBook
 from support.fake_child import use_fake_child, use_script, wait_until, write_model
+from support.process_view import ProcessView
 
 
 @pytest.fixture
@@ -45,8 +46,7 @@ def free(available_bytes: int) -> Callable[[], FreeMemory]:
 
 def load_request_of(runner: RunnerProcess) -> str:
     """Return the load request of a closed fake child, as printed to stderr on exit."""
-    assert runner._child is not None
-    return runner._child.stderr_tail[0]
+    return ProcessView.of(runner).stderr_tail[0]
 
 
 def reserved(gate: MemoryGate, need: MemoryEstimate) -> int:
@@ -173,8 +173,7 @@ def test_the_child_gets_the_headroom_of_the_gate(
     with RunnerProcess(model, gate=gate, env={OVERHEAD_VARIABLE: "9"}) as runner:
         pass
     told = ["5", "6"] if numbers else [str(MINIMUM_BYTES), "9"]
-    assert runner._child is not None
-    assert runner._child.stderr_tail[0] == str([*told, str(tmp_path / "book")])
+    assert ProcessView.of(runner).stderr_tail[0] == str([*told, str(tmp_path / "book")])
 
 
 @pytest.fixture

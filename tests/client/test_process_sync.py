@@ -28,6 +28,7 @@ from support.fake_child import (
     wait_until,
     write_model,
 )
+from support.process_view import ProcessView
 
 SLOW_LOAD = "runner.load_seconds = 600"
 
@@ -316,8 +317,7 @@ def test_the_child_of_a_discarded_runner_exits(model: str) -> None:
     runner = RunnerProcess(model)
     runner.load()
     runner.wait_until_running()
-    child = runner._child
-    assert child is not None
+    child = ProcessView.of(runner).child
     del runner
     gc.collect()
     wait_until(lambda: child.has_exited)

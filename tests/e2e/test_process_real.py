@@ -31,6 +31,7 @@ from runner_client import (
 )
 from support.fake_child import is_gone, wait_until
 from support.faulty import hooked
+from support.process_view import ProcessView
 
 pytestmark = pytest.mark.mlx
 
@@ -172,9 +173,9 @@ def test_the_token_is_hidden_from_other_users(running: RunnerProcess) -> None:
     assert len(running.token) >= 43
     child = psutil.Process(running.pid)
     assert not any(running.token in argument for argument in child.cmdline())
-    assert running._child is not None
-    assert not any(running.token in line for line in running._child.stderr_tail)
-    known = repr(running) + repr(running.status()) + repr(running._plan)
+    view = ProcessView.of(running)
+    assert not any(running.token in line for line in view.stderr_tail)
+    known = repr(running) + repr(running.status()) + repr(view.plan)
     assert running.token not in known
 
 
@@ -200,8 +201,7 @@ def test_close_stops_the_server_in_order(model: str, caplog: pytest.LogCaptureFi
     caplog.set_level(logging.INFO, "runner_client")
     with RunnerProcess(model) as runner:
         pass
-    assert runner._child is not None
-    assert runner._child.exit_error().exit_code == 0
+    assert runner.exit_code == 0
     assert "stopping on SIGINT" in caplog.text
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from runner_client import Options, RunnerClient, RunnerProcess, State, Timeouts, errors
+from support.fake_child import wait_until
 from support.faulty import BREAK, breaking, end_of, hooked, in_threads
 from support.harness import Problem, Server, eventually, failure, joined
 
@@ -110,8 +111,7 @@ def test_two_failed_steps_in_a_row_are_explained_by_the_client(model: str, tmp_p
         began = time.monotonic()
         assert isinstance(first, errors.GenerationFailedError)
         assert isinstance(second, errors.GenerationFailedError)
-        assert runner._child is not None
-        assert runner._child.wait_exit(30)
+        wait_until(lambda: runner.has_exited, 30)
         assert time.monotonic() - began < 2 * PROMISED_SECONDS
         assert runner.exit_code == 70
         with pytest.raises(errors.RunnerExitedError, match="exit code 70") as caught:

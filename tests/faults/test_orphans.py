@@ -95,7 +95,8 @@ runner = RunnerProcess({model!r})
 runner.load()
 runner.wait_until_running()
 os.kill(runner.pid, 9)
-runner._child.wait_exit(9)
+while not runner.has_exited:
+    time.sleep(0.01)
 live_on(other, 0)
 report(first, runner.pid, other.pid)
 """

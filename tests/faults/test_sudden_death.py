@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from runner_client import AsyncRunnerProcess, Options, RunnerProcess, Timeouts, errors
+from support.fake_child import wait_until
 from support.faulty import BREAK, breaking, end_of, hooked, in_threads, pid_of, use_fake_engine
+from support.process_view import ProcessView
 
 PROMISED_SECONDS = 1.0
 SHORT = Options(num_predict=3, temperature=0, logit_bias={0: -100})
@@ -54,8 +56,7 @@ def test_the_client_reports_how_a_child_died(model: str, tmp_path: Path, death: 
         known = runner.status().memory_usage.process_bytes
         began = time.monotonic()
         first = end_of(lambda: runner.complete("def", options=SHORT, request_id=BREAK))
-        assert runner._child is not None
-        assert runner._child.wait_exit(20)
+        wait_until(lambda: runner.has_exited, 20)
         assert time.monotonic() - began < PROMISED_SECONDS + 1 * (code == 70)
         error = end_of(lambda: runner.complete("def", options=SHORT))
     assert isinstance(error, errors.RunnerExitedError)
@@ -149,8 +150,7 @@ def test_a_sys_exit_in_a_handler_is_reported(stub: str, monkeypatch: pytest.Monk
     with RunnerProcess(stub) as runner:
         began = time.monotonic()
         error = end_of(lambda: runner.complete("x"))
-        assert runner._child is not None
-        assert runner._child.wait_exit(20)
+        wait_until(lambda: runner.has_exited, 20)
         assert time.monotonic() - began < 2 * PROMISED_SECONDS
         assert isinstance(error, errors.RunnerExitedError)
         assert "exit code 3" in str(error)
@@ -166,6 +166,7 @@ def test_a_child_killed_by_close_is_not_blamed_on_the_oom_killer(
     runner = RunnerProcess(stub, timeouts=Timeouts(close_seconds=0.3))
     with runner:
         pass
-    assert runner._child is not None
-    reason = runner._child.exit_error().exit_reason
-    assert reason == "killed by SIGKILL (signal 9), by this client: it did not stop in 0.3 s"
+    assert (
+        ProcessView.of(runner).exit_reason
+        == "killed by SIGKILL (signal 9), by this client: it did not stop in 0.3 s"
+    )
