@@ -6,8 +6,13 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, NoReturn, Self
 
-from runner_client.process.aio_supervision import Supervisor, close_blocking, start_blocking
-from runner_client.process.base import ProcessBase, not_started, start_limit
+from runner_client.process.aio_supervision import (
+    Connection,
+    Supervisor,
+    close_blocking,
+    start_blocking,
+)
+from runner_client.process.base import ProcessBase, start_limit
 from runner_client.rpc.aio_client import AsyncRunnerClient
 from runner_client.rpc.base import embedding_error
 
@@ -16,12 +21,12 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from runner_client.memory.estimation import MemoryEstimate
-    from runner_client.rpc.aio_load import AsyncPendingLoad
+    from runner_client.process.life import ChildLife
     from runner_client.rpc.aio_stream import AsyncCompletionStream
     from runner_client.types import Completion, LoadResult, Options, Status
 
 
-class AsyncRunnerProcess(ProcessBase):
+class AsyncRunnerProcess(ProcessBase[Connection]):
     """A runner in a child process: check memory, then spawn, load, call and stop, in asyncio.
 
     As an async context manager, it loads the model on entry and stops the child on exit::
@@ -65,8 +70,6 @@ class AsyncRunnerProcess(ProcessBase):
         keywords: Fields of ``LoadOptions``, in place of those of ``options``.
     """
 
-    _running: tuple[Supervisor, AsyncPendingLoad] | None = None
-
     @property
     def client(self) -> AsyncRunnerClient:
         """The client of the child, for every call; each start makes a new one.
@@ -76,7 +79,7 @@ class AsyncRunnerProcess(ProcessBase):
         Raises:
             RunnerUnavailableError: The runner was not started.
         """
-        return self._require_running()[0].client
+        return self._life.require_connection().client
 
     async def load(self) -> MemoryEstimate:
         """Check memory, spawn the child and start the load.
@@ -101,8 +104,8 @@ class AsyncRunnerProcess(ProcessBase):
             return await self._load(life)
 
     @contextlib.asynccontextmanager
-    async def _new_life(self) -> AsyncIterator[int]:
-        """Begin a life, and end the same life if the block raises."""
+    async def _new_life(self) -> AsyncIterator[ChildLife[Connection]]:
+        """Begin a life, and close the same life if the block raises."""
         life = self._begin_life()
         try:
             yield life
@@ -110,16 +113,17 @@ class AsyncRunnerProcess(ProcessBase):
             await self._close(life)
             raise
 
-    async def _load(self, life: int) -> MemoryEstimate:
+    async def _load(self, life: ChildLife[Connection]) -> MemoryEstimate:
         begin = time.monotonic()
-        plan, child, ready = await start_blocking(self._start_child, life)
+        plan, child, ready = await start_blocking(life)
         client = AsyncRunnerClient(
             ready.target, token=plan.token, timeouts=self.timeouts, peer=child
         )
         supervisor = Supervisor(child, client)
         await supervisor.wait_until_serving(begin + start_limit(self.timeouts))
-        with self._in_life(life):
-            self._running = supervisor, client.start_load(plan.model, options=plan.options)
+        with life.kept_open():
+            load = client.start_load(plan.model, options=plan.options)
+            life.connection = Connection(supervisor, load)
         supervisor.start_watchdog()
         return plan.estimate
 
@@ -137,9 +141,14 @@ class AsyncRunnerProcess(ProcessBase):
                 keeps running: wait again, or close.
             RunnerError: The load failed for another reason.
         """
-        supervisor, load = self._require_running()
-        result = await load.wait(on_progress)
-        self._note_loaded(await supervisor.client.status())
+        return await self._wait(self._life, on_progress)
+
+    async def _wait(
+        self, life: ChildLife[Connection], on_progress: Callable[[Status], None] | None = None
+    ) -> LoadResult:
+        connection = life.require_connection()
+        result = await connection.load.wait(on_progress)
+        life.note_loaded(await connection.client.status())
         return result
 
     async def status(self) -> Status:
@@ -148,7 +157,8 @@ class AsyncRunnerProcess(ProcessBase):
         Raises:
             RunnerError: The call failed.
         """
-        status = self._status = await self.client.status()
+        life = self._life
+        status = life.status = await life.require_connection().client.status()
         return status
 
     async def ping(self) -> float:
@@ -239,30 +249,19 @@ class AsyncRunnerProcess(ProcessBase):
         May be called at any time and repeatedly; ``load`` may follow. Cancelling this task kills
         the child at once and still reaps it.
         """
-        await self._close()
+        await self._close(self._life)
 
-    async def _close(self, life: int | None = None) -> None:
-        ending = self._begin_close(life)
-        if ending is None:
-            return
+    async def _close(self, life: ChildLife[Connection]) -> None:
         try:
-            await close_blocking(self._close_child, ending)
+            await close_blocking(life)
         finally:
-            # The client may belong to a newer child, which is running.
-            running = self._running
-            if running is not None and running[0].child.has_exited:
-                supervisor, load = running
-                await supervisor.end(load)
-
-    def _require_running(self) -> tuple[Supervisor, AsyncPendingLoad]:
-        if self._running is None:
-            raise not_started()
-        return self._running
+            if life.connection is not None:
+                await life.connection.end()
 
     async def __aenter__(self) -> Self:
         async with self._new_life() as life:
             await self._load(life)
-            await self.wait_until_running()
+            await self._wait(life)
         return self
 
     async def __aexit__(

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from runner_client.errors import RunnerError, RunnerExitedError
 from runner_client.process.base import HEALTH_SECONDS, not_serving
@@ -16,14 +17,12 @@ from runner_client.process.stall import StallDetector
 from runner_client.rpc.base import STATUS_SECONDS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from runner_client.process.base import Ending
     from runner_client.process.child import Child
+    from runner_client.process.launch import Plan
+    from runner_client.process.life import ChildLife
     from runner_client.rpc.aio_client import AsyncRunnerClient
     from runner_client.rpc.aio_load import AsyncPendingLoad
-
-_Result = TypeVar("_Result")
+    from runner_common.handshake import ReadyLine
 
 
 class Supervisor:
@@ -45,9 +44,10 @@ class Supervisor:
             self._loop.call_soon_threadsafe(self._begin_close)
 
     def _begin_close(self) -> None:
-        self._closing = self._loop.create_task(self._close())
+        self._closing = self._loop.create_task(self.close())
 
-    async def _close(self) -> None:
+    async def close(self) -> None:
+        """End the watch over the engine, and close the client."""
         if self._watching is not None:
             self._watching.cancel()
         await self.client.close()
@@ -83,26 +83,40 @@ class Supervisor:
                 if stall := detector.observe(status):
                     self.child.kill(stall)
 
-    async def end(self, load: AsyncPendingLoad) -> None:
+
+@dataclass(frozen=True)
+class Connection:
+    """The connection of a runner to its serving child: a supervised client and its load."""
+
+    supervisor: Supervisor
+    load: AsyncPendingLoad
+
+    @property
+    def client(self) -> AsyncRunnerClient:
+        """The client of the child."""
+        return self.supervisor.client
+
+    async def end(self) -> None:
         """Close the connection of a dead child, and let the call of the load end."""
-        await self._close()
+        await self.supervisor.close()
         # Retrieves the exception, in case the caller never waited for the load.
-        await load.cancel()
+        await self.load.cancel()
 
 
-async def start_blocking(start: Callable[[int], _Result], life: int) -> _Result:
-    """Run a function that starts a child, in a thread."""
-    # The thread cannot be cancelled, but gives up once its life is over.
-    return await asyncio.to_thread(start, life)
+async def start_blocking(life: ChildLife[Connection]) -> tuple[Plan, Child, ReadyLine]:
+    """Start a child in a thread."""
+    # The thread cannot be cancelled, but gives up once its life is closed.
+    return await asyncio.to_thread(life.start)
 
 
-async def close_blocking(close: Callable[[Ending], None], ending: Ending) -> None:
-    """Run a function that closes a child, in a thread. Cancelling the task kills the child."""
-    closing = asyncio.create_task(asyncio.to_thread(close, ending))
+async def close_blocking(life: ChildLife[Connection]) -> None:
+    """Close a child in a thread. Cancelling the task kills the child."""
+    # Already here, because other work may occupy all threads.
+    life.begin_close()
+    closing = asyncio.create_task(asyncio.to_thread(life.close))
     try:
         await asyncio.shield(closing)
     except asyncio.CancelledError:
-        if ending.child is not None:
-            ending.child.kill()
+        life.kill()
         await closing
         raise

@@ -7,8 +7,13 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, NoReturn, Self
 
-from runner_client.process.base import ProcessBase, not_started, start_limit
-from runner_client.process.supervision import Supervisor, close_blocking, start_blocking
+from runner_client.process.base import ProcessBase, start_limit
+from runner_client.process.supervision import (
+    Connection,
+    Supervisor,
+    close_blocking,
+    start_blocking,
+)
 from runner_client.rpc.base import embedding_error
 from runner_client.rpc.client import RunnerClient
 
@@ -17,12 +22,12 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from runner_client.memory.estimation import MemoryEstimate
-    from runner_client.rpc.load import PendingLoad
+    from runner_client.process.life import ChildLife
     from runner_client.rpc.stream import CompletionStream
     from runner_client.types import Completion, LoadResult, Options, Status
 
 
-class RunnerProcess(ProcessBase):
+class RunnerProcess(ProcessBase[Connection]):
     """A runner in a child process: check memory, then spawn, load, call and stop.
 
     As a context manager, it loads the model on entry and stops the child on exit::
@@ -64,8 +69,6 @@ class RunnerProcess(ProcessBase):
         keywords: Fields of ``LoadOptions``, in place of those of ``options``.
     """
 
-    _running: tuple[Supervisor, PendingLoad] | None = None
-
     @property
     def client(self) -> RunnerClient:
         """The client of the child, for every call; each start makes a new one.
@@ -75,7 +78,7 @@ class RunnerProcess(ProcessBase):
         Raises:
             RunnerUnavailableError: The runner was not started.
         """
-        return self._require_running()[0].client
+        return self._life.require_connection().client
 
     def load(self) -> MemoryEstimate:
         """Check memory, spawn the child and start the load.
@@ -100,8 +103,8 @@ class RunnerProcess(ProcessBase):
             return self._load(life)
 
     @contextlib.contextmanager
-    def _new_life(self) -> Iterator[int]:
-        """Begin a life, and end the same life if the block raises."""
+    def _new_life(self) -> Iterator[ChildLife[Connection]]:
+        """Begin a life, and close the same life if the block raises."""
         life = self._begin_life()
         try:
             yield life
@@ -109,14 +112,15 @@ class RunnerProcess(ProcessBase):
             self._close(life)
             raise
 
-    def _load(self, life: int) -> MemoryEstimate:
+    def _load(self, life: ChildLife[Connection]) -> MemoryEstimate:
         begin = time.monotonic()
-        plan, child, ready = start_blocking(self._start_child, life)
+        plan, child, ready = start_blocking(life)
         client = RunnerClient(ready.target, token=plan.token, timeouts=self.timeouts, peer=child)
         supervisor = Supervisor(child, client)
         supervisor.wait_until_serving(begin + start_limit(self.timeouts))
-        with self._in_life(life):
-            self._running = supervisor, client.start_load(plan.model, options=plan.options)
+        with life.kept_open():
+            load = client.start_load(plan.model, options=plan.options)
+            life.connection = Connection(supervisor, load)
         supervisor.start_watchdog()
         return plan.estimate
 
@@ -132,9 +136,14 @@ class RunnerProcess(ProcessBase):
                 keeps running: wait again, or close.
             RunnerError: The load failed for another reason.
         """
-        supervisor, load = self._require_running()
-        result = load.wait(on_progress)
-        self._note_loaded(supervisor.client.status())
+        return self._wait(self._life, on_progress)
+
+    def _wait(
+        self, life: ChildLife[Connection], on_progress: Callable[[Status], None] | None = None
+    ) -> LoadResult:
+        connection = life.require_connection()
+        result = connection.load.wait(on_progress)
+        life.note_loaded(connection.client.status())
         return result
 
     def status(self) -> Status:
@@ -143,7 +152,8 @@ class RunnerProcess(ProcessBase):
         Raises:
             RunnerError: The call failed.
         """
-        status = self._status = self.client.status()
+        life = self._life
+        status = life.status = life.require_connection().client.status()
         return status
 
     def ping(self) -> float:
@@ -234,30 +244,19 @@ class RunnerProcess(ProcessBase):
         May be called at any time, from any thread, and repeatedly; ``load`` may follow. An
         interrupt during the wait kills the child at once.
         """
-        self._close()
+        self._close(self._life)
 
-    def _close(self, life: int | None = None) -> None:
-        ending = self._begin_close(life)
-        if ending is None:
-            return
+    def _close(self, life: ChildLife[Connection]) -> None:
         try:
-            close_blocking(self._close_child, ending)
+            close_blocking(life)
         finally:
-            # The client may belong to a newer child, which is running.
-            running = self._running
-            if running is not None and running[0].child.has_exited:
-                supervisor, load = running
-                supervisor.end(load)
-
-    def _require_running(self) -> tuple[Supervisor, PendingLoad]:
-        if self._running is None:
-            raise not_started()
-        return self._running
+            if life.connection is not None:
+                life.connection.end()
 
     def __enter__(self) -> Self:
         with self._new_life() as life:
             self._load(life)
-            self.wait_until_running()
+            self._wait(life)
         return self
 
     def __exit__(

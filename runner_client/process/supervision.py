@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from runner_client.errors import RunnerError, RunnerExitedError
 from runner_client.process.base import HEALTH_SECONDS, not_serving
@@ -16,14 +17,12 @@ from runner_client.process.stall import StallDetector
 from runner_client.rpc.base import STATUS_SECONDS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from runner_client.process.base import Ending
     from runner_client.process.child import Child
+    from runner_client.process.launch import Plan
+    from runner_client.process.life import ChildLife
     from runner_client.rpc.client import RunnerClient
     from runner_client.rpc.load import PendingLoad
-
-_Result = TypeVar("_Result")
+    from runner_common.handshake import ReadyLine
 
 
 class Supervisor:
@@ -68,17 +67,30 @@ class Supervisor:
                 if stall := detector.observe(status):
                     self.child.kill(stall)
 
-    def end(self, load: PendingLoad) -> None:
+
+@dataclass(frozen=True)
+class Connection:
+    """The connection of a runner to its serving child: a supervised client and its load."""
+
+    supervisor: Supervisor
+    load: PendingLoad
+
+    @property
+    def client(self) -> RunnerClient:
+        """The client of the child."""
+        return self.supervisor.client
+
+    def end(self) -> None:
         """Close the connection of a dead child, and let the call of the load end."""
         self.client.close()
-        load.cancel()
+        self.load.cancel()
 
 
-def start_blocking(start: Callable[[int], _Result], life: int) -> _Result:
-    """Run a function that starts a child."""
-    return start(life)
+def start_blocking(life: ChildLife[Connection]) -> tuple[Plan, Child, ReadyLine]:
+    """Start a child."""
+    return life.start()
 
 
-def close_blocking(close: Callable[[Ending], None], ending: Ending) -> None:
-    """Run a function that closes a child. An interrupt kills the child."""
-    close(ending)
+def close_blocking(life: ChildLife[Connection]) -> None:
+    """Close a child. An interrupt kills the child."""
+    life.close()

@@ -138,6 +138,19 @@ async def test_an_overtaken_start_leaves_the_newer_child_alone_in_asyncio(
         await runner.close()
 
 
+def test_entering_does_not_wait_for_the_load_of_a_newer_child(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = RunnerProcess(model)
+    overtake(monkeypatch, Supervisor, "start_watchdog", runner.restart)
+    try:
+        with pytest.raises(errors.RunnerUnavailableError):
+            runner.__enter__()
+        assert runner.complete("Hi").content == "Hello world"
+    finally:
+        runner.close()
+
+
 async def test_cancelling_an_overtaken_start_leaves_the_newer_child_alone(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,7 @@ class ProcessView:
     @classmethod
     def of(cls, runner: RunnerProcess | AsyncRunnerProcess) -> ProcessView:
         """Look at a runner that was started; the child may go on meanwhile."""
-        child, plan = runner._child, runner._plan
+        child, plan = runner._life.child, runner._life.plan
         assert child is not None
         assert plan is not None
         return cls(child, plan, child.stderr_tail, child.exit_error().exit_reason)
