@@ -16,6 +16,7 @@ from runner_client.cli import (
     run,
     serve,
     status,
+    stop,
     tokenize,
     trim,
     unload,
@@ -43,5 +44,5 @@ def main(ctx: click.Context) -> None:
             stream.reconfigure(errors="replace")
 
 
-for module in (demo, doctor, estimate, run, serve, load, unload, status, tokenize, trim):
+for module in (demo, doctor, estimate, run, serve, load, unload, stop, status, tokenize, trim):
     main.add_command(module.command)

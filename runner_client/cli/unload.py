@@ -24,7 +24,7 @@ def command(address: str, *, as_json: bool, **credentials: Unpack[Credentials]) 
     """End the completions of the runner at ADDRESS and free its model.
 
     ADDRESS is HOST:PORT, [IPV6]:PORT or unix:/path. The runner keeps running and waits for the
-    next load; Ctrl-C or SIGTERM stops a runner started by serve.
+    next load; stop ends the runner itself.
     """
     with open_client(address, **credentials) as client:
         freed = client.unload()

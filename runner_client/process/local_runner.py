@@ -1,0 +1,55 @@
+"""Finds the process behind a runner's address, where both are on this machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import psutil
+
+from runner_client.errors import RunnerUnavailableError
+
+if TYPE_CHECKING:
+    from runner_client.types import Status
+
+
+def local_process(address: str, status: Status) -> psutil.Process:
+    """Return the process that serves an address.
+
+    A process id alone is not enough: behind a forwarded port or in a container it may belong to
+    another process of this machine. So the process must listen on the address itself.
+
+    Args:
+        address: The address of the runner.
+        status: Its status, which names the process.
+
+    Raises:
+        RunnerUnavailableError: The process is not on this machine, or not to be recognized.
+    """
+    try:
+        process = psutil.Process(status.pid)
+        is_found = _listens(process, address)
+    except psutil.NoSuchProcess:
+        is_found = False
+    except psutil.AccessDenied as error:
+        raise RunnerUnavailableError(
+            f"process {status.pid}, which serves {address}, belongs to another user: stop it as "
+            "that user"
+        ) from error
+    if not is_found:
+        raise RunnerUnavailableError(
+            f"the runner at {address} is process {status.pid} where it runs, and no such process "
+            "of this machine listens there: send it SIGINT on its own machine or in its container"
+        )
+    return process
+
+
+def _listens(process: psutil.Process, address: str) -> bool:
+    """Return whether a process listens on an address."""
+    if address.startswith("unix:"):
+        path = address.removeprefix("unix:")
+        path = path.removeprefix("//") if path.startswith("///") else path
+        return any(str(each.laddr) == path for each in process.net_connections(kind="unix"))
+    port = address.rpartition(":")[2]
+    sockets = process.net_connections(kind="tcp")
+    listening = (each for each in sockets if each.status == psutil.CONN_LISTEN)
+    return any(str(each.laddr.port) == port for each in listening)
