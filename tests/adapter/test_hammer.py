@@ -26,8 +26,8 @@ from tools.local_batch import LocalBatch  # noqa: E402
 Load = Callable[..., LoadedModel]
 Build = Callable[..., Path]
 IS_WHOLE = bool(os.environ.get("HAMMER"))
-FAILING_READS = 5000 if IS_WHOLE else 500
-STEPS = 1_000_000 if IS_WHOLE else 20_000
+FAILING_READS = 5000 if IS_WHOLE else 140
+STEPS = 1_000_000 if IS_WHOLE else 5000
 
 
 class Disk:
