@@ -238,21 +238,41 @@ TEMPLATES = {
 }
 
 
-@pytest.mark.parametrize("with_transformers", [False, True])
-@pytest.mark.parametrize("case", TEMPLATES)
-def test_chat_templates_are_never_compiled(
-    load: Load, copy: Path, monkeypatch: pytest.MonkeyPatch, case: str, with_transformers: bool
-) -> None:
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail if a template is compiled in this process."""
     jinja2 = pytest.importorskip("jinja2", reason="jinja2 is not installed")
     for name in ("compile", "from_string", "parse"):
         monkeypatch.setattr(jinja2.Environment, name, _forbidden)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_chat_templates_are_never_compiled(load: Load, copy: Path, case: str) -> None:
     _edit(copy / "tokenizer_config.json", chat_template=TEMPLATES[case])
     (copy / "chat_template.jinja").write_text(TEMPLATES[case])
-    if with_transformers:
-        leave_to_transformers(copy)
-    codec = load(copy).codec
-    ids = codec.encode("<|user|>hello", as_prompt=True)
-    assert codec.decode(ids) == "<|user|>hello"
+    _assert_texts_survive(load(copy))
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("case", ["loops", "is no template"])
+def test_chat_templates_are_never_compiled_with_transformers(
+    load: Load, copy: Path, case: str
+) -> None:
+    """A start of transformers takes a second, so all templates come at once, under names."""
+    named = [{"name": name, "template": text} for name, text in TEMPLATES.items()]
+    _edit(copy / "tokenizer_config.json", chat_template=named)
+    (copy / "chat_template.jinja").write_text(TEMPLATES[case])
+    (copy / "additional_chat_templates").mkdir()
+    for name, text in TEMPLATES.items():
+        (copy / "additional_chat_templates" / f"{name}.jinja").write_text(text)
+    leave_to_transformers(copy)
+    _assert_texts_survive(load(copy))
+
+
+def _assert_texts_survive(model: LoadedModel) -> None:
+    ids = model.codec.encode("<|user|>hello", as_prompt=True)
+    assert model.codec.decode(ids) == "<|user|>hello"
 
 
 def _forbidden(*_args: object, **_kwargs: object) -> None:
