@@ -27,12 +27,12 @@ def _cpu_seconds(child: Child) -> float:
     return times.user + times.system
 
 
-def _idle_share(child: Child) -> float:
-    """Return the share of one core used in the quietest of some windows.
+def _is_idle(child: Child) -> bool:
+    """Return whether the process uses nearly no CPU time in one of some windows.
 
     In the first window the server frees memory once: 30 ms on a busy machine.
     """
-    return min(_share(child) for _ in range(WINDOWS))
+    return any(_share(child) < MOST_OF_A_CORE for _ in range(WINDOWS))
 
 
 def _share(child: Child) -> float:
@@ -65,7 +65,7 @@ def test_a_runner_is_idle_after_completions(tmp_path: Path, model_dir: Build) ->
                 read += len(next(call).token_ids)
         call.cancel()  # type: ignore[attr-defined]  # it is a call
         child.wait_for(lambda: not child.status().running_count)
-        assert _idle_share(child) < MOST_OF_A_CORE
+        assert _is_idle(child)
         # The engine still wakes up for new work.
         assert next(child.complete(5))
 
@@ -73,4 +73,4 @@ def test_a_runner_is_idle_after_completions(tmp_path: Path, model_dir: Build) ->
 def test_a_runner_without_a_model_is_idle(tmp_path: Path) -> None:
     with running(tmp_path) as child:
         child.wait_for(lambda: bool(child.status().device))
-        assert _idle_share(child) < MOST_OF_A_CORE
+        assert _is_idle(child)
