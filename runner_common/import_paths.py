@@ -1,4 +1,4 @@
-"""PYTHONPATH for child processes of a source checkout."""
+"""PYTHONPATH for the server's own child processes; the client leaves the variable alone."""
 
 from __future__ import annotations
 

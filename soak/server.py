@@ -19,7 +19,7 @@ from mlxrunner.v1 import runner_pb2_grpc
 from runner_client.host.environment import child_environment
 from runner_common.handshake import ReadyLine
 from runner_common.host_memory.free import Backend
-from soak.paths import MODEL, ROOT
+from soak.paths import MODEL
 from soak.records import SoakError
 
 PARALLEL = 8
@@ -115,11 +115,9 @@ async def running(log: Path) -> AsyncIterator[Runner]:
 
 
 def _environment() -> dict[str, str]:
-    """Return the environment that the client gives a runner, with this checkout on the path."""
+    """Return the environment that the client gives a runner."""
     backend: Backend = "metal" if sys.platform == "darwin" else "cpu"
-    environment = child_environment(os.environ, backend=backend)
-    search_path = [str(ROOT), str(ROOT / "proto"), environment.get("PYTHONPATH", "")]
-    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, search_path))}
+    return child_environment(os.environ, backend=backend)
 
 
 async def _ready(process: asyncio.subprocess.Process, log: Path) -> Runner:

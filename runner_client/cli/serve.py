@@ -11,7 +11,6 @@ import click
 from runner_client.host.command import check_platform, server_program
 from runner_client.host.environment import child_environment
 from runner_common.host_memory.free import installed_backend
-from runner_common.import_paths import with_import_paths
 from runner_common.server_options import SERVER_OPTIONS, ServerOption, misuse
 from runner_common.signals import hold_stop_signals, release_stop_signals
 
@@ -79,7 +78,7 @@ def command(*, blas: str, **values: str | bool | None) -> None:
     if problem := misuse(given):
         raise click.UsageError(problem)
     environment = child_environment(os.environ, backend=installed_backend(), blas=blas)
-    _become([*server_program(), *_arguments(given)], with_import_paths(environment))
+    _become([*server_program(), *_arguments(given)], environment)
 
 
 def _arguments(given: Mapping[str, str | bool | None]) -> Iterator[str]:

@@ -7,7 +7,6 @@ import subprocess
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from runner_common.import_paths import with_import_paths
 from runner_common.interpreter import interpreter
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def run_probe(
     try:
         done = subprocess.run(
             [interpreter(), *arguments],
-            env=with_import_paths(environment),
+            env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

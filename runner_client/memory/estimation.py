@@ -17,7 +17,6 @@ from runner_client.memory.model import find_model, read_model
 from runner_client.types import LoadOptions
 from runner_common.contract import DEFAULT_PARALLEL, MAX_PARALLEL
 from runner_common.host_memory.free import Backend, installed_backend
-from runner_common.import_paths import with_import_paths
 from runner_common.memory.need import MemoryNeed
 from runner_common.memory.need_query import (
     NeedAnswer,
@@ -188,7 +187,7 @@ def _answer(
         why = "the server's packages are not installed here"
     else:
         try:
-            answer = ask_need(request, with_import_paths(environ))
+            answer = ask_need(request, environ)
         except NeedRefusedError as refusal:
             raise _refused(refusal) from refusal
         except NeedUnknownError as error:

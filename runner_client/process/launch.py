@@ -21,7 +21,6 @@ from runner_client.memory.gate import MemoryGate
 from runner_client.memory.model import find_model
 from runner_client.process.child import Child
 from runner_common.contract import TOKEN_VARIABLE
-from runner_common.import_paths import with_import_paths
 from runner_common.memory.reservations import DIRECTORY_VARIABLE
 from runner_common.units import format_bytes
 
@@ -153,7 +152,7 @@ class Plan:
         )
         return Child(
             server_command(listen_address.argument),
-            environment={**with_import_paths(environment), **self._variables()},
+            environment={**environment, **self._variables()},
             log=self.launch.log,
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ from mlxrunner.v1 import runner_pb2 as pb
 from runner_client import AsyncRunnerProcess, MemoryGate, RunnerProcess, errors
 from runner_client.host import command
 from runner_client.host.probe import run_probe
-from runner_common import import_paths
 from runner_common.contract import TOKEN_VARIABLE
 from runner_common.host_memory.free import FreeMemory
 from runner_common.memory.need_query import NeedRequest, NeedUnknownError, ask_need, can_ask
@@ -212,16 +210,15 @@ def test_the_socket_is_in_a_private_folder_with_a_short_path(
     assert not socket.folder.exists()
 
 
-def test_import_paths_of_a_checkout_come_first() -> None:
-    root = Path(__file__).parents[2]
-    added = import_paths.with_import_paths({"PYTHONPATH": "/mine", "A": "b"})
-    assert added["A"] == "b"
-    assert added["PYTHONPATH"].split(os.pathsep) == [str(root), str(root / "proto"), "/mine"]
-
-
-def test_installed_packages_are_not_put_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_paths, "_places", lambda _name: ["/usr/lib/python3/site-packages"])
-    assert import_paths.with_import_paths({"A": "b"}) == {"A": "b"}
+@pytest.mark.parametrize("given", [None, "/mine"])
+def test_the_import_paths_of_a_child_are_left_to_the_caller(
+    model: str, monkeypatch: pytest.MonkeyPatch, given: str | None
+) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    use_fake_child(monkeypatch, "print(os.environ.get('PYTHONPATH'), file=sys.stderr)")
+    with RunnerProcess(model, env={"PYTHONPATH": given} if given else None) as runner:
+        pass
+    assert load_request_of(runner) == str(given)
 
 
 @pytest.mark.parametrize("given", [{}, {TOKEN_VARIABLE: "the host's own"}])

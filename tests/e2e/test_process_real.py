@@ -35,7 +35,6 @@ from support.process_view import ProcessView
 
 pytestmark = pytest.mark.mlx
 
-ROOT = Path(__file__).parents[2]
 LONG = Options(num_predict=100_000, temperature=0)
 
 PARENT = """
@@ -308,11 +307,8 @@ def parent(
     model: str, until: str, then: str = "", sibling: str = SPAWNED
 ) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """Start a program with a runner; yield the program and the pid of the runner."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "proto")])}
     script = PARENT.format(model=model, until=until, then=then, sibling=sibling)
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment
-    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     with process:
         assert process.stdout is not None
         child, sibling_pid = map(int, process.stdout.readline().split())

@@ -22,10 +22,9 @@ import pytest
 from runner_client import Options, RunnerClient, RunnerProcess, Timeouts, errors
 from runner_common.host_memory.free import Host, free_memory
 from support.fake_child import wait_until
-from support.faulty import TESTS, end_of, fake_engine, hooked, use_fake_engine
+from support.faulty import end_of, fake_engine, hooked, use_fake_engine
 
 SHORT = Options(num_predict=3, temperature=0)
-ROOT = TESTS.parent
 
 JUMPING_CLOCK = """
 import itertools, time
@@ -146,10 +145,9 @@ def test_a_read_only_socket_folder_is_reported(stub: str, monkeypatch: pytest.Mo
 @contextmanager
 def started(path: Path, stdout: int | None, *front: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run a server on a unix socket, with an unusable standard output."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "proto")])}
     command = [*front, *fake_engine(), "--listen", f"unix:{path}"]
     process = subprocess.Popen(
-        command, stdout=stdout, stderr=subprocess.PIPE, env=environment, stdin=subprocess.DEVNULL
+        command, stdout=stdout, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
     )
     try:
         wait_until(path.exists)
@@ -207,10 +205,9 @@ def test_the_c_locale_changes_no_text(
     path = Path(shutil.copytree(model, tmp_path / "mod\u00e8le \u6a21\u578b"))
     text = "na\u00efve \u65e5\u672c\u8a9e \U0001f600"
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG"))}
-    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "proto")])}
     done = subprocess.run(
         [sys.executable, "-c", LOCALE.format(path=str(path), text=text)],
-        env={**kept, **paths, **variables},
+        env={**kept, **variables},
         capture_output=True,
         timeout=60,
         check=False,

@@ -23,7 +23,6 @@ from support.faulty import BREAK, breaking, hooked
 
 pytestmark = pytest.mark.mlx
 
-ROOT = Path(__file__).parents[2]
 PROMISED_SECONDS = 2.0
 STARTED_SECONDS = 8.0
 POLLED_SECONDS = 1.2
@@ -157,8 +156,7 @@ def script(model: str, body: str) -> str:
 @contextmanager
 def tree(*command: str, path: str = "") -> Iterator[subprocess.Popen[str]]:
     """Start a process tree, and kill the rest of the tree by pid afterwards."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "proto"), *([path] if path else [])])
-    environment = {**os.environ, "PYTHONPATH": paths}
+    environment = {**os.environ, "PYTHONPATH": path} if path else None
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as top:
         started = [psutil.Process(top.pid)]
         try:
