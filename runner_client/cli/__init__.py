@@ -21,7 +21,7 @@ from runner_client.cli import (
     trim,
     unload,
 )
-from runner_client.cli.errors import EXIT_CODES, Commands
+from runner_client.cli.shared.errors import EXIT_CODES, Commands
 
 __all__ = ["main"]
 

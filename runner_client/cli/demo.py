@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import click
 import psutil
 
-from runner_client.cli.errors import EXIT_CODES, Failure
-from runner_client.cli.output import Row, completion_rows, model_rows, print_rows
-from runner_client.cli.session import loaded, show_text, streamed
+from runner_client.cli.shared.errors import EXIT_CODES, Failure
+from runner_client.cli.shared.output import Row, completion_rows, model_rows, print_rows
+from runner_client.cli.shared.session import loaded, show_text, streamed
 from runner_client.cli.status import memory_text
 from runner_client.host import doctor
 from runner_client.host.environment import package_folders

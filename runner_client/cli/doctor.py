@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from runner_client.cli.options import json_option
-from runner_client.cli.output import StepLine, print_json
+from runner_client.cli.shared.options import json_option
+from runner_client.cli.shared.output import StepLine, print_json
 from runner_client.host import doctor
 
 if TYPE_CHECKING:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, get_args
 
 import click
 
-from runner_client.cli.access import Credentials, access_options, address_option, open_client
-from runner_client.cli.errors import EXIT_CODES, EXIT_TOO_LARGE
-from runner_client.cli.options import (
+from runner_client.cli.shared.access import Credentials, access_options, address_option, open_client
+from runner_client.cli.shared.errors import EXIT_CODES, EXIT_TOO_LARGE
+from runner_client.cli.shared.options import (
     json_option,
     load_options,
 )
-from runner_client.cli.output import Row, print_json, print_rows
+from runner_client.cli.shared.output import Row, print_json, print_rows
 from runner_client.memory.estimation import MemoryEstimate, estimate
 from runner_client.memory.gate import GateDecision, MemoryGate
 from runner_common.host_memory.free import Backend

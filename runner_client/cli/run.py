@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from runner_client.cli.access import (
+from runner_client.cli.shared.access import (
     Credentials,
     access_options,
     address_option,
     open_client,
 )
-from runner_client.cli.errors import EXIT_CODES
-from runner_client.cli.options import (
+from runner_client.cli.shared.errors import EXIT_CODES
+from runner_client.cli.shared.options import (
     json_option,
     load_options,
     refuse_options,
@@ -22,15 +22,15 @@ from runner_client.cli.options import (
     text,
     text_or_stdin,
 )
-from runner_client.cli.output import completion_rows, model_rows, print_json, print_rows
-from runner_client.cli.session import loaded, show_nothing, show_text, streamed
+from runner_client.cli.shared.output import completion_rows, model_rows, print_json, print_rows
+from runner_client.cli.shared.session import loaded, show_nothing, show_text, streamed
 from runner_client.process.process import RunnerProcess
 from runner_client.types import Options
 
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from runner_client.cli.options import Sampling
+    from runner_client.cli.shared.options import Sampling
     from runner_client.rpc.client import RunnerClient
     from runner_client.types import Completion, LoadOptions, LoadResult
 

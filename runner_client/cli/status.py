@@ -6,10 +6,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from runner_client.cli.access import Credentials, access_options, address_argument, open_client
-from runner_client.cli.errors import EXIT_CODES
-from runner_client.cli.options import json_option
-from runner_client.cli.output import Row, print_json, print_rows
+from runner_client.cli.shared.access import (
+    Credentials,
+    access_options,
+    address_argument,
+    open_client,
+)
+from runner_client.cli.shared.errors import EXIT_CODES
+from runner_client.cli.shared.options import json_option
+from runner_client.cli.shared.output import Row, print_json, print_rows
 from runner_common.units import format_bytes
 
 if TYPE_CHECKING:

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from runner_client.cli.access import (
+from runner_client.cli.shared.access import (
     Credentials,
     access_options,
     address_option,
     open_client,
     runner_address,
 )
-from runner_client.cli.errors import EXIT_CODES
-from runner_client.cli.options import json_option, text_or_stdin
-from runner_client.cli.output import print_json
-from runner_client.cli.session import loaded
+from runner_client.cli.shared.errors import EXIT_CODES
+from runner_client.cli.shared.options import json_option, text_or_stdin
+from runner_client.cli.shared.output import print_json
+from runner_client.cli.shared.session import loaded
 from runner_client.process.process import RunnerProcess
 
 if TYPE_CHECKING:

@@ -6,10 +6,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from runner_client.cli.access import Credentials, access_options, address_argument, open_client
-from runner_client.cli.errors import EXIT_CODES
-from runner_client.cli.options import json_option, size_or_zero
-from runner_client.cli.output import print_json
+from runner_client.cli.shared.access import (
+    Credentials,
+    access_options,
+    address_argument,
+    open_client,
+)
+from runner_client.cli.shared.errors import EXIT_CODES
+from runner_client.cli.shared.options import json_option, size_or_zero
+from runner_client.cli.shared.output import print_json
 from runner_common.units import format_bytes
 
 if TYPE_CHECKING:

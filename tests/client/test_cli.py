@@ -12,9 +12,9 @@ import click
 import pytest
 
 from runner_client.cli import main, run, status
-from runner_client.cli.errors import EXIT_CODES
-from runner_client.cli.flags import message_with_flags
-from runner_client.cli.options import size, size_or_zero
+from runner_client.cli.shared.errors import EXIT_CODES
+from runner_client.cli.shared.flags import message_with_flags
+from runner_client.cli.shared.options import size, size_or_zero
 from runner_client.errors import (
     InsufficientMemoryError,
     InvalidRequestError,

@@ -13,7 +13,7 @@ import click
 import pytest
 
 from runner_client.cli import estimate, serve
-from runner_client.cli.output import LoadProgress, StepLine
+from runner_client.cli.shared.output import LoadProgress, StepLine
 from runner_client.errors import NotSupportedError, RunnerError
 from runner_client.host import doctor as examination
 from runner_client.host.doctor import Finding

@@ -15,7 +15,7 @@ import pytest
 
 from runner_client import RunnerClient
 from runner_client.cli import demo, run, tokenize
-from runner_client.cli.output import completion_rows
+from runner_client.cli.shared.output import completion_rows
 from runner_client.errors import InsufficientMemoryError, RunnerTimeoutError
 from runner_client.host import doctor
 from runner_client.testing import Failure, fake_runner

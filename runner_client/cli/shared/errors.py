@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import click
 
-from runner_client.cli.flags import message_with_flags
-from runner_client.cli.output import is_terminal
+from runner_client.cli.shared.flags import message_with_flags
+from runner_client.cli.shared.output import is_terminal
 from runner_client.errors import (
     InsufficientMemoryError,
     InvalidRequestError,

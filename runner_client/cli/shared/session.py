@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from runner_client.cli.output import LoadProgress
+from runner_client.cli.shared.output import LoadProgress
 from runner_client.errors import RunnerError
 from runner_client.rpc.messages import join_chunks
 
