@@ -14,7 +14,7 @@ from runner_client.process.aio_supervision import (
 )
 from runner_client.process.base import ProcessBase, start_limit
 from runner_client.rpc.aio_client import AsyncRunnerClient
-from runner_client.rpc.base import embedding_error
+from runner_client.rpc.transport.base import embedding_error
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence

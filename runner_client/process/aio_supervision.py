@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from runner_client.errors import RunnerError, RunnerExitedError
 from runner_client.process.base import HEALTH_SECONDS, not_serving
 from runner_client.process.stall import StallDetector
-from runner_client.rpc.base import STATUS_SECONDS
+from runner_client.rpc.transport.base import STATUS_SECONDS
 
 if TYPE_CHECKING:
     from runner_client.process.child import Child

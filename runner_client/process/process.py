@@ -14,8 +14,8 @@ from runner_client.process.supervision import (
     close_blocking,
     start_blocking,
 )
-from runner_client.rpc.base import embedding_error
 from runner_client.rpc.client import RunnerClient
+from runner_client.rpc.transport.base import embedding_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -15,17 +15,17 @@ from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from mlxrunner.v1 import runner_pb2_grpc
 from runner_client.errors import RunnerUnavailableError
-from runner_client.rpc import health
 from runner_client.rpc.aio_stream import AsyncCompletionStream, raise_if_cancelled
-from runner_client.rpc.base import LOAD_SECONDS, POLL_SECONDS, ConnectionBase
-from runner_client.rpc.channel import open_aio_channel
 from runner_client.rpc.trace import with_trace
+from runner_client.rpc.transport import health
+from runner_client.rpc.transport.base import LOAD_SECONDS, POLL_SECONDS, ConnectionBase
+from runner_client.rpc.transport.channel import open_aio_channel
 
 if TYPE_CHECKING:
     from mlxrunner.v1 import runner_pb2 as pb
     from mlxrunner.v1.runner_pb2_grpc import RunnerServiceAsyncStub
     from runner_client.errors import RunnerError
-    from runner_client.rpc.base import Peer
+    from runner_client.rpc.transport.base import Peer
     from runner_client.types import Timeouts, TlsFiles
 
     CompletionCall = grpc.aio.UnaryStreamCall[pb.CompletionRequest, pb.CompletionResponse]

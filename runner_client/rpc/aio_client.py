@@ -6,10 +6,11 @@ import time
 from typing import TYPE_CHECKING, NoReturn, Self, Unpack
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_client.rpc import health, messages
+from runner_client.rpc import messages
 from runner_client.rpc.aio_calls import Connection
 from runner_client.rpc.aio_load import AsyncPendingLoad
-from runner_client.rpc.base import embedding_error
+from runner_client.rpc.transport import health
+from runner_client.rpc.transport.base import embedding_error
 from runner_client.types import LoadOptions
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from runner_client.rpc.aio_stream import AsyncCompletionStream
-    from runner_client.rpc.base import Peer
+    from runner_client.rpc.transport.base import Peer
     from runner_client.types import (
         Completion,
         LoadEstimate,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from runner_client.errors import RunnerError
 from runner_client.rpc import messages
-from runner_client.rpc.base import STATUS_SECONDS
+from runner_client.rpc.transport.base import STATUS_SECONDS
 from runner_client.rpc.waits import LoadWatch
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Self
 import grpc
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_client.rpc.base import END_SECONDS, cancelled_stream, incomplete_stream
 from runner_client.rpc.messages import completion_chunk
+from runner_client.rpc.transport.base import END_SECONDS, cancelled_stream, incomplete_stream
 from runner_client.rpc.waits import StreamTimer
 
 if TYPE_CHECKING:

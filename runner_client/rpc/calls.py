@@ -11,11 +11,11 @@ import grpc
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from mlxrunner.v1 import runner_pb2_grpc
-from runner_client.rpc import health
-from runner_client.rpc.base import LOAD_SECONDS, POLL_SECONDS, ConnectionBase
-from runner_client.rpc.channel import open_channel
 from runner_client.rpc.stream import CompletionStream
 from runner_client.rpc.trace import with_trace
+from runner_client.rpc.transport import health
+from runner_client.rpc.transport.base import LOAD_SECONDS, POLL_SECONDS, ConnectionBase
+from runner_client.rpc.transport.channel import open_channel
 from runner_client.rpc.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from mlxrunner.v1 import runner_pb2 as pb
     from runner_client.errors import RunnerError
-    from runner_client.rpc.base import Peer
+    from runner_client.rpc.transport.base import Peer
     from runner_client.types import Timeouts, TlsFiles
 
 _Request = TypeVar("_Request")

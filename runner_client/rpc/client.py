@@ -7,18 +7,19 @@ import time
 from typing import TYPE_CHECKING, NoReturn, Self, Unpack
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_client.rpc import health, messages
-from runner_client.rpc.base import embedding_error
+from runner_client.rpc import messages
 from runner_client.rpc.calls import Connection
 from runner_client.rpc.load import PendingLoad
+from runner_client.rpc.transport import health
+from runner_client.rpc.transport.base import embedding_error
 from runner_client.types import LoadOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
-    from runner_client.rpc.base import Peer
     from runner_client.rpc.stream import CompletionStream
+    from runner_client.rpc.transport.base import Peer
     from runner_client.types import (
         Completion,
         LoadEstimate,

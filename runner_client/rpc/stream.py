@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Self
 
 import grpc
 
-from runner_client.rpc.base import END_SECONDS, cancelled_stream, incomplete_stream
 from runner_client.rpc.messages import completion_chunk
+from runner_client.rpc.transport.base import END_SECONDS, cancelled_stream, incomplete_stream
 from runner_client.rpc.waits import StreamTimer
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from runner_client.rpc.access import Metadata
+    from runner_client.rpc.transport.access import Metadata
 
 
 def with_trace(metadata: Metadata | None) -> Metadata | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from runner_client import AsyncRunnerClient, RunnerClient
-from runner_client.rpc.address import parse_address
+from runner_client.rpc.transport.address import parse_address
 from support.command_line import invoke
 
 EXPECTED = "; expected HOST:PORT, [IPV6]:PORT or unix:/path"

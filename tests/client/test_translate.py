@@ -11,7 +11,7 @@ import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_client import AsyncRunnerClient, RunnerClient, errors
-from runner_client.rpc import translate
+from runner_client.rpc.transport import translate
 from runner_client.testing import Failure, fake_runner
 
 # Any, because each row's class has attributes of its own.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,12 @@ SERVER = ("distributed", "api", "transport", "telemetry", "mlx_backend", "engine
 """Rooms of the server from top to bottom. Modules beside them (``app``, ``config``) are above."""
 
 CLIENT = ("cli", "process", "memory", "host", "rpc", "testing", "types", "settings", "errors")
+
+INNER = ("runner_client.cli.shared", "runner_client.rpc.transport")
+"""Rooms inside a room, which import none of the modules beside them."""
+
+ROOM_SIZE = 12
+"""The most modules in one room of client and common code."""
 
 MLX = ("mlx", "mlx_lm")
 
@@ -54,6 +61,25 @@ def test_imports_point_down(package: str, rooms: tuple[str, ...]) -> None:
         if room(package, own, rooms) > room(package, target, rooms):
             upward.append(f"{'/'.join(own)} imports {imported}")
     assert not upward
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_an_inner_room_does_not_import_the_room_around_it(inner: str) -> None:
+    around, folder = inner.rpartition(".")[0], ROOT.joinpath(*inner.split("."))
+    imports = [(file, name) for file, name in modules("runner_client") if file.parent == folder]
+    assert imports
+    assert not [
+        f"{file.name} imports {name}"
+        for file, name in imports
+        if name.startswith(f"{around}.") and not name.startswith(f"{inner}.")
+    ]
+
+
+@pytest.mark.parametrize("package", ["runner_client", "runner_common"])
+def test_rooms_stay_small(package: str) -> None:
+    files = (ROOT / package).rglob("*.py")
+    sizes = Counter(str(file.parent) for file in files if file.name != "__init__.py")
+    assert {folder: size for folder, size in sizes.items() if size > ROOM_SIZE} == {}
 
 
 @pytest.mark.parametrize("package", ["runner_server", "runner_client"])

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, TypedDict
 
 import click
 
-from runner_client.rpc.address import ADDRESS_FORMS, parse_address
 from runner_client.rpc.client import RunnerClient
+from runner_client.rpc.transport.address import ADDRESS_FORMS, parse_address
 from runner_client.types import TlsFiles
 from runner_common.contract import TOKEN_VARIABLE
 

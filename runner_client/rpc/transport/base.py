@@ -13,9 +13,9 @@ from runner_client.errors import (
     RunnerError,
     RunnerUnavailableError,
 )
-from runner_client.rpc.access import Access
-from runner_client.rpc.address import parse_address
-from runner_client.rpc.translate import translate
+from runner_client.rpc.transport.access import Access
+from runner_client.rpc.transport.address import parse_address
+from runner_client.rpc.transport.translate import translate
 from runner_client.types import Timeouts
 
 if TYPE_CHECKING:
