@@ -171,9 +171,11 @@ class ChildLife(Generic[ConnectionT]):
         Raises:
             RunnerUnavailableError: The child does not serve yet, or there is none.
         """
-        if self.connection is None:
+        if self.connection is not None:
+            return self.connection
+        if self.is_over:
             raise RunnerUnavailableError("the runner was not started: call load() first")
-        return self.connection
+        raise RunnerUnavailableError("the runner is still starting: wait until load() returns")
 
     def note_loaded(self, status: Status) -> None:
         """Record the status, and log the estimate's deviation from the measured peak."""

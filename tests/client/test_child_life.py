@@ -90,6 +90,15 @@ def test_a_failed_start_is_released_by_the_close(
     assert reserved(gate, life.plan) == 0
 
 
+def test_a_call_during_the_start_is_told_to_wait(launch: Launch) -> None:
+    life: ChildLife[object] = ChildLife(launch, Timeouts())
+    with pytest.raises(errors.RunnerUnavailableError, match="still starting"):
+        life.require_connection()
+    life.close()
+    with pytest.raises(errors.RunnerUnavailableError, match="not started"):
+        life.require_connection()
+
+
 def test_a_runner_without_a_start_has_no_open_life(launch: Launch) -> None:
     life: ChildLife[object] = ChildLife.over(launch, Timeouts())
     assert life.is_over
