@@ -86,8 +86,8 @@ ERRORS = (
         "MODEL_NOT_LOADED",
         "FAILED_PRECONDITION",
         "ModelNotLoadedError",
-        "no model is loaded",
-        "call `Load`",
+        "no model is loaded, or one is being loaded",
+        "call `Load`, or wait",
     ),
     ErrorRule(
         "BUSY",

@@ -17,6 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from mlxrunner.v1 import runner_pb2_grpc
 from runner_common.contract import HEALTH_SERVICES, MAX_REQUEST_BYTES, SERVICE_NAME
+from runner_common.extras import install_advice
 from runner_common.handshake import ReadyLine
 from runner_server import __version__
 from runner_server.api.estimator import Estimator
@@ -189,8 +190,9 @@ class RunnerApp:
             self._metrics = Metrics(self.engine, __version__)
             address = self._metrics.listen(host, port)
         except ImportError as error:
-            advice = "pip install 'mlx-grpc-runner[metrics]'"
-            raise CannotListenError(f"--metrics-listen needs {error.name}; {advice}") from error
+            raise CannotListenError(
+                f"--metrics-listen needs {error.name}; {install_advice('metrics')}"
+            ) from error
         except (OSError, ValueError) as error:  # ValueError: not a valid host name
             raise CannotListenError(f"--metrics-listen {host}:{port}: {error}") from error
         self._observers.append(self._metrics)
@@ -217,8 +219,7 @@ class RunnerApp:
         try:
             from runner_server.api.contracts.smg.service import add_smg  # noqa: PLC0415 - may be missing
         except ImportError as error:
-            advice = "pip install 'mlx-grpc-runner[smg]'"
-            raise CannotListenError(f"--smg needs {error.name}; {advice}") from error
+            raise CannotListenError(f"--smg needs {error.name}; {install_advice('smg')}") from error
         add_smg(self._server, self.engine)
         self._others = (SMG_SERVICE_NAME,)
 

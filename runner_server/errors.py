@@ -98,10 +98,19 @@ class ModelUnsupported(RunnerFault, reason="MODEL_UNSUPPORTED"):
 
 
 class ModelNotLoaded(RunnerFault, reason="MODEL_NOT_LOADED"):
-    """The call needs a model and none is loaded."""
+    """The call needs a model and none is loaded.
 
-    def __init__(self) -> None:
-        super().__init__("no model is loaded; call Load first")
+    Args:
+        progress: Progress of the load under way, 0 to 100; None if there is none.
+    """
+
+    def __init__(self, progress: int | None = None) -> None:
+        if progress is None:
+            super().__init__("no model is loaded; call Load first")
+        else:
+            super().__init__(
+                f"the model is being loaded ({progress} %); wait until Status says STATE_ACTIVE"
+            )
 
 
 class Busy(RunnerFault, reason="BUSY"):

@@ -8,8 +8,13 @@ from typing import TYPE_CHECKING
 import click
 import psutil
 
-from runner_client.cli.access import Credentials, access_options, address_argument, open_client
-from runner_client.cli.errors import EXIT_CODES, Failure
+from runner_client.cli.shared.access import (
+    Credentials,
+    access_options,
+    address_argument,
+    open_client,
+)
+from runner_client.cli.shared.errors import EXIT_CODES, Failure
 from runner_client.process.local_runner import local_process
 from runner_client.settings import Timeouts
 

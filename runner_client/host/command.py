@@ -16,6 +16,7 @@ from runner_client.errors import (
     RunnerUnavailableError,
     UnsupportedPlatformError,
 )
+from runner_common.extras import install_advice
 from runner_common.interpreter import NoInterpreterError, interpreter
 
 Listen = Literal["tcp", "unix"]
@@ -67,8 +68,7 @@ def server_program() -> list[str]:
     if missing:
         raise NotSupportedError(
             f"this Python has no {', '.join(missing)}, which a runner needs: "
-            f"pip install 'mlx-grpc-runner[cpu]' on Linux (or [cuda12], [cuda13]), "
-            f"'mlx-grpc-runner[server]' on macOS"
+            f"{install_advice('cpu')} on Linux (or cuda12, cuda13), with server on macOS"
         )
     # -P: do not import a file of the current directory that is named like a module.
     return [python, "-P", "-m", "runner_server"]

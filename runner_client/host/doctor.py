@@ -24,6 +24,7 @@ from runner_client.host.environment import child_environment, find_blas, package
 from runner_client.host.machine_load import OtherLoad, cpu_clock
 from runner_client.host.probe import ProbeResult, run_probe
 from runner_common.cores import usable_cores
+from runner_common.extras import install_advice
 from runner_common.host_memory.free import FreeMemory, device_infos, free_memory, installed_backend
 from runner_common.units import format_bytes
 
@@ -48,8 +49,8 @@ _SERVER_PACKAGES = (
     "grpcio-status",
 )
 _INSTALL_SERVER = (
-    "pip install 'mlx-grpc-runner[cpu]' on Linux (or [cuda12], [cuda13]), "
-    "'mlx-grpc-runner[server]' on macOS; not needed by a client of a runner on another machine"
+    f"{install_advice('cpu')} on Linux (or cuda12, cuda13), with server on macOS; not needed by a "
+    "client of a runner on another machine"
 )
 _INSTALL_BLAS = (
     "install a fast BLAS: apt-get install libopenblas0-pthread (Debian, Ubuntu), or without "

@@ -116,7 +116,7 @@ class RequestRegistry:
     def _require_model(self) -> ModelHandle:
         self.refuse_when_ending()
         if not self._model:
-            raise ModelNotLoaded
+            raise ModelNotLoaded(self._progress if self._state is State.LOADING else None)
         return self._model
 
     def refuse_when_ending(self) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from runner_common.extras import install_advice
 from runner_server.engine.types import GenerationStats
 from runner_server.telemetry.call_record import CallRecord, CallSummary
 from runner_server.telemetry.methods import FULL_NAMES, GENERATING
@@ -53,8 +54,7 @@ def open_tracing(version: str) -> Tracing | None:
         return Tracing(version, _exporting_provider() if endpoint else None)
     except ImportError as error:
         logger.warning(
-            "no spans are recorded because %s is missing; pip install 'mlx-grpc-runner[otel]'",
-            error.name,
+            "no spans are recorded because %s is missing; %s", error.name, install_advice("otel")
         )
         return None
 

@@ -77,4 +77,4 @@ def test_the_base_install_works_and_names_the_missing_extra(
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
     assert said[0] == "Hello world"
-    assert "pip install 'mlx-grpc-runner[cpu]'" in said[1]
+    assert "pip install '.[cpu]'" in said[1]

@@ -309,7 +309,7 @@ def test_a_missing_server_extra_is_reported_without_a_probe() -> None:
     findings = found(never, missing=("mlx", "grpcio-status"))
     extra = findings["server extra"]
     assert (extra.status, extra.value) == ("error", "not installed: mlx, grpcio-status")
-    assert "mlx-grpc-runner[cpu]" in extra.advice
+    assert "pip install '.[cpu]'" in extra.advice
     assert "MLX" not in findings
 
 

@@ -229,3 +229,18 @@ async def _wait_until_idle(server: Server) -> None:
 def _is_cancelled(server: Server) -> bool:
     command = server.view.model_command
     return command is None or command.cancelled.is_set()
+
+
+async def test_a_call_during_a_load_is_told_to_wait(server: Server) -> None:
+    server.backend.load_gate.shut()
+    load = asyncio.ensure_future(server.load())
+    server.backend.load_gate.allow(2)
+    await server.thread(server.backend.load_gate.wait_arrival)
+    problem = await failure(server.start())
+    assert problem.reason == "MODEL_NOT_LOADED"
+    assert problem.message == (
+        "the model is being loaded (20 %); wait until Status says STATE_ACTIVE"
+    )
+    server.backend.load_gate.open()
+    await load
+    assert await server.text(num_predict=1)

@@ -192,4 +192,4 @@ def test_an_endpoint_without_the_library_gives_a_warning(
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     assert tracing.open_tracing("1") is None
-    assert "mlx-grpc-runner[otel]" in caplog.text
+    assert "pip install '.[otel]'" in caplog.text

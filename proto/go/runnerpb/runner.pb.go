@@ -1205,7 +1205,8 @@ type StatusResponse struct {
 	RunningCount int32 `protobuf:"varint,8,opt,name=running_count,json=runningCount,proto3" json:"running_count,omitempty"`
 	// Completions waiting for a slot.
 	QueuedCount int32 `protobuf:"varint,9,opt,name=queued_count,json=queuedCount,proto3" json:"queued_count,omitempty"`
-	// Engine steps since the process started.
+	// Steps of the engine since the process started: a call that prefills some
+	// prompts' next tokens, or a decode step.
 	StepCount int64 `protobuf:"varint,10,opt,name=step_count,json=stepCount,proto3" json:"step_count,omitempty"`
 	// Time since the engine last made progress (loaded a part, ran a step); unset
 	// when it has nothing to do. An age that grows while `running_count` is not 0

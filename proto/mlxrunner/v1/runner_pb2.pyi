@@ -786,7 +786,9 @@ class StatusResponse(_message.Message):
     queued_count: _builtins.int
     """Completions waiting for a slot."""
     step_count: _builtins.int
-    """Engine steps since the process started."""
+    """Steps of the engine since the process started: a call that prefills some
+    prompts' next tokens, or a decode step.
+    """
     runner_id: _builtins.str
     """A random id of this process: a new one means that it was restarted."""
     pid: _builtins.int

@@ -211,8 +211,8 @@ class RunnerServiceServicer(object):
         - INVALID_ARGUMENT / PROMPT_TOO_LONG: the prompt and one new token do not fit
         the context (`promptTokens`, `contextLength`); shorten the prompt, or load
         with a larger context.
-        - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded; call `Load`
-        first.
+        - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
+        first), or one is being loaded (wait until `Status` says ACTIVE).
         - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the KV cache for the prompt and
         `num_predict` tokens does not fit the memory even alone (`requiredBytes`,
         `availableBytes`); request fewer tokens, or load with more memory.
@@ -238,8 +238,8 @@ class RunnerServiceServicer(object):
         Errors:
         - INVALID_ARGUMENT / INVALID_FIELD: the text has more than 1,000,000 tokens
         (the answer would exceed gRPC's default limit of 4 MiB); split the text.
-        - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded; call `Load`
-        first.
+        - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
+        first), or one is being loaded (wait until `Status` says ACTIVE).
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
         has none or a different one; send the right one.
@@ -254,8 +254,8 @@ class RunnerServiceServicer(object):
         Errors:
         - INVALID_ARGUMENT / INVALID_FIELD: an id is not in the vocabulary, or the
         text would exceed gRPC's default limit of 4 MiB; correct or split the ids.
-        - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded; call `Load`
-        first.
+        - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
+        first), or one is being loaded (wait until `Status` says ACTIVE).
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
         has none or a different one; send the right one.
