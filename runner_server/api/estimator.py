@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner_common.import_paths import with_import_paths
 from runner_common.memory.need_query import (
     NeedAnswer,
     NeedRefusedError,
@@ -141,7 +140,7 @@ def _query_need(path: Path, spec: LoadSpec) -> NeedAnswer:
         allow_inexact=spec.allow_inexact,
     )
     try:
-        return ask_need(request, with_import_paths(os.environ))
+        return ask_need(request, os.environ)
     except NeedRefusedError as refusal:
         raise _fault(refusal) from refusal
     except NeedUnknownError as error:

@@ -19,7 +19,6 @@ from typing import Any
 
 from tokenizers import Tokenizer, normalizers
 
-from runner_common.import_paths import with_import_paths
 from runner_common.interpreter import interpreter
 from runner_server.errors import ModelUnsupported
 from runner_server.mlx_backend.tokenizer.panics import NO_PANICS
@@ -68,7 +67,7 @@ def _ask_child(path: Path) -> dict[str, Any] | None:
         command = [interpreter(), "-P", "-m", __name__, str(path)]
         done = subprocess.run(
             command,
-            env=with_import_paths(os.environ),
+            env=os.environ,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=_TIMEOUT_SECONDS,
