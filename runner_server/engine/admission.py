@@ -1,4 +1,4 @@
-"""Admission of loads: whether the machine has the memory."""
+"""Admission of loads by the free memory of the machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class Admission(Protocol):
-    """Decision on the memory of a load."""
+    """Admits loads for which the machine has memory, and reserves it."""
 
     def admit(self, model: str, need: MemoryNeed, *, override: bool) -> int:
         """Reserve memory for a model.
@@ -17,7 +17,7 @@ class Admission(Protocol):
         Args:
             model: Directory of the model.
             need: Memory that the model takes.
-            override: Admit the load even if it does not fit.
+            override: Whether to admit the load even if it does not fit.
 
         Returns:
             The bytes that the model may take, at least ``need.required_bytes``.
@@ -33,7 +33,7 @@ class Admission(Protocol):
 
 
 class _Unchecked:
-    """Admits every load, where the machine's memory is not checked."""
+    """Admits every load without checking the machine's memory."""
 
     def admit(self, model: str, need: MemoryNeed, *, override: bool) -> int:  # noqa: ARG002
         """See :meth:`Admission.admit`."""
@@ -44,4 +44,4 @@ class _Unchecked:
 
 
 UNCHECKED: Admission = _Unchecked()
-"""Admits every load; limits in the load itself still hold."""
+"""Admits every load. A ``memory_limit_bytes`` of the load still applies."""

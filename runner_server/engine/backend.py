@@ -1,8 +1,9 @@
 """The interface between the engine and a model library.
 
 ``runner_server.mlx_backend`` implements the interface with MLX, the tests with plain Python.
-Except for :meth:`Backend.memory` and the codec, everything is called on the engine's thread only.
-Every call on an executor may raise :class:`BackendLost`.
+The engine's thread makes all calls, except that :meth:`Backend.memory`, the codec, the function
+``kv_bytes`` and :class:`Ranks` are used on other threads too. Every call on an executor may raise
+:class:`BackendLost`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from runner_server.engine.work import WorkItem, WorkReport
 
 
 class BackendLost(Exception):
-    """The model library cannot continue in this process; callers see the message."""
+    """The model library cannot continue in this process. Callers see the message."""
 
 
 class Codec(Protocol):
@@ -29,10 +30,15 @@ class Codec(Protocol):
         ...
 
     def fewest_tokens(self, text: str, enough: int) -> int:
-        """Return a lower bound for the tokens of a very long text, computed from a part.
+        """Return a lower bound of a very long text's token count, by tokenizing only a part.
 
         Tokenizing takes half a second and hundreds of megabytes of memory for each megabyte of
-        text. A bound up to ``enough`` is inconclusive: the text must be tokenized.
+        text.
+
+        Args:
+            text: The text.
+            enough: The count in question. If the bound is not above it, only tokenizing the whole
+                text can tell whether the count is.
         """
         ...
 
@@ -41,19 +47,19 @@ class Codec(Protocol):
         ...
 
     def token_bytes(self, token_id: int) -> bytes | None:
-        """Return the bytes of a token anywhere but at the beginning of a text.
+        """Return the bytes that a token contributes, unless it is the first of a text.
 
         Returns:
-            The bytes; None if they depend on the tokens before.
+            The bytes; None if they depend on the preceding tokens.
         """
         ...
 
 
 class Executor(Protocol):
-    """Rows of one batch, and the work that the scheduler plans for them."""
+    """Runs the scheduler's work items on the rows of one batch."""
 
     def add(self, row: int, prompt_ids: Sequence[int], sampling: Sampling) -> None:
-        """Add a row; work items prefill the prompt and let the row join the batch."""
+        """Add a row. Later work items prefill the prompt and make the row join the batch."""
         ...
 
     def find_prefix(self, prompt_ids: Sequence[int]) -> Match:
@@ -63,12 +69,12 @@ class Executor(Protocol):
     def run(self, item: WorkItem) -> WorkReport:
         """Run a work item.
 
-        The caller removes a row that is reported as :class:`NotFinite`.
+        The caller must remove each row reported as :class:`NotFinite`.
         """
         ...
 
     def preempt(self, row: int) -> None:
-        """Take a row out of the batch; it keeps its KV cache, and may join again."""
+        """Take a row out of the batch. The row keeps its KV cache and may join again."""
         ...
 
     def remove(self, rows: Collection[int]) -> None:
@@ -76,7 +82,7 @@ class Executor(Protocol):
         ...
 
     def close(self) -> None:
-        """Free everything; the executor cannot be used again."""
+        """Free all rows. The executor cannot be used again."""
         ...
 
 
@@ -95,7 +101,7 @@ class LoadedModel(Protocol):
 
     @property
     def kv_bytes(self) -> Callable[[int], int]:
-        """Bytes of KV cache of one sequence, by tokens; keeps no weights alive."""
+        """Function from tokens to the bytes of one sequence's KV cache; keeps no weights alive."""
         ...
 
     def limit_prefix_cache(self, limit_bytes: int) -> None:
@@ -114,7 +120,7 @@ class LoadedModel(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ModelHandle:
-    """Description and tokenizer of a loaded model, without weights, for other threads.
+    """Description and tokenizer of a loaded model, without the weights. Any thread may keep it.
 
     Attributes:
         info: Description of the model and the limits in force.
@@ -132,7 +138,7 @@ class Ranks(Protocol):
 
     @property
     def others(self) -> Sequence[Rank]:
-        """The other ranks, each with the memory reported last."""
+        """The other ranks, each with the memory it reported last."""
         ...
 
     def watch(self, on_lost: Callable[[str], object], on_stop: Callable[[], object]) -> None:
@@ -147,13 +153,13 @@ class Backend(Protocol):
     """The model library."""
 
     def open(self) -> str:
-        """Import the library; return the name of the computing device."""
+        """Import the library; return the name of the device."""
         ...
 
     def check(self, spec: LoadSpec) -> None:
         """Check in milliseconds whether the files of a model exist and allow the load.
 
-        The loaded model is not touched.
+        A model that is loaded stays loaded.
 
         Raises:
             RunnerFault: A load would be refused, regardless of memory.
@@ -165,26 +171,25 @@ class Backend(Protocol):
 
         Args:
             spec: The model and its options.
-            report: Called with the progress, 0 to 100, several times a second. Calls come
-                one at a time, possibly from threads that read weights. An exception that
-                it raises ends the load.
+            report: Called with the progress, 0 to 100, several times a second. Calls do not
+                overlap, but may come from the threads that read weights. An exception from
+                ``report`` ends the load.
 
         Raises:
             RunnerFault: One of the faults documented for ``Load``.
-            BackendLost: The library cannot load anything any more.
+            BackendLost: The library cannot load any model from now on.
         """
         ...
 
     def memory(self) -> MemoryCounters:
-        """Return the memory of the library. Thread-safe; works before ``open`` too."""
+        """Return the memory counters of the library. Thread-safe, also before ``open``."""
         ...
 
     def release(self, *, for_next: bool = False) -> None:
-        """Free the memory of a dropped model.
+        """Free the memory of a model that is no longer referenced.
 
         Args:
-            for_next: A load follows, and takes over the memory reservation; otherwise the
-                reservation ends too.
+            for_next: Whether a load follows. If so, the memory reservation is kept for it.
         """
         ...
 
@@ -193,5 +198,5 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None:
-        """Stop using the library on this thread."""
+        """Shut the library down on this thread."""
         ...

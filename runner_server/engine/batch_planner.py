@@ -12,12 +12,12 @@ from runner_server.engine.work import DecodeItem, PrefillItem, WorkItem, WorkRep
 class BatchPlanner:
     """Plans the work items of the rows in one batch.
 
-    Items alternate: while prompts wait, chunks of them run until a slice of time is over, then one
-    decode step. Each item is planned with the measured time of the one before, so a slice ends as
-    soon as a chunk took longer than expected.
+    While prompts wait, their chunks run for a slice of time, then one decode step runs, and so on.
+    Each item is planned after the previous one was measured, so a slice ends early if a chunk took
+    longer than expected.
 
     Args:
-        limits: What the model allows in one prefill call.
+        limits: The model's limits of one prefill call.
         find_prefix: Looks a prompt up in the prefix cache.
     """
 
@@ -30,7 +30,7 @@ class BatchPlanner:
         self._decode_seconds = 0.0
 
     def add(self, row: int, prompt_ids: Sequence[int]) -> None:
-        """Add a row; the next items prefill the prompt."""
+        """Add a row whose prompt is to be prefilled."""
         self._prefills.add(row, prompt_ids)
 
     def resume(self, row: int) -> None:
@@ -38,7 +38,7 @@ class BatchPlanner:
         self._joining.append(row)
 
     def remove(self, row: int) -> None:
-        """Remove a row, if it is here: it has ended or is preempted."""
+        """Remove a row that has ended or is preempted. No-op if unknown."""
         self._prefills.remove(row)
         self._decoding.discard(row)
         if row in self._joining:
@@ -48,7 +48,7 @@ class BatchPlanner:
         """Return the next item, which the caller runs and records.
 
         Returns:
-            None at the end of a slice without rows to decode; the next call begins a new slice.
+            None if a slice ended and no row can decode; the next call begins a new slice.
         """
         if not self._is_in_slice:
             self._is_in_slice = True
@@ -61,7 +61,7 @@ class BatchPlanner:
         return None
 
     def record(self, item: WorkItem, report: WorkReport) -> list[Event]:
-        """Record the result of an item; return its events."""
+        """Record the result of an item; return the events of its rows."""
         if isinstance(item, PrefillItem):
             self._waited_seconds += report.waited_seconds
             events, ready = self._prefills.record(item, report.seconds)
@@ -69,7 +69,7 @@ class BatchPlanner:
             return [*events]
         self._decoding.update(item.joining)
         self._joining = []
-        # The wait before a slice belongs to the step that was waited for.
+        # Prefill waits for the step in flight first; that wait counts towards the step.
         self._decode_seconds = self._waited_seconds + report.seconds
         self._waited_seconds = 0.0
         return [*report.events]

@@ -16,11 +16,11 @@ _T = TypeVar("_T")
 
 @dataclass(eq=False)
 class ModelCommand(Generic[_T]):
-    """A load or an unload; one at a time.
+    """A load or an unload, of which at most one is pending.
 
     Attributes:
-        future: Ends with the outcome, or with a fault.
-        cancelled: Set when the caller does not wait for the outcome any more.
+        future: Resolves to the outcome, or to a fault.
+        cancelled: Set when the caller no longer waits for the outcome.
     """
 
     future: Future[_T] = field(default_factory=Future, kw_only=True)
@@ -36,22 +36,23 @@ class Load(ModelCommand[ModelInfo]):
 
 @dataclass(eq=False)
 class Unload(ModelCommand[int]):
-    """Free the model; the outcome is the number of bytes freed."""
+    """Free the model. The outcome is the number of bytes freed."""
 
 
 @dataclass(frozen=True)
 class Cancel:
-    """Finish a request without a reader."""
+    """Finish a request whose reader is gone."""
 
     request: GenerationRequest
 
 
 @dataclass(frozen=True)
 class Resume:
-    """Resume a preempted request, whose reader has caught up.
+    """Resume a preempted request whose reader has caught up.
 
     Attributes:
-        request_id: The engine's id of the request, which its stream must not keep alive.
+        request_id: The engine's id of the request, rather than the request itself, because its
+            output channel holds this command and must not keep the request alive.
     """
 
     request_id: int
@@ -69,8 +70,8 @@ class Trim:
     """Return freed memory to the system.
 
     Attributes:
-        prefix_cache_bytes: The size to which the prefix cache is reduced first.
-        future: Ends when the memory is returned.
+        prefix_cache_bytes: Size to which the prefix cache is evicted first.
+        future: Resolves once the memory is returned.
     """
 
     prefix_cache_bytes: int

@@ -1,8 +1,8 @@
-"""The event loop's side of the engine.
+"""The engine as seen from the event loop.
 
-No method blocks. :class:`~runner_server.engine.thread.EngineThread` does the work on its own
-thread, and :class:`~runner_server.engine.request_registry.RequestRegistry` is the state that the
-event loop and that thread share.
+No method blocks. :class:`~runner_server.engine.thread.EngineThread` does the work on a dedicated
+thread, and :class:`~runner_server.engine.request_registry.RequestRegistry` holds the state that
+the event loop and that thread share.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Engine:
 
     Args:
         backend: The model library.
-        max_queued: How many requests may wait for a slot.
+        max_queued: Most requests that may wait for a slot.
         on_death: Called once on the event loop if the engine cannot continue.
 
     Create and call the engine on the running event loop.
@@ -59,7 +59,7 @@ class Engine:
             backend, self._registry, self._commands, self._loop, on_death
         )
         self._is_lost = False
-        # Not a join in a worker thread: all of these may be busy with tokenizing.
+        # Not Thread.join in a worker thread: all worker threads may be busy tokenizing.
         self._ended = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -69,7 +69,7 @@ class Engine:
 
     @property
     def device(self) -> str:
-        """The computing device; empty until the model library is imported."""
+        """Name of the device; empty until the model library is imported."""
         return self._engine_thread.device
 
     def start(self) -> None:
@@ -77,7 +77,7 @@ class Engine:
         self._thread.start()
 
     def load(self, spec: LoadSpec) -> Load:
-        """Begin a load; ``future`` has the outcome, and setting ``cancelled`` stops the load.
+        """Begin a load. Its ``future`` resolves to the outcome; set ``cancelled`` to stop it.
 
         Raises:
             Busy: Another load or unload is under way.
@@ -86,7 +86,7 @@ class Engine:
         return self._begin(Load(spec))
 
     def unload(self) -> Unload:
-        """Begin an unload, which ends with the number of bytes freed; raise like :meth:`load`."""
+        """Begin an unload. Its ``future`` resolves to the bytes freed. Raises like :meth:`load`."""
         return self._begin(Unload())
 
     def _begin(self, command: _ModelCommandT) -> _ModelCommandT:
@@ -95,10 +95,10 @@ class Engine:
         return command
 
     def trim(self, prefix_cache_bytes: int) -> Future[None]:
-        """Begin to return freed memory to the system; the future ends when done.
+        """Begin to return freed memory to the system; the future resolves when done.
 
         Args:
-            prefix_cache_bytes: The size to which the prefix cache is reduced first.
+            prefix_cache_bytes: Size to which the prefix cache is evicted first.
 
         Raises:
             Busy: A load or unload is under way.
@@ -158,15 +158,15 @@ class Engine:
         return self._backend.memory()
 
     def stop(self) -> None:
-        """Begin to fail the requests, free the model and end the thread."""
+        """Begin a shutdown: fail all requests, free the model and end the thread."""
         self._registry.stop()
         self._commands.put(Stop())
 
     def lose(self, text: str) -> None:
-        """End every call although the engine's thread may hang inside MLX.
+        """Declare the engine dead and fail every call, even if its thread hangs inside MLX.
 
-        Only the readers are released here: the engine's thread owns the requests, and fails
-        them if it ever runs again.
+        The output channels get the fault here. The requests themselves belong to the engine's
+        thread, which fails them if it ever returns from MLX.
 
         Args:
             text: The reason, for callers.
@@ -177,14 +177,14 @@ class Engine:
             request.stream.fail(fault)
             request.stream.wake()
         self._registry.fail_commands(fault)
-        # The thread ends unless it hangs.
+        # Wakes the thread so that it ends, unless it hangs.
         self._commands.put(Stop())
         self._on_death()
 
     async def wait_ended(self, timeout_seconds: float) -> bool:
-        """Wait for the end of the thread; return False on a timeout."""
+        """Wait for the thread to end; return False on a timeout."""
         if self._thread.ident is None or self._is_lost:
-            # Never started, or given up because it may hang inside MLX.
+            # Never started, or abandoned because it may hang inside MLX.
             return True
         try:
             await asyncio.wait_for(self._ended.wait(), timeout_seconds)

@@ -37,16 +37,16 @@ def not_finite_fault(length: int, dtype: str) -> GenerationFailed:
     """
     return GenerationFailed(
         f"the model's logits are not finite (NaN or infinity) after {length} "
-        f"tokens, so there is no next token; its weights are held as {dtype}: "
+        f"tokens, so no token can be sampled; its weights are held as {dtype}: "
         f"{not_finite_advice(dtype)}"
     )
 
 
 def load_fault(spec: LoadSpec, error: Exception) -> RunnerFault:
-    """Log why a load failed, and drop the tracebacks, which keep arrays alive."""
+    """Log a failed load; return its fault without tracebacks, which would keep arrays alive."""
     if isinstance(error, RunnerFault):
         fault = error
-        # Quoted, because a caller could forge log lines with line breaks.
+        # %r, because a name with line breaks could forge log lines.
         logger.warning("load of %r failed: %s", spec.model, fault)
     else:
         logger.error("load of %r failed", spec.model, exc_info=error)

@@ -1,4 +1,4 @@
-"""A request in the engine: status, text, counts and times."""
+"""A request in the engine: its status, text, counts and times."""
 
 from __future__ import annotations
 
@@ -45,17 +45,18 @@ class RequestStatus(enum.Enum):
 class GenerationRequest:
     """Turns the tokens of one row into the deltas of one output channel.
 
-    Used on the engine's thread, except for :meth:`stats`, :attr:`status`, which any thread may
-    read, and the attributes that never change. A transition from a status that does not allow
-    it raises :class:`RuntimeError`.
+    Belongs to the engine's thread, except that any thread may call :meth:`stats` and read
+    :attr:`status` and the attributes that never change. A transition that the status does not
+    allow raises :class:`RuntimeError`.
 
     Args:
         spec: The validated request.
         codec: The tokenizer of the model that ``spec`` was validated for.
-        eos_token_ids: The ids that end a text of the model.
+        eos_token_ids: The model's own end tokens.
 
     Attributes:
-        id: Unique in this process; not the caller's id.
+        id: Id of the request and of its row, unique in this process; not the caller's id.
+        spec: The validated request.
         status: The stage that the request has reached.
         stream: The channel to the reader.
     """
@@ -81,37 +82,37 @@ class GenerationRequest:
 
     @property
     def max_length(self) -> int:
-        """The most tokens of the sequence, prompt included."""
+        """Largest possible number of tokens in the sequence, prompt included."""
         return len(self.spec.prompt_ids) + self.spec.max_tokens
 
     @property
     def length(self) -> int:
-        """Tokens of the sequence up to now, prompt included."""
+        """Number of tokens in the sequence so far, prompt included."""
         return len(self.spec.prompt_ids) + self._token_count
 
     # -- transitions -------------------------------------------------------------
 
     def admit(self) -> None:
-        """Take a slot of the batch: WAITING to PREFILLING."""
+        """Transition from WAITING to PREFILLING: the request takes a slot of the batch."""
         self._transition(RequestStatus.PREFILLING, RequestStatus.WAITING)
         self._admitted_at = time.monotonic()
 
     def preempt(self) -> None:
-        """Give the slot to others until the reader has caught up: DECODING to PREEMPTED."""
+        """Transition from DECODING to PREEMPTED: the reader is slow, so the slot becomes free."""
         self._transition(RequestStatus.PREEMPTED, RequestStatus.DECODING)
         self._preempted_at = time.monotonic()
 
     def resume(self) -> None:
-        """Take a slot again: PREEMPTED to DECODING."""
+        """Transition from PREEMPTED to DECODING: the request takes a slot again."""
         self._transition(RequestStatus.DECODING, RequestStatus.PREEMPTED)
         self._preempted_seconds += time.monotonic() - self._preempted_at
 
     def cancel(self) -> None:
-        """Finish because the reader is gone."""
+        """Transition to FINISHED because the reader is gone."""
         self._finish()
 
     def fail(self, fault: RunnerFault) -> None:
-        """Finish with an error, which the reader gets after the deltas already put."""
+        """Transition to FINISHED with an error, which follows the deltas already put."""
         self._finish()
         self.stream.fail(fault)
 
@@ -132,15 +133,15 @@ class GenerationRequest:
     # -- events ------------------------------------------------------------------
 
     def on_prefill(self, event: Prefill) -> None:
-        """Pass progress of the prompt to the reader."""
+        """Put the progress of the prompt into the channel."""
         self._cached_count = event.cached
         self.stream.put(OutputDelta(prefill=(event.prefilled, event.total)))
 
     def on_token(self, event: Token) -> GenerationResult | None:
-        """Add a token; the first one begins DECODING, the last one finishes the request.
+        """Add a token. The first one starts DECODING, and the last one finishes the request.
 
         Returns:
-            The result if this token was the last.
+            The result if this was the last token; otherwise None.
         """
         if self.status is not RequestStatus.DECODING:
             self._transition(RequestStatus.DECODING, RequestStatus.PREFILLING)
@@ -159,9 +160,9 @@ class GenerationRequest:
         return result
 
     def stats(self) -> GenerationStats:
-        """Return the usage and timing up to now. Thread-safe."""
+        """Return the usage and timing so far. Thread-safe."""
         now = self._finished_at or time.monotonic()
-        # Read in the reverse of the order in which the engine's thread sets them.
+        # The engine's thread sets these in the opposite order, so a set `first` implies `admitted`.
         first, admitted = self._first_token_at, self._admitted_at
         return GenerationStats(
             prompt_count=len(self.spec.prompt_ids),
@@ -174,17 +175,17 @@ class GenerationRequest:
         )
 
     def running_seconds(self, result: GenerationResult) -> float:
-        """Return the time in the batch, which excludes the time preempted."""
+        """Return the seconds that the request occupied a slot, without those preempted."""
         return result.prompt_seconds + result.eval_seconds - self._preempted_seconds
 
     def _end_at(self, token_id: int) -> FinishReason | None:
-        """Return the finish reason if a token is the last one by id or count."""
+        """Return the finish reason if a token is the last one by its id or by count."""
         if token_id in self._end_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if self._token_count >= self.spec.max_tokens else None
 
     def _read(self, token_id: int, end: FinishReason | None) -> str:
-        """Return the text completed by a token; an end token has none."""
+        """Return the text that a token completes; an end token has no text itself."""
         text = "" if end is FinishReason.STOP else self._decoder.push(token_id)
         return text + self._decoder.flush() if end else text
 

@@ -1,6 +1,6 @@
-"""Order of prefill and sizes of its chunks, cut by time.
+"""Prefill policy: whose prompt runs next, and in chunks of what size.
 
-Between two decode steps prompts get a slice of time. Half of it belongs to the prompt with the
+Between two decode steps, prompts get a slice of time. Half of it belongs to the prompt with the
 fewest remaining tokens, so that a short prompt does not wait for a long one, and half to the
 prompt that arrived first, so that a long prompt is not postponed indefinitely.
 
@@ -9,9 +9,9 @@ For example, on a machine that prefills 2,000 tokens a second, with streams whos
 
 1. A slice of 30 ms is about 60 tokens. Prompt 1 is the shortest: its 40 tokens run, and prompt 0
    is 20 ms behind.
-2. 10 ms are left, which fit fewer than 32 tokens, so the slice is over and a decode step runs.
-3. Prompt 0 has the next slices of 48 tokens each. If more short prompts arrive, they and prompt 0
-   take turns, because it is never more than a slice behind them.
+2. The remaining 10 ms fit fewer than 32 tokens, so the slice is over and a decode step runs.
+3. Prompt 0 gets the next slices, 48 tokens in each. If more short prompts arrive, they and prompt 0
+   take turns, because prompt 0 is never more than a slice behind them.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ MAX_SECONDS = 0.25
 cancellations."""
 
 MIN_CHUNK = 32
-"""Tokens below which a chunk takes hardly less time, because it reads all weights anyway. On
+"""Tokens below which a shorter chunk is hardly faster, because it reads all weights anyway. On
 a 100 M model on two CPU cores 256 tokens take 0.47 s in chunks of 32, 0.36 in chunks of 64
 and 0.32 in chunks of 128."""
 
 _GRAIN = 16
-"""Chunks are multiples of this many tokens where the prompt allows it."""
+"""Chunks are multiples of this number of tokens where the prompt allows it."""
 
 _LEAST_STEPS = 2.0
-"""Shortest slice in decode steps: a step reads the weights once, and a chunk of its length does
-little else."""
+"""Shortest slice, in decode steps. A chunk that takes as long as one step does little more than
+read the weights."""
 
 _PROMPT_WEIGHT = 8.0
 """Weight of a waiting prompt relative to a running stream when time is divided. On a 100 M model on
 two CPU cores, 16 prompts of 64 tokens that arrive together are prefilled in 1.4 s with a weight of
-4 and in 1.2 s with 8, because more of them share a call. A single prompt shares its call with none,
-so half a prompt is subtracted."""
+4 and in 1.2 s with 8, because more of them share a call. A single prompt shares its call with no
+other, so half a prompt is subtracted."""
 
 
 _KEPT = 0.8
-"""Decay of a chunk's weight with each later chunk. The last few dominate, because a token late in
-a long prompt takes longer than one in a short prompt."""
+"""Factor on the weight of a chunk for each later chunk. The latest few dominate, because a token
+late in a long prompt takes longer than one in a short prompt."""
 
 _MOST_CONSTANT = 0.6
 """Largest share of an average chunk's time attributed to the constant part. The fit would attribute
@@ -54,7 +54,7 @@ more where chunks later in a prompt, which are slower, also differ in size."""
 
 
 class PrefillPolicy:
-    """Chooses prompts and cuts them into chunks to fit a slice of time.
+    """Chooses prompts and cuts them into chunks that fit a slice of time.
 
     Args:
         max_chunk: Most tokens in one chunk; bounds its working memory.
@@ -75,9 +75,9 @@ class PrefillPolicy:
         """Begin a slice.
 
         A waiting prompt keeps the batch small, and a step of a small batch takes about as long
-        as one of a large batch. So time is divided in proportion to prompts and running
-        streams: one new prompt delays many streams little, and one stream does not delay many
-        prompts.
+        as one of a large batch. Time is therefore divided in proportion to waiting prompts and
+        running streams: one new prompt delays many streams only a little, and one stream does
+        not delay many prompts.
 
         Args:
             decode_seconds: Time of a decode step.
@@ -108,7 +108,8 @@ class PrefillPolicy:
         shortest = min(remaining, key=remaining.__getitem__)
         if oldest != self._oldest:
             self._oldest, self._debt_seconds = oldest, 0.0
-        # A short prompt begins within a slice, unless a chunk takes the whole slice.
+        # The first chunk may go to the shortest prompt while the oldest is at most a slice behind,
+        # so that a short prompt begins within one slice.
         allowed = self._slice if self._is_first else 0.0
         row = oldest if self._debt_seconds > allowed else shortest
         fitting = self._fitting_chunk(self._left)
@@ -122,7 +123,7 @@ class PrefillPolicy:
 
     @property
     def token_capacity(self) -> int:
-        """Tokens to prefill in the rest of the slice, counting other prompts in the same call."""
+        """Tokens that fit the rest of the slice, over all prompts in the same call."""
         return self._cost.tokens_within(self._left) or 0
 
     def record(self, tokens: int, seconds: float) -> None:
@@ -133,14 +134,14 @@ class PrefillPolicy:
         self._cost.record(tokens, seconds)
 
     def _fitting_chunk(self, seconds: float) -> int:
-        """Return the tokens to prefill in a given time, at most ``max_chunk``."""
+        """Return the size of a chunk that takes ``seconds``, at most ``max_chunk``."""
         tokens = self._cost.tokens_within(seconds)
         if tokens is None:
             return self._min_chunk
         return min(self._max_chunk, tokens // _GRAIN * _GRAIN)
 
     def _cut(self, tokens: int, fitting: int) -> int:
-        """Return the size of a chunk; up to half more than fits if no rest remains then."""
+        """Return the size of a chunk, up to half more than fits if that ends the prompt."""
         if tokens <= min(fitting * 3 // 2, self._max_chunk):
             return tokens
         return -(-tokens // 2) if tokens < 2 * fitting else fitting
@@ -149,8 +150,8 @@ class PrefillPolicy:
 class PrefillCostModel:
     """Fits ``seconds = constant + tokens * per_token`` to prefill chunks.
 
-    The constant is the time to read the weights, which any chunk needs. The fit is weighted least
-    squares in which older chunks count less.
+    The constant is mostly the time to read the weights. The fit is by least squares, with less
+    weight on older chunks.
     """
 
     def __init__(self) -> None:
@@ -170,7 +171,7 @@ class PrefillCostModel:
         self._covariance = (1 - share) * (self._covariance + share * more_tokens * more_seconds)
 
     def tokens_within(self, seconds: float) -> int | None:
-        """Return the tokens to prefill in a given time; None before the first chunk."""
+        """Return the number of tokens that take ``seconds``; None before the first chunk."""
         if not self._weight:
             return None
         constant = self._constant()

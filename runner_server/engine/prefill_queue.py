@@ -1,4 +1,4 @@
-"""Prompts in prefill: which of them run next, how many tokens, and what they reuse."""
+"""The prompts in prefill, and their next chunks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from runner_server.engine.types import Prefill
 from runner_server.engine.work import PrefillItem, PromptChunk
 
 _WORTHWHILE = 32
-"""Fewest tokens worth a stop at the branch from an earlier prompt, for a snapshot there."""
+"""Fewest tokens that a snapshot must save a later prompt, to be worth ending a chunk for."""
 
 FindPrefix = Callable[[Sequence[int]], Match]
-"""Returns the length of a prompt's longest prefix in the prefix cache."""
+"""Finds the longest prefix of a prompt in the prefix cache."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class PrefillLimits:
     Attributes:
         max_chunk: Most tokens of one prompt in one call, which bounds the call's working memory.
         max_tokens: Most tokens of several prompts in one call.
-        can_pad: Whether prompts of unequal length may share a call.
+        can_pad: Whether chunks of unequal length may share a call.
         needs_snapshot: Whether a prefix can be reused only where a snapshot was taken.
-        max_prompts: The most prompts that memory allows in one call, by the tokens of each to
-            prefill and the tokens of each before them.
+        max_prompts: Returns the most prompts that memory allows in one call, given the tokens to
+            prefill of each and the tokens already in its caches.
     """
 
     max_chunk: int
@@ -41,13 +41,13 @@ class PrefillLimits:
 
 @dataclass(eq=False)
 class _Prompt:
-    """A prompt in prefill; the last token is left to the first decode step.
+    """A prompt in prefill, which ends before the last token: that is the first decode input.
 
     Attributes:
         row: Id of the row.
         ids: The whole prompt.
         prefilled: Tokens in the row's caches.
-        reusable: Length of the cached prefix when last looked up.
+        reusable: Length of the prefix found by the latest lookup in the prefix cache.
         cached: Tokens restored from the prefix cache.
     """
 
@@ -68,15 +68,16 @@ class _Prompt:
 
 @dataclass(frozen=True)
 class ChunkStart:
-    """Where the next chunk of a prompt starts.
+    """Start of a prompt's next chunk.
 
     Attributes:
         row: Id of the row.
-        position: Tokens prefilled or about to be restored.
-        restored: Length of the prefix to restore to get there; 0 = none.
-        end: Tokens of the prompt to prefill in all.
-        branch: Position at which an earlier prompt diverges, if a snapshot there is useful.
-        lookahead: Enough of the next tokens to compare with another prompt.
+        position: Tokens in the row's caches, once the prefix is restored.
+        restored: Length of the prefix to restore first; 0 = none.
+        end: Position at which the prefill of the prompt ends.
+        branch: Position at which a cached prompt diverges from this one, if a snapshot there would
+            help later prompts.
+        lookahead: The next tokens, as many as decide whether two prompts continue alike.
     """
 
     row: int
@@ -92,21 +93,21 @@ class ChunkStart:
         return self.end - self.position
 
     def chunk(self, count: int, *, needs_snapshot: bool) -> PromptChunk:
-        """Return the chunk of at most ``count`` tokens, none of them beyond the branch."""
+        """Return a chunk of at most ``count`` tokens, which ends at the branch at the latest."""
         last = min(self.position + count, self.end)
         if self.branch is not None:
             last = min(last, self.branch)
-        # A snapshot costs the memory of a whole state, so only those likely to be reused are taken.
+        # A snapshot takes the memory of a whole state, so only the useful ones are taken.
         is_stored = last in (self.branch, self.end) or not needs_snapshot
         length = last - self.position
         return PromptChunk(self.row, self.restored, length, is_stored and length > 0)
 
 
 class PrefillQueue:
-    """The prompts in prefill, in order of arrival.
+    """Queue of the prompts in prefill, in order of arrival.
 
     Args:
-        limits: What the model allows.
+        limits: The model's limits of one prefill call.
         find_prefix: Looks a prompt up in the prefix cache.
     """
 
@@ -125,12 +126,12 @@ class PrefillQueue:
         self._start(prompt)
 
     def remove(self, row: int) -> None:
-        """Remove a prompt if it is here."""
+        """Remove the prompt of a row. No-op if unknown."""
         self._prompts.pop(row, None)
 
     @property
     def ending_soon(self) -> int:
-        """How many prompts end with their next chunk."""
+        """Number of prompts whose next chunk may be the last."""
         return sum(each.remaining <= self._limits.max_chunk for each in self._prompts.values())
 
     def begin_slice(self, decode_seconds: float, decoding: int) -> None:
@@ -140,7 +141,7 @@ class PrefillQueue:
     def next_item(self) -> PrefillItem | None:
         """Return the next chunks; None when the slice is over or no prompt is left.
 
-        The caller reports them with :meth:`record` before it asks again.
+        The caller must :meth:`record` them before the next call.
         """
         choice = self._policy.next({row: each.remaining for row, each in self._prompts.items()})
         if choice is None:
@@ -154,10 +155,10 @@ class PrefillQueue:
         )
 
     def record(self, item: PrefillItem, seconds: float) -> tuple[list[Prefill], list[int]]:
-        """Record finished chunks.
+        """Record the chunks that were run, and how long they took.
 
         Returns:
-            The progress of each prompt, and the rows whose prompts are prefilled.
+            The progress of each prompt, and the rows whose prefill is complete.
         """
         tokens = sum(chunk.count for chunk in item.chunks)
         if tokens:
@@ -176,12 +177,15 @@ class PrefillQueue:
         return events, ready
 
     def _start(self, prompt: _Prompt) -> ChunkStart:
-        """Look a prompt up in the prefix cache, which other prompts may have filled meanwhile."""
+        """Return the start of a prompt's next chunk, after a new lookup in the prefix cache.
+
+        Other prompts may have been inserted since the previous lookup.
+        """
         match = self._find_prefix(prompt.ids[:-1])
         prompt.reusable = match.usable
         restored = match.usable if match.usable > prompt.prefilled else 0
         position = max(prompt.prefilled, match.usable)
-        # A later prompt with the same prefix can then reuse the snapshot at its end.
+        # With a snapshot where the two prompts part, a third one can reuse what they share.
         gain = match.common - match.usable
         is_useful = gain >= _WORTHWHILE and match.common > position
         branch = match.common if self._limits.needs_snapshot and is_useful else None
@@ -189,7 +193,7 @@ class PrefillQueue:
         return ChunkStart(prompt.row, position, restored, prompt.end, branch, lookahead)
 
     def _companions(self, first: ChunkStart, count: int) -> list[ChunkStart]:
-        """Return the starts of further prompts that run in the same call as ``first``."""
+        """Return the starts of the prompts to prefill in the same call as ``first``."""
         length = first.remaining
         if length < 2 or count < length or first.branch is not None:
             return []
@@ -206,21 +210,21 @@ class PrefillQueue:
 def companions(
     first: ChunkStart, candidates: Iterable[ChunkStart], most: int, shortest: int
 ) -> list[ChunkStart]:
-    """Choose prompts to prefill in the same call as another one, which reads the weights once.
+    """Choose prompts to prefill in the same call as another one, so that it reads the weights once.
 
     Each starts at the same position as ``first`` and is prefilled to its end. A prompt that
-    continues like one already chosen is left out: their common tokens are prefilled once, and taken
-    from the prefix cache the second time.
+    continues like one already chosen is left out: it waits, and takes their common tokens from the
+    prefix cache.
 
     For example, with ``first`` at position 0 and 60 tokens left, and ``shortest`` 30: a prompt of
-    50 other tokens rides along; one of 20 does not, because padding would cost more than its own
+    50 other tokens joins; one of 20 does not, because padding would cost more than a separate
     call; nor does one that starts at position 16, nor a second one with the same 50 tokens.
 
     Args:
         first: The prompt chosen by the policy.
         candidates: Other prompts, in order of arrival.
-        most: The most prompts to choose.
-        shortest: Fewest tokens left of a prompt to choose.
+        most: Most prompts to choose.
+        shortest: Fewest tokens that a chosen prompt has left.
     """
     chosen: list[ChunkStart] = []
     continuations = {first.lookahead}

@@ -1,11 +1,11 @@
 """Prefix cache: a radix tree of prefilled prompts under a byte budget.
 
-Each node stands for a run of tokens and holds their segment of the model's KV caches; prompts with
-a common prefix share its nodes. The tree treats segments as opaque: :class:`SegmentOps` cuts and
-measures them.
+Each node represents a run of tokens and holds the segment of the model's KV caches for them.
+Prompts with a common prefix share nodes. Segments are opaque to the tree: :class:`SegmentOps` cuts
+and measures them.
 
-Nodes are evicted least recently used first, and never before the nodes below them. So a prefix
-that many prompts share, such as a system prompt, stays longest.
+Nodes are evicted least recently used first, and never before their descendants. A prefix that many
+prompts share, such as a system prompt, therefore stays longest.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 S = TypeVar("S")
-"""Segment: the part of the KV caches for a run of tokens; can be cut."""
+"""Segment: part of the KV caches, for a run of tokens. Can be cut."""
 
 T = TypeVar("T")
-"""Snapshot: the rest of the caches' state after the last token of a run; cannot be cut."""
+"""Snapshot: the rest of the caches' state, after the last token of a run. Cannot be cut."""
 
 T_contra = TypeVar("T_contra", contravariant=True)
 
@@ -51,8 +51,8 @@ class Match:
     """Length of the longest cached prefix of a prompt.
 
     Attributes:
-        usable: Tokens whose caches can be reused.
-        common: Tokens that the prompt has in common with a cached one, reusable or not.
+        usable: Number of leading tokens whose caches can be reused.
+        common: Number of leading tokens in common with a cached prompt, reusable or not.
     """
 
     usable: int
@@ -61,7 +61,7 @@ class Match:
 
 @dataclass
 class CacheUsage:
-    """Byte counters without a reference to the cache.
+    """Byte counters that do not keep the cache alive.
 
     Attributes:
         limit_bytes: The byte budget.
@@ -80,7 +80,7 @@ class _Root(Generic[S, T]):
 
 
 class _Node(_Root[S, T]):
-    """A run of tokens, continuing the path from the root."""
+    """A run of tokens that continues the path from the root to its parent."""
 
     def __init__(self, tokens: array[int], parent: _Root[S, T], segment: S) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class PrefixCache(Generic[S, T]):
         return self.usage.limit_bytes > 0
 
     def limit(self, limit_bytes: int) -> None:
-        """Change the byte budget, evicting nodes to meet it."""
+        """Change the byte budget, evicting nodes to meet the new one."""
         self.usage.limit_bytes = limit_bytes
         while self.nbytes > limit_bytes:
             self._evict(next(iter(self._lru)))
@@ -169,8 +169,8 @@ class PrefixCache(Generic[S, T]):
             segment: Copies the segment of a range of tokens; called only for tokens that are
                 not in the tree.
             snapshot: Copies the snapshot after the last token.
-            token_bytes: Bytes of one token if known: then only as many tokens are copied as
-                fit the budget.
+            token_bytes: Bytes of one token's segment; 0 if unknown. If given, no more tokens are
+                copied than fit the budget.
         """
         run = array("i", tokens)
         path = self._walk(run)
@@ -195,8 +195,8 @@ class PrefixCache(Generic[S, T]):
 
         Args:
             tokens: The tokens of the failed prompt that were prefilled.
-            is_sound: Whether a segment and its snapshot are valid; sound nodes shared with
-                other prompts stay.
+            is_sound: Returns whether a segment and its snapshot are valid. Sound nodes that other
+                prompts share stay.
         """
         path = self._walk(array("i", tokens))
         for node, _ in path:
@@ -211,7 +211,7 @@ class PrefixCache(Generic[S, T]):
     # -- walking -----------------------------------------------------------------
 
     def _walk(self, tokens: array[int]) -> list[tuple[_Node[S, T], int]]:
-        """Return the path of a prompt: nodes, and the matching tokens of each."""
+        """Return the path of a prompt: nodes, each with its number of matching tokens."""
         path = []
         node: _Root[S, T] = self._root
         at = 0
@@ -225,7 +225,7 @@ class PrefixCache(Generic[S, T]):
         return path
 
     def _deepest_snapshot(self, path: list[tuple[_Node[S, T], int]]) -> tuple[int, int]:
-        """Return the numbers of nodes and of tokens up to the last snapshot on a path."""
+        """Return the number of nodes and of tokens up to the last snapshot on a path."""
         best, total = (0, 0), 0
         for count, (node, length) in enumerate(path, start=1):
             total += length
@@ -261,12 +261,12 @@ class PrefixCache(Generic[S, T]):
         return upper
 
     def _append(self, parent: _Root[S, T], tokens: array[int], segment: S) -> _Node[S, T] | None:
-        """Add a child node, if the budget allows it beside its path."""
+        """Add a child node; return None if the budget does not allow it in addition to its path."""
         if not self._evict_to_fit(self._ops.segment_bytes(segment), parent):
             return None
         node = _Node[S, T](tokens, parent, segment)
         parent.children[tokens[0]] = node
-        # Touched before the nodes above, so that it is evicted before them.
+        # Touched before its ancestors, so that it is evicted before them.
         self._lru[node] = None
         self._touch(_path_to(node))
         self._update_size(node)
@@ -289,7 +289,7 @@ class PrefixCache(Generic[S, T]):
         if sum(node.nbytes for node in _path_to(keep)) + needed > self.usage.limit_bytes:
             return False
         while self.nbytes + needed > self.usage.limit_bytes:
-            # Never a node of the path: these were touched last.
+            # Never a node of the path, whose nodes were touched last.
             self._evict(next(iter(self._lru)))
         return True
 
@@ -307,7 +307,7 @@ class PrefixCache(Generic[S, T]):
             self._evict(each)
 
     def _touch(self, path: Sequence[_Node[S, T]]) -> None:
-        """Mark the nodes of a path as just used, the first one last."""
+        """Mark the nodes of a path as just used, from the last node up to the first."""
         for node in reversed(path):
             self._lru.move_to_end(node)
 

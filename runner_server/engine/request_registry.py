@@ -1,7 +1,7 @@
 """State shared by the event loop and the engine's thread.
 
-Every method is thread-safe. Requests and commands are refused here, so that the check and the
-entry happen under one lock.
+Every method is thread-safe. The registry itself refuses requests and commands, so that check and
+registration happen under one lock.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from runner_server.errors import (
 )
 
 _MAX_ERROR_CHARS = 512
-"""Limit of the last error's text: Status is polled often."""
+"""Limit of the last error's text, because ``Status`` is polled often."""
 
 
 class RequestRegistry:
-    """State, model, unfinished requests and pending commands of an engine.
+    """Registry of the engine's state, model, unfinished requests and pending commands.
 
     Args:
-        max_queued: How many requests may wait for a slot.
+        max_queued: Most requests that may wait for a slot.
 
     Attributes:
         heartbeat: Progress of the engine's thread.
@@ -57,7 +57,7 @@ class RequestRegistry:
     # -- checks of the event loop ------------------------------------------------
 
     def accept(self, model: ModelHandle, request: GenerationRequest) -> None:
-        """Enter a request.
+        """Register a request.
 
         Raises:
             ModelNotLoaded: The model that the request was validated for is gone.
@@ -134,7 +134,7 @@ class RequestRegistry:
     def state(self) -> EngineState:
         """Return a snapshot of the engine's state."""
         with self._lock:
-            # A failed engine runs nothing, even if its thread hangs and keeps its requests.
+            # A failed engine runs no requests, even if its thread hangs and still has some.
             count = 0 if self._state is State.FAILED else len(self._requests)
             queued = self._queued_count() if count else 0
             is_working = count > 0 and not self.heartbeat.is_idle
@@ -162,11 +162,11 @@ class RequestRegistry:
         self._last_error = text[:_MAX_ERROR_CHARS]
 
     def remove(self, request: GenerationRequest, running_seconds: float | None = None) -> None:
-        """Drop a finished request.
+        """Remove a finished request.
 
         Args:
             request: The request.
-            running_seconds: How long it held a slot, unless it was cancelled or failed.
+            running_seconds: Time that it occupied a slot; None if it was cancelled or failed.
         """
         with self._lock:
             self._requests.pop(request.id, None)
@@ -175,19 +175,19 @@ class RequestRegistry:
                 self._retry_estimate.record(running_seconds, parallel)
 
     def offer_model(self, model: ModelHandle) -> None:
-        """Accept requests for a model from now on."""
+        """Start accepting requests for a model."""
         with self._lock:
             self._model = model
 
     def withdraw_model(self) -> list[GenerationRequest]:
-        """Accept no further requests; return the unfinished ones."""
+        """Stop accepting requests; return the unfinished ones."""
         with self._lock:
             self._model = None
             self._progress = 0
             return list(self._requests.values())
 
     def end_command(self) -> None:
-        """Make way for the next load or unload."""
+        """Record the end of a load or an unload, so that the next one can begin."""
         with self._lock:
             self._model_command = None
             if not self.is_stopping:
@@ -195,7 +195,7 @@ class RequestRegistry:
             self._progress = 100 if self._model else 0
 
     def end_trim(self, future: Future[None]) -> None:
-        """End a trim. No-op if the caller has cancelled."""
+        """Record the end of a trim. No-op if the caller has cancelled it."""
         with self._lock:
             self._trims.discard(future)
         with suppress(InvalidStateError):
@@ -216,13 +216,13 @@ class RequestRegistry:
         return self.withdraw_model()
 
     def fail_commands(self, fault: RunnerFault) -> None:
-        """Fail the load or unload and the trims under way."""
+        """Fail the pending load or unload and the pending trims."""
         with self._lock:
             command, self._model_command = self._model_command, None
             trims, self._trims = self._trims, set()
         futures: list[Future[Any]] = [command.future] if command else []
         for future in (*futures, *trims):
-            # A caller may cancel at the same moment.
+            # The caller may have cancelled, or the engine's thread may have set the outcome.
             with suppress(InvalidStateError):
                 future.set_exception(fault)
 
@@ -233,7 +233,7 @@ def _require_memory(model: ModelHandle, request: GenerationRequest) -> None:
     if need > budget:
         raise InsufficientMemory(
             f"{request.max_length} tokens need {format_bytes(need)} of KV cache and "
-            f"{format_bytes(budget)} may be used; ask for fewer with num_predict, or load with "
+            f"{format_bytes(budget)} may be used; request fewer with num_predict, or load with "
             "more memory",
             requiredBytes=need,
             availableBytes=budget,

@@ -1,7 +1,7 @@
-"""The scheduler: admission, preemption, and the next work item of the engine.
+"""The scheduler: admission, preemption, and the engine's next work item.
 
-The scheduler decides, and the executor of the backend runs what it decides. Nothing here uses MLX
-or reads a clock: times come with the report of each item.
+The scheduler decides, and the backend's executor runs what was decided. The scheduler neither uses
+MLX nor reads a clock: it gets durations from the report of each item.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from runner_server.engine.work import WorkItem, WorkReport
 
 
 class Scheduler:
-    """The requests on the engine's thread, and the order of their work.
+    """Orders the work of the requests on the engine's thread.
 
-    Admission is first come, first served: a request that does not fit is not overtaken.
-    Preempted requests whose readers have caught up go before those that wait. Prompts of admitted
-    requests and decode steps take turns as :class:`BatchPlanner` says.
+    Admission is first come, first served: later requests do not overtake one that does not fit.
+    Preempted requests whose readers have caught up are resumed before waiting ones are admitted.
+    :class:`BatchPlanner` alternates prefill and decode steps of the admitted requests.
 
     Attributes:
         waiting: Requests that are WAITING, in order of arrival.
-        admitted: Requests that hold memory, by id: those in the batch and the PREEMPTED ones.
-        resumable: The PREEMPTED requests whose readers have caught up, in that order.
+        admitted: Requests with KV caches, by id: those in the batch and the PREEMPTED ones.
+        resumable: PREEMPTED requests whose readers have caught up, in the order they did.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Scheduler:
         self._planner: BatchPlanner | None = None
 
     def start_batch(self, model: LoadedModel, executor: Executor) -> None:
-        """Plan for a new executor, without rows yet."""
+        """Start planning for a new executor, which has no rows yet."""
         self._planner = BatchPlanner(model.prefill_limits, executor.find_prefix)
 
     @property
@@ -47,13 +47,13 @@ class Scheduler:
 
     @property
     def preempted(self) -> list[GenerationRequest]:
-        """The requests outside the batch with KV caches."""
+        """The requests outside the batch that keep their KV caches."""
         preempted = RequestStatus.PREEMPTED
         return [each for each in self.admitted.values() if each.status is preempted]
 
     @property
     def has_running(self) -> bool:
-        """True if the batch has a request."""
+        """True if the batch is not empty."""
         preempted = RequestStatus.PREEMPTED
         return any(each.status is not preempted for each in self.admitted.values())
 
@@ -73,8 +73,8 @@ class Scheduler:
         """Admit and resume requests while slots and memory are free.
 
         Returns:
-            The admitted requests, now PREFILLING, for the caller to add to the executor. Resumed
-            ones have their rows there already.
+            The admitted requests, now PREFILLING, which the caller adds to the executor. The rows
+            of resumed requests are already there.
         """
         admitted = []
         while self.has_next(model):
@@ -91,7 +91,7 @@ class Scheduler:
         return admitted
 
     def next_item(self) -> WorkItem | None:
-        """Return the next work item, to be run and recorded; see :class:`BatchPlanner`."""
+        """Return the next work item, which the caller runs and records; see ``BatchPlanner``."""
         return self._batch.next_item()
 
     def record(self, item: WorkItem, report: WorkReport) -> list[Event]:
@@ -99,13 +99,13 @@ class Scheduler:
         return self._batch.record(item, report)
 
     def slow_readers(self) -> list[GenerationRequest]:
-        """Return the DECODING requests to preempt, because their readers are too far behind."""
+        """Return the DECODING requests whose readers are too far behind, to be preempted."""
         decoding = RequestStatus.DECODING
         full = [each for each in self.admitted.values() if each.stream.is_full]
         return [each for each in full if each.status is decoding]
 
     def preempt(self, request: GenerationRequest) -> None:
-        """Give a request's slot to others until it is marked resumable."""
+        """Take a request out of the batch until its reader has caught up."""
         request.preempt()
         self._batch.remove(request.id)
 
@@ -118,7 +118,7 @@ class Scheduler:
         return len(running) < model.info.parallel and self._fits(queue[0], running, model)
 
     def remove(self, request: GenerationRequest) -> bool:
-        """Take a request out; return True if the request held memory."""
+        """Forget a request; return True if it was admitted and so has KV caches to free."""
         queue = self.resumable if self.admitted.pop(request.id, None) else self.waiting
         with suppress(ValueError):
             queue.remove(request)
@@ -127,7 +127,7 @@ class Scheduler:
         return queue is self.resumable
 
     def clear(self) -> None:
-        """Take every request out, and drop every reference to the executor."""
+        """Forget every request, and drop the references to the executor."""
         self.waiting.clear()
         self.admitted.clear()
         self.resumable.clear()
@@ -142,13 +142,13 @@ class Scheduler:
     def _fits(
         self, request: GenerationRequest, running: list[GenerationRequest], model: LoadedModel
     ) -> bool:
-        """Return True if memory suffices even with every request at its maximum length."""
+        """Return True if memory suffices even once every request has its maximum length."""
         if not running and request.status is RequestStatus.PREEMPTED:
             # Slow readers of the other preempted requests must not block this one. At worst it
             # exceeds the budget by the memory of one sequence.
             return True
         lengths = [other.max_length for other in (*running, request)]
-        # A batch is as wide as its longest row.
+        # Every row of a batch takes the memory of the longest.
         need = len(lengths) * model.kv_bytes(max(lengths))
         # Preempted requests do not grow.
         held = (other.length for other in self.preempted if other is not request)

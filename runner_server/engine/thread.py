@@ -1,6 +1,6 @@
-"""The engine's thread, which owns the model; :meth:`EngineThread.run` is the loop.
+"""The engine's thread, which owns the model. :meth:`EngineThread.run` is its loop.
 
-Everything in this module runs on that thread. It takes commands from a queue and answers through
+Everything in this module runs on that thread: it takes commands from a queue and replies through
 output channels, futures and the registry.
 """
 
@@ -52,8 +52,8 @@ _TRIM_AFTER_SECONDS = 1.0
 """Idle time after which the engine returns freed memory to the system."""
 
 _MAX_FAILED_STEPS = 2
-"""Failed steps after which the engine gives up, without a decode step that succeeded in between: it
-cannot recover in this process."""
+"""Failed steps, with no successful decode step between them, after which the engine dies, because it
+evidently cannot recover."""
 
 
 class EngineThread:
@@ -67,7 +67,7 @@ class EngineThread:
         on_death: Called once if the engine cannot continue.
 
     Attributes:
-        device: Device that computes; empty until the library is imported.
+        device: Name of the device; empty until the library is imported.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class EngineThread:
         self._commands = commands
         self._loop = loop
         self._on_death = on_death
-        # The only references to the model: its memory must be freed when they go.
+        # The only references to the model, so that dropping them frees its memory.
         self._model: LoadedModel | None = None
         self._executor: Executor | None = None
         self._scheduler = Scheduler()
@@ -111,7 +111,7 @@ class EngineThread:
     # -- commands ----------------------------------------------------------------
 
     def _take_commands(self) -> None:
-        """Handle the queued commands; block only when there is nothing to step."""
+        """Handle the queued commands; block only if there is no work to do."""
         command = self._poll() if self._can_advance() else self._wait()
         while command is not None:
             self._handle(command)
@@ -129,7 +129,7 @@ class EngineThread:
         return command
 
     def _wait_or_trim(self) -> Command:
-        """Block until a command arrives; return freed memory once if none does for a while."""
+        """Block until a command arrives; once idle for a second, return freed memory."""
         if self._has_stepped:
             try:
                 return self._commands.get(timeout=_TRIM_AFTER_SECONDS)
@@ -147,7 +147,7 @@ class EngineThread:
     def _handle(self, command: Command) -> None:
         match command:
             case GenerationRequest():
-                # It was failed meanwhile if its model was replaced or unloaded.
+                # FINISHED if its model was replaced or unloaded while it was in the queue.
                 if command.status is RequestStatus.WAITING:
                     self._scheduler.add(command)
             case Cancel(request):
@@ -163,7 +163,7 @@ class EngineThread:
             case Unload():
                 self._change_model(command, self._unload)
             case Stop():
-                # The loop reads the registry's state, as does a load that is under way.
+                # The loop and a running load read the registry's state.
                 pass
             case _:
                 assert_never(command)
@@ -174,7 +174,7 @@ class EngineThread:
             self._model.limit_prefix_cache(limit_bytes)
 
     def _trim(self, trim: Trim) -> None:
-        """Reduce the prefix cache once, and return freed memory to the system."""
+        """Evict from the prefix cache without changing its budget, and return freed memory."""
         if self._model:
             self._model.limit_prefix_cache(min(self._prefix_cache_bytes, trim.prefix_cache_bytes))
             self._model.limit_prefix_cache(self._prefix_cache_bytes)
@@ -182,7 +182,7 @@ class EngineThread:
         self._registry.end_trim(trim.future)
 
     def _cancel(self, request: GenerationRequest) -> None:
-        """Finish a request without a reader. No-op once finished."""
+        """Finish a request whose reader is gone. No-op once finished."""
         if request.status is RequestStatus.FINISHED:
             return
         self._registry.remove(request)
@@ -198,7 +198,7 @@ class EngineThread:
         self._guarded(self._admit_and_run)
 
     def _guarded(self, work: Callable[[LoadedModel, Executor], None]) -> None:
-        """Work on the rows; on an exception, fail the requests and begin a new batch."""
+        """Run ``work``; if it raises, fail the batch's requests and start a new batch."""
         model, executor = self._model, self._executor
         if not (model and executor):
             return
@@ -217,7 +217,7 @@ class EngineThread:
 
     def _admit_and_run(self, model: LoadedModel, executor: Executor) -> None:
         for request in self._scheduler.admit(model):
-            # Progress, so that Status does not show the age of the idle time before.
+            # So that the age of the last progress in Status excludes the preceding idle time.
             self._registry.heartbeat.beat()
             executor.add(request.id, request.spec.prompt_ids, request.spec.sampling)
         if item := self._scheduler.next_item():
@@ -234,7 +234,7 @@ class EngineThread:
         events = self._scheduler.record(item, report)
         ended = [row for event in events if (row := self._on_event(event)) is not None]
         if ended:
-            # Before the removal, which copies their KV caches into the prefix cache.
+            # Before `remove`, which takes time to copy KV caches into the prefix cache.
             self._publish()
             executor.remove(ended)
 
@@ -245,7 +245,7 @@ class EngineThread:
             request.stream.on_drained(partial(self._commands.put, Resume(request.id)))
 
     def _on_event(self, event: Event) -> int | None:
-        """Pass an event to the request; return the row if the request has finished."""
+        """Pass an event to its request; return the row if the request has finished."""
         request = self._scheduler.admitted.get(event.row)
         if request is None:
             return None
@@ -267,13 +267,13 @@ class EngineThread:
         return request.id
 
     def _publish(self) -> None:
-        """Schedule the wakeup of readers with new output."""
+        """Schedule wakeups of the readers with new output."""
         if self._updated or self._urgent:
             self._wakeups.publish(self._updated, self._urgent)
             self._updated, self._urgent = [], []
 
     def _recover(self, error: Exception) -> None:
-        """Fail the requests of the batch; raise if too many steps in a row have failed."""
+        """Fail the requests of the batch; raise after too many consecutive failed steps."""
         self._failed_steps += 1
         self._registry.note_error(f"a step failed: {type(error).__name__}")
         logger.error("step failed with %d rows", len(self._scheduler.admitted), exc_info=error)
@@ -297,7 +297,7 @@ class EngineThread:
     # -- loads and unloads -------------------------------------------------------
 
     def _change_model(self, command: ModelCommand[_T], work: Callable[[], _T]) -> None:
-        """Run a load or an unload and set the outcome. No-op if the future is cancelled."""
+        """Run a load or an unload and set its outcome. No-op if the future was cancelled."""
         if not command.future.set_running_or_notify_cancel():
             self._registry.end_command()
             return
@@ -305,7 +305,7 @@ class EngineThread:
             result = work()
         except RunnerFault as fault:
             self._registry.end_command()
-            # The loss of a rank may have ended the future already.
+            # Engine.lose may have set an exception already.
             with suppress(InvalidStateError):
                 command.future.set_exception(fault)
         else:
@@ -341,7 +341,7 @@ class EngineThread:
         return self._model.info
 
     def _check(self, spec: LoadSpec) -> None:
-        """Refuse a model that cannot be found or read before the loaded one is freed."""
+        """Refuse a model that cannot be found or read, before freeing the loaded one."""
         try:
             self._backend.check(spec)
         except Exception as error:  # noqa: BLE001 - as for a load

@@ -1,6 +1,6 @@
 """Plain data exchanged by the API, the engine and the MLX backend.
 
-Frozen dataclasses without protobuf and MLX, which any thread may keep.
+All are frozen dataclasses, independent of protobuf and MLX, which any thread may keep.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Dtype(enum.Enum):
 
 
 class FinishReason(enum.Enum):
-    """Reason for the end of a generation."""
+    """Reason that a generation ended."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -46,7 +46,7 @@ class LoadSpec:
     Attributes:
         model: A directory, or a hub id in the local cache.
         context_length: Longest sequence in tokens; None = the model's, at most 4,096.
-        parallel: Requests decoded together.
+        parallel: Most requests decoded together.
         dtype: Format of the weights in memory.
         memory_limit_bytes: Most memory that MLX may hold; None = as much as the model needs.
         prefix_cache_bytes: Byte budget of the prefix cache; 0 = none, None = one sequence, or a
@@ -72,13 +72,13 @@ class ModelInfo:
     Attributes:
         max_context_length: The model's own limit, in tokens.
         context_length: The limit in force, in tokens.
-        parallel: Requests decoded together.
-        limit_bytes: The most memory that MLX may hold.
-        prefix_cache_bytes: The part of it for the prefix cache.
-        kv_budget_bytes: The part of it for the KV caches of all admitted requests.
-        reserved_bytes: The most memory that the whole process may hold.
-        dtype_fallback: Whether the usual format did not fit, so that weights are as stored.
-        warnings: Where the output may differ from the model that the files describe.
+        parallel: Most requests decoded together.
+        limit_bytes: Most memory that MLX may hold.
+        prefix_cache_bytes: Part of the limit for the prefix cache.
+        kv_budget_bytes: Part of the limit for the KV caches of all admitted requests.
+        reserved_bytes: Most memory that the whole process may hold.
+        dtype_fallback: Whether the weights are as stored because the usual format did not fit.
+        warnings: Differences between the output and the model that the files describe.
     """
 
     name: str
@@ -107,11 +107,11 @@ class Sampling:
     Attributes:
         top_k: 0 = off.
         repeat_last_n: 0 = none, -1 = all.
-        counts_output_only: Presence and frequency penalty count all generated tokens and no
-            others, regardless of ``repeat_last_n``, which the repeat penalty still follows.
-        seed: Any 64-bit number; the servicer draws one if the caller gave none.
+        counts_output_only: Whether the presence and frequency penalties count all generated
+            tokens and no prompt tokens. ``repeat_last_n`` then limits the repeat penalty only.
+        seed: Any 64-bit number; the service draws one at random if the caller set none.
         logit_bias: Pairs of a token id and the number added to its logit.
-        logprobs: How many likely tokens to report; None = no log probabilities.
+        logprobs: Number of likely tokens to report; None = no log probabilities.
     """
 
     temperature: float = 0.8
@@ -137,7 +137,7 @@ class CompletionSpec:
         max_tokens: Most tokens to generate; prompt and output fit the context.
         stop: Strings that end the text.
         stop_token_ids: Tokens that end the text, like the model's own end tokens.
-        ignore_eos: Go on after the model's own end tokens.
+        ignore_eos: Whether to continue after the model's own end tokens.
     """
 
     prompt_ids: tuple[int, ...]
@@ -165,7 +165,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Prefill:
-    """Event: a part of a row's prompt was prefilled.
+    """Event: part of a row's prompt was prefilled.
 
     Attributes:
         row: Id of the row.
@@ -191,18 +191,18 @@ class Token:
 
 @dataclass(frozen=True)
 class NotFinite:
-    """Event: the logits for the next token of a row are NaN or infinite, so the row must end."""
+    """Event: the logits of a row's next token are NaN or infinite, so the row must end."""
 
     row: int
 
 
 Event = Prefill | Token | NotFinite
-"""Event of a batch's step."""
+"""Progress of one row, made by a work item."""
 
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """Outcome of a generation; durations in seconds.
+    """Outcome of a completed generation; durations in seconds.
 
     Attributes:
         prompt_count: Tokens of the prompt.
@@ -226,9 +226,9 @@ class GenerationStats:
     Attributes:
         cached_count: Prompt tokens taken from the prefix cache.
         queue_seconds: Time in the queue.
-        prompt_seconds: Time of the prefill; None if it has not begun.
-        eval_seconds: Time since the first token; None before it.
-        reason: Reason for the end; None if the request runs, failed or was cancelled.
+        prompt_seconds: Time from admission to the first token; None before admission.
+        eval_seconds: Time since the first token; None before that token.
+        reason: Finish reason; None if the request is unfinished, failed or was cancelled.
     """
 
     prompt_count: int
@@ -242,7 +242,15 @@ class GenerationStats:
 
 @dataclass(frozen=True)
 class OutputDelta:
-    """New output of a request; a merged delta may cover several tokens."""
+    """New output of a request; a merged delta may cover several tokens.
+
+    Attributes:
+        text: Whole characters; may lag behind the tokens.
+        token_ids: The new tokens.
+        logprobs: One entry for each new token, if requested.
+        prefill: Prompt tokens prefilled so far, and prompt tokens in total.
+        done: The outcome; set in the last delta only.
+    """
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
@@ -267,12 +275,13 @@ class Rank:
     """Another process with a part of the model.
 
     Attributes:
+        rank: Number of the process in the group.
         host: Name of the machine.
         pid: Process id on that machine.
-        device: Device that computes.
+        device: Name of the device that computes.
         memory: Memory of MLX in the process.
         process_bytes: Resident set of the process.
-        limit_bytes: The most memory for its part; 0 while no model is loaded.
+        limit_bytes: Most memory that MLX may hold there; 0 while no model is loaded.
     """
 
     rank: int
@@ -290,7 +299,11 @@ class EngineState:
 
     Attributes:
         progress: Progress of the load, 0 to 100.
-        last_progress_age: Seconds since the last progress; None when none is due.
+        running_count: Admitted requests, preempted ones included.
+        queued_count: Requests that wait for a slot.
+        step_count: Work items run since the start.
+        last_progress_age: Seconds since the last progress; None if the engine has no work.
+        last_error: Text of the latest failed load or step; empty if none has failed.
     """
 
     state: State

@@ -1,11 +1,12 @@
-"""Work items: what the scheduler tells the executor to do, and what it learns from the result.
+"""Work items, which the scheduler plans and the executor runs, and the reports of their results.
 
-Plain data that can be sent to other ranks. For a prompt of 100 tokens, 40 of which another prompt
-has left in the prefix cache:
+Both are plain data; rank 0 sends items to the other ranks. For a prompt of 100 tokens, 40 of which
+are in the prefix cache:
 
 1. ``PrefillItem((PromptChunk(row, restored=40, count=59, is_stored=True),))``: the executor copies
-   the KV caches of 40 tokens and prefills the next 59. The last token is left to the decode step.
-2. ``DecodeItem(joining=(row,))``: the row joins the batch, and the step draws its first token.
+   the KV caches of 40 tokens and prefills the next 59. The first decode step takes the last token
+   as its input.
+2. ``DecodeItem(joining=(row,))``: the row joins the batch, and the step samples its first token.
 3. ``DecodeItem()``: one more token for each row of the batch.
 """
 
@@ -23,7 +24,7 @@ class PromptChunk:
     Attributes:
         row: Id of the row.
         restored: Length of the prefix to restore from the prefix cache first; 0 = none.
-        count: Tokens to prefill after it.
+        count: Tokens to prefill after that prefix.
         is_stored: Whether to store the prefix reached in the prefix cache.
     """
 
@@ -38,8 +39,8 @@ class PrefillItem:
     """Chunks to prefill in one call of the model.
 
     Attributes:
-        chunks: At least one. Several chunks start at the same position of their prompts and reach
-            the end.
+        chunks: At least one. If there are several, they all start at the same position and reach
+            the end of their prompts.
     """
 
     chunks: tuple[PromptChunk, ...]
@@ -51,7 +52,8 @@ class DecodeItem:
 
     Attributes:
         joining: Rows that join the batch before the step: prefilled ones and resumed ones.
-        expected: How many more rows will join soon, for which memory may be allocated too.
+        expected: Number of further rows likely to join soon. The executor may allocate memory for
+            them in advance.
     """
 
     joining: tuple[int, ...] = ()
@@ -66,10 +68,10 @@ class WorkReport:
     """Result of a work item.
 
     Attributes:
-        seconds: Time of the work.
-        waited_seconds: Time before it spent waiting for a decode step launched earlier.
-        events: Tokens of the rows that have one. A row in its second step has none, because from
-            then on a step is launched before the previous one is read.
+        seconds: Duration of the work itself.
+        waited_seconds: Time spent before it, waiting for a decode step launched earlier.
+        events: At most one token for each row. The second step of a row yields none: from then on
+            each step is launched before the tokens of the previous one are read.
     """
 
     seconds: float

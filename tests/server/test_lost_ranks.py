@@ -141,7 +141,7 @@ def test_an_engine_thread_that_outlives_the_event_loop_ends_quietly() -> None:
         backend.step_gate.shut()
         engine.submit(engine.model(), CompletionSpec((1,), 5))
         await asyncio.to_thread(backend.step_gate.wait_arrival)
-        engine.lose("the engine has stood still")
+        engine.lose("the engine has made no progress")
         assert await engine.wait_ended(0)
         return engine
 

@@ -39,7 +39,7 @@ def test_an_engine_is_stalled_after_two_checks() -> None:
     watched = WatchedEngine()
     assert not watched.look(0, 11)
     assert watched.look(2, 13)
-    assert "stood still for 13 s with 2 running" in watched.reports[0]
+    assert "made no progress for 13 s with 2 running" in watched.reports[0]
 
 
 @pytest.mark.parametrize("age", [None, 3.0])
@@ -78,7 +78,7 @@ async def test_calls_end_and_the_process_exits_with_its_own_code(
 ) -> None:
     server, run = await hanging(start_server, stall_seconds=0.2)
     problem = await failure(server.start())
-    assert (problem.reason, "stood still" in problem.message) == ("SHUTTING_DOWN", True)
+    assert (problem.reason, "made no progress" in problem.message) == ("SHUTTING_DOWN", True)
     assert await run == EXIT_STALLED == 71
 
 
@@ -94,7 +94,7 @@ async def test_status_reports_the_stall(start_server: StartServer) -> None:
     server.app.engine.lose = note  # type: ignore[method-assign]  # to look in between
     await failure(server.start())
     await run
-    assert "stood still" in seen[0].last_error
+    assert "made no progress" in seen[0].last_error
 
 
 async def test_zero_turns_the_watchdog_off(start_server: StartServer) -> None:

@@ -1,1 +1,1 @@
-"""Signs that the engine works: heartbeat, stalls, memory pressure, waiting time."""
+"""Health of the engine: heartbeat, stalls, memory pressure, estimated waiting time."""

@@ -9,9 +9,9 @@ class Heartbeat:
     """Progress recorded on the engine's thread, for any thread to read.
 
     Attributes:
-        step_count: Steps since the start.
-        is_idle: Whether the engine waits for a command. It may have preempted requests
-            meanwhile, but no progress is due.
+        step_count: Work items run since the start.
+        is_idle: Whether the engine waits for a command. No progress is expected then, even if
+            there are preempted requests.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Heartbeat:
         self._last = time.monotonic()
 
     def step(self) -> None:
-        """Record a step."""
+        """Record a finished work item."""
         self.step_count += 1
         self.beat()
 

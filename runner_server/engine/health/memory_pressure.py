@@ -1,4 +1,4 @@
-"""Keep the prefix cache within the free memory of the machine."""
+"""Limits the prefix cache to the free memory of the machine."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _LEAST_CHANGE_BYTES = 1 << 20
 class PressureWatch:
     """Adjusts the budget of the prefix cache to the free memory of the machine.
 
-    The prefix cache is the only memory of a runner that costs nothing but time to give up.
-    The reservation of the runner does not change.
+    The prefix cache is the only memory that a runner can give up at no cost but time. The runner's
+    reservation does not change.
 
     Args:
         engine: The engine that holds the prefix cache.
@@ -73,7 +73,7 @@ class PressureWatch:
             )
         self._engine.limit_prefix_cache(wanted)
         if wanted < held:
-            # Return the evicted memory to the system at once. A load or a stop that has begun
-            # meanwhile frees all of it anyway.
+            # Return the evicted memory to the system at once. If the trim is refused, a load or a
+            # shutdown has begun, which frees the memory anyway.
             with suppress(RunnerFault):
                 self._engine.trim(wanted)

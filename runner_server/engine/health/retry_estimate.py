@@ -1,19 +1,19 @@
-"""An estimate of when a full queue has a slot again."""
+"""Estimate of the time until a full queue can take a request."""
 
 from __future__ import annotations
 
 _MIN_SECONDS, _MAX_SECONDS = 0.1, 60.0
 
 _NEWEST_WEIGHT = 0.2
-"""Weight of the latest batch in the moving average of how long a request runs. Rows that run
-together end together: a batch that was held up counts as one observation, not many."""
+"""Weight of a whole batch in the moving average, divided among its rows. They end at about the same
+time, so one slow batch must count as one observation and not as many."""
 
 
 class RetryEstimate:
-    """A moving average of how long requests hold a slot."""
+    """Moving average of the time that requests occupy a slot."""
 
     def __init__(self) -> None:
-        # Until the first request ends: a second.
+        # A guess until the first request ends.
         self._mean_seconds = 1.0
         self._count = 0
 
@@ -21,7 +21,7 @@ class RetryEstimate:
         """Add a finished request; the first one replaces the initial guess.
 
         Args:
-            running_seconds: How long it held the slot.
+            running_seconds: Time that the request occupied its slot.
             parallel: Slots of the batch.
         """
         self._count += 1
@@ -29,7 +29,7 @@ class RetryEstimate:
         self._mean_seconds += weight * (running_seconds - self._mean_seconds)
 
     def seconds(self, queued: int, parallel: int) -> float:
-        """Return how long a queue takes to drain, between 0.1 and 60 s.
+        """Return the seconds that a queue takes to drain, between 0.1 and 60.
 
         Args:
             queued: Requests in the queue.

@@ -1,4 +1,4 @@
-"""End the process if the engine has work and makes no progress."""
+"""Watchdog that ends the process if the engine has work but makes no progress."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EXIT_STALLED = 71
-"""Exit code of a stalled engine: BSD's EX_OSERR; an engine that fails exits with 70."""
+"""Exit code after a stall; BSD's EX_OSERR. An engine that fails exits with 70."""
 
 _LOOKS_PER_LIMIT = 4
 _MAX_LOOK_SECONDS = 5.0
 _WORKING_SHARE = 0.02
-"""Share of one core. A long step on a CPU uses at least a core; a process that waits, and
-answers ``Status`` many times a second, stays below."""
+"""Share of one core above which the process is working. A long step on a CPU uses at least a core; a
+process that hangs but answers ``Status`` many times a second stays below the share."""
 
 
 class StallWatchdog:
-    """Watches the engine's progress and, on a CPU, the processor time of the process.
+    """Watches the engine's progress and, on a CPU, the CPU time of the process.
 
-    Each part of a load, chunk of a prompt and token is progress, and an idle engine reports no
-    age. A step that is merely slow uses processor time on a CPU; on a GPU the age alone decides.
+    Each part of a load, chunk of a prompt and decode step is progress; an idle engine cannot
+    stall. On a CPU, a step that is merely slow is recognized by its CPU time. On a GPU only the
+    time since the last progress counts.
 
     Args:
         engine: The engine.
-        limit_seconds: How long the engine may make no progress.
+        limit_seconds: Longest time without progress.
         on_stall: Called once with the reason when the engine has stalled.
-        cpu_seconds: Returns the processor time of this process.
+        cpu_seconds: Returns the CPU time of this process.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class StallWatchdog:
         self._limit_seconds = limit_seconds
         self._on_stall = on_stall
         self._cpu_seconds = cpu_seconds
-        # Clock, processor time and steps at the first check that found a stall.
+        # Time, CPU time and steps at the previous check, if that check found no progress.
         self._since: tuple[float, float, int] | None = None
 
     async def run(self) -> None:
@@ -59,10 +60,13 @@ class StallWatchdog:
                 return
 
     def look(self, now: float) -> bool:
-        """Check once; return whether the engine has stalled.
+        """Check once; return True if the engine has stalled.
 
-        Two checks must agree: a process that was suspended looks stalled once when it
-        continues.
+        Two consecutive checks must agree, because a process that was suspended looks stalled in
+        the first check after it continues.
+
+        Args:
+            now: Current time, in ``time.monotonic()`` seconds.
         """
         state = self._engine.state()
         age, cpu = state.last_progress_age, self._cpu_seconds()
@@ -75,8 +79,8 @@ class StallWatchdog:
         if self._engine.device.startswith("cpu") and self._works(before, now, cpu):
             return False
         text = (
-            f"the engine has stood still for {age:.0f} s with {state.running_count} running and "
-            f"{state.queued_count} waiting completions (--stall-seconds "
+            f"the engine has made no progress for {age:.0f} s with {state.running_count} running "
+            f"and {state.queued_count} waiting completions (--stall-seconds "
             f"{self._limit_seconds:g}); the process exits with code {EXIT_STALLED}"
         )
         logger.critical("%s", text)

@@ -1,9 +1,9 @@
-"""Output channels: one merging slot per request, between the engine's thread and the event loop.
+"""Output channels from the engine's thread to the event loop, one per request.
 
-The engine's thread puts deltas and never blocks; the reader takes everything that has arrived
-since its last read, merged into one delta. A slow reader therefore gets fewer and larger
-messages and does not slow down others. When its backlog is too large, the engine preempts the
-request until the reader has caught up.
+The engine's thread puts deltas and never blocks. The reader takes everything put since its last
+read, merged into one delta, so a slow reader gets fewer and larger messages and does not slow down
+others. If its backlog grows too large, the engine preempts the request until the reader has caught
+up.
 """
 
 from __future__ import annotations
@@ -17,20 +17,19 @@ from runner_server.engine.types import OutputDelta
 from runner_server.errors import RunnerFault
 
 _MAX_MERGED_TEXTS = 4096
-"""Most token texts in one message. Texts beside log probabilities count twice because their bytes
-are sent as well: at 512 bytes each, the longest tokens of common vocabularies, a message stays
-under 4 MiB."""
+"""Most token texts in one message. Texts of log probabilities count twice, because they are sent as
+bytes too. At 512 bytes each, the longest tokens of common vocabularies, a message stays under
+4 MiB."""
 
 _MAX_QUEUED_TEXTS = 4096
-"""Token texts in a channel beyond which its request is preempted, until half of them are read."""
+"""Token texts in a channel above which the request is preempted; it resumes at half as many."""
 
 
 class OutputChannel:
-    """The deltas of one request on the way to the reader.
+    """Buffer of one request's deltas on their way to the reader.
 
-    ``put`` and ``on_drained`` belong to the engine's thread, ``fail`` may be called on any
-    thread, and the rest belongs to the event loop. The engine's thread calls :meth:`wake`
-    through a :class:`WakeupCoalescer`.
+    Call ``put`` and ``on_drained`` on the engine's thread, ``fail`` on any thread, and everything
+    else on the event loop. The engine's thread wakes readers through a ``WakeupCoalescer``.
     """
 
     def __init__(self) -> None:
@@ -44,7 +43,7 @@ class OutputChannel:
 
     @property
     def is_full(self) -> bool:
-        """True if the reader is so far behind that backpressure should preempt the request."""
+        """True if the reader is far enough behind for the engine to preempt the request."""
         return self._queued_texts > _MAX_QUEUED_TEXTS
 
     def put(self, delta: OutputDelta) -> None:
@@ -54,13 +53,13 @@ class OutputChannel:
             self._queued_texts += _text_count(delta)
 
     def on_drained(self, call: Callable[[], None]) -> None:
-        """Call a function once, on any thread, when the reader has caught up."""
+        """Register a function to call once, on any thread, when the reader has caught up."""
         with self._lock:
             self._on_drained = call
         self._call_if_drained()
 
     def fail(self, fault: RunnerFault) -> None:
-        """End the stream after the deltas already put. Thread-safe; the first fault stays."""
+        """End the stream with a fault after the deltas already put; the first fault wins."""
         with self._lock:
             self._fault = self._fault or fault
 
@@ -69,7 +68,7 @@ class OutputChannel:
         self._ready.set()
 
     def close(self) -> None:
-        """End the stream at once; the reader gets nothing more."""
+        """End the stream at once, discarding unread deltas."""
         self._is_closed = True
         self.wake()
 
@@ -119,7 +118,7 @@ def _text_count(delta: OutputDelta) -> int:
 
 
 def merge(deltas: Iterable[OutputDelta]) -> OutputDelta:
-    """Join consecutive deltas of one stream; at least one."""
+    """Merge consecutive deltas of one stream, at least one."""
     deltas = list(deltas)
     if len(deltas) == 1:
         return deltas[0]

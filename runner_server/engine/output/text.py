@@ -7,23 +7,23 @@ from collections.abc import Callable, Iterator, Sequence
 REPLACEMENT = "\ufffd"
 
 _MAX_WINDOW = 24
-"""Most tokens decoded again with each new one; the window then shrinks to a few."""
+"""Most tokens decoded again with each new one. A longer window is cut back to a few tokens."""
 
 _MIN_WINDOW = 6
 """Tokens kept as left context, on which a tokenizer's decoder may depend."""
 
 _MAX_PENDING = 3
-"""Replacement characters that may still become a character, which has at most four bytes in UTF-8.
-Up to as many tokens at the end of a prompt may begin a character."""
+"""Most replacement characters at the end of a text that may still become one character, because
+UTF-8 has at most four bytes. A prompt may end with as many tokens of an incomplete character."""
 
 
 class StreamDecoder:
-    """Decodes a growing list of ids into text, whole characters only.
+    """Incremental decoder of token ids, which returns whole characters only.
 
-    The returned texts joined are ``decode(prompt + ids)`` without its prefix ``decode(prompt)``;
-    if the prompt ends within a character, they begin with that whole character. The last ids are
-    decoded again with each new one, because a byte-level token may hold a part of a character and
-    some decoders treat the first token of a text differently.
+    The returned texts join to ``decode(prompt + ids)`` without the prefix ``decode(prompt)``. If
+    the prompt ends within a character, they begin with the whole of that character. A window of the
+    last ids is decoded again with each new one, because a byte-level token may be a part of a
+    character, and because some decoders treat the first token of a text differently.
 
     For example, if token 2 is the byte C3 and token 3 the byte A9, which make ``é`` together:
     ``push(1)`` returns ``"caf"``; ``push(2)`` returns ``""``, because ``decode([1, 2])`` ends with
@@ -45,10 +45,10 @@ class StreamDecoder:
         self._shown = decode(self._window)
 
     def _context(self, prompt_ids: Sequence[int]) -> tuple[list[int], int]:
-        """Return the end of a prompt and the position of an incomplete character in its text.
+        """Return the end of a prompt, and the position of an incomplete character in its text.
 
-        The tokens of an incomplete character must be separated from the ones before: a decoder
-        with byte fallback turns whole characters beside it into replacement characters, too.
+        The tokens of an incomplete character must be told apart from the preceding ones: a decoder
+        with byte fallback turns adjacent whole characters into replacement characters too.
         """
         window = self._aligned(prompt_ids)
         if self._decode(window).endswith(REPLACEMENT):
@@ -70,7 +70,7 @@ class StreamDecoder:
         return window
 
     def push(self, token_id: int) -> str:
-        """Add an id and return the text now certain, which may be empty."""
+        """Add an id; return the text that later ids cannot change any more, possibly empty."""
         self._window.append(token_id)
         text = self._decode(self._window)
         in_run = text.endswith(REPLACEMENT) and not text.startswith(self._shown)
@@ -80,7 +80,7 @@ class StreamDecoder:
         return piece + self._shrink(text) if len(self._window) > _MAX_WINDOW else piece
 
     def flush(self) -> str:
-        """Return the text held back, at the end of the input."""
+        """End the input; return the rest of the text."""
         text = self._decode(self._window)
         return self._show(text, len(text))
 
@@ -92,7 +92,7 @@ class StreamDecoder:
         return text[start:end]
 
     def _start(self, text: str) -> int:
-        """Return the position in the window's text up to which text was shown."""
+        """Return the position in the window's text after the text already returned."""
         shown = self._shown
         if text.startswith(shown):
             return len(shown)
@@ -103,11 +103,11 @@ class StreamDecoder:
             return max(common, self._begun)
         if not text.startswith(REPLACEMENT, common):
             return len(shown)
-        # A run of bytes turned out invalid: each byte shown as text is now a character.
+        # A run of bytes turned out to be invalid: each byte of the shown text is now a U+FFFD.
         return common + len(shown[common:].replace(REPLACEMENT, "?").encode())
 
     def _shrink(self, text: str) -> str:
-        """Drop the beginning of the window; return the text no longer held back."""
+        """Drop the beginning of the window; return text that cannot be held back any longer."""
         held = text[len(self._shown) :]
         for size in range(_MIN_WINDOW, _MAX_WINDOW):
             tail = self._decode(self._window[-size:])
@@ -129,15 +129,15 @@ class StreamDecoder:
 
 
 def _splits(tokens: int) -> Iterator[tuple[int, int]]:
-    """Yield candidate numbers of context tokens and of tokens in an incomplete character."""
+    """Yield candidate pairs: number of context tokens, number of tokens in the last character."""
     most = min(tokens, _MAX_WINDOW)
     sizes = range(min(_MIN_WINDOW, most), most + 1)
-    # Several counts fit if the character before has one byte: the lowest is right.
+    # Several numbers fit if the character before has one byte; the lowest is right.
     return ((size, begun) for begun in range(1, _MAX_PENDING + 1) for size in sizes)
 
 
 def _pending(text: str) -> int:
-    """Return the number of characters at the end of a text subject to change."""
+    """Return the number of characters at the end of a text that may still change."""
     count = 0
     while count < _MAX_PENDING and text.endswith(REPLACEMENT, 0, len(text) - count):
         count += 1
@@ -178,12 +178,15 @@ class StopMatcher:
         return shown, None
 
     def flush(self) -> str:
-        """Return the text held back, at the end of the input."""
+        """End the input; return the text held back."""
         held, self._held = self._held, ""
         return held
 
     def _partial(self, stop: str) -> int:
-        """Return the position of the longest suffix of the held text to begin ``stop``."""
+        """Return the position from which the held text may be the beginning of ``stop``.
+
+        Without such a position, return the length of the held text.
+        """
         held = self._held
         at = held.find(stop[0], max(0, len(held) - len(stop) + 1))
         while at >= 0 and not stop.startswith(held[at:]):

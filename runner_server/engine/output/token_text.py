@@ -1,7 +1,8 @@
-"""Texts and bytes of generated tokens and their likely alternatives.
+"""Texts and bytes of generated tokens and of their likely alternatives.
 
-The text of a generated token is known from decoding (``TokenLogprob.text``). The texts of the
-alternatives are derived from their bytes, without decoding the text with each of them.
+The text of a generated token comes from the stream's decoder (``TokenLogprob.text``). Those of
+the alternatives are derived from their bytes, because decoding a window of tokens for each
+alternative would be slow.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Protocol
 from runner_server.engine.types import TokenLogprob
 
 _WINDOW = 24
-"""Context tokens decoded before an alternative whose bytes depend on its neighbours."""
+"""Context tokens to decode with an alternative whose bytes depend on its neighbours."""
 
 _LONGEST_CHARACTER = 4
 """Most tokens at the end of a prompt that may hold parts of an incomplete character."""
@@ -34,11 +35,11 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class TokenText:
-    """Contribution of a token to a text.
+    """Contribution of one token to a text.
 
     Attributes:
-        text: Whole characters, including one that the token completes.
-        data: Bytes of the token, which may be a part of a character.
+        text: Whole characters, including the one that the token completes.
+        data: Bytes of the token, which may be part of a character.
     """
 
     text: str
@@ -46,7 +47,7 @@ class TokenText:
 
 
 class TokenTexts:
-    """Tracks one text, token by token.
+    """Follows one text token by token, to tell what each alternative would have added.
 
     Args:
         codec: The tokenizer.
@@ -60,7 +61,7 @@ class TokenTexts:
         self._window = list(prompt_ids[-_WINDOW:])
         # Bytes of an incomplete character.
         self._unfinished = b""
-        # Characters that the stream has not returned yet: it may hold back U+FFFD.
+        # Complete characters that the stream's decoder has not returned yet: it holds back U+FFFD.
         self._held = ""
         for id_ in prompt_ids[-_LONGEST_CHARACTER:]:
             self._follow(codec.token_bytes(id_) or b"")
@@ -69,8 +70,8 @@ class TokenTexts:
         """Return the contributions of the next token and of its likely alternatives.
 
         Args:
-            token: The token as reported in an ``OutputDelta``. Text flushed at the end belongs
-                to the last token.
+            token: The token as reported in an ``OutputDelta``. The last token's text includes
+                the text flushed at the end.
         """
         id_ = token.token_id
         data = self._bytes(id_)
@@ -101,7 +102,7 @@ class TokenTexts:
 
 
 def _whole(data: bytes) -> tuple[str, int]:
-    """Decode the whole characters of bytes; return the text and its number of bytes."""
+    """Decode the whole characters in ``data``; return the text and the number of bytes used."""
     return codecs.utf_8_decode(data, "replace")
 
 

@@ -1,4 +1,4 @@
-"""Wakeups of the readers of output channels, many in one call and not too often."""
+"""Coalesced wakeups of the readers of output channels."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from collections.abc import Callable, Iterable
 from runner_server.engine.output.channel import OutputChannel
 
 _MERGE_SECONDS = 0.02
-"""How long a delta may wait for others: a reader does not notice more than 50 messages a second,
+"""Time that a delta may wait to be merged. People do not notice more than 50 messages a second,
 and each message costs both sides about 40 microseconds."""
 
 _MERGE_SECONDS_PER_STREAM = 0.00125
-"""The same where many streams share the event loop: 800 messages a second in total."""
+"""Time per stream if many streams share the event loop: 800 messages a second in total."""
 
 _MAX_MERGE_SECONDS = 0.04
-"""The longest wait for any number of streams."""
+"""Longest wait, for any number of streams."""
 
 
 class WakeupCoalescer:
-    """Wakes readers on the event loop, many in one call and not too often.
+    """Wakes readers on the event loop, many per call and at most 50 times a second unless urgent.
 
-    :meth:`publish` belongs to the engine's thread, the rest to the event loop.
+    Call :meth:`publish` on the engine's thread. The rest runs on the event loop.
 
     For example, with 8 streams and steps of 5 ms, the last wakeup at 0 ms:
 
@@ -54,7 +54,7 @@ class WakeupCoalescer:
 
         Args:
             channels: Channels whose readers may wait for a merged delta.
-            urgent: Channels whose readers are woken at once: for a first or a last delta.
+            urgent: Channels whose readers are woken at once, for a first or a last delta.
         """
         with self._lock:
             self._pending.update(channels)
@@ -91,7 +91,7 @@ class WakeupCoalescer:
 def call_on_loop(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:
     """Call a function on an event loop. No-op once the loop is closed.
 
-    A process that gives up on a hanging engine's thread closes the loop before the thread ends.
+    A process whose engine hangs closes the loop while the engine's thread still exists.
     """
     try:
         loop.call_soon_threadsafe(call)
