@@ -61,8 +61,8 @@ _OPTIONS = (
     ("grpc.so_reuseport", 0),
     # Prompts can be megabytes; gRPC's default is 4 MiB.
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
-    # Calls received but not accepted yet. By default gRPC silently cancels some at random above
-    # 1,000; here the engine's queue refuses requests, with a time to retry.
+    # Calls received but not accepted yet. By default gRPC silently cancels random ones above 1,000.
+    # With a higher limit, the engine's queue refuses them instead, with a time to retry.
     ("grpc.server.max_pending_requests", 10_000),
     ("grpc.server.max_pending_requests_hard_limit", 20_000),
     # Clients in every language may ping a silent stream. By default gRPC answers "too many
@@ -74,15 +74,15 @@ _OPTIONS = (
 
 
 class RunnerApp:
-    """One server with its engine, from start to shutdown.
+    """A server with its engine, from start to shutdown.
 
-    Create it on the running event loop.
+    Create instances on the running event loop.
 
     Args:
         config: Options of the server.
         backend: The model library.
-        ranks: Other processes that hold parts of the model; None if this one holds all of it.
-        admission: Decides whether there is memory for a load.
+        ranks: Other processes with parts of the model; None if this process has all of it.
+        admission: Decides whether there is memory for a load. Default: the machine's.
     """
 
     def __init__(
@@ -117,10 +117,11 @@ class RunnerApp:
         """Listen, answer calls and start importing the model library.
 
         Args:
-            announce: Called with the address before the import competes for the CPU.
+            announce: Called with the address once calls are answered, before the import takes the
+                CPU.
 
         Returns:
-            The address as a ready line.
+            The bound address.
 
         Raises:
             CannotListenError: The address is invalid, in use, or open to other machines without
@@ -162,7 +163,7 @@ class RunnerApp:
         self._stop.set()
 
     def exit_now(self, code: int) -> NoReturn:
-        """End the process at once, removing only the file of a unix socket."""
+        """End the process at once; clean up nothing but the file of a unix socket."""
         if self._ready and self._ready.network == "unix":
             Path(self._ready.address).unlink(missing_ok=True)
         os._exit(code)
@@ -246,7 +247,7 @@ class RunnerApp:
         except RunnerFault:
             if not self._stop.is_set():
                 # The engine has logged the reason.
-                logger.error("cannot load %s: exiting", spec.model)  # noqa: TRY400 - not a bug
+                logger.error("cannot load %s: exiting", spec.model)  # noqa: TRY400 - no traceback
                 self._exit_code = EXIT_CANNOT_START
                 self._stop.set()
 
@@ -257,7 +258,7 @@ class RunnerApp:
 
 
 def install_signals(app: RunnerApp) -> None:
-    """Shut down in order on SIGINT and SIGTERM; exit at once on a second signal."""
+    """Begin an orderly shutdown on SIGINT or SIGTERM; exit at once on a second signal."""
     loop = asyncio.get_running_loop()
     seen: list[int] = []
 
@@ -298,11 +299,11 @@ async def serve(
     Args:
         config: Options of the server.
         backend: The model library.
-        ranks: Other processes that hold parts of the model.
-        admission: Decides whether there is memory for a load.
+        ranks: Other processes with parts of the model; None if this process has all of it.
+        admission: Decides whether there is memory for a load. Default: the machine's.
 
     Returns:
-        The exit code of the process.
+        The exit code if the server cannot start. Otherwise the process exits here, in the end.
     """
     app = RunnerApp(config, backend, ranks, admission)
     install_signals(app)
@@ -313,11 +314,11 @@ async def serve(
     try:
         await app.start(_announce)
     except CannotListenError as error:
-        logger.error("%s", error)  # noqa: TRY400 - the message is the whole story
+        logger.error("%s", error)  # noqa: TRY400 - the message suffices
         await app.close()
         return EXIT_CANNOT_START
     code = await app.run()
-    # Everything is closed. Python's own exit would wait for a prompt being tokenized on another
-    # thread, and abort the process if it ends a step that hangs inside MLX.
+    # Everything is closed. Python's own exit would wait for worker threads that still tokenize, and
+    # abort the process if the engine's thread hangs inside MLX.
     logging.shutdown()
     os._exit(code)

@@ -22,9 +22,9 @@ class ServerConfig:
         listen: ``HOST:PORT`` (port 0 = any free one) or ``unix:/path``.
         load: Model to load at start; None waits for a ``Load`` call.
         max_queued: Most completions that may wait in the queue.
-        stall_seconds: Time without progress, with work to do, after which the process exits;
+        stall_seconds: Time without progress, despite work to do, after which the process exits;
             0 disables the check.
-        exit_with_parent: Exit when the parent process does.
+        exit_with_parent: Whether to exit when the parent process does.
         log_level: Level of Python's logging.
         log_format: ``text`` or ``json``.
         metrics_listen: Host and port for Prometheus scrapes; None serves no metrics.
@@ -32,9 +32,9 @@ class ServerConfig:
         token: Token required of callers; None requires none.
         model_root: Resolved directory that contains every model that may be loaded; None
             allows any directory.
-        distributed: Run as one of several processes that hold the model together.
-        pipeline: Split the model between layers rather than within each layer.
-        smg: Also serve the worker protocol of the SMG gateway.
+        distributed: Whether to run as one of several ranks that share the model.
+        pipeline: Whether to split the model between layers rather than within each layer.
+        smg: Whether to serve the worker protocol of the SMG gateway too.
     """
 
     listen: str = "127.0.0.1:0"
@@ -96,13 +96,13 @@ def _parser() -> argparse.ArgumentParser:
     """Return a parser whose values are None for options that are not given."""
     parser = argparse.ArgumentParser(
         prog="runner_server",
-        # `--token SECRET` must not abbreviate --token-file and have the secret in an error message.
+        # `--token SECRET` must not stand for --token-file, whose error message quotes the value.
         allow_abbrev=False,
         description="Hosts one MLX language model and serves it over gRPC. Once listening, it "
         "prints one line on stdout: 1|1|tcp|HOST:PORT|grpc or 1|1|unix|PATH|grpc.",
     )
     for option in SERVER_OPTIONS:
-        # argparse formats the text with %.
+        # argparse applies % formatting to the text.
         text = option.help_text.replace("%", "%%")
         if option.is_switch:
             parser.add_argument(*option.flags, action="store_true", default=None, help=text)

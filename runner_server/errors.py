@@ -1,9 +1,8 @@
-"""Every failure a caller can see, and its mapping to a gRPC status.
+"""Exceptions for every failure a caller can see, and their mapping to gRPC statuses.
 
-An exception of this module carries a message for people and numbers for programs.
-:func:`to_status` turns it into a ``google.rpc.Status`` with one ``ErrorInfo``, and with
-``BadRequest`` or ``RetryInfo`` where the protocol requires them. No other exception reaches a
-client.
+Each exception carries a message for people and numbers for programs. :func:`to_status` turns it
+into a ``google.rpc.Status`` with one ``ErrorInfo``, and with ``BadRequest`` or ``RetryInfo`` where
+the protocol requires them. No other exception reaches a client.
 """
 
 from __future__ import annotations
@@ -20,24 +19,29 @@ from mlxrunner.v1 import runner_pb2 as pb
 from runner_common.contract import CODES, ERROR_DOMAIN
 
 _MAX_TEXT = 512
-"""Longest message, in bytes: the details must stay under 2 KB."""
+"""Longest message, in bytes, because the whole status must stay under 2 KB."""
 
 _MAX_VIOLATIONS = 4
 
 
 class RunnerFault(Exception):
-    """Failure with its gRPC code and ``ErrorReason``.
+    """Base class of failures, each with a gRPC code and an ``ErrorReason``.
 
     Args:
-        message: What happened, the numbers, what to do.
+        message: Description of the failure with its numbers, and what to do.
         metadata: The numbers for programs: lowerCamelCase keys, units in the key.
+
+    Attributes:
+        code: The gRPC status code of the class.
+        reason: The ``ErrorReason`` of the class.
+        metadata: The ``ErrorInfo.metadata`` to send.
     """
 
     code: ClassVar[grpc.StatusCode]
     reason: ClassVar[pb.ErrorReason.ValueType]
 
     def __init_subclass__(cls, *, reason: str) -> None:
-        """Take the gRPC code of a reason from the contract."""
+        """Set the reason of a subclass, and the gRPC code that the contract assigns to it."""
         super().__init_subclass__()
         cls.code = grpc.StatusCode[CODES[reason]]
         cls.reason = pb.ErrorReason.Value(f"ERROR_REASON_{reason}")
@@ -55,7 +59,7 @@ class InvalidField(RunnerFault, reason="INVALID_FIELD"):
     """Fields of the request are missing or out of range.
 
     Args:
-        violations: Pairs of a field's path and a description of the problem; at least one.
+        violations: Pairs of a field's path and a description of its problem; at least one.
     """
 
     def __init__(self, violations: Sequence[tuple[str, str]]) -> None:
@@ -117,11 +121,11 @@ class Busy(RunnerFault, reason="BUSY"):
     """Another load or unload is running."""
 
     def __init__(self) -> None:
-        super().__init__("a load or unload is running; wait for it, or cancel the call of the load")
+        super().__init__("a load or unload is running; wait for it, or cancel its Load call")
 
 
 class InsufficientMemory(RunnerFault, reason="INSUFFICIENT_MEMORY"):
-    """Weights or KV cache do not fit."""
+    """A load or a request does not fit the memory available to it."""
 
 
 class QueueFull(RunnerFault, reason="QUEUE_FULL"):
@@ -165,11 +169,11 @@ class Unauthenticated(RunnerFault, reason="UNAUTHENTICATED"):
 
 
 class GenerationFailed(RunnerFault, reason="GENERATION_FAILED"):
-    """MLX raised an error."""
+    """MLX or the server raised an unexpected error, or the model's logits are not finite."""
 
 
 def not_finite_advice(dtype: str) -> str:
-    """Return advice for a model with NaN or infinite logits whose weights are held as ``dtype``."""
+    """Return advice for a model with NaN or infinite logits and weights held as ``dtype``."""
     broken = "its files are damaged, or not meant for this kind of model"
     if dtype == "float32":
         return broken

@@ -1,4 +1,4 @@
-"""Startup under ``mlx.launch``: one server and the followers of rank 0."""
+"""Startup under ``mlx.launch``: rank 0 serves, and the other ranks follow it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 JOIN_SECONDS = 120.0
-"""How long ranks wait for each other at start: logging in to a large cluster takes a while."""
+"""Longest wait of the ranks for each other at start. Logging in to a large cluster takes time."""
 
 
 def run(config: ServerConfig) -> int:
@@ -50,14 +50,14 @@ def run(config: ServerConfig) -> int:
         group = _join()
         return _lead(config, group) if group.rank == 0 else _follow(config, group)
     except (OSError, RuntimeError, ValueError) as error:
-        logger.error("cannot join the ranks: %s", error)  # noqa: TRY400 - the whole story
+        logger.error("cannot join the ranks: %s", error)  # noqa: TRY400 - the message suffices
         return EXIT_CANNOT_START
 
 
 def _join() -> Group:
     rank = os.environ["MLX_RANK"]
     logger.info("rank %s waits for the others, at most %.0f s", rank, JOIN_SECONDS)
-    # MLX holds the GIL while it waits, so only the default action of a signal can end it.
+    # MLX holds the GIL while it waits, so no Python handler would run: use the default actions.
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     try:
@@ -86,7 +86,7 @@ def _lead(config: ServerConfig, group: Group) -> int:
     shard = Shard(group, partners, by_layers=config.pipeline)
     admission = MachineAdmission()
     backend = LeaderBackend(MlxBackend(_root(config), shard, admission), hub, partners)
-    # mlx.launch holds the other end of this pipe. Rank 0 exits with it, and the others with rank 0.
+    # If stdin is mlx.launch's pipe, rank 0 exits with mlx.launch, and the others with rank 0.
     ends_with_launcher = _is_pipe(sys.stdin.fileno() if sys.stdin else 0)
     config = replace(config, exit_with_parent=config.exit_with_parent or ends_with_launcher)
     return asyncio.run(serve(config, backend, hub, admission))
@@ -101,17 +101,17 @@ def _follow(config: ServerConfig, group: Group) -> int:
     def work() -> None:
         codes.append(_follow_to_end(config, group, link, secret))
 
-    # Not on the main thread, which handles signals: MLX may block for a long time.
+    # MLX may block for a long time, and the main thread must stay free to handle signals.
     thread = threading.Thread(target=work, name="engine", daemon=True)
     thread.start()
     thread.join()
     logging.shutdown()
-    # As in `serve`: Python's own exit could wait for a call that hangs inside MLX.
+    # As in `serve`: Python's own exit could abort while a call hangs inside MLX.
     os._exit(*codes)
 
 
 def _follow_to_end(config: ServerConfig, group: Group, link: Link, secret: str) -> int:
-    """Follow rank 0 to the end; return the exit code."""
+    """Follow rank 0 until it closes; return the exit code."""
     from runner_server.mlx_backend.sharding import Shard  # noqa: PLC0415 - imports MLX
 
     channel = LeaderChannel(link, lambda: os._exit(EXIT_ENGINE_DEAD))
@@ -142,7 +142,7 @@ def _ask_rank_0_on_signals(link: Link) -> None:
         if seen:
             os._exit(128 + number)
         seen.append(number)
-        # Not in the handler, which may have interrupted another send.
+        # In a thread, because a signal handler must not wait for another send to end.
         threading.Thread(target=ask, daemon=True).start()
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -150,7 +150,7 @@ def _ask_rank_0_on_signals(link: Link) -> None:
 
 
 def _host_of_rank_0() -> str:
-    """Return the address of rank 0, this machine, as ``mlx.launch`` announced it to all ranks."""
+    """Return this machine's address that ``mlx.launch`` announced to all ranks."""
     if file := os.environ.get("MLX_HOSTFILE"):
         hosts: Any = json.loads(Path(file).read_text().strip() or "[]")
         if hosts:

@@ -1,1 +1,1 @@
-"""The RPC services: request parsing and validation, results as messages."""
+"""The RPC services: they validate requests, submit them to the engine and encode the output."""

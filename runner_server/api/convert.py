@@ -75,9 +75,9 @@ def memory_message(
 
 
 def _other_bytes(memory: MemoryCounters, process_bytes: int, device: str) -> int:
-    """Return the part of the resident set not held by MLX.
+    """Return the bytes of the resident set that MLX does not hold.
 
-    CUDA memory is not part of the resident set.
+    CUDA memory is not part of the resident set, so all of it counts there.
     """
     if device.startswith("gpu") and sys.platform != "darwin":
         return process_bytes
@@ -96,7 +96,7 @@ def rank_message(rank: Rank) -> pb.Rank:
 
 
 def delta_message(delta: OutputDelta, texts: TokenTexts | None = None) -> pb.CompletionResponse:
-    """Convert a delta of a stream; ``texts`` decodes tokens with log probabilities."""
+    """Convert a delta of a stream; ``texts``, if given, decodes the tokens of log probabilities."""
     message = pb.CompletionResponse(content=delta.text, token_ids=delta.token_ids)
     if texts:
         message.logprobs.extend(_logprob_message(entry, texts) for entry in delta.logprobs)
@@ -139,7 +139,7 @@ def _logprob_message(entry: TokenLogprob, texts: TokenTexts) -> pb.TokenLogprob:
 
 
 def estimate_message(estimated: Estimated) -> pb.EstimateResponse:
-    """Convert an estimate and the memory available for the load."""
+    """Convert an estimate."""
     answer, decision = estimated.answer, estimated.decision
     need = answer.need
     return pb.EstimateResponse(

@@ -1,4 +1,4 @@
-"""Memory estimates for the ``Estimate`` rpc, without loading a model."""
+"""Memory estimates for the ``Estimate`` rpc, made without loading a model."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _THREADS = 2
-"""Size of a separate thread pool: estimates of several models wait for each other for seconds,
+"""Size of a separate thread pool, because estimates of several models wait seconds for each other,
 and tokenization must not queue behind them."""
 
 
 @dataclass(frozen=True)
 class Estimated:
-    """Memory a load would need, compared with the available memory.
+    """Memory that a load would need, compared with the available memory.
 
     Attributes:
         answer: The need, part by part.
-        decision: The decision a load would get now.
+        decision: The decision on a load at this moment.
         parallel: Number of sequences counted.
-        notes: What could not be determined.
+        notes: Choices made for the load, and differences of the model from its files.
     """
 
     answer: NeedAnswer
@@ -59,11 +59,11 @@ class Estimated:
 
 
 class Estimator:
-    """Asks a short-lived process for a model's need; see :mod:`runner_common.memory.need_query`.
+    """Estimates loads in short-lived processes; see :mod:`runner_common.memory.need_query`.
 
     Args:
-        admission: Decides whether there is memory for a load.
-        root: Directory that models must be in; None allows any.
+        admission: Compares needs with the memory of the machine.
+        root: Directory that models must be below; None allows any.
     """
 
     def __init__(self, admission: MachineAdmission, root: ModelRoot | None = None) -> None:
@@ -74,7 +74,7 @@ class Estimator:
         self._is_closed = False
 
     async def estimate(self, spec: LoadSpec) -> Estimated:
-        """Estimate a load, in about half a second if the answer is not cached.
+        """Estimate a load. Takes about half a second unless the answer is cached.
 
         Raises:
             RunnerFault: The fault that the load itself would raise.
@@ -117,7 +117,7 @@ class Estimator:
         return replace(stored, notes=(*stored.notes, note))
 
     def _usual(self, path: Path, spec: LoadSpec) -> Estimated | None:
-        """Return the estimate for the usual format; None if over the requested limit."""
+        """Return the estimate for the usual format; None if above the requested memory limit."""
         try:
             return self._estimate_as(path, spec, Dtype.AUTO)
         except InsufficientMemory:
@@ -144,8 +144,8 @@ def _query_need(path: Path, spec: LoadSpec) -> NeedAnswer:
     except NeedRefusedError as refusal:
         raise _fault(refusal) from refusal
     except NeedUnknownError as error:
-        # The log gets the traceback, the caller does not.
-        logger.error("no estimate of %r: %s", str(path), error)  # noqa: TRY400 - all there is
+        # The message has the end of the process's traceback, which only the log should get.
+        logger.error("no estimate of %r: %s", str(path), error)  # noqa: TRY400 - has the cause
         raise GenerationFailed(
             "the process that estimates the memory gave no answer; see the runner's log"
         ) from error

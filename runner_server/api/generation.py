@@ -1,4 +1,4 @@
-"""Entrance of a generation, shared by the protocols.
+"""The entry point of a generation, shared by the services of all protocols.
 
 A service parses its request into a :class:`GenerationDraft`, enters :func:`generate`, and encodes
 the deltas of the running request.
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GenerationDraft:
-    """A parsed and validated request, with defaults resolved and the prompt not tokenized yet.
+    """A parsed and validated request with its defaults, whose prompt is not tokenized yet.
 
     Attributes:
         prompt: The prompt, not empty.
-        max_tokens: Most tokens to generate, as far as the context has room for them.
+        max_tokens: Most tokens to generate; :meth:`fit` lowers it to the room in the context.
         sampling: Sampling options.
         stop: See :class:`CompletionSpec`.
         stop_token_ids: See :class:`CompletionSpec`.
@@ -47,16 +47,16 @@ class GenerationDraft:
     request_id: str = ""
 
     def fit(self, prompt_ids: Sequence[int], model: ModelInfo) -> CompletionSpec:
-        """Fit the request into the context.
+        """Return the request for the engine, fitted to the model's context.
 
         Args:
             prompt_ids: The token ids of the prompt.
             model: The model that the request was validated for.
 
         Raises:
-            InvalidField: The prompt has no tokens, or a token that the model lacks: a tokenizer
-                may know more tokens than its model.
-            PromptTooLong: The prompt and one new token do not fit.
+            InvalidField: The prompt has no tokens, or a token outside the model's vocabulary,
+                which may be smaller than the tokenizer's.
+            PromptTooLong: The prompt and one new token do not fit the context.
         """
         if not prompt_ids:
             raise InvalidField([(self.prompt.field, "the prompt has no tokens")])
@@ -75,7 +75,7 @@ class GenerationDraft:
 
 
 def model_for_call(engine: Engine, request_id: str) -> ModelHandle:
-    """Return the loaded model; record the names of model and request for telemetry.
+    """Return the loaded model; record its name and the request's for telemetry.
 
     Raises:
         ModelNotLoaded: No model is loaded.
@@ -95,10 +95,10 @@ async def generate(
     draft: GenerationDraft,
     context: grpc.aio.ServicerContext[Any, Any],
 ) -> AsyncIterator[GenerationRequest]:
-    """Submit a request; cancel the request at exit unless finished.
+    """Submit a request for the duration of a context, and cancel it at exit unless finished.
 
-    A context manager and not an iterator of deltas: the service reads the request's output channel
-    directly, without a generator in between that each delta passes.
+    A context manager rather than an iterator of deltas, so that the service reads the output
+    channel directly and no delta passes through another generator.
 
     Args:
         engine: The engine with the model.
@@ -115,7 +115,7 @@ async def generate(
     request = engine.submit(model, draft.fit(prompt_ids, model.info))
     current_call().stats = request.stats
     try:
-        # A proxy or a blocking client takes a queued stream without headers for a dead one.
+        # Without headers, a proxy or a blocking client takes a queued stream for a dead one.
         await context.send_initial_metadata(())
         yield request
     finally:

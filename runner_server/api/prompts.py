@@ -1,4 +1,4 @@
-"""Tokenization off the event loop, stopping early on texts too long for the limit."""
+"""Tokenization in worker threads, which stops early if a text is too long."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from runner_server.engine.backend import Codec, ModelHandle
 from runner_server.errors import PromptTooLong
 
 _LONG_TEXT_CHARS = 1 << 19
-"""Length from which checking a text against the limit before tokenizing all of it pays off."""
+"""Length above which a text is worth checking against the limit before tokenizing all of it."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Prompt of a request, not tokenized yet.
+    """Prompt of a request, as text or as token ids.
 
     Attributes:
-        field: Path of the request's field that holds the prompt, named in errors.
-        content: The text, or token ids. The ids are the message's own container: a message can
-            hold millions, which are copied only once their number is checked.
+        field: Path of the prompt's field in the request, for errors.
+        content: The text, or token ids. The ids are the message's own container, because a
+            message can have millions, and their number is checked before they are copied.
     """
 
     field: str
@@ -28,10 +28,11 @@ class Prompt:
 
 
 async def encode_prompt(prompt: Prompt, model: ModelHandle) -> Sequence[int]:
-    """Return the token ids of a prompt; tokenize a text, return ids as given.
+    """Return the token ids of a prompt, tokenizing a text.
 
     Raises:
-        PromptTooLong: A part of the text already has more tokens than the context holds.
+        PromptTooLong: A very long text has more tokens than the context holds. Other lengths
+            are not checked here.
     """
     if not isinstance(prompt.content, str):
         return prompt.content
@@ -43,9 +44,9 @@ async def encode_prompt(prompt: Prompt, model: ModelHandle) -> Sequence[int]:
 
 
 async def too_many(text: str, most: int, codec: Codec) -> int:
-    """Return a lower bound of a text's token count if above ``most``; otherwise 0.
+    """Return a lower bound of a text's token count if it is above ``most``; otherwise 0.
 
-    Time and memory grow with the limit, not with the text.
+    Takes time and memory in proportion to the limit, not to the text.
     """
     if len(text) <= _LONG_TEXT_CHARS:
         return 0

@@ -1,4 +1,4 @@
-"""``RunnerService`` on the engine: parse, generate, encode; independent of MLX."""
+"""``RunnerService``: validates requests, submits them to the engine, and encodes the output."""
 
 from __future__ import annotations
 
@@ -44,11 +44,12 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 _MAX_ANSWER_TOKENS = 1_000_000
-"""Token ids in one answer: at most three bytes each, so below gRPC's default limit of 4 MiB."""
+"""Most token ids in one answer. Each takes at most three bytes, so the answer stays below gRPC's
+default limit of 4 MiB."""
 
 _MAX_ANSWER_BYTES = 4 * 2**20 - 1024
 _MAX_REQUEST_TOKENS = 4 * 2**20
-"""Token ids in one request: about as many as an answer can hold the text of."""
+"""Most token ids in one request: the text of more would hardly fit into an answer."""
 
 
 class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
@@ -57,8 +58,8 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
     Args:
         engine: The started engine.
         version: The version of the server.
-        estimator: Estimates the memory a load needs.
-        ranks: Other processes that hold parts of the model.
+        estimator: Estimates the memory of loads.
+        ranks: Other processes with parts of the model; None if this process has all of it.
     """
 
     def __init__(
@@ -81,14 +82,14 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         )
 
     async def Estimate(self, request: pb.EstimateRequest, context: _Context) -> pb.EstimateResponse:
-        """Estimate the memory a load would need."""
+        """Estimate the memory that a load would need."""
         self._engine.refuse_when_ending()
         current_call().model = request.model
         spec = load_spec(request)
         return estimate_message(await self._estimator.estimate(spec))
 
     async def Trim(self, request: pb.TrimRequest, context: _Context) -> pb.TrimResponse:
-        """Release unused memory."""
+        """Return freed memory to the system, after reducing the prefix cache."""
         kept = trim_bytes(request)
         before = self._held_bytes()
         await asyncio.wrap_future(self._engine.trim(kept))
@@ -203,7 +204,7 @@ async def _outcome(command: ModelCommand[_T]) -> _T:
 
 
 def _token_texts(model: ModelHandle, spec: CompletionSpec) -> TokenTexts | None:
-    """Return the decoder of the texts beside log probabilities; None if none were requested."""
+    """Return the decoder for the tokens of log probabilities; None if none were requested."""
     if spec.sampling.logprobs is None:
         return None
     return TokenTexts(model.codec, spec.prompt_ids, model.info.eos_token_ids)

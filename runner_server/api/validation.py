@@ -1,6 +1,7 @@
-"""Validation of requests against the ranges stated in the protocol, before queueing.
+"""Validation of requests against the ranges that the protocol states.
 
-Anything that could raise inside a step of the batch is refused here, by the field's name.
+Everything that could raise inside a step of the batch is refused here, before the request is
+queued, with the name of the field.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def load_spec(request: pb.LoadRequest | pb.EstimateRequest) -> LoadSpec:
     _check_number(check, request, "memory_limit_bytes", 1, _MAX_INT64)
     _check_number(check, request, "prefix_cache_bytes", 0, _MAX_INT64)
     known = request.dtype in _DTYPES
-    check.require("dtype", known, f"{request.dtype} is not a format this server knows")
+    check.require("dtype", known, f"{request.dtype} is not a dtype that this server supports")
     check.finish()
     plain = LoadSpec(request.model)
     return LoadSpec(
@@ -73,7 +74,7 @@ def load_spec(request: pb.LoadRequest | pb.EstimateRequest) -> LoadSpec:
 
 
 def trim_bytes(request: pb.TrimRequest) -> int:
-    """Validate a trim request; return the size to reduce the prefix cache to.
+    """Validate a trim request; return the size in bytes to reduce the prefix cache to.
 
     Raises:
         InvalidField: The size is negative.
@@ -85,7 +86,7 @@ def trim_bytes(request: pb.TrimRequest) -> int:
 
 
 def completion_draft(request: pb.CompletionRequest, model: ModelInfo) -> GenerationDraft:
-    """Validate a completion except the tokens of the prompt; resolve the defaults.
+    """Validate a completion, except for the prompt's tokens, and fill in the defaults.
 
     Raises:
         InvalidField: A field is missing or out of range.
@@ -160,7 +161,7 @@ def _check_number(
 
 def _check_stops(check: ViolationCollector, stops: Sequence[str]) -> None:
     if len(stops) > _MAX_STOPS:
-        # A message can hold millions; checking each would block the event loop.
+        # A message can have millions; checking each would block the event loop.
         check.require("options.stop", ok=False, text=f"{len(stops)}; at most {_MAX_STOPS}")
         return
     for i, stop in enumerate(stops):

@@ -1,4 +1,4 @@
-"""Collection of validation errors by field, independent of any message type."""
+"""Collection of a request's validation errors by field, for messages of any type."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MAX_BIAS = 100.0
 
 
 class ViolationCollector:
-    """Collector of a request's problems: one answer names every invalid field."""
+    """Collects the problems of a request, so that one answer names every invalid field."""
 
     def __init__(self) -> None:
         self._violations: list[tuple[str, str]] = []
@@ -63,7 +63,7 @@ def check_token_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
     """Check token ids against the vocabulary.
 
     Raises:
-        InvalidField: At least one is not in it; the message names the first.
+        InvalidField: An id is not in the vocabulary; the error names the first such id.
     """
     if not ids or (min(ids) >= 0 and max(ids) < vocab_size):
         return

@@ -1,1 +1,1 @@
-"""Gateway protocols, served by the same engine."""
+"""Protocols of gateways, served on the same engine as ``RunnerService``."""

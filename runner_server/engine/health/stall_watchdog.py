@@ -19,8 +19,8 @@ EXIT_STALLED = 71
 _LOOKS_PER_LIMIT = 4
 _MAX_LOOK_SECONDS = 5.0
 _WORKING_SHARE = 0.02
-"""Share of one core above which the process is working. A long step on a CPU uses at least a core; a
-process that hangs but answers ``Status`` many times a second stays below the share."""
+"""Share of one core above which the process is working. A long step on a CPU uses at least a core;
+a process that hangs but answers ``Status`` many times a second stays below the share."""
 
 
 class StallWatchdog:

@@ -1,4 +1,4 @@
 """Worker protocol of the SMG gateway, ``mlx.grpc.engine.MlxEngine``, on the same engine.
 
-The extra ``smg`` installs its messages; the rest of the server does not need them.
+The extra ``smg`` installs the stubs, which the rest of the server does not need.
 """

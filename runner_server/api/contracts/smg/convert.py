@@ -21,7 +21,7 @@ def chunk_message(delta: OutputDelta, sent: int, stats: GenerationStats) -> Mess
     Args:
         delta: The new tokens.
         sent: Number of tokens sent before.
-        stats: Statistics of the request, for the counts of its prompt.
+        stats: Statistics of the request, for its prompt counts.
     """
     chunk = pb.GenerateStreamChunk(
         token_ids=delta.token_ids,
@@ -39,10 +39,10 @@ def complete_message(
     """Return the last message of a request.
 
     Args:
-        last: The last delta; without ``done`` in it the request was aborted.
-        unsent: Deltas not sent in a chunk: all of them if the request is not streamed.
-        count: Number of tokens the caller gets in total.
-        stats: Statistics of the request, for the counts of its prompt.
+        last: The last delta, if any. Without ``done`` the request was aborted.
+        unsent: Deltas not sent in chunks: all of them if the request is not streamed.
+        count: Number of tokens of the output.
+        stats: Statistics of the request, for its prompt counts.
     """
     done = last.done if last else None
     by_token = last and done and done.reason is FinishReason.STOP

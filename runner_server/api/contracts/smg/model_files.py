@@ -37,12 +37,12 @@ _MAX_FILES = 50
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Values of ``config.json`` beyond those kept by the engine.
+    """Values of ``config.json`` that ``ModelInfo`` lacks.
 
     Attributes:
         architectures: Names of the model's classes in transformers.
-        bos_token_id: 0 if there is none, as the gateway's protocol requires.
-        pad_token_id: 0 if there is none.
+        bos_token_id: Beginning-of-text token; 0 for none, as the gateway's protocol requires.
+        pad_token_id: Padding token; 0 for none.
     """
 
     architectures: tuple[str, ...] = ()
@@ -70,24 +70,24 @@ def _names(value: object) -> tuple[str, ...]:
 
 
 def _token_id(value: object) -> int:
-    # Some configurations have -1 for none, or a list.
+    # Some configurations have a list, or -1 for none.
     return value if isinstance(value, int) and 0 <= value < _MAX_TOKEN_ID else 0
 
 
 def tokenizer_archive(directory: Path) -> bytes:
-    """Return a ZIP archive of the tokenizer's files, with equal bytes for equal files.
+    """Return a reproducible ZIP archive of the tokenizer's files.
 
     Raises:
         GenerationFailed: The files can no longer be read.
     """
     files = _files(directory)[:_MAX_FILES]
     if not files:
-        raise _unreadable(directory, "there are none")
+        raise _unreadable(directory, "none found")
     data = io.BytesIO()
     try:
         with zipfile.ZipFile(data, "w") as archive:
             for path in files:
-                # A new ZipInfo has a fixed date rather than the file's.
+                # A ZipInfo has a fixed date by default; the file's date would change the bytes.
                 entry = zipfile.ZipInfo(path.name)
                 archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
     except OSError as error:
@@ -98,7 +98,7 @@ def tokenizer_archive(directory: Path) -> bytes:
 def _unreadable(directory: Path, problem: str) -> GenerationFailed:
     return GenerationFailed(
         f"the tokenizer's files in {directory} cannot be read ({problem}); they existed when "
-        "the model was loaded: restore them, or load the model from where they are now"
+        "the model was loaded: restore them, or load the model from their new location"
     )
 
 

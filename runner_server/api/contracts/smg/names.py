@@ -1,7 +1,4 @@
-"""Names of running requests, for ``Abort``.
-
-Callers choose the names, which need not be unique.
-"""
+"""Names of running requests, for ``Abort``. Callers choose them, and they need not be unique."""
 
 from __future__ import annotations
 
@@ -12,17 +9,23 @@ from dataclasses import dataclass, field
 
 @dataclass
 class _Holders:
-    """Running requests of one name; ``is_shared`` stays set until the last one ends."""
+    """The running requests with one name.
+
+    Attributes:
+        ends: Functions that end each of the requests.
+        is_shared: Whether two requests ever had the name at the same time; stays set until the
+            last one ends.
+    """
 
     ends: list[Callable[[], None]] = field(default_factory=list)
     is_shared: bool = False
 
 
 class Names:
-    """Names of running requests; used on the event loop only.
+    """Registry of the running requests by name. For use on the event loop only.
 
-    A name shared by two requests, even if only one of them is still running, aborts neither.
-    A caller can always cancel its own call instead, which ends that request and no other.
+    :meth:`abort` ignores a name that two requests have shared, even if one of them has ended,
+    because it could end another caller's request. A caller can always cancel its own call instead.
     """
 
     def __init__(self) -> None:
@@ -34,7 +37,7 @@ class Names:
 
         Args:
             name: The caller's name for the request.
-            end: Ends the request.
+            end: Called to end the request.
         """
         if not name:
             yield
@@ -50,7 +53,7 @@ class Names:
                 del self._holders[name]
 
     def abort(self, name: str) -> None:
-        """End the request of that name. No-op if the name is unknown or shared."""
+        """End the request with a name. No-op if the name is unknown or was shared."""
         holders = self._holders.get(name)
         if holders and not holders.is_shared:
             for end in holders.ends:

@@ -1,4 +1,4 @@
-"""The gateway's service: one method per rpc, on the same engine as ``RunnerService``."""
+"""``MlxEngine``, the gateway's service, on the same engine as ``RunnerService``."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class SmgServicer(mlx_engine_pb2_grpc.MlxEngineServicer):  # type: ignore[misc] 
         self._names = Names()
 
     async def Generate(self, request: Message, context: _Context) -> AsyncIterator[Message]:
-        """Complete a prompt; the last message is complete with or without ``stream``."""
+        """Complete a prompt. The last message is a ``GenerateComplete``, streamed or not."""
         model = model_for_call(self._engine, request.request_id)
         draft = generate_draft(request, model.info)
         async with generate(self._engine, model, draft, context) as generation:
@@ -52,7 +52,7 @@ class SmgServicer(mlx_engine_pb2_grpc.MlxEngineServicer):  # type: ignore[misc] 
                     yield message
 
     async def Abort(self, request: Message, context: _Context) -> Message:
-        """Cancel requests by name, if no other request uses the name."""
+        """Cancel requests by name, except for names shared with other requests."""
         check_abort(request)
         for name in request.request_ids:
             self._names.abort(name)
@@ -61,14 +61,14 @@ class SmgServicer(mlx_engine_pb2_grpc.MlxEngineServicer):  # type: ignore[misc] 
     async def HealthCheck(self, request: Message, context: _Context) -> Message:
         """Report a loaded model as healthy; fail like ``Generate`` if none is loaded.
 
-        A gateway takes any answer for a ready worker, asks it for its model once and never
-        again. It retries a worker whose health check fails.
+        The gateway treats any answer as that of a ready worker, and asks such a worker for its
+        model only once. It retries a worker whose health check fails.
         """
         model = self._engine.model()
         return pb.HealthCheckResponse(healthy=True, message=f"serving {model.info.name}")
 
     async def GetModelInfo(self, request: Message, context: _Context) -> Message:
-        """Describe the loaded model; a special token id of 0 may mean none."""
+        """Describe the loaded model. The id of a special token is 0 if the model has none."""
         info = self._engine.model().info
         special = await asyncio.to_thread(special_tokens, Path(info.path))
         return pb.GetModelInfoResponse(
@@ -95,7 +95,7 @@ class SmgServicer(mlx_engine_pb2_grpc.MlxEngineServicer):  # type: ignore[misc] 
         )
 
     async def GetTokenizer(self, request: Message, context: _Context) -> AsyncIterator[Message]:
-        """Stream an archive of the tokenizer files; the last chunk carries the SHA-256."""
+        """Stream an archive of the tokenizer files. The last chunk has its SHA-256."""
         path = Path(self._engine.model().info.path)
         data = await asyncio.to_thread(tokenizer_archive, path)
         digest = await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
@@ -116,7 +116,7 @@ def _parts(data: bytes, digest: str) -> Iterator[Message]:
 
 
 async def _messages(completion: GenerationRequest, *, is_stream: bool) -> AsyncIterator[Message]:
-    """Yield chunks of new tokens if streaming, then the complete message with the rest."""
+    """Yield chunks of new tokens if streaming, and the complete message at the end."""
     count = 0
     last: OutputDelta | None = None
     held: list[OutputDelta] = []

@@ -1,6 +1,6 @@
-"""Validation of the gateway's requests; unsupported options are refused by name.
+"""Validation of the gateway's requests.
 
-Fields without presence (``top_p``, ``repetition_penalty``) use 0 for unset.
+Fields without presence (``top_p``, ``repetition_penalty``) have the value 0 if unset.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from runner_server.api.validation import MAX_LOGPROBS, check_request_id
 from runner_server.api.violations import ViolationCollector
 from runner_server.engine.types import ModelInfo, Sampling
 
-# The stubs have no type information: the package ships no py.typed.
+# The stubs are untyped, because their package has no py.typed.
 Message = Any
 
 MAX_ABORTED = 1024
-"""Most requests one ``Abort`` may name: looking up millions would block the event loop."""
+"""Most requests that one ``Abort`` may name: looking up millions would block the event loop."""
 
 _MAX_STOP_TOKEN_IDS = 1024
 _MAX_INT32 = 2**31 - 1
@@ -29,7 +29,7 @@ _TEMPERATURE = 1.0
 
 
 def generate_draft(request: Message, model: ModelInfo) -> GenerationDraft:
-    """Validate a request except the tokens of the prompt; resolve the defaults.
+    """Validate a request, except for the prompt's tokens, and fill in the defaults.
 
     Raises:
         InvalidField: A field is missing or out of range.
@@ -56,7 +56,7 @@ def check_abort(request: Message) -> None:
     """Check the number of requests named in an ``Abort``.
 
     Raises:
-        InvalidField: Too many.
+        InvalidField: There are too many.
     """
     check = ViolationCollector()
     count = len(request.request_ids)
