@@ -1,1 +1,1 @@
-"""Call records, the request log, metrics and traces."""
+"""Telemetry of calls: records, the request log, metrics and traces."""

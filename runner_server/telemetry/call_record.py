@@ -1,4 +1,4 @@
-"""Telemetry record of one RPC and its summary: the source of log line, metrics and span."""
+"""Telemetry record of one RPC, and its summary for log line, metrics and span."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ Headers = Sequence[tuple[str, str | bytes]]
 
 @dataclass(frozen=True, slots=True)
 class CallSummary:
-    """A call that has ended.
+    """Summary of a call that has ended.
 
     Attributes:
         method: Name of the rpc, without the service.
-        id: The caller's ``x-request-id``, or a random one.
+        id: The caller's ``x-request-id``, or a random id.
         code: Name of the gRPC code.
         seconds: Duration of the call.
         reason: ``ErrorReason`` of the failure, if any.
-        request_id: Name given in the request itself, not validated.
-        model: Name of the model the call is about.
+        request_id: The caller's ``request_id`` in the request itself, not validated.
+        model: Name of the model that the call is about.
         stats: Statistics of the call's completion, if any.
         trace_id: Trace id of the call; empty without one.
         parent_id: Span id of the caller in that trace.
@@ -57,16 +57,16 @@ class CallSummary:
 
 @dataclass(eq=False)
 class CallRecord:
-    """A call in progress, filled by each layer that handles it. Used on the event loop only.
+    """Record of a call in progress, filled by the layers that handle it, on the event loop only.
 
     Attributes:
         method: Name of the rpc, without the service.
-        id: The caller's ``x-request-id``, or a random one.
+        id: The caller's ``x-request-id``, or a random id.
         headers: Metadata sent with the call; may include a token.
         trace_id: Trace id of the caller's W3C trace context, or of the span; empty without one.
         parent_id: Span id of the caller in that context.
-        request_id: Name given in the request itself, not validated yet.
-        model: Name of the model the call is about.
+        request_id: The caller's ``request_id`` in the request itself, not validated.
+        model: Name of the model that the call is about.
         stats: Returns the statistics of the call's completion; thread-safe.
         started: Arrival time, in ``time.monotonic()`` seconds.
         reason: ``ErrorReason`` of the failure, if any.
@@ -93,10 +93,10 @@ class CallRecord:
         return cls(method, _id(given.get(ID_HEADER)), headers, trace_id, parent_id)
 
     def end(self, code: str) -> CallSummary:
-        """Return the summary of the call, which ends now.
+        """End the call now, and return its summary.
 
         Args:
-            code: Name of the gRPC code.
+            code: Name of the gRPC code that the call ended with.
         """
         return CallSummary(
             method=self.method,
@@ -117,17 +117,17 @@ _current: ContextVar[CallRecord | None] = ContextVar("request", default=None)
 
 
 def enter(request: CallRecord) -> None:
-    """Make a record the current one of this task."""
+    """Make a record the current one in this task's context."""
     _current.set(request)
 
 
 def current_call() -> CallRecord:
-    """Return the record of the current task's call; outside of a call, an unused record."""
+    """Return the record of the current call; outside of a call, a record that nothing reads."""
     return _current.get() or CallRecord("", "")
 
 
 def _id(given: str | bytes | None) -> str:
-    # The id goes into the log as is.
+    # Only plain ASCII, because the id goes into the log as is.
     if isinstance(given, str) and _ID.fullmatch(given):
         return given
     return secrets.token_hex(8)

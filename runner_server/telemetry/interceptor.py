@@ -20,26 +20,28 @@ if TYPE_CHECKING:
     _Behaviour = Callable[[Any, _Context], Any]
 
 _CLOCK_SLACK_SECONDS = 0.1
-"""Tolerance, by this side's clock, for a call given up just before its deadline."""
+"""Time before its deadline from which a cancelled call counts as one that exceeded it."""
 
 
 class Observer(Protocol):
     """Receiver of call events, on the event loop; must not block."""
 
     def observe(self, call: CallRecord) -> Callable[[CallSummary], None]:
-        """Handle the arrival of a call, and return the handler of its end.
+        """Handle the start of a call, and return a handler for its end.
 
-        Every call ends exactly once. All observers get the same summary, which none of them can
-        change, so their order does not matter.
+        The returned handler is called exactly once. All observers get the same summary, which is
+        frozen, so their order does not matter.
         """
         ...
 
 
 class TelemetryInterceptor(grpc.aio.ServerInterceptor):
-    """Notifies observers of every call of this server's services; must be the first interceptor.
+    """Notifies observers of every call to the methods in ``METHODS``.
+
+    Must be the first interceptor, to see calls that others refuse.
 
     Args:
-        observers: Notified of calls; may grow at any time.
+        observers: The observers of calls. The sequence may grow at any time.
     """
 
     def __init__(self, observers: Sequence[Observer]) -> None:
@@ -51,7 +53,7 @@ class TelemetryInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
         """Start the record of a call; the end of the call's task ends the record."""
-        # Known methods only: each name becomes a metric label, and callers could invent any number.
+        # Known methods only, because callers could invent any number of names for metric labels.
         method = METHODS.get(handler_call_details.method)
         task = asyncio.current_task()
         if method is None or task is None:
@@ -64,7 +66,7 @@ class TelemetryInterceptor(grpc.aio.ServerInterceptor):
             return None
         call = _Call(record)
         handlers = [observer.observe(record) for observer in self._observers]
-        # Not the context's callback: a caller may disconnect before the context exists.
+        # Not a callback of the context, because a caller may disconnect before it exists.
         task.add_done_callback(lambda _task: _end(call, handlers))
         return call.watch(handler)
 
@@ -76,7 +78,7 @@ def _end(call: _Call, handlers: Sequence[Callable[[CallSummary], None]]) -> None
 
 
 class _Call:
-    """A running call and the outcome."""
+    """A running call, whose handler is wrapped to observe the outcome."""
 
     def __init__(self, record: CallRecord) -> None:
         self.record = record
@@ -102,7 +104,7 @@ class _Call:
             return code.name
         if self._is_answered:
             return grpc.StatusCode.OK.name
-        # gRPC cancels the task for both reasons without saying which.
+        # gRPC cancels the task both at the deadline and when the caller cancels.
         left = self._context.time_remaining() if self._context else None
         if left is not None and left < _CLOCK_SLACK_SECONDS:
             return grpc.StatusCode.DEADLINE_EXCEEDED.name

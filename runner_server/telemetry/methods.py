@@ -1,6 +1,6 @@
 """RPC methods covered by telemetry and error translation.
 
-Health and reflection are excluded because they answer with codes of their own.
+Health and reflection are excluded, because they set their status codes themselves.
 """
 
 from __future__ import annotations
@@ -30,4 +30,4 @@ FULL_NAMES = {name: path.removeprefix("/") for path, name in METHODS.items()}
 """Names with their services by method name, as OpenTelemetry expects them."""
 
 GENERATING = frozenset({"Completion", "Generate"})
-"""Methods that generate text, one in each service."""
+"""Methods that generate text, one of each service."""

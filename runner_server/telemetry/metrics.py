@@ -1,7 +1,7 @@
 """Prometheus metrics: counters updated when a call ends, and state read by each scrape.
 
-Imports prometheus_client, an optional dependency. The metrics have a registry of their own.
-Nothing here runs per token: scrapes read the counts of running requests.
+Imports prometheus_client, an optional dependency. Nothing here runs per token: a scrape reads the
+counts of the running requests.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 OPERATION, PROVIDER = "text_completion", "mlx"
 """Values of OpenTelemetry's ``gen_ai.operation.name`` and ``gen_ai.provider.name``."""
 
-# OpenTelemetry's bucket boundaries, extended downward (small models) and upward (long prompts on
-# slow machines), so that anything computed from the originals can be computed from these.
+# OpenTelemetry's bucket boundaries, with smaller ones for small models and larger ones for long
+# prompts on slow machines. All of the original boundaries are included.
 _REQUEST_SECONDS = (
     0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92,
     163.84, 327.68, 655.36,
@@ -57,8 +57,11 @@ class Metrics:
     """Metrics of calls and of the engine, as an observer of the telemetry interceptor.
 
     Args:
-        engine: Engine whose state each scrape reads.
+        engine: The engine, whose state is read at each scrape.
         version: The version of the server.
+
+    Attributes:
+        registry: The registry of these metrics, separate from prometheus_client's global one.
     """
 
     def __init__(self, engine: Engine, version: str) -> None:
@@ -129,13 +132,13 @@ class Metrics:
         return f"http://{shown}:{self._server.server_port}/metrics"
 
     def close(self) -> None:
-        """Stop answering scrapes soon, without waiting."""
+        """Stop answering scrapes, without waiting for the end."""
         if self._server:
             threading.Thread(target=self._shut, args=(self._server,), daemon=True).start()
 
     @staticmethod
     def _shut(server: WSGIServer) -> None:
-        # Takes up to half a second: the server polls for shutdown twice a second.
+        # Takes up to half a second, because the server checks for a shutdown twice a second.
         server.shutdown()
         server.server_close()
 
@@ -155,12 +158,12 @@ class _Tokens(Collector):
         self._ended: dict[str, tuple[int, ...]] = {}
 
     def follow(self, call: CallRecord) -> None:
-        """Count a call from now on."""
+        """Start counting the tokens of a running call."""
         with self._lock:
             self._live.add(call)
 
     def settle(self, record: CallRecord, call: CallSummary) -> None:
-        """Add a call's final counts to the totals, in the same step as it stops being live."""
+        """Move a call's counts from the running ones to the totals, atomically."""
         with self._lock:
             self._live.discard(record)
             if call.stats:

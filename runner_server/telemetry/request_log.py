@@ -1,4 +1,4 @@
-"""The log on stderr: one line per call, as text or JSON, without prompts or outputs."""
+"""The log on stderr, as text or JSON, with one line per call that has no prompt or output."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ logger = logging.getLogger(__name__)
 _TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 _FREQUENT_METHODS = frozenset({"Status", "HealthCheck"})
-"""Methods logged at DEBUG when they succeed: watching a load makes five calls a second."""
+"""Methods whose successful calls are logged at DEBUG, because clients poll them."""
 
 _SUMMARIZED = frozenset({"method", "code", "duration_seconds"})
 
 _MAX_CHARS = 256
-"""Longest value chosen by a caller."""
+"""Longest value logged of those that callers choose."""
 
 _PLAIN = re.compile(r"[!#-<>-~]+")
 """A value that needs no quotes: printable ASCII without space, ``"`` and ``=``."""
@@ -35,7 +35,7 @@ class RequestLine:
 
     Attributes:
         summary: Method, code and duration.
-        fields: Everything known about the call, by name, except prompt and output.
+        fields: All fields of the call by name, including those in the summary.
     """
 
     def __init__(self, call: CallSummary) -> None:
@@ -52,8 +52,8 @@ class RequestLine:
 class RequestLog:
     """Logs one line for every finished call."""
 
-    def observe(self, call: CallRecord) -> Callable[[CallSummary], None]:  # noqa: ARG002 - the interface has it
-        """Log nothing yet; see ``Observer.observe``."""
+    def observe(self, call: CallRecord) -> Callable[[CallSummary], None]:  # noqa: ARG002 - interface
+        """Return the handler that logs the call when it ends; see ``Observer.observe``."""
         return self.log
 
     def log(self, call: CallSummary) -> None:
@@ -65,7 +65,7 @@ class RequestLog:
 
 
 class JsonFormatter(logging.Formatter):
-    """Formats each record as a JSON object; a call's fields are added to time and level."""
+    """Formats each log record as a JSON object, which includes the fields of a call."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Format a record; see ``logging.Formatter``."""

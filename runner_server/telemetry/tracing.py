@@ -32,17 +32,17 @@ _ERRORS = frozenset(
         "DATA_LOSS",
     }
 )
-"""Codes that count as errors of the server, by OpenTelemetry's conventions for gRPC."""
+"""Codes that are errors of the server by OpenTelemetry's conventions for gRPC."""
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-"""The standard variables with the destination of spans."""
+"""The standard environment variables for the destination of spans."""
 
 _FLUSH_SECONDS = 1.0
 """Longest wait at process exit for spans to be sent."""
 
 
 def open_tracing(version: str) -> Tracing | None:
-    """Start recording spans if tracing is configured; otherwise import nothing.
+    """Start recording spans if tracing is configured; otherwise import nothing and return None.
 
     Tracing is configured if the environment names an endpoint, or if OpenTelemetry has already
     been imported in this process.
@@ -119,14 +119,14 @@ class Tracing:
             span.set_attributes(_outcome_attributes(call))
             if call.code in _ERRORS:
                 span.set_status(self._error, call.reason or None)
-        # A wall clock may be set during the call.
+        # Not the current time: the wall clock may have been set during the call.
         span.end(begin + round(call.seconds * 1e9))
 
     def close(self) -> None:
         """Send pending spans, waiting at most a second."""
         flush = getattr(self._provider, "force_flush", None)
         if flush:
-            # An exporter may retry for longer than the exit of a process may take.
+            # In a thread, because an exporter may retry for longer than an exit may take.
             thread = threading.Thread(target=flush, daemon=True)
             thread.start()
             thread.join(_FLUSH_SECONDS)

@@ -1,1 +1,1 @@
-"""Listening, TLS, authentication and error translation."""
+"""Listening, TLS, authentication, reflection and error translation."""

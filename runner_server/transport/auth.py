@@ -1,4 +1,4 @@
-"""Authentication by token, and loopback addresses, which need none."""
+"""Authentication by token, and the check for loopback addresses, which need none."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _HEADER = "authorization"
 _SCHEME = "bearer "
 
 _MIN_TOKEN_CHARS = 16
-"""A shorter token could be guessed."""
+"""Shortest token that cannot be guessed."""
 
 _TOKEN = re.compile(rf"[!-~]{{{_MIN_TOKEN_CHARS},}}")
 
 
 def read_token(file: Path | None, environment: MutableMapping[str, str] = os.environ) -> str | None:
-    """Return the token required of callers; a file takes precedence over the environment.
+    """Return the token that callers must send, from a file or else from the environment.
 
-    The variable is removed in either case, so that child processes do not inherit the token.
+    Removes the variable in either case, so that child processes do not inherit the token.
 
     Raises:
         ValueError: The configured token is missing or unusable. The message never contains
@@ -52,13 +52,13 @@ def _checked(token: str, where: str) -> str:
     if not _TOKEN.fullmatch(token):
         raise ValueError(
             f"the token in {where} has {len(token)} characters: it must have {_MIN_TOKEN_CHARS} "
-            "or more, only visible ASCII without spaces; `openssl rand -hex 32` makes a good one"
+            "or more, only visible ASCII without spaces; `openssl rand -hex 32` prints a good one"
         )
     return token
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses calls without the token, before reading a request; health checks are exempt.
+    """Refuses calls without the token before their request is read; health checks are exempt.
 
     Args:
         token: Token required of callers as ``authorization: Bearer TOKEN``.
@@ -75,13 +75,13 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
         """Pass an authenticated call on; answer any other with UNAUTHENTICATED."""
-        # A health probe does not need the right to make calls.
+        # Health probes usually have no token.
         if handler_call_details.method.startswith(f"/{health.SERVICE_NAME}/"):
             return await continuation(handler_call_details)
         sent = _bearer(handler_call_details)
         if sent is None:
             return self._no_token
-        # Constant time: the duration must not reveal how much of the token is right.
+        # In constant time, because the duration must not reveal how much of the token is right.
         if not hmac.compare_digest(sent, self._token):
             return self._other_token
         return await continuation(handler_call_details)
@@ -105,7 +105,7 @@ def _refusal(has: str) -> _Handler:
     async def refuse(_requests: object, context: _Context) -> None:
         await abort(context, fault)
 
-    # Works for methods of any kind: this handler reads no request first.
+    # A stream-stream handler serves methods of any kind, and this one reads no request.
     return grpc.stream_stream_rpc_method_handler(refuse)
 
 

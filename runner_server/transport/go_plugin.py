@@ -13,13 +13,13 @@ from typing import Any
 import grpc
 
 _SPAWNED = "PLUGIN_PROTOCOL_VERSIONS"
-"""A variable that go-plugin sets for its children and no other program sets."""
+"""Variable that only go-plugin sets, for the processes it starts."""
 
 
 def add_controller(server: grpc.aio.Server, on_shutdown: Callable[[], object]) -> None:
     """Add the shutdown rpc if go-plugin started this process.
 
-    Other servers do not have the rpc, because one caller must not end a server shared by many.
+    Without go-plugin the rpc does not exist, because no caller may end a server shared by many.
 
     Args:
         server: A server that has not started yet.

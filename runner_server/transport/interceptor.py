@@ -33,10 +33,9 @@ if TYPE_CHECKING:
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Answers every exception of a handler from the error table.
+    """Translates every exception of a handler to a status of the error table.
 
-    Otherwise an unexpected exception would reach the client as UNKNOWN with the exception's
-    text.
+    gRPC itself would send the text of an unexpected exception to the client, as UNKNOWN.
     """
 
     async def intercept_service(
@@ -58,15 +57,15 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
 @dataclass(frozen=True)
 class _Unreadable:
-    """Placeholder for a request that cannot be read completely, with the reasons."""
+    """Placeholder for a request that cannot be parsed or has unknown fields."""
 
     violations: Violations
 
 
 def _reader(read: Callable[[bytes], Any] | None) -> Callable[[bytes], object]:
-    """Return a deserializer returning an :class:`_Unreadable` instead of raising.
+    """Return a deserializer that returns an :class:`_Unreadable` instead of raising.
 
-    gRPC would send its exceptions to the client as UNKNOWN with their text.
+    gRPC would send the text of the exception to the client, as UNKNOWN.
     """
 
     def read_safely(data: bytes) -> object:
@@ -75,7 +74,7 @@ def _reader(read: Callable[[bytes], Any] | None) -> Callable[[bytes], object]:
         try:
             request, unknown = read_known(read, data)
         except DecodeError:
-            text = "its bytes are not a message of this rpc: damaged, or a string is not UTF-8"
+            text = "not a message of this rpc: its bytes are damaged, or a string is not UTF-8"
             return _Unreadable([(WHOLE, text)])
         return _Unreadable(unknown) if unknown else request
 
@@ -124,15 +123,15 @@ def _guard_stream(handler: _Handler) -> _Behaviour:
 async def _abort(context: _Context, error: Exception) -> NoReturn:
     if not isinstance(error, RunnerFault):
         logger.error("unexpected error in a handler", exc_info=error)
-        error = GenerationFailed("an unexpected error; the log of the runner has the traceback")
+        error = GenerationFailed("an unexpected error; the runner's log has the traceback")
     await abort(context, error)
 
 
 async def abort(context: _Context, fault: RunnerFault) -> NoReturn:
-    """End a call with a fault; keep the call's trailing metadata."""
+    """End a call with a fault, keeping the trailing metadata already set."""
     current_call().reason = reason_name(fault)
     status: Any = rpc_status.to_status(to_status(fault))
-    # abort_with_status would replace the trailing metadata.
+    # Unlike abort_with_status, which would replace the trailing metadata.
     trailers = (*context.trailing_metadata(), *status.trailing_metadata)
     await context.abort(status.code, status.details, trailers)
     raise AssertionError("abort returned")

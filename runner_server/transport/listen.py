@@ -1,4 +1,4 @@
-"""Listening addresses: ports, unix sockets and the authentication each requires."""
+"""Binding of the server to an address: TCP ports, unix sockets, and what each requires."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from runner_server.transport.unix_socket import OccupiedError, socket_place
 logger = logging.getLogger(__name__)
 
 _MAX_UNIX_PATH = 107 if sys.platform == "linux" else 103
-_BIND_ADVICE = "it is in use, unknown or not of this machine; port 0 takes any free port"
+_BIND_ADVICE = "it is in use, unknown, or another machine's; port 0 takes any free port"
 
 
 class CannotListenError(Exception):
-    """The address cannot be listened on; the message says why."""
+    """The server cannot listen on the address, or cannot start for another reason."""
 
 
 def listen(
@@ -37,7 +37,7 @@ def listen(
         has_token: Whether callers must send a token.
 
     Returns:
-        The bound address.
+        The bound address, with the port that was chosen.
 
     Raises:
         CannotListenError: The address is invalid, in use, or open to other machines without
@@ -78,7 +78,7 @@ def _listen_on_socket(
 def _bind_socket(
     server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None
 ) -> None:
-    # The socket file's mode follows the umask: only this user may connect.
+    # The umask sets the mode of the socket's file, so that only this user may connect.
     mask = os.umask(0o177)
     try:
         _bind(server, address, "its directory must exist and be writable", credentials)

@@ -17,7 +17,7 @@ _V1 = "grpc.reflection.v1.ServerReflection"
 
 
 def add_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
-    """Add reflection of some services, and of reflection itself, to a server.
+    """Add server reflection, which describes some services and itself.
 
     Args:
         server: A server that has not started yet.
@@ -38,27 +38,27 @@ def add_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
 
 
 class _SymbolPool:
-    """The default descriptor pool, extended by methods, fields and comments.
+    """Proxy of the default descriptor pool that finds methods and fields, and adds comments.
 
     Python's pool finds only messages, services and enums, so that
-    ``grpcurl describe mlxrunner.v1.RunnerService.Load`` would fail. Generated code drops the
-    comments, which here are the specification.
+    ``grpcurl describe mlxrunner.v1.RunnerService.Load`` would fail. Generated code has no comments,
+    although they are the specification of this protocol.
     """
 
     def __init__(self) -> None:
         self._pool: Any = descriptor_pool.Default()
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - stands for the whole pool
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - any attribute of the pool
         return getattr(self._pool, name)
 
-    def FindFileContainingSymbol(self, symbol: str) -> _CommentedFile:  # noqa: N802 - its name there
+    def FindFileContainingSymbol(self, symbol: str) -> _CommentedFile:  # noqa: N802 - the pool's
         try:
             file = self._pool.FindFileContainingSymbol(symbol)
         except KeyError:
             file = self._pool.FindFileContainingSymbol(symbol.rpartition(".")[0])
         return self._commented(file)
 
-    def FindFileByName(self, name: str) -> _CommentedFile:  # noqa: N802 - its name there
+    def FindFileByName(self, name: str) -> _CommentedFile:  # noqa: N802 - the pool's
         return self._commented(self._pool.FindFileByName(name))
 
     def _commented(self, file: FileDescriptor) -> _CommentedFile:
@@ -72,7 +72,7 @@ class _SymbolPool:
 
 
 class _CommentedFile:
-    """File descriptor with the comments of the source, as reflection needs."""
+    """The part of a file descriptor that reflection uses, with the comments of the source."""
 
     def __init__(self, file: FileDescriptor, comments: SourceCodeInfo | None) -> None:
         self._file = file
@@ -80,7 +80,7 @@ class _CommentedFile:
         self.name = file.name
         self.dependencies = file.dependencies
 
-    def CopyToProto(self, proto: FileDescriptorProto) -> None:  # noqa: N802 - its name there
+    def CopyToProto(self, proto: FileDescriptorProto) -> None:  # noqa: N802 - the descriptor's
         self._file.CopyToProto(proto)
         if self._comments:
             proto.source_code_info.CopyFrom(self._comments)

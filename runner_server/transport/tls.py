@@ -1,4 +1,4 @@
-"""TLS from files, reread after changes."""
+"""TLS credentials from files, which are read again when they change."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import grpc
 logger = logging.getLogger(__name__)
 
 _Stamp = tuple[tuple[int, int, int] | None, ...]
-"""Identity of each file's content; None for a missing file."""
+"""Inode, size and mtime of each file, to detect changes; None for a missing file."""
 
 
 class BadTlsFilesError(Exception):
-    """The TLS files cannot be used; the message says which and why."""
+    """The TLS files cannot be used. The message names the file and the reason."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class TlsFiles:
     Attributes:
         cert: The server's certificate and any intermediate certificates, as PEM.
         key: The certificate's private key, as PEM without a password.
-        client_ca: Authorities of client certificates, as PEM; if set, clients without a
-            certificate signed by one of them are refused.
+        client_ca: CA certificates, as PEM. If set, clients must have a certificate signed by one
+            of these CAs.
     """
 
     cert: Path
@@ -37,10 +37,10 @@ class TlsFiles:
 
 
 def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
-    """Return credentials from the files, reread for each new connection.
+    """Return credentials that follow the files: each new connection uses the latest ones.
 
     Open connections are not affected. While the files cannot be used, for instance because a
-    new certificate is beside the old key, the last valid ones stay in use.
+    certificate has been replaced before its key, the last valid ones stay in use.
 
     Raises:
         BadTlsFilesError: The files cannot be used now.
@@ -54,7 +54,7 @@ def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
 
 
 class _Source:
-    """Reader of the TLS files; gRPC threads call ``fetch``."""
+    """Reads the TLS files after changes; gRPC calls ``fetch`` on its own threads."""
 
     def __init__(self, files: TlsFiles) -> None:
         self._files = files
@@ -72,7 +72,7 @@ class _Source:
                 configuration = self.read()
             except BadTlsFilesError as error:
                 self._bad = stamp
-                # The message is the whole story.
+                # The message suffices, without a traceback.
                 logger.error("%s; new connections use the previous files", error)  # noqa: TRY400
                 return None
         logger.info("the TLS files have changed: new connections use the new ones")
@@ -117,10 +117,14 @@ def _read(file: Path) -> bytes:
 
 
 def _check(files: TlsFiles) -> None:
-    """Check the files now: gRPC would fail in a handshake, without reporting why."""
+    """Check that the files belong together; gRPC would only fail each handshake, without a reason.
+
+    Raises:
+        BadTlsFilesError: The files cannot be used.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        # With any password given, even a wrong one, OpenSSL does not ask the terminal for it.
+        # Given a password, even a wrong one, OpenSSL does not ask for it on the terminal.
         context.load_cert_chain(files.cert, files.key, password="")
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         raise BadTlsFilesError(

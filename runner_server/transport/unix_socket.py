@@ -16,18 +16,19 @@ _LOCK_RETRY_SECONDS = 0.01
 
 
 class OccupiedError(Exception):
-    """The socket's path is taken; the message says by what."""
+    """The socket's path is in use. The message says by what."""
 
 
 @contextmanager
 def socket_place(path: Path) -> Iterator[None]:
-    """Keep other servers from binding a socket's path while this one does.
+    """Clear a socket's path and keep other servers from binding it within the context.
 
-    A socket left by a killed server is removed. gRPC would silently replace any socket, even
-    that of a live server.
+    Removes a socket left by a killed server. gRPC itself would silently replace any socket, even a
+    live server's.
 
     Raises:
-        OccupiedError: A server answers there, or the path is not a socket.
+        OccupiedError: A server listens there, the path is not a socket, or the socket is another
+            user's or cannot be removed.
     """
     with _locked(path.parent):
         _clear(path)
@@ -35,7 +36,7 @@ def socket_place(path: Path) -> Iterator[None]:
 
 
 def _clear(path: Path) -> None:
-    # If the path cannot be examined, binding gives the better error.
+    # If the path cannot be examined, the error of binding is the better one.
     with suppress(OSError):
         mode = path.stat().st_mode
         if not stat.S_ISSOCK(mode):
@@ -55,9 +56,13 @@ def _clear(path: Path) -> None:
 
 
 def _is_dead(path: Path) -> bool:
-    """Return whether no process listens on a socket."""
+    """Return True if no process listens on a socket.
+
+    Raises:
+        OccupiedError: This user may not connect to the socket.
+    """
     with socket.socket(socket.AF_UNIX) as caller:
-        # A server with a full backlog would block the connection attempt.
+        # Non-blocking, because a server with a full backlog would block the attempt.
         caller.settimeout(0)
         try:
             caller.connect(str(path))
@@ -86,7 +91,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _lock(descriptor: int) -> None:
-    """Lock a folder, or continue without after a while: other programs may hold the lock."""
+    """Lock a folder; after two seconds go on without the lock, which another program may hold."""
     deadline = time.monotonic() + _LOCK_SECONDS
     while time.monotonic() < deadline:
         try:

@@ -1,7 +1,6 @@
 """Detection of request fields unknown to this server's protocol.
 
-Protobuf silently keeps unknown fields. A client newer than the server would get an answer as if
-it had not set them.
+Protobuf silently keeps unknown fields, so a server would ignore options set by a newer client.
 """
 
 from __future__ import annotations
@@ -22,23 +21,26 @@ _M = TypeVar("_M", bound=Message)
 Violations = list[tuple[str, str]]
 
 WHOLE = "request"
-"""Stands for the whole request if no field of it can be named."""
+"""Field path in errors about the request as a whole."""
 
 _MAX_NAMED = 8
 _MAX_LISTED_BYTES = 256 << 10
-"""Unknown fields are listed at once: 22 million of them, in the largest message accepted, take
-12 s and 2 GiB. The unknown bytes of larger requests are measured first."""
+"""Largest request whose unknown fields are listed without measuring them first. Protobuf lists all
+of them at once: 22 million, in the largest message accepted, take 12 s and 2 GiB."""
 
 
 def read_known(read: Callable[[bytes], _M], data: bytes) -> tuple[_M, Violations]:
     """Parse a request and find unknown fields.
 
     Args:
-        read: Parses a request; its exceptions are passed on.
+        read: Parses a request.
         data: The serialized request.
 
     Returns:
         The request, and pairs of a message's path and a description of an unknown field in it.
+
+    Raises:
+        Exception: Any exception of ``read``.
     """
     request = read(data)
     if len(data) <= _MAX_LISTED_BYTES:
@@ -50,7 +52,7 @@ def read_known(read: Callable[[bytes], _M], data: bytes) -> tuple[_M, Violations
         return request, []
     if unknown <= _MAX_LISTED_BYTES:
         return request, _named(read(data))
-    text = f"{unknown} bytes of it are in fields unknown to mlx-grpc-runner {__version__}"
+    text = f"{unknown} of its bytes are in fields unknown to mlx-grpc-runner {__version__}"
     return request, [(WHOLE, f"{text}; leave them out")]
 
 
@@ -59,7 +61,7 @@ def _named(request: Message) -> Violations:
 
 
 def _unknown(message: Message, path: str) -> Iterator[tuple[str, str]]:
-    # The C and the Python implementation of protobuf have the same interface here.
+    # The C and the Python implementations of protobuf have the same interface here.
     descriptor = cast("Descriptor", message.DESCRIPTOR)
     found = UnknownFieldSet(message)
     # A request may repeat an unknown field; name each once.

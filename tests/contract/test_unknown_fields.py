@@ -154,7 +154,7 @@ async def test_megabytes_of_unknown_fields_are_not_listed(loaded: Server) -> Non
     """Report only the size: listing every field would take seconds and block other callers."""
     problem = await refusal_of(loaded, "Status", UNKNOWN * 1_000_000)
     assert problem.violations == {
-        "request": f"3000000 bytes of it are in fields unknown to mlx-grpc-runner {__version__}; "
+        "request": f"3000000 of its bytes are in fields unknown to mlx-grpc-runner {__version__}; "
         "leave them out"
     }
 
