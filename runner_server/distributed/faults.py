@@ -18,7 +18,7 @@ _KINDS = {
 
 
 def failure_of(error: Exception) -> LoadFailed:
-    """Return the message that reports an exception."""
+    """Return the message that reports an exception of a load to rank 0."""
     if isinstance(error, RunnerFault):
         return LoadFailed(type(error).__name__, str(error), error.metadata)
     text = f"loading raised {type(error).__name__}: {error}"
@@ -29,7 +29,7 @@ def fault_of(where: str, failure: LoadFailed) -> RunnerFault:
     """Rebuild the fault of another rank.
 
     Args:
-        where: Name of the rank that failed.
+        where: Description of the rank that failed, to prefix its message.
         failure: The message; a fault of an unknown class becomes :class:`GenerationFailed`.
     """
     kind = _KINDS.get(failure.kind, GenerationFailed)

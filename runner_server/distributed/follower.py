@@ -28,14 +28,14 @@ class _AbortedError(Exception):
 
 
 class LeaderChannel:
-    """This rank's end of the protocol: messages of rank 0, answers, and the state between them.
+    """A follower's end of the protocol: messages from rank 0, answers to it, and this rank's state.
 
-    A thread of its own reads the connection. Everything else belongs to the thread that opened the
-    library.
+    A dedicated thread reads the connection. Call everything except :meth:`send_memory` on the
+    thread that opened the library.
 
     Args:
         link: The connection to rank 0.
-        on_lost: Called once, on the reading thread, when rank 0 is lost; should end the process,
+        on_lost: Called once, on the reading thread, when rank 0 is lost. Should end the process,
             because another thread may be blocked inside MLX indefinitely.
 
     Attributes:
@@ -50,26 +50,26 @@ class LeaderChannel:
         self.state = FollowerState.IDLE
 
     def start(self) -> None:
-        """Start reading."""
+        """Start the thread that reads the connection."""
         threading.Thread(target=self._read, name="rank 0", daemon=True).start()
 
     def get(self) -> msg.Message:
-        """Block until the next message, without polling, and enter the state after it.
+        """Wait for the next message, and enter the state that follows it.
 
         Raises:
-            RuntimeError: The message does not belong to the state: the ranks are out of step.
+            RuntimeError: The state does not allow the message, so the ranks are out of step.
         """
         message = self._messages.get()
         self.state = next_state(self.state, message)
         return message
 
     def answer(self, message: msg.LoadRead | msg.LoadFailed) -> None:
-        """Answer a load; raise like :meth:`get` if no answer is due."""
+        """Send the answer to a load; raise like :meth:`get` if the state does not allow it."""
         self.state = next_state(self.state, message)
         self._link.send(message)
 
     def send_memory(self, memory: msg.Memory) -> None:
-        """Send a sign of life. Thread-safe.
+        """Send this rank's memory, as a heartbeat. Thread-safe.
 
         Raises:
             OSError: Rank 0 is lost.
@@ -77,7 +77,7 @@ class LeaderChannel:
         self._link.send(memory)
 
     @property
-    def has_news(self) -> bool:
+    def has_message(self) -> bool:
         """True if a message is waiting."""
         return not self._messages.empty()
 
@@ -96,38 +96,38 @@ class LeaderChannel:
 
 
 class FollowerPartners:
-    """Coordination of a load on this rank with rank 0; see ``Partners``.
+    """Coordinates a load on a follower with rank 0; see ``Partners``.
 
     Args:
-        channel: The protocol with rank 0.
+        channel: This rank's end of the protocol.
     """
 
     def __init__(self, channel: LeaderChannel) -> None:
         self._channel = channel
 
     def begin_load(self, _spec: LoadSpec) -> None:
-        """Do nothing: rank 0 has begun the load."""
+        """Do nothing, because rank 0 has already begun the load."""
 
     def finish_load(self, _report: Callable[[int], None], kv_share: float) -> float:
-        """Report this rank's part as read and wait for rank 0 to go on."""
+        """Report that this rank has read its part, and wait for rank 0 to continue or cancel."""
         self._channel.answer(msg.LoadRead(kv_share))
         if isinstance(self._channel.get(), msg.AbortLoad):
             raise _AbortedError
         return kv_share
 
     def check_aborted(self, _progress: int) -> None:
-        """Stop a load cancelled by rank 0."""
-        if self._channel.state is FollowerState.READING and self._channel.has_news:
+        """Stop the load if rank 0 has cancelled it; called with the progress of the load."""
+        if self._channel.state is FollowerState.READING and self._channel.has_message:
             self._channel.get()
             raise _AbortedError
 
 
 class Follower:
-    """Executes the calls of rank 0 until ``Close``.
+    """Executes the messages of rank 0 until ``Close``.
 
     Args:
         backend: The model library, created with :class:`FollowerPartners` on the same channel.
-        channel: The protocol with rank 0.
+        channel: This rank's end of the protocol.
     """
 
     def __init__(self, backend: Backend, channel: LeaderChannel) -> None:
@@ -137,10 +137,10 @@ class Follower:
         self._executor: Executor | None = None
 
     def run(self) -> None:
-        """Follow rank 0. Call on the thread that opened the library.
+        """Follow rank 0 until ``Close``. Call on the thread that opened the library.
 
         Raises:
-            Exception: Any MLX error: this rank cannot continue.
+            Exception: Any error, after which this rank cannot continue.
         """
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
         while not isinstance(message := self._channel.get(), msg.Close):
@@ -154,7 +154,7 @@ class Follower:
             case msg.StartLoad(spec):
                 self._load(spec)
             case msg.AbortLoad():
-                # The load has already failed here.
+                # The load has already ended on this rank.
                 pass
             case msg.NewExecutor():
                 self._executor = self._require_model().new_executor()
@@ -185,7 +185,7 @@ class Follower:
                 executor.close()
                 self._executor = None
             case _:
-                raise RuntimeError(f"rank 0 sent {message}, which this rank does not know")
+                raise RuntimeError(f"rank 0 sent an unexpected message: {message}")
 
     def _load(self, spec: LoadSpec) -> None:
         try:
@@ -197,18 +197,18 @@ class Follower:
                 logger.info("rank 0 has cancelled the load of %r", spec.model)
             else:
                 logger.exception("this rank cannot load %r", spec.model)
-            # Aborted after its answer, this rank is idle, and rank 0 waits for nothing more.
+            # If rank 0 cancelled after this rank's answer, it does not wait for another one.
             if self._channel.state in (FollowerState.READING, FollowerState.ABORTED):
                 self._channel.answer(failure_of(error))
 
     def _require_model(self) -> LoadedModel:
         if self._model is None:
-            raise RuntimeError("rank 0 uses a model, and none is loaded here")
+            raise RuntimeError("rank 0 uses a model, but this rank has none")
         return self._model
 
     def _require_executor(self) -> Executor:
         if self._executor is None:
-            raise RuntimeError("rank 0 uses an executor that this rank does not have")
+            raise RuntimeError("rank 0 uses an executor, but this rank has none")
         return self._executor
 
     def _beat(self) -> None:
@@ -218,6 +218,6 @@ class Follower:
             try:
                 self._channel.send_memory(msg.Memory(counters, resident_bytes(), limit_bytes))
             except OSError:
-                # Rank 0 is lost: the thread that reads ends the process.
+                # Rank 0 is lost, and the reading thread ends the process.
                 return
             time.sleep(BEAT_SECONDS)

@@ -1,4 +1,4 @@
-"""States of a follower, and the messages of rank 0 that each allows."""
+"""States of a follower, and the messages that each state allows."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class FollowerState(enum.Enum):
     """Stage of a follower.
 
     Attributes:
-        IDLE: No model.
-        READING: Reads its part of a model; rank 0 waits for the answer, and may cancel.
-        READ: Has answered that its part is read, and waits for the other ranks.
-        FAILED: Has answered that it cannot load; rank 0 cancels on all ranks.
-        ABORTED: Rank 0 has cancelled, and still waits for the answer.
-        LOADED: In step with the other ranks, so that a failure here ends all of them.
+        IDLE: Has no model.
+        READING: Reads its part of a model. Rank 0 waits for the answer, and may cancel.
+        READ: Has answered that its part is read. Waits for the other ranks.
+        FAILED: Has answered that it cannot load. Rank 0 will cancel the load on all ranks.
+        ABORTED: Rank 0 has cancelled the load, and still waits for the answer.
+        LOADED: Runs in step with the other ranks, so a failure ends all of them.
     """
 
     IDLE = enum.auto()
@@ -57,19 +57,19 @@ TRANSITIONS: dict[tuple[FollowerState, type[msg.Message]], FollowerState] = {
     (_S.IDLE, msg.Release): _S.IDLE,
     **{(_S.IDLE, kind): _S.IDLE for kind in _ALWAYS},
 }
-"""The state after a message received (or, for ``LoadRead`` and ``LoadFailed``, sent)."""
+"""The state after each message; ``LoadRead`` and ``LoadFailed`` are sent, the others received."""
 
 
 def next_state(state: FollowerState, message: msg.Message) -> FollowerState:
     """Return the state after a message.
 
     Raises:
-        RuntimeError: The message does not belong here: the ranks are out of step.
+        RuntimeError: The state does not allow the message, so the ranks are out of step.
     """
     try:
         return TRANSITIONS[state, type(message)]
     except KeyError:
         raise RuntimeError(
-            f"the ranks are out of step: {type(message).__name__} does not belong where this rank "
+            f"the ranks are out of step: {type(message).__name__} is not allowed while this rank "
             f"is {state.name}"
         ) from None

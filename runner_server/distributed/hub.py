@@ -31,10 +31,10 @@ from runner_server.engine.types import Rank
 logger = logging.getLogger(__name__)
 
 _HELLO_SECONDS = 5.0
-"""Longest wait for a new connection to introduce itself."""
+"""Longest wait for the first message of a new connection."""
 
 _LOST_SECONDS = 2.0
-"""Longest wait, after an MLX error, for the news that another rank is lost."""
+"""Longest wait, after an MLX error, to learn that another rank is lost."""
 
 
 @dataclass
@@ -70,18 +70,18 @@ class Hub:
 
     @property
     def address(self) -> list[Any]:
-        """Host, port and secret for followers to connect with."""
+        """Host, port and secret with which followers connect."""
         return [*self._listener.getsockname()[:2], self._secret]
 
     def gather(self, traits: Sequence[str], timeout_seconds: float) -> None:
-        """Wait for the other ranks to connect.
+        """Wait for the other ranks to connect, then start the threads that serve them.
 
         Args:
             traits: Properties that must be the same on all ranks, such as versions.
             timeout_seconds: Longest wait for all ranks together.
 
         Raises:
-            TimeoutError: Some ranks did not connect.
+            TimeoutError: Some ranks did not connect in time.
             ValueError: A rank has different traits.
         """
         deadline = time.monotonic() + timeout_seconds
@@ -94,7 +94,7 @@ class Hub:
                     missing = self._size - 1 - len(self._followers)
                     raise TimeoutError(
                         f"{missing} of {self._size} ranks did not connect within "
-                        f"{timeout_seconds:.0f} s; their logs say why"
+                        f"{timeout_seconds:.0f} s; see their logs"
                     ) from None
                 self._admit(connection, list(traits))
         self._followers.sort(key=lambda follower: follower.rank.rank)
@@ -109,7 +109,7 @@ class Hub:
         except (OSError, ValueError):
             link.close()
             return
-        if not (isinstance(hello, Hello) and self._knows(hello.secret)):
+        if not (isinstance(hello, Hello) and self._is_secret(hello.secret)):
             link.close()
             return
         if (theirs := list(hello.traits)) != traits:
@@ -121,14 +121,14 @@ class Hub:
         rank = Rank(hello.rank, hello.host, hello.pid, hello.device)
         self._followers.append(_Follower(link, rank))
 
-    def _knows(self, secret: object) -> bool:
-        return secrets.compare_digest(str(secret).encode(), self._secret.encode())
+    def _is_secret(self, text: object) -> bool:
+        return secrets.compare_digest(str(text).encode(), self._secret.encode())
 
     def watch(self, on_lost: Callable[[str], object], on_stop: Callable[[], object]) -> None:
         """Set the callbacks for a lost rank and for a rank asked to stop.
 
-        They are called on the hub's threads: ``on_lost`` at most once, with a description of the
-        lost rank, and ``on_stop`` for each request.
+        They are called on the hub's threads, or here if a rank is lost already: ``on_lost`` at most
+        once, with a description of the lost rank, and ``on_stop`` for each request.
         """
         with self._lock:
             self._on_lost, self._on_stop = on_lost, on_stop
@@ -141,8 +141,8 @@ class Hub:
         """The other ranks, with the memory last reported by each."""
         return [follower.rank for follower in self._followers]
 
-    def tell(self, message: FromLeader) -> None:
-        """Send a message to every other rank.
+    def broadcast(self, message: FromLeader) -> None:
+        """Send a message to all other ranks.
 
         Raises:
             BackendLost: A rank is lost.
@@ -174,10 +174,13 @@ class Hub:
             return None
 
     def lost(self, error: Exception) -> BackendLost:
-        """Return the meaning of an MLX error on this rank: usually the loss of another rank."""
+        """Return the exception for an MLX error on this rank, after which no rank can continue.
+
+        The usual cause of such an error is the loss of another rank.
+        """
         if self._lost.wait(_LOST_SECONDS):
             return BackendLost(self._lost_text)
-        # This rank is the cause of the loss, not another one.
+        # No other rank is lost, so this rank is the cause.
         self._is_closing = True
         self._close_links()
         return BackendLost(
@@ -190,7 +193,7 @@ class Hub:
             return
         self._is_closing = True
         try:
-            self.tell(Close())
+            self.broadcast(Close())
         except BackendLost:
             logger.warning("%s, during the shutdown", self._lost_text)
         self._close_links()
@@ -225,8 +228,8 @@ class Hub:
             rank = follower.rank
             self._lost_text = (
                 f"rank {rank.rank} (process {rank.pid} on {rank.host}) is lost: {error}; the model "
-                "is split among all ranks, so all of them exit; its own log says more; use another "
-                "runner"
+                "is split among all ranks, so all of them exit; see the log of that rank, and use "
+                "another runner"
             )
             self._lost.set()
             on_lost = self._on_lost

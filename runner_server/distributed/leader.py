@@ -1,4 +1,4 @@
-"""Rank 0's model library: sends each call to the followers, then makes the call itself."""
+"""The model library on rank 0, which sends each call to the followers before it makes the call."""
 
 from __future__ import annotations
 
@@ -20,11 +20,17 @@ _POLL_SECONDS = 0.1
 """Interval at which a load waiting for other ranks checks for cancellation."""
 
 _READ = 95
-"""Progress of a load that has read its own part."""
+"""Progress of a load once rank 0 has read its own part."""
 
 
 class _Phase(enum.Enum):
-    """Stage of a load: on this rank alone, on every rank independently, or in step."""
+    """Stage of a load.
+
+    Attributes:
+        ALONE: Other ranks are not involved.
+        READING: All ranks read their parts independently.
+        TOGETHER: All ranks make the same MLX calls in step.
+    """
 
     ALONE = enum.auto()
     READING = enum.auto()
@@ -32,7 +38,7 @@ class _Phase(enum.Enum):
 
 
 class LeaderPartners:
-    """Coordination of a load on rank 0 with the other ranks; see ``Partners``.
+    """Coordinates a load on rank 0 with the other ranks; see ``Partners``.
 
     Args:
         hub: The other ranks.
@@ -47,13 +53,14 @@ class LeaderPartners:
         """Start the load on the other ranks."""
         self._expected = set(range(len(self._hub.others)))
         self._phase = _Phase.READING
-        self._hub.tell(msg.StartLoad(spec))
+        self._hub.broadcast(msg.StartLoad(spec))
 
     def finish_load(self, report: Callable[[int], None], kv_share: float) -> float:
-        """Wait for every rank to read its part; see ``Partners.finish_load``.
+        """Wait until every rank has read its part; see ``Partners.finish_load``.
 
         Raises:
-            RunnerFault: The fault of a rank that could not load.
+            RunnerFault: Another rank could not load, or ``report`` has cancelled the load.
+            BackendLost: A rank is lost.
         """
         shares = [kv_share]
         while self._expected:
@@ -62,7 +69,7 @@ class LeaderPartners:
             if answer := self._answer(index):
                 shares.append(self._share(index, answer))
         self._phase = _Phase.TOGETHER
-        self._hub.tell(msg.FinishLoad())
+        self._hub.broadcast(msg.FinishLoad())
         return min(shares)
 
     def _share(self, index: int, answer: msg.LoadRead | msg.LoadFailed) -> float:
@@ -72,12 +79,15 @@ class LeaderPartners:
         raise fault_of(f"rank {rank.rank} on {rank.host}", answer)
 
     def end_step(self) -> None:
-        """Record the end of an operation shared by every rank."""
+        """Record the end of a step that all ranks make together."""
         if self._phase is _Phase.TOGETHER:
             self._phase = _Phase.ALONE
 
     def abort(self) -> bool:
-        """Cancel the load on the other ranks; return whether cancelling was possible.
+        """Cancel the load on the other ranks.
+
+        Returns:
+            False if the load cannot be cancelled any more, because the ranks are in step.
 
         Raises:
             BackendLost: A rank is lost.
@@ -85,13 +95,13 @@ class LeaderPartners:
         phase, self._phase = self._phase, _Phase.ALONE
         if phase is not _Phase.READING:
             return phase is _Phase.ALONE
-        self._hub.tell(msg.AbortLoad())
+        self._hub.broadcast(msg.AbortLoad())
         while self._expected:
             self._answer(min(self._expected))
         return True
 
     def _answer(self, index: int) -> msg.LoadRead | msg.LoadFailed | None:
-        """Return a follower's answer to the load, exactly one per load; None if not there yet."""
+        """Return a follower's only answer to the load; None if it has not arrived yet."""
         answer = self._hub.answer(index, _POLL_SECONDS)
         if answer:
             self._expected.discard(index)
@@ -99,12 +109,12 @@ class LeaderPartners:
 
 
 class LeaderBackend:
-    """Implementation of ``runner_server.engine.backend.Backend`` on rank 0.
+    """Implements ``runner_server.engine.backend.Backend`` with every rank.
 
     Args:
         backend: The model library of this process.
         hub: The other ranks.
-        partners: The partners that ``backend`` was created with.
+        partners: The object that ``backend`` was created with, for the same hub.
     """
 
     def __init__(self, backend: Backend, hub: Hub, partners: LeaderPartners) -> None:
@@ -127,7 +137,7 @@ class LeaderBackend:
             try:
                 report(progress)
             except RunnerFault:
-                # Between the steps of a warm-up the other ranks can still drop the model.
+                # Progress is reported between steps, when the other ranks can still drop the model.
                 self._partners.end_step()
                 raise
 
@@ -136,7 +146,7 @@ class LeaderBackend:
         except BackendLost:
             raise
         except Exception as error:
-            # During a warm-up the other ranks may be waiting for this one.
+            # In the middle of a step, the other ranks may be waiting for this one.
             if not self._partners.abort():
                 raise self._hub.lost(error) from error
             raise
@@ -144,17 +154,17 @@ class LeaderBackend:
         return LeaderModel(model, self._hub)
 
     def memory(self) -> MemoryCounters:
-        """Return the memory held by the library on this rank."""
+        """Return the memory counters of the library on this rank."""
         return self._backend.memory()
 
     def release(self, *, for_next: bool = False) -> None:
-        """Free the memory of a model on every rank."""
-        self._hub.tell(msg.Release(for_next))
+        """Free the memory of a model on every rank; see ``Backend.release``."""
+        self._hub.broadcast(msg.Release(for_next))
         self._backend.release(for_next=for_next)
 
     def trim(self) -> None:
         """Return freed memory to the system on every rank."""
-        self._hub.tell(msg.Trim())
+        self._hub.broadcast(msg.Trim())
         self._backend.trim()
 
     def close(self) -> None:
@@ -164,10 +174,10 @@ class LeaderBackend:
 
 
 class LeaderModel:
-    """A model in the memory of several processes.
+    """A model that is split among the ranks; see ``LoadedModel``.
 
     Args:
-        model: The part in this process.
+        model: The part on this rank.
         hub: The other ranks.
     """
 
@@ -177,7 +187,7 @@ class LeaderModel:
 
     @property
     def info(self) -> ModelInfo:
-        """Description of the model; byte counts are those of this rank."""
+        """Description of the model. The byte counts are those of this rank."""
         return self._model.info
 
     @property
@@ -187,27 +197,27 @@ class LeaderModel:
 
     @property
     def kv_bytes(self) -> Callable[[int], int]:
-        """See ``LoadedModel.kv_bytes``; the size on this rank."""
+        """Function from tokens to the bytes on this rank; see ``LoadedModel.kv_bytes``."""
         return self._model.kv_bytes
 
     def limit_prefix_cache(self, limit_bytes: int) -> None:
         """Limit the prefix cache of every rank; see ``LoadedModel.limit_prefix_cache``."""
-        self._hub.tell(msg.LimitPrefixCache(limit_bytes))
+        self._hub.broadcast(msg.LimitPrefixCache(limit_bytes))
         self._model.limit_prefix_cache(limit_bytes)
 
     @property
     def prefill_limits(self) -> PrefillLimits:
-        """See ``LoadedModel.prefill_limits``; the limits of this rank."""
+        """Limits of prefill chunks on this rank; see ``LoadedModel.prefill_limits``."""
         return self._model.prefill_limits
 
     def new_executor(self) -> LeaderExecutor:
         """Return an executor without rows on every rank."""
-        self._hub.tell(msg.NewExecutor())
+        self._hub.broadcast(msg.NewExecutor())
         return LeaderExecutor(self._model.new_executor(), self._hub)
 
 
 class LeaderExecutor:
-    """Rows processed by every rank together; see ``Executor``.
+    """Runs work items on every rank; see ``Executor``.
 
     An exception ends all ranks, because the others may be waiting for this one in the middle of a
     work item.
@@ -252,7 +262,7 @@ class LeaderExecutor:
 
     @contextmanager
     def _sent_to_followers(self, message: msg.FromLeader) -> Iterator[None]:
-        self._hub.tell(message)
+        self._hub.broadcast(message)
         try:
             yield
         except BackendLost:

@@ -1,4 +1,4 @@
-"""Connection between two ranks, which sends and receives messages as lines."""
+"""Connection between two ranks, which carries messages as lines."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ BEAT_SECONDS = 1.0
 """Interval between heartbeats in each direction."""
 
 SILENCE_SECONDS = 15.0
-"""Longest silence of the other side. The end of a process is noticed at once, because its machine
-closes the connection; this limit is for a machine that fails or hangs."""
+"""Longest silence of the other side. It is for a machine that fails or hangs: the end of a process
+is noticed at once, because its machine closes the connection."""
 
 _MAX_LINE_BYTES = 256 * 2**20
-"""More than the longest prompt takes."""
+"""Longest line accepted: more than the longest prompt takes."""
 
 _PART_BYTES = 1 << 16
 
@@ -40,7 +40,7 @@ class Link:
         """Send a message.
 
         Raises:
-            OSError: The other side is lost or no longer reads.
+            OSError: The other side is lost, or does not read.
         """
         self.send_line(encode(message))
 
@@ -78,7 +78,7 @@ class Link:
         return line
 
     def allow_silence(self, seconds: float) -> None:
-        """Set the longest silence of the other side."""
+        """Change the silence after which the other side counts as lost."""
         self._socket.settimeout(seconds)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Messages between rank 0 and its followers, as dataclasses and as lines of JSON."""
+"""Messages between rank 0 and the followers: dataclasses, encoded as lines of JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runner_server.engine.work import PromptChunk
 
 @dataclass(frozen=True)
 class Beat:
-    """Sign of life."""
+    """Heartbeat."""
 
 
 # -- from rank 0 -----------------------------------------------------------------
@@ -23,7 +23,7 @@ class Beat:
 
 @dataclass(frozen=True)
 class StartLoad:
-    """Read this rank's part of a model. Answered once, by :class:`LoadRead` or `LoadFailed`."""
+    """Read this rank's part of a model. The one answer is ``LoadRead`` or ``LoadFailed``."""
 
     spec: LoadSpec
 
@@ -40,7 +40,7 @@ class AbortLoad:
 
 @dataclass(frozen=True)
 class NewExecutor:
-    """Begin a batch without rows."""
+    """Create an executor without rows."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class RunDecode:
 
 @dataclass(frozen=True)
 class PreemptRow:
-    """Take a row out of the batch with its caches."""
+    """Take a row out of the batch; see ``Executor.preempt``."""
 
     row: int
 
@@ -83,7 +83,7 @@ class RemoveRows:
 
 @dataclass(frozen=True)
 class CloseExecutor:
-    """Free every row."""
+    """Close the executor, freeing every row."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class LoadRead:
     """This rank has read its part.
 
     Attributes:
-        kv_share: Number of sequences of the whole context that this rank has memory for.
+        kv_share: Number of full-length sequences for which this rank has KV memory.
     """
 
     kv_share: float
@@ -143,7 +143,13 @@ class LoadRead:
 
 @dataclass(frozen=True)
 class LoadFailed:
-    """This rank cannot load: class name, text and numbers of the fault."""
+    """This rank cannot load the model.
+
+    Attributes:
+        kind: Class name of the fault.
+        text: Message of the fault.
+        metadata: Numbers and names of the fault.
+    """
 
     kind: str
     text: str
@@ -152,7 +158,13 @@ class LoadFailed:
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of this rank, sent as a sign of life."""
+    """Memory of this rank, sent as a heartbeat.
+
+    Attributes:
+        counters: Memory of MLX.
+        process_bytes: Resident set of the process.
+        limit_bytes: Most memory that MLX may hold; 0 while no model is loaded.
+    """
 
     counters: MemoryCounters
     process_bytes: int
@@ -188,7 +200,7 @@ _CLASSES: dict[str, type[Message]] = {each.__name__: each for each in get_args(M
 
 
 def encode(message: Message) -> bytes:
-    """Encode a message as a line of JSON: the name of the class, and the fields."""
+    """Encode a message as a line of JSON, an array of the class name and the fields."""
     return msgspec.json.encode((type(message).__name__, message)) + b"\n"
 
 

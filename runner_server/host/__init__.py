@@ -1,1 +1,1 @@
-"""The machine and the process: memory, folders, compilers and the parent process."""
+"""The server's machine and process: memory, heap, folders, compiler, BLAS and parent process."""

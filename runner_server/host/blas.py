@@ -1,8 +1,8 @@
 """Detection of the BLAS library used on the CPU.
 
-MLX calls ``cblas_sgemm`` (mlx/backend/cpu/gemms/cblas.cpp). The dynamic linker says which library
-provides it, so a library in ``LD_PRELOAD`` counts only if it was really loaded, and libraries of
-other packages do not count (NumPy's wheel brings its own OpenBLAS, which MLX does not see).
+MLX calls ``cblas_sgemm`` (mlx/backend/cpu/gemms/cblas.cpp). The dynamic linker reports the library
+that provides it. A library in ``LD_PRELOAD`` thus counts only if it was really loaded, and another
+package's library does not count, such as the OpenBLAS in NumPy's wheel.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ REFERENCE = "reference BLAS of MLX"
 
 
 def blas_of(device: str) -> str:
-    """Return the name of the library, as reported in ``StatusResponse.blas``.
+    """Return the name of the BLAS library, as reported in ``StatusResponse.blas``.
 
     Args:
-        device: The engine's device. Any other device than a CPU gives "", and so does "", the
-            device before MLX is imported.
+        device: The engine's device; empty before MLX is imported.
+
+    Returns:
+        The name; empty unless the device is a CPU and MLX is imported.
     """
     return _blas_in_use() if device.startswith("cpu") and _MLX in sys.modules else ""
 
@@ -44,7 +46,7 @@ def _blas_in_use() -> str:
 
 def blas_name(library: Path) -> str:
     """Return the common name of a BLAS library."""
-    # Debian's OpenBLAS is also called libblas.so.3, in a folder with its name.
+    # Debian's OpenBLAS is also a libblas.so.3, in a folder named after OpenBLAS.
     real = library.resolve()
     words = f"{library.name} {real.name} {real.parent.name}".lower()
     family = next((name for word, name in _FAMILIES.items() if word in words), None)
@@ -69,7 +71,7 @@ class _SymbolInfo(ctypes.Structure):
 
 
 def _library_of(function: str) -> Path | None:
-    """Return the library of a function called by MLX: the global scope first, then MLX's own."""
+    """Return the library that provides a function to MLX, looking in the global scope first."""
     for scope in (ctypes.CDLL(None), ctypes.CDLL(sys.modules[_MLX].__file__)):
         if hasattr(scope, function):
             address = ctypes.cast(getattr(scope, function), ctypes.c_void_p)

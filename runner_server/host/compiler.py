@@ -1,4 +1,4 @@
-"""Check of g++: whether compiling works and the result can be loaded."""
+"""Check that g++ can compile a library and that the library can be loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CHECK_LIBRARY = "libmlx_runner_check.so"
 
 
 class CompilerError(Exception):
-    """g++ does not compile; the message says why."""
+    """g++ cannot compile. The message says why."""
 
 
 _SOURCE = """#include <cmath>
@@ -21,12 +21,12 @@ _SOURCE = """#include <cmath>
 extern "C" double mlx_runner_check(double x) { return std::exp(x); }
 """
 _OPTIONS = ("-std=c++17", "-O3", "-fPIC", "-shared")
-"""Options of MLX 0.32 (mlx/backend/cpu/jit_compiler.cpp)."""
+"""The compiler options of MLX 0.32 (mlx/backend/cpu/jit_compiler.cpp)."""
 
 _TIMEOUT_SECONDS = 60.0
 
 _MIN_FREE_BYTES = 16 << 20
-"""A kernel takes 20 KiB, and a few hundred while compiling. A model needs dozens of kernels."""
+"""A kernel takes 20 KiB, or a few hundred while it compiles. A model needs dozens of kernels."""
 
 
 def check_compiler(folder: Path) -> None:

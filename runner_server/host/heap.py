@@ -1,7 +1,7 @@
-"""Tuning of glibc's heap to return freed memory to the system.
+"""Tuning of glibc's heap, so that freed memory returns to the system.
 
-MLX's CPU arrays, gRPC's messages and the tokenizer all live in the heap. Other C libraries have
-none of these calls and are left as they are.
+MLX's CPU arrays, gRPC's messages and the tokenizer all live in that heap. The functions do nothing
+with other C libraries, which lack these calls.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _MAP_FIELDS = 6
 """Number of fields in a line of /proc/self/maps that names a file."""
 
 _MAPPED_BYTES = 1 << 20
-"""Blocks of at least this size are mapped separately and return to the system when freed. glibc's
-own threshold grows to 32 MiB with the blocks it sees, after which freed arrays stay in the heap
-between others."""
+"""Smallest block that is mapped separately, so that it returns to the system when freed. By default
+the threshold grows with the blocks allocated, up to 32 MiB, and smaller freed arrays stay in the
+heap between others."""
 
 _ARENAS = 2
-"""Heaps for threads. The default is eight per core, each of which keeps free pages."""
+"""Number of heaps for threads. The default is eight per core, each of which keeps free pages."""
 
 
 def settle_heap() -> None:
@@ -43,12 +43,13 @@ def trim_heap() -> None:
 def drop_code(libraries: tuple[str, ...]) -> None:
     """Release the resident pages of libraries' code.
 
-    They are the largest part of what remains after a model is unloaded (9 MiB of libmlx.so after
-    the first one), although none of it is in use; the next call reads the pages it needs again.
-    Only executable, read-only mappings are released, whose pages never change.
+    These pages are the largest part of the memory that remains after an unload (9 MiB of libmlx.so
+    after the first model), although they are not in use. The next call reads the pages that it
+    needs from the file again. Only executable, read-only mappings are released, whose pages never
+    change.
 
     Args:
-        libraries: Prefixes of file names.
+        libraries: Prefixes of the libraries' file names.
     """
     madvise = getattr(_libc(), "madvise", None)
     if madvise is None:

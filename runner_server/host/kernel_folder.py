@@ -1,9 +1,9 @@
-"""Private folders for the kernels compiled and loaded by MLX.
+"""Private folders for the kernels that MLX compiles and loads.
 
-MLX takes a kernel from ``<TMPDIR>/mlx/<version>/cpu`` if a file of its name exists, no matter who
-wrote it and whether it is complete (mlx/backend/cpu/compiled.cpp), and writes new ones in place,
-without a lock. Each process therefore gets a folder of its own, which starts with links to the
-kernels loaded by earlier processes of the same user.
+MLX loads a kernel from ``<TMPDIR>/mlx/<version>/cpu`` if a file with its name exists, whoever wrote
+that file and even if it is incomplete (mlx/backend/cpu/compiled.cpp). It writes new ones in place,
+without a lock. Each process therefore gets a separate folder, which starts with links to the
+kernels that earlier processes of the same user have loaded.
 """
 
 from __future__ import annotations
@@ -31,32 +31,36 @@ _RUN, _NEW_RUN = "run-", "new-"
 _LIBRARIES = "lib*.so"
 
 _UNQUOTABLE = frozenset('"$`\\\n')
-"""MLX passes paths to a shell, in double quotes."""
+"""Characters not allowed in paths, because MLX passes paths to a shell in double quotes."""
 
 _PTX_VARIABLE = "MLX_PTX_CACHE_DIR"
-"""Folder of MLX's CUDA kernels; by default below TMPDIR, where MLX trusts any file too."""
+"""Variable with the folder of MLX's CUDA kernels. Its default is below TMPDIR, where MLX trusts any
+file too."""
 
 _NOWHERE = "/dev/null/mlx"
 """A folder that cannot be created, so that MLX stores no PTX."""
 
 
 class NoKernelFolderError(OSError):
-    """No usable folder for kernels; the message says why for each one tried."""
+    """No folder is usable for kernels. The message has the reason for each folder tried."""
 
 
 class KernelFolder:
-    """Kernels of this process; complete ones are kept for later processes.
+    """Folder of this process's kernels, which keeps complete ones for later processes.
 
-    Call ``keep`` and ``close`` on the thread that evaluates, while nothing is being evaluated.
+    Call ``keep`` and ``close`` on the thread that evaluates arrays, and not during an evaluation.
 
     Args:
         base: Private folder shared by all processes of this user.
         version: MLX's version.
-        key: Name of the set of interchangeable kernels; None keeps no kernels.
+        key: Name of the set of interchangeable kernels; None to share none with other processes.
         is_temporary: Whether to remove ``base`` on ``close``.
 
     Attributes:
-        libraries: Folder in which MLX looks for libraries while this one is in use.
+        libraries: Folder in which MLX looks for compiled kernels once :meth:`use` is called.
+
+    Raises:
+        OSError: The base has a character that a shell would interpret, or cannot be written.
     """
 
     def __init__(
@@ -75,22 +79,22 @@ class KernelFolder:
             self._take_over(self._kept)
 
     def use(self) -> None:
-        """Make MLX compile in this folder from now on.
+        """Make MLX compile and load kernels in this folder.
 
-        Only the C environment changes, not ``os.environ``: temporary files of Python and of child
-        processes are not affected.
+        Changes the C environment but not ``os.environ``, so that temporary files of Python and of
+        child processes are not affected.
         """
         os.putenv("TMPDIR", str(self._run))
         if _PTX_VARIABLE not in os.environ:
             os.putenv(_PTX_VARIABLE, str((self._kept or self._run) / "ptx"))
 
     def keep(self) -> None:
-        """Keep new kernels for later processes and delete any that could not be loaded."""
+        """Keep new kernels for later processes, and delete those that were not loaded."""
         if self._kept is None:
             return
         for file in self.libraries.glob(_LIBRARIES):
             if file.name not in self._known:
-                # Best effort: if the disk is full, the next process compiles it again.
+                # Best effort: if it fails, the next process compiles the kernel again.
                 with contextlib.suppress(OSError):
                     self._keep(file, self._kept)
 
@@ -132,8 +136,9 @@ def open_kernels(
 
     Args:
         version: MLX's version.
-        check: Raises OSError if a folder is unsuitable for libraries that are executed.
-        keeps: Whether to start with the kernels of earlier processes and keep new ones.
+        check: Called with the folder of each location; raises OSError if it is unsuitable. Any
+            other exception is passed on.
+        keeps: Whether to start with the kernels of earlier processes and to keep new ones.
         environ: Environment with the folders of temporary and cached files.
 
     Raises:
@@ -160,13 +165,13 @@ def open_kernels(
 
 
 def keep_nothing() -> None:
-    """Make MLX store no GPU kernels, for lack of a suitable folder."""
+    """Keep MLX from storing GPU kernels, for lack of a suitable folder."""
     if _PTX_VARIABLE not in os.environ:
         os.putenv(_PTX_VARIABLE, _NOWHERE)
 
 
 def _candidates(environ: Mapping[str, str]) -> Iterator[tuple[Path, bool]]:
-    """Yield the folders to try, each with whether only this process uses the folder."""
+    """Yield the folders to try, each with True if it is for this process only."""
     name = f"{_PREFIX}{os.geteuid()}"
     if given := environ.get("TMPDIR"):
         yield Path(given).absolute() / name, False
@@ -227,7 +232,7 @@ def _remove_dead(base: Path) -> None:
 
 
 def _is_loaded(library: Path) -> bool:
-    """Return whether this process has loaded a library, a proof of completeness."""
+    """Return whether this process has loaded a library, which proves that it is complete."""
     try:
         ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD)
     except OSError:
@@ -240,7 +245,7 @@ def _digest(file: Path) -> str:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Hard-link a file, or copy if the file system has no hard links."""
+    """Hard-link a file, or copy it if the file system has no hard links."""
     if target.exists():
         return
     try:

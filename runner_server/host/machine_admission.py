@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 class MachineAdmission:
-    """Compares needs with free memory, less the memory other runners may still take.
+    """Compares needs with free memory, less the memory that other runners may still take.
 
-    Uses the same rules and reservations as the client's gate. Thread-safe.
+    Implements ``Admission`` by the rules and reservations of the client's gate. Thread-safe.
 
     Args:
-        book: The reservations of this machine.
+        book: The reservations of this machine. Default: those of this user.
         measure: Measures free memory.
 
     Raises:
@@ -50,12 +50,12 @@ class MachineAdmission:
         Headroom.from_environ(os.environ, "cpu")
 
     def admit(self, model: str, need: MemoryNeed, *, override: bool) -> int:
-        """Reserve memory for a load; see :meth:`Admission.admit`.
+        """Reserve memory for a load; see ``Admission.admit``.
 
-        A refusal leaves this process without a reservation.
+        A refused load leaves this process without a reservation.
         """
         with self._lock, self._book.locked() as book:
-            # The GPU memory of the previous model is free again, whatever was reported last.
+            # 0, because the GPU memory of the previous model has been freed since the last report.
             decision = self._decide(book, need.required_bytes, held_bytes=0)
             book.drop_owned_by(os.getpid())
             self._reservation = None
@@ -67,15 +67,15 @@ class MachineAdmission:
         return granted
 
     def compare(self, required_bytes: int) -> Decision:
-        """Compare a need with the memory available to a load, without reserving any.
+        """Compare a need with the memory available to a load, without a reservation.
 
-        A loaded model would be unloaded first, so its memory counts as free.
+        The memory of a loaded model counts as free, because a load would replace that model.
         """
         with self._book.locked() as book:
             return self._decide(book, required_bytes, self._held_bytes)
 
     def spare_bytes(self) -> int:
-        """Return free memory beyond the headroom and other runners' claims; negative if short."""
+        """Return the bytes free beyond headroom and other runners' claims; negative if short."""
         with self._book.locked() as book:
             free = self._measure()
             claimed = book.claimed_bytes({os.getpid()}, free)
@@ -83,7 +83,7 @@ class MachineAdmission:
         return free.available_bytes - headroom.total_bytes - claimed
 
     def note_held(self, held_bytes: int) -> None:
-        """Report memory held outside the resident set of this process."""
+        """Record the memory that this process holds outside its resident set."""
         with self._lock:
             self._held_bytes = held_bytes
             if self._reservation:
@@ -97,7 +97,7 @@ class MachineAdmission:
             self._held_bytes = 0
 
     def _decide(self, book: BookView, required_bytes: int, held_bytes: int) -> Decision:
-        """Compare a need with free memory, counting memory held by this process as free."""
+        """Compare a need with free memory as if this process held none."""
         free = _without_own(self._measure(), resident_bytes(), held_bytes)
         claimed = book.claimed_bytes({os.getpid()}, free)
         headroom = Headroom.from_environ(os.environ, free.device_kind)
@@ -105,13 +105,13 @@ class MachineAdmission:
 
 
 def _without_own(free: FreeMemory, resident: int, held: int) -> FreeMemory:
-    """Return the free memory as if this process held nothing.
+    """Return the free memory as if this process held none.
 
     Args:
         free: The measurement.
-        resident: System memory held by this process.
-        held: Memory of a discrete GPU held by this process. Metal's figure is the limit of
-            the working set, which does not depend on the memory held.
+        resident: Bytes of system memory held by this process.
+        held: Bytes of a discrete GPU's memory held by this process. Not counted on Metal, where
+            the measurement is the limit of the working set, whatever is in use.
     """
 
     def without(available: int | None, own: int) -> int | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class ModelRoot:
-    """Directory that must contain every model, with symbolic links resolved.
+    """Directory that must contain all files of a model, with symbolic links resolved.
 
     Attributes:
         path: The directory, resolved.
@@ -18,14 +18,14 @@ class ModelRoot:
     path: Path
 
     def has(self, model: Path) -> bool:
-        """Return whether a model's directory, including link targets, is inside the root.
+        """Return whether a model's directory and the targets of its links are inside the root.
 
         Args:
             model: The model's directory, resolved.
 
         Raises:
-            OSError: The directory cannot be read.
-            RuntimeError: A link refers to itself.
+            OSError: The directory cannot be read, or links form a circle.
+            RuntimeError: Links form a circle, before Python 3.13.
         """
         return model.is_relative_to(self.path) and all(
             _target(link).is_relative_to(self.path) for link in _links(model)
@@ -34,7 +34,7 @@ class ModelRoot:
 
 def _target(link: Path) -> Path:
     try:
-        # Since Python 3.13 only strict resolution refuses circular links.
+        # Since Python 3.13, only strict resolution refuses circular links.
         return link.resolve(strict=True)
     except FileNotFoundError:
         return link.resolve()

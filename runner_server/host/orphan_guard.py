@@ -1,10 +1,10 @@
-"""Exit of the process after the parent's end, however the parent ends.
+"""Guard that ends the process after its parent, however the parent ends.
 
-The primary sign is the end of file on stdin, a pipe whose write end only the parent holds: the
-kernel closes it in every case. The parent's process id is polled as well, because a fork of the
-parent may have kept the pipe open, or stdin may not be a pipe (/dev/null, in a service). Neither
-PR_SET_PDEATHSIG (tied to a thread, and missing on macOS) nor ``getppid() == 1`` (wrong under
-subreapers and when the parent is process 1) would do.
+The first sign is the end of file on stdin, a pipe whose write end only the parent holds, so that
+the kernel closes it in every case. The parent's process id is polled as well, because a fork of
+the parent may keep the pipe open, and stdin may not be a pipe (/dev/null, in a service).
+PR_SET_PDEATHSIG would not do, because it is tied to a thread and missing on macOS, nor would
+``getppid() == 1``, which is wrong under subreapers and if the parent is process 1.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 0.7
-"""Grace time after the parent's end. With the polling interval before it and the time the system
-takes to free the memory after it, the total stays under the promised 2 s."""
+"""Time for an orderly stop after the parent's end. With the polling interval before it, and the
+time to free the process's memory after it, the total stays under the promised 2 s."""
 
 
 class OrphanGuard:
     """Watches the parent process from daemon threads.
 
     Args:
-        on_orphaned: Called once, on one of the threads; should begin an orderly stop.
-            A process still running after a grace time is ended.
+        on_orphaned: Called once, on one of the threads, to begin an orderly stop. If the process
+            still runs 0.7 s later, it exits with code 1.
     """
 
     def __init__(self, on_orphaned: Callable[[], object]) -> None:
@@ -73,7 +73,7 @@ def _stdin() -> int:
 
 
 def _is_pipe(descriptor: int) -> bool:
-    """Return whether a descriptor's end of file is meaningful; a closed one counts as ended."""
+    """Return True if the end of file means something: for a pipe, a socket, or a closed stdin."""
     try:
         mode = os.fstat(descriptor).st_mode
     except OSError:

@@ -8,19 +8,19 @@ from pathlib import Path
 
 
 class UntrustedFolderError(OSError):
-    """Another user could write to a folder or replace the folder."""
+    """Another user could write to a folder, or replace it."""
 
 
 def private_folder(path: Path) -> Path:
-    """Create a folder private to this user, or check an existing one.
+    """Create a folder that is private to this user, or check that an existing one is.
 
     Returns:
-        The folder with the symbolic links above it resolved, so that the checked path is the
-        one used.
+        The path with the links of its parents resolved, so that the path in use is the one that
+        was checked.
 
     Raises:
-        UntrustedFolderError: The path exists and is another user's, open to others, or not a
-            folder; or another user can rename it.
+        UntrustedFolderError: The path exists and belongs to another user, is open to others, or is
+            not a folder; or another user could rename it.
         OSError: The folder cannot be created.
     """
     nearest = next(above for above in path.absolute().parents if above.exists())
@@ -42,7 +42,7 @@ def private_folder(path: Path) -> Path:
 
 def _check_above(folder: Path) -> None:
     """Check that only root and this user can rename the entries of a resolved folder."""
-    # The owner of the root directory is root, perhaps of a container.
+    # The owner of / is root, whose id may differ in a container.
     trusted = {0, os.geteuid(), Path("/").stat().st_uid}
     for above in (folder, *folder.parents):
         status = above.stat()

@@ -11,7 +11,7 @@ _UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
 
 
 def resident_bytes() -> int:
-    """Return the resident set of this process in bytes; the peak if the current size is unknown."""
+    """Return the resident set of this process in bytes, or its peak if that is unknown."""
     try:
         return int(psutil.Process().memory_info().rss)
     except (psutil.Error, OSError):

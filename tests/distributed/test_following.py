@@ -221,7 +221,7 @@ def test_rank_0_reports_a_lost_follower(pair: Pair) -> None:
     text = lost.get(timeout=DEADLINE_SECONDS)
     assert "rank 1 (process 4711 on there) is lost" in text
     with pytest.raises(BackendLost, match="rank 1"):
-        pair.hub.tell(Trim())
+        pair.hub.broadcast(Trim())
     again: list[str] = []
     pair.hub.watch(again.append, lambda: None)
     assert again == [text]
