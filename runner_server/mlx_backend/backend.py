@@ -1,4 +1,4 @@
-"""The entry point of the MLX backend: opens MLX on the engine's thread, loads, counts memory."""
+"""The entry point of the MLX backend: opens MLX, loads models and reports memory."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from runner_server.mlx_backend.sharding import Shard
 
 _ARCHITECTURES = "mlx_lm.models"
-"""Each module of an unloaded model keeps a fifth of a MiB."""
+"""Package whose submodules an unload forgets; each one keeps a fifth of a MiB."""
 
 _LIBRARIES = ("libmlx", "tokenizers", "liblapack", "libblas")
 
 _ANY_LIMIT_BYTES = 1 << 40
-"""MLX returns its memory limit only when another one is set."""
+"""Any memory limit, set because MLX returns the previous limit only when a new one is set."""
 
 
 class MlxBackend:
     """Implements ``runner_server.engine.backend.Backend`` with MLX.
 
     Args:
-        model_root: The directory that models must be below; None for no restriction.
+        model_root: The directory that models must be below; None allows any.
         shard: This rank's part of a model; None for the whole model.
         admission: Decides whether there is enough memory for a load.
     """
@@ -51,14 +51,14 @@ class MlxBackend:
         self._kept_modules: frozenset[str] = frozenset()
         self._mx: Any = None
         self._kernels: KernelFolder | None = None
-        # Not the model itself, which must be freed with the engine thread's last reference.
+        # Not a reference to the model, which must be freed when the engine's thread drops it.
         self._prompts: CacheUsage | None = None
 
     def open(self) -> str:
-        """Import MLX and mlx_lm. Return the device's name."""
+        """Import MLX and mlx_lm; return the kind and name of the device; see ``Backend.open``."""
         use_offline()
         settle_heap()
-        # Imported late, because it takes tenths of a second, during which calls are answered.
+        # Imported late: it takes tenths of a second, in which the server already answers calls.
         import mlx.core as mx  # noqa: PLC0415
 
         import runner_server.mlx_backend.loading.loader  # noqa: F401, PLC0415
@@ -66,7 +66,7 @@ class MlxBackend:
 
         self._kernels = private_kernels()
         info = mx.device_info()
-        # Metal only: the system may page out memory that is not wired between two steps.
+        # Metal only: between two steps, the system may page out memory that is not wired.
         if working_set := info.get("max_recommended_working_set_size"):
             mx.set_wired_limit(int(working_set))
         self._mx = mx
@@ -113,12 +113,12 @@ class MlxBackend:
             self._mx.set_memory_limit(self._usual_limit_bytes)
         self.trim()
         drop_code(_LIBRARIES)
-        # Kept between two models, and after a gate, so that other schedulers do not count on it.
+        # Kept if a load follows, so that no other process counts on this memory in between.
         if not for_next:
             self._admission.release()
 
     def trim(self) -> None:
-        """Return freed memory to the system: Python's cycles, MLX's cache, the C heap."""
+        """Return freed memory to the system: from reference cycles, MLX's cache and the C heap."""
         gc.collect()
         if self._mx is not None:
             self._mx.clear_cache()
@@ -126,7 +126,7 @@ class MlxBackend:
         trim_heap()
 
     def close(self) -> None:
-        """Release MLX's streams on this thread, without which the process may abort at exit."""
+        """Release MLX's streams on this thread. Without this, the process may abort at exit."""
         if self._mx is None:  # MLX could not be imported
             return
         self._mx.synchronize()
@@ -141,9 +141,9 @@ class MlxBackend:
 
 
 def use_offline() -> None:
-    """Set the environment variables read by transformers and tokenizers during import."""
-    # Without this, transformers may try to download.
+    """Keep transformers and tokenizers offline and quiet; call before they are imported."""
+    # Otherwise transformers may try to download.
     os.environ["HF_HUB_OFFLINE"] = "1"
-    # Set by mlx_lm when all of it is imported: no advice about PyTorch.
+    # No advice about PyTorch. mlx_lm sets this too, but only if all of it is imported.
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

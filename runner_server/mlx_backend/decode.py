@@ -1,7 +1,7 @@
-"""The decode step: computes the next tokens of several rows together.
+"""The decode step, which computes the next token of each row of a batch.
 
 :meth:`DecodeBatch.step` launches a step before it collects the previous one, so that the device
-always has work. The inputs of a step are the arrays that the step in flight is still computing.
+always has work. The inputs of a step are arrays that the step in flight is still computing.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ from runner_server.mlx_backend.sampling.penalties import Penalties
 from runner_server.mlx_backend.sampling.sampler import Sampler
 
 _STATE_STEPS = 64
-"""Number of steps after which the state of all caches is evaluated. Where nothing reads a layer's
-offset, the lazy offset would otherwise grow by one addition per step."""
+"""Number of steps after which the state of all caches is evaluated. If nothing reads a layer's
+offset, its unevaluated graph would otherwise grow by one addition per step."""
 
 
 Agree = Callable[[mx.array], mx.array]
+"""Replaces tokens drawn on this rank with those of rank 0, unevaluated; same shape and dtype."""
 
 
 @dataclass(eq=False)
@@ -49,16 +50,14 @@ class Row:
     Attributes:
         id: The engine's id of the row.
         sampling: The sampling options.
-        prompt_ids: The whole prompt. The last token is left to the first decode step.
-        next_id: The next input token once the prompt is prefilled, while the row is not in the
-            batch.
+        prompt_ids: The whole prompt. Its last token is the input of the first decode step.
+        next_id: The input of the row's next step, valid while the row is not in the batch.
         tokens: The tokens that have passed through the model.
-        is_unreported: Whether the next input token was generated and has not been reported.
+        is_unreported: Whether the input of the next step was drawn but is not reported yet.
         drawn: Number of tokens drawn.
         caches: The row's caches while it is not in the batch.
-        logprobs: Log probabilities of the next input token, if requested.
-        is_finite: Whether the logits that the next input token was drawn from are finite, as far as
-            they have been read.
+        logprobs: Log probabilities of the input of the next step, if requested.
+        is_finite: Whether the logits of every token read so far are finite.
     """
 
     id: int
@@ -75,14 +74,14 @@ class Row:
 
 @dataclass(frozen=True)
 class InFlightStep:
-    """The tokens drawn by the step launched last; MLX may still be computing them.
+    """The tokens drawn by the latest step, which MLX may still be computing.
 
-    They are the inputs of the next step. The slot of a row that has just joined holds its next
-    input token, which no step has drawn.
+    They are the inputs of the next step. The slot of a row that has just joined has its
+    ``next_id``, which this step did not draw.
 
     Attributes:
         tokens: Token ids by slot, shape (rows,), uint32.
-        finite: Whether the logits behind each token are finite, shape (rows,), bool.
+        finite: Whether the logits that each token was drawn from are finite, shape (rows,), bool.
     """
 
     tokens: mx.array
@@ -90,12 +89,12 @@ class InFlightStep:
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> InFlightStep:
-        """Return the next input tokens of rows that join."""
+        """Return the inputs of the next step for rows that join."""
         ids = mx.array([row.next_id for row in rows], dtype=mx.uint32)
         return cls(ids, mx.array([row.is_finite for row in rows], dtype=mx.bool_))
 
     def followed_by(self, other: InFlightStep) -> InFlightStep:
-        """Return the slots of this step, then those of another."""
+        """Return the slots of this step followed by those of another."""
         return InFlightStep(
             mx.concatenate([self.tokens, other.tokens]), mx.concatenate([self.finite, other.finite])
         )
@@ -110,16 +109,17 @@ class InFlightStep:
         mx.eval(self.tokens, self.finite)
 
     def read(self) -> list[tuple[int, bool]]:
-        """Wait for the tokens. Return each id with a flag for finite logits."""
+        """Wait for the tokens; return each id with True if its logits are finite."""
         ids = cast("list[int]", self.tokens.tolist())
         flags = cast("list[bool]", self.finite.tolist())
         return list(zip(ids, flags, strict=True))
 
 
 class _StepLogprobs:
-    """The log probabilities of a step, read once and shared by the rows.
+    """The log probabilities of a step, read as a whole and shared by the rows.
 
-    Slicing an array would launch a computation that waits for the step launched in the meantime.
+    Reading a slice for each row would launch a computation that waits for the next step, which has
+    already been launched by then.
     """
 
     def __init__(self, arrays: TokenLogprobs) -> None:
@@ -151,11 +151,11 @@ class _RowLogprobs:
 
 
 class DecodeBatch:
-    """Rows decoded together, one token a step.
+    """The rows that are decoded together, one token per step.
 
-    One step is in flight between two calls: :meth:`step` launches the next one with the tokens in
-    flight as inputs, and then collects them. For a row that joins with ``p``, the last token of its
-    prompt:
+    Between two calls, one step is in flight: :meth:`step` launches the next one with the tokens in
+    flight as inputs, and then collects those tokens. For a row that joins with ``p``, the last
+    token of its prompt:
 
     1. The first :meth:`step` launches ``model(p)``, which draws ``t1``. It waits for ``t1`` and
        reports it, so that the first token is not delayed.
@@ -165,13 +165,13 @@ class DecodeBatch:
     4. Each further call launches ``t(n+1)`` and collects ``t(n)``. While the caller handles
        ``t(n)``, the device computes ``t(n+1)``.
 
-    When the row leaves, the token that is being computed is dropped. A row that may come back keeps
-    it: :meth:`settle` stores it in ``next_id``.
+    When the row leaves, the token in flight is dropped, unless :meth:`settle` has stored it in
+    ``next_id`` for a row that will join again.
 
     Args:
         model: The model, with weights read.
         vocab_size: Number of token ids scored by the output layer.
-        agree: Replaces drawn tokens with those that all ranks use.
+        agree: Replaces drawn tokens with those of rank 0; None if there is one rank.
 
     Attributes:
         rows: The rows in the order of their slots.
@@ -182,7 +182,7 @@ class DecodeBatch:
         self._agree = agree
         self._vocab_size = vocab_size
         self.rows: list[Row] = []
-        # A single row keeps its own caches, which need no mask.
+        # A single row stays in its own caches, which need no mask; several are merged.
         self._caches: Caches = []
         self._in_flight = InFlightStep.of([])
         self._steps = 0
@@ -213,36 +213,36 @@ class DecodeBatch:
         self._prepare()
 
     def leave(self, rows: Sequence[Row]) -> None:
-        """Remove rows without their caches."""
+        """Remove rows and free their caches."""
         leaving = {id(row) for row in rows}
         stay = _fill_gaps([id(row) not in leaving for row in self.rows])
         if len(stay) < len(self.rows):
             self._keep(stay)
 
     def leave_with_caches(self, row: Row) -> None:
-        """Remove a row, and store a copy of the caches in the row."""
+        """Remove a row, storing a copy of its caches in ``row.caches``."""
         row.caches = self._caches_of(self.rows.index(row))
         evaluate(row.caches)
         self.leave([row])
 
     def caches_of(self, row: Row) -> Caches:
-        """Return the caches of a row, to be read before the batch changes."""
+        """Return the caches of a row, valid until the batch changes."""
         if len(self.rows) == 1:
             return self._caches
         return view(self._caches, self.rows.index(row))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the caches, in use or not."""
+        """Bytes allocated for the caches, in use or not."""
         return sum(int(cache.nbytes) for cache in self._caches)
 
     def compact(self) -> None:
-        """Free the memory left by removed rows."""
+        """Free the memory that removed rows have left unused."""
         self.finish()
         compact(self._caches)
 
     def settle(self, row: Row) -> None:
-        """Wait for a row's next input token, and store the id in the row before a preemption."""
+        """Wait for a row's token in flight, and store it in ``row.next_id``."""
         slot = self.rows.index(row)
         row.next_id, row.is_finite = self._in_flight.kept([slot]).read()[0]
 
@@ -253,7 +253,11 @@ class DecodeBatch:
     def step(self) -> list[Token | NotFinite]:
         """Launch the next step, then collect the tokens of the previous one.
 
-        A row that has just joined has no previous step: its first token is awaited and reported.
+        A row that has just joined has no previous step, so its first token is awaited at once.
+
+        Returns:
+            At most one event for each row, in the order of the slots except for first tokens, which
+            come last.
         """
         previous = self._in_flight
         self._in_flight, logprobs = self._launch(previous.tokens)
@@ -261,7 +265,7 @@ class DecodeBatch:
         return [*events, *self._collect_first()]
 
     def _launch(self, inputs: mx.array) -> tuple[InFlightStep, list[_RowLogprobs | None]]:
-        """Launch a step. Return its tokens, and the log probabilities of each row's token."""
+        """Launch a step; return its tokens, and the log probabilities of each row's token."""
         rows = self.rows
         logits = self._model(inputs[:, None], cache=self._caches)[:, -1, :]
         drawn = [row.drawn for row in rows]
@@ -277,8 +281,8 @@ class DecodeBatch:
         return step, logprobs
 
     def _settled(self, drawn: mx.array, finite: mx.array) -> InFlightStep:
-        """Return the tokens that all ranks use. A row with non-finite logits gets token 0."""
-        # NaN candidates may have ids outside the vocabulary.
+        """Return the tokens that all ranks continue with; 0 for a row with non-finite logits."""
+        # Candidates among NaN logits may have ids outside the vocabulary.
         drawn = mx.where(finite, drawn, 0)
         if self._agree:
             agreed = self._agree(mx.concatenate([drawn, finite.astype(drawn.dtype)]))
@@ -305,7 +309,7 @@ class DecodeBatch:
         return events
 
     def _collect_first(self) -> list[Token | NotFinite]:
-        """Wait for the step in flight if it draws the first token of a row, and report these."""
+        """Report the first tokens of rows, waiting for the step in flight if there are any."""
         rows = enumerate(self.rows)
         first = [slot for slot, row in rows if row.drawn == 1 and row.is_unreported]
         if not first:
@@ -342,7 +346,7 @@ class DecodeBatch:
         if len(slots) == 1:
             self._caches = self._caches_of(slots[0])
         elif slots:
-            # A pending step would keep MLX from writing to the memory in place.
+            # While a step is pending, MLX would copy the memory instead of writing in place.
             self.finish()
             keep(self._caches, slots)
         else:
@@ -352,7 +356,7 @@ class DecodeBatch:
         self._prepare()
 
     def _prepare(self) -> None:
-        """Prepare the sampler and the penalties for the present rows."""
+        """Rebuild the sampler and the penalties for the current rows."""
         options = [row.sampling for row in self.rows]
         self._sampler = Sampler(options, self._vocab_size)
         self._penalties = Penalties(options)
@@ -368,7 +372,7 @@ def _arrays_of(found: _RowLogprobs | None) -> tuple[mx.array, ...]:
 
 
 def _fill_gaps(stays: Sequence[bool]) -> list[int]:
-    """Return the slots to keep, with the last ones filling gaps to move few rows.
+    """Return the slots to keep, in an order that moves few rows: the last ones fill the gaps.
 
     For example, if slot 1 of four leaves, the result is 0, 3, 2.
     """

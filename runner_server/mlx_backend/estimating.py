@@ -20,7 +20,7 @@ from runner_server.mlx_backend.backend import use_offline
 
 
 def answer(request: NeedRequest) -> NeedAnswer:
-    """Return the memory need from the server's plan.
+    """Return the memory need of a load, computed by the server's own plan.
 
     Raises:
         RunnerFault: As for a load.
@@ -57,7 +57,7 @@ def _values(request: NeedRequest) -> dict[str, Any]:
     except RunnerFault as fault:
         violations = fault.violations if isinstance(fault, InvalidField) else []
         if isinstance(fault, ModelUnsupported):
-            # Most code that raises this error does not know the directory; a load adds it too.
+            # Most code that raises this error has no access to the directory; a load adds it too.
             fault.metadata.setdefault("model", request.path)
         return {
             "reason": pb.ErrorReason.Name(fault.reason).removeprefix("ERROR_REASON_"),
@@ -76,10 +76,10 @@ def _values(request: NeedRequest) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Answer the request on the command line. Return the exit code."""
+    """Answer the request on the command line; return the exit code."""
     reset_inherited_signals()
     request = NeedRequest(**json.loads(sys.argv[1]))
-    print(json.dumps(_values(request)), flush=True)  # noqa: T201 - its only output
+    print(json.dumps(_values(request)), flush=True)  # noqa: T201 - the answer
     return 0
 
 

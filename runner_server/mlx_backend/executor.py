@@ -1,4 +1,4 @@
-"""Execution of work items on mlx_lm's models and caches. Nothing is decided here."""
+"""Execution of the scheduler's work items on mlx_lm's models and caches."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ MlxPrefixCache = PrefixCache[Segment, StateSnapshot]
 
 @dataclass(frozen=True)
 class BatchBudget:
-    """Memory of a batch beside the weights.
+    """Memory that a batch may take in addition to the weights.
 
     Attributes:
-        budget_bytes: The most for the caches of all rows.
-        working_bytes: The most for the working memory of a chunk or a step.
-        row_bytes: Bytes of the caches of one row, by its tokens.
-        chunk_bytes: Bytes of working memory of a chunk, by its tokens and the tokens before.
+        budget_bytes: Most bytes for the caches of all rows.
+        working_bytes: Most bytes for the working memory of a chunk or a step.
+        row_bytes: Returns the bytes of one row's caches, given its number of tokens.
+        chunk_bytes: Returns the working memory of a chunk in bytes, given its number of tokens and
+            the number already in the caches.
     """
 
     budget_bytes: float = math.inf
@@ -47,8 +48,8 @@ class BatchBudget:
         """Return the most prompts to prefill in one call.
 
         Args:
-            length: Tokens to prefill of each.
-            before: Tokens of each that are prefilled already.
+            length: Tokens to prefill of each prompt.
+            before: Tokens already in the caches of each prompt.
         """
         # The caches are copied into a batch, grow there, and are copied out again.
         copies = 3 * self.row_bytes(before + length)
@@ -57,15 +58,15 @@ class BatchBudget:
 
 
 class MlxExecutor:
-    """Prefills prompts and decodes rows together, as the work items say.
+    """Implements ``runner_server.engine.backend.Executor`` for one batch of a model.
 
     Args:
         model: The model, with its weights in memory.
-        vocab_size: Token ids that the output layer scores.
-        pieces: Segments and snapshots of the model's caches.
-        prefix_cache: Prefilled prompts; outlives the executor.
-        clock: A monotonic clock in seconds.
-        agree: See :class:`DecodeBatch`.
+        vocab_size: Number of token ids that the output layer scores.
+        pieces: Cuts and joins the model's caches for the prefix cache.
+        prefix_cache: The prefix cache, which outlives the executor.
+        clock: Returns monotonic seconds.
+        agree: See :class:`DecodeBatch`; None if there is one rank.
         budget: The memory of the batch; None = unlimited.
     """
 
@@ -84,7 +85,7 @@ class MlxExecutor:
         self._prefix_cache = prefix_cache
         self._budget = budget or BatchBudget()
         self._clock = clock
-        # Rows with caches of their own: in prefill, prefilled, or preempted.
+        # Rows with separate caches: in prefill, prefilled, or preempted.
         self._outside: dict[int, Row] = {}
         self._decoding = DecodeBatch(model, vocab_size, agree)
         self._is_single_rank = agree is None
@@ -110,7 +111,7 @@ class MlxExecutor:
                 case _:
                     assert_never(item)
         except Exception:
-            # With several ranks, MLX might wait for ranks that do not make the step.
+            # Not with several ranks: MLX might wait for a rank that does not make this step.
             if self._is_single_rank:
                 recover()
             raise
@@ -124,10 +125,10 @@ class MlxExecutor:
         self._compact_to_fit(0)
 
     def remove(self, rows: Collection[int]) -> None:
-        """Remove rows and cache their prefixes; see ``Executor.remove``."""
+        """Remove rows, inserting their tokens into the prefix cache; see ``Executor.remove``."""
         decoded = [row for row in self._decoding.rows if row.id in rows]
         for row in decoded if self._prefix_cache.is_enabled else ():
-            # Reading the caches waits for the step under way anyway.
+            # Costs nothing: reading the caches waits for the step in flight anyway.
             self._decoding.settle(row)
             self._cache_prefix(row, self._decoding.caches_of(row))
         self._decoding.leave(decoded)
@@ -149,7 +150,7 @@ class MlxExecutor:
         return WorkReport(self._clock() - began, events=tuple(events))
 
     def _affordable(self, joining: Sequence[Row], expected: int) -> int:
-        """Return for how many expected rows the memory suffices, at the length of the longest."""
+        """Return how many of the expected rows fit the memory, each as long as the longest row."""
         rows = [*self._decoding.rows, *joining]
         one = self._budget.row_bytes(1 + max((len(row.tokens) for row in rows), default=0))
         left = self._budget.budget_bytes - self._outside_bytes() - one * len(rows)
@@ -182,10 +183,10 @@ class MlxExecutor:
         return WorkReport(seconds, waited)
 
     def _finish_decoding(self) -> float:
-        """Wait for the decode step under way, which prefill would wait for anyway.
+        """Wait for the decode step in flight, as prefill would do anyway.
 
         Returns:
-            The seconds waited, which count as decoding and not as prefill.
+            The seconds waited, which are reported as time of the decode step, not of the prefill.
         """
         if not self._decoding.rows:
             return 0.0
@@ -194,14 +195,14 @@ class MlxExecutor:
         return self._clock() - began
 
     def _restore(self, row: Row, count: int) -> None:
-        """Give a row the caches of a prefix in the prefix cache.
+        """Replace a row's caches with those of a prefix in the prefix cache.
 
         Raises:
-            RuntimeError: The prefix cache holds another length than the item says.
+            RuntimeError: The prefix cache has a prefix of another length.
         """
         found, segments, snapshot = self._prefix_cache.lookup(row.prompt_ids[:-1])
         if found != count:
-            raise RuntimeError(f"{found} tokens of a prompt are cached, and not {count}")
+            raise RuntimeError(f"{found} tokens of a prompt are cached, but {count} were expected")
         row.caches = self._pieces.restore(segments, snapshot or [])
         row.tokens = list(row.prompt_ids[:count])
 
@@ -212,7 +213,7 @@ class MlxExecutor:
         return sum(self._budget.row_bytes(len(row.tokens)) for row in self._outside.values())
 
     def _compact_to_fit(self, more_bytes: int) -> None:
-        """Compact the decode batch if ``more_bytes`` would exceed the budget."""
+        """Compact the decode batch if ``more_bytes`` in addition would exceed the budget."""
         held = self._decoding.nbytes + self._outside_bytes() + more_bytes
         if held > self._budget.budget_bytes and self._decoding.rows:
             self._decoding.compact()
@@ -222,8 +223,8 @@ class MlxExecutor:
         if not (self._prefix_cache.is_enabled and row.tokens):
             return
         if not row.is_finite:
-            # Each rank sees a part of the values, and all must keep the same prompts.
-            is_sound = self._pieces.is_finite if self._is_single_rank else _never
+            # Ranks see different values, but must all keep the same prompts: they keep none of it.
+            is_sound = self._pieces.is_finite if self._is_single_rank else _always_unsound
             self._prefix_cache.forget(row.tokens, is_sound)
             return
         snapshot = None
@@ -240,5 +241,5 @@ class MlxExecutor:
         )
 
 
-def _never(_segment: Segment, _snapshot: StateSnapshot | None) -> bool:
+def _always_unsound(_segment: Segment, _snapshot: StateSnapshot | None) -> bool:
     return False

@@ -1,4 +1,4 @@
-"""Chooses the folder in which MLX compiles fused kernels, or disables fusing."""
+"""Selection of a folder in which MLX compiles fused kernels; without one, fusing is disabled."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _VERSION: str = vars(mx)["__version__"]
 
 
 def private_kernels() -> KernelFolder | None:
-    """Have MLX compile in a folder of this user, or disable fusing.
+    """Make MLX compile kernels in a private folder of this user, or disable fusing.
 
     Returns:
-        The folder, in use; None if fusing is disabled, which is logged.
+        The folder, already in use; None if fusing is disabled, for a reason that is logged.
     """
     try:
         kernels = open_kernels(_VERSION, check=_check)
@@ -42,7 +42,7 @@ def private_kernels() -> KernelFolder | None:
 
 @contextmanager
 def kernels_of_this_run(*, checks: bool) -> Iterator[Path]:
-    """Have MLX compile in an empty folder, which is removed at the end.
+    """Make MLX compile kernels in an empty folder, which is removed at the end.
 
     Args:
         checks: Whether to check that kernels can be compiled and loaded there.
@@ -68,7 +68,12 @@ def _accept(_folder: Path) -> None:
 
 
 def _check(folder: Path) -> None:
-    """Check whether MLX could load kernels compiled in a folder."""
+    """Check that kernels can be compiled in a folder and loaded from it, if MLX would do so.
+
+    Raises:
+        CompilerError: g++ failed.
+        OSError: The folder does not allow loading libraries, or its disk is full.
+    """
     is_cpu = mx.default_device() == mx.Device(mx.cpu)
     # Without g++ MLX does not fuse on a CPU, and on a GPU it loads no libraries.
     if is_cpu and shutil.which("g++") and "MLX_DISABLE_COMPILE" not in os.environ:

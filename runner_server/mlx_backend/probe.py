@@ -1,8 +1,8 @@
 """Describes MLX on this machine as one JSON object on stdout.
 
-``python -m runner_server.mlx_backend.probe [--gemm]`` runs as a child, for example of ``mlx-runner
-doctor``, in the environment that a runner would get, so the results are those of a runner. Every
-key is always present. A value that could not be determined is null, with the reason in ``errors``.
+``mlx-runner doctor`` runs ``python -m runner_server.mlx_backend.probe [--gemm]`` in the environment
+that a runner would get, so that the results apply to a runner. Every key is always present. A value
+that could not be determined is null, with the reason in ``errors``.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from runner_server.mlx_backend.blas_threads import limit_threads
 from runner_server.mlx_backend.fusing import kernels_of_this_run
 
 _GEMM_ROWS, _GEMM_DEPTH, _GEMM_COLUMNS = 512, 4096, 1024
-_GEMM_SECONDS = 0.5  # the reference BLAS takes longer than this for a single one
+_GEMM_SECONDS = 0.5  # less than the reference BLAS takes for one multiplication
 
 
 def probe(*, gemm: bool = False) -> dict[str, Any]:
-    """Collect the properties of this process's MLX.
+    """Return the properties of MLX in this process.
 
     Args:
         gemm: Whether to measure float32 matrix multiplication, for half a second or more.
@@ -73,11 +73,10 @@ def _device(errors: dict[str, str]) -> dict[str, Any] | None:
 
 
 def _kernels_compile(errors: dict[str, str]) -> bool:
-    """Return whether MLX builds and runs a fused kernel, rather than only working without one.
+    """Return whether MLX compiles and runs a fused kernel.
 
-    On the CPU, MLX keeps the libraries that g++ built in a folder. An empty folder ensures that
-    this kernel is built, and shows that it was. Without g++ MLX runs the operations one by one;
-    with a broken g++ a runner makes it do so.
+    An empty folder ensures that a CPU kernel is compiled, and shows that it was. Otherwise the
+    result could come from an earlier run, or from unfused operations: MLX runs those without g++.
     """
     try:
         with kernels_of_this_run(checks=True) as folder:
@@ -94,11 +93,11 @@ def _kernels_compile(errors: dict[str, str]) -> bool:
 
 
 def _gemm_gflops(errors: dict[str, str]) -> float | None:
-    """Measure the fastest multiplication within half a second; a slow BLAS gets a single one."""
+    """Return the GFLOP/s of the fastest multiplication in half a second, or of a single one."""
     limit_threads()
     try:
         left = mx.random.normal((_GEMM_ROWS, _GEMM_DEPTH))
-        right = mx.random.normal((_GEMM_COLUMNS, _GEMM_DEPTH)).T  # as a linear layer has it
+        right = mx.random.normal((_GEMM_COLUMNS, _GEMM_DEPTH)).T  # as in a linear layer
         mx.eval(left, right)
         best = _best_seconds(left, right)
     except RuntimeError as error:

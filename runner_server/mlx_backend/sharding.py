@@ -1,7 +1,7 @@
-"""Shards a model across processes with mlx_lm's own methods and ``mx.distributed``.
+"""Sharding of a model across ranks, with mlx_lm's own methods and ``mx.distributed``.
 
-Either each matrix is sharded (tensor parallel: ``Model.shard``), and each rank has some heads of
-each layer; or the layers are (``model.pipeline``), and each rank has some layers.
+Tensor parallelism (``Model.shard``) splits each matrix, so that a rank has some heads of every
+layer. Pipeline parallelism (``model.pipeline``) splits the layers, so that a rank has some layers.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ _SHARED_BYTES = 1024
 """Buffer size of :meth:`Group.share`, for an address and a secret."""
 
 _SPLIT_COUNTS = ("num_attention_heads", "num_key_value_heads")
-"""Numbers in config.json that the group size must divide; mlx_lm silently rounds them down."""
+"""Numbers in config.json that must be multiples of the group size; mlx_lm silently rounds the
+quotients down."""
 
 
 class Group:
-    """The group of ranks, as connected by MLX.
+    """The ranks, connected by MLX.
 
     Args:
-        timeout_seconds: How long to wait for the other ranks before the process is ended.
+        timeout_seconds: Longest wait for the other ranks, after which the process exits.
 
     Raises:
-        RuntimeError: MLX cannot connect the ranks; its settings in the environment say how.
+        RuntimeError: MLX cannot connect the ranks with its settings in the environment.
     """
 
     def __init__(self, timeout_seconds: float) -> None:
-        # MLX waits indefinitely and holds the GIL meanwhile, so only a timer in C can end it.
+        # MLX waits indefinitely and holds the GIL, so only a timer in C can end the process.
         faulthandler.dump_traceback_later(timeout_seconds, exit=True)
         try:
             self.all = mx.distributed.init()
@@ -48,7 +49,11 @@ class Group:
         self.size = self.all.size()
 
     def share(self, value: object) -> Any:
-        """Return rank 0's value on every rank. Other ranks' values are ignored."""
+        """Return rank 0's value on every rank, ignoring the values of the others.
+
+        Args:
+            value: On rank 0, a value that takes at most 1,024 bytes as JSON.
+        """
         data = json.dumps(value).encode() if self.rank == 0 else b""
         numbers = mx.array([*data, *[0] * (_SHARED_BYTES - len(data))], dtype=mx.int32)
         summed = mx.distributed.all_sum(numbers, group=self.all)
@@ -56,24 +61,24 @@ class Group:
 
 
 def traits(*versions: str) -> list[str]:
-    """Return versions and device, which must match between ranks for equal decisions."""
+    """Return versions and the kind of device, which must be the same on all ranks."""
     kind = "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
     return [*versions, f"mlx {importlib.metadata.version('mlx')}", kind]
 
 
 class Partners(Protocol):
-    """The interface to the other ranks, for a load."""
+    """Coordinates a load with the other ranks."""
 
     def begin_load(self, spec: LoadSpec) -> None:
-        """Make the others load. ``spec`` leaves nothing to choose."""
+        """Start the load on the other ranks, with a ``spec`` that leaves no choice to them."""
         ...
 
     def finish_load(self, report: Callable[[int], None], kv_share: float) -> float:
         """Wait until every rank has read the weights.
 
         Args:
-            report: Called while waiting; an exception ends the load.
-            kv_share: Number of sequences of the whole context that this rank has memory for.
+            report: Called with the progress while waiting; an exception from it ends the load.
+            kv_share: Number of full-length sequences for which this rank has KV memory.
 
         Returns:
             The smallest share of any rank.
@@ -86,8 +91,8 @@ class Shard:
 
     Args:
         group: All ranks.
-        partners: The other ranks.
-        by_layers: Whether to split the layers even where matrices could be sharded.
+        partners: Coordinates loads with the other ranks.
+        by_layers: Whether to split the layers even if mlx_lm can split the matrices.
     """
 
     def __init__(self, group: Group, partners: Partners, *, by_layers: bool) -> None:
@@ -100,8 +105,8 @@ class Shard:
         """Reduce a model with lazy weights to this rank's part.
 
         Returns:
-            The load as it can be done. If layers are split the prefix cache is off, because ranks
-            with more layers would have room for fewer prompts.
+            The load to continue with. If the layers are split it has no prefix cache, because ranks
+            with more layers would have room for fewer prompts than the others.
 
         Raises:
             ModelUnsupported: mlx_lm cannot shard the model, or not across this number of ranks.
@@ -127,10 +132,10 @@ class Shard:
         )
 
     def agree(self, drawn: mx.array) -> mx.array:
-        """Return the tokens drawn by rank 0, unevaluated.
+        """Return the tokens drawn by rank 0 on every rank, unevaluated.
 
-        The other ranks' tokens are multiplied by 0 instead of left out: their last layers must be
-        computed, because rank 0 waits for them.
+        The other ranks' tokens are multiplied by 0 rather than left out, so that their last layers
+        are computed, for which rank 0 waits.
         """
         return mx.distributed.all_sum(drawn * self._is_first, group=self._group.all)
 
@@ -150,7 +155,11 @@ class Shard:
 
 
 def _require_plain_caches(model: Module) -> None:
-    """Refuse caches on which ranks with different layers would decide differently."""
+    """Refuse caches other than ``KVCache``, for which ranks with different layers may disagree.
+
+    Raises:
+        ValueError: The model has such caches.
+    """
     kinds = {type(cache).__name__ for cache in make_prompt_cache(model)} - {KVCache.__name__}
     if kinds:
         raise ValueError(f"its layers have caches of kind {', '.join(sorted(kinds))}")

@@ -1,13 +1,13 @@
-"""Clears errors stored on MLX's threads, and checks whether MLX can go on.
+"""Recovery from errors on MLX's threads.
 
-MLX 0.32 evaluates on a thread for each CPU stream. An error there is stored, and raised by the next
-call. One call in ten is counted as an active task. When such a call fails, the count never comes
-down again, and from a count of two on ``mx.eval`` may wait indefinitely for a task that does not
+MLX 0.32 evaluates on a thread for each CPU stream. An error there is stored, and the next call
+raises it. MLX counts one call in ten as an active task. If such a call fails, the count is never
+decremented, and from a count of two on, ``mx.eval`` may wait indefinitely for a task that does not
 exist. (``CommandEncoder::dispatch`` counts, then calls ``enqueue``, which raises.)
 
 According to the source of 0.32 and to tests, only these raise on a stream's thread:
 
-- A read of a file: 300 failing ones left a count of 10. They no longer happen
+- A read of a file: 300 failed reads left a count of 10. Reads of weights no longer fail inside MLX
   (:mod:`runner_server.mlx_backend.loading.weight_files`).
 - LAPACK (``mx.linalg.inv`` of a singular matrix: a count of 10 after 300). No model here uses it.
 - ``mx.distributed`` over sockets. A rank that fails ends all of them anyway.
@@ -34,7 +34,7 @@ _MOST_ERRORS = 100_000
 """More errors than MLX can have stored, as an upper bound for :func:`drain`."""
 
 _SCHEDULER = "_ZN3mlx4core9scheduler9schedulerEv"
-"""``mlx::core::scheduler::scheduler()``. The object it returns begins with the count."""
+"""``mlx::core::scheduler::scheduler()``, which returns an object that begins with the count."""
 
 _HARMLESS_TASKS = 1
 """Highest count for which MLX does not wait."""
@@ -44,7 +44,7 @@ def recover() -> None:
     """Prepare MLX for further work after an error on this thread.
 
     Raises:
-        BackendLost: MLX may wait indefinitely from here.
+        BackendLost: A later call of MLX may wait indefinitely.
     """
     drain()
     left = active_tasks()
@@ -57,7 +57,7 @@ def recover() -> None:
 
 
 def drain() -> None:
-    """Wait for the CPU stream's thread, and discard the errors stored there."""
+    """Wait for the thread of the CPU stream, and discard the errors stored there."""
     for _ in range(_MOST_ERRORS):
         try:
             mx.synchronize(mx.default_stream(mx.cpu))
