@@ -1,8 +1,8 @@
-"""The caches of mlx_lm's models: for one row, for a batch, and as pieces for the prefix cache.
+"""The caches of mlx_lm's models: of one row, of a batch, and as pieces for the prefix cache.
 
-A row's caches are a list with one cache per layer. A cache that holds a key and a value for every
-token can be cut at any token. All others (sliding windows, recurrent states) are only valid at the
-token they have reached, so the prefix cache stores and restores them whole.
+A row's caches are a list with one cache per layer. A cache with a key and a value for every token
+can be cut at any token. Any other cache (sliding window, recurrent state) is valid only after the
+latest token, so the prefix cache stores and restores it whole.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ stays empty."""
 StateSnapshot = list[Any]
 
 _MOVED_BYTES = 32 << 20
-"""Memory of the layers whose rows move in one evaluation, which bounds the memory of the copies."""
+"""Memory of the layers whose rows move in one evaluation. It bounds the memory of the copies."""
 
 
 def merge(rows: Sequence[Caches], capacity: int) -> Caches:
@@ -47,7 +47,7 @@ def merge(rows: Sequence[Caches], capacity: int) -> Caches:
 
 
 def extend(batch: Caches, rows: Sequence[Caches], capacity: int) -> None:
-    """Add rows to a batch, allocating ``capacity`` slots if there are not enough."""
+    """Add rows to a batch. If slots run out, reallocate memory with ``capacity`` slots."""
     for layer, added in zip(batch, zip(*rows, strict=True), strict=True):
         if isinstance(layer, SlotCache):
             layer.add(added, capacity)
@@ -60,8 +60,8 @@ def extend(batch: Caches, rows: Sequence[Caches], capacity: int) -> None:
 def keep(batch: Caches, slots: Sequence[int]) -> None:
     """Keep the rows in ``slots``, in this order, and remove the others.
 
-    Nothing may be pending that reads the batch: MLX would copy the whole memory instead of writing
-    in place.
+    Wait first for any pending computation that reads the batch. Otherwise MLX would copy the whole
+    memory instead of writing in place.
     """
     slot_caches = [layer for layer in batch if isinstance(layer, SlotCache)]
     for layers in _grouped(slot_caches):
@@ -79,7 +79,7 @@ def keep(batch: Caches, slots: Sequence[int]) -> None:
 
 
 def compact(batch: Caches) -> None:
-    """Move rows to memory of the smallest size, layer by layer."""
+    """Move the rows to the smallest memory that fits them, one layer at a time."""
     for layer in batch:
         if isinstance(layer, SlotCache):
             layer.compact()
@@ -87,7 +87,7 @@ def compact(batch: Caches) -> None:
 
 
 def _grouped(layers: Sequence[SlotCache]) -> Iterator[list[SlotCache]]:
-    """Yield groups of layers whose rows move together, bounded by the memory of the copies."""
+    """Yield groups of layers to move together, which bound the memory of the copies."""
     group: list[SlotCache] = []
     for layer in layers:
         if group and sum(each.nbytes for each in (*group, layer)) > _MOVED_BYTES:
@@ -104,14 +104,14 @@ def extract(batch: Caches, slot: int) -> Caches:
 
 
 def _extracted(layer: Any, slot: int) -> Any:
-    # mlx_lm's batched cache cannot extract from a layer without attention, which holds nothing.
+    # mlx_lm's batched cache cannot extract from a layer without attention, which is empty.
     if not isinstance(layer, SlotCache) and getattr(layer, "keys", layer) is None:
         return KVCache()
     return layer.extract(slot)
 
 
 def view(batch: Caches, slot: int) -> Caches:
-    """Return a row of a batch, to be read before the batch changes. Copies only if necessary."""
+    """Return a row of a batch, valid until the batch changes. Copies only if necessary."""
     return [
         layer.view(slot) if isinstance(layer, SlotCache) else _extracted(layer, slot)
         for layer in batch
@@ -122,8 +122,8 @@ def prefill(model: Module, rows: Sequence[Caches], chunks: Sequence[Sequence[int
     """Run the model on one chunk of each row's prompt, in one call.
 
     Args:
-        model: The model, with weights read.
-        rows: The caches of each row. Several rows must have the same length.
+        model: The model, with its weights in memory.
+        rows: The caches of each row. If there are several, all must have the same length.
         chunks: The next tokens of each row. Shorter chunks are padded on the right.
 
     Returns:
@@ -157,7 +157,7 @@ def evaluate(caches: Caches) -> None:
 
 @dataclass(frozen=True)
 class CachePieces:
-    """Cuts the caches of one model into pieces for the prefix cache, and joins pieces again.
+    """Cuts the caches of a model into pieces for the prefix cache, and joins them again.
 
     For example, a model with an attention layer and a sliding-window layer has ``cut_layers ==
     (True, False)``. Once 100 tokens of a prompt have been prefilled:
@@ -171,10 +171,10 @@ class CachePieces:
        there: a window that has reached token 100 cannot be cut back to token 60.
 
     Attributes:
-        new: Creates empty caches.
+        new: Creates empty caches for a row.
         cut_layers: For each layer, whether its cache can be cut at any token.
-        can_pad: Whether rows of unequal length may be prefilled together: recurrent layers of
-            several models process padding as if it were text.
+        can_pad: Whether chunks of unequal length may be prefilled together. Not with recurrent
+            layers: those of several models process padding as if it were text.
     """
 
     new: Callable[[], Caches]
@@ -183,7 +183,7 @@ class CachePieces:
 
     @classmethod
     def of(cls, model: Module) -> CachePieces:
-        """Return the cutter for a model's caches."""
+        """Return an instance for a model's caches."""
         caches = make_prompt_cache(model)
         return cls(
             new=lambda: make_prompt_cache(model),
@@ -193,15 +193,15 @@ class CachePieces:
 
     @property
     def needs_snapshot(self) -> bool:
-        """True if some layers cannot be cut, and need a snapshot."""
+        """True if some layers cannot be cut, so that a prefix needs a snapshot."""
         return not all(self.cut_layers)
 
     def segment(self, caches: Caches, start: int, end: int) -> Segment:
-        """Copy keys and values from token ``start`` to ``end``, in the layers to cut."""
+        """Copy keys and values from token ``start`` to ``end``, in the layers that can be cut."""
         return self.cut(self._cuttable(caches), start, end)
 
     def snapshot(self, caches: Caches) -> StateSnapshot:
-        """Copy the layers not covered by segments."""
+        """Copy the caches of the layers that cannot be cut."""
         pairs = zip(caches, self.cut_layers, strict=True)
         kept = [copy.deepcopy(cache) for cache, cut in pairs if not cut]
         for cache in kept:
@@ -210,13 +210,13 @@ class CachePieces:
         return kept
 
     def cut(self, segment: Segment, start: int, end: int) -> Segment:
-        """Copy a part of a segment, without keeping the whole segment alive."""
+        """Copy a part of a segment; the copy does not keep the whole segment alive."""
         parts = [pair and _cut_pair(pair, start, end) for pair in segment]
         mx.eval([pair for pair in parts if pair])
         return parts
 
     def restore(self, segments: Sequence[Segment], snapshot: StateSnapshot) -> Caches:
-        """Return caches made of the segments, in order, and the snapshot."""
+        """Join consecutive segments and a snapshot into the caches of a row."""
         layers = iter(zip(*segments, strict=True))
         others = iter(snapshot)
         return [
@@ -224,7 +224,7 @@ class CachePieces:
         ]
 
     def token_bytes(self, caches: Caches) -> int:
-        """Return the bytes of one token in the layers to cut."""
+        """Return the bytes of one token in the layers that can be cut."""
         pairs = filter(None, self._cuttable(caches))
         return sum((keys.nbytes + values.nbytes) // keys.shape[2] for keys, values in pairs)
 
@@ -266,7 +266,7 @@ def _compact(cache: Any) -> None:
     if type(cache).state.fset:
         cache.state = tree_map(_copied, cache.state)
     else:
-        # Caches defined by the model's own module, which hold their arrays as attributes.
+        # A class of the model's own module, with arrays as attributes.
         vars(cache).update({name: _copied(value) for name, value in vars(cache).items()})
 
 
@@ -275,20 +275,20 @@ def _copied(value: Any) -> Any:
 
 
 def _is_plain(cache: Any) -> bool:
-    """Return whether a cache holds a key and a value for every token, and nothing else."""
+    """Return whether a cache has a key and a value for every token, and no other state."""
     return type(cache) is KVCache
 
 
 def side_by_side(layers: Sequence[Any]) -> Any:
-    """Merge rows' caches of one layer with mlx_lm's means, copying at every change."""
+    """Merge the rows' caches of one layer into mlx_lm's batched cache."""
     _level(layers)
     return layers[0].merge(list(layers))
 
 
 def _level(caches: Sequence[Any]) -> None:
-    """Pad states made of the last few tokens (n-grams) to one length, with zeros on the left.
+    """Pad states that hold the last few tokens (n-grams) to equal lengths, with zeros on the left.
 
-    mlx_lm would broadcast the shorter one. Models take zeros for missing tokens.
+    Otherwise mlx_lm would broadcast the shorter ones. Models treat zeros as missing tokens.
     """
     for index in range(min(len(getattr(cache, "cache", ())) for cache in caches)):
         tables = [cache for cache in caches if cache[index] is not None and cache[index].ndim == 2]

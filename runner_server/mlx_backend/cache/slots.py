@@ -1,7 +1,7 @@
-"""Keys and values of a batch, in memory where rows join and leave without a copy of the rest.
+"""Keys and values of a batch, which rows join and leave without a copy of the other rows.
 
-mlx_lm's batched cache is copied whole whenever a row joins or leaves. In a :class:`SlotCache` a new
-row is written into a free slot, and the last row moves to the slot of a row that leaves.
+mlx_lm copies its whole batched cache whenever a row joins or leaves. A :class:`SlotCache` writes a
+new row into a free slot, and moves the last row to the slot of a row that leaves.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Pair = tuple[mx.array, mx.array]
 """Keys and values, each (rows, heads, tokens, head size)."""
 
 _STEP = 256
-"""Number of tokens by which the memory grows, as in mlx_lm's caches."""
+"""Number of columns by which the memory grows, as in mlx_lm's caches."""
 
 
 class SlotCache:
@@ -70,7 +70,10 @@ class SlotCache:
 
     @property
     def keys(self) -> mx.array | None:
-        """The memory of the keys. Models sharded by layers replace the array."""
+        """The memory of the keys, shape (slots, heads, columns, head size).
+
+        Settable, because models that are sharded by layers replace the array.
+        """
         return self._memory[0] if self._memory else None
 
     @keys.setter
@@ -84,7 +87,7 @@ class SlotCache:
         return sum(part.nbytes for part in self._memory or ())
 
     def make_mask(self, count: int, **kwargs: Any) -> mx.array:
-        """Return which columns each of the next ``count`` tokens of each row attends to."""
+        """Return the mask of the columns that the next ``count`` tokens of each row attend to."""
         longest = max(self._lengths)
         padding = mx.array([longest - length for length in self._lengths], dtype=mx.int32)
         kwargs.pop("return_array", None)
@@ -144,12 +147,12 @@ class SlotCache:
         if self._memory is None:
             return
         for slot, row in enumerate(rows, start=present):
-            # Including the columns to the left: a previous row's values must not remain there.
+            # Including the columns to the left, where a previous row's values must not remain.
             parts = _padded(row, self._memory, self._end)
             _write(self._memory, slice(slot, slot + 1), slice(0, self._end), parts)
 
     def copies_to_move(self, slots: Sequence[int]) -> Pair | None:
-        """Copy the rows about to be moved to another slot by :meth:`keep`.
+        """Copy the rows that :meth:`keep` will move to another slot.
 
         Evaluate the copies before calling :meth:`keep`: while a computation that reads the memory
         is pending, MLX writes to a copy of the whole memory instead of in place.
@@ -196,7 +199,7 @@ class SlotCache:
         return row
 
     def compact(self) -> None:
-        """Move the rows to memory of the smallest size."""
+        """Move the rows to the smallest memory that fits them."""
         if self._memory is None:
             return
         rows, longest = len(self._lengths), max(self._lengths)
@@ -210,7 +213,7 @@ class SlotCache:
         return keys[:rows, :, columns], values[:rows, :, columns]
 
     def _reallocated(self, memory: Pair, capacity: int, longest: int, more: int) -> Pair:
-        """Copy the rows to ``capacity`` slots of ``longest`` columns, with room for ``more``."""
+        """Copy the rows to ``capacity`` slots of ``longest`` columns plus room for ``more``."""
         left = longest - max(self._lengths)
         right = _rounded(longest + more) - longest
         padding = [(0, capacity - len(self._lengths)), (0, 0), (left, right), (0, 0)]
@@ -239,7 +242,7 @@ def _padded(row: KVCache, memory: Pair, columns: int) -> Pair:
 
 
 def _write(memory: Pair, rows: slice, columns: slice, parts: Pair) -> None:
-    """Write in place. The arrays of ``memory`` are new objects in the same memory afterwards."""
+    """Write keys and values, in place unless a pending computation reads the memory."""
     for whole, part in zip(memory, parts, strict=True):
         whole[rows, :, columns] = part
 

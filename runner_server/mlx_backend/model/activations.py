@@ -11,7 +11,7 @@ from typing import Any
 
 from runner_server.mlx_backend.upstream.names import BuiltModel
 
-# In this order: early Gemma files name an activation in hidden_act that was never used.
+# hidden_activation comes first: in early Gemma files, hidden_act names an activation never used.
 _KEYS = ("hidden_activation", "hidden_act", "activation_function")
 
 _SAME = {
@@ -63,15 +63,15 @@ def ignored_activation(text: Mapping[str, Any], built: BuiltModel) -> Iterator[s
 
 
 def written_in(built: BuiltModel) -> str:
-    """Return the source of the modules defining a model's layers."""
+    """Return the source of the modules that define a model's layers."""
     return "\n".join(map(inspect.getsource, _modules(built)))
 
 
 def use_named_gelu(text: Mapping[str, Any], built: BuiltModel) -> None:
     """Make a model compute the configured kind of GELU, exact or approximate.
 
-    mlx_lm hard-codes one of the two in each type's layers. GPT-NeoX is specified with the exact
-    one, StarCoder2 and Gemma with the approximation, and 0.32.2 computes the other.
+    mlx_lm hard-codes one of the two in each type's layers. For GPT-NeoX, specified with the exact
+    one, and for StarCoder2 and Gemma, specified with the approximation, 0.32.2 computes the other.
 
     Args:
         text: The language model's part of the configuration.
@@ -87,7 +87,7 @@ def use_named_gelu(text: Mapping[str, Any], built: BuiltModel) -> None:
 
 
 class _Gelu:
-    """A proxy of ``mlx.nn`` with the same function under both names of GELU.
+    """Proxy of ``mlx.nn`` with one function under both names of GELU.
 
     Args:
         plain: ``mlx.nn`` itself.
@@ -103,7 +103,7 @@ class _Gelu:
 
 
 def _key(text: Mapping[str, Any], built: BuiltModel) -> str | None:
-    """Return the key naming the activation; None if the model's class already applies the key."""
+    """Return the key that names the activation; None if the model's class already applies it."""
     key = next((key for key in _KEYS if text.get(key) is not None), None)
     # Nemotron's class accepts the key and ignores it.
     is_read = key in built.arguments and re.search(rf"\.{key}\b", written_in(built))
@@ -111,6 +111,6 @@ def _key(text: Mapping[str, Any], built: BuiltModel) -> str | None:
 
 
 def _modules(built: BuiltModel) -> list[ModuleType]:
-    """Return the mlx_lm modules defining a model's layers."""
+    """Return the modules of mlx_lm that define a model's layers."""
     names = {type(module).__module__ for module in built.model.modules()}
     return [sys.modules[name] for name in sorted(names) if name.startswith("mlx_lm.models.")]

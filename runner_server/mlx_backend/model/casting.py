@@ -1,4 +1,4 @@
-"""Casts lazy weights to another dtype. MLX converts each weight after reading."""
+"""Casts of lazy weights to another dtype. MLX converts each weight after reading it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _WideSwitchLinear(SwitchLinear):  # type: ignore[misc]
     """An expert layer with float32 weights in a 16-bit model.
 
     MLX's CPU backend implements the gathered matrix product for float32 only ("[GatherMM::eval]
-    Currently only supports float32"), and widens the inputs if either one is float32.
+    Currently only supports float32"), and widens both inputs if one of them is float32.
     """
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
@@ -29,10 +29,10 @@ class _WideSwitchLinear(SwitchLinear):  # type: ignore[misc]
 
 
 def cast_weights(model: Module, dtype: mx.Dtype) -> None:
-    """Cast floating-point weights, respecting the model's list of exceptions.
+    """Cast floating-point weights, except those that the model's class excludes.
 
-    Model classes name the exceptions (``cast_predicate``): router biases, decays of recurrent
-    states.
+    A class excludes weights such as router biases and decays of recurrent states by its
+    ``cast_predicate``.
 
     Args:
         model: A model with lazy weights, none of them quantized.
@@ -59,7 +59,7 @@ def widen_experts(model: Module) -> None:
 
 
 def casting_notes(model: Module) -> list[str]:
-    """Return a note if some weights have another dtype than requested."""
+    """Return the notes on weights with another dtype than requested."""
     if not any(type(module) is _WideSwitchLinear for _, module in model.named_modules()):
         return []
     return [_WIDE_EXPERTS]

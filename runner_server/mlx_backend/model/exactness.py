@@ -1,9 +1,9 @@
-"""Finds differences between a model's files and the computation in mlx_lm.
+"""Detection of differences between a model's files and its computation in mlx_lm.
 
-mlx_lm takes the settings that it knows by name, and drops the others; it also drops tensors that a
-class does not use. Where a dropped setting changes numbers, or a dropped tensor is a weight, the
-answers are another model's. Such a model is refused with a list of the differences, unless the
-caller allows them.
+mlx_lm reads the settings that its classes name and drops all others. It also drops tensors that a
+class does not use. If a dropped setting changes the computation, or a dropped tensor is a weight,
+the answers are those of another model. Such a model is refused with a list of the differences,
+unless the caller allows them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Neutral = Callable[[Any, Mapping[str, Any]], bool]
 
 @dataclass(frozen=True)
 class Difference:
-    """Something specified by a model's files and not computed by mlx_lm.
+    """Part of a model, as specified by its files, that mlx_lm does not compute.
 
     Attributes:
         text: A description of the difference.
@@ -46,21 +46,24 @@ class Exactness:
 
     Attributes:
         differences: The known differences.
-        length: The longest sequence that is exact, in tokens; None if all are.
     """
 
     differences: tuple[Difference, ...] = ()
 
     @property
     def length(self) -> int | None:
-        """The longest sequence not affected by any difference; None without a limit."""
+        """The longest sequence, in tokens, that no difference affects; None if all are exact."""
         return min((each.harmless_tokens for each in self.differences), default=None)
 
     def require(self, path: object, *, allow: bool) -> None:
-        """Refuse a model with differences affecting sequences of every length.
+        """Refuse a model with differences that affect sequences of every length.
+
+        Args:
+            path: The model's directory.
+            allow: Whether to accept such a model.
 
         Raises:
-            ModelUnsupported: There are such differences, and they are not allowed.
+            ModelUnsupported: There are such differences, and ``allow`` is False.
         """
         always = [each.text for each in self.differences if not each.harmless_tokens]
         if always and not allow:
@@ -118,7 +121,7 @@ def _ignored_settings(config: Mapping[str, Any], built: BuiltModel) -> Iterator[
 
 
 def _unknown_layers(text: Mapping[str, Any], built: BuiltModel) -> Iterator[Difference]:
-    """Yield kinds of layers listed in the configuration and missing from the model's class."""
+    """Yield differences in the kinds of layers that the configuration lists."""
     kinds = text.get("layer_types") if "layer_types" in built.arguments else None
     if "layer_types" in text and not _has_pattern(text, built):
         yield Difference(
@@ -138,9 +141,9 @@ def _unknown_layers(text: Mapping[str, Any], built: BuiltModel) -> Iterator[Diff
 
 
 def _has_pattern(text: Mapping[str, Any], built: BuiltModel) -> bool:
-    """Return whether the class builds the kinds of layers listed in the configuration.
+    """Return whether the class builds the kinds of layers that the configuration lists.
 
-    Some classes take no list, and make every Nth layer global.
+    Some classes do not read the list but make every Nth layer global.
     """
     kinds, every = text["layer_types"], text.get("sliding_window_pattern")
     if "layer_types" in built.arguments or "sliding_window_pattern" not in built.arguments:
@@ -152,7 +155,7 @@ def _has_pattern(text: Mapping[str, Any], built: BuiltModel) -> bool:
 
 
 def _limited_settings(text: Mapping[str, Any], built: BuiltModel) -> Iterator[Difference]:
-    """Yield differences without an effect on short sequences."""
+    """Yield differences that affect long sequences only."""
     if window := _ignored_window(text, built):
         yield Difference(
             f"sliding_window = {window} in config.json has no effect in mlx_lm", window
@@ -166,14 +169,18 @@ def _limited_settings(text: Mapping[str, Any], built: BuiltModel) -> Iterator[Di
 
 
 def _known_faults(text: Mapping[str, Any]) -> Iterator[Difference]:
-    """Yield known differences between mlx_lm 0.32.2 and transformers, found by comparison."""
+    """Yield differences between mlx_lm 0.32.2 and transformers that comparisons have found.
+
+    Raises:
+        ValueError: Running the model would end the process.
+    """
     model_type = text.get("model_type")
     if model_type in ("deepseek_v2", "qwen2_moe") and text.get("norm_topk_prob"):
         yield Difference(
             f"norm_topk_prob in config.json has no effect in mlx_lm for {model_type!r} models"
         )
     if model_type == "bailing_moe" and text.get("num_experts_per_tok") == 1:
-        # Not a Difference, which could be allowed: this one would end the process.
+        # Not a Difference, which a caller could allow: this one would end the process.
         raise ValueError(
             "mlx_lm's routing of bailing_moe ends the process with one expert per token"
         )
@@ -185,7 +192,7 @@ def _known_faults(text: Mapping[str, Any]) -> Iterator[Difference]:
 
 
 def _ignored_window(text: Mapping[str, Any], built: BuiltModel) -> int:
-    """Return the attention window if configured and not applied; otherwise 0."""
+    """Return the attention window, in tokens, if it is configured but not applied; otherwise 0."""
     window = text.get("sliding_window")
     if not isinstance(window, int) or isinstance(window, bool) or window <= 0:
         return 0
@@ -201,7 +208,7 @@ def _ignored_window(text: Mapping[str, Any], built: BuiltModel) -> int:
 
 
 def _is_below_windows(text: Mapping[str, Any]) -> bool:
-    """Return whether the first layer with a window comes after the last layer."""
+    """Return whether windows would begin only after the model's last layer."""
     first = text.get("max_window_layers", _MAX_WINDOW_LAYERS)
     layers = text.get("num_hidden_layers")
     has_first = text.get("model_type") in ("qwen2", "qwen3")
@@ -209,7 +216,10 @@ def _is_below_windows(text: Mapping[str, Any]) -> bool:
 
 
 def _has_window(built: BuiltModel) -> bool:
-    """Return whether a model applies an accepted window. Llama's class needs named layers."""
+    """Return whether a model whose class accepts a window has layers that apply it.
+
+    Llama's class applies a window only to layers that the configuration names.
+    """
     inner = getattr(built.model, "model", built.model)
     kinds = getattr(inner, "layer_types", None)
     return not isinstance(kinds, list) or "sliding_attention" in kinds
@@ -233,7 +243,7 @@ def _is(*neutral: object) -> Neutral:
 
 
 def _is_head_scale(value: Any, text: Mapping[str, Any]) -> bool:
-    """Return whether a ``query_pre_attn_scalar`` is the usual one."""
+    """Return whether a ``query_pre_attn_scalar`` is the usual one, the head size."""
     return bool(value == text.get("head_dim"))
 
 
@@ -294,7 +304,7 @@ _DROPPABLE = re.compile(
     r"|(^|\.)rope\.freqs$|\.(attn|attention)\.(bias|masked_bias)$"
     # Layers for multi-token prediction.
     r"|(^|\.)(mtp\w*|nextn\w*|eagle\w*)\."
-    # Scales of 8-bit caches and activations, which are held in more bits here.
+    # Scales of 8-bit caches and activations, which have more bits here.
     r"|\.([qkv]|kv|prob|attn)_scale$|\.(input|activation)_scale\w*$|weight_shape$"
 )
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -321,7 +331,7 @@ def _is_droppable(name: str, layers: object) -> bool:
 
 
 def _misread_types(directory: ModelDirectory, model: Module) -> Iterator[Difference]:
-    """Yield 8-bit floats left as integers, the type in which MLX reads the file."""
+    """Yield a weight of 8-bit floats left as the integers that MLX reads from the file."""
     if not any(stored.tensor.dtype.startswith("F8") for stored in directory.tensors.values()):
         return
     for name, value in cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters())):
@@ -334,7 +344,7 @@ def _misread_types(directory: ModelDirectory, model: Module) -> Iterator[Differe
 
 
 def _whole_numbers(model: Module) -> Iterator[Difference]:
-    """Yield weights stored as integers without scales."""
+    """Yield a weight stored as integers without scales."""
     for path, module in model.named_modules():
         if any("scale" in name for name in module):
             continue

@@ -1,9 +1,8 @@
 """Seeded noise for sampling.
 
-The noise is a function of the request's seed, the token's position and the token's id. It does not
-depend on MLX's global random state, which is per thread and which an exception can corrupt, nor on
-the index among the candidates, so rounding differences between a batch and a single row do not
-shift it.
+The noise is a function of the request's seed, the token's position and the token's id. It depends
+neither on MLX's random state, which each thread has separately and an exception can corrupt, nor on
+a token's index among the candidates, which rounding may change between a batch and a single row.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def _words(values: Iterable[int]) -> mx.array:
-    """Return evaluated 64-bit words. MLX reads no integer from 2^63 up from a list."""
+    """Return 64-bit words. Not from a list, in which MLX accepts no integer of 2^63 or more."""
     return mx.array(cast("Any", memoryview(array("Q", values))))
 
 
@@ -28,7 +27,7 @@ _WORD_GOLDEN, _WORD_1, _WORD_2 = _words([_GOLDEN]), _words([_MIX_1]), _words([_M
 
 
 def negative_gumbel(seeds: Sequence[int], positions: Sequence[int], ids: mx.array) -> mx.array:
-    """Return noise for each id; float32, shaped like ``ids``.
+    """Return noise for each row and id: float32, shape ``(rows, n)``.
 
     The negated noise has a Gumbel distribution. The bits are splitmix64's
     (https://prng.di.unimi.it/splitmix64.c): its output for seed and position is the state of a
@@ -56,7 +55,7 @@ def _splitmix(state: int) -> int:
 
 
 def _mix(state: mx.array) -> mx.array:
-    """Return :func:`_splitmix` of an array of states."""
+    """Apply :func:`_splitmix` to an array of states."""
     state = (state ^ (state >> 30)) * _WORD_1
     state = (state ^ (state >> 27)) * _WORD_2
     return state ^ (state >> 31)

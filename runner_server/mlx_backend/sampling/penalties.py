@@ -1,6 +1,6 @@
-"""Applies ``logit_bias`` and the three penalties to logits before sampling.
+"""``logit_bias`` and the three penalties, applied to logits before sampling.
 
-Only the logits of the tokens in question are changed, never the whole vocabulary.
+Only the logits of the affected tokens are computed, never the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Penalties:
         Args:
             logits: The model's logits, shape ``(rows, vocabulary)``.
             histories: The tokens of each row, without the newest one.
-            inputs: The newest token of each row, shape ``(rows,)``. May not be evaluated yet.
+            inputs: The newest token of each row, shape ``(rows,)``, possibly unevaluated.
             drawn: Number of tokens generated in each row, including the newest one.
         """
         if self._bias is not None:
@@ -86,7 +86,11 @@ class _WindowPenalties:
     ) -> mx.array:
         """Return penalized logits, shape ``(rows, vocabulary)``.
 
-        ``has_newest`` says for which rows the newest token is in the window; empty for all.
+        Args:
+            logits: Shape ``(rows, vocabulary)``.
+            histories: The tokens of each row, without the newest one.
+            inputs: The newest token of each row, shape ``(rows,)``.
+            has_newest: Whether the newest token of each row is in its window; empty if all are.
         """
         windows = [
             _window(histories[index], size)
@@ -120,14 +124,14 @@ class _WindowPenalties:
 
 
 def _over_window(row: Sampling) -> Sampling:
-    """Return the options for the last ``repeat_last_n`` tokens of prompt and output."""
+    """Return a row's options, limited to penalties over the last ``repeat_last_n`` tokens."""
     if not row.counts_output_only:
         return row
     return replace(row, presence_penalty=0.0, frequency_penalty=0.0)
 
 
 def _over_output(row: Sampling) -> Sampling:
-    """Return the options for the whole output."""
+    """Return a row's options, limited to penalties over the whole output."""
     if not row.counts_output_only:
         return _NONE
     return replace(row, repeat_penalty=1.0, repeat_last_n=-1)
@@ -148,7 +152,7 @@ def _bias(rows: Sequence[tuple[tuple[int, float], ...]]) -> tuple[mx.array, ...]
 
 
 def _window(history: Sequence[int], size: int) -> Sequence[int]:
-    """Return the tokens in a window of ``size`` besides the newest one; -1 means every token."""
+    """Return the tokens in a window of ``size``, except for the newest; -1 for all tokens."""
     if size < 0:
         return history
     return history[-(size - 1) :] if size > 1 else ()
@@ -159,12 +163,12 @@ def _count(
 ) -> tuple[mx.array, mx.array]:
     """Return the ids in each row's window and the number of occurrences, both ``(rows, n)``.
 
-    An id may appear more than once, each time with its full count. The newest token counts
-    ``weight`` times. An id with a count of 0 is not in the window.
+    An id may appear more than once, each time with its full count. The newest token adds ``weight``
+    to its count. An id with a count of 0 is not in the window.
     """
     seen = [Counter(window) for window in windows]
     width = max(map(len, seen))
-    # Rows with fewer ids are filled up with one of their own; -1 stands for the newest token.
+    # Rows with fewer ids repeat one of them. -1, for a row without any, becomes the newest token.
     fillers = [next(iter(counter.items()), (-1, 0)) for counter in seen]
     padded = [
         [*counter.items(), *[filler] * (width - len(counter))]
@@ -175,7 +179,7 @@ def _count(
     ids, counts = ids.reshape(len(padded), width), counts.reshape(len(padded), width)
     ids = mx.where(ids < 0, newest, ids)
     same = ids == newest
-    # Columns of the newest id all hold the same count, so one is enough.
+    # All columns with the newest id have the same count, so the maximum is that count.
     before = mx.max(mx.concatenate([mx.where(same, counts, 0), mx.zeros(newest.shape)], 1), 1)
     return (
         mx.concatenate([ids, newest], axis=1),

@@ -1,4 +1,4 @@
-"""Samples the next token of each row of a batch, grouped by strategy."""
+"""Sampling of the next token of each row of a batch, grouped by strategy."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Sampler:
         """
         drawn: list[mx.array] = []
         for indices, selection, strategy in self._groups:
-            # Evaluate one group after the other, so that their arrays do not coexist.
+            # `depends` evaluates the groups one after another, so that their arrays do not coexist.
             (given,) = mx.depends([logits], drawn[-1:]) if drawn else (logits,)
             chosen = given if selection is None else given[selection]
             drawn.append(strategy(chosen, [positions[index] for index in indices]))

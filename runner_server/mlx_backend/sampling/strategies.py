@@ -1,4 +1,4 @@
-"""Sampling strategies: the source of the candidates for the next token.
+"""Sampling strategies, which differ in their candidates for the next token.
 
 | strategy | options | candidates |
 |---|---|---|
@@ -7,9 +7,9 @@
 | :class:`Nucleus` | ``top_p`` without ``top_k`` | the 1,024 most likely tokens, or all |
 | :class:`WholeVocabulary` | neither | all tokens |
 
-One pass over the whole vocabulary finds the candidates, and all later steps work on those. The
-strategy of a row follows from its own options and not from its neighbours', so a row draws the same
-tokens alone and in a batch.
+One pass over the whole vocabulary finds the candidates, and all later steps work on these. The
+strategy of a row depends only on the row's own options, so that a row draws the same tokens alone
+and in a batch.
 
 All but :class:`Greedy` add noise to the logits and take the maximum, which is a draw from their
 softmax (Gumbel-max, https://arxiv.org/abs/1611.01144).
@@ -30,20 +30,21 @@ from runner_server.mlx_backend.sampling.noise import negative_gumbel
 from runner_server.mlx_backend.sampling.selection import in_order, largest
 
 _CANDIDATES = (64, 256, 1024)
-"""Numbers of candidates, each for a ``top_k`` up to that number; above, the whole vocabulary."""
+"""Numbers of candidates: the first that is at least ``top_k``, or else the whole vocabulary."""
 
 _NUCLEUS = 1024
-"""Number of candidates tried first for a ``top_p`` without ``top_k``; it usually suffices."""
+"""Number of candidates tried first for a ``top_p`` without ``top_k``. It usually suffices."""
 
 _IN_ORDER_BYTES = 4 << 20
-"""Bytes of whole-vocabulary logits that are sorted in one call. Sorting takes seven times that
-memory: 130 MiB for 32 rows of 151,936."""
+"""Bytes of whole-vocabulary logits to sort in one call. Sorting takes seven times that memory:
+130 MiB for 32 rows of 151,936."""
 
 _MIN_TOP_P = 1e-9
-"""Devices may flush a much smaller number to 0, and then nothing would be kept."""
+"""Smallest ``top_p``. Devices may flush a much smaller number to 0, which would keep no token."""
 
 _MIN_TEMPERATURE = 1e-9
-"""Below this value a quotient could overflow float32; any two logits are far apart by then."""
+"""Smallest temperature. Division by a smaller one could overflow float32, and at this one all
+scores are far apart already."""
 
 
 class Greedy:
@@ -55,7 +56,7 @@ class Greedy:
 
 
 class RandomStrategy(ABC):
-    """Draws from the candidates that top-k, top-p and min-p leave of each row.
+    """Draws from the candidates that top-k, top-p and min-p leave in each row.
 
     Args:
         rows: The sampling options of each row.
@@ -89,13 +90,17 @@ class RandomStrategy(ABC):
 
     @abstractmethod
     def _candidates(self, logits: mx.array) -> tuple[mx.array, mx.array]:
-        """Return the ids left by top-k and top-p, and their scores: logits over temperature.
+        """Return ids, and their scores after top-k and top-p.
 
-        Scores are at most 0. The score of an id that is excluded after all is -inf.
+        A score is the logit less the row's maximum, divided by the temperature, so it is at most 0.
+        The score of an excluded id is -inf.
+
+        Returns:
+            Ids of shape ``(rows, n)``, or ``(1, n)`` for all ids in order; scores, ``(rows, n)``.
         """
 
     def _cut(self, ids: mx.array, logits: mx.array) -> tuple[mx.array, mx.array]:
-        """Divide by the temperature, and exclude ids by top-k and top-p."""
+        """Return ids and scores; top-k and top-p give excluded ids a score of -inf."""
         if not (self._cuts_k or self._cuts_top_p):
             return ids, self._scale(logits, mx.max(logits, axis=-1, keepdims=True))
         ids, logits = in_order(ids, logits)
@@ -113,13 +118,13 @@ class RandomStrategy(ABC):
         return (logits - most) / self._temperature
 
     def _within_top_p(self, probs: mx.array) -> mx.array:
-        """Return which ids top-p keeps. The probabilities are sorted, smallest first."""
-        # Nothing lies above the last one, so at least one id stays.
+        """Return which ids top-p keeps, given probabilities sorted from the smallest."""
+        # The sum of the probabilities above the last one is 0, so at least that id stays.
         return mx.cumsum(probs, axis=-1, reverse=True) - probs < self._top_p
 
 
 class TopCandidates(RandomStrategy):
-    """Draws from a fixed number of most likely tokens, at least ``top_k``."""
+    """Draws from a fixed number of the most likely tokens, at least ``top_k``."""
 
     def _candidates(self, logits: mx.array) -> tuple[mx.array, mx.array]:
         return self._cut(*largest(logits, self._count))
@@ -144,7 +149,7 @@ class Nucleus(WholeVocabulary):
         return self._among_likely(logits) or super()._candidates(logits)
 
     def _kept_by_top_p(self, scores: mx.array) -> mx.array:
-        # As among the most likely tokens, so that a row draws the same token either way.
+        # Ties are treated as in `_among_likely`, so that a row draws the same token either way.
         return scores >= _lowest(scores, super()._kept_by_top_p(scores))
 
     def _among_likely(self, logits: mx.array) -> tuple[mx.array, mx.array] | None:
@@ -154,7 +159,7 @@ class Nucleus(WholeVocabulary):
         total = mx.logsumexp(self._scale(logits, most), axis=-1, keepdims=True)
         scores = self._scale(top, most)
         lowest = _lowest(scores, self._within_top_p(mx.exp(scores - total)))
-        # Waits for the step; sorting the whole vocabulary would take far longer.
+        # `item` waits for the step, but sorting the whole vocabulary would take far longer.
         if not mx.all(lowest > scores[:, :1]).item():
             return None
         return ids, mx.where(scores < lowest, -mx.inf, scores)
@@ -170,7 +175,7 @@ class StrategyChoice:
     Attributes:
         kind: Class of the strategy.
         count: Number of candidates.
-        rows_at_once: The most rows in one call: few if the whole vocabulary is sorted.
+        rows_at_once: Most rows in one call: few if the whole vocabulary is sorted.
     """
 
     kind: type[Greedy | TopCandidates | Nucleus | WholeVocabulary]
@@ -191,15 +196,15 @@ class StrategyChoice:
         return cls(Nucleus if is_nucleus else WholeVocabulary, vocab_size, rows_at_once)
 
     def strategy(self, rows: Sequence[Sampling]) -> Strategy:
-        """Return the strategy, prepared for some rows."""
+        """Return the strategy for a group of rows."""
         return Greedy() if issubclass(self.kind, Greedy) else self.kind(rows, self.count)
 
 
 def _lowest(scores: mx.array, kept: mx.array) -> mx.array:
-    """Return the lowest score kept. Equally likely ids are kept together, or not at all."""
+    """Return the lowest score kept, so that ids with equal scores are all kept or all excluded."""
     return mx.min(mx.where(kept, scores, mx.inf), axis=-1, keepdims=True)
 
 
 def _top_p(row: Sampling) -> float:
-    """Return the row's ``top_p``; if off, a value above any sum of probabilities with rounding."""
+    """Return the row's ``top_p``; if off, a value above any rounded sum of probabilities."""
     return max(row.top_p, _MIN_TOP_P) if row.top_p < 1 else 2.0

@@ -16,29 +16,29 @@ from runner_server.mlx_backend.tokenizer.transformers_tokenizer import read_with
 from runner_server.mlx_backend.upstream.names import default_end_ids
 
 _PART_CHARS = 1 << 17
-"""Characters of a very long text that are tokenized first, to decide whether to go on."""
+"""Characters of a very long text that are tokenized first, to estimate its token count."""
 
 _SAMPLE = "A naïve text, 日本 😀:\n\tdef f(x): return 12.5  # \0 aaaa"
 _MAX_ID = 2**31 - 1
 
 _LONG = 256
-"""Number of tokens above which decoding must not block other threads."""
+"""Number of tokens above which decoding takes long enough to release the GIL."""
 
 
 class FastCodec:
-    """A thread-safe wrapper of the Rust tokenizer.
+    """Implements ``Codec`` with the Rust tokenizer, thread-safe.
 
     The transformers object around a tokenizer changes its state when it encodes, and raises
-    "Already borrowed" between threads. The tokenizer itself does neither once truncation and
-    padding are off. BPE dropout is switched off too: it splits a text at random, for training.
+    "Already borrowed" between threads. The Rust tokenizer does neither once truncation and padding
+    are off. BPE dropout, which splits texts at random for training, is switched off too.
 
-    A prompt gets the tokens that the tokenizer puts before a text, and none after it: an
-    end-of-text token there would end the text to be continued. A text that already begins with
-    those tokens, or with the beginning-of-text token, is left as it is.
+    A prompt gets the tokens that the tokenizer puts before a text but not those after it, because
+    an end-of-text token would end the text that the model should continue. A text that already
+    begins with those tokens, or with the beginning-of-text token, is left unchanged.
 
     Args:
         tokenizer: A ``tokenizers.Tokenizer``, not shared with other code.
-        prefix: The tokens that a prompt begins with; see :func:`prompt_prefix`.
+        prefix: The tokens to put before a prompt; see :func:`prompt_prefix`.
         bos_id: The beginning-of-text token, if the model has one.
     """
 
@@ -54,7 +54,7 @@ class FastCodec:
 
     def encode(self, text: str, *, as_prompt: bool) -> list[int]:
         """Split text into ids; see ``Codec.encode``."""
-        # Only the batch form releases the GIL.
+        # Only the batch method releases the GIL.
         with NO_PANICS:
             ids: list[int] = self._tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
         if not as_prompt or self._has_prefix(ids):
@@ -67,10 +67,10 @@ class FastCodec:
         )
 
     def fewest_tokens(self, text: str, enough: int) -> int:
-        """See ``Codec.fewest_tokens``.
+        """Return a lower bound of the token count; see ``Codec.fewest_tokens``.
 
-        A prefix of a text never has more than twice the tokens of the whole text: what follows only
-        changes how the last word of the prefix is split.
+        A prefix of a text never has more than twice the tokens of the whole text, because the rest
+        only changes how the last word of the prefix is split.
         """
         size = _PART_CHARS
         while size < len(text):
@@ -86,14 +86,14 @@ class FastCodec:
         text: str
         with NO_PANICS:
             if len(ids) > _LONG:
-                # As above. A few tokens take less time than switching threads.
+                # Releases the GIL. Decoding few tokens takes less time than switching threads.
                 (text,) = self._tokenizer.decode_batch([ids], skip_special_tokens=False)
             else:
                 text = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
 
     def token_bytes(self, token_id: int) -> bytes | None:
-        """See ``Codec.token_bytes``."""
+        """Return the bytes of a token; see ``Codec.token_bytes``."""
         return self._bytes_of(token_id)
 
 
@@ -108,7 +108,8 @@ def load_codec(path: Path, config: dict[str, Any]) -> tuple[FastCodec, frozenset
         The codec, and the ids that end a text.
 
     Raises:
-        ModelUnsupported: The directory has no tokenizer, or one that needs code of its own to run.
+        ModelUnsupported: The directory has no tokenizer, or one that does not work without running
+            the directory's code.
     """
     ends = frozenset(config.get("eos_token_id") or default_end_ids(config))
     settings = read_settings(path)
@@ -127,7 +128,7 @@ def _ids_of(tokenizer: Any, token: str | None) -> list[int]:
 
 
 def _codec(tokenizer: Any, settings: TokenizerSettings, path: Path) -> FastCodec:
-    """Create the codec, and test the tokenizer: some can be read but not used."""
+    """Create the codec and test it, because some tokenizers can be read but not used."""
     bos_id = next(iter(_ids_of(tokenizer, settings.bos_token)), None)
     try:
         codec = FastCodec(tokenizer, prompt_prefix(tokenizer, bos_id, settings.adds_bos), bos_id)
@@ -150,17 +151,17 @@ def _codec(tokenizer: Any, settings: TokenizerSettings, path: Path) -> FastCodec
 def prompt_prefix(tokenizer: Any, bos_id: int | None, adds_bos: bool | None) -> list[int]:
     """Return the tokens to put before a prompt.
 
-    The tokenizer's post-processor puts these tokens before a text; ``add_bos_token`` adds or
-    removes the beginning-of-text token. transformers 5 ignores that setting where there is a
-    ``tokenizer.json``. Here both values are obeyed, as in transformers 4 for most classes and in
-    llama.cpp. With true, the real files of DeepSeek V3, whose post-processor adds nothing, get the
+    These are the tokens of the tokenizer's post-processor; ``add_bos_token`` adds or removes the
+    beginning-of-text token. transformers 5 ignores that setting if there is a ``tokenizer.json``.
+    Here both of its values have an effect, as in llama.cpp and in most classes of transformers 4.
+    With true, prompts for the real files of DeepSeek V3, whose post-processor adds nothing, get the
     token that the model was trained with. With false, the model's author or user has switched off
     the post-processor's token.
 
     Args:
         tokenizer: A ``tokenizers.Tokenizer``.
         bos_id: The beginning-of-text token.
-        adds_bos: The setting ``add_bos_token``; None if it is not given.
+        adds_bos: The value of ``add_bos_token``; None if it is not set.
     """
     with NO_PANICS:
         encoding = tokenizer.encode(_SAMPLE)

@@ -1,8 +1,8 @@
-"""Turns panics of the tokenizers library into ordinary exceptions.
+"""Conversion of the tokenizers library's panics to ordinary exceptions.
 
-The library's Python binding raises a Rust panic as a ``BaseException``, meant to end the process. A
-tokenizer from an untrusted source can panic for some text. This must neither end the engine's
-thread nor leave a call without an answer.
+The library's Python binding raises a Rust panic as a ``BaseException``, which is meant to end the
+process. But a tokenizer from an untrusted source may panic on some texts, which must neither end
+the engine's thread nor leave a call without an answer.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ class PanicError(RuntimeError):
 
 
 class _NoPanics:
-    """Context manager turning a panic into a :class:`PanicError`. Can be shared by threads."""
+    """Context manager that turns a panic into a :class:`PanicError`. Reentrant and thread-safe."""
 
     def __enter__(self) -> None:
-        """Do nothing, to keep entering cheap."""
+        """Do nothing."""
 
     def __exit__(
         self,
@@ -29,10 +29,10 @@ class _NoPanics:
         error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
-        """Raise a :class:`PanicError` for a panic."""
+        """Raise a :class:`PanicError` if the exception is a panic."""
         if kind is not None and kind.__module__ == _BINDING:
             raise PanicError(f"the tokenizer panicked: {error}") from error
 
 
 NO_PANICS = _NoPanics()
-"""``with NO_PANICS:`` goes around calls of the tokenizers library."""
+"""Use ``with NO_PANICS:`` around calls of the tokenizers library."""

@@ -1,7 +1,7 @@
-"""Settings of a tokenizer from the files beside ``tokenizer.json``.
+"""Settings of a tokenizer, from files other than ``tokenizer.json``.
 
-They are read from ``tokenizer_config.json`` and the older ``special_tokens_map.json`` and
-``added_tokens.json``, all optional.
+These are ``tokenizer_config.json`` and the older ``special_tokens_map.json`` and
+``added_tokens.json``, all of them optional.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _PROPERTIES = ("lstrip", "normalized", "rstrip", "single_word", "special")
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """Settings of a tokenizer, except the class.
+    """Settings of a tokenizer. Its class is ignored.
 
     Attributes:
         bos_token: The beginning-of-text token, if a file names one.
         eos_token: The end-of-text token, if a file names one.
-        adds_bos: The value of ``add_bos_token``; None if it is not given.
+        adds_bos: The value of ``add_bos_token``; None if it is not set.
         splits_special_tokens: Whether special tokens in a text are split like other text.
-        described: Tokens with their properties, by id.
-        named: All tokens that have a role or are listed as special.
+        described: Tokens with properties, by id.
+        named: Texts of all tokens that have a role or are listed as special.
     """
 
     bos_token: str | None = None
@@ -100,7 +100,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _text(token: Any) -> str | None:
-    """Return the text of a token, given alone or with properties."""
+    """Return the text of a token, which may be a string or an object with properties."""
     text = token["content"] if isinstance(token, dict) and "content" in token else token
     if text is not None and not isinstance(text, str):
         raise TypeError(f"{text!r} is not a token")

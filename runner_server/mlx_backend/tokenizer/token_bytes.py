@@ -1,4 +1,4 @@
-"""Maps a token to bytes, as the tokenizer's decoder would write the token."""
+"""Bytes of single tokens, as the tokenizer's decoder would write them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runner_server.mlx_backend.tokenizer.panics import NO_PANICS
 BytesOf = Callable[[int], bytes | None]
 
 _KEPT = 4096
-"""Number of tokens whose bytes are cached: the likely ones, in half a MiB."""
+"""Number of tokens whose bytes are cached, in half a MiB: enough for the likely ones."""
 
 _PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
 _OTHERS = (byte for byte in range(256) if byte not in _PRINTABLE)
@@ -24,7 +24,7 @@ _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
 
 _FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _BY_TOKEN = {"Replace", "ByteFallback", "Metaspace", "Strip", "Fuse"}
-"""Decoder steps that process each token on its own, except at the beginning of a text."""
+"""Decoder steps that process each token separately, except at the beginning of a text."""
 
 
 def bytes_of_tokens(tokenizer: Any) -> BytesOf:
@@ -34,7 +34,7 @@ def bytes_of_tokens(tokenizer: Any) -> BytesOf:
 
     - ``ByteLevel`` (GPT-2, Llama 3): a token is written in an alphabet with one character for each
       byte. ``Ġthe`` stands for 20 74 68 65 (" the"), ``Ã`` for C3, the first half of "é".
-    - ``ByteFallback`` and other steps that decode each token on its own (Llama 2): ``<0xC3>``
+    - ``ByteFallback`` and other steps that decode each token separately (Llama 2): ``<0xC3>``
       stands for C3. For any other token, the text of two copies is compared with that of three:
       ``▁the`` decodes to "the the" and "the the the", so one more copy adds " the". The first copy
       cannot be used, because it loses its space at the beginning of a text.
@@ -74,7 +74,7 @@ def _is_by_token(steps: list[dict[str, Any]]) -> bool:
     kinds = [step["type"] for step in steps]
     if not set(kinds) <= _BY_TOKEN or any(step.get("stop") for step in steps):
         return False
-    # Steps after Fuse see all tokens as one.
+    # Steps after Fuse process the whole text as one token.
     after = kinds[kinds.index("Fuse") :] if "Fuse" in kinds else []
     return set(after) <= {"Fuse", "Strip"}
 
@@ -89,7 +89,7 @@ def _in_alphabet(token: str | None) -> bytes:
 
 
 def _by_repetition(tokenizer: Any, id_: int) -> bytes | None:
-    """Return the bytes added by one more copy of a token, from two copies to three."""
+    """Return the bytes that a third copy of a token adds to the text of two copies."""
     with NO_PANICS:
         two, three = (
             tokenizer.decode([id_] * count, skip_special_tokens=False) for count in (2, 3)

@@ -1,8 +1,8 @@
-"""Reads tokenizers without a ``tokenizer.json``, with transformers in a child process.
+"""Reading of other tokenizers than ``tokenizer.json``, with transformers in a child process.
 
-Importing transformers takes about a second and 40 to 75 MiB, which a process does not give back. A
+Importing transformers takes about a second and 40 to 75 MiB, which the process cannot free. A
 short-lived child therefore reads the tokenizer, and prints it in the format of ``tokenizer.json``
-(:meth:`tokenizers.Tokenizer.to_str`).
+(``tokenizers.Tokenizer.to_str``).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def read_with_transformers(
         raise ModelUnsupported(problem, model=str(path))
     with NO_PANICS:
         tokenizer = Tokenizer.from_str(answer["tokenizer"])
-    # The one setting that the format does not include.
+    # The only setting that the format lacks.
     tokenizer.encode_special_tokens = answer["encode_special_tokens"]
     named = {key: answer[key] for key in ("bos_token", "eos_token")}
     return tokenizer, replace(settings, **named)
@@ -75,7 +75,11 @@ def _ask_child(path: Path) -> dict[str, Any] | None:
         )
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
-        logger.warning("the tokenizer in %s is read in this process instead (%s)", path, error)
+        logger.warning(
+            "the tokenizer in %s is read in this process, because a child process failed: %s",
+            path,
+            error,
+        )
         return None
     return answer
 
@@ -86,7 +90,7 @@ def _read(path: Path) -> dict[str, Any]:
         with NO_PANICS:
             wrapper = _load_sentencepiece(path) or _load(path)
     except Exception as error:  # noqa: BLE001 - becomes the answer
-        # Some messages of transformers fill a page.
+        # Only the first line, because some messages of transformers fill a page.
         problem = next(iter(str(error).strip().splitlines()), "")
         return {
             "problem": f"the tokenizer in {path} cannot be loaded ({type(error).__name__}: "
@@ -114,12 +118,12 @@ def _load(path: Path) -> Any:
 def _load_sentencepiece(path: Path) -> Any:
     """Return a conversion of a SentencePiece model with the same ids as SentencePiece.
 
-    transformers has several conversions, and which one is right differs between releases: the
-    generic class of 5.7 gets every text wrong, ``LlamaTokenizer`` loses a space in front of a text
-    in all of them.
+    transformers has several conversions, and the right one differs between releases: the generic
+    class of 5.7 gets every text wrong, and ``LlamaTokenizer`` of all releases loses a space in
+    front of a text.
 
     Returns:
-        None if the directory has no such model, or no conversion is right.
+        None if the directory has no such model, or if no conversion is right.
     """
     theirs = _sentencepiece(path / "tokenizer.model")
     if theirs is None:
@@ -134,7 +138,7 @@ def _load_sentencepiece(path: Path) -> Any:
 
 
 def _sentencepiece(file: Path) -> Any:
-    """Return the SentencePiece model in a file; None without one."""
+    """Return the SentencePiece model in a file; None if there is none."""
     if not file.is_file():
         return None
     sentencepiece = importlib.import_module("sentencepiece")
@@ -145,13 +149,13 @@ def _sentencepiece(file: Path) -> Any:
 
 
 def _load_generic(path: Path) -> Any:
-    """Load with the generic class, which takes the steps from the model's own settings."""
+    """Load with the generic class, which takes the tokenizer's steps from the model's settings."""
     generic = importlib.import_module("transformers").TokenizersBackend
     return generic.from_pretrained(path, trust_remote_code=False, legacy=True)
 
 
 def _load_with_steps(path: Path) -> Any:
-    """Load with the named class, and use the steps of the published Llama 2 file."""
+    """Load with the named class, then replace its steps with those of Llama 2's published file."""
     wrapper = _load(path)
     tokenizer = wrapper.backend_tokenizer
     tokenizer.normalizer = normalizers.Sequence(
@@ -162,8 +166,8 @@ def _load_with_steps(path: Path) -> Any:
 
 
 def main() -> int:
-    """Print the tokenizer of the directory on the command line. Return the exit code."""
-    print(json.dumps(_read(Path(sys.argv[1]))))  # noqa: T201 - its only output
+    """Print the tokenizer of the directory on the command line; return the exit code."""
+    print(json.dumps(_read(Path(sys.argv[1]))))  # noqa: T201 - the answer
     return 0
 
 
