@@ -1,1 +1,1 @@
-"""Loading of models: from a directory to a tested model in memory."""
+"""Loading of models, from a directory to a tested model in memory."""

@@ -1,7 +1,7 @@
-"""Tests on the loaded weights whether rows of a model can be decoded together.
+"""Trial of a loaded model: whether it decodes several rows together correctly.
 
 mlx_lm's models are written for one sequence, and most of them happen to be right for several
-sequences of different lengths. A trace before weights are read finds the models that raise
+sequences of different lengths too. A trace before weights are read finds the models that raise
 (:func:`runner_server.mlx_backend.planning.working_memory.require_batches`). This trial finds the
 models that compute a wrong answer: it decodes rows together and alone, and compares the logits.
 """
@@ -28,17 +28,17 @@ than the window of most recurrent states."""
 
 
 _TOLERANCE = 0.01
-"""Tolerance for float32 on a CPU, in standard deviations. Rounding made at most 7e-6 (OpenBLAS,
-models of 100 M, trained and random), an offset that counts padding (afm7) 0.4."""
+"""Tolerance for float32 on a CPU, in standard deviations. Rounding caused at most 7e-6 (OpenBLAS,
+models of 100 M, trained and random), an offset that counts padding (afm7) caused 0.4."""
 
 _TOLERANCE_16_BITS = 0.25
-"""Tolerance for other dtypes, and for GPUs, which multiply float32 with fewer bits. On a CPU
-rounding makes next to nothing in 16 bits either; on a GPU, batched and single products may differ
+"""Tolerance for other dtypes, and for GPUs, which multiply float32 with fewer bits. On a CPU,
+rounding in 16 bits causes next to nothing either. On a GPU, batched and single products may differ
 in each bit of bfloat16, and select other experts."""
 
 
 def try_together(model: Module, pieces: CachePieces, vocab_size: int, rows: int) -> str | None:
-    """Return the reason against decoding rows of a model together; None without one.
+    """Return why rows of a model must not be decoded together; None if they may.
 
     See :func:`deviation` for the arguments.
     """
@@ -80,7 +80,7 @@ def deviation(model: Module, pieces: CachePieces, vocab_size: int, rows: int) ->
 
 
 def _tolerance(model: Module) -> float:
-    """Return the largest deviation caused by rounding."""
+    """Return the largest deviation that rounding can explain."""
     weights = cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))
     is_wide = all(weight.dtype == mx.float32 for _, weight in weights)
     return _TOLERANCE if is_wide and device_kind() == "cpu" else _TOLERANCE_16_BITS
@@ -101,7 +101,7 @@ def _logits(model: Module, tokens: Sequence[int], caches: Caches) -> mx.array:
 
 
 def _largest(together: mx.array, alone: mx.array) -> float:
-    # Some types mask tokens with -inf.
+    # Logits of -inf, with which some types mask tokens, count as equal.
     is_barred = mx.isinf(together) & mx.isinf(alone)
     difference = mx.where(is_barred, 0.0, mx.abs(together - alone))
     spread = mx.std(mx.where(is_barred, 0.0, alone), axis=-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Builds a model with lazy weights from a directory. No weights are read."""
+"""Building of a model with lazy weights from a directory. No weights are read."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _MX_DTYPES = {
 
 @dataclass(frozen=True)
 class Built:
-    """A model with lazy weights in the requested dtype, sharded if there are several ranks.
+    """Model with lazy weights in the requested dtype, sharded if there are several ranks.
 
     Attributes:
         model: The model.
@@ -78,7 +78,7 @@ def read_directory(located: Located) -> ModelDirectory:
 def before_weights(path: Path) -> Iterator[None]:
     """Turn any unexpected error into ``ModelUnsupported``.
 
-    Before weights are read, the only input is the model's files, so they are at fault.
+    Before weights are read, the model's files are the only input, so they are the cause.
     """
     try:
         yield
@@ -94,7 +94,7 @@ def before_weights(path: Path) -> Iterator[None]:
 
 
 def _one_line(error: Exception) -> str:
-    """Return a one-line message for an error of mlx_lm, cut because some list every tensor."""
+    """Return an error of mlx_lm on one line, shortened because some list every tensor."""
     text = " ".join(str(error).split())
     text = text if len(text) <= _MAX_ERROR_CHARS else f"{text[:_MAX_ERROR_CHARS]}..."
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
@@ -110,7 +110,7 @@ def build(directory: ModelDirectory, spec: LoadSpec, shard: Shard | None) -> Bui
 
     Raises:
         ModelUnsupported: mlx_lm cannot build the model, or computes it differently from its files.
-        InvalidField: The context is longer than is exact.
+        InvalidField: The requested context is too long, or too long to be exact.
     """
     unread, exactness = _build(directory)
     config = unread.config
@@ -142,8 +142,8 @@ def _build(directory: ModelDirectory) -> tuple[BuiltModel, Exactness]:
             model=str(path),
         ) from error
     finally:
-        # Layers initialize weights from the random state, and mlx_lm replaces those weights. What
-        # remains is a chain of unevaluated states, one per layer, that would grow with each load.
+        # Layers initialize weights from the random state before mlx_lm replaces the weights. This
+        # leaves a chain of unevaluated states, one per layer, which would grow with each load.
         mx.eval(mx.random.state)
     files.attach(built.model)
     return built, exactness
@@ -163,7 +163,7 @@ def _converted(
 
 
 def _convert(model: Module, dtype: Dtype) -> Module:
-    """Cast lazy weights to a dtype. MLX converts each weight after reading."""
+    """Cast lazy weights to a dtype; MLX converts each weight after reading it."""
     if dtype is not Dtype.AS_STORED:
         model = dequantize_model(model)
         cast_weights(model, _MX_DTYPES[dtype])

@@ -1,4 +1,4 @@
-"""Resolves a model's name to a directory: a path, or a hub id in the local cache."""
+"""Resolution of a model's name, a path or a hub id in the local cache, to a directory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from runner_server.host.model_root import ModelRoot
 
 
 def find_model(model: str, root: ModelRoot | None) -> Located:
-    """Find a model's directory, below the root if there is one. Downloads nothing.
+    """Find a model's directory, which must be below the root if there is one. Downloads nothing.
 
     Raises:
         ModelNotFound: The name is neither a directory nor a hub id in the local cache, or the
@@ -20,8 +20,8 @@ def find_model(model: str, root: ModelRoot | None) -> Located:
 def _find_below(root: ModelRoot, model: str) -> Located:
     """Find a model below the root.
 
-    The error is the same for a missing model and for one outside the root, so it does not reveal
-    what exists elsewhere.
+    The error is the same for a missing model and for one outside the root, so that it does not
+    reveal which directories exist.
     """
     fault = ModelNotFound(
         f"no model at {model!r}: this runner opens only directories below its --model-root, and "

@@ -1,12 +1,12 @@
 """Lazy MLX arrays backed by Python streams.
 
-MLX creates such arrays in one case only: for the members of an ``.npz`` archive, which it opens
-with Python's ``zipfile``. This module presents tensors as such an archive.
+MLX creates such arrays only for the members of an ``.npz`` archive, which it opens with Python's
+``zipfile``. This module presents tensors as such an archive.
 
-MLX's reader threads need the GIL, so no code may evaluate these arrays while holding it. Of some
-forty calls that evaluate, two hold it in 0.32.4, ``bytes(array)`` and ``mx.save``, and no model of
-mlx_lm uses them. On CUDA, MLX reads on the engine's thread and copies to the device. Neither CUDA
-nor Metal was measured.
+MLX's reader threads need the GIL, so a call that evaluates these arrays must release it. Of about
+forty calls that evaluate, only ``bytes(array)`` and ``mx.save`` do not in 0.32.4, and no model of
+mlx_lm uses these. On CUDA, MLX reads on the engine's thread and copies to the device.
+Neither CUDA nor Metal was measured.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NUMPY_TYPES = {
     "BOOL": "|b1",
     "U8": "|u1",
     "I8": "|i1",
-    # MLX holds 8-bit floats as raw bytes.
+    # MLX has no 8-bit floats and keeps their bytes.
     "F8_E4M3": "|u1",
     "F8_E8M0": "|u1",
     "U16": "<u2",
@@ -88,14 +88,14 @@ class TensorStream:
 
 
 def lazy_arrays(path: str, streams: Sequence[TensorStream]) -> dict[str, mx.array]:
-    """Return arrays by tensor name. Evaluating an array reads a stream.
+    """Return arrays by tensor name. Evaluating an array reads its stream.
 
     Args:
-        path: The name that MLX sees as the archive's.
+        path: The name of the archive, for MLX.
         streams: The tensors.
 
     Raises:
-        Exception: Any kind, if this release of MLX reads archives without Python.
+        Exception: Of any kind, if this release of MLX reads archives without Python.
     """
     with _opening_archives():
         loaded = mx.load(_Archive(path, streams), format="npz")
@@ -122,11 +122,12 @@ def _npy_header(tensor: Tensor) -> bytes:
 
 
 class _Archive(str):
-    """A weight file posing as an ``.npz`` archive.
+    """Path of a weight file that acts as an open ``.npz`` archive.
 
     Args:
-        path: The file's name, which MLX takes for the archive's.
-        streams: The file's tensors. The members are named by index, because MLX changes some names.
+        path: The file's path.
+        streams: The file's tensors. Members are named by their index, because MLX changes some
+            names.
     """
 
     __slots__ = ("_streams",)
@@ -152,7 +153,7 @@ class _Archive(str):
 
 
 class _ZipFile(zipfile.ZipFile):
-    """A ``zipfile.ZipFile`` returning an :class:`_Archive` unopened, and opening other files."""
+    """``zipfile.ZipFile`` that returns an :class:`_Archive` as it is, and opens other files."""
 
     def __new__(cls, file: object, *_args: object, **_options: object) -> Any:
         return file if isinstance(file, _Archive) else super().__new__(cls)
@@ -164,7 +165,7 @@ def _is_zipfile(file: Any) -> bool:
 
 @contextmanager
 def _opening_archives() -> Iterator[None]:
-    """Let code importing ``zipfile`` within this context open an :class:`_Archive`."""
+    """Let code that imports ``zipfile`` within the context open an :class:`_Archive`."""
     shell = ModuleType(zipfile.__name__)
     vars(shell).update(vars(zipfile), ZipFile=_ZipFile, is_zipfile=_is_zipfile)
     sys.modules[zipfile.__name__] = shell

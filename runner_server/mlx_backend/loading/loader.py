@@ -1,9 +1,9 @@
-"""Loads a model into memory, reporting progress. A load can be cancelled between steps.
+"""Loading of a model into memory, in steps that report progress and can be cancelled.
 
-1. Find the directory and read its configuration; refuse a model that needs code of its own.
-2. Build the model with lazy weights: nothing is read yet, and all sizes are known.
-3. Choose the dtype of the weights, and refuse what does not fit in memory.
-4. Read the weights in order, reporting progress.
+1. Find the directory and read its configuration; refuse a model that needs to run its own code.
+2. Build the model with lazy weights. Nothing is read yet, but all sizes are known.
+3. Choose the dtype of the weights, and refuse a model that does not fit the memory.
+4. Read the weights in order.
 5. Generate a token, which compiles the kernels, and test whether rows can be decoded together.
 """
 
@@ -63,10 +63,10 @@ Report = Callable[[int], None]
 
 
 class MlxModel:
-    """A model in memory.
+    """Implements ``runner_server.engine.backend.LoadedModel``.
 
     Args:
-        model: The model, with weights read.
+        model: The model, with its weights in memory.
         codec: The model's tokenizer.
         info: The model's description, and the limits in force.
         plan: The plan made before reading the weights.
@@ -91,21 +91,21 @@ class MlxModel:
 
     @property
     def kv_bytes(self) -> Callable[[int], int]:
-        """See ``LoadedModel.kv_bytes``."""
+        """Function from tokens to bytes; see ``LoadedModel.kv_bytes``."""
         return self._plan.kv_bytes
 
     @property
     def prompts(self) -> CacheUsage:
-        """The size of the prefix cache, and the limit."""
+        """Byte counters of the prefix cache."""
         return self._prompts.usage
 
     def limit_prefix_cache(self, limit_bytes: int) -> None:
-        """Change the size limit of the prefix cache; see ``LoadedModel.limit_prefix_cache``."""
+        """Change the byte budget of the prefix cache; see ``LoadedModel.limit_prefix_cache``."""
         self._prompts.limit(limit_bytes)
 
     @property
     def prefill_limits(self) -> PrefillLimits:
-        """See ``LoadedModel.prefill_limits``."""
+        """Limits of prefill chunks; see ``LoadedModel.prefill_limits``."""
         chunk = PREFILL_CHUNK[device_kind()]
         return PrefillLimits(
             max_chunk=chunk,
@@ -120,9 +120,12 @@ class MlxModel:
         return self._executor(self._prompts)
 
     def warm_up(self) -> None:
-        """Generate a token, and set ``parallel`` to 1 if rows go wrong in a batch.
+        """Generate a token, and set ``parallel`` to 1 if rows cannot be decoded together.
 
-        This also compiles the kernels before the first user waits.
+        Also compiles the kernels, for which the first request would have to wait.
+
+        Raises:
+            RunnerFault: See :func:`~runner_server.mlx_backend.loading.trial.warm_up`.
         """
         info = self.info
         executor = self._executor(PrefixCache(self._pieces, 0))
@@ -165,7 +168,7 @@ def load(
     Args:
         spec: The load.
         report: Called with the progress, 0 to 100.
-        root: The directory that models must be below; None for any place.
+        root: The directory that models must be below; None allows any.
         shard: Selects this rank's part of the model; None for the whole model.
         admission: Decides whether there is enough memory.
     """
@@ -174,7 +177,7 @@ def load(
     try:
         return _load(located, spec, report, shard, admission)
     except ModelUnsupported as fault:
-        # Most code that raises this error does not know the directory.
+        # Most code that raises this error has no access to the directory.
         fault.metadata.setdefault("model", str(located.path))
         raise
 
@@ -186,8 +189,8 @@ def _load(
     report(1)
     with before_weights(directory.path):
         codec, eos_token_ids = _codec(directory)
-        # Reading a tokenizer takes up to five times the memory that it needs later: 260 of Gemma
-        # 3's 356 MiB are freed.
+        # Reading a tokenizer takes up to five times the memory that it keeps: of Gemma 3's 356 MiB,
+        # 260 are freed.
         trim_heap()
         report(3)
         built, plan = _planned(directory, spec, shard, admission)
@@ -200,7 +203,7 @@ def _load(
     fit_threads(arrays(built.model))
     info = _describe(spec, located, built, plan, eos_token_ids)
     mx.set_cache_limit(plan.buffer_cache_bytes)
-    # Above this limit MLX waits for results before it allocates more.
+    # Above this limit, MLX waits for results before it allocates more.
     mx.set_memory_limit(plan.limit_bytes)
     loaded = MlxModel(built.model, codec, info, plan, shard)
     loaded.warm_up()
@@ -219,7 +222,7 @@ def _load(
 
 
 def check_files(spec: LoadSpec, root: ModelRoot | None = None) -> None:
-    """Raise an error if the files of a model rule a load out; see ``Backend.check``."""
+    """Check that a model's files allow the load; see ``Backend.check``."""
     directory = read_directory(find_model(spec.model, root))
     if spec.context_length is not None:
         require_context(spec.context_length, directory.configuration.context_length)
@@ -237,7 +240,7 @@ def plan_load(path: Path, spec: LoadSpec) -> Plan:
     """
     directory = read_directory(Located(path))
     with before_weights(path):
-        # The process's memory depends on whether transformers is imported.
+        # Read before planning, because a transformers import adds to the process's memory.
         _codec(directory)
         return _planned(directory, spec, None, UNCHECKED)[1]
 
@@ -249,7 +252,7 @@ def _codec(directory: ModelDirectory) -> tuple[FastCodec, frozenset[int]]:
 def _planned(
     directory: ModelDirectory, spec: LoadSpec, shard: Shard | None, admission: Admission
 ) -> tuple[Built, Plan]:
-    """Build the model in the first dtype to fit in memory. No weights are read."""
+    """Build the model in the first dtype that fits the memory, without reading weights."""
     *preferred, last = formats(spec.dtype)
     for dtype in preferred:
         try:
@@ -264,11 +267,15 @@ def _planned(
 def _admitted(
     directory: ModelDirectory, spec: LoadSpec, shard: Shard | None, admission: Admission
 ) -> tuple[Built, Plan]:
-    """Build the model in one dtype, and request the memory."""
+    """Build the model in one dtype, and reserve the memory.
+
+    Raises:
+        InsufficientMemory: The model does not fit.
+    """
     built = build(directory, spec, shard)
     plan = make_plan(built.spec, built.model, directory, built.exactness)
     granted = admission.admit(str(directory.path), plan.need, override=spec.memory_override)
-    # Built anew, because some models keep arrays of their last run: unevaluated ones in this case.
+    # Build it again, because some models keep arrays of their last run, here unevaluated ones.
     return build(directory, spec, shard), plan.within(granted)
 
 

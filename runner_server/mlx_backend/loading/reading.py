@@ -1,4 +1,4 @@
-"""Evaluates lazy weights in order, a bounded number of bytes at a time."""
+"""Reading of weights: lazy arrays are evaluated in order, a bounded number of bytes at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _AT_ONCE_BYTES = 32 * 2**20
 
 
 class _Progress:
-    """The loaded share of the weights, from evaluated weights and bytes read.
+    """Progress of reading, estimated from evaluated weights and bytes read.
 
     Args:
         report: Called with the share, one call at a time.
@@ -37,7 +37,7 @@ class _Progress:
         self._share = 0.0
 
     def begin(self, nbytes: int) -> None:
-        """Count a weight at the start of evaluation."""
+        """Count a weight whose evaluation begins."""
         with self._lock:
             self._begun_bytes += nbytes
 
@@ -69,8 +69,8 @@ def read_weights(
 
     Args:
         weights: Lazy arrays, created on this thread.
-        report: Called with the share done, after each array on this thread and after each block of
-            a file on the thread that read it. An exception ends the reading.
+        report: Called with the share done, 0 to 1: after each array on this thread, and after each
+            block of a file on the thread that read it. An exception ends the reading.
         files: The files behind the arrays.
 
     Raises:
@@ -86,7 +86,7 @@ def read_weights(
                 progress.note_done(value.nbytes)
             files.check()
         except BaseException:
-            # Pending reads can return without their bytes.
+            # Make pending reads return early, without their bytes.
             files.stop()
             raise
 
@@ -94,7 +94,7 @@ def read_weights(
 def _evaluated(
     weights: Sequence[mx.array], progress: _Progress, total_bytes: int
 ) -> Generator[mx.array]:
-    """Yield arrays in order after evaluation, with the evaluation of the next ones under way."""
+    """Yield evaluated arrays in order, while the next ones are being evaluated."""
     begun: deque[mx.array] = deque()
     begun_bytes = 0
     try:
@@ -111,7 +111,7 @@ def _evaluated(
             _evaluate(mx.eval, begun[0], total_bytes)
             yield begun.popleft()
     finally:
-        # After an error or a cancellation: an array holds its buffer until it has been read.
+        # After an error or a cancellation, wait: an array keeps its buffer until it has been read.
         with suppress(RuntimeError):
             mx.eval(list(begun))
         drain()

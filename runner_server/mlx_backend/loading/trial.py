@@ -1,4 +1,4 @@
-"""Test of a loaded model: generating one token from finite logits."""
+"""Trial of a loaded model: whether it generates a token from finite logits."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _PROMPT = (0, 0)
 
 
 def warm_up(model: Module, executor: Executor, vocab_size: int, dtype: str) -> None:
-    """Generate a token, and compile the kernels before the first user waits.
+    """Generate a token, which also compiles the kernels.
 
     Args:
-        model: The model, with weights read.
+        model: The model, with its weights in memory.
         executor: An executor of the model without rows; closed afterwards.
         vocab_size: Number of token ids scored by the output layer.
         dtype: The dtype of the weights, for the message.
@@ -45,7 +45,7 @@ def warm_up(model: Module, executor: Executor, vocab_size: int, dtype: str) -> N
 
 
 def _gives_token(executor: Executor, sampling: Sampling) -> bool:
-    """Generate one token. Return False if the logits are not finite."""
+    """Generate one token; return False if the logits are not finite."""
     executor.add(0, _PROMPT, sampling)
     chunk = PromptChunk(0, restored=0, count=len(_PROMPT) - 1, is_stored=False)
     executor.run(PrefillItem((chunk,)))

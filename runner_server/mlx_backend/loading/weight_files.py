@@ -1,10 +1,10 @@
-"""Reads weight files in Python, when MLX evaluates a tensor.
+"""Weight files, which Python reads when MLX evaluates a tensor.
 
 A read that fails inside MLX leaves MLX's count of active tasks too high for the rest of the
-process, and a later step may wait indefinitely (:mod:`runner_server.mlx_backend.stream_errors`).
-MLX therefore gets streams whose reads never fail, one for each tensor: a stream records errors, and
-:meth:`WeightFiles.check` raises them on the engine's thread. The bytes are read straight into MLX's
-own memory.
+process, so that a later step may wait indefinitely
+(:mod:`runner_server.mlx_backend.stream_errors`). MLX therefore gets a stream for each tensor whose
+reads never fail: errors are recorded, and :meth:`WeightFiles.check` raises them on the engine's
+thread. The bytes are read directly into MLX's memory.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from runner_server.mlx_backend.loading.lazy_arrays import TensorStream, lazy_arr
 logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 8 * 2**20
-"""Maximum number of bytes read between two checks for a cancelled load."""
+"""Most bytes read between two checks for a cancelled load."""
 
 _READERS = 4
-"""Threads that read the blocks of large tensors. MLX has as many of its own for small ones."""
+"""Threads that read the blocks of large tensors. Small ones are read by MLX's own four threads."""
 
 _MOST_OPEN = 64
-"""Files kept open. A model may have hundreds, and a process may be limited to 256."""
+"""Most files kept open. A model may have hundreds, and a process may be limited to 256."""
 
 _UNUSED_SECONDS, _UNUSED_POLL_SECONDS = 1.0, 0.001
 
@@ -48,7 +48,7 @@ OnRead = Callable[[int], object]
 
 
 class WeightFiles:
-    """The weight files of one model, read tensor by tensor on evaluation."""
+    """The weight files of one model, whose tensors are read when they are evaluated."""
 
     def __init__(self) -> None:
         self._fault: BaseException | None = None
@@ -62,12 +62,12 @@ class WeightFiles:
         self._pool: ThreadPoolExecutor | None = None
 
     def attach(self, model: Module) -> None:
-        """Attach this object to a model, to live as long as the lazy weights."""
+        """Attach this object to a model, so that it lives as long as the lazy weights."""
         object.__setattr__(model, _ATTRIBUTE, self)
 
     @staticmethod
     def of(model: Module) -> WeightFiles:
-        """Return the object attached to a model."""
+        """Return the instance attached to a model."""
         files: WeightFiles = vars(model)[_ATTRIBUTE]
         return files
 
@@ -87,7 +87,7 @@ class WeightFiles:
         try:
             return lazy_arrays(path, streams)
         except (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-            # Another release of MLX may read archives without Python.
+            # This release of MLX may read archives without Python.
             logger.warning(
                 "this MLX does not take weights from this process (%s): it reads %s itself, and "
                 "a file that cannot be read may make it hang later",
@@ -98,11 +98,11 @@ class WeightFiles:
 
     @contextmanager
     def reading(self, on_read: OnRead) -> Iterator[None]:
-        """Read large tensors with several threads, and report bytes read.
+        """Read large tensors with several threads within the context, and report the bytes read.
 
         Args:
-            on_read: Called with the size of each block, on the thread that read it, one call at a
-                time. An exception ends the reading, and :meth:`check` raises it.
+            on_read: Called with the bytes of each block, on the thread that read it. Calls do not
+                overlap. An exception ends the reading, and :meth:`check` raises it.
         """
         self._on_read = on_read
         with ThreadPoolExecutor(_READERS, thread_name_prefix="weights") as pool:
@@ -118,8 +118,8 @@ class WeightFiles:
         """Wait until MLX's reader threads have released finished streams.
 
         They do so shortly after the arrays are ready. If the process ends in between, the
-        destructor of a stream cannot take the GIL, and aborts (4 of 300 runs). The destructor must
-        not run Python code, which could release the GIL: the files stay open until all are read.
+        destructor of a stream cannot take the GIL, and aborts (4 of 300 runs). Destructors must not
+        run Python code, which could release the GIL, so files stay open until all are read.
         """
         give_up = time.monotonic() + _UNUSED_SECONDS
         while any(stream() for stream in self._read) and time.monotonic() < give_up:
@@ -127,10 +127,10 @@ class WeightFiles:
         self._read.clear()
 
     def unused(self) -> frozenset[str]:
-        """Return the names of tensors neither read yet nor referenced by an array.
+        """Return the names of the tensors that were not read and that no array refers to.
 
-        Call this when only the model is left of the arrays that :meth:`load` returned, because an
-        array keeps its streams alive.
+        An array keeps its stream alive, so call this when only the model has arrays of
+        :meth:`load`.
         """
         gone = {name for name, stream in self._given.items() if stream() is None}
         return frozenset(gone - self._was_read)
@@ -140,8 +140,8 @@ class WeightFiles:
         self._is_stopped = True
 
     def check(self) -> None:
-        """Raise the first error of a read. Arrays read before this call must not be used then."""
-        # An error kept here would keep its traceback, and with it the arrays of the callers.
+        """Raise the first error of a read, if any; arrays read so far must not be used then."""
+        # Not kept, because it would keep its traceback, and with it the arrays of the callers.
         fault, self._fault = self._fault, None
         if fault is not None:
             raise fault
@@ -182,7 +182,7 @@ class WeightFiles:
             try:
                 self._on_read(nbytes)
             except BaseException:
-                # Still under the lock, so that it is not called again.
+                # While holding the lock, so that `_on_read` is not called again.
                 self.stop()
                 raise
 
@@ -197,7 +197,7 @@ class WeightFiles:
 
 
 class _WeightFile:
-    """A weight file, open until the last tensor is read or dropped, or only during reads.
+    """A weight file, which either stays open until it is dropped or is opened for each read.
 
     Args:
         path: The file's path.

@@ -42,11 +42,11 @@ _CLASSES = {
     "telechat3-yarn": ("Yarn",),
     "yarn": ("Yarn",),
 }
-"""Parts of the class names that implement a kind of scaling; other kinds have no class."""
+"""Kinds of scaling, with parts of the names of the classes that implement each of them."""
 
 
 def ignored_rope(text: Mapping[str, Any], built: BuiltModel) -> Iterator[str]:
-    """Yield the rotary settings ignored by a model.
+    """Yield problems for the rotary settings that a model ignores.
 
     Args:
         text: The language model's part of the configuration.
@@ -78,7 +78,7 @@ def ignored_rope(text: Mapping[str, Any], built: BuiltModel) -> Iterator[str]:
 
 
 def _ignored_kinds(text: Mapping[str, Any]) -> Iterator[str]:
-    """Yield parameters for kinds of attention without rotary embeddings in mlx_lm."""
+    """Yield problems for parameters of a kind of attention that mlx_lm does not distinguish."""
     for kind, rope in (text.get("rope_parameters") or {}).items():
         if not isinstance(rope, Mapping) or kind == "full_attention":
             continue
@@ -89,7 +89,7 @@ def _ignored_kinds(text: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _lacking_kinds(text: Mapping[str, Any]) -> Iterator[str]:
-    """Yield parameters without a kind of attention, for types with parameters by kind."""
+    """Yield problems for parameters that name no kind of attention, where the type needs kinds."""
     rope = text.get("rope_parameters") or {}
     if any(isinstance(value, Mapping) for value in rope.values()):
         return
@@ -99,7 +99,7 @@ def _lacking_kinds(text: Mapping[str, Any]) -> Iterator[str]:
 
 
 def exact_length(text: Mapping[str, Any]) -> int | None:
-    """Return the longest sequence using LongRoPE's short factors; None for other kinds."""
+    """Return the longest sequence, in tokens, for LongRoPE's short factors; None if not used."""
     scaling = text.get("rope_scaling")
     if rope_kind(scaling) not in ("longrope", "su") or not isinstance(scaling, Mapping):
         return None
@@ -134,7 +134,7 @@ def settle_rope(
 
 
 def _unused_share(text: Mapping[str, Any], taken: frozenset[str]) -> float | None:
-    """Return the configured fraction of a head to rotate, if ignored by the model's classes."""
+    """Return the configured fraction of a head to rotate if the model's classes ignore it."""
     share: float | None
     if kinds := _kinds(text):
         shares = [each.get("partial_rotary_factor", 1) for each in kinds]
@@ -146,7 +146,7 @@ def _unused_share(text: Mapping[str, Any], taken: frozenset[str]) -> float | Non
 
 
 def _kinds(text: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the parameters of each kind of attention; empty if common to every kind."""
+    """Return the parameters of each kind of attention; empty if all kinds share them."""
     rope = text.get("rope_parameters") or {}
     return [each for each in rope.values() if isinstance(each, Mapping)]
 
@@ -189,10 +189,10 @@ def _is_rope(module: Module) -> bool:
 
 def _settle_longrope(rope: Any, scaling: Mapping[str, Any], context_length: int) -> None:
     if scaling.get("attention_factor") is not None:
-        rope._scale = float(scaling["attention_factor"])  # noqa: SLF001 - no other name
+        rope._scale = float(scaling["attention_factor"])  # noqa: SLF001 - no public name
     if context_length <= rope.original_max_position_embeddings:
         short, long = (mx.array(scaling[key]) for key in ("short_factor", "long_factor"))
-        rope._freqs *= short / long  # noqa: SLF001 - no other name
+        rope._freqs *= short / long  # noqa: SLF001 - no public name
 
 
 def _settle_yarn(rope: Any, scaling: Mapping[str, Any], text: Mapping[str, Any]) -> None:
@@ -200,7 +200,7 @@ def _settle_yarn(rope: Any, scaling: Mapping[str, Any], text: Mapping[str, Any])
         rope.mscale = float(scaling["attention_factor"])
     if scaling.get("truncate") is False:
         theta = float(text["rope_theta"])
-        rope._freqs = _yarn_frequencies(rope.dims, scaling, theta)  # noqa: SLF001 - no other name
+        rope._freqs = _yarn_frequencies(rope.dims, scaling, theta)  # noqa: SLF001 - no public name
 
 
 def _yarn_frequencies(dims: int, scaling: Mapping[str, Any], base: float) -> mx.array:

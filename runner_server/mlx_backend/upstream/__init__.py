@@ -1,1 +1,1 @@
-"""The names used from mlx_lm, and how mlx_lm is imported."""
+"""The import of mlx_lm, and the names used from it."""

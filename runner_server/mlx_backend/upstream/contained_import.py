@@ -1,4 +1,4 @@
-"""Shields the process from the side effects of importing a library."""
+"""Containment of the side effects of importing a library."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class LibraryExitError(Exception):
 def contained(what: str) -> Iterator[None]:
     """Log the output of a library during import, and turn ``sys.exit`` into an exception.
 
-    mlx_lm's module for OLMo prints advice and calls ``sys.exit`` where a package is missing.
-    Standard output is reserved for the ready line, or for an estimate.
+    mlx_lm's module for OLMo prints advice and calls ``sys.exit`` if a package is missing, and
+    standard output is reserved for the ready line or an estimate.
 
     Args:
         what: The library's name, for the log and the error.
 
     Raises:
-        LibraryExitError: The library called ``sys.exit``. Includes the text that it printed.
+        LibraryExitError: The library called ``sys.exit``. The message has the text it printed.
     """
     printed = io.StringIO()
     try:

@@ -1,10 +1,10 @@
-"""Imports the model-building part of mlx_lm without the heavy dependencies.
+"""Import of the model-building part of mlx_lm without its heavy dependencies.
 
 ``mlx_lm.utils`` imports transformers for tokenizers and huggingface_hub for downloads, and so does
-``mlx_lm/__init__.py``. That costs 1.3 s at startup, for two functions that are not called when a
-model is loaded from a directory. This module defers both imports to the first call of those
-functions, and defers ``__init__`` to the first access to a name of the package. mlx_lm itself is
-not changed: its other modules import as usual.
+``mlx_lm/__init__.py``. These imports take 1.3 s at startup, for two functions that a load from a
+directory does not call. This module defers both imports to the first call of those functions, and
+``__init__`` to the first access to a name of the package. mlx_lm itself is not changed, and its
+other modules are imported as usual.
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ def import_lean(name: str) -> ModuleType:
 
 
 def forget_modules(package: str, kept: Collection[str]) -> None:
-    """Drop a package's submodules from ``sys.modules`` to free their memory.
-
-    They can be imported again.
+    """Drop a package's submodules from ``sys.modules`` to free their memory; a later import works.
 
     Args:
         package: The package, which stays imported.
@@ -72,7 +70,7 @@ def forget_modules(package: str, kept: Collection[str]) -> None:
 
 @contextmanager
 def _stand_ins() -> Iterator[None]:
-    """Put placeholders for the unneeded modules into ``sys.modules`` while the context is open."""
+    """Put placeholders for the heavy modules into ``sys.modules`` within the context."""
     sys.modules.setdefault(_PACKAGE, _lazy_package(_PACKAGE))
     shells = {_TOKENIZERS: _tokenizers_shell(), _HUB: _hub_shell()}
     placed = {name: shell for name, shell in shells.items() if name not in sys.modules}
@@ -102,9 +100,9 @@ def _hub_shell() -> ModuleType:
 def _resource_shell() -> ModuleType:
     """Return a copy of ``resource`` whose ``setrlimit`` does nothing.
 
-    ``mlx_lm.utils`` sets the limit of open files to 2,048, at most 4,096, when it is imported. That
-    raises where the process may not raise the limit (``ulimit -n 256``), and lowers a higher limit
-    of a server that needs a file descriptor for each connection.
+    ``mlx_lm.utils`` sets the limit of open files to 2,048, at most 4,096, when it is imported. This
+    fails with an exception if the process may not raise its limit (``ulimit -n 256``), and
+    otherwise lowers a higher limit, although a server needs a descriptor for each connection.
     """
     shell = ModuleType(resource.__name__)
     vars(shell).update(vars(resource), setrlimit=lambda *_limits: None)

@@ -1,4 +1,4 @@
-"""The only module with imports from mlx_lm. Tested with 0.32.2."""
+"""The names used from mlx_lm, imported by this module only. Tested with 0.32.2."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class BuiltModel:
 
 
 class _Library:
-    """A proxy of ``mlx.core`` with another ``load``.
+    """Proxy of ``mlx.core`` with another ``load``.
 
     Args:
         library: The module that provides all other names.
@@ -89,7 +89,7 @@ def build_model(
 
 @contextmanager
 def _replaced(names: Mapping[str, object]) -> Iterator[None]:
-    """Replace some global names of ``mlx_lm.utils`` while the context is open."""
+    """Replace some global names of ``mlx_lm.utils`` within the context."""
     space = vars(_utils)
     kept = {name: space[name] for name in names}
     space.update(names)
@@ -101,7 +101,10 @@ def _replaced(names: Mapping[str, object]) -> Iterator[None]:
 
 @contextmanager
 def _recorded_arguments(taken: set[str]) -> Iterator[None]:
-    """Record the keys accepted by each argument class built from a dictionary."""
+    """Record the keys that each argument class accepts when it is built from a dictionary.
+
+    Within the context, a configuration that lacks a required key raises ``ValueError``.
+    """
     kept = vars(_base.BaseModelArgs)["from_dict"]
 
     def from_dict(cls: Any, params: Mapping[str, Any]) -> Any:
