@@ -1,8 +1,8 @@
-"""Computes the memory of intermediate arrays from a trace, without evaluation.
+"""Memory of a computation's intermediate arrays, from a trace without evaluation.
 
-``mx.export_function`` traces a function: it reports the primitives with the shapes and dtypes of
+``mx.export_function`` traces a function: it reports the primitives, with the shapes and dtypes of
 their results, and computes nothing. This module puts the primitives in MLX's evaluation order, and
-adds up the bytes that are live at each one.
+adds up the bytes that are live at each of them.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _VIEWS = frozenset(
 """Primitives whose results share the memory of their first input."""
 
 _RESHAPES = frozenset(("Contiguous", "Flatten", "Reshape", "Unflatten"))
-"""Views of a contiguous input, copies of any other input."""
+"""Primitives that return a view of a contiguous input, or a copy of any other input."""
 
 _SCATTERED = frozenset(("AsStrided", "Broadcast", "BroadcastAxes", "Slice", "Split", "Transpose"))
-"""Views that are not contiguous."""
+"""Primitives that return views which are not contiguous."""
 
 _UPDATES = frozenset(("DynamicSliceUpdate", "SliceUpdate"))
 """Primitives that write into the memory of their first input, unless another reader needs it."""
@@ -57,7 +57,7 @@ class _Node:
 
 
 class _Trace:
-    """The primitives of a function, and the sizes of the results.
+    """The primitives of a function, and the sizes of their results.
 
     Attributes:
         sizes: Bytes of each array, by name.
@@ -86,9 +86,9 @@ class _Trace:
 
 
 def transient_bytes(function: Callable[..., Sequence[mx.array]], inputs: Sequence[mx.array]) -> int:
-    """Return the peak memory of a computation's intermediate arrays.
+    """Return the peak memory of a computation's intermediate arrays, in bytes.
 
-    Inputs and results are not counted, and neither are in-place writes into them.
+    Excludes inputs and results, and in-place writes into them.
 
     Args:
         function: Returns the arrays to evaluate.
@@ -102,7 +102,7 @@ def transient_bytes(function: Callable[..., Sequence[mx.array]], inputs: Sequenc
 
 @contextmanager
 def _exportable() -> Iterator[None]:
-    """Replace the one operation MLX cannot export with a different copy."""
+    """Replace ``mx.contiguous``, which MLX cannot export, by another copy within the context."""
     contiguous = mx.contiguous
     mx.contiguous = _copied
     try:
@@ -124,10 +124,17 @@ def _peak(trace: _Trace) -> int:
 
 
 class _Memory:
-    """The live memory of a trace as MLX evaluates one primitive after another.
+    """Simulation of the live memory as MLX evaluates the primitives of a trace.
 
-    Several arrays may share a buffer. A buffer is freed when the last primitive that reads any of
-    those arrays has been evaluated.
+    Several arrays may share a buffer. The buffer is freed once the last primitive that reads any
+    of these arrays has been evaluated.
+
+    Args:
+        trace: The trace.
+        order: The primitives in evaluation order.
+
+    Attributes:
+        peak: Largest number of live bytes so far.
     """
 
     def __init__(self, trace: _Trace, order: Sequence[_Node]) -> None:
@@ -166,7 +173,7 @@ class _Memory:
         self._users[self._buffer[name]] += 1
 
     def _source(self, node: _Node, name: str, index: int) -> str | None:
-        """Return the input sharing memory with a result; None for a new buffer."""
+        """Return the input that shares its memory with a result; None for a new buffer."""
         if not node.inputs:
             return None
         first = node.inputs[0]
@@ -182,7 +189,7 @@ class _Memory:
         return self._donor(node, name) if index == 0 else None
 
     def _donor(self, node: _Node, name: str) -> str | None:
-        """Return an input of the same size with no reader after this element-wise primitive."""
+        """Return an input of the same size that nothing reads after this element-wise primitive."""
         for candidate in node.inputs:
             buffer = self._buffer.get(candidate)
             if (
@@ -204,7 +211,7 @@ class _Memory:
             self._live -= self._bytes.pop(buffer, 0)
 
     def _result_buffers(self, order: Sequence[_Node]) -> set[str]:
-        """Return the arrays sharing memory with a result, which is not counted."""
+        """Return the arrays that share memory with a result of the function, to exclude them."""
         kept = set(self._trace.results)
         for node in reversed(order):
             if node.kind in _UPDATES | _VIEWS | _RESHAPES and kept.intersection(node.outputs):
@@ -243,7 +250,7 @@ def _evaluation_order(trace: _Trace) -> Iterable[_Node]:
 
 
 def _visit(trace: _Trace, name: str, degree: dict[str, int], tape: list[str]) -> None:
-    """Put an array on the tape at the visit of the last reader."""
+    """Put an array on the tape once all of its readers have been visited."""
     if name not in degree:
         return
     siblings = trace.nodes[name].outputs

@@ -1,4 +1,4 @@
-"""Determines the memory of a model's caches by running the model on lazy arrays."""
+"""Memory of a model's caches, determined by running the model on lazy arrays."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _GROWTH_TOKENS = 64
 
 @dataclass(frozen=True)
 class CacheShape:
-    """Growth of one layer's cache with the sequence.
+    """Memory of one layer's cache as a function of the sequence length.
 
     Attributes:
         token_bytes: Bytes of one token.
         step: Number of tokens by which the cache grows.
-        window: Maximum number of tokens held; None for the whole sequence.
-        fixed_bytes: Bytes that do not depend on the length: a recurrent state.
+        window: Most tokens in the cache; None for the whole sequence.
+        fixed_bytes: Bytes that do not depend on the length, such as a recurrent state.
     """
 
     token_bytes: int = 0
@@ -41,7 +41,7 @@ class CacheShape:
 
 @dataclass(frozen=True)
 class Probe:
-    """The results of passing one token through the unread model. Holds no arrays.
+    """Sizes found by passing one token through a model with lazy weights. Holds no arrays.
 
     Attributes:
         vocab_size: Number of token ids scored by the output layer.
@@ -52,7 +52,7 @@ class Probe:
     caches: tuple[CacheShape, ...]
 
     def kv_bytes(self, tokens: int) -> int:
-        """Return the bytes of the caches for one sequence, over every layer."""
+        """Return the bytes of all layers' caches for one sequence."""
         return sum(cache.held_bytes(tokens) for cache in self.caches)
 
     def largest_layer_bytes(self, tokens: int) -> int:
@@ -61,20 +61,20 @@ class Probe:
 
     @property
     def step_bytes(self) -> int:
-        """Bytes by which one sequence's caches grow at a time."""
+        """Bytes by which one sequence's caches grow in one step."""
         return sum(cache.step * cache.token_bytes for cache in self.caches)
 
 
 def probe(model: Module, prefill_chunk: int) -> Probe:
     """Pass one token through a model without evaluating anything.
 
-    Lazy arrays know their shapes, so this takes no memory and reads no weights. They also keep
-    alive everything that they would be computed from, so none may outlive this call: a load would
-    keep each source tensor beside its converted copy.
+    Lazy arrays have shapes, so this takes no memory and reads no weights. No array may outlive this
+    call, because a lazy array keeps everything alive that it would be computed from: a load would
+    keep each source tensor in addition to its converted copy.
 
     Args:
         model: A model with lazy weights.
-        prefill_chunk: Maximum number of prompt tokens in one prefill chunk.
+        prefill_chunk: Most prompt tokens in one prefill chunk.
 
     Raises:
         ModelUnsupported: The model cannot run on this device.
@@ -104,9 +104,9 @@ def _is_own(cache: Any) -> bool:
 def _with_growth(
     model: Module, caches: list[Any], shapes: list[CacheShape], own: list[int]
 ) -> list[CacheShape]:
-    """Measure the bytes per token of caches of unknown classes.
+    """Return the shapes, with those of caches of unknown classes measured over 64 tokens.
 
-    Growth is assumed to be linear, which overestimates windows.
+    Their growth is assumed to be linear, which overestimates windows.
     """
     before = {index: int(caches[index].nbytes) for index in own}
     model(mx.zeros((1, _GROWTH_TOKENS), dtype=mx.int32), cache=caches)

@@ -1,8 +1,8 @@
-"""Decides the limits of a load, and computes the memory needed, before any weights are read.
+"""Plan of a load: its limits and the memory it needs, decided before any weights are read.
 
-This is the only formula for a model's memory. A load uses it for admission and limits, and the
-estimates of the client and of the ``Estimate`` rpc are its result
-(:mod:`runner_server.mlx_backend.estimating`).
+This is the only formula for a model's memory. Loads use it for admission and limits, and the
+estimates of the client and of the ``Estimate`` rpc use it through
+:mod:`runner_server.mlx_backend.estimating`.
 """
 
 from __future__ import annotations
@@ -37,40 +37,40 @@ from runner_server.mlx_backend.planning.working_memory import (
 _MIB = 1 << 20
 
 PREFILL_CHUNK = {"cpu": 128, "gpu": 1024}
-"""Maximum number of prompt tokens in one prefill chunk, which bounds the chunk's memory."""
+"""Most prompt tokens in one prefill chunk, which bounds the memory of the chunk."""
 
 ROWS_TOGETHER = 4
-"""Maximum number of prefill chunks computed in one call, memory permitting."""
+"""Most prefill chunks computed in one call, if memory permits."""
 
 _BUFFER_CACHE_BYTES = {"cpu": (4 * _MIB, 32 * _MIB), "gpu": (64 * _MIB, 1024 * _MIB)}
-"""Minimum and maximum of the freed buffers that MLX keeps. On a CPU 32 MiB is MLX's own limit; more
-only grew the process in a soak test, because the C heap reuses blocks of other sizes and MLX does
-not."""
+"""Minimum and maximum of the freed buffers that MLX keeps for reuse. In a soak test on a CPU, more
+than 32 MiB only let the process grow, because the C heap reuses blocks for other sizes and MLX does
+not. 32 MiB is also MLX's own limit there."""
 
 _PREFIX_SHARE = 4
 """The default prefix cache holds one sequence, or a quarter of the memory of all sequences."""
 
 _READ_TOGETHER_BYTES = 64 * _MIB
-"""Source tensors alive at the same time: those of 32 MiB of weights, up to twice as wide."""
+"""Most bytes of source tensors alive at once: those of 32 MiB of weights, up to twice as wide."""
 
 _TOGETHER_BYTES = 64 * _MIB
 """Memory for prefilling several prompts in one call; a 32nd of the weights is added."""
 
 _WORKING_SLACK = 1.15
-"""MLX's measured peaks were up to 1.17 times the traced bytes with ``set_memory_limit`` at that
-size."""
+"""Factor on traced bytes. MLX's measured peaks were up to 1.17 times the traced bytes with
+``set_memory_limit`` at that size."""
 
 _PROCESS_BYTES = 96 * _MIB
-"""A server with a tiny model: Python, gRPC, MLX and their heaps. 70 to 80 MiB for most types,
-15 more where MLX compiles kernels that are not cached yet."""
+"""Memory of a server with a tiny model: Python, gRPC, MLX and their heaps. 70 to 80 MiB for most
+types, 15 more if MLX compiles kernels that are not cached yet."""
 
 _STREAM_BYTES = _MIB // 4
 """Process memory per sequence: messages, token lists, thread stacks."""
 
 _IMPORTED_BYTES = {"transformers": 75 * _MIB, "numpy": 12 * _MIB}
 """Memory of packages that only some models need: transformers for a tokenizer (it imports NumPy
-itself), NumPy for mlx_lm's modules of plamo, dbrx and gpt_bigcode. NumPy 2.4 takes 16 MiB, of which
-``_PROCESS_BYTES`` covers a part."""
+too), NumPy for mlx_lm's modules of plamo, dbrx and gpt_bigcode. NumPy 2.4 takes 16 MiB, which
+``_PROCESS_BYTES`` partly covers."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,13 @@ class Plan:
         probe: The shapes of the model's caches.
         max_context_length: The longest sequence that the model supports, in tokens.
         context_length: The longest sequence of this load, in tokens.
-        parallel: Maximum number of requests decoded together; 1 if the model does not support
-            batches.
-        need: The memory needed, by purpose.
-        kv_budget_bytes: Maximum for the KV caches of all running requests.
-        buffer_cache_bytes: Maximum of freed buffers that MLX keeps.
-        token_bytes: Working memory per token of a prefill chunk.
-        pair_bytes: Working memory per pair of a token and a token that it attends to.
-        warnings: Differences between the model's answers and what its files specify.
+        parallel: Most requests decoded together; 1 if the model does not support batches.
+        need: The memory needed, part by part.
+        kv_budget_bytes: Most bytes for the KV caches of all running requests.
+        buffer_cache_bytes: Most bytes of freed buffers that MLX keeps for reuse.
+        token_bytes: Bytes of working memory per token of a prefill chunk.
+        pair_bytes: Bytes of working memory per pair of a token and a token that it attends to.
+        warnings: Differences between the model's answers and the specification in its files.
     """
 
     dtype: Dtype
@@ -105,7 +104,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
 
     def chunk_bytes(self, tokens: int, before: int) -> float:
-        """Return the working memory for prefilling ``tokens`` tokens after ``before`` others."""
+        """Return the bytes of working memory to prefill ``tokens`` after ``before`` others."""
         return tokens * (self.token_bytes + self.pair_bytes * (before + tokens))
 
     def kv_bytes(self, tokens: int) -> int:
@@ -114,12 +113,12 @@ class Plan:
 
     @property
     def limit_bytes(self) -> int:
-        """MLX's memory limit."""
+        """Most bytes that MLX may hold."""
         return self.need.mlx_bytes
 
     @property
     def share(self) -> float:
-        """The number of sequences of the whole context within the KV budget."""
+        """Number of full-length sequences within the KV budget."""
         return self.kv_budget_bytes / max(1, self.kv_bytes(self.context_length))
 
     def with_share(self, share: float) -> Plan:
@@ -128,7 +127,7 @@ class Plan:
         return replace(self, kv_budget_bytes=budget)
 
     def within(self, granted_bytes: int) -> Plan:
-        """Return a plan with the default prefix cache cut to the granted memory."""
+        """Return a plan whose prefix cache, if of the default size, fits the granted memory."""
         if not self.need.has_default_prefix_cache:
             return self
         rest = max(0, granted_bytes - self.need.required_bytes)
@@ -136,7 +135,7 @@ class Plan:
         return replace(self, need=replace(self.need, prefix_cache_bytes=kept))
 
     def settled(self, spec: LoadSpec) -> LoadSpec:
-        """Return the load with every automatic choice replaced by this plan's decision."""
+        """Return the load with this plan's decisions in place of all automatic choices."""
         return replace(
             spec,
             dtype=self.dtype,
@@ -147,7 +146,7 @@ class Plan:
 
 
 def formats(dtype: Dtype) -> tuple[Dtype, ...]:
-    """Return the dtypes to try, in order."""
+    """Return the dtypes to try for a requested one, in order."""
     automatic = Dtype.FLOAT32 if device_kind() == "cpu" else Dtype.AS_STORED
     if dtype is Dtype.AUTO:
         return (automatic,)
@@ -159,7 +158,7 @@ def formats(dtype: Dtype) -> tuple[Dtype, ...]:
 def make_plan(
     spec: LoadSpec, model: Module, directory: ModelDirectory, exactness: Exactness
 ) -> Plan:
-    """Decide the limits of a load, and compute the memory needed.
+    """Plan a load, for one request at a time if the model does not support batches.
 
     Args:
         spec: The load, with one of the dtypes of :func:`formats`.
@@ -168,7 +167,7 @@ def make_plan(
         exactness: The known differences between the model and its files.
 
     Raises:
-        InvalidField: The context is longer than the model supports, or than is exact.
+        InvalidField: The context is longer than the model supports, or too long to be exact.
         InsufficientMemory: ``memory_limit_bytes`` is too small for one sequence.
         ModelUnsupported: The model cannot run.
     """
@@ -232,7 +231,11 @@ def _plan(spec: LoadSpec, model: Module, directory: ModelDirectory, exactness: E
 
 
 def require_context(context_length: int, longest: int) -> None:
-    """Raise :class:`InvalidField` if a context is longer than the model supports."""
+    """Check that a model supports a context length.
+
+    Raises:
+        InvalidField: The context is longer than ``longest``, in tokens.
+    """
     if context_length > longest:
         text = f"{context_length} is more than the {longest} tokens this model can handle"
         raise InvalidField([("context_length", text)])
@@ -244,12 +247,12 @@ def context_in_force(spec: LoadSpec, longest: int, exactness: Exactness) -> int:
     Args:
         spec: The load.
         longest: The longest sequence that the model supports.
-        exactness: The known differences; the default context stays below those that depend on
-            length.
+        exactness: The known differences. The default context avoids those that affect only long
+            sequences.
 
     Raises:
-        InvalidField: The requested context is longer than the model supports, or longer than is
-            exact without ``allow_inexact``.
+        InvalidField: The requested context is longer than the model supports; or without
+            ``allow_inexact``, too long to be exact.
     """
     exact = exactness.length or longest
     if spec.context_length is None:
@@ -266,7 +269,14 @@ def context_in_force(spec: LoadSpec, longest: int, exactness: Exactness) -> int:
 
 
 class _Sizes:
-    """Memory of one model as a function of the number of sequences."""
+    """Sizes of one model's memory, some as functions of the number of sequences.
+
+    Args:
+        spec: The load.
+        context: The longest sequence, in tokens.
+        model: A model with lazy weights.
+        seen: The shapes of the model's caches.
+    """
 
     def __init__(self, spec: LoadSpec, context: int, model: Module, seen: Probe) -> None:
         self._spec = spec
@@ -287,7 +297,7 @@ class _Sizes:
         self._prefill_bytes = alone
 
     def working(self, rows: int) -> tuple[int, int]:
-        """Return the working memory, and the bytes of freed buffers included for reuse."""
+        """Return the working memory, and the part of it for freed buffers that MLX keeps."""
         copied = rows * self._probe.largest_layer_bytes(self._context)
         if rows > 1:
             # A preempted row is copied out of the batch.
@@ -318,7 +328,7 @@ class _Sizes:
         return max(self._row_bytes * rows, min(full, budget))
 
     def prefix_cache(self, kv: int, working: int) -> int:
-        """Return the size limit of the prefix cache."""
+        """Return the byte budget of the prefix cache."""
         if self._spec.prefix_cache_bytes is not None:
             return self._spec.prefix_cache_bytes
         usual = max(self._row_bytes, self._row_bytes * self._spec.parallel // _PREFIX_SHARE)
@@ -354,21 +364,21 @@ class _Sizes:
 
 
 def process_bytes(parallel: int) -> int:
-    """Return the memory of the process itself: interpreter, libraries, heap.
+    """Return the memory of the process itself: interpreter, libraries and heap, in bytes.
 
-    Call this after building the model and reading the tokenizer, which import those packages.
+    Call after the model is built and its tokenizer read, because these import further packages.
     """
     imported = (size for name, size in _IMPORTED_BYTES.items() if name in sys.modules)
     return _PROCESS_BYTES + parallel * _STREAM_BYTES + max(imported, default=0)
 
 
 def load_transient_bytes(model: Module, directory: ModelDirectory) -> int:
-    """Return the peak memory for reading weight files, beyond the final weights.
+    """Return the peak bytes for reading weight files, in addition to the final weights.
 
-    Weights are converted from source tensors, which are freed once the copies exist. Alive at the
-    same time are the sources of 32 MiB of weights, or of a single larger one. A narrow source
-    exists once more in 16 bits before it is widened, and a wide one is twice as large as its copy.
-    A weight with the shape and dtype of a stored tensor is that tensor, and needs no copy.
+    Weights are converted from source tensors, which are freed once the copies exist. The sources
+    of 32 MiB of weights, or of a single larger one, are alive at the same time. A narrow source
+    exists a second time, in 16 bits, before it is widened; a wide source is twice as large as its
+    copy. A weight with the shape and size of a stored tensor is that tensor, and needs no copy.
     """
     tensors = [stored.tensor for stored in directory.tensors.values()]
     stored = Counter((tensor.shape, tensor.nbytes) for tensor in tensors)
@@ -384,7 +394,7 @@ def load_transient_bytes(model: Module, directory: ModelDirectory) -> int:
 
 
 def weight_bytes(model: Module) -> int:
-    """Return the bytes of a model's weights in their present dtype."""
+    """Return the bytes of a model's weights in their current dtypes."""
     return sum(value.nbytes for value in arrays(model))
 
 

@@ -1,6 +1,6 @@
-"""Estimates the memory of a tokenizer from the sizes of the model's files.
+"""Estimate of a tokenizer's memory from its files.
 
-Measured with tokenizers 0.23.3 on x86-64, in MiB. A tokenizer in use takes 5 MiB more, for its
+Measured with tokenizers 0.23.3 on x86-64, in MiB. In use, a tokenizer takes 5 MiB more, for its
 cache of split words:
 
 | tokenizer | file | vocabulary | in memory, heap trimmed | peak while reading |
@@ -23,8 +23,8 @@ _ENTRY_BYTES = 400
 """Memory per vocabulary entry and per property of an added token."""
 
 _STRING_BYTES = 300
-"""Peak memory per string in ``tokenizer.json``. A vocabulary entry is one string; a merge is one or
-two, depending on the age of the file."""
+"""Peak memory per string in ``tokenizer.json``. A vocabulary entry is one string; a merge is one
+string in older files and two in newer ones."""
 
 _OTHER_FILES = ("tokenizer.model", "vocab.json")
 _OTHER_FACTOR, _OTHER_PEAK_FACTOR = 20, 90
@@ -32,7 +32,7 @@ _OTHER_FACTOR, _OTHER_PEAK_FACTOR = 20, 90
 46 MiB."""
 
 _FEWEST_KEYS = 6
-"""Below one key in six strings, the vocabulary is a list, as in Unigram models."""
+"""Fewest strings per key if the vocabulary is a list, as in Unigram models, and not an object."""
 
 _CHUNK_BYTES = 1 << 20
 

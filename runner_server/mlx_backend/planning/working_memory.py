@@ -1,6 +1,6 @@
-"""Computes a model's working memory: the arrays of a prefill chunk or a decode step.
+"""Working memory of a model: the arrays of a prefill chunk or a decode step.
 
-The model is run on unevaluated arrays of the sizes in question, and
+The model runs on unevaluated arrays of the sizes in question, and
 :mod:`~runner_server.mlx_backend.planning.graph_memory` adds up the arrays that MLX would allocate.
 Nothing is computed and no weights are read: a 28-layer model takes a fraction of a second.
 """
@@ -39,9 +39,9 @@ _KNOWN_ALONE = {
     "minimax_m3_vl": "its sparse attention counts padding in texts with more tokens than it keeps",
     "recurrent_gemma": "it computes the first token of a text differently from the others",
 }
-"""mlx_lm modules whose rows go wrong in a batch without a trace showing it, with the reason.
+"""Modules of mlx_lm that compute batches wrongly although a trace shows no error, with the reasons.
 
-The trial after a load finds afm7, but an estimate runs no trial and would count all rows.
+The trial after a load would find afm7, but an estimate runs no trial and would count all rows.
 """
 
 
@@ -54,7 +54,7 @@ _FEW = 16
 
 
 def prefill_bytes(model: Module, chunk: int, tokens: int) -> int:
-    """Return the working memory of a prompt's last chunk, beside weights and caches.
+    """Return the bytes of working memory of a prompt's last chunk, without weights and caches.
 
     Args:
         model: A model with lazy weights.
@@ -67,7 +67,13 @@ def prefill_bytes(model: Module, chunk: int, tokens: int) -> int:
 
 
 def batch_prefill_bytes(model: Module, rows: int, chunk: int) -> int:
-    """Return the working memory for prefilling the first chunks of several prompts together."""
+    """Return the bytes of working memory to prefill the first chunks of several prompts together.
+
+    Args:
+        model: A model with lazy weights.
+        rows: Number of prompts.
+        chunk: Number of tokens in each chunk.
+    """
     one_by_one = [make_prompt_cache(model) for _ in range(rows)]
     caches = one_by_one[0]
     if rows > 1:
@@ -76,7 +82,7 @@ def batch_prefill_bytes(model: Module, rows: int, chunk: int) -> int:
 
 
 def decode_bytes(model: Module, rows: int, tokens: int) -> int:
-    """Return the working memory of a decode step with sampling, beside weights and caches.
+    """Return the bytes of working memory of a decode step with sampling, without the caches.
 
     Args:
         model: A model with lazy weights.
@@ -87,7 +93,7 @@ def decode_bytes(model: Module, rows: int, tokens: int) -> int:
     def draw(logits: mx.array, inputs: mx.array) -> list[mx.array]:
         last = logits[:, -1, :]
         # The most expensive options: a sort of the whole vocabulary, penalties, bias and log
-        # probabilities. With `top_k` off the sampler would read values first.
+        # probabilities. Without `top_k`, the sampler would have to read values, as Nucleus does.
         options = [_costly(last.shape[-1])] * rows
         changed = Penalties(options)(last, [[0]] * rows, inputs[:, -1], [1] * rows)
         drawn = Sampler(options, last.shape[-1])(changed, [0] * rows)
@@ -111,11 +117,10 @@ def _costly(vocab_size: int) -> Sampling:
 
 
 def require_batches(model: Module) -> None:
-    """Raise an error for a model without support for several sequences at once.
+    """Check that a model can decode several sequences at once, by running it on lazy arrays.
 
-    The trial runs with numbers of rows that no model has as its number of heads: where both are
-    equal, the model takes a mask of rows for a mask of heads without an error, and computes a wrong
-    answer.
+    The numbers of rows are such that no model has as many heads. With equal numbers, a model could
+    take a mask of rows for a mask of heads, and compute a wrong answer without an error.
 
     Args:
         model: A model with lazy weights.
@@ -138,7 +143,7 @@ def _evaluate_nothing(_logits: mx.array, _inputs: mx.array) -> list[mx.array]:
 
 
 def _filled(model: Module, rows: int, tokens: int) -> Caches:
-    """Return unevaluated caches of ``rows`` rows with ``tokens`` tokens each."""
+    """Return unevaluated caches of ``rows`` rows, each with ``tokens`` tokens."""
     one = make_prompt_cache(model)
     if tokens > 0:
         few = min(tokens, _FEW)
@@ -162,8 +167,8 @@ def _leaves(caches: Sequence[Any]) -> Iterator[Any]:
 def _lengthen(cache: Any, tokens: int) -> None:
     """Resize a cache as if ``tokens`` tokens had passed through the model.
 
-    A recurrent state has its final size from the first token. Running a model on a whole long
-    context would only build a large graph, with one operation per token for some models.
+    A recurrent state has its final size from the first token on. Running the model on a long
+    context instead would build a large graph, for some models with one operation per token.
     """
     if type(cache) not in (KVCache, RotatingKVCache) or cache.keys is None:
         return
@@ -171,7 +176,7 @@ def _lengthen(cache: Any, tokens: int) -> None:
         columns = -(-tokens // cache.step) * cache.step
     else:
         columns = min(tokens, cache.max_size)
-        cache._idx = columns  # noqa: SLF001 - the index of its next write
+        cache._idx = columns  # noqa: SLF001 - the index of the next write
     cache.keys, cache.values = (
         mx.zeros((*part.shape[:2], columns, part.shape[3]), dtype=part.dtype)
         for part in (cache.keys, cache.values)
@@ -186,7 +191,7 @@ def _traced(
     chunk: int,
     evaluated: Callable[[mx.array, mx.array], list[mx.array]],
 ) -> int:
-    """Return the transient bytes of a forward pass.
+    """Return the transient bytes of a forward pass, or a guess if it cannot be traced.
 
     Args:
         model: A model with lazy weights, which are replaced during the trace and restored.
@@ -209,8 +214,8 @@ def _traced(
     try:
         return transient_bytes(forward, [tokens, *(value for _, value in weights), *held])
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        # Some models read values in their forward pass, or compile parts of themselves.
-        logger.info("this model cannot be traced (%s): its working memory is estimated", error)
+        # Some models read values in their forward pass, or compile parts of it.
+        logger.info("this model cannot be traced (%s), so its working memory is estimated", error)
     finally:
         _put(model, weights, [value for _, value in weights])
     _require_runs(model, _rebuilt(caches, lambda array: array), tokens)
@@ -218,7 +223,7 @@ def _traced(
 
 
 def _require_runs(model: Module, caches: Caches, tokens: mx.array) -> None:
-    """Raise an error if a model fails on the given tokens and caches.
+    """Check that a model runs on the given tokens and caches.
 
     Raises:
         RowsApartError: The model fails on several rows of different lengths.
