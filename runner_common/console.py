@@ -1,7 +1,7 @@
 """Entry point of ``mlx-runner``.
 
-Separate from the command line, whose import takes a quarter of a second, during which Ctrl-C or a
-container may stop the process.
+It sets up signals before it imports the command line, because that takes a quarter of a second, in
+which Ctrl-C or a container may stop the process.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from runner_common.signals import (
 
 def main() -> None:
     """Run the command line."""
-    # Other processes keep the default action of SIGTERM.
+    # The kernel drops signals to process 1 that have no handler. SIGTERM ends other processes.
     if os.getpid() == 1:
         end_on_stop_signals()
     end_on_interrupt()
-    # A blocked SIGINT that came before is delivered now.
+    # Delivers a SIGINT that was blocked until now.
     reset_inherited_signals()
-    from runner_client.cli import main as command  # noqa: PLC0415 - for that
+    from runner_client.cli import main as command  # noqa: PLC0415 - slow
 
     raise_on_interrupt()
     try:
         command()
     finally:
-        # The command is over: its own exit code counts, and exit handlers expect no exceptions.
-        # Python's last steps would reset a handler to the default action, which kills.
+        # The command has ended, so its exit code counts, and exit handlers expect no exceptions.
+        # With a handler, Python's last steps would restore the default action, which kills.
         ignore_interrupts()
 
 

@@ -1,4 +1,4 @@
-"""The contract of ``mlxrunner.v1`` that both sides share: names, error table, limits and defaults.
+"""Names, error table, limits and defaults of ``mlxrunner.v1``, shared by client and server.
 
 The faults of the server, the exceptions of the client, the fake runner and docs/errors.md follow
 :data:`ERRORS`. The protocol itself is ``proto/mlxrunner/v1/runner.proto``.
@@ -17,21 +17,22 @@ SERVICE_NAME = "mlxrunner.v1.RunnerService"
 HEALTH_SERVICES = ("", SERVICE_NAME, "plugin")
 """Service names accepted by health checks; go-plugin asks for ``plugin``."""
 
-TOKEN_VARIABLE = "MLX_RUNNER_TOKEN"  # noqa: S105 - its name
-"""Environment variable with the token a server requires of its callers."""
+TOKEN_VARIABLE = "MLX_RUNNER_TOKEN"  # noqa: S105 - not a secret
+"""Environment variable with the token that a server requires of its callers."""
 
 DEFAULT_CONTEXT_LENGTH = 4096
-"""Longest context, in tokens, that ``Load`` chooses by itself."""
+"""Longest context, in tokens, unless ``Load`` requests another one."""
 
 DEFAULT_PARALLEL = 4
-"""Requests that a runner decodes together unless ``Load`` asks for another number."""
+"""Most requests decoded together, unless ``Load`` requests another number."""
 
 MAX_PARALLEL = 256
+"""Largest number of requests decoded together."""
 
 MAX_PORT = 65_535
 
 MAX_REQUEST_BYTES = 64 * 2**20
-"""Largest message that a runner accepts. A client accepts the same in responses."""
+"""Largest message that a runner accepts. Clients accept responses of the same size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class ErrorRule:
         reason: ``ErrorInfo.reason``, and ``ErrorReason`` without its prefix.
         code: Name of the gRPC status code.
         exception: Class in ``runner_client.errors``.
-        when: When a call fails with it.
+        when: The cause of the failure.
         remedy: What the caller can do.
     """
 

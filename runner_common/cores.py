@@ -20,7 +20,7 @@ class Cores:
     Attributes:
         count: Cores usable at once, at least 1.
         schedulable: Cores in the process's CPU affinity, possibly more than a quota allows.
-        group: Directory of the control group whose CPU quota is the limit; empty if none is.
+        group: Directory of the control group whose CPU quota sets ``count``; empty if none does.
     """
 
     count: int
@@ -29,11 +29,11 @@ class Cores:
 
 
 def usable_cores(root: Path = Path("/")) -> Cores:
-    """Return the smaller of CPU affinity and the CPU quotas of the process's control groups.
+    """Return the cores allowed by the CPU affinity and the quotas of this process's control groups.
 
     With more threads than a quota allows, all of them are suspended for the rest of each
     period: with a quota of one core, two threads of OpenBLAS ran at half the speed of one.
-    A quota of a fraction of a core counts as a whole one.
+    A fraction of a core counts as a whole core.
 
     Args:
         root: The directory that contains ``proc`` and ``sys``, for tests.

@@ -1,6 +1,6 @@
-"""The ready line of a runner.
+"""The ready line, which a runner prints once it answers calls.
 
-The line has go-plugin's five fields, so that a Go host can use hashicorp/go-plugin unchanged:
+It has go-plugin's five fields, so that a Go host can use hashicorp/go-plugin unchanged:
 ``CORE-VERSION|APP-VERSION|NETWORK|ADDRESS|PROTOCOL``, for instance
 ``1|1|tcp|127.0.0.1:50051|grpc`` or ``1|1|unix|/run/runner.sock|grpc``.
 See https://github.com/hashicorp/go-plugin/blob/main/docs/internals.md.
@@ -48,8 +48,8 @@ class ReadyLine:
         """Parse a ready line.
 
         Raises:
-            ValueError: The line is not a ready line of a supported version; the message
-                quotes it.
+            ValueError: The line is not a ready line of a supported version. The message
+                quotes the line.
         """
         fields = line.strip().split("|")
         known = len(fields) == 5 and fields[:2] == [_CORE_VERSION, _APP_VERSION]

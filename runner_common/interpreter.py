@@ -6,15 +6,15 @@ import sys
 
 
 class NoInterpreterError(OSError):
-    """``sys.executable`` is not a Python interpreter; the message says why."""
+    """``sys.executable`` is not a Python interpreter. The message says why."""
 
 
 def interpreter() -> str:
     """Return the path of this process's Python interpreter.
 
     Raises:
-        NoInterpreterError: Python is embedded in another program or part of a frozen one,
-            which would start another copy of the program.
+        NoInterpreterError: Python is embedded in another program, or part of a frozen program,
+            which would start another copy of itself.
     """
     if not sys.executable:
         raise NoInterpreterError("sys.executable is empty, as in an embedded Python")

@@ -1,8 +1,8 @@
 """Parsing and validation of safetensors headers, without loading tensors.
 
-The format is eight bytes of little-endian header length, the header as JSON, then the tensors'
-bytes; see https://github.com/huggingface/safetensors#format. Reading a header takes milliseconds
-for a file of any size, and needs neither MLX nor huggingface_hub.
+A file has eight bytes with the length of the header, little-endian, then the header as JSON, then
+the bytes of the tensors; see https://github.com/huggingface/safetensors#format. Reading a header
+takes milliseconds for a file of any size, and needs neither MLX nor huggingface_hub.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ _BITS = {
 
 
 class HeaderError(Exception):
-    """The header of a file is missing or inconsistent; the message names the file."""
+    """The header of a file is missing or inconsistent. The message names the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor as described in a file's header.
+    """Description of a tensor in a file's header.
 
     Attributes:
         name: Name in the checkpoint.
         dtype: Name of the format: ``"BF16"``, ``"U32"``, ...
         shape: Shape as stored; quantized weights are packed into fewer columns.
-        nbytes: Size in the file.
+        nbytes: Size in the file, in bytes.
         position: Offset of the first byte from the start of the file.
     """
 
@@ -79,6 +79,7 @@ def parse_header(file: BinaryIO, path: Path) -> tuple[Tensor, ...]:
         path: Name of the file for messages.
 
     Raises:
+        HeaderError: The file is truncated, or its header is inconsistent.
         OSError: The file cannot be read.
     """
     file_bytes = file.seek(0, os.SEEK_END)
@@ -102,7 +103,7 @@ def parse_header(file: BinaryIO, path: Path) -> tuple[Tensor, ...]:
 def _checked(
     path: Path, header: dict[str, Any], data_position: int, file_bytes: int
 ) -> tuple[Tensor, ...]:
-    """Return the tensors after checking for overlaps and truncation."""
+    """Return the tensors ordered by position, after checks for overlaps and truncation."""
     described = sorted(
         (_described(path, name, entry, data_position) for name, entry in header.items()),
         key=_by_position,

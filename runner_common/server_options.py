@@ -1,7 +1,7 @@
 """Options of the server's command line.
 
-``python -m runner_server`` parses its arguments by this table, and ``mlx-runner serve`` offers the
-same options and passes them on.
+``python -m runner_server`` parses its arguments by this table. ``mlx-runner serve`` has the same
+options and passes them on.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class ServerOption:
 
     Attributes:
         flags: Spellings, the usual one first.
-        help: Effect, as full sentences.
+        help: Description of the effect, in full sentences.
         metavar: Placeholder of the value in the help text; empty for a switch and for choices.
         read: Converts the text of a value, or raises ValueError with the problem.
-        choices: The only values; empty if there are others.
-        default: The value if the option is not given; None if there is none.
+        choices: All allowed values; empty if ``read`` decides.
+        default: The value if the option is not given; None if there is no default.
         needs: Flag of another option without which this one has no effect.
     """
 
@@ -61,13 +61,13 @@ class ServerOption:
 
     @property
     def help_text(self) -> str:
-        """The effect and the default."""
+        """The description with the default value."""
         has_default = not self.is_switch and self.default is not None
         return f"{self.help}  [default: {self.default}]" if has_default else self.help
 
 
 def misuse(given: Collection[str]) -> str | None:
-    """Describe an option without an effect together with the others; None if there is none.
+    """Return the problem of an option that lacks another one it needs; None if there is none.
 
     Args:
         given: Names of the options on the command line.
@@ -79,7 +79,7 @@ def misuse(given: Collection[str]) -> str | None:
 
 
 def _integer(low: int, high: int = _MAX_INT32) -> Callable[[str], int]:
-    """Return a parser of integers from ``low`` to ``high``, a range stated in the protocol too."""
+    """Return a parser of integers from ``low`` to ``high``, the range in the protocol."""
     return lambda text: _in_range(_whole(text), low, high)
 
 

@@ -21,18 +21,18 @@ _STOPS = frozenset((signal.SIGINT, signal.SIGTERM))
 
 
 class Interrupted(SystemExit):
-    """SIGINT during a command.
+    """Raised in a command on SIGINT.
 
-    Unlike ``KeyboardInterrupt``, this exception ends the process without a traceback wherever
-    it is raised, and click does not turn it into exit code 1.
+    Unlike ``KeyboardInterrupt``, it ends the process without a traceback wherever it is raised, and
+    click does not turn it into exit code 1.
     """
 
 
 def reset_inherited_signals() -> None:
     """Reset inherited signal state: blocked signals and an ignored SIGCHLD.
 
-    With SIGCHLD ignored, a process never learns the exit status of its children, and MLX
-    concludes that g++ is missing.
+    With SIGCHLD ignored, a process cannot get the exit status of its children, from which MLX would
+    conclude that g++ is missing.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -41,7 +41,7 @@ def reset_inherited_signals() -> None:
 def end_on_stop_signals(code: int | None = None) -> None:
     """Make SIGINT and SIGTERM end the process at once, until replaced by other handlers.
 
-    The kernel drops signals without a handler that are sent to process 1 of a container.
+    Without a handler, the kernel drops signals that are sent to process 1 of a container.
 
     Args:
         code: The exit code; None for the shell's code of the signal.
@@ -63,7 +63,7 @@ def hold_stop_signals() -> None:
 
 
 def release_stop_signals() -> None:
-    """Unblock SIGINT and SIGTERM and deliver pending ones."""
+    """Unblock SIGINT and SIGTERM, which delivers pending ones."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
 
 
@@ -75,8 +75,8 @@ def end_on_interrupt() -> None:
 def raise_on_interrupt() -> None:
     """Make SIGINT raise ``Interrupted``. No-op where the parent ignores SIGINT.
 
-    An interrupt within a finalizer or a callback of C code is not raised in the command, so it
-    ends the process at once; children notice the end of their parent.
+    An exception in a finalizer or in a callback of C code would not reach the command, so such an
+    interrupt ends the process at once. Children notice the end of their parent.
     """
     sys.unraisablehook = _end_if_interrupted
     _handle_interrupts(_raise_interrupted)

@@ -1,4 +1,4 @@
-"""Sizes in bytes, as people write and read them."""
+"""Parsing and formatting of sizes in bytes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from fractions import Fraction
 SIZE_FORMS = "8GiB, 512MiB or a number of bytes"
 """Forms of a size in help and error messages."""
 
-# No more digits than a number of bytes can have: Python refuses to convert thousands of them.
+# A limited number of digits, because Python refuses to convert thousands of them.
 _SIZE = re.compile(r"([0-9]{1,30})(\.[0-9]{1,30})?\s*([KMGT]?)(i?B)?", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def parse_bytes(text: str) -> int:
-    """Parse a size: ``8GiB``, ``8G`` (the same), ``8GB`` (10^9 bytes each) or ``1000``.
+    """Parse a size such as ``8GiB``, ``8G`` (the same), ``8GB`` (8 * 10^9 bytes) or ``1000``.
 
     Raises:
         ValueError: The text is not a size.

@@ -1,7 +1,7 @@
-"""Memory still available to a control group, considering every ancestor (cgroup v1 and v2).
+"""Memory available to a process under the limits of its control groups (cgroup v1 and v2).
 
-Inside a container the system's own figure is the host's, while the process's group or any group
-above it may allow far less. See https://docs.kernel.org/admin-guide/cgroup-v2.html and
+Inside a container, the system's figure is that of the host, while the process's group or any of its
+ancestors may allow far less. See https://docs.kernel.org/admin-guide/cgroup-v2.html and
 https://docs.kernel.org/admin-guide/cgroup-v1/memory.html.
 """
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _NO_LIMIT_BYTES = 1 << 60
-"""v1 reports no limit as 2**63 rounded down to a page."""
+"""Limit from which a value means no limit: v1 then reports 2**63, rounded down to a page."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """File and statistics names of one cgroup version."""
+    """Names of one cgroup version's files and statistics."""
 
     limits: tuple[str, ...]
     usage: str
@@ -31,8 +31,8 @@ class _Layout:
     slab: str
 
 
-# memory.high is not a hard limit, but a process above it is throttled almost to a standstill, so
-# a load must stay below it too.
+# memory.high is not a hard limit, but the kernel throttles a process above it almost to a
+# standstill, so a load must stay below it too.
 _V2 = _Layout(
     ("memory.max", "memory.high"),
     "memory.current",
@@ -63,11 +63,11 @@ class GroupLimit:
 
 
 def cgroup_limits(root: Path = Path("/")) -> tuple[GroupLimit, ...]:
-    """Return the memory still available in each limiting group, the process's own group first.
+    """Return the memory available in each group with a limit, the process's own group first.
 
-    Usage excludes file pages that the kernel drops before it refuses memory. They are most of
-    the usage after a model has been read: the pages of a file read twice are in the active list
-    and are dropped like the others, and only pages mapped by processes count as used.
+    Usage excludes file pages that the kernel drops before it refuses memory. After a model has been
+    read they are most of the usage. Active pages, of files read twice, are dropped like the others;
+    only pages that processes map count as used.
 
     Args:
         root: The directory that contains ``proc`` and ``sys``, for tests.
@@ -80,7 +80,7 @@ def cgroup_limits(root: Path = Path("/")) -> tuple[GroupLimit, ...]:
 
 
 def is_in_group(pid: int, path: str, root: Path = Path("/")) -> bool:
-    """Return whether a process is in a group or a descendant; True if unknown.
+    """Return whether a process is in a group or in one of its descendants; True if unknown.
 
     Args:
         pid: The process.
@@ -116,7 +116,7 @@ def _group_available(directory: Path, layout: _Layout) -> int | None:
 
 
 def _reclaimable(stat: dict[str, str], layout: _Layout) -> int:
-    """Return the bytes of a group dropped by the kernel before refusing memory."""
+    """Return the bytes of a group that the kernel would drop before it refuses memory."""
 
     def figure(name: str) -> int:
         return _number(stat.get(name, "")) or 0

@@ -14,8 +14,7 @@ def control_groups(
 ) -> Iterator[tuple[Path, bool]]:
     """Yield every group of a process, leaf first, for each mounted hierarchy.
 
-    Hybrid systems mount both versions, with the controller in one of them; the other has none
-    of the controller's files.
+    Hybrid systems mount both versions. The one without the controller has none of its files.
 
     Args:
         controller: ``"memory"`` or ``"cpu"``.
@@ -52,8 +51,8 @@ def _mounts(root: Path, controller: str) -> Iterator[tuple[str, str, str]]:
 def _upwards(mount_root: str, mount_point: str, group: str) -> Iterator[str]:
     """Yield the directories from the group up to the mount point.
 
-    ``/proc/self/cgroup`` can name the host's path while the mount shows only the part below the
-    container's own group. The mount point is the group in that case.
+    In a container, ``/proc/self/cgroup`` may have the host's path of the group, while the mount
+    shows only what is below that group. The mount point itself is the group then.
     """
     path = PurePosixPath(group)
     inside = path.is_relative_to(mount_root) and ".." not in path.parts

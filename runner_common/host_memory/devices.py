@@ -1,4 +1,4 @@
-"""Devices for running models and the memory of each, without importing MLX."""
+"""Devices that can run models, and their memory, without importing MLX."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ class DeviceInfo:
     Attributes:
         name: The manufacturer's name of the device.
         kind: ``"metal"``, ``"cuda"`` or ``"cpu"``.
-        total_bytes: Total memory; for Metal and the CPU the machine's. None if unknown.
-        free_bytes: Free memory; for Metal the working-set limit. None if unknown.
-        reason: Why a figure is unknown, or an empty string.
+        total_bytes: Total memory of the device; for Metal and the CPU, of the machine. None if
+            unknown.
+        free_bytes: Free memory; for Metal, the working-set limit. None if unknown.
+        reason: Why a figure is unknown; empty if all are known.
         device_id: Unique id of the device; empty for Metal and the CPU, which use the
             system's memory.
     """
@@ -68,7 +69,7 @@ def run_command(command: Sequence[str]) -> str:
 
 def is_installed(distribution: str) -> bool:
     """Return whether a distribution is installed in this environment."""
-    from importlib import metadata  # noqa: PLC0415 - a server is ready sooner without it
+    from importlib import metadata  # noqa: PLC0415 - slow, and servers do not need it
 
     try:
         metadata.distribution(distribution)
@@ -122,10 +123,9 @@ def installed_backend(host: Host | None = None) -> Backend:
 
 
 def device_infos(host: Host | None = None) -> tuple[DeviceInfo, ...]:
-    """Return the devices of the installed backend; a runner uses the first one.
+    """Return the devices of the installed backend, of which a runner uses the first.
 
-    Never raises: an unknown figure is None, with the reason beside it.
-    Not measured on Metal or CUDA.
+    Never raises: an unknown figure is None, and ``reason`` says why. Not tested on Metal or CUDA.
     """
     host = host or Host()
     backend = installed_backend(host)
@@ -158,11 +158,11 @@ def _metal_device(host: Host) -> DeviceInfo:
 def default_working_set_bytes(total_bytes: int) -> int:
     """Return the GPU working-set limit of macOS when ``iogpu.wired_limit_mb`` is 0.
 
-    Apple publishes no rule. Metal's ``recommendedMaxWorkingSetSize`` is reported as
-    5,461 MiB of 8 GiB, 10,923 MiB of 16 GiB and 21,845 MiB of 32 GiB (two thirds:
-    ggml-org/llama.cpp#5207, abetlen/llama-cpp-python#687, ggml-org/llama.cpp#2011),
-    and as three quarters or more from 36 GiB on (107.5 of 128 GiB:
-    antirez/ds4#893). The lower figure of each range is used.
+    Apple publishes no rule. Users report a ``recommendedMaxWorkingSetSize`` of two thirds up to
+    32 GiB: 5,461 MiB of 8 GiB, 10,923 MiB of 16 GiB and 21,845 MiB of 32 GiB
+    (ggml-org/llama.cpp#5207, abetlen/llama-cpp-python#687, ggml-org/llama.cpp#2011); and of three
+    quarters or more from 36 GiB on: 107.5 of 128 GiB (antirez/ds4#893). The lower figure of each
+    range is used.
     """
     return total_bytes * 2 // 3 if total_bytes < 36 * _GIB else total_bytes * 3 // 4
 
@@ -178,7 +178,7 @@ def _cuda_devices(host: Host) -> tuple[DeviceInfo, ...]:
     rows = _visible(rows, host.environ.get("CUDA_VISIBLE_DEVICES"))
     if rows:
         return tuple(_cuda_device(*row) for row in rows)
-    reason = reason or "nvidia-smi lists no device that CUDA_VISIBLE_DEVICES lets through"
+    reason = reason or "nvidia-smi lists no device that CUDA_VISIBLE_DEVICES makes visible"
     return (DeviceInfo("unknown", "cuda", None, None, reason),)
 
 
@@ -204,7 +204,7 @@ def _visible(rows: list[tuple[str, ...]], visible: str | None) -> list[tuple[str
 
 
 def _ask(host: Host, command: Sequence[str]) -> tuple[str, str]:
-    """Return a command's output and an empty reason, or an empty output and the reason."""
+    """Return a command's output; or, on failure, an empty output and the reason."""
     try:
         return host.run(command).strip(), ""
     except FileNotFoundError:

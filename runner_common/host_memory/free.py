@@ -1,7 +1,7 @@
-"""Memory available to a model now: the smallest of several limits.
+"""Memory available to a model at the moment: the smallest of several limits.
 
-The client's gate measures before starting a runner, and the runner before loading. Only files are
-read and the system's own tools run; MLX is never imported.
+The client's gate measures it before it starts a runner, and the runner before a load. Measuring
+reads files and runs tools of the system, and never imports MLX.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class MemoryLimit:
     Attributes:
         source: Kind of the limit.
         available_bytes: Memory still available under the limit.
-        group: Directory of the control group, for a limit of one.
-        device: Id of the discrete GPU, for a limit of one.
+        group: Directory of the control group; empty for other kinds.
+        device: Id of the discrete GPU; empty for other kinds.
     """
 
     source: Source
@@ -57,16 +57,16 @@ class FreeMemory:
     """Free memory at one moment, with every limit.
 
     Attributes:
-        available_bytes: The smallest of the three figures below.
-        source: Which of the three figures is the smallest.
-        system_bytes: Memory available without swapping, by the operating system.
+        available_bytes: The smallest of the figures of system, control groups and device.
+        source: The kind of that figure.
+        system_bytes: Memory available without swapping, according to the operating system.
         cgroup_bytes: Memory still available in the control groups of this process (Linux);
             None if none limits memory.
         device_bytes: Memory still available on the first device: free memory of a CUDA
             device, the working-set limit on macOS; None on the CPU or if unknown.
         device_name: Name of the first device.
         device_kind: ``"metal"``, ``"cuda"`` or ``"cpu"``.
-        reason: Why ``device_bytes`` is None although there is a device, or an empty string.
+        reason: Why ``device_bytes`` is None although there is a device; empty otherwise.
         device_id: Unique id of the first device; empty if it uses the system's memory or its
             free memory is unknown.
         groups: Memory still available in each control group; ``cgroup_bytes`` is the smallest.
@@ -85,7 +85,7 @@ class FreeMemory:
 
     @property
     def limits(self) -> tuple[MemoryLimit, ...]:
-        """Every limit; ``available_bytes`` is the smallest one's."""
+        """All limits, of which ``available_bytes`` is the smallest."""
         limits = [MemoryLimit("system", self.system_bytes)]
         limits += (
             MemoryLimit("cgroup", group.available_bytes, group=group.path) for group in self.groups
@@ -98,16 +98,16 @@ class FreeMemory:
 
 
 def free_memory(host: Host | None = None) -> FreeMemory:
-    """Measure the memory available to a model now.
+    """Measure the memory available to a model.
 
-    Only the first device counts, because a runner uses one. On macOS and on the CPU the weights
-    are in the system's memory; on CUDA they pass through it during a load, so that the system's
-    figure is a limit there too.
+    Only the first device counts, because a runner uses only one. The system's figure is a limit on
+    every device: the weights are in the system's memory on macOS and on the CPU, and pass through
+    it during a load on CUDA.
 
-    A missing tool or file never raises: the figure is None.
+    Never raises for a missing tool or file; the figure is None then.
 
     Args:
-        host: Sources of facts; this machine by default.
+        host: Sources of facts. Default: this machine.
     """
     host = host or Host()
     device = device_infos(host)[0]

@@ -1,1 +1,1 @@
-"""Memory needs of runners and reservations on this machine."""
+"""Memory needs of runners, and memory reservations on this machine."""

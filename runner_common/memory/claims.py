@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Outcome of comparing a need with available memory, with the numbers used.
+    """Outcome of a comparison of a need with available memory, with all numbers.
 
     Attributes:
         fits: Whether the need is at most the available memory.
         required_bytes: The need.
         available_bytes: Free memory less overhead and reservations, never negative.
         overhead_bytes: Memory kept free: the device's minimum and the configured overhead.
-        reserved_bytes: Memory other runners may still take.
+        reserved_bytes: Memory that other runners may still take.
         free: The measurement.
     """
 
@@ -52,7 +52,7 @@ def decide(
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Memory one process may still take.
+    """Memory that one process may still take.
 
     Attributes:
         pid: The process.
@@ -66,10 +66,10 @@ class Claim:
 
 
 def claimed_of(free: FreeMemory, claims: Sequence[Claim]) -> tuple[int, int]:
-    """Return the reduction of free memory by claims in bytes, and the number of claims counted.
+    """Return the bytes by which claims reduce the free memory, and the number of claims counted.
 
-    Each limit is reduced only by the claims it bounds: another GPU's memory is not this one's,
-    and a runner in another control group takes nothing from this group.
+    A claim reduces only the limits that it falls under: not that of another GPU, nor that of a
+    control group without the claiming process.
     """
     limits = free.limits
     bounded = [[claim for claim in claims if _is_within(claim, limit)] for limit in limits]

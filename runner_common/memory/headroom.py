@@ -1,4 +1,4 @@
-"""Memory kept free beside every runner, by the same variables on both sides."""
+"""Headroom: memory that no runner may take, set by the same variables on both sides."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from runner_common.host_memory.free import Backend
 
 OVERHEAD_VARIABLE = "MLX_RUNNER_GPU_OVERHEAD"
-"""Variable with the size to keep free in addition to the minimum, for other users of the device."""
+"""Variable with the size to keep free for other users of the device, in addition to the minimum."""
 
 MINIMUM_VARIABLE = "MLX_RUNNER_MEMORY_MINIMUM"
-"""Variable with the size to keep free instead of the device's own minimum."""
+"""Variable with the size to keep free instead of the device's default minimum."""
 
 METAL_MINIMUM_BYTES = 512 * 1024**2
 """Minimum on Metal, for memory that no model's size accounts for; as in the original gate."""
@@ -39,11 +39,11 @@ class VariableError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Headroom:
-    """Memory not available to any runner.
+    """Memory that no runner may take.
 
     Attributes:
-        minimum_bytes: For memory that no model's size accounts for.
-        overhead_bytes: For other users of the device.
+        minimum_bytes: Part for memory that no model's size accounts for.
+        overhead_bytes: Part for other users of the device.
     """
 
     minimum_bytes: int
@@ -69,7 +69,7 @@ class Headroom:
         return self.minimum_bytes + self.overhead_bytes
 
     def variables(self) -> dict[str, str]:
-        """Return environment variables giving another process the same headroom."""
+        """Return the environment variables that give another process the same headroom."""
         return {
             MINIMUM_VARIABLE: str(self.minimum_bytes),
             OVERHEAD_VARIABLE: str(self.overhead_bytes),
@@ -77,7 +77,7 @@ class Headroom:
 
 
 def variable_bytes(environ: Mapping[str, str], variable: str) -> int | None:
-    """Return the bytes given by a variable; None if unset or empty.
+    """Return the size in an environment variable, in bytes; None if unset or empty.
 
     Raises:
         VariableError: The value is not a size.

@@ -8,14 +8,14 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class MemoryNeed:
-    """Most memory taken by a runner's process with one model, in bytes.
+    """Most memory that a runner's process takes with one model, in bytes.
 
     Attributes:
-        weight_bytes: The weights as held in memory.
-        kv_bytes: KV caches and recurrent states of every sequence at full length.
+        weight_bytes: The weights in memory.
+        kv_bytes: KV caches and recurrent states of all sequences at full length.
         prefix_cache_bytes: Largest size of the prefix cache.
         working_bytes: Arrays of a prefill chunk or a decode step, the copy of a layer's
-            cache while it grows, the buffers that MLX keeps for reuse.
+            cache while it grows, and the buffers that MLX keeps for reuse.
         process_bytes: Interpreter, libraries, tokenizer and heap.
         load_transient_bytes: Memory for reading the files, beyond all of the above.
         has_default_prefix_cache: Whether the prefix cache has its default size, which is
@@ -49,12 +49,12 @@ class MemoryNeed:
 
     @property
     def required_bytes(self) -> int:
-        """The need, without a prefix cache of the default size."""
+        """The total, without the prefix cache if that has its default size."""
         return self.total_bytes - self.has_default_prefix_cache * self.prefix_cache_bytes
 
     @property
     def mlx_bytes(self) -> int:
-        """Most memory held by MLX while completions run, the limit in force."""
+        """Most memory that MLX holds while completions run; its limit."""
         return self.weight_bytes + self.kv_bytes + self.prefix_cache_bytes + self.working_bytes
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Query of a short-lived process for a model's memory need.
+"""Query of a model's memory need, which a short-lived process answers.
 
-The process builds the model with unread weights, as a server does before loading, and prints the
-need computed by the server's own plan. Answers are cached by the identity of the model's files, so
-that each model is built once. Only one such process runs at a time: many schedulers starting
-together must not fill the memory they ask about.
+The process builds the model with lazy weights, as a server does before it reads them, and prints
+the need according to the server's own plan. Answers are cached by the identity of the model's
+files, so that each model is built once. Only one such process runs at a time, so that many programs
+that start together do not fill the memory they ask about.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class NeedRequest:
     Attributes:
         path: The model's directory.
         context_length: Longest sequence in tokens; None for the default.
-        parallel: Sequences held at once.
+        parallel: Most requests decoded together.
         dtype: ``"auto"``, ``"as_stored"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         memory_limit_bytes: Most memory that MLX may hold; None for no limit.
-        prefix_cache_bytes: Largest size of the prefix cache; None for the default.
-        allow_inexact: Plan the model even if it cannot be computed exactly as its files say.
+        prefix_cache_bytes: Byte budget of the prefix cache; None for the default.
+        allow_inexact: Whether to plan a model that cannot be computed exactly as its files say.
     """
 
     path: str
@@ -67,11 +67,11 @@ class NeedAnswer:
 
     Attributes:
         need: The memory, part by part.
-        dtype: The weight format counted; never ``"auto"``.
-        context_length: Tokens of one sequence.
+        dtype: The format of the weights counted; never ``"auto"``.
+        context_length: The longest sequence counted, in tokens.
         model_context_length: The model's own limit, in tokens.
         parallel: Number of sequences counted; 1 if the model does not support more.
-        notes: Where the model's answers may differ from what its files say.
+        notes: Differences between the model's answers and the specification in its files.
     """
 
     need: MemoryNeed
@@ -83,11 +83,11 @@ class NeedAnswer:
 
 
 class NeedRefusedError(Exception):
-    """A load of the model would be refused with any amount of memory.
+    """A load of the model would be refused, however much memory the machine has.
 
     Attributes:
         reason: The protocol's reason, for instance ``"MODEL_UNSUPPORTED"``.
-        metadata: Numbers and names of the refusal.
+        metadata: The ``ErrorInfo.metadata`` of the refusal.
         violations: Pairs of a field and a description of the problem, for
             ``"INVALID_FIELD"``.
     """
@@ -106,11 +106,11 @@ class NeedRefusedError(Exception):
 
 
 class NeedUnknownError(Exception):
-    """The queried process crashed or took too long."""
+    """The process that answers crashed or took too long."""
 
 
 def can_ask() -> bool:
-    """Return whether there is a Python interpreter with the packages the query needs."""
+    """Return whether there is a Python interpreter with the packages that a query needs."""
     try:
         interpreter()
     except NoInterpreterError:
@@ -119,11 +119,11 @@ def can_ask() -> bool:
 
 
 def ask_need(request: NeedRequest, environ: Mapping[str, str] = os.environ) -> NeedAnswer:
-    """Return the memory a server would count for a load.
+    """Return the memory that a server would plan for a load.
 
     Args:
         request: The load.
-        environ: Environment of the process; also determines the cache folder
+        environ: Environment of the process. It also sets the cache folder
             (``XDG_CACHE_HOME``).
 
     Raises:
@@ -134,7 +134,7 @@ def ask_need(request: NeedRequest, environ: Mapping[str, str] = os.environ) -> N
     if answer := cache.read():
         return answer
     with cache.locked():
-        # Another process may have asked meanwhile.
+        # Another process may have asked while this one waited for the lock.
         if answer := cache.read():
             return answer
         answer = _answer(_run(request, environ))
@@ -180,7 +180,7 @@ def _answer(values: dict[str, Any]) -> NeedAnswer:
 
 
 class _Cache:
-    """Cache entry of one request."""
+    """Cache file of one request's answer."""
 
     def __init__(self, request: NeedRequest, environ: Mapping[str, str]) -> None:
         cache = cache_folder(environ)
@@ -210,7 +210,7 @@ class _Cache:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes of this user from asking while the block runs, within limits."""
+        """Keep other processes of this user from asking, at most for a minute."""
         if not self._folder:
             yield
             return
@@ -219,7 +219,7 @@ class _Cache:
             descriptor = os.open(
                 self._folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
             )
-        except OSError:  # nowhere to keep answers: asking still works
+        except OSError:  # no place for the cache; asking still works
             yield
             return
         try:
@@ -230,7 +230,7 @@ class _Cache:
 
 
 def _wait_for_lock(descriptor: int) -> None:
-    """Lock a file, or continue without after a minute: a stopped process must not block others."""
+    """Lock a file; after a minute go on without the lock, which a stopped process may hold."""
     # Missing on Windows, which has clients but no runners.
     import fcntl  # noqa: PLC0415 - see above
 
@@ -252,7 +252,7 @@ def _age(path: Path) -> float:
 
 
 def _identity(request: NeedRequest) -> str:
-    """Return a name for a request, the model's files and the answering code."""
+    """Return a hash of a request, the model's files and the code that answers."""
     parts = [
         json.dumps(asdict(request), sort_keys=True),
         sys.version,
@@ -272,7 +272,7 @@ def _stamps(folder: Path) -> list[str]:
 
 
 def _code_stamps() -> list[str]:
-    """Return stamps of each module with an effect on the answer."""
+    """Return stamps of every module that may affect the answer."""
     specs = [util.find_spec(name) for name in (_PACKAGE, __package__.partition(".")[0])]
     folders = [
         Path(folder) for spec in specs if spec for folder in spec.submodule_search_locations or ()
@@ -289,8 +289,7 @@ def _stamp(file: Path) -> list[str]:
 
 
 def _version(name: str) -> str:
-    # Imported late: a server that makes no estimate is ready sooner without it.
-    from importlib import metadata  # noqa: PLC0415 - see above
+    from importlib import metadata  # noqa: PLC0415 - slow, and servers rarely need it
 
     try:
         return metadata.version(name)

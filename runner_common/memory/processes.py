@@ -15,15 +15,15 @@ _IS_LINUX = sys.platform == "linux"
 _PROC = Path("/proc")
 _ENDED = frozenset("ZXx")
 _STATE_FIELD, _START_FIELD = 0, 19
-"""Fields 3 and 22 of /proc/PID/stat, counted after the command's name."""
+"""Indices of fields 3 and 22 of /proc/PID/stat after the command's name."""
 
 _CREATE_TOLERANCE_SECONDS = 2.0
-"""Tolerance between two readings of a start time that the system computes from the clock."""
+"""Largest difference between two readings of one start time, which depend on the wall clock."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessIdentity:
-    """A process, distinguished from later processes with the same id.
+    """Identity of a process, different from that of later processes with the same id.
 
     Attributes:
         pid: Process id.
@@ -44,7 +44,7 @@ class ProcessIdentity:
         """True while this process runs; False for a zombie."""
         started = _started(self.pid)
         if started is None:
-            # Without a readable /proc the id is the only evidence.
+            # Without a readable /proc, the id alone must do.
             return self.started == 0 and not _proc_is_there() and _takes_signals(self.pid)
         if _IS_LINUX:
             return started == self.started
@@ -70,7 +70,7 @@ def owner_uid(pid: int) -> int | None:
 
 @cache
 def machine_scope() -> str:
-    """Return a name for the boot and container in which ids and start times are valid."""
+    """Return a name for the boot and the container in which process ids are valid."""
     parts = []
     with suppress(OSError):
         parts.append((_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
@@ -93,7 +93,7 @@ def _started(pid: int) -> float | None:
 def _ticks(pid: int) -> float | None:
     try:
         text = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
-        # The command's name is in parentheses and may contain parentheses.
+        # The command's name is in parentheses, and may contain parentheses itself.
         fields = text.rpartition(")")[2].split()
         return None if fields[_STATE_FIELD] in _ENDED else float(int(fields[_START_FIELD]))
     except (OSError, ValueError, IndexError):

@@ -1,4 +1,4 @@
-"""Reservation records of every process, and the lock under which decisions are made."""
+"""Store of all processes' reservation records, with the lock that serializes decisions."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DIRECTORY_VARIABLE = "MLX_RUNNER_RUNTIME_DIR"
-"""Environment variable with the directory of the records; overrides ``SHARED``."""
+"""Environment variable with the directory of the records; the default is below ``SHARED``."""
 
-SHARED = Path("/tmp")  # noqa: S108 - the one place that all processes of a machine agree on
+SHARED = Path("/tmp")  # noqa: S108 - all processes of a machine must agree on it
 """Parent of the users' directories. Not TMPDIR, which differs between a user's sessions."""
 
 LOCK_SECONDS = 10.0
-"""Longest wait for a process that is deciding. Measuring a GPU may take 5 s; a process stopped
-while deciding would block the others indefinitely."""
+"""Longest wait for another process's decision. Measuring a GPU may take 5 s, but a process that was
+stopped while deciding would block the others indefinitely."""
 
 _LOCK_RETRY_SECONDS = 0.002
 _NAME = "mlx-runner-"
@@ -51,7 +51,7 @@ def _uid() -> int:
 
 
 class RecordStore:
-    """Records of one directory. Safe across threads and processes.
+    """The records of one directory. Safe across threads and processes.
 
     If the directory cannot be written, records are visible within this process only, and the
     reason is logged once.
@@ -67,7 +67,7 @@ class RecordStore:
         self._warned: set[str] = set()
 
     def write(self, name: str, record: Record) -> None:
-        """Write a record for every process, or, on failure, keep the record in this process."""
+        """Write a record for all processes, or on failure for this process only."""
         try:
             with open_folder(self.directory) as folder:
                 folder.write(name, record)
@@ -84,7 +84,7 @@ class RecordStore:
             folder.remove(name)
 
     def read(self) -> dict[str, Record]:
-        """Return the records of running processes by name; remove records of dead ones."""
+        """Return the records of running processes by name, and remove those of dead ones."""
         records: dict[str, Record] = {}
         try:
             with open_folder(self.directory) as folder:
@@ -110,10 +110,10 @@ class RecordStore:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other threads and processes from deciding while the block runs.
+        """Keep other threads and processes from deciding within the context.
 
-        Waits for another decision for about ``LOCK_SECONDS`` at most, then continues with a
-        warning.
+        Waits for another decision for at most about ``LOCK_SECONDS``, then continues without the
+        lock and logs a warning.
         """
         is_mine = self._thread_lock.acquire(timeout=LOCK_SECONDS)
         if not is_mine:
@@ -157,7 +157,7 @@ class RecordStore:
             self._warn_unshared(error)
 
     def forget_threads(self) -> None:
-        """Replace the thread lock after a fork, whose holders do not exist in the child."""
+        """Replace the thread lock in a forked child, where its holder does not exist."""
         self._thread_lock = threading.Lock()
 
     def _warn_unshared(self, error: Exception) -> None:
@@ -168,7 +168,7 @@ class RecordStore:
 
 
 def _living(folder: RecordFolder) -> dict[str, Record]:
-    """Return the records of running processes; remove records of dead ones."""
+    """Return the records of running processes, and remove those of dead ones."""
     records = folder.read()
     for name, record in records.items():
         if record.scope == machine_scope() and not record.owner.is_alive:

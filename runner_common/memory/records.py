@@ -1,4 +1,4 @@
-"""Reservation records as files of a private directory shared by a user's processes."""
+"""Reservation records, as files in a private directory that a user's processes share."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _MAX_FILE_BYTES = 16 * 1024
 _MAX_FILES = 4096
 _MAX_BYTES = 1 << 60
 _LEFT_OVER_SECONDS = 60.0
-"""Age of a temporary file whose write was certainly interrupted."""
+"""Age from which a temporary file must be left over from an interrupted write."""
 
 
 class FolderError(Exception):
-    """A directory cannot be used for reservations; the message says why."""
+    """A directory cannot be used for reservations. The message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +42,13 @@ class Record:
     """Memory reserved for one runner.
 
     Attributes:
-        need_bytes: Most memory the runner may take in total.
+        need_bytes: Most memory that the runner may take in total.
         model: Name of the model, for people.
         pid: Owner of the record: the runner, or the process about to start the runner.
         started: Start time of the owner, as ``ProcessIdentity.started``.
         scope: Machine and container in which ``pid`` is valid, as ``machine_scope``.
-        is_assigned: Whether the owner is the runner itself, so that the memory it already
-            holds is part of its need.
+        is_assigned: Whether the owner is the runner itself, so that the memory that it holds is
+            part of ``need_bytes``.
         held_bytes: Memory last reported as held by the runner.
         device: Id of the discrete GPU with the memory; empty for the system's memory.
     """
@@ -110,7 +110,7 @@ def _is_sound(record: Record) -> bool:
 
 
 class RecordFolder:
-    """An open directory of records, made by ``open_folder``. Safe across processes.
+    """An open directory of records; use :func:`open_folder` to get one. Safe across processes.
 
     Args:
         descriptor: File descriptor of the directory.
@@ -129,7 +129,7 @@ class RecordFolder:
         return {name.removesuffix(_SUFFIX): record for name, record in found if record}
 
     def _read(self, name: str) -> Record | None:
-        # O_NONBLOCK: a pipe in the directory must not block the open.
+        # O_NONBLOCK, because opening a pipe would block.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             descriptor = os.open(name, flags, dir_fd=self._descriptor)
@@ -192,7 +192,7 @@ def open_folder(path: Path, uid: int | None = None) -> Iterator[RecordFolder]:
 
     Args:
         path: The directory; created if missing and owned by this user.
-        uid: User who must own the directory; this one by default.
+        uid: User who must own the directory. Default: this user.
 
     Raises:
         FolderError: The directory cannot be opened, or other users could have written to it.

@@ -1,9 +1,8 @@
-"""Reservations of memory for the runners of this machine, shared by the processes of a user.
+"""Memory reservations for the runners of this machine, shared by the processes of a user.
 
-Each runner, and each load in progress, has one record of the most memory it may take in total.
-Memory it has already taken shows in the free memory, so a record claims only the rest. A record
-lives as long as its process: the record of a dead one claims nothing and is removed by the next
-reader.
+Each runner, and each load in progress, has a record of the most memory it may take in total. Free
+memory already excludes the memory it has taken, so a record claims only the rest. The record of a
+process that has ended claims nothing, and the next reader removes it.
 
 Records are files in a directory that only their user can enter. The superuser counts the records
 of all users; other users see only their own. Containers with a separate /tmp or process namespace
@@ -46,13 +45,13 @@ __all__ = [
 _MODEL_CHARACTERS = 1024
 _REWRITE_BYTES = 1024**2
 _REWRITE_SECONDS = 3600.0
-"""Age at which a record is rewritten: cleaners of /tmp remove files that look abandoned."""
+"""Age at which a record is rewritten, because cleaners of /tmp remove old files."""
 
 
 class Reservation:
-    """Memory reserved for one runner, until released or the process ends.
+    """Memory reserved for one runner until it is released or the owning process ends.
 
-    Made by ``BookView.add``. Thread-safe; no method waits for another process.
+    Get one from :meth:`BookView.add`. Thread-safe; no method waits for another process.
     """
 
     def __init__(self, store: RecordStore, name: str, record: Record) -> None:
@@ -75,12 +74,12 @@ class Reservation:
 
     @property
     def need_bytes(self) -> int:
-        """Most memory the runner may take in total."""
+        """Most memory that the runner may take in total."""
         return self._record.need_bytes
 
     @property
     def is_open(self) -> bool:
-        """True if a runner may still take the reservation over."""
+        """True if the reservation is still to be assigned to a runner by this process."""
         return not (self._is_over or self._record.is_assigned) and self._is_mine
 
     @property
@@ -127,11 +126,11 @@ class Reservation:
 
     @property
     def _is_mine(self) -> bool:
-        """True in the process that made the object, False in a fork's copy."""
+        """True in the process that created the object, False in a forked child."""
         return self._maker == os.getpid()
 
     def take_over(self, need_bytes: int) -> Reservation:
-        """End this reservation and return a replacement."""
+        """Replace this reservation by a new one for ``need_bytes``, and return the new one."""
         with self._lock:
             self._is_over = True
             record = replace(self._record, need_bytes=need_bytes)
@@ -140,7 +139,7 @@ class Reservation:
 
 
 class BookView:
-    """Records at one moment, while no other process decides. Made by ``ReservationBook.locked``."""
+    """The records at one moment, from :meth:`ReservationBook.locked`: no other process decides."""
 
     def __init__(self, store: RecordStore) -> None:
         self._store = store
@@ -152,13 +151,13 @@ class BookView:
         }
 
     def records(self) -> tuple[Record, ...]:
-        """Return the records of every running process."""
+        """Return the records of all running processes."""
         return tuple(self._records.values())
 
     def claims(
         self, exclude: Collection[int] = (), without: Collection[str] = ()
     ) -> tuple[Claim, ...]:
-        """Return the memory each process may still take, leaving out claims of zero.
+        """Return the memory that each process may still take, without claims of zero.
 
         Args:
             exclude: Process ids whose records are not counted.
@@ -175,7 +174,7 @@ class BookView:
         return tuple(claim for claim in claims if claim.claimed_bytes)
 
     def _claimed(self, records: list[Record], device: str) -> int:
-        """Return the sum still claimed by the records of one process and device."""
+        """Return the bytes that the records of one process and device still claim."""
         promised = sum(record.need_bytes for record in records if not record.is_assigned)
         own = [record for record in records if record.is_assigned]
         need = sum(record.need_bytes for record in own)
@@ -184,9 +183,9 @@ class BookView:
         return promised + max(0, need - max(resident, sum(record.held_bytes for record in own)))
 
     def _resident(self, pid: int) -> int:
-        """Return the lower of the resident sets before and after free memory was measured.
+        """Return the smaller resident set of those before and after free memory was measured.
 
-        The claim of a process that grows or shrinks in between is thus never underestimated.
+        So the claim of a process that grows or shrinks in between is never underestimated.
         """
         now, earlier = resident_bytes(pid), self._earlier.get(pid)
         return now if earlier is None else min(now or earlier, earlier)
@@ -198,7 +197,7 @@ class BookView:
         *,
         without: Collection[str] = (),
     ) -> int:
-        """Return the memory other runners may still take.
+        """Return the memory that other runners may still take.
 
         Args:
             exclude: Process ids whose records are not counted.
@@ -217,9 +216,9 @@ class BookView:
         """Reserve memory.
 
         Args:
-            need_bytes: Most memory the runner may take in total.
+            need_bytes: Most memory that the runner may take in total.
             model: Name of the model, for people.
-            pid: The runner; None for a runner this process is about to start.
+            pid: The runner; None for a runner that this process is about to start.
             device: ``FreeMemory.device_id`` of the measurement used for the decision.
         """
         record = Record(need_bytes, model[:_MODEL_CHARACTERS], 0, 0.0, "", device=device)
@@ -231,9 +230,9 @@ class BookView:
         return Reservation(self._store, name, record)
 
     def drop_owned_by(self, pid: int) -> None:
-        """Remove the records of a runner's process, including records assigned by other processes.
+        """Remove a runner's records, including those that other processes have assigned to it.
 
-        Reservations of the process for runners it is about to start remain.
+        Reservations of that process for runners it is about to start remain.
         """
         for name, record in list(self._records.items()):
             if record.pid == pid and record.is_assigned:
@@ -279,10 +278,10 @@ class ReservationBook:
 
     @contextmanager
     def locked(self) -> Iterator[BookView]:
-        """Keep other threads and processes from deciding while the block runs.
+        """Keep other threads and processes from deciding within the context.
 
-        Waits for another decision for about 10 s at most, then continues with a warning.
-        Not reentrant. Do nothing slower in the block than measuring and deciding.
+        Waits for another decision for at most about 10 s, then continues and logs a warning. Not
+        reentrant. Do nothing slower within the context than measuring and deciding.
         """
         with self._shared.store.locked():
             yield BookView(self._shared.store)

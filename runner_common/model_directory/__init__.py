@@ -1,6 +1,7 @@
-"""Reading of models: name, directory, files and configuration.
+"""Reading of a model's name, directory, files and configuration.
 
-Client and server share this code, so that the server loads exactly what the gate accepts.
+Client and server share this code, so that the server loads exactly the models that the client's
+gate accepts.
 """
 
 from runner_common.model_directory.configuration import Configuration, text_part

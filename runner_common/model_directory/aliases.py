@@ -1,4 +1,4 @@
-"""Settings with several names, and settings that transformers derives."""
+"""Settings that have several names, or that transformers derives from others."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _SAME = (
     ("block_dim", "hidden_size"),
     ("sliding_window_pattern", "_sliding_window_pattern"),
 )
-"""Names with the same meaning: the first one set provides the value of the others."""
+"""Names with the same meaning. The first name that is set gives its value to the others."""
 
 _FIXED: dict[str, dict[str, Any]] = {
     "apertus": {"mlp_bias": False, "post_norm": False, "qk_norm": True},
 }
-"""Settings that had one value in every model of a type and are no longer written."""
+"""Settings with one value in all models of a type, which newer files omit."""
 
 _LAYER_NAMES = {
     "granitemoehybrid": {"linear_attention": "mamba", "full_attention": "attention"},
 }
-"""Names of layer types in transformers 5, and mlx_lm's names for them."""
+"""Names of layer types in transformers 5, mapped to mlx_lm's names."""
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
@@ -75,12 +75,12 @@ def _add_pattern(values: dict[str, Any]) -> None:
     if values.get("model_type") == "exaone4":
         values["sliding_window_pattern"] = _letters(kinds)
     elif kinds:
-        # The list wins over an existing pattern: it is newer and more expressive.
+        # The list takes precedence over an existing pattern: it is newer and more expressive.
         values["sliding_window_pattern"] = [*kinds, _FULL].index(_FULL) + 1
 
 
 def _letters(kinds: list[str]) -> str | None:
-    """Return layer types in EXAONE 4's original form, a letter each; None without windows."""
+    """Return layer types as EXAONE 4's original string, a letter each; None without windows."""
     if _SLIDING not in kinds:
         return None
     return "".join("L" if kind == _SLIDING else "G" for kind in kinds)

@@ -1,8 +1,8 @@
 """Validation of a model's configuration and normalization for mlx_lm.
 
-``config.json`` has several forms: transformers 5 writes ``rope_parameters`` where transformers 4
-wrote ``rope_theta`` and ``rope_scaling``, and mlx_lm reads settings by name and silently drops the
-rest. The normalized configuration has each setting under all of its names.
+``config.json`` has several forms: transformers 5 writes ``rope_parameters`` instead of the
+``rope_theta`` and ``rope_scaling`` of transformers 4, and mlx_lm reads settings by name and drops
+all others silently. The normalized configuration has each setting under all of its names.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from runner_common.model_directory.weight_files import StoredTensor
 
 _MIN_CONTEXT, _MAX_CONTEXT = 2, 2**31 - 1
 _MAX_LAYERS = 2048
-"""More than ten times the layers of the deepest models. Each layer is built before its weights are
-looked for, so that an absurd number in config.json would take indefinitely."""
+"""More than ten times the layers of the deepest models. mlx_lm builds all layers before it looks
+for weights, so an absurd number would take indefinitely."""
 
 _MAX_TOKEN_ID = 2**31 - 1
 
@@ -44,7 +44,7 @@ class Configuration:
         values: Normalized ``config.json`` for mlx_lm, with each setting under all of its names.
         model_type: Name of the architecture.
         eos_token_ids: Token ids that end a text, from all files together.
-        context_length: Longest sequence the model is made for, in tokens.
+        context_length: Longest sequence that the model supports, in tokens.
         notes: Contradictions between the files and how they were resolved.
     """
 
@@ -70,8 +70,8 @@ def read_configuration(
         indexed: Names of the tensors in the index, if any.
 
     Raises:
-        ModelUnusableError: A file cannot be read, asks to run code, or has an impossible value;
-            the message names the file and the key.
+        ModelUnusableError: A file cannot be read, asks to run code, or has an impossible value.
+            The message names the file and the key.
     """
     file = directory / CONFIG
     model_type = _model_type(file, stored)
@@ -89,7 +89,7 @@ def read_configuration(
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the part of a configuration about the language model."""
+    """Return the part of a configuration that describes the language model."""
     part = config.get("text_config")
     return part if isinstance(part, dict) and part else config
 
@@ -135,7 +135,7 @@ def _context_length(file: Path, values: Mapping[str, Any]) -> int:
 
 
 def _values(config: Mapping[str, Any], names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """Yield the given names and values if set, the text part's first."""
+    """Yield names and values of the settings that are set, those of the text part first."""
     parts = [config] if text_part(config) is config else [text_part(config), config]
     for part in parts:
         yield from ((name, part[name]) for name in names if part.get(name) is not None)
@@ -146,7 +146,7 @@ def _is_count(value: object) -> TypeGuard[int]:
 
 
 def _eos_token_ids(directory: Path, file: Path, stored: Mapping[str, Any]) -> frozenset[int]:
-    """Return the union of the ids in every file: each file tends to lack some."""
+    """Return the ids of all files together, because each file tends to lack some."""
     found = _ids(file, "eos_token_id", stored.get("eos_token_id"))
     if text_part(stored) is not stored:
         found |= _ids(file, "text_config.eos_token_id", text_part(stored).get("eos_token_id"))

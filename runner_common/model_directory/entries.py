@@ -10,23 +10,24 @@ from runner_common.model_directory.errors import ModelUnusableError
 from runner_common.units import format_bytes
 
 _MAX_TEXT_BYTES = 256 * 2**20
-"""Largest file read into memory whole; the largest tokenizers have a tenth of this."""
+"""Largest file that is read as a whole. The largest tokenizers have a tenth of this size."""
 
 _READ_WHOLE = frozenset({".jinja", ".json", ".model", ".txt"})
 _NEEDED = frozenset(("config.json", "generation_config.json", "tokenizer.json"))
-"""Files whose absence would be silent, or cause a misleading error."""
+"""Files whose broken links are refused; their absence would be silent, or mislead."""
 
 _TEMPLATES = "additional_chat_templates"
 
 
 def require_files(path: Path) -> None:
-    """Check the entries of a model's directory without opening any.
+    """Check the entries of a model's directory without opening them.
 
     Reading a pipe would block indefinitely, and reading a device such as ``/dev/zero`` would
-    fill the memory; either may be behind a link.
+    fill the memory. A link may lead to either.
 
     Raises:
-        ModelUnusableError: An entry is not a regular file, or too large to be read whole.
+        ModelUnusableError: An entry is not a regular file, is too large to be read as a whole, or
+            is a broken link in place of a needed file.
     """
     for entry in _entries(path):
         try:

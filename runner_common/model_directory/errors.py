@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class ModelDirectoryError(Exception):
-    """A model cannot be used; the message names the file and says what to do.
+    """A model cannot be used. The message names the file and says what to do.
 
     Args:
         message: Description of the problem.

@@ -39,7 +39,7 @@ def read_object(file: Path) -> dict[str, Any]:
     """Return the JSON object in a file, which may begin with a byte order mark.
 
     Raises:
-        ModelUnusableError: The file is missing, cannot be read, or has no JSON object.
+        ModelUnusableError: The file is missing, cannot be read, or is not a JSON object.
     """
     try:
         if file.exists() and not file.is_file():
@@ -47,16 +47,16 @@ def read_object(file: Path) -> dict[str, Any]:
         data = file.read_bytes()
         if data.startswith(_LFS_MARK):
             raise lfs_error(file)
-        # From bytes: json then handles a byte order mark.
+        # From bytes, because json then handles a byte order mark.
         content = _untagged(json.loads(data))
-        # A lone surrogate could not be sent in any message; fail here.
+        # Fails for a lone surrogate, which no message could carry.
         json.dumps(content, ensure_ascii=False).encode()
     except FileNotFoundError as error:
         raise ModelUnusableError(
             f"no {file.name} in {file.parent}: not a model directory, or an incomplete download",
             str(file.parent),
         ) from error
-    # ValueError: invalid JSON or Unicode, or a number of thousands of digits.
+    # ValueError: invalid JSON or Unicode, or a number with thousands of digits.
     except (OSError, ValueError, RecursionError) as error:
         raise ModelUnusableError(f"{file} cannot be read: {error}", str(file.parent)) from error
     if not isinstance(content, dict):

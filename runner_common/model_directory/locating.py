@@ -30,7 +30,7 @@ class Located:
     Attributes:
         path: The directory, absolute and with links resolved.
         is_hub_id: Whether the name is a hub id rather than a path.
-        note: Message about the choice of a snapshot; empty if there was no choice.
+        note: Why another snapshot than that of ``refs/main`` was chosen; otherwise empty.
     """
 
     path: Path
@@ -42,8 +42,8 @@ def locate(model: str, environ: Mapping[str, str] = os.environ) -> Located:
     """Find a model on this machine.
 
     Args:
-        model: A directory, with ``~`` for a home, or a hub id: ``org/name`` or
-            ``org/name@revision``, the revision being a branch, a tag or a commit.
+        model: A directory, in which ``~`` is a home directory, or a hub id: ``org/name`` or
+            ``org/name@revision``, with a branch, a tag or a commit as the revision.
         environ: Environment of the process that will load the model.
 
     Raises:
@@ -69,13 +69,13 @@ def locate(model: str, environ: Mapping[str, str] = os.environ) -> Located:
 
 
 def _expanded(model: str, environ: Mapping[str, str]) -> Path:
-    """Expand ``~`` as the other process would; keep the name of an unknown user as is."""
+    """Expand ``~`` by the given environment; keep the name of an unknown user unchanged."""
     if model == "~" or model.startswith("~/"):
         home = environ.get("HOME") or str(Path.home())
         return Path(home + model[1:])
     try:
         return Path(model).expanduser()
-    except RuntimeError:  # an unknown user; the name may still be a directory's
+    except RuntimeError:  # an unknown user, but perhaps a directory of that name
         return Path(model)
 
 
@@ -84,7 +84,7 @@ def _kind(path: Path) -> Literal["directory", "file"] | None:
         if path.is_dir():
             return "directory"
         return "file" if path.exists() else None
-    # The name is too long for the file system, below an unreadable directory, or contains NUL.
+    # The name is too long for the file system, is in an unreadable directory, or contains NUL.
     except (OSError, ValueError):
         return None
 
@@ -124,7 +124,7 @@ class _Repository:
         self._folder = cache / f"models--{hub_id.replace('/', '--')}"
 
     def snapshot(self, revision: str | None) -> Located:
-        """Return a revision's snapshot; by default main's, or else another complete one.
+        """Return the snapshot of a revision; by default that of main, or else a complete one.
 
         Raises:
             ModelMissingError: The cache has no such snapshot.

@@ -1,8 +1,8 @@
-"""Tied or separate output layer, decided by the tensors in the files.
+"""Decision between a tied and a separate output layer, by the tensors in the files.
 
 ``tie_word_embeddings`` has different defaults in mlx_lm, transformers 4 and transformers 5, and
-files omit or contradict it. An output layer that is in the files and differs from the embeddings is
-meant to be used.
+some files omit or contradict it. An output layer in the files that differs from the embeddings
+should be used.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def with_output_head(
         return (dict(config) if said else _with_tied(config, tied=True)), ()
     if _is_embeddings(head, tensors):
         if f"{head.removesuffix('.weight')}.scales" in tensors:
-            # mlx_lm drops the weight of a tied layer, which would leave scales without a layer.
+            # mlx_lm drops the weight of a tied layer, but not its scales.
             return _with_tied(config, tied=False), ()
         return (dict(config) if said else _with_tied(config, tied=True)), ()
     note = f"{_TIED} is true, but {head} differs from the embeddings, so {head} is used"

@@ -1,4 +1,4 @@
-"""A model's directory, read the same way by client and server."""
+"""Reading of a model's directory, except for the weights themselves."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def read_model_directory(path: Path) -> ModelDirectory:
     """
     try:
         require_files(path)
-        # First, because config.json is what makes a directory a model's.
+        # First, because a directory without config.json is not a model's.
         stored = read_object(path / CONFIG)
         choice = choose_weight_files(path)
         tensors = read_tensors(choice)
@@ -56,7 +56,7 @@ def read_model_directory(path: Path) -> ModelDirectory:
         raise
     except OSError as error:
         raise ModelUnusableError(f"{path} cannot be read: {error}", str(path)) from error
-    # The code above reads the model's files only, so they are the cause of any error.
+    # The model's files are the only input of the code above, so they are the cause.
     except Exception as error:
         raise ModelUnusableError(
             f"{path} cannot be read: its files have invalid contents "

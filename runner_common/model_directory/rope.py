@@ -1,7 +1,7 @@
 """Normalization of rotary position embeddings, which have two forms in files.
 
-transformers 5 writes one object, ``rope_parameters``, with ``rope_theta`` in it, and one such
-object per kind for models with two kinds of attention; transformers 4 wrote ``rope_theta`` and
+transformers 5 writes one object, ``rope_parameters``, which includes ``rope_theta``. For models
+with two kinds of attention it has one such object per kind. transformers 4 wrote ``rope_theta`` and
 ``rope_scaling``. See ``modeling_rope_utils.py`` of transformers.
 """
 
@@ -17,16 +17,16 @@ _BESIDE = {
     "rope_theta": ("rope_theta", "rotary_emb_base"),
     "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
 }
-"""Top-level names in older files for parameters of the object."""
+"""Parameters of the object, mapped to their top-level names in older files."""
 
 _EXTENDING = frozenset(("yarn", "linear", "dynamic"))
-"""Kinds that extend the context by their factor; other kinds' lengths already include it."""
+"""Kinds whose factor extends the configured context. For other kinds it is already included."""
 
 _BY_KIND = ("gemma4", "laguna", "mellum", "spark2_5")
 """Prefixes of model types whose ``rope_parameters`` are keyed by the kind of attention."""
 
 _ALREADY_EXTENDED = ("gemma3", "gemma4")
-"""Types whose ``max_position_embeddings`` already includes the factor, as vLLM assumes too."""
+"""Model types whose ``max_position_embeddings`` includes the factor, as vLLM assumes too."""
 
 
 def with_one_rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def with_one_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def has_rope_by_kind(config: Mapping[str, Any]) -> bool:
-    """Return whether a model type has parameters per kind of attention, in files of any age."""
+    """Return whether a model type has parameters per kind of attention, even in older files."""
     return str(config.get("model_type", "")).startswith(_BY_KIND)
 
 
@@ -86,7 +86,7 @@ def context_factor(config: Mapping[str, Any], longest: int) -> float:
     original = scaling.get("original_max_position_embeddings")
     if not isinstance(original, int | float) or isinstance(original, bool) or original <= 0:
         return float(factor)
-    # Some files have the extended length there, some the original one.
+    # `longest` is the extended length in some files, and the original one in others.
     return max(1.0, original * factor / longest)
 
 
@@ -108,7 +108,7 @@ def _add_older_names(values: dict[str, Any], new: Mapping[str, Any]) -> None:
 
 
 def _add_newer_name(values: dict[str, Any]) -> None:
-    """Add ``rope_parameters`` with the values of the older names, the only form some types read."""
+    """Add ``rope_parameters``, the only form that some types read, from the older names."""
     new, scaling = values.get("rope_parameters"), values.get("rope_scaling")
     older = {name: values.get(name) for name in _BESIDE}
     said = {name: value for name, value in older.items() if value is not None}
@@ -121,7 +121,7 @@ def _add_newer_name(values: dict[str, Any]) -> None:
 
 
 def _scaling(scaling: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return a ``rope_scaling`` with both names of its kind and the implied lengths."""
+    """Return a ``rope_scaling`` with its kind under both names, and the implied lengths."""
     kind = rope_kind(scaling)
     if kind in _PLAIN and set(scaling) <= {"type", "rope_type", "rope_theta"}:
         return None

@@ -1,7 +1,7 @@
 """Detection of settings with unusable values.
 
-mlx_lm computes with any value: a string in place of a number ends in an error that names no
-setting, and some values, such as a string for a sliding window, have no effect at all.
+mlx_lm computes with any value: a string in place of a number causes an error that does not name the
+setting, and some values, such as a string for a sliding window, are silently ignored.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _rope_problems(path: str, rope: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _contradictions(path: str, new: Mapping[str, Any], old: Mapping[str, Any]) -> Iterator[str]:
-    """Yield parameters with two values; transformers would use the older object alone."""
+    """Yield parameters that differ between the two objects; transformers uses the older one."""
     for key in sorted(new.keys() & old.keys() - {"type", "rope_type"}):
         if new[key] != old[key]:
             yield f"{path}rope_parameters.{key} and {path}rope_scaling.{key} differ"
@@ -114,7 +114,7 @@ def _is_length(value: object) -> bool:
 
 
 def _each(is_fit: Check) -> Check:
-    """Accept a list of valid values too: some types have one per layer."""
+    """Return a check that also accepts a list of valid values, as some types have one per layer."""
     return lambda value: (
         all(item is None or is_fit(item) for item in value)
         if isinstance(value, list)

@@ -1,8 +1,8 @@
 """Selection of a model's weight files, and their tensors.
 
 mlx_lm loads every ``model*.safetensors``: a file left over from another download is loaded too, and
-the directory order decides which tensor wins. Here the index decides, or the file names, and a
-selection that neither settles is refused.
+the order of the directory decides which of two tensors is used. Here the index decides, or else the
+file names; if neither is clear, the model is refused.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class WeightChoice:
 
     Attributes:
         files: The files to load, in a fixed order.
-        notes: Other weight files, with the reasons they are not loaded.
+        notes: The weight files that are not loaded, with the reasons.
         tensors: Names of the tensors in the index; empty without an index.
     """
 
@@ -45,7 +45,8 @@ def choose_weight_files(directory: Path) -> WeightChoice:
     """Select the model's weight files, by the index or else by name.
 
     Raises:
-        ModelUnusableError: There are none, some are missing, or the selection is ambiguous.
+        ModelUnusableError: There are no weight files, some are missing, or the selection is
+            ambiguous.
     """
     indices = sorted(directory.glob("*.safetensors.index.json"))
     index = directory / _INDEX
@@ -67,14 +68,14 @@ def choose_weight_files(directory: Path) -> WeightChoice:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor and the file containing the tensor."""
+    """A tensor, and the file that contains it."""
 
     file: Path
     tensor: Tensor
 
 
 def read_tensors(choice: WeightChoice) -> dict[str, StoredTensor]:
-    """Return the tensors of weight files by name, each from one file.
+    """Return the tensors of weight files by name, each from the first file that has it.
 
     Raises:
         ModelUnusableError: A file is damaged, or two files have a tensor with different bytes.
@@ -172,7 +173,7 @@ def _chosen_by_name(directory: Path, problem: str) -> WeightChoice:
 
     Args:
         directory: The model's directory.
-        problem: Problem of the index; empty without an index.
+        problem: Problem of the index; empty if there is no index.
     """
     files = _safetensors(directory)
     whole, parts = _shard_sets(files)
