@@ -1,4 +1,4 @@
-"""Startup under ``mlx.launch``: rank 0 serves, and the other ranks follow it."""
+"""Startup under ``mlx.launch``: rank 0 serves, and the other ranks follow."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _follow(config: ServerConfig, group: Group) -> int:
 
 
 def _follow_to_end(config: ServerConfig, group: Group, link: Link, secret: str) -> int:
-    """Follow rank 0 until it closes; return the exit code."""
+    """Follow rank 0 to the end; return the exit code."""
     from runner_server.mlx_backend.sharding import Shard  # noqa: PLC0415 - imports MLX
 
     channel = LeaderChannel(link, lambda: os._exit(EXIT_ENGINE_DEAD))

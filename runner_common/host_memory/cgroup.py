@@ -116,7 +116,7 @@ def _group_available(directory: Path, layout: _Layout) -> int | None:
 
 
 def _reclaimable(stat: dict[str, str], layout: _Layout) -> int:
-    """Return the bytes of a group that the kernel would drop before it refuses memory."""
+    """Return the bytes of a group the kernel would drop before refusing memory."""
 
     def figure(name: str) -> int:
         return _number(stat.get(name, "")) or 0

@@ -1,4 +1,4 @@
-"""Devices that can run models, and their memory, without importing MLX."""
+"""Devices for running models, and the memory of each, without importing MLX."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class FreeMemory:
 
     @property
     def limits(self) -> tuple[MemoryLimit, ...]:
-        """All limits, of which ``available_bytes`` is the smallest."""
+        """Every limit; ``available_bytes`` is the smallest."""
         limits = [MemoryLimit("system", self.system_bytes)]
         limits += (
             MemoryLimit("cgroup", group.available_bytes, group=group.path) for group in self.groups

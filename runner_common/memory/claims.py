@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Outcome of a comparison of a need with available memory, with all numbers.
+    """Outcome of comparing a need with available memory, with the numbers used.
 
     Attributes:
         fits: Whether the need is at most the available memory.
@@ -52,7 +52,7 @@ def decide(
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Memory that one process may still take.
+    """Memory one process may still take.
 
     Attributes:
         pid: The process.

@@ -1,4 +1,4 @@
-"""Headroom: memory that no runner may take, set by the same variables on both sides."""
+"""Headroom: memory no runner may take, set by the same variables on both sides."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class VariableError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Headroom:
-    """Memory that no runner may take.
+    """Memory no runner may take.
 
     Attributes:
         minimum_bytes: Part for memory that no model's size accounts for.
@@ -69,7 +69,7 @@ class Headroom:
         return self.minimum_bytes + self.overhead_bytes
 
     def variables(self) -> dict[str, str]:
-        """Return the environment variables that give another process the same headroom."""
+        """Return the environment variables for the same headroom in another process."""
         return {
             MINIMUM_VARIABLE: str(self.minimum_bytes),
             OVERHEAD_VARIABLE: str(self.overhead_bytes),

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class MemoryNeed:
-    """Most memory that a runner's process takes with one model, in bytes.
+    """Most memory a runner's process takes with one model, in bytes.
 
     Attributes:
         weight_bytes: The weights in memory.
@@ -54,7 +54,7 @@ class MemoryNeed:
 
     @property
     def mlx_bytes(self) -> int:
-        """Most memory that MLX holds while completions run; its limit."""
+        """MLX's memory limit: the most that it holds while completions run."""
         return self.weight_bytes + self.kv_bytes + self.prefix_cache_bytes + self.working_bytes
 
     def as_dict(self) -> dict[str, Any]:

@@ -106,11 +106,11 @@ class NeedRefusedError(Exception):
 
 
 class NeedUnknownError(Exception):
-    """The process that answers crashed or took too long."""
+    """The answering process crashed or took too long."""
 
 
 def can_ask() -> bool:
-    """Return whether there is a Python interpreter with the packages that a query needs."""
+    """Return whether there is a Python interpreter with the packages a query needs."""
     try:
         interpreter()
     except NoInterpreterError:
@@ -119,7 +119,7 @@ def can_ask() -> bool:
 
 
 def ask_need(request: NeedRequest, environ: Mapping[str, str] = os.environ) -> NeedAnswer:
-    """Return the memory that a server would plan for a load.
+    """Return the memory a server would plan for a load.
 
     Args:
         request: The load.
@@ -252,7 +252,7 @@ def _age(path: Path) -> float:
 
 
 def _identity(request: NeedRequest) -> str:
-    """Return a hash of a request, the model's files and the code that answers."""
+    """Return a hash of a request, the model's files and the answering code."""
     parts = [
         json.dumps(asdict(request), sort_keys=True),
         sys.version,

@@ -49,7 +49,7 @@ _REWRITE_SECONDS = 3600.0
 
 
 class Reservation:
-    """Memory reserved for one runner until it is released or the owning process ends.
+    """Memory reserved for one runner, until released or until the owning process ends.
 
     Get one from :meth:`BookView.add`. Thread-safe; no method waits for another process.
     """
@@ -74,7 +74,7 @@ class Reservation:
 
     @property
     def need_bytes(self) -> int:
-        """Most memory that the runner may take in total."""
+        """Most memory the runner may take in total."""
         return self._record.need_bytes
 
     @property
@@ -157,7 +157,7 @@ class BookView:
     def claims(
         self, exclude: Collection[int] = (), without: Collection[str] = ()
     ) -> tuple[Claim, ...]:
-        """Return the memory that each process may still take, without claims of zero.
+        """Return the memory each process may still take, without claims of zero.
 
         Args:
             exclude: Process ids whose records are not counted.
@@ -174,7 +174,7 @@ class BookView:
         return tuple(claim for claim in claims if claim.claimed_bytes)
 
     def _claimed(self, records: list[Record], device: str) -> int:
-        """Return the bytes that the records of one process and device still claim."""
+        """Return the bytes still claimed by the records of one process and device."""
         promised = sum(record.need_bytes for record in records if not record.is_assigned)
         own = [record for record in records if record.is_assigned]
         need = sum(record.need_bytes for record in own)
@@ -197,7 +197,7 @@ class BookView:
         *,
         without: Collection[str] = (),
     ) -> int:
-        """Return the memory that other runners may still take.
+        """Return the memory other runners may still take.
 
         Args:
             exclude: Process ids whose records are not counted.

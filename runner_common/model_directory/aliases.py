@@ -1,4 +1,4 @@
-"""Settings that have several names, or that transformers derives from others."""
+"""Settings with several names, and settings derived by transformers."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def _add_older_names(values: dict[str, Any], new: Mapping[str, Any]) -> None:
 
 
 def _add_newer_name(values: dict[str, Any]) -> None:
-    """Add ``rope_parameters``, the only form that some types read, from the older names."""
+    """Add ``rope_parameters``, the only form some types read, from the older names."""
     new, scaling = values.get("rope_parameters"), values.get("rope_scaling")
     older = {name: values.get(name) for name in _BESIDE}
     said = {name: value for name, value in older.items() if value is not None}

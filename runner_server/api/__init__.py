@@ -1,1 +1,1 @@
-"""The RPC services: they validate requests, submit them to the engine and encode the output."""
+"""The RPC services, which validate requests, run them on the engine and encode the output."""

@@ -43,7 +43,7 @@ and tokenization must not queue behind them."""
 
 @dataclass(frozen=True)
 class Estimated:
-    """Memory that a load would need, compared with the available memory.
+    """Memory a load would need, compared with the available memory.
 
     Attributes:
         answer: The need, part by part.

@@ -1,4 +1,4 @@
-"""The entry point of a generation, shared by the services of all protocols.
+"""The entry point of a generation, shared by the services of every protocol.
 
 A service parses its request into a :class:`GenerationDraft`, enters :func:`generate`, and encodes
 the deltas of the running request.

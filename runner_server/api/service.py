@@ -1,4 +1,4 @@
-"""``RunnerService``: validates requests, submits them to the engine, and encodes the output."""
+"""``RunnerService``: validation of requests, generation on the engine, encoding of output."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         )
 
     async def Estimate(self, request: pb.EstimateRequest, context: _Context) -> pb.EstimateResponse:
-        """Estimate the memory that a load would need."""
+        """Estimate the memory a load would need."""
         self._engine.refuse_when_ending()
         current_call().model = request.model
         spec = load_spec(request)

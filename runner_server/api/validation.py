@@ -1,4 +1,4 @@
-"""Validation of requests against the ranges that the protocol states.
+"""Validation of requests against the ranges stated in the protocol.
 
 Everything that could raise inside a step of the batch is refused here, before the request is
 queued, with the name of the field.

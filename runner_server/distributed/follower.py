@@ -28,7 +28,7 @@ class _AbortedError(Exception):
 
 
 class LeaderChannel:
-    """A follower's end of the protocol: messages from rank 0, answers to it, and this rank's state.
+    """A follower's end of the protocol: messages from rank 0, answers, and the state of this rank.
 
     A dedicated thread reads the connection. Call everything except :meth:`send_memory` on the
     thread that opened the library.
@@ -50,11 +50,11 @@ class LeaderChannel:
         self.state = FollowerState.IDLE
 
     def start(self) -> None:
-        """Start the thread that reads the connection."""
+        """Start the reading thread."""
         threading.Thread(target=self._read, name="rank 0", daemon=True).start()
 
     def get(self) -> msg.Message:
-        """Wait for the next message, and enter the state that follows it.
+        """Wait for the next message, and enter the next state.
 
         Raises:
             RuntimeError: The state does not allow the message, so the ranks are out of step.
@@ -109,7 +109,7 @@ class FollowerPartners:
         """Do nothing, because rank 0 has already begun the load."""
 
     def finish_load(self, _report: Callable[[int], None], kv_share: float) -> float:
-        """Report that this rank has read its part, and wait for rank 0 to continue or cancel."""
+        """Report this rank's part as read, and wait for rank 0 to continue or cancel."""
         self._channel.answer(msg.LoadRead(kv_share))
         if isinstance(self._channel.get(), msg.AbortLoad):
             raise _AbortedError
@@ -137,7 +137,7 @@ class Follower:
         self._executor: Executor | None = None
 
     def run(self) -> None:
-        """Follow rank 0 until ``Close``. Call on the thread that opened the library.
+        """Follow rank 0 until ``Close``. Call on the thread which opened the library.
 
         Raises:
             Exception: Any error, after which this rank cannot continue.

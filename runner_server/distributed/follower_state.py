@@ -1,4 +1,4 @@
-"""States of a follower, and the messages that each state allows."""
+"""States of a follower, and the messages each state allows."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class Hub:
         return [*self._listener.getsockname()[:2], self._secret]
 
     def gather(self, traits: Sequence[str], timeout_seconds: float) -> None:
-        """Wait for the other ranks to connect, then start the threads that serve them.
+        """Wait for the other ranks to connect, then start the reading threads.
 
         Args:
             traits: Properties that must be the same on all ranks, such as versions.
@@ -142,7 +142,7 @@ class Hub:
         return [follower.rank for follower in self._followers]
 
     def broadcast(self, message: FromLeader) -> None:
-        """Send a message to all other ranks.
+        """Send a message to every other rank.
 
         Raises:
             BackendLost: A rank is lost.

@@ -1,4 +1,4 @@
-"""The model library on rank 0, which sends each call to the followers before it makes the call."""
+"""The model library on rank 0, which sends each call to the followers before making the call."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class LeaderPartners:
         raise fault_of(f"rank {rank.rank} on {rank.host}", answer)
 
     def end_step(self) -> None:
-        """Record the end of a step that all ranks make together."""
+        """Record the end of a step made by every rank together."""
         if self._phase is _Phase.TOGETHER:
             self._phase = _Phase.ALONE
 
@@ -174,7 +174,7 @@ class LeaderBackend:
 
 
 class LeaderModel:
-    """A model that is split among the ranks; see ``LoadedModel``.
+    """A model split among the ranks; see ``LoadedModel``.
 
     Args:
         model: The part on this rank.
@@ -187,7 +187,7 @@ class LeaderModel:
 
     @property
     def info(self) -> ModelInfo:
-        """Description of the model. The byte counts are those of this rank."""
+        """Description of the model. The byte counts are for this rank."""
         return self._model.info
 
     @property

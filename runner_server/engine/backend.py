@@ -47,7 +47,7 @@ class Codec(Protocol):
         ...
 
     def token_bytes(self, token_id: int) -> bytes | None:
-        """Return the bytes that a token contributes, unless it is the first of a text.
+        """Return the bytes a token contributes to a text, unless the token is the first.
 
         Returns:
             The bytes; None if they depend on the preceding tokens.
@@ -120,7 +120,7 @@ class LoadedModel(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ModelHandle:
-    """Description and tokenizer of a loaded model, without the weights. Any thread may keep it.
+    """Description and tokenizer of a loaded model, without the weights, for any thread.
 
     Attributes:
         info: Description of the model and the limits in force.
@@ -138,7 +138,7 @@ class Ranks(Protocol):
 
     @property
     def others(self) -> Sequence[Rank]:
-        """The other ranks, each with the memory it reported last."""
+        """The other ranks, each with the memory reported last."""
         ...
 
     def watch(self, on_lost: Callable[[str], object], on_stop: Callable[[], object]) -> None:
@@ -186,7 +186,7 @@ class Backend(Protocol):
         ...
 
     def release(self, *, for_next: bool = False) -> None:
-        """Free the memory of a model that is no longer referenced.
+        """Free the memory of a model no longer referenced.
 
         Args:
             for_next: Whether a load follows. If so, the memory reservation is kept for it.

@@ -38,7 +38,7 @@ class BatchPlanner:
         self._joining.append(row)
 
     def remove(self, row: int) -> None:
-        """Remove a row that has ended or is preempted. No-op if unknown."""
+        """Remove an ended or preempted row. No-op if unknown."""
         self._prefills.remove(row)
         self._decoding.discard(row)
         if row in self._joining:
@@ -61,7 +61,7 @@ class BatchPlanner:
         return None
 
     def record(self, item: WorkItem, report: WorkReport) -> list[Event]:
-        """Record the result of an item; return the events of its rows."""
+        """Record the result of an item; return the events of the rows."""
         if isinstance(item, PrefillItem):
             self._waited_seconds += report.waited_seconds
             events, ready = self._prefills.record(item, report.seconds)

@@ -77,7 +77,7 @@ class Engine:
         self._thread.start()
 
     def load(self, spec: LoadSpec) -> Load:
-        """Begin a load. Its ``future`` resolves to the outcome; set ``cancelled`` to stop it.
+        """Begin a load. ``future`` resolves to the outcome; set ``cancelled`` to stop the load.
 
         Raises:
             Busy: Another load or unload is under way.
@@ -86,7 +86,7 @@ class Engine:
         return self._begin(Load(spec))
 
     def unload(self) -> Unload:
-        """Begin an unload. Its ``future`` resolves to the bytes freed. Raises like :meth:`load`."""
+        """Begin an unload. ``future`` resolves to the bytes freed. Raises like :meth:`load`."""
         return self._begin(Unload())
 
     def _begin(self, command: _ModelCommandT) -> _ModelCommandT:
@@ -158,12 +158,12 @@ class Engine:
         return self._backend.memory()
 
     def stop(self) -> None:
-        """Begin a shutdown: fail all requests, free the model and end the thread."""
+        """Begin a shutdown: fail the requests, free the model and end the thread."""
         self._registry.stop()
         self._commands.put(Stop())
 
     def lose(self, text: str) -> None:
-        """Declare the engine dead and fail every call, even if its thread hangs inside MLX.
+        """Declare the engine dead and fail every call, even if the thread hangs inside MLX.
 
         The output channels get the fault here. The requests themselves belong to the engine's
         thread, which fails them if it ever returns from MLX.

@@ -43,7 +43,7 @@ def not_finite_fault(length: int, dtype: str) -> GenerationFailed:
 
 
 def load_fault(spec: LoadSpec, error: Exception) -> RunnerFault:
-    """Log a failed load; return its fault without tracebacks, which would keep arrays alive."""
+    """Log a failed load; return the fault without tracebacks, which would keep arrays alive."""
     if isinstance(error, RunnerFault):
         fault = error
         # %r, because a name with line breaks could forge log lines.

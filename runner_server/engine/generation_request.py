@@ -1,4 +1,4 @@
-"""A request in the engine: its status, text, counts and times."""
+"""A request in the engine: status, text, counts and times."""
 
 from __future__ import annotations
 
@@ -175,17 +175,17 @@ class GenerationRequest:
         )
 
     def running_seconds(self, result: GenerationResult) -> float:
-        """Return the seconds that the request occupied a slot, without those preempted."""
+        """Return the seconds spent in a slot, excluding the time preempted."""
         return result.prompt_seconds + result.eval_seconds - self._preempted_seconds
 
     def _end_at(self, token_id: int) -> FinishReason | None:
-        """Return the finish reason if a token is the last one by its id or by count."""
+        """Return the finish reason if a token is the last one by id or by count."""
         if token_id in self._end_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if self._token_count >= self.spec.max_tokens else None
 
     def _read(self, token_id: int, end: FinishReason | None) -> str:
-        """Return the text that a token completes; an end token has no text itself."""
+        """Return the text completed by a token; an end token has no text itself."""
         text = "" if end is FinishReason.STOP else self._decoder.push(token_id)
         return text + self._decoder.flush() if end else text
 

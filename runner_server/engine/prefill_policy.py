@@ -134,7 +134,7 @@ class PrefillPolicy:
         self._cost.record(tokens, seconds)
 
     def _fitting_chunk(self, seconds: float) -> int:
-        """Return the size of a chunk that takes ``seconds``, at most ``max_chunk``."""
+        """Return the size of a chunk taking ``seconds``, at most ``max_chunk``."""
         tokens = self._cost.tokens_within(seconds)
         if tokens is None:
             return self._min_chunk
@@ -171,7 +171,7 @@ class PrefillCostModel:
         self._covariance = (1 - share) * (self._covariance + share * more_tokens * more_seconds)
 
     def tokens_within(self, seconds: float) -> int | None:
-        """Return the number of tokens that take ``seconds``; None before the first chunk."""
+        """Return the number of tokens prefilled in ``seconds``; None before the first chunk."""
         if not self._weight:
             return None
         constant = self._constant()

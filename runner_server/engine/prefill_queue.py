@@ -21,7 +21,7 @@ FindPrefix = Callable[[Sequence[int]], Match]
 
 @dataclass(frozen=True)
 class PrefillLimits:
-    """Properties of a model that limit the chunks of its prompts.
+    """Limits set by a model on the chunks of prompts.
 
     Attributes:
         max_chunk: Most tokens of one prompt in one call, which bounds the call's working memory.
@@ -155,7 +155,7 @@ class PrefillQueue:
         )
 
     def record(self, item: PrefillItem, seconds: float) -> tuple[list[Prefill], list[int]]:
-        """Record the chunks that were run, and how long they took.
+        """Record the chunks run, and the time taken.
 
         Returns:
             The progress of each prompt, and the rows whose prefill is complete.
@@ -210,7 +210,7 @@ class PrefillQueue:
 def companions(
     first: ChunkStart, candidates: Iterable[ChunkStart], most: int, shortest: int
 ) -> list[ChunkStart]:
-    """Choose prompts to prefill in the same call as another one, so that it reads the weights once.
+    """Choose prompts to prefill in the same call as another one, which reads the weights once.
 
     Each starts at the same position as ``first`` and is prefilled to its end. A prompt that
     continues like one already chosen is left out: it waits, and takes their common tokens from the

@@ -13,12 +13,12 @@ def row_array(values: Sequence[float], dtype: mx.Dtype = mx.float32) -> mx.array
 
 
 def rows_of(indices: Sequence[int], count: int) -> mx.array | None:
-    """Return an index array that selects rows; None if it would select all of them."""
+    """Return an index array for selecting rows; None for a selection of every row."""
     return None if len(indices) == count else mx.array(list(indices), dtype=mx.int32)
 
 
 def copied(value: mx.array) -> mx.array:
-    """Return a copy in new memory, by a multiplication that MLX does not optimize away.
+    """Return a copy in new memory, by a multiplication MLX does not optimize away.
 
     A view, or the result of ``mx.contiguous``, may keep a much larger array alive.
     """

@@ -94,7 +94,7 @@ class InFlightStep:
         return cls(ids, mx.array([row.is_finite for row in rows], dtype=mx.bool_))
 
     def followed_by(self, other: InFlightStep) -> InFlightStep:
-        """Return the slots of this step followed by those of another."""
+        """Return the slots of this step followed by the slots of another."""
         return InFlightStep(
             mx.concatenate([self.tokens, other.tokens]), mx.concatenate([self.finite, other.finite])
         )
@@ -109,7 +109,7 @@ class InFlightStep:
         mx.eval(self.tokens, self.finite)
 
     def read(self) -> list[tuple[int, bool]]:
-        """Wait for the tokens; return each id with True if its logits are finite."""
+        """Wait for the tokens; return each id with a flag for finite logits."""
         ids = cast("list[int]", self.tokens.tolist())
         flags = cast("list[bool]", self.finite.tolist())
         return list(zip(ids, flags, strict=True))
@@ -151,7 +151,7 @@ class _RowLogprobs:
 
 
 class DecodeBatch:
-    """The rows that are decoded together, one token per step.
+    """Rows decoded together, one token per step.
 
     Between two calls, one step is in flight: :meth:`step` launches the next one with the tokens in
     flight as inputs, and then collects those tokens. For a row that joins with ``p``, the last
@@ -237,12 +237,12 @@ class DecodeBatch:
         return sum(int(cache.nbytes) for cache in self._caches)
 
     def compact(self) -> None:
-        """Free the memory that removed rows have left unused."""
+        """Free the memory left unused by removed rows."""
         self.finish()
         compact(self._caches)
 
     def settle(self, row: Row) -> None:
-        """Wait for a row's token in flight, and store it in ``row.next_id``."""
+        """Wait for a row's token in flight, and store the id in ``row.next_id``."""
         slot = self.rows.index(row)
         row.next_id, row.is_finite = self._in_flight.kept([slot]).read()[0]
 
@@ -265,7 +265,7 @@ class DecodeBatch:
         return [*events, *self._collect_first()]
 
     def _launch(self, inputs: mx.array) -> tuple[InFlightStep, list[_RowLogprobs | None]]:
-        """Launch a step; return its tokens, and the log probabilities of each row's token."""
+        """Launch a step; return the tokens, and the log probabilities of each row's token."""
         rows = self.rows
         logits = self._model(inputs[:, None], cache=self._caches)[:, -1, :]
         drawn = [row.drawn for row in rows]
@@ -281,7 +281,7 @@ class DecodeBatch:
         return step, logprobs
 
     def _settled(self, drawn: mx.array, finite: mx.array) -> InFlightStep:
-        """Return the tokens that all ranks continue with; 0 for a row with non-finite logits."""
+        """Return the tokens for every rank to continue with; 0 for a row with non-finite logits."""
         # Candidates among NaN logits may have ids outside the vocabulary.
         drawn = mx.where(finite, drawn, 0)
         if self._agree:

@@ -29,7 +29,7 @@ MlxPrefixCache = PrefixCache[Segment, StateSnapshot]
 
 @dataclass(frozen=True)
 class BatchBudget:
-    """Memory that a batch may take in addition to the weights.
+    """Memory limits of a batch, in addition to the weights.
 
     Attributes:
         budget_bytes: Most bytes for the caches of all rows.
@@ -195,7 +195,7 @@ class MlxExecutor:
         return self._clock() - began
 
     def _restore(self, row: Row, count: int) -> None:
-        """Replace a row's caches with those of a prefix in the prefix cache.
+        """Replace a row's caches with a prefix from the prefix cache.
 
         Raises:
             RuntimeError: The prefix cache has a prefix of another length.

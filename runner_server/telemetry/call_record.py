@@ -1,4 +1,4 @@
-"""Telemetry record of one RPC, and its summary for log line, metrics and span."""
+"""Telemetry record of one RPC, and the summary for log line, metrics and span."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Headers = Sequence[tuple[str, str | bytes]]
 
 @dataclass(frozen=True, slots=True)
 class CallSummary:
-    """Summary of a call that has ended.
+    """Summary of an ended call.
 
     Attributes:
         method: Name of the rpc, without the service.
@@ -57,7 +57,7 @@ class CallSummary:
 
 @dataclass(eq=False)
 class CallRecord:
-    """Record of a call in progress, filled by the layers that handle it, on the event loop only.
+    """Record of a call in progress, filled by each layer handling the call, on the event loop only.
 
     Attributes:
         method: Name of the rpc, without the service.
@@ -93,7 +93,7 @@ class CallRecord:
         return cls(method, _id(given.get(ID_HEADER)), headers, trace_id, parent_id)
 
     def end(self, code: str) -> CallSummary:
-        """End the call now, and return its summary.
+        """End the call now, and return the summary.
 
         Args:
             code: Name of the gRPC code that the call ended with.
@@ -122,7 +122,7 @@ def enter(request: CallRecord) -> None:
 
 
 def current_call() -> CallRecord:
-    """Return the record of the current call; outside of a call, a record that nothing reads."""
+    """Return the record of the current call; outside of a call, an unused record."""
     return _current.get() or CallRecord("", "")
 
 

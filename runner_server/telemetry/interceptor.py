@@ -27,7 +27,7 @@ class Observer(Protocol):
     """Receiver of call events, on the event loop; must not block."""
 
     def observe(self, call: CallRecord) -> Callable[[CallSummary], None]:
-        """Handle the start of a call, and return a handler for its end.
+        """Handle the start of a call, and return a handler for the end.
 
         The returned handler is called exactly once. All observers get the same summary, which is
         frozen, so their order does not matter.

@@ -1,4 +1,4 @@
-"""The log on stderr, as text or JSON, with one line per call that has no prompt or output."""
+"""The log on stderr, as text or JSON, with one line per call, without prompts or outputs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class RequestLog:
     """Logs one line for every finished call."""
 
     def observe(self, call: CallRecord) -> Callable[[CallSummary], None]:  # noqa: ARG002 - interface
-        """Return the handler that logs the call when it ends; see ``Observer.observe``."""
+        """Return the handler of the call's end, which logs the call; see ``Observer.observe``."""
         return self.log
 
     def log(self, call: CallSummary) -> None:

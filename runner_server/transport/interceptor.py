@@ -57,13 +57,13 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
 @dataclass(frozen=True)
 class _Unreadable:
-    """Placeholder for a request that cannot be parsed or has unknown fields."""
+    """Placeholder for a request with unknown fields or unreadable bytes."""
 
     violations: Violations
 
 
 def _reader(read: Callable[[bytes], Any] | None) -> Callable[[bytes], object]:
-    """Return a deserializer that returns an :class:`_Unreadable` instead of raising.
+    """Return a deserializer returning an :class:`_Unreadable` instead of raising.
 
     gRPC would send the text of the exception to the client, as UNKNOWN.
     """

@@ -72,7 +72,7 @@ class _SymbolPool:
 
 
 class _CommentedFile:
-    """The part of a file descriptor that reflection uses, with the comments of the source."""
+    """The part of a file descriptor used by reflection, with the comments of the source."""
 
     def __init__(self, file: FileDescriptor, comments: SourceCodeInfo | None) -> None:
         self._file = file

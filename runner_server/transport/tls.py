@@ -1,4 +1,4 @@
-"""TLS credentials from files, which are read again when they change."""
+"""TLS credentials from files, which are read again after changes."""
 
 from __future__ import annotations
 

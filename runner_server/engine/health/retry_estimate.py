@@ -10,7 +10,7 @@ time, so one slow batch must count as one observation and not as many."""
 
 
 class RetryEstimate:
-    """Moving average of the time that requests occupy a slot."""
+    """Moving average of the time requests occupy a slot."""
 
     def __init__(self) -> None:
         # A guess until the first request ends.
@@ -29,7 +29,7 @@ class RetryEstimate:
         self._mean_seconds += weight * (running_seconds - self._mean_seconds)
 
     def seconds(self, queued: int, parallel: int) -> float:
-        """Return the seconds that a queue takes to drain, between 0.1 and 60.
+        """Return the seconds a queue takes to drain, between 0.1 and 60.
 
         Args:
             queued: Requests in the queue.

@@ -70,7 +70,7 @@ class StreamDecoder:
         return window
 
     def push(self, token_id: int) -> str:
-        """Add an id; return the text that later ids cannot change any more, possibly empty."""
+        """Add an id; return the text no later id can change, possibly empty."""
         self._window.append(token_id)
         text = self._decode(self._window)
         in_run = text.endswith(REPLACEMENT) and not text.startswith(self._shown)
@@ -107,7 +107,7 @@ class StreamDecoder:
         return common + len(shown[common:].replace(REPLACEMENT, "?").encode())
 
     def _shrink(self, text: str) -> str:
-        """Drop the beginning of the window; return text that cannot be held back any longer."""
+        """Drop the beginning of the window; return text no longer held back."""
         held = text[len(self._shown) :]
         for size in range(_MIN_WINDOW, _MAX_WINDOW):
             tail = self._decode(self._window[-size:])

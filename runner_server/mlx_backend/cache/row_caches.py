@@ -157,7 +157,7 @@ def evaluate(caches: Caches) -> None:
 
 @dataclass(frozen=True)
 class CachePieces:
-    """Cuts the caches of a model into pieces for the prefix cache, and joins them again.
+    """Cuts the caches of a model into pieces for the prefix cache, and joins pieces again.
 
     For example, a model with an attention layer and a sliding-window layer has ``cut_layers ==
     (True, False)``. Once 100 tokens of a prompt have been prefilled:

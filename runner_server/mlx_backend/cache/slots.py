@@ -87,7 +87,7 @@ class SlotCache:
         return sum(part.nbytes for part in self._memory or ())
 
     def make_mask(self, count: int, **kwargs: Any) -> mx.array:
-        """Return the mask of the columns that the next ``count`` tokens of each row attend to."""
+        """Return the mask of the columns attended to by the next ``count`` tokens of each row."""
         longest = max(self._lengths)
         padding = mx.array([longest - length for length in self._lengths], dtype=mx.int32)
         kwargs.pop("return_array", None)
@@ -152,7 +152,7 @@ class SlotCache:
             _write(self._memory, slice(slot, slot + 1), slice(0, self._end), parts)
 
     def copies_to_move(self, slots: Sequence[int]) -> Pair | None:
-        """Copy the rows that :meth:`keep` will move to another slot.
+        """Copy the rows :meth:`keep` will move to another slot.
 
         Evaluate the copies before calling :meth:`keep`: while a computation that reads the memory
         is pending, MLX writes to a copy of the whole memory instead of in place.

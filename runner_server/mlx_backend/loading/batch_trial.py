@@ -80,7 +80,7 @@ def deviation(model: Module, pieces: CachePieces, vocab_size: int, rows: int) ->
 
 
 def _tolerance(model: Module) -> float:
-    """Return the largest deviation that rounding can explain."""
+    """Return the largest deviation rounding can explain."""
     weights = cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))
     is_wide = all(weight.dtype == mx.float32 for _, weight in weights)
     return _TOLERANCE if is_wide and device_kind() == "cpu" else _TOLERANCE_16_BITS

@@ -127,7 +127,7 @@ class WeightFiles:
         self._read.clear()
 
     def unused(self) -> frozenset[str]:
-        """Return the names of the tensors that were not read and that no array refers to.
+        """Return the names of tensors neither read yet nor referenced by an array.
 
         An array keeps its stream alive, so call this when only the model has arrays of
         :meth:`load`.

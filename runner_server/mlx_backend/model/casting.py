@@ -29,7 +29,7 @@ class _WideSwitchLinear(SwitchLinear):  # type: ignore[misc]
 
 
 def cast_weights(model: Module, dtype: mx.Dtype) -> None:
-    """Cast floating-point weights, except those that the model's class excludes.
+    """Cast floating-point weights, respecting the exceptions of the model's class.
 
     A class excludes weights such as router biases and decays of recurrent states by its
     ``cast_predicate``.

@@ -52,7 +52,7 @@ class Exactness:
 
     @property
     def length(self) -> int | None:
-        """The longest sequence, in tokens, that no difference affects; None if all are exact."""
+        """The longest sequence, in tokens, unaffected by any difference; None without a limit."""
         return min((each.harmless_tokens for each in self.differences), default=None)
 
     def require(self, path: object, *, allow: bool) -> None:
@@ -121,7 +121,7 @@ def _ignored_settings(config: Mapping[str, Any], built: BuiltModel) -> Iterator[
 
 
 def _unknown_layers(text: Mapping[str, Any], built: BuiltModel) -> Iterator[Difference]:
-    """Yield differences in the kinds of layers that the configuration lists."""
+    """Yield differences in the kinds of layers listed in the configuration."""
     kinds = text.get("layer_types") if "layer_types" in built.arguments else None
     if "layer_types" in text and not _has_pattern(text, built):
         yield Difference(
@@ -141,7 +141,7 @@ def _unknown_layers(text: Mapping[str, Any], built: BuiltModel) -> Iterator[Diff
 
 
 def _has_pattern(text: Mapping[str, Any], built: BuiltModel) -> bool:
-    """Return whether the class builds the kinds of layers that the configuration lists.
+    """Return whether the class builds the kinds of layers listed in the configuration.
 
     Some classes do not read the list but make every Nth layer global.
     """
@@ -155,7 +155,7 @@ def _has_pattern(text: Mapping[str, Any], built: BuiltModel) -> bool:
 
 
 def _limited_settings(text: Mapping[str, Any], built: BuiltModel) -> Iterator[Difference]:
-    """Yield differences that affect long sequences only."""
+    """Yield differences affecting long sequences only."""
     if window := _ignored_window(text, built):
         yield Difference(
             f"sliding_window = {window} in config.json has no effect in mlx_lm", window
@@ -169,7 +169,7 @@ def _limited_settings(text: Mapping[str, Any], built: BuiltModel) -> Iterator[Di
 
 
 def _known_faults(text: Mapping[str, Any]) -> Iterator[Difference]:
-    """Yield differences between mlx_lm 0.32.2 and transformers that comparisons have found.
+    """Yield differences between mlx_lm 0.32.2 and transformers found by comparisons.
 
     Raises:
         ValueError: Running the model would end the process.

@@ -46,7 +46,7 @@ _CLASSES = {
 
 
 def ignored_rope(text: Mapping[str, Any], built: BuiltModel) -> Iterator[str]:
-    """Yield problems for the rotary settings that a model ignores.
+    """Yield problems for the rotary settings ignored by a model.
 
     Args:
         text: The language model's part of the configuration.

@@ -173,7 +173,7 @@ class _Memory:
         self._users[self._buffer[name]] += 1
 
     def _source(self, node: _Node, name: str, index: int) -> str | None:
-        """Return the input that shares its memory with a result; None for a new buffer."""
+        """Return the input sharing memory with a result; None for a new buffer."""
         if not node.inputs:
             return None
         first = node.inputs[0]
@@ -189,7 +189,7 @@ class _Memory:
         return self._donor(node, name) if index == 0 else None
 
     def _donor(self, node: _Node, name: str) -> str | None:
-        """Return an input of the same size that nothing reads after this element-wise primitive."""
+        """Return an input of the same size, unread after this element-wise primitive."""
         for candidate in node.inputs:
             buffer = self._buffer.get(candidate)
             if (
@@ -211,7 +211,7 @@ class _Memory:
             self._live -= self._bytes.pop(buffer, 0)
 
     def _result_buffers(self, order: Sequence[_Node]) -> set[str]:
-        """Return the arrays that share memory with a result of the function, to exclude them."""
+        """Return the arrays sharing memory with a result of the function, which are excluded."""
         kept = set(self._trace.results)
         for node in reversed(order):
             if node.kind in _UPDATES | _VIEWS | _RESHAPES and kept.intersection(node.outputs):

@@ -52,7 +52,7 @@ class Probe:
     caches: tuple[CacheShape, ...]
 
     def kv_bytes(self, tokens: int) -> int:
-        """Return the bytes of all layers' caches for one sequence."""
+        """Return the bytes of every layer's cache for one sequence."""
         return sum(cache.held_bytes(tokens) for cache in self.caches)
 
     def largest_layer_bytes(self, tokens: int) -> int:
@@ -104,7 +104,7 @@ def _is_own(cache: Any) -> bool:
 def _with_growth(
     model: Module, caches: list[Any], shapes: list[CacheShape], own: list[int]
 ) -> list[CacheShape]:
-    """Return the shapes, with those of caches of unknown classes measured over 64 tokens.
+    """Return the shapes, after measuring caches of unknown classes over 64 tokens.
 
     Their growth is assumed to be linear, which overestimates windows.
     """

@@ -1,4 +1,4 @@
-"""Plan of a load: its limits and the memory it needs, decided before any weights are read.
+"""Plan of a load: limits and memory need, decided before any weights are read.
 
 This is the only formula for a model's memory. Loads use it for admission and limits, and the
 estimates of the client and of the ``Estimate`` rpc use it through
@@ -113,7 +113,7 @@ class Plan:
 
     @property
     def limit_bytes(self) -> int:
-        """Most bytes that MLX may hold."""
+        """Most bytes MLX may hold."""
         return self.need.mlx_bytes
 
     @property
@@ -135,7 +135,7 @@ class Plan:
         return replace(self, need=replace(self.need, prefix_cache_bytes=kept))
 
     def settled(self, spec: LoadSpec) -> LoadSpec:
-        """Return the load with this plan's decisions in place of all automatic choices."""
+        """Return the load with this plan's decisions in place of every automatic choice."""
         return replace(
             spec,
             dtype=self.dtype,
@@ -297,7 +297,7 @@ class _Sizes:
         self._prefill_bytes = alone
 
     def working(self, rows: int) -> tuple[int, int]:
-        """Return the working memory, and the part of it for freed buffers that MLX keeps."""
+        """Return the working memory, and the part for freed buffers kept by MLX."""
         copied = rows * self._probe.largest_layer_bytes(self._context)
         if rows > 1:
             # A preempted row is copied out of the batch.

@@ -36,7 +36,7 @@ _PROPERTIES = ("lstrip", "normalized", "rstrip", "single_word", "special")
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """Settings of a tokenizer. Its class is ignored.
+    """Settings of a tokenizer, except for the class.
 
     Attributes:
         bos_token: The beginning-of-text token, if a file names one.

@@ -1,4 +1,4 @@
-"""Bytes of single tokens, as the tokenizer's decoder would write them."""
+"""Bytes of single tokens, as written by the tokenizer's decoder."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _in_alphabet(token: str | None) -> bytes:
 
 
 def _by_repetition(tokenizer: Any, id_: int) -> bytes | None:
-    """Return the bytes that a third copy of a token adds to the text of two copies."""
+    """Return the bytes added by a third copy of a token to the text of two copies."""
     with NO_PANICS:
         two, three = (
             tokenizer.decode([id_] * count, skip_special_tokens=False) for count in (2, 3)

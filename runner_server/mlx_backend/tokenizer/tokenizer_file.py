@@ -27,7 +27,7 @@ FILE = "tokenizer.json"
 
 
 def read_tokenizer_file(path: Path, settings: TokenizerSettings) -> Any:
-    """Read ``tokenizer.json``, and add tokens that only the settings describe.
+    """Read ``tokenizer.json``, and add tokens described only by the settings.
 
     Args:
         path: The model's directory.

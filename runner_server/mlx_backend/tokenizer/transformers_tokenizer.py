@@ -155,7 +155,7 @@ def _load_generic(path: Path) -> Any:
 
 
 def _load_with_steps(path: Path) -> Any:
-    """Load with the named class, then replace its steps with those of Llama 2's published file."""
+    """Load with the named class, then use the steps of Llama 2's published file."""
     wrapper = _load(path)
     tokenizer = wrapper.backend_tokenizer
     tokenizer.normalizer = normalizers.Sequence(

@@ -101,7 +101,7 @@ def _replaced(names: Mapping[str, object]) -> Iterator[None]:
 
 @contextmanager
 def _recorded_arguments(taken: set[str]) -> Iterator[None]:
-    """Record the keys that each argument class accepts when it is built from a dictionary.
+    """Record the keys accepted by each argument class built from a dictionary.
 
     Within the context, a configuration that lacks a required key raises ``ValueError``.
     """

@@ -37,7 +37,7 @@ _MAX_FILES = 50
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Values of ``config.json`` that ``ModelInfo`` lacks.
+    """Values of ``config.json`` missing from ``ModelInfo``.
 
     Attributes:
         architectures: Names of the model's classes in transformers.

@@ -1,4 +1,4 @@
-"""Names of running requests, for ``Abort``. Callers choose them, and they need not be unique."""
+"""Names of running requests, for ``Abort``. Callers choose the names, which need not be unique."""
 
 from __future__ import annotations
 
