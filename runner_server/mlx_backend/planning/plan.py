@@ -231,11 +231,7 @@ def _plan(spec: LoadSpec, model: Module, directory: ModelDirectory, exactness: E
 
 
 def require_context(context_length: int, longest: int) -> None:
-    """Check that a model supports a context length.
-
-    Raises:
-        InvalidField: The context is longer than ``longest``, in tokens.
-    """
+    """Raise :class:`InvalidField` if a context is longer than ``longest``, in tokens."""
     if context_length > longest:
         text = f"{context_length} is more than the {longest} tokens this model can handle"
         raise InvalidField([("context_length", text)])
@@ -247,8 +243,7 @@ def context_in_force(spec: LoadSpec, longest: int, exactness: Exactness) -> int:
     Args:
         spec: The load.
         longest: The longest sequence that the model supports.
-        exactness: The known differences. The default context avoids those that affect only long
-            sequences.
+        exactness: The known differences. The default context avoids those of long sequences only.
 
     Raises:
         InvalidField: The requested context is longer than the model supports; or without
@@ -269,14 +264,7 @@ def context_in_force(spec: LoadSpec, longest: int, exactness: Exactness) -> int:
 
 
 class _Sizes:
-    """Sizes of one model's memory, some as functions of the number of sequences.
-
-    Args:
-        spec: The load.
-        context: The longest sequence, in tokens.
-        model: A model with lazy weights.
-        seen: The shapes of the model's caches.
-    """
+    """Sizes of one model's memory in bytes, some as functions of the number of sequences."""
 
     def __init__(self, spec: LoadSpec, context: int, model: Module, seen: Probe) -> None:
         self._spec = spec
