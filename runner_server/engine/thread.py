@@ -52,7 +52,7 @@ _TRIM_AFTER_SECONDS = 1.0
 """Idle time after which the engine returns freed memory to the system."""
 
 _MAX_FAILED_STEPS = 2
-"""Failed steps, with no successful decode step between them, after which the engine dies, because it
+"""Failed steps, with no successful decode step between them, after which the engine dies: it
 evidently cannot recover."""
 
 
