@@ -136,7 +136,7 @@ def test_a_python_without_the_servers_packages_is_refused(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == missing else find(name)
     )
-    with pytest.raises(errors.NotSupportedError, match=rf"no .*{missing}.*mlx-grpc-runner\[cpu\]"):
+    with pytest.raises(errors.NotSupportedError, match=rf"no .*{missing}.*the extra cpu"):
         RunnerProcess(model).load()
 
 

@@ -216,7 +216,7 @@ async def test_without_the_library_the_error_says_what_to_install(
 ) -> None:
     monkeypatch.delitem(sys.modules, "runner_server.telemetry.metrics")
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
-    with pytest.raises(CannotListenError, match=r"prometheus_client.*mlx-grpc-runner\[metrics\]"):
+    with pytest.raises(CannotListenError, match=r"prometheus_client.*the extra metrics"):
         async with running(socket_dir, FakeBackend(), metrics_listen=LOOPBACK):
             pass
 
