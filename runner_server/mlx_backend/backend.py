@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from runner_server.engine.admission import UNCHECKED, Admission
+from runner_server.engine.load_admission import UNCHECKED, Admission
 from runner_server.engine.types import LoadSpec, MemoryCounters
 from runner_server.host.heap import drop_code, settle_heap, trim_heap
 from runner_server.mlx_backend.upstream.lean_import import forget_modules

@@ -24,7 +24,7 @@ from runner_common.model_directory import (
     ModelDirectory,
 )
 from runner_common.units import format_bytes
-from runner_server.engine.admission import UNCHECKED, Admission
+from runner_server.engine.load_admission import UNCHECKED, Admission
 from runner_server.engine.prefill_queue import PrefillLimits
 from runner_server.engine.prefix_cache import CacheUsage, PrefixCache
 from runner_server.engine.types import Dtype, LoadSpec, ModelInfo
