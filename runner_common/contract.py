@@ -29,6 +29,9 @@ DEFAULT_PARALLEL = 4
 MAX_PARALLEL = 256
 """Largest number of requests decoded together."""
 
+MAX_LOGPROBS = 20
+"""Most alternatives reported for each generated token."""
+
 MAX_PORT = 65_535
 
 MAX_REQUEST_BYTES = 64 * 2**20

@@ -20,14 +20,14 @@ def run_server() -> int:
     """Run the server; return the exit code."""
     config = parse_args()
     set_up_logging(config.log_level, config.log_format)
-    if config.distributed:
-        from runner_server.launch_ranks import run  # noqa: PLC0415 - rarely needed
-
-        return run(config)
-    root = ModelRoot(config.model_root) if config.model_root else None
     try:
         admission = MachineAdmission()
     except VariableError as error:
         logger.error("%s", error)  # noqa: TRY400 - the message suffices
         return EXIT_CANNOT_START
+    if config.distributed:
+        from runner_server.launch_ranks import run  # noqa: PLC0415 - rarely needed
+
+        return run(config, admission)
+    root = ModelRoot(config.model_root) if config.model_root else None
     return asyncio.run(serve(config, MlxBackend(root, admission=admission), admission=admission))

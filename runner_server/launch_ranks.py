@@ -12,10 +12,11 @@ import socket
 import stat
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from runner_server import __version__
 from runner_server.app import EXIT_CANNOT_START, EXIT_ENGINE_DEAD, serve
@@ -38,8 +39,13 @@ JOIN_SECONDS = 120.0
 """Longest wait of the ranks for each other at start. Logging in to a large cluster takes time."""
 
 
-def run(config: ServerConfig) -> int:
-    """Serve as rank 0, or follow rank 0; return the exit code."""
+def run(config: ServerConfig, admission: MachineAdmission) -> int:
+    """Serve as rank 0, or follow rank 0; return the exit code.
+
+    Args:
+        config: Options of the server, the same on every rank.
+        admission: Decides whether there is memory for this rank's part of a load.
+    """
     if "MLX_RANK" not in os.environ:
         logger.error(
             "--distributed: MLX_RANK is not set; start all ranks with mlx.launch, for instance "
@@ -48,10 +54,12 @@ def run(config: ServerConfig) -> int:
         return EXIT_CANNOT_START
     try:
         group = _join()
-        return _lead(config, group) if group.rank == 0 else _follow(config, group)
+        work = _lead if group.rank == 0 else _follow
+        serve_or_follow = work(config, group, admission)
     except (OSError, RuntimeError, ValueError) as error:
         logger.error("cannot join the ranks: %s", error)  # noqa: TRY400 - the message suffices
         return EXIT_CANNOT_START
+    return serve_or_follow()
 
 
 def _join() -> Group:
@@ -75,7 +83,8 @@ def _join() -> Group:
     return group
 
 
-def _lead(config: ServerConfig, group: Group) -> int:
+def _lead(config: ServerConfig, group: Group, admission: MachineAdmission) -> Callable[[], int]:
+    """Wait for the followers; return the call that serves."""
     from runner_server.mlx_backend.sharding import Shard  # noqa: PLC0415 - imports MLX
 
     hub = Hub(_host_of_rank_0(), group.size)
@@ -84,25 +93,26 @@ def _lead(config: ServerConfig, group: Group) -> int:
     logger.info("rank 0 of %d serves; the others are %s", group.size, _names(hub))
     partners = LeaderPartners(hub)
     shard = Shard(group, partners, by_layers=config.pipeline)
-    admission = MachineAdmission()
     backend = LeaderBackend(MlxBackend(_root(config), shard, admission), hub, partners)
     # If stdin is mlx.launch's pipe, rank 0 exits with mlx.launch, and the others with rank 0.
     ends_with_launcher = _is_pipe(sys.stdin.fileno() if sys.stdin else 0)
     config = replace(config, exit_with_parent=config.exit_with_parent or ends_with_launcher)
-    return asyncio.run(serve(config, backend, hub, admission))
+    return lambda: asyncio.run(serve(config, backend, hub, admission))
 
 
-def _follow(config: ServerConfig, group: Group) -> int:
+def _follow(config: ServerConfig, group: Group, admission: MachineAdmission) -> Callable[[], int]:
+    """Connect to rank 0; return the call that follows."""
     host, port, secret = group.share(None)
     link = Link(socket.create_connection((host, port), timeout=JOIN_SECONDS))
     _ask_rank_0_on_signals(link)
+    return lambda: _on_thread(lambda: _follow_to_end(config, group, link, secret, admission))
+
+
+def _on_thread(work: Callable[[], int]) -> NoReturn:
+    """Run work on a thread, and end the process with its exit code."""
     codes: list[int] = []
-
-    def work() -> None:
-        codes.append(_follow_to_end(config, group, link, secret))
-
     # MLX may block for a long time, and the main thread must stay free to handle signals.
-    thread = threading.Thread(target=work, name="engine", daemon=True)
+    thread = threading.Thread(target=lambda: codes.append(work()), name="engine", daemon=True)
     thread.start()
     thread.join()
     logging.shutdown()
@@ -110,13 +120,15 @@ def _follow(config: ServerConfig, group: Group) -> int:
     os._exit(*codes)
 
 
-def _follow_to_end(config: ServerConfig, group: Group, link: Link, secret: str) -> int:
+def _follow_to_end(
+    config: ServerConfig, group: Group, link: Link, secret: str, admission: MachineAdmission
+) -> int:
     """Follow rank 0 to the end; return the exit code."""
     from runner_server.mlx_backend.sharding import Shard  # noqa: PLC0415 - imports MLX
 
     channel = LeaderChannel(link, lambda: os._exit(EXIT_ENGINE_DEAD))
     shard = Shard(group, FollowerPartners(channel), by_layers=config.pipeline)
-    backend = MlxBackend(_root(config), shard, MachineAdmission())
+    backend = MlxBackend(_root(config), shard, admission)
     try:
         device = backend.open()
         host, pid = socket.gethostname(), os.getpid()

@@ -14,7 +14,7 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_common.contract import MAX_PARALLEL
+from runner_common.contract import MAX_LOGPROBS, MAX_PARALLEL
 from runner_server.api.generation import GenerationDraft
 from runner_server.api.prompts import Prompt
 from runner_server.api.violations import ViolationCollector
@@ -25,8 +25,6 @@ _T = TypeVar("_T")
 _MAX_INT32 = 2**31 - 1
 _MAX_INT64 = 2**63 - 1
 _MAX_MODEL_CHARS = 4096
-MAX_LOGPROBS = 20
-"""Most alternatives reported for each generated token."""
 
 _MAX_STOPS = 64
 _MAX_STOP_CHARS = 1024

@@ -47,14 +47,14 @@ class _Prompt:
         row: Id of the row.
         ids: The whole prompt.
         prefilled: Tokens in the row's caches.
-        reusable: Length of the prefix found by the latest lookup in the prefix cache.
+        position: Start of the next chunk, by the latest lookup in the prefix cache.
         cached: Tokens restored from the prefix cache.
     """
 
     row: int
     ids: array[int]
     prefilled: int = 0
-    reusable: int = 0
+    position: int = 0
     cached: int = 0
 
     @property
@@ -63,7 +63,7 @@ class _Prompt:
 
     @property
     def remaining(self) -> int:
-        return self.end - max(self.prefilled, self.reusable)
+        return self.end - self.position
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class PrefillQueue:
     def add(self, row: int, prompt_ids: Sequence[int]) -> None:
         """Add the prompt of a row."""
         prompt = self._prompts[row] = _Prompt(row, array("i", prompt_ids))
-        self._start(prompt)
+        prompt.position = self._look_up(prompt).position
 
     def remove(self, row: int) -> None:
         """Remove the prompt of a row. No-op if unknown."""
@@ -147,7 +147,9 @@ class PrefillQueue:
         if choice is None:
             return None
         row, count = choice
-        first = self._start(self._prompts[row])
+        prompt = self._prompts[row]
+        first = self._look_up(prompt)
+        prompt.position = first.position
         starts = [first, *self._companions(first, count)]
         needs_snapshot = self._limits.needs_snapshot
         return PrefillItem(
@@ -170,19 +172,19 @@ class PrefillQueue:
                 prompt.cached += chunk.restored - prompt.prefilled
                 prompt.prefilled = chunk.restored
             prompt.prefilled += chunk.count
+            prompt.position = prompt.prefilled
             events.append(Prefill(chunk.row, prompt.prefilled, len(prompt.ids), prompt.cached))
             if prompt.prefilled == prompt.end:
                 del self._prompts[chunk.row]
                 ready.append(chunk.row)
         return events, ready
 
-    def _start(self, prompt: _Prompt) -> ChunkStart:
+    def _look_up(self, prompt: _Prompt) -> ChunkStart:
         """Return the start of a prompt's next chunk, after a new lookup in the prefix cache.
 
         Other prompts may have been inserted since the previous lookup.
         """
         match = self._find_prefix(prompt.ids[:-1])
-        prompt.reusable = match.usable
         restored = match.usable if match.usable > prompt.prefilled else 0
         position = max(prompt.prefilled, match.usable)
         # With a snapshot where the two prompts part, a third one can reuse what they share.
@@ -202,7 +204,7 @@ class PrefillQueue:
         if most < 1:
             return []
         others = (each for each in self._prompts.values() if each.row != first.row)
-        candidates = (self._start(each) for each in islice(others, 2 * most))
+        candidates = (self._look_up(each) for each in islice(others, 2 * most))
         shortest = length // 2 if self._limits.can_pad else length
         return companions(first, candidates, most, shortest)
 

@@ -81,22 +81,22 @@ class Scheduler:
             if self.resumable:
                 request = self.resumable.popleft()
                 request.resume()
-                self._batch.resume(request.id)
+                self._require_planner().resume(request.id)
             else:
                 request = self.waiting.popleft()
                 request.admit()
                 self.admitted[request.id] = request
-                self._batch.add(request.id, request.spec.prompt_ids)
+                self._require_planner().add(request.id, request.spec.prompt_ids)
                 admitted.append(request)
         return admitted
 
     def next_item(self) -> WorkItem | None:
         """Return the next work item, which the caller runs and records; see ``BatchPlanner``."""
-        return self._batch.next_item()
+        return self._require_planner().next_item()
 
     def record(self, item: WorkItem, report: WorkReport) -> list[Event]:
         """Record the result of a work item; return the events for the requests."""
-        return self._batch.record(item, report)
+        return self._require_planner().record(item, report)
 
     def slow_readers(self) -> list[GenerationRequest]:
         """Return the DECODING requests whose readers are too far behind, to be preempted."""
@@ -107,7 +107,7 @@ class Scheduler:
     def preempt(self, request: GenerationRequest) -> None:
         """Take a request out of the batch until its reader has caught up."""
         request.preempt()
-        self._batch.remove(request.id)
+        self._require_planner().remove(request.id)
 
     def has_next(self, model: LoadedModel) -> bool:
         """Return True if :meth:`admit` would admit or resume a request."""
@@ -133,8 +133,7 @@ class Scheduler:
         self.resumable.clear()
         self._planner = None
 
-    @property
-    def _batch(self) -> BatchPlanner:
+    def _require_planner(self) -> BatchPlanner:
         if self._planner is None:
             raise RuntimeError("no batch has been started")
         return self._planner

@@ -136,3 +136,19 @@ def test_the_host_of_rank_0_comes_from_the_launcher(
     for name, value in environment(file).items():
         monkeypatch.setenv(name, value)
     assert _host_of_rank_0() == host
+
+
+@pytest.mark.parametrize("rank", [None, "0", "1"])
+def test_a_wrong_variable_is_named_before_ranks_wait_for_each_other(rank: str | None) -> None:
+    env = os.environ | {"MLX_RUNNER_GPU_OVERHEAD": "much"}
+    done = subprocess.run(
+        [sys.executable, "-m", "runner_server", "--distributed"],
+        env=env | ({"MLX_RANK": rank} if rank else {}),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE_SECONDS,
+    )
+    assert done.returncode == 1
+    assert "MLX_RUNNER_GPU_OVERHEAD" in done.stderr
+    assert "cannot join" not in done.stderr

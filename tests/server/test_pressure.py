@@ -236,3 +236,17 @@ async def test_the_limit_follows_free_memory_in_a_server(
     size = 0
     await asyncio.sleep(0.05)
     assert len(limits) == seen
+
+
+async def test_a_watch_that_fails_is_logged_and_the_server_goes_on(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken(_watch: object) -> None:
+        raise OSError("no /proc here")
+
+    monkeypatch.setattr("runner_server.engine.health.memory_pressure.PressureWatch.run", broken)
+    server = await start_server()
+    await eventually(lambda: "the server goes on without it" in caplog.text)
+    assert "no /proc here" in caplog.text
+    await server.load()
+    assert await server.text(num_predict=2)

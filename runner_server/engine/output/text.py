@@ -32,7 +32,10 @@ class StreamDecoder:
 
     A decoder with byte fallback (Llama 2, Gemma) decodes a run of bytes as a unit: while its last
     character is incomplete, or one of its bytes is invalid, the whole run becomes replacement
-    characters. Text already returned then stays, and the rest waits for the end of the run.
+    characters. Text already returned then stays, and the rest waits for the end of the run. For
+    example, with the bytes 41 (``A``), E2 82 AC (``€``), the invalid FF, and a token ``!``, which
+    ends the run, the calls of ``push`` return ``"A"``, ``""``, ``""``, ``"€"``, ``""`` and U+FFFD
+    with ``"!"``: one replacement character for FF, although the decoder now gives five for the run.
 
     Args:
         decode: The tokenizer's decoder.

@@ -16,6 +16,7 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten, tree_unflatten
 
+from runner_common.contract import MAX_LOGPROBS
 from runner_server.engine.types import Sampling
 from runner_server.errors import ModelUnsupported
 from runner_server.mlx_backend.cache.row_caches import Caches, merge, side_by_side
@@ -26,9 +27,6 @@ from runner_server.mlx_backend.sampling.sampler import Sampler
 from runner_server.mlx_backend.upstream.names import KVCache, RotatingKVCache, make_prompt_cache
 
 logger = logging.getLogger(__name__)
-
-MAX_LOGPROBS = 20
-"""Maximum number of alternatives reported with each token, as the protocol specifies."""
 
 _GUESSED_VECTORS = 8
 

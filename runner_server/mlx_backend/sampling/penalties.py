@@ -165,6 +165,10 @@ def _count(
 
     An id may appear more than once, each time with its full count. The newest token adds ``weight``
     to its count. An id with a count of 0 is not in the window.
+
+    For example, with the windows ``[7, 7, 9]`` and ``[]``, the newest tokens 7 and 5, and a weight
+    of 1, the ids are ``[[7, 9, 7], [5, 5, 5]]`` and the counts ``[[3, 1, 3], [1, 1, 1]]``: the last
+    column is the newest token, and the row without a window repeats it.
     """
     seen = [Counter(window) for window in windows]
     width = max(map(len, seen))

@@ -9,9 +9,10 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
+from runner_common.contract import MAX_LOGPROBS
 from runner_server.api.generation import GenerationDraft
 from runner_server.api.prompts import Prompt
-from runner_server.api.validation import MAX_LOGPROBS, check_request_id
+from runner_server.api.validation import check_request_id
 from runner_server.api.violations import ViolationCollector
 from runner_server.engine.types import ModelInfo, Sampling
 
