@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict, get_args
+
+from runner_client.checks import check_flag, check_integer, check_kind, check_number
+from runner_client.errors import InvalidRequestError
+from runner_common.contract import (
+    MAX_BYTES,
+    MAX_CONTEXT_LENGTH,
+    MAX_PARALLEL,
+    MIN_CONTEXT_LENGTH,
+)
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -35,7 +44,12 @@ class LoadKeywords(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
-    """Options of a load, and of its estimate. None selects the server's default."""
+    """Options of a load, and of its estimate. None selects the server's default.
+
+    Raises:
+        TypeError: A value is of a wrong type.
+        InvalidRequestError: A value is out of range, or the number format is unknown.
+    """
 
     context_length: int | None = None
     """The longest sequence, in tokens. Default: the model's own limit, at most 4,096."""
@@ -57,9 +71,26 @@ class LoadOptions:
     """Load the model even if it cannot be computed exactly as its files specify;
     ``Model.warnings`` lists the differences."""
 
+    def __post_init__(self) -> None:
+        check_integer("context_length", self.context_length, MIN_CONTEXT_LENGTH, MAX_CONTEXT_LENGTH)
+        check_integer("parallel", self.parallel, 1, MAX_PARALLEL)
+        check_integer("memory_limit_bytes", self.memory_limit_bytes, 1, MAX_BYTES)
+        check_integer("prefix_cache_bytes", self.prefix_cache_bytes, 0, MAX_BYTES)
+        check_flag("memory_override", self.memory_override)
+        check_flag("allow_inexact", self.allow_inexact)
+        if self.dtype not in get_args(Dtype):
+            text = f"{self.dtype!r} is not one of {', '.join(get_args(Dtype))}"
+            raise InvalidRequestError(f"dtype: {text}", field_violations=[("dtype", text)])
+
     @classmethod
     def of(cls, options: LoadOptions | None, keywords: LoadKeywords) -> LoadOptions:
-        """Combine the options and keywords of a call; the keywords take precedence."""
+        """Combine the options and keywords of a call; the keywords take precedence.
+
+        Raises:
+            TypeError: The options are not ``LoadOptions``, or a value is of a wrong type.
+            InvalidRequestError: A value is out of range.
+        """
+        check_kind("options", options, cls)
         return replace(options or cls(), **keywords)
 
 
@@ -68,6 +99,7 @@ class Timeouts:
     """Timeouts of a client, in seconds. None waits indefinitely.
 
     Raises:
+        TypeError: A value is not a number.
         ValueError: A value is not above 0.
     """
 
@@ -93,6 +125,7 @@ class Timeouts:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            check_number(field.name, value)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{field.name} must be above 0 (or None: no limit), not {value}")
 
@@ -131,6 +164,7 @@ class RestartPolicy:
     """Limit on the restarts of a child; checked by ``RunnerProcess.restart``.
 
     Raises:
+        TypeError: A value is not a number.
         ValueError: A value is out of range.
     """
 
@@ -140,6 +174,8 @@ class RestartPolicy:
     """The time for which a restart counts."""
 
     def __post_init__(self) -> None:
+        check_integer("max_restarts", self.max_restarts)
+        check_number("window_seconds", self.window_seconds)
         if self.max_restarts < 0 or not self.window_seconds > 0:
             raise ValueError("max_restarts must be at least 0 and window_seconds above 0")
 

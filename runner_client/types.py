@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from runner_client.checks import check_bias, check_integer, check_number, check_texts
 from runner_client.settings import Dtype as Dtype  # noqa: PLC0414 - users have it from here
 from runner_client.settings import LoadKeywords as LoadKeywords  # noqa: PLC0414 - the same
 from runner_client.settings import LoadOptions as LoadOptions  # noqa: PLC0414 - the same
@@ -52,7 +53,11 @@ class DoneReason(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Sampling and stop options of a completion. None selects the server's default."""
+    """Sampling and stop options of a completion. None selects the server's default.
+
+    Raises:
+        TypeError: A value is of a wrong type. The server checks the ranges.
+    """
 
     temperature: float | None = None
     """Sampling temperature; 0 always takes the most likely token. 0 to 100; default 0.8."""
@@ -86,10 +91,19 @@ class Options:
     """Values added to the logits, by token id."""
 
     def __post_init__(self) -> None:
-        # A string is a sequence of strings too: each of its characters would end the text.
-        stop: object = self.stop
-        if isinstance(stop, str):
-            raise TypeError(f"stop is a sequence of strings: write stop=({stop!r},)")
+        for name in _INTEGERS:
+            check_integer(name, getattr(self, name))
+        for name in _NUMBERS:
+            check_number(name, getattr(self, name))
+        check_texts("stop", self.stop)
+        check_bias("logit_bias", self.logit_bias)
+
+
+_INTEGERS = ("top_k", "repeat_last_n", "num_predict", "seed")
+_NUMBERS = (
+    *("temperature", "top_p", "min_p"),
+    *("repeat_penalty", "presence_penalty", "frequency_penalty"),
+)
 
 
 @dataclass(frozen=True, slots=True)

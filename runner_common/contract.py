@@ -32,6 +32,14 @@ MAX_PARALLEL = 256
 MAX_LOGPROBS = 20
 """Most alternatives reported for each generated token."""
 
+MIN_CONTEXT_LENGTH = 2
+"""Shortest context that ``Load`` accepts, in tokens: one of a prompt and one generated."""
+
+MAX_CONTEXT_LENGTH = 2**31 - 1
+
+MAX_BYTES = 2**63 - 1
+"""Largest size that a request can hold."""
+
 MAX_PORT = 65_535
 
 MAX_REQUEST_BYTES = 64 * 2**20

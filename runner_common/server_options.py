@@ -12,14 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner_common.contract import DEFAULT_PARALLEL, MAX_PARALLEL, MAX_PORT, TOKEN_VARIABLE
+from runner_common.contract import (
+    DEFAULT_PARALLEL,
+    MAX_BYTES,
+    MAX_PARALLEL,
+    MAX_PORT,
+    MIN_CONTEXT_LENGTH,
+    TOKEN_VARIABLE,
+)
 from runner_common.units import parse_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
 _MAX_INT32 = 2**31 - 1
-_MAX_INT64 = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +103,7 @@ def _in_range(number: int, low: int, high: int) -> int:
 
 
 def _size(low: int) -> Callable[[str], int]:
-    return lambda text: _in_range(parse_bytes(text), low, _MAX_INT64)
+    return lambda text: _in_range(parse_bytes(text), low, MAX_BYTES)
 
 
 def _seconds(text: str) -> float:
@@ -154,7 +160,7 @@ SERVER_OPTIONS = (
         "Longest sequence, prompt and text together, in tokens.  [default: the model's own limit, "
         "at most 4096]",
         metavar="N",
-        read=_integer(2),
+        read=_integer(MIN_CONTEXT_LENGTH),
         needs="--model",
     ),
     ServerOption(

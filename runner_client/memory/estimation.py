@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Unpack, cast
 
+from runner_client.checks import check_model
 from runner_client.errors import (
     InsufficientMemoryError,
     InvalidRequestError,
@@ -15,7 +16,7 @@ from runner_client.errors import (
 from runner_client.memory.header_need import need_from_headers
 from runner_client.memory.model import find_model, read_model
 from runner_client.types import LoadOptions
-from runner_common.contract import DEFAULT_PARALLEL, MAX_PARALLEL
+from runner_common.contract import DEFAULT_PARALLEL
 from runner_common.host_memory.free import Backend, installed_backend
 from runner_common.memory.need import MemoryNeed
 from runner_common.memory.need_query import (
@@ -144,10 +145,7 @@ def estimate(
         InsufficientMemoryError: One sequence does not fit ``memory_limit_bytes``.
     """
     load = LoadOptions.of(options, keywords)
-    _require("context_length", load.context_length, 2, 2**31 - 1)
-    _require("parallel", load.parallel, 1, MAX_PARALLEL)
-    _require("memory_limit_bytes", load.memory_limit_bytes, 1, 2**63 - 1)
-    _require("prefix_cache_bytes", load.prefix_cache_bytes, 0, 2**63 - 1)
+    check_model(model)
     environ = os.environ if env is None else env
     located = find_model(model, environ)
     directory = read_model(located.path)
@@ -215,12 +213,6 @@ def _refused(refusal: NeedRefusedError) -> RunnerError:
             metadata=numbers,
         )
     return RunnerError(text, reason=reason, metadata=numbers)
-
-
-def _require(name: str, value: int | None, low: int, high: int) -> None:
-    if value is not None and not low <= value <= high:
-        text = f"{value:,} is not in the range {low:,} to {high:,}"
-        raise InvalidRequestError(f"{name}: {text}", field_violations=[(name, text)])
 
 
 def _resolved(dtype: Dtype, backend: Backend) -> str:

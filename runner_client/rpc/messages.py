@@ -6,6 +6,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mlxrunner.v1 import runner_pb2 as pb
+from runner_client.checks import (
+    check_flag,
+    check_ids,
+    check_integer,
+    check_kind,
+    check_model,
+    check_text,
+)
 from runner_client.errors import InvalidRequestError
 from runner_client.types import (
     Completion,
@@ -29,7 +37,7 @@ if TYPE_CHECKING:
 
     from google.protobuf.duration_pb2 import Duration
 
-    from runner_client.types import Dtype, LoadOptions
+    from runner_client.types import LoadOptions
 
 _DTYPES = {
     "auto": pb.DTYPE_AUTO,
@@ -58,16 +66,16 @@ def load_request(model: str, options: LoadOptions) -> pb.LoadRequest:
     """Build the request of a load.
 
     Raises:
+        TypeError: The model is not a text.
         InvalidRequestError: A value cannot be sent.
-        ValueError: The number format is unknown.
     """
-    dtype = _dtype(options.dtype)
+    check_model(model)
     with _sendable():
         return pb.LoadRequest(
             model=model,
             context_length=options.context_length,
             parallel=options.parallel,
-            dtype=dtype,
+            dtype=_DTYPES[options.dtype],
             memory_limit_bytes=options.memory_limit_bytes,
             prefix_cache_bytes=options.prefix_cache_bytes,
             memory_override=options.memory_override,
@@ -77,13 +85,13 @@ def load_request(model: str, options: LoadOptions) -> pb.LoadRequest:
 
 def estimate_request(model: str, options: LoadOptions) -> pb.EstimateRequest:
     """Build the request of an estimate; raises like ``load_request``."""
-    dtype = _dtype(options.dtype)
+    check_model(model)
     with _sendable():
         return pb.EstimateRequest(
             model=model,
             context_length=options.context_length,
             parallel=options.parallel,
-            dtype=dtype,
+            dtype=_DTYPES[options.dtype],
             memory_limit_bytes=options.memory_limit_bytes,
             prefix_cache_bytes=options.prefix_cache_bytes,
             allow_inexact=options.allow_inexact,
@@ -92,6 +100,7 @@ def estimate_request(model: str, options: LoadOptions) -> pb.EstimateRequest:
 
 def trim_request(prefix_cache_bytes: int | None) -> pb.TrimRequest:
     """Build the request of a trim; raises like ``completion_request``."""
+    check_integer("prefix_cache_bytes", prefix_cache_bytes)
     with _sendable():
         return pb.TrimRequest(prefix_cache_bytes=prefix_cache_bytes)
 
@@ -106,8 +115,14 @@ def completion_request(
     """Build the request of a completion from text or token ids.
 
     Raises:
+        TypeError: A value is of a wrong type.
         InvalidRequestError: A value cannot be sent.
     """
+    if not isinstance(prompt, str):
+        check_ids("prompt", prompt, "text (str) or a sequence of token ids")
+    check_kind("options", options, Options)
+    check_integer("logprobs", logprobs)
+    check_text("request_id", request_id)
     with _sendable():
         message = pb.CompletionRequest(
             options=_options(options or Options()), logprobs=logprobs, request_id=request_id
@@ -121,20 +136,17 @@ def completion_request(
 
 def tokenize_request(content: str, *, add_special_tokens: bool) -> pb.TokenizeRequest:
     """Build the request to tokenize a text; raises like ``completion_request``."""
+    check_text("content", content)
+    check_flag("add_special_tokens", add_special_tokens)
     with _sendable():
         return pb.TokenizeRequest(content=content, add_special_tokens=add_special_tokens)
 
 
 def detokenize_request(token_ids: Sequence[int]) -> pb.DetokenizeRequest:
     """Build the request to join token ids; raises like ``completion_request``."""
+    check_ids("token_ids", token_ids)
     with _sendable():
         return pb.DetokenizeRequest(token_ids=token_ids)
-
-
-def _dtype(dtype: Dtype) -> pb.Dtype.ValueType:
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
-    return _DTYPES[dtype]
 
 
 @contextmanager

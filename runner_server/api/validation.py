@@ -14,7 +14,13 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_common.contract import MAX_LOGPROBS, MAX_PARALLEL
+from runner_common.contract import (
+    MAX_BYTES,
+    MAX_CONTEXT_LENGTH,
+    MAX_LOGPROBS,
+    MAX_PARALLEL,
+    MIN_CONTEXT_LENGTH,
+)
 from runner_server.api.generation import GenerationDraft
 from runner_server.api.prompts import Prompt
 from runner_server.api.violations import ViolationCollector
@@ -23,7 +29,6 @@ from runner_server.engine.types import Dtype, LoadSpec, ModelInfo, Sampling
 _T = TypeVar("_T")
 
 _MAX_INT32 = 2**31 - 1
-_MAX_INT64 = 2**63 - 1
 _MAX_MODEL_CHARS = 4096
 
 _MAX_STOPS = 64
@@ -51,10 +56,10 @@ def load_spec(request: pb.LoadRequest | pb.EstimateRequest) -> LoadSpec:
     check.require("model", bool(request.model), "required: a directory or a hub id")
     too_long = len(request.model) > _MAX_MODEL_CHARS or "\0" in request.model
     check.require("model", not too_long, f"at most {_MAX_MODEL_CHARS} characters, none of them NUL")
-    _check_number(check, request, "context_length", 2, _MAX_INT32)
+    _check_number(check, request, "context_length", MIN_CONTEXT_LENGTH, MAX_CONTEXT_LENGTH)
     _check_number(check, request, "parallel", 1, MAX_PARALLEL)
-    _check_number(check, request, "memory_limit_bytes", 1, _MAX_INT64)
-    _check_number(check, request, "prefix_cache_bytes", 0, _MAX_INT64)
+    _check_number(check, request, "memory_limit_bytes", 1, MAX_BYTES)
+    _check_number(check, request, "prefix_cache_bytes", 0, MAX_BYTES)
     known = request.dtype in _DTYPES
     check.require("dtype", known, f"{request.dtype} is not a dtype that this server supports")
     check.finish()
@@ -78,7 +83,7 @@ def trim_bytes(request: pb.TrimRequest) -> int:
         InvalidField: The size is negative.
     """
     check = ViolationCollector()
-    _check_number(check, request, "prefix_cache_bytes", 0, _MAX_INT64)
+    _check_number(check, request, "prefix_cache_bytes", 0, MAX_BYTES)
     check.finish()
     return request.prefix_cache_bytes
 

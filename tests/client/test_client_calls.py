@@ -249,7 +249,7 @@ def test_load_sends_its_arguments(client: RunnerClient, runner: FakeRunner) -> N
 
 def test_an_unknown_dtype_is_refused(client: RunnerClient) -> None:
     for call in (client.load, client.estimate):
-        with pytest.raises(ValueError, match="int3"):
+        with pytest.raises(errors.InvalidRequestError, match="dtype: 'int3' is not one"):
             call("org/name", dtype="int3")  # type: ignore[arg-type]  # the point
 
 

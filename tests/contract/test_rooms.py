@@ -14,7 +14,10 @@ ROOT = Path(__file__).parents[2]
 SERVER = ("distributed", "api", "transport", "telemetry", "mlx_backend", "engine", "host", "errors")
 """Rooms of the server from top to bottom. Modules beside them (``app``, ``config``) are above."""
 
-CLIENT = ("cli", "process", "memory", "host", "rpc", "testing", "types", "settings", "errors")
+CLIENT = (
+    *("cli", "process", "memory", "host", "rpc", "testing"),
+    *("types", "settings", "checks", "errors"),
+)
 
 INNER = ("runner_client.cli.shared", "runner_client.rpc.transport")
 """Rooms inside a room, which import none of the modules beside them."""

@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from runner_client.types import Dtype, LoadOptions
-from runner_common.contract import DEFAULT_PARALLEL, MAX_PARALLEL
+from runner_common.contract import DEFAULT_PARALLEL, MAX_PARALLEL, MIN_CONTEXT_LENGTH
 from runner_common.server_options import SERVER_OPTIONS
 from runner_common.units import parse_bytes
 
@@ -93,7 +93,10 @@ _HELP = {option.name: option.help_text for option in SERVER_OPTIONS}
 
 _LOAD = {
     "context_length": click.option(
-        "--context-length", type=integer(1), metavar="N", help=_HELP["context_length"]
+        "--context-length",
+        type=integer(MIN_CONTEXT_LENGTH),
+        metavar="N",
+        help=_HELP["context_length"],
     ),
     "parallel": click.option(
         "--parallel",

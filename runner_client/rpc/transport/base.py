@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import grpc
 
+from runner_client.checks import check_kind, check_text
 from runner_client.errors import (
     IncompleteStreamError,
     NotSupportedError,
@@ -16,10 +17,10 @@ from runner_client.errors import (
 from runner_client.rpc.transport.access import Access
 from runner_client.rpc.transport.address import parse_address
 from runner_client.rpc.transport.translate import translate
-from runner_client.types import Timeouts
+from runner_client.types import Timeouts, TlsFiles
 
 if TYPE_CHECKING:
-    from runner_client.types import Status, TlsFiles
+    from runner_client.types import Status
 
 POLL_SECONDS = 0.2
 """Interval between status requests during a load."""
@@ -56,6 +57,10 @@ class ConnectionBase:
         tls: TlsFiles | None,
         peer: Peer | None,
     ) -> None:
+        check_text("address", address)
+        check_text("token", "" if token is None else token)
+        check_kind("tls", tls, TlsFiles)
+        check_kind("timeouts", timeouts, Timeouts)
         self.address = parse_address(address)
         self.timeouts = timeouts or Timeouts()
         self.access = Access.of(token, tls)

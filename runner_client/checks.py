@@ -1,0 +1,171 @@
+"""Checks of arguments: a value of a wrong type or range is refused with the name of its field."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import NoReturn
+
+from runner_client.errors import InvalidRequestError
+from runner_common.units import parse_bytes
+
+_SHOWN_CHARS = 40
+
+
+def refuse_type(field: str, value: object, form: str, instead: object = None) -> NoReturn:
+    """Raise the error for a value of a wrong type.
+
+    Args:
+        field: Name of the argument.
+        value: The value.
+        form: What the value has to be.
+        instead: The value that was probably meant; None if that is unknown.
+
+    Raises:
+        TypeError: Always.
+    """
+    shown = repr(value)
+    if len(shown) > _SHOWN_CHARS:
+        shown = f"{shown[:_SHOWN_CHARS]}..."
+    advice = "" if instead is None else f": write {field}={instead!r}"
+    raise TypeError(f"{field} is {form}, not {shown} ({type(value).__name__}){advice}")
+
+
+def check_integer(field: str, value: object, low: int | None = None, high: int = 0) -> None:
+    """Check a whole number, which may be None, and its range if ``low`` is given.
+
+    Raises:
+        TypeError: The value is not a whole number.
+        InvalidRequestError: The number is out of range.
+    """
+    if value is None:
+        return
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        refuse_type(field, value, "a whole number", _number_in(value, is_size="bytes" in field))
+    number = value.__index__()
+    if low is not None and not low <= number <= high:
+        text = f"{number:,} is not in the range {low:,} to {high:,}"
+        raise InvalidRequestError(f"{field}: {text}", field_violations=[(field, text)])
+
+
+def _number_in(value: object, *, is_size: bool) -> int | None:
+    """Return the whole number that a value stands for; None if it stands for none."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None
+    if not isinstance(value, str):
+        return None
+    try:
+        return parse_bytes(value) if is_size else int(value)
+    except ValueError:
+        return None
+
+
+def check_number(field: str, value: object) -> None:
+    """Check a number, which may be None.
+
+    Raises:
+        TypeError: The value is not a number.
+    """
+    if value is None or hasattr(value, "__float__") or hasattr(value, "__index__"):
+        return
+    try:
+        instead = float(value) if isinstance(value, str) else None
+    except ValueError:
+        instead = None
+    refuse_type(field, value, "a number", instead)
+
+
+def check_text(field: str, value: object, form: str = "text (str)") -> None:
+    """Check a text.
+
+    Raises:
+        TypeError: The value is not a text.
+    """
+    if isinstance(value, bytes):
+        refuse_type(field, value, form, value.decode(errors="replace"))
+    if not isinstance(value, str):
+        refuse_type(field, value, form)
+
+
+def check_model(value: object) -> None:
+    """Check the name of a model.
+
+    Raises:
+        TypeError: The value is not a text.
+    """
+    form = "the path of a directory or a hub id, as text (str)"
+    if hasattr(value, "__fspath__"):
+        refuse_type("model", value, form, value.__fspath__())
+    check_text("model", value, form)
+
+
+def check_flag(field: str, value: object) -> None:
+    """Check a truth value.
+
+    Raises:
+        TypeError: The value is not a truth value, such as the text "no".
+    """
+    if not hasattr(value, "__bool__"):
+        refuse_type(field, value, "True or False")
+
+
+def check_kind(field: str, value: object, kind: type) -> None:
+    """Check an object of a class of this library, which may be None.
+
+    Raises:
+        TypeError: The value is not of that class.
+    """
+    if value is None or isinstance(value, kind):
+        return
+    form = f"an object of the class {kind.__name__}"
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        fields = ", ".join(f"{key}={item!r}" for key, item in value.items())
+        raise TypeError(
+            f"{field} is {form}, not a {type(value).__name__}: write "
+            f"{field}={kind.__name__}({fields})"
+        )
+    refuse_type(field, value, form)
+
+
+def check_texts(field: str, value: object) -> None:
+    """Check a sequence of texts, which may be None.
+
+    Raises:
+        TypeError: The value is a single text, or anything else but texts.
+    """
+    if isinstance(value, str):
+        # A string is a sequence of strings too: each of its characters would count.
+        raise TypeError(f"{field} is a sequence of strings: write {field}=({value!r},)")
+    if value is None:
+        return
+    if isinstance(value, bytes) or not isinstance(value, Collection):
+        refuse_type(field, value, "a sequence of strings")
+    for i, item in enumerate(value):
+        check_text(f"{field}[{i}]", item)
+
+
+def check_bias(field: str, value: object) -> None:
+    """Check a mapping from token ids to numbers, which may be None.
+
+    Raises:
+        TypeError: The value is not such a mapping.
+    """
+    if value is None:
+        return
+    if not isinstance(value, Mapping):
+        refuse_type(field, value, "a mapping from token ids to numbers, such as {42: -100.0}")
+    for token_id, bias in value.items():
+        check_integer(f"a token id of {field}", token_id)
+        check_number(f"{field}[{token_id}]", bias)
+
+
+def check_ids(field: str, value: object, form: str = "a sequence of token ids") -> None:
+    """Check the type of a sequence of token ids; iterators are not read.
+
+    Raises:
+        TypeError: The value is not a sequence of whole numbers.
+    """
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        refuse_type(field, value, form)
+    if isinstance(value, Collection) and not set(map(type, value)) <= {int}:
+        for i, item in enumerate(value):
+            check_integer(f"{field}[{i}]", item)
