@@ -13,6 +13,7 @@ from runner_client.errors import (
     InvalidRequestError,
     LoadRequiresFullError,
 )
+from runner_client.memory.refusal import refusal_text
 from runner_common.host_memory.free import FreeMemory, Host, free_memory
 from runner_common.memory.headroom import (
     METAL_MINIMUM_BYTES,
@@ -29,7 +30,6 @@ from runner_common.memory.reservations import (
     decide,
     default_directory,
 )
-from runner_common.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -167,7 +167,8 @@ class MemoryGate:
         decision = self._settled(asked)
         if decision.fits or override:
             return decision
-        raise _refusal(estimate, decision, require_full=require_full)
+        headroom = self._headroom(self._environ, decision.free.device_kind)
+        raise _refusal(estimate, decision, headroom, require_full=require_full)
 
     @contextmanager
     def reserve(
@@ -228,7 +229,8 @@ class MemoryGate:
         decision = self._settled(asked)
         if isinstance(decision, Admission):
             return decision
-        raise _refusal(asked.estimate, decision, require_full=require_full)
+        headroom = self._headroom(asked.environ, decision.free.device_kind)
+        raise _refusal(asked.estimate, decision, headroom, require_full=require_full)
 
     def book(self, environ: Mapping[str, str] | None = None) -> ReservationBook:
         """Return the reservations counted by this gate.
@@ -330,50 +332,12 @@ def _values(decision: Decision) -> list[Any]:
 
 
 def _refusal(
-    estimate: MemoryEstimate, decision: GateDecision, *, require_full: bool
+    estimate: MemoryEstimate, decision: GateDecision, headroom: Headroom, *, require_full: bool
 ) -> InsufficientMemoryError:
     kind = LoadRequiresFullError if require_full else InsufficientMemoryError
     return kind(
-        _refusal_text(estimate, decision),
+        refusal_text(estimate, decision, headroom),
         required_bytes=decision.required_bytes,
         available_bytes=decision.available_bytes,
         overhead_bytes=decision.overhead_bytes,
     )
-
-
-_LIMITED_BY = {
-    "system": "the system's memory",
-    "cgroup": "the control group",
-    "device": "the device",
-}
-
-
-def _refusal_text(estimate: MemoryEstimate, decision: GateDecision) -> str:
-    parts = dict(estimate.parts)
-    counts_prefix_cache = estimate.required_bytes == estimate.total_bytes
-    if not counts_prefix_cache:
-        del parts["prefix cache"]
-    part, part_bytes = max(parts.items(), key=lambda item: item[1])
-    has_cache = counts_prefix_cache and estimate.prefix_cache_bytes
-    smaller_cache = "prefix_cache_bytes, " if has_cache else ""
-    return (
-        f"{estimate.model} requires {format_bytes(decision.required_bytes)}, most of it "
-        f"{part} ({format_bytes(part_bytes)}), but only {format_bytes(decision.available_bytes)} "
-        f"are available: {format_bytes(decision.free.available_bytes)} free on "
-        f"{decision.free.device_name} (limited by {_LIMITED_BY[decision.free.source]}), less "
-        f"{format_bytes(decision.overhead_bytes)} overhead{_reserved_text(decision)}. Stop another "
-        f"{'runner or process' if decision.reserved_bytes else 'process'}, "
-        f"lower {smaller_cache}context_length ({estimate.context_length}) or parallel "
-        f"({estimate.parallel}), use a smaller model, or override the gate"
-    )
-
-
-def _reserved_text(decision: GateDecision) -> str:
-    if not decision.reserved_bytes:
-        return ""
-    others = (
-        "1 other runner"
-        if decision.reserved_count == 1
-        else (f"{decision.reserved_count} other runners")
-    )
-    return f" and {format_bytes(decision.reserved_bytes)} that {others} may still take"

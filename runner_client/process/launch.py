@@ -76,12 +76,29 @@ class Launch:
         except InsufficientMemoryError as error:
             if options.dtype not in ("auto", "auto_or_stored"):
                 raise
-            as_stored = replace(options, dtype="as_stored")
-            stored = estimate(self.model, options=as_stored, env=self.environ())
             if not falls_back:
-                raise _with_advice(error, stored) from None
+                raise self._with_advice(error) from None
             logger.warning("%s. Loading it as stored if that fits", error)
-        return self._gated(stored, override=options.memory_override)
+        return self._gated(self._stored(), override=options.memory_override)
+
+    def _stored(self) -> MemoryEstimate:
+        """Estimate the model as stored."""
+        options = replace(self.options, dtype="as_stored")
+        return estimate(self.model, options=options, env=self.environ())
+
+    def _with_advice(self, error: InsufficientMemoryError) -> InsufficientMemoryError:
+        """Return the same refusal, with the stored format appended if that would fit."""
+        try:
+            stored = self._stored()
+        except InsufficientMemoryError:
+            # The memory limit is too low for this format, too.
+            return error
+        # A refusal by the limit has no overhead, and its need is that of MLX alone.
+        by_gate = error.overhead_bytes is not None
+        if by_gate and stored.required_bytes >= (error.required_bytes or 0):
+            return error
+        gate = self.gate or MemoryGate(environ=self.environ())
+        return _advised(error, stored) if gate.check(stored, override=True).fits else error
 
     def _gated(self, need: MemoryEstimate, *, override: bool) -> Plan:
         environ = self.environ()
@@ -92,14 +109,12 @@ class Launch:
         return Plan(self, need, admission, gate.book(environ).directory)
 
 
-def _with_advice(error: InsufficientMemoryError, stored: MemoryEstimate) -> InsufficientMemoryError:
+def _advised(error: InsufficientMemoryError, stored: MemoryEstimate) -> InsufficientMemoryError:
     """Return the same refusal with the alternatives to float32 appended."""
-    if stored.required_bytes >= (error.required_bytes or 0):
-        return error
     return type(error)(
         f"{error}. As stored it would need {format_bytes(stored.required_bytes)}, but be many "
-        'times slower on a CPU: use dtype "as_stored", or "auto_or_stored" to fall back only if '
-        "memory is short. To hold it as float32, evict another runner",
+        'times slower on a CPU: use dtype "as_stored", or dtype "auto_or_stored" to fall back only '
+        "if memory is short. To hold it as float32, evict another runner",
         required_bytes=error.required_bytes,
         available_bytes=error.available_bytes,
         overhead_bytes=error.overhead_bytes,

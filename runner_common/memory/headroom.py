@@ -56,10 +56,9 @@ class Headroom:
         Raises:
             VariableError: A variable is not a size.
         """
-        usual = METAL_MINIMUM_BYTES if device_kind == "metal" else MINIMUM_BYTES
         minimum = variable_bytes(environ, MINIMUM_VARIABLE)
         return cls(
-            minimum_bytes=usual if minimum is None else minimum,
+            minimum_bytes=usual_minimum(device_kind) if minimum is None else minimum,
             overhead_bytes=variable_bytes(environ, OVERHEAD_VARIABLE) or 0,
         )
 
@@ -74,6 +73,11 @@ class Headroom:
             MINIMUM_VARIABLE: str(self.minimum_bytes),
             OVERHEAD_VARIABLE: str(self.overhead_bytes),
         }
+
+
+def usual_minimum(device_kind: Backend) -> int:
+    """Return a device's own minimum, in bytes."""
+    return METAL_MINIMUM_BYTES if device_kind == "metal" else MINIMUM_BYTES
 
 
 def variable_bytes(environ: Mapping[str, str], variable: str) -> int | None:

@@ -97,7 +97,7 @@ def test_an_oversized_prefix_cache_is_named() -> None:
     with pytest.raises(InsufficientMemoryError) as caught:
         gate(10 * GIB).check(asked)
     assert "requires 11.0 GiB, most of it prefix cache (9.0 GiB)" in str(caught.value)
-    assert "lower prefix_cache_bytes, context_length" in str(caught.value)
+    assert "lower prefix_cache_bytes or context_length" in str(caught.value)
     with pytest.raises(InsufficientMemoryError) as caught:
         gate(1 * GIB).check(need(2 * GIB))
     assert "prefix" not in str(caught.value)
@@ -187,9 +187,53 @@ def test_a_refusal_names_need_free_overhead_and_largest_part() -> None:
     assert str(caught.value) == (
         "org/name requires 8.0 GiB, most of it weights (6.0 GiB), but only 5.5 GiB are available: "
         "6.0 GiB free on Some CPU (limited by the control group), less 512.0 MiB overhead. Stop "
-        "another process, lower context_length (4096) or parallel (2), use a smaller model, or "
-        "override the gate"
+        "another process, use a smaller model, or override the gate with memory_override"
     )
+
+
+def refusal(gate: MemoryGate, estimate: MemoryEstimate) -> str:
+    with pytest.raises(InsufficientMemoryError) as caught:
+        gate.check(estimate)
+    return str(caught.value).partition(" overhead")[2]
+
+
+def test_smaller_options_are_advised_where_they_can_help() -> None:
+    several = need(8 * GIB)
+    text = refusal(gate(7 * GIB), several)
+    assert "lower context_length (4096) or parallel (2), use a smaller model" in text
+    text = refusal(gate(7 * GIB), replace(several, parallel=1))
+    assert "lower context_length (4096), use a smaller model" in text
+    assert "lower" not in refusal(gate(5 * GIB), several)
+
+
+def test_no_smaller_model_is_advised_where_nothing_is_available() -> None:
+    text = refusal(gate(GIB, minimum_bytes=GIB), need(8 * GIB))
+    assert text == ". Stop another process, or override the gate with memory_override"
+
+
+def test_a_prefix_cache_that_is_the_whole_problem_is_the_advice() -> None:
+    huge = replace(need(2 * GIB), kv_bytes=0, prefix_cache_bytes=2**50)
+    assert "lower prefix_cache_bytes, use" in refusal(gate(10 * GIB), huge)
+
+
+@pytest.mark.parametrize(
+    ("minimum", "overhead", "advice"),
+    [
+        (None, "30GiB", f". Lower {OVERHEAD_VARIABLE} (30.0 GiB), stop another process"),
+        ("30GiB", None, f". Lower {MINIMUM_VARIABLE} (30.0 GiB), stop another process"),
+        ("9GiB", "9GiB", f". Lower {OVERHEAD_VARIABLE} and {MINIMUM_VARIABLE}, stop another"),
+        (None, "1GiB", ". Stop another process, lower"),
+    ],
+)
+def test_the_variable_that_keeps_the_memory_free_is_named(
+    minimum: str | None, overhead: str | None, advice: str
+) -> None:
+    environ = {MINIMUM_VARIABLE: minimum or "", OVERHEAD_VARIABLE: overhead or ""}
+    limited = gate(10 * GIB, minimum_bytes=None, environ=environ)
+    wanted = need(12 * GIB if overhead == "1GiB" else 8 * GIB)
+    if overhead == "1GiB":
+        limited = gate(12 * GIB, minimum_bytes=None, environ=environ)
+    assert refusal(limited, wanted).startswith(advice)
 
 
 def test_reserved_memory_is_not_available_to_others() -> None:

@@ -204,6 +204,22 @@ def test_auto_is_refused_where_it_fits_only_as_stored(half: str, require_full: b
     assert runner.pid is None
 
 
+@pytest.mark.parametrize(
+    ("free_bytes", "overhead"), [(2**29, ""), (2**40, str(2**41))], ids=["memory", "overhead"]
+)
+def test_the_stored_format_is_not_advised_where_it_does_not_fit(
+    half: str, free_bytes: int, overhead: str
+) -> None:
+    gate = MemoryGate(
+        measure=free(free_bytes), settle_seconds=0, environ={OVERHEAD_VARIABLE: overhead}
+    )
+    with pytest.raises(errors.InsufficientMemoryError) as caught:
+        RunnerProcess(half, gate=gate, env={OVERHEAD_VARIABLE: overhead}).load()
+    assert caught.value.required_bytes == estimate(half, dtype="float32").required_bytes
+    assert "As stored" not in str(caught.value)
+    assert (OVERHEAD_VARIABLE in str(caught.value)) == bool(overhead)
+
+
 @pytest.mark.usefixtures("fake_child")
 def test_a_model_stored_as_float32_gets_no_advice_on_dtype(model: str) -> None:
     gate = MemoryGate(measure=free(2**20), settle_seconds=0)
@@ -320,6 +336,19 @@ def test_every_load_option_reaches_the_child(model: str) -> None:
         *("parallel: 2", "context_length: 64"),
     ):
         assert field in told
+
+
+def test_a_limit_too_low_for_every_format_names_the_need_of_the_one_in_use(
+    half: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def limited(model: str, *, options: LoadOptions, env: dict[str, str]) -> MemoryEstimate:
+        assert model == half
+        assert env
+        raise errors.InsufficientMemoryError(f"the need as {options.dtype}", required_bytes=2)
+
+    monkeypatch.setattr("runner_client.process.launch.estimate", limited)
+    with pytest.raises(errors.InsufficientMemoryError, match=r"the need as auto$"):
+        RunnerProcess(half, memory_limit_bytes=1).load()
 
 
 def test_auto_or_stored_falls_back_where_the_limit_is_below_float32(
