@@ -42,6 +42,7 @@ async def test_status_sends_the_token(start_server: StartServer, token_file: Pat
     refused = await run_command("status", address)
     assert (refused.exit_code, refused.stdout) == (1, "")
     assert "requires a token and the call has none" in refused.stderr
+    assert f"by --token-file or {TOKEN_VARIABLE}" in refused.stderr
     wrong = await run_command("status", address, **{TOKEN_VARIABLE: TOKEN + "x"})
     assert "a different one" in wrong.stderr
     assert TOKEN not in wrong.stderr

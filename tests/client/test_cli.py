@@ -11,7 +11,7 @@ from typing import Any
 import click
 import pytest
 
-from runner_client.cli import main, run, status
+from runner_client.cli import load, main, run, status
 from runner_client.cli.shared.errors import EXIT_CODES
 from runner_client.cli.shared.flags import message_with_flags
 from runner_client.cli.shared.options import size, size_or_zero
@@ -188,10 +188,33 @@ def test_each_kind_of_error_has_an_exit_code(
             "lower --prefix-cache or --context-length, for a dtype",
         ),
         (RunnerError("no model at /context_length/a.context_length"), None),
+        (
+            InsufficientMemoryError("load with a smaller context_length, parallel, dtype or x"),
+            "load with a smaller --context-length, --dtype or x",
+        ),
+        (
+            InsufficientMemoryError('or override the gate with memory_override. dtype "as_stored"'),
+            "or override the gate with --memory-override. --dtype as_stored",
+        ),
+        (RunnerError("load it with dtype float32, or"), "load it with --dtype float32, or"),
+        (
+            RunnerError("look at its log, or raise Timeouts.start_seconds"),
+            "look at its log",
+        ),
+        (
+            RunnerError("(42 %); wait until Status says STATE_ACTIVE"),
+            "(42 %); wait until `mlx-runner status ADDRESS` says active",
+        ),
     ],
 )
 def test_errors_name_options_rather_than_fields(error: RunnerError, says: str | None) -> None:
     assert message_with_flags(error, run.command) == (says or str(error))
+
+
+def test_an_error_of_memory_names_every_option_of_a_load() -> None:
+    error = InsufficientMemoryError("lower context_length (4096) or parallel (2)")
+    text = "lower --context-length (4096) or --parallel (2)"
+    assert message_with_flags(error, load.command) == text
 
 
 def test_errors_name_only_options_of_the_command() -> None:

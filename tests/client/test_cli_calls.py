@@ -200,4 +200,6 @@ def test_a_refusal_by_the_runner_is_reported(fake: FakeRunner) -> None:
     result = invoke("tokenize", "--address", fake.address, "--json", "a")
     assert result.exit_code == 1
     assert result.stdout == ""
-    assert result.stderr.startswith("error: no model is loaded; call Load first")
+    assert result.stderr.startswith(
+        "error: no model is loaded; load one with `mlx-runner load ADDRESS MODEL`"
+    )

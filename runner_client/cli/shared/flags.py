@@ -1,34 +1,63 @@
-"""Names of options in error messages that name fields of the protocol."""
+"""Commands and options in error messages that name calls and fields of the protocol."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import click
 
-from runner_client.errors import InvalidRequestError
+from runner_client.errors import InsufficientMemoryError, InvalidRequestError
+from runner_client.types import Dtype
+from runner_common.contract import TOKEN_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from runner_client.errors import RunnerError
 
+_FORMAT = re.compile(rf"\bdtype (\"?)({'|'.join(get_args(Dtype))})\b\1")
+"""A number format in advice: ``dtype "as_stored"`` or ``dtype float32``."""
+
+_WAYS = (
+    (re.compile(r"\bcall Load first\b"), "load one with `mlx-runner load ADDRESS MODEL`"),
+    (
+        re.compile(r"\bwait until Status says STATE_ACTIVE\b"),
+        "wait until `mlx-runner status ADDRESS` says active",
+    ),
+    (
+        re.compile(r"\bsend the runner's token in the metadata, as `authorization: Bearer TOKEN`"),
+        f"give the runner's token by --token-file or {TOKEN_VARIABLE}",
+    ),
+    # The command line has no options for timeouts.
+    (re.compile(r",? or raise Timeouts\.\w+"), ""),
+)
+"""What the command line has in place of a call."""
+
 
 def message_with_flags(error: RunnerError, command: click.Command | None) -> str:
     """Return the message of an error, with a command's options in place of fields.
 
     Fields named by a violation are replaced where they stand before its description. Elsewhere
-    only names with an underscore are, because the others are words as well.
+    only names with an underscore are, because the others are words as well, unless the message
+    is about memory. Calls in advice become commands.
     """
     text = str(error)
+    for call, command_line in _WAYS:
+        text = call.sub(command_line, text)
     flags = _flags(command) if command is not None else {}
     if isinstance(error, InvalidRequestError):
         for field, _ in error.field_violations:
             flag = flags.get(_parameter(field))
             if flag:
                 text = text.replace(f"{field}: ", f"{flag}: ", 1)
-    names = [re.escape(name) for name in flags if "_" in name]
+    if "dtype" in flags:
+        text = _FORMAT.sub(r"--dtype \2", text)
+    is_memory = isinstance(error, InsufficientMemoryError)
+    if is_memory and "parallel" not in flags:
+        text = text.replace("parallel, ", "")
+    words = ("dtype", "parallel") if is_memory else ()
+    names = [re.escape(name) for name in flags if "_" in name or name in words]
     if not names:
         return text
     # Not within a longer name or a path.
