@@ -86,14 +86,14 @@ def misuse(given: Collection[str]) -> str | None:
 
 def _integer(low: int, high: int = _MAX_INT32) -> Callable[[str], int]:
     """Return a parser of integers from ``low`` to ``high``, the range in the protocol."""
-    return lambda text: _in_range(_whole(text), low, high)
+    return lambda text: _in_range(_whole(text, low, high), low, high)
 
 
-def _whole(text: str) -> int:
+def _whole(text: str, low: int, high: int) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"{text[:40]!r} is not a whole number") from None
+        raise ValueError(f"{text[:40]!r} is not a whole number ({low} to {high})") from None
 
 
 def _in_range(number: int, low: int, high: int) -> int:
@@ -157,15 +157,15 @@ SERVER_OPTIONS = (
     ),
     ServerOption(
         ("--context-length",),
-        "Longest sequence, prompt and text together, in tokens.  [default: the model's own limit, "
-        "at most 4096]",
+        f"Longest sequence, prompt and text together, in tokens; at least {MIN_CONTEXT_LENGTH}.  "
+        "[default: the model's own limit, at most 4096]",
         metavar="N",
         read=_integer(MIN_CONTEXT_LENGTH),
         needs="--model",
     ),
     ServerOption(
         ("--parallel",),
-        "Maximum number of completions decoded together.",
+        f"Maximum number of completions decoded together, 1 to {MAX_PARALLEL}.",
         metavar="N",
         read=_integer(1, MAX_PARALLEL),
         default=DEFAULT_PARALLEL,
@@ -197,7 +197,7 @@ SERVER_OPTIONS = (
     ),
     ServerOption(
         ("--max-queued",),
-        "Maximum number of completions that wait in the queue.",
+        "Maximum number of completions that wait in the queue, at least 1.",
         metavar="N",
         read=_integer(1),
         default=128,

@@ -11,8 +11,8 @@ from runner_client.cli.shared.access import (
     Credentials,
     access_options,
     address_option,
+    first_address,
     open_client,
-    runner_address,
 )
 from runner_client.cli.shared.errors import EXIT_CODES
 from runner_client.cli.shared.options import json_option, text_or_stdin
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 )
 @click.argument("words", metavar="[ADDRESS] TEXT", nargs=-1, required=True)
 @address_option("Another way to give ADDRESS")
-@click.option("--model", help="Start a runner, load the whole model, and stop the runner.")
+@click.option(
+    "--model", metavar="MODEL", help="Start a runner, load the whole model, and stop the runner."
+)
 @click.option("--detokenize", is_flag=True, help="TEXT is token ids; join them into text.")
 @click.option(
     "--add-special-tokens",
@@ -88,7 +90,7 @@ def _address_and_text(
         raise click.UsageError("too many arguments: quote TEXT if it has spaces")
     if len(first) + bool(address) + bool(model) != 1:
         raise click.UsageError("give one of ADDRESS (a running runner) and --model, then TEXT")
-    return (runner_address(first[0]) if first else address), content
+    return (first_address(first[0]) if first else address), content
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def locate(model: str, environ: Mapping[str, str] = os.environ) -> Located:
     if not match:
         raise ModelMissingError(
             f"no model at {model!r}: there is no such directory (looked at "
-            f"{str(path.absolute())!r}), and it is not a hub id",
+            f"{str(path.absolute())!r}), and it is not a hub id (org/name)",
             model,
         )
     repository = _Repository(model, match["id"], _hub_cache(environ))

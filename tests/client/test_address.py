@@ -32,6 +32,7 @@ MISTAKES = {
     "https://localhost": "an address is not a URL, so https:// must go",
     "http://[::1": "an address is not a URL, so http:// must go",
     "localhost:1/": "nothing may follow the port (give localhost:1)",
+    "org/name": "it is a path or a hub id",
     "/run/runner.sock": "the path of a socket needs unix: before it",
     "unix:": "the path of the socket is missing",
     "unix://run/s": "after unix:, a path begins with one slash (give unix:/run/s)",

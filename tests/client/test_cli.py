@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -258,3 +259,40 @@ def test_a_size_may_be_zero_where_that_means_off() -> None:
     assert size_or_zero("8GiB") == 8 * 2**30
     with pytest.raises(click.BadParameter, match="is not a size"):
         size_or_zero("-1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("load a:1 m --parallel abc", "'--parallel': 'abc' is not a whole number (1 to 256)"),
+        ("load a:1 m --parallel 300", "'--parallel': 300 is not in the range 1 to 256"),
+        ("serve --parallel abc", "'--parallel': 'abc' is not a whole number (1 to 256)"),
+        ("run m x --top-k -1", "-1 is not in the range 0 to the size of the vocabulary"),
+        ("run m x --temperature hot", "'--temperature': 'hot' is not a number (0 to 100)"),
+        ("run m x --temperature nan", "nan is not in the range 0 to 100"),
+        ("run m x --top-p 0", "0 is not in the range above 0 to 1"),
+        ("run m x --repeat-penalty 0.001", "0.001 is not in the range 0.01 to 100"),
+        ("load a:1 m --context-length 1", "1 is not in the range 2 to the model's own limit"),
+    ],
+)
+def test_a_wrong_number_names_the_range_of_the_protocol(arguments: str, message: str) -> None:
+    result = invoke(*arguments.split())
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize("model", ["org/name", "/models/name", "./name", "here"])
+@pytest.mark.parametrize("command", ["load", "tokenize"])
+def test_a_model_in_place_of_the_address_is_noticed(
+    command: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    result = invoke(command, model, "localhost:1")
+    assert result.exit_code == 2
+    assert f"{model!r} is a path or the hub id of a model; the address" in result.stderr
+    assert "comes first" in result.stderr
+
+
+def test_placeholders_of_a_usage_text_are_told_apart() -> None:
+    assert "--model MODEL" in invoke("tokenize", "--help").output

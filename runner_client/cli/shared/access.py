@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -31,7 +32,33 @@ def runner_address(value: str) -> str:
         raise click.BadParameter(str(error)) from error
 
 
-address_argument = click.argument("address", type=runner_address)
+def first_address(value: str) -> str:
+    """Check the address of a runner given as the first argument.
+
+    Raises:
+        click.BadParameter: The value is not an address; a model or a text in its place is noticed.
+    """
+    try:
+        return parse_address(value)
+    except ValueError as error:
+        if not _is_model(value):
+            raise click.BadParameter(str(error)) from error
+    raise click.BadParameter(
+        f"{value!r} is a path or the hub id of a model; the address of the runner comes first: "
+        f"{ADDRESS_FORMS}"
+    )
+
+
+def _is_model(value: str) -> bool:
+    """Return whether a text is a path of a file or directory, or like a path without a port."""
+    try:
+        # The path of a socket only needs its prefix.
+        return not stat.S_ISSOCK(Path(value).stat().st_mode)
+    except (OSError, ValueError):
+        return "/" in value.lstrip("/") and ":" not in value
+
+
+address_argument = click.argument("address", type=first_address)
 
 
 def address_option(purpose: str) -> Callable[[FC], FC]:

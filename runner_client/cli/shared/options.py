@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, get_args
 import click
 from click.core import ParameterSource
 
+from runner_client.cli.shared.numbers import Number, integer, number_option
 from runner_client.types import Dtype, LoadOptions
 from runner_common.contract import DEFAULT_PARALLEL, MAX_PARALLEL, MIN_CONTEXT_LENGTH
 from runner_common.server_options import SERVER_OPTIONS
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
     from click.decorators import FC
-
-_MAX_INT32 = 2**31 - 1
 
 _Result = TypeVar("_Result")
 
@@ -74,33 +73,18 @@ def text_or_stdin(value: str) -> str:
         raise click.BadParameter(f"not UTF-8: {error.reason} at byte {error.start}") from error
 
 
-def integer(low: int, high: int = _MAX_INT32) -> Callable[[str], int]:
-    """Return a parser for whole numbers in a range too wide to show in the help text."""
-
-    def integer(value: str) -> int:
-        try:
-            number = int(value)
-        except ValueError:
-            raise click.BadParameter(f"{value!r} is not a whole number") from None
-        if not low <= number <= high:
-            raise click.BadParameter(f"{number} is not in the range {low} to {high}")
-        return number
-
-    return integer
-
-
 _HELP = {option.name: option.help_text for option in SERVER_OPTIONS}
 
 _LOAD = {
     "context_length": click.option(
         "--context-length",
-        type=integer(MIN_CONTEXT_LENGTH),
+        type=integer(MIN_CONTEXT_LENGTH, high_name="the model's own limit"),
         metavar="N",
         help=_HELP["context_length"],
     ),
     "parallel": click.option(
         "--parallel",
-        type=click.IntRange(1, MAX_PARALLEL),
+        type=integer(1, MAX_PARALLEL),
         metavar="N",
         default=DEFAULT_PARALLEL,
         help=_HELP["parallel"],
@@ -190,35 +174,38 @@ class Sampling(TypedDict):
 
 
 _SAMPLING = (
-    click.option(
+    number_option(
         "--temperature",
-        type=click.FloatRange(0, 100),
-        help="Sampling temperature; 0 takes the most likely token.  [default: 0.8]",
+        Number(0, 100),
+        "Sampling temperature; 0 takes the most likely token.",
+        "0.8",
     ),
-    click.option(
+    number_option(
         "--top-p",
-        type=click.FloatRange(0, 1, min_open=True),
-        help="Sample from the tokens that together have this probability.  [default: 0.9]",
+        Number(0, 1, is_above=True),
+        "Sample from the tokens that together have this probability.",
+        "0.9",
     ),
-    click.option(
+    number_option(
         "--top-k",
-        type=integer(0),
-        help="Sample from this many most likely tokens; 0 is off.  [default: 40]",
+        integer(0, high_name="the size of the vocabulary"),
+        "Sample from this many most likely tokens; 0 is off.",
+        "40",
     ),
-    click.option(
+    number_option(
         "--min-p",
-        type=click.FloatRange(0, 1),
-        help="Drop tokens less likely than this fraction of the likeliest.  [default: 0]",
+        Number(0, 1),
+        "Drop tokens less likely than this fraction of the likeliest.",
+        "0",
     ),
-    click.option(
-        "--seed",
-        type=integer(-(2**63), 2**63 - 1),
-        help="The same seed gives the same text.  [default: random]",
+    number_option(
+        "--seed", integer(-(2**63), 2**63 - 1), "The same seed gives the same text.", "random"
     ),
-    click.option(
+    number_option(
         "--num-predict",
-        type=integer(1),
-        help="Maximum number of tokens to generate.  [default: to the end of the context]",
+        integer(1),
+        "Maximum number of tokens to generate.",
+        "to the end of the context",
     ),
     click.option(
         "--stop",
@@ -226,25 +213,29 @@ _SAMPLING = (
         multiple=True,
         help="End the text before this string; may be repeated.",
     ),
-    click.option(
+    number_option(
         "--repeat-penalty",
-        type=click.FloatRange(0, 100, min_open=True),
-        help="Make repeated tokens less likely; 1 is off.  [default: 1]",
+        Number(0.01, 100),
+        "Make repeated tokens less likely; 1 is off.",
+        "1",
     ),
-    click.option(
+    number_option(
         "--repeat-last-n",
-        type=integer(-1),
-        help="How many of the last tokens the penalties consider; -1 is all.  [default: 64]",
+        integer(-1),
+        "How many of the last tokens the penalties consider; -1 is all.",
+        "64",
     ),
-    click.option(
+    number_option(
         "--presence-penalty",
-        type=click.FloatRange(-100, 100),
-        help="Subtracted once from the logits of repeated tokens.  [default: 0]",
+        Number(-100, 100),
+        "Subtracted once from the logits of repeated tokens.",
+        "0",
     ),
-    click.option(
+    number_option(
         "--frequency-penalty",
-        type=click.FloatRange(-100, 100),
-        help="Subtracted for each occurrence of repeated tokens.  [default: 0]",
+        Number(-100, 100),
+        "Subtracted for each occurrence of repeated tokens.",
+        "0",
     ),
 )
 

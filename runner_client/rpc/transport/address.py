@@ -48,7 +48,10 @@ def _problem(text: str) -> str | None:
     if "://" in text:
         return _problem_of_url(text)
     if "/" in text:
-        return f"nothing may follow the port (give {text.partition('/')[0]})"
+        bare = text.partition("/")[0]
+        if _problem_of_host_and_port(bare) is None:
+            return f"nothing may follow the port (give {bare})"
+        return "it is a path or a hub id"
     return _problem_of_host_and_port(text)
 
 
