@@ -7,6 +7,8 @@ which Ctrl-C or a container may stop the process.
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from runner_common.signals import (
     end_on_interrupt,
@@ -15,6 +17,27 @@ from runner_common.signals import (
     raise_on_interrupt,
     reset_inherited_signals,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_GRPC_VERBOSITY = "GRPC_VERBOSITY"
+
+
+@contextmanager
+def _quiet_grpc() -> Iterator[None]:
+    """Keep gRPC's own log lines off standard error, unless the user asked for them.
+
+    gRPC reads the variable when it is imported, so servers started later do not inherit it.
+    """
+    if _GRPC_VERBOSITY in os.environ:
+        yield
+        return
+    os.environ[_GRPC_VERBOSITY] = "NONE"
+    try:
+        yield
+    finally:
+        del os.environ[_GRPC_VERBOSITY]
 
 
 def main() -> None:
@@ -25,7 +48,8 @@ def main() -> None:
     end_on_interrupt()
     # Delivers a SIGINT that was blocked until now.
     reset_inherited_signals()
-    from runner_client.cli import main as command  # noqa: PLC0415 - slow
+    with _quiet_grpc():
+        from runner_client.cli import main as command  # noqa: PLC0415 - slow
 
     raise_on_interrupt()
     try:

@@ -50,7 +50,8 @@ class RunnerClient:
         peer: The process at the address, given by its owner, such as ``RunnerProcess``.
 
     Raises:
-        ValueError: The address is invalid, or the token cannot be sent.
+        ValueError: The address is invalid, the token cannot be sent, or a file of ``tls`` has no
+            certificate or key.
         OSError: A file of ``tls`` cannot be read.
     """
 

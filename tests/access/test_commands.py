@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,62 @@ async def test_status_over_mutual_tls(socket_dir: Path, tmp_path: Path) -> None:
         assert (await run_command("status", ready.target, *trust, *mine)).exit_code == 0
         assert (await run_command("status", ready.target, *trust)).exit_code == 1
         assert (await run_command("status", ready.target)).exit_code == 1
+
+
+async def test_a_wrong_use_of_tls_is_explained_in_one_sentence(
+    start_server: StartServer, socket_dir: Path, tmp_path: Path
+) -> None:
+    authority, stranger = Authority(tmp_path), Authority(tmp_path, "stranger")
+    pair = authority.sign("server")
+    plain = (await start_server(listen="127.0.0.1:0")).ready.target
+    unencrypted = await run_command("status", plain, "--tls-ca", authority.file)
+    assert unencrypted.stderr == (
+        f"error: the runner at {plain} does not encrypt: call it without certificates (--tls-ca)\n"
+    )
+    files = TlsFiles(pair.cert, pair.key, None)
+    async with running(socket_dir, FakeBackend(), listen="localhost:0", tls=files) as (_, _, ready):
+        closed = await run_command("status", ready.target)
+        assert f"the runner at {ready.target} closes unencrypted connections" in closed.stderr
+        assert closed.stderr.endswith("to trust it by (--tls-ca)\n")
+        untrusted = await run_command("status", ready.target, "--tls-ca", stranger.file)
+        assert "was not signed by a trusted authority" in untrusted.stderr
+    assert (unencrypted.exit_code, closed.exit_code, untrusted.exit_code) == (1, 1, 1)
+
+
+def test_a_file_without_a_certificate_is_wrong_usage(token_file: Path, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    result = invoke("status", "localhost:1", "--tls-ca", str(token_file))
+    assert result.exit_code == 2
+    assert f"{token_file} has no certificate in PEM form" in result.stderr
+    own = ("--tls-cert", str(authority.sign("client").cert), "--tls-key", str(token_file))
+    result = invoke("status", "localhost:1", "--tls-ca", str(authority.file), *own)
+    assert result.exit_code == 2
+    assert f"and {token_file} are not a certificate and its private key" in result.stderr
+
+
+@pytest.mark.parametrize("verbosity", [None, "ERROR"])
+async def test_the_log_of_grpc_is_off_unless_wanted(
+    start_server: StartServer, tmp_path: Path, verbosity: str | None
+) -> None:
+    address = (await start_server(listen="127.0.0.1:0")).ready.target
+    code = (
+        "import os, sys, atexit; from runner_common import console\n"
+        "atexit.register(lambda: print(os.environ.get('GRPC_VERBOSITY')))\n"
+        f"sys.argv[1:] = ['status', {address!r}, '--tls-ca', {str(Authority(tmp_path).file)!r}]\n"
+        "console.main()"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    given = {"GRPC_VERBOSITY": verbosity} if verbosity else {}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", code),
+        env={**environment, **given},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    out, err = await process.communicate()
+    # A server that the command starts would not inherit the setting.
+    assert out.decode().split() == [str(verbosity)]
+    assert verbosity or len(err.decode().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

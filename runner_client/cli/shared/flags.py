@@ -29,6 +29,7 @@ _WAYS = (
         re.compile(r"\bsend the runner's token in the metadata, as `authorization: Bearer TOKEN`"),
         f"give the runner's token by --token-file or {TOKEN_VARIABLE}",
     ),
+    (re.compile(r"\(TlsFiles\)"), "(--tls-ca)"),
     # The command line has no options for timeouts.
     (re.compile(r",? or raise Timeouts\.\w+"), ""),
 )

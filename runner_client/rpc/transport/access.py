@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,7 +33,8 @@ class Access:
         """Validate a token and read the certificate files.
 
         Raises:
-            ValueError: The token cannot be sent; the message does not contain it.
+            ValueError: The token, which the message does not contain, cannot be sent, or a file has
+                no certificate or key.
             OSError: A file cannot be read.
         """
         if token is None:
@@ -45,7 +47,33 @@ class Access:
 def _credentials(tls: TlsFiles | None) -> grpc.ChannelCredentials | None:
     if tls is None:
         return None
-    return grpc.ssl_channel_credentials(_read(tls.ca), _read(tls.key), _read(tls.cert))
+    files = _read(tls.ca), _read(tls.key), _read(tls.cert)
+    _check(tls)
+    return grpc.ssl_channel_credentials(*files)
+
+
+def _check(tls: TlsFiles) -> None:
+    """Check the certificate files; gRPC would only fail each handshake, without a reason.
+
+    Raises:
+        ValueError: A file is not what it should be.
+        OSError: A file cannot be read.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if tls.ca is not None:
+        try:
+            context.load_verify_locations(tls.ca)
+        except ssl.SSLError as error:
+            raise ValueError(f"{os.fspath(tls.ca)} has no certificate in PEM form") from error
+    if tls.cert is not None and tls.key is not None:
+        try:
+            # Given a password, even a wrong one, OpenSSL does not ask for it on the terminal.
+            context.load_cert_chain(tls.cert, tls.key, password="")
+        except (ssl.SSLError, ValueError) as error:
+            raise ValueError(
+                f"{os.fspath(tls.cert)} and {os.fspath(tls.key)} are not a certificate and its "
+                "private key, as PEM without a password"
+            ) from error
 
 
 def _read(file: str | os.PathLike[str] | None) -> bytes | None:

@@ -82,7 +82,12 @@ class ConnectionBase:
         if self.is_closed and code is grpc.StatusCode.CANCELLED:
             return RunnerUnavailableError(f"the client of the runner at {self.address} is closed")
         if isinstance(error, grpc.RpcError):
-            return translate(error, address=self.address, timeout_seconds=timeout_seconds)
+            return translate(
+                error,
+                address=self.address,
+                timeout_seconds=timeout_seconds,
+                is_encrypted=self.access.credentials is not None,
+            )
         if isinstance(error, grpc.FutureCancelledError | asyncio.CancelledError):
             return RunnerUnavailableError(f"a call to the runner at {self.address} was cut off")
         raise error

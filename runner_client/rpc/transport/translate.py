@@ -6,6 +6,7 @@ code does.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,32 @@ _EXPLANATIONS = {
 }
 
 
+_HANDSHAKES = (
+    (
+        re.compile("WRONG_VERSION_NUMBER"),
+        True,
+        "the runner at {address} does not encrypt: call it without certificates (TlsFiles)",
+    ),
+    (
+        re.compile("CERTIFICATE_VERIFY_FAILED"),
+        True,
+        (
+            "the certificate of the runner at {address} was not signed by a trusted authority: "
+            "give the certificate of the authority that signed it (TlsFiles)"
+        ),
+    ),
+    (
+        re.compile(r"failed to connect to all addresses.*(Socket closed|Connection reset)"),
+        False,
+        (
+            "the runner at {address} closes unencrypted connections: if it encrypts, give the "
+            "certificate of the authority to trust it by (TlsFiles)"
+        ),
+    ),
+)
+"""What gRPC says of a failed handshake, whether the connection uses TLS, and the explanation."""
+
+
 @dataclass
 class _Details:
     """Details of a server's error, apart from code and message."""
@@ -53,7 +80,11 @@ class _Details:
 
 
 def translate(
-    error: grpc.RpcError, *, address: str, timeout_seconds: float | None = None
+    error: grpc.RpcError,
+    *,
+    address: str,
+    timeout_seconds: float | None = None,
+    is_encrypted: bool = False,
 ) -> errors.RunnerError:
     """Return the exception for a failed call.
 
@@ -61,12 +92,13 @@ def translate(
         error: The error raised by gRPC, from a sync or an asyncio call.
         address: The runner's address, for the message.
         timeout_seconds: The deadline of the call, for ``RunnerTimeoutError``.
+        is_encrypted: Whether the connection uses TLS.
     """
     details = _read_details(error)
     known = _BY_REASON.get(details.reason or "")
     kind = known or _BY_CODE.get(error.code(), errors.RunnerError)
     return kind(
-        _message(error, address, from_runner=details.reason is not None),
+        _message(error, address, is_encrypted) if details.reason is None else _said(error),
         reason=details.reason,
         code=error.code(),
         metadata=details.metadata,
@@ -74,10 +106,18 @@ def translate(
     )
 
 
-def _message(error: grpc.RpcError, address: str, *, from_runner: bool) -> str:
-    said = error.details() or error.code().name
-    if from_runner or error.code() not in _EXPLANATIONS:
+def _said(error: grpc.RpcError) -> str:
+    return error.details() or error.code().name
+
+
+def _message(error: grpc.RpcError, address: str, is_encrypted: bool) -> str:
+    """Explain an error that is not the runner's own answer."""
+    said = _said(error)
+    if error.code() not in _EXPLANATIONS:
         return said
+    for pattern, encrypted, explanation in _HANDSHAKES:
+        if encrypted == is_encrypted and pattern.search(said):
+            return explanation.format(address=address)
     return f"{_EXPLANATIONS[error.code()].format(address=address)}: {said}"
 
 
