@@ -11,7 +11,12 @@ import grpc
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_client.rpc.messages import completion_chunk
-from runner_client.rpc.transport.base import END_SECONDS, cancelled_stream, incomplete_stream
+from runner_client.rpc.transport.base import (
+    END_SECONDS,
+    cancelled_stream,
+    cut_off,
+    incomplete_stream,
+)
 from runner_client.rpc.waits import StreamTimer
 
 if TYPE_CHECKING:
@@ -44,6 +49,7 @@ class AsyncCompletionStream:
         self._call = call
         self._timer = StreamTimer(timeouts)
         self._failure = failure
+        self._has_text = False
         self._is_done = False
         self._is_cancelled = False
 
@@ -62,6 +68,7 @@ class AsyncCompletionStream:
             raise StopAsyncIteration
         chunk = completion_chunk(await self._read())
         self._timer.received(chunk)
+        self._has_text = self._has_text or bool(chunk.content)
         self._is_done = chunk.done
         return chunk
 
@@ -91,7 +98,10 @@ class AsyncCompletionStream:
             raise_if_cancelled(error)
 
     async def _error(self, error: BaseException) -> RunnerError:
-        return cancelled_stream() if self._is_cancelled else await self._failure(error)
+        if self._is_cancelled:
+            return cancelled_stream()
+        failure = await self._failure(error)
+        return cut_off(failure) if self._has_text else failure
 
     def cancel(self) -> None:
         """Cancel the completion unless already finished. Returns at once."""

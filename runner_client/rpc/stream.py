@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Self
 import grpc
 
 from runner_client.rpc.messages import completion_chunk
-from runner_client.rpc.transport.base import END_SECONDS, cancelled_stream, incomplete_stream
+from runner_client.rpc.transport.base import (
+    END_SECONDS,
+    cancelled_stream,
+    cut_off,
+    incomplete_stream,
+)
 from runner_client.rpc.waits import StreamTimer
 
 if TYPE_CHECKING:
@@ -53,6 +58,7 @@ class CompletionStream:
         self._timer = StreamTimer(timeouts)
         self._watchdog = watchdog
         self._failure = failure
+        self._has_text = False
         self._is_done = False
         self._is_cancelled = False
         self._is_expired = False
@@ -72,6 +78,7 @@ class CompletionStream:
             raise StopIteration
         chunk = completion_chunk(self._read())
         self._timer.received(chunk)
+        self._has_text = self._has_text or bool(chunk.content)
         self._is_done = chunk.done
         return chunk
 
@@ -97,7 +104,10 @@ class CompletionStream:
     def _error(self, error: Exception) -> RunnerError:
         if self._is_expired:
             return self._timer.expired(time.monotonic())
-        return cancelled_stream() if self._is_cancelled else self._failure(error)
+        if self._is_cancelled:
+            return cancelled_stream()
+        failure = self._failure(error)
+        return cut_off(failure) if self._has_text else failure
 
     def _expire(self) -> None:
         self._is_expired = True

@@ -100,6 +100,13 @@ def incomplete_stream() -> IncompleteStreamError:
     )
 
 
+def cut_off(failure: RunnerError) -> RunnerError:
+    """Return a failure between two messages of a stream, which says what it means for the text."""
+    if type(failure) is RunnerUnavailableError:
+        failure.args = (f"{failure}. The text is incomplete; retry it",)
+    return failure
+
+
 def cancelled_stream() -> IncompleteStreamError:
     """Return the error for reading a cancelled stream."""
     return IncompleteStreamError(

@@ -43,6 +43,11 @@ _EXPLANATIONS = {
 }
 
 
+_LOST = re.compile(
+    "Socket closed|Stream removed|Connection reset|recvmsg:|sendmsg:|Broken pipe|.*GOAWAY"
+)
+"""What gRPC says of a connection that was made and then ended."""
+
 _HANDSHAKES = (
     (
         re.compile("WRONG_VERSION_NUMBER"),
@@ -118,6 +123,8 @@ def _message(error: grpc.RpcError, address: str, is_encrypted: bool) -> str:
     for pattern, encrypted, explanation in _HANDSHAKES:
         if encrypted == is_encrypted and pattern.search(said):
             return explanation.format(address=address)
+    if _LOST.match(said):
+        return f"the connection to the runner at {address} was lost: {said}"
     return f"{_EXPLANATIONS[error.code()].format(address=address)}: {said}"
 
 
