@@ -6,12 +6,14 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from runner_common.server_options import SERVER_OPTIONS, ServerOption, misuse
 from runner_server.engine.types import Dtype, LoadSpec
 from runner_server.transport.auth import read_token
 from runner_server.transport.tls import TlsFiles
+
+_EXIT_WRONG_USAGE = 2
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,21 @@ def _token(parser: argparse.ArgumentParser, file: Path | None) -> str | None:
         parser.error(str(error))
 
 
+class _Parser(argparse.ArgumentParser):
+    """Parser whose errors are two lines: what is wrong, and where the options are described.
+
+    ``mlx-runner serve`` becomes this process, so its users see these messages too.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with the message, without the usage text, which is longer than the screen."""
+        self.exit(_EXIT_WRONG_USAGE, f"error: {message}\nsee mlx-runner serve --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     """Return a parser whose values are None for options that are not given."""
-    parser = argparse.ArgumentParser(
-        prog="runner_server",
+    parser = _Parser(
+        prog="python -m runner_server",
         # `--token SECRET` must not stand for --token-file, whose error message quotes the value.
         allow_abbrev=False,
         description="Hosts one MLX language model and serves it over gRPC. Once listening, it "

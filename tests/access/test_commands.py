@@ -102,6 +102,18 @@ def test_a_file_without_a_certificate_is_wrong_usage(token_file: Path, tmp_path:
     assert f"and {token_file} are not a certificate and its private key" in result.stderr
 
 
+def test_a_token_that_the_server_refuses_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, "abc")
+    with pytest.raises(SystemExit) as exit_:
+        parse_args([])
+    first, last = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == 2
+    assert first.startswith(f"error: the token in {TOKEN_VARIABLE} has 3 characters")
+    assert last == "see mlx-runner serve --help"
+
+
 @pytest.mark.parametrize("verbosity", [None, "ERROR"])
 async def test_the_log_of_grpc_is_off_unless_wanted(
     start_server: StartServer, tmp_path: Path, verbosity: str | None
