@@ -45,8 +45,13 @@ def command(
     """Load MODEL into the runner at ADDRESS, in place of the model loaded there.
 
     ADDRESS is HOST:PORT, [IPV6]:PORT or unix:/path. MODEL is a directory on the runner's machine,
-    or a hub id (org/name) in its local cache. The runner ends running completions first. Ctrl-C
+    or a hub id (org/name) in its local cache; the runner looks up a relative path in its own
+    working directory, so give an absolute one. The runner ends running completions first. Ctrl-C
     cancels the load.
+
+    A model that is not found, whose files cannot be read, or whose context is too long is refused
+    while the loaded model stays. One that fails later, for lack of memory or while it is read,
+    leaves the runner without a model.
     """
     if not model:
         raise click.BadArgumentUsage("MODEL is empty")
