@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from os import PathLike
 from typing import NoReturn
 
 from runner_client.errors import InvalidRequestError
@@ -98,6 +99,16 @@ def check_model(value: object) -> None:
     check_text("model", value, form)
 
 
+def check_path(field: str, value: object) -> None:
+    """Check the path of a file, which may be None.
+
+    Raises:
+        TypeError: The value is not a path.
+    """
+    if value is not None and not isinstance(value, str | PathLike):
+        refuse_type(field, value, "the path of a file")
+
+
 def check_flag(field: str, value: object) -> None:
     """Check a truth value.
 
@@ -106,6 +117,42 @@ def check_flag(field: str, value: object) -> None:
     """
     if not hasattr(value, "__bool__"):
         refuse_type(field, value, "True or False")
+
+
+def check_callable(field: str, value: object) -> None:
+    """Check a function, which may be None.
+
+    Raises:
+        TypeError: The value cannot be called.
+    """
+    if value is not None and not callable(value):
+        refuse_type(field, value, "a function")
+
+
+def check_choice(field: str, value: object, choices: Collection[str]) -> None:
+    """Check a value that is one of a few.
+
+    Raises:
+        InvalidRequestError: It is another.
+    """
+    if value not in choices:
+        text = f"{value!r} is not one of {', '.join(choices)}"
+        raise InvalidRequestError(f"{field}: {text}", field_violations=[(field, text)])
+
+
+def check_environment(field: str, value: object) -> None:
+    """Check environment variables, which may be None.
+
+    Raises:
+        TypeError: The value is not a mapping from names to texts.
+    """
+    if value is None:
+        return
+    if not isinstance(value, Mapping):
+        refuse_type(field, value, "a mapping from names to texts")
+    for name, text in value.items():
+        check_text(f"a name in {field}", name)
+        check_text(f"{field}[{name!r}]", text)
 
 
 def check_kind(field: str, value: object, kind: type) -> None:

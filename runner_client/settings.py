@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal, TypedDict, get_args
 
-from runner_client.checks import check_flag, check_integer, check_kind, check_number
-from runner_client.errors import InvalidRequestError
+from runner_client.checks import check_choice, check_flag, check_integer, check_kind, check_number
 from runner_common.contract import (
     MAX_BYTES,
     MAX_CONTEXT_LENGTH,
@@ -78,9 +77,7 @@ class LoadOptions:
         check_integer("prefix_cache_bytes", self.prefix_cache_bytes, 0, MAX_BYTES)
         check_flag("memory_override", self.memory_override)
         check_flag("allow_inexact", self.allow_inexact)
-        if self.dtype not in get_args(Dtype):
-            text = f"{self.dtype!r} is not one of {', '.join(get_args(Dtype))}"
-            raise InvalidRequestError(f"dtype: {text}", field_violations=[("dtype", text)])
+        check_choice("dtype", self.dtype, get_args(Dtype))
 
     @classmethod
     def of(cls, options: LoadOptions | None, keywords: LoadKeywords) -> LoadOptions:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Unpack, cast
+from typing import TYPE_CHECKING, Unpack, cast, get_args
 
-from runner_client.checks import check_model
+from runner_client.checks import check_choice, check_model
 from runner_client.errors import (
     InsufficientMemoryError,
     InvalidRequestError,
@@ -151,6 +151,7 @@ def estimate(
     directory = read_model(located.path)
     installed = installed_backend()
     backend = backend or installed
+    check_choice("backend", backend, get_args(Backend))
     request = NeedRequest(
         path=str(located.path),
         context_length=load.context_length,

@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
+from runner_client.checks import check_integer, check_number
 from runner_client.errors import (
     InsufficientMemoryError,
     InvalidRequestError,
     LoadRequiresFullError,
 )
 from runner_client.memory.refusal import refusal_text
+from runner_common.contract import MAX_BYTES
 from runner_common.host_memory.free import FreeMemory, Host, free_memory
 from runner_common.memory.headroom import (
     METAL_MINIMUM_BYTES,
@@ -128,7 +130,9 @@ class MemoryGate:
             ``MLX_RUNNER_RUNTIME_DIR``, or in a directory of this user in ``/tmp``.
 
     Raises:
-        InvalidRequestError: One of the variables is not a size, such as ``8GiB``.
+        TypeError: An argument is not a number.
+        InvalidRequestError: An argument is negative, or a variable is not a size, such as
+            ``8GiB``.
     """
 
     def __init__(
@@ -141,6 +145,9 @@ class MemoryGate:
         environ: Mapping[str, str] = os.environ,
         reservations: ReservationBook | None = None,
     ) -> None:
+        check_integer("minimum_bytes", minimum_bytes, 0, MAX_BYTES)
+        check_integer("overhead_bytes", overhead_bytes, 0, MAX_BYTES)
+        check_number("settle_seconds", settle_seconds)
         self._minimum_bytes = minimum_bytes
         self._overhead_bytes = overhead_bytes
         self._measure = measure

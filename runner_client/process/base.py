@@ -8,9 +8,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Generic, Unpack
 
-from runner_client.checks import check_kind, check_model, check_text
+from runner_client.checks import check_environment, check_flag, check_kind, check_model
 from runner_client.errors import RunnerTimeoutError, RunnerUnavailableError
-from runner_client.memory.gate import MemoryGate
 from runner_client.process.launch import Launch
 from runner_client.process.life import ChildLife, ConnectionT
 from runner_client.types import DeviceInfo, LoadOptions, RestartPolicy, Timeouts
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from runner_client.host.command import Listen
     from runner_client.memory.estimation import MemoryEstimate
+    from runner_client.memory.gate import MemoryGate
     from runner_client.types import LoadKeywords
 
 HEALTH_SECONDS = 0.05
@@ -48,9 +48,8 @@ class ProcessBase(Generic[ConnectionT]):
         **keywords: Unpack[LoadKeywords],
     ) -> None:
         check_model(model)
-        for name, text in (env or {}).items():
-            check_text(f"env[{name!r}]", text)
-        check_kind("gate", gate, MemoryGate)
+        check_flag("require_full", require_full)
+        check_environment("env", env)
         check_kind("timeouts", timeouts, Timeouts)
         check_kind("restart_policy", restart_policy, RestartPolicy)
         self._launch = Launch(

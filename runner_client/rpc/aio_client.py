@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, NoReturn, Self, Unpack
 
 from mlxrunner.v1 import runner_pb2 as pb
+from runner_client.checks import check_callable, check_number, check_text
 from runner_client.rpc import messages
 from runner_client.rpc.aio_calls import Connection
 from runner_client.rpc.aio_load import AsyncPendingLoad
@@ -106,6 +107,7 @@ class AsyncRunnerClient:
             RunnerTimeoutError: The load made no progress for too long (phase ``"load"``).
             RunnerError: The call failed for another reason.
         """
+        check_callable("on_progress", on_progress)
         load = self.start_load(model, options=options, **keywords)
         try:
             return await load.wait(on_progress)
@@ -183,6 +185,7 @@ class AsyncRunnerClient:
         Raises:
             RunnerError: The call failed.
         """
+        check_number("timeout_seconds", timeout_seconds)
         request = pb.StatusRequest()
         reply = await self._connection.call(self._connection.stub.Status, request, timeout_seconds)
         status = messages.status(reply)
@@ -204,6 +207,7 @@ class AsyncRunnerClient:
         Raises:
             RunnerError: The call failed, or the service is unknown.
         """
+        check_text("service", service)
         return health.is_serving(
             await self._connection.call(self._connection.health, health.request(service))
         )

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, NoReturn, Self, Unpack
 
 from mlxrunner.v1 import runner_pb2 as pb
+from runner_client.checks import check_callable, check_number, check_text
 from runner_client.rpc import messages
 from runner_client.rpc.calls import Connection
 from runner_client.rpc.load import PendingLoad
@@ -107,6 +108,7 @@ class RunnerClient:
             RunnerTimeoutError: The load made no progress for too long (phase ``"load"``).
             RunnerError: The call failed for another reason.
         """
+        check_callable("on_progress", on_progress)
         load = self.start_load(model, options=options, **keywords)
         try:
             return load.wait(on_progress)
@@ -182,6 +184,7 @@ class RunnerClient:
         Raises:
             RunnerError: The call failed.
         """
+        check_number("timeout_seconds", timeout_seconds)
         request = pb.StatusRequest()
         reply = self._connection.call(self._connection.stub.Status, request, timeout_seconds)
         status = messages.status(reply)
@@ -203,6 +206,7 @@ class RunnerClient:
         Raises:
             RunnerError: The call failed, or the service is unknown.
         """
+        check_text("service", service)
         return health.is_serving(
             self._connection.call(self._connection.health, health.request(service))
         )

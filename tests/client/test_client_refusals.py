@@ -12,13 +12,16 @@ from runner_client import (
     AsyncRunnerClient,
     InvalidRequestError,
     LoadOptions,
+    MemoryGate,
     Options,
     RestartPolicy,
     RunnerClient,
     RunnerProcess,
     Timeouts,
+    TlsFiles,
 )
 from runner_client.memory.estimation import estimate
+from support.fake_child import write_model
 
 TOO_LARGE = 2**40
 LONE_SURROGATE = "\ud800"
@@ -136,6 +139,15 @@ WRONG_VALUES: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "timeouts": (lambda _: RunnerClient("h:1", timeouts=5), "timeouts is an object of the class"),  # type: ignore[arg-type]
     "timeout": (lambda _: Timeouts(call_seconds="5"), r"call_seconds is a number, not '5'"),  # type: ignore[arg-type]
+    "certificate": (
+        lambda _: RunnerClient("h:1", tls=TlsFiles(ca=b"PEM")),  # type: ignore[arg-type]
+        "tls.ca is the path of a file, not b'PEM'",
+    ),
+    "deadline": (lambda client: client.status(timeout_seconds="5"), "write timeout_seconds=5.0"),
+    "progress": (lambda client: client.load("m", on_progress=5), "on_progress is a function"),
+    "service": (lambda client: client.is_serving(5), r"service is text \(str\), not 5"),
+    "environment": (lambda _: RunnerProcess("m", env=["A=1"]), "env is a mapping from names"),  # type: ignore[arg-type]
+    "overhead": (lambda _: MemoryGate(overhead_bytes="1GiB"), "write overhead_bytes=1073741824"),  # type: ignore[arg-type]
     "restarts": (lambda _: RestartPolicy(max_restarts="1"), "write max_restarts=1"),  # type: ignore[arg-type]
 }
 
@@ -165,6 +177,17 @@ def test_load_options_out_of_range_are_refused_by_name(
     with pytest.raises(InvalidRequestError, match=message) as caught:
         LoadOptions(**fields)
     assert [field for field, _ in caught.value.field_violations] == list(fields)
+
+
+def test_an_unknown_backend_is_refused(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "tiny")
+    with pytest.raises(InvalidRequestError, match="backend: 'gpu' is not one of metal, cuda, cpu"):
+        estimate(str(model), backend="gpu")  # type: ignore[arg-type]  # the mistake under test
+
+
+def test_a_negative_overhead_is_refused_by_name() -> None:
+    with pytest.raises(InvalidRequestError, match="overhead_bytes: -1 is not in the range 0 to"):
+        MemoryGate(overhead_bytes=-1)
 
 
 def test_numbers_of_other_libraries_are_accepted() -> None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from runner_client.checks import check_path
+
 if TYPE_CHECKING:
     from runner_client.types import TlsFiles
 
@@ -47,6 +49,8 @@ class Access:
 def _credentials(tls: TlsFiles | None) -> grpc.ChannelCredentials | None:
     if tls is None:
         return None
+    for name, file in (("ca", tls.ca), ("cert", tls.cert), ("key", tls.key)):
+        check_path(f"tls.{name}", file)
     files = _read(tls.ca), _read(tls.key), _read(tls.cert)
     _check(tls)
     return grpc.ssl_channel_credentials(*files)
