@@ -257,7 +257,8 @@ def test_a_broken_model_is_reported(tmp_path: Path, break_model: object, says: s
 def test_too_little_memory_is_reported() -> None:
     result = _run("run", MODEL, "hi", environment=FULL)
     assert result.returncode == 3
-    assert "lower --context-length (" in result.stderr
+    assert "Lower MLX_RUNNER_GPU_OVERHEAD (1024.0 TiB), stop" in result.stderr
+    assert "override the gate with --memory-override" in result.stderr
     assert re.fullmatch(r"error: .* requires [\d.]+ MiB, .*\n", result.stderr)
     estimate = _run("estimate", MODEL, environment=FULL)
     assert estimate.returncode == 3
