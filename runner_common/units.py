@@ -25,7 +25,8 @@ def parse_bytes(text: str) -> int:
     base = 1000 if prefix and unit.upper() == "B" else 1024
     # Exact in whole numbers; the module ``fractions`` would take 2 MiB of every runner.
     digits = fraction.removeprefix(".")
-    return int(whole + digits) * base ** _POWERS[prefix.upper()] // 10 ** len(digits)
+    scale: int = base ** _POWERS[prefix.upper()]
+    return int(whole + digits) * scale // int("1" + "0" * len(digits))
 
 
 def format_bytes(count: int) -> str:

@@ -184,6 +184,16 @@ def test_memory_is_expected_for_prompts_about_to_join() -> None:
     assert machine.items[-1] == DecodeItem(joining=(0,), expected=1)
 
 
+def test_the_first_row_that_is_ready_decodes_before_the_slice_is_over() -> None:
+    machine = Machine()
+    for row in range(4):
+        machine.add(row, _prompt(60, row))
+    while not machine.tokens[0]:
+        machine.run_item()
+    assert machine.clock < 2 * 60 / PACE
+    assert not any(machine.tokens[row] for row in (1, 2, 3))
+
+
 # -- reuse -----------------------------------------------------------------------
 
 
