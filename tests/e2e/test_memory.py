@@ -152,7 +152,7 @@ def test_the_server_keeps_the_headroom_of_the_gate(model_dir: Build, tmp_path: P
 
 
 def test_the_format_of_weights_never_changes_silently(model_dir: Build) -> None:
-    with pytest.raises(LoadRequiresFullError, match="auto_or_stored"):
+    with pytest.raises(LoadRequiresFullError, match="MLX_RUNNER_GPU_OVERHEAD"):
         RunnerProcess(
             str(model_dir(quantize_bits=4, dtype="bfloat16")),
             require_full=True,
