@@ -196,13 +196,17 @@ class Hub:
             self.broadcast(Close())
         except BackendLost:
             logger.warning("%s, during the shutdown", self._lost_text)
-        self._close_links()
+        # The threads that listen close each connection once the follower has closed its own.
+        for follower in self._followers:
+            follower.link.finish()
 
     def _listen(self, follower: _Follower) -> None:
         try:
             for message in follower.link.messages():
                 self._handle(follower, message)
         except (OSError, ValueError) as error:
+            if self._is_closing:
+                follower.link.close()
             self._lose(follower, error)
 
     def _handle(self, follower: _Follower, message: Message) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 
 from runner_server.distributed.messages import Message, decode, encode
 
@@ -80,6 +81,15 @@ class Link:
     def allow_silence(self, seconds: float) -> None:
         """Change the silence after which the other side counts as lost."""
         self._socket.settimeout(seconds)
+
+    def finish(self) -> None:
+        """Send nothing more, and go on receiving.
+
+        Closing a connection with unread bytes resets it, and the other side would lose messages
+        that it has not read yet.
+        """
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         """Close the connection, waking receivers on both sides."""
