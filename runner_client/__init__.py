@@ -2,8 +2,8 @@
 
 ``RunnerProcess`` and ``AsyncRunnerProcess`` host a model in a child process.
 ``RunnerClient`` and ``AsyncRunnerClient`` call a runner at any address. ``errors``
-documents the exception tree, ``memory.estimation`` computes the memory that a model needs,
-and ``testing`` has a fake runner for your own tests.
+documents the exception tree, ``estimate`` computes the memory that a model needs, and
+``testing`` has a fake runner for your own tests.
 """
 
 from importlib.metadata import version

@@ -1,4 +1,4 @@
-"""Checks of arguments: a value of a wrong type or range is refused with the name of its field."""
+"""Validation of arguments, with the name of the argument and the value in each error."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _SHOWN_CHARS = 40
 
 
 def refuse_type(field: str, value: object, form: str, instead: object = None) -> NoReturn:
-    """Raise the error for a value of a wrong type.
+    """Raise a ``TypeError`` for a value of the wrong type.
 
     Args:
         field: Name of the argument.
         value: The value.
-        form: What the value has to be.
+        form: Description of a valid value, such as ``"a whole number"``.
         instead: The value that was probably meant; None if that is unknown.
 
     Raises:
@@ -32,7 +32,7 @@ def refuse_type(field: str, value: object, form: str, instead: object = None) ->
 
 
 def check_integer(field: str, value: object, low: int | None = None, high: int = 0) -> None:
-    """Check a whole number, which may be None, and its range if ``low`` is given.
+    """Require a whole number or None, in the range ``low`` to ``high`` if ``low`` is given.
 
     Raises:
         TypeError: The value is not a whole number.
@@ -61,7 +61,7 @@ def _number_in(value: object, *, is_size: bool) -> int | None:
 
 
 def check_number(field: str, value: object) -> None:
-    """Check a number, which may be None.
+    """Require a number or None.
 
     Raises:
         TypeError: The value is not a number.
@@ -76,10 +76,10 @@ def check_number(field: str, value: object) -> None:
 
 
 def check_text(field: str, value: object, form: str = "text (str)") -> None:
-    """Check a text.
+    """Require a string.
 
     Raises:
-        TypeError: The value is not a text.
+        TypeError: The value is not a string.
     """
     if isinstance(value, bytes):
         refuse_type(field, value, form, value.decode(errors="replace"))
@@ -88,10 +88,10 @@ def check_text(field: str, value: object, form: str = "text (str)") -> None:
 
 
 def check_model(value: object) -> None:
-    """Check the name of a model.
+    """Require the name of a model as a string.
 
     Raises:
-        TypeError: The value is not a text.
+        TypeError: The value is not a string.
     """
     form = "the path of a directory or a hub id, as text (str)"
     if hasattr(value, "__fspath__"):
@@ -100,7 +100,7 @@ def check_model(value: object) -> None:
 
 
 def check_path(field: str, value: object) -> None:
-    """Check the path of a file, which may be None.
+    """Require the path of a file or None; the file need not exist.
 
     Raises:
         TypeError: The value is not a path.
@@ -110,17 +110,17 @@ def check_path(field: str, value: object) -> None:
 
 
 def check_flag(field: str, value: object) -> None:
-    """Check a truth value.
+    """Require a truth value.
 
     Raises:
-        TypeError: The value is not a truth value, such as the text "no".
+        TypeError: The value is not a truth value but, for instance, the string ``"no"``.
     """
     if not hasattr(value, "__bool__"):
         refuse_type(field, value, "True or False")
 
 
 def check_callable(field: str, value: object) -> None:
-    """Check a function, which may be None.
+    """Require a callable or None.
 
     Raises:
         TypeError: The value cannot be called.
@@ -130,10 +130,10 @@ def check_callable(field: str, value: object) -> None:
 
 
 def check_choice(field: str, value: object, choices: Collection[str]) -> None:
-    """Check a value that is one of a few.
+    """Require one of ``choices``.
 
     Raises:
-        InvalidRequestError: It is another.
+        InvalidRequestError: The value is not one of them.
     """
     if value not in choices:
         text = f"{value!r} is not one of {', '.join(choices)}"
@@ -141,10 +141,10 @@ def check_choice(field: str, value: object, choices: Collection[str]) -> None:
 
 
 def check_environment(field: str, value: object) -> None:
-    """Check environment variables, which may be None.
+    """Require a mapping from names of environment variables to strings, or None.
 
     Raises:
-        TypeError: The value is not a mapping from names to texts.
+        TypeError: The value is not a mapping from strings to strings.
     """
     if value is None:
         return
@@ -156,10 +156,10 @@ def check_environment(field: str, value: object) -> None:
 
 
 def check_kind(field: str, value: object, kind: type) -> None:
-    """Check an object of a class of this library, which may be None.
+    """Require an instance of a class of this library, or None.
 
     Raises:
-        TypeError: The value is not of that class.
+        TypeError: The value is not an instance of ``kind``.
     """
     if value is None or isinstance(value, kind):
         return
@@ -174,13 +174,13 @@ def check_kind(field: str, value: object, kind: type) -> None:
 
 
 def check_texts(field: str, value: object) -> None:
-    """Check a sequence of texts, which may be None.
+    """Require a sequence of strings or None.
 
     Raises:
-        TypeError: The value is a single text, or anything else but texts.
+        TypeError: The value is a single string, or not a sequence of strings.
     """
     if isinstance(value, str):
-        # A string is a sequence of strings too: each of its characters would count.
+        # A string is a sequence too: each of its characters would count as an item.
         raise TypeError(f"{field} is a sequence of strings: write {field}=({value!r},)")
     if value is None:
         return
@@ -191,7 +191,7 @@ def check_texts(field: str, value: object) -> None:
 
 
 def check_bias(field: str, value: object) -> None:
-    """Check a mapping from token ids to numbers, which may be None.
+    """Require a mapping from token ids to numbers, or None.
 
     Raises:
         TypeError: The value is not such a mapping.
@@ -206,7 +206,7 @@ def check_bias(field: str, value: object) -> None:
 
 
 def check_ids(field: str, value: object, form: str = "a sequence of token ids") -> None:
-    """Check the type of a sequence of token ids; iterators are not read.
+    """Require a sequence of token ids. The items of an iterator are not checked.
 
     Raises:
         TypeError: The value is not a sequence of whole numbers.

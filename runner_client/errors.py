@@ -1,4 +1,4 @@
-"""Exceptions of this library: one tree, and no other exception for a failed call.
+"""Exceptions of this library: every failed call raises a ``RunnerError``.
 
 ::
 
@@ -18,7 +18,7 @@
     ├── GenerationFailedError            GENERATION_FAILED  retrying is safe
     ├── RunnerTimeoutError               DEADLINE_EXCEEDED  ``phase`` names the timeout
     ├── RunnerUnavailableError           UNAVAILABLE        the runner cannot be reached
-    │   └── RunnerExitedError            (child process)    restart it if you like
+    │   └── RunnerExitedError            (child process)    restart the runner
     ├── IncompleteStreamError            (client)           the text is incomplete; retrying is safe
     └── NotSupportedError                UNIMPLEMENTED      retrying never helps
         └── UnsupportedPlatformError     (client)           use another machine
@@ -46,11 +46,11 @@ TimeoutPhase = Literal["call", "start", "load", "first_token", "idle"]
 
 
 class RunnerError(Exception):
-    """A call or a runner failed: the root of the exception tree.
+    """Base class of every failure of a call or a runner.
 
     Attributes:
         reason: The server's reason, for instance ``"QUEUE_FULL"``; None if the server
-            gave none or the client itself found the failure.
+            gave none or the client itself detected the failure.
         code: The gRPC status code; None if no call failed.
         metadata: Details from the server as strings, with units in the key
             (``requiredBytes``).
@@ -91,11 +91,11 @@ class InvalidRequestError(RunnerError):
 
 
 class PromptTooLongError(InvalidRequestError):
-    """Prompt plus one new token exceed the context. Shorten the prompt, or load more context.
+    """The prompt plus one new token exceeds the context. Shorten the prompt, or load more context.
 
     Attributes:
-        prompt_tokens: The length of the prompt, in tokens.
-        context_length: The limit in force, in tokens.
+        prompt_tokens: The length of the prompt, in tokens; None if unknown.
+        context_length: The runner's limit, in tokens; None if unknown.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class PromptTooLongError(InvalidRequestError):
 
 
 class ModelError(RunnerError):
-    """Missing, unsupported or unloaded model: base class of the three errors below.
+    """Base class of errors about a missing, unsupported or unloaded model.
 
     Attributes:
         model: The model as requested; None if the call named none.
@@ -145,7 +145,7 @@ class ModelNotFoundError(ModelError):
 
 
 class ModelUnsupportedError(ModelError):
-    """Model files are not loadable by this runner, or need custom code to run."""
+    """The runner cannot load the model's files, or the model needs custom code."""
 
 
 class ModelNotLoadedError(ModelError):
@@ -164,7 +164,7 @@ class BusyError(RunnerError):
 
 
 class InsufficientMemoryError(RunnerError):
-    """Weights and KV cache do not fit into memory. Free memory, or ask for less.
+    """The model does not fit into the available memory. Free memory, or ask for less.
 
     Raised by the server for a load, and by the memory gate before a process starts.
 
@@ -192,7 +192,7 @@ class InsufficientMemoryError(RunnerError):
 
 
 class LoadRequiresFullError(InsufficientMemoryError):
-    """The model does not fit the device as a whole, as ``require_full`` demands."""
+    """The model does not fit the device as a whole, and ``require_full`` was set."""
 
 
 class QueueFullError(RunnerError):
@@ -220,7 +220,7 @@ class ShuttingDownError(RunnerError):
 
 
 class GenerationFailedError(RunnerError):
-    """MLX raised in a step of this request's batch. The runner recovers; retrying is safe."""
+    """MLX failed in a step of this request's batch. The runner recovers; retrying is safe."""
 
 
 class RunnerTimeoutError(RunnerError):
@@ -228,9 +228,9 @@ class RunnerTimeoutError(RunnerError):
 
     Attributes:
         phase: The timeout that expired: ``"call"`` (deadline of a unary call), ``"start"``
-            (wait for the ready line), ``"load"`` (a load without progress),
-            ``"first_token"`` or ``"idle"`` (waits of a stream).
-        timeout_seconds: The timeout, in seconds.
+            (wait for the ready line and a healthy server), ``"load"`` (a load without
+            progress), ``"first_token"`` or ``"idle"`` (waits of a stream).
+        timeout_seconds: The timeout, in seconds; None if unknown.
     """
 
     def __init__(
@@ -257,12 +257,13 @@ class RunnerExitedError(RunnerUnavailableError):
 
     Attributes:
         exit_code: The exit code as ``subprocess`` reports it: a negative value is the
-            number of the signal that killed the process. None if the process was never
-            started, or if its exit code is unknown because this process ignores SIGCHLD.
+            number of the signal that killed the child. None if the child was never started,
+            or if its exit code is unknown because the parent ignores SIGCHLD or other code
+            in the parent waited for the child first.
         exit_reason: The exit code in words ("exit code 1", "killed by SIGKILL ...").
-        stderr_tail: The last lines that this process, and no other, wrote to stderr.
-        last_memory_bytes: The resident set of the process when its status was last
-            read; None if it never was.
+        stderr_tail: The last lines that this child wrote to stderr.
+        last_memory_bytes: The resident set of the child at its last status; None if no
+            status was read.
     """
 
     def __init__(
@@ -293,7 +294,7 @@ class IncompleteStreamError(RunnerError):
 
 
 class NotSupportedError(RunnerError):
-    """The requested feature or call does not exist here. Retrying never helps."""
+    """The runner or this installation does not support the call. Retrying never helps."""
 
 
 class UnsupportedPlatformError(NotSupportedError):

@@ -1,4 +1,4 @@
-"""The memory gate, which admits a runner if its model fits."""
+"""Memory gate, which admits a runner if the model fits into memory."""
 
 from runner_client.memory.gate import Admission, GateDecision, MemoryGate
 

@@ -46,7 +46,7 @@ class LoadOptions:
     """Options of a load, and of its estimate. None selects the server's default.
 
     Raises:
-        TypeError: A value is of a wrong type.
+        TypeError: A value is of the wrong type.
         InvalidRequestError: A value is out of range, or the number format is unknown.
     """
 
@@ -60,12 +60,12 @@ class LoadOptions:
     memory_limit_bytes: int | None = None
     """The upper limit of MLX's memory. Default: the estimated need, or no limit for an estimate."""
     prefix_cache_bytes: int | None = None
-    """The upper limit of the prefix cache, within that memory; 0 disables the cache. Default: the
-    KV cache of one sequence, or a quarter of that of all sequences if larger; less if memory is
-    short."""
+    """The upper limit of the prefix cache, within ``memory_limit_bytes``; 0 disables the cache.
+    Default: the KV cache of one sequence, or a quarter of the KV cache of all sequences if larger;
+    less if memory is short."""
     memory_override: bool = False
-    """Load the model even if it does not fit by the estimate. The system may then kill the process
-    when memory runs out. Without effect on an estimate."""
+    """Load the model even if the estimate does not fit into memory. The system may then kill the
+    process when memory runs out. Has no effect on an estimate."""
     allow_inexact: bool = False
     """Load the model even if it cannot be computed exactly as its files specify;
     ``Model.warnings`` lists the differences."""
@@ -84,7 +84,7 @@ class LoadOptions:
         """Combine the options and keywords of a call; the keywords take precedence.
 
         Raises:
-            TypeError: The options are not ``LoadOptions``, or a value is of a wrong type.
+            TypeError: The options are not ``LoadOptions``, or a value is of the wrong type.
             InvalidRequestError: A value is out of range.
         """
         check_kind("options", options, cls)
@@ -93,7 +93,7 @@ class LoadOptions:
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Timeouts of a client, in seconds. None waits indefinitely.
+    """Timeouts of a client, in seconds. None, where the type allows None, waits indefinitely.
 
     Raises:
         TypeError: A value is not a number.
@@ -101,22 +101,22 @@ class Timeouts:
     """
 
     start_seconds: float | None = 60.0
-    """From the start of a child to its ready line and first health response."""
+    """Time from the start of a child to its ready line and first healthy response."""
     load_seconds: float | None = 300.0
     """The longest time that a load may go without progress. A load that makes progress has no
     limit."""
     first_token_seconds: float | None = 600.0
-    """From the call of a completion to its first token, queueing and prefill included."""
+    """Time from the call of a completion to its first token, queueing and prefill included."""
     idle_seconds: float | None = 60.0
-    """Between two messages of a stream, progress messages included."""
+    """Time between two messages of a stream, progress messages included."""
     call_seconds: float = 30.0
     """The deadline of every other call."""
     close_seconds: float = 7.0
-    """From the request to stop until the child is killed; large models get more. The server
+    """Time from the request to stop until the child is killed; large models get more. The server
     drains for up to 5.5 s."""
     stall_seconds: float | None = None
-    """The longest time that a child's engine may have completions to work on and make no
-    progress before the child is killed. None never kills. A step takes tenths of a second, or
+    """The longest time that a child's engine may have work but make no progress; the child is then
+    killed. None never kills. A step takes tenths of a second, or
     seconds if kernels are compiled first; a slow prompt makes progress with every step."""
 
     def __post_init__(self) -> None:
@@ -127,10 +127,14 @@ class Timeouts:
                 raise ValueError(f"{field.name} must be above 0 (or None: no limit), not {value}")
 
     def close_grace_seconds(self, model_bytes: int) -> float:
-        """Return the grace time for a child with ``model_bytes``: one more second per 4 GiB.
+        """Return the grace time of a child between the request to stop and the kill, in seconds.
 
-        Freeing memory takes time in proportion to its size. On macOS, killing a process that
-        still holds wired memory can strand that memory until a reboot.
+        ``close_seconds`` plus one second per 4 GiB, because freeing memory takes time in
+        proportion to its size. On macOS, killing a process that still holds wired memory can
+        strand that memory until a reboot.
+
+        Args:
+            model_bytes: Memory held by the child.
         """
         return self.close_seconds + model_bytes / _CLOSE_BYTES_PER_SECOND
 
@@ -158,7 +162,7 @@ class TlsFiles:
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
-    """Limit on the restarts of a child; checked by ``RunnerProcess.restart``.
+    """Limit on the restarts of a child, enforced by ``RunnerProcess.restart``.
 
     Raises:
         TypeError: A value is not a number.
@@ -168,7 +172,7 @@ class RestartPolicy:
     max_restarts: int = 3
     """The maximum number of restarts within the window; 0 allows none."""
     window_seconds: float = 600.0
-    """The time for which a restart counts."""
+    """How long a restart counts towards the maximum."""
 
     def __post_init__(self) -> None:
         check_integer("max_restarts", self.max_restarts)
@@ -181,5 +185,5 @@ class RestartPolicy:
         return tuple(time for time in restarts if now - time < self.window_seconds)
 
     def allows(self, restarts: tuple[float, ...], now: float) -> bool:
-        """Return whether the policy allows one more restart."""
+        """Return whether the policy allows one more restart at ``now``."""
         return len(self.recent(restarts, now)) < self.max_restarts

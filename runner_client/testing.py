@@ -55,7 +55,7 @@ _MAX_CALLS = 32
 
 @dataclass(frozen=True)
 class Failure:
-    """Description of an error for a call to end with."""
+    """Error that ends a call to the fake runner."""
 
     reason: str
     """A value of the proto's ``ErrorReason`` without its prefix; "" sends no details."""
@@ -333,7 +333,7 @@ def fake_runner(
     Args:
         pieces: The text of every completion, in chunks.
         failure: The error for every call, if given.
-        listen: The kind of address, which is released afterwards.
+        listen: The kind of address; the block releases the address at its end.
 
     Yields:
         The runner, with its ``address``, the received ``requests`` and settings to change.
@@ -356,7 +356,7 @@ def fake_runner(
 
 
 def _health_handler() -> grpc.GenericRpcHandler:
-    """Return a health service that answers SERVING, with the messages of ``rpc.health``."""
+    """Return a health service with the constant answer SERVING; see ``rpc.transport.health``."""
     check = grpc.unary_unary_rpc_method_handler(
         lambda request, context: Int32Value(value=1),  # noqa: ARG005 - gRPC's signature
         request_deserializer=StringValue.FromString,

@@ -1,4 +1,4 @@
-"""Parameters and results of the library as frozen dataclasses without protobuf.
+"""Parameters and results of calls, as frozen dataclasses independent of protobuf.
 
 The proto file documents each field in detail. Here durations are float seconds, a missing
 value is None, and an enum value that only a newer server knows becomes ``UNKNOWN``.
@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from runner_client.checks import check_bias, check_integer, check_number, check_texts
-from runner_client.settings import Dtype as Dtype  # noqa: PLC0414 - users have it from here
+from runner_client.settings import Dtype as Dtype  # noqa: PLC0414 - public import path
 from runner_client.settings import LoadKeywords as LoadKeywords  # noqa: PLC0414 - the same
 from runner_client.settings import LoadOptions as LoadOptions  # noqa: PLC0414 - the same
 from runner_client.settings import RestartPolicy as RestartPolicy  # noqa: PLC0414 - the same
@@ -41,7 +41,7 @@ class State(StrEnum):
 
 
 class DoneReason(StrEnum):
-    """Reason why a completion ended."""
+    """Reason for the end of a completion."""
 
     UNKNOWN = "unknown"
     """A reason unknown to this version."""
@@ -74,12 +74,13 @@ class Options:
     """How many of the last tokens, prompt and generated, the penalties consider; -1 is all, 0 is
     none; default 64."""
     repeat_penalty: float | None = None
-    """Divide positive and multiply negative logits of repeated tokens. 0.01 to 100; 1 is off;
-    default 1."""
+    """Factor that divides positive and multiplies negative logits of repeated tokens. 0.01 to 100;
+    1 is off; default 1."""
     presence_penalty: float | None = None
-    """Subtracted once from the logits of repeated tokens. -100 to 100; default 0."""
+    """Value subtracted once from the logits of repeated tokens. -100 to 100; default 0."""
     frequency_penalty: float | None = None
-    """Subtracted from the logits of repeated tokens for each occurrence. -100 to 100; default 0."""
+    """Value subtracted from the logits of repeated tokens for each occurrence. -100 to 100;
+    default 0."""
     num_predict: int | None = None
     """The maximum number of tokens to generate; default: up to the end of the context."""
     seed: int | None = None
@@ -113,7 +114,7 @@ class Model:
     name: str
     """The directory's name, or the hub id."""
     path: str
-    """The directory of the model, as the server names it."""
+    """The model's directory on the server's machine."""
     architecture: str
     """``model_type`` of its config.json."""
     context_length: int
@@ -183,7 +184,7 @@ class LoadEstimate:
     """The weights in the format in which they would be held."""
     kv_bytes: int
     """KV caches and recurrent states of ``parallel`` sequences of ``context_length`` tokens. If
-    the memory limit is too small for all of them, of as many as fit."""
+    the memory limit is too small for all of them, counts only as many as fit."""
     prefix_cache_bytes: int
     """The upper limit of the prefix cache."""
     working_bytes: int
@@ -220,7 +221,7 @@ class LoadEstimate:
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """One of several processes holding a model together."""
+    """One of the processes that together hold a model."""
 
     rank: int
     """Number of the rank; rank 0 serves."""
@@ -247,7 +248,7 @@ class Status:
     memory_bytes: int
     """Memory held by MLX, active and cached."""
     memory_usage: MemoryUsage
-    """A breakdown of the memory."""
+    """The memory, broken down into parts."""
     model: Model | None
     """The loaded model; None without one."""
     parallel: int
@@ -296,7 +297,7 @@ class PromptProgress:
     """Progress of a completion's prefill."""
 
     evaluated_count: int
-    """Prefilled tokens."""
+    """Tokens of the prompt prefilled so far."""
     total_count: int
     """Tokens of the prompt."""
 
@@ -317,7 +318,7 @@ class TopLogprob:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A generated token with the log probability before any sampling option."""
+    """A generated token and its log probability before any sampling option is applied."""
 
     token_id: int
     """Token id."""
@@ -355,11 +356,11 @@ class CompletionChunk:
     prompt_eval_count: int = 0
     """Tokens of the prompt."""
     prompt_eval_seconds: float = 0.0
-    """From the start of the prefill to the first token."""
+    """Time from the start of the prefill to the first token."""
     eval_count: int = 0
     """Generated tokens."""
     eval_seconds: float = 0.0
-    """From the first token to the last."""
+    """Time from the first token to the last."""
     queue_seconds: float = 0.0
     """Time that the request waited in the queue."""
     prompt_cached_count: int = 0
@@ -383,11 +384,11 @@ class Completion:
     prompt_eval_count: int
     """Tokens of the prompt."""
     prompt_eval_seconds: float
-    """From the start of the prefill to the first token."""
+    """Time from the start of the prefill to the first token."""
     eval_count: int
     """Generated tokens."""
     eval_seconds: float
-    """From the first token to the last."""
+    """Time from the first token to the last."""
     queue_seconds: float
     """Time that the request waited in the queue."""
     prompt_cached_count: int = 0
