@@ -35,7 +35,7 @@ _Response = TypeVar("_Response")
 
 
 class LoadCall:
-    """Call of a load."""
+    """Pending ``Load`` rpc."""
 
     def __init__(self, reply: asyncio.Task[pb.LoadResponse]) -> None:
         self._reply = reply
@@ -53,7 +53,7 @@ class LoadCall:
 
 
 class Connection(ConnectionBase):
-    """Connection of the asyncio client: a channel and the ways to call it."""
+    """Connection of the asyncio client: a channel, and the calls on the channel."""
 
     def __init__(
         self,
@@ -75,12 +75,12 @@ class Connection(ConnectionBase):
 
     @cached_property
     def stub(self) -> RunnerServiceAsyncStub:
-        """The methods of the runner."""
+        """The gRPC stub of the runner service."""
         return runner_pb2_grpc.RunnerServiceStub(self._channel)
 
     @cached_property
     def health(self) -> grpc.aio.UnaryUnaryMultiCallable[StringValue, Int32Value]:
-        """The method of the health service."""
+        """The ``Check`` method of the health service."""
         return self._channel.unary_unary(
             health.METHOD, StringValue.SerializeToString, Int32Value.FromString
         )
@@ -92,6 +92,11 @@ class Connection(ConnectionBase):
         timeout_seconds: float | None = None,
     ) -> _Response:
         """Call a method and wait for the response.
+
+        Args:
+            method: A method of the stub, or the health method.
+            request: The request message.
+            timeout_seconds: The deadline. Default: ``Timeouts.call_seconds``.
 
         Raises:
             RunnerError: The call failed.
@@ -113,11 +118,15 @@ class Connection(ConnectionBase):
         return await asyncio.to_thread(self.peer.explain, failure)
 
     def start_load(self, request: pb.LoadRequest) -> LoadCall:
-        """Start a load."""
+        """Start a load without waiting for the response."""
         return LoadCall(asyncio.create_task(self.call(self.stub.Load, request, LOAD_SECONDS)))
 
     def start_stream(self, request: pb.CompletionRequest) -> AsyncCompletionStream:
-        """Start a completion."""
+        """Start a completion.
+
+        Raises:
+            RunnerUnavailableError: The client is closed.
+        """
         try:
             call = self.stub.Completion(request, metadata=with_trace(self.access.metadata))
         except grpc.aio.UsageError as error:

@@ -47,7 +47,7 @@ class AsyncRunnerClient:
         token: The server's token, sent with every call; without TLS in plain text.
         tls: Certificates for an encrypted connection. Default: no encryption.
         timeouts: How long to wait for each kind of answer.
-        peer: The process at the address, given by its owner, such as ``AsyncRunnerProcess``.
+        peer: The process at the address, if the caller owns it, as ``AsyncRunnerProcess`` does.
 
     Raises:
         ValueError: The address is invalid, the token cannot be sent, or a file of ``tls`` has no
@@ -99,6 +99,7 @@ class AsyncRunnerClient:
             keywords: Fields of ``LoadOptions``, in place of those of ``options``.
 
         Raises:
+            TypeError: An argument is of the wrong type.
             InvalidRequestError: An argument is out of range.
             ModelNotFoundError: The model does not exist.
             ModelUnsupportedError: The model cannot be loaded.
@@ -120,6 +121,7 @@ class AsyncRunnerClient:
         """Start a load and return without waiting. The arguments are those of ``load``.
 
         Raises:
+            TypeError: An argument is of the wrong type.
             InvalidRequestError: An argument cannot be sent.
             RunnerUnavailableError: The client is closed.
         """
@@ -193,7 +195,11 @@ class AsyncRunnerClient:
         return status
 
     async def ping(self) -> float:
-        """Request a status and return the round-trip time, in seconds. Raises like ``status``."""
+        """Request a status and return the round-trip time, in seconds.
+
+        Raises:
+            RunnerError: The call failed.
+        """
         begin = time.monotonic()
         await self.status()
         return time.monotonic() - begin
@@ -233,6 +239,7 @@ class AsyncRunnerClient:
             request_id: A name for the request in the server's log.
 
         Raises:
+            TypeError: An argument is of the wrong type.
             InvalidRequestError: An argument cannot be sent.
             RunnerUnavailableError: The client is closed. Reading raises all other errors.
         """
@@ -252,6 +259,7 @@ class AsyncRunnerClient:
         """Run a completion to the end, with the arguments and timeouts of ``completion``.
 
         Raises:
+            TypeError: An argument is of the wrong type.
             InvalidRequestError: An argument is out of range.
             PromptTooLongError: The prompt does not fit the context.
             ModelNotLoadedError: No model is loaded.
@@ -291,7 +299,11 @@ class AsyncRunnerClient:
         return (await self._connection.call(self._connection.stub.Detokenize, request)).content
 
     async def embedding(self, content: str) -> NoReturn:  # noqa: ARG002 - the interface has it
-        """Raise ``NotSupportedError``: the runner only completes text."""
+        """Refuse the call: the runner only completes text.
+
+        Raises:
+            NotSupportedError: Always.
+        """
         raise embedding_error()
 
     async def close(self) -> None:

@@ -89,7 +89,7 @@ class AsyncCompletionStream:
         return message
 
     async def _read_end(self) -> None:
-        """Let the call end, because a call dropped earlier looks cancelled to the server."""
+        """Wait for the call to end, because dropping the call early would cancel it."""
         try:
             async with asyncio.timeout(END_SECONDS):
                 await self._call.read()

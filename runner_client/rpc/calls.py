@@ -31,7 +31,7 @@ _Response = TypeVar("_Response")
 
 
 class LoadCall:
-    """Call of a load."""
+    """Pending ``Load`` rpc."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class LoadCall:
 
 
 class Connection(ConnectionBase):
-    """Connection of the sync client: a channel and the ways to call it. Thread-safe."""
+    """Connection of the sync client: a channel, and the calls on the channel. Thread-safe."""
 
     def __init__(
         self,
@@ -82,6 +82,11 @@ class Connection(ConnectionBase):
     ) -> _Response:
         """Call a method and wait for the response.
 
+        Args:
+            method: A method of the stub, or the health method.
+            request: The request message.
+            timeout_seconds: The deadline. Default: ``Timeouts.call_seconds``.
+
         Raises:
             RunnerError: The call failed.
         """
@@ -96,7 +101,11 @@ class Connection(ConnectionBase):
         return failure if self.peer is None else self.peer.explain(failure)
 
     def start_load(self, request: pb.LoadRequest) -> LoadCall:
-        """Start a load."""
+        """Start a load without waiting for the response.
+
+        Raises:
+            RunnerUnavailableError: The client is closed.
+        """
         try:
             reply = self.stub.Load.future(
                 request, timeout=LOAD_SECONDS, metadata=with_trace(self.access.metadata)
@@ -106,7 +115,11 @@ class Connection(ConnectionBase):
         return LoadCall(reply, self._failure)
 
     def start_stream(self, request: pb.CompletionRequest) -> CompletionStream:
-        """Start a completion."""
+        """Start a completion.
+
+        Raises:
+            RunnerUnavailableError: The client is closed.
+        """
         try:
             call = self.stub.Completion(request, metadata=with_trace(self.access.metadata))
         except ValueError as error:

@@ -66,7 +66,7 @@ def load_request(model: str, options: LoadOptions) -> pb.LoadRequest:
     """Build the request of a load.
 
     Raises:
-        TypeError: The model is not a text.
+        TypeError: The model is not a string.
         InvalidRequestError: A value cannot be sent.
     """
     check_model(model)
@@ -84,7 +84,7 @@ def load_request(model: str, options: LoadOptions) -> pb.LoadRequest:
 
 
 def estimate_request(model: str, options: LoadOptions) -> pb.EstimateRequest:
-    """Build the request of an estimate; raises like ``load_request``."""
+    """Build the request of an estimate, with the errors of ``load_request``."""
     check_model(model)
     with _sendable():
         return pb.EstimateRequest(
@@ -99,7 +99,7 @@ def estimate_request(model: str, options: LoadOptions) -> pb.EstimateRequest:
 
 
 def trim_request(prefix_cache_bytes: int | None) -> pb.TrimRequest:
-    """Build the request of a trim; raises like ``completion_request``."""
+    """Build the request of a trim, with the errors of ``completion_request``."""
     check_integer("prefix_cache_bytes", prefix_cache_bytes)
     with _sendable():
         return pb.TrimRequest(prefix_cache_bytes=prefix_cache_bytes)
@@ -115,7 +115,7 @@ def completion_request(
     """Build the request of a completion from text or token ids.
 
     Raises:
-        TypeError: A value is of a wrong type.
+        TypeError: A value is of the wrong type.
         InvalidRequestError: A value cannot be sent.
     """
     if not isinstance(prompt, str):
@@ -135,7 +135,7 @@ def completion_request(
 
 
 def tokenize_request(content: str, *, add_special_tokens: bool) -> pb.TokenizeRequest:
-    """Build the request to tokenize a text; raises like ``completion_request``."""
+    """Build the request to tokenize a text, with the errors of ``completion_request``."""
     check_text("content", content)
     check_flag("add_special_tokens", add_special_tokens)
     with _sendable():
@@ -143,7 +143,7 @@ def tokenize_request(content: str, *, add_special_tokens: bool) -> pb.TokenizeRe
 
 
 def detokenize_request(token_ids: Sequence[int]) -> pb.DetokenizeRequest:
-    """Build the request to join token ids; raises like ``completion_request``."""
+    """Build the request to join token ids, with the errors of ``completion_request``."""
     check_ids("token_ids", token_ids)
     with _sendable():
         return pb.DetokenizeRequest(token_ids=token_ids)

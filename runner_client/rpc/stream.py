@@ -94,7 +94,7 @@ class CompletionStream:
             self._watchdog.disarm(id(self))
 
     def _read_end(self) -> None:
-        """Let the call end, because a call dropped earlier looks cancelled to the server."""
+        """Wait for the call to end, because dropping the call early would cancel it."""
         self._watchdog.arm(id(self), time.monotonic() + END_SECONDS, self._expire)
         # The text is complete, so later errors do not matter.
         with contextlib.suppress(grpc.RpcError, ValueError):

@@ -1,7 +1,7 @@
-"""Timeouts for the next message of a stream and for the progress of a load, without a clock.
+"""Timeouts for the next message of a stream and for the progress of a load.
 
-Callers pass the time as ``time.monotonic()`` seconds, so that the sync and the asyncio client
-share the rules.
+The rules are shared by the sync and the asyncio client: no function here reads a clock or waits.
+Callers pass the time as ``time.monotonic()`` seconds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class StreamTimer:
-    """Deadline of a stream's next message.
+    """Timer for the next message of a stream.
 
     The first-token timeout runs from the first wait until the first token. The idle timeout
     applies in addition once any message has arrived. Time that the reader spends between two

@@ -1,4 +1,4 @@
-"""Cancellation of overdue reads: reading a sync gRPC stream takes no timeout."""
+"""Cancellation of overdue reads, because a read from a sync gRPC stream takes no timeout."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Watchdog:
         Args:
             key: Identifies the deadline; a second deadline with the same key replaces the first.
             deadline: In ``time.monotonic()`` seconds; infinity never expires.
-            expire: Must neither block nor raise.
+            expire: A function that must neither block nor raise.
         """
         if deadline == math.inf:
             return

@@ -35,8 +35,8 @@ class Access:
         """Validate a token and read the certificate files.
 
         Raises:
-            ValueError: The token, which the message does not contain, cannot be sent, or a file has
-                no certificate or key.
+            ValueError: The token cannot be sent (the message does not contain it), or a file has no
+                certificate or key.
             OSError: A file cannot be read.
         """
         if token is None:
@@ -57,10 +57,10 @@ def _credentials(tls: TlsFiles | None) -> grpc.ChannelCredentials | None:
 
 
 def _check(tls: TlsFiles) -> None:
-    """Check the certificate files; gRPC would only fail each handshake, without a reason.
+    """Check the certificate files; gRPC would fail each handshake without giving a reason.
 
     Raises:
-        ValueError: A file is not what it should be.
+        ValueError: A file has no certificate or key in PEM form, or the two do not match.
         OSError: A file cannot be read.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -1,4 +1,4 @@
-"""Addresses of runners, as users write them and as gRPC takes them."""
+"""Validation of runner addresses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from runner_common.contract import MAX_PORT
 
 ADDRESS_FORMS = "HOST:PORT, [IPV6]:PORT or unix:/path"
-"""Forms of an address in help and error messages."""
+"""Valid forms of an address, for help and error messages."""
 
 _OTHER_TARGETS = re.compile(r"(?:dns|ipv4|ipv6|unix-abstract|vsock|xds):")
 """Target schemes of gRPC, which resolve to one or several addresses."""

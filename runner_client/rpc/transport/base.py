@@ -26,28 +26,29 @@ POLL_SECONDS = 0.2
 """Interval between status requests during a load."""
 
 STATUS_SECONDS = 2.0
-"""Deadline of such a status request; a server that misses it makes no progress."""
+"""Deadline of each status request that watches a load or an engine. A load makes no progress while
+its server misses the deadline."""
 
 LOAD_SECONDS = 24 * 3600.0
-"""Deadline of a load in case no client watches its progress. A watched load is only limited by
-``Timeouts.load_seconds``."""
+"""Deadline of every load, in case no client watches its progress. A watched load without progress
+ends earlier, after ``Timeouts.load_seconds``."""
 
 END_SECONDS = 1.0
-"""How long to wait for the end of a stream after its last message."""
+"""The longest wait for the end of a stream after its last message."""
 
 
 class Peer(Protocol):
-    """The process behind an address, where the owner of the client also owns the process."""
+    """Process that serves an address, for a client whose owner also owns the process."""
 
     def explain(self, error: RunnerError) -> RunnerError:
         """Return the error to raise in place of ``error``. May block for half a second."""
 
     def note_memory(self, process_bytes: int) -> None:
-        """Record the resident set reported by a status."""
+        """Record the resident set reported by a status, in bytes."""
 
 
 class ConnectionBase:
-    """Base of the connections: everything except I/O."""
+    """Base class of the sync and asyncio connections: everything except I/O."""
 
     def __init__(
         self,
@@ -68,15 +69,15 @@ class ConnectionBase:
         self.is_closed = False
 
     def note_status(self, status: Status) -> None:
-        """Tell the peer what a status reports."""
+        """Pass the resident set in a status to the peer."""
         if self.peer is not None:
             self.peer.note_memory(status.memory_usage.process_bytes)
 
     def translated(self, error: BaseException, timeout_seconds: float | None = None) -> RunnerError:
         """Return the exception of this library for an error raised by gRPC.
 
-        Errors other than ``grpc.RpcError`` come from a call that this side ended, or from a closed
-        channel. Anything else is a bug in this library and raised unchanged.
+        Cancellations come from a call ended on this side, and errors of other types from a closed
+        channel. On an open channel the latter are a bug in this library and reraised unchanged.
         """
         code = error.code() if isinstance(error, grpc.RpcError) else grpc.StatusCode.CANCELLED
         if self.is_closed and code is grpc.StatusCode.CANCELLED:
@@ -94,14 +95,14 @@ class ConnectionBase:
 
 
 def incomplete_stream() -> IncompleteStreamError:
-    """Return the error for a stream ended without a last message."""
+    """Return the error for a stream ended without the last message."""
     return IncompleteStreamError(
         "the completion's stream ended without its last message: the text is incomplete; retry it"
     )
 
 
 def cut_off(failure: RunnerError) -> RunnerError:
-    """Return a failure between two messages of a stream, which says what it means for the text."""
+    """Mark the text as incomplete in the error of a lost connection, and return the error."""
     if type(failure) is RunnerUnavailableError:
         failure.args = (f"{failure}. The text is incomplete; retry it",)
     return failure
@@ -115,5 +116,5 @@ def cancelled_stream() -> IncompleteStreamError:
 
 
 def embedding_error() -> NotSupportedError:
-    """Return the error for an embedding, a call offered for API compatibility only."""
+    """Return the error of ``embedding``, which exists for API compatibility only."""
     return NotSupportedError("embeddings are not supported: the runner completes text only")

@@ -46,7 +46,7 @@ _EXPLANATIONS = {
 _LOST = re.compile(
     "Socket closed|Stream removed|Connection reset|recvmsg:|sendmsg:|Broken pipe|.*GOAWAY"
 )
-"""What gRPC says of a connection that was made and then ended."""
+"""Messages of gRPC about a connection that was established and then lost."""
 
 _HANDSHAKES = (
     (
@@ -71,7 +71,7 @@ _HANDSHAKES = (
         ),
     ),
 )
-"""What gRPC says of a failed handshake, whether the connection uses TLS, and the explanation."""
+"""gRPC's message for a failed handshake, whether the connection uses TLS, and the explanation."""
 
 
 @dataclass
@@ -116,7 +116,7 @@ def _said(error: grpc.RpcError) -> str:
 
 
 def _message(error: grpc.RpcError, address: str, is_encrypted: bool) -> str:
-    """Explain an error that is not the runner's own answer."""
+    """Explain an error that did not come from the runner itself."""
     said = _said(error)
     if error.code() not in _EXPLANATIONS:
         return said
@@ -161,7 +161,7 @@ def _read_details(error: grpc.RpcError) -> _Details:
         status.ParseFromString(_packed_details(error))
         return _unpack(status)
     except DecodeError:
-        # Not our details: something between client and runner answered.
+        # Not from a runner: something between client and runner answered.
         return _Details()
 
 
