@@ -52,7 +52,8 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
     Args:
         model: A directory, or a hub id in the local Hugging Face cache.
         options: Options of the load and of the gate's estimate. ``memory_override`` overrides the
-            gate, too, and holds the model as stored if ``dtype`` is ``"auto_or_stored"``.
+            gate, too; a model that does not fit is then held as stored if ``dtype`` is
+            ``"auto_or_stored"``.
         require_full: Raise ``LoadRequiresFullError`` instead of ``InsufficientMemoryError`` if the
             model does not fit, and never fall back to the stored format.
         gate: Checks memory and keeps the model's memory reserved until the child exits. Default:
@@ -68,11 +69,15 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
             reads them too.
         log: Logger for the child's output. Default: ``runner_client.child``.
         keywords: Fields of ``LoadOptions``, in place of those of ``options``.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        InvalidRequestError: A load option is out of range.
     """
 
     @property
     def client(self) -> AsyncRunnerClient:
-        """The client of the child, for every call; each start makes a new one.
+        """The client of the child, for every call. Each start creates a new one.
 
         ``completion``, ``complete``, ``tokenize`` and others are on this object, too.
 
@@ -95,10 +100,12 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
             NotSupportedError: The server's packages are not installed.
             ModelNotFoundError: The model does not exist.
             ModelUnsupportedError: The model's files are damaged or incomplete.
+            InvalidRequestError: An option is out of range for the model, or ``blas`` names no file.
+            ValueError: ``listen`` is neither ``"tcp"`` nor ``"unix"``.
             InsufficientMemoryError: The model does not fit into memory.
             RunnerTimeoutError: The child did not become ready in time (phase ``"start"``).
             RunnerExitedError: The child exited.
-            RunnerUnavailableError: The runner was closed meanwhile, or was started before.
+            RunnerUnavailableError: The runner was closed meanwhile, or is already started.
         """
         async with self._new_life() as life:
             return await self._load(life)
@@ -162,7 +169,11 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
         return status
 
     async def ping(self) -> float:
-        """Request a status and return the round-trip time, in seconds. Raises like ``status``."""
+        """Request a status and return the round-trip time, in seconds.
+
+        Raises:
+            RunnerError: The call failed.
+        """
         begin = time.monotonic()
         await self.status()
         return time.monotonic() - begin
@@ -227,7 +238,11 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
         return await self.client.trim(prefix_cache_bytes=prefix_cache_bytes)
 
     async def embedding(self, content: str) -> NoReturn:  # noqa: ARG002 - the interface has it
-        """Raise ``NotSupportedError``: the runner only completes text."""
+        """Refuse the call: the runner only completes text.
+
+        Raises:
+            NotSupportedError: Always.
+        """
         raise embedding_error()
 
     async def restart(self, on_progress: Callable[[Status], None] | None = None) -> LoadResult:

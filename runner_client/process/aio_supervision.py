@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Supervisor:
-    """Supervisor of a child and its client: both end together."""
+    """Supervisor of a child and client; closes the client once the child exits."""
 
     def __init__(self, child: Child, client: AsyncRunnerClient) -> None:
         self.child = child
@@ -47,13 +47,22 @@ class Supervisor:
         self._closing = self._loop.create_task(self.close())
 
     async def close(self) -> None:
-        """End the watch over the engine, and close the client."""
+        """Stop watching the engine, and close the client."""
         if self._watching is not None:
             self._watching.cancel()
         await self.client.close()
 
     async def wait_until_serving(self, deadline: float) -> None:
-        """Poll the health service until the child reports SERVING."""
+        """Poll the health service until the child reports SERVING.
+
+        Args:
+            deadline: In ``time.monotonic()`` seconds.
+
+        Raises:
+            RunnerExitedError: The child exited.
+            RunnerTimeoutError: The deadline has passed (phase ``"start"``).
+            RunnerUnavailableError: The child was closed.
+        """
         while not await self._is_healthy():
             if self.child.has_exited:
                 raise self.child.gone_error()
@@ -97,21 +106,21 @@ class Connection:
         return self.supervisor.client
 
     async def end(self) -> None:
-        """Close the connection of a dead child, and let the call of the load end."""
+        """Close the client of a stopped child, and cancel a pending load."""
         await self.supervisor.close()
         # Retrieves the exception, in case the caller never waited for the load.
         await self.load.cancel()
 
 
 async def start_blocking(life: ChildLife[Connection]) -> tuple[Plan, Child, ReadyLine]:
-    """Start a child in a thread."""
-    # The thread cannot be cancelled, but gives up once its life is closed.
+    """Start a child in a thread and wait for the ready line."""
+    # The thread cannot be cancelled, but gives up once the life is closed.
     return await asyncio.to_thread(life.start)
 
 
 async def close_blocking(life: ChildLife[Connection]) -> None:
     """Close a child in a thread. Cancelling the task kills the child."""
-    # Already here, because other work may occupy all threads.
+    # Not left to the thread, because other work may occupy all threads.
     life.begin_close()
     closing = asyncio.create_task(asyncio.to_thread(life.close))
     try:

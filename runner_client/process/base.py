@@ -1,4 +1,4 @@
-"""Code shared by RunnerProcess and AsyncRunnerProcess: everything but the calls."""
+"""Base class of ``RunnerProcess`` and ``AsyncRunnerProcess``: everything except calls."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HEALTH_SECONDS = 0.05
 
 
 class ProcessBase(Generic[ConnectionT]):
-    """Owner of one child after another, each with a ``ChildLife`` of its own.
+    """Owner of at most one child at a time, each with a separate ``ChildLife``.
 
     The properties describe the current life, or the last one if it is over.
     """
@@ -126,7 +126,7 @@ class ProcessBase(Generic[ConnectionT]):
 
     @property
     def context_length(self) -> int:
-        """The longest accepted sequence, in tokens, as of the last status; 0 without one."""
+        """The longest accepted sequence, in tokens, as of the last status; 0 before the first."""
         return status.context_length if (status := self._life.status) else 0
 
     @property
@@ -146,7 +146,7 @@ class ProcessBase(Generic[ConnectionT]):
 
     @property
     def device_infos(self) -> tuple[DeviceInfo, ...]:
-        """The devices used by the runner, as of the last status; empty without one."""
+        """The devices used by the runner, as of the last status; empty before the first."""
         status = self._life.status
         if status is None or not status.device:
             return ()
@@ -173,12 +173,12 @@ class ProcessBase(Generic[ConnectionT]):
 
 
 def start_limit(timeouts: Timeouts) -> float:
-    """Return the time limit for a child to serve, in seconds; infinity if unlimited."""
+    """Return the time limit for a child to report SERVING, in seconds; infinity if unlimited."""
     return math.inf if timeouts.start_seconds is None else timeouts.start_seconds
 
 
 def not_serving(address: str, timeouts: Timeouts) -> RunnerTimeoutError:
-    """Return the error for a child with a ready line but without a healthy server."""
+    """Return the error for a child that printed a ready line but never reported SERVING."""
     return RunnerTimeoutError(
         f"the runner at {address} did not report SERVING within "
         f"{start_limit(timeouts):g} s. Look at its log, or raise Timeouts.start_seconds",

@@ -35,7 +35,7 @@ _DRAIN_SECONDS = 0.3
 open indefinitely."""
 
 _EXIT_SECONDS = 0.5
-"""How long a lost connection waits to learn whether the child is dead."""
+"""How long to wait for the exit of a child whose connection was lost."""
 
 
 class Child:
@@ -217,7 +217,7 @@ class Child:
             ) from None
 
     def on_exit(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` once the child has exited, or now if already so. Must not raise."""
+        """Call ``callback``, which must not raise, once the child has exited, or now if it has."""
         with self._lock:
             if not self._exited.is_set():
                 self._on_exit.append(callback)
@@ -237,11 +237,11 @@ class Child:
         return self._exited.wait(timeout_seconds)
 
     def gone_error(self) -> RunnerUnavailableError:
-        """Return the error for waiting on a dead or closed child."""
+        """Return the error for a wait ended by the exit or the close of the child."""
         return _closed() if self._is_closing else self.exit_error()
 
     def note_memory(self, process_bytes: int) -> None:
-        """Record the resident set reported by a status."""
+        """Record the resident set reported by a status, in bytes."""
         self._memory = process_bytes, time.monotonic()
 
     def exit_error(self) -> RunnerExitedError:
@@ -306,7 +306,7 @@ class Child:
         """Kill the process if running. Returns at once.
 
         Args:
-            because: The reason to give in the error.
+            because: The reason to name in the error of the exit.
         """
         self._killed_because = self._killed_because or because
         self._send(signal.SIGKILL)
@@ -335,7 +335,7 @@ _EXIT_WORDS = {
     70: "its engine failed twice in a row, or could not continue",
     71: "its engine had work but stalled",
 }
-"""Meanings of the exit codes that a server chooses itself; see docs/reliability.md."""
+"""Meanings of the exit codes that the server chooses itself; see docs/reliability.md."""
 
 
 def exit_in_words(code: int) -> str:

@@ -1,4 +1,4 @@
-"""Start of a child: check the platform, estimate, admit, and build the command."""
+"""Preparation of a child: check the platform, estimate, admit, and build the command."""
 
 from __future__ import annotations
 
@@ -55,15 +55,16 @@ class Launch:
     def plan(self) -> Plan:
         """Decide whether the model may be started, without starting anything.
 
-        ``"auto"`` is float32 on a CPU and refused if that does not fit. ``"auto_or_stored"`` then
-        falls back to the stored format. An override applies after the fallback, to the smallest
-        need, because it is for models that fit in no other way. With ``require_full`` nothing
-        falls back, so that a scheduler evicts another runner.
+        ``"auto"`` is float32 on a CPU, and is refused if that does not fit; ``"auto_or_stored"``
+        falls back to the stored format instead. An override applies after the fallback, to the
+        smallest need, because it is for models that fit in no other way. With ``require_full``
+        nothing falls back, so that a scheduler evicts another runner.
 
         Raises:
             UnsupportedPlatformError: MLX does not run here.
             ModelNotFoundError: The model does not exist.
             ModelUnsupportedError: The model's files are damaged or incomplete.
+            InvalidRequestError: An option is out of range for the model.
             InsufficientMemoryError: The model does not fit into memory.
         """
         check_platform()
@@ -87,7 +88,7 @@ class Launch:
         return estimate(self.model, options=options, env=self.environ())
 
     def _with_advice(self, error: InsufficientMemoryError) -> InsufficientMemoryError:
-        """Return the same refusal, with the stored format appended if that would fit."""
+        """Return the same refusal, with advice on the stored format if stored would fit."""
         try:
             stored = self._stored()
         except InsufficientMemoryError:
@@ -158,7 +159,7 @@ class Plan:
         """Create the child, not yet started.
 
         Raises:
-            InvalidRequestError: ``blas`` is a path without a file.
+            InvalidRequestError: ``blas`` names no file, or a path that cannot be preloaded.
             NotSupportedError: The server's packages are not installed.
             RunnerUnavailableError: No Python interpreter is available for the child.
         """
@@ -174,7 +175,7 @@ class Plan:
     def _variables(self) -> dict[str, str]:
         """Return the environment variables for the gate's settings and the token.
 
-        The token is not on the command line, which every user of the machine can read.
+        The token is not passed on the command line, which every user of the machine can read.
         """
         return {
             **self.admission.headroom.variables(),

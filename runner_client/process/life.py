@@ -38,8 +38,8 @@ class ChildLife(Generic[ConnectionT]):
         plan, child, ready = life.start()  # estimate, reserve memory, spawn, wait until ready
         life.close()                       # stop and reap the child, release the memory
 
-    A failed start raises from ``start`` at any step. The life is closed all the same, which
-    releases what exists by then: reservation, folder of the socket, child.
+    ``start`` raises if any step fails. The owner then closes the life all the same, which releases
+    what exists by then: reservation, folder of the socket, child.
 
     A close from another thread overtakes a start::
 
@@ -54,11 +54,11 @@ class ChildLife(Generic[ConnectionT]):
 
     Attributes:
         is_over: True once a close is complete, so that the next life may begin.
-        plan: The launch admitted by the gate; None before.
-        child: The child; None until the launch is admitted. Kept after the exit, as all the rest.
-        ready: The child's ready line; None before.
-        connection: The connection of the owner to the serving child; None before.
-        status: The last known status; None without one.
+        plan: The launch admitted by the gate; None before that.
+        child: The child; None until the launch is admitted. Kept after the exit, like the rest.
+        ready: The child's ready line; None before it is printed.
+        connection: The owner's connection to the child; None until the child serves.
+        status: The last known status; None before the first.
 
     Args:
         launch: What to start.
@@ -80,7 +80,7 @@ class ChildLife(Generic[ConnectionT]):
 
     @classmethod
     def over(cls, launch: Launch, timeouts: Timeouts) -> Self:
-        """Return a life that ended without a child, as of a runner before its first start."""
+        """Return a life that is already over, for a runner before the first start."""
         life = cls(launch, timeouts)
         life.close()
         return life
@@ -109,7 +109,7 @@ class ChildLife(Generic[ConnectionT]):
 
         Raises:
             RunnerUnavailableError: The life was closed meanwhile.
-            RunnerError: A step failed. The life is still to be closed.
+            RunnerError: A step failed. The caller must still close the life.
         """
         plan = self._launch.plan()
         child = self._adopt(plan)
@@ -125,7 +125,7 @@ class ChildLife(Generic[ConnectionT]):
         return plan, child, ready
 
     def _adopt(self, plan: Plan) -> Child:
-        """Register the child before the start, where ``close`` finds it."""
+        """Create the child, and register it before the start so that ``close`` finds it."""
         with contextlib.ExitStack() as undo:
             undo.callback(plan.admission.reservation.release)
             with self.kept_open():
@@ -134,12 +134,12 @@ class ChildLife(Generic[ConnectionT]):
                 self.child = child = plan.child(listen_address)
                 self.plan, self._listen_address = plan, listen_address
                 undo.pop_all()
-        # A runner that is dropped without a close leaves no child behind.
+        # A runner that is garbage collected without a close leaves no child behind.
         weakref.finalize(self, child.abandon)
         return child
 
     def begin_close(self) -> None:
-        """Refuse every further step of the start. Returns at once."""
+        """Make every further step of the start fail. Returns at once."""
         with self._lock:
             self._is_closed = True
 
@@ -166,7 +166,7 @@ class ChildLife(Generic[ConnectionT]):
             self.child.kill()
 
     def require_connection(self) -> ConnectionT:
-        """Return the connection.
+        """Return the connection to the serving child.
 
         Raises:
             RunnerUnavailableError: The child does not serve yet, or there is none.
@@ -178,7 +178,7 @@ class ChildLife(Generic[ConnectionT]):
         raise RunnerUnavailableError("the runner is still starting: wait until load() returns")
 
     def note_loaded(self, status: Status) -> None:
-        """Record the status, and log the estimate's deviation from the measured peak."""
+        """Record the first status after a load, and log how far the estimate was from the peak."""
         self.status = status
         if self.plan is None:
             return

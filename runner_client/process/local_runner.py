@@ -1,4 +1,4 @@
-"""Finds the process behind a runner's address, where both are on this machine."""
+"""Lookup of the process behind a runner's address on this machine."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ def local_process(address: str, status: Status) -> psutil.Process:
     """Return the process that serves an address.
 
     A process id alone is not enough: behind a forwarded port or in a container it may belong to
-    another process of this machine. So the process must listen on the address itself.
+    another process of this machine. The process must therefore listen on the address's port or
+    socket.
 
     Args:
         address: The address of the runner.
-        status: Its status, which names the process.
+        status: The runner's status, which has the process id.
 
     Raises:
-        RunnerUnavailableError: The process is not on this machine, or not to be recognized.
+        RunnerUnavailableError: No such process listens there, or it belongs to another user.
     """
     try:
         process = psutil.Process(status.pid)
@@ -44,7 +45,7 @@ def local_process(address: str, status: Status) -> psutil.Process:
 
 
 def _listens(process: psutil.Process, address: str) -> bool:
-    """Return whether a process listens on an address."""
+    """Return whether a process listens on the socket, or on the port, of an address."""
     if address.startswith("unix:"):
         path = address.removeprefix("unix:")
         path = path.removeprefix("//") if path.startswith("///") else path

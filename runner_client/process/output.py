@@ -1,4 +1,4 @@
-"""Output of a child: split into lines, forwarded, with the last lines kept."""
+"""Output of a child: split into lines and forwarded, with the last lines kept."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _TAIL_BYTES = 16 * 1024
 
 
 class LineSplitter:
-    """Splitter of bytes into lines. Bytes of a line beyond 4 KiB are dropped."""
+    """Splitter of bytes into lines. Drops the bytes of a line beyond 4 KiB."""
 
     def __init__(self) -> None:
         self._line = bytearray()
 
     def feed(self, data: bytes) -> list[str]:
-        """Add bytes and return the lines completed."""
+        """Add bytes and return the completed lines."""
         *ended, rest = data.split(b"\n")
         lines = []
         for part in ended:
@@ -33,7 +33,7 @@ class LineSplitter:
         return lines
 
     def flush(self) -> list[str]:
-        """Return the last line if unterminated."""
+        """Return the unterminated last line, if any."""
         return [self._take()] if self._line else []
 
     def _append(self, part: bytes) -> None:
@@ -46,7 +46,7 @@ class LineSplitter:
 
 
 class Tail:
-    """The last lines: at most 50, together at most 16 KiB. Thread-safe."""
+    """Buffer of the last lines: at most 50, together at most 16 Ki characters. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -51,7 +51,8 @@ class RunnerProcess(ProcessBase[Connection]):
     Args:
         model: A directory, or a hub id in the local Hugging Face cache.
         options: Options of the load and of the gate's estimate. ``memory_override`` overrides the
-            gate, too, and holds the model as stored if ``dtype`` is ``"auto_or_stored"``.
+            gate, too; a model that does not fit is then held as stored if ``dtype`` is
+            ``"auto_or_stored"``.
         require_full: Raise ``LoadRequiresFullError`` instead of ``InsufficientMemoryError`` if the
             model does not fit, and never fall back to the stored format.
         gate: Checks memory and keeps the model's memory reserved until the child exits. Default:
@@ -67,11 +68,15 @@ class RunnerProcess(ProcessBase[Connection]):
             reads them too.
         log: Logger for the child's output. Default: ``runner_client.child``.
         keywords: Fields of ``LoadOptions``, in place of those of ``options``.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        InvalidRequestError: A load option is out of range.
     """
 
     @property
     def client(self) -> RunnerClient:
-        """The client of the child, for every call; each start makes a new one.
+        """The client of the child, for every call. Each start creates a new one.
 
         ``completion``, ``complete``, ``tokenize`` and others are on this object, too.
 
@@ -94,10 +99,12 @@ class RunnerProcess(ProcessBase[Connection]):
             NotSupportedError: The server's packages are not installed.
             ModelNotFoundError: The model does not exist.
             ModelUnsupportedError: The model's files are damaged or incomplete.
+            InvalidRequestError: An option is out of range for the model, or ``blas`` names no file.
+            ValueError: ``listen`` is neither ``"tcp"`` nor ``"unix"``.
             InsufficientMemoryError: The model does not fit into memory.
             RunnerTimeoutError: The child did not become ready in time (phase ``"start"``).
             RunnerExitedError: The child exited.
-            RunnerUnavailableError: The runner was closed meanwhile, or was started before.
+            RunnerUnavailableError: The runner was closed meanwhile, or is already started.
         """
         with self._new_life() as life:
             return self._load(life)
@@ -157,7 +164,11 @@ class RunnerProcess(ProcessBase[Connection]):
         return status
 
     def ping(self) -> float:
-        """Request a status and return the round-trip time, in seconds. Raises like ``status``."""
+        """Request a status and return the round-trip time, in seconds.
+
+        Raises:
+            RunnerError: The call failed.
+        """
         begin = time.monotonic()
         self.status()
         return time.monotonic() - begin
@@ -222,7 +233,11 @@ class RunnerProcess(ProcessBase[Connection]):
         return self.client.trim(prefix_cache_bytes=prefix_cache_bytes)
 
     def embedding(self, content: str) -> NoReturn:  # noqa: ARG002 - the interface has it
-        """Raise ``NotSupportedError``: the runner only completes text."""
+        """Refuse the call: the runner only completes text.
+
+        Raises:
+            NotSupportedError: Always.
+        """
         raise embedding_error()
 
     def restart(self, on_progress: Callable[[Status], None] | None = None) -> LoadResult:

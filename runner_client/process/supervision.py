@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Supervisor:
-    """Supervisor of a child and its client: both end together."""
+    """Supervisor of a child and client; closes the client once the child exits."""
 
     def __init__(self, child: Child, client: RunnerClient) -> None:
         self.child = child
@@ -36,7 +36,16 @@ class Supervisor:
         child.on_exit(client.close)
 
     def wait_until_serving(self, deadline: float) -> None:
-        """Poll the health service until the child reports SERVING."""
+        """Poll the health service until the child reports SERVING.
+
+        Args:
+            deadline: In ``time.monotonic()`` seconds.
+
+        Raises:
+            RunnerExitedError: The child exited.
+            RunnerTimeoutError: The deadline has passed (phase ``"start"``).
+            RunnerUnavailableError: The child was closed.
+        """
         while not self._is_healthy():
             if self.child.wait_exit(HEALTH_SECONDS):
                 raise self.child.gone_error()
@@ -81,13 +90,13 @@ class Connection:
         return self.supervisor.client
 
     def end(self) -> None:
-        """Close the connection of a dead child, and let the call of the load end."""
+        """Close the client of a stopped child, and cancel a pending load."""
         self.client.close()
         self.load.cancel()
 
 
 def start_blocking(life: ChildLife[Connection]) -> tuple[Plan, Child, ReadyLine]:
-    """Start a child."""
+    """Start a child and wait for the ready line."""
     return life.start()
 
 
