@@ -1,4 +1,4 @@
-"""Estimate of a runner's memory for a model, without a load."""
+"""Estimate of a runner's memory for a model, without loading the model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Memory needed by a runner with a model, broken down into parts.
+    """Memory needed by a runner with a model, in bytes, broken down into parts.
 
     ``total_bytes`` is an upper bound for the whole process. Measured peaks with every sequence at
     full length were 0.7 to 1.0 of it (docs/memory.md).
@@ -118,12 +118,12 @@ def estimate(
     env: Mapping[str, str] | None = None,
     **keywords: Unpack[LoadKeywords],
 ) -> MemoryEstimate:
-    """Estimate the memory of a runner with a model.
+    """Estimate the memory needed by a runner with a model.
 
     A short-lived process of the server's package builds the model with unread weights and
     computes the need as the server does before a load. The result is cached by the identity of
     the model's files. If that package is not installed, or for a backend other than the installed
-    one, the estimate only uses the headers of the files, and ``notes`` says so.
+    one, the estimate uses only the headers of the files, and ``notes`` says so.
 
     ``dtype="auto"`` is float32 on the CPU, the only fast format there, with quantized weights
     dequantized, and ``"as_stored"`` on other backends. ``"auto_or_stored"`` is estimated as
@@ -141,7 +141,9 @@ def estimate(
         ModelUnsupportedError: The model's files are incomplete or damaged, or mlx_lm cannot
             build it.
         InvalidRequestError: ``context_length`` is less than 2 or more than the model supports,
-            ``parallel`` is not in 1 to 256, or a size is not a 64-bit number.
+            ``parallel`` is not in 1 to 256, a size is not a 64-bit number, or ``backend`` or
+            ``dtype`` is unknown.
+        TypeError: An argument is of the wrong type.
         InsufficientMemoryError: One sequence does not fit ``memory_limit_bytes``.
     """
     load = LoadOptions.of(options, keywords)

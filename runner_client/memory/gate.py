@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 SETTLE_SECONDS = 1.0
-"""Wait before the second measurement: a stopped runner frees its memory with a delay."""
+"""Wait before the second measurement, because a stopped runner frees its memory with a delay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +61,12 @@ class GateDecision(Decision):
 
     Attributes:
         fits: Whether the need is at most the available memory.
-        required_bytes: The need.
+        required_bytes: The model's need.
         available_bytes: Free memory less overhead and reservations, never negative.
         overhead_bytes: Memory kept free: the device's minimum plus the configured overhead.
         reserved_bytes: Memory that other runners on this machine may still use.
         free: The measurement of free memory.
-        reserved_count: The number of those runners, including loads in progress.
+        reserved_count: The number of other runners counted, including loads in progress.
         overridden: Whether the model does not fit and the caller overrode the gate.
     """
 
@@ -75,7 +75,7 @@ class GateDecision(Decision):
 
 
 class Admission(GateDecision):
-    """A positive or overridden decision, with the memory reserved for the model.
+    """A decision to admit a model, with the memory reserved for the model.
 
     Attributes:
         headroom: Memory kept free, to be passed on in the runner's environment.
@@ -95,7 +95,7 @@ class Admission(GateDecision):
         return admission
 
     def assign(self, pid: int) -> None:
-        """Hand the reservation over to a started runner; released when the runner exits.
+        """Hand the reservation over to a started runner, until the runner exits.
 
         Args:
             pid: The runner's process id.
@@ -122,8 +122,8 @@ class MemoryGate:
             457 MiB on other devices.
         overhead_bytes: Additional memory kept free. Default: the environment variable
             ``MLX_RUNNER_GPU_OVERHEAD``, or 0.
-        measure: Measures free memory; tests pass a fake.
-        settle_seconds: Wait before the second measurement.
+        measure: Function that measures free memory, replaceable in tests.
+        settle_seconds: How long to wait before the second measurement.
         environ: The environment to read the variables from. ``RunnerProcess`` passes that of its
             child.
         reservations: The reservations of this machine. Default: those in the directory
@@ -159,7 +159,7 @@ class MemoryGate:
     def check(
         self, estimate: MemoryEstimate, *, require_full: bool = False, override: bool = False
     ) -> GateDecision:
-        """Decide whether a model fits, without reserving memory; a refusal may take a second.
+        """Decide whether a model fits, without reserving memory. Refusing takes ``settle_seconds``.
 
         Args:
             estimate: The memory that the model needs.
@@ -263,7 +263,7 @@ class MemoryGate:
         return self._decide(asked)
 
     def _decide(self, asked: _Asked) -> GateDecision:
-        """Measure and decide under the lock shared by other processes."""
+        """Measure and decide under the lock shared with other processes."""
         book = self.book(asked.environ)
         with book.locked() as view:
             offered = book.offered(asked.offer_key) if asked.takes_over else None
@@ -295,7 +295,15 @@ class MemoryGate:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A request to the gate."""
+    """A request to the gate.
+
+    Attributes:
+        estimate: The memory that the model needs.
+        environ: The runner's environment.
+        override: Whether to admit a model that does not fit.
+        reserves: Whether to reserve memory on admission.
+        takes_over: Whether to use a reservation offered by a ``reserve`` block.
+    """
 
     estimate: MemoryEstimate
     environ: Mapping[str, str]

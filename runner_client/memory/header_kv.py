@@ -20,8 +20,8 @@ STEP_TOKENS = 256
 
 _PROJECTION = re.compile(r"^(?P<stack>.*?)layers\.(?P<layer>\d+)\..*\b(?P<kind>[kv])_proj\.weight$")
 
-# Layers with sliding attention get a rotating cache in mlx_lm by a list of layer types, or by
-# "every Nth layer is global" with these defaults (window, N). Other architectures may have
+# mlx_lm gives a rotating cache to layers with sliding attention, found by a list of layer types or
+# by "every Nth layer is global" with these defaults (window, N). Other architectures may have
 # windows too, but mlx_lm keeps the whole context.
 _BY_TYPE = frozenset(
     (
@@ -48,7 +48,7 @@ class KVLayer:
     window: int | None = None
 
     def elements(self, context_length: int) -> int:
-        """Return the count of numbers allocated for a sequence of ``context_length`` tokens."""
+        """Return how many numbers are allocated for a sequence of ``context_length`` tokens."""
         tokens = -(-context_length // STEP_TOKENS) * STEP_TOKENS
         return self.elements_per_token * (
             tokens if self.window is None else min(tokens, self.window)

@@ -29,13 +29,13 @@ PROCESS_BYTES = 160 * 1024**2
 """Interpreter and libraries, including transformers, which a tokenizer may need."""
 
 PREFIX_SHARE = 4
-"""The default prefix cache holds one sequence, or one in ``PREFIX_SHARE`` of all sequences."""
+"""The default prefix cache holds one sequence, or 1 / ``PREFIX_SHARE`` of all if that is more."""
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def need_from_headers(request: NeedRequest) -> tuple[NeedAnswer, tuple[str, ...]]:
-    """Return the need and notes on unknown parts.
+    """Return the need, and notes on parts of unknown size.
 
     Raises:
         ModelUnsupportedError: The files are incomplete or damaged.

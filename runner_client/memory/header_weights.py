@@ -118,7 +118,7 @@ def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _mlx_elements(weight: Tensor, scales: Tensor, declared: Mapping[str, Any]) -> int:
-    """Return the count of numbers in a weight packed by MLX, with one scale per group.
+    """Return how many numbers a weight packed by MLX holds, with one scale per group.
 
     The two shapes only give bits times ``group_size``. If the declared pair does not match them (a
     layer quantized differently under another name), the pair with the most numbers is used.

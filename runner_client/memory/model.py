@@ -1,4 +1,4 @@
-"""Location and reading of a model, with the errors of this library."""
+"""Lookup and reading of a model's files, with the errors of this library."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def find_model(model: str, environ: Mapping[str, str] = os.environ) -> Located:
-    """Return the location of a model; never download.
+    """Locate a model on this machine; never download.
 
     Args:
         model: A directory, or a hub id in the local Hugging Face cache.

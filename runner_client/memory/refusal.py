@@ -1,4 +1,4 @@
-"""Text of the gate's refusal: the figures, and only such advice as can help."""
+"""Message of a refusal by the gate: the figures, and only advice that can help."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _advice(estimate: MemoryEstimate, decision: GateDecision, headroom: Headroom
 
 
 def _excessive_variable(decision: GateDecision, headroom: Headroom) -> str | None:
-    """Return advice on the variable without which the model would fit; None if there is none."""
+    """Return advice on variables without which the model would fit; None if there are none."""
     free_bytes = decision.free.available_bytes - decision.reserved_bytes
     usual = usual_minimum(decision.free.device_kind)
     if free_bytes - headroom.minimum_bytes >= decision.required_bytes:
@@ -74,7 +74,7 @@ def _smaller(estimate: MemoryEstimate, available_bytes: int) -> list[str]:
     smaller = []
     if cache_bytes and fixed_bytes <= available_bytes:
         smaller.append("prefix_cache_bytes")
-    # A context has two tokens at least.
+    # A context has at least two tokens.
     if fixed_bytes < available_bytes and without_cache > fixed_bytes:
         smaller.append(f"context_length ({estimate.context_length})")
         if estimate.parallel > 1:
@@ -83,7 +83,7 @@ def _smaller(estimate: MemoryEstimate, available_bytes: int) -> list[str]:
 
 
 def _counted_cache_bytes(estimate: MemoryEstimate) -> int:
-    """Return the size of a prefix cache that was asked for; a default one shrinks by itself."""
+    """Return the size of an explicitly requested prefix cache; a default one shrinks by itself."""
     return 0 if estimate.has_default_prefix_cache else estimate.prefix_cache_bytes
 
 
