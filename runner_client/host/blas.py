@@ -1,8 +1,8 @@
 """Discovery of a fast BLAS for MLX on a Linux CPU.
 
 The CPU wheel of MLX bundles the reference BLAS. A fast library preloaded with ``LD_PRELOAD``
-replaces it. Measured with mlx 0.32.4 on two cores of an AMD EPYC with AVX-512 under some
-other load, float32, 512 x 4096 times 4096 x 1024:
+replaces it. Measured with mlx 0.32.4 on two cores of an AMD EPYC with AVX-512, on which some
+other load was running, in float32, 512 x 4096 times 4096 x 1024:
 
 ======================================  =========
 setting                                 GFLOP/s
@@ -13,9 +13,9 @@ OpenBLAS 0.3.21, ``SKYLAKEX``             190-200
 MKL 2026.2                                 70-105
 ======================================  =========
 
-Another machine of the same name reached 357 with and without ``SKYLAKEX``, 226 with
-``HASWELL``, 190 with MKL and 2.7 with MLX's own, so only a measurement can tell. MKL chooses
-its slowest kernels on AMD; on Intel it comes close to OpenBLAS. OpenBLAS is therefore
+Another machine with the same CPU name reached 357 with and without ``SKYLAKEX``, 226 with
+``HASWELL``, 190 with MKL and 2.7 with MLX's own, so only a measurement finds the fastest. MKL
+chooses its slowest kernels on AMD; on Intel it comes close to OpenBLAS. OpenBLAS is therefore
 preferred, and MKL, which needs no administrator to install, is the fallback, unless
 ``mlx-runner doctor`` has measured the fastest library on this machine (``blas_choice``).
 """
@@ -40,7 +40,7 @@ CORETYPE = "OPENBLAS_CORETYPE"
 _QUIET_THREADS = {"OPENBLAS_THREAD_TIMEOUT": "4"}
 """OpenBLAS threads wait for work by spinning, for 2^26 cycles by default, and take the processor
 from MLX's own two threads. On two cores a decode step of 16 rows took 5.7 ms with the default
-and 4.4 ms with this setting (2 M model), one row of a 100 M model 39 and 30 ms."""
+and 4.4 ms with this setting (2 M model); for one row of a 100 M model, 39 and 30 ms."""
 
 _BLAS_WORDS = ("blas", "mkl", "blis", "nvpl")
 
@@ -96,7 +96,7 @@ def installed_blas(*, root: Path = Path("/"), prefix: Path = Path(sys.prefix)) -
 
 
 def variants(libraries: Iterable[Blas]) -> tuple[Blas, ...]:
-    """Return each library, with and without variables."""
+    """Return each library with variables, followed by the same library without variables."""
     return tuple(
         variant
         for blas in libraries
@@ -166,7 +166,7 @@ def _openblas(folders: tuple[Path, ...]) -> Iterator[Path]:
 
 
 def _mkl(folder: Path) -> Iterator[Path]:
-    # Without Intel's OpenMP beside it, MKL ends the process at the first call.
+    # MKL ends the process at the first call if Intel's OpenMP is not beside it.
     if (folder / "libiomp5.so").is_file():
         yield from sorted(folder.glob("libmkl_rt.so*"), reverse=True)
 

@@ -1,7 +1,7 @@
 """The fastest BLAS measured by ``mlx-runner doctor`` on this machine, stored between runs.
 
-A start reads one small file and does not trust it further than necessary: the stored choice
-must be one of the libraries found now, unchanged and on the same CPU. Otherwise it is ignored
+Each start reads one small file and trusts it no further than necessary: the stored choice must
+be one of the libraries found now, unchanged and on the same CPU. Otherwise the choice is ignored
 and the order of ``find_blas`` applies.
 """
 
@@ -92,7 +92,7 @@ def remember(
 def recall(
     environment: Mapping[str, str], libraries: Sequence[Blas], *, root: Path = Path("/")
 ) -> Choice | None:
-    """Return the stored choice; None if absent or not valid here and now.
+    """Return the stored choice; None if absent or no longer valid.
 
     The arguments are those of ``remember``; ``libraries`` are the ones found now.
     """
@@ -133,7 +133,7 @@ def _key(libraries: Sequence[Blas], root: Path) -> dict[str, Any]:
 
 
 def _identity(path: Path) -> list[Any]:
-    """Return the identity of a file, which differs for any other version of the file."""
+    """Return path, size and modification time, which identify a version of a file."""
     try:
         status = path.stat()
     except OSError:

@@ -50,15 +50,15 @@ def measure(
     probe: Callable[[Mapping[str, str]], ProbeResult],
     progress: Callable[[str], None] = lambda _step: None,
 ) -> tuple[Measurement, ...]:
-    """Measure MLX with each library preloaded, with and without variables, and alone.
+    """Measure MLX with each library preloaded, with and without variables, and with none.
 
     Libraries and variables set by the user stay in place; settings that become identical are
     measured once. Settings close to the fastest are measured twice, and the better result counts,
-    so that other load on the machine does not decide. Takes one to five seconds each.
+    so that other load on the machine does not decide. Each measurement takes one to five seconds.
 
     Args:
         libraries: The libraries found.
-        environment: The environment of a runner without any of them.
+        environment: The environment of a runner without any of the libraries.
         probe: Queries MLX in a child process with a given environment.
         progress: Called with a description of each measurement before it.
 
@@ -86,7 +86,7 @@ def measure(
 def _settings(
     libraries: Sequence[Blas], environment: Mapping[str, str]
 ) -> Iterable[tuple[Blas | None, dict[str, str]]]:
-    """Return each library, and None, with the resulting environment; no environment twice."""
+    """Return each library, and None for MLX's own, with the environment; no environment twice."""
     settings: dict[frozenset[tuple[str, str]], tuple[Blas | None, dict[str, str]]] = {}
     for blas in (*variants(libraries), None):
         setting = in_front(environment, blas) if blas else dict(environment)

@@ -31,7 +31,7 @@ _SERVER_PACKAGES = (
 )
 
 _SOCKET_PATH_BYTES = 103
-"""The maximum length of a unix socket's path: 103 on macOS, 107 on Linux."""
+"""The longest path of a unix socket that works everywhere: 103 on macOS, 107 on Linux."""
 
 
 def check_platform() -> None:
@@ -55,7 +55,7 @@ def server_program() -> list[str]:
 
     Raises:
         NotSupportedError: The server's packages are not installed.
-        RunnerUnavailableError: No Python interpreter to run: this one is embedded or frozen.
+        RunnerUnavailableError: No Python interpreter is available: this one is embedded or frozen.
     """
     try:
         python = interpreter()
@@ -80,7 +80,9 @@ def server_command(listen: str) -> list[str]:
     Args:
         listen: ``HOST:PORT`` or ``unix:/path``.
 
-    Raises like ``server_program``.
+    Raises:
+        NotSupportedError: The server's packages are not installed.
+        RunnerUnavailableError: No Python interpreter is available.
     """
     return [*server_program(), "--listen", listen, "--exit-with-parent"]
 

@@ -88,7 +88,7 @@ class Finding:
 
     Attributes:
         name: The subject.
-        status: ``"ok"``, ``"warning"`` (works, but slower or with less than possible) or
+        status: ``"ok"``, ``"warning"`` (works, but not as well as it could) or
             ``"error"`` (runners cannot start here).
         value: The result.
         advice: A way to fix the problem; empty if there is nothing to do.
@@ -113,12 +113,13 @@ def examine(
     """Check everything a runner depends on; never raises.
 
     Takes some seconds for MLX and, on a Linux CPU, for every BLAS found. The fastest BLAS is
-    stored and used by all later starts. Speeds are lower on a busy machine, which is a finding.
+    stored and used by all later starts. Other load on the machine, which lowers the speeds, is
+    reported as a finding.
 
     Args:
         environ: The environment from which a runner would be started.
         probe: Queries MLX in a child process with a given environment.
-        version: Returns the version of an installed distribution, or None.
+        version: Returns the version of a distribution; None if not installed.
         progress: Called with a description of each step before it.
     """
     progress("examining this machine")
@@ -299,7 +300,7 @@ def _blas(measured: Sequence[Measurement]) -> Finding:
     if not best.gflops:
         value = "\n".join(("speed not measured", *rows))
         return Finding("BLAS", "warning", value, _INSTALL_BLAS, facts)
-    # The library that MLX calls: a preloaded one may have no effect.
+    # The library that MLX really calls, because preloading one may have no effect.
     name = best.result.facts.get("blas") or best.name
     text = f"{name}: {best.gflops:.1f} GFLOP/s in float32"
     if best.blas and own.gflops:

@@ -26,7 +26,7 @@ _SYSTEM_CUDA = Path("/usr/local/cuda")
 
 
 def package_folders(package: str) -> tuple[Path, ...]:
-    """Return the folders of a top-level package without an import; empty if not installed."""
+    """Find the folders of a top-level package without an import; empty if not installed."""
     spec = importlib.util.find_spec(package)
     return tuple(Path(folder) for folder in (spec and spec.submodule_search_locations) or ())
 
@@ -40,7 +40,7 @@ def child_environment(
     folders: Callable[[str], tuple[Path, ...]] = package_folders,
     find: Callable[[Mapping[str, str]], Blas | None] = choose_blas,
 ) -> dict[str, str]:
-    """Return the environment to start a runner with.
+    """Return the environment in which to start a runner.
 
     * Linux: ``LD_LIBRARY_PATH`` begins with the library folders of MLX and, for CUDA, of
       NVIDIA's packages; on Windows ``PATH`` does.
@@ -61,7 +61,7 @@ def child_environment(
         find: Returns the BLAS for ``"auto"``, given the runner's environment.
 
     Raises:
-        InvalidRequestError: ``blas`` is a path without a file.
+        InvalidRequestError: ``blas`` names no file, or a path that cannot be preloaded.
     """
     environment = dict(base)
     if variable := _LIBRARY_PATHS.get(system):

@@ -1,4 +1,4 @@
-"""Load that other processes put on this machine while something is measured."""
+"""Load from other processes on this machine during a measurement."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class CpuClock:
     """Processor time used since some moment in the past.
 
     Attributes:
-        wall_seconds: Time that has passed.
-        busy_seconds: Time of all cores of the machine, idle time excepted.
+        wall_seconds: Elapsed time.
+        busy_seconds: Time of all cores of the machine, except for idle time.
         own_seconds: Time of this process and of its children that have been waited for.
         cores: Cores of the machine.
     """
@@ -34,7 +34,7 @@ class CpuClock:
 
 
 def cpu_clock() -> CpuClock:
-    """Read the clock."""
+    """Return the processor time used so far."""
     times = psutil.cpu_times()._asdict()
     idle = times.get("idle", 0.0) + times.get("iowait", 0.0)
     busy = sum(times.values()) - idle - sum(times.get(name, 0.0) for name in _WITHIN_USER)
@@ -64,5 +64,5 @@ class OtherLoad:
         return cls(max(0.0, others / wall) if wall > 0 else 0.0, after.cores)
 
     def disturbs(self, cores: int) -> bool:
-        """Return whether fewer than ``cores`` cores were left, by more than noise."""
+        """Return whether the other load left fewer than ``cores`` cores, by more than noise."""
         return self.cores - self.busy_cores < min(cores, self.cores) - _LEAST_CORES
