@@ -106,7 +106,7 @@ def _stopped(runner: RunnerProcess, status: Status) -> str:
 
 
 def _free(before: int, during: int, after: int) -> str:
-    """Describe free memory over time; inexact, because other processes count too."""
+    """Describe free memory over time, which includes changes by other processes."""
     return (
         f"{format_bytes(before)} before, {format_bytes(during)} with the runner, "
         f"{format_bytes(after)} now (including changes of other processes)"

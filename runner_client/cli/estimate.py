@@ -93,13 +93,13 @@ def _count(model: str, load: LoadOptions, backend: Backend | None, *, as_json: b
 
 
 def _decide(need: MemoryEstimate) -> GateDecision | None:
-    """Return the gate's decision; None if the estimate is for another kind of machine."""
+    """Return the gate's decision; None if the estimate is for another backend."""
     decision = MemoryGate().check(need, override=True)
     return decision if decision.free.device_kind == need.backend else None
 
 
 def _with_way_out(need: MemoryEstimate, stored: MemoryEstimate) -> MemoryEstimate:
-    """Add a note on the stored format, if fitting, to an estimate too large as float32."""
+    """Add a note on the stored format to an estimate too large as float32, if stored fits."""
     decision = _decide(stored)
     if decision is None or not decision.fits:
         return need
@@ -113,7 +113,7 @@ def _with_way_out(need: MemoryEstimate, stored: MemoryEstimate) -> MemoryEstimat
 def _as_stored_if_that_fits(
     need: MemoryEstimate, decision: GateDecision, stored: MemoryEstimate
 ) -> tuple[MemoryEstimate, GateDecision]:
-    """Return the estimate and decision for ``"auto_or_stored"`` if float32 is too large."""
+    """Return the estimate and decision as stored if fitting, otherwise the given pair."""
     stored_decision = _decide(stored)
     if stored_decision is None or not stored_decision.fits:
         return need, decision

@@ -97,10 +97,10 @@ def command(
 
 
 def _model_and_prompt(words: tuple[str, ...], address: str | None) -> tuple[str, str]:
-    """Return the model, empty with an address, and the prompt.
+    """Return the model, which is "" with an address, and the prompt.
 
     Raises:
-        click.UsageError: There is not exactly one of address and model, or not one prompt.
+        click.UsageError: Both or neither of model and address were given, or several prompts.
     """
     *first, prompt = words
     if len(first) > 1:
@@ -118,7 +118,7 @@ def _streamed(
 
 
 def _show(load: LoadResult | None, completion: Completion, *, as_json: bool) -> None:
-    """Print the fields of ``LoadResult`` and ``Completion`` as JSON, or end the text."""
+    """Print both results as JSON, or end the line of text and print the figures."""
     if as_json:
         print_json({**(asdict(load) if load else {}), **asdict(completion)})
         return

@@ -21,7 +21,7 @@ _Result = TypeVar("_Result")
 
 
 def _server_options(command: Callable[..., _Result]) -> Callable[..., _Result]:
-    """Add the options of the server, as texts that it would accept."""
+    """Add the server's options, whose values are checked but stay text."""
     for option in reversed(SERVER_OPTIONS):
         command = _click_option(option)(command)
     return command
@@ -40,7 +40,7 @@ def _click_option(
 
 
 def _checked(option: ServerOption) -> Callable[[str], str]:
-    """Return a function that refuses what the server would refuse, and changes nothing else."""
+    """Return a click type that refuses what the server would refuse, and returns text as is."""
 
     def checked(text: str) -> str:
         try:
@@ -82,7 +82,7 @@ def command(*, blas: str, **values: str | bool | None) -> None:
 
 
 def _arguments(given: Mapping[str, str | bool | None]) -> Iterator[str]:
-    """Yield the options of the server's command line."""
+    """Yield the arguments of the server's command line."""
     for option in SERVER_OPTIONS:
         value = given.get(option.name)
         if value is not None:
@@ -94,7 +94,7 @@ def _arguments(given: Mapping[str, str | bool | None]) -> Iterator[str]:
 def _become(line: list[str], environment: dict[str, str]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    # The server handles the signals as soon as it is able to.
+    # Signals stay pending until the server is able to handle them.
     hold_stop_signals()
     try:
         os.execve(line[0], line, environment)  # noqa: S606 - a shell is not wanted

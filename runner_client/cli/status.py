@@ -41,7 +41,7 @@ def command(address: str, *, as_json: bool, **credentials: Unpack[Credentials]) 
 
 
 def status_rows(status: Status) -> list[Row]:
-    """Return a status as rows."""
+    """Return the rows describing a status."""
     rows = [("state", _state(status))]
     if status.model is not None:
         rows += [("model", _model(status.model)), ("context", _context(status))]

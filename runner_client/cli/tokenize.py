@@ -83,7 +83,7 @@ def _address_and_text(
     """Return the address, which may be the first of two words, and the text.
 
     Raises:
-        click.UsageError: There is not exactly one of address and model, or not one text.
+        click.UsageError: Both or neither of model and address were given, or several texts.
     """
     *first, content = words
     if len(first) > 1:

@@ -1,1 +1,1 @@
-"""What the commands share: options, access to a runner, output, exit codes."""
+"""Code shared by the commands: options, access to a runner, output and exit codes."""

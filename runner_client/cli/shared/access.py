@@ -1,4 +1,4 @@
-"""Token and TLS options for the commands calling a running server."""
+"""Address, token and TLS options of commands for a running server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def runner_address(value: str) -> str:
-    """Check the address of a runner together with the other arguments.
+    """Check and return the value of ``--address``.
 
     Raises:
         click.BadParameter: The value is not an address.
@@ -33,10 +33,10 @@ def runner_address(value: str) -> str:
 
 
 def first_address(value: str) -> str:
-    """Check the address of a runner given as the first argument.
+    """Check and return an address given as the first argument.
 
     Raises:
-        click.BadParameter: The value is not an address; a model or a text in its place is noticed.
+        click.BadParameter: The value is not an address; the message says so if it is like a model.
     """
     try:
         return parse_address(value)
@@ -50,9 +50,9 @@ def first_address(value: str) -> str:
 
 
 def _is_model(value: str) -> bool:
-    """Return whether a text is a path of a file or directory, or like a path without a port."""
+    """Return whether a text names a file or directory, or looks like a hub id or a path."""
     try:
-        # The path of a socket only needs its prefix.
+        # The path of a socket is an address that only lacks unix:.
         return not stat.S_ISSOCK(Path(value).stat().st_mode)
     except (OSError, ValueError):
         return "/" in value.lstrip("/") and ":" not in value
@@ -62,7 +62,7 @@ address_argument = click.argument("address", type=first_address)
 
 
 def address_option(purpose: str) -> Callable[[FC], FC]:
-    """Return the option for a runner, in a command that can do without one."""
+    """Return the ``--address`` option, for a command that also works without a runner."""
     return click.option(
         "--address",
         type=runner_address,

@@ -1,4 +1,4 @@
-"""Presentation of failures to the users of the command line, people or scripts."""
+"""Error messages and exit codes of the command line, for people and scripts."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class Failure(click.ClickException):
 
 
 class Refusal(Failure):
-    """Error of an option or argument that the runner, not the command line, found."""
+    """Error of an option or argument refused by the library or the runner, with exit code 2."""
 
     exit_code: ClassVar[int] = 2
 
 
 class TooLarge(Failure):
-    """Error of a model that does not fit into memory."""
+    """Error of a model too large for the available memory, with exit code 3."""
 
     exit_code: ClassVar[int] = EXIT_TOO_LARGE
 
@@ -56,7 +56,7 @@ class Commands(click.Group):
     """Command group with messages instead of tracebacks for errors of the library."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
-        """Return the commands in the order useful to a newcomer, not sorted by name."""
+        """Return the commands in the order of registration, which suits a newcomer."""
         return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> object:
@@ -78,7 +78,7 @@ class Commands(click.Group):
             raise Failure(str(error)) from error
         except (KeyboardInterrupt, Interrupted):
             if is_terminal():
-                # Not by click, which removes escape sequences where colors are off.
+                # Not click.echo, which removes escape sequences where colors are off.
                 sys.stderr.write(SHOW_CURSOR)
             click.echo("\ninterrupted", err=True)
             raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
@@ -88,7 +88,7 @@ def _failure_kind(error: RunnerError) -> type[Failure]:
     """Return the class with the exit code for an error of the library."""
     if isinstance(error, InsufficientMemoryError):
         return TooLarge
-    # A prompt is too long for a model, not for the command.
+    # A prompt that is too long for the model is a failure, not wrong usage.
     if isinstance(error, InvalidRequestError) and not isinstance(error, PromptTooLongError):
         return Refusal
     return Failure

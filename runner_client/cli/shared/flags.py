@@ -1,4 +1,4 @@
-"""Commands and options in error messages that name calls and fields of the protocol."""
+"""Translation of calls and fields in error messages to commands and options."""
 
 from __future__ import annotations
 
@@ -33,15 +33,16 @@ _WAYS = (
     # The command line has no options for timeouts.
     (re.compile(r",? or raise Timeouts\.\w+"), ""),
 )
-"""What the command line has in place of a call."""
+"""Advice to make a call, and the equivalent advice for the command line."""
 
 
 def message_with_flags(error: RunnerError, command: click.Command | None) -> str:
     """Return the message of an error, with a command's options in place of fields.
 
-    Fields named by a violation are replaced where they stand before its description. Elsewhere
-    only names with an underscore are, because the others are words as well, unless the message
-    is about memory. Calls in advice become commands.
+    A field named by a violation is replaced in front of the violation's description. Elsewhere
+    only names with an underscore are replaced, because the others are also ordinary words; in a
+    message about memory, ``dtype`` and ``parallel`` are replaced as well. Advice to make a call
+    becomes advice to run a command.
     """
     text = str(error)
     for call, command_line in _WAYS:
@@ -73,7 +74,7 @@ def _parameter(field: str) -> str:
 
 def _flags(command: click.Command) -> Mapping[str, str]:
     """Return the options and arguments of a command by the fields that they set."""
-    # Several words on a command line are not one field.
+    # An argument of several words does not correspond to one field.
     return {
         parameter.name: _spelling(parameter)
         for parameter in command.params

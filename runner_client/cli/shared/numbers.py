@@ -1,4 +1,4 @@
-"""Numbers as values of options, with one wording for their ranges."""
+"""Numeric types of options, with consistent wording of ranges."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Number:
     Args:
         low: The lowest value.
         high: The highest value.
-        high_name: What the highest value is, where only the runner knows it.
+        high_name: Description of the highest value, if only the runner knows the number.
         is_whole: Whether the number has no fraction.
         is_above: Whether ``low`` itself is excluded.
     """
@@ -45,7 +45,7 @@ class Number:
 
     @property
     def help(self) -> str:
-        """The range as a sentence; empty if every number of 64 bits is in it."""
+        """The range as a sentence; empty for the range of 64-bit integers."""
         if self._low < -MAX_INT32:
             return ""
         is_open = self._high == MAX_INT32 and self.range.endswith(str(MAX_INT32))
@@ -56,7 +56,7 @@ class Number:
         """Parse a value.
 
         Raises:
-            click.BadParameter: The value is not in the range, which the message names.
+            click.BadParameter: The value is not a number, or not in the range.
         """
         try:
             number = int(value) if self._is_whole else float(value)
@@ -71,7 +71,7 @@ class Number:
 
 
 def integer(low: int, high: int = MAX_INT32, *, high_name: str = "") -> Number:
-    """Return the type of whole numbers in a range."""
+    """Return the type of an option for whole numbers in a range."""
     return Number(low, high, high_name=high_name, is_whole=True)
 
 

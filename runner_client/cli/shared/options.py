@@ -60,7 +60,7 @@ def text(value: str) -> str:
 
 
 def text_or_stdin(value: str) -> str:
-    """Return an argument as text; ``-`` reads standard input as UTF-8 instead.
+    """Return an argument, or for ``-`` the text of standard input, read as UTF-8.
 
     Raises:
         click.BadParameter: The input is not valid text.
@@ -120,7 +120,7 @@ _LOAD = {
 
 
 def load_options(*names: str) -> Callable[[Callable[..., _Result]], Callable[..., _Result]]:
-    """Add options of a load, which the command gets as one ``LoadOptions`` named ``load``.
+    """Add options of a load, which the command receives as one ``LoadOptions`` named ``load``.
 
     Args:
         names: Fields of ``LoadOptions``, in the order of the help text. Default: all.
@@ -146,10 +146,10 @@ json_option = click.option(
 
 
 def refuse_options(ctx: click.Context, names: Collection[str], reason: str) -> None:
-    """Refuse options given on the command line that have no effect together with the others.
+    """Refuse options given on the command line that would have no effect.
 
     Raises:
-        click.UsageError: One of them was given; the message is its name and the reason.
+        click.UsageError: One of ``names`` was given; the message is the option and ``reason``.
     """
     for parameter in ctx.command.params:
         name = parameter.name or ""

@@ -88,13 +88,13 @@ def is_terminal() -> bool:
 
 
 class StepLine:
-    """The current step of a command: one line on standard error, if it is a terminal."""
+    """Line on standard error with the current step of a command; silent without a terminal."""
 
     def __init__(self) -> None:
         self._is_shown = is_terminal()
 
     def __call__(self, step: str) -> None:
-        """Show a step in place of the one before."""
+        """Show a step in place of the previous one."""
         if self._is_shown:
             text = _shortened(f"{step} ...", _columns() - 1)
             click.echo(f"\r{text}{_CLEAR_TO_END}", nl=False, err=True)
@@ -146,7 +146,7 @@ class LoadProgress:
         width = min(_BAR_COLUMNS, room - _cells(label))
         if (label, width) != (self._bar.label, self._bar.width):
             self._bar.label, self._bar.width = label, width
-            # Blanks up to the length of a longer line before would wrap.
+            # Otherwise click pads with blanks to the longest line so far, which would wrap.
             self._bar.max_width = None
 
     def __enter__(self) -> Self:
@@ -156,7 +156,7 @@ class LoadProgress:
         try:
             self._bar.__enter__()
         except BaseException:
-            # Interrupted with the cursor hidden.
+            # An interrupt would leave the cursor hidden.
             self._bar.render_finish()
             raise
         return self
@@ -185,12 +185,12 @@ def _columns() -> int:
 
 
 def _cells(text: str) -> int:
-    """Return the columns that a text takes: two for each wide character of East Asia."""
+    """Return the columns that a text takes: two for each wide East Asian character."""
     return sum(2 if unicodedata.east_asian_width(each) in "WF" else 1 for each in text)
 
 
 def _shortened(label: str, columns: int) -> str:
-    """Return a label that fits; of a long one, the first word and the end of the rest."""
+    """Return a label of at most ``columns``: the first word, and the end of the rest."""
     label = "".join(each if each.isprintable() else "?" for each in label)
     if _cells(label) <= columns:
         return label

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def loaded(runner: RunnerProcess, name: str) -> Iterator[LoadResult]:
-    """Start a runner, show the progress of the load, and stop the runner in the end.
+    """Start a runner, show the progress of the load, and stop the runner after the block.
 
     Args:
         runner: The runner, not yet started.
@@ -40,7 +40,7 @@ def loaded(runner: RunnerProcess, name: str) -> Iterator[LoadResult]:
 
 
 def streamed(stream: CompletionStream, show: Callable[[str], None]) -> Completion:
-    """Read a stream to the end, and show each text on arrival.
+    """Read a stream to the end, and show each piece of text on arrival.
 
     Raises:
         RunnerError: The completion failed.
