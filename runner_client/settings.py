@@ -123,8 +123,12 @@ class Timeouts:
         for field in fields(self):
             value = getattr(self, field.name)
             check_number(field.name, value)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{field.name} must be above 0 (or None: no limit), not {value}")
+            is_optional = field.name not in ("call_seconds", "close_seconds")
+            if value is None and is_optional:
+                continue
+            if value is None or not 0 < value < math.inf:
+                none = " (or None: no limit)" if is_optional else ""
+                raise ValueError(f"{field.name} must be above 0{none}, not {value}")
 
     def close_grace_seconds(self, model_bytes: int) -> float:
         """Return the grace time of a child between the request to stop and the kill, in seconds.

@@ -191,7 +191,8 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         )
         if began is not None:
             status.state = pb.STATE_LOADING
-            status.progress = min(99, int(100 * (time.monotonic() - began) / self.load_seconds))
+            share = (time.monotonic() - began) / max(self.load_seconds, 0.001)
+            status.progress = min(99, int(100 * share))
         elif self.model is not None:
             status.state, status.progress = pb.STATE_ACTIVE, 100
             status.model.CopyFrom(self._model(self.model))

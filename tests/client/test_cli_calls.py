@@ -203,3 +203,10 @@ def test_a_refusal_by_the_runner_is_reported(fake: FakeRunner) -> None:
     assert result.stderr.startswith(
         "error: no model is loaded; load one with `mlx-runner load ADDRESS MODEL`"
     )
+
+
+def test_a_number_of_thousands_of_digits_is_not_a_token_id() -> None:
+    with fake_runner() as runner:
+        result = invoke("tokenize", "--detokenize", "--address", runner.address, "9" * 5000)
+    assert result.exit_code == 2
+    assert "is not a token id" in result.stderr

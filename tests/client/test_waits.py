@@ -6,6 +6,7 @@ import dataclasses
 import math
 import threading
 import time
+from typing import Any
 
 import pytest
 
@@ -178,3 +179,10 @@ def test_restarts_are_bounded_within_the_window() -> None:
     assert not RestartPolicy(max_restarts=0).allows((), now=0)
     with pytest.raises(ValueError, match="max_restarts"):
         RestartPolicy(max_restarts=-1)
+
+
+@pytest.mark.parametrize("name", ["call_seconds", "close_seconds"])
+def test_some_timeouts_need_a_number(name: str) -> None:
+    none: dict[str, Any] = {name: None}
+    with pytest.raises(ValueError, match=f"{name} must be above 0, not None"):
+        Timeouts(**none)
