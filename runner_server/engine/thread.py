@@ -252,10 +252,13 @@ class EngineThread:
         if isinstance(event, NotFinite):
             self._fail_not_finite(request)
             return request.id
-        self._updated.append(request.stream)
         if isinstance(event, Prefill):
             request.on_prefill(event)
+            if event.prefilled < event.total - 1:
+                # The end of a prefill is merged with the first token, which follows at once.
+                self._updated.append(request.stream)
             return None
+        self._updated.append(request.stream)
         is_first = request.status is RequestStatus.PREFILLING
         result = request.on_token(event)
         if is_first or result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,11 +138,21 @@ def _follower(log: Path, rank: int, *args: str, **env: str) -> subprocess.Popen[
         )
 
 
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_PORTS = itertools.cycle(range(20_000 + 1000 * _WORKER, 21_000 + 1000 * _WORKER))
+"""Ports of this process of tests, below those that the system gives to others who ask for any."""
+
+
+def _free_port() -> int:
+    for port in _PORTS:
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no port is free")
+
+
 def _hostfile(folder: Path, size: int) -> Path:
     """Write the host file of MLX's ring, with free local ports."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(size)]
-        addresses = [[f"127.0.0.1:{each.getsockname()[1]}"] for each in sockets]
+    addresses = [[f"127.0.0.1:{_free_port()}"] for _ in range(size)]
     path = folder / "hosts.json"
     path.write_text(json.dumps(addresses))
     return path
