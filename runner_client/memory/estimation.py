@@ -154,15 +154,7 @@ def estimate(
     installed = installed_backend()
     backend = backend or installed
     check_choice("backend", backend, get_args(Backend))
-    request = NeedRequest(
-        path=str(located.path),
-        context_length=load.context_length,
-        parallel=DEFAULT_PARALLEL if load.parallel is None else load.parallel,
-        dtype=_resolved(load.dtype, backend),
-        memory_limit_bytes=load.memory_limit_bytes,
-        prefix_cache_bytes=load.prefix_cache_bytes,
-        allow_inexact=load.allow_inexact,
-    )
+    request = _need_request(str(located.path), load, backend)
     answer, notes = _answer(request, installed == backend, environ)
     return MemoryEstimate(
         model=model,
@@ -175,6 +167,18 @@ def estimate(
         file_bytes=sum(stored.tensor.nbytes for stored in directory.tensors.values()),
         notes=(located.note, *notes) if located.note else notes,
         **answer.need.as_dict(),
+    )
+
+
+def _need_request(path: str, load: LoadOptions, backend: Backend) -> NeedRequest:
+    return NeedRequest(
+        path=path,
+        context_length=load.context_length,
+        parallel=DEFAULT_PARALLEL if load.parallel is None else load.parallel,
+        dtype=_resolved(load.dtype, backend),
+        memory_limit_bytes=load.memory_limit_bytes,
+        prefix_cache_bytes=load.prefix_cache_bytes,
+        allow_inexact=load.allow_inexact,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import socket
 from typing import TYPE_CHECKING
 
 import psutil
@@ -50,7 +52,19 @@ def _listens(process: psutil.Process, address: str) -> bool:
         path = address.removeprefix("unix:")
         path = path.removeprefix("//") if path.startswith("///") else path
         return any(str(each.laddr) == path for each in process.net_connections(kind="unix"))
-    port = address.rpartition(":")[2]
+    host, _, port = address.rpartition(":")
+    if not _is_here(host.strip("[]")):
+        return False
     sockets = process.net_connections(kind="tcp")
     listening = (each for each in sockets if each.status == psutil.CONN_LISTEN)
     return any(str(each.laddr.port) == port for each in listening)
+
+
+def _is_here(host: str) -> bool:
+    """Return whether a host name or IP address stands for this machine."""
+    own = {each.address for parts in psutil.net_if_addrs().values() for each in parts}
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return any(ipaddress.ip_address(each).is_loopback for each in found) or bool(found & own)

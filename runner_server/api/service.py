@@ -98,7 +98,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
     def _held_bytes(self) -> int:
         memory = self._engine.memory()
         is_gpu = self._engine.device.startswith("gpu")
-        return memory.active_bytes + memory.cache_bytes if is_gpu else resident_bytes()
+        return memory.held_bytes if is_gpu else resident_bytes()
 
     async def Unload(self, request: pb.UnloadRequest, context: _Context) -> pb.UnloadResponse:
         """Unload the model."""
@@ -112,7 +112,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         answer = pb.StatusResponse(
             state=STATES[snapshot.state],
             progress=snapshot.progress,
-            memory=memory.active_bytes + memory.cache_bytes,
+            memory=memory.held_bytes,
             memory_usage=memory_message(memory, resident_bytes(), device=self._engine.device),
             running_count=snapshot.running_count,
             queued_count=snapshot.queued_count,

@@ -10,15 +10,12 @@ import msgspec
 from runner_server.engine.types import LoadSpec, MemoryCounters, Sampling
 from runner_server.engine.work import PromptChunk
 
-# -- in both directions ----------------------------------------------------------
+# -- from rank 0 -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Beat:
-    """Heartbeat."""
-
-
-# -- from rank 0 -----------------------------------------------------------------
+    """Heartbeat; a follower's is :class:`Memory`."""
 
 
 @dataclass(frozen=True)

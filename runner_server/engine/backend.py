@@ -132,6 +132,11 @@ class ModelHandle:
     codec: Codec
     kv_bytes: Callable[[int], int]
 
+    @classmethod
+    def of(cls, model: LoadedModel) -> ModelHandle:
+        """Return the handle of a model."""
+        return cls(model.info, model.codec, model.kv_bytes)
+
 
 class Ranks(Protocol):
     """The other processes with parts of the model."""

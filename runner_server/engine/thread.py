@@ -336,11 +336,10 @@ class EngineThread:
         except BackendLost:
             raise
         except Exception as error:  # noqa: BLE001 - a model that fails must not end the process
-            fault = load_fault(spec, error)
-            self._registry.note_error(f"load of {spec.model!r} failed: {fault}")
+            fault = self._load_failed(spec, error)
             self._free_model()
             raise fault from None
-        self._registry.offer_model(_model_handle(self._model))
+        self._registry.offer_model(ModelHandle.of(self._model))
         return self._model.info
 
     def _check(self, spec: LoadSpec) -> None:
@@ -348,23 +347,22 @@ class EngineThread:
         try:
             self._backend.check(spec)
         except Exception as error:  # noqa: BLE001 - as for a load
-            fault = load_fault(spec, error)
-            self._registry.note_error(f"load of {spec.model!r} failed: {fault}")
-            raise fault from None
+            raise self._load_failed(spec, error) from None
+
+    def _load_failed(self, spec: LoadSpec, error: Exception) -> RunnerFault:
+        """Note why a load failed, and return the fault for its caller."""
+        fault = load_fault(spec, error)
+        self._registry.note_error(f"load of {spec.model!r} failed: {fault}")
+        return fault
 
     def _unload(self) -> int:
-        before = self._held_bytes()
+        before = self._backend.memory().held_bytes
         self._end_all(ShuttingDown("the model was unloaded; load or use another runner"))
         self._free_model()
-        return max(0, before - self._held_bytes())
-
-    def _held_bytes(self) -> int:
-        memory = self._backend.memory()
-        return memory.active_bytes + memory.cache_bytes
+        return max(0, before - self._backend.memory().held_bytes)
 
     def _end_all(self, fault: RunnerFault) -> None:
         self._fail(self._registry.withdraw_model(), fault)
-        self._scheduler.clear()
         self._publish()
 
     def _free_model(self, *, for_next: bool = False) -> None:
@@ -400,7 +398,3 @@ class EngineThread:
             self._backend.close()
         except Exception:
             logger.exception("the model library could not be closed")
-
-
-def _model_handle(model: LoadedModel) -> ModelHandle:
-    return ModelHandle(model.info, model.codec, model.kv_bytes)

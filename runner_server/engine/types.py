@@ -269,6 +269,11 @@ class MemoryCounters:
     prefix_cache_bytes: int = 0
     prefix_cache_limit_bytes: int = 0
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that MLX holds: in use, or kept for reuse."""
+        return self.active_bytes + self.cache_bytes
+
 
 @dataclass(frozen=True)
 class Rank:

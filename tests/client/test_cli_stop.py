@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from mlxrunner.v1 import runner_pb2 as pb
+from runner_client.errors import RunnerUnavailableError
+from runner_client.process.local_runner import local_process
+from runner_client.rpc.messages import status as status_of
 from runner_client.testing import fake_runner
 from runner_common.handshake import ReadyLine
 from support.command_line import invoke
@@ -93,3 +97,14 @@ def test_an_address_where_nothing_listens_is_named() -> None:
     result = invoke("stop", address)
     assert result.exit_code == 1
     assert address in result.stderr
+
+
+def test_a_process_with_the_same_number_and_port_on_another_machine_is_not_stopped() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        status = status_of(pb.StatusResponse(pid=os.getpid()))
+        assert local_process(f"127.0.0.1:{port}", status).pid == os.getpid()
+        assert local_process(f"localhost:{port}", status).pid == os.getpid()
+        # An address for documentation (RFC 5737), which no machine has.
+        with pytest.raises(RunnerUnavailableError, match="on its own machine"):
+            local_process(f"192.0.2.1:{port}", status)

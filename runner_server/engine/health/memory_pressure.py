@@ -46,7 +46,7 @@ class PressureWatch:
                 continue
             memory = self._engine.memory()
             if self._is_gpu:
-                self._admission.note_held(memory.active_bytes + memory.cache_bytes)
+                self._admission.note_held(memory.held_bytes)
             if model.prefix_cache_bytes:
                 spare = await asyncio.to_thread(self._admission.spare_bytes)
                 self._adjust(
