@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import itertools
 import random
 import subprocess
 import sys
@@ -12,13 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from runner_server.engine.backend import LoadedModel
-from runner_server.engine.types import Dtype, Sampling, Token
+from runner_server.engine.types import Sampling, Token
 from support.logprobs import assert_logprobs_close
-from support.rows import GREEDY, Row, run_alone, run_rows
+from support.rows import GREEDY, Row, run_alone, run_together
 from tools.local_batch import LocalBatch
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
@@ -65,14 +62,6 @@ def _alone(model: LoadedModel, rows: list[Row]) -> list[list[int]]:
     return [_CACHE[repr((row.prompt, row.count, row.sampling))] for row in rows]
 
 
-def _together(model: LoadedModel, rows: list[Row]) -> list[list[int]]:
-    batch = LocalBatch.of(model)
-    try:
-        return run_rows(batch, rows)
-    finally:
-        batch.close()
-
-
 @pytest.mark.parametrize("spacing", [0, 1, 3])
 @pytest.mark.parametrize("samplings", [[GREEDY] * 8, MIXED], ids=["greedy", "mixed"])
 def test_rows_generate_the_same_tokens_batched_as_alone(
@@ -81,7 +70,7 @@ def test_rows_generate_the_same_tokens_batched_as_alone(
     rows = _rows(trained, samplings, 24)
     for i, row in enumerate(rows):
         row.late = i * spacing
-    assert _together(trained, rows) == _alone(trained, rows)
+    assert run_together(trained, rows) == _alone(trained, rows)
 
 
 def test_a_row_may_join_at_any_step(trained: LoadedModel) -> None:
@@ -90,7 +79,7 @@ def test_a_row_may_join_at_any_step(trained: LoadedModel) -> None:
     expected = [run_alone(trained, Row(long, 30)), run_alone(trained, Row(other, 5))]
     for late in range(0, 12, 2):
         rows = [Row(long, 30), Row(other, 5, late=late)]
-        assert _together(trained, rows) == expected
+        assert run_together(trained, rows) == expected
 
 
 def test_removing_rows_does_not_change_the_others(trained: LoadedModel) -> None:
@@ -127,10 +116,10 @@ def test_batched_log_probabilities_match_those_alone(
     prompts = [[draw.randrange(500) for _ in range(n)] for n in (1, 2, 30, 33, 64, 150, 5, 90)]
     sampling = replace(GREEDY, logprobs=20)
     rows = [Row(prompt, 12, sampling, late=i) for i, prompt in enumerate(prompts)]
-    _together(model, rows)
+    run_together(model, rows)
     for row in rows:
         single = Row(row.prompt, 12, sampling)
-        _together(model, [single])
+        run_together(model, [single])
         assert len(row.logprobs) == len(single.logprobs) == 12
         assert_logprobs_close(row.logprobs, single.logprobs)
 
@@ -145,7 +134,7 @@ def test_the_same_seed_gives_the_same_text(tiny: LoadedModel) -> None:
 
 _CHILD = """
 import sys
-from support.rows import Row, run_alone
+from support.rows import Row, run_alone, run_together, run_rows, run_alone
 from runner_server.mlx_backend import MlxBackend
 from runner_server.engine.types import LoadSpec, Sampling
 backend = MlxBackend()
@@ -162,7 +151,7 @@ def test_the_same_seed_gives_the_same_text_in_another_process_and_in_a_batch(
 ) -> None:
     sampling = Sampling(seed=21)
     rows = _rows(trained, [sampling, *MIXED[1:]], 20)
-    together = _together(trained, rows)[0]
+    together = run_together(trained, rows)[0]
     path = ":".join(str(ROOT / part) for part in ("proto", "tests", "."))
     child = subprocess.run(
         [sys.executable, "-c", _CHILD, trained.info.path],
@@ -200,7 +189,7 @@ def test_temperature_zero_matches_batches_of_mlx_lm(trained: LoadedModel, arrive
     generator.close()
     for i, row in enumerate(rows):
         row.late = i * 2 if arrive == "one by one" else 0
-    assert _together(trained, rows) == [generated[uid] for uid in uids]
+    assert run_together(trained, rows) == [generated[uid] for uid in uids]
 
 
 def _run_with_preemptions(
@@ -262,7 +251,7 @@ def test_a_preempted_row_keeps_its_log_probabilities(
     _run_with_preemptions(LocalBatch.of(model), rows, dict.fromkeys(range(0, among, 2), 2))
     for row in rows:
         single = Row(row.prompt, 16, sampling)
-        _together(model, [single])
+        run_together(model, [single])
         assert [entry.token_id for entry in row.logprobs] == row.ids
         assert len(row.logprobs) == 16
         assert_logprobs_close(row.logprobs, single.logprobs)
@@ -294,148 +283,3 @@ def test_a_preempted_row_can_be_removed(trained: LoadedModel, others: int) -> No
                 generated[event.row].append(event.token_id)
     batch.close()
     assert [ids[:20] for ids in generated] == [ids[:20] for ids in expected]
-
-
-@pytest.mark.parametrize("options", [{}, {"logit_bias": ((7, 50.0),), "repeat_penalty": 1.5}])
-def test_log_probabilities_come_from_the_raw_logits(
-    tiny: LoadedModel, options: dict[str, Any]
-) -> None:
-    """Log probabilities are the log-softmax of the raw logits, before bias and penalties."""
-    prompt = tiny.codec.encode("The quick brown", as_prompt=True)
-    row = Row(prompt, 6, Sampling(seed=2, logprobs=20, **options))
-    _together(tiny, [row])
-    model: Any = tiny
-    logits = model._model(mx.array([[*prompt, *row.ids]]))[0]
-    expected = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-    for i, entry in enumerate(row.logprobs):
-        at = expected[len(prompt) - 1 + i]
-        assert entry.token_id == row.ids[i]
-        assert entry.logprob == pytest.approx(at[entry.token_id], abs=1e-3)
-        assert [id_ for id_, _ in entry.top[:3]] == [int(j) for j in np.argsort(-at)[:3]]
-        values = [value for _, value in entry.top]
-        assert values == sorted(values, reverse=True)
-        assert max(values) <= 0
-        np.testing.assert_allclose(values, -np.sort(-at)[:20], atol=1e-3)
-
-
-def test_output_only_penalties_ignore_the_prompt(trained: LoadedModel) -> None:
-    """A penalty of 100 equals a bias of -100 on generated tokens only."""
-    penalty = replace(GREEDY, presence_penalty=100.0, counts_output_only=True)
-    prompt = trained.codec.encode("def main(self):\n    self.", as_prompt=True)
-    ids = run_alone(trained, Row(prompt, 12, penalty))
-    assert ids[0] == run_alone(trained, Row(prompt, 1))[0]
-    assert set(ids) & set(prompt)
-    for count, id_ in enumerate(ids):
-        bias = tuple((seen, -100.0) for seen in sorted(set(ids[:count])))
-        row = Row([*prompt, *ids[:count]], 1, replace(GREEDY, logit_bias=bias))
-        assert run_alone(trained, row) == [id_]
-
-
-def test_a_bias_of_minus_100_bans_a_token(tiny: LoadedModel) -> None:
-    prompt = tiny.codec.encode("The", as_prompt=True)
-    free = set(run_alone(tiny, Row(prompt, 20)))
-    banned = replace(GREEDY, logit_bias=tuple((id_, -100.0) for id_ in free))
-    assert not free & set(run_alone(tiny, Row(prompt, 20, banned)))
-    forced = replace(GREEDY, logit_bias=((42, 100.0),))
-    assert run_alone(tiny, Row(prompt, 5, forced)) == [42] * 5
-
-
-def test_extreme_options_do_not_raise(tiny: LoadedModel) -> None:
-    vocab = tiny.info.vocab_size
-    samplings = [
-        Sampling(top_k=vocab, temperature=100.0, top_p=1.0),
-        Sampling(top_k=0, min_p=1.0, top_p=1.4e-45, temperature=1.4e-45),
-        Sampling(repeat_penalty=1.4e-45, frequency_penalty=-100, presence_penalty=100),
-        Sampling(repeat_last_n=2**31 - 1, repeat_penalty=100, logprobs=20),
-        Sampling(logit_bias=tuple((i, -100.0) for i in range(vocab)), logprobs=0),
-        Sampling(seed=-(2**63)),
-    ]
-    rows = [Row([1, 2, 3], 8, sampling) for sampling in samplings]
-    for ids in _together(tiny, rows):
-        assert all(0 <= id_ < vocab for id_ in ids)
-
-
-def test_a_long_prompt_reports_progress(tiny: LoadedModel) -> None:
-    prompt = [i % 500 for i in range(700)]
-    row = Row(prompt, 2)
-    _together(tiny, [row])
-    evaluated = [done for done, _ in row.progress]
-    assert len(evaluated) >= 2
-    assert evaluated == sorted(set(evaluated))
-    assert {total for _, total in row.progress} == {700}
-
-
-_NEIGHBOURS = [
-    GREEDY,
-    Sampling(seed=1, top_k=0, top_p=1.0),
-    Sampling(seed=2, top_k=100),
-    replace(GREEDY, logprobs=5),
-    replace(GREEDY, repeat_penalty=1.3),
-    replace(GREEDY, logit_bias=((5, 3.0),)),
-]
-
-
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        GREEDY,
-        replace(GREEDY, logprobs=5),
-        Sampling(seed=7),
-        Sampling(seed=8, top_k=0, top_p=0.9, temperature=1.2),
-        replace(GREEDY, frequency_penalty=0.3),
-    ],
-    ids=["greedy", "logprobs", "top_k", "top_p", "penalty"],
-)
-def test_half_precision_rows_do_not_depend_on_their_neighbours_options(
-    load: Callable[..., LoadedModel], model_dir: Callable[..., Path], sampling: Sampling
-) -> None:
-    """Some options need float32, which would decide near-ties differently."""
-    model = load(model_dir(dtype="bfloat16"), dtype=Dtype.AS_STORED, parallel=4)
-    assert model.info.dtype == "bfloat16"
-    seen = []
-    for other in _NEIGHBOURS:
-        row = Row([3, 1, 4, 1, 5], 20, sampling)
-        _together(model, [row, Row([2, 7, 1], 20, other), Row([9, 9], 20, other)])
-        seen.append((row.ids, row.logprobs))
-    assert all(one == seen[0] for one in seen)
-
-
-@pytest.mark.parametrize("shape", ["llama", "gemma3", "mamba", "mamba2", "lfm2"])
-@pytest.mark.parametrize("lengths", [(40, 40, 40), (40, 33, 25), (40, 3, 39)])
-def test_prompts_prefilled_together_match_those_alone(
-    load: Callable[..., LoadedModel],
-    model_dir: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    shape: str,
-    lengths: tuple[int, ...],
-) -> None:
-    """Some recurrent layers treat padding as text; only rows of equal length prefill together."""
-    module: Any = importlib.import_module("runner_server.mlx_backend.executor")
-
-    together: list[int] = []
-    prefill = module.prefill
-
-    def counting(model: Any, rows: Any, chunks: Any) -> Any:
-        together.append(len(rows))
-        return prefill(model, rows, chunks)
-
-    monkeypatch.setattr(module, "prefill", counting)
-    model = load(model_dir(shape), parallel=8, prefix_cache_bytes=0)
-    sampling = replace(GREEDY, logprobs=20)
-    draw = random.Random(7)  # noqa: S311 - prompts
-    prompts = [[draw.randrange(2, 500) for _ in range(n)] for n in lengths]
-    batch: Any = LocalBatch.of(model)
-    # On a busy machine a slice of real time may be too short for a second prompt.
-    ticks = itertools.count()
-    batch._clock = lambda: next(ticks) / 1000
-    run_rows(batch, [Row([5] * 100, 1)])  # calibrates the cost model
-    together.clear()
-    rows = [Row(prompt, 6, sampling) for prompt in prompts]
-    run_rows(batch, rows)
-    batch.close()
-    if len(set(lengths)) == 1:
-        assert max(together) == 3
-    for row in rows:
-        single = Row(row.prompt, 6, sampling)
-        _together(model, [single])
-        assert_logprobs_close(row.logprobs, single.logprobs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -12,114 +12,11 @@ from hypothesis import strategies as st
 
 from runner_server.engine.batch_planner import BatchPlanner
 from runner_server.engine.prefill_policy import MAX_SECONDS, MIN_SECONDS
-from runner_server.engine.prefill_queue import ChunkStart, PrefillLimits, companions
+from runner_server.engine.prefill_queue import ChunkStart, companions
 from runner_server.engine.prefix_cache import Match
-from runner_server.engine.types import Prefill, Token
-from runner_server.engine.work import DecodeItem, PrefillItem, PromptChunk, WorkItem, WorkReport
-
-PACE = 2000.0
-"""Tokens a second of the simulated machine, in prefill and in decode."""
-
-LIMITS = PrefillLimits(max_chunk=64, max_tokens=256)
-
-
-@dataclass
-class Machine:
-    """Runs the planner's items in simulated time.
-
-    Attributes:
-        clock: Seconds since the start.
-        tokens: Number of tokens that each row has generated.
-        progress: Last progress of each row's prompt.
-        stored: Prefixes in the simulated prefix cache.
-        items: Items run until now.
-    """
-
-    limits: PrefillLimits = LIMITS
-    keeps_prefixes: bool = False
-    call_seconds: float = 0.0
-    clock: float = 0.0
-    tokens: dict[int, int] = field(default_factory=dict)
-    progress: dict[int, Prefill] = field(default_factory=dict)
-    stored: list[tuple[int, ...]] = field(default_factory=list)
-    items: list[WorkItem] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.planner = BatchPlanner(self.limits, self.find_prefix)
-        self._prompts: dict[int, Sequence[int]] = {}
-        self._decoding: set[int] = set()
-        self._prefilled: dict[int, int] = {}
-
-    def add(self, row: int, prompt: Sequence[int]) -> None:
-        """Add a row."""
-        self._prompts[row], self._prefilled[row], self.tokens[row] = prompt, 0, 0
-        self.planner.add(row, prompt)
-
-    def remove(self, row: int) -> None:
-        """Remove a row."""
-        self._decoding.discard(row)
-        del self._prompts[row]
-        self.planner.remove(row)
-
-    def find_prefix(self, prompt: Sequence[int]) -> Match:
-        """Return the longest stored prefix."""
-        lengths = [_common_length(prompt, stored) for stored in self.stored]
-        common = max(lengths, default=0)
-        if not self.limits.needs_snapshot:
-            return Match(common, common)
-        whole = [len(s) for s in self.stored if tuple(prompt[: len(s)]) == s]
-        return Match(max(whole, default=0), common)
-
-    def run_item(self) -> WorkItem | None:
-        """Run the next item."""
-        item = self.planner.next_item()
-        if item is None:
-            return None
-        self.items.append(item)
-        if isinstance(item, PrefillItem):
-            report = self._prefill(item)
-        else:
-            self._decoding.update(item.joining)
-            report = self._spend(len(self._decoding))
-            report = replace(report, events=tuple(Token(row, 1) for row in self._decoding))
-        for event in self.planner.record(item, report):
-            if isinstance(event, Prefill):
-                self.progress[event.row] = event
-            else:
-                self.tokens[event.row] += 1
-        return item
-
-    def step(self) -> None:
-        """Run items up to the next decode step, or to the end of a slice without one."""
-        while (item := self.run_item()) and isinstance(item, PrefillItem):
-            pass
-
-    def _prefill(self, item: PrefillItem) -> WorkReport:
-        for chunk in item.chunks:
-            prompt = self._prompts[chunk.row]
-            if chunk.restored:
-                assert chunk.restored > self._prefilled[chunk.row]
-                self._prefilled[chunk.row] = chunk.restored
-            self._prefilled[chunk.row] += chunk.count
-            assert chunk.count <= self.limits.max_chunk
-            assert self._prefilled[chunk.row] <= len(prompt) - 1
-            if self.keeps_prefixes and chunk.is_stored:
-                self.stored.append(tuple(prompt[: self._prefilled[chunk.row]]))
-        return self._spend(sum(chunk.count for chunk in item.chunks))
-
-    def _spend(self, tokens: int) -> WorkReport:
-        seconds = self.call_seconds + tokens / PACE
-        self.clock += seconds
-        return WorkReport(seconds)
-
-
-def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    count = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
+from runner_server.engine.types import Prefill
+from runner_server.engine.work import DecodeItem, PrefillItem, PromptChunk
+from support.planned_machine import LIMITS, PACE, Machine
 
 
 def _prompt(length: int, seed: int) -> list[int]:

@@ -63,10 +63,15 @@ def _step(batch: LocalBatch, active: dict[int, Row]) -> None:
         del active[id_]
 
 
-def run_alone(model: LoadedModel, row: Row) -> list[int]:
-    """Run a row in a batch without others and return the tokens."""
+def run_together(model: LoadedModel, rows: Sequence[Row]) -> list[list[int]]:
+    """Run rows in one batch of their own and return the tokens of each."""
     batch = LocalBatch.of(model)
     try:
-        return run_rows(batch, [Row(row.prompt, row.count, row.sampling)])[0]
+        return run_rows(batch, rows)
     finally:
         batch.close()
+
+
+def run_alone(model: LoadedModel, row: Row) -> list[int]:
+    """Run a row in a batch without others and return the tokens."""
+    return run_together(model, [Row(row.prompt, row.count, row.sampling)])[0]
