@@ -16,7 +16,7 @@ from tools.local_batch import LocalBatch
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
 from runner_server.mlx_backend.planning.kv_memory import probe  # noqa: E402
-from runner_server.mlx_backend.planning.plan import PREFILL_CHUNK, device_kind  # noqa: E402
+from runner_server.mlx_backend.planning.measure import PREFILL_CHUNK, device_kind  # noqa: E402
 from runner_server.mlx_backend.upstream.names import load_model, make_prompt_cache  # noqa: E402
 from tools.memory.models import scaled, write_model  # noqa: E402
 

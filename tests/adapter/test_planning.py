@@ -16,7 +16,7 @@ from runner_server.engine.backend import LoadedModel  # noqa: E402
 from runner_server.engine.types import Dtype, LoadSpec, Sampling  # noqa: E402
 from runner_server.mlx_backend import MlxBackend  # noqa: E402
 from runner_server.mlx_backend.loading.loader import plan_load  # noqa: E402
-from runner_server.mlx_backend.planning.plan import process_bytes  # noqa: E402
+from runner_server.mlx_backend.planning.measure import process_bytes  # noqa: E402
 from runner_server.mlx_backend.planning.tokenizer_memory import tokenizer_memory  # noqa: E402
 from support.rows import GREEDY, Row, run_rows  # noqa: E402
 from tools.local_batch import LocalBatch  # noqa: E402

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +28,14 @@ ROOM_SIZE = 12
 """The most modules in one room of client and common code."""
 
 MLX = ("mlx", "mlx_lm")
+
+WITHOUT_MLX = (
+    "runner_server.mlx_backend",
+    "runner_server.mlx_backend.model.differences",
+    "runner_server.mlx_backend.planning.plan",
+    "runner_server.mlx_backend.planning.sizes",
+)
+"""Modules of the MLX backend that import no MLX, directly or through others."""
 
 ENTRY_POINT = ROOT / "runner_common" / "console.py"
 """The command ``mlx-runner``: takes signals before it imports the client, which is slow."""
@@ -116,3 +126,10 @@ def test_only_the_mlx_backend_imports_mlx() -> None:
         for file, name in modules("runner_server")
         if name.partition(".")[0] in MLX and allowed not in file.parents
     ]
+
+
+@pytest.mark.parametrize("module", WITHOUT_MLX)
+def test_modules_without_mlx_do_not_import_it(module: str) -> None:
+    code = f"import sys, {module}; print(*(name for name in {MLX} if name in sys.modules))"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, check=True, text=True).stdout.split() == []

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_common.memory.need import MemoryNeed
-from runner_server.engine.types import Dtype, LoadSpec
+from runner_server.engine.types import LoadSpec
 from runner_server.errors import ModelUnsupported
 from support.rank_processes import DEMO, THREE_HEADS, Ranks, failure_of, problem_of, ranks
 from support.server_child import DEADLINE_SECONDS, Child
@@ -115,28 +114,3 @@ def test_layers_with_unlike_caches_are_not_split() -> None:
     )
     with pytest.raises(ModelUnsupported, match="RotatingKVCache"):
         shard(2, by_layers=False).split(model, {"model_type": "x"}, LoadSpec("x"))
-
-
-def test_a_load_takes_the_smallest_share_of_any_rank() -> None:
-    from runner_server.mlx_backend.planning.kv_memory import CacheShape, Probe
-    from runner_server.mlx_backend.planning.plan import Plan
-
-    seen = Probe(10, (CacheShape(token_bytes=8),))
-    budget = 3 * seen.kv_bytes(50)
-    plan = Plan(
-        dtype=Dtype.FLOAT32,
-        probe=seen,
-        max_context_length=100,
-        context_length=50,
-        parallel=9,
-        need=MemoryNeed(10**6, budget, 7, 0, 0, 0),
-        kv_budget_bytes=budget,
-        buffer_cache_bytes=0,
-        token_bytes=0.0,
-        pair_bytes=0.0,
-    )
-    assert plan.share == 3
-    assert plan.with_share(1.5).kv_budget_bytes == seen.kv_bytes(50) * 3 // 2
-    assert plan.with_share(99.0) == plan
-    settled = plan.settled(LoadSpec("m", parallel=9, memory_limit_bytes=5))
-    assert settled == LoadSpec("m", 50, 9, Dtype.FLOAT32, 5, 7)

@@ -20,7 +20,7 @@ from mlx_lm.models.cache import make_prompt_cache  # noqa: E402 - after importor
 
 from runner_server.engine.types import Dtype, LoadSpec  # noqa: E402
 from runner_server.mlx_backend.loading.loader import load  # noqa: E402
-from runner_server.mlx_backend.planning.plan import load_transient_bytes  # noqa: E402
+from runner_server.mlx_backend.planning.measure import load_transient_bytes  # noqa: E402
 
 SIZES = {
     "hidden_size": 256,

@@ -325,7 +325,7 @@ async def test_a_load_reserves_the_estimate(
     from runner_server.mlx_backend import MlxBackend
 
     # Other tests may have imported transformers or NumPy into this process.
-    monkeypatch.setattr("runner_server.mlx_backend.planning.plan._IMPORTED_BYTES", {})
+    monkeypatch.setattr("runner_server.mlx_backend.planning.measure._IMPORTED_BYTES", {})
     admission = MachineAdmission()
     backend: Any = MlxBackend(admission=admission)
     fields: dict[str, Any] = {"context_length": 256, "parallel": 2}

@@ -17,7 +17,7 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 
 from runner_server.mlx_backend.cache.row_caches import CachePieces, Caches, extend, merge, prefill
-from runner_server.mlx_backend.planning.plan import device_kind
+from runner_server.mlx_backend.planning.measure import device_kind
 from runner_server.mlx_backend.stream_errors import recover
 
 logger = logging.getLogger(__name__)

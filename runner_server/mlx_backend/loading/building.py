@@ -23,10 +23,12 @@ from runner_server.engine.types import Dtype, LoadSpec
 from runner_server.errors import ModelUnsupported, RunnerFault
 from runner_server.mlx_backend.loading.weight_files import WeightFiles
 from runner_server.mlx_backend.model.activations import use_named_gelu
-from runner_server.mlx_backend.model.casting import cast_weights, widen_experts
-from runner_server.mlx_backend.model.exactness import Exactness, compare
+from runner_server.mlx_backend.model.casting import cast_weights, casting_notes, widen_experts
+from runner_server.mlx_backend.model.differences import Exactness
+from runner_server.mlx_backend.model.exactness import compare
 from runner_server.mlx_backend.model.rotary import settle_rope
-from runner_server.mlx_backend.planning.plan import context_in_force, device_kind
+from runner_server.mlx_backend.planning.measure import device_kind
+from runner_server.mlx_backend.planning.plan import context_in_force
 from runner_server.mlx_backend.upstream.names import BuiltModel, build_model, dequantize_model
 
 if TYPE_CHECKING:
@@ -51,13 +53,15 @@ class Built:
         model: The model.
         config: Its configuration, including mlx_lm's additions about quantization.
         spec: The load, with the values that the ranks agreed on.
-        exactness: The known differences between the model and its files.
+        context_length: The longest sequence of the load, in tokens.
+        warnings: Differences between the model's answers and the specification in its files.
     """
 
     model: Module
     config: dict[str, Any]
     spec: LoadSpec
-    exactness: Exactness
+    context_length: int
+    warnings: tuple[str, ...]
 
 
 def read_directory(located: Located) -> ModelDirectory:
@@ -120,7 +124,8 @@ def build(directory: ModelDirectory, spec: LoadSpec, shard: Shard | None) -> Bui
     model = _converted(directory, unread, spec, shard)
     context = context_in_force(spec, directory.configuration.context_length, exactness)
     settle_rope(model, text_part(config), unread.arguments, context)
-    return Built(model, config, spec, exactness)
+    warnings = (*directory.notes, *exactness.warnings(context), *casting_notes(model))
+    return Built(model, config, spec, context, warnings)
 
 
 def _build(directory: ModelDirectory) -> tuple[BuiltModel, Exactness]:

@@ -40,18 +40,22 @@ from runner_server.mlx_backend.loading.finding import find_model
 from runner_server.mlx_backend.loading.reading import read_weights
 from runner_server.mlx_backend.loading.trial import warm_up
 from runner_server.mlx_backend.loading.weight_files import WeightFiles
-from runner_server.mlx_backend.planning.plan import (
+from runner_server.mlx_backend.planning.measure import (
     PREFILL_CHUNK,
     ROWS_TOGETHER,
-    Plan,
-    alone_warning,
     arrays,
     device_kind,
+    measure,
+    weight_bytes,
+)
+from runner_server.mlx_backend.planning.plan import (
+    Plan,
+    alone_warning,
     formats,
     make_plan,
     require_context,
-    weight_bytes,
 )
+from runner_server.mlx_backend.planning.working_memory import RowsApartError
 from runner_server.mlx_backend.tokenizer.codec import FastCodec, load_codec
 
 if TYPE_CHECKING:
@@ -253,7 +257,7 @@ def _planned(
     directory: ModelDirectory, spec: LoadSpec, shard: Shard | None, admission: Admission
 ) -> tuple[Built, Plan]:
     """Build the model in the first dtype that fits the memory, without reading weights."""
-    *preferred, last = formats(spec.dtype)
+    *preferred, last = formats(spec.dtype, device_kind())
     for dtype in preferred:
         try:
             return _admitted(directory, replace(spec, dtype=dtype), shard, admission)
@@ -273,10 +277,30 @@ def _admitted(
         InsufficientMemory: The model does not fit.
     """
     built = build(directory, spec, shard)
-    plan = make_plan(built.spec, built.model, directory, built.exactness)
+    plan = _plan(directory, built)
     granted = admission.admit(str(directory.path), plan.need, override=spec.memory_override)
     # Build it again, because some models keep arrays of their last run, here unevaluated ones.
     return build(directory, spec, shard), plan.within(granted)
+
+
+def _plan(directory: ModelDirectory, built: Built) -> Plan:
+    """Plan a load, for one request at a time if the model does not support batches.
+
+    Raises:
+        InsufficientMemory: ``memory_limit_bytes`` is too small for one sequence.
+        ModelUnsupported: The model cannot run.
+    """
+    try:
+        return _plan_rows(directory, built, built.spec)
+    except RowsApartError as why:
+        warning = alone_warning(directory.configuration.model_type, str(why))
+    plan = _plan_rows(directory, built, replace(built.spec, parallel=1))
+    return replace(plan, warnings=(*plan.warnings, warning))
+
+
+def _plan_rows(directory: ModelDirectory, built: Built, spec: LoadSpec) -> Plan:
+    sizes = measure(built.model, directory, built.context_length, spec.parallel)
+    return make_plan(spec, sizes, directory.configuration.context_length, built.warnings)
 
 
 def _read(path: Path, model: Module, report: Report) -> None:
@@ -316,7 +340,7 @@ def _describe(
         kv_budget_bytes=plan.kv_budget_bytes,
         prefix_cache_bytes=plan.need.prefix_cache_bytes,
         reserved_bytes=plan.need.total_bytes,
-        dtype_fallback=plan.dtype is not formats(spec.dtype)[0],
+        dtype_fallback=plan.dtype is not formats(spec.dtype, device_kind())[0],
         warnings=plan.warnings,
     )
 

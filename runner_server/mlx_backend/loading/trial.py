@@ -13,7 +13,7 @@ from runner_server.engine.backend import Executor
 from runner_server.engine.types import Sampling, Token
 from runner_server.engine.work import DecodeItem, PrefillItem, PromptChunk
 from runner_server.errors import GenerationFailed, ModelUnsupported, not_finite_advice
-from runner_server.mlx_backend.planning.plan import device_kind
+from runner_server.mlx_backend.planning.measure import device_kind
 
 logger = logging.getLogger(__name__)
 

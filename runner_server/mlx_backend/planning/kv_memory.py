@@ -3,66 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from runner_server.errors import ModelUnsupported
+from runner_server.mlx_backend.planning.sizes import CacheShape, Probe
 from runner_server.mlx_backend.upstream.names import make_prompt_cache
 
 _GROWTH_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class CacheShape:
-    """Memory of one layer's cache as a function of the sequence length.
-
-    Attributes:
-        token_bytes: Bytes of one token.
-        step: Number of tokens by which the cache grows.
-        window: Most tokens in the cache; None for the whole sequence.
-        fixed_bytes: Bytes that do not depend on the length, such as a recurrent state.
-    """
-
-    token_bytes: int = 0
-    step: int = 1
-    window: int | None = None
-    fixed_bytes: int = 0
-
-    def held_bytes(self, tokens: int) -> int:
-        """Return the bytes of one sequence of ``tokens``."""
-        held = -(-tokens // self.step) * self.step
-        if self.window:
-            held = min(held, self.window)
-        return held * self.token_bytes + self.fixed_bytes
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Sizes found by passing one token through a model with lazy weights. Holds no arrays.
-
-    Attributes:
-        vocab_size: Number of token ids scored by the output layer.
-        caches: The shapes of the layers' caches.
-    """
-
-    vocab_size: int
-    caches: tuple[CacheShape, ...]
-
-    def kv_bytes(self, tokens: int) -> int:
-        """Return the bytes of every layer's cache for one sequence."""
-        return sum(cache.held_bytes(tokens) for cache in self.caches)
-
-    def largest_layer_bytes(self, tokens: int) -> int:
-        """Return the bytes of the largest layer's cache for one sequence."""
-        return max((cache.held_bytes(tokens) for cache in self.caches), default=0)
-
-    @property
-    def step_bytes(self) -> int:
-        """Bytes by which one sequence's caches grow in one step."""
-        return sum(cache.step * cache.token_bytes for cache in self.caches)
 
 
 def probe(model: Module, prefill_chunk: int) -> Probe:
