@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from runner_server.engine.prefix_cache import CacheUsage
     from runner_server.host.kernel_folder import KernelFolder
     from runner_server.host.model_root import ModelRoot
-    from runner_server.mlx_backend.loading.loader import MlxModel
+    from runner_server.mlx_backend.loading.mlx_model import MlxModel
     from runner_server.mlx_backend.sharding import Shard
 
 _ARCHITECTURES = "mlx_lm.models"

@@ -33,7 +33,7 @@ def test_one_type_of_each_kind_matches_mlx_lm(checker: Checker, model_type: str)
 
 def test_a_wrong_result_is_reported(checker: Checker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "runner_server.mlx_backend.loading.loader.try_together", lambda *_args: None
+        "runner_server.mlx_backend.loading.mlx_model.try_together", lambda *_args: None
     )
     monkeypatch.delitem(working_memory._KNOWN_ALONE, "afm7")
     verdict = checker.check("afm7")

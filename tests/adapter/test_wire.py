@@ -19,7 +19,7 @@ from support.harness import Server, eventually, failure, joined, running, tokens
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
 from runner_server.mlx_backend.executor import MlxExecutor  # noqa: E402
-from runner_server.mlx_backend.loading import loader  # noqa: E402
+from runner_server.mlx_backend.loading.mlx_model import MlxModel  # noqa: E402
 
 Build = Callable[..., Path]
 UNLOAD = pb.UnloadRequest()
@@ -95,7 +95,7 @@ async def test_a_load_that_fails_late_frees_its_memory(
     def broken(_model: object) -> None:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(loader.MlxModel, "warm_up", broken)
+    monkeypatch.setattr(MlxModel, "warm_up", broken)
     # pytest keeps log records, and with them the traceback.
     monkeypatch.setattr(faults.logger, "disabled", True)
     problem = await failure(real.load(str(model_dir())))
@@ -134,14 +134,14 @@ async def test_a_cancelled_load_frees_its_memory(
     before = _held()
     reached, go = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
-    warm_up = loader.MlxModel.warm_up
+    warm_up = MlxModel.warm_up
 
     def waiting(model: Any) -> None:
         loop.call_soon_threadsafe(reached.set)
         asyncio.run_coroutine_threadsafe(go.wait(), loop).result()
         warm_up(model)
 
-    monkeypatch.setattr(loader.MlxModel, "warm_up", waiting)
+    monkeypatch.setattr(MlxModel, "warm_up", waiting)
     load = real.stub.Load(pb.LoadRequest(model=str(model_dir())))
     await reached.wait()
     assert _held() > before + 400_000

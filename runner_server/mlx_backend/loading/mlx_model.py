@@ -1,0 +1,120 @@
+"""A loaded model, as the engine sees it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mlx.nn.layers.base import Module
+
+from runner_server.engine.prefill_queue import PrefillLimits
+from runner_server.engine.prefix_cache import CacheUsage, PrefixCache
+from runner_server.engine.types import ModelInfo
+from runner_server.mlx_backend.cache.row_caches import CachePieces
+from runner_server.mlx_backend.executor import BatchBudget, MlxExecutor, MlxPrefixCache
+from runner_server.mlx_backend.loading.batch_trial import try_together
+from runner_server.mlx_backend.loading.trial import warm_up
+from runner_server.mlx_backend.planning.measure import PREFILL_CHUNK, ROWS_TOGETHER, device_kind
+from runner_server.mlx_backend.planning.plan import Plan, alone_warning
+from runner_server.mlx_backend.tokenizer.codec import FastCodec
+
+if TYPE_CHECKING:
+    from runner_server.mlx_backend.sharding import Shard
+
+logger = logging.getLogger(__name__)
+
+
+class MlxModel:
+    """Implements ``runner_server.engine.backend.LoadedModel``.
+
+    Args:
+        model: The model, with its weights in memory.
+        codec: The model's tokenizer.
+        info: The model's description, and the limits in force.
+        plan: The plan made before reading the weights.
+        shard: This rank's part of the model; None for the whole model.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        codec: FastCodec,
+        info: ModelInfo,
+        plan: Plan,
+        shard: Shard | None,
+    ) -> None:
+        self._model = model
+        self._plan = plan
+        self._shard = shard
+        self._pieces = CachePieces.of(model)
+        self._prompts: MlxPrefixCache = PrefixCache(self._pieces, info.prefix_cache_bytes)
+        self.codec = codec
+        self.info = info
+
+    @property
+    def kv_bytes(self) -> Callable[[int], int]:
+        """Function from tokens to bytes; see ``LoadedModel.kv_bytes``."""
+        return self._plan.kv_bytes
+
+    @property
+    def prompts(self) -> CacheUsage:
+        """Byte counters of the prefix cache."""
+        return self._prompts.usage
+
+    def limit_prefix_cache(self, limit_bytes: int) -> None:
+        """Change the byte budget of the prefix cache; see ``LoadedModel.limit_prefix_cache``."""
+        self._prompts.limit(limit_bytes)
+
+    @property
+    def prefill_limits(self) -> PrefillLimits:
+        """Limits of prefill chunks; see ``LoadedModel.prefill_limits``."""
+        chunk = PREFILL_CHUNK[device_kind()]
+        return PrefillLimits(
+            max_chunk=chunk,
+            max_tokens=ROWS_TOGETHER * chunk,
+            can_pad=self._pieces.can_pad,
+            needs_snapshot=self._pieces.needs_snapshot,
+            max_prompts=self._budget.max_prompts_together,
+        )
+
+    def new_executor(self) -> MlxExecutor:
+        """Return an executor without rows."""
+        return self._executor(self._prompts)
+
+    def warm_up(self) -> None:
+        """Generate a token, and set ``parallel`` to 1 if rows cannot be decoded together.
+
+        Also compiles the kernels, for which the first request would have to wait.
+
+        Raises:
+            RunnerFault: See :func:`~runner_server.mlx_backend.loading.trial.warm_up`.
+        """
+        info = self.info
+        executor = self._executor(PrefixCache(self._pieces, 0))
+        warm_up(self._model, executor, info.vocab_size, info.dtype)
+        if info.parallel == 1 or self._shard:
+            return
+        if why := try_together(self._model, self._pieces, info.vocab_size, info.parallel):
+            warning = alone_warning(info.architecture, why)
+            logger.warning("%s: %s", info.path, warning)
+            self.info = replace(info, parallel=1, warnings=(*info.warnings, warning))
+
+    def _executor(self, prompts: MlxPrefixCache) -> MlxExecutor:
+        agree = self._shard.agree if self._shard else None
+        return MlxExecutor(
+            self._model,
+            self.info.vocab_size,
+            self._pieces,
+            prompts,
+            agree=agree,
+            budget=self._budget,
+        )
+
+    @property
+    def _budget(self) -> BatchBudget:
+        plan = self._plan
+        return BatchBudget(
+            self.info.kv_budget_bytes, plan.need.working_bytes, plan.kv_bytes, plan.chunk_bytes
+        )
