@@ -49,9 +49,9 @@ def command(
     working directory, so give an absolute one. The runner ends running completions first. Ctrl-C
     cancels the load.
 
-    A model that is not found, whose files cannot be read, or whose context is too long is refused
-    while the loaded model stays. One that fails later, for lack of memory or while it is read,
-    leaves the runner without a model.
+    A model that is not found, that the runner cannot build, or that does not fit the memory is
+    refused while the loaded model stays. One that fails later, while its weights are read for
+    example, leaves the runner without a model.
     """
     if not model:
         raise click.BadArgumentUsage("MODEL is empty")

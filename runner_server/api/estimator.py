@@ -23,9 +23,11 @@ from runner_server.errors import (
     GenerationFailed,
     InsufficientMemory,
     InvalidField,
+    ModelNotFound,
     ModelUnsupported,
     RunnerFault,
 )
+from runner_server.host.machine_admission import refusal
 from runner_server.mlx_backend.loading.finding import find_model
 
 if TYPE_CHECKING:
@@ -92,6 +94,23 @@ class Estimator:
             raise
         finally:
             self._running.discard(running)
+
+    async def require_fit(self, spec: LoadSpec) -> None:
+        """Refuse a load that could not succeed, while a loaded model can still be kept.
+
+        A load for which no estimate can be made passes, and so does a model that is not found,
+        because the load itself refuses it before it unloads.
+
+        Raises:
+            InsufficientMemory: The model does not fit, and ``memory_override`` is not set.
+            RunnerFault: Another fault that the load itself would raise.
+        """
+        try:
+            estimated = await self.estimate(spec)
+        except (GenerationFailed, ModelNotFound):
+            return
+        if not (estimated.decision.fits or spec.memory_override):
+            raise refusal(estimated.answer.need, estimated.decision)
 
     def close(self) -> None:
         """Cancel running estimates; their callers get :class:`ShuttingDown`."""

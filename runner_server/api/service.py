@@ -32,8 +32,8 @@ from runner_server.engine.backend import ModelHandle, Ranks
 from runner_server.engine.commands import ModelCommand
 from runner_server.engine.engine import Engine
 from runner_server.engine.output.token_text import TokenTexts
-from runner_server.engine.types import CompletionSpec
-from runner_server.errors import InvalidField
+from runner_server.engine.types import CompletionSpec, LoadSpec
+from runner_server.errors import InvalidField, RunnerFault
 from runner_server.host.blas import blas_of
 from runner_server.host.resident_memory import resident_bytes
 from runner_server.telemetry.call_record import current_call
@@ -76,10 +76,26 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         """Load a model."""
         started = time.monotonic()
         current_call().model = request.model
-        info = await _outcome(self._engine.load(load_spec(request)))
+        spec = load_spec(request)
+        await self._refuse_early(spec)
+        info = await _outcome(self._engine.load(spec))
         return pb.LoadResponse(
             model=model_message(info), load_duration=duration(time.monotonic() - started)
         )
+
+    async def _refuse_early(self, spec: LoadSpec) -> None:
+        """Refuse a load that could not succeed before it costs the loaded model.
+
+        Not if several ranks hold the model: the estimate is that of a whole model.
+        """
+        self._engine.refuse_when_busy()
+        if self._ranks or self._engine.state().model is None:
+            return
+        try:
+            await self._estimator.require_fit(spec)
+        except RunnerFault as fault:
+            self._engine.note_refused_load(spec, fault)
+            raise
 
     async def Estimate(self, request: pb.EstimateRequest, context: _Context) -> pb.EstimateResponse:
         """Estimate the memory a load would need."""

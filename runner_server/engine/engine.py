@@ -33,7 +33,7 @@ from runner_server.engine.types import (
     LoadSpec,
     MemoryCounters,
 )
-from runner_server.errors import ShuttingDown
+from runner_server.errors import RunnerFault, ShuttingDown
 
 _ModelCommandT = TypeVar("_ModelCommandT", Load, Unload)
 
@@ -116,6 +116,14 @@ class Engine:
     def refuse_when_ending(self) -> None:
         """Raise :class:`ShuttingDown` if the engine is stopping or dead."""
         self._registry.refuse_when_ending()
+
+    def refuse_when_busy(self) -> None:
+        """Raise what :meth:`load` would raise at this moment."""
+        self._registry.refuse_when_busy()
+
+    def note_refused_load(self, spec: LoadSpec, fault: RunnerFault) -> None:
+        """Record a load that was refused before it began."""
+        self._registry.note_failed_load(spec, fault)
 
     def model(self) -> ModelHandle:
         """Return the handle of the loaded model.

@@ -18,7 +18,7 @@ from runner_server.engine.faults import exiting_fault, stopping_fault
 from runner_server.engine.generation_request import GenerationRequest, RequestStatus
 from runner_server.engine.health.heartbeat import Heartbeat
 from runner_server.engine.health.retry_estimate import RetryEstimate
-from runner_server.engine.types import EngineState, State
+from runner_server.engine.types import EngineState, LoadSpec, State
 from runner_server.errors import (
     Busy,
     InsufficientMemory,
@@ -87,7 +87,7 @@ class RequestRegistry:
             ShuttingDown: The engine is stopping or dead.
         """
         with self._lock:
-            self._refuse_when_busy()
+            self._require_idle()
             self._model_command = command
             if isinstance(command, Load):
                 self._progress, self._state = 0, State.LOADING
@@ -95,10 +95,15 @@ class RequestRegistry:
     def begin_trim(self, future: Future[None]) -> None:
         """Accept a trim; raise like :meth:`begin_command`."""
         with self._lock:
-            self._refuse_when_busy()
+            self._require_idle()
             self._trims.add(future)
 
-    def _refuse_when_busy(self) -> None:
+    def refuse_when_busy(self) -> None:
+        """Raise what :meth:`begin_command` would raise at this moment."""
+        with self._lock:
+            self._require_idle()
+
+    def _require_idle(self) -> None:
         self.refuse_when_ending()
         if self._model_command:
             raise Busy
@@ -160,6 +165,10 @@ class RequestRegistry:
     def note_error(self, text: str) -> None:
         """Record why a load or a step failed."""
         self._last_error = text[:_MAX_ERROR_CHARS]
+
+    def note_failed_load(self, spec: LoadSpec, fault: RunnerFault) -> None:
+        """Record why a load failed or was refused."""
+        self.note_error(f"load of {spec.model!r} failed: {fault}")
 
     def remove(self, request: GenerationRequest, running_seconds: float | None = None) -> None:
         """Remove a finished request.

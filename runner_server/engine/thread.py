@@ -352,7 +352,7 @@ class EngineThread:
     def _load_failed(self, spec: LoadSpec, error: Exception) -> RunnerFault:
         """Note why a load failed, and return the fault for its caller."""
         fault = load_fault(spec, error)
-        self._registry.note_error(f"load of {spec.model!r} failed: {fault}")
+        self._registry.note_failed_load(spec, fault)
         return fault
 
     def _unload(self) -> int:

@@ -60,7 +60,7 @@ class MachineAdmission:
             book.drop_owned_by(os.getpid())
             self._reservation = None
             if not (decision.fits or override):
-                raise _refusal(need, decision)
+                raise refusal(need, decision)
             granted = max(need.required_bytes, min(need.total_bytes, decision.available_bytes))
             device = decision.free.device_id
             self._reservation = book.add(granted, model, pid=os.getpid(), device=device)
@@ -130,7 +130,8 @@ def _without_own(free: FreeMemory, resident: int, held: int) -> FreeMemory:
     return replace(free, available_bytes=min(limit.available_bytes for limit in free.limits))
 
 
-def _refusal(need: MemoryNeed, decision: Decision) -> InsufficientMemory:
+def refusal(need: MemoryNeed, decision: Decision) -> InsufficientMemory:
+    """Return the fault of a load that does not fit, with its numbers."""
     part, part_bytes = max(need.parts.items(), key=lambda item: item[1])
     return InsufficientMemory(
         f"the model needs {format_bytes(need.required_bytes)}, most of it {part} "

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,7 @@ import grpc
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_common.host_memory.free import FreeMemory
 from runner_common.memory.headroom import MINIMUM_VARIABLE, OVERHEAD_VARIABLE
-from runner_common.memory.need import MemoryNeed
 from runner_common.memory.need_query import (
     NeedAnswer,
     NeedRefusedError,
@@ -24,10 +21,10 @@ from runner_common.memory.need_query import (
 )
 from runner_common.memory.reservations import ReservationBook
 from runner_server.host.machine_admission import MachineAdmission
-from support.fakes import FakeBackend, Gate
+from support.fakes import FakeBackend
 from support.harness import Server, StartServer, eventually, failure, running, tokens
+from support.need_process import GIB, NEED, STORED, FakeNeedProcess, free
 
-GIB = 2**30
 PARTS = (
     "weight_bytes",
     "kv_bytes",
@@ -36,39 +33,6 @@ PARTS = (
     "process_bytes",
     "load_transient_bytes",
 )
-NEED = MemoryNeed(8 * GIB, 4 * GIB, 2 * GIB, GIB, GIB // 2, GIB // 4, has_default_prefix_cache=True)
-STORED = replace(NEED, weight_bytes=GIB)
-
-
-def free(available_bytes: int) -> FreeMemory:
-    return FreeMemory(available_bytes, "system", available_bytes, None, None, "Some CPU", "cpu")
-
-
-@dataclass
-class FakeNeedProcess:
-    """Stand-in for the process computing the needs of a model.
-
-    Attributes:
-        requests: The questions received, in order.
-        errors: Errors raised instead of an answer, by format.
-        gate: Passed by every question.
-    """
-
-    requests: list[NeedRequest] = field(default_factory=list)
-    errors: dict[str, Exception] = field(default_factory=dict)
-    gate: Gate = field(default_factory=Gate)
-
-    def ask(self, request: NeedRequest, environ: Mapping[str, str]) -> NeedAnswer:
-        """See ``runner_common.memory.need_query.ask_need``."""
-        assert environ
-        self.requests.append(request)
-        self.gate.pass_through()
-        if error := self.errors.get(request.dtype):
-            raise error
-        dtype = {"auto": "float32"}.get(request.dtype, request.dtype)
-        need = STORED if dtype == "as_stored" else NEED
-        context = request.context_length or 4096
-        return NeedAnswer(need, dtype, context, 32768, request.parallel)
 
 
 @pytest.fixture

@@ -71,10 +71,14 @@ const (
 type RunnerServiceClient interface {
 	// Loads a model into this process. `Status` reports the progress, and the model
 	// is usable once the call returns. A model that is already loaded is unloaded
-	// first (its running completions end with SHUTTING_DOWN), unless the new one
-	// cannot be found, its files cannot be read, or `context_length` is more than
-	// they allow. Cancelling the call, or its deadline, cancels the load and frees
-	// the memory used so far.
+	// first; its running completions end with SHUTTING_DOWN. Before that, the new
+	// model is checked as by `Estimate`, while the loaded one keeps working: one that
+	// cannot be found, that this server cannot build, or that does not fit the memory
+	// now does not cost the loaded model. What does cost it: a weight file that turns
+	// out unreadable, memory that others take meanwhile, logits that are not finite,
+	// an error of MLX, and cancelling the load. If several ranks hold the model, only
+	// the files and `context_length` are checked first. Cancelling the call, or its
+	// deadline, cancels the load and frees the memory used so far.
 	//
 	// Errors:
 	//   - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range;
@@ -318,10 +322,14 @@ func (c *runnerServiceClient) Detokenize(ctx context.Context, in *DetokenizeRequ
 type RunnerServiceServer interface {
 	// Loads a model into this process. `Status` reports the progress, and the model
 	// is usable once the call returns. A model that is already loaded is unloaded
-	// first (its running completions end with SHUTTING_DOWN), unless the new one
-	// cannot be found, its files cannot be read, or `context_length` is more than
-	// they allow. Cancelling the call, or its deadline, cancels the load and frees
-	// the memory used so far.
+	// first; its running completions end with SHUTTING_DOWN. Before that, the new
+	// model is checked as by `Estimate`, while the loaded one keeps working: one that
+	// cannot be found, that this server cannot build, or that does not fit the memory
+	// now does not cost the loaded model. What does cost it: a weight file that turns
+	// out unreadable, memory that others take meanwhile, logits that are not finite,
+	// an error of MLX, and cancelling the load. If several ranks hold the model, only
+	// the files and `context_length` are checked first. Cancelling the call, or its
+	// deadline, cancels the load and frees the memory used so far.
 	//
 	// Errors:
 	//   - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range;
