@@ -170,6 +170,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     def Trim(self, request: pb.TrimRequest, context: grpc.ServicerContext) -> pb.TrimResponse:
         """Reduce ``prefix_cache_bytes``."""
         self._receive(request, context)
+        self._check_name(request.model, context)
         if self._load_began is not None:
             Failure("BUSY", "a load is running; wait for it").abort(context)
         freed = max(0, self.prefix_cache_bytes - request.prefix_cache_bytes)
@@ -179,11 +180,13 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     def Unload(self, request: pb.UnloadRequest, context: grpc.ServicerContext) -> pb.UnloadResponse:
         """Unload the model."""
         self._receive(request, context)
+        self._check_name(request.model, context)
         self.model = None
         return pb.UnloadResponse()
 
-    def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusResponse:  # noqa: ARG002 - gRPC's signature
+    def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusResponse:
         """Report whether a model is loaded, or the progress of a load."""
+        self._check_name(request.model, context)
         began = self._load_began
         memory = pb.MemoryUsage(prefix_cache_bytes=self.prefix_cache_bytes)
         status = pb.StatusResponse(
@@ -205,7 +208,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     ) -> Iterator[pb.CompletionResponse]:
         """Send the progress, the pieces and the last message."""
         self.requests.append(request)
-        self._need_model(context)
+        self._need_model(request.model, context)
         if not self.progress_messages:
             self._fail_if_told(context, sent=0)
         # Like the runner, send headers once the completion is accepted.
@@ -238,7 +241,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     ) -> pb.TokenizeResponse:
         """Return the code points of the characters as token ids."""
         self._receive(request, context)
-        self._need_model(context)
+        self._need_model(request.model, context)
         return pb.TokenizeResponse(token_ids=map(ord, request.content))
 
     def Detokenize(
@@ -246,7 +249,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     ) -> pb.DetokenizeResponse:
         """Return the text of code points: the inverse of ``Tokenize``."""
         self._receive(request, context)
-        self._need_model(context)
+        self._need_model(request.model, context)
         return pb.DetokenizeResponse(content="".join(map(chr, request.token_ids)))
 
     def _need(self, request: pb.LoadRequest | pb.EstimateRequest) -> pb.EstimateResponse:
@@ -288,9 +291,15 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         if self.failure is not None and sent >= self.fail_after:
             self.failure.abort(context)
 
-    def _need_model(self, context: grpc.ServicerContext) -> None:
+    def _need_model(self, name: str, context: grpc.ServicerContext) -> None:
         if self.model is None:
             Failure("MODEL_NOT_LOADED", "no model is loaded").abort(context)
+        self._check_name(name, context)
+
+    def _check_name(self, name: str, context: grpc.ServicerContext) -> None:
+        if name not in ("", self.model):
+            text = f"the loaded model is {self.model!r}, and the call names {name!r}"
+            Failure("MODEL_NOT_LOADED", text, metadata={"model": name}).abort(context)
 
 
 def _logprobs(request: pb.CompletionRequest, number: int, piece: str) -> list[pb.TokenLogprob]:

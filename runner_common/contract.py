@@ -98,8 +98,8 @@ ERRORS = (
         "MODEL_NOT_LOADED",
         "FAILED_PRECONDITION",
         "ModelNotLoadedError",
-        "no model is loaded, or one is being loaded",
-        "call `Load`, or wait",
+        "no model is loaded, one is being loaded, or the call names another",
+        "call `Load`, wait, or correct `model`",
     ),
     ErrorRule(
         "BUSY",

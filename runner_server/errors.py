@@ -23,6 +23,9 @@ _MAX_TEXT = 512
 
 _MAX_VIOLATIONS = 4
 
+_MAX_NAME_CHARS = 100
+"""Most characters of a model's name in a message that has two."""
+
 
 class RunnerFault(Exception):
     """Base class of failures, each with a gRPC code and an ``ErrorReason``.
@@ -102,19 +105,26 @@ class ModelUnsupported(RunnerFault, reason="MODEL_UNSUPPORTED"):
 
 
 class ModelNotLoaded(RunnerFault, reason="MODEL_NOT_LOADED"):
-    """The call needs a model and none is loaded.
+    """The call needs a model and none is loaded, or it names another one.
 
     Args:
         progress: Progress of the load under way, 0 to 100; None if there is none.
+        wanted: The name in the call; empty if it has none.
+        loaded: The name of the loaded model; empty if none is loaded.
     """
 
-    def __init__(self, progress: int | None = None) -> None:
-        if progress is None:
-            super().__init__("no model is loaded; call Load first")
-        else:
-            super().__init__(
-                f"the model is being loaded ({progress} %); wait until Status says STATE_ACTIVE"
+    def __init__(self, progress: int | None = None, *, wanted: str = "", loaded: str = "") -> None:
+        if loaded:
+            # !r, because a name with line breaks could forge log lines.
+            text = (
+                f"the loaded model is {loaded[:_MAX_NAME_CHARS]!r}, and the call names "
+                f"{wanted[:_MAX_NAME_CHARS]!r}; correct model, or use another runner"
             )
+        elif progress is None:
+            text = "no model is loaded; call Load first"
+        else:
+            text = f"the model is being loaded ({progress} %); wait until Status says STATE_ACTIVE"
+        super().__init__(text, **({"model": wanted} if wanted else {}))
 
 
 class Busy(RunnerFault, reason="BUSY"):

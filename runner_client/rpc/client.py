@@ -6,7 +6,6 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, NoReturn, Self, Unpack
 
-from mlxrunner.v1 import runner_pb2 as pb
 from runner_client.checks import check_callable, check_number, check_text
 from runner_client.rpc import messages
 from runner_client.rpc.calls import Connection
@@ -150,7 +149,7 @@ class RunnerClient:
             self._connection.call(self._connection.stub.Estimate, request)
         )
 
-    def trim(self, *, prefix_cache_bytes: int | None = None) -> int:
+    def trim(self, *, prefix_cache_bytes: int | None = None, model: str | None = None) -> int:
         """Free memory without ending a completion, and return the bytes freed.
 
         The runner evicts entries of the prefix cache first, then frees buffers that MLX and the
@@ -159,35 +158,44 @@ class RunnerClient:
 
         Args:
             prefix_cache_bytes: The size of the prefix cache to keep; it may grow again. Default: 0.
+            model: See ``completion``.
 
         Raises:
             InvalidRequestError: The size is negative.
+            ModelNotLoadedError: ``model`` is not the loaded model.
             BusyError: A load or an unload is running.
             RunnerError: The call failed for another reason.
         """
-        request = messages.trim_request(prefix_cache_bytes)
+        request = messages.trim_request(prefix_cache_bytes, model)
         return self._connection.call(self._connection.stub.Trim, request).freed_bytes
 
-    def unload(self) -> int:
+    def unload(self, *, model: str | None = None) -> int:
         """End running and queued completions, free the model, and return the bytes freed.
+
+        Args:
+            model: See ``completion``.
 
         Raises:
             BusyError: A load or another unload is running.
+            ModelNotLoadedError: ``model`` is not the loaded model.
             RunnerError: The call failed for another reason.
         """
-        return (self._connection.call(self._connection.stub.Unload, pb.UnloadRequest())).freed_bytes
+        request = messages.unload_request(model)
+        return self._connection.call(self._connection.stub.Unload, request).freed_bytes
 
-    def status(self, *, timeout_seconds: float | None = None) -> Status:
+    def status(self, *, timeout_seconds: float | None = None, model: str | None = None) -> Status:
         """Return the runner's current state, model and memory. Works during a load, too.
 
         Args:
             timeout_seconds: The deadline of this call. Default: ``Timeouts.call_seconds``.
+            model: See ``completion``.
 
         Raises:
-            RunnerError: The call failed.
+            ModelNotLoadedError: ``model`` is not the loaded model.
+            RunnerError: The call failed for another reason.
         """
         check_number("timeout_seconds", timeout_seconds)
-        request = pb.StatusRequest()
+        request = messages.status_request(model)
         reply = self._connection.call(self._connection.stub.Status, request, timeout_seconds)
         status = messages.status(reply)
         self._connection.note_status(status)
@@ -224,6 +232,7 @@ class RunnerClient:
         options: Options | None = None,
         logprobs: int | None = None,
         request_id: str = "",
+        model: str | None = None,
     ) -> CompletionStream:
         """Start a completion and return the stream of chunks without waiting.
 
@@ -236,6 +245,8 @@ class RunnerClient:
             logprobs: The number of most likely tokens, 0 to 20, to report with the log
                 probability of each token. Default: no log probabilities.
             request_id: A name for the request in the server's log.
+            model: The model that is meant, by the name it was loaded with or its path; another
+                one is refused. Default: the loaded model.
 
         Raises:
             TypeError: An argument is of the wrong type.
@@ -243,7 +254,7 @@ class RunnerClient:
             RunnerUnavailableError: The client is closed. Reading raises all other errors.
         """
         request = messages.completion_request(
-            prompt, options=options, logprobs=logprobs, request_id=request_id
+            prompt, options=options, logprobs=logprobs, request_id=request_id, model=model
         )
         return self._connection.start_stream(request)
 
@@ -254,6 +265,7 @@ class RunnerClient:
         options: Options | None = None,
         logprobs: int | None = None,
         request_id: str = "",
+        model: str | None = None,
     ) -> Completion:
         """Run a completion to the end, with the arguments and timeouts of ``completion``.
 
@@ -261,38 +273,49 @@ class RunnerClient:
             TypeError: An argument is of the wrong type.
             InvalidRequestError: An argument is out of range.
             PromptTooLongError: The prompt does not fit the context.
-            ModelNotLoadedError: No model is loaded.
+            ModelNotLoadedError: No model is loaded, or another one than ``model``.
             QueueFullError: Too many requests are waiting.
             RunnerTimeoutError: No token, or no message, arrived in time.
             RunnerError: The completion failed for another reason.
         """
-        stream = self.completion(prompt, options=options, logprobs=logprobs, request_id=request_id)
+        stream = self.completion(
+            prompt, options=options, logprobs=logprobs, request_id=request_id, model=model
+        )
         with stream:
             return messages.join_chunks([chunk for chunk in stream])
 
-    def tokenize(self, content: str, *, add_special_tokens: bool = False) -> list[int]:
+    def tokenize(
+        self, content: str, *, add_special_tokens: bool = False, model: str | None = None
+    ) -> list[int]:
         """Split text into the model's token ids.
 
         Args:
             content: The text.
             add_special_tokens: Whether to add the special tokens that a completion's prompt gets.
+            model: See ``completion``.
 
         Raises:
-            ModelNotLoadedError: No model is loaded.
+            ModelNotLoadedError: No model is loaded, or another one than ``model``.
             RunnerError: The call failed for another reason.
         """
-        request = messages.tokenize_request(content, add_special_tokens=add_special_tokens)
+        request = messages.tokenize_request(
+            content, add_special_tokens=add_special_tokens, model=model
+        )
         return list(self._connection.call(self._connection.stub.Tokenize, request).token_ids)
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
+    def detokenize(self, token_ids: Sequence[int], *, model: str | None = None) -> str:
         """Join token ids into text: the inverse of ``tokenize``.
+
+        Args:
+            token_ids: The ids.
+            model: See ``completion``.
 
         Raises:
             InvalidRequestError: An id is not in the vocabulary.
-            ModelNotLoadedError: No model is loaded.
+            ModelNotLoadedError: No model is loaded, or another one than ``model``.
             RunnerError: The call failed for another reason.
         """
-        request = messages.detokenize_request(token_ids)
+        request = messages.detokenize_request(token_ids, model)
         return self._connection.call(self._connection.stub.Detokenize, request).content
 
     def embedding(self, content: str) -> NoReturn:  # noqa: ARG002 - the interface has it

@@ -98,11 +98,23 @@ def estimate_request(model: str, options: LoadOptions) -> pb.EstimateRequest:
         )
 
 
-def trim_request(prefix_cache_bytes: int | None) -> pb.TrimRequest:
+def trim_request(prefix_cache_bytes: int | None, model: str | None) -> pb.TrimRequest:
     """Build the request of a trim, with the errors of ``completion_request``."""
     check_integer("prefix_cache_bytes", prefix_cache_bytes)
     with _sendable():
-        return pb.TrimRequest(prefix_cache_bytes=prefix_cache_bytes)
+        return pb.TrimRequest(prefix_cache_bytes=prefix_cache_bytes, model=_named(model))
+
+
+def unload_request(model: str | None) -> pb.UnloadRequest:
+    """Build the request of an unload, with the errors of ``completion_request``."""
+    with _sendable():
+        return pb.UnloadRequest(model=_named(model))
+
+
+def status_request(model: str | None) -> pb.StatusRequest:
+    """Build the request of a status, with the errors of ``completion_request``."""
+    with _sendable():
+        return pb.StatusRequest(model=_named(model))
 
 
 def completion_request(
@@ -111,6 +123,7 @@ def completion_request(
     options: Options | None = None,
     logprobs: int | None = None,
     request_id: str = "",
+    model: str | None = None,
 ) -> pb.CompletionRequest:
     """Build the request of a completion from text or token ids.
 
@@ -125,7 +138,10 @@ def completion_request(
     check_text("request_id", request_id)
     with _sendable():
         message = pb.CompletionRequest(
-            options=_options(options or Options()), logprobs=logprobs, request_id=request_id
+            options=_options(options or Options()),
+            logprobs=logprobs,
+            request_id=request_id,
+            model=_named(model),
         )
         if isinstance(prompt, str):
             message.prompt = prompt
@@ -134,19 +150,29 @@ def completion_request(
         return message
 
 
-def tokenize_request(content: str, *, add_special_tokens: bool) -> pb.TokenizeRequest:
+def tokenize_request(
+    content: str, *, add_special_tokens: bool, model: str | None
+) -> pb.TokenizeRequest:
     """Build the request to tokenize a text, with the errors of ``completion_request``."""
     check_text("content", content)
     check_flag("add_special_tokens", add_special_tokens)
     with _sendable():
-        return pb.TokenizeRequest(content=content, add_special_tokens=add_special_tokens)
+        return pb.TokenizeRequest(
+            content=content, add_special_tokens=add_special_tokens, model=_named(model)
+        )
 
 
-def detokenize_request(token_ids: Sequence[int]) -> pb.DetokenizeRequest:
+def detokenize_request(token_ids: Sequence[int], model: str | None) -> pb.DetokenizeRequest:
     """Build the request to join token ids, with the errors of ``completion_request``."""
     check_ids("token_ids", token_ids)
     with _sendable():
-        return pb.DetokenizeRequest(token_ids=token_ids)
+        return pb.DetokenizeRequest(token_ids=token_ids, model=_named(model))
+
+
+def _named(model: str | None) -> str:
+    if model is not None:
+        check_model(model)
+    return model or ""
 
 
 @contextmanager

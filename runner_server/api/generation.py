@@ -74,16 +74,21 @@ class GenerationDraft:
         )
 
 
-def model_for_call(engine: Engine, request_id: str) -> ModelHandle:
+def model_for_call(engine: Engine, request_id: str, name: str = "") -> ModelHandle:
     """Return the loaded model; record its name and the request's for telemetry.
 
+    Args:
+        engine: The engine with the model.
+        request_id: The caller's name for the request; may be empty.
+        name: The name of the model in the request; see :meth:`Engine.model`.
+
     Raises:
-        ModelNotLoaded: No model is loaded.
+        ModelNotLoaded: No model is loaded, or another one.
         ShuttingDown: The engine is stopping or dead.
     """
     record = current_call()
     record.request_id = request_id
-    model = engine.model()
+    model = engine.model(name)
     record.model = model.info.name
     return model
 

@@ -108,7 +108,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         """Return freed memory to the system, after reducing the prefix cache."""
         kept = trim_bytes(request)
         before = self._held_bytes()
-        await asyncio.wrap_future(self._engine.trim(kept))
+        await asyncio.wrap_future(self._engine.trim(kept, request.model))
         return pb.TrimResponse(freed_bytes=max(0, before - self._held_bytes()))
 
     def _held_bytes(self) -> int:
@@ -118,11 +118,12 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
 
     async def Unload(self, request: pb.UnloadRequest, context: _Context) -> pb.UnloadResponse:
         """Unload the model."""
-        freed = await _outcome(self._engine.unload())
+        freed = await _outcome(self._engine.unload(request.model))
         return pb.UnloadResponse(freed_bytes=freed)
 
     async def Status(self, request: pb.StatusRequest, context: _Context) -> pb.StatusResponse:
         """Report the state and memory of the process."""
+        self._engine.require_named(request.model)
         snapshot = self._engine.state()
         memory = self._engine.memory()
         answer = pb.StatusResponse(
@@ -167,7 +168,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         context: _Context,
     ) -> AsyncIterator[pb.CompletionResponse]:
         """Stream a completion."""
-        model = model_for_call(self._engine, request.request_id)
+        model = model_for_call(self._engine, request.request_id, request.model)
         draft = completion_draft(request, model.info)
         async with generate(self._engine, model, draft, context) as generation:
             texts = _token_texts(model, generation.spec)
@@ -176,7 +177,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:
         """Split text into token ids."""
-        model = self._engine.model()
+        model = self._engine.model(request.model)
         if fewest := await too_many(request.content, _MAX_ANSWER_TOKENS, model.codec):
             raise _too_many_tokens(f"at least {fewest}")
         ids = await asyncio.to_thread(
@@ -192,7 +193,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         context: _Context,
     ) -> pb.DetokenizeResponse:
         """Join token ids into text."""
-        model = self._engine.model()
+        model = self._engine.model(request.model)
         count = len(request.token_ids)
         if count > _MAX_REQUEST_TOKENS:
             problem = f"{count} token ids; at most {_MAX_REQUEST_TOKENS}; split them"

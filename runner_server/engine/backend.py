@@ -126,16 +126,22 @@ class ModelHandle:
         info: Description of the model and the limits in force.
         codec: Tokenizer of the model.
         kv_bytes: See :attr:`LoadedModel.kv_bytes`.
+        requested: The name that the load gave.
     """
 
     info: ModelInfo
     codec: Codec
     kv_bytes: Callable[[int], int]
+    requested: str
 
     @classmethod
-    def of(cls, model: LoadedModel) -> ModelHandle:
-        """Return the handle of a model."""
-        return cls(model.info, model.codec, model.kv_bytes)
+    def of(cls, model: LoadedModel, requested: str) -> ModelHandle:
+        """Return the handle of a model that was loaded by the name ``requested``."""
+        return cls(model.info, model.codec, model.kv_bytes, requested)
+
+    def is_named(self, name: str) -> bool:
+        """Return True if a call that names ``name`` means this model."""
+        return name in ("", self.requested, self.info.path)
 
 
 class Ranks(Protocol):

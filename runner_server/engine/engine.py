@@ -85,27 +85,38 @@ class Engine:
         """
         return self._begin(Load(spec))
 
-    def unload(self) -> Unload:
-        """Begin an unload. ``future`` resolves to the bytes freed. Raises like :meth:`load`."""
-        return self._begin(Unload())
+    def unload(self, name: str = "") -> Unload:
+        """Begin an unload. ``future`` resolves to the bytes freed.
 
-    def _begin(self, command: _ModelCommandT) -> _ModelCommandT:
-        self._registry.begin_command(command)
+        Args:
+            name: The name in the call; empty for any model, or none.
+
+        Raises:
+            Busy: A load or another unload is under way.
+            ModelNotLoaded: The name is that of another model.
+            ShuttingDown: The engine is stopping or dead.
+        """
+        return self._begin(Unload(), name)
+
+    def _begin(self, command: _ModelCommandT, name: str = "") -> _ModelCommandT:
+        self._registry.begin_command(command, name)
         self._commands.put(command)
         return command
 
-    def trim(self, prefix_cache_bytes: int) -> Future[None]:
+    def trim(self, prefix_cache_bytes: int, name: str = "") -> Future[None]:
         """Begin to return freed memory to the system; the future resolves when done.
 
         Args:
             prefix_cache_bytes: Size to which the prefix cache is evicted first.
+            name: The name in the call; empty for any model, or none.
 
         Raises:
             Busy: A load or unload is under way.
+            ModelNotLoaded: The name is that of another model.
             ShuttingDown: The engine is stopping or dead.
         """
         future: Future[None] = Future()
-        self._registry.begin_trim(future)
+        self._registry.begin_trim(future, name)
         self._commands.put(Trim(prefix_cache_bytes, future))
         return future
 
@@ -125,14 +136,21 @@ class Engine:
         """Record a load that was refused before it began."""
         self._registry.note_failed_load(spec, fault)
 
-    def model(self) -> ModelHandle:
+    def model(self, name: str = "") -> ModelHandle:
         """Return the handle of the loaded model.
 
+        Args:
+            name: The name in the call: that of the load, or the model's path; empty for any.
+
         Raises:
-            ModelNotLoaded: No model is loaded.
+            ModelNotLoaded: No model is loaded, or another one.
             ShuttingDown: The engine is stopping or dead.
         """
-        return self._registry.model()
+        return self._registry.model(name)
+
+    def require_named(self, name: str) -> None:
+        """Raise :class:`ModelNotLoaded` unless a name is empty or means the loaded model."""
+        self._registry.require_named(name)
 
     def submit(self, model: ModelHandle, spec: CompletionSpec) -> GenerationRequest:
         """Queue a request.

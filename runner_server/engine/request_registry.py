@@ -79,23 +79,26 @@ class RequestRegistry:
         waiting = RequestStatus.WAITING
         return sum(request.status is waiting for request in self._requests.values())
 
-    def begin_command(self, command: ModelCommand[Any]) -> None:
-        """Accept a load or an unload.
+    def begin_command(self, command: ModelCommand[Any], name: str = "") -> None:
+        """Accept a load, or an unload of the model with a name; see :meth:`require_named`.
 
         Raises:
             Busy: Another load or unload is under way.
+            ModelNotLoaded: The name is that of another model.
             ShuttingDown: The engine is stopping or dead.
         """
         with self._lock:
             self._require_idle()
+            self._require_named(name)
             self._model_command = command
             if isinstance(command, Load):
                 self._progress, self._state = 0, State.LOADING
 
-    def begin_trim(self, future: Future[None]) -> None:
+    def begin_trim(self, future: Future[None], name: str = "") -> None:
         """Accept a trim; raise like :meth:`begin_command`."""
         with self._lock:
             self._require_idle()
+            self._require_named(name)
             self._trims.add(future)
 
     def refuse_when_busy(self) -> None:
@@ -108,21 +111,42 @@ class RequestRegistry:
         if self._model_command:
             raise Busy
 
-    def model(self) -> ModelHandle:
+    def model(self, name: str = "") -> ModelHandle:
         """Return the handle of the loaded model.
 
+        Args:
+            name: The name in the call; see :meth:`require_named`.
+
         Raises:
-            ModelNotLoaded: No model is loaded.
+            ModelNotLoaded: No model is loaded, or another one.
             ShuttingDown: The engine is stopping or dead.
         """
         with self._lock:
-            return self._require_model()
+            return self._require_model(name)
 
-    def _require_model(self) -> ModelHandle:
+    def _require_model(self, name: str = "") -> ModelHandle:
         self.refuse_when_ending()
+        self._require_named(name)
         if not self._model:
-            raise ModelNotLoaded(self._progress if self._state is State.LOADING else None)
+            raise self._not_loaded(name)
         return self._model
+
+    def require_named(self, name: str) -> None:
+        """Raise :class:`ModelNotLoaded` unless a name is empty or means the loaded model."""
+        with self._lock:
+            self._require_named(name)
+
+    def _require_named(self, name: str) -> None:
+        if not name:
+            return
+        if not self._model:
+            raise self._not_loaded(name)
+        if not self._model.is_named(name):
+            raise ModelNotLoaded(wanted=name, loaded=self._model.requested)
+
+    def _not_loaded(self, name: str) -> ModelNotLoaded:
+        progress = self._progress if self._state is State.LOADING else None
+        return ModelNotLoaded(progress, wanted=name)
 
     def refuse_when_ending(self) -> None:
         """Raise :class:`ShuttingDown` if the engine is stopping or dead."""

@@ -339,7 +339,7 @@ class EngineThread:
             fault = self._load_failed(spec, error)
             self._free_model()
             raise fault from None
-        self._registry.offer_model(ModelHandle.of(self._model))
+        self._registry.offer_model(ModelHandle.of(self._model, spec.model))
         return self._model.info
 
     def _check(self, spec: LoadSpec) -> None:

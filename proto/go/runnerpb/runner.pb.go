@@ -79,8 +79,9 @@ const (
 	// The files are not a model this runner can load, or need custom code to run.
 	// Code FAILED_PRECONDITION. Metadata: `model`.
 	ErrorReason_ERROR_REASON_MODEL_UNSUPPORTED ErrorReason = 4
-	// The call needs a model and none is loaded. Code FAILED_PRECONDITION. Call
-	// `Load`.
+	// The call needs a model and none is loaded, or it names a different one than
+	// the loaded. Code FAILED_PRECONDITION. Call `Load`, or correct `model`.
+	// Metadata: `model`, if the call names one.
 	ErrorReason_ERROR_REASON_MODEL_NOT_LOADED ErrorReason = 5
 	// Another load or unload is running. Code FAILED_PRECONDITION. Wait and retry.
 	ErrorReason_ERROR_REASON_BUSY ErrorReason = 6
@@ -973,8 +974,12 @@ type TrimRequest struct {
 	// The prefix cache is reduced to this size or less, in bytes. It may grow again
 	// afterwards, up to its limit. Range: 0 or more. Default: 0.
 	PrefixCacheBytes *int64 `protobuf:"varint,1,opt,name=prefix_cache_bytes,json=prefixCacheBytes,proto3,oneof" json:"prefix_cache_bytes,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// The model that is meant: the `LoadRequest.model` that it was loaded with, or
+	// `Model.path`. Any other name is refused with MODEL_NOT_LOADED. Default: empty,
+	// the loaded model.
+	Model         string `protobuf:"bytes,2,opt,name=model,proto3" json:"model,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *TrimRequest) Reset() {
@@ -1012,6 +1017,13 @@ func (x *TrimRequest) GetPrefixCacheBytes() int64 {
 		return *x.PrefixCacheBytes
 	}
 	return 0
+}
+
+func (x *TrimRequest) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
 }
 
 // The result of a trim.
@@ -1063,7 +1075,11 @@ func (x *TrimResponse) GetFreedBytes() int64 {
 
 // Requests the model to be unloaded.
 type UnloadRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The model that is meant: the `LoadRequest.model` that it was loaded with, or
+	// `Model.path`. Any other name is refused with MODEL_NOT_LOADED. Default: empty,
+	// the loaded model.
+	Model         string `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1096,6 +1112,13 @@ func (x *UnloadRequest) ProtoReflect() protoreflect.Message {
 // Deprecated: Use UnloadRequest.ProtoReflect.Descriptor instead.
 func (*UnloadRequest) Descriptor() ([]byte, []int) {
 	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *UnloadRequest) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
 }
 
 // The result of an unload.
@@ -1146,7 +1169,11 @@ func (x *UnloadResponse) GetFreedBytes() int64 {
 
 // Requests the state of the process.
 type StatusRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The model that is meant: the `LoadRequest.model` that it was loaded with, or
+	// `Model.path`. Any other name is refused with MODEL_NOT_LOADED. Default: empty,
+	// the loaded model.
+	Model         string `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1179,6 +1206,13 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
 	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *StatusRequest) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
 }
 
 // The state and memory of the process.
@@ -1669,7 +1703,11 @@ type CompletionRequest struct {
 	Logprobs *int32 `protobuf:"varint,4,opt,name=logprobs,proto3,oneof" json:"logprobs,omitempty"`
 	// A name for the log lines of this request, not necessarily unique. At most 128
 	// characters. Default: empty.
-	RequestId     string `protobuf:"bytes,5,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	RequestId string `protobuf:"bytes,5,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// The model that is meant: the `LoadRequest.model` that it was loaded with, or
+	// `Model.path`. Any other name is refused with MODEL_NOT_LOADED. Default: empty,
+	// the loaded model.
+	Model         string `protobuf:"bytes,7,opt,name=model,proto3" json:"model,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1746,6 +1784,13 @@ func (x *CompletionRequest) GetLogprobs() int32 {
 func (x *CompletionRequest) GetRequestId() string {
 	if x != nil {
 		return x.RequestId
+	}
+	return ""
+}
+
+func (x *CompletionRequest) GetModel() string {
+	if x != nil {
+		return x.Model
 	}
 	return ""
 }
@@ -2321,8 +2366,12 @@ type TokenizeRequest struct {
 	// `Detokenize` gives the text back, except for changes by the tokenizer's own
 	// normalization. Default: false.
 	AddSpecialTokens bool `protobuf:"varint,2,opt,name=add_special_tokens,json=addSpecialTokens,proto3" json:"add_special_tokens,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// The model that is meant: the `LoadRequest.model` that it was loaded with, or
+	// `Model.path`. Any other name is refused with MODEL_NOT_LOADED. Default: empty,
+	// the loaded model.
+	Model         string `protobuf:"bytes,3,opt,name=model,proto3" json:"model,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *TokenizeRequest) Reset() {
@@ -2367,6 +2416,13 @@ func (x *TokenizeRequest) GetAddSpecialTokens() bool {
 		return x.AddSpecialTokens
 	}
 	return false
+}
+
+func (x *TokenizeRequest) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
 }
 
 // The tokens of a text.
@@ -2419,7 +2475,11 @@ func (x *TokenizeResponse) GetTokenIds() []int32 {
 type DetokenizeRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The token ids, in order. May be empty; at most 4,194,304.
-	TokenIds      []int32 `protobuf:"varint,1,rep,packed,name=token_ids,json=tokenIds,proto3" json:"token_ids,omitempty"`
+	TokenIds []int32 `protobuf:"varint,1,rep,packed,name=token_ids,json=tokenIds,proto3" json:"token_ids,omitempty"`
+	// The model that is meant: the `LoadRequest.model` that it was loaded with, or
+	// `Model.path`. Any other name is refused with MODEL_NOT_LOADED. Default: empty,
+	// the loaded model.
+	Model         string `protobuf:"bytes,2,opt,name=model,proto3" json:"model,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2459,6 +2519,13 @@ func (x *DetokenizeRequest) GetTokenIds() []int32 {
 		return x.TokenIds
 	}
 	return nil
+}
+
+func (x *DetokenizeRequest) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
 }
 
 // The text of token ids.
@@ -2572,18 +2639,21 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x05dtype\x18\r \x01(\tR\x05dtype\x12%\n" +
 	"\x0econtext_length\x18\x0e \x01(\x05R\rcontextLength\x12\x1a\n" +
 	"\bparallel\x18\x0f \x01(\x05R\bparallel\x12\x14\n" +
-	"\x05notes\x18\x10 \x03(\tR\x05notes\"W\n" +
+	"\x05notes\x18\x10 \x03(\tR\x05notes\"m\n" +
 	"\vTrimRequest\x121\n" +
-	"\x12prefix_cache_bytes\x18\x01 \x01(\x03H\x00R\x10prefixCacheBytes\x88\x01\x01B\x15\n" +
+	"\x12prefix_cache_bytes\x18\x01 \x01(\x03H\x00R\x10prefixCacheBytes\x88\x01\x01\x12\x14\n" +
+	"\x05model\x18\x02 \x01(\tR\x05modelB\x15\n" +
 	"\x13_prefix_cache_bytes\"/\n" +
 	"\fTrimResponse\x12\x1f\n" +
 	"\vfreed_bytes\x18\x01 \x01(\x03R\n" +
-	"freedBytes\"\x0f\n" +
-	"\rUnloadRequest\"1\n" +
+	"freedBytes\"%\n" +
+	"\rUnloadRequest\x12\x14\n" +
+	"\x05model\x18\x01 \x01(\tR\x05model\"1\n" +
 	"\x0eUnloadResponse\x12\x1f\n" +
 	"\vfreed_bytes\x18\x01 \x01(\x03R\n" +
-	"freedBytes\"\x0f\n" +
-	"\rStatusRequest\"\xd8\x05\n" +
+	"freedBytes\"%\n" +
+	"\rStatusRequest\x12\x14\n" +
+	"\x05model\x18\x01 \x01(\tR\x05model\"\xd8\x05\n" +
 	"\x0eStatusResponse\x12)\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x13.mlxrunner.v1.StateR\x05state\x12\x1a\n" +
 	"\bprogress\x18\x02 \x01(\x05R\bprogress\x12%\n" +
@@ -2628,14 +2698,15 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x0ereserved_bytes\x18\b \x01(\x03R\rreservedBytes\x127\n" +
 	"\x18prefix_cache_limit_bytes\x18\t \x01(\x03R\x15prefixCacheLimitBytes\"\x1c\n" +
 	"\bTokenIds\x12\x10\n" +
-	"\x03ids\x18\x01 \x03(\x05R\x03ids\"\x82\x02\n" +
+	"\x03ids\x18\x01 \x03(\x05R\x03ids\"\x98\x02\n" +
 	"\x11CompletionRequest\x12\x18\n" +
 	"\x06prompt\x18\x01 \x01(\tH\x00R\x06prompt\x12B\n" +
 	"\x10prompt_token_ids\x18\x02 \x01(\v2\x16.mlxrunner.v1.TokenIdsH\x00R\x0epromptTokenIds\x129\n" +
 	"\aoptions\x18\x03 \x01(\v2\x1f.mlxrunner.v1.CompletionOptionsR\aoptions\x12\x1f\n" +
 	"\blogprobs\x18\x04 \x01(\x05H\x01R\blogprobs\x88\x01\x01\x12\x1d\n" +
 	"\n" +
-	"request_id\x18\x05 \x01(\tR\trequestIdB\a\n" +
+	"request_id\x18\x05 \x01(\tR\trequestId\x12\x14\n" +
+	"\x05model\x18\a \x01(\tR\x05modelB\a\n" +
 	"\x05inputB\v\n" +
 	"\t_logprobs\"\xb6\x05\n" +
 	"\x11CompletionOptions\x12%\n" +
@@ -2700,14 +2771,16 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\btoken_id\x18\x01 \x01(\x05R\atokenId\x12\x12\n" +
 	"\x04text\x18\x02 \x01(\tR\x04text\x12\x18\n" +
 	"\alogprob\x18\x03 \x01(\x02R\alogprob\x12\x14\n" +
-	"\x05bytes\x18\x04 \x01(\fR\x05bytes\"Y\n" +
+	"\x05bytes\x18\x04 \x01(\fR\x05bytes\"o\n" +
 	"\x0fTokenizeRequest\x12\x18\n" +
 	"\acontent\x18\x01 \x01(\tR\acontent\x12,\n" +
-	"\x12add_special_tokens\x18\x02 \x01(\bR\x10addSpecialTokens\"/\n" +
+	"\x12add_special_tokens\x18\x02 \x01(\bR\x10addSpecialTokens\x12\x14\n" +
+	"\x05model\x18\x03 \x01(\tR\x05model\"/\n" +
 	"\x10TokenizeResponse\x12\x1b\n" +
-	"\ttoken_ids\x18\x01 \x03(\x05R\btokenIds\"0\n" +
+	"\ttoken_ids\x18\x01 \x03(\x05R\btokenIds\"F\n" +
 	"\x11DetokenizeRequest\x12\x1b\n" +
-	"\ttoken_ids\x18\x01 \x03(\x05R\btokenIds\".\n" +
+	"\ttoken_ids\x18\x01 \x03(\x05R\btokenIds\x12\x14\n" +
+	"\x05model\x18\x02 \x01(\tR\x05model\".\n" +
 	"\x12DetokenizeResponse\x12\x18\n" +
 	"\acontent\x18\x01 \x01(\tR\acontent*\x96\x03\n" +
 	"\vErrorReason\x12\x1c\n" +

@@ -134,6 +134,8 @@ type RunnerServiceClient interface {
 	//   - INVALID_ARGUMENT / INVALID_FIELD: a field is out of range; correct the
 	//     request.
 	//   - FAILED_PRECONDITION / BUSY: a load or an unload is running; wait for it.
+	//   - FAILED_PRECONDITION / MODEL_NOT_LOADED: the request names a model (`model`)
+	//     and it is not the loaded one; correct `model`, or use another runner.
 	//   - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which frees the
 	//     memory too.
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
@@ -146,6 +148,8 @@ type RunnerServiceClient interface {
 	// Errors:
 	//   - FAILED_PRECONDITION / BUSY: a load or another unload is running; cancel the
 	//     load, or wait.
+	//   - FAILED_PRECONDITION / MODEL_NOT_LOADED: the request names a model (`model`)
+	//     and it is not the loaded one; correct `model`, or use another runner.
 	//   - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which frees the
 	//     memory too.
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
@@ -155,7 +159,11 @@ type RunnerServiceClient interface {
 	// load or a step the answer comes from the last snapshot, and
 	// `last_progress_age` is its age.
 	//
-	// Errors: none of its own.
+	// Errors:
+	//   - FAILED_PRECONDITION / MODEL_NOT_LOADED: the request names a model (`model`)
+	//     and it is not the loaded one; correct `model`, or use another runner.
+	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+	//     has none or a different one; send the right one.
 	Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*StatusResponse, error)
 	// Completes a prompt. Streams zero or more messages and then exactly one with
 	// `done = true`, which closes the stream. A stream that ends without it has
@@ -176,7 +184,8 @@ type RunnerServiceClient interface {
 	//     the context (`promptTokens`, `contextLength`); shorten the prompt, or load
 	//     with a larger context.
 	//   - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
-	//     first), or one is being loaded (wait until `Status` says ACTIVE).
+	//     first), one is being loaded (wait until `Status` says ACTIVE), or the request
+	//     names a different one (correct `model`).
 	//   - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the KV cache for the prompt and
 	//     `num_predict` tokens does not fit the memory even alone (`requiredBytes`,
 	//     `availableBytes`); request fewer tokens, or load with more memory.
@@ -198,7 +207,8 @@ type RunnerServiceClient interface {
 	//   - INVALID_ARGUMENT / INVALID_FIELD: the text has more than 1,000,000 tokens
 	//     (the answer would exceed gRPC's default limit of 4 MiB); split the text.
 	//   - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
-	//     first), or one is being loaded (wait until `Status` says ACTIVE).
+	//     first), one is being loaded (wait until `Status` says ACTIVE), or the request
+	//     names a different one (correct `model`).
 	//   - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.
@@ -209,7 +219,8 @@ type RunnerServiceClient interface {
 	//   - INVALID_ARGUMENT / INVALID_FIELD: an id is not in the vocabulary, or the
 	//     text would exceed gRPC's default limit of 4 MiB; correct or split the ids.
 	//   - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
-	//     first), or one is being loaded (wait until `Status` says ACTIVE).
+	//     first), one is being loaded (wait until `Status` says ACTIVE), or the request
+	//     names a different one (correct `model`).
 	//   - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.
@@ -385,6 +396,8 @@ type RunnerServiceServer interface {
 	//   - INVALID_ARGUMENT / INVALID_FIELD: a field is out of range; correct the
 	//     request.
 	//   - FAILED_PRECONDITION / BUSY: a load or an unload is running; wait for it.
+	//   - FAILED_PRECONDITION / MODEL_NOT_LOADED: the request names a model (`model`)
+	//     and it is not the loaded one; correct `model`, or use another runner.
 	//   - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which frees the
 	//     memory too.
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
@@ -397,6 +410,8 @@ type RunnerServiceServer interface {
 	// Errors:
 	//   - FAILED_PRECONDITION / BUSY: a load or another unload is running; cancel the
 	//     load, or wait.
+	//   - FAILED_PRECONDITION / MODEL_NOT_LOADED: the request names a model (`model`)
+	//     and it is not the loaded one; correct `model`, or use another runner.
 	//   - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which frees the
 	//     memory too.
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
@@ -406,7 +421,11 @@ type RunnerServiceServer interface {
 	// load or a step the answer comes from the last snapshot, and
 	// `last_progress_age` is its age.
 	//
-	// Errors: none of its own.
+	// Errors:
+	//   - FAILED_PRECONDITION / MODEL_NOT_LOADED: the request names a model (`model`)
+	//     and it is not the loaded one; correct `model`, or use another runner.
+	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+	//     has none or a different one; send the right one.
 	Status(context.Context, *StatusRequest) (*StatusResponse, error)
 	// Completes a prompt. Streams zero or more messages and then exactly one with
 	// `done = true`, which closes the stream. A stream that ends without it has
@@ -427,7 +446,8 @@ type RunnerServiceServer interface {
 	//     the context (`promptTokens`, `contextLength`); shorten the prompt, or load
 	//     with a larger context.
 	//   - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
-	//     first), or one is being loaded (wait until `Status` says ACTIVE).
+	//     first), one is being loaded (wait until `Status` says ACTIVE), or the request
+	//     names a different one (correct `model`).
 	//   - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the KV cache for the prompt and
 	//     `num_predict` tokens does not fit the memory even alone (`requiredBytes`,
 	//     `availableBytes`); request fewer tokens, or load with more memory.
@@ -449,7 +469,8 @@ type RunnerServiceServer interface {
 	//   - INVALID_ARGUMENT / INVALID_FIELD: the text has more than 1,000,000 tokens
 	//     (the answer would exceed gRPC's default limit of 4 MiB); split the text.
 	//   - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
-	//     first), or one is being loaded (wait until `Status` says ACTIVE).
+	//     first), one is being loaded (wait until `Status` says ACTIVE), or the request
+	//     names a different one (correct `model`).
 	//   - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.
@@ -460,7 +481,8 @@ type RunnerServiceServer interface {
 	//   - INVALID_ARGUMENT / INVALID_FIELD: an id is not in the vocabulary, or the
 	//     text would exceed gRPC's default limit of 4 MiB; correct or split the ids.
 	//   - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
-	//     first), or one is being loaded (wait until `Status` says ACTIVE).
+	//     first), one is being loaded (wait until `Status` says ACTIVE), or the request
+	//     names a different one (correct `model`).
 	//   - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.

@@ -81,8 +81,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     Code FAILED_PRECONDITION. Metadata: `model`.
     """
     ERROR_REASON_MODEL_NOT_LOADED: _ErrorReason.ValueType  # 5
-    """The call needs a model and none is loaded. Code FAILED_PRECONDITION. Call
-    `Load`.
+    """The call needs a model and none is loaded, or it names a different one than
+    the loaded. Code FAILED_PRECONDITION. Call `Load`, or correct `model`.
+    Metadata: `model`, if the call names one.
     """
     ERROR_REASON_BUSY: _ErrorReason.ValueType  # 6
     """Another load or unload is running. Code FAILED_PRECONDITION. Wait and retry."""
@@ -133,8 +134,9 @@ ERROR_REASON_MODEL_UNSUPPORTED: ErrorReason.ValueType  # 4
 Code FAILED_PRECONDITION. Metadata: `model`.
 """
 ERROR_REASON_MODEL_NOT_LOADED: ErrorReason.ValueType  # 5
-"""The call needs a model and none is loaded. Code FAILED_PRECONDITION. Call
-`Load`.
+"""The call needs a model and none is loaded, or it names a different one than
+the loaded. Code FAILED_PRECONDITION. Call `Load`, or correct `model`.
+Metadata: `model`, if the call names one.
 """
 ERROR_REASON_BUSY: ErrorReason.ValueType  # 6
 """Another load or unload is running. Code FAILED_PRECONDITION. Wait and retry."""
@@ -641,18 +643,25 @@ class TrimRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PREFIX_CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
     prefix_cache_bytes: _builtins.int
     """The prefix cache is reduced to this size or less, in bytes. It may grow again
     afterwards, up to its limit. Range: 0 or more. Default: 0.
+    """
+    model: _builtins.str
+    """The model that is meant: the `LoadRequest.model` that it was loaded with, or
+    `Model.path`. Any other name is refused with MODEL_NOT_LOADED. Default: empty,
+    the loaded model.
     """
     def __init__(
         self,
         *,
         prefix_cache_bytes: _builtins.int | None = ...,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_prefix_cache_bytes", b"_prefix_cache_bytes", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prefix_cache_bytes", b"_prefix_cache_bytes", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prefix_cache_bytes", b"_prefix_cache_bytes", "model", b"model", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__prefix_cache_bytes: _TypeAlias = _typing.Literal["prefix_cache_bytes"]  # noqa: Y015
     _WhichOneofArgType__prefix_cache_bytes: _TypeAlias = _typing.Literal["_prefix_cache_bytes", b"_prefix_cache_bytes"]  # noqa: Y015
@@ -690,12 +699,20 @@ class UnloadRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model that is meant: the `LoadRequest.model` that it was loaded with, or
+    `Model.path`. Any other name is refused with MODEL_NOT_LOADED. Default: empty,
+    the loaded model.
+    """
     def __init__(
         self,
+        *,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -729,12 +746,20 @@ class StatusRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model that is meant: the `LoadRequest.model` that it was loaded with, or
+    `Model.path`. Any other name is refused with MODEL_NOT_LOADED. Default: empty,
+    the loaded model.
+    """
     def __init__(
         self,
+        *,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1002,6 +1027,7 @@ class CompletionRequest(_message.Message):
     OPTIONS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """Text. Special tokens written in it count as such; the model's
     beginning-of-text token is prepended unless the text already begins with it.
@@ -1013,6 +1039,11 @@ class CompletionRequest(_message.Message):
     request_id: _builtins.str
     """A name for the log lines of this request, not necessarily unique. At most 128
     characters. Default: empty.
+    """
+    model: _builtins.str
+    """The model that is meant: the `LoadRequest.model` that it was loaded with, or
+    `Model.path`. Any other name is refused with MODEL_NOT_LOADED. Default: empty,
+    the loaded model.
     """
     @_builtins.property
     def prompt_token_ids(self) -> Global___TokenIds:
@@ -1030,10 +1061,11 @@ class CompletionRequest(_message.Message):
         options: Global___CompletionOptions | None = ...,
         logprobs: _builtins.int | None = ...,
         request_id: _builtins.str = ...,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "input", b"input", "logprobs", b"logprobs", "options", b"options", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "input", b"input", "logprobs", b"logprobs", "options", b"options", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "input", b"input", "logprobs", b"logprobs", "model", b"model", "options", b"options", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
@@ -1418,6 +1450,7 @@ class TokenizeRequest(_message.Message):
 
     CONTENT_FIELD_NUMBER: _builtins.int
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
     content: _builtins.str
     """The text. May be empty."""
     add_special_tokens: _builtins.bool
@@ -1427,15 +1460,21 @@ class TokenizeRequest(_message.Message):
     `Detokenize` gives the text back, except for changes by the tokenizer's own
     normalization. Default: false.
     """
+    model: _builtins.str
+    """The model that is meant: the `LoadRequest.model` that it was loaded with, or
+    `Model.path`. Any other name is refused with MODEL_NOT_LOADED. Default: empty,
+    the loaded model.
+    """
     def __init__(
         self,
         *,
         content: _builtins.str = ...,
         add_special_tokens: _builtins.bool = ...,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_special_tokens", b"add_special_tokens", "content", b"content"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_special_tokens", b"add_special_tokens", "content", b"content", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1472,6 +1511,12 @@ class DetokenizeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model that is meant: the `LoadRequest.model` that it was loaded with, or
+    `Model.path`. Any other name is refused with MODEL_NOT_LOADED. Default: empty,
+    the loaded model.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The token ids, in order. May be empty; at most 4,194,304."""
@@ -1480,10 +1525,11 @@ class DetokenizeRequest(_message.Message):
         self,
         *,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -159,6 +159,8 @@ class RunnerServiceServicer(object):
         - INVALID_ARGUMENT / INVALID_FIELD: a field is out of range; correct the
         request.
         - FAILED_PRECONDITION / BUSY: a load or an unload is running; wait for it.
+        - FAILED_PRECONDITION / MODEL_NOT_LOADED: the request names a model (`model`)
+        and it is not the loaded one; correct `model`, or use another runner.
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which frees the
         memory too.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
@@ -176,6 +178,8 @@ class RunnerServiceServicer(object):
         Errors:
         - FAILED_PRECONDITION / BUSY: a load or another unload is running; cancel the
         load, or wait.
+        - FAILED_PRECONDITION / MODEL_NOT_LOADED: the request names a model (`model`)
+        and it is not the loaded one; correct `model`, or use another runner.
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which frees the
         memory too.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
@@ -190,7 +194,11 @@ class RunnerServiceServicer(object):
         load or a step the answer comes from the last snapshot, and
         `last_progress_age` is its age.
 
-        Errors: none of its own.
+        Errors:
+        - FAILED_PRECONDITION / MODEL_NOT_LOADED: the request names a model (`model`)
+        and it is not the loaded one; correct `model`, or use another runner.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+        has none or a different one; send the right one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -216,7 +224,8 @@ class RunnerServiceServicer(object):
         the context (`promptTokens`, `contextLength`); shorten the prompt, or load
         with a larger context.
         - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
-        first), or one is being loaded (wait until `Status` says ACTIVE).
+        first), one is being loaded (wait until `Status` says ACTIVE), or the request
+        names a different one (correct `model`).
         - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the KV cache for the prompt and
         `num_predict` tokens does not fit the memory even alone (`requiredBytes`,
         `availableBytes`); request fewer tokens, or load with more memory.
@@ -243,7 +252,8 @@ class RunnerServiceServicer(object):
         - INVALID_ARGUMENT / INVALID_FIELD: the text has more than 1,000,000 tokens
         (the answer would exceed gRPC's default limit of 4 MiB); split the text.
         - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
-        first), or one is being loaded (wait until `Status` says ACTIVE).
+        first), one is being loaded (wait until `Status` says ACTIVE), or the request
+        names a different one (correct `model`).
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
         has none or a different one; send the right one.
@@ -259,7 +269,8 @@ class RunnerServiceServicer(object):
         - INVALID_ARGUMENT / INVALID_FIELD: an id is not in the vocabulary, or the
         text would exceed gRPC's default limit of 4 MiB; correct or split the ids.
         - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
-        first), or one is being loaded (wait until `Status` says ACTIVE).
+        first), one is being loaded (wait until `Status` says ACTIVE), or the request
+        names a different one (correct `model`).
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
         has none or a different one; send the right one.

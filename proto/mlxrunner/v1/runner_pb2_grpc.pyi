@@ -135,6 +135,8 @@ class RunnerServiceStub:
     - INVALID_ARGUMENT / INVALID_FIELD: a field is out of range; correct the
       request.
     - FAILED_PRECONDITION / BUSY: a load or an unload is running; wait for it.
+    - FAILED_PRECONDITION / MODEL_NOT_LOADED: the request names a model (`model`)
+      and it is not the loaded one; correct `model`, or use another runner.
     - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which frees the
       memory too.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
@@ -148,6 +150,8 @@ class RunnerServiceStub:
     Errors:
     - FAILED_PRECONDITION / BUSY: a load or another unload is running; cancel the
       load, or wait.
+    - FAILED_PRECONDITION / MODEL_NOT_LOADED: the request names a model (`model`)
+      and it is not the loaded one; correct `model`, or use another runner.
     - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which frees the
       memory too.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
@@ -158,7 +162,11 @@ class RunnerServiceStub:
     load or a step the answer comes from the last snapshot, and
     `last_progress_age` is its age.
 
-    Errors: none of its own.
+    Errors:
+    - FAILED_PRECONDITION / MODEL_NOT_LOADED: the request names a model (`model`)
+      and it is not the loaded one; correct `model`, or use another runner.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+      has none or a different one; send the right one.
     """
     Completion: _grpc.UnaryStreamMultiCallable[_runner_pb2.CompletionRequest, _runner_pb2.CompletionResponse]
     """Completes a prompt. Streams zero or more messages and then exactly one with
@@ -180,7 +188,8 @@ class RunnerServiceStub:
       the context (`promptTokens`, `contextLength`); shorten the prompt, or load
       with a larger context.
     - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
-      first), or one is being loaded (wait until `Status` says ACTIVE).
+      first), one is being loaded (wait until `Status` says ACTIVE), or the request
+      names a different one (correct `model`).
     - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the KV cache for the prompt and
       `num_predict` tokens does not fit the memory even alone (`requiredBytes`,
       `availableBytes`); request fewer tokens, or load with more memory.
@@ -203,7 +212,8 @@ class RunnerServiceStub:
     - INVALID_ARGUMENT / INVALID_FIELD: the text has more than 1,000,000 tokens
       (the answer would exceed gRPC's default limit of 4 MiB); split the text.
     - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
-      first), or one is being loaded (wait until `Status` says ACTIVE).
+      first), one is being loaded (wait until `Status` says ACTIVE), or the request
+      names a different one (correct `model`).
     - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
       has none or a different one; send the right one.
@@ -215,7 +225,8 @@ class RunnerServiceStub:
     - INVALID_ARGUMENT / INVALID_FIELD: an id is not in the vocabulary, or the
       text would exceed gRPC's default limit of 4 MiB; correct or split the ids.
     - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
-      first), or one is being loaded (wait until `Status` says ACTIVE).
+      first), one is being loaded (wait until `Status` says ACTIVE), or the request
+      names a different one (correct `model`).
     - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
       has none or a different one; send the right one.
@@ -296,6 +307,8 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
     - INVALID_ARGUMENT / INVALID_FIELD: a field is out of range; correct the
       request.
     - FAILED_PRECONDITION / BUSY: a load or an unload is running; wait for it.
+    - FAILED_PRECONDITION / MODEL_NOT_LOADED: the request names a model (`model`)
+      and it is not the loaded one; correct `model`, or use another runner.
     - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which frees the
       memory too.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
@@ -309,6 +322,8 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
     Errors:
     - FAILED_PRECONDITION / BUSY: a load or another unload is running; cancel the
       load, or wait.
+    - FAILED_PRECONDITION / MODEL_NOT_LOADED: the request names a model (`model`)
+      and it is not the loaded one; correct `model`, or use another runner.
     - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which frees the
       memory too.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
@@ -319,7 +334,11 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
     load or a step the answer comes from the last snapshot, and
     `last_progress_age` is its age.
 
-    Errors: none of its own.
+    Errors:
+    - FAILED_PRECONDITION / MODEL_NOT_LOADED: the request names a model (`model`)
+      and it is not the loaded one; correct `model`, or use another runner.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+      has none or a different one; send the right one.
     """
     Completion: _aio.UnaryStreamMultiCallable[_runner_pb2.CompletionRequest, _runner_pb2.CompletionResponse]  # type: ignore[assignment]
     """Completes a prompt. Streams zero or more messages and then exactly one with
@@ -341,7 +360,8 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
       the context (`promptTokens`, `contextLength`); shorten the prompt, or load
       with a larger context.
     - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
-      first), or one is being loaded (wait until `Status` says ACTIVE).
+      first), one is being loaded (wait until `Status` says ACTIVE), or the request
+      names a different one (correct `model`).
     - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the KV cache for the prompt and
       `num_predict` tokens does not fit the memory even alone (`requiredBytes`,
       `availableBytes`); request fewer tokens, or load with more memory.
@@ -364,7 +384,8 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
     - INVALID_ARGUMENT / INVALID_FIELD: the text has more than 1,000,000 tokens
       (the answer would exceed gRPC's default limit of 4 MiB); split the text.
     - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
-      first), or one is being loaded (wait until `Status` says ACTIVE).
+      first), one is being loaded (wait until `Status` says ACTIVE), or the request
+      names a different one (correct `model`).
     - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
       has none or a different one; send the right one.
@@ -376,7 +397,8 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
     - INVALID_ARGUMENT / INVALID_FIELD: an id is not in the vocabulary, or the
       text would exceed gRPC's default limit of 4 MiB; correct or split the ids.
     - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
-      first), or one is being loaded (wait until `Status` says ACTIVE).
+      first), one is being loaded (wait until `Status` says ACTIVE), or the request
+      names a different one (correct `model`).
     - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
       has none or a different one; send the right one.
@@ -472,6 +494,8 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
         - INVALID_ARGUMENT / INVALID_FIELD: a field is out of range; correct the
           request.
         - FAILED_PRECONDITION / BUSY: a load or an unload is running; wait for it.
+        - FAILED_PRECONDITION / MODEL_NOT_LOADED: the request names a model (`model`)
+          and it is not the loaded one; correct `model`, or use another runner.
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which frees the
           memory too.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
@@ -491,6 +515,8 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         - FAILED_PRECONDITION / BUSY: a load or another unload is running; cancel the
           load, or wait.
+        - FAILED_PRECONDITION / MODEL_NOT_LOADED: the request names a model (`model`)
+          and it is not the loaded one; correct `model`, or use another runner.
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which frees the
           memory too.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
@@ -507,7 +533,11 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
         load or a step the answer comes from the last snapshot, and
         `last_progress_age` is its age.
 
-        Errors: none of its own.
+        Errors:
+        - FAILED_PRECONDITION / MODEL_NOT_LOADED: the request names a model (`model`)
+          and it is not the loaded one; correct `model`, or use another runner.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+          has none or a different one; send the right one.
         """
 
     @_abc_1.abstractmethod
@@ -535,7 +565,8 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
           the context (`promptTokens`, `contextLength`); shorten the prompt, or load
           with a larger context.
         - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
-          first), or one is being loaded (wait until `Status` says ACTIVE).
+          first), one is being loaded (wait until `Status` says ACTIVE), or the request
+          names a different one (correct `model`).
         - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the KV cache for the prompt and
           `num_predict` tokens does not fit the memory even alone (`requiredBytes`,
           `availableBytes`); request fewer tokens, or load with more memory.
@@ -564,7 +595,8 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
         - INVALID_ARGUMENT / INVALID_FIELD: the text has more than 1,000,000 tokens
           (the answer would exceed gRPC's default limit of 4 MiB); split the text.
         - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
-          first), or one is being loaded (wait until `Status` says ACTIVE).
+          first), one is being loaded (wait until `Status` says ACTIVE), or the request
+          names a different one (correct `model`).
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
           has none or a different one; send the right one.
@@ -582,7 +614,8 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
         - INVALID_ARGUMENT / INVALID_FIELD: an id is not in the vocabulary, or the
           text would exceed gRPC's default limit of 4 MiB; correct or split the ids.
         - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
-          first), or one is being loaded (wait until `Status` says ACTIVE).
+          first), one is being loaded (wait until `Status` says ACTIVE), or the request
+          names a different one (correct `model`).
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
           has none or a different one; send the right one.
