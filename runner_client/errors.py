@@ -16,6 +16,7 @@
     ├── QueueFullError                   QUEUE_FULL         retry after retry_delay_seconds
     ├── ShuttingDownError                SHUTTING_DOWN      use another runner, or load again
     ├── GenerationFailedError            GENERATION_FAILED  retrying is safe
+    ├── RequestAbortedError              ABORTED            do not retry it automatically
     ├── RunnerTimeoutError               DEADLINE_EXCEEDED  ``phase`` names the timeout
     ├── RunnerUnavailableError           UNAVAILABLE        the runner cannot be reached
     │   └── RunnerExitedError            (child process)    restart the runner
@@ -221,6 +222,13 @@ class ShuttingDownError(RunnerError):
 
 class GenerationFailedError(RunnerError):
     """MLX failed in a step of this request's batch. The runner recovers; retrying is safe."""
+
+
+class RequestAbortedError(RunnerError):
+    """The completion was ended by ``abort``. Do not retry it automatically.
+
+    The chunks already received are part of the text.
+    """
 
 
 class RunnerTimeoutError(RunnerError):

@@ -143,6 +143,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     """Set once a client has cancelled a load or a completion."""
     _load_began: float | None = None
     _is_stored: bool = False
+    _calls: list[_Call] = field(default_factory=list)
 
     def Load(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> pb.LoadResponse:
         """Take ``load_seconds``, then report the requested model as loaded."""
@@ -213,7 +214,16 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
             self._fail_if_told(context, sent=0)
         # Like the runner, send headers once the completion is accepted.
         context.send_initial_metadata(())
-        call = _Call(context, self.cancelled)
+        call = _Call(context, self.cancelled, request.request_id)
+        self._calls.append(call)
+        try:
+            yield from self._stream(request, context, call)
+        finally:
+            self._calls.remove(call)
+
+    def _stream(
+        self, request: pb.CompletionRequest, context: grpc.ServicerContext, call: _Call
+    ) -> Iterator[pb.CompletionResponse]:
         for number in range(self.progress_messages):
             call.wait(self.piece_delay_seconds)
             progress = pb.PromptProgress(evaluated_count=number, total_count=self.progress_messages)
@@ -235,6 +245,12 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         if not self.ends_after_done:
             call.wait(math.inf)
         call.is_over = True
+
+    def Abort(self, request: pb.AbortRequest, context: grpc.ServicerContext) -> pb.AbortResponse:
+        """End the running completions with one of the ids."""
+        self._receive(request, context)
+        found = [call for call in list(self._calls) if call.request_id in request.request_ids]
+        return pb.AbortResponse(aborted_count=sum(call.abort() for call in found))
 
     def Tokenize(
         self, request: pb.TokenizeRequest, context: grpc.ServicerContext
@@ -310,10 +326,14 @@ def _logprobs(request: pb.CompletionRequest, number: int, piece: str) -> list[pb
 
 
 class _Call:
-    """Watcher for the cancellation of a call by the client."""
+    """Watcher for the cancellation of a call by the client, and for its abort."""
 
-    def __init__(self, context: grpc.ServicerContext, cancelled: threading.Event) -> None:
+    def __init__(
+        self, context: grpc.ServicerContext, cancelled: threading.Event, request_id: str = ""
+    ) -> None:
+        self.request_id = request_id
         self.is_over = False
+        self._is_aborted = False
         self._context = context
         self._cancelled = cancelled
         self._ended = threading.Event()
@@ -325,9 +345,19 @@ class _Call:
             self._cancelled.set()
         self._ended.set()
 
+    def abort(self) -> bool:
+        """End the call; return False if it has ended already."""
+        if self._ended.is_set() or self.is_over:
+            return False
+        self.is_over = self._is_aborted = True
+        self._ended.set()
+        return True
+
     def wait(self, seconds: float) -> None:
-        """Wait, but end the call if cancelled by the client meanwhile."""
+        """Wait, but end the call if cancelled by the client or aborted meanwhile."""
         if self._ended.wait(None if seconds == math.inf else seconds):
+            if self._is_aborted:
+                Failure("ABORTED", "the completion was ended by an Abort").abort(self._context)
             self._context.abort(grpc.StatusCode.CANCELLED, "the client gave up")
 
 

@@ -143,6 +143,13 @@ ERRORS = (
         "the call has no token, or a wrong one",
         "send `authorization: Bearer TOKEN`",
     ),
+    ErrorRule(
+        "ABORTED",
+        "ABORTED",
+        "RequestAbortedError",
+        "the completion was ended by `Abort`",
+        "do not retry it automatically",
+    ),
 )
 
 CODES = {rule.reason: rule.code for rule in ERRORS}

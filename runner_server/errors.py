@@ -178,6 +178,17 @@ class Unauthenticated(RunnerFault, reason="UNAUTHENTICATED"):
         )
 
 
+class Aborted(RunnerFault, reason="ABORTED"):
+    """The completion was ended on purpose, not by its own client's call.
+
+    Args:
+        by: The agent that ended it.
+    """
+
+    def __init__(self, by: str) -> None:
+        super().__init__(f"the completion was ended by {by}; do not retry it automatically")
+
+
 class GenerationFailed(RunnerFault, reason="GENERATION_FAILED"):
     """MLX or the server raised an unexpected error, or the model's logits are not finite."""
 

@@ -284,6 +284,23 @@ class RunnerClient:
         with stream:
             return messages.join_chunks([chunk for chunk in stream])
 
+    def abort(self, request_ids: Sequence[str]) -> int:
+        """End running and queued completions, and return how many ended.
+
+        Reading an ended completion raises ``RequestAbortedError``.
+
+        Args:
+            request_ids: The ``request_id`` of each completion to end, 1 to 1,024 of them. All
+                completions with one of these ids end; an id that none has is not an error.
+
+        Raises:
+            TypeError: The ids are not a sequence of strings.
+            InvalidRequestError: There is no id, or one is empty or too long.
+            RunnerError: The call failed for another reason.
+        """
+        request = messages.abort_request(request_ids)
+        return self._connection.call(self._connection.stub.Abort, request).aborted_count
+
     def tokenize(
         self, content: str, *, add_special_tokens: bool = False, model: str | None = None
     ) -> list[int]:

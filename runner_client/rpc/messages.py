@@ -13,6 +13,7 @@ from runner_client.checks import (
     check_kind,
     check_model,
     check_text,
+    check_texts,
 )
 from runner_client.errors import InvalidRequestError
 from runner_client.types import (
@@ -148,6 +149,13 @@ def completion_request(
         else:
             message.prompt_token_ids.CopyFrom(pb.TokenIds(ids=prompt))
         return message
+
+
+def abort_request(request_ids: Sequence[str]) -> pb.AbortRequest:
+    """Build the request of an abort, with the errors of ``completion_request``."""
+    check_texts("request_ids", request_ids)
+    with _sendable():
+        return pb.AbortRequest(request_ids=request_ids)
 
 
 def tokenize_request(

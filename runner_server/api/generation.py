@@ -71,6 +71,7 @@ class GenerationDraft:
             stop=self.stop,
             stop_token_ids=self.stop_token_ids,
             ignore_eos=self.ignore_eos,
+            request_id=self.request_id,
         )
 
 

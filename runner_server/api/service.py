@@ -26,7 +26,7 @@ from runner_server.api.convert import (
 from runner_server.api.estimator import Estimator
 from runner_server.api.generation import generate, model_for_call
 from runner_server.api.prompts import too_many
-from runner_server.api.validation import completion_draft, load_spec, trim_bytes
+from runner_server.api.validation import abort_ids, completion_draft, load_spec, trim_bytes
 from runner_server.api.violations import check_token_ids
 from runner_server.engine.backend import ModelHandle, Ranks
 from runner_server.engine.commands import ModelCommand
@@ -174,6 +174,10 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
             texts = _token_texts(model, generation.spec)
             async for delta in generation.stream.deltas():
                 yield delta_message(delta, texts)
+
+    async def Abort(self, request: pb.AbortRequest, context: _Context) -> pb.AbortResponse:
+        """End completions by their ``request_id``."""
+        return pb.AbortResponse(aborted_count=self._engine.abort(abort_ids(request)))
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:
         """Split text into token ids."""

@@ -34,6 +34,7 @@ _MAX_MODEL_CHARS = 4096
 _MAX_STOPS = 64
 _MAX_STOP_CHARS = 1024
 _MAX_REQUEST_ID_CHARS = 128
+_MAX_ABORTED_IDS = 1024
 
 _DTYPES = {
     pb.DTYPE_UNSPECIFIED: Dtype.AUTO,
@@ -86,6 +87,24 @@ def trim_bytes(request: pb.TrimRequest) -> int:
     _check_number(check, request, "prefix_cache_bytes", 0, MAX_BYTES)
     check.finish()
     return request.prefix_cache_bytes
+
+
+def abort_ids(request: pb.AbortRequest) -> frozenset[str]:
+    """Validate an abort request; return the names of the requests to end.
+
+    Raises:
+        InvalidField: There is no name, there are too many, or one is empty or too long.
+    """
+    check = ViolationCollector()
+    ids = request.request_ids
+    counts = 1 <= len(ids) <= _MAX_ABORTED_IDS
+    check.require("request_ids", counts, f"{len(ids)} ids; 1 to {_MAX_ABORTED_IDS}")
+    for i, name in enumerate(ids[:_MAX_ABORTED_IDS]):
+        inside = 1 <= len(name) <= _MAX_REQUEST_ID_CHARS
+        text = f"{len(name)} characters; 1 to {_MAX_REQUEST_ID_CHARS}"
+        check.require(f"request_ids[{i}]", inside, text)
+    check.finish()
+    return frozenset(ids)
 
 
 def completion_draft(request: pb.CompletionRequest, model: ModelInfo) -> GenerationDraft:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -33,7 +33,7 @@ from runner_server.engine.types import (
     LoadSpec,
     MemoryCounters,
 )
-from runner_server.errors import RunnerFault, ShuttingDown
+from runner_server.errors import Aborted, RunnerFault, ShuttingDown
 
 _ModelCommandT = TypeVar("_ModelCommandT", Load, Unload)
 
@@ -171,9 +171,29 @@ class Engine:
         return request
 
     def cancel(self, request: GenerationRequest) -> None:
-        """Cancel a request whose reader is gone. No-op once finished."""
+        """Cancel a request whose reader is gone or whose stream has ended. No-op once finished."""
         if request.status is not RequestStatus.FINISHED:
             self._commands.put(Cancel(request))
+
+    def abort(self, request_ids: Collection[str]) -> int:
+        """End requests by the names that their callers gave them; return how many ended.
+
+        The streams end at once, and the rows before the next step.
+
+        Raises:
+            ShuttingDown: The engine is stopping or dead.
+        """
+        found = self._registry.named(request_ids)
+        return sum(self._end(request, Aborted("an Abort")) for request in found)
+
+    def _end(self, request: GenerationRequest, fault: RunnerFault) -> bool:
+        """End a request with a fault; return False if it had already ended."""
+        if not request.stream.fail(fault):
+            return False
+        request.stream.wake()
+        # Not left to the service, whose stream may be blocked by a reader that does not read.
+        self.cancel(request)
+        return True
 
     def state(self) -> EngineState:
         """Return a snapshot of the engine's state."""

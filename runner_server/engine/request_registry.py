@@ -7,6 +7,7 @@ registration happen under one lock.
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Any
@@ -78,6 +79,16 @@ class RequestRegistry:
     def _queued_count(self) -> int:
         waiting = RequestStatus.WAITING
         return sum(request.status is waiting for request in self._requests.values())
+
+    def named(self, request_ids: Collection[str]) -> list[GenerationRequest]:
+        """Return the unfinished requests whose callers gave them one of these names.
+
+        Raises:
+            ShuttingDown: The engine is stopping or dead.
+        """
+        with self._lock:
+            self.refuse_when_ending()
+            return [each for each in self._requests.values() if each.spec.request_id in request_ids]
 
     def begin_command(self, command: ModelCommand[Any], name: str = "") -> None:
         """Accept a load, or an unload of the model with a name; see :meth:`require_named`.

@@ -138,6 +138,7 @@ class CompletionSpec:
         stop: Strings that end the text.
         stop_token_ids: Tokens that end the text, like the model's own end tokens.
         ignore_eos: Whether to continue after the model's own end tokens.
+        request_id: The caller's name for the request, not necessarily unique; may be empty.
     """
 
     prompt_ids: tuple[int, ...]
@@ -146,6 +147,7 @@ class CompletionSpec:
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
+    request_id: str = ""
 
 
 @dataclass(frozen=True)

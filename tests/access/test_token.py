@@ -77,6 +77,7 @@ async def test_every_method_refuses_a_wrong_token(guarded: Server, values: tuple
         stub.Unload(pb.UnloadRequest(), metadata=sent),
         stub.Status(pb.StatusRequest(), metadata=sent),
         stub.Completion(pb.CompletionRequest(prompt="x"), metadata=sent),
+        stub.Abort(pb.AbortRequest(request_ids=["x"]), metadata=sent),
         stub.Tokenize(pb.TokenizeRequest(content="x"), metadata=sent),
         stub.Detokenize(pb.DetokenizeRequest(token_ids=[1]), metadata=sent),
     ]

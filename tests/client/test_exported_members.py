@@ -52,6 +52,7 @@ PUBLIC = [
     "PromptTooLongError",
     "QueueFullError",
     "Rank",
+    "RequestAbortedError",
     "RestartPolicy",
     "RunnerClient",
     "RunnerError",

@@ -29,6 +29,7 @@ BY_REASON = [
     ("SHUTTING_DOWN", errors.ShuttingDownError, grpc.StatusCode.UNAVAILABLE),
     ("GENERATION_FAILED", errors.GenerationFailedError, grpc.StatusCode.INTERNAL),
     ("UNAUTHENTICATED", errors.AuthenticationError, grpc.StatusCode.UNAUTHENTICATED),
+    ("ABORTED", errors.RequestAbortedError, grpc.StatusCode.ABORTED),
 ]
 
 BY_CODE = [

@@ -77,6 +77,8 @@ class Parsing:
                 validation.load_spec(request)
             case pb.TrimRequest():
                 assert validation.trim_bytes(request) >= 0
+            case pb.AbortRequest():
+                assert validation.abort_ids(request)
             case pb.CompletionRequest():
                 self._check_completion(request)
             case pb.TokenizeRequest():

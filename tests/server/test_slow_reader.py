@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from functools import partial
+from typing import Any
 
 import grpc
 import pytest
@@ -163,7 +164,7 @@ async def stopping_client(server: Server) -> AsyncIterator[Server]:
         yield Server(server.app, server.backend, channel, server.ready)
 
 
-async def _start_stopped(client: Server, prompt: str = "slow", **options: float) -> CompletionCall:
+async def _start_stopped(client: Server, prompt: str = "slow", **options: Any) -> CompletionCall:
     """Start a completion, stop reading, and wait until the request stays preempted."""
     before = set(client.view.requests)
     call = client.start(prompt, logprobs=20, **{"num_predict": 1500, **options})
@@ -243,6 +244,17 @@ async def test_a_request_can_be_preempted_repeatedly(
         await server.status()
     rest = [message async for message in messages]
     assert read + len(tokens(rest)) == rest[-1].eval_count == 1500
+
+
+async def test_an_abort_frees_a_stopped_reader(server: Server, stopping_client: Server) -> None:
+    """The stream is blocked by its reader, so the service cannot cancel the request."""
+    await server.load(parallel=1)
+    call = await _start_stopped(stopping_client, request_id="slow")
+    answer = await server.stub.Abort(pb.AbortRequest(request_ids=["slow"]))
+    assert answer.aborted_count == 1
+    await server.settled()
+    server.assert_nothing_left()
+    assert (await failure(call)).reason == "ABORTED"
 
 
 async def test_a_preempted_requests_slot_serves_others(

@@ -149,9 +149,12 @@ class Server:
         timeout: float | None = DEADLINE_SECONDS,
         **options: Any,
     ) -> CompletionCall:
-        """Start a completion."""
+        """Start a completion; ``options`` may have a ``request_id`` too."""
         request = pb.CompletionRequest(
-            prompt=prompt, logprobs=logprobs, options=pb.CompletionOptions(**options)
+            prompt=prompt,
+            logprobs=logprobs,
+            request_id=options.pop("request_id", ""),
+            options=pb.CompletionOptions(**options),
         )
         return self.stub.Completion(request, timeout=timeout)
 

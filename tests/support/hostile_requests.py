@@ -175,6 +175,7 @@ METHODS = tuple(pb.DESCRIPTOR.services_by_name["RunnerService"].methods)
 """Descriptors of every rpc."""
 
 _SOUND = {
+    "Abort": pb.AbortRequest(request_ids=["x"]).SerializeToString(),
     "Completion": pb.CompletionRequest(
         prompt="hi", options=pb.CompletionOptions(num_predict=8)
     ).SerializeToString(),

@@ -40,6 +40,7 @@ def test_services_and_methods_are_listed(run: Run, place: ToolTarget) -> None:
     services = run_grpcurl(run, place, "list").stdout.split()
     assert {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection"} <= {*services}
     methods = (
+        "Abort",
         "Completion",
         "Detokenize",
         "Estimate",

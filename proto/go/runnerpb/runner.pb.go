@@ -99,6 +99,9 @@ const (
 	// The server requires a token, and the call has none or a different one. Code
 	// UNAUTHENTICATED. Send the server's token as `authorization: Bearer TOKEN`.
 	ErrorReason_ERROR_REASON_UNAUTHENTICATED ErrorReason = 11
+	// The completion was ended on purpose, by `Abort`. Code ABORTED. Do not retry it
+	// automatically.
+	ErrorReason_ERROR_REASON_ABORTED ErrorReason = 12
 )
 
 // Enum value maps for ErrorReason.
@@ -116,6 +119,7 @@ var (
 		9:  "ERROR_REASON_SHUTTING_DOWN",
 		10: "ERROR_REASON_GENERATION_FAILED",
 		11: "ERROR_REASON_UNAUTHENTICATED",
+		12: "ERROR_REASON_ABORTED",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":         0,
@@ -130,6 +134,7 @@ var (
 		"ERROR_REASON_SHUTTING_DOWN":       9,
 		"ERROR_REASON_GENERATION_FAILED":   10,
 		"ERROR_REASON_UNAUTHENTICATED":     11,
+		"ERROR_REASON_ABORTED":             12,
 	}
 )
 
@@ -1701,8 +1706,8 @@ type CompletionRequest struct {
 	// If set, each generated token comes with its log probability and those of this
 	// many most likely tokens. Range: 0 to 20. Default: unset, no log probabilities.
 	Logprobs *int32 `protobuf:"varint,4,opt,name=logprobs,proto3,oneof" json:"logprobs,omitempty"`
-	// A name for the log lines of this request, not necessarily unique. At most 128
-	// characters. Default: empty.
+	// A name for the log lines of this request and for `Abort`, not necessarily
+	// unique. At most 128 characters. Default: empty.
 	RequestId string `protobuf:"bytes,5,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// The model that is meant: the `LoadRequest.model` that it was loaded with, or
 	// `Model.path`. Any other name is refused with MODEL_NOT_LOADED. Default: empty,
@@ -2355,6 +2360,99 @@ func (x *TopLogprob) GetBytes() []byte {
 	return nil
 }
 
+// Requests completions to be ended.
+type AbortRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The `CompletionRequest.request_id` of the completions. Every completion with
+	// one of these ids ends. 1 to 1,024 ids, each of 1 to 128 characters.
+	RequestIds    []string `protobuf:"bytes,1,rep,name=request_ids,json=requestIds,proto3" json:"request_ids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AbortRequest) Reset() {
+	*x = AbortRequest{}
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AbortRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AbortRequest) ProtoMessage() {}
+
+func (x *AbortRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AbortRequest.ProtoReflect.Descriptor instead.
+func (*AbortRequest) Descriptor() ([]byte, []int) {
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *AbortRequest) GetRequestIds() []string {
+	if x != nil {
+		return x.RequestIds
+	}
+	return nil
+}
+
+// The result of an abort.
+type AbortResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The number of completions that it ended.
+	AbortedCount  int32 `protobuf:"varint,1,opt,name=aborted_count,json=abortedCount,proto3" json:"aborted_count,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AbortResponse) Reset() {
+	*x = AbortResponse{}
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AbortResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AbortResponse) ProtoMessage() {}
+
+func (x *AbortResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AbortResponse.ProtoReflect.Descriptor instead.
+func (*AbortResponse) Descriptor() ([]byte, []int) {
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *AbortResponse) GetAbortedCount() int32 {
+	if x != nil {
+		return x.AbortedCount
+	}
+	return 0
+}
+
 // Requests text to be split into tokens.
 type TokenizeRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2376,7 +2474,7 @@ type TokenizeRequest struct {
 
 func (x *TokenizeRequest) Reset() {
 	*x = TokenizeRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[20]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2388,7 +2486,7 @@ func (x *TokenizeRequest) String() string {
 func (*TokenizeRequest) ProtoMessage() {}
 
 func (x *TokenizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[20]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2401,7 +2499,7 @@ func (x *TokenizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenizeRequest.ProtoReflect.Descriptor instead.
 func (*TokenizeRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{20}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *TokenizeRequest) GetContent() string {
@@ -2436,7 +2534,7 @@ type TokenizeResponse struct {
 
 func (x *TokenizeResponse) Reset() {
 	*x = TokenizeResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[21]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2448,7 +2546,7 @@ func (x *TokenizeResponse) String() string {
 func (*TokenizeResponse) ProtoMessage() {}
 
 func (x *TokenizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[21]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2461,7 +2559,7 @@ func (x *TokenizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenizeResponse.ProtoReflect.Descriptor instead.
 func (*TokenizeResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{21}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *TokenizeResponse) GetTokenIds() []int32 {
@@ -2486,7 +2584,7 @@ type DetokenizeRequest struct {
 
 func (x *DetokenizeRequest) Reset() {
 	*x = DetokenizeRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[22]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2498,7 +2596,7 @@ func (x *DetokenizeRequest) String() string {
 func (*DetokenizeRequest) ProtoMessage() {}
 
 func (x *DetokenizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[22]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2511,7 +2609,7 @@ func (x *DetokenizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetokenizeRequest.ProtoReflect.Descriptor instead.
 func (*DetokenizeRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{22}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *DetokenizeRequest) GetTokenIds() []int32 {
@@ -2539,7 +2637,7 @@ type DetokenizeResponse struct {
 
 func (x *DetokenizeResponse) Reset() {
 	*x = DetokenizeResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[23]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2551,7 +2649,7 @@ func (x *DetokenizeResponse) String() string {
 func (*DetokenizeResponse) ProtoMessage() {}
 
 func (x *DetokenizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[23]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2564,7 +2662,7 @@ func (x *DetokenizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetokenizeResponse.ProtoReflect.Descriptor instead.
 func (*DetokenizeResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{23}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *DetokenizeResponse) GetContent() string {
@@ -2771,7 +2869,12 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\btoken_id\x18\x01 \x01(\x05R\atokenId\x12\x12\n" +
 	"\x04text\x18\x02 \x01(\tR\x04text\x12\x18\n" +
 	"\alogprob\x18\x03 \x01(\x02R\alogprob\x12\x14\n" +
-	"\x05bytes\x18\x04 \x01(\fR\x05bytes\"o\n" +
+	"\x05bytes\x18\x04 \x01(\fR\x05bytes\"/\n" +
+	"\fAbortRequest\x12\x1f\n" +
+	"\vrequest_ids\x18\x01 \x03(\tR\n" +
+	"requestIds\"4\n" +
+	"\rAbortResponse\x12#\n" +
+	"\raborted_count\x18\x01 \x01(\x05R\fabortedCount\"o\n" +
 	"\x0fTokenizeRequest\x12\x18\n" +
 	"\acontent\x18\x01 \x01(\tR\acontent\x12,\n" +
 	"\x12add_special_tokens\x18\x02 \x01(\bR\x10addSpecialTokens\x12\x14\n" +
@@ -2782,7 +2885,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\ttoken_ids\x18\x01 \x03(\x05R\btokenIds\x12\x14\n" +
 	"\x05model\x18\x02 \x01(\tR\x05model\".\n" +
 	"\x12DetokenizeResponse\x12\x18\n" +
-	"\acontent\x18\x01 \x01(\tR\acontent*\x96\x03\n" +
+	"\acontent\x18\x01 \x01(\tR\acontent*\xb0\x03\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12 \n" +
@@ -2796,7 +2899,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x1aERROR_REASON_SHUTTING_DOWN\x10\t\x12\"\n" +
 	"\x1eERROR_REASON_GENERATION_FAILED\x10\n" +
 	"\x12 \n" +
-	"\x1cERROR_REASON_UNAUTHENTICATED\x10\v*y\n" +
+	"\x1cERROR_REASON_UNAUTHENTICATED\x10\v\x12\x18\n" +
+	"\x14ERROR_REASON_ABORTED\x10\f*y\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x0e\n" +
 	"\n" +
@@ -2818,7 +2922,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"DoneReason\x12\x1b\n" +
 	"\x17DONE_REASON_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10DONE_REASON_STOP\x10\x01\x12\x16\n" +
-	"\x12DONE_REASON_LENGTH\x10\x022\xd1\x04\n" +
+	"\x12DONE_REASON_LENGTH\x10\x022\x93\x05\n" +
 	"\rRunnerService\x12=\n" +
 	"\x04Load\x12\x19.mlxrunner.v1.LoadRequest\x1a\x1a.mlxrunner.v1.LoadResponse\x12I\n" +
 	"\bEstimate\x12\x1d.mlxrunner.v1.EstimateRequest\x1a\x1e.mlxrunner.v1.EstimateResponse\x12=\n" +
@@ -2826,7 +2930,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x06Unload\x12\x1b.mlxrunner.v1.UnloadRequest\x1a\x1c.mlxrunner.v1.UnloadResponse\x12C\n" +
 	"\x06Status\x12\x1b.mlxrunner.v1.StatusRequest\x1a\x1c.mlxrunner.v1.StatusResponse\x12Q\n" +
 	"\n" +
-	"Completion\x12\x1f.mlxrunner.v1.CompletionRequest\x1a .mlxrunner.v1.CompletionResponse0\x01\x12I\n" +
+	"Completion\x12\x1f.mlxrunner.v1.CompletionRequest\x1a .mlxrunner.v1.CompletionResponse0\x01\x12@\n" +
+	"\x05Abort\x12\x1a.mlxrunner.v1.AbortRequest\x1a\x1b.mlxrunner.v1.AbortResponse\x12I\n" +
 	"\bTokenize\x12\x1d.mlxrunner.v1.TokenizeRequest\x1a\x1e.mlxrunner.v1.TokenizeResponse\x12O\n" +
 	"\n" +
 	"Detokenize\x12\x1f.mlxrunner.v1.DetokenizeRequest\x1a .mlxrunner.v1.DetokenizeResponseB:\n" +
@@ -2845,7 +2950,7 @@ func file_mlxrunner_v1_runner_proto_rawDescGZIP() []byte {
 }
 
 var file_mlxrunner_v1_runner_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_mlxrunner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
+var file_mlxrunner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
 var file_mlxrunner_v1_runner_proto_goTypes = []any{
 	(ErrorReason)(0),            // 0: mlxrunner.v1.ErrorReason
 	(State)(0),                  // 1: mlxrunner.v1.State
@@ -2871,34 +2976,36 @@ var file_mlxrunner_v1_runner_proto_goTypes = []any{
 	(*PromptProgress)(nil),      // 21: mlxrunner.v1.PromptProgress
 	(*TokenLogprob)(nil),        // 22: mlxrunner.v1.TokenLogprob
 	(*TopLogprob)(nil),          // 23: mlxrunner.v1.TopLogprob
-	(*TokenizeRequest)(nil),     // 24: mlxrunner.v1.TokenizeRequest
-	(*TokenizeResponse)(nil),    // 25: mlxrunner.v1.TokenizeResponse
-	(*DetokenizeRequest)(nil),   // 26: mlxrunner.v1.DetokenizeRequest
-	(*DetokenizeResponse)(nil),  // 27: mlxrunner.v1.DetokenizeResponse
-	nil,                         // 28: mlxrunner.v1.CompletionOptions.LogitBiasEntry
-	(*durationpb.Duration)(nil), // 29: google.protobuf.Duration
+	(*AbortRequest)(nil),        // 24: mlxrunner.v1.AbortRequest
+	(*AbortResponse)(nil),       // 25: mlxrunner.v1.AbortResponse
+	(*TokenizeRequest)(nil),     // 26: mlxrunner.v1.TokenizeRequest
+	(*TokenizeResponse)(nil),    // 27: mlxrunner.v1.TokenizeResponse
+	(*DetokenizeRequest)(nil),   // 28: mlxrunner.v1.DetokenizeRequest
+	(*DetokenizeResponse)(nil),  // 29: mlxrunner.v1.DetokenizeResponse
+	nil,                         // 30: mlxrunner.v1.CompletionOptions.LogitBiasEntry
+	(*durationpb.Duration)(nil), // 31: google.protobuf.Duration
 }
 var file_mlxrunner_v1_runner_proto_depIdxs = []int32{
 	2,  // 0: mlxrunner.v1.LoadRequest.dtype:type_name -> mlxrunner.v1.Dtype
 	6,  // 1: mlxrunner.v1.LoadResponse.model:type_name -> mlxrunner.v1.Model
-	29, // 2: mlxrunner.v1.LoadResponse.load_duration:type_name -> google.protobuf.Duration
+	31, // 2: mlxrunner.v1.LoadResponse.load_duration:type_name -> google.protobuf.Duration
 	2,  // 3: mlxrunner.v1.EstimateRequest.dtype:type_name -> mlxrunner.v1.Dtype
 	1,  // 4: mlxrunner.v1.StatusResponse.state:type_name -> mlxrunner.v1.State
 	16, // 5: mlxrunner.v1.StatusResponse.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
 	6,  // 6: mlxrunner.v1.StatusResponse.model:type_name -> mlxrunner.v1.Model
-	29, // 7: mlxrunner.v1.StatusResponse.last_progress_age:type_name -> google.protobuf.Duration
-	29, // 8: mlxrunner.v1.StatusResponse.uptime_duration:type_name -> google.protobuf.Duration
+	31, // 7: mlxrunner.v1.StatusResponse.last_progress_age:type_name -> google.protobuf.Duration
+	31, // 8: mlxrunner.v1.StatusResponse.uptime_duration:type_name -> google.protobuf.Duration
 	15, // 9: mlxrunner.v1.StatusResponse.ranks:type_name -> mlxrunner.v1.Rank
 	16, // 10: mlxrunner.v1.Rank.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
 	17, // 11: mlxrunner.v1.CompletionRequest.prompt_token_ids:type_name -> mlxrunner.v1.TokenIds
 	19, // 12: mlxrunner.v1.CompletionRequest.options:type_name -> mlxrunner.v1.CompletionOptions
-	28, // 13: mlxrunner.v1.CompletionOptions.logit_bias:type_name -> mlxrunner.v1.CompletionOptions.LogitBiasEntry
+	30, // 13: mlxrunner.v1.CompletionOptions.logit_bias:type_name -> mlxrunner.v1.CompletionOptions.LogitBiasEntry
 	22, // 14: mlxrunner.v1.CompletionResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
 	3,  // 15: mlxrunner.v1.CompletionResponse.done_reason:type_name -> mlxrunner.v1.DoneReason
 	21, // 16: mlxrunner.v1.CompletionResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
-	29, // 17: mlxrunner.v1.CompletionResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
-	29, // 18: mlxrunner.v1.CompletionResponse.eval_duration:type_name -> google.protobuf.Duration
-	29, // 19: mlxrunner.v1.CompletionResponse.queue_duration:type_name -> google.protobuf.Duration
+	31, // 17: mlxrunner.v1.CompletionResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
+	31, // 18: mlxrunner.v1.CompletionResponse.eval_duration:type_name -> google.protobuf.Duration
+	31, // 19: mlxrunner.v1.CompletionResponse.queue_duration:type_name -> google.protobuf.Duration
 	23, // 20: mlxrunner.v1.TokenLogprob.top:type_name -> mlxrunner.v1.TopLogprob
 	4,  // 21: mlxrunner.v1.RunnerService.Load:input_type -> mlxrunner.v1.LoadRequest
 	7,  // 22: mlxrunner.v1.RunnerService.Estimate:input_type -> mlxrunner.v1.EstimateRequest
@@ -2906,18 +3013,20 @@ var file_mlxrunner_v1_runner_proto_depIdxs = []int32{
 	11, // 24: mlxrunner.v1.RunnerService.Unload:input_type -> mlxrunner.v1.UnloadRequest
 	13, // 25: mlxrunner.v1.RunnerService.Status:input_type -> mlxrunner.v1.StatusRequest
 	18, // 26: mlxrunner.v1.RunnerService.Completion:input_type -> mlxrunner.v1.CompletionRequest
-	24, // 27: mlxrunner.v1.RunnerService.Tokenize:input_type -> mlxrunner.v1.TokenizeRequest
-	26, // 28: mlxrunner.v1.RunnerService.Detokenize:input_type -> mlxrunner.v1.DetokenizeRequest
-	5,  // 29: mlxrunner.v1.RunnerService.Load:output_type -> mlxrunner.v1.LoadResponse
-	8,  // 30: mlxrunner.v1.RunnerService.Estimate:output_type -> mlxrunner.v1.EstimateResponse
-	10, // 31: mlxrunner.v1.RunnerService.Trim:output_type -> mlxrunner.v1.TrimResponse
-	12, // 32: mlxrunner.v1.RunnerService.Unload:output_type -> mlxrunner.v1.UnloadResponse
-	14, // 33: mlxrunner.v1.RunnerService.Status:output_type -> mlxrunner.v1.StatusResponse
-	20, // 34: mlxrunner.v1.RunnerService.Completion:output_type -> mlxrunner.v1.CompletionResponse
-	25, // 35: mlxrunner.v1.RunnerService.Tokenize:output_type -> mlxrunner.v1.TokenizeResponse
-	27, // 36: mlxrunner.v1.RunnerService.Detokenize:output_type -> mlxrunner.v1.DetokenizeResponse
-	29, // [29:37] is the sub-list for method output_type
-	21, // [21:29] is the sub-list for method input_type
+	24, // 27: mlxrunner.v1.RunnerService.Abort:input_type -> mlxrunner.v1.AbortRequest
+	26, // 28: mlxrunner.v1.RunnerService.Tokenize:input_type -> mlxrunner.v1.TokenizeRequest
+	28, // 29: mlxrunner.v1.RunnerService.Detokenize:input_type -> mlxrunner.v1.DetokenizeRequest
+	5,  // 30: mlxrunner.v1.RunnerService.Load:output_type -> mlxrunner.v1.LoadResponse
+	8,  // 31: mlxrunner.v1.RunnerService.Estimate:output_type -> mlxrunner.v1.EstimateResponse
+	10, // 32: mlxrunner.v1.RunnerService.Trim:output_type -> mlxrunner.v1.TrimResponse
+	12, // 33: mlxrunner.v1.RunnerService.Unload:output_type -> mlxrunner.v1.UnloadResponse
+	14, // 34: mlxrunner.v1.RunnerService.Status:output_type -> mlxrunner.v1.StatusResponse
+	20, // 35: mlxrunner.v1.RunnerService.Completion:output_type -> mlxrunner.v1.CompletionResponse
+	25, // 36: mlxrunner.v1.RunnerService.Abort:output_type -> mlxrunner.v1.AbortResponse
+	27, // 37: mlxrunner.v1.RunnerService.Tokenize:output_type -> mlxrunner.v1.TokenizeResponse
+	29, // 38: mlxrunner.v1.RunnerService.Detokenize:output_type -> mlxrunner.v1.DetokenizeResponse
+	30, // [30:39] is the sub-list for method output_type
+	21, // [21:30] is the sub-list for method input_type
 	21, // [21:21] is the sub-list for extension type_name
 	21, // [21:21] is the sub-list for extension extendee
 	0,  // [0:21] is the sub-list for field type_name
@@ -2942,7 +3051,7 @@ func file_mlxrunner_v1_runner_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mlxrunner_v1_runner_proto_rawDesc), len(file_mlxrunner_v1_runner_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   25,
+			NumMessages:   27,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

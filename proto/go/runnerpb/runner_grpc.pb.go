@@ -58,6 +58,7 @@ const (
 	RunnerService_Unload_FullMethodName     = "/mlxrunner.v1.RunnerService/Unload"
 	RunnerService_Status_FullMethodName     = "/mlxrunner.v1.RunnerService/Status"
 	RunnerService_Completion_FullMethodName = "/mlxrunner.v1.RunnerService/Completion"
+	RunnerService_Abort_FullMethodName      = "/mlxrunner.v1.RunnerService/Abort"
 	RunnerService_Tokenize_FullMethodName   = "/mlxrunner.v1.RunnerService/Tokenize"
 	RunnerService_Detokenize_FullMethodName = "/mlxrunner.v1.RunnerService/Detokenize"
 )
@@ -194,12 +195,28 @@ type RunnerServiceClient interface {
 	//   - UNAVAILABLE / SHUTTING_DOWN: the process is stopping (perhaps because it
 	//     failed), or the model was unloaded or replaced; use another runner, or load
 	//     again.
+	//   - ABORTED / ABORTED: an `Abort` ended the completion; do not retry it
+	//     automatically.
 	//   - INTERNAL / GENERATION_FAILED: MLX raised an error in a step of this request's
 	//     batch; the runner recovers, and retrying is safe. Or the model's logits for
 	//     this request were not finite; other requests are not affected.
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.
 	Completion(ctx context.Context, in *CompletionRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[CompletionResponse], error)
+	// Ends running and queued completions by `CompletionRequest.request_id`. Their
+	// streams end with ABORTED, after the text that is already on its way, and their
+	// slots are free within one step. Returns at once and never waits for MLX. Finds
+	// the completions that have been accepted (their headers are sent); an id that
+	// none of them has is not an error.
+	//
+	// Errors:
+	//   - INVALID_ARGUMENT / INVALID_FIELD: `request_ids` is empty, too long, or has an
+	//     empty or too long entry; correct the request.
+	//   - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which ends all
+	//     completions too.
+	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+	//     has none or a different one; send the right one.
+	Abort(ctx context.Context, in *AbortRequest, opts ...grpc.CallOption) (*AbortResponse, error)
 	// Splits text into the model's token ids, as its `tokenizer.json` says. Runs
 	// alongside completions without delaying them.
 	//
@@ -303,6 +320,16 @@ func (c *runnerServiceClient) Completion(ctx context.Context, in *CompletionRequ
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type RunnerService_CompletionClient = grpc.ServerStreamingClient[CompletionResponse]
+
+func (c *runnerServiceClient) Abort(ctx context.Context, in *AbortRequest, opts ...grpc.CallOption) (*AbortResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AbortResponse)
+	err := c.cc.Invoke(ctx, RunnerService_Abort_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
 
 func (c *runnerServiceClient) Tokenize(ctx context.Context, in *TokenizeRequest, opts ...grpc.CallOption) (*TokenizeResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
@@ -456,12 +483,28 @@ type RunnerServiceServer interface {
 	//   - UNAVAILABLE / SHUTTING_DOWN: the process is stopping (perhaps because it
 	//     failed), or the model was unloaded or replaced; use another runner, or load
 	//     again.
+	//   - ABORTED / ABORTED: an `Abort` ended the completion; do not retry it
+	//     automatically.
 	//   - INTERNAL / GENERATION_FAILED: MLX raised an error in a step of this request's
 	//     batch; the runner recovers, and retrying is safe. Or the model's logits for
 	//     this request were not finite; other requests are not affected.
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.
 	Completion(*CompletionRequest, grpc.ServerStreamingServer[CompletionResponse]) error
+	// Ends running and queued completions by `CompletionRequest.request_id`. Their
+	// streams end with ABORTED, after the text that is already on its way, and their
+	// slots are free within one step. Returns at once and never waits for MLX. Finds
+	// the completions that have been accepted (their headers are sent); an id that
+	// none of them has is not an error.
+	//
+	// Errors:
+	//   - INVALID_ARGUMENT / INVALID_FIELD: `request_ids` is empty, too long, or has an
+	//     empty or too long entry; correct the request.
+	//   - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which ends all
+	//     completions too.
+	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+	//     has none or a different one; send the right one.
+	Abort(context.Context, *AbortRequest) (*AbortResponse, error)
 	// Splits text into the model's token ids, as its `tokenizer.json` says. Runs
 	// alongside completions without delaying them.
 	//
@@ -514,6 +557,9 @@ func (UnimplementedRunnerServiceServer) Status(context.Context, *StatusRequest) 
 }
 func (UnimplementedRunnerServiceServer) Completion(*CompletionRequest, grpc.ServerStreamingServer[CompletionResponse]) error {
 	return status.Error(codes.Unimplemented, "method Completion not implemented")
+}
+func (UnimplementedRunnerServiceServer) Abort(context.Context, *AbortRequest) (*AbortResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Abort not implemented")
 }
 func (UnimplementedRunnerServiceServer) Tokenize(context.Context, *TokenizeRequest) (*TokenizeResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Tokenize not implemented")
@@ -643,6 +689,24 @@ func _RunnerService_Completion_Handler(srv interface{}, stream grpc.ServerStream
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type RunnerService_CompletionServer = grpc.ServerStreamingServer[CompletionResponse]
 
+func _RunnerService_Abort_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AbortRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(RunnerServiceServer).Abort(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: RunnerService_Abort_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(RunnerServiceServer).Abort(ctx, req.(*AbortRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _RunnerService_Tokenize_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(TokenizeRequest)
 	if err := dec(in); err != nil {
@@ -705,6 +769,10 @@ var RunnerService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Status",
 			Handler:    _RunnerService_Status_Handler,
+		},
+		{
+			MethodName: "Abort",
+			Handler:    _RunnerService_Abort_Handler,
 		},
 		{
 			MethodName: "Tokenize",

@@ -105,6 +105,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The server requires a token, and the call has none or a different one. Code
     UNAUTHENTICATED. Send the server's token as `authorization: Bearer TOKEN`.
     """
+    ERROR_REASON_ABORTED: _ErrorReason.ValueType  # 12
+    """The completion was ended on purpose, by `Abort`. Code ABORTED. Do not retry it
+    automatically.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed: the `reason` of its `google.rpc.ErrorInfo`, without the
@@ -157,6 +161,10 @@ ERROR_REASON_GENERATION_FAILED: ErrorReason.ValueType  # 10
 ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 11
 """The server requires a token, and the call has none or a different one. Code
 UNAUTHENTICATED. Send the server's token as `authorization: Bearer TOKEN`.
+"""
+ERROR_REASON_ABORTED: ErrorReason.ValueType  # 12
+"""The completion was ended on purpose, by `Abort`. Code ABORTED. Do not retry it
+automatically.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
@@ -1037,8 +1045,8 @@ class CompletionRequest(_message.Message):
     many most likely tokens. Range: 0 to 20. Default: unset, no log probabilities.
     """
     request_id: _builtins.str
-    """A name for the log lines of this request, not necessarily unique. At most 128
-    characters. Default: empty.
+    """A name for the log lines of this request and for `Abort`, not necessarily
+    unique. At most 128 characters. Default: empty.
     """
     model: _builtins.str
     """The model that is meant: the `LoadRequest.model` that it was loaded with, or
@@ -1441,6 +1449,54 @@ class TopLogprob(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TopLogprob: _TypeAlias = TopLogprob  # noqa: Y015
+
+@_typing.final
+class AbortRequest(_message.Message):
+    """Requests completions to be ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The `CompletionRequest.request_id` of the completions. Every completion with
+        one of these ids ends. 1 to 1,024 ids, each of 1 to 128 characters.
+        """
+
+    def __init__(
+        self,
+        *,
+        request_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_ids", b"request_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AbortRequest: _TypeAlias = AbortRequest  # noqa: Y015
+
+@_typing.final
+class AbortResponse(_message.Message):
+    """The result of an abort."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ABORTED_COUNT_FIELD_NUMBER: _builtins.int
+    aborted_count: _builtins.int
+    """The number of completions that it ended."""
+    def __init__(
+        self,
+        *,
+        aborted_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborted_count", b"aborted_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AbortResponse: _TypeAlias = AbortResponse  # noqa: Y015
 
 @_typing.final
 class TokenizeRequest(_message.Message):

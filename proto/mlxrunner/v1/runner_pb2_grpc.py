@@ -66,6 +66,11 @@ class RunnerServiceStub(object):
                 request_serializer=mlxrunner_dot_v1_dot_runner__pb2.CompletionRequest.SerializeToString,
                 response_deserializer=mlxrunner_dot_v1_dot_runner__pb2.CompletionResponse.FromString,
                 _registered_method=True)
+        self.Abort = channel.unary_unary(
+                '/mlxrunner.v1.RunnerService/Abort',
+                request_serializer=mlxrunner_dot_v1_dot_runner__pb2.AbortRequest.SerializeToString,
+                response_deserializer=mlxrunner_dot_v1_dot_runner__pb2.AbortResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/mlxrunner.v1.RunnerService/Tokenize',
                 request_serializer=mlxrunner_dot_v1_dot_runner__pb2.TokenizeRequest.SerializeToString,
@@ -234,9 +239,30 @@ class RunnerServiceServicer(object):
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping (perhaps because it
         failed), or the model was unloaded or replaced; use another runner, or load
         again.
+        - ABORTED / ABORTED: an `Abort` ended the completion; do not retry it
+        automatically.
         - INTERNAL / GENERATION_FAILED: MLX raised an error in a step of this request's
         batch; the runner recovers, and retrying is safe. Or the model's logits for
         this request were not finite; other requests are not affected.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+        has none or a different one; send the right one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Abort(self, request, context):
+        """Ends running and queued completions by `CompletionRequest.request_id`. Their
+        streams end with ABORTED, after the text that is already on its way, and their
+        slots are free within one step. Returns at once and never waits for MLX. Finds
+        the completions that have been accepted (their headers are sent); an id that
+        none of them has is not an error.
+
+        Errors:
+        - INVALID_ARGUMENT / INVALID_FIELD: `request_ids` is empty, too long, or has an
+        empty or too long entry; correct the request.
+        - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which ends all
+        completions too.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
         has none or a different one; send the right one.
         """
@@ -311,6 +337,11 @@ def add_RunnerServiceServicer_to_server(servicer, server):
                     servicer.Completion,
                     request_deserializer=mlxrunner_dot_v1_dot_runner__pb2.CompletionRequest.FromString,
                     response_serializer=mlxrunner_dot_v1_dot_runner__pb2.CompletionResponse.SerializeToString,
+            ),
+            'Abort': grpc.unary_unary_rpc_method_handler(
+                    servicer.Abort,
+                    request_deserializer=mlxrunner_dot_v1_dot_runner__pb2.AbortRequest.FromString,
+                    response_serializer=mlxrunner_dot_v1_dot_runner__pb2.AbortResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -487,6 +518,33 @@ class RunnerService(object):
             '/mlxrunner.v1.RunnerService/Completion',
             mlxrunner_dot_v1_dot_runner__pb2.CompletionRequest.SerializeToString,
             mlxrunner_dot_v1_dot_runner__pb2.CompletionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Abort(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mlxrunner.v1.RunnerService/Abort',
+            mlxrunner_dot_v1_dot_runner__pb2.AbortRequest.SerializeToString,
+            mlxrunner_dot_v1_dot_runner__pb2.AbortResponse.FromString,
             options,
             channel_credentials,
             insecure,

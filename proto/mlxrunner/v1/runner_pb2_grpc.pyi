@@ -198,9 +198,26 @@ class RunnerServiceStub:
     - UNAVAILABLE / SHUTTING_DOWN: the process is stopping (perhaps because it
       failed), or the model was unloaded or replaced; use another runner, or load
       again.
+    - ABORTED / ABORTED: an `Abort` ended the completion; do not retry it
+      automatically.
     - INTERNAL / GENERATION_FAILED: MLX raised an error in a step of this request's
       batch; the runner recovers, and retrying is safe. Or the model's logits for
       this request were not finite; other requests are not affected.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+      has none or a different one; send the right one.
+    """
+    Abort: _grpc.UnaryUnaryMultiCallable[_runner_pb2.AbortRequest, _runner_pb2.AbortResponse]
+    """Ends running and queued completions by `CompletionRequest.request_id`. Their
+    streams end with ABORTED, after the text that is already on its way, and their
+    slots are free within one step. Returns at once and never waits for MLX. Finds
+    the completions that have been accepted (their headers are sent); an id that
+    none of them has is not an error.
+
+    Errors:
+    - INVALID_ARGUMENT / INVALID_FIELD: `request_ids` is empty, too long, or has an
+      empty or too long entry; correct the request.
+    - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which ends all
+      completions too.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
       has none or a different one; send the right one.
     """
@@ -370,9 +387,26 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
     - UNAVAILABLE / SHUTTING_DOWN: the process is stopping (perhaps because it
       failed), or the model was unloaded or replaced; use another runner, or load
       again.
+    - ABORTED / ABORTED: an `Abort` ended the completion; do not retry it
+      automatically.
     - INTERNAL / GENERATION_FAILED: MLX raised an error in a step of this request's
       batch; the runner recovers, and retrying is safe. Or the model's logits for
       this request were not finite; other requests are not affected.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+      has none or a different one; send the right one.
+    """
+    Abort: _aio.UnaryUnaryMultiCallable[_runner_pb2.AbortRequest, _runner_pb2.AbortResponse]  # type: ignore[assignment]
+    """Ends running and queued completions by `CompletionRequest.request_id`. Their
+    streams end with ABORTED, after the text that is already on its way, and their
+    slots are free within one step. Returns at once and never waits for MLX. Finds
+    the completions that have been accepted (their headers are sent); an id that
+    none of them has is not an error.
+
+    Errors:
+    - INVALID_ARGUMENT / INVALID_FIELD: `request_ids` is empty, too long, or has an
+      empty or too long entry; correct the request.
+    - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which ends all
+      completions too.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
       has none or a different one; send the right one.
     """
@@ -575,9 +609,32 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping (perhaps because it
           failed), or the model was unloaded or replaced; use another runner, or load
           again.
+        - ABORTED / ABORTED: an `Abort` ended the completion; do not retry it
+          automatically.
         - INTERNAL / GENERATION_FAILED: MLX raised an error in a step of this request's
           batch; the runner recovers, and retrying is safe. Or the model's logits for
           this request were not finite; other requests are not affected.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+          has none or a different one; send the right one.
+        """
+
+    @_abc_1.abstractmethod
+    def Abort(
+        self,
+        request: _runner_pb2.AbortRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_runner_pb2.AbortResponse, _abc.Awaitable[_runner_pb2.AbortResponse]]:
+        """Ends running and queued completions by `CompletionRequest.request_id`. Their
+        streams end with ABORTED, after the text that is already on its way, and their
+        slots are free within one step. Returns at once and never waits for MLX. Finds
+        the completions that have been accepted (their headers are sent); an id that
+        none of them has is not an error.
+
+        Errors:
+        - INVALID_ARGUMENT / INVALID_FIELD: `request_ids` is empty, too long, or has an
+          empty or too long entry; correct the request.
+        - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which ends all
+          completions too.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
           has none or a different one; send the right one.
         """

@@ -38,6 +38,7 @@ class OutputChannel:
         self._queued_texts = 0
         self._on_drained: Callable[[], None] | None = None
         self._fault: RunnerFault | None = None
+        self._has_end = False
         self._is_closed = False
         self._ready = asyncio.Event()
 
@@ -47,8 +48,11 @@ class OutputChannel:
         return self._queued_texts > _MAX_QUEUED_TEXTS
 
     def put(self, delta: OutputDelta) -> None:
-        """Add a delta; a delta with ``done`` is the last one."""
+        """Add a delta; a delta with ``done`` is the last one. No-op after a fault."""
         with self._lock:
+            if self._fault:
+                return
+            self._has_end = delta.done is not None
             self._deltas.append(delta)
             self._queued_texts += _text_count(delta)
 
@@ -58,10 +62,17 @@ class OutputChannel:
             self._on_drained = call
         self._call_if_drained()
 
-    def fail(self, fault: RunnerFault) -> None:
-        """End the stream with a fault after the deltas already put; the first fault wins."""
+    def fail(self, fault: RunnerFault) -> bool:
+        """End the stream with a fault after the deltas already put.
+
+        Returns:
+            False if the stream had an end already: a delta with ``done``, or a fault.
+        """
         with self._lock:
-            self._fault = self._fault or fault
+            if self._fault or self._has_end:
+                return False
+            self._fault = fault
+            return True
 
     def wake(self) -> None:
         """Wake the reader."""
