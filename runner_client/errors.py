@@ -217,7 +217,7 @@ class QueueFullError(RunnerError):
 
 
 class ShuttingDownError(RunnerError):
-    """The runner is stopping, or the model of the call is being unloaded. Use another runner."""
+    """The runner is stopping or draining, or unloads the model of the call. Use another runner."""
 
 
 class GenerationFailedError(RunnerError):
@@ -225,7 +225,7 @@ class GenerationFailedError(RunnerError):
 
 
 class RequestAbortedError(RunnerError):
-    """The completion was ended by ``abort``. Do not retry it automatically.
+    """The completion was ended by ``abort`` or ``drain``. Do not retry it automatically.
 
     The chunks already received are part of the text.
     """

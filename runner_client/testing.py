@@ -51,6 +51,7 @@ _DTYPE_NAMES = {
 }
 
 _MAX_CALLS = 32
+_POLL_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     """The reported BLAS library."""
     model: str | None = "fake"
     """The loaded model; None until a Load."""
+    is_draining: bool = False
+    """Whether a drain keeps new completions out."""
     address: str = ""
     """The address of the server, as passed to gRPC."""
     requests: list[Message] = field(default_factory=list)
@@ -158,6 +161,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
             call.is_over = True
         finally:
             self._load_began = None
+        self.is_draining = False
         self.model, self._is_stored = request.model, bool(need.notes)
         return pb.LoadResponse(model=self._model(self.model))
 
@@ -182,7 +186,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         """Unload the model."""
         self._receive(request, context)
         self._check_name(request.model, context)
-        self.model = None
+        self.model, self.is_draining = None, False
         return pb.UnloadResponse()
 
     def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusResponse:
@@ -198,7 +202,8 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
             share = (time.monotonic() - began) / max(self.load_seconds, 0.001)
             status.progress = min(99, int(100 * share))
         elif self.model is not None:
-            status.state, status.progress = pb.STATE_ACTIVE, 100
+            status.state = pb.STATE_DRAINING if self.is_draining else pb.STATE_ACTIVE
+            status.progress = 100
             status.model.CopyFrom(self._model(self.model))
         else:
             status.state = pb.STATE_IDLE
@@ -210,6 +215,8 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         """Send the progress, the pieces and the last message."""
         self.requests.append(request)
         self._need_model(request.model, context)
+        if self.is_draining:
+            Failure("SHUTTING_DOWN", "the runner is draining").abort(context)
         if not self.progress_messages:
             self._fail_if_told(context, sent=0)
         # Like the runner, send headers once the completion is accepted.
@@ -251,6 +258,29 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         self._receive(request, context)
         found = [call for call in list(self._calls) if call.request_id in request.request_ids]
         return pb.AbortResponse(aborted_count=sum(call.abort() for call in found))
+
+    def Drain(self, request: pb.DrainRequest, context: grpc.ServicerContext) -> pb.DrainResponse:
+        """Refuse new completions, and wait for the running ones."""
+        self._receive(request, context)
+        running = list(self._calls)
+        self.is_draining, is_drained = self.model is not None, False
+        try:
+            aborted = self._wait_for(running, request, _Call(context, self.cancelled))
+            is_drained = True
+        finally:
+            self.is_draining = self.is_draining and is_drained
+        return pb.DrainResponse(finished_count=len(running) - aborted, aborted_count=aborted)
+
+    def _wait_for(self, running: list[_Call], request: pb.DrainRequest, drain: _Call) -> int:
+        """Wait for completions, abort the rest when the time is over, and return their number."""
+        timeout = request.timeout.ToNanoseconds() / 1e9 if request.HasField("timeout") else math.inf
+        deadline, aborted = time.monotonic() + timeout, 0
+        while any(call in self._calls for call in running):
+            if time.monotonic() >= deadline:
+                aborted += sum(call.abort() for call in running)
+            drain.wait(_POLL_SECONDS)
+        drain.is_over = True
+        return aborted
 
     def Tokenize(
         self, request: pb.TokenizeRequest, context: grpc.ServicerContext

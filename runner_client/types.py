@@ -34,10 +34,12 @@ class State(StrEnum):
     """A load is running."""
     ACTIVE = "active"
     """A model is loaded and the runner accepts completions."""
+    DRAINING = "draining"
+    """A model is loaded and the runner refuses new completions, because of a ``drain``."""
     FAILED = "failed"
     """The engine is dead; the process is about to exit."""
     STOPPING = "stopping"
-    """The process was asked to stop and is draining."""
+    """The process was asked to stop and is about to exit."""
 
 
 class DoneReason(StrEnum):
@@ -49,6 +51,16 @@ class DoneReason(StrEnum):
     """The model ended the text, or a stop string matched."""
     LENGTH = "length"
     """``num_predict`` tokens were generated, or the context is full."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrainResult:
+    """Ends of the completions that a drain waited for."""
+
+    finished_count: int
+    """Completions that finished or failed, or that their clients cancelled."""
+    aborted_count: int
+    """Completions that were ended, with ``RequestAbortedError`` for their readers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -126,7 +126,7 @@ ERRORS = (
         "SHUTTING_DOWN",
         "UNAVAILABLE",
         "ShuttingDownError",
-        "the process is stopping, or the model was unloaded",
+        "the process is stopping or draining, or the model was unloaded",
         "use another runner",
     ),
     ErrorRule(
@@ -147,7 +147,7 @@ ERRORS = (
         "ABORTED",
         "ABORTED",
         "RequestAbortedError",
-        "the completion was ended by `Abort`",
+        "the completion was ended by `Abort`, or by a `Drain` whose timeout passed",
         "do not retry it automatically",
     ),
 )

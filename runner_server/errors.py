@@ -161,7 +161,7 @@ class QueueFull(RunnerFault, reason="QUEUE_FULL"):
 
 
 class ShuttingDown(RunnerFault, reason="SHUTTING_DOWN"):
-    """The process is stopping, or the model of the call is being unloaded."""
+    """The process is stopping or draining, or the model of the call is being unloaded."""
 
 
 class Unauthenticated(RunnerFault, reason="UNAUTHENTICATED"):

@@ -41,7 +41,8 @@ class StallDetector:
             agree, because a process that was suspended and resumed looks stalled once.
         """
         age = status.last_progress_age_seconds
-        if status.state is not State.ACTIVE or age is None or age < self.limit_seconds:
+        is_up = status.state in (State.ACTIVE, State.DRAINING)
+        if not is_up or age is None or age < self.limit_seconds:
             self._stands_at = None
             return None
         before, self._stands_at = self._stands_at, status.step_count

@@ -10,7 +10,7 @@ from runner_client.rpc import messages
 from runner_client.rpc.aio_calls import Connection
 from runner_client.rpc.aio_load import AsyncPendingLoad
 from runner_client.rpc.transport import health
-from runner_client.rpc.transport.base import embedding_error
+from runner_client.rpc.transport.base import DRAIN_SECONDS, embedding_error
 from runner_client.types import LoadOptions
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from runner_client.rpc.transport.base import Peer
     from runner_client.types import (
         Completion,
+        DrainResult,
         LoadEstimate,
         LoadKeywords,
         LoadResult,
@@ -301,6 +302,26 @@ class AsyncRunnerClient:
         """
         request = messages.abort_request(request_ids)
         return (await self._connection.call(self._connection.stub.Abort, request)).aborted_count
+
+    async def drain(self, timeout_seconds: float | None = None) -> DrainResult:
+        """Refuse new completions, and wait until running and queued ones have ended.
+
+        The runner still refuses new completions afterwards, with ``ShuttingDownError``, until a
+        model is loaded. Ending this call early, by cancelling its task for instance, makes the
+        runner accept them again.
+
+        Args:
+            timeout_seconds: Time after which the completions that are left are ended, 0 to
+                86,400. Their readers get ``RequestAbortedError``. Default: no limit.
+
+        Raises:
+            InvalidRequestError: The timeout is out of range.
+            RunnerError: The call failed for another reason.
+        """
+        request = messages.drain_request(timeout_seconds)
+        return messages.drain_result(
+            await self._connection.call(self._connection.stub.Drain, request, DRAIN_SECONDS)
+        )
 
     async def tokenize(
         self, content: str, *, add_special_tokens: bool = False, model: str | None = None

@@ -12,6 +12,7 @@ from runner_client.checks import (
     check_integer,
     check_kind,
     check_model,
+    check_number,
     check_text,
     check_texts,
 )
@@ -20,6 +21,7 @@ from runner_client.types import (
     Completion,
     CompletionChunk,
     DoneReason,
+    DrainResult,
     LoadEstimate,
     LoadResult,
     MemoryUsage,
@@ -53,6 +55,7 @@ _STATES = {
     pb.STATE_IDLE: State.IDLE,
     pb.STATE_LOADING: State.LOADING,
     pb.STATE_ACTIVE: State.ACTIVE,
+    pb.STATE_DRAINING: State.DRAINING,
     pb.STATE_FAILED: State.FAILED,
     pb.STATE_STOPPING: State.STOPPING,
 }
@@ -158,6 +161,23 @@ def abort_request(request_ids: Sequence[str]) -> pb.AbortRequest:
         return pb.AbortRequest(request_ids=request_ids)
 
 
+def drain_request(timeout_seconds: float | None) -> pb.DrainRequest:
+    """Build the request of a drain, with the errors of ``completion_request``."""
+    check_number("timeout_seconds", timeout_seconds)
+    request = pb.DrainRequest()
+    if timeout_seconds is None:
+        return request
+    try:
+        request.timeout.FromNanoseconds(round(timeout_seconds * 1e9))
+    except (ValueError, OverflowError) as error:
+        text = f"{timeout_seconds} s cannot be sent; 0 to 86,400, or None for no limit"
+        violations = [("timeout_seconds", text)]
+        raise InvalidRequestError(
+            f"timeout_seconds: {text}", field_violations=violations
+        ) from error
+    return request
+
+
 def tokenize_request(
     content: str, *, add_special_tokens: bool, model: str | None
 ) -> pb.TokenizeRequest:
@@ -210,6 +230,11 @@ def _options(options: Options) -> pb.CompletionOptions:
         stop=options.stop,
         logit_bias=options.logit_bias,
     )
+
+
+def drain_result(message: pb.DrainResponse) -> DrainResult:
+    """Convert the response of a drain."""
+    return DrainResult(message.finished_count, message.aborted_count)
 
 
 def load_result(message: pb.LoadResponse) -> LoadResult:

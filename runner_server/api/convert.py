@@ -24,6 +24,7 @@ STATES = {
     State.IDLE: pb.STATE_IDLE,
     State.LOADING: pb.STATE_LOADING,
     State.ACTIVE: pb.STATE_ACTIVE,
+    State.DRAINING: pb.STATE_DRAINING,
     State.FAILED: pb.STATE_FAILED,
     State.STOPPING: pb.STATE_STOPPING,
 }

@@ -85,12 +85,13 @@ def model_for_call(engine: Engine, request_id: str, name: str = "") -> ModelHand
 
     Raises:
         ModelNotLoaded: No model is loaded, or another one.
-        ShuttingDown: The engine is stopping or dead.
+        ShuttingDown: The engine is stopping, dead or draining.
     """
     record = current_call()
     record.request_id = request_id
     model = engine.model(name)
     record.model = model.info.name
+    engine.refuse_when_draining()
     return model
 
 

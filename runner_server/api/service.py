@@ -23,10 +23,17 @@ from runner_server.api.convert import (
     model_message,
     rank_message,
 )
+from runner_server.api.draining import drain
 from runner_server.api.estimator import Estimator
 from runner_server.api.generation import generate, model_for_call
 from runner_server.api.prompts import too_many
-from runner_server.api.validation import abort_ids, completion_draft, load_spec, trim_bytes
+from runner_server.api.validation import (
+    abort_ids,
+    completion_draft,
+    drain_seconds,
+    load_spec,
+    trim_bytes,
+)
 from runner_server.api.violations import check_token_ids
 from runner_server.engine.backend import ModelHandle, Ranks
 from runner_server.engine.commands import ModelCommand
@@ -178,6 +185,14 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
     async def Abort(self, request: pb.AbortRequest, context: _Context) -> pb.AbortResponse:
         """End completions by their ``request_id``."""
         return pb.AbortResponse(aborted_count=self._engine.abort(abort_ids(request)))
+
+    async def Drain(self, request: pb.DrainRequest, context: _Context) -> pb.DrainResponse:
+        """Refuse new completions and wait for the present ones."""
+        drained = await drain(self._engine, drain_seconds(request))
+        aborted = drained.aborted_count
+        return pb.DrainResponse(
+            finished_count=len(drained.requests) - aborted, aborted_count=aborted
+        )
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:
         """Split text into token ids."""

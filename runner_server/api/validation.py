@@ -35,6 +35,8 @@ _MAX_STOPS = 64
 _MAX_STOP_CHARS = 1024
 _MAX_REQUEST_ID_CHARS = 128
 _MAX_ABORTED_IDS = 1024
+_MAX_DRAIN_SECONDS = 86_400
+_NANOS = 1_000_000_000
 
 _DTYPES = {
     pb.DTYPE_UNSPECIFIED: Dtype.AUTO,
@@ -105,6 +107,24 @@ def abort_ids(request: pb.AbortRequest) -> frozenset[str]:
         check.require(f"request_ids[{i}]", inside, text)
     check.finish()
     return frozenset(ids)
+
+
+def drain_seconds(request: pb.DrainRequest) -> float | None:
+    """Validate a drain request; return its timeout, None for no limit.
+
+    Raises:
+        InvalidField: The timeout is out of range.
+    """
+    if not request.HasField("timeout"):
+        return None
+    check = ViolationCollector()
+    seconds, nanos = request.timeout.seconds, request.timeout.nanos
+    is_duration = abs(nanos) < _NANOS and not min(seconds, nanos) < 0 < max(seconds, nanos)
+    check.require("timeout", is_duration, "not a google.protobuf.Duration: seconds or nanos")
+    value = seconds + nanos / _NANOS
+    check.number("timeout", value, 0, _MAX_DRAIN_SECONDS)
+    check.finish()
+    return value
 
 
 def completion_draft(request: pb.CompletionRequest, model: ModelInfo) -> GenerationDraft:

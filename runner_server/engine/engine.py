@@ -23,6 +23,7 @@ from runner_server.engine.commands import (
     Trim,
     Unload,
 )
+from runner_server.engine.drain import Drain
 from runner_server.engine.generation_request import GenerationRequest, RequestStatus
 from runner_server.engine.output.wakeups import call_on_loop
 from runner_server.engine.request_registry import RequestRegistry
@@ -163,7 +164,7 @@ class Engine:
             ModelNotLoaded: That model is gone.
             InsufficientMemory: The request could never be admitted.
             QueueFull: Too many requests wait.
-            ShuttingDown: The engine is stopping or dead.
+            ShuttingDown: The engine is stopping, dead or draining.
         """
         request = GenerationRequest(spec, model.codec, model.info.eos_token_ids)
         self._registry.accept(model, request)
@@ -185,6 +186,29 @@ class Engine:
         """
         found = self._registry.named(request_ids)
         return sum(self._end(request, Aborted("an Abort")) for request in found)
+
+    def drain(self) -> Drain:
+        """Refuse new requests; ``future`` resolves once the present ones have ended.
+
+        Call :meth:`end_drain` then, or to give up.
+
+        Raises:
+            ShuttingDown: The engine is stopping or dead.
+        """
+        return self._registry.begin_drain()
+
+    def abort_drained(self, drain: Drain) -> None:
+        """End the requests that a drain waits for."""
+        for request in drain.requests:
+            self._end(request, Aborted("a Drain whose timeout passed"))
+
+    def end_drain(self, drain: Drain, *, is_drained: bool) -> None:
+        """Record the end of a drain; see :meth:`RequestRegistry.end_drain`."""
+        self._registry.end_drain(drain, is_drained=is_drained)
+
+    def refuse_when_draining(self) -> None:
+        """Raise :class:`ShuttingDown` if new requests are refused because of a drain."""
+        self._registry.refuse_when_draining()
 
     def _end(self, request: GenerationRequest, fault: RunnerFault) -> bool:
         """End a request with a fault; return False if it had already ended."""

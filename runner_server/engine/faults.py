@@ -15,6 +15,11 @@ def stopping_fault() -> ShuttingDown:
     return ShuttingDown("the runner is stopping; use another")
 
 
+def draining_fault() -> ShuttingDown:
+    """Return the fault of new requests while the engine drains, and afterwards."""
+    return ShuttingDown("the runner is draining; use another, or load a model here again")
+
+
 def exiting_fault() -> ShuttingDown:
     """Return the fault of new calls once the engine is dead."""
     return ShuttingDown("the engine has failed and the runner is exiting; use another")

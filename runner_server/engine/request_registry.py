@@ -15,7 +15,8 @@ from typing import Any
 from runner_common.units import format_bytes
 from runner_server.engine.backend import ModelHandle
 from runner_server.engine.commands import Load, ModelCommand
-from runner_server.engine.faults import exiting_fault, stopping_fault
+from runner_server.engine.drain import Drain
+from runner_server.engine.faults import draining_fault, exiting_fault, stopping_fault
 from runner_server.engine.generation_request import GenerationRequest, RequestStatus
 from runner_server.engine.health.heartbeat import Heartbeat
 from runner_server.engine.health.retry_estimate import RetryEstimate
@@ -51,6 +52,8 @@ class RequestRegistry:
         self._requests: dict[int, GenerationRequest] = {}
         self._model_command: ModelCommand[Any] | None = None
         self._trims: set[Future[None]] = set()
+        self._drains: set[Drain] = set()
+        self._is_draining = False
         self._retry_estimate = RetryEstimate()
         self._progress = 0
         self._last_error = ""
@@ -64,11 +67,12 @@ class RequestRegistry:
             ModelNotLoaded: The model that the request was validated for is gone.
             InsufficientMemory: The request could never be admitted.
             QueueFull: Too many requests wait.
-            ShuttingDown: The engine is stopping or dead.
+            ShuttingDown: The engine is stopping, dead or draining.
         """
         with self._lock:
             if self._require_model() is not model:
                 raise ModelNotLoaded
+            self._refuse_when_draining()
             _require_memory(model, request)
             parallel = model.info.parallel
             if len(self._requests) >= parallel + self._max_queued:
@@ -89,6 +93,40 @@ class RequestRegistry:
         with self._lock:
             self.refuse_when_ending()
             return [each for each in self._requests.values() if each.spec.request_id in request_ids]
+
+    def begin_drain(self) -> Drain:
+        """Refuse new requests, if a model is loaded; return the wait for the accepted ones.
+
+        Raises:
+            ShuttingDown: The engine is stopping or dead.
+        """
+        with self._lock:
+            self.refuse_when_ending()
+            self._is_draining = self._model is not None
+            drain = Drain(self._requests.values())
+            self._drains.add(drain)
+            return drain
+
+    def end_drain(self, drain: Drain, *, is_drained: bool) -> None:
+        """Record that a caller no longer waits.
+
+        Args:
+            drain: The drain.
+            is_drained: False to accept requests again, unless another drain is under way.
+        """
+        with self._lock:
+            self._drains.discard(drain)
+            if not (is_drained or self._drains):
+                self._is_draining = False
+
+    def refuse_when_draining(self) -> None:
+        """Raise :class:`ShuttingDown` if new requests are refused because of a drain."""
+        with self._lock:
+            self._refuse_when_draining()
+
+    def _refuse_when_draining(self) -> None:
+        if self._is_draining:
+            raise draining_fault()
 
     def begin_command(self, command: ModelCommand[Any], name: str = "") -> None:
         """Accept a load, or an unload of the model with a name; see :meth:`require_named`.
@@ -179,8 +217,9 @@ class RequestRegistry:
             queued = self._queued_count() if count else 0
             is_working = count > 0 and not self.heartbeat.is_idle
             is_active = is_working or self._state is State.LOADING
+            is_draining = self._is_draining and self._state is State.ACTIVE
             return EngineState(
-                state=self._state,
+                state=State.DRAINING if is_draining else self._state,
                 progress=self._progress,
                 model=self._model.info if self._model else None,
                 running_count=count - queued,
@@ -214,6 +253,8 @@ class RequestRegistry:
         """
         with self._lock:
             self._requests.pop(request.id, None)
+            for drain in self._drains:
+                drain.note_end(request.id)
             if running_seconds is not None:
                 parallel = self._model.info.parallel if self._model else 1
                 self._retry_estimate.record(running_seconds, parallel)
@@ -227,6 +268,7 @@ class RequestRegistry:
         """Stop accepting requests; return the unfinished ones."""
         with self._lock:
             self._model = None
+            self._is_draining = False
             self._progress = 0
             return list(self._requests.values())
 
@@ -252,12 +294,18 @@ class RequestRegistry:
         with self._lock:
             if self._state is not State.FAILED:
                 self._state = State.STOPPING
+            self._fail_drains(stopping_fault())
 
     def die(self, text: str) -> list[GenerationRequest]:
         """Refuse further calls because the engine is dead; return the unfinished requests."""
         with self._lock:
             self._state, self._last_error = State.FAILED, text[:_MAX_ERROR_CHARS]
+            self._fail_drains(exiting_fault())
         return self.withdraw_model()
+
+    def _fail_drains(self, fault: RunnerFault) -> None:
+        for drain in self._drains:
+            drain.fail(fault)
 
     def fail_commands(self, fault: RunnerFault) -> None:
         """Fail the pending load or unload and the pending trims."""

@@ -17,6 +17,7 @@ class State(enum.Enum):
     IDLE = "idle"
     LOADING = "loading"
     ACTIVE = "active"
+    DRAINING = "draining"
     FAILED = "failed"
     STOPPING = "stopping"
 

@@ -78,6 +78,7 @@ async def test_every_method_refuses_a_wrong_token(guarded: Server, values: tuple
         stub.Status(pb.StatusRequest(), metadata=sent),
         stub.Completion(pb.CompletionRequest(prompt="x"), metadata=sent),
         stub.Abort(pb.AbortRequest(request_ids=["x"]), metadata=sent),
+        stub.Drain(pb.DrainRequest(), metadata=sent),
         stub.Tokenize(pb.TokenizeRequest(content="x"), metadata=sent),
         stub.Detokenize(pb.DetokenizeRequest(token_ids=[1]), metadata=sent),
     ]

@@ -27,6 +27,7 @@ PUBLIC = [
     "CompletionStream",
     "DeviceInfo",
     "DoneReason",
+    "DrainResult",
     "GateDecision",
     "GenerationFailedError",
     "IncompleteStreamError",

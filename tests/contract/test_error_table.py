@@ -143,6 +143,7 @@ async def test_a_stopping_server_refuses_every_call(loaded: Server) -> None:
         loaded.stub.Trim(pb.TrimRequest()),
         loaded.stub.Unload(pb.UnloadRequest()),
         loaded.stub.Abort(pb.AbortRequest(request_ids=["x"])),
+        loaded.stub.Drain(pb.DrainRequest()),
         loaded.stub.Tokenize(pb.TokenizeRequest(content="x")),
         loaded.stub.Detokenize(pb.DetokenizeRequest(token_ids=[1])),
     ]

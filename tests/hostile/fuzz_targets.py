@@ -79,6 +79,9 @@ class Parsing:
                 assert validation.trim_bytes(request) >= 0
             case pb.AbortRequest():
                 assert validation.abort_ids(request)
+            case pb.DrainRequest():
+                seconds = validation.drain_seconds(request)
+                assert seconds is None or 0 <= seconds <= 86_400
             case pb.CompletionRequest():
                 self._check_completion(request)
             case pb.TokenizeRequest():
@@ -141,7 +144,7 @@ class Wire:
         self._alone = await self._server.text("neighbour", **_NEIGHBOUR)
 
     async def _send(self, call: Call) -> str:
-        if call[0] in {"Load", "Unload"}:
+        if call[0] in {"Load", "Unload", "Drain"}:
             return await self._change_model(call)
         self._calls += 1
         if self._neighbour is None and self._calls % _CALLS_BETWEEN_STREAMS == 0:

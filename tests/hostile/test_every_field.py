@@ -20,8 +20,8 @@ from support.harness import Server, StartServer, joined
 from support.hostile_requests import METHODS, Call, calls
 
 CONTEXT_LENGTH = 512
-LIFECYCLE = {"Load", "Unload"}
-"""Rpcs that end running streams by design."""
+LIFECYCLE = {"Load", "Unload", "Drain"}
+"""Rpcs that end running streams by design, or refuse new ones."""
 
 _ROUNDS = 20
 

@@ -28,6 +28,7 @@ pytestmark = [
 ]
 
 VOCAB_SIZE = 512
+LIFECYCLE = {"Load", "Unload", "Drain"}
 
 
 @settings(
@@ -35,7 +36,7 @@ VOCAB_SIZE = 512
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(batch=st.lists(calls(lambda name: name not in {"Load", "Unload"}), min_size=2, max_size=8))
+@given(batch=st.lists(calls(lambda name: name not in LIFECYCLE), min_size=2, max_size=8))
 async def test_any_request_is_answered_from_the_error_table_beside_a_neighbour(
     real: Server, alone: str, batch: list[Call]
 ) -> None:

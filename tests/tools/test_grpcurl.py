@@ -43,6 +43,7 @@ def test_services_and_methods_are_listed(run: Run, place: ToolTarget) -> None:
         "Abort",
         "Completion",
         "Detokenize",
+        "Drain",
         "Estimate",
         "Load",
         "Status",

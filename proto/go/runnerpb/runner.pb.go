@@ -91,16 +91,16 @@ const (
 	// The queue is full. Code RESOURCE_EXHAUSTED, with `google.rpc.RetryInfo`.
 	// Metadata: `queuedCount`.
 	ErrorReason_ERROR_REASON_QUEUE_FULL ErrorReason = 8
-	// The process is stopping, or the model of the call is being unloaded. Code
-	// UNAVAILABLE. Use another runner.
+	// The process is stopping or draining, or the model of the call is being
+	// unloaded. Code UNAVAILABLE. Use another runner.
 	ErrorReason_ERROR_REASON_SHUTTING_DOWN ErrorReason = 9
 	// MLX raised an error. Code INTERNAL. The request may be retried.
 	ErrorReason_ERROR_REASON_GENERATION_FAILED ErrorReason = 10
 	// The server requires a token, and the call has none or a different one. Code
 	// UNAUTHENTICATED. Send the server's token as `authorization: Bearer TOKEN`.
 	ErrorReason_ERROR_REASON_UNAUTHENTICATED ErrorReason = 11
-	// The completion was ended on purpose, by `Abort`. Code ABORTED. Do not retry it
-	// automatically.
+	// The completion was ended on purpose: by `Abort`, or by a `Drain` whose `timeout`
+	// passed. Code ABORTED. Do not retry it automatically.
 	ErrorReason_ERROR_REASON_ABORTED ErrorReason = 12
 )
 
@@ -180,8 +180,10 @@ const (
 	// The engine is dead; the process is about to exit with an error. See
 	// `last_error`.
 	State_STATE_FAILED State = 4
-	// The process was asked to stop and is draining.
+	// The process was asked to stop and is about to exit.
 	State_STATE_STOPPING State = 5
+	// A model is loaded and new completions are refused, because of a `Drain`.
+	State_STATE_DRAINING State = 6
 )
 
 // Enum value maps for State.
@@ -193,6 +195,7 @@ var (
 		3: "STATE_ACTIVE",
 		4: "STATE_FAILED",
 		5: "STATE_STOPPING",
+		6: "STATE_DRAINING",
 	}
 	State_value = map[string]int32{
 		"STATE_UNSPECIFIED": 0,
@@ -201,6 +204,7 @@ var (
 		"STATE_ACTIVE":      3,
 		"STATE_FAILED":      4,
 		"STATE_STOPPING":    5,
+		"STATE_DRAINING":    6,
 	}
 )
 
@@ -2453,6 +2457,110 @@ func (x *AbortResponse) GetAbortedCount() int32 {
 	return 0
 }
 
+// Requests new completions to be refused and the present ones to finish.
+type DrainRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Time after which the completions that are left end with ABORTED; 0 ends them at
+	// once. Range: 0 to 86,400 seconds. Default: unset, no limit.
+	Timeout       *durationpb.Duration `protobuf:"bytes,1,opt,name=timeout,proto3" json:"timeout,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrainRequest) Reset() {
+	*x = DrainRequest{}
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainRequest) ProtoMessage() {}
+
+func (x *DrainRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainRequest.ProtoReflect.Descriptor instead.
+func (*DrainRequest) Descriptor() ([]byte, []int) {
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *DrainRequest) GetTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.Timeout
+	}
+	return nil
+}
+
+// The result of a drain.
+type DrainResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The number of completions, running or queued when the call began, that ended
+	// otherwise than with ABORTED: they finished or failed, or their clients cancelled
+	// them.
+	FinishedCount int32 `protobuf:"varint,1,opt,name=finished_count,json=finishedCount,proto3" json:"finished_count,omitempty"`
+	// The number of these completions that ended with ABORTED.
+	AbortedCount  int32 `protobuf:"varint,2,opt,name=aborted_count,json=abortedCount,proto3" json:"aborted_count,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrainResponse) Reset() {
+	*x = DrainResponse{}
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainResponse) ProtoMessage() {}
+
+func (x *DrainResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainResponse.ProtoReflect.Descriptor instead.
+func (*DrainResponse) Descriptor() ([]byte, []int) {
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *DrainResponse) GetFinishedCount() int32 {
+	if x != nil {
+		return x.FinishedCount
+	}
+	return 0
+}
+
+func (x *DrainResponse) GetAbortedCount() int32 {
+	if x != nil {
+		return x.AbortedCount
+	}
+	return 0
+}
+
 // Requests text to be split into tokens.
 type TokenizeRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2474,7 +2582,7 @@ type TokenizeRequest struct {
 
 func (x *TokenizeRequest) Reset() {
 	*x = TokenizeRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[22]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2486,7 +2594,7 @@ func (x *TokenizeRequest) String() string {
 func (*TokenizeRequest) ProtoMessage() {}
 
 func (x *TokenizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[22]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2499,7 +2607,7 @@ func (x *TokenizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenizeRequest.ProtoReflect.Descriptor instead.
 func (*TokenizeRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{22}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *TokenizeRequest) GetContent() string {
@@ -2534,7 +2642,7 @@ type TokenizeResponse struct {
 
 func (x *TokenizeResponse) Reset() {
 	*x = TokenizeResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[23]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2546,7 +2654,7 @@ func (x *TokenizeResponse) String() string {
 func (*TokenizeResponse) ProtoMessage() {}
 
 func (x *TokenizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[23]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2559,7 +2667,7 @@ func (x *TokenizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenizeResponse.ProtoReflect.Descriptor instead.
 func (*TokenizeResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{23}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *TokenizeResponse) GetTokenIds() []int32 {
@@ -2584,7 +2692,7 @@ type DetokenizeRequest struct {
 
 func (x *DetokenizeRequest) Reset() {
 	*x = DetokenizeRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[24]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2596,7 +2704,7 @@ func (x *DetokenizeRequest) String() string {
 func (*DetokenizeRequest) ProtoMessage() {}
 
 func (x *DetokenizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[24]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2609,7 +2717,7 @@ func (x *DetokenizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetokenizeRequest.ProtoReflect.Descriptor instead.
 func (*DetokenizeRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{24}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *DetokenizeRequest) GetTokenIds() []int32 {
@@ -2637,7 +2745,7 @@ type DetokenizeResponse struct {
 
 func (x *DetokenizeResponse) Reset() {
 	*x = DetokenizeResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[25]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2649,7 +2757,7 @@ func (x *DetokenizeResponse) String() string {
 func (*DetokenizeResponse) ProtoMessage() {}
 
 func (x *DetokenizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[25]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2662,7 +2770,7 @@ func (x *DetokenizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetokenizeResponse.ProtoReflect.Descriptor instead.
 func (*DetokenizeResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{25}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *DetokenizeResponse) GetContent() string {
@@ -2874,7 +2982,12 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\vrequest_ids\x18\x01 \x03(\tR\n" +
 	"requestIds\"4\n" +
 	"\rAbortResponse\x12#\n" +
-	"\raborted_count\x18\x01 \x01(\x05R\fabortedCount\"o\n" +
+	"\raborted_count\x18\x01 \x01(\x05R\fabortedCount\"C\n" +
+	"\fDrainRequest\x123\n" +
+	"\atimeout\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\atimeout\"[\n" +
+	"\rDrainResponse\x12%\n" +
+	"\x0efinished_count\x18\x01 \x01(\x05R\rfinishedCount\x12#\n" +
+	"\raborted_count\x18\x02 \x01(\x05R\fabortedCount\"o\n" +
 	"\x0fTokenizeRequest\x12\x18\n" +
 	"\acontent\x18\x01 \x01(\tR\acontent\x12,\n" +
 	"\x12add_special_tokens\x18\x02 \x01(\bR\x10addSpecialTokens\x12\x14\n" +
@@ -2900,7 +3013,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x1eERROR_REASON_GENERATION_FAILED\x10\n" +
 	"\x12 \n" +
 	"\x1cERROR_REASON_UNAUTHENTICATED\x10\v\x12\x18\n" +
-	"\x14ERROR_REASON_ABORTED\x10\f*y\n" +
+	"\x14ERROR_REASON_ABORTED\x10\f*\x8d\x01\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x0e\n" +
 	"\n" +
@@ -2908,7 +3021,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\rSTATE_LOADING\x10\x02\x12\x10\n" +
 	"\fSTATE_ACTIVE\x10\x03\x12\x10\n" +
 	"\fSTATE_FAILED\x10\x04\x12\x12\n" +
-	"\x0eSTATE_STOPPING\x10\x05*\x97\x01\n" +
+	"\x0eSTATE_STOPPING\x10\x05\x12\x12\n" +
+	"\x0eSTATE_DRAINING\x10\x06*\x97\x01\n" +
 	"\x05Dtype\x12\x15\n" +
 	"\x11DTYPE_UNSPECIFIED\x10\x00\x12\x0e\n" +
 	"\n" +
@@ -2922,7 +3036,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"DoneReason\x12\x1b\n" +
 	"\x17DONE_REASON_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10DONE_REASON_STOP\x10\x01\x12\x16\n" +
-	"\x12DONE_REASON_LENGTH\x10\x022\x93\x05\n" +
+	"\x12DONE_REASON_LENGTH\x10\x022\xd5\x05\n" +
 	"\rRunnerService\x12=\n" +
 	"\x04Load\x12\x19.mlxrunner.v1.LoadRequest\x1a\x1a.mlxrunner.v1.LoadResponse\x12I\n" +
 	"\bEstimate\x12\x1d.mlxrunner.v1.EstimateRequest\x1a\x1e.mlxrunner.v1.EstimateResponse\x12=\n" +
@@ -2931,7 +3045,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x06Status\x12\x1b.mlxrunner.v1.StatusRequest\x1a\x1c.mlxrunner.v1.StatusResponse\x12Q\n" +
 	"\n" +
 	"Completion\x12\x1f.mlxrunner.v1.CompletionRequest\x1a .mlxrunner.v1.CompletionResponse0\x01\x12@\n" +
-	"\x05Abort\x12\x1a.mlxrunner.v1.AbortRequest\x1a\x1b.mlxrunner.v1.AbortResponse\x12I\n" +
+	"\x05Abort\x12\x1a.mlxrunner.v1.AbortRequest\x1a\x1b.mlxrunner.v1.AbortResponse\x12@\n" +
+	"\x05Drain\x12\x1a.mlxrunner.v1.DrainRequest\x1a\x1b.mlxrunner.v1.DrainResponse\x12I\n" +
 	"\bTokenize\x12\x1d.mlxrunner.v1.TokenizeRequest\x1a\x1e.mlxrunner.v1.TokenizeResponse\x12O\n" +
 	"\n" +
 	"Detokenize\x12\x1f.mlxrunner.v1.DetokenizeRequest\x1a .mlxrunner.v1.DetokenizeResponseB:\n" +
@@ -2950,7 +3065,7 @@ func file_mlxrunner_v1_runner_proto_rawDescGZIP() []byte {
 }
 
 var file_mlxrunner_v1_runner_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_mlxrunner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_mlxrunner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_mlxrunner_v1_runner_proto_goTypes = []any{
 	(ErrorReason)(0),            // 0: mlxrunner.v1.ErrorReason
 	(State)(0),                  // 1: mlxrunner.v1.State
@@ -2978,58 +3093,63 @@ var file_mlxrunner_v1_runner_proto_goTypes = []any{
 	(*TopLogprob)(nil),          // 23: mlxrunner.v1.TopLogprob
 	(*AbortRequest)(nil),        // 24: mlxrunner.v1.AbortRequest
 	(*AbortResponse)(nil),       // 25: mlxrunner.v1.AbortResponse
-	(*TokenizeRequest)(nil),     // 26: mlxrunner.v1.TokenizeRequest
-	(*TokenizeResponse)(nil),    // 27: mlxrunner.v1.TokenizeResponse
-	(*DetokenizeRequest)(nil),   // 28: mlxrunner.v1.DetokenizeRequest
-	(*DetokenizeResponse)(nil),  // 29: mlxrunner.v1.DetokenizeResponse
-	nil,                         // 30: mlxrunner.v1.CompletionOptions.LogitBiasEntry
-	(*durationpb.Duration)(nil), // 31: google.protobuf.Duration
+	(*DrainRequest)(nil),        // 26: mlxrunner.v1.DrainRequest
+	(*DrainResponse)(nil),       // 27: mlxrunner.v1.DrainResponse
+	(*TokenizeRequest)(nil),     // 28: mlxrunner.v1.TokenizeRequest
+	(*TokenizeResponse)(nil),    // 29: mlxrunner.v1.TokenizeResponse
+	(*DetokenizeRequest)(nil),   // 30: mlxrunner.v1.DetokenizeRequest
+	(*DetokenizeResponse)(nil),  // 31: mlxrunner.v1.DetokenizeResponse
+	nil,                         // 32: mlxrunner.v1.CompletionOptions.LogitBiasEntry
+	(*durationpb.Duration)(nil), // 33: google.protobuf.Duration
 }
 var file_mlxrunner_v1_runner_proto_depIdxs = []int32{
 	2,  // 0: mlxrunner.v1.LoadRequest.dtype:type_name -> mlxrunner.v1.Dtype
 	6,  // 1: mlxrunner.v1.LoadResponse.model:type_name -> mlxrunner.v1.Model
-	31, // 2: mlxrunner.v1.LoadResponse.load_duration:type_name -> google.protobuf.Duration
+	33, // 2: mlxrunner.v1.LoadResponse.load_duration:type_name -> google.protobuf.Duration
 	2,  // 3: mlxrunner.v1.EstimateRequest.dtype:type_name -> mlxrunner.v1.Dtype
 	1,  // 4: mlxrunner.v1.StatusResponse.state:type_name -> mlxrunner.v1.State
 	16, // 5: mlxrunner.v1.StatusResponse.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
 	6,  // 6: mlxrunner.v1.StatusResponse.model:type_name -> mlxrunner.v1.Model
-	31, // 7: mlxrunner.v1.StatusResponse.last_progress_age:type_name -> google.protobuf.Duration
-	31, // 8: mlxrunner.v1.StatusResponse.uptime_duration:type_name -> google.protobuf.Duration
+	33, // 7: mlxrunner.v1.StatusResponse.last_progress_age:type_name -> google.protobuf.Duration
+	33, // 8: mlxrunner.v1.StatusResponse.uptime_duration:type_name -> google.protobuf.Duration
 	15, // 9: mlxrunner.v1.StatusResponse.ranks:type_name -> mlxrunner.v1.Rank
 	16, // 10: mlxrunner.v1.Rank.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
 	17, // 11: mlxrunner.v1.CompletionRequest.prompt_token_ids:type_name -> mlxrunner.v1.TokenIds
 	19, // 12: mlxrunner.v1.CompletionRequest.options:type_name -> mlxrunner.v1.CompletionOptions
-	30, // 13: mlxrunner.v1.CompletionOptions.logit_bias:type_name -> mlxrunner.v1.CompletionOptions.LogitBiasEntry
+	32, // 13: mlxrunner.v1.CompletionOptions.logit_bias:type_name -> mlxrunner.v1.CompletionOptions.LogitBiasEntry
 	22, // 14: mlxrunner.v1.CompletionResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
 	3,  // 15: mlxrunner.v1.CompletionResponse.done_reason:type_name -> mlxrunner.v1.DoneReason
 	21, // 16: mlxrunner.v1.CompletionResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
-	31, // 17: mlxrunner.v1.CompletionResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
-	31, // 18: mlxrunner.v1.CompletionResponse.eval_duration:type_name -> google.protobuf.Duration
-	31, // 19: mlxrunner.v1.CompletionResponse.queue_duration:type_name -> google.protobuf.Duration
+	33, // 17: mlxrunner.v1.CompletionResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
+	33, // 18: mlxrunner.v1.CompletionResponse.eval_duration:type_name -> google.protobuf.Duration
+	33, // 19: mlxrunner.v1.CompletionResponse.queue_duration:type_name -> google.protobuf.Duration
 	23, // 20: mlxrunner.v1.TokenLogprob.top:type_name -> mlxrunner.v1.TopLogprob
-	4,  // 21: mlxrunner.v1.RunnerService.Load:input_type -> mlxrunner.v1.LoadRequest
-	7,  // 22: mlxrunner.v1.RunnerService.Estimate:input_type -> mlxrunner.v1.EstimateRequest
-	9,  // 23: mlxrunner.v1.RunnerService.Trim:input_type -> mlxrunner.v1.TrimRequest
-	11, // 24: mlxrunner.v1.RunnerService.Unload:input_type -> mlxrunner.v1.UnloadRequest
-	13, // 25: mlxrunner.v1.RunnerService.Status:input_type -> mlxrunner.v1.StatusRequest
-	18, // 26: mlxrunner.v1.RunnerService.Completion:input_type -> mlxrunner.v1.CompletionRequest
-	24, // 27: mlxrunner.v1.RunnerService.Abort:input_type -> mlxrunner.v1.AbortRequest
-	26, // 28: mlxrunner.v1.RunnerService.Tokenize:input_type -> mlxrunner.v1.TokenizeRequest
-	28, // 29: mlxrunner.v1.RunnerService.Detokenize:input_type -> mlxrunner.v1.DetokenizeRequest
-	5,  // 30: mlxrunner.v1.RunnerService.Load:output_type -> mlxrunner.v1.LoadResponse
-	8,  // 31: mlxrunner.v1.RunnerService.Estimate:output_type -> mlxrunner.v1.EstimateResponse
-	10, // 32: mlxrunner.v1.RunnerService.Trim:output_type -> mlxrunner.v1.TrimResponse
-	12, // 33: mlxrunner.v1.RunnerService.Unload:output_type -> mlxrunner.v1.UnloadResponse
-	14, // 34: mlxrunner.v1.RunnerService.Status:output_type -> mlxrunner.v1.StatusResponse
-	20, // 35: mlxrunner.v1.RunnerService.Completion:output_type -> mlxrunner.v1.CompletionResponse
-	25, // 36: mlxrunner.v1.RunnerService.Abort:output_type -> mlxrunner.v1.AbortResponse
-	27, // 37: mlxrunner.v1.RunnerService.Tokenize:output_type -> mlxrunner.v1.TokenizeResponse
-	29, // 38: mlxrunner.v1.RunnerService.Detokenize:output_type -> mlxrunner.v1.DetokenizeResponse
-	30, // [30:39] is the sub-list for method output_type
-	21, // [21:30] is the sub-list for method input_type
-	21, // [21:21] is the sub-list for extension type_name
-	21, // [21:21] is the sub-list for extension extendee
-	0,  // [0:21] is the sub-list for field type_name
+	33, // 21: mlxrunner.v1.DrainRequest.timeout:type_name -> google.protobuf.Duration
+	4,  // 22: mlxrunner.v1.RunnerService.Load:input_type -> mlxrunner.v1.LoadRequest
+	7,  // 23: mlxrunner.v1.RunnerService.Estimate:input_type -> mlxrunner.v1.EstimateRequest
+	9,  // 24: mlxrunner.v1.RunnerService.Trim:input_type -> mlxrunner.v1.TrimRequest
+	11, // 25: mlxrunner.v1.RunnerService.Unload:input_type -> mlxrunner.v1.UnloadRequest
+	13, // 26: mlxrunner.v1.RunnerService.Status:input_type -> mlxrunner.v1.StatusRequest
+	18, // 27: mlxrunner.v1.RunnerService.Completion:input_type -> mlxrunner.v1.CompletionRequest
+	24, // 28: mlxrunner.v1.RunnerService.Abort:input_type -> mlxrunner.v1.AbortRequest
+	26, // 29: mlxrunner.v1.RunnerService.Drain:input_type -> mlxrunner.v1.DrainRequest
+	28, // 30: mlxrunner.v1.RunnerService.Tokenize:input_type -> mlxrunner.v1.TokenizeRequest
+	30, // 31: mlxrunner.v1.RunnerService.Detokenize:input_type -> mlxrunner.v1.DetokenizeRequest
+	5,  // 32: mlxrunner.v1.RunnerService.Load:output_type -> mlxrunner.v1.LoadResponse
+	8,  // 33: mlxrunner.v1.RunnerService.Estimate:output_type -> mlxrunner.v1.EstimateResponse
+	10, // 34: mlxrunner.v1.RunnerService.Trim:output_type -> mlxrunner.v1.TrimResponse
+	12, // 35: mlxrunner.v1.RunnerService.Unload:output_type -> mlxrunner.v1.UnloadResponse
+	14, // 36: mlxrunner.v1.RunnerService.Status:output_type -> mlxrunner.v1.StatusResponse
+	20, // 37: mlxrunner.v1.RunnerService.Completion:output_type -> mlxrunner.v1.CompletionResponse
+	25, // 38: mlxrunner.v1.RunnerService.Abort:output_type -> mlxrunner.v1.AbortResponse
+	27, // 39: mlxrunner.v1.RunnerService.Drain:output_type -> mlxrunner.v1.DrainResponse
+	29, // 40: mlxrunner.v1.RunnerService.Tokenize:output_type -> mlxrunner.v1.TokenizeResponse
+	31, // 41: mlxrunner.v1.RunnerService.Detokenize:output_type -> mlxrunner.v1.DetokenizeResponse
+	32, // [32:42] is the sub-list for method output_type
+	22, // [22:32] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_mlxrunner_v1_runner_proto_init() }
@@ -3051,7 +3171,7 @@ func file_mlxrunner_v1_runner_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mlxrunner_v1_runner_proto_rawDesc), len(file_mlxrunner_v1_runner_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   27,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

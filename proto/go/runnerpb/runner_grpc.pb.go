@@ -59,6 +59,7 @@ const (
 	RunnerService_Status_FullMethodName     = "/mlxrunner.v1.RunnerService/Status"
 	RunnerService_Completion_FullMethodName = "/mlxrunner.v1.RunnerService/Completion"
 	RunnerService_Abort_FullMethodName      = "/mlxrunner.v1.RunnerService/Abort"
+	RunnerService_Drain_FullMethodName      = "/mlxrunner.v1.RunnerService/Drain"
 	RunnerService_Tokenize_FullMethodName   = "/mlxrunner.v1.RunnerService/Tokenize"
 	RunnerService_Detokenize_FullMethodName = "/mlxrunner.v1.RunnerService/Detokenize"
 )
@@ -193,10 +194,10 @@ type RunnerServiceClient interface {
 	//   - RESOURCE_EXHAUSTED / QUEUE_FULL: too many requests are waiting; retry after
 	//     `RetryInfo.retry_delay`, or use another runner.
 	//   - UNAVAILABLE / SHUTTING_DOWN: the process is stopping (perhaps because it
-	//     failed), or the model was unloaded or replaced; use another runner, or load
-	//     again.
-	//   - ABORTED / ABORTED: an `Abort` ended the completion; do not retry it
-	//     automatically.
+	//     failed), the runner is draining, or the model was unloaded or replaced; use
+	//     another runner, or load again.
+	//   - ABORTED / ABORTED: an `Abort`, or a `Drain` whose `timeout` passed, ended the
+	//     completion; do not retry it automatically.
 	//   - INTERNAL / GENERATION_FAILED: MLX raised an error in a step of this request's
 	//     batch; the runner recovers, and retrying is safe. Or the model's logits for
 	//     this request were not finite; other requests are not affected.
@@ -217,6 +218,22 @@ type RunnerServiceClient interface {
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.
 	Abort(ctx context.Context, in *AbortRequest, opts ...grpc.CallOption) (*AbortResponse, error)
+	// Refuses new completions (SHUTTING_DOWN) while running and queued ones finish,
+	// and returns when none is left. When `timeout` passes, the rest ends with
+	// ABORTED. `Status` says DRAINING from the beginning, and still after the call has
+	// returned; all other calls are answered as usual. A successful `Load`, or an
+	// `Unload`, ends that. Cancelling the call before it returns, or its deadline,
+	// ends it too: new completions are accepted again, unless another `Drain` is
+	// waiting. Without a model the call returns at once and changes nothing.
+	//
+	// Errors:
+	//   - INVALID_ARGUMENT / INVALID_FIELD: `timeout` is out of range; correct the
+	//     request.
+	//   - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which ends all
+	//     completions too.
+	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+	//     has none or a different one; send the right one.
+	Drain(ctx context.Context, in *DrainRequest, opts ...grpc.CallOption) (*DrainResponse, error)
 	// Splits text into the model's token ids, as its `tokenizer.json` says. Runs
 	// alongside completions without delaying them.
 	//
@@ -325,6 +342,16 @@ func (c *runnerServiceClient) Abort(ctx context.Context, in *AbortRequest, opts 
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(AbortResponse)
 	err := c.cc.Invoke(ctx, RunnerService_Abort_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *runnerServiceClient) Drain(ctx context.Context, in *DrainRequest, opts ...grpc.CallOption) (*DrainResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DrainResponse)
+	err := c.cc.Invoke(ctx, RunnerService_Drain_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -481,10 +508,10 @@ type RunnerServiceServer interface {
 	//   - RESOURCE_EXHAUSTED / QUEUE_FULL: too many requests are waiting; retry after
 	//     `RetryInfo.retry_delay`, or use another runner.
 	//   - UNAVAILABLE / SHUTTING_DOWN: the process is stopping (perhaps because it
-	//     failed), or the model was unloaded or replaced; use another runner, or load
-	//     again.
-	//   - ABORTED / ABORTED: an `Abort` ended the completion; do not retry it
-	//     automatically.
+	//     failed), the runner is draining, or the model was unloaded or replaced; use
+	//     another runner, or load again.
+	//   - ABORTED / ABORTED: an `Abort`, or a `Drain` whose `timeout` passed, ended the
+	//     completion; do not retry it automatically.
 	//   - INTERNAL / GENERATION_FAILED: MLX raised an error in a step of this request's
 	//     batch; the runner recovers, and retrying is safe. Or the model's logits for
 	//     this request were not finite; other requests are not affected.
@@ -505,6 +532,22 @@ type RunnerServiceServer interface {
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.
 	Abort(context.Context, *AbortRequest) (*AbortResponse, error)
+	// Refuses new completions (SHUTTING_DOWN) while running and queued ones finish,
+	// and returns when none is left. When `timeout` passes, the rest ends with
+	// ABORTED. `Status` says DRAINING from the beginning, and still after the call has
+	// returned; all other calls are answered as usual. A successful `Load`, or an
+	// `Unload`, ends that. Cancelling the call before it returns, or its deadline,
+	// ends it too: new completions are accepted again, unless another `Drain` is
+	// waiting. Without a model the call returns at once and changes nothing.
+	//
+	// Errors:
+	//   - INVALID_ARGUMENT / INVALID_FIELD: `timeout` is out of range; correct the
+	//     request.
+	//   - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which ends all
+	//     completions too.
+	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+	//     has none or a different one; send the right one.
+	Drain(context.Context, *DrainRequest) (*DrainResponse, error)
 	// Splits text into the model's token ids, as its `tokenizer.json` says. Runs
 	// alongside completions without delaying them.
 	//
@@ -560,6 +603,9 @@ func (UnimplementedRunnerServiceServer) Completion(*CompletionRequest, grpc.Serv
 }
 func (UnimplementedRunnerServiceServer) Abort(context.Context, *AbortRequest) (*AbortResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Abort not implemented")
+}
+func (UnimplementedRunnerServiceServer) Drain(context.Context, *DrainRequest) (*DrainResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Drain not implemented")
 }
 func (UnimplementedRunnerServiceServer) Tokenize(context.Context, *TokenizeRequest) (*TokenizeResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Tokenize not implemented")
@@ -707,6 +753,24 @@ func _RunnerService_Abort_Handler(srv interface{}, ctx context.Context, dec func
 	return interceptor(ctx, in, info, handler)
 }
 
+func _RunnerService_Drain_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DrainRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(RunnerServiceServer).Drain(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: RunnerService_Drain_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(RunnerServiceServer).Drain(ctx, req.(*DrainRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _RunnerService_Tokenize_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(TokenizeRequest)
 	if err := dec(in); err != nil {
@@ -773,6 +837,10 @@ var RunnerService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Abort",
 			Handler:    _RunnerService_Abort_Handler,
+		},
+		{
+			MethodName: "Drain",
+			Handler:    _RunnerService_Drain_Handler,
 		},
 		{
 			MethodName: "Tokenize",

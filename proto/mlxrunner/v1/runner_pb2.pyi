@@ -96,8 +96,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     Metadata: `queuedCount`.
     """
     ERROR_REASON_SHUTTING_DOWN: _ErrorReason.ValueType  # 9
-    """The process is stopping, or the model of the call is being unloaded. Code
-    UNAVAILABLE. Use another runner.
+    """The process is stopping or draining, or the model of the call is being
+    unloaded. Code UNAVAILABLE. Use another runner.
     """
     ERROR_REASON_GENERATION_FAILED: _ErrorReason.ValueType  # 10
     """MLX raised an error. Code INTERNAL. The request may be retried."""
@@ -106,8 +106,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     UNAUTHENTICATED. Send the server's token as `authorization: Bearer TOKEN`.
     """
     ERROR_REASON_ABORTED: _ErrorReason.ValueType  # 12
-    """The completion was ended on purpose, by `Abort`. Code ABORTED. Do not retry it
-    automatically.
+    """The completion was ended on purpose: by `Abort`, or by a `Drain` whose `timeout`
+    passed. Code ABORTED. Do not retry it automatically.
     """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
@@ -153,8 +153,8 @@ ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 8
 Metadata: `queuedCount`.
 """
 ERROR_REASON_SHUTTING_DOWN: ErrorReason.ValueType  # 9
-"""The process is stopping, or the model of the call is being unloaded. Code
-UNAVAILABLE. Use another runner.
+"""The process is stopping or draining, or the model of the call is being
+unloaded. Code UNAVAILABLE. Use another runner.
 """
 ERROR_REASON_GENERATION_FAILED: ErrorReason.ValueType  # 10
 """MLX raised an error. Code INTERNAL. The request may be retried."""
@@ -163,8 +163,8 @@ ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 11
 UNAUTHENTICATED. Send the server's token as `authorization: Bearer TOKEN`.
 """
 ERROR_REASON_ABORTED: ErrorReason.ValueType  # 12
-"""The completion was ended on purpose, by `Abort`. Code ABORTED. Do not retry it
-automatically.
+"""The completion was ended on purpose: by `Abort`, or by a `Drain` whose `timeout`
+passed. Code ABORTED. Do not retry it automatically.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
@@ -187,7 +187,9 @@ class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_State.ValueType
     `last_error`.
     """
     STATE_STOPPING: _State.ValueType  # 5
-    """The process was asked to stop and is draining."""
+    """The process was asked to stop and is about to exit."""
+    STATE_DRAINING: _State.ValueType  # 6
+    """A model is loaded and new completions are refused, because of a `Drain`."""
 
 class State(_State, metaclass=_StateEnumTypeWrapper):
     """What the process is doing. New values may be added."""
@@ -205,7 +207,9 @@ STATE_FAILED: State.ValueType  # 4
 `last_error`.
 """
 STATE_STOPPING: State.ValueType  # 5
-"""The process was asked to stop and is draining."""
+"""The process was asked to stop and is about to exit."""
+STATE_DRAINING: State.ValueType  # 6
+"""A model is loaded and new completions are refused, because of a `Drain`."""
 Global___State: _TypeAlias = State  # noqa: Y015
 
 class _Dtype:
@@ -1497,6 +1501,61 @@ class AbortResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AbortResponse: _TypeAlias = AbortResponse  # noqa: Y015
+
+@_typing.final
+class DrainRequest(_message.Message):
+    """Requests new completions to be refused and the present ones to finish."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIMEOUT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def timeout(self) -> _duration_pb2.Duration:
+        """Time after which the completions that are left end with ABORTED; 0 ends them at
+        once. Range: 0 to 86,400 seconds. Default: unset, no limit.
+        """
+
+    def __init__(
+        self,
+        *,
+        timeout: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timeout", b"timeout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["timeout", b"timeout"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
+
+@_typing.final
+class DrainResponse(_message.Message):
+    """The result of a drain."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINISHED_COUNT_FIELD_NUMBER: _builtins.int
+    ABORTED_COUNT_FIELD_NUMBER: _builtins.int
+    finished_count: _builtins.int
+    """The number of completions, running or queued when the call began, that ended
+    otherwise than with ABORTED: they finished or failed, or their clients cancelled
+    them.
+    """
+    aborted_count: _builtins.int
+    """The number of these completions that ended with ABORTED."""
+    def __init__(
+        self,
+        *,
+        finished_count: _builtins.int = ...,
+        aborted_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborted_count", b"aborted_count", "finished_count", b"finished_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
 
 @_typing.final
 class TokenizeRequest(_message.Message):

@@ -71,6 +71,11 @@ class RunnerServiceStub(object):
                 request_serializer=mlxrunner_dot_v1_dot_runner__pb2.AbortRequest.SerializeToString,
                 response_deserializer=mlxrunner_dot_v1_dot_runner__pb2.AbortResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/mlxrunner.v1.RunnerService/Drain',
+                request_serializer=mlxrunner_dot_v1_dot_runner__pb2.DrainRequest.SerializeToString,
+                response_deserializer=mlxrunner_dot_v1_dot_runner__pb2.DrainResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/mlxrunner.v1.RunnerService/Tokenize',
                 request_serializer=mlxrunner_dot_v1_dot_runner__pb2.TokenizeRequest.SerializeToString,
@@ -237,10 +242,10 @@ class RunnerServiceServicer(object):
         - RESOURCE_EXHAUSTED / QUEUE_FULL: too many requests are waiting; retry after
         `RetryInfo.retry_delay`, or use another runner.
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping (perhaps because it
-        failed), or the model was unloaded or replaced; use another runner, or load
-        again.
-        - ABORTED / ABORTED: an `Abort` ended the completion; do not retry it
-        automatically.
+        failed), the runner is draining, or the model was unloaded or replaced; use
+        another runner, or load again.
+        - ABORTED / ABORTED: an `Abort`, or a `Drain` whose `timeout` passed, ended the
+        completion; do not retry it automatically.
         - INTERNAL / GENERATION_FAILED: MLX raised an error in a step of this request's
         batch; the runner recovers, and retrying is safe. Or the model's logits for
         this request were not finite; other requests are not affected.
@@ -261,6 +266,27 @@ class RunnerServiceServicer(object):
         Errors:
         - INVALID_ARGUMENT / INVALID_FIELD: `request_ids` is empty, too long, or has an
         empty or too long entry; correct the request.
+        - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which ends all
+        completions too.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+        has none or a different one; send the right one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Refuses new completions (SHUTTING_DOWN) while running and queued ones finish,
+        and returns when none is left. When `timeout` passes, the rest ends with
+        ABORTED. `Status` says DRAINING from the beginning, and still after the call has
+        returned; all other calls are answered as usual. A successful `Load`, or an
+        `Unload`, ends that. Cancelling the call before it returns, or its deadline,
+        ends it too: new completions are accepted again, unless another `Drain` is
+        waiting. Without a model the call returns at once and changes nothing.
+
+        Errors:
+        - INVALID_ARGUMENT / INVALID_FIELD: `timeout` is out of range; correct the
+        request.
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which ends all
         completions too.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
@@ -342,6 +368,11 @@ def add_RunnerServiceServicer_to_server(servicer, server):
                     servicer.Abort,
                     request_deserializer=mlxrunner_dot_v1_dot_runner__pb2.AbortRequest.FromString,
                     response_serializer=mlxrunner_dot_v1_dot_runner__pb2.AbortResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=mlxrunner_dot_v1_dot_runner__pb2.DrainRequest.FromString,
+                    response_serializer=mlxrunner_dot_v1_dot_runner__pb2.DrainResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -545,6 +576,33 @@ class RunnerService(object):
             '/mlxrunner.v1.RunnerService/Abort',
             mlxrunner_dot_v1_dot_runner__pb2.AbortRequest.SerializeToString,
             mlxrunner_dot_v1_dot_runner__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mlxrunner.v1.RunnerService/Drain',
+            mlxrunner_dot_v1_dot_runner__pb2.DrainRequest.SerializeToString,
+            mlxrunner_dot_v1_dot_runner__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -196,10 +196,10 @@ class RunnerServiceStub:
     - RESOURCE_EXHAUSTED / QUEUE_FULL: too many requests are waiting; retry after
       `RetryInfo.retry_delay`, or use another runner.
     - UNAVAILABLE / SHUTTING_DOWN: the process is stopping (perhaps because it
-      failed), or the model was unloaded or replaced; use another runner, or load
-      again.
-    - ABORTED / ABORTED: an `Abort` ended the completion; do not retry it
-      automatically.
+      failed), the runner is draining, or the model was unloaded or replaced; use
+      another runner, or load again.
+    - ABORTED / ABORTED: an `Abort`, or a `Drain` whose `timeout` passed, ended the
+      completion; do not retry it automatically.
     - INTERNAL / GENERATION_FAILED: MLX raised an error in a step of this request's
       batch; the runner recovers, and retrying is safe. Or the model's logits for
       this request were not finite; other requests are not affected.
@@ -216,6 +216,23 @@ class RunnerServiceStub:
     Errors:
     - INVALID_ARGUMENT / INVALID_FIELD: `request_ids` is empty, too long, or has an
       empty or too long entry; correct the request.
+    - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which ends all
+      completions too.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+      has none or a different one; send the right one.
+    """
+    Drain: _grpc.UnaryUnaryMultiCallable[_runner_pb2.DrainRequest, _runner_pb2.DrainResponse]
+    """Refuses new completions (SHUTTING_DOWN) while running and queued ones finish,
+    and returns when none is left. When `timeout` passes, the rest ends with
+    ABORTED. `Status` says DRAINING from the beginning, and still after the call has
+    returned; all other calls are answered as usual. A successful `Load`, or an
+    `Unload`, ends that. Cancelling the call before it returns, or its deadline,
+    ends it too: new completions are accepted again, unless another `Drain` is
+    waiting. Without a model the call returns at once and changes nothing.
+
+    Errors:
+    - INVALID_ARGUMENT / INVALID_FIELD: `timeout` is out of range; correct the
+      request.
     - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which ends all
       completions too.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
@@ -385,10 +402,10 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
     - RESOURCE_EXHAUSTED / QUEUE_FULL: too many requests are waiting; retry after
       `RetryInfo.retry_delay`, or use another runner.
     - UNAVAILABLE / SHUTTING_DOWN: the process is stopping (perhaps because it
-      failed), or the model was unloaded or replaced; use another runner, or load
-      again.
-    - ABORTED / ABORTED: an `Abort` ended the completion; do not retry it
-      automatically.
+      failed), the runner is draining, or the model was unloaded or replaced; use
+      another runner, or load again.
+    - ABORTED / ABORTED: an `Abort`, or a `Drain` whose `timeout` passed, ended the
+      completion; do not retry it automatically.
     - INTERNAL / GENERATION_FAILED: MLX raised an error in a step of this request's
       batch; the runner recovers, and retrying is safe. Or the model's logits for
       this request were not finite; other requests are not affected.
@@ -405,6 +422,23 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
     Errors:
     - INVALID_ARGUMENT / INVALID_FIELD: `request_ids` is empty, too long, or has an
       empty or too long entry; correct the request.
+    - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which ends all
+      completions too.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+      has none or a different one; send the right one.
+    """
+    Drain: _aio.UnaryUnaryMultiCallable[_runner_pb2.DrainRequest, _runner_pb2.DrainResponse]  # type: ignore[assignment]
+    """Refuses new completions (SHUTTING_DOWN) while running and queued ones finish,
+    and returns when none is left. When `timeout` passes, the rest ends with
+    ABORTED. `Status` says DRAINING from the beginning, and still after the call has
+    returned; all other calls are answered as usual. A successful `Load`, or an
+    `Unload`, ends that. Cancelling the call before it returns, or its deadline,
+    ends it too: new completions are accepted again, unless another `Drain` is
+    waiting. Without a model the call returns at once and changes nothing.
+
+    Errors:
+    - INVALID_ARGUMENT / INVALID_FIELD: `timeout` is out of range; correct the
+      request.
     - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which ends all
       completions too.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
@@ -607,10 +641,10 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
         - RESOURCE_EXHAUSTED / QUEUE_FULL: too many requests are waiting; retry after
           `RetryInfo.retry_delay`, or use another runner.
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping (perhaps because it
-          failed), or the model was unloaded or replaced; use another runner, or load
-          again.
-        - ABORTED / ABORTED: an `Abort` ended the completion; do not retry it
-          automatically.
+          failed), the runner is draining, or the model was unloaded or replaced; use
+          another runner, or load again.
+        - ABORTED / ABORTED: an `Abort`, or a `Drain` whose `timeout` passed, ended the
+          completion; do not retry it automatically.
         - INTERNAL / GENERATION_FAILED: MLX raised an error in a step of this request's
           batch; the runner recovers, and retrying is safe. Or the model's logits for
           this request were not finite; other requests are not affected.
@@ -633,6 +667,29 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         - INVALID_ARGUMENT / INVALID_FIELD: `request_ids` is empty, too long, or has an
           empty or too long entry; correct the request.
+        - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which ends all
+          completions too.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+          has none or a different one; send the right one.
+        """
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _runner_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_runner_pb2.DrainResponse, _abc.Awaitable[_runner_pb2.DrainResponse]]:
+        """Refuses new completions (SHUTTING_DOWN) while running and queued ones finish,
+        and returns when none is left. When `timeout` passes, the rest ends with
+        ABORTED. `Status` says DRAINING from the beginning, and still after the call has
+        returned; all other calls are answered as usual. A successful `Load`, or an
+        `Unload`, ends that. Cancelling the call before it returns, or its deadline,
+        ends it too: new completions are accepted again, unless another `Drain` is
+        waiting. Without a model the call returns at once and changes nothing.
+
+        Errors:
+        - INVALID_ARGUMENT / INVALID_FIELD: `timeout` is out of range; correct the
+          request.
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping, which ends all
           completions too.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call

@@ -33,6 +33,9 @@ LOAD_SECONDS = 24 * 3600.0
 """Deadline of every load, in case no client watches its progress. A watched load without progress
 ends earlier, after ``Timeouts.load_seconds``."""
 
+DRAIN_SECONDS = 30 * 24 * 3600.0
+"""Deadline of every drain, which ends by the ``timeout_seconds`` of its caller."""
+
 END_SECONDS = 1.0
 """The longest wait for the end of a stream after its last message."""
 

@@ -10,7 +10,8 @@ from runner_common.contract import MAX_REQUEST_BYTES, SERVICE_NAME
 
 _RETRIED_METHODS = ("Status", "Estimate", "Tokenize", "Detokenize")
 """Never Completion: gRPC would replay a call that has not received its headers yet, and the
-model would do the work twice. Never Load, Unload and Trim: they change the runner."""
+model would do the work twice. Never calls that change the runner, such as Load and
+Drain."""
 
 _SERVICE_CONFIG = {
     "methodConfig": [

@@ -47,6 +47,11 @@ class OutputChannel:
         """True if the reader is far enough behind for the engine to preempt the request."""
         return self._queued_texts > _MAX_QUEUED_TEXTS
 
+    @property
+    def fault(self) -> RunnerFault | None:
+        """The fault that ends the stream; None if there is none so far."""
+        return self._fault
+
     def put(self, delta: OutputDelta) -> None:
         """Add a delta; a delta with ``done`` is the last one. No-op after a fault."""
         with self._lock:
