@@ -32,6 +32,9 @@ MAX_PARALLEL = 256
 MAX_LOGPROBS = 20
 """Most alternatives reported for each generated token."""
 
+MAX_PRIORITY = 100
+"""Highest priority of a completion; the lowest one is its negative."""
+
 MIN_CONTEXT_LENGTH = 2
 """Shortest context that ``Load`` accepts, in tokens: one of a prompt and one generated."""
 

@@ -233,6 +233,7 @@ class RunnerClient:
         options: Options | None = None,
         logprobs: int | None = None,
         request_id: str = "",
+        priority: int = 0,
         model: str | None = None,
     ) -> CompletionStream:
         """Start a completion and return the stream of chunks without waiting.
@@ -245,7 +246,9 @@ class RunnerClient:
             options: Sampling and stop options.
             logprobs: The number of most likely tokens, 0 to 20, to report with the log
                 probability of each token. Default: no log probabilities.
-            request_id: A name for the request in the server's log.
+            request_id: A name for the request in the server's log, and for ``abort``.
+            priority: Higher first among waiting completions, -100 to 100. Each second of waiting
+                counts like one level.
             model: The model that is meant, by the name it was loaded with or its path; another
                 one is refused. Default: the loaded model.
 
@@ -255,7 +258,12 @@ class RunnerClient:
             RunnerUnavailableError: The client is closed. Reading raises all other errors.
         """
         request = messages.completion_request(
-            prompt, options=options, logprobs=logprobs, request_id=request_id, model=model
+            prompt,
+            options=options,
+            logprobs=logprobs,
+            request_id=request_id,
+            priority=priority,
+            model=model,
         )
         return self._connection.start_stream(request)
 
@@ -266,6 +274,7 @@ class RunnerClient:
         options: Options | None = None,
         logprobs: int | None = None,
         request_id: str = "",
+        priority: int = 0,
         model: str | None = None,
     ) -> Completion:
         """Run a completion to the end, with the arguments and timeouts of ``completion``.
@@ -280,7 +289,12 @@ class RunnerClient:
             RunnerError: The completion failed for another reason.
         """
         stream = self.completion(
-            prompt, options=options, logprobs=logprobs, request_id=request_id, model=model
+            prompt,
+            options=options,
+            logprobs=logprobs,
+            request_id=request_id,
+            priority=priority,
+            model=model,
         )
         with stream:
             return messages.join_chunks([chunk for chunk in stream])

@@ -127,6 +127,7 @@ def completion_request(
     options: Options | None = None,
     logprobs: int | None = None,
     request_id: str = "",
+    priority: int = 0,
     model: str | None = None,
 ) -> pb.CompletionRequest:
     """Build the request of a completion from text or token ids.
@@ -140,11 +141,13 @@ def completion_request(
     check_kind("options", options, Options)
     check_integer("logprobs", logprobs)
     check_text("request_id", request_id)
+    check_integer("priority", priority)
     with _sendable():
         message = pb.CompletionRequest(
             options=_options(options or Options()),
             logprobs=logprobs,
             request_id=request_id,
+            priority=priority,
             model=_named(model),
         )
         if isinstance(prompt, str):

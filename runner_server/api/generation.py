@@ -36,6 +36,7 @@ class GenerationDraft:
         stop_token_ids: See :class:`CompletionSpec`.
         ignore_eos: See :class:`CompletionSpec`.
         request_id: The caller's name for the request; may be empty.
+        priority: See :class:`CompletionSpec`.
     """
 
     prompt: Prompt
@@ -45,6 +46,7 @@ class GenerationDraft:
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     request_id: str = ""
+    priority: int = 0
 
     def fit(self, prompt_ids: Sequence[int], model: ModelInfo) -> CompletionSpec:
         """Return the request for the engine, fitted to the model's context.
@@ -72,6 +74,7 @@ class GenerationDraft:
             stop_token_ids=self.stop_token_ids,
             ignore_eos=self.ignore_eos,
             request_id=self.request_id,
+            priority=self.priority,
         )
 
 

@@ -19,6 +19,7 @@ from runner_common.contract import (
     MAX_CONTEXT_LENGTH,
     MAX_LOGPROBS,
     MAX_PARALLEL,
+    MAX_PRIORITY,
     MIN_CONTEXT_LENGTH,
 )
 from runner_server.api.generation import GenerationDraft
@@ -141,6 +142,7 @@ def completion_draft(request: pb.CompletionRequest, model: ModelInfo) -> Generat
     check.bias("options.logit_bias", options.logit_bias, model.vocab_size)
     _check_number(check, request, "logprobs", 0, min(MAX_LOGPROBS, model.vocab_size))
     check_request_id(check, request.request_id)
+    check.number("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY)
     check.finish()
     return GenerationDraft(
         prompt=prompt,
@@ -148,6 +150,7 @@ def completion_draft(request: pb.CompletionRequest, model: ModelInfo) -> Generat
         sampling=_sampling(request, model),
         stop=tuple(options.stop),
         request_id=request.request_id,
+        priority=request.priority,
     )
 
 

@@ -59,6 +59,7 @@ class GenerationRequest:
         spec: The validated request.
         status: The stage that the request has reached.
         stream: The channel to the reader.
+        submitted_at: Time of arrival, in seconds of the monotonic clock.
     """
 
     def __init__(self, spec: CompletionSpec, codec: Codec, eos_token_ids: frozenset[int]) -> None:
@@ -73,7 +74,7 @@ class GenerationRequest:
         self._token_count = 0
         self._cached_count = 0
         self._reason: FinishReason | None = None
-        self._submitted_at = time.monotonic()
+        self.submitted_at = time.monotonic()
         self._admitted_at: float | None = None
         self._first_token_at: float | None = None
         self._finished_at: float | None = None
@@ -168,7 +169,7 @@ class GenerationRequest:
             prompt_count=len(self.spec.prompt_ids),
             cached_count=self._cached_count,
             eval_count=self._token_count,
-            queue_seconds=(admitted or now) - self._submitted_at,
+            queue_seconds=(admitted or now) - self.submitted_at,
             prompt_seconds=None if admitted is None else (first or now) - admitted,
             eval_seconds=None if first is None else now - first,
             reason=self._reason,

@@ -6,6 +6,7 @@ MLX nor reads a clock: it gets durations from the report of each item.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from contextlib import suppress
 
@@ -15,22 +16,36 @@ from runner_server.engine.generation_request import GenerationRequest, RequestSt
 from runner_server.engine.types import Event
 from runner_server.engine.work import WorkItem, WorkReport
 
+SECONDS_PER_LEVEL = 1.0
+"""Waiting time that counts like one level of priority. A request of the lowest priority, -100, is
+overtaken by those of the highest that arrive within 200 s."""
+
+
+def queue_position(request: GenerationRequest) -> float:
+    """Return the position of a waiting request; the smallest one is admitted first.
+
+    All waiting requests age at the same pace, so that their order does not depend on the present
+    time: a level of priority counts like an arrival :data:`SECONDS_PER_LEVEL` earlier.
+    """
+    return request.submitted_at - SECONDS_PER_LEVEL * request.spec.priority
+
 
 class Scheduler:
     """Orders the work of the requests on the engine's thread.
 
-    Admission is first come, first served: later requests do not overtake one that does not fit.
+    Admission goes by :func:`queue_position`, which is first come, first served for requests of
+    equal priority: the others do not overtake the first one if it does not fit.
     Preempted requests whose readers have caught up are resumed before waiting ones are admitted.
     :class:`BatchPlanner` alternates prefill and decode steps of the admitted requests.
 
     Attributes:
-        waiting: Requests that are WAITING, in order of arrival.
+        waiting: Requests that are WAITING, in order of admission.
         admitted: Requests with KV caches, by id: those in the batch and the PREEMPTED ones.
         resumable: PREEMPTED requests whose readers have caught up, in the order they did.
     """
 
     def __init__(self) -> None:
-        self.waiting: deque[GenerationRequest] = deque()
+        self.waiting: list[GenerationRequest] = []
         self.admitted: dict[int, GenerationRequest] = {}
         self.resumable: deque[GenerationRequest] = deque()
         self._planner: BatchPlanner | None = None
@@ -58,8 +73,8 @@ class Scheduler:
         return any(each.status is not preempted for each in self.admitted.values())
 
     def add(self, request: GenerationRequest) -> None:
-        """Queue a request."""
-        self.waiting.append(request)
+        """Queue a request, after those with the same position."""
+        insort(self.waiting, request, key=queue_position)
 
     def mark_resumable(self, request_id: int) -> None:
         """Queue a request to be resumed. No-op unless preempted."""
@@ -83,7 +98,7 @@ class Scheduler:
                 request.resume()
                 self._require_planner().resume(request.id)
             else:
-                request = self.waiting.popleft()
+                request = self.waiting.pop(0)
                 request.admit()
                 self.admitted[request.id] = request
                 self._require_planner().add(request.id, request.spec.prompt_ids)
@@ -119,12 +134,12 @@ class Scheduler:
 
     def remove(self, request: GenerationRequest) -> bool:
         """Forget a request; return True if it was admitted and so has KV caches to free."""
-        queue = self.resumable if self.admitted.pop(request.id, None) else self.waiting
+        is_admitted = self.admitted.pop(request.id, None) is not None
         with suppress(ValueError):
-            queue.remove(request)
+            (self.resumable if is_admitted else self.waiting).remove(request)
         if self._planner:
             self._planner.remove(request.id)
-        return queue is self.resumable
+        return is_admitted
 
     def clear(self) -> None:
         """Forget every request, and drop the references to the executor."""

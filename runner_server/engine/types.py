@@ -140,6 +140,7 @@ class CompletionSpec:
         stop_token_ids: Tokens that end the text, like the model's own end tokens.
         ignore_eos: Whether to continue after the model's own end tokens.
         request_id: The caller's name for the request, not necessarily unique; may be empty.
+        priority: Higher first among waiting requests.
     """
 
     prompt_ids: tuple[int, ...]
@@ -149,6 +150,7 @@ class CompletionSpec:
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     request_id: str = ""
+    priority: int = 0
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ def test_complete_joins_the_chunks(client: RunnerClient) -> None:
 
 def test_the_request_carries_all_arguments(client: RunnerClient, runner: FakeRunner) -> None:
     options = Options(temperature=0, top_k=0, seed=7, stop=("\n",), logit_bias={3: -1.5})
-    client.complete("Hi", options=options, logprobs=0, request_id="me")
-    expected = pb.CompletionRequest(prompt="Hi", logprobs=0, request_id="me")
+    client.complete("Hi", options=options, logprobs=0, request_id="me", priority=-7)
+    expected = pb.CompletionRequest(prompt="Hi", logprobs=0, request_id="me", priority=-7)
     expected.options.temperature = 0
     expected.options.top_k = 0
     expected.options.seed = 7

@@ -172,6 +172,7 @@ BILLION_ENDINGS = {
     "options.seed": "OK",
     "options.top_k": "INVALID_FIELD",
     "logprobs": "INVALID_FIELD",
+    "priority": "INVALID_FIELD",
 }
 
 

@@ -28,7 +28,8 @@ def _request(length: int = 10) -> GenerationRequest:
 
 def _waiting(scheduler: Scheduler, *lengths: int) -> list[GenerationRequest]:
     completions = [_request(length) for length in lengths]
-    scheduler.waiting.extend(completions)
+    for completion in completions:
+        scheduler.add(completion)
     return completions
 
 

@@ -1713,6 +1713,12 @@ type CompletionRequest struct {
 	// A name for the log lines of this request and for `Abort`, not necessarily
 	// unique. At most 128 characters. Default: empty.
 	RequestId string `protobuf:"bytes,5,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Higher first among waiting completions. Each second of waiting counts like one
+	// level, so that none waits indefinitely: one of priority 10 goes before those of
+	// priority 0 that arrived less than 10 seconds earlier. Equal ones go in order of
+	// arrival. A running completion is never interrupted, and a full queue refuses
+	// every priority. Range: -100 to 100. Default: 0.
+	Priority int32 `protobuf:"varint,6,opt,name=priority,proto3" json:"priority,omitempty"`
 	// The model that is meant: the `LoadRequest.model` that it was loaded with, or
 	// `Model.path`. Any other name is refused with MODEL_NOT_LOADED. Default: empty,
 	// the loaded model.
@@ -1795,6 +1801,13 @@ func (x *CompletionRequest) GetRequestId() string {
 		return x.RequestId
 	}
 	return ""
+}
+
+func (x *CompletionRequest) GetPriority() int32 {
+	if x != nil {
+		return x.Priority
+	}
+	return 0
 }
 
 func (x *CompletionRequest) GetModel() string {
@@ -2904,14 +2917,15 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x0ereserved_bytes\x18\b \x01(\x03R\rreservedBytes\x127\n" +
 	"\x18prefix_cache_limit_bytes\x18\t \x01(\x03R\x15prefixCacheLimitBytes\"\x1c\n" +
 	"\bTokenIds\x12\x10\n" +
-	"\x03ids\x18\x01 \x03(\x05R\x03ids\"\x98\x02\n" +
+	"\x03ids\x18\x01 \x03(\x05R\x03ids\"\xb4\x02\n" +
 	"\x11CompletionRequest\x12\x18\n" +
 	"\x06prompt\x18\x01 \x01(\tH\x00R\x06prompt\x12B\n" +
 	"\x10prompt_token_ids\x18\x02 \x01(\v2\x16.mlxrunner.v1.TokenIdsH\x00R\x0epromptTokenIds\x129\n" +
 	"\aoptions\x18\x03 \x01(\v2\x1f.mlxrunner.v1.CompletionOptionsR\aoptions\x12\x1f\n" +
 	"\blogprobs\x18\x04 \x01(\x05H\x01R\blogprobs\x88\x01\x01\x12\x1d\n" +
 	"\n" +
-	"request_id\x18\x05 \x01(\tR\trequestId\x12\x14\n" +
+	"request_id\x18\x05 \x01(\tR\trequestId\x12\x1a\n" +
+	"\bpriority\x18\x06 \x01(\x05R\bpriority\x12\x14\n" +
 	"\x05model\x18\a \x01(\tR\x05modelB\a\n" +
 	"\x05inputB\v\n" +
 	"\t_logprobs\"\xb6\x05\n" +

@@ -1039,6 +1039,7 @@ class CompletionRequest(_message.Message):
     OPTIONS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """Text. Special tokens written in it count as such; the model's
@@ -1051,6 +1052,13 @@ class CompletionRequest(_message.Message):
     request_id: _builtins.str
     """A name for the log lines of this request and for `Abort`, not necessarily
     unique. At most 128 characters. Default: empty.
+    """
+    priority: _builtins.int
+    """Higher first among waiting completions. Each second of waiting counts like one
+    level, so that none waits indefinitely: one of priority 10 goes before those of
+    priority 0 that arrived less than 10 seconds earlier. Equal ones go in order of
+    arrival. A running completion is never interrupted, and a full queue refuses
+    every priority. Range: -100 to 100. Default: 0.
     """
     model: _builtins.str
     """The model that is meant: the `LoadRequest.model` that it was loaded with, or
@@ -1073,11 +1081,12 @@ class CompletionRequest(_message.Message):
         options: Global___CompletionOptions | None = ...,
         logprobs: _builtins.int | None = ...,
         request_id: _builtins.str = ...,
+        priority: _builtins.int = ...,
         model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "input", b"input", "logprobs", b"logprobs", "options", b"options", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "input", b"input", "logprobs", b"logprobs", "model", b"model", "options", b"options", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "input", b"input", "logprobs", b"logprobs", "model", b"model", "options", b"options", "priority", b"priority", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015

@@ -220,7 +220,7 @@ class RunnerServiceServicer(object):
         failed, and its gRPC status says why. Completions run together, up to
         `LoadRequest.parallel` of them, if there is memory for the KV caches they may
         need (prompt and `num_predict` tokens, each counted as long as the longest);
-        others wait in order of arrival. Headers are sent as soon as a completion is
+        others wait by `priority`, then in order of arrival. Headers are sent as soon as a completion is
         accepted, even if it is queued; a refused one has no headers, only a status.
         A completion whose reader falls far behind is preempted, which gives its slot
         to others, and resumes when the reader catches up. Cancelling the call, or
