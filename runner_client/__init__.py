@@ -37,10 +37,10 @@ from runner_client.process.aio_process import AsyncRunnerProcess
 from runner_client.process.process import RunnerProcess
 from runner_client.rpc.aio_client import AsyncRunnerClient
 from runner_client.rpc.aio_load import AsyncPendingLoad
-from runner_client.rpc.aio_stream import AsyncCompletionStream
+from runner_client.rpc.aio_stream import AsyncCompletionStream, AsyncStatusStream
 from runner_client.rpc.client import RunnerClient
 from runner_client.rpc.load import PendingLoad
-from runner_client.rpc.stream import CompletionStream
+from runner_client.rpc.stream import CompletionStream, StatusStream
 from runner_client.types import (
     Completion,
     CompletionChunk,
@@ -72,6 +72,7 @@ __all__ = [
     "AsyncPendingLoad",
     "AsyncRunnerClient",
     "AsyncRunnerProcess",
+    "AsyncStatusStream",
     "AuthenticationError",
     "BusyError",
     "Completion",
@@ -116,6 +117,7 @@ __all__ = [
     "ShuttingDownError",
     "State",
     "Status",
+    "StatusStream",
     "Timeouts",
     "TlsFiles",
     "TokenLogprob",

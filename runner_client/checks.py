@@ -75,6 +75,20 @@ def check_number(field: str, value: object) -> None:
     refuse_type(field, value, "a number", instead)
 
 
+def check_seconds(field: str, value: float | None, low: float, high: float) -> None:
+    """Require a number of seconds in a range, or None.
+
+    Raises:
+        TypeError: The value is not a number.
+        InvalidRequestError: The number is out of range.
+    """
+    check_number(field, value)
+    # NaN compares false, so it is refused too.
+    if value is not None and not low <= value <= high:
+        text = f"{value:g} s is not in the range {low:g} s to {high:g} s"
+        raise InvalidRequestError(f"{field}: {text}", field_violations=[(field, text)])
+
+
 def check_text(field: str, value: object, form: str = "text (str)") -> None:
     """Require a string.
 

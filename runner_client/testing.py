@@ -53,6 +53,9 @@ _DTYPE_NAMES = {
 _MAX_CALLS = 32
 _POLL_SECONDS = 0.005
 
+_WATCH_SECONDS = 0.02
+"""Time between two looks at the settings of the fake, which tests change at any time."""
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -208,6 +211,26 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         else:
             status.state = pb.STATE_IDLE
         return status
+
+    def WatchStatus(
+        self,
+        request: pb.WatchStatusRequest,
+        context: grpc.ServicerContext,
+    ) -> Iterator[pb.WatchStatusResponse]:
+        """Report the status, also after changes and at the interval, until ``failure`` is set."""
+        self.requests.append(request)
+        interval = request.interval.ToNanoseconds() / 1e9
+        call = _Call(context, threading.Event())
+        sent, sent_at = None, 0.0
+        while True:
+            if self.failure is not None:
+                self.failure.abort(context)
+            status = self.Status(pb.StatusRequest(), context)
+            is_due = interval and time.monotonic() >= sent_at + interval
+            if status != sent or is_due:
+                sent, sent_at = status, time.monotonic()
+                yield pb.WatchStatusResponse(status=status)
+            call.wait(_WATCH_SECONDS)
 
     def Completion(
         self, request: pb.CompletionRequest, context: grpc.ServicerContext

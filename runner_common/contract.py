@@ -43,6 +43,15 @@ MAX_CONTEXT_LENGTH = 2**31 - 1
 MAX_BYTES = 2**63 - 1
 """Largest size that a request can hold."""
 
+MAX_DRAIN_SECONDS = 86_400.0
+"""Longest timeout of ``Drain``."""
+
+MIN_WATCH_SECONDS = 0.1
+"""Shortest interval of ``WatchStatus``."""
+
+MAX_WATCH_SECONDS = 3600.0
+"""Longest interval of ``WatchStatus``."""
+
 MAX_PORT = 65_535
 
 MAX_REQUEST_BYTES = 64 * 2**20

@@ -30,6 +30,7 @@ NAMES = {
     "AsyncPendingLoad": "PendingLoad",
     "AsyncRunnerClient": "RunnerClient",
     "AsyncRunnerProcess": "RunnerProcess",
+    "AsyncStatusStream": "StatusStream",
     "__aenter__": "__enter__",
     "__aexit__": "__exit__",
     "aio_calls": "calls",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import click
@@ -27,17 +28,42 @@ if TYPE_CHECKING:
 @address_argument
 @access_options
 @json_option
-def command(address: str, *, as_json: bool, **credentials: Unpack[Credentials]) -> None:
+@click.option(
+    "--watch", is_flag=True, help="Print a line now and after each change, until interrupted."
+)
+def command(
+    address: str, *, as_json: bool, watch: bool, **credentials: Unpack[Credentials]
+) -> None:
     """Show state, work and memory of the runner at ADDRESS.
 
     ADDRESS is HOST:PORT, [IPV6]:PORT or unix:/path.
     """
     with open_client(address, **credentials) as client:
+        if watch:
+            for status in client.watch_status():
+                _print_line(status, as_json=as_json)
+            return
         status = client.status()
     if as_json:
         print_json(status)
     else:
         print_rows(status_rows(status))
+
+
+def _print_line(status: Status, *, as_json: bool) -> None:
+    if as_json:
+        print_json(status)
+    else:
+        click.echo(status_line(status))
+
+
+def status_line(status: Status) -> str:
+    """Describe the state and work of a runner in one line, with the time of this machine."""
+    model = f", {status.model.name}" if status.model else ""
+    error = f", last error: {status.last_error}" if status.last_error else ""
+    work = f"{status.running_count} running, {status.queued_count} queued"
+    memory = format_bytes(status.memory_bytes)
+    return f"{time.strftime('%H:%M:%S')}  {_state(status)}{model}, {work}, {memory}{error}"
 
 
 def status_rows(status: Status) -> list[Row]:

@@ -15,11 +15,16 @@ from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from mlxrunner.v1 import runner_pb2_grpc
 from runner_client.errors import RunnerUnavailableError
-from runner_client.rpc.aio_stream import AsyncCompletionStream, raise_if_cancelled
+from runner_client.rpc.aio_stream import (
+    AsyncCompletionStream,
+    AsyncStatusStream,
+    raise_if_cancelled,
+)
 from runner_client.rpc.trace import with_trace
 from runner_client.rpc.transport import health
 from runner_client.rpc.transport.base import LOAD_SECONDS, POLL_SECONDS, ConnectionBase
 from runner_client.rpc.transport.channel import open_aio_channel
+from runner_client.rpc.waits import WatchTimer
 
 if TYPE_CHECKING:
     from mlxrunner.v1 import runner_pb2 as pb
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
     from runner_client.types import Timeouts, TlsFiles
 
     CompletionCall = grpc.aio.UnaryStreamCall[pb.CompletionRequest, pb.CompletionResponse]
+    WatchCall = grpc.aio.UnaryStreamCall[pb.WatchStatusRequest, pb.WatchStatusResponse]
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
@@ -64,7 +70,7 @@ class Connection(ConnectionBase):
         peer: Peer | None,
     ) -> None:
         super().__init__(address, timeouts, token, tls, peer)
-        self._streams: weakref.WeakSet[CompletionCall] = weakref.WeakSet()
+        self._streams: weakref.WeakSet[CompletionCall | WatchCall] = weakref.WeakSet()
 
     # The channel, stub and health method are created by the first call, because a channel binds
     # to the running event loop.
@@ -133,6 +139,22 @@ class Connection(ConnectionBase):
             raise self.translated(error) from error
         self._streams.add(call)
         return AsyncCompletionStream(call, timeouts=self.timeouts, failure=self._failure)
+
+    def start_watch(
+        self, request: pb.WatchStatusRequest, interval_seconds: float | None
+    ) -> AsyncStatusStream:
+        """Start to watch the status.
+
+        Raises:
+            RunnerUnavailableError: The client is closed.
+        """
+        try:
+            call = self.stub.WatchStatus(request, metadata=with_trace(self.access.metadata))
+        except grpc.aio.UsageError as error:
+            raise self.translated(error) from error
+        self._streams.add(call)
+        timer = WatchTimer(self.timeouts, interval_seconds)
+        return AsyncStatusStream(call, timer=timer, failure=self._failure, note=self.note_status)
 
     async def close(self) -> None:
         """Close the channel, which ends all calls."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
-    from runner_client.rpc.aio_stream import AsyncCompletionStream
+    from runner_client.rpc.aio_stream import AsyncCompletionStream, AsyncStatusStream
     from runner_client.rpc.transport.base import Peer
     from runner_client.types import (
         Completion,
@@ -202,6 +202,25 @@ class AsyncRunnerClient:
         status = messages.status(reply)
         self._connection.note_status(status)
         return status
+
+    def watch_status(self, *, interval_seconds: float | None = None) -> AsyncStatusStream:
+        """Watch the runner: return a stream of statuses, the first at once, without waiting.
+
+        Another status follows each change of state, progress, counts, model or last error, at most
+        20 a second. Reading raises ``RunnerTimeoutError`` without a first status in
+        ``Timeouts.call_seconds``, or without another one in that time after each interval.
+
+        Args:
+            interval_seconds: The longest time between two statuses, 0.1 to 3,600, to notice a
+                runner that hangs. Default: a status after changes only.
+
+        Raises:
+            TypeError: The interval is not a number.
+            InvalidRequestError: The interval is out of range.
+            RunnerUnavailableError: The client is closed. Reading raises all other errors.
+        """
+        request = messages.watch_request(interval_seconds)
+        return self._connection.start_watch(request, interval_seconds)
 
     async def ping(self) -> float:
         """Request a status and return the round-trip time, in seconds.

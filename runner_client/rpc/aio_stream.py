@@ -1,4 +1,4 @@
-"""Stream of a completion as an async iterator."""
+"""Streams of a completion and of statuses as async iterators."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Self
 import grpc
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_client.rpc.messages import completion_chunk
+from runner_client.rpc.messages import completion_chunk, status
 from runner_client.rpc.transport.base import (
     END_SECONDS,
     cancelled_stream,
     cut_off,
     incomplete_stream,
 )
-from runner_client.rpc.waits import StreamTimer
+from runner_client.rpc.waits import StreamTimer, WatchTimer
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from types import TracebackType
 
     from runner_client.errors import RunnerError
-    from runner_client.types import CompletionChunk, Timeouts
+    from runner_client.types import CompletionChunk, Status, Timeouts
 
 
 class AsyncCompletionStream:
@@ -108,6 +108,89 @@ class AsyncCompletionStream:
         if not self._is_done:
             self._is_cancelled = True
             self._call.cancel()
+
+    def __del__(self) -> None:
+        # The channel keeps gRPC's own call alive until it ends. A closed event loop has no calls
+        # left.
+        with contextlib.suppress(RuntimeError):
+            self.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.cancel()
+
+
+class AsyncStatusStream:
+    """Statuses of a watched runner: an async iterator and a context manager.
+
+    The request is sent when the stream is created. Leaving the ``async with`` block, calling
+    ``cancel()`` or dropping the stream ends the watch; a cancelled stream has no more statuses.
+    Every other end is a ``RunnerError``: ``ShuttingDownError`` after a status that says so.
+
+    A stream belongs to the event loop of its client. Only one task may read, and cancelling
+    that task ends the watch.
+    """
+
+    def __init__(
+        self,
+        call: grpc.aio.UnaryStreamCall[pb.WatchStatusRequest, pb.WatchStatusResponse],
+        *,
+        timer: WatchTimer,
+        failure: Callable[[BaseException], Awaitable[RunnerError]],
+        note: Callable[[Status], None],
+    ) -> None:
+        self._call = call
+        self._timer = timer
+        self._failure = failure
+        self._note = note
+        self._is_cancelled = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Status:
+        """Wait for the next status.
+
+        Raises:
+            ShuttingDownError: The runner is stopping; the previous status says so.
+            RunnerTimeoutError: No status arrived in time.
+            RunnerError: The watch failed for another reason.
+            StopAsyncIteration: The stream was cancelled.
+        """
+        message = await self._read()
+        if not isinstance(message, pb.WatchStatusResponse):
+            raise StopAsyncIteration
+        self._timer.received()
+        current = status(message.status)
+        self._note(current)
+        return current
+
+    async def _read(self) -> object:
+        """Return the next message, or another object at the end of the stream."""
+        deadline = self._timer.deadline(asyncio.get_running_loop().time())
+        try:
+            async with asyncio.timeout_at(None if deadline == math.inf else deadline):
+                return await self._call.read()
+        except TimeoutError:
+            # The timeout cancelled the read, and with it the call.
+            raise self._timer.expired() from None
+        except (grpc.RpcError, grpc.aio.UsageError, asyncio.CancelledError) as error:
+            raise_if_cancelled(error)
+            if self._is_cancelled:
+                return None
+            raise await self._failure(error) from error
+
+    def cancel(self) -> None:
+        """End the watch. Returns at once."""
+        self._is_cancelled = True
+        self._call.cancel()
 
     def __del__(self) -> None:
         # The channel keeps gRPC's own call alive until it ends. A closed event loop has no calls

@@ -11,11 +11,12 @@ import grpc
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from mlxrunner.v1 import runner_pb2_grpc
-from runner_client.rpc.stream import CompletionStream
+from runner_client.rpc.stream import CompletionStream, StatusStream
 from runner_client.rpc.trace import with_trace
 from runner_client.rpc.transport import health
 from runner_client.rpc.transport.base import LOAD_SECONDS, POLL_SECONDS, ConnectionBase
 from runner_client.rpc.transport.channel import open_channel
+from runner_client.rpc.waits import WatchTimer
 from runner_client.rpc.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -126,6 +127,26 @@ class Connection(ConnectionBase):
             raise self._failure(error) from error
         return CompletionStream(
             call, timeouts=self.timeouts, watchdog=self._watchdog, failure=self._failure
+        )
+
+    def start_watch(
+        self, request: pb.WatchStatusRequest, interval_seconds: float | None
+    ) -> StatusStream:
+        """Start to watch the status.
+
+        Raises:
+            RunnerUnavailableError: The client is closed.
+        """
+        try:
+            call = self.stub.WatchStatus(request, metadata=with_trace(self.access.metadata))
+        except ValueError as error:
+            raise self._failure(error) from error
+        return StatusStream(
+            call,
+            timer=WatchTimer(self.timeouts, interval_seconds),
+            watchdog=self._watchdog,
+            failure=self._failure,
+            note=self.note_status,
         )
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from runner_client.checks import (
     check_integer,
     check_kind,
     check_model,
-    check_number,
+    check_seconds,
     check_text,
     check_texts,
 )
@@ -34,6 +34,7 @@ from runner_client.types import (
     TokenLogprob,
     TopLogprob,
 )
+from runner_common.contract import MAX_DRAIN_SECONDS, MAX_WATCH_SECONDS, MIN_WATCH_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -121,6 +122,20 @@ def status_request(model: str | None) -> pb.StatusRequest:
         return pb.StatusRequest(model=_named(model))
 
 
+def watch_request(interval_seconds: float | None) -> pb.WatchStatusRequest:
+    """Build the request to watch the status.
+
+    Raises:
+        TypeError: The interval is not a number.
+        InvalidRequestError: The interval is out of range.
+    """
+    check_seconds("interval_seconds", interval_seconds, MIN_WATCH_SECONDS, MAX_WATCH_SECONDS)
+    request = pb.WatchStatusRequest()
+    if interval_seconds is not None:
+        request.interval.FromNanoseconds(round(interval_seconds * 1e9))
+    return request
+
+
 def completion_request(
     prompt: str | Sequence[int],
     *,
@@ -166,18 +181,10 @@ def abort_request(request_ids: Sequence[str]) -> pb.AbortRequest:
 
 def drain_request(timeout_seconds: float | None) -> pb.DrainRequest:
     """Build the request of a drain, with the errors of ``completion_request``."""
-    check_number("timeout_seconds", timeout_seconds)
+    check_seconds("timeout_seconds", timeout_seconds, 0, MAX_DRAIN_SECONDS)
     request = pb.DrainRequest()
-    if timeout_seconds is None:
-        return request
-    try:
+    if timeout_seconds is not None:
         request.timeout.FromNanoseconds(round(timeout_seconds * 1e9))
-    except (ValueError, OverflowError) as error:
-        text = f"{timeout_seconds} s cannot be sent; 0 to 86,400, or None for no limit"
-        violations = [("timeout_seconds", text)]
-        raise InvalidRequestError(
-            f"timeout_seconds: {text}", field_violations=violations
-        ) from error
     return request
 
 

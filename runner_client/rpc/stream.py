@@ -1,4 +1,4 @@
-"""Stream of a completion as a sync iterator."""
+"""Streams of a completion and of statuses as sync iterators."""
 
 from __future__ import annotations
 
@@ -8,30 +8,32 @@ from typing import TYPE_CHECKING, Self
 
 import grpc
 
-from runner_client.rpc.messages import completion_chunk
+from runner_client.rpc.messages import completion_chunk, status
 from runner_client.rpc.transport.base import (
     END_SECONDS,
     cancelled_stream,
     cut_off,
     incomplete_stream,
 )
-from runner_client.rpc.waits import StreamTimer
+from runner_client.rpc.waits import StreamTimer, WatchTimer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import TracebackType
-    from typing import Protocol
+    from typing import Protocol, TypeVar
 
     from mlxrunner.v1 import runner_pb2 as pb
     from runner_client.errors import RunnerError
     from runner_client.rpc.watchdog import Watchdog
-    from runner_client.types import CompletionChunk, Timeouts
+    from runner_client.types import CompletionChunk, Status, Timeouts
 
-    class _Call(Protocol):
+    _MessageT_co = TypeVar("_MessageT_co", covariant=True)
+
+    class _Call(Protocol[_MessageT_co]):
         """The part of gRPC's call object used by a stream."""
 
-        def __iter__(self) -> Iterator[pb.CompletionResponse]: ...
-        def __next__(self) -> pb.CompletionResponse: ...
+        def __iter__(self) -> Iterator[_MessageT_co]: ...
+        def __next__(self) -> _MessageT_co: ...
         def cancel(self) -> bool: ...
 
 
@@ -48,7 +50,7 @@ class CompletionStream:
 
     def __init__(
         self,
-        call: _Call,
+        call: _Call[pb.CompletionResponse],
         *,
         timeouts: Timeouts,
         watchdog: Watchdog,
@@ -118,6 +120,82 @@ class CompletionStream:
         if not self._is_done:
             self._is_cancelled = True
             self._call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.cancel()
+
+
+class StatusStream:
+    """Statuses of a watched runner: an iterator and a context manager.
+
+    The request is sent when the stream is created. Leaving the ``with`` block, calling
+    ``cancel()`` or dropping the stream ends the watch; a cancelled stream has no more statuses.
+    Every other end is a ``RunnerError``: ``ShuttingDownError`` after a status that says so.
+
+    Only one thread may read; ``cancel()`` may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        call: _Call[pb.WatchStatusResponse],
+        *,
+        timer: WatchTimer,
+        watchdog: Watchdog,
+        failure: Callable[[Exception], RunnerError],
+        note: Callable[[Status], None],
+    ) -> None:
+        self._call = call
+        self._timer = timer
+        self._watchdog = watchdog
+        self._failure = failure
+        self._note = note
+        self._is_cancelled = False
+        self._is_expired = False
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Status:
+        """Wait for the next status.
+
+        Raises:
+            ShuttingDownError: The runner is stopping; the previous status says so.
+            RunnerTimeoutError: No status arrived in time.
+            RunnerError: The watch failed for another reason.
+            StopIteration: The stream was cancelled.
+        """
+        self._watchdog.arm(id(self), self._timer.deadline(time.monotonic()), self._expire)
+        try:
+            message = next(self._call)
+        except (grpc.RpcError, ValueError) as error:
+            if self._is_expired:
+                raise self._timer.expired() from error
+            if self._is_cancelled:
+                raise StopIteration from None
+            raise self._failure(error) from error
+        finally:
+            self._watchdog.disarm(id(self))
+        self._timer.received()
+        current = status(message.status)
+        self._note(current)
+        return current
+
+    def _expire(self) -> None:
+        self._is_expired = True
+        self._call.cancel()
+
+    def cancel(self) -> None:
+        """End the watch. Returns at once."""
+        self._is_cancelled = True
+        self._call.cancel()
 
     def __enter__(self) -> Self:
         return self

@@ -51,6 +51,41 @@ class StreamTimer:
         return _stream_error("first_token", "no token", self._timeouts.first_token_seconds)
 
 
+class WatchTimer:
+    """Timer for the next message of a watch.
+
+    The first message has the deadline of a call. The others have one only if the runner was asked
+    for an interval: the interval and the time of a call.
+    """
+
+    def __init__(self, timeouts: Timeouts, interval_seconds: float | None) -> None:
+        self._seconds = timeouts.call_seconds
+        self._interval_seconds = interval_seconds
+        self._has_message = False
+
+    def deadline(self, now: float) -> float:
+        """Return the deadline of a wait beginning now; infinity if unlimited."""
+        return now + self._limit_seconds
+
+    @property
+    def _limit_seconds(self) -> float:
+        interval = _limit(self._interval_seconds) if self._has_message else 0.0
+        return self._seconds + interval
+
+    def received(self) -> None:
+        """Record a received message."""
+        self._has_message = True
+
+    def expired(self) -> RunnerTimeoutError:
+        """Return the error for a wait without a message."""
+        return RunnerTimeoutError(
+            f"the watch was cancelled: no status for {self._limit_seconds:g} s. The runner or the "
+            f"connection hangs, or raise Timeouts.call_seconds",
+            phase="idle" if self._has_message else "call",
+            timeout_seconds=self._limit_seconds,
+        )
+
+
 class LoadWatch:
     """Detector for a load without progress."""
 

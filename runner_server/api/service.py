@@ -8,6 +8,7 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
@@ -27,19 +28,21 @@ from runner_server.api.draining import drain
 from runner_server.api.estimator import Estimator
 from runner_server.api.generation import generate, model_for_call
 from runner_server.api.prompts import too_many
+from runner_server.api.status_watch import states
 from runner_server.api.validation import (
     abort_ids,
     completion_draft,
     drain_seconds,
     load_spec,
     trim_bytes,
+    watch_interval,
 )
 from runner_server.api.violations import check_token_ids
 from runner_server.engine.backend import ModelHandle, Ranks
 from runner_server.engine.commands import ModelCommand
 from runner_server.engine.engine import Engine
 from runner_server.engine.output.token_text import TokenTexts
-from runner_server.engine.types import CompletionSpec, LoadSpec
+from runner_server.engine.types import CompletionSpec, EngineState, LoadSpec
 from runner_server.errors import InvalidField, RunnerFault
 from runner_server.host.blas import blas_of
 from runner_server.host.resident_memory import resident_bytes
@@ -131,7 +134,19 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
     async def Status(self, request: pb.StatusRequest, context: _Context) -> pb.StatusResponse:
         """Report the state and memory of the process."""
         self._engine.require_named(request.model)
-        snapshot = self._engine.state()
+        return self._status(self._engine.state())
+
+    async def WatchStatus(
+        self,
+        request: pb.WatchStatusRequest,
+        context: _Context,
+    ) -> AsyncIterator[pb.WatchStatusResponse]:
+        """Report the state and memory of the process now and after each change."""
+        async with aclosing(states(self._engine, watch_interval(request))) as snapshots:
+            async for snapshot in snapshots:
+                yield pb.WatchStatusResponse(status=self._status(snapshot))
+
+    def _status(self, snapshot: EngineState) -> pb.StatusResponse:
         memory = self._engine.memory()
         answer = pb.StatusResponse(
             state=STATES[snapshot.state],

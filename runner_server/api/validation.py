@@ -11,16 +11,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_common.contract import (
     MAX_BYTES,
     MAX_CONTEXT_LENGTH,
+    MAX_DRAIN_SECONDS,
     MAX_LOGPROBS,
     MAX_PARALLEL,
     MAX_PRIORITY,
+    MAX_WATCH_SECONDS,
     MIN_CONTEXT_LENGTH,
+    MIN_WATCH_SECONDS,
 )
 from runner_server.api.generation import GenerationDraft
 from runner_server.api.prompts import Prompt
@@ -36,7 +40,6 @@ _MAX_STOPS = 64
 _MAX_STOP_CHARS = 1024
 _MAX_REQUEST_ID_CHARS = 128
 _MAX_ABORTED_IDS = 1024
-_MAX_DRAIN_SECONDS = 86_400
 _NANOS = 1_000_000_000
 
 _DTYPES = {
@@ -118,14 +121,29 @@ def drain_seconds(request: pb.DrainRequest) -> float | None:
     """
     if not request.HasField("timeout"):
         return None
+    return _seconds("timeout", request.timeout, 0, MAX_DRAIN_SECONDS)
+
+
+def watch_interval(request: pb.WatchStatusRequest) -> float | None:
+    """Validate a request to watch the status; return the interval in seconds, if there is one.
+
+    Raises:
+        InvalidField: The interval is out of range, or its parts are.
+    """
+    if not request.HasField("interval"):
+        return None
+    return _seconds("interval", request.interval, MIN_WATCH_SECONDS, MAX_WATCH_SECONDS)
+
+
+def _seconds(field: str, duration: Duration, low: float, high: float) -> float:
+    """Return the length of a duration in seconds, whose range begins at 0 or above."""
+    length = duration.seconds + duration.nanos / _NANOS
+    inside = 0 <= duration.nanos < _NANOS and low <= length <= high
     check = ViolationCollector()
-    seconds, nanos = request.timeout.seconds, request.timeout.nanos
-    is_duration = abs(nanos) < _NANOS and not min(seconds, nanos) < 0 < max(seconds, nanos)
-    check.require("timeout", is_duration, "not a google.protobuf.Duration: seconds or nanos")
-    value = seconds + nanos / _NANOS
-    check.number("timeout", value, 0, _MAX_DRAIN_SECONDS)
+    text = f"{length:g} s is not in the range {low:g} s to {high:g} s"
+    check.require(field, inside, text)
     check.finish()
-    return value
+    return length
 
 
 def completion_draft(request: pb.CompletionRequest, model: ModelInfo) -> GenerationDraft:

@@ -11,9 +11,11 @@ import asyncio
 import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 from runner_server.engine.backend import Backend, ModelHandle
+from runner_server.engine.change_signal import ChangeSignal
 from runner_server.engine.commands import (
     Cancel,
     CommandQueue,
@@ -54,8 +56,9 @@ class Engine:
         self._backend = backend
         self._on_death = on_death
         self._commands = CommandQueue()
-        self._registry = RequestRegistry(max_queued)
         self._loop = asyncio.get_running_loop()
+        self._changes = ChangeSignal(self._loop)
+        self._registry = RequestRegistry(max_queued, self._changes.notify)
         self._engine_thread = EngineThread(
             backend, self._registry, self._commands, self._loop, on_death
         )
@@ -222,6 +225,10 @@ class Engine:
     def state(self) -> EngineState:
         """Return a snapshot of the engine's state."""
         return self._registry.state()
+
+    def watch(self) -> AbstractContextManager[asyncio.Event]:
+        """Return a context with an event that is set after each change of the state but steps."""
+        return self._changes.watch()
 
     def memory(self) -> MemoryCounters:
         """Return the memory of the model library."""

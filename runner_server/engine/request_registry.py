@@ -7,7 +7,7 @@ registration happen under one lock.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Any
@@ -38,14 +38,16 @@ class RequestRegistry:
 
     Args:
         max_queued: Most requests that may wait for a slot.
+        on_change: Called on any thread after each change of the state, except for steps.
 
     Attributes:
         heartbeat: Progress of the engine's thread.
     """
 
-    def __init__(self, max_queued: int) -> None:
+    def __init__(self, max_queued: int, on_change: Callable[[], object] = lambda: None) -> None:
         self.heartbeat = Heartbeat()
         self._max_queued = max_queued
+        self._on_change = on_change
         self._lock = threading.Lock()
         self._state = State.IDLE
         self._model: ModelHandle | None = None
@@ -79,6 +81,7 @@ class RequestRegistry:
                 queued = self._queued_count()
                 raise QueueFull(queued, self._retry_estimate.seconds(queued, parallel))
             self._requests[request.id] = request
+        self._on_change()
 
     def _queued_count(self) -> int:
         waiting = RequestStatus.WAITING
@@ -105,7 +108,8 @@ class RequestRegistry:
             self._is_draining = self._model is not None
             drain = Drain(self._requests.values())
             self._drains.add(drain)
-            return drain
+        self._on_change()
+        return drain
 
     def end_drain(self, drain: Drain, *, is_drained: bool) -> None:
         """Record that a caller no longer waits.
@@ -118,6 +122,7 @@ class RequestRegistry:
             self._drains.discard(drain)
             if not (is_drained or self._drains):
                 self._is_draining = False
+        self._on_change()
 
     def refuse_when_draining(self) -> None:
         """Raise :class:`ShuttingDown` if new requests are refused because of a drain."""
@@ -142,6 +147,7 @@ class RequestRegistry:
             self._model_command = command
             if isinstance(command, Load):
                 self._progress, self._state = 0, State.LOADING
+        self._on_change()
 
     def begin_trim(self, future: Future[None], name: str = "") -> None:
         """Accept a trim; raise like :meth:`begin_command`."""
@@ -235,10 +241,18 @@ class RequestRegistry:
         """Record the progress of a load, 0 to 100."""
         self._progress = progress
         self.heartbeat.beat()
+        self._on_change()
+
+    def note_admission(self) -> None:
+        """Record that a request has left the queue for a slot."""
+        # So that the age of the last progress in Status excludes the preceding idle time.
+        self.heartbeat.beat()
+        self._on_change()
 
     def note_error(self, text: str) -> None:
         """Record why a load or a step failed."""
         self._last_error = text[:_MAX_ERROR_CHARS]
+        self._on_change()
 
     def note_failed_load(self, spec: LoadSpec, fault: RunnerFault) -> None:
         """Record why a load failed or was refused."""
@@ -258,11 +272,13 @@ class RequestRegistry:
             if running_seconds is not None:
                 parallel = self._model.info.parallel if self._model else 1
                 self._retry_estimate.record(running_seconds, parallel)
+        self._on_change()
 
     def offer_model(self, model: ModelHandle) -> None:
         """Start accepting requests for a model."""
         with self._lock:
             self._model = model
+        self._on_change()
 
     def withdraw_model(self) -> list[GenerationRequest]:
         """Stop accepting requests; return the unfinished ones."""
@@ -270,7 +286,9 @@ class RequestRegistry:
             self._model = None
             self._is_draining = False
             self._progress = 0
-            return list(self._requests.values())
+            requests = list(self._requests.values())
+        self._on_change()
+        return requests
 
     def end_command(self) -> None:
         """Record the end of a load or an unload, so that the next one can begin."""
@@ -279,6 +297,7 @@ class RequestRegistry:
             if not self.is_stopping:
                 self._state = State.ACTIVE if self._model else State.IDLE
             self._progress = 100 if self._model else 0
+        self._on_change()
 
     def end_trim(self, future: Future[None]) -> None:
         """Record the end of a trim. No-op if the caller has cancelled it."""
@@ -295,6 +314,7 @@ class RequestRegistry:
             if self._state is not State.FAILED:
                 self._state = State.STOPPING
             self._fail_drains(stopping_fault())
+        self._on_change()
 
     def die(self, text: str) -> list[GenerationRequest]:
         """Refuse further calls because the engine is dead; return the unfinished requests."""

@@ -217,8 +217,7 @@ class EngineThread:
 
     def _admit_and_run(self, model: LoadedModel, executor: Executor) -> None:
         for request in self._scheduler.admit(model):
-            # So that the age of the last progress in Status excludes the preceding idle time.
-            self._registry.heartbeat.beat()
+            self._registry.note_admission()
             executor.add(request.id, request.spec.prompt_ids, request.spec.sampling)
         if item := self._scheduler.next_item():
             self._run(item, executor)

@@ -76,6 +76,7 @@ async def test_every_method_refuses_a_wrong_token(guarded: Server, values: tuple
         stub.Trim(pb.TrimRequest(), metadata=sent),
         stub.Unload(pb.UnloadRequest(), metadata=sent),
         stub.Status(pb.StatusRequest(), metadata=sent),
+        stub.WatchStatus(pb.WatchStatusRequest(), metadata=sent),
         stub.Completion(pb.CompletionRequest(prompt="x"), metadata=sent),
         stub.Abort(pb.AbortRequest(request_ids=["x"]), metadata=sent),
         stub.Drain(pb.DrainRequest(), metadata=sent),

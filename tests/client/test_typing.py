@@ -12,6 +12,7 @@ from runner_client import (
     AsyncPendingLoad,
     AsyncRunnerClient,
     AsyncRunnerProcess,
+    AsyncStatusStream,
     Completion,
     CompletionChunk,
     CompletionStream,
@@ -25,6 +26,7 @@ from runner_client import (
     RunnerProcess,
     State,
     Status,
+    StatusStream,
     TokenLogprob,
 )
 from runner_client.testing import FakeRunner, fake_runner
@@ -55,6 +57,8 @@ def test_the_sync_client_has_precise_types(runner: FakeRunner) -> None:
         assert_type(client.unload(), int)
         with assert_type(client.completion("x"), CompletionStream):
             pass
+        with assert_type(client.watch_status(interval_seconds=1), StatusStream) as statuses:
+            assert_type(next(statuses), Status)
         client.load("m")
         for chunk in client.completion("x"):
             assert_type(chunk, CompletionChunk)
@@ -75,6 +79,8 @@ async def test_the_async_client_has_precise_types(runner: FakeRunner) -> None:
         assert_type(await client.trim(), int)
         assert_type(await client.is_serving(), bool)
         assert_type(await client.ping(), float)
+        async with assert_type(client.watch_status(), AsyncStatusStream) as statuses:
+            assert_type(await anext(statuses), Status)
         async with assert_type(client.completion("x"), AsyncCompletionStream) as stream:
             async for chunk in stream:
                 assert_type(chunk, CompletionChunk)

@@ -146,6 +146,7 @@ async def test_a_stopping_server_refuses_every_call(loaded: Server) -> None:
         loaded.stub.Drain(pb.DrainRequest()),
         loaded.stub.Tokenize(pb.TokenizeRequest(content="x")),
         loaded.stub.Detokenize(pb.DetokenizeRequest(token_ids=[1])),
+        loaded.stub.WatchStatus(pb.WatchStatusRequest()),
     ]
     for call in calls:
         assert_in_table(await failure(call), Code.UNAVAILABLE, "SHUTTING_DOWN")
@@ -162,7 +163,8 @@ async def test_a_failed_step_hides_its_exception(loaded: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    "rpc", ["Load", "Estimate", "Trim", "Unload", "Status", "Completion", "Tokenize"]
+    "rpc",
+    ["Load", "Estimate", "Trim", "Unload", "Status", "WatchStatus", "Completion", "Tokenize"],
 )
 async def test_an_unexpected_exception_is_not_revealed(
     loaded: Server, monkeypatch: pytest.MonkeyPatch, rpc: str
@@ -178,6 +180,7 @@ async def test_an_unexpected_exception_is_not_revealed(
         "Trim": lambda: loaded.stub.Trim(pb.TrimRequest()),
         "Unload": lambda: loaded.stub.Unload(pb.UnloadRequest()),
         "Status": loaded.status,
+        "WatchStatus": lambda: loaded.stub.WatchStatus(pb.WatchStatusRequest()),
         "Completion": loaded.start,
         "Tokenize": lambda: loaded.stub.Tokenize(pb.TokenizeRequest(content="x")),
     }

@@ -8,9 +8,10 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_server.api.validation import load_spec, trim_bytes
+from runner_server.api.validation import load_spec, trim_bytes, watch_interval
 from runner_server.config import parse_args
 from runner_server.engine.types import Dtype, LoadSpec
 from support.fakes import VOCAB_SIZE
@@ -261,6 +262,29 @@ async def test_an_estimate_out_of_range_is_refused(
     problem = await failure(loaded.stub.Estimate(_as_estimate(make())))
     assert (problem.code, problem.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
     assert set(problem.violations) == {field}
+
+
+@pytest.mark.parametrize(("seconds", "nanos"), [(0, 100_000_000), (1, 999_999_999), (3600, 0)])
+def test_an_interval_in_range_is_accepted(seconds: int, nanos: int) -> None:
+    request = pb.WatchStatusRequest(interval=Duration(seconds=seconds, nanos=nanos))
+    assert watch_interval(request) == pytest.approx(seconds + nanos / 1e9)
+
+
+def test_an_interval_may_be_unset() -> None:
+    assert watch_interval(pb.WatchStatusRequest()) is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "nanos"),
+    [(0, 0), (0, 99_999_999), (3600, 1), (-1, 0), (1, -1), (1, 10**9), (2**63 - 1, MAX_INT32)],
+)
+async def test_an_interval_out_of_range_is_refused(
+    server: Server, seconds: int, nanos: int
+) -> None:
+    request = pb.WatchStatusRequest(interval=Duration(seconds=seconds, nanos=nanos))
+    problem = await failure(server.stub.WatchStatus(request))
+    assert (problem.code, problem.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
+    assert set(problem.violations) == {"interval"}
 
 
 @pytest.mark.parametrize(("size", "kept"), [(None, 0), (0, 0), (1, 1), (2**63 - 1, 2**63 - 1)])

@@ -82,6 +82,9 @@ class Parsing:
             case pb.DrainRequest():
                 seconds = validation.drain_seconds(request)
                 assert seconds is None or 0 <= seconds <= 86_400
+            case pb.WatchStatusRequest():
+                interval = validation.watch_interval(request)
+                assert interval is None or 0.1 <= interval <= 3600
             case pb.CompletionRequest():
                 self._check_completion(request)
             case pb.TokenizeRequest():

@@ -27,6 +27,9 @@ TOO_LARGE = "MESSAGE_TOO_LARGE"
 _TELLTALES = ("Traceback", 'File "', "<class", "Error(", "Exception", " object at 0x")
 _METHODS = {method.name: method for method in METHODS}
 
+_ENDLESS = {"WatchStatus"}
+"""Streams that run until the caller cancels."""
+
 
 def _faults(base: type[RunnerFault]) -> Iterator[type[RunnerFault]]:
     for fault in base.__subclasses__():
@@ -75,7 +78,12 @@ class Caller:
         read = GetMessageClass(method.output_type).FromString
         if method.server_streaming:
             stream: Any = self.channel.unary_stream(path, response_deserializer=read)
-            return [answer async for answer in stream(data, timeout=ANSWER_SECONDS)]
+            call = stream(data, timeout=ANSWER_SECONDS)
+            if name in _ENDLESS:
+                answers = [await anext(aiter(call))]
+                call.cancel()
+                return answers
+            return [answer async for answer in call]
         unary: Any = self.channel.unary_unary(path, response_deserializer=read)
         return [await unary(data, timeout=ANSWER_SECONDS)]
 

@@ -50,6 +50,7 @@ def test_services_and_methods_are_listed(run: Run, place: ToolTarget) -> None:
         "Tokenize",
         "Trim",
         "Unload",
+        "WatchStatus",
     )
     assert run_grpcurl(run, place, "list", SERVICE).stdout.split() == [
         f"{SERVICE}.{m}" for m in methods

@@ -52,16 +52,17 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	RunnerService_Load_FullMethodName       = "/mlxrunner.v1.RunnerService/Load"
-	RunnerService_Estimate_FullMethodName   = "/mlxrunner.v1.RunnerService/Estimate"
-	RunnerService_Trim_FullMethodName       = "/mlxrunner.v1.RunnerService/Trim"
-	RunnerService_Unload_FullMethodName     = "/mlxrunner.v1.RunnerService/Unload"
-	RunnerService_Status_FullMethodName     = "/mlxrunner.v1.RunnerService/Status"
-	RunnerService_Completion_FullMethodName = "/mlxrunner.v1.RunnerService/Completion"
-	RunnerService_Abort_FullMethodName      = "/mlxrunner.v1.RunnerService/Abort"
-	RunnerService_Drain_FullMethodName      = "/mlxrunner.v1.RunnerService/Drain"
-	RunnerService_Tokenize_FullMethodName   = "/mlxrunner.v1.RunnerService/Tokenize"
-	RunnerService_Detokenize_FullMethodName = "/mlxrunner.v1.RunnerService/Detokenize"
+	RunnerService_Load_FullMethodName        = "/mlxrunner.v1.RunnerService/Load"
+	RunnerService_Estimate_FullMethodName    = "/mlxrunner.v1.RunnerService/Estimate"
+	RunnerService_Trim_FullMethodName        = "/mlxrunner.v1.RunnerService/Trim"
+	RunnerService_Unload_FullMethodName      = "/mlxrunner.v1.RunnerService/Unload"
+	RunnerService_Status_FullMethodName      = "/mlxrunner.v1.RunnerService/Status"
+	RunnerService_WatchStatus_FullMethodName = "/mlxrunner.v1.RunnerService/WatchStatus"
+	RunnerService_Completion_FullMethodName  = "/mlxrunner.v1.RunnerService/Completion"
+	RunnerService_Abort_FullMethodName       = "/mlxrunner.v1.RunnerService/Abort"
+	RunnerService_Drain_FullMethodName       = "/mlxrunner.v1.RunnerService/Drain"
+	RunnerService_Tokenize_FullMethodName    = "/mlxrunner.v1.RunnerService/Tokenize"
+	RunnerService_Detokenize_FullMethodName  = "/mlxrunner.v1.RunnerService/Detokenize"
 )
 
 // RunnerServiceClient is the client API for RunnerService service.
@@ -167,6 +168,21 @@ type RunnerServiceClient interface {
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.
 	Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*StatusResponse, error)
+	// Reports the same as `Status` at once, and again after each change of `state`,
+	// `progress`, `running_count`, `queued_count`, `model` or `last_error`, and at the
+	// interval, if one is set. Never waits for MLX. Sends at most 20 messages a
+	// second: changes in between, or while the reader is slow, are merged into one
+	// message, which has the newest values. Runs until the caller cancels, or until
+	// the process stops: then the last message has STATE_STOPPING or STATE_FAILED,
+	// and an error ends the stream.
+	//
+	// Errors:
+	//   - INVALID_ARGUMENT / INVALID_FIELD: the interval is out of range; correct the
+	//     request.
+	//   - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
+	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+	//     has none or a different one; send the right one.
+	WatchStatus(ctx context.Context, in *WatchStatusRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchStatusResponse], error)
 	// Completes a prompt. Streams zero or more messages and then exactly one with
 	// `done = true`, which closes the stream. A stream that ends without it has
 	// failed, and its gRPC status says why. Completions run together, up to
@@ -319,9 +335,28 @@ func (c *runnerServiceClient) Status(ctx context.Context, in *StatusRequest, opt
 	return out, nil
 }
 
+func (c *runnerServiceClient) WatchStatus(ctx context.Context, in *WatchStatusRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchStatusResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &RunnerService_ServiceDesc.Streams[0], RunnerService_WatchStatus_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[WatchStatusRequest, WatchStatusResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type RunnerService_WatchStatusClient = grpc.ServerStreamingClient[WatchStatusResponse]
+
 func (c *runnerServiceClient) Completion(ctx context.Context, in *CompletionRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[CompletionResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &RunnerService_ServiceDesc.Streams[0], RunnerService_Completion_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &RunnerService_ServiceDesc.Streams[1], RunnerService_Completion_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -481,6 +516,21 @@ type RunnerServiceServer interface {
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.
 	Status(context.Context, *StatusRequest) (*StatusResponse, error)
+	// Reports the same as `Status` at once, and again after each change of `state`,
+	// `progress`, `running_count`, `queued_count`, `model` or `last_error`, and at the
+	// interval, if one is set. Never waits for MLX. Sends at most 20 messages a
+	// second: changes in between, or while the reader is slow, are merged into one
+	// message, which has the newest values. Runs until the caller cancels, or until
+	// the process stops: then the last message has STATE_STOPPING or STATE_FAILED,
+	// and an error ends the stream.
+	//
+	// Errors:
+	//   - INVALID_ARGUMENT / INVALID_FIELD: the interval is out of range; correct the
+	//     request.
+	//   - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
+	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+	//     has none or a different one; send the right one.
+	WatchStatus(*WatchStatusRequest, grpc.ServerStreamingServer[WatchStatusResponse]) error
 	// Completes a prompt. Streams zero or more messages and then exactly one with
 	// `done = true`, which closes the stream. A stream that ends without it has
 	// failed, and its gRPC status says why. Completions run together, up to
@@ -597,6 +647,9 @@ func (UnimplementedRunnerServiceServer) Unload(context.Context, *UnloadRequest) 
 }
 func (UnimplementedRunnerServiceServer) Status(context.Context, *StatusRequest) (*StatusResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Status not implemented")
+}
+func (UnimplementedRunnerServiceServer) WatchStatus(*WatchStatusRequest, grpc.ServerStreamingServer[WatchStatusResponse]) error {
+	return status.Error(codes.Unimplemented, "method WatchStatus not implemented")
 }
 func (UnimplementedRunnerServiceServer) Completion(*CompletionRequest, grpc.ServerStreamingServer[CompletionResponse]) error {
 	return status.Error(codes.Unimplemented, "method Completion not implemented")
@@ -723,6 +776,17 @@ func _RunnerService_Status_Handler(srv interface{}, ctx context.Context, dec fun
 	}
 	return interceptor(ctx, in, info, handler)
 }
+
+func _RunnerService_WatchStatus_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(WatchStatusRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(RunnerServiceServer).WatchStatus(m, &grpc.GenericServerStream[WatchStatusRequest, WatchStatusResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type RunnerService_WatchStatusServer = grpc.ServerStreamingServer[WatchStatusResponse]
 
 func _RunnerService_Completion_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(CompletionRequest)
@@ -852,6 +916,11 @@ var RunnerService_ServiceDesc = grpc.ServiceDesc{
 		},
 	},
 	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "WatchStatus",
+			Handler:       _RunnerService_WatchStatus_Handler,
+			ServerStreams: true,
+		},
 		{
 			StreamName:    "Completion",
 			Handler:       _RunnerService_Completion_Handler,

@@ -61,6 +61,11 @@ class RunnerServiceStub(object):
                 request_serializer=mlxrunner_dot_v1_dot_runner__pb2.StatusRequest.SerializeToString,
                 response_deserializer=mlxrunner_dot_v1_dot_runner__pb2.StatusResponse.FromString,
                 _registered_method=True)
+        self.WatchStatus = channel.unary_stream(
+                '/mlxrunner.v1.RunnerService/WatchStatus',
+                request_serializer=mlxrunner_dot_v1_dot_runner__pb2.WatchStatusRequest.SerializeToString,
+                response_deserializer=mlxrunner_dot_v1_dot_runner__pb2.WatchStatusResponse.FromString,
+                _registered_method=True)
         self.Completion = channel.unary_stream(
                 '/mlxrunner.v1.RunnerService/Completion',
                 request_serializer=mlxrunner_dot_v1_dot_runner__pb2.CompletionRequest.SerializeToString,
@@ -214,6 +219,26 @@ class RunnerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchStatus(self, request, context):
+        """Reports the same as `Status` at once, and again after each change of `state`,
+        `progress`, `running_count`, `queued_count`, `model` or `last_error`, and at the
+        interval, if one is set. Never waits for MLX. Sends at most 20 messages a
+        second: changes in between, or while the reader is slow, are merged into one
+        message, which has the newest values. Runs until the caller cancels, or until
+        the process stops: then the last message has STATE_STOPPING or STATE_FAILED,
+        and an error ends the stream.
+
+        Errors:
+        - INVALID_ARGUMENT / INVALID_FIELD: the interval is out of range; correct the
+        request.
+        - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+        has none or a different one; send the right one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Completion(self, request, context):
         """Completes a prompt. Streams zero or more messages and then exactly one with
         `done = true`, which closes the stream. A stream that ends without it has
@@ -358,6 +383,11 @@ def add_RunnerServiceServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=mlxrunner_dot_v1_dot_runner__pb2.StatusRequest.FromString,
                     response_serializer=mlxrunner_dot_v1_dot_runner__pb2.StatusResponse.SerializeToString,
+            ),
+            'WatchStatus': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchStatus,
+                    request_deserializer=mlxrunner_dot_v1_dot_runner__pb2.WatchStatusRequest.FromString,
+                    response_serializer=mlxrunner_dot_v1_dot_runner__pb2.WatchStatusResponse.SerializeToString,
             ),
             'Completion': grpc.unary_stream_rpc_method_handler(
                     servicer.Completion,
@@ -522,6 +552,33 @@ class RunnerService(object):
             '/mlxrunner.v1.RunnerService/Status',
             mlxrunner_dot_v1_dot_runner__pb2.StatusRequest.SerializeToString,
             mlxrunner_dot_v1_dot_runner__pb2.StatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/mlxrunner.v1.RunnerService/WatchStatus',
+            mlxrunner_dot_v1_dot_runner__pb2.WatchStatusRequest.SerializeToString,
+            mlxrunner_dot_v1_dot_runner__pb2.WatchStatusResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -168,6 +168,22 @@ class RunnerServiceStub:
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
       has none or a different one; send the right one.
     """
+    WatchStatus: _grpc.UnaryStreamMultiCallable[_runner_pb2.WatchStatusRequest, _runner_pb2.WatchStatusResponse]
+    """Reports the same as `Status` at once, and again after each change of `state`,
+    `progress`, `running_count`, `queued_count`, `model` or `last_error`, and at the
+    interval, if one is set. Never waits for MLX. Sends at most 20 messages a
+    second: changes in between, or while the reader is slow, are merged into one
+    message, which has the newest values. Runs until the caller cancels, or until
+    the process stops: then the last message has STATE_STOPPING or STATE_FAILED,
+    and an error ends the stream.
+
+    Errors:
+    - INVALID_ARGUMENT / INVALID_FIELD: the interval is out of range; correct the
+      request.
+    - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+      has none or a different one; send the right one.
+    """
     Completion: _grpc.UnaryStreamMultiCallable[_runner_pb2.CompletionRequest, _runner_pb2.CompletionResponse]
     """Completes a prompt. Streams zero or more messages and then exactly one with
     `done = true`, which closes the stream. A stream that ends without it has
@@ -371,6 +387,22 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
     Errors:
     - FAILED_PRECONDITION / MODEL_NOT_LOADED: the request names a model (`model`)
       and it is not the loaded one; correct `model`, or use another runner.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+      has none or a different one; send the right one.
+    """
+    WatchStatus: _aio.UnaryStreamMultiCallable[_runner_pb2.WatchStatusRequest, _runner_pb2.WatchStatusResponse]  # type: ignore[assignment]
+    """Reports the same as `Status` at once, and again after each change of `state`,
+    `progress`, `running_count`, `queued_count`, `model` or `last_error`, and at the
+    interval, if one is set. Never waits for MLX. Sends at most 20 messages a
+    second: changes in between, or while the reader is slow, are merged into one
+    message, which has the newest values. Runs until the caller cancels, or until
+    the process stops: then the last message has STATE_STOPPING or STATE_FAILED,
+    and an error ends the stream.
+
+    Errors:
+    - INVALID_ARGUMENT / INVALID_FIELD: the interval is out of range; correct the
+      request.
+    - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
       has none or a different one; send the right one.
     """
@@ -604,6 +636,28 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         - FAILED_PRECONDITION / MODEL_NOT_LOADED: the request names a model (`model`)
           and it is not the loaded one; correct `model`, or use another runner.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+          has none or a different one; send the right one.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchStatus(
+        self,
+        request: _runner_pb2.WatchStatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_runner_pb2.WatchStatusResponse], _abc.AsyncIterator[_runner_pb2.WatchStatusResponse]]:
+        """Reports the same as `Status` at once, and again after each change of `state`,
+        `progress`, `running_count`, `queued_count`, `model` or `last_error`, and at the
+        interval, if one is set. Never waits for MLX. Sends at most 20 messages a
+        second: changes in between, or while the reader is slow, are merged into one
+        message, which has the newest values. Runs until the caller cancels, or until
+        the process stops: then the last message has STATE_STOPPING or STATE_FAILED,
+        and an error ends the stream.
+
+        Errors:
+        - INVALID_ARGUMENT / INVALID_FIELD: the interval is out of range; correct the
+          request.
+        - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
           has none or a different one; send the right one.
         """
