@@ -290,6 +290,15 @@ class Status:
     ranks: tuple[Rank, ...] = ()
     """The processes that together hold the model, rank 0 first; empty if one process holds all of
     it. All other attributes describe rank 0."""
+    kv_token_count: int = 0
+    """Tokens in the KV caches of completions that have started."""
+    kv_token_capacity: int = 0
+    """The maximum of ``kv_token_count`` if completions are equally long; 0 without a model."""
+    prefix_cached_ratio: float = 0.0
+    """The part of the prompt tokens taken from the prefix cache, 0 to 1, of completions that got
+    their first token in the last minute; 0 without any."""
+    tokens_per_second: float = 0.0
+    """Tokens generated per second, by all completions together, in the last minute."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,8 +71,11 @@ def status_rows(status: Status) -> list[Row]:
     rows = [("state", _state(status))]
     if status.model is not None:
         rows += [("model", _model(status.model)), ("context", _context(status))]
+    rows.append(("work", _work(status)))
+    if status.kv_token_capacity:
+        held = f"{status.kv_token_count:,} of {status.kv_token_capacity:,} tokens"
+        rows += [("KV cache", held), ("last minute", _last_minute(status))]
     rows += [
-        ("work", _work(status)),
         ("memory", memory_text(status.memory_usage)),
         ("device", status.device or "unknown until MLX is imported"),
         *([("BLAS", status.blas)] if status.blas else []),
@@ -126,6 +129,11 @@ def _work(status: Status) -> str:
     )
     age = status.last_progress_age_seconds
     return work if age is None else f"{work}; last progress {age:.1f} s ago"
+
+
+def _last_minute(status: Status) -> str:
+    share = f"{100 * status.prefix_cached_ratio:.0f} % of prompt tokens from the prefix cache"
+    return f"{status.tokens_per_second:,.1f} tokens/s, {share}"
 
 
 def _runner(status: Status) -> str:

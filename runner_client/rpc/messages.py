@@ -313,6 +313,10 @@ def status(message: pb.StatusResponse) -> Status:
         last_error=message.last_error,
         blas=message.blas,
         ranks=tuple(map(_rank, message.ranks)),
+        kv_token_count=message.kv_token_count,
+        kv_token_capacity=message.kv_token_capacity,
+        prefix_cached_ratio=message.prefix_cached_ratio,
+        tokens_per_second=message.tokens_per_second,
     )
 
 

@@ -163,6 +163,10 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
             blas=blas_of(self._engine.device),
             server_version=self._version,
             last_error=snapshot.last_error,
+            kv_token_count=snapshot.kv_token_count,
+            kv_token_capacity=snapshot.kv_token_capacity,
+            prefix_cached_ratio=snapshot.prefix_cached_ratio,
+            tokens_per_second=snapshot.tokens_per_second,
         )
         if snapshot.last_progress_age is not None:
             answer.last_progress_age.CopyFrom(duration(snapshot.last_progress_age))

@@ -73,6 +73,7 @@ class GenerationRequest:
         self._end_ids = model_end_ids | spec.stop_token_ids
         self._token_count = 0
         self._cached_count = 0
+        self._prefilled_count = 0
         self._reason: FinishReason | None = None
         self.submitted_at = time.monotonic()
         self._admitted_at: float | None = None
@@ -85,6 +86,14 @@ class GenerationRequest:
     def max_length(self) -> int:
         """Largest possible number of tokens in the sequence, prompt included."""
         return len(self.spec.prompt_ids) + self.spec.max_tokens
+
+    @property
+    def kv_token_count(self) -> int:
+        """Number of tokens in the KV cache. Thread-safe."""
+        if self.status in (RequestStatus.WAITING, RequestStatus.FINISHED):
+            return 0
+        # The last token gets its keys and values in the next step.
+        return self.length - 1 if self._token_count else self._prefilled_count
 
     @property
     def length(self) -> int:
@@ -136,6 +145,7 @@ class GenerationRequest:
     def on_prefill(self, event: Prefill) -> None:
         """Put the progress of the prompt into the channel."""
         self._cached_count = event.cached
+        self._prefilled_count = event.prefilled
         self.stream.put(OutputDelta(prefill=(event.prefilled, event.total)))
 
     def on_token(self, event: Token) -> GenerationResult | None:

@@ -19,6 +19,7 @@ from runner_server.engine.drain import Drain
 from runner_server.engine.faults import draining_fault, exiting_fault, stopping_fault
 from runner_server.engine.generation_request import GenerationRequest, RequestStatus
 from runner_server.engine.health.heartbeat import Heartbeat
+from runner_server.engine.health.recent_work import RecentWork
 from runner_server.engine.health.retry_estimate import RetryEstimate
 from runner_server.engine.types import EngineState, LoadSpec, State
 from runner_server.errors import (
@@ -57,6 +58,7 @@ class RequestRegistry:
         self._drains: set[Drain] = set()
         self._is_draining = False
         self._retry_estimate = RetryEstimate()
+        self._recent = RecentWork()
         self._progress = 0
         self._last_error = ""
 
@@ -219,7 +221,8 @@ class RequestRegistry:
         """Return a snapshot of the engine's state."""
         with self._lock:
             # A failed engine runs no requests, even if its thread hangs and still has some.
-            count = 0 if self._state is State.FAILED else len(self._requests)
+            requests = [] if self._state is State.FAILED else [*self._requests.values()]
+            count = len(requests)
             queued = self._queued_count() if count else 0
             is_working = count > 0 and not self.heartbeat.is_idle
             is_active = is_working or self._state is State.LOADING
@@ -233,6 +236,10 @@ class RequestRegistry:
                 step_count=self.heartbeat.step_count,
                 last_progress_age=self.heartbeat.age() if is_active else None,
                 last_error=self._last_error,
+                kv_token_count=sum(each.kv_token_count for each in requests),
+                kv_token_capacity=_kv_token_capacity(self._model) if self._model else 0,
+                prefix_cached_ratio=self._recent.cached_ratio if self._model else 0.0,
+                tokens_per_second=self._recent.tokens_per_second if self._model else 0.0,
             )
 
     # -- reports of the engine's thread ------------------------------------------
@@ -258,6 +265,17 @@ class RequestRegistry:
         """Record why a load failed or was refused."""
         self.note_error(f"load of {spec.model!r} failed: {fault}")
 
+    def note_step(self, generated: int) -> None:
+        """Record a finished work item and the number of tokens that it generated."""
+        self.heartbeat.step()
+        if generated:
+            self._recent.note_generated(generated)
+
+    def note_first_token(self, request: GenerationRequest) -> None:
+        """Record how much of a request's prompt came from the prefix cache."""
+        stats = request.stats()
+        self._recent.note_prompt(stats.prompt_count, stats.cached_count)
+
     def remove(self, request: GenerationRequest, running_seconds: float | None = None) -> None:
         """Remove a finished request.
 
@@ -277,7 +295,7 @@ class RequestRegistry:
     def offer_model(self, model: ModelHandle) -> None:
         """Start accepting requests for a model."""
         with self._lock:
-            self._model = model
+            self._model, self._recent = model, RecentWork()
         self._on_change()
 
     def withdraw_model(self) -> list[GenerationRequest]:
@@ -337,6 +355,17 @@ class RequestRegistry:
             # The caller may have cancelled, or the engine's thread may have set the outcome.
             with suppress(InvalidStateError):
                 future.set_exception(fault)
+
+
+def _kv_token_capacity(model: ModelHandle) -> int:
+    """Return the most tokens that fit the KV budget in sequences of equal length.
+
+    Counted in sequences of full length, of which a share may fit too: there a window or a recurrent
+    state takes the least memory per token.
+    """
+    info = model.info
+    fitting = info.kv_budget_bytes / max(1, model.kv_bytes(info.context_length))
+    return int(min(info.parallel, fitting) * info.context_length)
 
 
 def _require_memory(model: ModelHandle, request: GenerationRequest) -> None:

@@ -40,7 +40,7 @@ from runner_server.engine.output.channel import OutputChannel
 from runner_server.engine.output.wakeups import WakeupCoalescer, call_on_loop
 from runner_server.engine.request_registry import RequestRegistry
 from runner_server.engine.scheduler import Scheduler
-from runner_server.engine.types import Event, LoadSpec, ModelInfo, NotFinite, Prefill
+from runner_server.engine.types import Event, LoadSpec, ModelInfo, NotFinite, Prefill, Token
 from runner_server.engine.work import DecodeItem, WorkItem
 from runner_server.errors import GenerationFailed, RunnerFault, ShuttingDown
 
@@ -229,8 +229,8 @@ class EngineThread:
     def _run(self, item: WorkItem, executor: Executor) -> None:
         self._has_stepped = True
         report = executor.run(item)
-        self._registry.heartbeat.step()
         events = self._scheduler.record(item, report)
+        self._registry.note_step(sum(isinstance(event, Token) for event in events))
         ended = [row for event in events if (row := self._on_event(event)) is not None]
         if ended:
             # Before `remove`, which takes time to copy KV caches into the prefix cache.
@@ -260,6 +260,8 @@ class EngineThread:
         self._updated.append(request.stream)
         is_first = request.status is RequestStatus.PREFILLING
         result = request.on_token(event)
+        if is_first:
+            self._registry.note_first_token(request)
         if is_first or result:
             self._urgent.append(request.stream)
         if result is None:

@@ -314,6 +314,10 @@ class EngineState:
         step_count: Work items run since the start.
         last_progress_age: Seconds since the last progress; None if the engine has no work.
         last_error: Text of the latest failed load or step; empty if none has failed.
+        kv_token_count: Tokens in the KV caches of the admitted requests.
+        kv_token_capacity: Most tokens that fit, in equally long sequences; 0 without a model.
+        prefix_cached_ratio: Share of prompt tokens taken from the prefix cache in the last minute.
+        tokens_per_second: Tokens generated per second in the last minute.
     """
 
     state: State
@@ -324,3 +328,7 @@ class EngineState:
     step_count: int
     last_progress_age: float | None
     last_error: str
+    kv_token_count: int = 0
+    kv_token_capacity: int = 0
+    prefix_cached_ratio: float = 0.0
+    tokens_per_second: float = 0.0

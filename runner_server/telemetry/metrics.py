@@ -204,6 +204,12 @@ class _State(Collector):
         model = now.model
         yield _gauge("num_requests_running", "Completions that have started.", now.running_count)
         yield _gauge("num_requests_waiting", "Completions waiting for a slot.", now.queued_count)
+        capacity = now.kv_token_capacity
+        yield _gauge(
+            "kv_cache_usage_perc",
+            "Tokens in the KV caches of running completions per token that fits, 0 to 1.",
+            now.kv_token_count / capacity if capacity else 0.0,
+        )
         yield CounterMetricFamily("mlx_runner_engine_steps", "Engine steps.", value=now.step_count)
         state = GaugeMetricFamily(
             "mlx_runner_state", "1 for the current state, 0 for the others.", labels=["state"]

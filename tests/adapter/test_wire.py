@@ -67,6 +67,34 @@ async def test_joined_log_probability_texts_equal_the_content(
             assert all((top.text, top.bytes) == (entry.text, entry.bytes) for top in twins)
 
 
+@pytest.mark.parametrize("shape", ["llama", "gemma3", "mamba2"])
+async def test_the_kv_figures_are_those_of_the_model(
+    real: Server, model_dir: Build, shape: str
+) -> None:
+    """A window and a recurrent state count in sequences of full length."""
+    await real.load(str(model_dir(shape)), context_length=64, parallel=3)
+    assert (await real.status()).kv_token_capacity == 3 * 64
+    call = real.start("abcdef", num_predict=50, temperature=0)
+    await anext(aiter(call))
+    assert 0 < (await real.status()).kv_token_count < 64
+    call.cancel()
+    await eventually(lambda: not real.view.requests)
+    assert (await real.status()).kv_token_count == 0
+
+
+async def test_the_share_of_cached_prompts_is_counted(real: Server, model_dir: Build) -> None:
+    await real.load(str(model_dir()), context_length=256)
+    prompt = "def main(): pass " * 8
+    first = (await real.complete(prompt, num_predict=2))[-1]
+    assert (await real.status()).prefix_cached_ratio == 0
+    again = (await real.complete(prompt, num_predict=2))[-1]
+    assert again.prompt_cached_count > 0
+    share = again.prompt_cached_count / (first.prompt_eval_count + again.prompt_eval_count)
+    assert (await real.status()).prefix_cached_ratio == pytest.approx(share)
+    await real.load(str(model_dir()), context_length=256)
+    assert (await real.status()).prefix_cached_ratio == 0
+
+
 @pytest.mark.parametrize("broken", ["config.json", "model.safetensors", "tokenizer.json"])
 async def test_a_broken_model_leaves_no_memory_in_use_and_the_server_works(
     real: Server, model_dir: Build, tmp_path: Path, broken: str

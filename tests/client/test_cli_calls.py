@@ -92,6 +92,10 @@ def test_status_rows_describe_a_busy_runner() -> None:
         server_version="1.2",
         last_error="it broke",
         blas="OpenBLAS (libopenblas.so.0)",
+        kv_token_count=1234,
+        kv_token_capacity=16384,
+        prefix_cached_ratio=0.456,
+        tokens_per_second=78.91,
         ranks=(Rank(0, "one", 77, "cpu: EPYC", memory), Rank(1, "two", 78, "", memory)),
     )
     assert status_rows(status) == [
@@ -99,6 +103,8 @@ def test_status_rows_describe_a_busy_runner() -> None:
         ("model", "qwen (qwen3, 4-bit, bfloat16, 2.0 GiB)"),
         ("context", "4,096 tokens, 4 completions together"),
         ("work", "2 running, 1 queued, 12,345 steps since the start; last progress 0.2 s ago"),
+        ("KV cache", "1,234 of 16,384 tokens"),
+        ("last minute", "78.9 tokens/s, 46 % of prompt tokens from the prefix cache"),
         (
             "memory",
             memory_text(memory),

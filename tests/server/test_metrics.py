@@ -101,6 +101,20 @@ async def test_completions_are_counted_and_timed(scraped: Server) -> None:
     assert refused == 1
 
 
+async def test_the_usage_of_the_kv_cache_is_a_share(scraped: Server) -> None:
+    gate = scraped.backend.step_gate
+    gate.shut()
+    call = scraped.start("x" * 100)
+    await scraped.thread(gate.wait_arrival)
+    gate.allow()
+    await scraped.thread(lambda: gate.wait_passed(1))
+    await scraped.thread(gate.wait_arrival)
+    state = scraped.app.engine.state()
+    usage = state.kv_token_count / state.kv_token_capacity
+    assert value(await samples(scraped), "mlx_runner_kv_cache_usage_perc") == usage > 0
+    call.cancel()
+
+
 async def test_gauges_have_the_state_at_the_scrape(scraped: Server) -> None:
     idle = await samples(scraped)
     assert not [name for name, _ in idle if name == "mlx_runner_last_progress_age_seconds"]

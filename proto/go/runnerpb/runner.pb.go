@@ -1275,9 +1275,23 @@ type StatusResponse struct {
 	// The processes that hold the model together, this one (rank 0) first; empty if
 	// this process holds all of it. `memory`, `memory_usage` and `model` describe
 	// this process alone.
-	Ranks         []*Rank `protobuf:"bytes,19,rep,name=ranks,proto3" json:"ranks,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Ranks []*Rank `protobuf:"bytes,19,rep,name=ranks,proto3" json:"ranks,omitempty"`
+	// Tokens whose keys and values the completions that have started hold now, without
+	// the prefix cache: of prompts, as far as they are processed, and generated ones.
+	KvTokenCount int64 `protobuf:"varint,20,opt,name=kv_token_count,json=kvTokenCount,proto3" json:"kv_token_count,omitempty"`
+	// The most tokens that fit the memory for KV caches, if completions are equally
+	// long: the number of sequences of `context_length` that fit, at most `parallel`,
+	// times `context_length`. 0 when no model is loaded.
+	KvTokenCapacity int64 `protobuf:"varint,21,opt,name=kv_token_capacity,json=kvTokenCapacity,proto3" json:"kv_token_capacity,omitempty"`
+	// The part of the prompt tokens taken from the prefix cache, 0 to 1, of the
+	// completions that have reached their first token in the last minute, or since the
+	// load if that is shorter; 0 if there are none.
+	PrefixCachedRatio float64 `protobuf:"fixed64,22,opt,name=prefix_cached_ratio,json=prefixCachedRatio,proto3" json:"prefix_cached_ratio,omitempty"`
+	// Tokens generated per second, by all completions together, over the last minute,
+	// or since the load if that is shorter; 0 when no model is loaded.
+	TokensPerSecond float64 `protobuf:"fixed64,23,opt,name=tokens_per_second,json=tokensPerSecond,proto3" json:"tokens_per_second,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *StatusResponse) Reset() {
@@ -1441,6 +1455,34 @@ func (x *StatusResponse) GetRanks() []*Rank {
 		return x.Ranks
 	}
 	return nil
+}
+
+func (x *StatusResponse) GetKvTokenCount() int64 {
+	if x != nil {
+		return x.KvTokenCount
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetKvTokenCapacity() int64 {
+	if x != nil {
+		return x.KvTokenCapacity
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetPrefixCachedRatio() float64 {
+	if x != nil {
+		return x.PrefixCachedRatio
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetTokensPerSecond() float64 {
+	if x != nil {
+		return x.TokensPerSecond
+	}
+	return 0
 }
 
 // Requests the state of the process, now and after each change.
@@ -2965,7 +3007,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\vfreed_bytes\x18\x01 \x01(\x03R\n" +
 	"freedBytes\"%\n" +
 	"\rStatusRequest\x12\x14\n" +
-	"\x05model\x18\x01 \x01(\tR\x05model\"\xd8\x05\n" +
+	"\x05model\x18\x01 \x01(\tR\x05model\"\x86\a\n" +
 	"\x0eStatusResponse\x12)\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x13.mlxrunner.v1.StateR\x05state\x12\x1a\n" +
 	"\bprogress\x18\x02 \x01(\x05R\bprogress\x12%\n" +
@@ -2988,7 +3030,11 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\n" +
 	"last_error\x18\x11 \x01(\tR\tlastError\x12\x12\n" +
 	"\x04blas\x18\x12 \x01(\tR\x04blas\x12(\n" +
-	"\x05ranks\x18\x13 \x03(\v2\x12.mlxrunner.v1.RankR\x05ranks\"K\n" +
+	"\x05ranks\x18\x13 \x03(\v2\x12.mlxrunner.v1.RankR\x05ranks\x12$\n" +
+	"\x0ekv_token_count\x18\x14 \x01(\x03R\fkvTokenCount\x12*\n" +
+	"\x11kv_token_capacity\x18\x15 \x01(\x03R\x0fkvTokenCapacity\x12.\n" +
+	"\x13prefix_cached_ratio\x18\x16 \x01(\x01R\x11prefixCachedRatio\x12*\n" +
+	"\x11tokens_per_second\x18\x17 \x01(\x01R\x0ftokensPerSecond\"K\n" +
 	"\x12WatchStatusRequest\x125\n" +
 	"\binterval\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\binterval\"K\n" +
 	"\x13WatchStatusResponse\x124\n" +

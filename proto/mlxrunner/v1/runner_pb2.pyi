@@ -802,6 +802,10 @@ class StatusResponse(_message.Message):
     LAST_ERROR_FIELD_NUMBER: _builtins.int
     BLAS_FIELD_NUMBER: _builtins.int
     RANKS_FIELD_NUMBER: _builtins.int
+    KV_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    KV_TOKEN_CAPACITY_FIELD_NUMBER: _builtins.int
+    PREFIX_CACHED_RATIO_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     state: Global___State.ValueType
     """What the process is doing."""
     progress: _builtins.int
@@ -842,6 +846,24 @@ class StatusResponse(_message.Message):
     """The library that multiplies matrices on a CPU ("OpenBLAS
     (libopenblas.so.0)", "reference BLAS of MLX"); empty on other devices and
     until MLX is imported.
+    """
+    kv_token_count: _builtins.int
+    """Tokens whose keys and values the completions that have started hold now, without
+    the prefix cache: of prompts, as far as they are processed, and generated ones.
+    """
+    kv_token_capacity: _builtins.int
+    """The most tokens that fit the memory for KV caches, if completions are equally
+    long: the number of sequences of `context_length` that fit, at most `parallel`,
+    times `context_length`. 0 when no model is loaded.
+    """
+    prefix_cached_ratio: _builtins.float
+    """The part of the prompt tokens taken from the prefix cache, 0 to 1, of the
+    completions that have reached their first token in the last minute, or since the
+    load if that is shorter; 0 if there are none.
+    """
+    tokens_per_second: _builtins.float
+    """Tokens generated per second, by all completions together, over the last minute,
+    or since the load if that is shorter; 0 when no model is loaded.
     """
     @_builtins.property
     def memory_usage(self) -> Global___MemoryUsage:
@@ -891,10 +913,14 @@ class StatusResponse(_message.Message):
         last_error: _builtins.str = ...,
         blas: _builtins.str = ...,
         ranks: _abc.Iterable[Global___Rank] | None = ...,
+        kv_token_count: _builtins.int = ...,
+        kv_token_capacity: _builtins.int = ...,
+        prefix_cached_ratio: _builtins.float = ...,
+        tokens_per_second: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["last_progress_age", b"last_progress_age", "memory_usage", b"memory_usage", "model", b"model", "uptime_duration", b"uptime_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blas", b"blas", "context_length", b"context_length", "device", b"device", "last_error", b"last_error", "last_progress_age", b"last_progress_age", "memory", b"memory", "memory_usage", b"memory_usage", "model", b"model", "parallel", b"parallel", "pid", b"pid", "progress", b"progress", "queued_count", b"queued_count", "ranks", b"ranks", "runner_id", b"runner_id", "running_count", b"running_count", "server_version", b"server_version", "state", b"state", "step_count", b"step_count", "uptime_duration", b"uptime_duration"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blas", b"blas", "context_length", b"context_length", "device", b"device", "kv_token_capacity", b"kv_token_capacity", "kv_token_count", b"kv_token_count", "last_error", b"last_error", "last_progress_age", b"last_progress_age", "memory", b"memory", "memory_usage", b"memory_usage", "model", b"model", "parallel", b"parallel", "pid", b"pid", "prefix_cached_ratio", b"prefix_cached_ratio", "progress", b"progress", "queued_count", b"queued_count", "ranks", b"ranks", "runner_id", b"runner_id", "running_count", b"running_count", "server_version", b"server_version", "state", b"state", "step_count", b"step_count", "tokens_per_second", b"tokens_per_second", "uptime_duration", b"uptime_duration"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
