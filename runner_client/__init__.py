@@ -42,6 +42,7 @@ from runner_client.rpc.client import RunnerClient
 from runner_client.rpc.load import PendingLoad
 from runner_client.rpc.stream import CompletionStream, StatusStream
 from runner_client.types import (
+    Capabilities,
     Completion,
     CompletionChunk,
     DeviceInfo,
@@ -75,6 +76,7 @@ __all__ = [
     "AsyncStatusStream",
     "AuthenticationError",
     "BusyError",
+    "Capabilities",
     "Completion",
     "CompletionChunk",
     "CompletionStream",

@@ -31,7 +31,15 @@ from google.rpc import error_details_pb2, status_pb2
 
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
-from runner_common.contract import CODES, DEFAULT_CONTEXT_LENGTH, DEFAULT_PARALLEL, ERROR_DOMAIN
+from runner_common.contract import (
+    CODES,
+    DEFAULT_CONTEXT_LENGTH,
+    DEFAULT_PARALLEL,
+    ERROR_DOMAIN,
+    MAX_LOGIT_BIASES,
+    MAX_LOGPROBS,
+    MAX_STOPS,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -349,7 +357,16 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
 
     def _model(self, name: str) -> pb.Model:
         is_fallback = self.dtype_fallback or self._is_stored
-        return pb.Model(name=name, path=name, dtype_fallback=is_fallback)
+        accepted = pb.Capabilities(
+            batched=True,
+            prefix_cache=self.prefix_cache_bytes > 0,
+            max_context_length=DEFAULT_CONTEXT_LENGTH,
+            max_logprobs=MAX_LOGPROBS,
+            max_stop_count=MAX_STOPS,
+            max_logit_bias_count=MAX_LOGIT_BIASES,
+            rank_count=1,
+        )
+        return pb.Model(name=name, path=name, dtype_fallback=is_fallback, capabilities=accepted)
 
     def _receive(self, request: Message, context: grpc.ServicerContext) -> None:
         self.requests.append(request)

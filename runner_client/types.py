@@ -120,6 +120,26 @@ _NUMBERS = (
 
 
 @dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What requests a model and its server accept; None where an older server does not tell."""
+
+    batched: bool | None = None
+    """Whether several completions are decoded together; otherwise they run one after another."""
+    prefix_cache: bool | None = None
+    """Whether a prompt may reuse the prefill of an earlier one."""
+    max_context_length: int | None = None
+    """The longest sequence that is accepted, in tokens."""
+    max_logprobs: int | None = None
+    """The largest ``logprobs`` of a completion."""
+    max_stop_count: int | None = None
+    """The most strings in ``Options.stop``."""
+    max_logit_bias_count: int | None = None
+    """The most token ids in ``Options.logit_bias``."""
+    rank_count: int | None = None
+    """The number of processes that together hold the model."""
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """A loaded model."""
 
@@ -146,6 +166,8 @@ class Model:
     """Whether ``"auto_or_stored"`` had no memory for float32 and kept the weights as stored."""
     warnings: tuple[str, ...] = ()
     """Ways in which the output may deviate from the model's files, and known limitations."""
+    capabilities: Capabilities = Capabilities()
+    """What requests the model and its server accept."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,12 @@ MAX_LOGPROBS = 20
 MAX_PRIORITY = 100
 """Highest priority of a completion; the lowest one is its negative."""
 
+MAX_STOPS = 64
+"""Most stop strings of a request."""
+
+MAX_LOGIT_BIASES = 1024
+"""Most token ids with a logit bias of a request."""
+
 MIN_CONTEXT_LENGTH = 2
 """Shortest context that ``Load`` accepts, in tokens: one of a prompt and one generated."""
 

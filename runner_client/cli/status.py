@@ -21,7 +21,7 @@ from runner_common.units import format_bytes
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from runner_client.types import MemoryUsage, Model, Rank, Status
+    from runner_client.types import Capabilities, MemoryUsage, Model, Rank, Status
 
 
 @click.command("status", short_help="Show state, work and memory of a runner.", epilog=EXIT_CODES)
@@ -71,6 +71,7 @@ def status_rows(status: Status) -> list[Row]:
     rows = [("state", _state(status))]
     if status.model is not None:
         rows += [("model", _model(status.model)), ("context", _context(status))]
+        rows += [("requests", text) for text in _requests(status.model.capabilities)]
     rows.append(("work", _work(status)))
     if status.kv_token_capacity:
         held = f"{status.kv_token_count:,} of {status.kv_token_capacity:,} tokens"
@@ -120,6 +121,21 @@ def _model(model: Model) -> str:
 
 def _context(status: Status) -> str:
     return f"{status.context_length:,} tokens, {status.parallel} completions together"
+
+
+def _requests(accepted: Capabilities) -> list[str]:
+    """Return one description of what requests are accepted; none if nothing is known."""
+    counts = [
+        (accepted.max_logprobs, "log probabilities"),
+        (accepted.max_stop_count, "stop strings"),
+        (accepted.max_logit_bias_count, "logit biases"),
+    ]
+    parts = [
+        {True: "decoded together", False: "one after another", None: ""}[accepted.batched],
+        {True: "with prefix cache", False: "without prefix cache", None: ""}[accepted.prefix_cache],
+        *(f"up to {count:,} {name}" for count, name in counts if count is not None),
+    ]
+    return [", ".join(filter(None, parts))] if any(parts) else []
 
 
 def _work(status: Status) -> str:

@@ -18,6 +18,7 @@ from runner_client.checks import (
 )
 from runner_client.errors import InvalidRequestError
 from runner_client.types import (
+    Capabilities,
     Completion,
     CompletionChunk,
     DoneReason,
@@ -265,7 +266,13 @@ def _model(message: pb.Model) -> Model:
         eos_token_ids=tuple(message.eos_token_ids),
         dtype_fallback=message.dtype_fallback,
         warnings=tuple(message.warnings),
+        capabilities=_capabilities(message.capabilities),
     )
+
+
+def _capabilities(message: pb.Capabilities) -> Capabilities:
+    """Convert the fields that the server has set."""
+    return Capabilities(**{field.name: value for field, value in message.ListFields()})
 
 
 def load_estimate(message: pb.EstimateResponse) -> LoadEstimate:

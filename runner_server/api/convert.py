@@ -7,6 +7,7 @@ import sys
 from google.protobuf.duration_pb2 import Duration
 
 from mlxrunner.v1 import runner_pb2 as pb
+from runner_common.contract import MAX_LOGIT_BIASES, MAX_LOGPROBS, MAX_STOPS
 from runner_server.api.estimator import Estimated
 from runner_server.engine.output.token_text import TokenTexts
 from runner_server.engine.types import (
@@ -42,8 +43,8 @@ def duration(seconds: float) -> Duration:
     return value
 
 
-def model_message(info: ModelInfo) -> pb.Model:
-    """Convert the description of a loaded model."""
+def model_message(info: ModelInfo, rank_count: int = 1) -> pb.Model:
+    """Convert the description of a model, held by a number of processes together."""
     return pb.Model(
         name=info.name,
         path=info.path,
@@ -56,6 +57,15 @@ def model_message(info: ModelInfo) -> pb.Model:
         eos_token_ids=sorted(info.eos_token_ids),
         dtype_fallback=info.dtype_fallback,
         warnings=info.warnings,
+        capabilities=pb.Capabilities(
+            batched=info.parallel > 1,
+            prefix_cache=info.prefix_cache_bytes > 0,
+            max_context_length=info.context_length,
+            max_logprobs=min(MAX_LOGPROBS, info.vocab_size),
+            max_stop_count=MAX_STOPS,
+            max_logit_bias_count=MAX_LOGIT_BIASES,
+            rank_count=rank_count,
+        ),
     )
 
 

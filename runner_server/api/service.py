@@ -42,7 +42,7 @@ from runner_server.engine.backend import ModelHandle, Ranks
 from runner_server.engine.commands import ModelCommand
 from runner_server.engine.engine import Engine
 from runner_server.engine.output.token_text import TokenTexts
-from runner_server.engine.types import CompletionSpec, EngineState, LoadSpec
+from runner_server.engine.types import CompletionSpec, EngineState, LoadSpec, ModelInfo
 from runner_server.errors import InvalidField, RunnerFault
 from runner_server.host.blas import blas_of
 from runner_server.host.resident_memory import resident_bytes
@@ -90,7 +90,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         await self._refuse_early(spec)
         info = await _outcome(self._engine.load(spec))
         return pb.LoadResponse(
-            model=model_message(info), load_duration=duration(time.monotonic() - started)
+            model=self._model(info), load_duration=duration(time.monotonic() - started)
         )
 
     async def _refuse_early(self, spec: LoadSpec) -> None:
@@ -106,6 +106,9 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         except RunnerFault as fault:
             self._engine.note_refused_load(spec, fault)
             raise
+
+    def _model(self, info: ModelInfo) -> pb.Model:
+        return model_message(info, 1 + len(self._ranks.others) if self._ranks else 1)
 
     async def Estimate(self, request: pb.EstimateRequest, context: _Context) -> pb.EstimateResponse:
         """Estimate the memory a load would need."""
@@ -171,7 +174,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         if snapshot.last_progress_age is not None:
             answer.last_progress_age.CopyFrom(duration(snapshot.last_progress_age))
         if snapshot.model:
-            answer.model.CopyFrom(model_message(snapshot.model))
+            answer.model.CopyFrom(self._model(snapshot.model))
             answer.context_length = snapshot.model.context_length
             answer.parallel = snapshot.model.parallel
             answer.memory_usage.limit_bytes = snapshot.model.limit_bytes

@@ -22,6 +22,7 @@ from runner_common.contract import (
     MAX_LOGPROBS,
     MAX_PARALLEL,
     MAX_PRIORITY,
+    MAX_STOPS,
     MAX_WATCH_SECONDS,
     MIN_CONTEXT_LENGTH,
     MIN_WATCH_SECONDS,
@@ -36,7 +37,6 @@ _T = TypeVar("_T")
 _MAX_INT32 = 2**31 - 1
 _MAX_MODEL_CHARS = 4096
 
-_MAX_STOPS = 64
 _MAX_STOP_CHARS = 1024
 _MAX_REQUEST_ID_CHARS = 128
 _MAX_ABORTED_IDS = 1024
@@ -223,9 +223,9 @@ def _check_number(
 
 
 def _check_stops(check: ViolationCollector, stops: Sequence[str]) -> None:
-    if len(stops) > _MAX_STOPS:
+    if len(stops) > MAX_STOPS:
         # A message can have millions; checking each would block the event loop.
-        check.require("options.stop", ok=False, text=f"{len(stops)}; at most {_MAX_STOPS}")
+        check.require("options.stop", ok=False, text=f"{len(stops)}; at most {MAX_STOPS}")
         return
     for i, stop in enumerate(stops):
         inside = 1 <= len(stop) <= _MAX_STOP_CHARS

@@ -6,9 +6,9 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 
+from runner_common.contract import MAX_LOGIT_BIASES
 from runner_server.errors import InvalidField
 
-_MAX_BIASES = 1024
 _MAX_BIAS = 100.0
 
 
@@ -36,8 +36,8 @@ class ViolationCollector:
 
     def bias(self, field: str, bias: Mapping[int, float], vocab_size: int) -> None:
         """Check the logit biases of tokens."""
-        if len(bias) > _MAX_BIASES:
-            many = f"{len(bias)} entries; at most {_MAX_BIASES}"
+        if len(bias) > MAX_LOGIT_BIASES:
+            many = f"{len(bias)} entries; at most {MAX_LOGIT_BIASES}"
             self.require(field, ok=False, text=many)
             return
         for token_id, value in bias.items():

@@ -9,7 +9,7 @@ import pytest
 
 from runner_client.cli.status import memory_text, status_rows
 from runner_client.testing import Failure, fake_runner
-from runner_client.types import MemoryUsage, Model, Rank, State, Status
+from runner_client.types import Capabilities, MemoryUsage, Model, Rank, State, Status
 from support.command_line import invoke
 
 if TYPE_CHECKING:
@@ -79,7 +79,10 @@ def test_status_rows_describe_a_busy_runner() -> None:
         context_length=4096,
         memory_bytes=3 * 2**30,
         memory_usage=memory,
-        model=Model("qwen", "/models/qwen", "qwen3", 32768, 1000, 2**31, "bfloat16", 4, (0,)),
+        model=Model(
+            *("qwen", "/models/qwen", "qwen3", 32768, 1000, 2**31, "bfloat16", 4, (0,)),
+            capabilities=Capabilities(batched=False, max_logprobs=20, max_logit_bias_count=1024),
+        ),
         parallel=4,
         running_count=2,
         queued_count=1,
@@ -102,6 +105,7 @@ def test_status_rows_describe_a_busy_runner() -> None:
         ("state", "active"),
         ("model", "qwen (qwen3, 4-bit, bfloat16, 2.0 GiB)"),
         ("context", "4,096 tokens, 4 completions together"),
+        ("requests", "one after another, up to 20 log probabilities, up to 1,024 logit biases"),
         ("work", "2 running, 1 queued, 12,345 steps since the start; last progress 0.2 s ago"),
         ("KV cache", "1,234 of 16,384 tokens"),
         ("last minute", "78.9 tokens/s, 46 % of prompt tokens from the prefix cache"),

@@ -23,6 +23,7 @@ PUBLIC = [
     "AsyncStatusStream",
     "AuthenticationError",
     "BusyError",
+    "Capabilities",
     "Completion",
     "CompletionChunk",
     "CompletionStream",

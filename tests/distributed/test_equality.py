@@ -104,6 +104,7 @@ def test_each_rank_holds_a_part_of_the_weights(
     assert expected
     whole, status = alone.status(), pair.status()
     assert [rank.rank for rank in status.ranks] == [0, 1]
+    assert status.model.capabilities.rank_count == 2
     assert status.ranks[0].pid == status.pid
     assert len({rank.pid for rank in status.ranks}) == 2
     assert all(rank.device == status.device and rank.host for rank in status.ranks)

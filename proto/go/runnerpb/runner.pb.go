@@ -574,7 +574,9 @@ type Model struct {
 	DtypeFallback bool `protobuf:"varint,10,opt,name=dtype_fallback,json=dtypeFallback,proto3" json:"dtype_fallback,omitempty"`
 	// Where its answers may differ from what its files say, and what it cannot do
 	// here, as text; empty if nothing is known.
-	Warnings      []string `protobuf:"bytes,11,rep,name=warnings,proto3" json:"warnings,omitempty"`
+	Warnings []string `protobuf:"bytes,11,rep,name=warnings,proto3" json:"warnings,omitempty"`
+	// What requests this model and this server accept.
+	Capabilities  *Capabilities `protobuf:"bytes,12,opt,name=capabilities,proto3" json:"capabilities,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -686,6 +688,118 @@ func (x *Model) GetWarnings() []string {
 	return nil
 }
 
+func (x *Model) GetCapabilities() *Capabilities {
+	if x != nil {
+		return x.Capabilities
+	}
+	return nil
+}
+
+// What requests a loaded model and its server accept. An unset field means that it
+// is unknown; a server older than the field does not set it.
+type Capabilities struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Whether several completions are decoded together. If false, they run one after
+	// another: `parallel` is 1, or the model cannot be decoded in a batch (see
+	// `Model.warnings`).
+	Batched *bool `protobuf:"varint,1,opt,name=batched,proto3,oneof" json:"batched,omitempty"`
+	// Whether a prompt that begins like an earlier one may skip the prefill of the
+	// common part; false if the size of the prefix cache is 0.
+	PrefixCache *bool `protobuf:"varint,2,opt,name=prefix_cache,json=prefixCache,proto3,oneof" json:"prefix_cache,omitempty"`
+	// The longest sequence accepted, prompt and generated text together, in tokens:
+	// `StatusResponse.context_length`.
+	MaxContextLength *int32 `protobuf:"varint,3,opt,name=max_context_length,json=maxContextLength,proto3,oneof" json:"max_context_length,omitempty"`
+	// The largest `CompletionRequest.logprobs`.
+	MaxLogprobs *int32 `protobuf:"varint,4,opt,name=max_logprobs,json=maxLogprobs,proto3,oneof" json:"max_logprobs,omitempty"`
+	// The most strings in `CompletionOptions.stop`.
+	MaxStopCount *int32 `protobuf:"varint,5,opt,name=max_stop_count,json=maxStopCount,proto3,oneof" json:"max_stop_count,omitempty"`
+	// The most entries of `CompletionOptions.logit_bias`.
+	MaxLogitBiasCount *int32 `protobuf:"varint,6,opt,name=max_logit_bias_count,json=maxLogitBiasCount,proto3,oneof" json:"max_logit_bias_count,omitempty"`
+	// The number of processes that hold the model together; 1 if one holds all of it.
+	RankCount     *int32 `protobuf:"varint,7,opt,name=rank_count,json=rankCount,proto3,oneof" json:"rank_count,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Capabilities) Reset() {
+	*x = Capabilities{}
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Capabilities) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Capabilities) ProtoMessage() {}
+
+func (x *Capabilities) ProtoReflect() protoreflect.Message {
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Capabilities.ProtoReflect.Descriptor instead.
+func (*Capabilities) Descriptor() ([]byte, []int) {
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Capabilities) GetBatched() bool {
+	if x != nil && x.Batched != nil {
+		return *x.Batched
+	}
+	return false
+}
+
+func (x *Capabilities) GetPrefixCache() bool {
+	if x != nil && x.PrefixCache != nil {
+		return *x.PrefixCache
+	}
+	return false
+}
+
+func (x *Capabilities) GetMaxContextLength() int32 {
+	if x != nil && x.MaxContextLength != nil {
+		return *x.MaxContextLength
+	}
+	return 0
+}
+
+func (x *Capabilities) GetMaxLogprobs() int32 {
+	if x != nil && x.MaxLogprobs != nil {
+		return *x.MaxLogprobs
+	}
+	return 0
+}
+
+func (x *Capabilities) GetMaxStopCount() int32 {
+	if x != nil && x.MaxStopCount != nil {
+		return *x.MaxStopCount
+	}
+	return 0
+}
+
+func (x *Capabilities) GetMaxLogitBiasCount() int32 {
+	if x != nil && x.MaxLogitBiasCount != nil {
+		return *x.MaxLogitBiasCount
+	}
+	return 0
+}
+
+func (x *Capabilities) GetRankCount() int32 {
+	if x != nil && x.RankCount != nil {
+		return *x.RankCount
+	}
+	return 0
+}
+
 // Requests an estimate of a load. All fields are those of `LoadRequest`.
 type EstimateRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -709,7 +823,7 @@ type EstimateRequest struct {
 
 func (x *EstimateRequest) Reset() {
 	*x = EstimateRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[3]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -721,7 +835,7 @@ func (x *EstimateRequest) String() string {
 func (*EstimateRequest) ProtoMessage() {}
 
 func (x *EstimateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[3]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -734,7 +848,7 @@ func (x *EstimateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EstimateRequest.ProtoReflect.Descriptor instead.
 func (*EstimateRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{3}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *EstimateRequest) GetModel() string {
@@ -837,7 +951,7 @@ type EstimateResponse struct {
 
 func (x *EstimateResponse) Reset() {
 	*x = EstimateResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[4]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -849,7 +963,7 @@ func (x *EstimateResponse) String() string {
 func (*EstimateResponse) ProtoMessage() {}
 
 func (x *EstimateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[4]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -862,7 +976,7 @@ func (x *EstimateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EstimateResponse.ProtoReflect.Descriptor instead.
 func (*EstimateResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{4}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *EstimateResponse) GetWeightBytes() int64 {
@@ -993,7 +1107,7 @@ type TrimRequest struct {
 
 func (x *TrimRequest) Reset() {
 	*x = TrimRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[5]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1005,7 +1119,7 @@ func (x *TrimRequest) String() string {
 func (*TrimRequest) ProtoMessage() {}
 
 func (x *TrimRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[5]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1018,7 +1132,7 @@ func (x *TrimRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrimRequest.ProtoReflect.Descriptor instead.
 func (*TrimRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{5}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *TrimRequest) GetPrefixCacheBytes() int64 {
@@ -1047,7 +1161,7 @@ type TrimResponse struct {
 
 func (x *TrimResponse) Reset() {
 	*x = TrimResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[6]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1059,7 +1173,7 @@ func (x *TrimResponse) String() string {
 func (*TrimResponse) ProtoMessage() {}
 
 func (x *TrimResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[6]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1072,7 +1186,7 @@ func (x *TrimResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrimResponse.ProtoReflect.Descriptor instead.
 func (*TrimResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{6}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *TrimResponse) GetFreedBytes() int64 {
@@ -1095,7 +1209,7 @@ type UnloadRequest struct {
 
 func (x *UnloadRequest) Reset() {
 	*x = UnloadRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[7]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1107,7 +1221,7 @@ func (x *UnloadRequest) String() string {
 func (*UnloadRequest) ProtoMessage() {}
 
 func (x *UnloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[7]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1120,7 +1234,7 @@ func (x *UnloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnloadRequest.ProtoReflect.Descriptor instead.
 func (*UnloadRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{7}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *UnloadRequest) GetModel() string {
@@ -1141,7 +1255,7 @@ type UnloadResponse struct {
 
 func (x *UnloadResponse) Reset() {
 	*x = UnloadResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[8]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1153,7 +1267,7 @@ func (x *UnloadResponse) String() string {
 func (*UnloadResponse) ProtoMessage() {}
 
 func (x *UnloadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[8]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1166,7 +1280,7 @@ func (x *UnloadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnloadResponse.ProtoReflect.Descriptor instead.
 func (*UnloadResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{8}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *UnloadResponse) GetFreedBytes() int64 {
@@ -1189,7 +1303,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[9]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1201,7 +1315,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[9]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1214,7 +1328,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{9}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *StatusRequest) GetModel() string {
@@ -1296,7 +1410,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[10]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1308,7 +1422,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[10]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1321,7 +1435,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{10}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *StatusResponse) GetState() State {
@@ -1497,7 +1611,7 @@ type WatchStatusRequest struct {
 
 func (x *WatchStatusRequest) Reset() {
 	*x = WatchStatusRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[11]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1509,7 +1623,7 @@ func (x *WatchStatusRequest) String() string {
 func (*WatchStatusRequest) ProtoMessage() {}
 
 func (x *WatchStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[11]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1522,7 +1636,7 @@ func (x *WatchStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchStatusRequest.ProtoReflect.Descriptor instead.
 func (*WatchStatusRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{11}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *WatchStatusRequest) GetInterval() *durationpb.Duration {
@@ -1543,7 +1657,7 @@ type WatchStatusResponse struct {
 
 func (x *WatchStatusResponse) Reset() {
 	*x = WatchStatusResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[12]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1555,7 +1669,7 @@ func (x *WatchStatusResponse) String() string {
 func (*WatchStatusResponse) ProtoMessage() {}
 
 func (x *WatchStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[12]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1568,7 +1682,7 @@ func (x *WatchStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchStatusResponse.ProtoReflect.Descriptor instead.
 func (*WatchStatusResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{12}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *WatchStatusResponse) GetStatus() *StatusResponse {
@@ -1597,7 +1711,7 @@ type Rank struct {
 
 func (x *Rank) Reset() {
 	*x = Rank{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[13]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1609,7 +1723,7 @@ func (x *Rank) String() string {
 func (*Rank) ProtoMessage() {}
 
 func (x *Rank) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[13]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1622,7 +1736,7 @@ func (x *Rank) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rank.ProtoReflect.Descriptor instead.
 func (*Rank) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{13}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Rank) GetRank() int32 {
@@ -1693,7 +1807,7 @@ type MemoryUsage struct {
 
 func (x *MemoryUsage) Reset() {
 	*x = MemoryUsage{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[14]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1705,7 +1819,7 @@ func (x *MemoryUsage) String() string {
 func (*MemoryUsage) ProtoMessage() {}
 
 func (x *MemoryUsage) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[14]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1718,7 +1832,7 @@ func (x *MemoryUsage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemoryUsage.ProtoReflect.Descriptor instead.
 func (*MemoryUsage) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{14}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *MemoryUsage) GetActiveBytes() int64 {
@@ -1795,7 +1909,7 @@ type TokenIds struct {
 
 func (x *TokenIds) Reset() {
 	*x = TokenIds{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[15]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1807,7 +1921,7 @@ func (x *TokenIds) String() string {
 func (*TokenIds) ProtoMessage() {}
 
 func (x *TokenIds) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[15]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1820,7 +1934,7 @@ func (x *TokenIds) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenIds.ProtoReflect.Descriptor instead.
 func (*TokenIds) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{15}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *TokenIds) GetIds() []int32 {
@@ -1864,7 +1978,7 @@ type CompletionRequest struct {
 
 func (x *CompletionRequest) Reset() {
 	*x = CompletionRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[16]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1876,7 +1990,7 @@ func (x *CompletionRequest) String() string {
 func (*CompletionRequest) ProtoMessage() {}
 
 func (x *CompletionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[16]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1889,7 +2003,7 @@ func (x *CompletionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CompletionRequest.ProtoReflect.Descriptor instead.
 func (*CompletionRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{16}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *CompletionRequest) GetInput() isCompletionRequest_Input {
@@ -2022,7 +2136,7 @@ type CompletionOptions struct {
 
 func (x *CompletionOptions) Reset() {
 	*x = CompletionOptions{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[17]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2034,7 +2148,7 @@ func (x *CompletionOptions) String() string {
 func (*CompletionOptions) ProtoMessage() {}
 
 func (x *CompletionOptions) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[17]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2047,7 +2161,7 @@ func (x *CompletionOptions) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CompletionOptions.ProtoReflect.Descriptor instead.
 func (*CompletionOptions) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{17}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *CompletionOptions) GetTemperature() float32 {
@@ -2175,7 +2289,7 @@ type CompletionResponse struct {
 
 func (x *CompletionResponse) Reset() {
 	*x = CompletionResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[18]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2187,7 +2301,7 @@ func (x *CompletionResponse) String() string {
 func (*CompletionResponse) ProtoMessage() {}
 
 func (x *CompletionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[18]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2200,7 +2314,7 @@ func (x *CompletionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CompletionResponse.ProtoReflect.Descriptor instead.
 func (*CompletionResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{18}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *CompletionResponse) GetContent() string {
@@ -2307,7 +2421,7 @@ type PromptProgress struct {
 
 func (x *PromptProgress) Reset() {
 	*x = PromptProgress{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[19]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2319,7 +2433,7 @@ func (x *PromptProgress) String() string {
 func (*PromptProgress) ProtoMessage() {}
 
 func (x *PromptProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[19]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2332,7 +2446,7 @@ func (x *PromptProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromptProgress.ProtoReflect.Descriptor instead.
 func (*PromptProgress) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{19}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *PromptProgress) GetEvaluatedCount() int32 {
@@ -2376,7 +2490,7 @@ type TokenLogprob struct {
 
 func (x *TokenLogprob) Reset() {
 	*x = TokenLogprob{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[20]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2388,7 +2502,7 @@ func (x *TokenLogprob) String() string {
 func (*TokenLogprob) ProtoMessage() {}
 
 func (x *TokenLogprob) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[20]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2401,7 +2515,7 @@ func (x *TokenLogprob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenLogprob.ProtoReflect.Descriptor instead.
 func (*TokenLogprob) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{20}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *TokenLogprob) GetTokenId() int32 {
@@ -2456,7 +2570,7 @@ type TopLogprob struct {
 
 func (x *TopLogprob) Reset() {
 	*x = TopLogprob{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[21]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2468,7 +2582,7 @@ func (x *TopLogprob) String() string {
 func (*TopLogprob) ProtoMessage() {}
 
 func (x *TopLogprob) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[21]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2481,7 +2595,7 @@ func (x *TopLogprob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TopLogprob.ProtoReflect.Descriptor instead.
 func (*TopLogprob) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{21}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *TopLogprob) GetTokenId() int32 {
@@ -2524,7 +2638,7 @@ type AbortRequest struct {
 
 func (x *AbortRequest) Reset() {
 	*x = AbortRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[22]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2536,7 +2650,7 @@ func (x *AbortRequest) String() string {
 func (*AbortRequest) ProtoMessage() {}
 
 func (x *AbortRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[22]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2549,7 +2663,7 @@ func (x *AbortRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortRequest.ProtoReflect.Descriptor instead.
 func (*AbortRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{22}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *AbortRequest) GetRequestIds() []string {
@@ -2570,7 +2684,7 @@ type AbortResponse struct {
 
 func (x *AbortResponse) Reset() {
 	*x = AbortResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[23]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2582,7 +2696,7 @@ func (x *AbortResponse) String() string {
 func (*AbortResponse) ProtoMessage() {}
 
 func (x *AbortResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[23]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2595,7 +2709,7 @@ func (x *AbortResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortResponse.ProtoReflect.Descriptor instead.
 func (*AbortResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{23}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *AbortResponse) GetAbortedCount() int32 {
@@ -2617,7 +2731,7 @@ type DrainRequest struct {
 
 func (x *DrainRequest) Reset() {
 	*x = DrainRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[24]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2629,7 +2743,7 @@ func (x *DrainRequest) String() string {
 func (*DrainRequest) ProtoMessage() {}
 
 func (x *DrainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[24]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2642,7 +2756,7 @@ func (x *DrainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainRequest.ProtoReflect.Descriptor instead.
 func (*DrainRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{24}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *DrainRequest) GetTimeout() *durationpb.Duration {
@@ -2667,7 +2781,7 @@ type DrainResponse struct {
 
 func (x *DrainResponse) Reset() {
 	*x = DrainResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[25]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2679,7 +2793,7 @@ func (x *DrainResponse) String() string {
 func (*DrainResponse) ProtoMessage() {}
 
 func (x *DrainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[25]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2692,7 +2806,7 @@ func (x *DrainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainResponse.ProtoReflect.Descriptor instead.
 func (*DrainResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{25}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *DrainResponse) GetFinishedCount() int32 {
@@ -2730,7 +2844,7 @@ type TokenizeRequest struct {
 
 func (x *TokenizeRequest) Reset() {
 	*x = TokenizeRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[26]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2742,7 +2856,7 @@ func (x *TokenizeRequest) String() string {
 func (*TokenizeRequest) ProtoMessage() {}
 
 func (x *TokenizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[26]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2755,7 +2869,7 @@ func (x *TokenizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenizeRequest.ProtoReflect.Descriptor instead.
 func (*TokenizeRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{26}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *TokenizeRequest) GetContent() string {
@@ -2790,7 +2904,7 @@ type TokenizeResponse struct {
 
 func (x *TokenizeResponse) Reset() {
 	*x = TokenizeResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[27]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2802,7 +2916,7 @@ func (x *TokenizeResponse) String() string {
 func (*TokenizeResponse) ProtoMessage() {}
 
 func (x *TokenizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[27]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2815,7 +2929,7 @@ func (x *TokenizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenizeResponse.ProtoReflect.Descriptor instead.
 func (*TokenizeResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{27}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *TokenizeResponse) GetTokenIds() []int32 {
@@ -2840,7 +2954,7 @@ type DetokenizeRequest struct {
 
 func (x *DetokenizeRequest) Reset() {
 	*x = DetokenizeRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[28]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2852,7 +2966,7 @@ func (x *DetokenizeRequest) String() string {
 func (*DetokenizeRequest) ProtoMessage() {}
 
 func (x *DetokenizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[28]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2865,7 +2979,7 @@ func (x *DetokenizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetokenizeRequest.ProtoReflect.Descriptor instead.
 func (*DetokenizeRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{28}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *DetokenizeRequest) GetTokenIds() []int32 {
@@ -2893,7 +3007,7 @@ type DetokenizeResponse struct {
 
 func (x *DetokenizeResponse) Reset() {
 	*x = DetokenizeResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[29]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2905,7 +3019,7 @@ func (x *DetokenizeResponse) String() string {
 func (*DetokenizeResponse) ProtoMessage() {}
 
 func (x *DetokenizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[29]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2918,7 +3032,7 @@ func (x *DetokenizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetokenizeResponse.ProtoReflect.Descriptor instead.
 func (*DetokenizeResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{29}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *DetokenizeResponse) GetContent() string {
@@ -2948,7 +3062,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x13_prefix_cache_bytes\"y\n" +
 	"\fLoadResponse\x12)\n" +
 	"\x05model\x18\x01 \x01(\v2\x13.mlxrunner.v1.ModelR\x05model\x12>\n" +
-	"\rload_duration\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\floadDuration\"\xe6\x02\n" +
+	"\rload_duration\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\floadDuration\"\xa6\x03\n" +
 	"\x05Model\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\"\n" +
@@ -2962,7 +3076,25 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\reos_token_ids\x18\t \x03(\x05R\veosTokenIds\x12%\n" +
 	"\x0edtype_fallback\x18\n" +
 	" \x01(\bR\rdtypeFallback\x12\x1a\n" +
-	"\bwarnings\x18\v \x03(\tR\bwarnings\"\xf8\x02\n" +
+	"\bwarnings\x18\v \x03(\tR\bwarnings\x12>\n" +
+	"\fcapabilities\x18\f \x01(\v2\x1a.mlxrunner.v1.CapabilitiesR\fcapabilities\"\xb5\x03\n" +
+	"\fCapabilities\x12\x1d\n" +
+	"\abatched\x18\x01 \x01(\bH\x00R\abatched\x88\x01\x01\x12&\n" +
+	"\fprefix_cache\x18\x02 \x01(\bH\x01R\vprefixCache\x88\x01\x01\x121\n" +
+	"\x12max_context_length\x18\x03 \x01(\x05H\x02R\x10maxContextLength\x88\x01\x01\x12&\n" +
+	"\fmax_logprobs\x18\x04 \x01(\x05H\x03R\vmaxLogprobs\x88\x01\x01\x12)\n" +
+	"\x0emax_stop_count\x18\x05 \x01(\x05H\x04R\fmaxStopCount\x88\x01\x01\x124\n" +
+	"\x14max_logit_bias_count\x18\x06 \x01(\x05H\x05R\x11maxLogitBiasCount\x88\x01\x01\x12\"\n" +
+	"\n" +
+	"rank_count\x18\a \x01(\x05H\x06R\trankCount\x88\x01\x01B\n" +
+	"\n" +
+	"\b_batchedB\x0f\n" +
+	"\r_prefix_cacheB\x15\n" +
+	"\x13_max_context_lengthB\x0f\n" +
+	"\r_max_logprobsB\x11\n" +
+	"\x0f_max_stop_countB\x17\n" +
+	"\x15_max_logit_bias_countB\r\n" +
+	"\v_rank_count\"\xf8\x02\n" +
 	"\x0fEstimateRequest\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12*\n" +
 	"\x0econtext_length\x18\x02 \x01(\x05H\x00R\rcontextLength\x88\x01\x01\x12\x1f\n" +
@@ -3223,7 +3355,7 @@ func file_mlxrunner_v1_runner_proto_rawDescGZIP() []byte {
 }
 
 var file_mlxrunner_v1_runner_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_mlxrunner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
+var file_mlxrunner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_mlxrunner_v1_runner_proto_goTypes = []any{
 	(ErrorReason)(0),            // 0: mlxrunner.v1.ErrorReason
 	(State)(0),                  // 1: mlxrunner.v1.State
@@ -3232,88 +3364,90 @@ var file_mlxrunner_v1_runner_proto_goTypes = []any{
 	(*LoadRequest)(nil),         // 4: mlxrunner.v1.LoadRequest
 	(*LoadResponse)(nil),        // 5: mlxrunner.v1.LoadResponse
 	(*Model)(nil),               // 6: mlxrunner.v1.Model
-	(*EstimateRequest)(nil),     // 7: mlxrunner.v1.EstimateRequest
-	(*EstimateResponse)(nil),    // 8: mlxrunner.v1.EstimateResponse
-	(*TrimRequest)(nil),         // 9: mlxrunner.v1.TrimRequest
-	(*TrimResponse)(nil),        // 10: mlxrunner.v1.TrimResponse
-	(*UnloadRequest)(nil),       // 11: mlxrunner.v1.UnloadRequest
-	(*UnloadResponse)(nil),      // 12: mlxrunner.v1.UnloadResponse
-	(*StatusRequest)(nil),       // 13: mlxrunner.v1.StatusRequest
-	(*StatusResponse)(nil),      // 14: mlxrunner.v1.StatusResponse
-	(*WatchStatusRequest)(nil),  // 15: mlxrunner.v1.WatchStatusRequest
-	(*WatchStatusResponse)(nil), // 16: mlxrunner.v1.WatchStatusResponse
-	(*Rank)(nil),                // 17: mlxrunner.v1.Rank
-	(*MemoryUsage)(nil),         // 18: mlxrunner.v1.MemoryUsage
-	(*TokenIds)(nil),            // 19: mlxrunner.v1.TokenIds
-	(*CompletionRequest)(nil),   // 20: mlxrunner.v1.CompletionRequest
-	(*CompletionOptions)(nil),   // 21: mlxrunner.v1.CompletionOptions
-	(*CompletionResponse)(nil),  // 22: mlxrunner.v1.CompletionResponse
-	(*PromptProgress)(nil),      // 23: mlxrunner.v1.PromptProgress
-	(*TokenLogprob)(nil),        // 24: mlxrunner.v1.TokenLogprob
-	(*TopLogprob)(nil),          // 25: mlxrunner.v1.TopLogprob
-	(*AbortRequest)(nil),        // 26: mlxrunner.v1.AbortRequest
-	(*AbortResponse)(nil),       // 27: mlxrunner.v1.AbortResponse
-	(*DrainRequest)(nil),        // 28: mlxrunner.v1.DrainRequest
-	(*DrainResponse)(nil),       // 29: mlxrunner.v1.DrainResponse
-	(*TokenizeRequest)(nil),     // 30: mlxrunner.v1.TokenizeRequest
-	(*TokenizeResponse)(nil),    // 31: mlxrunner.v1.TokenizeResponse
-	(*DetokenizeRequest)(nil),   // 32: mlxrunner.v1.DetokenizeRequest
-	(*DetokenizeResponse)(nil),  // 33: mlxrunner.v1.DetokenizeResponse
-	nil,                         // 34: mlxrunner.v1.CompletionOptions.LogitBiasEntry
-	(*durationpb.Duration)(nil), // 35: google.protobuf.Duration
+	(*Capabilities)(nil),        // 7: mlxrunner.v1.Capabilities
+	(*EstimateRequest)(nil),     // 8: mlxrunner.v1.EstimateRequest
+	(*EstimateResponse)(nil),    // 9: mlxrunner.v1.EstimateResponse
+	(*TrimRequest)(nil),         // 10: mlxrunner.v1.TrimRequest
+	(*TrimResponse)(nil),        // 11: mlxrunner.v1.TrimResponse
+	(*UnloadRequest)(nil),       // 12: mlxrunner.v1.UnloadRequest
+	(*UnloadResponse)(nil),      // 13: mlxrunner.v1.UnloadResponse
+	(*StatusRequest)(nil),       // 14: mlxrunner.v1.StatusRequest
+	(*StatusResponse)(nil),      // 15: mlxrunner.v1.StatusResponse
+	(*WatchStatusRequest)(nil),  // 16: mlxrunner.v1.WatchStatusRequest
+	(*WatchStatusResponse)(nil), // 17: mlxrunner.v1.WatchStatusResponse
+	(*Rank)(nil),                // 18: mlxrunner.v1.Rank
+	(*MemoryUsage)(nil),         // 19: mlxrunner.v1.MemoryUsage
+	(*TokenIds)(nil),            // 20: mlxrunner.v1.TokenIds
+	(*CompletionRequest)(nil),   // 21: mlxrunner.v1.CompletionRequest
+	(*CompletionOptions)(nil),   // 22: mlxrunner.v1.CompletionOptions
+	(*CompletionResponse)(nil),  // 23: mlxrunner.v1.CompletionResponse
+	(*PromptProgress)(nil),      // 24: mlxrunner.v1.PromptProgress
+	(*TokenLogprob)(nil),        // 25: mlxrunner.v1.TokenLogprob
+	(*TopLogprob)(nil),          // 26: mlxrunner.v1.TopLogprob
+	(*AbortRequest)(nil),        // 27: mlxrunner.v1.AbortRequest
+	(*AbortResponse)(nil),       // 28: mlxrunner.v1.AbortResponse
+	(*DrainRequest)(nil),        // 29: mlxrunner.v1.DrainRequest
+	(*DrainResponse)(nil),       // 30: mlxrunner.v1.DrainResponse
+	(*TokenizeRequest)(nil),     // 31: mlxrunner.v1.TokenizeRequest
+	(*TokenizeResponse)(nil),    // 32: mlxrunner.v1.TokenizeResponse
+	(*DetokenizeRequest)(nil),   // 33: mlxrunner.v1.DetokenizeRequest
+	(*DetokenizeResponse)(nil),  // 34: mlxrunner.v1.DetokenizeResponse
+	nil,                         // 35: mlxrunner.v1.CompletionOptions.LogitBiasEntry
+	(*durationpb.Duration)(nil), // 36: google.protobuf.Duration
 }
 var file_mlxrunner_v1_runner_proto_depIdxs = []int32{
 	2,  // 0: mlxrunner.v1.LoadRequest.dtype:type_name -> mlxrunner.v1.Dtype
 	6,  // 1: mlxrunner.v1.LoadResponse.model:type_name -> mlxrunner.v1.Model
-	35, // 2: mlxrunner.v1.LoadResponse.load_duration:type_name -> google.protobuf.Duration
-	2,  // 3: mlxrunner.v1.EstimateRequest.dtype:type_name -> mlxrunner.v1.Dtype
-	1,  // 4: mlxrunner.v1.StatusResponse.state:type_name -> mlxrunner.v1.State
-	18, // 5: mlxrunner.v1.StatusResponse.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
-	6,  // 6: mlxrunner.v1.StatusResponse.model:type_name -> mlxrunner.v1.Model
-	35, // 7: mlxrunner.v1.StatusResponse.last_progress_age:type_name -> google.protobuf.Duration
-	35, // 8: mlxrunner.v1.StatusResponse.uptime_duration:type_name -> google.protobuf.Duration
-	17, // 9: mlxrunner.v1.StatusResponse.ranks:type_name -> mlxrunner.v1.Rank
-	35, // 10: mlxrunner.v1.WatchStatusRequest.interval:type_name -> google.protobuf.Duration
-	14, // 11: mlxrunner.v1.WatchStatusResponse.status:type_name -> mlxrunner.v1.StatusResponse
-	18, // 12: mlxrunner.v1.Rank.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
-	19, // 13: mlxrunner.v1.CompletionRequest.prompt_token_ids:type_name -> mlxrunner.v1.TokenIds
-	21, // 14: mlxrunner.v1.CompletionRequest.options:type_name -> mlxrunner.v1.CompletionOptions
-	34, // 15: mlxrunner.v1.CompletionOptions.logit_bias:type_name -> mlxrunner.v1.CompletionOptions.LogitBiasEntry
-	24, // 16: mlxrunner.v1.CompletionResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
-	3,  // 17: mlxrunner.v1.CompletionResponse.done_reason:type_name -> mlxrunner.v1.DoneReason
-	23, // 18: mlxrunner.v1.CompletionResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
-	35, // 19: mlxrunner.v1.CompletionResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
-	35, // 20: mlxrunner.v1.CompletionResponse.eval_duration:type_name -> google.protobuf.Duration
-	35, // 21: mlxrunner.v1.CompletionResponse.queue_duration:type_name -> google.protobuf.Duration
-	25, // 22: mlxrunner.v1.TokenLogprob.top:type_name -> mlxrunner.v1.TopLogprob
-	35, // 23: mlxrunner.v1.DrainRequest.timeout:type_name -> google.protobuf.Duration
-	4,  // 24: mlxrunner.v1.RunnerService.Load:input_type -> mlxrunner.v1.LoadRequest
-	7,  // 25: mlxrunner.v1.RunnerService.Estimate:input_type -> mlxrunner.v1.EstimateRequest
-	9,  // 26: mlxrunner.v1.RunnerService.Trim:input_type -> mlxrunner.v1.TrimRequest
-	11, // 27: mlxrunner.v1.RunnerService.Unload:input_type -> mlxrunner.v1.UnloadRequest
-	13, // 28: mlxrunner.v1.RunnerService.Status:input_type -> mlxrunner.v1.StatusRequest
-	15, // 29: mlxrunner.v1.RunnerService.WatchStatus:input_type -> mlxrunner.v1.WatchStatusRequest
-	20, // 30: mlxrunner.v1.RunnerService.Completion:input_type -> mlxrunner.v1.CompletionRequest
-	26, // 31: mlxrunner.v1.RunnerService.Abort:input_type -> mlxrunner.v1.AbortRequest
-	28, // 32: mlxrunner.v1.RunnerService.Drain:input_type -> mlxrunner.v1.DrainRequest
-	30, // 33: mlxrunner.v1.RunnerService.Tokenize:input_type -> mlxrunner.v1.TokenizeRequest
-	32, // 34: mlxrunner.v1.RunnerService.Detokenize:input_type -> mlxrunner.v1.DetokenizeRequest
-	5,  // 35: mlxrunner.v1.RunnerService.Load:output_type -> mlxrunner.v1.LoadResponse
-	8,  // 36: mlxrunner.v1.RunnerService.Estimate:output_type -> mlxrunner.v1.EstimateResponse
-	10, // 37: mlxrunner.v1.RunnerService.Trim:output_type -> mlxrunner.v1.TrimResponse
-	12, // 38: mlxrunner.v1.RunnerService.Unload:output_type -> mlxrunner.v1.UnloadResponse
-	14, // 39: mlxrunner.v1.RunnerService.Status:output_type -> mlxrunner.v1.StatusResponse
-	16, // 40: mlxrunner.v1.RunnerService.WatchStatus:output_type -> mlxrunner.v1.WatchStatusResponse
-	22, // 41: mlxrunner.v1.RunnerService.Completion:output_type -> mlxrunner.v1.CompletionResponse
-	27, // 42: mlxrunner.v1.RunnerService.Abort:output_type -> mlxrunner.v1.AbortResponse
-	29, // 43: mlxrunner.v1.RunnerService.Drain:output_type -> mlxrunner.v1.DrainResponse
-	31, // 44: mlxrunner.v1.RunnerService.Tokenize:output_type -> mlxrunner.v1.TokenizeResponse
-	33, // 45: mlxrunner.v1.RunnerService.Detokenize:output_type -> mlxrunner.v1.DetokenizeResponse
-	35, // [35:46] is the sub-list for method output_type
-	24, // [24:35] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	36, // 2: mlxrunner.v1.LoadResponse.load_duration:type_name -> google.protobuf.Duration
+	7,  // 3: mlxrunner.v1.Model.capabilities:type_name -> mlxrunner.v1.Capabilities
+	2,  // 4: mlxrunner.v1.EstimateRequest.dtype:type_name -> mlxrunner.v1.Dtype
+	1,  // 5: mlxrunner.v1.StatusResponse.state:type_name -> mlxrunner.v1.State
+	19, // 6: mlxrunner.v1.StatusResponse.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
+	6,  // 7: mlxrunner.v1.StatusResponse.model:type_name -> mlxrunner.v1.Model
+	36, // 8: mlxrunner.v1.StatusResponse.last_progress_age:type_name -> google.protobuf.Duration
+	36, // 9: mlxrunner.v1.StatusResponse.uptime_duration:type_name -> google.protobuf.Duration
+	18, // 10: mlxrunner.v1.StatusResponse.ranks:type_name -> mlxrunner.v1.Rank
+	36, // 11: mlxrunner.v1.WatchStatusRequest.interval:type_name -> google.protobuf.Duration
+	15, // 12: mlxrunner.v1.WatchStatusResponse.status:type_name -> mlxrunner.v1.StatusResponse
+	19, // 13: mlxrunner.v1.Rank.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
+	20, // 14: mlxrunner.v1.CompletionRequest.prompt_token_ids:type_name -> mlxrunner.v1.TokenIds
+	22, // 15: mlxrunner.v1.CompletionRequest.options:type_name -> mlxrunner.v1.CompletionOptions
+	35, // 16: mlxrunner.v1.CompletionOptions.logit_bias:type_name -> mlxrunner.v1.CompletionOptions.LogitBiasEntry
+	25, // 17: mlxrunner.v1.CompletionResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
+	3,  // 18: mlxrunner.v1.CompletionResponse.done_reason:type_name -> mlxrunner.v1.DoneReason
+	24, // 19: mlxrunner.v1.CompletionResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
+	36, // 20: mlxrunner.v1.CompletionResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
+	36, // 21: mlxrunner.v1.CompletionResponse.eval_duration:type_name -> google.protobuf.Duration
+	36, // 22: mlxrunner.v1.CompletionResponse.queue_duration:type_name -> google.protobuf.Duration
+	26, // 23: mlxrunner.v1.TokenLogprob.top:type_name -> mlxrunner.v1.TopLogprob
+	36, // 24: mlxrunner.v1.DrainRequest.timeout:type_name -> google.protobuf.Duration
+	4,  // 25: mlxrunner.v1.RunnerService.Load:input_type -> mlxrunner.v1.LoadRequest
+	8,  // 26: mlxrunner.v1.RunnerService.Estimate:input_type -> mlxrunner.v1.EstimateRequest
+	10, // 27: mlxrunner.v1.RunnerService.Trim:input_type -> mlxrunner.v1.TrimRequest
+	12, // 28: mlxrunner.v1.RunnerService.Unload:input_type -> mlxrunner.v1.UnloadRequest
+	14, // 29: mlxrunner.v1.RunnerService.Status:input_type -> mlxrunner.v1.StatusRequest
+	16, // 30: mlxrunner.v1.RunnerService.WatchStatus:input_type -> mlxrunner.v1.WatchStatusRequest
+	21, // 31: mlxrunner.v1.RunnerService.Completion:input_type -> mlxrunner.v1.CompletionRequest
+	27, // 32: mlxrunner.v1.RunnerService.Abort:input_type -> mlxrunner.v1.AbortRequest
+	29, // 33: mlxrunner.v1.RunnerService.Drain:input_type -> mlxrunner.v1.DrainRequest
+	31, // 34: mlxrunner.v1.RunnerService.Tokenize:input_type -> mlxrunner.v1.TokenizeRequest
+	33, // 35: mlxrunner.v1.RunnerService.Detokenize:input_type -> mlxrunner.v1.DetokenizeRequest
+	5,  // 36: mlxrunner.v1.RunnerService.Load:output_type -> mlxrunner.v1.LoadResponse
+	9,  // 37: mlxrunner.v1.RunnerService.Estimate:output_type -> mlxrunner.v1.EstimateResponse
+	11, // 38: mlxrunner.v1.RunnerService.Trim:output_type -> mlxrunner.v1.TrimResponse
+	13, // 39: mlxrunner.v1.RunnerService.Unload:output_type -> mlxrunner.v1.UnloadResponse
+	15, // 40: mlxrunner.v1.RunnerService.Status:output_type -> mlxrunner.v1.StatusResponse
+	17, // 41: mlxrunner.v1.RunnerService.WatchStatus:output_type -> mlxrunner.v1.WatchStatusResponse
+	23, // 42: mlxrunner.v1.RunnerService.Completion:output_type -> mlxrunner.v1.CompletionResponse
+	28, // 43: mlxrunner.v1.RunnerService.Abort:output_type -> mlxrunner.v1.AbortResponse
+	30, // 44: mlxrunner.v1.RunnerService.Drain:output_type -> mlxrunner.v1.DrainResponse
+	32, // 45: mlxrunner.v1.RunnerService.Tokenize:output_type -> mlxrunner.v1.TokenizeResponse
+	34, // 46: mlxrunner.v1.RunnerService.Detokenize:output_type -> mlxrunner.v1.DetokenizeResponse
+	36, // [36:47] is the sub-list for method output_type
+	25, // [25:36] is the sub-list for method input_type
+	25, // [25:25] is the sub-list for extension type_name
+	25, // [25:25] is the sub-list for extension extendee
+	0,  // [0:25] is the sub-list for field type_name
 }
 
 func init() { file_mlxrunner_v1_runner_proto_init() }
@@ -3323,19 +3457,20 @@ func file_mlxrunner_v1_runner_proto_init() {
 	}
 	file_mlxrunner_v1_runner_proto_msgTypes[0].OneofWrappers = []any{}
 	file_mlxrunner_v1_runner_proto_msgTypes[3].OneofWrappers = []any{}
-	file_mlxrunner_v1_runner_proto_msgTypes[5].OneofWrappers = []any{}
-	file_mlxrunner_v1_runner_proto_msgTypes[16].OneofWrappers = []any{
+	file_mlxrunner_v1_runner_proto_msgTypes[4].OneofWrappers = []any{}
+	file_mlxrunner_v1_runner_proto_msgTypes[6].OneofWrappers = []any{}
+	file_mlxrunner_v1_runner_proto_msgTypes[17].OneofWrappers = []any{
 		(*CompletionRequest_Prompt)(nil),
 		(*CompletionRequest_PromptTokenIds)(nil),
 	}
-	file_mlxrunner_v1_runner_proto_msgTypes[17].OneofWrappers = []any{}
+	file_mlxrunner_v1_runner_proto_msgTypes[18].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mlxrunner_v1_runner_proto_rawDesc), len(file_mlxrunner_v1_runner_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   31,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -426,6 +426,7 @@ class Model(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     DTYPE_FALLBACK_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    CAPABILITIES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """A short name: the directory's name, or the hub id."""
     path: _builtins.str
@@ -462,6 +463,10 @@ class Model(_message.Message):
         here, as text; empty if nothing is known.
         """
 
+    @_builtins.property
+    def capabilities(self) -> Global___Capabilities:
+        """What requests this model and this server accept."""
+
     def __init__(
         self,
         *,
@@ -476,14 +481,97 @@ class Model(_message.Message):
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         dtype_fallback: _builtins.bool = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        capabilities: Global___Capabilities | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "dtype", b"dtype", "dtype_fallback", b"dtype_fallback", "eos_token_ids", b"eos_token_ids", "name", b"name", "path", b"path", "quantization_bits", b"quantization_bits", "vocab_size", b"vocab_size", "warnings", b"warnings", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "capabilities", b"capabilities", "context_length", b"context_length", "dtype", b"dtype", "dtype_fallback", b"dtype_fallback", "eos_token_ids", b"eos_token_ids", "name", b"name", "path", b"path", "quantization_bits", b"quantization_bits", "vocab_size", b"vocab_size", "warnings", b"warnings", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class Capabilities(_message.Message):
+    """What requests a loaded model and its server accept. An unset field means that it
+    is unknown; a server older than the field does not set it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCHED_FIELD_NUMBER: _builtins.int
+    PREFIX_CACHE_FIELD_NUMBER: _builtins.int
+    MAX_CONTEXT_LENGTH_FIELD_NUMBER: _builtins.int
+    MAX_LOGPROBS_FIELD_NUMBER: _builtins.int
+    MAX_STOP_COUNT_FIELD_NUMBER: _builtins.int
+    MAX_LOGIT_BIAS_COUNT_FIELD_NUMBER: _builtins.int
+    RANK_COUNT_FIELD_NUMBER: _builtins.int
+    batched: _builtins.bool
+    """Whether several completions are decoded together. If false, they run one after
+    another: `parallel` is 1, or the model cannot be decoded in a batch (see
+    `Model.warnings`).
+    """
+    prefix_cache: _builtins.bool
+    """Whether a prompt that begins like an earlier one may skip the prefill of the
+    common part; false if the size of the prefix cache is 0.
+    """
+    max_context_length: _builtins.int
+    """The longest sequence accepted, prompt and generated text together, in tokens:
+    `StatusResponse.context_length`.
+    """
+    max_logprobs: _builtins.int
+    """The largest `CompletionRequest.logprobs`."""
+    max_stop_count: _builtins.int
+    """The most strings in `CompletionOptions.stop`."""
+    max_logit_bias_count: _builtins.int
+    """The most entries of `CompletionOptions.logit_bias`."""
+    rank_count: _builtins.int
+    """The number of processes that hold the model together; 1 if one holds all of it."""
+    def __init__(
+        self,
+        *,
+        batched: _builtins.bool | None = ...,
+        prefix_cache: _builtins.bool | None = ...,
+        max_context_length: _builtins.int | None = ...,
+        max_logprobs: _builtins.int | None = ...,
+        max_stop_count: _builtins.int | None = ...,
+        max_logit_bias_count: _builtins.int | None = ...,
+        rank_count: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "batched", b"batched", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "batched", b"batched", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__batched: _TypeAlias = _typing.Literal["batched"]  # noqa: Y015
+    _WhichOneofArgType__batched: _TypeAlias = _typing.Literal["_batched", b"_batched"]  # noqa: Y015
+    _WhichOneofReturnType__max_context_length: _TypeAlias = _typing.Literal["max_context_length"]  # noqa: Y015
+    _WhichOneofArgType__max_context_length: _TypeAlias = _typing.Literal["_max_context_length", b"_max_context_length"]  # noqa: Y015
+    _WhichOneofReturnType__max_logit_bias_count: _TypeAlias = _typing.Literal["max_logit_bias_count"]  # noqa: Y015
+    _WhichOneofArgType__max_logit_bias_count: _TypeAlias = _typing.Literal["_max_logit_bias_count", b"_max_logit_bias_count"]  # noqa: Y015
+    _WhichOneofReturnType__max_logprobs: _TypeAlias = _typing.Literal["max_logprobs"]  # noqa: Y015
+    _WhichOneofArgType__max_logprobs: _TypeAlias = _typing.Literal["_max_logprobs", b"_max_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__max_stop_count: _TypeAlias = _typing.Literal["max_stop_count"]  # noqa: Y015
+    _WhichOneofArgType__max_stop_count: _TypeAlias = _typing.Literal["_max_stop_count", b"_max_stop_count"]  # noqa: Y015
+    _WhichOneofReturnType__prefix_cache: _TypeAlias = _typing.Literal["prefix_cache"]  # noqa: Y015
+    _WhichOneofArgType__prefix_cache: _TypeAlias = _typing.Literal["_prefix_cache", b"_prefix_cache"]  # noqa: Y015
+    _WhichOneofReturnType__rank_count: _TypeAlias = _typing.Literal["rank_count"]  # noqa: Y015
+    _WhichOneofArgType__rank_count: _TypeAlias = _typing.Literal["_rank_count", b"_rank_count"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__batched) -> _WhichOneofReturnType__batched | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_context_length) -> _WhichOneofReturnType__max_context_length | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_logit_bias_count) -> _WhichOneofReturnType__max_logit_bias_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_logprobs) -> _WhichOneofReturnType__max_logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_stop_count) -> _WhichOneofReturnType__max_stop_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prefix_cache) -> _WhichOneofReturnType__prefix_cache | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rank_count) -> _WhichOneofReturnType__rank_count | None: ...
+
+Global___Capabilities: _TypeAlias = Capabilities  # noqa: Y015
 
 @_typing.final
 class EstimateRequest(_message.Message):
