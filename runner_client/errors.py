@@ -10,6 +10,7 @@
     │   ├── ModelUnsupportedError        MODEL_UNSUPPORTED  use another model
     │   └── ModelNotLoadedError          MODEL_NOT_LOADED   load first
     ├── AuthenticationError              UNAUTHENTICATED    send the runner's token
+    ├── PermissionDeniedError            PERMISSION_DENIED  send the token with all rights
     ├── BusyError                        BUSY               wait for the other load; retry
     ├── InsufficientMemoryError          INSUFFICIENT_MEMORY  free memory, or ask for less
     │   └── LoadRequiresFullError        (the gate, ``require_full``)  use another device
@@ -157,6 +158,13 @@ class AuthenticationError(RunnerError):
     """The call has a missing or wrong token.
 
     Pass the runner's token to the client. For a child process it is ``RunnerProcess.token``.
+    """
+
+
+class PermissionDeniedError(RunnerError):
+    """The call's token may use the loaded model, but not control the runner.
+
+    Pass the runner's token with all rights to the client.
     """
 
 

@@ -20,6 +20,9 @@ HEALTH_SERVICES = ("", SERVICE_NAME, "plugin")
 TOKEN_VARIABLE = "MLX_RUNNER_TOKEN"  # noqa: S105 - not a secret
 """Environment variable with the token that a server requires of its callers."""
 
+USE_TOKEN_VARIABLE = "MLX_RUNNER_USE_TOKEN"  # noqa: S105 - not a secret
+"""Environment variable with a second token, whose holders may only use the loaded model."""
+
 DEFAULT_CONTEXT_LENGTH = 4096
 """Longest context, in tokens, unless ``Load`` requests another one."""
 
@@ -167,6 +170,13 @@ ERRORS = (
         "RequestAbortedError",
         "the completion was ended by `Abort`, or by a `Drain` whose timeout passed",
         "do not retry it automatically",
+    ),
+    ErrorRule(
+        "PERMISSION_DENIED",
+        "PERMISSION_DENIED",
+        "PermissionDeniedError",
+        "the call's token may use the loaded model, but not control the runner",
+        "send the token with all rights",
     ),
 )
 

@@ -19,6 +19,7 @@ from runner_common.contract import (
     MAX_PORT,
     MIN_CONTEXT_LENGTH,
     TOKEN_VARIABLE,
+    USE_TOKEN_VARIABLE,
 )
 from runner_common.units import parse_bytes
 
@@ -218,6 +219,14 @@ SERVER_OPTIONS = (
         ("--token-file",),
         "File with the token that every call must send as `authorization: Bearer TOKEN`.  "
         f"[default: {TOKEN_VARIABLE} if set]",
+        metavar="FILE",
+        read=_file,
+    ),
+    ServerOption(
+        ("--use-token-file",),
+        "File with a second token, whose holders may only complete, tokenize, detokenize and read "
+        "the status; --token-file then has the token with all rights.  "
+        f"[default: {USE_TOKEN_VARIABLE} if set]",
         metavar="FILE",
         read=_file,
     ),

@@ -106,7 +106,7 @@ class RunnerApp:
         self._tracing: Tracing | None = None
         interceptors: list[grpc.aio.ServerInterceptor] = [TelemetryInterceptor(self._observers)]
         if config.token:
-            interceptors.append(AuthInterceptor(config.token))
+            interceptors.append(AuthInterceptor(config.token, config.use_token))
         interceptors.append(ErrorInterceptor())
         self._server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS)
         self._tasks: set[asyncio.Task[None]] = set()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from runner_common.contract import TOKEN_VARIABLE, USE_TOKEN_VARIABLE
 from runner_common.server_options import SERVER_OPTIONS, ServerOption, misuse
 from runner_server.engine.types import Dtype, LoadSpec
 from runner_server.transport.auth import read_token
@@ -32,6 +33,7 @@ class ServerConfig:
         metrics_listen: Host and port for Prometheus scrapes; None serves no metrics.
         tls: Certificate and key; None does not encrypt.
         token: Token required of callers; None requires none.
+        use_token: Second token, whose holders may only use the loaded model; None if there is none.
         model_root: Resolved directory that contains every model that may be loaded; None
             allows any directory.
         distributed: Whether to run as one of several ranks that share the model.
@@ -49,6 +51,7 @@ class ServerConfig:
     metrics_listen: tuple[str, int] | None = None
     tls: TlsFiles | None = None
     token: str | None = field(default=None, repr=False)
+    use_token: str | None = field(default=None, repr=False)
     model_root: Path | None = None
     distributed: bool = False
     pipeline: bool = False
@@ -63,12 +66,14 @@ def parse_args(argv: Sequence[str] | None = None) -> ServerConfig:
     if problem := misuse(given):
         parser.error(problem)
     values = {option.name: option.default for option in SERVER_OPTIONS} | given
+    token, use_token = _tokens(parser, values)
     same = {each.name for each in fields(ServerConfig)} & values.keys()
     return ServerConfig(
         **{name: values[name] for name in same},
         load=_load(values) if values["model"] else None,
         tls=_tls(values) if "tls_cert" in given else None,
-        token=_token(parser, values["token_file"]),
+        token=token,
+        use_token=use_token,
     )
 
 
@@ -87,11 +92,23 @@ def _tls(values: Mapping[str, Any]) -> TlsFiles:
     return TlsFiles(values["tls_cert"], values["tls_key"], values["tls_client_ca"])
 
 
-def _token(parser: argparse.ArgumentParser, file: Path | None) -> str | None:
+def _tokens(
+    parser: argparse.ArgumentParser, values: Mapping[str, Any]
+) -> tuple[str | None, str | None]:
+    """Return the token with all rights and the one for use; exit if they are unusable."""
     try:
-        return read_token(file)
+        token = read_token(values["token_file"])
+        use_token = read_token(values["use_token_file"], USE_TOKEN_VARIABLE)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    if use_token and not token:
+        parser.error(
+            "a token for use needs a token with all rights too: give --token-file or set "
+            f"{TOKEN_VARIABLE}"
+        )
+    if use_token and use_token == token:
+        parser.error("the token for use is the token with all rights; they must differ")
+    return token, use_token
 
 
 class _Parser(argparse.ArgumentParser):

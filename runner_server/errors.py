@@ -189,6 +189,16 @@ class Aborted(RunnerFault, reason="ABORTED"):
         super().__init__(f"the completion was ended by {by}; do not retry it automatically")
 
 
+class PermissionDenied(RunnerFault, reason="PERMISSION_DENIED"):
+    """The call carries the token for use, and its method needs the token with all rights."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the token of this call may only use the loaded model: complete, tokenize, detokenize "
+            "and read the status; send the runner's token with all rights"
+        )
+
+
 class GenerationFailed(RunnerFault, reason="GENERATION_FAILED"):
     """MLX or the server raised an unexpected error, or the model's logits are not finite."""
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from runner_common.contract import TOKEN_VARIABLE
+from runner_common.contract import TOKEN_VARIABLE, USE_TOKEN_VARIABLE
 from runner_common.memory.headroom import MINIMUM_VARIABLE, OVERHEAD_VARIABLE
 from runner_common.memory.reservations import DIRECTORY_VARIABLE
 from support.fakes import FakeBackend
@@ -40,7 +40,7 @@ def pytest_configure() -> None:
     of Ctrl-C would wait in vain. An inherited token would make servers require it, and inherited
     headroom variables would change how much memory is kept free.
     """
-    for variable in (TOKEN_VARIABLE, OVERHEAD_VARIABLE, MINIMUM_VARIABLE):
+    for variable in (TOKEN_VARIABLE, USE_TOKEN_VARIABLE, OVERHEAD_VARIABLE, MINIMUM_VARIABLE):
         os.environ.pop(variable, None)
     os.environ[DIRECTORY_VARIABLE] = _runtime_directory.name
     replace_home(Path(_home.name))

@@ -20,7 +20,7 @@ from runner_client.memory.estimation import estimate
 from runner_client.memory.gate import MemoryGate
 from runner_client.memory.model import find_model
 from runner_client.process.child import Child
-from runner_common.contract import TOKEN_VARIABLE
+from runner_common.contract import TOKEN_VARIABLE, USE_TOKEN_VARIABLE
 from runner_common.memory.reservations import DIRECTORY_VARIABLE
 from runner_common.units import format_bytes
 
@@ -49,8 +49,14 @@ class Launch:
     log: logging.Logger | None
 
     def environ(self) -> dict[str, str]:
-        """Return the child's environment: a copy of this process's, updated with ``env``."""
-        return {**os.environ, **(self.env or {})}
+        """Return the child's environment: a copy of this process's, updated with ``env``.
+
+        A token for use is not inherited: it would open the child to the holders of this process's.
+        """
+        inherited = {
+            name: value for name, value in os.environ.items() if name != USE_TOKEN_VARIABLE
+        }
+        return {**inherited, **(self.env or {})}
 
     def plan(self) -> Plan:
         """Decide whether the model may be started, without starting anything.

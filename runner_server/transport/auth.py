@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from grpc_health.v1 import health
 
-from runner_common.contract import TOKEN_VARIABLE
-from runner_server.errors import Unauthenticated
+from runner_common.contract import SERVICE_NAME, TOKEN_VARIABLE
+from runner_server.errors import PermissionDenied, RunnerFault, Unauthenticated
 from runner_server.transport.interceptor import abort
 
 if TYPE_CHECKING:
@@ -29,11 +29,21 @@ _SCHEME = "bearer "
 _MIN_TOKEN_CHARS = 16
 """Shortest token that cannot be guessed."""
 
+USE_METHODS = frozenset({"Completion", "Detokenize", "Status", "Tokenize", "WatchStatus"})
+"""Methods open to the token for use. Every other one, of any service, is control."""
+
+_USE_PATHS = frozenset(f"/{SERVICE_NAME}/{name}" for name in USE_METHODS)
+_REFLECTION = "/grpc.reflection."
+
 _TOKEN = re.compile(rf"[!-~]{{{_MIN_TOKEN_CHARS},}}")
 
 
-def read_token(file: Path | None, environment: MutableMapping[str, str] = os.environ) -> str | None:
-    """Return the token that callers must send, from a file or else from the environment.
+def read_token(
+    file: Path | None,
+    variable: str = TOKEN_VARIABLE,
+    environment: MutableMapping[str, str] = os.environ,
+) -> str | None:
+    """Return a token of callers, from a file or else from a variable of the environment.
 
     Removes the variable in either case, so that child processes do not inherit the token.
 
@@ -42,10 +52,10 @@ def read_token(file: Path | None, environment: MutableMapping[str, str] = os.env
             the token.
         OSError: The file cannot be read.
     """
-    given = environment.pop(TOKEN_VARIABLE, None)
+    given = environment.pop(variable, None)
     if file is not None:
         return _checked(file.read_bytes().decode(errors="replace").strip(), str(file))
-    return None if given is None else _checked(given.strip(), TOKEN_VARIABLE)
+    return None if given is None else _checked(given.strip(), variable)
 
 
 def _checked(token: str, where: str) -> str:
@@ -58,33 +68,43 @@ def _checked(token: str, where: str) -> str:
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses calls without the token before their request is read; health checks are exempt.
+    """Refuses calls without a token before their request is read; health checks are exempt.
 
     Args:
-        token: Token required of callers as ``authorization: Bearer TOKEN``.
+        token: Token with all rights, sent by callers as ``authorization: Bearer TOKEN``.
+        use_token: Token for ``USE_METHODS`` and reflection; None if there is no such token.
     """
 
-    def __init__(self, token: str) -> None:
-        self._token = token.encode()
-        self._no_token = _refusal("none")
-        self._other_token = _refusal("a different one")
+    def __init__(self, token: str, use_token: str | None = None) -> None:
+        # The token with all rights first.
+        self._tokens = [each.encode() for each in (token, use_token) if each]
+        self._no_token = _refusal(Unauthenticated("none"))
+        self._other_token = _refusal(Unauthenticated("a different one"))
+        self._no_permission = _refusal(PermissionDenied())
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
-        """Pass an authenticated call on; answer any other with UNAUTHENTICATED."""
+        """Pass a permitted call on; answer others with UNAUTHENTICATED or PERMISSION_DENIED."""
         # Health probes usually have no token.
         if handler_call_details.method.startswith(f"/{health.SERVICE_NAME}/"):
             return await continuation(handler_call_details)
         sent = _bearer(handler_call_details)
         if sent is None:
             return self._no_token
-        # In constant time, because the duration must not reveal how much of the token is right.
-        if not hmac.compare_digest(sent, self._token):
+        # In constant time, because the duration must not reveal how much of a token is right.
+        equal = [hmac.compare_digest(sent, each) for each in self._tokens]
+        if not any(equal):
             return self._other_token
+        if not (equal[0] or _is_use(handler_call_details.method)):
+            return self._no_permission
         return await continuation(handler_call_details)
+
+
+def _is_use(method: str) -> bool:
+    return method in _USE_PATHS or method.startswith(_REFLECTION)
 
 
 def _bearer(details: grpc.HandlerCallDetails) -> bytes | None:
@@ -99,9 +119,7 @@ def _bearer(details: grpc.HandlerCallDetails) -> bytes | None:
     return found[0][len(_SCHEME) :].strip()
 
 
-def _refusal(has: str) -> _Handler:
-    fault = Unauthenticated(has)
-
+def _refusal(fault: RunnerFault) -> _Handler:
     async def refuse(_requests: object, context: _Context) -> None:
         await abort(context, fault)
 

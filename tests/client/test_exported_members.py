@@ -51,6 +51,7 @@ PUBLIC = [
     "NotSupportedError",
     "Options",
     "PendingLoad",
+    "PermissionDeniedError",
     "PromptProgress",
     "PromptTooLongError",
     "QueueFullError",

@@ -13,7 +13,7 @@ from mlxrunner.v1 import runner_pb2 as pb
 from runner_client import AsyncRunnerProcess, MemoryGate, RunnerProcess, errors
 from runner_client.host import command
 from runner_client.host.probe import run_probe
-from runner_common.contract import TOKEN_VARIABLE
+from runner_common.contract import TOKEN_VARIABLE, USE_TOKEN_VARIABLE
 from runner_common.host_memory.free import FreeMemory
 from runner_common.memory.need_query import NeedRequest, NeedUnknownError, ask_need, can_ask
 from support.fake_child import use_fake_child, use_script, write_model
@@ -255,3 +255,14 @@ async def test_each_child_gets_a_new_token_in_asyncio(model: str) -> None:
             seen.append(runner.token)
     assert None not in seen
     assert len(set(seen)) == 2
+
+
+@pytest.mark.parametrize("given", [None, "of-the-program-itself"])
+def test_a_token_for_use_is_given_but_not_inherited(
+    model: str, monkeypatch: pytest.MonkeyPatch, given: str | None
+) -> None:
+    use_fake_child(monkeypatch, f"print(os.environ.get({USE_TOKEN_VARIABLE!r}), file=sys.stderr)")
+    monkeypatch.setenv(USE_TOKEN_VARIABLE, "of-this-process-0123")
+    with RunnerProcess(model, env={USE_TOKEN_VARIABLE: given} if given else None) as runner:
+        pass
+    assert load_request_of(runner) == str(given)

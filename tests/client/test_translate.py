@@ -30,6 +30,7 @@ BY_REASON = [
     ("GENERATION_FAILED", errors.GenerationFailedError, grpc.StatusCode.INTERNAL),
     ("UNAUTHENTICATED", errors.AuthenticationError, grpc.StatusCode.UNAUTHENTICATED),
     ("ABORTED", errors.RequestAbortedError, grpc.StatusCode.ABORTED),
+    ("PERMISSION_DENIED", errors.PermissionDeniedError, grpc.StatusCode.PERMISSION_DENIED),
 ]
 
 BY_CODE = [
@@ -39,6 +40,7 @@ BY_CODE = [
     (grpc.StatusCode.CANCELLED, errors.RunnerUnavailableError),
     (grpc.StatusCode.UNIMPLEMENTED, errors.NotSupportedError),
     (grpc.StatusCode.UNAUTHENTICATED, errors.AuthenticationError),
+    (grpc.StatusCode.PERMISSION_DENIED, errors.PermissionDeniedError),
     (grpc.StatusCode.INTERNAL, errors.RunnerError),
     (grpc.StatusCode.UNKNOWN, errors.RunnerError),
     (grpc.StatusCode.NOT_FOUND, errors.RunnerError),

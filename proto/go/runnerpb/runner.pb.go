@@ -22,7 +22,10 @@
 // Authentication. A server started with a token answers every call of this
 // service and of reflection, including `Status`, with
 // UNAUTHENTICATED / UNAUTHENTICATED unless the call's metadata has
-// `authorization: Bearer TOKEN` with that token. Health checks need no token.
+// `authorization: Bearer TOKEN` with that token. Health checks need no token. A
+// server may have a second token, for use: its holders may call `Completion`,
+// `Tokenize`, `Detokenize`, `Status`, `WatchStatus` and reflection, and everything
+// else is answered with PERMISSION_DENIED / PERMISSION_DENIED.
 //
 // Any rpc may return INTERNAL / GENERATION_FAILED for a defect of the server
 // itself; the log of the process has the details.
@@ -102,6 +105,9 @@ const (
 	// The completion was ended on purpose: by `Abort`, or by a `Drain` whose `timeout`
 	// passed. Code ABORTED. Do not retry it automatically.
 	ErrorReason_ERROR_REASON_ABORTED ErrorReason = 12
+	// The token of the call may use the loaded model, but not control the runner. Code
+	// PERMISSION_DENIED. Send the server's token with all rights.
+	ErrorReason_ERROR_REASON_PERMISSION_DENIED ErrorReason = 13
 )
 
 // Enum value maps for ErrorReason.
@@ -120,6 +126,7 @@ var (
 		10: "ERROR_REASON_GENERATION_FAILED",
 		11: "ERROR_REASON_UNAUTHENTICATED",
 		12: "ERROR_REASON_ABORTED",
+		13: "ERROR_REASON_PERMISSION_DENIED",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":         0,
@@ -135,6 +142,7 @@ var (
 		"ERROR_REASON_GENERATION_FAILED":   10,
 		"ERROR_REASON_UNAUTHENTICATED":     11,
 		"ERROR_REASON_ABORTED":             12,
+		"ERROR_REASON_PERMISSION_DENIED":   13,
 	}
 )
 
@@ -3287,7 +3295,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\ttoken_ids\x18\x01 \x03(\x05R\btokenIds\x12\x14\n" +
 	"\x05model\x18\x02 \x01(\tR\x05model\".\n" +
 	"\x12DetokenizeResponse\x12\x18\n" +
-	"\acontent\x18\x01 \x01(\tR\acontent*\xb0\x03\n" +
+	"\acontent\x18\x01 \x01(\tR\acontent*\xd4\x03\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12 \n" +
@@ -3302,7 +3310,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x1eERROR_REASON_GENERATION_FAILED\x10\n" +
 	"\x12 \n" +
 	"\x1cERROR_REASON_UNAUTHENTICATED\x10\v\x12\x18\n" +
-	"\x14ERROR_REASON_ABORTED\x10\f*\x8d\x01\n" +
+	"\x14ERROR_REASON_ABORTED\x10\f\x12\"\n" +
+	"\x1eERROR_REASON_PERMISSION_DENIED\x10\r*\x8d\x01\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x0e\n" +
 	"\n" +

@@ -22,7 +22,10 @@
 // Authentication. A server started with a token answers every call of this
 // service and of reflection, including `Status`, with
 // UNAUTHENTICATED / UNAUTHENTICATED unless the call's metadata has
-// `authorization: Bearer TOKEN` with that token. Health checks need no token.
+// `authorization: Bearer TOKEN` with that token. Health checks need no token. A
+// server may have a second token, for use: its holders may call `Completion`,
+// `Tokenize`, `Detokenize`, `Status`, `WatchStatus` and reflection, and everything
+// else is answered with PERMISSION_DENIED / PERMISSION_DENIED.
 //
 // Any rpc may return INTERNAL / GENERATION_FAILED for a defect of the server
 // itself; the log of the process has the details.
@@ -106,6 +109,8 @@ type RunnerServiceClient interface {
 	//     up; the log of the process has the details.
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.
+	//   - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+	//     token with all rights.
 	Load(ctx context.Context, in *LoadRequest, opts ...grpc.CallOption) (*LoadResponse, error)
 	// Estimates the memory that `Load` would need for the same fields, part by part,
 	// and compares the sum with the memory available now. `Load` decides by the same
@@ -127,6 +132,8 @@ type RunnerServiceClient interface {
 	//     or took too long; the log of the runner has the details.
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.
+	//   - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+	//     token with all rights.
 	Estimate(ctx context.Context, in *EstimateRequest, opts ...grpc.CallOption) (*EstimateResponse, error)
 	// Releases memory without ending anything: entries of the prefix cache, least
 	// recently used first, then the buffers that MLX keeps for reuse and the free
@@ -143,6 +150,8 @@ type RunnerServiceClient interface {
 	//     memory too.
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.
+	//   - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+	//     token with all rights.
 	Trim(ctx context.Context, in *TrimRequest, opts ...grpc.CallOption) (*TrimResponse, error)
 	// Ends running and queued completions (with SHUTTING_DOWN), frees weights and
 	// caches, and returns once the memory is released. The process stays and can
@@ -157,6 +166,8 @@ type RunnerServiceClient interface {
 	//     memory too.
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.
+	//   - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+	//     token with all rights.
 	Unload(ctx context.Context, in *UnloadRequest, opts ...grpc.CallOption) (*UnloadResponse, error)
 	// Reports the state and memory of the process. Never waits for MLX: during a
 	// load or a step the answer comes from the last snapshot, and
@@ -233,6 +244,8 @@ type RunnerServiceClient interface {
 	//     completions too.
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.
+	//   - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+	//     token with all rights.
 	Abort(ctx context.Context, in *AbortRequest, opts ...grpc.CallOption) (*AbortResponse, error)
 	// Refuses new completions (SHUTTING_DOWN) while running and queued ones finish,
 	// and returns when none is left. When `timeout` passes, the rest ends with
@@ -249,6 +262,8 @@ type RunnerServiceClient interface {
 	//     completions too.
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.
+	//   - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+	//     token with all rights.
 	Drain(ctx context.Context, in *DrainRequest, opts ...grpc.CallOption) (*DrainResponse, error)
 	// Splits text into the model's token ids, as its `tokenizer.json` says. Runs
 	// alongside completions without delaying them.
@@ -454,6 +469,8 @@ type RunnerServiceServer interface {
 	//     up; the log of the process has the details.
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.
+	//   - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+	//     token with all rights.
 	Load(context.Context, *LoadRequest) (*LoadResponse, error)
 	// Estimates the memory that `Load` would need for the same fields, part by part,
 	// and compares the sum with the memory available now. `Load` decides by the same
@@ -475,6 +492,8 @@ type RunnerServiceServer interface {
 	//     or took too long; the log of the runner has the details.
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.
+	//   - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+	//     token with all rights.
 	Estimate(context.Context, *EstimateRequest) (*EstimateResponse, error)
 	// Releases memory without ending anything: entries of the prefix cache, least
 	// recently used first, then the buffers that MLX keeps for reuse and the free
@@ -491,6 +510,8 @@ type RunnerServiceServer interface {
 	//     memory too.
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.
+	//   - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+	//     token with all rights.
 	Trim(context.Context, *TrimRequest) (*TrimResponse, error)
 	// Ends running and queued completions (with SHUTTING_DOWN), frees weights and
 	// caches, and returns once the memory is released. The process stays and can
@@ -505,6 +526,8 @@ type RunnerServiceServer interface {
 	//     memory too.
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.
+	//   - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+	//     token with all rights.
 	Unload(context.Context, *UnloadRequest) (*UnloadResponse, error)
 	// Reports the state and memory of the process. Never waits for MLX: during a
 	// load or a step the answer comes from the last snapshot, and
@@ -581,6 +604,8 @@ type RunnerServiceServer interface {
 	//     completions too.
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.
+	//   - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+	//     token with all rights.
 	Abort(context.Context, *AbortRequest) (*AbortResponse, error)
 	// Refuses new completions (SHUTTING_DOWN) while running and queued ones finish,
 	// and returns when none is left. When `timeout` passes, the rest ends with
@@ -597,6 +622,8 @@ type RunnerServiceServer interface {
 	//     completions too.
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.
+	//   - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+	//     token with all rights.
 	Drain(context.Context, *DrainRequest) (*DrainResponse, error)
 	// Splits text into the model's token ids, as its `tokenizer.json` says. Runs
 	// alongside completions without delaying them.

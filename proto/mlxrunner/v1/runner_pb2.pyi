@@ -25,7 +25,10 @@ ignored. Clients ignore unknown fields of responses.
 Authentication. A server started with a token answers every call of this
 service and of reflection, including `Status`, with
 UNAUTHENTICATED / UNAUTHENTICATED unless the call's metadata has
-`authorization: Bearer TOKEN` with that token. Health checks need no token.
+`authorization: Bearer TOKEN` with that token. Health checks need no token. A
+server may have a second token, for use: its holders may call `Completion`,
+`Tokenize`, `Detokenize`, `Status`, `WatchStatus` and reflection, and everything
+else is answered with PERMISSION_DENIED / PERMISSION_DENIED.
 
 Any rpc may return INTERNAL / GENERATION_FAILED for a defect of the server
 itself; the log of the process has the details.
@@ -109,6 +112,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The completion was ended on purpose: by `Abort`, or by a `Drain` whose `timeout`
     passed. Code ABORTED. Do not retry it automatically.
     """
+    ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 13
+    """The token of the call may use the loaded model, but not control the runner. Code
+    PERMISSION_DENIED. Send the server's token with all rights.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed: the `reason` of its `google.rpc.ErrorInfo`, without the
@@ -165,6 +172,10 @@ UNAUTHENTICATED. Send the server's token as `authorization: Bearer TOKEN`.
 ERROR_REASON_ABORTED: ErrorReason.ValueType  # 12
 """The completion was ended on purpose: by `Abort`, or by a `Drain` whose `timeout`
 passed. Code ABORTED. Do not retry it automatically.
+"""
+ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 13
+"""The token of the call may use the loaded model, but not control the runner. Code
+PERMISSION_DENIED. Send the server's token with all rights.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 

@@ -133,6 +133,8 @@ class RunnerServiceServicer(object):
         up; the log of the process has the details.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
         has none or a different one; send the right one.
+        - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+        token with all rights.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -159,6 +161,8 @@ class RunnerServiceServicer(object):
         or took too long; the log of the runner has the details.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
         has none or a different one; send the right one.
+        - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+        token with all rights.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -180,6 +184,8 @@ class RunnerServiceServicer(object):
         memory too.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
         has none or a different one; send the right one.
+        - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+        token with all rights.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -199,6 +205,8 @@ class RunnerServiceServicer(object):
         memory too.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
         has none or a different one; send the right one.
+        - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+        token with all rights.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -295,6 +303,8 @@ class RunnerServiceServicer(object):
         completions too.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
         has none or a different one; send the right one.
+        - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+        token with all rights.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -316,6 +326,8 @@ class RunnerServiceServicer(object):
         completions too.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
         has none or a different one; send the right one.
+        - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+        token with all rights.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

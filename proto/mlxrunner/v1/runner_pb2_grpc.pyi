@@ -25,7 +25,10 @@ ignored. Clients ignore unknown fields of responses.
 Authentication. A server started with a token answers every call of this
 service and of reflection, including `Status`, with
 UNAUTHENTICATED / UNAUTHENTICATED unless the call's metadata has
-`authorization: Bearer TOKEN` with that token. Health checks need no token.
+`authorization: Bearer TOKEN` with that token. Health checks need no token. A
+server may have a second token, for use: its holders may call `Completion`,
+`Tokenize`, `Detokenize`, `Status`, `WatchStatus` and reflection, and everything
+else is answered with PERMISSION_DENIED / PERMISSION_DENIED.
 
 Any rpc may return INTERNAL / GENERATION_FAILED for a defect of the server
 itself; the log of the process has the details.
@@ -102,6 +105,8 @@ class RunnerServiceStub:
       up; the log of the process has the details.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
       has none or a different one; send the right one.
+    - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+      token with all rights.
     """
     Estimate: _grpc.UnaryUnaryMultiCallable[_runner_pb2.EstimateRequest, _runner_pb2.EstimateResponse]
     """Estimates the memory that `Load` would need for the same fields, part by part,
@@ -124,6 +129,8 @@ class RunnerServiceStub:
       or took too long; the log of the runner has the details.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
       has none or a different one; send the right one.
+    - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+      token with all rights.
     """
     Trim: _grpc.UnaryUnaryMultiCallable[_runner_pb2.TrimRequest, _runner_pb2.TrimResponse]
     """Releases memory without ending anything: entries of the prefix cache, least
@@ -141,6 +148,8 @@ class RunnerServiceStub:
       memory too.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
       has none or a different one; send the right one.
+    - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+      token with all rights.
     """
     Unload: _grpc.UnaryUnaryMultiCallable[_runner_pb2.UnloadRequest, _runner_pb2.UnloadResponse]
     """Ends running and queued completions (with SHUTTING_DOWN), frees weights and
@@ -156,6 +165,8 @@ class RunnerServiceStub:
       memory too.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
       has none or a different one; send the right one.
+    - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+      token with all rights.
     """
     Status: _grpc.UnaryUnaryMultiCallable[_runner_pb2.StatusRequest, _runner_pb2.StatusResponse]
     """Reports the state and memory of the process. Never waits for MLX: during a
@@ -236,6 +247,8 @@ class RunnerServiceStub:
       completions too.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
       has none or a different one; send the right one.
+    - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+      token with all rights.
     """
     Drain: _grpc.UnaryUnaryMultiCallable[_runner_pb2.DrainRequest, _runner_pb2.DrainResponse]
     """Refuses new completions (SHUTTING_DOWN) while running and queued ones finish,
@@ -253,6 +266,8 @@ class RunnerServiceStub:
       completions too.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
       has none or a different one; send the right one.
+    - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+      token with all rights.
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_runner_pb2.TokenizeRequest, _runner_pb2.TokenizeResponse]
     """Splits text into the model's token ids, as its `tokenizer.json` says. Runs
@@ -324,6 +339,8 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
       up; the log of the process has the details.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
       has none or a different one; send the right one.
+    - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+      token with all rights.
     """
     Estimate: _aio.UnaryUnaryMultiCallable[_runner_pb2.EstimateRequest, _runner_pb2.EstimateResponse]  # type: ignore[assignment]
     """Estimates the memory that `Load` would need for the same fields, part by part,
@@ -346,6 +363,8 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
       or took too long; the log of the runner has the details.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
       has none or a different one; send the right one.
+    - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+      token with all rights.
     """
     Trim: _aio.UnaryUnaryMultiCallable[_runner_pb2.TrimRequest, _runner_pb2.TrimResponse]  # type: ignore[assignment]
     """Releases memory without ending anything: entries of the prefix cache, least
@@ -363,6 +382,8 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
       memory too.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
       has none or a different one; send the right one.
+    - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+      token with all rights.
     """
     Unload: _aio.UnaryUnaryMultiCallable[_runner_pb2.UnloadRequest, _runner_pb2.UnloadResponse]  # type: ignore[assignment]
     """Ends running and queued completions (with SHUTTING_DOWN), frees weights and
@@ -378,6 +399,8 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
       memory too.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
       has none or a different one; send the right one.
+    - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+      token with all rights.
     """
     Status: _aio.UnaryUnaryMultiCallable[_runner_pb2.StatusRequest, _runner_pb2.StatusResponse]  # type: ignore[assignment]
     """Reports the state and memory of the process. Never waits for MLX: during a
@@ -458,6 +481,8 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
       completions too.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
       has none or a different one; send the right one.
+    - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+      token with all rights.
     """
     Drain: _aio.UnaryUnaryMultiCallable[_runner_pb2.DrainRequest, _runner_pb2.DrainResponse]  # type: ignore[assignment]
     """Refuses new completions (SHUTTING_DOWN) while running and queued ones finish,
@@ -475,6 +500,8 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
       completions too.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
       has none or a different one; send the right one.
+    - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+      token with all rights.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_runner_pb2.TokenizeRequest, _runner_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Splits text into the model's token ids, as its `tokenizer.json` says. Runs
@@ -549,6 +576,8 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
           up; the log of the process has the details.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
           has none or a different one; send the right one.
+        - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+          token with all rights.
         """
 
     @_abc_1.abstractmethod
@@ -577,6 +606,8 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
           or took too long; the log of the runner has the details.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
           has none or a different one; send the right one.
+        - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+          token with all rights.
         """
 
     @_abc_1.abstractmethod
@@ -600,6 +631,8 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
           memory too.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
           has none or a different one; send the right one.
+        - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+          token with all rights.
         """
 
     @_abc_1.abstractmethod
@@ -621,6 +654,8 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
           memory too.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
           has none or a different one; send the right one.
+        - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+          token with all rights.
         """
 
     @_abc_1.abstractmethod
@@ -725,6 +760,8 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
           completions too.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
           has none or a different one; send the right one.
+        - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+          token with all rights.
         """
 
     @_abc_1.abstractmethod
@@ -748,6 +785,8 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
           completions too.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
           has none or a different one; send the right one.
+        - PERMISSION_DENIED / PERMISSION_DENIED: the call has the token for use; send the
+          token with all rights.
         """
 
     @_abc_1.abstractmethod

@@ -33,6 +33,7 @@ _BY_CODE: dict[grpc.StatusCode, type[errors.RunnerError]] = {
     grpc.StatusCode.UNIMPLEMENTED: errors.NotSupportedError,
     # From a proxy in front of the runner, for instance.
     grpc.StatusCode.UNAUTHENTICATED: errors.AuthenticationError,
+    grpc.StatusCode.PERMISSION_DENIED: errors.PermissionDeniedError,
 }
 
 _EXPLANATIONS = {
