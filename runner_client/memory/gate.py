@@ -34,7 +34,7 @@ from runner_common.memory.reservations import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
     from typing import Any
 
     from runner_client.memory.estimation import MemoryEstimate
@@ -239,6 +239,19 @@ class MemoryGate:
         headroom = self._headroom(asked.environ, decision.free.device_kind)
         raise _refusal(asked.estimate, decision, headroom, require_full=require_full)
 
+    def available(self, environ: Mapping[str, str] | None = None) -> GateDecision:
+        """Measure what another runner could take now, in ``available_bytes``.
+
+        Args:
+            environ: The runner's environment, if different from this gate's.
+
+        Raises:
+            InvalidRequestError: A variable is not a size.
+        """
+        environ = self._environ if environ is None else environ
+        with self.book(environ).locked() as view:
+            return self._compare(0, view, environ)[0]
+
     def book(self, environ: Mapping[str, str] | None = None) -> ReservationBook:
         """Return the reservations counted by this gate.
 
@@ -267,16 +280,28 @@ class MemoryGate:
         book = self.book(asked.environ)
         with book.locked() as view:
             offered = book.offered(asked.offer_key) if asked.takes_over else None
+            need = asked.estimate.required_bytes
             without = {offered.name} if offered else set()
-            free = self._measure() if self._measure else free_memory(Host(environ=asked.environ))
-            headroom = self._headroom(asked.environ, free.device_kind)
-            claimed_bytes, count = claimed_of(free, view.claims(without=without))
-            found = decide(asked.estimate.required_bytes, free, headroom, claimed_bytes)
-            decision = _gate_decision(found, count, overridden=asked.override and not found.fits)
+            decision, headroom = self._compare(need, view, asked.environ, without)
             if asked.reserves and (decision.fits or asked.override):
+                decision = replace(decision, overridden=not decision.fits)
                 reservation = _reserve(asked, decision, view, offered)
                 return Admission.of(decision, headroom, reservation)
-            return decision
+            return replace(decision, overridden=asked.override and not decision.fits)
+
+    def _compare(
+        self,
+        required_bytes: int,
+        view: BookView,
+        environ: Mapping[str, str],
+        without: Collection[str] = (),
+    ) -> tuple[GateDecision, Headroom]:
+        """Measure, and compare a need with what other runners leave."""
+        free = self._measure() if self._measure else free_memory(Host(environ=environ))
+        headroom = self._headroom(environ, free.device_kind)
+        claimed_bytes, count = claimed_of(free, view.claims(without=without))
+        found = decide(required_bytes, free, headroom, claimed_bytes)
+        return _gate_decision(found, count), headroom
 
     def _headroom(self, environ: Mapping[str, str], device_kind: Backend) -> Headroom:
         """Return the memory to keep free, as given to this gate or set in the environment."""
@@ -328,7 +353,7 @@ def _reserve(
     return offered.take_over(size)
 
 
-def _gate_decision(decision: Decision, count: int, *, overridden: bool) -> GateDecision:
+def _gate_decision(decision: Decision, count: int) -> GateDecision:
     return GateDecision(
         fits=decision.fits,
         required_bytes=decision.required_bytes,
@@ -337,7 +362,6 @@ def _gate_decision(decision: Decision, count: int, *, overridden: bool) -> GateD
         reserved_bytes=decision.reserved_bytes,
         free=decision.free,
         reserved_count=count,
-        overridden=overridden,
     )
 
 

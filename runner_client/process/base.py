@@ -15,11 +15,13 @@ from runner_client.process.life import ChildLife, ConnectionT
 from runner_client.types import DeviceInfo, LoadOptions, RestartPolicy, Timeouts
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
+    from runner_client.errors import RunnerExitedError
     from runner_client.host.command import Listen
     from runner_client.memory.estimation import MemoryEstimate
     from runner_client.memory.gate import MemoryGate
+    from runner_client.rpc.transport.base import Peer
     from runner_client.types import LoadKeywords
 
 HEALTH_SECONDS = 0.05
@@ -113,6 +115,32 @@ class ProcessBase(Generic[ConnectionT]):
         None while the child runs, and if other code in this process has reaped it.
         """
         return child.exit_code if (child := self._life.child) else None
+
+    @property
+    def exit_error(self) -> RunnerExitedError | None:
+        """The error that pending calls raise after the child's exit; None while it runs."""
+        return self._life.child.exit_error() if self._life.child and self.has_exited else None
+
+    @property
+    def peer(self) -> Peer | None:
+        """The child, for additional clients: ``RunnerClient(address, token=..., peer=...)``.
+
+        Their calls then raise ``RunnerExitedError`` if the child dies. None before the start.
+        """
+        return self._life.child
+
+    def on_exit(self, callback: Callable[[], None]) -> None:
+        """Call a function in another thread once the present child has exited, or now if it has.
+
+        Args:
+            callback: Must not raise or block.
+
+        Raises:
+            RunnerUnavailableError: The runner was not started.
+        """
+        if self._life.child is None:
+            raise RunnerUnavailableError("the runner was not started: call load() first")
+        self._life.child.on_exit(callback)
 
     @property
     def model_path(self) -> str:
