@@ -1,6 +1,7 @@
 """Client library of mlx-grpc-runner: check memory, then spawn, call and stop runners.
 
-``RunnerProcess`` and ``AsyncRunnerProcess`` host a model in a child process.
+``RunnerProcess`` and ``AsyncRunnerProcess`` host a model in a child process, ``RunnerPool`` and
+``AsyncRunnerPool`` many models within one budget of memory.
 ``RunnerClient`` and ``AsyncRunnerClient`` call a runner at any address. ``errors``
 documents the exception tree, ``estimate`` computes the memory that a model needs, and
 ``testing`` has a fake runner for your own tests.
@@ -34,6 +35,11 @@ from runner_client.errors import (
 )
 from runner_client.memory.estimation import MemoryEstimate
 from runner_client.memory.gate import GateDecision, MemoryGate
+from runner_client.pool.aio_pool import AsyncRunnerPool
+from runner_client.pool.pool import RunnerPool
+from runner_client.pool.scheduling.settings import ModelSettings, PoolSettings
+from runner_client.pool.scheduling.states import ModelState
+from runner_client.pool.types import MemoryReturn, PoolModel, PoolStatus
 from runner_client.process.aio_process import AsyncRunnerProcess
 from runner_client.process.process import RunnerProcess
 from runner_client.rpc.aio_client import AsyncRunnerClient
@@ -73,6 +79,7 @@ __all__ = [
     "AsyncCompletionStream",
     "AsyncPendingLoad",
     "AsyncRunnerClient",
+    "AsyncRunnerPool",
     "AsyncRunnerProcess",
     "AsyncStatusStream",
     "AuthenticationError",
@@ -96,16 +103,22 @@ __all__ = [
     "LoadResult",
     "MemoryEstimate",
     "MemoryGate",
+    "MemoryReturn",
     "MemoryUsage",
     "Model",
     "ModelError",
     "ModelNotFoundError",
     "ModelNotLoadedError",
+    "ModelSettings",
+    "ModelState",
     "ModelUnsupportedError",
     "NotSupportedError",
     "Options",
     "PendingLoad",
     "PermissionDeniedError",
+    "PoolModel",
+    "PoolSettings",
+    "PoolStatus",
     "PromptProgress",
     "PromptTooLongError",
     "QueueFullError",
@@ -115,6 +128,7 @@ __all__ = [
     "RunnerClient",
     "RunnerError",
     "RunnerExitedError",
+    "RunnerPool",
     "RunnerProcess",
     "RunnerTimeoutError",
     "RunnerUnavailableError",

@@ -17,11 +17,15 @@ SERVER = ("distributed", "api", "transport", "telemetry", "mlx_backend", "engine
 """Rooms of the server from top to bottom. Modules beside them (``app``, ``config``) are above."""
 
 CLIENT = (
-    *("cli", "process", "memory", "host", "rpc", "testing"),
+    *("cli", "pool", "process", "memory", "host", "rpc", "testing"),
     *("types", "settings", "checks", "errors"),
 )
 
-INNER = ("runner_client.cli.shared", "runner_client.rpc.transport")
+INNER = (
+    "runner_client.cli.shared",
+    "runner_client.pool.scheduling",
+    "runner_client.rpc.transport",
+)
 """Rooms inside a room, which import none of the modules beside them."""
 
 ROOM_SIZE = 12

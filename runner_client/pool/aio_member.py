@@ -1,0 +1,126 @@
+"""The runner of one model of a pool: start, load, stop, and the return of its memory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from typing import TYPE_CHECKING
+
+import psutil
+
+from runner_client.errors import RunnerError
+from runner_client.pool.types import MemoryReturn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from runner_client.memory.gate import MemoryGate
+    from runner_client.process.aio_process import AsyncRunnerProcess
+    from runner_client.rpc.aio_client import AsyncRunnerClient
+    from runner_client.types import Status
+
+logger = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 0.05
+
+
+class Member:
+    """A model's runner in a pool. Used once: one load, one stop.
+
+    Args:
+        process: The runner, not started yet.
+        gate: Measures free memory.
+    """
+
+    def __init__(self, process: AsyncRunnerProcess, gate: MemoryGate) -> None:
+        self._process = process
+        self._gate = gate
+        self.progress = 0
+        """Progress of the load, 0 to 100."""
+
+    @property
+    def is_admitted(self) -> bool:
+        """True if the machine's reservations include this runner."""
+        return self._process.estimate is not None
+
+    @property
+    def process(self) -> AsyncRunnerProcess:
+        """The runner's process."""
+        return self._process
+
+    @property
+    def client(self) -> AsyncRunnerClient:
+        """The client of the loaded runner."""
+        return self._process.client
+
+    async def load(self, on_progress: Callable[[], None]) -> int:
+        """Start the runner and load the model. A failure leaves nothing behind.
+
+        Args:
+            on_progress: Called when ``progress`` has changed.
+
+        Returns:
+            The memory reserved for the runner, in bytes.
+
+        Raises:
+            RunnerError: The start or the load failed.
+        """
+
+        def note(status: Status) -> None:
+            if status.progress != self.progress:
+                self.progress = status.progress
+                on_progress()
+
+        try:
+            estimate = await self._process.load()
+            await self._process.wait_until_running(note)
+            status = await self._process.status()
+        except BaseException:
+            await self._process.close()
+            raise
+        self.progress = 100
+        return status.memory_usage.reserved_bytes or estimate.total_bytes
+
+    async def trim(self) -> int:
+        """Empty the prefix cache, and return the bytes freed; 0 if the runner refuses."""
+        with contextlib.suppress(RunnerError):
+            if (await self._process.status()).memory_usage.prefix_cache_bytes:
+                return await self._process.trim()
+        return 0
+
+    async def stop(self, return_seconds: float) -> MemoryReturn:
+        """Stop the runner and wait until it is reaped and its memory is back.
+
+        Args:
+            return_seconds: How long to wait for the memory after the exit.
+        """
+        before = await asyncio.to_thread(self._free_bytes)
+        held = await self._held_bytes()
+        await self._process.close()
+        ended = time.monotonic()
+        while True:
+            free = await asyncio.to_thread(self._free_bytes)
+            result = MemoryReturn(held, free - before, time.monotonic() - ended)
+            if result.is_complete or result.seconds >= return_seconds:
+                return result
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    def _free_bytes(self) -> int:
+        return self._gate.available().free.available_bytes
+
+    async def _held_bytes(self) -> int:
+        """Return the memory freed by the exit: MLX's on a GPU, otherwise the private pages."""
+        with contextlib.suppress(RunnerError):
+            if (await self._process.status()).device.startswith("gpu"):
+                return self._process.memory_size
+        pid = self._process.pid
+        return 0 if pid is None else await asyncio.to_thread(_private_bytes, pid)
+
+
+def _private_bytes(pid: int) -> int:
+    try:
+        return int(psutil.Process(pid).memory_full_info().uss)
+    except psutil.Error:
+        return 0

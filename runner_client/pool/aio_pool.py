@@ -1,0 +1,353 @@
+"""Asyncio pool of runners."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+from typing import TYPE_CHECKING, Self
+
+from runner_client.checks import (
+    check_callable,
+    check_environment,
+    check_flag,
+    check_kind,
+    check_model,
+    check_number,
+)
+from runner_client.errors import (
+    BusyError,
+    ModelNotLoadedError,
+    RunnerTimeoutError,
+    RunnerUnavailableError,
+)
+from runner_client.memory.gate import MemoryGate
+from runner_client.pool.aio_manager import PoolManager
+from runner_client.pool.aio_pressure import PressureRelief
+from runner_client.pool.aio_report import ProgressReport, describe
+from runner_client.pool.appraisal import Appraisal, appraise
+from runner_client.pool.scheduling.settings import PoolSettings
+from runner_client.pool.scheduling.states import ModelState
+from runner_client.pool.types import NOTHING, PoolStatus
+from runner_client.process.aio_process import AsyncRunnerProcess
+from runner_client.types import RestartPolicy, Timeouts
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+    from types import TracebackType
+
+    from runner_client.pool.aio_manager import Entry
+    from runner_client.pool.aio_member import Member
+    from runner_client.pool.scheduling.states import Lease
+    from runner_client.pool.types import MemoryReturn, PoolModel
+    from runner_client.rpc.aio_client import AsyncRunnerClient
+
+logger = logging.getLogger(__name__)
+
+
+class AsyncRunnerPool:
+    """Many models on one machine, each in a runner of its own, within one budget of bytes.
+
+    ::
+
+        async with AsyncRunnerPool(PoolSettings(budget_bytes=24 * 2**30)) as pool:
+            async with pool.runner("org/model") as runner:
+                print((await runner.complete("Once upon a time")).content)
+
+    A lease loads the model if it is absent. Leases of one model share its runner and its batch. If
+    memory is short, idle models are evicted, and the next model is loaded once their memory is
+    back. docs/pool.md has the rules.
+
+    A pool belongs to the event loop on which it is entered. On exit it stops every runner.
+
+    Args:
+        settings: The budget and the settings of models.
+        gate: Measures and reserves the machine's memory. Default: a ``MemoryGate`` for the
+            runners' environment.
+        timeouts: How long to wait for runners and calls.
+        restart_policy: How often the runner of a model may die and be replaced for the next
+            lease. Beyond that, leases of the model are refused until the window has passed.
+        blas: As for ``AsyncRunnerProcess``.
+        env: Environment variables for the runners, in addition to those of this process.
+        log: Logger for the output of the runners. Default: ``runner_client.child``.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+    """
+
+    def __init__(
+        self,
+        settings: PoolSettings | None = None,
+        *,
+        gate: MemoryGate | None = None,
+        timeouts: Timeouts | None = None,
+        restart_policy: RestartPolicy | None = None,
+        blas: str = "auto",
+        env: Mapping[str, str] | None = None,
+        log: logging.Logger | None = None,
+    ) -> None:
+        check_kind("settings", settings, PoolSettings)
+        check_kind("timeouts", timeouts, Timeouts)
+        check_kind("restart_policy", restart_policy, RestartPolicy)
+        check_environment("env", env)
+        self._settings = settings or PoolSettings()
+        self._environ = {**os.environ, **(env or {})}
+        self._gate = gate or MemoryGate(environ=self._environ)
+        self._timeouts = timeouts
+        self._blas, self._env, self._log = blas, env, log
+        self._manager = PoolManager(
+            self._settings, self._gate, restart_policy or RestartPolicy(), self._new_process
+        )
+        self._pressure = PressureRelief(self._manager, self._gate, self._settings.reserve_bytes)
+        self._names: dict[str, str] = {}
+        self._service: asyncio.Task[None] | None = None
+
+    @contextlib.asynccontextmanager
+    async def runner(
+        self,
+        model: str,
+        *,
+        evict: bool = True,
+        timeout_seconds: float | None = None,
+        on_progress: Callable[[PoolModel], None] | None = None,
+    ) -> AsyncIterator[AsyncRunnerClient]:
+        """Lease a model's runner, and load the model first if necessary.
+
+        The model stays loaded during the block, unless its runner dies. The leases of a model share
+        the client: do not close it.
+
+        Args:
+            model: A directory, or a hub id in the local Hugging Face cache.
+            evict: Whether other models may be evicted. Otherwise the lease is refused at once if
+                the model is absent and does not fit.
+            timeout_seconds: How long to wait for the lease. Default: no limit.
+            on_progress: Called when the load's progress, the position in the queue or the reason of
+                the wait changes.
+
+        Raises:
+            InsufficientMemoryError: The model does not fit, even if every model that may go went;
+                or ``evict`` is False, and others would have to go.
+            ModelNotFoundError: The model does not exist.
+            ModelUnsupportedError: The model cannot be loaded.
+            RunnerTimeoutError: The lease did not come in time (phase ``"load"``).
+            RunnerExitedError: The runner died while it loaded the model.
+            RunnerUnavailableError: The pool is closed, or the model's runners keep dying.
+            RunnerError: The load failed for another reason.
+        """
+        lease = self.lease(
+            model, evict=evict, timeout_seconds=timeout_seconds, on_progress=on_progress
+        )
+        async with lease as member:
+            yield member.client
+
+    @contextlib.asynccontextmanager
+    async def lease(
+        self,
+        model: str,
+        *,
+        evict: bool = True,
+        timeout_seconds: float | None = None,
+        on_progress: Callable[[PoolModel], None] | None = None,
+    ) -> AsyncIterator[Member]:
+        """Lease as ``runner`` does, with access to the process; for front ends of the pool."""
+        entry, lease = await self._acquire(model, evict, timeout_seconds, on_progress)
+        try:
+            if entry.member is None:
+                # It died between the grant and now.
+                raise RunnerUnavailableError(f"the runner of {entry.model.name} is gone")
+            yield entry.member
+        finally:
+            self._manager.release(lease)
+
+    async def load(
+        self,
+        model: str,
+        *,
+        evict: bool = True,
+        timeout_seconds: float | None = None,
+        on_progress: Callable[[PoolModel], None] | None = None,
+    ) -> PoolModel:
+        """Load a model without leasing it. Arguments and errors are those of ``runner``."""
+        entry, _ = await self._acquire(model, evict, timeout_seconds, on_progress, is_lease=False)
+        return self._describe(entry)
+
+    async def evict(self, model: str) -> MemoryReturn:
+        """Stop the runner of a model that is not in use, pinned or not, and wait for its memory.
+
+        Returns:
+            The memory that the runner held and that came back; zero if the model was not loaded.
+
+        Raises:
+            ModelNotLoadedError: The model was never requested from this pool.
+            BusyError: The model is in use or being loaded.
+        """
+        entry = self._entry(model)
+        pooled = entry.model
+        if pooled.state is ModelState.LOADING or pooled.leases:
+            use = f"is used by {pooled.leases}" if pooled.leases else "is being loaded"
+            raise BusyError(f"{pooled.name} {use}; wait, or cancel the requests for it")
+        if pooled.state is ModelState.ABSENT:
+            return NOTHING
+        if pooled.state is ModelState.READY:
+            self._manager.begin_eviction(entry, "as requested")
+        if entry.task is not None:
+            await asyncio.shield(entry.task)
+        return entry.last_return
+
+    def pin(self, model: str) -> None:
+        """Keep a model from being evicted to make room. Does not load it.
+
+        Raises:
+            ModelNotLoadedError: The model was never requested from this pool.
+        """
+        self._entry(model).model.is_pinned = True
+        self._manager.notify()
+
+    def unpin(self, model: str) -> None:
+        """Let a model be evicted to make room.
+
+        Raises:
+            ModelNotLoadedError: The model was never requested from this pool.
+        """
+        self._entry(model).model.is_pinned = False
+        self._manager.notify()
+
+    def status(self) -> PoolStatus:
+        """Return the present state of the pool and its models."""
+        return PoolStatus(
+            budget_bytes=self._settings.budget_bytes,
+            held_bytes=self._manager.scheduler.held_bytes,
+            models=self.models(),
+        )
+
+    def models(self) -> tuple[PoolModel, ...]:
+        """Return every model that was requested from this pool, loaded or not."""
+        return tuple(map(self._describe, self._manager.entries.values()))
+
+    async def watch(self) -> AsyncGenerator[PoolStatus]:
+        """Yield the state of the pool now and after each change, until the pool is closed.
+
+        A slow reader misses states in between, never the last one.
+        """
+        async for _ in self._manager.watch():
+            yield self.status()
+
+    async def close(self) -> None:
+        """Stop every runner and wait until they are reaped. Cancelling the task kills them."""
+        service, self._service = self._service, None
+        if service is not None:
+            service.cancel()
+            await asyncio.gather(service, return_exceptions=True)
+        await self._manager.close()
+
+    async def __aenter__(self) -> Self:
+        if self._service is not None or self._manager.is_closed:
+            raise RunnerUnavailableError("a pool is entered once; create another")
+        self._service = asyncio.create_task(self._serve())
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def _serve(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._manager.run())
+                group.create_task(self._pressure.run())
+        except Exception:
+            # A defect. Requests must not wait for decisions that never come.
+            logger.exception("the pool has failed, and refuses all requests")
+            self._manager.refuse_all("the pool has failed; its log has the details")
+            raise
+
+    async def _acquire(
+        self,
+        model: str,
+        evict: bool,
+        timeout_seconds: float | None,
+        on_progress: Callable[[PoolModel], None] | None,
+        *,
+        is_lease: bool = True,
+    ) -> tuple[Entry, Lease | None]:
+        check_model(model)
+        check_flag("evict", evict)
+        check_number("timeout_seconds", timeout_seconds)
+        check_callable("on_progress", on_progress)
+        if self._service is None:
+            raise RunnerUnavailableError("the pool is not open: use it in an `async with` block")
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                entry = await self._known(model)
+                described = functools.partial(self._describe, entry)
+                report = ProgressReport(described, on_progress) if on_progress else None
+                return entry, await self._manager.request(
+                    entry, may_evict=evict, is_lease=is_lease, on_change=report
+                )
+        except TimeoutError as error:
+            raise self._late(model, timeout_seconds or 0) from error
+
+    def _late(self, model: str, timeout_seconds: float) -> RunnerTimeoutError:
+        reason = ""
+        if (name := self._names.get(model)) is not None:
+            described = self._describe(self._manager.entries[name])
+            reason = described.reason or f"it is {described.state}, {described.progress} % loaded"
+        return RunnerTimeoutError(
+            f"{model} was not loaded within {timeout_seconds:g} s"
+            + (f": {reason}" if reason else ""),
+            phase="load",
+            timeout_seconds=timeout_seconds,
+        )
+
+    async def _known(self, model: str) -> Entry:
+        """Return the entry of a model, appraised unless it is loaded or being loaded."""
+        name = self._names.get(model)
+        if name is not None:
+            entry = self._manager.entries[name]
+            if entry.model.state in (ModelState.LOADING, ModelState.READY):
+                return entry
+        settings = self._settings.of(model)
+        appraisal = await asyncio.to_thread(
+            appraise,
+            model,
+            settings.options,
+            self._capacity_bytes,
+            self._settings.budget_bytes,
+            self._environ,
+        )
+        # One model may have several names: a hub id and its directory.
+        name = self._names.setdefault(appraisal.estimate.path, self._names.get(model, model))
+        self._names[model] = name
+        return self._manager.register(name, settings, appraisal)
+
+    def _capacity_bytes(self) -> int:
+        machine_bytes = self._gate.available().available_bytes
+        machine_bytes += self._manager.scheduler.held_bytes
+        return min(machine_bytes, self._settings.budget_bytes or machine_bytes)
+
+    def _entry(self, model: str) -> Entry:
+        name = self._names.get(model)
+        if name is None:
+            raise ModelNotLoadedError(f"{model} was never requested from this pool", model=model)
+        return self._manager.entries[name]
+
+    def _describe(self, entry: Entry) -> PoolModel:
+        return describe(entry, self._manager.scheduler.waiting())
+
+    def _new_process(self, name: str, appraisal: Appraisal) -> AsyncRunnerProcess:
+        return AsyncRunnerProcess(
+            name,
+            options=appraisal.options,
+            require_full=True,
+            gate=self._gate,
+            timeouts=self._timeouts,
+            blas=self._blas,
+            env=self._env,
+            log=self._log,
+        )

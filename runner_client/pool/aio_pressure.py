@@ -1,0 +1,62 @@
+"""Return of memory that other programs of the machine need."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from runner_client.pool.scheduling.states import ModelState
+from runner_common.units import format_bytes
+
+if TYPE_CHECKING:
+    from runner_client.memory.gate import MemoryGate
+    from runner_client.pool.aio_manager import PoolManager
+
+logger = logging.getLogger(__name__)
+
+_CPU_SECONDS, _GPU_SECONDS = 1.0, 5.0
+"""Interval between measurements of free memory. On CUDA each one runs ``nvidia-smi``."""
+
+
+class PressureRelief:
+    """Empties prefix caches, then evicts idle models, while free memory is below a reserve.
+
+    Args:
+        manager: The pool.
+        gate: Measures free memory.
+        reserve_bytes: The reserve; None for the headroom of the gate.
+    """
+
+    def __init__(self, manager: PoolManager, gate: MemoryGate, reserve_bytes: int | None) -> None:
+        self._manager = manager
+        self._gate = gate
+        self._reserve_bytes = reserve_bytes
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        seconds = _CPU_SECONDS
+        while True:
+            await asyncio.sleep(seconds)
+            if any(entry.member for entry in self._manager.entries.values()):
+                decision = await asyncio.to_thread(self._gate.available)
+                seconds = _CPU_SECONDS if decision.free.device_kind == "cpu" else _GPU_SECONDS
+                reserve = self._reserve_bytes
+                reserve = decision.overhead_bytes if reserve is None else reserve
+                await self._relieve(decision.free.available_bytes, reserve)
+
+    async def _relieve(self, free_bytes: int, reserve_bytes: int) -> None:
+        """Free one kind of memory, and leave the rest to the next measurement."""
+        if free_bytes >= reserve_bytes:
+            return
+        what = f"{format_bytes(free_bytes)} of {format_bytes(reserve_bytes)} are free"
+        members = [
+            entry.member
+            for entry in self._manager.entries.values()
+            if entry.member and entry.model.state is ModelState.READY
+        ]
+        if freed := sum(await asyncio.gather(*(member.trim() for member in members))):
+            logger.warning("%s: prefix caches gave back %s", what, format_bytes(freed))
+        elif idle := self._manager.scheduler.idle_models():
+            logger.warning("%s: evicting %s", what, idle[0].name)
+            self._manager.begin_eviction(self._manager.entries[idle[0].name], what)
