@@ -77,7 +77,7 @@ class Launch:
         options = self.options
         falls_back = options.dtype == "auto_or_stored" and not self.require_full
         try:
-            need = estimate(self.model, options=options, env=self.environ())
+            need = estimate(self.model, options=options, env=self.environ(), blas=self.blas)
             falls_back = falls_back and need.dtype != "as_stored"
             return self._gated(need, override=options.memory_override and not falls_back)
         except InsufficientMemoryError as error:
@@ -91,7 +91,7 @@ class Launch:
     def _stored(self) -> MemoryEstimate:
         """Estimate the model as stored."""
         options = replace(self.options, dtype="as_stored")
-        return estimate(self.model, options=options, env=self.environ())
+        return estimate(self.model, options=options, env=self.environ(), blas=self.blas)
 
     def _with_advice(self, error: InsufficientMemoryError) -> InsufficientMemoryError:
         """Return the same refusal, with advice on the stored format if stored would fit."""

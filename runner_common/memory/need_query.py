@@ -36,6 +36,8 @@ _MAX_CACHED = 512
 _MAX_FILES = 4096
 _VERSIONS = ("mlx", "mlx-lm", "mlx-cuda-12", "mlx-cuda-13", "tokenizers", "transformers")
 _PACKAGE = "runner_server"
+_PRELOAD = "LD_PRELOAD"
+"""Variable with the BLAS library, whose memory is part of the need."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +187,7 @@ class _Cache:
     def __init__(self, request: NeedRequest, environ: Mapping[str, str]) -> None:
         cache = cache_folder(environ)
         self._folder = cache / "mlx-runner" / "estimates" if cache else None
-        self._name = f"{_identity(request)}.json"
+        self._name = f"{_identity(request, environ.get(_PRELOAD, ''))}.json"
 
     def read(self) -> NeedAnswer | None:
         """Return the cached answer; None if missing or unreadable."""
@@ -251,10 +253,11 @@ def _age(path: Path) -> float:
         return 0.0
 
 
-def _identity(request: NeedRequest) -> str:
-    """Return a hash of a request, the model's files and the answering code."""
+def _identity(request: NeedRequest, preloaded: str) -> str:
+    """Return a hash of a request, the model's files, preloaded libraries and the answering code."""
     parts = [
         json.dumps(asdict(request), sort_keys=True),
+        preloaded,
         sys.version,
         *_stamps(Path(request.path)),
         *(f"{name} {_version(name)}" for name in _VERSIONS),

@@ -12,6 +12,7 @@ import pytest
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
+from runner_common.cores import Cores  # noqa: E402
 from runner_server.engine.backend import LoadedModel  # noqa: E402
 from runner_server.engine.types import Dtype, LoadSpec, Sampling  # noqa: E402
 from runner_server.mlx_backend import MlxBackend  # noqa: E402
@@ -161,7 +162,18 @@ def test_packages_that_a_model_imports_are_counted(
 ) -> None:
     for name in ("numpy", "transformers"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    without = process_bytes(8)
+    without = process_bytes(8, "cpu")
     for name in imported:
         monkeypatch.setitem(sys.modules, name, sys)
-    assert process_bytes(8) == without + more_mib * MIB
+    assert process_bytes(8, "cpu") == without + more_mib * MIB
+
+
+def test_mkl_is_counted_with_buffers_for_each_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = "runner_server.mlx_backend.planning.measure"
+    without = process_bytes(8, "gpu")
+    monkeypatch.setattr(
+        f"{measured}.blas_of", lambda device: {"cpu": "MKL (libmkl_rt.so.3)"}.get(device, "")
+    )
+    monkeypatch.setattr(f"{measured}.usable_cores", lambda: Cores(16, 32))
+    assert process_bytes(8, "cpu") == without + (32 + 16 * 2) * MIB
+    assert process_bytes(8, "gpu") == without

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+mlx = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 pytestmark = pytest.mark.mlx
 
 from runner_client.errors import (  # noqa: E402
@@ -72,6 +73,32 @@ def test_an_estimate_is_cached_until_a_file_changes(
     os.utime(path / "config.json", (1, 1))
     assert estimate(str(path)) == first
     assert len(asked) == 3
+
+
+@pytest.fixture
+def mkl(tmp_path: Path) -> Path:
+    """A library whose name is that of MKL: a copy of the BLAS that comes with MLX."""
+    own = next(Path(mlx.__file__).parents[1].glob("mlx_cpu.libs/libblas*"), None)
+    if own is None:
+        pytest.skip("this build of MLX carries no BLAS library of its own")
+    (tmp_path / "lib").mkdir()
+    # With the others in mlx_cpu.libs, which it needs.
+    for file in own.parent.iterdir():
+        shutil.copy(file, tmp_path / "lib" / file.name)
+    return (tmp_path / "lib" / own.name).rename(tmp_path / "lib" / "libmkl_rt.so.3")
+
+
+def test_an_estimate_counts_the_blas_of_the_runner(
+    model_dir: Build, asked: list[Any], mkl: Path
+) -> None:
+    path = str(model_dir())
+    without = estimate(path, blas="off")
+    counted = estimate(path, blas=str(mkl))
+    assert counted.process_bytes >= without.process_bytes + 32 * 2**20
+    assert counted.need.working_bytes == without.need.working_bytes
+    # The cache tells them apart.
+    assert estimate(path, blas="off") == without
+    assert len(asked) == 2
 
 
 def test_a_damaged_cache_is_ignored(model_dir: Build, asked: list[Any], tmp_path: Path) -> None:
