@@ -186,7 +186,12 @@ def test_the_parts_of_the_plan_add_up_to_the_limit(load: Load, model_dir: Build)
     assert tight.limit_bytes == ample.limit_bytes - one
     assert (tight.kv_budget_bytes, tight.prefix_cache_bytes) == (4 * one, 0)
     with pytest.raises(InsufficientMemory, match="prefix cache"):
-        load(path, **options, memory_limit_bytes=ample.limit_bytes, prefix_cache_bytes=6 * one)
+        load(
+            path,
+            **options,
+            memory_limit_bytes=ample.limit_bytes,
+            prefix_cache_bytes=ample.limit_bytes,
+        )
 
 
 def test_a_context_beyond_the_models_maximum_is_refused(load: Load, model_dir: Build) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,7 @@ from runner_client import (  # noqa: E402
     RunnerProcess,
 )
 from runner_client.errors import LoadRequiresFullError  # noqa: E402
+from runner_client.memory.estimation import estimate  # noqa: E402
 from support.tokenizer_files import write_large_tokenizer  # noqa: E402
 from tools.memory.models import scaled, write_model  # noqa: E402
 
@@ -115,6 +117,39 @@ async def test_the_memory_limit_holds_under_load(model_dir: Build) -> None:
         usage = (await runner.status()).memory_usage
         assert usage.limit_bytes <= lower
         assert usage.peak_bytes <= usage.limit_bytes
+
+
+@pytest.mark.parametrize(("prompt", "count"), [(8, 4), (1000, 4)], ids=["short", "full"])
+async def test_the_memory_limit_holds_for_a_large_vocabulary(
+    model_dir: Build, prompt: int, count: int
+) -> None:
+    """The step of a short sequence takes as much memory as that of a long one.
+
+    The limit leaves the KV budget the memory by which two sequences would just not fit.
+    """
+    vocabulary = 150_000
+    path = str(model_dir("qwen3", vocab_size=vocabulary, num_key_value_heads=4, head_dim=128))
+    options: dict[str, Any] = {"context_length": 1024, "prefix_cache_bytes": 0}
+    two = estimate(path, parallel=2, **options)
+    limit = two.weight_bytes + two.kv_bytes + two.working_bytes - 1
+    costly = Options(
+        num_predict=count,
+        temperature=1.0,
+        top_k=vocabulary - 1,
+        top_p=0.9,
+        repeat_penalty=1.2,
+        presence_penalty=0.5,
+        logit_bias={0: -100.0},
+    )
+    prompts = [[1 + (row + 7 * i) % 400 for i in range(prompt)] for row in range(16)]
+    runner = AsyncRunnerProcess(path, parallel=16, memory_limit_bytes=limit, **options)
+    async with runner:
+        calls = (runner.complete(ids, options=costly, logprobs=20) for ids in prompts)
+        await asyncio.gather(*calls)
+        usage = (await runner.status()).memory_usage
+        assert usage.peak_bytes <= usage.limit_bytes <= limit
+        assert runner.estimate
+        assert process_bytes(runner.pid, "VmHWM") <= runner.estimate.total_bytes
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from runner_server.engine.types import Dtype, LoadSpec
 from runner_server.errors import InsufficientMemory, InvalidField
@@ -73,7 +75,8 @@ def test_a_limit_for_one_sequence_is_enough_to_the_byte(
     plan = planned(sizes, memory_limit_bytes=least, prefix_cache_bytes=prefix)
     assert (plan.limit_bytes, plan.kv_budget_bytes, plan.share) == (least, ROW, 1)
     assert plan.need.prefix_cache_bytes == (prefix or 0)
-    assert plan.parallel == 8
+    assert plan.parallel == 1
+    assert plan.need.working_bytes == planned(sizes, parallel=1).need.working_bytes
     with pytest.raises(InsufficientMemory) as caught:
         planned(sizes, memory_limit_bytes=least - 1, prefix_cache_bytes=prefix)
     assert caught.value.metadata == {
@@ -92,7 +95,7 @@ def test_a_limit_that_is_too_small_is_refused_part_by_part() -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8])
 def test_a_limit_reduces_the_sequences_within_the_kv_budget(rows: int) -> None:
-    limit = least_bytes() + (rows - 1) * ROW
+    limit = planned(prefix_cache_bytes=0).limit_bytes - (8 - rows) * ROW
     plan = planned(memory_limit_bytes=limit)
     assert (plan.share, plan.limit_bytes, plan.parallel) == (rows, limit, 8)
     if rows > 1:
@@ -108,8 +111,79 @@ def test_a_limit_reduces_the_working_memory_to_the_sequences_that_fit(rows: int)
     assert plan.limit_bytes == free.limit_bytes
     if rows > 1:
         fewer = planned(STEPS, parallel=rows - 1, prefix_cache_bytes=0)
-        plan = planned(STEPS, memory_limit_bytes=free.limit_bytes - 1, prefix_cache_bytes=0)
+        plan = planned(STEPS, memory_limit_bytes=free.limit_bytes - ROW - 1, prefix_cache_bytes=0)
         assert plan.need.working_bytes == fewer.need.working_bytes
+        assert (plan.share, plan.parallel) == (rows - 1, rows - 1)
+
+
+def test_short_sequences_decode_together_if_their_step_fits_beside_the_full_ones() -> None:
+    """A step takes much memory for each sequence, however short."""
+    three = planned(STEPS, parallel=3, prefix_cache_bytes=0)
+    five = planned(STEPS, parallel=5, prefix_cache_bytes=0)
+    step = five.need.working_bytes - three.need.working_bytes
+    long = replace(STEPS, context_length=STEPS.context_length * 100)
+    for spare, parallel in ((0, 3), (step - 1, 4), (step, 5)):
+        limit = planned(long, parallel=3, prefix_cache_bytes=0).limit_bytes + spare
+        plan = planned(long, memory_limit_bytes=limit, prefix_cache_bytes=0)
+        assert (int(plan.share), plan.parallel) == (3, parallel)
+
+
+def test_sequences_that_the_kv_budget_cannot_hold_take_no_working_memory() -> None:
+    """The smallest cache is that of a whole state, so short sequences take as much as long ones."""
+    state = replace(STEPS, probe=Probe(512, (CacheShape(fixed_bytes=ROW // 10),) * 10))
+    limit = planned(state, parallel=3, prefix_cache_bytes=0).limit_bytes
+    plan = planned(state, memory_limit_bytes=limit + ROW // 2)
+    assert (plan.parallel, plan.kv_budget_bytes) == (3, 3 * ROW)
+    assert plan.need.prefix_cache_bytes == ROW // 2
+
+
+def test_a_preempted_sequence_is_copied_within_the_limit() -> None:
+    """Two sequences of half the length fit the caches of one, and one of them may be copied."""
+    sizes = replace(SIZES, context_length=10_000, prefill_bytes=40 * MIB)
+    one = planned(sizes, parallel=1, prefix_cache_bytes=0)
+    copied = int(1.15 * (100 * ROW // 2)) - int(1.15 * 40 * MIB)
+    for spare, parallel in ((copied - 1, 1), (copied, 8)):
+        limit = one.limit_bytes + spare
+        plan = planned(sizes, memory_limit_bytes=limit, prefix_cache_bytes=0)
+        assert (int(plan.share), plan.parallel) == (1, parallel)
+
+
+@given(
+    step=st.sampled_from([0, MIB // 8, MIB, 50 * MIB]),
+    layers=st.sampled_from([1, 10]),
+    tokens=st.sampled_from([1, 100, 20_000]),
+    parallel=st.integers(1, 40),
+    spare=st.integers(0, 2_000 * MIB),
+    prefix=st.sampled_from([None, 0, 7 * MIB]),
+)
+def test_no_plan_promises_more_than_its_limit(
+    step: int, layers: int, tokens: int, parallel: int, spare: int, prefix: int | None
+) -> None:
+    sizes = replace(
+        SIZES,
+        context_length=tokens,
+        probe=Probe(512, (LAYER,) * layers),
+        decode_bytes=lambda rows: rows * step,
+    )
+    row = sizes.row_bytes
+    spec: dict[str, Any] = {"parallel": parallel, "prefix_cache_bytes": prefix}
+    limit = least_bytes(sizes, **spec) + spare
+    plan = planned(sizes, **spec, memory_limit_bytes=limit)
+    assert plan.limit_bytes <= limit
+    # As many full sequences as the budget can hold, and as many of any length as decode together.
+    full = min(plan.parallel, int(plan.share))
+    assert planned(sizes, parallel=full, prefix_cache_bytes=prefix or 0).limit_bytes <= limit
+    arrays = plan.need.working_bytes - plan.buffer_cache_bytes
+    assert arrays >= 1.15 * step * plan.parallel
+    if plan.parallel > 1:
+        assert arrays >= 1.15 * min(row, plan.kv_budget_bytes // 2)
+    # One more full sequence would not fit.
+    if full < parallel:
+        more = planned(sizes, parallel=full + 1, prefix_cache_bytes=prefix or 0)
+        assert more.limit_bytes > limit
+    # A client loads with the estimated number.
+    again = planned(sizes, **{**spec, "parallel": plan.parallel}, memory_limit_bytes=limit)
+    assert again == plan
 
 
 @pytest.mark.parametrize(("parallel", "rows"), [(1, 1), (4, 1), (8, 2), (32, 8)])

@@ -8,7 +8,9 @@ estimates of the client and of the ``Estimate`` rpc use it through
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 from runner_common.contract import DEFAULT_CONTEXT_LENGTH
 from runner_common.memory.need import MemoryNeed
@@ -45,7 +47,8 @@ class Plan:
         probe: The shapes of the model's caches.
         max_context_length: The longest sequence that the model supports, in tokens.
         context_length: The longest sequence of this load, in tokens.
-        parallel: Most requests decoded together; 1 if the model does not support batches.
+        parallel: Most requests decoded together: the requested number, fewer if a memory limit
+            leaves no room for their decode step, and 1 if the model does not support batches.
         need: The memory needed, part by part.
         kv_budget_bytes: Most bytes for the KV caches of all running requests.
         buffer_cache_bytes: Most bytes of freed buffers that MLX keeps for reuse.
@@ -173,13 +176,16 @@ def make_plan(
     Raises:
         InsufficientMemory: ``memory_limit_bytes`` is too small for one sequence.
     """
-    budget = _Budget(spec, sizes)
-    working, buffers = budget.working(budget.rows_that_fit())
-    kv = budget.kv(working)
+    # Cached, because each call traces a decode step.
+    budget = _Budget(spec, replace(sizes, decode_bytes=cache(sizes.decode_bytes)))
+    rows = budget.rows_that_fit()
+    parallel = budget.parallel_that_fits(rows)
+    kv = budget.kv(rows, parallel)
+    working, buffers = budget.working(-(-kv // max(1, sizes.row_bytes)), parallel)
     need = MemoryNeed(
         weight_bytes=sizes.weight_bytes,
         kv_bytes=kv,
-        prefix_cache_bytes=budget.prefix_cache(kv, working),
+        prefix_cache_bytes=budget.prefix_cache(kv, working, parallel),
         working_bytes=working,
         process_bytes=sizes.process_bytes + sizes.tokenizer.held_bytes,
         load_transient_bytes=0,
@@ -190,7 +196,7 @@ def make_plan(
         probe=sizes.probe,
         max_context_length=max_context_length,
         context_length=sizes.context_length,
-        parallel=spec.parallel,
+        parallel=parallel,
         need=replace(need, load_transient_bytes=_transient(sizes, need)),
         kv_budget_bytes=kv,
         buffer_cache_bytes=buffers,
@@ -219,55 +225,74 @@ class _Budget:
     spec: LoadSpec
     sizes: ModelSizes
 
-    def working(self, rows: int) -> tuple[int, int]:
-        """Return the working memory, and the part for freed buffers kept by MLX."""
+    def working(self, rows: int, parallel: int) -> tuple[int, int]:
+        """Return the working memory, and the part for freed buffers kept by MLX.
+
+        Args:
+            rows: Number of full-length sequences within the KV budget.
+            parallel: Most sequences decoded together, which may be shorter.
+        """
         sizes = self.sizes
         copied = rows * sizes.probe.largest_layer_bytes(sizes.context_length)
-        if rows > 1:
-            # A preempted row is copied out of the batch.
-            copied = max(copied, sizes.row_bytes)
-        step = sizes.decode_bytes(rows)
-        arrays = int(_WORKING_SLACK * max(self._prefill_bytes, step, copied))
+        if parallel > 1:
+            # A preempted row is copied out of the batch, where another one takes as much memory.
+            copied = max(copied, min(rows * sizes.row_bytes // 2, sizes.row_bytes))
+        step = sizes.decode_bytes(parallel)
+        arrays = int(_WORKING_SLACK * max(self._prefill_bytes(parallel), step, copied))
         arrays += 2 * _MIB + sizes.probe.step_bytes
         least, most = _BUFFER_CACHE_BYTES[sizes.device]
         buffers = min(most, max(least, arrays))
         return arrays + buffers, buffers
 
     def rows_that_fit(self) -> int:
-        """Return the number of sequences within the limit; ``parallel`` without a limit."""
-        low, high = 1, self.spec.parallel
-        if self.spec.memory_limit_bytes is None or self._fits(high):
-            return high
-        if not self._fits(1):
+        """Return the number of full-length sequences within the limit, at most ``parallel``."""
+        if self.spec.memory_limit_bytes is not None and not self._fits(1, 1):
             raise self._too_large()
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self._fits(middle) else (low, middle)
-        return low
+        return self._most(1, self.spec.parallel, lambda rows: self._fits(rows, rows))
 
-    def kv(self, working: int) -> int:
-        """Return the KV budget: room for ``parallel`` sequences, or as much as the limit allows."""
-        full = self.sizes.row_bytes * self.spec.parallel
-        return full if self.spec.memory_limit_bytes is None else min(full, self._room - working)
+    def parallel_that_fits(self, rows: int) -> int:
+        """Return the most sequences decoded together, beside the caches of ``rows`` full ones.
 
-    def prefix_cache(self, kv: int, working: int) -> int:
+        Short sequences take little of the KV budget, but each as much of a decode step.
+        """
+        shortest = max(1, self.sizes.probe.kv_bytes(1))
+        seated = max(rows, ((rows + 1) * self.sizes.row_bytes - 1) // shortest)
+        most = min(self.spec.parallel, seated)
+        return self._most(rows, most, lambda parallel: self._fits(rows, parallel))
+
+    def kv(self, rows: int, parallel: int) -> int:
+        """Return the KV budget: ``rows`` full-length sequences, and part of another if it fits."""
+        row = self.sizes.row_bytes
+        if rows == parallel:
+            return rows * row
+        return max(rows * row, self._room - self.working(rows + 1, parallel)[0])
+
+    def prefix_cache(self, kv: int, working: int, parallel: int) -> int:
         """Return the byte budget of the prefix cache."""
         if self.spec.prefix_cache_bytes is not None:
             return self.spec.prefix_cache_bytes
         row = self.sizes.row_bytes
-        usual = max(row, row * self.spec.parallel // _PREFIX_SHARE)
+        usual = max(row, row * parallel // _PREFIX_SHARE)
         if self.spec.memory_limit_bytes is None:
             return usual
         return max(0, min(usual, self._room - working - kv))
 
-    def _fits(self, rows: int) -> bool:
-        return rows * self.sizes.row_bytes + self.working(rows)[0] <= self._room
+    def _most(self, low: int, high: int, fits: Callable[[int], bool]) -> int:
+        """Return the largest number that fits, at least ``low``; ``high`` without a limit."""
+        if self.spec.memory_limit_bytes is None or fits(high):
+            return high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
 
-    @property
-    def _prefill_bytes(self) -> int:
+    def _fits(self, rows: int, parallel: int) -> bool:
+        return rows * self.sizes.row_bytes + self.working(rows, parallel)[0] <= self._room
+
+    def _prefill_bytes(self, parallel: int) -> int:
         """Working memory of prefill, of several prompts together if memory permits."""
         alone, together = self.sizes.prefill_bytes, self.sizes.together_bytes
-        if self.spec.parallel > 1:
+        if parallel > 1:
             # See `BatchBudget`.
             alone = max(alone, min(together, _TOGETHER_BYTES + self.sizes.weight_bytes // 32))
         return alone
@@ -279,7 +304,7 @@ class _Budget:
 
     def _too_large(self) -> InsufficientMemory:
         limit, kept = self.spec.memory_limit_bytes or 0, self.spec.prefix_cache_bytes or 0
-        weights, row, working = self.sizes.weight_bytes, self.sizes.row_bytes, self.working(1)[0]
+        weights, row, working = self.sizes.weight_bytes, self.sizes.row_bytes, self.working(1, 1)[0]
         need = weights + row + working + kept
         parts = (
             f"{format_bytes(weights)} weights, {format_bytes(row)} KV cache "
