@@ -82,7 +82,7 @@ def test_a_process_that_does_not_listen_there_is_not_stopped(
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         with fake_runner() as runner:
             named = other.pid if pid == "another process" else 2**22 + 1
-            monkeypatch.setattr("runner_client.testing.os.getpid", lambda: named)
+            monkeypatch.setattr("runner_client.testing.fake.os.getpid", lambda: named)
             result = invoke("stop", runner.address)
         assert result.exit_code == 1
         assert f"is process {named} where it runs" in result.stderr

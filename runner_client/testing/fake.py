@@ -1,16 +1,4 @@
-"""Fake runner for the tests of programs using this library.
-
-The fake is a real gRPC server in this process, but without a model. It does not need MLX,
-starts in milliseconds, and gives the answers configured by the test::
-
-    with fake_runner(pieces=("Hello", " world")) as runner:
-        with RunnerClient(runner.address) as client:
-            assert client.complete("Hi").content == "Hello world"
-        assert runner.requests[0].prompt == "Hi"
-
-    with fake_runner(failure=Failure("QUEUE_FULL", retry_delay_seconds=2)) as runner:
-        ...
-"""
+"""The fake runner."""
 
 # ruff: noqa: N802 - gRPC methods are named as in the proto
 from __future__ import annotations
@@ -27,22 +15,21 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 import grpc
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
-from google.rpc import error_details_pb2, status_pb2
 
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
+from runner_client.testing.call import FakeCall
+from runner_client.testing.failure import Failure
 from runner_common.contract import (
-    CODES,
     DEFAULT_CONTEXT_LENGTH,
     DEFAULT_PARALLEL,
-    ERROR_DOMAIN,
     MAX_LOGIT_BIASES,
     MAX_LOGPROBS,
     MAX_STOPS,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from google.protobuf.message import Message
 
@@ -63,52 +50,6 @@ _POLL_SECONDS = 0.005
 
 _WATCH_SECONDS = 0.02
 """Time between two looks at the settings of the fake, which tests change at any time."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Error that ends a call to the fake runner."""
-
-    reason: str
-    """A value of the proto's ``ErrorReason`` without its prefix; "" sends no details."""
-    message: str = "the test asked for this failure"
-    """The text of the status."""
-    code: grpc.StatusCode | None = None
-    """The gRPC code. Default: the reason's code in the proto."""
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    """``ErrorInfo.metadata``."""
-    field_violations: Sequence[tuple[str, str]] = ()
-    """Pairs of a field and a description of the problem; sent as ``BadRequest``."""
-    retry_delay_seconds: float | None = None
-    """Sent as ``RetryInfo``."""
-    domain: str = ERROR_DOMAIN
-    """``ErrorInfo.domain``."""
-
-    def abort(self, context: grpc.ServicerContext) -> NoReturn:
-        """End a call with this failure."""
-        code = self.code or grpc.StatusCode[CODES.get(self.reason, "UNKNOWN")]
-        status = status_pb2.Status(code=code.value[0], message=self.message)
-        for detail in self._details():
-            status.details.add().Pack(detail)
-        if status.details:
-            packed = status.SerializeToString()
-            context.set_trailing_metadata((("grpc-status-details-bin", packed),))
-        context.abort(code, self.message)
-
-    def _details(self) -> Iterator[Message]:
-        if self.reason:
-            yield error_details_pb2.ErrorInfo(
-                reason=self.reason, domain=self.domain, metadata=self.metadata
-            )
-        if self.field_violations:
-            bad = error_details_pb2.BadRequest()
-            for name, description in self.field_violations:
-                bad.field_violations.add(field=name, description=description)
-            yield bad
-        if self.retry_delay_seconds is not None:
-            retry = error_details_pb2.RetryInfo()
-            retry.retry_delay.FromNanoseconds(round(self.retry_delay_seconds * 1e9))
-            yield retry
 
 
 @dataclass(eq=False)
@@ -157,7 +98,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     """Set once a client has cancelled a load or a completion."""
     _load_began: float | None = None
     _is_stored: bool = False
-    _calls: list[_Call] = field(default_factory=list)
+    _calls: list[FakeCall] = field(default_factory=list)
 
     def Load(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> pb.LoadResponse:
         """Take ``load_seconds``, then report the requested model as loaded."""
@@ -167,7 +108,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
             self._refuse(need, context)
         self._load_began = time.monotonic()
         try:
-            call = _Call(context, self.cancelled)
+            call = FakeCall(context, self.cancelled)
             call.wait(self.load_seconds)
             call.is_over = True
         finally:
@@ -228,7 +169,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         """Report the status, also after changes and at the interval, until ``failure`` is set."""
         self.requests.append(request)
         interval = request.interval.ToNanoseconds() / 1e9
-        call = _Call(context, threading.Event())
+        call = FakeCall(context, threading.Event())
         sent, sent_at = None, 0.0
         while True:
             if self.failure is not None:
@@ -252,7 +193,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
             self._fail_if_told(context, sent=0)
         # Like the runner, send headers once the completion is accepted.
         context.send_initial_metadata(())
-        call = _Call(context, self.cancelled, request.request_id)
+        call = FakeCall(context, self.cancelled, request.request_id)
         self._calls.append(call)
         try:
             yield from self._stream(request, context, call)
@@ -260,7 +201,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
             self._calls.remove(call)
 
     def _stream(
-        self, request: pb.CompletionRequest, context: grpc.ServicerContext, call: _Call
+        self, request: pb.CompletionRequest, context: grpc.ServicerContext, call: FakeCall
     ) -> Iterator[pb.CompletionResponse]:
         for number in range(self.progress_messages):
             call.wait(self.piece_delay_seconds)
@@ -296,13 +237,13 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         running = list(self._calls)
         self.is_draining, is_drained = self.model is not None, False
         try:
-            aborted = self._wait_for(running, request, _Call(context, self.cancelled))
+            aborted = self._wait_for(running, request, FakeCall(context, self.cancelled))
             is_drained = True
         finally:
             self.is_draining = self.is_draining and is_drained
         return pb.DrainResponse(finished_count=len(running) - aborted, aborted_count=aborted)
 
-    def _wait_for(self, running: list[_Call], request: pb.DrainRequest, drain: _Call) -> int:
+    def _wait_for(self, running: list[FakeCall], request: pb.DrainRequest, drain: FakeCall) -> int:
         """Wait for completions, abort the rest when the time is over, and return their number."""
         timeout = request.timeout.ToNanoseconds() / 1e9 if request.HasField("timeout") else math.inf
         deadline, aborted = time.monotonic() + timeout, 0
@@ -393,42 +334,6 @@ def _logprobs(request: pb.CompletionRequest, number: int, piece: str) -> list[pb
     if not request.HasField("logprobs"):
         return []
     return [pb.TokenLogprob(token_id=number, text=piece, bytes=piece.encode())]
-
-
-class _Call:
-    """Watcher for the cancellation of a call by the client, and for its abort."""
-
-    def __init__(
-        self, context: grpc.ServicerContext, cancelled: threading.Event, request_id: str = ""
-    ) -> None:
-        self.request_id = request_id
-        self.is_over = False
-        self._is_aborted = False
-        self._context = context
-        self._cancelled = cancelled
-        self._ended = threading.Event()
-        if not context.add_callback(self._end):
-            self._end()
-
-    def _end(self) -> None:
-        if not self.is_over:
-            self._cancelled.set()
-        self._ended.set()
-
-    def abort(self) -> bool:
-        """End the call; return False if it has ended already."""
-        if self._ended.is_set() or self.is_over:
-            return False
-        self.is_over = self._is_aborted = True
-        self._ended.set()
-        return True
-
-    def wait(self, seconds: float) -> None:
-        """Wait, but end the call if cancelled by the client or aborted meanwhile."""
-        if self._ended.wait(None if seconds == math.inf else seconds):
-            if self._is_aborted:
-                Failure("ABORTED", "the completion was ended by an Abort").abort(self._context)
-            self._context.abort(grpc.StatusCode.CANCELLED, "the client gave up")
 
 
 @contextmanager
