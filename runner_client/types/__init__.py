@@ -1,0 +1,61 @@
+"""Parameters and results of calls, as frozen dataclasses independent of protobuf.
+
+The proto file documents each field in detail. Here durations are float seconds, a missing
+value is None, and an enum value that only a newer server knows becomes ``UNKNOWN``.
+"""
+
+from runner_client.settings import (
+    Dtype,
+    LoadKeywords,
+    LoadOptions,
+    RestartPolicy,
+    Timeouts,
+    TlsFiles,
+)
+from runner_client.types.completions import (
+    Completion,
+    CompletionChunk,
+    DoneReason,
+    Options,
+    PromptProgress,
+    TokenLogprob,
+    TopLogprob,
+)
+from runner_client.types.runners import (
+    Capabilities,
+    DeviceInfo,
+    DrainResult,
+    LoadEstimate,
+    LoadResult,
+    MemoryUsage,
+    Model,
+    Rank,
+    State,
+    Status,
+)
+
+__all__ = [
+    "Capabilities",
+    "Completion",
+    "CompletionChunk",
+    "DeviceInfo",
+    "DoneReason",
+    "DrainResult",
+    "Dtype",
+    "LoadEstimate",
+    "LoadKeywords",
+    "LoadOptions",
+    "LoadResult",
+    "MemoryUsage",
+    "Model",
+    "Options",
+    "PromptProgress",
+    "Rank",
+    "RestartPolicy",
+    "State",
+    "Status",
+    "Timeouts",
+    "TlsFiles",
+    "TokenLogprob",
+    "TopLogprob",
+]

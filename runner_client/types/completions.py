@@ -1,0 +1,183 @@
+"""Options, parts and results of completions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from runner_client.checks import check_bias, check_integer, check_number, check_texts
+
+if TYPE_CHECKING:
+    import builtins
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Sampling and stop options of a completion. None selects the server's default.
+
+    Raises:
+        TypeError: A value is of a wrong type. The server checks the ranges.
+    """
+
+    temperature: float | None = None
+    """Sampling temperature; 0 always takes the most likely token. 0 to 100; default 0.8."""
+    top_p: float | None = None
+    """Sample from the most likely tokens that together have this probability. Above 0 to 1; 1 is
+    off; default 0.9."""
+    min_p: float | None = None
+    """Drop tokens less likely than this fraction of the most likely one. 0 to 1; 0 is off;
+    default 0."""
+    top_k: int | None = None
+    """Sample from this many most likely tokens. 0 to the size of the vocabulary; 0 is off;
+    default 40."""
+    repeat_last_n: int | None = None
+    """How many of the last tokens, prompt and generated, the penalties consider; -1 is all, 0 is
+    none; default 64."""
+    repeat_penalty: float | None = None
+    """Factor that divides positive and multiplies negative logits of repeated tokens. 0.01 to 100;
+    1 is off; default 1."""
+    presence_penalty: float | None = None
+    """Value subtracted once from the logits of repeated tokens. -100 to 100; default 0."""
+    frequency_penalty: float | None = None
+    """Value subtracted from the logits of repeated tokens for each occurrence. -100 to 100;
+    default 0."""
+    num_predict: int | None = None
+    """The maximum number of tokens to generate; default: up to the end of the context."""
+    seed: int | None = None
+    """Seed of the random numbers: equal seeds, prompts and options give equal texts; default:
+    random."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the text; the text stops before the first match."""
+    logit_bias: Mapping[int, float] | None = None
+    """Values added to the logits, by token id."""
+
+    def __post_init__(self) -> None:
+        for name in _INTEGERS:
+            check_integer(name, getattr(self, name))
+        for name in _NUMBERS:
+            check_number(name, getattr(self, name))
+        check_texts("stop", self.stop)
+        check_bias("logit_bias", self.logit_bias)
+
+
+_INTEGERS = ("top_k", "repeat_last_n", "num_predict", "seed")
+_NUMBERS = (
+    *("temperature", "top_p", "min_p"),
+    *("repeat_penalty", "presence_penalty", "frequency_penalty"),
+)
+
+
+class DoneReason(StrEnum):
+    """Reason for the end of a completion."""
+
+    UNKNOWN = "unknown"
+    """A reason unknown to this version."""
+    STOP = "stop"
+    """The model ended the text, or a stop string matched."""
+    LENGTH = "length"
+    """``num_predict`` tokens were generated, or the context is full."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptProgress:
+    """Progress of a completion's prefill."""
+
+    evaluated_count: int
+    """Tokens of the prompt prefilled so far."""
+    total_count: int
+    """Tokens of the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprob:
+    """One of the most likely tokens at a position."""
+
+    token_id: int
+    """Token id."""
+    text: str
+    """Text that the token would have added, as in ``TokenLogprob.text``."""
+    logprob: float
+    """Natural logarithm of the probability; at most 0."""
+    bytes: builtins.bytes = b""
+    """The token's bytes; may hold part of a character."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A generated token and its log probability before any sampling option is applied."""
+
+    token_id: int
+    """Token id."""
+    text: str
+    """Text that the token adds. The texts of all entries joined are the content, then the matched
+    stop string and the rest of its last token. Whole characters only: a character spread over
+    several tokens belongs to the one that completes it. Empty for a token that ends the text."""
+    logprob: float
+    """Natural logarithm of the probability; at most 0."""
+    top: tuple[TopLogprob, ...]
+    """The most likely tokens at this position, most likely first."""
+    bytes: builtins.bytes = b""
+    """The token's bytes, which may hold part of a character. The bytes of all entries joined are
+    the UTF-8 text that follows the prompt. Empty for a token that ends the text."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionChunk:
+    """Part of a streamed completion. Counts and durations are set in the last chunk only."""
+
+    content: str = ""
+    """The next part of the text, whole characters only."""
+    token_ids: tuple[int, ...] = ()
+    """Tokens generated since the previous chunk; their text may follow in the next one."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One entry for each of ``token_ids``, if requested."""
+    done: bool = False
+    """True in the last chunk only."""
+    done_reason: DoneReason | None = None
+    """Why the completion ended; None before the last chunk."""
+    stop_match: str | None = None
+    """The stop string that ended the text, if any."""
+    prompt_progress: PromptProgress | None = None
+    """Progress of the prefill; None once the prefill is complete."""
+    prompt_eval_count: int = 0
+    """Tokens of the prompt."""
+    prompt_eval_seconds: float = 0.0
+    """Time from the start of the prefill to the first token."""
+    eval_count: int = 0
+    """Generated tokens."""
+    eval_seconds: float = 0.0
+    """Time from the first token to the last."""
+    queue_seconds: float = 0.0
+    """Time that the request waited in the queue."""
+    prompt_cached_count: int = 0
+    """The part of ``prompt_eval_count`` taken from the prefix cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished completion: the joined chunks of a stream."""
+
+    content: str
+    """The whole text."""
+    token_ids: tuple[int, ...]
+    """All generated tokens, including the one that ended the text."""
+    logprobs: tuple[TokenLogprob, ...]
+    """One entry for each of ``token_ids``, if requested."""
+    done_reason: DoneReason
+    """Why the completion ended."""
+    stop_match: str | None
+    """The stop string that ended the text, if any."""
+    prompt_eval_count: int
+    """Tokens of the prompt."""
+    prompt_eval_seconds: float
+    """Time from the start of the prefill to the first token."""
+    eval_count: int
+    """Generated tokens."""
+    eval_seconds: float
+    """Time from the first token to the last."""
+    queue_seconds: float
+    """Time that the request waited in the queue."""
+    prompt_cached_count: int = 0
+    """The part of ``prompt_eval_count`` taken from the prefix cache."""
