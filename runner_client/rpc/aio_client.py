@@ -6,9 +6,9 @@ import time
 from typing import TYPE_CHECKING, NoReturn, Self, Unpack
 
 from runner_client.checks import check_callable, check_number, check_text
-from runner_client.rpc import messages
 from runner_client.rpc.aio_calls import Connection
 from runner_client.rpc.aio_load import AsyncPendingLoad
+from runner_client.rpc.messages import requests, responses
 from runner_client.rpc.transport import health
 from runner_client.rpc.transport.base import DRAIN_SECONDS, embedding_error
 from runner_client.types import LoadOptions
@@ -125,7 +125,7 @@ class AsyncRunnerClient:
             InvalidRequestError: An argument cannot be sent.
             RunnerUnavailableError: The client is closed.
         """
-        request = messages.load_request(model, LoadOptions.of(options, keywords))
+        request = requests.load_request(model, LoadOptions.of(options, keywords))
         return AsyncPendingLoad(self, self._connection.start_load(request))
 
     async def estimate(
@@ -144,8 +144,8 @@ class AsyncRunnerClient:
             InsufficientMemoryError: One sequence does not fit ``memory_limit_bytes``.
             RunnerError: The call failed for another reason.
         """
-        request = messages.estimate_request(model, LoadOptions.of(options, keywords))
-        return messages.load_estimate(
+        request = requests.estimate_request(model, LoadOptions.of(options, keywords))
+        return responses.load_estimate(
             await self._connection.call(self._connection.stub.Estimate, request)
         )
 
@@ -166,7 +166,7 @@ class AsyncRunnerClient:
             BusyError: A load or an unload is running.
             RunnerError: The call failed for another reason.
         """
-        request = messages.trim_request(prefix_cache_bytes, model)
+        request = requests.trim_request(prefix_cache_bytes, model)
         return (await self._connection.call(self._connection.stub.Trim, request)).freed_bytes
 
     async def unload(self, *, model: str | None = None) -> int:
@@ -180,7 +180,7 @@ class AsyncRunnerClient:
             ModelNotLoadedError: ``model`` is not the loaded model.
             RunnerError: The call failed for another reason.
         """
-        request = messages.unload_request(model)
+        request = requests.unload_request(model)
         return (await self._connection.call(self._connection.stub.Unload, request)).freed_bytes
 
     async def status(
@@ -197,9 +197,9 @@ class AsyncRunnerClient:
             RunnerError: The call failed for another reason.
         """
         check_number("timeout_seconds", timeout_seconds)
-        request = messages.status_request(model)
+        request = requests.status_request(model)
         reply = await self._connection.call(self._connection.stub.Status, request, timeout_seconds)
-        status = messages.status(reply)
+        status = responses.status(reply)
         self._connection.note_status(status)
         return status
 
@@ -219,7 +219,7 @@ class AsyncRunnerClient:
             InvalidRequestError: The interval is out of range.
             RunnerUnavailableError: The client is closed. Reading raises all other errors.
         """
-        request = messages.watch_request(interval_seconds)
+        request = requests.watch_request(interval_seconds)
         return self._connection.start_watch(request, interval_seconds)
 
     async def ping(self) -> float:
@@ -277,7 +277,7 @@ class AsyncRunnerClient:
             InvalidRequestError: An argument cannot be sent.
             RunnerUnavailableError: The client is closed. Reading raises all other errors.
         """
-        request = messages.completion_request(
+        request = requests.completion_request(
             prompt,
             options=options,
             logprobs=logprobs,
@@ -317,7 +317,7 @@ class AsyncRunnerClient:
             model=model,
         )
         async with stream:
-            return messages.join_chunks([chunk async for chunk in stream])
+            return responses.join_chunks([chunk async for chunk in stream])
 
     async def abort(self, request_ids: Sequence[str]) -> int:
         """End running and queued completions, and return how many ended.
@@ -333,7 +333,7 @@ class AsyncRunnerClient:
             InvalidRequestError: There is no id, or one is empty or too long.
             RunnerError: The call failed for another reason.
         """
-        request = messages.abort_request(request_ids)
+        request = requests.abort_request(request_ids)
         return (await self._connection.call(self._connection.stub.Abort, request)).aborted_count
 
     async def drain(self, timeout_seconds: float | None = None) -> DrainResult:
@@ -351,8 +351,8 @@ class AsyncRunnerClient:
             InvalidRequestError: The timeout is out of range.
             RunnerError: The call failed for another reason.
         """
-        request = messages.drain_request(timeout_seconds)
-        return messages.drain_result(
+        request = requests.drain_request(timeout_seconds)
+        return responses.drain_result(
             await self._connection.call(self._connection.stub.Drain, request, DRAIN_SECONDS)
         )
 
@@ -370,7 +370,7 @@ class AsyncRunnerClient:
             ModelNotLoadedError: No model is loaded, or another one than ``model``.
             RunnerError: The call failed for another reason.
         """
-        request = messages.tokenize_request(
+        request = requests.tokenize_request(
             content, add_special_tokens=add_special_tokens, model=model
         )
         return list(
@@ -389,7 +389,7 @@ class AsyncRunnerClient:
             ModelNotLoadedError: No model is loaded, or another one than ``model``.
             RunnerError: The call failed for another reason.
         """
-        request = messages.detokenize_request(token_ids, model)
+        request = requests.detokenize_request(token_ids, model)
         return (await self._connection.call(self._connection.stub.Detokenize, request)).content
 
     async def embedding(self, content: str) -> NoReturn:  # noqa: ARG002 - the interface has it

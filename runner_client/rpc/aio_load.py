@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from runner_client.errors import RunnerError
-from runner_client.rpc import messages
+from runner_client.rpc.messages import responses
 from runner_client.rpc.transport.base import STATUS_SECONDS
 from runner_client.rpc.waits import LoadWatch
 
@@ -39,7 +39,7 @@ class AsyncPendingLoad:
         watch = LoadWatch(self._client.timeouts.load_seconds, time.monotonic())
         while (reply := await self._call.poll()) is None:
             await self._observe(watch, on_progress)
-        return messages.load_result(reply)
+        return responses.load_result(reply)
 
     async def _observe(
         self, watch: LoadWatch, on_progress: Callable[[Status], None] | None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 import grpc
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_client.rpc.messages import completion_chunk, status
+from runner_client.rpc.messages.responses import completion_chunk, status
 from runner_client.rpc.transport.base import (
     END_SECONDS,
     cancelled_stream,

@@ -7,9 +7,9 @@ import time
 from typing import TYPE_CHECKING, NoReturn, Self, Unpack
 
 from runner_client.checks import check_callable, check_number, check_text
-from runner_client.rpc import messages
 from runner_client.rpc.calls import Connection
 from runner_client.rpc.load import PendingLoad
+from runner_client.rpc.messages import requests, responses
 from runner_client.rpc.transport import health
 from runner_client.rpc.transport.base import DRAIN_SECONDS, embedding_error
 from runner_client.types import LoadOptions
@@ -126,7 +126,7 @@ class RunnerClient:
             InvalidRequestError: An argument cannot be sent.
             RunnerUnavailableError: The client is closed.
         """
-        request = messages.load_request(model, LoadOptions.of(options, keywords))
+        request = requests.load_request(model, LoadOptions.of(options, keywords))
         return PendingLoad(self, self._connection.start_load(request))
 
     def estimate(
@@ -145,8 +145,8 @@ class RunnerClient:
             InsufficientMemoryError: One sequence does not fit ``memory_limit_bytes``.
             RunnerError: The call failed for another reason.
         """
-        request = messages.estimate_request(model, LoadOptions.of(options, keywords))
-        return messages.load_estimate(
+        request = requests.estimate_request(model, LoadOptions.of(options, keywords))
+        return responses.load_estimate(
             self._connection.call(self._connection.stub.Estimate, request)
         )
 
@@ -167,7 +167,7 @@ class RunnerClient:
             BusyError: A load or an unload is running.
             RunnerError: The call failed for another reason.
         """
-        request = messages.trim_request(prefix_cache_bytes, model)
+        request = requests.trim_request(prefix_cache_bytes, model)
         return self._connection.call(self._connection.stub.Trim, request).freed_bytes
 
     def unload(self, *, model: str | None = None) -> int:
@@ -181,7 +181,7 @@ class RunnerClient:
             ModelNotLoadedError: ``model`` is not the loaded model.
             RunnerError: The call failed for another reason.
         """
-        request = messages.unload_request(model)
+        request = requests.unload_request(model)
         return self._connection.call(self._connection.stub.Unload, request).freed_bytes
 
     def status(self, *, timeout_seconds: float | None = None, model: str | None = None) -> Status:
@@ -196,9 +196,9 @@ class RunnerClient:
             RunnerError: The call failed for another reason.
         """
         check_number("timeout_seconds", timeout_seconds)
-        request = messages.status_request(model)
+        request = requests.status_request(model)
         reply = self._connection.call(self._connection.stub.Status, request, timeout_seconds)
-        status = messages.status(reply)
+        status = responses.status(reply)
         self._connection.note_status(status)
         return status
 
@@ -218,7 +218,7 @@ class RunnerClient:
             InvalidRequestError: The interval is out of range.
             RunnerUnavailableError: The client is closed. Reading raises all other errors.
         """
-        request = messages.watch_request(interval_seconds)
+        request = requests.watch_request(interval_seconds)
         return self._connection.start_watch(request, interval_seconds)
 
     def ping(self) -> float:
@@ -276,7 +276,7 @@ class RunnerClient:
             InvalidRequestError: An argument cannot be sent.
             RunnerUnavailableError: The client is closed. Reading raises all other errors.
         """
-        request = messages.completion_request(
+        request = requests.completion_request(
             prompt,
             options=options,
             logprobs=logprobs,
@@ -316,7 +316,7 @@ class RunnerClient:
             model=model,
         )
         with stream:
-            return messages.join_chunks([chunk for chunk in stream])
+            return responses.join_chunks([chunk for chunk in stream])
 
     def abort(self, request_ids: Sequence[str]) -> int:
         """End running and queued completions, and return how many ended.
@@ -332,7 +332,7 @@ class RunnerClient:
             InvalidRequestError: There is no id, or one is empty or too long.
             RunnerError: The call failed for another reason.
         """
-        request = messages.abort_request(request_ids)
+        request = requests.abort_request(request_ids)
         return self._connection.call(self._connection.stub.Abort, request).aborted_count
 
     def drain(self, timeout_seconds: float | None = None) -> DrainResult:
@@ -350,8 +350,8 @@ class RunnerClient:
             InvalidRequestError: The timeout is out of range.
             RunnerError: The call failed for another reason.
         """
-        request = messages.drain_request(timeout_seconds)
-        return messages.drain_result(
+        request = requests.drain_request(timeout_seconds)
+        return responses.drain_result(
             self._connection.call(self._connection.stub.Drain, request, DRAIN_SECONDS)
         )
 
@@ -369,7 +369,7 @@ class RunnerClient:
             ModelNotLoadedError: No model is loaded, or another one than ``model``.
             RunnerError: The call failed for another reason.
         """
-        request = messages.tokenize_request(
+        request = requests.tokenize_request(
             content, add_special_tokens=add_special_tokens, model=model
         )
         return list(self._connection.call(self._connection.stub.Tokenize, request).token_ids)
@@ -386,7 +386,7 @@ class RunnerClient:
             ModelNotLoadedError: No model is loaded, or another one than ``model``.
             RunnerError: The call failed for another reason.
         """
-        request = messages.detokenize_request(token_ids, model)
+        request = requests.detokenize_request(token_ids, model)
         return self._connection.call(self._connection.stub.Detokenize, request).content
 
     def embedding(self, content: str) -> NoReturn:  # noqa: ARG002 - the interface has it

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from runner_client.errors import RunnerError
-from runner_client.rpc import messages
+from runner_client.rpc.messages import responses
 from runner_client.rpc.transport.base import STATUS_SECONDS
 from runner_client.rpc.waits import LoadWatch
 
@@ -40,7 +40,7 @@ class PendingLoad:
         watch = LoadWatch(self._client.timeouts.load_seconds, time.monotonic())
         while (reply := self._call.poll()) is None:
             self._observe(watch, on_progress)
-        return messages.load_result(reply)
+        return responses.load_result(reply)
 
     def _observe(self, watch: LoadWatch, on_progress: Callable[[Status], None] | None) -> None:
         try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 import grpc
 
-from runner_client.rpc.messages import completion_chunk, status
+from runner_client.rpc.messages.responses import completion_chunk, status
 from runner_client.rpc.transport.base import (
     END_SECONDS,
     cancelled_stream,

@@ -7,7 +7,7 @@ from dataclasses import fields
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_client import Capabilities, RunnerClient
 from runner_client.cli.status import status_rows
-from runner_client.rpc.messages import status
+from runner_client.rpc.messages.responses import status
 from runner_client.testing import fake_runner
 from runner_common.contract import MAX_LOGPROBS
 

@@ -13,7 +13,7 @@ import pytest
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_client.errors import RunnerUnavailableError
 from runner_client.process.local_runner import local_process
-from runner_client.rpc.messages import status as status_of
+from runner_client.rpc.messages.responses import status as status_of
 from runner_client.testing import fake_runner
 from runner_common.handshake import ReadyLine
 from support.command_line import invoke

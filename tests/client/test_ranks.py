@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_client import MemoryUsage, Rank
-from runner_client.rpc.messages import status
+from runner_client.rpc.messages.responses import status
 
 
 def test_a_status_names_the_ranks() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_client import errors
-from runner_client.rpc.messages import status as status_of
+from runner_client.rpc.messages.responses import status as status_of
 from runner_client.rpc.waits import LoadWatch, StreamTimer
 from runner_client.rpc.watchdog import Watchdog
 from runner_client.types import (

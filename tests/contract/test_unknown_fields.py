@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_client import AsyncRunnerClient, InvalidRequestError
-from runner_client.rpc import messages
+from runner_client.rpc.messages import requests
 from runner_common.contract import SERVICE_NAME
 from runner_server import __version__
 from runner_server.transport.unknown_fields import read_known
@@ -184,7 +184,7 @@ async def test_a_newer_client_gets_the_typed_error(
     def newer(*_args: object, **_kwargs: object) -> pb.CompletionRequest:
         return pb.CompletionRequest.FromString(COMPLETION + UNKNOWN)
 
-    monkeypatch.setattr(messages, "completion_request", newer)
+    monkeypatch.setattr(requests, "completion_request", newer)
     async with AsyncRunnerClient(loaded.ready.target) as client:
         with pytest.raises(InvalidRequestError, match=f"field {NEW} of CompletionRequest"):
             await client.complete("x")

@@ -28,7 +28,7 @@ from runner_client import (
 )
 from runner_client.process.child import exit_in_words
 from runner_client.process.stall import StallDetector
-from runner_client.rpc.messages import status as status_of
+from runner_client.rpc.messages.responses import status as status_of
 from support.fake_child import wait_until
 from support.faulty import BREAK, breaking, end_of, hooked, in_threads, pid_of, use_fake_engine
 from support.server_child import running as server

@@ -9,7 +9,7 @@ import click
 
 from runner_client.cli.shared.output import LoadProgress
 from runner_client.errors import RunnerError
-from runner_client.rpc.messages import join_chunks
+from runner_client.rpc.messages.responses import join_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -1,0 +1,1 @@
+"""Conversion between the proto messages and the dataclasses of ``types``."""
