@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 NAMES = {
     "AsyncCompletionStream": "CompletionStream",
     "AsyncIterator": "Iterator",
+    "AsyncModelClient": "ModelClient",
     "AsyncPendingLoad": "PendingLoad",
     "AsyncRunnerClient": "RunnerClient",
     "AsyncRunnerProcess": "RunnerProcess",
@@ -36,6 +37,7 @@ NAMES = {
     "aio_calls": "calls",
     "aio_client": "client",
     "aio_load": "load",
+    "aio_model_client": "model_client",
     "aio_stream": "stream",
     "aio_supervision": "supervision",
     "asynccontextmanager": "contextmanager",
@@ -78,6 +80,11 @@ PAIRS = (
     Pair(
         "runner_client/rpc/aio_load.py",
         "runner_client/rpc/load.py",
+        {"an asyncio client": "a sync client"},
+    ),
+    Pair(
+        "runner_client/rpc/aio_model_client.py",
+        "runner_client/rpc/model_client.py",
         {"an asyncio client": "a sync client"},
     ),
     Pair(

@@ -20,10 +20,10 @@ from runner_client.rpc.aio_stream import (
     AsyncStatusStream,
     raise_if_cancelled,
 )
-from runner_client.rpc.trace import with_trace
 from runner_client.rpc.transport import health
 from runner_client.rpc.transport.base import LOAD_SECONDS, POLL_SECONDS, ConnectionBase
 from runner_client.rpc.transport.channel import open_aio_channel
+from runner_client.rpc.transport.trace import with_trace
 from runner_client.rpc.waits import WatchTimer
 
 if TYPE_CHECKING:

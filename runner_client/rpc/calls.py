@@ -12,10 +12,10 @@ from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from mlxrunner.v1 import runner_pb2_grpc
 from runner_client.rpc.stream import CompletionStream, StatusStream
-from runner_client.rpc.trace import with_trace
 from runner_client.rpc.transport import health
 from runner_client.rpc.transport.base import LOAD_SECONDS, POLL_SECONDS, ConnectionBase
 from runner_client.rpc.transport.channel import open_channel
+from runner_client.rpc.transport.trace import with_trace
 from runner_client.rpc.waits import WatchTimer
 from runner_client.rpc.watchdog import Watchdog
 

@@ -3,37 +3,22 @@
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING, NoReturn, Self, Unpack
+from typing import TYPE_CHECKING, Unpack
 
-from runner_client.checks import check_callable, check_number, check_text
-from runner_client.rpc.calls import Connection
+from runner_client.checks import check_callable
 from runner_client.rpc.load import PendingLoad
 from runner_client.rpc.messages import requests, responses
-from runner_client.rpc.transport import health
-from runner_client.rpc.transport.base import DRAIN_SECONDS, embedding_error
+from runner_client.rpc.model_client import ModelClient
+from runner_client.rpc.transport.base import DRAIN_SECONDS
 from runner_client.types import LoadOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from types import TracebackType
 
-    from runner_client.rpc.stream import CompletionStream, StatusStream
-    from runner_client.rpc.transport.base import Peer
-    from runner_client.types import (
-        Completion,
-        DrainResult,
-        LoadEstimate,
-        LoadKeywords,
-        LoadResult,
-        Options,
-        Status,
-        Timeouts,
-        TlsFiles,
-    )
+    from runner_client.types import DrainResult, LoadEstimate, LoadKeywords, LoadResult, Status
 
 
-class RunnerClient:
+class RunnerClient(ModelClient):
     """Client for a runner at a known address.
 
     Thread-safe: threads may share a client, and ``close()`` ends the calls of all of them. In
@@ -55,30 +40,6 @@ class RunnerClient:
             certificate or key.
         OSError: A file of ``tls`` cannot be read.
     """
-
-    def __init__(
-        self,
-        address: str,
-        *,
-        token: str | None = None,
-        tls: TlsFiles | None = None,
-        timeouts: Timeouts | None = None,
-        peer: Peer | None = None,
-    ) -> None:
-        self._connection = Connection(address, timeouts, token, tls, peer)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.address!r})"
-
-    @property
-    def address(self) -> str:
-        """The runner's address, as passed to gRPC."""
-        return self._connection.address
-
-    @property
-    def timeouts(self) -> Timeouts:
-        """The timeouts of this client."""
-        return self._connection.timeouts
 
     def load(
         self,
@@ -184,140 +145,6 @@ class RunnerClient:
         request = requests.unload_request(model)
         return self._connection.call(self._connection.stub.Unload, request).freed_bytes
 
-    def status(self, *, timeout_seconds: float | None = None, model: str | None = None) -> Status:
-        """Return the runner's current state, model and memory. Works during a load, too.
-
-        Args:
-            timeout_seconds: The deadline of this call. Default: ``Timeouts.call_seconds``.
-            model: See ``completion``.
-
-        Raises:
-            ModelNotLoadedError: ``model`` is not the loaded model.
-            RunnerError: The call failed for another reason.
-        """
-        check_number("timeout_seconds", timeout_seconds)
-        request = requests.status_request(model)
-        reply = self._connection.call(self._connection.stub.Status, request, timeout_seconds)
-        status = responses.status(reply)
-        self._connection.note_status(status)
-        return status
-
-    def watch_status(self, *, interval_seconds: float | None = None) -> StatusStream:
-        """Watch the runner: return a stream of statuses, the first at once, without waiting.
-
-        Another status follows each change of state, progress, counts, model or last error, at most
-        20 a second. Reading raises ``RunnerTimeoutError`` without a first status in
-        ``Timeouts.call_seconds``, or without another one in that time after each interval.
-
-        Args:
-            interval_seconds: The longest time between two statuses, 0.1 to 3,600, to notice a
-                runner that hangs. Default: a status after changes only.
-
-        Raises:
-            TypeError: The interval is not a number.
-            InvalidRequestError: The interval is out of range.
-            RunnerUnavailableError: The client is closed. Reading raises all other errors.
-        """
-        request = requests.watch_request(interval_seconds)
-        return self._connection.start_watch(request, interval_seconds)
-
-    def ping(self) -> float:
-        """Request a status and return the round-trip time, in seconds.
-
-        Raises:
-            RunnerError: The call failed.
-        """
-        begin = time.monotonic()
-        self.status()
-        return time.monotonic() - begin
-
-    def is_serving(self, service: str = "") -> bool:
-        """Return whether ``grpc.health.v1`` reports SERVING, which does not require a model.
-
-        Args:
-            service: A full service name; "" is the whole server.
-
-        Raises:
-            RunnerError: The call failed, or the service is unknown.
-        """
-        check_text("service", service)
-        return health.is_serving(
-            self._connection.call(self._connection.health, health.request(service))
-        )
-
-    def completion(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        options: Options | None = None,
-        logprobs: int | None = None,
-        request_id: str = "",
-        priority: int = 0,
-        model: str | None = None,
-    ) -> CompletionStream:
-        """Start a completion and return the stream of chunks without waiting.
-
-        Reading raises ``RunnerTimeoutError`` after ``Timeouts.first_token_seconds`` without a
-        token, or ``Timeouts.idle_seconds`` without any message.
-
-        Args:
-            prompt: Text, or token ids, which are used unchanged.
-            options: Sampling and stop options.
-            logprobs: The number of most likely tokens, 0 to 20, to report with the log
-                probability of each token. Default: no log probabilities.
-            request_id: A name for the request in the server's log, and for ``abort``.
-            priority: Higher first among waiting completions, -100 to 100. Each second of waiting
-                counts like one level.
-            model: The model that is meant, by the name it was loaded with or its path; another
-                one is refused. Default: the loaded model.
-
-        Raises:
-            TypeError: An argument is of the wrong type.
-            InvalidRequestError: An argument cannot be sent.
-            RunnerUnavailableError: The client is closed. Reading raises all other errors.
-        """
-        request = requests.completion_request(
-            prompt,
-            options=options,
-            logprobs=logprobs,
-            request_id=request_id,
-            priority=priority,
-            model=model,
-        )
-        return self._connection.start_stream(request)
-
-    def complete(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        options: Options | None = None,
-        logprobs: int | None = None,
-        request_id: str = "",
-        priority: int = 0,
-        model: str | None = None,
-    ) -> Completion:
-        """Run a completion to the end, with the arguments and timeouts of ``completion``.
-
-        Raises:
-            TypeError: An argument is of the wrong type.
-            InvalidRequestError: An argument is out of range.
-            PromptTooLongError: The prompt does not fit the context.
-            ModelNotLoadedError: No model is loaded, or another one than ``model``.
-            QueueFullError: Too many requests are waiting.
-            RunnerTimeoutError: No token, or no message, arrived in time.
-            RunnerError: The completion failed for another reason.
-        """
-        stream = self.completion(
-            prompt,
-            options=options,
-            logprobs=logprobs,
-            request_id=request_id,
-            priority=priority,
-            model=model,
-        )
-        with stream:
-            return responses.join_chunks([chunk for chunk in stream])
-
     def abort(self, request_ids: Sequence[str]) -> int:
         """End running and queued completions, and return how many ended.
 
@@ -354,60 +181,3 @@ class RunnerClient:
         return responses.drain_result(
             self._connection.call(self._connection.stub.Drain, request, DRAIN_SECONDS)
         )
-
-    def tokenize(
-        self, content: str, *, add_special_tokens: bool = False, model: str | None = None
-    ) -> list[int]:
-        """Split text into the model's token ids.
-
-        Args:
-            content: The text.
-            add_special_tokens: Whether to add the special tokens that a completion's prompt gets.
-            model: See ``completion``.
-
-        Raises:
-            ModelNotLoadedError: No model is loaded, or another one than ``model``.
-            RunnerError: The call failed for another reason.
-        """
-        request = requests.tokenize_request(
-            content, add_special_tokens=add_special_tokens, model=model
-        )
-        return list(self._connection.call(self._connection.stub.Tokenize, request).token_ids)
-
-    def detokenize(self, token_ids: Sequence[int], *, model: str | None = None) -> str:
-        """Join token ids into text: the inverse of ``tokenize``.
-
-        Args:
-            token_ids: The ids.
-            model: See ``completion``.
-
-        Raises:
-            InvalidRequestError: An id is not in the vocabulary.
-            ModelNotLoadedError: No model is loaded, or another one than ``model``.
-            RunnerError: The call failed for another reason.
-        """
-        request = requests.detokenize_request(token_ids, model)
-        return self._connection.call(self._connection.stub.Detokenize, request).content
-
-    def embedding(self, content: str) -> NoReturn:  # noqa: ARG002 - the interface has it
-        """Refuse the call: the runner only completes text.
-
-        Raises:
-            NotSupportedError: Always.
-        """
-        raise embedding_error()
-
-    def close(self) -> None:
-        """Close the connection. Pending calls raise ``RunnerUnavailableError``."""
-        self._connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

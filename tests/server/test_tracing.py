@@ -11,7 +11,7 @@ import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_client import AsyncRunnerClient, Options, RunnerClient
-from runner_client.rpc.trace import with_trace
+from runner_client.rpc.transport.trace import with_trace
 from runner_server.telemetry import tracing
 from support.fakes import says
 from support.harness import Server, StartServer, eventually, failure
