@@ -84,4 +84,14 @@ class Stop:
 
 
 Command = GenerationRequest | Load | Unload | Cancel | Resume | LimitPrefixCache | Trim | Stop
-CommandQueue = queue.SimpleQueue[Command]
+
+
+class CommandQueue(queue.SimpleQueue[Command]):
+    """Commands for the engine's thread, in the order of arrival."""
+
+    def poll(self, timeout_seconds: float = 0.0) -> Command | None:
+        """Return the next command; None if none arrives in time."""
+        try:
+            return self.get(block=timeout_seconds > 0, timeout=timeout_seconds)
+        except queue.Empty:
+            return None

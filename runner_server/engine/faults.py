@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from runner_server.engine.backend import BackendLost
 from runner_server.engine.types import LoadSpec
 from runner_server.errors import GenerationFailed, RunnerFault, ShuttingDown, not_finite_advice
 
@@ -23,6 +24,16 @@ def draining_fault() -> ShuttingDown:
 def exiting_fault() -> ShuttingDown:
     """Return the fault of new calls once the engine is dead."""
     return ShuttingDown("the engine has failed and the runner is exiting; use another")
+
+
+def death_faults(error: BaseException) -> tuple[str, RunnerFault, RunnerFault]:
+    """Return why the engine dies, the fault of its requests, and that of later calls."""
+    if isinstance(error, BackendLost):
+        lost = ShuttingDown(str(error))
+        return str(error), lost, lost
+    refusal = exiting_fault()
+    text = f"the engine failed: {type(error).__name__}: {error}"
+    return text, GenerationFailed(str(refusal)), refusal
 
 
 def step_fault(error: Exception) -> GenerationFailed:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import queue
 from collections.abc import Callable
 from concurrent.futures import InvalidStateError
 from contextlib import suppress
@@ -29,7 +28,7 @@ from runner_server.engine.commands import (
     Unload,
 )
 from runner_server.engine.faults import (
-    exiting_fault,
+    death_faults,
     load_fault,
     not_finite_fault,
     step_fault,
@@ -42,7 +41,7 @@ from runner_server.engine.request_registry import RequestRegistry
 from runner_server.engine.scheduler import Scheduler
 from runner_server.engine.types import Event, LoadSpec, ModelInfo, NotFinite, Prefill, Token
 from runner_server.engine.work import DecodeItem, WorkItem
-from runner_server.errors import GenerationFailed, RunnerFault, ShuttingDown
+from runner_server.errors import RunnerFault, ShuttingDown
 
 _T = TypeVar("_T")
 
@@ -112,10 +111,10 @@ class EngineThread:
 
     def _take_commands(self) -> None:
         """Handle the queued commands; block only if there is no work to do."""
-        command = self._poll() if self._can_advance() else self._wait()
+        command = self._commands.poll() if self._can_advance() else self._wait()
         while command is not None:
             self._handle(command)
-            command = self._poll()
+            command = self._commands.poll()
 
     def _can_advance(self) -> bool:
         if self._scheduler.has_running:
@@ -131,18 +130,11 @@ class EngineThread:
     def _wait_or_trim(self) -> Command:
         """Block until a command arrives; once idle for a second, return freed memory."""
         if self._has_stepped:
-            try:
-                return self._commands.get(timeout=_TRIM_AFTER_SECONDS)
-            except queue.Empty:
-                self._has_stepped = False
-                self._backend.trim()
+            if command := self._commands.poll(_TRIM_AFTER_SECONDS):
+                return command
+            self._has_stepped = False
+            self._backend.trim()
         return self._commands.get()
-
-    def _poll(self) -> Command | None:
-        try:
-            return self._commands.get_nowait()
-        except queue.Empty:
-            return None
 
     def _handle(self, command: Command) -> None:
         match command:
@@ -384,11 +376,7 @@ class EngineThread:
 
     def _die(self, error: BaseException) -> None:
         logger.critical("the engine is dead; the process exits", exc_info=error)
-        text, refusal = f"the engine failed: {type(error).__name__}: {error}", exiting_fault()
-        fault: RunnerFault = GenerationFailed(str(refusal))
-        if isinstance(error, BackendLost):
-            text = str(error)
-            fault = refusal = ShuttingDown(text)
+        text, fault, refusal = death_faults(error)
         self._fail(self._registry.die(text), fault)
         self._publish()
         self._registry.fail_commands(refusal)
