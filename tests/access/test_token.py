@@ -178,9 +178,8 @@ async def test_reflection_needs_the_token(guarded: Server, version: str) -> None
         response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
     )
     requests = [reflection_pb2.ServerReflectionRequest(list_services="")]
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        [answer async for answer in ask(iter(requests))]
-    assert caught.value.code() is UNAUTHENTICATED
+    # Without a request: grpc.aio fails with an error of its own if it writes to an ended call.
+    assert await ask().code() is UNAUTHENTICATED
     answers = [answer async for answer in ask(iter(requests), metadata=metadata([RIGHT]))]
     assert answers[0].list_services_response.service
 
