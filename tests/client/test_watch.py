@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -20,6 +21,7 @@ from runner_client import AsyncRunnerClient, RunnerClient, errors
 from runner_client.testing import Failure, FakeRunner, fake_runner
 from runner_client.types import State, Status, Timeouts
 from support.command_line import invoke
+from support.fake_child import wait_until
 from support.harness import Server, eventually
 
 STOPPING = Failure("SHUTTING_DOWN", "the process is stopping")
@@ -235,21 +237,35 @@ async def test_dropping_a_watch_ends_it_on_the_server(loaded: Server) -> None:
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_the_command_prints_a_line_for_each_status(runner: FakeRunner, as_json: bool) -> None:
-    runner.model, runner.load_seconds = None, 0.2
+def test_the_command_prints_a_line_for_each_status(
+    runner: FakeRunner, as_json: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner.model, runner.load_seconds = None, math.inf
+    reported: list[int] = []
+    report = runner.Status
+
+    def recording(request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusResponse:
+        status = report(request, context)
+        reported.append(status.state)
+        return status
 
     def load_and_stop() -> None:
         with RunnerClient(runner.address) as client:
-            client.load("org/name")
+            wait_until(lambda: pb.STATE_IDLE in reported)
+            load = client.start_load("org/name")
+            wait_until(lambda: pb.STATE_LOADING in reported)
+            load.cancel()
             runner.failure = STOPPING
 
-    threading.Timer(0.1, load_and_stop).start()
+    monkeypatch.setattr(runner, "Status", recording)
+    caller = threading.Thread(target=load_and_stop)
+    caller.start()
     result = invoke("status", runner.address, "--watch", *(["--json"] if as_json else []))
+    caller.join()
     assert (result.exit_code, result.stderr) == (1, "error: the process is stopping\n")
-    lines = result.stdout.splitlines()
-    assert len(lines) >= 2
+    first, second = result.stdout.splitlines()[:2]
     if as_json:
-        assert json.loads(lines[0])["state"] == "idle"
+        assert [json.loads(line)["state"] for line in (first, second)] == ["idle", "loading"]
     else:
-        assert lines[0].endswith("idle, 0 running, 0 queued, 0 B")
-        assert any("loading, " in line for line in lines)
+        assert first.endswith("idle, 0 running, 0 queued, 0 B")
+        assert "loading, " in second
