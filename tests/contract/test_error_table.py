@@ -201,7 +201,7 @@ async def test_an_unexpected_exception_in_a_stream_is_not_revealed(
     assert_in_table(problem, Code.INTERNAL, "GENERATION_FAILED")
     assert "hunter2" not in problem.message
     await loaded.settled()
-    loaded.assert_nothing_left()
+    await loaded.assert_nothing_left()
 
 
 HUGE = "模型" * 2000

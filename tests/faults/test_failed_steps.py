@@ -58,7 +58,7 @@ async def test_a_failed_step_ends_its_streams_in_time_and_the_queue_is_served(
         assert messages[-1].eval_count == 4
         assert len(joined(messages)) == 4
     assert await server.health() == 1
-    server.assert_nothing_left()
+    await server.assert_nothing_left()
 
 
 @pytest.fixture(scope="module")

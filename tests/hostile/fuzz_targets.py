@@ -177,7 +177,7 @@ class Wire:
     async def _close(self) -> None:
         await self._check_neighbour()
         await self._server.settled()
-        self._server.assert_nothing_left()
+        await self._server.assert_nothing_left()
         status = await self._server.status()
         assert (status.running_count, status.queued_count) == (0, 0), status
         assert status.state == pb.STATE_ACTIVE, status

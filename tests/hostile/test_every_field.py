@@ -41,7 +41,7 @@ async def target(start_server: StartServer) -> AsyncIterator[Server]:
     await server.load(context_length=CONTEXT_LENGTH)
     yield server
     await server.settled()
-    server.assert_nothing_left()
+    await server.assert_nothing_left()
     status = await server.status()
     assert (status.running_count, status.queued_count) == (0, 0)
     assert not status.last_error

@@ -163,7 +163,7 @@ async def test_a_full_queue_is_bounded_answers_a_delay_and_leaves_nothing(
     # The first flood met a server without measurements. One of the others may have been held up.
     assert statistics.median(map(delay_factor, floods[1:])) <= RETRY_FACTOR
     await server.settled()
-    server.assert_nothing_left()
+    await server.assert_nothing_left()
     assert await full_batch_steps(server) == steps
 
 

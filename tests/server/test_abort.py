@@ -36,7 +36,7 @@ async def test_a_decoding_completion_ends_and_frees_its_row(loaded: Server) -> N
     problem = await end_of(call)
     assert problem.message == "the completion was ended by an Abort; do not retry it automatically"
     await loaded.settled()
-    loaded.assert_nothing_left()
+    await loaded.assert_nothing_left()
     assert (await loaded.status()).last_error == ""
 
 
@@ -52,7 +52,7 @@ async def test_the_row_is_free_within_one_step(loaded: Server) -> None:
     await end_of(call)
     gate.allow()
     await loaded.settled()
-    loaded.assert_nothing_left()
+    await loaded.assert_nothing_left()
     assert loaded.backend.steps == 3
 
 
@@ -67,7 +67,7 @@ async def test_a_queued_completion_ends_and_the_running_one_goes_on(server: Serv
     server.backend.step_gate.open()
     assert len(tokens([message async for message in first])) == 30
     await server.settled()
-    server.assert_nothing_left()
+    await server.assert_nothing_left()
 
 
 async def test_every_completion_with_an_id_ends_and_no_other(loaded: Server) -> None:

@@ -76,7 +76,7 @@ async def test_requests_over_the_budget_wait_and_are_served_later(
     server.backend.step_gate.open()
     assert await asyncio.gather(*map(_length, calls)) == [42, 42, 42, 12]
     await server.settled()
-    server.assert_nothing_left()
+    await server.assert_nothing_left()
 
 
 async def test_every_row_counts_as_long_as_the_longest(start_server: StartServer) -> None:
@@ -126,7 +126,7 @@ async def test_a_request_that_can_never_fit_is_refused_with_both_numbers(
     # The message gives the numbers and advice.
     assert "101 tokens" in problem.message
     assert "num_predict" in problem.message
-    server.assert_nothing_left()
+    await server.assert_nothing_left()
     assert await _length(_start(server, 100)) == 92
 
 
@@ -187,7 +187,7 @@ async def test_a_cancelled_request_makes_room(start_server: StartServer, index: 
     server.backend.step_gate.open()
     assert await asyncio.gather(*map(_length, calls)) == lengths
     await server.settled()
-    server.assert_nothing_left()
+    await server.assert_nothing_left()
 
 
 async def test_an_unload_ends_requests_that_wait_for_memory(start_server: StartServer) -> None:
@@ -200,7 +200,7 @@ async def test_an_unload_ends_requests_that_wait_for_memory(start_server: StartS
     problems = await asyncio.gather(*map(failure, calls))
     assert {problem.reason for problem in problems} == {"SHUTTING_DOWN"}
     await unload
-    server.assert_nothing_left()
+    await server.assert_nothing_left()
     # With three times the memory everything fits.
     server.backend.kv_budget_bytes = 300 * TOKEN_BYTES
     await server.load(parallel=4)

@@ -38,7 +38,7 @@ async def test_a_cancel_while_queued(server: Server) -> None:
     server.backend.step_gate.open()
     assert [message async for message in first][-1].eval_count == 3000
     await server.settled()
-    server.assert_nothing_left()
+    await server.assert_nothing_left()
 
 
 async def test_a_cancel_during_prefill_takes_effect_after_the_step(loaded: Server) -> None:
@@ -53,7 +53,7 @@ async def test_a_cancel_during_prefill_takes_effect_after_the_step(loaded: Serve
     await eventually(lambda: loaded.view.command_count == 1)
     gate.allow()
     await loaded.settled()
-    loaded.assert_nothing_left()
+    await loaded.assert_nothing_left()
     assert loaded.backend.steps == 3
 
 
@@ -72,7 +72,7 @@ async def test_a_cancel_during_decode_takes_effect_after_the_step(loaded: Server
     gate.allow()
     await loaded.settled()
     assert loaded.backend.steps == steps + 1
-    loaded.assert_nothing_left()
+    await loaded.assert_nothing_left()
 
 
 async def test_a_cancel_in_the_step_of_the_end_is_harmless(loaded: Server) -> None:
@@ -88,7 +88,7 @@ async def test_a_cancel_in_the_step_of_the_end_is_harmless(loaded: Server) -> No
         gate.open()
         await loaded.settled()
         await eventually(lambda: not loaded.view.command_count)
-    loaded.assert_nothing_left()
+    await loaded.assert_nothing_left()
     assert await loaded.text(num_predict=2)
 
 
@@ -108,7 +108,7 @@ async def test_a_deadline_ends_a_request_like_a_cancel(loaded: Server) -> None:
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     loaded.backend.step_gate.open()
     await loaded.settled()
-    loaded.assert_nothing_left()
+    await loaded.assert_nothing_left()
 
 
 async def test_a_lost_connection_ends_its_requests(loaded: Server) -> None:
@@ -116,7 +116,7 @@ async def test_a_lost_connection_ends_its_requests(loaded: Server) -> None:
         other = Server(loaded.app, loaded.backend, channel, loaded.ready)
         await anext(aiter(other.start("x", num_predict=4000)))
     await loaded.settled()
-    loaded.assert_nothing_left()
+    await loaded.assert_nothing_left()
 
 
 async def test_a_cancel_does_not_change_other_rows(loaded: Server) -> None:
@@ -128,7 +128,7 @@ async def test_a_cancel_does_not_change_other_rows(loaded: Server) -> None:
         other.cancel()
     assert joined([message async for message in keep]) == alone
     await loaded.settled()
-    loaded.assert_nothing_left()
+    await loaded.assert_nothing_left()
 
 
 @pytest.mark.slow
@@ -154,7 +154,7 @@ async def test_a_thousand_cancels_leave_nothing(server: Server) -> None:
             await asyncio.gather(*(one() for _ in range(20)))
     await server.settled()
     await eventually(lambda: not server.view.command_count)
-    server.assert_nothing_left()
+    await server.assert_nothing_left()
     await eventually(lambda: len(asyncio.all_tasks()) <= before)
     status = await server.status()
     assert (status.running_count, status.queued_count) == (0, 0)

@@ -98,7 +98,7 @@ async def test_random_calls_from_many_clients_leave_nothing(
     await server.settled()
     await eventually(lambda: not server.view.command_count)
     await eventually(lambda: len(asyncio.all_tasks()) <= tasks)
-    server.assert_nothing_left()
+    await server.assert_nothing_left()
     await server.load()
     assert await server.text(num_predict=5)
     status = await server.status()

@@ -41,7 +41,7 @@ async def test_a_stop_ends_streams_and_frees_the_model(start_server: StartServer
     assert await asyncio.wait_for(run, 20) == 0
     assert [name for name, _ in server.backend.calls[-2:]] == ["release", "close"]
     assert server.backend.executors[-1].closed
-    server.assert_nothing_left()
+    await server.assert_nothing_left()
 
 
 async def test_a_stop_ends_a_load(start_server: StartServer) -> None:

@@ -70,7 +70,7 @@ async def test_present_completions_finish_and_new_ones_are_refused(server: Serve
     assert (status.state, status.running_count) == (pb.STATE_DRAINING, 0)
     assert (status.progress, status.model.name) == (100, "fake")
     await assert_refused(server)
-    server.assert_nothing_left()
+    await server.assert_nothing_left()
 
 
 async def test_the_timeout_ends_the_rest(server: Server) -> None:
@@ -87,7 +87,7 @@ async def test_the_timeout_ends_the_rest(server: Server) -> None:
     assert not call.done()
     server.backend.step_gate.open()
     assert counts(await call) == (0, 3)
-    server.assert_nothing_left()
+    await server.assert_nothing_left()
 
 
 async def test_a_timeout_of_zero_ends_everything_at_once(loaded: Server) -> None:

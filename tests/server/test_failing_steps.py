@@ -51,7 +51,7 @@ async def test_a_failed_step_costs_its_batch_and_the_queue_is_served(server: Ser
     # The failed batch is replaced: the library may have lost rows that it had split off.
     assert len(server.backend.executors) == 2
     assert server.backend.executors[0].closed
-    server.assert_nothing_left()
+    await server.assert_nothing_left()
 
 
 async def test_failed_steps_that_are_not_in_a_row_are_survived(loaded: Server) -> None:
@@ -171,4 +171,4 @@ async def test_a_failed_cancel_costs_only_its_batch(start_server: StartServer) -
     assert (await failure(neighbour)).reason == "GENERATION_FAILED"
     assert (await server.complete("three", num_predict=3))[-1].done
     await server.settled()
-    server.assert_nothing_left()
+    await server.assert_nothing_left()

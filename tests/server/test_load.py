@@ -157,7 +157,7 @@ async def test_unload_ends_running_and_queued_streams(server: Server) -> None:
         problem = await failure(call)
         assert (problem.code, problem.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
     assert (await unload).freed_bytes >= WEIGHT_BYTES
-    server.assert_nothing_left()
+    await server.assert_nothing_left()
 
 
 async def test_a_load_replaces_the_model_and_ends_its_streams(loaded: Server) -> None:

@@ -227,7 +227,7 @@ async def test_a_stopped_reader_costs_seven_others_nothing(
     assert messages[-1].eval_count == 1500
     assert len(tokens(messages)) == sum(len(message.logprobs) for message in messages) == 1500
     await server.settled()
-    server.assert_nothing_left()
+    await server.assert_nothing_left()
 
 
 async def test_a_request_can_be_preempted_repeatedly(
@@ -253,7 +253,7 @@ async def test_an_abort_frees_a_stopped_reader(server: Server, stopping_client: 
     answer = await server.stub.Abort(pb.AbortRequest(request_ids=["slow"]))
     assert answer.aborted_count == 1
     await server.settled()
-    server.assert_nothing_left()
+    await server.assert_nothing_left()
     assert (await failure(call)).reason == "ABORTED"
 
 
@@ -327,7 +327,7 @@ async def test_a_cancelled_preempted_request_leaves_nothing(
     await eventually(lambda: not _preempted_count(server))
     assert await server.text("next", num_predict=3)
     await server.settled()
-    server.assert_nothing_left()
+    await server.assert_nothing_left()
     assert "ExecuteBatchError" not in caplog.text
 
 
@@ -335,7 +335,7 @@ async def test_an_unload_ends_a_preempted_request(server: Server, stopping_clien
     await server.load(parallel=2)
     call = await _start_stopped(stopping_client)
     await server.stub.Unload(UNLOAD)
-    server.assert_nothing_left()
+    await server.assert_nothing_left()
     assert (await failure(call)).reason == "SHUTTING_DOWN"
 
 
@@ -349,7 +349,7 @@ async def test_a_failed_step_ends_a_preempted_request(
     assert (await failure(server.start())).reason == "GENERATION_FAILED"
     assert (await failure(call)).reason == "GENERATION_FAILED"
     assert await server.text(num_predict=3)
-    server.assert_nothing_left()
+    await server.assert_nothing_left()
 
 
 async def test_the_engine_sleeps_while_all_requests_are_preempted(

@@ -51,7 +51,7 @@ async def test_the_row_ends_with_the_stop_string(loaded: Server) -> None:
     await loaded.settled()
     # One step for the prompt, seven for the tokens.
     assert loaded.backend.steps == 1 + len("abcSTOP")
-    loaded.assert_nothing_left()
+    await loaded.assert_nothing_left()
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ async def test_abort_ends_only_the_request_of_that_name(server: Server) -> None:
     assert (await other.next()).chunk.token_ids
     other.call.cancel()
     await server.settled()
-    server.assert_nothing_left()
+    await server.assert_nothing_left()
 
 
 async def test_an_aborted_request_without_stream_gets_its_output_so_far(server: Server) -> None:
@@ -114,7 +114,7 @@ async def test_a_name_of_two_requests_aborts_neither(server: Server) -> None:
     assert (await second.next()).chunk.token_ids
     second.call.cancel()
     await server.settled()
-    server.assert_nothing_left()
+    await server.assert_nothing_left()
 
 
 async def test_the_end_of_a_request_leaves_its_namesake_running(server: Server) -> None:
@@ -138,7 +138,7 @@ async def test_a_disconnected_caller_leaves_nothing(server: Server) -> None:
     reading = await started_reader(server, "one")
     reading.call.cancel()
     await server.settled()
-    server.assert_nothing_left()
+    await server.assert_nothing_left()
 
 
 async def test_too_many_names_are_refused(server: Server) -> None:

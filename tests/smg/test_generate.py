@@ -208,7 +208,7 @@ async def test_a_parameter_out_of_range_is_refused_by_name(
     problem = await failure(start_generate(server, **given))
     assert problem.code is grpc.StatusCode.INVALID_ARGUMENT
     assert list(problem.violations) == [f"sampling_params.{field}"]
-    server.assert_nothing_left()
+    await server.assert_nothing_left()
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ async def test_an_unknown_field_is_refused(
     assert problem.reason == "INVALID_FIELD"
     assert problem.violations.keys() == {path}
     assert "field 97 of " in problem.violations[path]
-    server.assert_nothing_left()
+    await server.assert_nothing_left()
 
 
 async def test_a_queued_request_gets_headers(start_server: StartServer) -> None:

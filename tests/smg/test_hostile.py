@@ -78,7 +78,7 @@ async def target(start_server: StartServer) -> AsyncIterator[Server]:
     await server.load(context_length=CONTEXT_LENGTH)
     yield server
     await server.settled()
-    server.assert_nothing_left()
+    await server.assert_nothing_left()
 
 
 @hostile(100)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -197,13 +197,20 @@ class Server:
         async for answer in watch(request, timeout=DEADLINE_SECONDS):
             yield int(answer.status)
 
-    def assert_nothing_left(self) -> None:
-        """Check for anything left behind by completions."""
+    async def assert_nothing_left(self) -> None:
+        """Check that completions leave nothing behind.
+
+        Waits for the engine's thread, which removes the rows after their last output is sent.
+        """
+        with suppress(TimeoutError):
+            await eventually(lambda: not self._left())
+        assert not self._left()
+
+    def _left(self) -> dict[str, object]:
         view = self.view
-        assert not view.requests
-        assert not view.admitted
-        assert not view.waiting
-        assert not any(executor.rows for executor in self.backend.executors)
+        rows = [executor.rows for executor in self.backend.executors if executor.rows]
+        held = {"requests": view.requests, "admitted": view.admitted, "waiting": view.waiting}
+        return {name: value for name, value in {**held, "rows": rows}.items() if value}
 
 
 class StartServer(Protocol):
