@@ -185,6 +185,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
         options: Options | None = None,
         logprobs: int | None = None,
         request_id: str = "",
+        priority: int = 0,
     ) -> AsyncCompletionStream:
         """Start a completion; see ``AsyncRunnerClient.completion``.
 
@@ -193,7 +194,11 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
             RunnerUnavailableError: The runner was not started, or has exited.
         """
         return self.client.completion(
-            prompt, options=options, logprobs=logprobs, request_id=request_id
+            prompt,
+            options=options,
+            logprobs=logprobs,
+            request_id=request_id,
+            priority=priority,
         )
 
     async def complete(
@@ -203,6 +208,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
         options: Options | None = None,
         logprobs: int | None = None,
         request_id: str = "",
+        priority: int = 0,
     ) -> Completion:
         """Run a completion to the end; see ``AsyncRunnerClient.complete``.
 
@@ -210,7 +216,11 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
             RunnerError: The completion failed; the class gives the reason.
         """
         return await self.client.complete(
-            prompt, options=options, logprobs=logprobs, request_id=request_id
+            prompt,
+            options=options,
+            logprobs=logprobs,
+            request_id=request_id,
+            priority=priority,
         )
 
     async def tokenize(self, content: str, *, add_special_tokens: bool = False) -> list[int]:

@@ -180,6 +180,7 @@ class RunnerProcess(ProcessBase[Connection]):
         options: Options | None = None,
         logprobs: int | None = None,
         request_id: str = "",
+        priority: int = 0,
     ) -> CompletionStream:
         """Start a completion; see ``RunnerClient.completion``.
 
@@ -188,7 +189,11 @@ class RunnerProcess(ProcessBase[Connection]):
             RunnerUnavailableError: The runner was not started, or has exited.
         """
         return self.client.completion(
-            prompt, options=options, logprobs=logprobs, request_id=request_id
+            prompt,
+            options=options,
+            logprobs=logprobs,
+            request_id=request_id,
+            priority=priority,
         )
 
     def complete(
@@ -198,6 +203,7 @@ class RunnerProcess(ProcessBase[Connection]):
         options: Options | None = None,
         logprobs: int | None = None,
         request_id: str = "",
+        priority: int = 0,
     ) -> Completion:
         """Run a completion to the end; see ``RunnerClient.complete``.
 
@@ -205,7 +211,11 @@ class RunnerProcess(ProcessBase[Connection]):
             RunnerError: The completion failed; the class gives the reason.
         """
         return self.client.complete(
-            prompt, options=options, logprobs=logprobs, request_id=request_id
+            prompt,
+            options=options,
+            logprobs=logprobs,
+            request_id=request_id,
+            priority=priority,
         )
 
     def tokenize(self, content: str, *, add_special_tokens: bool = False) -> list[int]:

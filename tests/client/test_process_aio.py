@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 import signal
 import time
@@ -30,6 +31,19 @@ def fake_child(monkeypatch: pytest.MonkeyPatch) -> None:
 def kill(runner: AsyncRunnerProcess) -> None:
     assert runner.pid is not None
     os.kill(runner.pid, signal.SIGKILL)
+
+
+@pytest.mark.usefixtures("fake_child")
+async def test_the_arguments_of_completions_reach_the_child(
+    model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "runner_client")
+    async with AsyncRunnerProcess(model) as runner:
+        await runner.complete("Hi", request_id="one", priority=7)
+        assert [chunk async for chunk in runner.completion("Hi", request_id="two", priority=-8)]
+    # The child prints its requests when it stops.
+    for request_id, priority in (("one", 7), ("two", -8)):
+        assert f'request_id: "{request_id}"\\npriority: {priority}\\n' in caplog.text
 
 
 @pytest.mark.usefixtures("fake_child")

@@ -344,6 +344,19 @@ def test_no_descriptors_or_threads_are_left_open(
 
 
 @pytest.mark.usefixtures("fake_child")
+def test_the_arguments_of_completions_reach_the_child(
+    model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "runner_client")
+    with RunnerProcess(model) as runner:
+        runner.complete("Hi", request_id="one", priority=7)
+        assert list(runner.completion("Hi", request_id="two", priority=-8))
+    # The child prints its requests when it stops.
+    for request_id, priority in (("one", 7), ("two", -8)):
+        assert f'request_id: "{request_id}"\\npriority: {priority}\\n' in caplog.text
+
+
+@pytest.mark.usefixtures("fake_child")
 def test_a_load_logs_its_estimate_beside_the_peak(
     model: str, caplog: pytest.LogCaptureFixture
 ) -> None:
