@@ -311,14 +311,13 @@ class EngineThread:
 
     def _load(self, command: Load) -> ModelInfo:
         spec = command.spec
-        self._check(spec)
+        self._check(command)
         self._end_all(ShuttingDown("the model is being replaced; load or use another runner"))
         self._free_model(for_next=True)
 
         def report(progress: int) -> None:
             self._registry.note_progress(progress)
-            if command.cancelled.is_set() or self._registry.is_stopping:
-                raise ShuttingDown("the load was cancelled")
+            self._refuse_when_cancelled(command)
 
         try:
             report(0)
@@ -335,12 +334,17 @@ class EngineThread:
         self._registry.offer_model(ModelHandle.of(self._model, spec.model))
         return self._model.info
 
-    def _check(self, spec: LoadSpec) -> None:
-        """Refuse a model that cannot be found or read, before freeing the loaded one."""
+    def _check(self, command: Load) -> None:
+        """Refuse what cannot be found or read, or is cancelled, before freeing the loaded model."""
         try:
-            self._backend.check(spec)
+            self._backend.check(command.spec)
+            self._refuse_when_cancelled(command)
         except Exception as error:  # noqa: BLE001 - as for a load
-            raise self._load_failed(spec, error) from None
+            raise self._load_failed(command.spec, error) from None
+
+    def _refuse_when_cancelled(self, load: Load) -> None:
+        if load.cancelled.is_set() or self._registry.is_stopping:
+            raise ShuttingDown("the load was cancelled")
 
     def _load_failed(self, spec: LoadSpec, error: Exception) -> RunnerFault:
         """Note why a load failed, and return the fault for its caller."""

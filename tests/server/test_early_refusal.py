@@ -14,6 +14,7 @@ from mlxrunner.v1 import runner_pb2 as pb
 from runner_common.memory.headroom import MINIMUM_VARIABLE, OVERHEAD_VARIABLE
 from runner_common.memory.need_query import NeedRefusedError, NeedUnknownError
 from runner_common.memory.reservations import ReservationBook
+from runner_server.engine.commands import Load
 from runner_server.host.machine_admission import MachineAdmission
 from support.harness import Server, StartServer, eventually, failure, running, tokens
 from support.need_process import GIB, NEED, STORED, FakeNeedProcess, free
@@ -144,18 +145,52 @@ async def test_busy_is_answered_before_the_estimate(
     await load
 
 
-async def test_a_cancelled_load_is_not_begun_after_its_estimate(
-    start_loaded: Callable[[int], Any], process: FakeNeedProcess, tmp_path: Path
+@pytest.mark.parametrize("deadline", [None, 1.0], ids=["cancelled", "deadline"])
+async def test_a_load_cancelled_during_its_estimate_leaves_nothing(
+    start_loaded: Callable[[int], Any],
+    process: FakeNeedProcess,
+    tmp_path: Path,
+    deadline: float | None,
 ) -> None:
     server = await start_loaded(NEED.required_bytes)
+    reserved = (await server.status()).memory_usage.reserved_bytes
+    server.backend.step_gate.shut()
+    call = server.start(num_predict=3)
+    await server.thread(server.backend.step_gate.wait_arrival)
     process.gate.shut()
-    load = server.stub.Load(pb.LoadRequest(model=str(tmp_path)))
+    load = server.stub.Load(pb.LoadRequest(model=str(tmp_path)), timeout=deadline)
     await server.thread(process.gate.wait_arrival)
-    load.cancel()
+    if deadline is None:
+        load.cancel()
     await eventually(lambda: not server.app._estimator._running)
     process.gate.open()
-    assert len(tokens(await server.complete(num_predict=3))) == 3
+    await server.thread(lambda: process.gate.wait_passed(1))
+    status = await server.status()
+    assert (status.state, status.model.name, status.running_count) == (pb.STATE_ACTIVE, "fake", 1)
+    assert (status.progress, status.last_error) == (100, "")
+    assert status.memory_usage.reserved_bytes == reserved
+    server.backend.step_gate.open()
+    assert len(tokens([message async for message in call])) == 3
+    await server.assert_nothing_left()
     assert loads(server) == 1
+    assert (await server.load(str(tmp_path))).model.name == str(tmp_path)
+
+
+async def test_a_load_cancelled_before_it_unloads_keeps_the_model(loaded: Server) -> None:
+    loaded.backend.check_gate.shut()
+    load = loaded.stub.Load(pb.LoadRequest(model="other", memory_override=True))
+    await loaded.thread(loaded.backend.check_gate.wait_arrival)
+    call = loaded.start(num_predict=3)
+    await eventually(lambda: loaded.view.request_count == 1)
+    command = loaded.app.engine._registry._model_command
+    assert isinstance(command, Load)
+    load.cancel()
+    await eventually(command.cancelled.is_set)
+    loaded.backend.check_gate.open()
+    assert len(tokens([message async for message in call])) == 3
+    status = await loaded.status()
+    assert (status.state, status.model.name) == (pb.STATE_ACTIVE, "fake")
+    assert loads(loaded) == 1
 
 
 @pytest.mark.mlx

@@ -240,6 +240,7 @@ class FakeBackend:
         check_error: Raised once by the next ``check``.
         open_error: Raised by ``open``.
         step_gate: Passed by every work item.
+        check_gate: Passed by every ``check``.
         load_gate: Passed by a load before each of its six progress reports.
         steps: Number of work items begun.
         preemptions: Number of times a row was preempted.
@@ -258,6 +259,7 @@ class FakeBackend:
     check_error: Exception | None = None
     open_error: Exception | None = None
     step_gate: Gate = field(default_factory=Gate)
+    check_gate: Gate = field(default_factory=Gate)
     load_gate: Gate = field(default_factory=Gate)
     steps: int = 0
     preemptions: int = 0
@@ -275,6 +277,7 @@ class FakeBackend:
 
     def check(self, spec: LoadSpec) -> None:  # noqa: ARG002 - it takes any
         """See ``Backend.check``."""
+        self.check_gate.pass_through()
         if self.check_error:
             error, self.check_error = self.check_error, None
             raise error

@@ -78,9 +78,9 @@ class RunnerServiceStub:
     cannot be found, that this server cannot build, or that does not fit the memory
     now does not cost the loaded model. What does cost it: a weight file that turns
     out unreadable, memory that others take meanwhile, logits that are not finite,
-    an error of MLX, and cancelling the load. If several ranks hold the model, only
-    the files and `context_length` are checked first. Cancelling the call, or its
-    deadline, cancels the load and frees the memory used so far.
+    an error of MLX, and cancelling the load after this check. If several ranks hold
+    the model, only the files and `context_length` are checked first. Cancelling the
+    call, or its deadline, cancels the load and frees the memory used so far.
 
     Errors:
     - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range;
@@ -312,9 +312,9 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
     cannot be found, that this server cannot build, or that does not fit the memory
     now does not cost the loaded model. What does cost it: a weight file that turns
     out unreadable, memory that others take meanwhile, logits that are not finite,
-    an error of MLX, and cancelling the load. If several ranks hold the model, only
-    the files and `context_length` are checked first. Cancelling the call, or its
-    deadline, cancels the load and frees the memory used so far.
+    an error of MLX, and cancelling the load after this check. If several ranks hold
+    the model, only the files and `context_length` are checked first. Cancelling the
+    call, or its deadline, cancels the load and frees the memory used so far.
 
     Errors:
     - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range;
@@ -549,9 +549,9 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
         cannot be found, that this server cannot build, or that does not fit the memory
         now does not cost the loaded model. What does cost it: a weight file that turns
         out unreadable, memory that others take meanwhile, logits that are not finite,
-        an error of MLX, and cancelling the load. If several ranks hold the model, only
-        the files and `context_length` are checked first. Cancelling the call, or its
-        deadline, cancels the load and frees the memory used so far.
+        an error of MLX, and cancelling the load after this check. If several ranks hold
+        the model, only the files and `context_length` are checked first. Cancelling the
+        call, or its deadline, cancels the load and frees the memory used so far.
 
         Errors:
         - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range;
