@@ -286,7 +286,9 @@ class Child:
         (an interrupt) kills the process at once.
         """
         with self._lock:
-            is_first, self._is_closing = not self._is_closing, True
+            is_first = not self._is_closing
+            # The calls on a child that died before the close still raise the exit error.
+            self._is_closing = self._is_closing or not self._exited.is_set()
             process = self._process
         self._settle(_closed())
         if process is None:

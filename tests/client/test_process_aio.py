@@ -290,3 +290,15 @@ def test_a_child_may_die_after_its_event_loop_has_closed(
     kill(runner)
     wait_until(lambda: runner.has_exited)
     gc.collect()
+
+
+@pytest.mark.usefixtures("fake_child")
+async def test_calls_on_a_child_that_died_before_the_close_raise_its_exit_error(
+    model: str,
+) -> None:
+    async with AsyncRunnerProcess(model) as runner:
+        kill(runner)
+        await asyncio.to_thread(wait_until, lambda: runner.has_exited)
+        await runner.close()
+        with pytest.raises(errors.RunnerExitedError, match="SIGKILL"):
+            await runner.status()
