@@ -22,12 +22,12 @@ from runner_client.pool.scheduling.states import Evict, Grant, Load, ModelState,
 from runner_client.pool.types import NOTHING, MemoryReturn
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+    from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
     from typing import Any
 
     from runner_client.memory.gate import MemoryGate
     from runner_client.pool.appraisal import Appraisal
-    from runner_client.pool.scheduling.settings import ModelSettings, PoolSettings
+    from runner_client.pool.scheduling.settings import PoolSettings
     from runner_client.pool.scheduling.states import Action, Lease, PooledModel, Ticket
     from runner_client.process.aio_process import AsyncRunnerProcess
     from runner_client.types import RestartPolicy
@@ -52,6 +52,7 @@ class Entry:
         last_error: Why the last load failed, the last runner died, or memory did not come back.
         refused_count: Loads in a row that the machine refused.
         last_return: Memory that came back at the last eviction.
+        last_reason: What the last request that gave up had waited for.
     """
 
     model: PooledModel
@@ -62,6 +63,7 @@ class Entry:
     last_error: str = ""
     refused_count: int = 0
     last_return: MemoryReturn = NOTHING
+    last_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,11 +108,11 @@ class PoolManager:
         """True once all requests are refused."""
         return bool(self._closed_because)
 
-    def register(self, name: str, settings: ModelSettings, appraisal: Appraisal) -> Entry:
+    def register(self, name: str, appraisal: Appraisal) -> Entry:
         """Return the entry of a model. A new appraisal takes effect with the next load."""
-        model = self.scheduler.model(name, settings, appraisal.need)
+        model = self.scheduler.model(name, appraisal.settings, appraisal.need)
         entry = self.entries.setdefault(name, Entry(model, appraisal))
-        if model.state is ModelState.ABSENT:
+        if not model.is_held:
             entry.appraisal = appraisal
         return entry
 
@@ -137,16 +139,19 @@ class PoolManager:
         """
         if refusal := self._refusal(entry):
             raise refusal
+        if not self.scheduler.waiting(entry.model):
+            entry.refused_count = 0
         now = time.monotonic()
         ticket = self.scheduler.request(now, entry.model, may_evict=may_evict, is_lease=is_lease)
         granted: asyncio.Future[Lease | None] = asyncio.get_running_loop().create_future()
         self._waiting[ticket] = _Wait(granted, on_change)
-        # A loaded model needs no measurement, and no turn of the loop.
-        self._carry_out(self.scheduler.grants(now))
-        self.notify()
         try:
+            # A loaded model needs no measurement, and no turn of the loop.
+            self._carry_out(self.scheduler.grants(now))
+            self.notify()
             return await granted
         except BaseException:
+            entry.last_reason = ticket.reason
             self._give_back(ticket, granted)
             raise
         finally:
@@ -183,14 +188,18 @@ class PoolManager:
     def begin_eviction(self, entry: Entry, reason: str) -> None:
         """Stop a runner, or cancel the load in progress."""
         self.scheduler.evict(entry.model)
-        entry.task = self._begin(self._evict(entry, entry.task, reason))
+        loading = entry.task if entry.task and not entry.task.done() else None
+        if loading is not None:
+            # Now, so that it cannot end in another way before the eviction begins.
+            loading.cancel()
+        entry.task = self._begin(self._evict(entry, loading, reason))
         self.notify()
 
     def notify(self) -> None:
         """Have the scheduler decide again, soon."""
         self._event.set()
 
-    async def watch(self) -> AsyncIterator[None]:
+    async def watch(self) -> AsyncGenerator[None]:
         """Yield now and after each change, until the pool is closed. Changes may be merged."""
         changed = asyncio.Event()
         self._watchers.add(changed)
@@ -229,20 +238,32 @@ class PoolManager:
         """Refuse all requests, and stop all runners. Cancelling the task kills them."""
         self.refuse_all("the pool is closed")
         for entry in self.entries.values():
-            if entry.model.state in (ModelState.LOADING, ModelState.READY):
+            if entry.model.is_held:
                 self.begin_eviction(entry, "the pool is closed")
-        await asyncio.gather(*self._tasks)
+        try:
+            # A task that is cancelled before it has begun would stop nothing.
+            await asyncio.sleep(0)
+            outcomes = await asyncio.gather(*self._tasks, return_exceptions=True)
+        except asyncio.CancelledError:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            raise
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                logger.error("a runner was not stopped in order", exc_info=outcome)
 
     async def _machine_bytes(self) -> int:
         """Measure the memory for another runner, less the needs of loads not yet admitted."""
-        decision = await asyncio.to_thread(self._gate.available)
-        begun = (
+        # Before the measurement: a load admitted meanwhile counts twice rather than not at all.
+        begun = sum(
             entry.model.need.total_bytes
             for entry in self.entries.values()
             if entry.model.state is ModelState.LOADING
             and not (entry.member and entry.member.is_admitted)
         )
-        return decision.available_bytes - sum(begun)
+        decision = await asyncio.to_thread(self._gate.available)
+        return decision.available_bytes - begun
 
     def _carry_out(self, actions: Iterable[Action]) -> None:
         for action in actions:
@@ -300,7 +321,7 @@ class PoolManager:
     async def _load(self, entry: Entry, member: Member) -> None:
         logger.info("loading %s", entry.model.name)
         try:
-            held_bytes = await member.load(self.notify)
+            held_bytes = await member.load(self.notify, entry.model.need.total_bytes)
         except InsufficientMemoryError as error:
             # Another scheduler took the memory: measure and decide again.
             entry.refused_count += 1
@@ -341,8 +362,8 @@ class PoolManager:
         name, member = entry.model.name, entry.member
         logger.info("evicting %s: %s", name, reason)
         try:
-            if loading is not None and not loading.done():
-                loading.cancel()
+            if loading is not None:
+                entry.last_return = NOTHING
                 await asyncio.gather(loading, return_exceptions=True)
             elif member is not None:
                 returned = await member.stop(self._settings.return_seconds)

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from runner_client.errors import RunnerError
+from runner_client.errors import RunnerError, RunnerUnavailableError
 from runner_client.pool.types import MemoryReturn
+from runner_client.rpc.transport.base import STATUS_SECONDS
+from runner_common.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from runner_client.memory.estimation import MemoryEstimate
     from runner_client.memory.gate import MemoryGate
     from runner_client.process.aio_process import AsyncRunnerProcess
     from runner_client.rpc.aio_client import AsyncRunnerClient
@@ -55,17 +58,19 @@ class Member:
         """The client of the loaded runner."""
         return self._process.client
 
-    async def load(self, on_progress: Callable[[], None]) -> int:
+    async def load(self, on_progress: Callable[[], None], most_bytes: int) -> int:
         """Start the runner and load the model. A failure leaves nothing behind.
 
         Args:
             on_progress: Called when ``progress`` has changed.
+            most_bytes: The need that the pool has found room for.
 
         Returns:
             The memory reserved for the runner, in bytes.
 
         Raises:
             RunnerError: The start or the load failed.
+            RunnerUnavailableError: The model needs more, because its files have changed.
         """
 
         def note(status: Status) -> None:
@@ -75,6 +80,7 @@ class Member:
 
         try:
             estimate = await self._process.load()
+            _check_need(estimate, most_bytes)
             await self._process.wait_until_running(note)
             status = await self._process.status()
         except BaseException:
@@ -86,7 +92,7 @@ class Member:
     async def trim(self) -> int:
         """Empty the prefix cache, and return the bytes freed; 0 if the runner refuses."""
         with contextlib.suppress(RunnerError):
-            if (await self._process.status()).memory_usage.prefix_cache_bytes:
+            if (await self._status()).memory_usage.prefix_cache_bytes:
                 return await self._process.trim()
         return 0
 
@@ -96,8 +102,13 @@ class Member:
         Args:
             return_seconds: How long to wait for the memory after the exit.
         """
-        before = await asyncio.to_thread(self._free_bytes)
-        held = await self._held_bytes()
+        try:
+            before = await asyncio.to_thread(self._free_bytes)
+            held = await self._held_bytes()
+        except BaseException:
+            self._process.kill()
+            await self._process.close()
+            raise
         await self._process.close()
         ended = time.monotonic()
         while True:
@@ -113,10 +124,24 @@ class Member:
     async def _held_bytes(self) -> int:
         """Return the memory freed by the exit: MLX's on a GPU, otherwise the private pages."""
         with contextlib.suppress(RunnerError):
-            if (await self._process.status()).device.startswith("gpu"):
-                return self._process.memory_size
+            status = await self._status()
+            if status.device.startswith("gpu"):
+                return status.memory_bytes
         pid = self._process.pid
         return 0 if pid is None else await asyncio.to_thread(_private_bytes, pid)
+
+    async def _status(self) -> Status:
+        """Return the status, soon: a runner that hangs must not delay the pool."""
+        return await self._process.client.status(timeout_seconds=STATUS_SECONDS)
+
+
+def _check_need(estimate: MemoryEstimate, most_bytes: int) -> None:
+    if estimate.total_bytes > most_bytes:
+        raise RunnerUnavailableError(
+            f"the files of {estimate.model} have changed since the request: it needs "
+            f"{format_bytes(estimate.total_bytes)} now, instead of {format_bytes(most_bytes)}; "
+            "request it again"
+        )
 
 
 def _private_bytes(pid: int) -> int:

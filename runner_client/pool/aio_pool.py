@@ -89,6 +89,7 @@ class AsyncRunnerPool:
         log: logging.Logger | None = None,
     ) -> None:
         check_kind("settings", settings, PoolSettings)
+        check_kind("gate", gate, MemoryGate)
         check_kind("timeouts", timeouts, Timeouts)
         check_kind("restart_policy", restart_policy, RestartPolicy)
         check_environment("env", env)
@@ -231,16 +232,20 @@ class AsyncRunnerPool:
 
         A slow reader misses states in between, never the last one.
         """
-        async for _ in self._manager.watch():
-            yield self.status()
+        async with contextlib.aclosing(self._manager.watch()) as changes:
+            async for _ in changes:
+                yield self.status()
 
     async def close(self) -> None:
         """Stop every runner and wait until they are reaped. Cancelling the task kills them."""
         service, self._service = self._service, None
         if service is not None:
             service.cancel()
-            await asyncio.gather(service, return_exceptions=True)
-        await self._manager.close()
+        try:
+            await self._manager.close()
+        finally:
+            if service is not None:
+                await asyncio.gather(service, return_exceptions=True)
 
     async def __aenter__(self) -> Self:
         if self._service is not None or self._manager.is_closed:
@@ -283,7 +288,7 @@ class AsyncRunnerPool:
         if self._service is None:
             raise RunnerUnavailableError("the pool is not open: use it in an `async with` block")
         try:
-            async with asyncio.timeout(timeout_seconds):
+            async with asyncio.timeout(timeout_seconds) as limit:
                 entry = await self._known(model)
                 described = functools.partial(self._describe, entry)
                 report = ProgressReport(described, on_progress) if on_progress else None
@@ -291,13 +296,17 @@ class AsyncRunnerPool:
                     entry, may_evict=evict, is_lease=is_lease, on_change=report
                 )
         except TimeoutError as error:
+            if not limit.expired():
+                raise
             raise self._late(model, timeout_seconds or 0) from error
 
     def _late(self, model: str, timeout_seconds: float) -> RunnerTimeoutError:
         reason = ""
         if (name := self._names.get(model)) is not None:
-            described = self._describe(self._manager.entries[name])
-            reason = described.reason or f"it is {described.state}, {described.progress} % loaded"
+            entry = self._manager.entries[name]
+            described = self._describe(entry)
+            reason = entry.last_reason
+            reason = reason or f"it is {described.state}, {described.progress} % loaded"
         return RunnerTimeoutError(
             f"{model} was not loaded within {timeout_seconds:g} s"
             + (f": {reason}" if reason else ""),
@@ -310,28 +319,23 @@ class AsyncRunnerPool:
         name = self._names.get(model)
         if name is not None:
             entry = self._manager.entries[name]
-            if entry.model.state in (ModelState.LOADING, ModelState.READY):
+            if entry.model.is_held:
                 return entry
-        settings = self._settings.of(model)
+        held_bytes = self._manager.scheduler.held_bytes
         appraisal = await asyncio.to_thread(
             appraise,
             model,
-            settings.options,
-            self._capacity_bytes,
-            self._settings.budget_bytes,
+            self._settings,
+            lambda: self._gate.available().available_bytes + held_bytes,
             self._environ,
         )
         # One model may have several names: a hub id and its directory.
         name = self._names.setdefault(appraisal.estimate.path, self._names.get(model, model))
         self._names[model] = name
-        return self._manager.register(name, settings, appraisal)
-
-    def _capacity_bytes(self) -> int:
-        machine_bytes = self._gate.available().available_bytes
-        machine_bytes += self._manager.scheduler.held_bytes
-        return min(machine_bytes, self._settings.budget_bytes or machine_bytes)
+        return self._manager.register(name, appraisal)
 
     def _entry(self, model: str) -> Entry:
+        check_model(model)
         name = self._names.get(model)
         if name is None:
             raise ModelNotLoadedError(f"{model} was never requested from this pool", model=model)

@@ -129,6 +129,10 @@ class ProcessBase(Generic[ConnectionT]):
         """
         return self._life.child
 
+    def kill(self) -> None:
+        """Kill the child if running. Returns at once; ``close`` waits for the exit."""
+        self._life.kill()
+
     def on_exit(self, callback: Callable[[], None]) -> None:
         """Call a function in another thread once the present child has exited, or now if it has.
 

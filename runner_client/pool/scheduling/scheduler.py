@@ -100,7 +100,7 @@ class PoolScheduler:
         if model is None:
             model = PooledModel(name, settings, settings.pinned, need)
             self._models[name] = model
-        elif model.state is ModelState.ABSENT:
+        elif not model.is_held:
             model.need = need
         return model
 
@@ -188,7 +188,7 @@ class PoolScheduler:
         """Yield the grants of tickets whose models are loaded; a part of every decision."""
         for ticket in list(self._queue):
             model = ticket.model
-            if model.state is not ModelState.READY or model.yields_to is not None:
+            if model.state is not ModelState.READY or _yields(model):
                 continue
             self._leave(ticket)
             model.leases += ticket.is_lease
@@ -332,6 +332,10 @@ class PoolScheduler:
 
     def _may_go(self, model: PooledModel) -> bool:
         return model.is_idle and not model.is_pinned and not self.waiting(model)
+
+
+def _yields(model: PooledModel) -> bool:
+    return model.yields_to is not None and not model.is_pinned
 
 
 def _goes_in_the_end(model: PooledModel) -> bool:

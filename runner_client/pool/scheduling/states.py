@@ -104,6 +104,11 @@ class PooledModel:
     short_since: float | None = None
 
     @property
+    def is_held(self) -> bool:
+        """Whether it is loaded or being loaded."""
+        return self.state in (ModelState.LOADING, ModelState.READY)
+
+    @property
     def is_idle(self) -> bool:
         """Whether it is loaded and has no lease."""
         return self.state is ModelState.READY and self.leases == 0

@@ -1,0 +1,39 @@
+"""Fixtures of pool tests. No test may leave a process, a reservation or a failed task."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from runner_common.memory.reservations import ReservationBook
+from support.fake_child import wait_until
+from support.pool_machine import Machine, use_machine
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Check that a test leaves no child, no reservation, and no complaint of asyncio."""
+    before = set(psutil.Process().children())
+    yield
+    gc.collect()
+    complaints = [
+        record.getMessage()
+        for record in caplog.get_records("call")
+        if record.name == "asyncio" and record.levelno >= logging.WARNING
+    ]
+    assert complaints == []
+    # A started thread ends a cancelled start.
+    wait_until(lambda: set(psutil.Process().children()) <= before)
+    with ReservationBook().locked() as view:
+        assert view.records() == ()
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
+    """A machine whose runners exist in memory only."""
+    return use_machine(monkeypatch, tmp_path)
