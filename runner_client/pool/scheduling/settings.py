@@ -9,7 +9,14 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from runner_client.checks import check_flag, check_integer, check_kind, check_model, check_number
+from runner_client.checks import (
+    check_flag,
+    check_integer,
+    check_kind,
+    check_model,
+    check_number,
+    refuse_type,
+)
 from runner_client.errors import InvalidRequestError
 from runner_client.types import LoadOptions
 from runner_common.contract import MAX_BYTES
@@ -43,15 +50,18 @@ class ModelSettings:
     """Models of higher priority load first and are evicted last. A level counts as much as
     ``PoolSettings.ageing_seconds`` of waiting. Range: -100 to 100."""
     keep_alive_seconds: float | None = 300.0
-    """How long an idle model stays loaded; None keeps it until its memory is needed."""
+    """How long an idle model stays loaded; None, or ``inf`` in a file, keeps it until its memory is
+    needed."""
     pinned: bool = False
     """Whether the model is never evicted to make room, nor after ``keep_alive_seconds``."""
 
     def __post_init__(self) -> None:
-        check_kind("options", self.options, LoadOptions)
+        _require_kind("options", self.options, LoadOptions)
+        if self.priority is None:
+            refuse_type("priority", None, "a whole number")
         check_integer("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
         check_flag("pinned", self.pinned)
-        if self.keep_alive_seconds is not None:
+        if self.keep_alive_seconds not in (None, math.inf):
             _require_seconds("keep_alive_seconds", self.keep_alive_seconds)
         if self.options.memory_override:
             _refuse("memory_override", "a pool keeps its budget: the gate cannot be overridden")
@@ -91,10 +101,12 @@ class PoolSettings:
     def __post_init__(self) -> None:
         check_integer("budget_bytes", self.budget_bytes, 1, MAX_BYTES)
         check_integer("reserve_bytes", self.reserve_bytes, 0, MAX_BYTES)
-        check_kind("default", self.default, ModelSettings)
+        _require_kind("default", self.default, ModelSettings)
+        if not isinstance(self.models, Mapping):
+            refuse_type("models", self.models, "a mapping from models to ModelSettings")
         for name, settings in self.models.items():
             check_model(name)
-            check_kind(f"models[{name!r}]", settings, ModelSettings)
+            _require_kind(f"models[{name!r}]", settings, ModelSettings)
         for name in ("min_residence_seconds", "max_wait_seconds", "return_seconds"):
             _require_seconds(name, getattr(self, name))
         _require_seconds("ageing_seconds", self.ageing_seconds, is_positive=True)
@@ -149,7 +161,13 @@ def _model(base: ModelSettings, table: Mapping[str, Any], where: str) -> ModelSe
     values = _known(table, known, where)
     own = {name: value for name, value in values.items() if name in _names(ModelSettings)}
     load = {name: value for name, value in values.items() if name not in own}
-    return replace(base, options=replace(base.options, **load), **own)
+    try:
+        return replace(base, options=replace(base.options, **load), **own)
+    except InvalidRequestError as error:
+        violations = [(f"{where}.{field}", text) for field, text in error.field_violations]
+        raise InvalidRequestError(f"{where}.{error}", field_violations=violations) from None
+    except TypeError as error:
+        raise TypeError(f"{where}.{error}") from None
 
 
 def _known(table: Mapping[str, Any], known: frozenset[str], where: str) -> dict[str, Any]:
@@ -160,6 +178,8 @@ def _known(table: Mapping[str, Any], known: frozenset[str], where: str) -> dict[
         path = f"{where}.{key}" if where else key
         if name not in known:
             _refuse(path, f"there is no such setting; known are {', '.join(sorted(known))}")
+        if name in values:
+            _refuse(path, f"is given twice, also as {name}")
         values[name] = _size(path, value) if name in _SIZE_FIELDS else value
     return values
 
@@ -181,6 +201,12 @@ def _table(value: object, where: str) -> Mapping[str, Any]:
 
 def _names(kind: type) -> frozenset[str]:
     return frozenset(each.name for each in fields(kind))
+
+
+def _require_kind(name: str, value: object, kind: type) -> None:
+    if value is None:
+        refuse_type(name, value, f"an object of the class {kind.__name__}")
+    check_kind(name, value, kind)
 
 
 def _require_seconds(name: str, value: float | None, *, is_positive: bool = False) -> None:
