@@ -32,6 +32,7 @@ class PressureRelief:
         self._manager = manager
         self._gate = gate
         self._reserve_bytes = reserve_bytes
+        self._has_trimmed = False
 
     async def run(self) -> None:
         """Watch until cancelled."""
@@ -48,6 +49,11 @@ class PressureRelief:
     async def _relieve(self, free_bytes: int, reserve_bytes: int) -> None:
         """Free one kind of memory, and leave the rest to the next measurement."""
         if free_bytes >= reserve_bytes:
+            self._has_trimmed = False
+            return
+        scheduler = self._manager.scheduler
+        if any(model.state is ModelState.EVICTING for model in scheduler.models):
+            # Its memory is not back yet.
             return
         what = f"{format_bytes(free_bytes)} of {format_bytes(reserve_bytes)} are free"
         members = [
@@ -55,8 +61,12 @@ class PressureRelief:
             for entry in self._manager.entries.values()
             if entry.member and entry.model.state is ModelState.READY
         ]
-        if freed := sum(await asyncio.gather(*(member.trim() for member in members))):
-            logger.warning("%s: prefix caches gave back %s", what, format_bytes(freed))
-        elif idle := self._manager.scheduler.idle_models():
+        # Models in use fill their caches again, so idle ones go if that was not enough once.
+        if not (self._has_trimmed and scheduler.idle_models()):
+            self._has_trimmed = True
+            if freed := sum(await asyncio.gather(*(member.trim() for member in members))):
+                logger.warning("%s: prefix caches gave back %s", what, format_bytes(freed))
+                return
+        if idle := scheduler.idle_models():
             logger.warning("%s: evicting %s", what, idle[0].name)
             self._manager.begin_eviction(self._manager.entries[idle[0].name], what)
