@@ -71,6 +71,8 @@ class RunnerPool:
         self._service: concurrent.futures.Future[_Service] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._serve, name="runner-pool", daemon=True)
         self._lock = threading.Lock()
+        self._is_over = False
+        self._ended = threading.Event()
         self._clients: weakref.WeakKeyDictionary[Member, RunnerClient] = weakref.WeakKeyDictionary()
 
     @contextlib.contextmanager
@@ -95,10 +97,13 @@ class RunnerPool:
             )
             try:
                 async with lease as member:
-                    granted.set_result(member)
-                    await asyncio.Event().wait()
+                    # Otherwise the caller is gone.
+                    if granted.set_running_or_notify_cancel():
+                        granted.set_result(member)
+                        await asyncio.Event().wait()
             except Exception as error:  # noqa: BLE001 - raised in the caller's thread
-                granted.set_exception(error)
+                with contextlib.suppress(concurrent.futures.InvalidStateError):
+                    granted.set_exception(error)
 
         # The lease lasts as long as this task.
         holding = self._submit(hold())
@@ -172,33 +177,48 @@ class RunnerPool:
         try:
             while True:
                 try:
-                    yield self._call(_next(states))
+                    state = self._call(_next(states))
                 except StopAsyncIteration:
                     return
+                except RunnerUnavailableError:
+                    if self._is_over:
+                        return
+                    raise
+                yield state
         finally:
-            self._call(states.aclose())
+            # A closed pool has ended it.
+            with contextlib.suppress(RunnerUnavailableError):
+                self._call(states.aclose())
 
     def close(self) -> None:
         """Stop every runner and wait until they are reaped. An interrupt kills them.
 
         May be called from any thread and repeatedly.
         """
-        if not self._thread.is_alive():
+        if self._thread.ident is None:
             return
         service = self._service.result()
-        with contextlib.suppress(RuntimeError):
-            service.loop.call_soon_threadsafe(service.stop.set)
         try:
-            self._thread.join()
+            _tell(service, service.stop.set)
+            # Python 3.11 takes a thread whose join was interrupted for dead.
+            self._ended.wait()
         except BaseException:
-            with contextlib.suppress(RuntimeError):
-                service.loop.call_soon_threadsafe(service.task.cancel)
-            self._thread.join()
+            _tell(service, service.task.cancel)
+            self._ended.wait()
             raise
+        finally:
+            self._thread.join()
 
     def __enter__(self) -> Self:
-        self._thread.start()
-        self._service.result()
+        with self._lock:
+            if self._thread.ident is not None or self._is_over:
+                raise RunnerUnavailableError("a pool is entered once; create another")
+            self._thread.start()
+        try:
+            self._service.result()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(
@@ -210,23 +230,35 @@ class RunnerPool:
         self.close()
 
     def _serve(self) -> None:
-        with contextlib.suppress(asyncio.CancelledError):
-            asyncio.run(self._keep_open())
+        work = self._keep_open()
+        try:
+            with contextlib.suppress(asyncio.CancelledError):
+                asyncio.run(work)
+        except BaseException as error:
+            if self._service.done():
+                raise
+            self._is_over = True
+            self._service.set_exception(error)
+        finally:
+            work.close()
+            self._ended.set()
 
     async def _keep_open(self) -> None:
         async with self._pool:
             task = cast("asyncio.Task[None]", asyncio.current_task())
             service = _Service(asyncio.get_running_loop(), asyncio.Event(), task)
             self._service.set_result(service)
-            await service.stop.wait()
+            try:
+                await service.stop.wait()
+            finally:
+                # What was submitted by now ends with the pool; later work would never run.
+                with self._lock:
+                    self._is_over = True
 
     def _submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        try:
-            if self._thread.is_alive():
+        with self._lock:
+            if self._service.done() and not self._is_over:
                 return asyncio.run_coroutine_threadsafe(work, self._service.result().loop)
-        except RuntimeError:
-            # The loop was closed meanwhile.
-            pass
         work.close()
         raise RunnerUnavailableError("the pool is not open: use it in a `with` block")
 
@@ -264,6 +296,12 @@ class _Service:
     loop: asyncio.AbstractEventLoop
     stop: asyncio.Event
     task: asyncio.Task[None]
+
+
+def _tell(service: _Service, what: Callable[[], object]) -> None:
+    # A closed loop has nothing to do.
+    with contextlib.suppress(RuntimeError):
+        service.loop.call_soon_threadsafe(what)
 
 
 def _member(granted: concurrent.futures.Future[Member]) -> Member:
