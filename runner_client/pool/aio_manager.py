@@ -89,7 +89,7 @@ class PoolManager:
         settings: PoolSettings,
         gate: MemoryGate,
         restart_policy: RestartPolicy,
-        new_process: Callable[[str, Appraisal], AsyncRunnerProcess],
+        new_process: Callable[[Appraisal], AsyncRunnerProcess],
     ) -> None:
         self._settings = settings
         self._gate = gate
@@ -315,7 +315,7 @@ class PoolManager:
         return task
 
     def _begin_load(self, entry: Entry) -> None:
-        entry.member = Member(self._new_process(entry.model.name, entry.appraisal), self._gate)
+        entry.member = Member(self._new_process(entry.appraisal), self._gate)
         entry.task = self._begin(self._load(entry, entry.member))
 
     async def _load(self, entry: Entry, member: Member) -> None:

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_NOT_OPEN = "the pool is not open: use it in an `async with` block"
+
 
 class AsyncRunnerPool:
     """Many models on one machine, each in a runner of its own, within one budget of bytes.
@@ -231,7 +233,12 @@ class AsyncRunnerPool:
         """Yield the state of the pool now and after each change, until the pool is closed.
 
         A slow reader misses states in between, never the last one.
+
+        Raises:
+            RunnerUnavailableError: The pool was not entered.
         """
+        if self._service is None and not self._manager.is_closed:
+            raise RunnerUnavailableError(_NOT_OPEN)
         async with contextlib.aclosing(self._manager.watch()) as changes:
             async for _ in changes:
                 yield self.status()
@@ -286,7 +293,7 @@ class AsyncRunnerPool:
         check_number("timeout_seconds", timeout_seconds)
         check_callable("on_progress", on_progress)
         if self._service is None:
-            raise RunnerUnavailableError("the pool is not open: use it in an `async with` block")
+            raise RunnerUnavailableError(_NOT_OPEN)
         try:
             async with asyncio.timeout(timeout_seconds) as limit:
                 entry = await self._known(model)
@@ -321,17 +328,23 @@ class AsyncRunnerPool:
             entry = self._manager.entries[name]
             if entry.model.is_held:
                 return entry
-        held_bytes = self._manager.scheduler.held_bytes
+        scheduler, budget_bytes = self._manager.scheduler, self._settings.budget_bytes
+        kept_bytes = scheduler.kept_bytes
+        going_bytes = scheduler.held_bytes - kept_bytes
         appraisal = await asyncio.to_thread(
             appraise,
             model,
             self._settings,
-            lambda: self._gate.available().available_bytes + held_bytes,
+            lambda: self._gate.available().available_bytes + going_bytes,
+            None if budget_bytes is None else budget_bytes - kept_bytes,
             self._environ,
         )
-        # One model may have several names: a hub id and its directory.
-        name = self._names.setdefault(appraisal.estimate.path, self._names.get(model, model))
-        self._names[model] = name
+        # One model may have several names: a hub id and its directory. A name that means another
+        # directory than before is another model.
+        path = appraisal.estimate.path
+        if path not in self._names:
+            self._names[path] = path if model in self._manager.entries else model
+        name = self._names[model] = self._names[path]
         return self._manager.register(name, appraisal)
 
     def _entry(self, model: str) -> Entry:
@@ -344,9 +357,9 @@ class AsyncRunnerPool:
     def _describe(self, entry: Entry) -> PoolModel:
         return describe(entry, self._manager.scheduler.waiting())
 
-    def _new_process(self, name: str, appraisal: Appraisal) -> AsyncRunnerProcess:
+    def _new_process(self, appraisal: Appraisal) -> AsyncRunnerProcess:
         return AsyncRunnerProcess(
-            name,
+            appraisal.estimate.model,
             options=appraisal.options,
             require_full=True,
             gate=self._gate,

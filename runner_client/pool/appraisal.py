@@ -43,6 +43,7 @@ def appraise(
     model: str,
     pool: PoolSettings,
     machine_bytes: Callable[[], int],
+    budget_bytes: int | None,
     environ: Mapping[str, str],
 ) -> Appraisal:
     """Estimate a model for a pool. Blocks: reads files, and may start a short-lived process.
@@ -54,14 +55,15 @@ def appraise(
     Args:
         model: A directory, or a hub id in the local Hugging Face cache.
         pool: The settings of the pool.
-        machine_bytes: Returns the memory that one model could have if all others went.
+        machine_bytes: Returns the memory that the model could have if all others went that may go.
+        budget_bytes: The same for the budget; None if only the machine limits the pool.
         environ: The environment of the runner.
 
     Raises:
         RunnerError: As for ``estimate``.
     """
     settings = _settings_of(model, pool, environ)
-    options, budget_bytes = settings.options, pool.budget_bytes
+    options = settings.options
     found = estimate(model, options=options, env=environ)
     if options.dtype == "auto_or_stored":
         options = replace(options, dtype="auto")

@@ -330,6 +330,44 @@ async def test_the_stored_format_is_for_models_that_never_fit(
     assert machine.runners(path)[-1].options.dtype == expected
 
 
+async def test_pinned_models_leave_less_for_a_cache_or_a_format(machine: Machine) -> None:
+    pinned, cached, half = machine.model("pinned"), machine.model("a"), machine.model("half")
+    replace_model(half, 2**26, "F16")
+    settings = {
+        pinned: ModelSettings(pinned=True),
+        half: ModelSettings(
+            options=LoadOptions(dtype="auto_or_stored", prefix_cache_bytes=0), keep_alive_seconds=0
+        ),
+    }
+    async with machine.pool() as pool:
+        needed = (await pool.load(cached)).held_bytes
+    async with machine.pool(budget_bytes=2 * needed - 8192, models=settings) as pool:
+        await pool.load(pinned)
+        assert (await pool.load(cached)).parts["prefix cache"] == 8192
+    async with machine.pool(budget_bytes=2 * needed + 2**26, models=settings) as pool:
+        await pool.load(half)
+        assert machine.processes[-1].options.dtype == "auto"
+        await pool.load(pinned)
+        await eventually(lambda: state_of(pool, half) is ModelState.ABSENT)
+        await pool.load(half)
+        assert machine.processes[-1].options.dtype == "as_stored"
+
+
+async def test_a_link_to_another_model_is_another_model(machine: Machine, tmp_path: Path) -> None:
+    first, second, link = machine.model("a"), machine.model("b"), tmp_path / "current"
+    link.symlink_to(first)
+    async with machine.pool() as pool:
+        await pool.load(str(link))
+        await pool.evict(str(link))
+        link.unlink()
+        link.symlink_to(second)
+        await pool.load(str(link))
+        await pool.load(first)
+        assert [each.path for each in machine.processes] == [first, second, first]
+        paths = {each.name: each.path for each in pool.models()}
+        assert paths == {str(link): first, second: second}
+
+
 async def test_a_model_replaced_while_loaded_is_appraised_anew(machine: Machine) -> None:
     model = machine.model("a")
     async with machine.pool(budget_bytes=TWO) as pool:
@@ -363,9 +401,9 @@ async def test_a_model_that_grew_since_its_appraisal_breaks_no_budget(machine: M
             await pool.load(second)
 
 
-def replace_model(model: str, weight_bytes: int) -> None:
+def replace_model(model: str, weight_bytes: int, dtype: str = "F32") -> None:
     """Replace the files of a model by larger ones."""
-    new = write_model(Path(f"{model}.new"), weight_bytes)
+    new = write_model(Path(f"{model}.new"), weight_bytes, dtype)
     for path in new.iterdir():
         path.replace(Path(model) / path.name)
 
@@ -374,6 +412,8 @@ async def test_a_pool_is_entered_once(machine: Machine) -> None:
     pool = AsyncRunnerPool(PoolSettings(), gate=machine.gate())
     with pytest.raises(errors.RunnerUnavailableError, match="not open"):
         await pool.load(machine.model("a"))
+    with pytest.raises(errors.RunnerUnavailableError, match="not open"):
+        await anext(pool.watch())
     async with pool:
         with pytest.raises(errors.RunnerUnavailableError, match="entered once"):
             await pool.__aenter__()

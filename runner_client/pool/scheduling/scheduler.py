@@ -86,6 +86,11 @@ class PoolScheduler:
         return sum(model.held_bytes for model in self._models.values())
 
     @property
+    def kept_bytes(self) -> int:
+        """Memory of pinned models, which no other model can have."""
+        return sum(each.held_bytes for each in self._models.values() if not _goes_in_the_end(each))
+
+    @property
     def is_short(self) -> bool:
         """Whether a ticket waits for the load of a model, so that a measurement is needed."""
         return any(ticket.model.state is ModelState.ABSENT for ticket in self._queue)
