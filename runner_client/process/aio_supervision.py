@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from runner_client.errors import RunnerError, RunnerExitedError
 from runner_client.process.base import HEALTH_SECONDS, not_serving
@@ -17,12 +19,16 @@ from runner_client.process.stall import StallDetector
 from runner_client.rpc.transport.base import STATUS_SECONDS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from runner_client.process.child import Child
     from runner_client.process.launch import Plan
     from runner_client.process.life import ChildLife
     from runner_client.rpc.aio_client import AsyncRunnerClient
     from runner_client.rpc.aio_load import AsyncPendingLoad
     from runner_common.handshake import ReadyLine
+
+T = TypeVar("T")
 
 
 class Supervisor:
@@ -112,17 +118,30 @@ class Connection:
         await self.load.cancel()
 
 
+async def _in_own_thread(work: Callable[[], T]) -> T:
+    """Run blocking work in a thread that no other work can occupy.
+
+    The event loop has few threads of its own: some children that print no ready line would occupy
+    all of them for ``Timeouts.start_seconds``.
+    """
+    executor = ThreadPoolExecutor(1, thread_name_prefix="runner-process")
+    context = contextvars.copy_context()
+    running = asyncio.get_running_loop().run_in_executor(executor, context.run, work)
+    # The thread ends with the work.
+    executor.shutdown(wait=False)
+    return await running
+
+
 async def start_blocking(life: ChildLife[Connection]) -> tuple[Plan, Child, ReadyLine]:
     """Start a child in a thread and wait for the ready line."""
     # The thread cannot be cancelled, but gives up once the life is closed.
-    return await asyncio.to_thread(life.start)
+    return await _in_own_thread(life.start)
 
 
 async def close_blocking(life: ChildLife[Connection]) -> None:
     """Close a child in a thread. Cancelling the task kills the child."""
-    # Not left to the thread, because other work may occupy all threads.
     life.begin_close()
-    closing = asyncio.create_task(asyncio.to_thread(life.close))
+    closing = asyncio.create_task(_in_own_thread(life.close))
     try:
         await asyncio.shield(closing)
     except asyncio.CancelledError:

@@ -213,12 +213,16 @@ async def test_a_timeout_names_the_reason_and_the_phase(machine: Machine) -> Non
     model, used = machine.model("a"), machine.model("b")
     async with machine.pool(budget_bytes=ONE) as pool:
         machine.of(model).may_load.clear()
+        other = asyncio.create_task(pool.load(model))
+        await eventually(lambda: machine.held_bytes > 0)
         with pytest.raises(errors.RunnerTimeoutError, match="it is loading, 50 % loaded") as caught:
             await pool.load(model, timeout_seconds=0.1)
+        other.cancel()
+        await asyncio.gather(other, return_exceptions=True)
         assert (caught.value.phase, caught.value.timeout_seconds) == ("load", 0.1)
         async with pool.runner(used):
             with pytest.raises(errors.RunnerTimeoutError, match=f"{used}, used by 1"):
-                await pool.load(model, timeout_seconds=0.1)
+                await pool.load(model, timeout_seconds=0.5)
             # A loaded model needs no time.
             async with pool.runner(used, timeout_seconds=0):
                 pass
