@@ -338,6 +338,7 @@ class AsyncRunnerPool:
             lambda: self._gate.available().available_bytes + going_bytes,
             None if budget_bytes is None else budget_bytes - kept_bytes,
             self._environ,
+            self._blas,
         )
         # One model may have several names: a hub id and its directory. A name that means another
         # directory than before is another model.

@@ -45,6 +45,7 @@ def appraise(
     machine_bytes: Callable[[], int],
     budget_bytes: int | None,
     environ: Mapping[str, str],
+    blas: str = "auto",
 ) -> Appraisal:
     """Estimate a model for a pool. Blocks: reads files, and may start a short-lived process.
 
@@ -58,13 +59,14 @@ def appraise(
         machine_bytes: Returns the memory that the model could have if all others went that may go.
         budget_bytes: The same for the budget; None if only the machine limits the pool.
         environ: The environment of the runner.
+        blas: As for ``AsyncRunnerProcess``.
 
     Raises:
         RunnerError: As for ``estimate``.
     """
     settings = _settings_of(model, pool, environ)
     options = settings.options
-    found = estimate(model, options=options, env=environ)
+    found = estimate(model, options=options, env=environ, blas=blas)
     if options.dtype == "auto_or_stored":
         options = replace(options, dtype="auto")
         capacity = machine_bytes()
@@ -72,13 +74,13 @@ def appraise(
             capacity = min(capacity, budget_bytes)
         if found.dtype != "as_stored" and found.required_bytes > capacity:
             options = replace(options, dtype="as_stored")
-            found = estimate(model, options=options, env=environ)
+            found = estimate(model, options=options, env=environ, blas=blas)
     if budget_bytes is not None and found.required_bytes <= budget_bytes < found.total_bytes:
         rest = budget_bytes - found.required_bytes
         # The machine's memory changes until the load.
         rest = min(rest, max(0, machine_bytes() - found.required_bytes) // 2)
         options = replace(options, prefix_cache_bytes=rest)
-        found = estimate(model, options=options, env=environ)
+        found = estimate(model, options=options, env=environ, blas=blas)
     return Appraisal(settings, found, options)
 
 

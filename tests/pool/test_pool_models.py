@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from runner_client import (
+    AsyncRunnerPool,
     LoadOptions,
+    MemoryEstimate,
     ModelSettings,
     ModelState,
     errors,
 )
+from runner_client.memory.estimation import estimate
 from support.fake_child import write_model
 from support.pool_machine import ONE, TWO, Machine, eventually, model_of, state_of, use
 
@@ -72,6 +76,21 @@ async def test_unknown_models_are_refused(machine: Machine) -> None:
         with pytest.raises(errors.ModelNotLoadedError, match="never requested"):
             await pool.evict("org/none")
         assert pool.models() == ()
+
+
+async def test_the_need_is_that_with_the_blas_of_the_runners(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    libraries: list[str] = []
+
+    def noted(model: str, *, blas: str, **options: Any) -> MemoryEstimate:
+        libraries.append(blas)
+        return estimate(model, blas=blas, **options)
+
+    monkeypatch.setattr("runner_client.pool.appraisal.estimate", noted)
+    async with AsyncRunnerPool(gate=machine.gate(), blas="off") as pool:
+        await pool.load(machine.model("a"))
+    assert libraries == ["off"]
 
 
 async def test_a_default_prefix_cache_takes_what_the_budget_leaves(machine: Machine) -> None:
