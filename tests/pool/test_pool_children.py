@@ -190,6 +190,21 @@ async def test_a_close_in_the_middle_of_a_start_leaves_no_child(slow_model: str)
         assert set(psutil.Process().children()) <= before
 
 
+async def test_a_close_that_is_cancelled_at_once_kills_the_runner(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_fake_child(monkeypatch, "signal.signal(signal.SIGINT, signal.SIG_IGN)")
+    async with new_pool() as pool:
+        await pool.load(model)
+        pid = pid_of(pool, model)
+        closing = asyncio.create_task(pool.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.wait([closing], timeout=SOON_SECONDS)
+        assert closing.cancelled()
+        assert is_gone(pid)
+
+
 async def test_starts_that_hang_delay_no_close(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,9 +92,8 @@ async def test_a_cancelled_close_kills_the_runners(machine: Machine, turns: int)
         for _ in range(turns):
             await asyncio.sleep(0)
         closing.cancel()
-        async with asyncio.timeout(5):
-            with pytest.raises(asyncio.CancelledError):
-                await closing
+        await asyncio.wait([closing], timeout=5)
+        assert closing.cancelled()
         if turns > 0:
             assert machine.held_bytes == 0
         # A close that never began.
