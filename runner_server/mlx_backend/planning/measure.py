@@ -35,9 +35,10 @@ ROWS_TOGETHER = 4
 _READ_TOGETHER_BYTES = 64 * _MIB
 """Most bytes of source tensors alive at once: those of 32 MiB of weights, up to twice as wide."""
 
-_PROCESS_BYTES = 96 * _MIB
+_PROCESS_BYTES = 102 * _MIB
 """Memory of a server with a tiny model: Python, gRPC, MLX and their heaps. 70 to 80 MiB for most
-types, 15 more if MLX compiles kernels that are not cached yet."""
+types, 15 more if MLX compiles kernels that are not cached yet, and up to 10 more if the system
+maps more pages of the libraries around each one that is used."""
 
 _STREAM_BYTES = _MIB // 4
 """Process memory per sequence: messages, token lists, thread stacks."""
