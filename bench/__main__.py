@@ -77,7 +77,7 @@ async def _measure(settings: Settings, names: Sequence[str], results: Results) -
 
     Only a full run that completes replaces the committed figures.
     """
-    _end_in_order_when_terminated()
+    end_in_order_when_terminated()
     paths.CACHE.mkdir(parents=True, exist_ok=True)
     results.about = await asyncio.to_thread(describe)
     session = Session(settings, results)
@@ -91,7 +91,7 @@ async def _measure(settings: Settings, names: Sequence[str], results: Results) -
         await session.close()
 
 
-def _end_in_order_when_terminated() -> None:
+def end_in_order_when_terminated() -> None:
     """Make SIGTERM stop the children too, as Ctrl-C does."""
     task = asyncio.current_task()
 

@@ -89,6 +89,26 @@ SHAPES = {
     "llama-100m-4bit": Shape(_LARGE, vocab_size=32_768, quantized=True),
 }
 
+_POOLED = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "max_position_embeddings": 2048,
+    # With tied weights, random models repeat the last token: each would give the same answers.
+    "tie_word_embeddings": False,
+}
+POOLED_LAYERS = {"pool-20": 4, "pool-30": 7, "pool-40": 10, "pool-50": 13, "pool-60": 16}
+POOLED_SHAPES = {
+    name: Shape({**_POOLED, "num_hidden_layers": layers}) for name, layers in POOLED_LAYERS.items()
+}
+"""Models for pools, named by the MiB of their weights: large enough to be seen in the memory of a
+process, and small enough to load in a second."""
+
+_RANDOM = {**SHAPES, **POOLED_SHAPES}
+
 
 def ensure_model(name: str) -> Path:
     """Return the directory of a model, writing the files first if needed.
@@ -117,7 +137,7 @@ def _write(name: str, path: Path) -> None:
     if name == DEMO:
         _write_demo(path)
     else:
-        _write_random(SHAPES[name], path)
+        _write_random(_RANDOM[name], path)
     (path / _MARK).touch()
 
 
@@ -171,7 +191,7 @@ def _write_demo(path: Path) -> None:
 def main() -> int:
     """Write one model."""
     parser = argparse.ArgumentParser(prog="python -m bench.models", description=__doc__)
-    parser.add_argument("name", choices=[DEMO, *SHAPES])
+    parser.add_argument("name", choices=[DEMO, *_RANDOM])
     parser.add_argument("path", type=Path)
     arguments = parser.parse_args()
     _write(arguments.name, arguments.path)

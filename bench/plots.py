@@ -32,18 +32,18 @@ def draw(results: Results, folder: Path) -> list[str]:
 
 def _throughput(results: Results, model: str, folder: Path) -> str:
     """Plot tokens per second by number of streams, greedy and sampled."""
-    figure, panes = _panes(2)
+    figure, panes = new_panes(2)
     for pane, measure in zip(panes, ("greedy", "sampled"), strict=True):
         _lines(pane, results, measure, model, "rate")
         pane.set(title=f"{model}, {measure}", xlabel="streams", ylabel="tokens per second", ylim=0)
-    return _save(figure, panes, folder, f"throughput-{model}.svg")
+    return save_plot(figure, panes, folder, f"throughput-{model}.svg")
 
 
 def _timeline(results: Results, folder: Path) -> str:
     """Plot each message of the running stream as a tick, so that a gap shows a stall."""
     if not results.timelines:
         return ""
-    figure, (pane,) = _panes(1)
+    figure, (pane,) = new_panes(1)
     names = [name for name in _COLORS if name in results.timelines][::-1]
     for row, name in enumerate(names):
         times = results.timelines[name]
@@ -62,11 +62,11 @@ def _timeline(results: Results, folder: Path) -> str:
         xlim=(-0.5, None),
         ylim=(-0.6, len(names) - 0.4),
     )
-    return _save(figure, [], folder, "arrival.svg")
+    return save_plot(figure, [], folder, "arrival.svg")
 
 
 def _prompt_length(results: Results, folder: Path) -> str:
-    figure, (pane,) = _panes(1)
+    figure, (pane,) = new_panes(1)
     _lines(pane, results, "prompt-length", growth.MODEL, "ttft_seconds")
     pane.set(
         title=f"{growth.MODEL}, a single prompt",
@@ -77,13 +77,13 @@ def _prompt_length(results: Results, folder: Path) -> str:
     )
     pane.set_xticks(growth.LENGTHS, labels=[f"{length:,}" for length in growth.LENGTHS])
     pane.minorticks_off()
-    return _save(figure, [pane], folder, "prompt-length.svg")
+    return save_plot(figure, [pane], folder, "prompt-length.svg")
 
 
 def _prefix(results: Results, folder: Path) -> str:
     """Plot time to first token of new and of shared prompts as bar pairs per contender."""
     names = results.contenders("prefix", prefix.MODEL)
-    figure, (pane,) = _panes(1)
+    figure, (pane,) = new_panes(1)
     for shift, case in ((-0.2, "first"), (0.2, "shared")):
         series = [
             results.values("prefix", prefix.MODEL, name, "ttft_seconds", case) for name in names
@@ -102,16 +102,16 @@ def _prefix(results: Results, folder: Path) -> str:
         ylabel="ms to the first token",
     )
     pane.margins(y=0.25)
-    return _save(figure, [pane], folder, "prefix.svg") if names else _drop(figure)
+    return save_plot(figure, [pane], folder, "prefix.svg") if names else _drop(figure)
 
 
 def _cache_entries(results: Results, folder: Path) -> str:
-    figure, panes = _panes(2)
+    figure, panes = new_panes(2)
     words = {"unrelated": "an unrelated prompt", "hit": "a prompt with a cached prefix"}
     for pane, (kind, title) in zip(panes, words.items(), strict=True):
         _lines(pane, results, "cache-entries", growth.MODEL, f"{kind}_ttft_seconds")
         pane.set(title=title, xlabel="earlier prompts", ylabel="seconds to first token", ylim=0)
-    return _save(figure, panes, folder, "cache-entries.svg")
+    return save_plot(figure, panes, folder, "cache-entries.svg")
 
 
 def _lines(pane: Any, results: Results, measure: str, model: str, metric: str) -> None:
@@ -133,7 +133,7 @@ def _lines(pane: Any, results: Results, measure: str, model: str, metric: str) -
         pane.fill_between(cases, lows, highs, color=_COLORS[name], alpha=0.15, linewidth=0)
 
 
-def _panes(count: int) -> tuple[Any, list[Any]]:
+def new_panes(count: int) -> tuple[Any, list[Any]]:
     """Return a figure with panes one below the other, as a phone needs them."""
     from matplotlib import pyplot as plt
 
@@ -142,7 +142,7 @@ def _panes(count: int) -> tuple[Any, list[Any]]:
     return figure, [row[0] for row in panes]
 
 
-def _save(figure: Any, with_legend: list[Any], folder: Path, name: str) -> str:
+def save_plot(figure: Any, with_legend: list[Any], folder: Path, name: str) -> str:
     """Save the plot and return its file name, or an empty string if no pane has data."""
     if with_legend and not any(pane.has_data() for pane in with_legend):
         return _drop(figure)

@@ -68,18 +68,22 @@ def render(results: Results, plots: Sequence[str], folder: str, rounds: int) -> 
 
 def _machine(about: dict[str, Any]) -> str:
     """Describe the hardware and the versions that the figures depend on."""
-    versions = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
     smg = ", ".join(f"{name} {version}" for name, version in about["smg_packages"].items())
+    *rest, commit = machine(about)
+    return "\n".join([*rest, f"- SMG's environment: {smg}", commit])
+
+
+def machine(about: dict[str, Any]) -> list[str]:
+    """Describe hardware, BLAS, packages and commit, in a line for each."""
+    versions = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
     size = f"{about['cores']} cores, {about['memory_bytes'] / 2**30:.0f} GiB"
     fast, stock = _gflops(about["gemm_gflops"]), _gflops(about["gemm_gflops_stock"])
-    lines = [
+    return [
         f"- {about['cpu']}, {size}, {about['os']}, Python {about['python']}",
         f"- {about['blas']}, {fast} (float32, 512 x 4096 times 4096 x 1024); stock MLX: {stock}",
         f"- {versions}",
-        f"- SMG's environment: {smg}",
         f"- commit {about['commit']}, {about['time']}",
     ]
-    return "\n".join(lines)
 
 
 def _gflops(value: float | None) -> str:

@@ -51,7 +51,7 @@ def draw(run: Run, path: Path) -> None:
     minutes = [sample.seconds / 60 for sample in run.samples]
     for pane, (unit, lines) in zip(panes, _PANES.items(), strict=True):
         series = {name: [value(sample) for sample in run.samples] for name, value in lines.items()}
-        _lines(pane, minutes, unit, series, is_log=unit == _LATENCY)
+        lines_of(pane, minutes, unit, series, is_log=unit == _LATENCY)
     for pane in panes:
         pane.axvspan(0, WARM_UP_SHARE * run.settings.seconds / 60, color=svg.INK, alpha=0.08)
     panes[0].set(title="one runner at twice its capacity\ngrey: warm-up, not judged")
@@ -61,7 +61,7 @@ def draw(run: Run, path: Path) -> None:
     plt.close(figure)
 
 
-def _lines(
+def lines_of(
     pane: Any,
     minutes: list[float],
     unit: str,
@@ -69,6 +69,7 @@ def _lines(
     *,
     is_log: bool = False,
 ) -> None:
+    """Draw the lines of a pane over the minutes of a run."""
     for name, values in series.items():
         pane.plot(minutes, values, label=name, linewidth=1)
     pane.set(ylabel=unit)

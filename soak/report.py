@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from bench.stats import percentile
-from soak.records import Sample
+from soak.records import Sample, Tally
 from soak.session import Run
 from soak.stats import MIB, own_slope, rss_slope, warm
 from soak.verdict import Check
 
 _SPREAD = (50, 90, 99)
+MAX_SHOWN = 10
+"""Problems shown at the end; the file has more."""
 
 
 def figures(run: Run) -> dict[str, Any]:
@@ -30,12 +32,12 @@ def figures(run: Run) -> dict[str, Any]:
         "known_compared": tally.compared,
         "known_cut": tally.prefixes,
         "known_differing": tally.differing,
-        "first_token_seconds": _spread(tally.first_seconds),
-        "queue_seconds": _spread(tally.queue_seconds),
-        "retry_seconds": _spread(tally.retry_seconds),
-        "status_seconds": _spread([sample.status_seconds for sample in samples]),
-        "tokens_per_second": _spread([sample.tokens_per_second for sample in samples]),
-        "rss_mib": _spread([sample.rss_bytes / MIB for sample in samples]),
+        "first_token_seconds": spread(tally.first_seconds),
+        "queue_seconds": spread(tally.queue_seconds),
+        "retry_seconds": spread(tally.retry_seconds),
+        "status_seconds": spread([sample.status_seconds for sample in samples]),
+        "tokens_per_second": spread([sample.tokens_per_second for sample in samples]),
+        "rss_mib": spread([sample.rss_bytes / MIB for sample in samples]),
         "rss_slope_mib_per_hour": round(rss_slope(samples), 2) if len(samples) > 1 else None,
         "own_slope_mib_per_hour": round(own_slope(samples), 2) if len(samples) > 1 else None,
         "idle_after_seconds": run.idle_seconds,
@@ -45,7 +47,8 @@ def figures(run: Run) -> dict[str, Any]:
     }
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return percentiles of a series; nothing for an empty one."""
     if not values:
         return {}
     return {f"p{percent}": round(percentile(values, percent), 4) for percent in _SPREAD}
@@ -63,6 +66,11 @@ def write(run: Run, checks: Sequence[Check], path: Path) -> None:
         "sample_columns": columns,
         "samples": [list(dataclasses.astuple(sample)) for sample in run.samples],
     }
+    write_json(whole, path)
+
+
+def write_json(whole: dict[str, Any], path: Path) -> None:
+    """Write the results of a run, whose last entry is ``samples``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(whole, indent=1)
     path.write_text(_rows_on_lines(text) + "\n", encoding="utf-8")
@@ -79,23 +87,35 @@ def _rows_on_lines(text: str) -> str:
 
 def table(run: Run, checks: Sequence[Check]) -> str:
     """Format the endings, the checks and the verdict as plain text."""
-    tally = run.tally
-    ends = ", ".join(f"{count:,} {ending.value}" for ending, count in tally.endings.most_common())
     samples = warm(run.samples, run.settings.seconds)
     whole = f"{rss_slope(samples):+.1f}" if len(samples) > 1 else "unknown"
     lines = [
-        f"{tally.sent:,} requests in {run.settings.seconds / 60:g} min, {tally.tokens:,} tokens",
-        ends,
+        *outcomes(run.tally, run.settings.seconds),
         f"RSS including MLX's buffer cache: {whole} MiB/h after the warm-up",
         "",
+        *outcome_of(checks),
+        "",
+        *run.tally.problems[:MAX_SHOWN],
+        conclusion(checks),
     ]
-    lines += [
+    return "\n".join(lines)
+
+
+def outcomes(tally: Tally, seconds: float) -> list[str]:
+    """Format the numbers of requests, tokens and endings of a load."""
+    ends = ", ".join(f"{count:,} {ending.value}" for ending, count in tally.endings.most_common())
+    return [f"{tally.sent:,} requests in {seconds / 60:g} min, {tally.tokens:,} tokens", ends]
+
+
+def outcome_of(checks: Sequence[Check]) -> list[str]:
+    """Format a line for each check."""
+    return [
         f"{'ok  ' if check.ok else 'FAIL'} {check.name:<30} {check.figure:<34} {check.bound}"
         for check in checks
     ]
+
+
+def conclusion(checks: Sequence[Check]) -> str:
+    """Format the verdict."""
     bad = sum(not check.ok for check in checks)
-    lines += ["", *tally.problems[:10]]
-    lines.append(
-        "the soak passed" if not bad else f"the soak failed: {bad} of {len(checks)} checks"
-    )
-    return "\n".join(lines)
+    return "the soak passed" if not bad else f"the soak failed: {bad} of {len(checks)} checks"

@@ -207,16 +207,23 @@ async def _reference_answers(
 async def _about(stub: RunnerServiceAsyncStub) -> dict[str, Any]:
     status = await stub.Status(pb.StatusRequest(), timeout=_CALL_SECONDS)
     return {
-        "time": datetime.now(UTC).isoformat(timespec="minutes"),
         "device": status.device,
         "blas": status.blas,
-        "cores": psutil.cpu_count(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        **describe(),
         "model": status.model.name,
         "parallel": PARALLEL,
         "max_queued": MAX_QUEUED,
         "prefix_cache_bytes": PREFIX_CACHE_BYTES,
+    }
+
+
+def describe() -> dict[str, Any]:
+    """Describe machine, versions and time of a run."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="minutes"),
+        "cores": psutil.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
         "load_average": [round(each, 2) for each in os.getloadavg()],
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 from soak.records import Sample
 
@@ -12,6 +13,17 @@ WARM_UP_SHARE = 0.25
 
 MIB = 2**20
 SECONDS_PER_HOUR = 3600.0
+
+
+class Timed(Protocol):
+    """A sample with the time since the start of the load."""
+
+    @property
+    def seconds(self) -> float:
+        """Time since the start of the load."""
+
+
+T = TypeVar("T", bound=Timed)
 
 
 def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
@@ -29,7 +41,7 @@ def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
     return sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / spread
 
 
-def warm(samples: Sequence[Sample], seconds: float) -> list[Sample]:
+def warm(samples: Sequence[T], seconds: float) -> list[T]:
     """Return the samples taken after the warm-up of a run of ``seconds``."""
     return [sample for sample in samples if sample.seconds >= WARM_UP_SHARE * seconds]
 

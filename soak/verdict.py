@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.stats import percentile
@@ -105,8 +105,8 @@ def _flat(run: Run) -> list[Check]:
     p99 = percentile([sample.status_seconds for sample in samples], 99)
     return [
         *_memory(samples),
-        _growth("threads", samples, lambda sample: sample.threads),
-        _growth("descriptors", samples, lambda sample: sample.descriptors),
+        flat("threads", [sample.threads for sample in samples]),
+        flat("descriptors", [sample.descriptors for sample in samples]),
         Check(
             "Status p99, ms",
             p99 <= STATUS_P99_SECONDS,
@@ -133,10 +133,15 @@ def _memory(samples: list[Sample]) -> list[Check]:
     ]
 
 
-def _growth(name: str, samples: list[Sample], value: Callable[[Sample], int]) -> Check:
-    more = growth([value(sample) for sample in samples])
-    highest = max(map(value, samples))
-    figure = f"{more:+g}, highest {highest}"
+def flat(name: str, values: Sequence[int]) -> Check:
+    """Check that a number of threads or descriptors does not grow.
+
+    Args:
+        name: What is counted.
+        values: The number in each sample after the warm-up, at least three.
+    """
+    more = growth(values)
+    figure = f"{more:+g}, highest {max(values)}"
     return Check(f"growth of {name}", more <= MAX_MORE, figure, f"at most {MAX_MORE:+d}")
 
 

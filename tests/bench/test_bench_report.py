@@ -13,25 +13,11 @@ from bench.report import render
 from bench.results import Case, Key, Results
 from bench.stats import summarize
 from bench.targets import evaluate
-
-_ABOUT = {
-    "time": "2026-01-02T03:04+00:00",
-    "commit": "abc1234",
-    "cpu": "A CPU",
-    "cores": 2,
-    "memory_bytes": 8 * 2**30,
-    "os": "An OS",
-    "python": "3.11.0",
-    "blas": "FastBLAS (libfast.so)",
-    "gemm_gflops": 200.0,
-    "gemm_gflops_stock": None,
-    "packages": {"mlx": "0.32"},
-    "smg_packages": {"mlx-lm": "0.31"},
-}
+from support.bench_results import ABOUT
 
 
 def _results(*series: tuple[str, str, str, str, Case, list[float]]) -> Results:
-    results = Results(about=_ABOUT)
+    results = Results(about=ABOUT)
     for measure, model, contender, metric, case, values in series:
         results.series[Key(measure, model, contender, metric, case)] = values
     return results

@@ -12,21 +12,7 @@ pytest.importorskip("matplotlib", reason="no matplotlib (the bench group)")
 from bench import __main__ as program
 from bench import paths
 from bench.results import Key, Results
-
-_ABOUT = {
-    "time": "2026-01-02T03:04+00:00",
-    "commit": "abc1234",
-    "cpu": "A CPU",
-    "cores": 2,
-    "memory_bytes": 8 * 2**30,
-    "os": "An OS",
-    "python": "3.11.0",
-    "blas": "FastBLAS",
-    "gemm_gflops": 200.0,
-    "gemm_gflops_stock": 3.0,
-    "packages": {},
-    "smg_packages": {},
-}
+from support.bench_results import ABOUT
 
 
 @pytest.fixture
@@ -38,7 +24,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _results() -> Results:
-    return Results(_ABOUT, {Key("greedy", "demo", "ours", "rate", 16): [1.0, 2.0]})
+    return Results(ABOUT, {Key("greedy", "demo", "ours", "rate", 16): [1.0, 2.0]})
 
 
 def test_a_full_run_writes_the_report_with_working_links(root: Path) -> None:
