@@ -156,6 +156,14 @@ soak: $(VENV)/.installed-bench ## Soak a runner at twice its capacity for MINUTE
 soak-short: $(VENV)/.installed-dev ## Soak a runner for two minutes without a plot, as CI does
 	@$(BIN)/python -m soak --minutes 2 $(ARGS)
 
+.PHONY: soak-pool
+soak-pool: $(VENV)/.installed-bench ## Soak pools of five models in the memory of two for MINUTES (default 30)
+	@$(BIN)/python -m soak pool --minutes $(or $(MINUTES),30) $(ARGS)
+
+.PHONY: soak-pool-short
+soak-pool-short: $(VENV)/.installed-dev ## Soak pools for three minutes without a plot, as CI does
+	@$(BIN)/python -m soak pool --minutes 3 $(ARGS)
+
 .PHONY: fuzz
 fuzz: $(VENV)/.installed-fuzz ## Send RUNS (default 100000) mutated requests, guided by what they reach
 	@PYTHONPATH=tests $(BIN)/python tests/hostile/fuzz.py parsing $(or $(RUNS),100000)

@@ -1,4 +1,4 @@
-"""Command line of the soak test: ``python -m soak`` drives a runner and checks the results."""
+"""Command line of the soak tests: ``python -m soak`` drives runners and checks the results."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from soak import paths
-from soak.plots import can_draw, draw
+from soak.plots import can_draw
 from soak.records import SoakError
-from soak.report import table, write
-from soak.session import Run, Settings, soak
-from soak.verdict import judge
+from soak.session import Settings
+from soak.soaks import SOAKS, AnySoak
 
 logger = logging.getLogger("soak")
 
@@ -23,16 +22,17 @@ FULL_MINUTES = 30.0
 MIN_MINUTES, MAX_MINUTES = 1.0, 24 * 60.0
 EXIT_FAILED, EXIT_STOPPED = 1, 130
 
-_LOG = paths.SCRATCH / "runner.log"
-
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m soak",
-        description="Drive one runner with the demo model at twice its capacity. A run of "
-        f"{FULL_MINUTES:g} minutes or more writes soak/results, a shorter one soak/.scratch. "
-        "The exit code is 0 if every check passes.",
+        description="Drive one runner with the demo model at twice its capacity, or pools with "
+        f"five models in the memory of two. A run of {FULL_MINUTES:g} minutes or more writes "
+        "soak/results, a shorter one soak/.scratch. The exit code is 0 if every check passes.",
+    )
+    parser.add_argument(
+        "name", nargs="?", choices=SOAKS, default="runner", help="default: %(default)s"
     )
     parser.add_argument(
         "--minutes",
@@ -63,36 +63,39 @@ def main() -> int:
     logging.basicConfig(level="INFO", stream=sys.stderr, format="%(asctime)s %(message)s")
     settings = Settings(seconds=arguments.minutes * 60, seed=arguments.seed)
     paths.SCRATCH.mkdir(parents=True, exist_ok=True)
+    soak, log = SOAKS[arguments.name], paths.SCRATCH / f"{arguments.name}.log"
     try:
-        run = asyncio.run(_run(settings, _LOG))
+        run = asyncio.run(_run(soak, settings, log))
     except SoakError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_FAILED
     except (KeyboardInterrupt, asyncio.CancelledError):
-        logger.warning("stopped; the runner has exited")
+        logger.warning("stopped; the runners have exited")
         return EXIT_STOPPED
-    return _show(run, arguments.out)
+    return _show(soak, run, arguments.out, log)
 
 
-async def _run(settings: Settings, log: Path) -> Run:
+async def _run(soak: AnySoak, settings: Settings, log: Path) -> object:
     task = asyncio.current_task()
     if task:
-        # SIGTERM stops the runner too, as Ctrl-C does.
+        # SIGTERM stops the runners too, as Ctrl-C does.
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    return await soak(settings, log)
+    return await soak.run(settings, log)
 
 
-def _show(run: Run, folder: Path) -> int:
-    checks = judge(run)
-    write(run, checks, folder / "soak.json")
+def _show(soak: AnySoak, run: object, folder: Path, log: Path) -> int:
+    checks = soak.judge(run)
+    soak.write(run, checks, folder / f"{soak.stem}.json")
     if can_draw():
-        draw(run, folder / "soak.svg")
+        soak.draw(run, folder / f"{soak.stem}.svg")
     else:
         logger.info("no plot: matplotlib is not installed (the bench group)")
-    sys.stdout.write(table(run, checks) + "\n")
+    if folder == paths.RESULTS:
+        soak.publish(run, checks)
+    sys.stdout.write(soak.table(run, checks) + "\n")
     if all(check.ok for check in checks):
         return 0
-    logger.warning("the runner's log: %s", _LOG)
+    logger.warning("the log: %s", log)
     return EXIT_FAILED
 
 
