@@ -134,6 +134,10 @@ bench: $(VENV)/.installed-bench $(SMG_VENV)/.installed ## Benchmark this runner 
 bench-quick: $(VENV)/.installed-bench $(SMG_VENV)/.installed ## Run a shorter benchmark, in five minutes
 	@$(BIN)/python -m bench --quick $(ARGS)
 
+.PHONY: bench-pool
+bench-pool: $(VENV)/.installed-bench ## Benchmark the pool against a naive scheduler, in twenty minutes
+	@$(BIN)/python -m bench.pool $(ARGS)
+
 .PHONY: memory
 memory: $(VENV)/.installed-dev ## Compare peak memory of runners with the estimate: SET=shaped, quick, types or formats
 	@$(BIN)/python -m tools.memory $(or $(SET),shaped) $(ARGS)
