@@ -366,7 +366,8 @@ class PoolManager:
                 entry.last_return = NOTHING
                 await asyncio.gather(loading, return_exceptions=True)
             elif member is not None:
-                returned = await member.stop(self._settings.return_seconds)
+                others = functools.partial(self._taken_bytes, member)
+                returned = await member.stop(self._settings.return_seconds, others)
                 entry.last_return = returned
                 entry.last_error = "" if returned.is_complete else f"evicted, but only {returned}"
                 level = logging.INFO if returned.is_complete else logging.WARNING
@@ -375,6 +376,11 @@ class PoolManager:
             entry.member = None
             self.scheduler.gone(entry.model)
             self.notify()
+
+    def _taken_bytes(self, member: Member) -> int:
+        """Return the memory of all other runners."""
+        members = [entry.member for entry in list(self.entries.values())]
+        return sum(each.taken_bytes for each in members if each and each is not member)
 
 
 def _soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:

@@ -96,14 +96,27 @@ class Member:
                 return await self._process.trim()
         return 0
 
-    async def stop(self, return_seconds: float) -> MemoryReturn:
+    @property
+    def taken_bytes(self) -> int:
+        """Memory that the runner holds now: MLX's on a GPU as of the last status, else its own."""
+        if any(device.kind == "gpu" for device in self._process.device_infos):
+            return self._process.memory_size
+        return 0 if self._process.pid is None else _own_bytes(self._process.pid)
+
+    async def stop(self, return_seconds: float, others_bytes: Callable[[], int]) -> MemoryReturn:
         """Stop the runner and wait until it is reaped and its memory is back.
 
         Args:
             return_seconds: How long to wait for the memory after the exit.
+            others_bytes: Returns the memory that the other runners of the pool hold. They may take
+                what this one gives back.
         """
+
+        def measure() -> int:
+            return self._free_bytes() + others_bytes()
+
         try:
-            before = await asyncio.to_thread(self._free_bytes)
+            before = await asyncio.to_thread(measure)
             held = await self._held_bytes()
         except BaseException:
             self._process.kill()
@@ -112,8 +125,8 @@ class Member:
         await self._process.close()
         ended = time.monotonic()
         while True:
-            free = await asyncio.to_thread(self._free_bytes)
-            result = MemoryReturn(held, free - before, time.monotonic() - ended)
+            returned = await asyncio.to_thread(measure) - before
+            result = MemoryReturn(held, returned, time.monotonic() - ended)
             if result.is_complete or result.seconds >= return_seconds:
                 return result
             await asyncio.sleep(_LOOK_SECONDS)
@@ -142,6 +155,15 @@ def _check_need(estimate: MemoryEstimate, most_bytes: int) -> None:
             f"{format_bytes(estimate.total_bytes)} now, instead of {format_bytes(most_bytes)}; "
             "request it again"
         )
+
+
+def _own_bytes(pid: int) -> int:
+    """Return a resident set, on Linux without the pages of files."""
+    try:
+        memory = psutil.Process(pid).memory_info()
+    except psutil.Error:
+        return 0
+    return int(memory.rss - getattr(memory, "shared", 0))
 
 
 def _private_bytes(pid: int) -> int:

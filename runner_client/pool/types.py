@@ -75,7 +75,7 @@ class MemoryReturn:
 
     Attributes:
         held_bytes: Memory that only this process held before the stop.
-        returned_bytes: Growth of the machine's free memory.
+        returned_bytes: Growth of the machine's free memory and of the pool's other runners.
         seconds: Time from the exit of the process until that measurement.
     """
 

@@ -246,6 +246,19 @@ async def test_memory_that_does_not_come_back_is_reported(machine: Machine) -> N
         assert "evicted, but only 0 B of the 224.1 MiB it held came back within 0." in text
 
 
+async def test_memory_that_another_load_takes_has_come_back(machine: Machine) -> None:
+    first, second = machine.model("a"), machine.model("b")
+    async with machine.pool(return_seconds=0.2) as pool:
+        await use(pool, first)
+        machine.of(first).may_stop.clear()
+        evicting = asyncio.create_task(pool.evict(first))
+        await eventually(lambda: machine.runners(first)[0].is_stopping)
+        await pool.load(second)
+        machine.of(first).may_stop.set()
+        assert (await evicting).is_complete
+        assert model_of(pool, first).last_error == ""
+
+
 async def test_the_next_load_counts_on_measured_memory_only(machine: Machine) -> None:
     first, second = machine.model("a"), machine.model("b")
     machine.total_bytes = ONE

@@ -149,6 +149,11 @@ class FakeProcess:
         return self._machine.of(self.path)
 
     @property
+    def device_infos(self) -> tuple[Any, ...]:
+        """The device: a GPU, whose memory the runner reports."""
+        return (SimpleNamespace(kind="gpu"),)
+
+    @property
     def client(self) -> Any:
         """The client: the process itself, which has its calls."""
         assert self.is_running, "a lease of a runner that does not run"
