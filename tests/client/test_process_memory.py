@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -341,9 +342,12 @@ def test_every_load_option_reaches_the_child(model: str) -> None:
 def test_a_limit_too_low_for_every_format_names_the_need_of_the_one_in_use(
     half: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def limited(model: str, *, options: LoadOptions, env: dict[str, str]) -> MemoryEstimate:
+    def limited(
+        model: str, *, options: LoadOptions, env: dict[str, str], blas: str
+    ) -> MemoryEstimate:
         assert model == half
         assert env
+        assert blas == "auto"
         raise errors.InsufficientMemoryError(f"the need as {options.dtype}", required_bytes=2)
 
     monkeypatch.setattr("runner_client.process.launch.estimate", limited)
@@ -354,10 +358,10 @@ def test_a_limit_too_low_for_every_format_names_the_need_of_the_one_in_use(
 def test_auto_or_stored_falls_back_where_the_limit_is_below_float32(
     half: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def limited(model: str, *, options: LoadOptions, env: dict[str, str]) -> MemoryEstimate:
+    def limited(model: str, *, options: LoadOptions, **others: Any) -> MemoryEstimate:
         if options.dtype != "as_stored":
             raise errors.InsufficientMemoryError("over the limit", required_bytes=2**40)
-        return estimate(model, options=options, env=env)
+        return estimate(model, options=options, **others)
 
     monkeypatch.setattr("runner_client.process.launch.estimate", limited)
     gate = MemoryGate(measure=free(2**40))
