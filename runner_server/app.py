@@ -5,20 +5,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
-import sys
 from collections.abc import Callable, Coroutine
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from mlxrunner.v1 import runner_pb2_grpc
-from runner_common.contract import HEALTH_SERVICES, MAX_REQUEST_BYTES, SERVICE_NAME
+from runner_common.contract import HEALTH_SERVICES, SERVICE_NAME
 from runner_common.extras import install_advice
 from runner_common.handshake import ReadyLine
+from runner_common.serving.auth import AuthInterceptor, is_loopback
+from runner_common.serving.go_plugin import add_controller
+from runner_common.serving.interceptor import ErrorInterceptor
+from runner_common.serving.lifetime import announce, exit_at_once, install_signals
+from runner_common.serving.listen import CHANNEL_OPTIONS, CannotListenError, listen
+from runner_common.serving.orphan_guard import OrphanGuard
+from runner_common.serving.reflection import add_reflection
 from runner_server import __version__
 from runner_server.api.estimator import Estimator
 from runner_server.api.service import RunnerServicer
@@ -31,16 +35,11 @@ from runner_server.engine.types import LoadSpec
 from runner_server.errors import RunnerFault
 from runner_server.host.machine_admission import MachineAdmission
 from runner_server.host.model_root import ModelRoot
-from runner_server.host.orphan_guard import OrphanGuard
 from runner_server.telemetry.interceptor import Observer, TelemetryInterceptor
-from runner_server.telemetry.methods import SMG_SERVICE_NAME
+from runner_server.telemetry.methods import METHODS, SMG_SERVICE_NAME
 from runner_server.telemetry.request_log import RequestLog
 from runner_server.telemetry.tracing import Tracing, open_tracing
-from runner_server.transport.auth import AuthInterceptor, is_loopback
-from runner_server.transport.go_plugin import add_controller
-from runner_server.transport.interceptor import ErrorInterceptor
-from runner_server.transport.listen import CannotListenError, listen
-from runner_server.transport.reflection import add_reflection
+from runner_server.transport.translate import translate
 
 if TYPE_CHECKING:
     from runner_server.telemetry.metrics import Metrics
@@ -55,22 +54,6 @@ EXIT_CANNOT_START = 1
 
 _DRAIN_SECONDS = 5.0
 _STREAM_GRACE_SECONDS = 0.5
-
-_OPTIONS = (
-    # With SO_REUSEPORT a second server would share the port without an error.
-    ("grpc.so_reuseport", 0),
-    # Prompts can be megabytes; gRPC's default is 4 MiB.
-    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
-    # Calls received but not accepted yet. By default gRPC silently cancels random ones above 1,000.
-    # With a higher limit, the engine's queue refuses them instead, with a time to retry.
-    ("grpc.server.max_pending_requests", 10_000),
-    ("grpc.server.max_pending_requests_hard_limit", 20_000),
-    # Clients in every language may ping a silent stream. By default gRPC answers "too many
-    # pings" and closes the connection.
-    ("grpc.http2.min_ping_interval_without_data_ms", 5000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_ping_strikes", 0),
-)
 
 
 class RunnerApp:
@@ -106,9 +89,9 @@ class RunnerApp:
         self._tracing: Tracing | None = None
         interceptors: list[grpc.aio.ServerInterceptor] = [TelemetryInterceptor(self._observers)]
         if config.token:
-            interceptors.append(AuthInterceptor(config.token, config.use_token))
-        interceptors.append(ErrorInterceptor())
-        self._server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS)
+            interceptors.append(AuthInterceptor(config.token, config.use_token, translate))
+        interceptors.append(ErrorInterceptor(METHODS, translate))
+        self._server = grpc.aio.server(interceptors=interceptors, options=CHANNEL_OPTIONS)
         self._tasks: set[asyncio.Task[None]] = set()
         self._ready: ReadyLine | None = None
         self._others: tuple[str, ...] = ()
@@ -164,9 +147,7 @@ class RunnerApp:
 
     def exit_now(self, code: int) -> NoReturn:
         """End the process at once; clean up nothing but the file of a unix socket."""
-        if self._ready and self._ready.network == "unix":
-            Path(self._ready.address).unlink(missing_ok=True)
-        os._exit(code)
+        exit_at_once(self._ready, code)
 
     async def close(self) -> None:
         """Refuse new work, end streams, free the model and close the server."""
@@ -262,37 +243,6 @@ class RunnerApp:
             logger.error("%s failed; the server goes on without it", task, exc_info=error)
 
 
-def install_signals(app: RunnerApp) -> None:
-    """Begin an orderly shutdown on SIGINT or SIGTERM; exit at once on a second signal."""
-    loop = asyncio.get_running_loop()
-    seen: list[int] = []
-
-    def on_signal(number: int) -> None:
-        if seen:
-            app.exit_now(128 + number)
-        seen.append(number)
-        logger.info("stopping on %s", signal.Signals(number).name)
-        app.request_stop()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal, number)
-
-
-def _announce(ready: ReadyLine) -> None:
-    logger.info("listening on %s", ready.target)
-    # sys.stdout is redirected while the engine thread loads a model. sys.__stdout__ is None if
-    # descriptor 1 was closed at start, even if another file has that number now.
-    stdout = sys.__stdout__
-    if stdout is None:
-        logger.warning("stdout is closed, so the ready line cannot be printed; serving anyway")
-        return
-    try:
-        stdout.write(ready.format() + "\n")
-        stdout.flush()
-    except OSError as error:
-        logger.warning("the ready line cannot be printed (stdout: %s); serving anyway", error)
-
-
 async def serve(
     config: ServerConfig,
     backend: Backend,
@@ -311,13 +261,13 @@ async def serve(
         The exit code if the server cannot start. Otherwise the process exits here, in the end.
     """
     app = RunnerApp(config, backend, ranks, admission)
-    install_signals(app)
+    install_signals(app.request_stop, app.exit_now)
     if config.exit_with_parent:
         OrphanGuard(
             partial(asyncio.get_running_loop().call_soon_threadsafe, app.request_stop)
         ).start()
     try:
-        await app.start(_announce)
+        await app.start(announce)
     except CannotListenError as error:
         logger.error("%s", error)  # noqa: TRY400 - the message suffices
         await app.close()

@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 
 from runner_common.contract import TOKEN_VARIABLE, USE_TOKEN_VARIABLE
 from runner_common.server_options import SERVER_OPTIONS, ServerOption, misuse
+from runner_common.serving.auth import read_token
+from runner_common.serving.tls import TlsFiles
 from runner_server.engine.types import Dtype, LoadSpec
-from runner_server.transport.auth import read_token
-from runner_server.transport.tls import TlsFiles
 
 _EXIT_WRONG_USAGE = 2
 

@@ -11,17 +11,12 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import grpc
-from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import status_pb2
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_common.contract import CODES, ERROR_DOMAIN
-
-_MAX_TEXT = 512
-"""Longest message, in bytes, because the whole status must stay under 2 KB."""
-
-_MAX_VIOLATIONS = 4
+from runner_common.contract import CODES
+from runner_common.serving.statuses import bad_request, error_status, retry_info, violations_text
 
 _MAX_NAME_CHARS = 100
 """Most characters of a model's name in a message that has two."""
@@ -66,15 +61,12 @@ class InvalidField(RunnerFault, reason="INVALID_FIELD"):
     """
 
     def __init__(self, violations: Sequence[tuple[str, str]]) -> None:
-        super().__init__("; ".join(f"{field}: {text}" for field, text in violations))
+        super().__init__(violations_text(violations))
         self.violations = violations
 
     def details(self) -> list[Message]:
         """Return one ``BadRequest`` naming the fields."""
-        bad = error_details_pb2.BadRequest()
-        for field, text in self.violations[:_MAX_VIOLATIONS]:
-            bad.field_violations.add(field=_cut(field, 64), description=_cut(text, 128))
-        return [bad]
+        return [bad_request(self.violations)]
 
 
 class PromptTooLong(RunnerFault, reason="PROMPT_TOO_LONG"):
@@ -155,9 +147,7 @@ class QueueFull(RunnerFault, reason="QUEUE_FULL"):
 
     def details(self) -> list[Message]:
         """Return one ``RetryInfo``."""
-        delay = duration_pb2.Duration()
-        delay.FromMilliseconds(round(self.retry_seconds * 1000))
-        return [error_details_pb2.RetryInfo(retry_delay=delay)]
+        return [retry_info(self.retry_seconds)]
 
 
 class ShuttingDown(RunnerFault, reason="SHUTTING_DOWN"):
@@ -165,17 +155,7 @@ class ShuttingDown(RunnerFault, reason="SHUTTING_DOWN"):
 
 
 class Unauthenticated(RunnerFault, reason="UNAUTHENTICATED"):
-    """The call does not carry the server's token.
-
-    Args:
-        has: Description of the credential sent instead, never the token.
-    """
-
-    def __init__(self, has: str) -> None:
-        super().__init__(
-            f"this runner requires a token and the call has {has}; send the runner's token in the "
-            "metadata, as `authorization: Bearer TOKEN`"
-        )
+    """The call does not carry the server's token."""
 
 
 class Aborted(RunnerFault, reason="ABORTED"):
@@ -191,12 +171,6 @@ class Aborted(RunnerFault, reason="ABORTED"):
 
 class PermissionDenied(RunnerFault, reason="PERMISSION_DENIED"):
     """The call carries the token for use, and its method needs the token with all rights."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "the token of this call may only use the loaded model: complete, tokenize, detokenize "
-            "and read the status; send the runner's token with all rights"
-        )
 
 
 class GenerationFailed(RunnerFault, reason="GENERATION_FAILED"):
@@ -218,23 +192,4 @@ def reason_name(fault: RunnerFault) -> str:
 
 def to_status(fault: RunnerFault) -> status_pb2.Status:
     """Convert a fault to the status sent on the wire, under 2 KB."""
-    info = error_details_pb2.ErrorInfo(
-        domain=ERROR_DOMAIN,
-        reason=reason_name(fault),
-        metadata={key: _cut(value, 256) for key, value in fault.metadata.items()},
-    )
-    # grpc.StatusCode.value is (number, name); the number is the wire's code.
-    status = status_pb2.Status(code=fault.code.value[0], message=_cut(str(fault), _MAX_TEXT))
-    for detail in (info, *fault.details()):
-        packed = any_pb2.Any()
-        packed.Pack(detail)
-        status.details.append(packed)
-    return status
-
-
-def _cut(text: str, limit: int) -> str:
-    """Shorten text to at most ``limit`` bytes of UTF-8 without splitting a character."""
-    data = text.encode(errors="replace")
-    if len(data) <= limit:
-        return data.decode()
-    return data[: limit - 3].decode(errors="ignore") + "..."
+    return error_status(reason_name(fault), str(fault), fault.metadata, fault.details())

@@ -1,1 +1,1 @@
-"""Listening, TLS, authentication, reflection and error translation."""
+"""Translation of failures to the statuses of the error table."""

@@ -14,8 +14,8 @@ from click.testing import Result
 
 from runner_client.cli import serve
 from runner_common.contract import TOKEN_VARIABLE
+from runner_common.serving.tls import TlsFiles
 from runner_server.config import parse_args
-from runner_server.transport.tls import TlsFiles
 from support.certificates import Authority
 from support.command_line import invoke
 from support.fakes import FakeBackend

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from runner_server.transport.auth import is_loopback
-from runner_server.transport.listen import CannotListenError
-from runner_server.transport.tls import TlsFiles
+from runner_common.serving.auth import is_loopback
+from runner_common.serving.listen import CannotListenError
+from runner_common.serving.tls import TlsFiles
 from support.certificates import Authority
 from support.fakes import FakeBackend
 from support.harness import StartServer, running
@@ -58,7 +58,7 @@ def resolver_of(*addresses: str) -> Callable[..., list[Any]]:
 async def test_a_name_counts_as_the_addresses_it_resolves_to(
     socket_dir: Path, monkeypatch: pytest.MonkeyPatch, addresses: list[str], *, is_local: bool
 ) -> None:
-    monkeypatch.setattr("runner_server.transport.auth.socket.getaddrinfo", resolver_of(*addresses))
+    monkeypatch.setattr("runner_common.serving.auth.socket.getaddrinfo", resolver_of(*addresses))
     assert is_loopback("some.host") is is_local
     if not is_local:
         with pytest.raises(CannotListenError, match="open to other machines"):
@@ -97,7 +97,7 @@ async def test_an_invalid_host_is_refused(socket_dir: Path, listen: str) -> None
 @pytest.fixture
 def reachable(monkeypatch: pytest.MonkeyPatch) -> str:
     """A loopback address, taken by the server for one reachable from other machines."""
-    monkeypatch.setattr("runner_server.transport.listen.is_loopback", lambda _host: False)
+    monkeypatch.setattr("runner_common.serving.listen.is_loopback", lambda _host: False)
     return "127.0.0.1:0"
 
 

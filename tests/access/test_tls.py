@@ -24,10 +24,10 @@ from runner_client import (
     RunnerUnavailableError,
     TlsFiles,
 )
+from runner_common.serving import tls
+from runner_common.serving.listen import CannotListenError
+from runner_common.serving.tls import BadTlsFilesError, server_credentials
 from runner_server.config import parse_args
-from runner_server.transport import tls
-from runner_server.transport.listen import CannotListenError
-from runner_server.transport.tls import BadTlsFilesError, server_credentials
 from support.certificates import Authority, Pair
 from support.fakes import FakeBackend
 from support.harness import running
@@ -223,7 +223,7 @@ async def test_a_changed_client_authority_is_used_by_the_next_connection(
 async def test_half_of_a_change_keeps_the_last_good_files(
     socket_dir: Path, authority: Authority, pair: Pair, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "runner_server.transport.tls")
+    caplog.set_level("INFO", "runner_common.serving.tls")
     new = authority.sign("next")
     spoilt: list[Callable[[], object]] = [
         partial(shutil.copy, new.cert, pair.cert),
@@ -237,7 +237,7 @@ async def test_half_of_a_change_keeps_the_last_good_files(
             spoil()
             await assert_served(address, files_of(authority))
             errors = [
-                entry for entry in caplog.records if entry.name == "runner_server.transport.tls"
+                entry for entry in caplog.records if entry.name == "runner_common.serving.tls"
             ]
             # Logged once for each change, not for each connection.
             assert [entry.levelname for entry in errors] == ["ERROR"]

@@ -239,7 +239,7 @@ async def test_the_token_is_compared_in_constant_time(
         compared.append((one, other))
         return one == other
 
-    monkeypatch.setattr("runner_server.transport.auth.hmac.compare_digest", digest)
+    monkeypatch.setattr("runner_common.serving.auth.hmac.compare_digest", digest)
     server = await start_server(token=TOKEN)
     stub = runner_pb2_grpc.RunnerServiceStub(server.channel)
     await stub.Status(pb.StatusRequest(), metadata=metadata([RIGHT]))

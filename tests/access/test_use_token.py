@@ -18,8 +18,8 @@ import support.plain_http2 as plain_http2
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_client import AsyncRunnerClient, PermissionDeniedError, RunnerClient, State
 from runner_common.contract import SERVICE_NAME, TOKEN_VARIABLE, USE_TOKEN_VARIABLE
+from runner_common.serving.auth import USE_METHODS
 from runner_server.config import ServerConfig, parse_args
-from runner_server.transport.auth import USE_METHODS
 from support.call_outcomes import Caller
 from support.harness import Server, StartServer, failure, problem_of
 from support.hostile_requests import METHODS
@@ -173,7 +173,7 @@ async def test_both_tokens_are_compared_in_constant_time_whichever_is_right(
         compared.append(other)
         return one == other
 
-    monkeypatch.setattr("runner_server.transport.auth.hmac.compare_digest", digest)
+    monkeypatch.setattr("runner_common.serving.auth.hmac.compare_digest", digest)
     server = await start_server(token=TOKEN, use_token=USE_TOKEN)
     for sent in (ALL, USE):
         compared.clear()

@@ -9,10 +9,10 @@ import grpc
 import pytest
 
 from runner_common.handshake import ReadyLine
+from runner_common.serving.listen import CannotListenError
 from runner_server.app import RunnerApp
 from runner_server.config import ServerConfig, parse_args
 from runner_server.engine.types import LoadSpec
-from runner_server.transport.listen import CannotListenError
 from support.fakes import FakeBackend
 from support.harness import Server, StartServer, running
 

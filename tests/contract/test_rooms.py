@@ -137,3 +137,16 @@ def test_modules_without_mlx_do_not_import_it(module: str) -> None:
     code = f"import sys, {module}; print(*(name for name in {MLX} if name in sys.modules))"
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, capture_output=True, check=True, text=True).stdout.split() == []
+
+
+def test_only_servers_import_the_parts_of_servers() -> None:
+    """The base install has neither health checks nor reflection."""
+    servers = (ROOT / "runner_client/pool/serving", ROOT / "runner_common/serving")
+    parts = ("runner_common.serving", "grpc_health", "grpc_reflection", "grpc_status")
+    assert not [
+        f"{file} imports {name}"
+        for package in ("runner_client", "runner_common")
+        for file, name in modules(package)
+        if f"{name}.".startswith(tuple(f"{part}." for part in parts))
+        and not set(servers) & set(file.parents)
+    ]

@@ -13,8 +13,8 @@ from mlxrunner.v1 import runner_pb2 as pb
 from runner_client import AsyncRunnerClient, InvalidRequestError
 from runner_client.rpc.messages import requests
 from runner_common.contract import SERVICE_NAME
+from runner_common.serving.unknown_fields import read_known
 from runner_server import __version__
-from runner_server.transport.unknown_fields import read_known
 from support.harness import Problem, Server, failure
 from support.hostile_requests import METHODS, encode_field, encode_varint
 

@@ -22,9 +22,9 @@ pytest.importorskip("prometheus_client", reason="prometheus-client is not instal
 from prometheus_client import start_http_server
 from prometheus_client.parser import text_string_to_metric_families
 
+from runner_common.serving.listen import CannotListenError
 from runner_server.config import parse_args
 from runner_server.telemetry import metrics
-from runner_server.transport.listen import CannotListenError
 
 ROOT = Path(__file__).parents[2]
 LOOPBACK = ("127.0.0.1", 0)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from runner_server.transport.unix_socket import OccupiedError, socket_place
+from runner_common.serving.unix_socket import OccupiedError, socket_place
 from support.faulty import TESTS, fake_engine
 
 ROOT = TESTS.parent
@@ -94,7 +94,7 @@ def test_another_kind_of_file_stays(path: Path) -> None:
 ASK_AS_OTHER = """
 import os, sys
 from pathlib import Path
-from runner_server.transport.unix_socket import OccupiedError, socket_place
+from runner_common.serving.unix_socket import OccupiedError, socket_place
 os.setuid(int(sys.argv[2]))
 try:
     with socket_place(Path(sys.argv[1])):

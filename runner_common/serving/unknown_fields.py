@@ -14,8 +14,6 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from runner_server import __version__
-
 _M = TypeVar("_M", bound=Message)
 
 Violations = list[tuple[str, str]]
@@ -52,7 +50,7 @@ def read_known(read: Callable[[bytes], _M], data: bytes) -> tuple[_M, Violations
         return request, []
     if unknown <= _MAX_LISTED_BYTES:
         return request, _named(read(data))
-    text = f"{unknown} of its bytes are in fields unknown to mlx-grpc-runner {__version__}"
+    text = f"{unknown} of its bytes are in fields unknown to mlx-grpc-runner {_version()}"
     return request, [(WHOLE, f"{text}; leave them out")]
 
 
@@ -77,11 +75,19 @@ def _problem(descriptor: Descriptor, number: int) -> str:
     field = f"field {number} of {descriptor.name}"
     known = descriptor.fields_by_number.get(number)
     if known:
-        return f"{field} ({known.name}) has another wire type than in mlx-grpc-runner {__version__}"
+        return f"{field} ({known.name}) has another wire type than in mlx-grpc-runner {_version()}"
     return (
-        f"{field} is unknown to mlx-grpc-runner {__version__}; a newer client sent it: upgrade "
+        f"{field} is unknown to mlx-grpc-runner {_version()}; a newer client sent it: upgrade "
         "the server or leave it out"
     )
+
+
+@cache
+def _version() -> str:
+    # Only for a refusal, because the import delays the ready line.
+    from importlib import metadata  # noqa: PLC0415 - slow
+
+    return metadata.version("mlx-grpc-runner")
 
 
 @cache

@@ -15,10 +15,11 @@ import grpc
 from grpc_health.v1 import health
 
 from runner_common.contract import SERVICE_NAME, TOKEN_VARIABLE
-from runner_server.errors import PermissionDenied, RunnerFault, Unauthenticated
-from runner_server.transport.interceptor import abort
+from runner_common.serving.statuses import abort
 
 if TYPE_CHECKING:
+    from google.rpc import status_pb2
+
     # Every service's calls pass through here, so the message types are open.
     _Handler = grpc.RpcMethodHandler[Any, Any]
     _Context = grpc.aio.ServicerContext[Any, Any]
@@ -67,20 +68,50 @@ def _checked(token: str, where: str) -> str:
     return token
 
 
+class UnauthenticatedError(Exception):
+    """A call does not carry the server's token.
+
+    Args:
+        has: Description of the credential sent instead, never the token.
+    """
+
+    def __init__(self, has: str) -> None:
+        super().__init__(
+            f"this runner requires a token and the call has {has}; send the runner's token in the "
+            "metadata, as `authorization: Bearer TOKEN`"
+        )
+
+
+class ForbiddenError(Exception):
+    """A call carries the token for use, and its method needs the token with all rights."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the token of this call may only use the loaded model: complete, tokenize, detokenize "
+            "and read the status; send the runner's token with all rights"
+        )
+
+
 class AuthInterceptor(grpc.aio.ServerInterceptor):
     """Refuses calls without a token before their request is read; health checks are exempt.
 
     Args:
         token: Token with all rights, sent by callers as ``authorization: Bearer TOKEN``.
         use_token: Token for ``USE_METHODS`` and reflection; None if there is no such token.
+        translate: Returns the status for an ``UnauthenticatedError`` or a ``ForbiddenError``.
     """
 
-    def __init__(self, token: str, use_token: str | None = None) -> None:
+    def __init__(
+        self,
+        token: str,
+        use_token: str | None,
+        translate: Callable[[Exception], status_pb2.Status],
+    ) -> None:
         # The token with all rights first.
         self._tokens = [each.encode() for each in (token, use_token) if each]
-        self._no_token = _refusal(Unauthenticated("none"))
-        self._other_token = _refusal(Unauthenticated("a different one"))
-        self._no_permission = _refusal(PermissionDenied())
+        self._no_token = _refusal(UnauthenticatedError("none"), translate)
+        self._other_token = _refusal(UnauthenticatedError("a different one"), translate)
+        self._no_permission = _refusal(ForbiddenError(), translate)
 
     async def intercept_service(
         self,
@@ -119,9 +150,9 @@ def _bearer(details: grpc.HandlerCallDetails) -> bytes | None:
     return found[0][len(_SCHEME) :].strip()
 
 
-def _refusal(fault: RunnerFault) -> _Handler:
+def _refusal(error: Exception, translate: Callable[[Exception], status_pb2.Status]) -> _Handler:
     async def refuse(_requests: object, context: _Context) -> None:
-        await abort(context, fault)
+        await abort(context, translate(error))
 
     # A stream-stream handler serves methods of any kind, and this one reads no request.
     return grpc.stream_stream_rpc_method_handler(refuse)

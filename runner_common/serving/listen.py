@@ -9,13 +9,30 @@ from pathlib import Path
 
 import grpc
 
-from runner_common.contract import MAX_PORT, TOKEN_VARIABLE
+from runner_common.contract import MAX_PORT, MAX_REQUEST_BYTES, TOKEN_VARIABLE
 from runner_common.handshake import ReadyLine
-from runner_server.transport.auth import is_loopback
-from runner_server.transport.tls import BadTlsFilesError, TlsFiles, server_credentials
-from runner_server.transport.unix_socket import OccupiedError, socket_place
+from runner_common.serving.auth import is_loopback
+from runner_common.serving.tls import BadTlsFilesError, TlsFiles, server_credentials
+from runner_common.serving.unix_socket import OccupiedError, socket_place
 
 logger = logging.getLogger(__name__)
+
+CHANNEL_OPTIONS = (
+    # With SO_REUSEPORT a second server would share the port without an error.
+    ("grpc.so_reuseport", 0),
+    # Prompts can be megabytes; gRPC's default is 4 MiB.
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    # Calls received but not accepted yet. By default gRPC silently cancels random ones above 1,000.
+    # With a higher limit, the engine's queue refuses them instead, with a time to retry.
+    ("grpc.server.max_pending_requests", 10_000),
+    ("grpc.server.max_pending_requests_hard_limit", 20_000),
+    # Clients in every language may ping a silent stream. By default gRPC answers "too many
+    # pings" and closes the connection.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+"""Options of every server."""
 
 _MAX_UNIX_PATH = 107 if sys.platform == "linux" else 103
 _BIND_ADVICE = "it is in use, unknown, or another machine's; port 0 takes any free port"
