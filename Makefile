@@ -93,13 +93,13 @@ check-proto: $(PROTO_VENV)/.installed $(GO_PLUGINS) ## Fail if the committed stu
 	@out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; \
 	stale() { echo "stale stubs: run 'make proto' and commit the result" >&2; exit 1; }; \
 	$(call generate,"$$out"); \
-	for file in runner_pb2.py runner_pb2.pyi runner_pb2_grpc.py runner_pb2_grpc.pyi runner.protoset; do \
+	for file in {runner,pool}_pb2{,_grpc}.{py,pyi} runner.protoset; do \
 	  cmp "$$out/mlxrunner/v1/$$file" "$(PROTO_DIR)/$$file" || stale; \
 	done; \
 	$(if $(GO_PLUGINS),$(call generate_go,"$$out"); diff -r "$$out/runnerpb" $(GO_DIR)/runnerpb || stale,\
 	  echo "no go on PATH: its stubs are not checked" >&2; test -z "$${CI:-}"); \
 	$(PROTOC) --proto_path=third_party --descriptor_set_out="$$out/all" $(PROTOS); \
-	echo "the stubs are those of runner.proto"
+	echo "the stubs are those of the protocol"
 
 .PHONY: third-party
 third-party: $(VENV)/.installed ## Copy the messages of google.rpc from googleapis-common-protos
@@ -269,13 +269,15 @@ $(PROTO_VENV)/.installed-go: $(GO_DIR)/go.mod $(GO_DIR)/go.sum $(PROTO_VENV)/.in
 # $(call generate,DIRECTORY): protoc finds the mypy plugins on PATH. The set of descriptors keeps
 # the comments, for reflection.
 PROTOC := PATH="$(PROTO_VENV)/bin:$$PATH" $(PROTO_VENV)/bin/python -m grpc_tools.protoc --proto_path=proto
-PROTOS := mlxrunner/v1/runner.proto google/rpc/status.proto google/rpc/error_details.proto
+OWN_PROTOS := mlxrunner/v1/runner.proto mlxrunner/v1/pool.proto
+PROTOS := $(OWN_PROTOS) google/rpc/status.proto google/rpc/error_details.proto
 generate = $(PROTOC) --python_out=$(1) --grpc_python_out=$(1) \
 	  --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) \
 	  --include_imports --include_source_info --descriptor_set_out=$(1)/mlxrunner/v1/runner.protoset \
-	  mlxrunner/v1/runner.proto
+	  $(OWN_PROTOS)
 
 # $(call generate_go,DIRECTORY)
 generate_go = $(PROTOC) --go_out=$(1) --go_opt='$(GO_OPTIONS)' \
-	  --go-grpc_out=$(1) --go-grpc_opt='$(GO_OPTIONS)' mlxrunner/v1/runner.proto
-GO_OPTIONS := module=example.com/mlxrunner,Mmlxrunner/v1/runner.proto=example.com/mlxrunner/runnerpb;runnerpb
+	  --go-grpc_out=$(1) --go-grpc_opt='$(GO_OPTIONS)' $(OWN_PROTOS)
+GO_PACKAGE := example.com/mlxrunner/runnerpb;runnerpb
+GO_OPTIONS := module=example.com/mlxrunner,Mmlxrunner/v1/runner.proto=$(GO_PACKAGE),Mmlxrunner/v1/pool.proto=$(GO_PACKAGE)

@@ -15,7 +15,11 @@ _OUTER = re.compile(r"^% is (\S+)\n")
 """First line of a page that shows another file."""
 
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#]+)")
-_OTHER_PAGES = {"proto/mlxrunner/v1/runner.proto": "protocol.md", "examples": "languages.md"}
+_OTHER_PAGES = {
+    "proto/mlxrunner/v1/runner.proto": "protocol.md",
+    "proto/mlxrunner/v1/pool.proto": "protocol.md",
+    "examples": "languages.md",
+}
 
 
 def replace(_app: Sphinx, page: str, source: list[str]) -> None:

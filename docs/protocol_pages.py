@@ -1,4 +1,4 @@
-"""Makes the reference of the protocol, in Markdown, of the comments in runner.proto.
+"""Makes the reference of the protocol, in Markdown, of the comments in its files.
 
 The kept tools for this write sites of their own, or have not been released for years.
 """
@@ -19,9 +19,9 @@ from google.protobuf.descriptor_pb2 import (
 )
 
 ROOT = Path(__file__).parents[1]
-FILE = "mlxrunner/v1/runner.proto"
+FILES = ("mlxrunner/v1/runner.proto", "mlxrunner/v1/pool.proto")
 PROTOSET = ROOT / "proto/mlxrunner/v1/runner.protoset"
-"""The file and its comments, as protoc read them."""
+"""The files and their comments, as protoc read them."""
 
 # Field numbers of descriptor.proto, of which the paths of comments are made.
 _MESSAGE, _ENUM, _SERVICE, _SYNTAX = 4, 5, 6, 12
@@ -41,25 +41,32 @@ def write(page: Path) -> None:
         page.write_text(text)
 
 
-def _read() -> FileDescriptorProto:
-    files = FileDescriptorSet.FromString(PROTOSET.read_bytes()).file
-    return next(file for file in files if file.name == FILE)
+def _read() -> list[FileDescriptorProto]:
+    files = {file.name: file for file in FileDescriptorSet.FromString(PROTOSET.read_bytes()).file}
+    return [files[name] for name in FILES]
 
 
-def _page(file: FileDescriptorProto) -> Iterator[str]:
+def _page(files: Sequence[FileDescriptorProto]) -> Iterator[str]:
+    yield "# The protocol\n"
+    places = " and ".join(f"`proto/{file.name}`" for file in files)
+    yield f"Package `{files[0].package}`, as the comments in {places} specify it.\n"
+    for file in files:
+        yield from _file(file)
+
+
+def _file(file: FileDescriptorProto) -> Iterator[str]:
     comments = {
         tuple(place.path): _cleaned(place.leading_comments)
         for place in file.source_code_info.location
     }
-    yield "# The protocol\n"
-    yield f"Package `{file.package}`, as the comments in `proto/{FILE}` specify it.\n"
     yield comments[_SYNTAX,]
     for i, service in enumerate(file.service):
         yield from _service(service, (_SERVICE, i), comments)
-    yield "## Messages\n"
+    names = ", ".join(service.name for service in file.service)
+    yield f"## Messages of {names}\n"
     for i, message in enumerate(file.message_type):
         yield from _message(message, (_MESSAGE, i), comments)
-    yield "## Enums\n"
+    yield f"## Enums of {names}\n"
     for i, enum in enumerate(file.enum_type):
         yield from _enum(enum, (_ENUM, i), comments)
 

@@ -67,7 +67,9 @@ class AsyncModelClient:
         self._connection.note_status(status)
         return status
 
-    def watch_status(self, *, interval_seconds: float | None = None) -> AsyncStatusStream:
+    def watch_status(
+        self, *, interval_seconds: float | None = None, model: str | None = None
+    ) -> AsyncStatusStream:
         """Watch the runner: return a stream of statuses, the first at once, without waiting.
 
         Another status follows each change of state, progress, counts, model or last error, at most
@@ -77,13 +79,14 @@ class AsyncModelClient:
         Args:
             interval_seconds: The longest time between two statuses, 0.1 to 3,600, to notice a
                 runner that hangs. Default: a status after changes only.
+            model: The model that must be loaded when the call begins. Default: any, or none.
 
         Raises:
-            TypeError: The interval is not a number.
+            TypeError: An argument is of the wrong type.
             InvalidRequestError: The interval is out of range.
             RunnerUnavailableError: The client is closed. Reading raises all other errors.
         """
-        request = requests.watch_request(interval_seconds)
+        request = requests.watch_request(interval_seconds, model)
         return self._connection.start_watch(request, interval_seconds)
 
     async def ping(self) -> float:

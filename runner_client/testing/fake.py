@@ -168,6 +168,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     ) -> Iterator[pb.WatchStatusResponse]:
         """Report the status, also after changes and at the interval, until ``failure`` is set."""
         self.requests.append(request)
+        self._check_name(request.model, context)
         interval = request.interval.ToNanoseconds() / 1e9
         call = FakeCall(context, threading.Event())
         sent, sent_at = None, 0.0

@@ -145,6 +145,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         context: _Context,
     ) -> AsyncIterator[pb.WatchStatusResponse]:
         """Report the state and memory of the process now and after each change."""
+        self._engine.require_named(request.model)
         async with aclosing(states(self._engine, watch_interval(request))) as snapshots:
             async for snapshot in snapshots:
                 yield pb.WatchStatusResponse(status=self._status(snapshot))

@@ -10,7 +10,16 @@ from mlxrunner.v1 import runner_pb2 as pb
 from runner_client import AsyncRunnerClient, RunnerClient, errors
 from runner_client.testing import FakeRunner
 
-CALLS = ("completion", "complete", "tokenize", "detokenize", "status", "trim", "unload")
+CALLS = (
+    "completion",
+    "complete",
+    "tokenize",
+    "detokenize",
+    "status",
+    "trim",
+    "unload",
+    "watch_status",
+)
 
 
 def test_every_request_carries_the_name(client: RunnerClient, runner: FakeRunner) -> None:
@@ -19,9 +28,11 @@ def test_every_request_carries_the_name(client: RunnerClient, runner: FakeRunner
     client.tokenize("Hi", model="fake")
     client.detokenize([72], model="fake")
     assert client.status(model="fake").model is not None
+    with client.watch_status(model="fake") as statuses:
+        assert next(statuses).model is not None
     client.trim(model="fake")
     client.unload(model="fake")
-    assert [getattr(request, "model", None) for request in runner.requests] == ["fake"] * 6
+    assert [getattr(request, "model", None) for request in runner.requests] == ["fake"] * 7
 
 
 def test_no_name_is_sent_by_default(client: RunnerClient, runner: FakeRunner) -> None:
@@ -36,6 +47,7 @@ def test_another_model_is_refused(client: RunnerClient) -> None:
         lambda: client.tokenize("Hi", model="other"),
         lambda: client.detokenize([72], model="other"),
         lambda: client.status(model="other"),
+        lambda: next(client.watch_status(model="other")),
         lambda: client.trim(model="other"),
         lambda: client.unload(model="other"),
     ):

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 from google.protobuf import descriptor_pb2
 
+from mlxrunner.v1 import pool_pb2, runner_pb2_grpc
 from mlxrunner.v1 import runner_pb2 as pb
-from mlxrunner.v1 import runner_pb2_grpc
 from runner_server import errors
 
 ROOT = Path(__file__).parents[2]
 PROTO_DIR = ROOT / "proto/mlxrunner/v1"
 TEXT = (PROTO_DIR / "runner.proto").read_text()
+TEXTS = [TEXT, (PROTO_DIR / "pool.proto").read_text()]
+DESCRIPTORS = [pb.DESCRIPTOR, pool_pb2.DESCRIPTOR]
 REASONS = {name.removeprefix("ERROR_REASON_") for name in pb.ErrorReason.keys()}  # noqa: SIM118
 FAULTS = errors.RunnerFault.__subclasses__()
 RPC = re.compile(r"((?:^  //.*\n)+)  rpc (\w+)\(", re.MULTILINE)
@@ -25,13 +27,13 @@ ROW = re.compile(r"^- ([A-Z_]+) / ([A-Z_]+): ", re.MULTILINE)
 
 def _rpc_comments() -> dict[str, str]:
     """Return the comment of each rpc, without slashes."""
-    found = RPC.findall(TEXT)
+    found = RPC.findall("".join(TEXTS))
     return {name: re.sub(r"^  // ?", "", text, flags=re.MULTILINE) for text, name in found}
 
 
 def test_every_rpc_has_a_comment() -> None:
-    service = pb.DESCRIPTOR.services_by_name["RunnerService"]
-    assert set(_rpc_comments()) == {method.name for method in service.methods}
+    services = [each for file in DESCRIPTORS for each in file.services_by_name.values()]
+    assert set(_rpc_comments()) == {method.name for each in services for method in each.methods}
 
 
 @pytest.mark.parametrize("name", _rpc_comments())
@@ -69,25 +71,26 @@ def test_the_comment_of_a_reason_names_its_code(fault: type[errors.RunnerFault])
 
 
 def test_numbers_are_signed_and_enums_begin_unspecified() -> None:
-    assert not re.search(r"\buint(32|64)\b|\bfixed(32|64)\b", TEXT)
-    for enum in pb.DESCRIPTOR.enum_types_by_name.values():
-        assert enum.values[0].name.endswith("_UNSPECIFIED")
-        assert enum.values[0].number == 0
+    assert not re.search(r"\buint(32|64)\b|\bfixed(32|64)\b", "".join(TEXTS))
+    for file in DESCRIPTORS:
+        for enum in file.enum_types_by_name.values():
+            assert enum.values[0].name.endswith("_UNSPECIFIED")
+            assert enum.values[0].number == 0
 
 
 def test_every_field_and_value_has_a_comment() -> None:
-    lines = TEXT.splitlines()
+    lines = "".join(TEXTS).splitlines()
     for i, line in enumerate(lines):
         if re.match(r"^  .* = \d+;$", line):
             assert lines[i - 1].lstrip().startswith("//"), line
 
 
 def test_spans_are_durations() -> None:
-    for message in pb.DESCRIPTOR.message_types_by_name.values():
-        for field in message.fields:
-            if field.name.endswith(("_duration", "_age")):
-                assert field.message_type
-                assert field.message_type.full_name == "google.protobuf.Duration"
+    messages = [each for file in DESCRIPTORS for each in file.message_types_by_name.values()]
+    for field in (field for message in messages for field in message.fields):
+        if field.name.endswith(("_duration", "_age")):
+            assert field.message_type
+            assert field.message_type.full_name == "google.protobuf.Duration"
 
 
 def test_the_stubs_come_from_the_pinned_generator() -> None:
@@ -114,12 +117,13 @@ def test_the_stubs_match_the_proto(tmp_path: Path) -> None:
     arguments = ["build", "--exclude-source-info", "--as-file-descriptor-set", "-o", str(image)]
     subprocess.run([str(buf), *arguments], cwd=ROOT, check=True, timeout=60)
     files = descriptor_pb2.FileDescriptorSet.FromString(image.read_bytes()).file
-    fresh = next(file for file in files if file.name == "mlxrunner/v1/runner.proto")
-    committed = descriptor_pb2.FileDescriptorProto()
-    pb.DESCRIPTOR.CopyToProto(committed)
-    for file in (fresh, committed):
-        _drop_json_names(file.message_type)
-    assert committed == fresh
+    for descriptor in DESCRIPTORS:
+        fresh = next(file for file in files if file.name == descriptor.name)
+        committed = descriptor_pb2.FileDescriptorProto()
+        descriptor.CopyToProto(committed)
+        for file in (fresh, committed):
+            _drop_json_names(file.message_type)
+        assert committed == fresh
 
 
 def _drop_json_names(messages: object) -> None:

@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+from google.protobuf.descriptor import FileDescriptor
 
 import protocol_pages
 import runner_client
-from mlxrunner.v1 import runner_pb2
+from mlxrunner.v1 import pool_pb2, runner_pb2
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,21 +28,27 @@ def _section(page: str, name: str) -> str:
     return found[1]
 
 
-def test_every_field_and_value_is_explained(page: str) -> None:
-    for message in runner_pb2.DESCRIPTOR.message_types_by_name.values():
+FILES = [runner_pb2.DESCRIPTOR, pool_pb2.DESCRIPTOR]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_every_field_and_value_is_explained(page: str, file: FileDescriptor) -> None:
+    for message in file.message_types_by_name.values():
         section = _section(page, message.name)
         for field in message.fields:
             row = rf"^\| `{field.name}` \| .* \| {field.number} \| \S.*\|$"
             assert re.search(row, section, re.MULTILINE), field.full_name
-    for enum in runner_pb2.DESCRIPTOR.enum_types_by_name.values():
+    for enum in file.enum_types_by_name.values():
         section = _section(page, enum.name)
         for value in enum.values:
             row = rf"^\| `{value.name}` \| {value.number} \| \S.*\|$"
             assert re.search(row, section, re.MULTILINE), value.name
 
 
-def test_every_rpc_lists_its_errors(page: str) -> None:
-    for method in runner_pb2.DESCRIPTOR.services_by_name["RunnerService"].methods:
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_every_rpc_lists_its_errors(page: str, file: FileDescriptor) -> None:
+    (service,) = file.services_by_name.values()
+    for method in service.methods:
         section = _section(page, method.name)
         assert "Errors:" in section
         assert f"#proto-{method.input_type.name.lower()})" in section

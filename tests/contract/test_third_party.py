@@ -46,7 +46,7 @@ def test_all_protocol_files_compile_from_the_repository_alone(
     compiled: dict[str, FileDescriptorProto],
 ) -> None:
     rpc = {"google/rpc/status.proto", "google/rpc/error_details.proto"}
-    assert rpc | {"mlxrunner/v1/runner.proto"} <= compiled.keys()
+    assert rpc | {"mlxrunner/v1/runner.proto", "mlxrunner/v1/pool.proto"} <= compiled.keys()
 
 
 def test_the_messages_are_those_of_the_installed_package(

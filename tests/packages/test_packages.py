@@ -62,8 +62,8 @@ def test_the_wheel_has_the_packages_the_stubs_and_the_demo_model(packages: Packa
     }
     for package in ("mlxrunner", "runner_client", "runner_common", "runner_server"):
         assert f"{package}/py.typed" in names
-    stubs = ("runner_pb2.py", "runner_pb2.pyi", "runner_pb2_grpc.pyi")
-    for name in ("runner.proto", "runner.protoset", *stubs):
+    stubs = ("runner_pb2.py", "runner_pb2.pyi", "runner_pb2_grpc.pyi", "pool_pb2_grpc.py")
+    for name in ("runner.proto", "pool.proto", "runner.protoset", *stubs):
         assert f"mlxrunner/v1/{name}" in names
     assert "runner_server/demo/model/model.safetensors" in names
     assert sum(name.rpartition("/")[2].startswith("LICENSE") for name in names) >= 2

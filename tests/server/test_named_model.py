@@ -22,6 +22,7 @@ REQUESTS: dict[str, Callable[[str], Message]] = {
     "Tokenize": lambda model: pb.TokenizeRequest(content="hi", model=model),
     "Detokenize": lambda model: pb.DetokenizeRequest(token_ids=[104], model=model),
     "Status": lambda model: pb.StatusRequest(model=model),
+    "WatchStatus": lambda model: pb.WatchStatusRequest(model=model),
     "Trim": lambda model: pb.TrimRequest(model=model),
     "Unload": lambda model: pb.UnloadRequest(model=model),
 }
@@ -33,6 +34,10 @@ async def answer(server: Server, rpc: str, model: str) -> None:
     call = getattr(server.stub, rpc)(REQUESTS[rpc](model), timeout=20)
     if rpc == "Completion":
         assert [message async for message in call][-1].done
+    elif rpc == "WatchStatus":
+        message = await call.read()
+        assert message.status.model.name == "org/name"
+        call.cancel()
     else:
         await call
 

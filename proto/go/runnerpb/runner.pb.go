@@ -1612,7 +1612,11 @@ type WatchStatusRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Sends a message at least this often. Range: 0.1 seconds to 1 hour. Default:
 	// unset, only after changes.
-	Interval      *durationpb.Duration `protobuf:"bytes,1,opt,name=interval,proto3" json:"interval,omitempty"`
+	Interval *durationpb.Duration `protobuf:"bytes,1,opt,name=interval,proto3" json:"interval,omitempty"`
+	// The model that is meant, when the call begins: the `LoadRequest.model` that it
+	// was loaded with, or `Model.path`. Any other name is refused with
+	// MODEL_NOT_LOADED. Default: empty, whatever is loaded.
+	Model         string `protobuf:"bytes,2,opt,name=model,proto3" json:"model,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1652,6 +1656,13 @@ func (x *WatchStatusRequest) GetInterval() *durationpb.Duration {
 		return x.Interval
 	}
 	return nil
+}
+
+func (x *WatchStatusRequest) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
 }
 
 // The state of the process at one moment.
@@ -3174,9 +3185,10 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x0ekv_token_count\x18\x14 \x01(\x03R\fkvTokenCount\x12*\n" +
 	"\x11kv_token_capacity\x18\x15 \x01(\x03R\x0fkvTokenCapacity\x12.\n" +
 	"\x13prefix_cached_ratio\x18\x16 \x01(\x01R\x11prefixCachedRatio\x12*\n" +
-	"\x11tokens_per_second\x18\x17 \x01(\x01R\x0ftokensPerSecond\"K\n" +
+	"\x11tokens_per_second\x18\x17 \x01(\x01R\x0ftokensPerSecond\"a\n" +
 	"\x12WatchStatusRequest\x125\n" +
-	"\binterval\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\binterval\"K\n" +
+	"\binterval\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\binterval\x12\x14\n" +
+	"\x05model\x18\x02 \x01(\tR\x05model\"K\n" +
 	"\x13WatchStatusResponse\x124\n" +
 	"\x06status\x18\x01 \x01(\v2\x1c.mlxrunner.v1.StatusResponseR\x06status\"\x96\x01\n" +
 	"\x04Rank\x12\x12\n" +

@@ -190,6 +190,8 @@ type RunnerServiceClient interface {
 	// Errors:
 	//   - INVALID_ARGUMENT / INVALID_FIELD: the interval is out of range; correct the
 	//     request.
+	//   - FAILED_PRECONDITION / MODEL_NOT_LOADED: the request names a model (`model`)
+	//     and it is not the loaded one; correct `model`, or use another runner.
 	//   - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.
@@ -550,6 +552,8 @@ type RunnerServiceServer interface {
 	// Errors:
 	//   - INVALID_ARGUMENT / INVALID_FIELD: the interval is out of range; correct the
 	//     request.
+	//   - FAILED_PRECONDITION / MODEL_NOT_LOADED: the request names a model (`model`)
+	//     and it is not the loaded one; correct `model`, or use another runner.
 	//   - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.

@@ -1032,6 +1032,12 @@ class WatchStatusRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     INTERVAL_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model that is meant, when the call begins: the `LoadRequest.model` that it
+    was loaded with, or `Model.path`. Any other name is refused with
+    MODEL_NOT_LOADED. Default: empty, whatever is loaded.
+    """
     @_builtins.property
     def interval(self) -> _duration_pb2.Duration:
         """Sends a message at least this often. Range: 0.1 seconds to 1 hour. Default:
@@ -1042,10 +1048,11 @@ class WatchStatusRequest(_message.Message):
         self,
         *,
         interval: _duration_pb2.Duration | None = ...,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["interval", b"interval"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["interval", b"interval"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["interval", b"interval", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

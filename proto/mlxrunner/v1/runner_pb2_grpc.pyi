@@ -191,6 +191,8 @@ class RunnerServiceStub:
     Errors:
     - INVALID_ARGUMENT / INVALID_FIELD: the interval is out of range; correct the
       request.
+    - FAILED_PRECONDITION / MODEL_NOT_LOADED: the request names a model (`model`)
+      and it is not the loaded one; correct `model`, or use another runner.
     - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
       has none or a different one; send the right one.
@@ -425,6 +427,8 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
     Errors:
     - INVALID_ARGUMENT / INVALID_FIELD: the interval is out of range; correct the
       request.
+    - FAILED_PRECONDITION / MODEL_NOT_LOADED: the request names a model (`model`)
+      and it is not the loaded one; correct `model`, or use another runner.
     - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
       has none or a different one; send the right one.
@@ -692,6 +696,8 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         - INVALID_ARGUMENT / INVALID_FIELD: the interval is out of range; correct the
           request.
+        - FAILED_PRECONDITION / MODEL_NOT_LOADED: the request names a model (`model`)
+          and it is not the loaded one; correct `model`, or use another runner.
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
           has none or a different one; send the right one.

@@ -90,15 +90,16 @@ def status_request(model: str | None) -> pb.StatusRequest:
         return pb.StatusRequest(model=_named(model))
 
 
-def watch_request(interval_seconds: float | None) -> pb.WatchStatusRequest:
+def watch_request(interval_seconds: float | None, model: str | None) -> pb.WatchStatusRequest:
     """Build the request to watch the status.
 
     Raises:
-        TypeError: The interval is not a number.
-        InvalidRequestError: The interval is out of range.
+        TypeError: The interval is not a number, or the model is not a text.
+        InvalidRequestError: The interval is out of range, or the name cannot be sent.
     """
     check_seconds("interval_seconds", interval_seconds, MIN_WATCH_SECONDS, MAX_WATCH_SECONDS)
-    request = pb.WatchStatusRequest()
+    with _sendable():
+        request = pb.WatchStatusRequest(model=_named(model))
     if interval_seconds is not None:
         request.interval.FromNanoseconds(round(interval_seconds * 1e9))
     return request
