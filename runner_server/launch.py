@@ -6,12 +6,12 @@ import asyncio
 import logging
 
 from runner_common.memory.headroom import VariableError
+from runner_common.serving.log import set_up_logging
 from runner_server.app import EXIT_CANNOT_START, serve
 from runner_server.config import parse_args
 from runner_server.host.machine_admission import MachineAdmission
 from runner_server.host.model_root import ModelRoot
 from runner_server.mlx_backend import MlxBackend
-from runner_server.telemetry.request_log import set_up_logging
 
 logger = logging.getLogger(__name__)
 

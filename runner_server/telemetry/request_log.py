@@ -1,20 +1,15 @@
-"""The log on stderr, as text or JSON, with one line per call, without prompts or outputs."""
+"""One line per call in the log, without prompts or outputs."""
 
 from __future__ import annotations
 
 import json
 import logging
 import re
-import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
-from typing import Any
 
 from runner_server.telemetry.call_record import CallRecord, CallSummary
 
 logger = logging.getLogger(__name__)
-
-_TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 _FREQUENT_METHODS = frozenset({"Status", "HealthCheck"})
 """Methods whose successful calls are logged at DEBUG, because clients poll them."""
@@ -62,43 +57,6 @@ class RequestLog:
         level = logging.DEBUG if is_quiet else logging.INFO
         if logger.isEnabledFor(level):
             logger.log(level, RequestLine(call))
-
-
-class JsonFormatter(logging.Formatter):
-    """Formats each log record as a JSON object, which includes the fields of a call."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Format a record; see ``logging.Formatter``."""
-        line = record.msg if isinstance(record.msg, RequestLine) else None
-        entry: dict[str, Any] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": line.summary if line else record.getMessage(),
-        }
-        if line:
-            entry |= line.fields
-        if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
-        return json.dumps(entry)
-
-
-def set_up_logging(level: str, style: str) -> None:
-    """Send the log of this process to stderr.
-
-    Args:
-        level: Level of Python's logging.
-        style: ``text`` or ``json``.
-    """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if style == "json" else logging.Formatter(_TEXT_FORMAT))
-    logging.basicConfig(level=level, handlers=[handler])
-    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_not_redundant)
-
-
-def _is_not_redundant(record: logging.LogRecord) -> bool:
-    """Drop gRPC's traceback of an unsent message: the log line of the call reports the cause."""
-    return not str(record.msg).startswith("ExecuteBatchError")
 
 
 def _fields(call: CallSummary) -> Fields:

@@ -12,9 +12,10 @@ import grpc
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
+from runner_common.serving.log import JsonFormatter
 from runner_server.telemetry import request_log
 from runner_server.telemetry.call_record import CallRecord
-from runner_server.telemetry.request_log import JsonFormatter, RequestLine, RequestLog
+from runner_server.telemetry.request_log import RequestLine, RequestLog
 from support.fakes import FakeBackend, says
 from support.harness import CompletionCall, Server, StartServer, eventually, failure
 
