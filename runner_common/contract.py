@@ -14,6 +14,9 @@ ERROR_DOMAIN = "mlxrunner.v1"
 SERVICE_NAME = "mlxrunner.v1.RunnerService"
 """Full name of the service, as used by health and reflection."""
 
+POOL_SERVICE_NAME = "mlxrunner.v1.PoolService"
+"""Full name of the service that controls a pool."""
+
 HEALTH_SERVICES = ("", SERVICE_NAME, "plugin")
 """Service names accepted by health checks; go-plugin asks for ``plugin``."""
 

@@ -176,6 +176,27 @@ class AsyncRunnerPool:
         entry, _ = await self._acquire(model, evict, timeout_seconds, on_progress, is_lease=False)
         return self._describe(entry)
 
+    async def know(self, model: str) -> PoolModel:
+        """Estimate a model without loading it; it may be pinned then.
+
+        Raises:
+            RunnerError: As for ``estimate``.
+        """
+        check_model(model)
+        return self._describe(await self._known(model))
+
+    def member(self, model: str) -> Member:
+        """Return the runner of a loaded model without a lease; for front ends of the pool.
+
+        Raises:
+            ModelNotLoadedError: The model is not loaded.
+        """
+        name = self._names.get(model)
+        entry = None if name is None else self._manager.entries[name]
+        if entry is None or entry.member is None or entry.model.state is not ModelState.READY:
+            raise ModelNotLoadedError(f"{model} is not loaded", model=model)
+        return entry.member
+
     async def evict(self, model: str) -> MemoryReturn:
         """Stop the runner of a model that is not in use, pinned or not, and wait for its memory.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from grpc_health.v1 import health
 
-from runner_common.contract import SERVICE_NAME, TOKEN_VARIABLE
+from runner_common.contract import POOL_SERVICE_NAME, SERVICE_NAME, TOKEN_VARIABLE
 from runner_common.serving.statuses import abort
 
 if TYPE_CHECKING:
@@ -31,9 +31,17 @@ _MIN_TOKEN_CHARS = 16
 """Shortest token that cannot be guessed."""
 
 USE_METHODS = frozenset({"Completion", "Detokenize", "Status", "Tokenize", "WatchStatus"})
+"""Methods of a runner open to the token for use."""
+
+_USE_PATHS = frozenset(
+    (
+        *(f"/{SERVICE_NAME}/{name}" for name in USE_METHODS),
+        f"/{POOL_SERVICE_NAME}/ListModels",
+        f"/{POOL_SERVICE_NAME}/Watch",
+    )
+)
 """Methods open to the token for use. Every other one, of any service, is control."""
 
-_USE_PATHS = frozenset(f"/{SERVICE_NAME}/{name}" for name in USE_METHODS)
 _REFLECTION = "/grpc.reflection."
 
 _TOKEN = re.compile(rf"[!-~]{{{_MIN_TOKEN_CHARS},}}")

@@ -28,6 +28,9 @@ INNER = (
 )
 """Rooms inside a room, which import none of the modules beside them."""
 
+UPPER = ("runner_client.pool.serving",)
+"""Rooms inside a room that the modules beside them do not import."""
+
 ROOM_SIZE = 12
 """The most modules in one room of client and common code."""
 
@@ -89,6 +92,17 @@ def test_an_inner_room_does_not_import_the_room_around_it(inner: str) -> None:
         f"{file.name} imports {name}"
         for file, name in imports
         if name.startswith(f"{around}.") and not name.startswith(f"{inner}.")
+    ]
+
+
+@pytest.mark.parametrize("upper", UPPER)
+def test_an_upper_room_is_not_imported_by_the_room_around_it(upper: str) -> None:
+    around, folder = upper.rpartition(".")[0], ROOT.joinpath(*upper.split("."))
+    imports = [(file, name) for file, name in modules("runner_client") if file.parent != folder]
+    assert not [
+        f"{file.name} imports {name}"
+        for file, name in imports
+        if ROOT.joinpath(*around.split(".")) in file.parents and name.startswith(upper)
     ]
 
 

@@ -1,0 +1,169 @@
+"""Assembly of a pool's server: pool, services, listening address, signals and shutdown."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from functools import partial
+from typing import TYPE_CHECKING, NoReturn
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from mlxrunner.v1 import pool_pb2_grpc
+from runner_client.errors import RunnerError
+from runner_client.memory.gate import MemoryGate
+from runner_client.pool.aio_pool import AsyncRunnerPool
+from runner_client.pool.serving import pool_service, runner_service
+from runner_client.pool.serving.completions import Completions
+from runner_client.pool.serving.forward import Forwarder
+from runner_client.pool.serving.names import ModelNames
+from runner_client.pool.serving.pool_service import PoolServicer
+from runner_client.pool.serving.runner_service import PooledRunnerService
+from runner_client.pool.serving.translate import translate
+from runner_common.contract import HEALTH_SERVICES, POOL_SERVICE_NAME, SERVICE_NAME
+from runner_common.serving.auth import AuthInterceptor
+from runner_common.serving.go_plugin import add_controller
+from runner_common.serving.interceptor import ErrorInterceptor
+from runner_common.serving.lifetime import announce, exit_at_once, install_signals
+from runner_common.serving.listen import CHANNEL_OPTIONS, CannotListenError, listen
+from runner_common.serving.orphan_guard import OrphanGuard
+from runner_common.serving.reflection import add_reflection
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from runner_client.pool.serving.config import PoolServerConfig
+    from runner_common.handshake import ReadyLine
+
+logger = logging.getLogger(__name__)
+
+EXIT_CANNOT_START = 1
+"""Exit code when the address cannot be bound."""
+
+_STREAM_GRACE_SECONDS = 0.5
+_SERVICES = (SERVICE_NAME, POOL_SERVICE_NAME)
+_METHODS = runner_service.METHODS | pool_service.METHODS
+
+
+class PoolApp:
+    """A server with its pool, from start to shutdown.
+
+    Create instances on the running event loop.
+
+    Args:
+        config: Configuration of the server.
+    """
+
+    def __init__(self, config: PoolServerConfig) -> None:
+        self._config = config
+        self._stop = asyncio.Event()
+        self._health = health.aio.HealthServicer()
+        environ = dict(os.environ)
+        gate = MemoryGate(environ=environ)
+        self.pool = AsyncRunnerPool(config.settings, gate=gate, blas=config.blas)
+        names, completions = ModelNames(config.settings.models), Completions()
+        self._runner_service = PooledRunnerService(
+            self.pool, config.settings, names, gate, environ, Forwarder(), completions
+        )
+        self._pool_service = PoolServicer(self.pool, config.settings, names, completions)
+        interceptors: list[grpc.aio.ServerInterceptor] = []
+        if config.token:
+            interceptors.append(AuthInterceptor(config.token, config.use_token, translate))
+        interceptors.append(ErrorInterceptor(_METHODS, translate))
+        self._server = grpc.aio.server(interceptors=interceptors, options=CHANNEL_OPTIONS)
+        self._ready: ReadyLine | None = None
+        self._first_loads: asyncio.Task[None] | None = None
+
+    async def start(self, announce_ready: Callable[[ReadyLine], None] | None = None) -> ReadyLine:
+        """Listen, answer calls, and begin to load pinned models.
+
+        Args:
+            announce_ready: Called with the address once calls are answered.
+
+        Returns:
+            The bound address.
+
+        Raises:
+            CannotListenError: The address cannot be listened on, or the TLS files cannot be used.
+        """
+        config = self._config
+        self._runner_service.add_to(self._server)
+        pool_pb2_grpc.add_PoolServiceServicer_to_server(self._pool_service, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        add_reflection(self._server, (*_SERVICES, health.SERVICE_NAME))
+        add_controller(self._server, self.request_stop)
+        self._ready = listen(
+            self._server, config.listen, tls=config.tls, has_token=config.token is not None
+        )
+        for name in (*HEALTH_SERVICES, POOL_SERVICE_NAME):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await self.pool.__aenter__()
+        await self._server.start()
+        if announce_ready:
+            announce_ready(self._ready)
+        self._first_loads = asyncio.create_task(self._prepare())
+        return self._ready
+
+    async def run(self) -> None:
+        """Serve until a stop is requested."""
+        await self._stop.wait()
+        await self.close()
+
+    def request_stop(self) -> None:
+        """Start an orderly shutdown."""
+        self._stop.set()
+
+    def exit_now(self, code: int) -> NoReturn:
+        """End the process at once. Runners notice it, and end within 2 s."""
+        exit_at_once(self._ready, code)
+
+    async def close(self) -> None:
+        """Refuse new work, stop and reap all runners, and close the server."""
+        await self._health.enter_graceful_shutdown()
+        if self._first_loads is not None:
+            self._first_loads.cancel()
+            await asyncio.gather(self._first_loads, return_exceptions=True)
+        await self.pool.close()
+        await self._server.stop(_STREAM_GRACE_SECONDS)
+
+    async def _prepare(self) -> None:
+        """Estimate the configured models, so that they are listed with their need; load pinned."""
+        models = self._config.settings.models
+        for name in models:
+            try:
+                await self.pool.know(name)
+            except RunnerError as error:
+                logger.warning("%s cannot be loaded: %s", name, error)
+        for name, settings in models.items():
+            if settings.pinned:
+                try:
+                    await self.pool.load(name)
+                except RunnerError as error:
+                    # Without a traceback: the reason suffices.
+                    logger.error("the pinned model %s is not loaded: %s", name, error)  # noqa: TRY400
+
+
+async def serve(config: PoolServerConfig) -> int:
+    """Run a pool's server until a stop is requested; print the ready line.
+
+    Returns:
+        The exit code if the server cannot start. Otherwise the process exits here, in the end.
+    """
+    app = PoolApp(config)
+    install_signals(app.request_stop, app.exit_now)
+    if config.exit_with_parent:
+        OrphanGuard(
+            partial(asyncio.get_running_loop().call_soon_threadsafe, app.request_stop)
+        ).start()
+    try:
+        await app.start(announce)
+    except CannotListenError as error:
+        logger.error("%s", error)  # noqa: TRY400 - the message suffices
+        await app.close()
+        return EXIT_CANNOT_START
+    await app.run()
+    # Everything is closed. Python's own exit would wait for worker threads that still estimate.
+    logging.shutdown()
+    os._exit(0)
