@@ -8,9 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from runner_common.contract import TOKEN_VARIABLE, USE_TOKEN_VARIABLE
 from runner_common.server_options import SERVER_OPTIONS, ServerOption, misuse
-from runner_common.serving.auth import read_token
+from runner_common.serving.auth import read_tokens
 from runner_common.serving.tls import TlsFiles
 from runner_server.engine.types import Dtype, LoadSpec
 
@@ -97,18 +96,9 @@ def _tokens(
 ) -> tuple[str | None, str | None]:
     """Return the token with all rights and the one for use; exit if they are unusable."""
     try:
-        token = read_token(values["token_file"])
-        use_token = read_token(values["use_token_file"], USE_TOKEN_VARIABLE)
+        return read_tokens(values["token_file"], values["use_token_file"])
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if use_token and not token:
-        parser.error(
-            "a token for use needs a token with all rights too: give --token-file or set "
-            f"{TOKEN_VARIABLE}"
-        )
-    if use_token and use_token == token:
-        parser.error("the token for use is the token with all rights; they must differ")
-    return token, use_token
 
 
 class _Parser(argparse.ArgumentParser):

@@ -21,6 +21,7 @@ from runner_client.cli import (
     trim,
     unload,
 )
+from runner_client.cli.pools import pool, ps
 from runner_client.cli.shared.errors import EXIT_CODES, Commands
 
 __all__ = ["main"]
@@ -44,5 +45,19 @@ def main(ctx: click.Context) -> None:
             stream.reconfigure(errors="replace")
 
 
-for module in (demo, doctor, estimate, run, serve, load, unload, stop, status, tokenize, trim):
+for module in (
+    demo,
+    doctor,
+    estimate,
+    run,
+    serve,
+    load,
+    unload,
+    stop,
+    status,
+    tokenize,
+    trim,
+    pool,
+    ps,
+):
     main.add_command(module.command)

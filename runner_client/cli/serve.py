@@ -4,52 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
+from runner_client.cli.shared.server import given_options, server_options
 from runner_client.host.command import check_platform, server_program
 from runner_client.host.environment import child_environment
 from runner_common.host_memory.free import installed_backend
-from runner_common.server_options import SERVER_OPTIONS, ServerOption, misuse
+from runner_common.server_options import SERVER_OPTIONS
 from runner_common.signals import hold_stop_signals, release_stop_signals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-
-_Result = TypeVar("_Result")
-
-
-def _server_options(command: Callable[..., _Result]) -> Callable[..., _Result]:
-    """Add the server's options, whose values are checked but stay text."""
-    for option in reversed(SERVER_OPTIONS):
-        command = _click_option(option)(command)
-    return command
-
-
-def _click_option(
-    option: ServerOption,
-) -> Callable[[Callable[..., _Result]], Callable[..., _Result]]:
-    if option.is_switch:
-        return click.option(*option.flags, option.name, is_flag=True, help=option.help_text)
-    kind = click.Choice(option.choices) if option.choices else _checked(option)
-    metavar = option.metavar or None
-    return click.option(
-        *option.flags, option.name, type=kind, metavar=metavar, help=option.help_text
-    )
-
-
-def _checked(option: ServerOption) -> Callable[[str], str]:
-    """Return a click type that refuses what the server would refuse, and returns text as is."""
-
-    def checked(text: str) -> str:
-        try:
-            option.read(text)
-        except ValueError as error:
-            raise click.BadParameter(str(error)) from error
-        return text
-
-    return checked
+    from collections.abc import Iterator, Mapping
 
 
 @click.command(
@@ -58,7 +25,7 @@ def _checked(option: ServerOption) -> Callable[[str], str]:
     epilog="Exit codes: 0 success (Ctrl-C included), 1 it could not start, 2 wrong usage, 70 the "
     "engine died, 130 interrupted twice.",
 )
-@_server_options
+@server_options()
 @click.option(
     "--blas",
     default="auto",
@@ -74,14 +41,12 @@ def command(*, blas: str, **values: str | bool | None) -> None:
     code is that of the server.
     """
     check_platform()
-    given = {name: value for name, value in values.items() if value not in {None, False}}
-    if problem := misuse(given):
-        raise click.UsageError(problem)
+    given = given_options(values)
     environment = child_environment(os.environ, backend=installed_backend(), blas=blas)
     _become([*server_program(), *_arguments(given)], environment)
 
 
-def _arguments(given: Mapping[str, str | bool | None]) -> Iterator[str]:
+def _arguments(given: Mapping[str, str | bool]) -> Iterator[str]:
     """Yield the arguments of the server's command line."""
     for option in SERVER_OPTIONS:
         value = given.get(option.name)

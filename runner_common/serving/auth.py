@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from grpc_health.v1 import health
 
-from runner_common.contract import POOL_SERVICE_NAME, SERVICE_NAME, TOKEN_VARIABLE
+from runner_common.contract import (
+    POOL_SERVICE_NAME,
+    SERVICE_NAME,
+    TOKEN_VARIABLE,
+    USE_TOKEN_VARIABLE,
+)
 from runner_common.serving.statuses import abort
 
 if TYPE_CHECKING:
@@ -45,6 +50,29 @@ _USE_PATHS = frozenset(
 _REFLECTION = "/grpc.reflection."
 
 _TOKEN = re.compile(rf"[!-~]{{{_MIN_TOKEN_CHARS},}}")
+
+
+def read_tokens(
+    file: Path | None,
+    use_file: Path | None,
+    environment: MutableMapping[str, str] = os.environ,
+) -> tuple[str | None, str | None]:
+    """Return the token with all rights and the one for use, as ``read_token``.
+
+    Raises:
+        ValueError: A token is missing or unusable, or both are equal.
+        OSError: A file cannot be read.
+    """
+    token = read_token(file, TOKEN_VARIABLE, environment)
+    use_token = read_token(use_file, USE_TOKEN_VARIABLE, environment)
+    if use_token and not token:
+        raise ValueError(
+            "a token for use needs a token with all rights too: give --token-file or set "
+            f"{TOKEN_VARIABLE}"
+        )
+    if use_token and use_token == token:
+        raise ValueError("the token for use is the token with all rights; they must differ")
+    return token, use_token
 
 
 def read_token(

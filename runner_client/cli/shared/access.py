@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, TypeVar, Unpack
 
 import click
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from click.decorators import FC
+
+_Client = TypeVar("_Client")
 
 
 def runner_address(value: str) -> str:
@@ -103,25 +105,26 @@ def access_options(command: FC) -> FC:
     return command
 
 
-def open_client(
-    address: str,
-    *,
-    token_file: str | None,
-    tls_ca: str | None,
-    tls_cert: str | None,
-    tls_key: str | None,
-) -> RunnerClient:
+def open_client(address: str, **credentials: Unpack[Credentials]) -> RunnerClient:
     """Create a client from the values of the options.
 
     Raises:
         click.UsageError: The options contradict each other, or the token cannot be sent.
         OSError: A file cannot be read.
     """
+    return opened(RunnerClient, address, **credentials)
+
+
+def opened(
+    kind: Callable[..., _Client], address: str, **credentials: Unpack[Credentials]
+) -> _Client:
+    """Create a client of any kind from the values of the options, as ``open_client``."""
+    tls_ca, tls_cert, tls_key = (credentials[name] for name in ("tls_ca", "tls_cert", "tls_key"))
     if tls_cert and not tls_ca:
         raise click.UsageError("--tls-cert needs --tls-ca")
     try:
         tls = TlsFiles(tls_ca, tls_cert, tls_key) if tls_ca or tls_key else None
-        return RunnerClient(address, token=_token(token_file), tls=tls)
+        return kind(address, token=_token(credentials["token_file"]), tls=tls)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 
