@@ -35,6 +35,7 @@ def describe(entry: Entry, waiting: Sequence[Ticket]) -> PoolModel:
         reason=own[0].reason if own else "",
         position=waiting.index(own[0]) + 1 if own else 0,
         leases=model.leases,
+        load_count=model.life,
         waiting_count=len(own),
         idle_seconds=time.monotonic() - model.idle_since if model.is_idle else None,
         is_pinned=model.is_pinned,

@@ -39,6 +39,8 @@ class PoolModel:
     """Position of that request among all that wait, from 1; 0 if none waits."""
     leases: int = 0
     """Leases in use."""
+    load_count: int = 0
+    """Loads since the start of the pool."""
     waiting_count: int = 0
     """Requests that wait for the model."""
     idle_seconds: float | None = None

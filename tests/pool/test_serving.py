@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import grpc
 import psutil
@@ -437,3 +439,31 @@ async def test_a_stop_ends_streams_and_reaps_runners(one: Path) -> None:
         assert (problem.code, problem.reason) == (Code.UNAVAILABLE, "SHUTTING_DOWN")
         await stopping
         assert not psutil.pid_exists(pid)
+
+
+async def test_metrics_are_by_model(
+    models: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    one, two = models
+    caplog.set_level("INFO", "runner_client.pool.serving.app")
+    async with serving(*models, metrics_listen=("127.0.0.1", 0)) as server:
+        (address,) = re.findall(r"metrics on (\S+)", caplog.text)
+        assert [message async for message in server.complete(one)][-1].done
+        call = server.complete(one, CONTEXT - 100)
+        await call.read()
+        await failure(server.complete("/no/such/model"))
+        text = await asyncio.to_thread(lambda: urlopen(address).read().decode())  # noqa: S310 - http
+        call.cancel()
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+
+    def value(name: str, model: object, more: str = "") -> float:
+        return float(values[f'mlx_runner_pool_{name}{{model_name="{model}"{more}}}'])
+
+    assert value("state", one, ',state="ready"') == 1
+    assert value("state", two, ',state="absent"') == 1
+    assert value("held_bytes", one) > 0
+    assert value("leases", one) == 1
+    assert value("loads_total", one) == 1
+    assert value("requests_total", one, ',outcome="granted"') == 2
+    assert value("requests_total", "", ',outcome="refused"') == 1
+    assert value("wait_seconds_count", one) == 2

@@ -14,7 +14,7 @@ from runner_client.pool.scheduling.settings import PoolSettings
 
 _OPTIONS = (
     *("listen", "exit_with_parent", "token_file", "use_token_file"),
-    *("tls_cert", "tls_key", "tls_client_ca", "log_level", "log_format"),
+    *("tls_cert", "tls_key", "tls_client_ca", "metrics_listen", "log_level", "log_format"),
 )
 
 
@@ -63,7 +63,4 @@ def command(
     options = read_options(given_options(values), _OPTIONS)
     from runner_client.pool.serving.launch import run_server  # noqa: PLC0415 - needs the extra
 
-    try:
-        sys.exit(run_server(settings, blas, options))
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
+    sys.exit(run_server(settings, blas, options))

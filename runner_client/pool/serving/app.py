@@ -23,7 +23,8 @@ from runner_client.pool.serving.pool_service import PoolServicer
 from runner_client.pool.serving.runner_service import PooledRunnerService
 from runner_client.pool.serving.translate import translate
 from runner_common.contract import HEALTH_SERVICES, POOL_SERVICE_NAME, SERVICE_NAME
-from runner_common.serving.auth import AuthInterceptor
+from runner_common.extras import install_advice
+from runner_common.serving.auth import AuthInterceptor, is_loopback
 from runner_common.serving.go_plugin import add_controller
 from runner_common.serving.interceptor import ErrorInterceptor
 from runner_common.serving.lifetime import announce, exit_at_once, install_signals
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from runner_client.pool.serving.config import PoolServerConfig
+    from runner_client.pool.serving.metrics import PoolMetrics
     from runner_common.handshake import ReadyLine
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,7 @@ class PoolApp:
         self._server = grpc.aio.server(interceptors=interceptors, options=CHANNEL_OPTIONS)
         self._ready: ReadyLine | None = None
         self._first_loads: asyncio.Task[None] | None = None
+        self._metrics: PoolMetrics | None = None
 
     async def start(self, announce_ready: Callable[[ReadyLine], None] | None = None) -> ReadyLine:
         """Listen, answer calls, and begin to load pinned models.
@@ -99,12 +102,31 @@ class PoolApp:
         )
         for name in (*HEALTH_SERVICES, POOL_SERVICE_NAME):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        if config.metrics_listen:
+            self._open_metrics(*config.metrics_listen)
         await self.pool.__aenter__()
         await self._server.start()
         if announce_ready:
             announce_ready(self._ready)
         self._first_loads = asyncio.create_task(self._prepare())
         return self._ready
+
+    def _open_metrics(self, host: str, port: int) -> None:
+        try:
+            from runner_client.pool.serving.metrics import PoolMetrics  # noqa: PLC0415 - may be missing
+
+            metrics = PoolMetrics(self.pool.status)
+            address = metrics.listen(host, port)
+        except ImportError as error:
+            raise CannotListenError(
+                f"--metrics-listen needs {error.name}; {install_advice('metrics')}"
+            ) from error
+        except (OSError, ValueError) as error:  # ValueError: not a valid host name
+            raise CannotListenError(f"--metrics-listen {host}:{port}: {error}") from error
+        self._metrics = self._runner_service.metrics = metrics
+        logger.info("metrics on %s", address)
+        if not is_loopback(host):
+            logger.warning("%s serves metrics to other machines without authentication", address)
 
     async def run(self) -> None:
         """Serve until a stop is requested."""
@@ -125,6 +147,8 @@ class PoolApp:
         if self._first_loads is not None:
             self._first_loads.cancel()
             await asyncio.gather(self._first_loads, return_exceptions=True)
+        if self._metrics is not None:
+            self._metrics.close()
         await self.pool.close()
         await self._server.stop(_STREAM_GRACE_SECONDS)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+from runner_client.errors import InvalidRequestError
 from runner_client.pool.serving.app import serve
 from runner_client.pool.serving.config import PoolServerConfig
 from runner_common.serving.auth import read_tokens
@@ -26,10 +27,13 @@ def run_server(settings: PoolSettings, blas: str, options: Mapping[str, Any]) ->
         options: Values of the options of a server that a pool has too.
 
     Raises:
-        ValueError: The tokens are unusable.
+        InvalidRequestError: The tokens are unusable.
         OSError: A file of a token cannot be read.
     """
-    token, use_token = read_tokens(options["token_file"], options["use_token_file"])
+    try:
+        token, use_token = read_tokens(options["token_file"], options["use_token_file"])
+    except ValueError as error:
+        raise InvalidRequestError(str(error)) from error
     cert, key, client_ca = (options[f"tls_{name}"] for name in ("cert", "key", "client_ca"))
     config = PoolServerConfig(
         listen=options["listen"],
@@ -38,6 +42,7 @@ def run_server(settings: PoolSettings, blas: str, options: Mapping[str, Any]) ->
         token=token,
         use_token=use_token,
         exit_with_parent=bool(options["exit_with_parent"]),
+        metrics_listen=options["metrics_listen"],
         blas=blas,
     )
     set_up_logging(options["log_level"], options["log_format"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -24,7 +24,6 @@ from runner_common.contract import MAX_DRAIN_SECONDS, SERVICE_NAME
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
-    from contextlib import AbstractAsyncContextManager
 
     from runner_client.memory.gate import GateDecision, MemoryGate
     from runner_client.pool.aio_member import Member
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from runner_client.pool.scheduling.settings import PoolSettings
     from runner_client.pool.serving.completions import Completions
     from runner_client.pool.serving.forward import Context, Forwarder
+    from runner_client.pool.serving.metrics import PoolMetrics
     from runner_client.pool.serving.names import ModelNames
 
     _Named = (
@@ -85,6 +85,8 @@ class PooledRunnerService:
         self._environ = environ
         self._forwarder = forwarder
         self._completions = completions
+        self.metrics: PoolMetrics | None = None
+        """Counts the waits for models, if set."""
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Add the service to a server that has not started yet."""
@@ -211,8 +213,25 @@ class PooledRunnerService:
         finished, aborted = await self._completions.drain(seconds)
         return pb.DrainResponse(finished_count=finished, aborted_count=aborted)
 
-    def _lease(self, request: _Named) -> AbstractAsyncContextManager[Member]:
-        return self._pool.lease(self._names.resolve(request.model))
+    @asynccontextmanager
+    async def _lease(self, request: _Named) -> AsyncIterator[Member]:
+        name, began = self._names.resolve(request.model), time.monotonic()
+        outcome = "refused"
+        try:
+            async with self._pool.lease(name) as member:
+                self._note_wait(name, outcome := "granted", began)
+                yield member
+        except asyncio.CancelledError:
+            if outcome == "refused":
+                outcome = "cancelled"
+            raise
+        finally:
+            if outcome != "granted":
+                self._note_wait(name, outcome, began)
+
+    def _note_wait(self, name: str, outcome: str, began: float) -> None:
+        if self.metrics is not None:
+            self.metrics.observe(name, outcome, time.monotonic() - began)
 
     def _loaded(self, request: _Named) -> Member:
         return self._pool.member(self._names.resolve(request.model))
