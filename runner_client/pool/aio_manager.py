@@ -367,10 +367,13 @@ class PoolManager:
                 await asyncio.gather(loading, return_exceptions=True)
             elif member is not None:
                 others = functools.partial(self._taken_bytes, member)
-                returned = await member.stop(self._settings.return_seconds, others)
+                # A pool that stops needs the memory for nothing.
+                patience = 0.0 if self.is_closed else self._settings.return_seconds
+                returned = await member.stop(patience, others)
                 entry.last_return = returned
                 entry.last_error = "" if returned.is_complete else f"evicted, but only {returned}"
-                level = logging.INFO if returned.is_complete else logging.WARNING
+                is_late = not (returned.is_complete or self.is_closed)
+                level = logging.WARNING if is_late else logging.INFO
                 logger.log(level, "evicted %s: %s", name, returned)
         finally:
             entry.member = None

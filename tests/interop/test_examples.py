@@ -19,7 +19,7 @@ from runner_client import Options, RunnerClient
 pytestmark = pytest.mark.timeout(1800)
 
 PROMPT, OPTIONS = "def fibonacci(n):", Options(temperature=0, num_predict=64)
-SPAWN = {"go", "node", "python"}
+SPAWN = {"go", "go-pool", "node", "node-pool", "python"}
 CALL = {"java", "rust"}
 MOST_LINES = 59
 SOURCES = {".go", ".java", ".js", ".py", ".rs"}
@@ -69,7 +69,7 @@ def test_the_example_builds_itself_and_prints_the_completion(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    need(language)
+    need(_toolchain(language))
     where = str(DEMO_MODEL) if language.name in SPAWN else servers["plain"].address
     monkeypatch.setenv(_MARK, str(tmp_path))
     text = run([_run_script(checkout, language), where], _name(language), _SECONDS, tmp_path)
@@ -86,7 +86,7 @@ def test_the_example_prints_the_reason_of_a_failure(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    need(language)
+    need(_toolchain(language))
     where, reason = servers["token"].address, "UNAUTHENTICATED"
     if language.name in SPAWN:
         where, reason = str(tmp_path / "nothing"), "MODEL_NOT_FOUND"
@@ -106,6 +106,11 @@ def test_the_examples_are_short() -> None:
     }
     assert {path.parts[1] for path in lines} == SPAWN | CALL
     assert {path: count for path, count in lines.items() if count > MOST_LINES} == {}
+
+
+def _toolchain(language: Language) -> Language:
+    """Return the client whose toolchain an example needs: that of ``go`` for ``go-pool``."""
+    return Language(language.name.removesuffix("-pool"))
 
 
 def _run_script(checkout: Path, language: Language) -> str:
