@@ -346,6 +346,11 @@ class PoolManager:
             entry.refused_count = 0
             self._fail(self.scheduler.waiting(entry.model), error)
 
+    def note_exit(self, entry: Entry) -> None:
+        """Note the death of a model's runner now, if it is dead."""
+        if entry.member is not None and entry.member.process.exit_error:
+            self._note_death(entry, entry.member)
+
     def _note_death(self, entry: Entry, member: Member) -> None:
         """Note that a runner died while its model was loaded. Requests that wait get a new one."""
         if entry.member is not member or entry.model.state is not ModelState.READY:

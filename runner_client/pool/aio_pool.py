@@ -156,11 +156,13 @@ class AsyncRunnerPool:
     ) -> AsyncIterator[Member]:
         """Lease as ``runner`` does, with access to the process; for front ends of the pool."""
         entry, lease = await self._acquire(model, evict, timeout_seconds, on_progress)
+        while (member := entry.member) is None or member.process.exit_error:
+            # It died before the grant or just now.
+            self._manager.release(lease)
+            self._manager.note_exit(entry)
+            entry, lease = await self._acquire(model, evict, timeout_seconds, on_progress)
         try:
-            if entry.member is None:
-                # It died between the grant and now.
-                raise RunnerUnavailableError(f"the runner of {entry.model.name} is gone")
-            yield entry.member
+            yield member
         finally:
             self._manager.release(lease)
 

@@ -162,7 +162,9 @@ def test_a_signal_during_a_load_stops_it(pool: Pool, tmp_path: Path) -> None:
         time.sleep(0.01)
     pool.process.send_signal(signal.SIGINT)
     assert pool.process.wait(20) == 0
-    assert "Traceback" not in (tmp_path / "log").read_text()
+    # A runner that is interrupted while it starts may say where.
+    own = [line for line in (tmp_path / "log").read_text().splitlines() if ".child: " not in line]
+    assert "Traceback" not in "\n".join(own)
 
 
 def test_a_second_signal_ends_it_now(pool: Pool) -> None:

@@ -22,6 +22,11 @@ from mlxrunner.v1 import pool_pb2, runner_pb2_grpc
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_client import LoadOptions, Options, errors
 from runner_client.estimate import estimate
+from runner_client.pool.serving.app import PoolApp
+from runner_client.pool.serving.config import PoolServerConfig
+from runner_common.serving.tls import TlsFiles
+from support.certificates import Authority
+from support.command_line import invoke
 from support.harness import Problem, eventually, failure
 from support.models import build_model
 from support.pool_server import CONTEXT, PoolServer, completion, serving, settings
@@ -222,6 +227,32 @@ async def test_a_deadline_reaches_the_runner(one: Path) -> None:
         await eventually(lambda: _is_idle(server, one))
 
 
+async def test_a_deadline_ends_the_wait_for_memory(models: tuple[Path, Path]) -> None:
+    one, two = models
+    budget = int(1.5 * max(map(need_bytes, models)))
+    async with serving(pool_settings=settings(*models, budget_bytes=budget)) as server:
+        call = server.complete(one, CONTEXT - 100)
+        await call.read()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await server.complete(two, timeout=0.5).read()
+        assert caught.value.code() is Code.DEADLINE_EXCEEDED
+        await eventually(lambda: _is_not_wanted(server, two))
+        waiting = server.complete(two)
+        await eventually(lambda: _waits_for_memory(server, two))
+        waiting.cancel()
+        await eventually(lambda: _is_not_wanted(server, two))
+        call.cancel()
+
+
+async def _is_not_wanted(server: PoolServer, model: Path) -> bool:
+    return (await server.model(model)).waiting_count == 0
+
+
+async def _waits_for_memory(server: PoolServer, model: Path) -> bool:
+    found = await server.model(model)
+    return found.position == 1 and "waiting for" in found.reason
+
+
 async def test_headers_tell_that_the_runner_has_the_request(one: Path) -> None:
     async with serving(one) as server:
         calls = [server.complete(one, CONTEXT - 100) for _ in range(4)]
@@ -284,15 +315,19 @@ async def test_a_slow_reader_is_bounded(one: Path) -> None:
     """The runner preempts the request once the connections are full, as it does directly."""
     async with serving(one) as server:
         await server.pool.LoadModel(pool_pb2.LoadModelRequest(model=str(one)))
-        call: Any = server.complete(one, CONTEXT - 100, logprobs=20)
+        # A small window, which fills sooner.
+        options = [("grpc.http2.bdp_probe", 0), ("grpc.enable_http_proxy", 0)]
+        channel = grpc.aio.insecure_channel(server.address, options=options)
+        stub = runner_pb2_grpc.RunnerServiceStub(channel)
+        call: Any = stub.Completion(completion(one, CONTEXT - 100, logprobs=20))
         await call.read()
         before = psutil.Process().memory_info().rss
-        await eventually(lambda: _is_stalled(server, one), 60)
+        await eventually(lambda: _is_stalled(server, one), 120)
         assert psutil.Process().memory_info().rss - before < 32 * 2**20
         assert [message async for message in server.complete(one)][-1].done
         # The stream goes on where it stopped.
         assert (await call.read()).token_ids
-        call.cancel()
+        await channel.close()
         await eventually(lambda: _is_idle(server, one))
 
 
@@ -311,6 +346,8 @@ async def test_models_are_evicted_pinned_and_watched(one: Path) -> None:
         watch: Any = server.pool.Watch(pool_pb2.WatchRequest())
         first = (await watch.read()).pool
         assert [model.name for model in first.models] == [name]
+        seen: list[pool_pb2.PoolModel] = []
+        watching = asyncio.create_task(_collect(watch, seen))
         pinned = await server.pool.PinModel(pool_pb2.PinModelRequest(model=name, pinned=True))
         assert (pinned.model.pinned, pinned.model.pid) == (True, 0)
         loaded = await server.pool.LoadModel(pool_pb2.LoadModelRequest())
@@ -329,18 +366,19 @@ async def test_models_are_evicted_pinned_and_watched(one: Path) -> None:
         assert not unpinned.model.pinned
         problem = await failure(server.pool.EvictModel(pool_pb2.EvictModelRequest(model="other")))
         assert problem.reason == "MODEL_NOT_LOADED"
-        states = []
-        async with asyncio.timeout(20):
-            while True:
-                (model,) = (await watch.read()).pool.models
-                states.append(model.state)
-                is_gone = model.state == pool_pb2.POOL_MODEL_STATE_ABSENT and not model.pinned
-                if is_gone and pool_pb2.POOL_MODEL_STATE_READY in states:
-                    break
-        assert pool_pb2.POOL_MODEL_STATE_LOADING in states
+        gone_state = pool_pb2.POOL_MODEL_STATE_ABSENT, False
+        await eventually(lambda: (seen[-1].state, seen[-1].pinned) == gone_state)
+        states = {model.state for model in seen}
+        assert {pool_pb2.POOL_MODEL_STATE_LOADING, pool_pb2.POOL_MODEL_STATE_READY} <= states
         stopping = asyncio.create_task(server.app.close())
-        assert (await broken(watch)).reason == "SHUTTING_DOWN"
+        assert (await failure(watching)).reason == "SHUTTING_DOWN"
         await stopping
+
+
+async def _collect(watch: Any, seen: list[pool_pb2.PoolModel]) -> None:
+    """Read a watch of a pool with one model to its end."""
+    while (message := await watch.read()) is not grpc.aio.EOF:
+        seen.extend(message.pool.models)
 
 
 async def test_options_of_a_load_are_those_of_the_configuration(one: Path) -> None:
@@ -413,6 +451,25 @@ async def test_tokens_are_those_of_a_runner(one: Path) -> None:
         assert (await failure(refused)).reason == "PERMISSION_DENIED"
         full = (("authorization", f"Bearer {TOKEN}"),)
         await server.pool.EvictModel(pool_pb2.EvictModelRequest(model=str(one)), metadata=full)
+
+
+async def test_tls_is_that_of_a_runner(one: Path, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    pair = authority.sign("server")
+    app = PoolApp(
+        PoolServerConfig(
+            listen="localhost:0", settings=settings(one), tls=TlsFiles(pair.cert, pair.key)
+        )
+    )
+    ready = await app.start()
+    try:
+        trust = ("--tls-ca", str(authority.file))
+        done = await asyncio.to_thread(invoke, "ps", ready.target, *trust)
+        assert (done.exit_code, str(one) in done.stdout) == (0, True)
+        done = await asyncio.to_thread(invoke, "ps", ready.target)
+        assert (done.exit_code, done.stdout) == (1, "")
+    finally:
+        await app.close()
 
 
 async def test_reflection_and_health_name_both_services(one: Path) -> None:

@@ -67,7 +67,14 @@ class PoolApp:
         self.pool = AsyncRunnerPool(config.settings, gate=gate, blas=config.blas)
         names, completions = ModelNames(config.settings.models), Completions()
         self._runner_service = PooledRunnerService(
-            self.pool, config.settings, names, gate, environ, Forwarder(), completions
+            self.pool,
+            config.settings,
+            names,
+            gate,
+            environ,
+            config.blas,
+            Forwarder(),
+            completions,
         )
         self._pool_service = PoolServicer(self.pool, config.settings, names, completions)
         interceptors: list[grpc.aio.ServerInterceptor] = []
@@ -76,7 +83,7 @@ class PoolApp:
         interceptors.append(ErrorInterceptor(_METHODS, translate))
         self._server = grpc.aio.server(interceptors=interceptors, options=CHANNEL_OPTIONS)
         self._ready: ReadyLine | None = None
-        self._first_loads: asyncio.Task[None] | None = None
+        self._preparations: asyncio.Future[tuple[None, None]] | None = None
         self._metrics: PoolMetrics | None = None
 
     async def start(self, announce_ready: Callable[[ReadyLine], None] | None = None) -> ReadyLine:
@@ -108,7 +115,7 @@ class PoolApp:
         await self._server.start()
         if announce_ready:
             announce_ready(self._ready)
-        self._first_loads = asyncio.create_task(self._prepare())
+        self._preparations = asyncio.gather(self._load_pinned(), self._estimate_configured())
         return self._ready
 
     def _open_metrics(self, host: str, port: int) -> None:
@@ -144,29 +151,31 @@ class PoolApp:
     async def close(self) -> None:
         """Refuse new work, stop and reap all runners, and close the server."""
         await self._health.enter_graceful_shutdown()
-        if self._first_loads is not None:
-            self._first_loads.cancel()
-            await asyncio.gather(self._first_loads, return_exceptions=True)
+        if self._preparations is not None:
+            self._preparations.cancel()
+            await asyncio.gather(self._preparations, return_exceptions=True)
         if self._metrics is not None:
             self._metrics.close()
         await self.pool.close()
         await self._server.stop(_STREAM_GRACE_SECONDS)
 
-    async def _prepare(self) -> None:
-        """Estimate the configured models, so that they are listed with their need; load pinned."""
-        models = self._config.settings.models
-        for name in models:
-            try:
-                await self.pool.know(name)
-            except RunnerError as error:
-                logger.warning("%s cannot be loaded: %s", name, error)
-        for name, settings in models.items():
+    async def _load_pinned(self) -> None:
+        for name, settings in self._config.settings.models.items():
             if settings.pinned:
                 try:
                     await self.pool.load(name)
                 except RunnerError as error:
                     # Without a traceback: the reason suffices.
                     logger.error("the pinned model %s is not loaded: %s", name, error)  # noqa: TRY400
+
+    async def _estimate_configured(self) -> None:
+        """Estimate the configured models, so that they are listed with their path and need."""
+        for name, settings in self._config.settings.models.items():
+            if not settings.pinned:
+                try:
+                    await self.pool.know(name)
+                except RunnerError as error:
+                    logger.warning("%s cannot be loaded: %s", name, error)
 
 
 async def serve(config: PoolServerConfig) -> int:

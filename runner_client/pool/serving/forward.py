@@ -147,9 +147,11 @@ def _gone(member: Member) -> RunnerUnavailableError:
     gone = RunnerUnavailableError("the model's runner is gone; retry, which loads the model again")
     peer = member.process.peer
     explained = peer.explain(gone) if peer is not None else gone
-    if not isinstance(explained, RunnerExitedError):
+    # A runner that is being reaped does not explain itself.
+    error = explained if isinstance(explained, RunnerExitedError) else member.process.exit_error
+    if error is None:
         return gone
     return RunnerUnavailableError(
-        f"the model's runner is gone: {explained.exit_reason}; the pool's log has its last lines. "
+        f"the model's runner is gone: {error.exit_reason}; the pool's log has its last lines. "
         "Retry, which loads the model again"
     )

@@ -35,7 +35,9 @@ class ModelNames:
             return model
         if len(self._configured) == 1:
             return self._configured[0]
-        known = ", ".join(self._configured[:_MAX_LISTED]) or "none"
+        if not self._configured:
+            raise _invalid("required: no model is configured")
+        known = ", ".join(self._configured[:_MAX_LISTED])
         raise _invalid(f"required: this pool has several models; configured are {known}")
 
 

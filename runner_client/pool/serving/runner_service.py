@@ -64,6 +64,7 @@ class PooledRunnerService:
         names: Decides which model a request means.
         gate: Measures memory for estimates.
         environ: The runners' environment.
+        blas: The runners' BLAS library, as for ``RunnerProcess``.
         forwarder: Passes calls on to runners.
         completions: The completions in progress.
     """
@@ -75,6 +76,7 @@ class PooledRunnerService:
         names: ModelNames,
         gate: MemoryGate,
         environ: Mapping[str, str],
+        blas: str,
         forwarder: Forwarder,
         completions: Completions,
     ) -> None:
@@ -83,6 +85,7 @@ class PooledRunnerService:
         self._names = names
         self._gate = gate
         self._environ = environ
+        self._blas = blas
         self._forwarder = forwarder
         self._completions = completions
         self.metrics: PoolMetrics | None = None
@@ -178,12 +181,14 @@ class PooledRunnerService:
 
     def _estimate(self, name: str, request: pb.EstimateRequest) -> pb.EstimateResponse:
         options = load_options(request)
-        found = estimate(name, options=options, env=self._environ)
+        found = estimate(name, options=options, env=self._environ, blas=self._blas)
         decision: GateDecision = self._gate.available(self._environ)
         answer = estimate_message(found, decision)
         if options.dtype != "auto_or_stored" or answer.fits or found.dtype == "as_stored":
             return answer
-        stored = estimate(name, options=options, dtype="as_stored", env=self._environ)
+        stored = estimate(
+            name, options=options, dtype="as_stored", env=self._environ, blas=self._blas
+        )
         answer = estimate_message(stored, decision)
         answer.notes.append(
             f"there is too little memory for {found.dtype}: it would be held as stored"
