@@ -265,6 +265,9 @@ with RunnerPool(PoolSettings()) as pool:
             sys.stdin.read()
     else:
         pool.load(sys.argv[1], on_progress=lambda model: print(model.pid, flush=True))
+        # A load may end before it has reported the process.
+        print(pool.models()[0].pid, flush=True)
+        sys.stdin.read()
 """
 
 
