@@ -49,6 +49,8 @@ def _requests(phase: Phase) -> list[Check]:
     refused, stuck = tally.endings[Ending.WRONGLY_REFUSED], tally.endings[Ending.STUCK]
     least = LOADS_PER_MINUTE * phase.seconds / 60
     loads = phase.loads.total()
+    # A pool is rightly refused for as long as others of the machine have the memory.
+    serving = min(2, len(phase.schedulers))
     served = ", ".join(f"{count:,} by {name}" for name, count in sorted(phase.served.items()))
     answers = f"{differing:,} of {tally.compared:,} finished and {tally.prefixes:,} partial"
     return [
@@ -58,10 +60,10 @@ def _requests(phase: Phase) -> list[Check]:
         Check("stuck requests", stuck == 0, f"{stuck:,}", "0"),
         Check("wrong answers", tally.compared > 0 == differing, answers, "0"),
         Check(
-            "every scheduler served",
-            phase.schedulers <= set(phase.served),
+            "schedulers that served",
+            len(phase.schedulers & set(phase.served)) >= serving,
             served or "nothing",
-            f"all {len(phase.schedulers)}",
+            f"at least {serving} of {len(phase.schedulers)}",
         ),
         Check("loads", loads >= least, f"{loads:,}", f"at least {least:.0f}"),
     ]

@@ -100,8 +100,9 @@ def _compare_nothing(phase: Phase) -> None:
     phase.tally.compared = 0
 
 
-def _starve_one(phase: Phase) -> None:
-    del phase.served["pool 2"]
+def _starve_all_but_one(phase: Phase) -> None:
+    phase.served.clear()
+    phase.served["pool 1"] = 5
 
 
 def _never_load_one(phase: Phase) -> None:
@@ -168,7 +169,7 @@ def _stop_early(phase: Phase) -> None:
         (_end(Ending.STUCK), "stuck requests"),
         (_differ, "wrong answers"),
         (_compare_nothing, "wrong answers"),
-        (_starve_one, "every scheduler served"),
+        (_starve_all_but_one, "schedulers that served"),
         (_never_load_one, "models loaded"),
         (_hardly_load, "loads"),
         (_hold_too_much_once, "memory of the runners, MiB"),
