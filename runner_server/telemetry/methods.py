@@ -20,10 +20,17 @@ _SMG_METHODS = (
     "HealthCheck",
 )
 
-METHODS = {
-    f"/{SERVICE_NAME}/{name}": name
-    for name in pb.DESCRIPTOR.services_by_name["RunnerService"].methods_by_name
-} | {f"/{SMG_SERVICE_NAME}/{name}": name for name in _SMG_METHODS}
+_RUNNER_METHODS = tuple(pb.DESCRIPTOR.services_by_name["RunnerService"].methods_by_name)
+
+
+def _smg_name(name: str) -> str:
+    """Return a name with the service in front if the runner's own service has it, too."""
+    return f"MlxEngine.{name}" if name in _RUNNER_METHODS else name
+
+
+METHODS = {f"/{SERVICE_NAME}/{name}": name for name in _RUNNER_METHODS} | {
+    f"/{SMG_SERVICE_NAME}/{name}": _smg_name(name) for name in _SMG_METHODS
+}
 """Names of the methods by their paths on the wire. Names are unique across the services."""
 
 FULL_NAMES = {name: path.removeprefix("/") for path, name in METHODS.items()}
