@@ -33,7 +33,7 @@ async fn complete(address: String) -> Result<(), Status> {
     let endpoint = Endpoint::from_shared(uri).map_err(|e| Status::from_error(e.into()))?;
     let mut client = RunnerServiceClient::new(endpoint.connect_lazy());
 
-    let status = client.status(StatusRequest {}).await?.into_inner();
+    let status = client.status(StatusRequest::default()).await?.into_inner();
     eprintln!("{:?} on {}", status.state(), status.device);
 
     let mut request = tonic::Request::new(CompletionRequest {

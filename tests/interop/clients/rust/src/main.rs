@@ -135,7 +135,7 @@ impl Runner {
     }
 
     async fn status(&self) -> Result<StatusResponse, Failure> {
-        let mut request = Request::new(StatusRequest {});
+        let mut request = Request::new(StatusRequest::default());
         request.set_timeout(STATUS_PATIENCE);
         Ok(self.client.clone().status(request).await?.into_inner())
     }
