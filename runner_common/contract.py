@@ -44,6 +44,15 @@ MAX_PRIORITY = 100
 MAX_STOPS = 64
 """Most stop strings of a request."""
 
+MAX_MODEL_CHARS = 4096
+"""Longest name of a model in a request."""
+
+MAX_REQUEST_ID_CHARS = 128
+"""Longest ``request_id``."""
+
+MAX_ABORTED_IDS = 1024
+"""Most ids of an ``Abort``."""
+
 MAX_LOGIT_BIASES = 1024
 """Most token ids with a logit bias of a request."""
 

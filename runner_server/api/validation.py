@@ -16,12 +16,15 @@ from google.protobuf.message import Message
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_common.contract import (
+    MAX_ABORTED_IDS,
     MAX_BYTES,
     MAX_CONTEXT_LENGTH,
     MAX_DRAIN_SECONDS,
     MAX_LOGPROBS,
+    MAX_MODEL_CHARS,
     MAX_PARALLEL,
     MAX_PRIORITY,
+    MAX_REQUEST_ID_CHARS,
     MAX_STOPS,
     MAX_WATCH_SECONDS,
     MIN_CONTEXT_LENGTH,
@@ -35,11 +38,7 @@ from runner_server.engine.types import Dtype, LoadSpec, ModelInfo, Sampling
 _T = TypeVar("_T")
 
 _MAX_INT32 = 2**31 - 1
-_MAX_MODEL_CHARS = 4096
-
 _MAX_STOP_CHARS = 1024
-_MAX_REQUEST_ID_CHARS = 128
-_MAX_ABORTED_IDS = 1024
 _NANOS = 1_000_000_000
 
 _DTYPES = {
@@ -61,8 +60,8 @@ def load_spec(request: pb.LoadRequest | pb.EstimateRequest) -> LoadSpec:
     """
     check = ViolationCollector()
     check.require("model", bool(request.model), "required: a directory or a hub id")
-    too_long = len(request.model) > _MAX_MODEL_CHARS or "\0" in request.model
-    check.require("model", not too_long, f"at most {_MAX_MODEL_CHARS} characters, none of them NUL")
+    too_long = len(request.model) > MAX_MODEL_CHARS or "\0" in request.model
+    check.require("model", not too_long, f"at most {MAX_MODEL_CHARS} characters, none of them NUL")
     _check_number(check, request, "context_length", MIN_CONTEXT_LENGTH, MAX_CONTEXT_LENGTH)
     _check_number(check, request, "parallel", 1, MAX_PARALLEL)
     _check_number(check, request, "memory_limit_bytes", 1, MAX_BYTES)
@@ -103,11 +102,11 @@ def abort_ids(request: pb.AbortRequest) -> frozenset[str]:
     """
     check = ViolationCollector()
     ids = request.request_ids
-    counts = 1 <= len(ids) <= _MAX_ABORTED_IDS
-    check.require("request_ids", counts, f"{len(ids)} ids; 1 to {_MAX_ABORTED_IDS}")
-    for i, name in enumerate(ids[:_MAX_ABORTED_IDS]):
-        inside = 1 <= len(name) <= _MAX_REQUEST_ID_CHARS
-        text = f"{len(name)} characters; 1 to {_MAX_REQUEST_ID_CHARS}"
+    counts = 1 <= len(ids) <= MAX_ABORTED_IDS
+    check.require("request_ids", counts, f"{len(ids)} ids; 1 to {MAX_ABORTED_IDS}")
+    for i, name in enumerate(ids[:MAX_ABORTED_IDS]):
+        inside = 1 <= len(name) <= MAX_REQUEST_ID_CHARS
+        text = f"{len(name)} characters; 1 to {MAX_REQUEST_ID_CHARS}"
         check.require(f"request_ids[{i}]", inside, text)
     check.finish()
     return frozenset(ids)
@@ -175,8 +174,8 @@ def completion_draft(request: pb.CompletionRequest, model: ModelInfo) -> Generat
 def check_request_id(check: ViolationCollector, request_id: str) -> None:
     """Check the length of the caller's name for a request."""
     length = len(request_id)
-    too_long = f"{length} characters; at most {_MAX_REQUEST_ID_CHARS}"
-    check.require("request_id", length <= _MAX_REQUEST_ID_CHARS, too_long)
+    too_long = f"{length} characters; at most {MAX_REQUEST_ID_CHARS}"
+    check.require("request_id", length <= MAX_REQUEST_ID_CHARS, too_long)
 
 
 def _prompt(check: ViolationCollector, request: pb.CompletionRequest) -> Prompt:

@@ -19,14 +19,11 @@ from runner_client.checks import (
 )
 from runner_client.errors import InvalidRequestError
 from runner_client.types import LoadOptions
-from runner_common.contract import MAX_BYTES
+from runner_common.contract import MAX_BYTES, MAX_PRIORITY
 from runner_common.units import parse_bytes
 
 if TYPE_CHECKING:
     from os import PathLike
-
-MAX_PRIORITY = 100
-"""The highest priority of a model; the lowest is its negative."""
 
 _SIZE_FIELDS = frozenset(
     {"budget_bytes", "reserve_bytes", "memory_limit_bytes", "prefix_cache_bytes"}

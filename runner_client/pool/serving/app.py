@@ -166,7 +166,7 @@ class PoolApp:
                     await self.pool.load(name)
                 except RunnerError as error:
                     # Without a traceback: the reason suffices.
-                    logger.error("the pinned model %s is not loaded: %s", name, error)  # noqa: TRY400
+                    logger.error("the pinned model %s is not loaded: %s", name, error)  # noqa: TRY400 - says enough
 
     async def _estimate_configured(self) -> None:
         """Estimate the configured models, so that they are listed with their path and need."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from runner_client.errors import InvalidRequestError
+from runner_common.contract import MAX_MODEL_CHARS
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-_MAX_CHARS = 4096
 _MAX_LISTED = 8
 
 
@@ -29,8 +29,8 @@ class ModelNames:
         Raises:
             InvalidRequestError: The name is missing or too long.
         """
-        if len(model) > _MAX_CHARS or "\0" in model:
-            raise _invalid(f"at most {_MAX_CHARS} characters, none of them NUL")
+        if len(model) > MAX_MODEL_CHARS or "\0" in model:
+            raise _invalid(f"at most {MAX_MODEL_CHARS} characters, none of them NUL")
         if model:
             return model
         if len(self._configured) == 1:

@@ -20,7 +20,12 @@ from runner_client.pool.serving.messages import (
     require_configured,
 )
 from runner_client.pool.serving.pool_service import evict_known
-from runner_common.contract import MAX_DRAIN_SECONDS, SERVICE_NAME
+from runner_common.contract import (
+    MAX_ABORTED_IDS,
+    MAX_DRAIN_SECONDS,
+    MAX_REQUEST_ID_CHARS,
+    SERVICE_NAME,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -42,9 +47,6 @@ if TYPE_CHECKING:
         | pb.WatchStatusRequest
         | pb.TrimRequest
     )
-
-_MAX_ABORTED_IDS = 1024
-_MAX_REQUEST_ID_CHARS = 128
 
 METHODS = frozenset(
     f"/{SERVICE_NAME}/{name}"
@@ -270,11 +272,11 @@ def _check_ids(ids: Any) -> None:  # noqa: ANN401 - a repeated field
         InvalidRequestError: There are too few or too many ids, or one is empty or too long.
     """
     wrong = []
-    if not 1 <= len(ids) <= _MAX_ABORTED_IDS:
-        wrong.append(("request_ids", f"{len(ids)} ids; 1 to {_MAX_ABORTED_IDS}"))
-    for i, name in enumerate(ids[:_MAX_ABORTED_IDS]):
-        if not 1 <= len(name) <= _MAX_REQUEST_ID_CHARS:
-            problem = f"{len(name)} characters; 1 to {_MAX_REQUEST_ID_CHARS}"
+    if not 1 <= len(ids) <= MAX_ABORTED_IDS:
+        wrong.append(("request_ids", f"{len(ids)} ids; 1 to {MAX_ABORTED_IDS}"))
+    for i, name in enumerate(ids[:MAX_ABORTED_IDS]):
+        if not 1 <= len(name) <= MAX_REQUEST_ID_CHARS:
+            problem = f"{len(name)} characters; 1 to {MAX_REQUEST_ID_CHARS}"
             wrong.append((f"request_ids[{i}]", problem))
     if wrong:
         text = "; ".join(f"{name}: {problem}" for name, problem in wrong)
