@@ -41,3 +41,22 @@ def _reservations() -> tuple[Record, ...]:
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
     """A machine whose runners exist in memory only."""
     return use_machine(monkeypatch, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two small models with a long context."""
+    from support.models import build_model
+    from support.pool_server import CONTEXT
+
+    folder = tmp_path_factory.mktemp("models")
+    return (
+        build_model(folder / "one", seed=1, max_position_embeddings=CONTEXT),
+        build_model(folder / "two", seed=2, max_position_embeddings=CONTEXT),
+    )
+
+
+@pytest.fixture(scope="module")
+def one(models: tuple[Path, Path]) -> Path:
+    """The first of the two models."""
+    return models[0]

@@ -13,8 +13,10 @@ import grpc
 from mlxrunner.v1 import pool_pb2, pool_pb2_grpc, runner_pb2_grpc
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_client import AsyncRunnerClient, LoadOptions, ModelSettings, PoolSettings
+from runner_client.estimate import estimate
 from runner_client.pool.serving.app import PoolApp
 from runner_client.pool.serving.config import PoolServerConfig
+from support.harness import Problem, failure
 
 CONTEXT = 16_384
 """Room for completions that last until they are cancelled."""
@@ -94,3 +96,46 @@ async def serving(
             )
     finally:
         await app.close()
+
+
+def need_bytes(model: Path) -> int:
+    options = LoadOptions(context_length=CONTEXT, parallel=4, prefix_cache_bytes=0)
+    return estimate(str(model), options=options).total_bytes
+
+
+class Direct:
+    """Calls to the runner of a loaded model, around the pool."""
+
+    def __init__(self, server: PoolServer, model: Path) -> None:
+        process = server.app.pool.member(str(model)).process
+        assert process.address
+        channel = grpc.aio.insecure_channel(process.address)
+        self._stub = runner_pb2_grpc.RunnerServiceStub(channel)
+        self._metadata = (("authorization", f"Bearer {process.token}"),)
+
+    def __call__(self, rpc: str, request: object) -> Any:
+        """Start a call."""
+        return getattr(self._stub, rpc)(request, metadata=self._metadata)
+
+
+async def broken(call: Any) -> Problem:
+    """Read a stream that has been read before, which must fail, and return the error."""
+    return await failure(_rest(call))
+
+
+async def _rest(call: Any) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
+async def running_count(server: PoolServer, model: Path) -> int:
+    return (await server.runner.Status(pb.StatusRequest(model=str(model)))).running_count
+
+
+async def is_idle(server: PoolServer, model: Path) -> bool:
+    leases = (await server.model(model)).lease_count
+    return not leases and not await running_count(server, model)
+
+
+async def has_state(server: PoolServer, model: Path, state: int) -> bool:
+    return (await server.model(model)).state == state
