@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from runner_client import AsyncRunnerClient, RunnerClient, RunnerUnavailableError
+from runner_client.cli.shared.session import show_text
 from runner_client.testing import fake_runner
 from support.command_line import invoke
 
@@ -23,10 +24,9 @@ LOST = r"the connection to the runner at 127\.0\.0\.1:\d+ was lost.*\. The text 
 class Relay:
     """TCP relay to a server, which can cut its connections like a death of the server."""
 
-    def __init__(self, address: str, cut_after: int | None = None) -> None:
+    def __init__(self, address: str) -> None:
         host, _, port = address.rpartition(":")
         self._server = (host, int(port))
-        self._cut_after = cut_after
         self._sockets: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
@@ -39,21 +39,15 @@ class Relay:
                 near, _ = self._listener.accept()
                 far = socket.create_connection(self._server)
                 self._sockets += [near, far]
-                for pair in ((near, far, None), (far, near, self._cut_after)):
+                for pair in ((near, far), (far, near)):
                     thread = threading.Thread(target=self._copy, args=pair)
                     self._threads.append(thread)
                     thread.start()
 
-    def _copy(self, source: socket.socket, target: socket.socket, limit: int | None) -> None:
-        copied = 0
+    def _copy(self, source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(2**16):
                 target.sendall(data)
-                copied += len(data)
-                if limit is not None and copied > limit:
-                    break
-        if limit is not None:
-            self.cut()
 
     def cut(self) -> None:
         """End all connections with a reset, and accept no others."""
@@ -74,10 +68,10 @@ class Relay:
 
 
 @contextlib.contextmanager
-def relayed(cut_after: int | None = None) -> Iterator[Relay]:
+def relayed() -> Iterator[Relay]:
     """Relay to a fake runner that generates more text than buffers hold."""
     with fake_runner(pieces=["x" * 1000] * 10_000) as runner:
-        relay = Relay(runner.address, cut_after)
+        relay = Relay(runner.address)
         try:
             yield relay
         finally:
@@ -103,8 +97,17 @@ async def test_the_asyncio_client_says_the_same() -> None:
                 [chunk async for chunk in text]
 
 
-def test_the_command_line_says_that_the_text_is_incomplete() -> None:
-    with relayed(cut_after=100_000) as relay:
+def test_the_command_line_says_that_the_text_is_incomplete(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with relayed() as relay:
+
+        def show_and_cut(content: str) -> None:
+            show_text(content)
+            if content:
+                relay.cut()
+
+        monkeypatch.setattr("runner_client.cli.run.show_text", show_and_cut)
         result = invoke("run", "--address", relay.address, "Hi")
     assert result.exit_code == 1
     assert result.stdout.startswith("x")

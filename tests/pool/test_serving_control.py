@@ -207,6 +207,8 @@ async def test_metrics_are_by_model(
         call = server.complete(one, CONTEXT - 100)
         await call.read()
         await failure(server.complete("/no/such/model"))
+        # Models of the configuration are estimated in the background, and listed then.
+        await eventually(lambda: _is_listed(server, two))
         text = await asyncio.to_thread(lambda: urlopen(address).read().decode())  # noqa: S310 - http
         call.cancel()
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
@@ -222,3 +224,7 @@ async def test_metrics_are_by_model(
     assert value("requests_total", one, ',outcome="granted"') == 2
     assert value("requests_total", "", ',outcome="refused"') == 1
     assert value("wait_seconds_count", one) == 2
+
+
+async def _is_listed(server: PoolServer, model: Path) -> bool:
+    return str(model) in await server.models()

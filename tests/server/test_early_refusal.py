@@ -55,6 +55,8 @@ async def test_a_model_that_does_not_fit_costs_nothing(
     server = await start_loaded(NEED.required_bytes - 1)
     call = server.start(num_predict=4000)
     assert await call.read()
+    # Otherwise the completion may be over by the time of the status.
+    server.backend.step_gate.shut()
     problem = await failure(server.load(str(tmp_path)))
     assert (problem.code, problem.reason) == (
         grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -68,6 +70,7 @@ async def test_a_model_that_does_not_fit_costs_nothing(
     status = await server.status()
     assert (status.state, status.model.name, status.running_count) == (pb.STATE_ACTIVE, "fake", 1)
     assert str(tmp_path) in status.last_error
+    server.backend.step_gate.open()
     assert await call.read()
     call.cancel()
     assert len(tokens(await server.complete(num_predict=3))) == 3
