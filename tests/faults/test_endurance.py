@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import threading
+from statistics import median
 
 import psutil
 import pytest
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 MODEL_CYCLES = int(os.environ.get("FAULT_CYCLES", "50"))
 PROCESS_CYCLES = int(os.environ.get("FAULT_CYCLES", "6"))
 WARM_UP = 10
+ENDS = 5
+"""Cycles at each end of a run, whose median counts."""
 SHORT = Options(num_predict=8, temperature=0, logit_bias={0: -100})
 MIB = 2**20
 PROMISED_BYTES_A_CYCLE = 20 * 2**10
@@ -48,8 +51,12 @@ def test_repeated_loads_in_one_process_do_not_leak(
             seen.append(held(pid))
             client.load(model)
     first, last = seen[WARM_UP], seen[-1]
-    logger.info("models: %d bytes a cycle", (last[0] - first[0]) // MODEL_CYCLES)
-    assert last[0] - first[0] < MODEL_CYCLES * PROMISED_BYTES_A_CYCLE, seen
+    # A single resident set may be a megabyte off, depending on when the heap was last trimmed.
+    sizes = [size for size, _, _ in seen]
+    growth = median(sizes[-ENDS:]) - median(sizes[WARM_UP : WARM_UP + ENDS])
+    cycles = MODEL_CYCLES - ENDS
+    logger.info("models: %d bytes a cycle", growth // cycles)
+    assert growth < cycles * PROMISED_BYTES_A_CYCLE, seen
     assert last[1] <= first[1], seen
     assert last[2] - first[2] < MODEL_CYCLES * PROMISED_THREADS_A_CYCLE, seen
 
