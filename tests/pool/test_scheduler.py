@@ -226,7 +226,8 @@ def test_a_caller_who_refuses_evictions_does_not_overtake() -> None:
     pool.ask(small, may_evict=False)
     (refusal,) = pool.decide()
     assert isinstance(refusal, Refuse)
-    assert "for which earlier requests wait" in refusal.text
+    assert "c needs 10 B, and what is free is kept for requests that came before" in refusal.text
+    assert (refusal.required_bytes, refusal.available_bytes) == (10, 0)
 
 
 def test_requests_wait_behind_the_first_that_needs_room() -> None:

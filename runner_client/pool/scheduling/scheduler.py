@@ -25,6 +25,7 @@ from runner_client.pool.scheduling.states import (
 from runner_client.pool.scheduling.victims import (
     cover,
     described,
+    kept_for_others,
     needs_eviction,
     over_budget,
     over_machine,
@@ -241,6 +242,8 @@ class PoolScheduler:
             if short <= 0 and first is None:
                 machine_bytes -= model.need.total_bytes
                 yield self._load(now, ticket)
+            elif not ticket.may_evict and short <= 0:
+                yield self._refused(ticket, kept_for_others(model), 0)
             elif not ticket.may_evict:
                 yield self._refused_eviction(now, ticket, short)
             elif first is not None:

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from runner_client.pool.scheduling.states import PooledModel
 
 
+_NO_EVICTION = "The caller asked for no eviction: wait, evict a model, or allow it"
+
+
 def rank(model: PooledModel) -> tuple[bool, int, float]:
     """Order of eviction: idle before used, low priority first, then least recently used first."""
     used = not model.is_idle
@@ -73,10 +76,16 @@ def needs_eviction(
     model: PooledModel, short_bytes: int, victims: Iterable[PooledModel], now: float
 ) -> str:
     """Return the refusal of a caller who asked for no eviction."""
-    text = f"{model.name} needs {format_bytes(model.need.total_bytes)}"
-    if short_bytes <= 0:
-        text += ", for which earlier requests wait"
-    else:
-        going = described(victims, now) or "more than the models that may go"
-        text += f", {format_bytes(short_bytes)} more than is free; would have to go: {going}"
-    return f"{text}. The caller asked for no eviction: wait, evict a model, or allow it"
+    going = described(victims, now) or "more than the models that may go"
+    return (
+        f"{model.name} needs {format_bytes(model.need.total_bytes)}, {format_bytes(short_bytes)} "
+        f"more than is free; would have to go: {going}. {_NO_EVICTION}"
+    )
+
+
+def kept_for_others(model: PooledModel) -> str:
+    """Return the refusal of a caller who asked for no eviction, while others wait for the memory."""
+    return (
+        f"{model.name} needs {format_bytes(model.need.total_bytes)}, and what is free is kept for "
+        f"requests that came before. {_NO_EVICTION}"
+    )
