@@ -84,7 +84,7 @@ def needs_eviction(
 
 
 def kept_for_others(model: PooledModel) -> str:
-    """Return the refusal of a caller who asked for no eviction, while others wait for the memory."""
+    """Return the refusal of a caller who asked for no eviction, while others wait for memory."""
     return (
         f"{model.name} needs {format_bytes(model.need.total_bytes)}, and what is free is kept for "
         f"requests that came before. {_NO_EVICTION}"
