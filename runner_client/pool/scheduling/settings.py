@@ -81,8 +81,9 @@ class PoolSettings:
     """Settings of models that ``models`` does not list."""
     models: Mapping[str, ModelSettings] = field(default_factory=dict)
     """Settings by model, a directory or hub id as in ``AsyncRunnerPool.runner``."""
-    min_residence_seconds: float = 5.0
-    """A model is not evicted to make room within this time after its load."""
+    min_residence_seconds: float = 1.0
+    """A model is not evicted to make room within this time after its load, nor within the time that
+    its load took."""
     max_wait_seconds: float = 30.0
     """A model that has waited this long for memory gets the memory of models in use: they finish
     the leases they have, and new ones wait. Until then, requests of a loaded model are served
