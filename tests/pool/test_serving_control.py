@@ -17,8 +17,11 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from mlxrunner.v1 import pool_pb2
 from mlxrunner.v1 import runner_pb2 as pb
+from runner_client.errors import RequestAbortedError
 from runner_client.pool.serving.app import PoolApp
+from runner_client.pool.serving.completions import Completions
 from runner_client.pool.serving.config import PoolServerConfig
+from runner_client.pool.serving.forward import Forwarder
 from runner_common.serving.tls import TlsFiles
 from support.certificates import Authority
 from support.command_line import invoke
@@ -105,6 +108,49 @@ async def test_an_abort_ends_completions_of_all_models(models: tuple[Path, Path]
             assert (problem.code, problem.reason) == (Code.ABORTED, "ABORTED")
         problem = await failure(server.runner.Abort(pb.AbortRequest(request_ids=[""])))
         assert problem.violations.keys() == {"request_ids[0]"}
+
+
+async def test_an_abort_does_without_a_runner_that_stops(
+    one: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def stopping(*_args: object) -> bytes:
+        raise grpc.aio.AioRpcError(
+            Code.UNAVAILABLE,
+            grpc.aio.Metadata(),
+            grpc.aio.Metadata(("grpc-status-details-bin", b"")),
+            "the server is shutting down",
+        )
+
+    async with serving(one) as server:
+        await server.pool.LoadModel(pool_pb2.LoadModelRequest(model=str(one)))
+        monkeypatch.setattr(Forwarder, "call", stopping)
+        done = await server.runner.Abort(pb.AbortRequest(request_ids=["a"]))
+        assert done.aborted_count == 0
+
+
+async def test_a_drain_waits_for_the_end_of_what_it_ends() -> None:
+    completions, may_end = Completions(), asyncio.Event()
+    began = asyncio.Event()
+
+    async def complete() -> None:
+        with completions.begin("a"):
+            try:
+                began.set()
+                await asyncio.Event().wait()
+            finally:
+                await may_end.wait()
+
+    running = asyncio.create_task(complete())
+    await began.wait()
+    drain = asyncio.create_task(completions.drain(0))
+    await eventually(lambda: bool(running.cancelling()))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not drain.done()
+    may_end.set()
+    assert await drain == (0, 1)
+    with pytest.raises(RequestAbortedError):
+        await running
 
 
 async def test_a_drain_refuses_new_work_and_ends_the_rest(one: Path) -> None:

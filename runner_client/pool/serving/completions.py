@@ -108,7 +108,7 @@ class Completions:
         return len(found)
 
     async def drain(self, timeout_seconds: float | None) -> tuple[int, int]:
-        """Refuse new completions, and wait for the present ones.
+        """Refuse new completions, and wait for the end of the present ones.
 
         Cancelling this accepts completions again, unless another drain waits.
 
@@ -121,13 +121,14 @@ class Completions:
         present = set(self._present)
         self._drain_count += 1
         try:
-            async with asyncio.timeout(timeout_seconds):
+            try:
+                async with asyncio.timeout(timeout_seconds):
+                    await _end_of(present)
+            except TimeoutError:
                 for completion in present:
-                    await completion.ended.wait()
-        except TimeoutError:
-            for completion in present:
-                if not completion.ended.is_set():
-                    completion.abort("a Drain whose timeout passed")
+                    if not completion.ended.is_set():
+                        completion.abort("a Drain whose timeout passed")
+                await _end_of(present)
         finally:
             self._drain_count -= 1
         self._is_drained = True
@@ -137,3 +138,8 @@ class Completions:
     def resume(self) -> None:
         """Accept completions again, unless a drain waits."""
         self._is_drained = False
+
+
+async def _end_of(completions: Collection[PooledCompletion]) -> None:
+    for completion in completions:
+        await completion.ended.wait()

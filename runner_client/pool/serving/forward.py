@@ -49,13 +49,21 @@ class Forwarder:
         Raises:
             RunnerUnavailableError: The runner is gone.
         """
-        runner = self._runner(member)
         try:
-            return await runner.unary(method)(
-                request, timeout=context.time_remaining(), metadata=runner.headers(context)
-            )
+            return await self.call(member, method, request, context)
         except grpc.aio.AioRpcError as error:
             await _pass_on(error, member, context)
+
+    async def call(self, member: Member, method: str, request: bytes, context: Context) -> bytes:
+        """Like ``unary``, but leave the call of the pool as it is.
+
+        Raises:
+            grpc.aio.AioRpcError: The runner's error.
+        """
+        runner = self._runner(member)
+        return await runner.unary(method)(
+            request, timeout=context.time_remaining(), metadata=runner.headers(context)
+        )
 
     async def stream(
         self,

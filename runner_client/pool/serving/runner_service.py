@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import grpc
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_client.checks import check_seconds
-from runner_client.errors import InvalidRequestError, RunnerError
+from runner_client.errors import InvalidRequestError
 from runner_client.memory.estimation import estimate
 from runner_client.pool.serving.messages import (
     duration,
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
         | pb.WatchStatusRequest
         | pb.TrimRequest
     )
+
+logger = logging.getLogger(__name__)
 
 METHODS = frozenset(
     f"/{SERVICE_NAME}/{name}"
@@ -207,9 +210,10 @@ class PooledRunnerService:
 
     async def _abort_on(self, member: Member, data: bytes, context: Context) -> int:
         try:
-            answer = await self._forwarder.unary(member, "Abort", data, context)
-        except RunnerError:
-            # The runner is gone, and its completions with it.
+            answer = await self._forwarder.call(member, "Abort", data, context)
+        except grpc.aio.AioRpcError as error:
+            # A runner that stops or is gone ends its completions by itself.
+            logger.info("an Abort did not reach a runner: %s", error.details())
             return 0
         return pb.AbortResponse.FromString(answer).aborted_count
 
