@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,11 +27,25 @@ def leaves_nothing(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     complaints = [
         record.getMessage()
         for record in caplog.get_records("call")
-        if record.name == "asyncio" and record.levelno >= logging.WARNING
+        if record.name == "asyncio"
+        and record.levelno >= logging.WARNING
+        and not _is_of_the_poller(record)
     ]
     assert complaints == []
     # The thread of a cancelled start may need a moment to give up.
     wait_until(lambda: set(psutil.Process().children()) <= before and not _reservations())
+
+
+def _is_of_the_poller(record: logging.LogRecord) -> bool:
+    """Return whether gRPC reads its wakeup socket late, when it has already closed it.
+
+    That happens now and then as the last channel of a process closes, and harms nothing
+    (https://github.com/grpc/grpc/issues/25364 is of the same kind).
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    if not isinstance(error, OSError) or error.errno != errno.EBADF:
+        return False
+    return traceback.extract_tb(error.__traceback__)[-1].name.endswith("_handle_events")
 
 
 def _reservations() -> tuple[Record, ...]:
