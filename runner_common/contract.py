@@ -44,6 +44,9 @@ MAX_PRIORITY = 100
 MAX_STOPS = 64
 """Most stop strings of a request."""
 
+MAX_STOP_TOKEN_IDS = 1024
+"""Most stop token ids of a request."""
+
 MAX_MODEL_CHARS = 4096
 """Longest name of a model in a request."""
 

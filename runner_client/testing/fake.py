@@ -18,6 +18,7 @@ from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
+from runner_client.testing.answers import token_messages
 from runner_client.testing.call import FakeCall
 from runner_client.testing.failure import Failure
 from runner_common.contract import (
@@ -25,6 +26,7 @@ from runner_common.contract import (
     DEFAULT_PARALLEL,
     MAX_LOGIT_BIASES,
     MAX_LOGPROBS,
+    MAX_STOP_TOKEN_IDS,
     MAX_STOPS,
 )
 
@@ -57,7 +59,8 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     """Behaviour of a fake runner; may be changed between calls. Created by ``fake_runner``."""
 
     pieces: Sequence[str] = ("Hello", " world")
-    """The text of every completion; each piece is one chunk and one token."""
+    """The text of every completion; each piece is one chunk and one token, whose id is its
+    number."""
     failure: Failure | None = None
     """The error for every call except Status and health."""
     fail_after: int = 0
@@ -208,18 +211,17 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
             call.wait(self.piece_delay_seconds)
             progress = pb.PromptProgress(evaluated_count=number, total_count=self.progress_messages)
             yield pb.CompletionResponse(prompt_progress=progress)
-        for number, piece in enumerate(self.pieces):
+        messages = token_messages(request, self.pieces)
+        for number, message in enumerate(messages):
             self._fail_if_told(context, sent=number)
             call.wait(math.inf if number == self.stall_after else self.piece_delay_seconds)
-            yield pb.CompletionResponse(
-                content=piece, token_ids=[number], logprobs=_logprobs(request, number, piece)
-            )
-        self._fail_if_told(context, sent=len(self.pieces))
+            yield message
+        self._fail_if_told(context, sent=len(messages))
         if self.is_complete:
             yield pb.CompletionResponse(
                 done=True,
                 done_reason=pb.DONE_REASON_STOP,
-                eval_count=len(self.pieces),
+                eval_count=len(messages),
                 prompt_cached_count=self.prompt_cached_count,
             )
         if not self.ends_after_done:
@@ -307,6 +309,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
             max_stop_count=MAX_STOPS,
             max_logit_bias_count=MAX_LOGIT_BIASES,
             rank_count=1,
+            max_stop_token_id_count=MAX_STOP_TOKEN_IDS,
         )
         return pb.Model(name=name, path=name, dtype_fallback=is_fallback, capabilities=accepted)
 
@@ -328,13 +331,6 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         if name not in ("", self.model):
             text = f"the loaded model is {self.model!r}, and the call names {name!r}"
             Failure("MODEL_NOT_LOADED", text, metadata={"model": name}).abort(context)
-
-
-def _logprobs(request: pb.CompletionRequest, number: int, piece: str) -> list[pb.TokenLogprob]:
-    """Return the log probability of a token if requested: 0, without alternatives."""
-    if not request.HasField("logprobs"):
-        return []
-    return [pb.TokenLogprob(token_id=number, text=piece, bytes=piece.encode())]
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from runner_client.checks import check_bias, check_integer, check_number, check_texts
+from runner_client.checks import check_bias, check_ids, check_integer, check_number, check_texts
 
 if TYPE_CHECKING:
     import builtins
@@ -52,6 +52,8 @@ class Options:
     """Strings that end the text; the text stops before the first match."""
     logit_bias: Mapping[int, float] | None = None
     """Values added to the logits, by token id."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end the text and add nothing to it, like the model's own end tokens."""
 
     def __post_init__(self) -> None:
         for name in _INTEGERS:
@@ -60,6 +62,7 @@ class Options:
             check_number(name, getattr(self, name))
         check_texts("stop", self.stop)
         check_bias("logit_bias", self.logit_bias)
+        check_ids("stop_token_ids", self.stop_token_ids)
 
 
 _INTEGERS = ("top_k", "repeat_last_n", "num_predict", "seed")
@@ -75,7 +78,7 @@ class DoneReason(StrEnum):
     UNKNOWN = "unknown"
     """A reason unknown to this version."""
     STOP = "stop"
-    """The model ended the text, or a stop string matched."""
+    """The model ended the text, a stop token was generated, or a stop string matched."""
     LENGTH = "length"
     """``num_predict`` tokens were generated, or the context is full."""
 

@@ -24,6 +24,8 @@ class Capabilities:
     """The most token ids in ``Options.logit_bias``."""
     rank_count: int | None = None
     """The number of processes that together hold the model."""
+    max_stop_token_id_count: int | None = None
+    """The most ids in ``Options.stop_token_ids``."""
 
 
 @dataclass(frozen=True, slots=True)

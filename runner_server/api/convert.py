@@ -7,7 +7,12 @@ import sys
 from google.protobuf.duration_pb2 import Duration
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_common.contract import MAX_LOGIT_BIASES, MAX_LOGPROBS, MAX_STOPS
+from runner_common.contract import (
+    MAX_LOGIT_BIASES,
+    MAX_LOGPROBS,
+    MAX_STOP_TOKEN_IDS,
+    MAX_STOPS,
+)
 from runner_server.api.estimator import Estimated
 from runner_server.engine.output.token_text import TokenTexts
 from runner_server.engine.types import (
@@ -65,6 +70,7 @@ def model_message(info: ModelInfo, rank_count: int = 1) -> pb.Model:
             max_stop_count=MAX_STOPS,
             max_logit_bias_count=MAX_LOGIT_BIASES,
             rank_count=rank_count,
+            max_stop_token_id_count=MAX_STOP_TOKEN_IDS,
         ),
     )
 

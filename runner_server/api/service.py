@@ -41,8 +41,9 @@ from runner_server.api.violations import check_token_ids
 from runner_server.engine.backend import ModelHandle, Ranks
 from runner_server.engine.commands import ModelCommand
 from runner_server.engine.engine import Engine
+from runner_server.engine.generation_request import GenerationRequest
 from runner_server.engine.output.token_text import TokenTexts
-from runner_server.engine.types import CompletionSpec, EngineState, LoadSpec, ModelInfo
+from runner_server.engine.types import EngineState, LoadSpec, ModelInfo
 from runner_server.errors import InvalidField, RunnerFault
 from runner_server.host.blas import blas_of
 from runner_server.host.resident_memory import resident_bytes
@@ -201,7 +202,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         model = model_for_call(self._engine, request.request_id, request.model)
         draft = completion_draft(request, model.info)
         async with generate(self._engine, model, draft, context) as generation:
-            texts = _token_texts(model, generation.spec)
+            texts = _token_texts(model, generation)
             async for delta in generation.stream.deltas():
                 yield delta_message(delta, texts)
 
@@ -262,8 +263,9 @@ async def _outcome(command: ModelCommand[_T]) -> _T:
         raise
 
 
-def _token_texts(model: ModelHandle, spec: CompletionSpec) -> TokenTexts | None:
+def _token_texts(model: ModelHandle, generation: GenerationRequest) -> TokenTexts | None:
     """Return the decoder for the tokens of log probabilities; None if none were requested."""
+    spec = generation.spec
     if spec.sampling.logprobs is None:
         return None
-    return TokenTexts(model.codec, spec.prompt_ids, model.info.eos_token_ids)
+    return TokenTexts(model.codec, spec.prompt_ids, generation.end_ids)

@@ -25,6 +25,7 @@ from runner_common.contract import (
     MAX_PARALLEL,
     MAX_PRIORITY,
     MAX_REQUEST_ID_CHARS,
+    MAX_STOP_TOKEN_IDS,
     MAX_STOPS,
     MAX_WATCH_SECONDS,
     MIN_CONTEXT_LENGTH,
@@ -157,6 +158,8 @@ def completion_draft(request: pb.CompletionRequest, model: ModelInfo) -> Generat
     _check_numbers(check, options, model)
     _check_stops(check, options.stop)
     check.bias("options.logit_bias", options.logit_bias, model.vocab_size)
+    stop_ids = options.stop_token_ids
+    check.token_ids("options.stop_token_ids", stop_ids, model.vocab_size, MAX_STOP_TOKEN_IDS)
     _check_number(check, request, "logprobs", 0, min(MAX_LOGPROBS, model.vocab_size))
     check_request_id(check, request.request_id)
     check.number("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY)
@@ -166,6 +169,7 @@ def completion_draft(request: pb.CompletionRequest, model: ModelInfo) -> Generat
         max_tokens=_given(options, "num_predict", int, model.context_length),
         sampling=_sampling(request, model),
         stop=tuple(options.stop),
+        stop_token_ids=frozenset(stop_ids),
         request_id=request.request_id,
         priority=request.priority,
     )

@@ -49,6 +49,16 @@ class ViolationCollector:
                 entry, -_MAX_BIAS <= value <= _MAX_BIAS, f"{value:g} is not in -100 to 100"
             )
 
+    def token_ids(self, field: str, ids: Sequence[int], vocab_size: int, most: int) -> None:
+        """Check a list of at most ``most`` token ids."""
+        if len(ids) > most:
+            # A message can have millions; checking each would block the event loop.
+            self.require(field, ok=False, text=f"{len(ids)}; at most {most}")
+            return
+        for i, token_id in enumerate(ids):
+            text = f"{token_id} is not a token id: 0 to {vocab_size - 1}"
+            self.require(f"{field}[{i}]", 0 <= token_id < vocab_size, text)
+
     def finish(self) -> None:
         """Raise the collected violations, if any.
 

@@ -59,6 +59,7 @@ class GenerationRequest:
         spec: The validated request.
         status: The stage that the request has reached.
         stream: The channel to the reader.
+        end_ids: The tokens that end the text and add nothing to it.
         submitted_at: Time of arrival, in seconds of the monotonic clock.
     """
 
@@ -70,7 +71,7 @@ class GenerationRequest:
         self._decoder = StreamDecoder(codec.decode, spec.prompt_ids)
         self._matcher = StopMatcher(spec.stop)
         model_end_ids = frozenset[int]() if spec.ignore_eos else eos_token_ids
-        self._end_ids = model_end_ids | spec.stop_token_ids
+        self.end_ids = model_end_ids | spec.stop_token_ids
         self._token_count = 0
         self._cached_count = 0
         self._prefilled_count = 0
@@ -191,7 +192,7 @@ class GenerationRequest:
 
     def _end_at(self, token_id: int) -> FinishReason | None:
         """Return the finish reason if a token is the last one by id or by count."""
-        if token_id in self._end_ids:
+        if token_id in self.end_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if self._token_count >= self.spec.max_tokens else None
 

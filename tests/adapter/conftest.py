@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import pytest
 from runner_server.engine.backend import LoadedModel
 from runner_server.engine.types import LoadSpec
 from runner_server.mlx_backend import MlxBackend
+from support.harness import Server, running
 from support.mlx_tasks import assert_no_tasks_left
 
 if TYPE_CHECKING:
@@ -58,6 +59,18 @@ def trained(load: Load) -> LoadedModel:
     if not (DEMO / "model.safetensors").is_file():
         pytest.skip("the demo model is not in this checkout")
     return load(DEMO, parallel=8)
+
+
+@pytest.fixture
+async def demo(socket_dir: Path) -> AsyncIterator[Server]:
+    """A server with the demo model, whose rows are decoded together."""
+    if not (DEMO / "model.safetensors").is_file():
+        pytest.skip("the demo model is not in this checkout")
+    backend: Any = MlxBackend()
+    async with running(socket_dir, backend) as (app, channel, ready):
+        server = Server(app, backend, channel, ready)
+        await server.load(str(DEMO), context_length=256, parallel=4)
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,14 @@ def test_complete_joins_the_chunks(client: RunnerClient) -> None:
 
 
 def test_the_request_carries_all_arguments(client: RunnerClient, runner: FakeRunner) -> None:
-    options = Options(temperature=0, top_k=0, seed=7, stop=("\n",), logit_bias={3: -1.5})
+    options = Options(
+        temperature=0,
+        top_k=0,
+        seed=7,
+        stop=("\n",),
+        logit_bias={3: -1.5},
+        stop_token_ids=(5, 6),
+    )
     client.complete("Hi", options=options, logprobs=0, request_id="me", priority=-7)
     expected = pb.CompletionRequest(prompt="Hi", logprobs=0, request_id="me", priority=-7)
     expected.options.temperature = 0
@@ -48,6 +55,7 @@ def test_the_request_carries_all_arguments(client: RunnerClient, runner: FakeRun
     expected.options.seed = 7
     expected.options.stop.append("\n")
     expected.options.logit_bias[3] = -1.5
+    expected.options.stop_token_ids.extend([5, 6])
     assert runner.requests == [expected]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
-from runner_client import RunnerClient, State, errors
+from runner_client import Options, RunnerClient, State, errors
 from runner_client.testing import Failure, fake_runner
 
 
@@ -130,3 +130,10 @@ def test_headers_come_before_the_first_chunk() -> None:
         call = runner_pb2_grpc.RunnerServiceStub(channel).Completion(pb.CompletionRequest())
         call.initial_metadata()
         call.cancel()
+
+
+def test_a_stop_token_ends_the_text() -> None:
+    options = Options(stop_token_ids=(1,))
+    with fake_runner(pieces=("a", "b", "c")) as runner, RunnerClient(runner.address) as client:
+        done = client.complete("Hi", options=options)
+    assert (done.content, done.token_ids, done.eval_count) == ("a", (0, 1), 2)

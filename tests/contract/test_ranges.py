@@ -40,6 +40,7 @@ INSIDE: dict[str, list[Any]] = {
         {i % VOCAB_SIZE: 1.0 for i in range(1024)},
         {1: -0.0},
     ],
+    "stop_token_ids": [[], [0, VOCAB_SIZE - 1], [300, 300], [300] * 1024],
 }
 
 OUTSIDE: dict[str, list[Any]] = {
@@ -63,6 +64,7 @@ OUTSIDE: dict[str, list[Any]] = {
         {1: NAN},
         {1: INF},
     ],
+    "stop_token_ids": [[-1], [1, VOCAB_SIZE], [MAX_INT32], [MIN_INT32], [1] * 1025],
 }
 
 

@@ -24,6 +24,7 @@ REQUESTS = {
     "nucleus": completion("import os\n", seed=5, top_k=0, top_p=0.8, num_predict=24),
     "penalties": completion("for i in", seed=3, repeat_penalty=1.3, num_predict=24),
     "biased": completion("return", temperature=0, logit_bias={0: -100, 1: -100}, num_predict=24),
+    "stopped": completion("def main(", temperature=0, stop_token_ids=range(300, 400)),
     "long": completion(LONG, temperature=0, num_predict=16),
 }
 

@@ -27,6 +27,11 @@ async def test_too_many_stop_strings_are_refused_by_their_count(loaded: Server) 
     assert problem.violations == {"options.stop": "100000; at most 64"}
 
 
+async def test_too_many_stop_tokens_are_refused_by_their_count(loaded: Server) -> None:
+    problem = await failure(loaded.start(stop_token_ids=[-1] * 100_000))
+    assert problem.violations == {"options.stop_token_ids": "100000; at most 1024"}
+
+
 async def test_too_many_ids_to_detokenize_are_refused(loaded: Server) -> None:
     """Limit the number of ids: their text may be empty and sets no bound."""
     ids = [WITHOUT_TEXT] * MOST_IDS

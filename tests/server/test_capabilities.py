@@ -62,6 +62,13 @@ async def test_stop_strings_are_accepted_up_to_the_limit(loaded: Server) -> None
     assert set(problem.violations) == {"options.stop"}
 
 
+async def test_stop_tokens_are_accepted_up_to_the_limit(loaded: Server) -> None:
+    most = (await capabilities(loaded)).max_stop_token_id_count
+    await loaded.complete(stop_token_ids=[300] * most, num_predict=1)
+    problem = await failure(loaded.start(stop_token_ids=[300] * (most + 1)))
+    assert set(problem.violations) == {"options.stop_token_ids"}
+
+
 async def test_logit_biases_are_accepted_up_to_the_limit(server: Server) -> None:
     await server.load()
     most = (await capabilities(server)).max_logit_bias_count

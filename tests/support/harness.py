@@ -145,16 +145,15 @@ class Server:
         self,
         prompt: str = "hello",
         *,
-        logprobs: int | None = None,
         timeout: float | None = DEADLINE_SECONDS,
-        **options: Any,
+        **fields: Any,
     ) -> CompletionCall:
-        """Start a completion; ``options`` may have a ``request_id`` too."""
+        """Start a completion; ``fields`` are those of the request or of its options, by name."""
+        known = pb.CompletionOptions.DESCRIPTOR.fields_by_name
+        options = {name: value for name, value in fields.items() if name in known}
+        others = {name: value for name, value in fields.items() if name not in known}
         request = pb.CompletionRequest(
-            prompt=prompt,
-            logprobs=logprobs,
-            request_id=options.pop("request_id", ""),
-            options=pb.CompletionOptions(**options),
+            prompt=prompt, options=pb.CompletionOptions(**options), **others
         )
         return self.stub.Completion(request, timeout=timeout)
 

@@ -321,7 +321,8 @@ type DoneReason int32
 const (
 	// The completion is still running.
 	DoneReason_DONE_REASON_UNSPECIFIED DoneReason = 0
-	// The model ended the text, or a stop string was found (see `stop_match`).
+	// The model ended the text, one of `stop_token_ids` was generated, or a stop
+	// string was found (see `stop_match`).
 	DoneReason_DONE_REASON_STOP DoneReason = 1
 	// `num_predict` tokens were generated, or the context is full.
 	DoneReason_DONE_REASON_LENGTH DoneReason = 2
@@ -724,9 +725,11 @@ type Capabilities struct {
 	// The most entries of `CompletionOptions.logit_bias`.
 	MaxLogitBiasCount *int32 `protobuf:"varint,6,opt,name=max_logit_bias_count,json=maxLogitBiasCount,proto3,oneof" json:"max_logit_bias_count,omitempty"`
 	// The number of processes that hold the model together; 1 if one holds all of it.
-	RankCount     *int32 `protobuf:"varint,7,opt,name=rank_count,json=rankCount,proto3,oneof" json:"rank_count,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	RankCount *int32 `protobuf:"varint,7,opt,name=rank_count,json=rankCount,proto3,oneof" json:"rank_count,omitempty"`
+	// The most ids in `CompletionOptions.stop_token_ids`.
+	MaxStopTokenIdCount *int32 `protobuf:"varint,8,opt,name=max_stop_token_id_count,json=maxStopTokenIdCount,proto3,oneof" json:"max_stop_token_id_count,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *Capabilities) Reset() {
@@ -804,6 +807,13 @@ func (x *Capabilities) GetMaxLogitBiasCount() int32 {
 func (x *Capabilities) GetRankCount() int32 {
 	if x != nil && x.RankCount != nil {
 		return *x.RankCount
+	}
+	return 0
+}
+
+func (x *Capabilities) GetMaxStopTokenIdCount() int32 {
+	if x != nil && x.MaxStopTokenIdCount != nil {
+		return *x.MaxStopTokenIdCount
 	}
 	return 0
 }
@@ -2148,7 +2158,12 @@ type CompletionOptions struct {
 	// Values added to the logits of token ids before anything else. Ids from 0 to
 	// `Model.vocab_size` - 1, at most 1,024 of them; values from -100 to 100.
 	// Default: none.
-	LogitBias     map[int32]float32 `protobuf:"bytes,12,rep,name=logit_bias,json=logitBias,proto3" json:"logit_bias,omitempty" protobuf_key:"varint,1,opt,name=key" protobuf_val:"fixed32,2,opt,name=value"`
+	LogitBias map[int32]float32 `protobuf:"bytes,12,rep,name=logit_bias,json=logitBias,proto3" json:"logit_bias,omitempty" protobuf_key:"varint,1,opt,name=key" protobuf_val:"fixed32,2,opt,name=value"`
+	// Token ids that end the text like the model's own end tokens
+	// (`Model.eos_token_ids`), with DONE_REASON_STOP. The one that ends the text is the
+	// last of `token_ids` and adds nothing to `content`. Ids from 0 to
+	// `Model.vocab_size` - 1, at most 1,024 of them. Default: none.
+	StopTokenIds  []int32 `protobuf:"varint,13,rep,packed,name=stop_token_ids,json=stopTokenIds,proto3" json:"stop_token_ids,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2263,6 +2278,13 @@ func (x *CompletionOptions) GetStop() []string {
 func (x *CompletionOptions) GetLogitBias() map[int32]float32 {
 	if x != nil {
 		return x.LogitBias
+	}
+	return nil
+}
+
+func (x *CompletionOptions) GetStopTokenIds() []int32 {
+	if x != nil {
+		return x.StopTokenIds
 	}
 	return nil
 }
@@ -3096,7 +3118,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x0edtype_fallback\x18\n" +
 	" \x01(\bR\rdtypeFallback\x12\x1a\n" +
 	"\bwarnings\x18\v \x03(\tR\bwarnings\x12>\n" +
-	"\fcapabilities\x18\f \x01(\v2\x1a.mlxrunner.v1.CapabilitiesR\fcapabilities\"\xb5\x03\n" +
+	"\fcapabilities\x18\f \x01(\v2\x1a.mlxrunner.v1.CapabilitiesR\fcapabilities\"\x8c\x04\n" +
 	"\fCapabilities\x12\x1d\n" +
 	"\abatched\x18\x01 \x01(\bH\x00R\abatched\x88\x01\x01\x12&\n" +
 	"\fprefix_cache\x18\x02 \x01(\bH\x01R\vprefixCache\x88\x01\x01\x121\n" +
@@ -3105,7 +3127,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x0emax_stop_count\x18\x05 \x01(\x05H\x04R\fmaxStopCount\x88\x01\x01\x124\n" +
 	"\x14max_logit_bias_count\x18\x06 \x01(\x05H\x05R\x11maxLogitBiasCount\x88\x01\x01\x12\"\n" +
 	"\n" +
-	"rank_count\x18\a \x01(\x05H\x06R\trankCount\x88\x01\x01B\n" +
+	"rank_count\x18\a \x01(\x05H\x06R\trankCount\x88\x01\x01\x129\n" +
+	"\x17max_stop_token_id_count\x18\b \x01(\x05H\aR\x13maxStopTokenIdCount\x88\x01\x01B\n" +
 	"\n" +
 	"\b_batchedB\x0f\n" +
 	"\r_prefix_cacheB\x15\n" +
@@ -3113,7 +3136,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\r_max_logprobsB\x11\n" +
 	"\x0f_max_stop_countB\x17\n" +
 	"\x15_max_logit_bias_countB\r\n" +
-	"\v_rank_count\"\xf8\x02\n" +
+	"\v_rank_countB\x1a\n" +
+	"\x18_max_stop_token_id_count\"\xf8\x02\n" +
 	"\x0fEstimateRequest\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12*\n" +
 	"\x0econtext_length\x18\x02 \x01(\x05H\x00R\rcontextLength\x88\x01\x01\x12\x1f\n" +
@@ -3223,7 +3247,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\bpriority\x18\x06 \x01(\x05R\bpriority\x12\x14\n" +
 	"\x05model\x18\a \x01(\tR\x05modelB\a\n" +
 	"\x05inputB\v\n" +
-	"\t_logprobs\"\xb6\x05\n" +
+	"\t_logprobs\"\xdc\x05\n" +
 	"\x11CompletionOptions\x12%\n" +
 	"\vtemperature\x18\x01 \x01(\x02H\x00R\vtemperature\x88\x01\x01\x12\x18\n" +
 	"\x05top_p\x18\x02 \x01(\x02H\x01R\x04topP\x88\x01\x01\x12\x18\n" +
@@ -3239,7 +3263,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	" \x01(\x03H\tR\x04seed\x88\x01\x01\x12\x12\n" +
 	"\x04stop\x18\v \x03(\tR\x04stop\x12M\n" +
 	"\n" +
-	"logit_bias\x18\f \x03(\v2..mlxrunner.v1.CompletionOptions.LogitBiasEntryR\tlogitBias\x1a<\n" +
+	"logit_bias\x18\f \x03(\v2..mlxrunner.v1.CompletionOptions.LogitBiasEntryR\tlogitBias\x12$\n" +
+	"\x0estop_token_ids\x18\r \x03(\x05R\fstopTokenIds\x1a<\n" +
 	"\x0eLogitBiasEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\x05R\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\x02R\x05value:\x028\x01B\x0e\n" +

@@ -282,7 +282,9 @@ class _DoneReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DoneReason
     DONE_REASON_UNSPECIFIED: _DoneReason.ValueType  # 0
     """The completion is still running."""
     DONE_REASON_STOP: _DoneReason.ValueType  # 1
-    """The model ended the text, or a stop string was found (see `stop_match`)."""
+    """The model ended the text, one of `stop_token_ids` was generated, or a stop
+    string was found (see `stop_match`).
+    """
     DONE_REASON_LENGTH: _DoneReason.ValueType  # 2
     """`num_predict` tokens were generated, or the context is full."""
 
@@ -292,7 +294,9 @@ class DoneReason(_DoneReason, metaclass=_DoneReasonEnumTypeWrapper):
 DONE_REASON_UNSPECIFIED: DoneReason.ValueType  # 0
 """The completion is still running."""
 DONE_REASON_STOP: DoneReason.ValueType  # 1
-"""The model ended the text, or a stop string was found (see `stop_match`)."""
+"""The model ended the text, one of `stop_token_ids` was generated, or a stop
+string was found (see `stop_match`).
+"""
 DONE_REASON_LENGTH: DoneReason.ValueType  # 2
 """`num_predict` tokens were generated, or the context is full."""
 Global___DoneReason: _TypeAlias = DoneReason  # noqa: Y015
@@ -517,6 +521,7 @@ class Capabilities(_message.Message):
     MAX_STOP_COUNT_FIELD_NUMBER: _builtins.int
     MAX_LOGIT_BIAS_COUNT_FIELD_NUMBER: _builtins.int
     RANK_COUNT_FIELD_NUMBER: _builtins.int
+    MAX_STOP_TOKEN_ID_COUNT_FIELD_NUMBER: _builtins.int
     batched: _builtins.bool
     """Whether several completions are decoded together. If false, they run one after
     another: `parallel` is 1, or the model cannot be decoded in a batch (see
@@ -538,6 +543,8 @@ class Capabilities(_message.Message):
     """The most entries of `CompletionOptions.logit_bias`."""
     rank_count: _builtins.int
     """The number of processes that hold the model together; 1 if one holds all of it."""
+    max_stop_token_id_count: _builtins.int
+    """The most ids in `CompletionOptions.stop_token_ids`."""
     def __init__(
         self,
         *,
@@ -548,10 +555,11 @@ class Capabilities(_message.Message):
         max_stop_count: _builtins.int | None = ...,
         max_logit_bias_count: _builtins.int | None = ...,
         rank_count: _builtins.int | None = ...,
+        max_stop_token_id_count: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "batched", b"batched", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "batched", b"batched", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "batched", b"batched", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "batched", b"batched", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batched: _TypeAlias = _typing.Literal["batched"]  # noqa: Y015
     _WhichOneofArgType__batched: _TypeAlias = _typing.Literal["_batched", b"_batched"]  # noqa: Y015
@@ -563,6 +571,8 @@ class Capabilities(_message.Message):
     _WhichOneofArgType__max_logprobs: _TypeAlias = _typing.Literal["_max_logprobs", b"_max_logprobs"]  # noqa: Y015
     _WhichOneofReturnType__max_stop_count: _TypeAlias = _typing.Literal["max_stop_count"]  # noqa: Y015
     _WhichOneofArgType__max_stop_count: _TypeAlias = _typing.Literal["_max_stop_count", b"_max_stop_count"]  # noqa: Y015
+    _WhichOneofReturnType__max_stop_token_id_count: _TypeAlias = _typing.Literal["max_stop_token_id_count"]  # noqa: Y015
+    _WhichOneofArgType__max_stop_token_id_count: _TypeAlias = _typing.Literal["_max_stop_token_id_count", b"_max_stop_token_id_count"]  # noqa: Y015
     _WhichOneofReturnType__prefix_cache: _TypeAlias = _typing.Literal["prefix_cache"]  # noqa: Y015
     _WhichOneofArgType__prefix_cache: _TypeAlias = _typing.Literal["_prefix_cache", b"_prefix_cache"]  # noqa: Y015
     _WhichOneofReturnType__rank_count: _TypeAlias = _typing.Literal["rank_count"]  # noqa: Y015
@@ -577,6 +587,8 @@ class Capabilities(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_logprobs) -> _WhichOneofReturnType__max_logprobs | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_stop_count) -> _WhichOneofReturnType__max_stop_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_stop_token_id_count) -> _WhichOneofReturnType__max_stop_token_id_count | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prefix_cache) -> _WhichOneofReturnType__prefix_cache | None: ...
     @_typing.overload
@@ -1322,6 +1334,7 @@ class CompletionOptions(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     LOGIT_BIAS_FIELD_NUMBER: _builtins.int
+    STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """Divides the logits before sampling; 0 always takes the most likely token.
     Range: 0 to 100. Default: 0.8.
@@ -1378,6 +1391,14 @@ class CompletionOptions(_message.Message):
         Default: none.
         """
 
+    @_builtins.property
+    def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Token ids that end the text like the model's own end tokens
+        (`Model.eos_token_ids`), with DONE_REASON_STOP. The one that ends the text is the
+        last of `token_ids` and adds nothing to `content`. Ids from 0 to
+        `Model.vocab_size` - 1, at most 1,024 of them. Default: none.
+        """
+
     def __init__(
         self,
         *,
@@ -1393,10 +1414,11 @@ class CompletionOptions(_message.Message):
         seed: _builtins.int | None = ...,
         stop: _abc.Iterable[_builtins.str] | None = ...,
         logit_bias: _abc.Mapping[_builtins.int, _builtins.float] | None = ...,
+        stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_min_p", b"_min_p", "_num_predict", b"_num_predict", "_presence_penalty", b"_presence_penalty", "_repeat_last_n", b"_repeat_last_n", "_repeat_penalty", b"_repeat_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "min_p", b"min_p", "num_predict", b"num_predict", "presence_penalty", b"presence_penalty", "repeat_last_n", b"repeat_last_n", "repeat_penalty", b"repeat_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_min_p", b"_min_p", "_num_predict", b"_num_predict", "_presence_penalty", b"_presence_penalty", "_repeat_last_n", b"_repeat_last_n", "_repeat_penalty", b"_repeat_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "min_p", b"min_p", "num_predict", b"num_predict", "presence_penalty", b"presence_penalty", "repeat_last_n", b"repeat_last_n", "repeat_penalty", b"repeat_penalty", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_min_p", b"_min_p", "_num_predict", b"_num_predict", "_presence_penalty", b"_presence_penalty", "_repeat_last_n", b"_repeat_last_n", "_repeat_penalty", b"_repeat_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "min_p", b"min_p", "num_predict", b"num_predict", "presence_penalty", b"presence_penalty", "repeat_last_n", b"repeat_last_n", "repeat_penalty", b"repeat_penalty", "seed", b"seed", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__frequency_penalty: _TypeAlias = _typing.Literal["frequency_penalty"]  # noqa: Y015
     _WhichOneofArgType__frequency_penalty: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty"]  # noqa: Y015

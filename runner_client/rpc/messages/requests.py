@@ -208,4 +208,5 @@ def _options(options: Options) -> pb.CompletionOptions:
         seed=options.seed,
         stop=options.stop,
         logit_bias=options.logit_bias,
+        stop_token_ids=options.stop_token_ids,
     )

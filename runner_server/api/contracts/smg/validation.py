@@ -6,10 +6,9 @@ Fields without presence (``top_p``, ``repetition_penalty``) have the value 0 if 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
 from typing import Any
 
-from runner_common.contract import MAX_LOGPROBS
+from runner_common.contract import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 from runner_server.api.generation import GenerationDraft
 from runner_server.api.prompts import Prompt
 from runner_server.api.validation import check_request_id
@@ -22,7 +21,6 @@ Message = Any
 MAX_ABORTED = 1024
 """Most requests that one ``Abort`` may name: looking up millions would block the event loop."""
 
-_MAX_STOP_TOKEN_IDS = 1024
 _MAX_INT32 = 2**31 - 1
 
 _TEMPERATURE = 1.0
@@ -41,7 +39,12 @@ def generate_draft(request: Message, model: ModelInfo) -> GenerationDraft:
     check_request_id(check, request.request_id)
     _check_numbers(check, params, model)
     check.bias("sampling_params.logit_bias", params.logit_bias, model.vocab_size)
-    _check_stops(check, params.stop_token_ids, model.vocab_size)
+    check.token_ids(
+        "sampling_params.stop_token_ids",
+        params.stop_token_ids,
+        model.vocab_size,
+        MAX_STOP_TOKEN_IDS,
+    )
     check.finish()
     return GenerationDraft(
         prompt=prompt,
@@ -95,16 +98,6 @@ def _check_numbers(check: ViolationCollector, params: Message, model: ModelInfo)
     if params.HasField("max_tokens"):
         number("max_tokens", 1, _MAX_INT32)
     number("logprobs", 0, min(MAX_LOGPROBS, model.vocab_size))
-
-
-def _check_stops(check: ViolationCollector, ids: Sequence[int], vocab_size: int) -> None:
-    field = "sampling_params.stop_token_ids"
-    if len(ids) > _MAX_STOP_TOKEN_IDS:
-        check.require(field, ok=False, text=f"{len(ids)}; at most {_MAX_STOP_TOKEN_IDS}")
-        return
-    for i, token_id in enumerate(ids):
-        text = f"{token_id} is not a token id: 0 to {vocab_size - 1}"
-        check.require(f"{field}[{i}]", token_id < vocab_size, text)
 
 
 def _sampling(params: Message) -> Sampling:

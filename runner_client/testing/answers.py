@@ -1,0 +1,37 @@
+"""Messages of a fake completion."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mlxrunner.v1 import runner_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def token_messages(
+    request: pb.CompletionRequest, pieces: Sequence[str]
+) -> list[pb.CompletionResponse]:
+    """Return a message for each token of an answer, which a stop token ends early.
+
+    Args:
+        request: The request.
+        pieces: The text of each token, whose id is its number.
+    """
+    messages = []
+    for number, piece in enumerate(pieces):
+        is_end = number in request.options.stop_token_ids
+        text = "" if is_end else piece
+        logprobs = _logprobs(request, number, text)
+        messages.append(pb.CompletionResponse(content=text, token_ids=[number], logprobs=logprobs))
+        if is_end:
+            break
+    return messages
+
+
+def _logprobs(request: pb.CompletionRequest, number: int, text: str) -> list[pb.TokenLogprob]:
+    """Return the log probability of a token if requested: 0, without alternatives."""
+    if not request.HasField("logprobs"):
+        return []
+    return [pb.TokenLogprob(token_id=number, text=text, bytes=text.encode())]

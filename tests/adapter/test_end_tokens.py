@@ -1,0 +1,33 @@
+"""Tokens that end a text, with a real model behind a real server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mlxrunner.v1 import runner_pb2 as pb
+from support.harness import Server, joined, tokens
+
+pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+
+PROMPT = "def read_lines(path):"
+GREEDY: dict[str, Any] = {"temperature": 0, "num_predict": 24}
+
+
+async def test_a_stop_token_ends_its_row_alone(demo: Server) -> None:
+    free = await demo.complete(PROMPT, **GREEDY)
+    ids = tokens(free)
+    stop = ids[9]
+    at = ids.index(stop)
+    calls = [
+        demo.start(PROMPT, **GREEDY),
+        demo.start(PROMPT, stop_token_ids=[stop], **GREEDY),
+        demo.start(PROMPT, seed=3, num_predict=24),
+    ]
+    neighbour, stopped, _ = [[message async for message in call] for call in calls]
+    assert tokens(neighbour) == ids
+    assert tokens(stopped) == ids[: at + 1]
+    assert stopped[-1].done_reason == pb.DONE_REASON_STOP
+    shown = await demo.stub.Detokenize(pb.DetokenizeRequest(token_ids=ids[:at]))
+    assert joined(stopped) == shown.content

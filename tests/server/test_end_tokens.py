@@ -1,0 +1,57 @@
+"""Tokens that end a text: those of the request and those of the model."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlxrunner.v1 import runner_pb2 as pb
+from support.fakes import EOS, says
+from support.harness import Server, joined, tokens
+
+B = ord("b")
+
+
+@pytest.mark.parametrize("stop_token_ids", [[ord("d")], [300, ord("d"), ord("f")]])
+async def test_a_stop_token_ends_the_text_and_is_not_in_it(
+    loaded: Server, stop_token_ids: list[int]
+) -> None:
+    loaded.backend.reply = says("abcdef")
+    messages = await loaded.complete(stop_token_ids=stop_token_ids, logprobs=0)
+    assert joined(messages) == "abc"
+    assert tokens(messages) == [*b"abcd"]
+    last = messages[-1]
+    assert (last.done_reason, last.stop_match) == (pb.DONE_REASON_STOP, "")
+    assert last.eval_count == 4
+    entries = [entry for message in messages for entry in message.logprobs]
+    assert [(entry.text, entry.bytes) for entry in entries[-2:]] == [("c", b"c"), ("", b"")]
+    await loaded.assert_nothing_left()
+
+
+async def test_a_stop_token_alternative_has_no_text(loaded: Server) -> None:
+    """The alternatives of the fake are the tokens 0, 1 and so on."""
+    messages = await loaded.complete(stop_token_ids=[1], logprobs=3, num_predict=1)
+    assert [top.bytes for top in messages[-1].logprobs[0].top] == [b"\0", b"", b"\2"]
+
+
+async def test_the_model_s_own_end_token_still_ends_the_text(loaded: Server) -> None:
+    loaded.backend.reply = says("ab")
+    messages = await loaded.complete(stop_token_ids=[300])
+    assert tokens(messages) == [*b"ab", EOS]
+
+
+async def test_a_stop_token_flushes_an_unfinished_character(loaded: Server) -> None:
+    loaded.backend.reply = says(b"a\xf0\x9fb")
+    assert await loaded.text(stop_token_ids=[B]) == "a\ufffd"
+
+
+async def test_a_stop_token_shows_the_text_held_back_for_a_stop_string(loaded: Server) -> None:
+    loaded.backend.reply = says("xENb")
+    messages = await loaded.complete(stop=["END"], stop_token_ids=[B])
+    assert joined(messages) == "xEN"
+    assert messages[-1].stop_match == ""
+
+
+async def test_the_last_allowed_token_may_be_a_stop_token(loaded: Server) -> None:
+    loaded.backend.reply = says("ab")
+    last = (await loaded.complete(stop_token_ids=[B], num_predict=2))[-1]
+    assert (last.done_reason, last.eval_count) == (pb.DONE_REASON_STOP, 2)
