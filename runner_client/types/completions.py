@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from runner_client.checks import check_bias, check_ids, check_integer, check_number, check_texts
+from runner_client.checks import (
+    check_bias,
+    check_flag,
+    check_ids,
+    check_integer,
+    check_number,
+    check_texts,
+)
 
 if TYPE_CHECKING:
     import builtins
@@ -54,6 +61,8 @@ class Options:
     """Values added to the logits, by token id."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end the text and add nothing to it, like the model's own end tokens."""
+    ignore_eos: bool = False
+    """Whether the text goes on after the model's own end tokens, whose text it then contains."""
 
     def __post_init__(self) -> None:
         for name in _INTEGERS:
@@ -63,6 +72,7 @@ class Options:
         check_texts("stop", self.stop)
         check_bias("logit_bias", self.logit_bias)
         check_ids("stop_token_ids", self.stop_token_ids)
+        check_flag("ignore_eos", self.ignore_eos)
 
 
 _INTEGERS = ("top_k", "repeat_last_n", "num_predict", "seed")

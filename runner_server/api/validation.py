@@ -170,6 +170,7 @@ def completion_draft(request: pb.CompletionRequest, model: ModelInfo) -> Generat
         sampling=_sampling(request, model),
         stop=tuple(options.stop),
         stop_token_ids=frozenset(stop_ids),
+        ignore_eos=options.ignore_eos,
         request_id=request.request_id,
         priority=request.priority,
     )

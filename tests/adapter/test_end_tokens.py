@@ -31,3 +31,18 @@ async def test_a_stop_token_ends_its_row_alone(demo: Server) -> None:
     assert stopped[-1].done_reason == pb.DONE_REASON_STOP
     shown = await demo.stub.Detokenize(pb.DetokenizeRequest(token_ids=ids[:at]))
     assert joined(stopped) == shown.content
+
+
+async def test_ignored_end_tokens_are_in_the_text(demo: Server) -> None:
+    """A bias makes the end token the most likely one; its text is that of its token."""
+    (end, *_) = (await demo.status()).model.eos_token_ids
+    forced: dict[str, Any] = {"temperature": 0, "num_predict": 6, "logit_bias": {end: 100}}
+    assert tokens(await demo.complete(PROMPT, **forced)) == [end]
+    messages = await demo.complete(PROMPT, ignore_eos=True, logprobs=1, **forced)
+    assert tokens(messages) == [end] * 6
+    assert messages[-1].done_reason == pb.DONE_REASON_LENGTH
+    shown = await demo.stub.Detokenize(pb.DetokenizeRequest(token_ids=[end] * 6))
+    assert shown.content
+    assert joined(messages) == shown.content
+    entries = [entry for message in messages for entry in message.logprobs]
+    assert "".join(entry.text for entry in entries) == shown.content

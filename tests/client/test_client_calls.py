@@ -47,6 +47,7 @@ def test_the_request_carries_all_arguments(client: RunnerClient, runner: FakeRun
         stop=("\n",),
         logit_bias={3: -1.5},
         stop_token_ids=(5, 6),
+        ignore_eos=True,
     )
     client.complete("Hi", options=options, logprobs=0, request_id="me", priority=-7)
     expected = pb.CompletionRequest(prompt="Hi", logprobs=0, request_id="me", priority=-7)
@@ -56,6 +57,7 @@ def test_the_request_carries_all_arguments(client: RunnerClient, runner: FakeRun
     expected.options.stop.append("\n")
     expected.options.logit_bias[3] = -1.5
     expected.options.stop_token_ids.extend([5, 6])
+    expected.options.ignore_eos = True
     assert runner.requests == [expected]
 
 

@@ -41,6 +41,7 @@ INSIDE: dict[str, list[Any]] = {
         {1: -0.0},
     ],
     "stop_token_ids": [[], [0, VOCAB_SIZE - 1], [300, 300], [300] * 1024],
+    "ignore_eos": [False, True],
 }
 
 OUTSIDE: dict[str, list[Any]] = {
@@ -79,7 +80,7 @@ def _cases(table: dict[str, list[Any]]) -> list[Any]:
 def test_every_option_has_cases() -> None:
     fields = {field.name for field in pb.CompletionOptions.DESCRIPTOR.fields}
     assert set(INSIDE) == fields
-    assert set(OUTSIDE) == fields - {"seed"}
+    assert set(OUTSIDE) == fields - {"seed", "ignore_eos"}
 
 
 @pytest.mark.parametrize(("field", "value"), _cases(INSIDE))

@@ -55,3 +55,28 @@ async def test_the_last_allowed_token_may_be_a_stop_token(loaded: Server) -> Non
     loaded.backend.reply = says("ab")
     last = (await loaded.complete(stop_token_ids=[B], num_predict=2))[-1]
     assert (last.done_reason, last.eval_count) == (pb.DONE_REASON_STOP, 2)
+
+
+def _twice(text: bytes) -> list[int]:
+    """Return the tokens of a text with two end tokens in it."""
+    return [*text[:1], EOS, *text[1:], EOS]
+
+
+async def test_ignored_end_tokens_do_not_end_the_text(loaded: Server) -> None:
+    loaded.backend.reply = lambda _ids, _sampling: iter(_twice(b"abc"))
+    messages = await loaded.complete(ignore_eos=True, num_predict=5)
+    assert tokens(messages) == _twice(b"abc")
+    assert messages[-1].done_reason == pb.DONE_REASON_LENGTH
+
+
+async def test_an_ignored_end_token_in_the_stop_tokens_ends_the_text(loaded: Server) -> None:
+    loaded.backend.reply = lambda _ids, _sampling: iter(_twice(b"abc"))
+    messages = await loaded.complete(ignore_eos=True, stop_token_ids=[EOS])
+    assert (tokens(messages), joined(messages)) == ([*b"a", EOS], "a")
+    assert messages[-1].done_reason == pb.DONE_REASON_STOP
+
+
+async def test_a_stop_string_still_ends_a_text_that_ignores_end_tokens(loaded: Server) -> None:
+    loaded.backend.reply = lambda _ids, _sampling: iter(_twice(b"abcd"))
+    messages = await loaded.complete(ignore_eos=True, stop=["c"])
+    assert (joined(messages), messages[-1].stop_match) == ("ab", "c")

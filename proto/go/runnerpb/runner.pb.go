@@ -2163,7 +2163,11 @@ type CompletionOptions struct {
 	// (`Model.eos_token_ids`), with DONE_REASON_STOP. The one that ends the text is the
 	// last of `token_ids` and adds nothing to `content`. Ids from 0 to
 	// `Model.vocab_size` - 1, at most 1,024 of them. Default: none.
-	StopTokenIds  []int32 `protobuf:"varint,13,rep,packed,name=stop_token_ids,json=stopTokenIds,proto3" json:"stop_token_ids,omitempty"`
+	StopTokenIds []int32 `protobuf:"varint,13,rep,packed,name=stop_token_ids,json=stopTokenIds,proto3" json:"stop_token_ids,omitempty"`
+	// Lets the text go on after the model's own end tokens (`Model.eos_token_ids`),
+	// whose own text is then part of `content`. Those that are also in
+	// `stop_token_ids` still end it. Default: false.
+	IgnoreEos     bool `protobuf:"varint,14,opt,name=ignore_eos,json=ignoreEos,proto3" json:"ignore_eos,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2287,6 +2291,13 @@ func (x *CompletionOptions) GetStopTokenIds() []int32 {
 		return x.StopTokenIds
 	}
 	return nil
+}
+
+func (x *CompletionOptions) GetIgnoreEos() bool {
+	if x != nil {
+		return x.IgnoreEos
+	}
+	return false
 }
 
 // A part of a completion. During prefill a message may have nothing but
@@ -3247,7 +3258,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\bpriority\x18\x06 \x01(\x05R\bpriority\x12\x14\n" +
 	"\x05model\x18\a \x01(\tR\x05modelB\a\n" +
 	"\x05inputB\v\n" +
-	"\t_logprobs\"\xdc\x05\n" +
+	"\t_logprobs\"\xfb\x05\n" +
 	"\x11CompletionOptions\x12%\n" +
 	"\vtemperature\x18\x01 \x01(\x02H\x00R\vtemperature\x88\x01\x01\x12\x18\n" +
 	"\x05top_p\x18\x02 \x01(\x02H\x01R\x04topP\x88\x01\x01\x12\x18\n" +
@@ -3264,7 +3275,9 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x04stop\x18\v \x03(\tR\x04stop\x12M\n" +
 	"\n" +
 	"logit_bias\x18\f \x03(\v2..mlxrunner.v1.CompletionOptions.LogitBiasEntryR\tlogitBias\x12$\n" +
-	"\x0estop_token_ids\x18\r \x03(\x05R\fstopTokenIds\x1a<\n" +
+	"\x0estop_token_ids\x18\r \x03(\x05R\fstopTokenIds\x12\x1d\n" +
+	"\n" +
+	"ignore_eos\x18\x0e \x01(\bR\tignoreEos\x1a<\n" +
 	"\x0eLogitBiasEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\x05R\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\x02R\x05value:\x028\x01B\x0e\n" +

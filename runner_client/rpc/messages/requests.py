@@ -209,4 +209,5 @@ def _options(options: Options) -> pb.CompletionOptions:
         stop=options.stop,
         logit_bias=options.logit_bias,
         stop_token_ids=options.stop_token_ids,
+        ignore_eos=options.ignore_eos,
     )
