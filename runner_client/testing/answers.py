@@ -19,9 +19,9 @@ def token_messages(
         request: The request.
         pieces: The text of each token, whose id is its number.
     """
-    messages = []
+    options, messages = request.options, []
     for number, piece in enumerate(pieces):
-        is_end = number in request.options.stop_token_ids
+        is_end = number in options.stop_token_ids and number >= options.min_predict
         text = "" if is_end else piece
         logprobs = _logprobs(request, number, text)
         messages.append(pb.CompletionResponse(content=text, token_ids=[number], logprobs=logprobs))

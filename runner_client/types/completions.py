@@ -63,6 +63,9 @@ class Options:
     """Token ids that end the text and add nothing to it, like the model's own end tokens."""
     ignore_eos: bool = False
     """Whether the text goes on after the model's own end tokens, whose text it then contains."""
+    min_predict: int = 0
+    """The number of first tokens that do not end the text: no end token is drawn there, and stop
+    strings are looked for in the text of later tokens only. 0 to ``num_predict``."""
 
     def __post_init__(self) -> None:
         for name in _INTEGERS:
@@ -75,7 +78,7 @@ class Options:
         check_flag("ignore_eos", self.ignore_eos)
 
 
-_INTEGERS = ("top_k", "repeat_last_n", "num_predict", "seed")
+_INTEGERS = ("top_k", "repeat_last_n", "num_predict", "min_predict", "seed")
 _NUMBERS = (
     *("temperature", "top_p", "min_p"),
     *("repeat_penalty", "presence_penalty", "frequency_penalty"),

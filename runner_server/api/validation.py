@@ -160,6 +160,7 @@ def completion_draft(request: pb.CompletionRequest, model: ModelInfo) -> Generat
     check.bias("options.logit_bias", options.logit_bias, model.vocab_size)
     stop_ids = options.stop_token_ids
     check.token_ids("options.stop_token_ids", stop_ids, model.vocab_size, MAX_STOP_TOKEN_IDS)
+    _check_least(check, options, model)
     _check_number(check, request, "logprobs", 0, min(MAX_LOGPROBS, model.vocab_size))
     check_request_id(check, request.request_id)
     check.number("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY)
@@ -212,6 +213,26 @@ def _check_numbers(
     _check_number(check, options, "num_predict", 1, _MAX_INT32)
 
 
+def _check_least(
+    check: ViolationCollector, options: pb.CompletionOptions, model: ModelInfo
+) -> None:
+    """Check ``min_predict``, and that it can be met."""
+    least, field = options.min_predict, "options.min_predict"
+    check.number(field, least, 0, _MAX_INT32)
+    most = options.num_predict
+    is_over = options.HasField("num_predict") and least > max(0, most)
+    check.require(field, not is_over, f"{least} is more than num_predict, which is {most}")
+    only_ends = least > 0 and len(_end_ids(options, model)) == model.vocab_size
+    check.require(field, not only_ends, "every token of the vocabulary ends the text")
+
+
+def _end_ids(options: pb.CompletionOptions, model: ModelInfo) -> list[int]:
+    """Return the tokens of the model's vocabulary that end the text, in order."""
+    model_end_ids = frozenset[int]() if options.ignore_eos else model.eos_token_ids
+    ids = model_end_ids.union(options.stop_token_ids)
+    return sorted(id_ for id_ in ids if 0 <= id_ < model.vocab_size)
+
+
 def _check_number(
     check: ViolationCollector,
     message: Message,
@@ -253,6 +274,8 @@ def _sampling(request: pb.CompletionRequest, model: ModelInfo) -> Sampling:
         seed=given("seed", int, secrets.randbits(63)),
         logit_bias=tuple(options.logit_bias.items()),
         logprobs=request.logprobs if request.HasField("logprobs") else None,
+        min_predict=options.min_predict,
+        end_ids=tuple(_end_ids(options, model)) if options.min_predict else (),
     )
 
 

@@ -161,7 +161,7 @@ class GenerationRequest:
         self._token_count += 1
         end = self._end_at(event.token_id)
         text = self._read(event.token_id, end)
-        shown, stop = self._matcher.feed(text)
+        shown, stop = self._find_stop(text)
         if stop is not None:
             end = FinishReason.STOP
         elif end:
@@ -170,6 +170,12 @@ class GenerationRequest:
         result = self._result(end, stop or "") if end else None
         self.stream.put(OutputDelta(shown, (event.token_id,), logprobs, done=result))
         return result
+
+    def _find_stop(self, text: str) -> tuple[str, str | None]:
+        """Return the text that may be shown, and the stop string found, if any."""
+        if self._token_count <= self.spec.sampling.min_predict:
+            return text, None
+        return self._matcher.feed(text)
 
     def stats(self) -> GenerationStats:
         """Return the usage and timing so far. Thread-safe."""

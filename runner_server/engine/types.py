@@ -113,6 +113,8 @@ class Sampling:
         seed: Any 64-bit number; the service draws one at random if the caller set none.
         logit_bias: Pairs of a token id and the number added to its logit.
         logprobs: Number of likely tokens to report; None = no log probabilities.
+        min_predict: Number of first tokens that are none of ``end_ids``.
+        end_ids: The tokens that end the text; empty if ``min_predict`` is 0.
     """
 
     temperature: float = 0.8
@@ -127,6 +129,8 @@ class Sampling:
     seed: int = 0
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
+    min_predict: int = 0
+    end_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from runner_server.mlx_backend.cache.row_caches import (
     merge,
     view,
 )
+from runner_server.mlx_backend.sampling.end_mask import EndMask
 from runner_server.mlx_backend.sampling.logprobs import (
     TokenLogprobs,
     are_finite,
@@ -270,6 +271,7 @@ class DecodeBatch:
         logits = self._model(inputs[:, None], cache=self._caches)[:, -1, :]
         drawn = [row.drawn for row in rows]
         changed = self._penalties(logits, [row.tokens for row in rows], inputs, drawn)
+        changed = self._end_mask(changed, drawn)
         tokens = self._sampler(changed, drawn)
         step = self._settled(tokens, are_finite(logits, tokens))
         logprobs = self._compute_logprobs(logits, step.tokens)
@@ -356,10 +358,11 @@ class DecodeBatch:
         self._prepare()
 
     def _prepare(self) -> None:
-        """Rebuild the sampler and the penalties for the current rows."""
+        """Rebuild the sampler, the penalties and the mask for the current rows."""
         options = [row.sampling for row in self.rows]
         self._sampler = Sampler(options, self._vocab_size)
         self._penalties = Penalties(options)
+        self._end_mask = EndMask(options)
         self._logprob_rows = [i for i, option in enumerate(options) if option.logprobs is not None]
         self._top = max((options[i].logprobs or 0 for i in self._logprob_rows), default=0)
 

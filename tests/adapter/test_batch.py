@@ -36,7 +36,7 @@ MIXED = [
     replace(GREEDY, repeat_penalty=1.3),
     replace(GREEDY, frequency_penalty=0.4, repeat_last_n=-1),
     replace(GREEDY, logit_bias=((5, 3.0), (9, -100.0))),
-    Sampling(seed=3),
+    Sampling(seed=3, min_predict=9, end_ids=tuple(range(0, 2048, 3))),
     Sampling(
         seed=4, top_k=0, top_p=0.95, temperature=1.1, frequency_penalty=0.4, counts_output_only=True
     ),

@@ -48,6 +48,7 @@ def test_the_request_carries_all_arguments(client: RunnerClient, runner: FakeRun
         logit_bias={3: -1.5},
         stop_token_ids=(5, 6),
         ignore_eos=True,
+        min_predict=4,
     )
     client.complete("Hi", options=options, logprobs=0, request_id="me", priority=-7)
     expected = pb.CompletionRequest(prompt="Hi", logprobs=0, request_id="me", priority=-7)
@@ -58,6 +59,7 @@ def test_the_request_carries_all_arguments(client: RunnerClient, runner: FakeRun
     expected.options.logit_bias[3] = -1.5
     expected.options.stop_token_ids.extend([5, 6])
     expected.options.ignore_eos = True
+    expected.options.min_predict = 4
     assert runner.requests == [expected]
 
 

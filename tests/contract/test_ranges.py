@@ -42,6 +42,7 @@ INSIDE: dict[str, list[Any]] = {
     ],
     "stop_token_ids": [[], [0, VOCAB_SIZE - 1], [300, 300], [300] * 1024],
     "ignore_eos": [False, True],
+    "min_predict": [0, 1, 2],
 }
 
 OUTSIDE: dict[str, list[Any]] = {
@@ -66,6 +67,7 @@ OUTSIDE: dict[str, list[Any]] = {
         {1: INF},
     ],
     "stop_token_ids": [[-1], [1, VOCAB_SIZE], [MAX_INT32], [MIN_INT32], [1] * 1025],
+    "min_predict": [-1, MIN_INT32],
 }
 
 

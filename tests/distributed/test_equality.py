@@ -25,6 +25,9 @@ REQUESTS = {
     "penalties": completion("for i in", seed=3, repeat_penalty=1.3, num_predict=24),
     "biased": completion("return", temperature=0, logit_bias={0: -100, 1: -100}, num_predict=24),
     "stopped": completion("def main(", temperature=0, stop_token_ids=range(300, 400)),
+    "not too short": completion(
+        "return", temperature=0, logit_bias={0: 100, 1: 100}, min_predict=9, num_predict=24
+    ),
     "long": completion(LONG, temperature=0, num_predict=16),
 }
 

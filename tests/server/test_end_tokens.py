@@ -80,3 +80,28 @@ async def test_a_stop_string_still_ends_a_text_that_ignores_end_tokens(loaded: S
     loaded.backend.reply = lambda _ids, _sampling: iter(_twice(b"abcd"))
     messages = await loaded.complete(ignore_eos=True, stop=["c"])
     assert (joined(messages), messages[-1].stop_match) == ("ab", "c")
+
+
+@pytest.mark.parametrize(
+    ("least", "shown", "count"),
+    [
+        (0, "", 1),
+        (1, "a", 3),
+        (3, "abax", 6),
+        # "ba" begins in the text of the first five tokens.
+        (5, "abaxb", 6),
+        (6, "abaxbay", 7),
+    ],
+)
+async def test_stop_strings_are_looked_for_after_the_first_tokens(
+    loaded: Server, least: int, shown: str, count: int
+) -> None:
+    loaded.backend.reply = says("abaxbay")
+    messages = await loaded.complete(stop=["a", "ba"], min_predict=least, num_predict=7)
+    assert (joined(messages), messages[-1].eval_count) == (shown, count)
+
+
+async def test_the_end_of_the_context_ends_the_text_before_the_minimum(server: Server) -> None:
+    await server.load(context_length=16)
+    last = (await server.complete("x" * 9, min_predict=100))[-1]
+    assert (last.eval_count, last.done_reason) == (6, pb.DONE_REASON_LENGTH)

@@ -14,7 +14,7 @@ from runner_server.api.prompts import Prompt
 from runner_server.api.validation import completion_draft
 from runner_server.engine.types import Sampling
 from runner_server.errors import InvalidField, PromptTooLong
-from support.fakes import VOCAB_SIZE, model_info
+from support.fakes import EOS, VOCAB_SIZE, model_info
 
 MODEL = replace(model_info(), context_length=16)
 
@@ -70,6 +70,38 @@ def test_set_options_are_kept() -> None:
     parsed = completion_draft(request, MODEL)
     assert (parsed.max_tokens, parsed.stop, parsed.request_id) == (5, ("a", "b"), "mine")
     assert parsed.sampling == Sampling(top_k=0, seed=7, logprobs=2)
+
+
+def test_the_first_tokens_that_must_not_end_the_text_name_all_that_would() -> None:
+    model = replace(MODEL, eos_token_ids=frozenset({EOS, 3, VOCAB_SIZE, -1}))
+    request = text_request(min_predict=2, stop_token_ids=[9, 7, 9])
+    sampling = completion_draft(request, model).sampling
+    # The output layer does not score the last two, so they cannot be drawn.
+    assert (sampling.min_predict, sampling.end_ids) == (2, (3, 7, 9, EOS))
+    request.options.ignore_eos = True
+    assert completion_draft(request, model).sampling.end_ids == (7, 9)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"min_predict": 9, "num_predict": 8}, "9 is more than num_predict, which is 8"),
+        (
+            {"min_predict": 1, "stop_token_ids": range(MODEL.vocab_size)},
+            "every token of the vocabulary ends the text",
+        ),
+    ],
+)
+def test_a_minimum_that_cannot_be_met_is_refused(options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InvalidField) as refused:
+        completion_draft(text_request(**options), MODEL)
+    assert refused.value.violations == [("options.min_predict", problem)]
+
+
+@pytest.mark.parametrize("most", [8, 9])
+def test_a_minimum_up_to_the_maximum_is_accepted(most: int) -> None:
+    request = text_request(min_predict=8, num_predict=most)
+    assert completion_draft(request, MODEL).sampling.min_predict == 8
 
 
 def test_a_draft_cannot_be_changed() -> None:

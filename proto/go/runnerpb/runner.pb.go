@@ -2115,7 +2115,7 @@ func (*CompletionRequest_Prompt) isCompletionRequest_Input() {}
 func (*CompletionRequest_PromptTokenIds) isCompletionRequest_Input() {}
 
 // How tokens are sampled and when to stop. The order is: `logit_bias`, the three
-// penalties, `top_k`, `temperature`, `top_p`, `min_p`, sampling. An option out of
+// penalties, `min_predict`, `top_k`, `temperature`, `top_p`, `min_p`, sampling. An option out of
 // its range is refused by name.
 type CompletionOptions struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2167,7 +2167,13 @@ type CompletionOptions struct {
 	// Lets the text go on after the model's own end tokens (`Model.eos_token_ids`),
 	// whose own text is then part of `content`. Those that are also in
 	// `stop_token_ids` still end it. Default: false.
-	IgnoreEos     bool `protobuf:"varint,14,opt,name=ignore_eos,json=ignoreEos,proto3" json:"ignore_eos,omitempty"`
+	IgnoreEos bool `protobuf:"varint,14,opt,name=ignore_eos,json=ignoreEos,proto3" json:"ignore_eos,omitempty"`
+	// The number of first tokens that do not end the text: none of them is one of the
+	// model's own end tokens or of `stop_token_ids`, which are not drawn there, and
+	// stop strings are looked for in the text of later tokens only. The end of the
+	// context still ends the text. Range: 0 to `num_predict`; all ids of the
+	// vocabulary must not be end tokens. Default: 0.
+	MinPredict    int32 `protobuf:"varint,15,opt,name=min_predict,json=minPredict,proto3" json:"min_predict,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2298,6 +2304,13 @@ func (x *CompletionOptions) GetIgnoreEos() bool {
 		return x.IgnoreEos
 	}
 	return false
+}
+
+func (x *CompletionOptions) GetMinPredict() int32 {
+	if x != nil {
+		return x.MinPredict
+	}
+	return 0
 }
 
 // A part of a completion. During prefill a message may have nothing but
@@ -3258,7 +3271,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\bpriority\x18\x06 \x01(\x05R\bpriority\x12\x14\n" +
 	"\x05model\x18\a \x01(\tR\x05modelB\a\n" +
 	"\x05inputB\v\n" +
-	"\t_logprobs\"\xfb\x05\n" +
+	"\t_logprobs\"\x9c\x06\n" +
 	"\x11CompletionOptions\x12%\n" +
 	"\vtemperature\x18\x01 \x01(\x02H\x00R\vtemperature\x88\x01\x01\x12\x18\n" +
 	"\x05top_p\x18\x02 \x01(\x02H\x01R\x04topP\x88\x01\x01\x12\x18\n" +
@@ -3277,7 +3290,9 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"logit_bias\x18\f \x03(\v2..mlxrunner.v1.CompletionOptions.LogitBiasEntryR\tlogitBias\x12$\n" +
 	"\x0estop_token_ids\x18\r \x03(\x05R\fstopTokenIds\x12\x1d\n" +
 	"\n" +
-	"ignore_eos\x18\x0e \x01(\bR\tignoreEos\x1a<\n" +
+	"ignore_eos\x18\x0e \x01(\bR\tignoreEos\x12\x1f\n" +
+	"\vmin_predict\x18\x0f \x01(\x05R\n" +
+	"minPredict\x1a<\n" +
 	"\x0eLogitBiasEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\x05R\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\x02R\x05value:\x028\x01B\x0e\n" +

@@ -210,4 +210,5 @@ def _options(options: Options) -> pb.CompletionOptions:
         logit_bias=options.logit_bias,
         stop_token_ids=options.stop_token_ids,
         ignore_eos=options.ignore_eos,
+        min_predict=options.min_predict,
     )

@@ -21,6 +21,7 @@ from runner_server.engine.types import Sampling
 from runner_server.errors import ModelUnsupported
 from runner_server.mlx_backend.cache.row_caches import Caches, merge, side_by_side
 from runner_server.mlx_backend.planning.graph_memory import transient_bytes
+from runner_server.mlx_backend.sampling.end_mask import EndMask
 from runner_server.mlx_backend.sampling.logprobs import token_logprobs
 from runner_server.mlx_backend.sampling.penalties import Penalties
 from runner_server.mlx_backend.sampling.sampler import Sampler
@@ -94,6 +95,7 @@ def decode_bytes(model: Module, rows: int, tokens: int) -> int:
         # probabilities. Without `top_k`, the sampler would have to read values, as Nucleus does.
         options = [_costly(last.shape[-1])] * rows
         changed = Penalties(options)(last, [[0]] * rows, inputs[:, -1], [1] * rows)
+        changed = EndMask(options)(changed, [0] * rows)
         drawn = Sampler(options, last.shape[-1])(changed, [0] * rows)
         found = token_logprobs(last, drawn, min(MAX_LOGPROBS, last.shape[-1]))
         return [drawn, found.chosen, found.ids, found.values]
@@ -111,6 +113,8 @@ def _costly(vocab_size: int) -> Sampling:
         frequency_penalty=0.1,
         logit_bias=((0, 1.0),),
         logprobs=0,
+        min_predict=1,
+        end_ids=(0,),
     )
 
 
