@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from runner_server.engine.batch_planner import BatchPlanner
+from runner_server.engine.types import CachePolicy
 from runner_server.engine.work import DecodeItem
 
 if TYPE_CHECKING:
@@ -31,10 +32,17 @@ class LocalBatch:
         """Return a batch of a model without rows."""
         return cls(model.new_executor(), model.prefill_limits)
 
-    def add(self, row: int, prompt_ids: Sequence[int], sampling: Sampling) -> None:
+    def add(
+        self,
+        row: int,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        cache_policy: CachePolicy | None = None,
+    ) -> None:
         """Add a row; the following steps prefill the prompt."""
-        self.executor.add(row, prompt_ids, sampling)
-        self._planner.add(row, prompt_ids)
+        policy = cache_policy or CachePolicy()
+        self.executor.add(row, prompt_ids, sampling, policy)
+        self._planner.add(row, prompt_ids, policy)
 
     def step(self) -> list[Event]:
         """Prefill prompts for a slice of time, then make one decode step."""

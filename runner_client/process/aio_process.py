@@ -186,6 +186,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
         logprobs: int | None = None,
         request_id: str = "",
         priority: int = 0,
+        bypass_prefix_cache: bool = False,
     ) -> AsyncCompletionStream:
         """Start a completion; see ``AsyncRunnerClient.completion``.
 
@@ -199,6 +200,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
             logprobs=logprobs,
             request_id=request_id,
             priority=priority,
+            bypass_prefix_cache=bypass_prefix_cache,
         )
 
     async def complete(
@@ -209,6 +211,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
         logprobs: int | None = None,
         request_id: str = "",
         priority: int = 0,
+        bypass_prefix_cache: bool = False,
     ) -> Completion:
         """Run a completion to the end; see ``AsyncRunnerClient.complete``.
 
@@ -221,6 +224,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
             logprobs=logprobs,
             request_id=request_id,
             priority=priority,
+            bypass_prefix_cache=bypass_prefix_cache,
         )
 
     async def tokenize(self, content: str, *, add_special_tokens: bool = False) -> list[int]:

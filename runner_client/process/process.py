@@ -181,6 +181,7 @@ class RunnerProcess(ProcessBase[Connection]):
         logprobs: int | None = None,
         request_id: str = "",
         priority: int = 0,
+        bypass_prefix_cache: bool = False,
     ) -> CompletionStream:
         """Start a completion; see ``RunnerClient.completion``.
 
@@ -194,6 +195,7 @@ class RunnerProcess(ProcessBase[Connection]):
             logprobs=logprobs,
             request_id=request_id,
             priority=priority,
+            bypass_prefix_cache=bypass_prefix_cache,
         )
 
     def complete(
@@ -204,6 +206,7 @@ class RunnerProcess(ProcessBase[Connection]):
         logprobs: int | None = None,
         request_id: str = "",
         priority: int = 0,
+        bypass_prefix_cache: bool = False,
     ) -> Completion:
         """Run a completion to the end; see ``RunnerClient.complete``.
 
@@ -216,6 +219,7 @@ class RunnerProcess(ProcessBase[Connection]):
             logprobs=logprobs,
             request_id=request_id,
             priority=priority,
+            bypass_prefix_cache=bypass_prefix_cache,
         )
 
     def tokenize(self, content: str, *, add_special_tokens: bool = False) -> list[int]:

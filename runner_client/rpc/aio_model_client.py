@@ -122,6 +122,7 @@ class AsyncModelClient:
         request_id: str = "",
         priority: int = 0,
         model: str | None = None,
+        bypass_prefix_cache: bool = False,
     ) -> AsyncCompletionStream:
         """Start a completion and return the stream of chunks without waiting.
 
@@ -138,6 +139,8 @@ class AsyncModelClient:
                 counts like one level.
             model: The model that is meant, by the name it was loaded with or its path; another
                 one is refused. Default: the loaded model.
+            bypass_prefix_cache: Whether the prompt takes nothing from the prefix cache, and
+                nothing of the completion is kept there.
 
         Raises:
             TypeError: An argument is of the wrong type.
@@ -151,6 +154,7 @@ class AsyncModelClient:
             request_id=request_id,
             priority=priority,
             model=model,
+            bypass_prefix_cache=bypass_prefix_cache,
         )
         return self._connection.start_stream(request)
 
@@ -163,6 +167,7 @@ class AsyncModelClient:
         request_id: str = "",
         priority: int = 0,
         model: str | None = None,
+        bypass_prefix_cache: bool = False,
     ) -> Completion:
         """Run a completion to the end, with the arguments and timeouts of ``completion``.
 
@@ -182,6 +187,7 @@ class AsyncModelClient:
             request_id=request_id,
             priority=priority,
             model=model,
+            bypass_prefix_cache=bypass_prefix_cache,
         )
         async with stream:
             return responses.join_chunks([chunk async for chunk in stream])

@@ -121,6 +121,7 @@ class ModelClient:
         request_id: str = "",
         priority: int = 0,
         model: str | None = None,
+        bypass_prefix_cache: bool = False,
     ) -> CompletionStream:
         """Start a completion and return the stream of chunks without waiting.
 
@@ -137,6 +138,8 @@ class ModelClient:
                 counts like one level.
             model: The model that is meant, by the name it was loaded with or its path; another
                 one is refused. Default: the loaded model.
+            bypass_prefix_cache: Whether the prompt takes nothing from the prefix cache, and
+                nothing of the completion is kept there.
 
         Raises:
             TypeError: An argument is of the wrong type.
@@ -150,6 +153,7 @@ class ModelClient:
             request_id=request_id,
             priority=priority,
             model=model,
+            bypass_prefix_cache=bypass_prefix_cache,
         )
         return self._connection.start_stream(request)
 
@@ -162,6 +166,7 @@ class ModelClient:
         request_id: str = "",
         priority: int = 0,
         model: str | None = None,
+        bypass_prefix_cache: bool = False,
     ) -> Completion:
         """Run a completion to the end, with the arguments and timeouts of ``completion``.
 
@@ -181,6 +186,7 @@ class ModelClient:
             request_id=request_id,
             priority=priority,
             model=model,
+            bypass_prefix_cache=bypass_prefix_cache,
         )
         with stream:
             return responses.join_chunks([chunk for chunk in stream])

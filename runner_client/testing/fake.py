@@ -78,7 +78,8 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     load_seconds: float = 0.0
     """Duration of a load; infinity for a load without progress."""
     prompt_cached_count: int = 0
-    """The number of tokens of every prompt reported as taken from the prefix cache."""
+    """The number of tokens of every prompt reported as taken from the prefix cache, unless the
+    request bypasses it."""
     prefix_cache_bytes: int = 0
     """The reported size of the prefix cache; a trim reduces it."""
     model_bytes: int = 2**30
@@ -222,7 +223,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
                 done=True,
                 done_reason=pb.DONE_REASON_STOP,
                 eval_count=len(messages),
-                prompt_cached_count=self.prompt_cached_count,
+                prompt_cached_count=0 if request.bypass_prefix_cache else self.prompt_cached_count,
             )
         if not self.ends_after_done:
             call.wait(math.inf)

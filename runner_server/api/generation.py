@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from runner_server.api.prompts import Prompt, encode_prompt
@@ -16,7 +16,7 @@ from runner_server.api.violations import check_token_ids
 from runner_server.engine.backend import ModelHandle
 from runner_server.engine.engine import Engine
 from runner_server.engine.generation_request import GenerationRequest
-from runner_server.engine.types import CompletionSpec, ModelInfo, Sampling
+from runner_server.engine.types import CachePolicy, CompletionSpec, ModelInfo, Sampling
 from runner_server.errors import InvalidField, PromptTooLong
 from runner_server.telemetry.call_record import current_call
 
@@ -37,6 +37,7 @@ class GenerationDraft:
         ignore_eos: See :class:`CompletionSpec`.
         request_id: The caller's name for the request; may be empty.
         priority: See :class:`CompletionSpec`.
+        cache_policy: See :class:`CompletionSpec`.
     """
 
     prompt: Prompt
@@ -47,6 +48,7 @@ class GenerationDraft:
     ignore_eos: bool = False
     request_id: str = ""
     priority: int = 0
+    cache_policy: CachePolicy = field(default_factory=CachePolicy)
 
     def fit(self, prompt_ids: Sequence[int], model: ModelInfo) -> CompletionSpec:
         """Return the request for the engine, fitted to the model's context.
@@ -75,6 +77,7 @@ class GenerationDraft:
             ignore_eos=self.ignore_eos,
             request_id=self.request_id,
             priority=self.priority,
+            cache_policy=self.cache_policy,
         )
 
 

@@ -34,7 +34,7 @@ from runner_common.contract import (
 from runner_server.api.generation import GenerationDraft
 from runner_server.api.prompts import Prompt
 from runner_server.api.violations import ViolationCollector
-from runner_server.engine.types import Dtype, LoadSpec, ModelInfo, Sampling
+from runner_server.engine.types import CachePolicy, Dtype, LoadSpec, ModelInfo, Sampling
 
 _T = TypeVar("_T")
 
@@ -174,6 +174,7 @@ def completion_draft(request: pb.CompletionRequest, model: ModelInfo) -> Generat
         ignore_eos=options.ignore_eos,
         request_id=request.request_id,
         priority=request.priority,
+        cache_policy=_cache_policy(request),
     )
 
 
@@ -245,6 +246,11 @@ def _check_number(
     """Check the range of a field if set."""
     if message.HasField(field):
         check.number(_path(message, field), getattr(message, field), low, high, above=above)
+
+
+def _cache_policy(request: pb.CompletionRequest) -> CachePolicy:
+    uses_cache = not request.bypass_prefix_cache
+    return CachePolicy(reads=uses_cache, writes=uses_cache)
 
 
 def _check_stops(check: ViolationCollector, stops: Sequence[str]) -> None:

@@ -171,8 +171,8 @@ class Follower:
     def _handle_rows(self, message: msg.Message) -> None:
         executor = self._require_executor()
         match message:
-            case msg.AddRow(row, prompt_ids, sampling):
-                executor.add(row, prompt_ids, sampling)
+            case msg.AddRow(row, prompt_ids, sampling, cache_policy):
+                executor.add(row, prompt_ids, sampling, cache_policy)
             case msg.RunPrefill(chunks):
                 executor.run(PrefillItem(chunks))
             case msg.RunDecode(joining, expected):

@@ -12,7 +12,13 @@ from runner_server.distributed.hub import Hub
 from runner_server.engine.backend import Backend, BackendLost, Codec, Executor, LoadedModel
 from runner_server.engine.prefill_queue import PrefillLimits
 from runner_server.engine.prefix_cache import Match
-from runner_server.engine.types import LoadSpec, MemoryCounters, ModelInfo, Sampling
+from runner_server.engine.types import (
+    CachePolicy,
+    LoadSpec,
+    MemoryCounters,
+    ModelInfo,
+    Sampling,
+)
 from runner_server.engine.work import PrefillItem, WorkItem, WorkReport
 from runner_server.errors import RunnerFault
 
@@ -231,10 +237,13 @@ class LeaderExecutor:
         self._executor = executor
         self._hub = hub
 
-    def add(self, row: int, prompt_ids: Sequence[int], sampling: Sampling) -> None:
+    def add(
+        self, row: int, prompt_ids: Sequence[int], sampling: Sampling, cache_policy: CachePolicy
+    ) -> None:
         """See ``Executor.add``."""
-        with self._sent_to_followers(msg.AddRow(row, tuple(prompt_ids), sampling)):
-            self._executor.add(row, prompt_ids, sampling)
+        message = msg.AddRow(row, tuple(prompt_ids), sampling, cache_policy)
+        with self._sent_to_followers(message):
+            self._executor.add(row, prompt_ids, sampling, cache_policy)
 
     def find_prefix(self, prompt_ids: Sequence[int]) -> Match:
         """Look a prompt up on this rank; see ``Executor.find_prefix``."""

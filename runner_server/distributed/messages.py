@@ -7,7 +7,7 @@ from typing import get_args
 
 import msgspec
 
-from runner_server.engine.types import LoadSpec, MemoryCounters, Sampling
+from runner_server.engine.types import CachePolicy, LoadSpec, MemoryCounters, Sampling
 from runner_server.engine.work import PromptChunk
 
 # -- from rank 0 -----------------------------------------------------------------
@@ -47,6 +47,7 @@ class AddRow:
     row: int
     prompt_ids: tuple[int, ...]
     sampling: Sampling
+    cache_policy: CachePolicy
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,14 @@ from typing import Protocol
 
 from runner_server.engine.prefill_queue import PrefillLimits
 from runner_server.engine.prefix_cache import Match
-from runner_server.engine.types import LoadSpec, MemoryCounters, ModelInfo, Rank, Sampling
+from runner_server.engine.types import (
+    CachePolicy,
+    LoadSpec,
+    MemoryCounters,
+    ModelInfo,
+    Rank,
+    Sampling,
+)
 from runner_server.engine.work import WorkItem, WorkReport
 
 
@@ -58,7 +65,9 @@ class Codec(Protocol):
 class Executor(Protocol):
     """Runs the scheduler's work items on the rows of one batch."""
 
-    def add(self, row: int, prompt_ids: Sequence[int], sampling: Sampling) -> None:
+    def add(
+        self, row: int, prompt_ids: Sequence[int], sampling: Sampling, cache_policy: CachePolicy
+    ) -> None:
         """Add a row. Later work items prefill the prompt and make the row join the batch."""
         ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from runner_server.engine.prefill_queue import FindPrefix, PrefillLimits, PrefillQueue
-from runner_server.engine.types import Event
+from runner_server.engine.types import CachePolicy, Event
 from runner_server.engine.work import DecodeItem, PrefillItem, WorkItem, WorkReport
 
 
@@ -31,9 +31,9 @@ class BatchPlanner:
         self._waited_seconds = 0.0
         self._decode_seconds = 0.0
 
-    def add(self, row: int, prompt_ids: Sequence[int]) -> None:
+    def add(self, row: int, prompt_ids: Sequence[int], cache_policy: CachePolicy) -> None:
         """Add a row whose prompt is to be prefilled."""
-        self._prefills.add(row, prompt_ids)
+        self._prefills.add(row, prompt_ids, cache_policy)
 
     def resume(self, row: int) -> None:
         """Let a preempted row join the next decode step."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 from runner_server.engine.prefill_policy import PrefillPolicy
 from runner_server.engine.prefix_cache import Match
-from runner_server.engine.types import Prefill
+from runner_server.engine.types import CachePolicy, Prefill
 from runner_server.engine.work import PrefillItem, PromptChunk
 
 _WORTHWHILE = 32
@@ -46,6 +46,7 @@ class _Prompt:
     Attributes:
         row: Id of the row.
         ids: The whole prompt.
+        cache_policy: Use of the prefix cache.
         prefilled: Tokens in the row's caches.
         position: Start of the next chunk, by the latest lookup in the prefix cache.
         cached: Tokens restored from the prefix cache.
@@ -53,6 +54,7 @@ class _Prompt:
 
     row: int
     ids: array[int]
+    cache_policy: CachePolicy
     prefilled: int = 0
     position: int = 0
     cached: int = 0
@@ -78,6 +80,7 @@ class ChunkStart:
         branch: Position at which a cached prompt diverges from this one, if a snapshot there would
             help later prompts.
         lookahead: The next tokens, as many as decide whether two prompts continue alike.
+        cache_policy: Use of the prefix cache.
     """
 
     row: int
@@ -86,6 +89,7 @@ class ChunkStart:
     end: int
     branch: int | None
     lookahead: tuple[int, ...]
+    cache_policy: CachePolicy = field(default_factory=CachePolicy)
 
     @property
     def remaining(self) -> int:
@@ -100,7 +104,8 @@ class ChunkStart:
         # A snapshot takes the memory of a whole state, so only the useful ones are taken.
         is_stored = last in (self.branch, self.end) or not needs_snapshot
         length = last - self.position
-        return PromptChunk(self.row, self.restored, length, is_stored and length > 0)
+        is_stored = is_stored and length > 0 and self.cache_policy.writes
+        return PromptChunk(self.row, self.restored, length, is_stored)
 
 
 class PrefillQueue:
@@ -120,9 +125,9 @@ class PrefillQueue:
     def __len__(self) -> int:
         return len(self._prompts)
 
-    def add(self, row: int, prompt_ids: Sequence[int]) -> None:
+    def add(self, row: int, prompt_ids: Sequence[int], cache_policy: CachePolicy) -> None:
         """Add the prompt of a row."""
-        prompt = self._prompts[row] = _Prompt(row, array("i", prompt_ids))
+        prompt = self._prompts[row] = _Prompt(row, array("i", prompt_ids), cache_policy)
         prompt.position = self._look_up(prompt).position
 
     def remove(self, row: int) -> None:
@@ -184,7 +189,8 @@ class PrefillQueue:
 
         Other prompts may have been inserted since the previous lookup.
         """
-        match = self._find_prefix(prompt.ids[:-1])
+        policy = prompt.cache_policy
+        match = self._find_prefix(prompt.ids[:-1]) if policy.reads else Match(0, 0)
         restored = match.usable if match.usable > prompt.prefilled else 0
         position = max(prompt.prefilled, match.usable)
         # With a snapshot where the two prompts part, a third one can reuse what they share.
@@ -192,7 +198,7 @@ class PrefillQueue:
         is_useful = gain >= _WORTHWHILE and match.common > position
         branch = match.common if self._limits.needs_snapshot and is_useful else None
         lookahead = tuple(prompt.ids[position : position + _WORTHWHILE])
-        return ChunkStart(prompt.row, position, restored, prompt.end, branch, lookahead)
+        return ChunkStart(prompt.row, position, restored, prompt.end, branch, lookahead, policy)
 
     def _companions(self, first: ChunkStart, count: int) -> list[ChunkStart]:
         """Return the starts of the prompts to prefill in the same call as ``first``."""
@@ -215,8 +221,8 @@ def companions(
     """Choose prompts to prefill in the same call as another one, which reads the weights once.
 
     Each starts at the same position as ``first`` and is prefilled to its end. A prompt that
-    continues like one already chosen is left out: it waits, and takes their common tokens from the
-    prefix cache.
+    continues like one already chosen is left out if both use the prefix cache: it waits, and takes
+    their common tokens from the cache.
 
     For example, with ``first`` at position 0 and 60 tokens left, and ``shortest`` 30: a prompt of
     50 other tokens joins; one of 20 does not, because padding would cost more than a separate
@@ -229,13 +235,16 @@ def companions(
         shortest: Fewest tokens that a chosen prompt has left.
     """
     chosen: list[ChunkStart] = []
-    continuations = {first.lookahead}
+    # The continuations that will be in the prefix cache.
+    stored = {first.lookahead} if first.cache_policy.writes else set()
     for each in candidates:
         if len(chosen) == most:
             break
         is_level = each.position == first.position and each.branch is None
         is_fit = is_level and shortest <= each.remaining <= first.remaining
-        if is_fit and each.lookahead not in continuations:
-            continuations.add(each.lookahead)
+        waits = each.cache_policy.reads and each.lookahead in stored
+        if is_fit and not waits:
             chosen.append(each)
+            if each.cache_policy.writes:
+                stored.add(each.lookahead)
     return chosen

@@ -101,7 +101,8 @@ class Scheduler:
                 request = self.waiting.pop(0)
                 request.admit()
                 self.admitted[request.id] = request
-                self._require_planner().add(request.id, request.spec.prompt_ids)
+                spec = request.spec
+                self._require_planner().add(request.id, spec.prompt_ids, spec.cache_policy)
                 admitted.append(request)
         return admitted
 

@@ -210,7 +210,8 @@ class EngineThread:
     def _admit_and_run(self, model: LoadedModel, executor: Executor) -> None:
         for request in self._scheduler.admit(model):
             self._registry.note_admission()
-            executor.add(request.id, request.spec.prompt_ids, request.spec.sampling)
+            spec = request.spec
+            executor.add(request.id, spec.prompt_ids, spec.sampling, spec.cache_policy)
         if item := self._scheduler.next_item():
             self._run(item, executor)
             if isinstance(item, DecodeItem):

@@ -134,6 +134,19 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class CachePolicy:
+    """Use of the prefix cache by a request.
+
+    Attributes:
+        reads: Whether the prompt may begin with a prefix from the cache.
+        writes: Whether the tokens of the request are stored in the cache.
+    """
+
+    reads: bool = True
+    writes: bool = True
+
+
+@dataclass(frozen=True)
 class CompletionSpec:
     """A validated request.
 
@@ -145,6 +158,7 @@ class CompletionSpec:
         ignore_eos: Whether to continue after the model's own end tokens.
         request_id: The caller's name for the request, not necessarily unique; may be empty.
         priority: Higher first among waiting requests.
+        cache_policy: Use of the prefix cache.
     """
 
     prompt_ids: tuple[int, ...]
@@ -155,6 +169,7 @@ class CompletionSpec:
     ignore_eos: bool = False
     request_id: str = ""
     priority: int = 0
+    cache_policy: CachePolicy = field(default_factory=CachePolicy)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import cast
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from runner_server.engine.types import NotFinite, Sampling, Token, TokenLogprob
+from runner_server.engine.types import CachePolicy, NotFinite, Sampling, Token, TokenLogprob
 from runner_server.mlx_backend.arrays import rows_of
 from runner_server.mlx_backend.cache.row_caches import (
     Caches,
@@ -53,6 +53,7 @@ class Row:
         sampling: The sampling options.
         prompt_ids: The whole prompt. Its last token is the input of the first decode step.
         next_id: The input of the row's next step, valid while the row is not in the batch.
+        cache_policy: Use of the prefix cache.
         tokens: The tokens that have passed through the model.
         is_unreported: Whether the input of the next step was drawn but is not reported yet.
         drawn: Number of tokens drawn.
@@ -65,6 +66,7 @@ class Row:
     sampling: Sampling
     prompt_ids: Sequence[int]
     next_id: int
+    cache_policy: CachePolicy
     tokens: list[int] = field(default_factory=list)
     is_unreported: bool = False
     drawn: int = 0

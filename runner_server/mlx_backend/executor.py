@@ -12,7 +12,7 @@ from mlx.nn.layers.base import Module
 
 from runner_common.contract import MAX_PARALLEL
 from runner_server.engine.prefix_cache import Match, PrefixCache
-from runner_server.engine.types import Sampling
+from runner_server.engine.types import CachePolicy, Sampling
 from runner_server.engine.work import DecodeItem, PrefillItem, PromptChunk, WorkItem, WorkReport
 from runner_server.mlx_backend.cache.row_caches import (
     CachePieces,
@@ -90,10 +90,13 @@ class MlxExecutor:
         self._decoding = DecodeBatch(model, vocab_size, agree)
         self._is_single_rank = agree is None
 
-    def add(self, row: int, prompt_ids: Sequence[int], sampling: Sampling) -> None:
+    def add(
+        self, row: int, prompt_ids: Sequence[int], sampling: Sampling, cache_policy: CachePolicy
+    ) -> None:
         """Add a row; see ``Executor.add``."""
+        caches = self._pieces.new()
         self._outside[row] = Row(
-            row, sampling, prompt_ids, prompt_ids[-1], caches=self._pieces.new()
+            row, sampling, prompt_ids, prompt_ids[-1], cache_policy, caches=caches
         )
 
     def find_prefix(self, prompt_ids: Sequence[int]) -> Match:
@@ -127,7 +130,7 @@ class MlxExecutor:
     def remove(self, rows: Collection[int]) -> None:
         """Remove rows, inserting their tokens into the prefix cache; see ``Executor.remove``."""
         decoded = [row for row in self._decoding.rows if row.id in rows]
-        for row in decoded if self._prefix_cache.is_enabled else ():
+        for row in filter(self._is_cached, decoded):
             # Costs nothing: reading the caches waits for the step in flight anyway.
             self._decoding.settle(row)
             self._cache_prefix(row, self._decoding.caches_of(row))
@@ -218,9 +221,13 @@ class MlxExecutor:
         if held > self._budget.budget_bytes and self._decoding.rows:
             self._decoding.compact()
 
+    def _is_cached(self, row: Row) -> bool:
+        """Return whether the tokens of a row are stored in the prefix cache."""
+        return self._prefix_cache.is_enabled and row.cache_policy.writes
+
     def _cache_prefix(self, row: Row, caches: Caches) -> None:
         """Insert the tokens and caches of a row into the prefix cache."""
-        if not (self._prefix_cache.is_enabled and row.tokens):
+        if not (self._is_cached(row) and row.tokens):
             return
         if not row.is_finite:
             # Ranks see different values, but must all keep the same prompts: they keep none of it.

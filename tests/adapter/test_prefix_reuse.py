@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from runner_server.engine.types import LoadSpec, Token
+from runner_server.engine.types import CachePolicy, LoadSpec, Token
 from support.logprobs import assert_logprobs_close
 from support.rows import GREEDY
 from tools.local_batch import LocalBatch
@@ -31,6 +31,39 @@ CUTTABLE = {"llama"}
 def _assert_results_close(some: Result, other: Result) -> None:
     assert len(some.logprobs) == len(other.logprobs)
     assert_logprobs_close(some.logprobs, other.logprobs)
+
+
+# -- bypass ----------------------------------------------------------------------
+
+
+BYPASS = CachePolicy(reads=False, writes=False)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_row_that_bypasses_the_cache_neither_reads_nor_writes(
+    make_bench: MakeBench, shape: str
+) -> None:
+    prompt = random_prompt(150, 1)
+    bench = make_bench(shape)
+    alone = bench.run(prompt, 6, WITH_LOGPROBS, BYPASS)
+    assert len(bench.cache) == 0
+    shared = bench.run(prompt, 6, WITH_LOGPROBS)
+    assert shared.cached == 0
+    held = bench.cache.nbytes
+    again = bench.run([*prompt, 5, 6], 6, WITH_LOGPROBS, BYPASS)
+    assert (again.cached, bench.cache.nbytes) == (0, held)
+    assert bench.run(prompt, 6, WITH_LOGPROBS).cached == 149
+    _assert_results_close(alone, shared)
+
+
+def test_a_preempted_row_that_bypasses_the_cache_is_not_stored(make_bench: MakeBench) -> None:
+    bench = make_bench("llama")
+    result = bench.add(0, random_prompt(40, 1), GREEDY, BYPASS)
+    while not result.ids:
+        bench.step()
+    bench.batch.preempt(0)
+    bench.batch.remove([0])
+    assert len(bench.cache) == 0
 
 
 # -- prefill and reuse -----------------------------------------------------------

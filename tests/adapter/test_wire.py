@@ -95,6 +95,22 @@ async def test_the_share_of_cached_prompts_is_counted(real: Server, model_dir: B
     assert (await real.status()).prefix_cached_ratio == 0
 
 
+async def test_a_request_bypasses_the_prefix_cache(real: Server, model_dir: Build) -> None:
+    await real.load(str(model_dir()), context_length=256)
+    prompt = "def main(): pass " * 8
+
+    async def cached(**fields: Any) -> int:
+        last = (await real.complete(prompt, num_predict=2, **fields))[-1]
+        assert last.done
+        return last.prompt_cached_count
+
+    assert await cached(bypass_prefix_cache=True) == 0
+    assert (await real.status()).memory_usage.prefix_cache_bytes == 0
+    assert await cached() == 0
+    assert await cached() > 0
+    assert await cached(bypass_prefix_cache=True) == 0
+
+
 @pytest.mark.parametrize("broken", ["config.json", "model.safetensors", "tokenizer.json"])
 async def test_a_broken_model_leaves_no_memory_in_use_and_the_server_works(
     real: Server, model_dir: Build, tmp_path: Path, broken: str

@@ -50,8 +50,16 @@ def test_the_request_carries_all_arguments(client: RunnerClient, runner: FakeRun
         ignore_eos=True,
         min_predict=4,
     )
-    client.complete("Hi", options=options, logprobs=0, request_id="me", priority=-7)
+    client.complete(
+        "Hi",
+        options=options,
+        logprobs=0,
+        request_id="me",
+        priority=-7,
+        bypass_prefix_cache=True,
+    )
     expected = pb.CompletionRequest(prompt="Hi", logprobs=0, request_id="me", priority=-7)
+    expected.bypass_prefix_cache = True
     expected.options.temperature = 0
     expected.options.top_k = 0
     expected.options.seed = 7

@@ -137,3 +137,10 @@ def test_a_stop_token_ends_the_text() -> None:
     with fake_runner(pieces=("a", "b", "c")) as runner, RunnerClient(runner.address) as client:
         done = client.complete("Hi", options=options)
     assert (done.content, done.token_ids, done.eval_count) == ("a", (0, 1), 2)
+
+
+def test_a_request_that_bypasses_the_prefix_cache_takes_nothing_from_it() -> None:
+    with fake_runner() as runner, RunnerClient(runner.address) as client:
+        runner.prompt_cached_count = 3
+        assert client.complete("Hi").prompt_cached_count == 3
+        assert client.complete("Hi", bypass_prefix_cache=True).prompt_cached_count == 0

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from runner_server.distributed import messages as msg
 from runner_server.distributed.follower_state import TRANSITIONS, FollowerState, next_state
-from runner_server.engine.types import Dtype, LoadSpec, Sampling
+from runner_server.engine.types import CachePolicy, Dtype, LoadSpec, Sampling
 from runner_server.engine.work import PromptChunk
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
@@ -22,10 +22,13 @@ SAMPLINGS = st.builds(
     seed=SEEDS,
     logit_bias=st.lists(st.tuples(st.integers(0, 2**31), FINITE)).map(tuple),
     logprobs=st.none() | st.integers(0, 20),
+    min_predict=st.integers(0, 2**31 - 1),
+    end_ids=st.lists(st.integers(0, 2**31)).map(tuple),
 )
+POLICIES = st.builds(CachePolicy, st.booleans(), st.booleans())
 IDS = st.lists(st.integers(0, 2**31)).map(tuple)
 MESSAGES = st.one_of(
-    st.builds(msg.AddRow, st.integers(1, 2**40), IDS, SAMPLINGS),
+    st.builds(msg.AddRow, st.integers(1, 2**40), IDS, SAMPLINGS, POLICIES),
     st.builds(
         msg.RunPrefill,
         st.lists(st.builds(PromptChunk, *[st.integers(0, 10**6)] * 3, st.booleans())).map(tuple),

@@ -14,7 +14,7 @@ from runner_server.engine.batch_planner import BatchPlanner
 from runner_server.engine.prefill_policy import MAX_SECONDS, MIN_SECONDS
 from runner_server.engine.prefill_queue import ChunkStart, companions
 from runner_server.engine.prefix_cache import Match
-from runner_server.engine.types import Prefill
+from runner_server.engine.types import CachePolicy, Prefill
 from runner_server.engine.work import DecodeItem, PrefillItem, PromptChunk
 from support.planned_machine import LIMITS, PACE, Machine
 
@@ -54,7 +54,7 @@ def test_a_prompt_of_one_token_has_nothing_to_prefill() -> None:
 def test_without_rows_there_is_no_item() -> None:
     planner = BatchPlanner(LIMITS, lambda _: Match(0, 0))
     assert planner.next_item() is None
-    planner.add(0, [1, 2])
+    planner.add(0, [1, 2], CachePolicy())
     planner.remove(0)
     assert planner.next_item() is None
 
@@ -119,6 +119,43 @@ def test_a_prompt_reuses_what_another_one_stores_meanwhile() -> None:
         PromptChunk(0, 0, 29, is_stored=True),
         PromptChunk(1, 59, 0, is_stored=False),
     ]
+
+
+BYPASS = CachePolicy(reads=False, writes=False)
+
+
+def test_a_prompt_that_bypasses_the_cache_takes_nothing_from_it_and_is_not_stored() -> None:
+    machine = Machine(keeps_prefixes=True)
+    prompt = _prompt(50, 0)
+    machine.add(0, prompt)
+    machine.step()
+    stored = [*machine.stored]
+    machine.add(1, prompt, BYPASS)
+    machine.step()
+    assert _prefills(machine)[-1].chunks == (PromptChunk(1, 0, 49, is_stored=False),)
+    assert machine.progress[1] == Prefill(1, 49, 50, cached=0)
+    assert machine.stored == stored
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "together"),
+    [
+        (CachePolicy(), CachePolicy(), False),
+        (CachePolicy(), BYPASS, True),
+        (BYPASS, CachePolicy(), True),
+        (BYPASS, BYPASS, True),
+        (CachePolicy(reads=False), CachePolicy(), False),
+    ],
+)
+def test_equal_prompts_wait_for_each_other_only_if_they_share(
+    first: CachePolicy, second: CachePolicy, *, together: bool
+) -> None:
+    one, other = (
+        ChunkStart(row, 0, 0, 40, None, (5, 5), policy)
+        for row, policy in enumerate((first, second))
+    )
+    expected = [other] if together else []
+    assert companions(one, [other], most=9, shortest=20) == expected
 
 
 def test_a_chunk_stops_at_a_branch_where_a_snapshot_is_useful() -> None:

@@ -12,7 +12,7 @@ from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.api.generation import GenerationDraft
 from runner_server.api.prompts import Prompt
 from runner_server.api.validation import completion_draft
-from runner_server.engine.types import Sampling
+from runner_server.engine.types import CachePolicy, Sampling
 from runner_server.errors import InvalidField, PromptTooLong
 from support.fakes import EOS, VOCAB_SIZE, model_info
 
@@ -104,6 +104,14 @@ def test_a_minimum_up_to_the_maximum_is_accepted(most: int) -> None:
     assert completion_draft(request, MODEL).sampling.min_predict == 8
 
 
+def test_a_request_uses_the_prefix_cache_unless_it_bypasses_it() -> None:
+    request = text_request()
+    assert completion_draft(request, MODEL).cache_policy == CachePolicy()
+    request.bypass_prefix_cache = True
+    policy = CachePolicy(reads=False, writes=False)
+    assert completion_draft(request, MODEL).cache_policy == policy
+
+
 def test_a_draft_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
         draft().max_tokens = 1  # type: ignore[misc]
@@ -164,11 +172,13 @@ def test_a_fitted_draft_keeps_everything_but_the_request_id() -> None:
         stop_token_ids=frozenset({4}),
         ignore_eos=True,
         request_id="mine",
+        cache_policy=CachePolicy(writes=False),
     )
     spec = drafted.fit([1, 2, 3], MODEL)
     assert spec.prompt_ids == (1, 2, 3)
     assert (spec.sampling, spec.stop) == (sampling, ("a",))
     assert (spec.stop_token_ids, spec.ignore_eos) == (frozenset({4}), True)
+    assert spec.cache_policy == CachePolicy(writes=False)
 
 
 def test_a_prompt_that_fills_the_context_is_too_long() -> None:

@@ -11,6 +11,7 @@ from runner_server.engine.backend import Codec
 from runner_server.engine.prefill_queue import PrefillLimits
 from runner_server.engine.prefix_cache import Match
 from runner_server.engine.types import (
+    CachePolicy,
     LoadSpec,
     MemoryCounters,
     ModelInfo,
@@ -145,7 +146,13 @@ class FakeExecutor:
         self.decoding: list[int] = []
         self.closed = False
 
-    def add(self, row: int, prompt_ids: Sequence[int], sampling: Sampling) -> None:
+    def add(
+        self,
+        row: int,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        _cache_policy: CachePolicy,
+    ) -> None:
         """See ``Executor.add``."""
         assert prompt_ids, "an empty prompt must not get here"
         assert row not in self.rows

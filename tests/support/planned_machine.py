@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from runner_server.engine.batch_planner import BatchPlanner
 from runner_server.engine.prefill_queue import PrefillLimits
 from runner_server.engine.prefix_cache import Match
-from runner_server.engine.types import Prefill, Token
+from runner_server.engine.types import CachePolicy, Prefill, Token
 from runner_server.engine.work import PrefillItem, WorkItem, WorkReport
 
 PACE = 2000.0
@@ -44,10 +44,10 @@ class Machine:
         self._decoding: set[int] = set()
         self._prefilled: dict[int, int] = {}
 
-    def add(self, row: int, prompt: Sequence[int]) -> None:
+    def add(self, row: int, prompt: Sequence[int], cache_policy: CachePolicy | None = None) -> None:
         """Add a row."""
         self._prompts[row], self._prefilled[row], self.tokens[row] = prompt, 0, 0
-        self.planner.add(row, prompt)
+        self.planner.add(row, prompt, cache_policy or CachePolicy())
 
     def remove(self, row: int) -> None:
         """Remove a row."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from runner_server.engine.prefix_cache import PrefixCache
-from runner_server.engine.types import Prefill, Sampling, Token, TokenLogprob
+from runner_server.engine.types import CachePolicy, Prefill, Sampling, Token, TokenLogprob
 from runner_server.mlx_backend.executor import MlxExecutor
 from support.rows import GREEDY
 from tools.local_batch import LocalBatch
@@ -78,9 +78,15 @@ class Bench:
         )
         self.batch = LocalBatch(executor, self.limits)
 
-    def add(self, row: int, prompt: Sequence[int], sampling: Sampling = GREEDY) -> Result:
+    def add(
+        self,
+        row: int,
+        prompt: Sequence[int],
+        sampling: Sampling = GREEDY,
+        cache_policy: CachePolicy | None = None,
+    ) -> Result:
         """Start a row."""
-        self.batch.add(row, prompt, sampling)
+        self.batch.add(row, prompt, sampling, cache_policy)
         self.results[row] = Result()
         return self.results[row]
 
@@ -104,10 +110,16 @@ class Bench:
         assert last.cached <= event.cached <= event.prefilled
         result.progress.append(event)
 
-    def run(self, prompt: Sequence[int], count: int, sampling: Sampling = GREEDY) -> Result:
+    def run(
+        self,
+        prompt: Sequence[int],
+        count: int,
+        sampling: Sampling = GREEDY,
+        cache_policy: CachePolicy | None = None,
+    ) -> Result:
         """Run a row from start to end in the current batch."""
         row = len(self.results)
-        result = self.add(row, prompt, sampling)
+        result = self.add(row, prompt, sampling, cache_policy)
         for _ in range(MAX_STEPS):
             self.step()
             if len(result.ids) >= count:

@@ -2000,9 +2000,12 @@ type CompletionRequest struct {
 	// The model that is meant: the `LoadRequest.model` that it was loaded with, or
 	// `Model.path`. Any other name is refused with MODEL_NOT_LOADED. Default: empty,
 	// the loaded model.
-	Model         string `protobuf:"bytes,7,opt,name=model,proto3" json:"model,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Model string `protobuf:"bytes,7,opt,name=model,proto3" json:"model,omitempty"`
+	// Leaves the prefix cache alone: the prompt takes nothing from it, and nothing of
+	// the prompt and the output is kept in it. Default: false.
+	BypassPrefixCache bool `protobuf:"varint,8,opt,name=bypass_prefix_cache,json=bypassPrefixCache,proto3" json:"bypass_prefix_cache,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *CompletionRequest) Reset() {
@@ -2093,6 +2096,13 @@ func (x *CompletionRequest) GetModel() string {
 		return x.Model
 	}
 	return ""
+}
+
+func (x *CompletionRequest) GetBypassPrefixCache() bool {
+	if x != nil {
+		return x.BypassPrefixCache
+	}
+	return false
 }
 
 type isCompletionRequest_Input interface {
@@ -3260,7 +3270,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x0ereserved_bytes\x18\b \x01(\x03R\rreservedBytes\x127\n" +
 	"\x18prefix_cache_limit_bytes\x18\t \x01(\x03R\x15prefixCacheLimitBytes\"\x1c\n" +
 	"\bTokenIds\x12\x10\n" +
-	"\x03ids\x18\x01 \x03(\x05R\x03ids\"\xb4\x02\n" +
+	"\x03ids\x18\x01 \x03(\x05R\x03ids\"\xe4\x02\n" +
 	"\x11CompletionRequest\x12\x18\n" +
 	"\x06prompt\x18\x01 \x01(\tH\x00R\x06prompt\x12B\n" +
 	"\x10prompt_token_ids\x18\x02 \x01(\v2\x16.mlxrunner.v1.TokenIdsH\x00R\x0epromptTokenIds\x129\n" +
@@ -3269,7 +3279,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\n" +
 	"request_id\x18\x05 \x01(\tR\trequestId\x12\x1a\n" +
 	"\bpriority\x18\x06 \x01(\x05R\bpriority\x12\x14\n" +
-	"\x05model\x18\a \x01(\tR\x05modelB\a\n" +
+	"\x05model\x18\a \x01(\tR\x05model\x12.\n" +
+	"\x13bypass_prefix_cache\x18\b \x01(\bR\x11bypassPrefixCacheB\a\n" +
 	"\x05inputB\v\n" +
 	"\t_logprobs\"\x9c\x06\n" +
 	"\x11CompletionOptions\x12%\n" +

@@ -113,6 +113,7 @@ def completion_request(
     request_id: str = "",
     priority: int = 0,
     model: str | None = None,
+    bypass_prefix_cache: bool = False,
 ) -> pb.CompletionRequest:
     """Build the request of a completion from text or token ids.
 
@@ -126,6 +127,7 @@ def completion_request(
     check_integer("logprobs", logprobs)
     check_text("request_id", request_id)
     check_integer("priority", priority)
+    check_flag("bypass_prefix_cache", bypass_prefix_cache)
     with _sendable():
         message = pb.CompletionRequest(
             options=_options(options or Options()),
@@ -133,6 +135,7 @@ def completion_request(
             request_id=request_id,
             priority=priority,
             model=_named(model),
+            bypass_prefix_cache=bypass_prefix_cache,
         )
         if isinstance(prompt, str):
             message.prompt = prompt

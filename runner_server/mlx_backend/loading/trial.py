@@ -10,7 +10,7 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 
 from runner_server.engine.backend import Executor
-from runner_server.engine.types import Sampling, Token
+from runner_server.engine.types import CachePolicy, Sampling, Token
 from runner_server.engine.work import DecodeItem, PrefillItem, PromptChunk
 from runner_server.errors import GenerationFailed, ModelUnsupported, not_finite_advice
 from runner_server.mlx_backend.planning.measure import device_kind
@@ -46,7 +46,7 @@ def warm_up(model: Module, executor: Executor, vocab_size: int, dtype: str) -> N
 
 def _gives_token(executor: Executor, sampling: Sampling) -> bool:
     """Generate one token; return False if the logits are not finite."""
-    executor.add(0, _PROMPT, sampling)
+    executor.add(0, _PROMPT, sampling, CachePolicy())
     chunk = PromptChunk(0, restored=0, count=len(_PROMPT) - 1, is_stored=False)
     executor.run(PrefillItem((chunk,)))
     (event,) = executor.run(DecodeItem(joining=(0,))).events
