@@ -53,6 +53,9 @@ MAX_MODEL_CHARS = 4096
 MAX_REQUEST_ID_CHARS = 128
 """Longest ``request_id``."""
 
+MAX_CACHE_SALT_CHARS = 128
+"""Longest ``cache_salt``."""
+
 MAX_ABORTED_IDS = 1024
 """Most ids of an ``Abort``."""
 

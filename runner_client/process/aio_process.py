@@ -187,6 +187,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
         request_id: str = "",
         priority: int = 0,
         bypass_prefix_cache: bool = False,
+        cache_salt: str = "",
     ) -> AsyncCompletionStream:
         """Start a completion; see ``AsyncRunnerClient.completion``.
 
@@ -201,6 +202,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
             request_id=request_id,
             priority=priority,
             bypass_prefix_cache=bypass_prefix_cache,
+            cache_salt=cache_salt,
         )
 
     async def complete(
@@ -212,6 +214,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
         request_id: str = "",
         priority: int = 0,
         bypass_prefix_cache: bool = False,
+        cache_salt: str = "",
     ) -> Completion:
         """Run a completion to the end; see ``AsyncRunnerClient.complete``.
 
@@ -225,6 +228,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
             request_id=request_id,
             priority=priority,
             bypass_prefix_cache=bypass_prefix_cache,
+            cache_salt=cache_salt,
         )
 
     async def tokenize(self, content: str, *, add_special_tokens: bool = False) -> list[int]:

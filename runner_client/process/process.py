@@ -182,6 +182,7 @@ class RunnerProcess(ProcessBase[Connection]):
         request_id: str = "",
         priority: int = 0,
         bypass_prefix_cache: bool = False,
+        cache_salt: str = "",
     ) -> CompletionStream:
         """Start a completion; see ``RunnerClient.completion``.
 
@@ -196,6 +197,7 @@ class RunnerProcess(ProcessBase[Connection]):
             request_id=request_id,
             priority=priority,
             bypass_prefix_cache=bypass_prefix_cache,
+            cache_salt=cache_salt,
         )
 
     def complete(
@@ -207,6 +209,7 @@ class RunnerProcess(ProcessBase[Connection]):
         request_id: str = "",
         priority: int = 0,
         bypass_prefix_cache: bool = False,
+        cache_salt: str = "",
     ) -> Completion:
         """Run a completion to the end; see ``RunnerClient.complete``.
 
@@ -220,6 +223,7 @@ class RunnerProcess(ProcessBase[Connection]):
             request_id=request_id,
             priority=priority,
             bypass_prefix_cache=bypass_prefix_cache,
+            cache_salt=cache_salt,
         )
 
     def tokenize(self, content: str, *, add_special_tokens: bool = False) -> list[int]:

@@ -123,6 +123,7 @@ class AsyncModelClient:
         priority: int = 0,
         model: str | None = None,
         bypass_prefix_cache: bool = False,
+        cache_salt: str = "",
     ) -> AsyncCompletionStream:
         """Start a completion and return the stream of chunks without waiting.
 
@@ -141,6 +142,8 @@ class AsyncModelClient:
                 one is refused. Default: the loaded model.
             bypass_prefix_cache: Whether the prompt takes nothing from the prefix cache, and
                 nothing of the completion is kept there.
+            cache_salt: Only completions with the same salt, at most 128 characters, share entries
+                of the prefix cache.
 
         Raises:
             TypeError: An argument is of the wrong type.
@@ -155,6 +158,7 @@ class AsyncModelClient:
             priority=priority,
             model=model,
             bypass_prefix_cache=bypass_prefix_cache,
+            cache_salt=cache_salt,
         )
         return self._connection.start_stream(request)
 
@@ -168,6 +172,7 @@ class AsyncModelClient:
         priority: int = 0,
         model: str | None = None,
         bypass_prefix_cache: bool = False,
+        cache_salt: str = "",
     ) -> Completion:
         """Run a completion to the end, with the arguments and timeouts of ``completion``.
 
@@ -188,6 +193,7 @@ class AsyncModelClient:
             priority=priority,
             model=model,
             bypass_prefix_cache=bypass_prefix_cache,
+            cache_salt=cache_salt,
         )
         async with stream:
             return responses.join_chunks([chunk async for chunk in stream])

@@ -122,6 +122,7 @@ class ModelClient:
         priority: int = 0,
         model: str | None = None,
         bypass_prefix_cache: bool = False,
+        cache_salt: str = "",
     ) -> CompletionStream:
         """Start a completion and return the stream of chunks without waiting.
 
@@ -140,6 +141,8 @@ class ModelClient:
                 one is refused. Default: the loaded model.
             bypass_prefix_cache: Whether the prompt takes nothing from the prefix cache, and
                 nothing of the completion is kept there.
+            cache_salt: Only completions with the same salt, at most 128 characters, share entries
+                of the prefix cache.
 
         Raises:
             TypeError: An argument is of the wrong type.
@@ -154,6 +157,7 @@ class ModelClient:
             priority=priority,
             model=model,
             bypass_prefix_cache=bypass_prefix_cache,
+            cache_salt=cache_salt,
         )
         return self._connection.start_stream(request)
 
@@ -167,6 +171,7 @@ class ModelClient:
         priority: int = 0,
         model: str | None = None,
         bypass_prefix_cache: bool = False,
+        cache_salt: str = "",
     ) -> Completion:
         """Run a completion to the end, with the arguments and timeouts of ``completion``.
 
@@ -187,6 +192,7 @@ class ModelClient:
             priority=priority,
             model=model,
             bypass_prefix_cache=bypass_prefix_cache,
+            cache_salt=cache_salt,
         )
         with stream:
             return responses.join_chunks([chunk for chunk in stream])

@@ -18,6 +18,7 @@ from mlxrunner.v1 import runner_pb2 as pb
 from runner_common.contract import (
     MAX_ABORTED_IDS,
     MAX_BYTES,
+    MAX_CACHE_SALT_CHARS,
     MAX_CONTEXT_LENGTH,
     MAX_DRAIN_SECONDS,
     MAX_LOGPROBS,
@@ -164,6 +165,9 @@ def completion_draft(request: pb.CompletionRequest, model: ModelInfo) -> Generat
     _check_number(check, request, "logprobs", 0, min(MAX_LOGPROBS, model.vocab_size))
     check_request_id(check, request.request_id)
     check.number("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY)
+    salt = len(request.cache_salt)
+    too_long = f"{salt} characters; at most {MAX_CACHE_SALT_CHARS}"
+    check.require("cache_salt", salt <= MAX_CACHE_SALT_CHARS, too_long)
     check.finish()
     return GenerationDraft(
         prompt=prompt,
@@ -250,7 +254,7 @@ def _check_number(
 
 def _cache_policy(request: pb.CompletionRequest) -> CachePolicy:
     uses_cache = not request.bypass_prefix_cache
-    return CachePolicy(reads=uses_cache, writes=uses_cache)
+    return CachePolicy(reads=uses_cache, writes=uses_cache, salt=request.cache_salt)
 
 
 def _check_stops(check: ViolationCollector, stops: Sequence[str]) -> None:

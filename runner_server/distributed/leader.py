@@ -245,9 +245,9 @@ class LeaderExecutor:
         with self._sent_to_followers(message):
             self._executor.add(row, prompt_ids, sampling, cache_policy)
 
-    def find_prefix(self, prompt_ids: Sequence[int]) -> Match:
+    def find_prefix(self, prompt_ids: Sequence[int], salt: str) -> Match:
         """Look a prompt up on this rank; see ``Executor.find_prefix``."""
-        return self._executor.find_prefix(prompt_ids)
+        return self._executor.find_prefix(prompt_ids, salt)
 
     def run(self, item: WorkItem) -> WorkReport:
         """Run a work item on every rank; see ``Executor.run``."""

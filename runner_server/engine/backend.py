@@ -71,8 +71,8 @@ class Executor(Protocol):
         """Add a row. Later work items prefill the prompt and make the row join the batch."""
         ...
 
-    def find_prefix(self, prompt_ids: Sequence[int]) -> Match:
-        """Return the length of the longest prefix of a prompt in the prefix cache."""
+    def find_prefix(self, prompt_ids: Sequence[int], salt: str) -> Match:
+        """Return the length of the longest prefix of a prompt among the entries of a salt."""
         ...
 
     def run(self, item: WorkItem) -> WorkReport:

@@ -15,8 +15,8 @@ from runner_server.engine.work import PrefillItem, PromptChunk
 _WORTHWHILE = 32
 """Fewest tokens that a snapshot must save a later prompt, to be worth ending a chunk for."""
 
-FindPrefix = Callable[[Sequence[int]], Match]
-"""Finds the longest prefix of a prompt in the prefix cache."""
+FindPrefix = Callable[[Sequence[int], str], Match]
+"""Finds the longest prefix of a prompt in the prefix cache, among the entries of a salt."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,11 @@ class ChunkStart:
     def remaining(self) -> int:
         """Tokens left to prefill."""
         return self.end - self.position
+
+    @property
+    def continuation(self) -> tuple[str, tuple[int, ...]]:
+        """Equal for two prompts at one position that can share their next tokens."""
+        return self.cache_policy.salt, self.lookahead
 
     def chunk(self, count: int, *, needs_snapshot: bool) -> PromptChunk:
         """Return a chunk of at most ``count`` tokens, which ends at the branch at the latest."""
@@ -190,7 +195,9 @@ class PrefillQueue:
         Other prompts may have been inserted since the previous lookup.
         """
         policy = prompt.cache_policy
-        match = self._find_prefix(prompt.ids[:-1]) if policy.reads else Match(0, 0)
+        match = Match(0, 0)
+        if policy.reads:
+            match = self._find_prefix(prompt.ids[:-1], policy.salt)
         restored = match.usable if match.usable > prompt.prefilled else 0
         position = max(prompt.prefilled, match.usable)
         # With a snapshot where the two prompts part, a third one can reuse what they share.
@@ -235,16 +242,16 @@ def companions(
         shortest: Fewest tokens that a chosen prompt has left.
     """
     chosen: list[ChunkStart] = []
-    # The continuations that will be in the prefix cache.
-    stored = {first.lookahead} if first.cache_policy.writes else set()
+    # The continuations that will be in the prefix cache, and their salts.
+    stored = {first.continuation} if first.cache_policy.writes else set()
     for each in candidates:
         if len(chosen) == most:
             break
         is_level = each.position == first.position and each.branch is None
         is_fit = is_level and shortest <= each.remaining <= first.remaining
-        waits = each.cache_policy.reads and each.lookahead in stored
+        waits = each.cache_policy.reads and each.continuation in stored
         if is_fit and not waits:
             chosen.append(each)
             if each.cache_policy.writes:
-                stored.add(each.lookahead)
+                stored.add(each.continuation)
     return chosen

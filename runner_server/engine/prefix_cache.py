@@ -4,6 +4,8 @@ Each node represents a run of tokens and holds the segment of the model's KV cac
 Prompts with a common prefix share nodes. Segments are opaque to the tree: :class:`SegmentOps` cuts
 and measures them.
 
+Each salt has a tree of its own, so that requests with different salts share nothing but the budget.
+
 Nodes are evicted least recently used first, and never before their descendants. A prefix that many
 prompts share, such as a system prompt, therefore stays longest.
 """
@@ -73,9 +75,10 @@ class CacheUsage:
 
 
 class _Root(Generic[S, T]):
-    """Root of the tree."""
+    """Root of the tree of a salt."""
 
-    def __init__(self) -> None:
+    def __init__(self, salt: str) -> None:
+        self.salt = salt
         self.children: dict[int, _Node[S, T]] = {}
 
 
@@ -83,7 +86,7 @@ class _Node(_Root[S, T]):
     """A run of tokens that continues the path from the root to its parent."""
 
     def __init__(self, tokens: array[int], parent: _Root[S, T], segment: S) -> None:
-        super().__init__()
+        super().__init__(parent.salt)
         self.tokens = tokens
         self.parent = parent
         self.segment = segment
@@ -92,7 +95,7 @@ class _Node(_Root[S, T]):
 
 
 class PrefixCache(Generic[S, T]):
-    """Radix tree of prefilled prompts, evicted least recently used first.
+    """Radix trees of prefilled prompts, evicted least recently used first.
 
     Args:
         ops: Operations on segments and snapshots.
@@ -104,7 +107,8 @@ class PrefixCache(Generic[S, T]):
 
     def __init__(self, ops: SegmentOps[S, T], budget_bytes: int) -> None:
         self._ops = ops
-        self._root: _Root[S, T] = _Root()
+        # The trees that are not empty, by salt.
+        self._roots: dict[str, _Root[S, T]] = {}
         # Least recently used first. A node is always touched after the nodes below it.
         self._lru: OrderedDict[_Node[S, T], None] = OrderedDict()
         self.usage = CacheUsage(budget_bytes)
@@ -128,23 +132,23 @@ class PrefixCache(Generic[S, T]):
         while self.nbytes > limit_bytes:
             self._evict(next(iter(self._lru)))
 
-    def match(self, tokens: Sequence[int]) -> Match:
+    def match(self, tokens: Sequence[int], salt: str = "") -> Match:
         """Return the length of the cached prefix of a prompt without touching its nodes."""
         if not self._lru:
             return Match(0, 0)
-        path = self._walk(array("i", tokens))
+        path = self._walk(array("i", tokens), salt)
         common = sum(length for _, length in path)
         if not self._ops.needs_snapshot:
             return Match(common, common)
         return Match(self._deepest_snapshot(path)[1], common)
 
-    def lookup(self, tokens: Sequence[int]) -> tuple[int, list[S], T | None]:
+    def lookup(self, tokens: Sequence[int], salt: str = "") -> tuple[int, list[S], T | None]:
         """Return the reusable prefix of a prompt, and touch its nodes.
 
         Returns:
             The number of tokens, their segments in order, and the snapshot after them.
         """
-        path = self._walk(array("i", tokens))
+        path = self._walk(array("i", tokens), salt)
         snapshot: T | None = None
         if self._ops.needs_snapshot:
             count, _ = self._deepest_snapshot(path)
@@ -160,6 +164,7 @@ class PrefixCache(Generic[S, T]):
         segment: Callable[[int, int], S],
         snapshot: Callable[[], T] | None = None,
         *,
+        salt: str = "",
         token_bytes: int = 0,
     ) -> None:
         """Insert a prefilled prefix, within the byte budget.
@@ -169,15 +174,16 @@ class PrefixCache(Generic[S, T]):
             segment: Copies the segment of a range of tokens; called only for tokens that are
                 not in the tree.
             snapshot: Copies the snapshot after the last token.
+            salt: The tree to insert into.
             token_bytes: Bytes of one token's segment; 0 if unknown. If given, no more tokens are
                 copied than fit the budget.
         """
         run = array("i", tokens)
-        path = self._walk(run)
+        path = self._walk(run, salt)
         cached = sum(length for _, length in path)
         if token_bytes and (fitting := self.usage.limit_bytes // token_bytes) < len(run):
             run, snapshot = run[: max(cached, fitting)], None
-        node = self._node_ending(path)
+        node = self._node_ending(path, salt)
         self._touch(_path_to(node))
         if cached < len(run):
             # Evict before copying, so that old and new segments never exist together.
@@ -190,15 +196,18 @@ class PrefixCache(Generic[S, T]):
         if snapshot and isinstance(node, _Node) and node.snapshot is None:
             self._attach(node, snapshot())
 
-    def forget(self, tokens: Sequence[int], is_sound: Callable[[S, T | None], bool]) -> None:
+    def forget(
+        self, tokens: Sequence[int], is_sound: Callable[[S, T | None], bool], salt: str = ""
+    ) -> None:
         """Evict the nodes of a failed prompt, and unsound nodes with their subtrees.
 
         Args:
             tokens: The tokens of the failed prompt that were prefilled.
             is_sound: Returns whether a segment and its snapshot are valid. Sound nodes that other
                 prompts share stay.
+            salt: The tree with the prompt.
         """
-        path = self._walk(array("i", tokens))
+        path = self._walk(array("i", tokens), salt)
         for node, _ in path:
             if not is_sound(node.segment, node.snapshot):
                 self._evict_subtree(node)
@@ -210,10 +219,10 @@ class PrefixCache(Generic[S, T]):
 
     # -- walking -----------------------------------------------------------------
 
-    def _walk(self, tokens: array[int]) -> list[tuple[_Node[S, T], int]]:
+    def _walk(self, tokens: array[int], salt: str) -> list[tuple[_Node[S, T], int]]:
         """Return the path of a prompt: nodes, each with its number of matching tokens."""
         path = []
-        node: _Root[S, T] = self._root
+        node = self._root_of(salt)
         at = 0
         while at < len(tokens) and (child := node.children.get(tokens[at])):
             length = _common_length(child.tokens, tokens[at : at + len(child.tokens)])
@@ -223,6 +232,10 @@ class PrefixCache(Generic[S, T]):
                 break
             node = child
         return path
+
+    def _root_of(self, salt: str) -> _Root[S, T]:
+        """Return the root of a tree, a new one if the tree is empty."""
+        return self._roots.get(salt) or _Root(salt)
 
     def _deepest_snapshot(self, path: list[tuple[_Node[S, T], int]]) -> tuple[int, int]:
         """Return the number of nodes and of tokens up to the last snapshot on a path."""
@@ -238,10 +251,10 @@ class PrefixCache(Generic[S, T]):
             return node.segment
         return self._ops.cut(node.segment, 0, length)
 
-    def _node_ending(self, path: list[tuple[_Node[S, T], int]]) -> _Root[S, T]:
+    def _node_ending(self, path: list[tuple[_Node[S, T], int]], salt: str) -> _Root[S, T]:
         """Return the node at the end of a path, splitting the last node if necessary."""
         if not path:
-            return self._root
+            return self._root_of(salt)
         node, length = path[-1]
         return node if length == len(node.tokens) else self._split(node, length)
 
@@ -265,6 +278,9 @@ class PrefixCache(Generic[S, T]):
         if not self._evict_to_fit(self._ops.segment_bytes(segment), parent):
             return None
         node = _Node[S, T](tokens, parent, segment)
+        if not isinstance(parent, _Node):
+            # Not earlier, because making room may have removed the last node of the tree.
+            self._roots[parent.salt] = parent
         parent.children[tokens[0]] = node
         # Touched before its ancestors, so that it is evicted before them.
         self._lru[node] = None
@@ -294,7 +310,10 @@ class PrefixCache(Generic[S, T]):
         return True
 
     def _evict(self, node: _Node[S, T]) -> None:
-        del node.parent.children[node.tokens[0]]
+        parent = node.parent
+        del parent.children[node.tokens[0]]
+        if not (parent.children or isinstance(parent, _Node)):
+            del self._roots[parent.salt]
         del self._lru[node]
         self.usage.nbytes -= node.nbytes
 

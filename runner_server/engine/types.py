@@ -140,10 +140,12 @@ class CachePolicy:
     Attributes:
         reads: Whether the prompt may begin with a prefix from the cache.
         writes: Whether the tokens of the request are stored in the cache.
+        salt: Only requests with the same salt share entries.
     """
 
     reads: bool = True
     writes: bool = True
+    salt: str = ""
 
 
 @dataclass(frozen=True)

@@ -99,9 +99,9 @@ class MlxExecutor:
             row, sampling, prompt_ids, prompt_ids[-1], cache_policy, caches=caches
         )
 
-    def find_prefix(self, prompt_ids: Sequence[int]) -> Match:
+    def find_prefix(self, prompt_ids: Sequence[int], salt: str) -> Match:
         """Look a prompt up in the prefix cache; see ``Executor.find_prefix``."""
-        return self._prefix_cache.match(prompt_ids)
+        return self._prefix_cache.match(prompt_ids, salt)
 
     def run(self, item: WorkItem) -> WorkReport:
         """Run a work item; see ``Executor.run``."""
@@ -203,7 +203,8 @@ class MlxExecutor:
         Raises:
             RuntimeError: The prefix cache has a prefix of another length.
         """
-        found, segments, snapshot = self._prefix_cache.lookup(row.prompt_ids[:-1])
+        prompt_ids, salt = row.prompt_ids[:-1], row.cache_policy.salt
+        found, segments, snapshot = self._prefix_cache.lookup(prompt_ids, salt)
         if found != count:
             raise RuntimeError(f"{found} tokens of a prompt are cached, but {count} were expected")
         row.caches = self._pieces.restore(segments, snapshot or [])
@@ -229,10 +230,11 @@ class MlxExecutor:
         """Insert the tokens and caches of a row into the prefix cache."""
         if not (self._is_cached(row) and row.tokens):
             return
+        salt = row.cache_policy.salt
         if not row.is_finite:
             # Ranks see different values, but must all keep the same prompts: they keep none of it.
             is_sound = self._pieces.is_finite if self._is_single_rank else _always_unsound
-            self._prefix_cache.forget(row.tokens, is_sound)
+            self._prefix_cache.forget(row.tokens, is_sound, salt)
             return
         snapshot = None
         if self._pieces.needs_snapshot:
@@ -244,6 +246,7 @@ class MlxExecutor:
             row.tokens,
             lambda start, end: self._pieces.segment(caches, start, end),
             snapshot,
+            salt=salt,
             token_bytes=self._pieces.token_bytes(caches),
         )
 

@@ -111,6 +111,19 @@ async def test_a_request_bypasses_the_prefix_cache(real: Server, model_dir: Buil
     assert await cached(bypass_prefix_cache=True) == 0
 
 
+async def test_salts_share_no_entries(real: Server, model_dir: Build) -> None:
+    await real.load(str(model_dir()), context_length=256)
+    prompt = "def main(): pass " * 8
+
+    async def cached(salt: str) -> int:
+        fields: dict[str, Any] = {"num_predict": 2, "temperature": 0, "cache_salt": salt}
+        return (await real.complete(prompt, **fields))[-1].prompt_cached_count
+
+    reused = {salt: [await cached(salt), await cached(salt)] for salt in ("", "a", "b")}
+    assert [counts[0] for counts in reused.values()] == [0, 0, 0]
+    assert all(counts[1] > 0 for counts in reused.values())
+
+
 @pytest.mark.parametrize("broken", ["config.json", "model.safetensors", "tokenizer.json"])
 async def test_a_broken_model_leaves_no_memory_in_use_and_the_server_works(
     real: Server, model_dir: Build, tmp_path: Path, broken: str

@@ -57,9 +57,11 @@ def test_the_request_carries_all_arguments(client: RunnerClient, runner: FakeRun
         request_id="me",
         priority=-7,
         bypass_prefix_cache=True,
+        cache_salt="mine",
     )
     expected = pb.CompletionRequest(prompt="Hi", logprobs=0, request_id="me", priority=-7)
     expected.bypass_prefix_cache = True
+    expected.cache_salt = "mine"
     expected.options.temperature = 0
     expected.options.top_k = 0
     expected.options.seed = 7

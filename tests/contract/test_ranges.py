@@ -133,6 +133,7 @@ BAD_INPUTS: list[tuple[pb.CompletionRequest, str]] = [
         "prompt_token_ids.ids[2]",
     ),
     (pb.CompletionRequest(prompt="x", request_id="r" * 129), "request_id"),
+    (pb.CompletionRequest(prompt="x", cache_salt="s" * 129), "cache_salt"),
 ]
 
 
@@ -158,9 +159,11 @@ async def test_one_answer_names_every_violation(loaded: Server) -> None:
     assert len(problem.violations) >= 4
 
 
-async def test_the_longest_request_id_is_accepted(loaded: Server) -> None:
+async def test_the_longest_request_id_and_salt_are_accepted(loaded: Server) -> None:
     options = pb.CompletionOptions(num_predict=1)
-    request = pb.CompletionRequest(prompt="x", request_id="r" * 128, options=options)
+    request = pb.CompletionRequest(
+        prompt="x", request_id="r" * 128, cache_salt="s" * 128, options=options
+    )
     assert [m async for m in loaded.stub.Completion(request)][-1].done
 
 

@@ -25,7 +25,7 @@ SAMPLINGS = st.builds(
     min_predict=st.integers(0, 2**31 - 1),
     end_ids=st.lists(st.integers(0, 2**31)).map(tuple),
 )
-POLICIES = st.builds(CachePolicy, st.booleans(), st.booleans())
+POLICIES = st.builds(CachePolicy, st.booleans(), st.booleans(), st.text())
 IDS = st.lists(st.integers(0, 2**31)).map(tuple)
 MESSAGES = st.one_of(
     st.builds(msg.AddRow, st.integers(1, 2**40), IDS, SAMPLINGS, POLICIES),

@@ -52,7 +52,7 @@ def test_a_prompt_of_one_token_has_nothing_to_prefill() -> None:
 
 
 def test_without_rows_there_is_no_item() -> None:
-    planner = BatchPlanner(LIMITS, lambda _: Match(0, 0))
+    planner = BatchPlanner(LIMITS, lambda _ids, _salt: Match(0, 0))
     assert planner.next_item() is None
     planner.add(0, [1, 2], CachePolicy())
     planner.remove(0)
@@ -145,6 +145,9 @@ def test_a_prompt_that_bypasses_the_cache_takes_nothing_from_it_and_is_not_store
         (BYPASS, CachePolicy(), True),
         (BYPASS, BYPASS, True),
         (CachePolicy(reads=False), CachePolicy(), False),
+        (CachePolicy(salt="a"), CachePolicy(salt="a"), False),
+        (CachePolicy(salt="a"), CachePolicy(salt="b"), True),
+        (CachePolicy(salt="a"), CachePolicy(), True),
     ],
 )
 def test_equal_prompts_wait_for_each_other_only_if_they_share(

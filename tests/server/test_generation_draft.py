@@ -108,7 +108,8 @@ def test_a_request_uses_the_prefix_cache_unless_it_bypasses_it() -> None:
     request = text_request()
     assert completion_draft(request, MODEL).cache_policy == CachePolicy()
     request.bypass_prefix_cache = True
-    policy = CachePolicy(reads=False, writes=False)
+    request.cache_salt = "mine"
+    policy = CachePolicy(reads=False, writes=False, salt="mine")
     assert completion_draft(request, MODEL).cache_policy == policy
 
 

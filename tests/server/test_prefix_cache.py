@@ -53,7 +53,9 @@ def _tree(budget: int = PLENTY, *, snapshots: bool = False) -> Tree:
     return PrefixCache(TokenSegments(needs_snapshot=snapshots), budget)
 
 
-def _offer(tree: Tree, tokens: Sequence[int], *, snapshots: bool = False) -> list[int]:
+def _offer(
+    tree: Tree, tokens: Sequence[int], salt: str = "", *, snapshots: bool = False
+) -> list[int]:
     """Offer a run; return the numbers of tokens copied, one for each copy."""
     run = tuple(tokens)
     copied: list[int] = []
@@ -63,14 +65,14 @@ def _offer(tree: Tree, tokens: Sequence[int], *, snapshots: bool = False) -> lis
         copied.append(end - start)
         return run[start:end]
 
-    tree.insert(run, segment, (lambda: run) if snapshots else None)
+    tree.insert(run, segment, (lambda: run) if snapshots else None, salt=salt)
     return copied
 
 
-def _take(tree: Tree, tokens: Sequence[int], *, snapshots: bool = False) -> int:
+def _take(tree: Tree, tokens: Sequence[int], salt: str = "", *, snapshots: bool = False) -> int:
     """Return the number of cached tokens, after checking the segments and snapshot."""
-    usable = tree.match(tokens).usable
-    count, segments, snapshot = tree.lookup(tokens)
+    usable = tree.match(tokens, salt).usable
+    count, segments, snapshot = tree.lookup(tokens, salt)
     assert count == usable
     assert sum(segments, ()) == tuple(tokens)[:count]
     assert snapshot == (tuple(tokens)[:count] if snapshots and count else None)
@@ -78,7 +80,7 @@ def _take(tree: Tree, tokens: Sequence[int], *, snapshots: bool = False) -> int:
 
 
 def _nodes(tree: Tree) -> Iterator[Any]:
-    waiting: list[Any] = list(tree._root.children.values())
+    waiting: list[Any] = [node for root in tree._roots.values() for node in root.children.values()]
     while waiting:
         node = waiting.pop()
         yield node
@@ -94,6 +96,9 @@ def _check(tree: Tree, budget: int) -> None:
     order = {node: position for position, node in enumerate(tree._lru)}
     assert set(order) == set(nodes)
     assert len(tree) == len(nodes)
+    for salt, root in tree._roots.items():
+        assert root.salt == salt
+        assert root.children, "the tree of a salt is empty"
     for node in nodes:
         assert tuple(node.tokens) == node.segment
         assert node.tokens
@@ -110,29 +115,32 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 RUNS = st.lists(st.integers(0, 2), max_size=12).map(tuple)
-OPERATIONS = st.lists(st.tuples(st.sampled_from(["offer", "take", "match"]), RUNS), max_size=40)
+KINDS = st.sampled_from(["offer", "take", "match"])
+SALTS = st.sampled_from(["", "", "a", "b"])
+OPERATIONS = st.lists(st.tuples(KINDS, RUNS, SALTS), max_size=40)
 
 
 @pytest.mark.parametrize("snapshots", [False, True])
 @given(operations=OPERATIONS)
 @settings(max_examples=150, deadline=None)
 def test_everything_offered_is_found_while_there_is_room(
-    operations: list[tuple[str, Tokens]], snapshots: bool
+    operations: list[tuple[str, Tokens, str]], snapshots: bool
 ) -> None:
     tree = _tree(snapshots=snapshots)
-    offered: list[Tokens] = []
-    for kind, run in operations:
+    by_salt: dict[str, list[Tokens]] = {"": [], "a": [], "b": []}
+    for kind, run, salt in operations:
+        offered = by_salt[salt]
         common = max((_common(run, other) for other in offered), default=0)
         whole = max((len(o) for o in offered if run[: len(o)] == o), default=0)
         known = whole if snapshots else common
         if kind == "offer":
-            copied = _offer(tree, run, snapshots=snapshots)
+            copied = _offer(tree, run, salt, snapshots=snapshots)
             assert copied == [len(run) - common] * (common < len(run))
             offered.append(run)
         elif kind == "take":
-            assert _take(tree, run, snapshots=snapshots) == known
+            assert _take(tree, run, salt, snapshots=snapshots) == known
         else:
-            assert tree.match(run) == Match(known, common)
+            assert tree.match(run, salt) == Match(known, common)
         _check(tree, PLENTY)
 
 
@@ -140,19 +148,20 @@ def test_everything_offered_is_found_while_there_is_room(
 @given(operations=OPERATIONS, budget=st.integers(0, 160))
 @settings(max_examples=150, deadline=None)
 def test_the_tree_stays_in_its_budget_and_returns_only_offered_tokens(
-    operations: list[tuple[str, Tokens]], budget: int, snapshots: bool
+    operations: list[tuple[str, Tokens, str]], budget: int, snapshots: bool
 ) -> None:
     tree = _tree(budget, snapshots=snapshots)
-    offered: list[Tokens] = []
-    for kind, run in operations:
+    by_salt: dict[str, list[Tokens]] = {"": [], "a": [], "b": []}
+    for kind, run, salt in operations:
+        offered = by_salt[salt]
         if kind == "offer":
             offered.append(run)
-            _offer(tree, run, snapshots=snapshots)
+            _offer(tree, run, salt, snapshots=snapshots)
         else:
             common = max((_common(run, other) for other in offered), default=0)
-            match = tree.match(run)
+            match = tree.match(run, salt)
             assert match.usable <= match.common <= common
-            assert _take(tree, run, snapshots=snapshots) == match.usable
+            assert _take(tree, run, salt, snapshots=snapshots) == match.usable
         _check(tree, budget)
 
 
@@ -180,6 +189,32 @@ def test_a_used_entry_is_kept(hit: str) -> None:
         assert _take(tree, _run(1)[: 10 if hit == "whole" else 4])
     _offer(tree, _run(4))
     assert [_take(tree, _run(name)) for name in (1, 2, 3, 4)] == [10, 0, 10, 10]
+
+
+def test_salts_share_the_budget_but_no_entries() -> None:
+    tree = _tree(3 * 10 * TOKEN_BYTES)
+    for salt in ("a", "b", ""):
+        assert _offer(tree, _run(1), salt) == [10]
+    assert [_take(tree, _run(1), salt) for salt in ("", "a", "b", "c")] == [10, 10, 10, 0]
+    # Evicts the entry used least recently, whatever its salt.
+    _offer(tree, _run(2), "c")
+    assert [_take(tree, _run(1), salt) for salt in ("", "a", "b")] == [0, 10, 10]
+
+
+def test_a_tree_that_makes_room_for_its_own_new_entry_is_kept() -> None:
+    tree = _tree(10 * TOKEN_BYTES)
+    _offer(tree, _run(1), "a")
+    _offer(tree, _run(2), "a")
+    assert [_take(tree, _run(name), "a") for name in (1, 2)] == [0, 10]
+    _check(tree, 10 * TOKEN_BYTES)
+
+
+def test_a_failed_prompt_is_forgotten_in_its_own_tree() -> None:
+    tree = _tree()
+    for salt in ("", "a"):
+        _offer(tree, (1, 2, 3), salt)
+    tree.forget((1, 2, 3), lambda _segment, _snapshot: False, "a")
+    assert [_take(tree, (1, 2, 3), salt) for salt in ("", "a")] == [3, 0]
 
 
 def test_a_match_does_not_count_as_a_use() -> None:

@@ -158,7 +158,7 @@ class FakeExecutor:
         assert row not in self.rows
         self.rows[row] = _Row(self._backend.reply(prompt_ids, sampling), sampling.logprobs)
 
-    def find_prefix(self, _prompt_ids: Sequence[int]) -> Match:
+    def find_prefix(self, _prompt_ids: Sequence[int], _salt: str) -> Match:
         """See ``Executor.find_prefix``: no prompt is cached."""
         return Match(0, 0)
 

@@ -25,7 +25,7 @@ class Machine:
         clock: Seconds since the start.
         tokens: Number of tokens that each row has generated.
         progress: Last progress of each row's prompt.
-        stored: Prefixes in the simulated prefix cache.
+        stored: Prefixes in the simulated prefix cache, which has no salts.
         items: Items run until now.
     """
 
@@ -55,7 +55,7 @@ class Machine:
         del self._prompts[row]
         self.planner.remove(row)
 
-    def find_prefix(self, prompt: Sequence[int]) -> Match:
+    def find_prefix(self, prompt: Sequence[int], _salt: str) -> Match:
         """Return the longest stored prefix."""
         lengths = [_common_length(prompt, stored) for stored in self.stored]
         common = max(lengths, default=0)

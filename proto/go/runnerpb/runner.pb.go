@@ -2004,8 +2004,13 @@ type CompletionRequest struct {
 	// Leaves the prefix cache alone: the prompt takes nothing from it, and nothing of
 	// the prompt and the output is kept in it. Default: false.
 	BypassPrefixCache bool `protobuf:"varint,8,opt,name=bypass_prefix_cache,json=bypassPrefixCache,proto3" json:"bypass_prefix_cache,omitempty"`
-	unknownFields     protoimpl.UnknownFields
-	sizeCache         protoimpl.SizeCache
+	// Separates the prefix cache: the prompt takes only what requests with the same
+	// salt have left there, so that the time to its first token tells nothing about the
+	// prompts of others. All salts share the memory of the cache. At most 128
+	// characters. Default: empty, which is a salt like any other.
+	CacheSalt     string `protobuf:"bytes,9,opt,name=cache_salt,json=cacheSalt,proto3" json:"cache_salt,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CompletionRequest) Reset() {
@@ -2103,6 +2108,13 @@ func (x *CompletionRequest) GetBypassPrefixCache() bool {
 		return x.BypassPrefixCache
 	}
 	return false
+}
+
+func (x *CompletionRequest) GetCacheSalt() string {
+	if x != nil {
+		return x.CacheSalt
+	}
+	return ""
 }
 
 type isCompletionRequest_Input interface {
@@ -3270,7 +3282,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x0ereserved_bytes\x18\b \x01(\x03R\rreservedBytes\x127\n" +
 	"\x18prefix_cache_limit_bytes\x18\t \x01(\x03R\x15prefixCacheLimitBytes\"\x1c\n" +
 	"\bTokenIds\x12\x10\n" +
-	"\x03ids\x18\x01 \x03(\x05R\x03ids\"\xe4\x02\n" +
+	"\x03ids\x18\x01 \x03(\x05R\x03ids\"\x83\x03\n" +
 	"\x11CompletionRequest\x12\x18\n" +
 	"\x06prompt\x18\x01 \x01(\tH\x00R\x06prompt\x12B\n" +
 	"\x10prompt_token_ids\x18\x02 \x01(\v2\x16.mlxrunner.v1.TokenIdsH\x00R\x0epromptTokenIds\x129\n" +
@@ -3280,7 +3292,9 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"request_id\x18\x05 \x01(\tR\trequestId\x12\x1a\n" +
 	"\bpriority\x18\x06 \x01(\x05R\bpriority\x12\x14\n" +
 	"\x05model\x18\a \x01(\tR\x05model\x12.\n" +
-	"\x13bypass_prefix_cache\x18\b \x01(\bR\x11bypassPrefixCacheB\a\n" +
+	"\x13bypass_prefix_cache\x18\b \x01(\bR\x11bypassPrefixCache\x12\x1d\n" +
+	"\n" +
+	"cache_salt\x18\t \x01(\tR\tcacheSaltB\a\n" +
 	"\x05inputB\v\n" +
 	"\t_logprobs\"\x9c\x06\n" +
 	"\x11CompletionOptions\x12%\n" +

@@ -1236,6 +1236,7 @@ class CompletionRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     BYPASS_PREFIX_CACHE_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """Text. Special tokens written in it count as such; the model's
     beginning-of-text token is prepended unless the text already begins with it.
@@ -1264,6 +1265,12 @@ class CompletionRequest(_message.Message):
     """Leaves the prefix cache alone: the prompt takes nothing from it, and nothing of
     the prompt and the output is kept in it. Default: false.
     """
+    cache_salt: _builtins.str
+    """Separates the prefix cache: the prompt takes only what requests with the same
+    salt have left there, so that the time to its first token tells nothing about the
+    prompts of others. All salts share the memory of the cache. At most 128
+    characters. Default: empty, which is a salt like any other.
+    """
     @_builtins.property
     def prompt_token_ids(self) -> Global___TokenIds:
         """Token ids, used as they are."""
@@ -1283,10 +1290,11 @@ class CompletionRequest(_message.Message):
         priority: _builtins.int = ...,
         model: _builtins.str = ...,
         bypass_prefix_cache: _builtins.bool = ...,
+        cache_salt: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "input", b"input", "logprobs", b"logprobs", "options", b"options", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "bypass_prefix_cache", b"bypass_prefix_cache", "input", b"input", "logprobs", b"logprobs", "model", b"model", "options", b"options", "priority", b"priority", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "input", b"input", "logprobs", b"logprobs", "model", b"model", "options", b"options", "priority", b"priority", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015

@@ -114,6 +114,7 @@ def completion_request(
     priority: int = 0,
     model: str | None = None,
     bypass_prefix_cache: bool = False,
+    cache_salt: str = "",
 ) -> pb.CompletionRequest:
     """Build the request of a completion from text or token ids.
 
@@ -128,6 +129,7 @@ def completion_request(
     check_text("request_id", request_id)
     check_integer("priority", priority)
     check_flag("bypass_prefix_cache", bypass_prefix_cache)
+    check_text("cache_salt", cache_salt)
     with _sendable():
         message = pb.CompletionRequest(
             options=_options(options or Options()),
@@ -136,6 +138,7 @@ def completion_request(
             priority=priority,
             model=_named(model),
             bypass_prefix_cache=bypass_prefix_cache,
+            cache_salt=cache_salt,
         )
         if isinstance(prompt, str):
             message.prompt = prompt
