@@ -25,7 +25,7 @@ sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is no
 
 TEXTS = hard_texts()
 PLAIN_TEXTS = plain_texts()
-CONFIG = {"model_type": "llama", "eos_token_id": 1}
+CONFIG = {"model_type": "llama", "eos_token_id": [1]}
 
 PREFIXES = {"llama2": [1], "llama3_1": [128_000], "gemma3": [2], "deepseek_v3": [0]}
 """Ids put before a prompt; the other tokenizers put none."""
