@@ -188,6 +188,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
         priority: int = 0,
         bypass_prefix_cache: bool = False,
         cache_salt: str = "",
+        literal: bool = False,
     ) -> AsyncCompletionStream:
         """Start a completion; see ``AsyncRunnerClient.completion``.
 
@@ -203,6 +204,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
             priority=priority,
             bypass_prefix_cache=bypass_prefix_cache,
             cache_salt=cache_salt,
+            literal=literal,
         )
 
     async def complete(
@@ -215,6 +217,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
         priority: int = 0,
         bypass_prefix_cache: bool = False,
         cache_salt: str = "",
+        literal: bool = False,
     ) -> Completion:
         """Run a completion to the end; see ``AsyncRunnerClient.complete``.
 
@@ -229,15 +232,20 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
             priority=priority,
             bypass_prefix_cache=bypass_prefix_cache,
             cache_salt=cache_salt,
+            literal=literal,
         )
 
-    async def tokenize(self, content: str, *, add_special_tokens: bool = False) -> list[int]:
+    async def tokenize(
+        self, content: str, *, add_special_tokens: bool = False, literal: bool = False
+    ) -> list[int]:
         """Split text into token ids; see ``AsyncRunnerClient.tokenize``.
 
         Raises:
             RunnerError: The call failed.
         """
-        return await self.client.tokenize(content, add_special_tokens=add_special_tokens)
+        return await self.client.tokenize(
+            content, add_special_tokens=add_special_tokens, literal=literal
+        )
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Join token ids into text; see ``AsyncRunnerClient.detokenize``.

@@ -183,6 +183,7 @@ class RunnerProcess(ProcessBase[Connection]):
         priority: int = 0,
         bypass_prefix_cache: bool = False,
         cache_salt: str = "",
+        literal: bool = False,
     ) -> CompletionStream:
         """Start a completion; see ``RunnerClient.completion``.
 
@@ -198,6 +199,7 @@ class RunnerProcess(ProcessBase[Connection]):
             priority=priority,
             bypass_prefix_cache=bypass_prefix_cache,
             cache_salt=cache_salt,
+            literal=literal,
         )
 
     def complete(
@@ -210,6 +212,7 @@ class RunnerProcess(ProcessBase[Connection]):
         priority: int = 0,
         bypass_prefix_cache: bool = False,
         cache_salt: str = "",
+        literal: bool = False,
     ) -> Completion:
         """Run a completion to the end; see ``RunnerClient.complete``.
 
@@ -224,15 +227,18 @@ class RunnerProcess(ProcessBase[Connection]):
             priority=priority,
             bypass_prefix_cache=bypass_prefix_cache,
             cache_salt=cache_salt,
+            literal=literal,
         )
 
-    def tokenize(self, content: str, *, add_special_tokens: bool = False) -> list[int]:
+    def tokenize(
+        self, content: str, *, add_special_tokens: bool = False, literal: bool = False
+    ) -> list[int]:
         """Split text into token ids; see ``RunnerClient.tokenize``.
 
         Raises:
             RunnerError: The call failed.
         """
-        return self.client.tokenize(content, add_special_tokens=add_special_tokens)
+        return self.client.tokenize(content, add_special_tokens=add_special_tokens, literal=literal)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Join token ids into text; see ``RunnerClient.detokenize``.

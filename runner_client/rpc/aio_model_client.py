@@ -124,6 +124,7 @@ class AsyncModelClient:
         model: str | None = None,
         bypass_prefix_cache: bool = False,
         cache_salt: str = "",
+        literal: bool = False,
     ) -> AsyncCompletionStream:
         """Start a completion and return the stream of chunks without waiting.
 
@@ -144,6 +145,7 @@ class AsyncModelClient:
                 nothing of the completion is kept there.
             cache_salt: Only completions with the same salt, at most 128 characters, share entries
                 of the prefix cache.
+            literal: Whether the special tokens written in the text are text.
 
         Raises:
             TypeError: An argument is of the wrong type.
@@ -159,6 +161,7 @@ class AsyncModelClient:
             model=model,
             bypass_prefix_cache=bypass_prefix_cache,
             cache_salt=cache_salt,
+            literal=literal,
         )
         return self._connection.start_stream(request)
 
@@ -173,6 +176,7 @@ class AsyncModelClient:
         model: str | None = None,
         bypass_prefix_cache: bool = False,
         cache_salt: str = "",
+        literal: bool = False,
     ) -> Completion:
         """Run a completion to the end, with the arguments and timeouts of ``completion``.
 
@@ -194,12 +198,18 @@ class AsyncModelClient:
             model=model,
             bypass_prefix_cache=bypass_prefix_cache,
             cache_salt=cache_salt,
+            literal=literal,
         )
         async with stream:
             return responses.join_chunks([chunk async for chunk in stream])
 
     async def tokenize(
-        self, content: str, *, add_special_tokens: bool = False, model: str | None = None
+        self,
+        content: str,
+        *,
+        add_special_tokens: bool = False,
+        model: str | None = None,
+        literal: bool = False,
     ) -> list[int]:
         """Split text into the model's token ids.
 
@@ -207,13 +217,14 @@ class AsyncModelClient:
             content: The text.
             add_special_tokens: Whether to add the special tokens that a completion's prompt gets.
             model: See ``completion``.
+            literal: See ``completion``.
 
         Raises:
             ModelNotLoadedError: No model is loaded, or another one than ``model``.
             RunnerError: The call failed for another reason.
         """
         request = requests.tokenize_request(
-            content, add_special_tokens=add_special_tokens, model=model
+            content, add_special_tokens=add_special_tokens, model=model, literal=literal
         )
         return list(
             (await self._connection.call(self._connection.stub.Tokenize, request)).token_ids

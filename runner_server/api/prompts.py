@@ -21,10 +21,12 @@ class Prompt:
         field: Path of the prompt's field in the request, for errors.
         content: The text, or token ids. The ids are the message's own container, because a
             message can have millions, and their number is checked before they are copied.
+        literal: Whether special tokens written in the text are text.
     """
 
     field: str
     content: str | Sequence[int]
+    literal: bool = False
 
 
 async def encode_prompt(prompt: Prompt, model: ModelHandle) -> Sequence[int]:
@@ -33,22 +35,25 @@ async def encode_prompt(prompt: Prompt, model: ModelHandle) -> Sequence[int]:
     Raises:
         PromptTooLong: A very long text has more tokens than the context holds. Other lengths
             are not checked here.
+        InvalidField: See ``Codec.encode``.
     """
     if not isinstance(prompt.content, str):
         return prompt.content
-    most = model.info.context_length
-    if fewest := await too_many(prompt.content, most, model.codec):
+    most, literal = model.info.context_length, prompt.literal
+    if fewest := await too_many(prompt.content, most, model.codec, literal=literal):
         raise PromptTooLong(fewest, most, is_least=True)
     # In a worker thread: tokenizing megabytes must not delay other calls.
-    return await asyncio.to_thread(model.codec.encode, prompt.content, as_prompt=True)
+    return await asyncio.to_thread(
+        model.codec.encode, prompt.content, as_prompt=True, literal=literal
+    )
 
 
-async def too_many(text: str, most: int, codec: Codec) -> int:
+async def too_many(text: str, most: int, codec: Codec, *, literal: bool) -> int:
     """Return a lower bound of a text's token count if it is above ``most``; otherwise 0.
 
     Takes time and memory in proportion to the limit, not to the text.
     """
     if len(text) <= _LONG_TEXT_CHARS:
         return 0
-    fewest = await asyncio.to_thread(codec.fewest_tokens, text, most)
+    fewest = await asyncio.to_thread(codec.fewest_tokens, text, most, literal=literal)
     return fewest if fewest > most else 0

@@ -221,10 +221,11 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:
         """Split text into token ids."""
         model = self._engine.model(request.model)
-        if fewest := await too_many(request.content, _MAX_ANSWER_TOKENS, model.codec):
+        codec, literal = model.codec, request.literal
+        if fewest := await too_many(request.content, _MAX_ANSWER_TOKENS, codec, literal=literal):
             raise _too_many_tokens(f"at least {fewest}")
         ids = await asyncio.to_thread(
-            model.codec.encode, request.content, as_prompt=request.add_special_tokens
+            codec.encode, request.content, as_prompt=request.add_special_tokens, literal=literal
         )
         if len(ids) > _MAX_ANSWER_TOKENS:
             raise _too_many_tokens(str(len(ids)))

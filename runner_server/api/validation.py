@@ -194,10 +194,11 @@ def _prompt(check: ViolationCollector, request: pb.CompletionRequest) -> Prompt:
     match request.WhichOneof("input"):
         case "prompt":
             check.require("prompt", bool(request.prompt), "the prompt is empty")
-            return Prompt("prompt", request.prompt)
+            return Prompt("prompt", request.prompt, request.literal)
         case "prompt_token_ids":
             ids = request.prompt_token_ids.ids
             check.require("prompt_token_ids", bool(ids), "the prompt is empty")
+            check.require("literal", not request.literal, "only a text can be literal")
             return Prompt("prompt_token_ids.ids", ids)
         case _:
             check.require("input", ok=False, text="required: prompt or prompt_token_ids")

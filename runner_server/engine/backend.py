@@ -32,11 +32,20 @@ class BackendLost(Exception):
 class Codec(Protocol):
     """A thread-safe tokenizer."""
 
-    def encode(self, text: str, *, as_prompt: bool) -> list[int]:
-        """Tokenize text; ``as_prompt`` adds the initial tokens of a prompt."""
+    def encode(self, text: str, *, as_prompt: bool, literal: bool = False) -> list[int]:
+        """Tokenize text.
+
+        Args:
+            text: The text.
+            as_prompt: Whether to add the initial tokens of a prompt.
+            literal: Whether special tokens written in the text are text.
+
+        Raises:
+            InvalidField: Special tokens cannot be text for this tokenizer.
+        """
         ...
 
-    def fewest_tokens(self, text: str, enough: int) -> int:
+    def fewest_tokens(self, text: str, enough: int, *, literal: bool = False) -> int:
         """Return a lower bound of a very long text's token count, by tokenizing only a part.
 
         Tokenizing takes half a second and hundreds of megabytes of memory for each megabyte of
@@ -46,6 +55,7 @@ class Codec(Protocol):
             text: The text.
             enough: The count in question. If the bound is not above it, only tokenizing the whole
                 text can tell whether the count is.
+            literal: See :meth:`encode`.
         """
         ...
 

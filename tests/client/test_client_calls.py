@@ -58,10 +58,12 @@ def test_the_request_carries_all_arguments(client: RunnerClient, runner: FakeRun
         priority=-7,
         bypass_prefix_cache=True,
         cache_salt="mine",
+        literal=True,
     )
     expected = pb.CompletionRequest(prompt="Hi", logprobs=0, request_id="me", priority=-7)
     expected.bypass_prefix_cache = True
     expected.cache_salt = "mine"
+    expected.literal = True
     expected.options.temperature = 0
     expected.options.top_k = 0
     expected.options.seed = 7

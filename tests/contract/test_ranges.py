@@ -134,6 +134,7 @@ BAD_INPUTS: list[tuple[pb.CompletionRequest, str]] = [
     ),
     (pb.CompletionRequest(prompt="x", request_id="r" * 129), "request_id"),
     (pb.CompletionRequest(prompt="x", cache_salt="s" * 129), "cache_salt"),
+    (pb.CompletionRequest(prompt_token_ids=pb.TokenIds(ids=[1]), literal=True), "literal"),
 ]
 
 

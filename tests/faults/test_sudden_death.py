@@ -139,7 +139,7 @@ def test_the_last_lines_are_only_those_of_the_dead_child(
 
 SYS_EXIT_IN_A_HANDLER = """
 from support import fakes
-def leave(self, text, *, as_prompt):
+def leave(self, text, *, as_prompt, literal):
     sys.exit(3)
 fakes.ByteCodec.encode = leave
 """

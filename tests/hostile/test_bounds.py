@@ -75,12 +75,12 @@ class CountingCodec(ByteCodec):
     def __init__(self) -> None:
         self.split = 0
 
-    def encode(self, text: str, *, as_prompt: bool) -> list[int]:
+    def encode(self, text: str, *, as_prompt: bool, literal: bool = False) -> list[int]:
         """See ``Codec.encode``."""
         self.split += 1
-        return super().encode(text, as_prompt=as_prompt)
+        return super().encode(text, as_prompt=as_prompt, literal=literal)
 
-    def fewest_tokens(self, text: str, enough: int) -> int:
+    def fewest_tokens(self, text: str, enough: int, *, literal: bool = False) -> int:  # noqa: ARG002 - as a text
         """See ``Codec.fewest_tokens``."""
         assert enough < len(text)
         return enough + 1

@@ -65,13 +65,20 @@ def test_only_the_beginning_is_tokenized(
     seen: list[int] = []
     encode = codec.encode
 
-    def counting(text: str, *, as_prompt: bool) -> list[int]:
+    def counting(text: str, *, as_prompt: bool, literal: bool) -> list[int]:
         seen.append(len(text))
-        return encode(text, as_prompt=as_prompt)
+        return encode(text, as_prompt=as_prompt, literal=literal)
 
     monkeypatch.setattr(codec, "encode", counting)
     assert codec.fewest_tokens(unit * 1_000_000, 20) > 20
     assert sum(seen) <= 2 * PART_CHARS
+
+
+def test_special_tokens_that_are_text_count_as_their_parts(codec: codec_module.FastCodec) -> None:
+    text = "<|end|>" * PART_CHARS
+    few, many = (codec.fewest_tokens(text, 20, literal=literal) for literal in (False, True))
+    assert few > 20
+    assert many > 2 * few
 
 
 def test_a_text_that_may_fit_has_no_bound(codec: codec_module.FastCodec) -> None:

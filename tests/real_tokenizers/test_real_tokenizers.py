@@ -66,6 +66,18 @@ def test_ids_and_texts_match_the_tokenizers_library(file: Any, codec: FastCodec)
         assert codec.decode(ids) == file.decode(ids, skip_special_tokens=False), text
 
 
+def test_special_tokens_are_text_in_literal_texts(file: Any, codec: FastCodec) -> None:
+    literal = Tokenizer.from_str(file.to_str())
+    literal.encode_special_tokens = True
+    added = file.get_added_tokens_decoder()
+    special = {id_: token.content for id_, token in added.items() if token.special}
+    texts = [*TEXTS, "".join(list(special.values())[:50])]
+    for text in texts:
+        ids = codec.encode(text, as_prompt=False, literal=True)
+        assert ids == literal.encode(text, add_special_tokens=False).ids, text
+        assert not special.keys() & set(ids), text
+
+
 def test_a_prompt_begins_with_the_prefix_of_the_files(name: str, codec: FastCodec) -> None:
     prefix = PREFIXES.get(name, [])
     for text in TEXTS:

@@ -17,9 +17,9 @@ BUSY_CALLS = 40
 class WideCodec(ByteCodec):
     """Codec with a token beyond the model's rows, like an added special token."""
 
-    def encode(self, text: str, *, as_prompt: bool) -> list[int]:
+    def encode(self, text: str, *, as_prompt: bool, literal: bool = False) -> list[int]:
         """See ``Codec.encode``."""
-        ids = super().encode(text.replace("<pad>", ""), as_prompt=as_prompt)
+        ids = super().encode(text.replace("<pad>", ""), as_prompt=as_prompt, literal=literal)
         return [*ids, VOCAB_SIZE] if "<pad>" in text else ids
 
 
@@ -30,11 +30,11 @@ class BlockedCodec(ByteCodec):
         self.arrived = threading.Semaphore(0)
         self.release = threading.Event()
 
-    def encode(self, text: str, *, as_prompt: bool) -> list[int]:
+    def encode(self, text: str, *, as_prompt: bool, literal: bool = False) -> list[int]:
         """See ``Codec.encode``."""
         self.arrived.release()
         assert self.release.wait(DEADLINE_SECONDS)
-        return super().encode(text, as_prompt=as_prompt)
+        return super().encode(text, as_prompt=as_prompt, literal=literal)
 
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Codec.decode``."""

@@ -95,11 +95,11 @@ class Gate:
 class ByteCodec:
     """Codec with one id per UTF-8 byte; ids above 255 are special and have no text."""
 
-    def encode(self, text: str, *, as_prompt: bool) -> list[int]:
+    def encode(self, text: str, *, as_prompt: bool, literal: bool = False) -> list[int]:  # noqa: ARG002 - has no special tokens
         """See ``Codec.encode``: a prompt begins with ``BOS``."""
         return [BOS] * as_prompt + list(text.encode())
 
-    def fewest_tokens(self, _text: str, _enough: int) -> int:
+    def fewest_tokens(self, _text: str, _enough: int, *, literal: bool = False) -> int:  # noqa: ARG002 - as above
         """See ``Codec.fewest_tokens``: always 0, since encoding is cheap."""
         return 0
 

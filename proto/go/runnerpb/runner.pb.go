@@ -2008,7 +2008,13 @@ type CompletionRequest struct {
 	// salt have left there, so that the time to its first token tells nothing about the
 	// prompts of others. All salts share the memory of the cache. At most 128
 	// characters. Default: empty, which is a salt like any other.
-	CacheSalt     string `protobuf:"bytes,9,opt,name=cache_salt,json=cacheSalt,proto3" json:"cache_salt,omitempty"`
+	CacheSalt string `protobuf:"bytes,9,opt,name=cache_salt,json=cacheSalt,proto3" json:"cache_salt,omitempty"`
+	// Treats the special tokens written in `prompt` as text, so that they count as
+	// nothing else: for text of users. The model's beginning-of-text token is still
+	// prepended. Tokens that the tokenizer has added to its vocabulary without marking
+	// them as special are tokens as before. Refused with `prompt_token_ids`, and if the
+	// tokenizer cannot split a special token otherwise. Default: false.
+	Literal       bool `protobuf:"varint,10,opt,name=literal,proto3" json:"literal,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2117,12 +2123,19 @@ func (x *CompletionRequest) GetCacheSalt() string {
 	return ""
 }
 
+func (x *CompletionRequest) GetLiteral() bool {
+	if x != nil {
+		return x.Literal
+	}
+	return false
+}
+
 type isCompletionRequest_Input interface {
 	isCompletionRequest_Input()
 }
 
 type CompletionRequest_Prompt struct {
-	// Text. Special tokens written in it count as such; the model's
+	// Text. Special tokens written in it count as such (see `literal`); the model's
 	// beginning-of-text token is prepended unless the text already begins with it.
 	Prompt string `protobuf:"bytes,1,opt,name=prompt,proto3,oneof"`
 }
@@ -2924,7 +2937,10 @@ type TokenizeRequest struct {
 	// The model that is meant: the `LoadRequest.model` that it was loaded with, or
 	// `Model.path`. Any other name is refused with MODEL_NOT_LOADED. Default: empty,
 	// the loaded model.
-	Model         string `protobuf:"bytes,3,opt,name=model,proto3" json:"model,omitempty"`
+	Model string `protobuf:"bytes,3,opt,name=model,proto3" json:"model,omitempty"`
+	// Treats the special tokens written in `content` as text, as
+	// `CompletionRequest.literal`. Default: false.
+	Literal       bool `protobuf:"varint,4,opt,name=literal,proto3" json:"literal,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2978,6 +2994,13 @@ func (x *TokenizeRequest) GetModel() string {
 		return x.Model
 	}
 	return ""
+}
+
+func (x *TokenizeRequest) GetLiteral() bool {
+	if x != nil {
+		return x.Literal
+	}
+	return false
 }
 
 // The tokens of a text.
@@ -3282,7 +3305,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x0ereserved_bytes\x18\b \x01(\x03R\rreservedBytes\x127\n" +
 	"\x18prefix_cache_limit_bytes\x18\t \x01(\x03R\x15prefixCacheLimitBytes\"\x1c\n" +
 	"\bTokenIds\x12\x10\n" +
-	"\x03ids\x18\x01 \x03(\x05R\x03ids\"\x83\x03\n" +
+	"\x03ids\x18\x01 \x03(\x05R\x03ids\"\x9d\x03\n" +
 	"\x11CompletionRequest\x12\x18\n" +
 	"\x06prompt\x18\x01 \x01(\tH\x00R\x06prompt\x12B\n" +
 	"\x10prompt_token_ids\x18\x02 \x01(\v2\x16.mlxrunner.v1.TokenIdsH\x00R\x0epromptTokenIds\x129\n" +
@@ -3294,7 +3317,9 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x05model\x18\a \x01(\tR\x05model\x12.\n" +
 	"\x13bypass_prefix_cache\x18\b \x01(\bR\x11bypassPrefixCache\x12\x1d\n" +
 	"\n" +
-	"cache_salt\x18\t \x01(\tR\tcacheSaltB\a\n" +
+	"cache_salt\x18\t \x01(\tR\tcacheSalt\x12\x18\n" +
+	"\aliteral\x18\n" +
+	" \x01(\bR\aliteralB\a\n" +
 	"\x05inputB\v\n" +
 	"\t_logprobs\"\x9c\x06\n" +
 	"\x11CompletionOptions\x12%\n" +
@@ -3374,11 +3399,12 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\atimeout\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\atimeout\"[\n" +
 	"\rDrainResponse\x12%\n" +
 	"\x0efinished_count\x18\x01 \x01(\x05R\rfinishedCount\x12#\n" +
-	"\raborted_count\x18\x02 \x01(\x05R\fabortedCount\"o\n" +
+	"\raborted_count\x18\x02 \x01(\x05R\fabortedCount\"\x89\x01\n" +
 	"\x0fTokenizeRequest\x12\x18\n" +
 	"\acontent\x18\x01 \x01(\tR\acontent\x12,\n" +
 	"\x12add_special_tokens\x18\x02 \x01(\bR\x10addSpecialTokens\x12\x14\n" +
-	"\x05model\x18\x03 \x01(\tR\x05model\"/\n" +
+	"\x05model\x18\x03 \x01(\tR\x05model\x12\x18\n" +
+	"\aliteral\x18\x04 \x01(\bR\aliteral\"/\n" +
 	"\x10TokenizeResponse\x12\x1b\n" +
 	"\ttoken_ids\x18\x01 \x03(\x05R\btokenIds\"F\n" +
 	"\x11DetokenizeRequest\x12\x1b\n" +

@@ -1237,8 +1237,9 @@ class CompletionRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     BYPASS_PREFIX_CACHE_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    LITERAL_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
-    """Text. Special tokens written in it count as such; the model's
+    """Text. Special tokens written in it count as such (see `literal`); the model's
     beginning-of-text token is prepended unless the text already begins with it.
     """
     logprobs: _builtins.int
@@ -1271,6 +1272,13 @@ class CompletionRequest(_message.Message):
     prompts of others. All salts share the memory of the cache. At most 128
     characters. Default: empty, which is a salt like any other.
     """
+    literal: _builtins.bool
+    """Treats the special tokens written in `prompt` as text, so that they count as
+    nothing else: for text of users. The model's beginning-of-text token is still
+    prepended. Tokens that the tokenizer has added to its vocabulary without marking
+    them as special are tokens as before. Refused with `prompt_token_ids`, and if the
+    tokenizer cannot split a special token otherwise. Default: false.
+    """
     @_builtins.property
     def prompt_token_ids(self) -> Global___TokenIds:
         """Token ids, used as they are."""
@@ -1291,10 +1299,11 @@ class CompletionRequest(_message.Message):
         model: _builtins.str = ...,
         bypass_prefix_cache: _builtins.bool = ...,
         cache_salt: _builtins.str = ...,
+        literal: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "input", b"input", "logprobs", b"logprobs", "options", b"options", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "input", b"input", "logprobs", b"logprobs", "model", b"model", "options", b"options", "priority", b"priority", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "input", b"input", "literal", b"literal", "logprobs", b"logprobs", "model", b"model", "options", b"options", "priority", b"priority", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
@@ -1809,6 +1818,7 @@ class TokenizeRequest(_message.Message):
     CONTENT_FIELD_NUMBER: _builtins.int
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    LITERAL_FIELD_NUMBER: _builtins.int
     content: _builtins.str
     """The text. May be empty."""
     add_special_tokens: _builtins.bool
@@ -1823,16 +1833,21 @@ class TokenizeRequest(_message.Message):
     `Model.path`. Any other name is refused with MODEL_NOT_LOADED. Default: empty,
     the loaded model.
     """
+    literal: _builtins.bool
+    """Treats the special tokens written in `content` as text, as
+    `CompletionRequest.literal`. Default: false.
+    """
     def __init__(
         self,
         *,
         content: _builtins.str = ...,
         add_special_tokens: _builtins.bool = ...,
         model: _builtins.str = ...,
+        literal: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_special_tokens", b"add_special_tokens", "content", b"content", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_special_tokens", b"add_special_tokens", "content", b"content", "literal", b"literal", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

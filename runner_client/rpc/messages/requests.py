@@ -115,6 +115,7 @@ def completion_request(
     model: str | None = None,
     bypass_prefix_cache: bool = False,
     cache_salt: str = "",
+    literal: bool = False,
 ) -> pb.CompletionRequest:
     """Build the request of a completion from text or token ids.
 
@@ -130,6 +131,7 @@ def completion_request(
     check_integer("priority", priority)
     check_flag("bypass_prefix_cache", bypass_prefix_cache)
     check_text("cache_salt", cache_salt)
+    check_flag("literal", literal)
     with _sendable():
         message = pb.CompletionRequest(
             options=_options(options or Options()),
@@ -139,6 +141,7 @@ def completion_request(
             model=_named(model),
             bypass_prefix_cache=bypass_prefix_cache,
             cache_salt=cache_salt,
+            literal=literal,
         )
         if isinstance(prompt, str):
             message.prompt = prompt
@@ -164,14 +167,18 @@ def drain_request(timeout_seconds: float | None) -> pb.DrainRequest:
 
 
 def tokenize_request(
-    content: str, *, add_special_tokens: bool, model: str | None
+    content: str, *, add_special_tokens: bool, model: str | None, literal: bool
 ) -> pb.TokenizeRequest:
     """Build the request to tokenize a text, with the errors of ``completion_request``."""
     check_text("content", content)
     check_flag("add_special_tokens", add_special_tokens)
+    check_flag("literal", literal)
     with _sendable():
         return pb.TokenizeRequest(
-            content=content, add_special_tokens=add_special_tokens, model=_named(model)
+            content=content,
+            add_special_tokens=add_special_tokens,
+            model=_named(model),
+            literal=literal,
         )
 
 

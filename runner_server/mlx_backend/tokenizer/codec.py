@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from runner_server.errors import ModelUnsupported
+from runner_server.mlx_backend.tokenizer.literal import LiteralTokenizer
 from runner_server.mlx_backend.tokenizer.panics import NO_PANICS
 from runner_server.mlx_backend.tokenizer.settings import TokenizerSettings, read_settings
 from runner_server.mlx_backend.tokenizer.token_bytes import bytes_of_tokens
@@ -52,21 +54,30 @@ class FastCodec:
         self._bos_id = bos_id
         self._bytes_of = bytes_of_tokens(tokenizer)
 
-    def encode(self, text: str, *, as_prompt: bool) -> list[int]:
+    def encode(self, text: str, *, as_prompt: bool, literal: bool = False) -> list[int]:
         """Split text into ids; see ``Codec.encode``."""
-        # Only the batch method releases the GIL.
-        with NO_PANICS:
-            ids: list[int] = self._tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
+        ids = self._literal.encode(text) if literal else self._split(text)
         if not as_prompt or self._has_prefix(ids):
             return ids
         return self._prefix + ids
+
+    def _split(self, text: str) -> list[int]:
+        # Only the batch method releases the GIL.
+        with NO_PANICS:
+            (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=False)
+        ids: list[int] = encoding.ids
+        return ids
+
+    @cached_property
+    def _literal(self) -> LiteralTokenizer:
+        return LiteralTokenizer(self._tokenizer)
 
     def _has_prefix(self, ids: Sequence[int]) -> bool:
         return ids[: len(self._prefix)] == self._prefix or (
             self._bos_id is not None and ids[:1] == [self._bos_id]
         )
 
-    def fewest_tokens(self, text: str, enough: int) -> int:
+    def fewest_tokens(self, text: str, enough: int, *, literal: bool = False) -> int:
         """Return a lower bound of the token count; see ``Codec.fewest_tokens``.
 
         A prefix of a text never has more than twice the tokens of the whole text, because the rest
@@ -74,7 +85,7 @@ class FastCodec:
         """
         size = _PART_CHARS
         while size < len(text):
-            count = len(self.encode(text[:size], as_prompt=False))
+            count = len(self.encode(text[:size], as_prompt=False, literal=literal))
             if count > 2 * enough:
                 return count // 2
             size *= 2
