@@ -38,6 +38,9 @@ MAX_PARALLEL = 256
 MAX_LOGPROBS = 20
 """Most alternatives reported for each generated token."""
 
+MAX_LOGPROB_TOKEN_IDS = 128
+"""Most token ids whose log probabilities are reported for each generated token."""
+
 MAX_PRIORITY = 100
 """Highest priority of a completion; the lowest one is its negative."""
 

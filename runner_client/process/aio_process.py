@@ -189,6 +189,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
         bypass_prefix_cache: bool = False,
         cache_salt: str = "",
         literal: bool = False,
+        logprob_token_ids: Sequence[int] = (),
     ) -> AsyncCompletionStream:
         """Start a completion; see ``AsyncRunnerClient.completion``.
 
@@ -205,6 +206,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
             bypass_prefix_cache=bypass_prefix_cache,
             cache_salt=cache_salt,
             literal=literal,
+            logprob_token_ids=logprob_token_ids,
         )
 
     async def complete(
@@ -218,6 +220,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
         bypass_prefix_cache: bool = False,
         cache_salt: str = "",
         literal: bool = False,
+        logprob_token_ids: Sequence[int] = (),
     ) -> Completion:
         """Run a completion to the end; see ``AsyncRunnerClient.complete``.
 
@@ -233,6 +236,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
             bypass_prefix_cache=bypass_prefix_cache,
             cache_salt=cache_salt,
             literal=literal,
+            logprob_token_ids=logprob_token_ids,
         )
 
     async def tokenize(

@@ -184,6 +184,7 @@ class RunnerProcess(ProcessBase[Connection]):
         bypass_prefix_cache: bool = False,
         cache_salt: str = "",
         literal: bool = False,
+        logprob_token_ids: Sequence[int] = (),
     ) -> CompletionStream:
         """Start a completion; see ``RunnerClient.completion``.
 
@@ -200,6 +201,7 @@ class RunnerProcess(ProcessBase[Connection]):
             bypass_prefix_cache=bypass_prefix_cache,
             cache_salt=cache_salt,
             literal=literal,
+            logprob_token_ids=logprob_token_ids,
         )
 
     def complete(
@@ -213,6 +215,7 @@ class RunnerProcess(ProcessBase[Connection]):
         bypass_prefix_cache: bool = False,
         cache_salt: str = "",
         literal: bool = False,
+        logprob_token_ids: Sequence[int] = (),
     ) -> Completion:
         """Run a completion to the end; see ``RunnerClient.complete``.
 
@@ -228,6 +231,7 @@ class RunnerProcess(ProcessBase[Connection]):
             bypass_prefix_cache=bypass_prefix_cache,
             cache_salt=cache_salt,
             literal=literal,
+            logprob_token_ids=logprob_token_ids,
         )
 
     def tokenize(

@@ -125,6 +125,7 @@ class AsyncModelClient:
         bypass_prefix_cache: bool = False,
         cache_salt: str = "",
         literal: bool = False,
+        logprob_token_ids: Sequence[int] = (),
     ) -> AsyncCompletionStream:
         """Start a completion and return the stream of chunks without waiting.
 
@@ -146,6 +147,7 @@ class AsyncModelClient:
             cache_salt: Only completions with the same salt, at most 128 characters, share entries
                 of the prefix cache.
             literal: Whether the special tokens written in the text are text.
+            logprob_token_ids: Tokens to report with the log probability of each token, at most 128.
 
         Raises:
             TypeError: An argument is of the wrong type.
@@ -162,6 +164,7 @@ class AsyncModelClient:
             bypass_prefix_cache=bypass_prefix_cache,
             cache_salt=cache_salt,
             literal=literal,
+            logprob_token_ids=logprob_token_ids,
         )
         return self._connection.start_stream(request)
 
@@ -177,6 +180,7 @@ class AsyncModelClient:
         bypass_prefix_cache: bool = False,
         cache_salt: str = "",
         literal: bool = False,
+        logprob_token_ids: Sequence[int] = (),
     ) -> Completion:
         """Run a completion to the end, with the arguments and timeouts of ``completion``.
 
@@ -199,6 +203,7 @@ class AsyncModelClient:
             bypass_prefix_cache=bypass_prefix_cache,
             cache_salt=cache_salt,
             literal=literal,
+            logprob_token_ids=logprob_token_ids,
         )
         async with stream:
             return responses.join_chunks([chunk async for chunk in stream])

@@ -124,6 +124,7 @@ class ModelClient:
         bypass_prefix_cache: bool = False,
         cache_salt: str = "",
         literal: bool = False,
+        logprob_token_ids: Sequence[int] = (),
     ) -> CompletionStream:
         """Start a completion and return the stream of chunks without waiting.
 
@@ -145,6 +146,7 @@ class ModelClient:
             cache_salt: Only completions with the same salt, at most 128 characters, share entries
                 of the prefix cache.
             literal: Whether the special tokens written in the text are text.
+            logprob_token_ids: Tokens to report with the log probability of each token, at most 128.
 
         Raises:
             TypeError: An argument is of the wrong type.
@@ -161,6 +163,7 @@ class ModelClient:
             bypass_prefix_cache=bypass_prefix_cache,
             cache_salt=cache_salt,
             literal=literal,
+            logprob_token_ids=logprob_token_ids,
         )
         return self._connection.start_stream(request)
 
@@ -176,6 +179,7 @@ class ModelClient:
         bypass_prefix_cache: bool = False,
         cache_salt: str = "",
         literal: bool = False,
+        logprob_token_ids: Sequence[int] = (),
     ) -> Completion:
         """Run a completion to the end, with the arguments and timeouts of ``completion``.
 
@@ -198,6 +202,7 @@ class ModelClient:
             bypass_prefix_cache=bypass_prefix_cache,
             cache_salt=cache_salt,
             literal=literal,
+            logprob_token_ids=logprob_token_ids,
         )
         with stream:
             return responses.join_chunks([chunk for chunk in stream])

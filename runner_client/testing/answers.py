@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from mlxrunner.v1 import runner_pb2 as pb
@@ -32,6 +33,10 @@ def token_messages(
 
 def _logprobs(request: pb.CompletionRequest, number: int, text: str) -> list[pb.TokenLogprob]:
     """Return the log probability of a token if requested: 0, without alternatives."""
-    if not request.HasField("logprobs"):
+    wanted = request.logprob_token_ids
+    if not (wanted or request.HasField("logprobs")):
         return []
-    return [pb.TokenLogprob(token_id=number, text=text, bytes=text.encode())]
+    candidates = [
+        pb.TopLogprob(token_id=id_, logprob=0.0 if id_ == number else -math.inf) for id_ in wanted
+    ]
+    return [pb.TokenLogprob(token_id=number, text=text, bytes=text.encode(), candidates=candidates)]

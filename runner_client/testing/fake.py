@@ -25,6 +25,7 @@ from runner_common.contract import (
     DEFAULT_CONTEXT_LENGTH,
     DEFAULT_PARALLEL,
     MAX_LOGIT_BIASES,
+    MAX_LOGPROB_TOKEN_IDS,
     MAX_LOGPROBS,
     MAX_STOP_TOKEN_IDS,
     MAX_STOPS,
@@ -311,6 +312,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
             max_logit_bias_count=MAX_LOGIT_BIASES,
             rank_count=1,
             max_stop_token_id_count=MAX_STOP_TOKEN_IDS,
+            max_logprob_token_id_count=MAX_LOGPROB_TOKEN_IDS,
         )
         return pb.Model(name=name, path=name, dtype_fallback=is_fallback, capabilities=accepted)
 

@@ -108,7 +108,7 @@ class PromptProgress:
 
 @dataclass(frozen=True, slots=True)
 class TopLogprob:
-    """One of the most likely tokens at a position."""
+    """One of the most likely tokens at a position, or a requested one."""
 
     token_id: int
     """Token id."""
@@ -137,6 +137,8 @@ class TokenLogprob:
     bytes: builtins.bytes = b""
     """The token's bytes, which may hold part of a character. The bytes of all entries joined are
     the UTF-8 text that follows the prompt. Empty for a token that ends the text."""
+    candidates: tuple[TopLogprob, ...] = ()
+    """The tokens of ``logprob_token_ids``, in that order."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,8 @@ class Capabilities:
     """The number of processes that together hold the model."""
     max_stop_token_id_count: int | None = None
     """The most ids in ``Options.stop_token_ids``."""
+    max_logprob_token_id_count: int | None = None
+    """The most ids in ``logprob_token_ids`` of a completion."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from google.protobuf.duration_pb2 import Duration
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_common.contract import (
     MAX_LOGIT_BIASES,
+    MAX_LOGPROB_TOKEN_IDS,
     MAX_LOGPROBS,
     MAX_STOP_TOKEN_IDS,
     MAX_STOPS,
@@ -71,6 +72,7 @@ def model_message(info: ModelInfo, rank_count: int = 1) -> pb.Model:
             max_logit_bias_count=MAX_LOGIT_BIASES,
             rank_count=rank_count,
             max_stop_token_id_count=MAX_STOP_TOKEN_IDS,
+            max_logprob_token_id_count=MAX_LOGPROB_TOKEN_IDS,
         ),
     )
 
@@ -142,16 +144,18 @@ def _done_message(done: GenerationResult) -> pb.CompletionResponse:
 
 
 def _logprob_message(entry: TokenLogprob, texts: TokenTexts) -> pb.TokenLogprob:
-    own, others = texts.read(entry)
+    own, texts_of_others = texts.read(entry)
+    others = [
+        pb.TopLogprob(token_id=id_, text=shown.text, bytes=shown.data, logprob=logprob)
+        for (id_, logprob), shown in zip(entry.others, texts_of_others, strict=True)
+    ]
     return pb.TokenLogprob(
         token_id=entry.token_id,
         text=own.text,
         bytes=own.data,
         logprob=entry.logprob,
-        top=[
-            pb.TopLogprob(token_id=id_, text=shown.text, bytes=shown.data, logprob=logprob)
-            for (id_, logprob), shown in zip(entry.top, others, strict=True)
-        ],
+        top=others[: len(entry.top)],
+        candidates=others[len(entry.top) :],
     )
 
 

@@ -21,6 +21,7 @@ from runner_common.contract import (
     MAX_CACHE_SALT_CHARS,
     MAX_CONTEXT_LENGTH,
     MAX_DRAIN_SECONDS,
+    MAX_LOGPROB_TOKEN_IDS,
     MAX_LOGPROBS,
     MAX_MODEL_CHARS,
     MAX_PARALLEL,
@@ -163,6 +164,8 @@ def completion_draft(request: pb.CompletionRequest, model: ModelInfo) -> Generat
     check.token_ids("options.stop_token_ids", stop_ids, model.vocab_size, MAX_STOP_TOKEN_IDS)
     _check_least(check, options, model)
     _check_number(check, request, "logprobs", 0, min(MAX_LOGPROBS, model.vocab_size))
+    wanted = request.logprob_token_ids
+    check.token_ids("logprob_token_ids", wanted, model.vocab_size, MAX_LOGPROB_TOKEN_IDS)
     check_request_id(check, request.request_id)
     check.number("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY)
     salt = len(request.cache_salt)
@@ -284,10 +287,15 @@ def _sampling(request: pb.CompletionRequest, model: ModelInfo) -> Sampling:
         frequency_penalty=given("frequency_penalty", float, plain.frequency_penalty),
         seed=given("seed", int, secrets.randbits(63)),
         logit_bias=tuple(options.logit_bias.items()),
-        logprobs=request.logprobs if request.HasField("logprobs") else None,
+        logprobs=request.logprobs if _wants_logprobs(request) else None,
         min_predict=options.min_predict,
         end_ids=tuple(_end_ids(options, model)) if options.min_predict else (),
+        logprob_token_ids=tuple(request.logprob_token_ids),
     )
+
+
+def _wants_logprobs(request: pb.CompletionRequest) -> bool:
+    return request.HasField("logprobs") or bool(request.logprob_token_ids)
 
 
 def _given(message: Message, field: str, convert: Callable[[float], _T], default: _T) -> _T:

@@ -115,6 +115,7 @@ class Sampling:
         logprobs: Number of likely tokens to report; None = no log probabilities.
         min_predict: Number of first tokens that are none of ``end_ids``.
         end_ids: The tokens that end the text; empty if ``min_predict`` is 0.
+        logprob_token_ids: Tokens to report with each generated one; ``logprobs`` is not None then.
     """
 
     temperature: float = 0.8
@@ -131,6 +132,7 @@ class Sampling:
     logprobs: int | None = None
     min_predict: int = 0
     end_ids: tuple[int, ...] = ()
+    logprob_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -181,12 +183,19 @@ class TokenLogprob:
     Attributes:
         text: Contribution of the token to the text, before stop strings are cut off; empty in
             the events of a batch.
+        candidates: Log probabilities of ``Sampling.logprob_token_ids``, as pairs (id, logprob).
     """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...]
     text: str = ""
+    candidates: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def others(self) -> tuple[tuple[int, float], ...]:
+        """The likely tokens, and then the candidates."""
+        return self.top + self.candidates
 
 
 @dataclass(frozen=True)

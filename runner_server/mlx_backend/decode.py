@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import cast
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from runner_server.engine.types import CachePolicy, NotFinite, Sampling, Token, TokenLogprob
-from runner_server.mlx_backend.arrays import rows_of
+from runner_server.engine.types import CachePolicy, NotFinite, Sampling, Token
 from runner_server.mlx_backend.cache.row_caches import (
     Caches,
     compact,
@@ -27,12 +25,13 @@ from runner_server.mlx_backend.cache.row_caches import (
     view,
 )
 from runner_server.mlx_backend.sampling.end_mask import EndMask
-from runner_server.mlx_backend.sampling.logprobs import (
-    TokenLogprobs,
-    are_finite,
-    token_logprobs,
-)
+from runner_server.mlx_backend.sampling.logprobs import are_finite
 from runner_server.mlx_backend.sampling.penalties import Penalties
+from runner_server.mlx_backend.sampling.row_logprobs import (
+    BatchLogprobs,
+    RowLogprobs,
+    arrays_of,
+)
 from runner_server.mlx_backend.sampling.sampler import Sampler
 
 _STATE_STEPS = 64
@@ -71,7 +70,7 @@ class Row:
     is_unreported: bool = False
     drawn: int = 0
     caches: Caches = field(default_factory=list)
-    logprobs: _RowLogprobs | None = None
+    logprobs: RowLogprobs | None = None
     is_finite: bool = True
 
 
@@ -116,41 +115,6 @@ class InFlightStep:
         ids = cast("list[int]", self.tokens.tolist())
         flags = cast("list[bool]", self.finite.tolist())
         return list(zip(ids, flags, strict=True))
-
-
-class _StepLogprobs:
-    """The log probabilities of a step, read as a whole and shared by the rows.
-
-    Reading a slice for each row would launch a computation that waits for the next step, which has
-    already been launched by then.
-    """
-
-    def __init__(self, arrays: TokenLogprobs) -> None:
-        self.arrays = arrays
-
-    @cached_property
-    def chosen(self) -> list[float]:
-        return cast("list[float]", self.arrays.chosen.tolist())
-
-    @cached_property
-    def ids(self) -> list[list[int]]:
-        return cast("list[list[int]]", self.arrays.ids.tolist())
-
-    @cached_property
-    def values(self) -> list[list[float]]:
-        return cast("list[list[float]]", self.arrays.values.tolist())
-
-
-@dataclass(frozen=True)
-class _RowLogprobs:
-    """A row's entry in the log probabilities of a step."""
-
-    step: _StepLogprobs
-    index: int
-
-    def read(self, token_id: int, top: int) -> TokenLogprob:
-        pairs = zip(self.step.ids[self.index], self.step.values[self.index], strict=True)
-        return TokenLogprob(token_id, self.step.chosen[self.index], tuple(pairs)[:top])
 
 
 class DecodeBatch:
@@ -267,7 +231,7 @@ class DecodeBatch:
         events = self._collect(previous, logprobs)
         return [*events, *self._collect_first()]
 
-    def _launch(self, inputs: mx.array) -> tuple[InFlightStep, list[_RowLogprobs | None]]:
+    def _launch(self, inputs: mx.array) -> tuple[InFlightStep, list[RowLogprobs | None]]:
         """Launch a step; return the tokens, and the log probabilities of each row's token."""
         rows = self.rows
         logits = self._model(inputs[:, None], cache=self._caches)[:, -1, :]
@@ -276,8 +240,8 @@ class DecodeBatch:
         changed = self._end_mask(changed, drawn)
         tokens = self._sampler(changed, drawn)
         step = self._settled(tokens, are_finite(logits, tokens))
-        logprobs = self._compute_logprobs(logits, step.tokens)
-        parts = [part for found in logprobs for part in _arrays_of(found)]
+        logprobs = self._logprobs(logits, step.tokens)
+        parts = [part for found in logprobs for part in arrays_of(found)]
         mx.async_eval(step.tokens, step.finite, parts)
         self._steps += 1
         if self._steps % _STATE_STEPS == 0:
@@ -295,7 +259,7 @@ class DecodeBatch:
         return InFlightStep(drawn, finite)
 
     def _collect(
-        self, step: InFlightStep, logprobs: Sequence[_RowLogprobs | None]
+        self, step: InFlightStep, logprobs: Sequence[RowLogprobs | None]
     ) -> list[Token | NotFinite]:
         """Report the tokens of a step, and advance every row by one token.
 
@@ -328,20 +292,7 @@ class DecodeBatch:
             return NotFinite(row.id)
         if row.logprobs is None:
             return Token(row.id, value)
-        return Token(row.id, value, row.logprobs.read(value, row.sampling.logprobs or 0))
-
-    def _compute_logprobs(self, logits: mx.array, tokens: mx.array) -> list[_RowLogprobs | None]:
-        """Compute log probabilities of the drawn tokens, for rows with ``logprobs``."""
-        found: list[_RowLogprobs | None] = [None] * len(self.rows)
-        if not self._logprob_rows:
-            return found
-        selection = rows_of(self._logprob_rows, len(self.rows))
-        if selection is not None:
-            logits, tokens = logits[selection], tokens[selection]
-        step = _StepLogprobs(token_logprobs(logits, tokens, self._top))
-        for index, slot in enumerate(self._logprob_rows):
-            found[slot] = _RowLogprobs(step, index)
-        return found
+        return Token(row.id, value, row.logprobs.read(value))
 
     def _caches_of(self, slot: int) -> Caches:
         return self._caches if len(self.rows) == 1 else extract(self._caches, slot)
@@ -365,15 +316,7 @@ class DecodeBatch:
         self._sampler = Sampler(options, self._vocab_size)
         self._penalties = Penalties(options)
         self._end_mask = EndMask(options)
-        self._logprob_rows = [i for i, option in enumerate(options) if option.logprobs is not None]
-        self._top = max((options[i].logprobs or 0 for i in self._logprob_rows), default=0)
-
-
-def _arrays_of(found: _RowLogprobs | None) -> tuple[mx.array, ...]:
-    if found is None:
-        return ()
-    arrays = found.step.arrays
-    return arrays.chosen, arrays.ids, arrays.values
+        self._logprobs = BatchLogprobs(options)
 
 
 def _fill_gaps(stays: Sequence[bool]) -> list[int]:

@@ -246,7 +246,7 @@ def test_a_preempted_row_keeps_its_log_probabilities(
     draw = random.Random(7)  # noqa: S311 - prompts
     lengths = (40, 1, 20, 90, 31)[:among]
     prompts = [[draw.randrange(1, 500) for _ in range(n)] for n in lengths]
-    sampling = replace(GREEDY, logprobs=20)
+    sampling = replace(GREEDY, logprobs=20, logprob_token_ids=(3, 4))
     rows = [Row(prompt, 16, sampling) for prompt in prompts]
     _run_with_preemptions(LocalBatch.of(model), rows, dict.fromkeys(range(0, among, 2), 2))
     for row in rows:

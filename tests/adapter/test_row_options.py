@@ -43,6 +43,27 @@ def test_log_probabilities_come_from_the_raw_logits(
         np.testing.assert_allclose(values, -np.sort(-at)[:20], atol=1e-3)
 
 
+def test_candidates_have_their_log_probabilities_whatever_their_rank(tiny: LoadedModel) -> None:
+    """Rows request different numbers of candidates, or none, in one batch."""
+    prompt = tiny.codec.encode("The quick brown", as_prompt=True)
+    wanted: list[tuple[int, ...]] = [(), (5,), (500, 5, 0, 5), (), (7, 8)]
+    rows = [
+        Row(prompt, 6, Sampling(seed=i, logprobs=i % 3 if i else None, logprob_token_ids=ids))
+        for i, ids in enumerate(wanted)
+    ]
+    run_together(tiny, rows)
+    assert not rows[0].logprobs
+    model: Any = tiny
+    for row, ids in zip(rows[1:], wanted[1:], strict=True):
+        logits = model._model(mx.array([[*prompt, *row.ids]]))[0]
+        expected = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        for i, entry in enumerate(row.logprobs):
+            at = expected[len(prompt) - 1 + i]
+            assert [id_ for id_, _ in entry.candidates] == [*ids]
+            np.testing.assert_allclose([v for _, v in entry.candidates], at[list(ids)], atol=1e-3)
+            assert len(entry.top) == row.sampling.logprobs
+
+
 def test_output_only_penalties_ignore_the_prompt(trained: LoadedModel) -> None:
     """A penalty of 100 equals a bias of -100 on generated tokens only."""
     penalty = replace(GREEDY, presence_penalty=100.0, counts_output_only=True)

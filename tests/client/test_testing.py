@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from pathlib import Path
 
@@ -144,3 +145,12 @@ def test_a_request_that_bypasses_the_prefix_cache_takes_nothing_from_it() -> Non
         runner.prompt_cached_count = 3
         assert client.complete("Hi").prompt_cached_count == 3
         assert client.complete("Hi", bypass_prefix_cache=True).prompt_cached_count == 0
+
+
+def test_requested_tokens_have_a_log_probability() -> None:
+    with fake_runner(pieces=("a", "b")) as runner, RunnerClient(runner.address) as client:
+        entries = client.complete("Hi", logprob_token_ids=[1, 5]).logprobs
+    assert [[each.logprob for each in entry.candidates] for entry in entries] == [
+        [-math.inf, -math.inf],
+        [0, -math.inf],
+    ]

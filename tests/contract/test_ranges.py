@@ -116,6 +116,24 @@ async def test_logprobs_out_of_range_are_refused(loaded: Server, count: int) -> 
     assert set((await failure(loaded.start(logprobs=count))).violations) == {"logprobs"}
 
 
+@pytest.mark.parametrize("ids", [[0], [VOCAB_SIZE - 1, 3, 3], [5] * 128])
+async def test_ids_for_log_probabilities_in_range_are_accepted(
+    loaded: Server, ids: list[int]
+) -> None:
+    messages = await loaded.complete(logprob_token_ids=ids, num_predict=1)
+    entry = messages[-1].logprobs[0]
+    assert [candidate.token_id for candidate in entry.candidates] == ids
+    assert not entry.top
+
+
+@pytest.mark.parametrize("ids", [[-1], [1, VOCAB_SIZE], [MAX_INT32], [MIN_INT32], [1] * 129])
+async def test_ids_for_log_probabilities_out_of_range_are_refused(
+    loaded: Server, ids: list[int]
+) -> None:
+    (field,) = (await failure(loaded.start(logprob_token_ids=ids))).violations
+    assert field.startswith("logprob_token_ids")
+
+
 BAD_INPUTS: list[tuple[pb.CompletionRequest, str]] = [
     (pb.CompletionRequest(), "input"),
     (pb.CompletionRequest(prompt=""), "prompt"),

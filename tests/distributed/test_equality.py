@@ -93,6 +93,7 @@ def test_ranks_reuse_cached_prompts_alike(pair: Child, expected: dict[str, list[
 
 def test_log_probabilities_match_one_process(alone: Child, pair: Child) -> None:
     request = completion("def", temperature=0, num_predict=8, logprobs=3)
+    request.logprob_token_ids.extend([300, 7])
     found = [
         [entry for message in server.stub.Completion(request) for entry in message.logprobs]
         for server in (alone, pair)
@@ -100,6 +101,9 @@ def test_log_probabilities_match_one_process(alone: Child, pair: Child) -> None:
     whole, split = ([entry.logprob for entry in entries] for entries in found)
     assert split == pytest.approx(whole, abs=1e-4)
     assert [e.top[1].token_id for e in found[0]] == [e.top[1].token_id for e in found[1]]
+    whole, split = ([each.logprob for e in found[i] for each in e.candidates] for i in (0, 1))
+    assert len(whole) == 2 * len(found[0])
+    assert split == pytest.approx(whole, abs=1e-4)
 
 
 def test_each_rank_holds_a_part_of_the_weights(

@@ -55,6 +55,13 @@ async def test_log_probabilities_are_accepted_up_to_the_limit(loaded: Server) ->
     assert set((await failure(loaded.start(logprobs=most + 1))).violations) == {"logprobs"}
 
 
+async def test_ids_for_log_probabilities_are_accepted_up_to_the_limit(loaded: Server) -> None:
+    most = (await capabilities(loaded)).max_logprob_token_id_count
+    await loaded.complete(logprob_token_ids=[1] * most, num_predict=1)
+    problem = await failure(loaded.start(logprob_token_ids=[1] * (most + 1)))
+    assert set(problem.violations) == {"logprob_token_ids"}
+
+
 async def test_stop_strings_are_accepted_up_to_the_limit(loaded: Server) -> None:
     most = (await capabilities(loaded)).max_stop_count
     await loaded.complete(stop=["\0"] * most, num_predict=1)

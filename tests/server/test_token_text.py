@@ -47,6 +47,20 @@ async def test_invalid_bytes_are_reported_unchanged(loaded: Server, data: bytes)
     assert _texts(_entries(messages)) == (joined(messages), data)
 
 
+async def test_requested_tokens_come_with_their_texts(loaded: Server) -> None:
+    """The fake's log probability of a requested token is a quarter of its id."""
+    loaded.backend.reply = says("ab")
+    messages = await loaded.complete(logprob_token_ids=[ord("z"), EOS, ord("a")], logprobs=1)
+    for entry in _entries(messages):
+        assert len(entry.top) == 1
+        shown = [(each.text, each.bytes, each.logprob) for each in entry.candidates]
+        assert shown == [
+            ("z", b"z", -0.25 * ord("z")),
+            ("", b"", -64),
+            ("a", b"a", -0.25 * ord("a")),
+        ]
+
+
 async def test_a_text_may_end_within_a_character(loaded: Server) -> None:
     loaded.backend.reply = says("日")
     messages = await loaded.complete(logprobs=1, num_predict=2)

@@ -134,7 +134,7 @@ def says(text: str | bytes) -> Reply:
 @dataclass
 class _Row:
     tokens: Iterator[int]
-    logprobs: int | None
+    sampling: Sampling
 
 
 class FakeExecutor:
@@ -156,7 +156,7 @@ class FakeExecutor:
         """See ``Executor.add``."""
         assert prompt_ids, "an empty prompt must not get here"
         assert row not in self.rows
-        self.rows[row] = _Row(self._backend.reply(prompt_ids, sampling), sampling.logprobs)
+        self.rows[row] = _Row(self._backend.reply(prompt_ids, sampling), sampling)
 
     def find_prefix(self, _prompt_ids: Sequence[int], _salt: str) -> Match:
         """See ``Executor.find_prefix``: no prompt is cached."""
@@ -199,9 +199,10 @@ class FakeExecutor:
         row = self.rows[id_]
         token = next(row.tokens)
         logprob = None
-        if row.logprobs is not None:
-            top = tuple((i, -1.0 - i) for i in range(row.logprobs))
-            logprob = TokenLogprob(token, -0.5, top)
+        if row.sampling.logprobs is not None:
+            top = tuple((i, -1.0 - i) for i in range(row.sampling.logprobs))
+            candidates = tuple((i, -0.25 * i) for i in row.sampling.logprob_token_ids)
+            logprob = TokenLogprob(token, -0.5, top, candidates=candidates)
         return Token(id_, token, logprob)
 
 

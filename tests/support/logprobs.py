@@ -28,3 +28,4 @@ def assert_logprobs_close(
             assert values[a.token_id] == pytest.approx(same[b.token_id], abs=tolerance)
             return
         assert a.logprob == pytest.approx(b.logprob, abs=tolerance)
+        assert dict(a.candidates) == pytest.approx(dict(b.candidates), abs=tolerance)

@@ -728,8 +728,10 @@ type Capabilities struct {
 	RankCount *int32 `protobuf:"varint,7,opt,name=rank_count,json=rankCount,proto3,oneof" json:"rank_count,omitempty"`
 	// The most ids in `CompletionOptions.stop_token_ids`.
 	MaxStopTokenIdCount *int32 `protobuf:"varint,8,opt,name=max_stop_token_id_count,json=maxStopTokenIdCount,proto3,oneof" json:"max_stop_token_id_count,omitempty"`
-	unknownFields       protoimpl.UnknownFields
-	sizeCache           protoimpl.SizeCache
+	// The most ids in `CompletionRequest.logprob_token_ids`.
+	MaxLogprobTokenIdCount *int32 `protobuf:"varint,9,opt,name=max_logprob_token_id_count,json=maxLogprobTokenIdCount,proto3,oneof" json:"max_logprob_token_id_count,omitempty"`
+	unknownFields          protoimpl.UnknownFields
+	sizeCache              protoimpl.SizeCache
 }
 
 func (x *Capabilities) Reset() {
@@ -814,6 +816,13 @@ func (x *Capabilities) GetRankCount() int32 {
 func (x *Capabilities) GetMaxStopTokenIdCount() int32 {
 	if x != nil && x.MaxStopTokenIdCount != nil {
 		return *x.MaxStopTokenIdCount
+	}
+	return 0
+}
+
+func (x *Capabilities) GetMaxLogprobTokenIdCount() int32 {
+	if x != nil && x.MaxLogprobTokenIdCount != nil {
+		return *x.MaxLogprobTokenIdCount
 	}
 	return 0
 }
@@ -2014,9 +2023,14 @@ type CompletionRequest struct {
 	// prepended. Tokens that the tokenizer has added to its vocabulary without marking
 	// them as special are tokens as before. Refused with `prompt_token_ids`, and if the
 	// tokenizer cannot split a special token otherwise. Default: false.
-	Literal       bool `protobuf:"varint,10,opt,name=literal,proto3" json:"literal,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Literal bool `protobuf:"varint,10,opt,name=literal,proto3" json:"literal,omitempty"`
+	// Token ids whose log probabilities each generated token comes with
+	// (`TokenLogprob.candidates`), however unlikely they are: to compare given answers.
+	// `logprobs` may be unset. Ids from 0 to `Model.vocab_size` - 1, at most 128 of
+	// them. Default: none.
+	LogprobTokenIds []int32 `protobuf:"varint,11,rep,packed,name=logprob_token_ids,json=logprobTokenIds,proto3" json:"logprob_token_ids,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *CompletionRequest) Reset() {
@@ -2128,6 +2142,13 @@ func (x *CompletionRequest) GetLiteral() bool {
 		return x.Literal
 	}
 	return false
+}
+
+func (x *CompletionRequest) GetLogprobTokenIds() []int32 {
+	if x != nil {
+		return x.LogprobTokenIds
+	}
+	return nil
 }
 
 type isCompletionRequest_Input interface {
@@ -2359,7 +2380,8 @@ type CompletionResponse struct {
 	// The tokens generated since the last message, including the one that ended the
 	// text. Their text may come one message later.
 	TokenIds []int32 `protobuf:"varint,2,rep,packed,name=token_ids,json=tokenIds,proto3" json:"token_ids,omitempty"`
-	// One entry for each of `token_ids`, if requested.
+	// One entry for each of `token_ids`, if requested by `logprobs` or
+	// `logprob_token_ids`.
 	Logprobs []*TokenLogprob `protobuf:"bytes,3,rep,name=logprobs,proto3" json:"logprobs,omitempty"`
 	// True in the last message, and only there.
 	Done bool `protobuf:"varint,4,opt,name=done,proto3" json:"done,omitempty"`
@@ -2583,7 +2605,9 @@ type TokenLogprob struct {
 	// The bytes of the token, possibly a part of a character. The bytes of all
 	// entries joined are the same text in UTF-8, starting where the prompt ends.
 	// Empty for a token that ends the text.
-	Bytes         []byte `protobuf:"bytes,5,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	Bytes []byte `protobuf:"bytes,5,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	// The tokens of `CompletionRequest.logprob_token_ids`, in that order.
+	Candidates    []*TopLogprob `protobuf:"bytes,6,rep,name=candidates,proto3" json:"candidates,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2653,7 +2677,14 @@ func (x *TokenLogprob) GetBytes() []byte {
 	return nil
 }
 
-// A likely token.
+func (x *TokenLogprob) GetCandidates() []*TopLogprob {
+	if x != nil {
+		return x.Candidates
+	}
+	return nil
+}
+
+// A likely token, or a requested one.
 type TopLogprob struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Id of the token.
@@ -3187,7 +3218,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x0edtype_fallback\x18\n" +
 	" \x01(\bR\rdtypeFallback\x12\x1a\n" +
 	"\bwarnings\x18\v \x03(\tR\bwarnings\x12>\n" +
-	"\fcapabilities\x18\f \x01(\v2\x1a.mlxrunner.v1.CapabilitiesR\fcapabilities\"\x8c\x04\n" +
+	"\fcapabilities\x18\f \x01(\v2\x1a.mlxrunner.v1.CapabilitiesR\fcapabilities\"\xec\x04\n" +
 	"\fCapabilities\x12\x1d\n" +
 	"\abatched\x18\x01 \x01(\bH\x00R\abatched\x88\x01\x01\x12&\n" +
 	"\fprefix_cache\x18\x02 \x01(\bH\x01R\vprefixCache\x88\x01\x01\x121\n" +
@@ -3197,7 +3228,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x14max_logit_bias_count\x18\x06 \x01(\x05H\x05R\x11maxLogitBiasCount\x88\x01\x01\x12\"\n" +
 	"\n" +
 	"rank_count\x18\a \x01(\x05H\x06R\trankCount\x88\x01\x01\x129\n" +
-	"\x17max_stop_token_id_count\x18\b \x01(\x05H\aR\x13maxStopTokenIdCount\x88\x01\x01B\n" +
+	"\x17max_stop_token_id_count\x18\b \x01(\x05H\aR\x13maxStopTokenIdCount\x88\x01\x01\x12?\n" +
+	"\x1amax_logprob_token_id_count\x18\t \x01(\x05H\bR\x16maxLogprobTokenIdCount\x88\x01\x01B\n" +
 	"\n" +
 	"\b_batchedB\x0f\n" +
 	"\r_prefix_cacheB\x15\n" +
@@ -3206,7 +3238,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x0f_max_stop_countB\x17\n" +
 	"\x15_max_logit_bias_countB\r\n" +
 	"\v_rank_countB\x1a\n" +
-	"\x18_max_stop_token_id_count\"\xf8\x02\n" +
+	"\x18_max_stop_token_id_countB\x1d\n" +
+	"\x1b_max_logprob_token_id_count\"\xf8\x02\n" +
 	"\x0fEstimateRequest\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12*\n" +
 	"\x0econtext_length\x18\x02 \x01(\x05H\x00R\rcontextLength\x88\x01\x01\x12\x1f\n" +
@@ -3305,7 +3338,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x0ereserved_bytes\x18\b \x01(\x03R\rreservedBytes\x127\n" +
 	"\x18prefix_cache_limit_bytes\x18\t \x01(\x03R\x15prefixCacheLimitBytes\"\x1c\n" +
 	"\bTokenIds\x12\x10\n" +
-	"\x03ids\x18\x01 \x03(\x05R\x03ids\"\x9d\x03\n" +
+	"\x03ids\x18\x01 \x03(\x05R\x03ids\"\xc9\x03\n" +
 	"\x11CompletionRequest\x12\x18\n" +
 	"\x06prompt\x18\x01 \x01(\tH\x00R\x06prompt\x12B\n" +
 	"\x10prompt_token_ids\x18\x02 \x01(\v2\x16.mlxrunner.v1.TokenIdsH\x00R\x0epromptTokenIds\x129\n" +
@@ -3319,7 +3352,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\n" +
 	"cache_salt\x18\t \x01(\tR\tcacheSalt\x12\x18\n" +
 	"\aliteral\x18\n" +
-	" \x01(\bR\aliteralB\a\n" +
+	" \x01(\bR\aliteral\x12*\n" +
+	"\x11logprob_token_ids\x18\v \x03(\x05R\x0flogprobTokenIdsB\a\n" +
 	"\x05inputB\v\n" +
 	"\t_logprobs\"\x9c\x06\n" +
 	"\x11CompletionOptions\x12%\n" +
@@ -3377,13 +3411,16 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x0ePromptProgress\x12'\n" +
 	"\x0fevaluated_count\x18\x01 \x01(\x05R\x0eevaluatedCount\x12\x1f\n" +
 	"\vtotal_count\x18\x02 \x01(\x05R\n" +
-	"totalCount\"\x99\x01\n" +
+	"totalCount\"\xd3\x01\n" +
 	"\fTokenLogprob\x12\x19\n" +
 	"\btoken_id\x18\x01 \x01(\x05R\atokenId\x12\x12\n" +
 	"\x04text\x18\x02 \x01(\tR\x04text\x12\x18\n" +
 	"\alogprob\x18\x03 \x01(\x02R\alogprob\x12*\n" +
 	"\x03top\x18\x04 \x03(\v2\x18.mlxrunner.v1.TopLogprobR\x03top\x12\x14\n" +
-	"\x05bytes\x18\x05 \x01(\fR\x05bytes\"k\n" +
+	"\x05bytes\x18\x05 \x01(\fR\x05bytes\x128\n" +
+	"\n" +
+	"candidates\x18\x06 \x03(\v2\x18.mlxrunner.v1.TopLogprobR\n" +
+	"candidates\"k\n" +
 	"\n" +
 	"TopLogprob\x12\x19\n" +
 	"\btoken_id\x18\x01 \x01(\x05R\atokenId\x12\x12\n" +
@@ -3545,34 +3582,35 @@ var file_mlxrunner_v1_runner_proto_depIdxs = []int32{
 	36, // 21: mlxrunner.v1.CompletionResponse.eval_duration:type_name -> google.protobuf.Duration
 	36, // 22: mlxrunner.v1.CompletionResponse.queue_duration:type_name -> google.protobuf.Duration
 	26, // 23: mlxrunner.v1.TokenLogprob.top:type_name -> mlxrunner.v1.TopLogprob
-	36, // 24: mlxrunner.v1.DrainRequest.timeout:type_name -> google.protobuf.Duration
-	4,  // 25: mlxrunner.v1.RunnerService.Load:input_type -> mlxrunner.v1.LoadRequest
-	8,  // 26: mlxrunner.v1.RunnerService.Estimate:input_type -> mlxrunner.v1.EstimateRequest
-	10, // 27: mlxrunner.v1.RunnerService.Trim:input_type -> mlxrunner.v1.TrimRequest
-	12, // 28: mlxrunner.v1.RunnerService.Unload:input_type -> mlxrunner.v1.UnloadRequest
-	14, // 29: mlxrunner.v1.RunnerService.Status:input_type -> mlxrunner.v1.StatusRequest
-	16, // 30: mlxrunner.v1.RunnerService.WatchStatus:input_type -> mlxrunner.v1.WatchStatusRequest
-	21, // 31: mlxrunner.v1.RunnerService.Completion:input_type -> mlxrunner.v1.CompletionRequest
-	27, // 32: mlxrunner.v1.RunnerService.Abort:input_type -> mlxrunner.v1.AbortRequest
-	29, // 33: mlxrunner.v1.RunnerService.Drain:input_type -> mlxrunner.v1.DrainRequest
-	31, // 34: mlxrunner.v1.RunnerService.Tokenize:input_type -> mlxrunner.v1.TokenizeRequest
-	33, // 35: mlxrunner.v1.RunnerService.Detokenize:input_type -> mlxrunner.v1.DetokenizeRequest
-	5,  // 36: mlxrunner.v1.RunnerService.Load:output_type -> mlxrunner.v1.LoadResponse
-	9,  // 37: mlxrunner.v1.RunnerService.Estimate:output_type -> mlxrunner.v1.EstimateResponse
-	11, // 38: mlxrunner.v1.RunnerService.Trim:output_type -> mlxrunner.v1.TrimResponse
-	13, // 39: mlxrunner.v1.RunnerService.Unload:output_type -> mlxrunner.v1.UnloadResponse
-	15, // 40: mlxrunner.v1.RunnerService.Status:output_type -> mlxrunner.v1.StatusResponse
-	17, // 41: mlxrunner.v1.RunnerService.WatchStatus:output_type -> mlxrunner.v1.WatchStatusResponse
-	23, // 42: mlxrunner.v1.RunnerService.Completion:output_type -> mlxrunner.v1.CompletionResponse
-	28, // 43: mlxrunner.v1.RunnerService.Abort:output_type -> mlxrunner.v1.AbortResponse
-	30, // 44: mlxrunner.v1.RunnerService.Drain:output_type -> mlxrunner.v1.DrainResponse
-	32, // 45: mlxrunner.v1.RunnerService.Tokenize:output_type -> mlxrunner.v1.TokenizeResponse
-	34, // 46: mlxrunner.v1.RunnerService.Detokenize:output_type -> mlxrunner.v1.DetokenizeResponse
-	36, // [36:47] is the sub-list for method output_type
-	25, // [25:36] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	26, // 24: mlxrunner.v1.TokenLogprob.candidates:type_name -> mlxrunner.v1.TopLogprob
+	36, // 25: mlxrunner.v1.DrainRequest.timeout:type_name -> google.protobuf.Duration
+	4,  // 26: mlxrunner.v1.RunnerService.Load:input_type -> mlxrunner.v1.LoadRequest
+	8,  // 27: mlxrunner.v1.RunnerService.Estimate:input_type -> mlxrunner.v1.EstimateRequest
+	10, // 28: mlxrunner.v1.RunnerService.Trim:input_type -> mlxrunner.v1.TrimRequest
+	12, // 29: mlxrunner.v1.RunnerService.Unload:input_type -> mlxrunner.v1.UnloadRequest
+	14, // 30: mlxrunner.v1.RunnerService.Status:input_type -> mlxrunner.v1.StatusRequest
+	16, // 31: mlxrunner.v1.RunnerService.WatchStatus:input_type -> mlxrunner.v1.WatchStatusRequest
+	21, // 32: mlxrunner.v1.RunnerService.Completion:input_type -> mlxrunner.v1.CompletionRequest
+	27, // 33: mlxrunner.v1.RunnerService.Abort:input_type -> mlxrunner.v1.AbortRequest
+	29, // 34: mlxrunner.v1.RunnerService.Drain:input_type -> mlxrunner.v1.DrainRequest
+	31, // 35: mlxrunner.v1.RunnerService.Tokenize:input_type -> mlxrunner.v1.TokenizeRequest
+	33, // 36: mlxrunner.v1.RunnerService.Detokenize:input_type -> mlxrunner.v1.DetokenizeRequest
+	5,  // 37: mlxrunner.v1.RunnerService.Load:output_type -> mlxrunner.v1.LoadResponse
+	9,  // 38: mlxrunner.v1.RunnerService.Estimate:output_type -> mlxrunner.v1.EstimateResponse
+	11, // 39: mlxrunner.v1.RunnerService.Trim:output_type -> mlxrunner.v1.TrimResponse
+	13, // 40: mlxrunner.v1.RunnerService.Unload:output_type -> mlxrunner.v1.UnloadResponse
+	15, // 41: mlxrunner.v1.RunnerService.Status:output_type -> mlxrunner.v1.StatusResponse
+	17, // 42: mlxrunner.v1.RunnerService.WatchStatus:output_type -> mlxrunner.v1.WatchStatusResponse
+	23, // 43: mlxrunner.v1.RunnerService.Completion:output_type -> mlxrunner.v1.CompletionResponse
+	28, // 44: mlxrunner.v1.RunnerService.Abort:output_type -> mlxrunner.v1.AbortResponse
+	30, // 45: mlxrunner.v1.RunnerService.Drain:output_type -> mlxrunner.v1.DrainResponse
+	32, // 46: mlxrunner.v1.RunnerService.Tokenize:output_type -> mlxrunner.v1.TokenizeResponse
+	34, // 47: mlxrunner.v1.RunnerService.Detokenize:output_type -> mlxrunner.v1.DetokenizeResponse
+	37, // [37:48] is the sub-list for method output_type
+	26, // [26:37] is the sub-list for method input_type
+	26, // [26:26] is the sub-list for extension type_name
+	26, // [26:26] is the sub-list for extension extendee
+	0,  // [0:26] is the sub-list for field type_name
 }
 
 func init() { file_mlxrunner_v1_runner_proto_init() }

@@ -522,6 +522,7 @@ class Capabilities(_message.Message):
     MAX_LOGIT_BIAS_COUNT_FIELD_NUMBER: _builtins.int
     RANK_COUNT_FIELD_NUMBER: _builtins.int
     MAX_STOP_TOKEN_ID_COUNT_FIELD_NUMBER: _builtins.int
+    MAX_LOGPROB_TOKEN_ID_COUNT_FIELD_NUMBER: _builtins.int
     batched: _builtins.bool
     """Whether several completions are decoded together. If false, they run one after
     another: `parallel` is 1, or the model cannot be decoded in a batch (see
@@ -545,6 +546,8 @@ class Capabilities(_message.Message):
     """The number of processes that hold the model together; 1 if one holds all of it."""
     max_stop_token_id_count: _builtins.int
     """The most ids in `CompletionOptions.stop_token_ids`."""
+    max_logprob_token_id_count: _builtins.int
+    """The most ids in `CompletionRequest.logprob_token_ids`."""
     def __init__(
         self,
         *,
@@ -556,10 +559,11 @@ class Capabilities(_message.Message):
         max_logit_bias_count: _builtins.int | None = ...,
         rank_count: _builtins.int | None = ...,
         max_stop_token_id_count: _builtins.int | None = ...,
+        max_logprob_token_id_count: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "batched", b"batched", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprob_token_id_count", b"_max_logprob_token_id_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "batched", b"batched", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprob_token_id_count", b"max_logprob_token_id_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "batched", b"batched", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprob_token_id_count", b"_max_logprob_token_id_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "batched", b"batched", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprob_token_id_count", b"max_logprob_token_id_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batched: _TypeAlias = _typing.Literal["batched"]  # noqa: Y015
     _WhichOneofArgType__batched: _TypeAlias = _typing.Literal["_batched", b"_batched"]  # noqa: Y015
@@ -567,6 +571,8 @@ class Capabilities(_message.Message):
     _WhichOneofArgType__max_context_length: _TypeAlias = _typing.Literal["_max_context_length", b"_max_context_length"]  # noqa: Y015
     _WhichOneofReturnType__max_logit_bias_count: _TypeAlias = _typing.Literal["max_logit_bias_count"]  # noqa: Y015
     _WhichOneofArgType__max_logit_bias_count: _TypeAlias = _typing.Literal["_max_logit_bias_count", b"_max_logit_bias_count"]  # noqa: Y015
+    _WhichOneofReturnType__max_logprob_token_id_count: _TypeAlias = _typing.Literal["max_logprob_token_id_count"]  # noqa: Y015
+    _WhichOneofArgType__max_logprob_token_id_count: _TypeAlias = _typing.Literal["_max_logprob_token_id_count", b"_max_logprob_token_id_count"]  # noqa: Y015
     _WhichOneofReturnType__max_logprobs: _TypeAlias = _typing.Literal["max_logprobs"]  # noqa: Y015
     _WhichOneofArgType__max_logprobs: _TypeAlias = _typing.Literal["_max_logprobs", b"_max_logprobs"]  # noqa: Y015
     _WhichOneofReturnType__max_stop_count: _TypeAlias = _typing.Literal["max_stop_count"]  # noqa: Y015
@@ -583,6 +589,8 @@ class Capabilities(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_context_length) -> _WhichOneofReturnType__max_context_length | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_logit_bias_count) -> _WhichOneofReturnType__max_logit_bias_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_logprob_token_id_count) -> _WhichOneofReturnType__max_logprob_token_id_count | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_logprobs) -> _WhichOneofReturnType__max_logprobs | None: ...
     @_typing.overload
@@ -1238,6 +1246,7 @@ class CompletionRequest(_message.Message):
     BYPASS_PREFIX_CACHE_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     LITERAL_FIELD_NUMBER: _builtins.int
+    LOGPROB_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """Text. Special tokens written in it count as such (see `literal`); the model's
     beginning-of-text token is prepended unless the text already begins with it.
@@ -1287,6 +1296,14 @@ class CompletionRequest(_message.Message):
     def options(self) -> Global___CompletionOptions:
         """Sampling options and limits."""
 
+    @_builtins.property
+    def logprob_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Token ids whose log probabilities each generated token comes with
+        (`TokenLogprob.candidates`), however unlikely they are: to compare given answers.
+        `logprobs` may be unset. Ids from 0 to `Model.vocab_size` - 1, at most 128 of
+        them. Default: none.
+        """
+
     def __init__(
         self,
         *,
@@ -1300,10 +1317,11 @@ class CompletionRequest(_message.Message):
         bypass_prefix_cache: _builtins.bool = ...,
         cache_salt: _builtins.str = ...,
         literal: _builtins.bool = ...,
+        logprob_token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "input", b"input", "logprobs", b"logprobs", "options", b"options", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "input", b"input", "literal", b"literal", "logprobs", b"logprobs", "model", b"model", "options", b"options", "priority", b"priority", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "input", b"input", "literal", b"literal", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "model", b"model", "options", b"options", "priority", b"priority", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
@@ -1552,7 +1570,9 @@ class CompletionResponse(_message.Message):
 
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
-        """One entry for each of `token_ids`, if requested."""
+        """One entry for each of `token_ids`, if requested by `logprobs` or
+        `logprob_token_ids`.
+        """
 
     @_builtins.property
     def prompt_progress(self) -> Global___PromptProgress:
@@ -1634,6 +1654,7 @@ class TokenLogprob(_message.Message):
     LOGPROB_FIELD_NUMBER: _builtins.int
     TOP_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
     """Id of the token."""
     text: _builtins.str
@@ -1655,6 +1676,10 @@ class TokenLogprob(_message.Message):
     def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopLogprob]:
         """The most likely tokens at this position, most likely first."""
 
+    @_builtins.property
+    def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopLogprob]:
+        """The tokens of `CompletionRequest.logprob_token_ids`, in that order."""
+
     def __init__(
         self,
         *,
@@ -1663,10 +1688,11 @@ class TokenLogprob(_message.Message):
         logprob: _builtins.float = ...,
         top: _abc.Iterable[Global___TopLogprob] | None = ...,
         bytes: _builtins.bytes = ...,
+        candidates: _abc.Iterable[Global___TopLogprob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "logprob", b"logprob", "text", b"text", "token_id", b"token_id", "top", b"top"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "candidates", b"candidates", "logprob", b"logprob", "text", b"text", "token_id", b"token_id", "top", b"top"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1674,7 +1700,7 @@ Global___TokenLogprob: _TypeAlias = TokenLogprob  # noqa: Y015
 
 @_typing.final
 class TopLogprob(_message.Message):
-    """A likely token."""
+    """A likely token, or a requested one."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -116,6 +116,7 @@ def completion_request(
     bypass_prefix_cache: bool = False,
     cache_salt: str = "",
     literal: bool = False,
+    logprob_token_ids: Sequence[int] = (),
 ) -> pb.CompletionRequest:
     """Build the request of a completion from text or token ids.
 
@@ -132,6 +133,7 @@ def completion_request(
     check_flag("bypass_prefix_cache", bypass_prefix_cache)
     check_text("cache_salt", cache_salt)
     check_flag("literal", literal)
+    check_ids("logprob_token_ids", logprob_token_ids)
     with _sendable():
         message = pb.CompletionRequest(
             options=_options(options or Options()),
@@ -142,6 +144,7 @@ def completion_request(
             bypass_prefix_cache=bypass_prefix_cache,
             cache_salt=cache_salt,
             literal=literal,
+            logprob_token_ids=logprob_token_ids,
         )
         if isinstance(prompt, str):
             message.prompt = prompt

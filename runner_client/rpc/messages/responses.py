@@ -188,10 +188,18 @@ def _prompt_progress(message: pb.CompletionResponse) -> PromptProgress | None:
 
 
 def _token_logprob(message: pb.TokenLogprob) -> TokenLogprob:
-    top = tuple(
-        TopLogprob(item.token_id, item.text, item.logprob, item.bytes) for item in message.top
+    return TokenLogprob(
+        message.token_id,
+        message.text,
+        message.logprob,
+        tuple(map(_top_logprob, message.top)),
+        message.bytes,
+        tuple(map(_top_logprob, message.candidates)),
     )
-    return TokenLogprob(message.token_id, message.text, message.logprob, top, message.bytes)
+
+
+def _top_logprob(message: pb.TopLogprob) -> TopLogprob:
+    return TopLogprob(message.token_id, message.text, message.logprob, message.bytes)
 
 
 def join_chunks(chunks: Sequence[CompletionChunk]) -> Completion:

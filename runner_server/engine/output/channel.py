@@ -130,7 +130,7 @@ class OutputChannel:
 
 
 def _text_count(delta: OutputDelta) -> int:
-    return len(delta.token_ids) + 2 * sum(1 + len(entry.top) for entry in delta.logprobs)
+    return len(delta.token_ids) + 2 * sum(1 + len(entry.others) for entry in delta.logprobs)
 
 
 def merge(deltas: Iterable[OutputDelta]) -> OutputDelta:

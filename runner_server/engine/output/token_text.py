@@ -67,7 +67,7 @@ class TokenTexts:
             self._follow(codec.token_bytes(id_) or b"")
 
     def read(self, token: TokenLogprob) -> tuple[TokenText, list[TokenText]]:
-        """Return the contributions of the next token and of its likely alternatives.
+        """Return the contributions of the next token, and of ``TokenLogprob.others``.
 
         Args:
             token: The token as reported in an ``OutputDelta``. The last token's text includes
@@ -76,11 +76,11 @@ class TokenTexts:
         id_ = token.token_id
         data = self._bytes(id_)
         own = TokenText(token.text, token.text.encode() if data is None else data)
-        top = [own if other == id_ else self._alternative(other) for other, _ in token.top]
+        others = [own if other == id_ else self._alternative(other) for other, _ in token.others]
         self._window = [*self._window[1 - _WINDOW :], id_]
         text = self._held + self._follow(own.data)
         self._held = text[len(own.text) :] if text.startswith(own.text) else ""
-        return own, top
+        return own, others
 
     def _bytes(self, id_: int) -> bytes | None:
         return b"" if id_ in self._end_ids else self._codec.token_bytes(id_)

@@ -39,32 +39,39 @@ class TokenLogprobs:
         chosen: Log probability of the drawn token, shape ``(rows,)``.
         ids: The most likely ids, most likely first, shape ``(rows, n)``.
         values: Log probabilities of ``ids``, shape ``(rows, n)``.
+        candidates: Log probabilities of given ids, shape ``(rows, m)``.
     """
 
     chosen: mx.array
     ids: mx.array
     values: mx.array
+    candidates: mx.array
 
 
-def token_logprobs(logits: mx.array, tokens: mx.array, top: int) -> TokenLogprobs:
-    """Return the log probabilities of drawn tokens and of the ``top`` most likely ones.
+def token_logprobs(
+    logits: mx.array, tokens: mx.array, top: int, candidates: mx.array | None = None
+) -> TokenLogprobs:
+    """Return the log probabilities of drawn tokens, of the ``top`` most likely ones and of others.
 
     Args:
         logits: The model's logits, shape ``(rows, vocabulary)``.
         tokens: The drawn tokens, shape ``(rows,)``.
         top: Number of alternatives; 0 for none.
+        candidates: The other ids, shape ``(rows, m)``; None for none.
     """
     logits = logits.astype(mx.float32)
     total = mx.logsumexp(logits, axis=-1, keepdims=True)
-    chosen = mx.take_along_axis(logits, tokens[:, None].astype(mx.int32), axis=-1) - total
+
+    def of(ids: mx.array) -> mx.array:
+        return mx.minimum(mx.take_along_axis(logits, ids, axis=-1) - total, 0.0)
+
+    nothing = mx.zeros((logits.shape[0], 0))
+    chosen = of(tokens[:, None].astype(mx.int32))[:, 0]
+    others = nothing if candidates is None else of(candidates)
     if not top:
-        nothing = mx.zeros((logits.shape[0], 0))
-        return TokenLogprobs(mx.minimum(chosen[:, 0], 0.0), nothing.astype(mx.int32), nothing)
+        return TokenLogprobs(chosen, nothing.astype(mx.int32), nothing, others)
     ids, values = largest(logits, top)
     order = mx.argsort(-values, axis=-1)
     values = mx.take_along_axis(values, order, axis=-1) - total
-    return TokenLogprobs(
-        mx.minimum(chosen[:, 0], 0.0),
-        mx.take_along_axis(ids, order, axis=-1),
-        mx.minimum(values, 0.0),
-    )
+    ids = mx.take_along_axis(ids, order, axis=-1)
+    return TokenLogprobs(chosen, ids, mx.minimum(values, 0.0), others)
