@@ -42,7 +42,8 @@ class LocalBatch:
         """Add a row; the following steps prefill the prompt."""
         policy = cache_policy or CachePolicy()
         self.executor.add(row, prompt_ids, sampling, policy)
-        self._planner.add(row, prompt_ids, policy)
+        needs_logits = sampling.prompt_logprobs is not None
+        self._planner.add(row, prompt_ids, policy, needs_logits=needs_logits)
 
     def step(self) -> list[Event]:
         """Prefill prompts for a slice of time, then make one decode step."""

@@ -190,6 +190,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
         cache_salt: str = "",
         literal: bool = False,
         logprob_token_ids: Sequence[int] = (),
+        prompt_logprobs: int | None = None,
     ) -> AsyncCompletionStream:
         """Start a completion; see ``AsyncRunnerClient.completion``.
 
@@ -207,6 +208,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
             cache_salt=cache_salt,
             literal=literal,
             logprob_token_ids=logprob_token_ids,
+            prompt_logprobs=prompt_logprobs,
         )
 
     async def complete(
@@ -221,6 +223,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
         cache_salt: str = "",
         literal: bool = False,
         logprob_token_ids: Sequence[int] = (),
+        prompt_logprobs: int | None = None,
     ) -> Completion:
         """Run a completion to the end; see ``AsyncRunnerClient.complete``.
 
@@ -237,6 +240,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
             cache_salt=cache_salt,
             literal=literal,
             logprob_token_ids=logprob_token_ids,
+            prompt_logprobs=prompt_logprobs,
         )
 
     async def tokenize(

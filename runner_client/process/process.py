@@ -185,6 +185,7 @@ class RunnerProcess(ProcessBase[Connection]):
         cache_salt: str = "",
         literal: bool = False,
         logprob_token_ids: Sequence[int] = (),
+        prompt_logprobs: int | None = None,
     ) -> CompletionStream:
         """Start a completion; see ``RunnerClient.completion``.
 
@@ -202,6 +203,7 @@ class RunnerProcess(ProcessBase[Connection]):
             cache_salt=cache_salt,
             literal=literal,
             logprob_token_ids=logprob_token_ids,
+            prompt_logprobs=prompt_logprobs,
         )
 
     def complete(
@@ -216,6 +218,7 @@ class RunnerProcess(ProcessBase[Connection]):
         cache_salt: str = "",
         literal: bool = False,
         logprob_token_ids: Sequence[int] = (),
+        prompt_logprobs: int | None = None,
     ) -> Completion:
         """Run a completion to the end; see ``RunnerClient.complete``.
 
@@ -232,6 +235,7 @@ class RunnerProcess(ProcessBase[Connection]):
             cache_salt=cache_salt,
             literal=literal,
             logprob_token_ids=logprob_token_ids,
+            prompt_logprobs=prompt_logprobs,
         )
 
     def tokenize(

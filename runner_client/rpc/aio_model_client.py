@@ -126,6 +126,7 @@ class AsyncModelClient:
         cache_salt: str = "",
         literal: bool = False,
         logprob_token_ids: Sequence[int] = (),
+        prompt_logprobs: int | None = None,
     ) -> AsyncCompletionStream:
         """Start a completion and return the stream of chunks without waiting.
 
@@ -148,6 +149,9 @@ class AsyncModelClient:
                 of the prefix cache.
             literal: Whether the special tokens written in the text are text.
             logprob_token_ids: Tokens to report with the log probability of each token, at most 128.
+            prompt_logprobs: The number of most likely tokens, 0 to 20, to report with the log
+                probability of each token of the prompt, which then takes nothing from the prefix
+                cache. Default: no log probabilities of the prompt.
 
         Raises:
             TypeError: An argument is of the wrong type.
@@ -165,6 +169,7 @@ class AsyncModelClient:
             cache_salt=cache_salt,
             literal=literal,
             logprob_token_ids=logprob_token_ids,
+            prompt_logprobs=prompt_logprobs,
         )
         return self._connection.start_stream(request)
 
@@ -181,6 +186,7 @@ class AsyncModelClient:
         cache_salt: str = "",
         literal: bool = False,
         logprob_token_ids: Sequence[int] = (),
+        prompt_logprobs: int | None = None,
     ) -> Completion:
         """Run a completion to the end, with the arguments and timeouts of ``completion``.
 
@@ -204,6 +210,7 @@ class AsyncModelClient:
             cache_salt=cache_salt,
             literal=literal,
             logprob_token_ids=logprob_token_ids,
+            prompt_logprobs=prompt_logprobs,
         )
         async with stream:
             return responses.join_chunks([chunk async for chunk in stream])

@@ -125,6 +125,7 @@ class ModelClient:
         cache_salt: str = "",
         literal: bool = False,
         logprob_token_ids: Sequence[int] = (),
+        prompt_logprobs: int | None = None,
     ) -> CompletionStream:
         """Start a completion and return the stream of chunks without waiting.
 
@@ -147,6 +148,9 @@ class ModelClient:
                 of the prefix cache.
             literal: Whether the special tokens written in the text are text.
             logprob_token_ids: Tokens to report with the log probability of each token, at most 128.
+            prompt_logprobs: The number of most likely tokens, 0 to 20, to report with the log
+                probability of each token of the prompt, which then takes nothing from the prefix
+                cache. Default: no log probabilities of the prompt.
 
         Raises:
             TypeError: An argument is of the wrong type.
@@ -164,6 +168,7 @@ class ModelClient:
             cache_salt=cache_salt,
             literal=literal,
             logprob_token_ids=logprob_token_ids,
+            prompt_logprobs=prompt_logprobs,
         )
         return self._connection.start_stream(request)
 
@@ -180,6 +185,7 @@ class ModelClient:
         cache_salt: str = "",
         literal: bool = False,
         logprob_token_ids: Sequence[int] = (),
+        prompt_logprobs: int | None = None,
     ) -> Completion:
         """Run a completion to the end, with the arguments and timeouts of ``completion``.
 
@@ -203,6 +209,7 @@ class ModelClient:
             cache_salt=cache_salt,
             literal=literal,
             logprob_token_ids=logprob_token_ids,
+            prompt_logprobs=prompt_logprobs,
         )
         with stream:
             return responses.join_chunks([chunk for chunk in stream])

@@ -31,6 +31,21 @@ def token_messages(
     return messages
 
 
+def prompt_message(request: pb.CompletionRequest) -> pb.CompletionResponse | None:
+    """Return the log probabilities of the prompt, all 0; None if they are not requested.
+
+    The tokens of a text are the code points of its characters, as in ``Tokenize``.
+    """
+    if not request.HasField("prompt_logprobs"):
+        return None
+    is_text = request.WhichOneof("input") == "prompt"
+    ids = map(ord, request.prompt) if is_text else request.prompt_token_ids.ids
+    entries = [
+        pb.TokenLogprob(token_id=id_, text=chr(id_), bytes=chr(id_).encode()) for id_ in [*ids][1:]
+    ]
+    return pb.CompletionResponse(prompt_logprobs=entries)
+
+
 def _logprobs(request: pb.CompletionRequest, number: int, text: str) -> list[pb.TokenLogprob]:
     """Return the log probability of a token if requested: 0, without alternatives."""
     wanted = request.logprob_token_ids

@@ -18,7 +18,7 @@ from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
-from runner_client.testing.answers import token_messages
+from runner_client.testing.answers import prompt_message, token_messages
 from runner_client.testing.call import FakeCall
 from runner_client.testing.failure import Failure
 from runner_common.contract import (
@@ -213,6 +213,8 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
             call.wait(self.piece_delay_seconds)
             progress = pb.PromptProgress(evaluated_count=number, total_count=self.progress_messages)
             yield pb.CompletionResponse(prompt_progress=progress)
+        if scored := prompt_message(request):
+            yield scored
         messages = token_messages(request, self.pieces)
         for number, message in enumerate(messages):
             self._fail_if_told(context, sent=number)

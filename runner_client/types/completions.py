@@ -122,7 +122,7 @@ class TopLogprob:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A generated token and its log probability before any sampling option is applied."""
+    """A token, generated or of the prompt, and its log probability before sampling options."""
 
     token_id: int
     """Token id."""
@@ -171,6 +171,8 @@ class CompletionChunk:
     """Time that the request waited in the queue."""
     prompt_cached_count: int = 0
     """The part of ``prompt_eval_count`` taken from the prefix cache."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """The next tokens of the prompt, from the second one on, if requested."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,3 +201,6 @@ class Completion:
     """Time that the request waited in the queue."""
     prompt_cached_count: int = 0
     """The part of ``prompt_eval_count`` taken from the prefix cache."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """The tokens of the prompt from the second one on, if requested. Their texts joined are the
+    text of the prompt behind its first token."""

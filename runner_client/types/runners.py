@@ -17,7 +17,7 @@ class Capabilities:
     max_context_length: int | None = None
     """The longest sequence that is accepted, in tokens."""
     max_logprobs: int | None = None
-    """The largest ``logprobs`` of a completion."""
+    """The largest ``logprobs`` and ``prompt_logprobs`` of a completion."""
     max_stop_count: int | None = None
     """The most strings in ``Options.stop``."""
     max_logit_bias_count: int | None = None

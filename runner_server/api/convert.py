@@ -15,7 +15,9 @@ from runner_common.contract import (
     MAX_STOPS,
 )
 from runner_server.api.estimator import Estimated
-from runner_server.engine.output.token_text import TokenTexts
+from runner_server.engine.logprobs import TokenLogprob
+from runner_server.engine.output.prompt_text import PromptTexts
+from runner_server.engine.output.token_text import TokenText, TokenTexts
 from runner_server.engine.types import (
     FinishReason,
     GenerationResult,
@@ -24,7 +26,6 @@ from runner_server.engine.types import (
     OutputDelta,
     Rank,
     State,
-    TokenLogprob,
 )
 
 STATES = {
@@ -114,11 +115,24 @@ def rank_message(rank: Rank) -> pb.Rank:
     )
 
 
-def delta_message(delta: OutputDelta, texts: TokenTexts | None = None) -> pb.CompletionResponse:
-    """Convert a delta of a stream; ``texts``, if given, decodes the tokens of log probabilities."""
+def delta_message(
+    delta: OutputDelta, texts: TokenTexts | None = None, prompt_texts: PromptTexts | None = None
+) -> pb.CompletionResponse:
+    """Convert a delta of a stream.
+
+    Args:
+        delta: The delta.
+        texts: Decodes the generated tokens of log probabilities; None if there are none.
+        prompt_texts: The same for the tokens of the prompt.
+    """
     message = pb.CompletionResponse(content=delta.text, token_ids=delta.token_ids)
     if texts:
-        message.logprobs.extend(_logprob_message(entry, texts) for entry in delta.logprobs)
+        message.logprobs.extend(
+            _logprob_message(entry, *texts.read(entry)) for entry in delta.logprobs
+        )
+    if prompt_texts:
+        entries = (read for part in delta.prompt_logprobs for read in prompt_texts.read(part))
+        message.prompt_logprobs.extend(_logprob_message(*entry) for entry in entries)
     if delta.prefill:
         evaluated, total = delta.prefill
         message.prompt_progress.CopyFrom(
@@ -143,8 +157,9 @@ def _done_message(done: GenerationResult) -> pb.CompletionResponse:
     )
 
 
-def _logprob_message(entry: TokenLogprob, texts: TokenTexts) -> pb.TokenLogprob:
-    own, texts_of_others = texts.read(entry)
+def _logprob_message(
+    entry: TokenLogprob, own: TokenText, texts_of_others: list[TokenText]
+) -> pb.TokenLogprob:
     others = [
         pb.TopLogprob(token_id=id_, text=shown.text, bytes=shown.data, logprob=logprob)
         for (id_, logprob), shown in zip(entry.others, texts_of_others, strict=True)

@@ -42,6 +42,7 @@ from runner_server.engine.backend import ModelHandle, Ranks
 from runner_server.engine.commands import ModelCommand
 from runner_server.engine.engine import Engine
 from runner_server.engine.generation_request import GenerationRequest
+from runner_server.engine.output.prompt_text import PromptTexts
 from runner_server.engine.output.token_text import TokenTexts
 from runner_server.engine.types import EngineState, LoadSpec, ModelInfo
 from runner_server.errors import InvalidField, RunnerFault
@@ -203,8 +204,9 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         draft = completion_draft(request, model.info)
         async with generate(self._engine, model, draft, context) as generation:
             texts = _token_texts(model, generation)
+            prompt_texts = _prompt_texts(model, generation)
             async for delta in generation.stream.deltas():
-                yield delta_message(delta, texts)
+                yield delta_message(delta, texts, prompt_texts)
 
     async def Abort(self, request: pb.AbortRequest, context: _Context) -> pb.AbortResponse:
         """End completions by their ``request_id``."""
@@ -270,3 +272,11 @@ def _token_texts(model: ModelHandle, generation: GenerationRequest) -> TokenText
     if spec.sampling.logprobs is None:
         return None
     return TokenTexts(model.codec, spec.prompt_ids, generation.end_ids)
+
+
+def _prompt_texts(model: ModelHandle, generation: GenerationRequest) -> PromptTexts | None:
+    """Return the decoder for the prompt's log probabilities; None if none were requested."""
+    spec = generation.spec
+    if spec.sampling.prompt_logprobs is None:
+        return None
+    return PromptTexts(model.codec, spec.prompt_ids)

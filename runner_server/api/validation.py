@@ -164,6 +164,7 @@ def completion_draft(request: pb.CompletionRequest, model: ModelInfo) -> Generat
     check.token_ids("options.stop_token_ids", stop_ids, model.vocab_size, MAX_STOP_TOKEN_IDS)
     _check_least(check, options, model)
     _check_number(check, request, "logprobs", 0, min(MAX_LOGPROBS, model.vocab_size))
+    _check_number(check, request, "prompt_logprobs", 0, min(MAX_LOGPROBS, model.vocab_size))
     wanted = request.logprob_token_ids
     check.token_ids("logprob_token_ids", wanted, model.vocab_size, MAX_LOGPROB_TOKEN_IDS)
     check_request_id(check, request.request_id)
@@ -258,7 +259,9 @@ def _check_number(
 
 def _cache_policy(request: pb.CompletionRequest) -> CachePolicy:
     uses_cache = not request.bypass_prefix_cache
-    return CachePolicy(reads=uses_cache, writes=uses_cache, salt=request.cache_salt)
+    # Log probabilities need the logits of every token, which the cache does not have.
+    reads = uses_cache and not request.HasField("prompt_logprobs")
+    return CachePolicy(reads=reads, writes=uses_cache, salt=request.cache_salt)
 
 
 def _check_stops(check: ViolationCollector, stops: Sequence[str]) -> None:
@@ -291,6 +294,7 @@ def _sampling(request: pb.CompletionRequest, model: ModelInfo) -> Sampling:
         min_predict=options.min_predict,
         end_ids=tuple(_end_ids(options, model)) if options.min_predict else (),
         logprob_token_ids=tuple(request.logprob_token_ids),
+        prompt_logprobs=request.prompt_logprobs if request.HasField("prompt_logprobs") else None,
     )
 
 

@@ -31,9 +31,16 @@ class BatchPlanner:
         self._waited_seconds = 0.0
         self._decode_seconds = 0.0
 
-    def add(self, row: int, prompt_ids: Sequence[int], cache_policy: CachePolicy) -> None:
-        """Add a row whose prompt is to be prefilled."""
-        self._prefills.add(row, prompt_ids, cache_policy)
+    def add(
+        self,
+        row: int,
+        prompt_ids: Sequence[int],
+        cache_policy: CachePolicy,
+        *,
+        needs_logits: bool = False,
+    ) -> None:
+        """Add a row whose prompt is to be prefilled; see ``PrefillQueue.add``."""
+        self._prefills.add(row, prompt_ids, cache_policy, needs_logits=needs_logits)
 
     def resume(self, row: int) -> None:
         """Let a preempted row join the next decode step."""
@@ -67,9 +74,9 @@ class BatchPlanner:
         """Record the result of an item; return the events of the rows."""
         if isinstance(item, PrefillItem):
             self._waited_seconds += report.waited_seconds
-            events, ready = self._prefills.record(item, report.seconds)
+            events, ready = self._prefills.record(item, report)
             self._joining += ready
-            return [*events]
+            return [*report.events, *events]
         self._decoding.update(item.joining)
         self._joining = []
         # Prefill waits for the step in flight first; that wait counts towards the step.

@@ -23,6 +23,10 @@ from runner_server.errors import RunnerFault
 
 _ids = itertools.count(1)
 
+_PART_TEXTS = 128
+"""Most texts in one delta of a prompt's log probabilities. A message takes whole deltas, so a
+single large one could exceed its limit."""
+
 
 class RequestStatus(enum.Enum):
     """Stage of a request.
@@ -144,10 +148,16 @@ class GenerationRequest:
     # -- events ------------------------------------------------------------------
 
     def on_prefill(self, event: Prefill) -> None:
-        """Put the progress of the prompt into the channel."""
+        """Put the progress of the prompt, and its log probabilities, into the channel."""
         self._cached_count = event.cached
         self._prefilled_count = event.prefilled
-        self.stream.put(OutputDelta(prefill=(event.prefilled, event.total)))
+        progress = OutputDelta(prefill=(event.prefilled, event.total))
+        if event.logprobs is None:
+            self.stream.put(progress)
+            return
+        most = max(1, _PART_TEXTS // (1 + event.logprobs.width))
+        for part in event.logprobs.parts(most):
+            self.stream.put(replace(progress, prompt_logprobs=(part,)))
 
     def on_token(self, event: Token) -> GenerationResult | None:
         """Add a token. The first one starts DECODING, and the last one finishes the request.

@@ -10,7 +10,7 @@ from itertools import islice
 from runner_server.engine.prefill_policy import PrefillPolicy
 from runner_server.engine.prefix_cache import Match
 from runner_server.engine.types import CachePolicy, Prefill
-from runner_server.engine.work import PrefillItem, PromptChunk
+from runner_server.engine.work import PrefillItem, PromptChunk, WorkReport
 
 _WORTHWHILE = 32
 """Fewest tokens that a snapshot must save a later prompt, to be worth ending a chunk for."""
@@ -26,6 +26,7 @@ class PrefillLimits:
     Attributes:
         max_chunk: Most tokens of one prompt in one call, which bounds the call's working memory.
         max_tokens: Most tokens of several prompts in one call.
+        max_logits: Most tokens of a prompt in one call that computes their logits.
         can_pad: Whether chunks of unequal length may share a call.
         needs_snapshot: Whether a prefix can be reused only where a snapshot was taken.
         max_prompts: Returns the most prompts that memory allows in one call, given the tokens to
@@ -34,6 +35,7 @@ class PrefillLimits:
 
     max_chunk: int
     max_tokens: int
+    max_logits: int = 1 << 30
     can_pad: bool = True
     needs_snapshot: bool = False
     max_prompts: Callable[[int, int], int] = lambda _length, _before: 1 << 30
@@ -47,6 +49,7 @@ class _Prompt:
         row: Id of the row.
         ids: The whole prompt.
         cache_policy: Use of the prefix cache.
+        needs_logits: Whether the logits of every token are computed.
         prefilled: Tokens in the row's caches.
         position: Start of the next chunk, by the latest lookup in the prefix cache.
         cached: Tokens restored from the prefix cache.
@@ -55,6 +58,7 @@ class _Prompt:
     row: int
     ids: array[int]
     cache_policy: CachePolicy
+    needs_logits: bool = False
     prefilled: int = 0
     position: int = 0
     cached: int = 0
@@ -130,9 +134,25 @@ class PrefillQueue:
     def __len__(self) -> int:
         return len(self._prompts)
 
-    def add(self, row: int, prompt_ids: Sequence[int], cache_policy: CachePolicy) -> None:
-        """Add the prompt of a row."""
-        prompt = self._prompts[row] = _Prompt(row, array("i", prompt_ids), cache_policy)
+    def add(
+        self,
+        row: int,
+        prompt_ids: Sequence[int],
+        cache_policy: CachePolicy,
+        *,
+        needs_logits: bool = False,
+    ) -> None:
+        """Add the prompt of a row.
+
+        Args:
+            row: Id of the row.
+            prompt_ids: The whole prompt.
+            cache_policy: Use of the prefix cache. A prompt that needs logits does not read it.
+            needs_logits: Whether the logits of every token are computed, for which the prompt runs
+                alone and in chunks of at most ``PrefillLimits.max_logits``.
+        """
+        ids = array("i", prompt_ids)
+        prompt = self._prompts[row] = _Prompt(row, ids, cache_policy, needs_logits)
         prompt.position = self._look_up(prompt).position
 
     def remove(self, row: int) -> None:
@@ -160,21 +180,23 @@ class PrefillQueue:
         prompt = self._prompts[row]
         first = self._look_up(prompt)
         prompt.position = first.position
+        if prompt.needs_logits:
+            count = min(count, self._limits.max_logits)
         starts = [first, *self._companions(first, count)]
         needs_snapshot = self._limits.needs_snapshot
         return PrefillItem(
             tuple(start.chunk(count, needs_snapshot=needs_snapshot) for start in starts)
         )
 
-    def record(self, item: PrefillItem, seconds: float) -> tuple[list[Prefill], list[int]]:
-        """Record the chunks run, and the time taken.
+    def record(self, item: PrefillItem, report: WorkReport) -> tuple[list[Prefill], list[int]]:
+        """Record the chunks run, and the report of their results.
 
         Returns:
             The progress of each prompt, and the rows whose prefill is complete.
         """
         tokens = sum(chunk.count for chunk in item.chunks)
         if tokens:
-            self._policy.record(tokens, seconds)
+            self._policy.record(tokens, report.seconds)
         events, ready = [], []
         for chunk in item.chunks:
             prompt = self._prompts[chunk.row]
@@ -183,7 +205,8 @@ class PrefillQueue:
                 prompt.prefilled = chunk.restored
             prompt.prefilled += chunk.count
             prompt.position = prompt.prefilled
-            events.append(Prefill(chunk.row, prompt.prefilled, len(prompt.ids), prompt.cached))
+            total, logprobs = len(prompt.ids), report.prompt_logprobs
+            events.append(Prefill(chunk.row, prompt.prefilled, total, prompt.cached, logprobs))
             if prompt.prefilled == prompt.end:
                 del self._prompts[chunk.row]
                 ready.append(chunk.row)
@@ -210,13 +233,18 @@ class PrefillQueue:
     def _companions(self, first: ChunkStart, count: int) -> list[ChunkStart]:
         """Return the starts of the prompts to prefill in the same call as ``first``."""
         length = first.remaining
-        if length < 2 or count < length or first.branch is not None:
+        is_alone = self._prompts[first.row].needs_logits or first.branch is not None
+        if length < 2 or count < length or is_alone:
             return []
         affordable = min(self._policy.token_capacity, self._limits.max_tokens) // length
         most = min(affordable, self._limits.max_prompts(length, first.position)) - 1
         if most < 1:
             return []
-        others = (each for each in self._prompts.values() if each.row != first.row)
+        others = (
+            each
+            for each in self._prompts.values()
+            if each.row != first.row and not each.needs_logits
+        )
         candidates = (self._look_up(each) for each in islice(others, 2 * most))
         shortest = length // 2 if self._limits.can_pad else length
         return companions(first, candidates, most, shortest)

@@ -102,7 +102,12 @@ class Scheduler:
                 request.admit()
                 self.admitted[request.id] = request
                 spec = request.spec
-                self._require_planner().add(request.id, spec.prompt_ids, spec.cache_policy)
+                self._require_planner().add(
+                    request.id,
+                    spec.prompt_ids,
+                    spec.cache_policy,
+                    needs_logits=spec.sampling.prompt_logprobs is not None,
+                )
                 admitted.append(request)
         return admitted
 

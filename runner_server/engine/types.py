@@ -9,6 +9,7 @@ import enum
 from dataclasses import dataclass, field
 
 from runner_common.contract import DEFAULT_PARALLEL
+from runner_server.engine.logprobs import PromptLogprobs, TokenLogprob
 
 
 class State(enum.Enum):
@@ -116,6 +117,8 @@ class Sampling:
         min_predict: Number of first tokens that are none of ``end_ids``.
         end_ids: The tokens that end the text; empty if ``min_predict`` is 0.
         logprob_token_ids: Tokens to report with each generated one; ``logprobs`` is not None then.
+        prompt_logprobs: Number of likely tokens to report with each token of the prompt; None = no
+            log probabilities of the prompt.
     """
 
     temperature: float = 0.8
@@ -133,6 +136,7 @@ class Sampling:
     min_predict: int = 0
     end_ids: tuple[int, ...] = ()
     logprob_token_ids: tuple[int, ...] = ()
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -177,28 +181,6 @@ class CompletionSpec:
 
 
 @dataclass(frozen=True)
-class TokenLogprob:
-    """Log probability of a token and of the likeliest alternatives, as pairs (id, logprob).
-
-    Attributes:
-        text: Contribution of the token to the text, before stop strings are cut off; empty in
-            the events of a batch.
-        candidates: Log probabilities of ``Sampling.logprob_token_ids``, as pairs (id, logprob).
-    """
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-    text: str = ""
-    candidates: tuple[tuple[int, float], ...] = ()
-
-    @property
-    def others(self) -> tuple[tuple[int, float], ...]:
-        """The likely tokens, and then the candidates."""
-        return self.top + self.candidates
-
-
-@dataclass(frozen=True)
 class Prefill:
     """Event: part of a row's prompt was prefilled.
 
@@ -207,12 +189,14 @@ class Prefill:
         prefilled: Prompt tokens prefilled, cached ones included.
         total: Prompt tokens in total.
         cached: Prompt tokens taken from the prefix cache.
+        logprobs: Log probabilities of the tokens after those prefilled now, if requested.
     """
 
     row: int
     prefilled: int
     total: int
     cached: int = 0
+    logprobs: PromptLogprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -284,6 +268,7 @@ class OutputDelta:
         token_ids: The new tokens.
         logprobs: One entry for each new token, if requested.
         prefill: Prompt tokens prefilled so far, and prompt tokens in total.
+        prompt_logprobs: Log probabilities of the next tokens of the prompt, if requested.
         done: The outcome; set in the last delta only.
     """
 
@@ -291,6 +276,7 @@ class OutputDelta:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prefill: tuple[int, int] | None = None
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     done: GenerationResult | None = None
 
 

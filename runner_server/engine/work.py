@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from runner_server.engine.logprobs import PromptLogprobs
 from runner_server.engine.types import NotFinite, Token
 
 
@@ -70,10 +71,13 @@ class WorkReport:
     Attributes:
         seconds: Duration of the work itself.
         waited_seconds: Time spent before it, waiting for a decode step launched earlier.
-        events: At most one token for each row. The second step of a row yields none: from then on
-            each step is launched before the tokens of the previous one are read.
+        events: At most one for each row. The second step of a row yields none: from then on each
+            step is launched before the tokens of the previous one are read.
+        prompt_logprobs: The log probabilities computed by a ``PrefillItem`` with one chunk, of a
+            row that requests them.
     """
 
     seconds: float
     waited_seconds: float = 0.0
     events: tuple[Token | NotFinite, ...] = ()
+    prompt_logprobs: PromptLogprobs | None = None

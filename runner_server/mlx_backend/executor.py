@@ -8,11 +8,12 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
+import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from runner_common.contract import MAX_PARALLEL
 from runner_server.engine.prefix_cache import Match, PrefixCache
-from runner_server.engine.types import CachePolicy, Sampling
+from runner_server.engine.types import CachePolicy, NotFinite, Sampling
 from runner_server.engine.work import DecodeItem, PrefillItem, PromptChunk, WorkItem, WorkReport
 from runner_server.mlx_backend.cache.row_caches import (
     CachePieces,
@@ -22,6 +23,7 @@ from runner_server.mlx_backend.cache.row_caches import (
     prefill,
 )
 from runner_server.mlx_backend.decode import Agree, DecodeBatch, Row
+from runner_server.mlx_backend.sampling.prompt_logprobs import ChunkLogprobs
 from runner_server.mlx_backend.stream_errors import recover
 
 MlxPrefixCache = PrefixCache[Segment, StateSnapshot]
@@ -88,7 +90,7 @@ class MlxExecutor:
         # Rows with separate caches: in prefill, prefilled, or preempted.
         self._outside: dict[int, Row] = {}
         self._decoding = DecodeBatch(model, vocab_size, agree)
-        self._is_single_rank = agree is None
+        self._agree = agree
 
     def add(
         self, row: int, prompt_ids: Sequence[int], sampling: Sampling, cache_policy: CachePolicy
@@ -115,7 +117,7 @@ class MlxExecutor:
                     assert_never(item)
         except Exception:
             # Not with several ranks: MLX might wait for a rank that does not make this step.
-            if self._is_single_rank:
+            if self._agree is None:
                 recover()
             raise
 
@@ -176,14 +178,40 @@ class MlxExecutor:
         longest = len(rows[0].tokens) + max(map(len, ids))
         self._compact_to_fit(len(rows) * self._budget.row_bytes(longest))
         began = self._clock()
-        caches = prefill(self._model, [row.caches for row in rows], ids)
+        found = self._prefill_with_logprobs(rows[0], ids[0])
+        caches = [rows[0].caches] if found else self._prefill_rows(rows, ids)
         seconds = self._clock() - began
         for row, chunk, tokens, own in zip(rows, chunks, ids, caches, strict=True):
             row.caches = own
             row.tokens += tokens
             if chunk.is_stored:
                 self._cache_prefix(row, row.caches)
-        return WorkReport(seconds, waited)
+        if found is None:
+            return WorkReport(seconds, waited)
+        if not rows[0].is_finite:
+            return WorkReport(seconds, waited, events=(NotFinite(rows[0].id),))
+        return WorkReport(seconds, waited, prompt_logprobs=found.read())
+
+    def _prefill_rows(self, rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> list[Caches]:
+        """Prefill the next tokens of rows in one call; return their caches."""
+        return prefill(self._model, [row.caches for row in rows], ids)
+
+    def _prefill_with_logprobs(self, row: Row, ids: Sequence[int]) -> ChunkLogprobs | None:
+        """Prefill the next tokens of a row whose prompt's log probabilities are requested.
+
+        Returns:
+            Those of the tokens that follow; None, without a computation, for any other row.
+        """
+        top = row.sampling.prompt_logprobs
+        if top is None:
+            return None
+        begin = len(row.tokens) + 1
+        following = row.prompt_ids[begin : begin + len(ids)]
+        logits = self._model(mx.array([list(ids)]), cache=row.caches)[0]
+        found = ChunkLogprobs(logits, following, top, self._agree)
+        mx.eval([cache.state for cache in row.caches], found.arrays)
+        row.is_finite = found.are_finite
+        return found
 
     def _finish_decoding(self) -> float:
         """Wait for the decode step in flight, as prefill would do anyway.
@@ -233,7 +261,7 @@ class MlxExecutor:
         salt = row.cache_policy.salt
         if not row.is_finite:
             # Ranks see different values, but must all keep the same prompts: they keep none of it.
-            is_sound = self._pieces.is_finite if self._is_single_rank else _always_unsound
+            is_sound = _always_unsound if self._agree else self._pieces.is_finite
             self._prefix_cache.forget(row.tokens, is_sound, salt)
             return
         snapshot = None

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from runner_server.engine.backend import LoadedModel
+from runner_server.engine.logprobs import TokenLogprob
 from runner_server.engine.output.text import StreamDecoder
 from runner_server.engine.output.token_text import TokenTexts
-from runner_server.engine.types import TokenLogprob
 from runner_server.mlx_backend.tokenizer.codec import FastCodec
 from runner_server.mlx_backend.tokenizer.token_bytes import bytes_of_tokens
 

@@ -60,12 +60,14 @@ def test_the_request_carries_all_arguments(client: RunnerClient, runner: FakeRun
         cache_salt="mine",
         literal=True,
         logprob_token_ids=(8, 9),
+        prompt_logprobs=0,
     )
     expected = pb.CompletionRequest(prompt="Hi", logprobs=0, request_id="me", priority=-7)
     expected.bypass_prefix_cache = True
     expected.cache_salt = "mine"
     expected.literal = True
     expected.logprob_token_ids.extend([8, 9])
+    expected.prompt_logprobs = 0
     expected.options.temperature = 0
     expected.options.top_k = 0
     expected.options.seed = 7

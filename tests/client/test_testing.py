@@ -154,3 +154,14 @@ def test_requested_tokens_have_a_log_probability() -> None:
         [-math.inf, -math.inf],
         [0, -math.inf],
     ]
+
+
+@pytest.mark.parametrize("prompt", ["añb", [97, 241, 98]])
+def test_the_tokens_of_a_prompt_have_log_probabilities(prompt: str | list[int]) -> None:
+    with fake_runner() as runner, RunnerClient(runner.address) as client:
+        assert client.complete(prompt).prompt_logprobs == ()
+        entries = client.complete(prompt, prompt_logprobs=1).prompt_logprobs
+    assert [(entry.token_id, entry.text, entry.logprob) for entry in entries] == [
+        (241, "ñ", 0),
+        (98, "b", 0),
+    ]

@@ -111,9 +111,11 @@ async def test_logprobs_in_range_are_accepted(loaded: Server, count: int) -> Non
     assert len(messages[-1].logprobs[0].top) == count
 
 
+@pytest.mark.parametrize("field", ["logprobs", "prompt_logprobs"])
 @pytest.mark.parametrize("count", [-1, 21, MAX_INT32])
-async def test_logprobs_out_of_range_are_refused(loaded: Server, count: int) -> None:
-    assert set((await failure(loaded.start(logprobs=count))).violations) == {"logprobs"}
+async def test_logprobs_out_of_range_are_refused(loaded: Server, count: int, field: str) -> None:
+    fields: dict[str, Any] = {field: count}
+    assert set((await failure(loaded.start(**fields))).violations) == {field}
 
 
 @pytest.mark.parametrize("ids", [[0], [VOCAB_SIZE - 1, 3, 3], [5] * 128])

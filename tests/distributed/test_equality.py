@@ -106,6 +106,33 @@ def test_log_probabilities_match_one_process(alone: Child, pair: Child) -> None:
     assert split == pytest.approx(whole, abs=1e-4)
 
 
+def test_log_probabilities_of_a_prompt_match_one_process(alone: Child, pair: Child) -> None:
+    """The prompt is in the prefix cache of all ranks, and has several chunks."""
+    alone.load(DEMO)
+    generated(pair, [REQUESTS["long"]])
+    request = completion(LONG, temperature=0, num_predict=4)
+    request.prompt_logprobs = 2
+    whole, split = (list(server.stub.Completion(request)) for server in (alone, pair))
+    assert tokens(whole) == tokens(split)
+    assert split[-1].prompt_cached_count == 0
+    some, others = (
+        [entry.logprob for message in messages for entry in message.prompt_logprobs]
+        for messages in (whole, split)
+    )
+    assert len(some) == len(LONG) - 1
+    assert others == pytest.approx(some, abs=1e-3)
+
+
+def test_ranks_keep_salts_and_requests_without_the_cache_apart(pair: Child) -> None:
+    request = completion(LONG[::-1], temperature=0, num_predict=2)
+    cached = []
+    for salt, bypasses in (("a", False), ("b", False), ("a", True), ("a", False)):
+        request.cache_salt, request.bypass_prefix_cache = salt, bypasses
+        *_, last = pair.stub.Completion(request, timeout=DEADLINE_SECONDS)
+        cached.append(last.prompt_cached_count)
+    assert cached == [0, 0, 0, len(LONG) - 1]
+
+
 def test_each_rank_holds_a_part_of_the_weights(
     alone: Child, pair: Child, expected: dict[str, list[int]]
 ) -> None:

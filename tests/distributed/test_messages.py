@@ -25,6 +25,7 @@ SAMPLINGS = st.builds(
     min_predict=st.integers(0, 2**31 - 1),
     end_ids=st.lists(st.integers(0, 2**31)).map(tuple),
     logprob_token_ids=st.lists(st.integers(0, 2**31)).map(tuple),
+    prompt_logprobs=st.none() | st.integers(0, 20),
 )
 POLICIES = st.builds(CachePolicy, st.booleans(), st.booleans(), st.text())
 IDS = st.lists(st.integers(0, 2**31)).map(tuple)

@@ -16,8 +16,9 @@ from google.protobuf.message_factory import GetMessageClass
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.api import convert, validation
 from runner_server.api.violations import check_token_ids
+from runner_server.engine.logprobs import TokenLogprob
 from runner_server.engine.output.token_text import TokenTexts
-from runner_server.engine.types import FinishReason, GenerationResult, OutputDelta, TokenLogprob
+from runner_server.engine.types import FinishReason, GenerationResult, OutputDelta
 from runner_server.errors import RunnerFault, to_status
 from support.call_outcomes import ANSWER_SECONDS, Caller
 from support.fakes import VOCAB_SIZE, ByteCodec, FakeBackend, model_info

@@ -161,6 +161,20 @@ def test_equal_prompts_wait_for_each_other_only_if_they_share(
     assert companions(one, [other], most=9, shortest=20) == expected
 
 
+def test_a_prompt_that_needs_logits_runs_alone_and_in_smaller_chunks() -> None:
+    machine = Machine(replace(LIMITS, max_logits=24), call_seconds=0.02)
+    for row in range(12):
+        machine.add(row, _prompt(60, row), needs_logits=row % 4 == 1)
+    while not all(machine.tokens.values()):
+        machine.step()
+    calls = [item.chunks for item in _prefills(machine)]
+    with_logits = [chunks for chunks in calls if any(chunk.row % 4 == 1 for chunk in chunks)]
+    assert all(len(chunks) == 1 and chunks[0].count <= 24 for chunks in with_logits)
+    assert sum(chunks[0].count for chunks in with_logits) == 3 * 59
+    # The others share calls as usual.
+    assert max(map(len, calls)) >= 3
+
+
 def test_a_chunk_stops_at_a_branch_where_a_snapshot_is_useful() -> None:
     machine = Machine(replace(LIMITS, needs_snapshot=True), keeps_prefixes=True)
     prompt = _prompt(120, 0)

@@ -113,6 +113,14 @@ def test_a_request_uses_the_prefix_cache_unless_it_bypasses_it() -> None:
     assert completion_draft(request, MODEL).cache_policy == policy
 
 
+def test_a_prompt_with_log_probabilities_takes_nothing_from_the_prefix_cache() -> None:
+    request = text_request()
+    request.prompt_logprobs = 0
+    parsed = completion_draft(request, MODEL)
+    assert parsed.sampling.prompt_logprobs == 0
+    assert parsed.cache_policy == CachePolicy(reads=False)
+
+
 def test_a_draft_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
         draft().max_tokens = 1  # type: ignore[misc]

@@ -31,6 +31,7 @@ SIZES = ModelSizes(
     chunks_together=4,
     prefill_bytes=20 * MIB,
     together_bytes=40 * MIB,
+    logits_bytes=MIB // 4,
     decode_bytes=lambda rows: rows * MIB,
     load_transient_bytes=0,
     tokenizer=TokenizerMemory(0, 0),
@@ -317,3 +318,19 @@ def test_a_context_beyond_the_exact_length_needs_allow_inexact() -> None:
 
 def test_a_difference_in_every_sequence_does_not_shorten_the_context() -> None:
     assert context_in_force(LoadSpec("m", 1000), 1000, ALWAYS) == 1000
+
+
+@pytest.mark.parametrize(
+    ("logits_bytes", "most"),
+    [
+        # All of the arrays are for 48 MiB: 1 MiB for each token of the last chunk, and its logits.
+        (0, 41),
+        (MIB, 20),
+        (10 * MIB, 3),
+        (1000 * MIB, 1),
+    ],
+)
+def test_chunks_with_log_probabilities_fit_the_working_memory(logits_bytes: int, most: int) -> None:
+    plan = planned(replace(SIZES, logits_bytes=logits_bytes))
+    assert plan.max_logits == most
+    assert plan.need == planned().need

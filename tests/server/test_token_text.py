@@ -9,9 +9,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mlxrunner.v1 import runner_pb2 as pb
+from runner_server.engine.logprobs import TokenLogprob
 from runner_server.engine.output.text import REPLACEMENT, StreamDecoder
 from runner_server.engine.output.token_text import TokenTexts
-from runner_server.engine.types import Sampling, TokenLogprob
+from runner_server.engine.types import Sampling
 from support.fakes import BOS, EOS, ByteCodec, says
 from support.harness import Server, joined
 

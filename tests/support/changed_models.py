@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from runner_server.engine.backend import LoadedModel
-from runner_server.engine.types import TokenLogprob
+from runner_server.engine.logprobs import TokenLogprob
 from support.rows import GREEDY, Row, run_rows
 from tools.local_batch import LocalBatch
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from runner_server.engine.backend import Codec
+from runner_server.engine.logprobs import PromptLogprobs, TokenLogprob
 from runner_server.engine.prefill_queue import PrefillLimits
 from runner_server.engine.prefix_cache import Match
 from runner_server.engine.types import (
@@ -17,7 +19,6 @@ from runner_server.engine.types import (
     ModelInfo,
     Sampling,
     Token,
-    TokenLogprob,
 )
 from runner_server.engine.work import PrefillItem, WorkItem, WorkReport
 
@@ -135,6 +136,8 @@ def says(text: str | bytes) -> Reply:
 class _Row:
     tokens: Iterator[int]
     sampling: Sampling
+    left: list[int]
+    """The prompt without the tokens prefilled."""
 
 
 class FakeExecutor:
@@ -156,7 +159,8 @@ class FakeExecutor:
         """See ``Executor.add``."""
         assert prompt_ids, "an empty prompt must not get here"
         assert row not in self.rows
-        self.rows[row] = _Row(self._backend.reply(prompt_ids, sampling), sampling)
+        reply = self._backend.reply(prompt_ids, sampling)
+        self.rows[row] = _Row(reply, sampling, [*prompt_ids])
 
     def find_prefix(self, _prompt_ids: Sequence[int], _salt: str) -> Match:
         """See ``Executor.find_prefix``: no prompt is cached."""
@@ -170,8 +174,8 @@ class FakeExecutor:
         if self._backend.failures:
             raise self._backend.failures.pop(0)
         if isinstance(item, PrefillItem):
-            assert all(chunk.row in self.rows for chunk in item.chunks)
-            return WorkReport(ITEM_SECONDS)
+            found = [self._prefill(self.rows[chunk.row], chunk.count) for chunk in item.chunks]
+            return WorkReport(ITEM_SECONDS, prompt_logprobs=found[0])
         self.decoding += item.joining
         assert self.decoding, "a step without rows"
         return WorkReport(ITEM_SECONDS, events=tuple(map(self._next_token, self.decoding)))
@@ -194,6 +198,19 @@ class FakeExecutor:
         """See ``Executor.close``."""
         self.rows.clear()
         self.closed = True
+
+    def _prefill(self, row: _Row, count: int) -> PromptLogprobs | None:
+        """Advance a prompt; the log probability of a token is minus an eighth of its id."""
+        following, row.left = row.left[1 : count + 1], row.left[count:]
+        top = row.sampling.prompt_logprobs
+        if top is None or not count:
+            return None
+        return PromptLogprobs(
+            array("i", following),
+            array("f", [-id_ / 8 for id_ in following]),
+            array("i", [*range(top)] * len(following)),
+            array("f", [-1.0 - i for i in range(top)] * len(following)),
+        )
 
     def _next_token(self, id_: int) -> Token:
         row = self.rows[id_]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from runner_server.engine.types import TokenLogprob
+from runner_server.engine.logprobs import TokenLogprob
 
 
 def assert_logprobs_close(

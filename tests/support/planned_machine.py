@@ -44,10 +44,18 @@ class Machine:
         self._decoding: set[int] = set()
         self._prefilled: dict[int, int] = {}
 
-    def add(self, row: int, prompt: Sequence[int], cache_policy: CachePolicy | None = None) -> None:
+    def add(
+        self,
+        row: int,
+        prompt: Sequence[int],
+        cache_policy: CachePolicy | None = None,
+        *,
+        needs_logits: bool = False,
+    ) -> None:
         """Add a row."""
         self._prompts[row], self._prefilled[row], self.tokens[row] = prompt, 0, 0
-        self.planner.add(row, prompt, cache_policy or CachePolicy())
+        policy = cache_policy or CachePolicy()
+        self.planner.add(row, prompt, policy, needs_logits=needs_logits)
 
     def remove(self, row: int) -> None:
         """Remove a row."""

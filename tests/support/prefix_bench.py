@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from runner_server.engine.logprobs import TokenLogprob
 from runner_server.engine.prefix_cache import PrefixCache
-from runner_server.engine.types import CachePolicy, Prefill, Sampling, Token, TokenLogprob
+from runner_server.engine.types import CachePolicy, Prefill, Sampling, Token
 from runner_server.mlx_backend.executor import MlxExecutor
 from support.rows import GREEDY
 from tools.local_batch import LocalBatch

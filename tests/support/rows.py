@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from runner_server.engine.backend import LoadedModel
-from runner_server.engine.types import Prefill, Sampling, Token, TokenLogprob
+from runner_server.engine.logprobs import TokenLogprob
+from runner_server.engine.types import Prefill, Sampling, Token
 from tools.local_batch import LocalBatch
 
 GREEDY = Sampling(temperature=0)

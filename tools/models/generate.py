@@ -9,7 +9,8 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from runner_server.engine.types import NotFinite, Prefill, Sampling, TokenLogprob
+from runner_server.engine.logprobs import TokenLogprob
+from runner_server.engine.types import NotFinite, Prefill, Sampling
 from tools.local_batch import LocalBatch
 
 COUNT = 10

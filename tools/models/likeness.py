@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runner_server.engine.types import TokenLogprob
+from runner_server.engine.logprobs import TokenLogprob
 
 TOLERANCE = 2e-3
 """In nats: the rounding error of float32, with a margin."""

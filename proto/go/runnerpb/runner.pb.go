@@ -718,7 +718,7 @@ type Capabilities struct {
 	// The longest sequence accepted, prompt and generated text together, in tokens:
 	// `StatusResponse.context_length`.
 	MaxContextLength *int32 `protobuf:"varint,3,opt,name=max_context_length,json=maxContextLength,proto3,oneof" json:"max_context_length,omitempty"`
-	// The largest `CompletionRequest.logprobs`.
+	// The largest `CompletionRequest.logprobs` and `prompt_logprobs`.
 	MaxLogprobs *int32 `protobuf:"varint,4,opt,name=max_logprobs,json=maxLogprobs,proto3,oneof" json:"max_logprobs,omitempty"`
 	// The most strings in `CompletionOptions.stop`.
 	MaxStopCount *int32 `protobuf:"varint,5,opt,name=max_stop_count,json=maxStopCount,proto3,oneof" json:"max_stop_count,omitempty"`
@@ -2029,8 +2029,14 @@ type CompletionRequest struct {
 	// `logprobs` may be unset. Ids from 0 to `Model.vocab_size` - 1, at most 128 of
 	// them. Default: none.
 	LogprobTokenIds []int32 `protobuf:"varint,11,rep,packed,name=logprob_token_ids,json=logprobTokenIds,proto3" json:"logprob_token_ids,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// If set, the tokens of the prompt come with their log probabilities and those of
+	// this many most likely tokens (`CompletionResponse.prompt_logprobs`). Every token
+	// is computed for that, so the prompt takes nothing from the prefix cache, and in
+	// smaller chunks, whose logits fit the planned memory. Range: 0 to 20. Default:
+	// unset, no log probabilities of the prompt.
+	PromptLogprobs *int32 `protobuf:"varint,12,opt,name=prompt_logprobs,json=promptLogprobs,proto3,oneof" json:"prompt_logprobs,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *CompletionRequest) Reset() {
@@ -2149,6 +2155,13 @@ func (x *CompletionRequest) GetLogprobTokenIds() []int32 {
 		return x.LogprobTokenIds
 	}
 	return nil
+}
+
+func (x *CompletionRequest) GetPromptLogprobs() int32 {
+	if x != nil && x.PromptLogprobs != nil {
+		return *x.PromptLogprobs
+	}
+	return 0
 }
 
 type isCompletionRequest_Input interface {
@@ -2391,6 +2404,12 @@ type CompletionResponse struct {
 	StopMatch string `protobuf:"bytes,6,opt,name=stop_match,json=stopMatch,proto3" json:"stop_match,omitempty"`
 	// Progress of the prefill; unset once it is complete.
 	PromptProgress *PromptProgress `protobuf:"bytes,7,opt,name=prompt_progress,json=promptProgress,proto3" json:"prompt_progress,omitempty"`
+	// The tokens of the prompt from the second one on, in order, each with its log
+	// probability after those before it; if requested by
+	// `CompletionRequest.prompt_logprobs`. They come in parts during prefill, the last
+	// one at the latest with the first of `token_ids`. The texts of all entries joined
+	// are the text of the prompt behind its first token.
+	PromptLogprobs []*TokenLogprob `protobuf:"bytes,14,rep,name=prompt_logprobs,json=promptLogprobs,proto3" json:"prompt_logprobs,omitempty"`
 	// Number of tokens in the prompt. Set in the last message, as are all fields
 	// below.
 	PromptEvalCount int32 `protobuf:"varint,8,opt,name=prompt_eval_count,json=promptEvalCount,proto3" json:"prompt_eval_count,omitempty"`
@@ -2484,6 +2503,13 @@ func (x *CompletionResponse) GetStopMatch() string {
 func (x *CompletionResponse) GetPromptProgress() *PromptProgress {
 	if x != nil {
 		return x.PromptProgress
+	}
+	return nil
+}
+
+func (x *CompletionResponse) GetPromptLogprobs() []*TokenLogprob {
+	if x != nil {
+		return x.PromptLogprobs
 	}
 	return nil
 }
@@ -2585,7 +2611,7 @@ func (x *PromptProgress) GetTotalCount() int32 {
 	return 0
 }
 
-// A generated token, with its probability before `logit_bias`, penalties and
+// A token, generated or of the prompt, with its probability before `logit_bias`, penalties and
 // sampling options.
 type TokenLogprob struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -3338,7 +3364,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x0ereserved_bytes\x18\b \x01(\x03R\rreservedBytes\x127\n" +
 	"\x18prefix_cache_limit_bytes\x18\t \x01(\x03R\x15prefixCacheLimitBytes\"\x1c\n" +
 	"\bTokenIds\x12\x10\n" +
-	"\x03ids\x18\x01 \x03(\x05R\x03ids\"\xc9\x03\n" +
+	"\x03ids\x18\x01 \x03(\x05R\x03ids\"\x8b\x04\n" +
 	"\x11CompletionRequest\x12\x18\n" +
 	"\x06prompt\x18\x01 \x01(\tH\x00R\x06prompt\x12B\n" +
 	"\x10prompt_token_ids\x18\x02 \x01(\v2\x16.mlxrunner.v1.TokenIdsH\x00R\x0epromptTokenIds\x129\n" +
@@ -3353,9 +3379,11 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"cache_salt\x18\t \x01(\tR\tcacheSalt\x12\x18\n" +
 	"\aliteral\x18\n" +
 	" \x01(\bR\aliteral\x12*\n" +
-	"\x11logprob_token_ids\x18\v \x03(\x05R\x0flogprobTokenIdsB\a\n" +
+	"\x11logprob_token_ids\x18\v \x03(\x05R\x0flogprobTokenIds\x12,\n" +
+	"\x0fprompt_logprobs\x18\f \x01(\x05H\x02R\x0epromptLogprobs\x88\x01\x01B\a\n" +
 	"\x05inputB\v\n" +
-	"\t_logprobs\"\x9c\x06\n" +
+	"\t_logprobsB\x12\n" +
+	"\x10_prompt_logprobs\"\x9c\x06\n" +
 	"\x11CompletionOptions\x12%\n" +
 	"\vtemperature\x18\x01 \x01(\x02H\x00R\vtemperature\x88\x01\x01\x12\x18\n" +
 	"\x05top_p\x18\x02 \x01(\x02H\x01R\x04topP\x88\x01\x01\x12\x18\n" +
@@ -3389,7 +3417,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x11_presence_penaltyB\x14\n" +
 	"\x12_frequency_penaltyB\x0e\n" +
 	"\f_num_predictB\a\n" +
-	"\x05_seed\"\x82\x05\n" +
+	"\x05_seed\"\xc7\x05\n" +
 	"\x12CompletionResponse\x12\x18\n" +
 	"\acontent\x18\x01 \x01(\tR\acontent\x12\x1b\n" +
 	"\ttoken_ids\x18\x02 \x03(\x05R\btokenIds\x126\n" +
@@ -3399,7 +3427,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"doneReason\x12\x1d\n" +
 	"\n" +
 	"stop_match\x18\x06 \x01(\tR\tstopMatch\x12E\n" +
-	"\x0fprompt_progress\x18\a \x01(\v2\x1c.mlxrunner.v1.PromptProgressR\x0epromptProgress\x12*\n" +
+	"\x0fprompt_progress\x18\a \x01(\v2\x1c.mlxrunner.v1.PromptProgressR\x0epromptProgress\x12C\n" +
+	"\x0fprompt_logprobs\x18\x0e \x03(\v2\x1a.mlxrunner.v1.TokenLogprobR\x0epromptLogprobs\x12*\n" +
 	"\x11prompt_eval_count\x18\b \x01(\x05R\x0fpromptEvalCount\x12K\n" +
 	"\x14prompt_eval_duration\x18\t \x01(\v2\x19.google.protobuf.DurationR\x12promptEvalDuration\x12\x1d\n" +
 	"\n" +
@@ -3578,39 +3607,40 @@ var file_mlxrunner_v1_runner_proto_depIdxs = []int32{
 	25, // 17: mlxrunner.v1.CompletionResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
 	3,  // 18: mlxrunner.v1.CompletionResponse.done_reason:type_name -> mlxrunner.v1.DoneReason
 	24, // 19: mlxrunner.v1.CompletionResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
-	36, // 20: mlxrunner.v1.CompletionResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
-	36, // 21: mlxrunner.v1.CompletionResponse.eval_duration:type_name -> google.protobuf.Duration
-	36, // 22: mlxrunner.v1.CompletionResponse.queue_duration:type_name -> google.protobuf.Duration
-	26, // 23: mlxrunner.v1.TokenLogprob.top:type_name -> mlxrunner.v1.TopLogprob
-	26, // 24: mlxrunner.v1.TokenLogprob.candidates:type_name -> mlxrunner.v1.TopLogprob
-	36, // 25: mlxrunner.v1.DrainRequest.timeout:type_name -> google.protobuf.Duration
-	4,  // 26: mlxrunner.v1.RunnerService.Load:input_type -> mlxrunner.v1.LoadRequest
-	8,  // 27: mlxrunner.v1.RunnerService.Estimate:input_type -> mlxrunner.v1.EstimateRequest
-	10, // 28: mlxrunner.v1.RunnerService.Trim:input_type -> mlxrunner.v1.TrimRequest
-	12, // 29: mlxrunner.v1.RunnerService.Unload:input_type -> mlxrunner.v1.UnloadRequest
-	14, // 30: mlxrunner.v1.RunnerService.Status:input_type -> mlxrunner.v1.StatusRequest
-	16, // 31: mlxrunner.v1.RunnerService.WatchStatus:input_type -> mlxrunner.v1.WatchStatusRequest
-	21, // 32: mlxrunner.v1.RunnerService.Completion:input_type -> mlxrunner.v1.CompletionRequest
-	27, // 33: mlxrunner.v1.RunnerService.Abort:input_type -> mlxrunner.v1.AbortRequest
-	29, // 34: mlxrunner.v1.RunnerService.Drain:input_type -> mlxrunner.v1.DrainRequest
-	31, // 35: mlxrunner.v1.RunnerService.Tokenize:input_type -> mlxrunner.v1.TokenizeRequest
-	33, // 36: mlxrunner.v1.RunnerService.Detokenize:input_type -> mlxrunner.v1.DetokenizeRequest
-	5,  // 37: mlxrunner.v1.RunnerService.Load:output_type -> mlxrunner.v1.LoadResponse
-	9,  // 38: mlxrunner.v1.RunnerService.Estimate:output_type -> mlxrunner.v1.EstimateResponse
-	11, // 39: mlxrunner.v1.RunnerService.Trim:output_type -> mlxrunner.v1.TrimResponse
-	13, // 40: mlxrunner.v1.RunnerService.Unload:output_type -> mlxrunner.v1.UnloadResponse
-	15, // 41: mlxrunner.v1.RunnerService.Status:output_type -> mlxrunner.v1.StatusResponse
-	17, // 42: mlxrunner.v1.RunnerService.WatchStatus:output_type -> mlxrunner.v1.WatchStatusResponse
-	23, // 43: mlxrunner.v1.RunnerService.Completion:output_type -> mlxrunner.v1.CompletionResponse
-	28, // 44: mlxrunner.v1.RunnerService.Abort:output_type -> mlxrunner.v1.AbortResponse
-	30, // 45: mlxrunner.v1.RunnerService.Drain:output_type -> mlxrunner.v1.DrainResponse
-	32, // 46: mlxrunner.v1.RunnerService.Tokenize:output_type -> mlxrunner.v1.TokenizeResponse
-	34, // 47: mlxrunner.v1.RunnerService.Detokenize:output_type -> mlxrunner.v1.DetokenizeResponse
-	37, // [37:48] is the sub-list for method output_type
-	26, // [26:37] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	25, // 20: mlxrunner.v1.CompletionResponse.prompt_logprobs:type_name -> mlxrunner.v1.TokenLogprob
+	36, // 21: mlxrunner.v1.CompletionResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
+	36, // 22: mlxrunner.v1.CompletionResponse.eval_duration:type_name -> google.protobuf.Duration
+	36, // 23: mlxrunner.v1.CompletionResponse.queue_duration:type_name -> google.protobuf.Duration
+	26, // 24: mlxrunner.v1.TokenLogprob.top:type_name -> mlxrunner.v1.TopLogprob
+	26, // 25: mlxrunner.v1.TokenLogprob.candidates:type_name -> mlxrunner.v1.TopLogprob
+	36, // 26: mlxrunner.v1.DrainRequest.timeout:type_name -> google.protobuf.Duration
+	4,  // 27: mlxrunner.v1.RunnerService.Load:input_type -> mlxrunner.v1.LoadRequest
+	8,  // 28: mlxrunner.v1.RunnerService.Estimate:input_type -> mlxrunner.v1.EstimateRequest
+	10, // 29: mlxrunner.v1.RunnerService.Trim:input_type -> mlxrunner.v1.TrimRequest
+	12, // 30: mlxrunner.v1.RunnerService.Unload:input_type -> mlxrunner.v1.UnloadRequest
+	14, // 31: mlxrunner.v1.RunnerService.Status:input_type -> mlxrunner.v1.StatusRequest
+	16, // 32: mlxrunner.v1.RunnerService.WatchStatus:input_type -> mlxrunner.v1.WatchStatusRequest
+	21, // 33: mlxrunner.v1.RunnerService.Completion:input_type -> mlxrunner.v1.CompletionRequest
+	27, // 34: mlxrunner.v1.RunnerService.Abort:input_type -> mlxrunner.v1.AbortRequest
+	29, // 35: mlxrunner.v1.RunnerService.Drain:input_type -> mlxrunner.v1.DrainRequest
+	31, // 36: mlxrunner.v1.RunnerService.Tokenize:input_type -> mlxrunner.v1.TokenizeRequest
+	33, // 37: mlxrunner.v1.RunnerService.Detokenize:input_type -> mlxrunner.v1.DetokenizeRequest
+	5,  // 38: mlxrunner.v1.RunnerService.Load:output_type -> mlxrunner.v1.LoadResponse
+	9,  // 39: mlxrunner.v1.RunnerService.Estimate:output_type -> mlxrunner.v1.EstimateResponse
+	11, // 40: mlxrunner.v1.RunnerService.Trim:output_type -> mlxrunner.v1.TrimResponse
+	13, // 41: mlxrunner.v1.RunnerService.Unload:output_type -> mlxrunner.v1.UnloadResponse
+	15, // 42: mlxrunner.v1.RunnerService.Status:output_type -> mlxrunner.v1.StatusResponse
+	17, // 43: mlxrunner.v1.RunnerService.WatchStatus:output_type -> mlxrunner.v1.WatchStatusResponse
+	23, // 44: mlxrunner.v1.RunnerService.Completion:output_type -> mlxrunner.v1.CompletionResponse
+	28, // 45: mlxrunner.v1.RunnerService.Abort:output_type -> mlxrunner.v1.AbortResponse
+	30, // 46: mlxrunner.v1.RunnerService.Drain:output_type -> mlxrunner.v1.DrainResponse
+	32, // 47: mlxrunner.v1.RunnerService.Tokenize:output_type -> mlxrunner.v1.TokenizeResponse
+	34, // 48: mlxrunner.v1.RunnerService.Detokenize:output_type -> mlxrunner.v1.DetokenizeResponse
+	38, // [38:49] is the sub-list for method output_type
+	27, // [27:38] is the sub-list for method input_type
+	27, // [27:27] is the sub-list for extension type_name
+	27, // [27:27] is the sub-list for extension extendee
+	0,  // [0:27] is the sub-list for field type_name
 }
 
 func init() { file_mlxrunner_v1_runner_proto_init() }

@@ -537,7 +537,7 @@ class Capabilities(_message.Message):
     `StatusResponse.context_length`.
     """
     max_logprobs: _builtins.int
-    """The largest `CompletionRequest.logprobs`."""
+    """The largest `CompletionRequest.logprobs` and `prompt_logprobs`."""
     max_stop_count: _builtins.int
     """The most strings in `CompletionOptions.stop`."""
     max_logit_bias_count: _builtins.int
@@ -1247,6 +1247,7 @@ class CompletionRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     LITERAL_FIELD_NUMBER: _builtins.int
     LOGPROB_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """Text. Special tokens written in it count as such (see `literal`); the model's
     beginning-of-text token is prepended unless the text already begins with it.
@@ -1288,6 +1289,13 @@ class CompletionRequest(_message.Message):
     them as special are tokens as before. Refused with `prompt_token_ids`, and if the
     tokenizer cannot split a special token otherwise. Default: false.
     """
+    prompt_logprobs: _builtins.int
+    """If set, the tokens of the prompt come with their log probabilities and those of
+    this many most likely tokens (`CompletionResponse.prompt_logprobs`). Every token
+    is computed for that, so the prompt takes nothing from the prefix cache, and in
+    smaller chunks, whose logits fit the planned memory. Range: 0 to 20. Default:
+    unset, no log probabilities of the prompt.
+    """
     @_builtins.property
     def prompt_token_ids(self) -> Global___TokenIds:
         """Token ids, used as they are."""
@@ -1318,17 +1326,22 @@ class CompletionRequest(_message.Message):
         cache_salt: _builtins.str = ...,
         literal: _builtins.bool = ...,
         logprob_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        prompt_logprobs: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "input", b"input", "logprobs", b"logprobs", "options", b"options", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "input", b"input", "logprobs", b"logprobs", "options", b"options", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "input", b"input", "literal", b"literal", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "model", b"model", "options", b"options", "priority", b"priority", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "input", b"input", "literal", b"literal", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "model", b"model", "options", b"options", "priority", b"priority", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_logprobs: _TypeAlias = _typing.Literal["prompt_logprobs"]  # noqa: Y015
+    _WhichOneofArgType__prompt_logprobs: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]  # noqa: Y015
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "prompt_token_ids"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_logprobs) -> _WhichOneofReturnType__prompt_logprobs | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
@@ -1535,6 +1548,7 @@ class CompletionResponse(_message.Message):
     DONE_REASON_FIELD_NUMBER: _builtins.int
     STOP_MATCH_FIELD_NUMBER: _builtins.int
     PROMPT_PROGRESS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     PROMPT_EVAL_COUNT_FIELD_NUMBER: _builtins.int
     PROMPT_EVAL_DURATION_FIELD_NUMBER: _builtins.int
     EVAL_COUNT_FIELD_NUMBER: _builtins.int
@@ -1579,6 +1593,15 @@ class CompletionResponse(_message.Message):
         """Progress of the prefill; unset once it is complete."""
 
     @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """The tokens of the prompt from the second one on, in order, each with its log
+        probability after those before it; if requested by
+        `CompletionRequest.prompt_logprobs`. They come in parts during prefill, the last
+        one at the latest with the first of `token_ids`. The texts of all entries joined
+        are the text of the prompt behind its first token.
+        """
+
+    @_builtins.property
     def prompt_eval_duration(self) -> _duration_pb2.Duration:
         """Time from getting a slot to the first token."""
 
@@ -1600,6 +1623,7 @@ class CompletionResponse(_message.Message):
         done_reason: Global___DoneReason.ValueType = ...,
         stop_match: _builtins.str = ...,
         prompt_progress: Global___PromptProgress | None = ...,
+        prompt_logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
         prompt_eval_count: _builtins.int = ...,
         prompt_eval_duration: _duration_pb2.Duration | None = ...,
         eval_count: _builtins.int = ...,
@@ -1609,7 +1633,7 @@ class CompletionResponse(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["eval_duration", b"eval_duration", "prompt_eval_duration", b"prompt_eval_duration", "prompt_progress", b"prompt_progress", "queue_duration", b"queue_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "done", b"done", "done_reason", b"done_reason", "eval_count", b"eval_count", "eval_duration", b"eval_duration", "logprobs", b"logprobs", "prompt_cached_count", b"prompt_cached_count", "prompt_eval_count", b"prompt_eval_count", "prompt_eval_duration", b"prompt_eval_duration", "prompt_progress", b"prompt_progress", "queue_duration", b"queue_duration", "stop_match", b"stop_match", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "done", b"done", "done_reason", b"done_reason", "eval_count", b"eval_count", "eval_duration", b"eval_duration", "logprobs", b"logprobs", "prompt_cached_count", b"prompt_cached_count", "prompt_eval_count", b"prompt_eval_count", "prompt_eval_duration", b"prompt_eval_duration", "prompt_logprobs", b"prompt_logprobs", "prompt_progress", b"prompt_progress", "queue_duration", b"queue_duration", "stop_match", b"stop_match", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1643,7 +1667,7 @@ Global___PromptProgress: _TypeAlias = PromptProgress  # noqa: Y015
 
 @_typing.final
 class TokenLogprob(_message.Message):
-    """A generated token, with its probability before `logit_bias`, penalties and
+    """A token, generated or of the prompt, with its probability before `logit_bias`, penalties and
     sampling options.
     """
 

@@ -117,6 +117,7 @@ def completion_request(
     cache_salt: str = "",
     literal: bool = False,
     logprob_token_ids: Sequence[int] = (),
+    prompt_logprobs: int | None = None,
 ) -> pb.CompletionRequest:
     """Build the request of a completion from text or token ids.
 
@@ -134,6 +135,7 @@ def completion_request(
     check_text("cache_salt", cache_salt)
     check_flag("literal", literal)
     check_ids("logprob_token_ids", logprob_token_ids)
+    check_integer("prompt_logprobs", prompt_logprobs)
     with _sendable():
         message = pb.CompletionRequest(
             options=_options(options or Options()),
@@ -145,6 +147,7 @@ def completion_request(
             cache_salt=cache_salt,
             literal=literal,
             logprob_token_ids=logprob_token_ids,
+            prompt_logprobs=prompt_logprobs,
         )
         if isinstance(prompt, str):
             message.prompt = prompt

@@ -158,6 +158,7 @@ def completion_chunk(message: pb.CompletionResponse) -> CompletionChunk:
         token_ids=tuple(message.token_ids),
         logprobs=tuple(map(_token_logprob, message.logprobs)),
         prompt_progress=_prompt_progress(message),
+        prompt_logprobs=tuple(map(_token_logprob, message.prompt_logprobs)),
     )
     return _last_chunk(message, chunk) if message.done else chunk
 
@@ -168,6 +169,7 @@ def _last_chunk(message: pb.CompletionResponse, chunk: CompletionChunk) -> Compl
         token_ids=chunk.token_ids,
         logprobs=chunk.logprobs,
         prompt_progress=chunk.prompt_progress,
+        prompt_logprobs=chunk.prompt_logprobs,
         done=True,
         done_reason=_DONE_REASONS.get(message.done_reason, DoneReason.UNKNOWN),
         stop_match=message.stop_match or None,
@@ -209,6 +211,7 @@ def join_chunks(chunks: Sequence[CompletionChunk]) -> Completion:
         content="".join(chunk.content for chunk in chunks),
         token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
         logprobs=tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
+        prompt_logprobs=tuple(entry for chunk in chunks for entry in chunk.prompt_logprobs),
         done_reason=last.done_reason or DoneReason.UNKNOWN,
         stop_match=last.stop_match,
         prompt_eval_count=last.prompt_eval_count,

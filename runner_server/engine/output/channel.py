@@ -130,7 +130,9 @@ class OutputChannel:
 
 
 def _text_count(delta: OutputDelta) -> int:
-    return len(delta.token_ids) + 2 * sum(1 + len(entry.others) for entry in delta.logprobs)
+    of_tokens = sum(1 + len(entry.others) for entry in delta.logprobs)
+    of_prompt = sum(len(part.token_ids) * (1 + part.width) for part in delta.prompt_logprobs)
+    return len(delta.token_ids) + 2 * (of_tokens + of_prompt)
 
 
 def merge(deltas: Iterable[OutputDelta]) -> OutputDelta:
@@ -145,5 +147,6 @@ def merge(deltas: Iterable[OutputDelta]) -> OutputDelta:
         logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
         # Prefill progress is obsolete once there are tokens.
         prefill=None if token_ids else deltas[-1].prefill,
+        prompt_logprobs=tuple(part for delta in deltas for part in delta.prompt_logprobs),
         done=deltas[-1].done,
     )

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from runner_server.engine.types import TokenLogprob
+from runner_server.engine.logprobs import TokenLogprob
 
 _WINDOW = 24
 """Context tokens to decode with an alternative whose bytes depend on its neighbours."""

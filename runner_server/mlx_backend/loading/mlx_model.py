@@ -74,6 +74,7 @@ class MlxModel:
         return PrefillLimits(
             max_chunk=chunk,
             max_tokens=ROWS_TOGETHER * chunk,
+            max_logits=self._plan.max_logits,
             can_pad=self._pieces.can_pad,
             needs_snapshot=self._pieces.needs_snapshot,
             max_prompts=self._budget.max_prompts_together,

@@ -20,6 +20,7 @@ from runner_server.mlx_backend.planning.tokenizer_memory import tokenizer_memory
 from runner_server.mlx_backend.planning.working_memory import (
     batch_prefill_bytes,
     decode_bytes,
+    logits_bytes,
     prefill_bytes,
     require_batches,
 )
@@ -87,6 +88,7 @@ def measure(
         chunks_together=together,
         prefill_bytes=prefill_bytes(model, chunk, context_length),
         together_bytes=batch_prefill_bytes(model, together, chunk),
+        logits_bytes=logits_bytes(seen.vocab_size),
         decode_bytes=partial(decode_bytes, model, tokens=context_length),
         load_transient_bytes=load_transient_bytes(model, directory),
         tokenizer=tokenizer_memory(directory.path),

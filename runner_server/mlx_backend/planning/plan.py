@@ -54,6 +54,7 @@ class Plan:
         buffer_cache_bytes: Most bytes of freed buffers that MLX keeps for reuse.
         token_bytes: Bytes of working memory per token of a prefill chunk.
         pair_bytes: Bytes of working memory per pair of a token and a token that it attends to.
+        logits_bytes: Bytes of working memory per token whose log probabilities are computed.
         warnings: Differences between the model's answers and the specification in its files.
     """
 
@@ -67,11 +68,19 @@ class Plan:
     buffer_cache_bytes: int
     token_bytes: float
     pair_bytes: float
+    logits_bytes: int
     warnings: tuple[str, ...] = ()
 
     def chunk_bytes(self, tokens: int, before: int) -> float:
         """Return the bytes of working memory to prefill ``tokens`` after ``before`` others."""
         return tokens * (self.token_bytes + self.pair_bytes * (before + tokens))
+
+    @property
+    def max_logits(self) -> int:
+        """Most tokens of a chunk with log probabilities that fit the working memory, at least 1."""
+        arrays = self.need.working_bytes - self.buffer_cache_bytes
+        token = self.token_bytes + self.pair_bytes * self.context_length + self.logits_bytes
+        return max(1, int(arrays / (_WORKING_SLACK * token)))
 
     def kv_bytes(self, tokens: int) -> int:
         """Return the bytes of KV cache for one sequence."""
@@ -202,6 +211,7 @@ def make_plan(
         buffer_cache_bytes=buffers,
         token_bytes=sizes.token_bytes,
         pair_bytes=sizes.pair_bytes,
+        logits_bytes=sizes.logits_bytes,
         warnings=warnings,
     )
 

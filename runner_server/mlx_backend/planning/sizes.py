@@ -77,6 +77,8 @@ class ModelSizes:
         chunks_together: Most prefill chunks computed in one call.
         prefill_bytes: Working memory of the last chunk of a prompt of ``context_length``.
         together_bytes: Working memory of ``chunks_together`` first chunks in one call.
+        logits_bytes: Working memory per token of a chunk whose log probabilities are computed, in
+            addition to that of prefill.
         decode_bytes: Function from a number of sequences of ``context_length`` to the working
             memory of a decode step. Not computed before it is called.
         load_transient_bytes: Peak of reading the weight files, in addition to the weights.
@@ -92,6 +94,7 @@ class ModelSizes:
     chunks_together: int
     prefill_bytes: int
     together_bytes: int
+    logits_bytes: int
     decode_bytes: Callable[[int], int]
     load_transient_bytes: int
     tokenizer: TokenizerMemory

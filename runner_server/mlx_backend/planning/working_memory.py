@@ -24,6 +24,7 @@ from runner_server.mlx_backend.planning.graph_memory import transient_bytes
 from runner_server.mlx_backend.sampling.end_mask import EndMask
 from runner_server.mlx_backend.sampling.logprobs import token_logprobs
 from runner_server.mlx_backend.sampling.penalties import Penalties
+from runner_server.mlx_backend.sampling.prompt_logprobs import ChunkLogprobs
 from runner_server.mlx_backend.sampling.sampler import Sampler
 from runner_server.mlx_backend.upstream.names import KVCache, RotatingKVCache, make_prompt_cache
 
@@ -47,6 +48,9 @@ The trial after a load would find afm7, but an estimate runs no trial and would 
 class RowsApartError(Exception):
     """Rows of a model cannot be decoded together. The message gives the reason."""
 
+
+_TRACED_TOKENS = 32
+"""Number of tokens in a traced chunk with log probabilities."""
 
 _FEW = 16
 """Number of tokens after which every cache has all of its arrays."""
@@ -101,6 +105,22 @@ def decode_bytes(model: Module, rows: int, tokens: int) -> int:
         return [drawn, found.chosen, found.ids, found.values]
 
     return _traced(model, _filled(model, rows, tokens - 1), rows, 1, draw)
+
+
+def logits_bytes(vocab_size: int) -> int:
+    """Return the bytes of working memory per token of a chunk with log probabilities.
+
+    These are the logits in 16 bits and in 32, and the arrays of the search for the likely tokens.
+    """
+
+    def find(hidden: mx.array, head: mx.array) -> list[mx.array]:
+        logits = hidden @ head
+        chunk = ChunkLogprobs(logits, [0] * _TRACED_TOKENS, min(MAX_LOGPROBS, vocab_size))
+        return [*chunk.arrays]
+
+    hidden = mx.zeros((_TRACED_TOKENS, 1), dtype=mx.bfloat16)
+    head = mx.zeros((1, vocab_size), dtype=mx.bfloat16)
+    return -(-transient_bytes(find, [hidden, head]) // _TRACED_TOKENS)
 
 
 def _costly(vocab_size: int) -> Sampling:

@@ -9,7 +9,8 @@ from typing import cast
 
 import mlx.core as mx
 
-from runner_server.engine.types import Sampling, TokenLogprob
+from runner_server.engine.logprobs import TokenLogprob
+from runner_server.engine.types import Sampling
 from runner_server.mlx_backend.arrays import rows_of
 from runner_server.mlx_backend.sampling.logprobs import TokenLogprobs, token_logprobs
 

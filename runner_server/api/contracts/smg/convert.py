@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from smg_grpc_proto import mlx_engine_pb2 as pb
 
 from runner_server.api.contracts.smg.validation import Message
-from runner_server.engine.types import FinishReason, GenerationStats, OutputDelta, TokenLogprob
+from runner_server.engine.logprobs import TokenLogprob
+from runner_server.engine.types import FinishReason, GenerationStats, OutputDelta
 
 ABORTED = "abort"
 """Finish reason of an aborted request, the same as in other engines behind the gateway."""
