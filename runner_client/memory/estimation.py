@@ -35,6 +35,13 @@ if TYPE_CHECKING:
     from runner_client.types import Dtype, LoadKeywords
 
 
+BARE_PROCESS_BYTES = 102 * 1024**2
+"""Memory of a runner without a model: Python, gRPC and MLX, as a runner's plan counts them.
+
+Measured on an AMD EPYC: 63 MiB resident with OpenBLAS. MKL takes up to 30 more. Not measured on
+Metal or CUDA."""
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
     """Memory needed by a runner with a model, in bytes, broken down into parts.
@@ -174,6 +181,26 @@ def estimate(
         file_bytes=sum(stored.tensor.nbytes for stored in directory.tensors.values()),
         notes=(located.note, *notes) if located.note else notes,
         **answer.need.as_dict(),
+    )
+
+
+def estimate_bare() -> MemoryEstimate:
+    """Return the estimate of a runner without a model."""
+    name = "a process without a model"
+    return MemoryEstimate(
+        model=name,
+        path=name,
+        backend=installed_backend(),
+        dtype="auto",
+        context_length=0,
+        model_context_length=0,
+        parallel=0,
+        file_bytes=0,
+        weight_bytes=0,
+        kv_bytes=0,
+        working_bytes=0,
+        process_bytes=BARE_PROCESS_BYTES,
+        load_transient_bytes=0,
     )
 
 

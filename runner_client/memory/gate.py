@@ -213,6 +213,7 @@ class MemoryGate:
         require_full: bool = False,
         override: bool = False,
         environ: Mapping[str, str] | None = None,
+        running: Reservation | None = None,
     ) -> Admission:
         """Admit a model; the caller must assign or release the reservation.
 
@@ -223,13 +224,15 @@ class MemoryGate:
             require_full: Refuse with ``LoadRequiresFullError``.
             override: Admit the model even if it does not fit.
             environ: The runner's environment, if different from this gate's.
+            running: The reservation of the runner that will load the model, if it runs already
+                without one. It is a part of the need, and is raised to the whole need.
 
         Raises:
             InsufficientMemoryError: The model does not fit into memory.
             InvalidRequestError: A variable is not a size.
         """
         environ = self._environ if environ is None else environ
-        asked = _Asked(estimate, environ, override, takes_over=True)
+        asked = _Asked(estimate, environ, override, takes_over=running is None, running=running)
         return self._admit(asked, require_full=require_full)
 
     def _admit(self, asked: _Asked, *, require_full: bool) -> Admission:
@@ -280,9 +283,12 @@ class MemoryGate:
         book = self.book(asked.environ)
         with book.locked() as view:
             offered = book.offered(asked.offer_key) if asked.takes_over else None
-            need = asked.estimate.required_bytes
+            # What the runner has reserved already is part of the need, and not available to others.
+            need, own = asked.estimate.required_bytes, asked.running_bytes
             without = {offered.name} if offered else set()
-            decision, headroom = self._compare(need, view, asked.environ, without)
+            decision, headroom = self._compare(need - own, view, asked.environ, without)
+            available_bytes = decision.available_bytes + own
+            decision = replace(decision, required_bytes=need, available_bytes=available_bytes)
             if asked.reserves and (decision.fits or asked.override):
                 decision = replace(decision, overridden=not decision.fits)
                 reservation = _reserve(asked, decision, view, offered)
@@ -328,6 +334,7 @@ class _Asked:
         override: Whether to admit a model that does not fit.
         reserves: Whether to reserve memory on admission.
         takes_over: Whether to use a reservation offered by a ``reserve`` block.
+        running: The reservation of the runner that will load the model; None for a new runner.
     """
 
     estimate: MemoryEstimate
@@ -335,6 +342,12 @@ class _Asked:
     override: bool
     reserves: bool = True
     takes_over: bool = False
+    running: Reservation | None = None
+
+    @property
+    def running_bytes(self) -> int:
+        """Memory that the runner has reserved already."""
+        return self.running.need_bytes if self.running else 0
 
     @property
     def offer_key(self) -> tuple[str, int]:
@@ -348,6 +361,9 @@ def _reserve(
     """Reserve the need, and as much of a default prefix cache as memory allows."""
     need = asked.estimate
     size = min(need.total_bytes, max(need.required_bytes, decision.available_bytes))
+    if asked.running is not None:
+        asked.running.update(need_bytes=size)
+        return asked.running
     if offered is None:
         return view.add(size, need.path, device=decision.free.device_id)
     return offered.take_over(size)

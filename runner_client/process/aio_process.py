@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from runner_client.memory.estimation import MemoryEstimate
+    from runner_client.process.launch import Plan
     from runner_client.process.life import ChildLife
     from runner_client.rpc.aio_stream import AsyncCompletionStream
     from runner_client.types import Completion, LoadResult, Options, Status
@@ -121,6 +122,11 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
             raise
 
     async def _load(self, life: ChildLife[Connection]) -> MemoryEstimate:
+        plan, supervisor = await self._serve(life)
+        return self._begin_load(life, plan, supervisor)
+
+    async def _serve(self, life: ChildLife[Connection]) -> tuple[Plan, Supervisor]:
+        """Start the child, and return once it serves."""
         begin = time.monotonic()
         plan, child, ready = await start_blocking(life)
         client = AsyncRunnerClient(
@@ -128,8 +134,13 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
         )
         supervisor = Supervisor(child, client)
         await supervisor.wait_until_serving(begin + start_limit(self.timeouts))
+        return plan, supervisor
+
+    def _begin_load(
+        self, life: ChildLife[Connection], plan: Plan, supervisor: Supervisor
+    ) -> MemoryEstimate:
         with life.kept_open():
-            load = client.start_load(plan.model, options=plan.options)
+            load = supervisor.client.start_load(plan.model, options=plan.options)
             life.connection = Connection(supervisor, load)
         supervisor.start_watchdog()
         return plan.estimate

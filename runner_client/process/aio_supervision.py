@@ -118,7 +118,7 @@ class Connection:
         await self.load.cancel()
 
 
-async def _in_own_thread(work: Callable[[], T]) -> T:
+async def in_own_thread(work: Callable[[], T]) -> T:
     """Run blocking work in a thread that no other work can occupy.
 
     The event loop has few threads of its own: some children that print no ready line would occupy
@@ -135,13 +135,13 @@ async def _in_own_thread(work: Callable[[], T]) -> T:
 async def start_blocking(life: ChildLife[Connection]) -> tuple[Plan, Child, ReadyLine]:
     """Start a child in a thread and wait for the ready line."""
     # The thread cannot be cancelled, but gives up once the life is closed.
-    return await _in_own_thread(life.start)
+    return await in_own_thread(life.start)
 
 
 async def close_blocking(life: ChildLife[Connection]) -> None:
     """Close a child in a thread. Cancelling the task kills the child."""
     life.begin_close()
-    closing = asyncio.create_task(_in_own_thread(life.close))
+    closing = asyncio.create_task(in_own_thread(life.close))
     try:
         await asyncio.shield(closing)
     except asyncio.CancelledError:

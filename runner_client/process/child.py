@@ -79,6 +79,11 @@ class Child:
         """The process id; None before the start."""
         return self._process.pid if self._process else None
 
+    def equals(self, other: Child) -> bool:
+        """Return whether another child has the same command line and environment."""
+        own = self._command, self._environment
+        return own == (other._command, other._environment)
+
     @property
     def has_exited(self) -> bool:
         """True once a started process has exited and is reaped."""

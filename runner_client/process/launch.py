@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from runner_client.errors import InsufficientMemoryError
 from runner_client.host.command import (
@@ -16,7 +16,7 @@ from runner_client.host.command import (
     server_command,
 )
 from runner_client.host.environment import child_environment
-from runner_client.memory.estimation import estimate
+from runner_client.memory.estimation import estimate, estimate_bare
 from runner_client.memory.gate import MemoryGate
 from runner_client.memory.model import find_model
 from runner_client.process.child import Child
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from runner_client.memory.estimation import MemoryEstimate
     from runner_client.memory.gate import Admission
     from runner_client.types import LoadOptions
+    from runner_common.memory.reservations import Reservation
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +59,16 @@ class Launch:
         }
         return {**inherited, **(self.env or {})}
 
-    def plan(self) -> Plan:
+    def plan(self, running: Reservation | None = None) -> Plan:
         """Decide whether the model may be started, without starting anything.
 
         ``"auto"`` is float32 on a CPU, and is refused if that does not fit; ``"auto_or_stored"``
         falls back to the stored format instead. An override applies after the fallback, to the
         smallest need, because it is for models that fit in no other way. With ``require_full``
         nothing falls back, so that a scheduler evicts another runner.
+
+        Args:
+            running: The reservation of the child that will load the model, if it runs already.
 
         Raises:
             UnsupportedPlatformError: MLX does not run here.
@@ -79,14 +83,15 @@ class Launch:
         try:
             need = estimate(self.model, options=options, env=self.environ(), blas=self.blas)
             falls_back = falls_back and need.dtype != "as_stored"
-            return self._gated(need, override=options.memory_override and not falls_back)
+            override = options.memory_override and not falls_back
+            return self._gated(need, override=override, running=running)
         except InsufficientMemoryError as error:
             if options.dtype not in ("auto", "auto_or_stored"):
                 raise
             if not falls_back:
                 raise self._with_advice(error) from None
             logger.warning("%s. Loading it as stored if that fits", error)
-        return self._gated(self._stored(), override=options.memory_override)
+        return self._gated(self._stored(), override=options.memory_override, running=running)
 
     def _stored(self) -> MemoryEstimate:
         """Estimate the model as stored."""
@@ -107,13 +112,37 @@ class Launch:
         gate = self.gate or MemoryGate(environ=self.environ())
         return _advised(error, stored) if gate.check(stored, override=True).fits else error
 
-    def _gated(self, need: MemoryEstimate, *, override: bool) -> Plan:
+    def _gated(self, need: MemoryEstimate, *, override: bool, running: Reservation | None) -> Plan:
         environ = self.environ()
         gate = self.gate or MemoryGate(environ=environ)
         admission = gate.admit(
-            need, require_full=self.require_full, override=override, environ=environ
+            need,
+            require_full=self.require_full,
+            override=override,
+            environ=environ,
+            running=running,
         )
         return Plan(self, need, admission, gate.book(environ).directory)
+
+
+@dataclass(frozen=True)
+class BareLaunch(Launch):
+    """Parameters of the start of a child without a model."""
+
+    @classmethod
+    def like(cls, launch: Launch) -> Self:
+        """Return the parameters of the same child without a model."""
+        return cls(**{each.name: getattr(launch, each.name) for each in fields(launch)})
+
+    def plan(self, running: Reservation | None = None) -> Plan:
+        """Decide whether the child may be started.
+
+        Raises:
+            UnsupportedPlatformError: MLX does not run here.
+            InsufficientMemoryError: There is no memory for the process itself.
+        """
+        check_platform()
+        return self._gated(estimate_bare(), override=False, running=running)
 
 
 def _advised(error: InsufficientMemoryError, stored: MemoryEstimate) -> InsufficientMemoryError:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import threading
 import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from runner_client.errors import RunnerUnavailableError
@@ -137,6 +138,31 @@ class ChildLife(Generic[ConnectionT]):
         # A runner that is garbage collected without a close leaves no child behind.
         weakref.finalize(self, child.abandon)
         return child
+
+    def admit(self, launch: Launch) -> Plan | None:
+        """Admit a model to the child, which was started without one. Blocks.
+
+        Args:
+            launch: What to load, with the parameters of the child's start.
+
+        Returns:
+            The plan of the load. None if a new child is necessary: this one is gone, or a new one
+            would have another command line or environment.
+
+        Raises:
+            RunnerUnavailableError: The life was closed meanwhile.
+            RunnerError: The model is refused. The caller must still close the life.
+        """
+        plan, child, listen_address = self.plan, self.child, self._listen_address
+        if plan is None or child is None or listen_address is None or child.has_exited:
+            return None
+        if not plan.child(listen_address).equals(child):
+            return None
+        admitted = launch.plan(plan.admission.reservation)
+        with self.kept_open():
+            self._launch = launch
+            self.plan = replace(admitted, token=plan.token)
+        return self.plan
 
     def begin_close(self) -> None:
         """Make every further step of the start fail. Returns at once."""

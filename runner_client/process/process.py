@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from runner_client.memory.estimation import MemoryEstimate
+    from runner_client.process.launch import Plan
     from runner_client.process.life import ChildLife
     from runner_client.rpc.stream import CompletionStream
     from runner_client.types import Completion, LoadResult, Options, Status
@@ -120,13 +121,23 @@ class RunnerProcess(ProcessBase[Connection]):
             raise
 
     def _load(self, life: ChildLife[Connection]) -> MemoryEstimate:
+        plan, supervisor = self._serve(life)
+        return self._begin_load(life, plan, supervisor)
+
+    def _serve(self, life: ChildLife[Connection]) -> tuple[Plan, Supervisor]:
+        """Start the child, and return once it serves."""
         begin = time.monotonic()
         plan, child, ready = start_blocking(life)
         client = RunnerClient(ready.target, token=plan.token, timeouts=self.timeouts, peer=child)
         supervisor = Supervisor(child, client)
         supervisor.wait_until_serving(begin + start_limit(self.timeouts))
+        return plan, supervisor
+
+    def _begin_load(
+        self, life: ChildLife[Connection], plan: Plan, supervisor: Supervisor
+    ) -> MemoryEstimate:
         with life.kept_open():
-            load = client.start_load(plan.model, options=plan.options)
+            load = supervisor.client.start_load(plan.model, options=plan.options)
             life.connection = Connection(supervisor, load)
         supervisor.start_watchdog()
         return plan.estimate
