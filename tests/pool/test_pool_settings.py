@@ -33,6 +33,7 @@ def test_a_file_has_all_settings(tmp_path: Path) -> None:
         budget = "24GiB"
         reserve_bytes = 1024
         max_wait_seconds = 20
+        spare_processes = 2
 
         [default]
         keep_alive_seconds = inf
@@ -71,6 +72,7 @@ def test_a_file_has_all_settings(tmp_path: Path) -> None:
         budget_bytes=24 * 2**30,
         reserve_bytes=1024,
         max_wait_seconds=20,
+        spare_processes=2,
         default=default,
         models={"org/chat": chat, "/models/code": code},
     )

@@ -4,71 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from runner_client.pool.scheduling.scheduler import SETTLE_SECONDS, PoolScheduler
-from runner_client.pool.scheduling.settings import ModelSettings, PoolSettings
-from runner_client.pool.scheduling.states import (
-    Action,
-    Grant,
-    Lease,
-    Load,
-    ModelState,
-    Need,
-    PooledModel,
-    Refuse,
-    Ticket,
-)
-
-PLENTY = 10**6
-
-
-class Driver:
-    """A scheduler with a clock; loads and evictions succeed when the test says so."""
-
-    def __init__(self, budget: int | None = 100, machine: int = PLENTY, **settings: float) -> None:
-        values = {"min_residence_seconds": 0.0, "max_wait_seconds": 10.0, **settings}
-        self.scheduler = PoolScheduler(PoolSettings(budget_bytes=budget, **values))  # type: ignore[arg-type]
-        self.machine = machine
-        self.now = 0.0
-
-    def model(
-        self, name: str, total: int, required: int | None = None, **settings: object
-    ) -> PooledModel:
-        """Return a model that stays until its memory is needed."""
-        given = ModelSettings(**{"keep_alive_seconds": None, **settings})  # type: ignore[arg-type]
-        return self.scheduler.model(name, given, Need(total, required or total))
-
-    def ask(self, model: PooledModel, **options: bool) -> Ticket:
-        """Request a model."""
-        return self.scheduler.request(self.now, model, **options)
-
-    def decide(self, seconds: float = 0.0) -> list[Action]:
-        """Let time pass, and return the actions decided then."""
-        self.now += seconds
-        return self.scheduler.decide(self.now, self.machine)
-
-    def lease(self, model: PooledModel) -> Lease:
-        """Lease a model that is loaded or has room, and return the lease."""
-        self.ask(model)
-        (action,) = self.decide()
-        if isinstance(action, Load):
-            self.scheduler.loaded(self.now, model, model.need.total_bytes)
-            (action,) = self.decide()
-        assert isinstance(action, Grant)
-        assert action.lease is not None
-        return action.lease
-
-    def use(self, model: PooledModel) -> None:
-        """Lease a model, and release it at once."""
-        self.scheduler.release(self.now, self.lease(model))
-
-
-def names(actions: list[Action]) -> list[tuple[str, str]]:
-    """Return kinds and models of actions."""
-    found = []
-    for action in actions:
-        model = action.ticket.model if isinstance(action, Grant | Refuse) else action.model
-        found.append((type(action).__name__, model.name))
-    return found
+from runner_client.pool.scheduling.scheduler import SETTLE_SECONDS
+from runner_client.pool.scheduling.states import Grant, ModelState, Refuse
+from support.scheduler_driver import Driver, names
 
 
 def test_requests_of_one_model_share_a_load() -> None:

@@ -1,8 +1,8 @@
 """A machine with a virtual clock on which a ``PoolScheduler`` is driven through random events.
 
 Loads take time, reserve memory and may be refused, runners die, other programs take memory, callers
-lose patience, people pin and evict. Every step checks the promises of the pool; ``run`` raises
-``AssertionError`` at the first one that is broken.
+lose patience, people pin and evict, and spare processes start, die and are taken. Every step checks
+the promises of the pool; ``run`` raises ``AssertionError`` at the first one that is broken.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from runner_client.pool.scheduling.scheduler import LOOK_SECONDS, PoolScheduler
 from runner_client.pool.scheduling.settings import ModelSettings, PoolSettings
 from runner_client.pool.scheduling.states import (
     Action,
+    EndSpare,
     Evict,
     Grant,
     Lease,
@@ -27,13 +28,17 @@ from runner_client.pool.scheduling.states import (
     Need,
     PooledModel,
     Refuse,
+    Spare,
+    StartSpare,
     Ticket,
 )
+from support.spare_simulation import SimulatedSpares
 
 MAX_LOAD_SECONDS = 8.0
 MAX_LEASE_SECONDS = 6.0
 MAX_RETURN_SECONDS = 1.0
 HORIZON_SECONDS = 200.0
+SPARE_BYTES = 7
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Scenario:
         is_calm: No deaths, failures, pins, pressure or priorities, so that waits have a bound.
         budget: The budget of the pool; None for the machine alone.
         machine: Memory of the machine that runners can have.
+        spares: Number of spare processes to keep.
     """
 
     model_count: int = 5
@@ -53,6 +59,7 @@ class Scenario:
     is_calm: bool = False
     budget: int | None = 100
     machine: int = 130
+    spares: int = 0
 
 
 @dataclass
@@ -84,8 +91,10 @@ class Simulation:
             budget_bytes=self.scenario.budget,
             min_residence_seconds=self.random.choice([0.0, 2.0]),
             max_wait_seconds=self.random.choice([0.0, 5.0, 15.0]),
+            spare_processes=self.scenario.spares,
         )
-        self.scheduler = PoolScheduler(self.settings)
+        self.scheduler = PoolScheduler(self.settings, SPARE_BYTES)
+        self.spares = SimulatedSpares(self)
         self.now = 0.0
         self.outside = 0
         self.actual: dict[str, int] = {}
@@ -114,8 +123,8 @@ class Simulation:
         """Run to the end, and return the events by name."""
         self._arrive()
         if not self.scenario.is_calm:
-            self._after(self.random.expovariate(0.1), self._disturb)
-        while self._events or self._alarm < math.inf:
+            self.after(self.random.expovariate(0.1), self._disturb)
+        while self._events or (self._alarm < math.inf and not self._is_over):
             if not self._events or self._alarm < self._events[0][0]:
                 self.now = self._alarm
             else:
@@ -128,7 +137,13 @@ class Simulation:
         assert not waiting, f"{len(waiting)} requests never end: {waiting[0].ticket.reason}"
         return self.counts
 
-    def _after(self, seconds: float, event: Callable[[], None]) -> None:
+    @property
+    def _is_over(self) -> bool:
+        """Whether the only thing that may still happen is the start of a spare process."""
+        return self.now > 2 * HORIZON_SECONDS and not self.scheduler.waiting()
+
+    def after(self, seconds: float, event: Callable[[], None]) -> None:
+        """Let an event happen in this many seconds."""
         heapq.heappush(self._events, (self.now + seconds, next(self._numbers), event))
 
     def _arrive(self) -> None:
@@ -143,9 +158,9 @@ class Simulation:
         self.requests.append(request)
         self.counts["request"] += 1
         if self.random.random() < 0.1:
-            self._after(self.random.uniform(0.0, 20.0), lambda: self._lose_patience(request))
+            self.after(self.random.uniform(0.0, 20.0), lambda: self._lose_patience(request))
         if self.now < HORIZON_SECONDS:
-            self._after(self.random.expovariate(self.scenario.arrivals_per_second), self._arrive)
+            self.after(self.random.expovariate(self.scenario.arrivals_per_second), self._arrive)
 
     def _lose_patience(self, request: Request) -> None:
         if request.outcome == "waiting":
@@ -158,10 +173,12 @@ class Simulation:
 
     def _disturb(self) -> None:
         """Let something happen that the pool did not ask for."""
-        event = self.random.choice([self._die, self._press, self._pin, self._evict_by_hand])
-        event()
+        events = [self._die, self._press, self._pin, self._evict_by_hand]
+        if self.scenario.spares:
+            events += [self.spares.die, self.spares.drop]
+        self.random.choice(events)()
         if self.now < HORIZON_SECONDS:
-            self._after(self.random.expovariate(0.2), self._disturb)
+            self.after(self.random.expovariate(0.2), self._disturb)
         else:
             self.outside = 0
             for model in self._models:
@@ -191,19 +208,30 @@ class Simulation:
     def _vanish(self, model: PooledModel) -> None:
         self.actual.pop(model.name, None)
         self.reserved.pop(model.name, None)
+        self.spares.give_back(model)
         self.scheduler.gone(model)
 
-    def _available(self) -> int:
+    def unreserved(self) -> int:
+        """Return the memory that the machine can give."""
+        reserved = sum(self.reserved.values()) + self.spares.reserved_bytes
+        return self.scenario.machine - self.outside - reserved
+
+    def available(self) -> int:
+        """Return the memory that the machine can give, less that of starts not yet admitted."""
         begun = sum(
-            each.need.total_bytes
+            each.need.total_bytes - self.spares.taken_bytes(each)
             for each in self._models
             if each.state is ModelState.LOADING and each.name not in self.reserved
         )
-        return self.scenario.machine - self.outside - sum(self.reserved.values()) - begun
+        return self.unreserved() - begun - self.spares.begun_bytes
 
     def _decide(self) -> None:
-        for action in self.scheduler.decide(self.now, self._available()):
+        available = self.available()
+        actions = self.scheduler.decide(self.now, available, self.spares.reserve)
+        for action in actions:
             self._carry_out(action)
+        started = sum(isinstance(action, StartSpare) for action in actions)
+        assert not started or started * SPARE_BYTES <= available - self.spares.reserve
         self._alarm = self.scheduler.next_decision(self.now)
         assert self._alarm > self.now
 
@@ -215,13 +243,20 @@ class Simulation:
                 assert required_bytes > available_bytes or not ticket.may_evict
                 self._check_refusal(ticket)
                 self._end(self._request(ticket), "refused")
-            case Load(model):
+            case Load(model, spare):
                 self.counts["load"] += 1
+                if spare is not None:
+                    self.spares.take(model, spare)
                 life = model.life
-                self._after(self.random.uniform(0.0, 0.5), lambda: self._admit(model, life))
+                self.after(self.random.uniform(0.0, 0.5), lambda: self._admit(model, life))
             case Evict(model, reason):
                 self._check_eviction(model, reason)
                 self._stop(model)
+            case StartSpare(spare):
+                self.spares.start(spare)
+            case EndSpare(spare, _):
+                self._check_room_is_short(spare)
+                self.spares.stop(spare)
 
     def _request(self, ticket: Ticket) -> Request:
         return next(each for each in self.requests if each.ticket is ticket)
@@ -238,7 +273,7 @@ class Simulation:
         if lease is not None:
             self._leases[model.name, model.life] += 1
             seconds = self.random.uniform(0.0, MAX_LEASE_SECONDS)
-            self._after(seconds, lambda: self._release(lease))
+            self.after(seconds, lambda: self._release(lease))
 
     def _release(self, lease: Lease) -> None:
         self._leases[lease.model.name, lease.life] -= 1
@@ -255,7 +290,8 @@ class Simulation:
         """Reserve memory for a load as the gate does, or refuse it."""
         if model.state is not ModelState.LOADING or model.life != life:
             return
-        available = self.scenario.machine - self.outside - sum(self.reserved.values())
+        available = self.unreserved() + self.spares.taken_bytes(model)
+        self.spares.give_back(model)
         if model.need.required_bytes > available:
             self.counts["load refused by the machine"] += 1
             self.scheduler.gone(model)
@@ -263,7 +299,7 @@ class Simulation:
         self.reserved[model.name] = min(model.need.total_bytes, available)
         self.actual[model.name] = int(self.reserved[model.name] * self.random.uniform(0.7, 1.0))
         seconds = self.random.uniform(0.1, MAX_LOAD_SECONDS - 0.5)
-        self._after(seconds, lambda: self._loaded(model, life))
+        self.after(seconds, lambda: self._loaded(model, life))
 
     def _loaded(self, model: PooledModel, life: int) -> None:
         if model.state is not ModelState.LOADING or model.life != life:
@@ -285,7 +321,7 @@ class Simulation:
             if model.state is ModelState.EVICTING and model.life == life:
                 self._vanish(model)
 
-        self._after(self.random.uniform(0.0, MAX_RETURN_SECONDS), gone)
+        self.after(self.random.uniform(0.0, MAX_RETURN_SECONDS), gone)
 
     def _check_eviction(self, model: PooledModel, reason: str) -> None:
         assert not model.is_pinned or "cancelled" in reason, f"{model.name} is pinned"
@@ -304,8 +340,11 @@ class Simulation:
             early = [each for each in wanted if each.life < model.life]
             assert not early, f"{model.name} goes before its own first request"
 
-    def _check_room_is_short(self, victim: PooledModel) -> None:
-        """Check that the first request would not fit without the eviction of ``victim``."""
+    def _check_room_is_short(self, victim: PooledModel | Spare) -> None:
+        """Check that the first request would not fit without the end of ``victim``.
+
+        All spare processes end before any model, except for the one that the load takes.
+        """
         waiting = self.scheduler.waiting()
         need = next(each.model.need for each in waiting if each.model.state is ModelState.ABSENT)
         coming = sum(
@@ -313,13 +352,19 @@ class Simulation:
             for each in self._models
             if each.state is ModelState.EVICTING and each is not victim
         )
+        spares = self.scheduler.spares
+        if isinstance(victim, Spare):
+            coming += spares.ending_bytes - victim.held_bytes + spares.next_bytes
+        else:
+            coming += spares.held_bytes
         budget = math.inf if self.settings.budget_bytes is None else self.settings.budget_bytes
         in_budget = need.total_bytes <= budget - self.scheduler.held_bytes + coming
-        in_machine = need.required_bytes <= self._available() + coming
-        assert not (in_budget and in_machine), f"{victim.name} goes for nothing"
+        in_machine = need.required_bytes <= self.available() + coming
+        assert not (in_budget and in_machine), f"{victim} goes for nothing"
 
     def _check_refusal(self, ticket: Ticket) -> None:
         if not ticket.may_evict:
+            self._check_refused_eviction(ticket)
             return
         self.counts["refused for good"] += 1
         kept = sum(each.held_bytes for each in self._models if each.is_pinned)
@@ -328,11 +373,23 @@ class Simulation:
         need = ticket.model.need
         assert need.total_bytes > budget - kept or need.required_bytes > machine - kept
 
+    def _check_refused_eviction(self, ticket: Ticket) -> None:
+        """Check that a model, not only spare processes, would have to go, or that others wait."""
+        waiting = [each for each in self.scheduler.waiting() if each.model is not ticket.model]
+        if any(each.model.state is ModelState.ABSENT for each in waiting):
+            return
+        held = self.scheduler.held_bytes - self.scheduler.spares.held_bytes
+        budget = math.inf if self.settings.budget_bytes is None else self.settings.budget_bytes
+        need = ticket.model.need
+        in_machine = need.required_bytes <= self.available() + self.spares.untaken_bytes
+        assert not (in_machine and need.total_bytes <= budget - held), "refused for nothing"
+
     def _check(self) -> None:
         held = self.scheduler.held_bytes
         if self.scenario.budget is not None:
             assert held <= self.scenario.budget
-            assert sum(self.actual.values()) <= self.scenario.budget
+            actual = sum(self.actual.values()) + self.spares.reserved_bytes
+            assert actual <= self.scenario.budget
         for model in self._models:
             assert self.actual.get(model.name, 0) <= model.held_bytes
             assert model.leases >= 0

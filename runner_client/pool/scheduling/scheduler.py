@@ -10,6 +10,7 @@ import itertools
 import math
 from typing import TYPE_CHECKING
 
+from runner_client.pool.scheduling.spares import Spares
 from runner_client.pool.scheduling.states import (
     Action,
     Evict,
@@ -62,16 +63,24 @@ class PoolScheduler:
     - A model is never evicted while it loads for a ticket, has a lease, is pinned, or has been
       loaded for less than ``min_residence_seconds``, or for less time than its load took, so that
       at most half of the time is spent on loads.
+    - A load takes a spare process if there is one. Others are stopped before any model is evicted.
+      New ones are started while no model is loaded or evicted, and while tickets wait for memory
+      only the one that the next load takes, whose memory is a part of that load's need.
     - A ticket that has waited for ``max_wait_seconds`` makes models in use yield: they get no new
       leases until it is served. So two models under load alternate with long turns, and neither
       waits for more than that time plus the leases that run.
 
     Args:
         settings: The settings of the pool.
+        spare_bytes: Memory counted for a spare process.
+
+    Attributes:
+        spares: The spare processes.
     """
 
-    def __init__(self, settings: PoolSettings) -> None:
+    def __init__(self, settings: PoolSettings, spare_bytes: int = 0) -> None:
         self._settings = settings
+        self.spares = Spares(settings.spare_processes, spare_bytes)
         self._models: dict[str, PooledModel] = {}
         self._queue: list[Ticket] = []
         self._numbers = itertools.count()
@@ -83,8 +92,8 @@ class PoolScheduler:
 
     @property
     def held_bytes(self) -> int:
-        """Memory counted for all models."""
-        return sum(model.held_bytes for model in self._models.values())
+        """Memory counted for all models and spare processes."""
+        return sum(model.held_bytes for model in self._models.values()) + self.spares.held_bytes
 
     @property
     def kept_bytes(self) -> int:
@@ -95,6 +104,17 @@ class PoolScheduler:
     def is_short(self) -> bool:
         """Whether a ticket waits for the load of a model, so that a measurement is needed."""
         return any(ticket.model.state is ModelState.ABSENT for ticket in self._queue)
+
+    def wants_spare(self, now: float) -> bool:
+        """Whether a spare process is started if the machine has room, which must be measured."""
+        if self._in(ModelState.LOADING) or self._in(ModelState.EVICTING):
+            return False
+        is_due = now >= self.spares.start_time(only_next=self.is_short)
+        return is_due and self._budget_rest() >= self.spares.each_bytes
+
+    def _budget_rest(self) -> float:
+        budget = self._settings.budget_bytes
+        return math.inf if budget is None else budget - self.held_bytes
 
     def waiting(self, model: PooledModel | None = None) -> tuple[Ticket, ...]:
         """Return the tickets that wait, all or those of one model, first come first."""
@@ -161,7 +181,7 @@ class PoolScheduler:
         model.held_bytes = model.leases = 0
         model.yields_to = None
 
-    def decide(self, now: float, machine_bytes: int) -> list[Action]:
+    def decide(self, now: float, machine_bytes: int, reserve_bytes: int = 0) -> list[Action]:
         """Return what to do now, in this order.
 
         The scheduler regards the actions as begun when it returns.
@@ -169,8 +189,12 @@ class PoolScheduler:
         Args:
             now: The time, in seconds.
             machine_bytes: Memory that the machine can give to another runner.
+            reserve_bytes: The part of it that spare processes must leave free.
         """
         actions = [*self.grants(now), *self._needless(now), *self._loads(now, machine_bytes)]
+        if self.wants_spare(now):
+            room = min(self._budget_rest(), machine_bytes - reserve_bytes)
+            actions += self.spares.start(now, int(room), only_next=self.is_short)
         hopeless = {ticket.model.name for ticket in self._queue if ticket.is_hopeless}
         for model in self._models.values():
             if model.name not in hopeless:
@@ -184,6 +208,8 @@ class PoolScheduler:
             times.append(now + LOOK_SECONDS)
             times += (self._stays_until(model) for model in self._in(ModelState.READY))
             times += (each.arrived + self._settings.max_wait_seconds for each in self._queue)
+        if self.wants_spare(due := self.spares.start_time(only_next=self.is_short)):
+            times.append(due)
         return min((time for time in times if time > now), default=math.inf)
 
     def idle_models(self) -> list[PooledModel]:
@@ -240,12 +266,12 @@ class PoolScheduler:
                 continue
             short = self._short(model.need, machine_bytes)
             if short <= 0 and first is None:
-                machine_bytes -= model.need.total_bytes
+                machine_bytes -= model.need.total_bytes - self.spares.next_bytes
                 yield self._load(now, ticket)
-            elif not ticket.may_evict and short <= 0:
+            elif not ticket.may_evict and short > self.spares.rest_bytes:
+                yield self._refused_eviction(now, ticket, short - self.spares.rest_bytes)
+            elif not ticket.may_evict and first is not None and first.model is not model:
                 yield self._refused(ticket, kept_for_others(model), 0)
-            elif not ticket.may_evict:
-                yield self._refused_eviction(now, ticket, short)
             elif first is not None:
                 is_same = model is first.model
                 ticket.reason = first.reason if is_same else "waiting for the requests before it"
@@ -262,14 +288,14 @@ class PoolScheduler:
         model.held_bytes = model.need.total_bytes
         model.life += 1
         ticket.reason = ""
-        return Load(model)
+        return Load(model, self.spares.take())
 
     def _short(self, need: Need, machine_bytes: int) -> int:
-        """Return how many bytes are missing; 0 or less if the need fits."""
+        """Return how many bytes a load lacks beside its spare process; 0 or less if it fits."""
         short = need.required_bytes - machine_bytes
         if (budget := self._settings.budget_bytes) is not None:
             short = max(short, need.total_bytes - (budget - self.held_bytes))
-        return short
+        return short - self.spares.next_bytes
 
     def _make_room(self, now: float, ticket: Ticket, short: int) -> Iterator[Action]:
         """Evict for a ticket, or note what it waits for."""
@@ -282,17 +308,23 @@ class PoolScheduler:
             names = ", ".join(each.name for each in self._in(ModelState.EVICTING))
             ticket.reason = f"waiting for the memory of {names}, which is being evicted"
             return
+        if short <= self.spares.rest_bytes:
+            ticket.reason = f"waiting for {missing}: stopping spare processes"
+            yield from self.spares.make_room(now, short)
+            return
         ready = self._evictable()
         victims = [each for each in ready if each.is_idle and self._stays_until(each) <= now]
-        if chosen := cover(victims, short):
+        if chosen := cover(victims, short - self.spares.rest_bytes):
             ticket.reason = f"waiting for {missing}: evicting {described(chosen, now)}"
+            yield from self.spares.make_room(now, short - sum(each.held_bytes for each in chosen))
             yield from (
                 self._evicted(each, f"to make room for {ticket.model.name}") for each in chosen
             )
             return
         wait = ticket.arrived + self._settings.max_wait_seconds - now
         first = [each for each in ready if each in victims or each.yields_to is ticket]
-        chosen = cover([*first, *(each for each in ready if each not in first)], short)
+        others = [each for each in ready if each not in first]
+        chosen = cover([*first, *others], short - self.spares.rest_bytes)
         if wait <= 0:
             for each in chosen:
                 each.yields_to = ticket
@@ -304,11 +336,12 @@ class PoolScheduler:
         """Return a refusal if the model would not fit even if everything else went."""
         ticket.is_hopeless = False
         going = sum(each.held_bytes for each in self._models.values() if _goes_in_the_end(each))
+        going += self.spares.rest_bytes
         if short <= going:
             return None
         need = ticket.model.need
         if (budget := self._settings.budget_bytes) is not None:
-            rest = budget - (self.held_bytes - going)
+            rest = budget - self.kept_bytes
             if need.total_bytes > rest:
                 return self._refused(ticket, over_budget(ticket.model, budget, rest), rest)
         model = ticket.model

@@ -114,6 +114,22 @@ class PooledModel:
         return self.state is ModelState.READY and self.leases == 0
 
 
+@dataclass(slots=True, eq=False)
+class Spare:
+    """A spare process: a runner without a model, which one load will take.
+
+    Attributes:
+        held_bytes: Memory counted for it, from its start until a load takes it or its memory is
+            back.
+        is_ready: Whether it has started.
+        is_ending: Whether it is being stopped.
+    """
+
+    held_bytes: int
+    is_ready: bool = False
+    is_ending: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Grant:
     """Give a ticket its model. ``lease`` is None for a request to load only."""
@@ -124,9 +140,15 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Start a runner for a model; report ``loaded`` or ``gone``."""
+    """Start a runner for a model; report ``loaded`` or ``gone``.
+
+    Attributes:
+        model: The model.
+        spare: The spare process that becomes its runner; None for a new process.
+    """
 
     model: PooledModel
+    spare: Spare | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,4 +176,19 @@ class Refuse:
     text: str
 
 
-Action = Grant | Load | Evict | Refuse
+@dataclass(frozen=True, slots=True)
+class StartSpare:
+    """Start a spare process, and set ``is_ready``; or report ``gone``."""
+
+    spare: Spare
+
+
+@dataclass(frozen=True, slots=True)
+class EndSpare:
+    """Stop a spare process, and report ``gone`` once its memory is back."""
+
+    spare: Spare
+    reason: str
+
+
+Action = Grant | Load | Evict | Refuse | StartSpare | EndSpare
