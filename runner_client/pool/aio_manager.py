@@ -16,20 +16,32 @@ from runner_client.errors import (
     RunnerExitedError,
     RunnerUnavailableError,
 )
+from runner_client.memory.estimation import BARE_PROCESS_BYTES
+from runner_client.pool.aio_entry import Entry
 from runner_client.pool.aio_member import Member
+from runner_client.pool.aio_spares import SpareKeeper
+from runner_client.pool.aio_tasks import Tasks, soon
 from runner_client.pool.scheduling.scheduler import PoolScheduler
-from runner_client.pool.scheduling.states import Evict, Grant, Load, ModelState, Refuse
+from runner_client.pool.scheduling.states import (
+    EndSpare,
+    Evict,
+    Grant,
+    Load,
+    ModelState,
+    Refuse,
+    StartSpare,
+)
 from runner_client.pool.types import NOTHING, MemoryReturn
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
-    from typing import Any
+    from collections.abc import AsyncGenerator, Callable, Iterable
 
     from runner_client.memory.gate import MemoryGate
     from runner_client.pool.appraisal import Appraisal
     from runner_client.pool.scheduling.settings import PoolSettings
-    from runner_client.pool.scheduling.states import Action, Lease, PooledModel, Ticket
+    from runner_client.pool.scheduling.states import Action, Lease, Spare, Ticket
     from runner_client.process.aio_process import AsyncRunnerProcess
+    from runner_client.process.aio_spare import SpareProcess
     from runner_client.types import RestartPolicy
 
 logger = logging.getLogger(__name__)
@@ -37,33 +49,6 @@ logger = logging.getLogger(__name__)
 _MAX_REFUSALS = 5
 """How often the machine may refuse a load for which the pool found room, before the requests for
 it fail. Other schedulers take memory at the same moment."""
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """A model of a pool: the scheduler's view, the runner and the history.
-
-    Attributes:
-        model: The scheduler's view.
-        appraisal: The need and the options of the next load.
-        member: The runner; None while the model is absent.
-        task: The load or eviction in progress, or the last one.
-        deaths: Times at which a runner of the model died, in ``time.monotonic()`` seconds.
-        last_error: Why the last load failed, the last runner died, or memory did not come back.
-        refused_count: Loads in a row that the machine refused.
-        last_return: Memory that came back at the last eviction.
-        last_reason: What the last request that gave up had waited for.
-    """
-
-    model: PooledModel
-    appraisal: Appraisal
-    member: Member | None = None
-    task: asyncio.Task[None] | None = None
-    deaths: tuple[float, ...] = ()
-    last_error: str = ""
-    refused_count: int = 0
-    last_return: MemoryReturn = NOTHING
-    last_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,6 +67,7 @@ class PoolManager:
         gate: Measures the machine's memory.
         restart_policy: How often a model's runner may die.
         new_process: Creates the process for a model, without starting it.
+        new_spare: Creates a spare process, without starting it.
     """
 
     def __init__(
@@ -90,16 +76,25 @@ class PoolManager:
         gate: MemoryGate,
         restart_policy: RestartPolicy,
         new_process: Callable[[Appraisal], AsyncRunnerProcess],
+        new_spare: Callable[[], SpareProcess],
     ) -> None:
         self._settings = settings
         self._gate = gate
         self._restart_policy = restart_policy
         self._new_process = new_process
-        self.scheduler = PoolScheduler(settings)
+        self.scheduler = PoolScheduler(settings, BARE_PROCESS_BYTES)
         self.entries: dict[str, Entry] = {}
         self._closed_because = ""
         self._waiting: dict[Ticket, _Wait] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
+        self.spares = SpareKeeper(
+            self.scheduler.spares,
+            restart_policy,
+            new_spare,
+            lambda process: self._stop(Member(process, gate), "a spare process"),
+            self._tasks,
+            self.notify,
+        )
         self._event = asyncio.Event()
         self._watchers: set[asyncio.Event] = set()
 
@@ -192,8 +187,14 @@ class PoolManager:
         if loading is not None:
             # Now, so that it cannot end in another way before the eviction begins.
             loading.cancel()
-        entry.task = self._begin(self._evict(entry, loading, reason))
+        entry.task = self._tasks.begin(self._evict(entry, loading, reason))
         self.notify()
+
+    def end_spare(self, reason: str) -> bool:
+        """Stop a spare process; return False if there is none."""
+        action = self.scheduler.spares.end_one(time.monotonic(), reason)
+        self._carry_out([action] if action else [])
+        return action is not None
 
     def notify(self) -> None:
         """Have the scheduler decide again, soon."""
@@ -215,8 +216,8 @@ class PoolManager:
         """Decide after every event, until cancelled."""
         while True:
             self._event.clear()
-            machine_bytes = await self._machine_bytes() if self.scheduler.is_short else 0
-            self._carry_out(self.scheduler.decide(time.monotonic(), machine_bytes))
+            machine_bytes, reserve_bytes = await self._measure()
+            self._carry_out(self.scheduler.decide(time.monotonic(), machine_bytes, reserve_bytes))
             self._publish()
             now = time.monotonic()
             delay = self.scheduler.next_decision(now) - now
@@ -240,30 +241,28 @@ class PoolManager:
         for entry in self.entries.values():
             if entry.model.is_held:
                 self.begin_eviction(entry, "the pool is closed")
-        try:
-            # A task that is cancelled before it has begun would stop nothing.
-            await asyncio.sleep(0)
-            outcomes = await asyncio.gather(*self._tasks, return_exceptions=True)
-        except asyncio.CancelledError:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-            raise
-        for outcome in outcomes:
-            if isinstance(outcome, Exception):
-                logger.error("a runner was not stopped in order", exc_info=outcome)
+        while self.end_spare("the pool is closed"):
+            pass
+        await self._tasks.join()
 
-    async def _machine_bytes(self) -> int:
-        """Measure the memory for another runner, less the needs of loads not yet admitted."""
+    async def _measure(self) -> tuple[int, int]:
+        """Measure the memory for another runner, less the needs of starts not yet admitted.
+
+        Returns:
+            That memory, and the part that spare processes must leave free; 0 for both if no
+            decision depends on them.
+        """
+        if not (self.scheduler.is_short or self.scheduler.wants_spare(time.monotonic())):
+            return 0, 0
         # Before the measurement: a load admitted meanwhile counts twice rather than not at all.
-        begun = sum(
-            entry.model.need.total_bytes
+        begun = self.spares.unreserved_bytes + sum(
+            entry.member.unreserved_bytes(entry.model.need.total_bytes)
             for entry in self.entries.values()
-            if entry.model.state is ModelState.LOADING
-            and not (entry.member and entry.member.is_admitted)
+            if entry.model.state is ModelState.LOADING and entry.member
         )
         decision = await asyncio.to_thread(self._gate.available)
-        return decision.available_bytes - begun
+        reserve_bytes = (self._settings.reserve_bytes or 0) - decision.overhead_bytes
+        return decision.available_bytes - begun, max(0, reserve_bytes)
 
     def _carry_out(self, actions: Iterable[Action]) -> None:
         for action in actions:
@@ -275,10 +274,14 @@ class PoolManager:
                         text, required_bytes=required_bytes, available_bytes=available_bytes
                     )
                     self._fail([ticket], error)
-                case Load(model):
-                    self._begin_load(self.entries[model.name])
+                case Load(model, spare):
+                    self._begin_load(self.entries[model.name], spare)
                 case Evict(model, reason):
                     self.begin_eviction(self.entries[model.name], reason)
+                case StartSpare(spare):
+                    self.spares.start(spare)
+                case EndSpare(spare, reason):
+                    self.spares.end(spare, reason)
 
     def _grant(self, ticket: Ticket, lease: Lease | None) -> None:
         wait = self._waiting.get(ticket)
@@ -307,16 +310,16 @@ class PoolManager:
             except Exception as error:  # noqa: BLE001 - raised in the caller's task
                 wait.granted.set_exception(error)
 
-    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        # The event loop keeps only weak references.
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+    def _begin_load(self, entry: Entry, spare: Spare | None) -> None:
+        entry.member = self._new_member(entry.appraisal, spare)
+        entry.task = self._tasks.begin(self._load(entry, entry.member))
 
-    def _begin_load(self, entry: Entry) -> None:
-        entry.member = Member(self._new_process(entry.appraisal), self._gate)
-        entry.task = self._begin(self._load(entry, entry.member))
+    def _new_member(self, appraisal: Appraisal, spare: Spare | None) -> Member:
+        if spare is None:
+            return Member(self._new_process(appraisal), self._gate)
+        process = self.spares.take(spare)
+        process.choose(appraisal.estimate.model, appraisal.options)
+        return Member(process, self._gate, spare.held_bytes)
 
     async def _load(self, entry: Entry, member: Member) -> None:
         logger.info("loading %s", entry.model.name)
@@ -334,7 +337,7 @@ class PoolManager:
             entry.refused_count, entry.last_error = 0, ""
             self.scheduler.loaded(time.monotonic(), entry.model, held_bytes)
             died = functools.partial(self._note_death, entry, member)
-            member.process.on_exit(functools.partial(_soon, asyncio.get_running_loop(), died))
+            member.process.on_exit(functools.partial(soon, asyncio.get_running_loop(), died))
         self.notify()
 
     def _note_gone(self, entry: Entry, error: Exception, *, is_failure: bool) -> None:
@@ -360,7 +363,7 @@ class PoolManager:
         self._note_gone(entry, error, is_failure=False)
         if refusal := self._refusal(entry):
             self._fail(self.scheduler.waiting(entry.model), refusal)
-        self._begin(member.process.close())
+        self._tasks.begin(member.process.close())
         self.notify()
 
     async def _evict(self, entry: Entry, loading: asyncio.Task[None] | None, reason: str) -> None:
@@ -371,27 +374,24 @@ class PoolManager:
                 entry.last_return = NOTHING
                 await asyncio.gather(loading, return_exceptions=True)
             elif member is not None:
-                others = functools.partial(self._taken_bytes, member)
-                # A pool that stops needs the memory for nothing.
-                patience = 0.0 if self.is_closed else self._settings.return_seconds
-                returned = await member.stop(patience, others)
+                returned = await self._stop(member, name)
                 entry.last_return = returned
                 entry.last_error = "" if returned.is_complete else f"evicted, but only {returned}"
-                is_late = not (returned.is_complete or self.is_closed)
-                level = logging.WARNING if is_late else logging.INFO
-                logger.log(level, "evicted %s: %s", name, returned)
         finally:
             entry.member = None
             self.scheduler.gone(entry.model)
             self.notify()
 
+    async def _stop(self, member: Member, name: str) -> MemoryReturn:
+        # A pool that stops needs the memory for nothing.
+        patience = 0.0 if self.is_closed else self._settings.return_seconds
+        returned = await member.stop(patience, functools.partial(self._taken_bytes, member))
+        is_late = not (returned.is_complete or self.is_closed)
+        logger.log(logging.WARNING if is_late else logging.INFO, "evicted %s: %s", name, returned)
+        return returned
+
     def _taken_bytes(self, member: Member) -> int:
         """Return the memory of all other runners."""
-        members = [entry.member for entry in list(self.entries.values())]
-        return sum(each.taken_bytes for each in members if each and each is not member)
-
-
-def _soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
-    # A closed event loop has no pool left.
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(callback)
+        members = [entry.member for entry in list(self.entries.values()) if entry.member]
+        members += (Member(process, self._gate) for process in self.spares.processes)
+        return sum(each.taken_bytes for each in members if each.process is not member.process)

@@ -35,18 +35,22 @@ class Member:
     Args:
         process: The runner, not started yet.
         gate: Measures free memory.
+        spare_bytes: The need of the process before its load; 0 for a process that is not started.
     """
 
-    def __init__(self, process: AsyncRunnerProcess, gate: MemoryGate) -> None:
+    def __init__(self, process: AsyncRunnerProcess, gate: MemoryGate, spare_bytes: int = 0) -> None:
         self._process = process
         self._gate = gate
+        self._spare_bytes = spare_bytes
         self.progress = 0
         """Progress of the load, 0 to 100."""
 
-    @property
-    def is_admitted(self) -> bool:
-        """True if the machine's reservations include this runner."""
-        return self._process.estimate is not None
+    def unreserved_bytes(self, need_bytes: int) -> int:
+        """Return the part of a need that the machine's reservations do not include yet."""
+        if self._process.estimate is not None:
+            return 0
+        # A process has a token once it is admitted, with a model or without.
+        return need_bytes - (0 if self._process.token is None else self._spare_bytes)
 
     @property
     def process(self) -> AsyncRunnerProcess:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 from runner_client.checks import (
@@ -26,19 +26,20 @@ from runner_client.errors import (
 from runner_client.memory.gate import MemoryGate
 from runner_client.pool.aio_manager import PoolManager
 from runner_client.pool.aio_pressure import PressureRelief
-from runner_client.pool.aio_report import ProgressReport, describe
+from runner_client.pool.aio_report import ProgressReport, describe, describe_pool
 from runner_client.pool.appraisal import Appraisal, appraise
 from runner_client.pool.scheduling.settings import PoolSettings
 from runner_client.pool.scheduling.states import ModelState
 from runner_client.pool.types import NOTHING, PoolStatus
 from runner_client.process.aio_process import AsyncRunnerProcess
+from runner_client.process.aio_spare import SpareProcess
 from runner_client.types import RestartPolicy, Timeouts
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
     from types import TracebackType
 
-    from runner_client.pool.aio_manager import Entry
+    from runner_client.pool.aio_entry import Entry
     from runner_client.pool.aio_member import Member
     from runner_client.pool.scheduling.states import Lease
     from runner_client.pool.types import MemoryReturn, PoolModel
@@ -101,7 +102,11 @@ class AsyncRunnerPool:
         self._timeouts = timeouts
         self._blas, self._env, self._log = blas, env, log
         self._manager = PoolManager(
-            self._settings, self._gate, restart_policy or RestartPolicy(), self._new_process
+            self._settings,
+            self._gate,
+            restart_policy or RestartPolicy(),
+            self._new_process,
+            partial(SpareProcess, gate=self._gate, timeouts=timeouts, blas=blas, env=env, log=log),
         )
         self._pressure = PressureRelief(self._manager, self._gate, self._settings.reserve_bytes)
         self._names: dict[str, str] = {}
@@ -242,11 +247,7 @@ class AsyncRunnerPool:
 
     def status(self) -> PoolStatus:
         """Return the present state of the pool and its models."""
-        return PoolStatus(
-            budget_bytes=self._settings.budget_bytes,
-            held_bytes=self._manager.scheduler.held_bytes,
-            models=self.models(),
-        )
+        return describe_pool(self._settings, self._manager.scheduler, self.models())
 
     def models(self) -> tuple[PoolModel, ...]:
         """Return every model that was requested from this pool, loaded or not."""
@@ -320,7 +321,7 @@ class AsyncRunnerPool:
         try:
             async with asyncio.timeout(timeout_seconds) as limit:
                 entry = await self._known(model)
-                described = functools.partial(self._describe, entry)
+                described = partial(self._describe, entry)
                 report = ProgressReport(described, on_progress) if on_progress else None
                 return entry, await self._manager.request(
                     entry, may_evict=evict, is_lease=is_lease, on_change=report

@@ -20,7 +20,9 @@ _CPU_SECONDS, _GPU_SECONDS = 1.0, 5.0
 
 
 class PressureRelief:
-    """Empties prefix caches, then evicts idle models, while free memory is below a reserve.
+    """Gives memory back while free memory is below a reserve.
+
+    Spare processes go first, then the content of prefix caches, then idle models.
 
     Args:
         manager: The pool.
@@ -39,7 +41,8 @@ class PressureRelief:
         seconds = _CPU_SECONDS
         while True:
             await asyncio.sleep(seconds)
-            if any(entry.member for entry in self._manager.entries.values()):
+            members = (entry.member for entry in self._manager.entries.values())
+            if any(members) or self._manager.spares.processes:
                 decision = await asyncio.to_thread(self._gate.available)
                 seconds = _CPU_SECONDS if decision.free.device_kind == "cpu" else _GPU_SECONDS
                 reserve = self._reserve_bytes
@@ -52,10 +55,14 @@ class PressureRelief:
             self._has_trimmed = False
             return
         scheduler = self._manager.scheduler
-        if any(model.state is ModelState.EVICTING for model in scheduler.models):
+        is_evicting = any(model.state is ModelState.EVICTING for model in scheduler.models)
+        if is_evicting or scheduler.spares.ending_bytes:
             # Its memory is not back yet.
             return
         what = f"{format_bytes(free_bytes)} of {format_bytes(reserve_bytes)} are free"
+        if self._manager.end_spare(what):
+            logger.warning("%s: stopping a spare process", what)
+            return
         members = [
             entry.member
             for entry in self._manager.entries.values()

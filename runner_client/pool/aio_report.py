@@ -6,12 +6,14 @@ import time
 from typing import TYPE_CHECKING
 
 from runner_client.pool.scheduling.states import ModelState
-from runner_client.pool.types import PoolModel
+from runner_client.pool.types import PoolModel, PoolStatus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from runner_client.pool.aio_manager import Entry
+    from runner_client.pool.aio_entry import Entry
+    from runner_client.pool.scheduling.scheduler import PoolScheduler
+    from runner_client.pool.scheduling.settings import PoolSettings
     from runner_client.pool.scheduling.states import Ticket
 
 
@@ -42,6 +44,19 @@ def describe(entry: Entry, waiting: Sequence[Ticket]) -> PoolModel:
         last_error=entry.last_error,
         pid=member.process.pid if member else None,
         address=member.process.address if member and is_loaded else None,
+    )
+
+
+def describe_pool(
+    settings: PoolSettings, scheduler: PoolScheduler, models: tuple[PoolModel, ...]
+) -> PoolStatus:
+    """Return the present state of a pool."""
+    return PoolStatus(
+        budget_bytes=settings.budget_bytes,
+        held_bytes=scheduler.held_bytes,
+        models=models,
+        spare_count=scheduler.spares.ready_count,
+        spare_bytes=scheduler.spares.held_bytes,
     )
 
 

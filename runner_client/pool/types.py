@@ -62,9 +62,13 @@ class PoolStatus:
     budget_bytes: int | None
     """The budget; None if only the machine limits the pool."""
     held_bytes: int
-    """Memory that counts against the budget, of all models."""
+    """Memory that counts against the budget, of all models and spare processes."""
     models: tuple[PoolModel, ...]
     """Every model that was requested since the start of the pool."""
+    spare_count: int = 0
+    """Spare processes that have started and that a load can take."""
+    spare_bytes: int = 0
+    """The part of ``held_bytes`` of spare processes, including those that start or stop."""
 
     def model(self, name: str) -> PoolModel | None:
         """Return a model by name; None if it was never requested."""

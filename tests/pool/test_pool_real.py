@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -24,7 +25,8 @@ from runner_client import (
     RunnerProcess,
     errors,
 )
-from runner_client.memory.estimation import estimate
+from runner_client.memory.estimation import BARE_PROCESS_BYTES, estimate
+from runner_client.process.aio_spare import SpareProcess
 from runner_common.memory.reservations import ReservationBook
 from support.fake_child import is_gone
 from support.pool_machine import eventually, model_of, state_of, use
@@ -73,6 +75,28 @@ async def test_models_take_turns_within_the_budget(models: Models) -> None:
         os.kill(other or 0, signal.SIGKILL)
         await eventually(lambda: state_of(pool, second) is ModelState.ABSENT)
         assert await use(pool, second) not in (None, pid, other)
+
+
+async def imported_bytes(spare: SpareProcess) -> int:
+    """Wait until a process has imported MLX; return its resident set."""
+    while not (status := await spare.client.status()).device:  # noqa: ASYNC110 - has no event
+        await asyncio.sleep(0.05)
+    return status.memory_usage.process_bytes
+
+
+async def test_a_spare_process_loads_the_next_model(models: Models) -> None:
+    settings = replace(settings_for(1, models), spare_processes=1)
+    budget = (settings.budget_bytes or 0) + BARE_PROCESS_BYTES
+    async with AsyncRunnerPool(replace(settings, budget_bytes=budget)) as pool:
+        for model in (*models, models[0]):
+            await eventually(lambda: pool.status().spare_count == 1, seconds=60)
+            (spare,) = pool._manager.spares.processes
+            assert await imported_bytes(spare) < BARE_PROCESS_BYTES
+            async with pool.runner(model) as runner:
+                assert (await runner.complete("def", options=GREEDY)).content
+                assert model_of(pool, model).pid == spare.pid
+            assert pool.status().held_bytes <= budget
+            assert model_of(pool, model).last_error == ""
 
 
 async def test_real_models_are_not_loaded_where_they_cannot_be(

@@ -26,8 +26,8 @@ from runner_client import (
     PoolModel,
     PoolSettings,
 )
-from runner_client.errors import RunnerExitedError
-from runner_client.memory.estimation import MemoryEstimate, estimate
+from runner_client.errors import RunnerExitedError, RunnerUnavailableError
+from runner_client.memory.estimation import BARE_PROCESS_BYTES, MemoryEstimate, estimate
 from runner_client.memory.model import find_model
 from runner_common.host_memory.free import FreeMemory
 from support.fake_child import write_model
@@ -64,6 +64,8 @@ class Machine:
         lost_bytes: Memory that stopped runners did not give back.
         processes: Every runner created so far.
         before_measuring: Called before each measurement, in its thread.
+        behaviours: What the runners of each model do, by directory.
+        spare: What spare processes do; ``may_load`` and ``loads`` apply to their starts.
     """
 
     folder: Path
@@ -73,6 +75,11 @@ class Machine:
     processes: list[FakeProcess] = field(default_factory=list)
     before_measuring: Callable[[], None] = lambda: None
     behaviours: dict[str, Behaviour] = field(default_factory=dict)
+    spare: Behaviour = field(default_factory=Behaviour)
+
+    def __post_init__(self) -> None:
+        self.spare.may_load.set()
+        self.spare.may_stop.set()
 
     def model(self, name: str) -> str:
         """Return the directory of a model whose loads and stops take no time."""
@@ -91,6 +98,11 @@ class Machine:
     def runners(self, model: str) -> list[FakeProcess]:
         """Return the runners that were created for a model."""
         return [each for each in self.processes if each.path == str(find_model(model).path)]
+
+    @property
+    def spares(self) -> list[FakeSpare]:
+        """Every spare process that was created, taken or not."""
+        return [each for each in self.processes if isinstance(each, FakeSpare)]
 
     @property
     def held_bytes(self) -> int:
@@ -126,17 +138,18 @@ class FakeProcess:
 
     _pids = itertools.count(2**30)
 
-    def __init__(self, machine: Machine, model: str, options: LoadOptions) -> None:
+    def __init__(self, machine: Machine, path: str, options: LoadOptions) -> None:
         self._machine = machine
-        self.path = str(find_model(model).path)
+        self.path = path
         self.options = options
         self.pid: int | None = None
         self.address = "127.0.0.1:1"
-        self.token = self.peer = None
+        self.token: str | None = None
+        self.peer = None
         self.is_running = False
         self.is_stopping = False
         self.memory_size = 0
-        self.cache_bytes = self.behaviour.cache_bytes
+        self.cache_bytes = self.behaviour.cache_bytes if path else 0
         self.trims = 0
         self.estimate: MemoryEstimate | None = None
         self.exit_error: RunnerExitedError | None = None
@@ -227,15 +240,72 @@ class FakeProcess:
             callback()
 
 
+class FakeSpare(FakeProcess):
+    """The part of ``SpareProcess`` that a pool uses; a load always runs in it if it has started."""
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__(machine, "", LoadOptions())
+        self._starting = asyncio.Lock()
+
+    @property
+    def behaviour(self) -> Behaviour:
+        """What this process does, as a spare one or with a model."""
+        return super().behaviour if self.path else self._machine.spare
+
+    @property
+    def is_reserved(self) -> bool:
+        """Whether it runs."""
+        return self.token is not None
+
+    async def start(self) -> None:
+        """Start without a model."""
+        async with self._starting:
+            self.pid = next(self._pids)
+            self.is_running, self.token = True, "a token"
+            self.memory_size = BARE_PROCESS_BYTES
+            try:
+                await self._begin()
+            except BaseException:
+                self._exit()
+                raise
+
+    async def _begin(self) -> None:
+        behaviour = self._machine.spare
+        await eventually(lambda: behaviour.may_load.is_set() or not self.is_running)
+        end = behaviour.loads.popleft() if behaviour.loads else None
+        if isinstance(end, Exception):
+            raise end
+        if not self.is_running:
+            raise RunnerUnavailableError("the runner was closed while it was starting")
+
+    def choose(self, model: str, options: LoadOptions) -> None:
+        """Name the model to load."""
+        self.path, self.options = str(find_model(model).path), options
+
+    async def load(self) -> MemoryEstimate:
+        """Load the model once the process has started, in a new one if it is gone."""
+        async with self._starting:
+            if self.is_running:
+                pid = self.pid
+                found = await super().load()
+                self.pid = pid
+                return found
+        return await super().load()
+
+
 def use_machine(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Machine:
     """Make pools start runners on a machine in memory."""
     machine = Machine(folder)
 
     def new_process(model: str, *, options: LoadOptions, **_: object) -> FakeProcess:
-        return FakeProcess(machine, model, options)
+        return FakeProcess(machine, str(find_model(model).path), options)
+
+    def new_spare(**_: object) -> FakeSpare:
+        return FakeSpare(machine)
 
     monkeypatch.setattr("runner_client.memory.estimation.can_ask", lambda: False)
     monkeypatch.setattr("runner_client.pool.aio_pool.AsyncRunnerProcess", new_process)
+    monkeypatch.setattr("runner_client.pool.aio_pool.SpareProcess", new_spare)
     return machine
 
 
