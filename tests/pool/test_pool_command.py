@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -20,6 +21,7 @@ from runner_client import Options, RunnerClient
 from runner_client.testing import fake_runner
 from runner_common.handshake import ReadyLine
 from support.command_line import invoke
+from support.fake_child import wait_until
 from support.models import build_model
 
 pytestmark = [pytest.mark.mlx, pytest.mark.slow]
@@ -53,12 +55,24 @@ class Pool:
     process: subprocess.Popen[bytes]
     address: str
 
-    def models(self, *options: str) -> list[dict[str, object]]:
-        """Return what ``mlx-runner ps --json`` prints about the models."""
+    def state(self, *options: str) -> dict[str, Any]:
+        """Return what ``mlx-runner ps --json`` prints."""
         done = invoke("ps", self.address, "--json", *options)
         assert done.exit_code == 0, done.stderr
-        found: list[dict[str, object]] = json.loads(done.stdout)["models"]
+        found: dict[str, Any] = json.loads(done.stdout)
         return found
+
+    def models(self, *options: str) -> list[dict[str, object]]:
+        """Return what ``mlx-runner ps --json`` prints about the models."""
+        found: list[dict[str, object]] = self.state(*options)["models"]
+        return found
+
+    def spare_pid(self, *others: int) -> int:
+        """Wait until a spare process is ready; return its process id, which is none of others."""
+        wait_until(lambda: self.state()["spare_count"] == 1, 60)
+        children = {child.pid for child in psutil.Process(self.process.pid).children()}
+        (pid,) = children - set(others)
+        return pid
 
     def runner_pid(self) -> int:
         """Wait until the only model is loaded; return its runner's process id."""
@@ -190,6 +204,24 @@ def test_runners_do_not_outlive_a_killed_pool(pool: Pool, model: Path) -> None:
         killed = time.monotonic()
         pool.process.kill()
         assert_gone(pid, killed)
+
+
+def test_a_spare_process_is_listed_taken_and_ends_with_a_killed_pool(
+    config: Path, model: Path, tmp_path: Path
+) -> None:
+    config.write_text("spare_processes = 1\n" + config.read_text().replace("pinned = true\n", ""))
+    with running("--config", config, log=tmp_path / "log") as pool:
+        pid = pool.spare_pid()
+        with RunnerClient(pool.address) as client:
+            assert client.tokenize("def", model=str(model))
+        assert pool.runner_pid() == pid
+        spare = pool.spare_pid(pid)
+        table = invoke("ps", pool.address)
+        assert table.stdout.rstrip().endswith("102.0 MiB of it in spare processes (1 ready)")
+        killed = time.monotonic()
+        pool.process.kill()
+        assert_gone(pid, killed)
+        assert_gone(spare, killed)
 
 
 def test_a_pool_ends_with_its_parent(config: Path, tmp_path: Path) -> None:

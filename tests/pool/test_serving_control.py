@@ -262,6 +262,9 @@ async def test_metrics_are_by_model(
     def value(name: str, model: object, more: str = "") -> float:
         return float(values[f'mlx_runner_pool_{name}{{model_name="{model}"{more}}}'])
 
+    assert (
+        values["mlx_runner_pool_spare_processes"] == values["mlx_runner_pool_spare_bytes"] == "0.0"
+    )
     assert value("state", one, ',state="ready"') == 1
     assert value("state", two, ',state="absent"') == 1
     assert value("held_bytes", one) > 0

@@ -421,10 +421,17 @@ type ListModelsResponse struct {
 	// The most memory that all runners may take together, in bytes; 0 if only the
 	// machine limits the pool.
 	BudgetBytes int64 `protobuf:"varint,1,opt,name=budget_bytes,json=budgetBytes,proto3" json:"budget_bytes,omitempty"`
-	// Memory that counts against the budget, of all models, in bytes.
+	// Memory that counts against the budget, of all models and spare processes, in
+	// bytes.
 	HeldBytes int64 `protobuf:"varint,2,opt,name=held_bytes,json=heldBytes,proto3" json:"held_bytes,omitempty"`
 	// The models that are configured or were requested since the start of the pool.
-	Models        []*PoolModel `protobuf:"bytes,3,rep,name=models,proto3" json:"models,omitempty"`
+	Models []*PoolModel `protobuf:"bytes,3,rep,name=models,proto3" json:"models,omitempty"`
+	// Spare processes: runners that have started without a model, of which the next
+	// load takes one. Unset if the pool keeps none.
+	SpareCount *int32 `protobuf:"varint,4,opt,name=spare_count,json=spareCount,proto3,oneof" json:"spare_count,omitempty"`
+	// The part of `held_bytes` of spare processes, including those that start or stop.
+	// Unset if the pool keeps none.
+	SpareBytes    *int64 `protobuf:"varint,5,opt,name=spare_bytes,json=spareBytes,proto3,oneof" json:"spare_bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -478,6 +485,20 @@ func (x *ListModelsResponse) GetModels() []*PoolModel {
 		return x.Models
 	}
 	return nil
+}
+
+func (x *ListModelsResponse) GetSpareCount() int32 {
+	if x != nil && x.SpareCount != nil {
+		return *x.SpareCount
+	}
+	return 0
+}
+
+func (x *ListModelsResponse) GetSpareBytes() int64 {
+	if x != nil && x.SpareBytes != nil {
+		return *x.SpareBytes
+	}
+	return 0
 }
 
 // Requests a model to be loaded.
@@ -901,12 +922,18 @@ const file_mlxrunner_v1_pool_proto_rawDesc = "" +
 	"\rworking_bytes\x18\x04 \x01(\x03R\fworkingBytes\x12#\n" +
 	"\rprocess_bytes\x18\x05 \x01(\x03R\fprocessBytes\x120\n" +
 	"\x14load_transient_bytes\x18\x06 \x01(\x03R\x12loadTransientBytes\"\x13\n" +
-	"\x11ListModelsRequest\"\x87\x01\n" +
+	"\x11ListModelsRequest\"\xf3\x01\n" +
 	"\x12ListModelsResponse\x12!\n" +
 	"\fbudget_bytes\x18\x01 \x01(\x03R\vbudgetBytes\x12\x1d\n" +
 	"\n" +
 	"held_bytes\x18\x02 \x01(\x03R\theldBytes\x12/\n" +
-	"\x06models\x18\x03 \x03(\v2\x17.mlxrunner.v1.PoolModelR\x06models\"I\n" +
+	"\x06models\x18\x03 \x03(\v2\x17.mlxrunner.v1.PoolModelR\x06models\x12$\n" +
+	"\vspare_count\x18\x04 \x01(\x05H\x00R\n" +
+	"spareCount\x88\x01\x01\x12$\n" +
+	"\vspare_bytes\x18\x05 \x01(\x03H\x01R\n" +
+	"spareBytes\x88\x01\x01B\x0e\n" +
+	"\f_spare_countB\x0e\n" +
+	"\f_spare_bytes\"I\n" +
 	"\x10LoadModelRequest\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x1f\n" +
 	"\vno_eviction\x18\x02 \x01(\bR\n" +
@@ -1003,6 +1030,7 @@ func file_mlxrunner_v1_pool_proto_init() {
 	if File_mlxrunner_v1_pool_proto != nil {
 		return
 	}
+	file_mlxrunner_v1_pool_proto_msgTypes[3].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

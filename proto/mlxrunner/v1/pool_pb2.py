@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17mlxrunner/v1/pool.proto\x12\x0cmlxrunner.v1\x1a\x1egoogle/protobuf/duration.proto\"\xda\x02\n\tPoolModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12+\n\x05state\x18\x03 \x01(\x0e\x32\x1c.mlxrunner.v1.PoolModelState\x12\x12\n\nheld_bytes\x18\x04 \x01(\x03\x12-\n\x06memory\x18\x05 \x01(\x0b\x32\x1d.mlxrunner.v1.PoolModelMemory\x12\x10\n\x08progress\x18\x06 \x01(\x05\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\x10\n\x08position\x18\x08 \x01(\x05\x12\x13\n\x0blease_count\x18\t \x01(\x05\x12\x15\n\rwaiting_count\x18\n \x01(\x05\x12\x30\n\ridle_duration\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06pinned\x18\x0c \x01(\x08\x12\x12\n\nlast_error\x18\r \x01(\t\x12\x0b\n\x03pid\x18\x0e \x01(\x03\"\xa1\x01\n\x0fPoolModelMemory\x12\x14\n\x0cweight_bytes\x18\x01 \x01(\x03\x12\x10\n\x08kv_bytes\x18\x02 \x01(\x03\x12\x1a\n\x12prefix_cache_bytes\x18\x03 \x01(\x03\x12\x15\n\rworking_bytes\x18\x04 \x01(\x03\x12\x15\n\rprocess_bytes\x18\x05 \x01(\x03\x12\x1c\n\x14load_transient_bytes\x18\x06 \x01(\x03\"\x13\n\x11ListModelsRequest\"g\n\x12ListModelsResponse\x12\x14\n\x0c\x62udget_bytes\x18\x01 \x01(\x03\x12\x12\n\nheld_bytes\x18\x02 \x01(\x03\x12\'\n\x06models\x18\x03 \x03(\x0b\x32\x17.mlxrunner.v1.PoolModel\"6\n\x10LoadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0bno_eviction\x18\x02 \x01(\x08\";\n\x11LoadModelResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.mlxrunner.v1.PoolModel\"\"\n\x11\x45victModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"@\n\x12\x45victModelResponse\x12\x12\n\nheld_bytes\x18\x01 \x01(\x03\x12\x16\n\x0ereturned_bytes\x18\x02 \x01(\x03\"0\n\x0fPinModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\":\n\x10PinModelResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.mlxrunner.v1.PoolModel\"\x0e\n\x0cWatchRequest\"?\n\rWatchResponse\x12.\n\x04pool\x18\x01 \x01(\x0b\x32 .mlxrunner.v1.ListModelsResponse*\xa8\x01\n\x0ePoolModelState\x12 \n\x1cPOOL_MODEL_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17POOL_MODEL_STATE_ABSENT\x10\x01\x12\x1c\n\x18POOL_MODEL_STATE_LOADING\x10\x02\x12\x1a\n\x16POOL_MODEL_STATE_READY\x10\x03\x12\x1d\n\x19POOL_MODEL_STATE_EVICTING\x10\x04\x32\x8c\x03\n\x0bPoolService\x12O\n\nListModels\x12\x1f.mlxrunner.v1.ListModelsRequest\x1a .mlxrunner.v1.ListModelsResponse\x12L\n\tLoadModel\x12\x1e.mlxrunner.v1.LoadModelRequest\x1a\x1f.mlxrunner.v1.LoadModelResponse\x12O\n\nEvictModel\x12\x1f.mlxrunner.v1.EvictModelRequest\x1a .mlxrunner.v1.EvictModelResponse\x12I\n\x08PinModel\x12\x1d.mlxrunner.v1.PinModelRequest\x1a\x1e.mlxrunner.v1.PinModelResponse\x12\x42\n\x05Watch\x12\x1a.mlxrunner.v1.WatchRequest\x1a\x1b.mlxrunner.v1.WatchResponse0\x01\x42\x38\n\x0fio.mlxrunner.v1B\tPoolProtoP\x01Z\x18mlxrunner/v1;mlxrunnerv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17mlxrunner/v1/pool.proto\x12\x0cmlxrunner.v1\x1a\x1egoogle/protobuf/duration.proto\"\xda\x02\n\tPoolModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12+\n\x05state\x18\x03 \x01(\x0e\x32\x1c.mlxrunner.v1.PoolModelState\x12\x12\n\nheld_bytes\x18\x04 \x01(\x03\x12-\n\x06memory\x18\x05 \x01(\x0b\x32\x1d.mlxrunner.v1.PoolModelMemory\x12\x10\n\x08progress\x18\x06 \x01(\x05\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\x10\n\x08position\x18\x08 \x01(\x05\x12\x13\n\x0blease_count\x18\t \x01(\x05\x12\x15\n\rwaiting_count\x18\n \x01(\x05\x12\x30\n\ridle_duration\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06pinned\x18\x0c \x01(\x08\x12\x12\n\nlast_error\x18\r \x01(\t\x12\x0b\n\x03pid\x18\x0e \x01(\x03\"\xa1\x01\n\x0fPoolModelMemory\x12\x14\n\x0cweight_bytes\x18\x01 \x01(\x03\x12\x10\n\x08kv_bytes\x18\x02 \x01(\x03\x12\x1a\n\x12prefix_cache_bytes\x18\x03 \x01(\x03\x12\x15\n\rworking_bytes\x18\x04 \x01(\x03\x12\x15\n\rprocess_bytes\x18\x05 \x01(\x03\x12\x1c\n\x14load_transient_bytes\x18\x06 \x01(\x03\"\x13\n\x11ListModelsRequest\"\xbb\x01\n\x12ListModelsResponse\x12\x14\n\x0c\x62udget_bytes\x18\x01 \x01(\x03\x12\x12\n\nheld_bytes\x18\x02 \x01(\x03\x12\'\n\x06models\x18\x03 \x03(\x0b\x32\x17.mlxrunner.v1.PoolModel\x12\x18\n\x0bspare_count\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0bspare_bytes\x18\x05 \x01(\x03H\x01\x88\x01\x01\x42\x0e\n\x0c_spare_countB\x0e\n\x0c_spare_bytes\"6\n\x10LoadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0bno_eviction\x18\x02 \x01(\x08\";\n\x11LoadModelResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.mlxrunner.v1.PoolModel\"\"\n\x11\x45victModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"@\n\x12\x45victModelResponse\x12\x12\n\nheld_bytes\x18\x01 \x01(\x03\x12\x16\n\x0ereturned_bytes\x18\x02 \x01(\x03\"0\n\x0fPinModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\":\n\x10PinModelResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.mlxrunner.v1.PoolModel\"\x0e\n\x0cWatchRequest\"?\n\rWatchResponse\x12.\n\x04pool\x18\x01 \x01(\x0b\x32 .mlxrunner.v1.ListModelsResponse*\xa8\x01\n\x0ePoolModelState\x12 \n\x1cPOOL_MODEL_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17POOL_MODEL_STATE_ABSENT\x10\x01\x12\x1c\n\x18POOL_MODEL_STATE_LOADING\x10\x02\x12\x1a\n\x16POOL_MODEL_STATE_READY\x10\x03\x12\x1d\n\x19POOL_MODEL_STATE_EVICTING\x10\x04\x32\x8c\x03\n\x0bPoolService\x12O\n\nListModels\x12\x1f.mlxrunner.v1.ListModelsRequest\x1a .mlxrunner.v1.ListModelsResponse\x12L\n\tLoadModel\x12\x1e.mlxrunner.v1.LoadModelRequest\x1a\x1f.mlxrunner.v1.LoadModelResponse\x12O\n\nEvictModel\x12\x1f.mlxrunner.v1.EvictModelRequest\x1a .mlxrunner.v1.EvictModelResponse\x12I\n\x08PinModel\x12\x1d.mlxrunner.v1.PinModelRequest\x1a\x1e.mlxrunner.v1.PinModelResponse\x12\x42\n\x05Watch\x12\x1a.mlxrunner.v1.WatchRequest\x1a\x1b.mlxrunner.v1.WatchResponse0\x01\x42\x38\n\x0fio.mlxrunner.v1B\tPoolProtoP\x01Z\x18mlxrunner/v1;mlxrunnerv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,32 +33,32 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mlxrunner.v1.pool_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\017io.mlxrunner.v1B\tPoolProtoP\001Z\030mlxrunner/v1;mlxrunnerv1'
-  _globals['_POOLMODELSTATE']._serialized_start=1123
-  _globals['_POOLMODELSTATE']._serialized_end=1291
+  _globals['_POOLMODELSTATE']._serialized_start=1208
+  _globals['_POOLMODELSTATE']._serialized_end=1376
   _globals['_POOLMODEL']._serialized_start=74
   _globals['_POOLMODEL']._serialized_end=420
   _globals['_POOLMODELMEMORY']._serialized_start=423
   _globals['_POOLMODELMEMORY']._serialized_end=584
   _globals['_LISTMODELSREQUEST']._serialized_start=586
   _globals['_LISTMODELSREQUEST']._serialized_end=605
-  _globals['_LISTMODELSRESPONSE']._serialized_start=607
-  _globals['_LISTMODELSRESPONSE']._serialized_end=710
-  _globals['_LOADMODELREQUEST']._serialized_start=712
-  _globals['_LOADMODELREQUEST']._serialized_end=766
-  _globals['_LOADMODELRESPONSE']._serialized_start=768
-  _globals['_LOADMODELRESPONSE']._serialized_end=827
-  _globals['_EVICTMODELREQUEST']._serialized_start=829
-  _globals['_EVICTMODELREQUEST']._serialized_end=863
-  _globals['_EVICTMODELRESPONSE']._serialized_start=865
-  _globals['_EVICTMODELRESPONSE']._serialized_end=929
-  _globals['_PINMODELREQUEST']._serialized_start=931
-  _globals['_PINMODELREQUEST']._serialized_end=979
-  _globals['_PINMODELRESPONSE']._serialized_start=981
-  _globals['_PINMODELRESPONSE']._serialized_end=1039
-  _globals['_WATCHREQUEST']._serialized_start=1041
-  _globals['_WATCHREQUEST']._serialized_end=1055
-  _globals['_WATCHRESPONSE']._serialized_start=1057
-  _globals['_WATCHRESPONSE']._serialized_end=1120
-  _globals['_POOLSERVICE']._serialized_start=1294
-  _globals['_POOLSERVICE']._serialized_end=1690
+  _globals['_LISTMODELSRESPONSE']._serialized_start=608
+  _globals['_LISTMODELSRESPONSE']._serialized_end=795
+  _globals['_LOADMODELREQUEST']._serialized_start=797
+  _globals['_LOADMODELREQUEST']._serialized_end=851
+  _globals['_LOADMODELRESPONSE']._serialized_start=853
+  _globals['_LOADMODELRESPONSE']._serialized_end=912
+  _globals['_EVICTMODELREQUEST']._serialized_start=914
+  _globals['_EVICTMODELREQUEST']._serialized_end=948
+  _globals['_EVICTMODELRESPONSE']._serialized_start=950
+  _globals['_EVICTMODELRESPONSE']._serialized_end=1014
+  _globals['_PINMODELREQUEST']._serialized_start=1016
+  _globals['_PINMODELREQUEST']._serialized_end=1064
+  _globals['_PINMODELRESPONSE']._serialized_start=1066
+  _globals['_PINMODELRESPONSE']._serialized_end=1124
+  _globals['_WATCHREQUEST']._serialized_start=1126
+  _globals['_WATCHREQUEST']._serialized_end=1140
+  _globals['_WATCHRESPONSE']._serialized_start=1142
+  _globals['_WATCHRESPONSE']._serialized_end=1205
+  _globals['_POOLSERVICE']._serialized_start=1379
+  _globals['_POOLSERVICE']._serialized_end=1775
 # @@protoc_insertion_point(module_scope)

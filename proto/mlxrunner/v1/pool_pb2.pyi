@@ -243,12 +243,24 @@ class ListModelsResponse(_message.Message):
     BUDGET_BYTES_FIELD_NUMBER: _builtins.int
     HELD_BYTES_FIELD_NUMBER: _builtins.int
     MODELS_FIELD_NUMBER: _builtins.int
+    SPARE_COUNT_FIELD_NUMBER: _builtins.int
+    SPARE_BYTES_FIELD_NUMBER: _builtins.int
     budget_bytes: _builtins.int
     """The most memory that all runners may take together, in bytes; 0 if only the
     machine limits the pool.
     """
     held_bytes: _builtins.int
-    """Memory that counts against the budget, of all models, in bytes."""
+    """Memory that counts against the budget, of all models and spare processes, in
+    bytes.
+    """
+    spare_count: _builtins.int
+    """Spare processes: runners that have started without a model, of which the next
+    load takes one. Unset if the pool keeps none.
+    """
+    spare_bytes: _builtins.int
+    """The part of `held_bytes` of spare processes, including those that start or stop.
+    Unset if the pool keeps none.
+    """
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolModel]:
         """The models that are configured or were requested since the start of the pool."""
@@ -259,12 +271,21 @@ class ListModelsResponse(_message.Message):
         budget_bytes: _builtins.int = ...,
         held_bytes: _builtins.int = ...,
         models: _abc.Iterable[Global___PoolModel] | None = ...,
+        spare_count: _builtins.int | None = ...,
+        spare_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_spare_bytes", b"_spare_bytes", "_spare_count", b"_spare_count", "spare_bytes", b"spare_bytes", "spare_count", b"spare_count"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "held_bytes", b"held_bytes", "models", b"models"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_spare_bytes", b"_spare_bytes", "_spare_count", b"_spare_count", "budget_bytes", b"budget_bytes", "held_bytes", b"held_bytes", "models", b"models", "spare_bytes", b"spare_bytes", "spare_count", b"spare_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__spare_bytes: _TypeAlias = _typing.Literal["spare_bytes"]  # noqa: Y015
+    _WhichOneofArgType__spare_bytes: _TypeAlias = _typing.Literal["_spare_bytes", b"_spare_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__spare_count: _TypeAlias = _typing.Literal["spare_count"]  # noqa: Y015
+    _WhichOneofArgType__spare_count: _TypeAlias = _typing.Literal["_spare_count", b"_spare_count"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__spare_bytes) -> _WhichOneofReturnType__spare_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__spare_count) -> _WhichOneofReturnType__spare_count | None: ...
 
 Global___ListModelsResponse: _TypeAlias = ListModelsResponse  # noqa: Y015
 

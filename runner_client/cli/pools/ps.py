@@ -107,8 +107,16 @@ def table(state: pool_pb2.ListModelsResponse) -> str:
         for row in rows
     ]
     limit = format_bytes(state.budget_bytes) if state.budget_bytes else "what the machine can give"
-    lines.append(f"{format_bytes(state.held_bytes)} of {limit}")
+    lines.append(f"{format_bytes(state.held_bytes)} of {limit}{_spares(state)}")
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _spares(state: pool_pb2.ListModelsResponse) -> str:
+    if not state.HasField("spare_count"):
+        return ""
+    return (
+        f", {format_bytes(state.spare_bytes)} of it in spare processes ({state.spare_count} ready)"
+    )
 
 
 def _row(model: pool_pb2.PoolModel) -> tuple[str, ...]:
@@ -147,6 +155,8 @@ def _plain(message: Message) -> dict[str, Any]:
             plain[field.name] = name.removeprefix("POOL_MODEL_STATE_").lower()
         elif field.message_type:
             plain[field.name] = list(map(_plain, value)) if field.is_repeated else _plain(value)
+        elif field.name.startswith("spare_") and not message.HasField(field.name):
+            plain[field.name] = None
         else:
             plain[field.name] = value
     return plain

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from runner_client.memory.estimation import MemoryEstimate
     from runner_client.memory.gate import GateDecision
-    from runner_client.pool.scheduling.settings import ModelSettings
+    from runner_client.pool.scheduling.settings import PoolSettings
     from runner_client.pool.types import PoolModel, PoolStatus
     from runner_client.types import Dtype
 
@@ -51,22 +51,20 @@ _DTYPES: Mapping[int, Dtype] = {
 }
 
 
-def pool_message(
-    status: PoolStatus, configured: Mapping[str, ModelSettings]
-) -> pool_pb2.ListModelsResponse:
+def pool_message(status: PoolStatus, settings: PoolSettings) -> pool_pb2.ListModelsResponse:
     """Return the state of a pool, with the configured models that it has not seen yet."""
     known = {model.name for model in status.models}
     unseen = [
-        pool_pb2.PoolModel(
-            name=name, state=pool_pb2.POOL_MODEL_STATE_ABSENT, pinned=settings.pinned
-        )
-        for name, settings in configured.items()
+        pool_pb2.PoolModel(name=name, state=pool_pb2.POOL_MODEL_STATE_ABSENT, pinned=each.pinned)
+        for name, each in settings.models.items()
         if name not in known
     ]
     return pool_pb2.ListModelsResponse(
         budget_bytes=status.budget_bytes or 0,
         held_bytes=status.held_bytes,
         models=[*map(model_message, status.models), *unseen],
+        spare_count=status.spare_count if settings.spare_processes else None,
+        spare_bytes=status.spare_bytes if settings.spare_processes else None,
     )
 
 

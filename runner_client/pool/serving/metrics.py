@@ -117,7 +117,11 @@ class _State(Collector):
         """Yield the gauges for a scrape, on its thread."""
         status = asyncio.run_coroutine_threadsafe(self._read(), self._loop).result(_SCRAPE_SECONDS)
         yield _gauge("budget_bytes", "The budget; 0 if there is none.", status.budget_bytes or 0)
-        yield _gauge("total_held_bytes", "Memory of all models.", status.held_bytes)
+        yield _gauge(
+            "total_held_bytes", "Memory of all models and spare processes.", status.held_bytes
+        )
+        yield _gauge("spare_processes", "Spare processes that have started.", status.spare_count)
+        yield _gauge("spare_bytes", "Memory of spare processes.", status.spare_bytes)
         for name, meaning, value in _GAUGES:
             family = GaugeMetricFamily(f"mlx_runner_pool_{name}", meaning, labels=[_LABEL])
             for model in status.models:

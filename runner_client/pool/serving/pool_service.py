@@ -104,7 +104,7 @@ class PoolServicer(pool_pb2_grpc.PoolServiceServicer):
         raise RunnerUnavailableError("the pool is stopping")
 
     def _state(self) -> pb.ListModelsResponse:
-        return pool_message(self._pool.status(), self._settings.models)
+        return pool_message(self._pool.status(), self._settings)
 
 
 async def evict_known(pool: AsyncRunnerPool, settings: PoolSettings, name: str) -> MemoryReturn:
