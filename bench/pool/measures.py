@@ -1,4 +1,4 @@
-"""Measures of the benchmark: two schedulers on one trace, and three ways to a first token."""
+"""Measures of the benchmark: two schedulers on one trace, and four ways to a first token."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from bench.prompts import Prompts
 from bench.records import ContenderError, Record, Request
 from bench.results import Case, Key, Results
 from bench.stats import percentile
-from runner_client import AsyncRunnerProcess, Options, PoolSettings
+from runner_client import AsyncRunnerProcess, MemoryGate, Options, PoolSettings
+from runner_client.process.aio_spare import SpareProcess
 
 logger = logging.getLogger("bench")
 
 TRACE, SWAP, MODEL = "pool-trace", "pool-swap", "pool"
-COLD, WARM, RESIDENT = "cold", "warm", "resident"
+COLD, SPARE, WARM, RESIDENT = "cold", "spare", "warm", "resident"
 
 TRACED = ("pool-20", "pool-30", "pool-40", "pool-50")
 SWAPPED = ("pool-40", "pool-60")
@@ -30,6 +31,7 @@ PROMPT_TOKENS = 64
 
 _TURN_SECONDS = 900.0
 _SWAPS = 3
+_POLL_SECONDS = 0.05
 _REST_SECONDS = PoolSettings().min_residence_seconds + 0.5
 """Pause before a swap is measured, so that no model is too young to be evicted."""
 
@@ -135,10 +137,10 @@ async def _swaps(
 
 
 async def measure_swap(settings: Settings, results: Results) -> None:
-    """Measure the first token with a new process, with a load in a running one, and without."""
+    """Measure the first token with a new process, with loads in running ones, and without."""
     paths = {name: ensure_model(name) for name in SWAPPED}
     prompts = Prompts(paths[SWAPPED[0]])
-    ways = [(COLD, _cold), (WARM, _warm), (RESIDENT, _resident)]
+    ways = [(COLD, _cold), (SPARE, _spare), (WARM, _warm), (RESIDENT, _resident)]
     async with AsyncRunnerProcess(str(paths[SWAPPED[0]]), options=OPTIONS) as process:
         for index in range(-1, settings.swap_rounds):
             model = SWAPPED[(index + 1) % 2 - 1]
@@ -153,6 +155,22 @@ async def _cold(_: AsyncRunnerProcess, model: str, prompt: tuple[int, ...]) -> f
     begin = time.monotonic()
     async with AsyncRunnerProcess(model, options=OPTIONS) as process:
         return await _first_token(process, prompt, begin)
+
+
+async def _spare(_: AsyncRunnerProcess, model: str, prompt: tuple[int, ...]) -> float:
+    spare = SpareProcess(gate=MemoryGate(), timeouts=None, blas="auto", env=None, log=None)
+    try:
+        await spare.start()
+        # The name of the device is known once MLX is imported.
+        while not (await spare.client.status()).device:  # noqa: ASYNC110 - it has no event
+            await asyncio.sleep(_POLL_SECONDS)
+        begin = time.monotonic()
+        spare.choose(model, OPTIONS)
+        await spare.load()
+        await spare.wait_until_running()
+        return await _first_token(spare, prompt, begin)
+    finally:
+        await spare.close()
 
 
 async def _warm(process: AsyncRunnerProcess, model: str, prompt: tuple[int, ...]) -> float:

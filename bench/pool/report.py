@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench import tables
-from bench.pool.measures import COLD, MODEL, RESIDENT, SWAP, SWAPPED, TRACE, TRACED, WARM
+from bench.pool.measures import COLD, MODEL, RESIDENT, SPARE, SWAP, SWAPPED, TRACE, TRACED, WARM
 from bench.report import machine
 from bench.results import Results
 from bench.stats import summarize
@@ -20,6 +20,7 @@ _TRACE_HEADS = {
 }
 _SWAP_WORDS = {
     COLD: "a new process for the model",
+    SPARE: "load in a spare process, started before",
     WARM: "unload and load in a running process",
     RESIDENT: "the model is loaded",
 }
