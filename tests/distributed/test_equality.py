@@ -45,6 +45,24 @@ def generated(server: Child, requests: Iterable[pb.CompletionRequest]) -> list[l
     return [tokens(complete(request, timeout=DEADLINE_SECONDS)) for request in requests]
 
 
+def assert_prompt_logprobs_close(
+    alone: Child, together: Child, request: pb.CompletionRequest
+) -> None:
+    """Compare the log probabilities of a prompt of token ids, and the tokens after it."""
+    whole, split = (
+        list(server.stub.Completion(request, timeout=DEADLINE_SECONDS))
+        for server in (alone, together)
+    )
+    assert tokens(whole) == tokens(split)
+    assert split[-1].prompt_cached_count == 0
+    some, others = (
+        [entry.logprob for message in messages for entry in message.prompt_logprobs]
+        for messages in (whole, split)
+    )
+    assert len(some) == len(request.prompt_token_ids.ids) - 1
+    assert others == pytest.approx(some, abs=1e-3)
+
+
 @pytest.fixture(scope="module")
 def expected(alone: Child) -> dict[str, list[int]]:
     """Tokens of one process for each request."""
@@ -92,6 +110,7 @@ def test_ranks_reuse_cached_prompts_alike(pair: Child, expected: dict[str, list[
 
 
 def test_log_probabilities_match_one_process(alone: Child, pair: Child) -> None:
+    alone.load(DEMO)
     request = completion("def", temperature=0, num_predict=8, logprobs=3)
     request.logprob_token_ids.extend([300, 7])
     found = [
@@ -112,15 +131,7 @@ def test_log_probabilities_of_a_prompt_match_one_process(alone: Child, pair: Chi
     generated(pair, [REQUESTS["long"]])
     request = completion(LONG, temperature=0, num_predict=4)
     request.prompt_logprobs = 2
-    whole, split = (list(server.stub.Completion(request)) for server in (alone, pair))
-    assert tokens(whole) == tokens(split)
-    assert split[-1].prompt_cached_count == 0
-    some, others = (
-        [entry.logprob for message in messages for entry in message.prompt_logprobs]
-        for messages in (whole, split)
-    )
-    assert len(some) == len(LONG) - 1
-    assert others == pytest.approx(some, abs=1e-3)
+    assert_prompt_logprobs_close(alone, pair, request)
 
 
 def test_ranks_keep_salts_and_requests_without_the_cache_apart(pair: Child) -> None:
@@ -193,5 +204,8 @@ def test_three_ranks_split_layers(alone: Child, model_dir: Build, tmp_path: Path
         three.first.load(model)
         calls = [three.first.stub.Completion(each, timeout=DEADLINE_SECONDS) for each in SHORT]
         assert [tokens(call) for call in calls] == generated(alone, SHORT)
+        request = completion(SHORT[1].prompt_token_ids.ids, temperature=0, num_predict=4)
+        request.prompt_logprobs = 2
+        assert_prompt_logprobs_close(alone, three.first, request)
         parts = three.first.status().model.weight_bytes, alone.status().model.weight_bytes
         assert parts[0] < parts[1]
