@@ -216,8 +216,11 @@ class PoolManager:
         """Decide after every event, until cancelled."""
         while True:
             self._event.clear()
-            machine_bytes, reserve_bytes = await self._measure()
-            self._carry_out(self.scheduler.decide(time.monotonic(), machine_bytes, reserve_bytes))
+            room = await self._measure()
+            if self.is_closed:
+                # A process that is started now would not be stopped.
+                return
+            self._carry_out(self.scheduler.decide(time.monotonic(), *room))
             self._publish()
             now = time.monotonic()
             delay = self.scheduler.next_decision(now) - now
@@ -246,11 +249,9 @@ class PoolManager:
         await self._tasks.join()
 
     async def _measure(self) -> tuple[int, int]:
-        """Measure the memory for another runner, less the needs of starts not yet admitted.
+        """Measure the memory for another runner, and the part that spare processes leave free.
 
-        Returns:
-            That memory, and the part that spare processes must leave free; 0 for both if no
-            decision depends on them.
+        The needs of starts not yet admitted are deducted. Both are 0 if no decision needs them.
         """
         if not (self.scheduler.is_short or self.scheduler.wants_spare(time.monotonic())):
             return 0, 0
@@ -387,7 +388,8 @@ class PoolManager:
         patience = 0.0 if self.is_closed else self._settings.return_seconds
         returned = await member.stop(patience, functools.partial(self._taken_bytes, member))
         is_late = not (returned.is_complete or self.is_closed)
-        logger.log(logging.WARNING if is_late else logging.INFO, "evicted %s: %s", name, returned)
+        level = logging.WARNING if is_late else logging.INFO
+        logger.log(level, "evicted %s: %s", name, returned)
         return returned
 
     def _taken_bytes(self, member: Member) -> int:

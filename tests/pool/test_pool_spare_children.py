@@ -49,10 +49,16 @@ def new_pool(count: int = 1, policy: RestartPolicy | None = None) -> AsyncRunner
     return AsyncRunnerPool(settings, gate=gate(), restart_policy=policy)
 
 
-async def spare_pids(pool: AsyncRunnerPool, count: int = 1) -> list[int]:
+async def spare_pids(
+    pool: AsyncRunnerPool, count: int = 1, *, other_than: int | None = None
+) -> list[int]:
     """Wait until so many spare processes are ready; return their process ids."""
-    await eventually(lambda: pool.status().spare_count == count)
-    return [process.pid for process in pool._manager.spares.processes if process.pid]
+
+    def pids() -> list[int]:
+        return [process.pid for process in pool._manager.spares.processes if process.pid]
+
+    await eventually(lambda: pool.status().spare_count == count and other_than not in pids())
+    return pids()
 
 
 async def test_a_load_takes_the_process_that_runs_already(model: str) -> None:
@@ -86,8 +92,8 @@ async def test_a_killed_one_is_reaped_and_replaced(model: str) -> None:
     async with new_pool(policy=RestartPolicy(max_restarts=1)) as pool:
         (first,) = await spare_pids(pool)
         os.kill(first, signal.SIGKILL)
-        await eventually(lambda: not psutil.pid_exists(first))
-        (second,) = await spare_pids(pool)
+        (second,) = await spare_pids(pool, other_than=first)
+        assert not psutil.pid_exists(first)
         os.kill(second, signal.SIGKILL)
         # The restart policy allows no third one, and the pool works without.
         await eventually(lambda: pool.status().spare_bytes == 0)

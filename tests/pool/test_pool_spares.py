@@ -185,6 +185,22 @@ async def test_a_close_leaves_none(machine: Machine, is_starting: bool) -> None:
     assert not any(each.is_running for each in machine.spares)
 
 
+async def test_a_measurement_that_ends_during_the_close_starts_none(machine: Machine) -> None:
+    measuring, may_end = asyncio.Event(), asyncio.Event()
+
+    async def measure() -> tuple[int, int]:
+        measuring.set()
+        await may_end.wait()
+        return machine.total_bytes, 0
+
+    async with machine.pool(spare_processes=1) as pool:
+        pool._manager._measure = measure  # type: ignore[method-assign]
+        await measuring.wait()
+        # The close begins before the pool's own task runs again.
+        may_end.set()
+    assert machine.spares == []
+
+
 async def test_a_load_that_fails_ends_its_spare_process(machine: Machine) -> None:
     model = machine.model("a")
     machine.of(model).loads.append(errors.ModelUnsupportedError("no such layer", model=model))

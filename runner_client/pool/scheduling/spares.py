@@ -93,7 +93,7 @@ class Spares:
             yield StartSpare(spare)
 
     def make_room(self, now: float, short: int) -> Iterator[EndSpare]:
-        """Have as many of those end that the next load does not take as hold ``short`` bytes."""
+        """Stop those that the next load does not take, until ``short`` bytes will be free."""
         short -= self.ending_bytes
         for spare in reversed(self._usable()[1:]):
             if short <= 0:
