@@ -50,6 +50,7 @@ from runner_client.rpc.load import PendingLoad
 from runner_client.rpc.stream import CompletionStream, StatusStream
 from runner_client.types import (
     Capabilities,
+    ChatMessage,
     Completion,
     CompletionChunk,
     DeviceInfo,
@@ -64,12 +65,15 @@ from runner_client.types import (
     Options,
     PromptProgress,
     Rank,
+    RenderedChat,
     RestartPolicy,
     State,
     Status,
     Timeouts,
     TlsFiles,
     TokenLogprob,
+    Tool,
+    ToolCall,
     TopLogprob,
 )
 
@@ -85,6 +89,7 @@ __all__ = [
     "AuthenticationError",
     "BusyError",
     "Capabilities",
+    "ChatMessage",
     "Completion",
     "CompletionChunk",
     "CompletionStream",
@@ -123,6 +128,7 @@ __all__ = [
     "PromptTooLongError",
     "QueueFullError",
     "Rank",
+    "RenderedChat",
     "RequestAbortedError",
     "RestartPolicy",
     "RunnerClient",
@@ -139,6 +145,8 @@ __all__ = [
     "Timeouts",
     "TlsFiles",
     "TokenLogprob",
+    "Tool",
+    "ToolCall",
     "TopLogprob",
     "UnsupportedPlatformError",
 ]

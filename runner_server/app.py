@@ -26,6 +26,7 @@ from runner_common.serving.reflection import add_reflection
 from runner_server import __version__
 from runner_server.api.estimator import Estimator
 from runner_server.api.service import RunnerServicer
+from runner_server.chat.renderer import ChatRenderer
 from runner_server.config import ServerConfig
 from runner_server.engine.backend import Backend, Ranks
 from runner_server.engine.engine import Engine
@@ -84,6 +85,7 @@ class RunnerApp:
         self.engine = Engine(backend, max_queued=config.max_queued, on_death=self._on_death)
         root = ModelRoot(config.model_root) if config.model_root else None
         self._estimator = Estimator(self._admission, root)
+        self._renderer = ChatRenderer()
         self._observers: list[Observer] = [RequestLog()]
         self._metrics: Metrics | None = None
         self._tracing: Tracing | None = None
@@ -154,6 +156,7 @@ class RunnerApp:
         await self._health.enter_graceful_shutdown()
         self.engine.stop()
         self._estimator.close()
+        self._renderer.close()
         if self._metrics:
             self._metrics.close()
         if not await self.engine.wait_ended(_DRAIN_SECONDS):
@@ -189,7 +192,9 @@ class RunnerApp:
             self._observers.append(self._tracing)
 
     def _add_services(self) -> None:
-        servicer = RunnerServicer(self.engine, __version__, self._estimator, self._ranks)
+        servicer = RunnerServicer(
+            self.engine, __version__, self._estimator, self._renderer, self._ranks
+        )
         runner_pb2_grpc.add_RunnerServiceServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._config.smg:

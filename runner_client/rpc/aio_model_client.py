@@ -7,17 +7,26 @@ from typing import TYPE_CHECKING, NoReturn, Self
 
 from runner_client.checks import check_number, check_text
 from runner_client.rpc.aio_calls import Connection
-from runner_client.rpc.messages import requests, responses
+from runner_client.rpc.messages import chats, requests, responses
 from runner_client.rpc.transport import health
 from runner_client.rpc.transport.base import embedding_error
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from types import TracebackType
 
     from runner_client.rpc.aio_stream import AsyncCompletionStream, AsyncStatusStream
     from runner_client.rpc.transport.base import Peer
-    from runner_client.types import Completion, Options, Status, Timeouts, TlsFiles
+    from runner_client.types import (
+        ChatMessage,
+        Completion,
+        Options,
+        RenderedChat,
+        Status,
+        Timeouts,
+        TlsFiles,
+        Tool,
+    )
 
 
 class AsyncModelClient:
@@ -256,6 +265,38 @@ class AsyncModelClient:
         """
         request = requests.detokenize_request(token_ids, model)
         return (await self._connection.call(self._connection.stub.Detokenize, request)).content
+
+    async def render_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        tools: Sequence[Tool] = (),
+        chat_template_kwargs: Mapping[str, object] | None = None,
+        model: str | None = None,
+    ) -> RenderedChat:
+        """Render a conversation with the model's chat template.
+
+        Args:
+            messages: The conversation, in order.
+            tools: The tools that the template describes to the model.
+            chat_template_kwargs: More arguments for the template, such as
+                ``{"enable_thinking": False}``.
+            model: See ``completion``.
+
+        Raises:
+            TypeError: An argument is of the wrong type.
+            InvalidRequestError: The model has no chat template, or the template refuses the
+                conversation.
+            ModelUnsupportedError: The template is not valid.
+            ModelNotLoadedError: No model is loaded, or another one than ``model``.
+            RunnerError: The call failed for another reason.
+        """
+        request = chats.render_chat_request(
+            messages, tools=tools, chat_template_kwargs=chat_template_kwargs, model=model
+        )
+        return chats.rendered_chat(
+            await self._connection.call(self._connection.stub.RenderChat, request)
+        )
 
     async def embedding(self, content: str) -> NoReturn:  # noqa: ARG002 - the interface has it
         """Refuse the call: the runner only completes text.

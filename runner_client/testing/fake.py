@@ -269,6 +269,15 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         self._need_model(request.model, context)
         return pb.TokenizeResponse(token_ids=map(ord, request.content))
 
+    def RenderChat(
+        self, request: pb.RenderChatRequest, context: grpc.ServicerContext
+    ) -> pb.RenderChatResponse:
+        """Return the messages' texts, one in each line, and the code points as token ids."""
+        self._receive(request, context)
+        self._need_model(request.model, context)
+        prompt = "\n".join(map(_text_of, request.messages))
+        return pb.RenderChatResponse(prompt=prompt, token_ids=map(ord, prompt))
+
     def Detokenize(
         self, request: pb.DetokenizeRequest, context: grpc.ServicerContext
     ) -> pb.DetokenizeResponse:
@@ -336,6 +345,10 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         if name not in ("", self.model):
             text = f"the loaded model is {self.model!r}, and the call names {name!r}"
             Failure("MODEL_NOT_LOADED", text, metadata={"model": name}).abort(context)
+
+
+def _text_of(message: pb.ChatMessage) -> str:
+    return message.content or "".join(part.text for part in message.content_parts)
 
 
 @contextmanager

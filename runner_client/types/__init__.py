@@ -12,6 +12,7 @@ from runner_client.settings import (
     Timeouts,
     TlsFiles,
 )
+from runner_client.types.chats import ChatMessage, RenderedChat, Role, Tool, ToolCall
 from runner_client.types.completions import (
     Completion,
     CompletionChunk,
@@ -36,6 +37,7 @@ from runner_client.types.runners import (
 
 __all__ = [
     "Capabilities",
+    "ChatMessage",
     "Completion",
     "CompletionChunk",
     "DeviceInfo",
@@ -51,11 +53,15 @@ __all__ = [
     "Options",
     "PromptProgress",
     "Rank",
+    "RenderedChat",
     "RestartPolicy",
+    "Role",
     "State",
     "Status",
     "Timeouts",
     "TlsFiles",
     "TokenLogprob",
+    "Tool",
+    "ToolCall",
     "TopLogprob",
 ]

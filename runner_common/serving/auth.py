@@ -35,7 +35,9 @@ _SCHEME = "bearer "
 _MIN_TOKEN_CHARS = 16
 """Shortest token that cannot be guessed."""
 
-USE_METHODS = frozenset({"Completion", "Detokenize", "Status", "Tokenize", "WatchStatus"})
+USE_METHODS = frozenset(
+    {"Completion", "Detokenize", "RenderChat", "Status", "Tokenize", "WatchStatus"}
+)
 """Methods of a runner open to the token for use."""
 
 _USE_PATHS = frozenset(

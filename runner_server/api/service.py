@@ -15,6 +15,8 @@ import grpc
 
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
+from runner_server.api.chat.conversation import conversation_of
+from runner_server.api.chat.prompting import chat_prompt
 from runner_server.api.convert import (
     STATES,
     delta_message,
@@ -38,6 +40,7 @@ from runner_server.api.validation import (
     watch_interval,
 )
 from runner_server.api.violations import check_token_ids
+from runner_server.chat.renderer import ChatRenderer
 from runner_server.engine.backend import ModelHandle, Ranks
 from runner_server.engine.commands import ModelCommand
 from runner_server.engine.engine import Engine
@@ -71,13 +74,20 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         engine: The started engine.
         version: The version of the server.
         estimator: Estimates the memory of loads.
+        renderer: Renders conversations.
         ranks: Other processes with parts of the model; None if this process has all of it.
     """
 
     def __init__(
-        self, engine: Engine, version: str, estimator: Estimator, ranks: Ranks | None = None
+        self,
+        engine: Engine,
+        version: str,
+        estimator: Estimator,
+        renderer: ChatRenderer,
+        ranks: Ranks | None = None,
     ) -> None:
         self._engine = engine
+        self._renderer = renderer
         self._estimator = estimator
         self._ranks = ranks
         self._version = version
@@ -219,6 +229,21 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         return pb.DrainResponse(
             finished_count=len(drained.requests) - aborted, aborted_count=aborted
         )
+
+    async def RenderChat(
+        self,
+        request: pb.RenderChatRequest,
+        context: _Context,
+    ) -> pb.RenderChatResponse:
+        """Render a conversation."""
+        model = self._engine.model(request.model)
+        conversation = await asyncio.to_thread(conversation_of, request)
+        prompt = await chat_prompt(self._renderer, model, conversation, _MAX_ANSWER_TOKENS)
+        size = len(prompt.text.encode()) + 3 * len(prompt.token_ids)
+        if prompt.fewest or size > _MAX_ANSWER_BYTES:
+            problem = f"an answer holds at most {_MAX_ANSWER_BYTES} bytes of text and token ids"
+            raise InvalidField([("messages", f"the prompt is too long: {problem}")])
+        return pb.RenderChatResponse(prompt=prompt.text, token_ids=prompt.token_ids)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:
         """Split text into token ids."""

@@ -9,6 +9,7 @@ import enum
 from dataclasses import dataclass, field
 
 from runner_common.contract import DEFAULT_PARALLEL
+from runner_server.chat.format import ChatFormat
 from runner_server.engine.logprobs import PromptLogprobs, TokenLogprob
 
 
@@ -81,6 +82,7 @@ class ModelInfo:
         reserved_bytes: Most memory that the whole process may hold.
         dtype_fallback: Whether the weights are as stored because the usual format did not fit.
         warnings: Differences between the output and the model that the files describe.
+        chat: The form of conversations.
     """
 
     name: str
@@ -100,6 +102,7 @@ class ModelInfo:
     reserved_bytes: int = 0
     dtype_fallback: bool = False
     warnings: tuple[str, ...] = ()
+    chat: ChatFormat = field(default_factory=ChatFormat)
 
 
 @dataclass(frozen=True)

@@ -98,12 +98,13 @@ async def test_a_fault_of_an_estimate_has_its_row(
     assert_in_table(problem, code, reason, *keys)
 
 
-@pytest.mark.parametrize("field", ["completion", "tokenize", "detokenize"])
+@pytest.mark.parametrize("field", ["completion", "tokenize", "detokenize", "render"])
 async def test_calls_without_a_model_are_refused(server: Server, field: str) -> None:
     calls: dict[str, Callable[[], Any]] = {
         "completion": server.start,
         "tokenize": lambda: server.stub.Tokenize(pb.TokenizeRequest(content="x")),
         "detokenize": lambda: server.stub.Detokenize(pb.DetokenizeRequest(token_ids=[1])),
+        "render": lambda: server.stub.RenderChat(pb.RenderChatRequest()),
     }
     assert_in_table(await failure(calls[field]()), Code.FAILED_PRECONDITION, "MODEL_NOT_LOADED")
 
@@ -146,6 +147,7 @@ async def test_a_stopping_server_refuses_every_call(loaded: Server) -> None:
         loaded.stub.Drain(pb.DrainRequest()),
         loaded.stub.Tokenize(pb.TokenizeRequest(content="x")),
         loaded.stub.Detokenize(pb.DetokenizeRequest(token_ids=[1])),
+        loaded.stub.RenderChat(pb.RenderChatRequest()),
         loaded.stub.WatchStatus(pb.WatchStatusRequest()),
     ]
     for call in calls:

@@ -13,7 +13,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-SERVER = ("distributed", "api", "transport", "telemetry", "mlx_backend", "engine", "host", "errors")
+SERVER = (
+    *("distributed", "api", "transport", "telemetry", "mlx_backend", "engine", "chat", "host"),
+    "errors",
+)
 """Rooms of the server from top to bottom. Modules beside them (``app``, ``config``) are above."""
 
 CLIENT = (

@@ -15,6 +15,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.api import convert, validation
+from runner_server.api.chat.conversation import conversation_of
 from runner_server.api.violations import check_token_ids
 from runner_server.engine.logprobs import TokenLogprob
 from runner_server.engine.output.token_text import TokenTexts
@@ -88,8 +89,15 @@ class Parsing:
                 assert interval is None or 0.1 <= interval <= 3600
             case pb.CompletionRequest():
                 self._check_completion(request)
+            case _:
+                self._check_texts(request)
+
+    def _check_texts(self, request: Message) -> None:
+        match request:
             case pb.TokenizeRequest():
                 self._codec.encode(request.content, as_prompt=request.add_special_tokens)
+            case pb.RenderChatRequest():
+                assert conversation_of(request).messages
             case pb.DetokenizeRequest():
                 check_token_ids("token_ids", request.token_ids, VOCAB_SIZE)
                 self._codec.decode(request.token_ids)

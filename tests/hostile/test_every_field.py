@@ -113,7 +113,9 @@ def _is_set(part: Message, path: FieldPath) -> bool:
     first, *rest = path
     if first not in [field for field, _ in part.ListFields()]:
         return False
-    return not rest or _is_set(getattr(part, first.name), tuple(rest))
+    value = getattr(part, first.name)
+    inside = [value] if isinstance(value, Message) else value
+    return not rest or any(_is_set(item, tuple(rest)) for item in inside)
 
 
 def test_the_generator_sets_every_field() -> None:

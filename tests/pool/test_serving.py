@@ -97,6 +97,7 @@ WRONG: dict[str, Callable[[str], Any]] = {
         model, prompt_token_ids=pb.TokenIds(ids=[1] * (CONTEXT + 1))
     ),
     "an unknown token": lambda model: pb.DetokenizeRequest(token_ids=[-1], model=model),
+    "no conversation": lambda model: pb.RenderChatRequest(model=model),
     "a size out of range": lambda model: pb.TrimRequest(prefix_cache_bytes=-1, model=model),
     "an interval out of range": lambda model: pb.WatchStatusRequest(
         interval=Duration(seconds=-1), model=model

@@ -35,6 +35,9 @@ MISTRAL_MODELS = {
     "mistral_v7": "mistral_instruct_tokenizer_241114.model.v7",
 }
 
+TEMPLATES = "llama-cpp-python==0.3.36"
+"""A source package with 70 chat templates of real models."""
+
 
 def main() -> int:
     """Fetch the missing tokenizers; return the exit code."""
@@ -44,6 +47,8 @@ def main() -> int:
             _fetch_npm(name, package)
     if not all((CACHE / name).is_dir() for name in MISTRAL_MODELS):
         _fetch_mistral()
+    if not (CACHE / "templates").is_dir():
+        _fetch_templates()
     return 0
 
 
@@ -77,6 +82,22 @@ def _fetch_mistral() -> None:
             data = files.read(f"mistral_common/data/{file}")
             (CACHE / name / "tokenizer.model").write_bytes(data)
     wheel.unlink()
+
+
+def _fetch_templates() -> None:
+    """Extract the chat templates without building the package."""
+    command = ["download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", str(CACHE)]
+    subprocess.run([sys.executable, "-m", "pip", *command, TEMPLATES], check=True)
+    (archive,) = CACHE.glob("llama_cpp_python-*.tar.gz")
+    part = CACHE / "templates.part"
+    with tarfile.open(archive) as files:
+        for member in files.getmembers():
+            path = Path(member.name)
+            if path.parent.name == "templates" and path.suffix == ".jinja":
+                member.name = path.name
+                files.extract(member, part, filter="data")
+    archive.unlink()
+    part.rename(CACHE / "templates")
 
 
 if __name__ == "__main__":

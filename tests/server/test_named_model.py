@@ -15,12 +15,15 @@ from support.harness import Server, failure
 PATH = "/models/fake"
 """Path of every fake model."""
 
+HELLO = pb.ChatMessage(role=pb.ROLE_USER, content="hi")
+
 REQUESTS: dict[str, Callable[[str], Message]] = {
     "Completion": lambda model: pb.CompletionRequest(
         prompt="hi", options=pb.CompletionOptions(num_predict=2), model=model
     ),
     "Tokenize": lambda model: pb.TokenizeRequest(content="hi", model=model),
     "Detokenize": lambda model: pb.DetokenizeRequest(token_ids=[104], model=model),
+    "RenderChat": lambda model: pb.RenderChatRequest(messages=[HELLO], model=model),
     "Status": lambda model: pb.StatusRequest(model=model),
     "WatchStatus": lambda model: pb.WatchStatusRequest(model=model),
     "Trim": lambda model: pb.TrimRequest(model=model),

@@ -7,7 +7,9 @@ import threading
 from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from runner_server.chat.format import ChatFormat
 from runner_server.engine.backend import Codec
 from runner_server.engine.logprobs import PromptLogprobs, TokenLogprob
 from runner_server.engine.prefill_queue import PrefillLimits
@@ -35,6 +37,10 @@ ROW_BYTES = 1 << 10
 TOKEN_BYTES = 100
 DEADLINE_SECONDS = 20.0
 """Time limit for any wait in a test; only a bug reaches it."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}<assistant>"
+)
 
 _LETTERS = b"abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789."
 
@@ -111,6 +117,11 @@ class ByteCodec:
     def token_bytes(self, token_id: int) -> bytes:
         """See ``Codec.token_bytes``."""
         return bytes([token_id]) if token_id < 256 else b""
+
+
+def chat_format(template: str, **fields: Any) -> ChatFormat:
+    """Return the chat format of a model with one template."""
+    return ChatFormat(templates={"default": template}, **fields)
 
 
 Reply = Callable[[Sequence[int], Sampling], Iterator[int]]
@@ -261,6 +272,7 @@ class FakeBackend:
         remove_failures: Raised by the next removals of rows, one per call.
         kv_budget_bytes: KV budget of loaded models; a token takes ``TOKEN_BYTES``.
         codec: Tokenizer of loaded models.
+        chat: Chat format of loaded models.
         load_error: Raised once by the next load, at 40 % progress.
         check_error: Raised once by the next ``check``.
         open_error: Raised by ``open``.
@@ -280,6 +292,7 @@ class FakeBackend:
     remove_failures: list[Exception] = field(default_factory=list)
     kv_budget_bytes: int = 1 << 30
     codec: Codec = field(default_factory=ByteCodec)
+    chat: ChatFormat = field(default_factory=lambda: chat_format(CHAT_TEMPLATE))
     load_error: Exception | None = None
     check_error: Exception | None = None
     open_error: Exception | None = None
@@ -317,7 +330,8 @@ class FakeBackend:
             if self.load_error and progress >= 40:
                 error, self.load_error = self.load_error, None
                 raise error
-        return FakeModel(self, replace(model_info(spec), kv_budget_bytes=self.kv_budget_bytes))
+        info = replace(model_info(spec), kv_budget_bytes=self.kv_budget_bytes, chat=self.chat)
+        return FakeModel(self, info)
 
     def memory(self) -> MemoryCounters:
         """See ``Backend.memory``."""

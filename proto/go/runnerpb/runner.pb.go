@@ -24,7 +24,7 @@
 // UNAUTHENTICATED / UNAUTHENTICATED unless the call's metadata has
 // `authorization: Bearer TOKEN` with that token. Health checks need no token. A
 // server may have a second token, for use: its holders may call `Completion`,
-// `Tokenize`, `Detokenize`, `Status`, `WatchStatus` and reflection, and everything
+// `Tokenize`, `Detokenize`, `RenderChat`, `Status`, `WatchStatus` and reflection, and everything
 // else is answered with PERMISSION_DENIED / PERMISSION_DENIED.
 //
 // Any rpc may return INTERNAL / GENERATION_FAILED for a defect of the server
@@ -367,6 +367,72 @@ func (x DoneReason) Number() protoreflect.EnumNumber {
 // Deprecated: Use DoneReason.Descriptor instead.
 func (DoneReason) EnumDescriptor() ([]byte, []int) {
 	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{3}
+}
+
+// The author of a message of a conversation. New values may be added.
+type Role int32
+
+const (
+	// Not valid in a message.
+	Role_ROLE_UNSPECIFIED Role = 0
+	// Instructions for the whole conversation.
+	Role_ROLE_SYSTEM Role = 1
+	// The user.
+	Role_ROLE_USER Role = 2
+	// The model, in an earlier turn.
+	Role_ROLE_ASSISTANT Role = 3
+	// The result of a tool call.
+	Role_ROLE_TOOL Role = 4
+	// Instructions of the application, for templates that tell them apart from those of
+	// the system.
+	Role_ROLE_DEVELOPER Role = 5
+)
+
+// Enum value maps for Role.
+var (
+	Role_name = map[int32]string{
+		0: "ROLE_UNSPECIFIED",
+		1: "ROLE_SYSTEM",
+		2: "ROLE_USER",
+		3: "ROLE_ASSISTANT",
+		4: "ROLE_TOOL",
+		5: "ROLE_DEVELOPER",
+	}
+	Role_value = map[string]int32{
+		"ROLE_UNSPECIFIED": 0,
+		"ROLE_SYSTEM":      1,
+		"ROLE_USER":        2,
+		"ROLE_ASSISTANT":   3,
+		"ROLE_TOOL":        4,
+		"ROLE_DEVELOPER":   5,
+	}
+)
+
+func (x Role) Enum() *Role {
+	p := new(Role)
+	*p = x
+	return p
+}
+
+func (x Role) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Role) Descriptor() protoreflect.EnumDescriptor {
+	return file_mlxrunner_v1_runner_proto_enumTypes[4].Descriptor()
+}
+
+func (Role) Type() protoreflect.EnumType {
+	return &file_mlxrunner_v1_runner_proto_enumTypes[4]
+}
+
+func (x Role) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Role.Descriptor instead.
+func (Role) EnumDescriptor() ([]byte, []int) {
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{4}
 }
 
 // Requests a model to be loaded.
@@ -3209,6 +3275,443 @@ func (x *DetokenizeResponse) GetContent() string {
 	return ""
 }
 
+// A message of a conversation. What a template does with a role or a field that it
+// does not know is up to the template: it may refuse it, or leave it out.
+type ChatMessage struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The author. Required.
+	Role Role `protobuf:"varint,1,opt,name=role,proto3,enum=mlxrunner.v1.Role" json:"role,omitempty"`
+	// The text. At most one of `content` and `content_parts` is set; a message of
+	// ROLE_ASSISTANT may have neither, the others have one. May be empty. Special
+	// tokens written in it count as such.
+	Content *string `protobuf:"bytes,2,opt,name=content,proto3,oneof" json:"content,omitempty"`
+	// The text in parts, for templates that treat a list differently from a text.
+	ContentParts []*ContentPart `protobuf:"bytes,3,rep,name=content_parts,json=contentParts,proto3" json:"content_parts,omitempty"`
+	// The reasoning of an earlier turn, with ROLE_ASSISTANT only. Most templates use it
+	// only since the last message of the user, and leave it out of earlier turns. Templates
+	// read it as `reasoning_content` or `thinking`. Default: empty, none.
+	Reasoning string `protobuf:"bytes,4,opt,name=reasoning,proto3" json:"reasoning,omitempty"`
+	// The tools called in an earlier turn, with ROLE_ASSISTANT only.
+	ToolCalls []*ToolCall `protobuf:"bytes,5,rep,name=tool_calls,json=toolCalls,proto3" json:"tool_calls,omitempty"`
+	// The `ToolCall.id` that the message answers, with ROLE_TOOL only. Default: empty.
+	ToolCallId string `protobuf:"bytes,6,opt,name=tool_call_id,json=toolCallId,proto3" json:"tool_call_id,omitempty"`
+	// The name of the author, or of the tool. Default: empty.
+	Name          string `protobuf:"bytes,7,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChatMessage) Reset() {
+	*x = ChatMessage{}
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChatMessage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChatMessage) ProtoMessage() {}
+
+func (x *ChatMessage) ProtoReflect() protoreflect.Message {
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChatMessage.ProtoReflect.Descriptor instead.
+func (*ChatMessage) Descriptor() ([]byte, []int) {
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *ChatMessage) GetRole() Role {
+	if x != nil {
+		return x.Role
+	}
+	return Role_ROLE_UNSPECIFIED
+}
+
+func (x *ChatMessage) GetContent() string {
+	if x != nil && x.Content != nil {
+		return *x.Content
+	}
+	return ""
+}
+
+func (x *ChatMessage) GetContentParts() []*ContentPart {
+	if x != nil {
+		return x.ContentParts
+	}
+	return nil
+}
+
+func (x *ChatMessage) GetReasoning() string {
+	if x != nil {
+		return x.Reasoning
+	}
+	return ""
+}
+
+func (x *ChatMessage) GetToolCalls() []*ToolCall {
+	if x != nil {
+		return x.ToolCalls
+	}
+	return nil
+}
+
+func (x *ChatMessage) GetToolCallId() string {
+	if x != nil {
+		return x.ToolCallId
+	}
+	return ""
+}
+
+func (x *ChatMessage) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+// A part of a message's content.
+type ContentPart struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The part. Required.
+	//
+	// Types that are valid to be assigned to Part:
+	//
+	//	*ContentPart_Text
+	Part          isContentPart_Part `protobuf_oneof:"part"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ContentPart) Reset() {
+	*x = ContentPart{}
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ContentPart) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ContentPart) ProtoMessage() {}
+
+func (x *ContentPart) ProtoReflect() protoreflect.Message {
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ContentPart.ProtoReflect.Descriptor instead.
+func (*ContentPart) Descriptor() ([]byte, []int) {
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *ContentPart) GetPart() isContentPart_Part {
+	if x != nil {
+		return x.Part
+	}
+	return nil
+}
+
+func (x *ContentPart) GetText() string {
+	if x != nil {
+		if x, ok := x.Part.(*ContentPart_Text); ok {
+			return x.Text
+		}
+	}
+	return ""
+}
+
+type isContentPart_Part interface {
+	isContentPart_Part()
+}
+
+type ContentPart_Text struct {
+	// Text. May be empty.
+	Text string `protobuf:"bytes,1,opt,name=text,proto3,oneof"`
+}
+
+func (*ContentPart_Text) isContentPart_Part() {}
+
+// A call of a tool by the model.
+type ToolCall struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Names the call, for `ChatMessage.tool_call_id`. May be empty in a request.
+	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// The name of the tool. Required.
+	Name string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	// The arguments, as the text of a JSON object. Default: empty, an empty object.
+	Arguments     string `protobuf:"bytes,3,opt,name=arguments,proto3" json:"arguments,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ToolCall) Reset() {
+	*x = ToolCall{}
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ToolCall) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ToolCall) ProtoMessage() {}
+
+func (x *ToolCall) ProtoReflect() protoreflect.Message {
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ToolCall.ProtoReflect.Descriptor instead.
+func (*ToolCall) Descriptor() ([]byte, []int) {
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *ToolCall) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ToolCall) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ToolCall) GetArguments() string {
+	if x != nil {
+		return x.Arguments
+	}
+	return ""
+}
+
+// A tool that the model may call.
+type Tool struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The name of the tool. Required.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// What it does and when to use it, for the model. Default: empty.
+	Description string `protobuf:"bytes,2,opt,name=description,proto3" json:"description,omitempty"`
+	// The JSON schema of its arguments, as the text of a JSON object. Default: empty,
+	// an object without properties.
+	Parameters    string `protobuf:"bytes,3,opt,name=parameters,proto3" json:"parameters,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Tool) Reset() {
+	*x = Tool{}
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Tool) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Tool) ProtoMessage() {}
+
+func (x *Tool) ProtoReflect() protoreflect.Message {
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Tool.ProtoReflect.Descriptor instead.
+func (*Tool) Descriptor() ([]byte, []int) {
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *Tool) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Tool) GetDescription() string {
+	if x != nil {
+		return x.Description
+	}
+	return ""
+}
+
+func (x *Tool) GetParameters() string {
+	if x != nil {
+		return x.Parameters
+	}
+	return ""
+}
+
+// Requests the prompt of a conversation.
+type RenderChatRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The conversation, in order. Required; at most 16,384 messages.
+	Messages []*ChatMessage `protobuf:"bytes,1,rep,name=messages,proto3" json:"messages,omitempty"`
+	// The tools that the template describes to the model. At most 1,024.
+	Tools []*Tool `protobuf:"bytes,2,rep,name=tools,proto3" json:"tools,omitempty"`
+	// More arguments for the template, as the text of a JSON object, for instance
+	// {"enable_thinking": false}. They take precedence over the special tokens that the
+	// template gets (`bos_token`, `eos_token`, ...); `messages`, `tools`, `documents`
+	// and `add_generation_prompt` are not among them. Default: empty, none.
+	ChatTemplateKwargs string `protobuf:"bytes,3,opt,name=chat_template_kwargs,json=chatTemplateKwargs,proto3" json:"chat_template_kwargs,omitempty"`
+	// The model that is meant: the `LoadRequest.model` that it was loaded with, or
+	// `Model.path`. Any other name is refused with MODEL_NOT_LOADED. Default: empty,
+	// the loaded model.
+	Model         string `protobuf:"bytes,4,opt,name=model,proto3" json:"model,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RenderChatRequest) Reset() {
+	*x = RenderChatRequest{}
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RenderChatRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RenderChatRequest) ProtoMessage() {}
+
+func (x *RenderChatRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RenderChatRequest.ProtoReflect.Descriptor instead.
+func (*RenderChatRequest) Descriptor() ([]byte, []int) {
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *RenderChatRequest) GetMessages() []*ChatMessage {
+	if x != nil {
+		return x.Messages
+	}
+	return nil
+}
+
+func (x *RenderChatRequest) GetTools() []*Tool {
+	if x != nil {
+		return x.Tools
+	}
+	return nil
+}
+
+func (x *RenderChatRequest) GetChatTemplateKwargs() string {
+	if x != nil {
+		return x.ChatTemplateKwargs
+	}
+	return ""
+}
+
+func (x *RenderChatRequest) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+// The prompt of a conversation.
+type RenderChatResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The text that the template gives.
+	Prompt string `protobuf:"bytes,1,opt,name=prompt,proto3" json:"prompt,omitempty"`
+	// Its token ids: without a beginning-of-text token, unless the template writes one.
+	TokenIds      []int32 `protobuf:"varint,2,rep,packed,name=token_ids,json=tokenIds,proto3" json:"token_ids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RenderChatResponse) Reset() {
+	*x = RenderChatResponse{}
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RenderChatResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RenderChatResponse) ProtoMessage() {}
+
+func (x *RenderChatResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RenderChatResponse.ProtoReflect.Descriptor instead.
+func (*RenderChatResponse) Descriptor() ([]byte, []int) {
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *RenderChatResponse) GetPrompt() string {
+	if x != nil {
+		return x.Prompt
+	}
+	return ""
+}
+
+func (x *RenderChatResponse) GetTokenIds() []int32 {
+	if x != nil {
+		return x.TokenIds
+	}
+	return nil
+}
+
 var File_mlxrunner_v1_runner_proto protoreflect.FileDescriptor
 
 const file_mlxrunner_v1_runner_proto_rawDesc = "" +
@@ -3477,7 +3980,40 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\ttoken_ids\x18\x01 \x03(\x05R\btokenIds\x12\x14\n" +
 	"\x05model\x18\x02 \x01(\tR\x05model\".\n" +
 	"\x12DetokenizeResponse\x12\x18\n" +
-	"\acontent\x18\x01 \x01(\tR\acontent*\xd4\x03\n" +
+	"\acontent\x18\x01 \x01(\tR\acontent\"\xab\x02\n" +
+	"\vChatMessage\x12&\n" +
+	"\x04role\x18\x01 \x01(\x0e2\x12.mlxrunner.v1.RoleR\x04role\x12\x1d\n" +
+	"\acontent\x18\x02 \x01(\tH\x00R\acontent\x88\x01\x01\x12>\n" +
+	"\rcontent_parts\x18\x03 \x03(\v2\x19.mlxrunner.v1.ContentPartR\fcontentParts\x12\x1c\n" +
+	"\treasoning\x18\x04 \x01(\tR\treasoning\x125\n" +
+	"\n" +
+	"tool_calls\x18\x05 \x03(\v2\x16.mlxrunner.v1.ToolCallR\ttoolCalls\x12 \n" +
+	"\ftool_call_id\x18\x06 \x01(\tR\n" +
+	"toolCallId\x12\x12\n" +
+	"\x04name\x18\a \x01(\tR\x04nameB\n" +
+	"\n" +
+	"\b_content\"+\n" +
+	"\vContentPart\x12\x14\n" +
+	"\x04text\x18\x01 \x01(\tH\x00R\x04textB\x06\n" +
+	"\x04part\"L\n" +
+	"\bToolCall\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1c\n" +
+	"\targuments\x18\x03 \x01(\tR\targuments\"\\\n" +
+	"\x04Tool\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
+	"\vdescription\x18\x02 \x01(\tR\vdescription\x12\x1e\n" +
+	"\n" +
+	"parameters\x18\x03 \x01(\tR\n" +
+	"parameters\"\xbc\x01\n" +
+	"\x11RenderChatRequest\x125\n" +
+	"\bmessages\x18\x01 \x03(\v2\x19.mlxrunner.v1.ChatMessageR\bmessages\x12(\n" +
+	"\x05tools\x18\x02 \x03(\v2\x12.mlxrunner.v1.ToolR\x05tools\x120\n" +
+	"\x14chat_template_kwargs\x18\x03 \x01(\tR\x12chatTemplateKwargs\x12\x14\n" +
+	"\x05model\x18\x04 \x01(\tR\x05model\"I\n" +
+	"\x12RenderChatResponse\x12\x16\n" +
+	"\x06prompt\x18\x01 \x01(\tR\x06prompt\x12\x1b\n" +
+	"\ttoken_ids\x18\x02 \x03(\x05R\btokenIds*\xd4\x03\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12 \n" +
@@ -3516,7 +4052,14 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"DoneReason\x12\x1b\n" +
 	"\x17DONE_REASON_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10DONE_REASON_STOP\x10\x01\x12\x16\n" +
-	"\x12DONE_REASON_LENGTH\x10\x022\xab\x06\n" +
+	"\x12DONE_REASON_LENGTH\x10\x02*s\n" +
+	"\x04Role\x12\x14\n" +
+	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n" +
+	"\vROLE_SYSTEM\x10\x01\x12\r\n" +
+	"\tROLE_USER\x10\x02\x12\x12\n" +
+	"\x0eROLE_ASSISTANT\x10\x03\x12\r\n" +
+	"\tROLE_TOOL\x10\x04\x12\x12\n" +
+	"\x0eROLE_DEVELOPER\x10\x052\xfc\x06\n" +
 	"\rRunnerService\x12=\n" +
 	"\x04Load\x12\x19.mlxrunner.v1.LoadRequest\x1a\x1a.mlxrunner.v1.LoadResponse\x12I\n" +
 	"\bEstimate\x12\x1d.mlxrunner.v1.EstimateRequest\x1a\x1e.mlxrunner.v1.EstimateResponse\x12=\n" +
@@ -3530,7 +4073,9 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x05Drain\x12\x1a.mlxrunner.v1.DrainRequest\x1a\x1b.mlxrunner.v1.DrainResponse\x12I\n" +
 	"\bTokenize\x12\x1d.mlxrunner.v1.TokenizeRequest\x1a\x1e.mlxrunner.v1.TokenizeResponse\x12O\n" +
 	"\n" +
-	"Detokenize\x12\x1f.mlxrunner.v1.DetokenizeRequest\x1a .mlxrunner.v1.DetokenizeResponseB:\n" +
+	"Detokenize\x12\x1f.mlxrunner.v1.DetokenizeRequest\x1a .mlxrunner.v1.DetokenizeResponse\x12O\n" +
+	"\n" +
+	"RenderChat\x12\x1f.mlxrunner.v1.RenderChatRequest\x1a .mlxrunner.v1.RenderChatResponseB:\n" +
 	"\x0fio.mlxrunner.v1B\vRunnerProtoP\x01Z\x18mlxrunner/v1;mlxrunnerv1b\x06proto3"
 
 var (
@@ -3545,102 +4090,116 @@ func file_mlxrunner_v1_runner_proto_rawDescGZIP() []byte {
 	return file_mlxrunner_v1_runner_proto_rawDescData
 }
 
-var file_mlxrunner_v1_runner_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_mlxrunner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_mlxrunner_v1_runner_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
+var file_mlxrunner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
 var file_mlxrunner_v1_runner_proto_goTypes = []any{
 	(ErrorReason)(0),            // 0: mlxrunner.v1.ErrorReason
 	(State)(0),                  // 1: mlxrunner.v1.State
 	(Dtype)(0),                  // 2: mlxrunner.v1.Dtype
 	(DoneReason)(0),             // 3: mlxrunner.v1.DoneReason
-	(*LoadRequest)(nil),         // 4: mlxrunner.v1.LoadRequest
-	(*LoadResponse)(nil),        // 5: mlxrunner.v1.LoadResponse
-	(*Model)(nil),               // 6: mlxrunner.v1.Model
-	(*Capabilities)(nil),        // 7: mlxrunner.v1.Capabilities
-	(*EstimateRequest)(nil),     // 8: mlxrunner.v1.EstimateRequest
-	(*EstimateResponse)(nil),    // 9: mlxrunner.v1.EstimateResponse
-	(*TrimRequest)(nil),         // 10: mlxrunner.v1.TrimRequest
-	(*TrimResponse)(nil),        // 11: mlxrunner.v1.TrimResponse
-	(*UnloadRequest)(nil),       // 12: mlxrunner.v1.UnloadRequest
-	(*UnloadResponse)(nil),      // 13: mlxrunner.v1.UnloadResponse
-	(*StatusRequest)(nil),       // 14: mlxrunner.v1.StatusRequest
-	(*StatusResponse)(nil),      // 15: mlxrunner.v1.StatusResponse
-	(*WatchStatusRequest)(nil),  // 16: mlxrunner.v1.WatchStatusRequest
-	(*WatchStatusResponse)(nil), // 17: mlxrunner.v1.WatchStatusResponse
-	(*Rank)(nil),                // 18: mlxrunner.v1.Rank
-	(*MemoryUsage)(nil),         // 19: mlxrunner.v1.MemoryUsage
-	(*TokenIds)(nil),            // 20: mlxrunner.v1.TokenIds
-	(*CompletionRequest)(nil),   // 21: mlxrunner.v1.CompletionRequest
-	(*CompletionOptions)(nil),   // 22: mlxrunner.v1.CompletionOptions
-	(*CompletionResponse)(nil),  // 23: mlxrunner.v1.CompletionResponse
-	(*PromptProgress)(nil),      // 24: mlxrunner.v1.PromptProgress
-	(*TokenLogprob)(nil),        // 25: mlxrunner.v1.TokenLogprob
-	(*TopLogprob)(nil),          // 26: mlxrunner.v1.TopLogprob
-	(*AbortRequest)(nil),        // 27: mlxrunner.v1.AbortRequest
-	(*AbortResponse)(nil),       // 28: mlxrunner.v1.AbortResponse
-	(*DrainRequest)(nil),        // 29: mlxrunner.v1.DrainRequest
-	(*DrainResponse)(nil),       // 30: mlxrunner.v1.DrainResponse
-	(*TokenizeRequest)(nil),     // 31: mlxrunner.v1.TokenizeRequest
-	(*TokenizeResponse)(nil),    // 32: mlxrunner.v1.TokenizeResponse
-	(*DetokenizeRequest)(nil),   // 33: mlxrunner.v1.DetokenizeRequest
-	(*DetokenizeResponse)(nil),  // 34: mlxrunner.v1.DetokenizeResponse
-	nil,                         // 35: mlxrunner.v1.CompletionOptions.LogitBiasEntry
-	(*durationpb.Duration)(nil), // 36: google.protobuf.Duration
+	(Role)(0),                   // 4: mlxrunner.v1.Role
+	(*LoadRequest)(nil),         // 5: mlxrunner.v1.LoadRequest
+	(*LoadResponse)(nil),        // 6: mlxrunner.v1.LoadResponse
+	(*Model)(nil),               // 7: mlxrunner.v1.Model
+	(*Capabilities)(nil),        // 8: mlxrunner.v1.Capabilities
+	(*EstimateRequest)(nil),     // 9: mlxrunner.v1.EstimateRequest
+	(*EstimateResponse)(nil),    // 10: mlxrunner.v1.EstimateResponse
+	(*TrimRequest)(nil),         // 11: mlxrunner.v1.TrimRequest
+	(*TrimResponse)(nil),        // 12: mlxrunner.v1.TrimResponse
+	(*UnloadRequest)(nil),       // 13: mlxrunner.v1.UnloadRequest
+	(*UnloadResponse)(nil),      // 14: mlxrunner.v1.UnloadResponse
+	(*StatusRequest)(nil),       // 15: mlxrunner.v1.StatusRequest
+	(*StatusResponse)(nil),      // 16: mlxrunner.v1.StatusResponse
+	(*WatchStatusRequest)(nil),  // 17: mlxrunner.v1.WatchStatusRequest
+	(*WatchStatusResponse)(nil), // 18: mlxrunner.v1.WatchStatusResponse
+	(*Rank)(nil),                // 19: mlxrunner.v1.Rank
+	(*MemoryUsage)(nil),         // 20: mlxrunner.v1.MemoryUsage
+	(*TokenIds)(nil),            // 21: mlxrunner.v1.TokenIds
+	(*CompletionRequest)(nil),   // 22: mlxrunner.v1.CompletionRequest
+	(*CompletionOptions)(nil),   // 23: mlxrunner.v1.CompletionOptions
+	(*CompletionResponse)(nil),  // 24: mlxrunner.v1.CompletionResponse
+	(*PromptProgress)(nil),      // 25: mlxrunner.v1.PromptProgress
+	(*TokenLogprob)(nil),        // 26: mlxrunner.v1.TokenLogprob
+	(*TopLogprob)(nil),          // 27: mlxrunner.v1.TopLogprob
+	(*AbortRequest)(nil),        // 28: mlxrunner.v1.AbortRequest
+	(*AbortResponse)(nil),       // 29: mlxrunner.v1.AbortResponse
+	(*DrainRequest)(nil),        // 30: mlxrunner.v1.DrainRequest
+	(*DrainResponse)(nil),       // 31: mlxrunner.v1.DrainResponse
+	(*TokenizeRequest)(nil),     // 32: mlxrunner.v1.TokenizeRequest
+	(*TokenizeResponse)(nil),    // 33: mlxrunner.v1.TokenizeResponse
+	(*DetokenizeRequest)(nil),   // 34: mlxrunner.v1.DetokenizeRequest
+	(*DetokenizeResponse)(nil),  // 35: mlxrunner.v1.DetokenizeResponse
+	(*ChatMessage)(nil),         // 36: mlxrunner.v1.ChatMessage
+	(*ContentPart)(nil),         // 37: mlxrunner.v1.ContentPart
+	(*ToolCall)(nil),            // 38: mlxrunner.v1.ToolCall
+	(*Tool)(nil),                // 39: mlxrunner.v1.Tool
+	(*RenderChatRequest)(nil),   // 40: mlxrunner.v1.RenderChatRequest
+	(*RenderChatResponse)(nil),  // 41: mlxrunner.v1.RenderChatResponse
+	nil,                         // 42: mlxrunner.v1.CompletionOptions.LogitBiasEntry
+	(*durationpb.Duration)(nil), // 43: google.protobuf.Duration
 }
 var file_mlxrunner_v1_runner_proto_depIdxs = []int32{
 	2,  // 0: mlxrunner.v1.LoadRequest.dtype:type_name -> mlxrunner.v1.Dtype
-	6,  // 1: mlxrunner.v1.LoadResponse.model:type_name -> mlxrunner.v1.Model
-	36, // 2: mlxrunner.v1.LoadResponse.load_duration:type_name -> google.protobuf.Duration
-	7,  // 3: mlxrunner.v1.Model.capabilities:type_name -> mlxrunner.v1.Capabilities
+	7,  // 1: mlxrunner.v1.LoadResponse.model:type_name -> mlxrunner.v1.Model
+	43, // 2: mlxrunner.v1.LoadResponse.load_duration:type_name -> google.protobuf.Duration
+	8,  // 3: mlxrunner.v1.Model.capabilities:type_name -> mlxrunner.v1.Capabilities
 	2,  // 4: mlxrunner.v1.EstimateRequest.dtype:type_name -> mlxrunner.v1.Dtype
 	1,  // 5: mlxrunner.v1.StatusResponse.state:type_name -> mlxrunner.v1.State
-	19, // 6: mlxrunner.v1.StatusResponse.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
-	6,  // 7: mlxrunner.v1.StatusResponse.model:type_name -> mlxrunner.v1.Model
-	36, // 8: mlxrunner.v1.StatusResponse.last_progress_age:type_name -> google.protobuf.Duration
-	36, // 9: mlxrunner.v1.StatusResponse.uptime_duration:type_name -> google.protobuf.Duration
-	18, // 10: mlxrunner.v1.StatusResponse.ranks:type_name -> mlxrunner.v1.Rank
-	36, // 11: mlxrunner.v1.WatchStatusRequest.interval:type_name -> google.protobuf.Duration
-	15, // 12: mlxrunner.v1.WatchStatusResponse.status:type_name -> mlxrunner.v1.StatusResponse
-	19, // 13: mlxrunner.v1.Rank.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
-	20, // 14: mlxrunner.v1.CompletionRequest.prompt_token_ids:type_name -> mlxrunner.v1.TokenIds
-	22, // 15: mlxrunner.v1.CompletionRequest.options:type_name -> mlxrunner.v1.CompletionOptions
-	35, // 16: mlxrunner.v1.CompletionOptions.logit_bias:type_name -> mlxrunner.v1.CompletionOptions.LogitBiasEntry
-	25, // 17: mlxrunner.v1.CompletionResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
+	20, // 6: mlxrunner.v1.StatusResponse.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
+	7,  // 7: mlxrunner.v1.StatusResponse.model:type_name -> mlxrunner.v1.Model
+	43, // 8: mlxrunner.v1.StatusResponse.last_progress_age:type_name -> google.protobuf.Duration
+	43, // 9: mlxrunner.v1.StatusResponse.uptime_duration:type_name -> google.protobuf.Duration
+	19, // 10: mlxrunner.v1.StatusResponse.ranks:type_name -> mlxrunner.v1.Rank
+	43, // 11: mlxrunner.v1.WatchStatusRequest.interval:type_name -> google.protobuf.Duration
+	16, // 12: mlxrunner.v1.WatchStatusResponse.status:type_name -> mlxrunner.v1.StatusResponse
+	20, // 13: mlxrunner.v1.Rank.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
+	21, // 14: mlxrunner.v1.CompletionRequest.prompt_token_ids:type_name -> mlxrunner.v1.TokenIds
+	23, // 15: mlxrunner.v1.CompletionRequest.options:type_name -> mlxrunner.v1.CompletionOptions
+	42, // 16: mlxrunner.v1.CompletionOptions.logit_bias:type_name -> mlxrunner.v1.CompletionOptions.LogitBiasEntry
+	26, // 17: mlxrunner.v1.CompletionResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
 	3,  // 18: mlxrunner.v1.CompletionResponse.done_reason:type_name -> mlxrunner.v1.DoneReason
-	24, // 19: mlxrunner.v1.CompletionResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
-	25, // 20: mlxrunner.v1.CompletionResponse.prompt_logprobs:type_name -> mlxrunner.v1.TokenLogprob
-	36, // 21: mlxrunner.v1.CompletionResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
-	36, // 22: mlxrunner.v1.CompletionResponse.eval_duration:type_name -> google.protobuf.Duration
-	36, // 23: mlxrunner.v1.CompletionResponse.queue_duration:type_name -> google.protobuf.Duration
-	26, // 24: mlxrunner.v1.TokenLogprob.top:type_name -> mlxrunner.v1.TopLogprob
-	26, // 25: mlxrunner.v1.TokenLogprob.candidates:type_name -> mlxrunner.v1.TopLogprob
-	36, // 26: mlxrunner.v1.DrainRequest.timeout:type_name -> google.protobuf.Duration
-	4,  // 27: mlxrunner.v1.RunnerService.Load:input_type -> mlxrunner.v1.LoadRequest
-	8,  // 28: mlxrunner.v1.RunnerService.Estimate:input_type -> mlxrunner.v1.EstimateRequest
-	10, // 29: mlxrunner.v1.RunnerService.Trim:input_type -> mlxrunner.v1.TrimRequest
-	12, // 30: mlxrunner.v1.RunnerService.Unload:input_type -> mlxrunner.v1.UnloadRequest
-	14, // 31: mlxrunner.v1.RunnerService.Status:input_type -> mlxrunner.v1.StatusRequest
-	16, // 32: mlxrunner.v1.RunnerService.WatchStatus:input_type -> mlxrunner.v1.WatchStatusRequest
-	21, // 33: mlxrunner.v1.RunnerService.Completion:input_type -> mlxrunner.v1.CompletionRequest
-	27, // 34: mlxrunner.v1.RunnerService.Abort:input_type -> mlxrunner.v1.AbortRequest
-	29, // 35: mlxrunner.v1.RunnerService.Drain:input_type -> mlxrunner.v1.DrainRequest
-	31, // 36: mlxrunner.v1.RunnerService.Tokenize:input_type -> mlxrunner.v1.TokenizeRequest
-	33, // 37: mlxrunner.v1.RunnerService.Detokenize:input_type -> mlxrunner.v1.DetokenizeRequest
-	5,  // 38: mlxrunner.v1.RunnerService.Load:output_type -> mlxrunner.v1.LoadResponse
-	9,  // 39: mlxrunner.v1.RunnerService.Estimate:output_type -> mlxrunner.v1.EstimateResponse
-	11, // 40: mlxrunner.v1.RunnerService.Trim:output_type -> mlxrunner.v1.TrimResponse
-	13, // 41: mlxrunner.v1.RunnerService.Unload:output_type -> mlxrunner.v1.UnloadResponse
-	15, // 42: mlxrunner.v1.RunnerService.Status:output_type -> mlxrunner.v1.StatusResponse
-	17, // 43: mlxrunner.v1.RunnerService.WatchStatus:output_type -> mlxrunner.v1.WatchStatusResponse
-	23, // 44: mlxrunner.v1.RunnerService.Completion:output_type -> mlxrunner.v1.CompletionResponse
-	28, // 45: mlxrunner.v1.RunnerService.Abort:output_type -> mlxrunner.v1.AbortResponse
-	30, // 46: mlxrunner.v1.RunnerService.Drain:output_type -> mlxrunner.v1.DrainResponse
-	32, // 47: mlxrunner.v1.RunnerService.Tokenize:output_type -> mlxrunner.v1.TokenizeResponse
-	34, // 48: mlxrunner.v1.RunnerService.Detokenize:output_type -> mlxrunner.v1.DetokenizeResponse
-	38, // [38:49] is the sub-list for method output_type
-	27, // [27:38] is the sub-list for method input_type
-	27, // [27:27] is the sub-list for extension type_name
-	27, // [27:27] is the sub-list for extension extendee
-	0,  // [0:27] is the sub-list for field type_name
+	25, // 19: mlxrunner.v1.CompletionResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
+	26, // 20: mlxrunner.v1.CompletionResponse.prompt_logprobs:type_name -> mlxrunner.v1.TokenLogprob
+	43, // 21: mlxrunner.v1.CompletionResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
+	43, // 22: mlxrunner.v1.CompletionResponse.eval_duration:type_name -> google.protobuf.Duration
+	43, // 23: mlxrunner.v1.CompletionResponse.queue_duration:type_name -> google.protobuf.Duration
+	27, // 24: mlxrunner.v1.TokenLogprob.top:type_name -> mlxrunner.v1.TopLogprob
+	27, // 25: mlxrunner.v1.TokenLogprob.candidates:type_name -> mlxrunner.v1.TopLogprob
+	43, // 26: mlxrunner.v1.DrainRequest.timeout:type_name -> google.protobuf.Duration
+	4,  // 27: mlxrunner.v1.ChatMessage.role:type_name -> mlxrunner.v1.Role
+	37, // 28: mlxrunner.v1.ChatMessage.content_parts:type_name -> mlxrunner.v1.ContentPart
+	38, // 29: mlxrunner.v1.ChatMessage.tool_calls:type_name -> mlxrunner.v1.ToolCall
+	36, // 30: mlxrunner.v1.RenderChatRequest.messages:type_name -> mlxrunner.v1.ChatMessage
+	39, // 31: mlxrunner.v1.RenderChatRequest.tools:type_name -> mlxrunner.v1.Tool
+	5,  // 32: mlxrunner.v1.RunnerService.Load:input_type -> mlxrunner.v1.LoadRequest
+	9,  // 33: mlxrunner.v1.RunnerService.Estimate:input_type -> mlxrunner.v1.EstimateRequest
+	11, // 34: mlxrunner.v1.RunnerService.Trim:input_type -> mlxrunner.v1.TrimRequest
+	13, // 35: mlxrunner.v1.RunnerService.Unload:input_type -> mlxrunner.v1.UnloadRequest
+	15, // 36: mlxrunner.v1.RunnerService.Status:input_type -> mlxrunner.v1.StatusRequest
+	17, // 37: mlxrunner.v1.RunnerService.WatchStatus:input_type -> mlxrunner.v1.WatchStatusRequest
+	22, // 38: mlxrunner.v1.RunnerService.Completion:input_type -> mlxrunner.v1.CompletionRequest
+	28, // 39: mlxrunner.v1.RunnerService.Abort:input_type -> mlxrunner.v1.AbortRequest
+	30, // 40: mlxrunner.v1.RunnerService.Drain:input_type -> mlxrunner.v1.DrainRequest
+	32, // 41: mlxrunner.v1.RunnerService.Tokenize:input_type -> mlxrunner.v1.TokenizeRequest
+	34, // 42: mlxrunner.v1.RunnerService.Detokenize:input_type -> mlxrunner.v1.DetokenizeRequest
+	40, // 43: mlxrunner.v1.RunnerService.RenderChat:input_type -> mlxrunner.v1.RenderChatRequest
+	6,  // 44: mlxrunner.v1.RunnerService.Load:output_type -> mlxrunner.v1.LoadResponse
+	10, // 45: mlxrunner.v1.RunnerService.Estimate:output_type -> mlxrunner.v1.EstimateResponse
+	12, // 46: mlxrunner.v1.RunnerService.Trim:output_type -> mlxrunner.v1.TrimResponse
+	14, // 47: mlxrunner.v1.RunnerService.Unload:output_type -> mlxrunner.v1.UnloadResponse
+	16, // 48: mlxrunner.v1.RunnerService.Status:output_type -> mlxrunner.v1.StatusResponse
+	18, // 49: mlxrunner.v1.RunnerService.WatchStatus:output_type -> mlxrunner.v1.WatchStatusResponse
+	24, // 50: mlxrunner.v1.RunnerService.Completion:output_type -> mlxrunner.v1.CompletionResponse
+	29, // 51: mlxrunner.v1.RunnerService.Abort:output_type -> mlxrunner.v1.AbortResponse
+	31, // 52: mlxrunner.v1.RunnerService.Drain:output_type -> mlxrunner.v1.DrainResponse
+	33, // 53: mlxrunner.v1.RunnerService.Tokenize:output_type -> mlxrunner.v1.TokenizeResponse
+	35, // 54: mlxrunner.v1.RunnerService.Detokenize:output_type -> mlxrunner.v1.DetokenizeResponse
+	41, // 55: mlxrunner.v1.RunnerService.RenderChat:output_type -> mlxrunner.v1.RenderChatResponse
+	44, // [44:56] is the sub-list for method output_type
+	32, // [32:44] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_mlxrunner_v1_runner_proto_init() }
@@ -3657,13 +4216,17 @@ func file_mlxrunner_v1_runner_proto_init() {
 		(*CompletionRequest_PromptTokenIds)(nil),
 	}
 	file_mlxrunner_v1_runner_proto_msgTypes[18].OneofWrappers = []any{}
+	file_mlxrunner_v1_runner_proto_msgTypes[31].OneofWrappers = []any{}
+	file_mlxrunner_v1_runner_proto_msgTypes[32].OneofWrappers = []any{
+		(*ContentPart_Text)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mlxrunner_v1_runner_proto_rawDesc), len(file_mlxrunner_v1_runner_proto_rawDesc)),
-			NumEnums:      4,
-			NumMessages:   32,
+			NumEnums:      5,
+			NumMessages:   38,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -24,7 +24,7 @@
 // UNAUTHENTICATED / UNAUTHENTICATED unless the call's metadata has
 // `authorization: Bearer TOKEN` with that token. Health checks need no token. A
 // server may have a second token, for use: its holders may call `Completion`,
-// `Tokenize`, `Detokenize`, `Status`, `WatchStatus` and reflection, and everything
+// `Tokenize`, `Detokenize`, `RenderChat`, `Status`, `WatchStatus` and reflection, and everything
 // else is answered with PERMISSION_DENIED / PERMISSION_DENIED.
 //
 // Any rpc may return INTERNAL / GENERATION_FAILED for a defect of the server
@@ -66,6 +66,7 @@ const (
 	RunnerService_Drain_FullMethodName       = "/mlxrunner.v1.RunnerService/Drain"
 	RunnerService_Tokenize_FullMethodName    = "/mlxrunner.v1.RunnerService/Tokenize"
 	RunnerService_Detokenize_FullMethodName  = "/mlxrunner.v1.RunnerService/Detokenize"
+	RunnerService_RenderChat_FullMethodName  = "/mlxrunner.v1.RunnerService/RenderChat"
 )
 
 // RunnerServiceClient is the client API for RunnerService service.
@@ -292,6 +293,30 @@ type RunnerServiceClient interface {
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.
 	Detokenize(ctx context.Context, in *DetokenizeRequest, opts ...grpc.CallOption) (*DetokenizeResponse, error)
+	// Renders a conversation with the model's chat template: gives the prompt and its
+	// token ids. The template is, in this order: `chat_template.jinja` and
+	// `additional_chat_templates/*.jinja`, `chat_template` in tokenizer_config.json (a
+	// text, or a list of named ones), `chat_template.json`, or the one that mlx_lm has
+	// for this type of model. Text and ids are those of `apply_chat_template` in
+	// transformers, with a prompt for the assistant's turn at the end. Runs alongside
+	// completions without delaying them, in a process of its own.
+	//
+	// Errors:
+	//   - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range, the model
+	//     has no chat template, or the template refuses the conversation or does not
+	//     support it (the message has the template's words); correct the request, or use
+	//     `Completion`. Also returned if the template takes more than 5 seconds of CPU
+	//     time, more than 1 GiB of memory, or writes more than 67,108,864 characters, and
+	//     if prompt and ids would exceed gRPC's default limit of 4 MiB.
+	//   - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the template cannot be read or is not
+	//     a valid one; correct the model's files, or use another model.
+	//   - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
+	//     first), one is being loaded (wait until `Status` says ACTIVE), or the request
+	//     names a different one (correct `model`).
+	//   - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
+	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+	//     has none or a different one; send the right one.
+	RenderChat(ctx context.Context, in *RenderChatRequest, opts ...grpc.CallOption) (*RenderChatResponse, error)
 }
 
 type runnerServiceClient struct {
@@ -424,6 +449,16 @@ func (c *runnerServiceClient) Detokenize(ctx context.Context, in *DetokenizeRequ
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(DetokenizeResponse)
 	err := c.cc.Invoke(ctx, RunnerService_Detokenize_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *runnerServiceClient) RenderChat(ctx context.Context, in *RenderChatRequest, opts ...grpc.CallOption) (*RenderChatResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RenderChatResponse)
+	err := c.cc.Invoke(ctx, RunnerService_RenderChat_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -654,6 +689,30 @@ type RunnerServiceServer interface {
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.
 	Detokenize(context.Context, *DetokenizeRequest) (*DetokenizeResponse, error)
+	// Renders a conversation with the model's chat template: gives the prompt and its
+	// token ids. The template is, in this order: `chat_template.jinja` and
+	// `additional_chat_templates/*.jinja`, `chat_template` in tokenizer_config.json (a
+	// text, or a list of named ones), `chat_template.json`, or the one that mlx_lm has
+	// for this type of model. Text and ids are those of `apply_chat_template` in
+	// transformers, with a prompt for the assistant's turn at the end. Runs alongside
+	// completions without delaying them, in a process of its own.
+	//
+	// Errors:
+	//   - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range, the model
+	//     has no chat template, or the template refuses the conversation or does not
+	//     support it (the message has the template's words); correct the request, or use
+	//     `Completion`. Also returned if the template takes more than 5 seconds of CPU
+	//     time, more than 1 GiB of memory, or writes more than 67,108,864 characters, and
+	//     if prompt and ids would exceed gRPC's default limit of 4 MiB.
+	//   - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the template cannot be read or is not
+	//     a valid one; correct the model's files, or use another model.
+	//   - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
+	//     first), one is being loaded (wait until `Status` says ACTIVE), or the request
+	//     names a different one (correct `model`).
+	//   - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
+	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+	//     has none or a different one; send the right one.
+	RenderChat(context.Context, *RenderChatRequest) (*RenderChatResponse, error)
 	mustEmbedUnimplementedRunnerServiceServer()
 }
 
@@ -696,6 +755,9 @@ func (UnimplementedRunnerServiceServer) Tokenize(context.Context, *TokenizeReque
 }
 func (UnimplementedRunnerServiceServer) Detokenize(context.Context, *DetokenizeRequest) (*DetokenizeResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Detokenize not implemented")
+}
+func (UnimplementedRunnerServiceServer) RenderChat(context.Context, *RenderChatRequest) (*RenderChatResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RenderChat not implemented")
 }
 func (UnimplementedRunnerServiceServer) mustEmbedUnimplementedRunnerServiceServer() {}
 func (UnimplementedRunnerServiceServer) testEmbeddedByValue()                       {}
@@ -902,6 +964,24 @@ func _RunnerService_Detokenize_Handler(srv interface{}, ctx context.Context, dec
 	return interceptor(ctx, in, info, handler)
 }
 
+func _RunnerService_RenderChat_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RenderChatRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(RunnerServiceServer).RenderChat(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: RunnerService_RenderChat_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(RunnerServiceServer).RenderChat(ctx, req.(*RenderChatRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // RunnerService_ServiceDesc is the grpc.ServiceDesc for RunnerService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -944,6 +1024,10 @@ var RunnerService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Detokenize",
 			Handler:    _RunnerService_Detokenize_Handler,
+		},
+		{
+			MethodName: "RenderChat",
+			Handler:    _RunnerService_RenderChat_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -27,7 +27,7 @@ service and of reflection, including `Status`, with
 UNAUTHENTICATED / UNAUTHENTICATED unless the call's metadata has
 `authorization: Bearer TOKEN` with that token. Health checks need no token. A
 server may have a second token, for use: its holders may call `Completion`,
-`Tokenize`, `Detokenize`, `Status`, `WatchStatus` and reflection, and everything
+`Tokenize`, `Detokenize`, `RenderChat`, `Status`, `WatchStatus` and reflection, and everything
 else is answered with PERMISSION_DENIED / PERMISSION_DENIED.
 
 Any rpc may return INTERNAL / GENERATION_FAILED for a defect of the server
@@ -300,6 +300,46 @@ string was found (see `stop_match`).
 DONE_REASON_LENGTH: DoneReason.ValueType  # 2
 """`num_predict` tokens were generated, or the context is full."""
 Global___DoneReason: _TypeAlias = DoneReason  # noqa: Y015
+
+class _Role:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Role.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ROLE_UNSPECIFIED: _Role.ValueType  # 0
+    """Not valid in a message."""
+    ROLE_SYSTEM: _Role.ValueType  # 1
+    """Instructions for the whole conversation."""
+    ROLE_USER: _Role.ValueType  # 2
+    """The user."""
+    ROLE_ASSISTANT: _Role.ValueType  # 3
+    """The model, in an earlier turn."""
+    ROLE_TOOL: _Role.ValueType  # 4
+    """The result of a tool call."""
+    ROLE_DEVELOPER: _Role.ValueType  # 5
+    """Instructions of the application, for templates that tell them apart from those of
+    the system.
+    """
+
+class Role(_Role, metaclass=_RoleEnumTypeWrapper):
+    """The author of a message of a conversation. New values may be added."""
+
+ROLE_UNSPECIFIED: Role.ValueType  # 0
+"""Not valid in a message."""
+ROLE_SYSTEM: Role.ValueType  # 1
+"""Instructions for the whole conversation."""
+ROLE_USER: Role.ValueType  # 2
+"""The user."""
+ROLE_ASSISTANT: Role.ValueType  # 3
+"""The model, in an earlier turn."""
+ROLE_TOOL: Role.ValueType  # 4
+"""The result of a tool call."""
+ROLE_DEVELOPER: Role.ValueType  # 5
+"""Instructions of the application, for templates that tell them apart from those of
+the system.
+"""
+Global___Role: _TypeAlias = Role  # noqa: Y015
 
 @_typing.final
 class LoadRequest(_message.Message):
@@ -1979,3 +2019,222 @@ class DetokenizeResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DetokenizeResponse: _TypeAlias = DetokenizeResponse  # noqa: Y015
+
+@_typing.final
+class ChatMessage(_message.Message):
+    """A message of a conversation. What a template does with a role or a field that it
+    does not know is up to the template: it may refuse it, or leave it out.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    CONTENT_PARTS_FIELD_NUMBER: _builtins.int
+    REASONING_FIELD_NUMBER: _builtins.int
+    TOOL_CALLS_FIELD_NUMBER: _builtins.int
+    TOOL_CALL_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    role: Global___Role.ValueType
+    """The author. Required."""
+    content: _builtins.str
+    """The text. At most one of `content` and `content_parts` is set; a message of
+    ROLE_ASSISTANT may have neither, the others have one. May be empty. Special
+    tokens written in it count as such.
+    """
+    reasoning: _builtins.str
+    """The reasoning of an earlier turn, with ROLE_ASSISTANT only. Most templates use it
+    only since the last message of the user, and leave it out of earlier turns. Templates
+    read it as `reasoning_content` or `thinking`. Default: empty, none.
+    """
+    tool_call_id: _builtins.str
+    """The `ToolCall.id` that the message answers, with ROLE_TOOL only. Default: empty."""
+    name: _builtins.str
+    """The name of the author, or of the tool. Default: empty."""
+    @_builtins.property
+    def content_parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContentPart]:
+        """The text in parts, for templates that treat a list differently from a text."""
+
+    @_builtins.property
+    def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCall]:
+        """The tools called in an earlier turn, with ROLE_ASSISTANT only."""
+
+    def __init__(
+        self,
+        *,
+        role: Global___Role.ValueType = ...,
+        content: _builtins.str | None = ...,
+        content_parts: _abc.Iterable[Global___ContentPart] | None = ...,
+        reasoning: _builtins.str = ...,
+        tool_calls: _abc.Iterable[Global___ToolCall] | None = ...,
+        tool_call_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_content", b"_content", "content", b"content"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_content", b"_content", "content", b"content", "content_parts", b"content_parts", "name", b"name", "reasoning", b"reasoning", "role", b"role", "tool_call_id", b"tool_call_id", "tool_calls", b"tool_calls"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__content: _TypeAlias = _typing.Literal["content"]  # noqa: Y015
+    _WhichOneofArgType__content: _TypeAlias = _typing.Literal["_content", b"_content"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__content) -> _WhichOneofReturnType__content | None: ...
+
+Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
+
+@_typing.final
+class ContentPart(_message.Message):
+    """A part of a message's content."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """Text. May be empty."""
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["part", b"part", "text", b"text"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["part", b"part", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["text"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___ContentPart: _TypeAlias = ContentPart  # noqa: Y015
+
+@_typing.final
+class ToolCall(_message.Message):
+    """A call of a tool by the model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    ARGUMENTS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Names the call, for `ChatMessage.tool_call_id`. May be empty in a request."""
+    name: _builtins.str
+    """The name of the tool. Required."""
+    arguments: _builtins.str
+    """The arguments, as the text of a JSON object. Default: empty, an empty object."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        arguments: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "id", b"id", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ToolCall: _TypeAlias = ToolCall  # noqa: Y015
+
+@_typing.final
+class Tool(_message.Message):
+    """A tool that the model may call."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The name of the tool. Required."""
+    description: _builtins.str
+    """What it does and when to use it, for the model. Default: empty."""
+    parameters: _builtins.str
+    """The JSON schema of its arguments, as the text of a JSON object. Default: empty,
+    an object without properties.
+    """
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        description: _builtins.str = ...,
+        parameters: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "name", b"name", "parameters", b"parameters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Tool: _TypeAlias = Tool  # noqa: Y015
+
+@_typing.final
+class RenderChatRequest(_message.Message):
+    """Requests the prompt of a conversation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
+    CHAT_TEMPLATE_KWARGS_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    chat_template_kwargs: _builtins.str
+    """More arguments for the template, as the text of a JSON object, for instance
+    {"enable_thinking": false}. They take precedence over the special tokens that the
+    template gets (`bos_token`, `eos_token`, ...); `messages`, `tools`, `documents`
+    and `add_generation_prompt` are not among them. Default: empty, none.
+    """
+    model: _builtins.str
+    """The model that is meant: the `LoadRequest.model` that it was loaded with, or
+    `Model.path`. Any other name is refused with MODEL_NOT_LOADED. Default: empty,
+    the loaded model.
+    """
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
+        """The conversation, in order. Required; at most 16,384 messages."""
+
+    @_builtins.property
+    def tools(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tool]:
+        """The tools that the template describes to the model. At most 1,024."""
+
+    def __init__(
+        self,
+        *,
+        messages: _abc.Iterable[Global___ChatMessage] | None = ...,
+        tools: _abc.Iterable[Global___Tool] | None = ...,
+        chat_template_kwargs: _builtins.str = ...,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_template_kwargs", b"chat_template_kwargs", "messages", b"messages", "model", b"model", "tools", b"tools"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenderChatRequest: _TypeAlias = RenderChatRequest  # noqa: Y015
+
+@_typing.final
+class RenderChatResponse(_message.Message):
+    """The prompt of a conversation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    prompt: _builtins.str
+    """The text that the template gives."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Its token ids: without a beginning-of-text token, unless the template writes one."""
+
+    def __init__(
+        self,
+        *,
+        prompt: _builtins.str = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenderChatResponse: _TypeAlias = RenderChatResponse  # noqa: Y015

@@ -91,6 +91,11 @@ class RunnerServiceStub(object):
                 request_serializer=mlxrunner_dot_v1_dot_runner__pb2.DetokenizeRequest.SerializeToString,
                 response_deserializer=mlxrunner_dot_v1_dot_runner__pb2.DetokenizeResponse.FromString,
                 _registered_method=True)
+        self.RenderChat = channel.unary_unary(
+                '/mlxrunner.v1.RunnerService/RenderChat',
+                request_serializer=mlxrunner_dot_v1_dot_runner__pb2.RenderChatRequest.SerializeToString,
+                response_deserializer=mlxrunner_dot_v1_dot_runner__pb2.RenderChatResponse.FromString,
+                _registered_method=True)
 
 
 class RunnerServiceServicer(object):
@@ -370,6 +375,35 @@ class RunnerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RenderChat(self, request, context):
+        """Renders a conversation with the model's chat template: gives the prompt and its
+        token ids. The template is, in this order: `chat_template.jinja` and
+        `additional_chat_templates/*.jinja`, `chat_template` in tokenizer_config.json (a
+        text, or a list of named ones), `chat_template.json`, or the one that mlx_lm has
+        for this type of model. Text and ids are those of `apply_chat_template` in
+        transformers, with a prompt for the assistant's turn at the end. Runs alongside
+        completions without delaying them, in a process of its own.
+
+        Errors:
+        - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range, the model
+        has no chat template, or the template refuses the conversation or does not
+        support it (the message has the template's words); correct the request, or use
+        `Completion`. Also returned if the template takes more than 5 seconds of CPU
+        time, more than 1 GiB of memory, or writes more than 67,108,864 characters, and
+        if prompt and ids would exceed gRPC's default limit of 4 MiB.
+        - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the template cannot be read or is not
+        a valid one; correct the model's files, or use another model.
+        - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
+        first), one is being loaded (wait until `Status` says ACTIVE), or the request
+        names a different one (correct `model`).
+        - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+        has none or a different one; send the right one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RunnerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -427,6 +461,11 @@ def add_RunnerServiceServicer_to_server(servicer, server):
                     servicer.Detokenize,
                     request_deserializer=mlxrunner_dot_v1_dot_runner__pb2.DetokenizeRequest.FromString,
                     response_serializer=mlxrunner_dot_v1_dot_runner__pb2.DetokenizeResponse.SerializeToString,
+            ),
+            'RenderChat': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenderChat,
+                    request_deserializer=mlxrunner_dot_v1_dot_runner__pb2.RenderChatRequest.FromString,
+                    response_serializer=mlxrunner_dot_v1_dot_runner__pb2.RenderChatResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -728,6 +767,33 @@ class RunnerService(object):
             '/mlxrunner.v1.RunnerService/Detokenize',
             mlxrunner_dot_v1_dot_runner__pb2.DetokenizeRequest.SerializeToString,
             mlxrunner_dot_v1_dot_runner__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenderChat(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mlxrunner.v1.RunnerService/RenderChat',
+            mlxrunner_dot_v1_dot_runner__pb2.RenderChatRequest.SerializeToString,
+            mlxrunner_dot_v1_dot_runner__pb2.RenderChatResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,7 @@ service and of reflection, including `Status`, with
 UNAUTHENTICATED / UNAUTHENTICATED unless the call's metadata has
 `authorization: Bearer TOKEN` with that token. Health checks need no token. A
 server may have a second token, for use: its holders may call `Completion`,
-`Tokenize`, `Detokenize`, `Status`, `WatchStatus` and reflection, and everything
+`Tokenize`, `Detokenize`, `RenderChat`, `Status`, `WatchStatus` and reflection, and everything
 else is answered with PERMISSION_DENIED / PERMISSION_DENIED.
 
 Any rpc may return INTERNAL / GENERATION_FAILED for a defect of the server
@@ -298,6 +298,31 @@ class RunnerServiceStub:
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
       has none or a different one; send the right one.
     """
+    RenderChat: _grpc.UnaryUnaryMultiCallable[_runner_pb2.RenderChatRequest, _runner_pb2.RenderChatResponse]
+    """Renders a conversation with the model's chat template: gives the prompt and its
+    token ids. The template is, in this order: `chat_template.jinja` and
+    `additional_chat_templates/*.jinja`, `chat_template` in tokenizer_config.json (a
+    text, or a list of named ones), `chat_template.json`, or the one that mlx_lm has
+    for this type of model. Text and ids are those of `apply_chat_template` in
+    transformers, with a prompt for the assistant's turn at the end. Runs alongside
+    completions without delaying them, in a process of its own.
+
+    Errors:
+    - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range, the model
+      has no chat template, or the template refuses the conversation or does not
+      support it (the message has the template's words); correct the request, or use
+      `Completion`. Also returned if the template takes more than 5 seconds of CPU
+      time, more than 1 GiB of memory, or writes more than 67,108,864 characters, and
+      if prompt and ids would exceed gRPC's default limit of 4 MiB.
+    - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the template cannot be read or is not
+      a valid one; correct the model's files, or use another model.
+    - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
+      first), one is being loaded (wait until `Status` says ACTIVE), or the request
+      names a different one (correct `model`).
+    - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+      has none or a different one; send the right one.
+    """
 
 @_typing.type_check_only
 class RunnerServiceAsyncStub(RunnerServiceStub):
@@ -527,6 +552,31 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
     Errors:
     - INVALID_ARGUMENT / INVALID_FIELD: an id is not in the vocabulary, or the
       text would exceed gRPC's default limit of 4 MiB; correct or split the ids.
+    - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
+      first), one is being loaded (wait until `Status` says ACTIVE), or the request
+      names a different one (correct `model`).
+    - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+      has none or a different one; send the right one.
+    """
+    RenderChat: _aio.UnaryUnaryMultiCallable[_runner_pb2.RenderChatRequest, _runner_pb2.RenderChatResponse]  # type: ignore[assignment]
+    """Renders a conversation with the model's chat template: gives the prompt and its
+    token ids. The template is, in this order: `chat_template.jinja` and
+    `additional_chat_templates/*.jinja`, `chat_template` in tokenizer_config.json (a
+    text, or a list of named ones), `chat_template.json`, or the one that mlx_lm has
+    for this type of model. Text and ids are those of `apply_chat_template` in
+    transformers, with a prompt for the assistant's turn at the end. Runs alongside
+    completions without delaying them, in a process of its own.
+
+    Errors:
+    - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range, the model
+      has no chat template, or the template refuses the conversation or does not
+      support it (the message has the template's words); correct the request, or use
+      `Completion`. Also returned if the template takes more than 5 seconds of CPU
+      time, more than 1 GiB of memory, or writes more than 67,108,864 characters, and
+      if prompt and ids would exceed gRPC's default limit of 4 MiB.
+    - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the template cannot be read or is not
+      a valid one; correct the model's files, or use another model.
     - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
       first), one is being loaded (wait until `Status` says ACTIVE), or the request
       names a different one (correct `model`).
@@ -826,6 +876,37 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         - INVALID_ARGUMENT / INVALID_FIELD: an id is not in the vocabulary, or the
           text would exceed gRPC's default limit of 4 MiB; correct or split the ids.
+        - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
+          first), one is being loaded (wait until `Status` says ACTIVE), or the request
+          names a different one (correct `model`).
+        - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+          has none or a different one; send the right one.
+        """
+
+    @_abc_1.abstractmethod
+    def RenderChat(
+        self,
+        request: _runner_pb2.RenderChatRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_runner_pb2.RenderChatResponse, _abc.Awaitable[_runner_pb2.RenderChatResponse]]:
+        """Renders a conversation with the model's chat template: gives the prompt and its
+        token ids. The template is, in this order: `chat_template.jinja` and
+        `additional_chat_templates/*.jinja`, `chat_template` in tokenizer_config.json (a
+        text, or a list of named ones), `chat_template.json`, or the one that mlx_lm has
+        for this type of model. Text and ids are those of `apply_chat_template` in
+        transformers, with a prompt for the assistant's turn at the end. Runs alongside
+        completions without delaying them, in a process of its own.
+
+        Errors:
+        - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range, the model
+          has no chat template, or the template refuses the conversation or does not
+          support it (the message has the template's words); correct the request, or use
+          `Completion`. Also returned if the template takes more than 5 seconds of CPU
+          time, more than 1 GiB of memory, or writes more than 67,108,864 characters, and
+          if prompt and ids would exceed gRPC's default limit of 4 MiB.
+        - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the template cannot be read or is not
+          a valid one; correct the model's files, or use another model.
         - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
           first), one is being loaded (wait until `Status` says ACTIVE), or the request
           names a different one (correct `model`).

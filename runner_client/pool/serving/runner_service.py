@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         pb.CompletionRequest
         | pb.TokenizeRequest
         | pb.DetokenizeRequest
+        | pb.RenderChatRequest
         | pb.StatusRequest
         | pb.WatchStatusRequest
         | pb.TrimRequest
@@ -104,6 +105,7 @@ class PooledRunnerService:
             "WatchStatus": stream(self.watch_status, pb.WatchStatusRequest.FromString),
             "Tokenize": unary(self.tokenize, pb.TokenizeRequest.FromString),
             "Detokenize": unary(self.detokenize, pb.DetokenizeRequest.FromString),
+            "RenderChat": unary(self.render_chat, pb.RenderChatRequest.FromString),
             "Status": unary(self.status, pb.StatusRequest.FromString),
             "Trim": unary(self.trim, pb.TrimRequest.FromString),
             "Load": _own(self.load, pb.LoadRequest),
@@ -139,6 +141,11 @@ class PooledRunnerService:
         """Lease the model, and pass the call on."""
         async with self._lease(request) as member:
             return await self._forwarder.unary(member, "Detokenize", _unnamed(request), context)
+
+    async def render_chat(self, request: pb.RenderChatRequest, context: Context) -> bytes:
+        """Lease the model, and pass the call on."""
+        async with self._lease(request) as member:
+            return await self._forwarder.unary(member, "RenderChat", _unnamed(request), context)
 
     async def status(self, request: pb.StatusRequest, context: Context) -> bytes:
         """Pass the call on, if the model is loaded."""

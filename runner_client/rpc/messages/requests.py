@@ -43,7 +43,7 @@ def load_request(model: str, options: LoadOptions) -> pb.LoadRequest:
         InvalidRequestError: A value cannot be sent.
     """
     check_model(model)
-    with _sendable():
+    with sendable():
         return pb.LoadRequest(
             model=model,
             context_length=options.context_length,
@@ -59,7 +59,7 @@ def load_request(model: str, options: LoadOptions) -> pb.LoadRequest:
 def estimate_request(model: str, options: LoadOptions) -> pb.EstimateRequest:
     """Build the request of an estimate, with the errors of ``load_request``."""
     check_model(model)
-    with _sendable():
+    with sendable():
         return pb.EstimateRequest(
             model=model,
             context_length=options.context_length,
@@ -74,20 +74,20 @@ def estimate_request(model: str, options: LoadOptions) -> pb.EstimateRequest:
 def trim_request(prefix_cache_bytes: int | None, model: str | None) -> pb.TrimRequest:
     """Build the request of a trim, with the errors of ``completion_request``."""
     check_integer("prefix_cache_bytes", prefix_cache_bytes)
-    with _sendable():
-        return pb.TrimRequest(prefix_cache_bytes=prefix_cache_bytes, model=_named(model))
+    with sendable():
+        return pb.TrimRequest(prefix_cache_bytes=prefix_cache_bytes, model=named(model))
 
 
 def unload_request(model: str | None) -> pb.UnloadRequest:
     """Build the request of an unload, with the errors of ``completion_request``."""
-    with _sendable():
-        return pb.UnloadRequest(model=_named(model))
+    with sendable():
+        return pb.UnloadRequest(model=named(model))
 
 
 def status_request(model: str | None) -> pb.StatusRequest:
     """Build the request of a status, with the errors of ``completion_request``."""
-    with _sendable():
-        return pb.StatusRequest(model=_named(model))
+    with sendable():
+        return pb.StatusRequest(model=named(model))
 
 
 def watch_request(interval_seconds: float | None, model: str | None) -> pb.WatchStatusRequest:
@@ -98,8 +98,8 @@ def watch_request(interval_seconds: float | None, model: str | None) -> pb.Watch
         InvalidRequestError: The interval is out of range, or the name cannot be sent.
     """
     check_seconds("interval_seconds", interval_seconds, MIN_WATCH_SECONDS, MAX_WATCH_SECONDS)
-    with _sendable():
-        request = pb.WatchStatusRequest(model=_named(model))
+    with sendable():
+        request = pb.WatchStatusRequest(model=named(model))
     if interval_seconds is not None:
         request.interval.FromNanoseconds(round(interval_seconds * 1e9))
     return request
@@ -136,13 +136,13 @@ def completion_request(
     check_flag("literal", literal)
     check_ids("logprob_token_ids", logprob_token_ids)
     check_integer("prompt_logprobs", prompt_logprobs)
-    with _sendable():
+    with sendable():
         message = pb.CompletionRequest(
             options=_options(options or Options()),
             logprobs=logprobs,
             request_id=request_id,
             priority=priority,
-            model=_named(model),
+            model=named(model),
             bypass_prefix_cache=bypass_prefix_cache,
             cache_salt=cache_salt,
             literal=literal,
@@ -159,7 +159,7 @@ def completion_request(
 def abort_request(request_ids: Sequence[str]) -> pb.AbortRequest:
     """Build the request of an abort, with the errors of ``completion_request``."""
     check_texts("request_ids", request_ids)
-    with _sendable():
+    with sendable():
         return pb.AbortRequest(request_ids=request_ids)
 
 
@@ -179,11 +179,11 @@ def tokenize_request(
     check_text("content", content)
     check_flag("add_special_tokens", add_special_tokens)
     check_flag("literal", literal)
-    with _sendable():
+    with sendable():
         return pb.TokenizeRequest(
             content=content,
             add_special_tokens=add_special_tokens,
-            model=_named(model),
+            model=named(model),
             literal=literal,
         )
 
@@ -191,19 +191,28 @@ def tokenize_request(
 def detokenize_request(token_ids: Sequence[int], model: str | None) -> pb.DetokenizeRequest:
     """Build the request to join token ids, with the errors of ``completion_request``."""
     check_ids("token_ids", token_ids)
-    with _sendable():
-        return pb.DetokenizeRequest(token_ids=token_ids, model=_named(model))
+    with sendable():
+        return pb.DetokenizeRequest(token_ids=token_ids, model=named(model))
 
 
-def _named(model: str | None) -> str:
+def named(model: str | None) -> str:
+    """Return the name of a model in a request; empty for any.
+
+    Raises:
+        TypeError: The model is not a string.
+    """
     if model is not None:
         check_model(model)
     return model or ""
 
 
 @contextmanager
-def _sendable() -> Iterator[None]:
-    """Translate errors of protobuf, such as integer overflow or lone surrogates."""
+def sendable() -> Iterator[None]:
+    """Translate errors of protobuf, such as integer overflow or lone surrogates.
+
+    Raises:
+        InvalidRequestError: The block raised ``ValueError``.
+    """
     try:
         yield
     except ValueError as error:

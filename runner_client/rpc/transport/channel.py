@@ -8,7 +8,7 @@ import grpc
 
 from runner_common.contract import MAX_REQUEST_BYTES, SERVICE_NAME
 
-_RETRIED_METHODS = ("Status", "Estimate", "Tokenize", "Detokenize")
+_RETRIED_METHODS = ("Status", "Estimate", "Tokenize", "Detokenize", "RenderChat")
 """Never Completion: gRPC would replay a call that has not received its headers yet, and the
 model would do the work twice. Never calls that change the runner, such as Load and
 Drain."""

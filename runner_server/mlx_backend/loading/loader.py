@@ -26,6 +26,7 @@ from mlx.nn.layers.base import Module
 
 from runner_common.model_directory import Located, ModelDirectory
 from runner_common.units import format_bytes
+from runner_server.chat.format import ChatFormat
 from runner_server.engine.load_admission import UNCHECKED, Admission
 from runner_server.engine.types import Dtype, LoadSpec, ModelInfo
 from runner_server.errors import InsufficientMemory, ModelUnsupported
@@ -46,6 +47,7 @@ from runner_server.mlx_backend.planning.plan import (
     require_context,
 )
 from runner_server.mlx_backend.planning.working_memory import RowsApartError
+from runner_server.mlx_backend.tokenizer.chat_templates import read_chat_format
 from runner_server.mlx_backend.tokenizer.codec import FastCodec, load_codec
 
 if TYPE_CHECKING:
@@ -86,6 +88,7 @@ def load(
         report(5)
         plan = _read(directory.path, built, plan, shard, report)
         info = _describe(spec, located, built, plan, eos_token_ids)
+        info = replace(info, chat=_read_chat_format(directory))
         model = MlxModel(built.model, codec, info, plan, shard)
         _try(model, plan)
         report(100)
@@ -134,6 +137,14 @@ def _read_tokenizer(directory: ModelDirectory) -> tuple[FastCodec, frozenset[int
     # 260 are freed.
     trim_heap()
     return tokenizer
+
+
+def _read_chat_format(directory: ModelDirectory) -> ChatFormat:
+    """Return the chat format. Templates that cannot be used do not keep a model from loading."""
+    chat = read_chat_format(directory.path, directory.configuration.values)
+    if chat.problem:
+        logger.warning("%s; Chat is refused", chat.problem)
+    return chat
 
 
 def _plan_and_admit(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class TokenizerSettings:
         splits_special_tokens: Whether special tokens in a text are split like other text.
         described: Tokens with properties, by id.
         named: Texts of all tokens that have a role or are listed as special.
+        roles: Texts of the tokens that have a role (``bos_token``, ...), by role.
     """
 
     bos_token: str | None = None
@@ -53,6 +54,7 @@ class TokenizerSettings:
     splits_special_tokens: bool = False
     described: dict[int, AddedToken] | None = None
     named: tuple[str, ...] = ()
+    roles: dict[str, str] = field(default_factory=dict)
 
 
 def read_settings(path: Path) -> TokenizerSettings:
@@ -72,6 +74,7 @@ def read_settings(path: Path) -> TokenizerSettings:
             splits_special_tokens=config.get("split_special_tokens") is True,
             described=_described(config, _read(path / _ADDED_FILE)),
             named=tuple(dict.fromkeys(_named(roles, config))),
+            roles={role: text for role in _ROLES if (text := _text(roles.get(role)))},
         )
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise ModelUnsupported(

@@ -134,12 +134,16 @@ def _field_names(arguments: Any) -> set[str]:
     return {field.name for field in fields(arguments)}
 
 
-def default_end_ids(config: dict[str, Any]) -> list[int]:
-    """Return mlx_lm's default end-of-text ids for a model whose files name none."""
+def tokenizer_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """Return mlx_lm's tokenizer settings for a model whose files have none."""
     try:
         with contained("mlx_lm"):
             model_class, _ = get_classes(config)
     except (ImportError, KeyError, LibraryExitError, ValueError):
-        return []
-    defaults = getattr(sys.modules[model_class.__module__], "TOKENIZER_DEFAULTS", {})
-    return [*defaults.get("eos_token_ids", [])]
+        return {}
+    return getattr(sys.modules[model_class.__module__], "TOKENIZER_DEFAULTS", {})
+
+
+def default_end_ids(config: dict[str, Any]) -> list[int]:
+    """Return mlx_lm's default end-of-text ids for a model whose files name none."""
+    return [*tokenizer_defaults(config).get("eos_token_ids", [])]

@@ -1,0 +1,96 @@
+"""Requests and results of conversations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from mlxrunner.v1 import runner_pb2 as pb
+from runner_client.checks import check_kind, refuse_type
+from runner_client.errors import InvalidRequestError
+from runner_client.rpc.messages.requests import named, sendable
+from runner_client.types import ChatMessage, RenderedChat, Tool
+
+_ROLES = {
+    "system": pb.ROLE_SYSTEM,
+    "user": pb.ROLE_USER,
+    "assistant": pb.ROLE_ASSISTANT,
+    "tool": pb.ROLE_TOOL,
+    "developer": pb.ROLE_DEVELOPER,
+}
+
+
+def render_chat_request(
+    messages: Sequence[ChatMessage],
+    *,
+    tools: Sequence[Tool] = (),
+    chat_template_kwargs: Mapping[str, object] | None = None,
+    model: str | None = None,
+) -> pb.RenderChatRequest:
+    """Build the request to render a conversation.
+
+    Raises:
+        TypeError: A value is of the wrong type.
+        InvalidRequestError: A value cannot be sent.
+    """
+    _check_items("messages", messages, ChatMessage)
+    _check_items("tools", tools, Tool)
+    with sendable():
+        return pb.RenderChatRequest(
+            messages=map(_message, messages),
+            tools=map(_tool, tools),
+            chat_template_kwargs=_json("chat_template_kwargs", chat_template_kwargs),
+            model=named(model),
+        )
+
+
+def rendered_chat(message: pb.RenderChatResponse) -> RenderedChat:
+    """Convert the response of a call that renders a conversation."""
+    return RenderedChat(message.prompt, tuple(message.token_ids))
+
+
+def _check_items(field: str, items: object, kind: type) -> None:
+    if isinstance(items, str | Mapping) or not isinstance(items, Sequence):
+        refuse_type(field, items, f"a sequence of objects of the class {kind.__name__}")
+    for i, item in enumerate(items):
+        check_kind(f"{field}[{i}]", item, kind)
+
+
+def _message(message: ChatMessage) -> pb.ChatMessage:
+    content = message.content
+    parts = () if content is None or isinstance(content, str) else content
+    return pb.ChatMessage(
+        role=_ROLES[message.role],
+        content=content if isinstance(content, str) else None,
+        content_parts=[pb.ContentPart(text=part) for part in parts],
+        reasoning=message.reasoning,
+        tool_calls=[
+            pb.ToolCall(id=call.id, name=call.name, arguments=call.arguments)
+            for call in message.tool_calls
+        ],
+        tool_call_id=message.tool_call_id,
+        name=message.name,
+    )
+
+
+def _tool(tool: Tool) -> pb.Tool:
+    return pb.Tool(
+        name=tool.name,
+        description=tool.description,
+        parameters=_json(f"the parameters of {tool.name}", tool.parameters),
+    )
+
+
+def _json(field: str, value: Mapping[str, object] | None) -> str:
+    """Return an object as JSON; empty for none.
+
+    Raises:
+        InvalidRequestError: The value has no form in JSON.
+    """
+    if not value:
+        return ""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        text = f"it has no form in JSON: {error}"
+        raise InvalidRequestError(f"{field}: {text}", field_violations=[(field, text)]) from error

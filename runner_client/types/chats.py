@@ -1,0 +1,96 @@
+"""Messages, tools and prompts of conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from runner_client.checks import check_choice, check_kind, check_text, check_texts, refuse_type
+
+Role = Literal["system", "user", "assistant", "tool", "developer"]
+"""The author of a message."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool by the model.
+
+    Raises:
+        TypeError: A value is of a wrong type.
+    """
+
+    name: str
+    """The name of the tool."""
+    arguments: str = "{}"
+    """The arguments, as the text of a JSON object."""
+    id: str = ""
+    """The name of the call, for ``ChatMessage.tool_call_id``."""
+
+    def __post_init__(self) -> None:
+        for name in ("name", "arguments", "id"):
+            check_text(name, getattr(self, name))
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A tool that the model may call.
+
+    Raises:
+        TypeError: A value is of a wrong type.
+    """
+
+    name: str
+    """The name of the tool."""
+    description: str = ""
+    """What it does and when to use it, for the model."""
+    parameters: Mapping[str, object] | None = None
+    """The JSON schema of its arguments. Default: an object without properties."""
+
+    def __post_init__(self) -> None:
+        check_text("name", self.name)
+        check_text("description", self.description)
+        if self.parameters is not None and not isinstance(self.parameters, Mapping):
+            refuse_type("parameters", self.parameters, "a JSON schema, as a mapping")
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """A message of a conversation: ``ChatMessage("user", "Hello")``.
+
+    Raises:
+        TypeError: A value is of a wrong type.
+        InvalidRequestError: The role is unknown.
+    """
+
+    role: Role
+    """The author."""
+    content: str | tuple[str, ...] | None = None
+    """The text, or its parts. Messages of the assistant may have none."""
+    reasoning: str = ""
+    """The reasoning of an earlier turn of the assistant."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """The tools that the assistant called."""
+    tool_call_id: str = ""
+    """The ``ToolCall.id`` that a message of a tool answers."""
+    name: str = ""
+    """The name of the author, or of the tool."""
+
+    def __post_init__(self) -> None:
+        check_choice("role", self.role, get_args(Role))
+        if not isinstance(self.content, str):
+            check_texts("content", self.content)
+        for name in ("reasoning", "tool_call_id", "name"):
+            check_text(name, getattr(self, name))
+        for call in self.tool_calls:
+            check_kind("an item of tool_calls", call, ToolCall)
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """The prompt of a conversation."""
+
+    prompt: str
+    """The text that the model's chat template gives."""
+    token_ids: tuple[int, ...]
+    """The token ids of the text."""

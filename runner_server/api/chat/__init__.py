@@ -1,0 +1,1 @@
+"""Conversations: their messages in the protocol, and the answers to them."""

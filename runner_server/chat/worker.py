@@ -1,0 +1,116 @@
+"""``python -m runner_server.chat.worker``: renders chat templates for a server.
+
+Templates come with models, so they are code from elsewhere. A thread that loops cannot be ended,
+and one operation such as ``10 ** 10 ** 10`` keeps all threads of a process waiting. This process
+can: the kernel ends it when a template has used up its CPU time.
+
+Reads requests from standard input until its end, which comes at the latest when the server ends,
+and writes an answer to each to standard output; see :mod:`runner_server.chat.frames`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
+
+from runner_common.signals import reset_inherited_signals
+from runner_server.chat.environment import compiled, render, with_reasoning
+from runner_server.chat.frames import read_frame, write_frame
+from runner_server.chat.limits import MAX_MEMORY_BYTES, MAX_PROMPT_CHARS
+
+_STATM = Path("/proc/self/statm")
+_MAX_WORDS = 500
+"""Most characters of an error's text in an answer."""
+
+
+def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``text``, or ``problem`` and whether the template itself ``is_invalid``."""
+    try:
+        text = _render(request)
+    except TemplateSyntaxError as error:
+        return {"problem": f"line {error.lineno}: {error.message}"[:_MAX_WORDS], "is_invalid": True}
+    except MemoryError:
+        return {"problem": f"it takes more than {MAX_MEMORY_BYTES >> 20} MiB of memory"}
+    except TemplateError as error:
+        return {"problem": str(error)[:_MAX_WORDS]}
+    except Exception as error:  # noqa: BLE001 - a template can raise anything
+        return {"problem": f"{type(error).__name__}: {error}"[:_MAX_WORDS]}
+    if len(text) > MAX_PROMPT_CHARS:
+        return {"problem": f"it writes more than {MAX_PROMPT_CHARS} characters"}
+    return {"text": text}
+
+
+def _render(request: Mapping[str, Any]) -> str:
+    if file := request["python_template"]:
+        return _render_python(_function(file), request)
+    with _limits(request["cpu_seconds"]):
+        template = compiled(request["template"])
+        return render(template, request["messages"], request["tools"], request["arguments"])
+
+
+def _render_python(function: Callable[..., str], request: Mapping[str, Any]) -> str:
+    """Render with a template of mlx_lm, which expects the arguments of calls as JSON text."""
+    messages = [dict(with_reasoning(message)) for message in request["messages"]]
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            called = call["function"]
+            called["arguments"] = json.dumps(called["arguments"], ensure_ascii=False)
+    special = request["special_tokens"]
+    arguments = {key: value for key, value in request["arguments"].items() if key not in special}
+    if request["tools"]:
+        arguments["tools"] = request["tools"]
+    with _limits(request["cpu_seconds"]):
+        return function(messages, add_generation_prompt=True, **arguments)
+
+
+@lru_cache
+def _function(file: str) -> Callable[..., str]:
+    spec = importlib.util.spec_from_file_location("python_template", file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function: Callable[..., str] = module.apply_chat_template
+    return function
+
+
+@contextmanager
+def _limits(cpu_seconds: float) -> Iterator[None]:
+    """Bound CPU time, whose end ends the process, and memory, whose end raises MemoryError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    # macOS has neither the file nor an effect of the limit.
+    if _STATM.exists():
+        pages = int(_STATM.read_text().split()[0])
+        most = pages * resource.getpagesize() + MAX_MEMORY_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def main() -> int:
+    """Answer requests; return the exit code."""
+    reset_inherited_signals()
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    # The server decides when to stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while (request := read_frame(sys.stdin.buffer)) is not None:
+        write_frame(sys.stdout.buffer, answer(request))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""Conversations: arguments of the client against the fake runner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mlxrunner.v1 import runner_pb2 as pb
+from runner_client import AsyncRunnerClient, ChatMessage, RunnerClient, Tool, ToolCall, errors
+from runner_client.testing import Failure, FakeRunner
+from runner_client.types import RenderedChat
+
+MESSAGES = [
+    ChatMessage("system", ""),
+    ChatMessage("user", ("a", "b")),
+    ChatMessage("assistant", reasoning="hm", tool_calls=(ToolCall("f", '{"x": 1}', id="c1"),)),
+    ChatMessage("tool", "5", tool_call_id="c1", name="f"),
+]
+TOOLS = [Tool("f", "does f", {"type": "object", "title": "é"}), Tool("g")]
+SENT = [
+    pb.ChatMessage(role=pb.ROLE_SYSTEM, content=""),
+    pb.ChatMessage(
+        role=pb.ROLE_USER, content_parts=[pb.ContentPart(text="a"), pb.ContentPart(text="b")]
+    ),
+    pb.ChatMessage(
+        role=pb.ROLE_ASSISTANT,
+        reasoning="hm",
+        tool_calls=[pb.ToolCall(id="c1", name="f", arguments='{"x": 1}')],
+    ),
+    pb.ChatMessage(role=pb.ROLE_TOOL, content="5", tool_call_id="c1", name="f"),
+]
+SENT_TOOLS = [
+    pb.Tool(name="f", description="does f", parameters='{"type": "object", "title": "é"}'),
+    pb.Tool(name="g"),
+]
+
+
+def test_the_request_to_render_carries_all_arguments(
+    client: RunnerClient, runner: FakeRunner
+) -> None:
+    kwargs = {"enable_thinking": False}
+    client.render_chat(MESSAGES, tools=TOOLS, chat_template_kwargs=kwargs, model="fake")
+    assert runner.requests == [
+        pb.RenderChatRequest(
+            messages=SENT,
+            tools=SENT_TOOLS,
+            chat_template_kwargs='{"enable_thinking": false}',
+            model="fake",
+        )
+    ]
+
+
+def test_a_prompt_comes_back(client: RunnerClient) -> None:
+    rendered = client.render_chat([ChatMessage("system", "x"), ChatMessage("user", ("y", "z"))])
+    assert rendered == RenderedChat("x\nyz", tuple(map(ord, "x\nyz")))
+
+
+async def test_the_asyncio_client_renders_too(runner: FakeRunner) -> None:
+    async with AsyncRunnerClient(runner.address) as client:
+        assert (await client.render_chat([ChatMessage("user", "x")])).prompt == "x"
+
+
+def test_an_error_is_raised(client: RunnerClient, runner: FakeRunner) -> None:
+    runner.failure = Failure("MODEL_UNSUPPORTED", "the template is not valid")
+    with pytest.raises(errors.ModelUnsupportedError, match="not valid"):
+        client.render_chat(MESSAGES)
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"messages": "hello"}, "messages is a sequence"),
+    ({"messages": [{"role": "user", "content": "x"}]}, r"messages\[0\].*ChatMessage\(role='user'"),
+    ({"messages": MESSAGES, "tools": [5]}, r"tools\[0\] is an object of the class Tool"),
+    ({"messages": MESSAGES, "model": 5}, "model is"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "text"), WRONG)
+def test_a_wrong_type_is_named(client: RunnerClient, arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(TypeError, match=text):
+        client.render_chat(**arguments)
+
+
+@pytest.mark.parametrize("value", [{"x": float("nan")}, {"x": object()}])
+def test_an_argument_without_a_form_in_json_is_refused(client: RunnerClient, value: Any) -> None:
+    with pytest.raises(errors.InvalidRequestError, match="chat_template_kwargs"):
+        client.render_chat(MESSAGES, chat_template_kwargs=value)
+
+
+WRONG_PARTS: list[tuple[type[Any], tuple[Any, ...], type[Exception]]] = [
+    (ChatMessage, ("bot", "x"), errors.InvalidRequestError),
+    (ChatMessage, ("user", 5), TypeError),
+    (ChatMessage, ("user", b"x"), TypeError),
+    (ChatMessage, ("user", "x", None), TypeError),
+    (ChatMessage, ("user", "x", "", ({"name": "f"},)), TypeError),
+    (Tool, (5,), TypeError),
+    (Tool, ("f", "", "{}"), TypeError),
+    (ToolCall, ("f", {"x": 1}), TypeError),
+]
+
+
+@pytest.mark.parametrize(("kind", "arguments", "error"), WRONG_PARTS)
+def test_a_wrong_part_is_refused_when_it_is_made(
+    kind: type[Any], arguments: tuple[Any, ...], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        kind(*arguments)
