@@ -44,12 +44,14 @@ from runner_client.process.aio_process import AsyncRunnerProcess
 from runner_client.process.process import RunnerProcess
 from runner_client.rpc.aio_client import AsyncRunnerClient
 from runner_client.rpc.aio_load import AsyncPendingLoad
-from runner_client.rpc.aio_stream import AsyncCompletionStream, AsyncStatusStream
+from runner_client.rpc.aio_stream import AsyncChatStream, AsyncCompletionStream, AsyncStatusStream
 from runner_client.rpc.client import RunnerClient
 from runner_client.rpc.load import PendingLoad
-from runner_client.rpc.stream import CompletionStream, StatusStream
+from runner_client.rpc.stream import ChatStream, CompletionStream, StatusStream
 from runner_client.types import (
     Capabilities,
+    ChatChunk,
+    ChatCompletion,
     ChatMessage,
     Completion,
     CompletionChunk,
@@ -80,6 +82,7 @@ from runner_client.types import (
 __version__ = version("mlx-grpc-runner")
 
 __all__ = [
+    "AsyncChatStream",
     "AsyncCompletionStream",
     "AsyncPendingLoad",
     "AsyncRunnerClient",
@@ -89,7 +92,10 @@ __all__ = [
     "AuthenticationError",
     "BusyError",
     "Capabilities",
+    "ChatChunk",
+    "ChatCompletion",
     "ChatMessage",
+    "ChatStream",
     "Completion",
     "CompletionChunk",
     "CompletionStream",

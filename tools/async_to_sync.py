@@ -25,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 NAMES = {
+    "AsyncChatStream": "ChatStream",
     "AsyncCompletionStream": "CompletionStream",
     "AsyncIterator": "Iterator",
     "AsyncModelClient": "ModelClient",

@@ -17,14 +17,14 @@ from runner_client.rpc.aio_client import AsyncRunnerClient
 from runner_client.rpc.transport.base import embedding_error
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from types import TracebackType
 
     from runner_client.memory.estimation import MemoryEstimate
     from runner_client.process.launch import Plan
     from runner_client.process.life import ChildLife
-    from runner_client.rpc.aio_stream import AsyncCompletionStream
-    from runner_client.types import Completion, LoadResult, Options, Status
+    from runner_client.rpc.aio_stream import AsyncChatStream, AsyncCompletionStream
+    from runner_client.types import ChatMessage, Completion, LoadResult, Options, Status
 
 
 class AsyncRunnerProcess(ProcessBase[Connection]):
@@ -252,6 +252,31 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
             literal=literal,
             logprob_token_ids=logprob_token_ids,
             prompt_logprobs=prompt_logprobs,
+        )
+
+    def chat(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        chat_template_kwargs: Mapping[str, object] | None = None,
+        options: Options | None = None,
+        logprobs: int | None = None,
+        request_id: str = "",
+        priority: int = 0,
+    ) -> AsyncChatStream:
+        """Start an answer to a conversation; see ``AsyncRunnerClient.chat``.
+
+        Raises:
+            InvalidRequestError: An argument cannot be sent.
+            RunnerUnavailableError: The runner was not started, or has exited.
+        """
+        return self.client.chat(
+            messages,
+            chat_template_kwargs=chat_template_kwargs,
+            options=options,
+            logprobs=logprobs,
+            request_id=request_id,
+            priority=priority,
         )
 
     async def tokenize(

@@ -18,14 +18,14 @@ from runner_client.rpc.client import RunnerClient
 from runner_client.rpc.transport.base import embedding_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import TracebackType
 
     from runner_client.memory.estimation import MemoryEstimate
     from runner_client.process.launch import Plan
     from runner_client.process.life import ChildLife
-    from runner_client.rpc.stream import CompletionStream
-    from runner_client.types import Completion, LoadResult, Options, Status
+    from runner_client.rpc.stream import ChatStream, CompletionStream
+    from runner_client.types import ChatMessage, Completion, LoadResult, Options, Status
 
 
 class RunnerProcess(ProcessBase[Connection]):
@@ -247,6 +247,31 @@ class RunnerProcess(ProcessBase[Connection]):
             literal=literal,
             logprob_token_ids=logprob_token_ids,
             prompt_logprobs=prompt_logprobs,
+        )
+
+    def chat(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        chat_template_kwargs: Mapping[str, object] | None = None,
+        options: Options | None = None,
+        logprobs: int | None = None,
+        request_id: str = "",
+        priority: int = 0,
+    ) -> ChatStream:
+        """Start an answer to a conversation; see ``RunnerClient.chat``.
+
+        Raises:
+            InvalidRequestError: An argument cannot be sent.
+            RunnerUnavailableError: The runner was not started, or has exited.
+        """
+        return self.client.chat(
+            messages,
+            chat_template_kwargs=chat_template_kwargs,
+            options=options,
+            logprobs=logprobs,
+            request_id=request_id,
+            priority=priority,
         )
 
     def tokenize(

@@ -16,6 +16,7 @@ from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 from mlxrunner.v1 import runner_pb2_grpc
 from runner_client.errors import RunnerUnavailableError
 from runner_client.rpc.aio_stream import (
+    AsyncChatStream,
     AsyncCompletionStream,
     AsyncStatusStream,
     raise_if_cancelled,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from runner_client.types import Timeouts, TlsFiles
 
     CompletionCall = grpc.aio.UnaryStreamCall[pb.CompletionRequest, pb.CompletionResponse]
+    ChatCall = grpc.aio.UnaryStreamCall[pb.ChatRequest, pb.ChatResponse]
     WatchCall = grpc.aio.UnaryStreamCall[pb.WatchStatusRequest, pb.WatchStatusResponse]
 
 _Request = TypeVar("_Request")
@@ -70,7 +72,7 @@ class Connection(ConnectionBase):
         peer: Peer | None,
     ) -> None:
         super().__init__(address, timeouts, token, tls, peer)
-        self._streams: weakref.WeakSet[CompletionCall | WatchCall] = weakref.WeakSet()
+        self._streams: weakref.WeakSet[CompletionCall | ChatCall | WatchCall] = weakref.WeakSet()
 
     # The channel, stub and health method are created by the first call, because a channel binds
     # to the running event loop.
@@ -139,6 +141,15 @@ class Connection(ConnectionBase):
             raise self.translated(error) from error
         self._streams.add(call)
         return AsyncCompletionStream(call, timeouts=self.timeouts, failure=self._failure)
+
+    def start_chat(self, request: pb.ChatRequest) -> AsyncChatStream:
+        """Start an answer, like a completion."""
+        try:
+            call = self.stub.Chat(request, metadata=with_trace(self.access.metadata))
+        except grpc.aio.UsageError as error:
+            raise self.translated(error) from error
+        self._streams.add(call)
+        return AsyncChatStream(call, timeouts=self.timeouts, failure=self._failure)
 
     def start_watch(
         self, request: pb.WatchStatusRequest, interval_seconds: float | None

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from typing import TYPE_CHECKING, Self
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Generic, Self, TypeVar, cast
 
 import grpc
+from google.protobuf.message import Message
 
 from mlxrunner.v1 import runner_pb2 as pb
+from runner_client.rpc.messages.chats import chat_chunk
 from runner_client.rpc.messages.responses import completion_chunk, status
 from runner_client.rpc.transport.base import (
     END_SECONDS,
@@ -18,30 +21,26 @@ from runner_client.rpc.transport.base import (
     incomplete_stream,
 )
 from runner_client.rpc.waits import StreamTimer, WatchTimer
+from runner_client.types import ChatChunk, CompletionChunk
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from types import TracebackType
 
     from runner_client.errors import RunnerError
-    from runner_client.types import CompletionChunk, Status, Timeouts
+    from runner_client.types import Status, Timeouts
+
+_RequestT = TypeVar("_RequestT", bound=Message)
+_MessageT = TypeVar("_MessageT", bound=Message)
+_ChunkT = TypeVar("_ChunkT", bound=CompletionChunk)
 
 
-class AsyncCompletionStream:
-    """Chunks of one completion: an async iterator and a context manager.
-
-    The request is sent when the stream is created. Leaving the ``async with`` block, calling
-    ``cancel()`` or dropping the stream cancels the completion on the server, unless the last
-    chunk (``done``) was read. A stream that ends before its last chunk raises
-    ``IncompleteStreamError``; every failure is a ``RunnerError``.
-
-    A stream belongs to the event loop of its client. Only one task may read, and cancelling
-    that task cancels the completion.
-    """
+class _ChunkStream(Generic[_RequestT, _MessageT, _ChunkT]):
+    """Chunks of one generation."""
 
     def __init__(
         self,
-        call: grpc.aio.UnaryStreamCall[pb.CompletionRequest, pb.CompletionResponse],
+        call: grpc.aio.UnaryStreamCall[_RequestT, _MessageT],
         *,
         timeouts: Timeouts,
         failure: Callable[[BaseException], Awaitable[RunnerError]],
@@ -56,7 +55,11 @@ class AsyncCompletionStream:
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> CompletionChunk:
+    @abstractmethod
+    def _convert(self, message: _MessageT) -> _ChunkT:
+        """Return the chunk of a message."""
+
+    async def __anext__(self) -> _ChunkT:
         """Return the next chunk.
 
         Raises:
@@ -66,13 +69,13 @@ class AsyncCompletionStream:
         if self._is_done:
             await self._read_end()
             raise StopAsyncIteration
-        chunk = completion_chunk(await self._read())
+        chunk = self._convert(await self._read())
         self._timer.received(chunk)
         self._has_text = self._has_text or bool(chunk.content)
         self._is_done = chunk.done
         return chunk
 
-    async def _read(self) -> pb.CompletionResponse:
+    async def _read(self) -> _MessageT:
         loop = asyncio.get_running_loop()
         deadline = self._timer.deadline(loop.time())
         try:
@@ -84,9 +87,9 @@ class AsyncCompletionStream:
         except (grpc.RpcError, grpc.aio.UsageError, asyncio.CancelledError) as error:
             raise_if_cancelled(error)
             raise await self._error(error) from error
-        if not isinstance(message, pb.CompletionResponse):  # grpc.aio.EOF
+        if not isinstance(message, Message):  # grpc.aio.EOF
             raise incomplete_stream()
-        return message
+        return cast("_MessageT", message)
 
     async def _read_end(self) -> None:
         """Wait for the call to end, because dropping the call early would cancel it."""
@@ -125,6 +128,31 @@ class AsyncCompletionStream:
         traceback: TracebackType | None,
     ) -> None:
         self.cancel()
+
+
+class AsyncCompletionStream(
+    _ChunkStream[pb.CompletionRequest, pb.CompletionResponse, CompletionChunk]
+):
+    """Chunks of one completion: an async iterator and a context manager.
+
+    The request is sent when the stream is created. Leaving the ``async with`` block, calling
+    ``cancel()`` or dropping the stream cancels the completion on the server, unless the last
+    chunk (``done``) was read. A stream that ends before its last chunk raises
+    ``IncompleteStreamError``; every failure is a ``RunnerError``.
+
+    A stream belongs to the event loop of its client. Only one task may read, and cancelling
+    that task cancels the completion.
+    """
+
+    def _convert(self, message: pb.CompletionResponse) -> CompletionChunk:
+        return completion_chunk(message)
+
+
+class AsyncChatStream(_ChunkStream[pb.ChatRequest, pb.ChatResponse, ChatChunk]):
+    """Chunks of one answer, with the rules of an ``AsyncCompletionStream``."""
+
+    def _convert(self, message: pb.ChatResponse) -> ChatChunk:
+        return chat_chunk(message)
 
 
 class AsyncStatusStream:

@@ -11,7 +11,7 @@ import grpc
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from mlxrunner.v1 import runner_pb2_grpc
-from runner_client.rpc.stream import CompletionStream, StatusStream
+from runner_client.rpc.stream import ChatStream, CompletionStream, StatusStream
 from runner_client.rpc.transport import health
 from runner_client.rpc.transport.base import LOAD_SECONDS, POLL_SECONDS, ConnectionBase
 from runner_client.rpc.transport.channel import open_channel
@@ -126,6 +126,16 @@ class Connection(ConnectionBase):
         except ValueError as error:
             raise self._failure(error) from error
         return CompletionStream(
+            call, timeouts=self.timeouts, watchdog=self._watchdog, failure=self._failure
+        )
+
+    def start_chat(self, request: pb.ChatRequest) -> ChatStream:
+        """Start an answer, like a completion."""
+        try:
+            call = self.stub.Chat(request, metadata=with_trace(self.access.metadata))
+        except ValueError as error:
+            raise self._failure(error) from error
+        return ChatStream(
             call, timeouts=self.timeouts, watchdog=self._watchdog, failure=self._failure
         )
 

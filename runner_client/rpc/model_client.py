@@ -16,9 +16,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from types import TracebackType
 
-    from runner_client.rpc.stream import CompletionStream, StatusStream
+    from runner_client.rpc.stream import (
+        ChatStream,
+        CompletionStream,
+        StatusStream,
+    )
     from runner_client.rpc.transport.base import Peer
     from runner_client.types import (
+        ChatCompletion,
         ChatMessage,
         Completion,
         Options,
@@ -262,6 +267,76 @@ class ModelClient:
         """
         request = requests.detokenize_request(token_ids, model)
         return self._connection.call(self._connection.stub.Detokenize, request).content
+
+    def chat(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        chat_template_kwargs: Mapping[str, object] | None = None,
+        options: Options | None = None,
+        logprobs: int | None = None,
+        request_id: str = "",
+        priority: int = 0,
+        model: str | None = None,
+    ) -> ChatStream:
+        """Start an answer to a conversation and return the stream of chunks without waiting.
+
+        Args:
+            messages: The conversation, in order.
+            chat_template_kwargs: More arguments for the template, such as
+                ``{"enable_thinking": False}``.
+            options: See ``completion``, as for all arguments below.
+            logprobs: See ``completion``.
+            request_id: See ``completion``.
+            priority: See ``completion``.
+            model: See ``completion``.
+
+        Raises:
+            TypeError: An argument is of the wrong type.
+            InvalidRequestError: An argument cannot be sent.
+            RunnerUnavailableError: The client is closed. Reading raises all other errors.
+        """
+        request = chats.chat_request(
+            messages,
+            chat_template_kwargs=chat_template_kwargs,
+            options=options,
+            logprobs=logprobs,
+            request_id=request_id,
+            priority=priority,
+            model=model,
+        )
+        return self._connection.start_chat(request)
+
+    def complete_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        chat_template_kwargs: Mapping[str, object] | None = None,
+        options: Options | None = None,
+        logprobs: int | None = None,
+        request_id: str = "",
+        priority: int = 0,
+        model: str | None = None,
+    ) -> ChatCompletion:
+        """Answer a conversation to the end, with the arguments of ``chat``.
+
+        Raises:
+            TypeError: An argument is of the wrong type.
+            InvalidRequestError: An argument is out of range, the model has no chat template, or
+                the template refuses the conversation.
+            RunnerError: The answer failed for another reason; see ``complete``.
+        """
+        stream = self.chat(
+            messages,
+            chat_template_kwargs=chat_template_kwargs,
+            options=options,
+            logprobs=logprobs,
+            request_id=request_id,
+            priority=priority,
+            model=model,
+        )
+        with stream:
+            return chats.join_chat_chunks([chunk for chunk in stream])
 
     def render_chat(
         self,

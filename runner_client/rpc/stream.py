@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import TYPE_CHECKING, Self
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 import grpc
 
+from mlxrunner.v1 import runner_pb2 as pb
+from runner_client.rpc.messages.chats import chat_chunk
 from runner_client.rpc.messages.responses import completion_chunk, status
 from runner_client.rpc.transport.base import (
     END_SECONDS,
@@ -16,16 +19,16 @@ from runner_client.rpc.transport.base import (
     incomplete_stream,
 )
 from runner_client.rpc.waits import StreamTimer, WatchTimer
+from runner_client.types import ChatChunk, CompletionChunk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import TracebackType
-    from typing import Protocol, TypeVar
+    from typing import Protocol
 
-    from mlxrunner.v1 import runner_pb2 as pb
     from runner_client.errors import RunnerError
     from runner_client.rpc.watchdog import Watchdog
-    from runner_client.types import CompletionChunk, Status, Timeouts
+    from runner_client.types import Status, Timeouts
 
     _MessageT_co = TypeVar("_MessageT_co", covariant=True)
 
@@ -37,20 +40,16 @@ if TYPE_CHECKING:
         def cancel(self) -> bool: ...
 
 
-class CompletionStream:
-    """Chunks of one completion: an iterator and a context manager.
+_MessageT = TypeVar("_MessageT")
+_ChunkT = TypeVar("_ChunkT", bound=CompletionChunk)
 
-    The request is sent when the stream is created. Leaving the ``with`` block, calling
-    ``cancel()`` or dropping the stream cancels the completion on the server, unless the last
-    chunk (``done``) was read. A stream that ends before its last chunk raises
-    ``IncompleteStreamError``; every failure is a ``RunnerError``.
 
-    Only one thread may read; ``cancel()`` may be called from any thread.
-    """
+class _ChunkStream(Generic[_MessageT, _ChunkT]):
+    """Chunks of one generation."""
 
     def __init__(
         self,
-        call: _Call[pb.CompletionResponse],
+        call: _Call[_MessageT],
         *,
         timeouts: Timeouts,
         watchdog: Watchdog,
@@ -68,7 +67,11 @@ class CompletionStream:
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> CompletionChunk:
+    @abstractmethod
+    def _convert(self, message: _MessageT) -> _ChunkT:
+        """Return the chunk of a message."""
+
+    def __next__(self) -> _ChunkT:
         """Return the next chunk.
 
         Raises:
@@ -78,13 +81,13 @@ class CompletionStream:
         if self._is_done:
             self._read_end()
             raise StopIteration
-        chunk = completion_chunk(self._read())
+        chunk = self._convert(self._read())
         self._timer.received(chunk)
         self._has_text = self._has_text or bool(chunk.content)
         self._is_done = chunk.done
         return chunk
 
-    def _read(self) -> pb.CompletionResponse:
+    def _read(self) -> _MessageT:
         self._watchdog.arm(id(self), self._timer.deadline(time.monotonic()), self._expire)
         try:
             return next(self._call)
@@ -131,6 +134,28 @@ class CompletionStream:
         traceback: TracebackType | None,
     ) -> None:
         self.cancel()
+
+
+class CompletionStream(_ChunkStream[pb.CompletionResponse, CompletionChunk]):
+    """Chunks of one completion: an iterator and a context manager.
+
+    The request is sent when the stream is created. Leaving the ``with`` block, calling
+    ``cancel()`` or dropping the stream cancels the completion on the server, unless the last
+    chunk (``done``) was read. A stream that ends before its last chunk raises
+    ``IncompleteStreamError``; every failure is a ``RunnerError``.
+
+    Only one thread may read; ``cancel()`` may be called from any thread.
+    """
+
+    def _convert(self, message: pb.CompletionResponse) -> CompletionChunk:
+        return completion_chunk(message)
+
+
+class ChatStream(_ChunkStream[pb.ChatResponse, ChatChunk]):
+    """Chunks of one answer, with the rules of a ``CompletionStream``."""
+
+    def _convert(self, message: pb.ChatResponse) -> ChatChunk:
+        return chat_chunk(message)
 
 
 class StatusStream:

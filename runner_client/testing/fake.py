@@ -21,6 +21,7 @@ from mlxrunner.v1 import runner_pb2_grpc
 from runner_client.testing.answers import prompt_message, token_messages
 from runner_client.testing.call import FakeCall
 from runner_client.testing.failure import Failure
+from runner_client.testing.messages import as_chat, as_completion, text_of
 from runner_common.contract import (
     DEFAULT_CONTEXT_LENGTH,
     DEFAULT_PARALLEL,
@@ -191,6 +192,17 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         self, request: pb.CompletionRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.CompletionResponse]:
         """Send the progress, the pieces and the last message."""
+        return self._complete(request, context)
+
+    def Chat(
+        self, request: pb.ChatRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.ChatResponse]:
+        """Send the same as for a completion."""
+        return map(as_chat, self._complete(request, context))
+
+    def _complete(
+        self, request: pb.CompletionRequest | pb.ChatRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.CompletionResponse]:
         self.requests.append(request)
         self._need_model(request.model, context)
         if self.is_draining:
@@ -202,7 +214,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         call = FakeCall(context, self.cancelled, request.request_id)
         self._calls.append(call)
         try:
-            yield from self._stream(request, context, call)
+            yield from self._stream(as_completion(request), context, call)
         finally:
             self._calls.remove(call)
 
@@ -275,7 +287,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         """Return the messages' texts, one in each line, and the code points as token ids."""
         self._receive(request, context)
         self._need_model(request.model, context)
-        prompt = "\n".join(map(_text_of, request.messages))
+        prompt = "\n".join(map(text_of, request.messages))
         return pb.RenderChatResponse(prompt=prompt, token_ids=map(ord, prompt))
 
     def Detokenize(
@@ -324,6 +336,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
             rank_count=1,
             max_stop_token_id_count=MAX_STOP_TOKEN_IDS,
             max_logprob_token_id_count=MAX_LOGPROB_TOKEN_IDS,
+            chat=True,
         )
         return pb.Model(name=name, path=name, dtype_fallback=is_fallback, capabilities=accepted)
 
@@ -345,10 +358,6 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         if name not in ("", self.model):
             text = f"the loaded model is {self.model!r}, and the call names {name!r}"
             Failure("MODEL_NOT_LOADED", text, metadata={"model": name}).abort(context)
-
-
-def _text_of(message: pb.ChatMessage) -> str:
-    return message.content or "".join(part.text for part in message.content_parts)
 
 
 @contextmanager

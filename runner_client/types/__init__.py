@@ -12,7 +12,15 @@ from runner_client.settings import (
     Timeouts,
     TlsFiles,
 )
-from runner_client.types.chats import ChatMessage, RenderedChat, Role, Tool, ToolCall
+from runner_client.types.chats import (
+    ChatChunk,
+    ChatCompletion,
+    ChatMessage,
+    RenderedChat,
+    Role,
+    Tool,
+    ToolCall,
+)
 from runner_client.types.completions import (
     Completion,
     CompletionChunk,
@@ -37,6 +45,8 @@ from runner_client.types.runners import (
 
 __all__ = [
     "Capabilities",
+    "ChatChunk",
+    "ChatCompletion",
     "ChatMessage",
     "Completion",
     "CompletionChunk",

@@ -1,4 +1,4 @@
-"""Messages, tools and prompts of conversations."""
+"""Messages, tools, prompts and answers of conversations."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from runner_client.checks import check_choice, check_kind, check_text, check_texts, refuse_type
+from runner_client.types.completions import Completion, CompletionChunk
 
 Role = Literal["system", "user", "assistant", "tool", "developer"]
 """The author of a message."""
@@ -84,6 +85,21 @@ class ChatMessage:
             check_text(name, getattr(self, name))
         for call in self.tool_calls:
             check_kind("an item of tool_calls", call, ToolCall)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatChunk(CompletionChunk):
+    """Part of a streamed answer. Counts and durations are set in the last chunk only."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatCompletion(Completion):
+    """A finished answer: the joined chunks of a stream."""
+
+    @property
+    def message(self) -> ChatMessage:
+        """The answer as a message, for the next request of the conversation."""
+        return ChatMessage("assistant", self.content)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,8 @@ class Capabilities:
     """The most ids in ``Options.stop_token_ids``."""
     max_logprob_token_id_count: int | None = None
     """The most ids in ``logprob_token_ids`` of a completion."""
+    chat: bool | None = None
+    """Whether the model has a chat template."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,9 @@ import grpc
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
 from runner_server.api.chat.conversation import conversation_of
+from runner_server.api.chat.encoding import chat_message
 from runner_server.api.chat.prompting import chat_prompt
+from runner_server.api.chat.requests import chat_draft
 from runner_server.api.convert import (
     STATES,
     delta_message,
@@ -229,6 +231,19 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         return pb.DrainResponse(
             finished_count=len(drained.requests) - aborted, aborted_count=aborted
         )
+
+    async def Chat(
+        self,
+        request: pb.ChatRequest,
+        context: _Context,
+    ) -> AsyncIterator[pb.ChatResponse]:
+        """Stream the answer to a conversation."""
+        model = model_for_call(self._engine, request.request_id, request.model)
+        draft = await chat_draft(self._renderer, model, request)
+        async with generate(self._engine, model, draft, context) as generation:
+            texts = _token_texts(model, generation)
+            async for delta in generation.stream.deltas():
+                yield chat_message(delta_message(delta, texts))
 
     async def RenderChat(
         self,

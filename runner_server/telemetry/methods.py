@@ -36,5 +36,5 @@ METHODS = {f"/{SERVICE_NAME}/{name}": name for name in _RUNNER_METHODS} | {
 FULL_NAMES = {name: path.removeprefix("/") for path, name in METHODS.items()}
 """Names with their services by method name, as OpenTelemetry expects them."""
 
-GENERATING = frozenset({"Completion", "Generate"})
-"""Methods that generate text, one of each service."""
+GENERATING = frozenset({"Chat", "Completion", "Generate"})
+"""Methods that generate text."""

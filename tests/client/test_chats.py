@@ -9,7 +9,7 @@ import pytest
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_client import AsyncRunnerClient, ChatMessage, RunnerClient, Tool, ToolCall, errors
 from runner_client.testing import Failure, FakeRunner
-from runner_client.types import RenderedChat
+from runner_client.types import DoneReason, Options, RenderedChat
 
 MESSAGES = [
     ChatMessage("system", ""),
@@ -49,6 +49,78 @@ def test_the_request_to_render_carries_all_arguments(
             model="fake",
         )
     ]
+
+
+def test_the_request_of_an_answer_carries_all_arguments(
+    client: RunnerClient, runner: FakeRunner
+) -> None:
+    client.complete_chat(
+        MESSAGES,
+        chat_template_kwargs={"x": "é"},
+        options=Options(temperature=0, stop=("\n",)),
+        logprobs=2,
+        request_id="me",
+        priority=-7,
+        model="fake",
+    )
+    assert runner.requests == [
+        pb.ChatRequest(
+            messages=SENT,
+            chat_template_kwargs='{"x": "é"}',
+            options=pb.CompletionOptions(temperature=0, stop=["\n"]),
+            logprobs=2,
+            request_id="me",
+            priority=-7,
+            model="fake",
+        )
+    ]
+
+
+def test_an_answer_streams_its_chunks(client: RunnerClient, runner: FakeRunner) -> None:
+    runner.prompt_cached_count = 5
+    with client.chat(MESSAGES, logprobs=0) as stream:
+        chunks = list(stream)
+    assert [chunk.content for chunk in chunks] == ["Hello", " world", ""]
+    assert [chunk.done for chunk in chunks] == [False, False, True]
+    assert chunks[0].logprobs[0].text == "Hello"
+    assert chunks[-1].done_reason is DoneReason.STOP
+    assert (chunks[-1].eval_count, chunks[-1].prompt_cached_count) == (2, 5)
+
+
+def test_a_finished_answer_is_the_next_message(client: RunnerClient) -> None:
+    answer = client.complete_chat(MESSAGES)
+    assert (answer.content, answer.token_ids) == ("Hello world", (0, 1))
+    assert answer.message == ChatMessage("assistant", "Hello world")
+
+
+async def test_the_asyncio_client_streams_too(runner: FakeRunner) -> None:
+    async with AsyncRunnerClient(runner.address) as client:
+        async with client.chat(MESSAGES) as stream:
+            assert [chunk.content async for chunk in stream] == ["Hello", " world", ""]
+        assert (await client.complete_chat(MESSAGES)).content == "Hello world"
+
+
+@pytest.mark.parametrize("stops_after", [0, 1])
+def test_an_answer_without_its_last_chunk_is_an_error(
+    client: RunnerClient, runner: FakeRunner, stops_after: int
+) -> None:
+    runner.pieces, runner.is_complete = ("a",) * stops_after, False
+    with pytest.raises(errors.IncompleteStreamError):
+        client.complete_chat(MESSAGES)
+
+
+def test_leaving_the_block_cancels_the_answer(client: RunnerClient, runner: FakeRunner) -> None:
+    runner.stall_after = 1
+    with client.chat(MESSAGES) as stream:
+        next(stream)
+    assert runner.cancelled.wait(20)
+
+
+def test_a_closed_client_starts_no_answer(runner: FakeRunner) -> None:
+    client = RunnerClient(runner.address)
+    client.close()
+    with pytest.raises(errors.RunnerUnavailableError):
+        client.complete_chat(MESSAGES)
 
 
 def test_a_prompt_comes_back(client: RunnerClient) -> None:

@@ -16,6 +16,7 @@ from runner_client import errors, settings, types
 ROOT = Path(__file__).parents[2]
 
 PUBLIC = [
+    "AsyncChatStream",
     "AsyncCompletionStream",
     "AsyncPendingLoad",
     "AsyncRunnerClient",
@@ -25,7 +26,10 @@ PUBLIC = [
     "AuthenticationError",
     "BusyError",
     "Capabilities",
+    "ChatChunk",
+    "ChatCompletion",
     "ChatMessage",
+    "ChatStream",
     "Completion",
     "CompletionChunk",
     "CompletionStream",

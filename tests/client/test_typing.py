@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, assert_type
 import pytest
 
 from runner_client import (
+    AsyncChatStream,
     AsyncCompletionStream,
     AsyncPendingLoad,
     AsyncRunnerClient,
     AsyncRunnerProcess,
     AsyncStatusStream,
+    ChatChunk,
+    ChatCompletion,
+    ChatMessage,
+    ChatStream,
     Completion,
     CompletionChunk,
     CompletionStream,
@@ -22,6 +27,7 @@ from runner_client import (
     MemoryEstimate,
     Model,
     PendingLoad,
+    RenderedChat,
     RunnerClient,
     RunnerProcess,
     State,
@@ -60,6 +66,10 @@ def test_the_sync_client_has_precise_types(runner: FakeRunner) -> None:
         with assert_type(client.watch_status(interval_seconds=1), StatusStream) as statuses:
             assert_type(next(statuses), Status)
         client.load("m")
+        with assert_type(client.chat([ChatMessage("user", "x")]), ChatStream) as answer:
+            assert_type(next(answer), ChatChunk)
+        assert_type(client.complete_chat([ChatMessage("user", "x")]), ChatCompletion)
+        assert_type(client.render_chat([ChatMessage("user", "x")]), RenderedChat)
         for chunk in client.completion("x"):
             assert_type(chunk, CompletionChunk)
             assert_type(chunk.token_ids, tuple[int, ...])
@@ -84,6 +94,10 @@ async def test_the_async_client_has_precise_types(runner: FakeRunner) -> None:
         async with assert_type(client.completion("x"), AsyncCompletionStream) as stream:
             async for chunk in stream:
                 assert_type(chunk, CompletionChunk)
+        async with assert_type(client.chat([ChatMessage("user", "x")]), AsyncChatStream) as answer:
+            async for part in answer:
+                assert_type(part, ChatChunk)
+        assert_type(await client.complete_chat([ChatMessage("user", "x")]), ChatCompletion)
         assert_type(await client.unload(), int)
 
 
@@ -107,6 +121,7 @@ if TYPE_CHECKING:
         assert_type(runner.wait_until_running(), LoadResult)
         assert_type(runner.restart(), LoadResult)
         assert_type(runner.completion("x"), CompletionStream)
+        assert_type(runner.chat([ChatMessage("user", "x")]), ChatStream)
         assert_type(runner.complete("x"), Completion)
         assert_type(runner.trim(), int)
 
@@ -117,5 +132,6 @@ if TYPE_CHECKING:
         assert_type(await runner.load(), MemoryEstimate)
         assert_type(await runner.wait_until_running(), LoadResult)
         assert_type(runner.completion("x"), AsyncCompletionStream)
+        assert_type(runner.chat([ChatMessage("user", "x")]), AsyncChatStream)
         assert_type(await runner.complete("x"), Completion)
         assert_type(await runner.trim(), int)

@@ -23,7 +23,7 @@ CONTEXT_LENGTH = 512
 LIFECYCLE = {"Load", "Unload", "Drain"}
 """Rpcs that end running streams by design, or refuse new ones."""
 
-_ROUNDS = 20
+_ROUNDS = 60
 
 pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")
 
@@ -122,7 +122,7 @@ def test_the_generator_sets_every_field() -> None:
     """Check the generator itself: a property proves nothing about a field left unset.
 
     A seed does not fix the values: Hypothesis also draws constants from the modules that happen
-    to be imported. One round in several misses a field; 20 together miss none.
+    to be imported. One round in several misses a field; 60 together miss none.
     """
     missing = set(_field_paths())
     for number in range(_ROUNDS):

@@ -98,6 +98,7 @@ WRONG: dict[str, Callable[[str], Any]] = {
     ),
     "an unknown token": lambda model: pb.DetokenizeRequest(token_ids=[-1], model=model),
     "no conversation": lambda model: pb.RenderChatRequest(model=model),
+    "no conversation to answer": lambda model: pb.ChatRequest(model=model),
     "a size out of range": lambda model: pb.TrimRequest(prefix_cache_bytes=-1, model=model),
     "an interval out of range": lambda model: pb.WatchStatusRequest(
         interval=Duration(seconds=-1), model=model

@@ -23,6 +23,9 @@ REQUESTS: dict[str, Callable[[str], Message]] = {
     ),
     "Tokenize": lambda model: pb.TokenizeRequest(content="hi", model=model),
     "Detokenize": lambda model: pb.DetokenizeRequest(token_ids=[104], model=model),
+    "Chat": lambda model: pb.ChatRequest(
+        messages=[HELLO], options=pb.CompletionOptions(num_predict=2), model=model
+    ),
     "RenderChat": lambda model: pb.RenderChatRequest(messages=[HELLO], model=model),
     "Status": lambda model: pb.StatusRequest(model=model),
     "WatchStatus": lambda model: pb.WatchStatusRequest(model=model),
@@ -35,7 +38,7 @@ every_rpc = pytest.mark.parametrize("rpc", REQUESTS)
 
 async def answer(server: Server, rpc: str, model: str) -> None:
     call = getattr(server.stub, rpc)(REQUESTS[rpc](model), timeout=20)
-    if rpc == "Completion":
+    if rpc in ("Chat", "Completion"):
         assert [message async for message in call][-1].done
     elif rpc == "WatchStatus":
         message = await call.read()

@@ -14,8 +14,8 @@
 //   id. Empty means the configured model, if there is exactly one, and is refused
 //   with INVALID_FIELD otherwise. Models that are not configured get the default
 //   settings.
-// - `Completion`, `Tokenize`, `Detokenize` and `RenderChat` lease the model for the
-//   duration of the call. If it is not loaded, they wait for its load, and for the memory if
+// - `Completion`, `Chat`, `Tokenize`, `Detokenize` and `RenderChat` lease the model
+//   for the duration of the call. If it is not loaded, they wait for its load, and for the memory if
 //   that is short; headers are sent when the wait is over. They may return the
 //   errors of `PoolService.LoadModel`, and end with SHUTTING_DOWN if the model's
 //   runner dies. Everything else, responses and errors, is the runner's own.

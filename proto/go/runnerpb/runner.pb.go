@@ -23,8 +23,8 @@
 // service and of reflection, including `Status`, with
 // UNAUTHENTICATED / UNAUTHENTICATED unless the call's metadata has
 // `authorization: Bearer TOKEN` with that token. Health checks need no token. A
-// server may have a second token, for use: its holders may call `Completion`,
-// `Tokenize`, `Detokenize`, `RenderChat`, `Status`, `WatchStatus` and reflection, and everything
+// server may have a second token, for use: its holders may call `Chat`,
+// `Completion`, `Tokenize`, `Detokenize`, `RenderChat`, `Status`, `WatchStatus` and reflection, and everything
 // else is answered with PERMISSION_DENIED / PERMISSION_DENIED.
 //
 // Any rpc may return INTERNAL / GENERATION_FAILED for a defect of the server
@@ -796,8 +796,11 @@ type Capabilities struct {
 	MaxStopTokenIdCount *int32 `protobuf:"varint,8,opt,name=max_stop_token_id_count,json=maxStopTokenIdCount,proto3,oneof" json:"max_stop_token_id_count,omitempty"`
 	// The most ids in `CompletionRequest.logprob_token_ids`.
 	MaxLogprobTokenIdCount *int32 `protobuf:"varint,9,opt,name=max_logprob_token_id_count,json=maxLogprobTokenIdCount,proto3,oneof" json:"max_logprob_token_id_count,omitempty"`
-	unknownFields          protoimpl.UnknownFields
-	sizeCache              protoimpl.SizeCache
+	// Whether the model has a chat template, without which `Chat` and `RenderChat` are
+	// refused.
+	Chat          *bool `protobuf:"varint,10,opt,name=chat,proto3,oneof" json:"chat,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Capabilities) Reset() {
@@ -891,6 +894,13 @@ func (x *Capabilities) GetMaxLogprobTokenIdCount() int32 {
 		return *x.MaxLogprobTokenIdCount
 	}
 	return 0
+}
+
+func (x *Capabilities) GetChat() bool {
+	if x != nil && x.Chat != nil {
+		return *x.Chat
+	}
+	return false
 }
 
 // Requests an estimate of a load. All fields are those of `LoadRequest`.
@@ -3712,6 +3722,270 @@ func (x *RenderChatResponse) GetTokenIds() []int32 {
 	return nil
 }
 
+// Requests an answer to a conversation.
+type ChatRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The conversation, as `RenderChatRequest.messages`. Required.
+	Messages []*ChatMessage `protobuf:"bytes,1,rep,name=messages,proto3" json:"messages,omitempty"`
+	// More arguments for the template, as `RenderChatRequest.chat_template_kwargs`.
+	// Default: empty, none.
+	ChatTemplateKwargs string `protobuf:"bytes,4,opt,name=chat_template_kwargs,json=chatTemplateKwargs,proto3" json:"chat_template_kwargs,omitempty"`
+	// Sampling options and limits, as in `CompletionRequest`.
+	Options *CompletionOptions `protobuf:"bytes,5,opt,name=options,proto3" json:"options,omitempty"`
+	// Log probabilities, as `CompletionRequest.logprobs`. Default: unset, none.
+	Logprobs *int32 `protobuf:"varint,6,opt,name=logprobs,proto3,oneof" json:"logprobs,omitempty"`
+	// A name for the log lines of this request and for `Abort`, as
+	// `CompletionRequest.request_id`. Default: empty.
+	RequestId string `protobuf:"bytes,7,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Higher first among waiting requests, as `CompletionRequest.priority`. Range:
+	// -100 to 100. Default: 0.
+	Priority int32 `protobuf:"varint,8,opt,name=priority,proto3" json:"priority,omitempty"`
+	// The model that is meant: the `LoadRequest.model` that it was loaded with, or
+	// `Model.path`. Any other name is refused with MODEL_NOT_LOADED. Default: empty,
+	// the loaded model.
+	Model         string `protobuf:"bytes,9,opt,name=model,proto3" json:"model,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChatRequest) Reset() {
+	*x = ChatRequest{}
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChatRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChatRequest) ProtoMessage() {}
+
+func (x *ChatRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChatRequest.ProtoReflect.Descriptor instead.
+func (*ChatRequest) Descriptor() ([]byte, []int) {
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *ChatRequest) GetMessages() []*ChatMessage {
+	if x != nil {
+		return x.Messages
+	}
+	return nil
+}
+
+func (x *ChatRequest) GetChatTemplateKwargs() string {
+	if x != nil {
+		return x.ChatTemplateKwargs
+	}
+	return ""
+}
+
+func (x *ChatRequest) GetOptions() *CompletionOptions {
+	if x != nil {
+		return x.Options
+	}
+	return nil
+}
+
+func (x *ChatRequest) GetLogprobs() int32 {
+	if x != nil && x.Logprobs != nil {
+		return *x.Logprobs
+	}
+	return 0
+}
+
+func (x *ChatRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+func (x *ChatRequest) GetPriority() int32 {
+	if x != nil {
+		return x.Priority
+	}
+	return 0
+}
+
+func (x *ChatRequest) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+// A part of an answer. During prefill a message may have nothing but
+// `prompt_progress`. A slow reader gets fewer, larger messages.
+type ChatResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The next part of the text, whole characters only, as
+	// `CompletionResponse.content`.
+	Content string `protobuf:"bytes,1,opt,name=content,proto3" json:"content,omitempty"`
+	// The tokens generated since the last message, including the one that ended the
+	// answer. Their text may come in a later message.
+	TokenIds []int32 `protobuf:"varint,4,rep,packed,name=token_ids,json=tokenIds,proto3" json:"token_ids,omitempty"`
+	// One entry for each of `token_ids`, if requested.
+	Logprobs []*TokenLogprob `protobuf:"bytes,5,rep,name=logprobs,proto3" json:"logprobs,omitempty"`
+	// True in the last message, and only there.
+	Done bool `protobuf:"varint,6,opt,name=done,proto3" json:"done,omitempty"`
+	// Why the answer ended; set in the last message.
+	DoneReason DoneReason `protobuf:"varint,7,opt,name=done_reason,json=doneReason,proto3,enum=mlxrunner.v1.DoneReason" json:"done_reason,omitempty"`
+	// The stop string that ended the answer, if any; set in the last message.
+	StopMatch string `protobuf:"bytes,8,opt,name=stop_match,json=stopMatch,proto3" json:"stop_match,omitempty"`
+	// Progress of the prefill; unset once it is complete.
+	PromptProgress *PromptProgress `protobuf:"bytes,9,opt,name=prompt_progress,json=promptProgress,proto3" json:"prompt_progress,omitempty"`
+	// Number of tokens in the prompt. Set in the last message, as are all fields
+	// below.
+	PromptEvalCount int32 `protobuf:"varint,10,opt,name=prompt_eval_count,json=promptEvalCount,proto3" json:"prompt_eval_count,omitempty"`
+	// Time from getting a slot to the first token.
+	PromptEvalDuration *durationpb.Duration `protobuf:"bytes,11,opt,name=prompt_eval_duration,json=promptEvalDuration,proto3" json:"prompt_eval_duration,omitempty"`
+	// Number of tokens generated: the number of all `token_ids` together.
+	EvalCount int32 `protobuf:"varint,12,opt,name=eval_count,json=evalCount,proto3" json:"eval_count,omitempty"`
+	// Time from the first token to the last.
+	EvalDuration *durationpb.Duration `protobuf:"bytes,13,opt,name=eval_duration,json=evalDuration,proto3" json:"eval_duration,omitempty"`
+	// Time the request waited for a slot.
+	QueueDuration *durationpb.Duration `protobuf:"bytes,14,opt,name=queue_duration,json=queueDuration,proto3" json:"queue_duration,omitempty"`
+	// The part of `prompt_eval_count` taken from the prefix cache instead of being
+	// processed again: all of the last turn, as far as its tokens are the same.
+	PromptCachedCount int32 `protobuf:"varint,15,opt,name=prompt_cached_count,json=promptCachedCount,proto3" json:"prompt_cached_count,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
+}
+
+func (x *ChatResponse) Reset() {
+	*x = ChatResponse{}
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChatResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChatResponse) ProtoMessage() {}
+
+func (x *ChatResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChatResponse.ProtoReflect.Descriptor instead.
+func (*ChatResponse) Descriptor() ([]byte, []int) {
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *ChatResponse) GetContent() string {
+	if x != nil {
+		return x.Content
+	}
+	return ""
+}
+
+func (x *ChatResponse) GetTokenIds() []int32 {
+	if x != nil {
+		return x.TokenIds
+	}
+	return nil
+}
+
+func (x *ChatResponse) GetLogprobs() []*TokenLogprob {
+	if x != nil {
+		return x.Logprobs
+	}
+	return nil
+}
+
+func (x *ChatResponse) GetDone() bool {
+	if x != nil {
+		return x.Done
+	}
+	return false
+}
+
+func (x *ChatResponse) GetDoneReason() DoneReason {
+	if x != nil {
+		return x.DoneReason
+	}
+	return DoneReason_DONE_REASON_UNSPECIFIED
+}
+
+func (x *ChatResponse) GetStopMatch() string {
+	if x != nil {
+		return x.StopMatch
+	}
+	return ""
+}
+
+func (x *ChatResponse) GetPromptProgress() *PromptProgress {
+	if x != nil {
+		return x.PromptProgress
+	}
+	return nil
+}
+
+func (x *ChatResponse) GetPromptEvalCount() int32 {
+	if x != nil {
+		return x.PromptEvalCount
+	}
+	return 0
+}
+
+func (x *ChatResponse) GetPromptEvalDuration() *durationpb.Duration {
+	if x != nil {
+		return x.PromptEvalDuration
+	}
+	return nil
+}
+
+func (x *ChatResponse) GetEvalCount() int32 {
+	if x != nil {
+		return x.EvalCount
+	}
+	return 0
+}
+
+func (x *ChatResponse) GetEvalDuration() *durationpb.Duration {
+	if x != nil {
+		return x.EvalDuration
+	}
+	return nil
+}
+
+func (x *ChatResponse) GetQueueDuration() *durationpb.Duration {
+	if x != nil {
+		return x.QueueDuration
+	}
+	return nil
+}
+
+func (x *ChatResponse) GetPromptCachedCount() int32 {
+	if x != nil {
+		return x.PromptCachedCount
+	}
+	return 0
+}
+
 var File_mlxrunner_v1_runner_proto protoreflect.FileDescriptor
 
 const file_mlxrunner_v1_runner_proto_rawDesc = "" +
@@ -3747,7 +4021,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x0edtype_fallback\x18\n" +
 	" \x01(\bR\rdtypeFallback\x12\x1a\n" +
 	"\bwarnings\x18\v \x03(\tR\bwarnings\x12>\n" +
-	"\fcapabilities\x18\f \x01(\v2\x1a.mlxrunner.v1.CapabilitiesR\fcapabilities\"\xec\x04\n" +
+	"\fcapabilities\x18\f \x01(\v2\x1a.mlxrunner.v1.CapabilitiesR\fcapabilities\"\x8e\x05\n" +
 	"\fCapabilities\x12\x1d\n" +
 	"\abatched\x18\x01 \x01(\bH\x00R\abatched\x88\x01\x01\x12&\n" +
 	"\fprefix_cache\x18\x02 \x01(\bH\x01R\vprefixCache\x88\x01\x01\x121\n" +
@@ -3758,7 +4032,9 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\n" +
 	"rank_count\x18\a \x01(\x05H\x06R\trankCount\x88\x01\x01\x129\n" +
 	"\x17max_stop_token_id_count\x18\b \x01(\x05H\aR\x13maxStopTokenIdCount\x88\x01\x01\x12?\n" +
-	"\x1amax_logprob_token_id_count\x18\t \x01(\x05H\bR\x16maxLogprobTokenIdCount\x88\x01\x01B\n" +
+	"\x1amax_logprob_token_id_count\x18\t \x01(\x05H\bR\x16maxLogprobTokenIdCount\x88\x01\x01\x12\x17\n" +
+	"\x04chat\x18\n" +
+	" \x01(\bH\tR\x04chat\x88\x01\x01B\n" +
 	"\n" +
 	"\b_batchedB\x0f\n" +
 	"\r_prefix_cacheB\x15\n" +
@@ -3768,7 +4044,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x15_max_logit_bias_countB\r\n" +
 	"\v_rank_countB\x1a\n" +
 	"\x18_max_stop_token_id_countB\x1d\n" +
-	"\x1b_max_logprob_token_id_count\"\xf8\x02\n" +
+	"\x1b_max_logprob_token_id_countB\a\n" +
+	"\x05_chat\"\xf8\x02\n" +
 	"\x0fEstimateRequest\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12*\n" +
 	"\x0econtext_length\x18\x02 \x01(\x05H\x00R\rcontextLength\x88\x01\x01\x12\x1f\n" +
@@ -4013,7 +4290,35 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x05model\x18\x04 \x01(\tR\x05model\"I\n" +
 	"\x12RenderChatResponse\x12\x16\n" +
 	"\x06prompt\x18\x01 \x01(\tR\x06prompt\x12\x1b\n" +
-	"\ttoken_ids\x18\x02 \x03(\x05R\btokenIds*\xd4\x03\n" +
+	"\ttoken_ids\x18\x02 \x03(\x05R\btokenIds\"\xb0\x02\n" +
+	"\vChatRequest\x125\n" +
+	"\bmessages\x18\x01 \x03(\v2\x19.mlxrunner.v1.ChatMessageR\bmessages\x120\n" +
+	"\x14chat_template_kwargs\x18\x04 \x01(\tR\x12chatTemplateKwargs\x129\n" +
+	"\aoptions\x18\x05 \x01(\v2\x1f.mlxrunner.v1.CompletionOptionsR\aoptions\x12\x1f\n" +
+	"\blogprobs\x18\x06 \x01(\x05H\x00R\blogprobs\x88\x01\x01\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\a \x01(\tR\trequestId\x12\x1a\n" +
+	"\bpriority\x18\b \x01(\x05R\bpriority\x12\x14\n" +
+	"\x05model\x18\t \x01(\tR\x05modelB\v\n" +
+	"\t_logprobs\"\xfc\x04\n" +
+	"\fChatResponse\x12\x18\n" +
+	"\acontent\x18\x01 \x01(\tR\acontent\x12\x1b\n" +
+	"\ttoken_ids\x18\x04 \x03(\x05R\btokenIds\x126\n" +
+	"\blogprobs\x18\x05 \x03(\v2\x1a.mlxrunner.v1.TokenLogprobR\blogprobs\x12\x12\n" +
+	"\x04done\x18\x06 \x01(\bR\x04done\x129\n" +
+	"\vdone_reason\x18\a \x01(\x0e2\x18.mlxrunner.v1.DoneReasonR\n" +
+	"doneReason\x12\x1d\n" +
+	"\n" +
+	"stop_match\x18\b \x01(\tR\tstopMatch\x12E\n" +
+	"\x0fprompt_progress\x18\t \x01(\v2\x1c.mlxrunner.v1.PromptProgressR\x0epromptProgress\x12*\n" +
+	"\x11prompt_eval_count\x18\n" +
+	" \x01(\x05R\x0fpromptEvalCount\x12K\n" +
+	"\x14prompt_eval_duration\x18\v \x01(\v2\x19.google.protobuf.DurationR\x12promptEvalDuration\x12\x1d\n" +
+	"\n" +
+	"eval_count\x18\f \x01(\x05R\tevalCount\x12>\n" +
+	"\reval_duration\x18\r \x01(\v2\x19.google.protobuf.DurationR\fevalDuration\x12@\n" +
+	"\x0equeue_duration\x18\x0e \x01(\v2\x19.google.protobuf.DurationR\rqueueDuration\x12.\n" +
+	"\x13prompt_cached_count\x18\x0f \x01(\x05R\x11promptCachedCount*\xd4\x03\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12 \n" +
@@ -4059,7 +4364,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\tROLE_USER\x10\x02\x12\x12\n" +
 	"\x0eROLE_ASSISTANT\x10\x03\x12\r\n" +
 	"\tROLE_TOOL\x10\x04\x12\x12\n" +
-	"\x0eROLE_DEVELOPER\x10\x052\xfc\x06\n" +
+	"\x0eROLE_DEVELOPER\x10\x052\xbd\a\n" +
 	"\rRunnerService\x12=\n" +
 	"\x04Load\x12\x19.mlxrunner.v1.LoadRequest\x1a\x1a.mlxrunner.v1.LoadResponse\x12I\n" +
 	"\bEstimate\x12\x1d.mlxrunner.v1.EstimateRequest\x1a\x1e.mlxrunner.v1.EstimateResponse\x12=\n" +
@@ -4075,7 +4380,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\n" +
 	"Detokenize\x12\x1f.mlxrunner.v1.DetokenizeRequest\x1a .mlxrunner.v1.DetokenizeResponse\x12O\n" +
 	"\n" +
-	"RenderChat\x12\x1f.mlxrunner.v1.RenderChatRequest\x1a .mlxrunner.v1.RenderChatResponseB:\n" +
+	"RenderChat\x12\x1f.mlxrunner.v1.RenderChatRequest\x1a .mlxrunner.v1.RenderChatResponse\x12?\n" +
+	"\x04Chat\x12\x19.mlxrunner.v1.ChatRequest\x1a\x1a.mlxrunner.v1.ChatResponse0\x01B:\n" +
 	"\x0fio.mlxrunner.v1B\vRunnerProtoP\x01Z\x18mlxrunner/v1;mlxrunnerv1b\x06proto3"
 
 var (
@@ -4091,7 +4397,7 @@ func file_mlxrunner_v1_runner_proto_rawDescGZIP() []byte {
 }
 
 var file_mlxrunner_v1_runner_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_mlxrunner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
+var file_mlxrunner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_mlxrunner_v1_runner_proto_goTypes = []any{
 	(ErrorReason)(0),            // 0: mlxrunner.v1.ErrorReason
 	(State)(0),                  // 1: mlxrunner.v1.State
@@ -4135,71 +4441,83 @@ var file_mlxrunner_v1_runner_proto_goTypes = []any{
 	(*Tool)(nil),                // 39: mlxrunner.v1.Tool
 	(*RenderChatRequest)(nil),   // 40: mlxrunner.v1.RenderChatRequest
 	(*RenderChatResponse)(nil),  // 41: mlxrunner.v1.RenderChatResponse
-	nil,                         // 42: mlxrunner.v1.CompletionOptions.LogitBiasEntry
-	(*durationpb.Duration)(nil), // 43: google.protobuf.Duration
+	(*ChatRequest)(nil),         // 42: mlxrunner.v1.ChatRequest
+	(*ChatResponse)(nil),        // 43: mlxrunner.v1.ChatResponse
+	nil,                         // 44: mlxrunner.v1.CompletionOptions.LogitBiasEntry
+	(*durationpb.Duration)(nil), // 45: google.protobuf.Duration
 }
 var file_mlxrunner_v1_runner_proto_depIdxs = []int32{
 	2,  // 0: mlxrunner.v1.LoadRequest.dtype:type_name -> mlxrunner.v1.Dtype
 	7,  // 1: mlxrunner.v1.LoadResponse.model:type_name -> mlxrunner.v1.Model
-	43, // 2: mlxrunner.v1.LoadResponse.load_duration:type_name -> google.protobuf.Duration
+	45, // 2: mlxrunner.v1.LoadResponse.load_duration:type_name -> google.protobuf.Duration
 	8,  // 3: mlxrunner.v1.Model.capabilities:type_name -> mlxrunner.v1.Capabilities
 	2,  // 4: mlxrunner.v1.EstimateRequest.dtype:type_name -> mlxrunner.v1.Dtype
 	1,  // 5: mlxrunner.v1.StatusResponse.state:type_name -> mlxrunner.v1.State
 	20, // 6: mlxrunner.v1.StatusResponse.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
 	7,  // 7: mlxrunner.v1.StatusResponse.model:type_name -> mlxrunner.v1.Model
-	43, // 8: mlxrunner.v1.StatusResponse.last_progress_age:type_name -> google.protobuf.Duration
-	43, // 9: mlxrunner.v1.StatusResponse.uptime_duration:type_name -> google.protobuf.Duration
+	45, // 8: mlxrunner.v1.StatusResponse.last_progress_age:type_name -> google.protobuf.Duration
+	45, // 9: mlxrunner.v1.StatusResponse.uptime_duration:type_name -> google.protobuf.Duration
 	19, // 10: mlxrunner.v1.StatusResponse.ranks:type_name -> mlxrunner.v1.Rank
-	43, // 11: mlxrunner.v1.WatchStatusRequest.interval:type_name -> google.protobuf.Duration
+	45, // 11: mlxrunner.v1.WatchStatusRequest.interval:type_name -> google.protobuf.Duration
 	16, // 12: mlxrunner.v1.WatchStatusResponse.status:type_name -> mlxrunner.v1.StatusResponse
 	20, // 13: mlxrunner.v1.Rank.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
 	21, // 14: mlxrunner.v1.CompletionRequest.prompt_token_ids:type_name -> mlxrunner.v1.TokenIds
 	23, // 15: mlxrunner.v1.CompletionRequest.options:type_name -> mlxrunner.v1.CompletionOptions
-	42, // 16: mlxrunner.v1.CompletionOptions.logit_bias:type_name -> mlxrunner.v1.CompletionOptions.LogitBiasEntry
+	44, // 16: mlxrunner.v1.CompletionOptions.logit_bias:type_name -> mlxrunner.v1.CompletionOptions.LogitBiasEntry
 	26, // 17: mlxrunner.v1.CompletionResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
 	3,  // 18: mlxrunner.v1.CompletionResponse.done_reason:type_name -> mlxrunner.v1.DoneReason
 	25, // 19: mlxrunner.v1.CompletionResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
 	26, // 20: mlxrunner.v1.CompletionResponse.prompt_logprobs:type_name -> mlxrunner.v1.TokenLogprob
-	43, // 21: mlxrunner.v1.CompletionResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
-	43, // 22: mlxrunner.v1.CompletionResponse.eval_duration:type_name -> google.protobuf.Duration
-	43, // 23: mlxrunner.v1.CompletionResponse.queue_duration:type_name -> google.protobuf.Duration
+	45, // 21: mlxrunner.v1.CompletionResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
+	45, // 22: mlxrunner.v1.CompletionResponse.eval_duration:type_name -> google.protobuf.Duration
+	45, // 23: mlxrunner.v1.CompletionResponse.queue_duration:type_name -> google.protobuf.Duration
 	27, // 24: mlxrunner.v1.TokenLogprob.top:type_name -> mlxrunner.v1.TopLogprob
 	27, // 25: mlxrunner.v1.TokenLogprob.candidates:type_name -> mlxrunner.v1.TopLogprob
-	43, // 26: mlxrunner.v1.DrainRequest.timeout:type_name -> google.protobuf.Duration
+	45, // 26: mlxrunner.v1.DrainRequest.timeout:type_name -> google.protobuf.Duration
 	4,  // 27: mlxrunner.v1.ChatMessage.role:type_name -> mlxrunner.v1.Role
 	37, // 28: mlxrunner.v1.ChatMessage.content_parts:type_name -> mlxrunner.v1.ContentPart
 	38, // 29: mlxrunner.v1.ChatMessage.tool_calls:type_name -> mlxrunner.v1.ToolCall
 	36, // 30: mlxrunner.v1.RenderChatRequest.messages:type_name -> mlxrunner.v1.ChatMessage
 	39, // 31: mlxrunner.v1.RenderChatRequest.tools:type_name -> mlxrunner.v1.Tool
-	5,  // 32: mlxrunner.v1.RunnerService.Load:input_type -> mlxrunner.v1.LoadRequest
-	9,  // 33: mlxrunner.v1.RunnerService.Estimate:input_type -> mlxrunner.v1.EstimateRequest
-	11, // 34: mlxrunner.v1.RunnerService.Trim:input_type -> mlxrunner.v1.TrimRequest
-	13, // 35: mlxrunner.v1.RunnerService.Unload:input_type -> mlxrunner.v1.UnloadRequest
-	15, // 36: mlxrunner.v1.RunnerService.Status:input_type -> mlxrunner.v1.StatusRequest
-	17, // 37: mlxrunner.v1.RunnerService.WatchStatus:input_type -> mlxrunner.v1.WatchStatusRequest
-	22, // 38: mlxrunner.v1.RunnerService.Completion:input_type -> mlxrunner.v1.CompletionRequest
-	28, // 39: mlxrunner.v1.RunnerService.Abort:input_type -> mlxrunner.v1.AbortRequest
-	30, // 40: mlxrunner.v1.RunnerService.Drain:input_type -> mlxrunner.v1.DrainRequest
-	32, // 41: mlxrunner.v1.RunnerService.Tokenize:input_type -> mlxrunner.v1.TokenizeRequest
-	34, // 42: mlxrunner.v1.RunnerService.Detokenize:input_type -> mlxrunner.v1.DetokenizeRequest
-	40, // 43: mlxrunner.v1.RunnerService.RenderChat:input_type -> mlxrunner.v1.RenderChatRequest
-	6,  // 44: mlxrunner.v1.RunnerService.Load:output_type -> mlxrunner.v1.LoadResponse
-	10, // 45: mlxrunner.v1.RunnerService.Estimate:output_type -> mlxrunner.v1.EstimateResponse
-	12, // 46: mlxrunner.v1.RunnerService.Trim:output_type -> mlxrunner.v1.TrimResponse
-	14, // 47: mlxrunner.v1.RunnerService.Unload:output_type -> mlxrunner.v1.UnloadResponse
-	16, // 48: mlxrunner.v1.RunnerService.Status:output_type -> mlxrunner.v1.StatusResponse
-	18, // 49: mlxrunner.v1.RunnerService.WatchStatus:output_type -> mlxrunner.v1.WatchStatusResponse
-	24, // 50: mlxrunner.v1.RunnerService.Completion:output_type -> mlxrunner.v1.CompletionResponse
-	29, // 51: mlxrunner.v1.RunnerService.Abort:output_type -> mlxrunner.v1.AbortResponse
-	31, // 52: mlxrunner.v1.RunnerService.Drain:output_type -> mlxrunner.v1.DrainResponse
-	33, // 53: mlxrunner.v1.RunnerService.Tokenize:output_type -> mlxrunner.v1.TokenizeResponse
-	35, // 54: mlxrunner.v1.RunnerService.Detokenize:output_type -> mlxrunner.v1.DetokenizeResponse
-	41, // 55: mlxrunner.v1.RunnerService.RenderChat:output_type -> mlxrunner.v1.RenderChatResponse
-	44, // [44:56] is the sub-list for method output_type
-	32, // [32:44] is the sub-list for method input_type
-	32, // [32:32] is the sub-list for extension type_name
-	32, // [32:32] is the sub-list for extension extendee
-	0,  // [0:32] is the sub-list for field type_name
+	36, // 32: mlxrunner.v1.ChatRequest.messages:type_name -> mlxrunner.v1.ChatMessage
+	23, // 33: mlxrunner.v1.ChatRequest.options:type_name -> mlxrunner.v1.CompletionOptions
+	26, // 34: mlxrunner.v1.ChatResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
+	3,  // 35: mlxrunner.v1.ChatResponse.done_reason:type_name -> mlxrunner.v1.DoneReason
+	25, // 36: mlxrunner.v1.ChatResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
+	45, // 37: mlxrunner.v1.ChatResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
+	45, // 38: mlxrunner.v1.ChatResponse.eval_duration:type_name -> google.protobuf.Duration
+	45, // 39: mlxrunner.v1.ChatResponse.queue_duration:type_name -> google.protobuf.Duration
+	5,  // 40: mlxrunner.v1.RunnerService.Load:input_type -> mlxrunner.v1.LoadRequest
+	9,  // 41: mlxrunner.v1.RunnerService.Estimate:input_type -> mlxrunner.v1.EstimateRequest
+	11, // 42: mlxrunner.v1.RunnerService.Trim:input_type -> mlxrunner.v1.TrimRequest
+	13, // 43: mlxrunner.v1.RunnerService.Unload:input_type -> mlxrunner.v1.UnloadRequest
+	15, // 44: mlxrunner.v1.RunnerService.Status:input_type -> mlxrunner.v1.StatusRequest
+	17, // 45: mlxrunner.v1.RunnerService.WatchStatus:input_type -> mlxrunner.v1.WatchStatusRequest
+	22, // 46: mlxrunner.v1.RunnerService.Completion:input_type -> mlxrunner.v1.CompletionRequest
+	28, // 47: mlxrunner.v1.RunnerService.Abort:input_type -> mlxrunner.v1.AbortRequest
+	30, // 48: mlxrunner.v1.RunnerService.Drain:input_type -> mlxrunner.v1.DrainRequest
+	32, // 49: mlxrunner.v1.RunnerService.Tokenize:input_type -> mlxrunner.v1.TokenizeRequest
+	34, // 50: mlxrunner.v1.RunnerService.Detokenize:input_type -> mlxrunner.v1.DetokenizeRequest
+	40, // 51: mlxrunner.v1.RunnerService.RenderChat:input_type -> mlxrunner.v1.RenderChatRequest
+	42, // 52: mlxrunner.v1.RunnerService.Chat:input_type -> mlxrunner.v1.ChatRequest
+	6,  // 53: mlxrunner.v1.RunnerService.Load:output_type -> mlxrunner.v1.LoadResponse
+	10, // 54: mlxrunner.v1.RunnerService.Estimate:output_type -> mlxrunner.v1.EstimateResponse
+	12, // 55: mlxrunner.v1.RunnerService.Trim:output_type -> mlxrunner.v1.TrimResponse
+	14, // 56: mlxrunner.v1.RunnerService.Unload:output_type -> mlxrunner.v1.UnloadResponse
+	16, // 57: mlxrunner.v1.RunnerService.Status:output_type -> mlxrunner.v1.StatusResponse
+	18, // 58: mlxrunner.v1.RunnerService.WatchStatus:output_type -> mlxrunner.v1.WatchStatusResponse
+	24, // 59: mlxrunner.v1.RunnerService.Completion:output_type -> mlxrunner.v1.CompletionResponse
+	29, // 60: mlxrunner.v1.RunnerService.Abort:output_type -> mlxrunner.v1.AbortResponse
+	31, // 61: mlxrunner.v1.RunnerService.Drain:output_type -> mlxrunner.v1.DrainResponse
+	33, // 62: mlxrunner.v1.RunnerService.Tokenize:output_type -> mlxrunner.v1.TokenizeResponse
+	35, // 63: mlxrunner.v1.RunnerService.Detokenize:output_type -> mlxrunner.v1.DetokenizeResponse
+	41, // 64: mlxrunner.v1.RunnerService.RenderChat:output_type -> mlxrunner.v1.RenderChatResponse
+	43, // 65: mlxrunner.v1.RunnerService.Chat:output_type -> mlxrunner.v1.ChatResponse
+	53, // [53:66] is the sub-list for method output_type
+	40, // [40:53] is the sub-list for method input_type
+	40, // [40:40] is the sub-list for extension type_name
+	40, // [40:40] is the sub-list for extension extendee
+	0,  // [0:40] is the sub-list for field type_name
 }
 
 func init() { file_mlxrunner_v1_runner_proto_init() }
@@ -4220,13 +4538,14 @@ func file_mlxrunner_v1_runner_proto_init() {
 	file_mlxrunner_v1_runner_proto_msgTypes[32].OneofWrappers = []any{
 		(*ContentPart_Text)(nil),
 	}
+	file_mlxrunner_v1_runner_proto_msgTypes[37].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mlxrunner_v1_runner_proto_rawDesc), len(file_mlxrunner_v1_runner_proto_rawDesc)),
 			NumEnums:      5,
-			NumMessages:   38,
+			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

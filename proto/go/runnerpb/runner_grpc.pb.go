@@ -23,8 +23,8 @@
 // service and of reflection, including `Status`, with
 // UNAUTHENTICATED / UNAUTHENTICATED unless the call's metadata has
 // `authorization: Bearer TOKEN` with that token. Health checks need no token. A
-// server may have a second token, for use: its holders may call `Completion`,
-// `Tokenize`, `Detokenize`, `RenderChat`, `Status`, `WatchStatus` and reflection, and everything
+// server may have a second token, for use: its holders may call `Chat`,
+// `Completion`, `Tokenize`, `Detokenize`, `RenderChat`, `Status`, `WatchStatus` and reflection, and everything
 // else is answered with PERMISSION_DENIED / PERMISSION_DENIED.
 //
 // Any rpc may return INTERNAL / GENERATION_FAILED for a defect of the server
@@ -67,6 +67,7 @@ const (
 	RunnerService_Tokenize_FullMethodName    = "/mlxrunner.v1.RunnerService/Tokenize"
 	RunnerService_Detokenize_FullMethodName  = "/mlxrunner.v1.RunnerService/Detokenize"
 	RunnerService_RenderChat_FullMethodName  = "/mlxrunner.v1.RunnerService/RenderChat"
+	RunnerService_Chat_FullMethodName        = "/mlxrunner.v1.RunnerService/Chat"
 )
 
 // RunnerServiceClient is the client API for RunnerService service.
@@ -317,6 +318,38 @@ type RunnerServiceClient interface {
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.
 	RenderChat(ctx context.Context, in *RenderChatRequest, opts ...grpc.CallOption) (*RenderChatResponse, error)
+	// Answers a conversation: completes the prompt that `RenderChat` gives for it.
+	// Streams zero or more messages and then exactly one with `done = true`, which
+	// closes the stream. Everything else is as for `Completion`: the same options and
+	// seed give the text that `Completion` gives for the prompt's token ids, and
+	// `Abort`, `Drain`, `priority`, cancelling and deadlines apply.
+	//
+	// Errors:
+	//   - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range, or the
+	//     model's chat template is missing or refuses the conversation, as for
+	//     `RenderChat`; correct the request, or use `Completion`.
+	//   - INVALID_ARGUMENT / PROMPT_TOO_LONG: the prompt and one new token do not fit
+	//     the context (`promptTokens`, `contextLength`); drop earlier messages, or load
+	//     with a larger context.
+	//   - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the template cannot be read or is not
+	//     a valid one; correct the model's files, or use another model.
+	//   - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
+	//     first), one is being loaded (wait until `Status` says ACTIVE), or the request
+	//     names a different one (correct `model`).
+	//   - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the KV cache for the prompt and
+	//     `num_predict` tokens does not fit the memory even alone (`requiredBytes`,
+	//     `availableBytes`); request fewer tokens, or load with more memory.
+	//   - RESOURCE_EXHAUSTED / QUEUE_FULL: too many requests are waiting; retry after
+	//     `RetryInfo.retry_delay`, or use another runner.
+	//   - UNAVAILABLE / SHUTTING_DOWN: the process is stopping (perhaps because it
+	//     failed), the runner is draining, or the model was unloaded or replaced; use
+	//     another runner, or load again.
+	//   - ABORTED / ABORTED: an `Abort`, or a `Drain` whose `timeout` passed, ended the
+	//     answer; do not retry it automatically.
+	//   - INTERNAL / GENERATION_FAILED: as for `Completion`; retrying is safe.
+	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+	//     has none or a different one; send the right one.
+	Chat(ctx context.Context, in *ChatRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ChatResponse], error)
 }
 
 type runnerServiceClient struct {
@@ -464,6 +497,25 @@ func (c *runnerServiceClient) RenderChat(ctx context.Context, in *RenderChatRequ
 	}
 	return out, nil
 }
+
+func (c *runnerServiceClient) Chat(ctx context.Context, in *ChatRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ChatResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &RunnerService_ServiceDesc.Streams[2], RunnerService_Chat_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[ChatRequest, ChatResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type RunnerService_ChatClient = grpc.ServerStreamingClient[ChatResponse]
 
 // RunnerServiceServer is the server API for RunnerService service.
 // All implementations must embed UnimplementedRunnerServiceServer
@@ -713,6 +765,38 @@ type RunnerServiceServer interface {
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.
 	RenderChat(context.Context, *RenderChatRequest) (*RenderChatResponse, error)
+	// Answers a conversation: completes the prompt that `RenderChat` gives for it.
+	// Streams zero or more messages and then exactly one with `done = true`, which
+	// closes the stream. Everything else is as for `Completion`: the same options and
+	// seed give the text that `Completion` gives for the prompt's token ids, and
+	// `Abort`, `Drain`, `priority`, cancelling and deadlines apply.
+	//
+	// Errors:
+	//   - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range, or the
+	//     model's chat template is missing or refuses the conversation, as for
+	//     `RenderChat`; correct the request, or use `Completion`.
+	//   - INVALID_ARGUMENT / PROMPT_TOO_LONG: the prompt and one new token do not fit
+	//     the context (`promptTokens`, `contextLength`); drop earlier messages, or load
+	//     with a larger context.
+	//   - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the template cannot be read or is not
+	//     a valid one; correct the model's files, or use another model.
+	//   - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
+	//     first), one is being loaded (wait until `Status` says ACTIVE), or the request
+	//     names a different one (correct `model`).
+	//   - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the KV cache for the prompt and
+	//     `num_predict` tokens does not fit the memory even alone (`requiredBytes`,
+	//     `availableBytes`); request fewer tokens, or load with more memory.
+	//   - RESOURCE_EXHAUSTED / QUEUE_FULL: too many requests are waiting; retry after
+	//     `RetryInfo.retry_delay`, or use another runner.
+	//   - UNAVAILABLE / SHUTTING_DOWN: the process is stopping (perhaps because it
+	//     failed), the runner is draining, or the model was unloaded or replaced; use
+	//     another runner, or load again.
+	//   - ABORTED / ABORTED: an `Abort`, or a `Drain` whose `timeout` passed, ended the
+	//     answer; do not retry it automatically.
+	//   - INTERNAL / GENERATION_FAILED: as for `Completion`; retrying is safe.
+	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+	//     has none or a different one; send the right one.
+	Chat(*ChatRequest, grpc.ServerStreamingServer[ChatResponse]) error
 	mustEmbedUnimplementedRunnerServiceServer()
 }
 
@@ -758,6 +842,9 @@ func (UnimplementedRunnerServiceServer) Detokenize(context.Context, *DetokenizeR
 }
 func (UnimplementedRunnerServiceServer) RenderChat(context.Context, *RenderChatRequest) (*RenderChatResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method RenderChat not implemented")
+}
+func (UnimplementedRunnerServiceServer) Chat(*ChatRequest, grpc.ServerStreamingServer[ChatResponse]) error {
+	return status.Error(codes.Unimplemented, "method Chat not implemented")
 }
 func (UnimplementedRunnerServiceServer) mustEmbedUnimplementedRunnerServiceServer() {}
 func (UnimplementedRunnerServiceServer) testEmbeddedByValue()                       {}
@@ -982,6 +1069,17 @@ func _RunnerService_RenderChat_Handler(srv interface{}, ctx context.Context, dec
 	return interceptor(ctx, in, info, handler)
 }
 
+func _RunnerService_Chat_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(ChatRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(RunnerServiceServer).Chat(m, &grpc.GenericServerStream[ChatRequest, ChatResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type RunnerService_ChatServer = grpc.ServerStreamingServer[ChatResponse]
+
 // RunnerService_ServiceDesc is the grpc.ServiceDesc for RunnerService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1039,6 +1137,11 @@ var RunnerService_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "Completion",
 			Handler:       _RunnerService_Completion_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "Chat",
+			Handler:       _RunnerService_Chat_Handler,
 			ServerStreams: true,
 		},
 	},

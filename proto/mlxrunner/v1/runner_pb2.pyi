@@ -26,8 +26,8 @@ Authentication. A server started with a token answers every call of this
 service and of reflection, including `Status`, with
 UNAUTHENTICATED / UNAUTHENTICATED unless the call's metadata has
 `authorization: Bearer TOKEN` with that token. Health checks need no token. A
-server may have a second token, for use: its holders may call `Completion`,
-`Tokenize`, `Detokenize`, `RenderChat`, `Status`, `WatchStatus` and reflection, and everything
+server may have a second token, for use: its holders may call `Chat`,
+`Completion`, `Tokenize`, `Detokenize`, `RenderChat`, `Status`, `WatchStatus` and reflection, and everything
 else is answered with PERMISSION_DENIED / PERMISSION_DENIED.
 
 Any rpc may return INTERNAL / GENERATION_FAILED for a defect of the server
@@ -563,6 +563,7 @@ class Capabilities(_message.Message):
     RANK_COUNT_FIELD_NUMBER: _builtins.int
     MAX_STOP_TOKEN_ID_COUNT_FIELD_NUMBER: _builtins.int
     MAX_LOGPROB_TOKEN_ID_COUNT_FIELD_NUMBER: _builtins.int
+    CHAT_FIELD_NUMBER: _builtins.int
     batched: _builtins.bool
     """Whether several completions are decoded together. If false, they run one after
     another: `parallel` is 1, or the model cannot be decoded in a batch (see
@@ -588,6 +589,10 @@ class Capabilities(_message.Message):
     """The most ids in `CompletionOptions.stop_token_ids`."""
     max_logprob_token_id_count: _builtins.int
     """The most ids in `CompletionRequest.logprob_token_ids`."""
+    chat: _builtins.bool
+    """Whether the model has a chat template, without which `Chat` and `RenderChat` are
+    refused.
+    """
     def __init__(
         self,
         *,
@@ -600,13 +605,16 @@ class Capabilities(_message.Message):
         rank_count: _builtins.int | None = ...,
         max_stop_token_id_count: _builtins.int | None = ...,
         max_logprob_token_id_count: _builtins.int | None = ...,
+        chat: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprob_token_id_count", b"_max_logprob_token_id_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "batched", b"batched", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprob_token_id_count", b"max_logprob_token_id_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_chat", b"_chat", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprob_token_id_count", b"_max_logprob_token_id_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "batched", b"batched", "chat", b"chat", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprob_token_id_count", b"max_logprob_token_id_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprob_token_id_count", b"_max_logprob_token_id_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "batched", b"batched", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprob_token_id_count", b"max_logprob_token_id_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_chat", b"_chat", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprob_token_id_count", b"_max_logprob_token_id_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "batched", b"batched", "chat", b"chat", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprob_token_id_count", b"max_logprob_token_id_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batched: _TypeAlias = _typing.Literal["batched"]  # noqa: Y015
     _WhichOneofArgType__batched: _TypeAlias = _typing.Literal["_batched", b"_batched"]  # noqa: Y015
+    _WhichOneofReturnType__chat: _TypeAlias = _typing.Literal["chat"]  # noqa: Y015
+    _WhichOneofArgType__chat: _TypeAlias = _typing.Literal["_chat", b"_chat"]  # noqa: Y015
     _WhichOneofReturnType__max_context_length: _TypeAlias = _typing.Literal["max_context_length"]  # noqa: Y015
     _WhichOneofArgType__max_context_length: _TypeAlias = _typing.Literal["_max_context_length", b"_max_context_length"]  # noqa: Y015
     _WhichOneofReturnType__max_logit_bias_count: _TypeAlias = _typing.Literal["max_logit_bias_count"]  # noqa: Y015
@@ -625,6 +633,8 @@ class Capabilities(_message.Message):
     _WhichOneofArgType__rank_count: _TypeAlias = _typing.Literal["_rank_count", b"_rank_count"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__batched) -> _WhichOneofReturnType__batched | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__chat) -> _WhichOneofReturnType__chat | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_context_length) -> _WhichOneofReturnType__max_context_length | None: ...
     @_typing.overload
@@ -2238,3 +2248,156 @@ class RenderChatResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RenderChatResponse: _TypeAlias = RenderChatResponse  # noqa: Y015
+
+@_typing.final
+class ChatRequest(_message.Message):
+    """Requests an answer to a conversation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    CHAT_TEMPLATE_KWARGS_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    chat_template_kwargs: _builtins.str
+    """More arguments for the template, as `RenderChatRequest.chat_template_kwargs`.
+    Default: empty, none.
+    """
+    logprobs: _builtins.int
+    """Log probabilities, as `CompletionRequest.logprobs`. Default: unset, none."""
+    request_id: _builtins.str
+    """A name for the log lines of this request and for `Abort`, as
+    `CompletionRequest.request_id`. Default: empty.
+    """
+    priority: _builtins.int
+    """Higher first among waiting requests, as `CompletionRequest.priority`. Range:
+    -100 to 100. Default: 0.
+    """
+    model: _builtins.str
+    """The model that is meant: the `LoadRequest.model` that it was loaded with, or
+    `Model.path`. Any other name is refused with MODEL_NOT_LOADED. Default: empty,
+    the loaded model.
+    """
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
+        """The conversation, as `RenderChatRequest.messages`. Required."""
+
+    @_builtins.property
+    def options(self) -> Global___CompletionOptions:
+        """Sampling options and limits, as in `CompletionRequest`."""
+
+    def __init__(
+        self,
+        *,
+        messages: _abc.Iterable[Global___ChatMessage] | None = ...,
+        chat_template_kwargs: _builtins.str = ...,
+        options: Global___CompletionOptions | None = ...,
+        logprobs: _builtins.int | None = ...,
+        request_id: _builtins.str = ...,
+        priority: _builtins.int = ...,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "logprobs", b"logprobs", "options", b"options"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "chat_template_kwargs", b"chat_template_kwargs", "logprobs", b"logprobs", "messages", b"messages", "model", b"model", "options", b"options", "priority", b"priority", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
+    _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
+
+Global___ChatRequest: _TypeAlias = ChatRequest  # noqa: Y015
+
+@_typing.final
+class ChatResponse(_message.Message):
+    """A part of an answer. During prefill a message may have nothing but
+    `prompt_progress`. A slow reader gets fewer, larger messages.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTENT_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    DONE_REASON_FIELD_NUMBER: _builtins.int
+    STOP_MATCH_FIELD_NUMBER: _builtins.int
+    PROMPT_PROGRESS_FIELD_NUMBER: _builtins.int
+    PROMPT_EVAL_COUNT_FIELD_NUMBER: _builtins.int
+    PROMPT_EVAL_DURATION_FIELD_NUMBER: _builtins.int
+    EVAL_COUNT_FIELD_NUMBER: _builtins.int
+    EVAL_DURATION_FIELD_NUMBER: _builtins.int
+    QUEUE_DURATION_FIELD_NUMBER: _builtins.int
+    PROMPT_CACHED_COUNT_FIELD_NUMBER: _builtins.int
+    content: _builtins.str
+    """The next part of the text, whole characters only, as
+    `CompletionResponse.content`.
+    """
+    done: _builtins.bool
+    """True in the last message, and only there."""
+    done_reason: Global___DoneReason.ValueType
+    """Why the answer ended; set in the last message."""
+    stop_match: _builtins.str
+    """The stop string that ended the answer, if any; set in the last message."""
+    prompt_eval_count: _builtins.int
+    """Number of tokens in the prompt. Set in the last message, as are all fields
+    below.
+    """
+    eval_count: _builtins.int
+    """Number of tokens generated: the number of all `token_ids` together."""
+    prompt_cached_count: _builtins.int
+    """The part of `prompt_eval_count` taken from the prefix cache instead of being
+    processed again: all of the last turn, as far as its tokens are the same.
+    """
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The tokens generated since the last message, including the one that ended the
+        answer. Their text may come in a later message.
+        """
+
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """One entry for each of `token_ids`, if requested."""
+
+    @_builtins.property
+    def prompt_progress(self) -> Global___PromptProgress:
+        """Progress of the prefill; unset once it is complete."""
+
+    @_builtins.property
+    def prompt_eval_duration(self) -> _duration_pb2.Duration:
+        """Time from getting a slot to the first token."""
+
+    @_builtins.property
+    def eval_duration(self) -> _duration_pb2.Duration:
+        """Time from the first token to the last."""
+
+    @_builtins.property
+    def queue_duration(self) -> _duration_pb2.Duration:
+        """Time the request waited for a slot."""
+
+    def __init__(
+        self,
+        *,
+        content: _builtins.str = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
+        done: _builtins.bool = ...,
+        done_reason: Global___DoneReason.ValueType = ...,
+        stop_match: _builtins.str = ...,
+        prompt_progress: Global___PromptProgress | None = ...,
+        prompt_eval_count: _builtins.int = ...,
+        prompt_eval_duration: _duration_pb2.Duration | None = ...,
+        eval_count: _builtins.int = ...,
+        eval_duration: _duration_pb2.Duration | None = ...,
+        queue_duration: _duration_pb2.Duration | None = ...,
+        prompt_cached_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["eval_duration", b"eval_duration", "prompt_eval_duration", b"prompt_eval_duration", "prompt_progress", b"prompt_progress", "queue_duration", b"queue_duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "done", b"done", "done_reason", b"done_reason", "eval_count", b"eval_count", "eval_duration", b"eval_duration", "logprobs", b"logprobs", "prompt_cached_count", b"prompt_cached_count", "prompt_eval_count", b"prompt_eval_count", "prompt_eval_duration", b"prompt_eval_duration", "prompt_progress", b"prompt_progress", "queue_duration", b"queue_duration", "stop_match", b"stop_match", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChatResponse: _TypeAlias = ChatResponse  # noqa: Y015

@@ -96,6 +96,11 @@ class RunnerServiceStub(object):
                 request_serializer=mlxrunner_dot_v1_dot_runner__pb2.RenderChatRequest.SerializeToString,
                 response_deserializer=mlxrunner_dot_v1_dot_runner__pb2.RenderChatResponse.FromString,
                 _registered_method=True)
+        self.Chat = channel.unary_stream(
+                '/mlxrunner.v1.RunnerService/Chat',
+                request_serializer=mlxrunner_dot_v1_dot_runner__pb2.ChatRequest.SerializeToString,
+                response_deserializer=mlxrunner_dot_v1_dot_runner__pb2.ChatResponse.FromString,
+                _registered_method=True)
 
 
 class RunnerServiceServicer(object):
@@ -404,6 +409,43 @@ class RunnerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Chat(self, request, context):
+        """Answers a conversation: completes the prompt that `RenderChat` gives for it.
+        Streams zero or more messages and then exactly one with `done = true`, which
+        closes the stream. Everything else is as for `Completion`: the same options and
+        seed give the text that `Completion` gives for the prompt's token ids, and
+        `Abort`, `Drain`, `priority`, cancelling and deadlines apply.
+
+        Errors:
+        - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range, or the
+        model's chat template is missing or refuses the conversation, as for
+        `RenderChat`; correct the request, or use `Completion`.
+        - INVALID_ARGUMENT / PROMPT_TOO_LONG: the prompt and one new token do not fit
+        the context (`promptTokens`, `contextLength`); drop earlier messages, or load
+        with a larger context.
+        - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the template cannot be read or is not
+        a valid one; correct the model's files, or use another model.
+        - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
+        first), one is being loaded (wait until `Status` says ACTIVE), or the request
+        names a different one (correct `model`).
+        - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the KV cache for the prompt and
+        `num_predict` tokens does not fit the memory even alone (`requiredBytes`,
+        `availableBytes`); request fewer tokens, or load with more memory.
+        - RESOURCE_EXHAUSTED / QUEUE_FULL: too many requests are waiting; retry after
+        `RetryInfo.retry_delay`, or use another runner.
+        - UNAVAILABLE / SHUTTING_DOWN: the process is stopping (perhaps because it
+        failed), the runner is draining, or the model was unloaded or replaced; use
+        another runner, or load again.
+        - ABORTED / ABORTED: an `Abort`, or a `Drain` whose `timeout` passed, ended the
+        answer; do not retry it automatically.
+        - INTERNAL / GENERATION_FAILED: as for `Completion`; retrying is safe.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+        has none or a different one; send the right one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RunnerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -466,6 +508,11 @@ def add_RunnerServiceServicer_to_server(servicer, server):
                     servicer.RenderChat,
                     request_deserializer=mlxrunner_dot_v1_dot_runner__pb2.RenderChatRequest.FromString,
                     response_serializer=mlxrunner_dot_v1_dot_runner__pb2.RenderChatResponse.SerializeToString,
+            ),
+            'Chat': grpc.unary_stream_rpc_method_handler(
+                    servicer.Chat,
+                    request_deserializer=mlxrunner_dot_v1_dot_runner__pb2.ChatRequest.FromString,
+                    response_serializer=mlxrunner_dot_v1_dot_runner__pb2.ChatResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -794,6 +841,33 @@ class RunnerService(object):
             '/mlxrunner.v1.RunnerService/RenderChat',
             mlxrunner_dot_v1_dot_runner__pb2.RenderChatRequest.SerializeToString,
             mlxrunner_dot_v1_dot_runner__pb2.RenderChatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Chat(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/mlxrunner.v1.RunnerService/Chat',
+            mlxrunner_dot_v1_dot_runner__pb2.ChatRequest.SerializeToString,
+            mlxrunner_dot_v1_dot_runner__pb2.ChatResponse.FromString,
             options,
             channel_credentials,
             insecure,

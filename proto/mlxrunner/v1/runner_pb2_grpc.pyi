@@ -26,8 +26,8 @@ Authentication. A server started with a token answers every call of this
 service and of reflection, including `Status`, with
 UNAUTHENTICATED / UNAUTHENTICATED unless the call's metadata has
 `authorization: Bearer TOKEN` with that token. Health checks need no token. A
-server may have a second token, for use: its holders may call `Completion`,
-`Tokenize`, `Detokenize`, `RenderChat`, `Status`, `WatchStatus` and reflection, and everything
+server may have a second token, for use: its holders may call `Chat`,
+`Completion`, `Tokenize`, `Detokenize`, `RenderChat`, `Status`, `WatchStatus` and reflection, and everything
 else is answered with PERMISSION_DENIED / PERMISSION_DENIED.
 
 Any rpc may return INTERNAL / GENERATION_FAILED for a defect of the server
@@ -323,6 +323,39 @@ class RunnerServiceStub:
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
       has none or a different one; send the right one.
     """
+    Chat: _grpc.UnaryStreamMultiCallable[_runner_pb2.ChatRequest, _runner_pb2.ChatResponse]
+    """Answers a conversation: completes the prompt that `RenderChat` gives for it.
+    Streams zero or more messages and then exactly one with `done = true`, which
+    closes the stream. Everything else is as for `Completion`: the same options and
+    seed give the text that `Completion` gives for the prompt's token ids, and
+    `Abort`, `Drain`, `priority`, cancelling and deadlines apply.
+
+    Errors:
+    - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range, or the
+      model's chat template is missing or refuses the conversation, as for
+      `RenderChat`; correct the request, or use `Completion`.
+    - INVALID_ARGUMENT / PROMPT_TOO_LONG: the prompt and one new token do not fit
+      the context (`promptTokens`, `contextLength`); drop earlier messages, or load
+      with a larger context.
+    - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the template cannot be read or is not
+      a valid one; correct the model's files, or use another model.
+    - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
+      first), one is being loaded (wait until `Status` says ACTIVE), or the request
+      names a different one (correct `model`).
+    - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the KV cache for the prompt and
+      `num_predict` tokens does not fit the memory even alone (`requiredBytes`,
+      `availableBytes`); request fewer tokens, or load with more memory.
+    - RESOURCE_EXHAUSTED / QUEUE_FULL: too many requests are waiting; retry after
+      `RetryInfo.retry_delay`, or use another runner.
+    - UNAVAILABLE / SHUTTING_DOWN: the process is stopping (perhaps because it
+      failed), the runner is draining, or the model was unloaded or replaced; use
+      another runner, or load again.
+    - ABORTED / ABORTED: an `Abort`, or a `Drain` whose `timeout` passed, ended the
+      answer; do not retry it automatically.
+    - INTERNAL / GENERATION_FAILED: as for `Completion`; retrying is safe.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+      has none or a different one; send the right one.
+    """
 
 @_typing.type_check_only
 class RunnerServiceAsyncStub(RunnerServiceStub):
@@ -581,6 +614,39 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
       first), one is being loaded (wait until `Status` says ACTIVE), or the request
       names a different one (correct `model`).
     - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+      has none or a different one; send the right one.
+    """
+    Chat: _aio.UnaryStreamMultiCallable[_runner_pb2.ChatRequest, _runner_pb2.ChatResponse]  # type: ignore[assignment]
+    """Answers a conversation: completes the prompt that `RenderChat` gives for it.
+    Streams zero or more messages and then exactly one with `done = true`, which
+    closes the stream. Everything else is as for `Completion`: the same options and
+    seed give the text that `Completion` gives for the prompt's token ids, and
+    `Abort`, `Drain`, `priority`, cancelling and deadlines apply.
+
+    Errors:
+    - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range, or the
+      model's chat template is missing or refuses the conversation, as for
+      `RenderChat`; correct the request, or use `Completion`.
+    - INVALID_ARGUMENT / PROMPT_TOO_LONG: the prompt and one new token do not fit
+      the context (`promptTokens`, `contextLength`); drop earlier messages, or load
+      with a larger context.
+    - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the template cannot be read or is not
+      a valid one; correct the model's files, or use another model.
+    - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
+      first), one is being loaded (wait until `Status` says ACTIVE), or the request
+      names a different one (correct `model`).
+    - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the KV cache for the prompt and
+      `num_predict` tokens does not fit the memory even alone (`requiredBytes`,
+      `availableBytes`); request fewer tokens, or load with more memory.
+    - RESOURCE_EXHAUSTED / QUEUE_FULL: too many requests are waiting; retry after
+      `RetryInfo.retry_delay`, or use another runner.
+    - UNAVAILABLE / SHUTTING_DOWN: the process is stopping (perhaps because it
+      failed), the runner is draining, or the model was unloaded or replaced; use
+      another runner, or load again.
+    - ABORTED / ABORTED: an `Abort`, or a `Drain` whose `timeout` passed, ended the
+      answer; do not retry it automatically.
+    - INTERNAL / GENERATION_FAILED: as for `Completion`; retrying is safe.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
       has none or a different one; send the right one.
     """
@@ -911,6 +977,45 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
           first), one is being loaded (wait until `Status` says ACTIVE), or the request
           names a different one (correct `model`).
         - UNAVAILABLE / SHUTTING_DOWN: the process is stopping; use another.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+          has none or a different one; send the right one.
+        """
+
+    @_abc_1.abstractmethod
+    def Chat(
+        self,
+        request: _runner_pb2.ChatRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_runner_pb2.ChatResponse], _abc.AsyncIterator[_runner_pb2.ChatResponse]]:
+        """Answers a conversation: completes the prompt that `RenderChat` gives for it.
+        Streams zero or more messages and then exactly one with `done = true`, which
+        closes the stream. Everything else is as for `Completion`: the same options and
+        seed give the text that `Completion` gives for the prompt's token ids, and
+        `Abort`, `Drain`, `priority`, cancelling and deadlines apply.
+
+        Errors:
+        - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range, or the
+          model's chat template is missing or refuses the conversation, as for
+          `RenderChat`; correct the request, or use `Completion`.
+        - INVALID_ARGUMENT / PROMPT_TOO_LONG: the prompt and one new token do not fit
+          the context (`promptTokens`, `contextLength`); drop earlier messages, or load
+          with a larger context.
+        - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the template cannot be read or is not
+          a valid one; correct the model's files, or use another model.
+        - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
+          first), one is being loaded (wait until `Status` says ACTIVE), or the request
+          names a different one (correct `model`).
+        - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the KV cache for the prompt and
+          `num_predict` tokens does not fit the memory even alone (`requiredBytes`,
+          `availableBytes`); request fewer tokens, or load with more memory.
+        - RESOURCE_EXHAUSTED / QUEUE_FULL: too many requests are waiting; retry after
+          `RetryInfo.retry_delay`, or use another runner.
+        - UNAVAILABLE / SHUTTING_DOWN: the process is stopping (perhaps because it
+          failed), the runner is draining, or the model was unloaded or replaced; use
+          another runner, or load again.
+        - ABORTED / ABORTED: an `Abort`, or a `Drain` whose `timeout` passed, ended the
+          answer; do not retry it automatically.
+        - INTERNAL / GENERATION_FAILED: as for `Completion`; retrying is safe.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
           has none or a different one; send the right one.
         """

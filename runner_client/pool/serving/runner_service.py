@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from runner_client.pool.serving.names import ModelNames
 
     _Named = (
-        pb.CompletionRequest
+        pb.ChatRequest
+        | pb.CompletionRequest
         | pb.TokenizeRequest
         | pb.DetokenizeRequest
         | pb.RenderChatRequest
@@ -102,6 +103,7 @@ class PooledRunnerService:
         unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Completion": stream(self.completion, pb.CompletionRequest.FromString),
+            "Chat": stream(self.chat, pb.ChatRequest.FromString),
             "WatchStatus": stream(self.watch_status, pb.WatchStatusRequest.FromString),
             "Tokenize": unary(self.tokenize, pb.TokenizeRequest.FromString),
             "Detokenize": unary(self.detokenize, pb.DetokenizeRequest.FromString),
@@ -118,15 +120,22 @@ class PooledRunnerService:
             (grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),)
         )
 
-    async def completion(
-        self, request: pb.CompletionRequest, context: Context
-    ) -> AsyncIterator[bytes]:
+    def completion(self, request: pb.CompletionRequest, context: Context) -> AsyncIterator[bytes]:
         """Lease the model, and stream the completion of its runner."""
+        return self._generate("Completion", request, context)
+
+    def chat(self, request: pb.ChatRequest, context: Context) -> AsyncIterator[bytes]:
+        """Lease the model, and stream the answer of its runner."""
+        return self._generate("Chat", request, context)
+
+    async def _generate(
+        self, method: str, request: pb.CompletionRequest | pb.ChatRequest, context: Context
+    ) -> AsyncIterator[bytes]:
         with self._completions.begin(request.request_id) as completion:
             async with self._lease(request) as member:
                 data = _unnamed(request)
                 messages = self._forwarder.stream(
-                    member, "Completion", data, context, completion.forwarded
+                    member, method, data, context, completion.forwarded
                 )
                 async with aclosing(messages):
                     async for message in messages:

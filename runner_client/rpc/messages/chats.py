@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_client.checks import check_kind, refuse_type
 from runner_client.errors import InvalidRequestError
-from runner_client.rpc.messages.requests import named, sendable
-from runner_client.types import ChatMessage, RenderedChat, Tool
+from runner_client.rpc.messages.requests import completion_request, named, sendable
+from runner_client.rpc.messages.responses import completion_chunk, join_chunks
+from runner_client.types import (
+    ChatChunk,
+    ChatCompletion,
+    ChatMessage,
+    Completion,
+    CompletionChunk,
+    Options,
+    RenderedChat,
+    Tool,
+)
 
 _ROLES = {
     "system": pb.ROLE_SYSTEM,
@@ -42,6 +54,53 @@ def render_chat_request(
             chat_template_kwargs=_json("chat_template_kwargs", chat_template_kwargs),
             model=named(model),
         )
+
+
+def chat_request(
+    messages: Sequence[ChatMessage],
+    *,
+    chat_template_kwargs: Mapping[str, object] | None = None,
+    options: Options | None = None,
+    logprobs: int | None = None,
+    request_id: str = "",
+    priority: int = 0,
+    model: str | None = None,
+) -> pb.ChatRequest:
+    """Build the request of an answer, with the errors of ``render_chat_request``."""
+    _check_items("messages", messages, ChatMessage)
+    # The checks and the values are those of a completion.
+    rest = completion_request(
+        "",
+        options=options,
+        logprobs=logprobs,
+        request_id=request_id,
+        priority=priority,
+        model=model,
+    )
+    with sendable():
+        return pb.ChatRequest(
+            messages=map(_message, messages),
+            chat_template_kwargs=_json("chat_template_kwargs", chat_template_kwargs),
+            options=rest.options,
+            logprobs=logprobs,
+            request_id=rest.request_id,
+            priority=rest.priority,
+            model=rest.model,
+        )
+
+
+def chat_chunk(message: pb.ChatResponse) -> ChatChunk:
+    """Convert a message of an answer's stream."""
+    return ChatChunk(**_values(completion_chunk(message)))
+
+
+def join_chat_chunks(chunks: Sequence[ChatChunk]) -> ChatCompletion:
+    """Join the chunks of a finished stream; the last chunk has ``done`` set."""
+    return ChatCompletion(**_values(join_chunks(chunks)))
+
+
+def _values(value: CompletionChunk | Completion) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
 def rendered_chat(message: pb.RenderChatResponse) -> RenderedChat:

@@ -151,19 +151,22 @@ def _memory_usage(message: pb.MemoryUsage) -> MemoryUsage:
     )
 
 
-def completion_chunk(message: pb.CompletionResponse) -> CompletionChunk:
+def completion_chunk(message: pb.CompletionResponse | pb.ChatResponse) -> CompletionChunk:
     """Convert a message of a completion's stream."""
+    of_prompt = message.prompt_logprobs if isinstance(message, pb.CompletionResponse) else ()
     chunk = CompletionChunk(
         content=message.content,
         token_ids=tuple(message.token_ids),
         logprobs=tuple(map(_token_logprob, message.logprobs)),
         prompt_progress=_prompt_progress(message),
-        prompt_logprobs=tuple(map(_token_logprob, message.prompt_logprobs)),
+        prompt_logprobs=tuple(map(_token_logprob, of_prompt)),
     )
     return _last_chunk(message, chunk) if message.done else chunk
 
 
-def _last_chunk(message: pb.CompletionResponse, chunk: CompletionChunk) -> CompletionChunk:
+def _last_chunk(
+    message: pb.CompletionResponse | pb.ChatResponse, chunk: CompletionChunk
+) -> CompletionChunk:
     return CompletionChunk(
         content=chunk.content,
         token_ids=chunk.token_ids,
@@ -182,7 +185,9 @@ def _last_chunk(message: pb.CompletionResponse, chunk: CompletionChunk) -> Compl
     )
 
 
-def _prompt_progress(message: pb.CompletionResponse) -> PromptProgress | None:
+def _prompt_progress(
+    message: pb.CompletionResponse | pb.ChatResponse,
+) -> PromptProgress | None:
     if not message.HasField("prompt_progress"):
         return None
     progress = message.prompt_progress

@@ -27,7 +27,7 @@ _OWN_ARGUMENTS = ("messages", "tools", "add_generation_prompt")
 _NO_PARAMETERS = {"type": "object", "properties": {}}
 
 
-def conversation_of(request: pb.RenderChatRequest) -> Conversation:
+def conversation_of(request: pb.RenderChatRequest | pb.ChatRequest) -> Conversation:
     """Validate a conversation and convert it. Takes half a second for the largest request.
 
     Raises:
@@ -35,9 +35,10 @@ def conversation_of(request: pb.RenderChatRequest) -> Conversation:
     """
     check = ViolationCollector()
     _check_count(check, "messages", len(request.messages), 1, MAX_MESSAGES)
-    _check_count(check, "tools", len(request.tools), 0, MAX_TOOLS)
+    given = request.tools if isinstance(request, pb.RenderChatRequest) else ()
+    _check_count(check, "tools", len(given), 0, MAX_TOOLS)
     check.finish()
-    tools = [_tool(check, f"tools[{i}]", tool) for i, tool in enumerate(request.tools)]
+    tools = [_tool(check, f"tools[{i}]", tool) for i, tool in enumerate(given)]
     conversation = Conversation(
         messages=[
             _message(check, f"messages[{i}]", message) for i, message in enumerate(request.messages)

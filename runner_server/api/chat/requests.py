@@ -1,0 +1,51 @@
+"""Requests for answers: a conversation, completed like the prompt that it is rendered to."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+from mlxrunner.v1 import runner_pb2 as pb
+from runner_server.api.chat.conversation import conversation_of
+from runner_server.api.chat.prompting import chat_prompt
+from runner_server.api.generation import GenerationDraft
+from runner_server.api.prompts import Prompt
+from runner_server.api.validation import completion_draft
+from runner_server.chat.renderer import ChatRenderer
+from runner_server.engine.backend import ModelHandle
+from runner_server.errors import PromptTooLong
+
+
+async def chat_draft(
+    renderer: ChatRenderer, model: ModelHandle, request: pb.ChatRequest
+) -> GenerationDraft:
+    """Validate a request, and render and tokenize its conversation.
+
+    Args:
+        renderer: Renders templates.
+        model: The model.
+        request: The request.
+
+    Raises:
+        InvalidField: A field is missing or out of range, or the template refuses the conversation.
+        PromptTooLong: The prompt does not fit the context.
+        RunnerFault: See :meth:`ChatRenderer.render`.
+    """
+    draft = completion_draft(_completion(request), model.info)
+    conversation = await asyncio.to_thread(conversation_of, request)
+    most = model.info.context_length
+    prompt = await chat_prompt(renderer, model, conversation, most)
+    if prompt.fewest:
+        raise PromptTooLong(prompt.fewest, most, is_least=True)
+    return replace(draft, prompt=Prompt("messages", prompt.token_ids))
+
+
+def _completion(request: pb.ChatRequest) -> pb.CompletionRequest:
+    """Return the options of a request, with a prompt that stands for the rendered one."""
+    return pb.CompletionRequest(
+        prompt_token_ids=pb.TokenIds(ids=(0,)),
+        options=request.options,
+        logprobs=request.logprobs if request.HasField("logprobs") else None,
+        request_id=request.request_id,
+        priority=request.priority,
+    )
