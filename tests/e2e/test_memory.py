@@ -35,7 +35,9 @@ from tools.memory.models import scaled, write_model  # noqa: E402
 Build = Callable[..., Path]
 MIB = 1 << 20
 IDLE_SECONDS = 5.0
-WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 64}
+CONTEXT = 256
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 128}
+"""8 KiB of KV cache per token: 16 MiB for 8 sequences. Wide heads take less time than long contexts."""
 SWAPPED = (
     *("llama", "qwen3", "gemma3_text", "mamba2", "deepseek_v3", "qwen3_moe", "lfm2", "phi3"),
     *("granitemoehybrid", "gpt2", "olmo2", "falcon_h1"),
@@ -58,9 +60,9 @@ def wait_below(pid: int | None, limit: int, seconds: float) -> None:
         time.sleep(0.05)
 
 
-async def fill(runner: AsyncRunnerProcess, streams: int, tokens: int, seed: int = 1) -> None:
-    """Generate tokens in concurrent streams with different prompts."""
-    options = Options(num_predict=tokens, logit_bias={0: -100.0})
+async def fill(runner: AsyncRunnerProcess, streams: int, seed: int = 1) -> None:
+    """Fill the contexts of concurrent streams with different prompts."""
+    options = Options(num_predict=CONTEXT - 72, logit_bias={0: -100.0})
     prompts = [[1 + (seed + 7 * row + i) % 400 for i in range(64)] for row in range(streams)]
     await asyncio.gather(*(runner.complete(prompt, options=options) for prompt in prompts))
 
@@ -72,11 +74,11 @@ async def test_the_estimate_holds_and_an_idle_runner_frees_its_heap(
     async with AsyncRunnerProcess(
         str(model_dir(**WIDE)),
         parallel=8,
-        context_length=512,
+        context_length=CONTEXT,
         prefix_cache_bytes=prefix_cache_bytes,
     ) as runner:
         loaded = process_bytes(runner.pid)
-        await fill(runner, 8, 440)
+        await fill(runner, 8)
         usage = (await runner.status()).memory_usage
         estimate = runner.estimate
         assert estimate
@@ -91,7 +93,7 @@ async def test_the_estimate_counts_a_large_tokenizer(model_dir: Build, tmp_path:
     """Reading the tokenizer takes 360 MiB, of which 100 MiB remain."""
     path = Path(shutil.copytree(model_dir(**WIDE), tmp_path / "model"))
     write_large_tokenizer(path)
-    async with AsyncRunnerProcess(str(path), parallel=2, context_length=512) as runner:
+    async with AsyncRunnerProcess(str(path), parallel=2, context_length=CONTEXT) as runner:
         loaded = process_bytes(runner.pid)
         estimate = runner.estimate
         assert estimate
@@ -104,16 +106,16 @@ async def test_the_estimate_counts_a_large_tokenizer(model_dir: Build, tmp_path:
 async def test_the_memory_limit_holds_under_load(model_dir: Build) -> None:
     """A lower limit runs fewer requests at once; the memory of MLX stays within the limit."""
     path = model_dir(**WIDE)
-    with RunnerProcess(str(path), parallel=8, context_length=512) as full:
+    with RunnerProcess(str(path), parallel=8, context_length=CONTEXT) as full:
         limit = full.status().memory_usage.limit_bytes
     lower = limit - 12 * MIB
     async with (
-        AsyncRunnerProcess(str(path), parallel=8, context_length=512) as runner,
+        AsyncRunnerProcess(str(path), parallel=8, context_length=CONTEXT) as runner,
         AsyncRunnerClient(runner.address or "", token=runner.token) as client,
     ):
-        await client.load(str(path), parallel=8, context_length=512, memory_limit_bytes=lower)
+        await client.load(str(path), parallel=8, context_length=CONTEXT, memory_limit_bytes=lower)
         for seed in range(2):
-            await fill(runner, 8, 440, seed)
+            await fill(runner, 8, seed)
         usage = (await runner.status()).memory_usage
         assert usage.limit_bytes <= lower
         assert usage.peak_bytes <= usage.limit_bytes
