@@ -17,6 +17,7 @@ from google.protobuf.duration_pb2 import Duration
 from mlxrunner.v1 import pool_pb2, runner_pb2_grpc
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_client import Options, errors
+from runner_client.rpc.transport import channel as transport_channel
 from support.harness import eventually, failure
 from support.pool_server import (
     CONTEXT,
@@ -257,12 +258,13 @@ async def test_a_killed_runner_ends_its_stream_and_is_replaced(one: Path) -> Non
         assert (await server.model(one)).pid != pid
 
 
-async def test_a_slow_reader_is_bounded(one: Path) -> None:
+async def test_a_slow_reader_is_bounded(one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The runner preempts the request once the connections are full, as it does directly."""
+    # Small windows, which fill sooner: those of the pool hold 11,000 tokens otherwise.
+    options = (*transport_channel._OPTIONS, ("grpc.http2.bdp_probe", 0))
+    monkeypatch.setattr(transport_channel, "_OPTIONS", options)
     async with serving(one) as server:
         await server.pool.LoadModel(pool_pb2.LoadModelRequest(model=str(one)))
-        # A small window, which fills sooner.
-        options = [("grpc.http2.bdp_probe", 0), ("grpc.enable_http_proxy", 0)]
         channel = grpc.aio.insecure_channel(server.address, options=options)
         stub = runner_pb2_grpc.RunnerServiceStub(channel)
         call: Any = stub.Completion(completion(one, CONTEXT - 100, logprobs=20))
