@@ -115,7 +115,7 @@ class Checker:
         verdict.notes = "; ".join([*model.info.warnings, *filter(None, [why])])
         tolerance = _tolerance(verdict)
         verdict.batch = _compare_batch(model, tolerance)
-        verdict.prefix = self._prefix(path, tolerance)
+        verdict.prefix = self._prefix(path, model, tolerance)
         return _compare_with_mlx_lm(model, mlx_lm_model(path, dequantize=False), tolerance)
 
     def _narrow(self, path: Path, verdict: Verdict) -> str:
@@ -139,8 +139,8 @@ class Checker:
             return found
         return _compare_with_mlx_lm(model, reference, tolerance)
 
-    def _prefix(self, path: Path, tolerance: float) -> str:
-        """Compare cached and uncached runs of extended, diverging and repeated prompts."""
+    def _prefix(self, path: Path, plain: LoadedModel, tolerance: float) -> str:
+        """Compare cached runs of extended, diverging and repeated prompts with uncached ones."""
         prompts = [
             _prompt(_LONG),
             [*_prompt(_LONG), *_prompt(40, 5)],
@@ -148,7 +148,7 @@ class Checker:
             [*_prompt(_LONG), *_prompt(40, 5)],
             [*_prompt(_LONG), *_prompt(20, 5), *_prompt(50, 3)],
         ]
-        kept, plain = self._load(path, prefix_cache_bytes=64 * _MIB), self._load(path)
+        kept = self._load(path, prefix_cache_bytes=64 * _MIB)
         cached = 0
         for prompt in prompts:
             some, other = Row(prompt), Row(prompt)
