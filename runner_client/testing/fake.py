@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 import grpc
-from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
 from runner_client.testing.answers import prompt_message, token_messages
 from runner_client.testing.call import FakeCall
 from runner_client.testing.failure import Failure
+from runner_client.testing.health import health_handler
 from runner_client.testing.messages import as_chat, as_completion, text_of
 from runner_common.contract import (
     DEFAULT_CONTEXT_LENGTH,
@@ -63,6 +63,8 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     pieces: Sequence[str] = ("Hello", " world")
     """The text of every completion; each piece is one chunk and one token, whose id is its
     number."""
+    reasoning: Sequence[str] = ()
+    """The reasoning of every answer to a conversation, as ``pieces``."""
     failure: Failure | None = None
     """The error for every call except Status and health."""
     fail_after: int = 0
@@ -197,8 +199,8 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     def Chat(
         self, request: pb.ChatRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.ChatResponse]:
-        """Send the same as for a completion."""
-        return map(as_chat, self._complete(request, context))
+        """Send the reasoning, then the same as for a completion."""
+        return as_chat(self._complete(request, context), self.reasoning)
 
     def _complete(
         self, request: pb.CompletionRequest | pb.ChatRequest, context: grpc.ServicerContext
@@ -337,6 +339,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
             max_stop_token_id_count=MAX_STOP_TOKEN_IDS,
             max_logprob_token_id_count=MAX_LOGPROB_TOKEN_IDS,
             chat=True,
+            reasoning=True,
         )
         return pb.Model(name=name, path=name, dtype_fallback=is_fallback, capabilities=accepted)
 
@@ -383,7 +386,7 @@ def fake_runner(
         server = grpc.server(pool, options=(("grpc.so_reuseport", 0),))
         stack.callback(lambda: server.stop(None).wait())
         runner_pb2_grpc.add_RunnerServiceServicer_to_server(runner, server)
-        server.add_generic_rpc_handlers((_health_handler(),))
+        server.add_generic_rpc_handlers((health_handler(),))
         if listen == "unix":
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mlx-fake-"))
             runner.address = f"unix:{folder}/runner.sock"
@@ -392,13 +395,3 @@ def fake_runner(
             runner.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         server.start()
         yield runner
-
-
-def _health_handler() -> grpc.GenericRpcHandler:
-    """Return a health service with the constant answer SERVING; see ``rpc.transport.health``."""
-    check = grpc.unary_unary_rpc_method_handler(
-        lambda request, context: Int32Value(value=1),  # noqa: ARG005 - gRPC's signature
-        request_deserializer=StringValue.FromString,
-        response_serializer=Int32Value.SerializeToString,
-    )
-    return grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": check})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from mlxrunner.v1 import runner_pb2 as pb
 
 
@@ -10,11 +12,20 @@ def text_of(message: pb.ChatMessage) -> str:
     return message.content or "".join(part.text for part in message.content_parts)
 
 
-def as_chat(part: pb.CompletionResponse) -> pb.ChatResponse:
-    """Return the message of an answer with the fields of a message of a completion."""
-    names = pb.ChatResponse.DESCRIPTOR.fields_by_name
-    fields = {field.name: value for field, value in part.ListFields()}
-    return pb.ChatResponse(**{name: fields[name] for name in names if name in fields})
+def as_chat(
+    parts: Iterator[pb.CompletionResponse], reasoning: Sequence[str]
+) -> Iterator[pb.ChatResponse]:
+    """Yield the messages of an answer: its reasoning, and the messages of a completion."""
+    is_first = True
+    for part in parts:
+        if is_first and not part.HasField("prompt_progress"):
+            is_first = False
+            yield from (pb.ChatResponse(reasoning=text, token_ids=[0]) for text in reasoning)
+        message = pb.ChatResponse(**{field.name: value for field, value in part.ListFields()})
+        if part.done:
+            message.eval_count += len(reasoning)
+            message.reasoning_eval_count = len(reasoning)
+        yield message
 
 
 def as_completion(request: pb.CompletionRequest | pb.ChatRequest) -> pb.CompletionRequest:

@@ -91,15 +91,25 @@ class ChatMessage:
 class ChatChunk(CompletionChunk):
     """Part of a streamed answer. Counts and durations are set in the last chunk only."""
 
+    reasoning: str = ""
+    """The next part of the reasoning before the text, whole characters only."""
+    reasoning_eval_count: int = 0
+    """The part of ``eval_count`` spent on reasoning."""
+
 
 @dataclass(frozen=True, slots=True)
 class ChatCompletion(Completion):
     """A finished answer: the joined chunks of a stream."""
 
+    reasoning: str = ""
+    """The whole reasoning before the text."""
+    reasoning_eval_count: int = 0
+    """The part of ``eval_count`` spent on reasoning."""
+
     @property
     def message(self) -> ChatMessage:
         """The answer as a message, for the next request of the conversation."""
-        return ChatMessage("assistant", self.content)
+        return ChatMessage("assistant", self.content, self.reasoning)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,8 @@ class Capabilities:
     """The most ids in ``logprob_token_ids`` of a completion."""
     chat: bool | None = None
     """Whether the model has a chat template."""
+    reasoning: bool | None = None
+    """Whether answers to conversations have their reasoning apart."""
 
 
 @dataclass(frozen=True, slots=True)

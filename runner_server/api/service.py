@@ -239,11 +239,11 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
     ) -> AsyncIterator[pb.ChatResponse]:
         """Stream the answer to a conversation."""
         model = model_for_call(self._engine, request.request_id, request.model)
-        draft = await chat_draft(self._renderer, model, request)
+        draft, answer = await chat_draft(self._renderer, model, request)
         async with generate(self._engine, model, draft, context) as generation:
             texts = _token_texts(model, generation)
             async for delta in generation.stream.deltas():
-                yield chat_message(delta_message(delta, texts))
+                yield chat_message(delta_message(delta, texts), delta, answer)
 
     async def RenderChat(
         self,

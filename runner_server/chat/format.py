@@ -1,9 +1,38 @@
-"""The chat format of a model: the templates of its prompts."""
+"""The chat format of a model: the templates of its prompts, and the markers in its answers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+CONTENT, REASONING, HEADER = "content", "reasoning", "header"
+"""States of an answer: its text, the reasoning before it, and text that nobody is to see."""
+
+Transitions = Mapping[str, tuple[tuple[str, str], ...]]
+"""By state, pairs of a marker and the state after it."""
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """How a model writes answers.
+
+    Attributes:
+        transitions: The markers.
+        initial: The state in which an answer begins.
+        think_start: The marker before reasoning; empty if the model has none.
+    """
+
+    transitions: Transitions = field(default_factory=dict)
+    initial: str = CONTENT
+    think_start: str = ""
+
+    def state_after(self, prompt: str) -> str:
+        """Return the state in which the answer to a prompt begins.
+
+        Some templates open the reasoning themselves, at the end of the prompt.
+        """
+        opens = bool(self.think_start) and prompt.rstrip().endswith(self.think_start)
+        return REASONING if opens else self.initial
 
 
 @dataclass(frozen=True)
@@ -15,12 +44,14 @@ class ChatFormat:
         special_tokens: Texts of the special tokens by role (``bos_token``, ...), for the templates.
         python_template: File of mlx_lm's template in Python, used instead of ``templates``; empty
             if there is none.
-        problem: Why the templates cannot be used, if a file cannot be read.
+        answer: The markers in answers.
+        problem: Why conversations cannot be rendered, if a file cannot be read.
     """
 
     templates: Mapping[str, str] = field(default_factory=dict)
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     python_template: str = ""
+    answer: AnswerFormat = field(default_factory=AnswerFormat)
     problem: str = ""
 
     @property

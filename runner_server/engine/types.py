@@ -273,6 +273,7 @@ class OutputDelta:
         prefill: Prompt tokens prefilled so far, and prompt tokens in total.
         prompt_logprobs: Log probabilities of the next tokens of the prompt, if requested.
         done: The outcome; set in the last delta only.
+        merged_texts: If the delta covers several tokens, the part of ``text`` that each released.
     """
 
     text: str = ""
@@ -281,6 +282,12 @@ class OutputDelta:
     prefill: tuple[int, int] | None = None
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     done: GenerationResult | None = None
+    merged_texts: tuple[str, ...] = ()
+
+    @property
+    def token_texts(self) -> tuple[str, ...]:
+        """The part of ``text`` that each token released."""
+        return self.merged_texts or (self.text,) * len(self.token_ids)
 
 
 @dataclass(frozen=True)

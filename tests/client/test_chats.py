@@ -93,6 +93,15 @@ def test_a_finished_answer_is_the_next_message(client: RunnerClient) -> None:
     assert answer.message == ChatMessage("assistant", "Hello world")
 
 
+def test_reasoning_comes_apart(client: RunnerClient, runner: FakeRunner) -> None:
+    runner.reasoning = ("I ", "think")
+    answer = client.complete_chat(MESSAGES)
+    assert (answer.reasoning, answer.content) == ("I think", "Hello world")
+    assert (answer.reasoning_eval_count, answer.eval_count) == (2, 4)
+    assert answer.message == ChatMessage("assistant", "Hello world", "I think")
+    assert client.complete("x").content == "Hello world"
+
+
 async def test_the_asyncio_client_streams_too(runner: FakeRunner) -> None:
     async with AsyncRunnerClient(runner.address) as client:
         async with client.chat(MESSAGES) as stream:

@@ -11,6 +11,9 @@ import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.api.chat.encoding import chat_message
+from runner_server.chat.answer import Answer
+from runner_server.chat.format import AnswerFormat
+from runner_server.engine.types import OutputDelta
 from runner_server.telemetry import request_log
 from runner_server.telemetry.request_log import RequestLine
 from support.fakes import CONTEXT_LENGTH, DEADLINE_SECONDS, FakeBackend, chat_format, says
@@ -93,7 +96,8 @@ async def test_the_log_line_of_an_answer_has_its_counts(
 
 def test_a_message_has_the_progress_of_the_prefill() -> None:
     progress = pb.PromptProgress(evaluated_count=3, total_count=9)
-    message = chat_message(pb.CompletionResponse(prompt_progress=progress))
+    part = pb.CompletionResponse(prompt_progress=progress)
+    message = chat_message(part, OutputDelta(prefill=(3, 9)), Answer(AnswerFormat(), ""))
     assert message == pb.ChatResponse(prompt_progress=progress)
 
 

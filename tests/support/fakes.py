@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from runner_server.chat.format import ChatFormat
+from runner_server.chat.format import CONTENT, REASONING, AnswerFormat, ChatFormat
 from runner_server.engine.backend import Codec
 from runner_server.engine.logprobs import PromptLogprobs, TokenLogprob
 from runner_server.engine.prefill_queue import PrefillLimits
@@ -123,6 +123,11 @@ def chat_format(template: str, **fields: Any) -> ChatFormat:
     """Return the chat format of a model with one template."""
     return ChatFormat(templates={"default": template}, **fields)
 
+
+THINKING = AnswerFormat(
+    {CONTENT: (("<think>", REASONING),), REASONING: (("</think>", CONTENT),)}, CONTENT, "<think>"
+)
+"""The answer format of a model with the usual markers of reasoning."""
 
 Reply = Callable[[Sequence[int], Sampling], Iterator[int]]
 

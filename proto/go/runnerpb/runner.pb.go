@@ -798,7 +798,9 @@ type Capabilities struct {
 	MaxLogprobTokenIdCount *int32 `protobuf:"varint,9,opt,name=max_logprob_token_id_count,json=maxLogprobTokenIdCount,proto3,oneof" json:"max_logprob_token_id_count,omitempty"`
 	// Whether the model has a chat template, without which `Chat` and `RenderChat` are
 	// refused.
-	Chat          *bool `protobuf:"varint,10,opt,name=chat,proto3,oneof" json:"chat,omitempty"`
+	Chat *bool `protobuf:"varint,10,opt,name=chat,proto3,oneof" json:"chat,omitempty"`
+	// Whether `Chat` tells reasoning apart, by markers that this model has.
+	Reasoning     *bool `protobuf:"varint,11,opt,name=reasoning,proto3,oneof" json:"reasoning,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -899,6 +901,13 @@ func (x *Capabilities) GetMaxLogprobTokenIdCount() int32 {
 func (x *Capabilities) GetChat() bool {
 	if x != nil && x.Chat != nil {
 		return *x.Chat
+	}
+	return false
+}
+
+func (x *Capabilities) GetReasoning() bool {
+	if x != nil && x.Reasoning != nil {
+		return *x.Reasoning
 	}
 	return false
 }
@@ -3831,9 +3840,15 @@ func (x *ChatRequest) GetModel() string {
 // `prompt_progress`. A slow reader gets fewer, larger messages.
 type ChatResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The next part of the text, whole characters only, as
-	// `CompletionResponse.content`.
+	// The next part of the text, whole characters only. The parts of `content` and
+	// `reasoning` are the text of all token ids, as in `CompletionResponse.content`,
+	// without the markers of the model's reasoning. Text that may turn out to begin a
+	// marker is held back until that is certain.
 	Content string `protobuf:"bytes,1,opt,name=content,proto3" json:"content,omitempty"`
+	// The next part of the reasoning before the text, whole characters only; also if
+	// the template opens it in the prompt. Empty for models without markers of
+	// reasoning (`Capabilities.reasoning`).
+	Reasoning string `protobuf:"bytes,2,opt,name=reasoning,proto3" json:"reasoning,omitempty"`
 	// The tokens generated since the last message, including the one that ended the
 	// answer. Their text may come in a later message.
 	TokenIds []int32 `protobuf:"varint,4,rep,packed,name=token_ids,json=tokenIds,proto3" json:"token_ids,omitempty"`
@@ -3861,8 +3876,11 @@ type ChatResponse struct {
 	// The part of `prompt_eval_count` taken from the prefix cache instead of being
 	// processed again: all of the last turn, as far as its tokens are the same.
 	PromptCachedCount int32 `protobuf:"varint,15,opt,name=prompt_cached_count,json=promptCachedCount,proto3" json:"prompt_cached_count,omitempty"`
-	unknownFields     protoimpl.UnknownFields
-	sizeCache         protoimpl.SizeCache
+	// The part of `eval_count` spent on reasoning, with the tokens that complete its
+	// markers.
+	ReasoningEvalCount int32 `protobuf:"varint,16,opt,name=reasoning_eval_count,json=reasoningEvalCount,proto3" json:"reasoning_eval_count,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *ChatResponse) Reset() {
@@ -3898,6 +3916,13 @@ func (*ChatResponse) Descriptor() ([]byte, []int) {
 func (x *ChatResponse) GetContent() string {
 	if x != nil {
 		return x.Content
+	}
+	return ""
+}
+
+func (x *ChatResponse) GetReasoning() string {
+	if x != nil {
+		return x.Reasoning
 	}
 	return ""
 }
@@ -3986,6 +4011,13 @@ func (x *ChatResponse) GetPromptCachedCount() int32 {
 	return 0
 }
 
+func (x *ChatResponse) GetReasoningEvalCount() int32 {
+	if x != nil {
+		return x.ReasoningEvalCount
+	}
+	return 0
+}
+
 var File_mlxrunner_v1_runner_proto protoreflect.FileDescriptor
 
 const file_mlxrunner_v1_runner_proto_rawDesc = "" +
@@ -4021,7 +4053,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x0edtype_fallback\x18\n" +
 	" \x01(\bR\rdtypeFallback\x12\x1a\n" +
 	"\bwarnings\x18\v \x03(\tR\bwarnings\x12>\n" +
-	"\fcapabilities\x18\f \x01(\v2\x1a.mlxrunner.v1.CapabilitiesR\fcapabilities\"\x8e\x05\n" +
+	"\fcapabilities\x18\f \x01(\v2\x1a.mlxrunner.v1.CapabilitiesR\fcapabilities\"\xbf\x05\n" +
 	"\fCapabilities\x12\x1d\n" +
 	"\abatched\x18\x01 \x01(\bH\x00R\abatched\x88\x01\x01\x12&\n" +
 	"\fprefix_cache\x18\x02 \x01(\bH\x01R\vprefixCache\x88\x01\x01\x121\n" +
@@ -4034,7 +4066,9 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x17max_stop_token_id_count\x18\b \x01(\x05H\aR\x13maxStopTokenIdCount\x88\x01\x01\x12?\n" +
 	"\x1amax_logprob_token_id_count\x18\t \x01(\x05H\bR\x16maxLogprobTokenIdCount\x88\x01\x01\x12\x17\n" +
 	"\x04chat\x18\n" +
-	" \x01(\bH\tR\x04chat\x88\x01\x01B\n" +
+	" \x01(\bH\tR\x04chat\x88\x01\x01\x12!\n" +
+	"\treasoning\x18\v \x01(\bH\n" +
+	"R\treasoning\x88\x01\x01B\n" +
 	"\n" +
 	"\b_batchedB\x0f\n" +
 	"\r_prefix_cacheB\x15\n" +
@@ -4045,7 +4079,9 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\v_rank_countB\x1a\n" +
 	"\x18_max_stop_token_id_countB\x1d\n" +
 	"\x1b_max_logprob_token_id_countB\a\n" +
-	"\x05_chat\"\xf8\x02\n" +
+	"\x05_chatB\f\n" +
+	"\n" +
+	"_reasoning\"\xf8\x02\n" +
 	"\x0fEstimateRequest\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12*\n" +
 	"\x0econtext_length\x18\x02 \x01(\x05H\x00R\rcontextLength\x88\x01\x01\x12\x1f\n" +
@@ -4300,9 +4336,10 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"request_id\x18\a \x01(\tR\trequestId\x12\x1a\n" +
 	"\bpriority\x18\b \x01(\x05R\bpriority\x12\x14\n" +
 	"\x05model\x18\t \x01(\tR\x05modelB\v\n" +
-	"\t_logprobs\"\xfc\x04\n" +
+	"\t_logprobs\"\xcc\x05\n" +
 	"\fChatResponse\x12\x18\n" +
-	"\acontent\x18\x01 \x01(\tR\acontent\x12\x1b\n" +
+	"\acontent\x18\x01 \x01(\tR\acontent\x12\x1c\n" +
+	"\treasoning\x18\x02 \x01(\tR\treasoning\x12\x1b\n" +
 	"\ttoken_ids\x18\x04 \x03(\x05R\btokenIds\x126\n" +
 	"\blogprobs\x18\x05 \x03(\v2\x1a.mlxrunner.v1.TokenLogprobR\blogprobs\x12\x12\n" +
 	"\x04done\x18\x06 \x01(\bR\x04done\x129\n" +
@@ -4318,7 +4355,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"eval_count\x18\f \x01(\x05R\tevalCount\x12>\n" +
 	"\reval_duration\x18\r \x01(\v2\x19.google.protobuf.DurationR\fevalDuration\x12@\n" +
 	"\x0equeue_duration\x18\x0e \x01(\v2\x19.google.protobuf.DurationR\rqueueDuration\x12.\n" +
-	"\x13prompt_cached_count\x18\x0f \x01(\x05R\x11promptCachedCount*\xd4\x03\n" +
+	"\x13prompt_cached_count\x18\x0f \x01(\x05R\x11promptCachedCount\x120\n" +
+	"\x14reasoning_eval_count\x18\x10 \x01(\x05R\x12reasoningEvalCount*\xd4\x03\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12 \n" +

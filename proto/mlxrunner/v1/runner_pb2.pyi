@@ -564,6 +564,7 @@ class Capabilities(_message.Message):
     MAX_STOP_TOKEN_ID_COUNT_FIELD_NUMBER: _builtins.int
     MAX_LOGPROB_TOKEN_ID_COUNT_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
+    REASONING_FIELD_NUMBER: _builtins.int
     batched: _builtins.bool
     """Whether several completions are decoded together. If false, they run one after
     another: `parallel` is 1, or the model cannot be decoded in a batch (see
@@ -593,6 +594,8 @@ class Capabilities(_message.Message):
     """Whether the model has a chat template, without which `Chat` and `RenderChat` are
     refused.
     """
+    reasoning: _builtins.bool
+    """Whether `Chat` tells reasoning apart, by markers that this model has."""
     def __init__(
         self,
         *,
@@ -606,10 +609,11 @@ class Capabilities(_message.Message):
         max_stop_token_id_count: _builtins.int | None = ...,
         max_logprob_token_id_count: _builtins.int | None = ...,
         chat: _builtins.bool | None = ...,
+        reasoning: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_chat", b"_chat", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprob_token_id_count", b"_max_logprob_token_id_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "batched", b"batched", "chat", b"chat", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprob_token_id_count", b"max_logprob_token_id_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_chat", b"_chat", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprob_token_id_count", b"_max_logprob_token_id_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "_reasoning", b"_reasoning", "batched", b"batched", "chat", b"chat", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprob_token_id_count", b"max_logprob_token_id_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count", "reasoning", b"reasoning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_chat", b"_chat", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprob_token_id_count", b"_max_logprob_token_id_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "batched", b"batched", "chat", b"chat", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprob_token_id_count", b"max_logprob_token_id_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_chat", b"_chat", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprob_token_id_count", b"_max_logprob_token_id_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "_reasoning", b"_reasoning", "batched", b"batched", "chat", b"chat", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprob_token_id_count", b"max_logprob_token_id_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count", "reasoning", b"reasoning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batched: _TypeAlias = _typing.Literal["batched"]  # noqa: Y015
     _WhichOneofArgType__batched: _TypeAlias = _typing.Literal["_batched", b"_batched"]  # noqa: Y015
@@ -631,6 +635,8 @@ class Capabilities(_message.Message):
     _WhichOneofArgType__prefix_cache: _TypeAlias = _typing.Literal["_prefix_cache", b"_prefix_cache"]  # noqa: Y015
     _WhichOneofReturnType__rank_count: _TypeAlias = _typing.Literal["rank_count"]  # noqa: Y015
     _WhichOneofArgType__rank_count: _TypeAlias = _typing.Literal["_rank_count", b"_rank_count"]  # noqa: Y015
+    _WhichOneofReturnType__reasoning: _TypeAlias = _typing.Literal["reasoning"]  # noqa: Y015
+    _WhichOneofArgType__reasoning: _TypeAlias = _typing.Literal["_reasoning", b"_reasoning"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__batched) -> _WhichOneofReturnType__batched | None: ...
     @_typing.overload
@@ -651,6 +657,8 @@ class Capabilities(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prefix_cache) -> _WhichOneofReturnType__prefix_cache | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rank_count) -> _WhichOneofReturnType__rank_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reasoning) -> _WhichOneofReturnType__reasoning | None: ...
 
 Global___Capabilities: _TypeAlias = Capabilities  # noqa: Y015
 
@@ -2319,6 +2327,7 @@ class ChatResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CONTENT_FIELD_NUMBER: _builtins.int
+    REASONING_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
@@ -2331,9 +2340,17 @@ class ChatResponse(_message.Message):
     EVAL_DURATION_FIELD_NUMBER: _builtins.int
     QUEUE_DURATION_FIELD_NUMBER: _builtins.int
     PROMPT_CACHED_COUNT_FIELD_NUMBER: _builtins.int
+    REASONING_EVAL_COUNT_FIELD_NUMBER: _builtins.int
     content: _builtins.str
-    """The next part of the text, whole characters only, as
-    `CompletionResponse.content`.
+    """The next part of the text, whole characters only. The parts of `content` and
+    `reasoning` are the text of all token ids, as in `CompletionResponse.content`,
+    without the markers of the model's reasoning. Text that may turn out to begin a
+    marker is held back until that is certain.
+    """
+    reasoning: _builtins.str
+    """The next part of the reasoning before the text, whole characters only; also if
+    the template opens it in the prompt. Empty for models without markers of
+    reasoning (`Capabilities.reasoning`).
     """
     done: _builtins.bool
     """True in the last message, and only there."""
@@ -2350,6 +2367,10 @@ class ChatResponse(_message.Message):
     prompt_cached_count: _builtins.int
     """The part of `prompt_eval_count` taken from the prefix cache instead of being
     processed again: all of the last turn, as far as its tokens are the same.
+    """
+    reasoning_eval_count: _builtins.int
+    """The part of `eval_count` spent on reasoning, with the tokens that complete its
+    markers.
     """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -2381,6 +2402,7 @@ class ChatResponse(_message.Message):
         self,
         *,
         content: _builtins.str = ...,
+        reasoning: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
         done: _builtins.bool = ...,
@@ -2393,10 +2415,11 @@ class ChatResponse(_message.Message):
         eval_duration: _duration_pb2.Duration | None = ...,
         queue_duration: _duration_pb2.Duration | None = ...,
         prompt_cached_count: _builtins.int = ...,
+        reasoning_eval_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["eval_duration", b"eval_duration", "prompt_eval_duration", b"prompt_eval_duration", "prompt_progress", b"prompt_progress", "queue_duration", b"queue_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "done", b"done", "done_reason", b"done_reason", "eval_count", b"eval_count", "eval_duration", b"eval_duration", "logprobs", b"logprobs", "prompt_cached_count", b"prompt_cached_count", "prompt_eval_count", b"prompt_eval_count", "prompt_eval_duration", b"prompt_eval_duration", "prompt_progress", b"prompt_progress", "queue_duration", b"queue_duration", "stop_match", b"stop_match", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "done", b"done", "done_reason", b"done_reason", "eval_count", b"eval_count", "eval_duration", b"eval_duration", "logprobs", b"logprobs", "prompt_cached_count", b"prompt_cached_count", "prompt_eval_count", b"prompt_eval_count", "prompt_eval_duration", b"prompt_eval_duration", "prompt_progress", b"prompt_progress", "queue_duration", b"queue_duration", "reasoning", b"reasoning", "reasoning_eval_count", b"reasoning_eval_count", "stop_match", b"stop_match", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

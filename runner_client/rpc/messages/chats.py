@@ -91,12 +91,20 @@ def chat_request(
 
 def chat_chunk(message: pb.ChatResponse) -> ChatChunk:
     """Convert a message of an answer's stream."""
-    return ChatChunk(**_values(completion_chunk(message)))
+    return ChatChunk(
+        **_values(completion_chunk(message)),
+        reasoning=message.reasoning,
+        reasoning_eval_count=message.reasoning_eval_count,
+    )
 
 
 def join_chat_chunks(chunks: Sequence[ChatChunk]) -> ChatCompletion:
     """Join the chunks of a finished stream; the last chunk has ``done`` set."""
-    return ChatCompletion(**_values(join_chunks(chunks)))
+    return ChatCompletion(
+        **_values(join_chunks(chunks)),
+        reasoning="".join(chunk.reasoning for chunk in chunks),
+        reasoning_eval_count=chunks[-1].reasoning_eval_count,
+    )
 
 
 def _values(value: CompletionChunk | Completion) -> dict[str, Any]:

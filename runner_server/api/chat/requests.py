@@ -11,6 +11,7 @@ from runner_server.api.chat.prompting import chat_prompt
 from runner_server.api.generation import GenerationDraft
 from runner_server.api.prompts import Prompt
 from runner_server.api.validation import completion_draft
+from runner_server.chat.answer import Answer
 from runner_server.chat.renderer import ChatRenderer
 from runner_server.engine.backend import ModelHandle
 from runner_server.errors import PromptTooLong
@@ -18,13 +19,16 @@ from runner_server.errors import PromptTooLong
 
 async def chat_draft(
     renderer: ChatRenderer, model: ModelHandle, request: pb.ChatRequest
-) -> GenerationDraft:
+) -> tuple[GenerationDraft, Answer]:
     """Validate a request, and render and tokenize its conversation.
 
     Args:
         renderer: Renders templates.
         model: The model.
         request: The request.
+
+    Returns:
+        The request for the engine, and the answer, to which its output is added.
 
     Raises:
         InvalidField: A field is missing or out of range, or the template refuses the conversation.
@@ -37,7 +41,8 @@ async def chat_draft(
     prompt = await chat_prompt(renderer, model, conversation, most)
     if prompt.fewest:
         raise PromptTooLong(prompt.fewest, most, is_least=True)
-    return replace(draft, prompt=Prompt("messages", prompt.token_ids))
+    answer = Answer(model.info.chat.answer, prompt.text)
+    return replace(draft, prompt=Prompt("messages", prompt.token_ids)), answer
 
 
 def _completion(request: pb.ChatRequest) -> pb.CompletionRequest:

@@ -149,4 +149,5 @@ def merge(deltas: Iterable[OutputDelta]) -> OutputDelta:
         prefill=None if token_ids else deltas[-1].prefill,
         prompt_logprobs=tuple(part for delta in deltas for part in delta.prompt_logprobs),
         done=deltas[-1].done,
+        merged_texts=tuple(text for delta in deltas for text in delta.token_texts),
     )

@@ -88,7 +88,7 @@ def load(
         report(5)
         plan = _read(directory.path, built, plan, shard, report)
         info = _describe(spec, located, built, plan, eos_token_ids)
-        info = replace(info, chat=_read_chat_format(directory))
+        info = replace(info, chat=_read_chat_format(directory, codec))
         model = MlxModel(built.model, codec, info, plan, shard)
         _try(model, plan)
         report(100)
@@ -139,9 +139,9 @@ def _read_tokenizer(directory: ModelDirectory) -> tuple[FastCodec, frozenset[int
     return tokenizer
 
 
-def _read_chat_format(directory: ModelDirectory) -> ChatFormat:
+def _read_chat_format(directory: ModelDirectory, codec: FastCodec) -> ChatFormat:
     """Return the chat format. Templates that cannot be used do not keep a model from loading."""
-    chat = read_chat_format(directory.path, directory.configuration.values)
+    chat = read_chat_format(directory.path, directory.configuration.values, codec.has_token)
     if chat.problem:
         logger.warning("%s; Chat is refused", chat.problem)
     return chat

@@ -9,6 +9,7 @@ from typing import Any
 
 from runner_server.chat.format import ChatFormat
 from runner_server.mlx_backend.tokenizer.settings import CONFIG_FILE, read_settings
+from runner_server.mlx_backend.upstream.answer_markers import HasToken, answer_format
 from runner_server.mlx_backend.upstream.names import tokenizer_defaults
 from runner_server.mlx_backend.upstream.python_templates import python_template_file
 
@@ -21,7 +22,7 @@ _MAX_BYTES = 4 * 2**20
 """Largest file with a template. The longest published template has 0.1 MiB."""
 
 
-def read_chat_format(path: Path, model: dict[str, Any]) -> ChatFormat:
+def read_chat_format(path: Path, model: dict[str, Any], has_token: HasToken) -> ChatFormat:
     """Read the chat format of a model directory. Unreadable files become ``problem``.
 
     The files have the precedence of transformers. ``chat_template.json``, which transformers reads
@@ -30,6 +31,7 @@ def read_chat_format(path: Path, model: dict[str, Any]) -> ChatFormat:
     Args:
         path: The directory.
         model: The model's configuration.
+        has_token: Tells whether the vocabulary has a token.
     """
     try:
         config = _read_json(path / CONFIG_FILE)
@@ -45,6 +47,7 @@ def read_chat_format(path: Path, model: dict[str, Any]) -> ChatFormat:
             templates=templates,
             special_tokens=read_settings(path).roles,
             python_template=_python_template(config, defaults, is_needed=not templates),
+            answer=answer_format(has_token, config, defaults),
         )
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         return ChatFormat(problem=f"the chat template in {path} cannot be read: {error}")

@@ -103,6 +103,10 @@ class FastCodec:
                 text = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
 
+    def has_token(self, text: str) -> bool:
+        """Return whether the vocabulary has a token of this text."""
+        return self._tokenizer.token_to_id(text) is not None
+
     def token_bytes(self, token_id: int) -> bytes | None:
         """Return the bytes of a token; see ``Codec.token_bytes``."""
         return self._bytes_of(token_id)

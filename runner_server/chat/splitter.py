@@ -1,0 +1,73 @@
+"""Division of an answer's text by the model's markers, independent of how the text arrives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from runner_server.chat.format import Transitions
+
+
+class AnswerSplitter:
+    """State machine over the text of an answer.
+
+    A marker ends the text of a state and begins another state. Markers are matched on text, so
+    their split into tokens does not matter, and text that may turn out to begin a marker is held
+    back. The first marker to be complete counts, so the same text gives the same parts, however it
+    is cut into pieces.
+
+    For example, with ``{"content": (("<think>", "reasoning"),), ...}`` and the state ``content``,
+    ``feed("Hi <th")`` gives ``("content", "Hi ")``, and ``feed("ink>So")`` then ``("reasoning",
+    "So")``.
+
+    Args:
+        transitions: The markers.
+        state: The state in which the text begins.
+    """
+
+    def __init__(self, transitions: Transitions, state: str) -> None:
+        self._transitions = transitions
+        self._held = ""
+        self.state = state
+
+    def feed(self, text: str) -> Iterator[tuple[str, str]]:
+        """Add text; yield pairs of a state and its text, which is empty right after a marker."""
+        self._held += text
+        while match := self._first_match():
+            begin, end, state = match
+            shown, self._held = self._held[:begin], self._held[end:]
+            if shown:
+                yield self.state, shown
+            self.state = state
+            yield state, ""
+        cut = self._held_from()
+        shown, self._held = self._held[:cut], self._held[cut:]
+        if shown:
+            yield self.state, shown
+
+    def flush(self) -> Iterator[tuple[str, str]]:
+        """End the text; yield what was held back."""
+        shown, self._held = self._held, ""
+        if shown:
+            yield self.state, shown
+
+    def _first_match(self) -> tuple[int, int, str] | None:
+        """Return begin, end and next state of the marker that is complete first."""
+        found = [
+            (begin + len(marker), begin, state)
+            for marker, state in self._transitions.get(self.state, ())
+            if (begin := self._held.find(marker)) >= 0
+        ]
+        if not found:
+            return None
+        end, begin, state = min(found)
+        return begin, end, state
+
+    def _held_from(self) -> int:
+        """Return the position from which the held text may be the beginning of a marker."""
+        markers = [marker for marker, _ in self._transitions.get(self.state, ())]
+        longest = max(map(len, markers), default=1) - 1
+        for begin in range(max(0, len(self._held) - longest), len(self._held)):
+            rest = self._held[begin:]
+            if any(marker.startswith(rest) for marker in markers):
+                return begin
+        return len(self._held)
