@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import TYPE_CHECKING, NoReturn, Self
+from typing import TYPE_CHECKING, Literal, NoReturn, Self
 
 from runner_client.process.aio_supervision import (
     Connection,
@@ -24,7 +24,14 @@ if TYPE_CHECKING:
     from runner_client.process.launch import Plan
     from runner_client.process.life import ChildLife
     from runner_client.rpc.aio_stream import AsyncChatStream, AsyncCompletionStream
-    from runner_client.types import ChatMessage, Completion, LoadResult, Options, Status
+    from runner_client.types import (
+        ChatMessage,
+        Completion,
+        LoadResult,
+        Options,
+        Status,
+        Tool,
+    )
 
 
 class AsyncRunnerProcess(ProcessBase[Connection]):
@@ -258,6 +265,8 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
         self,
         messages: Sequence[ChatMessage],
         *,
+        tools: Sequence[Tool] = (),
+        tool_choice: Literal["auto", "none"] = "auto",
         chat_template_kwargs: Mapping[str, object] | None = None,
         options: Options | None = None,
         logprobs: int | None = None,
@@ -272,6 +281,8 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
         """
         return self.client.chat(
             messages,
+            tools=tools,
+            tool_choice=tool_choice,
             chat_template_kwargs=chat_template_kwargs,
             options=options,
             logprobs=logprobs,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import TYPE_CHECKING, NoReturn, Self
+from typing import TYPE_CHECKING, Literal, NoReturn, Self
 
 from runner_client.process.base import ProcessBase, start_limit
 from runner_client.process.supervision import (
@@ -25,7 +25,14 @@ if TYPE_CHECKING:
     from runner_client.process.launch import Plan
     from runner_client.process.life import ChildLife
     from runner_client.rpc.stream import ChatStream, CompletionStream
-    from runner_client.types import ChatMessage, Completion, LoadResult, Options, Status
+    from runner_client.types import (
+        ChatMessage,
+        Completion,
+        LoadResult,
+        Options,
+        Status,
+        Tool,
+    )
 
 
 class RunnerProcess(ProcessBase[Connection]):
@@ -253,6 +260,8 @@ class RunnerProcess(ProcessBase[Connection]):
         self,
         messages: Sequence[ChatMessage],
         *,
+        tools: Sequence[Tool] = (),
+        tool_choice: Literal["auto", "none"] = "auto",
         chat_template_kwargs: Mapping[str, object] | None = None,
         options: Options | None = None,
         logprobs: int | None = None,
@@ -267,6 +276,8 @@ class RunnerProcess(ProcessBase[Connection]):
         """
         return self.client.chat(
             messages,
+            tools=tools,
+            tool_choice=tool_choice,
             chat_template_kwargs=chat_template_kwargs,
             options=options,
             logprobs=logprobs,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, NoReturn, Self
+from typing import TYPE_CHECKING, Literal, NoReturn, Self
 
 from runner_client.checks import check_number, check_text
 from runner_client.rpc.aio_calls import Connection
@@ -275,6 +275,8 @@ class AsyncModelClient:
         self,
         messages: Sequence[ChatMessage],
         *,
+        tools: Sequence[Tool] = (),
+        tool_choice: Literal["auto", "none"] = "auto",
         chat_template_kwargs: Mapping[str, object] | None = None,
         options: Options | None = None,
         logprobs: int | None = None,
@@ -286,6 +288,8 @@ class AsyncModelClient:
 
         Args:
             messages: The conversation, in order.
+            tools: The tools that the model may call.
+            tool_choice: ``"none"`` for an answer without calls; the model gets no tools then.
             chat_template_kwargs: More arguments for the template, such as
                 ``{"enable_thinking": False}``.
             options: See ``completion``, as for all arguments below.
@@ -301,6 +305,8 @@ class AsyncModelClient:
         """
         request = chats.chat_request(
             messages,
+            tools=tools,
+            tool_choice=tool_choice,
             chat_template_kwargs=chat_template_kwargs,
             options=options,
             logprobs=logprobs,
@@ -314,6 +320,8 @@ class AsyncModelClient:
         self,
         messages: Sequence[ChatMessage],
         *,
+        tools: Sequence[Tool] = (),
+        tool_choice: Literal["auto", "none"] = "auto",
         chat_template_kwargs: Mapping[str, object] | None = None,
         options: Options | None = None,
         logprobs: int | None = None,
@@ -331,6 +339,8 @@ class AsyncModelClient:
         """
         stream = self.chat(
             messages,
+            tools=tools,
+            tool_choice=tool_choice,
             chat_template_kwargs=chat_template_kwargs,
             options=options,
             logprobs=logprobs,

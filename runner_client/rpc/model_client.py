@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, NoReturn, Self
+from typing import TYPE_CHECKING, Literal, NoReturn, Self
 
 from runner_client.checks import check_number, check_text
 from runner_client.rpc.calls import Connection
@@ -272,6 +272,8 @@ class ModelClient:
         self,
         messages: Sequence[ChatMessage],
         *,
+        tools: Sequence[Tool] = (),
+        tool_choice: Literal["auto", "none"] = "auto",
         chat_template_kwargs: Mapping[str, object] | None = None,
         options: Options | None = None,
         logprobs: int | None = None,
@@ -283,6 +285,8 @@ class ModelClient:
 
         Args:
             messages: The conversation, in order.
+            tools: The tools that the model may call.
+            tool_choice: ``"none"`` for an answer without calls; the model gets no tools then.
             chat_template_kwargs: More arguments for the template, such as
                 ``{"enable_thinking": False}``.
             options: See ``completion``, as for all arguments below.
@@ -298,6 +302,8 @@ class ModelClient:
         """
         request = chats.chat_request(
             messages,
+            tools=tools,
+            tool_choice=tool_choice,
             chat_template_kwargs=chat_template_kwargs,
             options=options,
             logprobs=logprobs,
@@ -311,6 +317,8 @@ class ModelClient:
         self,
         messages: Sequence[ChatMessage],
         *,
+        tools: Sequence[Tool] = (),
+        tool_choice: Literal["auto", "none"] = "auto",
         chat_template_kwargs: Mapping[str, object] | None = None,
         options: Options | None = None,
         logprobs: int | None = None,
@@ -328,6 +336,8 @@ class ModelClient:
         """
         stream = self.chat(
             messages,
+            tools=tools,
+            tool_choice=tool_choice,
             chat_template_kwargs=chat_template_kwargs,
             options=options,
             logprobs=logprobs,

@@ -65,6 +65,8 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     number."""
     reasoning: Sequence[str] = ()
     """The reasoning of every answer to a conversation, as ``pieces``."""
+    tool_calls: Sequence[pb.ToolCall] = ()
+    """The calls at the end of every answer to a conversation with tools."""
     failure: Failure | None = None
     """The error for every call except Status and health."""
     fail_after: int = 0
@@ -199,8 +201,9 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     def Chat(
         self, request: pb.ChatRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.ChatResponse]:
-        """Send the reasoning, then the same as for a completion."""
-        return as_chat(self._complete(request, context), self.reasoning)
+        """Send the reasoning, the same as for a completion, and the tool calls."""
+        calls = self.tool_calls if request.tools else ()
+        return as_chat(self._complete(request, context), self.reasoning, calls)
 
     def _complete(
         self, request: pb.CompletionRequest | pb.ChatRequest, context: grpc.ServicerContext
@@ -340,6 +343,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
             max_logprob_token_id_count=MAX_LOGPROB_TOKEN_IDS,
             chat=True,
             reasoning=True,
+            tools=True,
         )
         return pb.Model(name=name, path=name, dtype_fallback=is_fallback, capabilities=accepted)
 

@@ -13,9 +13,9 @@ def text_of(message: pb.ChatMessage) -> str:
 
 
 def as_chat(
-    parts: Iterator[pb.CompletionResponse], reasoning: Sequence[str]
+    parts: Iterator[pb.CompletionResponse], reasoning: Sequence[str], calls: Sequence[pb.ToolCall]
 ) -> Iterator[pb.ChatResponse]:
-    """Yield the messages of an answer: its reasoning, and the messages of a completion."""
+    """Yield an answer: its reasoning, and the messages of a completion, the last with calls."""
     is_first = True
     for part in parts:
         if is_first and not part.HasField("prompt_progress"):
@@ -25,6 +25,9 @@ def as_chat(
         if part.done:
             message.eval_count += len(reasoning)
             message.reasoning_eval_count = len(reasoning)
+            message.tool_calls.extend(calls)
+            if calls:
+                message.done_reason = pb.DONE_REASON_TOOL_CALLS
         yield message
 
 

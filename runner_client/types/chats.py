@@ -93,6 +93,8 @@ class ChatChunk(CompletionChunk):
 
     reasoning: str = ""
     """The next part of the reasoning before the text, whole characters only."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Calls of tools that are complete since the previous chunk."""
     reasoning_eval_count: int = 0
     """The part of ``eval_count`` spent on reasoning."""
 
@@ -103,13 +105,15 @@ class ChatCompletion(Completion):
 
     reasoning: str = ""
     """The whole reasoning before the text."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """All calls of tools; answer each of them with a message of the role ``"tool"``."""
     reasoning_eval_count: int = 0
     """The part of ``eval_count`` spent on reasoning."""
 
     @property
     def message(self) -> ChatMessage:
         """The answer as a message, for the next request of the conversation."""
-        return ChatMessage("assistant", self.content, self.reasoning)
+        return ChatMessage("assistant", self.content, self.reasoning, self.tool_calls)
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,6 +94,8 @@ class DoneReason(StrEnum):
     """The model ended the text, a stop token was generated, or a stop string matched."""
     LENGTH = "length"
     """``num_predict`` tokens were generated, or the context is full."""
+    TOOL_CALLS = "tool_calls"
+    """The model ended its answer to a conversation with a call of a tool."""
 
 
 @dataclass(frozen=True, slots=True)

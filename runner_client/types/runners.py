@@ -32,6 +32,8 @@ class Capabilities:
     """Whether the model has a chat template."""
     reasoning: bool | None = None
     """Whether answers to conversations have their reasoning apart."""
+    tools: bool | None = None
+    """Whether conversations may have tools."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,7 @@ def model_message(info: ModelInfo, rank_count: int = 1) -> pb.Model:
             max_stop_token_id_count=MAX_STOP_TOKEN_IDS,
             max_logprob_token_id_count=MAX_LOGPROB_TOKEN_IDS,
             chat=info.chat.has_template,
+            tools=info.chat.has_template and bool(info.chat.answer.tool_parser),
             reasoning=info.chat.has_template and bool(info.chat.answer.think_start),
         ),
     )

@@ -243,7 +243,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         async with generate(self._engine, model, draft, context) as generation:
             texts = _token_texts(model, generation)
             async for delta in generation.stream.deltas():
-                yield chat_message(delta_message(delta, texts), delta, answer)
+                yield await chat_message(delta_message(delta, texts), delta, answer)
 
     async def RenderChat(
         self,

@@ -1,12 +1,33 @@
-"""An answer in progress: text and reasoning told apart."""
+"""An answer in progress: text, reasoning and tool calls told apart."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from runner_server.chat.format import CONTENT, REASONING, AnswerFormat
-from runner_server.chat.splitter import AnswerSplitter
+from runner_server.chat.format import CONTENT, REASONING, TOOL, AnswerFormat
+from runner_server.chat.splitter import AnswerSplitter, Segment
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool.
+
+    Attributes:
+        name: Name of the tool.
+        arguments: A JSON object, as text.
+        id: The model's own name for the call; may be empty.
+    """
+
+    name: str
+    arguments: str
+    id: str = ""
+
+
+ParseCalls = Callable[[str], Awaitable[Sequence[Mapping[str, Any]]]]
+"""Function from the text between the markers of tool calls to the calls; empty if it has none."""
 
 
 @dataclass(frozen=True)
@@ -15,6 +36,12 @@ class AnswerPart:
 
     content: str = ""
     reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+async def no_calls(_text: str) -> Sequence[Mapping[str, Any]]:
+    """Find no calls, as in the answer to a request without tools."""
+    return ()
 
 
 class Answer:
@@ -23,26 +50,80 @@ class Answer:
     Args:
         model: The markers of the model.
         prompt: The prompt, in which a template may have opened the reasoning.
+        parse_calls: Parses the text of tool calls.
 
     Attributes:
         reasoning_count: Tokens whose text was complete within the reasoning, its markers included.
+        has_calls: Whether there was a tool call.
     """
 
-    def __init__(self, model: AnswerFormat, prompt: str) -> None:
+    def __init__(
+        self, model: AnswerFormat, prompt: str, parse_calls: ParseCalls = no_calls
+    ) -> None:
         self._splitter = AnswerSplitter(model.transitions, model.state_after(prompt))
+        self._parse_calls = parse_calls
+        self._state = self._splitter.state
+        self._begin = ""
+        self._call_text = ""
         self.reasoning_count = 0
+        self.has_calls = False
 
-    def add(self, texts: Sequence[str], *, is_last: bool) -> AnswerPart:
+    async def add(self, texts: Iterable[str], *, is_last: bool) -> AnswerPart:
         """Add the texts of tokens, one for each; return what they make certain."""
-        parts: list[tuple[str, str]] = []
+        segments: list[Segment] = []
         for text in texts:
             before = self._splitter.state
-            parts += self._splitter.feed(text)
+            segments += self._splitter.feed(text)
             self.reasoning_count += REASONING in (before, self._splitter.state)
         if is_last:
-            parts += self._splitter.flush()
-        return AnswerPart(_joined(parts, CONTENT), _joined(parts, REASONING))
+            segments += self._splitter.flush()
+        parts = [await self._part(segment) for segment in segments]
+        if is_last and self._state == TOOL:
+            parts.append(await self._end_calls(""))
+        return AnswerPart(
+            "".join(part.content for part in parts),
+            "".join(part.reasoning for part in parts),
+            tuple(call for part in parts for call in part.tool_calls),
+        )
+
+    async def _part(self, segment: Segment) -> AnswerPart:
+        before, self._state = self._state, segment.state
+        if segment.marker and segment.state == TOOL:
+            self._begin, self._call_text = segment.marker, ""
+        elif segment.marker and before == TOOL:
+            return await self._end_calls(segment.marker)
+        elif segment.state == TOOL:
+            self._call_text += segment.text
+        elif segment.state == REASONING:
+            return AnswerPart(reasoning=segment.text)
+        elif segment.state == CONTENT:
+            return AnswerPart(content=segment.text)
+        return AnswerPart()
+
+    async def _end_calls(self, end: str) -> AnswerPart:
+        """Return the calls in the text since the marker, or that text if there are none."""
+        calls = _valid_calls(await self._parse_calls(self._call_text))
+        self.has_calls = self.has_calls or bool(calls)
+        if calls:
+            return AnswerPart(tool_calls=calls)
+        return AnswerPart(content=self._begin + self._call_text + end)
 
 
-def _joined(parts: Sequence[tuple[str, str]], state: str) -> str:
-    return "".join(text for of, text in parts if of == state)
+def _valid_calls(found: Sequence[Mapping[str, Any]]) -> tuple[ToolCall, ...]:
+    """Return calls if each of them has a name and an object of arguments; otherwise none."""
+    try:
+        return tuple(map(_call, found))
+    except (AttributeError, TypeError, ValueError, RecursionError):
+        return ()
+
+
+def _call(found: Mapping[str, Any]) -> ToolCall:
+    name, arguments, id_ = found.get("name"), found.get("arguments", {}), found.get("id", "")
+    if isinstance(arguments, str):
+        # Some models write the object as a text.
+        arguments = json.loads(arguments)
+    if not (isinstance(name, str) and name and isinstance(arguments, dict)):
+        raise TypeError("not a call")
+    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    text.encode()
+    return ToolCall(name, text, id_ if isinstance(id_, str) else "")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-CONTENT, REASONING, HEADER = "content", "reasoning", "header"
-"""States of an answer: its text, the reasoning before it, and text that nobody is to see."""
+CONTENT, REASONING, TOOL, HEADER = "content", "reasoning", "tool", "header"
+"""States of an answer: text, the reasoning before it, a tool call, and text that is left out."""
 
 Transitions = Mapping[str, tuple[tuple[str, str], ...]]
 """By state, pairs of a marker and the state after it."""
@@ -20,11 +20,21 @@ class AnswerFormat:
         transitions: The markers.
         initial: The state in which an answer begins.
         think_start: The marker before reasoning; empty if the model has none.
+        tool_parser: File of mlx_lm's parser for the text of tool calls; empty if there is none.
     """
 
     transitions: Transitions = field(default_factory=dict)
     initial: str = CONTENT
     think_start: str = ""
+    tool_parser: str = ""
+
+    def without_tools(self) -> AnswerFormat:
+        """Return the format of answers in which the markers of tool calls are text."""
+        kept = {
+            state: tuple((text, to) for text, to in edges if to != TOOL)
+            for state, edges in self.transitions.items()
+        }
+        return replace(self, transitions=kept, tool_parser="")
 
     def state_after(self, prompt: str) -> str:
         """Return the state in which the answer to a prompt begins.

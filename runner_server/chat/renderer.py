@@ -1,4 +1,7 @@
-"""Rendering of conversations to prompts, in a process that templates cannot leave or block."""
+"""Rendering of conversations to prompts, in a process that templates cannot leave or block.
+
+The same process parses the tool calls in answers.
+"""
 
 from __future__ import annotations
 
@@ -71,16 +74,37 @@ class ChatRenderer:
             GenerationFailed: The process crashed.
             ShuttingDown: The renderer is closed.
         """
-        request = _request(model, conversation) | {"cpu_seconds": self._cpu_seconds}
-        if self._is_closed:
-            raise _stopping()
-        loop = asyncio.get_running_loop()
-        answer = await loop.run_in_executor(self._thread, self._exchange, request)
+        answer = await self._ask(_request(model, conversation))
         if "text" in answer:
             return _sendable(answer["text"])
         if answer.get("is_invalid"):
             raise ModelUnsupported(f"the model's chat template is not valid: {answer['problem']}")
         raise InvalidField([(_FIELD, f"the model's chat template: {answer['problem']}")])
+
+    async def parse_calls(
+        self, parser: str, tools: Sequence[Mapping[str, Any]], text: str
+    ) -> Sequence[Mapping[str, Any]]:
+        """Return the tool calls in a text; none if it cannot be parsed.
+
+        Args:
+            parser: File of mlx_lm's parser.
+            tools: The tools of the conversation, whose schemas some formats need.
+            text: The text between the markers of calls.
+
+        Raises:
+            GenerationFailed: The process crashed.
+            ShuttingDown: The renderer is closed.
+        """
+        answer = await self._ask({"tool_parser": parser, "tools": tools, "text": text})
+        calls: Sequence[Mapping[str, Any]] = answer.get("calls", ())
+        return calls
+
+    async def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        if self._is_closed:
+            raise _stopping()
+        loop = asyncio.get_running_loop()
+        limited = request | {"cpu_seconds": self._cpu_seconds}
+        return await loop.run_in_executor(self._thread, self._exchange, limited)
 
     def close(self) -> None:
         """End the process; conversations being rendered fail. No-op if closed already."""
@@ -150,8 +174,8 @@ def _choose(model: ChatFormat, conversation: Conversation) -> str:
         problem = f"the model has only the chat templates {', '.join(sorted(templates))}"
         raise InvalidField([(_FIELD, f"{problem}; name one of them `default` in its files")])
     problem = (
-        "the model has no chat template; use Completion with a prompt of your own, or put a "
-        "chat_template.jinja into the model's directory and load it again"
+        "the model has no chat template; use Completion, or add a chat_template.jinja to the "
+        "model's directory and load it again"
     )
     raise InvalidField([(_FIELD, problem)])
 

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from runner_server.chat.format import Transitions
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Text of one state, or the marker that begins the state."""
+
+    state: str
+    text: str = ""
+    marker: str = ""
 
 
 class AnswerSplitter:
@@ -16,8 +26,8 @@ class AnswerSplitter:
     is cut into pieces.
 
     For example, with ``{"content": (("<think>", "reasoning"),), ...}`` and the state ``content``,
-    ``feed("Hi <th")`` gives ``("content", "Hi ")``, and ``feed("ink>So")`` then ``("reasoning",
-    "So")``.
+    ``feed("Hi <th")`` gives the text ``"Hi "``, and ``feed("ink>So")`` then the marker
+    ``"<think>"`` and the text ``"So"``, both with the state ``reasoning``.
 
     Args:
         transitions: The markers.
@@ -29,26 +39,27 @@ class AnswerSplitter:
         self._held = ""
         self.state = state
 
-    def feed(self, text: str) -> Iterator[tuple[str, str]]:
-        """Add text; yield pairs of a state and its text, which is empty right after a marker."""
+    def feed(self, text: str) -> Iterator[Segment]:
+        """Add text; yield what it makes certain."""
         self._held += text
         while match := self._first_match():
             begin, end, state = match
-            shown, self._held = self._held[:begin], self._held[end:]
+            shown, marker = self._held[:begin], self._held[begin:end]
+            self._held = self._held[end:]
             if shown:
-                yield self.state, shown
+                yield Segment(self.state, shown)
             self.state = state
-            yield state, ""
+            yield Segment(state, marker=marker)
         cut = self._held_from()
         shown, self._held = self._held[:cut], self._held[cut:]
         if shown:
-            yield self.state, shown
+            yield Segment(self.state, shown)
 
-    def flush(self) -> Iterator[tuple[str, str]]:
+    def flush(self) -> Iterator[Segment]:
         """End the text; yield what was held back."""
         shown, self._held = self._held, ""
         if shown:
-            yield self.state, shown
+            yield Segment(self.state, shown)
 
     def _first_match(self) -> tuple[int, int, str] | None:
         """Return begin, end and next state of the marker that is complete first."""

@@ -1,8 +1,9 @@
-"""``python -m runner_server.chat.worker``: renders chat templates for a server.
+"""``python -m runner_server.chat.worker``: renders chat templates, and parses tool calls.
 
-Templates come with models, so they are code from elsewhere. A thread that loops cannot be ended,
-and one operation such as ``10 ** 10 ** 10`` keeps all threads of a process waiting. This process
-can: the kernel ends it when a template has used up its CPU time.
+Templates come with models, so they are code from elsewhere, and parsers of tool calls are regular
+expressions over what a model wrote. A thread that loops cannot be ended, and one operation such as
+``10 ** (10 ** 10)`` keeps all threads of a process waiting. This process can: the kernel ends it
+when a request has used up its CPU time.
 
 Reads requests from standard input until its end, which comes at the latest when the server ends,
 and writes an answer to each to standard output; see :mod:`runner_server.chat.frames`.
@@ -10,6 +11,7 @@ and writes an answer to each to standard output; see :mod:`runner_server.chat.fr
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import resource
@@ -19,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
@@ -34,8 +37,10 @@ _MAX_WORDS = 500
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``text``, or ``problem`` and whether the template itself ``is_invalid``."""
+    """Return ``text`` or ``calls``; otherwise ``problem``, and if the template ``is_invalid``."""
     try:
+        if parser := request.get("tool_parser"):
+            return {"calls": _parse(parser, request)}
         text = _render(request)
     except TemplateSyntaxError as error:
         return {"problem": f"line {error.lineno}: {error.message}"[:_MAX_WORDS], "is_invalid": True}
@@ -71,6 +76,32 @@ def _render_python(function: Callable[..., str], request: Mapping[str, Any]) -> 
         arguments["tools"] = request["tools"]
     with _limits(request["cpu_seconds"]):
         return function(messages, add_generation_prompt=True, **arguments)
+
+
+def _parse(file: str, request: Mapping[str, Any]) -> list[Any]:
+    """Return the tool calls in a text, as mlx_lm's parser gives them.
+
+    Raises:
+        ValueError: The calls have no form in JSON.
+    """
+    parse = _parser(file)
+    with _limits(request["cpu_seconds"]):
+        found = parse(request["text"], request["tools"])
+        calls = found if isinstance(found, list) else [found]
+        json.dumps(calls, allow_nan=False)
+    return calls
+
+
+@lru_cache
+def _parser(file: str) -> Callable[[str, Any], Any]:
+    """Import a parser of mlx_lm, which may import others beside it, without mlx_lm itself."""
+    path = Path(file)
+    package = ModuleType("tool_parsers")
+    package.__path__ = [str(path.parent)]
+    sys.modules[package.__name__] = package
+    module = importlib.import_module(f"{package.__name__}.{path.stem}")
+    parse: Callable[[str, Any], Any] = module.parse_tool_call
+    return parse
 
 
 @lru_cache

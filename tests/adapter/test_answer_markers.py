@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
-from runner_server.chat.format import CONTENT, HEADER, REASONING
+from runner_server.chat.format import CONTENT, HEADER, REASONING, TOOL
 from runner_server.mlx_backend.upstream.answer_markers import answer_format
 
 XTML = ["<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>"]
@@ -23,11 +23,17 @@ VOCABULARIES: dict[str, list[str]] = {
     "Kimi K3": XTML,
     "several": [*XTML, "<|channel>", "<channel|>", "<think>", "</think>"],
 }
-NAMES = {"normal": CONTENT, "reasoning": REASONING, "header": HEADER}
+PARSERS = [
+    *("function_gemma", "gemma4", "glm47", "json_tools", "kimi_k2", "kimi_k3", "laguna", "longcat"),
+    *("minicpm5", "minimax_m2", "mistral", "muse_spark", "pythonic", "qwen3_coder"),
+]
+NAMES = {"normal": CONTENT, "reasoning": REASONING, "tool": TOOL, "header": HEADER}
 
 
-def machine(vocabulary: list[str], response: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
-    """Return the transitions of mlx_lm's state machine, without tools."""
+def machine(
+    vocabulary: list[str], response: dict[str, Any], parser: Any = None
+) -> dict[str, list[tuple[str, str]]]:
+    """Return the transitions of mlx_lm's state machine; ``parser`` is a module of parsers."""
     from mlx_lm import tokenizer_utils
 
     # The package has a function of the same name.
@@ -40,7 +46,9 @@ def machine(vocabulary: list[str], response: dict[str, Any]) -> dict[str, list[t
         has_thinking=start is not None,
         think_start=start,
         think_end=end,
-        has_tool_calling=False,
+        has_tool_calling=parser is not None,
+        tool_call_start=parser and parser.tool_call_start,
+        tool_call_end=parser and parser.tool_call_end,
         structural_markers=tokenizer_utils._infer_structural_markers(tokenizer),
         response_transitions=response,
     )
@@ -52,16 +60,22 @@ def machine(vocabulary: list[str], response: dict[str, Any]) -> dict[str, list[t
     finally:
         generate.TextStateMachine = original
     return {
-        NAMES[state]: [(text, NAMES[to]) for text, to in edges if to in NAMES]
+        NAMES[state]: [(text, NAMES[to]) for text, to in edges if parser or to != "tool"]
         for state, edges in made.items()
     }
+
+
+def parser_module(name: str) -> Any:
+    """Return a parser of mlx_lm."""
+    return importlib.import_module(f"mlx_lm.tool_parsers.{name}")
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_markers_are_those_of_mlx_lm(name: str) -> None:
     vocabulary = VOCABULARIES[name]
-    found = answer_format(vocabulary.__contains__, {}, {})
-    expected = machine(vocabulary, {})
+    found = answer_format(vocabulary.__contains__, {}, {}, "")
+    is_xtml = set(XTML) <= set(vocabulary)
+    expected = machine(vocabulary, {}, parser_module("kimi_k3") if is_xtml else None)
     assert {state: list(edges) for state, edges in found.transitions.items()} == expected
     assert found.initial == CONTENT
 
@@ -72,7 +86,57 @@ def test_the_format_of_spark_is_that_of_mlx_lm(place: str) -> None:
 
     settings = {"chat_template_type": "muse_spark"}
     empty: dict[str, dict[str, Any]] = {"config": {}, "defaults": {}}
-    found = answer_format(lambda _: False, **(empty | {place: settings}))
+    found = answer_format(lambda _: False, **(empty | {place: settings}), template="")
     expected = machine([], RESPONSE_FORMAT["transitions"])
     assert {state: list(edges) for state, edges in found.transitions.items()} == expected
     assert found.initial == HEADER
+
+
+@pytest.mark.parametrize("vocabulary", [[], ["<think>", "</think>"], XTML], ids=["", "Qwen", "K3"])
+@pytest.mark.parametrize("name", PARSERS)
+def test_markers_of_tool_calls_are_those_of_mlx_lm(name: str, vocabulary: list[str]) -> None:
+    found = answer_format(vocabulary.__contains__, {"tool_parser_type": name}, {}, "")
+    expected = machine(vocabulary, {}, parser_module(name))
+    assert {state: list(edges) for state, edges in found.transitions.items()} == expected
+    assert found.tool_parser == parser_module(name).__file__
+    edges = found.without_tools().transitions.values()
+    assert TOOL not in {to for each in edges for _, to in each}
+
+
+TEMPLATES = [
+    "",
+    "x <minimax:tool_call> [TOOL_CALLS]",
+    "<|tool_call>",
+    "<|tool_call> <tool_call|>",
+    "<start_function_call>",
+    "<longcat_tool_call>",
+    "<tool_call> <arg_key> tool_call.name",
+    "<|tool_list_start|>",
+    "<|tool_call_start|>",
+    "<tool_call>\\n<function=",
+    "<tool_call>\n<function=",
+    "<|tool_calls_section_begin|>",
+    '<function name="',
+    '<function name="x"> <param name="y">',
+    "[TOOL_CALLS]",
+    "<atem:function_calls>",
+    "<tool_call>",
+    "<tool_call> tool_call.name",
+]
+
+
+@pytest.mark.parametrize("vocabulary", [[], XTML, ["<|tool_call_start|>", "<|tool_call_end|>"]])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_parser_is_the_one_of_mlx_lm(template: str, vocabulary: list[str]) -> None:
+    from mlx_lm import tokenizer_utils
+
+    tokenizer = SimpleNamespace(chat_template=template, get_vocab=lambda: vocabulary)
+    name = tokenizer_utils._infer_tool_parser(tokenizer)
+    found = answer_format(vocabulary.__contains__, {}, {}, template)
+    assert found.tool_parser == (parser_module(name).__file__ if name else "")
+
+
+@pytest.mark.parametrize("name", ["nobodys", "../x", 5])
+def test_a_parser_that_mlx_lm_lacks_is_refused(name: Any) -> None:
+    with pytest.raises(ValueError, match="mlx_lm lacks"):
+        answer_format(lambda _: False, {"tool_parser_type": name}, {}, "")

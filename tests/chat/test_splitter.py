@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from runner_server.chat.answer import Answer, AnswerPart
 from runner_server.chat.format import CONTENT, HEADER, REASONING, AnswerFormat, Transitions
-from runner_server.chat.splitter import AnswerSplitter
+from runner_server.chat.splitter import AnswerSplitter, Segment
 from support.fakes import THINKING
 
 SPARK: Transitions = {
@@ -37,11 +37,11 @@ def split(machine: str, pieces: Iterable[str]) -> list[tuple[str, str]]:
     """Return the joined texts of consecutive states, without empty ones."""
     splitter = AnswerSplitter(*MACHINES[machine])
     found: list[tuple[str, str]] = []
-    for state, text in [*(p for piece in pieces for p in splitter.feed(piece)), *splitter.flush()]:
-        if found and found[-1][0] == state:
-            found[-1] = (state, found[-1][1] + text)
-        elif text:
-            found.append((state, text))
+    for part in [*(p for piece in pieces for p in splitter.feed(piece)), *splitter.flush()]:
+        if found and found[-1][0] == part.state:
+            found[-1] = (part.state, found[-1][1] + part.text)
+        elif part.text:
+            found.append((part.state, part.text))
     return found
 
 
@@ -73,38 +73,38 @@ def test_parts_are_those_of_mlx_lm(machine: str, words: list[str]) -> None:
 
 def test_text_that_may_begin_a_marker_is_held_back() -> None:
     splitter = AnswerSplitter(THINKING.transitions, CONTENT)
-    assert list(splitter.feed("a<th")) == [(CONTENT, "a")]
-    assert list(splitter.feed("e")) == [(CONTENT, "<the")]
+    assert list(splitter.feed("a<th")) == [Segment(CONTENT, "a")]
+    assert list(splitter.feed("e")) == [Segment(CONTENT, "<the")]
     assert list(splitter.feed("<think")) == []
-    assert list(splitter.flush()) == [(CONTENT, "<think")]
+    assert list(splitter.flush()) == [Segment(CONTENT, "<think")]
 
 
-def read(prompt: str, tokens: Sequence[str]) -> tuple[AnswerPart, int]:
+async def read(prompt: str, tokens: Sequence[str]) -> tuple[AnswerPart, int]:
     """Return an answer and the count of its reasoning tokens, one token at a time."""
     answer = Answer(THINKING, prompt)
-    parts = [answer.add([token], is_last=False) for token in tokens]
-    parts.append(answer.add([], is_last=True))
+    parts = [await answer.add([token], is_last=False) for token in tokens]
+    parts.append(await answer.add([], is_last=True))
     whole = AnswerPart("".join(p.content for p in parts), "".join(p.reasoning for p in parts))
     together = Answer(THINKING, prompt)
-    assert together.add(tokens, is_last=True) == whole
+    assert await together.add(tokens, is_last=True) == whole
     assert together.reasoning_count == answer.reasoning_count
     return whole, answer.reasoning_count
 
 
-def test_the_tokens_of_reasoning_are_counted() -> None:
+async def test_the_tokens_of_reasoning_are_counted() -> None:
     tokens = ["<think>", "\n", "one", " and", "</think>", "\n", "Two", "."]
-    assert read("x", tokens) == (AnswerPart("\nTwo.", "\none and"), 5)
+    assert await read("x", tokens) == (AnswerPart("\nTwo.", "\none and"), 5)
 
 
-def test_a_template_may_open_the_reasoning() -> None:
+async def test_a_template_may_open_the_reasoning() -> None:
     tokens = ["one", "</thi", "nk>", "Two"]
     for prompt in ("<assistant><think>", "<assistant><think>\n"):
-        assert read(prompt, tokens) == (AnswerPart("Two", "one"), 3)
-    assert read("<think>hello<assistant>", tokens) == (AnswerPart("one</think>Two"), 0)
-    assert read("<assistant><think>\n\n</think>\n\n", ["Two"]) == (AnswerPart("Two"), 0)
+        assert await read(prompt, tokens) == (AnswerPart("Two", "one"), 3)
+    assert await read("<think>hello<assistant>", tokens) == (AnswerPart("one</think>Two"), 0)
+    assert await read("<assistant><think>\n\n</think>\n\n", ["Two"]) == (AnswerPart("Two"), 0)
 
 
-def test_without_markers_all_is_content() -> None:
+async def test_without_markers_all_is_content() -> None:
     answer = Answer(AnswerFormat(), "<think>")
-    assert answer.add(["<think>", "x"], is_last=True) == AnswerPart("<think>x")
+    assert await answer.add(["<think>", "x"], is_last=True) == AnswerPart("<think>x")
     assert answer.reasoning_count == 0

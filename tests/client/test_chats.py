@@ -56,6 +56,8 @@ def test_the_request_of_an_answer_carries_all_arguments(
 ) -> None:
     client.complete_chat(
         MESSAGES,
+        tools=TOOLS,
+        tool_choice="none",
         chat_template_kwargs={"x": "é"},
         options=Options(temperature=0, stop=("\n",)),
         logprobs=2,
@@ -66,6 +68,8 @@ def test_the_request_of_an_answer_carries_all_arguments(
     assert runner.requests == [
         pb.ChatRequest(
             messages=SENT,
+            tools=SENT_TOOLS,
+            tool_choice=pb.TOOL_CHOICE_NONE,
             chat_template_kwargs='{"x": "é"}',
             options=pb.CompletionOptions(temperature=0, stop=["\n"]),
             logprobs=2,
@@ -100,6 +104,20 @@ def test_reasoning_comes_apart(client: RunnerClient, runner: FakeRunner) -> None
     assert (answer.reasoning_eval_count, answer.eval_count) == (2, 4)
     assert answer.message == ChatMessage("assistant", "Hello world", "I think")
     assert client.complete("x").content == "Hello world"
+
+
+def test_calls_of_tools_come_with_the_answer(client: RunnerClient, runner: FakeRunner) -> None:
+    runner.tool_calls = [pb.ToolCall(id="c1", name="f", arguments='{"x": 1}')]
+    answer = client.complete_chat(MESSAGES, tools=TOOLS)
+    assert answer.tool_calls == (ToolCall("f", '{"x": 1}', "c1"),)
+    assert answer.done_reason is DoneReason.TOOL_CALLS
+    assert answer.message.tool_calls == answer.tool_calls
+    assert client.complete_chat(MESSAGES).tool_calls == ()
+
+
+def test_an_unknown_choice_of_tools_is_refused(client: RunnerClient) -> None:
+    with pytest.raises(errors.InvalidRequestError, match="tool_choice"):
+        client.chat(MESSAGES, tools=TOOLS, tool_choice="maybe")  # type: ignore[arg-type]
 
 
 async def test_the_asyncio_client_streams_too(runner: FakeRunner) -> None:

@@ -37,7 +37,7 @@ MIB = 1 << 20
 IDLE_SECONDS = 5.0
 CONTEXT = 256
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 128}
-"""8 KiB of KV cache per token: 16 MiB for 8 sequences. Wide heads take less time than long ones."""
+"""8 KiB of KV cache per token: 16 MiB for 8 sequences. Heads are wide, as contexts take longer."""
 SWAPPED = (
     *("llama", "qwen3", "gemma3_text", "mamba2", "deepseek_v3", "qwen3_moe", "lfm2", "phi3"),
     *("granitemoehybrid", "gpt2", "olmo2", "falcon_h1"),

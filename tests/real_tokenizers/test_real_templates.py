@@ -6,16 +6,19 @@ from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-pytest.importorskip("transformers", reason="transformers is not installed (the server extra)")
+pytest.importorskip("mlx_lm", reason="mlx_lm is not installed (the server extra)")
 
+from mlx_lm import tokenizer_utils
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from real_tokenizers.fetch import CACHE
 from runner_server.chat.environment import compiled, render
+from runner_server.mlx_backend.upstream.answer_markers import answer_format
 from support.conversations import ARGUMENTS, CONVERSATIONS, TOOLS
 
 TEMPLATES = sorted((CACHE / "templates").glob("*.jinja"))
@@ -59,3 +62,12 @@ def _theirs(source: str, name: str, tools: str, arguments: dict[str, Any]) -> st
         **arguments,
     )
     return str(text)
+
+
+@pytest.mark.parametrize("file", TEMPLATES, ids=lambda file: file.stem)
+def test_the_parser_of_tool_calls_is_the_one_of_mlx_lm(file: Path) -> None:
+    source = file.read_text(encoding="utf-8")
+    tokenizer = SimpleNamespace(chat_template=source, get_vocab=dict)
+    name = tokenizer_utils._infer_tool_parser(tokenizer)
+    found = answer_format(lambda _: False, {}, {}, source).tool_parser
+    assert (Path(found).stem if found else None) == name

@@ -94,10 +94,10 @@ async def test_the_log_line_of_an_answer_has_its_counts(
     assert fields["prompt_tokens"] == len("<user>hé<assistant>".encode())
 
 
-def test_a_message_has_the_progress_of_the_prefill() -> None:
+async def test_a_message_has_the_progress_of_the_prefill() -> None:
     progress = pb.PromptProgress(evaluated_count=3, total_count=9)
     part = pb.CompletionResponse(prompt_progress=progress)
-    message = chat_message(part, OutputDelta(prefill=(3, 9)), Answer(AnswerFormat(), ""))
+    message = await chat_message(part, OutputDelta(prefill=(3, 9)), Answer(AnswerFormat(), ""))
     assert message == pb.ChatResponse(prompt_progress=progress)
 
 
@@ -154,7 +154,7 @@ async def test_a_deadline_frees_the_slot(loaded: Server) -> None:
 
 async def test_an_abort_ends_an_answer_by_its_request_id(loaded: Server) -> None:
     call = chat(loaded, request_id="me")
-    await eventually(lambda: bool(loaded.view.requests))
+    await call.initial_metadata()
     answer = await loaded.stub.Abort(pb.AbortRequest(request_ids=["me"]))
     assert answer.aborted_count == 1
     assert (await failure(call)).reason == "ABORTED"

@@ -326,6 +326,8 @@ const (
 	DoneReason_DONE_REASON_STOP DoneReason = 1
 	// `num_predict` tokens were generated, or the context is full.
 	DoneReason_DONE_REASON_LENGTH DoneReason = 2
+	// The model ended its answer with a call of a tool; of `Chat` only.
+	DoneReason_DONE_REASON_TOOL_CALLS DoneReason = 3
 )
 
 // Enum value maps for DoneReason.
@@ -334,11 +336,13 @@ var (
 		0: "DONE_REASON_UNSPECIFIED",
 		1: "DONE_REASON_STOP",
 		2: "DONE_REASON_LENGTH",
+		3: "DONE_REASON_TOOL_CALLS",
 	}
 	DoneReason_value = map[string]int32{
 		"DONE_REASON_UNSPECIFIED": 0,
 		"DONE_REASON_STOP":        1,
 		"DONE_REASON_LENGTH":      2,
+		"DONE_REASON_TOOL_CALLS":  3,
 	}
 )
 
@@ -433,6 +437,59 @@ func (x Role) Number() protoreflect.EnumNumber {
 // Deprecated: Use Role.Descriptor instead.
 func (Role) EnumDescriptor() ([]byte, []int) {
 	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{4}
+}
+
+// Whether the model may call tools. New values may be added.
+type ToolChoice int32
+
+const (
+	// The same as TOOL_CHOICE_AUTO.
+	ToolChoice_TOOL_CHOICE_UNSPECIFIED ToolChoice = 0
+	// The model decides.
+	ToolChoice_TOOL_CHOICE_AUTO ToolChoice = 1
+	// The model gets no tools, and its answer is all text.
+	ToolChoice_TOOL_CHOICE_NONE ToolChoice = 2
+)
+
+// Enum value maps for ToolChoice.
+var (
+	ToolChoice_name = map[int32]string{
+		0: "TOOL_CHOICE_UNSPECIFIED",
+		1: "TOOL_CHOICE_AUTO",
+		2: "TOOL_CHOICE_NONE",
+	}
+	ToolChoice_value = map[string]int32{
+		"TOOL_CHOICE_UNSPECIFIED": 0,
+		"TOOL_CHOICE_AUTO":        1,
+		"TOOL_CHOICE_NONE":        2,
+	}
+)
+
+func (x ToolChoice) Enum() *ToolChoice {
+	p := new(ToolChoice)
+	*p = x
+	return p
+}
+
+func (x ToolChoice) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (ToolChoice) Descriptor() protoreflect.EnumDescriptor {
+	return file_mlxrunner_v1_runner_proto_enumTypes[5].Descriptor()
+}
+
+func (ToolChoice) Type() protoreflect.EnumType {
+	return &file_mlxrunner_v1_runner_proto_enumTypes[5]
+}
+
+func (x ToolChoice) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use ToolChoice.Descriptor instead.
+func (ToolChoice) EnumDescriptor() ([]byte, []int) {
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{5}
 }
 
 // Requests a model to be loaded.
@@ -800,7 +857,10 @@ type Capabilities struct {
 	// refused.
 	Chat *bool `protobuf:"varint,10,opt,name=chat,proto3,oneof" json:"chat,omitempty"`
 	// Whether `Chat` tells reasoning apart, by markers that this model has.
-	Reasoning     *bool `protobuf:"varint,11,opt,name=reasoning,proto3,oneof" json:"reasoning,omitempty"`
+	Reasoning *bool `protobuf:"varint,11,opt,name=reasoning,proto3,oneof" json:"reasoning,omitempty"`
+	// Whether `Chat` accepts tools: calls in the form of this model's template are
+	// understood.
+	Tools         *bool `protobuf:"varint,12,opt,name=tools,proto3,oneof" json:"tools,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -908,6 +968,13 @@ func (x *Capabilities) GetChat() bool {
 func (x *Capabilities) GetReasoning() bool {
 	if x != nil && x.Reasoning != nil {
 		return *x.Reasoning
+	}
+	return false
+}
+
+func (x *Capabilities) GetTools() bool {
+	if x != nil && x.Tools != nil {
+		return *x.Tools
 	}
 	return false
 }
@@ -3736,6 +3803,11 @@ type ChatRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The conversation, as `RenderChatRequest.messages`. Required.
 	Messages []*ChatMessage `protobuf:"bytes,1,rep,name=messages,proto3" json:"messages,omitempty"`
+	// The tools that the model may call. Refused for models whose calls cannot be told
+	// apart (`Capabilities.tools`). At most 1,024.
+	Tools []*Tool `protobuf:"bytes,2,rep,name=tools,proto3" json:"tools,omitempty"`
+	// Whether the model may call tools. Default: TOOL_CHOICE_AUTO.
+	ToolChoice ToolChoice `protobuf:"varint,3,opt,name=tool_choice,json=toolChoice,proto3,enum=mlxrunner.v1.ToolChoice" json:"tool_choice,omitempty"`
 	// More arguments for the template, as `RenderChatRequest.chat_template_kwargs`.
 	// Default: empty, none.
 	ChatTemplateKwargs string `protobuf:"bytes,4,opt,name=chat_template_kwargs,json=chatTemplateKwargs,proto3" json:"chat_template_kwargs,omitempty"`
@@ -3794,6 +3866,20 @@ func (x *ChatRequest) GetMessages() []*ChatMessage {
 	return nil
 }
 
+func (x *ChatRequest) GetTools() []*Tool {
+	if x != nil {
+		return x.Tools
+	}
+	return nil
+}
+
+func (x *ChatRequest) GetToolChoice() ToolChoice {
+	if x != nil {
+		return x.ToolChoice
+	}
+	return ToolChoice_TOOL_CHOICE_UNSPECIFIED
+}
+
 func (x *ChatRequest) GetChatTemplateKwargs() string {
 	if x != nil {
 		return x.ChatTemplateKwargs
@@ -3842,13 +3928,18 @@ type ChatResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The next part of the text, whole characters only. The parts of `content` and
 	// `reasoning` are the text of all token ids, as in `CompletionResponse.content`,
-	// without the markers of the model's reasoning. Text that may turn out to begin a
-	// marker is held back until that is certain.
+	// without tool calls and the model's markers of reasoning and calls. Text that may
+	// turn out to begin a marker is held back until that is certain.
 	Content string `protobuf:"bytes,1,opt,name=content,proto3" json:"content,omitempty"`
 	// The next part of the reasoning before the text, whole characters only; also if
 	// the template opens it in the prompt. Empty for models without markers of
 	// reasoning (`Capabilities.reasoning`).
 	Reasoning string `protobuf:"bytes,2,opt,name=reasoning,proto3" json:"reasoning,omitempty"`
+	// Calls of tools that are complete since the last message, each of them whole: the
+	// arguments are a JSON object, and every call has an id. If the text of a call
+	// cannot be understood, because the model made a mistake or was cut off, it is
+	// `content`, with its markers.
+	ToolCalls []*ToolCall `protobuf:"bytes,3,rep,name=tool_calls,json=toolCalls,proto3" json:"tool_calls,omitempty"`
 	// The tokens generated since the last message, including the one that ended the
 	// answer. Their text may come in a later message.
 	TokenIds []int32 `protobuf:"varint,4,rep,packed,name=token_ids,json=tokenIds,proto3" json:"token_ids,omitempty"`
@@ -3925,6 +4016,13 @@ func (x *ChatResponse) GetReasoning() string {
 		return x.Reasoning
 	}
 	return ""
+}
+
+func (x *ChatResponse) GetToolCalls() []*ToolCall {
+	if x != nil {
+		return x.ToolCalls
+	}
+	return nil
 }
 
 func (x *ChatResponse) GetTokenIds() []int32 {
@@ -4053,7 +4151,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x0edtype_fallback\x18\n" +
 	" \x01(\bR\rdtypeFallback\x12\x1a\n" +
 	"\bwarnings\x18\v \x03(\tR\bwarnings\x12>\n" +
-	"\fcapabilities\x18\f \x01(\v2\x1a.mlxrunner.v1.CapabilitiesR\fcapabilities\"\xbf\x05\n" +
+	"\fcapabilities\x18\f \x01(\v2\x1a.mlxrunner.v1.CapabilitiesR\fcapabilities\"\xe4\x05\n" +
 	"\fCapabilities\x12\x1d\n" +
 	"\abatched\x18\x01 \x01(\bH\x00R\abatched\x88\x01\x01\x12&\n" +
 	"\fprefix_cache\x18\x02 \x01(\bH\x01R\vprefixCache\x88\x01\x01\x121\n" +
@@ -4068,7 +4166,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x04chat\x18\n" +
 	" \x01(\bH\tR\x04chat\x88\x01\x01\x12!\n" +
 	"\treasoning\x18\v \x01(\bH\n" +
-	"R\treasoning\x88\x01\x01B\n" +
+	"R\treasoning\x88\x01\x01\x12\x19\n" +
+	"\x05tools\x18\f \x01(\bH\vR\x05tools\x88\x01\x01B\n" +
 	"\n" +
 	"\b_batchedB\x0f\n" +
 	"\r_prefix_cacheB\x15\n" +
@@ -4081,7 +4180,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x1b_max_logprob_token_id_countB\a\n" +
 	"\x05_chatB\f\n" +
 	"\n" +
-	"_reasoning\"\xf8\x02\n" +
+	"_reasoningB\b\n" +
+	"\x06_tools\"\xf8\x02\n" +
 	"\x0fEstimateRequest\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12*\n" +
 	"\x0econtext_length\x18\x02 \x01(\x05H\x00R\rcontextLength\x88\x01\x01\x12\x1f\n" +
@@ -4326,9 +4426,12 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x05model\x18\x04 \x01(\tR\x05model\"I\n" +
 	"\x12RenderChatResponse\x12\x16\n" +
 	"\x06prompt\x18\x01 \x01(\tR\x06prompt\x12\x1b\n" +
-	"\ttoken_ids\x18\x02 \x03(\x05R\btokenIds\"\xb0\x02\n" +
+	"\ttoken_ids\x18\x02 \x03(\x05R\btokenIds\"\x95\x03\n" +
 	"\vChatRequest\x125\n" +
-	"\bmessages\x18\x01 \x03(\v2\x19.mlxrunner.v1.ChatMessageR\bmessages\x120\n" +
+	"\bmessages\x18\x01 \x03(\v2\x19.mlxrunner.v1.ChatMessageR\bmessages\x12(\n" +
+	"\x05tools\x18\x02 \x03(\v2\x12.mlxrunner.v1.ToolR\x05tools\x129\n" +
+	"\vtool_choice\x18\x03 \x01(\x0e2\x18.mlxrunner.v1.ToolChoiceR\n" +
+	"toolChoice\x120\n" +
 	"\x14chat_template_kwargs\x18\x04 \x01(\tR\x12chatTemplateKwargs\x129\n" +
 	"\aoptions\x18\x05 \x01(\v2\x1f.mlxrunner.v1.CompletionOptionsR\aoptions\x12\x1f\n" +
 	"\blogprobs\x18\x06 \x01(\x05H\x00R\blogprobs\x88\x01\x01\x12\x1d\n" +
@@ -4336,10 +4439,12 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"request_id\x18\a \x01(\tR\trequestId\x12\x1a\n" +
 	"\bpriority\x18\b \x01(\x05R\bpriority\x12\x14\n" +
 	"\x05model\x18\t \x01(\tR\x05modelB\v\n" +
-	"\t_logprobs\"\xcc\x05\n" +
+	"\t_logprobs\"\x83\x06\n" +
 	"\fChatResponse\x12\x18\n" +
 	"\acontent\x18\x01 \x01(\tR\acontent\x12\x1c\n" +
-	"\treasoning\x18\x02 \x01(\tR\treasoning\x12\x1b\n" +
+	"\treasoning\x18\x02 \x01(\tR\treasoning\x125\n" +
+	"\n" +
+	"tool_calls\x18\x03 \x03(\v2\x16.mlxrunner.v1.ToolCallR\ttoolCalls\x12\x1b\n" +
 	"\ttoken_ids\x18\x04 \x03(\x05R\btokenIds\x126\n" +
 	"\blogprobs\x18\x05 \x03(\v2\x1a.mlxrunner.v1.TokenLogprobR\blogprobs\x12\x12\n" +
 	"\x04done\x18\x06 \x01(\bR\x04done\x129\n" +
@@ -4390,19 +4495,25 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\rDTYPE_FLOAT32\x10\x03\x12\x12\n" +
 	"\x0eDTYPE_BFLOAT16\x10\x04\x12\x11\n" +
 	"\rDTYPE_FLOAT16\x10\x05\x12\x18\n" +
-	"\x14DTYPE_AUTO_OR_STORED\x10\x06*W\n" +
+	"\x14DTYPE_AUTO_OR_STORED\x10\x06*s\n" +
 	"\n" +
 	"DoneReason\x12\x1b\n" +
 	"\x17DONE_REASON_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10DONE_REASON_STOP\x10\x01\x12\x16\n" +
-	"\x12DONE_REASON_LENGTH\x10\x02*s\n" +
+	"\x12DONE_REASON_LENGTH\x10\x02\x12\x1a\n" +
+	"\x16DONE_REASON_TOOL_CALLS\x10\x03*s\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n" +
 	"\vROLE_SYSTEM\x10\x01\x12\r\n" +
 	"\tROLE_USER\x10\x02\x12\x12\n" +
 	"\x0eROLE_ASSISTANT\x10\x03\x12\r\n" +
 	"\tROLE_TOOL\x10\x04\x12\x12\n" +
-	"\x0eROLE_DEVELOPER\x10\x052\xbd\a\n" +
+	"\x0eROLE_DEVELOPER\x10\x05*U\n" +
+	"\n" +
+	"ToolChoice\x12\x1b\n" +
+	"\x17TOOL_CHOICE_UNSPECIFIED\x10\x00\x12\x14\n" +
+	"\x10TOOL_CHOICE_AUTO\x10\x01\x12\x14\n" +
+	"\x10TOOL_CHOICE_NONE\x10\x022\xbd\a\n" +
 	"\rRunnerService\x12=\n" +
 	"\x04Load\x12\x19.mlxrunner.v1.LoadRequest\x1a\x1a.mlxrunner.v1.LoadResponse\x12I\n" +
 	"\bEstimate\x12\x1d.mlxrunner.v1.EstimateRequest\x1a\x1e.mlxrunner.v1.EstimateResponse\x12=\n" +
@@ -4434,7 +4545,7 @@ func file_mlxrunner_v1_runner_proto_rawDescGZIP() []byte {
 	return file_mlxrunner_v1_runner_proto_rawDescData
 }
 
-var file_mlxrunner_v1_runner_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
+var file_mlxrunner_v1_runner_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
 var file_mlxrunner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_mlxrunner_v1_runner_proto_goTypes = []any{
 	(ErrorReason)(0),            // 0: mlxrunner.v1.ErrorReason
@@ -4442,120 +4553,124 @@ var file_mlxrunner_v1_runner_proto_goTypes = []any{
 	(Dtype)(0),                  // 2: mlxrunner.v1.Dtype
 	(DoneReason)(0),             // 3: mlxrunner.v1.DoneReason
 	(Role)(0),                   // 4: mlxrunner.v1.Role
-	(*LoadRequest)(nil),         // 5: mlxrunner.v1.LoadRequest
-	(*LoadResponse)(nil),        // 6: mlxrunner.v1.LoadResponse
-	(*Model)(nil),               // 7: mlxrunner.v1.Model
-	(*Capabilities)(nil),        // 8: mlxrunner.v1.Capabilities
-	(*EstimateRequest)(nil),     // 9: mlxrunner.v1.EstimateRequest
-	(*EstimateResponse)(nil),    // 10: mlxrunner.v1.EstimateResponse
-	(*TrimRequest)(nil),         // 11: mlxrunner.v1.TrimRequest
-	(*TrimResponse)(nil),        // 12: mlxrunner.v1.TrimResponse
-	(*UnloadRequest)(nil),       // 13: mlxrunner.v1.UnloadRequest
-	(*UnloadResponse)(nil),      // 14: mlxrunner.v1.UnloadResponse
-	(*StatusRequest)(nil),       // 15: mlxrunner.v1.StatusRequest
-	(*StatusResponse)(nil),      // 16: mlxrunner.v1.StatusResponse
-	(*WatchStatusRequest)(nil),  // 17: mlxrunner.v1.WatchStatusRequest
-	(*WatchStatusResponse)(nil), // 18: mlxrunner.v1.WatchStatusResponse
-	(*Rank)(nil),                // 19: mlxrunner.v1.Rank
-	(*MemoryUsage)(nil),         // 20: mlxrunner.v1.MemoryUsage
-	(*TokenIds)(nil),            // 21: mlxrunner.v1.TokenIds
-	(*CompletionRequest)(nil),   // 22: mlxrunner.v1.CompletionRequest
-	(*CompletionOptions)(nil),   // 23: mlxrunner.v1.CompletionOptions
-	(*CompletionResponse)(nil),  // 24: mlxrunner.v1.CompletionResponse
-	(*PromptProgress)(nil),      // 25: mlxrunner.v1.PromptProgress
-	(*TokenLogprob)(nil),        // 26: mlxrunner.v1.TokenLogprob
-	(*TopLogprob)(nil),          // 27: mlxrunner.v1.TopLogprob
-	(*AbortRequest)(nil),        // 28: mlxrunner.v1.AbortRequest
-	(*AbortResponse)(nil),       // 29: mlxrunner.v1.AbortResponse
-	(*DrainRequest)(nil),        // 30: mlxrunner.v1.DrainRequest
-	(*DrainResponse)(nil),       // 31: mlxrunner.v1.DrainResponse
-	(*TokenizeRequest)(nil),     // 32: mlxrunner.v1.TokenizeRequest
-	(*TokenizeResponse)(nil),    // 33: mlxrunner.v1.TokenizeResponse
-	(*DetokenizeRequest)(nil),   // 34: mlxrunner.v1.DetokenizeRequest
-	(*DetokenizeResponse)(nil),  // 35: mlxrunner.v1.DetokenizeResponse
-	(*ChatMessage)(nil),         // 36: mlxrunner.v1.ChatMessage
-	(*ContentPart)(nil),         // 37: mlxrunner.v1.ContentPart
-	(*ToolCall)(nil),            // 38: mlxrunner.v1.ToolCall
-	(*Tool)(nil),                // 39: mlxrunner.v1.Tool
-	(*RenderChatRequest)(nil),   // 40: mlxrunner.v1.RenderChatRequest
-	(*RenderChatResponse)(nil),  // 41: mlxrunner.v1.RenderChatResponse
-	(*ChatRequest)(nil),         // 42: mlxrunner.v1.ChatRequest
-	(*ChatResponse)(nil),        // 43: mlxrunner.v1.ChatResponse
-	nil,                         // 44: mlxrunner.v1.CompletionOptions.LogitBiasEntry
-	(*durationpb.Duration)(nil), // 45: google.protobuf.Duration
+	(ToolChoice)(0),             // 5: mlxrunner.v1.ToolChoice
+	(*LoadRequest)(nil),         // 6: mlxrunner.v1.LoadRequest
+	(*LoadResponse)(nil),        // 7: mlxrunner.v1.LoadResponse
+	(*Model)(nil),               // 8: mlxrunner.v1.Model
+	(*Capabilities)(nil),        // 9: mlxrunner.v1.Capabilities
+	(*EstimateRequest)(nil),     // 10: mlxrunner.v1.EstimateRequest
+	(*EstimateResponse)(nil),    // 11: mlxrunner.v1.EstimateResponse
+	(*TrimRequest)(nil),         // 12: mlxrunner.v1.TrimRequest
+	(*TrimResponse)(nil),        // 13: mlxrunner.v1.TrimResponse
+	(*UnloadRequest)(nil),       // 14: mlxrunner.v1.UnloadRequest
+	(*UnloadResponse)(nil),      // 15: mlxrunner.v1.UnloadResponse
+	(*StatusRequest)(nil),       // 16: mlxrunner.v1.StatusRequest
+	(*StatusResponse)(nil),      // 17: mlxrunner.v1.StatusResponse
+	(*WatchStatusRequest)(nil),  // 18: mlxrunner.v1.WatchStatusRequest
+	(*WatchStatusResponse)(nil), // 19: mlxrunner.v1.WatchStatusResponse
+	(*Rank)(nil),                // 20: mlxrunner.v1.Rank
+	(*MemoryUsage)(nil),         // 21: mlxrunner.v1.MemoryUsage
+	(*TokenIds)(nil),            // 22: mlxrunner.v1.TokenIds
+	(*CompletionRequest)(nil),   // 23: mlxrunner.v1.CompletionRequest
+	(*CompletionOptions)(nil),   // 24: mlxrunner.v1.CompletionOptions
+	(*CompletionResponse)(nil),  // 25: mlxrunner.v1.CompletionResponse
+	(*PromptProgress)(nil),      // 26: mlxrunner.v1.PromptProgress
+	(*TokenLogprob)(nil),        // 27: mlxrunner.v1.TokenLogprob
+	(*TopLogprob)(nil),          // 28: mlxrunner.v1.TopLogprob
+	(*AbortRequest)(nil),        // 29: mlxrunner.v1.AbortRequest
+	(*AbortResponse)(nil),       // 30: mlxrunner.v1.AbortResponse
+	(*DrainRequest)(nil),        // 31: mlxrunner.v1.DrainRequest
+	(*DrainResponse)(nil),       // 32: mlxrunner.v1.DrainResponse
+	(*TokenizeRequest)(nil),     // 33: mlxrunner.v1.TokenizeRequest
+	(*TokenizeResponse)(nil),    // 34: mlxrunner.v1.TokenizeResponse
+	(*DetokenizeRequest)(nil),   // 35: mlxrunner.v1.DetokenizeRequest
+	(*DetokenizeResponse)(nil),  // 36: mlxrunner.v1.DetokenizeResponse
+	(*ChatMessage)(nil),         // 37: mlxrunner.v1.ChatMessage
+	(*ContentPart)(nil),         // 38: mlxrunner.v1.ContentPart
+	(*ToolCall)(nil),            // 39: mlxrunner.v1.ToolCall
+	(*Tool)(nil),                // 40: mlxrunner.v1.Tool
+	(*RenderChatRequest)(nil),   // 41: mlxrunner.v1.RenderChatRequest
+	(*RenderChatResponse)(nil),  // 42: mlxrunner.v1.RenderChatResponse
+	(*ChatRequest)(nil),         // 43: mlxrunner.v1.ChatRequest
+	(*ChatResponse)(nil),        // 44: mlxrunner.v1.ChatResponse
+	nil,                         // 45: mlxrunner.v1.CompletionOptions.LogitBiasEntry
+	(*durationpb.Duration)(nil), // 46: google.protobuf.Duration
 }
 var file_mlxrunner_v1_runner_proto_depIdxs = []int32{
 	2,  // 0: mlxrunner.v1.LoadRequest.dtype:type_name -> mlxrunner.v1.Dtype
-	7,  // 1: mlxrunner.v1.LoadResponse.model:type_name -> mlxrunner.v1.Model
-	45, // 2: mlxrunner.v1.LoadResponse.load_duration:type_name -> google.protobuf.Duration
-	8,  // 3: mlxrunner.v1.Model.capabilities:type_name -> mlxrunner.v1.Capabilities
+	8,  // 1: mlxrunner.v1.LoadResponse.model:type_name -> mlxrunner.v1.Model
+	46, // 2: mlxrunner.v1.LoadResponse.load_duration:type_name -> google.protobuf.Duration
+	9,  // 3: mlxrunner.v1.Model.capabilities:type_name -> mlxrunner.v1.Capabilities
 	2,  // 4: mlxrunner.v1.EstimateRequest.dtype:type_name -> mlxrunner.v1.Dtype
 	1,  // 5: mlxrunner.v1.StatusResponse.state:type_name -> mlxrunner.v1.State
-	20, // 6: mlxrunner.v1.StatusResponse.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
-	7,  // 7: mlxrunner.v1.StatusResponse.model:type_name -> mlxrunner.v1.Model
-	45, // 8: mlxrunner.v1.StatusResponse.last_progress_age:type_name -> google.protobuf.Duration
-	45, // 9: mlxrunner.v1.StatusResponse.uptime_duration:type_name -> google.protobuf.Duration
-	19, // 10: mlxrunner.v1.StatusResponse.ranks:type_name -> mlxrunner.v1.Rank
-	45, // 11: mlxrunner.v1.WatchStatusRequest.interval:type_name -> google.protobuf.Duration
-	16, // 12: mlxrunner.v1.WatchStatusResponse.status:type_name -> mlxrunner.v1.StatusResponse
-	20, // 13: mlxrunner.v1.Rank.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
-	21, // 14: mlxrunner.v1.CompletionRequest.prompt_token_ids:type_name -> mlxrunner.v1.TokenIds
-	23, // 15: mlxrunner.v1.CompletionRequest.options:type_name -> mlxrunner.v1.CompletionOptions
-	44, // 16: mlxrunner.v1.CompletionOptions.logit_bias:type_name -> mlxrunner.v1.CompletionOptions.LogitBiasEntry
-	26, // 17: mlxrunner.v1.CompletionResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
+	21, // 6: mlxrunner.v1.StatusResponse.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
+	8,  // 7: mlxrunner.v1.StatusResponse.model:type_name -> mlxrunner.v1.Model
+	46, // 8: mlxrunner.v1.StatusResponse.last_progress_age:type_name -> google.protobuf.Duration
+	46, // 9: mlxrunner.v1.StatusResponse.uptime_duration:type_name -> google.protobuf.Duration
+	20, // 10: mlxrunner.v1.StatusResponse.ranks:type_name -> mlxrunner.v1.Rank
+	46, // 11: mlxrunner.v1.WatchStatusRequest.interval:type_name -> google.protobuf.Duration
+	17, // 12: mlxrunner.v1.WatchStatusResponse.status:type_name -> mlxrunner.v1.StatusResponse
+	21, // 13: mlxrunner.v1.Rank.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
+	22, // 14: mlxrunner.v1.CompletionRequest.prompt_token_ids:type_name -> mlxrunner.v1.TokenIds
+	24, // 15: mlxrunner.v1.CompletionRequest.options:type_name -> mlxrunner.v1.CompletionOptions
+	45, // 16: mlxrunner.v1.CompletionOptions.logit_bias:type_name -> mlxrunner.v1.CompletionOptions.LogitBiasEntry
+	27, // 17: mlxrunner.v1.CompletionResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
 	3,  // 18: mlxrunner.v1.CompletionResponse.done_reason:type_name -> mlxrunner.v1.DoneReason
-	25, // 19: mlxrunner.v1.CompletionResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
-	26, // 20: mlxrunner.v1.CompletionResponse.prompt_logprobs:type_name -> mlxrunner.v1.TokenLogprob
-	45, // 21: mlxrunner.v1.CompletionResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
-	45, // 22: mlxrunner.v1.CompletionResponse.eval_duration:type_name -> google.protobuf.Duration
-	45, // 23: mlxrunner.v1.CompletionResponse.queue_duration:type_name -> google.protobuf.Duration
-	27, // 24: mlxrunner.v1.TokenLogprob.top:type_name -> mlxrunner.v1.TopLogprob
-	27, // 25: mlxrunner.v1.TokenLogprob.candidates:type_name -> mlxrunner.v1.TopLogprob
-	45, // 26: mlxrunner.v1.DrainRequest.timeout:type_name -> google.protobuf.Duration
+	26, // 19: mlxrunner.v1.CompletionResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
+	27, // 20: mlxrunner.v1.CompletionResponse.prompt_logprobs:type_name -> mlxrunner.v1.TokenLogprob
+	46, // 21: mlxrunner.v1.CompletionResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
+	46, // 22: mlxrunner.v1.CompletionResponse.eval_duration:type_name -> google.protobuf.Duration
+	46, // 23: mlxrunner.v1.CompletionResponse.queue_duration:type_name -> google.protobuf.Duration
+	28, // 24: mlxrunner.v1.TokenLogprob.top:type_name -> mlxrunner.v1.TopLogprob
+	28, // 25: mlxrunner.v1.TokenLogprob.candidates:type_name -> mlxrunner.v1.TopLogprob
+	46, // 26: mlxrunner.v1.DrainRequest.timeout:type_name -> google.protobuf.Duration
 	4,  // 27: mlxrunner.v1.ChatMessage.role:type_name -> mlxrunner.v1.Role
-	37, // 28: mlxrunner.v1.ChatMessage.content_parts:type_name -> mlxrunner.v1.ContentPart
-	38, // 29: mlxrunner.v1.ChatMessage.tool_calls:type_name -> mlxrunner.v1.ToolCall
-	36, // 30: mlxrunner.v1.RenderChatRequest.messages:type_name -> mlxrunner.v1.ChatMessage
-	39, // 31: mlxrunner.v1.RenderChatRequest.tools:type_name -> mlxrunner.v1.Tool
-	36, // 32: mlxrunner.v1.ChatRequest.messages:type_name -> mlxrunner.v1.ChatMessage
-	23, // 33: mlxrunner.v1.ChatRequest.options:type_name -> mlxrunner.v1.CompletionOptions
-	26, // 34: mlxrunner.v1.ChatResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
-	3,  // 35: mlxrunner.v1.ChatResponse.done_reason:type_name -> mlxrunner.v1.DoneReason
-	25, // 36: mlxrunner.v1.ChatResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
-	45, // 37: mlxrunner.v1.ChatResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
-	45, // 38: mlxrunner.v1.ChatResponse.eval_duration:type_name -> google.protobuf.Duration
-	45, // 39: mlxrunner.v1.ChatResponse.queue_duration:type_name -> google.protobuf.Duration
-	5,  // 40: mlxrunner.v1.RunnerService.Load:input_type -> mlxrunner.v1.LoadRequest
-	9,  // 41: mlxrunner.v1.RunnerService.Estimate:input_type -> mlxrunner.v1.EstimateRequest
-	11, // 42: mlxrunner.v1.RunnerService.Trim:input_type -> mlxrunner.v1.TrimRequest
-	13, // 43: mlxrunner.v1.RunnerService.Unload:input_type -> mlxrunner.v1.UnloadRequest
-	15, // 44: mlxrunner.v1.RunnerService.Status:input_type -> mlxrunner.v1.StatusRequest
-	17, // 45: mlxrunner.v1.RunnerService.WatchStatus:input_type -> mlxrunner.v1.WatchStatusRequest
-	22, // 46: mlxrunner.v1.RunnerService.Completion:input_type -> mlxrunner.v1.CompletionRequest
-	28, // 47: mlxrunner.v1.RunnerService.Abort:input_type -> mlxrunner.v1.AbortRequest
-	30, // 48: mlxrunner.v1.RunnerService.Drain:input_type -> mlxrunner.v1.DrainRequest
-	32, // 49: mlxrunner.v1.RunnerService.Tokenize:input_type -> mlxrunner.v1.TokenizeRequest
-	34, // 50: mlxrunner.v1.RunnerService.Detokenize:input_type -> mlxrunner.v1.DetokenizeRequest
-	40, // 51: mlxrunner.v1.RunnerService.RenderChat:input_type -> mlxrunner.v1.RenderChatRequest
-	42, // 52: mlxrunner.v1.RunnerService.Chat:input_type -> mlxrunner.v1.ChatRequest
-	6,  // 53: mlxrunner.v1.RunnerService.Load:output_type -> mlxrunner.v1.LoadResponse
-	10, // 54: mlxrunner.v1.RunnerService.Estimate:output_type -> mlxrunner.v1.EstimateResponse
-	12, // 55: mlxrunner.v1.RunnerService.Trim:output_type -> mlxrunner.v1.TrimResponse
-	14, // 56: mlxrunner.v1.RunnerService.Unload:output_type -> mlxrunner.v1.UnloadResponse
-	16, // 57: mlxrunner.v1.RunnerService.Status:output_type -> mlxrunner.v1.StatusResponse
-	18, // 58: mlxrunner.v1.RunnerService.WatchStatus:output_type -> mlxrunner.v1.WatchStatusResponse
-	24, // 59: mlxrunner.v1.RunnerService.Completion:output_type -> mlxrunner.v1.CompletionResponse
-	29, // 60: mlxrunner.v1.RunnerService.Abort:output_type -> mlxrunner.v1.AbortResponse
-	31, // 61: mlxrunner.v1.RunnerService.Drain:output_type -> mlxrunner.v1.DrainResponse
-	33, // 62: mlxrunner.v1.RunnerService.Tokenize:output_type -> mlxrunner.v1.TokenizeResponse
-	35, // 63: mlxrunner.v1.RunnerService.Detokenize:output_type -> mlxrunner.v1.DetokenizeResponse
-	41, // 64: mlxrunner.v1.RunnerService.RenderChat:output_type -> mlxrunner.v1.RenderChatResponse
-	43, // 65: mlxrunner.v1.RunnerService.Chat:output_type -> mlxrunner.v1.ChatResponse
-	53, // [53:66] is the sub-list for method output_type
-	40, // [40:53] is the sub-list for method input_type
-	40, // [40:40] is the sub-list for extension type_name
-	40, // [40:40] is the sub-list for extension extendee
-	0,  // [0:40] is the sub-list for field type_name
+	38, // 28: mlxrunner.v1.ChatMessage.content_parts:type_name -> mlxrunner.v1.ContentPart
+	39, // 29: mlxrunner.v1.ChatMessage.tool_calls:type_name -> mlxrunner.v1.ToolCall
+	37, // 30: mlxrunner.v1.RenderChatRequest.messages:type_name -> mlxrunner.v1.ChatMessage
+	40, // 31: mlxrunner.v1.RenderChatRequest.tools:type_name -> mlxrunner.v1.Tool
+	37, // 32: mlxrunner.v1.ChatRequest.messages:type_name -> mlxrunner.v1.ChatMessage
+	40, // 33: mlxrunner.v1.ChatRequest.tools:type_name -> mlxrunner.v1.Tool
+	5,  // 34: mlxrunner.v1.ChatRequest.tool_choice:type_name -> mlxrunner.v1.ToolChoice
+	24, // 35: mlxrunner.v1.ChatRequest.options:type_name -> mlxrunner.v1.CompletionOptions
+	39, // 36: mlxrunner.v1.ChatResponse.tool_calls:type_name -> mlxrunner.v1.ToolCall
+	27, // 37: mlxrunner.v1.ChatResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
+	3,  // 38: mlxrunner.v1.ChatResponse.done_reason:type_name -> mlxrunner.v1.DoneReason
+	26, // 39: mlxrunner.v1.ChatResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
+	46, // 40: mlxrunner.v1.ChatResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
+	46, // 41: mlxrunner.v1.ChatResponse.eval_duration:type_name -> google.protobuf.Duration
+	46, // 42: mlxrunner.v1.ChatResponse.queue_duration:type_name -> google.protobuf.Duration
+	6,  // 43: mlxrunner.v1.RunnerService.Load:input_type -> mlxrunner.v1.LoadRequest
+	10, // 44: mlxrunner.v1.RunnerService.Estimate:input_type -> mlxrunner.v1.EstimateRequest
+	12, // 45: mlxrunner.v1.RunnerService.Trim:input_type -> mlxrunner.v1.TrimRequest
+	14, // 46: mlxrunner.v1.RunnerService.Unload:input_type -> mlxrunner.v1.UnloadRequest
+	16, // 47: mlxrunner.v1.RunnerService.Status:input_type -> mlxrunner.v1.StatusRequest
+	18, // 48: mlxrunner.v1.RunnerService.WatchStatus:input_type -> mlxrunner.v1.WatchStatusRequest
+	23, // 49: mlxrunner.v1.RunnerService.Completion:input_type -> mlxrunner.v1.CompletionRequest
+	29, // 50: mlxrunner.v1.RunnerService.Abort:input_type -> mlxrunner.v1.AbortRequest
+	31, // 51: mlxrunner.v1.RunnerService.Drain:input_type -> mlxrunner.v1.DrainRequest
+	33, // 52: mlxrunner.v1.RunnerService.Tokenize:input_type -> mlxrunner.v1.TokenizeRequest
+	35, // 53: mlxrunner.v1.RunnerService.Detokenize:input_type -> mlxrunner.v1.DetokenizeRequest
+	41, // 54: mlxrunner.v1.RunnerService.RenderChat:input_type -> mlxrunner.v1.RenderChatRequest
+	43, // 55: mlxrunner.v1.RunnerService.Chat:input_type -> mlxrunner.v1.ChatRequest
+	7,  // 56: mlxrunner.v1.RunnerService.Load:output_type -> mlxrunner.v1.LoadResponse
+	11, // 57: mlxrunner.v1.RunnerService.Estimate:output_type -> mlxrunner.v1.EstimateResponse
+	13, // 58: mlxrunner.v1.RunnerService.Trim:output_type -> mlxrunner.v1.TrimResponse
+	15, // 59: mlxrunner.v1.RunnerService.Unload:output_type -> mlxrunner.v1.UnloadResponse
+	17, // 60: mlxrunner.v1.RunnerService.Status:output_type -> mlxrunner.v1.StatusResponse
+	19, // 61: mlxrunner.v1.RunnerService.WatchStatus:output_type -> mlxrunner.v1.WatchStatusResponse
+	25, // 62: mlxrunner.v1.RunnerService.Completion:output_type -> mlxrunner.v1.CompletionResponse
+	30, // 63: mlxrunner.v1.RunnerService.Abort:output_type -> mlxrunner.v1.AbortResponse
+	32, // 64: mlxrunner.v1.RunnerService.Drain:output_type -> mlxrunner.v1.DrainResponse
+	34, // 65: mlxrunner.v1.RunnerService.Tokenize:output_type -> mlxrunner.v1.TokenizeResponse
+	36, // 66: mlxrunner.v1.RunnerService.Detokenize:output_type -> mlxrunner.v1.DetokenizeResponse
+	42, // 67: mlxrunner.v1.RunnerService.RenderChat:output_type -> mlxrunner.v1.RenderChatResponse
+	44, // 68: mlxrunner.v1.RunnerService.Chat:output_type -> mlxrunner.v1.ChatResponse
+	56, // [56:69] is the sub-list for method output_type
+	43, // [43:56] is the sub-list for method input_type
+	43, // [43:43] is the sub-list for extension type_name
+	43, // [43:43] is the sub-list for extension extendee
+	0,  // [0:43] is the sub-list for field type_name
 }
 
 func init() { file_mlxrunner_v1_runner_proto_init() }
@@ -4582,7 +4697,7 @@ func file_mlxrunner_v1_runner_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mlxrunner_v1_runner_proto_rawDesc), len(file_mlxrunner_v1_runner_proto_rawDesc)),
-			NumEnums:      5,
+			NumEnums:      6,
 			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   1,

@@ -287,6 +287,8 @@ class _DoneReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DoneReason
     """
     DONE_REASON_LENGTH: _DoneReason.ValueType  # 2
     """`num_predict` tokens were generated, or the context is full."""
+    DONE_REASON_TOOL_CALLS: _DoneReason.ValueType  # 3
+    """The model ended its answer with a call of a tool; of `Chat` only."""
 
 class DoneReason(_DoneReason, metaclass=_DoneReasonEnumTypeWrapper):
     """Why a completion ended. New values may be added."""
@@ -299,6 +301,8 @@ string was found (see `stop_match`).
 """
 DONE_REASON_LENGTH: DoneReason.ValueType  # 2
 """`num_predict` tokens were generated, or the context is full."""
+DONE_REASON_TOOL_CALLS: DoneReason.ValueType  # 3
+"""The model ended its answer with a call of a tool; of `Chat` only."""
 Global___DoneReason: _TypeAlias = DoneReason  # noqa: Y015
 
 class _Role:
@@ -340,6 +344,30 @@ ROLE_DEVELOPER: Role.ValueType  # 5
 the system.
 """
 Global___Role: _TypeAlias = Role  # noqa: Y015
+
+class _ToolChoice:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ToolChoiceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ToolChoice.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TOOL_CHOICE_UNSPECIFIED: _ToolChoice.ValueType  # 0
+    """The same as TOOL_CHOICE_AUTO."""
+    TOOL_CHOICE_AUTO: _ToolChoice.ValueType  # 1
+    """The model decides."""
+    TOOL_CHOICE_NONE: _ToolChoice.ValueType  # 2
+    """The model gets no tools, and its answer is all text."""
+
+class ToolChoice(_ToolChoice, metaclass=_ToolChoiceEnumTypeWrapper):
+    """Whether the model may call tools. New values may be added."""
+
+TOOL_CHOICE_UNSPECIFIED: ToolChoice.ValueType  # 0
+"""The same as TOOL_CHOICE_AUTO."""
+TOOL_CHOICE_AUTO: ToolChoice.ValueType  # 1
+"""The model decides."""
+TOOL_CHOICE_NONE: ToolChoice.ValueType  # 2
+"""The model gets no tools, and its answer is all text."""
+Global___ToolChoice: _TypeAlias = ToolChoice  # noqa: Y015
 
 @_typing.final
 class LoadRequest(_message.Message):
@@ -565,6 +593,7 @@ class Capabilities(_message.Message):
     MAX_LOGPROB_TOKEN_ID_COUNT_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
     REASONING_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
     batched: _builtins.bool
     """Whether several completions are decoded together. If false, they run one after
     another: `parallel` is 1, or the model cannot be decoded in a batch (see
@@ -596,6 +625,10 @@ class Capabilities(_message.Message):
     """
     reasoning: _builtins.bool
     """Whether `Chat` tells reasoning apart, by markers that this model has."""
+    tools: _builtins.bool
+    """Whether `Chat` accepts tools: calls in the form of this model's template are
+    understood.
+    """
     def __init__(
         self,
         *,
@@ -610,10 +643,11 @@ class Capabilities(_message.Message):
         max_logprob_token_id_count: _builtins.int | None = ...,
         chat: _builtins.bool | None = ...,
         reasoning: _builtins.bool | None = ...,
+        tools: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_chat", b"_chat", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprob_token_id_count", b"_max_logprob_token_id_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "_reasoning", b"_reasoning", "batched", b"batched", "chat", b"chat", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprob_token_id_count", b"max_logprob_token_id_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count", "reasoning", b"reasoning"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_chat", b"_chat", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprob_token_id_count", b"_max_logprob_token_id_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "_reasoning", b"_reasoning", "_tools", b"_tools", "batched", b"batched", "chat", b"chat", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprob_token_id_count", b"max_logprob_token_id_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count", "reasoning", b"reasoning", "tools", b"tools"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_chat", b"_chat", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprob_token_id_count", b"_max_logprob_token_id_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "_reasoning", b"_reasoning", "batched", b"batched", "chat", b"chat", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprob_token_id_count", b"max_logprob_token_id_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count", "reasoning", b"reasoning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_chat", b"_chat", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprob_token_id_count", b"_max_logprob_token_id_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "_reasoning", b"_reasoning", "_tools", b"_tools", "batched", b"batched", "chat", b"chat", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprob_token_id_count", b"max_logprob_token_id_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count", "reasoning", b"reasoning", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batched: _TypeAlias = _typing.Literal["batched"]  # noqa: Y015
     _WhichOneofArgType__batched: _TypeAlias = _typing.Literal["_batched", b"_batched"]  # noqa: Y015
@@ -637,6 +671,8 @@ class Capabilities(_message.Message):
     _WhichOneofArgType__rank_count: _TypeAlias = _typing.Literal["_rank_count", b"_rank_count"]  # noqa: Y015
     _WhichOneofReturnType__reasoning: _TypeAlias = _typing.Literal["reasoning"]  # noqa: Y015
     _WhichOneofArgType__reasoning: _TypeAlias = _typing.Literal["_reasoning", b"_reasoning"]  # noqa: Y015
+    _WhichOneofReturnType__tools: _TypeAlias = _typing.Literal["tools"]  # noqa: Y015
+    _WhichOneofArgType__tools: _TypeAlias = _typing.Literal["_tools", b"_tools"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__batched) -> _WhichOneofReturnType__batched | None: ...
     @_typing.overload
@@ -659,6 +695,8 @@ class Capabilities(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rank_count) -> _WhichOneofReturnType__rank_count | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__reasoning) -> _WhichOneofReturnType__reasoning | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tools) -> _WhichOneofReturnType__tools | None: ...
 
 Global___Capabilities: _TypeAlias = Capabilities  # noqa: Y015
 
@@ -2264,12 +2302,16 @@ class ChatRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGES_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
+    TOOL_CHOICE_FIELD_NUMBER: _builtins.int
     CHAT_TEMPLATE_KWARGS_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    tool_choice: Global___ToolChoice.ValueType
+    """Whether the model may call tools. Default: TOOL_CHOICE_AUTO."""
     chat_template_kwargs: _builtins.str
     """More arguments for the template, as `RenderChatRequest.chat_template_kwargs`.
     Default: empty, none.
@@ -2294,6 +2336,12 @@ class ChatRequest(_message.Message):
         """The conversation, as `RenderChatRequest.messages`. Required."""
 
     @_builtins.property
+    def tools(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tool]:
+        """The tools that the model may call. Refused for models whose calls cannot be told
+        apart (`Capabilities.tools`). At most 1,024.
+        """
+
+    @_builtins.property
     def options(self) -> Global___CompletionOptions:
         """Sampling options and limits, as in `CompletionRequest`."""
 
@@ -2301,6 +2349,8 @@ class ChatRequest(_message.Message):
         self,
         *,
         messages: _abc.Iterable[Global___ChatMessage] | None = ...,
+        tools: _abc.Iterable[Global___Tool] | None = ...,
+        tool_choice: Global___ToolChoice.ValueType = ...,
         chat_template_kwargs: _builtins.str = ...,
         options: Global___CompletionOptions | None = ...,
         logprobs: _builtins.int | None = ...,
@@ -2310,7 +2360,7 @@ class ChatRequest(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "logprobs", b"logprobs", "options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "chat_template_kwargs", b"chat_template_kwargs", "logprobs", b"logprobs", "messages", b"messages", "model", b"model", "options", b"options", "priority", b"priority", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "chat_template_kwargs", b"chat_template_kwargs", "logprobs", b"logprobs", "messages", b"messages", "model", b"model", "options", b"options", "priority", b"priority", "request_id", b"request_id", "tool_choice", b"tool_choice", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
@@ -2328,6 +2378,7 @@ class ChatResponse(_message.Message):
 
     CONTENT_FIELD_NUMBER: _builtins.int
     REASONING_FIELD_NUMBER: _builtins.int
+    TOOL_CALLS_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
@@ -2344,8 +2395,8 @@ class ChatResponse(_message.Message):
     content: _builtins.str
     """The next part of the text, whole characters only. The parts of `content` and
     `reasoning` are the text of all token ids, as in `CompletionResponse.content`,
-    without the markers of the model's reasoning. Text that may turn out to begin a
-    marker is held back until that is certain.
+    without tool calls and the model's markers of reasoning and calls. Text that may
+    turn out to begin a marker is held back until that is certain.
     """
     reasoning: _builtins.str
     """The next part of the reasoning before the text, whole characters only; also if
@@ -2372,6 +2423,14 @@ class ChatResponse(_message.Message):
     """The part of `eval_count` spent on reasoning, with the tokens that complete its
     markers.
     """
+    @_builtins.property
+    def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCall]:
+        """Calls of tools that are complete since the last message, each of them whole: the
+        arguments are a JSON object, and every call has an id. If the text of a call
+        cannot be understood, because the model made a mistake or was cut off, it is
+        `content`, with its markers.
+        """
+
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The tokens generated since the last message, including the one that ended the
@@ -2403,6 +2462,7 @@ class ChatResponse(_message.Message):
         *,
         content: _builtins.str = ...,
         reasoning: _builtins.str = ...,
+        tool_calls: _abc.Iterable[Global___ToolCall] | None = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
         done: _builtins.bool = ...,
@@ -2419,7 +2479,7 @@ class ChatResponse(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["eval_duration", b"eval_duration", "prompt_eval_duration", b"prompt_eval_duration", "prompt_progress", b"prompt_progress", "queue_duration", b"queue_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "done", b"done", "done_reason", b"done_reason", "eval_count", b"eval_count", "eval_duration", b"eval_duration", "logprobs", b"logprobs", "prompt_cached_count", b"prompt_cached_count", "prompt_eval_count", b"prompt_eval_count", "prompt_eval_duration", b"prompt_eval_duration", "prompt_progress", b"prompt_progress", "queue_duration", b"queue_duration", "reasoning", b"reasoning", "reasoning_eval_count", b"reasoning_eval_count", "stop_match", b"stop_match", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "done", b"done", "done_reason", b"done_reason", "eval_count", b"eval_count", "eval_duration", b"eval_duration", "logprobs", b"logprobs", "prompt_cached_count", b"prompt_cached_count", "prompt_eval_count", b"prompt_eval_count", "prompt_eval_duration", b"prompt_eval_duration", "prompt_progress", b"prompt_progress", "queue_duration", b"queue_duration", "reasoning", b"reasoning", "reasoning_eval_count", b"reasoning_eval_count", "stop_match", b"stop_match", "token_ids", b"token_ids", "tool_calls", b"tool_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

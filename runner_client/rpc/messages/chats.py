@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_client.checks import check_kind, refuse_type
+from runner_client.checks import check_choice, check_kind, refuse_type
 from runner_client.errors import InvalidRequestError
 from runner_client.rpc.messages.requests import completion_request, named, sendable
 from runner_client.rpc.messages.responses import completion_chunk, join_chunks
@@ -21,6 +21,7 @@ from runner_client.types import (
     Options,
     RenderedChat,
     Tool,
+    ToolCall,
 )
 
 _ROLES = {
@@ -30,6 +31,7 @@ _ROLES = {
     "tool": pb.ROLE_TOOL,
     "developer": pb.ROLE_DEVELOPER,
 }
+_TOOL_CHOICES = {"auto": pb.TOOL_CHOICE_UNSPECIFIED, "none": pb.TOOL_CHOICE_NONE}
 
 
 def render_chat_request(
@@ -59,6 +61,8 @@ def render_chat_request(
 def chat_request(
     messages: Sequence[ChatMessage],
     *,
+    tools: Sequence[Tool] = (),
+    tool_choice: str = "auto",
     chat_template_kwargs: Mapping[str, object] | None = None,
     options: Options | None = None,
     logprobs: int | None = None,
@@ -68,6 +72,8 @@ def chat_request(
 ) -> pb.ChatRequest:
     """Build the request of an answer, with the errors of ``render_chat_request``."""
     _check_items("messages", messages, ChatMessage)
+    _check_items("tools", tools, Tool)
+    check_choice("tool_choice", tool_choice, tuple(_TOOL_CHOICES))
     # The checks and the values are those of a completion.
     rest = completion_request(
         "",
@@ -80,6 +86,8 @@ def chat_request(
     with sendable():
         return pb.ChatRequest(
             messages=map(_message, messages),
+            tools=map(_tool, tools),
+            tool_choice=_TOOL_CHOICES[tool_choice],
             chat_template_kwargs=_json("chat_template_kwargs", chat_template_kwargs),
             options=rest.options,
             logprobs=logprobs,
@@ -94,6 +102,7 @@ def chat_chunk(message: pb.ChatResponse) -> ChatChunk:
     return ChatChunk(
         **_values(completion_chunk(message)),
         reasoning=message.reasoning,
+        tool_calls=tuple(ToolCall(c.name, c.arguments, c.id) for c in message.tool_calls),
         reasoning_eval_count=message.reasoning_eval_count,
     )
 
@@ -103,6 +112,7 @@ def join_chat_chunks(chunks: Sequence[ChatChunk]) -> ChatCompletion:
     return ChatCompletion(
         **_values(join_chunks(chunks)),
         reasoning="".join(chunk.reasoning for chunk in chunks),
+        tool_calls=tuple(call for chunk in chunks for call in chunk.tool_calls),
         reasoning_eval_count=chunks[-1].reasoning_eval_count,
     )
 

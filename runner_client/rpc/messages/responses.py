@@ -40,6 +40,7 @@ _STATES = {
 _DONE_REASONS = {
     pb.DONE_REASON_STOP: DoneReason.STOP,
     pb.DONE_REASON_LENGTH: DoneReason.LENGTH,
+    pb.DONE_REASON_TOOL_CALLS: DoneReason.TOOL_CALLS,
 }
 
 

@@ -21,6 +21,8 @@ _ROLES = {
     pb.ROLE_DEVELOPER: "developer",
 }
 
+_TOOL_CHOICES = (pb.TOOL_CHOICE_UNSPECIFIED, pb.TOOL_CHOICE_AUTO, pb.TOOL_CHOICE_NONE)
+
 _OWN_ARGUMENTS = ("messages", "tools", "add_generation_prompt")
 """Arguments of templates that come from other fields."""
 
@@ -35,10 +37,12 @@ def conversation_of(request: pb.RenderChatRequest | pb.ChatRequest) -> Conversat
     """
     check = ViolationCollector()
     _check_count(check, "messages", len(request.messages), 1, MAX_MESSAGES)
-    given = request.tools if isinstance(request, pb.RenderChatRequest) else ()
-    _check_count(check, "tools", len(given), 0, MAX_TOOLS)
+    _check_count(check, "tools", len(request.tools), 0, MAX_TOOLS)
+    if isinstance(request, pb.ChatRequest):
+        known = request.tool_choice in _TOOL_CHOICES
+        check.require("tool_choice", known, "not a choice that this server supports")
     check.finish()
-    tools = [_tool(check, f"tools[{i}]", tool) for i, tool in enumerate(given)]
+    tools = [_tool(check, f"tools[{i}]", tool) for i, tool in enumerate(request.tools)]
     conversation = Conversation(
         messages=[
             _message(check, f"messages[{i}]", message) for i, message in enumerate(request.messages)

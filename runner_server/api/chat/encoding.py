@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import secrets
+import string
+
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_server.chat.answer import Answer
+from runner_server.chat.answer import Answer, ToolCall
 from runner_server.engine.types import OutputDelta
 
+_ID_CHARS = string.ascii_letters + string.digits
+_ID_LENGTH = 9
 
-def chat_message(
+
+async def chat_message(
     part: pb.CompletionResponse, delta: OutputDelta, answer: Answer
 ) -> pb.ChatResponse:
     """Return the message of an answer for the message of a completion.
@@ -17,10 +23,11 @@ def chat_message(
         delta: The delta that the message was made from.
         answer: The answer so far, to which the delta is added.
     """
-    new = answer.add(delta.token_texts, is_last=part.done)
+    new = await answer.add(delta.token_texts, is_last=part.done)
     message = pb.ChatResponse(
         content=new.content,
         reasoning=new.reasoning,
+        tool_calls=map(_tool_call, new.tool_calls),
         token_ids=part.token_ids,
         logprobs=part.logprobs,
     )
@@ -29,6 +36,8 @@ def chat_message(
     if part.done:
         message.MergeFrom(_last(part))
         message.reasoning_eval_count = answer.reasoning_count
+        if answer.has_calls and part.done_reason == pb.DONE_REASON_STOP:
+            message.done_reason = pb.DONE_REASON_TOOL_CALLS
     return message
 
 
@@ -44,3 +53,12 @@ def _last(part: pb.CompletionResponse) -> pb.ChatResponse:
         queue_duration=part.queue_duration,
         prompt_cached_count=part.prompt_cached_count,
     )
+
+
+def _tool_call(call: ToolCall) -> pb.ToolCall:
+    return pb.ToolCall(id=call.id or _new_id(), name=call.name, arguments=call.arguments)
+
+
+def _new_id() -> str:
+    """Return a random name of a call, in the form that templates of Mistral require."""
+    return "".join(secrets.choice(_ID_CHARS) for _ in range(_ID_LENGTH))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from functools import partial
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.api.chat.conversation import conversation_of
@@ -12,9 +13,10 @@ from runner_server.api.generation import GenerationDraft
 from runner_server.api.prompts import Prompt
 from runner_server.api.validation import completion_draft
 from runner_server.chat.answer import Answer
-from runner_server.chat.renderer import ChatRenderer
+from runner_server.chat.format import AnswerFormat, ChatFormat
+from runner_server.chat.renderer import ChatRenderer, Conversation
 from runner_server.engine.backend import ModelHandle
-from runner_server.errors import PromptTooLong
+from runner_server.errors import InvalidField, PromptTooLong
 
 
 async def chat_draft(
@@ -37,12 +39,33 @@ async def chat_draft(
     """
     draft = completion_draft(_completion(request), model.info)
     conversation = await asyncio.to_thread(conversation_of, request)
+    if request.tool_choice == pb.TOOL_CHOICE_NONE:
+        conversation = replace(conversation, tools=None)
+    format_ = _format(model.info.chat, conversation)
     most = model.info.context_length
     prompt = await chat_prompt(renderer, model, conversation, most)
     if prompt.fewest:
         raise PromptTooLong(prompt.fewest, most, is_least=True)
-    answer = Answer(model.info.chat.answer, prompt.text)
+    parse = partial(renderer.parse_calls, format_.tool_parser, conversation.tools or ())
+    answer = Answer(format_, prompt.text, parse)
     return replace(draft, prompt=Prompt("messages", prompt.token_ids)), answer
+
+
+def _format(model: ChatFormat, conversation: Conversation) -> AnswerFormat:
+    """Return the format of the answer, without tool calls if the conversation has no tools.
+
+    Raises:
+        InvalidField: The conversation has tools, and the model's calls cannot be told apart.
+    """
+    if conversation.tools is None:
+        return model.answer.without_tools()
+    if model.has_template and not model.answer.tool_parser:
+        problem = (
+            "mlx_lm has no parser for this model's tool calls; leave them out, or set "
+            "tool_parser_type in tokenizer_config.json"
+        )
+        raise InvalidField([("tools", problem)])
+    return model.answer
 
 
 def _completion(request: pb.ChatRequest) -> pb.CompletionRequest:

@@ -47,10 +47,15 @@ def read_chat_format(path: Path, model: dict[str, Any], has_token: HasToken) -> 
             templates=templates,
             special_tokens=read_settings(path).roles,
             python_template=_python_template(config, defaults, is_needed=not templates),
-            answer=answer_format(has_token, config, defaults),
+            answer=answer_format(has_token, config, defaults, _for_tools(templates)),
         )
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         return ChatFormat(problem=f"the chat template in {path} cannot be read: {error}")
+
+
+def _for_tools(templates: Mapping[str, str]) -> str:
+    """Return the template for conversations with tools; empty if there is none."""
+    return templates.get("tool_use", templates.get(_DEFAULT, ""))
 
 
 def _template_files(path: Path) -> dict[str, str]:
