@@ -9,6 +9,7 @@ import sys
 import click
 
 from runner_client.cli import (
+    chat,
     demo,
     doctor,
     estimate,
@@ -50,6 +51,7 @@ for module in (
     doctor,
     estimate,
     run,
+    chat,
     serve,
     load,
     unload,

@@ -92,6 +92,8 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     """The reported need of every model as float32; as stored and in 16 bits it is half."""
     available_bytes: int = 2**40
     """The reported available memory; a load that needs more is refused."""
+    has_chat_template: bool = True
+    """Whether the model is reported to have a chat template."""
     dtype_fallback: bool = False
     """Whether the model is reported as held as stored for lack of memory."""
     blas: str = ""
@@ -341,7 +343,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
             rank_count=1,
             max_stop_token_id_count=MAX_STOP_TOKEN_IDS,
             max_logprob_token_id_count=MAX_LOGPROB_TOKEN_IDS,
-            chat=True,
+            chat=self.has_chat_template,
             reasoning=True,
             tools=True,
         )

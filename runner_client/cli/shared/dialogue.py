@@ -1,0 +1,174 @@
+"""A conversation in the terminal: the user's messages, and the answers as they are generated."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from runner_client.cli.shared.errors import Failure
+from runner_client.cli.shared.flags import message_with_flags
+from runner_client.errors import InvalidRequestError, PromptTooLongError, RunnerError
+from runner_client.types import ChatMessage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from runner_client.process.process import RunnerProcess
+    from runner_client.rpc.client import RunnerClient
+    from runner_client.rpc.stream import ChatStream
+    from runner_client.types import Options
+
+PROMPT, MORE = ">>> ", "... "
+QUOTES = '"""'
+
+HELP = f"""\
+/reset    begin a new conversation
+/help     show this text
+/bye      end (so does the end of input, Ctrl-D)
+{QUOTES}       begins and ends a message of several lines
+Ctrl-C    ends an answer; before one, ends the program"""
+
+
+class Dialogue:
+    """A conversation with a runner.
+
+    Args:
+        client: The runner.
+        options: Options of every answer.
+        system: Instructions for the model; empty for none.
+    """
+
+    def __init__(
+        self, client: RunnerClient | RunnerProcess, options: Options, system: str = ""
+    ) -> None:
+        self._client = client
+        self._options = options
+        self._begin = [ChatMessage("system", system)] if system else []
+        self.messages = list(self._begin)
+
+    def run(self) -> None:
+        """Answer messages from standard input until its end.
+
+        Raises:
+            Failure: The model has no chat template.
+            RunnerError: The runner cannot go on.
+        """
+        model = self._client.status().model
+        if model is not None and model.capabilities.chat is False:
+            raise Failure(
+                f"{model.name} has no chat template: use run, or add a chat_template.jinja to its "
+                "directory"
+            )
+        with contextlib.suppress(EOFError):
+            while (text := _read_message().strip()) != "/bye":
+                self._obey(text)
+
+    def _obey(self, text: str) -> None:
+        if text == "/reset":
+            self.messages = list(self._begin)
+        elif text == "/help":
+            click.echo(HELP, err=True)
+        elif text.startswith("/") and text[1:].isalpha():
+            click.echo(f"there is no command {text}; /help lists them", err=True)
+        elif text:
+            self.answer(text)
+
+    def answer(self, text: str) -> None:
+        """Show the answer to a message, and add both to the conversation.
+
+        A message that is refused, or whose answer was ended before its first word, is left out.
+        """
+        asked = [*self.messages, ChatMessage("user", text)]
+        stream = self._client.chat(asked, options=self._options)
+        shown: list[str] = []
+        reasoning: list[str] = []
+        try:
+            _show(stream, shown, reasoning)
+        except (InvalidRequestError, PromptTooLongError) as error:
+            advice = "; /reset begins anew" if isinstance(error, PromptTooLongError) else ""
+            Failure(f"{message_with_flags(error, None)}{advice}").show()
+            return
+        finally:
+            if shown or reasoning:
+                click.echo()
+        if shown:
+            reply = ChatMessage("assistant", "".join(shown), "".join(reasoning))
+            self.messages = [*asked, reply]
+
+
+def _show(stream: ChatStream, shown: list[str], reasoning: list[str]) -> None:
+    """Print an answer as it arrives, the reasoning to standard error; collect both.
+
+    Raises:
+        RunnerError: The answer failed, and was not ended by Ctrl-C.
+    """
+    with stream, _cancelled_by_interrupt(stream) as interrupted:
+        try:
+            for chunk in stream:
+                if chunk.reasoning:
+                    click.echo(click.style(chunk.reasoning, dim=True), nl=False, err=True)
+                    reasoning.append(chunk.reasoning)
+                if chunk.content:
+                    if reasoning and not shown:
+                        click.echo(err=True)
+                    click.echo(chunk.content, nl=False)
+                    shown.append(chunk.content)
+        except RunnerError:
+            if not interrupted.is_set():
+                raise
+
+
+@contextmanager
+def _cancelled_by_interrupt(stream: ChatStream) -> Iterator[threading.Event]:
+    """Cancel a stream on SIGINT, instead of ending the program; yield whether that happened."""
+    interrupted = threading.Event()
+
+    def interrupt(_number: int, _frame: object) -> None:
+        interrupted.set()
+        # gRPC may be in the middle of a call in this thread.
+        threading.Thread(target=stream.cancel).start()
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _read_message() -> str:
+    """Return the next message of the user, of several lines if it begins with quotes.
+
+    Raises:
+        EOFError: The input has ended.
+    """
+    first = _read_line(PROMPT)
+    if not first.lstrip().startswith(QUOTES):
+        return first
+    lines = [first.lstrip().removeprefix(QUOTES)]
+    while not lines[-1].rstrip().endswith(QUOTES):
+        lines.append(_read_line(MORE))
+    lines[-1] = lines[-1].rstrip().removesuffix(QUOTES)
+    return "\n".join(lines)
+
+
+def _read_line(prompt: str) -> str:
+    """Return a line of standard input, with a prompt and line editing on a terminal.
+
+    Raises:
+        EOFError: The input has ended.
+    """
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            # Adds history and editing to input().
+            import readline  # noqa: F401, PLC0415 - missing on some systems
+        line = input(prompt)
+    elif not (line := sys.stdin.readline()):
+        raise EOFError
+    # Bytes that are not text arrive as lone surrogates.
+    return line.removesuffix("\n").encode(errors="replace").decode()
