@@ -61,15 +61,17 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two small models with a long context."""
+    """Two small models with a long context, the first with a chat template."""
     from support.models import build_model
     from support.pool_server import CONTEXT
 
     folder = tmp_path_factory.mktemp("models")
-    return (
-        build_model(folder / "one", seed=1, max_position_embeddings=CONTEXT),
-        build_model(folder / "two", seed=2, max_position_embeddings=CONTEXT),
+    one, two = (
+        build_model(folder / name, seed=seed, max_position_embeddings=CONTEXT)
+        for name, seed in (("one", 1), ("two", 2))
     )
+    (one / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}.{% endfor %}")
+    return one, two
 
 
 @pytest.fixture(scope="module")

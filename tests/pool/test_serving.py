@@ -58,6 +58,23 @@ async def test_a_request_loads_its_model_and_gets_the_runners_answer(one: Path) 
         assert [message async for message in server.complete("", 2)][-1].done
 
 
+async def test_a_conversation_gets_the_runners_answer(one: Path) -> None:
+    async with serving(one) as server:
+        message = pb.ChatMessage(role=pb.ROLE_USER, content="The fox")
+        options = pb.CompletionOptions(seed=1, num_predict=8)
+        request = pb.ChatRequest(messages=[message], options=options, model=str(one))
+        answer = [part async for part in server.runner.Chat(request)]
+        rendered = await server.runner.RenderChat(
+            pb.RenderChatRequest(messages=[message], model=str(one))
+        )
+        assert rendered.prompt == "The fox."
+        assert answer[-1].prompt_eval_count == len(rendered.token_ids)
+        request.ClearField("model")
+        expected = [part async for part in Direct(server, one)("Chat", request)]
+        assert answer[-1].eval_count == expected[-1].eval_count > 0
+        assert "".join(p.content for p in answer) == "".join(p.content for p in expected)
+
+
 def _text(messages: list[pb.CompletionResponse]) -> str:
     return "".join(message.content for message in messages)
 
