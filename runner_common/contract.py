@@ -65,6 +65,20 @@ MAX_ABORTED_IDS = 1024
 MAX_LOGIT_BIASES = 1024
 """Most token ids with a logit bias of a request."""
 
+MAX_CONSTRAINT_BYTES = 65_536
+"""Largest text of a constraint, and of all texts of a choice together. A larger schema could take
+seconds to compile: 5,000 optional properties in 125,000 bytes took 3.4 s."""
+
+MAX_CHOICES = 1024
+"""Most texts of a choice."""
+
+MAX_SCHEMA_DEPTH = 100
+"""Deepest nesting of a JSON schema's objects and arrays."""
+
+CONSTRAINT_KINDS = ("json_schema", "json_object", "regex", "lark", "choice")
+"""Kinds of constraints: the members of ``Constraint.kind``, and ``ConstraintKind`` in lower case
+without its prefix."""
+
 MIN_CONTEXT_LENGTH = 2
 """Shortest context that ``Load`` accepts, in tokens: one of a prompt and one generated."""
 

@@ -10,7 +10,7 @@ from runner_server.engine.types import CachePolicy
 from runner_server.engine.work import DecodeItem
 
 if TYPE_CHECKING:
-    from runner_server.engine.backend import Executor, LoadedModel
+    from runner_server.engine.backend import Executor, LoadedModel, Matcher
     from runner_server.engine.prefill_queue import PrefillLimits
     from runner_server.engine.types import Event, Sampling
 
@@ -38,10 +38,12 @@ class LocalBatch:
         prompt_ids: Sequence[int],
         sampling: Sampling,
         cache_policy: CachePolicy | None = None,
+        *,
+        matcher: Matcher | None = None,
     ) -> None:
         """Add a row; the following steps prefill the prompt."""
         policy = cache_policy or CachePolicy()
-        self.executor.add(row, prompt_ids, sampling, policy)
+        self.executor.add(row, prompt_ids, sampling, policy, matcher)
         needs_logits = sampling.prompt_logprobs is not None
         self._planner.add(row, prompt_ids, policy, needs_logits=needs_logits)
 

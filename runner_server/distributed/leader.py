@@ -9,7 +9,15 @@ from contextlib import contextmanager
 from runner_server.distributed import messages as msg
 from runner_server.distributed.faults import fault_of
 from runner_server.distributed.hub import Hub
-from runner_server.engine.backend import Backend, BackendLost, Codec, Executor, LoadedModel
+from runner_server.engine.backend import (
+    Backend,
+    BackendLost,
+    Codec,
+    Executor,
+    Grammars,
+    LoadedModel,
+    Matcher,
+)
 from runner_server.engine.prefill_queue import PrefillLimits
 from runner_server.engine.prefix_cache import Match
 from runner_server.engine.types import (
@@ -202,6 +210,11 @@ class LeaderModel:
         return self._model.codec
 
     @property
+    def grammars(self) -> Grammars:
+        """Compiler of constraints, used on this rank alone: the others take its tokens."""
+        return self._model.grammars
+
+    @property
     def kv_bytes(self) -> Callable[[int], int]:
         """Function from tokens to the bytes on this rank; see ``LoadedModel.kv_bytes``."""
         return self._model.kv_bytes
@@ -238,12 +251,17 @@ class LeaderExecutor:
         self._hub = hub
 
     def add(
-        self, row: int, prompt_ids: Sequence[int], sampling: Sampling, cache_policy: CachePolicy
+        self,
+        row: int,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        cache_policy: CachePolicy,
+        matcher: Matcher | None = None,
     ) -> None:
-        """See ``Executor.add``."""
+        """See ``Executor.add``. Only this rank has the matcher: the others take its tokens."""
         message = msg.AddRow(row, tuple(prompt_ids), sampling, cache_policy)
         with self._sent_to_followers(message):
-            self._executor.add(row, prompt_ids, sampling, cache_policy)
+            self._executor.add(row, prompt_ids, sampling, cache_policy, matcher)
 
     def find_prefix(self, prompt_ids: Sequence[int], salt: str) -> Match:
         """Look a prompt up on this rank; see ``Executor.find_prefix``."""

@@ -1,14 +1,15 @@
 """The interface between the engine and a model library.
 
 ``runner_server.mlx_backend`` implements the interface with MLX, the tests with plain Python.
-The engine's thread makes all calls, except that :meth:`Backend.memory`, the codec, the function
-``kv_bytes`` and :class:`Ranks` are used on other threads too. Every call on an executor may raise
-:class:`BackendLost`.
+The engine's thread makes all calls, except that :meth:`Backend.memory`, the codec, the grammars,
+the function ``kv_bytes`` and :class:`Ranks` are used on other threads too. Every call on an
+executor may raise :class:`BackendLost`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from runner_server.engine.prefill_queue import PrefillLimits
 from runner_server.engine.prefix_cache import Match
 from runner_server.engine.types import (
     CachePolicy,
+    Constraint,
     LoadSpec,
     MemoryCounters,
     ModelInfo,
@@ -72,13 +74,65 @@ class Codec(Protocol):
         ...
 
 
+class Matcher(Protocol):
+    """The position of one text in a grammar. Belongs to the engine's thread once its row is added.
+
+    The executor advances it by a token when it reports the token.
+    """
+
+    @property
+    def is_satisfied(self) -> bool:
+        """True if the text so far obeys the constraint."""
+        ...
+
+    def accepts(self, text: str) -> bool:
+        """Return whether another text would obey the constraint."""
+        ...
+
+
+class Grammar(Protocol):
+    """A compiled constraint. Thread-safe."""
+
+    def start(self) -> Matcher:
+        """Return a matcher at the beginning of a text."""
+        ...
+
+
+class Grammars(Protocol):
+    """Compiles constraints for the tokens of one model. Thread-safe; keeps no weights alive."""
+
+    def compile(self, constraint: Constraint) -> Future[Grammar]:
+        """Begin to compile a constraint, on another thread, unless it is cached.
+
+        Several callers may share the future, so none of them may cancel it.
+
+        Returns:
+            A future that resolves to the grammar, or raises ``InvalidField``, which names the place
+            in the constraint, or says what the model or the server lacks.
+        """
+        ...
+
+
 class Executor(Protocol):
     """Runs the scheduler's work items on the rows of one batch."""
 
     def add(
-        self, row: int, prompt_ids: Sequence[int], sampling: Sampling, cache_policy: CachePolicy
+        self,
+        row: int,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        cache_policy: CachePolicy,
+        matcher: Matcher | None = None,
     ) -> None:
-        """Add a row. Later work items prefill the prompt and make the row join the batch."""
+        """Add a row. Later work items prefill the prompt and make the row join the batch.
+
+        Args:
+            row: Id of the row.
+            prompt_ids: The prompt.
+            sampling: The sampling options.
+            cache_policy: Use of the prefix cache.
+            matcher: Limits the tokens that may be drawn; made by the grammars of the same model.
+        """
         ...
 
     def find_prefix(self, prompt_ids: Sequence[int], salt: str) -> Match:
@@ -88,7 +142,7 @@ class Executor(Protocol):
     def run(self, item: WorkItem) -> WorkReport:
         """Run a work item.
 
-        The caller must remove each row reported as :class:`NotFinite`.
+        The caller must remove each row reported with a ``Failure``.
         """
         ...
 
@@ -119,6 +173,11 @@ class LoadedModel(Protocol):
         ...
 
     @property
+    def grammars(self) -> Grammars:
+        """Compiler of constraints for the model's tokens."""
+        ...
+
+    @property
     def kv_bytes(self) -> Callable[[int], int]:
         """Function from tokens to the bytes of one sequence's KV cache; keeps no weights alive."""
         ...
@@ -144,19 +203,21 @@ class ModelHandle:
     Attributes:
         info: Description of the model and the limits in force.
         codec: Tokenizer of the model.
+        grammars: Compiler of constraints.
         kv_bytes: See :attr:`LoadedModel.kv_bytes`.
         requested: The name that the load gave.
     """
 
     info: ModelInfo
     codec: Codec
+    grammars: Grammars
     kv_bytes: Callable[[int], int]
     requested: str
 
     @classmethod
     def of(cls, model: LoadedModel, requested: str) -> ModelHandle:
         """Return the handle of a model that was loaded by the name ``requested``."""
-        return cls(model.info, model.codec, model.kv_bytes, requested)
+        return cls(model.info, model.codec, model.grammars, model.kv_bytes, requested)
 
     def is_named(self, name: str) -> bool:
         """Return True if a call that names ``name`` means this model."""

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
-from runner_server.engine.backend import Backend, ModelHandle
+from runner_server.engine.backend import Backend, Matcher, ModelHandle
 from runner_server.engine.change_signal import ChangeSignal
 from runner_server.engine.commands import (
     Cancel,
@@ -156,12 +156,15 @@ class Engine:
         """Raise :class:`ModelNotLoaded` unless a name is empty or means the loaded model."""
         self._registry.require_named(name)
 
-    def submit(self, model: ModelHandle, spec: CompletionSpec) -> GenerationRequest:
+    def submit(
+        self, model: ModelHandle, spec: CompletionSpec, matcher: Matcher | None = None
+    ) -> GenerationRequest:
         """Queue a request.
 
         Args:
             model: The model that ``spec`` was validated for.
             spec: The validated request.
+            matcher: Constrains the text; made by the model's grammars.
 
         Raises:
             ModelNotLoaded: That model is gone.
@@ -169,7 +172,7 @@ class Engine:
             QueueFull: Too many requests wait.
             ShuttingDown: The engine is stopping, dead or draining.
         """
-        request = GenerationRequest(spec, model.codec, model.info.eos_token_ids)
+        request = GenerationRequest(spec, model.codec, model.info.eos_token_ids, matcher)
         self._registry.accept(model, request)
         self._commands.put(request)
         return request

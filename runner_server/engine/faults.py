@@ -5,8 +5,14 @@ from __future__ import annotations
 import logging
 
 from runner_server.engine.backend import BackendLost
-from runner_server.engine.types import LoadSpec
-from runner_server.errors import GenerationFailed, RunnerFault, ShuttingDown, not_finite_advice
+from runner_server.engine.types import Failure, LoadSpec, NoLegalToken
+from runner_server.errors import (
+    GenerationFailed,
+    InvalidField,
+    RunnerFault,
+    ShuttingDown,
+    not_finite_advice,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +50,17 @@ def step_fault(error: Exception) -> GenerationFailed:
     )
 
 
-def not_finite_fault(length: int, dtype: str) -> GenerationFailed:
-    """Return the fault of a request whose logits are not finite.
+def row_fault(failure: Failure, length: int, dtype: str) -> RunnerFault:
+    """Return the fault of a request whose row must end.
 
     Args:
+        failure: The cause.
         length: Tokens of the sequence.
         dtype: Format of the weights in memory.
     """
+    if isinstance(failure, NoLegalToken):
+        text = f"no token can continue the text after {length} tokens, prompt included"
+        return InvalidField([("constraint", f"{text}: {failure.reason}")])
     return GenerationFailed(
         f"the model's logits are not finite (NaN or infinity) after {length} "
         f"tokens, so no token can be sampled; its weights are held as {dtype}: "

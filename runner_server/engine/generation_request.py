@@ -7,7 +7,7 @@ import itertools
 import time
 from dataclasses import replace
 
-from runner_server.engine.backend import Codec
+from runner_server.engine.backend import Codec, Matcher
 from runner_server.engine.output.channel import OutputChannel
 from runner_server.engine.output.text import StopMatcher, StreamDecoder
 from runner_server.engine.types import (
@@ -57,23 +57,33 @@ class GenerationRequest:
         spec: The validated request.
         codec: The tokenizer of the model that ``spec`` was validated for.
         eos_token_ids: The model's own end tokens.
+        matcher: Constrains the text; None without a constraint.
 
     Attributes:
         id: Id of the request and of its row, unique in this process; not the caller's id.
         spec: The validated request.
+        matcher: Constrains the text; None without a constraint, and once finished.
         status: The stage that the request has reached.
         stream: The channel to the reader.
         end_ids: The tokens that end the text and add nothing to it.
         submitted_at: Time of arrival, in seconds of the monotonic clock.
     """
 
-    def __init__(self, spec: CompletionSpec, codec: Codec, eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        spec: CompletionSpec,
+        codec: Codec,
+        eos_token_ids: frozenset[int],
+        matcher: Matcher | None = None,
+    ) -> None:
         self.id = next(_ids)
         self.spec = spec
+        self.matcher = matcher
+        self._texts: list[str] = []
         self.status = RequestStatus.WAITING
         self.stream = OutputChannel()
         self._decoder = StreamDecoder(codec.decode, spec.prompt_ids)
-        self._matcher = StopMatcher(spec.stop)
+        self._stops = StopMatcher(spec.stop)
         model_end_ids = frozenset[int]() if spec.ignore_eos else eos_token_ids
         self.end_ids = model_end_ids | spec.stop_token_ids
         self._token_count = 0
@@ -135,6 +145,7 @@ class GenerationRequest:
         if self.status is RequestStatus.FINISHED:
             raise self._illegal(RequestStatus.FINISHED)
         self._finished_at = time.monotonic()
+        self.matcher = None
         self.status = RequestStatus.FINISHED
 
     def _transition(self, to: RequestStatus, expected: RequestStatus) -> None:
@@ -175,9 +186,12 @@ class GenerationRequest:
         if stop is not None:
             end = FinishReason.STOP
         elif end:
-            shown += self._matcher.flush()
+            shown += self._stops.flush()
+        if self.matcher:
+            self._texts.append(shown)
         logprobs = (replace(event.logprob, text=text),) if event.logprob else ()
-        result = self._result(end, stop or "") if end else None
+        is_cut = stop is not None or event.token_id in self.spec.stop_token_ids
+        result = self._result(end, stop or "", self._is_satisfied(is_cut=is_cut)) if end else None
         self.stream.put(OutputDelta(shown, (event.token_id,), logprobs, done=result))
         return result
 
@@ -185,7 +199,7 @@ class GenerationRequest:
         """Return the text that may be shown, and the stop string found, if any."""
         if self._token_count <= self.spec.sampling.min_predict:
             return text, None
-        return self._matcher.feed(text)
+        return self._stops.feed(text)
 
     def stats(self) -> GenerationStats:
         """Return the usage and timing so far. Thread-safe."""
@@ -217,7 +231,19 @@ class GenerationRequest:
         text = "" if end is FinishReason.STOP else self._decoder.push(token_id)
         return text + self._decoder.flush() if end else text
 
-    def _result(self, reason: FinishReason, stop_match: str) -> GenerationResult:
+    def _is_satisfied(self, *, is_cut: bool) -> bool | None:
+        """Return whether the text obeys the constraint; None without one.
+
+        Args:
+            is_cut: Whether the matcher has seen text that is not shown.
+        """
+        if self.matcher is None:
+            return None
+        return self.matcher.accepts("".join(self._texts)) if is_cut else self.matcher.is_satisfied
+
+    def _result(
+        self, reason: FinishReason, stop_match: str, is_satisfied: bool | None
+    ) -> GenerationResult:
         self._reason = reason
         self._finish()
         stats = self.stats()
@@ -230,4 +256,5 @@ class GenerationRequest:
             prompt_seconds=stats.prompt_seconds or 0.0,
             eval_seconds=stats.eval_seconds or 0.0,
             cached_count=stats.cached_count,
+            is_satisfied=is_satisfied,
         )

@@ -30,7 +30,7 @@ from runner_server.engine.commands import (
 from runner_server.engine.faults import (
     death_faults,
     load_fault,
-    not_finite_fault,
+    row_fault,
     step_fault,
     stopping_fault,
 )
@@ -39,9 +39,16 @@ from runner_server.engine.output.channel import OutputChannel
 from runner_server.engine.output.wakeups import WakeupCoalescer, call_on_loop
 from runner_server.engine.request_registry import RequestRegistry
 from runner_server.engine.scheduler import Scheduler
-from runner_server.engine.types import Event, LoadSpec, ModelInfo, NotFinite, Prefill, Token
+from runner_server.engine.types import (
+    Event,
+    Failure,
+    LoadSpec,
+    ModelInfo,
+    Prefill,
+    Token,
+)
 from runner_server.engine.work import DecodeItem, WorkItem
-from runner_server.errors import RunnerFault, ShuttingDown
+from runner_server.errors import InvalidField, RunnerFault, ShuttingDown
 
 _T = TypeVar("_T")
 
@@ -211,7 +218,8 @@ class EngineThread:
         for request in self._scheduler.admit(model):
             self._registry.note_admission()
             spec = request.spec
-            executor.add(request.id, spec.prompt_ids, spec.sampling, spec.cache_policy)
+            policy, matcher = spec.cache_policy, request.matcher
+            executor.add(request.id, spec.prompt_ids, spec.sampling, policy, matcher)
         if item := self._scheduler.next_item():
             self._run(item, executor)
             if isinstance(item, DecodeItem):
@@ -241,8 +249,8 @@ class EngineThread:
         request = self._scheduler.admitted.get(event.row)
         if request is None:
             return None
-        if isinstance(event, NotFinite):
-            self._fail_not_finite(request)
+        if isinstance(event, Failure):
+            self._fail_row(request, event)
             return request.id
         if isinstance(event, Prefill):
             request.on_prefill(event)
@@ -278,10 +286,13 @@ class EngineThread:
         if self._failed_steps >= _MAX_FAILED_STEPS:
             raise RuntimeError(f"{self._failed_steps} steps in a row failed") from error
 
-    def _fail_not_finite(self, request: GenerationRequest) -> None:
-        fault = not_finite_fault(request.length, self._model.info.dtype if self._model else "")
-        self._registry.note_error("a completion failed: logits are not finite")
-        logger.error("row %d failed: %s", request.id, fault)
+    def _fail_row(self, request: GenerationRequest, failure: Failure) -> None:
+        dtype = self._model.info.dtype if self._model else ""
+        fault = row_fault(failure, request.length, dtype)
+        # A constraint that cannot be met is not an error of the runner.
+        if not isinstance(fault, InvalidField):
+            self._registry.note_error("a completion failed: logits are not finite")
+            logger.error("row %d failed: %s", request.id, fault)
         self._fail([request], fault)
 
     def _fail(self, requests: list[GenerationRequest], fault: RunnerFault) -> None:

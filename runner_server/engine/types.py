@@ -83,6 +83,7 @@ class ModelInfo:
         dtype_fallback: Whether the weights are as stored because the usual format did not fit.
         warnings: Differences between the output and the model that the files describe.
         chat: The form of conversations.
+        takes_constraints: Whether texts can be constrained; see ``LoadedModel.grammars``.
     """
 
     name: str
@@ -103,6 +104,20 @@ class ModelInfo:
     dtype_fallback: bool = False
     warnings: tuple[str, ...] = ()
     chat: ChatFormat = field(default_factory=ChatFormat)
+    takes_constraints: bool = False
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A rule that a text must obey; see ``Constraint`` in the protocol.
+
+    Attributes:
+        kind: One of ``CONSTRAINT_KINDS``.
+        texts: The schema, expression or grammar; the texts of a choice; empty for any JSON object.
+    """
+
+    kind: str
+    texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -218,7 +233,18 @@ class NotFinite:
     row: int
 
 
-Event = Prefill | Token | NotFinite
+@dataclass(frozen=True)
+class NoLegalToken:
+    """Event: no token can continue a row's text within its constraint, so the row must end."""
+
+    row: int
+    reason: str
+
+
+Failure = NotFinite | NoLegalToken
+"""Event after which a row must end."""
+
+Event = Prefill | Token | Failure
 """Progress of one row, made by a work item."""
 
 
@@ -229,6 +255,7 @@ class GenerationResult:
     Attributes:
         prompt_count: Tokens of the prompt.
         cached_count: Prompt tokens taken from the prefix cache.
+        is_satisfied: Whether the text obeys the constraint; None without one.
     """
 
     reason: FinishReason
@@ -239,6 +266,7 @@ class GenerationResult:
     prompt_seconds: float
     eval_seconds: float
     cached_count: int = 0
+    is_satisfied: bool | None = None
 
 
 @dataclass(frozen=True)

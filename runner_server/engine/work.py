@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from runner_server.engine.logprobs import PromptLogprobs
-from runner_server.engine.types import NotFinite, Token
+from runner_server.engine.types import Failure, Token
 
 
 @dataclass(frozen=True)
@@ -79,5 +79,5 @@ class WorkReport:
 
     seconds: float
     waited_seconds: float = 0.0
-    events: tuple[Token | NotFinite, ...] = ()
+    events: tuple[Token | Failure, ...] = ()
     prompt_logprobs: PromptLogprobs | None = None

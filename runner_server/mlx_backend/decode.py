@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from runner_server.engine.types import CachePolicy, NotFinite, Sampling, Token
+from runner_server.engine.types import (
+    CachePolicy,
+    Failure,
+    NoLegalToken,
+    NotFinite,
+    Sampling,
+    Token,
+)
 from runner_server.mlx_backend.cache.row_caches import (
     Caches,
     compact,
@@ -24,8 +30,11 @@ from runner_server.mlx_backend.cache.row_caches import (
     merge,
     view,
 )
+from runner_server.mlx_backend.constraints.matcher import GrammarMatcher
+from runner_server.mlx_backend.in_flight import InFlightStep
 from runner_server.mlx_backend.sampling.end_mask import EndMask
 from runner_server.mlx_backend.sampling.logprobs import are_finite
+from runner_server.mlx_backend.sampling.masks import TokenMasks
 from runner_server.mlx_backend.sampling.penalties import Penalties
 from runner_server.mlx_backend.sampling.row_logprobs import (
     BatchLogprobs,
@@ -51,6 +60,8 @@ class Row:
         id: The engine's id of the row.
         sampling: The sampling options.
         prompt_ids: The whole prompt. Its last token is the input of the first decode step.
+        matcher: Limits the tokens that may be drawn; None without a constraint. Consumes each token
+            when it is reported.
         next_id: The input of the row's next step, valid while the row is not in the batch.
         cache_policy: Use of the prefix cache.
         tokens: The tokens that have passed through the model.
@@ -66,55 +77,13 @@ class Row:
     prompt_ids: Sequence[int]
     next_id: int
     cache_policy: CachePolicy
+    matcher: GrammarMatcher | None = None
     tokens: list[int] = field(default_factory=list)
     is_unreported: bool = False
     drawn: int = 0
     caches: Caches = field(default_factory=list)
     logprobs: RowLogprobs | None = None
     is_finite: bool = True
-
-
-@dataclass(frozen=True)
-class InFlightStep:
-    """The tokens drawn by the latest step, which MLX may still be computing.
-
-    They are the inputs of the next step. The slot of a row that has just joined has its
-    ``next_id``, which this step did not draw.
-
-    Attributes:
-        tokens: Token ids by slot, shape (rows,), uint32.
-        finite: Whether the logits that each token was drawn from are finite, shape (rows,), bool.
-    """
-
-    tokens: mx.array
-    finite: mx.array
-
-    @classmethod
-    def of(cls, rows: Sequence[Row]) -> InFlightStep:
-        """Return the inputs of the next step for rows that join."""
-        ids = mx.array([row.next_id for row in rows], dtype=mx.uint32)
-        return cls(ids, mx.array([row.is_finite for row in rows], dtype=mx.bool_))
-
-    def followed_by(self, other: InFlightStep) -> InFlightStep:
-        """Return the slots of this step followed by the slots of another."""
-        return InFlightStep(
-            mx.concatenate([self.tokens, other.tokens]), mx.concatenate([self.finite, other.finite])
-        )
-
-    def kept(self, slots: Sequence[int]) -> InFlightStep:
-        """Return some slots, in the order given."""
-        index = mx.array(list(slots), dtype=mx.int32)
-        return InFlightStep(self.tokens[index], self.finite[index])
-
-    def wait(self) -> None:
-        """Wait until the tokens are computed."""
-        mx.eval(self.tokens, self.finite)
-
-    def read(self) -> list[tuple[int, bool]]:
-        """Wait for the tokens; return each id with a flag for finite logits."""
-        ids = cast("list[int]", self.tokens.tolist())
-        flags = cast("list[bool]", self.finite.tolist())
-        return list(zip(ids, flags, strict=True))
 
 
 class DecodeBatch:
@@ -151,7 +120,7 @@ class DecodeBatch:
         self.rows: list[Row] = []
         # A single row stays in its own caches, which need no mask; several are merged.
         self._caches: Caches = []
-        self._in_flight = InFlightStep.of([])
+        self._in_flight = _inputs_of([])
         self._steps = 0
         self._prepare()
 
@@ -174,7 +143,7 @@ class DecodeBatch:
             self._caches = merge([self._caches, *brought] if self.rows else brought, capacity)
         for row in rows:
             row.caches = []
-        known = InFlightStep.of(rows)
+        known = _inputs_of(rows)
         self._in_flight = self._in_flight.followed_by(known) if self.rows else known
         self.rows = [*self.rows, *rows]
         self._prepare()
@@ -217,27 +186,40 @@ class DecodeBatch:
         """Wait for the step in flight."""
         self._in_flight.wait()
 
-    def step(self) -> list[Token | NotFinite]:
+    def step(self) -> list[Token | Failure]:
         """Launch the next step, then collect the tokens of the previous one.
 
-        A row that has just joined has no previous step, so its first token is awaited at once.
+        A row that has just joined has no previous step, so its first token is awaited at once. With
+        constrained rows, the tokens of the previous step are collected before the next ones are
+        drawn, because the masks depend on them, while the device already runs the model.
 
         Returns:
             At most one event for each row, in the order of the slots except for first tokens, which
             come last.
         """
         previous = self._in_flight
-        self._in_flight, logprobs = self._launch(previous.tokens)
-        events = self._collect(previous, logprobs)
-        return [*events, *self._collect_first()]
+        logits = self._model(previous.tokens[:, None], cache=self._caches)[:, -1, :]
+        if self._masks:
+            mx.async_eval(previous.tokens, previous.finite)
+            mx.async_eval(logits)
+            events = self._report(previous)
+            self._in_flight, logprobs = self._draw(logits, previous.tokens)
+        else:
+            self._in_flight, logprobs = self._draw(logits, previous.tokens)
+            events = self._report(previous)
+        self._advance(previous, logprobs)
+        return [*events, *self._report_first()]
 
-    def _launch(self, inputs: mx.array) -> tuple[InFlightStep, list[RowLogprobs | None]]:
-        """Launch a step; return the tokens, and the log probabilities of each row's token."""
+    def _draw(
+        self, logits: mx.array, inputs: mx.array
+    ) -> tuple[InFlightStep, list[RowLogprobs | None]]:
+        """Launch the drawing of the next tokens, and the log probabilities of each row's token."""
         rows = self.rows
-        logits = self._model(inputs[:, None], cache=self._caches)[:, -1, :]
         drawn = [row.drawn for row in rows]
         changed = self._penalties(logits, [row.tokens for row in rows], inputs, drawn)
         changed = self._end_mask(changed, drawn)
+        if self._masks:
+            changed = self._masks(changed)
         tokens = self._sampler(changed, drawn)
         step = self._settled(tokens, are_finite(logits, tokens))
         logprobs = self._logprobs(logits, step.tokens)
@@ -258,25 +240,24 @@ class DecodeBatch:
             finite = flags > 0
         return InFlightStep(drawn, finite)
 
-    def _collect(
-        self, step: InFlightStep, logprobs: Sequence[RowLogprobs | None]
-    ) -> list[Token | NotFinite]:
-        """Report the tokens of a step, and advance every row by one token.
+    def _report(self, step: InFlightStep) -> list[Token | Failure]:
+        """Wait for the tokens of the step before the one in flight; report those unreported."""
+        read = zip(self.rows, step.read(), strict=True)
+        return [self._event(row, *value) for row, value in read if row.is_unreported]
+
+    def _advance(self, step: InFlightStep, logprobs: Sequence[RowLogprobs | None]) -> None:
+        """Advance every row by one token.
 
         Args:
             step: The step before the one in flight.
             logprobs: Log probabilities of the tokens in flight.
         """
-        events = []
-        for row, (value, is_finite), own in zip(self.rows, step.read(), logprobs, strict=True):
-            if row.is_unreported:
-                events.append(self._event(row, value, is_finite))
+        for row, (value, _), own in zip(self.rows, step.read(), logprobs, strict=True):
             row.tokens.append(value)
             row.logprobs, row.is_unreported = own, True
             row.drawn += 1
-        return events
 
-    def _collect_first(self) -> list[Token | NotFinite]:
+    def _report_first(self) -> list[Token | Failure]:
         """Report the first tokens of rows, waiting for the step in flight if there are any."""
         rows = enumerate(self.rows)
         first = [slot for slot, row in rows if row.drawn == 1 and row.is_unreported]
@@ -285,11 +266,16 @@ class DecodeBatch:
         values = self._in_flight.read()
         return [self._event(self.rows[slot], *values[slot]) for slot in first]
 
-    def _event(self, row: Row, value: int, is_finite: bool) -> Token | NotFinite:
+    def _event(self, row: Row, value: int, is_finite: bool) -> Token | Failure:
         row.is_unreported = False
         if not is_finite:
             row.is_finite = False
             return NotFinite(row.id)
+        if row.matcher:
+            # Of the mask that the token was drawn with.
+            if failure := row.matcher.failure:
+                return NoLegalToken(row.id, failure)
+            row.matcher.consume(value)
         if row.logprobs is None:
             return Token(row.id, value)
         return Token(row.id, value, row.logprobs.read(value))
@@ -311,12 +297,18 @@ class DecodeBatch:
         self._prepare()
 
     def _prepare(self) -> None:
-        """Rebuild the sampler, the penalties and the mask for the current rows."""
+        """Rebuild the sampler, the penalties and the masks for the current rows."""
         options = [row.sampling for row in self.rows]
+        self._masks = TokenMasks([row.matcher for row in self.rows], self._vocab_size)
         self._sampler = Sampler(options, self._vocab_size)
         self._penalties = Penalties(options)
         self._end_mask = EndMask(options)
         self._logprobs = BatchLogprobs(options)
+
+
+def _inputs_of(rows: Sequence[Row]) -> InFlightStep:
+    """Return the inputs of the next step for rows that join."""
+    return InFlightStep.known([row.next_id for row in rows], [row.is_finite for row in rows])
 
 
 def _fill_gaps(stays: Sequence[bool]) -> list[int]:

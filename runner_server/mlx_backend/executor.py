@@ -6,12 +6,13 @@ import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import assert_never
+from typing import assert_never, cast
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from runner_common.contract import MAX_PARALLEL
+from runner_server.engine.backend import Matcher
 from runner_server.engine.prefix_cache import Match, PrefixCache
 from runner_server.engine.types import CachePolicy, NotFinite, Sampling
 from runner_server.engine.work import DecodeItem, PrefillItem, PromptChunk, WorkItem, WorkReport
@@ -22,6 +23,7 @@ from runner_server.mlx_backend.cache.row_caches import (
     StateSnapshot,
     prefill,
 )
+from runner_server.mlx_backend.constraints.matcher import GrammarMatcher
 from runner_server.mlx_backend.decode import Agree, DecodeBatch, Row
 from runner_server.mlx_backend.sampling.prompt_logprobs import ChunkLogprobs
 from runner_server.mlx_backend.stream_errors import recover
@@ -93,12 +95,17 @@ class MlxExecutor:
         self._agree = agree
 
     def add(
-        self, row: int, prompt_ids: Sequence[int], sampling: Sampling, cache_policy: CachePolicy
+        self,
+        row: int,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        cache_policy: CachePolicy,
+        matcher: Matcher | None = None,
     ) -> None:
         """Add a row; see ``Executor.add``."""
-        caches = self._pieces.new()
+        own, caches = cast("GrammarMatcher | None", matcher), self._pieces.new()
         self._outside[row] = Row(
-            row, sampling, prompt_ids, prompt_ids[-1], cache_policy, caches=caches
+            row, sampling, prompt_ids, prompt_ids[-1], cache_policy, own, caches=caches
         )
 
     def find_prefix(self, prompt_ids: Sequence[int], salt: str) -> Match:

@@ -125,4 +125,4 @@ def test_rows_sample_one_by_one_from_a_large_vocabulary(
 ) -> None:
     model: Any = load_model(model_dir("qwen3", vocab_size=151_936), lazy=True)[0]
     logits = 32 * 151_936 * 4
-    assert decode_bytes(model, 32, 64) < 4 * logits
+    assert decode_bytes(model, 32, 64) < 5 * logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from runner_server.engine.backend import LoadedModel  # noqa: E402
 from runner_server.engine.types import Dtype, LoadSpec, Sampling  # noqa: E402
 from runner_server.mlx_backend import MlxBackend  # noqa: E402
 from runner_server.mlx_backend.loading.loader import plan_load  # noqa: E402
-from runner_server.mlx_backend.planning.measure import process_bytes  # noqa: E402
+from runner_server.mlx_backend.planning.measure import constraint_bytes, process_bytes  # noqa: E402
 from runner_server.mlx_backend.planning.tokenizer_memory import tokenizer_memory  # noqa: E402
 from support.rows import GREEDY, Row, run_rows  # noqa: E402
 from tools.local_batch import LocalBatch  # noqa: E402
@@ -166,6 +167,12 @@ def test_packages_that_a_model_imports_are_counted(
     for name in imported:
         monkeypatch.setitem(sys.modules, name, sys)
     assert process_bytes(8, "cpu") == without + more_mib * MIB
+
+
+def test_constraints_are_counted_if_they_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert constraint_bytes(1000) == 8 * MIB + 400_000
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    assert constraint_bytes(1000) == 0
 
 
 def test_mkl_is_counted_with_buffers_for_each_core(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,7 +151,7 @@ def test_logits_that_are_not_finite_end_the_row(poisoned: LoadedModel) -> None:
                 failed.add(event.row)
             elif isinstance(event, Token):
                 generated.append(event.row)
-            elif event.logprobs:
+            elif isinstance(event, Prefill) and event.logprobs:
                 scored += [entry.logprob for entry in event.logprobs.entries()]
         batch.remove(failed)
     batch.close()

@@ -17,7 +17,7 @@ from runner_server.engine.generation_request import GenerationRequest
 from runner_server.engine.request_registry import RequestRegistry
 from runner_server.engine.types import CompletionSpec, EngineState, LoadSpec, State
 from runner_server.errors import Busy, ShuttingDown
-from support.fakes import ByteCodec, model_info
+from support.fakes import ByteCodec, FakeGrammars, model_info
 
 
 def test_a_cancelled_load_can_be_failed_without_harm() -> None:
@@ -60,7 +60,11 @@ def test_every_change_of_the_state_is_notified_after_it_happened() -> None:
     seen: list[EngineState] = []
     registry = RequestRegistry(max_queued=1, on_change=lambda: seen.append(registry.state()))
     handle = ModelHandle(
-        replace(model_info(), kv_budget_bytes=1 << 20), ByteCodec(), lambda tokens: tokens, "m"
+        replace(model_info(), kv_budget_bytes=1 << 20),
+        ByteCodec(),
+        FakeGrammars(),
+        lambda tokens: tokens,
+        "m",
     )
     request = GenerationRequest(CompletionSpec((1,), 1), ByteCodec(), frozenset())
 

@@ -6,16 +6,18 @@ import hashlib
 import threading
 from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from runner_server.chat.format import CONTENT, REASONING, AnswerFormat, ChatFormat
-from runner_server.engine.backend import Codec
+from runner_server.engine.backend import Codec, Grammar, Matcher
 from runner_server.engine.logprobs import PromptLogprobs, TokenLogprob
 from runner_server.engine.prefill_queue import PrefillLimits
 from runner_server.engine.prefix_cache import Match
 from runner_server.engine.types import (
     CachePolicy,
+    Constraint,
     LoadSpec,
     MemoryCounters,
     ModelInfo,
@@ -171,9 +173,11 @@ class FakeExecutor:
         prompt_ids: Sequence[int],
         sampling: Sampling,
         _cache_policy: CachePolicy,
+        matcher: Matcher | None = None,
     ) -> None:
         """See ``Executor.add``."""
         assert prompt_ids, "an empty prompt must not get here"
+        self._backend.matchers.append(matcher)
         assert row not in self.rows
         reply = self._backend.reply(prompt_ids, sampling)
         self.rows[row] = _Row(reply, sampling, [*prompt_ids])
@@ -239,6 +243,43 @@ class FakeExecutor:
         return Token(id_, token, logprob)
 
 
+class FakeGrammar:
+    """Grammar of every text but ``bad``, which is also the matcher of every text."""
+
+    is_satisfied = True
+
+    def start(self) -> FakeGrammar:
+        """See ``Grammar.start``."""
+        return self
+
+    def accepts(self, text: str) -> bool:
+        """See ``Matcher.accepts``."""
+        return text != "bad"
+
+
+@dataclass
+class FakeGrammars:
+    """Grammars that compile any constraint at once.
+
+    Attributes:
+        compiled: Every constraint, in the order they came.
+        failure: Fails every compilation.
+    """
+
+    compiled: list[Constraint] = field(default_factory=list)
+    failure: Exception | None = None
+
+    def compile(self, constraint: Constraint) -> Future[Grammar]:
+        """See ``Grammars.compile``."""
+        self.compiled.append(constraint)
+        future: Future[Grammar] = Future()
+        if self.failure:
+            future.set_exception(self.failure)
+        else:
+            future.set_result(FakeGrammar())
+        return future
+
+
 class FakeModel:
     """Model without weights, consisting of a description."""
 
@@ -246,6 +287,7 @@ class FakeModel:
         self._backend = backend
         self.info = info
         self.codec = backend.codec
+        self.grammars = backend.grammars
 
     def kv_bytes(self, tokens: int) -> int:
         """See ``LoadedModel.kv_bytes``."""
@@ -278,6 +320,7 @@ class FakeBackend:
         kv_budget_bytes: KV budget of loaded models; a token takes ``TOKEN_BYTES``.
         codec: Tokenizer of loaded models.
         chat: Chat format of loaded models.
+        grammars: Compiler of constraints of loaded models.
         load_error: Raised once by the next load, at 40 % progress.
         check_error: Raised once by the next ``check``.
         open_error: Raised by ``open``.
@@ -289,6 +332,7 @@ class FakeBackend:
         executors: Every executor made until now.
         calls: Names of the calls, each with the name of the calling thread.
         prefix_cache_limits: Byte limits of the prefix cache, in the order they were set.
+        matchers: The matcher of every row, in the order the rows were added.
         weight_bytes: Weights held now.
     """
 
@@ -298,6 +342,7 @@ class FakeBackend:
     kv_budget_bytes: int = 1 << 30
     codec: Codec = field(default_factory=ByteCodec)
     chat: ChatFormat = field(default_factory=lambda: chat_format(CHAT_TEMPLATE))
+    grammars: FakeGrammars = field(default_factory=FakeGrammars)
     load_error: Exception | None = None
     check_error: Exception | None = None
     open_error: Exception | None = None
@@ -309,6 +354,7 @@ class FakeBackend:
     executors: list[FakeExecutor] = field(default_factory=list)
     calls: list[tuple[str, str]] = field(default_factory=list)
     prefix_cache_limits: list[int] = field(default_factory=list)
+    matchers: list[Matcher | None] = field(default_factory=list)
     weight_bytes: int = 0
 
     def open(self) -> str:
@@ -378,6 +424,7 @@ _INFO = ModelInfo(
     context_length=CONTEXT_LENGTH,
     parallel=4,
     limit_bytes=1 << 30,
+    takes_constraints=True,
 )
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from runner_server.engine.backend import LoadedModel
+from runner_server.engine.backend import LoadedModel, Matcher
 from runner_server.engine.logprobs import TokenLogprob
 from runner_server.engine.types import Prefill, Sampling, Token
 from tools.local_batch import LocalBatch
@@ -20,25 +20,34 @@ class Row:
 
     Attributes:
         late: Step before which the row is added.
+        matcher: Constrains the row.
+        ends: Tokens after which the row ends before ``count``.
     """
 
     prompt: Sequence[int]
     count: int
     sampling: Sampling = GREEDY
     late: int = 0
+    matcher: Matcher | None = None
+    ends: Collection[int] = ()
     ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     progress: list[tuple[int, int]] = field(default_factory=list)
 
+    @property
+    def is_over(self) -> bool:
+        """True if the row has its last token."""
+        return len(self.ids) >= self.count or bool({*self.ids[-1:]} & {*self.ends})
+
 
 def run_rows(batch: LocalBatch, rows: Sequence[Row]) -> list[list[int]]:
-    """Run rows until each has ``count`` tokens; return the tokens of each."""
+    """Run rows until each is over; return the tokens of each."""
     waiting = dict(enumerate(rows))
     active: dict[int, Row] = {}
     for step in range(MAX_STEPS):
         for id_ in [id_ for id_, row in waiting.items() if row.late <= step]:
             row = active[id_] = waiting.pop(id_)
-            batch.add(id_, row.prompt, row.sampling)
+            batch.add(id_, row.prompt, row.sampling, matcher=row.matcher)
         if active:
             _step(batch, active)
         elif not waiting:
@@ -57,7 +66,7 @@ def _step(batch: LocalBatch, active: dict[int, Row]) -> None:
         row.ids.append(event.token_id)
         if event.logprob:
             row.logprobs.append(event.logprob)
-    ended = [id_ for id_, row in active.items() if len(row.ids) >= row.count]
+    ended = [id_ for id_, row in active.items() if row.is_over]
     if ended:
         batch.remove(ended)
     for id_ in ended:
@@ -74,5 +83,9 @@ def run_together(model: LoadedModel, rows: Sequence[Row]) -> list[list[int]]:
 
 
 def run_alone(model: LoadedModel, row: Row) -> list[int]:
-    """Run a row in a batch without others and return the tokens."""
+    """Run a row in a batch without others and return the tokens.
+
+    Not a constrained row, whose matcher would be used twice.
+    """
+    assert row.matcher is None
     return run_together(model, [Row(row.prompt, row.count, row.sampling)])[0]

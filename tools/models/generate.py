@@ -10,7 +10,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from runner_server.engine.logprobs import TokenLogprob
-from runner_server.engine.types import NotFinite, Prefill, Sampling
+from runner_server.engine.types import Failure, Prefill, Sampling
 from tools.local_batch import LocalBatch
 
 COUNT = 10
@@ -56,7 +56,7 @@ def _step(batch: LocalBatch, active: dict[int, Row]) -> list[int]:
     ended = []
     for event in batch.step():
         row = active[event.row]
-        if isinstance(event, NotFinite):
+        if isinstance(event, Failure):
             raise TypeError("logits are not finite")
         if isinstance(event, Prefill):
             row.cached = event.cached

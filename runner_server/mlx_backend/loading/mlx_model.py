@@ -13,6 +13,7 @@ from runner_server.engine.prefill_queue import PrefillLimits
 from runner_server.engine.prefix_cache import CacheUsage, PrefixCache
 from runner_server.engine.types import ModelInfo
 from runner_server.mlx_backend.cache.row_caches import CachePieces
+from runner_server.mlx_backend.constraints.grammars import GrammarCache
 from runner_server.mlx_backend.executor import BatchBudget, MlxExecutor, MlxPrefixCache
 from runner_server.mlx_backend.loading.batch_trial import try_together
 from runner_server.mlx_backend.loading.trial import warm_up
@@ -51,7 +52,8 @@ class MlxModel:
         self._pieces = CachePieces.of(model)
         self._prompts: MlxPrefixCache = PrefixCache(self._pieces, info.prefix_cache_bytes)
         self.codec = codec
-        self.info = info
+        self.grammars = GrammarCache(codec, info.vocab_size, info.eos_token_ids)
+        self.info = replace(info, takes_constraints=not self.grammars.problem)
 
     @property
     def kv_bytes(self) -> Callable[[int], int]:

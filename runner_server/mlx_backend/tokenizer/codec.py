@@ -12,7 +12,7 @@ from runner_server.errors import ModelUnsupported
 from runner_server.mlx_backend.tokenizer.literal import LiteralTokenizer
 from runner_server.mlx_backend.tokenizer.panics import NO_PANICS
 from runner_server.mlx_backend.tokenizer.settings import TokenizerSettings, read_settings
-from runner_server.mlx_backend.tokenizer.token_bytes import bytes_of_tokens
+from runner_server.mlx_backend.tokenizer.token_bytes import bytes_of_tokens, depends_on_neighbours
 from runner_server.mlx_backend.tokenizer.tokenizer_file import FILE, read_tokenizer_file
 from runner_server.mlx_backend.tokenizer.transformers_tokenizer import read_with_transformers
 from runner_server.mlx_backend.upstream.names import default_end_ids
@@ -110,6 +110,23 @@ class FastCodec:
     def token_bytes(self, token_id: int) -> bytes | None:
         """Return the bytes of a token; see ``Codec.token_bytes``."""
         return self._bytes_of(token_id)
+
+    @property
+    def knows_bytes(self) -> bool:
+        """True if the bytes of a token do not depend on its neighbours."""
+        return not depends_on_neighbours(self._tokenizer)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, added tokens included."""
+        size: int = self._tokenizer.get_vocab_size()
+        return size
+
+    @property
+    def special_ids(self) -> list[int]:
+        """The ids of special tokens, such as the end of a text or of a turn."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return [id_ for id_, token in added.items() if token.special]
 
 
 def load_codec(path: Path, config: dict[str, Any]) -> tuple[FastCodec, frozenset[int]]:

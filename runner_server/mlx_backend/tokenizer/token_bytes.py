@@ -47,7 +47,7 @@ def bytes_of_tokens(tokenizer: Any) -> BytesOf:
     kinds = [step["type"] for step in steps]
     if kinds[:1] == ["ByteLevel"] and set(kinds[1:]) <= {"Fuse"}:
         return lru_cache(_KEPT)(lambda id_: _in_alphabet(tokenizer.id_to_token(id_)))
-    if not steps or not _is_by_token(steps):
+    if depends_on_neighbours(tokenizer):
         return lambda _id: None
     falls_back = "ByteFallback" in kinds
 
@@ -57,6 +57,15 @@ def bytes_of_tokens(tokenizer: Any) -> BytesOf:
         return bytes.fromhex(byte[1]) if byte else _by_repetition(tokenizer, id_)
 
     return lru_cache(_KEPT)(read)
+
+
+def depends_on_neighbours(tokenizer: Any) -> bool:
+    """Return whether the bytes of a token may depend on its neighbours."""
+    steps = list(_steps(tokenizer.decoder))
+    kinds = [step["type"] for step in steps]
+    if kinds[:1] == ["ByteLevel"] and set(kinds[1:]) <= {"Fuse"}:
+        return False
+    return not steps or not _is_by_token(steps)
 
 
 def _steps(decoder: Any) -> Iterator[dict[str, Any]]:
