@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from runner_client.types import (
         ChatMessage,
         Completion,
+        Constraint,
         LoadResult,
         Options,
         Status,
@@ -209,6 +210,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
         literal: bool = False,
         logprob_token_ids: Sequence[int] = (),
         prompt_logprobs: int | None = None,
+        constraint: Constraint | None = None,
     ) -> AsyncCompletionStream:
         """Start a completion; see ``AsyncRunnerClient.completion``.
 
@@ -227,6 +229,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
             literal=literal,
             logprob_token_ids=logprob_token_ids,
             prompt_logprobs=prompt_logprobs,
+            constraint=constraint,
         )
 
     async def complete(
@@ -242,6 +245,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
         literal: bool = False,
         logprob_token_ids: Sequence[int] = (),
         prompt_logprobs: int | None = None,
+        constraint: Constraint | None = None,
     ) -> Completion:
         """Run a completion to the end; see ``AsyncRunnerClient.complete``.
 
@@ -259,6 +263,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
             literal=literal,
             logprob_token_ids=logprob_token_ids,
             prompt_logprobs=prompt_logprobs,
+            constraint=constraint,
         )
 
     def chat(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from runner_client.types import (
         ChatMessage,
         Completion,
+        Constraint,
         LoadResult,
         Options,
         Status,
@@ -204,6 +205,7 @@ class RunnerProcess(ProcessBase[Connection]):
         literal: bool = False,
         logprob_token_ids: Sequence[int] = (),
         prompt_logprobs: int | None = None,
+        constraint: Constraint | None = None,
     ) -> CompletionStream:
         """Start a completion; see ``RunnerClient.completion``.
 
@@ -222,6 +224,7 @@ class RunnerProcess(ProcessBase[Connection]):
             literal=literal,
             logprob_token_ids=logprob_token_ids,
             prompt_logprobs=prompt_logprobs,
+            constraint=constraint,
         )
 
     def complete(
@@ -237,6 +240,7 @@ class RunnerProcess(ProcessBase[Connection]):
         literal: bool = False,
         logprob_token_ids: Sequence[int] = (),
         prompt_logprobs: int | None = None,
+        constraint: Constraint | None = None,
     ) -> Completion:
         """Run a completion to the end; see ``RunnerClient.complete``.
 
@@ -254,6 +258,7 @@ class RunnerProcess(ProcessBase[Connection]):
             literal=literal,
             logprob_token_ids=logprob_token_ids,
             prompt_logprobs=prompt_logprobs,
+            constraint=constraint,
         )
 
     def chat(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         ChatCompletion,
         ChatMessage,
         Completion,
+        Constraint,
         Options,
         RenderedChat,
         Status,
@@ -141,6 +142,7 @@ class AsyncModelClient:
         literal: bool = False,
         logprob_token_ids: Sequence[int] = (),
         prompt_logprobs: int | None = None,
+        constraint: Constraint | None = None,
     ) -> AsyncCompletionStream:
         """Start a completion and return the stream of chunks without waiting.
 
@@ -166,6 +168,8 @@ class AsyncModelClient:
             prompt_logprobs: The number of most likely tokens, 0 to 20, to report with the log
                 probability of each token of the prompt, which then takes nothing from the prefix
                 cache. Default: no log probabilities of the prompt.
+            constraint: What the text must be: a ``JsonSchema``, ``JsonObject``, ``Regex``,
+                ``LarkGrammar`` or ``Choice``. Default: any text.
 
         Raises:
             TypeError: An argument is of the wrong type.
@@ -184,6 +188,7 @@ class AsyncModelClient:
             literal=literal,
             logprob_token_ids=logprob_token_ids,
             prompt_logprobs=prompt_logprobs,
+            constraint=constraint,
         )
         return self._connection.start_stream(request)
 
@@ -201,12 +206,13 @@ class AsyncModelClient:
         literal: bool = False,
         logprob_token_ids: Sequence[int] = (),
         prompt_logprobs: int | None = None,
+        constraint: Constraint | None = None,
     ) -> Completion:
         """Run a completion to the end, with the arguments and timeouts of ``completion``.
 
         Raises:
             TypeError: An argument is of the wrong type.
-            InvalidRequestError: An argument is out of range.
+            InvalidRequestError: An argument is out of range, or the constraint cannot be used.
             PromptTooLongError: The prompt does not fit the context.
             ModelNotLoadedError: No model is loaded, or another one than ``model``.
             QueueFullError: Too many requests are waiting.
@@ -225,6 +231,7 @@ class AsyncModelClient:
             literal=literal,
             logprob_token_ids=logprob_token_ids,
             prompt_logprobs=prompt_logprobs,
+            constraint=constraint,
         )
         async with stream:
             return responses.join_chunks([chunk async for chunk in stream])

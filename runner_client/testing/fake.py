@@ -23,6 +23,7 @@ from runner_client.testing.failure import Failure
 from runner_client.testing.health import health_handler
 from runner_client.testing.messages import as_chat, as_completion, text_of
 from runner_common.contract import (
+    CONSTRAINT_KINDS,
     DEFAULT_CONTEXT_LENGTH,
     DEFAULT_PARALLEL,
     MAX_LOGIT_BIASES,
@@ -246,6 +247,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
                 done_reason=pb.DONE_REASON_STOP,
                 eval_count=len(messages),
                 prompt_cached_count=0 if request.bypass_prefix_cache else self.prompt_cached_count,
+                constraint_satisfied=True if request.HasField("constraint") else None,
             )
         if not self.ends_after_done:
             call.wait(math.inf)
@@ -346,6 +348,10 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
             chat=self.has_chat_template,
             reasoning=True,
             tools=True,
+            constraint_kinds=[
+                pb.ConstraintKind.Value(f"CONSTRAINT_KIND_{kind.upper()}")
+                for kind in CONSTRAINT_KINDS
+            ],
         )
         return pb.Model(name=name, path=name, dtype_fallback=is_fallback, capabilities=accepted)
 

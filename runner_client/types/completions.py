@@ -175,6 +175,9 @@ class CompletionChunk:
     """The part of ``prompt_eval_count`` taken from the prefix cache."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """The next tokens of the prompt, from the second one on, if requested."""
+    constraint_satisfied: bool | None = None
+    """Whether the whole text is what the constraint asks for; False if it was cut short before it
+    was complete; None without a constraint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,3 +209,6 @@ class Completion:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """The tokens of the prompt from the second one on, if requested. Their texts joined are the
     text of the prompt behind its first token."""
+    constraint_satisfied: bool | None = None
+    """Whether the whole text is what the constraint asks for; False if it was cut short before it
+    was complete; None without a constraint."""

@@ -34,6 +34,9 @@ class Capabilities:
     """Whether answers to conversations have their reasoning apart."""
     tools: bool | None = None
     """Whether conversations may have tools."""
+    constraint_kinds: tuple[str, ...] | None = None
+    """The kinds of constraints: json_schema, json_object, regex, lark, choice. None if there are
+    none, or if an older server does not tell."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from runner_common.contract import (
     MAX_STOP_TOKEN_IDS,
     MAX_STOPS,
 )
+from runner_server.api.constraints import CONSTRAINT_KIND_VALUES
 from runner_server.api.estimator import Estimated
 from runner_server.engine.logprobs import TokenLogprob
 from runner_server.engine.output.prompt_text import PromptTexts
@@ -77,6 +78,7 @@ def model_message(info: ModelInfo, rank_count: int = 1) -> pb.Model:
             chat=info.chat.has_template,
             tools=info.chat.has_template and bool(info.chat.answer.tool_parser),
             reasoning=info.chat.has_template and bool(info.chat.answer.think_start),
+            constraint_kinds=CONSTRAINT_KIND_VALUES if info.takes_constraints else [],
         ),
     )
 
@@ -157,6 +159,7 @@ def _done_message(done: GenerationResult) -> pb.CompletionResponse:
         eval_duration=duration(done.eval_seconds),
         queue_duration=duration(done.queue_seconds),
         prompt_cached_count=done.cached_count,
+        constraint_satisfied=done.is_satisfied,
     )
 
 

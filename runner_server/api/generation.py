@@ -11,12 +11,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from runner_server.api.constraints import start_matcher
 from runner_server.api.prompts import Prompt, encode_prompt
 from runner_server.api.violations import check_token_ids
 from runner_server.engine.backend import ModelHandle
 from runner_server.engine.engine import Engine
 from runner_server.engine.generation_request import GenerationRequest
-from runner_server.engine.types import CachePolicy, CompletionSpec, ModelInfo, Sampling
+from runner_server.engine.types import CachePolicy, CompletionSpec, Constraint, ModelInfo, Sampling
 from runner_server.errors import InvalidField, PromptTooLong
 from runner_server.telemetry.call_record import current_call
 
@@ -38,6 +39,7 @@ class GenerationDraft:
         request_id: The caller's name for the request; may be empty.
         priority: See :class:`CompletionSpec`.
         cache_policy: See :class:`CompletionSpec`.
+        constraint: What the text must be; None for any text.
     """
 
     prompt: Prompt
@@ -49,6 +51,7 @@ class GenerationDraft:
     request_id: str = ""
     priority: int = 0
     cache_policy: CachePolicy = field(default_factory=CachePolicy)
+    constraint: Constraint | None = None
 
     def fit(self, prompt_ids: Sequence[int], model: ModelInfo) -> CompletionSpec:
         """Return the request for the engine, fitted to the model's context.
@@ -120,12 +123,14 @@ async def generate(
         context: The call; its initial metadata is sent as soon as the request is queued.
 
     Raises:
-        InvalidField: See :meth:`GenerationDraft.fit`.
+        InvalidField: See :meth:`GenerationDraft.fit`; or the constraint cannot be used.
         PromptTooLong: The prompt does not fit into the model's context.
         RunnerFault: See :meth:`Engine.submit`.
     """
     prompt_ids = await encode_prompt(draft.prompt, model)
-    request = engine.submit(model, draft.fit(prompt_ids, model.info))
+    spec = draft.fit(prompt_ids, model.info)
+    matcher = await start_matcher(draft.constraint, model)
+    request = engine.submit(model, spec, matcher)
     current_call().stats = request.stats
     try:
         # Without headers, a proxy or a blocking client takes a queued stream for a dead one.

@@ -33,6 +33,7 @@ from runner_common.contract import (
     MIN_CONTEXT_LENGTH,
     MIN_WATCH_SECONDS,
 )
+from runner_server.api.constraints import parse_constraint
 from runner_server.api.generation import GenerationDraft
 from runner_server.api.prompts import Prompt
 from runner_server.api.violations import ViolationCollector
@@ -172,6 +173,8 @@ def completion_draft(request: pb.CompletionRequest, model: ModelInfo) -> Generat
     salt = len(request.cache_salt)
     too_long = f"{salt} characters; at most {MAX_CACHE_SALT_CHARS}"
     check.require("cache_salt", salt <= MAX_CACHE_SALT_CHARS, too_long)
+    has_constraint = request.HasField("constraint")
+    constraint = parse_constraint(check, request.constraint) if has_constraint else None
     check.finish()
     return GenerationDraft(
         prompt=prompt,
@@ -183,6 +186,7 @@ def completion_draft(request: pb.CompletionRequest, model: ModelInfo) -> Generat
         request_id=request.request_id,
         priority=request.priority,
         cache_policy=_cache_policy(request),
+        constraint=constraint,
     )
 
 

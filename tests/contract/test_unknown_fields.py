@@ -58,7 +58,8 @@ PATHS = [
 
 def test_the_cases_include_nested_messages() -> None:
     paths = {path for name, path, _ in PATHS if name == "Completion"}
-    assert paths == {"", "options", "prompt_token_ids"}
+    constraint = {"constraint", "constraint.json_object", "constraint.choice"}
+    assert paths == {"", "options", "prompt_token_ids", *constraint}
 
 
 @pytest.mark.parametrize(("method", "path", "data"), PATHS)

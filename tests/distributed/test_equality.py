@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
@@ -18,6 +19,10 @@ Build = Callable[..., Path]
 LONG = [7 * i % 2000 + 10 for i in range(300)]
 """Prompt of several chunks."""
 
+RECORD = pb.Constraint(
+    json_schema='{"type": "array", "items": {"enum": ["a", 1]}, "minItems": 3, "maxItems": 5}'
+)
+
 REQUESTS = {
     "greedy": completion("def main(", temperature=0, num_predict=32),
     "seeded": completion("class Parser:", seed=11, num_predict=32),
@@ -28,6 +33,7 @@ REQUESTS = {
     "not too short": completion(
         "return", temperature=0, logit_bias={0: 100, 1: 100}, min_predict=9, num_predict=24
     ),
+    "constrained": completion("x = ", seed=2, constraint=RECORD),
     "long": completion(LONG, temperature=0, num_predict=16),
 }
 
@@ -90,7 +96,7 @@ def test_overlapping_streams_generate_the_same_as_one_process(
     calls = {"greedy": pair.stub.Completion(REQUESTS["greedy"], timeout=DEADLINE_SECONDS)}
     begun = [next(calls["greedy"]) for _ in range(2)]
     gone = pair.complete(400)
-    for name in ("long", "seeded", "nucleus", "penalties", "biased"):
+    for name in ("long", "seeded", "nucleus", "penalties", "biased", "constrained"):
         calls[name] = pair.stub.Completion(REQUESTS[name], timeout=DEADLINE_SECONDS)
     while not next(gone).token_ids:
         pass
@@ -100,6 +106,18 @@ def test_overlapping_streams_generate_the_same_as_one_process(
     for name, call in calls.items():
         assert tokens(call) == expected[name], name
     pair.wait_for(lambda: pair.status().running_count == 0)
+
+
+def test_a_row_without_a_legal_token_ends_on_every_rank(
+    pair: Child, expected: dict[str, list[int]]
+) -> None:
+    stuck = pb.Constraint(lark=r'start: "ab" x' + "\n" + r"x: /[^\s\S]/")
+    call = pair.stub.Completion(completion("x", constraint=stuck), timeout=DEADLINE_SECONDS)
+    beside = pair.stub.Completion(REQUESTS["constrained"], timeout=DEADLINE_SECONDS)
+    with pytest.raises(grpc.RpcError, match="no token can continue"):
+        list(call)
+    assert tokens(beside) == expected["constrained"]
+    assert generated(pair, [REQUESTS["long"]]) == [expected["long"]]
 
 
 def test_ranks_reuse_cached_prompts_alike(pair: Child, expected: dict[str, list[int]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
@@ -51,7 +52,7 @@ async def target(start_server: StartServer) -> AsyncIterator[Server]:
 @asynccontextmanager
 async def neighbour(server: Server) -> AsyncIterator[None]:
     """Run a seeded stream meanwhile and compare its text with the one decoded alone."""
-    options = {"seed": 7, "num_predict": 100}
+    options: dict[str, Any] = {"seed": 7, "num_predict": 100}
     alone = await server.text("neighbour", **options)
     call = server.start("neighbour", **options)
     messages = [await anext(aiter(call))]

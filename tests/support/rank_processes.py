@@ -96,8 +96,10 @@ def ranks(
 
 def completion(prompt: str | Sequence[int], **options: Any) -> pb.CompletionRequest:
     """Return a completion request."""
-    logprobs = options.pop("logprobs", None)
-    request = pb.CompletionRequest(options=pb.CompletionOptions(**options), logprobs=logprobs)
+    logprobs, constraint = options.pop("logprobs", None), options.pop("constraint", None)
+    request = pb.CompletionRequest(
+        options=pb.CompletionOptions(**options), logprobs=logprobs, constraint=constraint
+    )
     if isinstance(prompt, str):
         request.prompt = prompt
     else:

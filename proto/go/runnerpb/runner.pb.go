@@ -373,6 +373,71 @@ func (DoneReason) EnumDescriptor() ([]byte, []int) {
 	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{3}
 }
 
+// Kinds of constraints, the members of `Constraint.kind`. New values may be added.
+type ConstraintKind int32
+
+const (
+	// Never sent.
+	ConstraintKind_CONSTRAINT_KIND_UNSPECIFIED ConstraintKind = 0
+	// `Constraint.json_schema`.
+	ConstraintKind_CONSTRAINT_KIND_JSON_SCHEMA ConstraintKind = 1
+	// `Constraint.json_object`.
+	ConstraintKind_CONSTRAINT_KIND_JSON_OBJECT ConstraintKind = 2
+	// `Constraint.regex`.
+	ConstraintKind_CONSTRAINT_KIND_REGEX ConstraintKind = 3
+	// `Constraint.lark`.
+	ConstraintKind_CONSTRAINT_KIND_LARK ConstraintKind = 4
+	// `Constraint.choice`.
+	ConstraintKind_CONSTRAINT_KIND_CHOICE ConstraintKind = 5
+)
+
+// Enum value maps for ConstraintKind.
+var (
+	ConstraintKind_name = map[int32]string{
+		0: "CONSTRAINT_KIND_UNSPECIFIED",
+		1: "CONSTRAINT_KIND_JSON_SCHEMA",
+		2: "CONSTRAINT_KIND_JSON_OBJECT",
+		3: "CONSTRAINT_KIND_REGEX",
+		4: "CONSTRAINT_KIND_LARK",
+		5: "CONSTRAINT_KIND_CHOICE",
+	}
+	ConstraintKind_value = map[string]int32{
+		"CONSTRAINT_KIND_UNSPECIFIED": 0,
+		"CONSTRAINT_KIND_JSON_SCHEMA": 1,
+		"CONSTRAINT_KIND_JSON_OBJECT": 2,
+		"CONSTRAINT_KIND_REGEX":       3,
+		"CONSTRAINT_KIND_LARK":        4,
+		"CONSTRAINT_KIND_CHOICE":      5,
+	}
+)
+
+func (x ConstraintKind) Enum() *ConstraintKind {
+	p := new(ConstraintKind)
+	*p = x
+	return p
+}
+
+func (x ConstraintKind) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (ConstraintKind) Descriptor() protoreflect.EnumDescriptor {
+	return file_mlxrunner_v1_runner_proto_enumTypes[4].Descriptor()
+}
+
+func (ConstraintKind) Type() protoreflect.EnumType {
+	return &file_mlxrunner_v1_runner_proto_enumTypes[4]
+}
+
+func (x ConstraintKind) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use ConstraintKind.Descriptor instead.
+func (ConstraintKind) EnumDescriptor() ([]byte, []int) {
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{4}
+}
+
 // The author of a message of a conversation. New values may be added.
 type Role int32
 
@@ -423,11 +488,11 @@ func (x Role) String() string {
 }
 
 func (Role) Descriptor() protoreflect.EnumDescriptor {
-	return file_mlxrunner_v1_runner_proto_enumTypes[4].Descriptor()
+	return file_mlxrunner_v1_runner_proto_enumTypes[5].Descriptor()
 }
 
 func (Role) Type() protoreflect.EnumType {
-	return &file_mlxrunner_v1_runner_proto_enumTypes[4]
+	return &file_mlxrunner_v1_runner_proto_enumTypes[5]
 }
 
 func (x Role) Number() protoreflect.EnumNumber {
@@ -436,7 +501,7 @@ func (x Role) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Role.Descriptor instead.
 func (Role) EnumDescriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{4}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{5}
 }
 
 // Whether the model may call tools. New values may be added.
@@ -476,11 +541,11 @@ func (x ToolChoice) String() string {
 }
 
 func (ToolChoice) Descriptor() protoreflect.EnumDescriptor {
-	return file_mlxrunner_v1_runner_proto_enumTypes[5].Descriptor()
+	return file_mlxrunner_v1_runner_proto_enumTypes[6].Descriptor()
 }
 
 func (ToolChoice) Type() protoreflect.EnumType {
-	return &file_mlxrunner_v1_runner_proto_enumTypes[5]
+	return &file_mlxrunner_v1_runner_proto_enumTypes[6]
 }
 
 func (x ToolChoice) Number() protoreflect.EnumNumber {
@@ -489,7 +554,7 @@ func (x ToolChoice) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ToolChoice.Descriptor instead.
 func (ToolChoice) EnumDescriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{5}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{6}
 }
 
 // Requests a model to be loaded.
@@ -860,9 +925,14 @@ type Capabilities struct {
 	Reasoning *bool `protobuf:"varint,11,opt,name=reasoning,proto3,oneof" json:"reasoning,omitempty"`
 	// Whether `Chat` accepts tools: calls in the form of this model's template are
 	// understood.
-	Tools         *bool `protobuf:"varint,12,opt,name=tools,proto3,oneof" json:"tools,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Tools *bool `protobuf:"varint,12,opt,name=tools,proto3,oneof" json:"tools,omitempty"`
+	// The kinds of `CompletionRequest.constraint`. Empty if there are none: the
+	// tokenizer is of a kind that constraints cannot read, or the server lacks a
+	// package (a request with a constraint is told which). Also empty if the server is
+	// older than the field.
+	ConstraintKinds []ConstraintKind `protobuf:"varint,13,rep,packed,name=constraint_kinds,json=constraintKinds,proto3,enum=mlxrunner.v1.ConstraintKind" json:"constraint_kinds,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Capabilities) Reset() {
@@ -977,6 +1047,13 @@ func (x *Capabilities) GetTools() bool {
 		return *x.Tools
 	}
 	return false
+}
+
+func (x *Capabilities) GetConstraintKinds() []ConstraintKind {
+	if x != nil {
+		return x.ConstraintKinds
+	}
+	return nil
 }
 
 // Requests an estimate of a load. All fields are those of `LoadRequest`.
@@ -2187,8 +2264,11 @@ type CompletionRequest struct {
 	// smaller chunks, whose logits fit the planned memory. Range: 0 to 20. Default:
 	// unset, no log probabilities of the prompt.
 	PromptLogprobs *int32 `protobuf:"varint,12,opt,name=prompt_logprobs,json=promptLogprobs,proto3,oneof" json:"prompt_logprobs,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// What the text must be. `Capabilities.constraint_kinds` says what the model and
+	// the server accept. Default: unset, any text.
+	Constraint    *Constraint `protobuf:"bytes,13,opt,name=constraint,proto3" json:"constraint,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CompletionRequest) Reset() {
@@ -2316,6 +2396,13 @@ func (x *CompletionRequest) GetPromptLogprobs() int32 {
 	return 0
 }
 
+func (x *CompletionRequest) GetConstraint() *Constraint {
+	if x != nil {
+		return x.Constraint
+	}
+	return nil
+}
+
 type isCompletionRequest_Input interface {
 	isCompletionRequest_Input()
 }
@@ -2334,6 +2421,244 @@ type CompletionRequest_PromptTokenIds struct {
 func (*CompletionRequest_Prompt) isCompletionRequest_Input() {}
 
 func (*CompletionRequest_PromptTokenIds) isCompletionRequest_Input() {}
+
+// What a text must be. Before each token is drawn, the tokens that cannot continue
+// the text within the constraint are excluded, after `logit_bias` and the penalties
+// and before `top_k`. A token that ends the text is possible only where the text is
+// complete. Everything else keeps its meaning: log probabilities are those of the
+// model, and the same seed gives the same text, alone or in a batch. Tokens that
+// count as special are excluded, unless a Lark grammar names them.
+//
+// A text may be incomplete if `num_predict`, the context or a stop string ends it:
+// see `CompletionResponse.constraint_satisfied`. If no token of the vocabulary can
+// continue the text, the completion fails with INVALID_FIELD for `constraint`.
+type Constraint struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What the text must be. Required. Each text has at most 65,536 bytes, and is
+	// refused with INVALID_FIELD if it cannot be used; the message names the place.
+	//
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*Constraint_JsonSchema
+	//	*Constraint_JsonObject
+	//	*Constraint_Regex
+	//	*Constraint_Lark
+	//	*Constraint_Choice
+	Kind          isConstraint_Kind `protobuf_oneof:"kind"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Constraint) Reset() {
+	*x = Constraint{}
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Constraint) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Constraint) ProtoMessage() {}
+
+func (x *Constraint) ProtoReflect() protoreflect.Message {
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Constraint.ProtoReflect.Descriptor instead.
+func (*Constraint) Descriptor() ([]byte, []int) {
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *Constraint) GetKind() isConstraint_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *Constraint) GetJsonSchema() string {
+	if x != nil {
+		if x, ok := x.Kind.(*Constraint_JsonSchema); ok {
+			return x.JsonSchema
+		}
+	}
+	return ""
+}
+
+func (x *Constraint) GetJsonObject() *JsonObject {
+	if x != nil {
+		if x, ok := x.Kind.(*Constraint_JsonObject); ok {
+			return x.JsonObject
+		}
+	}
+	return nil
+}
+
+func (x *Constraint) GetRegex() string {
+	if x != nil {
+		if x, ok := x.Kind.(*Constraint_Regex); ok {
+			return x.Regex
+		}
+	}
+	return ""
+}
+
+func (x *Constraint) GetLark() string {
+	if x != nil {
+		if x, ok := x.Kind.(*Constraint_Lark); ok {
+			return x.Lark
+		}
+	}
+	return ""
+}
+
+func (x *Constraint) GetChoice() *Choice {
+	if x != nil {
+		if x, ok := x.Kind.(*Constraint_Choice); ok {
+			return x.Choice
+		}
+	}
+	return nil
+}
+
+type isConstraint_Kind interface {
+	isConstraint_Kind()
+}
+
+type Constraint_JsonSchema struct {
+	// A JSON value that is valid by this JSON schema (as text, draft 2020-12).
+	// Properties come in the order of the schema. White space between two parts of
+	// the value is at most one line break and 20 spaces or tabs. A keyword with an
+	// effect on validity that is not supported is refused, also in a part of the
+	// schema. Objects and arrays of the schema are nested at most 100 levels deep.
+	JsonSchema string `protobuf:"bytes,1,opt,name=json_schema,json=jsonSchema,proto3,oneof"`
+}
+
+type Constraint_JsonObject struct {
+	// Any JSON object, with white space as for `json_schema`.
+	JsonObject *JsonObject `protobuf:"bytes,2,opt,name=json_object,json=jsonObject,proto3,oneof"`
+}
+
+type Constraint_Regex struct {
+	// A text that matches this regular expression as a whole, in the syntax of Rust's
+	// `regex`: without look-around and back references.
+	Regex string `protobuf:"bytes,3,opt,name=regex,proto3,oneof"`
+}
+
+type Constraint_Lark struct {
+	// A text of this context-free grammar, in llguidance's variant of Lark's syntax,
+	// beginning at the rule `start`. The attributes `stop` and `temperature` of a rule
+	// are refused.
+	Lark string `protobuf:"bytes,4,opt,name=lark,proto3,oneof"`
+}
+
+type Constraint_Choice struct {
+	// One of these texts.
+	Choice *Choice `protobuf:"bytes,5,opt,name=choice,proto3,oneof"`
+}
+
+func (*Constraint_JsonSchema) isConstraint_Kind() {}
+
+func (*Constraint_JsonObject) isConstraint_Kind() {}
+
+func (*Constraint_Regex) isConstraint_Kind() {}
+
+func (*Constraint_Lark) isConstraint_Kind() {}
+
+func (*Constraint_Choice) isConstraint_Kind() {}
+
+// Any JSON object.
+type JsonObject struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *JsonObject) Reset() {
+	*x = JsonObject{}
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *JsonObject) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*JsonObject) ProtoMessage() {}
+
+func (x *JsonObject) ProtoReflect() protoreflect.Message {
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use JsonObject.ProtoReflect.Descriptor instead.
+func (*JsonObject) Descriptor() ([]byte, []int) {
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{19}
+}
+
+// One of several texts.
+type Choice struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The texts. 1 to 1,024, none of them empty, of at most 65,536 bytes together.
+	Texts         []string `protobuf:"bytes,1,rep,name=texts,proto3" json:"texts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Choice) Reset() {
+	*x = Choice{}
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Choice) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Choice) ProtoMessage() {}
+
+func (x *Choice) ProtoReflect() protoreflect.Message {
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Choice.ProtoReflect.Descriptor instead.
+func (*Choice) Descriptor() ([]byte, []int) {
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *Choice) GetTexts() []string {
+	if x != nil {
+		return x.Texts
+	}
+	return nil
+}
 
 // How tokens are sampled and when to stop. The order is: `logit_bias`, the three
 // penalties, `min_predict`, `top_k`, `temperature`, `top_p`, `min_p`, sampling. An option out of
@@ -2401,7 +2726,7 @@ type CompletionOptions struct {
 
 func (x *CompletionOptions) Reset() {
 	*x = CompletionOptions{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[18]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2413,7 +2738,7 @@ func (x *CompletionOptions) String() string {
 func (*CompletionOptions) ProtoMessage() {}
 
 func (x *CompletionOptions) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[18]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2426,7 +2751,7 @@ func (x *CompletionOptions) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CompletionOptions.ProtoReflect.Descriptor instead.
 func (*CompletionOptions) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{18}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *CompletionOptions) GetTemperature() float32 {
@@ -2576,13 +2901,16 @@ type CompletionResponse struct {
 	// The part of `prompt_eval_count` taken from the prefix cache instead of being
 	// processed again.
 	PromptCachedCount int32 `protobuf:"varint,13,opt,name=prompt_cached_count,json=promptCachedCount,proto3" json:"prompt_cached_count,omitempty"`
-	unknownFields     protoimpl.UnknownFields
-	sizeCache         protoimpl.SizeCache
+	// Whether `content` as a whole is what `CompletionRequest.constraint` asks for. Unset
+	// without a constraint.
+	ConstraintSatisfied *bool `protobuf:"varint,15,opt,name=constraint_satisfied,json=constraintSatisfied,proto3,oneof" json:"constraint_satisfied,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *CompletionResponse) Reset() {
 	*x = CompletionResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[19]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2594,7 +2922,7 @@ func (x *CompletionResponse) String() string {
 func (*CompletionResponse) ProtoMessage() {}
 
 func (x *CompletionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[19]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2607,7 +2935,7 @@ func (x *CompletionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CompletionResponse.ProtoReflect.Descriptor instead.
 func (*CompletionResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{19}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *CompletionResponse) GetContent() string {
@@ -2708,6 +3036,13 @@ func (x *CompletionResponse) GetPromptCachedCount() int32 {
 	return 0
 }
 
+func (x *CompletionResponse) GetConstraintSatisfied() bool {
+	if x != nil && x.ConstraintSatisfied != nil {
+		return *x.ConstraintSatisfied
+	}
+	return false
+}
+
 // Progress of a prefill.
 type PromptProgress struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2721,7 +3056,7 @@ type PromptProgress struct {
 
 func (x *PromptProgress) Reset() {
 	*x = PromptProgress{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[20]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2733,7 +3068,7 @@ func (x *PromptProgress) String() string {
 func (*PromptProgress) ProtoMessage() {}
 
 func (x *PromptProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[20]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2746,7 +3081,7 @@ func (x *PromptProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromptProgress.ProtoReflect.Descriptor instead.
 func (*PromptProgress) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{20}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *PromptProgress) GetEvaluatedCount() int32 {
@@ -2792,7 +3127,7 @@ type TokenLogprob struct {
 
 func (x *TokenLogprob) Reset() {
 	*x = TokenLogprob{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[21]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2804,7 +3139,7 @@ func (x *TokenLogprob) String() string {
 func (*TokenLogprob) ProtoMessage() {}
 
 func (x *TokenLogprob) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[21]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2817,7 +3152,7 @@ func (x *TokenLogprob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenLogprob.ProtoReflect.Descriptor instead.
 func (*TokenLogprob) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{21}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *TokenLogprob) GetTokenId() int32 {
@@ -2879,7 +3214,7 @@ type TopLogprob struct {
 
 func (x *TopLogprob) Reset() {
 	*x = TopLogprob{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[22]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2891,7 +3226,7 @@ func (x *TopLogprob) String() string {
 func (*TopLogprob) ProtoMessage() {}
 
 func (x *TopLogprob) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[22]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2904,7 +3239,7 @@ func (x *TopLogprob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TopLogprob.ProtoReflect.Descriptor instead.
 func (*TopLogprob) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{22}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *TopLogprob) GetTokenId() int32 {
@@ -2947,7 +3282,7 @@ type AbortRequest struct {
 
 func (x *AbortRequest) Reset() {
 	*x = AbortRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[23]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2959,7 +3294,7 @@ func (x *AbortRequest) String() string {
 func (*AbortRequest) ProtoMessage() {}
 
 func (x *AbortRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[23]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2972,7 +3307,7 @@ func (x *AbortRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortRequest.ProtoReflect.Descriptor instead.
 func (*AbortRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{23}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *AbortRequest) GetRequestIds() []string {
@@ -2993,7 +3328,7 @@ type AbortResponse struct {
 
 func (x *AbortResponse) Reset() {
 	*x = AbortResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[24]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3005,7 +3340,7 @@ func (x *AbortResponse) String() string {
 func (*AbortResponse) ProtoMessage() {}
 
 func (x *AbortResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[24]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3018,7 +3353,7 @@ func (x *AbortResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortResponse.ProtoReflect.Descriptor instead.
 func (*AbortResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{24}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *AbortResponse) GetAbortedCount() int32 {
@@ -3040,7 +3375,7 @@ type DrainRequest struct {
 
 func (x *DrainRequest) Reset() {
 	*x = DrainRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[25]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3052,7 +3387,7 @@ func (x *DrainRequest) String() string {
 func (*DrainRequest) ProtoMessage() {}
 
 func (x *DrainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[25]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3065,7 +3400,7 @@ func (x *DrainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainRequest.ProtoReflect.Descriptor instead.
 func (*DrainRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{25}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *DrainRequest) GetTimeout() *durationpb.Duration {
@@ -3090,7 +3425,7 @@ type DrainResponse struct {
 
 func (x *DrainResponse) Reset() {
 	*x = DrainResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[26]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3102,7 +3437,7 @@ func (x *DrainResponse) String() string {
 func (*DrainResponse) ProtoMessage() {}
 
 func (x *DrainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[26]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3115,7 +3450,7 @@ func (x *DrainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainResponse.ProtoReflect.Descriptor instead.
 func (*DrainResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{26}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *DrainResponse) GetFinishedCount() int32 {
@@ -3156,7 +3491,7 @@ type TokenizeRequest struct {
 
 func (x *TokenizeRequest) Reset() {
 	*x = TokenizeRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[27]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3168,7 +3503,7 @@ func (x *TokenizeRequest) String() string {
 func (*TokenizeRequest) ProtoMessage() {}
 
 func (x *TokenizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[27]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3181,7 +3516,7 @@ func (x *TokenizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenizeRequest.ProtoReflect.Descriptor instead.
 func (*TokenizeRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{27}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *TokenizeRequest) GetContent() string {
@@ -3223,7 +3558,7 @@ type TokenizeResponse struct {
 
 func (x *TokenizeResponse) Reset() {
 	*x = TokenizeResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[28]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3235,7 +3570,7 @@ func (x *TokenizeResponse) String() string {
 func (*TokenizeResponse) ProtoMessage() {}
 
 func (x *TokenizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[28]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3248,7 +3583,7 @@ func (x *TokenizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenizeResponse.ProtoReflect.Descriptor instead.
 func (*TokenizeResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{28}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *TokenizeResponse) GetTokenIds() []int32 {
@@ -3273,7 +3608,7 @@ type DetokenizeRequest struct {
 
 func (x *DetokenizeRequest) Reset() {
 	*x = DetokenizeRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[29]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3285,7 +3620,7 @@ func (x *DetokenizeRequest) String() string {
 func (*DetokenizeRequest) ProtoMessage() {}
 
 func (x *DetokenizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[29]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3298,7 +3633,7 @@ func (x *DetokenizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetokenizeRequest.ProtoReflect.Descriptor instead.
 func (*DetokenizeRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{29}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *DetokenizeRequest) GetTokenIds() []int32 {
@@ -3326,7 +3661,7 @@ type DetokenizeResponse struct {
 
 func (x *DetokenizeResponse) Reset() {
 	*x = DetokenizeResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[30]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3338,7 +3673,7 @@ func (x *DetokenizeResponse) String() string {
 func (*DetokenizeResponse) ProtoMessage() {}
 
 func (x *DetokenizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[30]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3351,7 +3686,7 @@ func (x *DetokenizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetokenizeResponse.ProtoReflect.Descriptor instead.
 func (*DetokenizeResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{30}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *DetokenizeResponse) GetContent() string {
@@ -3389,7 +3724,7 @@ type ChatMessage struct {
 
 func (x *ChatMessage) Reset() {
 	*x = ChatMessage{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[31]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3401,7 +3736,7 @@ func (x *ChatMessage) String() string {
 func (*ChatMessage) ProtoMessage() {}
 
 func (x *ChatMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[31]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3414,7 +3749,7 @@ func (x *ChatMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChatMessage.ProtoReflect.Descriptor instead.
 func (*ChatMessage) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{31}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ChatMessage) GetRole() Role {
@@ -3481,7 +3816,7 @@ type ContentPart struct {
 
 func (x *ContentPart) Reset() {
 	*x = ContentPart{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[32]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3493,7 +3828,7 @@ func (x *ContentPart) String() string {
 func (*ContentPart) ProtoMessage() {}
 
 func (x *ContentPart) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[32]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3506,7 +3841,7 @@ func (x *ContentPart) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContentPart.ProtoReflect.Descriptor instead.
 func (*ContentPart) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{32}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ContentPart) GetPart() isContentPart_Part {
@@ -3551,7 +3886,7 @@ type ToolCall struct {
 
 func (x *ToolCall) Reset() {
 	*x = ToolCall{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[33]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3563,7 +3898,7 @@ func (x *ToolCall) String() string {
 func (*ToolCall) ProtoMessage() {}
 
 func (x *ToolCall) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[33]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3576,7 +3911,7 @@ func (x *ToolCall) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ToolCall.ProtoReflect.Descriptor instead.
 func (*ToolCall) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{33}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ToolCall) GetId() string {
@@ -3616,7 +3951,7 @@ type Tool struct {
 
 func (x *Tool) Reset() {
 	*x = Tool{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[34]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3628,7 +3963,7 @@ func (x *Tool) String() string {
 func (*Tool) ProtoMessage() {}
 
 func (x *Tool) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[34]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3641,7 +3976,7 @@ func (x *Tool) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tool.ProtoReflect.Descriptor instead.
 func (*Tool) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{34}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Tool) GetName() string {
@@ -3687,7 +4022,7 @@ type RenderChatRequest struct {
 
 func (x *RenderChatRequest) Reset() {
 	*x = RenderChatRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[35]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3699,7 +4034,7 @@ func (x *RenderChatRequest) String() string {
 func (*RenderChatRequest) ProtoMessage() {}
 
 func (x *RenderChatRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[35]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3712,7 +4047,7 @@ func (x *RenderChatRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenderChatRequest.ProtoReflect.Descriptor instead.
 func (*RenderChatRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{35}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *RenderChatRequest) GetMessages() []*ChatMessage {
@@ -3756,7 +4091,7 @@ type RenderChatResponse struct {
 
 func (x *RenderChatResponse) Reset() {
 	*x = RenderChatResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[36]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3768,7 +4103,7 @@ func (x *RenderChatResponse) String() string {
 func (*RenderChatResponse) ProtoMessage() {}
 
 func (x *RenderChatResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[36]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3781,7 +4116,7 @@ func (x *RenderChatResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenderChatResponse.ProtoReflect.Descriptor instead.
 func (*RenderChatResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{36}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *RenderChatResponse) GetPrompt() string {
@@ -3831,7 +4166,7 @@ type ChatRequest struct {
 
 func (x *ChatRequest) Reset() {
 	*x = ChatRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[37]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3843,7 +4178,7 @@ func (x *ChatRequest) String() string {
 func (*ChatRequest) ProtoMessage() {}
 
 func (x *ChatRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[37]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3856,7 +4191,7 @@ func (x *ChatRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChatRequest.ProtoReflect.Descriptor instead.
 func (*ChatRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{37}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ChatRequest) GetMessages() []*ChatMessage {
@@ -3976,7 +4311,7 @@ type ChatResponse struct {
 
 func (x *ChatResponse) Reset() {
 	*x = ChatResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[38]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3988,7 +4323,7 @@ func (x *ChatResponse) String() string {
 func (*ChatResponse) ProtoMessage() {}
 
 func (x *ChatResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[38]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4001,7 +4336,7 @@ func (x *ChatResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChatResponse.ProtoReflect.Descriptor instead.
 func (*ChatResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{38}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ChatResponse) GetContent() string {
@@ -4151,7 +4486,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x0edtype_fallback\x18\n" +
 	" \x01(\bR\rdtypeFallback\x12\x1a\n" +
 	"\bwarnings\x18\v \x03(\tR\bwarnings\x12>\n" +
-	"\fcapabilities\x18\f \x01(\v2\x1a.mlxrunner.v1.CapabilitiesR\fcapabilities\"\xe4\x05\n" +
+	"\fcapabilities\x18\f \x01(\v2\x1a.mlxrunner.v1.CapabilitiesR\fcapabilities\"\xad\x06\n" +
 	"\fCapabilities\x12\x1d\n" +
 	"\abatched\x18\x01 \x01(\bH\x00R\abatched\x88\x01\x01\x12&\n" +
 	"\fprefix_cache\x18\x02 \x01(\bH\x01R\vprefixCache\x88\x01\x01\x121\n" +
@@ -4167,7 +4502,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	" \x01(\bH\tR\x04chat\x88\x01\x01\x12!\n" +
 	"\treasoning\x18\v \x01(\bH\n" +
 	"R\treasoning\x88\x01\x01\x12\x19\n" +
-	"\x05tools\x18\f \x01(\bH\vR\x05tools\x88\x01\x01B\n" +
+	"\x05tools\x18\f \x01(\bH\vR\x05tools\x88\x01\x01\x12G\n" +
+	"\x10constraint_kinds\x18\r \x03(\x0e2\x1c.mlxrunner.v1.ConstraintKindR\x0fconstraintKindsB\n" +
 	"\n" +
 	"\b_batchedB\x0f\n" +
 	"\r_prefix_cacheB\x15\n" +
@@ -4280,7 +4616,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x0ereserved_bytes\x18\b \x01(\x03R\rreservedBytes\x127\n" +
 	"\x18prefix_cache_limit_bytes\x18\t \x01(\x03R\x15prefixCacheLimitBytes\"\x1c\n" +
 	"\bTokenIds\x12\x10\n" +
-	"\x03ids\x18\x01 \x03(\x05R\x03ids\"\x8b\x04\n" +
+	"\x03ids\x18\x01 \x03(\x05R\x03ids\"\xc5\x04\n" +
 	"\x11CompletionRequest\x12\x18\n" +
 	"\x06prompt\x18\x01 \x01(\tH\x00R\x06prompt\x12B\n" +
 	"\x10prompt_token_ids\x18\x02 \x01(\v2\x16.mlxrunner.v1.TokenIdsH\x00R\x0epromptTokenIds\x129\n" +
@@ -4296,10 +4632,27 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\aliteral\x18\n" +
 	" \x01(\bR\aliteral\x12*\n" +
 	"\x11logprob_token_ids\x18\v \x03(\x05R\x0flogprobTokenIds\x12,\n" +
-	"\x0fprompt_logprobs\x18\f \x01(\x05H\x02R\x0epromptLogprobs\x88\x01\x01B\a\n" +
+	"\x0fprompt_logprobs\x18\f \x01(\x05H\x02R\x0epromptLogprobs\x88\x01\x01\x128\n" +
+	"\n" +
+	"constraint\x18\r \x01(\v2\x18.mlxrunner.v1.ConstraintR\n" +
+	"constraintB\a\n" +
 	"\x05inputB\v\n" +
 	"\t_logprobsB\x12\n" +
-	"\x10_prompt_logprobs\"\x9c\x06\n" +
+	"\x10_prompt_logprobs\"\xd2\x01\n" +
+	"\n" +
+	"Constraint\x12!\n" +
+	"\vjson_schema\x18\x01 \x01(\tH\x00R\n" +
+	"jsonSchema\x12;\n" +
+	"\vjson_object\x18\x02 \x01(\v2\x18.mlxrunner.v1.JsonObjectH\x00R\n" +
+	"jsonObject\x12\x16\n" +
+	"\x05regex\x18\x03 \x01(\tH\x00R\x05regex\x12\x14\n" +
+	"\x04lark\x18\x04 \x01(\tH\x00R\x04lark\x12.\n" +
+	"\x06choice\x18\x05 \x01(\v2\x14.mlxrunner.v1.ChoiceH\x00R\x06choiceB\x06\n" +
+	"\x04kind\"\f\n" +
+	"\n" +
+	"JsonObject\"\x1e\n" +
+	"\x06Choice\x12\x14\n" +
+	"\x05texts\x18\x01 \x03(\tR\x05texts\"\x9c\x06\n" +
 	"\x11CompletionOptions\x12%\n" +
 	"\vtemperature\x18\x01 \x01(\x02H\x00R\vtemperature\x88\x01\x01\x12\x18\n" +
 	"\x05top_p\x18\x02 \x01(\x02H\x01R\x04topP\x88\x01\x01\x12\x18\n" +
@@ -4333,7 +4686,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x11_presence_penaltyB\x14\n" +
 	"\x12_frequency_penaltyB\x0e\n" +
 	"\f_num_predictB\a\n" +
-	"\x05_seed\"\xc7\x05\n" +
+	"\x05_seed\"\x98\x06\n" +
 	"\x12CompletionResponse\x12\x18\n" +
 	"\acontent\x18\x01 \x01(\tR\acontent\x12\x1b\n" +
 	"\ttoken_ids\x18\x02 \x03(\x05R\btokenIds\x126\n" +
@@ -4352,7 +4705,9 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	" \x01(\x05R\tevalCount\x12>\n" +
 	"\reval_duration\x18\v \x01(\v2\x19.google.protobuf.DurationR\fevalDuration\x12@\n" +
 	"\x0equeue_duration\x18\f \x01(\v2\x19.google.protobuf.DurationR\rqueueDuration\x12.\n" +
-	"\x13prompt_cached_count\x18\r \x01(\x05R\x11promptCachedCount\"Z\n" +
+	"\x13prompt_cached_count\x18\r \x01(\x05R\x11promptCachedCount\x126\n" +
+	"\x14constraint_satisfied\x18\x0f \x01(\bH\x00R\x13constraintSatisfied\x88\x01\x01B\x17\n" +
+	"\x15_constraint_satisfied\"Z\n" +
 	"\x0ePromptProgress\x12'\n" +
 	"\x0fevaluated_count\x18\x01 \x01(\x05R\x0eevaluatedCount\x12\x1f\n" +
 	"\vtotal_count\x18\x02 \x01(\x05R\n" +
@@ -4501,7 +4856,14 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x17DONE_REASON_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10DONE_REASON_STOP\x10\x01\x12\x16\n" +
 	"\x12DONE_REASON_LENGTH\x10\x02\x12\x1a\n" +
-	"\x16DONE_REASON_TOOL_CALLS\x10\x03*s\n" +
+	"\x16DONE_REASON_TOOL_CALLS\x10\x03*\xc4\x01\n" +
+	"\x0eConstraintKind\x12\x1f\n" +
+	"\x1bCONSTRAINT_KIND_UNSPECIFIED\x10\x00\x12\x1f\n" +
+	"\x1bCONSTRAINT_KIND_JSON_SCHEMA\x10\x01\x12\x1f\n" +
+	"\x1bCONSTRAINT_KIND_JSON_OBJECT\x10\x02\x12\x19\n" +
+	"\x15CONSTRAINT_KIND_REGEX\x10\x03\x12\x18\n" +
+	"\x14CONSTRAINT_KIND_LARK\x10\x04\x12\x1a\n" +
+	"\x16CONSTRAINT_KIND_CHOICE\x10\x05*s\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n" +
 	"\vROLE_SYSTEM\x10\x01\x12\r\n" +
@@ -4545,132 +4907,140 @@ func file_mlxrunner_v1_runner_proto_rawDescGZIP() []byte {
 	return file_mlxrunner_v1_runner_proto_rawDescData
 }
 
-var file_mlxrunner_v1_runner_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_mlxrunner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
+var file_mlxrunner_v1_runner_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
+var file_mlxrunner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
 var file_mlxrunner_v1_runner_proto_goTypes = []any{
 	(ErrorReason)(0),            // 0: mlxrunner.v1.ErrorReason
 	(State)(0),                  // 1: mlxrunner.v1.State
 	(Dtype)(0),                  // 2: mlxrunner.v1.Dtype
 	(DoneReason)(0),             // 3: mlxrunner.v1.DoneReason
-	(Role)(0),                   // 4: mlxrunner.v1.Role
-	(ToolChoice)(0),             // 5: mlxrunner.v1.ToolChoice
-	(*LoadRequest)(nil),         // 6: mlxrunner.v1.LoadRequest
-	(*LoadResponse)(nil),        // 7: mlxrunner.v1.LoadResponse
-	(*Model)(nil),               // 8: mlxrunner.v1.Model
-	(*Capabilities)(nil),        // 9: mlxrunner.v1.Capabilities
-	(*EstimateRequest)(nil),     // 10: mlxrunner.v1.EstimateRequest
-	(*EstimateResponse)(nil),    // 11: mlxrunner.v1.EstimateResponse
-	(*TrimRequest)(nil),         // 12: mlxrunner.v1.TrimRequest
-	(*TrimResponse)(nil),        // 13: mlxrunner.v1.TrimResponse
-	(*UnloadRequest)(nil),       // 14: mlxrunner.v1.UnloadRequest
-	(*UnloadResponse)(nil),      // 15: mlxrunner.v1.UnloadResponse
-	(*StatusRequest)(nil),       // 16: mlxrunner.v1.StatusRequest
-	(*StatusResponse)(nil),      // 17: mlxrunner.v1.StatusResponse
-	(*WatchStatusRequest)(nil),  // 18: mlxrunner.v1.WatchStatusRequest
-	(*WatchStatusResponse)(nil), // 19: mlxrunner.v1.WatchStatusResponse
-	(*Rank)(nil),                // 20: mlxrunner.v1.Rank
-	(*MemoryUsage)(nil),         // 21: mlxrunner.v1.MemoryUsage
-	(*TokenIds)(nil),            // 22: mlxrunner.v1.TokenIds
-	(*CompletionRequest)(nil),   // 23: mlxrunner.v1.CompletionRequest
-	(*CompletionOptions)(nil),   // 24: mlxrunner.v1.CompletionOptions
-	(*CompletionResponse)(nil),  // 25: mlxrunner.v1.CompletionResponse
-	(*PromptProgress)(nil),      // 26: mlxrunner.v1.PromptProgress
-	(*TokenLogprob)(nil),        // 27: mlxrunner.v1.TokenLogprob
-	(*TopLogprob)(nil),          // 28: mlxrunner.v1.TopLogprob
-	(*AbortRequest)(nil),        // 29: mlxrunner.v1.AbortRequest
-	(*AbortResponse)(nil),       // 30: mlxrunner.v1.AbortResponse
-	(*DrainRequest)(nil),        // 31: mlxrunner.v1.DrainRequest
-	(*DrainResponse)(nil),       // 32: mlxrunner.v1.DrainResponse
-	(*TokenizeRequest)(nil),     // 33: mlxrunner.v1.TokenizeRequest
-	(*TokenizeResponse)(nil),    // 34: mlxrunner.v1.TokenizeResponse
-	(*DetokenizeRequest)(nil),   // 35: mlxrunner.v1.DetokenizeRequest
-	(*DetokenizeResponse)(nil),  // 36: mlxrunner.v1.DetokenizeResponse
-	(*ChatMessage)(nil),         // 37: mlxrunner.v1.ChatMessage
-	(*ContentPart)(nil),         // 38: mlxrunner.v1.ContentPart
-	(*ToolCall)(nil),            // 39: mlxrunner.v1.ToolCall
-	(*Tool)(nil),                // 40: mlxrunner.v1.Tool
-	(*RenderChatRequest)(nil),   // 41: mlxrunner.v1.RenderChatRequest
-	(*RenderChatResponse)(nil),  // 42: mlxrunner.v1.RenderChatResponse
-	(*ChatRequest)(nil),         // 43: mlxrunner.v1.ChatRequest
-	(*ChatResponse)(nil),        // 44: mlxrunner.v1.ChatResponse
-	nil,                         // 45: mlxrunner.v1.CompletionOptions.LogitBiasEntry
-	(*durationpb.Duration)(nil), // 46: google.protobuf.Duration
+	(ConstraintKind)(0),         // 4: mlxrunner.v1.ConstraintKind
+	(Role)(0),                   // 5: mlxrunner.v1.Role
+	(ToolChoice)(0),             // 6: mlxrunner.v1.ToolChoice
+	(*LoadRequest)(nil),         // 7: mlxrunner.v1.LoadRequest
+	(*LoadResponse)(nil),        // 8: mlxrunner.v1.LoadResponse
+	(*Model)(nil),               // 9: mlxrunner.v1.Model
+	(*Capabilities)(nil),        // 10: mlxrunner.v1.Capabilities
+	(*EstimateRequest)(nil),     // 11: mlxrunner.v1.EstimateRequest
+	(*EstimateResponse)(nil),    // 12: mlxrunner.v1.EstimateResponse
+	(*TrimRequest)(nil),         // 13: mlxrunner.v1.TrimRequest
+	(*TrimResponse)(nil),        // 14: mlxrunner.v1.TrimResponse
+	(*UnloadRequest)(nil),       // 15: mlxrunner.v1.UnloadRequest
+	(*UnloadResponse)(nil),      // 16: mlxrunner.v1.UnloadResponse
+	(*StatusRequest)(nil),       // 17: mlxrunner.v1.StatusRequest
+	(*StatusResponse)(nil),      // 18: mlxrunner.v1.StatusResponse
+	(*WatchStatusRequest)(nil),  // 19: mlxrunner.v1.WatchStatusRequest
+	(*WatchStatusResponse)(nil), // 20: mlxrunner.v1.WatchStatusResponse
+	(*Rank)(nil),                // 21: mlxrunner.v1.Rank
+	(*MemoryUsage)(nil),         // 22: mlxrunner.v1.MemoryUsage
+	(*TokenIds)(nil),            // 23: mlxrunner.v1.TokenIds
+	(*CompletionRequest)(nil),   // 24: mlxrunner.v1.CompletionRequest
+	(*Constraint)(nil),          // 25: mlxrunner.v1.Constraint
+	(*JsonObject)(nil),          // 26: mlxrunner.v1.JsonObject
+	(*Choice)(nil),              // 27: mlxrunner.v1.Choice
+	(*CompletionOptions)(nil),   // 28: mlxrunner.v1.CompletionOptions
+	(*CompletionResponse)(nil),  // 29: mlxrunner.v1.CompletionResponse
+	(*PromptProgress)(nil),      // 30: mlxrunner.v1.PromptProgress
+	(*TokenLogprob)(nil),        // 31: mlxrunner.v1.TokenLogprob
+	(*TopLogprob)(nil),          // 32: mlxrunner.v1.TopLogprob
+	(*AbortRequest)(nil),        // 33: mlxrunner.v1.AbortRequest
+	(*AbortResponse)(nil),       // 34: mlxrunner.v1.AbortResponse
+	(*DrainRequest)(nil),        // 35: mlxrunner.v1.DrainRequest
+	(*DrainResponse)(nil),       // 36: mlxrunner.v1.DrainResponse
+	(*TokenizeRequest)(nil),     // 37: mlxrunner.v1.TokenizeRequest
+	(*TokenizeResponse)(nil),    // 38: mlxrunner.v1.TokenizeResponse
+	(*DetokenizeRequest)(nil),   // 39: mlxrunner.v1.DetokenizeRequest
+	(*DetokenizeResponse)(nil),  // 40: mlxrunner.v1.DetokenizeResponse
+	(*ChatMessage)(nil),         // 41: mlxrunner.v1.ChatMessage
+	(*ContentPart)(nil),         // 42: mlxrunner.v1.ContentPart
+	(*ToolCall)(nil),            // 43: mlxrunner.v1.ToolCall
+	(*Tool)(nil),                // 44: mlxrunner.v1.Tool
+	(*RenderChatRequest)(nil),   // 45: mlxrunner.v1.RenderChatRequest
+	(*RenderChatResponse)(nil),  // 46: mlxrunner.v1.RenderChatResponse
+	(*ChatRequest)(nil),         // 47: mlxrunner.v1.ChatRequest
+	(*ChatResponse)(nil),        // 48: mlxrunner.v1.ChatResponse
+	nil,                         // 49: mlxrunner.v1.CompletionOptions.LogitBiasEntry
+	(*durationpb.Duration)(nil), // 50: google.protobuf.Duration
 }
 var file_mlxrunner_v1_runner_proto_depIdxs = []int32{
 	2,  // 0: mlxrunner.v1.LoadRequest.dtype:type_name -> mlxrunner.v1.Dtype
-	8,  // 1: mlxrunner.v1.LoadResponse.model:type_name -> mlxrunner.v1.Model
-	46, // 2: mlxrunner.v1.LoadResponse.load_duration:type_name -> google.protobuf.Duration
-	9,  // 3: mlxrunner.v1.Model.capabilities:type_name -> mlxrunner.v1.Capabilities
-	2,  // 4: mlxrunner.v1.EstimateRequest.dtype:type_name -> mlxrunner.v1.Dtype
-	1,  // 5: mlxrunner.v1.StatusResponse.state:type_name -> mlxrunner.v1.State
-	21, // 6: mlxrunner.v1.StatusResponse.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
-	8,  // 7: mlxrunner.v1.StatusResponse.model:type_name -> mlxrunner.v1.Model
-	46, // 8: mlxrunner.v1.StatusResponse.last_progress_age:type_name -> google.protobuf.Duration
-	46, // 9: mlxrunner.v1.StatusResponse.uptime_duration:type_name -> google.protobuf.Duration
-	20, // 10: mlxrunner.v1.StatusResponse.ranks:type_name -> mlxrunner.v1.Rank
-	46, // 11: mlxrunner.v1.WatchStatusRequest.interval:type_name -> google.protobuf.Duration
-	17, // 12: mlxrunner.v1.WatchStatusResponse.status:type_name -> mlxrunner.v1.StatusResponse
-	21, // 13: mlxrunner.v1.Rank.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
-	22, // 14: mlxrunner.v1.CompletionRequest.prompt_token_ids:type_name -> mlxrunner.v1.TokenIds
-	24, // 15: mlxrunner.v1.CompletionRequest.options:type_name -> mlxrunner.v1.CompletionOptions
-	45, // 16: mlxrunner.v1.CompletionOptions.logit_bias:type_name -> mlxrunner.v1.CompletionOptions.LogitBiasEntry
-	27, // 17: mlxrunner.v1.CompletionResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
-	3,  // 18: mlxrunner.v1.CompletionResponse.done_reason:type_name -> mlxrunner.v1.DoneReason
-	26, // 19: mlxrunner.v1.CompletionResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
-	27, // 20: mlxrunner.v1.CompletionResponse.prompt_logprobs:type_name -> mlxrunner.v1.TokenLogprob
-	46, // 21: mlxrunner.v1.CompletionResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
-	46, // 22: mlxrunner.v1.CompletionResponse.eval_duration:type_name -> google.protobuf.Duration
-	46, // 23: mlxrunner.v1.CompletionResponse.queue_duration:type_name -> google.protobuf.Duration
-	28, // 24: mlxrunner.v1.TokenLogprob.top:type_name -> mlxrunner.v1.TopLogprob
-	28, // 25: mlxrunner.v1.TokenLogprob.candidates:type_name -> mlxrunner.v1.TopLogprob
-	46, // 26: mlxrunner.v1.DrainRequest.timeout:type_name -> google.protobuf.Duration
-	4,  // 27: mlxrunner.v1.ChatMessage.role:type_name -> mlxrunner.v1.Role
-	38, // 28: mlxrunner.v1.ChatMessage.content_parts:type_name -> mlxrunner.v1.ContentPart
-	39, // 29: mlxrunner.v1.ChatMessage.tool_calls:type_name -> mlxrunner.v1.ToolCall
-	37, // 30: mlxrunner.v1.RenderChatRequest.messages:type_name -> mlxrunner.v1.ChatMessage
-	40, // 31: mlxrunner.v1.RenderChatRequest.tools:type_name -> mlxrunner.v1.Tool
-	37, // 32: mlxrunner.v1.ChatRequest.messages:type_name -> mlxrunner.v1.ChatMessage
-	40, // 33: mlxrunner.v1.ChatRequest.tools:type_name -> mlxrunner.v1.Tool
-	5,  // 34: mlxrunner.v1.ChatRequest.tool_choice:type_name -> mlxrunner.v1.ToolChoice
-	24, // 35: mlxrunner.v1.ChatRequest.options:type_name -> mlxrunner.v1.CompletionOptions
-	39, // 36: mlxrunner.v1.ChatResponse.tool_calls:type_name -> mlxrunner.v1.ToolCall
-	27, // 37: mlxrunner.v1.ChatResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
-	3,  // 38: mlxrunner.v1.ChatResponse.done_reason:type_name -> mlxrunner.v1.DoneReason
-	26, // 39: mlxrunner.v1.ChatResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
-	46, // 40: mlxrunner.v1.ChatResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
-	46, // 41: mlxrunner.v1.ChatResponse.eval_duration:type_name -> google.protobuf.Duration
-	46, // 42: mlxrunner.v1.ChatResponse.queue_duration:type_name -> google.protobuf.Duration
-	6,  // 43: mlxrunner.v1.RunnerService.Load:input_type -> mlxrunner.v1.LoadRequest
-	10, // 44: mlxrunner.v1.RunnerService.Estimate:input_type -> mlxrunner.v1.EstimateRequest
-	12, // 45: mlxrunner.v1.RunnerService.Trim:input_type -> mlxrunner.v1.TrimRequest
-	14, // 46: mlxrunner.v1.RunnerService.Unload:input_type -> mlxrunner.v1.UnloadRequest
-	16, // 47: mlxrunner.v1.RunnerService.Status:input_type -> mlxrunner.v1.StatusRequest
-	18, // 48: mlxrunner.v1.RunnerService.WatchStatus:input_type -> mlxrunner.v1.WatchStatusRequest
-	23, // 49: mlxrunner.v1.RunnerService.Completion:input_type -> mlxrunner.v1.CompletionRequest
-	29, // 50: mlxrunner.v1.RunnerService.Abort:input_type -> mlxrunner.v1.AbortRequest
-	31, // 51: mlxrunner.v1.RunnerService.Drain:input_type -> mlxrunner.v1.DrainRequest
-	33, // 52: mlxrunner.v1.RunnerService.Tokenize:input_type -> mlxrunner.v1.TokenizeRequest
-	35, // 53: mlxrunner.v1.RunnerService.Detokenize:input_type -> mlxrunner.v1.DetokenizeRequest
-	41, // 54: mlxrunner.v1.RunnerService.RenderChat:input_type -> mlxrunner.v1.RenderChatRequest
-	43, // 55: mlxrunner.v1.RunnerService.Chat:input_type -> mlxrunner.v1.ChatRequest
-	7,  // 56: mlxrunner.v1.RunnerService.Load:output_type -> mlxrunner.v1.LoadResponse
-	11, // 57: mlxrunner.v1.RunnerService.Estimate:output_type -> mlxrunner.v1.EstimateResponse
-	13, // 58: mlxrunner.v1.RunnerService.Trim:output_type -> mlxrunner.v1.TrimResponse
-	15, // 59: mlxrunner.v1.RunnerService.Unload:output_type -> mlxrunner.v1.UnloadResponse
-	17, // 60: mlxrunner.v1.RunnerService.Status:output_type -> mlxrunner.v1.StatusResponse
-	19, // 61: mlxrunner.v1.RunnerService.WatchStatus:output_type -> mlxrunner.v1.WatchStatusResponse
-	25, // 62: mlxrunner.v1.RunnerService.Completion:output_type -> mlxrunner.v1.CompletionResponse
-	30, // 63: mlxrunner.v1.RunnerService.Abort:output_type -> mlxrunner.v1.AbortResponse
-	32, // 64: mlxrunner.v1.RunnerService.Drain:output_type -> mlxrunner.v1.DrainResponse
-	34, // 65: mlxrunner.v1.RunnerService.Tokenize:output_type -> mlxrunner.v1.TokenizeResponse
-	36, // 66: mlxrunner.v1.RunnerService.Detokenize:output_type -> mlxrunner.v1.DetokenizeResponse
-	42, // 67: mlxrunner.v1.RunnerService.RenderChat:output_type -> mlxrunner.v1.RenderChatResponse
-	44, // 68: mlxrunner.v1.RunnerService.Chat:output_type -> mlxrunner.v1.ChatResponse
-	56, // [56:69] is the sub-list for method output_type
-	43, // [43:56] is the sub-list for method input_type
-	43, // [43:43] is the sub-list for extension type_name
-	43, // [43:43] is the sub-list for extension extendee
-	0,  // [0:43] is the sub-list for field type_name
+	9,  // 1: mlxrunner.v1.LoadResponse.model:type_name -> mlxrunner.v1.Model
+	50, // 2: mlxrunner.v1.LoadResponse.load_duration:type_name -> google.protobuf.Duration
+	10, // 3: mlxrunner.v1.Model.capabilities:type_name -> mlxrunner.v1.Capabilities
+	4,  // 4: mlxrunner.v1.Capabilities.constraint_kinds:type_name -> mlxrunner.v1.ConstraintKind
+	2,  // 5: mlxrunner.v1.EstimateRequest.dtype:type_name -> mlxrunner.v1.Dtype
+	1,  // 6: mlxrunner.v1.StatusResponse.state:type_name -> mlxrunner.v1.State
+	22, // 7: mlxrunner.v1.StatusResponse.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
+	9,  // 8: mlxrunner.v1.StatusResponse.model:type_name -> mlxrunner.v1.Model
+	50, // 9: mlxrunner.v1.StatusResponse.last_progress_age:type_name -> google.protobuf.Duration
+	50, // 10: mlxrunner.v1.StatusResponse.uptime_duration:type_name -> google.protobuf.Duration
+	21, // 11: mlxrunner.v1.StatusResponse.ranks:type_name -> mlxrunner.v1.Rank
+	50, // 12: mlxrunner.v1.WatchStatusRequest.interval:type_name -> google.protobuf.Duration
+	18, // 13: mlxrunner.v1.WatchStatusResponse.status:type_name -> mlxrunner.v1.StatusResponse
+	22, // 14: mlxrunner.v1.Rank.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
+	23, // 15: mlxrunner.v1.CompletionRequest.prompt_token_ids:type_name -> mlxrunner.v1.TokenIds
+	28, // 16: mlxrunner.v1.CompletionRequest.options:type_name -> mlxrunner.v1.CompletionOptions
+	25, // 17: mlxrunner.v1.CompletionRequest.constraint:type_name -> mlxrunner.v1.Constraint
+	26, // 18: mlxrunner.v1.Constraint.json_object:type_name -> mlxrunner.v1.JsonObject
+	27, // 19: mlxrunner.v1.Constraint.choice:type_name -> mlxrunner.v1.Choice
+	49, // 20: mlxrunner.v1.CompletionOptions.logit_bias:type_name -> mlxrunner.v1.CompletionOptions.LogitBiasEntry
+	31, // 21: mlxrunner.v1.CompletionResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
+	3,  // 22: mlxrunner.v1.CompletionResponse.done_reason:type_name -> mlxrunner.v1.DoneReason
+	30, // 23: mlxrunner.v1.CompletionResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
+	31, // 24: mlxrunner.v1.CompletionResponse.prompt_logprobs:type_name -> mlxrunner.v1.TokenLogprob
+	50, // 25: mlxrunner.v1.CompletionResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
+	50, // 26: mlxrunner.v1.CompletionResponse.eval_duration:type_name -> google.protobuf.Duration
+	50, // 27: mlxrunner.v1.CompletionResponse.queue_duration:type_name -> google.protobuf.Duration
+	32, // 28: mlxrunner.v1.TokenLogprob.top:type_name -> mlxrunner.v1.TopLogprob
+	32, // 29: mlxrunner.v1.TokenLogprob.candidates:type_name -> mlxrunner.v1.TopLogprob
+	50, // 30: mlxrunner.v1.DrainRequest.timeout:type_name -> google.protobuf.Duration
+	5,  // 31: mlxrunner.v1.ChatMessage.role:type_name -> mlxrunner.v1.Role
+	42, // 32: mlxrunner.v1.ChatMessage.content_parts:type_name -> mlxrunner.v1.ContentPart
+	43, // 33: mlxrunner.v1.ChatMessage.tool_calls:type_name -> mlxrunner.v1.ToolCall
+	41, // 34: mlxrunner.v1.RenderChatRequest.messages:type_name -> mlxrunner.v1.ChatMessage
+	44, // 35: mlxrunner.v1.RenderChatRequest.tools:type_name -> mlxrunner.v1.Tool
+	41, // 36: mlxrunner.v1.ChatRequest.messages:type_name -> mlxrunner.v1.ChatMessage
+	44, // 37: mlxrunner.v1.ChatRequest.tools:type_name -> mlxrunner.v1.Tool
+	6,  // 38: mlxrunner.v1.ChatRequest.tool_choice:type_name -> mlxrunner.v1.ToolChoice
+	28, // 39: mlxrunner.v1.ChatRequest.options:type_name -> mlxrunner.v1.CompletionOptions
+	43, // 40: mlxrunner.v1.ChatResponse.tool_calls:type_name -> mlxrunner.v1.ToolCall
+	31, // 41: mlxrunner.v1.ChatResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
+	3,  // 42: mlxrunner.v1.ChatResponse.done_reason:type_name -> mlxrunner.v1.DoneReason
+	30, // 43: mlxrunner.v1.ChatResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
+	50, // 44: mlxrunner.v1.ChatResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
+	50, // 45: mlxrunner.v1.ChatResponse.eval_duration:type_name -> google.protobuf.Duration
+	50, // 46: mlxrunner.v1.ChatResponse.queue_duration:type_name -> google.protobuf.Duration
+	7,  // 47: mlxrunner.v1.RunnerService.Load:input_type -> mlxrunner.v1.LoadRequest
+	11, // 48: mlxrunner.v1.RunnerService.Estimate:input_type -> mlxrunner.v1.EstimateRequest
+	13, // 49: mlxrunner.v1.RunnerService.Trim:input_type -> mlxrunner.v1.TrimRequest
+	15, // 50: mlxrunner.v1.RunnerService.Unload:input_type -> mlxrunner.v1.UnloadRequest
+	17, // 51: mlxrunner.v1.RunnerService.Status:input_type -> mlxrunner.v1.StatusRequest
+	19, // 52: mlxrunner.v1.RunnerService.WatchStatus:input_type -> mlxrunner.v1.WatchStatusRequest
+	24, // 53: mlxrunner.v1.RunnerService.Completion:input_type -> mlxrunner.v1.CompletionRequest
+	33, // 54: mlxrunner.v1.RunnerService.Abort:input_type -> mlxrunner.v1.AbortRequest
+	35, // 55: mlxrunner.v1.RunnerService.Drain:input_type -> mlxrunner.v1.DrainRequest
+	37, // 56: mlxrunner.v1.RunnerService.Tokenize:input_type -> mlxrunner.v1.TokenizeRequest
+	39, // 57: mlxrunner.v1.RunnerService.Detokenize:input_type -> mlxrunner.v1.DetokenizeRequest
+	45, // 58: mlxrunner.v1.RunnerService.RenderChat:input_type -> mlxrunner.v1.RenderChatRequest
+	47, // 59: mlxrunner.v1.RunnerService.Chat:input_type -> mlxrunner.v1.ChatRequest
+	8,  // 60: mlxrunner.v1.RunnerService.Load:output_type -> mlxrunner.v1.LoadResponse
+	12, // 61: mlxrunner.v1.RunnerService.Estimate:output_type -> mlxrunner.v1.EstimateResponse
+	14, // 62: mlxrunner.v1.RunnerService.Trim:output_type -> mlxrunner.v1.TrimResponse
+	16, // 63: mlxrunner.v1.RunnerService.Unload:output_type -> mlxrunner.v1.UnloadResponse
+	18, // 64: mlxrunner.v1.RunnerService.Status:output_type -> mlxrunner.v1.StatusResponse
+	20, // 65: mlxrunner.v1.RunnerService.WatchStatus:output_type -> mlxrunner.v1.WatchStatusResponse
+	29, // 66: mlxrunner.v1.RunnerService.Completion:output_type -> mlxrunner.v1.CompletionResponse
+	34, // 67: mlxrunner.v1.RunnerService.Abort:output_type -> mlxrunner.v1.AbortResponse
+	36, // 68: mlxrunner.v1.RunnerService.Drain:output_type -> mlxrunner.v1.DrainResponse
+	38, // 69: mlxrunner.v1.RunnerService.Tokenize:output_type -> mlxrunner.v1.TokenizeResponse
+	40, // 70: mlxrunner.v1.RunnerService.Detokenize:output_type -> mlxrunner.v1.DetokenizeResponse
+	46, // 71: mlxrunner.v1.RunnerService.RenderChat:output_type -> mlxrunner.v1.RenderChatResponse
+	48, // 72: mlxrunner.v1.RunnerService.Chat:output_type -> mlxrunner.v1.ChatResponse
+	60, // [60:73] is the sub-list for method output_type
+	47, // [47:60] is the sub-list for method input_type
+	47, // [47:47] is the sub-list for extension type_name
+	47, // [47:47] is the sub-list for extension extendee
+	0,  // [0:47] is the sub-list for field type_name
 }
 
 func init() { file_mlxrunner_v1_runner_proto_init() }
@@ -4686,19 +5056,27 @@ func file_mlxrunner_v1_runner_proto_init() {
 		(*CompletionRequest_Prompt)(nil),
 		(*CompletionRequest_PromptTokenIds)(nil),
 	}
-	file_mlxrunner_v1_runner_proto_msgTypes[18].OneofWrappers = []any{}
-	file_mlxrunner_v1_runner_proto_msgTypes[31].OneofWrappers = []any{}
-	file_mlxrunner_v1_runner_proto_msgTypes[32].OneofWrappers = []any{
+	file_mlxrunner_v1_runner_proto_msgTypes[18].OneofWrappers = []any{
+		(*Constraint_JsonSchema)(nil),
+		(*Constraint_JsonObject)(nil),
+		(*Constraint_Regex)(nil),
+		(*Constraint_Lark)(nil),
+		(*Constraint_Choice)(nil),
+	}
+	file_mlxrunner_v1_runner_proto_msgTypes[21].OneofWrappers = []any{}
+	file_mlxrunner_v1_runner_proto_msgTypes[22].OneofWrappers = []any{}
+	file_mlxrunner_v1_runner_proto_msgTypes[34].OneofWrappers = []any{}
+	file_mlxrunner_v1_runner_proto_msgTypes[35].OneofWrappers = []any{
 		(*ContentPart_Text)(nil),
 	}
-	file_mlxrunner_v1_runner_proto_msgTypes[37].OneofWrappers = []any{}
+	file_mlxrunner_v1_runner_proto_msgTypes[40].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mlxrunner_v1_runner_proto_rawDesc), len(file_mlxrunner_v1_runner_proto_rawDesc)),
-			NumEnums:      6,
-			NumMessages:   40,
+			NumEnums:      7,
+			NumMessages:   43,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

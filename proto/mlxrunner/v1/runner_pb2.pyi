@@ -305,6 +305,42 @@ DONE_REASON_TOOL_CALLS: DoneReason.ValueType  # 3
 """The model ended its answer with a call of a tool; of `Chat` only."""
 Global___DoneReason: _TypeAlias = DoneReason  # noqa: Y015
 
+class _ConstraintKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ConstraintKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ConstraintKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CONSTRAINT_KIND_UNSPECIFIED: _ConstraintKind.ValueType  # 0
+    """Never sent."""
+    CONSTRAINT_KIND_JSON_SCHEMA: _ConstraintKind.ValueType  # 1
+    """`Constraint.json_schema`."""
+    CONSTRAINT_KIND_JSON_OBJECT: _ConstraintKind.ValueType  # 2
+    """`Constraint.json_object`."""
+    CONSTRAINT_KIND_REGEX: _ConstraintKind.ValueType  # 3
+    """`Constraint.regex`."""
+    CONSTRAINT_KIND_LARK: _ConstraintKind.ValueType  # 4
+    """`Constraint.lark`."""
+    CONSTRAINT_KIND_CHOICE: _ConstraintKind.ValueType  # 5
+    """`Constraint.choice`."""
+
+class ConstraintKind(_ConstraintKind, metaclass=_ConstraintKindEnumTypeWrapper):
+    """Kinds of constraints, the members of `Constraint.kind`. New values may be added."""
+
+CONSTRAINT_KIND_UNSPECIFIED: ConstraintKind.ValueType  # 0
+"""Never sent."""
+CONSTRAINT_KIND_JSON_SCHEMA: ConstraintKind.ValueType  # 1
+"""`Constraint.json_schema`."""
+CONSTRAINT_KIND_JSON_OBJECT: ConstraintKind.ValueType  # 2
+"""`Constraint.json_object`."""
+CONSTRAINT_KIND_REGEX: ConstraintKind.ValueType  # 3
+"""`Constraint.regex`."""
+CONSTRAINT_KIND_LARK: ConstraintKind.ValueType  # 4
+"""`Constraint.lark`."""
+CONSTRAINT_KIND_CHOICE: ConstraintKind.ValueType  # 5
+"""`Constraint.choice`."""
+Global___ConstraintKind: _TypeAlias = ConstraintKind  # noqa: Y015
+
 class _Role:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -594,6 +630,7 @@ class Capabilities(_message.Message):
     CHAT_FIELD_NUMBER: _builtins.int
     REASONING_FIELD_NUMBER: _builtins.int
     TOOLS_FIELD_NUMBER: _builtins.int
+    CONSTRAINT_KINDS_FIELD_NUMBER: _builtins.int
     batched: _builtins.bool
     """Whether several completions are decoded together. If false, they run one after
     another: `parallel` is 1, or the model cannot be decoded in a batch (see
@@ -629,6 +666,14 @@ class Capabilities(_message.Message):
     """Whether `Chat` accepts tools: calls in the form of this model's template are
     understood.
     """
+    @_builtins.property
+    def constraint_kinds(self) -> _containers.RepeatedScalarFieldContainer[Global___ConstraintKind.ValueType]:
+        """The kinds of `CompletionRequest.constraint`. Empty if there are none: the
+        tokenizer is of a kind that constraints cannot read, or the server lacks a
+        package (a request with a constraint is told which). Also empty if the server is
+        older than the field.
+        """
+
     def __init__(
         self,
         *,
@@ -644,10 +689,11 @@ class Capabilities(_message.Message):
         chat: _builtins.bool | None = ...,
         reasoning: _builtins.bool | None = ...,
         tools: _builtins.bool | None = ...,
+        constraint_kinds: _abc.Iterable[Global___ConstraintKind.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_chat", b"_chat", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprob_token_id_count", b"_max_logprob_token_id_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "_reasoning", b"_reasoning", "_tools", b"_tools", "batched", b"batched", "chat", b"chat", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprob_token_id_count", b"max_logprob_token_id_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count", "reasoning", b"reasoning", "tools", b"tools"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_chat", b"_chat", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprob_token_id_count", b"_max_logprob_token_id_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "_reasoning", b"_reasoning", "_tools", b"_tools", "batched", b"batched", "chat", b"chat", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprob_token_id_count", b"max_logprob_token_id_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count", "reasoning", b"reasoning", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_chat", b"_chat", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprob_token_id_count", b"_max_logprob_token_id_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "_reasoning", b"_reasoning", "_tools", b"_tools", "batched", b"batched", "chat", b"chat", "constraint_kinds", b"constraint_kinds", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprob_token_id_count", b"max_logprob_token_id_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count", "reasoning", b"reasoning", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batched: _TypeAlias = _typing.Literal["batched"]  # noqa: Y015
     _WhichOneofArgType__batched: _TypeAlias = _typing.Literal["_batched", b"_batched"]  # noqa: Y015
@@ -1344,6 +1390,7 @@ class CompletionRequest(_message.Message):
     LITERAL_FIELD_NUMBER: _builtins.int
     LOGPROB_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    CONSTRAINT_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """Text. Special tokens written in it count as such (see `literal`); the model's
     beginning-of-text token is prepended unless the text already begins with it.
@@ -1408,6 +1455,12 @@ class CompletionRequest(_message.Message):
         them. Default: none.
         """
 
+    @_builtins.property
+    def constraint(self) -> Global___Constraint:
+        """What the text must be. `Capabilities.constraint_kinds` says what the model and
+        the server accept. Default: unset, any text.
+        """
+
     def __init__(
         self,
         *,
@@ -1423,10 +1476,11 @@ class CompletionRequest(_message.Message):
         literal: _builtins.bool = ...,
         logprob_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         prompt_logprobs: _builtins.int | None = ...,
+        constraint: Global___Constraint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "input", b"input", "logprobs", b"logprobs", "options", b"options", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "constraint", b"constraint", "input", b"input", "logprobs", b"logprobs", "options", b"options", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "input", b"input", "literal", b"literal", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "model", b"model", "options", b"options", "priority", b"priority", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "constraint", b"constraint", "input", b"input", "literal", b"literal", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "model", b"model", "options", b"options", "priority", b"priority", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
@@ -1442,6 +1496,111 @@ class CompletionRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
 Global___CompletionRequest: _TypeAlias = CompletionRequest  # noqa: Y015
+
+@_typing.final
+class Constraint(_message.Message):
+    """What a text must be. Before each token is drawn, the tokens that cannot continue
+    the text within the constraint are excluded, after `logit_bias` and the penalties
+    and before `top_k`. A token that ends the text is possible only where the text is
+    complete. Everything else keeps its meaning: log probabilities are those of the
+    model, and the same seed gives the same text, alone or in a batch. Tokens that
+    count as special are excluded, unless a Lark grammar names them.
+
+    A text may be incomplete if `num_predict`, the context or a stop string ends it:
+    see `CompletionResponse.constraint_satisfied`. If no token of the vocabulary can
+    continue the text, the completion fails with INVALID_FIELD for `constraint`.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    JSON_OBJECT_FIELD_NUMBER: _builtins.int
+    REGEX_FIELD_NUMBER: _builtins.int
+    LARK_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
+    json_schema: _builtins.str
+    """A JSON value that is valid by this JSON schema (as text, draft 2020-12).
+    Properties come in the order of the schema. White space between two parts of
+    the value is at most one line break and 20 spaces or tabs. A keyword with an
+    effect on validity that is not supported is refused, also in a part of the
+    schema. Objects and arrays of the schema are nested at most 100 levels deep.
+    """
+    regex: _builtins.str
+    """A text that matches this regular expression as a whole, in the syntax of Rust's
+    `regex`: without look-around and back references.
+    """
+    lark: _builtins.str
+    """A text of this context-free grammar, in llguidance's variant of Lark's syntax,
+    beginning at the rule `start`. The attributes `stop` and `temperature` of a rule
+    are refused.
+    """
+    @_builtins.property
+    def json_object(self) -> Global___JsonObject:
+        """Any JSON object, with white space as for `json_schema`."""
+
+    @_builtins.property
+    def choice(self) -> Global___Choice:
+        """One of these texts."""
+
+    def __init__(
+        self,
+        *,
+        json_schema: _builtins.str = ...,
+        json_object: Global___JsonObject | None = ...,
+        regex: _builtins.str = ...,
+        lark: _builtins.str = ...,
+        choice: Global___Choice | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "json_object", b"json_object", "json_schema", b"json_schema", "kind", b"kind", "lark", b"lark", "regex", b"regex"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "json_object", b"json_object", "json_schema", b"json_schema", "kind", b"kind", "lark", b"lark", "regex", b"regex"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["json_schema", "json_object", "regex", "lark", "choice"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___Constraint: _TypeAlias = Constraint  # noqa: Y015
+
+@_typing.final
+class JsonObject(_message.Message):
+    """Any JSON object."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JsonObject: _TypeAlias = JsonObject  # noqa: Y015
+
+@_typing.final
+class Choice(_message.Message):
+    """One of several texts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The texts. 1 to 1,024, none of them empty, of at most 65,536 bytes together."""
+
+    def __init__(
+        self,
+        *,
+        texts: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["texts", b"texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Choice: _TypeAlias = Choice  # noqa: Y015
 
 @_typing.final
 class CompletionOptions(_message.Message):
@@ -1651,6 +1810,7 @@ class CompletionResponse(_message.Message):
     EVAL_DURATION_FIELD_NUMBER: _builtins.int
     QUEUE_DURATION_FIELD_NUMBER: _builtins.int
     PROMPT_CACHED_COUNT_FIELD_NUMBER: _builtins.int
+    CONSTRAINT_SATISFIED_FIELD_NUMBER: _builtins.int
     content: _builtins.str
     """The next part of the text, whole characters only. All parts joined are the
     text of all token ids, without the token that ended it, and without the stop
@@ -1671,6 +1831,10 @@ class CompletionResponse(_message.Message):
     prompt_cached_count: _builtins.int
     """The part of `prompt_eval_count` taken from the prefix cache instead of being
     processed again.
+    """
+    constraint_satisfied: _builtins.bool
+    """Whether `content` as a whole is what `CompletionRequest.constraint` asks for. Unset
+    without a constraint.
     """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -1726,12 +1890,15 @@ class CompletionResponse(_message.Message):
         eval_duration: _duration_pb2.Duration | None = ...,
         queue_duration: _duration_pb2.Duration | None = ...,
         prompt_cached_count: _builtins.int = ...,
+        constraint_satisfied: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["eval_duration", b"eval_duration", "prompt_eval_duration", b"prompt_eval_duration", "prompt_progress", b"prompt_progress", "queue_duration", b"queue_duration"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_constraint_satisfied", b"_constraint_satisfied", "constraint_satisfied", b"constraint_satisfied", "eval_duration", b"eval_duration", "prompt_eval_duration", b"prompt_eval_duration", "prompt_progress", b"prompt_progress", "queue_duration", b"queue_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "done", b"done", "done_reason", b"done_reason", "eval_count", b"eval_count", "eval_duration", b"eval_duration", "logprobs", b"logprobs", "prompt_cached_count", b"prompt_cached_count", "prompt_eval_count", b"prompt_eval_count", "prompt_eval_duration", b"prompt_eval_duration", "prompt_logprobs", b"prompt_logprobs", "prompt_progress", b"prompt_progress", "queue_duration", b"queue_duration", "stop_match", b"stop_match", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_constraint_satisfied", b"_constraint_satisfied", "constraint_satisfied", b"constraint_satisfied", "content", b"content", "done", b"done", "done_reason", b"done_reason", "eval_count", b"eval_count", "eval_duration", b"eval_duration", "logprobs", b"logprobs", "prompt_cached_count", b"prompt_cached_count", "prompt_eval_count", b"prompt_eval_count", "prompt_eval_duration", b"prompt_eval_duration", "prompt_logprobs", b"prompt_logprobs", "prompt_progress", b"prompt_progress", "queue_duration", b"queue_duration", "stop_match", b"stop_match", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__constraint_satisfied: _TypeAlias = _typing.Literal["constraint_satisfied"]  # noqa: Y015
+    _WhichOneofArgType__constraint_satisfied: _TypeAlias = _typing.Literal["_constraint_satisfied", b"_constraint_satisfied"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__constraint_satisfied) -> _WhichOneofReturnType__constraint_satisfied | None: ...
 
 Global___CompletionResponse: _TypeAlias = CompletionResponse  # noqa: Y015
 

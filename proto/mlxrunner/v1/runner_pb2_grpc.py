@@ -273,8 +273,9 @@ class RunnerServiceServicer(object):
 
         Errors:
         - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range, a
-        token id is not in the vocabulary, or the prompt is empty; correct the
-        request.
+        token id is not in the vocabulary, the prompt is empty, or the constraint
+        cannot be used; correct the request. Also during the stream, if no token can
+        continue the text within the constraint.
         - INVALID_ARGUMENT / PROMPT_TOO_LONG: the prompt and one new token do not fit
         the context (`promptTokens`, `contextLength`); shorten the prompt, or load
         with a larger context.

@@ -15,9 +15,18 @@ from runner_client.checks import (
     check_seconds,
     check_text,
     check_texts,
+    refuse_type,
 )
 from runner_client.errors import InvalidRequestError
-from runner_client.types import Options
+from runner_client.types import (
+    Choice,
+    Constraint,
+    JsonObject,
+    JsonSchema,
+    LarkGrammar,
+    Options,
+    Regex,
+)
 from runner_common.contract import MAX_DRAIN_SECONDS, MAX_WATCH_SECONDS, MIN_WATCH_SECONDS
 
 if TYPE_CHECKING:
@@ -33,6 +42,8 @@ _DTYPES = {
     "bfloat16": pb.DTYPE_BFLOAT16,
     "float16": pb.DTYPE_FLOAT16,
 }
+
+_CONSTRAINT_FORM = "a JsonSchema, JsonObject, Regex, LarkGrammar or Choice"
 
 
 def load_request(model: str, options: LoadOptions) -> pb.LoadRequest:
@@ -118,6 +129,7 @@ def completion_request(
     literal: bool = False,
     logprob_token_ids: Sequence[int] = (),
     prompt_logprobs: int | None = None,
+    constraint: Constraint | None = None,
 ) -> pb.CompletionRequest:
     """Build the request of a completion from text or token ids.
 
@@ -136,6 +148,8 @@ def completion_request(
     check_flag("literal", literal)
     check_ids("logprob_token_ids", logprob_token_ids)
     check_integer("prompt_logprobs", prompt_logprobs)
+    if constraint is not None and not isinstance(constraint, Constraint):
+        refuse_type("constraint", constraint, _CONSTRAINT_FORM)
     with sendable():
         message = pb.CompletionRequest(
             options=_options(options or Options()),
@@ -148,6 +162,7 @@ def completion_request(
             literal=literal,
             logprob_token_ids=logprob_token_ids,
             prompt_logprobs=prompt_logprobs,
+            constraint=_constraint(constraint) if constraint else None,
         )
         if isinstance(prompt, str):
             message.prompt = prompt
@@ -220,6 +235,20 @@ def sendable() -> Iterator[None]:
             f"the request cannot be sent: {error}; counts and token ids must fit 32 bits, "
             "and text must not contain lone surrogates"
         ) from error
+
+
+def _constraint(constraint: Constraint) -> pb.Constraint:
+    match constraint:
+        case JsonSchema():
+            return pb.Constraint(json_schema=constraint.text)
+        case JsonObject():
+            return pb.Constraint(json_object=pb.JsonObject())
+        case Regex(pattern):
+            return pb.Constraint(regex=pattern)
+        case LarkGrammar(grammar):
+            return pb.Constraint(lark=grammar)
+        case Choice(texts):
+            return pb.Constraint(choice=pb.Choice(texts=texts))
 
 
 def _options(options: Options) -> pb.CompletionOptions:

@@ -22,6 +22,7 @@ from runner_client.types import (
     TokenLogprob,
     TopLogprob,
 )
+from runner_common.contract import CONSTRAINT_KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,6 +42,10 @@ _DONE_REASONS = {
     pb.DONE_REASON_STOP: DoneReason.STOP,
     pb.DONE_REASON_LENGTH: DoneReason.LENGTH,
     pb.DONE_REASON_TOOL_CALLS: DoneReason.TOOL_CALLS,
+}
+
+_CONSTRAINT_KINDS = {
+    pb.ConstraintKind.Value(f"CONSTRAINT_KIND_{kind.upper()}"): kind for kind in CONSTRAINT_KINDS
 }
 
 
@@ -73,7 +78,10 @@ def _model(message: pb.Model) -> Model:
 
 def _capabilities(message: pb.Capabilities) -> Capabilities:
     """Convert the fields that the server has set."""
-    return Capabilities(**{field.name: value for field, value in message.ListFields()})
+    told = {field.name: value for field, value in message.ListFields()}
+    if kinds := told.pop("constraint_kinds", ()):
+        told["constraint_kinds"] = tuple(_CONSTRAINT_KINDS.get(kind, "unknown") for kind in kinds)
+    return Capabilities(**told)
 
 
 def load_estimate(message: pb.EstimateResponse) -> LoadEstimate:
@@ -183,7 +191,14 @@ def _last_chunk(
         eval_seconds=_seconds(message.eval_duration),
         queue_seconds=_seconds(message.queue_duration),
         prompt_cached_count=message.prompt_cached_count,
+        constraint_satisfied=_constraint_satisfied(message),
     )
+
+
+def _constraint_satisfied(message: pb.CompletionResponse | pb.ChatResponse) -> bool | None:
+    if isinstance(message, pb.ChatResponse) or not message.HasField("constraint_satisfied"):
+        return None
+    return message.constraint_satisfied
 
 
 def _prompt_progress(
@@ -226,6 +241,7 @@ def join_chunks(chunks: Sequence[CompletionChunk]) -> Completion:
         eval_seconds=last.eval_seconds,
         queue_seconds=last.queue_seconds,
         prompt_cached_count=last.prompt_cached_count,
+        constraint_satisfied=last.constraint_satisfied,
     )
 
 

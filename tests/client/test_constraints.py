@@ -1,0 +1,101 @@
+"""Constraints in the client: typed arguments, and the answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from mlxrunner.v1 import runner_pb2 as pb
+from runner_client import (
+    AsyncRunnerClient,
+    Choice,
+    InvalidRequestError,
+    JsonObject,
+    JsonSchema,
+    LarkGrammar,
+    Regex,
+    RunnerClient,
+)
+from runner_client.testing import FakeRunner, fake_runner
+from runner_client.types import Constraint
+from runner_common.contract import CONSTRAINT_KINDS
+
+SCHEMA = {"type": "object", "properties": {"b": {}, "a": {"enum": ["é", None, 1.5]}}}
+MESSAGES: list[tuple[Constraint, pb.Constraint]] = [
+    (JsonSchema(SCHEMA), pb.Constraint(json_schema=json.dumps(SCHEMA))),
+    (JsonSchema('{"type": "null"}'), pb.Constraint(json_schema='{"type": "null"}')),
+    (JsonObject(), pb.Constraint(json_object=pb.JsonObject())),
+    (Regex("[a-z]+"), pb.Constraint(regex="[a-z]+")),
+    (LarkGrammar('start: "a"'), pb.Constraint(lark='start: "a"')),
+    (Choice(("yes", "no")), pb.Constraint(choice=pb.Choice(texts=["yes", "no"]))),
+]
+BAD: list[tuple[type, Any]] = [
+    (JsonSchema, 3),
+    (JsonSchema, b"{}"),
+    (JsonSchema, {"enum": [{1, 2}]}),
+    (Regex, 3),
+    (LarkGrammar, b"start:"),
+    (Choice, "yes"),
+    (Choice, (1, 2)),
+]
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeRunner]:
+    with fake_runner() as runner:
+        yield runner
+
+
+def sent(fake: FakeRunner) -> pb.Constraint:
+    (request,) = fake.requests
+    assert isinstance(request, pb.CompletionRequest)
+    return request.constraint
+
+
+@pytest.mark.parametrize(("constraint", "message"), MESSAGES, ids=lambda each: type(each).__name__)
+def test_a_constraint_is_sent(
+    fake: FakeRunner, constraint: Constraint, message: pb.Constraint
+) -> None:
+    with RunnerClient(fake.address) as client:
+        assert client.complete("Hi", constraint=constraint).constraint_satisfied is True
+    assert sent(fake) == message
+
+
+async def test_the_asyncio_client_sends_it_too(fake: FakeRunner) -> None:
+    async with AsyncRunnerClient(fake.address) as client:
+        chunks = [chunk async for chunk in client.completion("Hi", constraint=Regex("a"))]
+    assert chunks[-1].constraint_satisfied is True
+    assert chunks[0].constraint_satisfied is None
+    assert sent(fake).regex == "a"
+
+
+def test_without_a_constraint_none_is_sent(fake: FakeRunner) -> None:
+    with RunnerClient(fake.address) as client:
+        assert client.complete("Hi").constraint_satisfied is None
+    (request,) = fake.requests
+    assert isinstance(request, pb.CompletionRequest)
+    assert not request.HasField("constraint")
+
+
+@pytest.mark.parametrize(("kind", "value"), BAD, ids=str)
+def test_a_value_of_the_wrong_type_is_refused(kind: Any, value: object) -> None:
+    with pytest.raises(TypeError):
+        kind(value)
+
+
+def test_something_else_is_not_a_constraint(fake: FakeRunner) -> None:
+    with RunnerClient(fake.address) as client:
+        with pytest.raises(TypeError, match="constraint is a JsonSchema"):
+            client.complete("Hi", constraint={"type": "object"})  # type: ignore[arg-type]
+        with pytest.raises(InvalidRequestError):
+            client.complete("Hi", constraint=Regex("\ud800"))
+
+
+def test_the_kinds_are_told(fake: FakeRunner) -> None:
+    with RunnerClient(fake.address) as client:
+        status = client.status()
+    assert status.model
+    assert status.model.capabilities.constraint_kinds == CONSTRAINT_KINDS
