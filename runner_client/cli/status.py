@@ -133,6 +133,7 @@ def _requests(accepted: Capabilities) -> list[str]:
     parts = [
         {True: "decoded together", False: "one after another", None: ""}[accepted.batched],
         {True: "with prefix cache", False: "without prefix cache", None: ""}[accepted.prefix_cache],
+        "with constraints" if accepted.constraint_kinds else "",
         *(f"up to {count:,} {name}" for count, name in counts if count is not None),
     ]
     return [", ".join(filter(None, parts))] if any(parts) else []

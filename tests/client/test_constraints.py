@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +20,12 @@ from runner_client import (
     Regex,
     RunnerClient,
 )
+from runner_client.cli.shared.output import completion_rows
+from runner_client.cli.status import status_rows
 from runner_client.testing import FakeRunner, fake_runner
-from runner_client.types import Constraint
+from runner_client.types import Completion, Constraint, DoneReason
 from runner_common.contract import CONSTRAINT_KINDS
+from support.command_line import invoke
 
 SCHEMA = {"type": "object", "properties": {"b": {}, "a": {"enum": ["é", None, 1.5]}}}
 MESSAGES: list[tuple[Constraint, pb.Constraint]] = [
@@ -99,3 +103,44 @@ def test_the_kinds_are_told(fake: FakeRunner) -> None:
         status = client.status()
     assert status.model
     assert status.model.capabilities.constraint_kinds == CONSTRAINT_KINDS
+    assert "with constraints" in dict(status_rows(status))["requests"]
+
+
+def test_run_reads_a_schema_from_a_file(fake: FakeRunner, tmp_path: Path) -> None:
+    file = tmp_path / "schema.json"
+    file.write_text('{"type": "string", "const": "é"}', encoding="utf-8")
+    result = invoke("run", "--address", fake.address, "--json-schema", str(file), "Hi")
+    assert result.exit_code == 0
+    assert sent(fake).json_schema == file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("content", [None, b"\xff"])
+def test_run_refuses_a_file_it_cannot_read(
+    fake: FakeRunner, tmp_path: Path, content: bytes | None
+) -> None:
+    file = tmp_path / "schema.json"
+    if content is not None:
+        file.write_bytes(content)
+    result = invoke("run", "--address", fake.address, "--json-schema", str(file), "Hi")
+    assert result.exit_code == 2
+    assert str(file) in result.stderr
+    assert not fake.requests
+
+
+@pytest.mark.parametrize("satisfied", [True, False, None])
+def test_run_says_if_the_text_is_unfinished(satisfied: bool | None) -> None:
+    done = Completion(
+        "{",
+        (1,),
+        (),
+        DoneReason.LENGTH,
+        None,
+        1,
+        0.1,
+        1,
+        0.1,
+        0.0,
+        constraint_satisfied=satisfied,
+    )
+    shown = dict(completion_rows(done))["generated"]
+    assert ("before the text" in shown) == (satisfied is False)

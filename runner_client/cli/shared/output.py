@@ -68,6 +68,8 @@ def completion_rows(completion: Completion) -> list[Row]:
     ending = f"ended by {completion.done_reason}"
     if completion.stop_match:
         ending += f" {completion.stop_match!r}"
+    if completion.constraint_satisfied is False:
+        ending += ", before the text was what the constraint asks for"
     return [
         ("prompt", f"{_tokens(completion.prompt_eval_count)}{kept}{prompt_rate}"),
         ("generated", f"{_tokens(completion.eval_count)}{rate}, {ending}"),
