@@ -84,7 +84,7 @@ def test_a_failing_step_recovers_mlx_in_a_single_process(
     drained: list[bool] = []
     monkeypatch.setattr("runner_server.mlx_backend.executor.recover", lambda: drained.append(True))
     failing: Any = tiny.new_executor()
-    failing._is_single_rank = is_alone
+    failing._agree = None if is_alone else lambda drawn: drawn
     failing._decode = _raise
     with pytest.raises(RuntimeError, match="in a step"):
         failing.run(DecodeItem())

@@ -171,7 +171,11 @@ BILLION_ENDINGS = {
     "options.repeat_last_n": "OK",
     "options.seed": "OK",
     "options.top_k": "INVALID_FIELD",
+    "options.stop_token_ids": "INVALID_FIELD",
+    "options.min_predict": "INVALID_FIELD",
     "logprobs": "INVALID_FIELD",
+    "logprob_token_ids": "INVALID_FIELD",
+    "prompt_logprobs": "INVALID_FIELD",
     "priority": "INVALID_FIELD",
 }
 
@@ -189,8 +193,12 @@ async def test_a_billion_in_any_number_of_a_completion_does_no_harm(target: Serv
     assert in_options | _numbers(pb.CompletionRequest()) == BILLION_ENDINGS.keys()
     for field, expected in BILLION_ENDINGS.items():
         request = completion()
-        part = request.options if "." in field else request
-        setattr(part, field.removeprefix("options."), BILLION)
+        part: Any = request.options if "." in field else request
+        name = field.removeprefix("options.")
+        if part.DESCRIPTOR.fields_by_name[name].is_repeated:
+            getattr(part, name).append(BILLION)
+        else:
+            setattr(part, name, BILLION)
         assert await outcome(target, request) == expected, field
 
 
