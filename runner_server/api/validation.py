@@ -175,6 +175,8 @@ def completion_draft(request: pb.CompletionRequest, model: ModelInfo) -> Generat
     check.require("cache_salt", salt <= MAX_CACHE_SALT_CHARS, too_long)
     has_constraint = request.HasField("constraint")
     constraint = parse_constraint(check, request.constraint) if has_constraint else None
+    if has_constraint:
+        _check_ends(check, options)
     check.finish()
     return GenerationDraft(
         prompt=prompt,
@@ -188,6 +190,13 @@ def completion_draft(request: pb.CompletionRequest, model: ModelInfo) -> Generat
         cache_policy=_cache_policy(request),
         constraint=constraint,
     )
+
+
+def _check_ends(check: ViolationCollector, options: pb.CompletionOptions) -> None:
+    """Check that the end of the text is left to the constraint."""
+    text = "cannot be combined with a constraint, which says where the text may end"
+    check.require("options.ignore_eos", not options.ignore_eos, text)
+    check.require("options.min_predict", options.min_predict <= 0, text)
 
 
 def check_request_id(check: ViolationCollector, request_id: str) -> None:

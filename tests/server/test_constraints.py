@@ -67,6 +67,14 @@ async def test_a_constraint_out_of_range_is_refused(
     assert not loaded.backend.grammars.compiled
 
 
+@pytest.mark.parametrize("option", [{"ignore_eos": True}, {"min_predict": 2}], ids=str)
+async def test_a_constraint_is_refused_with_options_that_move_the_end(
+    loaded: Server, option: dict[str, Any]
+) -> None:
+    problem = await failure(loaded.start(constraint=pb.Constraint(regex="a"), **option))
+    assert set(problem.violations) == {f"options.{name}" for name in option}
+
+
 async def test_a_constraint_that_cannot_be_compiled_is_refused(loaded: Server) -> None:
     loaded.backend.grammars.failure = InvalidField([("constraint.regex", "at 3: no")])
     problem = await failure(loaded.start(constraint=pb.Constraint(regex="a(?=b)")))

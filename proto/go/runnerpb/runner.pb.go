@@ -2265,7 +2265,8 @@ type CompletionRequest struct {
 	// unset, no log probabilities of the prompt.
 	PromptLogprobs *int32 `protobuf:"varint,12,opt,name=prompt_logprobs,json=promptLogprobs,proto3,oneof" json:"prompt_logprobs,omitempty"`
 	// What the text must be. `Capabilities.constraint_kinds` says what the model and
-	// the server accept. Default: unset, any text.
+	// the server accept. Refused with `ignore_eos` and `min_predict`: the constraint
+	// says where the text may end. Default: unset, any text.
 	Constraint    *Constraint `protobuf:"bytes,13,opt,name=constraint,proto3" json:"constraint,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -1458,7 +1458,8 @@ class CompletionRequest(_message.Message):
     @_builtins.property
     def constraint(self) -> Global___Constraint:
         """What the text must be. `Capabilities.constraint_kinds` says what the model and
-        the server accept. Default: unset, any text.
+        the server accept. Refused with `ignore_eos` and `min_predict`: the constraint
+        says where the text may end. Default: unset, any text.
         """
 
     def __init__(
