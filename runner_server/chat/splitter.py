@@ -75,10 +75,13 @@ class AnswerSplitter:
 
     def _held_from(self) -> int:
         """Return the position from which the held text may be the beginning of a marker."""
-        markers = [marker for marker, _ in self._transitions.get(self.state, ())]
-        longest = max(map(len, markers), default=1) - 1
-        for begin in range(max(0, len(self._held) - longest), len(self._held)):
-            rest = self._held[begin:]
-            if any(marker.startswith(rest) for marker in markers):
-                return begin
-        return len(self._held)
+        edges = self._transitions.get(self.state, ())
+        return min((self._partial(marker) for marker, _ in edges), default=len(self._held))
+
+    def _partial(self, marker: str) -> int:
+        """Return the position from which the held text may be the beginning of one marker."""
+        held = self._held
+        at = held.find(marker[0], max(0, len(held) - len(marker) + 1))
+        while at >= 0 and not marker.startswith(held[at:]):
+            at = held.find(marker[0], at + 1)
+        return at if at >= 0 else len(held)

@@ -96,7 +96,7 @@ class Parsing:
         match request:
             case pb.TokenizeRequest():
                 self._codec.encode(request.content, as_prompt=request.add_special_tokens)
-            case pb.RenderChatRequest():
+            case pb.RenderChatRequest() | pb.ChatRequest():
                 assert conversation_of(request).messages
             case pb.DetokenizeRequest():
                 check_token_ids("token_ids", request.token_ids, VOCAB_SIZE)
