@@ -1,4 +1,4 @@
-"""Chat templates in every place where people have them, compared with transformers."""
+"""Chat templates in all their places, compared with transformers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def named_in_config(path: Path) -> None:
 
 
 def in_a_file(path: Path) -> None:
-    """Write a template into a file of its own, with Windows line ends, beside another one."""
+    """Write a template file with Windows line ends beside another template."""
     in_config(path, "not this one")
     (path / "chat_template.jinja").write_bytes(f"\r\n{TEMPLATE}\r\n é".encode())
 

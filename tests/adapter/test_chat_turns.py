@@ -29,7 +29,7 @@ OPTIONS = pb.CompletionOptions(seed=3, num_predict=24, temperature=0.8)
 async def stub(
     tmp_path: Path, socket_dir: Path
 ) -> AsyncIterator[runner_pb2_grpc.RunnerServiceAsyncStub]:
-    """A server with a trained model that has a chat template."""
+    """A server with a trained model and a chat template."""
     model = tmp_path / "model"
     shutil.copytree(MODEL, model)
     (model / "chat_template.jinja").write_text(TEMPLATE)

@@ -1,4 +1,4 @@
-"""Constrained rows of a real model: what they draw, alone and beside other rows."""
+"""Constrained rows of a real model, alone and beside other rows."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def row(model: LoadedModel, constraint: Constraint, sampling: Sampling, late: in
 
 
 def text(model: LoadedModel, done: Row) -> str:
-    """Return the text of a row that must have ended by itself."""
+    """Return the text of a row after its own end."""
     *ids, end = done.ids
     assert end in model.info.eos_token_ids
     return model.codec.decode(ids)

@@ -1,4 +1,4 @@
-"""Compilation of constraints for many tokenizers: what is refused, the cache, and its bounds."""
+"""Compilation of constraints for many tokenizers: refusals, the cache, and its bounds."""
 
 from __future__ import annotations
 

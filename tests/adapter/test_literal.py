@@ -36,7 +36,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 
 @pytest.mark.parametrize("template", TEXTS)
 def test_a_literal_text_has_no_special_tokens(tokenizer: Any, template: str) -> None:
-    """Compare with a copy for which the library itself has switched them off."""
+    """Compare with a copy without special tokens, as the library makes it."""
     text = template.format(*[*_special(tokenizer).values()][1:])
     copy = Tokenizer.from_str(tokenizer.to_str())
     copy.encode_special_tokens = True
@@ -70,7 +70,7 @@ def test_a_literal_prompt_gets_its_beginning_even_if_the_text_has_it(tmp_path: P
 
 
 def _unigram() -> Any:
-    """Return a tokenizer that looks up whole pieces, special tokens among them."""
+    """Return a tokenizer with whole pieces, special tokens among them."""
     pieces = [("<unk>", 0.0), ("<s>", 0.0), *((letter, -1.0) for letter in "ab<>s")]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
     tokenizer.normalizer = normalizers.NFKC()

@@ -1,4 +1,4 @@
-"""Log probabilities of the prompt equal those of one pass over all of it."""
+"""Log probabilities of the prompt, compared with one pass over the whole prompt."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_the_text_does_not_depend_on_the_log_probabilities(trained: LoadedModel)
 
 
 def test_logits_that_are_not_finite_end_the_row(poisoned: LoadedModel) -> None:
-    """The bad token is in the middle of a prompt, whose chunk before it is sound."""
+    """The bad token is in the middle of a prompt, after a sound chunk."""
     limits = replace(poisoned.prefill_limits, max_logits=4)
     batch = LocalBatch(poisoned.new_executor(), limits)
     prompt = [1, 2, 3, 4, 5, 6, POISON, 7, 8, 9, 10, 11]

@@ -44,7 +44,7 @@ TEMPLATES = {
 
 
 def outcome(call: Callable[[], str]) -> tuple[str, str]:
-    """Return the text, or the class of the error and its message without our own words."""
+    """Return the text, or the class and message of the error."""
     try:
         return "text", call()
     except Exception as error:  # noqa: BLE001 - the error is the outcome

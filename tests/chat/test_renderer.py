@@ -1,4 +1,4 @@
-"""Rendering in a process of its own: texts, refusals, and templates that must not be trusted."""
+"""Rendering in another process: texts, refusals, and hostile templates."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ DOUBLING = (
 
 @pytest.fixture
 async def renderer() -> AsyncIterator[ChatRenderer]:
-    """A renderer that ends a template after half a second of CPU time."""
+    """A renderer with a limit of half a second of CPU time."""
     renderer = ChatRenderer(cpu_seconds=0.5)
     yield renderer
     renderer.close()
 
 
 async def problem(renderer: ChatRenderer, template: str, **fields: Any) -> str:
-    """Return the problem of a template that is refused."""
+    """Return the problem of a refused template."""
     with pytest.raises(InvalidField) as refused:
         await renderer.render(chat_format(template, **fields), HELLO)
     ((field, text),) = refused.value.violations
@@ -160,7 +160,7 @@ async def test_close_ends_the_process_and_what_is_being_rendered() -> None:
 
 
 def test_the_process_ends_with_its_parent() -> None:
-    """The end of its standard input ends it, also while it ignores SIGINT."""
+    """The end of standard input ends the process, also with SIGINT ignored."""
     command = [sys.executable, "-P", "-m", "runner_server.chat.worker"]
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ)
     assert worker.stdin

@@ -27,7 +27,7 @@ USER, ASSISTANT = pb.ROLE_USER, pb.ROLE_ASSISTANT
 
 @pytest.fixture
 def fake() -> Iterator[FakeRunner]:
-    """A fake runner that answers every message alike."""
+    """A fake runner with the same answer to every message."""
     with fake_runner(pieces=("Hello", " wörld")) as runner:
         yield runner
 

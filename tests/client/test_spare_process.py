@@ -1,4 +1,4 @@
-"""Children that start without a model: which loads take them, and what is reserved meanwhile."""
+"""Children without a model: the loads in them, and their reservations."""
 
 from __future__ import annotations
 

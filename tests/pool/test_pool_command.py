@@ -68,7 +68,7 @@ class Pool:
         return found
 
     def spare_pid(self, *others: int) -> int:
-        """Wait until a spare process is ready; return its process id, which is none of others."""
+        """Wait until a new spare process is ready; return the process id."""
         wait_until(lambda: self.state()["spare_count"] == 1, 60)
         children = {child.pid for child in psutil.Process(self.process.pid).children()}
         (pid,) = children - set(others)

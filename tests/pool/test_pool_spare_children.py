@@ -38,7 +38,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def gate() -> MemoryGate:
-    """Return a gate of a machine with memory that nothing takes."""
+    """Return a gate of a machine with constant free memory."""
     free = FreeMemory(100 * GIB, "system", 100 * GIB, None, None, "test", "cpu")
     return MemoryGate(measure=lambda: free, settle_seconds=0)
 

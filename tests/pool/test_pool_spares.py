@@ -1,4 +1,4 @@
-"""Spare processes on a machine in memory: starts, loads that take them, deaths, pressure, close."""
+"""Spare processes on a machine in memory: starts, loads, deaths, pressure, close."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def ready(pool: AsyncRunnerPool, count: int = 1) -> None:
 
 
 async def started(pool: AsyncRunnerPool, machine: Machine, count: int) -> None:
-    """Wait until a spare process is ready, the last one of so many that were created."""
+    """Wait until a number of spare processes were created and the last one is ready."""
     await eventually(lambda: (len(machine.spares), pool.status().spare_count) == (count, 1))
 
 

@@ -25,7 +25,7 @@ ChatCall = grpc.aio.UnaryStreamCall[pb.ChatRequest, pb.ChatResponse]
 
 
 def chat(server: Server, **fields: Any) -> ChatCall:
-    """Start an answer; fields that are options of a completion go there."""
+    """Start an answer; fields of the completion options go into the options."""
     names = pb.CompletionOptions.DESCRIPTOR.fields_by_name
     options = {name: fields.pop(name) for name in list(fields) if name in names}
     fields.setdefault("messages", [HELLO])

@@ -35,7 +35,7 @@ CALL = '<tool_call>{"name": "get_weather", "arguments": {"place": "Zürich"}}</t
 
 @pytest.fixture
 async def calling(start_server: StartServer) -> Server:
-    """A server with a model that calls tools."""
+    """A server with a tool-calling model."""
     server = await start_server(FakeBackend(chat=chat_format(TEMPLATE, answer=FORMAT)))
     assert (await server.load()).model.capabilities.tools
     return server

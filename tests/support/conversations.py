@@ -1,4 +1,4 @@
-"""Conversations that exercise chat templates, as plain JSON data."""
+"""Conversations for tests of chat templates, as plain JSON data."""
 
 from __future__ import annotations
 

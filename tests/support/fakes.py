@@ -259,7 +259,7 @@ class FakeGrammar:
 
 @dataclass
 class FakeGrammars:
-    """Grammars that compile any constraint at once.
+    """Grammars with immediate compilation of any constraint.
 
     Attributes:
         compiled: Every constraint, in the order they came.

@@ -1,4 +1,4 @@
-"""A pool's scheduler with a clock, for tests that say when loads and evictions succeed."""
+"""A pool's scheduler with a clock, for tests of loads and evictions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Driver:
     def model(
         self, name: str, total: int, required: int | None = None, **settings: object
     ) -> PooledModel:
-        """Return a model that stays until its memory is needed."""
+        """Return a model without a keep-alive limit."""
         given = ModelSettings(**{"keep_alive_seconds": None, **settings})  # type: ignore[arg-type]
         return self.scheduler.model(name, given, Need(total, required or total))
 
@@ -48,7 +48,7 @@ class Driver:
         return self.scheduler.decide(self.now, self.machine)
 
     def lease(self, model: PooledModel) -> Lease:
-        """Lease a model that is loaded or has room, and return the lease."""
+        """Lease a model, loaded or with room, and return the lease."""
         self.ask(model)
         action, *_ = self.decide()
         if isinstance(action, Load):
@@ -59,7 +59,7 @@ class Driver:
         return action.lease
 
     def use(self, model: PooledModel) -> None:
-        """Lease a model, and release it at once."""
+        """Lease and release a model."""
         self.scheduler.release(self.now, self.lease(model))
 
 

@@ -1,4 +1,4 @@
-"""JSON schemas of many kinds, made by code: those that can be used, and those that cannot."""
+"""JSON schemas of many kinds, made by code: supported and unsupported ones."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def _any(draw: random.Random, depth: int) -> Schema:
 
 
 def _with_references(draw: random.Random) -> Schema:
-    """Return a schema with a definition used twice, and a list that refers to itself."""
+    """Return a schema with a definition used twice, and a recursive list."""
     return {
         "$defs": {
             "one": _any(draw, 1),
@@ -143,7 +143,7 @@ def _with_references(draw: random.Random) -> Schema:
 
 
 def schemas(count: int) -> Iterator[Schema]:
-    """Yield schemas that can be used, the same in every run."""
+    """Yield supported schemas, the same in every run."""
     draw = random.Random(15)  # noqa: S311 - reproducible
     roots: tuple[Callable[[random.Random, int], Schema], ...] = (_object, _array, _union, _map)
     for number in range(count):

@@ -1,4 +1,4 @@
-"""Spare processes on the machine of ``pool_simulation``: they start, are taken, die and stop."""
+"""Spare processes on the machine of ``pool_simulation``: starts, loads, deaths and stops."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class SimulatedSpares:
         return not self._simulation.scenario.is_calm and self._simulation.random.random() < 0.05
 
     def _lose(self, spare: Spare) -> None:
-        """Report that one has not started or has died."""
+        """Report a death or a failed start."""
         simulation = self._simulation
         simulation.counts["spare lost"] += 1
         self._begun.discard(spare)
@@ -76,18 +76,18 @@ class SimulatedSpares:
         simulation.scheduler.spares.pause_until(simulation.now + simulation.random.choice([0, 30]))
 
     def take(self, model: PooledModel, spare: Spare) -> None:
-        """Carry out a ``Load`` that takes a spare process."""
+        """Carry out a ``Load`` in a spare process."""
         self._simulation.counts["spare taken"] += 1
         self._begun.discard(spare)
         self._taken[model.name] = spare
 
     def taken_bytes(self, model: PooledModel) -> int:
-        """Return the memory that is reserved for the process of a load before its admission."""
+        """Return the memory reserved for the process of a load before the admission."""
         spare = self._taken.get(model.name)
         return 0 if spare is None else self._reserved.get(spare, 0)
 
     def give_back(self, model: PooledModel) -> None:
-        """End the reservation of the process that a load has taken, if it has not ended yet."""
+        """End the reservation of the process of a load, unless ended before."""
         if (spare := self._taken.pop(model.name, None)) is not None:
             self._reserved.pop(spare, None)
 
@@ -103,7 +103,7 @@ class SimulatedSpares:
         self._after(_RETURN_SECONDS, gone)
 
     def die(self) -> None:
-        """Let one die that no load has taken."""
+        """Let an unused spare process die."""
         alive = [spare for spare in self._reserved if spare not in self._taken.values()]
         if alive:
             self._lose(self._simulation.random.choice(alive))
