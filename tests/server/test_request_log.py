@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -132,14 +133,15 @@ async def test_the_line_of_a_request_that_only_waited_has_no_prefill(
     loaded.backend.step_gate.shut()
     calls = [loaded.start(str(i)) for i in range(4)]
     await eventually(lambda: loaded.view.request_count == 4)
-    fields = None
-    call = loaded.start(timeout=0.3)
+    began = time.monotonic()
+    call = loaded.start(timeout=1.0)
+    await eventually(lambda: loaded.view.request_count == 5)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await anext(aiter(call))
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     fields = await only_line(lines)
     assert fields["code"] == "DEADLINE_EXCEEDED"
-    assert float(fields["queue_seconds"]) == pytest.approx(0.3, abs=0.25)
+    assert 0 < float(fields["queue_seconds"]) < time.monotonic() - began
     assert "prefill_seconds" not in fields
     for each in calls:
         each.cancel()
