@@ -55,7 +55,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_logfinish() -> None:
-    """Leave out what a test has imported: mlx_lm and transformers are 80,000 objects."""
+    """Leave imports of a test out, too: mlx_lm and transformers are 80,000 objects."""
     if len(sys.modules) > _modules_left_out + _MANY_MODULES:
         _leave_out_of_collections()
 

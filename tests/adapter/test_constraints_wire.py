@@ -125,7 +125,7 @@ async def test_a_constraint_without_a_text_fails_in_the_stream(real: Server) -> 
 
 
 async def test_cancelled_streams_leave_nothing(real: Server) -> None:
-    """The fixture checks what is left."""
+    """The fixture checks for remains."""
     draw = random.Random(2)  # noqa: S311 - reproducible
 
     async def cancelled(number: int) -> None:

@@ -172,5 +172,5 @@ def test_an_interrupt_ends_the_answer_and_not_the_program(fake: FakeRunner) -> N
         out, err = process.communicate("two\n", timeout=60)
     assert (process.returncode, out) == (0, "Hello wörld\n"), err
     assert fake.cancelled.is_set()
-    # What was shown of the answer belongs to the conversation.
+    # The part shown of an answer belongs to the conversation.
     assert said(fake)[1] == [(USER, "one"), (ASSISTANT, "Hello"), (USER, "two")]

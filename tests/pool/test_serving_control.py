@@ -53,7 +53,7 @@ async def test_models_are_evicted_pinned_and_watched(one: Path) -> None:
         assert (pinned.model.pinned, pinned.model.pid) == (True, 0)
         loaded = await server.pool.LoadModel(pool_pb2.LoadModelRequest())
         assert loaded.model.state == pool_pb2.POOL_MODEL_STATE_READY
-        # A watch may skip what has passed before its reader is ready for more.
+        # A watch may skip states while its reader is not ready for more.
         await eventually(lambda: seen[-1].state == pool_pb2.POOL_MODEL_STATE_READY)
         call: Any = server.complete(one, CONTEXT - 100)
         await call.read()

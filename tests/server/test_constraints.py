@@ -1,4 +1,4 @@
-"""Constraints of requests on the fake: what is refused, and what reaches the engine."""
+"""Constraints of requests on the fake: refusals, and constraints in the engine."""
 
 from __future__ import annotations
 

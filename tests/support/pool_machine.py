@@ -249,7 +249,7 @@ class FakeSpare(FakeProcess):
 
     @property
     def behaviour(self) -> Behaviour:
-        """What this process does, as a spare one or with a model."""
+        """Behaviour of this process, as a spare one or with a model."""
         return super().behaviour if self.path else self._machine.spare
 
     @property

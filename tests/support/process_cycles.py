@@ -21,7 +21,7 @@ from runner_client.rpc import watchdog
 
 @dataclass(frozen=True)
 class Cycle:
-    """What a process holds after it has started, used and closed a runner.
+    """Resources of this process after a runner was started, used and closed.
 
     Attributes:
         pid: Process id of the runner.
