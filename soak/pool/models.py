@@ -46,6 +46,6 @@ class Models:
 
 def prepare() -> Models:
     """Write the models into the benchmark's cache, if needed, and estimate them."""
-    paths = {name: ensure_model(name) for name in POOLED_SHAPES}
+    paths = {name: ensure_model(name).resolve() for name in POOLED_SHAPES}
     needs = {name: estimate(str(path), options=OPTIONS) for name, path in paths.items()}
     return Models(paths, {name: need.total_bytes for name, need in needs.items()})

@@ -22,15 +22,22 @@ class PlainProcess:
         gate: Measures and reserves the machine's memory.
         env: Environment variables for the process.
         on_start: Called with the process id.
+        on_stop: Called with the process id before the process is told to stop.
     """
 
     def __init__(
-        self, model: Path, gate: MemoryGate, env: Mapping[str, str], on_start: Callable[[int], None]
+        self,
+        model: Path,
+        gate: MemoryGate,
+        env: Mapping[str, str],
+        on_start: Callable[[int], None],
+        on_stop: Callable[[int], None],
     ) -> None:
         self._model = model
         self._gate = gate
         self._env = env
         self._on_start = on_start
+        self._on_stop = on_stop
         self._process: AsyncRunnerProcess | None = None
         self._requests = 0
 
@@ -50,6 +57,7 @@ class PlainProcess:
         """Stop the process."""
         process, self._process = self._process, None
         if process is not None:
+            self._on_stop(process.pid or 0)
             await process.close()
 
     async def _started(self) -> AsyncRunnerProcess:

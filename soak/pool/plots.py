@@ -7,12 +7,12 @@ from typing import Any
 
 from bench import svg
 from soak.plots import lines_of
-from soak.pool.records import UNKNOWN, Phase, PoolRun
+from soak.pool.records import STOPPING, UNKNOWN, Phase, PoolRun
 from soak.pool.report import thinned
 from soak.stats import MIB
 
 _PANE_INCHES = 2.6
-_COLORS = ("#2b6cb0", "#d6422b", "#2f8f4e", "#b7791f", "#6b46c1", "#888888")
+_COLORS = ("#2b6cb0", "#d6422b", "#2f8f4e", "#b7791f", "#6b46c1", "#888888", "#cccccc")
 
 
 def draw(run: PoolRun, path: Path) -> None:
@@ -43,7 +43,9 @@ def _memory(pane: Any, phase: Phase) -> None:
     samples = thinned(phase.samples)
     minutes = [sample.seconds / 60 for sample in samples]
     sizes = [sample.by_model() for sample in samples]
-    names = [name for name in (*phase.needs, UNKNOWN) if any(size[name] for size in sizes)]
+    names = [
+        name for name in (*phase.needs, STOPPING, UNKNOWN) if any(size[name] for size in sizes)
+    ]
     layers = [[size[name] / MIB for size in sizes] for name in names]
     pane.stackplot(minutes, layers, labels=names, colors=_COLORS, step="post", linewidth=0)
     pane.axhline(phase.limit_bytes / MIB, color=svg.INK, linewidth=1, linestyle="--")

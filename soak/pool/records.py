@@ -13,6 +13,9 @@ from soak.session import Settings
 UNKNOWN = "unknown"
 """Model of a runner that was gone before anyone could say which model it was for."""
 
+STOPPING = "stopping"
+"""Model of a runner that has been told to stop, and takes no more memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class PoolOrder:
@@ -122,10 +125,14 @@ class Phase:
     def promised_bytes(self, sample: PoolSample) -> int:
         """Return the needs of the runners that were alive at the time of a sample.
 
-        A runner of an unknown model counts as the smallest one.
+        A runner of an unknown model counts as the smallest one, and one that stops as what it still
+        holds.
         """
         least = min(self.needs.values())
-        return sum(self.needs.get(model, least) for model, _ in sample.runners)
+        return sum(
+            size if model == STOPPING else self.needs.get(model, least)
+            for model, size in sample.runners
+        )
 
 
 @dataclass

@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ class Soak:
         self._samples = samples
         self._process = psutil.Process()
         self._pids: dict[int, str] = {}
+        self._stops: dict[int, float] = {}
 
     async def one_pool(self, seconds: float) -> None:
         """Run one pool with a budget for two models, and eight callers."""
@@ -118,11 +119,12 @@ class Soak:
         gc.collect()
         before, begin = self._process.num_fds(), time.monotonic()
         self._pids.clear()
+        self._stops.clear()
         logger.info("%s: starting %.0f s of load", phase.name, phase.seconds)
         await load(asyncio.get_running_loop().time() + phase.seconds)
         phase.rest = await self._rest(before)
         end = begin + phase.seconds
-        phase.samples = watch.read(self._samples, begin, end, self._pids)
+        phase.samples = watch.read(self._samples, begin, end, self._pids, self._stops)
         phase.loads.update(self._pids.values())
 
     async def _rest(self, descriptors: int) -> Rest:
@@ -153,14 +155,20 @@ class Soak:
                 yield pool
             finally:
                 following.cancel()
-                await asyncio.gather(following, return_exceptions=True)
+                with suppress(asyncio.CancelledError):
+                    await following
 
     async def _follow(self, pool: AsyncRunnerPool) -> None:
-        """Note which runner is for which model."""
+        """Note which runner is for which model, and when it is told to stop."""
         async for status in pool.watch():
             for model in status.models:
                 if model.pid is not None:
                     self._pids[model.pid] = self._models.name_of(model.path)
+                    if model.state is ModelState.EVICTING:
+                        self._note_stop(model.pid)
+
+    def _note_stop(self, pid: int) -> None:
+        self._stops.setdefault(pid, time.monotonic())
 
     def _callers(
         self,
@@ -203,7 +211,8 @@ class Soak:
         def note(pid: int) -> None:
             self._pids[pid] = name
 
-        process = PlainProcess(self._models.paths[name], self._gate(phase, env), env, note)
+        model, gate = self._models.paths[name], self._gate(phase, env)
+        process = PlainProcess(model, gate, env, note, self._note_stop)
         mix = PoolMix([name], f"{self._run.settings.seed} plain", name, may_be_short=True)
         caller = Caller(PROCESS, process.lease, lambda _: Look(), mix, self._known, phase)
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -18,7 +19,7 @@ import psutil
 
 from bench.children import children, every
 from soak.paths import ROOT
-from soak.pool.records import UNKNOWN, PoolSample
+from soak.pool.records import STOPPING, UNKNOWN, PoolSample
 
 INTERVAL_SECONDS = 0.25
 
@@ -44,7 +45,13 @@ async def watching(path: Path) -> AsyncIterator[None]:
         await process.wait()
 
 
-def read(path: Path, begin: float, end: float, models: Mapping[int, str]) -> list[PoolSample]:
+def read(
+    path: Path,
+    begin: float,
+    end: float,
+    models: Mapping[int, str],
+    stops: Mapping[int, float],
+) -> list[PoolSample]:
     """Read the samples of a time span.
 
     Args:
@@ -52,20 +59,27 @@ def read(path: Path, begin: float, end: float, models: Mapping[int, str]) -> lis
         begin: Start of the span, in ``time.monotonic()`` seconds, which all processes share.
         end: End of the span.
         models: Model of each runner by process id.
+        stops: Time at which a runner was told to stop, by process id.
     """
     samples = []
     # The last line may be incomplete.
     for line in path.read_text(encoding="utf-8").splitlines()[:-1]:
         row = json.loads(line)
         if begin <= row["time"] <= end:
-            samples.append(_sample(row, begin, models))
+            samples.append(_sample(row, begin, models, stops))
     return samples
 
 
-def _sample(row: Mapping[str, Any], begin: float, models: Mapping[int, str]) -> PoolSample:
+def _sample(
+    row: Mapping[str, Any], begin: float, models: Mapping[int, str], stops: Mapping[int, float]
+) -> PoolSample:
+    def name(pid: int) -> str:
+        is_stopping = row["time"] >= stops.get(pid, math.inf)
+        return STOPPING if is_stopping else models.get(pid, UNKNOWN)
+
     return PoolSample(
         seconds=round(row["time"] - begin, 3),
-        runners=tuple((models.get(pid, UNKNOWN), rss) for pid, rss, _ in row["runners"]),
+        runners=tuple((name(pid), rss) for pid, rss, _ in row["runners"]),
         pss_bytes=sum(pss for _, _, pss in row["runners"]),
         descriptors=row["descriptors"],
         threads=row["threads"],

@@ -43,7 +43,7 @@ from soak.pool.mix import (
 )
 from soak.pool.models import VOCABULARY
 from soak.pool.outcome import Look, judge
-from soak.pool.records import UNKNOWN, Phase, PoolOrder
+from soak.pool.records import STOPPING, UNKNOWN, Phase, PoolOrder
 from soak.pool.session import look_at
 from soak.records import Ending
 from support.harness import Server
@@ -260,9 +260,21 @@ def test_samples_are_those_of_the_time_span_with_models_by_process(tmp_path: Pat
     rest = '"zombies": [9], "descriptors": 3, "threads": 2, "rss": 1}\n'
     rows = [f'{{"time": {time}, "runners": [[1, 10, 5], [2, 20, 6]], {rest}' for time in (1, 2, 4)]
     path.write_text("".join(rows) + '{"time": 2.5, "runn')
-    (sample,) = watch.read(path, 1.5, 3.0, {1: "a"})
+    (sample,) = watch.read(path, 1.5, 3.0, {1: "a"}, {})
     assert (sample.seconds, sample.runners) == (0.5, (("a", 10), (UNKNOWN, 20)))
     assert (sample.held_bytes, sample.pss_bytes, sample.zombies) == (30, 11, (9,))
+
+
+def test_a_runner_that_stops_counts_as_what_it_holds(tmp_path: Path) -> None:
+    path = tmp_path / "samples"
+    rest = '"zombies": [], "descriptors": 3, "threads": 2, "rss": 1}\n'
+    rows = [f'{{"time": {time}, "runners": [[1, 10, 5], [2, 20, 6]], {rest}' for time in (1, 2)]
+    path.write_text("".join(rows) + "{")
+    models = {1: "a", 2: "b"}
+    before, after = watch.read(path, 0, 3, models, {2: 1.5})
+    phase = Phase("it", 1.0, 100, {"a": 40, "b": 50}, frozenset())
+    assert [phase.promised_bytes(each) for each in (before, after)] == [90, 60]
+    assert after.runners == (("a", 10), (STOPPING, 20))
 
 
 async def test_the_watching_process_samples_this_one(tmp_path: Path) -> None:
@@ -270,7 +282,7 @@ async def test_the_watching_process_samples_this_one(tmp_path: Path) -> None:
     async with watch.watching(path):
         while path.read_text(encoding="utf-8").count("\n") < 2:
             await asyncio.to_thread(os.sched_yield)
-    first, *_ = watch.read(path, 0, math.inf, {})
+    first, *_ = watch.read(path, 0, math.inf, {}, {})
     assert first.threads >= 1
     assert first.descriptors >= 3
     assert first.runners == ()
