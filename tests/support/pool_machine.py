@@ -124,9 +124,19 @@ class Machine:
         before = asyncio.all_tasks()
         given = PoolSettings(min_residence_seconds=min_residence_seconds, **settings)
         async with AsyncRunnerPool(given, gate=self.gate(), restart_policy=policy) as pool:
-            yield pool
+            try:
+                yield pool
+            except BaseException:
+                # The pool could not close, and would hide why the test has failed.
+                self._let_all_go_on()
+                raise
         assert not [each for each in self.processes if each.is_running]
         assert asyncio.all_tasks() == before
+
+    def _let_all_go_on(self) -> None:
+        for behaviour in (*self.behaviours.values(), self.spare):
+            behaviour.may_load.set()
+            behaviour.may_stop.set()
 
     def gate(self) -> MemoryGate:
         """Return a gate that measures this machine."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
 from functools import cache
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
 
 _WORD_BITS = 32
 
-_OF_BYTE = mx.array(
-    [[0.0 if byte >> bit & 1 else -float("inf") for bit in range(8)] for byte in range(256)]
+_OF_BYTE = memoryview(
+    array("f", [0.0 if byte >> bit & 1 else -math.inf for byte in range(256) for bit in range(8)])
 )
-"""What a byte of a mask adds to the logits of its eight tokens."""
+"""What a byte of a mask adds to the logits of its eight tokens. Not an array of MLX, whose memory
+would stay in use without a model."""
 
 
 class TokenMasks:
@@ -76,7 +78,7 @@ def masked(logits: mx.array, bits: mx.array) -> mx.array:
         logits: Shape ``(rows, vocabulary)``.
         bits: One bit for each token, the lowest first, shape ``(rows, words)``, uint32.
     """
-    table = _OF_BYTE.astype(logits.dtype)
+    table = mx.array(cast("Any", _OF_BYTE)).reshape(256, 8).astype(logits.dtype)
     rows, vocab_size = logits.shape
     return logits + table[bits.view(mx.uint8)].reshape(rows, -1)[:, :vocab_size]
 
