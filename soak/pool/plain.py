@@ -22,7 +22,7 @@ class PlainProcess:
         gate: Measures and reserves the machine's memory.
         env: Environment variables for the process.
         on_start: Called with the process id.
-        on_stop: Called with the process id before the process is told to stop.
+        on_stop: Called with the process id before the process is stopped.
     """
 
     def __init__(

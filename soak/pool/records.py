@@ -125,8 +125,8 @@ class Phase:
     def promised_bytes(self, sample: PoolSample) -> int:
         """Return the needs of the runners that were alive at the time of a sample.
 
-        A runner of an unknown model counts as the smallest one, and one that stops as what it still
-        holds.
+        A runner of an unknown model counts as the smallest one, and one that stops counts with its
+        resident set.
         """
         least = min(self.needs.values())
         return sum(

@@ -159,7 +159,7 @@ class Soak:
                     await following
 
     async def _follow(self, pool: AsyncRunnerPool) -> None:
-        """Note which runner is for which model, and when it is told to stop."""
+        """Note the model of each runner, and the time of its stop."""
         async for status in pool.watch():
             for model in status.models:
                 if model.pid is not None:

@@ -59,7 +59,7 @@ def read(
         begin: Start of the span, in ``time.monotonic()`` seconds, which all processes share.
         end: End of the span.
         models: Model of each runner by process id.
-        stops: Time at which a runner was told to stop, by process id.
+        stops: Time at which the stop of a runner began, by process id.
     """
     samples = []
     # The last line may be incomplete.
