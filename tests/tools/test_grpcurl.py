@@ -41,11 +41,13 @@ def test_services_and_methods_are_listed(run: Run, place: ToolTarget) -> None:
     assert {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection"} <= {*services}
     methods = (
         "Abort",
+        "Chat",
         "Completion",
         "Detokenize",
         "Drain",
         "Estimate",
         "Load",
+        "RenderChat",
         "Status",
         "Tokenize",
         "Trim",
