@@ -194,6 +194,7 @@ async def test_an_unload_ends_requests_that_wait_for_memory(start_server: StartS
     server = await _server(start_server, tokens_=100)
     server.backend.step_gate.shut()
     calls = await _start_all(server, 100, 100, 100)
+    await server.thread(server.backend.step_gate.wait_arrival)
     unload = asyncio.ensure_future(server.stub.Unload(pb.UnloadRequest()))
     await eventually(lambda: server.view.model_command is not None)
     server.backend.step_gate.open()

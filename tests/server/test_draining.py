@@ -44,6 +44,7 @@ async def start_stuck(server: Server, count: int = 1, **options: Any) -> list[Co
     server.backend.step_gate.shut()
     calls = [server.start(f"prompt {i}", **options) for i in range(count)]
     await eventually(lambda: server.view.request_count == count)
+    await server.thread(server.backend.step_gate.wait_arrival)
     return calls
 
 

@@ -150,6 +150,8 @@ async def test_unload_ends_running_and_queued_streams(server: Server) -> None:
     server.backend.step_gate.shut()
     calls = [server.start("x" * (i + 1)) for i in range(3)]
     await eventually(lambda: server.view.request_count == 3)
+    # Otherwise the engine may carry the unload out before it begins a step.
+    await server.thread(server.backend.step_gate.wait_arrival)
     unload = asyncio.ensure_future(server.stub.Unload(UNLOAD))
     await eventually(lambda: server.view.model_command is not None)
     server.backend.step_gate.open()
