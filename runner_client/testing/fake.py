@@ -21,16 +21,10 @@ from runner_client.testing.answers import prompt_message, token_messages
 from runner_client.testing.call import FakeCall
 from runner_client.testing.failure import Failure
 from runner_client.testing.health import health_handler
-from runner_client.testing.messages import as_chat, as_completion, text_of
+from runner_client.testing.messages import as_chat, as_completion, capabilities, text_of
 from runner_common.contract import (
-    CONSTRAINT_KINDS,
     DEFAULT_CONTEXT_LENGTH,
     DEFAULT_PARALLEL,
-    MAX_LOGIT_BIASES,
-    MAX_LOGPROB_TOKEN_IDS,
-    MAX_LOGPROBS,
-    MAX_STOP_TOKEN_IDS,
-    MAX_STOPS,
 )
 
 if TYPE_CHECKING:
@@ -335,23 +329,8 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
 
     def _model(self, name: str) -> pb.Model:
         is_fallback = self.dtype_fallback or self._is_stored
-        accepted = pb.Capabilities(
-            batched=True,
-            prefix_cache=self.prefix_cache_bytes > 0,
-            max_context_length=DEFAULT_CONTEXT_LENGTH,
-            max_logprobs=MAX_LOGPROBS,
-            max_stop_count=MAX_STOPS,
-            max_logit_bias_count=MAX_LOGIT_BIASES,
-            rank_count=1,
-            max_stop_token_id_count=MAX_STOP_TOKEN_IDS,
-            max_logprob_token_id_count=MAX_LOGPROB_TOKEN_IDS,
-            chat=self.has_chat_template,
-            reasoning=True,
-            tools=True,
-            constraint_kinds=[
-                pb.ConstraintKind.Value(f"CONSTRAINT_KIND_{kind.upper()}")
-                for kind in CONSTRAINT_KINDS
-            ],
+        accepted = capabilities(
+            has_cache=self.prefix_cache_bytes > 0, has_template=self.has_chat_template
         )
         return pb.Model(name=name, path=name, dtype_fallback=is_fallback, capabilities=accepted)
 

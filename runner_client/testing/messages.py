@@ -5,6 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from mlxrunner.v1 import runner_pb2 as pb
+from runner_common.contract import (
+    CONSTRAINT_KINDS,
+    DEFAULT_CONTEXT_LENGTH,
+    MAX_LOGIT_BIASES,
+    MAX_LOGPROB_TOKEN_IDS,
+    MAX_LOGPROBS,
+    MAX_STOP_TOKEN_IDS,
+    MAX_STOPS,
+)
 
 
 def text_of(message: pb.ChatMessage) -> str:
@@ -37,3 +46,24 @@ def as_completion(request: pb.CompletionRequest | pb.ChatRequest) -> pb.Completi
         return request
     logprobs = request.logprobs if request.HasField("logprobs") else None
     return pb.CompletionRequest(options=request.options, logprobs=logprobs)
+
+
+def capabilities(*, has_cache: bool, has_template: bool) -> pb.Capabilities:
+    """Return the capabilities of a model, with the limits of the protocol."""
+    return pb.Capabilities(
+        batched=True,
+        prefix_cache=has_cache,
+        max_context_length=DEFAULT_CONTEXT_LENGTH,
+        max_logprobs=MAX_LOGPROBS,
+        max_stop_count=MAX_STOPS,
+        max_logit_bias_count=MAX_LOGIT_BIASES,
+        rank_count=1,
+        max_stop_token_id_count=MAX_STOP_TOKEN_IDS,
+        max_logprob_token_id_count=MAX_LOGPROB_TOKEN_IDS,
+        chat=has_template,
+        reasoning=True,
+        tools=True,
+        constraint_kinds=[
+            pb.ConstraintKind.Value(f"CONSTRAINT_KIND_{kind.upper()}") for kind in CONSTRAINT_KINDS
+        ],
+    )

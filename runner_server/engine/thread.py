@@ -39,14 +39,7 @@ from runner_server.engine.output.channel import OutputChannel
 from runner_server.engine.output.wakeups import WakeupCoalescer, call_on_loop
 from runner_server.engine.request_registry import RequestRegistry
 from runner_server.engine.scheduler import Scheduler
-from runner_server.engine.types import (
-    Event,
-    Failure,
-    LoadSpec,
-    ModelInfo,
-    Prefill,
-    Token,
-)
+from runner_server.engine.types import Event, Failure, LoadSpec, ModelInfo, Prefill, Token
 from runner_server.engine.work import DecodeItem, WorkItem
 from runner_server.errors import InvalidField, RunnerFault, ShuttingDown
 
