@@ -1,4 +1,4 @@
-"""What a pool knows about one of its models."""
+"""State of one model of a pool."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from runner_client.pool.aio_member import Member
     from runner_client.pool.appraisal import Appraisal
     from runner_client.pool.scheduling.states import PooledModel
+    from runner_client.types import RestartPolicy
 
 
 @dataclass(slots=True, eq=False)
@@ -40,3 +41,15 @@ class Entry:
     refused_count: int = 0
     last_return: MemoryReturn = NOTHING
     last_reason: str = ""
+
+    def refusal(self, policy: RestartPolicy, now: float) -> str:
+        """Return the refusal of a model with too many recent deaths; empty otherwise."""
+        recent = policy.recent(self.deaths, now)
+        if len(recent) <= policy.max_restarts:
+            return ""
+        rest = recent[-policy.max_restarts - 1] + policy.window_seconds - now
+        return (
+            f"runners of {self.model.name} have died {len(recent)} times within "
+            f"{policy.window_seconds:g} s; it is refused for another {rest:.0f} s. The last one: "
+            f"{self.last_error}"
+        )

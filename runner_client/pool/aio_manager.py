@@ -19,6 +19,7 @@ from runner_client.errors import (
 from runner_client.memory.estimation import BARE_PROCESS_BYTES
 from runner_client.pool.aio_entry import Entry
 from runner_client.pool.aio_member import Member
+from runner_client.pool.aio_return import MemoryReturns
 from runner_client.pool.aio_spares import SpareKeeper
 from runner_client.pool.aio_tasks import Tasks, soon
 from runner_client.pool.scheduling.scheduler import PoolScheduler
@@ -31,7 +32,7 @@ from runner_client.pool.scheduling.states import (
     Refuse,
     StartSpare,
 )
-from runner_client.pool.types import NOTHING, MemoryReturn
+from runner_client.pool.types import NOTHING
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable
@@ -87,11 +88,16 @@ class PoolManager:
         self._closed_because = ""
         self._waiting: dict[Ticket, _Wait] = {}
         self._tasks = Tasks()
+        self._returns = MemoryReturns(
+            settings.return_seconds, self._taken_bytes, lambda: self.is_closed, self._is_enough
+        )
         self.spares = SpareKeeper(
             self.scheduler.spares,
             restart_policy,
             new_spare,
-            lambda process: self._stop(Member(process, gate), "a spare process"),
+            lambda process, on_enough: self._returns.stop(
+                Member(process, gate), "a spare process", on_enough
+            ),
             self._tasks,
             self.notify,
         )
@@ -156,16 +162,8 @@ class PoolManager:
         """Return why no request is accepted: the pool is closed, or the runners keep dying."""
         if self._closed_because:
             return RunnerUnavailableError(self._closed_because)
-        policy, now = self._restart_policy, time.monotonic()
-        recent = policy.recent(entry.deaths, now)
-        if len(recent) <= policy.max_restarts:
-            return None
-        rest = recent[-policy.max_restarts - 1] + policy.window_seconds - now
-        return RunnerUnavailableError(
-            f"runners of {entry.model.name} have died {len(recent)} times within "
-            f"{policy.window_seconds:g} s; it is refused for another {rest:.0f} s. The last one: "
-            f"{entry.last_error}"
-        )
+        text = entry.refusal(self._restart_policy, time.monotonic())
+        return RunnerUnavailableError(text) if text else None
 
     def _give_back(self, ticket: Ticket, granted: asyncio.Future[Lease | None]) -> None:
         """Take back the request of a caller that is gone, and a lease granted at that moment."""
@@ -368,32 +366,35 @@ class PoolManager:
         self.notify()
 
     async def _evict(self, entry: Entry, loading: asyncio.Task[None] | None, reason: str) -> None:
-        name, member = entry.model.name, entry.member
+        name, member, life = entry.model.name, entry.member, entry.model.life
         logger.info("evicting %s: %s", name, reason)
+
+        def note_gone() -> None:
+            # Not that of a load that has begun since enough memory was free.
+            if entry.model.life == life and entry.model.state is ModelState.EVICTING:
+                entry.member = None
+                self.scheduler.gone(entry.model)
+                self.notify()
+
         try:
             if loading is not None:
                 entry.last_return = NOTHING
                 await asyncio.gather(loading, return_exceptions=True)
             elif member is not None:
-                returned = await self._stop(member, name)
-                entry.last_return = returned
-                entry.last_error = "" if returned.is_complete else f"evicted, but only {returned}"
+                returned = entry.last_return = await self._returns.stop(member, name, note_gone)
+                if entry.model.life == life:
+                    is_back = returned.is_complete
+                    entry.last_error = "" if is_back else f"evicted, but only {returned}"
         finally:
-            entry.member = None
-            self.scheduler.gone(entry.model)
-            self.notify()
+            note_gone()
 
-    async def _stop(self, member: Member, name: str) -> MemoryReturn:
-        # A pool that stops needs the memory for nothing.
-        patience = 0.0 if self.is_closed else self._settings.return_seconds
-        returned = await member.stop(patience, functools.partial(self._taken_bytes, member))
-        is_late = not (returned.is_complete or self.is_closed)
-        level = logging.WARNING if is_late else logging.INFO
-        logger.log(level, "evicted %s: %s", name, returned)
-        return returned
+    async def _is_enough(self) -> bool:
+        """Return whether a load waits for memory, and enough is free for it."""
+        machine_bytes, _ = await self._measure()
+        return self.scheduler.fits_next(machine_bytes)
 
     def _taken_bytes(self, member: Member) -> int:
-        """Return the memory of all other runners."""
+        """Return the memory of all runners but one."""
         members = [entry.member for entry in list(self.entries.values()) if entry.member]
         members += (Member(process, self._gate) for process in self.spares.processes)
         return sum(each.taken_bytes for each in members if each.process is not member.process)

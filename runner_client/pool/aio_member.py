@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import psutil
@@ -24,9 +24,27 @@ if TYPE_CHECKING:
     from runner_client.rpc.aio_client import AsyncRunnerClient
     from runner_client.types import Status
 
-logger = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 0.05
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """A stopped and reaped runner.
+
+    Attributes:
+        measure: Returns free memory and that of the pool's other runners, in bytes.
+        before_bytes: The same before the stop.
+        held_bytes: Memory that only this process held.
+        ended_at: Time of the exit, in ``time.monotonic()`` seconds.
+    """
+
+    measure: Callable[[], int]
+    before_bytes: int
+    held_bytes: int
+    ended_at: float
+
+    async def returned(self) -> MemoryReturn:
+        """Measure how much of the memory is back."""
+        returned_bytes = await asyncio.to_thread(self.measure) - self.before_bytes
+        return MemoryReturn(self.held_bytes, returned_bytes, time.monotonic() - self.ended_at)
 
 
 class Member:
@@ -107,33 +125,26 @@ class Member:
             return self._process.memory_size
         return 0 if self._process.pid is None else _own_bytes(self._process.pid)
 
-    async def stop(self, return_seconds: float, others_bytes: Callable[[], int]) -> MemoryReturn:
-        """Stop the runner and wait until it is reaped and its memory is back.
+    async def stop(self, others_bytes: Callable[[], int]) -> Departure:
+        """Stop the runner and reap the process.
 
         Args:
-            return_seconds: How long to wait for the memory after the exit.
             others_bytes: Returns the memory that the other runners of the pool hold. They may take
-                what this one gives back.
+                the memory of this one.
         """
 
         def measure() -> int:
             return self._free_bytes() + others_bytes()
 
         try:
-            before = await asyncio.to_thread(measure)
-            held = await self._held_bytes()
+            before_bytes = await asyncio.to_thread(measure)
+            held_bytes = await self._held_bytes()
         except BaseException:
             self._process.kill()
             await self._process.close()
             raise
         await self._process.close()
-        ended = time.monotonic()
-        while True:
-            returned = await asyncio.to_thread(measure) - before
-            result = MemoryReturn(held, returned, time.monotonic() - ended)
-            if result.is_complete or result.seconds >= return_seconds:
-                return result
-            await asyncio.sleep(_LOOK_SECONDS)
+        return Departure(measure, before_bytes, held_bytes, time.monotonic())
 
     def _free_bytes(self) -> int:
         return self._gate.available().free.available_bytes

@@ -207,6 +207,8 @@ class AsyncRunnerPool:
     async def evict(self, model: str) -> MemoryReturn:
         """Stop the runner of a model that is not in use, pinned or not, and wait for its memory.
 
+        A load that waits begins before, as soon as enough memory is free for it.
+
         Returns:
             The memory that the runner held and that came back; zero if the model was not loaded.
 

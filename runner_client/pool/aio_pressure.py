@@ -1,4 +1,4 @@
-"""Return of memory that other programs of the machine need."""
+"""Return of memory to other programs of the machine."""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ class SpareKeeper:
         spares: The scheduler's view.
         restart_policy: How often they may die before no other is started for a while.
         new_process: Creates one, without starting it.
-        stop: Stops one, and returns once its memory is back.
+        stop: Stops one, and returns once its memory is back. Calls its second argument before, if
+            enough for the load that waits is free.
         tasks: Runs starts and stops.
         notify: Has the scheduler decide again.
     """
@@ -41,7 +42,7 @@ class SpareKeeper:
         spares: Spares,
         restart_policy: RestartPolicy,
         new_process: Callable[[], SpareProcess],
-        stop: Callable[[SpareProcess], Awaitable[object]],
+        stop: Callable[[SpareProcess, Callable[[], None]], Awaitable[object]],
         tasks: Tasks,
         notify: Callable[[], None],
     ) -> None:
@@ -56,7 +57,7 @@ class SpareKeeper:
 
     @property
     def processes(self) -> tuple[SpareProcess, ...]:
-        """The processes that no load has taken."""
+        """The processes not taken by a load."""
         return tuple(self._processes.values())
 
     @property
@@ -92,12 +93,16 @@ class SpareKeeper:
     async def _end(self, spare: Spare, reason: str) -> None:
         process = self._processes[spare]
         logger.info("stopping a spare process (pid %s): %s", process.pid, reason)
+
+        def note_gone() -> None:
+            if self._processes.pop(spare, None) is not None:
+                self._spares.gone(spare)
+                self._notify()
+
         try:
-            await self._stop(process)
+            await self._stop(process, note_gone)
         finally:
-            self._processes.pop(spare, None)
-            self._spares.gone(spare)
-            self._notify()
+            note_gone()
 
     def _note_death(self, spare: Spare, process: SpareProcess) -> None:
         error = process.exit_error

@@ -229,21 +229,59 @@ async def test_a_timeout_names_the_reason_and_the_phase(machine: Machine) -> Non
 
 
 async def test_memory_that_does_not_come_back_is_reported(machine: Machine) -> None:
+    model = machine.model("a")
+    async with machine.pool(return_seconds=0.2) as pool:
+        await use(pool, model)
+        machine.of(model).may_stop.clear()
+        evicting = asyncio.create_task(pool.evict(model))
+        await eventually(lambda: machine.runners(model)[0].is_stopping)
+        machine.lost_bytes = machine.held_bytes
+        begin = time.monotonic()
+        machine.of(model).may_stop.set()
+        assert not (await evicting).is_complete
+        assert 0.2 <= time.monotonic() - begin < SHORT_SECONDS
+        text = model_of(pool, model).last_error
+        assert "evicted, but only 0 B of the 224.1 MiB it held came back within 0." in text
+
+
+@pytest.mark.parametrize("again", [False, True])
+async def test_memory_is_measured_while_the_next_load_runs(machine: Machine, again: bool) -> None:
     first, second = machine.model("a"), machine.model("b")
-    machine.total_bytes = TWO
-    async with machine.pool(budget_bytes=ONE, return_seconds=0.2) as pool:
+    machine.total_bytes = TWO + ONE
+    async with machine.pool(budget_bytes=ONE, return_seconds=0.5) as pool:
         await use(pool, first)
         machine.of(first).may_stop.clear()
         loading = asyncio.create_task(pool.load(second))
         await eventually(lambda: machine.runners(first)[0].is_stopping)
-        machine.lost_bytes = machine.held_bytes
+        evicting = asyncio.create_task(pool.evict(first))
+        # Another program takes what the first model gives back.
+        machine.outside_bytes = machine.held_bytes
         begin = time.monotonic()
         machine.of(first).may_stop.set()
-        # The machine has memory for the second model all the same.
         await loading
-        assert 0.2 <= time.monotonic() - begin < SHORT_SECONDS
+        if again:
+            await use(pool, first)
+        returned = await evicting
+        assert time.monotonic() - begin >= 0.5
+        assert returned.returned_bytes <= 0
+        # What a loaded model's last runner did is no error of this one.
         text = model_of(pool, first).last_error
-        assert "evicted, but only 0 B of the 224.1 MiB it held came back within 0." in text
+        assert text == ("" if again else f"evicted, but only {returned}")
+        assert state_of(pool, first) is (ModelState.READY if again else ModelState.ABSENT)
+
+
+async def test_neither_a_load_nor_the_end_waits_for_needless_memory(machine: Machine) -> None:
+    first, second = machine.model("a"), machine.model("b")
+    machine.total_bytes = TWO
+    async with asyncio.timeout(SHORT_SECONDS):
+        async with machine.pool(budget_bytes=ONE, return_seconds=1000) as pool:
+            await use(pool, first)
+            machine.of(first).may_stop.clear()
+            loading = asyncio.create_task(pool.load(second))
+            await eventually(lambda: machine.runners(first)[0].is_stopping)
+            machine.lost_bytes = machine.held_bytes
+            machine.of(first).may_stop.set()
+            await loading
 
 
 async def test_memory_that_another_load_takes_has_come_back(machine: Machine) -> None:

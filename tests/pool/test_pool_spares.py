@@ -176,6 +176,23 @@ async def test_no_refusal_counts_the_memory_of_spare_processes(machine: Machine)
         assert len(machine.processes) == 2
 
 
+async def test_a_load_does_not_wait_for_needless_memory_of_spare_processes(
+    machine: Machine,
+) -> None:
+    model = machine.model("a")
+    async with machine.pool() as pool:
+        need = sum((await pool.know(model)).parts.values())
+    settings = {"spare_processes": 2, "return_seconds": 1000}
+    async with asyncio.timeout(30), machine.pool(budget_bytes=need, **settings) as pool:
+        await ready(pool, 2)
+        machine.spare.may_stop.clear()
+        loading = asyncio.create_task(pool.load(model))
+        await eventually(lambda: any(each.is_stopping for each in machine.spares))
+        machine.outside_bytes = machine.held_bytes
+        machine.spare.may_stop.set()
+        await loading
+
+
 @pytest.mark.parametrize("is_starting", [False, True])
 async def test_a_close_leaves_none(machine: Machine, is_starting: bool) -> None:
     if is_starting:

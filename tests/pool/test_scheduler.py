@@ -114,8 +114,10 @@ def test_a_model_stays_for_the_residence_or_as_long_as_its_load_took(
     pool.decide()
     pool.now += load_seconds
     pool.scheduler.loaded(pool.now, model, 60)
-    pool.ask(pool.model("b", 60))
-    assert names(pool.decide(stay - 0.01)) == [("Grant", "a")]
+    ticket = pool.ask(pool.model("b", 60))
+    assert names(pool.decide(stay - 0.5)) == [("Grant", "a")]
+    assert ticket.reason == "waiting for 20 B: a, idle for 0 s, which may go in 0.5 s"
+    assert names(pool.decide(0.49)) == []
     assert names(pool.decide(0.02)) == [("Evict", "a")]
 
 

@@ -31,6 +31,7 @@ from runner_client.pool.scheduling.victims import (
     over_budget,
     over_machine,
     rank,
+    when,
 )
 from runner_common.units import format_bytes
 
@@ -104,6 +105,12 @@ class PoolScheduler:
     def is_short(self) -> bool:
         """Whether a ticket waits for the load of a model, so that a measurement is needed."""
         return any(ticket.model.state is ModelState.ABSENT for ticket in self._queue)
+
+    def fits_next(self, machine_bytes: int) -> bool:
+        """Whether a ticket waits for a load, and the machine has the memory for the first one."""
+        absent = (each.model for each in self._queue if each.model.state is ModelState.ABSENT)
+        model = next(absent, None)
+        return model is not None and self._machine_short(model.need, machine_bytes) <= 0
 
     def wants_spare(self, now: float) -> bool:
         """Whether a spare process is started if the machine has room, which must be measured."""
@@ -292,10 +299,14 @@ class PoolScheduler:
 
     def _short(self, need: Need, machine_bytes: int) -> int:
         """Return how many bytes a load lacks beside its spare process; 0 or less if it fits."""
-        short = need.required_bytes - machine_bytes
+        short = self._machine_short(need, machine_bytes)
         if (budget := self._settings.budget_bytes) is not None:
-            short = max(short, need.total_bytes - (budget - self.held_bytes))
-        return short - self.spares.next_bytes
+            rest = budget - self.held_bytes + self.spares.next_bytes
+            short = max(short, need.total_bytes - rest)
+        return short
+
+    def _machine_short(self, need: Need, machine_bytes: int) -> int:
+        return need.required_bytes - machine_bytes - self.spares.next_bytes
 
     def _make_room(self, now: float, ticket: Ticket, short: int) -> Iterator[Action]:
         """Evict for a ticket, or note what it waits for."""
@@ -328,7 +339,8 @@ class PoolScheduler:
         if wait <= 0:
             for each in chosen:
                 each.yields_to = ticket
-        turn = f"which yield in {wait:.0f} s" if wait > 0 else "which get no new requests"
+        stay = max((self._stays_until(each) - now for each in chosen), default=0.0)
+        turn = when(chosen, wait, stay)
         which = f"{described(chosen, now)}, {turn}" if chosen else "loads in progress"
         ticket.reason = f"waiting for {missing}: {which}"
 

@@ -47,6 +47,21 @@ def described(models: Iterable[PooledModel], now: float) -> str:
     return ", ".join(f"{each.name}, {_use(each, now)}" for each in models)
 
 
+def when(models: Iterable[PooledModel], wait: float, stay: float) -> str:
+    """Return when models that cannot go yet will go, for people.
+
+    Args:
+        models: The models.
+        wait: Time until models in use yield, in seconds.
+        stay: Time until the residence of all has passed, in seconds.
+    """
+    if wait <= 0:
+        return "which get no new requests"
+    if all(each.is_idle for each in models):
+        return f"which may go in {min(stay, wait):.1f} s"
+    return f"which yield in {wait:.0f} s"
+
+
 def _use(model: PooledModel, now: float) -> str:
     if model.leases:
         return f"used by {model.leases}"
