@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bench import tables
-from bench.measures import arrival, growth, memory, prefix, quantized, start
+from bench.contenders import OURS
+from bench.measures import arrival, growth, limits, memory, prefix, quantized, start
 from bench.models import DEMO
 from bench.results import Results
 from bench.stats import summarize
+from bench.targets import ratio
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,29 @@ def _cache_entries(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def _limits(results: Results) -> str:
+    rows = []
+    heads = {
+        **{("decode_rate", streams): f"decode, {streams}" for streams in limits.STREAMS},
+        ("prompt_rate", limits.PROMPT_TOKENS): "prefill",
+    }
+    for model in results.models(limits.MEASURE):
+        cells = []
+        for metric, case in heads:
+            ours, machine = (
+                results.values(limits.MEASURE, model, name, metric, case)
+                for name in (OURS, limits.MACHINE)
+            )
+            reading = ratio(ours, machine)
+            if reading is None:
+                cells.append("-")
+                continue
+            limit = tables.figure(statistics.median(machine))
+            cells.append(f"{tables.figure(reading.value)} of {limit}")
+        rows.append([model, *cells])
+    return tables.markdown(["", *heads.values()], rows)
+
+
 def _if_measured(measure: str, render: Callable[[Results], str]) -> Callable[[Results], str]:
     return lambda results: render(results) if results.models(measure) else ""
 
@@ -107,6 +132,17 @@ SECTIONS = (
         "compared with those of the first contender. The contenders batch differently, so a "
         "near-tie may resolve differently.",
         _if_measured("agreement", _agreement),
+    ),
+    Section(
+        "Distance to the machine",
+        "Share of the machine's limit that ours reaches over gRPC, and that limit in tokens per "
+        "second, measured in turn. Decode with one stream: bytes of weights and KV cache divided "
+        "by the rate at which all cores copy as many bytes. More streams: that time or that of the "
+        "products with all weight matrices, whichever is longer. Prefill of "
+        f"{limits.PROMPT_TOKENS} tokens: the time of the products. Attention, norms and sampling "
+        "are not part of the limits. Models that fit into the processor's caches are bound by the "
+        "fixed cost of a step instead.",
+        _if_measured(limits.MEASURE, _limits),
     ),
     Section(
         "Shared prefix",

@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench.contenders import OURS, PEERS
-from bench.measures import arrival, prefix, quantized, start
+from bench.measures import arrival, limits, prefix, quantized, start
 from bench.models import DEMO
 from bench.results import Case, Results
 from bench.stats import percentile, summarize
 
 _SMALL = ("llama-1m", DEMO)
 _LARGE_VOCABULARY = "qwen3-20m"
+_LARGE = "llama-100m"
 _STATUS_P99_SECONDS = 0.010
 
 
@@ -163,6 +164,11 @@ def _of_throughput(model: str) -> list[Target]:
     ]
 
 
+def _share(model: str, metric: str, case: Case) -> Figure:
+    """Return the share of the machine's limit reached by ours."""
+    return _against(limits.MACHINE, limits.MEASURE, model, metric, case)
+
+
 TARGETS = [
     *(target for model in _SMALL for target in _of_throughput(model)),
     Target(
@@ -174,6 +180,12 @@ TARGETS = [
         f"{_LARGE_VOCABULARY}: sampled / greedy, 16 streams",
         0.75,
         _sampled_over_greedy(_LARGE_VOCABULARY),
+    ),
+    Target(f"{_LARGE}: decode / bandwidth limit, 1 stream", 0.8, _share(_LARGE, "decode_rate", 1)),
+    Target(
+        f"{_LARGE}: prefill / limit of matrix products",
+        0.85,
+        _share(_LARGE, "prompt_rate", limits.PROMPT_TOKENS),
     ),
     Target(
         "first token with a shared prefix / best peer",

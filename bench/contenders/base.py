@@ -1,4 +1,4 @@
-"""Base classes of the contenders: a child process that generates tokens."""
+"""Base classes of the contenders, which are child processes."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class Setup:
     blas: str = "auto"
 
 
-class Contender(ABC):
-    """A program that generates tokens in a child process.
+class Program(ABC):
+    """A child process, measured in turn with others.
 
     Args:
         setup: Settings the program is started with.
@@ -61,23 +61,11 @@ class Contender(ABC):
 
     @abstractmethod
     async def start(self) -> None:
-        """Start the process and wait until requests can be sent.
+        """Start the process and wait for the end of the start.
 
         Raises:
             ContenderError: The process cannot be started.
         """
-
-    @abstractmethod
-    async def run(self, requests: Sequence[Request]) -> list[Record]:
-        """Run the requests, each at its scheduled time.
-
-        Raises:
-            ContenderError: The contender failed or did not do the requested work.
-        """
-
-    def probes(self) -> dict[str, Probe]:
-        """Return the health calls of the contender by name; empty by default."""
-        return {}
 
     async def stop(self) -> None:
         """Stop the process and wait for the exit."""
@@ -166,6 +154,22 @@ class Contender(ABC):
             await process.wait()
             self._alive()
         return line
+
+
+class Contender(Program):
+    """A program that generates tokens."""
+
+    @abstractmethod
+    async def run(self, requests: Sequence[Request]) -> list[Record]:
+        """Run the requests, each at its scheduled time.
+
+        Raises:
+            ContenderError: The contender failed or did not do the requested work.
+        """
+
+    def probes(self) -> dict[str, Probe]:
+        """Return the health calls of the contender by name; empty by default."""
+        return {}
 
 
 class Server(Contender):

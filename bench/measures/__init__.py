@@ -6,7 +6,17 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 
-from bench.measures import agreement, arrival, growth, memory, prefix, quantized, start, throughput
+from bench.measures import (
+    agreement,
+    arrival,
+    growth,
+    limits,
+    memory,
+    prefix,
+    quantized,
+    start,
+    throughput,
+)
 from bench.models import DEMO
 from bench.session import Session
 
@@ -34,6 +44,7 @@ MEASURES = {
         f"throughput-{model}": Measure(partial(throughput.measure, plan=plan), quick=model == DEMO)
         for model, plan in throughput.PLANS.items()
     },
+    "limits": Measure(limits.measure),
     "prefix": Measure(prefix.measure, quick=True),
     "arrival": Measure(arrival.measure_gap, quick=True),
     "health": Measure(arrival.measure_health, quick=True),
