@@ -25,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 NAMES = {
+    "AsyncChatClient": "ChatClient",
     "AsyncChatStream": "ChatStream",
     "AsyncCompletionStream": "CompletionStream",
     "AsyncIterator": "Iterator",
@@ -36,6 +37,7 @@ NAMES = {
     "__aenter__": "__enter__",
     "__aexit__": "__exit__",
     "aio_calls": "calls",
+    "aio_chat_client": "chat_client",
     "aio_client": "client",
     "aio_load": "load",
     "aio_model_client": "model_client",
@@ -81,6 +83,11 @@ PAIRS = (
     Pair(
         "runner_client/rpc/aio_load.py",
         "runner_client/rpc/load.py",
+        {"an asyncio client": "a sync client"},
+    ),
+    Pair(
+        "runner_client/rpc/aio_chat_client.py",
+        "runner_client/rpc/chat_client.py",
         {"an asyncio client": "a sync client"},
     ),
     Pair(

@@ -25,7 +25,7 @@ from runner_client.rpc.transport import health
 from runner_client.rpc.transport.base import LOAD_SECONDS, POLL_SECONDS, ConnectionBase
 from runner_client.rpc.transport.channel import open_aio_channel
 from runner_client.rpc.transport.trace import with_trace
-from runner_client.rpc.waits import WatchTimer
+from runner_client.rpc.transport.waits import WatchTimer
 
 if TYPE_CHECKING:
     from mlxrunner.v1 import runner_pb2 as pb

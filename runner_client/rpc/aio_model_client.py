@@ -3,64 +3,23 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Literal, NoReturn, Self
+from typing import TYPE_CHECKING, NoReturn
 
 from runner_client.checks import check_number, check_text
-from runner_client.rpc.aio_calls import Connection
-from runner_client.rpc.messages import chats, requests, responses
+from runner_client.rpc.aio_chat_client import AsyncChatClient
+from runner_client.rpc.messages import requests, responses
 from runner_client.rpc.transport import health
 from runner_client.rpc.transport.base import embedding_error
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from types import TracebackType
+    from collections.abc import Sequence
 
-    from runner_client.rpc.aio_stream import (
-        AsyncChatStream,
-        AsyncCompletionStream,
-        AsyncStatusStream,
-    )
-    from runner_client.rpc.transport.base import Peer
-    from runner_client.types import (
-        ChatCompletion,
-        ChatMessage,
-        Completion,
-        Constraint,
-        Options,
-        RenderedChat,
-        Status,
-        Timeouts,
-        TlsFiles,
-        Tool,
-    )
+    from runner_client.rpc.aio_stream import AsyncCompletionStream, AsyncStatusStream
+    from runner_client.types import Completion, Constraint, Options, Status
 
 
-class AsyncModelClient:
-    """Base of ``AsyncRunnerClient``: its connection, and the calls open to the token for use."""
-
-    def __init__(
-        self,
-        address: str,
-        *,
-        token: str | None = None,
-        tls: TlsFiles | None = None,
-        timeouts: Timeouts | None = None,
-        peer: Peer | None = None,
-    ) -> None:
-        self._connection = Connection(address, timeouts, token, tls, peer)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.address!r})"
-
-    @property
-    def address(self) -> str:
-        """The runner's address, as passed to gRPC."""
-        return self._connection.address
-
-    @property
-    def timeouts(self) -> Timeouts:
-        """The timeouts of this client."""
-        return self._connection.timeouts
+class AsyncModelClient(AsyncChatClient):
+    """Base of ``AsyncRunnerClient``: the calls open to the token for use."""
 
     async def status(
         self, *, timeout_seconds: float | None = None, model: str | None = None
@@ -278,118 +237,6 @@ class AsyncModelClient:
         request = requests.detokenize_request(token_ids, model)
         return (await self._connection.call(self._connection.stub.Detokenize, request)).content
 
-    def chat(
-        self,
-        messages: Sequence[ChatMessage],
-        *,
-        tools: Sequence[Tool] = (),
-        tool_choice: Literal["auto", "none"] = "auto",
-        chat_template_kwargs: Mapping[str, object] | None = None,
-        options: Options | None = None,
-        logprobs: int | None = None,
-        request_id: str = "",
-        priority: int = 0,
-        model: str | None = None,
-    ) -> AsyncChatStream:
-        """Start an answer to a conversation and return the stream of chunks without waiting.
-
-        Args:
-            messages: The conversation, in order.
-            tools: The tools that the model may call.
-            tool_choice: ``"none"`` for an answer without calls; the model gets no tools then.
-            chat_template_kwargs: More arguments for the template, such as
-                ``{"enable_thinking": False}``.
-            options: See ``completion``, as for all arguments below.
-            logprobs: See ``completion``.
-            request_id: See ``completion``.
-            priority: See ``completion``.
-            model: See ``completion``.
-
-        Raises:
-            TypeError: An argument is of the wrong type.
-            InvalidRequestError: An argument cannot be sent.
-            RunnerUnavailableError: The client is closed. Reading raises all other errors.
-        """
-        request = chats.chat_request(
-            messages,
-            tools=tools,
-            tool_choice=tool_choice,
-            chat_template_kwargs=chat_template_kwargs,
-            options=options,
-            logprobs=logprobs,
-            request_id=request_id,
-            priority=priority,
-            model=model,
-        )
-        return self._connection.start_chat(request)
-
-    async def complete_chat(
-        self,
-        messages: Sequence[ChatMessage],
-        *,
-        tools: Sequence[Tool] = (),
-        tool_choice: Literal["auto", "none"] = "auto",
-        chat_template_kwargs: Mapping[str, object] | None = None,
-        options: Options | None = None,
-        logprobs: int | None = None,
-        request_id: str = "",
-        priority: int = 0,
-        model: str | None = None,
-    ) -> ChatCompletion:
-        """Answer a conversation to the end, with the arguments of ``chat``.
-
-        Raises:
-            TypeError: An argument is of the wrong type.
-            InvalidRequestError: An argument is out of range, the model has no chat template, or
-                the template refuses the conversation.
-            RunnerError: The answer failed for another reason; see ``complete``.
-        """
-        stream = self.chat(
-            messages,
-            tools=tools,
-            tool_choice=tool_choice,
-            chat_template_kwargs=chat_template_kwargs,
-            options=options,
-            logprobs=logprobs,
-            request_id=request_id,
-            priority=priority,
-            model=model,
-        )
-        async with stream:
-            return chats.join_chat_chunks([chunk async for chunk in stream])
-
-    async def render_chat(
-        self,
-        messages: Sequence[ChatMessage],
-        *,
-        tools: Sequence[Tool] = (),
-        chat_template_kwargs: Mapping[str, object] | None = None,
-        model: str | None = None,
-    ) -> RenderedChat:
-        """Render a conversation with the model's chat template.
-
-        Args:
-            messages: The conversation, in order.
-            tools: The tools that the template describes to the model.
-            chat_template_kwargs: More arguments for the template, such as
-                ``{"enable_thinking": False}``.
-            model: See ``completion``.
-
-        Raises:
-            TypeError: An argument is of the wrong type.
-            InvalidRequestError: The model has no chat template, or the template refuses the
-                conversation.
-            ModelUnsupportedError: The template is not valid.
-            ModelNotLoadedError: No model is loaded, or another one than ``model``.
-            RunnerError: The call failed for another reason.
-        """
-        request = chats.render_chat_request(
-            messages, tools=tools, chat_template_kwargs=chat_template_kwargs, model=model
-        )
-        return chats.rendered_chat(
-            await self._connection.call(self._connection.stub.RenderChat, request)
-        )
-
     async def embedding(self, content: str) -> NoReturn:  # noqa: ARG002 - the interface has it
         """Refuse the call: the runner only completes text.
 
@@ -397,18 +244,3 @@ class AsyncModelClient:
             NotSupportedError: Always.
         """
         raise embedding_error()
-
-    async def close(self) -> None:
-        """Close the connection. Pending calls raise ``RunnerUnavailableError``."""
-        await self._connection.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.close()

@@ -20,7 +20,7 @@ from runner_client.rpc.transport.base import (
     cut_off,
     incomplete_stream,
 )
-from runner_client.rpc.waits import StreamTimer, WatchTimer
+from runner_client.rpc.transport.waits import StreamTimer, WatchTimer
 from runner_client.types import ChatChunk, CompletionChunk
 
 if TYPE_CHECKING:

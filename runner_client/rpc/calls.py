@@ -16,8 +16,8 @@ from runner_client.rpc.transport import health
 from runner_client.rpc.transport.base import LOAD_SECONDS, POLL_SECONDS, ConnectionBase
 from runner_client.rpc.transport.channel import open_channel
 from runner_client.rpc.transport.trace import with_trace
-from runner_client.rpc.waits import WatchTimer
-from runner_client.rpc.watchdog import Watchdog
+from runner_client.rpc.transport.waits import WatchTimer
+from runner_client.rpc.transport.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from collections.abc import Callable

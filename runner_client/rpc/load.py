@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from runner_client.errors import RunnerError
 from runner_client.rpc.messages import responses
 from runner_client.rpc.transport.base import STATUS_SECONDS
-from runner_client.rpc.waits import LoadWatch
+from runner_client.rpc.transport.waits import LoadWatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,7 +18,7 @@ from runner_client.rpc.transport.base import (
     cut_off,
     incomplete_stream,
 )
-from runner_client.rpc.waits import StreamTimer, WatchTimer
+from runner_client.rpc.transport.waits import StreamTimer, WatchTimer
 from runner_client.types import ChatChunk, CompletionChunk
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from runner_client.errors import RunnerError
-    from runner_client.rpc.watchdog import Watchdog
+    from runner_client.rpc.transport.watchdog import Watchdog
     from runner_client.types import Status, Timeouts
 
     _MessageT_co = TypeVar("_MessageT_co", covariant=True)

@@ -328,7 +328,7 @@ def test_the_child_of_a_discarded_runner_exits(model: str) -> None:
 def test_no_descriptors_or_threads_are_left_open(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runner_client.rpc.watchdog._LINGER_SECONDS", 0.05)
+    monkeypatch.setattr("runner_client.rpc.transport.watchdog._LINGER_SECONDS", 0.05)
     with RunnerProcess(model):
         pass
     gc.collect()

@@ -13,8 +13,8 @@ import pytest
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_client import errors
 from runner_client.rpc.messages.responses import status as status_of
-from runner_client.rpc.waits import LoadWatch, StreamTimer
-from runner_client.rpc.watchdog import Watchdog
+from runner_client.rpc.transport.waits import LoadWatch, StreamTimer
+from runner_client.rpc.transport.watchdog import Watchdog
 from runner_client.types import (
     CompletionChunk,
     PromptProgress,
@@ -146,7 +146,7 @@ def test_an_infinite_deadline_needs_no_thread() -> None:
 
 
 def test_an_idle_watchdog_thread_ends_and_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runner_client.rpc.watchdog._LINGER_SECONDS", 0.05)
+    monkeypatch.setattr("runner_client.rpc.transport.watchdog._LINGER_SECONDS", 0.05)
     watchdog = Watchdog()
     for _ in range(2):
         fired = threading.Event()

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 import psutil
 
 from runner_client import Options, RunnerProcess
-from runner_client.rpc import watchdog
+from runner_client.rpc.transport import watchdog
 
 
 @dataclass(frozen=True)

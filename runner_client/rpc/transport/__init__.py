@@ -1,1 +1,1 @@
-"""The way to a server: address, credentials, channel, health, and translation of errors."""
+"""The way to a server: address, credentials, channel, health, deadlines, translation of errors."""
