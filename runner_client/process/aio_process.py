@@ -277,6 +277,10 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
         logprobs: int | None = None,
         request_id: str = "",
         priority: int = 0,
+        bypass_prefix_cache: bool = False,
+        cache_salt: str = "",
+        logprob_token_ids: Sequence[int] = (),
+        constraint: Constraint | None = None,
     ) -> AsyncChatStream:
         """Start an answer to a conversation; see ``AsyncRunnerClient.chat``.
 
@@ -293,6 +297,10 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
             logprobs=logprobs,
             request_id=request_id,
             priority=priority,
+            bypass_prefix_cache=bypass_prefix_cache,
+            cache_salt=cache_salt,
+            logprob_token_ids=logprob_token_ids,
+            constraint=constraint,
         )
 
     async def tokenize(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from runner_client.types import (
         ChatCompletion,
         ChatMessage,
+        Constraint,
         Options,
         RenderedChat,
         Timeouts,
@@ -63,6 +64,10 @@ class AsyncChatClient:
         request_id: str = "",
         priority: int = 0,
         model: str | None = None,
+        bypass_prefix_cache: bool = False,
+        cache_salt: str = "",
+        logprob_token_ids: Sequence[int] = (),
+        constraint: Constraint | None = None,
     ) -> AsyncChatStream:
         """Start an answer to a conversation and return the stream of chunks without waiting.
 
@@ -77,6 +82,10 @@ class AsyncChatClient:
             request_id: See ``completion``.
             priority: See ``completion``.
             model: See ``completion``.
+            bypass_prefix_cache: See ``completion``.
+            cache_salt: See ``completion``.
+            logprob_token_ids: See ``completion``.
+            constraint: What the answer must be; see ``completion``.
 
         Raises:
             TypeError: An argument is of the wrong type.
@@ -93,6 +102,10 @@ class AsyncChatClient:
             request_id=request_id,
             priority=priority,
             model=model,
+            bypass_prefix_cache=bypass_prefix_cache,
+            cache_salt=cache_salt,
+            logprob_token_ids=logprob_token_ids,
+            constraint=constraint,
         )
         return self._connection.start_chat(request)
 
@@ -108,6 +121,10 @@ class AsyncChatClient:
         request_id: str = "",
         priority: int = 0,
         model: str | None = None,
+        bypass_prefix_cache: bool = False,
+        cache_salt: str = "",
+        logprob_token_ids: Sequence[int] = (),
+        constraint: Constraint | None = None,
     ) -> ChatCompletion:
         """Answer a conversation to the end, with the arguments of ``chat``.
 
@@ -127,6 +144,10 @@ class AsyncChatClient:
             request_id=request_id,
             priority=priority,
             model=model,
+            bypass_prefix_cache=bypass_prefix_cache,
+            cache_salt=cache_salt,
+            logprob_token_ids=logprob_token_ids,
+            constraint=constraint,
         )
         async with stream:
             return chats.join_chat_chunks([chunk async for chunk in stream])

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from runner_client.types import (
         ChatCompletion,
         ChatMessage,
+        Constraint,
         Options,
         RenderedChat,
         Timeouts,
@@ -64,6 +65,10 @@ class ChatClient:
         request_id: str = "",
         priority: int = 0,
         model: str | None = None,
+        bypass_prefix_cache: bool = False,
+        cache_salt: str = "",
+        logprob_token_ids: Sequence[int] = (),
+        constraint: Constraint | None = None,
     ) -> ChatStream:
         """Start an answer to a conversation and return the stream of chunks without waiting.
 
@@ -78,6 +83,10 @@ class ChatClient:
             request_id: See ``completion``.
             priority: See ``completion``.
             model: See ``completion``.
+            bypass_prefix_cache: See ``completion``.
+            cache_salt: See ``completion``.
+            logprob_token_ids: See ``completion``.
+            constraint: What the answer must be; see ``completion``.
 
         Raises:
             TypeError: An argument is of the wrong type.
@@ -94,6 +103,10 @@ class ChatClient:
             request_id=request_id,
             priority=priority,
             model=model,
+            bypass_prefix_cache=bypass_prefix_cache,
+            cache_salt=cache_salt,
+            logprob_token_ids=logprob_token_ids,
+            constraint=constraint,
         )
         return self._connection.start_chat(request)
 
@@ -109,6 +122,10 @@ class ChatClient:
         request_id: str = "",
         priority: int = 0,
         model: str | None = None,
+        bypass_prefix_cache: bool = False,
+        cache_salt: str = "",
+        logprob_token_ids: Sequence[int] = (),
+        constraint: Constraint | None = None,
     ) -> ChatCompletion:
         """Answer a conversation to the end, with the arguments of ``chat``.
 
@@ -128,6 +145,10 @@ class ChatClient:
             request_id=request_id,
             priority=priority,
             model=model,
+            bypass_prefix_cache=bypass_prefix_cache,
+            cache_salt=cache_salt,
+            logprob_token_ids=logprob_token_ids,
+            constraint=constraint,
         )
         with stream:
             return chats.join_chat_chunks([chunk for chunk in stream])

@@ -14,6 +14,7 @@ from runner_common.contract import (
     MAX_STOP_TOKEN_IDS,
     MAX_STOPS,
 )
+from runner_common.generation_fields import shared_fields
 
 
 def text_of(message: pb.ChatMessage) -> str:
@@ -44,8 +45,7 @@ def as_completion(request: pb.CompletionRequest | pb.ChatRequest) -> pb.Completi
     """Return the request for a completion with the same options."""
     if isinstance(request, pb.CompletionRequest):
         return request
-    logprobs = request.logprobs if request.HasField("logprobs") else None
-    return pb.CompletionRequest(options=request.options, logprobs=logprobs)
+    return pb.CompletionRequest(**shared_fields(request))
 
 
 def capabilities(*, has_cache: bool, has_template: bool) -> pb.Capabilities:

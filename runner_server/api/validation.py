@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -156,8 +157,37 @@ def completion_draft(request: pb.CompletionRequest, model: ModelInfo) -> Generat
         InvalidField: A field is missing or out of range.
     """
     check = ViolationCollector()
-    options = request.options
     prompt = _prompt(check, request)
+    _check_number(check, request, "prompt_logprobs", 0, min(MAX_LOGPROBS, model.vocab_size))
+    draft = generation_draft(check, request, prompt, model)
+    if not request.HasField("prompt_logprobs"):
+        return draft
+    return replace(
+        draft,
+        sampling=replace(draft.sampling, prompt_logprobs=request.prompt_logprobs),
+        # They need the logits of every token, which the cache does not have.
+        cache_policy=replace(draft.cache_policy, reads=False),
+    )
+
+
+def generation_draft(
+    check: ViolationCollector,
+    request: pb.CompletionRequest | pb.ChatRequest,
+    prompt: Prompt,
+    model: ModelInfo,
+) -> GenerationDraft:
+    """Validate the fields that completions and conversations share; fill in the defaults.
+
+    Args:
+        check: The violations found in other fields so far.
+        request: The request.
+        prompt: Its prompt.
+        model: The model.
+
+    Raises:
+        InvalidField: A field is missing or out of range, or ``check`` has a violation.
+    """
+    options = request.options
     _check_numbers(check, options, model)
     _check_stops(check, options.stop)
     check.bias("options.logit_bias", options.logit_bias, model.vocab_size)
@@ -165,7 +195,6 @@ def completion_draft(request: pb.CompletionRequest, model: ModelInfo) -> Generat
     check.token_ids("options.stop_token_ids", stop_ids, model.vocab_size, MAX_STOP_TOKEN_IDS)
     _check_least(check, options, model)
     _check_number(check, request, "logprobs", 0, min(MAX_LOGPROBS, model.vocab_size))
-    _check_number(check, request, "prompt_logprobs", 0, min(MAX_LOGPROBS, model.vocab_size))
     wanted = request.logprob_token_ids
     check.token_ids("logprob_token_ids", wanted, model.vocab_size, MAX_LOGPROB_TOKEN_IDS)
     check_request_id(check, request.request_id)
@@ -173,11 +202,12 @@ def completion_draft(request: pb.CompletionRequest, model: ModelInfo) -> Generat
     salt = len(request.cache_salt)
     too_long = f"{salt} characters; at most {MAX_CACHE_SALT_CHARS}"
     check.require("cache_salt", salt <= MAX_CACHE_SALT_CHARS, too_long)
-    has_constraint = request.HasField("constraint")
-    constraint = parse_constraint(check, request.constraint) if has_constraint else None
-    if has_constraint:
+    constraint = None
+    if request.HasField("constraint"):
+        constraint = parse_constraint(check, request.constraint)
         _check_ends(check, options)
     check.finish()
+    uses_cache = not request.bypass_prefix_cache
     return GenerationDraft(
         prompt=prompt,
         max_tokens=_given(options, "num_predict", int, model.context_length),
@@ -187,7 +217,7 @@ def completion_draft(request: pb.CompletionRequest, model: ModelInfo) -> Generat
         ignore_eos=options.ignore_eos,
         request_id=request.request_id,
         priority=request.priority,
-        cache_policy=_cache_policy(request),
+        cache_policy=CachePolicy(reads=uses_cache, writes=uses_cache, salt=request.cache_salt),
         constraint=constraint,
     )
 
@@ -270,13 +300,6 @@ def _check_number(
         check.number(_path(message, field), getattr(message, field), low, high, above=above)
 
 
-def _cache_policy(request: pb.CompletionRequest) -> CachePolicy:
-    uses_cache = not request.bypass_prefix_cache
-    # Log probabilities need the logits of every token, which the cache does not have.
-    reads = uses_cache and not request.HasField("prompt_logprobs")
-    return CachePolicy(reads=reads, writes=uses_cache, salt=request.cache_salt)
-
-
 def _check_stops(check: ViolationCollector, stops: Sequence[str]) -> None:
     if len(stops) > MAX_STOPS:
         # A message can have millions; checking each would block the event loop.
@@ -288,7 +311,7 @@ def _check_stops(check: ViolationCollector, stops: Sequence[str]) -> None:
         check.require(f"options.stop[{i}]", inside, text)
 
 
-def _sampling(request: pb.CompletionRequest, model: ModelInfo) -> Sampling:
+def _sampling(request: pb.CompletionRequest | pb.ChatRequest, model: ModelInfo) -> Sampling:
     options = request.options
     given = partial(_given, options)
     plain = Sampling()
@@ -307,11 +330,10 @@ def _sampling(request: pb.CompletionRequest, model: ModelInfo) -> Sampling:
         min_predict=options.min_predict,
         end_ids=tuple(_end_ids(options, model)) if options.min_predict else (),
         logprob_token_ids=tuple(request.logprob_token_ids),
-        prompt_logprobs=request.prompt_logprobs if request.HasField("prompt_logprobs") else None,
     )
 
 
-def _wants_logprobs(request: pb.CompletionRequest) -> bool:
+def _wants_logprobs(request: pb.CompletionRequest | pb.ChatRequest) -> bool:
     return request.HasField("logprobs") or bool(request.logprob_token_ids)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import pytest
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
@@ -41,10 +44,11 @@ async def stub(
 
 
 async def ask(
-    stub: runner_pb2_grpc.RunnerServiceAsyncStub, messages: list[pb.ChatMessage]
+    stub: runner_pb2_grpc.RunnerServiceAsyncStub, messages: list[pb.ChatMessage], **fields: Any
 ) -> tuple[str, list[int], pb.ChatResponse]:
     """Return the text of an answer, its token ids, and its last message."""
-    request = pb.ChatRequest(messages=messages, options=OPTIONS)
+    fields.setdefault("options", OPTIONS)
+    request = pb.ChatRequest(messages=messages, **fields)
     parts = [message async for message in stub.Chat(request)]
     ids = [id_ for part in parts for id_ in part.token_ids]
     return "".join(part.content for part in parts), ids, parts[-1]
@@ -71,6 +75,35 @@ async def test_the_next_turn_reuses_the_last_one(
         assert done.prompt_cached_count >= min(_common(last_turn, prompt), len(last_turn) - 1)
         messages += [pb.ChatMessage(role=pb.ROLE_ASSISTANT, content=text), user("And then?")]
         last_prompt, last_turn = prompt, [*prompt, *ids]
+
+
+async def test_salts_share_no_turns(stub: runner_pb2_grpc.RunnerServiceAsyncStub) -> None:
+    messages = [user("Read a file, line by line, and print the longest line.")]
+
+    async def cached(**fields: Any) -> int:
+        return (await ask(stub, messages, **fields))[2].prompt_cached_count
+
+    assert await cached(bypass_prefix_cache=True) == 0
+    for salt in ("", "a", "b"):
+        assert await cached(cache_salt=salt) == 0
+        assert await cached(cache_salt=salt) > 0
+        assert await cached(cache_salt=salt, bypass_prefix_cache=True) == 0
+
+
+async def test_an_answer_obeys_its_constraint(
+    stub: runner_pb2_grpc.RunnerServiceAsyncStub,
+) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"line": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["line"],
+        "additionalProperties": False,
+    }
+    options = pb.CompletionOptions(seed=3, num_predict=100)
+    constraint = pb.Constraint(json_schema=json.dumps(schema))
+    text, _, done = await ask(stub, [user("Which line?")], options=options, constraint=constraint)
+    jsonschema.validate(json.loads(text), schema)
+    assert done.constraint_satisfied
 
 
 def _common(a: list[int], b: list[int]) -> int:

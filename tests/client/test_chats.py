@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_client import AsyncRunnerClient, ChatMessage, RunnerClient, Tool, ToolCall, errors
+from runner_client import (
+    AsyncRunnerClient,
+    ChatMessage,
+    Regex,
+    RunnerClient,
+    Tool,
+    ToolCall,
+    errors,
+)
 from runner_client.testing import Failure, FakeRunner
 from runner_client.types import DoneReason, Options, RenderedChat
 
@@ -64,6 +72,10 @@ def test_the_request_of_an_answer_carries_all_arguments(
         request_id="me",
         priority=-7,
         model="fake",
+        bypass_prefix_cache=True,
+        cache_salt="alice",
+        logprob_token_ids=(4, 2),
+        constraint=Regex("[a-z]+"),
     )
     assert runner.requests == [
         pb.ChatRequest(
@@ -76,8 +88,28 @@ def test_the_request_of_an_answer_carries_all_arguments(
             request_id="me",
             priority=-7,
             model="fake",
+            bypass_prefix_cache=True,
+            cache_salt="alice",
+            logprob_token_ids=[4, 2],
+            constraint=pb.Constraint(regex="[a-z]+"),
         )
     ]
+
+
+def test_an_answer_tells_what_a_completion_tells(client: RunnerClient, runner: FakeRunner) -> None:
+    runner.prompt_cached_count = 5
+    answer = client.complete_chat(
+        MESSAGES,
+        bypass_prefix_cache=True,
+        logprob_token_ids=(1, 0),
+        constraint=Regex("[a-z]+"),
+        options=Options(stop_token_ids=(1,)),
+    )
+    assert (answer.content, answer.constraint_satisfied) == ("Hello", True)
+    assert answer.prompt_cached_count == 0
+    assert [each.token_id for each in answer.logprobs[0].candidates] == [1, 0]
+    plain = client.complete_chat(MESSAGES)
+    assert (plain.constraint_satisfied, plain.prompt_cached_count) == (None, 5)
 
 
 def test_an_answer_streams_its_chunks(client: RunnerClient, runner: FakeRunner) -> None:

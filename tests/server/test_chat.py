@@ -13,7 +13,7 @@ from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.api.chat.encoding import chat_message
 from runner_server.chat.answer import Answer
 from runner_server.chat.format import AnswerFormat
-from runner_server.engine.types import OutputDelta
+from runner_server.engine.types import CachePolicy, Constraint, OutputDelta
 from runner_server.telemetry import request_log
 from runner_server.telemetry.request_log import RequestLine
 from support.fakes import CONTEXT_LENGTH, DEADLINE_SECONDS, FakeBackend, chat_format, says
@@ -94,6 +94,39 @@ async def test_the_log_line_of_an_answer_has_its_counts(
     assert fields["prompt_tokens"] == len("<user>hé<assistant>".encode())
 
 
+async def test_a_constraint_reaches_the_engine_and_is_reported(loaded: Server) -> None:
+    answer = await read(chat(loaded, num_predict=2, constraint=pb.Constraint(regex="[a-z]")))
+    assert loaded.backend.grammars.compiled == [Constraint("regex", ("[a-z]",))]
+    assert all(message.HasField("constraint_satisfied") == message.done for message in answer)
+    assert answer[-1].constraint_satisfied
+    assert not (await read(chat(loaded, num_predict=2)))[-1].HasField("constraint_satisfied")
+
+
+async def test_an_answer_that_a_stop_string_cuts_is_judged_as_it_is_shown(
+    start_server: StartServer,
+) -> None:
+    server = await start_server(FakeBackend(reply=says("bad!")))
+    await server.load()
+    answer = await read(chat(server, stop=["!"], constraint=pb.Constraint(regex="[a-z]")))
+    assert answer[-1].HasField("constraint_satisfied")
+    assert not answer[-1].constraint_satisfied
+
+
+async def test_the_use_of_the_prefix_cache_is_that_of_the_request(loaded: Server) -> None:
+    await read(chat(loaded, num_predict=1, cache_salt="me"))
+    await read(chat(loaded, num_predict=1, bypass_prefix_cache=True))
+    assert loaded.backend.policies == [
+        CachePolicy(salt="me"),
+        CachePolicy(reads=False, writes=False),
+    ]
+
+
+async def test_chosen_tokens_have_log_probabilities(loaded: Server) -> None:
+    answer = await read(chat(loaded, num_predict=2, logprob_token_ids=[7, 3]))
+    found = [entry for message in answer for entry in message.logprobs]
+    assert [[each.token_id for each in entry.candidates] for entry in found] == [[7, 3]] * 2
+
+
 async def test_a_message_has_the_progress_of_the_prefill() -> None:
     progress = pb.PromptProgress(evaluated_count=3, total_count=9)
     part = pb.CompletionResponse(prompt_progress=progress)
@@ -109,6 +142,15 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "too many log probabilities": ({"logprobs": 21}, "logprobs"),
     "a priority out of range": ({"priority": 101}, "priority"),
     "a long request id": ({"request_id": "x" * 129}, "request_id"),
+    "a long salt": ({"cache_salt": "x" * 129}, "cache_salt"),
+    "too many ids": ({"logprob_token_ids": [1] * 129}, "logprob_token_ids"),
+    "an id outside the vocabulary": ({"logprob_token_ids": [999]}, "logprob_token_ids[0]"),
+    "a constraint without a kind": ({"constraint": pb.Constraint()}, "constraint"),
+    "an empty constraint": ({"constraint": pb.Constraint(regex="")}, "constraint.regex"),
+    "a constraint without an end": (
+        {"constraint": pb.Constraint(json_object=pb.JsonObject()), "ignore_eos": True},
+        "options.ignore_eos",
+    ),
 }
 
 

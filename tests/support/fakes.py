@@ -172,11 +172,12 @@ class FakeExecutor:
         row: int,
         prompt_ids: Sequence[int],
         sampling: Sampling,
-        _cache_policy: CachePolicy,
+        cache_policy: CachePolicy,
         matcher: Matcher | None = None,
     ) -> None:
         """See ``Executor.add``."""
         assert prompt_ids, "an empty prompt must not get here"
+        self._backend.policies.append(cache_policy)
         self._backend.matchers.append(matcher)
         assert row not in self.rows
         reply = self._backend.reply(prompt_ids, sampling)
@@ -332,7 +333,8 @@ class FakeBackend:
         executors: Every executor made until now.
         calls: Names of the calls, each with the name of the calling thread.
         prefix_cache_limits: Byte limits of the prefix cache, in the order they were set.
-        matchers: The matcher of every row, in the order the rows were added.
+        policies: The use of the prefix cache by every row, in the order the rows were added.
+        matchers: The matcher of every row, in that order.
         weight_bytes: Weights held now.
     """
 
@@ -354,6 +356,7 @@ class FakeBackend:
     executors: list[FakeExecutor] = field(default_factory=list)
     calls: list[tuple[str, str]] = field(default_factory=list)
     prefix_cache_limits: list[int] = field(default_factory=list)
+    policies: list[CachePolicy] = field(default_factory=list)
     matchers: list[Matcher | None] = field(default_factory=list)
     weight_bytes: int = 0
 

@@ -926,7 +926,7 @@ type Capabilities struct {
 	// Whether `Chat` accepts tools: calls in the form of this model's template are
 	// understood.
 	Tools *bool `protobuf:"varint,12,opt,name=tools,proto3,oneof" json:"tools,omitempty"`
-	// The kinds of `CompletionRequest.constraint`. Empty if there are none: the
+	// The kinds of `constraint` in requests. Empty if there are none: the
 	// tokenizer is of a kind that constraints cannot read, or the server lacks a
 	// package (a request with a constraint is told which). Also empty if the server is
 	// older than the field.
@@ -4160,9 +4160,21 @@ type ChatRequest struct {
 	// The model that is meant: the `LoadRequest.model` that it was loaded with, or
 	// `Model.path`. Any other name is refused with MODEL_NOT_LOADED. Default: empty,
 	// the loaded model.
-	Model         string `protobuf:"bytes,9,opt,name=model,proto3" json:"model,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Model string `protobuf:"bytes,9,opt,name=model,proto3" json:"model,omitempty"`
+	// What the answer must be, as `CompletionRequest.constraint`: its text as a whole,
+	// with the model's markers. Default: unset, any text.
+	Constraint *Constraint `protobuf:"bytes,10,opt,name=constraint,proto3" json:"constraint,omitempty"`
+	// Separates the prefix cache, as `CompletionRequest.cache_salt`. Default: empty,
+	// which is a salt like any other.
+	CacheSalt string `protobuf:"bytes,11,opt,name=cache_salt,json=cacheSalt,proto3" json:"cache_salt,omitempty"`
+	// Leaves the prefix cache alone, as `CompletionRequest.bypass_prefix_cache`.
+	// Default: false.
+	BypassPrefixCache bool `protobuf:"varint,12,opt,name=bypass_prefix_cache,json=bypassPrefixCache,proto3" json:"bypass_prefix_cache,omitempty"`
+	// Token ids whose log probabilities each generated token comes with, as
+	// `CompletionRequest.logprob_token_ids`. Default: none.
+	LogprobTokenIds []int32 `protobuf:"varint,13,rep,packed,name=logprob_token_ids,json=logprobTokenIds,proto3" json:"logprob_token_ids,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *ChatRequest) Reset() {
@@ -4258,6 +4270,34 @@ func (x *ChatRequest) GetModel() string {
 	return ""
 }
 
+func (x *ChatRequest) GetConstraint() *Constraint {
+	if x != nil {
+		return x.Constraint
+	}
+	return nil
+}
+
+func (x *ChatRequest) GetCacheSalt() string {
+	if x != nil {
+		return x.CacheSalt
+	}
+	return ""
+}
+
+func (x *ChatRequest) GetBypassPrefixCache() bool {
+	if x != nil {
+		return x.BypassPrefixCache
+	}
+	return false
+}
+
+func (x *ChatRequest) GetLogprobTokenIds() []int32 {
+	if x != nil {
+		return x.LogprobTokenIds
+	}
+	return nil
+}
+
 // A part of an answer. During prefill a message may have nothing but
 // `prompt_progress`. A slow reader gets fewer, larger messages.
 type ChatResponse struct {
@@ -4279,7 +4319,8 @@ type ChatResponse struct {
 	// The tokens generated since the last message, including the one that ended the
 	// answer. Their text may come in a later message.
 	TokenIds []int32 `protobuf:"varint,4,rep,packed,name=token_ids,json=tokenIds,proto3" json:"token_ids,omitempty"`
-	// One entry for each of `token_ids`, if requested.
+	// One entry for each of `token_ids`, if requested by `logprobs` or
+	// `logprob_token_ids`.
 	Logprobs []*TokenLogprob `protobuf:"bytes,5,rep,name=logprobs,proto3" json:"logprobs,omitempty"`
 	// True in the last message, and only there.
 	Done bool `protobuf:"varint,6,opt,name=done,proto3" json:"done,omitempty"`
@@ -4306,8 +4347,11 @@ type ChatResponse struct {
 	// The part of `eval_count` spent on reasoning, with the tokens that complete its
 	// markers.
 	ReasoningEvalCount int32 `protobuf:"varint,16,opt,name=reasoning_eval_count,json=reasoningEvalCount,proto3" json:"reasoning_eval_count,omitempty"`
-	unknownFields      protoimpl.UnknownFields
-	sizeCache          protoimpl.SizeCache
+	// Whether the answer as a whole is what `ChatRequest.constraint` asks for. Unset
+	// without a constraint.
+	ConstraintSatisfied *bool `protobuf:"varint,17,opt,name=constraint_satisfied,json=constraintSatisfied,proto3,oneof" json:"constraint_satisfied,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *ChatResponse) Reset() {
@@ -4450,6 +4494,13 @@ func (x *ChatResponse) GetReasoningEvalCount() int32 {
 		return x.ReasoningEvalCount
 	}
 	return 0
+}
+
+func (x *ChatResponse) GetConstraintSatisfied() bool {
+	if x != nil && x.ConstraintSatisfied != nil {
+		return *x.ConstraintSatisfied
+	}
+	return false
 }
 
 var File_mlxrunner_v1_runner_proto protoreflect.FileDescriptor
@@ -4782,7 +4833,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x05model\x18\x04 \x01(\tR\x05model\"I\n" +
 	"\x12RenderChatResponse\x12\x16\n" +
 	"\x06prompt\x18\x01 \x01(\tR\x06prompt\x12\x1b\n" +
-	"\ttoken_ids\x18\x02 \x03(\x05R\btokenIds\"\x95\x03\n" +
+	"\ttoken_ids\x18\x02 \x03(\x05R\btokenIds\"\xca\x04\n" +
 	"\vChatRequest\x125\n" +
 	"\bmessages\x18\x01 \x03(\v2\x19.mlxrunner.v1.ChatMessageR\bmessages\x12(\n" +
 	"\x05tools\x18\x02 \x03(\v2\x12.mlxrunner.v1.ToolR\x05tools\x129\n" +
@@ -4794,8 +4845,16 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\n" +
 	"request_id\x18\a \x01(\tR\trequestId\x12\x1a\n" +
 	"\bpriority\x18\b \x01(\x05R\bpriority\x12\x14\n" +
-	"\x05model\x18\t \x01(\tR\x05modelB\v\n" +
-	"\t_logprobs\"\x83\x06\n" +
+	"\x05model\x18\t \x01(\tR\x05model\x128\n" +
+	"\n" +
+	"constraint\x18\n" +
+	" \x01(\v2\x18.mlxrunner.v1.ConstraintR\n" +
+	"constraint\x12\x1d\n" +
+	"\n" +
+	"cache_salt\x18\v \x01(\tR\tcacheSalt\x12.\n" +
+	"\x13bypass_prefix_cache\x18\f \x01(\bR\x11bypassPrefixCache\x12*\n" +
+	"\x11logprob_token_ids\x18\r \x03(\x05R\x0flogprobTokenIdsB\v\n" +
+	"\t_logprobs\"\xd4\x06\n" +
 	"\fChatResponse\x12\x18\n" +
 	"\acontent\x18\x01 \x01(\tR\acontent\x12\x1c\n" +
 	"\treasoning\x18\x02 \x01(\tR\treasoning\x125\n" +
@@ -4817,7 +4876,9 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\reval_duration\x18\r \x01(\v2\x19.google.protobuf.DurationR\fevalDuration\x12@\n" +
 	"\x0equeue_duration\x18\x0e \x01(\v2\x19.google.protobuf.DurationR\rqueueDuration\x12.\n" +
 	"\x13prompt_cached_count\x18\x0f \x01(\x05R\x11promptCachedCount\x120\n" +
-	"\x14reasoning_eval_count\x18\x10 \x01(\x05R\x12reasoningEvalCount*\xd4\x03\n" +
+	"\x14reasoning_eval_count\x18\x10 \x01(\x05R\x12reasoningEvalCount\x126\n" +
+	"\x14constraint_satisfied\x18\x11 \x01(\bH\x00R\x13constraintSatisfied\x88\x01\x01B\x17\n" +
+	"\x15_constraint_satisfied*\xd4\x03\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12 \n" +
@@ -5004,44 +5065,45 @@ var file_mlxrunner_v1_runner_proto_depIdxs = []int32{
 	44, // 37: mlxrunner.v1.ChatRequest.tools:type_name -> mlxrunner.v1.Tool
 	6,  // 38: mlxrunner.v1.ChatRequest.tool_choice:type_name -> mlxrunner.v1.ToolChoice
 	28, // 39: mlxrunner.v1.ChatRequest.options:type_name -> mlxrunner.v1.CompletionOptions
-	43, // 40: mlxrunner.v1.ChatResponse.tool_calls:type_name -> mlxrunner.v1.ToolCall
-	31, // 41: mlxrunner.v1.ChatResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
-	3,  // 42: mlxrunner.v1.ChatResponse.done_reason:type_name -> mlxrunner.v1.DoneReason
-	30, // 43: mlxrunner.v1.ChatResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
-	50, // 44: mlxrunner.v1.ChatResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
-	50, // 45: mlxrunner.v1.ChatResponse.eval_duration:type_name -> google.protobuf.Duration
-	50, // 46: mlxrunner.v1.ChatResponse.queue_duration:type_name -> google.protobuf.Duration
-	7,  // 47: mlxrunner.v1.RunnerService.Load:input_type -> mlxrunner.v1.LoadRequest
-	11, // 48: mlxrunner.v1.RunnerService.Estimate:input_type -> mlxrunner.v1.EstimateRequest
-	13, // 49: mlxrunner.v1.RunnerService.Trim:input_type -> mlxrunner.v1.TrimRequest
-	15, // 50: mlxrunner.v1.RunnerService.Unload:input_type -> mlxrunner.v1.UnloadRequest
-	17, // 51: mlxrunner.v1.RunnerService.Status:input_type -> mlxrunner.v1.StatusRequest
-	19, // 52: mlxrunner.v1.RunnerService.WatchStatus:input_type -> mlxrunner.v1.WatchStatusRequest
-	24, // 53: mlxrunner.v1.RunnerService.Completion:input_type -> mlxrunner.v1.CompletionRequest
-	33, // 54: mlxrunner.v1.RunnerService.Abort:input_type -> mlxrunner.v1.AbortRequest
-	35, // 55: mlxrunner.v1.RunnerService.Drain:input_type -> mlxrunner.v1.DrainRequest
-	37, // 56: mlxrunner.v1.RunnerService.Tokenize:input_type -> mlxrunner.v1.TokenizeRequest
-	39, // 57: mlxrunner.v1.RunnerService.Detokenize:input_type -> mlxrunner.v1.DetokenizeRequest
-	45, // 58: mlxrunner.v1.RunnerService.RenderChat:input_type -> mlxrunner.v1.RenderChatRequest
-	47, // 59: mlxrunner.v1.RunnerService.Chat:input_type -> mlxrunner.v1.ChatRequest
-	8,  // 60: mlxrunner.v1.RunnerService.Load:output_type -> mlxrunner.v1.LoadResponse
-	12, // 61: mlxrunner.v1.RunnerService.Estimate:output_type -> mlxrunner.v1.EstimateResponse
-	14, // 62: mlxrunner.v1.RunnerService.Trim:output_type -> mlxrunner.v1.TrimResponse
-	16, // 63: mlxrunner.v1.RunnerService.Unload:output_type -> mlxrunner.v1.UnloadResponse
-	18, // 64: mlxrunner.v1.RunnerService.Status:output_type -> mlxrunner.v1.StatusResponse
-	20, // 65: mlxrunner.v1.RunnerService.WatchStatus:output_type -> mlxrunner.v1.WatchStatusResponse
-	29, // 66: mlxrunner.v1.RunnerService.Completion:output_type -> mlxrunner.v1.CompletionResponse
-	34, // 67: mlxrunner.v1.RunnerService.Abort:output_type -> mlxrunner.v1.AbortResponse
-	36, // 68: mlxrunner.v1.RunnerService.Drain:output_type -> mlxrunner.v1.DrainResponse
-	38, // 69: mlxrunner.v1.RunnerService.Tokenize:output_type -> mlxrunner.v1.TokenizeResponse
-	40, // 70: mlxrunner.v1.RunnerService.Detokenize:output_type -> mlxrunner.v1.DetokenizeResponse
-	46, // 71: mlxrunner.v1.RunnerService.RenderChat:output_type -> mlxrunner.v1.RenderChatResponse
-	48, // 72: mlxrunner.v1.RunnerService.Chat:output_type -> mlxrunner.v1.ChatResponse
-	60, // [60:73] is the sub-list for method output_type
-	47, // [47:60] is the sub-list for method input_type
-	47, // [47:47] is the sub-list for extension type_name
-	47, // [47:47] is the sub-list for extension extendee
-	0,  // [0:47] is the sub-list for field type_name
+	25, // 40: mlxrunner.v1.ChatRequest.constraint:type_name -> mlxrunner.v1.Constraint
+	43, // 41: mlxrunner.v1.ChatResponse.tool_calls:type_name -> mlxrunner.v1.ToolCall
+	31, // 42: mlxrunner.v1.ChatResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
+	3,  // 43: mlxrunner.v1.ChatResponse.done_reason:type_name -> mlxrunner.v1.DoneReason
+	30, // 44: mlxrunner.v1.ChatResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
+	50, // 45: mlxrunner.v1.ChatResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
+	50, // 46: mlxrunner.v1.ChatResponse.eval_duration:type_name -> google.protobuf.Duration
+	50, // 47: mlxrunner.v1.ChatResponse.queue_duration:type_name -> google.protobuf.Duration
+	7,  // 48: mlxrunner.v1.RunnerService.Load:input_type -> mlxrunner.v1.LoadRequest
+	11, // 49: mlxrunner.v1.RunnerService.Estimate:input_type -> mlxrunner.v1.EstimateRequest
+	13, // 50: mlxrunner.v1.RunnerService.Trim:input_type -> mlxrunner.v1.TrimRequest
+	15, // 51: mlxrunner.v1.RunnerService.Unload:input_type -> mlxrunner.v1.UnloadRequest
+	17, // 52: mlxrunner.v1.RunnerService.Status:input_type -> mlxrunner.v1.StatusRequest
+	19, // 53: mlxrunner.v1.RunnerService.WatchStatus:input_type -> mlxrunner.v1.WatchStatusRequest
+	24, // 54: mlxrunner.v1.RunnerService.Completion:input_type -> mlxrunner.v1.CompletionRequest
+	33, // 55: mlxrunner.v1.RunnerService.Abort:input_type -> mlxrunner.v1.AbortRequest
+	35, // 56: mlxrunner.v1.RunnerService.Drain:input_type -> mlxrunner.v1.DrainRequest
+	37, // 57: mlxrunner.v1.RunnerService.Tokenize:input_type -> mlxrunner.v1.TokenizeRequest
+	39, // 58: mlxrunner.v1.RunnerService.Detokenize:input_type -> mlxrunner.v1.DetokenizeRequest
+	45, // 59: mlxrunner.v1.RunnerService.RenderChat:input_type -> mlxrunner.v1.RenderChatRequest
+	47, // 60: mlxrunner.v1.RunnerService.Chat:input_type -> mlxrunner.v1.ChatRequest
+	8,  // 61: mlxrunner.v1.RunnerService.Load:output_type -> mlxrunner.v1.LoadResponse
+	12, // 62: mlxrunner.v1.RunnerService.Estimate:output_type -> mlxrunner.v1.EstimateResponse
+	14, // 63: mlxrunner.v1.RunnerService.Trim:output_type -> mlxrunner.v1.TrimResponse
+	16, // 64: mlxrunner.v1.RunnerService.Unload:output_type -> mlxrunner.v1.UnloadResponse
+	18, // 65: mlxrunner.v1.RunnerService.Status:output_type -> mlxrunner.v1.StatusResponse
+	20, // 66: mlxrunner.v1.RunnerService.WatchStatus:output_type -> mlxrunner.v1.WatchStatusResponse
+	29, // 67: mlxrunner.v1.RunnerService.Completion:output_type -> mlxrunner.v1.CompletionResponse
+	34, // 68: mlxrunner.v1.RunnerService.Abort:output_type -> mlxrunner.v1.AbortResponse
+	36, // 69: mlxrunner.v1.RunnerService.Drain:output_type -> mlxrunner.v1.DrainResponse
+	38, // 70: mlxrunner.v1.RunnerService.Tokenize:output_type -> mlxrunner.v1.TokenizeResponse
+	40, // 71: mlxrunner.v1.RunnerService.Detokenize:output_type -> mlxrunner.v1.DetokenizeResponse
+	46, // 72: mlxrunner.v1.RunnerService.RenderChat:output_type -> mlxrunner.v1.RenderChatResponse
+	48, // 73: mlxrunner.v1.RunnerService.Chat:output_type -> mlxrunner.v1.ChatResponse
+	61, // [61:74] is the sub-list for method output_type
+	48, // [48:61] is the sub-list for method input_type
+	48, // [48:48] is the sub-list for extension type_name
+	48, // [48:48] is the sub-list for extension extendee
+	0,  // [0:48] is the sub-list for field type_name
 }
 
 func init() { file_mlxrunner_v1_runner_proto_init() }
@@ -5071,6 +5133,7 @@ func file_mlxrunner_v1_runner_proto_init() {
 		(*ContentPart_Text)(nil),
 	}
 	file_mlxrunner_v1_runner_proto_msgTypes[40].OneofWrappers = []any{}
+	file_mlxrunner_v1_runner_proto_msgTypes[41].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

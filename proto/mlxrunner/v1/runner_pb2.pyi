@@ -668,7 +668,7 @@ class Capabilities(_message.Message):
     """
     @_builtins.property
     def constraint_kinds(self) -> _containers.RepeatedScalarFieldContainer[Global___ConstraintKind.ValueType]:
-        """The kinds of `CompletionRequest.constraint`. Empty if there are none: the
+        """The kinds of `constraint` in requests. Empty if there are none: the
         tokenizer is of a kind that constraints cannot read, or the server lacks a
         package (a request with a constraint is told which). Also empty if the server is
         older than the field.
@@ -2478,6 +2478,10 @@ class ChatRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    CONSTRAINT_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
+    BYPASS_PREFIX_CACHE_FIELD_NUMBER: _builtins.int
+    LOGPROB_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     tool_choice: Global___ToolChoice.ValueType
     """Whether the model may call tools. Default: TOOL_CHOICE_AUTO."""
     chat_template_kwargs: _builtins.str
@@ -2499,6 +2503,14 @@ class ChatRequest(_message.Message):
     `Model.path`. Any other name is refused with MODEL_NOT_LOADED. Default: empty,
     the loaded model.
     """
+    cache_salt: _builtins.str
+    """Separates the prefix cache, as `CompletionRequest.cache_salt`. Default: empty,
+    which is a salt like any other.
+    """
+    bypass_prefix_cache: _builtins.bool
+    """Leaves the prefix cache alone, as `CompletionRequest.bypass_prefix_cache`.
+    Default: false.
+    """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
         """The conversation, as `RenderChatRequest.messages`. Required."""
@@ -2513,6 +2525,18 @@ class ChatRequest(_message.Message):
     def options(self) -> Global___CompletionOptions:
         """Sampling options and limits, as in `CompletionRequest`."""
 
+    @_builtins.property
+    def constraint(self) -> Global___Constraint:
+        """What the answer must be, as `CompletionRequest.constraint`: its text as a whole,
+        with the model's markers. Default: unset, any text.
+        """
+
+    @_builtins.property
+    def logprob_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Token ids whose log probabilities each generated token comes with, as
+        `CompletionRequest.logprob_token_ids`. Default: none.
+        """
+
     def __init__(
         self,
         *,
@@ -2525,10 +2549,14 @@ class ChatRequest(_message.Message):
         request_id: _builtins.str = ...,
         priority: _builtins.int = ...,
         model: _builtins.str = ...,
+        constraint: Global___Constraint | None = ...,
+        cache_salt: _builtins.str = ...,
+        bypass_prefix_cache: _builtins.bool = ...,
+        logprob_token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "logprobs", b"logprobs", "options", b"options"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "constraint", b"constraint", "logprobs", b"logprobs", "options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "chat_template_kwargs", b"chat_template_kwargs", "logprobs", b"logprobs", "messages", b"messages", "model", b"model", "options", b"options", "priority", b"priority", "request_id", b"request_id", "tool_choice", b"tool_choice", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "chat_template_kwargs", b"chat_template_kwargs", "constraint", b"constraint", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "messages", b"messages", "model", b"model", "options", b"options", "priority", b"priority", "request_id", b"request_id", "tool_choice", b"tool_choice", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
@@ -2560,6 +2588,7 @@ class ChatResponse(_message.Message):
     QUEUE_DURATION_FIELD_NUMBER: _builtins.int
     PROMPT_CACHED_COUNT_FIELD_NUMBER: _builtins.int
     REASONING_EVAL_COUNT_FIELD_NUMBER: _builtins.int
+    CONSTRAINT_SATISFIED_FIELD_NUMBER: _builtins.int
     content: _builtins.str
     """The next part of the text, whole characters only. The parts of `content` and
     `reasoning` are the text of all token ids, as in `CompletionResponse.content`,
@@ -2591,6 +2620,10 @@ class ChatResponse(_message.Message):
     """The part of `eval_count` spent on reasoning, with the tokens that complete its
     markers.
     """
+    constraint_satisfied: _builtins.bool
+    """Whether the answer as a whole is what `ChatRequest.constraint` asks for. Unset
+    without a constraint.
+    """
     @_builtins.property
     def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCall]:
         """Calls of tools that are complete since the last message, each of them whole: the
@@ -2607,7 +2640,9 @@ class ChatResponse(_message.Message):
 
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
-        """One entry for each of `token_ids`, if requested."""
+        """One entry for each of `token_ids`, if requested by `logprobs` or
+        `logprob_token_ids`.
+        """
 
     @_builtins.property
     def prompt_progress(self) -> Global___PromptProgress:
@@ -2644,11 +2679,14 @@ class ChatResponse(_message.Message):
         queue_duration: _duration_pb2.Duration | None = ...,
         prompt_cached_count: _builtins.int = ...,
         reasoning_eval_count: _builtins.int = ...,
+        constraint_satisfied: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["eval_duration", b"eval_duration", "prompt_eval_duration", b"prompt_eval_duration", "prompt_progress", b"prompt_progress", "queue_duration", b"queue_duration"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_constraint_satisfied", b"_constraint_satisfied", "constraint_satisfied", b"constraint_satisfied", "eval_duration", b"eval_duration", "prompt_eval_duration", b"prompt_eval_duration", "prompt_progress", b"prompt_progress", "queue_duration", b"queue_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "done", b"done", "done_reason", b"done_reason", "eval_count", b"eval_count", "eval_duration", b"eval_duration", "logprobs", b"logprobs", "prompt_cached_count", b"prompt_cached_count", "prompt_eval_count", b"prompt_eval_count", "prompt_eval_duration", b"prompt_eval_duration", "prompt_progress", b"prompt_progress", "queue_duration", b"queue_duration", "reasoning", b"reasoning", "reasoning_eval_count", b"reasoning_eval_count", "stop_match", b"stop_match", "token_ids", b"token_ids", "tool_calls", b"tool_calls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_constraint_satisfied", b"_constraint_satisfied", "constraint_satisfied", b"constraint_satisfied", "content", b"content", "done", b"done", "done_reason", b"done_reason", "eval_count", b"eval_count", "eval_duration", b"eval_duration", "logprobs", b"logprobs", "prompt_cached_count", b"prompt_cached_count", "prompt_eval_count", b"prompt_eval_count", "prompt_eval_duration", b"prompt_eval_duration", "prompt_progress", b"prompt_progress", "queue_duration", b"queue_duration", "reasoning", b"reasoning", "reasoning_eval_count", b"reasoning_eval_count", "stop_match", b"stop_match", "token_ids", b"token_ids", "tool_calls", b"tool_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__constraint_satisfied: _TypeAlias = _typing.Literal["constraint_satisfied"]  # noqa: Y015
+    _WhichOneofArgType__constraint_satisfied: _TypeAlias = _typing.Literal["_constraint_satisfied", b"_constraint_satisfied"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__constraint_satisfied) -> _WhichOneofReturnType__constraint_satisfied | None: ...
 
 Global___ChatResponse: _TypeAlias = ChatResponse  # noqa: Y015

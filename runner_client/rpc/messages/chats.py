@@ -18,11 +18,13 @@ from runner_client.types import (
     ChatMessage,
     Completion,
     CompletionChunk,
+    Constraint,
     Options,
     RenderedChat,
     Tool,
     ToolCall,
 )
+from runner_common.generation_fields import shared_fields
 
 _ROLES = {
     "system": pb.ROLE_SYSTEM,
@@ -69,6 +71,10 @@ def chat_request(
     request_id: str = "",
     priority: int = 0,
     model: str | None = None,
+    bypass_prefix_cache: bool = False,
+    cache_salt: str = "",
+    logprob_token_ids: Sequence[int] = (),
+    constraint: Constraint | None = None,
 ) -> pb.ChatRequest:
     """Build the request of an answer, with the errors of ``render_chat_request``."""
     _check_items("messages", messages, ChatMessage)
@@ -82,6 +88,10 @@ def chat_request(
         request_id=request_id,
         priority=priority,
         model=model,
+        bypass_prefix_cache=bypass_prefix_cache,
+        cache_salt=cache_salt,
+        logprob_token_ids=logprob_token_ids,
+        constraint=constraint,
     )
     with sendable():
         return pb.ChatRequest(
@@ -89,11 +99,7 @@ def chat_request(
             tools=map(_tool, tools),
             tool_choice=_TOOL_CHOICES[tool_choice],
             chat_template_kwargs=_json("chat_template_kwargs", chat_template_kwargs),
-            options=rest.options,
-            logprobs=logprobs,
-            request_id=rest.request_id,
-            priority=rest.priority,
-            model=rest.model,
+            **shared_fields(rest),
         )
 
 

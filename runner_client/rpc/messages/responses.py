@@ -196,9 +196,7 @@ def _last_chunk(
 
 
 def _constraint_satisfied(message: pb.CompletionResponse | pb.ChatResponse) -> bool | None:
-    if isinstance(message, pb.ChatResponse) or not message.HasField("constraint_satisfied"):
-        return None
-    return message.constraint_satisfied
+    return message.constraint_satisfied if message.HasField("constraint_satisfied") else None
 
 
 def _prompt_progress(

@@ -52,6 +52,9 @@ def _last(part: pb.CompletionResponse) -> pb.ChatResponse:
         eval_duration=part.eval_duration,
         queue_duration=part.queue_duration,
         prompt_cached_count=part.prompt_cached_count,
+        constraint_satisfied=(
+            part.constraint_satisfied if part.HasField("constraint_satisfied") else None
+        ),
     )
 
 

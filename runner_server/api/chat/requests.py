@@ -11,7 +11,8 @@ from runner_server.api.chat.conversation import conversation_of
 from runner_server.api.chat.prompting import chat_prompt
 from runner_server.api.generation import GenerationDraft
 from runner_server.api.prompts import Prompt
-from runner_server.api.validation import completion_draft
+from runner_server.api.validation import generation_draft
+from runner_server.api.violations import ViolationCollector
 from runner_server.chat.answer import Answer
 from runner_server.chat.format import AnswerFormat, ChatFormat
 from runner_server.chat.renderer import ChatRenderer, Conversation
@@ -37,7 +38,9 @@ async def chat_draft(
         PromptTooLong: The prompt does not fit the context.
         RunnerFault: See :meth:`ChatRenderer.render`.
     """
-    draft = completion_draft(_completion(request), model.info)
+    # Replaced by the rendered prompt.
+    unrendered = Prompt("messages", "")
+    draft = generation_draft(ViolationCollector(), request, unrendered, model.info)
     conversation = await asyncio.to_thread(conversation_of, request)
     if request.tool_choice == pb.TOOL_CHOICE_NONE:
         conversation = replace(conversation, tools=None)
@@ -66,14 +69,3 @@ def _format(model: ChatFormat, conversation: Conversation) -> AnswerFormat:
         )
         raise InvalidField([("tools", problem)])
     return model.answer
-
-
-def _completion(request: pb.ChatRequest) -> pb.CompletionRequest:
-    """Return the options of a request, with a prompt that stands for the rendered one."""
-    return pb.CompletionRequest(
-        prompt_token_ids=pb.TokenIds(ids=(0,)),
-        options=request.options,
-        logprobs=request.logprobs if request.HasField("logprobs") else None,
-        request_id=request.request_id,
-        priority=request.priority,
-    )
