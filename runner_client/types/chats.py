@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
-from runner_client.checks import check_choice, check_kind, check_text, check_texts, refuse_type
+from runner_client.checks import check_choice, check_kind, check_text, check_texts
 from runner_client.types.completions import Completion, CompletionChunk
+from runner_client.types.schemas import schema_of, value_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+T = TypeVar("T")
 
 Role = Literal["system", "user", "assistant", "tool", "developer"]
 """The author of a message."""
@@ -32,27 +37,42 @@ class ToolCall:
         for name in ("name", "arguments", "id"):
             check_text(name, getattr(self, name))
 
+    def parse(self, kind: type[T]) -> T:
+        """Return the arguments as a value of the type that was the tool's ``parameters``.
+
+        Raises:
+            ValueError: The arguments are not such a value; a ``pydantic.ValidationError``.
+            TypeError: Pydantic does not know the type.
+            NotSupportedError: Pydantic is not installed.
+        """
+        return value_of(kind, self.arguments)
+
 
 @dataclass(frozen=True, slots=True)
 class Tool:
     """A tool that the model may call.
 
     Raises:
-        TypeError: A value is of a wrong type.
+        TypeError: A value is of a wrong type, or ``parameters`` is a type without a JSON schema.
+        NotSupportedError: ``parameters`` is a type, and Pydantic is not installed.
     """
 
     name: str
     """The name of the tool."""
     description: str = ""
     """What it does and when to use it, for the model."""
-    parameters: Mapping[str, object] | None = None
-    """The JSON schema of its arguments. Default: an object without properties."""
+    parameters: Mapping[str, object] | type[Any] | None = None
+    """The JSON schema of its arguments, or a type that has one, as for ``JsonSchema``. Default: an
+    object without properties."""
+    schema: Mapping[str, object] = field(init=False, repr=False, compare=False)
+    """The JSON schema of the arguments; empty if there is none."""
 
     def __post_init__(self) -> None:
         check_text("name", self.name)
         check_text("description", self.description)
-        if self.parameters is not None and not isinstance(self.parameters, Mapping):
-            refuse_type("parameters", self.parameters, "a JSON schema, as a mapping")
+        given = self.parameters
+        schema = {} if given is None else schema_of("parameters", given)
+        object.__setattr__(self, "schema", schema)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from runner_client.checks import (
     check_bias,
@@ -14,10 +14,13 @@ from runner_client.checks import (
     check_number,
     check_texts,
 )
+from runner_client.types.schemas import value_of
 
 if TYPE_CHECKING:
     import builtins
     from collections.abc import Mapping
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,3 +215,25 @@ class Completion:
     constraint_satisfied: bool | None = None
     """Whether the whole text is what the constraint asks for; False if it was cut short before it
     was complete; None without a constraint."""
+
+    def parse(self, kind: type[T]) -> T:
+        """Return the text as a value of the type that was its ``JsonSchema``.
+
+        Raises:
+            ValueError: The text is unfinished or not such a value; in the latter case a
+                ``pydantic.ValidationError``.
+            TypeError: Pydantic does not know the type.
+            NotSupportedError: Pydantic is not installed.
+        """
+        is_cut = self.done_reason is DoneReason.LENGTH or self.stop_match is not None
+        # Of all JSON values, only the beginning of a number is one too.
+        if self.constraint_satisfied is False or (is_cut and self.content[-1:].isdigit()):
+            end = (
+                f"the stop string {self.stop_match!r} ended it"
+                if self.stop_match is not None
+                else "raise num_predict, or load the model with more context"
+            )
+            raise ValueError(
+                f"the text is unfinished after {self.eval_count:,} tokens and is not parsed: {end}"
+            )
+        return value_of(kind, self.content)

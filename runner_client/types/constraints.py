@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from runner_client.checks import check_text, check_texts, refuse_type
+from runner_client.checks import check_text, check_texts
+from runner_client.types.schemas import schema_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,22 +18,22 @@ class JsonSchema:
     """A JSON value that is valid by a JSON schema. Properties come in the order of the schema.
 
     Raises:
-        TypeError: The schema is neither a mapping nor a text, or has values that JSON lacks.
+        TypeError: The schema is of a wrong type, has values that JSON lacks, or is a type that has
+            no JSON schema.
+        NotSupportedError: The schema is a type, and Pydantic is not installed.
     """
 
-    schema: Mapping[str, object] | str
-    """The schema, as a mapping or as JSON text."""
+    schema: Mapping[str, object] | str | type[Any]
+    """The schema, as a mapping or as JSON text, or the type that has it: a Pydantic model, a
+    dataclass, or one made of these, such as ``list[Person]``. Types need the extra ``pydantic``,
+    and ``Completion.parse`` returns their values."""
+    text: str = field(init=False, repr=False, compare=False)
+    """The schema as JSON text."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.schema, Mapping | str):
-            refuse_type("schema", self.schema, "a JSON schema, as a mapping or as JSON text")
-        if not isinstance(self.schema, str):
-            json.dumps(self.schema)
-
-    @property
-    def text(self) -> str:
-        """The schema as JSON text."""
-        return self.schema if isinstance(self.schema, str) else json.dumps(self.schema)
+        schema = self.schema
+        text = schema if isinstance(schema, str) else json.dumps(schema_of("schema", schema))
+        object.__setattr__(self, "text", text)
 
 
 @dataclass(frozen=True, slots=True)

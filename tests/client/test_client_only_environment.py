@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
 import importlib.util
-for name in ("mlx", "mlx_lm", "numpy", "transformers", "runner_server", "grpc_health"):
+for name in ("mlx", "mlx_lm", "numpy", "transformers", "runner_server", "grpc_health", "pydantic"):
     assert importlib.util.find_spec(name) is None, name
 
 from runner_client import NotSupportedError, RunnerClient, RunnerProcess

@@ -102,7 +102,7 @@ import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {"mlx", "mlx_lm", "runner_server", "transformers", "numpy",
-                                  "huggingface_hub", "grpc_health", "grpc_status"}:
+                                  "huggingface_hub", "grpc_health", "grpc_status", "pydantic"}:
             raise ModuleNotFoundError(f"No module named {name!r} (blocked)", name=name)
 
 sys.meta_path.insert(0, Block())

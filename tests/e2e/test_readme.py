@@ -17,15 +17,15 @@ LIBRARY = (ROOT / "docs/python.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README + LIBRARY, re.DOTALL | re.MULTILINE)
 
 
-def test_there_are_four_python_examples() -> None:
-    assert len(BLOCKS) == 4
+def test_there_are_five_python_examples() -> None:
+    assert len(BLOCKS) == 5
 
 
 def test_the_readme_is_short() -> None:
     assert len(README.split()) <= 900
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["sync", "async", "library", "watch"])
+@pytest.mark.parametrize("block", BLOCKS, ids=["sync", "async", "library", "types", "watch"])
 def test_the_examples_run(block: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", block],

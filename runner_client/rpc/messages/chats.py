@@ -160,7 +160,7 @@ def _tool(tool: Tool) -> pb.Tool:
     return pb.Tool(
         name=tool.name,
         description=tool.description,
-        parameters=_json(f"the parameters of {tool.name}", tool.parameters),
+        parameters=_json(f"the parameters of {tool.name}", tool.schema),
     )
 
 
