@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -17,6 +16,7 @@ from runner_client.cli.shared.access import (
 from runner_client.cli.shared.errors import EXIT_CODES
 from runner_client.cli.shared.options import (
     json_option,
+    json_schema_option,
     load_options,
     refuse_options,
     sampling_options,
@@ -26,14 +26,14 @@ from runner_client.cli.shared.options import (
 from runner_client.cli.shared.output import completion_rows, model_rows, print_json, print_rows
 from runner_client.cli.shared.session import loaded, show_nothing, show_text, streamed
 from runner_client.process.process import RunnerProcess
-from runner_client.types import JsonSchema, Options
+from runner_client.types import Options
 
 if TYPE_CHECKING:
     from typing import Unpack
 
     from runner_client.cli.shared.options import Sampling
     from runner_client.rpc.client import RunnerClient
-    from runner_client.types import Completion, LoadOptions, LoadResult
+    from runner_client.types import Completion, JsonSchema, LoadOptions, LoadResult
 
 
 _LOAD_OPTIONS = (
@@ -47,13 +47,7 @@ _LOAD_OPTIONS = (
 @address_option("Ask this runner and its loaded model")
 @access_options
 @sampling_options
-@click.option(
-    "--json-schema",
-    "schema_file",
-    type=click.Path(exists=True, dir_okay=False),
-    metavar="FILE",
-    help="Make the text a JSON value that is valid by the schema in this file.",
-)
+@json_schema_option("Make the text a JSON value that is valid by the schema in this file.")
 @load_options(*_LOAD_OPTIONS)
 @json_option
 @click.pass_context
@@ -67,7 +61,7 @@ def command(
     tls_ca: str | None,
     tls_cert: str | None,
     tls_key: str | None,
-    schema_file: str | None,
+    json_schema: JsonSchema | None,
     load: LoadOptions,
     as_json: bool,
     **sampling: Unpack[Sampling],
@@ -94,15 +88,14 @@ def command(
     if not prompt:
         raise click.BadArgumentUsage("PROMPT is empty")
     options = Options(**sampling)
-    constraint = JsonSchema(_schema(schema_file)) if schema_file else None
     if address:
         with open_client(address, **credentials) as client:
-            completion = _streamed(client, prompt, options, constraint, as_json=as_json)
+            completion = _streamed(client, prompt, options, json_schema, as_json=as_json)
         _show(None, completion, as_json=as_json)
         return
     runner = RunnerProcess(model, options=load, parallel=1)
     with loaded(runner, model) as result:
-        completion = _streamed(runner, prompt, options, constraint, as_json=as_json)
+        completion = _streamed(runner, prompt, options, json_schema, as_json=as_json)
     _show(result, completion, as_json=as_json)
 
 
@@ -118,18 +111,6 @@ def _model_and_prompt(words: tuple[str, ...], address: str | None) -> tuple[str,
     if len(first) + bool(address) != 1:
         raise click.UsageError("give one of MODEL and --address, then PROMPT")
     return text(first[0]) if first else "", prompt
-
-
-def _schema(file: str) -> str:
-    """Return the text of a schema file.
-
-    Raises:
-        click.BadParameter: The file cannot be read, or is not UTF-8.
-    """
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise click.BadParameter(f"{file} cannot be read: {error}") from error
 
 
 def _streamed(

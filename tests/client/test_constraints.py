@@ -22,7 +22,7 @@ from runner_client import (
 )
 from runner_client.cli.shared.output import completion_rows
 from runner_client.cli.status import status_rows
-from runner_client.testing import FakeRunner, fake_runner
+from runner_client.testing import Failure, FakeRunner, fake_runner
 from runner_client.types import Completion, Constraint, DoneReason
 from runner_common.contract import CONSTRAINT_KINDS
 from support.command_line import invoke
@@ -114,8 +114,20 @@ def test_run_reads_a_schema_from_a_file(fake: FakeRunner, tmp_path: Path) -> Non
     assert sent(fake).json_schema == file.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("content", [None, b"\xff"])
-def test_run_refuses_a_file_it_cannot_read(
+def test_run_names_its_option_when_a_schema_is_refused(fake: FakeRunner, tmp_path: Path) -> None:
+    file = tmp_path / "schema.json"
+    file.write_text('{"uniqueItems": true}')
+    place = ("constraint.json_schema", "at #: not supported: uniqueItems")
+    fake.failure = Failure("INVALID_FIELD", ": ".join(place), field_violations=[place])
+    result = invoke("run", "--address", fake.address, "--json-schema", str(file), "Hi")
+    assert result.exit_code == 2
+    assert result.stderr == "error: --json-schema: at #: not supported: uniqueItems\n"
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"\xff", b"{", b"[" * 10**5], ids=["missing", "bytes", "cut", "deep"]
+)
+def test_run_refuses_a_file_that_is_not_json(
     fake: FakeRunner, tmp_path: Path, content: bytes | None
 ) -> None:
     file = tmp_path / "schema.json"

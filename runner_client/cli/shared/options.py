@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, get_args
 
 import click
 from click.core import ParameterSource
 
 from runner_client.cli.shared.numbers import Number, integer, number_option
-from runner_client.types import Dtype, LoadOptions
+from runner_client.types import Dtype, JsonSchema, LoadOptions
 from runner_common.contract import DEFAULT_PARALLEL, MAX_PARALLEL, MIN_CONTEXT_LENGTH
 from runner_common.server_options import SERVER_OPTIONS
 from runner_common.units import parse_bytes
@@ -71,6 +73,22 @@ def text_or_stdin(value: str) -> str:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
         raise click.BadParameter(f"not UTF-8: {error.reason} at byte {error.start}") from error
+
+
+def schema_in(file: str) -> JsonSchema:
+    """Read a JSON schema from a file. The runner checks its keywords.
+
+    Raises:
+        click.BadParameter: The file cannot be read, or is not JSON.
+    """
+    try:
+        content = Path(file).read_text(encoding="utf-8")
+        json.loads(content)
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{file} cannot be read: {error}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise click.BadParameter(f"{file} is not JSON: {error}") from error
+    return JsonSchema(content)
 
 
 _HELP = {option.name: option.help_text for option in SERVER_OPTIONS}
@@ -245,3 +263,8 @@ def sampling_options(command: FC) -> FC:
     for option in reversed(_SAMPLING):
         command = option(command)
     return command
+
+
+def json_schema_option(help_text: str) -> Callable[[FC], FC]:
+    """Add an option for a file with a JSON schema, which the command receives as the schema."""
+    return click.option("--json-schema", type=schema_in, metavar="FILE", help=help_text)
