@@ -60,8 +60,9 @@ def command(
     MODEL is a directory, or a hub id (org/name) in the local Hugging Face cache, with a chat
     template. With --address instead of MODEL, a running runner answers with its own model. Every
     line of standard input is a message; /reset begins a new conversation, and /help lists what
-    else there is. Ctrl-C ends an answer, and before one the program. Answers go to standard output
-    as they are generated, everything else, the model's reasoning included, to standard error.
+    else there is. Ctrl-C ends an answer or drops the message being typed, and twice in a row ends
+    the program. Answers go to standard output as they are generated, everything else, the model's
+    reasoning included, to standard error.
     """
     credentials: Credentials = {
         "token_file": token_file,

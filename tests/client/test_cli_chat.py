@@ -14,8 +14,10 @@ import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_client.cli import chat
+from runner_client.cli.shared.dialogue import INTERRUPTED, PROMPT, QUOTES
 from runner_client.testing import Failure, FakeRunner, fake_runner
 from support.command_line import invoke
+from support.terminal import END, INTERRUPT, in_terminal
 
 if TYPE_CHECKING:
     from click.testing import Result
@@ -174,3 +176,32 @@ def test_an_interrupt_ends_the_answer_and_not_the_program(fake: FakeRunner) -> N
     assert fake.cancelled.is_set()
     # The part shown of an answer belongs to the conversation.
     assert said(fake)[1] == [(USER, "one"), (ASSISTANT, "Hello"), (USER, "two")]
+
+
+def test_an_interrupt_drops_what_is_typed_and_a_second_one_ends_the_program(
+    fake: FakeRunner,
+) -> None:
+    with in_terminal([COMMAND, "chat", "--address", fake.address]) as terminal:
+        terminal.read_until(PROMPT)
+        for typed in ("half a line", f"{QUOTES}one\ntwo\nthr"):
+            terminal.send(typed)
+            terminal.read_until(typed[-3:])
+            terminal.send(INTERRUPT)
+            assert INTERRUPTED in terminal.read_until(PROMPT)
+            terminal.send("whole\n")
+            assert "Hello wörld" in terminal.read_until(PROMPT)
+        terminal.send(INTERRUPT)
+        terminal.read_until(PROMPT)
+        terminal.send(INTERRUPT)
+        assert "interrupted" in terminal.read_to_end()
+        assert terminal.process.wait() == 130
+    answer = (ASSISTANT, "Hello wörld")
+    assert said(fake) == [[(USER, "whole")], [(USER, "whole"), answer, (USER, "whole")]]
+
+
+def test_the_end_of_the_input_ends_the_program_in_a_terminal(fake: FakeRunner) -> None:
+    with in_terminal([COMMAND, "chat", "--address", fake.address]) as terminal:
+        terminal.read_until(PROMPT)
+        terminal.send(END)
+        terminal.read_to_end()
+        assert terminal.process.wait() == 0

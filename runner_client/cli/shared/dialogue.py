@@ -15,6 +15,7 @@ from runner_client.cli.shared.errors import Failure
 from runner_client.cli.shared.flags import message_with_flags
 from runner_client.errors import InvalidRequestError, PromptTooLongError, RunnerError
 from runner_client.types import ChatMessage
+from runner_common.signals import Interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +33,8 @@ HELP = f"""\
 /help     show this text
 /bye      end (so does the end of input, Ctrl-D)
 {QUOTES}       begins and ends a message of several lines
-Ctrl-C    ends an answer; before one, ends the program"""
+Ctrl-C    ends an answer, or drops the message being typed; twice, ends the program"""
+INTERRUPTED = "interrupted; Ctrl-C again, /bye or Ctrl-D ends"
 
 
 class Dialogue:
@@ -65,9 +67,21 @@ class Dialogue:
                 f"{model.name} has no chat template: use run, or add a chat_template.jinja to its "
                 "directory"
             )
+        interrupted = False
         with contextlib.suppress(EOFError):
-            while (text := _read_message().strip()) != "/bye":
-                self._obey(text)
+            while True:
+                try:
+                    text = _read_message().strip()
+                    if text == "/bye":
+                        return
+                    self._obey(text)
+                    interrupted = False
+                except (KeyboardInterrupt, Interrupted):
+                    # It may have been meant for an answer that has just ended.
+                    if interrupted or not sys.stdin.isatty():
+                        raise
+                    interrupted = True
+                    click.echo(f"\n{INTERRUPTED}", err=True)
 
     def _obey(self, text: str) -> None:
         if text == "/reset":
