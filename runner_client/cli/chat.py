@@ -14,7 +14,13 @@ from runner_client.cli.shared.access import (
 )
 from runner_client.cli.shared.dialogue import Dialogue
 from runner_client.cli.shared.errors import EXIT_CODES
-from runner_client.cli.shared.options import load_options, refuse_options, sampling_options, text
+from runner_client.cli.shared.options import (
+    json_schema_option,
+    load_options,
+    refuse_options,
+    sampling_options,
+    text,
+)
 from runner_client.cli.shared.output import model_rows, print_rows
 from runner_client.cli.shared.session import loaded
 from runner_client.process.process import RunnerProcess
@@ -24,7 +30,7 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from runner_client.cli.shared.options import Sampling
-    from runner_client.types import LoadOptions
+    from runner_client.types import JsonSchema, LoadOptions
 
 
 _LOAD_OPTIONS = (
@@ -39,6 +45,7 @@ _LOAD_OPTIONS = (
 @address_option("Talk with the loaded model of this runner")
 @access_options
 @sampling_options
+@json_schema_option("Make every answer a JSON value that is valid by the schema in this file.")
 @load_options(*_LOAD_OPTIONS)
 @click.pass_context
 def command(
@@ -52,6 +59,7 @@ def command(
     tls_ca: str | None,
     tls_cert: str | None,
     tls_key: str | None,
+    json_schema: JsonSchema | None,
     load: LoadOptions,
     **sampling: Unpack[Sampling],
 ) -> None:
@@ -79,10 +87,10 @@ def command(
     options = Options(**sampling)
     if address:
         with open_client(address, **credentials) as client:
-            Dialogue(client, options, system).run()
+            Dialogue(client, options, system, json_schema).run()
         return
     name = text(model or "")
     runner = RunnerProcess(name, options=load, parallel=1)
     with loaded(runner, name) as result:
         print_rows(model_rows(result.model), err=True)
-        Dialogue(runner, options, system).run()
+        Dialogue(runner, options, system, json_schema).run()

@@ -102,8 +102,48 @@ def test_a_refused_message_is_left_out(fake: FakeRunner) -> None:
 
 
 def test_a_long_conversation_says_what_to_do(fake: FakeRunner) -> None:
-    fake.failure = Failure("PROMPT_TOO_LONG", "too long")
-    assert "/reset begins anew" in talk(fake, "a").stderr
+    fake.failure = Failure("PROMPT_TOO_LONG", "load with a larger context_length")
+    stderr = talk(fake, "a").stderr
+    assert stderr == "error: load with a larger --context-length; /reset begins anew\n"
+
+
+def test_every_answer_obeys_the_schema(fake: FakeRunner, tmp_path: Path) -> None:
+    file = tmp_path / "schema.json"
+    file.write_text('{"const": "é"}', encoding="utf-8")
+    result = talk(fake, "a", "/reset", "b", options=("--json-schema", str(file)))
+    assert (result.exit_code, result.stderr) == (0, "")
+    requests = [request for request in fake.requests if isinstance(request, pb.ChatRequest)]
+    assert [request.constraint.json_schema for request in requests] == ['{"const": "é"}'] * 2
+
+
+def test_without_a_schema_no_constraint_is_sent(fake: FakeRunner) -> None:
+    talk(fake, "a")
+    (request,) = (r for r in fake.requests if isinstance(r, pb.ChatRequest))
+    assert not request.HasField("constraint")
+
+
+@pytest.mark.parametrize(
+    ("field", "named"),
+    [("constraint.json_schema", "--json-schema"), ("options.top_k", "--top-k")],
+)
+def test_a_refused_option_ends_the_program(fake: FakeRunner, field: str, named: str) -> None:
+    violation = (field, "out of range")
+    fake.failure = Failure("INVALID_FIELD", ": ".join(violation), field_violations=[violation])
+    result = talk(fake, "a", "b")
+    assert (result.exit_code, result.stderr) == (2, f"error: {named}: out of range\n")
+    assert len(said(fake)) == 1
+
+
+@pytest.mark.parametrize("content", [None, b"\xff", b"{"], ids=["missing", "bytes", "cut"])
+def test_a_file_that_is_not_json_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    file = tmp_path / "schema.json"
+    if content is not None:
+        file.write_bytes(content)
+    result = invoke("chat", "a/model", "--json-schema", str(file), given="Hi\n")
+    assert result.exit_code == 2
+    assert f"'--json-schema': {file} " in result.stderr
 
 
 def test_another_failure_ends_the_program(fake: FakeRunner) -> None:

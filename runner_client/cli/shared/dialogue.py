@@ -23,10 +23,13 @@ if TYPE_CHECKING:
     from runner_client.process.process import RunnerProcess
     from runner_client.rpc.client import RunnerClient
     from runner_client.rpc.stream import ChatStream
-    from runner_client.types import Options
+    from runner_client.types import JsonSchema, Options
 
 PROMPT, MORE = ">>> ", "... "
 QUOTES = '"""'
+
+_OF_ALL_REQUESTS = ("options.", "constraint")
+"""Beginnings of the fields that are the same in the request of every message."""
 
 HELP = f"""\
 /reset    begin a new conversation
@@ -34,6 +37,7 @@ HELP = f"""\
 /bye      end (so does the end of input, Ctrl-D)
 {QUOTES}       begins and ends a message of several lines
 Ctrl-C    ends an answer, or drops the message being typed; twice, ends the program"""
+UNFINISHED = "the answer was cut short and does not obey the schema"
 INTERRUPTED = "interrupted; Ctrl-C again, /bye or Ctrl-D ends"
 
 
@@ -44,13 +48,19 @@ class Dialogue:
         client: The runner.
         options: Options of every answer.
         system: Instructions for the model; empty for none.
+        schema: What every answer must be; None for any text.
     """
 
     def __init__(
-        self, client: RunnerClient | RunnerProcess, options: Options, system: str = ""
+        self,
+        client: RunnerClient | RunnerProcess,
+        options: Options,
+        system: str = "",
+        schema: JsonSchema | None = None,
     ) -> None:
         self._client = client
         self._options = options
+        self._schema = schema
         self._begin = [ChatMessage("system", system)] if system else []
         self.messages = list(self._begin)
 
@@ -97,31 +107,44 @@ class Dialogue:
         """Show the answer to a message, and add both to the conversation.
 
         A message that is refused, or whose answer was ended before its first word, is left out.
+
+        Raises:
+            InvalidRequestError: An option or the schema is refused, so every message would be.
+            RunnerError: The runner cannot go on.
         """
         asked = [*self.messages, ChatMessage("user", text)]
-        stream = self._client.chat(asked, options=self._options)
+        stream = self._client.chat(asked, options=self._options, constraint=self._schema)
         shown: list[str] = []
         reasoning: list[str] = []
         try:
-            _show(stream, shown, reasoning)
-        except (InvalidRequestError, PromptTooLongError) as error:
+            is_whole = _show(stream, shown, reasoning)
+        except InvalidRequestError as error:
+            if any(field.startswith(_OF_ALL_REQUESTS) for field, _ in error.field_violations):
+                raise
             advice = "; /reset begins anew" if isinstance(error, PromptTooLongError) else ""
-            Failure(f"{message_with_flags(error, None)}{advice}").show()
+            command = click.get_current_context().command
+            Failure(f"{message_with_flags(error, command)}{advice}").show()
             return
         finally:
             if shown or reasoning:
                 click.echo()
+        if not is_whole:
+            click.echo(UNFINISHED, err=True)
         if shown:
             reply = ChatMessage("assistant", "".join(shown), "".join(reasoning))
             self.messages = [*asked, reply]
 
 
-def _show(stream: ChatStream, shown: list[str], reasoning: list[str]) -> None:
+def _show(stream: ChatStream, shown: list[str], reasoning: list[str]) -> bool:
     """Print an answer as it arrives, the reasoning to standard error; collect both.
+
+    Returns:
+        False if the answer was cut before it obeyed the schema.
 
     Raises:
         RunnerError: The answer failed, and was not ended by Ctrl-C.
     """
+    is_whole = True
     with stream, _cancelled_by_interrupt(stream) as interrupted:
         try:
             for chunk in stream:
@@ -133,9 +156,11 @@ def _show(stream: ChatStream, shown: list[str], reasoning: list[str]) -> None:
                         click.echo(err=True)
                     click.echo(chunk.content, nl=False)
                     shown.append(chunk.content)
+                is_whole = chunk.constraint_satisfied is not False
         except RunnerError:
             if not interrupted.is_set():
                 raise
+    return is_whole
 
 
 @contextmanager
