@@ -20,7 +20,11 @@ from interop.servers import DEMO_MODEL, ROOT, Server, own_servers
 Json = dict[str, Any]
 
 CLIENTS = Path(__file__).parent / "clients"
-SCENARIOS: list[Json] = json.loads((Path(__file__).parent / "scenarios.json").read_text())
+SCENARIOS: list[Json] = [
+    scenario
+    for file in sorted((Path(__file__).parent / "scenarios").glob("*.json"))
+    for scenario in json.loads(file.read_text())
+]
 
 _BUILD_SECONDS = 1200.0
 _RUN_SECONDS = 300.0
