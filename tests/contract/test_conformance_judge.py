@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from base64 import b64encode
 from typing import Any
 
@@ -11,8 +10,7 @@ import pytest
 from interop.judge import disagreements, problems, read_output
 from interop.languages import SCENARIOS
 from interop.pings import SILENCE_SECONDS, Pings
-
-Json = dict[str, Any]
+from support.judged import Json, call, changed, scenario
 
 KEYS = {
     "code",
@@ -27,19 +25,13 @@ KEYS = {
     "text_lacks",
     "token_ids",
     "logprobs",
+    "reasoning",
+    "tool_calls",
     "same_as",
     "differs_from",
     "statuses",
     "pings",
 }
-
-
-def call(rpc: str, **more: Any) -> Json:
-    return {"op": "call", "rpc": rpc, "request": {}} | more
-
-
-def scenario(steps: list[Json], *expect: Json) -> Json:
-    return {"name": "s", "server": "plain", "steps": steps, "expect": list(expect)}
 
 
 def message(content: str, *ids: int, **more: Any) -> Json:
@@ -121,16 +113,6 @@ UNLIKELY = {"token_id": 9, "text": "y", "logprob": -2}
 SOUND = [(COMPLETION, COMPLETED), (REFUSAL, REFUSED), (LOAD, LOADED)]
 
 
-def changed(answer: Json, *path: str | int, to: Any) -> Json:
-    """Return a copy of an answer with one value replaced."""
-    answer = copy.deepcopy(answer)
-    part: Any = answer
-    for key in path[:-1]:
-        part = part[key]
-    part[path[-1]] = to
-    return answer
-
-
 @pytest.mark.parametrize(("wanted", "answer"), SOUND)
 def test_a_right_answer_has_no_problems(wanted: Json, answer: Json) -> None:
     assert problems(wanted, [answer]) == []
@@ -150,7 +132,13 @@ def test_a_right_answer_has_no_problems(wanted: Json, answer: Json) -> None:
         (COMPLETION, changed(COMPLETED, *FIRST, "text", to="y"), "the same of a token and"),
         (COMPLETION, changed(COMPLETED, *FIRST, "text", to="an"), "texts of tokens to be 'a fox'"),
         (COMPLETION, changed(COMPLETED, *FIRST, "bytes", to="eA=="), "the same of a token and"),
+        (
+            COMPLETION,
+            changed(COMPLETED, *FIRST, "bytes", to="eA=="),
+            "bytes of tokens to be 'a fox'",
+        ),
         (COMPLETION, changed(COMPLETED, *FIRST, "top", 0, to=UNLIKELY), "no token more likely"),
+        (COMPLETION, changed(COMPLETED, *FIRST, "candidates", to=[UNLIKELY]), "candidates [], got"),
         (COMPLETION, changed(COMPLETED, "messages", 0, "done", to=True), "done in the last"),
         (COMPLETION, changed(COMPLETED, "messages", 1, "done", to=False), "done in the last"),
         (COMPLETION, changed(COMPLETED, "messages", 1, "evalCount", to=3), "eval_count is 3"),
@@ -170,6 +158,11 @@ def test_a_right_answer_has_no_problems(wanted: Json, answer: Json) -> None:
         (COMPLETION, changed(COMPLETED, "details", to={"reason": "BUSY"}), "expected no details"),
         (COMPLETION, {"broken": "no such thing"}, "could not do it: no such thing"),
         (COMPLETION, {}, "expected OK, got None"),
+        (
+            changed(COMPLETION, "steps", 0, "request", to={"logprob_token_ids": [5]}),
+            COMPLETED,
+            "expected candidates [5], got []",
+        ),
         (REFUSAL, COMPLETED, "expected RESOURCE_EXHAUSTED, got OK"),
         (REFUSAL, changed(REFUSED, "message", to=""), "no message"),
         (REFUSAL, changed(REFUSED, "message", to="go away"), "expected 'wait'"),
@@ -202,7 +195,7 @@ def test_a_wrong_answer_is_found(wanted: Json, answer: Json, complaint: str) -> 
 
 def test_probabilities_above_one_are_found() -> None:
     wanted = scenario([call("Completion")], {"logprobs": 2})
-    first = {"token_id": 5, "text": "a", "logprob": -0.5}
+    first = {"token_id": 5, "text": "a", "bytes": "YQ==", "logprob": -0.5}
     token: Json = first | {"top": [first, first | {"token_id": 6}]}
     answer = {"code": "OK", "messages": [message("a", 5, done=True, evalCount=1, logprobs=[token])]}
     assert "logarithms of probabilities" in problems(wanted, [answer]).pop()

@@ -9,32 +9,32 @@ Keys of an expectation, one for each step; each may be left out:
 - ``text``: the content of all messages, or its length; ``text_lacks``: a string that must not
   occur in the content; ``token_ids``: the token ids of all messages.
 - ``logprobs``: the number of alternatives for each token; the probabilities must be consistent.
+- ``reasoning``: the reasoning of all messages, by default none; ``tool_calls``: the calls of all
+  messages with parsed ``arguments``, by default none.
 - ``same_as``, ``differs_from``: the index of a step whose text and tokens are the same, or not.
 - ``statuses``, for a step with ``watch_status``: fields of the ``last`` one and of one ``seen``
   on the way; their progress must never fall.
 - ``pings``: the number of pings out of silence that reached the server.
 
 A value matches its equal. ``{"at_least": N}`` and ``{"above": N}`` match numbers. An object matches
-one with matching values for these fields. Every successful completion must also keep the rules of
-``runner.proto``: ``done`` in the last message alone, and as many tokens as ``eval_count`` says.
+one with matching values for these fields. Every completion and answer must also keep the rules of
+``runner.proto`` that ``stream_checks`` knows.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 from interop.outcome import Json, Outcome
+from interop.stream_checks import check_stream
 from runner_common.contract import ERROR_DOMAIN
 
 _NUMBERS: dict[str, Callable[[float, float], bool]] = {
     "at_least": lambda found, bound: found >= bound,
     "above": lambda found, bound: found > bound,
 }
-_ROUNDING = 1e-3
-"""Tolerance for the sum of probabilities that arrive as 32-bit logarithms."""
 
 
 def check(expected: Json, outcomes: Sequence[Outcome], pings: int) -> Iterator[str]:
@@ -58,8 +58,7 @@ def check(expected: Json, outcomes: Sequence[Outcome], pings: int) -> Iterator[s
     yield from _check_messages(expected, outcome)
     yield from _check_statuses(expected.get("statuses", {}), outcome)
     if outcome.is_completion:
-        yield from _check_stream(outcome)
-        yield from _check_logprobs(expected.get("logprobs"), outcome)
+        yield from check_stream(expected, outcome)
     for key in expected.keys() & {"same_as", "differs_from"}:
         yield from _compare(key, outcomes[expected[key]], outcome)
     if "pings" in expected:
@@ -115,48 +114,6 @@ def _check_statuses(expected: Json, outcome: Outcome) -> Iterator[str]:
     progress = [status["progress"] for status in outcome.statuses]
     if any(later < earlier for earlier, later in pairwise(progress)):
         yield f"expected progress that rises, got {progress}"
-
-
-def _check_stream(outcome: Outcome) -> Iterator[str]:
-    """Check the rules for every completion."""
-    done = [message["done"] for message in outcome.messages]
-    if outcome.code != "OK":
-        if any(done):
-            yield "the call failed, but has a message with done"
-        return
-    if sum(done) != 1 or not done[-1]:
-        yield f"expected done in the last message alone, got {done}"
-        return
-    counted, count = outcome.messages[-1]["eval_count"], len(outcome.token_ids)
-    if counted != count:
-        yield f"eval_count is {counted}, but {count} token ids came"
-
-
-def _check_logprobs(count: int | None, outcome: Outcome) -> Iterator[str]:
-    logprobs = [each for message in outcome.messages for each in message["logprobs"]]
-    ids = [each["token_id"] for each in logprobs]
-    wanted = [] if count is None else outcome.token_ids
-    if ids != wanted:
-        yield f"expected log probabilities of {wanted}, got of {ids}"
-    # Log probabilities continue after a stop string, the text does not.
-    joined = "".join(each["text"] for each in logprobs)
-    if wanted and not joined.startswith(outcome.text):
-        yield f"expected the texts of tokens to be {outcome.text!r}, got {joined!r}"
-    wrong = (list(_check_logprob(each, count)) for each in logprobs)
-    yield from next(filter(None, wrong), [])
-
-
-def _check_logprob(token: Json, count: int | None) -> Iterator[str]:
-    tops = [top["logprob"] for top in token["top"]]
-    if len(tops) != count or tops != sorted(tops, reverse=True):
-        yield f"expected {count} alternatives, most likely first, got {token['top']}"
-    if max(token["logprob"], *tops, 0) > 0 or sum(map(math.exp, tops)) > 1 + _ROUNDING:
-        yield f"expected logarithms of probabilities, got {token}"
-    itself = {key: token[key] for key in ("token_id", "text", "bytes", "logprob")}
-    if any(top["token_id"] == token["token_id"] and top != itself for top in token["top"]):
-        yield f"expected the same of a token and of it as an alternative, got {token}"
-    if tops and token["logprob"] > tops[0]:
-        yield f"expected no token more likely than the most likely one, got {token}"
 
 
 def _compare(key: str, other: Outcome, outcome: Outcome) -> Iterator[str]:

@@ -17,6 +17,8 @@ _ANSWERS: dict[str, type[Message]] = {
     "Unload": pb.UnloadResponse,
     "Status": pb.StatusResponse,
     "Completion": pb.CompletionResponse,
+    "Chat": pb.ChatResponse,
+    "RenderChat": pb.RenderChatResponse,
     "Tokenize": pb.TokenizeResponse,
     "Detokenize": pb.DetokenizeResponse,
 }
@@ -57,12 +59,21 @@ class Outcome:
     @property
     def token_ids(self) -> list[int]:
         """The token ids of every message, in order."""
-        return [each for message in self.messages for each in message.get("token_ids", ())]
+        return self.joined("token_ids")
 
     @property
     def is_completion(self) -> bool:
-        """Whether the call is a completion."""
-        return bool(self.call.get("rpc") == "Completion")
+        """Whether the call is a completion, perhaps of a conversation."""
+        return self.is_answer or bool(self.call.get("rpc") == "Completion")
+
+    @property
+    def is_answer(self) -> bool:
+        """Whether the call answers a conversation."""
+        return bool(self.call.get("rpc") == "Chat")
+
+    def joined(self, field: str) -> list[Any]:
+        """Return the entries of a repeated field in every message, in order."""
+        return [each for message in self.messages for each in message.get(field, ())]
 
 
 def outcome_of(scenario: Json, step: Json, result: Json) -> Outcome:

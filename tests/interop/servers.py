@@ -17,6 +17,7 @@ from runner_client import RunnerClient, State
 from runner_common.contract import TOKEN_VARIABLE
 from runner_common.handshake import ReadyLine
 from support.faulty import NAMED_REQUESTS, hooked
+from support.scripted_model import build_scripted_model
 
 ROOT = Path(__file__).parents[2]
 DEMO_MODEL = ROOT / "runner_server/demo/model"
@@ -169,6 +170,7 @@ def shared_servers(folder: Path) -> Iterator[dict[str, Server]]:
             "plain": start("plain", *load),
             "unix": start("unix", *load, listen=f"unix:{folder / 'socket'}"),
             "token": start("token", token=secrets.token_urlsafe()),
+            "scripted": start("scripted", "--model", str(build_scripted_model(folder / "model"))),
         }
         yield {name: child.ready() for name, child in children.items()}
 

@@ -29,6 +29,8 @@ func rpcs(client runnerpb.RunnerServiceClient) map[string]rpc {
 		"Unload":     unary(client.Unload),
 		"Status":     unary(client.Status),
 		"Completion": stream(client.Completion),
+		"Chat":       stream(client.Chat),
+		"RenderChat": unary(client.RenderChat),
 		"Tokenize":   unary(client.Tokenize),
 		"Detokenize": unary(client.Detokenize),
 	}

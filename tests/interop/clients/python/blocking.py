@@ -21,7 +21,7 @@ class Call:
     def __init__(self, session: Session, step: Json) -> None:
         method: Any = getattr(session.stub, step["rpc"])
         self._messages: list[Any] = []
-        is_stream = step["rpc"] == "Completion"
+        is_stream = isinstance(method, grpc.UnaryStreamMultiCallable)
         self.handle = (method if is_stream else method.future)(
             shared.request_of(step),
             metadata=session.metadata,

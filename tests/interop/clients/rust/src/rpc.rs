@@ -5,7 +5,7 @@ use prost::{Message, Name};
 use serde_json::Value;
 use tokio::{sync::watch, time};
 use tonic::{
-    Code, Request, Response, Status,
+    Code, Request, Response, Status, Streaming,
     metadata::AsciiMetadataValue,
     service::{Interceptor, interceptor::InterceptedService},
     transport::{Channel, Endpoint},
@@ -86,13 +86,9 @@ async fn exchange(mut client: Client, rpc: &Rpc, messages: &Messages) -> Result<
         "Status" => keep(client.status(request(rpc)?).await?, messages),
         "Tokenize" => keep(client.tokenize(request(rpc)?).await?, messages),
         "Detokenize" => keep(client.detokenize(request(rpc)?).await?, messages),
-        "Completion" => {
-            let mut stream = client.completion(request(rpc)?).await?.into_inner();
-            while let Some(message) = stream.message().await? {
-                push(&message, messages)?;
-            }
-            Ok(())
-        }
+        "RenderChat" => keep(client.render_chat(request(rpc)?).await?, messages),
+        "Completion" => keep_all(client.completion(request(rpc)?).await?, messages).await,
+        "Chat" => keep_all(client.chat(request(rpc)?).await?, messages).await,
         other => Err(format!("no rpc {other}").into()),
     }
 }
@@ -105,6 +101,17 @@ fn request<T: Message + Name + Default>(rpc: &Rpc) -> Result<Request<T>, Failure
 
 fn keep<T: Message + Name>(answer: Response<T>, messages: &Messages) -> Result<(), Failure> {
     push(answer.get_ref(), messages)
+}
+
+async fn keep_all<T: Message + Name>(
+    answer: Response<Streaming<T>>,
+    messages: &Messages,
+) -> Result<(), Failure> {
+    let mut stream = answer.into_inner();
+    while let Some(message) = stream.message().await? {
+        push(&message, messages)?;
+    }
+    Ok(())
 }
 
 fn push<T: Message + Name>(message: &T, messages: &Messages) -> Result<(), Failure> {

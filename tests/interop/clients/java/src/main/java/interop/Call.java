@@ -7,9 +7,11 @@ import com.google.protobuf.Message;
 import io.grpc.stub.ClientCallStreamObserver;
 import io.grpc.stub.ClientResponseObserver;
 import io.grpc.stub.StreamObserver;
+import io.mlxrunner.v1.ChatRequest;
 import io.mlxrunner.v1.CompletionRequest;
 import io.mlxrunner.v1.DetokenizeRequest;
 import io.mlxrunner.v1.LoadRequest;
+import io.mlxrunner.v1.RenderChatRequest;
 import io.mlxrunner.v1.RunnerServiceGrpc.RunnerServiceStub;
 import io.mlxrunner.v1.StatusRequest;
 import io.mlxrunner.v1.TokenizeRequest;
@@ -36,6 +38,9 @@ final class Call<Q, A extends Message> implements ClientResponseObserver<Q, A> {
             case "Status" -> begin(request, StatusRequest.newBuilder(), StatusRequest.Builder::build, stub::status);
             case "Completion" -> begin(
                     request, CompletionRequest.newBuilder(), CompletionRequest.Builder::build, stub::completion);
+            case "Chat" -> begin(request, ChatRequest.newBuilder(), ChatRequest.Builder::build, stub::chat);
+            case "RenderChat" -> begin(
+                    request, RenderChatRequest.newBuilder(), RenderChatRequest.Builder::build, stub::renderChat);
             case "Tokenize" -> begin(
                     request, TokenizeRequest.newBuilder(), TokenizeRequest.Builder::build, stub::tokenize);
             case "Detokenize" -> begin(
