@@ -44,7 +44,7 @@ def _language(item: pytest.Item) -> str | None:
     """Return the language of a test; None for a test of all languages."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     language = parameters.get("language")
-    return language.name.removesuffix("-pool") if isinstance(language, Language) else None
+    return language.toolchain.name if isinstance(language, Language) else None
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -52,6 +52,11 @@ class Language:
         """The folder of the client."""
         return CLIENTS / self.name
 
+    @property
+    def toolchain(self) -> Language:
+        """The client that needs the same commands: that of ``go`` for the example ``go-pool``."""
+        return self if self.folder.is_dir() else Language(self.name.partition("-")[0])
+
     def missing(self) -> list[str]:
         """Return the required commands that are not installed."""
         needs = (self.folder / "needs").read_text().split()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -13,14 +14,27 @@ import pytest
 
 from interop.languages import EXAMPLES, Failed, Language, run
 from interop.servers import DEMO_MODEL, ROOT, Server
-from runner_client import Options, RunnerClient
+from runner_client import ChatMessage, JsonSchema, Options, RunnerClient
 
 # The first run of an example builds it.
 pytestmark = pytest.mark.timeout(1800)
 
 PROMPT, OPTIONS = "def fibonacci(n):", Options(temperature=0, num_predict=64)
+MESSAGE = "Ada is 36 years old and has a cat."
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 1, "maxLength": 20},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "pets": {"type": "array", "items": {"enum": ["cat", "dog"]}, "maxItems": 2},
+    },
+    "required": ["name", "age", "pets"],
+    "additionalProperties": False,
+}
 SPAWN = {"go", "go-pool", "node", "node-pool", "python"}
-CALL = {"java", "rust"}
+COMPLETE = {"java", "rust"}
+EXTRACT = {"go-record", "node-record"}
+CALL = COMPLETE | EXTRACT
 MOST_LINES = 59
 SOURCES = {".go", ".java", ".js", ".py", ".rs"}
 
@@ -29,7 +43,9 @@ _SECONDS = 1200.0
 _GONE_SECONDS = 10.0
 _MARK = "MLX_RUNNER_TEST"
 """Environment variable that marks the processes of a test."""
-_LANGUAGES = [Language(each.parent.name) for each in sorted(EXAMPLES.glob("*/run"))]
+_EXAMPLES = [Language(each.parent.name) for each in sorted(EXAMPLES.glob("*/run"))]
+_COMPLETING = [each for each in _EXAMPLES if each.name not in EXTRACT]
+_EXTRACTING = [each for each in _EXAMPLES if each.name in EXTRACT]
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +72,10 @@ def expected(servers: dict[str, Server]) -> str:
 
 
 def test_there_is_an_example_in_each_language() -> None:
-    assert {each.name for each in _LANGUAGES} == SPAWN | CALL
+    assert {each.name for each in _EXAMPLES} == SPAWN | CALL
 
 
-@pytest.mark.parametrize("language", _LANGUAGES, ids=lambda each: each.name)
+@pytest.mark.parametrize("language", _COMPLETING, ids=lambda each: each.name)
 def test_the_example_builds_itself_and_prints_the_completion(
     need: Callable[[Language], None],
     language: Language,
@@ -69,7 +85,7 @@ def test_the_example_builds_itself_and_prints_the_completion(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    need(_toolchain(language))
+    need(language.toolchain)
     where = str(DEMO_MODEL) if language.name in SPAWN else servers["plain"].address
     monkeypatch.setenv(_MARK, str(tmp_path))
     text = run([_run_script(checkout, language), where], _name(language), _SECONDS, tmp_path)
@@ -77,7 +93,30 @@ def test_the_example_builds_itself_and_prints_the_completion(
     assert text.rstrip() == expected.rstrip() != ""
 
 
-@pytest.mark.parametrize("language", _LANGUAGES, ids=lambda each: each.name)
+@pytest.mark.parametrize("language", _EXTRACTING, ids=lambda each: each.name)
+def test_the_example_builds_itself_and_prints_the_record(
+    need: Callable[[Language], None],
+    language: Language,
+    servers: dict[str, Server],
+    checkout: Path,
+    tmp_path: Path,
+) -> None:
+    need(language.toolchain)
+    address = servers["plain"].address
+    with RunnerClient(address) as client:
+        answer = client.complete_chat(
+            [ChatMessage("user", MESSAGE)],
+            options=Options(temperature=0, num_predict=400),
+            constraint=JsonSchema(PERSON),
+        )
+    person = json.loads(answer.content)
+    pets = " ".join(json.dumps(pet) for pet in person["pets"])
+    expected = f"name {json.dumps(person['name'])}, age {person['age']}, pets [{pets}]\n"
+    found = run([_run_script(checkout, language), address], _name(language), _SECONDS, tmp_path)
+    assert found == expected
+
+
+@pytest.mark.parametrize("language", _EXAMPLES, ids=lambda each: each.name)
 def test_the_example_prints_the_reason_of_a_failure(
     need: Callable[[Language], None],
     language: Language,
@@ -86,7 +125,7 @@ def test_the_example_prints_the_reason_of_a_failure(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    need(_toolchain(language))
+    need(language.toolchain)
     where, reason = servers["token"].address, "UNAUTHENTICATED"
     if language.name in SPAWN:
         where, reason = str(tmp_path / "nothing"), "MODEL_NOT_FOUND"
@@ -106,11 +145,6 @@ def test_the_examples_are_short() -> None:
     }
     assert {path.parts[1] for path in lines} == SPAWN | CALL
     assert {path: count for path, count in lines.items() if count > MOST_LINES} == {}
-
-
-def _toolchain(language: Language) -> Language:
-    """Return the client whose toolchain an example needs: that of ``go`` for ``go-pool``."""
-    return Language(language.name.removesuffix("-pool"))
 
 
 def _run_script(checkout: Path, language: Language) -> str:
