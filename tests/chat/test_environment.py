@@ -8,10 +8,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("transformers", reason="transformers is not installed (the server extra)")
-
-from transformers.utils.chat_template_utils import render_jinja_template
-
 from runner_server.chat.environment import compiled, render
 from support.conversations import ARGUMENTS, CONVERSATIONS, TOOLS
 
@@ -54,6 +50,10 @@ def outcome(call: Callable[[], str]) -> tuple[str, str]:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_renders_like_in_transformers(name: str) -> None:
+    # Imported late: it takes a second, and every process of the tests collects this module.
+    reference = pytest.importorskip(
+        "transformers.utils.chat_template_utils", reason="transformers is not installed"
+    )
     source = TEMPLATES[name]
     for case, messages in CONVERSATIONS.items():
         for tools in TOOLS.values():
@@ -63,7 +63,7 @@ def test_a_template_renders_like_in_transformers(name: str) -> None:
                     return render(compiled(source), m, t, a)
 
                 def theirs(m: Any = messages, t: Any = tools, a: Any = arguments) -> str:
-                    rendered, _ = render_jinja_template(
+                    rendered, _ = reference.render_jinja_template(
                         [m], tools=t, chat_template=source, add_generation_prompt=True, **a
                     )
                     return str(rendered[0])

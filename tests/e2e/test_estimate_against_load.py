@@ -16,11 +16,10 @@ from runner_common.model_directory import read_model_directory
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 pytestmark = pytest.mark.mlx
 
-from mlx_lm.models.cache import make_prompt_cache  # noqa: E402 - after importorskip
-
-from runner_server.engine.types import Dtype, LoadSpec  # noqa: E402
+from runner_server.engine.types import Dtype, LoadSpec  # noqa: E402 - after importorskip
 from runner_server.mlx_backend.loading.loader import load  # noqa: E402
 from runner_server.mlx_backend.planning.measure import load_transient_bytes  # noqa: E402
+from runner_server.mlx_backend.upstream.lean_import import import_lean  # noqa: E402
 
 SIZES = {
     "hidden_size": 256,
@@ -91,7 +90,7 @@ def test_the_estimate_matches_the_kv_cache_of_a_full_context(
     need = estimate(str(path), dtype="float32", context_length=CONTEXT, parallel=1)
     spec = LoadSpec(str(path), context_length=CONTEXT, parallel=1, dtype=Dtype.FLOAT32)
     model = load(spec, lambda _progress: None)
-    caches = make_prompt_cache(model._model)
+    caches = import_lean("mlx_lm.models.cache").make_prompt_cache(model._model)
     before = active_bytes()
     mx.eval(model._model(mx.zeros((1, CONTEXT - 2), dtype=mx.int32), cache=caches))
     for _ in range(2):  # a rotating cache reaches its final size in decode

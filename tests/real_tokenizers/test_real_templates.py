@@ -11,10 +11,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("mlx_lm", reason="mlx_lm is not installed (the server extra)")
-
-from mlx_lm import tokenizer_utils
-from transformers.utils.chat_template_utils import render_jinja_template
+pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
 from real_tokenizers.fetch import CACHE
 from runner_server.chat.environment import compiled, render
@@ -54,7 +51,9 @@ def _ours(source: str, name: str, tools: str, arguments: dict[str, Any]) -> str:
 
 
 def _theirs(source: str, name: str, tools: str, arguments: dict[str, Any]) -> str:
-    (text,), _ = render_jinja_template(
+    # Imported late: it takes a second, and every process of the tests collects this module.
+    reference = pytest.importorskip("transformers.utils.chat_template_utils")
+    (text,), _ = reference.render_jinja_template(
         [CONVERSATIONS[name]],
         tools=TOOLS[tools],
         chat_template=source,
@@ -68,6 +67,6 @@ def _theirs(source: str, name: str, tools: str, arguments: dict[str, Any]) -> st
 def test_the_parser_of_tool_calls_is_the_one_of_mlx_lm(file: Path) -> None:
     source = file.read_text(encoding="utf-8")
     tokenizer = SimpleNamespace(chat_template=source, get_vocab=dict)
-    name = tokenizer_utils._infer_tool_parser(tokenizer)
+    name = pytest.importorskip("mlx_lm.tokenizer_utils")._infer_tool_parser(tokenizer)
     found = answer_format(lambda _: False, {}, {}, source).tool_parser
     assert (Path(found).stem if found else None) == name
