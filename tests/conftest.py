@@ -21,7 +21,7 @@ from runner_common.memory.headroom import MINIMUM_VARIABLE, OVERHEAD_VARIABLE
 from runner_common.memory.reservations import DIRECTORY_VARIABLE
 from support.fakes import FakeBackend
 from support.harness import Server, StartServer, running
-from support.user_home import replace_home
+from support.user_home import replace_home, share_kernels
 
 # The duration of a single example means nothing on a busy machine.
 settings.register_profile("project", deadline=None)
@@ -34,7 +34,7 @@ _home = tempfile.TemporaryDirectory(prefix="mlx-runner-home-", ignore_cleanup_er
 """Home of this session and its children, with the caches that its tests share."""
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Restore SIGINT and clear variables which children would inherit.
 
     A suite started in the background ignores SIGINT. Its children would inherit that, and tests
@@ -45,6 +45,8 @@ def pytest_configure() -> None:
         os.environ.pop(variable, None)
     os.environ[DIRECTORY_VARIABLE] = _runtime_directory.name
     replace_home(Path(_home.name))
+    if cache := getattr(config, "cache", None):
+        share_kernels(Path(_home.name), cache.mkdir("kernels"))
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

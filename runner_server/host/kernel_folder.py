@@ -26,7 +26,9 @@ from runner_server.host.private_folder import private_folder
 logger = logging.getLogger(__name__)
 
 _PREFIX = "mlx-runner-kernels-"
-_IN_CACHE = Path("mlx-runner/kernels")
+IN_CACHE = Path("mlx-runner/kernels")
+"""Path below the user's cache folder."""
+
 _RUN, _NEW_RUN = "run-", "new-"
 _LIBRARIES = "lib*.so"
 
@@ -144,7 +146,7 @@ def open_kernels(
     Raises:
         NoKernelFolderError: No location is suitable.
     """
-    key = _key(version) if keeps else None
+    key = kernel_set(version) if keeps else None
     reasons = []
     for path, is_temporary in _candidates(environ):
         folder = None
@@ -164,6 +166,20 @@ def open_kernels(
     raise NoKernelFolderError("; ".join(reasons))
 
 
+def kernel_set(version: str) -> str:
+    """Return the name of the set of kernels that processes on this machine can share.
+
+    Args:
+        version: MLX's version.
+    """
+    compiler = shutil.which("g++")
+    facts = [version, platform.machine(), *_cpu_features(), _c_library()]
+    if compiler:
+        status = Path(compiler).stat()
+        facts += [os.path.realpath(compiler), str(status.st_size), str(status.st_mtime_ns)]
+    return f"{version}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
+
+
 def keep_nothing() -> None:
     """Keep MLX from storing GPU kernels, for lack of a suitable folder."""
     if _PTX_VARIABLE not in os.environ:
@@ -176,20 +192,10 @@ def _candidates(environ: Mapping[str, str]) -> Iterator[tuple[Path, bool]]:
     if given := environ.get("TMPDIR"):
         yield Path(given).absolute() / name, False
     if cache := cache_folder(environ):
-        yield cache / _IN_CACHE, False
+        yield cache / IN_CACHE, False
     with contextlib.suppress(OSError):
         yield Path(tempfile.gettempdir()) / name, False
         yield Path(tempfile.mkdtemp(prefix=_PREFIX)), True
-
-
-def _key(version: str) -> str:
-    """Return the name of a set of interchangeable kernels."""
-    compiler = shutil.which("g++")
-    facts = [version, platform.machine(), *_cpu_features(), _c_library()]
-    if compiler:
-        status = Path(compiler).stat()
-        facts += [os.path.realpath(compiler), str(status.st_size), str(status.st_mtime_ns)]
-    return f"{version}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
 
 
 def _c_library() -> str:

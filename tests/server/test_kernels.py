@@ -16,6 +16,7 @@ import pytest
 
 from runner_server.host.compiler import CHECK_LIBRARY, CompilerError, check_compiler
 from runner_server.host.kernel_folder import KernelFolder, NoKernelFolderError, open_kernels
+from support.user_home import share_kernels
 
 VERSION = "0.0"
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
@@ -177,6 +178,24 @@ def shared_folder(environ: Mapping[str, str]) -> Path:
     shared = folder.libraries.parents[3]
     folder.close()
     return shared
+
+
+@needs_compiler
+def test_sessions_of_tests_share_kernels_but_not_the_folders_of_processes(tmp_path: Path) -> None:
+    mx = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+    shared, homes = tmp_path / "shared", [tmp_path / "one", tmp_path / "two"]
+    shared.mkdir()
+    folders = []
+    for home in homes:
+        share_kernels(home, shared)
+        environ = {"XDG_CACHE_HOME": str(home / ".cache")}
+        folders.append(open_kernels(mx.__version__, check=check_compiler, environ=environ))
+        folders[-1].keep()
+    first, second = (folder.libraries / CHECK_LIBRARY for folder in folders)
+    assert first.parent != second.parent
+    assert first.samefile(second), "it was compiled again"
+    for folder in folders:
+        folder.close()
 
 
 def test_tmpdir_comes_before_the_cache_folder(environ: dict[str, str], tmp_path: Path) -> None:

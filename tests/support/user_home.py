@@ -6,6 +6,9 @@ import os
 import sys
 from pathlib import Path
 
+from runner_server.host.kernel_folder import IN_CACHE, kernel_set
+from runner_server.host.private_folder import private_folder
+
 _USER = dict(os.environ)
 _HUB_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
 _TOOL_CACHES = {"GOCACHE": "go-build", "PIP_CACHE_DIR": "pip"}
@@ -22,6 +25,27 @@ def replace_home(home: Path) -> None:
     for variable in _HUB_VARIABLES:
         os.environ.pop(variable, None)
     os.environ |= {"HOME": str(home), "XDG_CACHE_HOME": str(home / ".cache")}
+
+
+def share_kernels(home: Path, shared: Path) -> None:
+    """Keep the kernels compiled in a home folder together with those of other sessions.
+
+    g++ takes a second for each, and all tests together need more than fifty. Runners check a kernel
+    of an earlier process before they load it. No-op without MLX.
+
+    Args:
+        home: The folder given to :func:`replace_home`, still empty.
+        shared: An existing folder for the kernels of all sessions.
+    """
+    try:
+        import mlx.core as mx
+    except ImportError:
+        return
+    name = kernel_set(vars(mx)["__version__"])
+    (shared / name).mkdir(exist_ok=True)
+    # The folder itself is for one session: each locks and removes the folders of its processes.
+    kernels = private_folder(home / ".cache" / IN_CACHE)
+    (kernels / name).symlink_to(shared / name)
 
 
 def toolchain_variables() -> dict[str, str]:
