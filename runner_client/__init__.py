@@ -7,8 +7,6 @@ documents the exception tree, ``estimate`` computes the memory that a model need
 ``testing`` has a fake runner for your own tests.
 """
 
-from importlib.metadata import version
-
 from runner_client.errors import (
     AuthenticationError,
     BusyError,
@@ -84,7 +82,9 @@ from runner_client.types import (
     TopLogprob,
 )
 
-__version__ = version("mlx-grpc-runner")
+__version__ = "0.2.0"
+"""The version in pyproject.toml, repeated because importlib.metadata would take a twentieth of the
+time of this import."""
 
 __all__ = [
     "AsyncChatStream",

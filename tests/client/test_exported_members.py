@@ -8,9 +8,11 @@ import inspect
 import pkgutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import runner_client
+import runner_server
 from runner_client import errors, settings, types
 
 ROOT = Path(__file__).parents[2]
@@ -155,8 +157,9 @@ def test_no_class_overrides_privates_of_another_module() -> None:
                     assert not private & vars(base).keys(), f"{owner} overrides those of {base}"
 
 
-def test_the_version_has_at_least_three_parts() -> None:
-    assert runner_client.__version__.count(".") >= 2
+def test_client_and_server_repeat_the_version_of_pyproject() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert runner_client.__version__ == runner_server.__version__ == project["version"]
 
 
 def test_the_client_works_without_mlx_and_without_the_server() -> None:
