@@ -34,6 +34,7 @@ from runner_server.mlx_backend.constraints.matcher import GrammarMatcher
 from runner_server.mlx_backend.in_flight import InFlightStep
 from runner_server.mlx_backend.sampling.end_mask import EndMask
 from runner_server.mlx_backend.sampling.logprobs import are_finite
+from runner_server.mlx_backend.sampling.mask_rows import MaskRows
 from runner_server.mlx_backend.sampling.masks import TokenMasks
 from runner_server.mlx_backend.sampling.penalties import Penalties
 from runner_server.mlx_backend.sampling.row_logprobs import (
@@ -117,6 +118,7 @@ class DecodeBatch:
         self._model = model
         self._agree = agree
         self._vocab_size = vocab_size
+        self._mask_rows = MaskRows(vocab_size)
         self.rows: list[Row] = []
         # A single row stays in its own caches, which need no mask; several are merged.
         self._caches: Caches = []
@@ -299,7 +301,10 @@ class DecodeBatch:
     def _prepare(self) -> None:
         """Rebuild the sampler, the penalties and the masks for the current rows."""
         options = [row.sampling for row in self.rows]
-        self._masks = TokenMasks([row.matcher for row in self.rows], self._vocab_size)
+        matchers = [row.matcher for row in self.rows]
+        self._masks = TokenMasks(matchers, self._vocab_size, self._mask_rows)
+        if not self._masks:
+            self._mask_rows.clear()
         self._sampler = Sampler(options, self._vocab_size)
         self._penalties = Penalties(options)
         self._end_mask = EndMask(options)

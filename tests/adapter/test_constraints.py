@@ -11,12 +11,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
 
 from runner_server.engine.backend import LoadedModel, Matcher
 from runner_server.engine.types import Constraint, NoLegalToken, Sampling
-from runner_server.mlx_backend.sampling.masks import masked
 from support.models import VOCAB_SIZE
 from support.rows import GREEDY, Row, run_alone, run_together
 from tools.local_batch import LocalBatch
@@ -228,18 +226,3 @@ def test_a_removed_row_leaves_no_matcher(trained: LoadedModel, how: str) -> None
         batch.remove([0, 1, 2])
     gc.collect()
     assert [each() for each in left] == [None] * 3
-
-
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
-@pytest.mark.parametrize("size", [1, 31, 32, 33, 100])
-def test_a_mask_excludes_exactly_its_zeros(dtype: mx.Dtype, size: int) -> None:
-    words = -(-size // 32)
-    rng = random.Random(size)  # noqa: S311 - reproducible
-    rows = [[rng.getrandbits(32) for _ in range(words)] for _ in range(3)]
-    logits = mx.arange(3 * size, dtype=mx.float32).reshape(3, size).astype(dtype)
-    found = masked(logits, mx.array(rows, dtype=mx.uint32))
-    assert found.dtype == dtype
-    for row_logits, kept, bits in zip(logits, found, rows, strict=True):
-        allowed = [bits[index // 32] >> index % 32 & 1 for index in range(size)]
-        expected = mx.where(mx.array(allowed, dtype=mx.bool_), row_logits, -mx.inf)
-        assert mx.array_equal(kept, expected)

@@ -33,6 +33,7 @@ SIZES = ModelSizes(
     together_bytes=40 * MIB,
     logits_bytes=MIB // 4,
     decode_bytes=lambda rows: rows * MIB,
+    mask_bytes=0,
     load_transient_bytes=0,
     tokenizer=TokenizerMemory(0, 0),
     process_bytes=100,

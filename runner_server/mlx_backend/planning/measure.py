@@ -25,6 +25,7 @@ from runner_server.mlx_backend.planning.working_memory import (
     prefill_bytes,
     require_batches,
 )
+from runner_server.mlx_backend.sampling.mask_rows import kept_bytes
 
 _MIB = 1 << 20
 
@@ -95,6 +96,7 @@ def measure(
         together_bytes=batch_prefill_bytes(model, together, chunk),
         logits_bytes=logits_bytes(seen.vocab_size),
         decode_bytes=partial(decode_bytes, model, tokens=context_length),
+        mask_bytes=kept_bytes(seen.vocab_size) if _takes_constraints() else 0,
         load_transient_bytes=load_transient_bytes(model, directory),
         tokenizer=tokenizer_memory(directory.path),
         process_bytes=process_bytes(parallel, device) + constraint_bytes(seen.vocab_size),
@@ -115,9 +117,13 @@ def process_bytes(parallel: int, device: str) -> int:
 
 def constraint_bytes(vocab_size: int) -> int:
     """Return the memory of constraints, in bytes, which the first one takes."""
-    if importlib.util.find_spec("llguidance") is None:
+    if not _takes_constraints():
         return 0
     return _CONSTRAINT_BYTES + _CONSTRAINT_TOKEN_BYTES * vocab_size
+
+
+def _takes_constraints() -> bool:
+    return importlib.util.find_spec("llguidance") is not None
 
 
 def load_transient_bytes(model: Module, directory: ModelDirectory) -> int:

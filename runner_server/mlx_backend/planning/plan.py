@@ -249,7 +249,7 @@ class _Budget:
             copied = max(copied, min(rows * sizes.row_bytes // 2, sizes.row_bytes))
         step = sizes.decode_bytes(parallel)
         arrays = int(_WORKING_SLACK * max(self._prefill_bytes(parallel), step, copied))
-        arrays += 2 * _MIB + sizes.probe.step_bytes
+        arrays += 2 * _MIB + sizes.probe.step_bytes + sizes.mask_bytes
         least, most = _BUFFER_CACHE_BYTES[sizes.device]
         buffers = min(most, max(least, arrays))
         return arrays + buffers, buffers

@@ -81,6 +81,7 @@ class ModelSizes:
             addition to that of prefill.
         decode_bytes: Function from a number of sequences of ``context_length`` to the working
             memory of a decode step. Not computed before it is called.
+        mask_bytes: Rows of token masks that are kept while a request has a constraint.
         load_transient_bytes: Peak of reading the weight files, in addition to the weights.
         tokenizer: The memory of the tokenizer.
         process_bytes: Interpreter, libraries and heap, without the tokenizer.
@@ -96,6 +97,7 @@ class ModelSizes:
     together_bytes: int
     logits_bytes: int
     decode_bytes: Callable[[int], int]
+    mask_bytes: int
     load_transient_bytes: int
     tokenizer: TokenizerMemory
     process_bytes: int

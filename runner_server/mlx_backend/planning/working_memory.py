@@ -23,7 +23,7 @@ from runner_server.mlx_backend.cache.row_caches import Caches, merge, side_by_si
 from runner_server.mlx_backend.planning.graph_memory import transient_bytes
 from runner_server.mlx_backend.sampling.end_mask import EndMask
 from runner_server.mlx_backend.sampling.logprobs import token_logprobs
-from runner_server.mlx_backend.sampling.masks import mask_words, masked
+from runner_server.mlx_backend.sampling.mask_rows import expanded, mask_words
 from runner_server.mlx_backend.sampling.penalties import Penalties
 from runner_server.mlx_backend.sampling.prompt_logprobs import ChunkLogprobs
 from runner_server.mlx_backend.sampling.sampler import Sampler
@@ -102,8 +102,8 @@ def decode_bytes(model: Module, rows: int, tokens: int) -> int:
         options = [_costly(last.shape[-1])] * rows
         changed = Penalties(options)(last, [[0]] * rows, inputs[:, -1], [1] * rows)
         changed = EndMask(options)(changed, [0] * rows)
-        words = mx.zeros((rows, mask_words(last.shape[-1])), dtype=mx.uint32)
-        changed = masked(changed, words)
+        masks = [bytes(4 * mask_words(last.shape[-1]))] * rows
+        changed = changed + expanded(masks, last.shape[-1], changed.dtype)
         drawn = Sampler(options, last.shape[-1])(changed, [0] * rows)
         found = token_logprobs(last, drawn, min(MAX_LOGPROBS, last.shape[-1]))
         return [drawn, found.chosen, found.ids, found.values]
