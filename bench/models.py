@@ -4,7 +4,7 @@ Every contender reads the same files. Weights are stored as float32 because the 
 stored dtype, and float32 is the fastest dtype on a CPU for all of them. The 4-bit model is stored
 as ``mlx_lm.convert`` writes it, with bfloat16 scales. The end-of-text id is one past the
 vocabulary, so no model can stop early and every contender generates exactly the requested number
-of tokens.
+of tokens. Models for constraints have a reachable one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,13 @@ class Shape:
         config: Contents of config.json except for the settings common to all shapes.
         vocab_size: Number of token ids.
         quantized: Store the weights in 4 bits.
+        ends: The last token id ends a text, without which a text cannot be constrained.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
     vocab_size: int = SMALL_VOCABULARY
     quantized: bool = False
+    ends: bool = False
 
 
 _COMMON = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True}
@@ -107,7 +109,10 @@ POOLED_SHAPES = {
 """Models for pools, named by the MiB of their weights: large enough to be seen in the memory of a
 process, and small enough to load in a second."""
 
-_RANDOM = {**SHAPES, **POOLED_SHAPES}
+ENDING = {f"{name}-ending": replace(SHAPES[name], ends=True) for name in ("llama-1m", "qwen3-20m")}
+"""Models for constraints."""
+
+_RANDOM = {**SHAPES, **POOLED_SHAPES, **ENDING}
 
 
 def ensure_model(name: str) -> Path:
@@ -151,7 +156,7 @@ def _write_random(shape: Shape, path: Path) -> None:
         **_COMMON,
         **shape.config,
         "vocab_size": shape.vocab_size,
-        "eos_token_id": shape.vocab_size,
+        "eos_token_id": shape.vocab_size - shape.ends,
     }
     mx.random.seed(0)
     model_class, args_class = _get_classes(config)

@@ -36,6 +36,8 @@ class Request:
         background: Cancel the stream shortly after all other streams of the run are done.
         want_ids: Token ids will be compared, so a contender that streams text only may respond
             without streaming.
+        json_schema: JSON schema of the text, which must not end within ``max_tokens``; empty for a
+            free text. Only ours supports it.
     """
 
     prompt: Prompt
@@ -45,6 +47,7 @@ class Request:
     delay_seconds: float = 0.0
     background: bool = False
     want_ids: bool = False
+    json_schema: str = ""
 
 
 @dataclass(slots=True)

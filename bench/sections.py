@@ -8,7 +8,16 @@ from dataclasses import dataclass
 
 from bench import tables
 from bench.contenders import OURS
-from bench.measures import arrival, growth, limits, memory, prefix, quantized, start
+from bench.measures import (
+    arrival,
+    constrained,
+    growth,
+    limits,
+    memory,
+    prefix,
+    quantized,
+    start,
+)
 from bench.models import DEMO
 from bench.results import Results
 from bench.stats import summarize
@@ -121,6 +130,25 @@ def _limits(results: Results) -> str:
     return tables.markdown(["", *heads.values()], rows)
 
 
+def _constrained(results: Results) -> str:
+    heads = {
+        "rate": "tokens per second",
+        "ttft_seconds": "first token",
+        "gap_seconds": "p99 of the gaps",
+    }
+    rows = []
+    for model in results.models("constrained"):
+        for case in results.cases("constrained", model, "rate"):
+            cells = [
+                tables.spread(
+                    summarize(results.values("constrained", model, OURS, metric, case)), metric
+                )
+                for metric in heads
+            ]
+            rows.append([f"{model}: {case}", *cells])
+    return tables.markdown(["", *heads.values()], rows)
+
+
 def _if_measured(measure: str, render: Callable[[Results], str]) -> Callable[[Results], str]:
     return lambda results: render(results) if results.models(measure) else ""
 
@@ -187,6 +215,13 @@ SECTIONS = (
         f"{quantized.MODEL}: tokens per second of one stream, with 64 prompt tokens and 12 "
         "generated tokens. All run as installed, which for the peers means without a fast BLAS.",
         _if_measured("quantized", _quantized),
+    ),
+    Section(
+        "Constrained against free",
+        f"{constrained.STREAMS} streams of {constrained.MAX_TOKENS} tokens, with and without a "
+        "JSON schema, in turn on the same server. The grammar is cached after the warm-up. The "
+        "peer vllm-mlx 0.6.0 serves free text here, but answers a JSON schema with status 500.",
+        _if_measured("constrained", _constrained),
     ),
     Section(
         "Growth with the prompt",

@@ -74,12 +74,17 @@ class Ours(Server):
 
 
 def _message(request: Request) -> runner_pb2.CompletionRequest:
-    options = runner_pb2.CompletionOptions(temperature=0, num_predict=request.max_tokens)
+    options = runner_pb2.CompletionOptions(
+        temperature=0, num_predict=request.max_tokens, ignore_eos=not request.json_schema
+    )
     if request.sampled:
         options.temperature = TEMPERATURE
         options.top_p = TOP_P
         options.top_k = TOP_K
         options.seed = request.seed
-    return runner_pb2.CompletionRequest(
+    message = runner_pb2.CompletionRequest(
         prompt_token_ids=runner_pb2.TokenIds(ids=request.prompt.token_ids), options=options
     )
+    if request.json_schema:
+        message.constraint.json_schema = request.json_schema
+    return message

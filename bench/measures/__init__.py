@@ -9,6 +9,7 @@ from functools import partial
 from bench.measures import (
     agreement,
     arrival,
+    constrained,
     growth,
     limits,
     memory,
@@ -52,4 +53,5 @@ MEASURES = {
     "cache-entries": Measure(growth.measure_cache_entries),
     "memory": Measure(memory.measure),
     "quantized": Measure(quantized.measure),
+    "constrained": Measure(constrained.measure),
 }
