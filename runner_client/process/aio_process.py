@@ -271,7 +271,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
         messages: Sequence[ChatMessage],
         *,
         tools: Sequence[Tool] = (),
-        tool_choice: Literal["auto", "none"] = "auto",
+        tool_choice: Literal["auto", "none", "required"] = "auto",
         chat_template_kwargs: Mapping[str, object] | None = None,
         options: Options | None = None,
         logprobs: int | None = None,
@@ -281,6 +281,8 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
         cache_salt: str = "",
         logprob_token_ids: Sequence[int] = (),
         constraint: Constraint | None = None,
+        tool_name: str = "",
+        reasoning_budget: int | None = None,
     ) -> AsyncChatStream:
         """Start an answer to a conversation; see ``AsyncRunnerClient.chat``.
 
@@ -301,6 +303,8 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
             cache_salt=cache_salt,
             logprob_token_ids=logprob_token_ids,
             constraint=constraint,
+            tool_name=tool_name,
+            reasoning_budget=reasoning_budget,
         )
 
     async def tokenize(

@@ -57,7 +57,7 @@ class AsyncChatClient:
         messages: Sequence[ChatMessage],
         *,
         tools: Sequence[Tool] = (),
-        tool_choice: Literal["auto", "none"] = "auto",
+        tool_choice: Literal["auto", "none", "required"] = "auto",
         chat_template_kwargs: Mapping[str, object] | None = None,
         options: Options | None = None,
         logprobs: int | None = None,
@@ -68,6 +68,8 @@ class AsyncChatClient:
         cache_salt: str = "",
         logprob_token_ids: Sequence[int] = (),
         constraint: Constraint | None = None,
+        tool_name: str = "",
+        reasoning_budget: int | None = None,
     ) -> AsyncChatStream:
         """Start an answer to a conversation and return the stream of chunks without waiting.
 
@@ -75,6 +77,7 @@ class AsyncChatClient:
             messages: The conversation, in order.
             tools: The tools that the model may call.
             tool_choice: ``"none"`` for an answer without calls; the model gets no tools then.
+                ``"required"`` for one of calls alone.
             chat_template_kwargs: More arguments for the template, such as
                 ``{"enable_thinking": False}``.
             options: See ``completion``, as for all arguments below.
@@ -85,7 +88,9 @@ class AsyncChatClient:
             bypass_prefix_cache: See ``completion``.
             cache_salt: See ``completion``.
             logprob_token_ids: See ``completion``.
-            constraint: What the answer must be; see ``completion``.
+            constraint: What the answer must be, after its reasoning; see ``completion``.
+            tool_name: The one tool to call, with ``tool_choice="required"``. Default: any.
+            reasoning_budget: The most tokens of reasoning, which is then ended. Default: no limit.
 
         Raises:
             TypeError: An argument is of the wrong type.
@@ -106,6 +111,8 @@ class AsyncChatClient:
             cache_salt=cache_salt,
             logprob_token_ids=logprob_token_ids,
             constraint=constraint,
+            tool_name=tool_name,
+            reasoning_budget=reasoning_budget,
         )
         return self._connection.start_chat(request)
 
@@ -114,7 +121,7 @@ class AsyncChatClient:
         messages: Sequence[ChatMessage],
         *,
         tools: Sequence[Tool] = (),
-        tool_choice: Literal["auto", "none"] = "auto",
+        tool_choice: Literal["auto", "none", "required"] = "auto",
         chat_template_kwargs: Mapping[str, object] | None = None,
         options: Options | None = None,
         logprobs: int | None = None,
@@ -125,6 +132,8 @@ class AsyncChatClient:
         cache_salt: str = "",
         logprob_token_ids: Sequence[int] = (),
         constraint: Constraint | None = None,
+        tool_name: str = "",
+        reasoning_budget: int | None = None,
     ) -> ChatCompletion:
         """Answer a conversation to the end, with the arguments of ``chat``.
 
@@ -148,6 +157,8 @@ class AsyncChatClient:
             cache_salt=cache_salt,
             logprob_token_ids=logprob_token_ids,
             constraint=constraint,
+            tool_name=tool_name,
+            reasoning_budget=reasoning_budget,
         )
         async with stream:
             return chats.join_chat_chunks([chunk async for chunk in stream])

@@ -58,7 +58,7 @@ class ChatClient:
         messages: Sequence[ChatMessage],
         *,
         tools: Sequence[Tool] = (),
-        tool_choice: Literal["auto", "none"] = "auto",
+        tool_choice: Literal["auto", "none", "required"] = "auto",
         chat_template_kwargs: Mapping[str, object] | None = None,
         options: Options | None = None,
         logprobs: int | None = None,
@@ -69,6 +69,8 @@ class ChatClient:
         cache_salt: str = "",
         logprob_token_ids: Sequence[int] = (),
         constraint: Constraint | None = None,
+        tool_name: str = "",
+        reasoning_budget: int | None = None,
     ) -> ChatStream:
         """Start an answer to a conversation and return the stream of chunks without waiting.
 
@@ -76,6 +78,7 @@ class ChatClient:
             messages: The conversation, in order.
             tools: The tools that the model may call.
             tool_choice: ``"none"`` for an answer without calls; the model gets no tools then.
+                ``"required"`` for one of calls alone.
             chat_template_kwargs: More arguments for the template, such as
                 ``{"enable_thinking": False}``.
             options: See ``completion``, as for all arguments below.
@@ -86,7 +89,9 @@ class ChatClient:
             bypass_prefix_cache: See ``completion``.
             cache_salt: See ``completion``.
             logprob_token_ids: See ``completion``.
-            constraint: What the answer must be; see ``completion``.
+            constraint: What the answer must be, after its reasoning; see ``completion``.
+            tool_name: The one tool to call, with ``tool_choice="required"``. Default: any.
+            reasoning_budget: The most tokens of reasoning, which is then ended. Default: no limit.
 
         Raises:
             TypeError: An argument is of the wrong type.
@@ -107,6 +112,8 @@ class ChatClient:
             cache_salt=cache_salt,
             logprob_token_ids=logprob_token_ids,
             constraint=constraint,
+            tool_name=tool_name,
+            reasoning_budget=reasoning_budget,
         )
         return self._connection.start_chat(request)
 
@@ -115,7 +122,7 @@ class ChatClient:
         messages: Sequence[ChatMessage],
         *,
         tools: Sequence[Tool] = (),
-        tool_choice: Literal["auto", "none"] = "auto",
+        tool_choice: Literal["auto", "none", "required"] = "auto",
         chat_template_kwargs: Mapping[str, object] | None = None,
         options: Options | None = None,
         logprobs: int | None = None,
@@ -126,6 +133,8 @@ class ChatClient:
         cache_salt: str = "",
         logprob_token_ids: Sequence[int] = (),
         constraint: Constraint | None = None,
+        tool_name: str = "",
+        reasoning_budget: int | None = None,
     ) -> ChatCompletion:
         """Answer a conversation to the end, with the arguments of ``chat``.
 
@@ -149,6 +158,8 @@ class ChatClient:
             cache_salt=cache_salt,
             logprob_token_ids=logprob_token_ids,
             constraint=constraint,
+            tool_name=tool_name,
+            reasoning_budget=reasoning_budget,
         )
         with stream:
             return chats.join_chat_chunks([chunk for chunk in stream])

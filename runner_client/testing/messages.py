@@ -63,6 +63,7 @@ def capabilities(*, has_cache: bool, has_template: bool) -> pb.Capabilities:
         chat=has_template,
         reasoning=True,
         tools=True,
+        required_tools=True,
         constraint_kinds=[
             pb.ConstraintKind.Value(f"CONSTRAINT_KIND_{kind.upper()}") for kind in CONSTRAINT_KINDS
         ],

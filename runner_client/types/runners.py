@@ -37,6 +37,8 @@ class Capabilities:
     constraint_kinds: tuple[str, ...] | None = None
     """The kinds of constraints: json_schema, json_object, regex, lark, choice. None if there are
     none, or if an older server does not tell."""
+    required_tools: bool | None = None
+    """Whether answers can be required to call tools."""
 
 
 @dataclass(frozen=True, slots=True)

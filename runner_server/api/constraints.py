@@ -7,6 +7,7 @@ import asyncio
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_common.contract import CONSTRAINT_KINDS, MAX_CHOICES, MAX_CONSTRAINT_BYTES
 from runner_server.api.violations import ViolationCollector
+from runner_server.chat.reasoning import Reasoning
 from runner_server.engine.backend import Matcher, ModelHandle
 from runner_server.engine.types import Constraint
 
@@ -54,15 +55,24 @@ def _check_size(check: ViolationCollector, field: str, text: str) -> None:
     check.require(field, inside, f"{size} bytes; 1 to {MAX_CONSTRAINT_BYTES}")
 
 
-async def start_matcher(constraint: Constraint | None, model: ModelHandle) -> Matcher | None:
-    """Compile a constraint if it is not cached, and return a matcher; None without a constraint.
+async def start_matcher(
+    constraint: Constraint | None, reasoning: Reasoning | None, model: ModelHandle
+) -> Matcher | None:
+    """Compile a constraint if it is not cached, and return a matcher; None if nothing is limited.
+
+    Args:
+        constraint: What the text must be; None for any text.
+        reasoning: The reasoning before that text, and its limit; None if the text begins at once.
+        model: The model.
 
     Raises:
-        InvalidField: The constraint cannot be used with the model.
+        InvalidField: The constraint or the limit cannot be used with the model.
     """
-    if constraint is None:
-        return None
-    future = asyncio.wrap_future(model.grammars.compile(constraint))
-    # Shielded, because other calls may wait for the same grammar.
-    grammar = await asyncio.shield(future)
-    return grammar.start()
+    grammar = None
+    if constraint is not None:
+        future = asyncio.wrap_future(model.grammars.compile(constraint))
+        # Shielded, because other calls may wait for the same grammar.
+        grammar = await asyncio.shield(future)
+    if reasoning is not None:
+        grammar = await asyncio.wrap_future(model.grammars.after_reasoning(reasoning, grammar))
+    return grammar.start() if grammar else None

@@ -78,6 +78,11 @@ def model_message(info: ModelInfo, rank_count: int = 1) -> pb.Model:
             chat=info.chat.has_template,
             tools=info.chat.has_template and bool(info.chat.answer.tool_parser),
             reasoning=info.chat.has_template and bool(info.chat.answer.think_start),
+            required_tools=(
+                info.takes_constraints
+                and info.chat.has_template
+                and info.chat.answer.can_require_calls
+            ),
             constraint_kinds=CONSTRAINT_KIND_VALUES if info.takes_constraints else [],
         ),
     )

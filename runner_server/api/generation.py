@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from runner_server.api.constraints import start_matcher
 from runner_server.api.prompts import Prompt, encode_prompt
 from runner_server.api.violations import check_token_ids
+from runner_server.chat.reasoning import Reasoning
 from runner_server.engine.backend import ModelHandle
 from runner_server.engine.engine import Engine
 from runner_server.engine.generation_request import GenerationRequest
@@ -40,6 +41,7 @@ class GenerationDraft:
         priority: See :class:`CompletionSpec`.
         cache_policy: See :class:`CompletionSpec`.
         constraint: What the text must be; None for any text.
+        reasoning: The reasoning before that text, and its limit; None if the text begins at once.
     """
 
     prompt: Prompt
@@ -52,6 +54,7 @@ class GenerationDraft:
     priority: int = 0
     cache_policy: CachePolicy = field(default_factory=CachePolicy)
     constraint: Constraint | None = None
+    reasoning: Reasoning | None = None
 
     def fit(self, prompt_ids: Sequence[int], model: ModelInfo) -> CompletionSpec:
         """Return the request for the engine, fitted to the model's context.
@@ -129,7 +132,7 @@ async def generate(
     """
     prompt_ids = await encode_prompt(draft.prompt, model)
     spec = draft.fit(prompt_ids, model.info)
-    matcher = await start_matcher(draft.constraint, model)
+    matcher = await start_matcher(draft.constraint, draft.reasoning, model)
     request = engine.submit(model, spec, matcher)
     current_call().stats = request.stats
     try:

@@ -42,7 +42,7 @@ from runner_server.engine.types import CachePolicy, Dtype, LoadSpec, ModelInfo, 
 
 _T = TypeVar("_T")
 
-_MAX_INT32 = 2**31 - 1
+MAX_INT32 = 2**31 - 1
 _MAX_STOP_CHARS = 1024
 _NANOS = 1_000_000_000
 
@@ -205,7 +205,7 @@ def generation_draft(
     constraint = None
     if request.HasField("constraint"):
         constraint = parse_constraint(check, request.constraint)
-        _check_ends(check, options)
+        check_ends(check, options)
     check.finish()
     uses_cache = not request.bypass_prefix_cache
     return GenerationDraft(
@@ -222,9 +222,9 @@ def generation_draft(
     )
 
 
-def _check_ends(check: ViolationCollector, options: pb.CompletionOptions) -> None:
+def check_ends(check: ViolationCollector, options: pb.CompletionOptions) -> None:
     """Check that the end of the text is left to the constraint."""
-    text = "cannot be combined with a constraint, which says where the text may end"
+    text = "cannot be combined with a constraint or required calls, which say where the text ends"
     check.require("options.ignore_eos", not options.ignore_eos, text)
     check.require("options.min_predict", options.min_predict <= 0, text)
 
@@ -259,11 +259,11 @@ def _check_numbers(
     _check_number(check, options, "top_p", 0, 1, above=True)
     _check_number(check, options, "min_p", 0, 1)
     _check_number(check, options, "top_k", 0, model.vocab_size)
-    _check_number(check, options, "repeat_last_n", -1, _MAX_INT32)
+    _check_number(check, options, "repeat_last_n", -1, MAX_INT32)
     _check_number(check, options, "repeat_penalty", 0.01, 100)
     _check_number(check, options, "presence_penalty", -100, 100)
     _check_number(check, options, "frequency_penalty", -100, 100)
-    _check_number(check, options, "num_predict", 1, _MAX_INT32)
+    _check_number(check, options, "num_predict", 1, MAX_INT32)
 
 
 def _check_least(
@@ -271,7 +271,7 @@ def _check_least(
 ) -> None:
     """Check ``min_predict``, and that it can be met."""
     least, field = options.min_predict, "options.min_predict"
-    check.number(field, least, 0, _MAX_INT32)
+    check.number(field, least, 0, MAX_INT32)
     most = options.num_predict
     is_over = options.HasField("num_predict") and least > max(0, most)
     check.require(field, not is_over, f"{least} is more than num_predict, which is {most}")

@@ -51,17 +51,26 @@ class Answer:
         model: The markers of the model.
         prompt: The prompt, in which a template may have opened the reasoning.
         parse_calls: Parses the text of tool calls.
+        is_call_whole: Whether every call is known to be whole, so that a marker after text that is
+            no call is a part of the call's arguments.
 
     Attributes:
         reasoning_count: Tokens whose text was complete within the reasoning, its markers included.
         has_calls: Whether there was a tool call.
+        is_call_whole: See above.
     """
 
     def __init__(
-        self, model: AnswerFormat, prompt: str, parse_calls: ParseCalls = no_calls
+        self,
+        model: AnswerFormat,
+        prompt: str,
+        parse_calls: ParseCalls = no_calls,
+        *,
+        is_call_whole: bool = False,
     ) -> None:
         self._splitter = AnswerSplitter(model.transitions, model.state_after(prompt))
         self._parse_calls = parse_calls
+        self.is_call_whole = is_call_whole
         self._state = self._splitter.state
         self._begin = ""
         self._call_text = ""
@@ -70,14 +79,14 @@ class Answer:
 
     async def add(self, texts: Iterable[str], *, is_last: bool) -> AnswerPart:
         """Add the texts of tokens, one for each; return what they make certain."""
-        segments: list[Segment] = []
+        parts: list[AnswerPart] = []
         for text in texts:
             before = self._splitter.state
-            segments += self._splitter.feed(text)
+            # One by one, because a marker that is none changes how the text after it is divided.
+            parts += [await self._part(segment) for segment in self._splitter.feed(text)]
             self.reasoning_count += REASONING in (before, self._splitter.state)
         if is_last:
-            segments += self._splitter.flush()
-        parts = [await self._part(segment) for segment in segments]
+            parts += [await self._part(segment) for segment in self._splitter.flush()]
         if is_last and self._state == TOOL:
             parts.append(await self._end_calls(""))
         return AnswerPart(
@@ -106,6 +115,10 @@ class Answer:
         self.has_calls = self.has_calls or bool(calls)
         if calls:
             return AnswerPart(tool_calls=calls)
+        if end and self.is_call_whole:
+            self._state = self._splitter.state = TOOL
+            self._call_text += end
+            return AnswerPart()
         return AnswerPart(content=self._begin + self._call_text + end)
 
 

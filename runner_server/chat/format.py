@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import PurePath
 
 CONTENT, REASONING, TOOL, HEADER = "content", "reasoning", "tool", "header"
 """States of an answer: text, the reasoning before it, a tool call, and text that is left out."""
+
+REQUIRED_CALLS = ("json_tools", "kimi_k2", "mistral")
+"""Parsers of mlx_lm whose calls have JSON arguments, so that a grammar can require calls."""
 
 Transitions = Mapping[str, tuple[tuple[str, str], ...]]
 """By state, pairs of a marker and the state after it."""
@@ -27,6 +31,40 @@ class AnswerFormat:
     initial: str = CONTENT
     think_start: str = ""
     tool_parser: str = ""
+
+    @property
+    def call_form(self) -> str:
+        """The name of mlx_lm's parser of tool calls; empty if there is none."""
+        return PurePath(self.tool_parser).stem
+
+    @property
+    def call_markers(self) -> tuple[str, str]:
+        """The markers before and after tool calls; the second one may be empty."""
+        begin = (text for text, to in self.transitions.get(CONTENT, ()) if to == TOOL)
+        end = (text for text, to in self.transitions.get(TOOL, ()) if to == CONTENT)
+        return next(begin, ""), next(end, "")
+
+    @property
+    def can_require_calls(self) -> bool:
+        """Whether a grammar can require tool calls."""
+        return self.call_form in REQUIRED_CALLS and bool(self.call_markers[0])
+
+    @property
+    def think_end(self) -> str:
+        """The marker after reasoning; empty if the model has none."""
+        edges = self.transitions.get(REASONING, ())
+        return next((text for text, to in edges if to == CONTENT), "")
+
+    @property
+    def has_reasoning(self) -> bool:
+        """Whether both markers of reasoning are known."""
+        return bool(self.think_start and self.think_end)
+
+    def with_calls_in_content(self) -> AnswerFormat:
+        """Return the format of answers in which only its own marker ends the reasoning."""
+        edges = self.transitions.get(REASONING, ())
+        kept = tuple((text, to) for text, to in edges if to == CONTENT)
+        return replace(self, transitions={**self.transitions, REASONING: kept})
 
     def without_tools(self) -> AnswerFormat:
         """Return the format of answers in which the markers of tool calls are text."""

@@ -55,6 +55,11 @@ class AnswerSplitter:
         if shown:
             yield Segment(self.state, shown)
 
+    @property
+    def held(self) -> str:
+        """The text at the end that may turn out to begin a marker."""
+        return self._held
+
     def flush(self) -> Iterator[Segment]:
         """End the text; yield what was held back."""
         shown, self._held = self._held, ""

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
+from runner_server.chat.reasoning import Reasoning
 from runner_server.engine.prefill_queue import PrefillLimits
 from runner_server.engine.prefix_cache import Match
 from runner_server.engine.types import (
@@ -81,12 +82,12 @@ class Matcher(Protocol):
     """
 
     @property
-    def is_satisfied(self) -> bool:
-        """True if the text so far obeys the constraint."""
+    def is_satisfied(self) -> bool | None:
+        """True if the text so far obeys the constraint; None if only reasoning is limited."""
         ...
 
-    def accepts(self, text: str) -> bool:
-        """Return whether another text would obey the constraint."""
+    def accepts(self, text: str) -> bool | None:
+        """Return whether another text would obey the constraint; None as above."""
         ...
 
 
@@ -109,6 +110,18 @@ class Grammars(Protocol):
         Returns:
             A future that resolves to the grammar, or raises ``InvalidField``, which names the place
             in the constraint, or says what the model or the server lacks.
+        """
+        ...
+
+    def after_reasoning(self, reasoning: Reasoning, grammar: Grammar | None) -> Future[Grammar]:
+        """Return the grammar of answers that may reason first, from another thread.
+
+        Args:
+            reasoning: The reasoning, with its markers and its limit.
+            grammar: The grammar of the text after it; None for any text.
+
+        Returns:
+            A future that resolves to the grammar, or raises ``InvalidField``.
         """
         ...
 

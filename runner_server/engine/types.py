@@ -107,12 +107,17 @@ class ModelInfo:
     takes_constraints: bool = False
 
 
+TOOL_CALLS = "tool_calls"
+"""Kind of a constraint of required calls: their form, the markers before and after them, and the
+field, name and schema of each tool. No request has it."""
+
+
 @dataclass(frozen=True)
 class Constraint:
     """A rule that a text must obey; see ``Constraint`` in the protocol.
 
     Attributes:
-        kind: One of ``CONSTRAINT_KINDS``.
+        kind: One of ``CONSTRAINT_KINDS``, or ``TOOL_CALLS``.
         texts: The schema, expression or grammar; the texts of a choice; empty for any JSON object.
     """
 

@@ -30,7 +30,7 @@ from runner_server.mlx_backend.cache.row_caches import (
     merge,
     view,
 )
-from runner_server.mlx_backend.constraints.matcher import GrammarMatcher
+from runner_server.mlx_backend.constraints.matcher import RowMatcher
 from runner_server.mlx_backend.in_flight import InFlightStep
 from runner_server.mlx_backend.sampling.end_mask import EndMask
 from runner_server.mlx_backend.sampling.logprobs import are_finite
@@ -78,7 +78,7 @@ class Row:
     prompt_ids: Sequence[int]
     next_id: int
     cache_policy: CachePolicy
-    matcher: GrammarMatcher | None = None
+    matcher: RowMatcher | None = None
     tokens: list[int] = field(default_factory=list)
     is_unreported: bool = False
     drawn: int = 0

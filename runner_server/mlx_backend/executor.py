@@ -23,7 +23,7 @@ from runner_server.mlx_backend.cache.row_caches import (
     StateSnapshot,
     prefill,
 )
-from runner_server.mlx_backend.constraints.matcher import GrammarMatcher
+from runner_server.mlx_backend.constraints.matcher import RowMatcher
 from runner_server.mlx_backend.decode import Agree, DecodeBatch, Row
 from runner_server.mlx_backend.sampling.prompt_logprobs import ChunkLogprobs
 from runner_server.mlx_backend.stream_errors import recover
@@ -103,7 +103,7 @@ class MlxExecutor:
         matcher: Matcher | None = None,
     ) -> None:
         """Add a row; see ``Executor.add``."""
-        own, caches = cast("GrammarMatcher | None", matcher), self._pieces.new()
+        own, caches = cast("RowMatcher | None", matcher), self._pieces.new()
         self._outside[row] = Row(
             row, sampling, prompt_ids, prompt_ids[-1], cache_policy, own, caches=caches
         )

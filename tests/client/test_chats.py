@@ -65,7 +65,9 @@ def test_the_request_of_an_answer_carries_all_arguments(
     client.complete_chat(
         MESSAGES,
         tools=TOOLS,
-        tool_choice="none",
+        tool_choice="required",
+        tool_name="f",
+        reasoning_budget=0,
         chat_template_kwargs={"x": "é"},
         options=Options(temperature=0, stop=("\n",)),
         logprobs=2,
@@ -81,7 +83,9 @@ def test_the_request_of_an_answer_carries_all_arguments(
         pb.ChatRequest(
             messages=SENT,
             tools=SENT_TOOLS,
-            tool_choice=pb.TOOL_CHOICE_NONE,
+            tool_choice=pb.TOOL_CHOICE_REQUIRED,
+            tool_name="f",
+            reasoning_budget=0,
             chat_template_kwargs='{"x": "é"}',
             options=pb.CompletionOptions(temperature=0, stop=["\n"]),
             logprobs=2,

@@ -18,7 +18,10 @@ from runner_client.rpc.messages import chats, requests
 from runner_common.generation_fields import SHARED_FIELDS, shared_fields
 
 OF_COMPLETIONS = {"prompt", "prompt_token_ids", "literal", "prompt_logprobs"}
-OF_CONVERSATIONS = {"messages", "tools", "tool_choice", "chat_template_kwargs"}
+OF_CONVERSATIONS = {
+    *("messages", "tools", "tool_choice", "tool_name", "chat_template_kwargs"),
+    "reasoning_budget",
+}
 COMPLETION = dict(pb.CompletionRequest.DESCRIPTOR.fields_by_name)
 CHAT = dict(pb.ChatRequest.DESCRIPTOR.fields_by_name)
 VALIDATION = Path(__file__).parents[2] / "runner_server/api/validation.py"

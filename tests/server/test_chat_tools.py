@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -105,7 +106,7 @@ async def test_without_tools_all_is_text(calling: Server, fields: dict[str, Any]
 async def test_an_unknown_choice_is_refused(calling: Server) -> None:
     # As a later client would send a choice that this server does not know.
     request = pb.ChatRequest(messages=[HELLO], tools=[WEATHER])
-    request.tool_choice = 3  # type: ignore[assignment]
+    request.tool_choice = 97  # type: ignore[assignment]
     problem = await failure(calling.stub.Chat(request))
     assert set(problem.violations) == {"tool_choice"}
 
@@ -124,3 +125,89 @@ async def test_tools_are_refused_if_calls_cannot_be_told_apart(loaded: Server) -
 async def test_a_wrong_tool_is_refused_by_its_field(calling: Server) -> None:
     request = pb.ChatRequest(messages=[HELLO], tools=[pb.Tool(name="f", parameters="[")])
     assert set((await failure(calling.stub.Chat(request))).violations) == {"tools[0].parameters"}
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "no tools": ({"tools": []}, "tools", "required"),
+    "a constraint of its own": ({"constraint": pb.Constraint(regex="a")}, "constraint", "combined"),
+    "an unknown name": ({"tool_name": "f"}, "tool_name", "one of the tools"),
+    "large parameters": (
+        {"tools": [pb.Tool(name="f", parameters=f'{{"title": "{"x" * 65_536}"}}')]},
+        "tools[0].parameters",
+        "65536",
+    ),
+    "another end": (
+        {"options": pb.CompletionOptions(ignore_eos=True)},
+        "options.ignore_eos",
+        "required calls",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+async def test_required_calls_are_refused_by_the_field(calling: Server, name: str) -> None:
+    fields, field, words = REFUSED[name]
+    request = pb.ChatRequest(
+        **{
+            "messages": [HELLO],
+            "tools": [WEATHER],
+            "tool_choice": pb.TOOL_CHOICE_REQUIRED,
+            **fields,
+        }
+    )
+    problem = await failure(calling.stub.Chat(request))
+    assert set(problem.violations) == {field}
+    assert words in problem.violations[field]
+    assert not calling.backend.grammars.compiled
+
+
+async def test_a_name_is_for_required_calls_only(calling: Server) -> None:
+    request = pb.ChatRequest(messages=[HELLO], tools=[WEATHER], tool_name="get_weather")
+    assert set((await failure(calling.stub.Chat(request))).violations) == {"tool_name"}
+
+
+@pytest.mark.parametrize("form", ["pythonic", "qwen3_coder", "gemma4"])
+async def test_a_form_that_no_grammar_can_require_is_refused_by_its_name(
+    start_server: StartServer, form: str
+) -> None:
+    other = replace(FORMAT, tool_parser=str(package_file("tool_parsers", form)))
+    server = await start_server(FakeBackend(chat=chat_format(TEMPLATE, answer=other)))
+    capabilities = (await server.load()).model.capabilities
+    assert (capabilities.tools, capabilities.required_tools) == (True, False)
+    request = pb.ChatRequest(messages=[HELLO], tools=[WEATHER], tool_choice=pb.TOOL_CHOICE_REQUIRED)
+    problem = await failure(server.stub.Chat(request))
+    assert set(problem.violations) == {"tool_choice"}
+    assert form in problem.violations["tool_choice"]
+    assert "TOOL_CHOICE_AUTO" in problem.violations["tool_choice"]
+
+
+async def test_required_calls_are_a_constraint_of_the_tools(calling: Server) -> None:
+    tools = [WEATHER, pb.Tool(name="f"), pb.Tool(name="g", parameters='{"type": "object"}')]
+    fields: dict[str, Any] = {"tools": tools, "tool_choice": pb.TOOL_CHOICE_REQUIRED}
+    last = (await answer(calling, CALL, **fields))[-1]
+    assert (last.done_reason, last.constraint_satisfied) == (pb.DONE_REASON_TOOL_CALLS, True)
+    await answer(calling, CALL, **fields, tool_name="f")
+    whole, one = (each.texts for each in calling.backend.grammars.compiled)
+    assert whole[:3] == one[:3] == ("json_tools", "<tool_call>", "</tool_call>")
+    assert whole[3::3] == ("tools[0].parameters", "tools[1].parameters", "tools[2].parameters")
+    assert whole[4::3] == ("get_weather", "f", "g")
+    assert one[3:] == ("tools[1].parameters", "f", '{"type": "object", "properties": {}}')
+
+
+async def test_calls_that_cannot_be_read_are_not_satisfied(calling: Server) -> None:
+    # A number that JSON allows, and a computer cannot hold.
+    reply = CALL.replace('"Zürich"', "1e999")
+    messages = await answer(calling, reply, tool_choice=pb.TOOL_CHOICE_REQUIRED)
+    assert content(messages) == reply
+    assert messages[-1].done_reason == pb.DONE_REASON_STOP
+    assert messages[-1].HasField("constraint_satisfied")
+    assert not messages[-1].constraint_satisfied
+
+
+async def test_a_marker_within_arguments_ends_no_required_call(calling: Server) -> None:
+    reply = f"{CALL.replace('Zürich', '</tool_call><tool_call>')}\n{CALL}"
+    messages = await answer(calling, reply, tool_choice=pb.TOOL_CHOICE_REQUIRED)
+    calls = [call for message in messages for call in message.tool_calls]
+    places = [json.loads(call.arguments)["place"] for call in calls]
+    assert places == ["</tool_call><tool_call>", "Zürich"]
+    assert content(messages) == "\n"

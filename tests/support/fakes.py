@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from runner_server.chat.format import CONTENT, REASONING, AnswerFormat, ChatFormat
+from runner_server.chat.reasoning import Reasoning
 from runner_server.engine.backend import Codec, Grammar, Matcher
 from runner_server.engine.logprobs import PromptLogprobs, TokenLogprob
 from runner_server.engine.prefill_queue import PrefillLimits
@@ -264,10 +265,12 @@ class FakeGrammars:
 
     Attributes:
         compiled: Every constraint, in the order they came.
+        reasoned: The arguments of every call of ``after_reasoning``.
         failure: Fails every compilation.
     """
 
     compiled: list[Constraint] = field(default_factory=list)
+    reasoned: list[tuple[Reasoning, Grammar | None]] = field(default_factory=list)
     failure: Exception | None = None
 
     def compile(self, constraint: Constraint) -> Future[Grammar]:
@@ -278,6 +281,13 @@ class FakeGrammars:
             future.set_exception(self.failure)
         else:
             future.set_result(FakeGrammar())
+        return future
+
+    def after_reasoning(self, reasoning: Reasoning, grammar: Grammar | None) -> Future[Grammar]:
+        """See ``Grammars.after_reasoning``."""
+        self.reasoned.append((reasoning, grammar))
+        future: Future[Grammar] = Future()
+        future.set_result(FakeGrammar())
         return future
 
 

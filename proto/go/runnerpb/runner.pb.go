@@ -514,6 +514,13 @@ const (
 	ToolChoice_TOOL_CHOICE_AUTO ToolChoice = 1
 	// The model gets no tools, and its answer is all text.
 	ToolChoice_TOOL_CHOICE_NONE ToolChoice = 2
+	// The answer, after its reasoning, is one or more calls of the tools, in the form of
+	// the model and with arguments that are valid by `Tool.parameters`, and nothing else.
+	// As with a constraint, `num_predict`, the context or a stop string may end it
+	// earlier. Refused if the form of the model's calls does not allow it
+	// (`Capabilities.required_tools`), with `constraint`, `ignore_eos` and
+	// `min_predict`, and if a schema has a keyword that constraints refuse.
+	ToolChoice_TOOL_CHOICE_REQUIRED ToolChoice = 3
 )
 
 // Enum value maps for ToolChoice.
@@ -522,11 +529,13 @@ var (
 		0: "TOOL_CHOICE_UNSPECIFIED",
 		1: "TOOL_CHOICE_AUTO",
 		2: "TOOL_CHOICE_NONE",
+		3: "TOOL_CHOICE_REQUIRED",
 	}
 	ToolChoice_value = map[string]int32{
 		"TOOL_CHOICE_UNSPECIFIED": 0,
 		"TOOL_CHOICE_AUTO":        1,
 		"TOOL_CHOICE_NONE":        2,
+		"TOOL_CHOICE_REQUIRED":    3,
 	}
 )
 
@@ -931,8 +940,11 @@ type Capabilities struct {
 	// package (a request with a constraint is told which). Also empty if the server is
 	// older than the field.
 	ConstraintKinds []ConstraintKind `protobuf:"varint,13,rep,packed,name=constraint_kinds,json=constraintKinds,proto3,enum=mlxrunner.v1.ConstraintKind" json:"constraint_kinds,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Whether `Chat` accepts TOOL_CHOICE_REQUIRED: the model writes calls in a form with
+	// JSON arguments, and takes constraints.
+	RequiredTools *bool `protobuf:"varint,14,opt,name=required_tools,json=requiredTools,proto3,oneof" json:"required_tools,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Capabilities) Reset() {
@@ -1054,6 +1066,13 @@ func (x *Capabilities) GetConstraintKinds() []ConstraintKind {
 		return x.ConstraintKinds
 	}
 	return nil
+}
+
+func (x *Capabilities) GetRequiredTools() bool {
+	if x != nil && x.RequiredTools != nil {
+		return *x.RequiredTools
+	}
+	return false
 }
 
 // Requests an estimate of a load. All fields are those of `LoadRequest`.
@@ -4162,7 +4181,11 @@ type ChatRequest struct {
 	// the loaded model.
 	Model string `protobuf:"bytes,9,opt,name=model,proto3" json:"model,omitempty"`
 	// What the answer must be, as `CompletionRequest.constraint`: its text as a whole,
-	// with the model's markers. Default: unset, any text.
+	// markers of tool calls included, or the text after its reasoning. An answer reasons
+	// if the prompt has opened the reasoning, or if its first token begins the model's
+	// marker of reasoning. Up to the end of the marker after it, all tokens are possible
+	// that do not end the text, and calls of tools are not told apart. Default: unset,
+	// any text.
 	Constraint *Constraint `protobuf:"bytes,10,opt,name=constraint,proto3" json:"constraint,omitempty"`
 	// Separates the prefix cache, as `CompletionRequest.cache_salt`. Default: empty,
 	// which is a salt like any other.
@@ -4173,6 +4196,15 @@ type ChatRequest struct {
 	// Token ids whose log probabilities each generated token comes with, as
 	// `CompletionRequest.logprob_token_ids`. Default: none.
 	LogprobTokenIds []int32 `protobuf:"varint,13,rep,packed,name=logprob_token_ids,json=logprobTokenIds,proto3" json:"logprob_token_ids,omitempty"`
+	// With TOOL_CHOICE_REQUIRED, the name of the one tool that must be called. The
+	// template describes all of them. Default: empty, any of them.
+	ToolName string `protobuf:"bytes,14,opt,name=tool_name,json=toolName,proto3" json:"tool_name,omitempty"`
+	// The most tokens of reasoning, without its markers. After them, the tokens of the
+	// marker that ends the reasoning are the only possible ones. Refused for models
+	// without markers of reasoning (`Capabilities.reasoning`), and with both
+	// `min_predict` and `stop_token_ids`, which could exclude that marker. Range: 0 or
+	// more. Default: unset, no limit.
+	ReasoningBudget *int32 `protobuf:"varint,15,opt,name=reasoning_budget,json=reasoningBudget,proto3,oneof" json:"reasoning_budget,omitempty"`
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -4298,6 +4330,20 @@ func (x *ChatRequest) GetLogprobTokenIds() []int32 {
 	return nil
 }
 
+func (x *ChatRequest) GetToolName() string {
+	if x != nil {
+		return x.ToolName
+	}
+	return ""
+}
+
+func (x *ChatRequest) GetReasoningBudget() int32 {
+	if x != nil && x.ReasoningBudget != nil {
+		return *x.ReasoningBudget
+	}
+	return 0
+}
+
 // A part of an answer. During prefill a message may have nothing but
 // `prompt_progress`. A slow reader gets fewer, larger messages.
 type ChatResponse struct {
@@ -4347,8 +4393,8 @@ type ChatResponse struct {
 	// The part of `eval_count` spent on reasoning, with the tokens that complete its
 	// markers.
 	ReasoningEvalCount int32 `protobuf:"varint,16,opt,name=reasoning_eval_count,json=reasoningEvalCount,proto3" json:"reasoning_eval_count,omitempty"`
-	// Whether the answer as a whole is what `ChatRequest.constraint` asks for. Unset
-	// without a constraint.
+	// Whether the answer, without its reasoning, is what `ChatRequest.constraint` or
+	// TOOL_CHOICE_REQUIRED asks for. Unset without them.
 	ConstraintSatisfied *bool `protobuf:"varint,17,opt,name=constraint_satisfied,json=constraintSatisfied,proto3,oneof" json:"constraint_satisfied,omitempty"`
 	unknownFields       protoimpl.UnknownFields
 	sizeCache           protoimpl.SizeCache
@@ -4538,7 +4584,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x0edtype_fallback\x18\n" +
 	" \x01(\bR\rdtypeFallback\x12\x1a\n" +
 	"\bwarnings\x18\v \x03(\tR\bwarnings\x12>\n" +
-	"\fcapabilities\x18\f \x01(\v2\x1a.mlxrunner.v1.CapabilitiesR\fcapabilities\"\xad\x06\n" +
+	"\fcapabilities\x18\f \x01(\v2\x1a.mlxrunner.v1.CapabilitiesR\fcapabilities\"\xec\x06\n" +
 	"\fCapabilities\x12\x1d\n" +
 	"\abatched\x18\x01 \x01(\bH\x00R\abatched\x88\x01\x01\x12&\n" +
 	"\fprefix_cache\x18\x02 \x01(\bH\x01R\vprefixCache\x88\x01\x01\x121\n" +
@@ -4555,7 +4601,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\treasoning\x18\v \x01(\bH\n" +
 	"R\treasoning\x88\x01\x01\x12\x19\n" +
 	"\x05tools\x18\f \x01(\bH\vR\x05tools\x88\x01\x01\x12G\n" +
-	"\x10constraint_kinds\x18\r \x03(\x0e2\x1c.mlxrunner.v1.ConstraintKindR\x0fconstraintKindsB\n" +
+	"\x10constraint_kinds\x18\r \x03(\x0e2\x1c.mlxrunner.v1.ConstraintKindR\x0fconstraintKinds\x12*\n" +
+	"\x0erequired_tools\x18\x0e \x01(\bH\fR\rrequiredTools\x88\x01\x01B\n" +
 	"\n" +
 	"\b_batchedB\x0f\n" +
 	"\r_prefix_cacheB\x15\n" +
@@ -4569,7 +4616,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x05_chatB\f\n" +
 	"\n" +
 	"_reasoningB\b\n" +
-	"\x06_tools\"\xf8\x02\n" +
+	"\x06_toolsB\x11\n" +
+	"\x0f_required_tools\"\xf8\x02\n" +
 	"\x0fEstimateRequest\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12*\n" +
 	"\x0econtext_length\x18\x02 \x01(\x05H\x00R\rcontextLength\x88\x01\x01\x12\x1f\n" +
@@ -4833,7 +4881,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x05model\x18\x04 \x01(\tR\x05model\"I\n" +
 	"\x12RenderChatResponse\x12\x16\n" +
 	"\x06prompt\x18\x01 \x01(\tR\x06prompt\x12\x1b\n" +
-	"\ttoken_ids\x18\x02 \x03(\x05R\btokenIds\"\xca\x04\n" +
+	"\ttoken_ids\x18\x02 \x03(\x05R\btokenIds\"\xac\x05\n" +
 	"\vChatRequest\x125\n" +
 	"\bmessages\x18\x01 \x03(\v2\x19.mlxrunner.v1.ChatMessageR\bmessages\x12(\n" +
 	"\x05tools\x18\x02 \x03(\v2\x12.mlxrunner.v1.ToolR\x05tools\x129\n" +
@@ -4853,8 +4901,11 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\n" +
 	"cache_salt\x18\v \x01(\tR\tcacheSalt\x12.\n" +
 	"\x13bypass_prefix_cache\x18\f \x01(\bR\x11bypassPrefixCache\x12*\n" +
-	"\x11logprob_token_ids\x18\r \x03(\x05R\x0flogprobTokenIdsB\v\n" +
-	"\t_logprobs\"\xd4\x06\n" +
+	"\x11logprob_token_ids\x18\r \x03(\x05R\x0flogprobTokenIds\x12\x1b\n" +
+	"\ttool_name\x18\x0e \x01(\tR\btoolName\x12.\n" +
+	"\x10reasoning_budget\x18\x0f \x01(\x05H\x01R\x0freasoningBudget\x88\x01\x01B\v\n" +
+	"\t_logprobsB\x13\n" +
+	"\x11_reasoning_budget\"\xd4\x06\n" +
 	"\fChatResponse\x12\x18\n" +
 	"\acontent\x18\x01 \x01(\tR\acontent\x12\x1c\n" +
 	"\treasoning\x18\x02 \x01(\tR\treasoning\x125\n" +
@@ -4932,12 +4983,13 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\tROLE_USER\x10\x02\x12\x12\n" +
 	"\x0eROLE_ASSISTANT\x10\x03\x12\r\n" +
 	"\tROLE_TOOL\x10\x04\x12\x12\n" +
-	"\x0eROLE_DEVELOPER\x10\x05*U\n" +
+	"\x0eROLE_DEVELOPER\x10\x05*o\n" +
 	"\n" +
 	"ToolChoice\x12\x1b\n" +
 	"\x17TOOL_CHOICE_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10TOOL_CHOICE_AUTO\x10\x01\x12\x14\n" +
-	"\x10TOOL_CHOICE_NONE\x10\x022\xbd\a\n" +
+	"\x10TOOL_CHOICE_NONE\x10\x02\x12\x18\n" +
+	"\x14TOOL_CHOICE_REQUIRED\x10\x032\xbd\a\n" +
 	"\rRunnerService\x12=\n" +
 	"\x04Load\x12\x19.mlxrunner.v1.LoadRequest\x1a\x1a.mlxrunner.v1.LoadResponse\x12I\n" +
 	"\bEstimate\x12\x1d.mlxrunner.v1.EstimateRequest\x1a\x1e.mlxrunner.v1.EstimateResponse\x12=\n" +

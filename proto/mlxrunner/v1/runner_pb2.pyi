@@ -393,6 +393,14 @@ class _ToolChoiceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ToolChoice
     """The model decides."""
     TOOL_CHOICE_NONE: _ToolChoice.ValueType  # 2
     """The model gets no tools, and its answer is all text."""
+    TOOL_CHOICE_REQUIRED: _ToolChoice.ValueType  # 3
+    """The answer, after its reasoning, is one or more calls of the tools, in the form of
+    the model and with arguments that are valid by `Tool.parameters`, and nothing else.
+    As with a constraint, `num_predict`, the context or a stop string may end it
+    earlier. Refused if the form of the model's calls does not allow it
+    (`Capabilities.required_tools`), with `constraint`, `ignore_eos` and
+    `min_predict`, and if a schema has a keyword that constraints refuse.
+    """
 
 class ToolChoice(_ToolChoice, metaclass=_ToolChoiceEnumTypeWrapper):
     """Whether the model may call tools. New values may be added."""
@@ -403,6 +411,14 @@ TOOL_CHOICE_AUTO: ToolChoice.ValueType  # 1
 """The model decides."""
 TOOL_CHOICE_NONE: ToolChoice.ValueType  # 2
 """The model gets no tools, and its answer is all text."""
+TOOL_CHOICE_REQUIRED: ToolChoice.ValueType  # 3
+"""The answer, after its reasoning, is one or more calls of the tools, in the form of
+the model and with arguments that are valid by `Tool.parameters`, and nothing else.
+As with a constraint, `num_predict`, the context or a stop string may end it
+earlier. Refused if the form of the model's calls does not allow it
+(`Capabilities.required_tools`), with `constraint`, `ignore_eos` and
+`min_predict`, and if a schema has a keyword that constraints refuse.
+"""
 Global___ToolChoice: _TypeAlias = ToolChoice  # noqa: Y015
 
 @_typing.final
@@ -631,6 +647,7 @@ class Capabilities(_message.Message):
     REASONING_FIELD_NUMBER: _builtins.int
     TOOLS_FIELD_NUMBER: _builtins.int
     CONSTRAINT_KINDS_FIELD_NUMBER: _builtins.int
+    REQUIRED_TOOLS_FIELD_NUMBER: _builtins.int
     batched: _builtins.bool
     """Whether several completions are decoded together. If false, they run one after
     another: `parallel` is 1, or the model cannot be decoded in a batch (see
@@ -666,6 +683,10 @@ class Capabilities(_message.Message):
     """Whether `Chat` accepts tools: calls in the form of this model's template are
     understood.
     """
+    required_tools: _builtins.bool
+    """Whether `Chat` accepts TOOL_CHOICE_REQUIRED: the model writes calls in a form with
+    JSON arguments, and takes constraints.
+    """
     @_builtins.property
     def constraint_kinds(self) -> _containers.RepeatedScalarFieldContainer[Global___ConstraintKind.ValueType]:
         """The kinds of `constraint` in requests. Empty if there are none: the
@@ -690,10 +711,11 @@ class Capabilities(_message.Message):
         reasoning: _builtins.bool | None = ...,
         tools: _builtins.bool | None = ...,
         constraint_kinds: _abc.Iterable[Global___ConstraintKind.ValueType] | None = ...,
+        required_tools: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_chat", b"_chat", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprob_token_id_count", b"_max_logprob_token_id_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "_reasoning", b"_reasoning", "_tools", b"_tools", "batched", b"batched", "chat", b"chat", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprob_token_id_count", b"max_logprob_token_id_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count", "reasoning", b"reasoning", "tools", b"tools"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_chat", b"_chat", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprob_token_id_count", b"_max_logprob_token_id_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "_reasoning", b"_reasoning", "_required_tools", b"_required_tools", "_tools", b"_tools", "batched", b"batched", "chat", b"chat", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprob_token_id_count", b"max_logprob_token_id_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count", "reasoning", b"reasoning", "required_tools", b"required_tools", "tools", b"tools"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_chat", b"_chat", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprob_token_id_count", b"_max_logprob_token_id_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "_reasoning", b"_reasoning", "_tools", b"_tools", "batched", b"batched", "chat", b"chat", "constraint_kinds", b"constraint_kinds", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprob_token_id_count", b"max_logprob_token_id_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count", "reasoning", b"reasoning", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_chat", b"_chat", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprob_token_id_count", b"_max_logprob_token_id_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "_reasoning", b"_reasoning", "_required_tools", b"_required_tools", "_tools", b"_tools", "batched", b"batched", "chat", b"chat", "constraint_kinds", b"constraint_kinds", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprob_token_id_count", b"max_logprob_token_id_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count", "reasoning", b"reasoning", "required_tools", b"required_tools", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batched: _TypeAlias = _typing.Literal["batched"]  # noqa: Y015
     _WhichOneofArgType__batched: _TypeAlias = _typing.Literal["_batched", b"_batched"]  # noqa: Y015
@@ -717,6 +739,8 @@ class Capabilities(_message.Message):
     _WhichOneofArgType__rank_count: _TypeAlias = _typing.Literal["_rank_count", b"_rank_count"]  # noqa: Y015
     _WhichOneofReturnType__reasoning: _TypeAlias = _typing.Literal["reasoning"]  # noqa: Y015
     _WhichOneofArgType__reasoning: _TypeAlias = _typing.Literal["_reasoning", b"_reasoning"]  # noqa: Y015
+    _WhichOneofReturnType__required_tools: _TypeAlias = _typing.Literal["required_tools"]  # noqa: Y015
+    _WhichOneofArgType__required_tools: _TypeAlias = _typing.Literal["_required_tools", b"_required_tools"]  # noqa: Y015
     _WhichOneofReturnType__tools: _TypeAlias = _typing.Literal["tools"]  # noqa: Y015
     _WhichOneofArgType__tools: _TypeAlias = _typing.Literal["_tools", b"_tools"]  # noqa: Y015
     @_typing.overload
@@ -741,6 +765,8 @@ class Capabilities(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rank_count) -> _WhichOneofReturnType__rank_count | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__reasoning) -> _WhichOneofReturnType__reasoning | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__required_tools) -> _WhichOneofReturnType__required_tools | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__tools) -> _WhichOneofReturnType__tools | None: ...
 
@@ -2482,6 +2508,8 @@ class ChatRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     BYPASS_PREFIX_CACHE_FIELD_NUMBER: _builtins.int
     LOGPROB_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TOOL_NAME_FIELD_NUMBER: _builtins.int
+    REASONING_BUDGET_FIELD_NUMBER: _builtins.int
     tool_choice: Global___ToolChoice.ValueType
     """Whether the model may call tools. Default: TOOL_CHOICE_AUTO."""
     chat_template_kwargs: _builtins.str
@@ -2511,6 +2539,17 @@ class ChatRequest(_message.Message):
     """Leaves the prefix cache alone, as `CompletionRequest.bypass_prefix_cache`.
     Default: false.
     """
+    tool_name: _builtins.str
+    """With TOOL_CHOICE_REQUIRED, the name of the one tool that must be called. The
+    template describes all of them. Default: empty, any of them.
+    """
+    reasoning_budget: _builtins.int
+    """The most tokens of reasoning, without its markers. After them, the tokens of the
+    marker that ends the reasoning are the only possible ones. Refused for models
+    without markers of reasoning (`Capabilities.reasoning`), and with both
+    `min_predict` and `stop_token_ids`, which could exclude that marker. Range: 0 or
+    more. Default: unset, no limit.
+    """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
         """The conversation, as `RenderChatRequest.messages`. Required."""
@@ -2528,7 +2567,11 @@ class ChatRequest(_message.Message):
     @_builtins.property
     def constraint(self) -> Global___Constraint:
         """What the answer must be, as `CompletionRequest.constraint`: its text as a whole,
-        with the model's markers. Default: unset, any text.
+        markers of tool calls included, or the text after its reasoning. An answer reasons
+        if the prompt has opened the reasoning, or if its first token begins the model's
+        marker of reasoning. Up to the end of the marker after it, all tokens are possible
+        that do not end the text, and calls of tools are not told apart. Default: unset,
+        any text.
         """
 
     @_builtins.property
@@ -2553,14 +2596,21 @@ class ChatRequest(_message.Message):
         cache_salt: _builtins.str = ...,
         bypass_prefix_cache: _builtins.bool = ...,
         logprob_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        tool_name: _builtins.str = ...,
+        reasoning_budget: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "constraint", b"constraint", "logprobs", b"logprobs", "options", b"options"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_reasoning_budget", b"_reasoning_budget", "constraint", b"constraint", "logprobs", b"logprobs", "options", b"options", "reasoning_budget", b"reasoning_budget"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "chat_template_kwargs", b"chat_template_kwargs", "constraint", b"constraint", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "messages", b"messages", "model", b"model", "options", b"options", "priority", b"priority", "request_id", b"request_id", "tool_choice", b"tool_choice", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_reasoning_budget", b"_reasoning_budget", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "chat_template_kwargs", b"chat_template_kwargs", "constraint", b"constraint", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "messages", b"messages", "model", b"model", "options", b"options", "priority", b"priority", "reasoning_budget", b"reasoning_budget", "request_id", b"request_id", "tool_choice", b"tool_choice", "tool_name", b"tool_name", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__reasoning_budget: _TypeAlias = _typing.Literal["reasoning_budget"]  # noqa: Y015
+    _WhichOneofArgType__reasoning_budget: _TypeAlias = _typing.Literal["_reasoning_budget", b"_reasoning_budget"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reasoning_budget) -> _WhichOneofReturnType__reasoning_budget | None: ...
 
 Global___ChatRequest: _TypeAlias = ChatRequest  # noqa: Y015
 
@@ -2621,8 +2671,8 @@ class ChatResponse(_message.Message):
     markers.
     """
     constraint_satisfied: _builtins.bool
-    """Whether the answer as a whole is what `ChatRequest.constraint` asks for. Unset
-    without a constraint.
+    """Whether the answer, without its reasoning, is what `ChatRequest.constraint` or
+    TOOL_CHOICE_REQUIRED asks for. Unset without them.
     """
     @_builtins.property
     def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCall]:

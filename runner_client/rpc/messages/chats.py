@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_client.checks import check_choice, check_kind, refuse_type
+from runner_client.checks import check_choice, check_integer, check_kind, check_text, refuse_type
 from runner_client.errors import InvalidRequestError
 from runner_client.rpc.messages.requests import completion_request, named, sendable
 from runner_client.rpc.messages.responses import completion_chunk, join_chunks
@@ -33,7 +33,11 @@ _ROLES = {
     "tool": pb.ROLE_TOOL,
     "developer": pb.ROLE_DEVELOPER,
 }
-_TOOL_CHOICES = {"auto": pb.TOOL_CHOICE_UNSPECIFIED, "none": pb.TOOL_CHOICE_NONE}
+_TOOL_CHOICES = {
+    "auto": pb.TOOL_CHOICE_UNSPECIFIED,
+    "none": pb.TOOL_CHOICE_NONE,
+    "required": pb.TOOL_CHOICE_REQUIRED,
+}
 
 
 def render_chat_request(
@@ -75,11 +79,15 @@ def chat_request(
     cache_salt: str = "",
     logprob_token_ids: Sequence[int] = (),
     constraint: Constraint | None = None,
+    tool_name: str = "",
+    reasoning_budget: int | None = None,
 ) -> pb.ChatRequest:
     """Build the request of an answer, with the errors of ``render_chat_request``."""
     _check_items("messages", messages, ChatMessage)
     _check_items("tools", tools, Tool)
     check_choice("tool_choice", tool_choice, tuple(_TOOL_CHOICES))
+    check_text("tool_name", tool_name)
+    check_integer("reasoning_budget", reasoning_budget)
     # The checks and the values are those of a completion.
     rest = completion_request(
         "",
@@ -99,6 +107,8 @@ def chat_request(
             tools=map(_tool, tools),
             tool_choice=_TOOL_CHOICES[tool_choice],
             chat_template_kwargs=_json("chat_template_kwargs", chat_template_kwargs),
+            tool_name=tool_name,
+            reasoning_budget=reasoning_budget,
             **shared_fields(rest),
         )
 

@@ -21,7 +21,12 @@ _ROLES = {
     pb.ROLE_DEVELOPER: "developer",
 }
 
-_TOOL_CHOICES = (pb.TOOL_CHOICE_UNSPECIFIED, pb.TOOL_CHOICE_AUTO, pb.TOOL_CHOICE_NONE)
+_TOOL_CHOICES = (
+    pb.TOOL_CHOICE_UNSPECIFIED,
+    pb.TOOL_CHOICE_AUTO,
+    pb.TOOL_CHOICE_NONE,
+    pb.TOOL_CHOICE_REQUIRED,
+)
 
 _OWN_ARGUMENTS = ("messages", "tools", "add_generation_prompt")
 """Arguments of templates that come from other fields."""

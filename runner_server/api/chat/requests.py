@@ -9,12 +9,14 @@ from functools import partial
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.api.chat.conversation import conversation_of
 from runner_server.api.chat.prompting import chat_prompt
+from runner_server.api.chat.required import check_required, required_calls
 from runner_server.api.generation import GenerationDraft
 from runner_server.api.prompts import Prompt
-from runner_server.api.validation import generation_draft
+from runner_server.api.validation import MAX_INT32, check_ends, generation_draft
 from runner_server.api.violations import ViolationCollector
 from runner_server.chat.answer import Answer
-from runner_server.chat.format import AnswerFormat, ChatFormat
+from runner_server.chat.format import REASONING, AnswerFormat, ChatFormat
+from runner_server.chat.reasoning import Reasoning
 from runner_server.chat.renderer import ChatRenderer, Conversation
 from runner_server.engine.backend import ModelHandle
 from runner_server.errors import InvalidField, PromptTooLong
@@ -38,20 +40,48 @@ async def chat_draft(
         PromptTooLong: The prompt does not fit the context.
         RunnerFault: See :meth:`ChatRenderer.render`.
     """
+    check = ViolationCollector()
+    _check_budget(check, request, model.info.chat)
+    check_required(check, request, model.info.chat)
+    is_required = request.tool_choice == pb.TOOL_CHOICE_REQUIRED
+    if is_required:
+        check_ends(check, request.options)
     # Replaced by the rendered prompt.
-    unrendered = Prompt("messages", "")
-    draft = generation_draft(ViolationCollector(), request, unrendered, model.info)
+    draft = generation_draft(check, request, Prompt("messages", ""), model.info)
     conversation = await asyncio.to_thread(conversation_of, request)
     if request.tool_choice == pb.TOOL_CHOICE_NONE:
         conversation = replace(conversation, tools=None)
     format_ = _format(model.info.chat, conversation)
     most = model.info.context_length
+    if is_required:
+        draft = replace(draft, constraint=required_calls(request, format_))
     prompt = await chat_prompt(renderer, model, conversation, most)
     if prompt.fewest:
         raise PromptTooLong(prompt.fewest, most, is_least=True)
+    is_limited = draft.constraint is not None or request.HasField("reasoning_budget")
+    reasoning = None
+    if is_limited and format_.has_reasoning:
+        if draft.constraint:
+            format_ = format_.with_calls_in_content()
+        is_open = format_.state_after(prompt.text) == REASONING
+        budget = request.reasoning_budget if request.HasField("reasoning_budget") else None
+        reasoning = Reasoning(format_, is_open, budget)
     parse = partial(renderer.parse_calls, format_.tool_parser, conversation.tools or ())
-    answer = Answer(format_, prompt.text, parse)
-    return replace(draft, prompt=Prompt("messages", prompt.token_ids)), answer
+    answer = Answer(format_, prompt.text, parse, is_call_whole=is_required)
+    return replace(draft, prompt=Prompt("messages", prompt.token_ids), reasoning=reasoning), answer
+
+
+def _check_budget(check: ViolationCollector, request: pb.ChatRequest, model: ChatFormat) -> None:
+    """Check the limit of the reasoning."""
+    if not request.HasField("reasoning_budget"):
+        return
+    field, options = "reasoning_budget", request.options
+    check.number(field, request.reasoning_budget, 0, MAX_INT32)
+    is_known = model.answer.has_reasoning or not model.has_template
+    check.require(field, is_known, "this model has no markers of reasoning; leave it out")
+    may_exclude = options.min_predict > 0 and bool(options.stop_token_ids)
+    text = "cannot be combined with min_predict and stop_token_ids, which may exclude the marker"
+    check.require(field, not may_exclude, text)
 
 
 def _format(model: ChatFormat, conversation: Conversation) -> AnswerFormat:

@@ -7,10 +7,10 @@ import threading
 from collections import OrderedDict
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from runner_common.extras import install_advice
-from runner_server.engine.types import Constraint
+from runner_server.engine.types import TOOL_CALLS, Constraint
 from runner_server.errors import InvalidField
 from runner_server.mlx_backend.constraints.matcher import GrammarMatcher, first_line
 from runner_server.mlx_backend.constraints.problems import (
@@ -18,17 +18,20 @@ from runner_server.mlx_backend.constraints.problems import (
     plain_problem,
     schema_problem,
 )
+from runner_server.mlx_backend.constraints.reasoning import Markers, ReasonedGrammar
 from runner_server.mlx_backend.constraints.sources import (
     field_of,
     grammar_text,
     read_schema,
     schema_grammar,
 )
+from runner_server.mlx_backend.constraints.tool_calls import calls_grammar, read_tools
 from runner_server.mlx_backend.constraints.vocabulary import read_vocabulary
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+    from runner_server.chat.reasoning import Reasoning
     from runner_server.engine.backend import Grammar
     from runner_server.mlx_backend.tokenizer.codec import FastCodec
 
@@ -75,6 +78,7 @@ class GrammarCache:
         self._lock = threading.RLock()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammar")
         self._tokenizer: LLTokenizer | None = None
+        self._markers: dict[tuple[str, str], Markers] = {}
 
     @property
     def problem(self) -> str:
@@ -98,6 +102,25 @@ class GrammarCache:
             self._evict()
         return future
 
+    def after_reasoning(self, reasoning: Reasoning, grammar: Grammar | None) -> Future[Grammar]:
+        """Return the grammar of answers that may reason; see ``Grammars.after_reasoning``."""
+        return self._threads.submit(self._reasoned, reasoning, grammar)
+
+    def _reasoned(self, reasoning: Reasoning, grammar: Grammar | None) -> Grammar:
+        field = "constraint" if grammar else "reasoning_budget"
+        if problem := self.problem:
+            raise InvalidField([(field, problem)])
+        texts = reasoning.markers.think_start, reasoning.markers.think_end
+        with self._lock:
+            if texts not in self._markers:
+                try:
+                    found = Markers.read(self._codec, self._vocab_size, self._end_ids, *texts)
+                except ValueError as error:
+                    raise InvalidField([(field, str(error))]) from None
+                self._markers[texts] = found
+            own = cast("CompiledGrammar | None", grammar)
+            return ReasonedGrammar(self._markers[texts], self._codec, reasoning, own)
+
     def _forget_failed(self, constraint: Constraint, done: Future[Grammar]) -> None:
         if done.exception() is not None:
             with self._lock:
@@ -112,6 +135,8 @@ class GrammarCache:
     def _compile(self, constraint: Constraint) -> Grammar:
         if problem := self.problem:
             raise InvalidField([("constraint", problem)])
+        if constraint.kind == TOOL_CALLS:
+            return self._compile_calls(constraint)
         text = grammar_text(constraint)
         tokenizer = self._require_tokenizer()
         matcher = _matcher(tokenizer, text)
@@ -124,6 +149,26 @@ class GrammarCache:
             problem = f"no text can begin: {first_line(matcher.get_error())}"
             raise InvalidField([(field_of(constraint), problem)])
         return CompiledGrammar(matcher, tokenizer)
+
+    def _compile_calls(self, constraint: Constraint) -> Grammar:
+        tools = read_tools(constraint)
+        tokenizer = self._require_tokenizer()
+        matcher = _matcher(tokenizer, calls_grammar(constraint, tools, self._codec))
+        matcher.compute_bitmask()
+        if not matcher.is_error():
+            return CompiledGrammar(matcher, tokenizer)
+
+        def check(schema: Any) -> str:
+            return _matcher(tokenizer, schema_grammar(schema)).get_error()
+
+        # The grammar of all tools does not tell which schema is at fault.
+        problem = plain_problem(matcher.get_error())
+        errors = ((tool, error) for tool in tools if (error := check(tool.schema)))
+        found = next(errors, None)
+        if found is None:
+            raise InvalidField([("tools", f"their calls cannot be constrained: {problem}")])
+        tool, error = found
+        raise InvalidField([(tool.field, schema_problem(tool.schema, error, check))])
 
     def _require_tokenizer(self) -> LLTokenizer:
         with self._lock:

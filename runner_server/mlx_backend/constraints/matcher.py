@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from array import array
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 _MAX_REASON_CHARS = 200
+
+
+class RowMatcher(Protocol):
+    """What limits the tokens of a row.
+
+    Attributes:
+        inner: llguidance's matcher of the next token; None if ``mask`` has the tokens.
+        mask: Bits of the allowed tokens; None if ``inner`` has them.
+        also: A token that is allowed in addition to those of ``inner``.
+    """
+
+    inner: LLMatcher | None
+    mask: array[int] | None
+    also: int | None
+
+    def consume(self, token_id: int) -> None:
+        """Advance by a token."""
+        ...
+
+    @property
+    def failure(self) -> str:
+        """Why no token can continue the text; empty if one can."""
+        ...
 
 
 class GrammarMatcher:
@@ -22,12 +46,17 @@ class GrammarMatcher:
 
     Attributes:
         inner: llguidance's matcher.
+        mask: None: ``inner`` has the mask of the next token.
+        also: None: no token is allowed in addition.
     """
+
+    mask: array[int] | None = None
+    also: int | None = None
 
     def __init__(self, start: LLMatcher, tokenizer: LLTokenizer) -> None:
         self._start = start
         self._tokenizer = tokenizer
-        self.inner = start.deep_copy()
+        self.inner: LLMatcher = start.deep_copy()
 
     def consume(self, token_id: int) -> None:
         """Advance by a token."""

@@ -14,9 +14,12 @@ from runner_server.errors import InvalidField
 WHITESPACE = r"[ \t]{1,20}|\r?\n[ \t]{0,20}"
 """White space between two parts of a JSON value. Unbounded, generation could loop in it."""
 
-_MODEL_SPLITS = '\n%llguidance {"no_forcing": true}\n'
+MODEL_SPLITS = '\n%llguidance {"no_forcing": true}\n'
 """Leaves it to the model how text is split into tokens, also where the grammar allows one text
 only. Otherwise llguidance would tokenize that text, with the tokenizer called from its threads."""
+
+SCHEMA_FIELD = "constraint.json_schema"
+"""The field of a request's own schema."""
 
 _SETTINGS_KEY = "x-guidance"
 """Key of a schema with settings of llguidance, one of which makes it ignore unknown keywords."""
@@ -46,18 +49,22 @@ def grammar_text(constraint: Constraint) -> str:
         case "json_object", ():
             return schema_grammar({"type": "object"})
         case "regex", (pattern,):
-            return f"start: /{_in_slashes(pattern)}/{_MODEL_SPLITS}"
+            return f"start: /{_in_slashes(pattern)}/{MODEL_SPLITS}"
         case "choice", texts:
-            return "start: " + " | ".join(map(json.dumps, texts)) + _MODEL_SPLITS
+            return "start: " + " | ".join(map(json.dumps, texts)) + MODEL_SPLITS
         case "lark", (text,):
             _check_lark(text)
-            return text + _MODEL_SPLITS
+            return text + MODEL_SPLITS
         case _:
             raise ValueError(f"not a constraint: {constraint.kind}")
 
 
-def read_schema(text: str) -> Any:
+def read_schema(text: str, field: str = SCHEMA_FIELD) -> Any:
     """Parse a JSON schema.
+
+    Args:
+        text: The schema.
+        field: The field of the request that holds it.
 
     Raises:
         InvalidField: The text is not JSON, or is nested too deep.
@@ -66,30 +73,36 @@ def read_schema(text: str) -> Any:
         schema = json.loads(text, parse_constant=_refuse_constant)
         json.dumps(schema, allow_nan=False)
     except json.JSONDecodeError as error:
-        _refuse_schema(f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}")
+        place = f"line {error.lineno}, column {error.colno}"
+        _refuse_schema(field, f"not JSON: {error.msg} at {place}")
     except RecursionError:
-        _refuse_schema(f"nested more than {MAX_SCHEMA_DEPTH} levels deep")
+        _refuse_schema(field, f"nested more than {MAX_SCHEMA_DEPTH} levels deep")
     except ValueError as error:
-        _refuse_schema(f"not JSON: {error}")
+        _refuse_schema(field, f"not JSON: {error}")
     if _is_deeper(schema, MAX_SCHEMA_DEPTH):
-        _refuse_schema(f"nested more than {MAX_SCHEMA_DEPTH} levels deep")
+        _refuse_schema(field, f"nested more than {MAX_SCHEMA_DEPTH} levels deep")
     if isinstance(schema, dict) and _SETTINGS_KEY in schema:
-        _refuse_schema(f"at #/{_SETTINGS_KEY}: settings of llguidance are not supported")
+        _refuse_schema(field, f"at #/{_SETTINGS_KEY}: settings of llguidance are not supported")
     return schema
 
 
 def schema_grammar(schema: Any) -> str:
     """Return the grammar of a parsed JSON schema."""
+    return f"start: {json_rule(schema)}{MODEL_SPLITS}"
+
+
+def json_rule(schema: Any) -> str:
+    """Return what stands for the values of a parsed JSON schema in a rule of a grammar."""
     settings = {_SETTINGS_KEY: {"whitespace_pattern": WHITESPACE}}
     if schema is True:
         schema = {}
     whole = {**schema, **settings} if isinstance(schema, dict) else schema
-    return f"start: %json {json.dumps(whole)}{_MODEL_SPLITS}"
+    return f"%json {json.dumps(whole)}"
 
 
-def _refuse_schema(problem: str) -> NoReturn:
+def _refuse_schema(field: str, problem: str) -> NoReturn:
     # Not as the cause: a traceback would keep the parsed schema alive.
-    raise InvalidField([("constraint.json_schema", problem)]) from None
+    raise InvalidField([(field, problem)]) from None
 
 
 def _refuse_constant(name: str) -> NoReturn:

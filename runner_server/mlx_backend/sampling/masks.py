@@ -14,7 +14,7 @@ from runner_server.mlx_backend.sampling.mask_rows import MaskRows, mask_words
 if TYPE_CHECKING:
     from llguidance import LLExecutor
 
-    from runner_server.mlx_backend.constraints.matcher import GrammarMatcher
+    from runner_server.mlx_backend.constraints.matcher import RowMatcher
 
 
 class TokenMasks:
@@ -27,15 +27,14 @@ class TokenMasks:
     """
 
     def __init__(
-        self, matchers: Sequence[GrammarMatcher | None], vocab_size: int, mask_rows: MaskRows
+        self, matchers: Sequence[RowMatcher | None], vocab_size: int, mask_rows: MaskRows
     ) -> None:
-        inner = [matcher.inner for matcher in matchers if matcher]
-        self._matchers = [(each, number) for number, each in enumerate(inner)]
+        self._matchers = [matcher for matcher in matchers if matcher]
         self._is_free = [matcher is None for matcher in matchers]
         self._mask_rows = mask_rows
         self._mask_bytes = 4 * mask_words(vocab_size)
         self._everything = b"\xff" * self._mask_bytes
-        self._bits = array("B", bytes(self._mask_bytes * len(inner)))
+        self._bits = array("B", bytes(self._mask_bytes * len(self._matchers)))
 
     def __bool__(self) -> bool:
         """Return True if there is a constrained row."""
@@ -56,11 +55,20 @@ class TokenMasks:
 
     def _masks(self) -> list[bytes]:
         """Return the mask of each constrained row."""
-        address, _ = self._bits.buffer_info()
-        count, size = len(self._matchers), self._mask_bytes
-        _executor().unsafe_compute_mask_ptr(self._matchers, address, size, count)
+        numbered = list(enumerate(self._matchers))
+        size = self._mask_bytes
+        if grammars := [(each.inner, number) for number, each in numbered if each.inner]:
+            address, _ = self._bits.buffer_info()
+            _executor().unsafe_compute_mask_ptr(grammars, address, size, len(numbered))
+        for number, each in numbered:
+            begin = number * size
+            if each.mask is not None:
+                self._bits[begin : begin + size] = array("B", each.mask.tobytes())
+            if each.also is not None:
+                byte, bit = divmod(each.also, 8)
+                self._bits[begin + byte] |= 1 << bit
         bits = memoryview(self._bits)
-        return [bytes(bits[size * row : size * (row + 1)]) for row in range(count)]
+        return [bytes(bits[size * number : size * (number + 1)]) for number, _ in numbered]
 
 
 @cache
