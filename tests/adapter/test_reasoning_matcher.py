@@ -141,6 +141,15 @@ def test_an_answer_is_judged_after_its_reasoning(
     assert start(codec, is_open=is_open).accepts(text) is expected
 
 
+def test_unfinished_reasoning_is_no_empty_answer(codec: FastCodec) -> None:
+    matcher = start(codec, Constraint("regex", ("y*",)))
+    assert not matcher.accepts("so")
+    assert not matcher.is_satisfied
+    matcher.consume(one(codec, "</think>"))
+    assert matcher.accepts("so</think>")
+    assert matcher.is_satisfied
+
+
 def test_a_marker_that_the_tokenizer_cannot_write_is_refused() -> None:
     tokenizer = byte_level()
     tokenizer.add_tokens(["</think>"])

@@ -78,6 +78,7 @@ class GrammarCache:
         self._lock = threading.RLock()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammar")
         self._tokenizer: LLTokenizer | None = None
+        self._markers_lock = threading.Lock()
         self._markers: dict[tuple[str, str], Markers] = {}
 
     @property
@@ -111,7 +112,8 @@ class GrammarCache:
         if problem := self.problem:
             raise InvalidField([(field, problem)])
         texts = reasoning.markers.think_start, reasoning.markers.think_end
-        with self._lock:
+        # A lock of its own: reading takes time, and the event loop waits for the other one.
+        with self._markers_lock:
             if texts not in self._markers:
                 try:
                     found = Markers.read(self._codec, self._vocab_size, self._end_ids, *texts)

@@ -111,6 +111,11 @@ class FastCodec:
         """Return the bytes of a token; see ``Codec.token_bytes``."""
         return self._bytes_of(token_id)
 
+    def vocabulary(self) -> dict[str, int]:
+        """Return the id of every token by its text, as the tokenizer's file writes it."""
+        found: dict[str, int] = self._tokenizer.get_vocab()
+        return found
+
     @property
     def knows_bytes(self) -> bool:
         """True if the bytes of a token do not depend on its neighbours."""
