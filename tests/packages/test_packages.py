@@ -22,7 +22,7 @@ BASE = ("click", "googleapis-common-protos", "grpcio", "protobuf", "psutil")
 
 CLIENT = """
 import importlib.util, sys
-for name in ("mlx", "mlx_lm", "grpc_health"):
+for name in ("mlx", "mlx_lm", "grpc_health", "pydantic"):
     assert importlib.util.find_spec(name) is None, name
 from runner_client import RunnerClient
 from runner_client.testing import fake_runner
@@ -34,7 +34,12 @@ SERVER = """
 import subprocess, sys
 from importlib import resources
 from runner_common.handshake import ReadyLine
-from runner_client import Options, RunnerClient
+from dataclasses import dataclass
+from runner_client import JsonSchema, Options, RunnerClient
+
+@dataclass
+class Side:
+    right: bool
 
 model = str(resources.files("runner_server") / "demo/model")
 command = [sys.executable, "-m", "runner_server", "--listen", "127.0.0.1:0", "--model", model]
@@ -45,6 +50,8 @@ with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
             while client.status().model is None:
                 assert child.poll() is None
             print(client.complete("def main(", options=Options(num_predict=8)).eval_count)
+            side = client.complete("side = ", constraint=JsonSchema(Side), options=Options(seed=1))
+            assert isinstance(side.parse(Side), Side)
     finally:
         child.terminate()
         print(child.wait(30))
@@ -99,14 +106,14 @@ def test_the_server_works(
     packages: Packages, new_environment: NewEnvironment, how: tuple[str, ...]
 ) -> None:
     environment = new_environment()
-    environment.install(f"{packages[0]}[cpu,metrics]", *how)
+    environment.install(f"{packages[0]}[cpu,metrics,pydantic]", *how)
     assert environment.run("-c", SERVER).splitlines()[-2:] == ["8", "0"]
     command = environment.folder / "bin/mlx-runner"
     assert "has exited and is reaped (exit code 0)" in checked_output(
         [command, "demo"], environment.folder
     )
     if how is LOWEST:
-        _assert_lowest_versions(environment, "server", "metrics")
+        _assert_lowest_versions(environment, "server", "metrics", "pydantic")
 
 
 def test_strict_type_checkers_find_no_errors(
