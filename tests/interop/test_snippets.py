@@ -25,6 +25,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"log"
 
@@ -39,20 +40,29 @@ func check(err error) {
 	}
 }
 
+var _ = json.Valid // not every snippet reads JSON
+
 func main() {
 	ctx := context.Background()
 """
 
 
 @pytest.mark.parametrize("language", [Language("go")], ids=["go"])
-def test_the_snippet_for_go_runs_in_a_module_of_its_own(
+@pytest.mark.parametrize(
+    ("page", "printed"),
+    [("README.md", "."), ("docs/languages.md", r"\{City:.* Rain:(true|false)\}")],
+    ids=["README", "languages"],
+)
+def test_the_snippets_for_go_run_in_a_module_of_their_own(
     need: Callable[[Language], None],
     language: Language,
+    page: str,
+    printed: str,
     servers: dict[str, Server],
     tmp_path: Path,
 ) -> None:
     need(language)
-    snippet = _snippet("README.md", "go").replace(_ADDRESS, servers["plain"].address)
+    snippet = _snippet(page, "go").replace(_ADDRESS, servers["plain"].address)
     (tmp_path / "main.go").write_text(f"{_GO_PROGRAM}{snippet}}}\n")
     stubs = (f"-require={_STUBS}@v0.0.0", f"-replace={_STUBS}={ROOT}/proto/go")
     for arguments in (
@@ -62,7 +72,7 @@ def test_the_snippet_for_go_runs_in_a_module_of_its_own(
         ("build", "-o", "snippet"),
     ):
         run(["go", *arguments], f"go {arguments[0]}", _BUILD_SECONDS, tmp_path)
-    assert run(["./snippet"], "snippet for Go", _SECONDS, tmp_path).strip()
+    assert re.search(printed, run(["./snippet"], "snippet for Go", _SECONDS, tmp_path))
 
 
 @pytest.mark.parametrize("language", [Language("node")], ids=["node"])
@@ -75,13 +85,33 @@ def test_the_snippet_for_node_runs(
     need(language)
     language.build()
     # A long prompt causes progress messages without content.
-    snippet = _snippet("docs/languages.md", "js")
+    snippet = _snippet("docs/languages.md", "js", "## Node")
     snippet = snippet.replace('"def read_lines(path):"', '"qz ".repeat(300)')
-    snippet = snippet.replace(_ADDRESS, servers["plain"].address)
-    script = tmp_path / "snippet.mjs"
+    assert _run_node(language, snippet, servers["plain"], tmp_path).strip()
+
+
+@pytest.mark.parametrize("language", [Language("node")], ids=["node"])
+def test_the_snippet_for_tools_in_node_runs(
+    need: Callable[[Language], None],
+    language: Language,
+    servers: dict[str, Server],
+    tmp_path: Path,
+) -> None:
+    need(language)
+    language.build()
+    runner, _, _ = _snippet("docs/languages.md", "js", "## Node").partition("const options")
+    snippet = runner + _snippet("docs/languages.md", "js", "## Records")
+    found = _run_node(language, snippet, servers["scripted"], tmp_path)
+    assert found == "It rains in Zürich.\n"
+
+
+def _run_node(language: Language, snippet: str, server: Server, folder: Path) -> str:
+    """Run lines for Node with the packages of a client; return the output."""
+    script = folder / "snippet.mjs"
+    snippet = snippet.replace(_ADDRESS, server.address)
     script.write_text(snippet.replace('["proto"]', f'["{ROOT}/proto"]'))
-    (tmp_path / "node_modules").symlink_to(language.folder / "node_modules")
-    assert run(["node", str(script)], "the snippet for Node", _SECONDS, tmp_path).strip()
+    (folder / "node_modules").symlink_to(language.folder / "node_modules")
+    return run(["node", str(script)], "snippet for Node", _SECONDS, folder)
 
 
 @pytest.mark.parametrize("language", [Language("cpp")], ids=["cpp"])
@@ -115,8 +145,10 @@ def cpp_client(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "client")
 
 
-def _snippet(page: str, language: str) -> str:
-    """Return the only block of a page in a language."""
+def _snippet(page: str, language: str, heading: str = "") -> str:
+    """Return the only block of a page, or of its section with a heading, in a language."""
     text = (ROOT / page).read_text(encoding="utf-8")
+    if heading:
+        text = text[text.index(f"\n{heading}") + 1 :].partition("\n## ")[0]
     (found,) = re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     return str(found)
