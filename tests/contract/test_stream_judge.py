@@ -50,10 +50,29 @@ ANSWERED = {
     ],
 }
 CALLS = ("messages", 2, "toolCalls")
+TOOLS = [{"name": "f", "parameters": '{"properties": {"x": {"type": "array"}}}'}, {"name": "g"}]
+REQUIRED = scenario(
+    [call("Chat", request={"tools": TOOLS, "tool_choice": "TOOL_CHOICE_REQUIRED"})],
+    {"tool_calls": [{"name": "f", "arguments": {"x": [1]}}]},
+)
+CALLED = {
+    "code": "OK",
+    "messages": [
+        {
+            "toolCalls": [{"id": "1", "name": "f", "arguments": '{"x":[1]}'}],
+            "tokenIds": [8],
+            "done": True,
+            "evalCount": 1,
+            "constraintSatisfied": True,
+        },
+    ],
+}
+ANY_SCHEMA = ("steps", 0, "request", "tools", 0, "parameters")
 
 
 @pytest.mark.parametrize(
-    ("wanted", "answer"), [(PROMPT, PROMPT_COMPLETED), (CONSTRAINED, OBEYED), (CHAT, ANSWERED)]
+    ("wanted", "answer"),
+    [(PROMPT, PROMPT_COMPLETED), (CONSTRAINED, OBEYED), (CHAT, ANSWERED), (REQUIRED, CALLED)],
 )
 def test_a_right_answer_has_no_problems(wanted: Json, answer: Json) -> None:
     assert problems(wanted, [answer]) == []
@@ -101,6 +120,16 @@ def test_a_right_answer_has_no_problems(wanted: Json, answer: Json) -> None:
         (CHAT, changed(ANSWERED, *CALLS, 0, "id", to=""), "an id for every call"),
         (CHAT, changed(ANSWERED, *CALLS, 0, "id", to="2"), "an id for every call"),
         (CHAT, changed(ANSWERED, "messages", 2, "done", to=False), "done in the last"),
+        (REQUIRED, changed(CALLED, "messages", 0, "toolCalls", to=[]), "tools' schemas, got []"),
+        (REQUIRED, changed(CALLED, "messages", 0, "content", to="So."), "True of 'So.'"),
+        (REQUIRED, changed(CALLED, "messages", 0, "constraintSatisfied", to=False), "and False of"),
+        (REQUIRED, changed(CALLED, "messages", 0, "constraintSatisfied", to=None), "and None of"),
+        (changed(REQUIRED, *ANY_SCHEMA, to='{"required": ["y"]}'), CALLED, "tools' schemas, got"),
+        (
+            changed(REQUIRED, "steps", 0, "request", "tool_name", to="g"),
+            CALLED,
+            "tools' schemas, got",
+        ),
     ],
 )
 def test_a_wrong_answer_is_found(wanted: Json, answer: Json, complaint: str) -> None:

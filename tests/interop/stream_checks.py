@@ -4,7 +4,7 @@
 probabilities come for all tokens and those of the prompt, as the request asks, and the texts and
 bytes of tokens are the text. ``constraint_satisfied`` is true of the text, by an implementation of
 JSON schema and of regular expressions that the server does not use. The calls of tools have ids of
-their own, and the arguments are JSON objects.
+their own, and the arguments are JSON objects; calls that are required are valid by their schemas.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _check_prompt_logprobs(outcome: Outcome) -> Iterator[str]:
 def _check_constraint(outcome: Outcome) -> Iterator[str]:
     constraint = outcome.call["request"].get("constraint")
     said = outcome.messages[-1].get("constraint_satisfied")
-    if not constraint and said is not None:
+    if not constraint and not _requires_calls(outcome) and said is not None:
         yield f"expected no constraint_satisfied, got {said}"
     for kind in constraint or ():
         if kind in _OBEYS and said != (obeys := _OBEYS[kind](constraint[kind], outcome.text)):
@@ -138,10 +138,38 @@ def _check_answer(expected: Json, outcome: Outcome) -> Iterator[str]:
     if reasoning != expected.get("reasoning", ""):
         yield f"reasoning: expected {expected.get('reasoning', '')!r}, got {reasoning!r}"
     last = outcome.messages[-1]
-    if not bool(reasoning) <= last["reasoning_eval_count"] <= last["eval_count"] * bool(reasoning):
+    # A model may end its reasoning as soon as it has begun.
+    if not bool(reasoning) <= last["reasoning_eval_count"] <= last["eval_count"]:
         counted = last["reasoning_eval_count"]
         yield f"reasoning_eval_count is {counted}, with the reasoning {reasoning!r}"
-    yield from _check_tool_calls(expected.get("tool_calls", []), outcome.joined("tool_calls"))
+    calls = outcome.joined("tool_calls")
+    yield from _check_tool_calls(expected.get("tool_calls", []), calls)
+    if _requires_calls(outcome):
+        yield from _check_required_calls(calls, outcome)
+
+
+def _requires_calls(outcome: Outcome) -> bool:
+    """Return whether a request demands a call of a tool."""
+    return bool(outcome.call["request"].get("tool_choice") == "TOOL_CHOICE_REQUIRED")
+
+
+def _check_required_calls(calls: list[Json], outcome: Outcome) -> Iterator[str]:
+    """Yield the problems of an answer that had to be calls of tools by their schemas."""
+    request = outcome.call["request"]
+    wanted = request.get("tool_name")
+    schemas = {
+        tool["name"]: tool.get("parameters", "{}")
+        for tool in request["tools"]
+        if tool["name"] == (wanted or tool["name"])
+    }
+    obeys = [
+        call["name"] in schemas and _is_valid(schemas[call["name"]], call["arguments"])
+        for call in calls
+    ]
+    is_whole = bool(calls) and not outcome.text
+    said = outcome.messages[-1].get("constraint_satisfied")
+    if not all(obeys) or said != is_whole:
+        yield f"expected calls by the tools' schemas, got {calls} and {said} of {outcome.text!r}"
 
 
 def _check_tool_calls(expected: list[Json], calls: list[Json]) -> Iterator[str]:
