@@ -119,5 +119,9 @@ class MlxModel:
     def _budget(self) -> BatchBudget:
         plan = self._plan
         return BatchBudget(
-            self.info.kv_budget_bytes, plan.need.working_bytes, plan.kv_bytes, plan.chunk_bytes
+            self.info.kv_budget_bytes,
+            plan.need.working_bytes,
+            plan.kv_bytes,
+            plan.chunk_bytes,
+            plan.buffer_cache_bytes,
         )
