@@ -1,13 +1,16 @@
 """Write the demo model's directory: tokenizer, configuration and weights."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.llama import ModelArgs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from runner_server.chat import environment
+from tools.demo_model.dialogues import Dialogue
 
 VOCABULARY = 2048
 DOCUMENT_END = "<|endoftext|>"
@@ -17,19 +20,71 @@ ASSISTANT = "<|assistant|>"
 SPECIALS = (DOCUMENT_END, TURN_END, USER, ASSISTANT)
 CONTEXT = 1024
 
-# One turn per message, opened by the marker of the role and closed by <|end|>.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|' + ('assistant' if message['role'] == 'assistant' else 'user') + '|>\\n'"
-    " + message['content'] + '<|end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
-)
+# One turn per message, opened by the marker of the role and closed by <|end|>. The system's turn
+# lists the tools. Calls have the form of the Hermes models, which mlx_lm finds by `<tool_call>` and
+# `tool_call.name`.
+CHAT_TEMPLATE = """
+{%- set has_system = messages and messages[0]['role'] == 'system' %}
+{%- if tools or has_system %}
+    {{- '<|system|>\\n' }}
+    {{- messages[0]['content'] if has_system }}
+    {{- '\\n' if tools and has_system }}
+    {%- for tool in tools or [] %}
+        {%- set function = tool.function or tool %}
+        {{- '- ' + function.name + '(' }}
+        {%- for name, schema in ((function.parameters or {}).properties or {}).items() %}
+            {{- name + ': ' + (schema.type or 'any') | string }}
+            {{- ', ' if not loop.last }}
+        {%- endfor %}
+        {{- ') ' + (function.description or '') + '\\n' }}
+    {%- endfor %}
+    {{- '<|end|>\\n' }}
+{%- endif %}
+{%- for message in (messages[1:] if has_system else messages) %}
+    {%- if message['role'] == 'assistant' %}
+        {{- '<|assistant|>\\n' + (message['content'] or '') }}
+        {%- for tool_call in message.tool_calls or [] %}
+            {%- set tool_call = tool_call.function or tool_call %}
+            {{- '<tool_call>{"name": "' + tool_call.name + '", "arguments": ' }}
+            {{- tool_call.arguments | tojson }}
+            {{- '}</tool_call>' }}
+        {%- endfor %}
+    {%- elif message['role'] == 'tool' %}
+        {{- '<|user|>\\n<tool_response>' + message['content'] + '</tool_response>' }}
+    {%- else %}
+        {{- '<|user|>\\n' + message['content'] }}
+    {%- endif %}
+    {{- '<|end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|assistant|>\\n' }}
+{%- endif %}
+"""
 
 
 def as_turns(question: str, answer: str) -> str:
     """Format one exchange as the chat template does."""
     return f"{USER}\n{question}{TURN_END}\n{ASSISTANT}\n{answer}{TURN_END}\n"
+
+
+def as_parts(dialogue: Dialogue) -> Iterator[tuple[str, bool]]:
+    """Divide a conversation into prompts and answers; True for the answers.
+
+    A generated answer begins behind a tokenized prompt, so each part is tokenized by itself.
+    """
+    template = environment.compiled(CHAT_TEMPLATE)
+    done = ""
+    for index, message in enumerate(dialogue.messages):
+        if message["role"] != "assistant":
+            continue
+        given, through = (dialogue.messages[:end] for end in (index, index + 1))
+        prompt = environment.render(template, given, dialogue.tools, {})
+        yield prompt.removeprefix(done), False
+        done = environment.render(template, through, dialogue.tools, {})
+        done = done.removesuffix(f"{ASSISTANT}\n")
+        yield done.removeprefix(prompt).removesuffix("\n"), True
+        done = done.removesuffix("\n")
+    yield DOCUMENT_END, False
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
@@ -63,6 +118,11 @@ def architecture() -> ModelArgs:
         rope_theta=10000.0,
         tie_word_embeddings=True,
     )
+
+
+def read_tokenizer(directory: Path) -> Tokenizer:
+    """Read the tokenizer of an earlier run, whose weights are for these token ids."""
+    return Tokenizer.from_file(str(directory / "tokenizer.json"))
 
 
 def write_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:

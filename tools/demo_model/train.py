@@ -9,8 +9,7 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -19,15 +18,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-from mlx import nn
 from mlx.nn.utils import value_and_grad
 from mlx.utils import tree_flatten, tree_map
-from mlx_lm.models import llama
 from mlx_lm.models.llama import Model
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from tools.demo_model import bundle, corpus
+from tools.demo_model import bundle, corpus, fast
+from tools.demo_model.dialogues import Dialogue, dialogues
 
 log = logging.getLogger("demo.train")
 
@@ -40,15 +38,22 @@ SHORT, LONG = 256, bundle.CONTEXT
 # Short windows are twice as fast; the last part of the run uses full-length windows, to train
 # every position that config.json allows.
 LONG_AFTER = 0.88
-CHAT_SHARE = 0.28
+# Of documents, their exchanges, and written conversations.
+SHARES = (0.36, 0.14, 0.5)
+DIALOGUES, HELD_OUT_DIALOGUES = 6000, 200
+# Two fifths of the tokens of a written conversation are answers, and only these are learned.
+ANSWER_WEIGHT = 3.0
 NEW_CONVERSATION = 0.6
-REPORT_SECONDS = 120.0
+REPORT_SECONDS = 420.0
 VALIDATION_ROWS = 48
 # Independent of --seed, so that runs can be compared.
 VALIDATION_SEED = 0
 
-Batch = tuple[mx.array, mx.array]
+Batch = tuple[mx.array, mx.array, mx.array]
+"""Inputs, targets, and the weight of each target in the loss."""
 Ids = NDArray[np.uint16]
+Weights = NDArray[np.float32]
+Window = tuple[Ids, Weights]
 
 # MLX does not annotate this function.
 clip_gradient: Callable[[Any, float], tuple[Any, mx.array]] = optim.clip_grad_norm
@@ -56,46 +61,56 @@ clip_gradient: Callable[[Any, float], tuple[Any, mx.array]] = optim.clip_grad_no
 
 @dataclass(frozen=True)
 class Stream:
-    """Concatenated token ids, with the indices where a window may start."""
+    """Concatenated token ids, with the indices where a window may start.
+
+    ``weights`` are those of the tokens in the loss; 1 if absent.
+    """
 
     ids: Ids
     starts: NDArray[np.int64] | None = None
+    weights: Weights | None = None
 
-    def window(self, rng: np.random.Generator, length: int) -> Ids:
-        """Return ``length`` + 1 tokens from a random start."""
+    def window(self, rng: np.random.Generator, length: int) -> Window:
+        """Return ``length`` + 1 tokens from a random start, and their weights."""
         last = len(self.ids) - length - 1
         if self.starts is None:
             at = int(rng.integers(0, last))
         else:
             at = min(int(rng.choice(self.starts)), last)
-        return self.ids[at : at + length + 1]
+        ids = self.ids[at : at + length + 1]
+        if self.weights is None:
+            return ids, np.ones(len(ids), np.float32)
+        return ids, self.weights[at : at + length + 1]
 
 
 @dataclass(frozen=True)
 class Data:
-    """The raw documents and the conversations of one side of the split."""
+    """The raw documents, their exchanges and the written conversations of one side of the split."""
 
     raw: Stream
     chat: Stream
+    dialogues: Stream
 
     def batch(self, rng: np.random.Generator, length: int) -> Batch:
-        """Draw one step's inputs and targets, mixing both kinds of text."""
-        rows = [
-            (self.chat if rng.random() < CHAT_SHARE else self.raw).window(rng, length)
-            for _ in range(TOKENS_A_STEP // length)
-        ]
-        return _as_batch(rows)
+        """Draw one step's inputs, targets and weights, mixing all kinds of text."""
+        streams = rng.choice(3, TOKENS_A_STEP // length, p=SHARES)
+        kinds = (self.raw, self.chat, self.dialogues)
+        return _as_batch([kinds[index].window(rng, length) for index in streams])
 
 
-def _as_batch(rows: Sequence[Ids]) -> Batch:
-    table = np.stack(rows).astype(np.int32)
-    return mx.array(table[:, :-1]), mx.array(table[:, 1:])
+def _as_batch(rows: Sequence[Window]) -> Batch:
+    table = np.stack([ids for ids, _ in rows]).astype(np.int32)
+    weights = np.stack([weights for _, weights in rows])
+    return mx.array(table[:, :-1]), mx.array(table[:, 1:]), mx.array(weights[:, 1:])
 
 
 def encode(
-    tokenizer: Tokenizer, sources: Sequence[corpus.Source], rng: np.random.Generator
+    tokenizer: Tokenizer,
+    sources: Sequence[corpus.Source],
+    written: Sequence[Dialogue],
+    rng: np.random.Generator,
 ) -> Data:
-    """Turn sources into token streams, documents and conversations each in random order."""
+    """Turn texts into token streams, documents and exchanges each in random order."""
     documents = [source.text + bundle.DOCUMENT_END for source in sources if source.text]
     turns = [
         bundle.as_turns(exchange.question, exchange.answer)
@@ -105,7 +120,21 @@ def encode(
     ]
     raw, _ = _join(tokenizer, documents, rng)
     chat, starts = _join(tokenizer, turns, rng)
-    return Data(Stream(raw), Stream(chat, starts))
+    return Data(Stream(raw), Stream(chat, starts), _encode_dialogues(tokenizer, written))
+
+
+def _encode_dialogues(tokenizer: Tokenizer, written: Sequence[Dialogue]) -> Stream:
+    """Concatenate conversations, of which only the answers are learned."""
+    parts = [part for dialogue in written for part in bundle.as_parts(dialogue)]
+    encoded = [item.ids for item in tokenizer.encode_batch([text for text, _ in parts])]
+    weights = [
+        np.full(len(ids), ANSWER_WEIGHT * is_answer, np.float32)
+        for ids, (_, is_answer) in zip(encoded, parts, strict=True)
+    ]
+    ids = np.concatenate(encoded).astype(np.uint16)
+    # Each conversation ends with this token, so the next one starts behind it.
+    ends = np.flatnonzero(ids == bundle.SPECIALS.index(bundle.DOCUMENT_END)) + 1
+    return Stream(ids, np.concatenate([[0], ends[:-1]]), np.concatenate(weights))
 
 
 def _join(
@@ -143,83 +172,6 @@ def learning_rate(progress: float, peak: float) -> float:
     return peak * (FLOOR + (1 - FLOOR) * cosine)
 
 
-def exponential(value: mx.array) -> mx.array:
-    """Approximate e**value between -20 and 20, to a few parts in ten thousand.
-
-    MLX's CPU backend computes ``exp`` one element at a time, ten times slower than these
-    multiplications, which dominates a training step. The stopped gradients give the result the
-    exact derivative, itself, without differentiating the polynomial.
-    """
-    small = mx.clip(value, -20.0, 20.0) / 32
-    power = mx.array(1.0)
-    for order in range(6, 0, -1):
-        power = 1 + small * power / order
-    for _ in range(5):
-        power = power * power
-    return mx.stop_gradient(power) * (1 + value - mx.stop_gradient(value))
-
-
-def attention(
-    queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, **_: object
-) -> mx.array:
-    """Compute causal attention, replacing MLX's during training."""
-    rows, heads, length, width = queries.shape
-    groups = keys.shape[1]
-    scores = (queries * scale).reshape(rows, groups, -1, width) @ keys.swapaxes(-1, -2)
-    future = mx.triu(mx.full((length, length), -1e4), 1)
-    scores = scores.reshape(rows, groups, heads // groups, length, length) + future
-    weights = exponential(scores - mx.stop_gradient(scores.max(-1, keepdims=True)))
-    weights = weights / weights.sum(-1, keepdims=True)
-    mixed = weights.reshape(rows, groups, -1, length) @ values
-    return mixed.reshape(rows, heads, length, width)
-
-
-def swiglu(gate: mx.array, value: mx.array) -> mx.array:
-    """Compute the gated activation, replacing MLX's during training."""
-    return gate * value / (1 + exponential(-gate))
-
-
-def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
-    """Return the mean cross-entropy."""
-    top = mx.stop_gradient(logits.max(-1, keepdims=True))
-    total = mx.log(exponential(logits - top).sum(-1, keepdims=True)) + top
-    return mx.mean(total - mx.take_along_axis(logits, targets[..., None], -1))
-
-
-def exact_loss(model: Model, inputs: mx.array, targets: mx.array) -> mx.array:
-    """Return the loss computed with MLX's own operations, as at inference."""
-    return nn.losses.cross_entropy(model(inputs), targets, reduction="mean")
-
-
-def make_loss(streams: Sequence[Any]) -> Callable[[Model, mx.array, mx.array], mx.array]:
-    """Build a loss that computes one slice of the batch on each stream.
-
-    MLX runs element-wise operations on one thread per stream, and these dominate a step: with two
-    streams, a step on two cores is almost twice as fast.
-    """
-
-    def loss(model: Model, inputs: mx.array, targets: mx.array) -> mx.array:
-        parts = []
-        slices = zip(mx.split(inputs, len(streams)), mx.split(targets, len(streams)), strict=True)
-        for stream, (given, wanted) in zip(streams, slices, strict=True):
-            with mx.stream(stream):
-                parts.append(cross_entropy(model(given), wanted))
-        return mx.mean(mx.stack(parts))
-
-    return loss
-
-
-@contextmanager
-def _fast_layers() -> Iterator[None]:
-    """Trace the model with the fast operations."""
-    kept = llama.scaled_dot_product_attention, llama.swiglu
-    llama.scaled_dot_product_attention, llama.swiglu = attention, swiglu
-    try:
-        yield
-    finally:
-        llama.scaled_dot_product_attention, llama.swiglu = kept
-
-
 class Trainer:
     """Model, optimizer and compiled training step."""
 
@@ -236,13 +188,13 @@ class Trainer:
         self.optimizer.init(self.model.trainable_parameters())
         self._state = [self.model.state, self.optimizer.state]
         mx.eval(self._state)
-        loss = make_loss([mx.new_stream(mx.default_device()) for _ in range(streams)])
+        loss = fast.make_loss([mx.new_stream(mx.default_device()) for _ in range(streams)])
         self._gradient: Callable[..., tuple[mx.array, Any]] = value_and_grad(self.model, loss)
         self._step = mx.compile(self._update, inputs=self._state, outputs=self._state)
 
-    def _update(self, inputs: mx.array, targets: mx.array) -> mx.array:
-        with _fast_layers():
-            loss, gradient = self._gradient(self.model, inputs, targets)
+    def _update(self, *batch: mx.array) -> mx.array:
+        with fast.fast_layers():
+            loss, gradient = self._gradient(self.model, *batch)
         gradient, _ = clip_gradient(gradient, CLIP)
         self.optimizer.update(self.model, gradient)
         return loss
@@ -256,7 +208,7 @@ class Trainer:
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """Return the mean loss over ``batches``."""
-        losses = [_number(exact_loss(self.model, *batch)) for batch in batches]
+        losses = [_number(fast.exact_loss(self.model, *batch)) for batch in batches]
         return sum(losses) / len(losses)
 
     def weights(self) -> dict[str, mx.array]:
@@ -300,23 +252,30 @@ class Run:
             self.record["before"] = bundle.read_record(options.resume)
         self.windows: list[int] = options.windows
         self.peak: float = options.peak
-        self._load()
+        self._load(options.seed, options.resume)
         self.trainer = Trainer(options.seed, options.streams, options.resume)
         self.clock = Clock(options.minutes * 60)
         self.tokens = self.steps = 0
         self.recent: list[float] = []
 
-    def _load(self) -> None:
+    def _load(self, seed: int, resume: Path | None) -> None:
         sources = corpus.collect()
         kept = [source for source in sources if not source.held_out]
         held = [source for source in sources if source.held_out]
-        tokenizer = bundle.train_tokenizer(_texts(kept))
+        tokenizer = (
+            bundle.train_tokenizer(_texts(kept))
+            if resume is None
+            else bundle.read_tokenizer(resume)
+        )
         bundle.write_tokenizer(self.out, tokenizer)
-        self.data = encode(tokenizer, kept, self.rng)
-        checks = encode(tokenizer, held, np.random.default_rng(VALIDATION_SEED))
+        written = dialogues(DIALOGUES, seed, held_out=False)
+        self.data = encode(tokenizer, kept, written, self.rng)
+        written = dialogues(HELD_OUT_DIALOGUES, VALIDATION_SEED, held_out=True)
+        checks = encode(tokenizer, held, written, np.random.default_rng(VALIDATION_SEED))
         self.checks = {
             "raw": validation(checks.raw),
             "chat": validation(checks.chat),
+            "dialogues": validation(checks.dialogues),
         }
         self.record["train"] = _describe(kept, self.data)
         self.record["validation"] = _describe(held, checks)
@@ -324,6 +283,7 @@ class Run:
 
     def train(self) -> None:
         """Train until the time budget is used, then write and evaluate the final model."""
+        self.record["start"] = self._losses()
         due = REPORT_SECONDS
         while self.clock.progress < 1:
             self._advance(self.clock.progress)
@@ -371,6 +331,8 @@ def _describe(sources: Sequence[corpus.Source], data: Data) -> dict[str, int]:
         "document_tokens": len(data.raw.ids),
         "exchanges": sum(len(source.exchanges) for source in sources),
         "exchange_tokens": len(data.chat.ids),
+        "dialogues": len(data.dialogues.starts if data.dialogues.starts is not None else ()),
+        "dialogue_tokens": len(data.dialogues.ids),
     }
 
 
