@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from runner_client.types import LoadResult, Status
 
-PROMPT = "def read_lines(path):"
+PROMPT = "def read_file(path):"
 """Prompt for the demo model, which is trained on Python's standard library."""
 
 OPTIONS = Options(temperature=0, num_predict=128, stop=("\n\n\n",))
