@@ -108,3 +108,15 @@ async def test_plain_turns_are_one_line_of_role_and_text_each(demo: Server) -> N
     assert rendered.prompt == (
         "<|user|>\nHi<|end|>\n<|assistant|>\nHello<|end|>\n<|user|>\nAnd?<|end|>\n<|assistant|>\n"
     )
+
+
+async def test_text_in_parts_is_rendered_like_text(demo: Server) -> None:
+    parts = [pb.ContentPart(text="What is "), pb.ContentPart(text="a list?")]
+    whole, divided = [
+        await demo.stub.RenderChat(pb.RenderChatRequest(messages=[message]))
+        for message in (
+            user("What is a list?"),
+            pb.ChatMessage(role=pb.ROLE_USER, content_parts=parts),
+        )
+    ]
+    assert divided == whole

@@ -24,10 +24,15 @@ CONTEXT = 1024
 # lists the tools. Calls have the form of the Hermes models, which mlx_lm finds by `<tool_call>` and
 # `tool_call.name`.
 CHAT_TEMPLATE = """
+{%- macro text(content) %}
+    {%- if content is string %}{{- content }}
+    {%- else %}{%- for part in content or [] %}{{- part.text }}{%- endfor %}
+    {%- endif %}
+{%- endmacro %}
 {%- set has_system = messages and messages[0]['role'] == 'system' %}
 {%- if tools or has_system %}
     {{- '<|system|>\\n' }}
-    {{- messages[0]['content'] if has_system }}
+    {{- text(messages[0]['content']) if has_system }}
     {{- '\\n' if tools and has_system }}
     {%- for tool in tools or [] %}
         {%- set function = tool.function or tool %}
@@ -42,7 +47,7 @@ CHAT_TEMPLATE = """
 {%- endif %}
 {%- for message in (messages[1:] if has_system else messages) %}
     {%- if message['role'] == 'assistant' %}
-        {{- '<|assistant|>\\n' + (message['content'] or '') }}
+        {{- '<|assistant|>\\n' + text(message['content']) }}
         {%- for tool_call in message.tool_calls or [] %}
             {%- set tool_call = tool_call.function or tool_call %}
             {{- '<tool_call>{"name": "' + tool_call.name + '", "arguments": ' }}
@@ -50,9 +55,9 @@ CHAT_TEMPLATE = """
             {{- '}</tool_call>' }}
         {%- endfor %}
     {%- elif message['role'] == 'tool' %}
-        {{- '<|user|>\\n<tool_response>' + message['content'] + '</tool_response>' }}
+        {{- '<|user|>\\n<tool_response>' + text(message['content']) + '</tool_response>' }}
     {%- else %}
-        {{- '<|user|>\\n' + message['content'] }}
+        {{- '<|user|>\\n' + text(message['content']) }}
     {%- endif %}
     {{- '<|end|>\\n' }}
 {%- endfor %}
