@@ -170,7 +170,7 @@ async def test_a_batch_gives_the_calls_of_rows_alone(calling: Server) -> None:
 
 
 async def test_calls_that_are_cut_off_are_not_satisfied(calling: Server) -> None:
-    last = (await answer(calling, num_predict=9))[-1]
+    last = (await answer(calling, num_predict=2))[-1]
     assert last.done_reason == pb.DONE_REASON_LENGTH
     assert last.HasField("constraint_satisfied")
     assert not last.constraint_satisfied

@@ -178,7 +178,8 @@ class FakeExecutor:
     ) -> None:
         """See ``Executor.add``."""
         assert prompt_ids, "an empty prompt must not get here"
-        self._backend.policies.append(cache_policy)
+        if cache_policy != CachePolicy():
+            self._backend.policies.append(cache_policy)
         self._backend.matchers.append(matcher)
         assert row not in self.rows
         reply = self._backend.reply(prompt_ids, sampling)
@@ -343,7 +344,8 @@ class FakeBackend:
         executors: Every executor made until now.
         calls: Names of the calls, each with the name of the calling thread.
         prefix_cache_limits: Byte limits of the prefix cache, in the order they were set.
-        policies: The use of the prefix cache by every row, in the order the rows were added.
+        policies: The use of the prefix cache by rows with a policy of their own, in the order the
+            rows were added.
         matchers: The matcher of every row, in that order.
         weight_bytes: Weights held now.
     """
