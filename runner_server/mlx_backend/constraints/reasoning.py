@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from runner_server.chat.format import REASONING
 from runner_server.chat.splitter import AnswerSplitter
+from runner_server.mlx_backend.sampling.mask_rows import mask_words
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -61,8 +62,7 @@ class Markers:
         crossing: dict[int, list[int]] = {}
         for id_, count in _crossing(codec, vocab_size, end):
             crossing.setdefault(count, []).append(id_)
-        words = -(-vocab_size // _WORD_BITS)
-        free = array("I", [0xFFFFFFFF]) * words
+        free = array("I", [0xFFFFFFFF]) * mask_words(vocab_size)
         unfinished = _without(free, (*end_ids, *crossing.pop(0, ())))
         return cls(
             begin=_tokens(codec, vocab_size, begin),
