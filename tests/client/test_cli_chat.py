@@ -17,7 +17,7 @@ from runner_client.cli import chat
 from runner_client.cli.shared.dialogue import INTERRUPTED, PROMPT, QUOTES
 from runner_client.testing import Failure, FakeRunner, fake_runner
 from support.command_line import invoke
-from support.terminal import END, INTERRUPT, in_terminal
+from support.terminal import END, in_terminal
 
 if TYPE_CHECKING:
     from click.testing import Result
@@ -226,13 +226,13 @@ def test_an_interrupt_drops_what_is_typed_and_a_second_one_ends_the_program(
         for typed in ("half a line", f"{QUOTES}one\ntwo\nthr"):
             terminal.send(typed)
             terminal.read_until(typed[-3:])
-            terminal.send(INTERRUPT)
+            terminal.interrupt()
             assert INTERRUPTED in terminal.read_until(PROMPT)
             terminal.send("whole\n")
             assert "Hello wörld" in terminal.read_until(PROMPT)
-        terminal.send(INTERRUPT)
+        terminal.interrupt()
         terminal.read_until(PROMPT)
-        terminal.send(INTERRUPT)
+        terminal.interrupt()
         assert "interrupted" in terminal.read_to_end()
         assert terminal.process.wait() == 130
     answer = (ASSISTANT, "Hello wörld")

@@ -16,7 +16,7 @@ from runner_client import RunnerProcess
 from runner_client.cli.demo import demo_model
 from runner_client.cli.shared.dialogue import PROMPT, UNFINISHED
 from runner_common.contract import TOKEN_VARIABLE
-from support.terminal import INTERRUPT, in_terminal
+from support.terminal import in_terminal
 
 if importlib.util.find_spec("mlx") is None:
     pytest.skip("mlx is not installed (the server extra)", allow_module_level=True)
@@ -121,7 +121,7 @@ def test_an_interrupted_answer_leaves_a_conversation_that_goes_on(
         for _ in range(2):
             terminal.send("go\n")
             terminal.read_until('"xx')
-            terminal.send(INTERRUPT)
+            terminal.interrupt()
             terminal.read_until(PROMPT)
         terminal.send("/bye\n")
         terminal.read_to_end()

@@ -10,6 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Self
 
+import psutil
+
+from support.fake_child import wait_until
+
 _TAKE_TERMINAL = """
 import fcntl, os, sys, termios
 
@@ -18,7 +22,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 """
 """Makes the terminal the one whose keys send signals to the command."""
 
-INTERRUPT, END = "\x03", "\x04"
+_INTERRUPT, END = "\x03", "\x04"
 """What the keys Ctrl-C and Ctrl-D send."""
 
 
@@ -60,6 +64,17 @@ class Terminal:
         """Type a text."""
         os.write(self._descriptor, text.encode())
         return self
+
+    def interrupt(self) -> Self:
+        """Press Ctrl-C once the command waits.
+
+        Python's ``readline`` notices a signal while it waits for a key, or else at the next key: a
+        signal that comes between its showing one character and its waiting for the next is noticed
+        late. No user types that fast.
+        """
+        waiting = psutil.Process(self.process.pid)
+        wait_until(lambda: waiting.status() == psutil.STATUS_SLEEPING)
+        return self.send(_INTERRUPT)
 
     def _read(self) -> bytes:
         try:
