@@ -73,7 +73,7 @@ class Answer:
         self.is_call_whole = is_call_whole
         self._state = self._splitter.state
         self._begin = ""
-        self._call_text = ""
+        self._held = ""
         self.reasoning_count = 0
         self.has_calls = False
 
@@ -89,6 +89,9 @@ class Answer:
             parts += [await self._part(segment) for segment in self._splitter.flush()]
         if is_last and self._state == TOOL:
             parts.append(await self._end_calls(""))
+        elif is_last:
+            # A header that has not ended: the model has written its answer without one.
+            parts.append(AnswerPart(content=self._held))
         return AnswerPart(
             "".join(part.content for part in parts),
             "".join(part.reasoning for part in parts),
@@ -97,29 +100,30 @@ class Answer:
 
     async def _part(self, segment: Segment) -> AnswerPart:
         before, self._state = self._state, segment.state
-        if segment.marker and segment.state == TOOL:
-            self._begin, self._call_text = segment.marker, ""
-        elif segment.marker and before == TOOL:
+        if segment.marker and before == TOOL:
             return await self._end_calls(segment.marker)
-        elif segment.state == TOOL:
-            self._call_text += segment.text
+        if segment.marker:
+            self._begin, self._held = segment.marker, ""
         elif segment.state == REASONING:
             return AnswerPart(reasoning=segment.text)
         elif segment.state == CONTENT:
             return AnswerPart(content=segment.text)
+        else:
+            self._held += segment.text
         return AnswerPart()
 
     async def _end_calls(self, end: str) -> AnswerPart:
         """Return the calls in the text since the marker, or that text if there are none."""
-        calls = _valid_calls(await self._parse_calls(self._call_text))
+        text, self._held = self._held, ""
+        calls = _valid_calls(await self._parse_calls(text))
         self.has_calls = self.has_calls or bool(calls)
         if calls:
             return AnswerPart(tool_calls=calls)
         if end and self.is_call_whole:
             self._state = self._splitter.state = TOOL
-            self._call_text += end
+            self._held = text + end
             return AnswerPart()
-        return AnswerPart(content=self._begin + self._call_text + end)
+        return AnswerPart(content=self._begin + text + end)
 
 
 def _valid_calls(found: Sequence[Mapping[str, Any]]) -> tuple[ToolCall, ...]:

@@ -9,8 +9,8 @@ from pathlib import PurePath
 CONTENT, REASONING, TOOL, HEADER = "content", "reasoning", "tool", "header"
 """States of an answer: text, the reasoning before it, a tool call, and text that is left out."""
 
-REQUIRED_CALLS = ("json_tools", "kimi_k2", "mistral")
-"""Parsers of mlx_lm whose calls have JSON arguments, so that a grammar can require calls."""
+REQUIRED_CALLS = ("gpt_oss", "json_tools", "kimi_k2", "mistral")
+"""Forms of calls with JSON arguments, so that a grammar can require calls."""
 
 Transitions = Mapping[str, tuple[tuple[str, str], ...]]
 """By state, pairs of a marker and the state after it."""
@@ -24,24 +24,27 @@ class AnswerFormat:
         transitions: The markers.
         initial: The state in which an answer begins.
         think_start: The marker before reasoning; empty if the model has none.
-        tool_parser: File of mlx_lm's parser for the text of tool calls; empty if there is none.
+        content_start: The marker between reasoning and content of a model whose answers begin with
+            the reasoning; empty for others.
+        tool_parser: File of the parser for the text of tool calls; empty if there is none.
     """
 
     transitions: Transitions = field(default_factory=dict)
     initial: str = CONTENT
     think_start: str = ""
+    content_start: str = ""
     tool_parser: str = ""
 
     @property
     def call_form(self) -> str:
-        """The name of mlx_lm's parser of tool calls; empty if there is none."""
+        """The name of the parser of tool calls; empty if there is none."""
         return PurePath(self.tool_parser).stem
 
     @property
     def call_markers(self) -> tuple[str, str]:
         """The markers before and after tool calls; the second one may be empty."""
-        begin = (text for text, to in self.transitions.get(CONTENT, ()) if to == TOOL)
-        end = (text for text, to in self.transitions.get(TOOL, ()) if to == CONTENT)
+        begin = (text for edges in self.transitions.values() for text, to in edges if to == TOOL)
+        end = (text for text, _ in self.transitions.get(TOOL, ()))
         return next(begin, ""), next(end, "")
 
     @property
@@ -53,7 +56,7 @@ class AnswerFormat:
     def think_end(self) -> str:
         """The marker after reasoning; empty if the model has none."""
         edges = self.transitions.get(REASONING, ())
-        return next((text for text, to in edges if to == CONTENT), "")
+        return next((text for text, to in edges if to != TOOL), "")
 
     @property
     def has_reasoning(self) -> bool:
@@ -63,7 +66,7 @@ class AnswerFormat:
     def with_calls_in_content(self) -> AnswerFormat:
         """Return the format of answers in which only its own marker ends the reasoning."""
         edges = self.transitions.get(REASONING, ())
-        kept = tuple((text, to) for text, to in edges if to == CONTENT)
+        kept = tuple((text, to) for text, to in edges if to != TOOL)
         return replace(self, transitions={**self.transitions, REASONING: kept})
 
     def without_tools(self) -> AnswerFormat:

@@ -15,8 +15,10 @@ class Reasoning:
         markers: How the model writes answers, with markers of reasoning.
         is_open: Whether the prompt has opened the reasoning.
         budget: Most tokens of reasoning; None for any number.
+        lead: The marker between the reasoning and the constrained text; may be empty.
     """
 
     markers: AnswerFormat
     is_open: bool
     budget: int | None = None
+    lead: str = ""

@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
+from runner_server.chat import gpt_oss
 from runner_server.chat.format import CONTENT, HEADER, REASONING, TOOL
 from runner_server.mlx_backend.upstream.answer_markers import answer_format
 
@@ -101,6 +102,21 @@ def test_markers_of_tool_calls_are_those_of_mlx_lm(name: str, vocabulary: list[s
     assert found.tool_parser == parser_module(name).__file__
     edges = found.without_tools().transitions.values()
     assert TOOL not in {to for each in edges for _, to in each}
+
+
+GPT_OSS = "<|start|>assistant {{ x }} <|channel|>analysis<|message|>"
+
+
+@pytest.mark.parametrize(
+    ("config", "template"), [({}, GPT_OSS), ({"tool_parser_type": "gpt_oss"}, "")]
+)
+def test_gpt_oss_is_known_by_its_template_or_by_name(config: dict[str, Any], template: str) -> None:
+    found = answer_format(lambda _: False, config, {}, template)
+    assert found == gpt_oss.FORMAT
+    assert (found.call_form, found.has_reasoning) == ("gpt_oss", True)
+    assert found.can_require_calls
+    named = answer_format(lambda _: False, {"tool_parser_type": "json_tools"}, {}, template)
+    assert named.call_form == "json_tools"
 
 
 TEMPLATES = [

@@ -53,6 +53,7 @@ KIMI = [
     *("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>"),
     *("<|tool_call_end|>", "<|tool_call_argument_begin|>"),
 ]
+OSS = ["<|channel|>", "<|end|>", "<|start|>", "<|message|>", "<|constrain|>", "<|call|>"]
 FORMS: dict[str, tuple[str, list[str], bool]] = {
     "json_tools": ("json_tools", [*THINK, "<tool_call>", "</tool_call>"], False),
     "json_tools without tokens": ("json_tools", THINK, False),
@@ -60,6 +61,7 @@ FORMS: dict[str, tuple[str, list[str], bool]] = {
     "mistral": ("mistral", [*THINK, "[TOOL_CALLS]"], True),
     "mistral with names": ("mistral", [*THINK, "[TOOL_CALLS]", "[ARGS]"], True),
     "kimi_k2": ("kimi_k2", [*THINK, *KIMI], True),
+    "gpt_oss": ("gpt_oss", OSS, True),
 }
 
 
@@ -84,6 +86,8 @@ async def answer(server: Server, **fields: Any) -> list[pb.ChatResponse]:
     """Return the messages of an answer that must call tools."""
     names = pb.CompletionOptions.DESCRIPTOR.fields_by_name
     options = {name: fields.pop(name) for name in list(fields) if name in names}
+    # Short, because a model that always reasons writes nothing else here.
+    fields.setdefault("reasoning_budget", 4)
     # Hot, because the model's own preferences are as good as any.
     options = {"num_predict": 800, "temperature": 8.0, **options}
     # Ends the text as soon as it may end, and does not reason.
@@ -146,13 +150,23 @@ async def test_calls_may_follow_one_another(calling: Server) -> None:
         assert len(calls) > 1
 
 
+async def markers_of(server: Server) -> list[list[int]]:
+    """Return the tokens of the markers before and after reasoning."""
+    state = server.app.engine.state()
+    assert state.model
+    form = state.model.chat.answer
+    requests = [pb.TokenizeRequest(content=text) for text in (form.think_start, form.think_end)]
+    return [[*(await server.stub.Tokenize(request)).token_ids] for request in requests]
+
+
 async def test_calls_begin_after_the_reasoning(calling: Server) -> None:
-    begin, end = VOCAB_SIZE, VOCAB_SIZE + 1
-    bias = {EOS: 100.0, begin: 100.0}
+    begin, end = await markers_of(calling)
+    bias = {EOS: 100.0, begin[0]: 100.0}
     messages = await answer(calling, seed=2, logit_bias=bias, reasoning_budget=6, tools=TOOLS[:2])
     ids = [id_ for message in messages for id_ in message.token_ids]
-    assert (ids[0], ids[7]) == (begin, end)
-    assert messages[-1].reasoning_eval_count == 8
+    assert ids[: len(begin)] == begin
+    assert ids[len(begin) + 6 :][: len(end)] == end
+    assert messages[-1].reasoning_eval_count == 1 + 6 + len(end)
     assert "".join(message.reasoning for message in messages)
     calls_of(messages)
 

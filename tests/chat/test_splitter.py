@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runner_server.chat import gpt_oss
 from runner_server.chat.answer import Answer, AnswerPart
 from runner_server.chat.format import CONTENT, HEADER, REASONING, AnswerFormat, Transitions
 from runner_server.chat.splitter import AnswerSplitter, Segment
@@ -24,11 +25,13 @@ MACHINES: dict[str, tuple[Transitions, str]] = {
     "thinking": (THINKING.transitions, CONTENT),
     "opened by the prompt": (THINKING.transitions, REASONING),
     "spark": (SPARK, HEADER),
+    "gpt-oss": (gpt_oss.FORMAT.transitions, HEADER),
     "nested markers": (NESTED, CONTENT),
     "no markers": ({}, CONTENT),
 }
 WORDS = ["<think>", "</think>", "<th", "ink>", "<", "abcd", "bc", "a", "<|eom|>", "é\n"]
-WORDS += ["to=user<|message|>", "to=self<|message|>"]
+WORDS += ["to=user<|message|>", "to=self<|message|>", "<|channel|>analysis", "<|message|>"]
+WORDS += ["<|channel|>final<|message|>", "<|end|><|start|>assistant", "<|end|>", " to=functions.f"]
 
 texts = st.lists(st.sampled_from(WORDS), max_size=12)
 
@@ -54,7 +57,7 @@ def test_parts_do_not_depend_on_the_pieces(machine: str, words: list[str], cuts:
     assert split(machine, pieces) == split(machine, [text]) == split(machine, text)
 
 
-@pytest.mark.parametrize("machine", ["thinking", "opened by the prompt", "spark", "no markers"])
+@pytest.mark.parametrize("machine", sorted(MACHINES.keys() - {"nested markers"}))
 @given(words=texts)
 def test_parts_are_those_of_mlx_lm(machine: str, words: list[str]) -> None:
     generate = pytest.importorskip("mlx_lm.generate", reason="mlx_lm is not installed")

@@ -4182,8 +4182,8 @@ type ChatRequest struct {
 	Model string `protobuf:"bytes,9,opt,name=model,proto3" json:"model,omitempty"`
 	// What the answer must be, as `CompletionRequest.constraint`: its text as a whole,
 	// markers of tool calls included, or the text after its reasoning. An answer reasons
-	// if the prompt has opened the reasoning, or if its first token begins the model's
-	// marker of reasoning. Up to the end of the marker after it, all tokens are possible
+	// if the prompt has opened the reasoning, if its first token begins the model's
+	// marker of reasoning, or if all answers of the model begin with it (gpt-oss). Up to the end of the marker after it, all tokens are possible
 	// that do not end the text, and calls of tools are not told apart. Default: unset,
 	// any text.
 	Constraint *Constraint `protobuf:"bytes,10,opt,name=constraint,proto3" json:"constraint,omitempty"`

@@ -2568,8 +2568,8 @@ class ChatRequest(_message.Message):
     def constraint(self) -> Global___Constraint:
         """What the answer must be, as `CompletionRequest.constraint`: its text as a whole,
         markers of tool calls included, or the text after its reasoning. An answer reasons
-        if the prompt has opened the reasoning, or if its first token begins the model's
-        marker of reasoning. Up to the end of the marker after it, all tokens are possible
+        if the prompt has opened the reasoning, if its first token begins the model's
+        marker of reasoning, or if all answers of the model begin with it (gpt-oss). Up to the end of the marker after it, all tokens are possible
         that do not end the text, and calls of tools are not told apart. Default: unset,
         any text.
         """

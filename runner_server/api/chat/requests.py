@@ -65,7 +65,8 @@ async def chat_draft(
             format_ = format_.with_calls_in_content()
         is_open = format_.state_after(prompt.text) == REASONING
         budget = request.reasoning_budget if request.HasField("reasoning_budget") else None
-        reasoning = Reasoning(format_, is_open, budget)
+        lead = "" if is_required else format_.content_start
+        reasoning = Reasoning(format_, is_open, budget, lead)
     parse = partial(renderer.parse_calls, format_.tool_parser, conversation.tools or ())
     answer = Answer(format_, prompt.text, parse, is_call_whole=is_required)
     return replace(draft, prompt=Prompt("messages", prompt.token_ids), reasoning=reasoning), answer

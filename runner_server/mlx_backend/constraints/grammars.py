@@ -79,7 +79,7 @@ class GrammarCache:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammar")
         self._tokenizer: LLTokenizer | None = None
         self._markers_lock = threading.Lock()
-        self._markers: dict[tuple[str, str], Markers] = {}
+        self._markers: dict[tuple[str, str, str], Markers] = {}
 
     @property
     def problem(self) -> str:
@@ -111,7 +111,7 @@ class GrammarCache:
         field = "constraint" if grammar else "reasoning_budget"
         if problem := self.problem:
             raise InvalidField([(field, problem)])
-        texts = reasoning.markers.think_start, reasoning.markers.think_end
+        texts = reasoning.markers.think_start, reasoning.markers.think_end, reasoning.lead
         # A lock of its own: reading takes time, and the event loop waits for the other one.
         with self._markers_lock:
             if texts not in self._markers:

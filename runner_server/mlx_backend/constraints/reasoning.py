@@ -31,6 +31,7 @@ class Markers:
     Attributes:
         begin: The tokens that a model writes for the marker before reasoning.
         end: The same for the marker after it.
+        lead: The tokens between the marker after reasoning and the text of a grammar.
         free: Mask of all tokens.
         unfinished: Mask of the tokens that leave the rest of the text to a constraint: none that
             ends the text, and none that goes on after the marker's end.
@@ -39,13 +40,20 @@ class Markers:
 
     begin: tuple[int, ...]
     end: tuple[int, ...]
+    lead: tuple[int, ...]
     free: array[int]
     unfinished: array[int]
     crossing: dict[int, tuple[int, ...]]
 
     @classmethod
     def read(
-        cls, codec: FastCodec, vocab_size: int, end_ids: Collection[int], begin: str, end: str
+        cls,
+        codec: FastCodec,
+        vocab_size: int,
+        end_ids: Collection[int],
+        begin: str,
+        end: str,
+        lead: str,
     ) -> Markers:
         """Find the tokens of markers. Takes 0.4 s of CPU time for 151,936 tokens.
 
@@ -55,6 +63,7 @@ class Markers:
             end_ids: The tokens that end a text.
             begin: The marker before reasoning.
             end: The marker after it.
+            lead: The text between that and the text of a grammar.
 
         Raises:
             ValueError: The model cannot write a marker.
@@ -67,6 +76,7 @@ class Markers:
         return cls(
             begin=_tokens(codec, vocab_size, begin),
             end=_tokens(codec, vocab_size, end),
+            lead=_tokens(codec, vocab_size, lead) if lead else (),
             free=free,
             unfinished=unfinished,
             crossing={count: tuple(ids) for count, ids in crossing.items()},
@@ -147,6 +157,7 @@ class _Stage(Enum):
     START: nothing is written, and a grammar follows the reasoning.
     MARKER: within the marker before reasoning, whose rest is forced.
     REASONING: within the reasoning.
+    LEAD: within the text between reasoning and grammar, which is forced.
     OUTSIDE: outside the reasoning, without a grammar.
     ANSWER: after the reasoning, within the grammar.
     """
@@ -154,6 +165,7 @@ class _Stage(Enum):
     START = auto()
     MARKER = auto()
     REASONING = auto()
+    LEAD = auto()
     OUTSIDE = auto()
     ANSWER = auto()
 
@@ -163,7 +175,9 @@ class ReasoningMatcher:
 
     With a grammar, an answer reasons if its first token begins the marker before reasoning. Any
     other first token is the first of the grammar. Tokens of the reasoning are free, except for the
-    end of the text, until the text of the marker after it is complete.
+    end of the text, until the text of the marker after it is complete. A model that begins every
+    answer with its reasoning does so here, and the first token of the marker after it forces the
+    others.
 
     Without a grammar, the reasoning is found as in the text of the answer, by the markers anywhere.
 
@@ -194,8 +208,11 @@ class ReasoningMatcher:
         self._left = math.inf if reasoning.budget is None else reasoning.budget
         self._recent: list[int] = []
         self._forced: list[int] = []
+        self._must_reason = bool(grammar and format_.content_start)
         if reasoning.is_open:
             self._reason()
+        elif self._must_reason:
+            self._begin_marker()
         else:
             self._stage = _Stage.START if grammar else _Stage.OUTSIDE
         self._prepare()
@@ -204,11 +221,13 @@ class ReasoningMatcher:
         """Advance by a token."""
         match self._stage:
             case _Stage.START if token_id == self._markers.begin[0]:
-                self._stage = _Stage.MARKER
-                self._forced = [*self._markers.begin]
+                self._begin_marker()
                 self._consume_marker()
             case _Stage.MARKER:
                 self._consume_marker()
+            case _Stage.LEAD:
+                self._forced.pop(0)
+                self._stage = _Stage.LEAD if self._forced else _Stage.ANSWER
             case _Stage.REASONING | _Stage.OUTSIDE:
                 self._read(token_id)
             case _:
@@ -216,6 +235,10 @@ class ReasoningMatcher:
                 if self._answer:
                     self._answer.consume(token_id)
         self._prepare()
+
+    def _begin_marker(self) -> None:
+        self._stage = _Stage.MARKER
+        self._forced = [*self._markers.begin]
 
     def _consume_marker(self) -> None:
         self._forced.pop(0)
@@ -225,8 +248,10 @@ class ReasoningMatcher:
     def _reason(self) -> None:
         """Begin the reasoning, or go on with it."""
         self._stage = _Stage.REASONING
-        if self._left <= 0 and not self._forced:
-            self._forced = [*self._markers.end[_overlap(self._recent, self._markers.end) :]]
+        written = _overlap(self._recent, self._markers.end)
+        is_over = self._left <= 0 or (self._must_reason and written > 0)
+        if is_over and not self._forced:
+            self._forced = [*self._markers.end[written:]]
 
     def _read(self, token_id: int) -> None:
         """Advance by a token whose text may begin or end the reasoning."""
@@ -242,7 +267,10 @@ class ReasoningMatcher:
             self._reason()
             return
         self._recent, self._forced = [], []
-        self._stage = _Stage.ANSWER if self._grammar else _Stage.OUTSIDE
+        self._stage = _Stage.OUTSIDE
+        if self._grammar:
+            self._forced = [*self._markers.lead]
+            self._stage = _Stage.LEAD if self._forced else _Stage.ANSWER
 
     def _prepare(self) -> None:
         """Set what limits the next token."""
@@ -281,7 +309,7 @@ class ReasoningMatcher:
             return None
         format_ = self._reasoning.markers
         if self._reasoning.is_open or text.startswith(format_.think_start):
-            _, end, text = text.partition(format_.think_end)
+            _, end, text = text.partition(format_.think_end + self._reasoning.lead)
             if not end:
                 return False
         return self._grammar.start().accepts(text)

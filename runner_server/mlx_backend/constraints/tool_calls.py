@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from runner_server.chat import gpt_oss
 from runner_server.errors import InvalidField
 from runner_server.mlx_backend.constraints.sources import MODEL_SPLITS, json_rule, read_schema
 
@@ -98,6 +99,8 @@ class _Writer:
 
     def call(self, form: str, name: str) -> tuple[str, str]:
         """Return what a call has before and after its arguments."""
+        if form == gpt_oss.NAME:
+            return self.text(gpt_oss.call_start(name)), ""
         if form == "kimi_k2":
             begin, argument, end = map(self.text, _KIMI)
             return f"{begin} {_quoted(f'functions.{name}:'.encode())} INDEX {argument}", end
@@ -131,7 +134,12 @@ def _mistral_named(write: _Writer, begin: str) -> str:
     return f"start: SPACE? ({write.text(begin)} tool)+\nSPACE: {_SPACE}"
 
 
-_FORMS = {"json_tools": _json_tools, "kimi_k2": _kimi}
+def _gpt_oss(_write: _Writer, _begin: str, _end: str) -> str:
+    # The token after a call ends the answer.
+    return "start: tool"
+
+
+_FORMS = {gpt_oss.NAME: _gpt_oss, "json_tools": _json_tools, "kimi_k2": _kimi}
 
 
 def _quoted(data: bytes) -> str:

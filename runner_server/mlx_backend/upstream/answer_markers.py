@@ -1,7 +1,8 @@
 """The markers of reasoning and tool calls that mlx_lm knows, and its parsers of tool calls.
 
 Reimplemented from ``mlx_lm.tokenizer_utils`` and ``mlx_lm.generate``, because these import
-transformers, in 1 to 3 s. Tests compare both.
+transformers, in 1 to 3 s. Tests compare both. The markers of gpt-oss, which mlx_lm lacks, are in
+:mod:`runner_server.chat.gpt_oss`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from runner_server.chat import gpt_oss
 from runner_server.chat.format import CONTENT, HEADER, REASONING, TOOL, AnswerFormat
 from runner_server.mlx_backend.upstream.lean_import import import_lean
 from runner_server.mlx_backend.upstream.package_files import package_file
@@ -67,6 +69,9 @@ def answer_format(
     Raises:
         ValueError: mlx_lm lacks the parser of tool calls that the configuration names.
     """
+    parser = config.get("tool_parser_type", defaults.get("tool_parser_type"))
+    if gpt_oss.is_named(parser, template):
+        return gpt_oss.FORMAT
     transitions: dict[str, list[tuple[str, str]]] = {}
     think_start, think_end = _thinking(has_token)
     if think_start:
@@ -77,7 +82,6 @@ def answer_format(
         config.get("chat_template_type", defaults.get("chat_template_type"))
     )
     markers = described.get("transitions", {})
-    parser = config.get("tool_parser_type", defaults.get("tool_parser_type"))
     parser = parser or _parser_of(template, has_token)
     if parser:
         names_calls = any(to == "tool" for edges in markers.values() for _, to in edges)
