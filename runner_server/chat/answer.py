@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,13 +51,13 @@ class Answer:
         model: The markers of the model.
         prompt: The prompt, in which a template may have opened the reasoning.
         parse_calls: Parses the text of tool calls.
-        is_call_whole: Whether every call is known to be whole, so that a marker after text that is
-            no call is a part of the call's arguments.
+        required: Names of the tools of an answer that is nothing but whole calls of these, so that
+            a marker after any other text is a part of a call's arguments. Empty for other answers.
 
     Attributes:
         reasoning_count: Tokens whose text was complete within the reasoning, its markers included.
         has_calls: Whether there was a tool call.
-        is_call_whole: See above.
+        is_required: Whether the answer is nothing but calls.
     """
 
     def __init__(
@@ -66,11 +66,12 @@ class Answer:
         prompt: str,
         parse_calls: ParseCalls = no_calls,
         *,
-        is_call_whole: bool = False,
+        required: Collection[str] = (),
     ) -> None:
         self._splitter = AnswerSplitter(model.transitions, model.state_after(prompt))
         self._parse_calls = parse_calls
-        self.is_call_whole = is_call_whole
+        self._required = required
+        self.is_required = bool(required)
         self._state = self._splitter.state
         self._begin = ""
         self._held = ""
@@ -116,10 +117,12 @@ class Answer:
         """Return the calls in the text since the marker, or that text if there are none."""
         text, self._held = self._held, ""
         calls = _valid_calls(await self._parse_calls(text))
+        if self.is_required and any(call.name not in self._required for call in calls):
+            calls = ()
         self.has_calls = self.has_calls or bool(calls)
         if calls:
             return AnswerPart(tool_calls=calls)
-        if end and self.is_call_whole:
+        if end and self.is_required:
             self._state = self._splitter.state = TOOL
             self._held = text + end
             return AnswerPart()

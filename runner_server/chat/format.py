@@ -9,8 +9,13 @@ from pathlib import PurePath
 CONTENT, REASONING, TOOL, HEADER = "content", "reasoning", "tool", "header"
 """States of an answer: text, the reasoning before it, a tool call, and text that is left out."""
 
-REQUIRED_CALLS = ("gpt_oss", "json_tools", "kimi_k2", "mistral")
-"""Forms of calls with JSON arguments, so that a grammar can require calls."""
+JSON_CALLS = ("gpt_oss", "json_tools", "kimi_k2", "longcat", "mistral")
+FLAT_CALLS = (
+    *("function_gemma", "gemma4", "glm47", "laguna", "minicpm5", "minimax_m2", "pythonic"),
+    "qwen3_coder",
+)
+REQUIRED_CALLS = (*JSON_CALLS, *FLAT_CALLS)
+"""Forms of calls that a grammar can require: with JSON arguments, or with texts and numbers."""
 
 Transitions = Mapping[str, tuple[tuple[str, str], ...]]
 """By state, pairs of a marker and the state after it."""

@@ -100,7 +100,7 @@ async def test_a_marker_within_arguments_ends_no_required_call() -> None:
     text = CALL.replace("1}", f'"<|call|>{FINAL}"}}')
     try:
         parse = partial(renderer.parse_calls, gpt_oss.FORMAT.tool_parser, ())
-        answer = Answer(gpt_oss.FORMAT, "", parse, is_call_whole=True)
+        answer = Answer(gpt_oss.FORMAT, "", parse, required=["f"])
         parts = [await answer.add([char], is_last=False) for char in text]
         parts.append(await answer.add([], is_last=True))
     finally:

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_server.chat.format import REQUIRED_CALLS
+from runner_server.chat.format import JSON_CALLS
 from support.chat_models import PADDED, add_chat, serving
 from support.harness import Server, failure
 from support.models import VOCAB_SIZE
@@ -79,7 +79,8 @@ async def calling(
 
 
 def test_every_form_is_tested() -> None:
-    assert {form for form, _, _ in FORMS.values()} == set(REQUIRED_CALLS)
+    # The form of longcat, which is that of json_tools, is tested with the forms without JSON.
+    assert {"longcat", *(form for form, _, _ in FORMS.values())} == set(JSON_CALLS)
 
 
 async def answer(server: Server, **fields: Any) -> list[pb.ChatResponse]:

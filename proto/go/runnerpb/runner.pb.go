@@ -519,7 +519,8 @@ const (
 	// As with a constraint, `num_predict`, the context or a stop string may end it
 	// earlier. Refused if the form of the model's calls does not allow it
 	// (`Capabilities.required_tools`), with `constraint`, `ignore_eos` and
-	// `min_predict`, and if a schema has a keyword that constraints refuse.
+	// `min_predict`, and if a schema has a keyword that constraints refuse, or an
+	// argument that the form cannot write.
 	ToolChoice_TOOL_CHOICE_REQUIRED ToolChoice = 3
 )
 
@@ -940,8 +941,9 @@ type Capabilities struct {
 	// package (a request with a constraint is told which). Also empty if the server is
 	// older than the field.
 	ConstraintKinds []ConstraintKind `protobuf:"varint,13,rep,packed,name=constraint_kinds,json=constraintKinds,proto3,enum=mlxrunner.v1.ConstraintKind" json:"constraint_kinds,omitempty"`
-	// Whether `Chat` accepts TOOL_CHOICE_REQUIRED: the model writes calls in a form with
-	// JSON arguments, and takes constraints.
+	// Whether `Chat` accepts TOOL_CHOICE_REQUIRED: the model takes constraints, and a
+	// grammar can write its calls. In the forms without JSON, only texts, numbers and
+	// booleans are arguments; a schema with others is refused with its place.
 	RequiredTools *bool `protobuf:"varint,14,opt,name=required_tools,json=requiredTools,proto3,oneof" json:"required_tools,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -399,7 +399,8 @@ class _ToolChoiceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ToolChoice
     As with a constraint, `num_predict`, the context or a stop string may end it
     earlier. Refused if the form of the model's calls does not allow it
     (`Capabilities.required_tools`), with `constraint`, `ignore_eos` and
-    `min_predict`, and if a schema has a keyword that constraints refuse.
+    `min_predict`, and if a schema has a keyword that constraints refuse, or an
+    argument that the form cannot write.
     """
 
 class ToolChoice(_ToolChoice, metaclass=_ToolChoiceEnumTypeWrapper):
@@ -417,7 +418,8 @@ the model and with arguments that are valid by `Tool.parameters`, and nothing el
 As with a constraint, `num_predict`, the context or a stop string may end it
 earlier. Refused if the form of the model's calls does not allow it
 (`Capabilities.required_tools`), with `constraint`, `ignore_eos` and
-`min_predict`, and if a schema has a keyword that constraints refuse.
+`min_predict`, and if a schema has a keyword that constraints refuse, or an
+argument that the form cannot write.
 """
 Global___ToolChoice: _TypeAlias = ToolChoice  # noqa: Y015
 
@@ -684,8 +686,9 @@ class Capabilities(_message.Message):
     understood.
     """
     required_tools: _builtins.bool
-    """Whether `Chat` accepts TOOL_CHOICE_REQUIRED: the model writes calls in a form with
-    JSON arguments, and takes constraints.
+    """Whether `Chat` accepts TOOL_CHOICE_REQUIRED: the model takes constraints, and a
+    grammar can write its calls. In the forms without JSON, only texts, numbers and
+    booleans are arguments; a schema with others is refused with its place.
     """
     @_builtins.property
     def constraint_kinds(self) -> _containers.RepeatedScalarFieldContainer[Global___ConstraintKind.ValueType]:

@@ -36,7 +36,7 @@ async def chat_message(
     if part.done:
         message.MergeFrom(_last(part))
         message.reasoning_eval_count = answer.reasoning_count
-        if answer.is_call_whole and not answer.has_calls:
+        if answer.is_required and not answer.has_calls:
             message.constraint_satisfied = False
         if answer.has_calls and part.done_reason == pb.DONE_REASON_STOP:
             message.done_reason = pb.DONE_REASON_TOOL_CALLS

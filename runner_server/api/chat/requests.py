@@ -68,7 +68,8 @@ async def chat_draft(
         lead = "" if is_required else format_.content_start
         reasoning = Reasoning(format_, is_open, budget, lead)
     parse = partial(renderer.parse_calls, format_.tool_parser, conversation.tools or ())
-    answer = Answer(format_, prompt.text, parse, is_call_whole=is_required)
+    required = [tool.name for tool in request.tools] if is_required else []
+    answer = Answer(format_, prompt.text, parse, required=required)
     return replace(draft, prompt=Prompt("messages", prompt.token_ids), reasoning=reasoning), answer
 
 

@@ -13,6 +13,9 @@ from runner_server.engine.types import TOOL_CALLS, Constraint
 MAX_SCHEMAS_BYTES = 4 * MAX_CONSTRAINT_BYTES
 """Most bytes of the schemas of all tools together."""
 
+_FREE_NAMES = ("json_tools", "longcat")
+"""Forms of calls whose names are JSON texts."""
+
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _NO_PARAMETERS = '{"type": "object", "properties": {}}'
 
@@ -53,7 +56,7 @@ def _check_tools(check: ViolationCollector, request: pb.ChatRequest, form: str) 
         text = f"{size} bytes; at most {MAX_CONSTRAINT_BYTES} with TOOL_CHOICE_REQUIRED"
         check.require(f"tools[{index}].parameters", size <= MAX_CONSTRAINT_BYTES, text)
         # Other names could not be told from the rest of a call.
-        fits = form == "json_tools" or not tool.name or bool(_NAME.fullmatch(tool.name))
+        fits = form in _FREE_NAMES or not tool.name or bool(_NAME.fullmatch(tool.name))
         text = "1 to 64 letters, digits, _ and -: this model's calls have no others"
         check.require(f"tools[{index}].name", fits, text)
 

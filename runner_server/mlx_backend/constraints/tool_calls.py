@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from runner_server.chat import gpt_oss
 from runner_server.errors import InvalidField
+from runner_server.mlx_backend.constraints import flat_calls
 from runner_server.mlx_backend.constraints.sources import MODEL_SPLITS, json_rule, read_schema
 
 if TYPE_CHECKING:
@@ -73,6 +74,11 @@ def calls_grammar(constraint: Constraint, tools: Sequence[CallableTool], codec: 
     else:
         start = _FORMS[form](write, begin, end)
     rules = [start, "tool: " + " | ".join(f"tool{i}" for i in range(len(tools)))]
+    if flat := flat_calls.FORMS.get(form):
+        rules += flat_calls.text_rules(flat, write.text)
+        for i, tool in enumerate(tools):
+            rules += flat_calls.tool_rules(flat, write.text, i, tool.field, tool.name, tool.schema)
+        return "\n".join(rules) + MODEL_SPLITS
     for i, tool in enumerate(tools):
         named = write.call(form, tool.name)
         rules += [f"tool{i}: {named[0]} args{i} {named[1]}", f"args{i}: {json_rule(tool.schema)}"]
@@ -84,12 +90,15 @@ class _Writer:
 
     def __init__(self, codec: FastCodec) -> None:
         self._codec = codec
-        self._special: Collection[int] = frozenset(codec.special_ids)
+        self._special = frozenset(codec.special_ids)
 
     def text(self, text: str) -> str:
         """Return the tokens and texts of a text, one after another."""
+        ids = self._codec.encode(text, as_prompt=False)
+        if self._special.isdisjoint(ids):
+            return _quoted(text.encode())
         parts, plain = [], b""
-        for id_ in self._codec.encode(text, as_prompt=False):
+        for id_ in ids:
             if id_ not in self._special:
                 plain += self._codec.token_bytes(id_) or b""
                 continue
@@ -139,7 +148,18 @@ def _gpt_oss(_write: _Writer, _begin: str, _end: str) -> str:
     return "start: tool"
 
 
-_FORMS = {gpt_oss.NAME: _gpt_oss, "json_tools": _json_tools, "kimi_k2": _kimi}
+def _flat(write: _Writer, begin: str, end: str) -> str:
+    call = f"{write.text(begin)} tool {write.text(end)}"
+    return f"start: (SPACE? {call})+\nSPACE: {_SPACE}"
+
+
+_FORMS = {
+    **dict.fromkeys(flat_calls.FORMS, _flat),
+    gpt_oss.NAME: _gpt_oss,
+    "json_tools": _json_tools,
+    "kimi_k2": _kimi,
+    "longcat": _json_tools,
+}
 
 
 def _quoted(data: bytes) -> str:

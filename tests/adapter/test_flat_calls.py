@@ -1,0 +1,243 @@
+"""Required calls without JSON arguments: all texts of the grammar read back as valid calls."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+
+from mlxrunner.v1 import runner_pb2 as pb
+from runner_server.chat.answer import Answer, ToolCall
+from runner_server.chat.format import FLAT_CALLS, AnswerFormat
+from runner_server.chat.renderer import ChatRenderer
+from runner_server.engine.types import TOOL_CALLS, Constraint
+from runner_server.errors import InvalidField
+from runner_server.mlx_backend.constraints.flat_calls import FORMS
+from runner_server.mlx_backend.constraints.grammars import GrammarCache
+from runner_server.mlx_backend.tokenizer.codec import FastCodec
+from runner_server.mlx_backend.upstream.answer_markers import answer_format
+from support.chat_models import PADDED, add_chat, serving
+from support.tokenizer_files import byte_level
+
+Build = Callable[..., Path]
+END_OF_TEXT = 3
+TURN = {
+    "type": "object",
+    "properties": {
+        "way": {"type": "string", "description": "Any text."},
+        "by": {"type": "integer", "minimum": -3, "maximum": 90},
+        "count": {"type": "integer"},
+        "speed": {"type": "number", "minimum": -1e6, "exclusiveMaximum": 1e6},
+        "side": {"type": "string", "enum": ["left", "far right", "é"]},
+        "sure": {"type": "boolean", "default": True},
+        "then": {"type": "string"},
+    },
+    "required": ["by", "then"],
+    "additionalProperties": False,
+}
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "turn": TURN,
+    "say": {"properties": {"words": {"type": "string"}}},
+    "stop": {},
+}
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": schema}}
+    for name, schema in SCHEMAS.items()
+]
+TRAPS = [
+    *("null", "NULL", "\n", " ", "]]>", "<![CDATA[", "<", "}", '"', "'", "\\", ",", "\x00", "\r"),
+    *("</function>", "</tool_call>", "<tool_call>", "<function=f>", "</invoke>", "</param>"),
+    *("</parameter>", "</arg_value>", "<arg_key>", "<escape>", '<|"|>', "<tool_call|>"),
+    *("<end_function_call>", "<|tool_call_end|>", "</minimax:tool_call>", ")]", "\u2028"),
+]
+"""Texts that a form could mistake for its own, each a token."""
+
+
+def test_the_forms_are_those_that_can_be_required() -> None:
+    assert set(FORMS) == set(FLAT_CALLS)
+
+
+def format_of(form: str) -> AnswerFormat:
+    """Return the answer format of a form of calls."""
+    return answer_format(lambda _: False, {"tool_parser_type": form}, {}, "")
+
+
+def constraint_of(form: str, schemas: dict[str, dict[str, Any]]) -> Constraint:
+    """Return the constraint of an answer that must call tools."""
+    texts = [form, *format_of(form).call_markers]
+    for i, (name, schema) in enumerate(schemas.items()):
+        texts += [f"tools[{i}].parameters", name, json.dumps(schema)]
+    return Constraint(TOOL_CALLS, tuple(texts))
+
+
+@pytest.fixture(params=[False, True], ids=["texts", "special tokens"])
+def codec(request: pytest.FixtureRequest) -> FastCodec:
+    """A tokenizer with a token for each trap; the quotes of texts may be special tokens."""
+    from tokenizers import AddedToken
+
+    tokenizer = byte_level()
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in TRAPS])
+    if request.param:
+        quotes = sorted({form.quotes[1] for form in FORMS.values()} - {'"'})
+        tokenizer.add_special_tokens(quotes)
+    return FastCodec(tokenizer, [], None)
+
+
+def written(codec: FastCodec, constraint: Constraint, seed: int) -> str:
+    """Return a text of a constraint, of random tokens that are often traps."""
+    draw = random.Random(seed)  # noqa: S311 - pseudo-random texts
+    grammar = GrammarCache(codec, codec.vocab_size, [END_OF_TEXT]).compile(constraint).result()
+    matcher: Any = grammar.start()
+    first_trap = min(codec.encode(text, as_prompt=False)[0] for text in TRAPS[-1:])
+    ids: list[int] = []
+    while True:
+        mask = matcher.inner.compute_bitmask()
+        allowed = [id_ for id_ in range(codec.vocab_size) if mask[id_ // 8] >> id_ % 8 & 1]
+        assert allowed, matcher.failure
+        if END_OF_TEXT in allowed and draw.random() < 0.7:
+            return str(codec.decode(ids))
+        allowed = [id_ for id_ in allowed if id_ != END_OF_TEXT] or allowed
+        traps = [id_ for id_ in allowed if id_ >= first_trap - len(TRAPS)]
+        id_ = draw.choice(traps if traps and draw.random() < 0.7 else allowed)
+        ids.append(id_)
+        matcher.consume(id_)
+        assert not matcher.failure
+
+
+@pytest.fixture
+async def renderer() -> AsyncIterator[ChatRenderer]:
+    """The process that parses calls."""
+    renderer = ChatRenderer()
+    yield renderer
+    renderer.close()
+
+
+async def read(renderer: ChatRenderer, form: str, text: str) -> tuple[ToolCall, ...]:
+    """Return the calls of an answer, which has nothing else."""
+    format_ = format_of(form)
+    parse = partial(renderer.parse_calls, format_.tool_parser, TOOLS)
+    part = await Answer(format_, "", parse, required=[*SCHEMAS]).add([*text], is_last=True)
+    assert (part.content.strip(), part.reasoning) == ("", ""), text
+    return part.tool_calls
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_all_texts_of_the_grammar_read_back_as_valid_calls(
+    renderer: ChatRenderer, codec: FastCodec, form: str
+) -> None:
+    constraint = constraint_of(form, SCHEMAS)
+    for seed in range(8):
+        text = written(codec, constraint, seed)
+        calls = await read(renderer, form, text)
+        assert calls, text
+        assert len(calls) == text.count(format_of(form).call_markers[1]), text
+        for call in calls:
+            schema = {"type": "object", **SCHEMAS[call.name]}
+            jsonschema.validate(json.loads(call.arguments), schema)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "an array": ({"x": {"type": "array", "items": {}}}, "at #/properties/x: not supported: "),
+    "any value": ({"x": {}}, "at #/properties/x: not supported: "),
+    "several types": ({"x": {"type": ["string", "null"]}}, "at #/properties/x: not supported: "),
+    "a pattern": (
+        {"x": {"type": "string", "pattern": "a"}},
+        "at #/properties/x: not supported in this model's calls: pattern",
+    ),
+    "a text that is read as null": (
+        {"x": {"type": "string", "enum": ["a", "null"]}},
+        'at #/properties/x: this model\'s calls cannot write "null"',
+    ),
+    "a text with a marker": (
+        {"x": {"type": "string", "const": "<b>"}},
+        'at #/properties/x: this model\'s calls cannot write "<b>"',
+    ),
+    "no text": ({"x": {"type": "string", "enum": []}}, "at #/properties/x: enum is not an array"),
+    "a name": (
+        {"x y": {"type": "string"}},
+        "at #/properties: this model's calls cannot write the name 'x y'",
+    ),
+    "a keyword of numbers": (
+        {"x": {"type": "number", "not": {"const": 1}}},
+        "at #/properties/x: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("form", ["gemma4", "pythonic", "qwen3_coder"])
+def test_a_schema_is_refused_by_its_place(form: str, name: str) -> None:
+    properties, words = REFUSED[name]
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}, **properties}}
+    constraint = constraint_of(form, {"stop": {}, "f": schema})
+    assert_refused(constraint, "tools[1].parameters", words)
+
+
+def assert_refused(constraint: Constraint, field: str, words: str) -> None:
+    codec = FastCodec(byte_level(), [], None)
+    future = GrammarCache(codec, codec.vocab_size, [END_OF_TEXT]).compile(constraint)
+    with pytest.raises(InvalidField) as refused:
+        future.result()
+    ((at, problem),) = refused.value.violations
+    assert at == field
+    assert problem.startswith(words)
+
+
+def test_the_shape_of_a_schema_is_refused_by_its_place() -> None:
+    required = {"properties": {}, "required": ["y"]}
+    assert_refused(
+        constraint_of("glm47", {"f": required}), "tools[0].parameters", "at #/required: 'y'"
+    )
+    any_of = {"type": "object", "anyOf": [{}]}
+    assert_refused(
+        constraint_of("glm47", {"f": any_of}), "tools[0].parameters", "at #/anyOf: not supported"
+    )
+    names = constraint_of("pythonic", {"say-it": {}})
+    assert_refused(names, "tools[0].name", "this model's calls cannot write it")
+    keyword = constraint_of("pythonic", {"f": {"properties": {"from": {"type": "string"}}}})
+    assert_refused(keyword, "tools[0].parameters", "at #/properties: ")
+
+
+@pytest.mark.mlx
+@pytest.mark.parametrize("form", ["longcat", *FORMS])
+async def test_a_real_model_writes_valid_calls(
+    socket_dir: Path, model_dir: Build, tmp_path: Path, form: str
+) -> None:
+    quote = FORMS[form].quotes[1] if form in FORMS else '"'
+    tokens = [mark for mark in (quote, *format_of(form).call_markers) if len(mark) > 1]
+    model = add_chat(model_dir(**PADDED), tmp_path / "model", tokens, special=False, parser=form)
+    async with serving(socket_dir, model, context_length=2048) as server:
+        assert (await server.status()).model.capabilities.required_tools
+        ids = (await server.stub.Tokenize(pb.TokenizeRequest(content=quote))).token_ids
+        # Ends a text, and the answer as soon as it may end.
+        bias = {ids[0]: 6.0, 0: 100.0}
+        for seed in range(3):
+            request = pb.ChatRequest(
+                messages=[pb.ChatMessage(role=pb.ROLE_USER, content="Which way?")],
+                tools=[
+                    pb.Tool(name=name, parameters=json.dumps(SCHEMAS[name])) for name in SCHEMAS
+                ],
+                tool_choice=pb.TOOL_CHOICE_REQUIRED,
+                tool_name="turn",
+                options=pb.CompletionOptions(
+                    num_predict=800, temperature=1.0, seed=seed, logit_bias=bias
+                ),
+            )
+            messages = [message async for message in server.stub.Chat(request)]
+            last = messages[-1]
+            assert (last.done_reason, last.constraint_satisfied) == (
+                pb.DONE_REASON_TOOL_CALLS,
+                True,
+            )
+            assert not "".join(message.content for message in messages).strip()
+            ((call,),) = [message.tool_calls for message in messages if message.tool_calls]
+            assert call.name == "turn"
+            jsonschema.validate(json.loads(call.arguments), TURN)
