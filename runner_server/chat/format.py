@@ -11,8 +11,8 @@ CONTENT, REASONING, TOOL, HEADER = "content", "reasoning", "tool", "header"
 
 JSON_CALLS = ("gpt_oss", "json_tools", "kimi_k2", "longcat", "mistral")
 FLAT_CALLS = (
-    *("function_gemma", "gemma4", "glm47", "laguna", "minicpm5", "minimax_m2", "pythonic"),
-    "qwen3_coder",
+    *("function_gemma", "gemma4", "glm47", "kimi_k3", "laguna", "minicpm5", "minimax_m2"),
+    *("pythonic", "qwen3_coder"),
 )
 REQUIRED_CALLS = (*JSON_CALLS, *FLAT_CALLS)
 """Forms of calls that a grammar can require: with JSON arguments, or with texts and numbers."""

@@ -52,11 +52,13 @@ TOOLS = [
     {"type": "function", "function": {"name": name, "parameters": schema}}
     for name, schema in SCHEMAS.items()
 ]
+XTML = ["<|close|>", "<|open|>", "<|sep|>", "<|end_of_msg|>"]
 TRAPS = [
     *("null", "NULL", "\n", " ", "]]>", "<![CDATA[", "<", "}", '"', "'", "\\", ",", "\x00", "\r"),
     *("</function>", "</tool_call>", "<tool_call>", "<function=f>", "</invoke>", "</param>"),
     *("</parameter>", "</arg_value>", "<arg_key>", "<escape>", '<|"|>', "<tool_call|>"),
     *("<end_function_call>", "<|tool_call_end|>", "</minimax:tool_call>", ")]", "\u2028"),
+    *("<|open|>", "<|close|>", "<|sep|>", "json", "call", "tools", "argument", "{}"),
 ]
 """Texts that a form could mistake for its own, each a token."""
 
@@ -84,9 +86,9 @@ def codec(request: pytest.FixtureRequest) -> FastCodec:
     from tokenizers import AddedToken
 
     tokenizer = byte_level()
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in TRAPS])
+    quotes = sorted({form.quotes[1] for form in FORMS.values()} - {'"'})
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in [*quotes, *TRAPS]])
     if request.param:
-        quotes = sorted({form.quotes[1] for form in FORMS.values()} - {'"'})
         tokenizer.add_special_tokens(quotes)
     return FastCodec(tokenizer, [], None)
 
@@ -134,7 +136,7 @@ async def test_all_texts_of_the_grammar_read_back_as_valid_calls(
     renderer: ChatRenderer, codec: FastCodec, form: str
 ) -> None:
     constraint = constraint_of(form, SCHEMAS)
-    for seed in range(8):
+    for seed in range(5):
         text = written(codec, constraint, seed)
         calls = await read(renderer, form, text)
         assert calls, text
@@ -213,7 +215,14 @@ async def test_a_real_model_writes_valid_calls(
 ) -> None:
     quote = FORMS[form].quotes[1] if form in FORMS else '"'
     tokens = [mark for mark in (quote, *format_of(form).call_markers) if len(mark) > 1]
-    model = add_chat(model_dir(**PADDED), tmp_path / "model", tokens, special=False, parser=form)
+    is_marked = form == "kimi_k3"
+    model = add_chat(
+        model_dir(**PADDED),
+        tmp_path / "model",
+        XTML if is_marked else tokens,
+        special=is_marked,
+        parser=form,
+    )
     async with serving(socket_dir, model, context_length=2048) as server:
         assert (await server.status()).model.capabilities.required_tools
         ids = (await server.stub.Tokenize(pb.TokenizeRequest(content=quote))).token_ids
@@ -227,6 +236,8 @@ async def test_a_real_model_writes_valid_calls(
                 ],
                 tool_choice=pb.TOOL_CHOICE_REQUIRED,
                 tool_name="turn",
+                # The marker of reasoning begins like that of calls.
+                reasoning_budget=3 if is_marked else None,
                 options=pb.CompletionOptions(
                     num_predict=800, temperature=1.0, seed=seed, logit_bias=bias
                 ),

@@ -43,13 +43,13 @@ class FlatForm:
 
     Attributes:
         call: Texts before the name of the tool, after it, and after the arguments.
-        key: Texts before the name of an argument and after it.
+        key: Texts before the name of an argument and after it, TYPE for the type of its schema.
         end: Text after a number.
         quotes: Texts before and after a text.
-        excluded: Pattern of what a text cannot have inside.
+        excluded: Pattern of the markers that a text cannot have inside.
         body: Pattern of a text.
         separator: Text between two arguments.
-        after: What follows a text and its quote.
+        after: Text after the quote of a text.
         names: Pattern of the names of tools and arguments.
     """
 
@@ -94,6 +94,13 @@ FORMS: Mapping[str, FlatForm] = {
         names=_WORD,
     ),
     "glm47": _GLM,
+    "kimi_k3": FlatForm(
+        call=('<|open|>call tool="', '" index="1"<|sep|>', "<|close|>call<|sep|>"),
+        key=('<|open|>argument key="', '" type="TYPE"<|sep|>'),
+        end="<|close|>argument<|sep|>",
+        quotes=("", "<|close|>argument<|sep|>"),
+        excluded="<\\|open\\|>json|<\\|close\\|>(call|tools)<\\|sep\\|>",
+    ),
     "laguna": _GLM,
     "minicpm5": FlatForm(
         call=('"', '">', ""),
@@ -168,20 +175,21 @@ def tool_rules(
     properties, required = schema.get("properties", {}), schema.get("required", [])
     if not isinstance(properties, dict) or not isinstance(required, list):
         _refuse(field, "at #: properties is not an object, or required is not an array")
-    if unknown := [key for key in required if key not in properties]:
+    if unknown := [key for key in required if not isinstance(key, str) or key not in properties]:
         _refuse(field, f"at #/required: {unknown[0]!r} is not one of the properties")
     begin, middle, end = form.call
     yield f"tool{index}: {write(f'{begin}{name}{middle}')} first{index}_0 {write(end)}"
     for i, (key, value) in enumerate(properties.items()):
         if not form.names.fullmatch(key):
             _refuse(field, f"at #/properties: this model's calls cannot write the name {key!r}")
-        before = write(f"{form.key[0]}{key}{form.key[1]}")
+        kind = value.get("type") if isinstance(value, dict) else None
+        before = write(f"{form.key[0]}{key}{form.key[1].replace('TYPE', str(kind))}")
         at, after = f"{index}_{i}", f"{index}_{i + 1}"
         yield f"arg{at}: {before} {_value(form, write, field, key, value)}"
-        is_left_out = key not in required
-        optional = "?" if is_left_out else ""
-        yield f"first{at}: arg{at} next{after}{f' | first{after}' if is_left_out else ''}"
-        yield f"next{at}: ({write(form.separator)} arg{at}){optional} next{after}"
+        # The first argument has no separator before it.
+        without, mark = ("", "") if key in required else (f" | first{after}", "?")
+        yield f"first{at}: arg{at} next{after}{without}"
+        yield f"next{at}: ({write(form.separator)} arg{at}){mark} next{after}"
     last = f"{index}_{len(properties)}"
     yield f'first{last}: ""'
     yield f'next{last}: ""'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,9 +76,10 @@ def calls_grammar(constraint: Constraint, tools: Sequence[CallableTool], codec: 
         start = _FORMS[form](write, begin, end)
     rules = [start, "tool: " + " | ".join(f"tool{i}" for i in range(len(tools)))]
     if flat := flat_calls.FORMS.get(form):
-        rules += flat_calls.text_rules(flat, write.text)
+        text = functools.cache(write.text)
+        rules += flat_calls.text_rules(flat, text)
         for i, tool in enumerate(tools):
-            rules += flat_calls.tool_rules(flat, write.text, i, tool.field, tool.name, tool.schema)
+            rules += flat_calls.tool_rules(flat, text, i, tool.field, tool.name, tool.schema)
         return "\n".join(rules) + MODEL_SPLITS
     for i, tool in enumerate(tools):
         named = write.call(form, tool.name)
