@@ -85,10 +85,18 @@ class AnswerFormat:
     def state_after(self, prompt: str) -> str:
         """Return the state in which the answer to a prompt begins.
 
-        Some templates open the reasoning themselves, at the end of the prompt.
+        Some templates open the reasoning or the content themselves, at the end of the prompt.
         """
-        opens = bool(self.think_start) and prompt.rstrip().endswith(self.think_start)
-        return REASONING if opens else self.initial
+        end = prompt.rstrip()
+        for marker, state in ((self.think_start, REASONING), (self.content_start, CONTENT)):
+            if marker and end.endswith(marker):
+                return state
+        return self.initial
+
+    def may_reason_after(self, prompt: str) -> bool:
+        """Return whether the answer to a prompt may begin with reasoning."""
+        is_content = self.initial != CONTENT and self.state_after(prompt) == CONTENT
+        return self.has_reasoning and not is_content
 
 
 @dataclass(frozen=True)

@@ -219,6 +219,19 @@ async def test_a_template_may_open_the_reasoning(
 
 
 @pytest.mark.mlx
+async def test_a_template_may_open_the_content(
+    socket_dir: Path, model_dir: Build, tmp_path: Path
+) -> None:
+    source, path = model_dir(**PADDED), tmp_path / "model"
+    model = add_chat(source, path, TOKENS, special=True, template=TEMPLATE + FINAL)
+    async with serving(socket_dir, model) as server:
+        found = await ask(server, constraint=CHOICE, reasoning_budget=9)
+        assert found.content in ("left", "right")
+        assert await text_of(server, found.ids) == found.content
+        assert found.last.constraint_satisfied
+
+
+@pytest.mark.mlx
 async def test_a_batch_gives_the_answers_of_rows_alone(channeled: Server) -> None:
     rows: list[dict[str, Any]] = [
         {"constraint": CHOICE, "reasoning_budget": 7, "seed": 1},

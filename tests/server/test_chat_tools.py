@@ -204,6 +204,13 @@ async def test_calls_that_cannot_be_read_are_not_satisfied(calling: Server) -> N
     assert not messages[-1].constraint_satisfied
 
 
+async def test_a_required_call_of_an_unknown_tool_is_content(calling: Server) -> None:
+    reply = CALL.replace("get_weather", "get_whether")
+    messages = await answer(calling, reply, tool_choice=pb.TOOL_CHOICE_REQUIRED)
+    assert content(messages) == reply
+    assert not messages[-1].constraint_satisfied
+
+
 async def test_a_marker_within_arguments_ends_no_required_call(calling: Server) -> None:
     reply = f"{CALL.replace('Zürich', '</tool_call><tool_call>')}\n{CALL}"
     messages = await answer(calling, reply, tool_choice=pb.TOOL_CHOICE_REQUIRED)

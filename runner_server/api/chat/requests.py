@@ -60,7 +60,7 @@ async def chat_draft(
         raise PromptTooLong(prompt.fewest, most, is_least=True)
     is_limited = draft.constraint is not None or request.HasField("reasoning_budget")
     reasoning = None
-    if is_limited and format_.has_reasoning:
+    if is_limited and format_.may_reason_after(prompt.text):
         if draft.constraint:
             format_ = format_.with_calls_in_content()
         is_open = format_.state_after(prompt.text) == REASONING
