@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from runner_server.mlx_backend.sampling.reductions import total
 from runner_server.mlx_backend.sampling.selection import largest
 
 
@@ -13,8 +14,7 @@ def are_finite(logits: mx.array, drawn: mx.array) -> mx.array:
     """Return whether each row's logits are finite; -inf is allowed for masked tokens.
 
     On every device a sum is NaN or infinite if any term is, and it is faster than a search for the
-    maximum (1.3 ms for 16 x 151,936 on a CPU; 3.1 for ``max``, 33 for ``logsumexp``). A row draws
-    a masked token only if all of its logits are -inf.
+    maximum. A row draws a masked token only if all of its logits are -inf.
 
     Args:
         logits: Shape ``(rows, vocabulary)``.
@@ -26,7 +26,7 @@ def are_finite(logits: mx.array, drawn: mx.array) -> mx.array:
     if logits.dtype == mx.float16:
         # A float16 sum can overflow even if no term does.
         logits = logits.astype(mx.float32)
-    bounded = mx.sum(logits, axis=-1) < mx.inf
+    bounded = total(logits) < mx.inf
     chosen = mx.take_along_axis(logits, mx.where(bounded, drawn, 0)[:, None], axis=-1)[:, 0]
     return bounded & (chosen > -mx.inf)
 

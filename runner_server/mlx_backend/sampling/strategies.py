@@ -27,6 +27,7 @@ from runner_common.contract import MAX_PARALLEL
 from runner_server.engine.types import Sampling
 from runner_server.mlx_backend.arrays import row_array
 from runner_server.mlx_backend.sampling.noise import negative_gumbel
+from runner_server.mlx_backend.sampling.reductions import argmax
 from runner_server.mlx_backend.sampling.selection import in_order, largest
 
 _CANDIDATES = (64, 256, 1024)
@@ -52,7 +53,7 @@ class Greedy:
 
     def __call__(self, logits: mx.array, _positions: Sequence[int]) -> mx.array:
         """Return token ids, shape ``(rows,)``; see ``Sampler.__call__``."""
-        return mx.argmax(logits, axis=-1)
+        return argmax(logits)
 
 
 class RandomStrategy(ABC):
@@ -83,10 +84,10 @@ class RandomStrategy(ABC):
         if self._cuts_min_p:
             scores = mx.where(scores < self._min_p, -mx.inf, scores)
         scores = scores - negative_gumbel(self._seeds, positions, ids)
-        choice = mx.argmax(scores, axis=-1, keepdims=True)
+        choice = argmax(scores)
         if len(ids) < len(scores):  # all ids, in order
-            return choice[:, 0]
-        return mx.take_along_axis(ids, choice, axis=-1)[:, 0]
+            return choice
+        return mx.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]
 
     @abstractmethod
     def _candidates(self, logits: mx.array) -> tuple[mx.array, mx.array]:
