@@ -271,22 +271,25 @@ class PoolScheduler:
             if model.state is not ModelState.ABSENT:
                 ticket.reason = ""
                 continue
+            if first is not None and ticket.may_evict:
+                is_same = model is first.model
+                ticket.reason = first.reason if is_same else "waiting for the requests before it"
+                continue
             short = self._short(model.need, machine_bytes)
             if short <= 0 and first is None:
                 machine_bytes -= model.need.total_bytes - self.spares.next_bytes
                 yield self._load(now, ticket)
             elif not ticket.may_evict and short > self.spares.rest_bytes:
                 yield self._refused_eviction(now, ticket, short - self.spares.rest_bytes)
-            elif not ticket.may_evict and first is not None and first.model is not model:
-                yield self._refused(ticket, kept_for_others(model), 0)
-            elif first is not None:
-                is_same = model is first.model
-                ticket.reason = first.reason if is_same else "waiting for the requests before it"
-            else:
+            elif first is None:
                 outcome = list(self._make_room(now, ticket, short))
                 if not any(isinstance(each, Refuse) for each in outcome):
                     first = ticket
                 yield from outcome
+            elif first.model is not model:
+                yield self._refused(ticket, kept_for_others(model), 0)
+            else:
+                ticket.reason = first.reason
 
     def _load(self, now: float, ticket: Ticket) -> Load:
         model = ticket.model
