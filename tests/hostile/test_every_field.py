@@ -132,7 +132,7 @@ def _message_in(field: FieldDescriptor) -> Descriptor | None:
 
 
 def _is_set(part: Message, path: FieldPath) -> bool:
-    """Whether a field is set, to a message with any field set if its type is one with fields."""
+    """Return whether a field is set; a message with fields counts once any of these is set."""
     first, *rest = path
     if first not in [field for field, _ in part.ListFields()]:
         return False
