@@ -22,6 +22,7 @@ from runner_common.memory.reservations import DIRECTORY_VARIABLE
 from support.fakes import FakeBackend
 from support.harness import Server, StartServer, running
 from support.user_home import replace_home, share_kernels
+from support.worker_blas import keep_from_children, preload_in_workers
 
 # The duration of a single example means nothing on a busy machine.
 settings.register_profile("project", deadline=None)
@@ -44,11 +45,18 @@ def pytest_configure(config: pytest.Config) -> None:
     for variable in (TOKEN_VARIABLE, USE_TOKEN_VARIABLE, OVERHEAD_VARIABLE, MINIMUM_VARIABLE):
         os.environ.pop(variable, None)
     os.environ[DIRECTORY_VARIABLE] = _runtime_directory.name
+    keep_from_children()
     replace_home(Path(_home.name))
     if cache := getattr(config, "cache", None):
         share_kernels(Path(_home.name), cache.mkdir("kernels"))
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """Prepare the environment of workers."""
+    preload_in_workers()
 
 
 @pytest.hookimpl(wrapper=True)

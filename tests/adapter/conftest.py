@@ -30,11 +30,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def backend() -> Iterator[MlxBackend]:
-    """The MLX backend, opened on the thread of the tests."""
+    """The MLX backend, opened on the thread of the tests.
+
+    One thread multiplies, whichever model was loaded last: small models are slower with two, and
+    here several models share the process.
+    """
     backend = MlxBackend()
     backend.open()
-    yield backend
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runner_server.mlx_backend.loading.loader.fit_threads", _one_thread)
+        yield backend
     backend.close()
+
+
+def _one_thread(_weights: object) -> None:
+    from runner_server.mlx_backend.blas_threads import limit_threads
+
+    limit_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from runner_server.errors import InvalidField
 from support.rows import Row, run_together
 from support.schemas import UNSUPPORTED, Schema, schemas, wrapped
 
-COUNT, ROWS = 200, 8
+COUNT, ROWS = 200, 25
 MAX_TOKENS = 160
 PROMPT = list(b"data = ")
 SAMPLINGS = (Sampling(temperature=0), Sampling(), Sampling(top_k=0, top_p=1.0), Sampling(top_k=0))

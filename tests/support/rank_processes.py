@@ -19,6 +19,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from mlxrunner.v1 import runner_pb2 as pb
+from runner_client.host.environment import child_environment
 from support.server_child import DEADLINE_SECONDS, Child
 
 DEMO = Path(__file__).parents[2] / "runner_server/demo/model"
@@ -136,7 +137,9 @@ def _follower(log: Path, rank: int, *args: str, **env: str) -> subprocess.Popen[
             stdin=subprocess.DEVNULL,
             stdout=stderr,
             stderr=stderr,
-            env=os.environ | env | {"MLX_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            env=child_environment(
+                os.environ | env | {"MLX_RANK": str(rank), "OMP_NUM_THREADS": "1"}, backend="cpu"
+            ),
         )
 
 

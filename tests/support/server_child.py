@@ -14,6 +14,7 @@ import grpc
 
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
+from runner_client.host.environment import child_environment
 from runner_common.handshake import ReadyLine
 
 DEADLINE_SECONDS = 30.0
@@ -63,7 +64,8 @@ class Child:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                env=os.environ | env,
+                # With the BLAS that a runner started by the client has.
+                env=child_environment(os.environ | env, backend="cpu"),
             )
         assert self.process.stdout
         self.line = self.process.stdout.readline().decode()
