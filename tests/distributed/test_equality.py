@@ -25,16 +25,16 @@ RECORD = pb.Constraint(
 
 REQUESTS = {
     "greedy": completion("def main(", temperature=0, num_predict=32),
-    "seeded": completion("class Parser:", seed=11, num_predict=32),
-    "nucleus": completion("import os\n", seed=5, top_k=0, top_p=0.8, num_predict=24),
-    "penalties": completion("for i in", seed=3, repeat_penalty=1.3, num_predict=24),
-    "biased": completion("return", temperature=0, logit_bias={0: -100, 1: -100}, num_predict=24),
+    "seeded": completion("class Parser:", seed=11, num_predict=16),
+    "nucleus": completion("import os\n", seed=5, top_k=0, top_p=0.8, num_predict=12),
+    "penalties": completion("return", temperature=0, repeat_penalty=1.3, num_predict=12),
+    "biased": completion("return", temperature=0, logit_bias={0: -100, 1: -100}, num_predict=12),
     "stopped": completion("def main(", temperature=0, stop_token_ids=range(300, 400)),
     "not too short": completion(
-        "return", temperature=0, logit_bias={0: 100, 1: 100}, min_predict=9, num_predict=24
+        "return", temperature=0, logit_bias={0: 100, 1: 100}, min_predict=9, num_predict=12
     ),
-    "constrained": completion("x = ", seed=2, constraint=RECORD),
-    "long": completion(LONG, temperature=0, num_predict=16),
+    "constrained": completion("x = ", seed=3, constraint=RECORD),
+    "long": completion(LONG, temperature=0, num_predict=8),
 }
 
 
