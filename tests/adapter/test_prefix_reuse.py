@@ -277,14 +277,14 @@ def test_the_prefix_cache_stays_within_its_budget(
     before = mx.get_active_memory() - bench.cache.nbytes
     held: list[int] = []
     beside: list[int] = []
-    for i in range(200):
+    for i in range(100):
         bench.run(random_prompt(40, 100 + i), 2)
         held.append(bench.cache.nbytes)
         beside.append(mx.get_active_memory() - before - bench.cache.nbytes)
         bench.results.clear()
     assert max(held) <= budget
-    assert min(held[100:]) > budget * 0.6
-    assert len(bench.cache) < 200
+    assert min(held[50:]) > budget * 0.6
+    assert len(bench.cache) < 100
     # Entries own their memory; none is a view of a larger array.
     assert max(beside) <= 60_000
 
