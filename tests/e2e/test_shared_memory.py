@@ -315,15 +315,15 @@ def test_a_model_falls_back_to_the_stored_format_only_if_allowed(
 
 
 def test_default_prefix_caches_do_not_overcommit(much_kv: Path) -> None:
-    """Six runners share the remaining memory for prefix caches and get many prompts each."""
+    """Four runners share the remaining memory for prefix caches and get many prompts each."""
     need = need_of(much_kv)
     assert need.has_default_prefix_cache
-    with control_group() as group, clients(group, much_kv, 6) as found:
-        give_room(group, need, 6.3)
-        assert [client.ask("load") for client in found] == ["done"] * 6
+    with control_group() as group, clients(group, much_kv, 4) as found:
+        give_room(group, need, 4.2)
+        assert [client.ask("load") for client in found] == ["done"] * 4
         for _ in range(2):
             for client in found:
                 client.tell("fill")
-            assert [client.answer() for client in found] == ["done"] * 6
+            assert [client.answer() for client in found] == ["done"] * 4
             assert group.oom_kills == 0
         close_all(found)
