@@ -32,10 +32,10 @@ from runner_server.mlx_backend.cache.row_caches import (
 )
 from runner_server.mlx_backend.constraints.matcher import RowMatcher
 from runner_server.mlx_backend.in_flight import InFlightStep
+from runner_server.mlx_backend.sampling.constrained import ConstrainedSampler
 from runner_server.mlx_backend.sampling.end_mask import EndMask
 from runner_server.mlx_backend.sampling.logprobs import are_finite
 from runner_server.mlx_backend.sampling.mask_rows import MaskRows
-from runner_server.mlx_backend.sampling.masks import TokenMasks
 from runner_server.mlx_backend.sampling.penalties import Penalties
 from runner_server.mlx_backend.sampling.row_logprobs import (
     BatchLogprobs,
@@ -201,7 +201,7 @@ class DecodeBatch:
         """
         previous = self._in_flight
         logits = self._model(previous.tokens[:, None], cache=self._caches)[:, -1, :]
-        if self._masks:
+        if self._is_constrained:
             mx.async_eval(previous.tokens, previous.finite)
             mx.async_eval(logits)
             events = self._report(previous)
@@ -220,8 +220,6 @@ class DecodeBatch:
         drawn = [row.drawn for row in rows]
         changed = self._penalties(logits, [row.tokens for row in rows], inputs, drawn)
         changed = self._end_mask(changed, drawn)
-        if self._masks:
-            changed = self._masks(changed)
         tokens = self._sampler(changed, drawn)
         step = self._settled(tokens, are_finite(logits, tokens))
         logprobs = self._logprobs(logits, step.tokens)
@@ -302,10 +300,13 @@ class DecodeBatch:
         """Rebuild the sampler, the penalties and the masks for the current rows."""
         options = [row.sampling for row in self.rows]
         matchers = [row.matcher for row in self.rows]
-        self._masks = TokenMasks(matchers, self._vocab_size, self._mask_rows)
-        if not self._masks:
+        self._is_constrained = any(matchers)
+        self._sampler: Sampler | ConstrainedSampler
+        if self._is_constrained:
+            self._sampler = ConstrainedSampler(options, matchers, self._vocab_size, self._mask_rows)
+        else:
             self._mask_rows.clear()
-        self._sampler = Sampler(options, self._vocab_size)
+            self._sampler = Sampler(options, self._vocab_size)
         self._penalties = Penalties(options)
         self._end_mask = EndMask(options)
         self._logprobs = BatchLogprobs(options)

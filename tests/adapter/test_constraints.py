@@ -15,6 +15,7 @@ import pytest
 
 from runner_server.engine.backend import LoadedModel, Matcher
 from runner_server.engine.types import Constraint, NoLegalToken, Sampling
+from runner_server.mlx_backend.sampling import constrained
 from support.models import VOCAB_SIZE
 from support.rows import GREEDY, Row, run_alone, run_together
 from tools.local_batch import LocalBatch
@@ -96,7 +97,12 @@ def test_a_row_obeys_its_constraint_and_ends_by_itself(
     assert one.matcher.is_satisfied
 
 
-def test_rows_of_all_kinds_in_one_batch_draw_what_they_draw_alone(trained: LoadedModel) -> None:
+@pytest.mark.parametrize("large", [0, 1 << 20])
+def test_rows_of_all_kinds_in_one_batch_draw_what_they_draw_alone(
+    trained: LoadedModel, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compare with vocabularies that are large, and that are not."""
+    monkeypatch.setattr(constrained, "_LARGE_VOCABULARY", large)
     pairs = [(constraint, sampling) for constraint in KINDS for sampling in SAMPLINGS]
     random.Random(5).shuffle(pairs)  # noqa: S311 - reproducible
     together = [row(trained, *pair, late=3 * number // 2) for number, pair in enumerate(pairs[:12])]

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
-import mlx.core as mx
-
-from runner_server.mlx_backend.sampling.mask_rows import MaskRows, mask_words
+from runner_server.mlx_backend.sampling.mask_rows import mask_words
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher
@@ -24,42 +22,23 @@ but a single one up to 6 ms."""
 
 
 class TokenMasks:
-    """Excludes the tokens that cannot continue the text of each constrained row.
+    """The tokens that can continue the text of each constrained row.
 
     Args:
-        matchers: The matcher of each row; None for a row without a constraint.
+        matchers: The matcher of each row.
         vocab_size: Number of token ids.
-        mask_rows: Turns masks into what they add to logits.
     """
 
-    def __init__(
-        self, matchers: Sequence[RowMatcher | None], vocab_size: int, mask_rows: MaskRows
-    ) -> None:
-        self._matchers = [matcher for matcher in matchers if matcher]
-        self._is_free = [matcher is None for matcher in matchers]
-        self._mask_rows = mask_rows
+    def __init__(self, matchers: Sequence[RowMatcher], vocab_size: int) -> None:
+        self._matchers = matchers
         self._mask_bytes = 4 * mask_words(vocab_size)
-        self._everything = b"\xff" * self._mask_bytes
-        self._bits = array("B", bytes(self._mask_bytes * len(self._matchers)))
+        self._bits = array("B", bytes(self._mask_bytes * len(matchers)))
 
-    def __bool__(self) -> bool:
-        """Return True if there is a constrained row."""
-        return bool(self._matchers)
+    def compute(self) -> list[bytes]:
+        """Return the mask of each row: one bit for each token, the lowest first, in whole words.
 
-    def __call__(self, logits: mx.array) -> mx.array:
-        """Return logits that are -inf for excluded tokens, shape ``(rows, vocabulary)``.
-
-        Computes the masks meanwhile, without the GIL. The matchers must have consumed all tokens of
-        their rows. A matcher that fails excludes all but the end of the text.
+        Computes without the GIL. A matcher that fails excludes all but the end of the text.
         """
-        masks = iter(self._masks())
-        # Rows without a constraint take part: to change only the others would take five times as
-        # long (15 of 16 rows of 151,936 on a CPU: 23 ms, against 4).
-        of_rows = [self._everything if is_free else next(masks) for is_free in self._is_free]
-        return logits + self._mask_rows(of_rows, logits.dtype)
-
-    def _masks(self) -> list[bytes]:
-        """Return the mask of each constrained row."""
         numbered = list(enumerate(self._matchers))
         size = self._mask_bytes
         self._compute([(each.inner, number) for number, each in numbered if each.inner])

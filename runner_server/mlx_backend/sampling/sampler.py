@@ -18,7 +18,7 @@ class Sampler:
 
     Args:
         rows: The sampling options of each row.
-        vocab_size: Number of token ids.
+        vocab_size: Number of token ids, or of logits of each row.
     """
 
     def __init__(self, rows: Sequence[Sampling], vocab_size: int) -> None:
@@ -38,12 +38,15 @@ class Sampler:
         inverse = sorted(range(len(order)), key=order.__getitem__)
         self._inverse = mx.array(inverse) if len(groups) > 1 else None
 
-    def __call__(self, logits: mx.array, positions: Sequence[int]) -> mx.array:
+    def __call__(
+        self, logits: mx.array, positions: Sequence[int], ids: mx.array | None = None
+    ) -> mx.array:
         """Sample a token for each row.
 
         Args:
-            logits: Shape ``(rows, vocabulary)``.
+            logits: Shape ``(rows, n)``.
             positions: Number of tokens already drawn in each row.
+            ids: The ids of the logits, same shape, in order; None for those of the vocabulary.
 
         Returns:
             Token ids, shape ``(rows,)``.
@@ -52,6 +55,10 @@ class Sampler:
         for indices, selection, strategy in self._groups:
             # `depends` evaluates the groups one after another, so that their arrays do not coexist.
             (given,) = mx.depends([logits], drawn[-1:]) if drawn else (logits,)
-            chosen = given if selection is None else given[selection]
-            drawn.append(strategy(chosen, [positions[index] for index in indices]))
+            own = [positions[index] for index in indices]
+            if selection is None:
+                drawn.append(strategy(given, own, ids))
+            else:
+                own_ids = None if ids is None else ids[selection]
+                drawn.append(strategy(given[selection], own, own_ids))
         return drawn[0] if self._inverse is None else mx.concatenate(drawn)[self._inverse]

@@ -51,9 +51,11 @@ scores are far apart already."""
 class Greedy:
     """Takes the most likely token of each row."""
 
-    def __call__(self, logits: mx.array, _positions: Sequence[int]) -> mx.array:
+    def __call__(
+        self, logits: mx.array, _positions: Sequence[int], ids: mx.array | None = None
+    ) -> mx.array:
         """Return token ids, shape ``(rows,)``; see ``Sampler.__call__``."""
-        return argmax(logits)
+        return _chosen(ids, argmax(logits))
 
 
 class RandomStrategy(ABC):
@@ -78,16 +80,17 @@ class RandomStrategy(ABC):
             least = row_array([count - (row.top_k or count) for row in rows])
             self._top_k = mx.arange(count) >= least
 
-    def __call__(self, logits: mx.array, positions: Sequence[int]) -> mx.array:
+    def __call__(
+        self, logits: mx.array, positions: Sequence[int], ids: mx.array | None = None
+    ) -> mx.array:
         """Return token ids, shape ``(rows,)``; see ``Sampler.__call__``."""
-        ids, scores = self._candidates(logits.astype(mx.float32))
+        logits = logits.astype(mx.float32)
+        ids, scores = self._cut(ids, logits) if ids is not None else self._candidates(logits)
         if self._cuts_min_p:
             scores = mx.where(scores < self._min_p, -mx.inf, scores)
         scores = scores - negative_gumbel(self._seeds, positions, ids)
         choice = argmax(scores)
-        if len(ids) < len(scores):  # all ids, in order
-            return choice
-        return mx.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]
+        return choice if len(ids) < len(scores) else _chosen(ids, choice)  # all ids, in order
 
     @abstractmethod
     def _candidates(self, logits: mx.array) -> tuple[mx.array, mx.array]:
@@ -199,6 +202,11 @@ class StrategyChoice:
     def strategy(self, rows: Sequence[Sampling]) -> Strategy:
         """Return the strategy for a group of rows."""
         return Greedy() if issubclass(self.kind, Greedy) else self.kind(rows, self.count)
+
+
+def _chosen(ids: mx.array | None, places: mx.array) -> mx.array:
+    """Return the id at a place of each row."""
+    return places if ids is None else mx.take_along_axis(ids, places[:, None], axis=-1)[:, 0]
 
 
 def _lowest(scores: mx.array, kept: mx.array) -> mx.array:
