@@ -17,12 +17,12 @@ from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.chat import gpt_oss
 from runner_server.chat.answer import Answer, AnswerPart
 from runner_server.chat.renderer import ChatRenderer
+from support.chat_answers import Answered, answer
 from support.chat_models import PADDED, add_chat, serving
 from support.harness import Server
 from support.models import VOCAB_SIZE
 
 Build = Callable[..., Path]
-HELLO = pb.ChatMessage(role=pb.ROLE_USER, content="Which way?")
 TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m.role }}"
     "{% if m.thinking %}<|channel|>analysis<|message|>{{ m.thinking }}<|end|>"
@@ -121,27 +121,10 @@ async def channeled(socket_dir: Path, model_dir: Build, tmp_path: Path) -> Async
 
 
 async def ask(server: Server, bias: dict[int, float] | None = None, **fields: Any) -> Answered:
-    """Return an answer; its options are a seed and 200 tokens."""
-    options = pb.CompletionOptions(
-        num_predict=fields.pop("num_predict", 200),
-        seed=fields.pop("seed", 1),
-        stop=fields.pop("stop", []),
-        logit_bias=bias or {},
-        temperature=2.0,
+    """Return an answer of up to 200 tokens, drawn with a seed."""
+    return await answer(
+        server, bias, **{"num_predict": 200, "seed": 1, "temperature": 2.0} | fields
     )
-    request = pb.ChatRequest(messages=[HELLO], options=options, **fields)
-    return Answered([message async for message in server.stub.Chat(request)])
-
-
-class Answered:
-    """The parts of an answer, joined."""
-
-    def __init__(self, messages: list[pb.ChatResponse]) -> None:
-        self.content = "".join(message.content for message in messages)
-        self.reasoning = "".join(message.reasoning for message in messages)
-        self.ids = [id_ for message in messages for id_ in message.token_ids]
-        self.last = messages[-1]
-        assert self.last.done
 
 
 async def text_of(server: Server, ids: Sequence[int]) -> str:

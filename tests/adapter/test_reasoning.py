@@ -14,6 +14,7 @@ pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)"
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.chat.format import AnswerFormat
+from support.chat_answers import HELLO, answer
 from support.chat_models import PADDED, TEMPLATE, add_chat, serving
 from support.harness import Server, StartServer, failure
 from support.models import VOCAB_SIZE
@@ -23,7 +24,6 @@ pytestmark = pytest.mark.mlx
 Build = Callable[..., Path]
 BEGIN, END, EOS = VOCAB_SIZE, VOCAB_SIZE + 1, 0
 CHOICE = pb.Constraint(choice=pb.Choice(texts=["left§", "right§"]))
-HELLO = pb.ChatMessage(role=pb.ROLE_USER, content="Which way?")
 
 SORTS: dict[str, tuple[list[str], bool]] = {
     "think": (["<think>", "</think>"], False),
@@ -41,33 +41,6 @@ async def reasoning(
     model = add_chat(model_dir(**PADDED), tmp_path / "model", tokens, special=special)
     async with serving(socket_dir, model) as server:
         yield server
-
-
-async def answer(server: Server, bias: dict[int, float] | None = None, **fields: Any) -> Answered:
-    """Return an answer; fields of the completion options go into the options."""
-    names = pb.CompletionOptions.DESCRIPTOR.fields_by_name
-    options = {name: fields.pop(name) for name in list(fields) if name in names}
-    options.setdefault("num_predict", 60)
-    request = pb.ChatRequest(
-        messages=[HELLO], options=pb.CompletionOptions(logit_bias=bias or {}, **options), **fields
-    )
-    return Answered([message async for message in server.stub.Chat(request)])
-
-
-class Answered:
-    """The parts of an answer, joined."""
-
-    def __init__(self, messages: list[pb.ChatResponse]) -> None:
-        self.content = "".join(message.content for message in messages)
-        self.reasoning = "".join(message.reasoning for message in messages)
-        self.ids = [id_ for message in messages for id_ in message.token_ids]
-        self.last = messages[-1]
-        assert self.last.done
-
-    @property
-    def parts(self) -> tuple[object, ...]:
-        """All that must not depend on the batch."""
-        return self.content, self.reasoning, self.ids, self.last.reasoning_eval_count
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -63,14 +63,19 @@ async def chat_draft(
     if is_limited and format_.may_reason_after(prompt.text):
         if draft.constraint:
             format_ = format_.with_calls_in_content()
-        is_open = format_.state_after(prompt.text) == REASONING
-        budget = request.reasoning_budget if request.HasField("reasoning_budget") else None
-        lead = "" if is_required else format_.content_start
-        reasoning = Reasoning(format_, is_open, budget, lead)
+        reasoning = _reasoning(request, format_, prompt.text)
     parse = partial(renderer.parse_calls, format_.tool_parser, conversation.tools or ())
     required = [tool.name for tool in request.tools] if is_required else []
     answer = Answer(format_, prompt.text, parse, required=required)
     return replace(draft, prompt=Prompt("messages", prompt.token_ids), reasoning=reasoning), answer
+
+
+def _reasoning(request: pb.ChatRequest, format_: AnswerFormat, prompt: str) -> Reasoning:
+    """Return what an answer's reasoning is limited to, and how it goes on after that."""
+    is_open = format_.state_after(prompt) == REASONING
+    budget = request.reasoning_budget if request.HasField("reasoning_budget") else None
+    is_required = request.tool_choice == pb.TOOL_CHOICE_REQUIRED
+    return Reasoning(format_, is_open, budget, "" if is_required else format_.content_start)
 
 
 def _check_budget(check: ViolationCollector, request: pb.ChatRequest, model: ChatFormat) -> None:

@@ -73,14 +73,16 @@ class ConstrainedSampler:
         if len(many) == len(positions):
             return self._of_many(logits, positions, many)
         drawn: list[mx.array] = []
+        if few:
+            drawn.append(self._of_few(logits, positions, few))
         if self._free:
             own = [positions[row] for row in self._free]
             drawn.append(self._free_sampler(_rows(logits, self._free), own))
-        if few:
-            drawn.append(self._of_few(logits, positions, few))
         if many:
-            drawn.append(self._of_many(logits, positions, many))
-        order = [*self._free, *few, *many]
+            # As in `Sampler`: the arrays of large groups do not coexist.
+            (given,) = mx.depends([logits], drawn[-1:])
+            drawn.append(self._of_many(given, positions, many))
+        order = [*few, *self._free, *many]
         inverse = sorted(range(len(order)), key=order.__getitem__)
         return mx.concatenate(drawn)[mx.array(inverse)]
 

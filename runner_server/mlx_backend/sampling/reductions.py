@@ -2,8 +2,7 @@
 
 MLX reduces the last axis one number after another on a CPU, and any other axis in vectors. So the
 vocabulary is folded into a table whose rows are reduced first. CPU time for 16 x 151,936 float32
-numbers, folded and not: sum 0.6 and 1.7 ms, position of
-the maximum 1.2 and 3.4 ms.
+numbers, folded and not: sum 0.6 and 1.7 ms, position of the maximum 1.2 and 3.4 ms (Intel Xeon).
 """
 
 from __future__ import annotations
