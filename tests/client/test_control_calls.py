@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -11,6 +12,7 @@ from mlxrunner.v1 import runner_pb2 as pb
 from runner_client import AsyncRunnerClient, RunnerClient, errors
 from runner_client.testing import FakeRunner, fake_runner
 from runner_client.types import DrainResult, State
+from support.fake_child import wait_until
 
 
 def test_an_aborted_completion_raises(client: RunnerClient, runner: FakeRunner) -> None:
@@ -44,10 +46,16 @@ def test_a_single_string_is_not_a_sequence_of_ids(client: RunnerClient) -> None:
 
 
 def test_a_drain_waits_for_running_completions(client: RunnerClient, runner: FakeRunner) -> None:
-    runner.piece_delay_seconds = 0.05
+    pieces = runner.pieces
+    runner.pieces, runner.piece_delay_seconds = ("Hello",) * 200, 0.05
     stream = client.completion("Hi")
     next(stream)
-    assert client.drain() == DrainResult(finished_count=1, aborted_count=0)
+    with ThreadPoolExecutor(1) as pool:
+        drained = pool.submit(client.drain)
+        wait_until(lambda: runner.is_draining)
+        assert not drained.done()
+        runner.pieces, runner.piece_delay_seconds = pieces, 0.0
+        assert drained.result(20) == DrainResult(finished_count=1, aborted_count=0)
     assert [chunk.done for chunk in stream][-1]
     assert client.status().state is State.DRAINING
     with pytest.raises(errors.ShuttingDownError):
