@@ -89,7 +89,12 @@ def test_windows_of_listed_layers_are_used(load: Load, model_dir: Build, tmp_pat
 
 @pytest.mark.parametrize(
     ("type_", "named"),
-    [("jamba", "normalizes the scores"), ("qwen2_moe", "norm_topk_prob"), ("gemma2", None)],
+    [
+        ("jamba", "normalizes the scores"),
+        ("qwen2_moe", "norm_topk_prob"),
+        ("phi3small", "attend to later ones"),
+        ("gemma2", None),
+    ],
 )
 def test_a_type_computed_differently_by_mlx_lm_is_refused(
     load: Load, tmp_path: Path, type_: str, named: str | None

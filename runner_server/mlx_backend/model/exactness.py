@@ -122,6 +122,11 @@ def _known_faults(text: Mapping[str, Any]) -> Iterator[Difference]:
         raise ValueError(
             "mlx_lm's routing of bailing_moe ends the process with one expert per token"
         )
+    if model_type == "phi3small":
+        yield Difference(
+            "mlx_lm adds a 'phi3small' model's causal mask to the attention scores as numbers, "
+            "so that tokens of a prompt attend to later ones"
+        )
     if model_type == "jamba" and (text.get("num_experts") or 1) > 1:
         yield Difference(
             "mlx_lm normalizes the scores of the chosen experts of a 'jamba' model, which is "
