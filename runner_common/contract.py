@@ -32,6 +32,9 @@ DEFAULT_CONTEXT_LENGTH = 4096
 DEFAULT_PARALLEL = 4
 """Most requests decoded together, unless ``Load`` requests another number."""
 
+MAX_DRAFT = 16
+"""Most tokens of a draft, which one step checks."""
+
 MAX_PARALLEL = 256
 """Largest number of requests decoded together."""
 

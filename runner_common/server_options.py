@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from runner_common.contract import (
     DEFAULT_PARALLEL,
     MAX_BYTES,
+    MAX_DRAFT,
     MAX_PARALLEL,
     MAX_PORT,
     MIN_CONTEXT_LENGTH,
@@ -202,6 +203,15 @@ SERVER_OPTIONS = (
         metavar="N",
         read=_integer(1),
         default=128,
+    ),
+    ServerOption(
+        ("--draft-tokens",),
+        "Most tokens of a draft, which speeds up a completion that is alone where its text repeats "
+        f"the prompt or itself, 0 to {MAX_DRAFT}; 0 is off. Drafts turn themselves off where they "
+        "do not pay.",
+        metavar="N",
+        read=_integer(0, MAX_DRAFT),
+        default=MAX_DRAFT,
     ),
     ServerOption(
         ("--stall-seconds",),

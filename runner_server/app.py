@@ -82,7 +82,12 @@ class RunnerApp:
         self._stop = asyncio.Event()
         self._exit_code = 0
         self._health = health.aio.HealthServicer()
-        self.engine = Engine(backend, max_queued=config.max_queued, on_death=self._on_death)
+        self.engine = Engine(
+            backend,
+            max_queued=config.max_queued,
+            on_death=self._on_death,
+            max_draft=config.draft_tokens,
+        )
         root = ModelRoot(config.model_root) if config.model_root else None
         self._estimator = Estimator(self._admission, root)
         self._renderer = ChatRenderer()

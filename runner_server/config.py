@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from runner_common.contract import MAX_DRAFT
 from runner_common.server_options import SERVER_OPTIONS, ServerOption, misuse
 from runner_common.serving.auth import read_tokens
 from runner_common.serving.tls import TlsFiles
@@ -24,6 +25,7 @@ class ServerConfig:
         listen: ``HOST:PORT`` (port 0 = any free one) or ``unix:/path``.
         load: Model to load at start; None waits for a ``Load`` call.
         max_queued: Most completions that may wait in the queue.
+        draft_tokens: Most tokens to draft for a completion that is alone; 0 drafts none.
         stall_seconds: Time without progress, despite work to do, after which the process exits;
             0 disables the check.
         exit_with_parent: Whether to exit when the parent process does.
@@ -43,6 +45,7 @@ class ServerConfig:
     listen: str = "127.0.0.1:0"
     load: LoadSpec | None = None
     max_queued: int = 128
+    draft_tokens: int = MAX_DRAFT
     stall_seconds: float = 120.0
     exit_with_parent: bool = False
     log_level: str = "INFO"

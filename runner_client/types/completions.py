@@ -181,6 +181,10 @@ class CompletionChunk:
     constraint_satisfied: bool | None = None
     """Whether the whole text is what the constraint asks for; False if it was cut short before it
     was complete; None without a constraint."""
+    drafted_count: int = 0
+    """Tokens drafted for a text that repeats itself, each step checking several."""
+    draft_accepted_count: int = 0
+    """The part of ``eval_count`` that was drafted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +219,10 @@ class Completion:
     constraint_satisfied: bool | None = None
     """Whether the whole text is what the constraint asks for; False if it was cut short before it
     was complete; None without a constraint."""
+    drafted_count: int = 0
+    """Tokens drafted for a text that repeats itself, each step checking several."""
+    draft_accepted_count: int = 0
+    """The part of ``eval_count`` that was drafted."""
 
     def parse(self, kind: type[T]) -> T:
         """Return the text as a value of the type that was its ``JsonSchema``.

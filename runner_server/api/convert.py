@@ -165,6 +165,8 @@ def _done_message(done: GenerationResult) -> pb.CompletionResponse:
         queue_duration=duration(done.queue_seconds),
         prompt_cached_count=done.cached_count,
         constraint_satisfied=done.is_satisfied,
+        drafted_count=done.drafted_count,
+        draft_accepted_count=done.accepted_count,
     )
 
 

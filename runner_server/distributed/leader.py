@@ -225,6 +225,11 @@ class LeaderModel:
         self._model.limit_prefix_cache(limit_bytes)
 
     @property
+    def max_draft(self) -> int:
+        """Most tokens of a draft; see ``LoadedModel.max_draft``: ranks get no drafts."""
+        return 0
+
+    @property
     def prefill_limits(self) -> PrefillLimits:
         """Limits of prefill chunks on this rank; see ``LoadedModel.prefill_limits``."""
         return self._model.prefill_limits

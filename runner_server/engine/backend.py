@@ -204,6 +204,11 @@ class LoadedModel(Protocol):
         """Limits of prefill chunks; keeps no weights alive."""
         ...
 
+    @property
+    def max_draft(self) -> int:
+        """Most tokens of a ``DecodeItem.draft``; 0 if the model's caches cannot be cut back."""
+        ...
+
     def new_executor(self) -> Executor:
         """Return an executor without rows."""
         ...

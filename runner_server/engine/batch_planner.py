@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from runner_server.engine.prefill_queue import FindPrefix, PrefillLimits, PrefillQueue
-from runner_server.engine.types import CachePolicy, Event
+from runner_server.engine.speculation.drafting import Drafting
+from runner_server.engine.types import CachePolicy, Event, Token
 from runner_server.engine.work import DecodeItem, PrefillItem, WorkItem, WorkReport
 
 
@@ -21,10 +22,12 @@ class BatchPlanner:
     Args:
         limits: The model's limits of one prefill call.
         find_prefix: Looks a prompt up in the prefix cache.
+        max_draft: Most tokens to draft for a row that is alone in the batch; 0 drafts none.
     """
 
-    def __init__(self, limits: PrefillLimits, find_prefix: FindPrefix) -> None:
+    def __init__(self, limits: PrefillLimits, find_prefix: FindPrefix, max_draft: int = 0) -> None:
         self._prefills = PrefillQueue(limits, find_prefix)
+        self._drafting = Drafting(max_draft)
         self._joining: list[int] = []
         self._decoding: set[int] = set()
         self._is_in_slice = False
@@ -38,16 +41,32 @@ class BatchPlanner:
         cache_policy: CachePolicy,
         *,
         needs_logits: bool = False,
+        max_drafted: int = 0,
     ) -> None:
-        """Add a row whose prompt is to be prefilled; see ``PrefillQueue.add``."""
+        """Add a row whose prompt is to be prefilled; see ``PrefillQueue.add``.
+
+        Args:
+            row: Id of the row.
+            prompt_ids: The whole prompt.
+            cache_policy: Use of the prefix cache.
+            needs_logits: Whether the logits of every token are computed.
+            max_drafted: Most tokens to generate; 0 if none of them may be drafted.
+        """
         self._prefills.add(row, prompt_ids, cache_policy, needs_logits=needs_logits)
+        if max_drafted:
+            self._drafting.add(row, prompt_ids, max_drafted)
 
     def resume(self, row: int) -> None:
         """Let a preempted row join the next decode step."""
         self._joining.append(row)
 
     def remove(self, row: int) -> None:
-        """Remove an ended or preempted row. No-op if unknown."""
+        """Remove an ended row. No-op if unknown."""
+        self._drafting.remove(row)
+        self.preempt(row)
+
+    def preempt(self, row: int) -> None:
+        """Plan no more work for a row until it resumes."""
         self._prefills.remove(row)
         self._decoding.discard(row)
         if row in self._joining:
@@ -67,7 +86,7 @@ class BatchPlanner:
             return item
         self._is_in_slice = False
         if self._joining or self._decoding:
-            return DecodeItem(tuple(self._joining), self._prefills.ending_soon)
+            return DecodeItem(tuple(self._joining), self._prefills.ending_soon, self._draft())
         return None
 
     def record(self, item: WorkItem, report: WorkReport) -> list[Event]:
@@ -77,9 +96,28 @@ class BatchPlanner:
             events, ready = self._prefills.record(item, report)
             self._joining += ready
             return [*report.events, *events]
+        self._record_drafting(item, report)
         self._decoding.update(item.joining)
         self._joining = []
         # Prefill waits for the step in flight first; that wait counts towards the step.
         self._decode_seconds = self._waited_seconds + report.seconds
         self._waited_seconds = 0.0
         return [*report.events]
+
+    def _draft(self) -> tuple[int, ...]:
+        """Return a draft for the next step of a row without others; none while a prompt waits."""
+        if len(self._decoding) != 1 or self._joining or self._prefills:
+            return ()
+        (row,) = self._decoding
+        return self._drafting.draft(row)
+
+    def _record_drafting(self, item: DecodeItem, report: WorkReport) -> None:
+        tokens: dict[int, list[int]] = {}
+        for event in report.events:
+            if isinstance(event, Token):
+                tokens.setdefault(event.row, []).append(event.token_id)
+        self._drafting.record(tokens)
+        if len(self._decoding) == 1 and not item.joining:
+            (row,) = self._decoding
+            yielded = len(tokens.get(row, ()))
+            self._drafting.record_alone(row, report.drafted, yielded, report.seconds)

@@ -47,12 +47,20 @@ class Engine:
     Args:
         backend: The model library.
         max_queued: Most requests that may wait for a slot.
+        max_draft: Most tokens to draft for a request that is alone in the batch; 0 drafts none.
         on_death: Called once on the event loop if the engine cannot continue.
 
     Create and call the engine on the running event loop.
     """
 
-    def __init__(self, backend: Backend, *, max_queued: int, on_death: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        max_queued: int,
+        on_death: Callable[[], None],
+        max_draft: int = 0,
+    ) -> None:
         self._backend = backend
         self._on_death = on_death
         self._commands = CommandQueue()
@@ -60,7 +68,7 @@ class Engine:
         self._changes = ChangeSignal(self._loop)
         self._registry = RequestRegistry(max_queued, self._changes.notify)
         self._engine_thread = EngineThread(
-            backend, self._registry, self._commands, self._loop, on_death
+            backend, self._registry, self._commands, self._loop, on_death, max_draft
         )
         self._is_lost = False
         # Not Thread.join in a worker thread: all worker threads may be busy tokenizing.

@@ -88,6 +88,8 @@ class GenerationRequest:
         self.end_ids = model_end_ids | spec.stop_token_ids
         self._token_count = 0
         self._cached_count = 0
+        self._drafted_count = 0
+        self._accepted_count = 0
         self._prefilled_count = 0
         self._reason: FinishReason | None = None
         self.submitted_at = time.monotonic()
@@ -170,6 +172,10 @@ class GenerationRequest:
         for part in event.logprobs.parts(most):
             self.stream.put(replace(progress, prompt_logprobs=(part,)))
 
+    def on_draft(self, count: int) -> None:
+        """Count checked tokens of a draft."""
+        self._drafted_count += count
+
     def on_token(self, event: Token) -> GenerationResult | None:
         """Add a token. The first one starts DECODING, and the last one finishes the request.
 
@@ -180,6 +186,7 @@ class GenerationRequest:
             self._transition(RequestStatus.DECODING, RequestStatus.PREFILLING)
             self._first_token_at = time.monotonic()
         self._token_count += 1
+        self._accepted_count += event.is_drafted
         end = self._end_at(event.token_id)
         text = self._read(event.token_id, end)
         shown, stop = self._find_stop(text)
@@ -214,6 +221,8 @@ class GenerationRequest:
             prompt_seconds=None if admitted is None else (first or now) - admitted,
             eval_seconds=None if first is None else now - first,
             reason=self._reason,
+            drafted_count=self._drafted_count,
+            accepted_count=self._accepted_count,
         )
 
     def running_seconds(self, result: GenerationResult) -> float:
@@ -257,4 +266,6 @@ class GenerationRequest:
             eval_seconds=stats.eval_seconds or 0.0,
             cached_count=stats.cached_count,
             is_satisfied=is_satisfied,
+            drafted_count=stats.drafted_count,
+            accepted_count=stats.accepted_count,
         )

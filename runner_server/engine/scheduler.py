@@ -38,13 +38,17 @@ class Scheduler:
     Preempted requests whose readers have caught up are resumed before waiting ones are admitted.
     :class:`BatchPlanner` alternates prefill and decode steps of the admitted requests.
 
+    Args:
+        max_draft: Most tokens to draft for a request that is alone in the batch; 0 drafts none.
+
     Attributes:
         waiting: Requests that are WAITING, in order of admission.
         admitted: Requests with KV caches, by id: those in the batch and the PREEMPTED ones.
         resumable: PREEMPTED requests whose readers have caught up, in the order they did.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_draft: int = 0) -> None:
+        self._max_draft = max_draft
         self.waiting: list[GenerationRequest] = []
         self.admitted: dict[int, GenerationRequest] = {}
         self.resumable: deque[GenerationRequest] = deque()
@@ -52,7 +56,8 @@ class Scheduler:
 
     def start_batch(self, model: LoadedModel, executor: Executor) -> None:
         """Start planning for a new executor, which has no rows yet."""
-        self._planner = BatchPlanner(model.prefill_limits, executor.find_prefix)
+        limits, max_draft = model.prefill_limits, min(self._max_draft, model.max_draft)
+        self._planner = BatchPlanner(limits, executor.find_prefix, max_draft)
 
     @property
     def running(self) -> list[GenerationRequest]:
@@ -107,6 +112,8 @@ class Scheduler:
                     spec.prompt_ids,
                     spec.cache_policy,
                     needs_logits=spec.sampling.prompt_logprobs is not None,
+                    # The masks of drafted tokens would depend on each other.
+                    max_drafted=0 if request.matcher else spec.max_tokens,
                 )
                 admitted.append(request)
         return admitted
@@ -128,7 +135,7 @@ class Scheduler:
     def preempt(self, request: GenerationRequest) -> None:
         """Take a request out of the batch until its reader has caught up."""
         request.preempt()
-        self._require_planner().remove(request.id)
+        self._require_planner().preempt(request.id)
 
     def has_next(self, model: LoadedModel) -> bool:
         """Return True if :meth:`admit` would admit or resume a request."""

@@ -64,6 +64,7 @@ class EngineThread:
         commands: The queue of commands.
         loop: The event loop on which readers are woken and ``on_death`` is called.
         on_death: Called once if the engine cannot continue.
+        max_draft: Most tokens to draft for a request that is alone in the batch; 0 drafts none.
 
     Attributes:
         device: Name of the device; empty until the library is imported.
@@ -76,6 +77,7 @@ class EngineThread:
         commands: CommandQueue,
         loop: asyncio.AbstractEventLoop,
         on_death: Callable[[], None],
+        max_draft: int,
     ) -> None:
         self._backend = backend
         self._registry = registry
@@ -85,7 +87,7 @@ class EngineThread:
         # The only references to the model, so that dropping them frees its memory.
         self._model: LoadedModel | None = None
         self._executor: Executor | None = None
-        self._scheduler = Scheduler()
+        self._scheduler = Scheduler(max_draft)
         self._wakeups = WakeupCoalescer(loop)
         self._updated: list[OutputChannel] = []
         self._urgent: list[OutputChannel] = []
@@ -223,9 +225,15 @@ class EngineThread:
     def _run(self, item: WorkItem, executor: Executor) -> None:
         self._has_stepped = True
         report = executor.run(item)
-        events = self._scheduler.record(item, report)
-        self._registry.note_step(sum(isinstance(event, Token) for event in events))
-        ended = [row for event in events if (row := self._on_event(event)) is not None]
+        if report.drafted:
+            self._scheduler.admitted[report.events[0].row].on_draft(report.drafted)
+        tokens, ended = 0, []
+        for event in self._scheduler.record(item, report):
+            # A draft may go on after the token that ends the text.
+            tokens += isinstance(event, Token) and event.row in self._scheduler.admitted
+            if (row := self._on_event(event)) is not None:
+                ended.append(row)
+        self._registry.note_step(tokens)
         if ended:
             # Before `remove`, which takes time to copy KV caches into the prefix cache.
             self._publish()

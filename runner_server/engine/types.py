@@ -224,11 +224,12 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Token:
-    """Event: a row generated a token."""
+    """Event: a row generated a token, which may have been drafted."""
 
     row: int
     token_id: int
     logprob: TokenLogprob | None = None
+    is_drafted: bool = False
 
 
 @dataclass(frozen=True)
@@ -261,6 +262,8 @@ class GenerationResult:
         prompt_count: Tokens of the prompt.
         cached_count: Prompt tokens taken from the prefix cache.
         is_satisfied: Whether the text obeys the constraint; None without one.
+        drafted_count: Tokens drafted and checked.
+        accepted_count: Generated tokens that were drafted.
     """
 
     reason: FinishReason
@@ -272,6 +275,8 @@ class GenerationResult:
     eval_seconds: float
     cached_count: int = 0
     is_satisfied: bool | None = None
+    drafted_count: int = 0
+    accepted_count: int = 0
 
 
 @dataclass(frozen=True)
@@ -284,6 +289,8 @@ class GenerationStats:
         prompt_seconds: Time from admission to the first token; None before admission.
         eval_seconds: Time since the first token; None before that token.
         reason: Finish reason; None if the request is unfinished, failed or was cancelled.
+        drafted_count: Tokens drafted and checked.
+        accepted_count: Generated tokens that were drafted.
     """
 
     prompt_count: int
@@ -293,6 +300,8 @@ class GenerationStats:
     prompt_seconds: float | None
     eval_seconds: float | None
     reason: FinishReason | None
+    drafted_count: int = 0
+    accepted_count: int = 0
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ are in the prefix cache:
    as its input.
 2. ``DecodeItem(joining=(row,))``: the row joins the batch, and the step samples its first token.
 3. ``DecodeItem()``: one more token for each row of the batch.
+4. ``DecodeItem(draft=(7, 8, 9))``: the only row of the batch is likely to continue with these. If
+   it does with 7 and 8, the step reports them and the token that comes instead of 9.
 """
 
 from __future__ import annotations
@@ -55,10 +57,13 @@ class DecodeItem:
         joining: Rows that join the batch before the step: prefilled ones and resumed ones.
         expected: Number of further rows likely to join soon. The executor may allocate memory for
             them in advance.
+        draft: Tokens that are likely to follow those reported of the only row; none of them may be
+            longer than the context. The step checks them in one call of the model.
     """
 
     joining: tuple[int, ...] = ()
     expected: int = 0
+    draft: tuple[int, ...] = ()
 
 
 WorkItem = PrefillItem | DecodeItem
@@ -71,8 +76,10 @@ class WorkReport:
     Attributes:
         seconds: Duration of the work itself.
         waited_seconds: Time spent before it, waiting for a decode step launched earlier.
-        events: At most one for each row. The second step of a row yields none: from then on each
-            step is launched before the tokens of the previous one are read.
+        events: At most one for each row, or several tokens of one row with a draft. The second step
+            of a row yields none: from then on each step is launched before the tokens of the
+            previous one are read.
+        drafted: Number of drafted tokens checked; 0 if the first one was already wrong.
         prompt_logprobs: The log probabilities computed by a ``PrefillItem`` with one chunk, of a
             row that requests them.
     """
@@ -80,4 +87,5 @@ class WorkReport:
     seconds: float
     waited_seconds: float = 0.0
     events: tuple[Token | Failure, ...] = ()
+    drafted: int = 0
     prompt_logprobs: PromptLogprobs | None = None

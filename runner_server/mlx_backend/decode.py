@@ -6,7 +6,7 @@ always has work. The inputs of a step are arrays that the step in flight is stil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -23,6 +23,7 @@ from runner_server.engine.types import (
 from runner_server.mlx_backend.cache.row_caches import (
     Caches,
     compact,
+    cut_back,
     evaluate,
     extend,
     extract,
@@ -31,17 +32,11 @@ from runner_server.mlx_backend.cache.row_caches import (
     view,
 )
 from runner_server.mlx_backend.constraints.matcher import RowMatcher
+from runner_server.mlx_backend.drawing import Agree, Drawing
 from runner_server.mlx_backend.in_flight import InFlightStep
 from runner_server.mlx_backend.sampling.constrained import ConstrainedSampler
-from runner_server.mlx_backend.sampling.end_mask import EndMask
-from runner_server.mlx_backend.sampling.logprobs import are_finite
 from runner_server.mlx_backend.sampling.mask_rows import MaskRows
-from runner_server.mlx_backend.sampling.penalties import Penalties
-from runner_server.mlx_backend.sampling.row_logprobs import (
-    BatchLogprobs,
-    RowLogprobs,
-    arrays_of,
-)
+from runner_server.mlx_backend.sampling.row_logprobs import RowLogprobs
 from runner_server.mlx_backend.sampling.sampler import Sampler
 
 _STATE_STEPS = 64
@@ -49,8 +44,17 @@ _STATE_STEPS = 64
 offset, its unevaluated graph would otherwise grow by one addition per step."""
 
 
-Agree = Callable[[mx.array], mx.array]
-"""Replaces tokens drawn on this rank with those of rank 0, unevaluated; same shape and dtype."""
+@dataclass(frozen=True)
+class CheckedDraft:
+    """Result of a step with a draft.
+
+    Attributes:
+        events: The tokens of the row.
+        drafted: Number of drafted tokens checked.
+    """
+
+    events: list[Token | Failure]
+    drafted: int
 
 
 @dataclass(eq=False)
@@ -212,33 +216,72 @@ class DecodeBatch:
         self._advance(previous, logprobs)
         return [*events, *self._report_first()]
 
+    def check(self, draft: Sequence[int]) -> CheckedDraft | None:
+        """Check a draft of the only row's next tokens in one call of the model.
+
+        The model is called with the last token and the draft, and a token is drawn after each of
+        them, as steps would have drawn it. The tokens are reported up to the first one that differs
+        from the draft, and the caches are cut back to these. Nothing is in flight afterwards.
+
+        For example, with ``t1`` reported and ``t2`` in flight, and a draft of ``t2 a b``: the call
+        ``model(t2, a, b)`` draws ``a c d``. The step reports ``t2``, ``a`` and ``c``, the caches
+        keep ``t2`` and ``a``, and ``c`` is the next input.
+
+        Args:
+            draft: The tokens to expect after those reported.
+
+        Returns:
+            None if the token in flight differs from the draft, or if a number is not finite, which
+            may be due to a wrong token of the draft. Nothing has changed then.
+        """
+        (row,) = self.rows
+        previous = self._in_flight
+        ((value, is_finite),) = previous.read()
+        if row.is_unreported:
+            draft = draft[1:] if value == draft[0] else ()
+        if not (draft and is_finite):
+            return None
+        ids = [value, *draft]
+        inputs = mx.array(ids, dtype=mx.uint32)
+        logits = self._model(inputs[None], cache=self._caches)[0]
+        histories = [[*row.tokens, *ids[:index]] for index in range(len(ids))]
+        positions = range(row.drawn, row.drawn + len(ids))
+        step, logprobs = self._drawing_of(len(ids))(logits, histories, inputs, positions)
+        drawn = step.read()
+        if not all(is_finite for _, is_finite in drawn):
+            cut_back(self._caches, len(ids))
+            return None
+        accepted = 0
+        while accepted < len(draft) and drawn[accepted] == (draft[accepted], True):
+            accepted += 1
+        cut_back(self._caches, len(draft) - accepted)
+        events = self._report(previous)
+        for index in range(accepted + 1):
+            row.tokens.append(ids[index])
+            row.drawn += 1
+            row.logprobs = logprobs[index]
+            events.append(self._event(row, *drawn[index], is_drafted=index < accepted))
+        self._in_flight = InFlightStep.known([drawn[accepted][0]], [True])
+        return CheckedDraft(events, len(draft))
+
+    def _drawing_of(self, count: int) -> Drawing:
+        """Return the drawing of ``count`` tokens of the only row, as if each were a row."""
+        if count not in self._drawings:
+            options = [self.rows[0].sampling] * count
+            sampler = Sampler(options, self._vocab_size)
+            self._drawings[count] = Drawing(options, sampler, self._agree)
+        return self._drawings[count]
+
     def _draw(
         self, logits: mx.array, inputs: mx.array
     ) -> tuple[InFlightStep, list[RowLogprobs | None]]:
         """Launch the drawing of the next tokens, and the log probabilities of each row's token."""
-        rows = self.rows
-        drawn = [row.drawn for row in rows]
-        changed = self._penalties(logits, [row.tokens for row in rows], inputs, drawn)
-        changed = self._end_mask(changed, drawn)
-        tokens = self._sampler(changed, drawn)
-        step = self._settled(tokens, are_finite(logits, tokens))
-        logprobs = self._logprobs(logits, step.tokens)
-        parts = [part for found in logprobs for part in arrays_of(found)]
-        mx.async_eval(step.tokens, step.finite, parts)
+        histories, drawn = [row.tokens for row in self.rows], [row.drawn for row in self.rows]
+        step, logprobs = self._drawing(logits, histories, inputs, drawn)
         self._steps += 1
         if self._steps % _STATE_STEPS == 0:
             mx.async_eval([cache.state for cache in self._caches])
         return step, logprobs
-
-    def _settled(self, drawn: mx.array, finite: mx.array) -> InFlightStep:
-        """Return the tokens for every rank to continue with; 0 for a row with non-finite logits."""
-        # Candidates among NaN logits may have ids outside the vocabulary.
-        drawn = mx.where(finite, drawn, 0)
-        if self._agree:
-            agreed = self._agree(mx.concatenate([drawn, finite.astype(drawn.dtype)]))
-            drawn, flags = mx.split(agreed, 2)
-            finite = flags > 0
-        return InFlightStep(drawn, finite)
 
     def _report(self, step: InFlightStep) -> list[Token | Failure]:
         """Wait for the tokens of the step before the one in flight; report those unreported."""
@@ -266,7 +309,9 @@ class DecodeBatch:
         values = self._in_flight.read()
         return [self._event(self.rows[slot], *values[slot]) for slot in first]
 
-    def _event(self, row: Row, value: int, is_finite: bool) -> Token | Failure:
+    def _event(
+        self, row: Row, value: int, is_finite: bool, *, is_drafted: bool = False
+    ) -> Token | Failure:
         row.is_unreported = False
         if not is_finite:
             row.is_finite = False
@@ -276,9 +321,8 @@ class DecodeBatch:
             if failure := row.matcher.failure:
                 return NoLegalToken(row.id, failure)
             row.matcher.consume(value)
-        if row.logprobs is None:
-            return Token(row.id, value)
-        return Token(row.id, value, row.logprobs.read(value))
+        logprob = row.logprobs.read(value) if row.logprobs else None
+        return Token(row.id, value, logprob, is_drafted)
 
     def _caches_of(self, slot: int) -> Caches:
         return self._caches if len(self.rows) == 1 else extract(self._caches, slot)
@@ -301,15 +345,15 @@ class DecodeBatch:
         options = [row.sampling for row in self.rows]
         matchers = [row.matcher for row in self.rows]
         self._is_constrained = any(matchers)
-        self._sampler: Sampler | ConstrainedSampler
+        sampler: Sampler | ConstrainedSampler
         if self._is_constrained:
-            self._sampler = ConstrainedSampler(options, matchers, self._vocab_size, self._mask_rows)
+            sampler = ConstrainedSampler(options, matchers, self._vocab_size, self._mask_rows)
         else:
             self._mask_rows.clear()
-            self._sampler = Sampler(options, self._vocab_size)
-        self._penalties = Penalties(options)
-        self._end_mask = EndMask(options)
-        self._logprobs = BatchLogprobs(options)
+            sampler = Sampler(options, self._vocab_size)
+        self._drawing = Drawing(options, sampler, self._agree)
+        # By the number of tokens drawn together for the only row.
+        self._drawings: dict[int, Drawing] = {}
 
 
 def _inputs_of(rows: Sequence[Row]) -> InFlightStep:

@@ -24,7 +24,8 @@ from runner_server.mlx_backend.cache.row_caches import (
     prefill,
 )
 from runner_server.mlx_backend.constraints.matcher import RowMatcher
-from runner_server.mlx_backend.decode import Agree, DecodeBatch, Row
+from runner_server.mlx_backend.decode import DecodeBatch, Row
+from runner_server.mlx_backend.drawing import Agree
 from runner_server.mlx_backend.sampling.prompt_logprobs import ChunkLogprobs
 from runner_server.mlx_backend.stream_errors import recover
 
@@ -127,8 +128,8 @@ class MlxExecutor:
             match item:
                 case PrefillItem(chunks):
                     return self._prefill(chunks)
-                case DecodeItem(joining, expected):
-                    return self._decode(joining, expected)
+                case DecodeItem():
+                    return self._decode(item)
                 case _:
                     assert_never(item)
         except Exception:
@@ -163,14 +164,17 @@ class MlxExecutor:
 
     # -- decode ------------------------------------------------------------------
 
-    def _decode(self, joining: Sequence[int], expected: int) -> WorkReport:
-        rows = [self._outside.pop(id_) for id_ in joining]
+    def _decode(self, item: DecodeItem) -> WorkReport:
+        rows = [self._outside.pop(id_) for id_ in item.joining]
         if rows:
             self._make_room_for_buffers(len(self._decoding.rows) + len(rows))
-        self._decoding.join(rows, expected=self._affordable(rows, expected))
+        self._decoding.join(rows, expected=self._affordable(rows, item.expected))
         began = self._clock()
-        events = self._decoding.step()
-        return WorkReport(self._clock() - began, events=tuple(events))
+        if item.draft and (checked := self._decoding.check(item.draft)):
+            seconds, events = self._clock() - began, tuple(checked.events)
+            return WorkReport(seconds, events=events, drafted=checked.drafted)
+        events = tuple(self._decoding.step())
+        return WorkReport(self._clock() - began, events=events)
 
     def _affordable(self, joining: Sequence[Row], expected: int) -> int:
         """Return how many of the expected rows fit the memory, each as long as the longest row."""

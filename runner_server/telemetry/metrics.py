@@ -150,6 +150,8 @@ class _Tokens(Collector):
         ("prompt", "Prompt tokens of completions that have reached their first token."),
         ("prompt_cached", "The part of the prompt tokens taken from the prefix cache."),
         ("generation", "Tokens generated."),
+        ("drafted", "Tokens drafted for texts that repeat themselves."),
+        ("draft_accepted", "The part of the generated tokens that was drafted."),
     )
 
     def __init__(self) -> None:
@@ -187,8 +189,9 @@ class _Tokens(Collector):
 
 def _add(totals: dict[str, tuple[int, ...]], model: str, stats: GenerationStats) -> None:
     prompt = (stats.prompt_count, stats.cached_count) if stats.eval_count else (0, 0)
-    before = totals.get(model, (0, 0, 0))
-    totals[model] = tuple(a + b for a, b in zip(before, (*prompt, stats.eval_count), strict=True))
+    counts = (*prompt, stats.eval_count, stats.drafted_count, stats.accepted_count)
+    before = totals.get(model, (0,) * len(counts))
+    totals[model] = tuple(a + b for a, b in zip(before, counts, strict=True))
 
 
 class _State(Collector):

@@ -78,6 +78,8 @@ def _fields(call: CallSummary) -> Fields:
             "prompt_tokens": stats.prompt_count,
             "cached_tokens": stats.cached_count,
             "generated_tokens": stats.eval_count,
+            "drafted_tokens": stats.drafted_count or None,
+            "draft_accepted_tokens": stats.accepted_count if stats.drafted_count else None,
             "queue_seconds": stats.queue_seconds,
             "prefill_seconds": stats.prompt_seconds,
             "generation_seconds": stats.eval_seconds,

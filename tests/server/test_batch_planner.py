@@ -65,8 +65,8 @@ def test_a_preempted_row_is_not_decoded_until_it_resumes() -> None:
         machine.add(row, _prompt(9, row))
     machine.step()
     machine.step()
-    machine.planner.remove(0)
-    machine.planner.remove(1)
+    machine.planner.preempt(0)
+    machine.planner.preempt(1)
     assert machine.planner.next_item() is None
     machine.planner.resume(1)
     assert machine.planner.next_item() == DecodeItem(joining=(1,))

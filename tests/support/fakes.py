@@ -310,6 +310,11 @@ class FakeModel:
         self._backend.prefix_cache_limits.append(limit_bytes)
 
     @property
+    def max_draft(self) -> int:
+        """See ``LoadedModel.max_draft``: drafts are not checked."""
+        return 0
+
+    @property
     def prefill_limits(self) -> PrefillLimits:
         """See ``LoadedModel.prefill_limits``: prompts run alone, in chunks of ``PREFILL_CHUNK``."""
         return PrefillLimits(max_chunk=PREFILL_CHUNK, max_tokens=PREFILL_CHUNK)

@@ -22,6 +22,8 @@ class Row:
         late: Step before which the row is added.
         matcher: Constrains the row.
         ends: Tokens after which the row ends before ``count``.
+        may_be_drafted: Whether tokens are drafted while the row is alone.
+        accepted: Number of tokens that were drafted.
     """
 
     prompt: Sequence[int]
@@ -30,6 +32,8 @@ class Row:
     late: int = 0
     matcher: Matcher | None = None
     ends: Collection[int] = ()
+    may_be_drafted: bool = False
+    accepted: int = 0
     ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     progress: list[tuple[int, int]] = field(default_factory=list)
@@ -47,7 +51,8 @@ def run_rows(batch: LocalBatch, rows: Sequence[Row]) -> list[list[int]]:
     for step in range(MAX_STEPS):
         for id_ in [id_ for id_, row in waiting.items() if row.late <= step]:
             row = active[id_] = waiting.pop(id_)
-            batch.add(id_, row.prompt, row.sampling, matcher=row.matcher)
+            most = row.count if row.may_be_drafted else 0
+            batch.add(id_, row.prompt, row.sampling, matcher=row.matcher, max_drafted=most)
         if active:
             _step(batch, active)
         elif not waiting:
@@ -64,6 +69,7 @@ def _step(batch: LocalBatch, active: dict[int, Row]) -> None:
             continue
         assert isinstance(event, Token)
         row.ids.append(event.token_id)
+        row.accepted += event.is_drafted
         if event.logprob:
             row.logprobs.append(event.logprob)
     ended = [id_ for id_, row in active.items() if row.is_over]

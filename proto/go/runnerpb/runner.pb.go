@@ -2926,8 +2926,13 @@ type CompletionResponse struct {
 	// Whether `content` as a whole is what `CompletionRequest.constraint` asks for. Unset
 	// without a constraint.
 	ConstraintSatisfied *bool `protobuf:"varint,15,opt,name=constraint_satisfied,json=constraintSatisfied,proto3,oneof" json:"constraint_satisfied,omitempty"`
-	unknownFields       protoimpl.UnknownFields
-	sizeCache           protoimpl.SizeCache
+	// Tokens drafted for a text that repeats itself, each step checking several. Drafts
+	// change the speed only: a token that differs from the one drawn is dropped.
+	DraftedCount int32 `protobuf:"varint,16,opt,name=drafted_count,json=draftedCount,proto3" json:"drafted_count,omitempty"`
+	// The part of `eval_count` that was drafted.
+	DraftAcceptedCount int32 `protobuf:"varint,17,opt,name=draft_accepted_count,json=draftAcceptedCount,proto3" json:"draft_accepted_count,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *CompletionResponse) Reset() {
@@ -3063,6 +3068,20 @@ func (x *CompletionResponse) GetConstraintSatisfied() bool {
 		return *x.ConstraintSatisfied
 	}
 	return false
+}
+
+func (x *CompletionResponse) GetDraftedCount() int32 {
+	if x != nil {
+		return x.DraftedCount
+	}
+	return 0
+}
+
+func (x *CompletionResponse) GetDraftAcceptedCount() int32 {
+	if x != nil {
+		return x.DraftAcceptedCount
+	}
+	return 0
 }
 
 // Progress of a prefill.
@@ -4398,8 +4417,12 @@ type ChatResponse struct {
 	// Whether the answer, without its reasoning, is what `ChatRequest.constraint` or
 	// TOOL_CHOICE_REQUIRED asks for. Unset without them.
 	ConstraintSatisfied *bool `protobuf:"varint,17,opt,name=constraint_satisfied,json=constraintSatisfied,proto3,oneof" json:"constraint_satisfied,omitempty"`
-	unknownFields       protoimpl.UnknownFields
-	sizeCache           protoimpl.SizeCache
+	// Tokens drafted; see `CompletionResponse.drafted_count`.
+	DraftedCount int32 `protobuf:"varint,18,opt,name=drafted_count,json=draftedCount,proto3" json:"drafted_count,omitempty"`
+	// The part of `eval_count` that was drafted.
+	DraftAcceptedCount int32 `protobuf:"varint,19,opt,name=draft_accepted_count,json=draftAcceptedCount,proto3" json:"draft_accepted_count,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *ChatResponse) Reset() {
@@ -4549,6 +4572,20 @@ func (x *ChatResponse) GetConstraintSatisfied() bool {
 		return *x.ConstraintSatisfied
 	}
 	return false
+}
+
+func (x *ChatResponse) GetDraftedCount() int32 {
+	if x != nil {
+		return x.DraftedCount
+	}
+	return 0
+}
+
+func (x *ChatResponse) GetDraftAcceptedCount() int32 {
+	if x != nil {
+		return x.DraftAcceptedCount
+	}
+	return 0
 }
 
 var File_mlxrunner_v1_runner_proto protoreflect.FileDescriptor
@@ -4788,7 +4825,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x11_presence_penaltyB\x14\n" +
 	"\x12_frequency_penaltyB\x0e\n" +
 	"\f_num_predictB\a\n" +
-	"\x05_seed\"\x98\x06\n" +
+	"\x05_seed\"\xef\x06\n" +
 	"\x12CompletionResponse\x12\x18\n" +
 	"\acontent\x18\x01 \x01(\tR\acontent\x12\x1b\n" +
 	"\ttoken_ids\x18\x02 \x03(\x05R\btokenIds\x126\n" +
@@ -4808,7 +4845,9 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\reval_duration\x18\v \x01(\v2\x19.google.protobuf.DurationR\fevalDuration\x12@\n" +
 	"\x0equeue_duration\x18\f \x01(\v2\x19.google.protobuf.DurationR\rqueueDuration\x12.\n" +
 	"\x13prompt_cached_count\x18\r \x01(\x05R\x11promptCachedCount\x126\n" +
-	"\x14constraint_satisfied\x18\x0f \x01(\bH\x00R\x13constraintSatisfied\x88\x01\x01B\x17\n" +
+	"\x14constraint_satisfied\x18\x0f \x01(\bH\x00R\x13constraintSatisfied\x88\x01\x01\x12#\n" +
+	"\rdrafted_count\x18\x10 \x01(\x05R\fdraftedCount\x120\n" +
+	"\x14draft_accepted_count\x18\x11 \x01(\x05R\x12draftAcceptedCountB\x17\n" +
 	"\x15_constraint_satisfied\"Z\n" +
 	"\x0ePromptProgress\x12'\n" +
 	"\x0fevaluated_count\x18\x01 \x01(\x05R\x0eevaluatedCount\x12\x1f\n" +
@@ -4907,7 +4946,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\ttool_name\x18\x0e \x01(\tR\btoolName\x12.\n" +
 	"\x10reasoning_budget\x18\x0f \x01(\x05H\x01R\x0freasoningBudget\x88\x01\x01B\v\n" +
 	"\t_logprobsB\x13\n" +
-	"\x11_reasoning_budget\"\xd4\x06\n" +
+	"\x11_reasoning_budget\"\xab\a\n" +
 	"\fChatResponse\x12\x18\n" +
 	"\acontent\x18\x01 \x01(\tR\acontent\x12\x1c\n" +
 	"\treasoning\x18\x02 \x01(\tR\treasoning\x125\n" +
@@ -4930,7 +4969,9 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x0equeue_duration\x18\x0e \x01(\v2\x19.google.protobuf.DurationR\rqueueDuration\x12.\n" +
 	"\x13prompt_cached_count\x18\x0f \x01(\x05R\x11promptCachedCount\x120\n" +
 	"\x14reasoning_eval_count\x18\x10 \x01(\x05R\x12reasoningEvalCount\x126\n" +
-	"\x14constraint_satisfied\x18\x11 \x01(\bH\x00R\x13constraintSatisfied\x88\x01\x01B\x17\n" +
+	"\x14constraint_satisfied\x18\x11 \x01(\bH\x00R\x13constraintSatisfied\x88\x01\x01\x12#\n" +
+	"\rdrafted_count\x18\x12 \x01(\x05R\fdraftedCount\x120\n" +
+	"\x14draft_accepted_count\x18\x13 \x01(\x05R\x12draftAcceptedCountB\x17\n" +
 	"\x15_constraint_satisfied*\xd4\x03\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +

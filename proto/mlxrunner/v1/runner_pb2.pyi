@@ -1841,6 +1841,8 @@ class CompletionResponse(_message.Message):
     QUEUE_DURATION_FIELD_NUMBER: _builtins.int
     PROMPT_CACHED_COUNT_FIELD_NUMBER: _builtins.int
     CONSTRAINT_SATISFIED_FIELD_NUMBER: _builtins.int
+    DRAFTED_COUNT_FIELD_NUMBER: _builtins.int
+    DRAFT_ACCEPTED_COUNT_FIELD_NUMBER: _builtins.int
     content: _builtins.str
     """The next part of the text, whole characters only. All parts joined are the
     text of all token ids, without the token that ended it, and without the stop
@@ -1866,6 +1868,12 @@ class CompletionResponse(_message.Message):
     """Whether `content` as a whole is what `CompletionRequest.constraint` asks for. Unset
     without a constraint.
     """
+    drafted_count: _builtins.int
+    """Tokens drafted for a text that repeats itself, each step checking several. Drafts
+    change the speed only: a token that differs from the one drawn is dropped.
+    """
+    draft_accepted_count: _builtins.int
+    """The part of `eval_count` that was drafted."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The tokens generated since the last message, including the one that ended the
@@ -1921,10 +1929,12 @@ class CompletionResponse(_message.Message):
         queue_duration: _duration_pb2.Duration | None = ...,
         prompt_cached_count: _builtins.int = ...,
         constraint_satisfied: _builtins.bool | None = ...,
+        drafted_count: _builtins.int = ...,
+        draft_accepted_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_constraint_satisfied", b"_constraint_satisfied", "constraint_satisfied", b"constraint_satisfied", "eval_duration", b"eval_duration", "prompt_eval_duration", b"prompt_eval_duration", "prompt_progress", b"prompt_progress", "queue_duration", b"queue_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_constraint_satisfied", b"_constraint_satisfied", "constraint_satisfied", b"constraint_satisfied", "content", b"content", "done", b"done", "done_reason", b"done_reason", "eval_count", b"eval_count", "eval_duration", b"eval_duration", "logprobs", b"logprobs", "prompt_cached_count", b"prompt_cached_count", "prompt_eval_count", b"prompt_eval_count", "prompt_eval_duration", b"prompt_eval_duration", "prompt_logprobs", b"prompt_logprobs", "prompt_progress", b"prompt_progress", "queue_duration", b"queue_duration", "stop_match", b"stop_match", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_constraint_satisfied", b"_constraint_satisfied", "constraint_satisfied", b"constraint_satisfied", "content", b"content", "done", b"done", "done_reason", b"done_reason", "draft_accepted_count", b"draft_accepted_count", "drafted_count", b"drafted_count", "eval_count", b"eval_count", "eval_duration", b"eval_duration", "logprobs", b"logprobs", "prompt_cached_count", b"prompt_cached_count", "prompt_eval_count", b"prompt_eval_count", "prompt_eval_duration", b"prompt_eval_duration", "prompt_logprobs", b"prompt_logprobs", "prompt_progress", b"prompt_progress", "queue_duration", b"queue_duration", "stop_match", b"stop_match", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__constraint_satisfied: _TypeAlias = _typing.Literal["constraint_satisfied"]  # noqa: Y015
     _WhichOneofArgType__constraint_satisfied: _TypeAlias = _typing.Literal["_constraint_satisfied", b"_constraint_satisfied"]  # noqa: Y015
@@ -2642,6 +2652,8 @@ class ChatResponse(_message.Message):
     PROMPT_CACHED_COUNT_FIELD_NUMBER: _builtins.int
     REASONING_EVAL_COUNT_FIELD_NUMBER: _builtins.int
     CONSTRAINT_SATISFIED_FIELD_NUMBER: _builtins.int
+    DRAFTED_COUNT_FIELD_NUMBER: _builtins.int
+    DRAFT_ACCEPTED_COUNT_FIELD_NUMBER: _builtins.int
     content: _builtins.str
     """The next part of the text, whole characters only. The parts of `content` and
     `reasoning` are the text of all token ids, as in `CompletionResponse.content`,
@@ -2677,6 +2689,10 @@ class ChatResponse(_message.Message):
     """Whether the answer, without its reasoning, is what `ChatRequest.constraint` or
     TOOL_CHOICE_REQUIRED asks for. Unset without them.
     """
+    drafted_count: _builtins.int
+    """Tokens drafted; see `CompletionResponse.drafted_count`."""
+    draft_accepted_count: _builtins.int
+    """The part of `eval_count` that was drafted."""
     @_builtins.property
     def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCall]:
         """Calls of tools that are complete since the last message, each of them whole: the
@@ -2733,10 +2749,12 @@ class ChatResponse(_message.Message):
         prompt_cached_count: _builtins.int = ...,
         reasoning_eval_count: _builtins.int = ...,
         constraint_satisfied: _builtins.bool | None = ...,
+        drafted_count: _builtins.int = ...,
+        draft_accepted_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_constraint_satisfied", b"_constraint_satisfied", "constraint_satisfied", b"constraint_satisfied", "eval_duration", b"eval_duration", "prompt_eval_duration", b"prompt_eval_duration", "prompt_progress", b"prompt_progress", "queue_duration", b"queue_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_constraint_satisfied", b"_constraint_satisfied", "constraint_satisfied", b"constraint_satisfied", "content", b"content", "done", b"done", "done_reason", b"done_reason", "eval_count", b"eval_count", "eval_duration", b"eval_duration", "logprobs", b"logprobs", "prompt_cached_count", b"prompt_cached_count", "prompt_eval_count", b"prompt_eval_count", "prompt_eval_duration", b"prompt_eval_duration", "prompt_progress", b"prompt_progress", "queue_duration", b"queue_duration", "reasoning", b"reasoning", "reasoning_eval_count", b"reasoning_eval_count", "stop_match", b"stop_match", "token_ids", b"token_ids", "tool_calls", b"tool_calls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_constraint_satisfied", b"_constraint_satisfied", "constraint_satisfied", b"constraint_satisfied", "content", b"content", "done", b"done", "done_reason", b"done_reason", "draft_accepted_count", b"draft_accepted_count", "drafted_count", b"drafted_count", "eval_count", b"eval_count", "eval_duration", b"eval_duration", "logprobs", b"logprobs", "prompt_cached_count", b"prompt_cached_count", "prompt_eval_count", b"prompt_eval_count", "prompt_eval_duration", b"prompt_eval_duration", "prompt_progress", b"prompt_progress", "queue_duration", b"queue_duration", "reasoning", b"reasoning", "reasoning_eval_count", b"reasoning_eval_count", "stop_match", b"stop_match", "token_ids", b"token_ids", "tool_calls", b"tool_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__constraint_satisfied: _TypeAlias = _typing.Literal["constraint_satisfied"]  # noqa: Y015
     _WhichOneofArgType__constraint_satisfied: _TypeAlias = _typing.Literal["_constraint_satisfied", b"_constraint_satisfied"]  # noqa: Y015

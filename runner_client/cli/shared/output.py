@@ -68,6 +68,9 @@ def completion_rows(completion: Completion) -> list[Row]:
     ending = f"ended by {completion.done_reason}"
     if completion.stop_match:
         ending += f" {completion.stop_match!r}"
+    if completion.drafted_count:
+        accepted, drafted = completion.draft_accepted_count, completion.drafted_count
+        ending += f", {accepted:,} of {drafted:,} drafted tokens were right"
     if completion.constraint_satisfied is False:
         ending += ", before the text was what the constraint asks for"
     return [

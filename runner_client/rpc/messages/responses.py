@@ -192,6 +192,8 @@ def _last_chunk(
         queue_seconds=_seconds(message.queue_duration),
         prompt_cached_count=message.prompt_cached_count,
         constraint_satisfied=_constraint_satisfied(message),
+        drafted_count=message.drafted_count,
+        draft_accepted_count=message.draft_accepted_count,
     )
 
 
@@ -240,6 +242,8 @@ def join_chunks(chunks: Sequence[CompletionChunk]) -> Completion:
         queue_seconds=last.queue_seconds,
         prompt_cached_count=last.prompt_cached_count,
         constraint_satisfied=last.constraint_satisfied,
+        drafted_count=last.drafted_count,
+        draft_accepted_count=last.draft_accepted_count,
     )
 
 

@@ -54,6 +54,8 @@ def _last(part: pb.CompletionResponse) -> pb.ChatResponse:
         eval_duration=part.eval_duration,
         queue_duration=part.queue_duration,
         prompt_cached_count=part.prompt_cached_count,
+        drafted_count=part.drafted_count,
+        draft_accepted_count=part.draft_accepted_count,
         constraint_satisfied=(
             part.constraint_satisfied if part.HasField("constraint_satisfied") else None
         ),

@@ -98,6 +98,12 @@ def _grouped(layers: Sequence[SlotCache]) -> Iterator[list[SlotCache]]:
         yield group
 
 
+def cut_back(row: Caches, count: int) -> None:
+    """Remove the last ``count`` tokens from the caches of a row, which must all be plain."""
+    for layer in row:
+        layer.trim(count)
+
+
 def extract(batch: Caches, slot: int) -> Caches:
     """Copy a row out of a batch."""
     return [_extracted(layer, slot) for layer in batch]

@@ -47,7 +47,7 @@ def try_together(model: Module, pieces: CachePieces, vocab_size: int, rows: int)
     except Exception as error:  # noqa: BLE001 - one row alone works, so the batch is at fault
         recover()
         return f"{type(error).__name__}: {error}"
-    if found <= _tolerance(model):
+    if found <= tolerance(model):
         return None
     return f"logits differ from those of each alone by up to {found:.2g} standard deviations"
 
@@ -73,13 +73,13 @@ def deviation(model: Module, pieces: CachePieces, vocab_size: int, rows: int) ->
     batch = merge(caches[:2], len(caches))
     if caches[2:]:
         extend(batch, caches[2:], len(caches))
-    together = _logits(model, last, batch)
+    together = logits_of(model, last, batch)
     # After the batch, because a step modifies the caches it is given.
-    alone = [_logits(model, [token], own) for token, own in zip(last, caches, strict=True)]
-    return _largest(together, mx.concatenate(alone))
+    alone = [logits_of(model, [token], own) for token, own in zip(last, caches, strict=True)]
+    return largest(together, mx.concatenate(alone))
 
 
-def _tolerance(model: Module) -> float:
+def tolerance(model: Module) -> float:
     """Return the largest deviation rounding can explain."""
     weights = cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))
     is_wide = all(weight.dtype == mx.float32 for _, weight in weights)
@@ -93,14 +93,16 @@ def _prompts(vocab_size: int) -> list[list[int]]:
     return [[next(ids) for _ in range(length)] for length in _LENGTHS]
 
 
-def _logits(model: Module, tokens: Sequence[int], caches: Caches) -> mx.array:
+def logits_of(model: Module, tokens: Sequence[int], caches: Caches) -> mx.array:
+    """Return the logits of the next token of rows with one input each."""
     inputs = mx.array(list(tokens), dtype=mx.uint32)[:, None]
     logits: mx.array = model(inputs, cache=caches)[:, -1, :].astype(mx.float32)
     mx.eval(logits)
     return logits
 
 
-def _largest(together: mx.array, alone: mx.array) -> float:
+def largest(together: mx.array, alone: mx.array) -> float:
+    """Return the largest difference of two logits, in standard deviations of ``alone``."""
     # Logits of -inf, with which some types mask tokens, count as equal.
     is_barred = mx.isinf(together) & mx.isinf(alone)
     difference = mx.where(is_barred, 0.0, mx.abs(together - alone))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mlx.nn.layers.base import Module
 
+from runner_common.contract import MAX_DRAFT
 from runner_server.engine.prefill_queue import PrefillLimits
 from runner_server.engine.prefix_cache import CacheUsage, PrefixCache
 from runner_server.engine.types import ModelInfo
@@ -16,6 +17,7 @@ from runner_server.mlx_backend.cache.row_caches import CachePieces
 from runner_server.mlx_backend.constraints.grammars import GrammarCache
 from runner_server.mlx_backend.executor import BatchBudget, MlxExecutor, MlxPrefixCache
 from runner_server.mlx_backend.loading.batch_trial import try_together
+from runner_server.mlx_backend.loading.draft_trial import try_drafts
 from runner_server.mlx_backend.loading.trial import warm_up
 from runner_server.mlx_backend.planning.measure import PREFILL_CHUNK, ROWS_TOGETHER, device_kind
 from runner_server.mlx_backend.planning.plan import Plan, alone_warning
@@ -51,6 +53,7 @@ class MlxModel:
         self._shard = shard
         self._pieces = CachePieces.of(model)
         self._prompts: MlxPrefixCache = PrefixCache(self._pieces, info.prefix_cache_bytes)
+        self._takes_drafts = False
         self.codec = codec
         self.grammars = GrammarCache(codec, info.vocab_size, info.eos_token_ids)
         self.info = replace(info, takes_constraints=not self.grammars.problem)
@@ -82,14 +85,20 @@ class MlxModel:
             max_prompts=self._budget.max_prompts_together,
         )
 
+    @property
+    def max_draft(self) -> int:
+        """Most tokens of a draft; see ``LoadedModel.max_draft``."""
+        return min(MAX_DRAFT, self._plan.max_drawn - 1) if self._takes_drafts else 0
+
     def new_executor(self) -> MlxExecutor:
         """Return an executor without rows."""
         return self._executor(self._prompts)
 
     def warm_up(self) -> None:
-        """Generate a token, and set ``parallel`` to 1 if rows cannot be decoded together.
+        """Generate a token, and try rows together and drafts.
 
-        Also compiles the kernels, for which the first request would have to wait.
+        If rows cannot be decoded together, ``parallel`` becomes 1. Also compiles the kernels, for
+        which the first request would have to wait.
 
         Raises:
             RunnerFault: See :func:`~runner_server.mlx_backend.loading.trial.warm_up`.
@@ -97,12 +106,23 @@ class MlxModel:
         info = self.info
         executor = self._executor(PrefixCache(self._pieces, 0))
         warm_up(self._model, executor, info.vocab_size, info.dtype)
-        if info.parallel == 1 or self._shard:
+        if self._shard:
+            return
+        self._try_drafts()
+        if info.parallel == 1:
             return
         if why := try_together(self._model, self._pieces, info.vocab_size, info.parallel):
             warning = alone_warning(info.architecture, why)
             logger.warning("%s: %s", info.path, warning)
             self.info = replace(info, parallel=1, warnings=(*info.warnings, warning))
+
+    def _try_drafts(self) -> None:
+        if self._pieces.needs_snapshot:
+            return
+        why = try_drafts(self._model, self._pieces, self.info.vocab_size)
+        if why:
+            logger.warning("%s: tokens are not drafted: %s", self.info.path, why)
+        self._takes_drafts = not why
 
     def _executor(self, prompts: MlxPrefixCache) -> MlxExecutor:
         agree = self._shard.agree if self._shard else None

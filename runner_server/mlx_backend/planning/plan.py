@@ -55,6 +55,7 @@ class Plan:
         token_bytes: Bytes of working memory per token of a prefill chunk.
         pair_bytes: Bytes of working memory per pair of a token and a token that it attends to.
         logits_bytes: Bytes of working memory per token whose log probabilities are computed.
+        row_bytes: Bytes of working memory per sequence of a decode step.
         warnings: Differences between the model's answers and the specification in its files.
     """
 
@@ -69,6 +70,7 @@ class Plan:
     token_bytes: float
     pair_bytes: float
     logits_bytes: int
+    row_bytes: float
     warnings: tuple[str, ...] = ()
 
     def chunk_bytes(self, tokens: int, before: int) -> float:
@@ -78,9 +80,21 @@ class Plan:
     @property
     def max_logits(self) -> int:
         """Most tokens of a chunk with log probabilities that fit the working memory, at least 1."""
-        arrays = self.need.working_bytes - self.buffer_cache_bytes
         token = self.token_bytes + self.pair_bytes * self.context_length + self.logits_bytes
-        return max(1, int(arrays / (_WORKING_SLACK * token)))
+        return self._most_within(token)
+
+    @property
+    def max_drawn(self) -> int:
+        """Most tokens to draw together for one sequence within the working memory, at least 1.
+
+        Each takes as much as a sequence of a decode step at most.
+        """
+        return self._most_within(self.row_bytes)
+
+    def _most_within(self, each_bytes: float) -> int:
+        """Return how many of something fit the working memory, at least 1."""
+        arrays = self.need.working_bytes - self.buffer_cache_bytes
+        return max(1, int(arrays / (_WORKING_SLACK * max(1, each_bytes))))
 
     def kv_bytes(self, tokens: int) -> int:
         """Return the bytes of KV cache for one sequence."""
@@ -186,7 +200,8 @@ def make_plan(
         InsufficientMemory: ``memory_limit_bytes`` is too small for one sequence.
     """
     # Cached, because each call traces a decode step.
-    budget = _Budget(spec, replace(sizes, decode_bytes=cache(sizes.decode_bytes)))
+    decode_bytes = cache(sizes.decode_bytes)
+    budget = _Budget(spec, replace(sizes, decode_bytes=decode_bytes))
     rows = budget.rows_that_fit()
     parallel = budget.parallel_that_fits(rows)
     kv = budget.kv(rows, parallel)
@@ -212,6 +227,7 @@ def make_plan(
         token_bytes=sizes.token_bytes,
         pair_bytes=sizes.pair_bytes,
         logits_bytes=sizes.logits_bytes,
+        row_bytes=decode_bytes(parallel) / parallel,
         warnings=warnings,
     )
 

@@ -1,0 +1,1 @@
+"""Drafts of the next tokens of a row, which one step of the model checks together."""
