@@ -91,6 +91,18 @@ SHAPES = {
     "llama-100m-4bit": Shape(_LARGE, vocab_size=32_768, quantized=True),
 }
 
+_QWEN3_600M = {
+    "model_type": "qwen3",
+    "hidden_size": 1024,
+    "num_hidden_layers": 28,
+    "intermediate_size": 3072,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 2048,
+}
+"""The shape of Qwen3-0.6B, the smallest model of its family, which has the large vocabulary."""
+
 _POOLED = {
     "model_type": "llama",
     "hidden_size": 256,
@@ -109,8 +121,13 @@ POOLED_SHAPES = {
 """Models for pools, named by the MiB of their weights: large enough to be seen in the memory of a
 process, and small enough to load in a second."""
 
-ENDING = {f"{name}-ending": replace(SHAPES[name], ends=True) for name in ("llama-1m", "qwen3-20m")}
-"""Models for constraints."""
+ENDING = {
+    "llama-1m-ending": replace(SHAPES["llama-1m"], ends=True),
+    "qwen3-20m-ending": replace(SHAPES["qwen3-20m"], ends=True),
+    "qwen3-600m-ending": Shape(_QWEN3_600M, vocab_size=LARGE_VOCABULARY, ends=True),
+}
+"""Models for constraints: two whose steps take so little that constraints cost most, and one of a
+size that is in use."""
 
 _RANDOM = {**SHAPES, **POOLED_SHAPES, **ENDING}
 

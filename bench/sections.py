@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from bench import tables
 from bench.contenders import OURS
+from bench.contenders.ours import Drafting
 from bench.measures import (
     arrival,
     constrained,
+    drafts,
     growth,
     limits,
     memory,
@@ -149,6 +151,21 @@ def _constrained(results: Results) -> str:
     return tables.markdown(["", *heads.values()], rows)
 
 
+def _drafts(results: Results) -> str:
+    rows = []
+    for model in results.models(drafts.MEASURE):
+        for case in results.cases(drafts.MEASURE, model, "rate"):
+            plain, drafted = (
+                results.values(drafts.MEASURE, model, name, "rate", case)
+                for name in (OURS, Drafting.name)
+            )
+            reading = ratio(drafted, plain)
+            cells = [tables.spread(summarize(each), "rate") for each in (plain, drafted)]
+            shown = "-" if reading is None else tables.figure(reading.value)
+            rows.append([f"{model}: {case}", *cells, shown])
+    return tables.markdown(["", "without", "with drafts", "ratio"], rows)
+
+
 def _if_measured(measure: str, render: Callable[[Results], str]) -> Callable[[Results], str]:
     return lambda results: render(results) if results.models(measure) else ""
 
@@ -226,6 +243,15 @@ SECTIONS = (
         "limit with status 422; 0.4.1, which masks with lm-format-enforcer 0.11.3 instead, streams "
         "integers above `maximum` and strings longer than `maxLength`.",
         _if_measured("constrained", _constrained),
+    ),
+    Section(
+        "Drafts",
+        f"Tokens per second of {drafts.MAX_TOKENS} tokens a stream over gRPC, with and without "
+        "[drafts](drafts.md), in turn. Greedy texts of models with random weights repeat one "
+        "token, so every draft is right; those of the demo model, which continues Python source, "
+        "repeat in part; sampled texts hardly do. Rows of a batch are not drafted. All other "
+        "sections are without drafts.",
+        _if_measured(drafts.MEASURE, _drafts),
     ),
     Section(
         "Growth with the prompt",

@@ -156,6 +156,14 @@ class Program(ABC):
         return line
 
 
+async def start_paused(programs: Sequence[Program]) -> None:
+    """Start programs that are to take turns, one after another, and suspend each."""
+    for program in programs:
+        await program.start()
+        await program.quiet()
+        program.pause()
+
+
 class Contender(Program):
     """A program that generates tokens."""
 

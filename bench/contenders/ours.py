@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import ClassVar
 
 import grpc
 from grpc_health.v1 import health_pb2
@@ -13,13 +14,18 @@ from bench.contenders._grpc import in_words, open_channel
 from bench.contenders.base import PARALLEL, Probe, Server
 from bench.records import TEMPERATURE, TOP_K, TOP_P, ContenderError, Record, Request
 from mlxrunner.v1 import runner_pb2, runner_pb2_grpc
+from runner_common.contract import MAX_DRAFT
 from runner_common.handshake import ReadyLine
 
 
 class Ours(Server):
-    """``python -m runner_server``, called with the generated stubs."""
+    """``python -m runner_server``, called with the generated stubs.
+
+    Drafts are off, because the texts of models with random weights repeat themselves.
+    """
 
     name = "ours"
+    draft_tokens: ClassVar[int] = 0
     _channel: grpc.aio.Channel | None = None
 
     async def start(self) -> None:
@@ -27,7 +33,7 @@ class Ours(Server):
         command = [sys.executable, "-m", "runner_server"]
         command += ["--model", str(self.setup.model), "--parallel", str(PARALLEL)]
         command += ["--context-length", str(self.setup.context_length)]
-        command += ["--log-level", "WARNING"]
+        command += ["--log-level", "WARNING", "--draft-tokens", str(self.draft_tokens)]
         await self._spawn(command, environment(self.setup.blas), pipes=True)
         self.port = ReadyLine.parse((await self._line()).decode()).port or 0
         self._channel = open_channel(self.port)
@@ -71,6 +77,13 @@ class Ours(Server):
 
     async def _check(self) -> None:
         await self._health(health_pb2.HealthCheckRequest())
+
+
+class Drafting(Ours):
+    """The runner as installed, which drafts the tokens of a text that repeats itself."""
+
+    name = "ours with drafts"
+    draft_tokens = MAX_DRAFT
 
 
 def _message(request: Request) -> runner_pb2.CompletionRequest:

@@ -10,6 +10,7 @@ from bench.measures import (
     agreement,
     arrival,
     constrained,
+    drafts,
     growth,
     limits,
     memory,
@@ -54,4 +55,5 @@ MEASURES = {
     "memory": Measure(memory.measure),
     "quantized": Measure(quantized.measure),
     "constrained": Measure(constrained.measure),
+    "drafts": Measure(drafts.measure),
 }

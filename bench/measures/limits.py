@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench.contenders import OURS, Contender
+from bench.contenders.base import start_paused
 from bench.contenders.machine import Machine, MachineRates
 from bench.contenders.ours import Ours
 from bench.fleet import WARM_UP
@@ -41,10 +42,7 @@ async def measure(session: Session) -> None:
 async def _measure_model(session: Session, plan: Plan) -> None:
     programs = machine, ours = Machine(setup(plan.model)), Ours(setup(plan.model))
     try:
-        for program in programs:
-            await program.start()
-            await program.quiet()
-            program.pause()
+        await start_paused(programs)
         for index in range(WARM_UP, session.settings.rounds):
             machine.resume()
             limits = await _limits(machine, plan)
