@@ -32,6 +32,37 @@ class BackendLost(Exception):
     """The model library cannot continue in this process. Callers see the message."""
 
 
+class MarkedCodec(Protocol):
+    """A thread-safe tokenizer of texts in which marked special tokens are text.
+
+    A mark is a character within the token that the text lacks.
+    """
+
+    def mark(self, texts: Sequence[str], mark: str) -> list[str]:
+        """Return texts with a mark in every special token.
+
+        The beginning of a special token at the end of a text is marked too, because the text after
+        it may have the rest.
+
+        Args:
+            texts: The texts.
+            mark: A character that they lack.
+        """
+        ...
+
+    def encode(self, text: str, mark: str) -> list[int]:
+        """Tokenize a text without the marks; special tokens with a mark are text.
+
+        Args:
+            text: The text.
+            mark: The mark.
+
+        Raises:
+            InvalidField: Special tokens cannot be text for this tokenizer.
+        """
+        ...
+
+
 class Codec(Protocol):
     """A thread-safe tokenizer."""
 
@@ -45,6 +76,15 @@ class Codec(Protocol):
 
         Raises:
             InvalidField: Special tokens cannot be text for this tokenizer.
+        """
+        ...
+
+    def marked(self, template: str) -> MarkedCodec:
+        """Return the tokenizer for prompts in which only a template's special tokens count.
+
+        Args:
+            template: The template. Markers in it that are added tokens are special tokens here,
+                even if the tokenizer's file does not say so.
         """
         ...
 

@@ -78,6 +78,20 @@ def test_special_tokens_are_text_in_literal_texts(file: Any, codec: FastCodec) -
         assert not special.keys() & set(ids), text
 
 
+def test_only_marked_special_tokens_are_text(file: Any, codec: FastCodec) -> None:
+    mark, marking = "\U00013000", codec.marked("")
+    added = file.get_added_tokens_decoder()
+    special = [added[id_].content for id_ in sorted(added) if added[id_].special]
+    begin, end = special[0], special[-1]
+    for text in [*TEXTS, "".join(special[:50])]:
+        around = f"{begin}{text}{end}\n{text}"
+        assert marking.encode(around, mark) == codec.encode(around, as_prompt=False), text
+        (marked,) = marking.mark([text], mark)
+        ids = marking.encode(f"{begin}{marked}{end}", mark)
+        literal = codec.encode(text, as_prompt=False, literal=True)
+        assert ids == [file.token_to_id(begin), *literal, file.token_to_id(end)], text
+
+
 def test_a_prompt_begins_with_the_prefix_of_the_files(name: str, codec: FastCodec) -> None:
     prefix = PREFIXES.get(name, [])
     for text in TEXTS:

@@ -102,12 +102,28 @@ class Gate:
         assert done, f"only {self._passed} of {count} have passed"
 
 
+class MarkedBytes:
+    """Marked codec of ``ByteCodec``, whose texts have no special tokens."""
+
+    def mark(self, texts: Sequence[str], _mark: str) -> list[str]:
+        """See ``MarkedCodec.mark``."""
+        return list(texts)
+
+    def encode(self, text: str, mark: str) -> list[int]:
+        """See ``MarkedCodec.encode``."""
+        return list(text.replace(mark, "").encode())
+
+
 class ByteCodec:
     """Codec with one id per UTF-8 byte; ids above 255 are special and have no text."""
 
     def encode(self, text: str, *, as_prompt: bool, literal: bool = False) -> list[int]:  # noqa: ARG002 - has no special tokens
         """See ``Codec.encode``: a prompt begins with ``BOS``."""
         return [BOS] * as_prompt + list(text.encode())
+
+    def marked(self, _template: str) -> MarkedBytes:
+        """See ``Codec.marked``."""
+        return MarkedBytes()
 
     def fewest_tokens(self, _text: str, _enough: int, *, literal: bool = False) -> int:  # noqa: ARG002 - as above
         """See ``Codec.fewest_tokens``: always 0, since encoding is cheap."""

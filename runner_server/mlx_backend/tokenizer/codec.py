@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from runner_server.errors import ModelUnsupported
-from runner_server.mlx_backend.tokenizer.literal import LiteralTokenizer
+from runner_server.mlx_backend.tokenizer.literal import LiteralTokenizer, split
+from runner_server.mlx_backend.tokenizer.marked import MarkedTokenizer
 from runner_server.mlx_backend.tokenizer.panics import NO_PANICS
 from runner_server.mlx_backend.tokenizer.settings import TokenizerSettings, read_settings
 from runner_server.mlx_backend.tokenizer.token_bytes import bytes_of_tokens, depends_on_neighbours
@@ -53,24 +54,23 @@ class FastCodec:
         self._prefix = list(prefix)
         self._bos_id = bos_id
         self._bytes_of = bytes_of_tokens(tokenizer)
+        # A model has one template, or several that come here as one text.
+        self._marked = lru_cache(1)(partial(MarkedTokenizer, tokenizer))
 
     def encode(self, text: str, *, as_prompt: bool, literal: bool = False) -> list[int]:
         """Split text into ids; see ``Codec.encode``."""
-        ids = self._literal.encode(text) if literal else self._split(text)
+        ids = self._literal.encode(text) if literal else split(self._tokenizer, text)
         if not as_prompt or self._has_prefix(ids):
             return ids
         return self._prefix + ids
 
-    def _split(self, text: str) -> list[int]:
-        # Only the batch method releases the GIL.
-        with NO_PANICS:
-            (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=False)
-        ids: list[int] = encoding.ids
-        return ids
-
     @cached_property
     def _literal(self) -> LiteralTokenizer:
         return LiteralTokenizer(self._tokenizer)
+
+    def marked(self, template: str) -> MarkedTokenizer:
+        """Return the tokenizer for texts with marks; see ``Codec.marked``."""
+        return self._marked(template)
 
     def _has_prefix(self, ids: Sequence[int]) -> bool:
         return ids[: len(self._prefix)] == self._prefix or (
